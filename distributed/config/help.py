@@ -1,0 +1,53 @@
+"""The text of --help: every setting with its type, default and a line of doc."""
+
+from typing import Any
+
+from distributed.config.fields import Leaf, leaves
+from distributed.config.tree import TrainConfig
+
+HEAD = """\
+usage: python -m distributed.train [CONFIG.toml] [--SETTING VALUE ...]
+       torchrun --nproc_per_node=N -m distributed.train [CONFIG.toml] [--SETTING VALUE ...]
+
+Trains an AlexNet variant on CIFAR. Without arguments: improved_alexnet on CIFAR-10 if it lies in ./data, else on
+generated images. The same command goes on where a stopped or killed run ended. Settings marked * may change then.
+"""
+
+
+def _default(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "none" if value is None else str(value)
+
+
+def _variants(path: str) -> list[Leaf]:
+    return [leaf for leaf in leaves() if leaf.path == path]
+
+
+def _group(leaf: Leaf) -> str:
+    """The heading a setting stands under: its section, and the variants that have it where not all do."""
+    section = leaf.path.rpartition(".")[0]
+    having = [variant.variant for variant in _variants(leaf.path) if variant.variant]
+    everywhere = {variant.variant for variant in _variants(f"{section.partition('.')[0]}.name") if variant.variant}
+    return section if set(having) == everywhere else f"{section}, with name = {' or '.join(having)}"
+
+
+def _line(leaf: Leaf) -> str:
+    variants = _variants(leaf.path)
+    if leaf.path.endswith(".name") and len(variants) > 1:
+        docs = [f"{variant.choices}: {variant.doc}" for variant in variants]
+        default = TrainConfig.model_fields[leaf.path.partition(".")[0]].default.name
+    else:
+        docs, default = [f"{leaf.doc}  [{leaf.choices}]"], leaf.default
+    option = f"--{leaf.path}{' *' if leaf.operational else ''}"
+    return f"    {option:<34} " + f"\n{' ' * 39}".join([*docs[:-1], f"{docs[-1]}  (default {_default(default)})"])
+
+
+def help_text() -> str:
+    """All settings, grouped by section, with type and default."""
+    groups: dict[str, list[str]] = {}
+    first_of = {leaf.path: leaf for leaf in reversed(leaves())}
+    for path in dict.fromkeys(leaf.path for leaf in leaves()):
+        leaf = first_of[path]
+        groups.setdefault(_group(leaf), []).append(_line(leaf))
+    return "\n".join([HEAD, "settings:", *["\n".join([f"\n  {group}" if group else "", *lines]) for group, lines in groups.items()]])

@@ -1,0 +1,143 @@
+"""Where settings come from: TOML files with `extends`, then the command line, each value with its place."""
+
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distributed.config.fields import leaves, sections_of
+from distributed.config.tree import TrainConfig
+from distributed.errors import InputError
+
+Tree = dict[str, Any]
+
+
+@dataclass
+class Settings:
+    """Values as a nested dict, and the place each dotted path was set last (`configs/cifar10.toml:7`, `command line`)."""
+
+    values: Tree = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+
+    def override(self, newer: "Settings") -> None:
+        """Lay `newer` over these. A section that changes its `name` keeps only what the new variant has too."""
+        self.values = _merged(self.values, newer.values)
+        self.places |= newer.places
+
+
+def _merged(older: Tree, newer: Tree) -> Tree:
+    result = dict(older)
+    for key, value in newer.items():
+        below = older.get(key)
+        if not (isinstance(value, dict) and isinstance(below, dict)):
+            result[key] = value
+            continue
+        if "name" in value and value["name"] != below.get("name", _default_name(key)):
+            below = {k: v for k, v in below.items() if k in _fields_of_variant(key, value["name"])}
+        result[key] = _merged(below, value)
+    return result
+
+
+def _default_name(section: str) -> str | None:
+    field_info = TrainConfig.model_fields.get(section)
+    return getattr(field_info.default, "name", None) if field_info else None
+
+
+def _fields_of_variant(section: str, name: str) -> set[str]:
+    field_info = TrainConfig.model_fields.get(section)
+    for variant in sections_of(field_info.annotation) if field_info else []:
+        if name in getattr(variant.model_fields["name"].annotation, "__args__", ()):
+            return set(variant.model_fields)
+    return set()
+
+
+def from_file(path: Path, *, extended_by: tuple[Path, ...] = ()) -> Settings:
+    """The settings of a TOML file over those of the file that its `extends` names (relative to itself).
+
+    Raises:
+        InputError: no such file, not TOML, or a file that extends itself.
+    """
+    if path.resolve() in extended_by:
+        raise InputError(f"{path}: extends leads back to this file; remove one `extends`")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise InputError(f"config file {path}: {reason}; the first argument names a TOML file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from None
+    base = values.pop("extends", None)
+    settings = Settings()
+    if base is not None:
+        if not isinstance(base, str):
+            raise InputError(f"{path}: extends = {base!r}: must be the name of one file, in quotes")
+        settings = from_file(path.parent / base, extended_by=(*extended_by, path.resolve()))
+    settings.override(Settings(values, {key: f"{path}:{line}" for key, line in _lines_of_keys(text)}))
+    return settings
+
+
+def _lines_of_keys(text: str) -> list[tuple[str, int]]:
+    """(dotted path, line number) of each key of a TOML text; good enough to point a reader at the right line."""
+    found, section = [], ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := re.match(r"\s*\[([\w.\"-]+)\]", line):
+            section = header[1].replace('"', "") + "."
+            found.append((section[:-1], number))
+        elif key := re.match(r"\s*([\w.-]+)\s*=", line):
+            found.append((section + key[1], number))
+    return found
+
+
+def from_arguments(arguments: Sequence[str]) -> Settings:
+    """`--optim.lr 0.05`, `--optim.lr=0.05`, or a bare `--flag` for true, as settings. Dashes in a name count as underscores.
+
+    Raises:
+        InputError: a word that is no option, an option without its value or given twice; all of them at once.
+    """
+    settings, errors, words = Settings(), [], list(arguments)
+    while words:
+        word = words.pop(0)
+        if not re.match(r"--\w", word):
+            errors.append(f"command line: {word!r}: not an option; settings are given as --name value")
+            continue
+        name, equals, text = word[2:].partition("=")
+        path = name.replace("-", "_")
+        if not equals:
+            if words and not re.match(r"--[a-zA-Z]", words[0]):
+                text = words.pop(0)
+            elif any(leaf.path == path and leaf.annotation is bool for leaf in leaves()):
+                text = "true"
+            else:
+                errors.append(f"command line: --{path}: a value is missing; write --{path} VALUE")
+                continue
+        if path in settings.places:
+            errors.append(f"command line: --{path}: given twice; remove one")
+            continue
+        settings.override(Settings(_nested(path, _value(path, text)), {path: "command line"}))
+    if errors:
+        raise InputError(*errors)
+    return settings
+
+
+def _nested(path: str, value: Any) -> Tree:
+    *sections, key = path.split(".")
+    tree: Tree = {key: value}
+    for section in reversed(sections):
+        tree = {section: tree}
+    return tree
+
+
+def _value(path: str, text: str) -> Any:
+    """The text as what TOML would read (`0.05`, `true`, `[1, 2]`), `none` as no value, else as it stands."""
+    leaf = next((leaf for leaf in leaves() if leaf.path == path), None)
+    if leaf and leaf.takes_text:
+        return text
+    if text.lower() == "none":
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

@@ -1,0 +1,144 @@
+"""From argv to a checked `TrainConfig`, or to every mistake at once, a line each. Imports no torch."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from distributed.config.fields import leaves, sections_of
+from distributed.config.layers import Settings, from_arguments, from_file
+from distributed.config.tree import TrainConfig
+from distributed.errors import InputError
+
+
+def load(arguments: Sequence[str]) -> tuple[TrainConfig, bool]:
+    """The config that `[CONFIG.toml] [--field value ...]` describes, and whether the images were named by the user.
+
+    Raises:
+        InputError: every wrong field at once; conflicts between fields once each is valid by itself.
+    """
+    words = list(arguments)
+    file = Path(words.pop(0)) if words and not words[0].startswith("-") else None
+    settings = from_file(file) if file else Settings()
+    settings.override(from_arguments(words))
+    config = validated(settings)
+    if "run_dir" not in settings.values:
+        stem = file.stem if file else f"{config.model.name}-{config.data.name}"
+        config = with_values(config, run_dir=Path("runs") / stem)
+    return config, bool(file or {"data", "data.name", "data.root"} & settings.places.keys())
+
+
+def validated(settings: Settings) -> TrainConfig:
+    """The tree of these settings; every value that is wrong is one line of the `InputError`."""
+    try:
+        return TrainConfig.model_validate(_with_names(settings.values))
+    except ValidationError as error:
+        raise InputError(*[line for detail in error.errors() for line in _explained(detail, settings)]) from None
+
+
+def _with_names(values: dict[str, Any]) -> dict[str, Any]:
+    """A section of several variants that does not say its name has the default's: `--schedule.start_factor 0` will do."""
+    named = dict(values)
+    for key, value in values.items():
+        field = TrainConfig.model_fields.get(key)
+        if field and isinstance(value, dict) and len(sections_of(field.annotation)) > 1:
+            named[key] = {"name": field.default.name, **value}
+    return named
+
+
+def with_values(config: TrainConfig, **values: Any) -> TrainConfig:
+    """A copy with some top-level values replaced, checked like any other."""
+    return TrainConfig.model_validate({**dict(config), **values})
+
+
+def as_toml(config: TrainConfig) -> str:
+    """The resolved config as TOML that `load` reads back to an equal config; what is none is left out."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """(path, old value, new value) of every setting that differs."""
+    flat_old, flat_new = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    paths = [*flat_old, *(path for path in flat_new if path not in flat_old)]
+    return [(p, flat_old.get(p), flat_new.get(p)) for p in paths if flat_old.get(p) != flat_new.get(p)]
+
+
+def changes_experiment(path: str, config: TrainConfig) -> bool:
+    """Whether a run may not go on under another value of this setting."""
+    if path == "epochs":  # lr over time depends on it only where a schedule is laid out over the whole run
+        return config.schedule.name not in ("constant", "plateau")
+    return not any(leaf.path == path and leaf.operational for leaf in leaves())
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _explained(detail: ErrorDetails, settings: Settings) -> list[str]:
+    """One pydantic error as lines `place: key = value: what is wrong; remedy`."""
+    if detail["type"] == "conflict":
+        return str(detail["msg"]).splitlines()
+    path, tags = _path(detail["loc"], settings.values)
+    value = detail["input"]
+    if detail["type"] == "union_tag_invalid":
+        path = f"{path}.name"
+        value = value["name"] if isinstance(value, dict) else value
+    place = settings.places.get(path) or settings.places.get(path.rpartition(".")[0]) or "config"
+    shown = f" = {_shown(value)}" if not isinstance(value, dict) else ""
+    return [f"{place}: {path}{shown}: {_reason(detail, path, tags)}"]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "none" if value is None else str(value)
+
+
+def _path(location: tuple[int | str, ...], values: Any) -> tuple[str, list[str]]:
+    """The dotted path of an error's place, without the tags that pydantic puts after a union's name; those apart."""
+    path: list[str] = []
+    tags: list[str] = []
+    for index, part in enumerate(location):
+        last = index == len(location) - 1
+        if isinstance(values, dict) and part not in values and not last:
+            tags.append(str(part))
+            continue
+        path.append(str(part))
+        values = values.get(part) if isinstance(values, dict) else None
+    return ".".join(path), tags
+
+
+def _reason(detail: ErrorDetails, path: str, tags: list[str]) -> str:
+    known = {leaf.path for leaf in leaves()}
+    if detail["type"] == "extra_forbidden":
+        variants = sorted({leaf.variant for leaf in leaves() if leaf.path == path and leaf.variant})
+        if variants:
+            section = path.rpartition(".")[0]
+            return f"belongs to {section}.name = {' or '.join(variants)}, and here it is {', '.join(tags)}; remove one of them"
+        guesses = _close(path, known)
+        return "unknown setting; " + (f"did you mean {guesses[0]}?" if guesses else "--help lists all of them")
+    if detail["type"] == "union_tag_invalid":
+        options = [leaf.choices for leaf in leaves() if leaf.path == path]
+        return f"should be one of {' | '.join(options)}"
+    if detail["type"] in ("model_type", "model_attributes_type"):
+        example = next(leaf.path for leaf in leaves() if leaf.path.startswith(path.removesuffix("name")))
+        return f"is a section; set its fields, as in --{example} VALUE"
+    message = str(detail["msg"]).removeprefix("Input ").removeprefix("should ")
+    return f"should {message[:1].lower()}{message[1:]}" if "should" in str(detail["msg"]) else message
+
+
+def _close(path: str, known: set[str]) -> list[str]:
+    """Settings that were probably meant: first by the whole path, then by its last word in any section."""
+    last = path.rpartition(".")[2]
+    by_last = [p for p in sorted(known) if p.rpartition(".")[2] == last]
+    by_path = difflib.get_close_matches(path, known, n=1, cutoff=0.7)
+    words = {p.rpartition(".")[2]: p for p in sorted(known)}
+    by_word = [words[w] for w in difflib.get_close_matches(last, words, n=1, cutoff=0.7)]
+    return by_last + by_path + by_word

@@ -1,0 +1,40 @@
+"""The errors a user can meet and the exit code that stands for each. No torch here: bad input ends before its import."""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a finished process says to whoever started it; `status.json` holds the same, because torchrun flattens it."""
+
+    FINISHED = 0
+    FAILED = 1
+    BAD_INPUT = 2
+    NOT_FINITE = 3
+    STORAGE = 4
+    STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again; the same command goes on where this one stopped
+    INTERRUPTED = 130
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. Each line names the thing, the value and the remedy.
+
+    Raised before any process group or GPU is touched; ends the process with `ExitCode.BAD_INPUT` and no traceback.
+    """
+
+    exit_code = ExitCode.BAD_INPUT
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+class NotFiniteError(ArithmeticError):
+    """The loss became infinite or not a number; the message names the first bad step."""
+
+    exit_code = ExitCode.NOT_FINITE
+
+
+class StorageError(OSError):
+    """The run folder cannot be written, or belongs to a newer attempt; the last good checkpoint is intact."""
+
+    exit_code = ExitCode.STORAGE

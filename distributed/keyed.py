@@ -1,0 +1,85 @@
+"""Randomness that is computed, not stored: a counter-based hash of (seed, epoch, sample id) or (seed, parameter name).
+
+Whoever asks, on any rank, device or attempt, gets the same draw. All arithmetic is on int64 lanes that hold 32-bit
+values: a product of one with a constant below 2**31 in size never overflows, so eager and compiled code agree.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_LOW = 0xFFFFFFFF
+# The two multipliers of lowbias32 (Wellons, https://nullprogram.com/blog/2018/07/31/), the second less 2**32.
+_FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32
+
+
+def _mix_(x: Tensor, between: Tensor | int = 0) -> Tensor:
+    """lowbias32 in place on int64 values in [0, 2**32); `between` is a second key, put in between its two rounds."""
+    x.bitwise_xor_(x >> 16).mul_(_FIRST).bitwise_and_(_LOW).bitwise_xor_(between)
+    x.bitwise_xor_(x >> 15).mul_(_SECOND).bitwise_and_(_LOW)
+    return x.bitwise_xor_(x >> 16)
+
+
+def words(*parts: int | str) -> tuple[int, int]:
+    """Two 32-bit words that stand for these parts: the way a seed, an epoch or a name enters the hash."""
+    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def sample_keys(ids: Tensor, *, seed: int, epoch: int) -> Tensor:
+    """One key per sample and epoch, from which all of its draws follow.
+
+    Args:
+        ids: int64 [n], numbers of the samples in the training set.
+
+    Returns:
+        int64 [n, 2], each value in [0, 2**32).
+    """
+    first, second = words("sample", seed, epoch)
+    return torch.stack([_mix_(ids ^ first, second), _mix_(ids ^ second, first)], dim=1)
+
+
+def draws(keys: Tensor, purpose: str) -> Tensor:
+    """One number a sample, uniform in [0, 2**32), for one purpose (`crop_y`, `flip`): int64 [n]."""
+    first, second = words(purpose)
+    return _mix_(keys[:, 0] ^ first, keys[:, 1] ^ second)
+
+
+def integers(keys: Tensor, purpose: str, below: int) -> Tensor:
+    """One integer a sample, uniform in [0, below): int64 [n]; `below` is at most 2**31."""
+    return (draws(keys, purpose) * below) >> 32
+
+
+def permutation(count: int, *, seed: int, epoch: int, device: torch.device | None = None) -> Tensor:
+    """The order of an epoch: int64 [count]. Sorting 63-bit hashes of the ids; equal ones keep their order."""
+    keys = sample_keys(torch.arange(count, device=device), seed=seed, epoch=epoch)
+    first, second = draws(keys, "order_high"), draws(keys, "order_low")
+    return torch.argsort((first << 31) | (second >> 1), stable=True)
+
+
+def unit_words(name: str, count: int) -> Tensor:
+    """One word for every two units of a layer, for `dropped`: int64 [ceil(count / 2)]."""
+    first, second = words("units", name)
+    return _mix_(torch.arange((count + 1) // 2) ^ first, second)
+
+
+def uniform16(keys: Tensor, units: Tensor) -> Tensor:
+    """A 16-bit number for each sample and unit: int64 [n, 2 * len(units)]. One hash serves two units, half of it each."""
+    mixed = _mix_(keys[:, :1] ^ units, keys[:, 1:])
+    return torch.cat([mixed & 0xFFFF, mixed >> 16], dim=1)
+
+
+def fill_uniform_(tensor: Tensor, bound: float, *, seed: int, name: str) -> None:
+    """Fill with numbers uniform in [-bound, bound), a function of (seed, name, position in the tensor) alone."""
+    flat = tensor.detach().view(-1)
+    for start, stop in _chunks(flat.numel()):
+        keys = sample_keys(torch.arange(start, stop), seed=seed, epoch=0)
+        numbers = draws(keys, name).to(torch.float64).mul_(2.0**-31).sub_(1.0).mul_(bound)
+        flat[start:stop] = numbers.to(flat.dtype)
+
+
+def _chunks(count: int, size: int = 1 << 18) -> Iterator[tuple[int, int]]:
+    for start in range(0, count, size):
+        yield start, min(start + size, count)
