@@ -15,15 +15,20 @@ from distributed.config.tree import TrainConfig
 from distributed.errors import InputError
 
 
-def load(arguments: Sequence[str]) -> tuple[TrainConfig, bool]:
+def load(arguments: Sequence[str], *, default_data: str = "cifar10") -> tuple[TrainConfig, bool]:
     """The config that `[CONFIG.toml] [--field value ...]` describes, and whether the images were named by the user.
+
+    Args:
+        default_data: the data set where neither says one.
 
     Raises:
         InputError: every wrong field at once; conflicts between fields once each is valid by itself.
     """
     words = list(arguments)
     file = Path(words.pop(0)) if words and not words[0].startswith("-") else None
-    settings = from_file(file) if file else Settings()
+    settings = Settings({"data": {"name": default_data}})
+    if file:
+        settings.override(from_file(file))
     settings.override(from_arguments(words))
     config = validated(settings)
     if "run_dir" not in settings.values:

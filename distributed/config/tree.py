@@ -126,6 +126,10 @@ class Checkpoint(Section):
         "auto", "validation metric whose best epoch is kept too; auto: accuracy where there is a validation split"
     )
 
+    def is_due(self, step: int) -> bool:
+        """Whether `every_steps` asks for a save after this many steps."""
+        return bool(self.every_steps) and step % self.every_steps == 0
+
 
 class Logging(Section):
     every_steps: int = operational(50, "steps between lines of training metrics", gt=0)

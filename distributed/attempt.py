@@ -1,0 +1,84 @@
+"""One attempt at a run: it claims the run folder, says on what it runs and what changed, and writes down how it ended."""
+
+import json
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from loguru import logger
+
+from distributed import logs
+from distributed.config import TrainConfig
+from distributed.errors import ExitCode
+from distributed.plot import draw_curves
+from distributed.run_folder import ClaimedRun, RunFolder, versions
+from distributed.sinks import duration
+from distributed.state import TrainState
+from distributed.topology import Topology
+
+
+class Attempt:
+    """A context around a run. `run` is the claimed folder on rank 0, None on the other ranks."""
+
+    def __init__(self, config: TrainConfig, topology: Topology) -> None:
+        self.config, self.topology = config, topology
+        self.folder = RunFolder(config.run_dir)
+        self.run: ClaimedRun | None = None
+        self._state: TrainState | None = None
+
+    def __enter__(self) -> Self:
+        if self.topology.is_main:
+            self.run = ClaimedRun.claim(self.config.run_dir, world_size=self.topology.world_size)
+        return self
+
+    def open_log(self) -> None:
+        """This rank's log file; after rank 0 has made the folder."""
+        self.folder.logs.mkdir(parents=True, exist_ok=True)
+        logs.file_logs(self.folder.logs, self.topology.rank)
+
+    def facts(self, device: torch.device) -> dict[str, Any]:
+        """What a checkpoint says besides its state: the config, and all that the bits depend on."""
+        return {
+            "data": self.config.data.name,
+            "config": json.loads(self.config.model_dump_json()),
+            "bits": {
+                "world_size": self.topology.world_size,
+                "threads": torch.get_num_threads(),
+                "engine": self.config.engine.name,
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+                "versions": versions(),
+            },
+        }
+
+    def begin(self, state: TrainState, *, resumed_from: dict[str, Any] | None, facts: dict[str, Any]) -> None:
+        """From here on progress is the state's."""
+        self._state = state
+        if resumed_from:
+            for name, value in facts["bits"].items():
+                if (before := resumed_from["bits"].get(name)) != value:
+                    logger.warning("resuming with another {}: {} before, {} now; bits may differ", name, before, value)
+        if self.run:
+            self.run.begin(self.config, start_step=state.step, details={"bits": facts["bits"]})
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if self.run is None:
+            return
+        try:
+            self._write_ending(self.run, error)
+        except OSError as failure:
+            logger.error("the ending was not written to {}: {}", self.run.path, failure)
+        self.run.release()
+
+    def _write_ending(self, run: ClaimedRun, error: BaseException | None) -> None:
+        state = self._state
+        progress = {"step": state.step, "epoch": state.epoch} if state else {}
+        if error is not None:
+            code = getattr(error, "exit_code", ExitCode.FAILED)
+            run.end("failed", exit_code=code, reason=f"{type(error).__name__}: {error}", **progress)
+        elif state and state.stop_reason:
+            run.end("stopped", exit_code=ExitCode.STOPPED, reason=state.stop_reason, **progress)
+        else:
+            run.end("finished", exit_code=ExitCode.FINISHED, **progress)
+            draw_curves(run.metrics_file, run.curves, title=f"{self.config.model.name} on {self.config.data.name}")

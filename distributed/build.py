@@ -1,0 +1,78 @@
+"""From the config to the parts of a run, and the lines that say what was built."""
+
+import hashlib
+
+import torch
+from loguru import logger
+
+from distributed import collectives
+from distributed.config import TrainConfig, as_toml
+from distributed.data.pipeline import DataPipeline
+from distributed.engine.ddp import DdpEngine
+from distributed.engine.protocol import Engine
+from distributed.errors import InputError
+from distributed.models.build import build_model
+from distributed.state import TrainState
+from distributed.topology import Topology
+
+
+def check_same_config(config: TrainConfig) -> None:
+    """Raises InputError where the ranks were not all given the same config."""
+    digests = collectives.gather_objects(hashlib.blake2b(as_toml(config).encode(), digest_size=8).hexdigest())
+    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if different:
+        raise InputError(
+            f"config: rank {', '.join(map(str, different))} was given other settings than rank 0; "
+            "start every node with the same command and the same files"
+        )
+
+
+def build_data(config: TrainConfig, topology: Topology, device: torch.device) -> DataPipeline:
+    return DataPipeline(
+        config.data,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        accumulation=config.accumulation,
+        evaluation_batch_size=config.evaluation.batch_size,
+        rank=topology.rank,
+        world_size=topology.world_size,
+        device=device,
+        dtype=torch.float64 if config.precision == "float64" else torch.float32,
+        channels_last=config.channels_last,
+    )
+
+
+def build_engine(config: TrainConfig, data: DataPipeline, device: torch.device) -> Engine:
+    return DdpEngine(
+        config.engine,
+        build_model(config.model, num_classes=data.num_classes, seed=config.seed),
+        optim=config.optim,
+        precision=config.precision,
+        channels_last=config.channels_last,
+        device=device,
+        example=data.example(),
+    )
+
+
+def log_plan(config: TrainConfig, data: DataPipeline, topology: Topology, state: TrainState) -> None:
+    """Say once what is trained on what, the batch's arithmetic, and where the run starts. Rank 0 is heard."""
+    if not topology.is_main:
+        return
+    for line in as_toml(config).splitlines():
+        logger.debug("config: {}", line)
+    micro = -(-config.global_batch_size // config.accumulation)
+    least, most = micro // topology.world_size, -(-micro // topology.world_size)
+    logger.info(
+        "{} on {}: {:,} training images, {:,} validation, {:,} test; {} steps an epoch, {} epochs",
+        config.model.name, config.data.name, data.size("train"), data.size("validation"), data.size("test"),
+        data.steps_per_epoch, config.epochs,
+    )  # fmt: skip
+    logger.info(
+        "global batch {} = {} micro-batch{} of {}, {} a rank; {} rank{}, {} threads each, {}, peak lr {:g}",
+        config.global_batch_size, config.accumulation, "es" if config.accumulation > 1 else "", micro,
+        least if least == most else f"{least} to {most}", topology.world_size, "s" if topology.world_size > 1 else "",
+        torch.get_num_threads(), config.precision, config.peak_lr,
+    )  # fmt: skip
+    logger.info("run folder {}", config.run_dir)
+    if state.step:
+        logger.info("resuming at step {}: epoch {}, step {} of it", state.step, state.epoch + 1, state.step_in_epoch)

@@ -1,0 +1,193 @@
+"""Checkpoints that are complete or absent.
+
+    checkpoints/step-00000313/tensors.safetensors  every tensor by its canonical name
+                              state.json           counters, schedule, config, versions
+                              manifest.json        sizes and digests; written last
+    checkpoints/latest, best  links for people; a restore never trusts them
+
+A checkpoint is written aside by a thread while training goes on, flushed to the disk, its manifest last, and renamed
+into place. Which one is best stands in the newest state itself, so no pointer can be out of date.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+from safetensors.torch import load_file
+from torch import Tensor
+
+from distributed import collectives
+from distributed.engine.protocol import Engine
+from distributed.errors import StorageError
+from distributed.files import read_json, replace_json, sync_folder
+from distributed.run_folder import ClaimedRun
+from distributed.safetensors_stream import digest_of, write_tensors
+from distributed.state import TrainState
+
+FORMAT = 1
+
+
+class Checkpointer:
+    """Saves and restores a run. All ranks call it alike; rank 0, which has `run`, writes.
+
+    Args:
+        facts: what else `state.json` should hold: the config, versions, what bits depend on.
+    """
+
+    def __init__(self, folder: Path, run: ClaimedRun | None, *, keep_last: int, facts: dict[str, Any]) -> None:
+        self.folder, self.run, self.keep_last, self.facts = folder, run, keep_last, facts
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._newest_step = -1
+
+    def restore(self, engine: Engine, state: TrainState) -> dict[str, Any] | None:
+        """Load the newest checkpoint that is whole; the content of its state.json, None where there is none.
+        Damaged ones are set aside, loudly.
+
+        Raises:
+            StorageError: a rank cannot see what rank 0 found.
+        """
+        name = collectives.from_main(self._newest_whole() if self.run else None)
+        if name is None:
+            return None
+        path = self.folder / name
+        if not path.is_dir():
+            raise StorageError(f"{path}: rank 0 sees this checkpoint and this rank does not; run_dir must be shared storage")
+        content = load(path, engine, state)
+        self._newest_step = state.step
+        return content
+
+    def save(self, engine: Engine, state: TrainState) -> None:
+        """Take a copy of everything now and write it in the background, after the save before is done.
+
+        Raises:
+            StorageError: that one could not be written.
+        """
+        if state.step == self._newest_step:
+            return
+        self._newest_step = state.step
+        if self.run is None:
+            return
+        self.wait()
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in engine.state()}
+        content = {"format": FORMAT, "state": state.state_dict(), **self.facts}
+        best = state.best.step if state.best else None
+        self._pending = self._thread.submit(self._write, state.step, tensors, content, best)
+
+    def wait(self) -> None:
+        """Return once everything handed to `save` is on the disk.
+
+        Raises:
+            StorageError: it could not be written, with the reason; earlier checkpoints are intact.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except StorageError:
+            raise
+        except OSError as error:
+            raise StorageError(
+                f"{self.folder}: checkpoint not written: {error.strerror or error}; free space or mend access, then give "
+                f"the same command again: the last complete checkpoint is intact"
+            ) from error
+
+    def _write(self, step: int, tensors: dict[str, Tensor], content: dict[str, Any], best: int | None) -> None:
+        assert self.run is not None
+        aside = self.folder / f".writing-{step:08d}"
+        try:
+            write_checkpoint(aside, tensors, content)
+            commit(aside, self.folder / f"step-{step:08d}", self.run)
+        except OSError:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        point(self.folder, "latest", step)
+        if best is not None:
+            point(self.folder, "best", best)
+        retain(self.folder, keep_last=self.keep_last, best=best)
+
+    def _newest_whole(self) -> str | None:
+        sweep(self.folder)
+        for path in reversed(checkpoints(self.folder)):
+            damage = damage_of(path)
+            if damage is None:
+                return path.name
+            logger.error("{} is damaged ({}): set aside as {}.damaged; going back to the one before", path, damage, path.name)
+            shutil.rmtree(path.with_name(f"{path.name}.damaged"), ignore_errors=True)
+            path.rename(path.with_name(f"{path.name}.damaged"))
+        return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The committed checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir() and not path.suffix)
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint, by its manifest; None where it is whole."""
+    manifest = read_json(path / "manifest.json")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return "no manifest of a known format"
+    for name, expected in manifest["files"].items():
+        try:
+            found = digest_of(path / name)
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        if list(found) != expected:
+            return f"{name}: {found.bytes} bytes with another digest than the manifest's"
+    return None
+
+
+def load(path: Path, engine: Engine, state: TrainState | None = None) -> dict[str, Any]:
+    """Put a checkpoint's tensors into the engine and its counters into the state; the content of its state.json."""
+    content: dict[str, Any] = read_json(path / "state.json")
+    engine.load_state(load_file(path / "tensors.safetensors"))
+    if state is not None:
+        state.load_state_dict(content["state"])
+    return content
+
+
+def write_checkpoint(aside: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
+    """All files of a checkpoint, the manifest last, each on the disk before the next."""
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    files = {"tensors.safetensors": write_tensors(aside / "tensors.safetensors", tensors)}
+    replace_json(aside / "state.json", content)
+    files["state.json"] = digest_of(aside / "state.json")
+    replace_json(aside / "manifest.json", {"format": FORMAT, "files": files})
+
+
+def commit(aside: Path, path: Path, run: ClaimedRun) -> None:
+    """Rename into place, if the run folder is still this attempt's."""
+    run.check_ours()
+    os.rename(aside, path)
+    sync_folder(path.parent)
+
+
+def point(folder: Path, name: str, step: int) -> None:
+    """Let the link `name` lead to a step's checkpoint."""
+    aside = folder / f".{name}"
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(f"step-{step:08d}")
+    os.replace(aside, folder / name)
+
+
+def retain(folder: Path, *, keep_last: int, best: int | None) -> None:
+    """Delete all but the newest few and the best. A checkpoint that goes is renamed first, so none is ever half there."""
+    for path in checkpoints(folder)[:-keep_last]:
+        if path.name != f"step-{best or 0:08d}":
+            gone = path.with_name(f".deleting-{path.name}")
+            path.rename(gone)
+            shutil.rmtree(gone)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a killed attempt left unfinished."""
+    leftovers: Iterable[Path] = [*folder.glob(".writing-*"), *folder.glob(".deleting-*")]
+    for path in leftovers:
+        shutil.rmtree(path, ignore_errors=True)

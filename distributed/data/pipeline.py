@@ -1,0 +1,156 @@
+"""The images on this rank's device, and the batches of an epoch as a function of (seed, epoch, step): nothing to save."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distributed import keyed
+from distributed.config.tree import CifarData, GeneratedData
+from distributed.data import cifar, generated
+from distributed.data.augment import augment, cut_out
+from distributed.data.split import validation_mask
+
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's shard of a micro-batch; a shard may be empty.
+
+    images: [n, 3, 32, 32], normalized; labels: int64 [n]; sample_ids: int64 [n], numbers in the training set;
+    sample_keys: int64 [n, 2], by which dropout draws; step_size: images of the whole step, over all of its
+    micro-batches and ranks, by which a sum of losses becomes the step's mean.
+    """
+
+    images: Tensor
+    labels: Tensor
+    sample_ids: Tensor
+    sample_keys: Tensor
+    step_size: int
+
+
+@dataclass(frozen=True)
+class _Held:
+    images: Tensor  # uint8 [all, 3, h, w] of the file, channels last in memory; shared by the splits cut from it
+    labels: Tensor  # int64 [all]
+    ids: Tensor  # int64 [n], which of them belong to this split
+
+
+class DataPipeline:
+    """All splits of a data set on one device.
+
+    CIFAR is 184 MB of uint8, so every rank holds it whole; batches are gathered and augmented there by tensor operations.
+
+    Raises:
+        InputError: the files are not there or damaged.
+    """
+
+    def __init__(
+        self,
+        config: CifarData | GeneratedData,
+        *,
+        seed: int,
+        global_batch_size: int,
+        accumulation: int,
+        evaluation_batch_size: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        channels_last: bool,
+    ) -> None:
+        self.config, self.seed = config, seed
+        self.global_batch_size, self.accumulation = global_batch_size, accumulation
+        self.evaluation_batch_size = evaluation_batch_size
+        self.rank, self.world_size = rank, world_size
+        self.device, self.dtype = device, dtype
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        train, test = _read(config, "train"), _read(config, "test")
+        held_out = validation_mask(train.labels, fraction=config.validation_fraction, seed=config.split_seed)
+        self._splits = {
+            **self._hold(train, train=np.flatnonzero(~held_out), validation=np.flatnonzero(held_out)),
+            **self._hold(test, test=np.arange(len(test.labels))),
+        }
+        # Of training images only: what is measured on must not shape the input. Two thousand give three digits.
+        sample = train.images[np.flatnonzero(~held_out)[:2000]] / np.float64(255)
+        mean, deviation = sample.mean((0, 2, 3)), sample.std((0, 2, 3))
+        # (x / 255 - mean) / deviation as one multiply-add.
+        self._scale = torch.tensor(1 / (255 * deviation), dtype=dtype, device=device)[:, None, None]
+        self._shift = torch.tensor(-mean / deviation, dtype=dtype, device=device)[:, None, None]
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.size("train") // self.global_batch_size)
+
+    def size(self, split: Split) -> int:
+        """Images in a split."""
+        return len(self._splits[split].ids)
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        """Images and sample keys of the first few training images, whatever the rank: for trying a model out."""
+        held = self._splits["train"]
+        batch = self._train_batch(held, held.ids[:8], 0, 8)
+        return batch.images, batch.sample_keys
+
+    def train_epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[list[Batch]]:
+        """The micro-batches of each step from `start_step` on, this rank's shard of each.
+
+        Micro-batch j is a fixed slice of the global batch, so what batch norm sees does not depend on the ranks. The
+        last step of an epoch may be smaller; a micro-batch of no images at all is left out, on all ranks alike.
+        """
+        held = self._splits["train"]
+        order = keyed.permutation(self.size("train"), seed=self.seed, epoch=epoch, device=self.device)
+        for step in range(start_step, self.steps_per_epoch):
+            chosen = order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
+            count = len(chosen)
+            slices = [
+                chosen[j * count // self.accumulation : (j + 1) * count // self.accumulation]
+                for j in range(self.accumulation)
+            ]
+            yield [self._train_batch(held, held.ids[self._shard(s)], epoch, count) for s in slices if len(s)]
+
+    def evaluation(self, split: Split) -> Iterator[Batch]:
+        """Every image of a split once over all ranks, unpadded; each rank gets as many batches, some perhaps empty."""
+        held = self._splits[split]
+        keys = torch.empty(0, 2, dtype=torch.int64, device=self.device)
+        for start in range(0, self.size(split), self.evaluation_batch_size):
+            ids = self._shard(held.ids[start : start + self.evaluation_batch_size])
+            yield Batch(self._input(held.images[ids]), held.labels[ids], ids, keys, self.size(split))
+
+    def _train_batch(self, held: _Held, ids: Tensor, epoch: int, step_size: int) -> Batch:
+        keys = keyed.sample_keys(ids, seed=self.seed, epoch=epoch)
+        images = self._input(augment(held.images[ids], keys, self.config.augment))
+        if self.config.augment.cutout:
+            images = cut_out(images, keys, self.config.augment.cutout)
+        return Batch(images, held.labels[ids], ids, keys, step_size)
+
+    def _input(self, images: Tensor) -> Tensor:
+        normalized = torch.addcmul(self._shift, images.to(self.dtype), self._scale)
+        return normalized.contiguous(memory_format=self.memory_format)
+
+    def _shard(self, chosen: Tensor) -> Tensor:
+        """This rank's part of a slice of the global batch; parts differ by at most one sample."""
+        count = len(chosen)
+        return chosen[self.rank * count // self.world_size : (self.rank + 1) * count // self.world_size]
+
+    def _hold(self, source: cifar.Images, **splits: NDArray[np.int64]) -> dict[str, _Held]:
+        """The source on the device once, and the ids of each split that is cut from it."""
+        channels_last = torch.from_numpy(np.stack([source.images[:, c] for c in range(3)], axis=-1))
+        images = channels_last.to(self.device).permute(0, 3, 1, 2)
+        labels = torch.from_numpy(source.labels.astype(np.int64)).to(self.device)
+        return {name: _Held(images, labels, torch.from_numpy(ids).to(self.device)) for name, ids in splits.items()}
+
+
+def _read(config: CifarData | GeneratedData, split: Literal["train", "test"]) -> cifar.Images:
+    if isinstance(config, CifarData):
+        return cifar.read(config.name, config.root, split)
+    return generated.read(config.name, config.train_samples if split == "train" else config.test_samples, split)

@@ -1,0 +1,1 @@
+"""How a model is spread over the ranks: one protocol, an engine a file."""

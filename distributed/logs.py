@@ -1,0 +1,43 @@
+"""Where messages go: rank 0's to the terminal, every rank's to its own file; other libraries' logging joined in."""
+
+import logging
+import sys
+from pathlib import Path
+
+from loguru import logger
+
+_TERMINAL = "<green>{time:HH:mm:ss}</green> <level>{level: <7}</level> {message}"
+_TERMINAL_OTHER = "<green>{time:HH:mm:ss}</green> <level>{level: <7}</level> [rank {extra[rank]}] {message}"
+_FILE = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} [rank {extra[rank]}] {name}:{line} {message}"
+
+
+class _ToLoguru(logging.Handler):
+    """Hands records of the standard library's logging to loguru."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = record.levelname if record.levelname in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL") else "INFO"
+        logger.opt(depth=6, exception=record.exc_info).log(level, "{}", f"{record.name}: {record.getMessage()}")
+
+
+def terminal_logs(rank: int, *, level: str = "INFO") -> None:
+    """Send rank 0's messages of `level` and up, and other ranks' warnings, to stderr."""
+    from tqdm import tqdm  # only for its lock on the terminal: a message does not break a progress bar
+
+    logger.remove()
+    logger.configure(extra={"rank": rank})
+    own = level if rank == 0 else "WARNING"
+    logger.add(
+        lambda message: tqdm.write(message, file=sys.stderr, end=""),
+        level=own,
+        format=_TERMINAL if rank == 0 else _TERMINAL_OTHER,
+        colorize=sys.stderr.isatty(),
+        diagnose=False,
+        backtrace=False,
+    )
+    logging.basicConfig(handlers=[_ToLoguru()], level=logging.WARNING, force=True)
+    logging.captureWarnings(True)
+
+
+def file_logs(folder: Path, rank: int) -> int:
+    """Append this rank's messages to a file of its own as well; the handle is for `logger.remove`."""
+    return logger.add(folder / f"rank-{rank:04d}.log", level="DEBUG", format=_FILE, diagnose=False, backtrace=False)

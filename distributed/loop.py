@@ -1,0 +1,50 @@
+"""One training step and one evaluation: the only code that touches losses and gradients."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distributed.data.pipeline import Batch, DataPipeline, Split
+from distributed.engine.protocol import Engine
+from distributed.sums import RunningSums, Totals
+
+
+def train_step(engine: Engine, micro_batches: list[Batch], *, lr: float, step: int, sums: RunningSums) -> Tensor:
+    """One optimizer step over this rank's shards of the global batch; the gradient's norm, a scalar on the device.
+
+    The gradient is that of the mean loss over the whole step: each shard's sum is divided by the global count, so
+    shards and micro-batches of any size weigh right.
+    """
+    for index, batch in enumerate(micro_batches):
+        with engine.micro_step(sync=index == len(micro_batches) - 1):
+            logits = _wide(engine.model(batch.images, batch.sample_keys))
+            losses = F.cross_entropy(logits, batch.labels, reduction="none")
+            engine.backward(losses.sum() / batch.step_size)
+        sums.add(losses, logits, batch.labels, step=step)
+    return engine.step(lr)
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, data: DataPipeline, split: Split, *, device: torch.device) -> Totals:
+    """Loss, top-1 and top-5 over a split, each image counted once, on all ranks together.
+
+    Raises:
+        RuntimeError: the count over all ranks is not the size of the split.
+    """
+    engine.model.eval()
+    sums = RunningSums(device)
+    for batch in data.evaluation(split):
+        with engine.autocast():
+            logits = _wide(engine.model(batch.images, batch.sample_keys))
+            losses = F.cross_entropy(logits, batch.labels, reduction="none")
+        sums.add(losses, logits, batch.labels)
+    engine.model.train()
+    totals = sums.read()
+    if totals.count != data.size(split):
+        raise RuntimeError(f"evaluation counted {totals.count} images of the {split} split's {data.size(split)}")
+    return totals
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least float32: a loss in bfloat16 has two digits."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,126 @@
+"""Batch norm over the batch of all ranks, on CUDA and on CPU alike: torch's own refuses CPU tensors in training.
+
+Each rank takes the statistics of its shard with torch's native kernel; one all-gather of small rows and a pairwise
+combination (Chan, Golub, LeVeque 1983) give everybody those of the whole batch, from any shards, empty ones too.
+"""
+
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def _rows_of_ranks(row: Tensor) -> Tensor:
+    """Every rank's row, in order of rank: [world_size, len(row)]."""
+    rows = row.new_empty(dist.get_world_size(), len(row))
+    dist.all_gather_into_tensor(rows, row)
+    return rows
+
+
+def _tree_sum(rows: Tensor) -> Tensor:
+    """The sum of the rows in one fixed binary tree."""
+    while len(rows) > 1:
+        paired = rows[: len(rows) // 2 * 2].view(-1, 2, *rows.shape[1:]).sum(1)
+        rows = torch.cat([paired, rows[-1:]]) if len(rows) % 2 else paired
+    return rows[0]
+
+
+def _statistics(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and count over all ranks' shards of x [n, channels, ...]: [channels], [channels], []."""
+    channels = x.shape[1]
+    count = x.numel() // channels
+    if count:
+        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+    else:
+        mean = variance = torch.zeros(channels, dtype=dtype, device=x.device)
+    row = torch.cat([mean.to(dtype), variance.to(dtype), torch.full((1,), count, dtype=dtype, device=x.device)])
+    rows = _rows_of_ranks(row)
+    means, variances, counts = rows[:, :channels], rows[:, channels:-1], rows[:, -1:]
+    total = _tree_sum(counts)
+    mean = _tree_sum(means * (counts / total))
+    # Deviations of the shards' means from the whole's, not a difference of squares: nothing cancels.
+    variance = _tree_sum((variances + (means - mean).square()) * (counts / total))
+    return mean, variance, total[0]
+
+
+class _SyncBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, total: Tensor, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, variance, total)
+        ctx.eps = eps
+        return torch.nn.functional.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, mean, variance, total = ctx.saved_tensors
+        inverse = torch.rsqrt(variance + ctx.eps)
+        # With fixed statistics: the plain part grad * weight * inverse, and this shard's two sums.
+        plain, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        sums = _tree_sum(_rows_of_ranks(torch.cat([grad_weight, grad_bias]))) / total
+        mean_weight, mean_bias = sums.chunk(2)
+        # What the statistics' own dependence on x adds: -(x_hat * mean_weight + mean_bias) * weight * inverse,
+        # written per channel as slope * x + offset.
+        slope = -mean_weight * weight * inverse.square()
+        offset = -mean_bias * weight * inverse - slope * mean
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        grad_x = plain.addcmul_(x, slope.view(shape).to(x.dtype)).add_(offset.view(shape).to(x.dtype))
+        return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+class SyncBatchNorm(nn.modules.batchnorm._NormBase):
+    """`BatchNorm1d/2d/3d` over all ranks' shards in training; in evaluation the same as theirs. The state is theirs too.
+
+    Gradients of weight and bias are this shard's sums: adding them up over ranks is the engine's part, as for any weight.
+    """
+
+    @classmethod
+    def of(cls, layer: nn.modules.batchnorm._BatchNorm) -> Self:
+        """The synchronized layer with the same parameters and buffers (the very tensors).
+
+        Raises:
+            ValueError: a layer without affine parameters or running statistics.
+        """
+        if not layer.affine or not layer.track_running_stats:
+            raise ValueError(f"{layer}: synchronized batch norm needs affine=True and track_running_stats=True")
+        sync = cls(layer.num_features, eps=layer.eps, momentum=layer.momentum, device="meta")
+        sync._parameters, sync._buffers, sync.training = layer._parameters, layer._buffers, layer.training
+        return sync
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [n, channels, ...], this rank's shard."""
+        weight, bias = self.weight, self.bias
+        if not self.training:
+            return torch.nn.functional.batch_norm(
+                x, self.running_mean, self.running_var, weight, bias, training=False, eps=self.eps
+            )
+        with torch.no_grad():
+            mean, variance, total = _statistics(x, weight.dtype)
+            self._track(mean, variance * (total / (total - 1).clamp(min=1)))
+        result: Tensor = _SyncBatchNorm.apply(x, weight, bias, mean, variance, total, self.eps)
+        return result
+
+    def _track(self, mean: Tensor, unbiased: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(unbiased, momentum)
+
+
+def convert_sync_batch_norm(model: nn.Module) -> nn.Module:
+    """Put `SyncBatchNorm` in place of every `BatchNorm1d/2d/3d` inside the model; parameters and names stay."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            setattr(model, name, SyncBatchNorm.of(child))
+        else:
+            convert_sync_batch_norm(child)
+    return model

@@ -1,0 +1,64 @@
+"""The process group of a run, the device of its rank and the threads it computes with."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from distributed.errors import InputError
+from distributed.rendezvous import agree_on_token
+from distributed.topology import Topology
+
+
+def choose_device(asked: str, topology: Topology) -> torch.device:
+    """The device of this rank; ranks share a GPU where there are more of them than GPUs.
+
+    Raises:
+        InputError: CUDA was asked for and there is none.
+    """
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise InputError("device = cuda: no CUDA device is to be seen; use --device cpu, or check nvidia-smi and torch's build")
+    if asked == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", topology.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Same inputs, same bits, on one kind of device."""
+    if device.type == "cuda":
+        # Read at the first cuBLAS call. https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+
+
+@contextmanager
+def process_group(topology: Topology, device: torch.device, *, timeout_seconds: float) -> Iterator[None]:
+    """The default process group: NCCL where each rank has its own GPU, else gloo; one made before (by Ray) is used as it
+    is. None for a single process that no launcher started.
+
+    It is taken down only after a good end: with peers in an unknown state, leaving is safer than a last collective.
+    """
+    if not topology.launched or dist.is_initialized():
+        yield
+        return
+    timeout = timedelta(seconds=timeout_seconds)
+    own_gpu = device.type == "cuda" and topology.local_world_size <= torch.cuda.device_count()
+    store, rank, world_size = next(dist.rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))
+    token = agree_on_token(store, rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if own_gpu else "gloo",
+        store=dist.PrefixStore(token, store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if own_gpu else None,
+    )
+    yield
+    dist.destroy_process_group()

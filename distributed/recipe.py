@@ -1,0 +1,104 @@
+"""The recipe: a whole training run, from top to bottom."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from loguru import logger
+
+from distributed.attempt import Attempt
+from distributed.build import build_data, build_engine, check_same_config, log_plan
+from distributed.checkpoint import Checkpointer
+from distributed.config import TrainConfig
+from distributed.loop import evaluate, train_step
+from distributed.metrics import Sink
+from distributed.process_group import choose_device, make_deterministic, process_group
+from distributed.report import Reporter, open_sinks
+from distributed.schedule import build_early_stopping, build_schedule
+from distributed.state import TrainState
+from distributed.stop import Never, StepAgreement, StopSource
+from distributed.sums import RunningSums
+from distributed.topology import Topology
+
+
+def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequence[Sink] = ()) -> TrainState:
+    """Train as the config says, from the newest checkpoint in its run folder if there is one.
+
+    Every rank calls this with the same config. torchrun, Slurm, Ray and the tests all do.
+
+    Args:
+        stop: where a request to stop comes from; all ranks then agree on a step, save there and return.
+        sinks: further places where metrics are announced, on every rank.
+
+    Returns:
+        Where the run stands; `stop_reason` is set if it was stopped before its end.
+
+    Raises:
+        InputError: data, run folder or device cannot be used, or the ranks were given different configs.
+        NotFiniteError: the loss became infinite or no number.
+        StorageError: a checkpoint could not be written; the one before is intact.
+    """
+    topology = Topology.from_environment()
+    torch.set_num_threads(topology.threads(config.threads))
+    device = choose_device(config.device, topology)
+    make_deterministic(device)
+    with ExitStack() as stack:
+        attempt = stack.enter_context(Attempt(config, topology))
+        stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
+        check_same_config(config)
+        attempt.open_log()
+
+        data = build_data(config, topology, device)
+        engine = build_engine(config, data, device)
+        steps_per_epoch, total_steps = data.steps_per_epoch, config.epochs * data.steps_per_epoch
+        schedule = build_schedule(config, steps_per_epoch=steps_per_epoch)
+        state = TrainState(schedule, build_early_stopping(config.early_stopping))
+        facts = attempt.facts(device)
+        checkpoints = Checkpointer(
+            attempt.folder.checkpoints, attempt.run, keep_last=config.checkpoint.keep_last, facts=facts
+        )
+        resumed_from = checkpoints.restore(engine, state)
+        attempt.begin(state, resumed_from=resumed_from, facts=facts)
+        log_plan(config, data, topology, state)
+
+        if attempt.run:
+            sinks = [*open_sinks(config, attempt.run, start_step=state.step, total_steps=total_steps), *sinks]
+        report = stack.enter_context(Reporter(sinks, total_steps=total_steps, device=device))
+        agreement = StepAgreement(
+            stop or Never(), is_main=topology.is_main, save_every_seconds=60 * config.checkpoint.every_minutes
+        )
+        sums = RunningSums(device)
+
+        while state.epoch < config.epochs and not state.stopped_early:
+            report.epoch_begins(state)
+            batches = data.train_epoch(state.epoch, start_step=state.step_in_epoch)
+            for micro_batches in report.meter.waiting(batches):
+                lr = state.schedule.lr(state.step)
+                grad_norm = train_step(engine, micro_batches, lr=lr, step=state.step, sums=sums)
+                state.step_done(micro_batches[0].step_size)
+                stop_now, save_now = agreement.after_step()
+                if state.step % config.logging.every_steps == 0:
+                    state.take(sums.read())
+                    report.train(state, state.close_window(), grad_norm=grad_norm, lr=lr)
+                if stop_now or save_now or config.checkpoint.is_due(state.step):
+                    state.take(sums.read())
+                    checkpoints.save(engine, state)
+                if stop_now:
+                    checkpoints.wait()
+                    state.stop_reason = agreement.reason
+                    return state
+            state.take(sums.read())
+            state.close_window()
+            validation = evaluate(engine, data, "validation", device=device) if data.size("validation") else None
+            is_best, decisions = state.observe(validation, best_by=config.best_by)
+            for decision in decisions:
+                logger.info(decision)
+            ends = state.epoch + 1 == config.epochs or state.stopped_early
+            test_now = config.evaluation.test_every_epoch or ends
+            test = evaluate(engine, data, "test", device=device) if test_now else None
+            report.epoch(state, lr=lr, validation=validation, test=test, is_best=is_best)
+            state.epoch_done()
+            checkpoints.save(engine, state)
+            agreement.saved()
+        checkpoints.wait()
+        return state

@@ -1,0 +1,185 @@
+"""The folder of a run: one writer at a time, where everything lies, and how each attempt ended. Imports no torch.
+
+    RUN/config.toml       the resolved config; can be passed back in
+    RUN/status.json       running | finished | stopped | failed, with the reason, exit code and progress
+    RUN/attempts.jsonl    a line at the start and at the end of each attempt: when, where, versions, why it ended
+    RUN/attempt.json      the token of the attempt that may write
+    RUN/metrics.jsonl     RUN/tensorboard/   RUN/curves.png   RUN/logs/rank-0000.log   RUN/checkpoints/
+"""
+
+import json
+import os
+import platform
+import subprocess
+import time
+import uuid
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+from loguru import logger
+
+from distributed.config import TrainConfig, as_toml, changes_experiment, differences
+from distributed.errors import ExitCode, InputError, StorageError
+from distributed.files import append_line, read_json, replace_json, replace_text
+from distributed.topology import host
+
+LOCK_WAIT_SECONDS = 30.0
+_PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "distributed-alexnet")
+
+
+class RunFolder:
+    """Paths of a run, for anybody; `claim` makes this process its one writer."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.toml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.curves = path / "curves.png"
+        self.logs = path / "logs"
+        self.checkpoints = path / "checkpoints"
+        self._status_file = path / "status.json"
+        self._attempts_file = path / "attempts.jsonl"
+        self._attempt_file = path / "attempt.json"
+
+    def status(self) -> dict[str, Any]:
+        """What the last attempt said of itself; empty where there was none."""
+        return read_json(self._status_file) or {}
+
+
+    def saved_config(self) -> TrainConfig | None:
+        """The config that the newest checkpoint was made under."""
+        for path in sorted(self.checkpoints.glob("step-*/state.json"), reverse=True):
+            if content := read_json(path):
+                return TrainConfig.model_validate_json(json.dumps(content["config"]))
+        return None
+
+
+def check_resume(config: TrainConfig) -> bool:
+    """Whether the run in the config's folder is finished already.
+
+    Raises:
+        InputError: the run there was begun under settings that make it another experiment.
+    """
+    run = RunFolder(config.run_dir)
+    saved = run.saved_config()
+    if saved is None:
+        return False
+    changed = differences(saved, config)
+    refused = [change for change in changed if changes_experiment(change[0], config)]
+    if refused:
+        raise InputError(
+            *[f"{run.path}: {path} = {new}: this run was begun with {old}" for path, old, new in refused],
+            "a resumed run keeps its experiment: take these settings back, or give another --run_dir",
+        )
+    return run.status().get("status") == "finished" and not any(path == "epochs" for path, _, _ in changed)
+
+
+class ClaimedRun(RunFolder):
+    """A run folder held by this process until `release` or its death.
+
+    The lock keeps a second run out. The token keeps out the orphan of an attempt that was given up: on a file system
+    whose locks were lost with a node, it may still breathe, and finds at its next commit that another has taken over.
+    """
+
+    def __init__(self, path: Path, *, world_size: int) -> None:
+        super().__init__(path)
+        self.world_size = world_size
+        self.token = uuid.uuid4().hex
+        self._lock = FileLock(path / ".lock")
+
+    @classmethod
+    def claim(cls, path: Path, *, world_size: int) -> Self:
+        """Take the folder, waiting a little for a dying predecessor to let go of it.
+
+        Raises:
+            InputError: it cannot be written, or another run holds it.
+        """
+        run = cls(path, world_size=world_size)
+        try:
+            run.logs.mkdir(parents=True, exist_ok=True)
+            run.checkpoints.mkdir(exist_ok=True)
+            run._take_lock()
+            replace_json(run._attempt_file, {"token": run.token, "pid": os.getpid(), "host": host()})
+        except OSError as error:
+            raise InputError(f"run_dir = {path}: {error.strerror or error}; give another with --run_dir") from None
+        return run
+
+    def _take_lock(self) -> None:
+        try:
+            self._lock.acquire(timeout=0)
+            return
+        except Timeout:
+            holder = read_json(self._attempt_file) or {}
+            who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+            logger.warning("{} is held by {}; waiting {:.0f} s for it to end", self.path, who, LOCK_WAIT_SECONDS)
+        try:
+            self._lock.acquire(timeout=LOCK_WAIT_SECONDS)
+        except Timeout:
+            raise InputError(
+                f"run_dir = {self.path}: another run is writing there ({who}); wait for it, end it, or give another --run_dir"
+            ) from None
+
+    def check_ours(self) -> None:
+        """Raises StorageError once another attempt has taken the folder; asked before each commit."""
+        holder = read_json(self._attempt_file) or {}
+        if holder.get("token") != self.token:
+            raise StorageError(
+                f"{self.path} was taken over by process {holder.get('pid')} on {holder.get('host')}; this attempt ends"
+            )
+
+    def begin(self, config: TrainConfig, *, start_step: int, details: dict[str, Any]) -> None:
+        """Write down the config, where this attempt starts and what it runs on."""
+        replace_text(self.config_file, as_toml(config))
+        self._say("running", step=start_step)
+        self._attempt("started", step=start_step, world_size=self.world_size, versions=versions(), git=git_state(), **details)
+
+    def progress(self, *, step: int, epoch: int) -> None:
+        self._say("running", step=step, epoch=epoch)
+
+    def end(self, status: str, *, exit_code: ExitCode, reason: str = "", **progress: int) -> None:
+        """Say how this attempt ended: finished, stopped or failed."""
+        self._say(status, reason=reason, exit_code=int(exit_code), **progress)
+        self._attempt(status, reason=reason, exit_code=int(exit_code), **progress)
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def _say(self, status: str, **facts: Any) -> None:
+        self.check_ours()
+        common = {"status": status, "time": _now(), "pid": os.getpid(), "host": host(), "world_size": self.world_size}
+        replace_json(self._status_file, common | facts)
+
+    def _attempt(self, event: str, **facts: Any) -> None:
+        line = {"event": event, "time": _now(), "token": self.token, "pid": os.getpid(), "host": host()} | facts
+        append_line(self._attempts_file, json.dumps(line))
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_state() -> str:
+    """The commit of this code, with `+changes` where files differ from it; empty outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        asked = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+changes", "--abbrev=12"],
+            cwd=here, capture_output=True, text=True, timeout=5, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return asked.stdout.strip()
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -1,0 +1,107 @@
+"""Where metrics are told: metrics.jsonl first, TensorBoard and the terminal beside it."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from distributed.files import append_line, replace_text
+from distributed.metrics import EpochMetrics, TrainMetrics
+
+
+class JsonLines:
+    """One JSON object a line, `kind` train or epoch. Lines after the step that a resumed run starts from are taken back."""
+
+    def __init__(self, path: Path, *, start_step: int, data: str) -> None:
+        self.path, self.data = path, data
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= start_step]
+            replace_text(path, "".join(f"{line}\n" for line in kept))
+
+    def train(self, metrics: TrainMetrics) -> None:
+        append_line(self.path, json.dumps({"kind": "train", "data": self.data} | asdict(metrics)))
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        append_line(self.path, json.dumps({"kind": "epoch", "data": self.data} | asdict(metrics)))
+
+    def close(self) -> None:
+        pass
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return float("inf")  # half a line, of a kill
+
+
+class TensorBoard:
+    """The same as scalars, under the seeds' names: training, validation and test curves in one folder."""
+
+    def __init__(self, folder: Path, *, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
+
+        self._writer: Any = SummaryWriter(str(folder), purge_step=start_step + 1)
+
+    def train(self, metrics: TrainMetrics) -> None:
+        for name in ("loss", "accuracy", "lr", "grad_norm", "images_per_second", "data_wait", "memory_mib"):
+            self._writer.add_scalar(f"train/{name}", getattr(metrics, name), metrics.step)
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        self._writer.add_scalar("epoch/train_loss", metrics.train_loss, metrics.step)
+        self._writer.add_scalar("epoch/train_accuracy", metrics.train_accuracy, metrics.step)
+        for split in ("validation", "test"):
+            values = getattr(metrics, split)
+            for name, value in asdict(values).items() if values else ():
+                self._writer.add_scalar(f"epoch/{split}_{name}", value, metrics.step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Terminal:
+    """A progress bar on a terminal, plain lines elsewhere; a line an epoch on both."""
+
+    def __init__(self, *, epochs: int, total_steps: int, start_step: int) -> None:
+        from tqdm import tqdm
+
+        self.epochs, self.total_steps = epochs, total_steps
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, leave=False)
+
+    def train(self, m: TrainMetrics) -> None:
+        if self._bar is not None:
+            self._bar.set_description(f"epoch {m.epoch + 1}/{self.epochs}", refresh=False)
+            self._bar.set_postfix_str(
+                f"loss {m.loss:.3f}, acc {m.accuracy:.1%}, {m.images_per_second:,.0f} img/s", refresh=False
+            )
+            self._bar.update(m.step - self._bar.n)
+            return
+        logger.info(
+            "epoch {}/{} step {}/{}: loss {:.4f}, accuracy {:.2%}, lr {:.3g}, {:,.0f} images/s, ETA {}",
+            m.epoch + 1, self.epochs, m.step, self.total_steps, m.loss, m.accuracy, m.lr, m.images_per_second,
+            duration(m.eta_seconds),
+        )  # fmt: skip
+
+    def epoch(self, m: EpochMetrics) -> None:
+        parts = [f"train loss {m.train_loss:.4f}, accuracy {m.train_accuracy:.2%}"]
+        for name, split in (("validation", m.validation), ("test", m.test)):
+            if split:
+                parts.append(f"{name} loss {split.loss:.4f}, accuracy {split.accuracy:.2%}")
+        best = ", best so far" if m.is_best else ""
+        logger.info("epoch {}/{} done in {}: {}{}", m.epoch + 1, self.epochs, duration(m.seconds), "; ".join(parts), best)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """`4:05`, `1:02:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

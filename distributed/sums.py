@@ -1,0 +1,85 @@
+"""Totals of loss, correct answers and samples as integers: exact in any order, over any cut of the work.
+
+Losses are added up in fixed point, so that a window of steps has the same sum to the last bit however it was cut by a
+stop, a save or the ranks' shards.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from distributed import collectives
+
+_SCALE = 2.0**40  # resolves 1e-12, and holds sums up to 8 million
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over some samples, on the host. Means are None where there was no sample."""
+
+    loss: int = 0
+    correct: int = 0
+    correct5: int = 0
+    count: int = 0
+    first_bad_step: int | None = None
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / _SCALE / max(1, self.count)
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / max(1, self.count)
+
+    @property
+    def accuracy5(self) -> float:
+        return self.correct5 / max(1, self.count)
+
+    def __add__(self, other: Self) -> "Totals":
+        return Totals(
+            self.loss + other.loss,
+            self.correct + other.correct,
+            self.correct5 + other.correct5,
+            self.count + other.count,
+            self.first_bad_step if self.first_bad_step is not None else other.first_bad_step,
+        )
+
+
+_NEVER = 2**62
+
+
+class RunningSums:
+    """Sums on the device that nobody has to wait for until they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(4, dtype=torch.int64, device=device)
+        self._bad_step = torch.full((1,), _NEVER, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def add(self, losses: Tensor, logits: Tensor, labels: Tensor, *, step: int = 0) -> None:
+        """Take in a batch: per-sample losses [n], logits [n, classes], labels [n]. A loss that is no number marks the step."""
+        total = losses.sum(dtype=torch.float64)
+        finite = total.isfinite()
+        answers = logits.argmax(1)
+        top5 = logits.topk(5, dim=1).indices == labels[:, None]
+        self._sums += torch.stack(
+            [
+                torch.where(finite, total * _SCALE, 0.0).round().long(),
+                (answers == labels).sum(),
+                top5.sum(),
+                torch.tensor(len(labels), device=labels.device),
+            ]
+        )
+        self._bad_step.clamp_(max=torch.where(finite, _NEVER, step))
+
+    def read(self) -> Totals:
+        """The sums over all ranks since the last reading; a collective, and on a GPU a wait."""
+        both = torch.cat([self._sums, torch.zeros_like(self._bad_step)])
+        collectives.sum_over_ranks_(both)
+        first_bad = -int(collectives.max_over_ranks_(-self._bad_step))
+        self._sums.zero_()
+        self._bad_step.fill_(_NEVER)
+        loss, correct, correct5, count, _ = both.tolist()
+        return Totals(loss, correct, correct5, count, None if first_bad == _NEVER else first_bad)

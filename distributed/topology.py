@@ -1,0 +1,65 @@
+"""Who am I among how many: read from the environment that torchrun or another launcher sets. Imports no torch.
+
+The only module that reads the environment.
+"""
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Self
+
+from distributed.errors import InputError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The place of this process among its peers."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    node_rank: int = 0
+    launched: bool = False
+    """Whether a launcher set the place, so that a process group is made even for a single rank."""
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """What the launcher set, or a single process where none did.
+
+        Raises:
+            InputError: RANK, WORLD_SIZE or LOCAL_RANK is set without the others, or is no number in range.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        given = {name: os.environ[name] for name in names if name in os.environ}
+        if not given:
+            return cls()
+        if len(given) < len(names):
+            missing = ", ".join(name for name in names if name not in given)
+            raise InputError(f"environment: {missing} is missing beside {', '.join(given)}; start with torchrun, or unset them")
+        try:
+            rank, world_size, local_rank = (int(given[name]) for name in names)
+            local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+            node_rank = int(os.environ.get("GROUP_RANK", os.environ.get("NODE_RANK", 0)))
+        except ValueError:
+            raise InputError(f"environment: {given}: each must be a whole number; start with torchrun, or unset them") from None
+        if not 0 <= rank < world_size:
+            raise InputError(f"environment: RANK = {rank} is not below WORLD_SIZE = {world_size}; start with torchrun")
+        return cls(rank, world_size, local_rank, local_world_size, node_rank, launched=True)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and speaks on the terminal."""
+        return self.rank == 0
+
+    def threads(self, asked: int) -> int:
+        """CPU threads for this rank: as asked, or its share of the cores that the node's ranks may use.
+
+        torchrun and Ray set OMP_NUM_THREADS=1 whatever the machine has, so this must be decided here.
+        """
+        return asked or max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+
+
+def host() -> str:
+    """The name of this machine."""
+    return socket.gethostname()

@@ -1,0 +1,78 @@
+"""`python -m distributed.train [CONFIG.toml] [--SETTING VALUE ...]`: a wrong input ends here before torch is imported."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from distributed.config import TrainConfig, help_text, load
+from distributed.data import cifar
+from distributed.errors import ExitCode, InputError
+from distributed.run_folder import RunFolder, check_resume
+from distributed.topology import Topology
+
+_BANNER = """\
+********************************************************************************
+*  NO CIFAR-10 IN {root}: TRAINING ON GENERATED IMAGES, NOT ON CIFAR-10.
+*  Their accuracy says nothing about CIFAR-10. For the real data set, unpack the
+*  official binary archive and name its folder: --data.root FOLDER
+********************************************************************************
+"""
+
+
+def main() -> int:
+    """The exit code; `ExitCode` says what each means."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text())
+        return ExitCode.FINISHED
+    topology = Topology()
+    try:
+        topology = Topology.from_environment()
+        config, finished = checked_config(sys.argv[1:], speaks=topology.is_main)
+    except InputError as error:
+        return refuse(error, topology)
+    if finished:
+        if topology.is_main:
+            folder = RunFolder(config.run_dir)
+            print(f"{folder.path}: this run is finished; evaluate it with python -m distributed.evaluate {folder.path}, "
+                  f"or start another with --run_dir", file=sys.stderr)  # fmt: skip
+        return ExitCode.FINISHED
+    from distributed.process import run_to_exit_code  # torch comes in here, after all that could be wrong was checked
+
+    return run_to_exit_code(config, topology)
+
+
+def checked_config(arguments: Sequence[str], *, speaks: bool) -> tuple[TrainConfig, bool]:
+    """The config of these arguments with its data and run folder looked at, and whether that run is finished.
+
+    Where the user named neither a config file nor data, CIFAR-10 is taken if it is there, else generated images, under
+    a banner.
+
+    Raises:
+        InputError: anything that cannot be used, all of it that could be found out at once.
+    """
+    config, named = load(arguments)
+    if not named and config.data.name == "cifar10" and not cifar.is_there("cifar10", config.data.root):
+        root = config.data.root.resolve()
+        config, _ = load(arguments, default_data="generated10")
+        if speaks:
+            print(_BANNER.format(root=root), file=sys.stderr)
+    if config.data.name in ("cifar10", "cifar100"):
+        cifar.check(config.data.name, config.data.root)
+    return config, check_resume(config)
+
+
+def refuse(error: InputError, topology: Topology) -> int:
+    """Local rank 0 says what is wrong; the others wait, so that torchrun does not end it before it has spoken."""
+    if topology.local_rank == 0:
+        print(*[f"error: {line}" for line in error.lines], sep="\n", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)
+    return ExitCode.BAD_INPUT
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # threads of gloo or NCCL that wait for a dead peer must not keep the process
