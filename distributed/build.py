@@ -51,6 +51,7 @@ def build_engine(config: TrainConfig, data: DataPipeline, device: torch.device) 
         channels_last=config.channels_last,
         device=device,
         example=data.example(),
+        timeout_seconds=config.timeout_seconds,
     )
 
 

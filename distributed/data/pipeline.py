@@ -36,7 +36,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Held:
-    images: Tensor  # uint8 [all, 3, h, w] of the file, channels last in memory; shared by the splits cut from it
+    images: Tensor  # uint8 [all, h, w, 3] of the file; shared by the splits cut from it
     labels: Tensor  # int64 [all]
     ids: Tensor  # int64 [n], which of them belong to this split
 
@@ -79,9 +79,9 @@ class DataPipeline:
         # Of training images only: what is measured on must not shape the input. Two thousand give three digits.
         sample = train.images[np.flatnonzero(~held_out)[:2000]] / np.float64(255)
         mean, deviation = sample.mean((0, 2, 3)), sample.std((0, 2, 3))
-        # (x / 255 - mean) / deviation as one multiply-add.
-        self._scale = torch.tensor(1 / (255 * deviation), dtype=dtype, device=device)[:, None, None]
-        self._shift = torch.tensor(-mean / deviation, dtype=dtype, device=device)[:, None, None]
+        # As one multiply-add a pixel.
+        self._scale = torch.tensor(1 / (255 * deviation), dtype=dtype, device=device)
+        self._shift = torch.tensor(-mean / deviation, dtype=dtype, device=device)
 
     @property
     def num_classes(self) -> int:
@@ -124,18 +124,24 @@ class DataPipeline:
         keys = torch.empty(0, 2, dtype=torch.int64, device=self.device)
         for start in range(0, self.size(split), self.evaluation_batch_size):
             ids = self._shard(held.ids[start : start + self.evaluation_batch_size])
-            yield Batch(self._input(held.images[ids]), held.labels[ids], ids, keys, self.size(split))
+            yield Batch(self._input(self._normalized(held.images.index_select(0, ids))), held.labels[ids], ids, keys, self.size(split))
 
     def _train_batch(self, held: _Held, ids: Tensor, epoch: int, step_size: int) -> Batch:
         keys = keyed.sample_keys(ids, seed=self.seed, epoch=epoch)
-        images = self._input(augment(held.images[ids], keys, self.config.augment))
+        images = self._normalized(augment(held.images.index_select(0, ids), keys, self.config.augment))
         if self.config.augment.cutout:
             images = cut_out(images, keys, self.config.augment.cutout)
-        return Batch(images, held.labels[ids], ids, keys, step_size)
+        return Batch(self._input(images), held.labels[ids], ids, keys, step_size)
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        """(x / 255 - mean) / deviation of uint8 [n, h, w, c]; rows are taken as one run of w * c numbers, which vectorizes."""
+        rows = images.flatten(2)
+        repeats = rows.shape[2] // len(self._scale)
+        return torch.addcmul(self._shift.repeat(repeats), rows.to(self.dtype), self._scale.repeat(repeats)).view_as(images)
 
     def _input(self, images: Tensor) -> Tensor:
-        normalized = torch.addcmul(self._shift, images.to(self.dtype), self._scale)
-        return normalized.contiguous(memory_format=self.memory_format)
+        """[n, h, w, c] as the models' [n, c, h, w], in the config's memory format."""
+        return images.permute(0, 3, 1, 2).contiguous(memory_format=self.memory_format)
 
     def _shard(self, chosen: Tensor) -> Tensor:
         """This rank's part of a slice of the global batch; parts differ by at most one sample."""
@@ -145,7 +151,7 @@ class DataPipeline:
     def _hold(self, source: cifar.Images, **splits: NDArray[np.int64]) -> dict[str, _Held]:
         """The source on the device once, and the ids of each split that is cut from it."""
         channels_last = torch.from_numpy(np.stack([source.images[:, c] for c in range(3)], axis=-1))
-        images = channels_last.to(self.device).permute(0, 3, 1, 2)
+        images = channels_last.to(self.device)
         labels = torch.from_numpy(source.labels.astype(np.int64)).to(self.device)
         return {name: _Held(images, labels, torch.from_numpy(ids).to(self.device)) for name, ids in splits.items()}
 

@@ -15,6 +15,7 @@ from distributed.config.tree import Ddp, Sgd
 from distributed.engine.tensors import load_named_state, named_state
 from distributed.models.sync_batch_norm import convert_sync_batch_norm
 from distributed.optim import build_optimizer
+from distributed.row_gather import open_row_gather
 
 
 def _sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -42,13 +43,14 @@ class DdpEngine:
         channels_last: bool,
         device: torch.device,
         example: tuple[Tensor, Tensor],
+        timeout_seconds: float,
     ) -> None:
         self.device, self.precision, self.clip_norm = device, precision, optim.clip_norm
         dtype = torch.float64 if precision == "float64" else torch.float32
         memory_format = torch.channels_last if channels_last else torch.preserve_format
         model = model.to(device, dtype, memory_format=memory_format)
         if world_size() > 1:
-            model = convert_sync_batch_norm(model)
+            model = convert_sync_batch_norm(model, open_row_gather(device, timeout_seconds=timeout_seconds))
         self._plain = model
         self.model: nn.Module = model
         self.optimizer = build_optimizer(optim, model, lr=optim.lr)

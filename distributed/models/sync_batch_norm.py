@@ -4,19 +4,15 @@ Each rank takes the statistics of its shard with torch's native kernel; one all-
 combination (Chan, Golub, LeVeque 1983) give everybody those of the whole batch, from any shards, empty ones too.
 """
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-
-def _rows_of_ranks(row: Tensor) -> Tensor:
-    """Every rank's row, in order of rank: [world_size, len(row)]."""
-    rows = row.new_empty(dist.get_world_size(), len(row))
-    dist.all_gather_into_tensor(rows, row)
-    return rows
+Gather = Callable[[Tensor], Tensor]
+"""Takes this rank's row, returns every rank's in order of rank: [world_size, len(row)]."""
 
 
 def _tree_sum(rows: Tensor) -> Tensor:
@@ -27,16 +23,16 @@ def _tree_sum(rows: Tensor) -> Tensor:
     return rows[0]
 
 
-def _statistics(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _statistics(x: Tensor, dtype: torch.dtype, gather: Gather) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and count over all ranks' shards of x [n, channels, ...]: [channels], [channels], []."""
     channels = x.shape[1]
     count = x.numel() // channels
+    mean = variance = torch.zeros(channels, dtype=dtype, device=x.device)
     if count:
-        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
-    else:
-        mean = variance = torch.zeros(channels, dtype=dtype, device=x.device)
+        # The kernel gives statistics in the type of the running ones; without these it would round them to bfloat16.
+        mean, variance = torch.batch_norm_update_stats(x, mean, variance, 0.0)
     row = torch.cat([mean.to(dtype), variance.to(dtype), torch.full((1,), count, dtype=dtype, device=x.device)])
-    rows = _rows_of_ranks(row)
+    rows = gather(row)
     means, variances, counts = rows[:, :channels], rows[:, channels:-1], rows[:, -1:]
     total = _tree_sum(counts)
     mean = _tree_sum(means * (counts / total))
@@ -48,10 +44,11 @@ def _statistics(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, total: Tensor, eps: float
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, total: Tensor, eps: float,
+        gather: Gather,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, variance, total)
-        ctx.eps = eps
+        ctx.eps, ctx.gather = eps, gather
         return torch.nn.functional.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
 
     @staticmethod
@@ -59,19 +56,21 @@ class _SyncBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, mean, variance, total = ctx.saved_tensors
         inverse = torch.rsqrt(variance + ctx.eps)
-        # With fixed statistics: the plain part grad * weight * inverse, and this shard's two sums.
-        plain, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, variance, None, None, False, ctx.eps, [False, True, True]
         )
-        sums = _tree_sum(_rows_of_ranks(torch.cat([grad_weight, grad_bias]))) / total
+        sums = _tree_sum(ctx.gather(torch.cat([grad_weight, grad_bias]))) / total
         mean_weight, mean_bias = sums.chunk(2)
-        # What the statistics' own dependence on x adds: -(x_hat * mean_weight + mean_bias) * weight * inverse,
-        # written per channel as slope * x + offset.
-        slope = -mean_weight * weight * inverse.square()
-        offset = -mean_bias * weight * inverse - slope * mean
-        shape = (1, -1) + (1,) * (x.dim() - 2)
-        grad_x = plain.addcmul_(x, slope.view(shape).to(x.dtype)).add_(offset.view(shape).to(x.dtype))
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+        # (grad - mean_bias - x_hat * mean_weight) * weight * inverse, written per channel as scale * grad + offset, one
+        # pass of the kernel that evaluation uses, and slope * x on top of it. The slope is rounded to x's type before
+        # the offset is made of it, so that the rounding meets x - mean, not x.
+        scale = weight * inverse
+        slope = (-mean_weight * scale * inverse).to(x.dtype)
+        offset = -mean_bias * scale - slope.to(mean.dtype) * mean
+        grad_x = torch.nn.functional.batch_norm(
+            grad, torch.zeros_like(mean), torch.ones_like(mean), scale, offset, training=False, eps=0.0
+        ).addcmul_(x, slope.view(1, -1, *(1,) * (x.dim() - 2)))
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
 class SyncBatchNorm(nn.modules.batchnorm._NormBase):
@@ -80,8 +79,10 @@ class SyncBatchNorm(nn.modules.batchnorm._NormBase):
     Gradients of weight and bias are this shard's sums: adding them up over ranks is the engine's part, as for any weight.
     """
 
+    gather: Gather
+
     @classmethod
-    def of(cls, layer: nn.modules.batchnorm._BatchNorm) -> Self:
+    def of(cls, layer: nn.modules.batchnorm._BatchNorm, gather: Gather) -> Self:
         """The synchronized layer with the same parameters and buffers (the very tensors).
 
         Raises:
@@ -90,6 +91,7 @@ class SyncBatchNorm(nn.modules.batchnorm._NormBase):
         if not layer.affine or not layer.track_running_stats:
             raise ValueError(f"{layer}: synchronized batch norm needs affine=True and track_running_stats=True")
         sync = cls(layer.num_features, eps=layer.eps, momentum=layer.momentum, device="meta")
+        sync.gather = gather
         sync._parameters, sync._buffers, sync.training = layer._parameters, layer._buffers, layer.training
         return sync
 
@@ -101,9 +103,9 @@ class SyncBatchNorm(nn.modules.batchnorm._NormBase):
                 x, self.running_mean, self.running_var, weight, bias, training=False, eps=self.eps
             )
         with torch.no_grad():
-            mean, variance, total = _statistics(x, weight.dtype)
+            mean, variance, total = _statistics(x, weight.dtype, self.gather)
             self._track(mean, variance * (total / (total - 1).clamp(min=1)))
-        result: Tensor = _SyncBatchNorm.apply(x, weight, bias, mean, variance, total, self.eps)
+        result: Tensor = _SyncBatchNorm.apply(x, weight, bias, mean, variance, total, self.eps, self.gather)
         return result
 
     def _track(self, mean: Tensor, unbiased: Tensor) -> None:
@@ -116,11 +118,11 @@ class SyncBatchNorm(nn.modules.batchnorm._NormBase):
         self.running_var.lerp_(unbiased, momentum)
 
 
-def convert_sync_batch_norm(model: nn.Module) -> nn.Module:
+def convert_sync_batch_norm(model: nn.Module, gather: Gather) -> nn.Module:
     """Put `SyncBatchNorm` in place of every `BatchNorm1d/2d/3d` inside the model; parameters and names stay."""
     for name, child in model.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            setattr(model, name, SyncBatchNorm.of(child))
+            setattr(model, name, SyncBatchNorm.of(child, gather))
         else:
-            convert_sync_batch_norm(child)
+            convert_sync_batch_norm(child, gather)
     return model
