@@ -12,7 +12,6 @@ from distributed.config import TrainConfig
 from distributed.errors import ExitCode
 from distributed.plot import draw_curves
 from distributed.run_folder import ClaimedRun, RunFolder, versions
-from distributed.sinks import duration
 from distributed.state import TrainState
 from distributed.topology import Topology
 
@@ -60,9 +59,7 @@ class Attempt:
         if self.run:
             self.run.begin(self.config, start_step=state.step, details={"bits": facts["bits"]})
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self.run is None:
             return
         try:
@@ -73,7 +70,7 @@ class Attempt:
 
     def _write_ending(self, run: ClaimedRun, error: BaseException | None) -> None:
         state = self._state
-        progress = {"step": state.step, "epoch": state.epoch} if state else {}
+        progress: dict[str, Any] = {"step": state.step, "epoch": state.epoch} if state else {}
         if error is not None:
             code = getattr(error, "exit_code", ExitCode.FAILED)
             run.end("failed", exit_code=code, reason=f"{type(error).__name__}: {error}", **progress)

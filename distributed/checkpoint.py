@@ -56,7 +56,9 @@ class Checkpointer:
             return None
         path = self.folder / name
         if not path.is_dir():
-            raise StorageError(f"{path}: rank 0 sees this checkpoint and this rank does not; run_dir must be shared storage")
+            raise StorageError(
+                f"{path}: rank 0 sees this checkpoint and this rank does not; run_dir must be shared storage"
+            )
         content = load(path, engine, state)
         self._newest_step = state.step
         return content
@@ -117,7 +119,9 @@ class Checkpointer:
             damage = damage_of(path)
             if damage is None:
                 return path.name
-            logger.error("{} is damaged ({}): set aside as {}.damaged; going back to the one before", path, damage, path.name)
+            logger.error(
+                "{} is damaged ({}): set aside as {}.damaged; going back to the one before", path, damage, path.name
+            )
             shutil.rmtree(path.with_name(f"{path.name}.damaged"), ignore_errors=True)
             path.rename(path.with_name(f"{path.name}.damaged"))
         return None

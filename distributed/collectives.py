@@ -61,14 +61,16 @@ class LateMax:
 
     def __init__(self, flags: int) -> None:
         self._nothing = torch.zeros(flags, dtype=torch.int32)
-        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
+        self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
         self._pending: tuple[Tensor, Any] | None = None
 
     def exchange(self, *flags: int) -> list[int]:
         """Hand in this rank's flags; get the maxima of what was handed in the call before (zeros at first)."""
         before = self.drain()
         mine = torch.tensor(flags, dtype=torch.int32)
-        work = dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self._group, async_op=True) if self._group else None
+        work = (
+            dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self._group, async_op=True) if world_size() > 1 else None
+        )
         self._pending = (mine, work)
         return before
 

@@ -14,7 +14,9 @@ from distributed.stop import SignalStop
 from distributed.topology import Topology
 
 # What gloo and NCCL say where another rank has died; the rank that died first has the real message.
-_LOST_PEER = re.compile(r"closed by peer|connection reset|timed out waiting|broken pipe|socket ?timeout|remote process", re.I)
+_LOST_PEER = re.compile(
+    r"closed by peer|connection reset|timed out waiting|broken pipe|socket ?timeout|remote process", re.I
+)
 
 
 def run_to_exit_code(config: TrainConfig, topology: Topology) -> int:
@@ -46,12 +48,16 @@ def _say_ending(config: TrainConfig, state: TrainState) -> None:
     run = RunFolder(config.run_dir)
     if state.stop_reason:
         logger.warning(
-            "stopped by {} at step {}, everything saved; the same command goes on from here", state.stop_reason, state.step
+            "stopped by {} at step {}, everything saved; the same command goes on from here",
+            state.stop_reason,
+            state.step,
         )
         return
     early = ", stopped early" if state.stopped_early else ""
     best = f"; best validation epoch {state.best.epoch + 1} ({state.best.value:.4f})" if state.best else ""
     logger.info("finished after {} epochs, {} steps{}{}", state.epoch, state.step, early, best)
-    logger.info("curves {}, checkpoints {}, TensorBoard: tensorboard --logdir {}", run.curves, run.checkpoints, run.path)
+    logger.info(
+        "curves {}, checkpoints {}, TensorBoard: tensorboard --logdir {}", run.curves, run.checkpoints, run.path
+    )
     if config.data.name.startswith("generated"):
         logger.warning("these results are on generated images, not on CIFAR")

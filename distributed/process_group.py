@@ -7,6 +7,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from distributed.errors import InputError
 from distributed.rendezvous import agree_on_token
@@ -20,7 +22,9 @@ def choose_device(asked: str, topology: Topology) -> torch.device:
         InputError: CUDA was asked for and there is none.
     """
     if asked == "cuda" and not torch.cuda.is_available():
-        raise InputError("device = cuda: no CUDA device is to be seen; use --device cpu, or check nvidia-smi and torch's build")
+        raise InputError(
+            "device = cuda: no CUDA device is to be seen; use --device cpu, or check nvidia-smi and torch's build"
+        )
     if asked == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", topology.local_rank % torch.cuda.device_count())
@@ -50,11 +54,11 @@ def process_group(topology: Topology, device: torch.device, *, timeout_seconds: 
         return
     timeout = timedelta(seconds=timeout_seconds)
     own_gpu = device.type == "cuda" and topology.local_world_size <= torch.cuda.device_count()
-    store, rank, world_size = next(dist.rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))
+    store, rank, world_size = next(rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))
     token = agree_on_token(store, rank=rank, world_size=world_size, timeout=timeout)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if own_gpu else "gloo",
-        store=dist.PrefixStore(token, store),
+        store=PrefixStore(token, store),
         rank=rank,
         world_size=world_size,
         timeout=timeout,

@@ -10,7 +10,7 @@ import time
 import uuid
 from datetime import timedelta
 
-from torch.distributed import Store
+from torch._C._distributed_c10d import Store
 
 _POLL_SECONDS = 0.01
 

@@ -69,7 +69,7 @@ class Reporter:
 
 
 def _split(totals: Totals | None) -> SplitMetrics | None:
-    return totals and SplitMetrics(totals.mean_loss, totals.accuracy, totals.accuracy5)
+    return None if totals is None else SplitMetrics(totals.mean_loss, totals.accuracy, totals.accuracy5)
 
 
 def open_sinks(config: TrainConfig, run: RunFolder, *, start_step: int, total_steps: int) -> list[Sink]:

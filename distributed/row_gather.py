@@ -45,7 +45,9 @@ def open_row_gather(device: torch.device, *, timeout_seconds: float) -> RowGathe
         return gather_by_process_group
     path = None
     if collectives.rank() == 0:
-        handle, path = tempfile.mkstemp(prefix="distributed-rows-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+        handle, path = tempfile.mkstemp(
+            prefix="distributed-rows-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None
+        )
         os.ftruncate(handle, SharedMemoryGather.size(collectives.world_size()))
         os.close(handle)
     path = collectives.from_main(path)

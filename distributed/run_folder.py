@@ -1,10 +1,10 @@
 """The folder of a run: one writer at a time, where everything lies, and how each attempt ended. Imports no torch.
 
-    RUN/config.toml       the resolved config; can be passed back in
-    RUN/status.json       running | finished | stopped | failed, with the reason, exit code and progress
-    RUN/attempts.jsonl    a line at the start and at the end of each attempt: when, where, versions, why it ended
-    RUN/attempt.json      the token of the attempt that may write
-    RUN/metrics.jsonl     RUN/tensorboard/   RUN/curves.png   RUN/logs/rank-0000.log   RUN/checkpoints/
+RUN/config.toml       the resolved config; can be passed back in
+RUN/status.json       running | finished | stopped | failed, with the reason, exit code and progress
+RUN/attempts.jsonl    a line at the start and at the end of each attempt: when, where, versions, why it ended
+RUN/attempt.json      the token of the attempt that may write
+RUN/metrics.jsonl     RUN/tensorboard/   RUN/curves.png   RUN/logs/rank-0000.log   RUN/checkpoints/
 """
 
 import json
@@ -47,7 +47,6 @@ class RunFolder:
     def status(self) -> dict[str, Any]:
         """What the last attempt said of itself; empty where there was none."""
         return read_json(self._status_file) or {}
-
 
     def saved_config(self) -> TrainConfig | None:
         """The config that the newest checkpoint was made under."""
@@ -134,7 +133,9 @@ class ClaimedRun(RunFolder):
         """Write down the config, where this attempt starts and what it runs on."""
         replace_text(self.config_file, as_toml(config))
         self._say("running", step=start_step)
-        self._attempt("started", step=start_step, world_size=self.world_size, versions=versions(), git=git_state(), **details)
+        self._attempt(
+            "started", step=start_step, world_size=self.world_size, versions=versions(), git=git_state(), **details
+        )
 
     def progress(self, *, step: int, epoch: int) -> None:
         self._say("running", step=step, epoch=epoch)

@@ -99,7 +99,9 @@ class Patience:
     def improved(self, value: float) -> bool:
         """Whether this value is a new best, which it then becomes."""
         higher = self.metric == "accuracy"
-        better = self.best is None or (value > self.best + self.min_delta if higher else value < self.best - self.min_delta)
+        better = self.best is None or (
+            value > self.best + self.min_delta if higher else value < self.best - self.min_delta
+        )
         if better:
             self.best, self.bad_epochs = value, 0
         return better
@@ -206,4 +208,6 @@ def build_schedule(config: TrainConfig, *, steps_per_epoch: int) -> Schedule:
 
 def build_early_stopping(section: tree.EarlyStopping | None) -> EarlyStopping | None:
     """The rule of the config's section, if it has one."""
-    return section and EarlyStopping(Patience(section.metric, section.patience, section.min_delta))
+    if section is None:
+        return None
+    return EarlyStopping(Patience(section.metric, section.patience, section.min_delta))

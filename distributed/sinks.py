@@ -93,7 +93,9 @@ class Terminal:
             if split:
                 parts.append(f"{name} loss {split.loss:.4f}, accuracy {split.accuracy:.2%}")
         best = ", best so far" if m.is_best else ""
-        logger.info("epoch {}/{} done in {}: {}{}", m.epoch + 1, self.epochs, duration(m.seconds), "; ".join(parts), best)
+        logger.info(
+            "epoch {}/{} done in {}: {}{}", m.epoch + 1, self.epochs, duration(m.seconds), "; ".join(parts), best
+        )
 
     def close(self) -> None:
         if self._bar is not None:

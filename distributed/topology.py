@@ -36,13 +36,17 @@ class Topology:
             return cls()
         if len(given) < len(names):
             missing = ", ".join(name for name in names if name not in given)
-            raise InputError(f"environment: {missing} is missing beside {', '.join(given)}; start with torchrun, or unset them")
+            raise InputError(
+                f"environment: {missing} is missing beside {', '.join(given)}; start with torchrun, or unset them"
+            )
         try:
             rank, world_size, local_rank = (int(given[name]) for name in names)
             local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
             node_rank = int(os.environ.get("GROUP_RANK", os.environ.get("NODE_RANK", 0)))
         except ValueError:
-            raise InputError(f"environment: {given}: each must be a whole number; start with torchrun, or unset them") from None
+            raise InputError(
+                f"environment: {given}: each must be a whole number; start with torchrun, or unset them"
+            ) from None
         if not 0 <= rank < world_size:
             raise InputError(f"environment: RANK = {rank} is not below WORLD_SIZE = {world_size}; start with torchrun")
         return cls(rank, world_size, local_rank, local_world_size, node_rank, launched=True)

@@ -50,4 +50,6 @@ def help_text() -> str:
     for path in dict.fromkeys(leaf.path for leaf in leaves()):
         leaf = first_of[path]
         groups.setdefault(_group(leaf), []).append(_line(leaf))
-    return "\n".join([HEAD, "settings:", *["\n".join([f"\n  {group}" if group else "", *lines]) for group, lines in groups.items()]])
+    return "\n".join(
+        [HEAD, "settings:", *["\n".join([f"\n  {group}" if group else "", *lines]) for group, lines in groups.items()]]
+    )

@@ -4,6 +4,7 @@ A setting made with `setting` defines the experiment: a run resumed with another
 `operational` may change between attempts (where things lie, how often they are logged), since the curve stays the same.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -27,7 +28,9 @@ class Section(BaseModel):
 
 
 class Augment(Section):
-    crop: int = setting(4, "zero padding in pixels around the image before a random crop back to its size; 0: none", ge=0, le=16)
+    crop: int = setting(
+        4, "zero padding in pixels around the image before a random crop back to its size; 0: none", ge=0, le=16
+    )
     flip: bool = setting(True, "mirror each training image with probability one half")
     cutout: int = setting(0, "side in pixels of the square set to the mean at a random place; 0: none", ge=0, le=32)
 
@@ -46,7 +49,9 @@ class _Data(Section):
 
 class CifarData(_Data):
     name: Literal["cifar10", "cifar100"] = setting("cifar10", "the data set")
-    root: AnyPath = operational(Path("data"), "folder with cifar-10-batches-bin/ or cifar-100-binary/ (official binary layout)")
+    root: AnyPath = operational(
+        Path("data"), "folder with cifar-10-batches-bin/ or cifar-100-binary/ (official binary layout)"
+    )
 
 
 class GeneratedData(_Data):
@@ -86,7 +91,9 @@ class Cosine(Section):
 
 
 class OneCycle(Section):
-    name: Literal["one_cycle"] = setting("one_cycle", "half a cosine up from lr * start_factor to lr, then half a cosine down")
+    name: Literal["one_cycle"] = setting(
+        "one_cycle", "half a cosine up from lr * start_factor to lr, then half a cosine down"
+    )
     warmup_fraction: float = setting(0.25, "part of the steps that rises", gt=0, lt=1)
     start_factor: float = setting(0.04, "lr at the first step as a part of lr", ge=0, lt=1)
     final_factor: float = setting(1e-4, "lr at the last step as a part of lr", ge=0, lt=1)
@@ -144,7 +151,9 @@ ScheduleSection = Annotated[Constant | Cosine | OneCycle | Plateau, Field(discri
 class TrainConfig(Section):
     """Everything that defines a run. The curve depends on `global_batch_size` and `accumulation`, not on the ranks."""
 
-    run_dir: AnyPath = operational(Path("runs/default"), "folder of the run; runs/<config name or model-data> if not given")
+    run_dir: AnyPath = operational(
+        Path("runs/default"), "folder of the run; runs/<config name or model-data> if not given"
+    )
     seed: int = setting(0, "key of initial weights, order, augmentation and dropout", ge=0, lt=2**63)
     epochs: int = setting(10, "passes over the training images", gt=0)
     global_batch_size: int = setting(128, "images a step, over all ranks and micro-batches", gt=0)
@@ -177,8 +186,8 @@ class TrainConfig(Section):
     def peak_lr(self) -> float:
         """`optim.lr` scaled to the global batch (linear: Goyal et al. 2017, arXiv 1706.02677)."""
         optim = self.optim
-        ratio = self.global_batch_size / (optim.lr_base_batch or self.global_batch_size)
-        return optim.lr * {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}[optim.lr_scaling]
+        ratio: float = self.global_batch_size / (optim.lr_base_batch or self.global_batch_size)
+        return optim.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[optim.lr_scaling]
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
@@ -204,7 +213,9 @@ def _conflicts(config: TrainConfig) -> list[str]:
             "remove it or set optim.lr_scaling to linear or sqrt"
         )
     if optim.lr_scaling != "none" and optim.lr_base_batch is None:
-        found.append(f"optim.lr_scaling = {optim.lr_scaling} needs optim.lr_base_batch: the batch at which optim.lr holds")
+        found.append(
+            f"optim.lr_scaling = {optim.lr_scaling} needs optim.lr_base_batch: the batch at which optim.lr holds"
+        )
     if isinstance(schedule, Constant | Cosine) and schedule.warmup_epochs >= config.epochs:
         found.append(
             f"schedule.warmup_epochs = {schedule.warmup_epochs} leaves nothing of epochs = {config.epochs}: lower it"
@@ -212,7 +223,9 @@ def _conflicts(config: TrainConfig) -> list[str]:
     if not config.data.validation_fraction:
         remedy = "set data.validation_fraction above 0"
         if isinstance(schedule, Plateau):
-            found.append(f"schedule.name = plateau watches validation, and there is none: {remedy} or choose another schedule")
+            found.append(
+                f"schedule.name = plateau watches validation, and there is none: {remedy} or choose another schedule"
+            )
         if config.early_stopping:
             found.append(f"early_stopping watches validation, and there is none: {remedy} or leave early_stopping out")
         if config.checkpoint.best_by in ("accuracy", "loss"):

@@ -40,8 +40,8 @@ def crop(images: Tensor, padding: int, down: Tensor, across: Tensor) -> Tensor:
 def choose(chosen: Tensor, these: Tensor, others: Tensor) -> Tensor:
     """`these[i]` where `chosen[i]`, else `others[i]`: bool [n] over uint8 [n, ...], eight bytes at a time where they fit."""
     lanes = torch.int64 if others[:1].numel() % 8 == 0 else torch.uint8
-    flat = [images.reshape(len(images), -1).view(lanes) for images in (these, others)]
-    return torch.where(chosen[:, None], *flat).view(torch.uint8).view(others.shape)
+    these64, others64 = these.flatten(1).view(lanes), others.flatten(1).view(lanes)
+    return torch.where(chosen[:, None], these64, others64).view(torch.uint8).view(others.shape)
 
 
 def cut_out(images: Tensor, sample_keys: Tensor, side: int) -> Tensor:

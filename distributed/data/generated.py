@@ -6,6 +6,8 @@ model; neither a shift nor a mirror image changes a class. Triangle waves and in
 point, so no cosine's last bit can differ between machines.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -58,13 +60,16 @@ def _frequencies(labels: NDArray[np.uint8], classes: int) -> tuple[Floats, Float
     """Periods an image, down and across, of each label: 10 x 10 pairs of 100 classes, or ten pairs far apart."""
     if classes == 100:
         return (1 + 0.6 * (labels // 10)).astype(np.float32), (1 + 0.6 * (labels % 10)).astype(np.float32)
-    pairs = np.array([(2, 2), (2, 3.2), (3.2, 2), (3.2, 3.2), (2, 5), (5, 2), (5, 5), (3.2, 5), (5, 3.2), (7, 7)], np.float32)
+    pairs = np.array(
+        [(2, 2), (2, 3.2), (3.2, 2), (3.2, 3.2), (2, 5), (5, 2), (5, 5), (3.2, 5), (5, 3.2), (7, 7)], np.float32
+    )
     return pairs[labels, 0], pairs[labels, 1]
 
 
-def _triangle(x: Floats) -> Floats:
+def _triangle(x: NDArray[Any]) -> Floats:
     """A wave of period 1 between -1 and 1."""
-    return (4 * np.abs(x - np.floor(x) - np.float32(0.5)) - 1).astype(np.float32)
+    wave: Floats = (4 * np.abs(x - np.floor(x) - np.float32(0.5)) - 1).astype(np.float32)
+    return wave
 
 
 def _noise_tiles(tiles: int = 512) -> Floats:
@@ -74,7 +79,8 @@ def _noise_tiles(tiles: int = 512) -> Floats:
     for term in range(4):
         mixed = _mix(np.arange(count, dtype=np.uint32) + np.uint32(term * count))
         total += (mixed >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
-    return ((total - 2) * np.float32(30)).reshape(tiles, 3, _SIDE, _SIDE)
+    normal: Floats = ((total - 2) * np.float32(30)).reshape(tiles, 3, _SIDE, _SIDE)
+    return normal
 
 
 def _mix(x: NDArray[np.uint32]) -> NDArray[np.uint32]:

@@ -124,7 +124,13 @@ class DataPipeline:
         keys = torch.empty(0, 2, dtype=torch.int64, device=self.device)
         for start in range(0, self.size(split), self.evaluation_batch_size):
             ids = self._shard(held.ids[start : start + self.evaluation_batch_size])
-            yield Batch(self._input(self._normalized(held.images.index_select(0, ids))), held.labels[ids], ids, keys, self.size(split))
+            yield Batch(
+                self._input(self._normalized(held.images.index_select(0, ids))),
+                held.labels[ids],
+                ids,
+                keys,
+                self.size(split),
+            )
 
     def _train_batch(self, held: _Held, ids: Tensor, epoch: int, step_size: int) -> Batch:
         keys = keyed.sample_keys(ids, seed=self.seed, epoch=epoch)
@@ -137,7 +143,9 @@ class DataPipeline:
         """(x / 255 - mean) / deviation of uint8 [n, h, w, c]; rows are taken as one run of w * c numbers, which vectorizes."""
         rows = images.flatten(2)
         repeats = rows.shape[2] // len(self._scale)
-        return torch.addcmul(self._shift.repeat(repeats), rows.to(self.dtype), self._scale.repeat(repeats)).view_as(images)
+        return torch.addcmul(self._shift.repeat(repeats), rows.to(self.dtype), self._scale.repeat(repeats)).view_as(
+            images
+        )
 
     def _input(self, images: Tensor) -> Tensor:
         """[n, h, w, c] as the models' [n, c, h, w], in the config's memory format."""

@@ -1,7 +1,6 @@
 """The fixed stratified shuffle that holds out validation images."""
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from distributed import keyed

@@ -18,7 +18,7 @@ from distributed.optim import build_optimizer
 from distributed.row_gather import open_row_gather
 
 
-def _sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_gradients(_: object, bucket: Any) -> torch.futures.Future[Tensor]:
     """The plain sum over ranks. DDP's own hook divides by their number, and a division by three rounds."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     future: Any = work.get_future()
@@ -48,7 +48,7 @@ class DdpEngine:
         self.device, self.precision, self.clip_norm = device, precision, optim.clip_norm
         dtype = torch.float64 if precision == "float64" else torch.float32
         memory_format = torch.channels_last if channels_last else torch.preserve_format
-        model = model.to(device, dtype, memory_format=memory_format)
+        model = model.to(device, dtype).to(memory_format=memory_format)
         if world_size() > 1:
             model = convert_sync_batch_norm(model, open_row_gather(device, timeout_seconds=timeout_seconds))
         self._plain = model
@@ -89,7 +89,7 @@ class DdpEngine:
 
     def autocast(self) -> AbstractContextManager[None]:
         if self.precision == "bfloat16":
-            return torch.autocast(self.device.type, torch.bfloat16)  # type: ignore[return-value]
+            return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
     @contextmanager

@@ -34,4 +34,5 @@ class ImprovedAlexNet(nn.Module):
         x = self.conv(images).flatten(1)
         x = self.dropout1(self.fc1(x).relu(), sample_keys)
         x = self.dropout2(self.fc2(x).relu(), sample_keys)
-        return self.fc3(x)
+        logits: Tensor = self.fc3(x)
+        return logits

@@ -1,6 +1,5 @@
 """Dropout whose mask is a function of (seed, epoch, sample id, layer), the same on any rank, device and attempt."""
 
-import torch
 from torch import Tensor, nn
 
 from distributed import keyed

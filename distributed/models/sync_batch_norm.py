@@ -43,8 +43,15 @@ def _statistics(x: Tensor, dtype: torch.dtype, gather: Gather) -> tuple[Tensor, 
 
 class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, total: Tensor, eps: float,
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        total: Tensor,
+        eps: float,
         gather: Gather,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, variance, total)
@@ -53,7 +60,7 @@ class _SyncBatchNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, variance, total = ctx.saved_tensors
         inverse = torch.rsqrt(variance + ctx.eps)
         _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
