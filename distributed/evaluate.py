@@ -4,12 +4,16 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distributed.config import TrainConfig, load, with_values
 from distributed.data import cifar
 from distributed.errors import ExitCode, InputError
 from distributed.run_folder import RunFolder
 from distributed.topology import Topology
+
+if TYPE_CHECKING:
+    from distributed.data.pipeline import Split
 
 
 def main() -> int:
@@ -52,12 +56,13 @@ def _checkpoint_of(folder: RunFolder, name: str) -> Path:
     raise InputError(f"--checkpoint {name}: not in {folder.checkpoints}; there are: {', '.join(there) or 'none'}")
 
 
-def _evaluate(config: TrainConfig, checkpoint: Path, split: str) -> int:
+def _evaluate(config: TrainConfig, checkpoint: Path, split: "Split") -> int:
     import torch
 
     from distributed import logs
     from distributed.build import build_data, build_engine
-    from distributed.checkpoint import damage_of, load as load_checkpoint
+    from distributed.checkpoint import damage_of
+    from distributed.checkpoint import load as load_checkpoint
     from distributed.loop import evaluate
     from distributed.process_group import choose_device, make_deterministic, process_group
 

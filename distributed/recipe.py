@@ -87,8 +87,10 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
                     checkpoints.wait()
                     state.stop_reason = agreement.reason
                     return state
+            # Not the loop's variables from here on: an attempt may begin where an epoch's steps are all done.
             state.take(sums.read())
             state.close_window()
+            lr = state.schedule.lr(state.step - 1)
             validation = evaluate(engine, data, "validation", device=device) if data.size("validation") else None
             is_best, decisions = state.observe(validation, best_by=config.best_by)
             for decision in decisions:

@@ -18,7 +18,10 @@ from distributed.optim import build_optimizer
 from distributed.row_gather import open_row_gather
 
 
-def _sum_gradients(_: object, bucket: Any) -> torch.futures.Future[Tensor]:
+def _sum_gradients(
+    _: object,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]  # DDP insists on this annotation
+) -> torch.futures.Future[Tensor]:
     """The plain sum over ranks. DDP's own hook divides by their number, and a division by three rounds."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     future: Any = work.get_future()

@@ -1,0 +1,36 @@
+# make train, make test: each sets up all it needs in .venv, then runs. Needs Python 3.11+, make and a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RANKS ?= 2
+
+.PHONY: train test lint bench clean
+
+train: $(READY)  ## train on CIFAR-10 in CIFAR_ROOT (or ./data) on 2 processes, or on generated images
+	$(BIN)/torchrun --nproc_per_node=$(RANKS) --standalone -m distributed.train $(if $(CIFAR_ROOT),--data.root $(CIFAR_ROOT)) $(ARGS)
+
+# Each suite has its budget in seconds; tests on real CIFAR read CIFAR_ROOT and are skipped without it.
+test: $(READY)
+	timeout 300 $(BIN)/python -m pytest tests/unit
+	timeout 900 $(BIN)/python -m pytest tests/multiprocess
+	timeout 1500 $(BIN)/python -m pytest tests/integration tests/golden
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## speed against the seeds' loop and against compute alone; needs CIFAR_ROOT
+	$(BIN)/python -m distributed.bench train --data.root $(CIFAR_ROOT)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: $(PYTHON) is older than 3.11; name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:  ## everything that make made; runs/ and data/ stay
+	rm -rf $(VENV) .venv-* *.egg-info .pytest_cache .mypy_cache .ruff_cache

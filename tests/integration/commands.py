@@ -1,0 +1,128 @@
+"""Starts the real commands as a user types them, watches them, and ends by pid what it started."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def torchrun(
+    ranks: int, *arguments: object, module: str = "distributed.train", options: Sequence[str] = ()
+) -> list[str]:
+    """`torchrun --nproc_per_node=RANKS -m distributed.train ARGUMENTS`, on a port of its own."""
+    own = options or ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
+    return [*TORCHRUN, f"--nproc_per_node={ranks}", *own, "-m", module, *map(str, arguments)]
+
+
+class Command:
+    """A started command, its output in a file; leaving the context kills it and all of its descendants."""
+
+    def __init__(self, arguments: Sequence[str], *, output: Path, cwd: Path = ROOT, **popen: Any) -> None:
+        self.output = output
+        self._seen: set[int] = set()
+        with output.open("ab") as file:
+            self.process = subprocess.Popen(
+                arguments, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=cwd,
+                env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, **popen,
+            )  # fmt: skip
+
+    def __enter__(self) -> "Command":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        kill(*self.ranks(), *self._seen, self.process.pid)
+        self.process.wait()
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def ranks(self) -> list[int]:
+        """Pids of all processes below the command: under torchrun, the ranks."""
+        found, below = [], [self.process.pid]
+        while below:
+            children = [child for pid in below for child in children_of(pid)]
+            found += children
+            below = children
+        self._seen |= set(found)
+        return found
+
+    def wait(self, seconds: float = 120) -> int:
+        """The exit code; the end of the output is shown where it does not come in time."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds} s:\n{self.text[-4000:]}") from None
+
+    def wait_for(self, condition: Any, *, seconds: float = 90, what: str = "condition") -> None:
+        """Poll until it holds or the command has ended."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if self.process.poll() is not None:
+                return
+            assert time.monotonic() < deadline, f"{what} did not come in {seconds} s:\n{self.text[-4000:]}"
+            time.sleep(0.02)
+
+
+def children_of(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if int(parent) == pid and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def kill(*pids: int, number: int = signal.SIGKILL) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
+
+
+def attempts(run: Path, event: str) -> list[dict[str, Any]]:
+    """The lines of attempts.jsonl with this event."""
+    file = run / "attempts.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [line for line in lines if line["event"] == event]
+
+
+def status(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "status.json").read_text()))
+
+
+def final_tensors(run: Path) -> dict[str, torch.Tensor]:
+    """What the newest checkpoint holds."""
+    newest = sorted((run / "checkpoints").glob("step-*/tensors.safetensors"))[-1]
+    return load_file(newest)
+
+
+def assert_same_bits(run: Path, reference: Path) -> None:
+    """Weights, buffers, optimizer state and logged losses are those of the other run, bit for bit."""
+    assert (status(run)["status"], status(run)["step"]) == ("finished", status(reference)["step"])
+    ours, theirs = final_tensors(run), final_tensors(reference)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert metrics(run) == metrics(reference)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what the clock and the machine say."""
+    clock = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines]

@@ -1,0 +1,199 @@
+"""The command as users type it, right and wrong."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from integration.commands import ROOT, Command, attempts, final_tensors, metrics, status, torchrun
+
+TINY = ("configs/debug.toml", "--epochs", "1", "--data.train_samples", "200", "--data.test_samples", "40")
+
+
+def python(*arguments: object, module: str = "distributed.train") -> list[str]:
+    return [sys.executable, "-m", module, *map(str, arguments)]
+
+
+def run(arguments: list[str], cwd: Path = ROOT, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    return subprocess.run(
+        arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+    )
+
+
+def test_all_mistakes_are_told_at_once_before_torch_is_imported(tmp_path: Path) -> None:
+    config = tmp_path / "mine.toml"
+    config.write_text('epochs = 3\n\n[optim]\nlrr = 0.05\n\n[data]\nname = "generated10"\n')
+    start = time.monotonic()
+    result = run([sys.executable, "-X", "importtime", "-m", "distributed.train", str(config), "--precision", "fp4"])
+    seconds = time.monotonic() - start
+    told = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
+    assert result.returncode == 2
+    assert told == [
+        "error: command line: precision = fp4: should be 'float32', 'bfloat16' or 'float64'",
+        f"error: {config}:4: optim.lrr = 0.05: unknown setting; did you mean optim.lr?",
+    ]
+    imported = {line.split("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
+    assert not {"torch", "ray", "deepspeed", "matplotlib"} & imported
+    assert seconds < 10  # about one; this only catches an import of everything
+
+
+def test_under_torchrun_a_mistake_is_the_last_thing_above_its_banner(tmp_path: Path) -> None:
+    result = run(torchrun(2, "configs/debug.toml", "--optim.lrr", "1", "--run_dir", tmp_path / "run"))
+    lines = result.stderr.splitlines()
+    said = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    assert [lines[number] for number in said] == [
+        "error: command line: optim.lrr = 1: unknown setting; did you mean optim.lr?"
+    ]
+    assert "Traceback" not in "\n".join(lines[: said[0]])
+    assert "failed (exitcode: 2)" in lines[said[0] + 1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_is_not_there_is_named_with_the_remedy(tmp_path: Path) -> None:
+    result = run(python("configs/cifar10.toml", "--data.root", tmp_path, "--run_dir", tmp_path / "run"))
+    assert result.returncode == 2
+    assert f"{tmp_path}/cifar-10-batches-bin/data_batch_1.bin: No such file" in result.stderr
+    assert "--data.root" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_help_comes_without_torch_and_names_every_section() -> None:
+    result = run(python("--help"))
+    assert result.returncode == 0
+    for option in ("--optim.lr ", "--schedule.patience", "--data.augment.crop", "--checkpoint.every_minutes"):
+        assert option in result.stdout
+
+
+@pytest.mark.smoke
+@pytest.mark.timeout(200)
+def test_without_a_config_generated_images_are_used_under_a_banner_and_marked(tmp_path: Path) -> None:
+    settings = (
+        "--epochs",
+        1,
+        "--data.validation_fraction",
+        0.5,
+        "--global_batch_size",
+        5000,
+        "--logging.every_steps",
+        1,
+    )
+    with Command(torchrun(2, *settings), output=tmp_path / "output", cwd=tmp_path) as command:
+        assert command.wait(150) == 0, command.text
+    folder = tmp_path / "runs" / "improved_alexnet-generated10"
+    assert "NO CIFAR-10 IN" in command.text
+    assert {line["data"] for line in metrics(folder)} == {"generated10"}
+    state = json.loads((folder / "checkpoints" / "latest" / "state.json").read_text())
+    assert state["data"] == "generated10"
+    assert (folder / "curves.png").stat().st_size > 10_000
+    assert list((folder / "tensorboard").glob("events*"))
+    assert status(folder)["status"] == "finished"
+
+
+@pytest.mark.smoke
+@pytest.mark.timeout(200)
+def test_a_finished_run_says_so_and_a_changed_experiment_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert run(python(*TINY, "--run_dir", folder)).returncode == 0
+    again = run(python(*TINY, "--run_dir", folder))
+    assert (again.returncode, "this run is finished" in again.stderr) == (0, True)
+    from_resolved = run(python(folder / "config.toml"))
+    assert (from_resolved.returncode, "this run is finished" in from_resolved.stderr) == (0, True)
+    changed = run(python(*TINY, "--run_dir", folder, "--optim.lr", "0.05", "--seed", "1"))
+    assert changed.returncode == 2
+    assert "optim.lr = 0.05: this run was begun with 0.1" in changed.stderr
+    assert "seed = 1: this run was begun with 0" in changed.stderr
+    evaluated = run(python(folder, "--split", "test", module="distributed.evaluate"))
+    test = metrics(folder)[-1]["test"]
+    assert f"loss {test['loss']:.4f}, top-1 {test['accuracy']:.2%}, top-5 {test['accuracy5']:.2%}" in evaluated.stdout
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = run(python(*TINY, "--run_dir", tmp_path / "file" / "run"))
+    assert result.returncode == 2
+    assert "Not a directory" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.timeout(200)
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    first = python(*TINY[:1], "--epochs", 60, "--run_dir", folder)
+    with Command(first, output=tmp_path / "first") as running:
+        running.wait_for(lambda: attempts(folder, "started"), what="the start")
+        second = run(python(*TINY[:1], "--epochs", 60, "--run_dir", folder), seconds=90)
+        assert second.returncode == 2
+        assert f"another run is writing there (process {running.process.pid}" in second.stderr
+        assert running.process.poll() is None
+
+
+@pytest.mark.timeout(200)
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert run(python(*TINY, "--schedule.name", "constant", "--run_dir", folder)).returncode == 0
+    before = final_tensors(folder)
+    longer = python(*TINY, "--schedule.name", "constant", "--run_dir", folder, "--epochs", 3)
+
+    def no_large_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    with Command(longer, output=tmp_path / "output", preexec_fn=no_large_files) as command:
+        assert command.wait() == 4, command.text
+    told = [line for line in command.text.splitlines() if "ERROR" in line]
+    assert len(told) == 1
+    assert "checkpoint not written: File too large" in told[0]
+    assert "Traceback" not in command.text
+    assert status(folder)["exit_code"] == 4
+    assert all((final_tensors(folder)[name] == tensor).all() for name, tensor in before.items())
+    assert run(longer).returncode == 0
+
+
+@pytest.mark.timeout(200)
+def test_one_interrupt_saves_and_a_second_ends_at_once(tmp_path: Path) -> None:
+    settings = ("configs/debug.toml", "--epochs", 200, "--run_dir", tmp_path / "run")
+    with Command(python(*settings), output=tmp_path / "once") as command:
+        command.wait_for(lambda: "step 10/" in command.text, what="step 10")
+        command.process.send_signal(signal.SIGINT)
+        assert command.wait(20) == 75
+    stopped = status(tmp_path / "run")
+    assert (stopped["status"], stopped["reason"]) == ("stopped", "SIGINT")
+    with Command(python(*settings), output=tmp_path / "twice") as command:
+        command.wait_for(lambda: "resuming at step" in command.text, what="the resume")
+        command.process.send_signal(signal.SIGSTOP)  # so that both signals are there before it can come to a step
+        command.process.send_signal(signal.SIGINT)
+        command.process.send_signal(signal.SIGCONT)
+        time.sleep(0.001)
+        command.process.send_signal(signal.SIGINT)
+        assert command.wait(20) in (130, 75)
+    assert str(stopped["step"]) in command.text
+
+
+@pytest.mark.timeout(200)
+def test_a_loss_that_is_not_finite_ends_the_run_without_a_bad_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    result = run(python(*TINY, "--optim.lr", 100, "--run_dir", folder, "--checkpoint.every_steps", 1, "--epochs", 9))
+    assert result.returncode == 3
+    assert "the loss was not finite at step" in result.stderr
+    assert all(tensor.isfinite().all() for tensor in final_tensors(folder).values())
+
+
+@pytest.mark.timeout(200)
+def test_a_plain_run_imports_nothing_heavy(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.argv[1:] = sys.argv[1:]\n"
+        "import distributed.train, distributed.process\n"
+        "from distributed.config import load; from distributed.recipe import train\n"
+        "class AtOnce:\n    def requested(self): return 'the test'\n"
+        "train(load(sys.argv[1:])[0], stop=AtOnce())\n"
+        "print([m for m in ('ray', 'deepspeed', 'tensorboard', 'matplotlib', 'torchvision') if m in sys.modules])"
+    )
+    result = run([sys.executable, "-c", program, *TINY, "--run_dir", str(tmp_path / "run")])
+    assert result.stdout.strip() == "[]", result.stderr

@@ -1,0 +1,73 @@
+"""Small training runs for the tests of this folder: a config of seconds, a sink that remembers, a request to stop."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distributed.config import TrainConfig
+from distributed.metrics import EpochMetrics, TrainMetrics
+from distributed.run_folder import RunFolder
+
+
+def small_config(run_dir: Path, **settings: Any) -> TrainConfig:
+    """improved_alexnet on a few generated images, every step logged. `data` is laid over the data section."""
+    data = {
+        "name": "generated10",
+        "train_samples": 200,
+        "test_samples": 20,
+        "validation_fraction": 0.0,
+        **settings.pop("data", {}),
+    }
+    values = {
+        "run_dir": run_dir,
+        "epochs": 2,
+        "global_batch_size": 24,
+        "precision": "float32",
+        "device": "cpu",
+        "threads": 1,
+        "timeout_seconds": 30.0,
+        "optim": {"lr": 0.01},
+        "schedule": {"name": "constant"},
+        "checkpoint": {"every_minutes": 0.0},
+        "logging": {"every_steps": 1, "tensorboard": False, "level": "WARNING"},
+        "data": data,
+    }
+    return TrainConfig.model_validate(values | settings)
+
+
+@dataclass
+class Recorder:
+    """A sink that remembers all it was told."""
+
+    steps: list[TrainMetrics] = field(default_factory=list)
+    epochs: list[EpochMetrics] = field(default_factory=list)
+
+    def train(self, metrics: TrainMetrics) -> None:
+        self.steps.append(metrics)
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        self.epochs.append(metrics)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class StopAfter:
+    """A request to stop that comes after so many steps of this attempt; agreed on, it stops the ranks one step later."""
+
+    steps: int
+    asked: int = 0
+
+    def requested(self) -> str | None:
+        self.asked += 1
+        return "the test" if self.asked >= self.steps else None
+
+
+def newest_checkpoint(run_dir: Path) -> Path:
+    return max(RunFolder(run_dir).checkpoints.glob("step-????????"))
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,483 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from distributed.config import TrainConfig, as_toml, changes_experiment, differences, help_text, load
+from distributed.errors import InputError
+
+
+def config_of(*words: str | Path) -> TrainConfig:
+    return load([str(word) for word in words])[0]
+
+
+def mistakes(*words: str | Path) -> tuple[str, ...]:
+    with pytest.raises(InputError) as caught:
+        config_of(*words)
+    return caught.value.lines
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str, name: str = "run.toml") -> Path:
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+# Defaults
+
+
+def test_no_arguments_give_the_defaults_of_the_tree_and_a_run_dir_named_after_model_and_data():
+    config, named = load([])
+    assert config == TrainConfig(run_dir=Path("runs/improved_alexnet-cifar10"))
+    assert not named
+    assert (config.data.name, config.schedule.name, config.engine.name) == ("cifar10", "one_cycle", "ddp")
+    assert (config.global_batch_size, config.accumulation, config.optim.lr) == (128, 1, 0.1)
+
+
+def test_the_default_data_set_can_be_another():
+    config, named = load([], default_data="generated10")
+    assert config.data.name == "generated10"
+    assert config.run_dir == Path("runs/improved_alexnet-generated10")
+    assert not named
+
+
+@pytest.mark.parametrize("words", [["--data.name", "cifar100"], ["--data.root", "elsewhere"]])
+def test_data_on_the_command_line_counts_as_named(words):
+    assert load(words)[1]
+
+
+def test_a_config_file_names_the_data_and_the_run_dir(write):
+    config, named = load([str(write("epochs = 3\n", "short.toml"))])
+    assert named
+    assert config.run_dir == Path("runs/short")
+    assert config.epochs == 3
+
+
+def test_the_tree_is_frozen():
+    config = TrainConfig()
+    with pytest.raises(ValidationError):
+        config.epochs = 3  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        config.optim.lr = 3  # type: ignore[misc]
+
+
+def test_the_number_of_classes_follows_from_the_data_set():
+    assert [config_of("--data.name", n).data.num_classes for n in ("cifar10", "cifar100")] == [10, 100]
+    assert [config_of("--data.name", n).data.num_classes for n in ("generated10", "generated100")] == [10, 100]
+
+
+# Files
+
+
+def test_a_file_extends_another_relative_to_itself(tmp_path, write):
+    (tmp_path / "base").mkdir()
+    write("epochs = 3\nseed = 1\n[optim]\nlr = 0.5\nmomentum = 0.8\n", "base/one.toml")
+    write('extends = "one.toml"\nseed = 2\n', "base/two.toml")
+    config = config_of(write('extends = "base/two.toml"\n[optim]\nlr = 0.25\n'))
+    assert (config.epochs, config.seed, config.optim.lr, config.optim.momentum) == (3, 2, 0.25, 0.8)
+
+
+def test_files_that_extend_each_other_are_refused(write):
+    first = write('extends = "b.toml"\n', "a.toml")
+    write('extends = "a.toml"\n', "b.toml")
+    assert mistakes(first) == (f"{first}: extends leads back to this file; remove one `extends`",)
+
+
+def test_a_file_that_extends_itself_is_refused(write):
+    file = write('extends = "run.toml"\n')
+    assert "leads back to this file" in mistakes(file)[0]
+
+
+def test_extends_must_be_text(write):
+    assert "must be the name of one file" in mistakes(write("extends = 3\n"))[0]
+
+
+def test_a_missing_file_says_what_the_first_argument_is(tmp_path):
+    (line,) = mistakes(tmp_path / "none.toml")
+    assert line == f"config file {tmp_path}/none.toml: No such file or directory; the first argument names a TOML file"
+
+
+def test_a_missing_base_is_named(tmp_path, write):
+    (line,) = mistakes(write('extends = "base.toml"\n'))
+    assert str(tmp_path / "base.toml") in line
+
+
+def test_a_file_that_is_no_toml_says_where(write):
+    file = write("epochs = 3\nseed = = 1\n")
+    (line,) = mistakes(file)
+    assert line.startswith(f"{file}: not valid TOML")
+    assert "line 2" in line
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "run.toml").write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8 text" in mistakes(tmp_path / "run.toml")[0]
+
+
+# Command line
+
+
+@pytest.mark.parametrize("words", [["--optim.lr", "0.05"], ["--optim.lr=0.05"], ["--optim.lr=5e-2"], ["--optim.lr", ".05"]])
+def test_a_number_can_be_given_in_every_usual_form(words):
+    assert config_of(*words).optim.lr == 0.05
+
+
+def test_a_whole_number_will_do_for_a_fraction():
+    assert config_of("--optim.lr", "1").optim.lr == 1.0
+
+
+@pytest.mark.parametrize("words", [["--optim.decay_norm_and_bias"], ["--optim.decay-norm-and-bias"]])
+def test_a_bare_flag_is_true_and_dashes_count_as_underscores(words):
+    assert config_of(*words).optim.decay_norm_and_bias is True
+    assert config_of(*words, "--epochs", "3").epochs == 3
+
+
+def test_a_flag_can_be_switched_off():
+    assert config_of("--channels_last", "false", "--optim.nesterov=false").channels_last is False
+
+
+def test_none_is_no_value():
+    assert config_of("--schedule.name", "plateau", "--schedule.max_drops", "none").schedule.max_drops is None
+    assert config_of("--early_stopping", "none").early_stopping is None
+    assert config_of("--optim.clip_norm", "None").optim.clip_norm is None
+
+
+def test_a_negative_number_is_a_value_and_no_option():
+    assert mistakes("--seed", "-1") == ("command line: seed = -1: should be greater than or equal to 0",)
+
+
+@pytest.mark.parametrize("text", ["123", "true", "none", "2024-01-01", "[1]"])
+def test_a_run_dir_is_taken_as_it_stands(text):
+    assert config_of("--run_dir", text).run_dir == Path(text)
+
+
+def test_a_section_appears_with_its_first_setting():
+    assert config_of("--early_stopping.patience", "5").early_stopping.patience == 5
+
+
+def test_the_command_line_wins_over_the_file(write):
+    file = write("epochs = 3\nseed = 4\n")
+    config = config_of(file, "--epochs", "5")
+    assert (config.epochs, config.seed) == (5, 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--epochs", "3", "stray"], "command line: 'stray': not an option; settings are given as --name value"),
+        (["--epochs"], "command line: --epochs: a value is missing; write --epochs VALUE"),
+        (["--epochs", "--seed", "1"], "command line: --epochs: a value is missing; write --epochs VALUE"),
+        (["--epochs", "3", "--epochs=4"], "command line: --epochs: given twice; remove one"),
+        (["--optim", "3"], "command line: optim = 3: is a section; set its fields, as in --optim.name VALUE"),
+        (["--schedule", "5"], "command line: schedule = 5: is a section; set its fields, as in --schedule.name VALUE"),
+    ],
+)
+def test_words_that_make_no_setting_are_explained(words, line):
+    assert mistakes(*words) == (line,)
+
+
+def test_all_wrong_words_are_told_at_once():
+    assert len(mistakes("--epochs", "3", "stray", "--epochs", "4", "--seed")) == 3
+
+
+# Messages
+
+
+def test_a_wrong_value_names_file_line_key_value_and_what_it_should_be(write):
+    file = write("seed = 1\n\n[optim]\nlr = -0.5\n")
+    assert mistakes(file) == (f"{file}:4: optim.lr = -0.5: should be greater than 0",)
+
+
+def test_a_wrong_value_of_a_base_names_the_base(write):
+    base = write("# a comment\nepochs = 0\n", "base.toml")
+    assert mistakes(write('extends = "base.toml"\n')) == (f"{base}:2: epochs = 0: should be greater than 0",)
+
+
+def test_a_value_mended_on_the_command_line_is_no_mistake(write):
+    assert config_of(write("epochs = 0\n"), "--epochs", "1").epochs == 1
+
+
+def test_the_place_is_where_the_value_was_set_last(write):
+    assert mistakes(write("epochs = 1\n"), "--epochs", "0") == ("command line: epochs = 0: should be greater than 0",)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--epochs", "true"], "epochs = true: should be a valid integer"),
+        (["--epochs", "1.5"], "epochs = 1.5: should be a valid integer"),
+        (["--optim.lr", "inf"], "optim.lr = inf: should be a finite number"),
+        (["--optim.lr", "fast"], "optim.lr = fast: should be a valid number"),
+        (["--precision", "half"], "precision = half: should be 'float32', 'bfloat16' or 'float64'"),
+        (["--schedule.name", "platoe"], "schedule.name = platoe: should be one of constant | cosine | one_cycle | plateau"),
+        (["--data.name", "mnist"], "data.name = mnist: should be one of cifar10 | cifar100 | generated10 | generated100"),
+        (["--data.augment.crop", "-1"], "data.augment.crop = -1: should be greater than or equal to 0"),
+        (["--early_stopping.patience", "0"], "early_stopping.patience = 0: should be greater than 0"),
+    ],
+)
+def test_a_wrong_value_says_what_it_should_be(words, complaint):
+    assert mistakes(*words) == (f"command line: {complaint}",)
+
+
+def test_all_errors_come_at_once_a_line_each(write):
+    file = write("epochs = 0\n[optim]\nlr = 0\nspeed = 3\n[schedule]\npeak = 1\n")
+    lines = mistakes(file, "--seed", "x")
+    assert [line.split(": ")[0] for line in lines] == ["command line"] + [f"{file}:{n}" for n in (1, 3, 4, 6)]
+    assert not any("\n" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("epoch", "epochs"),
+        ("lr", "optim.lr"),
+        ("crop", "data.augment.crop"),
+        ("batch_size", "evaluation.batch_size"),
+        ("augment.crop", "data.augment.crop"),
+        ("optim.momentm", "optim.momentum"),
+        ("optim.momentun", "optim.momentum"),
+        ("optimm.lr", "optim.lr"),
+        ("schedule.patiense", "schedule.patience"),
+        ("evaluatoin.batch_size", "evaluation.batch_size"),
+        ("model.epochs", "epochs"),
+        ("loging.every_steps", "logging.every_steps"),
+        ("checkpont.every_steps", "checkpoint.every_steps"),
+    ],
+)
+def test_a_misspelt_setting_is_guessed_in_its_right_section(option, meant):
+    assert mistakes(f"--{option}", "3") == (f"command line: {option} = 3: unknown setting; did you mean {meant}?",)
+
+
+def test_a_setting_like_no_other_points_to_help():
+    assert mistakes("--xyzzy", "3") == ("command line: xyzzy = 3: unknown setting; --help lists all of them",)
+
+
+def test_a_misspelt_section_of_a_file_is_named_with_its_line(write):
+    file = write("epochs = 3\n[optimm]\nlr = 0.1\n")
+    (line,) = mistakes(file)
+    assert "did you mean optim.lr?" in line
+    assert line.startswith((f"{file}:2: ", f"{file}:3: "))
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--accumulation", "9", "--global_batch_size", "8"], ["accumulation = 9", "global_batch_size = 8", "lower"]),
+        (["--optim.momentum", "0"], ["optim.nesterov = true needs momentum", "optim.nesterov = false"]),
+        (["--optim.lr_base_batch", "128"], ["optim.lr_base_batch = 128 has no effect", "optim.lr_scaling"]),
+        (["--optim.lr_scaling", "sqrt"], ["optim.lr_scaling = sqrt needs optim.lr_base_batch"]),
+        (
+            ["--schedule.name", "cosine", "--schedule.warmup_epochs", "3", "--epochs", "3"],
+            ["schedule.warmup_epochs = 3.0", "epochs = 3"],
+        ),
+    ],
+)
+def test_settings_that_cannot_stand_together_are_explained(words, parts):
+    (line,) = mistakes(*words)
+    assert [part for part in parts if part not in line] == []
+
+
+def test_without_validation_all_that_watches_it_is_refused_at_once():
+    lines = mistakes(
+        "--data.validation_fraction", "0", "--schedule.name", "plateau", "--early_stopping.patience", "3",
+        "--checkpoint.best_by", "loss",
+    )  # fmt: skip
+    assert len(lines) == 3
+    assert all("data.validation_fraction above 0" in line for line in lines)
+
+
+def test_conflicts_wait_until_each_field_is_valid():
+    assert mistakes("--optim.momentum", "0", "--epochs", "0") == (
+        "command line: epochs = 0: should be greater than 0",
+    )
+
+
+# Variants of a section
+
+
+def test_a_section_that_changes_its_name_keeps_only_what_both_variants_have(write):
+    write('[schedule]\nname = "cosine"\nwarmup_epochs = 2.0\nfinal_factor = 0.5\n', "base.toml")
+    config = config_of(write('extends = "base.toml"\n[schedule]\nname = "constant"\n'))
+    assert config.schedule.model_dump() == {"name": "constant", "warmup_epochs": 2.0}
+
+
+def test_a_variant_can_be_changed_where_the_base_did_not_name_its_own(write):
+    write("[schedule]\nwarmup_fraction = 0.5\n", "base.toml")
+    config = config_of(write('extends = "base.toml"\n'), "--schedule.name", "plateau", "--schedule.patience", "7")
+    assert (config.schedule.name, config.schedule.patience) == ("plateau", 7)
+
+
+def test_the_data_set_can_be_changed_on_the_command_line(write):
+    file = write('[data]\nname = "generated10"\ntrain_samples = 100\nvalidation_fraction = 0.1\n[data.augment]\ncrop = 2\n')
+    data = config_of(file, "--data.name", "cifar100").data
+    assert (data.name, data.validation_fraction, data.augment.crop) == ("cifar100", 0.1, 2)
+    assert config_of(file, "--data.name", "generated100").data.train_samples == 100
+
+
+def test_a_setting_of_the_default_variant_needs_no_name():
+    assert config_of("--schedule.start_factor", "0").schedule.start_factor == 0
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_setting_of_another_variant_is_refused_in_any_order(order):
+    pairs = [("--schedule.name", "plateau"), ("--schedule.start_factor", "0")][::order]
+    assert mistakes(*[word for pair in pairs for word in pair]) == (
+        "command line: schedule.start_factor = 0: belongs to schedule.name = one_cycle, and here it is plateau; "
+        "remove one of them",
+    )
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_order_of_options_does_not_matter(order):
+    pairs = [("--schedule.name", "plateau"), ("--schedule.patience", "4")][::order]
+    assert config_of(*[word for pair in pairs for word in pair]).schedule.patience == 4
+
+
+def test_a_setting_of_another_variant_in_a_file_is_refused_with_its_line(write):
+    file = write('[schedule]\nname = "constant"\npatience = 3\n')
+    (line,) = mistakes(file)
+    assert line.startswith(f"{file}:3: schedule.patience = 3: belongs to schedule.name = plateau, and here it is constant")
+
+
+# There and back
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--data.name", "generated100", "--data.train_samples", "20", "--run_dir", "a b"],
+        ["--schedule.name", "plateau", "--early_stopping.patience", "3", "--optim.clip_norm", "1"],
+        ["--schedule.name", "plateau", "--schedule.max_drops", "none"],
+        ["--schedule.name", "cosine", "--schedule.warmup_epochs", "1"],
+        ["--schedule.name", "constant", "--optim.lr_scaling", "linear", "--optim.lr_base_batch", "64"],
+        ["--seed", str(2**63 - 1), "--optim.lr", "1e-05"],
+    ],
+)
+def test_the_resolved_config_reads_back_to_an_equal_one(words, write):
+    config = config_of(*words)
+    file = write(as_toml(config), "config.toml")
+    assert config_of(file) == config
+    write('extends = "config.toml"\n', "more.toml")
+    assert config_of(file.with_name("more.toml")) == config
+
+
+def test_differences_are_told_by_path():
+    old = config_of("--schedule.name", "constant")
+    new = config_of("--schedule.name", "cosine", "--optim.lr", "0.2", "--run_dir", "elsewhere")
+    assert differences(old, old) == []
+    assert set(differences(old, new)) == {
+        ("run_dir", "runs/improved_alexnet-cifar10", "elsewhere"),
+        ("optim.lr", 0.1, 0.2),
+        ("schedule.name", "constant", "cosine"),
+        ("schedule.final_factor", None, 0.0),
+    }
+
+
+def _paths(tree: dict, prefix: str = "") -> set[str]:
+    return {
+        path
+        for key, value in tree.items()
+        for path in (_paths(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key})
+    }
+
+
+def _all_paths() -> set[str]:
+    variants = [["--schedule.name", name] for name in ("constant", "cosine", "one_cycle", "plateau")]
+    variants += [["--data.name", "generated10"], ["--early_stopping.patience", "3"]]
+    return {path for words in variants for path in _paths(config_of(*words).model_dump())} - {"early_stopping"}
+
+
+def test_help_shows_every_setting_with_its_default():
+    lines = {words[0]: line for line in help_text().splitlines() if (words := line.split()) and words[0][:2] == "--"}
+    assert set(lines) == {f"--{path}" for path in _all_paths()}
+    assert "(default 0.1)" in lines["--optim.lr"]
+    assert "(default true)" in lines["--channels_last"]
+    assert "[float | none]" in lines["--optim.clip_norm"]
+
+
+def test_help_has_a_line_of_doc_for_every_setting():
+    def documented(model) -> list[str]:
+        return [name for name, field in model.model_fields.items() if not field.description]
+
+    sections = [TrainConfig, *(type(value) for _, value in TrainConfig() if hasattr(value, "model_fields"))]
+    assert [documented(section) for section in sections] == [[] for _ in sections]
+
+
+def test_settings_that_a_resume_may_change_are_starred_in_help():
+    starred = {line.split()[0][2:] for line in help_text().splitlines() if line.lstrip().startswith("--") and " * " in line}
+    config = TrainConfig()
+    assert starred == {path for path in _all_paths() if path != "epochs" and not changes_experiment(path, config)}
+
+
+# What a resume may change
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["seed", "global_batch_size", "accumulation", "precision", "optim.lr", "data.name", "data.split_seed",
+     "data.augment.crop", "model.dropout", "schedule.patience", "early_stopping.patience", "early_stopping",
+     "channels_last", "checkpoint.best_by"],
+)  # fmt: skip
+def test_what_the_curve_depends_on_makes_another_experiment(path):
+    assert changes_experiment(path, TrainConfig())
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["run_dir", "data.root", "threads", "device", "timeout_seconds", "checkpoint.every_steps", "checkpoint.keep_last",
+     "logging.every_steps", "logging.level", "logging.tensorboard", "evaluation.test_every_epoch"],
+)  # fmt: skip
+def test_what_the_curve_does_not_depend_on_may_change(path):
+    assert not changes_experiment(path, TrainConfig())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "refused"), [("constant", False), ("plateau", False), ("cosine", True), ("one_cycle", True)]
+)
+def test_more_epochs_are_the_same_experiment_only_where_the_schedule_does_not_depend_on_them(schedule, refused):
+    assert changes_experiment("epochs", config_of("--schedule.name", schedule)) is refused
+
+
+# Derived values
+
+
+@pytest.mark.parametrize(("scaling", "peak"), [("linear", 0.4), ("sqrt", 0.2)])
+def test_the_learning_rate_grows_with_the_batch_as_asked(scaling, peak):
+    config = config_of("--global_batch_size", "512", "--optim.lr_scaling", scaling, "--optim.lr_base_batch", "128")
+    assert config.peak_lr == pytest.approx(peak, rel=1e-15)
+
+
+def test_without_scaling_the_learning_rate_is_as_given():
+    assert config_of("--global_batch_size", "512").peak_lr == 0.1
+
+
+def test_best_by_auto_is_accuracy_where_there_is_validation():
+    assert config_of().best_by == "accuracy"
+    assert config_of("--data.validation_fraction", "0").best_by is None
+    assert config_of("--checkpoint.best_by", "loss").best_by == "loss"
+    assert config_of("--checkpoint.best_by", "none").best_by is None
+
+
+def test_every_steps_says_when_a_save_is_due():
+    every_third = config_of("--checkpoint.every_steps", "3").checkpoint
+    assert [step for step in range(1, 10) if every_third.is_due(step)] == [3, 6, 9]
+    assert not any(config_of().checkpoint.is_due(step) for step in range(10))
+
+
+# Without torch
+
+
+def test_the_config_and_the_command_import_neither_torch_nor_what_is_slow():
+    code = (
+        "import sys, distributed.config, distributed.train, distributed.run_folder; "
+        "print(*{'torch', 'ray', 'deepspeed', 'matplotlib', 'tensorboard', 'torchvision'} & set(sys.modules))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == []
