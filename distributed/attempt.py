@@ -24,6 +24,7 @@ class Attempt:
         self.folder = RunFolder(config.run_dir)
         self.run: ClaimedRun | None = None
         self._state: TrainState | None = None
+        self._log: int | None = None
 
     def __enter__(self) -> Self:
         if self.topology.is_main:
@@ -33,7 +34,7 @@ class Attempt:
     def open_log(self) -> None:
         """This rank's log file; after rank 0 has made the folder."""
         self.folder.logs.mkdir(parents=True, exist_ok=True)
-        logs.file_logs(self.folder.logs, self.topology.rank)
+        self._log = logs.file_logs(self.folder.logs, self.topology.rank)
 
     def facts(self, device: torch.device) -> dict[str, Any]:
         """What a checkpoint says besides its state: the config, and all that the bits depend on."""
@@ -60,13 +61,14 @@ class Attempt:
             self.run.begin(self.config, start_step=state.step, details={"bits": facts["bits"]})
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self.run is None:
-            return
-        try:
-            self._write_ending(self.run, error)
-        except OSError as failure:
-            logger.error("the ending was not written to {}: {}", self.run.path, failure)
-        self.run.release()
+        if self.run is not None:
+            try:
+                self._write_ending(self.run, error)
+            except OSError as failure:
+                logger.error("the ending was not written to {}: {}", self.run.path, failure)
+            self.run.release()
+        if self._log is not None:
+            logger.remove(self._log)
 
     def _write_ending(self, run: ClaimedRun, error: BaseException | None) -> None:
         state = self._state

@@ -7,8 +7,7 @@ from pathlib import Path
 from loguru import logger
 
 _TERMINAL = "<green>{time:HH:mm:ss}</green> <level>{level: <7}</level> {message}"
-_TERMINAL_OTHER = "<green>{time:HH:mm:ss}</green> <level>{level: <7}</level> [rank {extra[rank]}] {message}"
-_FILE = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} [rank {extra[rank]}] {name}:{line} {message}"
+_FILE = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} {name}:{line} {message}"
 
 
 class _ToLoguru(logging.Handler):
@@ -24,12 +23,11 @@ def terminal_logs(rank: int, *, level: str = "INFO") -> None:
     from tqdm import tqdm  # only for its lock on the terminal: a message does not break a progress bar
 
     logger.remove()
-    logger.configure(extra={"rank": rank})
     own = level if rank == 0 else "WARNING"
     logger.add(
         lambda message: tqdm.write(message, file=sys.stderr, end=""),
         level=own,
-        format=_TERMINAL if rank == 0 else _TERMINAL_OTHER,
+        format=_TERMINAL if rank == 0 else _TERMINAL.replace("{message}", f"[rank {rank}] {{message}}"),
         colorize=sys.stderr.isatty(),
         diagnose=False,
         backtrace=False,

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,17 @@ def _step_of(line: str) -> float:
 
 
 class TensorBoard:
-    """The same as scalars, under the seeds' names: training, validation and test curves in one folder."""
+    """The same as scalars: training, validation and test curves in one folder."""
 
     def __init__(self, folder: Path, *, start_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
+        self._folder, self._start_step = folder, start_step
 
-        self._writer: Any = SummaryWriter(str(folder), purge_step=start_step + 1)
+    @cached_property
+    def _writer(self) -> Any:
+        # Slow to import, so not before there is something to write. Curves beyond the resumed step are taken back.
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self._folder), purge_step=self._start_step + 1)
 
     def train(self, metrics: TrainMetrics) -> None:
         for name in ("loss", "accuracy", "lr", "grad_norm", "images_per_second", "data_wait", "memory_mib"):
@@ -59,7 +65,8 @@ class TensorBoard:
                 self._writer.add_scalar(f"epoch/{split}_{name}", value, metrics.step)
 
     def close(self) -> None:
-        self._writer.close()
+        if "_writer" in self.__dict__:
+            self._writer.close()
 
 
 class Terminal:

@@ -4,13 +4,14 @@ import functools
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, ParamSpec, TypeVar
+
+from torch.distributed import TCPStore
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,12 +35,12 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_secon
     """
     task = pickle.dumps((fn, args))
     context = multiprocessing.get_context("spawn")
-    port = _free_port()
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # of this process, as torchrun's agent has it
     ranks: list[tuple[SpawnProcess, Connection]] = []
     try:
         for rank in range(world_size):
             here, there = context.Pipe(duplex=False)
-            process = context.Process(target=_be_rank, args=(rank, world_size, port, task, there), daemon=True)
+            process = context.Process(target=_be_rank, args=(rank, world_size, store.port, task, there), daemon=True)
             process.start()
             there.close()
             ranks.append((process, here))
@@ -80,6 +81,7 @@ def _be_rank(rank: int, world_size: int, port: int, task: bytes, connection: Con
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
     }
@@ -130,9 +132,3 @@ def _results(ranks: list[tuple[SpawnProcess, Connection]], *, deadline: float, t
 def _last_line(failure: str) -> str:
     lines = failure.strip().splitlines()
     return f"{lines[0]} {lines[-1]}"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

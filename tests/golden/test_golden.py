@@ -1,0 +1,59 @@
+"""A recorded loss curve: a change that is meant to leave the numbers alone must leave them alone.
+
+After a change that is meant to alter them: python tests/golden/test_golden.py
+"""
+
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from distributed.config import load
+from distributed.metrics import EpochMetrics, TrainMetrics
+from distributed.recipe import train
+
+RECORDED = Path(__file__).with_name("debug_loss.json")
+SETTINGS = ("configs/debug.toml", "--precision", "float64", "--logging.every_steps", "1", "--accumulation", "2")
+
+
+class Losses:
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def train(self, metrics: TrainMetrics) -> None:
+        self.losses.append(metrics.loss)
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        assert metrics.validation is not None
+        self.losses.append(metrics.validation.loss)
+
+    def close(self) -> None:
+        pass
+
+
+def losses(run_dir: Path) -> list[float]:
+    root = Path(__file__).parents[2]
+    config, _ = load([str(root / SETTINGS[0]), *SETTINGS[1:], "--run_dir", str(run_dir)])
+    sink = Losses()
+    train(config, sinks=[sink])
+    return sink.losses
+
+
+@pytest.mark.timeout(120)
+def test_the_loss_curve_is_the_recorded_one(tmp_path: Path) -> None:
+    recorded = json.loads(RECORDED.read_text())
+    found = losses(tmp_path / "run")
+    assert len(found) == len(recorded)
+    parted = [
+        step for step, (a, b) in enumerate(zip(found, recorded, strict=True)) if not math.isclose(a, b, rel_tol=1e-9)
+    ]
+    assert parted == []
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        RECORDED.write_text(json.dumps(losses(Path(folder) / "run"), indent=0) + "\n")
+    print(f"recorded {RECORDED}", file=sys.stderr)

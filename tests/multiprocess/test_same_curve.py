@@ -1,0 +1,161 @@
+"""One config, one curve: the losses of every step, whatever the number of processes."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distributed import collectives
+from distributed.build import build_data, build_engine
+from distributed.config import TrainConfig
+from distributed.loop import train_step
+from distributed.recipe import train
+from distributed.sums import RunningSums
+from distributed.topology import Topology
+from multiprocess.small_runs import Recorder, small_config
+from ranks import in_group, run_ranks
+
+STEPS = 50
+# 25 steps an epoch; the last has three images, so that with two micro-batches some ranks have none at all.
+SETTINGS: dict[str, Any] = {"epochs": 2, "global_batch_size": 11, "data": {"train_samples": 267}}
+CPU = torch.device("cpu")
+
+
+@in_group
+def losses_of_runs(folder: Path) -> dict[int, list[float]]:
+    """The losses that this rank's sink was told, for one and for two micro-batches a step."""
+    found = {}
+    for accumulation in (1, 2):
+        recorder = Recorder()
+        run_dir = folder / f"accumulation-{accumulation}"
+        config = small_config(run_dir, precision="float64", accumulation=accumulation, **SETTINGS)
+        train(config, sinks=[recorder])
+        found[accumulation] = [metrics.loss for metrics in recorder.steps]
+    return found
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[int, list[float]]]]:
+    """world size -> what each rank saw; a world size runs once."""
+    return cache(lambda world_size: run_ranks(losses_of_runs, world_size, tmp_path_factory.mktemp("runs")))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_in_float64_every_loss_equals_that_of_one_process(
+    losses: Callable[[int], list[dict[int, list[float]]]], world_size: int, accumulation: int
+) -> None:
+    expected = losses(1)[0][accumulation]
+    found = losses(world_size)
+    assert len(expected) == STEPS
+    assert len(set(expected)) == STEPS
+    assert found[0][accumulation] == pytest.approx(expected, rel=1e-12, abs=0)
+    assert all(rank == found[0] for rank in found), "the ranks' sinks were told different numbers"
+
+
+@pytest.mark.timeout(60)
+def test_two_micro_batches_are_another_experiment(losses: Callable[[int], list[dict[int, list[float]]]]) -> None:
+    """Batch norm sees half as many images; were the curves equal, the test above would not tell one from two."""
+    one, two = losses(1)[0].values()
+    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) > 0.01
+
+
+def float32_config(folder: Path) -> TrainConfig:
+    """Without decay, momentum that starts from nothing is the gradient itself after a step."""
+    return small_config(folder / "unused", optim={"lr": 0.01, "weight_decay": 0.0}, **SETTINGS)
+
+
+def steps_from_given_weights(config: TrainConfig, weights_of: Callable[[int], dict[str, Tensor]]) -> Iterator[Any]:
+    """(loss, gradients, weights after it) of each step, begun from the given weights and no momentum."""
+    data = build_data(config, Topology(collectives.rank(), collectives.world_size()), CPU)
+    engine, sums = build_engine(config, data, CPU), RunningSums(CPU)
+    steps = (batches for epoch in range(config.epochs) for batches in data.train_epoch(epoch))
+    for step, micro_batches in enumerate(steps):
+        engine.load_state(weights_of(step) or model_of(engine.state()))
+        train_step(engine, micro_batches, lr=config.peak_lr, step=step, sums=sums)
+        state = {name: tensor.clone() for name, tensor in engine.state()}
+        gradients = {name: tensor for name, tensor in state.items() if name.endswith("momentum_buffer")}
+        yield sums.read().mean_loss, gradients, model_of(state.items())
+
+
+def model_of(state: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in state if name.startswith("model.")}
+
+
+@in_group
+def write_trajectory(folder: Path) -> int:
+    """One process's steps, each from where the one before ended: a file a step with all that belongs to it."""
+    config = float32_config(folder)
+    before: dict[str, Tensor] = {}
+    count = 0
+    for loss, gradients, after in steps_from_given_weights(config, lambda step: before):
+        torch.save({"before": before, "loss": loss, "gradients": gradients}, folder / f"{count}.pt")
+        before, count = after, count + 1
+    return count
+
+
+@in_group
+def compare_with_trajectory(folder: Path) -> list[tuple[float, dict[str, float]]]:
+    """For each step: the loss's relative difference, and for each parameter the median one of its gradient."""
+    files = [torch.load(folder / f"{step}.pt", mmap=True) for step in range(STEPS)]
+    found = []
+    steps = steps_from_given_weights(float32_config(folder), lambda step: files[step]["before"])
+    for expected, (loss, gradients, _) in zip(files, steps, strict=True):
+        medians = {
+            name: relative_differences(gradients[name], gradient).median().item()
+            for name, gradient in expected["gradients"].items()
+        }
+        found.append((abs(loss - expected["loss"]) / expected["loss"], medians))
+    return found
+
+
+def relative_differences(found: Tensor, expected: Tensor) -> Tensor:
+    """Elementwise; zero where both are zero."""
+    return torch.where(found == expected, 0.0, (found - expected).abs() / expected.abs()).flatten()
+
+
+@pytest.fixture(scope="module")
+def trajectory() -> Iterator[Path]:
+    """Some 400 MB for as long as this module's tests run."""
+    with tempfile.TemporaryDirectory(prefix="trajectory-") as name:
+        assert run_ranks(write_trajectory, 1, Path(name)) == [STEPS]
+        yield Path(name)
+
+
+def conv_biases() -> set[str]:
+    """Batch norm takes their effect away: the true gradient is zero, what is found is rounding."""
+    from distributed.models.improved_alexnet import ImprovedAlexNet
+
+    modules = ImprovedAlexNet(10, dropout=0.5).named_modules()
+    return {f"optimizer.{name}.bias.momentum_buffer" for name, module in modules if isinstance(module, nn.Conv2d)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_in_float32_every_step_from_equal_weights_has_the_loss_and_gradient_of_one_process(
+    trajectory: Path, world_size: int
+) -> None:
+    ranks = run_ranks(compare_with_trajectory, world_size, trajectory)
+    left_out = conv_biases()
+    assert len(left_out) == 5
+    loss = max(difference for difference, _ in ranks[0])
+    medians = {
+        (step, name): median
+        for step, (_, by_name) in enumerate(ranks[0])
+        for name, median in by_name.items()
+        if name not in left_out
+    }
+    worst = max(medians, key=lambda key: medians[key])
+    print(f"{world_size} ranks: loss within {loss:.1e}, gradients' medians within {medians[worst]:.1e} ({worst})")
+    assert loss < 1e-6
+    assert medians[worst] < 1e-5, worst
+    assert len(medians) == STEPS * 21
+    assert all(rank == ranks[0] for rank in ranks), "the ranks hold different losses or gradients"
