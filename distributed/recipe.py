@@ -64,8 +64,10 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         if attempt.run:
             sinks = [*open_sinks(config, attempt.run, start_step=state.step, total_steps=total_steps), *sinks]
         report = stack.enter_context(Reporter(sinks, total_steps=total_steps, device=device))
-        agreement = StepAgreement(
-            stop or Never(), is_main=topology.is_main, save_every_seconds=60 * config.checkpoint.every_minutes
+        agreement = stack.enter_context(
+            StepAgreement(
+                stop or Never(), is_main=topology.is_main, save_every_seconds=60 * config.checkpoint.every_minutes
+            )
         )
         sums = RunningSums(device)
 

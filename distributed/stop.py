@@ -58,7 +58,7 @@ class SignalStop:
 
 
 class StepAgreement:
-    """What all ranks do after a step: stop, save, or go on. Decided alike, one step late, at no wait.
+    """What all ranks do after a step: stop, save, or go on. Decided alike, one step late, at no wait. A context.
 
     Args:
         save_every_seconds: by rank 0's clock; 0: never.
@@ -79,9 +79,12 @@ class StepAgreement:
             self.saved()
         return self._decided(self._flags.exchange(self._source.requested() is not None, due))
 
-    def last_word(self) -> None:
-        """Take in what was handed in last, where no step follows."""
-        self._flags.drain()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+        if kind is None:
+            self._flags.drain()  # what was handed in last, where no step follows; not with peers in an unknown state
 
     def saved(self) -> None:
         """A checkpoint was made; the clock starts anew."""

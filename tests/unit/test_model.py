@@ -63,14 +63,15 @@ def test_layers_of_one_shape_start_with_different_weights():
     assert not torch.equal(model[0].weight, model[1].weight)
 
 
+@torch.no_grad()
 def test_initial_weights_fill_torchs_bounds():
     for module in model_of().modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            bound = module.weight[0].numel() ** -0.5
-            assert float(module.weight.abs().max()) <= bound
-            assert float(module.bias.abs().max()) <= bound
-            assert float(module.weight.abs().max()) > 0.95 * bound
-            assert float(module.weight.std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+            bound = torch.tensor(module.weight[0].numel() ** -0.5)
+            assert module.weight.abs().max() <= bound
+            assert module.bias.abs().max() <= bound
+            assert module.weight.abs().max() > 0.95 * bound
+            assert float(module.weight.std()) == pytest.approx(float(bound) / 3**0.5, rel=0.1)
         elif isinstance(module, nn.BatchNorm2d):
             assert bool((module.weight == 1).all())
             assert bool((module.bias == 0).all())

@@ -1,0 +1,288 @@
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from loguru import logger
+from torch import Tensor, nn
+
+from distributed import checkpoint as module
+from distributed.checkpoint import Checkpointer, checkpoints, damage_of, point, retain, sweep, write_checkpoint
+from distributed.engine.tensors import load_named_state, named_state
+from distributed.errors import StorageError
+from distributed.run_folder import ClaimedRun
+from distributed.schedule import Constant
+from distributed.state import Best, TrainState
+
+
+class PlainEngine:
+    """As much of an engine as a checkpoint needs."""
+
+    def __init__(self, fill: float) -> None:
+        self.model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.fill_(fill)
+
+    def step(self) -> None:
+        self.model(torch.randn(4, 3)).square().sum().backward()
+        self.optimizer.step()
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        yield from named_state(self.model, self.optimizer)
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        load_named_state(self.model, self.optimizer, tensors)
+
+
+def at_step(step: int, best: int | None = None) -> TrainState:
+    return TrainState(Constant(1.0), step=step, best=None if best is None else Best(0, best, 0.5))
+
+
+@pytest.fixture
+def run(tmp_path) -> Iterator[ClaimedRun]:
+    claimed = ClaimedRun.claim(tmp_path / "run", world_size=1)
+    yield claimed
+    claimed.release()
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    messages: list[str] = []
+    handle = logger.add(lambda message: messages.append(str(message)), format="{level} {message}")
+    yield messages
+    logger.remove(handle)
+
+
+def checkpointer(run: ClaimedRun, keep_last: int = 9) -> Checkpointer:
+    return Checkpointer(run.checkpoints, run, keep_last=keep_last, facts={"bits": {"threads": 1}})
+
+
+def saved(run: ClaimedRun, *steps: int) -> list[Path]:
+    """Checkpoints of these steps, whose weights are the step's number."""
+    writer = checkpointer(run)
+    for step in steps:
+        writer.save(PlainEngine(step), at_step(step))  # type: ignore[arg-type]
+        writer.wait()
+    return checkpoints(run.checkpoints)
+
+
+def restored(run: ClaimedRun) -> tuple[PlainEngine, TrainState, dict | None]:
+    engine, state = PlainEngine(-1), at_step(0)
+    return engine, state, checkpointer(run).restore(engine, state)  # type: ignore[arg-type]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_restore_brings_back_every_tensor_and_the_counters(run):
+    engine, writer = PlainEngine(0.5), checkpointer(run)
+    engine.step()
+    engine.model.to(torch.float32)
+    writer.save(engine, at_step(7, best=7))  # type: ignore[arg-type]
+    writer.wait()
+    again, state, content = restored(run)
+    assert content is not None
+    assert content["bits"] == {"threads": 1}
+    assert state == at_step(7, best=7)
+    expected, found = dict(engine.state()), dict(again.state())
+    assert found.keys() == expected.keys()
+    assert any(name.startswith("optimizer.") for name in found)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_an_empty_folder_restores_nothing(run):
+    engine, state, content = restored(run)
+    assert content is None
+    assert state == at_step(0)
+
+
+def test_a_checkpoint_holds_three_files_and_is_whole(run):
+    (path,) = saved(run, 313)
+    assert path.name == "step-00000313"
+    assert names(path) == ["manifest.json", "state.json", "tensors.safetensors"]
+    assert damage_of(path) is None
+    assert names(run.checkpoints) == ["latest", "step-00000313"]
+    assert (run.checkpoints / "latest").resolve() == path.resolve()
+
+
+def test_what_is_saved_is_the_moment_of_the_call(run):
+    engine, writer = PlainEngine(1.0), checkpointer(run)
+    state = at_step(1)
+    writer.save(engine, state)  # type: ignore[arg-type]
+    with torch.no_grad():
+        engine.model[0].weight.fill_(2.0)
+    state.step_done(5)
+    writer.wait()
+    again, restored_state, _ = restored(run)
+    assert bool((again.model[0].weight == 1).all())
+    assert restored_state.step == 1
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json", "manifest.json"])
+def test_a_missing_file_is_damage(run, file):
+    (path,) = saved(run, 1)
+    (path / file).unlink()
+    assert damage_of(path)
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("left", [0, 1, 0.5])
+def test_a_truncated_file_is_damage(run, file, left):
+    (path,) = saved(run, 1)
+    size = (path / file).stat().st_size
+    os.truncate(path / file, int(size * left) if isinstance(left, float) else left)
+    assert damage_of(path)
+
+
+def test_a_longer_file_is_damage(run):
+    (path,) = saved(run, 1)
+    with (path / "state.json").open("a") as file:
+        file.write(" ")
+    assert damage_of(path)
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json"])
+def test_a_flipped_bit_anywhere_is_damage(run, file):
+    (path,) = saved(run, 1)
+    content = (path / file).read_bytes()
+    for at in range(0, len(content), 37):
+        (path / file).write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+        assert damage_of(path), f"byte {at}"
+    (path / file).write_bytes(content)
+    assert damage_of(path) is None
+
+
+def test_a_flipped_bit_of_the_manifest_is_damage_unless_it_means_the_same(run):
+    (path,) = saved(run, 1)
+    content = (path / "manifest.json").read_bytes()
+    for at in range(len(content)):
+        changed = content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
+        (path / "manifest.json").write_bytes(changed)
+        assert damage_of(path), f"byte {at}: {changed!r}"
+
+
+def test_a_manifest_of_another_format_is_not_known(run):
+    (path,) = saved(run, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
+    assert damage_of(path) == "no manifest of a known format"
+
+
+def test_a_damaged_latest_is_set_aside_loudly_and_the_one_before_restored(run, said):
+    *_, last = saved(run, 1, 2, 3)
+    (last / "tensors.safetensors").write_bytes(b"garbage")
+    engine, state, _ = restored(run)
+    assert state.step == 2
+    assert bool((engine.model[0].weight == 2).all())
+    assert [line.split()[0] for line in said] == ["ERROR"]
+    assert "step-00000003 is damaged" in said[0]
+    assert [path.name for path in checkpoints(run.checkpoints)] == ["step-00000001", "step-00000002"]
+    assert (run.checkpoints / "step-00000003.damaged").is_dir()
+
+
+def test_a_step_that_was_damaged_can_be_saved_and_damaged_again(run):
+    for _ in range(2):
+        *_, last = saved(run, 1, 2) if not checkpoints(run.checkpoints) else saved(run, 2)
+        (last / "manifest.json").unlink()
+        assert restored(run)[1].step == 1
+    assert restored(run)[1].step == 1
+
+
+def test_where_all_are_damaged_nothing_is_restored(run):
+    for path in saved(run, 1, 2):
+        (path / "manifest.json").write_text("{")
+    assert restored(run)[2] is None
+
+
+def test_what_a_killed_attempt_left_unfinished_is_swept_away(run):
+    saved(run, 1)
+    write_checkpoint(run.checkpoints / ".writing-00000002", {"a": torch.ones(1)}, {})
+    (run.checkpoints / ".deleting-step-00000000").mkdir()
+    assert restored(run)[1].step == 1
+    assert names(run.checkpoints) == ["latest", "step-00000001"]
+
+
+def test_links_are_not_trusted(run):
+    saved(run, 1, 2)
+    point(run.checkpoints, "latest", 77)
+    assert restored(run)[1].step == 2
+
+
+def test_the_last_few_and_the_best_are_kept(run):
+    saved(run, 1, 2, 3, 4, 5)
+    retain(run.checkpoints, keep_last=2, best=2)
+    assert [path.name[-1] for path in checkpoints(run.checkpoints)] == ["2", "4", "5"]
+    retain(run.checkpoints, keep_last=1, best=None)
+    assert [path.name[-1] for path in checkpoints(run.checkpoints)] == ["5"]
+
+
+def test_a_save_keeps_the_best_and_points_to_it(run):
+    writer = checkpointer(run, keep_last=1)
+    for step, best in ((1, 1), (2, 1), (3, 1), (4, 4)):
+        writer.save(PlainEngine(step), at_step(step, best))  # type: ignore[arg-type]
+        writer.wait()
+        assert (run.checkpoints / "best").resolve().name == f"step-{best:08d}"
+        assert (run.checkpoints / "latest").resolve().name == f"step-{step:08d}"
+    assert names(run.checkpoints) == ["best", "latest", "step-00000004"]
+
+
+def test_sweeping_leaves_checkpoints_alone(run):
+    before = saved(run, 1, 2)
+    sweep(run.checkpoints)
+    assert checkpoints(run.checkpoints) == before
+
+
+def test_the_same_step_is_written_once(run):
+    (path,) = saved(run, 1)
+    before = (path / "manifest.json").stat().st_ino
+    again = checkpointer(run)
+    engine, state = PlainEngine(9), at_step(0)
+    again.restore(engine, state)  # type: ignore[arg-type]
+    again.save(engine, state)  # type: ignore[arg-type]
+    again.wait()
+    assert (path / "manifest.json").stat().st_ino == before
+
+
+def test_an_orphan_of_a_run_that_was_taken_over_writes_nothing(run):
+    writer = checkpointer(run)
+    (run.path / "attempt.json").write_text(json.dumps({"token": "another", "pid": 1, "host": "there"}))
+    writer.save(PlainEngine(1), at_step(1))  # type: ignore[arg-type]
+    with pytest.raises(StorageError, match="taken over by process 1 on there"):
+        writer.wait()
+    assert names(run.checkpoints) == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints(run, monkeypatch):
+    saved(run, 1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_tensors", full)
+    writer = checkpointer(run)
+    writer.save(PlainEngine(2), at_step(2))  # type: ignore[arg-type]
+    with pytest.raises(StorageError, match="No space left on device") as caught:
+        writer.wait()
+    assert "\n" not in str(caught.value)
+    assert names(run.checkpoints) == ["latest", "step-00000001"]
+    assert restored(run)[1].step == 1
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(run):
+    saved(run, 1)
+    engine = PlainEngine(0)
+    engine.model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
+    with pytest.raises(ValueError, match=r"model\.0\.weight"):
+        checkpointer(run).restore(engine, at_step(0))  # type: ignore[arg-type]
+
+
+def test_a_rank_without_the_run_writes_nothing(run):
+    other = Checkpointer(run.checkpoints, None, keep_last=1, facts={})
+    other.save(PlainEngine(1), at_step(1))  # type: ignore[arg-type]
+    other.wait()
+    assert names(run.checkpoints) == []

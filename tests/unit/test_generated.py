@@ -1,0 +1,69 @@
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from distributed.data import generated
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "digest"),
+    [
+        ("generated10", "train", "0a622e7d1aad6f5e8df9d34817afd23a"),
+        ("generated10", "test", "f9bbfa345a9d74754aba433e57034020"),
+        ("generated100", "train", "e18c1a5ce2d17ea524e7fbb353dc7968"),
+        ("generated100", "test", "0cc86b6ce262ae9aa6b7d0e3fbedad66"),
+    ],
+)
+def test_the_images_equal_the_stored_digest(name, split, digest):
+    images, labels = generated.read(name, 4, split)
+    assert images.shape == (4, 3, 32, 32)
+    assert images.dtype == labels.dtype == np.uint8
+    assert labels.tolist() == [0, 1, 2, 3]
+    assert hashlib.blake2b(images.tobytes(), digest_size=16).hexdigest() == digest
+
+
+@pytest.mark.parametrize(("name", "classes"), [("generated10", 10), ("generated100", 100)])
+def test_labels_are_balanced(name, classes):
+    labels = generated.read(name, 300, "train").labels
+    assert np.bincount(labels, minlength=classes).tolist() == [300 // classes] * classes
+
+
+def test_a_smaller_set_is_the_beginning_of_a_larger_one_over_chunks_too(monkeypatch):
+    whole = generated.read("generated10", 50, "train").images
+    monkeypatch.setattr(generated, "_CHUNK", 16)
+    assert np.array_equal(generated.read("generated10", 50, "train").images, whole)
+    assert np.array_equal(generated.read("generated10", 21, "train").images, whole[:21])
+
+
+def test_no_image_comes_twice_over_training_and_test():
+    both = [generated.read("generated10", 200, split).images for split in ("train", "test")]
+    assert len(np.unique(np.concatenate(both).reshape(400, -1), axis=0)) == 400
+
+
+def test_pixels_use_the_whole_range():
+    images = generated.read("generated10", 100, "train").images
+    assert images.min() < 20
+    assert images.max() > 235
+    assert 25 < images.std() < 100
+
+
+def test_a_linear_model_stays_under_40_percent():
+    train, test = generated.read("generated10", 5000, "train"), generated.read("generated10", 1000, "test")
+    x, held_out = (torch.from_numpy(s.images).view(-1, 3072).float().div(255).sub(0.5) for s in (train, test))
+    y = torch.nn.functional.one_hot(torch.from_numpy(train.labels).long(), 10).float()
+    weights, residual = torch.zeros(3072, 10), x.T @ (y - 0.1)
+    direction, best = residual, 0.0
+    for _ in range(20):  # conjugate gradients on the normal equations; each step on the way is a ridge of its own
+        curved = x.T @ (x @ direction)
+        step = residual.square().sum(0) / (direction * curved).sum(0)
+        weights = weights + step * direction
+        smaller = residual - step * curved
+        direction = smaller + smaller.square().sum(0) / residual.square().sum(0) * direction
+        residual = smaller
+        answers = (held_out @ weights).argmax(1)
+        best = max(best, float((answers == torch.from_numpy(test.labels)).double().mean()))
+    trained = float(((x @ weights).argmax(1) == torch.from_numpy(train.labels)).double().mean())
+    assert trained > 0.3  # it did learn what a linear model can
+    assert best < 0.4

@@ -1,0 +1,208 @@
+import copy
+from collections.abc import Iterator
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from distributed import keyed
+from distributed.config.tree import Augment, GeneratedData
+from distributed.data import generated
+from distributed.data.pipeline import Batch, DataPipeline
+
+CPU = torch.device("cpu")
+
+
+@cache
+def _whole(samples: int, test_samples: int, validation_fraction: float, augment: Augment, dtype: torch.dtype):
+    return DataPipeline(
+        GeneratedData(
+            train_samples=samples, test_samples=test_samples, validation_fraction=validation_fraction, augment=augment
+        ),
+        seed=3, global_batch_size=16, accumulation=1, evaluation_batch_size=6, rank=0, world_size=1, device=CPU,
+        dtype=dtype, channels_last=True,
+    )  # fmt: skip
+
+
+def pipeline(
+    samples: int = 50,
+    test_samples: int = 20,
+    validation_fraction: float = 0.0,
+    augment: Augment = Augment(),  # noqa: B008
+    dtype: torch.dtype = torch.float32,
+    **changed: object,
+) -> DataPipeline:
+    """Generating takes a while, so one data set serves pipelines of any rank and batch."""
+    made = copy.copy(_whole(samples, test_samples, validation_fraction, augment, dtype))
+    vars(made).update(changed)
+    return made
+
+
+def ids(step: list[Batch]) -> list[int]:
+    return [number for batch in step for number in batch.sample_ids.tolist()]
+
+
+def joined(shards: list[Batch]) -> Batch:
+    parts = [[getattr(shard, name) for shard in shards] for name in ("images", "labels", "sample_ids", "sample_keys")]
+    return Batch(*[torch.cat(part) for part in parts], shards[0].step_size)
+
+
+def assert_equal(one: Batch, other: Batch) -> None:
+    assert one.step_size == other.step_size
+    for name in ("images", "labels", "sample_ids", "sample_keys"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def over_ranks(world_size: int, epoch: int, **changed: object) -> Iterator[list[list[Batch]]]:
+    """Of each step, of each micro-batch, the shards of all ranks."""
+    ranks = [pipeline(rank=r, world_size=world_size, **changed).train_epoch(epoch) for r in range(world_size)]
+    for step in zip(*ranks, strict=True):
+        yield [list(shards) for shards in zip(*step, strict=True)]
+
+
+def test_every_image_comes_once_an_epoch_in_another_order_each():
+    data = pipeline()
+    epochs = [[number for step in data.train_epoch(epoch) for number in ids(step)] for epoch in (0, 1)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(50))] * 2
+    assert epochs[0] != epochs[1]
+    assert epochs[0] == keyed.permutation(50, seed=3, epoch=0).tolist()
+
+
+def test_the_last_step_takes_what_is_left():
+    data = pipeline()
+    steps = list(data.train_epoch(0))
+    assert data.steps_per_epoch == len(steps) == 4
+    assert [len(ids(step)) for step in steps] == [16, 16, 16, 2]
+    assert [step[0].step_size for step in steps] == [16, 16, 16, 2]
+
+
+def test_a_batch_has_the_images_labels_and_keys_of_its_ids():
+    data = pipeline(augment=Augment(crop=0, flip=False))
+    source = generated.read("generated10", 50, "train")
+    pixels = source.images / 255
+    mean, deviation = (getattr(pixels, name)((0, 2, 3), keepdims=True) for name in ("mean", "std"))
+    (batch,) = next(data.train_epoch(0))
+    numbers = batch.sample_ids.numpy()
+    expected = ((pixels - mean) / deviation)[numbers]
+    assert np.allclose(batch.images.numpy(), expected, atol=1e-5)
+    assert batch.labels.tolist() == source.labels[numbers].tolist()
+    assert torch.equal(batch.sample_keys, keyed.sample_keys(batch.sample_ids, seed=3, epoch=0))
+    assert batch.images.shape == (16, 3, 32, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_images_have_the_asked_type_and_layout(dtype, channels_last):
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    data = pipeline(dtype=dtype, memory_format=memory_format)
+    (batch,) = next(data.train_epoch(0))
+    assert batch.images.dtype == dtype
+    assert batch.images.is_contiguous(memory_format=memory_format)
+    assert next(data.evaluation("test")).images.is_contiguous(memory_format=memory_format)
+
+
+def test_images_are_normalized_by_the_training_images_alone():
+    data = pipeline(samples=100, validation_fraction=0.5, augment=Augment(crop=0, flip=False), global_batch_size=50)
+    (batch,) = next(data.train_epoch(0))
+    assert batch.images.double().mean((0, 2, 3)).abs().max() < 1e-5
+    assert (batch.images.double().std((0, 2, 3), correction=0) - 1).abs().max() < 1e-5
+
+
+def test_cut_out_sets_a_square_to_the_mean():
+    plain = next(pipeline(augment=Augment(crop=0, flip=False)).train_epoch(0))[0]
+    cut = next(pipeline(augment=Augment(crop=0, flip=False, cutout=8)).train_epoch(0))[0]
+    hole = (cut.images != plain.images).any(1)
+    assert bool((cut.images.movedim(1, -1)[hole] == 0).all())
+    assert 16 <= int(hole.flatten(1).sum(1).min()) <= int(hole.flatten(1).sum(1).max()) <= 64
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5, 20])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_shards_of_any_world_size_make_up_the_same_micro_batches(world_size, accumulation):
+    alone = pipeline(accumulation=accumulation).train_epoch(1)
+    for whole, step in zip(alone, over_ranks(world_size, 1, accumulation=accumulation), strict=True):
+        assert len(whole) == len(step)
+        for micro_batch, shards in zip(whole, step, strict=True):
+            assert_equal(joined(shards), micro_batch)
+            sizes = [len(shard.labels) for shard in shards]
+            assert max(sizes) - min(sizes) <= 1
+
+
+def test_micro_batches_are_slices_of_the_global_batch():
+    for whole, cut in zip(pipeline().train_epoch(0), pipeline(accumulation=3).train_epoch(0), strict=True):
+        assert_equal(joined(cut), whole[0])
+    steps = list(pipeline(accumulation=3).train_epoch(0))
+    assert [[len(batch.labels) for batch in step] for step in steps] == [[5, 5, 6]] * 3 + [[1, 1]]
+
+
+def test_a_micro_batch_of_no_images_is_left_out_on_all_ranks_alike():
+    *_, last = over_ranks(3, 0, accumulation=4)
+    assert len(last) == 2
+    assert [[len(shard.labels) for shard in shards] for shards in last] == [[0, 0, 1]] * 2
+
+
+@pytest.mark.parametrize("start", [1, 3, 4])
+def test_an_epoch_goes_on_in_its_middle_as_if_it_had_not_stopped(start):
+    whole = list(pipeline(accumulation=2).train_epoch(2))[start:]
+    rest = list(pipeline(accumulation=2).train_epoch(2, start_step=start))
+    assert len(rest) == 4 - start
+    for expected, step in zip(whole, rest, strict=True):
+        for one, other in zip(expected, step, strict=True):
+            assert_equal(one, other)
+
+
+def test_an_epoch_stopped_at_one_world_size_and_resumed_at_another_sees_every_image_once():
+    before = [ids(batches) for step in list(over_ranks(3, 0))[:2] for batches in step]
+    after = [ids(step) for rank in range(2) for step in pipeline(rank=rank, world_size=2).train_epoch(0, start_step=2)]
+    assert sorted(number for part in before + after for number in part) == list(range(50))
+
+
+def test_another_seed_draws_another_epoch():
+    assert ids(next(pipeline().train_epoch(0))) != ids(next(pipeline(seed=4).train_epoch(0)))
+
+
+def test_validation_images_are_never_trained_on():
+    data = pipeline(samples=100, validation_fraction=0.2)
+    trained = {number for step in data.train_epoch(0) for number in ids(step)}
+    held_out = {number for batch in data.evaluation("validation") for number in batch.sample_ids.tolist()}
+    assert (len(trained), len(held_out)) == (80, 20)
+    assert trained | held_out == set(range(100))
+    assert (data.size("train"), data.size("validation"), data.size("test")) == (80, 20, 20)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 9])
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_an_evaluation_covers_a_split_once_in_as_many_batches_on_each_rank(world_size, split):
+    settings = {"samples": 100, "validation_fraction": 0.2}
+    ranks = [list(pipeline(rank=r, world_size=world_size, **settings).evaluation(split)) for r in range(world_size)]
+    size = pipeline(**settings).size(split)
+    assert {len(batches) for batches in ranks} == {-(-size // 6)}
+    assert {batch.step_size for batches in ranks for batch in batches} == {size}
+    seen = sorted(number for batches in ranks for batch in batches for number in batch.sample_ids.tolist())
+    expected = [number for batch in pipeline(**settings).evaluation(split) for number in batch.sample_ids.tolist()]
+    assert seen == expected == sorted(set(expected))
+    assert len(seen) == size
+    alone = list(pipeline(**settings).evaluation(split))
+    for index, whole in enumerate(alone):
+        assert torch.equal(torch.cat([batches[index].images for batches in ranks]), whole.images)
+        assert torch.equal(torch.cat([batches[index].labels for batches in ranks]), whole.labels)
+
+
+def test_evaluated_images_are_not_augmented():
+    first, second = (list(pipeline(seed=seed).evaluation("test")) for seed in (0, 1))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(first, second, strict=True))
+
+
+def test_an_empty_split_has_no_batches():
+    assert list(pipeline().evaluation("validation")) == []
+
+
+def test_the_example_is_the_same_on_every_rank():
+    examples = [pipeline(rank=rank, world_size=3).example() for rank in range(3)]
+    assert examples[0][0].shape == (8, 3, 32, 32)
+    assert all(torch.equal(a, b) for example in examples[1:] for a, b in zip(examples[0], example, strict=True))
+
+
+def test_the_number_of_classes_is_the_data_sets():
+    assert pipeline().num_classes == 10

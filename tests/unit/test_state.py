@@ -1,0 +1,126 @@
+import json
+
+import pytest
+
+from distributed.errors import ExitCode, NotFiniteError
+from distributed.schedule import Constant, EarlyStopping, Patience, Plateau
+from distributed.state import Best, TrainState
+from distributed.sums import Totals
+
+
+def fresh() -> TrainState:
+    return TrainState(Plateau(1.0, 0.1, Patience("accuracy", 2)), EarlyStopping(Patience("accuracy", 5)))
+
+
+def validation(correct: int, loss: float = 1.0) -> Totals:
+    return Totals(loss=round(loss * 100 * 2**40), correct=correct, count=100)
+
+
+def used() -> TrainState:
+    state = fresh()
+    for correct in (50, 60, 55, 55):
+        state.step_done(16)
+        state.observe(validation(correct), best_by="accuracy")
+        state.epoch_done()
+    state.step_done(16)
+    state.take(Totals(5, 4, 5, 16))
+    state.close_window()
+    state.take(Totals(7, 1, 2, 16))
+    return state
+
+
+def test_the_state_goes_through_json_and_back():
+    state, restored = used(), fresh()
+    restored.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert restored == state
+    assert (restored.epoch, restored.step, restored.step_in_epoch, restored.samples_seen) == (4, 5, 1, 80)
+    assert restored.best == Best(epoch=1, step=2, value=0.6)
+    assert restored.window == Totals(7, 1, 2, 16)
+    assert restored.epoch_totals == Totals(5, 4, 5, 16)
+
+
+def test_a_state_without_best_or_early_stopping_goes_through_json_and_back():
+    state, restored = TrainState(Constant(1.0)), TrainState(Constant(1.0))
+    state.step_done(3)
+    restored.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert restored == state
+
+
+def test_why_an_attempt_ended_is_not_handed_on():
+    state, restored = used(), fresh()
+    state.stop_reason = "SIGTERM"
+    restored.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert restored.stop_reason is None
+
+
+def test_a_restored_state_decides_as_the_one_that_went_on():
+    state, restored = used(), fresh()
+    restored.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    for correct in (55, 55, 61):
+        both = [s.observe(validation(correct), best_by="accuracy") for s in (state, restored)]
+        assert both[0] == both[1]
+    assert restored == state
+
+
+def test_the_best_epoch_is_the_first_with_the_highest_accuracy():
+    state = fresh()
+    assert [state.observe(validation(c), best_by="accuracy")[0] for c in (50, 60, 60, 59, 61)] == [
+        True, True, False, False, True,
+    ]  # fmt: skip
+
+
+def test_the_best_epoch_by_loss_is_the_lowest():
+    state = fresh()
+    said = [state.observe(validation(50, loss), best_by="loss")[0] for loss in (2.0, 1.5, 1.5, 1.6, 1.4)]
+    assert said == [True, True, False, False, True]
+    assert state.best is not None
+    assert state.best.value == pytest.approx(1.4)
+
+
+def test_no_epoch_is_best_where_none_is_asked_for():
+    state = fresh()
+    assert state.observe(validation(50), best_by=None)[0] is False
+    assert state.best is None
+
+
+def test_without_validation_nothing_is_decided():
+    state = fresh()
+    assert state.observe(None, best_by=None) == (False, [])
+
+
+def test_decisions_of_schedule_and_early_stopping_come_together():
+    state = fresh()
+    assert state.observe(validation(50), best_by="accuracy") == (True, [])
+    _, decisions = state.observe(validation(40), best_by="accuracy")
+    assert [decision.split(":")[0] for decision in decisions] == ["plateau", "early stopping"]
+
+
+def test_early_stopping_ends_the_run():
+    state = fresh()
+    for _ in range(6):
+        assert not state.stopped_early
+        state.observe(validation(50), best_by="accuracy")
+    assert state.stopped_early
+
+
+def test_a_loss_that_was_not_finite_is_an_error_that_names_its_step():
+    state = fresh()
+    with pytest.raises(NotFiniteError, match="at step 0") as caught:
+        state.take(Totals(count=16, first_bad_step=0))
+    assert caught.value.exit_code == ExitCode.NOT_FINITE
+    assert state.window == Totals()
+
+
+def test_a_validation_that_was_not_finite_is_never_the_best():
+    state = fresh()
+    with pytest.raises(NotFiniteError):
+        state.observe(Totals(loss=0, correct=90, count=100, first_bad_step=0), best_by="loss")
+    assert state.best is None
+
+
+def test_an_epoch_starts_its_sums_anew():
+    state = used()
+    state.close_window()
+    assert state.epoch_totals == Totals(12, 5, 7, 32)
+    state.epoch_done()
+    assert (state.epoch, state.step_in_epoch, state.epoch_totals) == (5, 0, Totals())

@@ -1,0 +1,109 @@
+import math
+
+import pytest
+import torch
+
+from distributed.sums import RunningSums, Totals
+
+CPU = torch.device("cpu")
+
+
+def batch_of(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(count, 10, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 10, (count,), generator=generator)
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none"), logits, labels
+
+
+def losses_alone(*losses: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.tensor(losses), torch.zeros(len(losses), 10), torch.zeros(len(losses), dtype=torch.int64)
+
+
+def test_totals_are_those_of_the_batch():
+    losses, logits, labels = batch_of(500)
+    sums = RunningSums(CPU)
+    sums.add(losses, logits, labels)
+    totals = sums.read()
+    ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
+    assert totals.count == 500
+    assert totals.mean_loss == pytest.approx(float(losses.mean()), rel=1e-12)
+    assert totals.accuracy == float((ranks == 0).double().mean())
+    assert totals.accuracy5 == float((ranks < 5).double().mean())
+    assert totals.first_bad_step is None
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5, 10])
+def test_totals_of_whole_batches_do_not_depend_on_where_they_are_read(cut):
+    batches = [batch_of(33, seed) for seed in range(10)]
+    whole, parts, total = RunningSums(CPU), RunningSums(CPU), Totals()
+    for index, batch in enumerate(batches):
+        whole.add(*batch)
+        parts.add(*batch)
+        if (index + 1) % cut == 0:
+            total += parts.read()
+    assert total == whole.read()
+
+
+def test_totals_do_not_depend_on_the_order_of_batches():
+    batches = [batch_of(33, seed) for seed in range(10)]
+    one, other = RunningSums(CPU), RunningSums(CPU)
+    for batch in batches:
+        one.add(*batch)
+    for batch in reversed(batches):
+        other.add(*batch)
+    assert one.read() == other.read()
+
+
+def test_reading_starts_anew():
+    sums = RunningSums(CPU)
+    sums.add(*batch_of(5), step=3)
+    sums.add(*losses_alone(math.nan), step=4)
+    sums.read()
+    assert sums.read() == Totals()
+
+
+def test_an_empty_shard_adds_nothing():
+    sums = RunningSums(CPU)
+    sums.add(*batch_of(0))
+    assert sums.read() == Totals()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_the_first_step_with_a_loss_that_is_no_number_is_kept(bad):
+    sums = RunningSums(CPU)
+    sums.add(*losses_alone(1.0, 2.0), step=6)
+    sums.add(*losses_alone(1.0, bad), step=7)
+    sums.add(*losses_alone(bad), step=8)
+    sums.add(*losses_alone(1.0), step=9)
+    assert sums.read().first_bad_step == 7
+
+
+def test_step_zero_can_be_the_bad_one():
+    sums = RunningSums(CPU)
+    sums.add(*losses_alone(math.nan), step=0)
+    assert sums.read().first_bad_step == 0
+
+
+def test_a_mean_over_a_loss_that_is_no_number_is_none_either():
+    sums = RunningSums(CPU)
+    sums.add(*losses_alone(math.nan, 1.0))
+    assert not math.isfinite(sums.read().mean_loss)
+
+
+@pytest.mark.parametrize("loss", [1e3, 1e5, 1e7, 1e30])
+def test_a_window_of_huge_losses_is_never_read_as_small_ones(loss):
+    sums = RunningSums(CPU)
+    for step in range(100):
+        sums.add(*losses_alone(*[loss] * 128), step=step)
+    totals = sums.read()
+    assert totals.first_bad_step is not None or totals.mean_loss == pytest.approx(loss, rel=1e-6)
+
+
+def test_the_first_bad_step_of_a_sum_is_the_earlier_ones():
+    assert (Totals(first_bad_step=3) + Totals(first_bad_step=5)).first_bad_step == 3
+    assert (Totals() + Totals(first_bad_step=0)).first_bad_step == 0
+    assert (Totals(1, 2, 3, 4) + Totals(10, 20, 30, 40)) == Totals(11, 22, 33, 44)
+
+
+def test_no_samples_have_no_share_of_anything():
+    assert (Totals().mean_loss, Totals().accuracy, Totals().accuracy5) == (0, 0, 0)
