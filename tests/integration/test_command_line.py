@@ -13,7 +13,8 @@ import pytest
 
 from integration.commands import ROOT, Command, attempts, final_tensors, metrics, status, torchrun
 
-TINY = ("configs/debug.toml", "--epochs", "1", "--data.train_samples", "200", "--data.test_samples", "40")
+SMALL = ("configs/debug.toml", "--data.train_samples", "200", "--data.test_samples", "40")
+TINY = (*SMALL, "--epochs", "1")
 
 
 def python(*arguments: object, module: str = "distributed.train") -> list[str]:
@@ -126,10 +127,10 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.timeout(200)
 def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    first = python(*TINY[:1], "--epochs", 60, "--run_dir", folder)
+    first = python(*SMALL, "--epochs", 60, "--run_dir", folder)
     with Command(first, output=tmp_path / "first") as running:
         running.wait_for(lambda: attempts(folder, "started"), what="the start")
-        second = run(python(*TINY[:1], "--epochs", 60, "--run_dir", folder), seconds=90)
+        second = run(python(*SMALL, "--epochs", 60, "--run_dir", folder), seconds=90)
         assert second.returncode == 2
         assert f"another run is writing there (process {running.process.pid}" in second.stderr
         assert running.process.poll() is None
@@ -140,7 +141,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(tmp_path: 
     folder = tmp_path / "run"
     assert run(python(*TINY, "--schedule.name", "constant", "--run_dir", folder)).returncode == 0
     before = final_tensors(folder)
-    longer = python(*TINY, "--schedule.name", "constant", "--run_dir", folder, "--epochs", 3)
+    longer = python(*SMALL, "--schedule.name", "constant", "--run_dir", folder, "--epochs", 3)
 
     def no_large_files() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -180,7 +181,7 @@ def test_one_interrupt_saves_and_a_second_ends_at_once(tmp_path: Path) -> None:
 @pytest.mark.timeout(200)
 def test_a_loss_that_is_not_finite_ends_the_run_without_a_bad_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    result = run(python(*TINY, "--optim.lr", 100, "--run_dir", folder, "--checkpoint.every_steps", 1, "--epochs", 9))
+    result = run(python(*SMALL, "--optim.lr", 100, "--run_dir", folder, "--checkpoint.every_steps", 1, "--epochs", 9))
     assert result.returncode == 3
     assert "the loss was not finite at step" in result.stderr
     assert all(tensor.isfinite().all() for tensor in final_tensors(folder).values())

@@ -157,7 +157,7 @@ def test_a_flipped_bit_anywhere_is_damage(run, file):
     assert damage_of(path) is None
 
 
-def test_a_flipped_bit_of_the_manifest_is_damage_unless_it_means_the_same(run):
+def test_a_flipped_bit_of_the_manifest_is_damage(run):
     (path,) = saved(run, 1)
     content = (path / "manifest.json").read_bytes()
     for at in range(len(content)):

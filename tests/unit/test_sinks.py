@@ -1,0 +1,82 @@
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distributed.metrics import EpochMetrics, SplitMetrics, TrainMetrics
+from distributed.sinks import JsonLines, duration
+
+TRAIN = TrainMetrics(
+    epoch=0, step=5, loss=1.5, accuracy=0.5, lr=0.1, grad_norm=2.0, images_per_second=100.0, data_wait=0.01,
+    memory_mib=10.0, eta_seconds=60.0,
+)  # fmt: skip
+EPOCH = EpochMetrics(
+    epoch=0, step=10, lr=0.1, train_loss=1.4, train_accuracy=0.5, validation=SplitMetrics(1.3, 0.6, 0.9), test=None,
+    is_best=True, seconds=3.0,
+)  # fmt: skip
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def told(file: Path, *steps: int, start_step: int = 0) -> None:
+    sink = JsonLines(file, start_step=start_step, data="generated10")
+    for step in steps:
+        sink.train(replace(TRAIN, step=step))
+    sink.close()
+
+
+def steps_of(file: Path) -> list[int]:
+    return [line["step"] for line in lines_of(file)]
+
+
+def test_each_metric_is_a_line_that_names_its_kind_and_data(tmp_path):
+    sink = JsonLines(tmp_path / "m.jsonl", start_step=0, data="generated10")
+    sink.train(TRAIN)
+    sink.epoch(EPOCH)
+    train, epoch = lines_of(tmp_path / "m.jsonl")
+    assert train == {"kind": "train", "data": "generated10"} | asdict(TRAIN)
+    assert epoch == {"kind": "epoch", "data": "generated10"} | asdict(EPOCH)
+    assert epoch["validation"] == {"loss": 1.3, "accuracy": 0.6, "accuracy5": 0.9}
+
+
+@pytest.mark.parametrize(("start_step", "kept"), [(0, []), (4, []), (5, [5]), (12, [5, 10]), (15, [5, 10, 15])])
+def test_a_resume_takes_back_the_lines_after_its_step(tmp_path, start_step, kept):
+    told(tmp_path / "m.jsonl", 5, 10, 15)
+    told(tmp_path / "m.jsonl", start_step=start_step)
+    assert steps_of(tmp_path / "m.jsonl") == kept
+
+
+def test_a_resumed_run_leaves_the_lines_of_an_undisturbed_one(tmp_path):
+    told(tmp_path / "whole.jsonl", 5, 10, 15, 20)
+    told(tmp_path / "m.jsonl", 5, 10, 15)
+    told(tmp_path / "m.jsonl", 15, 20, start_step=12)
+    assert lines_of(tmp_path / "m.jsonl") == lines_of(tmp_path / "whole.jsonl")
+
+
+@pytest.mark.parametrize("cut", [1, 20, 100])
+def test_half_a_line_of_a_kill_is_dropped(tmp_path, cut):
+    file = tmp_path / "m.jsonl"
+    told(file, 5, 10)
+    file.write_bytes(file.read_bytes()[:-cut])
+    told(file, 15, start_step=10)
+    assert steps_of(file) == ([5, 10, 15] if cut == 1 else [5, 15])
+
+
+@pytest.mark.parametrize("garbage", ["null", "3", "[]", '{"step": null}', '{"step": "x"}', "{}"])
+def test_a_line_that_tells_no_step_is_dropped(tmp_path, garbage):
+    file = tmp_path / "m.jsonl"
+    told(file, 5)
+    file.write_text(f"{garbage}\n{file.read_text()}")
+    told(file, start_step=10)
+    assert steps_of(file) == [5]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (245, "4:05"), (3599.7, "1:00:00"), (3723, "1:02:03")]
+)
+def test_durations_read_like_a_clock(seconds, text):
+    assert duration(seconds) == text

@@ -1,0 +1,86 @@
+import pytest
+
+from distributed.errors import InputError
+from distributed.topology import Topology, host
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+    def give(**values: object) -> None:
+        for name, value in values.items():
+            monkeypatch.setenv(name, str(value))
+
+    return give
+
+
+def test_without_a_launcher_there_is_one_process(environment):
+    topology = Topology.from_environment()
+    assert topology == Topology(rank=0, world_size=1, local_rank=0, local_world_size=1, node_rank=0, launched=False)
+    assert topology.is_main
+
+
+def test_the_place_is_what_torchrun_sets(environment):
+    environment(RANK=5, WORLD_SIZE=8, LOCAL_RANK=1, LOCAL_WORLD_SIZE=4, GROUP_RANK=1)
+    topology = Topology.from_environment()
+    assert topology == Topology(5, 8, 1, 4, 1, launched=True)
+    assert not topology.is_main
+
+
+def test_a_single_launched_process_counts_as_launched(environment):
+    environment(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
+    assert Topology.from_environment() == Topology(launched=True)
+
+
+def test_without_a_local_world_size_all_ranks_are_taken_to_share_the_node(environment):
+    environment(RANK=0, WORLD_SIZE=4, LOCAL_RANK=0)
+    assert Topology.from_environment().local_world_size == 4
+
+
+@pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+def test_a_part_of_the_place_is_refused_with_what_is_missing(environment, missing):
+    given = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    del given[missing]
+    environment(**given)
+    with pytest.raises(InputError, match=f"{missing} is missing beside {', '.join(given)}"):
+        Topology.from_environment()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"RANK": "one", "WORLD_SIZE": 2, "LOCAL_RANK": 0},
+        {"RANK": 0, "WORLD_SIZE": "", "LOCAL_RANK": 0},
+        {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0.5},
+        {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": "x"},
+        {"RANK": 2, "WORLD_SIZE": 2, "LOCAL_RANK": 0},
+        {"RANK": -1, "WORLD_SIZE": 2, "LOCAL_RANK": 0},
+        {"RANK": 0, "WORLD_SIZE": 0, "LOCAL_RANK": 0},
+    ],
+)
+def test_a_place_that_cannot_be_is_refused(environment, values):
+    environment(**values)
+    with pytest.raises(InputError, match="start with torchrun"):
+        Topology.from_environment()
+
+
+def test_threads_are_as_asked_or_the_share_of_the_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    assert Topology(local_world_size=2).threads(0) == 4
+    assert Topology(local_world_size=3).threads(0) == 2
+    assert Topology(local_world_size=16).threads(0) == 1
+    assert Topology(local_world_size=2).threads(7) == 7
+
+
+def test_the_threads_do_not_depend_on_what_torchrun_put_into_omp_num_threads(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
+    assert Topology().threads(0) == 6
+
+
+def test_the_host_has_a_name():
+    assert host()
