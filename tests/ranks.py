@@ -68,6 +68,25 @@ def in_group(fn: Callable[P, R]) -> Callable[P, R]:
     return inside
 
 
+def once(fn: Callable[P, R]) -> Callable[P, R]:
+    """`functools.cache` that remembers failures too: ranks that fail are not started again by every test of a fixture."""
+
+    @functools.cache
+    def outcome(*args: P.args, **kwargs: P.kwargs) -> tuple[R | None, RankFailed | None]:
+        try:
+            return fn(*args, **kwargs), None
+        except RankFailed as failure:
+            return None, failure
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        result, failure = outcome(*args, **kwargs)
+        if failure:
+            raise failure
+        return result  # type: ignore[return-value]
+
+    return call
+
+
 def leave() -> None:
     """End this rank at once, as a kill would: nothing is closed, nobody is told."""
     os._exit(_LEFT)

@@ -74,8 +74,10 @@ class _SyncBatchNorm(torch.autograd.Function):
         scale = weight * inverse
         slope = (-mean_weight * scale * inverse).to(x.dtype)
         offset = -mean_bias * scale - slope.to(mean.dtype) * mean
-        grad_x = torch.nn.functional.batch_norm(
-            grad, torch.zeros_like(mean), torch.ones_like(mean), scale, offset, training=False, eps=0.0
+        zeros, ones = torch.zeros_like(mean), torch.ones_like(mean)
+        # Not functional.batch_norm: in torch 2.11 that refuses an eps of 0.
+        grad_x = torch.batch_norm(
+            grad, scale, offset, zeros, ones, training=False, momentum=0.0, eps=0.0, cudnn_enabled=False
         ).addcmul_(x, slope.view(1, -1, *(1,) * (x.dim() - 2)))
         return grad_x, grad_weight, grad_bias, None, None, None, None, None
 

@@ -3,7 +3,6 @@
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +20,7 @@ from distributed.recipe import train
 from distributed.sums import RunningSums
 from distributed.topology import Topology
 from multiprocess.small_runs import Recorder, small_config
-from ranks import in_group, run_ranks
+from ranks import in_group, once, run_ranks
 
 STEPS = 50
 # 25 steps an epoch; the last has three images, so that with two micro-batches some ranks have none at all.
@@ -45,7 +44,7 @@ def losses_of_runs(folder: Path) -> dict[int, list[float]]:
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[int, list[float]]]]:
     """world size -> what each rank saw; a world size runs once."""
-    return cache(lambda world_size: run_ranks(losses_of_runs, world_size, tmp_path_factory.mktemp("runs")))
+    return once(lambda world_size: run_ranks(losses_of_runs, world_size, tmp_path_factory.mktemp("runs")))
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from distributed import collectives
 from distributed.models.sync_batch_norm import Gather, SyncBatchNorm
 from distributed.row_gather import SharedMemoryGather, gather_by_process_group, open_row_gather
-from ranks import in_group, run_ranks
+from ranks import in_group, once, run_ranks
 
 CHANNELS, STEPS = 5, 4
 CPU = torch.device("cpu")
@@ -92,7 +91,7 @@ def differences(case: Case, gather: Gather) -> dict[str, float]:
         images, weights_of_loss = (
             (torch.randn(size, generator=random, dtype=torch.float64) * 2 + offset).to(case.dtype) for offset in (9, 0)
         )
-        x_whole = images.double().requires_grad_()
+        x_whole = images.to(torch.float64, copy=True).requires_grad_()
         y_whole = whole(x_whole)
         (y_whole * weights_of_loss.double()).sum().backward()
         x = images[mine].contiguous(memory_format=memory_format).requires_grad_()
@@ -118,7 +117,7 @@ def differences(case: Case, gather: Gather) -> dict[str, float]:
 def measured() -> Callable[[Case], dict[str, float]]:
     """The largest difference on any rank; the cases of a world size share its processes."""
 
-    @cache
+    @once
     def of_world_size(world_size: int) -> list[dict[Case, dict[str, float]]]:
         return run_ranks(compare, world_size, [case for case in CASES if len(case.shards) == world_size])
 

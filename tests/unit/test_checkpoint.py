@@ -96,7 +96,7 @@ def test_a_restore_brings_back_every_tensor_and_the_counters(run):
 
 
 def test_an_empty_folder_restores_nothing(run):
-    engine, state, content = restored(run)
+    _, state, content = restored(run)
     assert content is None
     assert state == at_step(0)
 

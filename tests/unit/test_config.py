@@ -124,7 +124,9 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
 # Command line
 
 
-@pytest.mark.parametrize("words", [["--optim.lr", "0.05"], ["--optim.lr=0.05"], ["--optim.lr=5e-2"], ["--optim.lr", ".05"]])
+@pytest.mark.parametrize(
+    "words", [["--optim.lr", "0.05"], ["--optim.lr=0.05"], ["--optim.lr=5e-2"], ["--optim.lr", ".05"]]
+)
 def test_a_number_can_be_given_in_every_usual_form(words):
     assert config_of(*words).optim.lr == 0.05
 
@@ -216,8 +218,14 @@ def test_the_place_is_where_the_value_was_set_last(write):
         (["--optim.lr", "inf"], "optim.lr = inf: should be a finite number"),
         (["--optim.lr", "fast"], "optim.lr = fast: should be a valid number"),
         (["--precision", "half"], "precision = half: should be 'float32', 'bfloat16' or 'float64'"),
-        (["--schedule.name", "platoe"], "schedule.name = platoe: should be one of constant | cosine | one_cycle | plateau"),
-        (["--data.name", "mnist"], "data.name = mnist: should be one of cifar10 | cifar100 | generated10 | generated100"),
+        (
+            ["--schedule.name", "platoe"],
+            "schedule.name = platoe: should be one of constant | cosine | one_cycle | plateau",
+        ),
+        (
+            ["--data.name", "mnist"],
+            "data.name = mnist: should be one of cifar10 | cifar100 | generated10 | generated100",
+        ),
         (["--data.augment.crop", "-1"], "data.augment.crop = -1: should be greater than or equal to 0"),
         (["--early_stopping.patience", "0"], "early_stopping.patience = 0: should be greater than 0"),
     ],
@@ -293,9 +301,7 @@ def test_without_validation_all_that_watches_it_is_refused_at_once():
 
 
 def test_conflicts_wait_until_each_field_is_valid():
-    assert mistakes("--optim.momentum", "0", "--epochs", "0") == (
-        "command line: epochs = 0: should be greater than 0",
-    )
+    assert mistakes("--optim.momentum", "0", "--epochs", "0") == ("command line: epochs = 0: should be greater than 0",)
 
 
 # Variants of a section
@@ -314,7 +320,9 @@ def test_a_variant_can_be_changed_where_the_base_did_not_name_its_own(write):
 
 
 def test_the_data_set_can_be_changed_on_the_command_line(write):
-    file = write('[data]\nname = "generated10"\ntrain_samples = 100\nvalidation_fraction = 0.1\n[data.augment]\ncrop = 2\n')
+    file = write(
+        '[data]\nname = "generated10"\ntrain_samples = 100\nvalidation_fraction = 0.1\n[data.augment]\ncrop = 2\n'
+    )
     data = config_of(file, "--data.name", "cifar100").data
     assert (data.name, data.validation_fraction, data.augment.crop) == ("cifar100", 0.1, 2)
     assert config_of(file, "--data.name", "generated100").data.train_samples == 100
@@ -342,7 +350,9 @@ def test_the_order_of_options_does_not_matter(order):
 def test_a_setting_of_another_variant_in_a_file_is_refused_with_its_line(write):
     file = write('[schedule]\nname = "constant"\npatience = 3\n')
     (line,) = mistakes(file)
-    assert line.startswith(f"{file}:3: schedule.patience = 3: belongs to schedule.name = plateau, and here it is constant")
+    assert line.startswith(
+        f"{file}:3: schedule.patience = 3: belongs to schedule.name = plateau, and here it is constant"
+    )
 
 
 # There and back
@@ -408,7 +418,9 @@ def test_help_has_a_line_of_doc_for_every_setting():
 
 
 def test_settings_that_a_resume_may_change_are_starred_in_help():
-    starred = {line.split()[0][2:] for line in help_text().splitlines() if line.lstrip().startswith("--") and " * " in line}
+    starred = {
+        line.split()[0][2:] for line in help_text().splitlines() if line.lstrip().startswith("--") and " * " in line
+    }
     config = TrainConfig()
     assert starred == {path for path in _all_paths() if path != "epochs" and not changes_experiment(path, config)}
 

@@ -86,7 +86,13 @@ def test_status_and_attempts_tell_how_an_attempt_went(run, path):
     run.begin(config, start_step=5, details={"bits": {"threads": 1}})
     assert (run.status()["status"], run.status()["step"], run.status()["world_size"]) == ("running", 5, 2)
     run.end("stopped", exit_code=ExitCode.STOPPED, reason="SIGTERM", step=9, epoch=1)
-    assert {"status": "stopped", "reason": "SIGTERM", "exit_code": 75, "step": 9, "epoch": 1}.items() <= run.status().items()
+    assert {
+        "status": "stopped",
+        "reason": "SIGTERM",
+        "exit_code": 75,
+        "step": 9,
+        "epoch": 1,
+    }.items() <= run.status().items()
     started, stopped = lines_of(path / "attempts.jsonl")
     assert started["event"] == "started"
     assert started["bits"] == {"threads": 1}
@@ -154,7 +160,8 @@ def test_other_data_schedules_and_lengths_are_other_experiments(path, words):
 
 
 @pytest.mark.parametrize(
-    "words", [["--logging.every_steps", "1"], ["--checkpoint.every_steps", "5"], ["--threads", "2"], ["--device", "cpu"]]
+    "words",
+    [["--logging.every_steps", "1"], ["--checkpoint.every_steps", "5"], ["--threads", "2"], ["--device", "cpu"]],
 )
 def test_what_the_curve_does_not_depend_on_may_change(path, words):
     checkpointed(path, config_of(path))

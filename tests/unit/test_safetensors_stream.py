@@ -51,7 +51,11 @@ def test_no_tensors_make_a_file_that_can_be_read(tmp_path):
 
 
 def test_odd_sizes_and_names_are_no_trouble(tmp_path):
-    tensors = {"bytes": torch.arange(3, dtype=torch.uint8), "ä \"quoted\" 名": torch.randn(5), "f": torch.randn(1).double()}
+    tensors = {
+        "bytes": torch.arange(3, dtype=torch.uint8),
+        'ä "quoted" 名': torch.randn(5),
+        "f": torch.randn(1).double(),
+    }
     write_tensors(tmp_path / "t", tensors)
     assert_same(load_file(tmp_path / "t"), tensors)
 

@@ -66,7 +66,7 @@ def test_half_a_line_of_a_kill_is_dropped(tmp_path, cut):
     assert steps_of(file) == ([5, 10, 15] if cut == 1 else [5, 15])
 
 
-@pytest.mark.parametrize("garbage", ["null", "3", "[]", '{"step": null}', '{"step": "x"}', "{}"])
+@pytest.mark.parametrize("garbage", ["\0\0\0", '{"step": "x"}', "{}", '{"step": 3'])
 def test_a_line_that_tells_no_step_is_dropped(tmp_path, garbage):
     file = tmp_path / "m.jsonl"
     told(file, 5)

@@ -7,7 +7,12 @@ from torch import Tensor, nn
 
 from distributed.models.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm
 
-LAYERS = {"2d": (nn.BatchNorm2d, (5, 4)), "1d": (nn.BatchNorm1d, (7,)), "flat": (nn.BatchNorm1d, ()), "3d": (nn.BatchNorm3d, (2, 3, 2))}
+LAYERS = {
+    "2d": (nn.BatchNorm2d, (5, 4)),
+    "1d": (nn.BatchNorm1d, (7,)),
+    "flat": (nn.BatchNorm1d, ()),
+    "3d": (nn.BatchNorm3d, (2, 3, 2)),
+}
 CHANNELS = 6
 
 
@@ -150,7 +155,8 @@ def test_statistics_of_bfloat16_images_are_kept_in_float32():
 
 
 def test_a_conversion_keeps_names_and_the_very_parameters():
-    model = nn.Sequential(nn.Conv2d(3, CHANNELS, 1), nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU()), nn.BatchNorm2d(CHANNELS))
+    inner = nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU())
+    model = nn.Sequential(nn.Conv2d(3, CHANNELS, 1), inner, nn.BatchNorm2d(CHANNELS))
     before = dict(model.named_parameters()) | dict(model.named_buffers())
     converted = convert_sync_batch_norm(model.eval(), alone)
     after = dict(converted.named_parameters()) | dict(converted.named_buffers())

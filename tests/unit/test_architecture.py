@@ -1,0 +1,162 @@
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2] / "distributed"
+# A module may import what stands in a row above its own; modules of one package may import each other, one way.
+LAYERS = [
+    "errors files keyed safetensors_stream plot",
+    "config topology",
+    "rendezvous collectives logs metrics",
+    "process_group data models row_gather optim schedule sums stop sinks",
+    "engine state exact",
+    "run_folder loop",
+    "checkpoint report",
+    "attempt build",
+    "recipe",
+    "process",
+    "train evaluate bench export",
+]
+LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row.split()}
+SLOW = {"torch", "torchvision", "deepspeed", "ray", "matplotlib", "tensorboard", "tqdm"}
+WITHOUT_TORCH = {
+    "errors",
+    "files",
+    "config",
+    "topology",
+    "run_folder",
+    "train",
+    "evaluate",
+    "data.cifar",
+    "logs",
+    "plot",
+}
+
+FILES = sorted(ROOT.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text()) for path in FILES}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """(dotted module, line) of every import, those inside functions too; `from package import module` as the module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            for alias in node.names:
+                path = ROOT.parent.joinpath(*node.module.split("."), alias.name)
+                is_module = path.is_dir() or path.with_suffix(".py").exists()
+                yield (f"{node.module}.{alias.name}" if is_module else node.module), node.lineno
+
+
+def imported_at_top(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Those that run when the module is imported: not inside a function, not for type checkers alone."""
+    later = {
+        found
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        or (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING")
+        for found in imported(node)
+    }
+    return (found for found in imported(tree) if found not in later)
+
+
+def own(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    for module, line in imported(tree):
+        if module.startswith("distributed."):
+            yield module.removeprefix("distributed."), line
+
+
+def test_every_module_has_its_place():
+    parts = {name_of(path).partition(".")[0] for path in FILES} - {"__init__"}
+    assert parts <= LEVEL.keys(), "give the new module a place in LAYERS"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_run_one_way(path):
+    module = name_of(path).partition(".")[0]
+    wrong = [
+        f"{path}:{line}: {module} imports {other}"
+        for other, line in own(TREES[path])
+        if (part := other.partition(".")[0]) != module and LEVEL[part] >= LEVEL[module]
+    ]
+    assert wrong == []
+
+
+def test_modules_of_one_package_do_not_import_each_other_in_circles():
+    graph = {name_of(path): {other for other, _ in own(TREES[path])} for path in FILES}
+
+    def reached_from(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = list(graph[start])
+        while waiting:
+            name = waiting.pop()
+            if name not in seen:
+                seen.add(name)
+                waiting += graph.get(name, set())
+        return seen
+
+    assert [name for name in graph if name in reached_from(name)] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_the_topology_reads_the_environment(path):
+    writes = {  # os.environ["A"] = ..., os.environ.setdefault("A", ...)
+        id(node.value)
+        for node in ast.walk(TREES[path])
+        if (isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store))
+        or (isinstance(node, ast.Attribute) and node.attr == "setdefault")
+    }
+    wrong = [
+        f"{path}:{node.lineno}"
+        for node in ast.walk(TREES[path])
+        if (isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb"))
+        and not (name_of(path) == "process_group" and id(node) in writes)
+    ]
+    wrong += [f"{path}:{n.lineno}" for n in ast.walk(TREES[path]) if isinstance(n, ast.ImportFrom) and n.module == "os"]
+    assert name_of(path) == "topology" or wrong == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_what_is_slow_to_import_is_imported_where_it_is_used(path):
+    late = SLOW - {"torch", "torchvision"}
+    top = imported_at_top(TREES[path])
+    wrong = [f"{path}:{line}: {name}" for name, line in top if late & set(name.split("."))]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_TORCH))
+def test_what_runs_before_torch_is_needed_does_not_import_it(name):
+    paths = {name_of(path): path for path in FILES}
+    waiting, seen = [name] if name in paths else [n for n in paths if n.startswith(f"{name}.")], set()
+    assert waiting
+    while waiting:
+        current = waiting.pop()
+        seen.add(current)
+        for module, line in imported_at_top(TREES[paths[current]]):
+            assert module.partition(".")[0] not in SLOW, f"{paths[current]}:{line} on the way from {name}: {module}"
+            other = module.removeprefix("distributed.")
+            if module.startswith("distributed.") and other in paths and other not in seen:
+                waiting.append(other)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_files_and_functions_are_short_enough_to_read(path):
+    assert len(path.read_text().splitlines()) <= 250
+    long = [
+        f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > 60
+    ]
+    assert [said for said in long if (name_of(path), said.partition(":")[0]) != ("recipe", "train")] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_every_module_says_what_it_is(path):
+    assert ast.get_docstring(TREES[path])

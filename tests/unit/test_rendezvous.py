@@ -1,0 +1,45 @@
+import json
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+from torch.distributed import HashStore
+
+from distributed.rendezvous import agree_on_token
+
+
+def tokens(store: HashStore, world_size: int) -> list[str]:
+    with ThreadPoolExecutor(world_size) as pool:
+        works = [
+            pool.submit(agree_on_token, store, rank=rank, world_size=world_size, timeout=timedelta(seconds=10))
+            for rank in reversed(range(world_size))
+        ]
+        return [work.result() for work in works]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_all_ranks_get_one_token(world_size):
+    assert len(set(tokens(HashStore(), world_size))) == 1
+
+
+def test_attempts_over_the_same_store_get_tokens_of_their_own():
+    store = HashStore()
+    attempts = [tokens(store, 3) for _ in range(4)]
+    assert [len(set(attempt)) for attempt in attempts] == [1] * 4
+    assert len({attempt[0] for attempt in attempts}) == 4
+
+
+def test_what_a_dead_attempt_left_half_done_is_passed_over():
+    store = HashStore()
+    store.set("proposal", json.dumps({"token": "old", "nonces": {"0": "a", "1": "b"}}))
+    for key, value in {"hello/0": "a", "hello/1": "b", "acknowledged/1": "old", "go": "old"}.items():
+        store.set(key, value)
+    first, second = tokens(store, 2)
+    assert first == second != "old"
+
+
+def test_a_rank_that_does_not_come_is_named():
+    with pytest.raises(TimeoutError, match=r"no word from rank 1"):
+        agree_on_token(HashStore(), rank=0, world_size=2, timeout=timedelta(seconds=0.05))
+    with pytest.raises(TimeoutError, match=r"rank 1: rank 0 did not answer"):
+        agree_on_token(HashStore(), rank=1, world_size=2, timeout=timedelta(seconds=0.05))

@@ -1,0 +1,80 @@
+import os
+import signal
+
+import pytest
+
+from distributed.collectives import LateMax
+from distributed.stop import Never, SignalStop, StepAgreement
+
+
+class Asked:
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def requested(self) -> str | None:
+        return self.reason
+
+
+def test_a_late_maximum_is_that_of_the_call_before():
+    late = LateMax(2)
+    assert late.exchange(1, 0) == [0, 0]
+    assert late.exchange(0, 1) == [1, 0]
+    assert late.drain() == [0, 1]
+    assert late.drain() == [0, 0]
+
+
+def test_a_request_takes_effect_one_step_late():
+    source = Asked()
+    agreement = StepAgreement(source, is_main=True, save_every_seconds=0)
+    assert agreement.after_step() == (False, False)
+    source.reason = "SIGTERM"
+    assert agreement.after_step() == (False, False)
+    assert agreement.reason is None
+    assert agreement.after_step() == (True, False)
+    assert agreement.reason == "SIGTERM"
+
+
+def test_nobody_asks_where_no_request_can_come():
+    agreement = StepAgreement(Never(), is_main=True, save_every_seconds=0)
+    assert [agreement.after_step() for _ in range(3)] == [(False, False)] * 3
+
+
+def test_a_save_is_due_by_the_clock_once_a_period(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("distributed.stop.time.monotonic", lambda: now)
+    agreement = StepAgreement(Never(), is_main=True, save_every_seconds=10)
+    decided = []
+    for now in (4.0, 11.0, 12.0, 20.0, 22.0, 23.0):  # noqa: B007  read by the clock
+        decided.append(agreement.after_step()[1])
+    assert decided == [False, False, True, False, False, True]
+
+
+def test_a_checkpoint_starts_the_clock_anew(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("distributed.stop.time.monotonic", lambda: now)
+    agreement = StepAgreement(Never(), is_main=True, save_every_seconds=10)
+    now = 9.0
+    agreement.saved()
+    now = 15.0
+    assert [agreement.after_step() for _ in range(2)] == [(False, False)] * 2
+
+
+def test_only_rank_0_looks_at_the_clock(monkeypatch):
+    agreement = StepAgreement(Never(), is_main=False, save_every_seconds=1e-9)
+    assert [agreement.after_step() for _ in range(3)] == [(False, False)] * 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_asks_to_stop_and_handlers_are_put_back(number):
+    before = signal.getsignal(number)
+    with SignalStop() as stop:
+        assert stop.requested() is None
+        os.kill(os.getpid(), number)
+        assert stop.requested() == number.name
+    assert signal.getsignal(number) == before
+
+
+def test_the_death_of_the_launcher_asks_to_stop(monkeypatch):
+    with SignalStop() as stop:
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert stop.requested() == "the launcher's death"
