@@ -1,9 +1,10 @@
 """Checkpoints that are complete or absent.
 
-    checkpoints/step-00000313/tensors.safetensors  every tensor by its canonical name
-                              state.json           counters, schedule, config, versions
-                              manifest.json        sizes and digests; written last
-    checkpoints/latest, best  links for people; a restore never trusts them
+    checkpoints/step-00000313-epoch-001/    after 313 steps and one finished epoch
+        tensors.safetensors                 every tensor by its canonical name
+        state.json                          counters, schedule, config, versions
+        manifest.json                       sizes and digests; written last
+    checkpoints/latest, best                links for people; a restore never trusts them
 
 A checkpoint is written aside by a thread while training goes on, flushed to the disk, its manifest last, and renamed
 into place. Which one is best stands in the newest state itself, so no pointer can be out of date.
@@ -29,6 +30,7 @@ from distributed.safetensors_stream import digest_of, write_tensors
 from distributed.state import TrainState
 
 FORMAT = 1
+FILES = ("tensors.safetensors", "state.json")
 
 
 class Checkpointer:
@@ -42,7 +44,7 @@ class Checkpointer:
         self.folder, self.run, self.keep_last, self.facts = folder, run, keep_last, facts
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        self._newest_step = -1
+        self._newest = ""
 
     def restore(self, engine: Engine, state: TrainState) -> dict[str, Any] | None:
         """Load the newest checkpoint that is whole; the content of its state.json, None where there is none.
@@ -60,7 +62,7 @@ class Checkpointer:
                 f"{path}: rank 0 sees this checkpoint and this rank does not; run_dir must be shared storage"
             )
         content = load(path, engine, state)
-        self._newest_step = state.step
+        self._newest = name
         return content
 
     def save(self, engine: Engine, state: TrainState) -> None:
@@ -69,16 +71,15 @@ class Checkpointer:
         Raises:
             StorageError: that one could not be written.
         """
-        if state.step == self._newest_step:
+        name = name_of(step=state.step, epoch=state.epoch)
+        if self.run is None or name == self._newest:
             return
-        self._newest_step = state.step
-        if self.run is None:
-            return
+        self._newest = name
         self.wait()
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in engine.state()}
         content = {"format": FORMAT, "state": state.state_dict(), **self.facts}
-        best = state.best.step if state.best else None
-        self._pending = self._thread.submit(self._write, state.step, tensors, content, best)
+        best = name_of(step=state.best.step, epoch=state.best.epoch + 1) if state.best else None
+        self._pending = self._thread.submit(self._write, name, tensors, content, best)
 
     def wait(self) -> None:
         """Return once everything handed to `save` is on the disk.
@@ -99,16 +100,16 @@ class Checkpointer:
                 f"the same command again: the last complete checkpoint is intact"
             ) from error
 
-    def _write(self, step: int, tensors: dict[str, Tensor], content: dict[str, Any], best: int | None) -> None:
+    def _write(self, name: str, tensors: dict[str, Tensor], content: dict[str, Any], best: str | None) -> None:
         assert self.run is not None
-        aside = self.folder / f".writing-{step:08d}"
+        aside = self.folder / f".writing-{name}"
         try:
             write_checkpoint(aside, tensors, content)
-            commit(aside, self.folder / f"step-{step:08d}", self.run)
+            commit(aside, self.folder / name, self.run)
         except OSError:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        point(self.folder, "latest", step)
+        point(self.folder, "latest", name)
         if best is not None:
             point(self.folder, "best", best)
         retain(self.folder, keep_last=self.keep_last, best=best)
@@ -127,6 +128,11 @@ class Checkpointer:
         return None
 
 
+def name_of(*, step: int, epoch: int) -> str:
+    """After so many steps and finished epochs. An epoch's end has the steps of its last step, but knows more."""
+    return f"step-{step:08d}-epoch-{epoch:03d}"
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The committed checkpoints of a run, oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir() and not path.suffix)
@@ -135,9 +141,10 @@ def checkpoints(folder: Path) -> list[Path]:
 def damage_of(path: Path) -> str | None:
     """What is wrong with a checkpoint, by its manifest; None where it is whole."""
     manifest = read_json(path / "manifest.json")
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or manifest.get("format") != FORMAT or set(files) != set(FILES):
         return "no manifest of a known format"
-    for name, expected in manifest["files"].items():
+    for name, expected in files.items():
         try:
             found = digest_of(path / name)
         except OSError as error:
@@ -173,18 +180,18 @@ def commit(aside: Path, path: Path, run: ClaimedRun) -> None:
     sync_folder(path.parent)
 
 
-def point(folder: Path, name: str, step: int) -> None:
-    """Let the link `name` lead to a step's checkpoint."""
-    aside = folder / f".{name}"
+def point(folder: Path, link: str, name: str) -> None:
+    """Let a link lead to the checkpoint of that name."""
+    aside = folder / f".{link}"
     aside.unlink(missing_ok=True)
-    aside.symlink_to(f"step-{step:08d}")
-    os.replace(aside, folder / name)
+    aside.symlink_to(name)
+    os.replace(aside, folder / link)
 
 
-def retain(folder: Path, *, keep_last: int, best: int | None) -> None:
+def retain(folder: Path, *, keep_last: int, best: str | None) -> None:
     """Delete all but the newest few and the best. A checkpoint that goes is renamed first, so none is ever half there."""
     for path in checkpoints(folder)[:-keep_last]:
-        if path.name != f"step-{best or 0:08d}":
+        if path.name != best:
             gone = path.with_name(f".deleting-{path.name}")
             path.rename(gone)
             shutil.rmtree(gone)

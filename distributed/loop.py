@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from distributed.data.pipeline import Batch, DataPipeline, Split
 from distributed.engine.protocol import Engine
+from distributed.errors import NotFiniteError
 from distributed.sums import RunningSums, Totals
 
 
@@ -29,6 +30,7 @@ def evaluate(engine: Engine, data: DataPipeline, split: Split, *, device: torch.
     """Loss, top-1 and top-5 over a split, each image counted once, on all ranks together.
 
     Raises:
+        NotFiniteError: the loss is infinite or no number.
         RuntimeError: the count over all ranks is not the size of the split.
     """
     engine.model.eval()
@@ -40,6 +42,11 @@ def evaluate(engine: Engine, data: DataPipeline, split: Split, *, device: torch.
         sums.add(losses, logits, batch.labels)
     engine.model.train()
     totals = sums.read()
+    if totals.first_bad_step is not None:
+        raise NotFiniteError(
+            f"the {split} loss is not finite: lower optim.lr, set optim.clip_norm, or use precision = float32; "
+            f"the last checkpoint is from before this epoch's end"
+        )
     if totals.count != data.size(split):
         raise RuntimeError(f"evaluation counted {totals.count} images of the {split} split's {data.size(split)}")
     return totals

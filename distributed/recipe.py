@@ -62,7 +62,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         log_plan(config, data, topology, state)
 
         if attempt.run:
-            sinks = [*open_sinks(config, attempt.run, start_step=state.step, total_steps=total_steps), *sinks]
+            sinks = [*open_sinks(config, attempt.run, state, total_steps=total_steps), *sinks]
         report = stack.enter_context(Reporter(sinks, total_steps=total_steps, device=device))
         agreement = stack.enter_context(
             StepAgreement(

@@ -72,9 +72,10 @@ def _split(totals: Totals | None) -> SplitMetrics | None:
     return None if totals is None else SplitMetrics(totals.mean_loss, totals.accuracy, totals.accuracy5)
 
 
-def open_sinks(config: TrainConfig, run: RunFolder, *, start_step: int, total_steps: int) -> list[Sink]:
-    """The sinks that every run has on rank 0."""
-    sinks: list[Sink] = [JsonLines(run.metrics_file, start_step=start_step, data=config.data.name)]
+def open_sinks(config: TrainConfig, run: RunFolder, state: TrainState, *, total_steps: int) -> list[Sink]:
+    """The sinks that every run has on rank 0, told where it starts."""
+    lines = JsonLines(run.metrics_file, start_step=state.step, start_epoch=state.epoch, data=config.data.name)
+    sinks: list[Sink] = [lines]
     if config.logging.tensorboard:
-        sinks.append(TensorBoard(run.tensorboard, start_step=start_step))
-    return [*sinks, Terminal(epochs=config.epochs, total_steps=total_steps, start_step=start_step)]
+        sinks.append(TensorBoard(run.tensorboard, start_step=state.step))
+    return [*sinks, Terminal(epochs=config.epochs, total_steps=total_steps, start_step=state.step)]

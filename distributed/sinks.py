@@ -16,10 +16,11 @@ from distributed.metrics import EpochMetrics, TrainMetrics
 class JsonLines:
     """One JSON object a line, `kind` train or epoch. Lines after the step that a resumed run starts from are taken back."""
 
-    def __init__(self, path: Path, *, start_step: int, data: str) -> None:
+    def __init__(self, path: Path, *, start_step: int, start_epoch: int, data: str) -> None:
         self.path, self.data = path, data
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= start_step]
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if _is_of_the_past(line, step=start_step, epoch=start_epoch)]
             replace_text(path, "".join(f"{line}\n" for line in kept))
 
     def train(self, metrics: TrainMetrics) -> None:
@@ -32,11 +33,13 @@ class JsonLines:
         pass
 
 
-def _step_of(line: str) -> float:
+def _is_of_the_past(text: str, *, step: int, epoch: int) -> bool:
+    """Whether a run that goes on from there will not write this line again."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
-        return float("inf")  # half a line, of a kill
+        line = json.loads(text)
+        return bool(line["step"] <= step and (line["kind"] != "epoch" or line["epoch"] < epoch))
+    except (ValueError, KeyError, TypeError):
+        return False  # half a line, of a kill
 
 
 class TensorBoard:

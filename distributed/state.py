@@ -1,5 +1,6 @@
 """Where a run stands: its counters, schedule and the sums of the epoch so far. JSON in and out."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -71,6 +72,8 @@ class TrainState:
     def _is_best(self, best_by: Metric | None, metrics: dict[Metric, float]) -> bool:
         assert best_by is not None
         value = metrics[best_by]
+        if math.isnan(value):
+            return False
         if self.best and (value <= self.best.value if best_by == "accuracy" else value >= self.best.value):
             return False
         self.best = Best(self.epoch, self.step, value)

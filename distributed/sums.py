@@ -4,6 +4,7 @@ Losses are added up in fixed point, so that a window of steps has the same sum t
 stop, a save or the ranks' shards.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from distributed import collectives
 
-_SCALE = 2.0**40  # resolves 1e-12, and holds sums up to 8 million
+_FRACTION_BITS = 40  # resolves 1e-12; whole losses are added up apart
+_SCALE = 2.0**_FRACTION_BITS
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over some samples, on the host. Means are None where there was no sample."""
+    """Sums over some samples, on the host; `loss` in fixed point. Means are 0 where there was no sample."""
 
     loss: int = 0
     correct: int = 0
@@ -27,6 +29,8 @@ class Totals:
 
     @property
     def mean_loss(self) -> float:
+        if self.first_bad_step is not None:
+            return math.nan
         return self.loss / _SCALE / max(1, self.count)
 
     @property
@@ -54,19 +58,22 @@ class RunningSums:
     """Sums on the device that nobody has to wait for until they are read."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(4, dtype=torch.int64, device=device)
+        self._sums = torch.zeros(5, dtype=torch.int64, device=device)
         self._bad_step = torch.full((1,), _NEVER, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def add(self, losses: Tensor, logits: Tensor, labels: Tensor, *, step: int = 0) -> None:
         """Take in a batch: per-sample losses [n], logits [n, classes], labels [n]. A loss that is no number marks the step."""
         total = losses.sum(dtype=torch.float64)
-        finite = total.isfinite()
+        finite = total.abs() < 2.0**53  # beyond, a double has no fraction left; no number at all fails it too
+        whole = torch.where(finite, total, 0.0).floor()
+        fraction = torch.where(finite, total, 0.0) - whole
         answers = logits.argmax(1)
         top5 = logits.topk(5, dim=1).indices == labels[:, None]
         self._sums += torch.stack(
             [
-                torch.where(finite, total * _SCALE, 0.0).round().long(),
+                whole.long(),
+                (fraction * _SCALE).round().long(),
                 (answers == labels).sum(),
                 top5.sum(),
                 torch.tensor(len(labels), device=labels.device),
@@ -81,5 +88,7 @@ class RunningSums:
         first_bad = -int(collectives.max_over_ranks_(-self._bad_step))
         self._sums.zero_()
         self._bad_step.fill_(_NEVER)
-        loss, correct, correct5, count, _ = both.tolist()
-        return Totals(loss, correct, correct5, count, None if first_bad == _NEVER else first_bad)
+        whole, fraction, correct, correct5, count, _ = both.tolist()
+        return Totals(
+            (whole << _FRACTION_BITS) + fraction, correct, correct5, count, None if first_bad == _NEVER else first_bad
+        )

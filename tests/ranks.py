@@ -35,7 +35,9 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_secon
     """
     task = pickle.dumps((fn, args))
     context = multiprocessing.get_context("spawn")
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # of this process, as torchrun's agent has it
+    store = TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )  # of this process, as torchrun's agent has it
     ranks: list[tuple[SpawnProcess, Connection]] = []
     try:
         for rank in range(world_size):

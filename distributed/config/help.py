@@ -35,12 +35,19 @@ def _group(leaf: Leaf) -> str:
 def _line(leaf: Leaf) -> str:
     variants = _variants(leaf.path)
     if leaf.path.endswith(".name") and len(variants) > 1:
-        docs = [f"{variant.choices}: {variant.doc}" for variant in variants]
         default = TrainConfig.model_fields[leaf.path.partition(".")[0]].default.name
+        lines = [f"{variant.choices}: {variant.doc}" for variant in variants]
+        lines[-1] += f"  (default {default})"
+    elif len({(variant.doc, variant.default) for variant in variants}) > 1:
+        lines = [f"{variant.variant}: {_described(variant)}" for variant in variants]
     else:
-        docs, default = [f"{leaf.doc}  [{leaf.choices}]"], leaf.default
+        lines = [_described(leaf)]
     option = f"--{leaf.path}{' *' if leaf.operational else ''}"
-    return f"    {option:<34} " + f"\n{' ' * 39}".join([*docs[:-1], f"{docs[-1]}  (default {_default(default)})"])
+    return f"    {option:<34} " + f"\n{' ' * 39}".join(lines)
+
+
+def _described(leaf: Leaf) -> str:
+    return f"{leaf.doc}  [{leaf.choices}]  (default {_default(leaf.default)})"
 
 
 def help_text() -> str:

@@ -75,8 +75,24 @@ def from_file(path: Path, *, extended_by: tuple[Path, ...] = ()) -> Settings:
         if not isinstance(base, str):
             raise InputError(f"{path}: extends = {base!r}: must be the name of one file, in quotes")
         settings = from_file(path.parent / base, extended_by=(*extended_by, path.resolve()))
-    settings.override(Settings(values, {key: f"{path}:{line}" for key, line in _lines_of_keys(text)}))
+    settings.override(Settings(_with_none(values), {key: f"{path}:{line}" for key, line in _lines_of_keys(text)}))
     return settings
+
+
+def _with_none(tree: Tree, prefix: str = "") -> Tree:
+    """The word none as no value, except where a text is meant: TOML has no null."""
+    result: Tree = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict):
+            result[key] = _with_none(value, f"{path}.")
+        else:
+            result[key] = None if value == "none" and not _takes_text(path) else value
+    return result
+
+
+def _takes_text(path: str) -> bool:
+    return any(leaf.path == path and leaf.takes_text for leaf in leaves())
 
 
 def _lines_of_keys(text: str) -> list[tuple[str, int]]:
@@ -116,27 +132,31 @@ def from_arguments(arguments: Sequence[str]) -> Settings:
         if path in settings.places:
             errors.append(f"command line: --{path}: given twice; remove one")
             continue
-        settings.override(Settings(_nested(path, _value(path, text)), {path: "command line"}))
+        _put(settings.values, path, _value(path, text))
+        settings.places[path] = "command line"
     if errors:
         raise InputError(*errors)
     return settings
 
 
-def _nested(path: str, value: Any) -> Tree:
+def _put(tree: Tree, path: str, value: Any) -> None:
+    """Set a dotted path, whatever the order of options; a section given as a plain value stays wrong."""
     *sections, key = path.split(".")
-    tree: Tree = {key: value}
-    for section in reversed(sections):
-        tree = {section: tree}
-    return tree
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            return
+    tree[key] = value
 
 
 def _value(path: str, text: str) -> Any:
     """The text as what TOML would read (`0.05`, `true`, `[1, 2]`), `none` as no value, else as it stands."""
-    leaf = next((leaf for leaf in leaves() if leaf.path == path), None)
-    if leaf and leaf.takes_text:
+    if _takes_text(path):
         return text
     if text.lower() == "none":
         return None
+    if re.fullmatch(r"[+-]?(\d+\.|\.\d+)([eE][+-]?\d+)?", text):
+        return float(text)  # `.05` and `5.`, which TOML does not know
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

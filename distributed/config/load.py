@@ -3,10 +3,10 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tomli_w
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from distributed.config.fields import leaves, sections_of
@@ -61,8 +61,21 @@ def with_values(config: TrainConfig, **values: Any) -> TrainConfig:
 
 
 def as_toml(config: TrainConfig) -> str:
-    """The resolved config as TOML that `load` reads back to an equal config; what is none is left out."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+    """The resolved config as TOML that `load` reads back to an equal config."""
+    return tomli_w.dumps(_without_none(config))
+
+
+def _without_none(section: BaseModel) -> dict[str, Any]:
+    """TOML has no null: none is left out where it is the default, else it is the word."""
+    tree: dict[str, Any] = {}
+    plain = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            tree[name] = _without_none(value)
+        elif value is not None or field.default is not None:
+            tree[name] = "none" if value is None else plain[name]
+    return tree
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[tuple[str, Any, Any]]:
@@ -92,6 +105,9 @@ def _explained(detail: ErrorDetails, settings: Settings) -> list[str]:
         return str(detail["msg"]).splitlines()
     path, tags = _path(detail["loc"], settings.values)
     value = detail["input"]
+    if detail["type"] == "extra_forbidden" and isinstance(value, dict) and value:
+        inner = [{**detail, "loc": (*detail["loc"], key), "input": item} for key, item in value.items()]
+        return [line for error in inner for line in _explained(cast(ErrorDetails, error), settings)]
     if detail["type"] == "union_tag_invalid":
         path = f"{path}.name"
         value = value["name"] if isinstance(value, dict) else value
@@ -142,8 +158,8 @@ def _reason(detail: ErrorDetails, path: str, tags: list[str]) -> str:
 def _close(path: str, known: set[str]) -> list[str]:
     """Settings that were probably meant: first by the whole path, then by its last word in any section."""
     last = path.rpartition(".")[2]
+    by_path = difflib.get_close_matches(path, sorted(known), n=1, cutoff=0.8)
     by_last = [p for p in sorted(known) if p.rpartition(".")[2] == last]
-    by_path = difflib.get_close_matches(path, known, n=1, cutoff=0.7)
     words = {p.rpartition(".")[2]: p for p in sorted(known)}
     by_word = [words[w] for w in difflib.get_close_matches(last, words, n=1, cutoff=0.7)]
-    return by_last + by_path + by_word
+    return by_path + by_last + by_word

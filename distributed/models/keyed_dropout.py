@@ -19,7 +19,7 @@ class KeyedDropout(nn.Module):
     def __init__(self, p: float, *, features: int, name: str) -> None:
         super().__init__()
         self.features = features
-        self.threshold = round(p * 65536)
+        self.threshold = min(65535, round(p * 65536))
         self.scale = 65536 / (65536 - self.threshold)
         self.register_buffer("units", keyed.unit_words(name, features), persistent=False)
 

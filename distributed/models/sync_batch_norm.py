@@ -63,9 +63,11 @@ class _SyncBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, variance, total = ctx.saved_tensors
         inverse = torch.rsqrt(variance + ctx.eps)
-        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, variance, None, None, False, ctx.eps, [False, True, True]
-        )
+        grad_weight = grad_bias = torch.zeros_like(mean)
+        if x.numel():  # the kernel divides by the number of elements
+            _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+                grad, x, weight, mean, variance, None, None, False, ctx.eps, [False, True, True]
+            )
         sums = _tree_sum(ctx.gather(torch.cat([grad_weight, grad_bias]))) / total
         mean_weight, mean_bias = sums.chunk(2)
         # (grad - mean_bias - x_hat * mean_weight) * weight * inverse, written per channel as scale * grad + offset, one

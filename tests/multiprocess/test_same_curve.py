@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import in_group, once, run_ranks
 from torch import Tensor, nn
 
 from distributed import collectives
@@ -20,7 +21,6 @@ from distributed.recipe import train
 from distributed.sums import RunningSums
 from distributed.topology import Topology
 from multiprocess.small_runs import Recorder, small_config
-from ranks import in_group, once, run_ranks
 
 STEPS = 50
 # 25 steps an epoch; the last has three images, so that with two micro-batches some ranks have none at all.

@@ -9,7 +9,7 @@ from loguru import logger
 from torch import Tensor, nn
 
 from distributed import checkpoint as module
-from distributed.checkpoint import Checkpointer, checkpoints, damage_of, point, retain, sweep, write_checkpoint
+from distributed.checkpoint import Checkpointer, checkpoints, damage_of, name_of, point, retain, sweep, write_checkpoint
 from distributed.engine.tensors import load_named_state, named_state
 from distributed.errors import StorageError
 from distributed.run_folder import ClaimedRun
@@ -39,7 +39,7 @@ class PlainEngine:
 
 
 def at_step(step: int, best: int | None = None) -> TrainState:
-    return TrainState(Constant(1.0), step=step, best=None if best is None else Best(0, best, 0.5))
+    return TrainState(Constant(1.0), epoch=1, step=step, best=None if best is None else Best(0, best, 0.5))
 
 
 @pytest.fixture
@@ -103,10 +103,10 @@ def test_an_empty_folder_restores_nothing(run):
 
 def test_a_checkpoint_holds_three_files_and_is_whole(run):
     (path,) = saved(run, 313)
-    assert path.name == "step-00000313"
+    assert path.name == "step-00000313-epoch-001"
     assert names(path) == ["manifest.json", "state.json", "tensors.safetensors"]
     assert damage_of(path) is None
-    assert names(run.checkpoints) == ["latest", "step-00000313"]
+    assert names(run.checkpoints) == ["latest", "step-00000313-epoch-001"]
     assert (run.checkpoints / "latest").resolve() == path.resolve()
 
 
@@ -180,9 +180,12 @@ def test_a_damaged_latest_is_set_aside_loudly_and_the_one_before_restored(run, s
     assert state.step == 2
     assert bool((engine.model[0].weight == 2).all())
     assert [line.split()[0] for line in said] == ["ERROR"]
-    assert "step-00000003 is damaged" in said[0]
-    assert [path.name for path in checkpoints(run.checkpoints)] == ["step-00000001", "step-00000002"]
-    assert (run.checkpoints / "step-00000003.damaged").is_dir()
+    assert "step-00000003-epoch-001 is damaged" in said[0]
+    assert [path.name for path in checkpoints(run.checkpoints)] == [
+        "step-00000001-epoch-001",
+        "step-00000002-epoch-001",
+    ]
+    assert (run.checkpoints / "step-00000003-epoch-001.damaged").is_dir()
 
 
 def test_a_step_that_was_damaged_can_be_saved_and_damaged_again(run):
@@ -204,21 +207,21 @@ def test_what_a_killed_attempt_left_unfinished_is_swept_away(run):
     write_checkpoint(run.checkpoints / ".writing-00000002", {"a": torch.ones(1)}, {})
     (run.checkpoints / ".deleting-step-00000000").mkdir()
     assert restored(run)[1].step == 1
-    assert names(run.checkpoints) == ["latest", "step-00000001"]
+    assert names(run.checkpoints) == ["latest", "step-00000001-epoch-001"]
 
 
 def test_links_are_not_trusted(run):
     saved(run, 1, 2)
-    point(run.checkpoints, "latest", 77)
+    point(run.checkpoints, "latest", "step-00000077-epoch-001")
     assert restored(run)[1].step == 2
 
 
 def test_the_last_few_and_the_best_are_kept(run):
     saved(run, 1, 2, 3, 4, 5)
-    retain(run.checkpoints, keep_last=2, best=2)
-    assert [path.name[-1] for path in checkpoints(run.checkpoints)] == ["2", "4", "5"]
+    retain(run.checkpoints, keep_last=2, best=name_of(step=2, epoch=1))
+    assert [path.name[12] for path in checkpoints(run.checkpoints)] == ["2", "4", "5"]
     retain(run.checkpoints, keep_last=1, best=None)
-    assert [path.name[-1] for path in checkpoints(run.checkpoints)] == ["5"]
+    assert [path.name[12] for path in checkpoints(run.checkpoints)] == ["5"]
 
 
 def test_a_save_keeps_the_best_and_points_to_it(run):
@@ -226,9 +229,9 @@ def test_a_save_keeps_the_best_and_points_to_it(run):
     for step, best in ((1, 1), (2, 1), (3, 1), (4, 4)):
         writer.save(PlainEngine(step), at_step(step, best))  # type: ignore[arg-type]
         writer.wait()
-        assert (run.checkpoints / "best").resolve().name == f"step-{best:08d}"
-        assert (run.checkpoints / "latest").resolve().name == f"step-{step:08d}"
-    assert names(run.checkpoints) == ["best", "latest", "step-00000004"]
+        assert (run.checkpoints / "best").resolve().name == f"step-{best:08d}-epoch-001"
+        assert (run.checkpoints / "latest").resolve().name == f"step-{step:08d}-epoch-001"
+    assert names(run.checkpoints) == ["best", "latest", "step-00000004-epoch-001"]
 
 
 def test_sweeping_leaves_checkpoints_alone(run):
@@ -269,7 +272,7 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints(run, monkeypatch
     with pytest.raises(StorageError, match="No space left on device") as caught:
         writer.wait()
     assert "\n" not in str(caught.value)
-    assert names(run.checkpoints) == ["latest", "step-00000001"]
+    assert names(run.checkpoints) == ["latest", "step-00000001-epoch-001"]
     assert restored(run)[1].step == 1
 
 

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -412,9 +413,16 @@ def test_help_shows_every_setting_with_its_default():
     assert "[float | none]" in lines["--optim.clip_norm"]
 
 
-def test_help_has_a_line_of_doc_for_every_setting():
-    undocumented = [leaf.path for leaf in leaves() if not leaf.doc or leaf.doc not in help_text()]
-    assert undocumented == []
+def test_help_has_the_doc_and_the_default_of_every_variant_of_a_setting():
+    def shown(value: object) -> str:
+        return str(value).lower() if isinstance(value, bool | None) else str(value)
+
+    blocks = {block.split()[0]: block for block in re.split(r"\n    --", help_text())[1:]}
+    for leaf in leaves():
+        assert leaf.doc
+        assert leaf.doc in blocks[leaf.path], leaf
+        if not leaf.path.endswith(".name"):
+            assert f"default {shown(leaf.default)}" in blocks[leaf.path], leaf
 
 
 def test_settings_that_a_resume_may_change_are_starred_in_help():

@@ -23,7 +23,7 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
 
 
 def told(file: Path, *steps: int, start_step: int = 0) -> None:
-    sink = JsonLines(file, start_step=start_step, data="generated10")
+    sink = JsonLines(file, start_step=start_step, start_epoch=1, data="generated10")
     for step in steps:
         sink.train(replace(TRAIN, step=step))
     sink.close()
@@ -34,7 +34,7 @@ def steps_of(file: Path) -> list[int]:
 
 
 def test_each_metric_is_a_line_that_names_its_kind_and_data(tmp_path):
-    sink = JsonLines(tmp_path / "m.jsonl", start_step=0, data="generated10")
+    sink = JsonLines(tmp_path / "m.jsonl", start_step=0, start_epoch=0, data="generated10")
     sink.train(TRAIN)
     sink.epoch(EPOCH)
     train, epoch = lines_of(tmp_path / "m.jsonl")
@@ -55,6 +55,15 @@ def test_a_resumed_run_leaves_the_lines_of_an_undisturbed_one(tmp_path):
     told(tmp_path / "m.jsonl", 5, 10, 15)
     told(tmp_path / "m.jsonl", 15, 20, start_step=12)
     assert lines_of(tmp_path / "m.jsonl") == lines_of(tmp_path / "whole.jsonl")
+
+
+def test_an_epoch_that_was_not_saved_is_told_again(tmp_path):
+    for start_epoch, kept in ((1, [0]), (0, [])):
+        file = tmp_path / f"{start_epoch}.jsonl"
+        sink = JsonLines(file, start_step=0, start_epoch=0, data="generated10")
+        sink.epoch(EPOCH)
+        JsonLines(file, start_step=EPOCH.step, start_epoch=start_epoch, data="generated10")
+        assert [line["epoch"] for line in lines_of(file)] == kept
 
 
 @pytest.mark.parametrize("cut", [1, 20, 100])

@@ -1,0 +1,116 @@
+"""Sums and agreements over ranks, and that a single process needs no group for them."""
+
+import os
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankFailed, in_group, leave, run_ranks
+
+from distributed import collectives
+from distributed.collectives import LateMax
+
+
+@in_group
+def try_everything() -> dict[str, Any]:
+    rank = collectives.rank()
+    late = LateMax(2)
+    exchanged = [late.exchange(int(rank == 1 and call == 1), 10 * call + rank) for call in range(4)]
+    drained = [late.drain(), late.drain()]
+    return {
+        "place": (rank, collectives.world_size()),
+        "sum": collectives.sum_over_ranks_(torch.tensor([rank, 2**60 + rank])).tolist(),
+        "max": collectives.max_over_ranks_(torch.tensor([rank, -rank, 2 * (rank == 1)])).tolist(),
+        "from main": collectives.from_main({"rank": rank, "path": None}),
+        "nothing from main": collectives.from_main(None if rank == 0 else "something"),
+        "gathered": collectives.gather_objects(("rank", rank, "x" * (1000 * rank))),
+        "exchanged": exchanged,
+        "drained": drained,
+    }
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids="{} ranks".format)
+def found(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return run_ranks(try_everything, request.param)
+
+
+@pytest.mark.timeout(60)
+def test_every_rank_knows_its_place(found: list[dict[str, Any]]) -> None:
+    assert [rank["place"] for rank in found] == [(rank, len(found)) for rank in range(len(found))]
+
+
+@pytest.mark.timeout(60)
+def test_sums_of_integers_are_exact_on_every_rank(found: list[dict[str, Any]]) -> None:
+    count, small = len(found), sum(range(len(found)))
+    assert [rank["sum"] for rank in found] == [[small, count * 2**60 + small]] * count
+
+
+@pytest.mark.timeout(60)
+def test_maxima_are_taken_element_by_element(found: list[dict[str, Any]]) -> None:
+    assert [rank["max"] for rank in found] == [[len(found) - 1, 0, 2]] * len(found)
+
+
+@pytest.mark.timeout(60)
+def test_every_rank_gets_what_rank_0_has(found: list[dict[str, Any]]) -> None:
+    assert [rank["from main"] for rank in found] == [{"rank": 0, "path": None}] * len(found)
+    assert [rank["nothing from main"] for rank in found] == [None] * len(found)
+
+
+@pytest.mark.timeout(60)
+def test_gathered_objects_come_in_order_of_rank_whatever_their_size(found: list[dict[str, Any]]) -> None:
+    expected = [("rank", rank, "x" * (1000 * rank)) for rank in range(len(found))]
+    assert [rank["gathered"] for rank in found] == [expected] * len(found)
+
+
+@pytest.mark.timeout(60)
+def test_late_max_agrees_one_call_late_on_what_a_single_rank_handed_in(found: list[dict[str, Any]]) -> None:
+    last = len(found) - 1
+    expected = [[0, 0], [0, last], [1, 10 + last], [0, 20 + last]]
+    assert [rank["exchanged"] for rank in found] == [expected] * len(found)
+    assert [rank["drained"] for rank in found] == [[[0, 30 + last], [0, 0]]] * len(found)
+
+
+def test_a_single_process_needs_no_group() -> None:
+    assert not dist.is_initialized()
+    tensor, late, thing = torch.tensor([3, 4]), LateMax(2), object()
+    assert (collectives.rank(), collectives.world_size()) == (0, 1)
+    assert collectives.sum_over_ranks_(tensor) is tensor
+    assert collectives.max_over_ranks_(tensor) is tensor
+    assert tensor.tolist() == [3, 4]
+    assert collectives.from_main(thing) is thing
+    assert collectives.gather_objects(thing) == [thing]
+    collectives.barrier()
+    assert [late.exchange(1, 5), late.exchange(0, 6), late.drain(), late.drain()] == [[0, 0], [1, 5], [0, 6], [0, 0]]
+
+
+def fail_in_rank_1(how: str) -> str:
+    if os.environ["RANK"] == "1":
+        if how == "raise":
+            raise ValueError("as it was told")
+        if how == "die":
+            os._exit(3)
+        if how == "leave":
+            leave()
+        time.sleep(60)
+    return how
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("raise", r"(?s)rank 1 of 2 failed:.*fail_in_rank_1.*ValueError: as it was told"),
+        ("die", "rank 1 of 2 failed:\nit ended with exit code 3"),
+        ("hang", "no word from rank (0, )?1 of 2 within 5 s"),
+    ],
+)
+def test_run_ranks_says_which_rank_failed_and_how(how: str, said: str) -> None:
+    with pytest.raises(RankFailed, match=said):
+        run_ranks(fail_in_rank_1, 2, how, timeout_seconds=5 if how == "hang" else 60)
+
+
+@pytest.mark.timeout(60)
+def test_run_ranks_takes_none_for_a_rank_that_leaves_on_purpose() -> None:
+    assert run_ranks(fail_in_rank_1, 2, "leave") == ["leave", None]

@@ -1,0 +1,321 @@
+"""A run that was stopped goes on as if it had not been: the same bits, every image once, the same decisions."""
+
+import json
+import random
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loguru import logger
+from ranks import in_group, run_ranks
+
+from distributed import collectives
+from distributed.config import TrainConfig
+from distributed.data.pipeline import Batch, DataPipeline
+from distributed.recipe import train
+from distributed.run_folder import RunFolder
+from multiprocess.small_runs import Recorder, StopAfter, digest, newest_checkpoint, small_config
+
+IMAGES, HELD_OUT = 200, 40
+STEPS_PER_EPOCH = 7
+STEPS = 2 * STEPS_PER_EPOCH
+
+
+def config_of(run_dir: Path, **settings: Any) -> TrainConfig:
+    """160 images in batches of 24, the last of 16, two micro-batches a step; a save every three steps besides."""
+    return small_config(
+        run_dir,
+        accumulation=2,
+        data={"train_samples": IMAGES, "validation_fraction": HELD_OUT / IMAGES},
+        schedule={"name": "one_cycle"},
+        optim={"lr": 0.1},
+        checkpoint={"every_minutes": 0.0, "every_steps": 3, "keep_last": 2},
+        **settings,
+    )
+
+
+Seen = Counter[tuple[int, int]]
+"""How often each (epoch, sample id) was trained on."""
+
+
+class RecordingIds:
+    """While it is open, the pipeline's training batches are counted as they are handed to the recipe."""
+
+    def __enter__(self) -> Seen:
+        seen: Seen = Counter()
+        self.original = original = DataPipeline.train_epoch
+
+        def train_epoch(self: DataPipeline, epoch: int, *, start_step: int = 0) -> Iterator[list[Batch]]:
+            for batches in original(self, epoch, start_step=start_step):
+                seen.update((epoch, int(sample)) for batch in batches for sample in batch.sample_ids)
+                yield batches
+
+        DataPipeline.train_epoch = train_epoch  # type: ignore[method-assign]
+        return seen
+
+    def __exit__(self, *_: object) -> None:
+        DataPipeline.train_epoch = self.original  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What one rank knows of one attempt."""
+
+    step: int
+    stop_reason: str | None
+    seen: Seen
+
+
+def attempt(config: TrainConfig, stop_after: int | None = None) -> Attempt:
+    stop = StopAfter(stop_after) if stop_after and collectives.rank() == 0 else None
+    with RecordingIds() as seen:
+        state = train(config, stop=stop)
+    return Attempt(state.step, state.stop_reason, seen)
+
+
+@in_group
+def run_undisturbed_and_stopped(folder: Path, stop_after: int) -> dict[str, Attempt]:
+    undisturbed = attempt(config_of(folder / "undisturbed"))
+    return {"undisturbed": undisturbed, "stopped": attempt(config_of(folder / "stopped"), stop_after)}
+
+
+@in_group
+def run_each_to_its_end(*run_dirs: Path) -> list[Attempt]:
+    return [attempt(config_of(run_dir)) for run_dir in run_dirs]
+
+
+@dataclass(frozen=True)
+class Story:
+    """One run without and one with a stop at 3 ranks; copies of the stopped one were gone on with in three ways."""
+
+    folder: Path
+    stopped_at: int
+    first: list[dict[str, Attempt]]
+    resumed: list[Attempt]
+    damaged: list[Attempt]
+    on_two: list[Attempt]
+
+    def run(self, name: str) -> RunFolder:
+        return RunFolder(self.folder / name)
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+    folder = tmp_path_factory.mktemp("resume")
+    # Agreed on one step late; so early that two checkpoints lie there, so late that some steps are left.
+    stop_after = random.SystemRandom().randrange(5, STEPS - 2)
+    print(f"asked to stop after step {stop_after} of {STEPS}")
+    first = run_ranks(run_undisturbed_and_stopped, 3, folder, stop_after)
+    for name in ("resumed", "damaged", "on-two"):
+        shutil.copytree(folder / "stopped", folder / name, symlinks=True)
+    damage(newest_checkpoint(folder / "damaged") / "tensors.safetensors")
+    both = run_ranks(run_each_to_its_end, 3, folder / "resumed", folder / "damaged")
+    on_two = run_ranks(run_each_to_its_end, 2, folder / "on-two")
+    resumed, damaged = zip(*both, strict=True)
+    return Story(folder, stop_after + 1, first, list(resumed), list(damaged), [attempts[0] for attempts in on_two])
+
+
+def damage(path: Path) -> None:
+    """Turn one bit over in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def lines(run: RunFolder, kind: str) -> list[dict[str, Any]]:
+    """The run's metrics of one kind, without what the clock and the machine say."""
+    found = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+    clock = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
+    return [{key: value for key, value in line.items() if key not in clock} for line in found if line["kind"] == kind]
+
+
+def state_of(run: RunFolder) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((newest_checkpoint(run.path) / "state.json").read_text())["state"]
+    return content
+
+
+pytestmark = pytest.mark.timeout(150)
+
+
+def test_the_run_was_stopped_where_it_was_asked_to(story: Story) -> None:
+    assert [rank["undisturbed"].step for rank in story.first] == [STEPS] * 3
+    assert [rank["stopped"].step for rank in story.first] == [story.stopped_at] * 3
+    assert newest_checkpoint(story.run("stopped").path).name == f"step-{story.stopped_at:08d}"
+
+
+@pytest.mark.parametrize("name", ["resumed", "damaged"])
+def test_a_resumed_run_on_three_ranks_ends_with_the_bits_of_the_undisturbed_one(story: Story, name: str) -> None:
+    """Plain DDP does not: it sums the first gradients after a start in another order."""
+    ended, expected = (newest_checkpoint(story.run(each).path) for each in (name, "undisturbed"))
+    assert ended.name == expected.name == f"step-{STEPS:08d}"
+    same = digest(ended / "tensors.safetensors") == digest(expected / "tensors.safetensors")
+    assert same, f"stopped at step {story.stopped_at}"
+    assert state_of(story.run(name)) == state_of(story.run("undisturbed"))
+
+
+@pytest.mark.parametrize("name", ["resumed", "damaged"])
+def test_its_metrics_are_those_of_the_undisturbed_run(story: Story, name: str) -> None:
+    expected = lines(story.run("undisturbed"), "train")
+    assert [line["step"] for line in expected] == list(range(1, STEPS + 1))
+    assert lines(story.run(name), "train") == expected
+    assert lines(story.run(name), "epoch") == lines(story.run("undisturbed"), "epoch")
+    assert len(lines(story.run(name), "epoch")) == 2
+
+
+def test_with_its_newest_checkpoint_damaged_a_run_goes_on_from_the_one_before(story: Story) -> None:
+    run = story.run("damaged")
+    before = max(step for step in range(story.stopped_at) if step % 3 == 0 or step == STEPS_PER_EPOCH)
+    starts = [json.loads(line) for line in (run.path / "attempts.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in starts if line["event"] == "started"] == [0, before]
+    assert (run.checkpoints / f"step-{story.stopped_at:08d}.damaged").is_dir()
+
+
+@pytest.mark.parametrize("way", ["resumed", "on_two"])
+def test_every_image_of_an_epoch_is_trained_on_once_over_a_stop(story: Story, way: str) -> None:
+    """Sample ids as the recipe was handed them, over all ranks of both attempts."""
+    undisturbed = sum((rank["undisturbed"].seen for rank in story.first), Counter())
+    both = [rank["stopped"].seen for rank in story.first] + [rank.seen for rank in getattr(story, way)]
+    assert len(undisturbed) == 2 * (IMAGES - HELD_OUT)
+    assert set(undisturbed.values()) == {1}
+    assert sum(both, Counter()) == undisturbed, f"stopped at step {story.stopped_at}"
+
+
+def test_a_run_stopped_on_three_ranks_finishes_on_two(story: Story) -> None:
+    run = story.run("on-two")
+    assert [(rank.step, rank.stop_reason) for rank in story.on_two] == [(STEPS, None)] * 2
+    assert run.status()["status"] == "finished"
+    expected = lines(story.run("undisturbed"), "train")
+    found = lines(run, "train")
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    assert found[: story.stopped_at] == expected[: story.stopped_at]
+    # The first step on two ranks begins at the weights of three: it is the same but for the order of sums.
+    first = story.stopped_at
+    assert found[first]["loss"] == pytest.approx(expected[first]["loss"], rel=1e-6)
+    assert found[first]["lr"] == expected[first]["lr"]
+    log = (run.logs / "rank-0000.log").read_text()
+    assert "resuming with another world_size: 3 before, 2 now" in log
+
+
+PATIENT = {"name": "plateau", "metric": "loss", "factor": 0.5, "patience": 1, "min_delta": 50.0, "max_drops": 2}
+"""Nothing is an improvement but the first epoch: bad epochs 1 and 2, a drop, 1 and 2, a drop, and no more."""
+EPOCHS = 7
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What a rank decided: the learning rate of each step, and each decision in words."""
+
+    lrs: list[tuple[int, float]]
+    said: list[str]
+    ended: tuple[int, bool, str | None]
+
+
+def decide(config: TrainConfig, stop_after: int | None = None) -> Decisions:
+    recorder, said = Recorder(), []
+    sink = logger.add(
+        lambda message: said.append(message.record["message"]),
+        filter=lambda record: record["message"].startswith(("plateau:", "early stopping:")),
+    )
+    stop = StopAfter(stop_after) if stop_after and collectives.rank() == 1 else None
+    state = train(config, stop=stop, sinks=[recorder])
+    logger.remove(sink)
+    lrs = [(metrics.step, metrics.lr) for metrics in recorder.steps]
+    return Decisions(lrs, said, (state.epoch, state.stopped_early, state.stop_reason))
+
+
+@in_group
+def wait_for_improvement(folder: Path) -> dict[str, list[Decisions]]:
+    """Two steps an epoch. The second run is stopped inside epoch 3, after its first bad epoch, and inside epoch 6."""
+
+    def config(name: str) -> TrainConfig:
+        return small_config(
+            folder / name,
+            epochs=EPOCHS + 3,
+            schedule=PATIENT,
+            early_stopping={"metric": "loss", "patience": EPOCHS - 1, "min_delta": 50.0},
+            data={"train_samples": 60, "validation_fraction": 0.25},
+        )
+
+    return {
+        "undisturbed": [decide(config("undisturbed"))],
+        "stopped twice": [decide(config("stopped"), 4), decide(config("stopped"), 5), decide(config("stopped"))],
+    }
+
+
+@pytest.fixture(scope="module")
+def patience(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Decisions]]]:
+    return run_ranks(wait_for_improvement, 2, tmp_path_factory.mktemp("plateau"))
+
+
+def test_plateau_drops_the_rate_when_patience_is_spent_and_the_run_ends_early(
+    patience: list[dict[str, list[Decisions]]],
+) -> None:
+    (whole,) = patience[0]["undisturbed"]
+    lr = 0.01
+    by_epoch = [lr, lr, lr, lr / 2, lr / 2, lr / 4, lr / 4]
+    assert whole.lrs == [(step + 1, by_epoch[step // 2]) for step in range(2 * EPOCHS)]
+    assert whole.ended == (EPOCHS, True, None)
+    plateau = [line for line in whole.said if line.startswith("plateau")]
+    assert ["bad epoch 1 of 1" in line for line in plateau] == [True, False, True, False, False, False]
+    assert "bad epoch 2 of 1: lr 0.01 -> 0.005 (drop 1 of 2)" in plateau[1]
+    assert "bad epoch 2 of 1: lr 0.005 -> 0.0025 (drop 2 of 2)" in plateau[3]
+    assert whole.said[-1].endswith("bad epoch 6 of 6; the run ends")
+
+
+def test_a_restart_inside_the_patience_window_changes_no_decision(patience: list[dict[str, list[Decisions]]]) -> None:
+    (whole,) = patience[0]["undisturbed"]
+    parts = patience[0]["stopped twice"]
+    assert [part.ended[0] for part in parts] == [2, 5, EPOCHS]
+    assert [bool(part.ended[2]) for part in parts] == [True, True, False]
+    assert sum((part.lrs for part in parts), []) == whole.lrs
+    assert sum((part.said for part in parts), []) == whole.said
+
+
+def test_all_ranks_decide_alike(patience: list[dict[str, list[Decisions]]]) -> None:
+    def without_reason(ranks: dict[str, list[Decisions]]) -> dict[str, list[tuple[Any, ...]]]:
+        return {name: [(part.lrs, part.said, part.ended[:2]) for part in parts] for name, parts in ranks.items()}
+
+    assert without_reason(patience[1]) == without_reason(patience[0])
+
+
+@in_group
+def run_to_the_end_of_an_epoch(folder: Path) -> dict[str, tuple[int, int]]:
+    """A stop and a periodic save that fall on the last step of the first epoch."""
+
+    def config(name: str, **settings: Any) -> TrainConfig:
+        return small_config(folder / name, data={"train_samples": 60, "validation_fraction": 0.2}, **settings)
+
+    undisturbed = train(config("undisturbed"))
+    first = train(config("stopped"), stop=StopAfter(1))
+    second = train(config("stopped"))
+    saving = {"every_minutes": 0.0, "every_steps": 2}
+    train(config("saved", epochs=1, checkpoint=saving))
+    saved = train(config("saved", checkpoint=saving))
+    states = {"undisturbed": undisturbed, "stopped": first, "resumed": second, "saved": saved}
+    return {name: (state.epoch, state.step) for name, state in states.items()}
+
+
+@pytest.fixture(scope="module")
+def end_of_epoch(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, tuple[int, int]]]]:
+    folder = tmp_path_factory.mktemp("end")
+    return folder, run_ranks(run_to_the_end_of_an_epoch, 2, folder)
+
+
+@pytest.mark.parametrize("name", ["stopped", "saved"])
+def test_a_stop_or_a_save_on_the_last_step_of_an_epoch_changes_nothing(
+    end_of_epoch: tuple[Path, list[dict[str, tuple[int, int]]]], name: str
+) -> None:
+    folder, ranks = end_of_epoch
+    expected, found = RunFolder(folder / "undisturbed"), RunFolder(folder / name)
+    assert ranks[0]["stopped"][1] == 2
+    assert ranks[0]["resumed"] == ranks[0]["saved"] == ranks[0]["undisturbed"] == (2, 4)
+    assert lines(found, "train") == lines(expected, "train")
+    assert lines(found, "epoch") == lines(expected, "epoch")
+    assert state_of(found) == state_of(expected)
+    assert digest(newest_checkpoint(found.path) / "tensors.safetensors") == digest(
+        newest_checkpoint(expected.path) / "tensors.safetensors"
+    )

@@ -1,0 +1,101 @@
+"""A request to stop that reaches one rank stops all of them at one step, with everything saved."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import in_group, run_ranks
+from safetensors.torch import load_file
+
+from distributed import collectives
+from distributed.recipe import train
+from distributed.run_folder import RunFolder
+from distributed.stop import Never, StepAgreement
+from multiprocess.small_runs import StopAfter, newest_checkpoint, small_config
+
+ASKED = 4
+STEPS_PER_EPOCH = 9
+
+
+@in_group
+def train_until_a_rank_is_asked(run_dir: Path, asked_rank: int) -> dict[str, Any]:
+    rank = collectives.rank()
+    state = train(small_config(run_dir), stop=StopAfter(ASKED) if rank == asked_rank else None)
+    return {"reason": state.stop_reason, "state": state.state_dict(), "position": (state.epoch, state.step)}
+
+
+@dataclass(frozen=True)
+class Stopped:
+    run: RunFolder
+    ranks: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+    run_dir = tmp_path_factory.mktemp("stopped") / "run"
+    return Stopped(RunFolder(run_dir), run_ranks(train_until_a_rank_is_asked, 3, run_dir, 1))
+
+
+@pytest.mark.timeout(60)
+def test_all_ranks_stop_one_step_after_a_single_one_was_asked(stopped: Stopped) -> None:
+    assert [rank["position"] for rank in stopped.ranks] == [(0, ASKED + 1)] * 3
+    assert [rank["state"] for rank in stopped.ranks] == [stopped.ranks[0]["state"]] * 3
+
+
+@pytest.mark.timeout(60)
+def test_the_rank_that_was_asked_gives_the_reason_and_the_others_say_it_was_not_theirs(stopped: Stopped) -> None:
+    other = "a request to another rank"
+    assert [rank["reason"] for rank in stopped.ranks] == [other, "the test", other]
+
+
+@pytest.mark.timeout(60)
+def test_the_step_they_stopped_at_is_saved_with_the_state_of_all(stopped: Stopped) -> None:
+    path = newest_checkpoint(stopped.run.path)
+    assert path.name == f"step-{ASKED + 1:08d}"
+    assert json.loads((path / "state.json").read_text())["state"] == stopped.ranks[0]["state"]
+    tensors = load_file(path / "tensors.safetensors")
+    assert tensors["model.conv.1.num_batches_tracked"] == ASKED + 1
+    assert any(name.endswith("momentum_buffer") for name in tensors)
+
+
+@pytest.mark.timeout(60)
+def test_the_run_folder_says_stopped_and_how_far_it_came(stopped: Stopped) -> None:
+    status = stopped.run.status()
+    assert (status["status"], status["exit_code"], status["step"]) == ("stopped", 75, ASKED + 1)
+
+
+@pytest.mark.timeout(60)
+def test_every_rank_has_a_log_file_of_its_own_that_says_what_it_did(stopped: Stopped) -> None:
+    logs = sorted(stopped.run.logs.glob("rank-*.log"))
+    assert [log.name for log in logs] == [f"rank-{rank:04d}.log" for rank in range(3)]
+    assert "[rank 0]" in logs[0].read_text()
+    assert "3 ranks" in logs[0].read_text()
+
+
+@in_group
+def agree_on_steps() -> dict[str, list[tuple[bool, bool]]]:
+    rank = collectives.rank()
+    found = {}
+    agreement = StepAgreement(StopAfter(3) if rank == 2 else Never(), is_main=rank == 0, save_every_seconds=0)
+    found["stop"] = [agreement.after_step() for _ in range(5)]
+    # Only rank 0's clock counts: by the others' it would be time to save after every step.
+    seconds = 0.2 if rank == 0 else 1e-9
+    agreement = StepAgreement(Never(), is_main=rank == 0, save_every_seconds=seconds)
+    found["save"] = []
+    for _ in range(12):
+        time.sleep(0.05)
+        found["save"].append(agreement.after_step())
+    return found
+
+
+@pytest.mark.timeout(60)
+def test_stops_and_timed_saves_are_agreed_one_step_late_on_all_ranks() -> None:
+    ranks = run_ranks(agree_on_steps, 3)
+    assert ranks == [ranks[0]] * 3
+    assert [stop for stop, _ in ranks[0]["stop"]] == [False, False, False, True, True]
+    saves = [save for _, save in ranks[0]["save"]]
+    assert 1 <= sum(saves) <= 3
+    assert not any(stop for stop, _ in ranks[0]["save"])
