@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distributed.checkpoint import checkpoints
 from distributed.config import TrainConfig
 from distributed.metrics import EpochMetrics, TrainMetrics
 from distributed.run_folder import RunFolder
@@ -66,7 +67,7 @@ class StopAfter:
 
 
 def newest_checkpoint(run_dir: Path) -> Path:
-    return max(RunFolder(run_dir).checkpoints.glob("step-????????"))
+    return checkpoints(RunFolder(run_dir).checkpoints)[-1]
 
 
 def digest(path: Path) -> str:

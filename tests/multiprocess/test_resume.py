@@ -109,12 +109,12 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     # Agreed on one step late; so early that two checkpoints lie there, so late that some steps are left.
     stop_after = random.SystemRandom().randrange(5, STEPS - 2)
     print(f"asked to stop after step {stop_after} of {STEPS}")
-    first = run_ranks(run_undisturbed_and_stopped, 3, folder, stop_after)
+    first = run_ranks(run_undisturbed_and_stopped, 3, folder, stop_after, timeout_seconds=100)
     for name in ("resumed", "damaged", "on-two"):
         shutil.copytree(folder / "stopped", folder / name, symlinks=True)
     damage(newest_checkpoint(folder / "damaged") / "tensors.safetensors")
-    both = run_ranks(run_each_to_its_end, 3, folder / "resumed", folder / "damaged")
-    on_two = run_ranks(run_each_to_its_end, 2, folder / "on-two")
+    both = run_ranks(run_each_to_its_end, 3, folder / "resumed", folder / "damaged", timeout_seconds=100)
+    on_two = run_ranks(run_each_to_its_end, 2, folder / "on-two", timeout_seconds=100)
     resumed, damaged = zip(*both, strict=True)
     return Story(folder, stop_after + 1, first, list(resumed), list(damaged), [attempts[0] for attempts in on_two])
 
@@ -138,20 +138,20 @@ def state_of(run: RunFolder) -> dict[str, Any]:
     return content
 
 
-pytestmark = pytest.mark.timeout(150)
+pytestmark = pytest.mark.timeout(320)
 
 
 def test_the_run_was_stopped_where_it_was_asked_to(story: Story) -> None:
     assert [rank["undisturbed"].step for rank in story.first] == [STEPS] * 3
     assert [rank["stopped"].step for rank in story.first] == [story.stopped_at] * 3
-    assert newest_checkpoint(story.run("stopped").path).name == f"step-{story.stopped_at:08d}"
+    assert newest_checkpoint(story.run("stopped").path).name.startswith(f"step-{story.stopped_at:08d}-")
 
 
 @pytest.mark.parametrize("name", ["resumed", "damaged"])
 def test_a_resumed_run_on_three_ranks_ends_with_the_bits_of_the_undisturbed_one(story: Story, name: str) -> None:
     """Plain DDP does not: it sums the first gradients after a start in another order."""
     ended, expected = (newest_checkpoint(story.run(each).path) for each in (name, "undisturbed"))
-    assert ended.name == expected.name == f"step-{STEPS:08d}"
+    assert ended.name == expected.name == f"step-{STEPS:08d}-epoch-002"
     same = digest(ended / "tensors.safetensors") == digest(expected / "tensors.safetensors")
     assert same, f"stopped at step {story.stopped_at}"
     assert state_of(story.run(name)) == state_of(story.run("undisturbed"))
@@ -171,7 +171,8 @@ def test_with_its_newest_checkpoint_damaged_a_run_goes_on_from_the_one_before(st
     before = max(step for step in range(story.stopped_at) if step % 3 == 0 or step == STEPS_PER_EPOCH)
     starts = [json.loads(line) for line in (run.path / "attempts.jsonl").read_text().splitlines()]
     assert [line["step"] for line in starts if line["event"] == "started"] == [0, before]
-    assert (run.checkpoints / f"step-{story.stopped_at:08d}.damaged").is_dir()
+    (set_aside,) = run.checkpoints.glob("*.damaged")
+    assert set_aside.stem == newest_checkpoint(story.run("stopped").path).name
 
 
 @pytest.mark.parametrize("way", ["resumed", "on_two"])
@@ -271,8 +272,8 @@ def test_a_restart_inside_the_patience_window_changes_no_decision(patience: list
     parts = patience[0]["stopped twice"]
     assert [part.ended[0] for part in parts] == [2, 5, EPOCHS]
     assert [bool(part.ended[2]) for part in parts] == [True, True, False]
-    assert sum((part.lrs for part in parts), []) == whole.lrs
-    assert sum((part.said for part in parts), []) == whole.said
+    assert [lr for part in parts for lr in part.lrs] == whole.lrs
+    assert [line for part in parts for line in part.said] == whole.said
 
 
 def test_all_ranks_decide_alike(patience: list[dict[str, list[Decisions]]]) -> None:
@@ -287,7 +288,7 @@ def run_to_the_end_of_an_epoch(folder: Path) -> dict[str, tuple[int, int]]:
     """A stop and a periodic save that fall on the last step of the first epoch."""
 
     def config(name: str, **settings: Any) -> TrainConfig:
-        return small_config(folder / name, data={"train_samples": 60, "validation_fraction": 0.2}, **settings)
+        return small_config(folder / name, data={"train_samples": 50, "validation_fraction": 0.2}, **settings)
 
     undisturbed = train(config("undisturbed"))
     first = train(config("stopped"), stop=StopAfter(1))

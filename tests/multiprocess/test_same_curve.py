@@ -44,11 +44,13 @@ def losses_of_runs(folder: Path) -> dict[int, list[float]]:
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[int, list[float]]]]:
     """world size -> what each rank saw; a world size runs once."""
-    return once(lambda world_size: run_ranks(losses_of_runs, world_size, tmp_path_factory.mktemp("runs")))
+    return once(
+        lambda world_size: run_ranks(losses_of_runs, world_size, tmp_path_factory.mktemp("runs"), timeout_seconds=150)
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(320)
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_in_float64_every_loss_equals_that_of_one_process(
@@ -58,11 +60,13 @@ def test_in_float64_every_loss_equals_that_of_one_process(
     found = losses(world_size)
     assert len(expected) == STEPS
     assert len(set(expected)) == STEPS
-    assert found[0][accumulation] == pytest.approx(expected, rel=1e-12, abs=0)
+    worst = max(abs(a - b) / b for a, b in zip(found[0][accumulation], expected, strict=True))
+    print(f"{world_size} ranks, accumulation {accumulation}: {len(expected)} losses within {worst:.1e}")
+    assert worst < 1e-12
     assert all(rank == found[0] for rank in found), "the ranks' sinks were told different numbers"
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(160)
 def test_two_micro_batches_are_another_experiment(losses: Callable[[int], list[dict[int, list[float]]]]) -> None:
     """Batch norm sees half as many images; were the curves equal, the test above would not tell one from two."""
     one, two = losses(1)[0].values()
@@ -75,16 +79,18 @@ def float32_config(folder: Path) -> TrainConfig:
 
 
 def steps_from_given_weights(config: TrainConfig, weights_of: Callable[[int], dict[str, Tensor]]) -> Iterator[Any]:
-    """(loss, gradients, weights after it) of each step, begun from the given weights and no momentum."""
+    """(weights before, loss, gradients, weights after) of each step, begun from the given weights, or from the initial
+    ones where none are given, and no momentum."""
     data = build_data(config, Topology(collectives.rank(), collectives.world_size()), CPU)
     engine, sums = build_engine(config, data, CPU), RunningSums(CPU)
     steps = (batches for epoch in range(config.epochs) for batches in data.train_epoch(epoch))
     for step, micro_batches in enumerate(steps):
-        engine.load_state(weights_of(step) or model_of(engine.state()))
+        before = {**(weights_of(step) or model_of(engine.state()))}
+        engine.load_state(before)
         train_step(engine, micro_batches, lr=config.peak_lr, step=step, sums=sums)
         state = {name: tensor.clone() for name, tensor in engine.state()}
         gradients = {name: tensor for name, tensor in state.items() if name.endswith("momentum_buffer")}
-        yield sums.read().mean_loss, gradients, model_of(state.items())
+        yield before, sums.read().mean_loss, gradients, model_of(state.items())
 
 
 def model_of(state: Any) -> dict[str, Tensor]:
@@ -95,11 +101,12 @@ def model_of(state: Any) -> dict[str, Tensor]:
 def write_trajectory(folder: Path) -> int:
     """One process's steps, each from where the one before ended: a file a step with all that belongs to it."""
     config = float32_config(folder)
-    before: dict[str, Tensor] = {}
+    last: dict[str, Tensor] = {}
     count = 0
-    for loss, gradients, after in steps_from_given_weights(config, lambda step: before):
+    for before, loss, gradients, after in steps_from_given_weights(config, lambda _: last):
         torch.save({"before": before, "loss": loss, "gradients": gradients}, folder / f"{count}.pt")
-        before, count = after, count + 1
+        last.update(after)
+        count += 1
     return count
 
 
@@ -125,7 +132,7 @@ def compare_with_trajectory(folder: Path) -> list[Differences]:
     steps = steps_from_given_weights(float32_config(folder), lambda step: files[step]["before"])
     left_out = conv_biases()
     found = []
-    for expected, (loss, gradients, _) in zip(files, steps, strict=True):
+    for expected, (_, loss, gradients, _) in zip(files, steps, strict=True):
         by_name = {
             name: relative_differences(gradients[name], gradient)
             for name, gradient in expected["gradients"].items()
@@ -151,7 +158,7 @@ def trajectory() -> Iterator[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(320)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_in_float32_every_step_from_equal_weights_has_the_loss_and_gradient_of_one_process(
     trajectory: Path, world_size: int
@@ -159,7 +166,7 @@ def test_in_float32_every_step_from_equal_weights_has_the_loss_and_gradient_of_o
     """Each step's loss and the median over its whole gradient; each parameter's median over the steps. Not every
     parameter at every step: where rounding turns a ReLU or a maximum over, all gradients before it change by a little.
     """
-    ranks = run_ranks(compare_with_trajectory, world_size, trajectory)
+    ranks = run_ranks(compare_with_trajectory, world_size, trajectory, timeout_seconds=150)
     steps = ranks[0]
     loss = max(step.loss for step in steps)
     whole = max(step.gradient for step in steps)
