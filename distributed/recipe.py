@@ -44,11 +44,11 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
     make_deterministic(device)
     with ExitStack() as stack:
         attempt = stack.enter_context(Attempt(config, topology))
+        data = build_data(config, topology, device)  # before the group: a damaged file must not leave peers waiting
         stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
         check_same_config(config)
         attempt.open_log()
 
-        data = build_data(config, topology, device)
         engine = build_engine(config, data, device)
         steps_per_epoch, total_steps = data.steps_per_epoch, config.epochs * data.steps_per_epoch
         schedule = build_schedule(config, steps_per_epoch=steps_per_epoch)

@@ -19,7 +19,7 @@ def seed_loop(root: str, steps: int, threads: int) -> list[float]:
     from distributed.data import cifar
 
     source = cifar.read("cifar10", Path(root), "train")
-    pictures = [Image.fromarray(image) for image in source.images.transpose(0, 2, 3, 1)]
+    pictures = [Image.fromarray(image) for image in source.images]
     change = transforms.Compose(
         [
             transforms.RandomCrop(32, padding=4),

@@ -17,7 +17,7 @@ Bytes = NDArray[np.uint8]
 
 
 class Images(NamedTuple):
-    """Images uint8 [n, 3, 32, 32] and labels uint8 [n]."""
+    """Images uint8 [n, 32, 32, 3] and labels uint8 [n]."""
 
     images: Bytes
     labels: Bytes
@@ -51,10 +51,10 @@ def is_there(name: str, root: Path) -> bool:
 
 
 def check(name: str, root: Path) -> None:
-    """Raises InputError unless every file is there, has its size, and holds labels in range."""
+    """Raises InputError unless every file is there and has its size; reading looks at the labels too."""
     for split in ("train", "test"):
         for path, records in _paths(name, root, split):
-            _records(name, path, records)
+            _check_size(name, path, records)
 
 
 def read(name: str, root: Path, split: str) -> Images:
@@ -64,9 +64,17 @@ def read(name: str, root: Path, split: str) -> Images:
         InputError: a file is missing, of another size, or holds a label out of range.
     """
     layout = _LAYOUTS[name]
-    records = [_records(name, path, count) for path, count in _paths(name, root, split)]
-    pixels = [part[:, layout.label_bytes :].reshape(-1, 3, 32, 32) for part in records]
-    return Images(np.concatenate(pixels), np.concatenate([part[:, layout.label_bytes - 1] for part in records]))
+    files = _paths(name, root, split)
+    total = sum(count for _, count in files)
+    images, labels, start = np.empty((total, 32, 32, 3), np.uint8), np.empty(total, np.uint8), 0
+    for path, count in files:
+        records = _records(name, path, count)
+        labels[start : start + count] = records[:, layout.label_bytes - 1]
+        # From the file's planes straight to where each pixel belongs.
+        for channel, plane in enumerate(np.split(records[:, layout.label_bytes :], 3, axis=1)):
+            images[start : start + count, :, :, channel] = plane.reshape(-1, 32, 32)
+        start += count
+    return Images(images, labels)
 
 
 def _paths(name: str, root: Path, split: str) -> list[tuple[Path, int]]:
@@ -74,25 +82,34 @@ def _paths(name: str, root: Path, split: str) -> list[tuple[Path, int]]:
     return [(root / layout.folder / file, count) for file, count in layout.files(split).items()]
 
 
-def _records(name: str, path: Path, count: int) -> Bytes:
+def _remedy(layout: _Layout) -> str:
+    return f"point --data.root at the folder that holds {layout.folder}/, or train on --data.name generated{layout.classes}"
+
+
+def _check_size(name: str, path: Path, count: int) -> None:
     layout = _LAYOUTS[name]
-    remedy = f"point --data.root at the folder that holds {layout.folder}/, or train on --data.name generated{layout.classes}"
     try:
-        size = path.stat().st_size
-        data = np.memmap(path, np.uint8, "r") if size else None
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
     except OSError as error:
-        raise InputError(f"data.name = {name}: {path}: {error.strerror}; {remedy}") from None
+        raise InputError(f"data.name = {name}: {path}: {error.strerror}; {_remedy(layout)}") from None
     expected = count * (layout.label_bytes + 3072)
-    if data is None or size != expected:
+    if size != expected:
         raise InputError(
             f"data.name = {name}: {path}: {size:,} bytes where {expected:,} belong; "
-            f"unpack the official binary archive anew, or {remedy}"
+            f"unpack the official binary archive anew, or {_remedy(layout)}"
         )
-    records: Bytes = data.reshape(count, layout.label_bytes + 3072)
+
+
+def _records(name: str, path: Path, count: int) -> Bytes:
+    """The file's records, uint8 [count, label bytes + 3072]. Read, not mapped: a page fault costs more than its copy."""
+    _check_size(name, path, count)
+    layout = _LAYOUTS[name]
+    records = np.fromfile(path, np.uint8).reshape(count, layout.label_bytes + 3072)
     highest = int(records[:, layout.label_bytes - 1].max())
     if highest >= layout.classes:
         raise InputError(
             f"data.name = {name}: {path}: label {highest} where the highest is {layout.classes - 1}: the file is damaged; "
-            f"unpack the official binary archive anew, or {remedy}"
+            f"unpack the official binary archive anew, or {_remedy(layout)}"
         )
     return records

@@ -19,15 +19,16 @@ Floats = NDArray[np.float32]
 
 
 def read(name: str, count: int, split: str) -> Images:
-    """`count` images of `generated10` or `generated100`: uint8 [count, 3, 32, 32] and labels uint8 [count], balanced."""
+    """`count` images of `generated10` or `generated100`: uint8 [count, 32, 32, 3] and labels uint8 [count], balanced."""
     classes = 100 if name.endswith("100") else 10
     first = 0 if split == "train" else 1 << 30
-    images = np.empty((count, 3, _SIDE, _SIDE), np.uint8)
+    images = np.empty((count, _SIDE, _SIDE, 3), np.uint8)
     labels = (np.arange(count) % classes).astype(np.uint8)
     noise = _noise_tiles()
     for start in range(0, count, _CHUNK):
         ids = np.arange(start, min(start + _CHUNK, count), dtype=np.uint32)
-        images[start : start + _CHUNK] = _draw(ids + np.uint32(first), labels[start : start + _CHUNK], classes, noise)
+        drawn = _draw(ids + np.uint32(first), labels[start : start + _CHUNK], classes, noise)
+        images[start : start + _CHUNK] = drawn.transpose(0, 2, 3, 1)
     return Images(images, labels)
 
 

@@ -78,7 +78,7 @@ class DataPipeline:
         }
         # Of training images only: what is measured on must not shape the input. Two thousand give three digits.
         sample = train.images[np.flatnonzero(~held_out)[:2000]] / np.float64(255)
-        mean, deviation = sample.mean((0, 2, 3)), sample.std((0, 2, 3))
+        mean, deviation = sample.mean((0, 1, 2)), sample.std((0, 1, 2))
         # As one multiply-add a pixel.
         self._scale = torch.tensor(1 / (255 * deviation), dtype=dtype, device=device)
         self._shift = torch.tensor(-mean / deviation, dtype=dtype, device=device)
@@ -158,8 +158,7 @@ class DataPipeline:
 
     def _hold(self, source: cifar.Images, **splits: NDArray[np.int64]) -> dict[str, _Held]:
         """The source on the device once, and the ids of each split that is cut from it."""
-        channels_last = torch.from_numpy(np.stack([source.images[:, c] for c in range(3)], axis=-1))
-        images = channels_last.to(self.device)
+        images = torch.from_numpy(source.images).to(self.device)
         labels = torch.from_numpy(source.labels.astype(np.int64)).to(self.device)
         return {name: _Held(images, labels, torch.from_numpy(ids).to(self.device)) for name, ids in splits.items()}
 

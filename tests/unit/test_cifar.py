@@ -38,6 +38,8 @@ def name(request):
 def complaint(name: str, root: Path) -> str:
     with pytest.raises(InputError) as caught:
         cifar.check(name, root)
+        cifar.read(name, root, "train")
+        cifar.read(name, root, "test")
     (line,) = caught.value.lines
     assert f"data.name = {name}" in line
     assert "--data.root" in line
@@ -60,13 +62,13 @@ def test_labels_and_channel_major_pixels_are_read_from_their_places(tmp_path, na
     put(file, third + 1024 + 32 * 5 + 7, 200)  # green, row 5, column 7
     images, labels = cifar.read(name, tmp_path, split)
     count = {"train": 50_000, "test": 10_000}[split]
-    assert images.shape == (count, 3, 32, 32)
+    assert images.shape == (count, 32, 32, 3)
     assert images.dtype == labels.dtype == np.uint8
     at = 2 + (0 if split == "test" else 50_000 - 50_000 // len(TRAIN_FILES[name]))
     assert np.argwhere(labels).tolist() == [[at]]
     assert labels[at] == 9
-    assert np.argwhere(images[at]).tolist() == [[1, 5, 7]]
-    assert images[at, 1, 5, 7] == 200
+    assert np.argwhere(images[at]).tolist() == [[5, 7, 1]]
+    assert images[at, 5, 7, 1] == 200
 
 
 def test_the_coarse_label_of_cifar100_is_passed_over(tmp_path):

@@ -80,7 +80,7 @@ def test_the_last_step_takes_what_is_left():
 def test_a_batch_has_the_images_labels_and_keys_of_its_ids():
     data = pipeline(augment=Augment(crop=0, flip=False))
     source = generated.read("generated10", 50, "train")
-    pixels = source.images / 255
+    pixels = source.images.transpose(0, 3, 1, 2) / 255
     mean, deviation = (getattr(pixels, name)((0, 2, 3), keepdims=True) for name in ("mean", "std"))
     (batch,) = next(data.train_epoch(0))
     numbers = batch.sample_ids.numpy()
