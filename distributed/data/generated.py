@@ -1,9 +1,9 @@
 """Procedural images in CIFAR's place: nothing to fetch, the same bytes everywhere.
 
-A class is a pair of spatial frequencies, vertical and horizontal, of a woven pattern whose phases, colours, contrast
-and background are the image's own, under noise and a distracting patch. Random phases hide the classes from a linear
-model; neither a shift nor a mirror image changes a class. Triangle waves and integer hashes are exact in floating
-point, so no cosine's last bit can differ between machines.
+A class is a pair of spatial frequencies, vertical and horizontal, of a woven pattern whose phases, colours and contrast
+are the image's own, under noise and a distracting patch; a hundred classes are 25 colours of the background times
+four weaves. Random phases hide the weave from a linear model; neither a shift nor a mirror image changes a
+class. Triangle waves and integer hashes are exact in floating point, so no cosine's last bit can differ between machines.
 """
 
 from typing import Any
@@ -16,6 +16,12 @@ from distributed.data.cifar import Images
 _SIDE = 32
 _CHUNK = 5000
 Floats = NDArray[np.float32]
+
+_WEAVES = np.array(
+    [(2, 2), (2, 3.2), (3.2, 2), (3.2, 3.2), (2, 5), (5, 2), (5, 5), (3.2, 5), (5, 3.2), (7, 7)], np.float32
+)  # periods down and across
+_FOUR_WEAVES = np.array([(4, 4), (4, 10), (10, 4), (10, 10)], np.float32)
+_LEVELS = np.array([70, 128, 185], np.float32)  # of red, green and blue: 27 colours, of which 25 are used
 
 
 def read(name: str, count: int, split: str) -> Images:
@@ -44,8 +50,11 @@ def _draw(ids: NDArray[np.uint32], labels: NDArray[np.uint8], classes: int, nois
     columns = _triangle(where * across[:, None] + uniform(2, 1))
     weave = rows[:, :, None] * columns[:, None, :]
     colour = (uniform(3, 3) - 0.5) * 2
-    contrast = 40 + 60 * uniform(4, 1)
+    contrast = (40 if classes == 100 else 20) + 110 * uniform(4, 1)
     background = 70 + 115 * uniform(5, 3)
+    if classes == 100:
+        colours = labels[:, None] % 25 // np.array([1, 3, 9])
+        background = _LEVELS[colours % 3] + 30 * (uniform(5, 3) - 0.5)
     images = background[:, :, None, None] + (colour * contrast)[:, :, None, None] * weave[:, None]
     images += noise[_mix(ids ^ np.uint32(6)) % np.uint32(len(noise))]
     top, left = (uniform(7, 2) * (_SIDE - 10)).astype(np.int64).T
@@ -58,13 +67,9 @@ def _draw(ids: NDArray[np.uint32], labels: NDArray[np.uint8], classes: int, nois
 
 
 def _frequencies(labels: NDArray[np.uint8], classes: int) -> tuple[Floats, Floats]:
-    """Periods an image, down and across, of each label: 10 x 10 pairs of 100 classes, or ten pairs far apart."""
-    if classes == 100:
-        return (1 + 0.6 * (labels // 10)).astype(np.float32), (1 + 0.6 * (labels % 10)).astype(np.float32)
-    pairs = np.array(
-        [(2, 2), (2, 3.2), (3.2, 2), (3.2, 3.2), (2, 5), (5, 2), (5, 5), (3.2, 5), (5, 3.2), (7, 7)], np.float32
-    )
-    return pairs[labels, 0], pairs[labels, 1]
+    """Periods an image, down and across, of each label's weave."""
+    periods = _FOUR_WEAVES[labels // 25] if classes == 100 else _WEAVES[labels]
+    return periods[:, 0], periods[:, 1]
 
 
 def _triangle(x: NDArray[Any]) -> Floats:

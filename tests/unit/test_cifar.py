@@ -36,10 +36,13 @@ def name(request):
 
 
 def complaint(name: str, root: Path) -> str:
-    with pytest.raises(InputError) as caught:
+    def look() -> None:
         cifar.check(name, root)
         cifar.read(name, root, "train")
         cifar.read(name, root, "test")
+
+    with pytest.raises(InputError) as caught:
+        look()
     (line,) = caught.value.lines
     assert f"data.name = {name}" in line
     assert "--data.root" in line

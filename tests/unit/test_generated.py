@@ -10,10 +10,10 @@ from distributed.data import generated
 @pytest.mark.parametrize(
     ("name", "split", "digest"),
     [
-        ("generated10", "train", "0a622e7d1aad6f5e8df9d34817afd23a"),
-        ("generated10", "test", "f9bbfa345a9d74754aba433e57034020"),
-        ("generated100", "train", "e18c1a5ce2d17ea524e7fbb353dc7968"),
-        ("generated100", "test", "0cc86b6ce262ae9aa6b7d0e3fbedad66"),
+        ("generated10", "train", "22bbf5e44d68e0c759ddfa1a4c1c8fa0"),
+        ("generated10", "test", "1e36362e1e2d40223680d50a773af219"),
+        ("generated100", "train", "331b27a9161b6b3c3edba781f878c8a3"),
+        ("generated100", "test", "4212f70ba50691ce1e3900fdc8520247"),
     ],
 )
 def test_the_images_equal_the_stored_digest(name, split, digest):

@@ -1,0 +1,45 @@
+"""Does it learn: on the generated stand-in, and on real CIFAR where CIFAR_ROOT names it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from integration.commands import Command, metrics, torchrun
+
+CIFAR_ROOT = os.environ.get("CIFAR_ROOT")
+needs_cifar = pytest.mark.skipif(not CIFAR_ROOT, reason="CIFAR_ROOT names no folder with CIFAR")
+
+
+def accuracy_after(tmp_path: Path, epochs: int, *settings: object) -> float:
+    run = tmp_path / "run"
+    quiet = ("--logging.tensorboard", "false", "--evaluation.test_every_epoch", "false")
+    arguments = torchrun(2, "--epochs", epochs, "--run_dir", run, *quiet, *settings)
+    with Command(arguments, output=tmp_path / "output") as command:
+        assert command.wait(400) == 0, command.text[-4000:]
+    last = metrics(run)[-1]
+    assert last["kind"] == "epoch"
+    return float(last["test"]["accuracy"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_the_generated_images_are_neither_trivial_nor_hopeless(tmp_path: Path) -> None:
+    accuracy = accuracy_after(tmp_path, 2, "--data.name", "generated10")
+    assert 0.60 <= accuracy <= 0.95
+
+
+@needs_cifar
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_one_epoch_of_real_cifar10_is_well_above_chance(tmp_path: Path) -> None:
+    settings = ("--data.name", "cifar10", "--data.root", CIFAR_ROOT, "--data.validation_fraction", 0)
+    assert accuracy_after(tmp_path, 1, *settings) > 0.45
+
+
+@needs_cifar
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_one_epoch_of_real_cifar100_is_well_above_chance(tmp_path: Path) -> None:
+    settings = ("--data.name", "cifar100", "--data.root", CIFAR_ROOT, "--data.validation_fraction", 0)
+    assert accuracy_after(tmp_path, 1, *settings) > 0.05
