@@ -113,6 +113,7 @@ class Checkpointer:
         if best is not None:
             point(self.folder, "best", best)
         retain(self.folder, keep_last=self.keep_last, best=best)
+        self.run.progress(step=content["state"]["step"], epoch=content["state"]["epoch"])
 
     def _newest_whole(self) -> str | None:
         sweep(self.folder)

@@ -47,12 +47,6 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    if world_size() > 1:
-        sum_over_ranks_(torch.zeros(1))
-
-
 class LateMax:
     """An elementwise maximum over ranks of a few flags, read one call late, so that nobody waits for it.
 

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+import threading
 import time
 import uuid
 from importlib import metadata
@@ -88,6 +89,7 @@ class ClaimedRun(RunFolder):
         self.world_size = world_size
         self.token = uuid.uuid4().hex
         self._lock = FileLock(path / ".lock")
+        self._telling, self._ended = threading.Lock(), False
 
     @classmethod
     def claim(cls, path: Path, *, world_size: int) -> Self:
@@ -138,12 +140,17 @@ class ClaimedRun(RunFolder):
         )
 
     def progress(self, *, step: int, epoch: int) -> None:
-        self._say("running", step=step, epoch=epoch)
+        """Say how far the newest checkpoint goes; called by the thread that wrote it, and nothing once the end is told."""
+        with self._telling:
+            if not self._ended:
+                self._say("running", step=step, epoch=epoch)
 
     def end(self, status: str, *, exit_code: ExitCode, reason: str = "", **progress: int) -> None:
         """Say how this attempt ended: finished, stopped or failed."""
-        self._say(status, reason=reason, exit_code=int(exit_code), **progress)
-        self._attempt(status, reason=reason, exit_code=int(exit_code), **progress)
+        with self._telling:
+            self._ended = True
+            self._say(status, reason=reason, exit_code=int(exit_code), **progress)
+            self._attempt(status, reason=reason, exit_code=int(exit_code), **progress)
 
     def release(self) -> None:
         self._lock.release()

@@ -121,7 +121,8 @@ def main() -> int:
     for name, values in compared.items():
         print(f"{name:<40} {statistics.median(values):10.3f} (median; {values[0]:.3f} to {values[-1]:.3f})")
     if arguments.json:
-        content = {"command": " ".join(sys.argv[1:]), "machine": machine(), "rounds": rounds, "ratios": ratios}
+        command = f"python -m distributed.bench {arguments.kind} --rounds {arguments.rounds} --steps {arguments.steps}"
+        content = {"command": command, "machine": machine(), "rounds": rounds, "ratios": ratios}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     return ExitCode.FINISHED
