@@ -127,10 +127,10 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.timeout(200)
 def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    first = python(*SMALL, "--epochs", 60, "--run_dir", folder)
+    first = python(*SMALL, "--epochs", 5000, "--run_dir", folder)
     with Command(first, output=tmp_path / "first") as running:
         running.wait_for(lambda: attempts(folder, "started"), what="the start")
-        second = run(python(*SMALL, "--epochs", 60, "--run_dir", folder), seconds=90)
+        second = run(python(*SMALL, "--epochs", 5000, "--run_dir", folder), seconds=90)
         assert second.returncode == 2
         assert f"another run is writing there (process {running.process.pid}" in second.stderr
         assert running.process.poll() is None
