@@ -14,6 +14,7 @@ import subprocess
 import threading
 import time
 import uuid
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
@@ -165,6 +166,7 @@ class ClaimedRun(RunFolder):
         append_line(self._attempts_file, json.dumps(line))
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
     found = {"python": platform.python_version()}
