@@ -1,5 +1,6 @@
 """The errors a user can meet and the exit code that stands for each. No torch here: bad input ends before its import."""
 
+import sys
 from enum import IntEnum
 
 
@@ -26,6 +27,10 @@ class InputError(ValueError):
     def __init__(self, *lines: str) -> None:
         super().__init__("\n".join(lines))
         self.lines = lines
+
+    def tell(self) -> None:
+        """Print the lines to stderr, each marked as an error."""
+        print(*[f"error: {line}" for line in self.lines], sep="\n", file=sys.stderr, flush=True)
 
 
 class NotFiniteError(ArithmeticError):

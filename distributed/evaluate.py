@@ -21,7 +21,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m distributed.evaluate", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
-    parser.add_argument("--checkpoint", default="auto", help="best, latest, step-00000313; auto: best if there is one")
+    parser.add_argument(
+        "--checkpoint", default="auto", help="best, latest, step-00000313-epoch-001; auto: best if there is one"
+    )
     parser.add_argument("--data.root", dest="root", type=Path, help="where the data set lies now")
     arguments = parser.parse_args()
     try:
@@ -30,7 +32,7 @@ def main() -> int:
         if arguments.split == "validation" and not config.data.validation_fraction:
             raise InputError("--split validation: this run held out no images; use --split test or train")
     except InputError as error:
-        print(*[f"error: {line}" for line in error.lines], sep="\n", file=sys.stderr)
+        error.tell()
         return ExitCode.BAD_INPUT
     return _evaluate(config, checkpoint, arguments.split)
 

@@ -83,12 +83,10 @@ class RunningSums:
 
     def read(self) -> Totals:
         """The sums over all ranks since the last reading; a collective, and on a GPU a wait."""
-        both = torch.cat([self._sums, torch.zeros_like(self._bad_step)])
-        collectives.sum_over_ranks_(both)
+        whole, fraction, correct, correct5, count = collectives.sum_over_ranks_(self._sums).tolist()
         first_bad = -int(collectives.max_over_ranks_(-self._bad_step))
         self._sums.zero_()
         self._bad_step.fill_(_NEVER)
-        whole, fraction, correct, correct5, count, _ = both.tolist()
         return Totals(
             (whole << _FRACTION_BITS) + fraction, correct, correct5, count, None if first_bad == _NEVER else first_bad
         )

@@ -65,7 +65,7 @@ def checked_config(arguments: Sequence[str], *, speaks: bool) -> tuple[TrainConf
 def refuse(error: InputError, topology: Topology) -> int:
     """Local rank 0 says what is wrong; the others wait, so that torchrun does not end it before it has spoken."""
     if topology.local_rank == 0:
-        print(*[f"error: {line}" for line in error.lines], sep="\n", file=sys.stderr, flush=True)
+        error.tell()
     else:
         time.sleep(3)
     return ExitCode.BAD_INPUT

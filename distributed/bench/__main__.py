@@ -106,7 +106,7 @@ def main() -> int:
     try:
         cifar.check("cifar10", arguments.root)
     except InputError as error:
-        print(*[f"error: {line}" for line in error.lines], sep="\n", file=sys.stderr)
+        error.tell()
         return ExitCode.BAD_INPUT
     measure, ratios_of, unit = KINDS[arguments.kind]
     rounds = []
