@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import in_group, leave, run_ranks
 from torch import Tensor
 
@@ -40,7 +41,7 @@ def left_behind() -> set[str]:
 def exchange_rows(seed: int) -> dict[str, Any]:
     rank, world_size = collectives.rank(), collectives.world_size()
     before = left_behind()
-    collectives.barrier()
+    dist.barrier()
     gather = open_row_gather(CPU, timeout_seconds=30)
     own_pace = random.Random(rank)
     wrong = []
@@ -64,7 +65,7 @@ def exchange_rows(seed: int) -> dict[str, Any]:
         time.sleep(1.0)
     late = gather(torch.tensor([rank]))
     waited = time.monotonic() - started
-    collectives.barrier()
+    dist.barrier()
     return {
         "kind": type(gather),
         "wrong": wrong,
@@ -124,7 +125,7 @@ def outwait_a_peer() -> tuple[str, float] | None:
     gather = open_row_gather(CPU, timeout_seconds=0.5)
     gather(torch.ones(64))
     found = None if collectives.rank() == 1 else failure_of(gather)
-    collectives.barrier()  # until then rank 1 lives and says nothing
+    dist.barrier()  # until then rank 1 lives and says nothing
     return found
 
 
