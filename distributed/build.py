@@ -1,6 +1,7 @@
 """From the config to the parts of a run, and the lines that say what was built."""
 
 import hashlib
+from typing import Any
 
 import torch
 from loguru import logger
@@ -9,6 +10,7 @@ from distributed import collectives
 from distributed.config import TrainConfig, as_toml
 from distributed.data.pipeline import DataPipeline
 from distributed.engine.ddp import DdpEngine
+from distributed.engine.exact import ExactEngine
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.models.build import build_model
@@ -36,23 +38,26 @@ def build_data(config: TrainConfig, topology: Topology, device: torch.device) ->
         evaluation_batch_size=config.evaluation.batch_size,
         rank=topology.rank,
         world_size=topology.world_size,
+        shards=config.exact.shards or topology.world_size,
         device=device,
         dtype=torch.float64 if config.precision == "float64" else torch.float32,
         channels_last=config.channels_last,
     )
 
 
-def build_engine(config: TrainConfig, data: DataPipeline, device: torch.device) -> Engine:
-    return DdpEngine(
-        config.engine,
-        build_model(config.model, num_classes=data.num_classes, seed=config.seed),
-        optim=config.optim,
-        precision=config.precision,
-        channels_last=config.channels_last,
-        device=device,
-        example=data.example(),
-        timeout_seconds=config.timeout_seconds,
-    )
+def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device) -> Engine:
+    model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
+    common: dict[str, Any] = {
+        "optim": config.optim,
+        "precision": config.precision,
+        "channels_last": config.channels_last,
+        "device": device,
+        "timeout_seconds": config.timeout_seconds,
+    }
+    if config.exact.shards:
+        threads = topology.threads(config.threads)
+        return ExactEngine(config.engine, model, shards=config.exact.shards, threads=threads, **common)
+    return DdpEngine(config.engine, model, example=data.example(), **common)
 
 
 def log_plan(config: TrainConfig, data: DataPipeline, topology: Topology, state: TrainState) -> None:

@@ -70,7 +70,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, split: "Split") -> int:
 
     topology = Topology.from_environment()
     logs.terminal_logs(topology.rank, level="WARNING")
-    torch.set_num_threads(topology.threads(config.threads))
+    torch.set_num_threads(1 if config.exact.shards else topology.threads(config.threads))
     device = choose_device(config.device, topology)
     make_deterministic(device)
     if damage := damage_of(checkpoint):
@@ -78,7 +78,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, split: "Split") -> int:
         return ExitCode.BAD_INPUT
     with process_group(topology, device, timeout_seconds=config.timeout_seconds):
         data = build_data(config, topology, device)
-        engine = build_engine(config, data, device)
+        engine = build_engine(config, topology, data, device)
         load_checkpoint(checkpoint, engine)
         totals = evaluate(engine, data, split, device=device)
     if topology.is_main:

@@ -1,11 +1,11 @@
 """One training step and one evaluation: the only code that touches losses and gradients."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distributed.data.pipeline import Batch, DataPipeline, Split
-from distributed.engine.protocol import Engine
+from distributed.engine.protocol import Engine, Outcome
 from distributed.errors import NotFiniteError
 from distributed.sums import RunningSums, Totals
 
@@ -17,12 +17,15 @@ def train_step(engine: Engine, micro_batches: list[Batch], *, lr: float, step: i
     shards and micro-batches of any size weigh right.
     """
     for index, batch in enumerate(micro_batches):
-        with engine.micro_step(sync=index == len(micro_batches) - 1):
-            logits = _wide(engine.model(batch.images, batch.sample_keys))
-            losses = F.cross_entropy(logits, batch.labels, reduction="none")
-            engine.backward(losses.sum() / batch.step_size)
+        losses, logits = engine.micro_step(_loss, batch, last=index == len(micro_batches) - 1)
         sums.add(losses, logits, batch.labels, step=step)
     return engine.step(lr)
+
+
+def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Outcome]:
+    logits = _wide(model(batch.images, batch.sample_keys))
+    losses = F.cross_entropy(logits, batch.labels, reduction="none")
+    return losses.sum() / batch.step_size, Outcome(losses.detach(), logits.detach())
 
 
 @torch.no_grad()
@@ -36,9 +39,8 @@ def evaluate(engine: Engine, data: DataPipeline, split: Split, *, device: torch.
     engine.model.eval()
     sums = RunningSums(device)
     for batch in data.evaluation(split):
-        with engine.autocast():
-            logits = _wide(engine.model(batch.images, batch.sample_keys))
-            losses = F.cross_entropy(logits, batch.labels, reduction="none")
+        logits = _wide(engine.predict(batch))
+        losses = F.cross_entropy(logits, batch.labels, reduction="none")
         sums.add(losses, logits, batch.labels)
     engine.model.train()
     totals = sums.read()

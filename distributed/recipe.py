@@ -39,7 +39,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         StorageError: a checkpoint could not be written; the one before is intact.
     """
     topology = Topology.from_environment()
-    torch.set_num_threads(topology.threads(config.threads))
+    torch.set_num_threads(1 if config.exact.shards else topology.threads(config.threads))
     device = choose_device(config.device, topology)
     make_deterministic(device)
     with ExitStack() as stack:
@@ -49,7 +49,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         check_same_config(config)
         attempt.open_log()
 
-        engine = build_engine(config, data, device)
+        engine = build_engine(config, topology, data, device)
         steps_per_epoch, total_steps = data.steps_per_epoch, config.epochs * data.steps_per_epoch
         schedule = build_schedule(config, steps_per_epoch=steps_per_epoch)
         state = TrainState(schedule, build_early_stopping(config.early_stopping))

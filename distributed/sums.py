@@ -64,22 +64,24 @@ class RunningSums:
     @torch.no_grad()
     def add(self, losses: Tensor, logits: Tensor, labels: Tensor, *, step: int = 0) -> None:
         """Take in a batch: per-sample losses [n], logits [n, classes], labels [n]. A loss that is no number marks the step."""
-        total = losses.sum(dtype=torch.float64)
-        finite = total.abs() < 2.0**53  # beyond, a double has no fraction left; no number at all fails it too
-        whole = torch.where(finite, total, 0.0).floor()
-        fraction = torch.where(finite, total, 0.0) - whole
+        # Each loss is made an integer before any are added up, so that it does not matter which stand in one batch.
+        exact = losses.double()
+        finite = exact.abs() < 2.0**53  # beyond, a double has no fraction left; no number at all fails it too
+        exact = torch.where(finite, exact, 0.0)
+        whole = exact.floor()
+        fraction = ((exact - whole) * _SCALE).round()
         answers = logits.argmax(1)
         top5 = logits.topk(5, dim=1).indices == labels[:, None]
         self._sums += torch.stack(
             [
-                whole.long(),
-                (fraction * _SCALE).round().long(),
+                whole.long().sum(),
+                fraction.long().sum(),
                 (answers == labels).sum(),
                 top5.sum(),
                 torch.tensor(len(labels), device=labels.device),
             ]
         )
-        self._bad_step.clamp_(max=torch.where(finite, _NEVER, step))
+        self._bad_step.clamp_(max=torch.where(finite.all(), _NEVER, step))
 
     def read(self) -> Totals:
         """The sums over all ranks since the last reading; a collective, and on a GPU a wait."""

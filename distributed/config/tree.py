@@ -120,6 +120,16 @@ class Ddp(Section):
     bucket_mib: int = setting(25, "size of a bucket of gradients that is exchanged at once, MiB", gt=0, le=1024)
 
 
+class Exact(Section):
+    shards: int = setting(
+        0,
+        "parts that each micro-batch is cut into, a power of two; the bits are then the same on any number of processes "
+        "up to this; 0: off",
+        ge=0,
+        le=1024,
+    )
+
+
 class Evaluation(Section):
     batch_size: int = setting(1000, "images a forward pass, over all ranks", gt=0)
     test_every_epoch: bool = operational(True, "evaluate the test split each epoch, for its curve; it never steers")
@@ -171,6 +181,7 @@ class TrainConfig(Section):
     schedule: ScheduleSection = setting(OneCycle(), "the learning rate over time")
     early_stopping: EarlyStopping | None = setting(None, "end the run when validation stops improving; none: never")
     engine: Ddp = setting(Ddp(), "how the model is spread over the ranks")
+    exact: Exact = setting(Exact(), "the same bits at any number of processes")
     evaluation: Evaluation = setting(Evaluation(), "measuring on the validation and test splits")
     checkpoint: Checkpoint = setting(Checkpoint(), "when to save and what to keep")
     logging: Logging = setting(Logging(), "lines, curves")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import numpy as np
@@ -14,17 +15,18 @@ from distributed.config.tree import CifarData, GeneratedData
 from distributed.data import cifar, generated
 from distributed.data.augment import augment, cut_out
 from distributed.data.split import validation_mask
+from distributed.tree import leaves_of
 
 Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's shard of a micro-batch; a shard may be empty.
+    """This rank's part of a micro-batch: one shard of it or several, any of which may be empty.
 
     images: [n, 3, 32, 32], normalized; labels: int64 [n]; sample_ids: int64 [n], numbers in the training set;
     sample_keys: int64 [n, 2], by which dropout draws; step_size: images of the whole step, over all of its
-    micro-batches and ranks, by which a sum of losses becomes the step's mean.
+    micro-batches and ranks, by which a sum of losses becomes the step's mean; shard_sizes: images of each shard.
     """
 
     images: Tensor
@@ -32,6 +34,19 @@ class Batch:
     sample_ids: Tensor
     sample_keys: Tensor
     step_size: int
+    shard_sizes: tuple[int, ...]
+
+    def shards(self) -> list["Batch"]:
+        """Each shard as a batch of its own."""
+        ends = list(accumulate(self.shard_sizes))
+        parts = [slice(end - size, end) for end, size in zip(ends, self.shard_sizes, strict=True)]
+        return [
+            Batch(
+                self.images[part], self.labels[part], self.sample_ids[part], self.sample_keys[part],
+                self.step_size, (part.stop - part.start,),
+            )
+            for part in parts
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,7 @@ class DataPipeline:
         evaluation_batch_size: int,
         rank: int,
         world_size: int,
+        shards: int,
         device: torch.device,
         dtype: torch.dtype,
         channels_last: bool,
@@ -67,7 +83,7 @@ class DataPipeline:
         self.config, self.seed = config, seed
         self.global_batch_size, self.accumulation = global_batch_size, accumulation
         self.evaluation_batch_size = evaluation_batch_size
-        self.rank, self.world_size = rank, world_size
+        self.shards, self.own_shards = shards, leaves_of(rank, world_size, shards)
         self.device, self.dtype = device, dtype
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         train, test = _read(config, "train"), _read(config, "test")
@@ -94,11 +110,10 @@ class DataPipeline:
         """Images in a split."""
         return len(self._splits[split].ids)
 
-    def example(self) -> tuple[Tensor, Tensor]:
-        """Images and sample keys of the first few training images, whatever the rank: for trying a model out."""
+    def example(self) -> Batch:
+        """The first few training images, whatever the rank: for trying a model out."""
         held = self._splits["train"]
-        batch = self._train_batch(held, held.ids[:8], 0, 8)
-        return batch.images, batch.sample_keys
+        return self._train_batch(held, held.ids[:8], (8,), epoch=0, step_size=8)
 
     def train_epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each step from `start_step` on, this rank's shard of each.
@@ -115,28 +130,32 @@ class DataPipeline:
                 chosen[j * count // self.accumulation : (j + 1) * count // self.accumulation]
                 for j in range(self.accumulation)
             ]
-            yield [self._train_batch(held, held.ids[self._shard(s)], epoch, count) for s in slices if len(s)]
+            parts = [self._own_part(s) for s in slices if len(s)]
+            yield [self._train_batch(held, held.ids[p], sizes, epoch=epoch, step_size=count) for p, sizes in parts]
 
     def evaluation(self, split: Split) -> Iterator[Batch]:
         """Every image of a split once over all ranks, unpadded; each rank gets as many batches, some perhaps empty."""
         held = self._splits[split]
         keys = torch.empty(0, 2, dtype=torch.int64, device=self.device)
         for start in range(0, self.size(split), self.evaluation_batch_size):
-            ids = self._shard(held.ids[start : start + self.evaluation_batch_size])
+            ids, sizes = self._own_part(held.ids[start : start + self.evaluation_batch_size])
             yield Batch(
                 self._input(self._normalized(held.images.index_select(0, ids))),
                 held.labels[ids],
                 ids,
                 keys,
                 self.size(split),
+                sizes,
             )
 
-    def _train_batch(self, held: _Held, ids: Tensor, epoch: int, step_size: int) -> Batch:
+    def _train_batch(
+        self, held: _Held, ids: Tensor, shard_sizes: tuple[int, ...], *, epoch: int, step_size: int
+    ) -> Batch:
         keys = keyed.sample_keys(ids, seed=self.seed, epoch=epoch)
         images = self._normalized(augment(held.images.index_select(0, ids), keys, self.config.augment))
         if self.config.augment.cutout:
             images = cut_out(images, keys, self.config.augment.cutout)
-        return Batch(self._input(images), held.labels[ids], ids, keys, step_size)
+        return Batch(self._input(images), held.labels[ids], ids, keys, step_size, shard_sizes)
 
     def _normalized(self, images: Tensor) -> Tensor:
         """(x / 255 - mean) / deviation of uint8 [n, h, w, c]; rows are taken as one run of w * c numbers, which vectorizes."""
@@ -150,10 +169,11 @@ class DataPipeline:
         """[n, h, w, c] as the models' [n, c, h, w], in the config's memory format."""
         return images.permute(0, 3, 1, 2).contiguous(memory_format=self.memory_format)
 
-    def _shard(self, chosen: Tensor) -> Tensor:
-        """This rank's part of a slice of the global batch; parts differ by at most one sample."""
-        count = len(chosen)
-        return chosen[self.rank * count // self.world_size : (self.rank + 1) * count // self.world_size]
+    def _own_part(self, chosen: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """This rank's shards of a slice of the global batch, one after the other, and their sizes, at most one apart."""
+        count, own = len(chosen), self.own_shards
+        cuts = [shard * count // self.shards for shard in range(own.start, own.stop + 1)]
+        return chosen[cuts[0] : cuts[-1]], tuple(end - start for start, end in pairwise(cuts))
 
     def _hold(self, source: cifar.Images, **splits: NDArray[np.int64]) -> dict[str, _Held]:
         """The source on the device once, and the ids of each split that is cut from it."""

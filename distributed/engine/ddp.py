@@ -2,7 +2,8 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distributed.collectives import world_size
 from distributed.config.tree import Ddp, Sgd
-from distributed.engine.tensors import load_named_state, named_state
-from distributed.models.sync_batch_norm import convert_sync_batch_norm
+from distributed.data.pipeline import Batch
+from distributed.engine.protocol import Loss, Outcome
+from distributed.engine.tensors import autocast, cast, load_named_state, named_state, update
+from distributed.models.sync_batch_norm import SyncBatchNorm, by_ranks, convert_batch_norm
 from distributed.optim import build_optimizer
 from distributed.row_gather import open_row_gather
 
@@ -28,12 +31,18 @@ def _sum_gradients(
     return future.then(lambda done: done.value()[0])  # type: ignore[no-any-return]
 
 
+def _any_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Outcome]:
+    logits = model(batch.images, batch.sample_keys).float()
+    losses = logits.logsumexp(1)
+    return losses.sum(), Outcome(losses.detach(), logits.detach())
+
+
 class DdpEngine:
     """An `Engine` whose ranks each hold the whole model; a single process goes without DDP.
 
     Args:
         model: float32 on the CPU, with its initial weights; taken over.
-        example: images [n, c, h, w] and sample keys [n, 2] on `device`, for the throwaway steps.
+        example: some images, for the throwaway steps.
     """
 
     def __init__(
@@ -45,15 +54,14 @@ class DdpEngine:
         precision: str,
         channels_last: bool,
         device: torch.device,
-        example: tuple[Tensor, Tensor],
+        example: Batch,
         timeout_seconds: float,
     ) -> None:
         self.device, self.precision, self.clip_norm = device, precision, optim.clip_norm
-        dtype = torch.float64 if precision == "float64" else torch.float32
-        memory_format = torch.channels_last if channels_last else torch.preserve_format
-        model = model.to(device, dtype).to(memory_format=memory_format)
+        model = cast(model, precision=precision, channels_last=channels_last, device=device)
         if world_size() > 1:
-            model = convert_sync_batch_norm(model, open_row_gather(device, timeout_seconds=timeout_seconds))
+            exchange = by_ranks(open_row_gather(device, timeout_seconds=timeout_seconds))
+            model = convert_batch_norm(model, partial(SyncBatchNorm.of, exchange=exchange))
         self._plain = model
         self.model: nn.Module = model
         self.optimizer = build_optimizer(optim, model, lr=optim.lr)
@@ -77,7 +85,7 @@ class DdpEngine:
         ddp.register_comm_hook(None, _sum_gradients)
         return ddp
 
-    def _settle(self, example: tuple[Tensor, Tensor]) -> None:
+    def _settle(self, example: Batch) -> None:
         """Two throwaway steps, then everything as before.
 
         DDP lays out its buckets anew after the first step, in the order gradients came in, and from three ranks up
@@ -85,34 +93,26 @@ class DdpEngine:
         """
         before = {name: tensor.clone() for name, tensor in self._plain.state_dict().items()}
         for _ in range(2):
-            with self.micro_step(sync=True):
-                self.backward(self.model(*example).float().logsumexp(1).sum())
+            self.micro_step(_any_loss, example, last=True)
             self.optimizer.zero_grad(set_to_none=True)
         self._plain.load_state_dict(before)
 
-    def autocast(self) -> AbstractContextManager[None]:
-        if self.precision == "bfloat16":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Tensor:
+        with autocast(self.device, self.precision):
+            logits: Tensor = self._plain(batch.images, batch.sample_keys)
+            return logits
 
-    @contextmanager
-    def micro_step(self, *, sync: bool) -> Iterator[None]:
-        exchange = self._ddp.no_sync() if self.model is not self._plain and not sync else nullcontext()
-        with exchange, self.autocast():
-            yield
-
-    def backward(self, loss: Tensor) -> None:
-        with torch.autocast(self.device.type, enabled=False):
-            loss.backward()  # type: ignore[no-untyped-call]
+    def micro_step(self, loss: Loss, batch: Batch, *, last: bool) -> Outcome:
+        exchange = nullcontext() if last or self.model is self._plain else self._ddp.no_sync()
+        with exchange:
+            with autocast(self.device, self.precision):
+                value, outcome = loss(self.model, batch)
+            value.backward()  # type: ignore[no-untyped-call]
+        return outcome
 
     def step(self, lr: float) -> Tensor:
-        gradients = [p.grad for p in self._plain.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.clip_norm is not None:
-            torch._foreach_mul_(gradients, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        norm = update(self.optimizer, lr=lr, clip_norm=self.clip_norm)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 

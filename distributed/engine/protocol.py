@@ -1,32 +1,43 @@
 """The verbs that the training loop needs of an engine."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
+
+from distributed.data.pipeline import Batch
+
+
+class Outcome(NamedTuple):
+    """Of each sample, without gradients: losses [n] and logits [n, classes], at least float32."""
+
+    losses: Tensor
+    logits: Tensor
+
+
+Loss = Callable[[nn.Module, Batch], tuple[Tensor, Outcome]]
+"""The forward pass of a shard: (the shard's part of the step's mean loss, which has gradients; what is told of it)."""
 
 
 class Engine(Protocol):
     """A model with its optimizer, spread over the ranks in some way that the loop need not know."""
 
     model: nn.Module
-    """Called with (images, sample_keys); returns logits."""
+    """For `train()` and `eval()`; the forward pass is the engine's."""
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """The precision of a forward pass."""
+    def predict(self, batch: Batch) -> Tensor:
+        """This rank's logits, [n, classes], in the precision of a forward pass, without gradients."""
         ...
 
-    def micro_step(self, *, sync: bool) -> AbstractContextManager[None]:
-        """Around the forward and backward pass of a micro-batch; gradients are exchanged in the one with `sync`."""
-        ...
+    def micro_step(self, loss: Loss, batch: Batch, *, last: bool) -> Outcome:
+        """Forward and backward over this rank's part of a micro-batch, `loss` called once a shard.
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of this rank's part of the step's mean loss. The parts' SUM over ranks is what `step` uses."""
+        Gradients of all ranks and of a step's micro-batches are added up: after the `last` of them `step` may come.
+        """
         ...
 
     def step(self, lr: float) -> Tensor:
-        """Update the weights with the exchanged gradients, then clear these; their L2 norm before clipping, a scalar."""
+        """Update the weights with the summed gradients; their L2 norm before clipping, a scalar on the device."""
         ...
 
     def state(self) -> Iterator[tuple[str, Tensor]]:

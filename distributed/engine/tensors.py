@@ -1,9 +1,34 @@
-"""A model's and an optimizer's tensors under canonical names, which do not depend on the engine."""
+"""What engines with whole weights on each rank share: precision, the update, tensors under canonical names."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+
+
+def cast(model: nn.Module, *, precision: str, channels_last: bool, device: torch.device) -> nn.Module:
+    """The model on its device, in the type and memory layout of its weights."""
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    memory_format = torch.channels_last if channels_last else torch.preserve_format
+    return model.to(device, dtype).to(memory_format=memory_format)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """The precision of a forward pass."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+def update(optimizer: torch.optim.Optimizer, *, lr: float, clip_norm: float | None) -> Tensor:
+    """Scale the gradients down to the norm where they are larger, and take a step; their norm before that."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if clip_norm is not None:
+        torch._foreach_mul_(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return norm
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:

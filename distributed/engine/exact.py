@@ -1,0 +1,105 @@
+"""Replicated weights whose every sum is taken in one fixed tree: the same bits on any number of ranks.
+
+The batch is cut into a fixed number of shards, each of which goes through a replica of the model by itself, on one
+thread. What is summed over the batch, gradients and batch norm's statistics, is summed over shards in a tree.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from distributed.collectives import world_size
+from distributed.config.tree import Ddp, Sgd
+from distributed.data.pipeline import Batch
+from distributed.engine.protocol import Loss, Outcome
+from distributed.engine.tensors import autocast, cast, load_named_state, named_state, update
+from distributed.exact.batch_norm import Cut, CuttingBatchNorm, backward
+from distributed.exact.lanes import Lanes
+from distributed.exact.reduction import TreeReduction
+from distributed.exact.replicas import replicate
+from distributed.exact.rows import ShardRows
+from distributed.models.sync_batch_norm import convert_batch_norm
+from distributed.optim import build_optimizer
+from distributed.row_gather import open_row_gather
+
+
+class ExactEngine:
+    """An `Engine` in exact mode.
+
+    Args:
+        model: float32 on the CPU, with its initial weights; taken over.
+        shards: of the whole batch, a power of two, at least world_size.
+        threads: shards of this rank that compute at the same time.
+    """
+
+    def __init__(
+        self,
+        config: Ddp,
+        model: nn.Module,
+        *,
+        optim: Sgd,
+        precision: str,
+        channels_last: bool,
+        device: torch.device,
+        shards: int,
+        threads: int,
+        timeout_seconds: float,
+    ) -> None:
+        self.device, self.precision, self.clip_norm = device, precision, optim.clip_norm
+        self._plain = cast(model, precision=precision, channels_last=channels_last, device=device)
+        gather = open_row_gather(device, timeout_seconds=timeout_seconds) if world_size() > 1 else None
+        parameters = [p for p in self._plain.parameters() if p.requires_grad]
+        self._reduction = TreeReduction(parameters, shards=shards, bucket_bytes=config.bucket_mib * 2**20)
+        own = self._reduction.own
+        self._lanes = Lanes(len(own), lanes=threads, gather=ShardRows(gather, shards=shards), device=device)
+        self._replicas = replicate(self._plain, len(own))
+        self._cuts: list[list[Cut]] = [[] for _ in own]
+        for place, replica in enumerate(self._replicas):
+            meet = partial(self._lanes.meet, place)
+            convert_batch_norm(replica, partial(CuttingBatchNorm.cutting, exchange=meet, cuts=self._cuts[place]))
+            for index, parameter in enumerate(p for p in replica.parameters() if p.requires_grad):
+                parameter.register_post_accumulate_grad_hook(partial(_hand_over, self._reduction, own[place], index))
+        self.model: nn.Module = nn.ModuleList(self._replicas)
+        self.optimizer = build_optimizer(optim, self._plain, lr=optim.lr)
+        # What runs on the whole part of a rank must not depend on its threads either.
+        torch.set_num_threads(1)
+
+    def predict(self, batch: Batch) -> Tensor:
+        parts = batch.shards()
+
+        def forward(place: int) -> Tensor:
+            with torch.no_grad(), autocast(self.device, self.precision):  # these are set by thread
+                logits: Tensor = self._replicas[place](parts[place].images, parts[place].sample_keys)
+                return logits
+
+        return torch.cat(self._lanes.run(forward))
+
+    def micro_step(self, loss: Loss, batch: Batch, *, last: bool) -> Outcome:
+        parts = batch.shards()
+
+        def forward_backward(place: int) -> Outcome:
+            with autocast(self.device, self.precision):
+                value, outcome = loss(self._replicas[place], parts[place])
+            backward(value, self._cuts[place])
+            return outcome
+
+        outcomes = self._lanes.run(forward_backward)
+        self._reduction.finish(last=last)
+        return Outcome(*[torch.cat(tensors) for tensors in zip(*outcomes, strict=True)])
+
+    def step(self, lr: float) -> Tensor:
+        return update(self.optimizer, lr=lr, clip_norm=self.clip_norm)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        yield from named_state(self._plain, self.optimizer)
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        load_named_state(self._plain, self.optimizer, tensors)
+
+
+def _hand_over(reduction: TreeReduction, shard: int, index: int, parameter: Tensor) -> None:
+    gradient, parameter.grad = parameter.grad, None
+    assert gradient is not None
+    reduction.take(shard, index, gradient)

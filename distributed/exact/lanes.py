@@ -1,0 +1,100 @@
+"""The shards of a rank, carried by a few threads, that meet where the whole batch is summed over.
+
+A shard goes through the model by itself, in kernels of one thread, so it computes the same whatever the number of
+processes and cores. A lane is one thread that carries several shards, each as a greenlet: where a shard meets the others
+it steps aside and the lane takes up the next, for a microsecond, where handing on to another thread takes a hundred.
+"""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import greenlet
+import torch
+from torch import Tensor
+
+from distributed.tree import leaves_of
+
+T = TypeVar("T")
+Gather = Callable[[list[Tensor]], Tensor]
+"""Takes a row of each shard of this rank, returns those of all shards of all ranks: [shards, len(row)]."""
+
+
+class Lanes:
+    """Runs the shards of this rank; the calling thread is one of the lanes.
+
+    Args:
+        lanes: how many shards compute at the same time, at the most.
+        gather: the exchange with the other ranks; called once a meeting, in any of the lanes' threads.
+    """
+
+    def __init__(self, shards: int, *, lanes: int, gather: Gather, device: torch.device) -> None:
+        lanes = min(lanes, shards)
+        self._gather, self._device = gather, device
+        self._carried = [leaves_of(lane, lanes, shards) for lane in range(lanes)]
+        self._helpers = ThreadPoolExecutor(max(1, lanes - 1), "lane", _prepare, (device,))
+        self._rows: list[Tensor] = [torch.empty(0)] * shards
+        self._combine: Callable[[Tensor], Any] | None = None
+        self._outcome: Any = None
+        self._together = threading.Barrier(lanes, self._exchange)
+
+    def run(self, compute: Callable[[int], T]) -> list[T]:
+        """`compute(shard)` of every shard; all of them meet equally often.
+
+        Raises:
+            Exception: what a shard raised; the others are given up.
+        """
+        results: dict[int, T] = {}
+        others = [self._helpers.submit(self._carry, own, compute, results) for own in self._carried[1:]]
+        failures = []
+        for carry in (lambda: self._carry(self._carried[0], compute, results), *(other.result for other in others)):
+            try:
+                carry()
+            except BaseException as error:
+                failures.append(error)
+        if failures:
+            self._together.reset()
+            raise next((f for f in failures if not isinstance(f, threading.BrokenBarrierError)), failures[0])
+        return [results[shard] for shard in sorted(results)]
+
+    def meet(self, shard: int, row: Tensor, combine: Callable[[Tensor], T]) -> T:
+        """Called by each shard with its row: `combine` of all shards' rows, computed once and given to everybody."""
+        self._rows[shard], self._combine = row, combine
+        # Autocast belongs to the thread; the shard that comes next has its own.
+        kind = self._device.type
+        autocast = torch.is_autocast_enabled(kind)
+        torch.set_autocast_enabled(kind, False)
+        greenlet.getcurrent().parent.switch()
+        torch.set_autocast_enabled(kind, autocast)
+        outcome: T = self._outcome
+        return outcome
+
+    def _carry(self, shards: range, compute: Callable[[int], T], results: dict[int, T]) -> None:
+        try:
+            waiting = [(shard, greenlet.greenlet(compute)) for shard in shards]
+            arguments: dict[int, tuple[int, ...]] = {shard: (shard,) for shard in shards}
+            while waiting:
+                met = []
+                for shard, carried in waiting:
+                    result = carried.switch(*arguments.pop(shard, ()))
+                    if carried.dead:
+                        results[shard] = result
+                    else:
+                        met.append((shard, carried))
+                if met:
+                    self._together.wait()
+                waiting = met[::-1]  # what was in the cache last comes first
+        except BaseException:
+            self._together.abort()
+            raise
+
+    def _exchange(self) -> None:
+        assert self._combine is not None
+        self._outcome, self._combine = self._combine(self._gather(self._rows)), None
+
+
+def _prepare(device: torch.device) -> None:
+    torch.set_num_threads(1)  # of this thread: OpenMP keeps the number by thread
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
