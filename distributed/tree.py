@@ -45,13 +45,12 @@ def largest_nodes(held: range) -> list[Node]:
 
 
 def root_of(sums: Mapping[Node, Tensor]) -> Tensor:
-    """The whole tree's sum from the sums of subtrees that make it up; the tensors are used up."""
+    """The whole tree's sum from the sums of subtrees that make it up."""
     waiting = dict(sums)
-    for size in (1 << exponent for exponent in range(64)):
-        if len(waiting) == 1:
-            break
-        for node in [node for node in waiting if node.size == size and not node.first & size]:
-            waiting[node.parent] = waiting.pop(node).add_(waiting.pop(node.sibling))
+    while len(waiting) > 1:
+        least = min(node.size for node in waiting)
+        for node in [node for node in waiting if node.size == least and not node.first & least]:
+            waiting[node.parent] = waiting.pop(node) + waiting.pop(node.sibling)
     return next(iter(waiting.values()))
 
 

@@ -16,6 +16,7 @@ from distributed.data.pipeline import Batch
 from distributed.engine.protocol import Loss, Outcome
 from distributed.engine.tensors import autocast, cast, load_named_state, named_state, update
 from distributed.exact.batch_norm import Cut, CuttingBatchNorm, backward
+from distributed.exact.exchange import ExchangeOpener
 from distributed.exact.lanes import Lanes
 from distributed.exact.reduction import TreeReduction
 from distributed.exact.replicas import replicate
@@ -51,7 +52,12 @@ class ExactEngine:
         self._plain = cast(model, precision=precision, channels_last=channels_last, device=device)
         gather = open_row_gather(device, timeout_seconds=timeout_seconds) if world_size() > 1 else None
         parameters = [p for p in self._plain.parameters() if p.requires_grad]
-        self._reduction = TreeReduction(parameters, shards=shards, bucket_bytes=config.bucket_mib * 2**20)
+        self._reduction = TreeReduction(
+            parameters,
+            shards=shards,
+            bucket_bytes=config.bucket_mib * 2**20,
+            open_exchange=ExchangeOpener(timeout_seconds=timeout_seconds),
+        )
         own = self._reduction.own
         self._lanes = Lanes(len(own), lanes=threads, gather=ShardRows(gather, shards=shards), device=device)
         self._replicas = replicate(self._plain, len(own))

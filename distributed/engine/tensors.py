@@ -21,10 +21,14 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
 
 def update(optimizer: torch.optim.Optimizer, *, lr: float, clip_norm: float | None) -> Tensor:
     """Scale the gradients down to the norm where they are larger, and take a step; their norm before that."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    gradients = [p.grad for p in parameters]
     norm = torch.nn.utils.get_total_norm(gradients)
     if clip_norm is not None:
-        torch._foreach_mul_(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        # Not in place: these may lie in memory that all ranks share.
+        scaled = torch._foreach_mul(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        for parameter, gradient in zip(parameters, scaled, strict=True):
+            parameter.grad = gradient
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
