@@ -9,11 +9,11 @@ from loguru import logger
 
 from distributed import logs
 from distributed.config import TrainConfig
-from distributed.errors import ExitCode
+from distributed.errors import ExitCode, InputError
 from distributed.plot import draw_curves
 from distributed.run_folder import ClaimedRun, RunFolder, versions
 from distributed.state import TrainState
-from distributed.topology import Topology
+from distributed.topology import Topology, processor
 
 
 class Attempt:
@@ -38,27 +38,39 @@ class Attempt:
 
     def facts(self, device: torch.device) -> dict[str, Any]:
         """What a checkpoint says besides its state: the config, and all that the bits depend on."""
-        return {
-            "data": self.config.data.name,
-            "config": json.loads(self.config.model_dump_json()),
-            "bits": {
-                "world_size": self.topology.world_size,
-                "threads": torch.get_num_threads(),
-                "engine": self.config.engine.name,
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-                "versions": versions(),
-            },
+        bits: dict[str, Any] = {
+            "shards": self.config.shards_on(device.type),
+            "engine": self.config.engine.name,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+            "versions": versions(),
         }
+        if not bits["shards"]:
+            bits |= {"world_size": self.topology.world_size, "threads": torch.get_num_threads()}
+        return {"data": self.config.data.name, "config": json.loads(self.config.model_dump_json()), "bits": bits}
 
     def begin(self, state: TrainState, *, resumed_from: dict[str, Any] | None, facts: dict[str, Any]) -> None:
-        """From here on progress is the state's."""
+        """From here on progress is the state's.
+
+        Raises:
+            InputError: the run was begun with another number of shards.
+        """
         self._state = state
         if resumed_from:
-            for name, value in facts["bits"].items():
-                if (before := resumed_from["bits"].get(name)) != value:
-                    logger.warning("resuming with another {}: {} before, {} now; bits may differ", name, before, value)
+            self._compare(resumed_from["bits"], facts["bits"])
         if self.run:
             self.run.begin(self.config, start_step=state.step, details={"bits": facts["bits"]})
+
+    def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        if (shards := before.get("shards", 0)) != now["shards"]:
+            raise InputError(
+                f"{self.folder.path}: exact.shards = {now['shards']} here (auto depends on the device), and this run was "
+                f"begun with {shards}; give --exact.shards {shards}, or another --run_dir"
+            )
+        for name, value in now.items():
+            if before.get(name) != value:
+                logger.warning(
+                    "resuming with another {}: {} before, {} now; bits may differ", name, before.get(name), value
+                )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self.run is not None:

@@ -30,6 +30,7 @@ def check_same_config(config: TrainConfig) -> None:
 
 
 def build_data(config: TrainConfig, topology: Topology, device: torch.device) -> DataPipeline:
+    config.check_world_size(topology.world_size, device.type)
     return DataPipeline(
         config.data,
         seed=config.seed,
@@ -38,7 +39,7 @@ def build_data(config: TrainConfig, topology: Topology, device: torch.device) ->
         evaluation_batch_size=config.evaluation.batch_size,
         rank=topology.rank,
         world_size=topology.world_size,
-        shards=config.exact.shards or topology.world_size,
+        shards=config.shards_on(device.type) or topology.world_size,
         device=device,
         dtype=torch.float64 if config.precision == "float64" else torch.float32,
         channels_last=config.channels_last,
@@ -54,31 +55,43 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
         "device": device,
         "timeout_seconds": config.timeout_seconds,
     }
-    if config.exact.shards:
-        threads = topology.threads(config.threads)
-        return ExactEngine(config.engine, model, shards=config.exact.shards, threads=threads, **common)
+    if shards := config.shards_on(device.type):
+        return ExactEngine(config.engine, model, shards=shards, lanes=topology.threads(config.threads), **common)
     return DdpEngine(config.engine, model, example=data.example(), **common)
 
 
-def log_plan(config: TrainConfig, data: DataPipeline, topology: Topology, state: TrainState) -> None:
+def log_plan(
+    config: TrainConfig, data: DataPipeline, topology: Topology, state: TrainState, device: torch.device
+) -> None:
     """Say once what is trained on what, the batch's arithmetic, and where the run starts. Rank 0 is heard."""
     if not topology.is_main:
         return
     for line in as_toml(config).splitlines():
         logger.debug("config: {}", line)
     micro = -(-config.global_batch_size // config.accumulation)
-    least, most = micro // topology.world_size, -(-micro // topology.world_size)
+    threads = topology.threads(config.threads)
     logger.info(
         "{} on {}: {:,} training images, {:,} validation, {:,} test; {} steps an epoch, {} epochs",
         config.model.name, config.data.name, data.size("train"), data.size("validation"), data.size("test"),
         data.steps_per_epoch, config.epochs,
     )  # fmt: skip
+    shards = config.shards_on(device.type)
+    each = f"{shards} shards, {_spread(shards, topology.world_size)}" if shards else _spread(micro, topology.world_size)
     logger.info(
-        "global batch {} = {} micro-batch{} of {}, {} a rank; {} rank{}, {} threads each, {}, peak lr {:g}",
-        config.global_batch_size, config.accumulation, "es" if config.accumulation > 1 else "", micro,
-        least if least == most else f"{least} to {most}", topology.world_size, "s" if topology.world_size > 1 else "",
-        torch.get_num_threads(), config.precision, config.peak_lr,
+        "global batch {} = {} micro-batch{} of {}, {} a rank; {} rank{} x {} thread{}, {}, peak lr {:g}",
+        config.global_batch_size, config.accumulation, "es" if config.accumulation > 1 else "", micro, each,
+        topology.world_size, "s" if topology.world_size > 1 else "", threads, "s" if threads > 1 else "",
+        config.precision, config.peak_lr,
+    )  # fmt: skip
+    logger.info(
+        "exact mode, {} shards: the same bits on up to {} processes" if shards else "fast mode: bits depend on the ranks",
+        shards, shards,
     )  # fmt: skip
     logger.info("run folder {}", config.run_dir)
     if state.step:
         logger.info("resuming at step {}: epoch {}, step {} of it", state.step, state.epoch + 1, state.step_in_epoch)
+
+
+def _spread(count: int, world_size: int) -> str:
+    least, most = count // world_size, -(-count // world_size)
+    return f"{least}" if least == most else f"{least} to {most}"

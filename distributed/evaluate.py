@@ -70,7 +70,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, split: "Split") -> int:
 
     topology = Topology.from_environment()
     logs.terminal_logs(topology.rank, level="WARNING")
-    torch.set_num_threads(1 if config.exact.shards else topology.threads(config.threads))
+    torch.set_num_threads(topology.threads(config.threads))
     device = choose_device(config.device, topology)
     make_deterministic(device)
     if damage := damage_of(checkpoint):

@@ -39,7 +39,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         StorageError: a checkpoint could not be written; the one before is intact.
     """
     topology = Topology.from_environment()
-    torch.set_num_threads(1 if config.exact.shards else topology.threads(config.threads))
+    torch.set_num_threads(topology.threads(config.threads))
     device = choose_device(config.device, topology)
     make_deterministic(device)
     with ExitStack() as stack:
@@ -59,7 +59,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         )
         resumed_from = checkpoints.restore(engine, state)
         attempt.begin(state, resumed_from=resumed_from, facts=facts)
-        log_plan(config, data, topology, state)
+        log_plan(config, data, topology, state, device)
 
         if attempt.run:
             sinks = [*open_sinks(config, attempt.run, state, total_steps=total_steps), *sinks]

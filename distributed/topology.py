@@ -4,6 +4,7 @@ The only module that reads the environment.
 """
 
 import os
+import platform
 import socket
 from dataclasses import dataclass
 from typing import Self
@@ -67,3 +68,12 @@ class Topology:
 def host() -> str:
     """The name of this machine."""
     return socket.gethostname()
+
+
+def processor() -> str:
+    """The name of its processor: libraries choose their kernels, and so the bits, by it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "")
+    except OSError:
+        return platform.processor()

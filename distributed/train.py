@@ -28,7 +28,7 @@ def main() -> int:
     topology = Topology()
     try:
         topology = Topology.from_environment()
-        config, finished = checked_config(sys.argv[1:], speaks=topology.is_main)
+        config, finished = checked_config(sys.argv[1:], topology)
     except InputError as error:
         return refuse(error, topology)
     if finished:
@@ -42,7 +42,7 @@ def main() -> int:
     return run_to_exit_code(config, topology)
 
 
-def checked_config(arguments: Sequence[str], *, speaks: bool) -> tuple[TrainConfig, bool]:
+def checked_config(arguments: Sequence[str], topology: Topology) -> tuple[TrainConfig, bool]:
     """The config of these arguments with its data and run folder looked at, and whether that run is finished.
 
     Where the user named neither a config file nor data, CIFAR-10 is taken if it is there, else generated images, under
@@ -55,10 +55,12 @@ def checked_config(arguments: Sequence[str], *, speaks: bool) -> tuple[TrainConf
     if not named and config.data.name == "cifar10" and not cifar.is_there("cifar10", config.data.root):
         root = config.data.root.resolve()
         config, _ = load(arguments, default_data="generated10")
-        if speaks:
+        if topology.is_main:
             print(_BANNER.format(root=root), file=sys.stderr)
     if config.data.name in ("cifar10", "cifar100"):
         cifar.check(config.data.name, config.data.root)
+    if config.device != "auto" or config.exact.shards != "auto":  # else it depends on what torch will find
+        config.check_world_size(topology.world_size, config.device)
     return config, check_resume(config)
 
 

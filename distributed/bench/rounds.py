@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distributed.run_folder import git_state, versions
+from distributed.topology import processor
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,9 @@ def median_step_seconds(clock: list[float], *, skip: int) -> float:
 
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "")
-    except OSError:
-        model = platform.processor()
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "processor": model,
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "system": platform.system(),
         "versions": versions(),

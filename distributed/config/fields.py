@@ -38,7 +38,8 @@ class Leaf:
             return " | ".join(map(str, get_args(self.annotation)))
         names = {bool: "true | false", type(None): "none"}
         alternatives = [a for a in get_args(self.annotation) or (self.annotation,) if not hasattr(a, "strict")]
-        return " | ".join(names.get(a, getattr(a, "__name__", str(a)).lower()) for a in alternatives)
+        words = [get_args(a) if get_origin(a) is Literal else [names.get(a, a.__name__.lower())] for a in alternatives]
+        return " | ".join(str(word) for some in words for word in some)
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:

@@ -79,10 +79,11 @@ def _without_none(section: BaseModel) -> dict[str, Any]:
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[tuple[str, Any, Any]]:
-    """(path, old value, new value) of every setting that differs."""
+    """(path, old value, new value) of every setting that differs; what auto stands for is for the run to compare."""
     flat_old, flat_new = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     paths = [*flat_old, *(path for path in flat_new if path not in flat_old)]
-    return [(p, flat_old.get(p), flat_new.get(p)) for p in paths if flat_old.get(p) != flat_new.get(p)]
+    found = [(p, flat_old.get(p), flat_new.get(p)) for p in paths if flat_old.get(p) != flat_new.get(p)]
+    return [change for change in found if change[0] != "exact.shards" or "auto" not in change]
 
 
 def changes_experiment(path: str, config: TrainConfig) -> bool:

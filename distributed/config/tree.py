@@ -8,8 +8,10 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, Strict, model_validator
 from pydantic_core import PydanticCustomError
+
+from distributed.errors import InputError
 
 AnyPath = Annotated[Path, Strict(False)]
 
@@ -120,13 +122,17 @@ class Ddp(Section):
     bucket_mib: int = setting(25, "size of a bucket of gradients that is exchanged at once, MiB", gt=0, le=1024)
 
 
+def _shard_count(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value >= 0 and not value & (value - 1)):
+        return value
+    raise PydanticCustomError("shards", "should be a power of two, as 8, or 0 for fast mode, or auto")
+
+
 class Exact(Section):
-    shards: int = setting(
-        0,
-        "parts that each micro-batch is cut into, a power of two; the bits are then the same on any number of processes "
-        "up to this; 0: off",
-        ge=0,
-        le=1024,
+    shards: Annotated[int | Literal["auto"], PlainValidator(_shard_count)] = setting(
+        "auto",
+        "parts of each micro-batch, a power of two: the same bits on any number of processes up to this; 0: off; "
+        "auto: on CPU the largest power of two up to 8 that the batch allows, on CUDA 0",
     )
 
 
@@ -186,6 +192,24 @@ class TrainConfig(Section):
     checkpoint: Checkpoint = setting(Checkpoint(), "when to save and what to keep")
     logging: Logging = setting(Logging(), "lines, curves")
 
+    def shards_on(self, device_type: str) -> int:
+        """`exact.shards` with auto resolved for `cpu` or `cuda`; 0: exact mode is off."""
+        if self.exact.shards != "auto":
+            return self.exact.shards
+        if device_type != "cpu":
+            return 0
+        return 1 << min(8, self.global_batch_size // self.accumulation).bit_length() - 1
+
+    def check_world_size(self, world_size: int, device_type: str) -> None:
+        """Raises InputError where there are more processes than shards."""
+        shards = self.shards_on(device_type)
+        if shards and world_size > shards:
+            enough = 1 << (world_size - 1).bit_length()
+            raise InputError(
+                f"exact.shards = {shards}{' (auto)' if self.exact.shards == 'auto' else ''} is less than the {world_size} "
+                f"processes: start at most {shards}; or begin another run with exact.shards = {enough}, or with 0, fast mode"
+            )
+
     @property
     def best_by(self) -> Literal["accuracy", "loss"] | None:
         """The validation metric that marks the best checkpoint, `auto` resolved."""
@@ -210,7 +234,13 @@ class TrainConfig(Section):
 def _conflicts(config: TrainConfig) -> list[str]:
     """Settings that are each valid but cannot stand together, a line each: what, and the remedy."""
     found = []
-    optim, schedule = config.optim, config.schedule
+    optim, schedule, shards = config.optim, config.schedule, config.exact.shards
+    micro_batch = config.global_batch_size // config.accumulation
+    if isinstance(shards, int) and shards > max(1, micro_batch):
+        found.append(
+            f"exact.shards = {shards} is more than the {micro_batch} images of a micro-batch: lower it, or raise "
+            "global_batch_size"
+        )
     if config.accumulation > config.global_batch_size:
         found.append(
             f"accumulation = {config.accumulation} is more than global_batch_size = {config.global_batch_size}: "

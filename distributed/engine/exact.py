@@ -32,7 +32,7 @@ class ExactEngine:
     Args:
         model: float32 on the CPU, with its initial weights; taken over.
         shards: of the whole batch, a power of two, at least world_size.
-        threads: shards of this rank that compute at the same time.
+        lanes: shards of this rank that compute at the same time.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ExactEngine:
         channels_last: bool,
         device: torch.device,
         shards: int,
-        threads: int,
+        lanes: int,
         timeout_seconds: float,
     ) -> None:
         self.device, self.precision, self.clip_norm = device, precision, optim.clip_norm
@@ -59,14 +59,15 @@ class ExactEngine:
             open_exchange=ExchangeOpener(timeout_seconds=timeout_seconds),
         )
         own = self._reduction.own
-        self._lanes = Lanes(len(own), lanes=threads, gather=ShardRows(gather, shards=shards), device=device)
+        self._lanes = Lanes(len(own), lanes=lanes, gather=ShardRows(gather, shards=shards), device=device)
         self._replicas = replicate(self._plain, len(own))
         self._cuts: list[list[Cut]] = [[] for _ in own]
         for place, replica in enumerate(self._replicas):
             meet = partial(self._lanes.meet, place)
             convert_batch_norm(replica, partial(CuttingBatchNorm.cutting, exchange=meet, cuts=self._cuts[place]))
             for index, parameter in enumerate(p for p in replica.parameters() if p.requires_grad):
-                parameter.register_post_accumulate_grad_hook(partial(_hand_over, self._reduction, own[place], index))
+                hand_over = partial(_hand_over, self._reduction, own[place], index)
+                parameter.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
         self.model: nn.Module = nn.ModuleList(self._replicas)
         self.optimizer = build_optimizer(optim, self._plain, lr=optim.lr)
         # What runs on the whole part of a rank must not depend on its threads either.

@@ -28,8 +28,7 @@ class Cut:
         weight = layer.weight.detach()
         found = gradients(grad, self.x.detach(), weight, self.statistics, layer.eps, layer.exchange)
         wanted = [(t, g) for t, g in zip((self.x, layer.weight, layer.bias), found, strict=True) if t.requires_grad]
-        if wanted:
-            torch.autograd.backward(*zip(*wanted, strict=True))
+        torch.autograd.backward([tensor for tensor, _ in wanted], [gradient for _, gradient in wanted])
 
 
 class CuttingBatchNorm(SyncBatchNorm):

@@ -57,9 +57,7 @@ class Alone:
 class ThroughMemory:
     """Every rank writes its sums where all see them, adds up its chunk of everybody's, and writes that there too."""
 
-    def __init__(
-        self, memory: mmap.mmap, nodes: Nodes, length: int, like: Tensor, *, timeout_seconds: float
-    ) -> None:
+    def __init__(self, memory: mmap.mmap, nodes: Nodes, length: int, like: Tensor, *, timeout_seconds: float) -> None:
         self._signals = Signals(memory, 0, kinds=2, timeout_seconds=timeout_seconds)
         row, offset = length * like.element_size(), Signals.size(2)
         self._chunk = slice(rank() * length // world_size(), (rank() + 1) * length // world_size())

@@ -65,14 +65,16 @@ class Lanes:
         kind = self._device.type
         autocast = torch.is_autocast_enabled(kind)
         torch.set_autocast_enabled(kind, False)
-        greenlet.getcurrent().parent.switch()
+        lane = greenlet.getcurrent().parent
+        assert lane is not None
+        lane.switch()
         torch.set_autocast_enabled(kind, autocast)
         outcome: T = self._outcome
         return outcome
 
     def _carry(self, shards: range, compute: Callable[[int], T], results: dict[int, T]) -> None:
         try:
-            waiting = [(shard, greenlet.greenlet(compute)) for shard in shards]
+            waiting = [(shard, greenlet.greenlet(compute)) for shard in shards]  # type: ignore[no-untyped-call]
             arguments: dict[int, tuple[int, ...]] = {shard: (shard,) for shard in shards}
             while waiting:
                 met = []

@@ -108,7 +108,9 @@ class TreeReduction:
         """
         if self._sent < len(self._buckets):
             count = sum(bucket.missing for bucket in self._buckets)
-            raise RuntimeError(f"{count} gradients did not come: exact mode needs every parameter in every forward pass")
+            raise RuntimeError(
+                f"{count} gradients did not come: exact mode needs every parameter in every forward pass"
+            )
         for bucket in self._buckets:
             bucket.exchange.reduce(first=not self._micro_step)
         for bucket in self._buckets:

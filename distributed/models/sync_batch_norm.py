@@ -32,11 +32,11 @@ def by_ranks(gather: Callable[[Tensor], Tensor]) -> Exchange:
 
 
 class Statistics(NamedTuple):
-    """Of the whole batch: mean and biased variance [channels], count []."""
+    """Of the whole batch: mean and biased variance [channels], how many numbers a channel []."""
 
     mean: Tensor
     variance: Tensor
-    count: Tensor
+    total: Tensor
 
 
 def _row_of(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -69,7 +69,7 @@ def gradients(
 
     Those of weight and bias are this shard's sums.
     """
-    mean, variance, count = statistics
+    mean, variance, total = statistics
     grad_weight = grad_bias = torch.zeros_like(mean)
     if x.numel():  # the kernel divides by the number of elements
         _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
@@ -80,7 +80,7 @@ def gradients(
         # (grad - mean_bias - x_hat * mean_weight) * weight * inverse, written per channel as scale * grad + offset, one
         # pass of the kernel that evaluation uses, and slope * x on top of it. The slope is rounded to x's type before
         # the offset is made of it, so that the rounding meets x - mean, not x.
-        mean_weight, mean_bias = (tree_sum(rows) / count).chunk(2)
+        mean_weight, mean_bias = (tree_sum(rows) / total).chunk(2)
         inverse = torch.rsqrt(variance + eps)
         scale = weight * inverse
         slope = (-mean_weight * scale * inverse).to(x.dtype)
@@ -98,11 +98,11 @@ def gradients(
 class _Normalized(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, count: Tensor, layer: Any
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, total: Tensor, layer: Any
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, variance, count)
+        ctx.save_for_backward(x, weight, mean, variance, total)
         ctx.eps, ctx.exchange = layer.eps, layer.exchange
-        return layer.apply_statistics(x, Statistics(mean, variance, count))  # type: ignore[no-any-return]
+        return layer.apply_statistics(x, Statistics(mean, variance, total))  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
@@ -156,14 +156,14 @@ class SyncBatchNorm(nn.modules.batchnorm._NormBase):
     def _combined(self, rows: Tensor) -> Statistics:
         """The whole batch's statistics, taken into the running ones: once, where several shards share these."""
         statistics = _combined(rows)
-        mean, variance, count = statistics
+        mean, variance, total = statistics
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(variance * (count / (count - 1).clamp(min=1)), momentum)
+        self.running_var.lerp_(variance * (total / (total - 1).clamp(min=1)), momentum)
         return statistics
 
 
