@@ -65,7 +65,7 @@ class Lanes:
         kind = self._device.type
         autocast = torch.is_autocast_enabled(kind)
         torch.set_autocast_enabled(kind, False)
-        lane = greenlet.getcurrent().parent
+        lane = greenlet.getcurrent().parent  # type: ignore[no-untyped-call]
         assert lane is not None
         lane.switch()
         torch.set_autocast_enabled(kind, autocast)
@@ -74,7 +74,7 @@ class Lanes:
 
     def _carry(self, shards: range, compute: Callable[[int], T], results: dict[int, T]) -> None:
         try:
-            waiting = [(shard, greenlet.greenlet(compute)) for shard in shards]  # type: ignore[no-untyped-call]
+            waiting = [(shard, greenlet.greenlet(compute)) for shard in shards]
             arguments: dict[int, tuple[int, ...]] = {shard: (shard,) for shard in shards}
             while waiting:
                 met = []
