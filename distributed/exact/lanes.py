@@ -47,12 +47,12 @@ class Lanes:
         """
         results: dict[int, T] = {}
         others = [self._helpers.submit(self._carry, own, compute, results) for own in self._carried[1:]]
-        failures = []
-        for carry in (lambda: self._carry(self._carried[0], compute, results), *(other.result for other in others)):
-            try:
-                carry()
-            except BaseException as error:
-                failures.append(error)
+        failures: list[BaseException] = []
+        try:
+            self._carry(self._carried[0], compute, results)
+        except BaseException as error:
+            failures.append(error)
+        failures += [error for other in others if (error := other.exception()) is not None]
         if failures:
             self._together.reset()
             raise next((f for f in failures if not isinstance(f, threading.BrokenBarrierError)), failures[0])
@@ -65,7 +65,7 @@ class Lanes:
         kind = self._device.type
         autocast = torch.is_autocast_enabled(kind)
         torch.set_autocast_enabled(kind, False)
-        lane = greenlet.getcurrent().parent  # type: ignore[no-untyped-call]
+        lane = greenlet.getcurrent().parent
         assert lane is not None
         lane.switch()
         torch.set_autocast_enabled(kind, autocast)
