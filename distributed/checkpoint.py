@@ -10,6 +10,7 @@ A checkpoint is written aside by a thread while training goes on, flushed to the
 into place. Which one is best stands in the newest state itself, so no pointer can be out of date.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -24,9 +25,9 @@ from torch import Tensor
 from distributed import collectives
 from distributed.engine.protocol import Engine
 from distributed.errors import StorageError
-from distributed.files import read_json, replace_json, sync_folder
+from distributed.files import append_line, read_json, replace_json, sync_folder
 from distributed.run_folder import ClaimedRun
-from distributed.safetensors_stream import digest_of, write_tensors
+from distributed.safetensors_stream import digest_of, digest_of_tensor, write_tensors
 from distributed.state import TrainState
 
 FORMAT = 1
@@ -109,6 +110,8 @@ class Checkpointer:
         except OSError:
             shutil.rmtree(aside, ignore_errors=True)
             raise
+        digests = {tensor: digest_of_tensor(value) for tensor, value in tensors.items()}
+        append_line(self.run.digests_file, json.dumps({"name": name, "tensors": digests}))
         point(self.folder, "latest", name)
         if best is not None:
             point(self.folder, "best", best)

@@ -4,6 +4,7 @@ RUN/config.toml       the resolved config; can be passed back in
 RUN/status.json       running | finished | stopped | failed, with the reason, exit code and progress
 RUN/attempts.jsonl    a line at the start and at the end of each attempt: when, where, versions, why it ended
 RUN/attempt.json      the token of the attempt that may write
+RUN/digests.jsonl     a line a save: a digest of every tensor, kept when the checkpoint goes
 RUN/metrics.jsonl     RUN/tensorboard/   RUN/curves.png   RUN/logs/rank-0000.log   RUN/checkpoints/
 """
 
@@ -39,11 +40,12 @@ class RunFolder:
         self.config_file = path / "config.toml"
         self.metrics_file = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
+        self.digests_file = path / "digests.jsonl"
         self.curves = path / "curves.png"
         self.logs = path / "logs"
         self.checkpoints = path / "checkpoints"
         self._status_file = path / "status.json"
-        self._attempts_file = path / "attempts.jsonl"
+        self.attempts_file = path / "attempts.jsonl"
         self._attempt_file = path / "attempt.json"
 
     def status(self) -> dict[str, Any]:
@@ -163,7 +165,7 @@ class ClaimedRun(RunFolder):
 
     def _attempt(self, event: str, **facts: Any) -> None:
         line = {"event": event, "time": _now(), "token": self.token, "pid": os.getpid(), "host": host()} | facts
-        append_line(self._attempts_file, json.dumps(line))
+        append_line(self.attempts_file, json.dumps(line))
 
 
 @cache

@@ -48,6 +48,11 @@ def digest_of(path: Path) -> Written:
         return Written(file.tell(), digest.hexdigest())
 
 
+def digest_of_tensor(tensor: Tensor) -> str:
+    """Of its numbers in row-major order, whatever its layout."""
+    return hashlib.blake2b(_bytes_of(tensor), digest_size=8).hexdigest()
+
+
 def _header(tensors: Mapping[str, Tensor]) -> bytes:
     entries, offset = {}, 0
     for name, tensor in tensors.items():

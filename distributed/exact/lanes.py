@@ -52,7 +52,7 @@ class Lanes:
             self._carry(self._carried[0], compute, results)
         except BaseException as error:
             failures.append(error)
-        failures += [error for other in others if (error := other.exception()) is not None]
+        failures += [failed for other in others if (failed := other.exception()) is not None]
         if failures:
             self._together.reset()
             raise next((f for f in failures if not isinstance(f, threading.BrokenBarrierError)), failures[0])

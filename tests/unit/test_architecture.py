@@ -19,7 +19,7 @@ LAYERS = [
     "attempt build",
     "recipe",
     "process",
-    "train evaluate bench export",
+    "train evaluate compare bench export",
 ]
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row.split()}
 SLOW = {"torch", "torchvision", "deepspeed", "ray", "matplotlib", "tensorboard", "tqdm"}
@@ -31,6 +31,7 @@ WITHOUT_TORCH = {
     "run_folder",
     "train",
     "evaluate",
+    "compare",
     "data.cifar",
     "logs",
     "plot",
