@@ -3,6 +3,7 @@
 import random
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,26 @@ SETTINGS = (
 KINDS = ("kill -9 a rank", "kill -9 the agent", "kill -9 everything", "SIGTERM to the agent", "SIGTERM to a rank")
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids="{} ranks".format)
-def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+@dataclass(frozen=True)
+class Mode:
+    """How a run is started, and on how many ranks its attempts may be."""
+
+    name: str
+    settings: tuple[object, ...]
+    ranks: tuple[int, ...]
+
+
+MODES = (
+    Mode("exact", (*SETTINGS, "--exact.shards", 4), (1, 2, 3, 4)),
+    Mode("fast", (*SETTINGS, "--exact.shards", 0), (3,)),
+)
+
+
+@pytest.fixture(scope="module", params=MODES, ids=lambda mode: mode.name)
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Mode, Path]:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    with Command(torchrun(request.param, *SETTINGS, "--run_dir", run), output=run.parent / "output") as command:
+    arguments = torchrun(request.param.ranks[-1], *request.param.settings, "--run_dir", run)
+    with Command(arguments, output=run.parent / "output") as command:
         assert command.wait() == 0, command.text
     return request.param, run
 
@@ -41,12 +58,14 @@ def strike(command: Command, kind: str, dice: random.Random) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_ten_strikes_at_random_moments_leave_the_bits_alone(undisturbed: tuple[int, Path], tmp_path: Path) -> None:
-    ranks, reference = undisturbed
-    run, dice, strikes = tmp_path / "run", random.Random(ranks), 0
+def test_ten_strikes_at_random_moments_leave_the_bits_alone(undisturbed: tuple[Mode, Path], tmp_path: Path) -> None:
+    """In exact mode every attempt is on another number of ranks."""
+    mode, reference = undisturbed
+    run, dice, strikes = tmp_path / "run", random.Random(mode.name), 0
     last_step = status(reference)["step"]
     for attempt in range(30):
-        with Command(torchrun(ranks, *SETTINGS, "--run_dir", run), output=tmp_path / "output") as command:
+        ranks = mode.ranks[attempt % len(mode.ranks)]
+        with Command(torchrun(ranks, *mode.settings, "--run_dir", run), output=tmp_path / "output") as command:
             begun = len(attempts(run, "started"))
             if strikes < 10:
                 command.wait_for(lambda: len(attempts(run, "started")) > begun, what="the start")  # noqa: B023
@@ -65,17 +84,18 @@ def test_ten_strikes_at_random_moments_leave_the_bits_alone(undisturbed: tuple[i
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_kill_at_each_point_of_a_save_leaves_the_bits_alone(undisturbed: tuple[int, Path], tmp_path: Path) -> None:
-    ranks, reference = undisturbed
+def test_a_kill_at_each_point_of_a_save_leaves_the_bits_alone(undisturbed: tuple[Mode, Path], tmp_path: Path) -> None:
+    mode, reference = undisturbed
     run = tmp_path / "run"
     for number, point in enumerate(POINTS):
+        ranks = mode.ranks[number % len(mode.ranks)]
         arguments = torchrun(
-            ranks, point, 10 + 20 * number, *SETTINGS, "--run_dir", run, module="integration.killed_in_save"
+            ranks, point, 10 + 20 * number, *mode.settings, "--run_dir", run, module="integration.killed_in_save"
         )
         with Command(arguments, output=tmp_path / "output") as command:
             assert command.wait() != 0, f"survived {point}"
             assert status(run)["status"] == "running", command.text[-3000:]
-    with Command(torchrun(ranks, *SETTINGS, "--run_dir", run), output=tmp_path / "output") as command:
+    with Command(torchrun(mode.ranks[-1], *mode.settings, "--run_dir", run), output=tmp_path / "output") as command:
         assert command.wait() == 0, command.text[-3000:]
     begun = [attempt["step"] for attempt in attempts(run, "started")]
     assert begun == sorted(begun)

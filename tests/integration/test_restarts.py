@@ -30,8 +30,10 @@ def test_with_max_restarts_killed_workers_are_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_an_elastic_run_loses_an_agent_and_goes_on_alone(tmp_path: Path) -> None:
-    run = tmp_path / "run"
+def test_an_elastic_run_loses_an_agent_and_goes_on_alone_with_the_same_bits(tmp_path: Path) -> None:
+    reference, run = tmp_path / "reference", tmp_path / "run"
+    with Command(torchrun(2, *SETTINGS, "--run_dir", reference), output=tmp_path / "reference.out") as command:
+        assert command.wait() == 0, command.text
     port = 29000 + random.randrange(900)
     options = (
         "--nnodes=1:2", "--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test",
@@ -52,7 +54,7 @@ def test_an_elastic_run_loses_an_agent_and_goes_on_alone(tmp_path: Path) -> None
         assert status(run)["world_size"] == 1
         assert attempts(run, "started")[-1]["step"] > 0
         assert host.wait(200) == 0, host.text[-5000:]
-    assert status(run)["status"] == "finished"
+    assert_same_bits(run, reference)
 
 
 def _listening(pid: int) -> str:

@@ -1,0 +1,105 @@
+"""A run that loses processes and gets them back ends with the bits of the run that nobody disturbed."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from integration.commands import ROOT, Command, assert_same_bits, attempts, kill, status, torchrun
+
+SETTINGS = (
+    "configs/debug.toml", "--epochs", 2, "--data.train_samples", 2500, "--checkpoint.every_steps", 5,
+)  # fmt: skip
+
+
+def compare(a: Path, b: Path) -> tuple[int, str]:
+    """Exit code and output of `python -m distributed.compare A B`."""
+    command = [sys.executable, "-m", "distributed.compare", str(a), str(b)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def saves(run: Path) -> int:
+    file = run / "digests.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def finish(ranks: int, run: Path, *more: object) -> None:
+    with Command(torchrun(ranks, *SETTINGS, *more, "--run_dir", run), output=run.with_suffix(".out")) as command:
+        assert command.wait() == 0, command.text[-3000:]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(4, run)
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_four_processes_then_three_then_one_then_four_again(undisturbed: Path, tmp_path: Path) -> None:
+    run, dice = tmp_path / "run", random.Random(0)
+    for ranks in (4, 3, 1):
+        before = saves(run)
+        with Command(torchrun(ranks, *SETTINGS, "--run_dir", run), output=tmp_path / "output") as command:
+            # Two saves further and between two saves: the steps since the last are done again on other ranks.
+            command.wait_for(lambda: saves(run) >= before + 2, what="two saves")  # noqa: B023
+            kill(dice.choice(command.ranks()))
+            assert command.wait() != 0
+    finish(4, run)
+    sizes = [attempt["world_size"] for attempt in attempts(run, "started")]
+    begun = [attempt["step"] for attempt in attempts(run, "started")]
+    print(f"attempts on {sizes} processes began at steps {begun} of {status(run)['step']}")
+    assert sizes == [4, 3, 1, 4]
+    assert begun == sorted(set(begun))
+    assert_same_bits(run, undisturbed)
+    code, said = compare(run, undisturbed)
+    assert (code, said.startswith("the same bits")) == (0, True), said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_plain_python_has_the_bits_of_torchrun(undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "distributed.train", *map(str, SETTINGS), "--threads", "2", "--run_dir", str(run)]
+    with Command(command, output=tmp_path / "output") as started:
+        assert started.wait() == 0, started.text[-3000:]
+    assert_same_bits(run, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_compare_says_where_two_runs_part_and_what_differed(undisturbed: Path, tmp_path: Path) -> None:
+    finish(2, tmp_path / "run", "--optim.lr", 0.0999)
+    code, said = compare(tmp_path / "run", undisturbed)
+    print(said)
+    assert code == 1
+    assert "not the same bits" in said
+    assert "parted by step 5: " in said
+    assert "config: optim.lr = 0.0999 | 0.1" in said
+    assert "world_size: 2 | 4" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(100)
+def test_more_processes_than_shards_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    arguments = torchrun(3, *SETTINGS, "--exact.shards", 2, "--run_dir", tmp_path / "run")
+    with Command(arguments, output=tmp_path / "output") as command:
+        assert command.wait() != 0
+    assert "exact.shards = 2 is less than the 3 processes" in command.text
+    assert "exact.shards = 4" in command.text
+    assert "distributed/train.py" not in command.text, "a traceback of ours"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(100)
+def test_a_resume_with_another_number_of_shards_is_refused(undisturbed: Path, tmp_path: Path) -> None:
+    arguments = torchrun(1, *SETTINGS, "--exact.shards", 4, "--run_dir", undisturbed)
+    with Command(arguments, output=tmp_path / "output") as command:
+        assert command.wait() != 0
+    assert "exact.shards = 4" in command.text
+    assert "begun with 8" in command.text
