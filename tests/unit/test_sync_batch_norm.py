@@ -1,11 +1,12 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from distributed.models.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm
+from distributed.models.sync_batch_norm import Exchange, SyncBatchNorm, by_ranks, convert_batch_norm
 
 LAYERS = {
     "2d": (nn.BatchNorm2d, (5, 4)),
@@ -16,17 +17,16 @@ LAYERS = {
 CHANNELS = 6
 
 
-def alone(row: Tensor) -> Tensor:
-    return row[None]
+alone: Exchange = by_ranks(lambda row: row[None])
 
 
 class Threads:
-    """A gather over threads that stand for ranks."""
+    """Exchanges of threads that stand for ranks."""
 
     def __init__(self, count: int) -> None:
         self.barrier, self.rows = threading.Barrier(count, timeout=20), [torch.empty(0)] * count
 
-    def of(self, rank: int):
+    def of(self, rank: int) -> Exchange:
         def gather(row: Tensor) -> Tensor:
             self.rows[rank] = row
             self.barrier.wait()
@@ -34,7 +34,7 @@ class Threads:
             self.barrier.wait()
             return rows
 
-        return gather
+        return by_ranks(gather)
 
 
 def layer_of(kind: str, **options: object) -> nn.Module:
@@ -129,7 +129,7 @@ def test_evaluation_uses_the_running_statistics_and_asks_nobody():
     def nobody(row: Tensor) -> Tensor:
         raise AssertionError("a gather in evaluation")
 
-    plain, sync = layer_of("2d").eval(), SyncBatchNorm.of(layer_of("2d"), nobody).eval()
+    plain, sync = layer_of("2d").eval(), SyncBatchNorm.of(layer_of("2d"), by_ranks(nobody)).eval()
     x, _ = batch_of("2d")
     assert torch.equal(sync(x), plain(x))
     assert sync(x[:0]).shape == (0, CHANNELS, 5, 4)
@@ -158,7 +158,7 @@ def test_a_conversion_keeps_names_and_the_very_parameters():
     inner = nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU())
     model = nn.Sequential(nn.Conv2d(3, CHANNELS, 1), inner, nn.BatchNorm2d(CHANNELS))
     before = dict(model.named_parameters()) | dict(model.named_buffers())
-    converted = convert_sync_batch_norm(model.eval(), alone)
+    converted = convert_batch_norm(model.eval(), partial(SyncBatchNorm.of, exchange=alone))
     after = dict(converted.named_parameters()) | dict(converted.named_buffers())
     assert list(after) == list(before)
     assert all(after[name] is before[name] for name in before)
