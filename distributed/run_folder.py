@@ -52,12 +52,17 @@ class RunFolder:
         """What the last attempt said of itself; empty where there was none."""
         return read_json(self._status_file) or {}
 
-    def saved_config(self) -> TrainConfig | None:
-        """The config that the newest checkpoint was made under."""
+    def newest_state(self) -> dict[str, Any] | None:
+        """The state.json of the newest checkpoint."""
         for path in sorted(self.checkpoints.glob("step-*/state.json"), reverse=True):
             if content := read_json(path):
-                return TrainConfig.model_validate_json(json.dumps(content["config"]))
+                return dict(content)
         return None
+
+    def saved_config(self) -> TrainConfig | None:
+        """The config that the newest checkpoint was made under."""
+        content = self.newest_state()
+        return TrainConfig.model_validate_json(json.dumps(content["config"])) if content else None
 
 
 def check_resume(config: TrainConfig) -> bool:
@@ -67,11 +72,14 @@ def check_resume(config: TrainConfig) -> bool:
         InputError: the run there was begun under settings that make it another experiment.
     """
     run = RunFolder(config.run_dir)
-    saved = run.saved_config()
-    if saved is None:
+    saved, state = run.saved_config(), run.newest_state()
+    if saved is None or state is None:
         return False
     changed = differences(saved, config)
     refused = [change for change in changed if changes_experiment(change[0], config)]
+    shards = state["bits"].get("shards", 0)
+    if config.exact.shards not in ("auto", shards) and saved.exact.shards == "auto":
+        refused.append(("exact.shards", shards, config.exact.shards))
     if refused:
         raise InputError(
             *[f"{run.path}: {path} = {new}: this run was begun with {old}" for path, old, new in refused],
