@@ -10,6 +10,7 @@ from distributed import keyed
 from distributed.config.tree import Augment, GeneratedData
 from distributed.data import generated
 from distributed.data.pipeline import Batch, DataPipeline
+from distributed.tree import leaves_of
 
 CPU = torch.device("cpu")
 
@@ -20,7 +21,7 @@ def _whole(samples: int, test_samples: int, validation_fraction: float, augment:
         GeneratedData(
             train_samples=samples, test_samples=test_samples, validation_fraction=validation_fraction, augment=augment
         ),
-        seed=3, global_batch_size=16, accumulation=1, evaluation_batch_size=6, rank=0, world_size=1, device=CPU,
+        seed=3, global_batch_size=16, accumulation=1, evaluation_batch_size=6, rank=0, world_size=1, shards=1, device=CPU,
         dtype=dtype, channels_last=True,
     )  # fmt: skip
 
@@ -31,11 +32,15 @@ def pipeline(
     validation_fraction: float = 0.0,
     augment: Augment = Augment(),  # noqa: B008
     dtype: torch.dtype = torch.float32,
+    rank: int = 0,
+    world_size: int = 1,
+    shards: int = 0,
     **changed: object,
 ) -> DataPipeline:
-    """Generating takes a while, so one data set serves pipelines of any rank and batch."""
+    """Generating takes a while, so one data set serves pipelines of any rank and batch. A shard a rank by default."""
     made = copy.copy(_whole(samples, test_samples, validation_fraction, augment, dtype))
-    vars(made).update(changed)
+    shards = shards or world_size
+    vars(made).update(changed, shards=shards, own_shards=leaves_of(rank, world_size, shards))
     return made
 
 
@@ -43,14 +48,18 @@ def ids(step: list[Batch]) -> list[int]:
     return [number for batch in step for number in batch.sample_ids.tolist()]
 
 
+TENSORS = ("images", "labels", "sample_ids", "sample_keys")
+
+
 def joined(shards: list[Batch]) -> Batch:
-    parts = [[getattr(shard, name) for shard in shards] for name in ("images", "labels", "sample_ids", "sample_keys")]
-    return Batch(*[torch.cat(part) for part in parts], shards[0].step_size)
+    """As one shard."""
+    images, *others = [torch.cat([getattr(shard, name) for shard in shards]) for name in TENSORS]
+    return Batch(images, *others, shards[0].step_size, (len(images),))
 
 
 def assert_equal(one: Batch, other: Batch) -> None:
-    assert one.step_size == other.step_size
-    for name in ("images", "labels", "sample_ids", "sample_keys"):
+    assert (one.step_size, one.shard_sizes) == (other.step_size, other.shard_sizes)
+    for name in TENSORS:
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
@@ -109,6 +118,37 @@ def test_images_are_normalized_by_the_training_images_alone():
     assert (batch.images.double().std((0, 2, 3), correction=0) - 1).abs().max() < 1e-5
 
 
+COUNTS = (1, 2, 3, 5, 8, 11, 16, 37, 100, 256)
+
+
+@pytest.fixture(params=[1, 2, 4], ids="{} threads".format)
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_pixel_is_normalized_to_the_same_bits_wherever_it_lies(dtype):
+    """Vectors and their remainders, and one thread's part and another's, must not differ: all 256 values, all channels."""
+    data = pipeline(dtype=dtype)
+    shades = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1).expand(256, 32, 32, 3).contiguous()
+    everywhere = data._normalized(shades)
+    table = everywhere[:, 0, 0]
+    assert torch.equal(everywhere, table[:, None, None].expand_as(everywhere))
+    assert torch.equal(table, torch.cat([data._normalized(shades[n : n + 1, :1, :1])[0, 0] for n in range(256)]))
+    exact = torch.arange(256)[:, None] * data._scale.double() + data._shift.double()
+    assert (table - exact).abs().max() <= 2 * torch.finfo(dtype).eps * exact.abs().max()
+    generator = torch.Generator().manual_seed(1)
+    for count in COUNTS:
+        images = torch.randint(0, 256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8)
+        expected = torch.stack([table[images[..., channel].long(), channel] for channel in range(3)], -1)
+        assert torch.equal(data._normalized(images), expected), f"{count} images"
+        assert torch.equal(data._input(data._normalized(images)), expected.permute(0, 3, 1, 2))
+
+
 def test_cut_out_sets_a_square_to_the_mean():
     plain = next(pipeline(augment=Augment(crop=0, flip=False)).train_epoch(0))[0]
     cut = next(pipeline(augment=Augment(crop=0, flip=False, cutout=8)).train_epoch(0))[0]
@@ -127,6 +167,45 @@ def test_the_shards_of_any_world_size_make_up_the_same_micro_batches(world_size,
             assert_equal(joined(shards), micro_batch)
             sizes = [len(shard.labels) for shard in shards]
             assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("shards", [8, 16, 64])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_each_shard_is_the_same_whatever_rank_has_it(shards, world_size, accumulation):
+    """In exact mode: 5 or 6, or 16, or 2 images in up to 64 shards."""
+    alone = pipeline(accumulation=accumulation, shards=shards).train_epoch(1)
+    for whole, step in zip(alone, over_ranks(world_size, 1, accumulation=accumulation, shards=shards), strict=True):
+        assert len(whole) == len(step)
+        for micro_batch, parts in zip(whole, step, strict=True):
+            assert sum((part.shard_sizes for part in parts), ()) == micro_batch.shard_sizes
+            found = [shard for part in parts for shard in part.shards()]
+            expected = micro_batch.shards()
+            assert len(found) == len(expected) == shards
+            for one, other in zip(found, expected, strict=True):
+                assert_equal(one, other)
+            assert max(micro_batch.shard_sizes) - min(micro_batch.shard_sizes) <= 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
+def test_each_shard_of_an_evaluation_is_the_same_whatever_rank_has_it(world_size):
+    alone = pipeline(shards=8).evaluation("test")
+    ranks = [pipeline(shards=8, rank=r, world_size=world_size).evaluation("test") for r in range(world_size)]
+    for whole, *parts in zip(alone, *ranks, strict=True):
+        found = [shard for part in parts for shard in part.shards()]
+        for one, other in zip(found, whole.shards(), strict=True):
+            assert torch.equal(one.images, other.images)
+            assert torch.equal(one.sample_ids, other.sample_ids)
+
+
+def test_the_shards_of_a_batch_make_it_up():
+    for (batch,) in pipeline(shards=8).train_epoch(0):
+        shards = batch.shards()
+        assert tuple(len(shard.labels) for shard in shards) == batch.shard_sizes
+        assert [shard.shard_sizes for shard in shards] == [(size,) for size in batch.shard_sizes]
+        for name in TENSORS:
+            assert torch.equal(getattr(joined(shards), name), getattr(batch, name))
+    assert batch.shard_sizes == (0, 0, 0, 1, 0, 0, 0, 1), "of two images"
 
 
 def test_micro_batches_are_slices_of_the_global_batch():
@@ -200,8 +279,10 @@ def test_an_empty_split_has_no_batches():
 
 def test_the_example_is_the_same_on_every_rank():
     examples = [pipeline(rank=rank, world_size=3).example() for rank in range(3)]
-    assert examples[0][0].shape == (8, 3, 32, 32)
-    assert all(torch.equal(a, b) for example in examples[1:] for a, b in zip(examples[0], example, strict=True))
+    assert examples[0].images.shape == (8, 3, 32, 32)
+    assert examples[0].step_size == 8
+    for example in examples[1:]:
+        assert_equal(example, examples[0])
 
 
 def test_the_number_of_classes_is_the_data_sets():
