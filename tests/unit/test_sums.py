@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -52,6 +53,40 @@ def test_totals_do_not_depend_on_the_order_of_batches():
     for batch in reversed(batches):
         other.add(*batch)
     assert one.read() == other.read()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_totals_do_not_depend_on_how_the_samples_are_ordered_or_cut(dtype, scale):
+    """Each loss becomes an integer by itself: sums of rounded floating-point numbers would differ here."""
+    losses, logits, labels = batch_of(1000)
+    losses = (losses * scale).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    whole = RunningSums(CPU)
+    whole.add(losses, logits, labels)
+    expected = whole.read()
+    plain = set()
+    for _ in range(20):
+        order = torch.randperm(1000, generator=generator)
+        ends = sorted(torch.randint(0, 1001, (7,), generator=generator).tolist())
+        sums, total = RunningSums(CPU), Totals()
+        for start, end in pairwise([0, *ends, 1000]):
+            part = order[start:end]
+            sums.add(losses[part], logits[part], labels[part])
+            if start % 2:
+                total += sums.read()
+        assert total + sums.read() == expected
+        plain.add(float(torch.stack([losses[part].sum() for part in order.split(ends[0] or 1)]).sum()))
+    assert len(plain) > 1, "the cuts and orders of this test make no difference to any sum"
+    assert expected.mean_loss == pytest.approx(math.fsum(losses.tolist()) / 1000, rel=1e-12, abs=2**-40)
+
+
+def test_a_loss_is_rounded_to_the_nearest_fraction():
+    step = 2.0**-40
+    sums = RunningSums(CPU)
+    for loss in (3 * step, 5.25 * step, 5.75 * step, 1 - step / 4, 7 + 0.5):
+        sums.add(torch.tensor([loss], dtype=torch.float64), torch.zeros(1, 10), torch.zeros(1, dtype=torch.int64))
+        assert sums.read().loss == round(loss / step)
 
 
 def test_reading_starts_anew():
