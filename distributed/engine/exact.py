@@ -19,7 +19,7 @@ from distributed.exact.batch_norm import Cut, CuttingBatchNorm, backward
 from distributed.exact.exchange import ExchangeOpener
 from distributed.exact.lanes import Lanes
 from distributed.exact.reduction import TreeReduction
-from distributed.exact.replicas import replicate
+from distributed.exact.replicas import Replicas
 from distributed.exact.rows import ShardRows
 from distributed.models.sync_batch_norm import convert_batch_norm
 from distributed.optim import build_optimizer
@@ -60,35 +60,38 @@ class ExactEngine:
         )
         own = self._reduction.own
         self._lanes = Lanes(len(own), lanes=lanes, gather=ShardRows(gather, shards=shards), device=device)
-        self._replicas = replicate(self._plain, len(own))
+        low = torch.bfloat16 if precision == "bfloat16" else None
+        self._replicas = Replicas(self._plain, len(own), low=low)
         self._cuts: list[list[Cut]] = [[] for _ in own]
-        for place, replica in enumerate(self._replicas):
+        for place, replica in enumerate(self._replicas.models):
             meet = partial(self._lanes.meet, place)
             convert_batch_norm(replica, partial(CuttingBatchNorm.cutting, exchange=meet, cuts=self._cuts[place]))
             for index, parameter in enumerate(p for p in replica.parameters() if p.requires_grad):
                 hand_over = partial(_hand_over, self._reduction, own[place], index)
                 parameter.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
-        self.model: nn.Module = nn.ModuleList(self._replicas)
+        self.model: nn.Module = self._replicas.models
         self.optimizer = build_optimizer(optim, self._plain, lr=optim.lr)
         # What runs on the whole part of a rank must not depend on its threads either.
         torch.set_num_threads(1)
 
     def predict(self, batch: Batch) -> Tensor:
         parts = batch.shards()
+        self._replicas.refresh()
 
         def forward(place: int) -> Tensor:
             with torch.no_grad(), autocast(self.device, self.precision):  # these are set by thread
-                logits: Tensor = self._replicas[place](parts[place].images, parts[place].sample_keys)
+                logits: Tensor = self._replicas.models[place](parts[place].images, parts[place].sample_keys)
                 return logits
 
         return torch.cat(self._lanes.run(forward))
 
     def micro_step(self, loss: Loss, batch: Batch, *, last: bool) -> Outcome:
         parts = batch.shards()
+        self._replicas.refresh()
 
         def forward_backward(place: int) -> Outcome:
             with autocast(self.device, self.precision):
-                value, outcome = loss(self._replicas[place], parts[place])
+                value, outcome = loss(self._replicas.models[place], parts[place])
             backward(value, self._cuts[place])
             return outcome
 
@@ -97,12 +100,14 @@ class ExactEngine:
         return Outcome(*[torch.cat(tensors) for tensors in zip(*outcomes, strict=True)])
 
     def step(self, lr: float) -> Tensor:
+        self._replicas.weights_changed()
         return update(self.optimizer, lr=lr, clip_norm=self.clip_norm)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         yield from named_state(self._plain, self.optimizer)
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        self._replicas.weights_changed()
         load_named_state(self._plain, self.optimizer, tensors)
 
 

@@ -88,9 +88,10 @@ class TreeReduction:
                     return
             node = node.parent
             if node in self._slots:
-                torch.add(total, other, out=places[self._slots[node]])
+                _sum(total, other, places[self._slots[node]])
             else:
-                total = total.add_(other)
+                own = total if total.dtype == bucket.dtype else torch.empty_like(total, dtype=bucket.dtype)
+                total = _sum(total, other, own)
         if node.size == 1:
             places[self._slots[node]].copy_(gradient)
         with self._lock:
@@ -132,7 +133,13 @@ class _Bucket:
         sums = [_views(parameters, row) for row in self.exchange.sums]
         self.views = {index: [row[place] for row in sums] for place, index in enumerate(chosen)}
         self.gradients = dict(zip(chosen, _views(parameters, self.exchange.total), strict=True))
+        self.dtype = parameters[0].dtype
         self.expected = self.missing = len(parameters) * len(sums)
+
+
+def _sum(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a + b in the type of `out`, which may be a: gradients of low precision are added up in that of the weights."""
+    return torch.add(a, b, out=out) if a.dtype == out.dtype else out.copy_(a).add_(b)
 
 
 def _chosen(parameters: Sequence[Tensor], bucket_bytes: int) -> list[list[int]]:
