@@ -1,0 +1,100 @@
+"""Copies of a model that see each other's weights, and weights of low precision that follow those of high."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distributed.exact.replicas import Replicas
+
+LOW = torch.bfloat16
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.out = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5, bias=False)
+        self.scale = nn.Parameter(torch.ones(5))
+        self.register_buffer("words", torch.arange(3), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.out(self.norm(self.conv(images)).mean((2, 3))) * self.scale
+
+
+CAST = {"conv.weight", "conv.bias", "out.weight"}
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    model = Net()
+    model.norm.bias.requires_grad_(False)
+    return model
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("low", [None, LOW])
+def test_what_is_not_cast_is_the_models_own_memory(low: torch.dtype | None) -> None:
+    model = net()
+    one, other = Replicas(model, 2, low=low).models
+    own = tensors_of(model)
+    for copy in (one, other):
+        assert type(copy) is Net
+        assert list(tensors_of(copy)) == list(own)
+        for name, tensor in tensors_of(copy).items():
+            assert tensor.requires_grad == own[name].requires_grad
+            cast = bool(low) and name in CAST
+            assert (tensor.data_ptr() == own[name].data_ptr()) == (not cast), name
+            assert tensor.dtype == (low if cast else own[name].dtype), name
+    with torch.no_grad():
+        model.scale.add_(1)
+        one.norm.running_mean.add_(2)
+    assert torch.equal(other.scale, model.scale)
+    assert torch.equal(other.norm.running_mean, torch.full((4,), 2.0))
+
+
+@pytest.mark.parametrize("low", [None, LOW])
+def test_each_has_gradients_of_its_own(low: torch.dtype | None) -> None:
+    model = net()
+    one, other = Replicas(model, 2, low=low).models
+    with torch.autocast("cpu", LOW, enabled=bool(low)):
+        one(torch.ones(2, 3, 4, 4)).sum().backward()
+    assert {name for name, p in one.named_parameters() if p.grad is None} == {"norm.bias"}
+    for name, parameter in one.named_parameters():
+        assert parameter.grad is None or parameter.grad.dtype == (LOW if low and name in CAST else torch.float32)
+    assert all(p.grad is None for each in (model, other) for p in each.parameters())
+
+
+def test_weights_that_are_cast_follow_the_models_when_they_are_refreshed() -> None:
+    model = net()
+    replicas = Replicas(model, 3, low=LOW)
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.25)
+        replicas.weights_changed()
+        replicas.refresh()
+        for copy in replicas.models:
+            for name, parameter in copy.named_parameters():
+                expected = dict(model.named_parameters())[name]
+                assert torch.equal(parameter, expected.to(LOW) if name in CAST else expected), name
+
+
+def test_the_weights_of_low_precision_are_held_once() -> None:
+    one, other = Replicas(net(), 2, low=LOW).models
+    assert one.conv.weight.data_ptr() == other.conv.weight.data_ptr()
+
+
+def test_a_forward_pass_has_the_bits_of_one_that_autocast_casts_for() -> None:
+    model, images = net(), torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    (replica,) = Replicas(model, 1, low=LOW).models
+    with torch.autocast("cpu", LOW):
+        outputs = [each(images) for each in (model.eval(), replica.eval())]
+    assert torch.equal(*outputs)
+    for each in outputs:
+        each.float().square().sum().backward()
+    found, expected = dict(replica.named_parameters()), dict(model.named_parameters())
+    for name in expected:
+        if expected[name].grad is not None:
+            assert torch.equal(found[name].grad.float(), expected[name].grad), name
