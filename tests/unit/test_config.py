@@ -229,6 +229,13 @@ def test_the_place_is_where_the_value_was_set_last(write):
         ),
         (["--data.augment.crop", "-1"], "data.augment.crop = -1: should be greater than or equal to 0"),
         (["--early_stopping.patience", "0"], "early_stopping.patience = 0: should be greater than 0"),
+        *[
+            (
+                ["--exact.shards", text],
+                f"exact.shards = {text}: should be a power of two, as 8, or 0 for fast mode, or auto",
+            )
+            for text in ("3", "12", "-1", "true", "false", "8.0", "none", "atuo")
+        ],
     ],
 )
 def test_a_wrong_value_says_what_it_should_be(words, complaint):
@@ -279,6 +286,14 @@ def test_a_misspelt_section_of_a_file_is_named_with_its_line(write):
     [
         (["--accumulation", "9", "--global_batch_size", "8"], ["accumulation = 9", "global_batch_size = 8", "lower"]),
         (["--optim.momentum", "0"], ["optim.nesterov = true needs momentum", "optim.nesterov = false"]),
+        (
+            ["--exact.shards", "16", "--global_batch_size", "8"],
+            ["exact.shards = 16 is more than the 8 images of a micro-batch", "lower it", "raise global_batch_size"],
+        ),
+        (
+            ["--exact.shards", "8", "--global_batch_size", "20", "--accumulation", "3"],
+            ["exact.shards = 8 is more than the 6 images of a micro-batch"],
+        ),
         (["--optim.lr_base_batch", "128"], ["optim.lr_base_batch = 128 has no effect", "optim.lr_scaling"]),
         (["--optim.lr_scaling", "sqrt"], ["optim.lr_scaling = sqrt needs optim.lr_base_batch"]),
         (
@@ -369,6 +384,9 @@ def test_a_setting_of_another_variant_in_a_file_is_refused_with_its_line(write):
         ["--schedule.name", "cosine", "--schedule.warmup_epochs", "1"],
         ["--schedule.name", "constant", "--optim.lr_scaling", "linear", "--optim.lr_base_batch", "64"],
         ["--seed", str(2**63 - 1), "--optim.lr", "1e-05"],
+        ["--exact.shards", "4"],
+        ["--exact.shards", "0"],
+        ["--exact.shards", "auto"],
     ],
 )
 def test_the_resolved_config_reads_back_to_an_equal_one(words, write):
@@ -389,6 +407,12 @@ def test_differences_are_told_by_path():
         ("schedule.name", "constant", "cosine"),
         ("schedule.final_factor", None, 0.0),
     }
+
+
+def test_auto_shards_are_no_difference_to_a_number_of_them_since_they_may_stand_for_it():
+    auto, four, eight = (config_of("--exact.shards", text) for text in ("auto", "4", "8"))
+    assert differences(auto, eight) == differences(eight, auto) == []
+    assert differences(four, eight) == [("exact.shards", 4, 8)]
 
 
 def _paths(tree: dict, prefix: str = "") -> set[str]:
@@ -440,7 +464,7 @@ def test_settings_that_a_resume_may_change_are_starred_in_help():
     "path",
     ["seed", "global_batch_size", "accumulation", "precision", "optim.lr", "data.name", "data.split_seed",
      "data.augment.crop", "model.dropout", "schedule.patience", "early_stopping.patience", "early_stopping",
-     "channels_last", "checkpoint.best_by"],
+     "channels_last", "checkpoint.best_by", "exact.shards"],
 )  # fmt: skip
 def test_what_the_curve_depends_on_makes_another_experiment(path):
     assert changes_experiment(path, TrainConfig())
@@ -486,6 +510,75 @@ def test_every_steps_says_when_a_save_is_due():
     every_third = config_of("--checkpoint.every_steps", "3").checkpoint
     assert [step for step in range(1, 10) if every_third.is_due(step)] == [3, 6, 9]
     assert not any(config_of().checkpoint.is_due(step) for step in range(10))
+
+
+# Exact mode
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "shards"),
+    [(128, 1, 8), (8, 1, 8), (7, 1, 4), (20, 3, 4), (2, 1, 2), (1, 1, 1), (16, 16, 1), (24, 3, 8), (23, 3, 4)],
+)
+def test_auto_is_the_largest_power_of_two_up_to_8_that_a_micro_batch_allows_and_off_on_a_gpu(
+    batch, accumulation, shards
+):
+    config = config_of("--global_batch_size", str(batch), "--accumulation", str(accumulation))
+    assert config.exact.shards == "auto"
+    assert config.shards_on("cpu") == shards
+    assert config.shards_on("cuda") == 0
+    assert config_of(
+        "--global_batch_size", str(batch), "--accumulation", str(accumulation), "--exact.shards", str(shards)
+    )
+
+
+@pytest.mark.parametrize("shards", [0, 1, 2, 64, 128])
+def test_shards_that_were_given_hold_on_every_device(shards, write):
+    for config in (config_of("--exact.shards", str(shards)), config_of(write(f"[exact]\nshards = {shards}\n"))):
+        assert config.shards_on("cpu") == config.shards_on("cuda") == shards
+
+
+def test_auto_can_be_asked_for_in_a_file(write):
+    assert config_of(write('[exact]\nshards = "auto"\n')).exact.shards == "auto"
+    assert config_of(write("[exact]\nshards = 4\n"), "--exact.shards", "auto").exact.shards == "auto"
+
+
+def test_a_wrong_number_of_shards_in_a_file_is_told_with_its_line(write):
+    file = write("[exact]\nshards = 6\n")
+    assert mistakes(file) == (
+        f"{file}:2: exact.shards = 6: should be a power of two, as 8, or 0 for fast mode, or auto",
+    )
+
+
+def refusal(config: TrainConfig, world_size: int, device: str = "cpu") -> str:
+    with pytest.raises(InputError) as caught:
+        config.check_world_size(world_size, device)
+    (line,) = caught.value.lines
+    return line
+
+
+def test_more_processes_than_shards_are_refused_with_what_would_do():
+    assert refusal(config_of("--exact.shards", "4"), 5) == (
+        "exact.shards = 4 is less than the 5 processes: start at most 4; "
+        "or begin another run with exact.shards = 8, or with 0, fast mode"
+    )
+    assert "exact.shards = 2 (auto) is less than the 3 processes" in refusal(config_of("--global_batch_size", "2"), 3)
+    for world_size, enough in ((9, 16), (16, 16), (17, 32), (64, 64), (65, 128)):
+        assert f"exact.shards = {enough}, or with 0" in refusal(config_of(), world_size)
+
+
+@pytest.mark.parametrize(
+    ("words", "world_size", "device"),
+    [
+        ([], 8, "cpu"),
+        ([], 100, "cuda"),
+        (["--exact.shards", "0"], 100, "cpu"),
+        (["--exact.shards", "4"], 3, "cpu"),
+        (["--exact.shards", "4"], 4, "cuda"),
+        (["--exact.shards", "1"], 1, "cpu"),
+    ],
+)
+def test_as_many_processes_as_shards_are_welcome_and_any_number_in_fast_mode(words, world_size, device):
+    config_of(*words).check_world_size(world_size, device)
 
 
 # Without torch

@@ -28,11 +28,12 @@ def config_of(path: Path, *words: str) -> TrainConfig:
     return load(["--run_dir", str(path), *words])[0]
 
 
-def checkpointed(path: Path, config: TrainConfig, step: int = 10) -> None:
-    """What of a checkpoint tells under which config it was made."""
+def checkpointed(path: Path, config: TrainConfig, step: int = 10, **bits: Any) -> None:
+    """What of a checkpoint tells under which config it was made, and how many shards that came to."""
     folder = path / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"config": json.loads(config.model_dump_json())}))
+    content = {"config": json.loads(config.model_dump_json()), "bits": {"shards": config.shards_on("cpu")} | bits}
+    (folder / "state.json").write_text(json.dumps(content))
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
@@ -166,6 +167,40 @@ def test_other_data_schedules_and_lengths_are_other_experiments(path, words):
 def test_what_the_curve_does_not_depend_on_may_change(path, words):
     checkpointed(path, config_of(path))
     assert check_resume(config_of(path, *words)) is False
+
+
+SHARDS = "--exact.shards"
+
+
+@pytest.mark.parametrize(
+    ("begun", "now"),
+    [([], [SHARDS, "8"]), ([SHARDS, "8"], []), ([SHARDS, "4"], [SHARDS, "4"]), ([SHARDS, "0"], [SHARDS, "0"])],
+)
+def test_a_run_goes_on_with_as_many_shards_as_it_was_begun_with(path, begun, now):
+    checkpointed(path, config_of(path, *begun))
+    assert check_resume(config_of(path, *now)) is False
+
+
+@pytest.mark.parametrize(
+    ("begun", "now", "before"),
+    [([], "4", 8), ([], "0", 8), ([SHARDS, "4"], "8", 4), ([SHARDS, "0"], "8", 0), ([SHARDS, "8"], "0", 8)],
+)
+def test_another_number_of_shards_is_refused_once_with_the_number_the_run_was_begun_with(path, begun, now, before):
+    checkpointed(path, config_of(path, *begun))
+    with pytest.raises(InputError) as caught:
+        check_resume(config_of(path, SHARDS, now))
+    assert caught.value.lines[:-1] == (f"{path}: exact.shards = {now}: this run was begun with {before}",)
+
+
+def test_a_run_from_before_there_were_shards_was_in_fast_mode(path):
+    checkpointed(path, config_of(path))
+    (state,) = path.glob("checkpoints/*/state.json")
+    content = json.loads(state.read_text())
+    del content["bits"]["shards"], content["config"]["exact"]
+    state.write_text(json.dumps(content))
+    assert check_resume(config_of(path, SHARDS, "0")) is False
+    with pytest.raises(InputError, match="this run was begun with 0"):
+        check_resume(config_of(path, SHARDS, "8"))
 
 
 def test_a_moved_run_folder_goes_on(path, tmp_path):
