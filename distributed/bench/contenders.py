@@ -1,9 +1,11 @@
 """What is measured, each in a process of its own: `python -m distributed.bench.contenders NAME JSON_ARGUMENTS`.
 
-Prints, on rank 0, one JSON line with the clock (CLOCK_MONOTONIC, the same for all processes) after every step.
+Prints, on rank 0, one JSON line: the clock (CLOCK_MONOTONIC, the same for all processes) after every step, and the most
+memory it held, MiB.
 """
 
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -126,7 +128,7 @@ def main() -> None:
     contender = {f.__name__: f for f in (seed_loop, compute_alone, ours, process_group_alone)}[sys.argv[1]]
     clock = contender(**json.loads(sys.argv[2]))
     if Topology.from_environment().is_main:
-        print("CLOCK", json.dumps(clock), flush=True)
+        print("CLOCK", json.dumps([clock, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10]), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,18 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from distributed.run_folder import git_state, versions
 from distributed.topology import processor
+
+
+class Measured(NamedTuple):
+    """When a contender was started, the clock after each of its steps, and the most memory rank 0 held."""
+
+    start: float
+    clock: list[float]
+    memory_mib: float
 
 
 @dataclass(frozen=True)
@@ -23,8 +31,8 @@ class Contender:
     arguments: Mapping[str, Any]
     ranks: int = 0
 
-    def clock(self) -> tuple[float, list[float]]:
-        """(when it was started, the clock after each of its steps).
+    def measure(self) -> Measured:
+        """Run it in a process of its own.
 
         Raises:
             RuntimeError: it failed, with the end of what it printed.
@@ -47,7 +55,8 @@ class Contender:
             raise RuntimeError(
                 f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
             )
-        return start, json.loads(lines[0].removeprefix("CLOCK "))
+        clock, memory_mib = json.loads(lines[0].removeprefix("CLOCK "))
+        return Measured(start, clock, memory_mib)
 
 
 def median_step_seconds(clock: list[float], *, skip: int) -> float:

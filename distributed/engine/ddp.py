@@ -17,7 +17,7 @@ from distributed.data.pipeline import Batch
 from distributed.engine.protocol import Loss, Outcome
 from distributed.engine.tensors import autocast, cast, load_named_state, named_state, update
 from distributed.models.sync_batch_norm import SyncBatchNorm, by_ranks, convert_batch_norm
-from distributed.optim import build_optimizer
+from distributed.optim import Optimizer
 from distributed.row_gather import open_row_gather
 
 
@@ -64,7 +64,7 @@ class DdpEngine:
             model = convert_batch_norm(model, partial(SyncBatchNorm.of, exchange=exchange))
         self._plain = model
         self.model: nn.Module = model
-        self.optimizer = build_optimizer(optim, model, lr=optim.lr)
+        self.optimizer = Optimizer(optim, model)
         if world_size() > 1:
             self._ddp = self._wrapped(model, config)
             self.model = self._ddp
@@ -94,7 +94,7 @@ class DdpEngine:
         before = {name: tensor.clone() for name, tensor in self._plain.state_dict().items()}
         for _ in range(2):
             self.micro_step(_any_loss, example, last=True)
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
         self._plain.load_state_dict(before)
 
     @torch.no_grad()
@@ -113,7 +113,7 @@ class DdpEngine:
 
     def step(self, lr: float) -> Tensor:
         norm = update(self.optimizer, lr=lr, clip_norm=self.clip_norm)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         return norm
 
     def state(self) -> Iterator[tuple[str, Tensor]]:

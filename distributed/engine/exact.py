@@ -22,7 +22,7 @@ from distributed.exact.reduction import TreeReduction
 from distributed.exact.replicas import Replicas
 from distributed.exact.rows import ShardRows
 from distributed.models.sync_batch_norm import convert_batch_norm
-from distributed.optim import build_optimizer
+from distributed.optim import Optimizer
 from distributed.row_gather import open_row_gather
 
 
@@ -70,7 +70,7 @@ class ExactEngine:
                 hand_over = partial(_hand_over, self._reduction, own[place], index)
                 parameter.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
         self.model: nn.Module = self._replicas.models
-        self.optimizer = build_optimizer(optim, self._plain, lr=optim.lr)
+        self.optimizer = Optimizer(optim, self._plain)
         # What runs on the whole part of a rank must not depend on its threads either.
         torch.set_num_threads(1)
 

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from distributed.optim import Optimizer
+
 
 def cast(model: nn.Module, *, precision: str, channels_last: bool, device: torch.device) -> nn.Module:
     """The model on its device, in the type and memory layout of its weights."""
@@ -19,56 +21,47 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
-def update(optimizer: torch.optim.Optimizer, *, lr: float, clip_norm: float | None) -> Tensor:
+def update(optimizer: Optimizer, *, lr: float, clip_norm: float | None) -> Tensor:
     """Scale the gradients down to the norm where they are larger, and take a step; their norm before that."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    gradients = [p.grad for p in parameters]
+    gradients = [p.grad for p in optimizer.parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if clip_norm is not None:
         # Not in place: these may lie in memory that all ranks share.
         scaled = torch._foreach_mul(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        for parameter, gradient in zip(parameters, scaled, strict=True):
+        for parameter, gradient in zip(optimizer.parameters, scaled, strict=True):
             parameter.grad = gradient
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+    optimizer.step(lr)
     return norm
 
 
-def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+def named_state(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     """`model.NAME` for parameters and persistent buffers, `optimizer.NAME.KEY` for what the optimizer keeps of a parameter."""
     for name, tensor in model.state_dict().items():
         yield f"model.{name}", tensor
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                yield f"optimizer.{name}.{key}", value
+            yield f"optimizer.{name}.{key}", value
 
 
 @torch.no_grad()
-def load_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Copy the tensors in; those of the optimizer appear where it has none yet.
+def load_named_state(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the tensors in; what the optimizer keeps and is not given becomes zero, as at the start.
 
     Raises:
         ValueError: a tensor of the model is missing, has another shape, or one is left over.
     """
-    own = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    own = dict(named_state(model, optimizer))
     wrong = [
         f"{name}: here {tuple(tensor.shape)}, there {tuple(tensors[name].shape) if name in tensors else 'nothing'}"
         for name, tensor in own.items()
-        if name not in tensors or tensors[name].shape != tensor.shape
+        if (name not in tensors and name.startswith("model."))
+        or (name in tensors and tensors[name].shape != tensor.shape)
     ]
-    parameters = dict(model.named_parameters())
-    of_optimizer = [name for name in tensors if name.startswith("optimizer.")]
-    wrong += [f"{name}: not known here" for name in tensors if name not in own and name not in of_optimizer]
-    wrong += [f"{name}: no such parameter" for name in of_optimizer if name[10:].rpartition(".")[0] not in parameters]
+    wrong += [f"{name}: not known here" for name in tensors if name not in own]
     if wrong:
         raise ValueError("the checkpoint does not fit the model: " + "; ".join(wrong))
     for name, tensor in own.items():
-        tensor.copy_(tensors[name])
-    optimizer.state.clear()
-    for name in of_optimizer:
-        parameter_name, _, key = name[10:].rpartition(".")
-        parameter = parameters[parameter_name]
-        value = torch.empty_like(parameter).copy_(tensors[name])
-        optimizer.state[parameter][key] = value
+        if name in tensors:
+            tensor.copy_(tensors[name])
+        else:
+            tensor.zero_()

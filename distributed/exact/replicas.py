@@ -16,8 +16,8 @@ class Replicas:
 
     def __init__(self, model: nn.Module, copies: int, *, low: torch.dtype | None) -> None:
         self.models = nn.ModuleList()
-        self._wide = [p for p in model.parameters() if low and _is_cast(model, p)]
-        self._low = [p.detach().to(low) for p in self._wide]
+        self._wide: list[Tensor] = [p for p in model.parameters() if low and _is_cast(model, p)]
+        self._low: list[Tensor] = [p.detach().to(low) for p in self._wide]
         values = dict(zip(map(id, self._wide), self._low, strict=True))
         for _ in range(copies):
             shared: dict[int, Tensor] = {
