@@ -37,12 +37,13 @@ class Batch:
     shard_sizes: tuple[int, ...]
 
     def shards(self) -> list["Batch"]:
-        """Each shard as a batch of its own."""
+        """Each shard as a batch of its own, its images in memory of its own: some libraries' sums depend on how their input
+        is aligned, and a part's place in the whole depends on the ranks."""
         ends = list(accumulate(self.shard_sizes))
         parts = [slice(end - size, end) for end, size in zip(ends, self.shard_sizes, strict=True)]
         return [
             Batch(
-                self.images[part], self.labels[part], self.sample_ids[part], self.sample_keys[part],
+                self.images[part].clone(), self.labels[part], self.sample_ids[part], self.sample_keys[part],
                 self.step_size, (part.stop - part.start,),
             )
             for part in parts

@@ -16,6 +16,7 @@ from distributed.data.pipeline import Batch
 from distributed.engine.protocol import Loss, Outcome
 from distributed.engine.tensors import autocast, cast, load_named_state, named_state, update
 from distributed.exact.batch_norm import Cut, CuttingBatchNorm, backward
+from distributed.exact.check import check_exact
 from distributed.exact.exchange import ExchangeOpener
 from distributed.exact.lanes import Lanes
 from distributed.exact.reduction import TreeReduction
@@ -33,6 +34,9 @@ class ExactEngine:
         model: float32 on the CPU, with its initial weights; taken over.
         shards: of the whole batch, a power of two, at least world_size.
         lanes: shards of this rank that compute at the same time.
+
+    Raises:
+        ValueError: a layer of the model cannot be computed shard by shard.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class ExactEngine:
         timeout_seconds: float,
     ) -> None:
         self.device, self.precision, self.clip_norm = device, precision, optim.clip_norm
+        check_exact(model)
         self._plain = cast(model, precision=precision, channels_last=channels_last, device=device)
         gather = open_row_gather(device, timeout_seconds=timeout_seconds) if world_size() > 1 else None
         parameters = [p for p in self._plain.parameters() if p.requires_grad]

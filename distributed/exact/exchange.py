@@ -59,12 +59,12 @@ class ThroughMemory:
 
     def __init__(self, memory: mmap.mmap, nodes: Nodes, length: int, like: Tensor, *, timeout_seconds: float) -> None:
         self._signals = Signals(memory, 0, kinds=2, timeout_seconds=timeout_seconds)
-        row, offset = length * like.element_size(), Signals.size(2)
+        row, offset = _row_bytes(length, like), Signals.size(2)
         self._chunk = slice(rank() * length // world_size(), (rank() + 1) * length // world_size())
         self._of_nodes: dict[Node, Tensor] = {}
         for r, own in enumerate(nodes):
-            sums = tensor_in(memory, offset, (len(own), length), like.dtype)
-            self._of_nodes |= {node: row[self._chunk] for node, row in zip(own, sums, strict=True)}
+            sums = tensor_in(memory, offset, (len(own), row // like.element_size()), like.dtype)[:, :length]
+            self._of_nodes |= {node: of_node[self._chunk] for node, of_node in zip(own, sums, strict=True)}
             if r == rank():
                 self.sums = sums
             offset += len(own) * row
@@ -74,7 +74,7 @@ class ThroughMemory:
     @staticmethod
     def size(nodes: Nodes, length: int, like: Tensor) -> int:
         """Bytes of memory that it needs."""
-        return Signals.size(2) + (sum(map(len, nodes)) + 1) * length * like.element_size()
+        return Signals.size(2) + (sum(map(len, nodes)) + 1) * _row_bytes(length, like)
 
     def send(self) -> None:
         self._exchange += 1
@@ -136,6 +136,11 @@ class OverGroup:
             )
             received.update(zip([node for _, node in senders], chunks, strict=True))
         return received
+
+
+def _row_bytes(length: int, like: Tensor) -> int:
+    """Up to the next cache line, so that every row begins where one does."""
+    return -(-length * like.element_size() // 64) * 64
 
 
 def _take_in(total: Tensor, summed: Tensor, *, first: bool) -> None:
