@@ -1,14 +1,18 @@
 """Evaluation counts every image once, however unevenly the ranks share them, and all ranks know the totals."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import in_group, once, run_ranks
+from torch import nn
 
 from distributed import collectives
 from distributed.build import build_data, build_engine
+from distributed.data.pipeline import DataPipeline
+from distributed.engine.protocol import Engine
 from distributed.loop import evaluate
 from distributed.sums import Totals
 from distributed.topology import Topology
@@ -20,91 +24,125 @@ TEST, TRAIN, VALIDATION = 23, 60, 20
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One split, passed over in batches of one size: the totals, how many images this rank saw of each, its modes."""
+    """One split, passed over in batches of one size: the totals, how many images this rank saw of each and in which
+    shards, the modes in which the model made its passes, and its mode afterwards."""
 
     totals: Totals
-    shards: list[int]
+    images: list[int]
+    shards: list[tuple[int, ...]]
     ids: list[int]
-    modes: tuple[bool, bool]
+    modes: tuple[set[bool], bool]
+
+
+Key = tuple[int, str, str, int]
+"""Shards, 0 for fast mode; precision, split, images a pass."""
 
 
 @in_group
-def evaluate_splits(sizes: list[int]) -> dict[tuple[str, int], Evaluated]:
+def evaluate_splits(keys: list[Key]) -> dict[Key, Evaluated]:
     found = {}
-    for size in sizes:
+    topology = Topology(collectives.rank(), collectives.world_size())
+    for shards, precision in dict.fromkeys(key[:2] for key in keys):
         config = small_config(
             Path("unused"),
-            precision="float64",
-            evaluation={"batch_size": size},
+            exact={"shards": shards},
+            precision=precision,
             data={"train_samples": TRAIN + VALIDATION, "test_samples": TEST, "validation_fraction": 0.25},
         )
-        data = build_data(config, Topology(collectives.rank(), collectives.world_size()), CPU)
-        engine = build_engine(config, data, CPU)
-        for split in ("validation", "test"):
-            seen = []
-            engine.model.register_forward_pre_hook(lambda model, _, seen=seen: seen.append(model.training))
-            totals = evaluate(engine, data, split, device=CPU)
-            batches = list(data.evaluation(split))
-            found[split, size] = Evaluated(
-                totals,
-                [len(batch.labels) for batch in batches],
-                [int(sample) for batch in batches for sample in batch.sample_ids],
-                (any(seen), engine.model.training),
-            )
+        data = build_data(config, topology, CPU)
+        engine = build_engine(config, topology, data, CPU)
+        for key in keys:
+            if key[:2] == (shards, precision):
+                data.evaluation_batch_size = key[3]
+                found[key] = evaluate_split(engine, data, key[2])
     return found
+
+
+def evaluate_split(engine: Engine, data: DataPipeline, split: str) -> Evaluated:
+    seen = set[bool]()
+    hooks = [
+        module.register_forward_pre_hook(lambda layer, _: seen.add(layer.training))
+        for module in engine.model.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    totals = evaluate(engine, data, split, device=CPU)
+    for hook in hooks:
+        hook.remove()
+    batches = list(data.evaluation(split))
+    return Evaluated(
+        totals,
+        [len(batch.labels) for batch in batches],
+        [batch.shard_sizes for batch in batches],
+        [int(sample) for batch in batches for sample in batch.sample_ids],
+        (seen, engine.model.training),
+    )
 
 
 # Of batches of 9 the last is uneven; of 2 over three ranks always one rank has none; 1000 is more than there are.
 SIZES = [9, 2, 1000]
 
 
+SPLITS = {"validation": VALIDATION, "test": TEST}
+FAST: list[Key] = [(0, "float64", split, size) for split in SPLITS for size in SIZES]
+EXACT: list[Key] = [(8, "float64", split, size) for split in SPLITS for size in SIZES]
+EXACT += [(8, precision, "test", 9) for precision in ("float32", "bfloat16")]
+
+
 @pytest.fixture(scope="module")
-def evaluated() -> object:
-    return once(lambda world_size: run_ranks(evaluate_splits, world_size, SIZES))
+def evaluated() -> Callable[[int], list[dict[Key, Evaluated]]]:
+    return once(lambda world_size: run_ranks(evaluate_splits, world_size, FAST + EXACT))
 
 
 @pytest.mark.timeout(90)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("split", "count"), [("validation", VALIDATION), ("test", TEST)])
-def test_three_ranks_have_the_totals_of_one(evaluated, split: str, count: int, size: int) -> None:
-    alone = evaluated(1)[0][split, size].totals
+@pytest.mark.parametrize("key", FAST + EXACT, ids=str)
+def test_three_ranks_have_the_totals_of_one(evaluated, key: Key) -> None:
+    alone, count = evaluated(1)[0][key].totals, SPLITS[key[2]]
     assert alone.count == count
     assert 0 < alone.correct5 < count
     for rank in evaluated(3):
-        totals = rank[split, size].totals
+        totals = rank[key].totals
         assert (totals.count, totals.correct, totals.correct5) == (count, alone.correct, alone.correct5)
         assert totals.mean_loss == pytest.approx(alone.mean_loss, rel=1e-12)
-        assert totals == evaluated(3)[0][split, size].totals, "two ranks differ"
+        assert totals == evaluated(3)[0][key].totals, "two ranks differ"
 
 
 @pytest.mark.timeout(90)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("split", "count"), [("validation", VALIDATION), ("test", TEST)])
-def test_each_image_is_on_one_rank_and_all_ranks_make_as_many_passes(
-    evaluated, split: str, count: int, size: int
-) -> None:
-    ranks = [rank[split, size] for rank in evaluated(3)]
+@pytest.mark.parametrize("key", EXACT, ids=str)
+def test_in_exact_mode_they_are_the_same_to_the_last_bit(evaluated, key: Key) -> None:
+    assert evaluated(3)[0][key].totals == evaluated(1)[0][key].totals
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("key", FAST + EXACT, ids=str)
+def test_each_image_is_on_one_rank_and_all_ranks_make_as_many_passes(evaluated, key: Key) -> None:
+    ranks, count = [rank[key] for rank in evaluated(3)], SPLITS[key[2]]
     ids = sorted(sample for rank in ranks for sample in rank.ids)
-    assert ids == sorted(evaluated(1)[0][split, size].ids)
+    assert ids == sorted(evaluated(1)[0][key].ids)
     assert len(set(ids)) == count
-    passes = -(-count // size)
-    assert [len(rank.shards) for rank in ranks] == [passes] * 3
+    passes = -(-count // key[3])
+    assert [len(rank.images) for rank in ranks] == [passes] * 3
     for of_a_pass in zip(*(rank.shards for rank in ranks), strict=True):
-        assert max(of_a_pass) - min(of_a_pass) <= 1
-    if size == 2:
-        assert all(min(of_a_pass) == 0 for of_a_pass in zip(*(rank.shards for rank in ranks), strict=True))
+        shards = [size for own in of_a_pass for size in own]
+        assert len(shards) == (key[0] or 3)
+        assert max(shards) - min(shards) <= 1
+    if key[3] == 2:
+        assert all(min(of_a_pass) == 0 for of_a_pass in zip(*(rank.images for rank in ranks), strict=True))
 
 
 @pytest.mark.timeout(90)
 def test_the_model_evaluates_in_evaluation_mode_and_trains_on_after_it(evaluated) -> None:
-    assert {rank[key].modes for rank in evaluated(3) for key in rank} == {(False, True)}
+    modes = [rank[key].modes for world_size in (1, 3) for rank in evaluated(world_size) for key in rank]
+    assert all(mode == ({False}, True) for mode in modes)
 
 
 @in_group
-def evaluate_a_split_that_lacks_an_image() -> str:
-    config = small_config(Path("unused"), data={"train_samples": 20, "test_samples": 11})
-    data = build_data(config, Topology(collectives.rank(), collectives.world_size()), CPU)
-    engine = build_engine(config, data, CPU)
+def evaluate_a_split_that_lacks_an_image(shards: int) -> str:
+    config = small_config(
+        Path("unused"), data={"train_samples": 20, "test_samples": 11}, exact={"shards": shards}, global_batch_size=8
+    )
+    topology = Topology(collectives.rank(), collectives.world_size())
+    data = build_data(config, topology, CPU)
+    engine = build_engine(config, topology, data, CPU)
     if collectives.rank() == 1:
         whole = data.evaluation
         data.evaluation = lambda split: (_without_first(batch) for batch in whole(split))  # type: ignore[method-assign]
@@ -116,14 +154,14 @@ def evaluate_a_split_that_lacks_an_image() -> str:
 
 
 def _without_first(batch):
-    from dataclasses import replace
-
-    return replace(batch, images=batch.images[1:], labels=batch.labels[1:])
+    first, *others = batch.shard_sizes
+    return replace(batch, images=batch.images[1:], labels=batch.labels[1:], shard_sizes=(first - 1, *others))
 
 
 @pytest.mark.timeout(60)
-def test_an_image_that_is_not_counted_is_an_error_on_every_rank() -> None:
+@pytest.mark.parametrize("shards", [0, 4], ids=["fast", "exact"])
+def test_an_image_that_is_not_counted_is_an_error_on_every_rank(shards: int) -> None:
     assert (
-        run_ranks(evaluate_a_split_that_lacks_an_image, 2)
+        run_ranks(evaluate_a_split_that_lacks_an_image, 2, shards)
         == ["evaluation counted 10 images of the test split's 11"] * 2
     )

@@ -70,7 +70,7 @@ def test_the_run_folder_says_stopped_and_how_far_it_came(stopped: Stopped) -> No
 def test_every_rank_has_a_log_file_of_its_own_and_rank_0_says_there_what_is_trained(stopped: Stopped) -> None:
     logs = sorted(stopped.run.logs.glob("rank-*.log"))
     assert [log.name for log in logs] == [f"rank-{rank:04d}.log" for rank in range(3)]
-    assert "batch 24 = 1 micro-batch of 24, 8 a rank; 3 ranks" in logs[0].read_text()
+    assert "batch 24 = 1 micro-batch of 24, 8 shards, 2 to 3 a rank; 3 ranks" in logs[0].read_text()
 
 
 @in_group

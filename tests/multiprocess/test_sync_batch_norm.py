@@ -9,8 +9,8 @@ from ranks import in_group, once, run_ranks
 from torch import Tensor, nn
 
 from distributed import collectives
-from distributed.models.sync_batch_norm import Gather, SyncBatchNorm
-from distributed.row_gather import SharedMemoryGather, gather_by_process_group, open_row_gather
+from distributed.models.sync_batch_norm import SyncBatchNorm, by_ranks
+from distributed.row_gather import RowGather, SharedMemoryGather, gather_by_process_group, open_row_gather
 
 CHANNELS, STEPS = 5, 4
 CPU = torch.device("cpu")
@@ -56,19 +56,19 @@ CASES = FLOAT64 + BFLOAT16
 
 @in_group
 def compare(cases: list[Case]) -> dict[Case, dict[str, float]]:
-    gathers: dict[bool, Gather] = {False: gather_by_process_group, True: open_row_gather(CPU, timeout_seconds=30)}
+    gathers: dict[bool, RowGather] = {False: gather_by_process_group, True: open_row_gather(CPU, timeout_seconds=30)}
     assert isinstance(gathers[True], SharedMemoryGather)
     return {case: differences(case, gathers[case.shared_memory]) for case in cases}
 
 
-def differences(case: Case, gather: Gather) -> dict[str, float]:
+def differences(case: Case, gather: RowGather) -> dict[str, float]:
     """The largest difference of each quantity, over all elements of this rank and several steps with changing weights,
     as a part of the largest element of what is expected."""
     layer_type = nn.BatchNorm2d if len(case.shape) == 2 else nn.BatchNorm1d
     # Weights are float32 beside bfloat16 images, as under autocast; what is expected is always found in float64.
     of_weights = torch.float64 if case.dtype == torch.float64 else torch.float32
     whole = layer_type(CHANNELS, momentum=case.momentum).double()
-    sync = SyncBatchNorm.of(layer_type(CHANNELS, momentum=case.momentum).to(of_weights), gather)
+    sync = SyncBatchNorm.of(layer_type(CHANNELS, momentum=case.momentum).to(of_weights), by_ranks(gather))
     random = torch.Generator().manual_seed(1)
     start = sum(case.shards[: collectives.rank()])
     mine = slice(start, start + case.shards[collectives.rank()])
