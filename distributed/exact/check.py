@@ -22,5 +22,5 @@ def _reason(module: nn.Module) -> str:
     own = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_floating_point()}
     remembered = [name for name in own if name not in module._non_persistent_buffers_set]
     if remembered:
-        return f"keeps {remembered[0]} from batch to batch, and shards would each change it; register constants as not persistent"
+        return f"keeps {remembered[0]} from batch to batch, and each shard would change it; constants should not be persistent"
     return ""
