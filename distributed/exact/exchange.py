@@ -4,11 +4,11 @@ import mmap
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distributed.collectives import rank, world_size
+from distributed.exact.lanes import prepare_thread
 from distributed.exact.reduction import Exchange, Nodes
 from distributed.shared_memory import Signals, open_shared_memory, tensor_in
 from distributed.tree import Node, root_of
@@ -33,7 +33,7 @@ class ExchangeOpener:
         if self._thread is None:
             # A group of its own: batch norm's exchanges run beside these, in no fixed order to them.
             self._group = dist.new_group()
-            self._thread = ThreadPoolExecutor(1, "reduction", torch.set_num_threads, (1,))
+            self._thread = ThreadPoolExecutor(1, "reduction", prepare_thread, (like.device,))
         return OverGroup(self._group, self._thread, nodes, length, like)
 
 

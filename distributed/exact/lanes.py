@@ -33,7 +33,7 @@ class Lanes:
         lanes = min(lanes, shards)
         self._gather, self._device = gather, device
         self._carried = [leaves_of(lane, lanes, shards) for lane in range(lanes)]
-        self._helpers = ThreadPoolExecutor(max(1, lanes - 1), "lane", _prepare, (device,))
+        self._helpers = ThreadPoolExecutor(max(1, lanes - 1), "lane", prepare_thread, (device,))
         self._rows: list[Tensor] = [torch.empty(0)] * shards
         self._combine: Callable[[Tensor], Any] | None = None
         self._outcome: Any = None
@@ -96,7 +96,8 @@ class Lanes:
         self._outcome, self._combine = self._combine(self._gather(self._rows)), None
 
 
-def _prepare(device: torch.device) -> None:
-    torch.set_num_threads(1)  # of this thread: OpenMP keeps the number by thread
+def prepare_thread(device: torch.device) -> None:
+    """For this thread: it computes alone, on this device. OpenMP keeps its number of threads by thread."""
+    torch.set_num_threads(1)
     if device.type == "cuda":
         torch.cuda.set_device(device)
