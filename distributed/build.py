@@ -87,6 +87,11 @@ def log_plan(
         "exact mode, {} shards: the same bits on up to {} processes" if shards else "fast mode: bits depend on the ranks",
         shards, shards,
     )  # fmt: skip
+    if 0 < (most := -(-shards // topology.world_size)) < threads:
+        logger.warning(
+            "{} of {} threads a rank have nothing to compute: a shard takes one; a run begun with more exact.shards uses more",
+            threads - most, threads,
+        )  # fmt: skip
     logger.info("run folder {}", config.run_dir)
     if state.step:
         logger.info("resuming at step {}: epoch {}, step {} of it", state.step, state.epoch + 1, state.step_in_epoch)
