@@ -1,7 +1,8 @@
 """Small training runs for the tests of this folder: a config of seconds, a sink that remembers, a request to stop."""
 
 import hashlib
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from distributed.checkpoint import checkpoints
 from distributed.config import TrainConfig
 from distributed.metrics import EpochMetrics, TrainMetrics
 from distributed.run_folder import RunFolder
+
+FAST = {"shards": 0}
+"""`exact` for runs in fast mode; left out it is auto, which gives eight shards."""
 
 
 def small_config(run_dir: Path, **settings: Any) -> TrainConfig:
@@ -64,6 +68,27 @@ class StopAfter:
     def requested(self) -> str | None:
         self.asked += 1
         return "the test" if self.asked >= self.steps else None
+
+
+CLOCK = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
+"""What metrics say of the machine, not of the run."""
+
+
+def without_clock(metrics: TrainMetrics | EpochMetrics | dict[str, Any]) -> dict[str, Any]:
+    told = metrics if isinstance(metrics, dict) else asdict(metrics)
+    return {key: value for key, value in told.items() if key not in CLOCK}
+
+
+def lines(run: RunFolder, kind: str) -> list[dict[str, Any]]:
+    """The run's metrics of one kind, without what the clock and the machine say."""
+    found = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+    return [without_clock(line) for line in found if line["kind"] == kind]
+
+
+def state_of(run: RunFolder) -> dict[str, Any]:
+    """Counters, schedule and sums, as the newest checkpoint has them."""
+    content: dict[str, Any] = json.loads((newest_checkpoint(run.path) / "state.json").read_text())["state"]
+    return content
 
 
 def newest_checkpoint(run_dir: Path) -> Path:

@@ -18,7 +18,7 @@ from distributed.config import TrainConfig
 from distributed.data.pipeline import Batch, DataPipeline
 from distributed.recipe import train
 from distributed.run_folder import RunFolder
-from multiprocess.small_runs import Recorder, StopAfter, digest, newest_checkpoint, small_config
+from multiprocess.small_runs import Recorder, StopAfter, digest, lines, newest_checkpoint, small_config, state_of
 
 IMAGES, HELD_OUT = 200, 40
 STEPS_PER_EPOCH = 7
@@ -124,18 +124,6 @@ def damage(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-
-
-def lines(run: RunFolder, kind: str) -> list[dict[str, Any]]:
-    """The run's metrics of one kind, without what the clock and the machine say."""
-    found = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
-    clock = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
-    return [{key: value for key, value in line.items() if key not in clock} for line in found if line["kind"] == kind]
-
-
-def state_of(run: RunFolder) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((newest_checkpoint(run.path) / "state.json").read_text())["state"]
-    return content
 
 
 pytestmark = pytest.mark.timeout(320)

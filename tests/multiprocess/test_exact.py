@@ -1,0 +1,324 @@
+"""Exact mode: one config, one set of bits, on any number of processes and threads, stopped and gone on with anywhere."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loguru import logger
+from ranks import in_group, run_ranks
+from safetensors.torch import load_file
+from torch import Tensor
+
+from distributed import collectives, recipe, row_gather
+from distributed.config import TrainConfig
+from distributed.engine.exact import ExactEngine
+from distributed.engine.protocol import Engine
+from distributed.exact import exchange
+from distributed.run_folder import RunFolder
+from multiprocess.small_runs import (
+    FAST,
+    Recorder,
+    StopAfter,
+    lines,
+    newest_checkpoint,
+    small_config,
+    state_of,
+    without_clock,
+)
+
+CASES: dict[str, dict[str, Any]] = {
+    "float32": {
+        # 60 images are trained on: two steps of 24 and one of 12, three images a shard and one or two.
+        "optim": {"lr": 0.05, "clip_norm": 0.8},
+        "schedule": {"name": "one_cycle"},
+        "epochs": 3,
+        "data": {"train_samples": 80, "validation_fraction": 0.25},
+    },
+    "bfloat16, 3 micro-batches, plateau": {
+        # One image a shard; of the last step's 12 images each micro-batch has four, so that four shards have none.
+        "precision": "bfloat16",
+        "accumulation": 3,
+        "optim": {"lr": 0.05, "clip_norm": 0.8},
+        "schedule": {"name": "plateau", "metric": "loss", "factor": 0.5, "patience": 0, "min_delta": 50.0},
+        "epochs": 4,
+        "data": {"train_samples": 80, "validation_fraction": 0.25},
+    },
+    "float64, 3 micro-batches, hardly an image": {
+        # Of the last step's two images two micro-batches have one each, and seven shards of eight none.
+        "precision": "float64",
+        "accumulation": 3,
+        "optim": {"lr": 0.05},
+        "data": {"train_samples": 26},
+    },
+    "float32, 3 micro-batches": {
+        "accumulation": 3,
+        "global_batch_size": 31,
+        "optim": {"lr": 0.05},
+        "data": {"train_samples": 71},
+    },
+    "bfloat16, contiguous, uneven shards": {
+        "precision": "bfloat16",
+        "channels_last": False,
+        "global_batch_size": 21,
+        "optim": {"lr": 0.05, "weight_decay": 0.01, "decay_norm_and_bias": True},
+        "model": {"dropout": 0.25},
+        "evaluation": {"batch_size": 7},
+        "data": {"train_samples": 46, "augment": {"cutout": 8}},
+    },
+}
+THREADS = {3: (1,), 1: (1, 2), 8: (1,), 5: (1,), 2: (2,), 4: (2,)}
+"""World size -> the numbers of threads a rank. In this order a run that is stopped goes from one world size to the next."""
+REFERENCE = (1, 1)
+FLOAT32, PLATEAU, FLOAT64, MICRO_BATCHES, CONTIGUOUS = CASES
+ON_MANY = {4: (FLOAT32, PLATEAU, CONTIGUOUS), 5: (PLATEAU, FLOAT64, MICRO_BATCHES), 8: (FLOAT32, FLOAT64, CONTIGUOUS)}
+"""World sizes beyond what two cores can carry run some of the cases, each case at two of them."""
+
+
+STOPPED = BY_GROUP = (FLOAT32, PLATEAU)
+BOTH_MODES = {"fast, float32": CASES[FLOAT32], "fast, float64": CASES[FLOAT64]}
+
+
+def cases_on(world_size: int) -> tuple[str, ...]:
+    return ON_MANY.get(world_size, tuple(CASES))
+
+
+OTHERS = [
+    (world_size, threads, name)
+    for world_size in sorted(THREADS)
+    for threads in THREADS[world_size]
+    for name in cases_on(world_size)
+    if (world_size, threads) != REFERENCE
+]
+
+
+def config_of(name: str, run_dir: Path, *, threads: int, exact: dict[str, int] | None = None) -> TrainConfig:
+    settings = (CASES | BOTH_MODES)[name]
+    exact = exact or (FAST if name in BOTH_MODES else {"shards": 8})
+    return small_config(run_dir, threads=threads, exact=exact, **settings)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """All that a rank knows of a run: what its sinks were told, what was decided, a digest of every tensor at the end, and
+    by which ways gradients and batch norm's rows went."""
+
+    steps: list[dict[str, Any]]
+    epochs: list[dict[str, Any]]
+    decisions: list[str]
+    tensors: dict[str, str]
+    ended: tuple[int, int, bool]
+    ways: frozenset[str]
+
+
+def traced(config: TrainConfig, stop_after: int | None = None) -> Trace:
+    recorder, decisions, engines = Recorder(), list[str](), list[Engine]()
+    sink = logger.add(
+        lambda message: decisions.append(message.record["message"]),
+        filter=lambda record: record["message"].startswith(("plateau:", "early stopping:")),
+    )
+    build = recipe.build_engine
+
+    def build_engine(*arguments: Any) -> Engine:
+        engines.append(build(*arguments))
+        return engines[0]
+
+    vars(recipe)["build_engine"] = build_engine
+    try:
+        stop = StopAfter(stop_after) if stop_after and collectives.rank() == 0 else None
+        state = recipe.train(config, stop=stop, sinks=[recorder])
+    finally:
+        vars(recipe)["build_engine"] = build
+        logger.remove(sink)
+    return Trace(
+        [without_clock(metrics) for metrics in recorder.steps],
+        [without_clock(metrics) for metrics in recorder.epochs],
+        decisions,
+        {name: digest_of(tensor) for name, tensor in engines[0].state()},
+        (state.epoch, state.step, state.stop_reason is not None),
+        ways_of(engines[0]),
+    )
+
+
+def digest_of(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def ways_of(engine: Engine) -> frozenset[str]:
+    if not isinstance(engine, ExactEngine):
+        return frozenset({"fast"})
+    rows = engine._lanes._gather._gather
+    of_rows = getattr(rows, "__name__", type(rows).__name__)
+    return frozenset({of_rows, *(type(bucket.exchange).__name__ for bucket in engine._reduction._buckets)})
+
+
+@in_group
+def run_all(folder: Path, stop_after: int | None) -> dict[str, Trace]:
+    """Every case from its start to its end, and the next part of those that are stopped."""
+    world_size, traces = collectives.world_size(), {}
+    for threads in THREADS[world_size]:
+        for name in cases_on(world_size):
+            key = place(name, world_size, threads)
+            traces[key] = traced(config_of(name, folder / key, threads=threads))
+    for name in STOPPED:
+        key = place(name, "stopped")
+        traces[key] = traced(config_of(name, folder / key, threads=THREADS[world_size][0]), stop_after)
+    if world_size in (1, 3):
+        for name in BOTH_MODES:
+            key = place(name, world_size)
+            traces[key] = traced(config_of(name, folder / key, threads=1))
+    if world_size == 3:
+        for module in (exchange, row_gather):
+            vars(module)["open_shared_memory"] = lambda size, device: None
+        for name in BY_GROUP:
+            key = place(name, "by group")
+            traces[key] = traced(config_of(name, folder / key, threads=2))
+    return traces
+
+
+def place(name: str, *how: object) -> str:
+    return ", ".join([name, *map(str, how)])
+
+
+@dataclass(frozen=True)
+class Everything:
+    """world size -> of each rank, run -> its trace; the run's folder lies in `folder`."""
+
+    folder: Path
+    ranks: dict[int, list[dict[str, Trace]]]
+
+    def traces(self, name: str, world_size: int, *how: object) -> list[Trace]:
+        return [rank[place(name, *how)] for rank in self.ranks[world_size]]
+
+    def run(self, name: str, *how: object) -> RunFolder:
+        return RunFolder(self.folder / place(name, *how))
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Everything:
+    """Each world size starts its processes once; that takes longer than most of the runs."""
+    folder, ranks = tmp_path_factory.mktemp("exact"), {}
+    last = list(THREADS)[-1]
+    for world_size in THREADS:
+        stop_after = None if world_size == last else 1  # agreed on one step late
+        ranks[world_size] = run_ranks(run_all, world_size, folder, stop_after, timeout_seconds=200)
+    return Everything(folder, ranks)
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]
+
+
+def tensors_of(run: RunFolder) -> dict[str, Tensor]:
+    return load_file(newest_checkpoint(run.path) / "tensors.safetensors")
+
+
+def digests_of(run: RunFolder) -> dict[str, dict[str, str]]:
+    """The digests of the tensors at every save, by the name of its checkpoint."""
+    return {line["name"]: line["tensors"] for line in map(json.loads, run.digests_file.read_text().splitlines())}
+
+
+def assert_same_run(found: RunFolder, expected: RunFolder) -> None:
+    """All that is written down of two runs: every logged figure, the tensors of every save, the state at the end."""
+    for kind in ("train", "epoch"):
+        assert lines(found, kind) == lines(expected, kind)
+    here, there = digests_of(found), digests_of(expected)
+    assert there.keys() <= here.keys(), "a stop saves besides the ends of epochs"
+    assert {name: here[name] for name in there} == there
+    assert newest_checkpoint(found.path).name == newest_checkpoint(expected.path).name
+    tensors = tensors_of(found)
+    assert tensors.keys() == tensors_of(expected).keys()
+    assert [name for name, tensor in tensors_of(expected).items() if not torch.equal(tensors[name], tensor)] == []
+    assert state_of(found) == state_of(expected)
+
+
+@pytest.mark.parametrize(("world_size", "threads", "name"), OTHERS)
+def test_a_run_has_the_same_bits_on_any_number_of_processes_and_threads(
+    everything: Everything, world_size: int, threads: int, name: str
+) -> None:
+    (alone,) = everything.traces(name, 1, *REFERENCE)
+    for trace in everything.traces(name, world_size, world_size, threads):
+        assert trace.steps == alone.steps
+        assert trace.epochs == alone.epochs
+        assert trace.decisions == alone.decisions
+        assert trace.ended == alone.ended
+        assert trace.tensors == alone.tensors
+        assert "fast" not in trace.ways
+    assert_same_run(everything.run(name, world_size, threads), everything.run(name, *REFERENCE))
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_run_that_was_stopped_at_one_world_size_after_another_has_the_bits_of_the_undisturbed_one(
+    everything: Everything, name: str
+) -> None:
+    (alone,) = everything.traces(name, 1, *REFERENCE)
+    parts = [everything.traces(name, world_size, "stopped")[0] for world_size in THREADS]
+    assert sum(part.ended[2] for part in parts) >= 4, "so often it was stopped"
+    assert [step for part in parts for step in part.steps] == alone.steps
+    assert [epoch for part in parts for epoch in part.epochs] == alone.epochs
+    assert [decision for part in parts for decision in part.decisions] == alone.decisions
+    assert parts[-1].ended == alone.ended
+    for trace in everything.traces(name, list(THREADS)[-1], "stopped"):
+        assert trace.tensors == alone.tensors
+    assert_same_run(everything.run(name, "stopped"), everything.run(name, *REFERENCE))
+
+
+@pytest.mark.parametrize("name", BY_GROUP)
+def test_what_goes_over_the_process_group_has_the_bits_of_what_goes_through_memory(
+    everything: Everything, name: str
+) -> None:
+    for by_group, in_memory in zip(
+        everything.traces(name, 3, "by group"), everything.traces(name, 3, 3, 1), strict=True
+    ):
+        assert by_group.ways == {"gather_by_process_group", "OverGroup"}
+        assert in_memory.ways == {"SharedMemoryGather", "ThroughMemory"}
+        assert by_group.steps == in_memory.steps
+        assert by_group.tensors == in_memory.tensors
+    assert_same_run(everything.run(name, "by group"), everything.run(name, *REFERENCE))
+
+
+def test_in_fast_mode_the_bits_depend_on_the_number_of_processes(everything: Everything) -> None:
+    """Were it not so, nothing here could fail."""
+    (alone,), others = (everything.traces("fast, float32", world_size, world_size) for world_size in (1, 3))
+    assert alone.ways == {"fast"}
+    for trace in others:
+        assert [step["step"] for step in trace.steps] == [step["step"] for step in alone.steps]
+        assert trace.steps != alone.steps
+        assert trace.tensors != alone.tensors
+        assert trace.tensors == others[0].tensors
+    with pytest.raises(AssertionError):
+        assert_same_run(everything.run("fast, float32", 3), everything.run("fast, float32", 1))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_in_float64_fast_mode_computes_what_exact_mode_does(everything: Everything, world_size: int) -> None:
+    fast = everything.traces("fast, float64", world_size, world_size)[0]
+    (exact,) = everything.traces(FLOAT64, 1, *REFERENCE)
+    assert len(fast.steps) == len(exact.steps) == 4
+    for found, expected in zip(fast.steps, exact.steps, strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-12)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-11)
+        for name in ("step", "epoch", "lr", "accuracy"):
+            assert found[name] == expected[name]
+    tensors = tensors_of(everything.run(FLOAT64, *REFERENCE))
+    for name, tensor in tensors_of(everything.run("fast, float64", world_size)).items():
+        # The gradient of a bias before a batch norm is nothing but rounding.
+        scale = max(1e-3, float(tensors[name].abs().max()))
+        assert (tensor - tensors[name]).abs().max() <= 1e-12 * scale, name
+
+
+def test_the_cases_are_what_they_say(everything: Everything) -> None:
+    """That gradients were scaled down, that rates dropped, and that no step was like another."""
+    alone = {name: everything.traces(name, 1, *REFERENCE)[0] for name in CASES}
+    assert [len(trace.steps) for trace in alone.values()] == [9, 12, 4, 6, 6]
+    for name, trace in alone.items():
+        assert len({step["loss"] for step in trace.steps}) == len(trace.steps)
+        clip_norm = CASES[name]["optim"].get("clip_norm", 0)
+        assert not clip_norm or sum(step["grad_norm"] > clip_norm for step in trace.steps) >= 3
+        assert len(set(trace.tensors.values())) > 60
+    plateau = alone[PLATEAU]
+    assert sorted({step["lr"] for step in plateau.steps}) == [0.0125, 0.025, 0.05]
+    assert sum("lr 0.0" in decision for decision in plateau.decisions) == 3
+    assert [epoch["validation"] is None for epoch in plateau.epochs] == [False] * 4
