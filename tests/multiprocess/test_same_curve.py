@@ -1,11 +1,14 @@
-"""One config, one curve: the losses of every step, whatever the number of processes."""
+"""Fast mode: one config, one curve up to rounding, whatever the number of processes; and it is exact mode's curve.
+
+That exact mode's is the same to the last bit on any number of processes is in `test_exact.py`.
+"""
 
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ from distributed.models.improved_alexnet import ImprovedAlexNet
 from distributed.recipe import train
 from distributed.sums import RunningSums
 from distributed.topology import Topology
-from multiprocess.small_runs import Recorder, small_config
+from multiprocess.small_runs import FAST, Recorder, small_config
 
 STEPS = 50
 # 25 steps an epoch; the last has three images, so that with two micro-batches some ranks have none at all.
@@ -29,33 +32,38 @@ CPU = torch.device("cpu")
 
 
 @in_group
-def losses_of_runs(folder: Path) -> dict[int, list[float]]:
+def losses_of_runs(folder: Path, shards: int) -> dict[int, list[float]]:
     """The losses that this rank's sink was told, for one and for two micro-batches a step."""
     found = {}
     for accumulation in (1, 2):
         recorder = Recorder()
         run_dir = folder / f"accumulation-{accumulation}"
-        config = small_config(run_dir, precision="float64", accumulation=accumulation, **SETTINGS)
+        exact = {"shards": shards}
+        config = small_config(run_dir, precision="float64", accumulation=accumulation, exact=exact, **SETTINGS)
         train(config, sinks=[recorder])
         found[accumulation] = [metrics.loss for metrics in recorder.steps]
     return found
 
 
+class Losses(Protocol):
+    def __call__(self, world_size: int, *, shards: int = 0) -> list[dict[int, list[float]]]:
+        """What each rank saw; runs once."""
+
+
 @pytest.fixture(scope="module")
-def losses(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[int, list[float]]]]:
-    """world size -> what each rank saw; a world size runs once."""
-    return once(
-        lambda world_size: run_ranks(losses_of_runs, world_size, tmp_path_factory.mktemp("runs"), timeout_seconds=150)
-    )
+def losses(tmp_path_factory: pytest.TempPathFactory) -> Losses:
+    @once
+    def run(world_size: int, *, shards: int = 0) -> list[dict[int, list[float]]]:
+        return run_ranks(losses_of_runs, world_size, tmp_path_factory.mktemp("runs"), shards, timeout_seconds=150)
+
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(320)
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_in_float64_every_loss_equals_that_of_one_process(
-    losses: Callable[[int], list[dict[int, list[float]]]], world_size: int, accumulation: int
-) -> None:
+def test_in_float64_every_loss_equals_that_of_one_process(losses: Losses, world_size: int, accumulation: int) -> None:
     expected = losses(1)[0][accumulation]
     found = losses(world_size)
     assert len(expected) == STEPS
@@ -66,8 +74,20 @@ def test_in_float64_every_loss_equals_that_of_one_process(
     assert all(rank == found[0] for rank in found), "the ranks' sinks were told different numbers"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(320)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_in_float64_every_loss_of_exact_mode_equals_that_of_fast_mode(losses: Losses, accumulation: int) -> None:
+    """Five or eleven images in four shards; three in the last step, and one or two a micro-batch of it."""
+    expected, found = losses(1)[0][accumulation], losses(1, shards=4)[0][accumulation]
+    assert len(found) == STEPS
+    worst = max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
+    print(f"exact mode, accumulation {accumulation}: {len(expected)} losses within {worst:.1e}")
+    assert worst < 1e-12
+
+
 @pytest.mark.timeout(160)
-def test_two_micro_batches_are_another_experiment(losses: Callable[[int], list[dict[int, list[float]]]]) -> None:
+def test_two_micro_batches_are_another_experiment(losses: Losses) -> None:
     """Batch norm sees half as many images; were the curves equal, the test above would not tell one from two."""
     one, two = losses(1)[0].values()
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) > 0.01
@@ -75,14 +95,15 @@ def test_two_micro_batches_are_another_experiment(losses: Callable[[int], list[d
 
 def float32_config(folder: Path) -> TrainConfig:
     """Without decay, momentum that starts from nothing is the gradient itself after a step."""
-    return small_config(folder / "unused", optim={"lr": 0.01, "weight_decay": 0.0}, **SETTINGS)
+    return small_config(folder / "unused", optim={"lr": 0.01, "weight_decay": 0.0}, exact=FAST, **SETTINGS)
 
 
 def steps_from_given_weights(config: TrainConfig, weights_of: Callable[[int], dict[str, Tensor]]) -> Iterator[Any]:
     """(weights before, loss, gradients, weights after) of each step, begun from the given weights, or from the initial
     ones where none are given, and no momentum."""
-    data = build_data(config, Topology(collectives.rank(), collectives.world_size()), CPU)
-    engine, sums = build_engine(config, data, CPU), RunningSums(CPU)
+    topology = Topology(collectives.rank(), collectives.world_size())
+    data = build_data(config, topology, CPU)
+    engine, sums = build_engine(config, topology, data, CPU), RunningSums(CPU)
     steps = (batches for epoch in range(config.epochs) for batches in data.train_epoch(epoch))
     for step, micro_batches in enumerate(steps):
         before = {**(weights_of(step) or model_of(engine.state()))}
