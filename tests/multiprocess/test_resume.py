@@ -18,18 +18,23 @@ from distributed.config import TrainConfig
 from distributed.data.pipeline import Batch, DataPipeline
 from distributed.recipe import train
 from distributed.run_folder import RunFolder
-from multiprocess.small_runs import Recorder, StopAfter, digest, lines, newest_checkpoint, small_config, state_of
+from multiprocess.small_runs import FAST, Recorder, StopAfter, digest, lines, newest_checkpoint, small_config, state_of
 
 IMAGES, HELD_OUT = 200, 40
 STEPS_PER_EPOCH = 7
 STEPS = 2 * STEPS_PER_EPOCH
 
 
+MODES: dict[str, dict[str, int]] = {"fast": FAST, "exact": {"shards": 8}}
+
+
 def config_of(run_dir: Path, **settings: Any) -> TrainConfig:
-    """160 images in batches of 24, the last of 16, two micro-batches a step; a save every three steps besides."""
+    """160 images in batches of 24, the last of 16, two micro-batches a step; a save every three steps besides. The mode is
+    the name of the folder that the run's lies in."""
     return small_config(
         run_dir,
         accumulation=2,
+        exact=MODES[run_dir.parent.name],
         data={"train_samples": IMAGES, "validation_fraction": HELD_OUT / IMAGES},
         schedule={"name": "one_cycle"},
         optim={"lr": 0.1},
@@ -78,45 +83,65 @@ def attempt(config: TrainConfig, stop_after: int | None = None) -> Attempt:
 
 
 @in_group
-def run_undisturbed_and_stopped(folder: Path, stop_after: int) -> dict[str, Attempt]:
-    undisturbed = attempt(config_of(folder / "undisturbed"))
-    return {"undisturbed": undisturbed, "stopped": attempt(config_of(folder / "stopped"), stop_after)}
+def run_undisturbed_and_stopped(folder: Path, stop_after: int) -> dict[str, dict[str, Attempt]]:
+    return {
+        mode: {
+            "undisturbed": attempt(config_of(folder / mode / "undisturbed")),
+            "stopped": attempt(config_of(folder / mode / "stopped"), stop_after),
+        }
+        for mode in MODES
+    }
 
 
 @in_group
-def run_each_to_its_end(*run_dirs: Path) -> list[Attempt]:
-    return [attempt(config_of(run_dir)) for run_dir in run_dirs]
+def run_to_their_end(folder: Path, *names: str) -> dict[str, dict[str, Attempt]]:
+    return {mode: {name: attempt(config_of(folder / mode / name)) for name in names} for mode in MODES}
 
 
 @dataclass(frozen=True)
 class Story:
-    """One run without and one with a stop at 3 ranks; copies of the stopped one were gone on with in three ways."""
+    """Of one mode, a run without and one with a stop at 3 ranks; copies of the stopped one were gone on with in three ways.
+
+    attempts: of each rank, by the name of the run; "stopped" is the first part of the three others."""
 
     folder: Path
     stopped_at: int
-    first: list[dict[str, Attempt]]
-    resumed: list[Attempt]
-    damaged: list[Attempt]
-    on_two: list[Attempt]
+    attempts: dict[str, list[Attempt]]
 
     def run(self, name: str) -> RunFolder:
         return RunFolder(self.folder / name)
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+def stories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Story]:
     folder = tmp_path_factory.mktemp("resume")
     # Agreed on one step late; so early that two checkpoints lie there, so late that some steps are left.
     stop_after = random.SystemRandom().randrange(5, STEPS - 2)
     print(f"asked to stop after step {stop_after} of {STEPS}")
     first = run_ranks(run_undisturbed_and_stopped, 3, folder, stop_after, timeout_seconds=100)
-    for name in ("resumed", "damaged", "on-two"):
-        shutil.copytree(folder / "stopped", folder / name, symlinks=True)
-    damage(newest_checkpoint(folder / "damaged") / "tensors.safetensors")
-    both = run_ranks(run_each_to_its_end, 3, folder / "resumed", folder / "damaged", timeout_seconds=100)
-    on_two = run_ranks(run_each_to_its_end, 2, folder / "on-two", timeout_seconds=100)
-    resumed, damaged = zip(*both, strict=True)
-    return Story(folder, stop_after + 1, first, list(resumed), list(damaged), [attempts[0] for attempts in on_two])
+    for mode in MODES:
+        for name in ("resumed", "damaged", "on-two"):
+            shutil.copytree(folder / mode / "stopped", folder / mode / name, symlinks=True)
+        damage(newest_checkpoint(folder / mode / "damaged") / "tensors.safetensors")
+    on_three = run_ranks(run_to_their_end, 3, folder, "resumed", "damaged", timeout_seconds=100)
+    on_two = run_ranks(run_to_their_end, 2, folder, "on-two", timeout_seconds=100)
+    return {
+        mode: Story(
+            folder / mode,
+            stop_after + 1,
+            {
+                name: [rank[mode][name] for rank in ranks]
+                for ranks in (first, on_three, on_two)
+                for name in ranks[0][mode]
+            },
+        )
+        for mode in MODES
+    }
+
+
+@pytest.fixture(params=list(MODES))
+def story(stories: dict[str, Story], request: pytest.FixtureRequest) -> Story:
+    return stories[request.param]
 
 
 def damage(path: Path) -> None:
@@ -130,14 +155,14 @@ pytestmark = pytest.mark.timeout(320)
 
 
 def test_the_run_was_stopped_where_it_was_asked_to(story: Story) -> None:
-    assert [rank["undisturbed"].step for rank in story.first] == [STEPS] * 3
-    assert [rank["stopped"].step for rank in story.first] == [story.stopped_at] * 3
+    assert [rank.step for rank in story.attempts["undisturbed"]] == [STEPS] * 3
+    assert [rank.step for rank in story.attempts["stopped"]] == [story.stopped_at] * 3
     assert newest_checkpoint(story.run("stopped").path).name.startswith(f"step-{story.stopped_at:08d}-")
 
 
 @pytest.mark.parametrize("name", ["resumed", "damaged"])
 def test_a_resumed_run_on_three_ranks_ends_with_the_bits_of_the_undisturbed_one(story: Story, name: str) -> None:
-    """Plain DDP does not: it sums the first gradients after a start in another order."""
+    """In fast mode plain DDP would not: it sums the first gradients after a start in another order."""
     ended, expected = (newest_checkpoint(story.run(each).path) for each in (name, "undisturbed"))
     assert ended.name == expected.name == f"step-{STEPS:08d}-epoch-002"
     same = digest(ended / "tensors.safetensors") == digest(expected / "tensors.safetensors")
@@ -163,11 +188,11 @@ def test_with_its_newest_checkpoint_damaged_a_run_goes_on_from_the_one_before(st
     assert set_aside.stem == newest_checkpoint(story.run("stopped").path).name
 
 
-@pytest.mark.parametrize("way", ["resumed", "on_two"])
+@pytest.mark.parametrize("way", ["resumed", "on-two"])
 def test_every_image_of_an_epoch_is_trained_on_once_over_a_stop(story: Story, way: str) -> None:
     """Sample ids as the recipe was handed them, over all ranks of both attempts."""
-    undisturbed = sum((rank["undisturbed"].seen for rank in story.first), Counter())
-    both = [rank["stopped"].seen for rank in story.first] + [rank.seen for rank in getattr(story, way)]
+    undisturbed = sum((rank.seen for rank in story.attempts["undisturbed"]), Counter())
+    both = [rank.seen for name in ("stopped", way) for rank in story.attempts[name]]
     assert len(undisturbed) == 2 * (IMAGES - HELD_OUT)
     assert set(undisturbed.values()) == {1}
     assert sum(both, Counter()) == undisturbed, f"stopped at step {story.stopped_at}"
@@ -175,18 +200,46 @@ def test_every_image_of_an_epoch_is_trained_on_once_over_a_stop(story: Story, wa
 
 def test_a_run_stopped_on_three_ranks_finishes_on_two(story: Story) -> None:
     run = story.run("on-two")
-    assert [(rank.step, rank.stop_reason) for rank in story.on_two] == [(STEPS, None)] * 2
+    assert [(rank.step, rank.stop_reason) for rank in story.attempts["on-two"]] == [(STEPS, None)] * 2
     assert run.status()["status"] == "finished"
     expected = lines(story.run("undisturbed"), "train")
     found = lines(run, "train")
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     assert found[: story.stopped_at] == expected[: story.stopped_at]
+
+
+def test_in_exact_mode_it_ends_with_the_bits_of_the_undisturbed_one_and_nothing_is_said(
+    stories: dict[str, Story],
+) -> None:
+    story = stories["exact"]
+    run, undisturbed = story.run("on-two"), story.run("undisturbed")
+    for kind in ("train", "epoch"):
+        assert lines(run, kind) == lines(undisturbed, kind)
+    assert digest(newest_checkpoint(run.path) / "tensors.safetensors") == digest(
+        newest_checkpoint(undisturbed.path) / "tensors.safetensors"
+    )
+    assert state_of(run) == state_of(undisturbed)
+    log = (run.logs / "rank-0000.log").read_text()
+    assert "exact mode, 8 shards: the same bits on up to 8 processes" in log
+    assert "2 ranks x 1 thread" in log
+    assert "bits may differ" not in log
+
+
+def test_in_fast_mode_its_bits_are_others_and_that_is_told(stories: dict[str, Story]) -> None:
+    story = stories["fast"]
+    run = story.run("on-two")
     # The first step on two ranks begins at the weights of three: it is the same but for the order of sums.
     first = story.stopped_at
+    expected, found = (lines(story.run(name), "train") for name in ("undisturbed", "on-two"))
     assert found[first]["loss"] == pytest.approx(expected[first]["loss"], rel=1e-6)
     assert found[first]["lr"] == expected[first]["lr"]
+    assert digest(newest_checkpoint(run.path) / "tensors.safetensors") != digest(
+        newest_checkpoint(story.run("undisturbed").path) / "tensors.safetensors"
+    )
     log = (run.logs / "rank-0000.log").read_text()
-    assert "resuming with another world_size: 3 before, 2 now" in log
+    assert "resuming with another world_size: 3 before, 2 now; bits may differ" in log
+    assert "2 micro-batches of 12, 6 a rank; 2 ranks" in log
+    assert "fast mode: bits depend on the ranks" in log
 
 
 PATIENT = {"name": "plateau", "metric": "loss", "factor": 0.5, "patience": 1, "min_delta": 50.0, "max_drops": 2}
