@@ -34,18 +34,20 @@ class Losses:
         pass
 
 
-def losses(run_dir: Path) -> list[float]:
+def losses(run_dir: Path, shards: str = "auto") -> list[float]:
     root = Path(__file__).parents[2]
-    config, _ = load([str(root / SETTINGS[0]), *SETTINGS[1:], "--run_dir", str(run_dir)])
+    config, _ = load([str(root / SETTINGS[0]), *SETTINGS[1:], "--exact.shards", shards, "--run_dir", str(run_dir)])
     sink = Losses()
     train(config, sinks=[sink])
     return sink.losses
 
 
 @pytest.mark.timeout(120)
-def test_the_loss_curve_is_the_recorded_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shards", ["0", "auto", "2"])
+def test_the_loss_curve_is_the_recorded_one(tmp_path: Path, shards: str) -> None:
+    """In fast mode and in exact mode: the same mathematics."""
     recorded = json.loads(RECORDED.read_text())
-    found = losses(tmp_path / "run")
+    found = losses(tmp_path / "run", shards)
     assert len(found) == len(recorded)
     parted = [
         step for step, (a, b) in enumerate(zip(found, recorded, strict=True)) if not math.isclose(a, b, rel_tol=1e-9)
