@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from distributed import checkpoint as module
 from distributed.checkpoint import Checkpointer, checkpoints, damage_of, name_of, point, retain, sweep, write_checkpoint
+from distributed.config.tree import Sgd
 from distributed.engine.tensors import load_named_state, named_state
 from distributed.errors import StorageError
+from distributed.optim import Optimizer
 from distributed.run_folder import ClaimedRun
 from distributed.schedule import Constant
 from distributed.state import Best, TrainState
@@ -22,14 +24,14 @@ class PlainEngine:
 
     def __init__(self, fill: float) -> None:
         self.model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.optimizer = Optimizer(Sgd(momentum=0.9), self.model)
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.fill_(fill)
 
     def step(self) -> None:
         self.model(torch.randn(4, 3)).square().sum().backward()
-        self.optimizer.step()
+        self.optimizer.step(0.1)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         yield from named_state(self.model, self.optimizer)
@@ -93,6 +95,21 @@ def test_a_restore_brings_back_every_tensor_and_the_counters(run):
     assert found.keys() == expected.keys()
     assert any(name.startswith("optimizer.") for name in found)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_every_save_leaves_a_line_of_digests_that_outlasts_it(run):
+    writer, engine = checkpointer(run, keep_last=1), PlainEngine(0.5)
+    for step in (1, 2, 3):
+        writer.save(engine, at_step(step))  # type: ignore[arg-type]
+        writer.wait()
+        if step == 2:
+            engine.step()
+    assert len(checkpoints(run.checkpoints)) == 1
+    told = [json.loads(line) for line in run.digests_file.read_text().splitlines()]
+    assert [line["name"] for line in told] == [f"step-{step:08d}-epoch-001" for step in (1, 2, 3)]
+    assert told[0]["tensors"] == told[1]["tensors"]
+    assert told[2]["tensors"].keys() == told[1]["tensors"].keys() == dict(engine.state()).keys()
+    assert told[2]["tensors"]["model.0.weight"] != told[1]["tensors"]["model.0.weight"]
 
 
 def test_an_empty_folder_restores_nothing(run):

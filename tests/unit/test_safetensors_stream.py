@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distributed.safetensors_stream import Written, digest_of, write_tensors
+from distributed.safetensors_stream import Written, digest_of, digest_of_tensor, write_tensors
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool,
@@ -76,3 +76,11 @@ def test_size_and_digest_are_those_of_the_file(tmp_path):
 def test_the_same_tensors_make_the_same_bytes(tmp_path):
     tensors = {"b": torch.randn(5), "a": torch.randn(5)}
     assert write_tensors(tmp_path / "one", tensors) == write_tensors(tmp_path / "other", dict(tensors))
+
+
+def test_a_tensors_digest_is_of_its_numbers_not_of_their_layout():
+    numbers = torch.randn(4, 3, 5, 5)
+    assert digest_of_tensor(numbers) == digest_of_tensor(numbers.contiguous(memory_format=torch.channels_last))
+    assert digest_of_tensor(numbers) != digest_of_tensor(-numbers)
+    assert digest_of_tensor(torch.tensor(0.0)) != digest_of_tensor(torch.tensor(-0.0)), "bits, not values"
+    assert digest_of_tensor(torch.ones(3).bfloat16()) == digest_of_tensor(torch.ones(3).bfloat16())

@@ -1,0 +1,110 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distributed.compare import Comparison, Parting, circumstances, compare
+from distributed.run_folder import RunFolder
+
+STEPS = [{"kind": "train", "step": step, "epoch": 0, "loss": 1 / step, "images_per_second": 7.0} for step in (1, 2, 4)]
+EPOCH = {"kind": "epoch", "step": 4, "epoch": 0, "train_loss": 0.5, "test": {"loss": 0.25}, "seconds": 3.0}
+SAVES = [{"name": f"step-{step:08d}-epoch-000", "tensors": {"a": f"{step}a", "b": f"{step}b"}} for step in (2, 4)]
+
+
+def run_of(folder: Path, logged: list[dict[str, Any]], saves: list[dict[str, Any]]) -> RunFolder:
+    folder.mkdir()
+    run = RunFolder(folder)
+    run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in logged))
+    run.digests_file.write_text("".join(json.dumps(line) + "\n" for line in saves))
+    return run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return run_of(tmp_path / "a", [*STEPS, EPOCH], SAVES)
+
+
+def test_what_the_clock_says_is_no_difference(run: RunFolder, tmp_path: Path) -> None:
+    faster = [{**line, "images_per_second": 8.0, "seconds": 1.0, "memory_mib": 5.0} for line in (*STEPS, EPOCH)]
+    assert compare(run, run_of(tmp_path / "b", faster, SAVES)) == Comparison([], figures=4, saves=2)
+
+
+def test_only_what_both_runs_have_is_compared(run: RunFolder, tmp_path: Path) -> None:
+    shorter = run_of(tmp_path / "b", STEPS[:2], SAVES[:1])
+    assert compare(run, shorter) == compare(shorter, run) == Comparison([], figures=2, saves=1)
+
+
+def test_means_over_other_windows_of_steps_are_not_compared(run: RunFolder, tmp_path: Path) -> None:
+    """The mean over steps 3 and 4 says nothing of that over 2 to 4."""
+    other = run_of(tmp_path / "b", [STEPS[0], {**STEPS[2], "loss": 0.75}], [])
+    assert compare(run, other) == Comparison([], figures=1, saves=0)
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "said"),
+    [
+        (1, {"loss": 0.25}, Parting(2, "logged of steps 2 to 2: loss 0.5 | 0.25")),
+        (2, {"loss": 0.125}, Parting(4, "logged of steps 3 to 4: loss 0.25 | 0.125")),
+        (3, {"train_loss": 0.75}, Parting(4, "logged of epoch 1: train_loss 0.5 | 0.75")),
+    ],
+)
+def test_the_first_figure_that_differs_is_told(
+    run: RunFolder, tmp_path: Path, place: int, change: dict[str, float], said: Parting
+) -> None:
+    lines = [*STEPS, EPOCH]
+    lines[place] = {**lines[place], **change}
+    assert compare(run, run_of(tmp_path / "b", lines, SAVES)).partings == [said]
+
+
+def test_the_first_save_that_differs_is_told_with_how_many_tensors(run: RunFolder, tmp_path: Path) -> None:
+    one = [SAVES[0], {**SAVES[1], "tensors": {"a": "4a", "b": "another"}}]
+    both = [{**save, "tensors": {"a": "x", "b": "y"}} for save in SAVES]
+    found = compare(run, run_of(tmp_path / "b", STEPS, one))
+    assert found.partings == [Parting(4, "saved after step 4: b")]
+    found = compare(run, run_of(tmp_path / "c", STEPS, both))
+    assert found.partings == [Parting(2, "saved after step 2: a and 1 other tensors of 2")]
+
+
+def test_a_tensor_that_one_run_lacks_is_a_difference(run: RunFolder, tmp_path: Path) -> None:
+    lacking = [{**save, "tensors": {"a": save["tensors"]["a"]}} for save in SAVES]
+    other = run_of(tmp_path / "b", STEPS, lacking)
+    for found in (compare(run, other), compare(other, run)):
+        assert found.partings == [Parting(2, "saved after step 2: b")]
+
+
+def test_a_line_that_was_cut_off_by_a_kill_is_left_out(run: RunFolder, tmp_path: Path) -> None:
+    other = run_of(tmp_path / "b", [*STEPS, EPOCH], SAVES)
+    for file in (other.metrics_file, other.digests_file):
+        with file.open("a") as lines:
+            lines.write('{"kind": "train", "na')
+    assert compare(run, other) == Comparison([], figures=4, saves=2)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=TypeError, reason="known defect: _saved sorts dicts where two saves have one name"
+)
+def test_a_save_that_was_made_again_after_a_damaged_one_counts_as_it_was_last(run: RunFolder, tmp_path: Path) -> None:
+    other = run_of(tmp_path / "b", [*STEPS, EPOCH], [{**SAVES[0], "tensors": {"a": "z", "b": "z"}}, *SAVES])
+    assert compare(run, other) == Comparison([], figures=4, saves=2)
+
+
+def test_without_files_there_is_nothing_in_common(run: RunFolder, tmp_path: Path) -> None:
+    assert compare(run, RunFolder(tmp_path / "none")) == Comparison([], figures=0, saves=0)
+
+
+def attempt(world_size: int, shards: int, torch: str) -> str:
+    bits = {"shards": shards, "versions": {"torch": torch}}
+    return json.dumps({"event": "started", "world_size": world_size, "bits": bits, "git": None}) + "\n"
+
+
+def test_what_differed_besides_the_bits_is_told_once_each_as_it_changed_over_the_attempts(
+    run: RunFolder, tmp_path: Path
+) -> None:
+    other = run_of(tmp_path / "b", STEPS, SAVES)
+    run.attempts_file.write_text(
+        attempt(2, 8, "2.15") + attempt(2, 8, "2.15") + json.dumps({"event": "finished"}) + "\n"
+    )
+    other.attempts_file.write_text(attempt(3, 8, "2.15") + attempt(1, 8, "2.16"))
+    assert circumstances(run, other) == ["world_size: 2 | 3, 1", "version of torch: 2.15 | 2.15, 2.16"]
+    assert circumstances(run, run) == []
