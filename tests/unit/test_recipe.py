@@ -8,6 +8,7 @@ from loguru import logger
 
 from distributed.checkpoint import checkpoints
 from distributed.config import TrainConfig, load
+from distributed.errors import InputError
 from distributed.metrics import EpochMetrics, TrainMetrics
 from distributed.recipe import train
 from distributed.run_folder import RunFolder
@@ -104,3 +105,65 @@ def test_logging_to_files_needs_no_terminal_log_first(config, capsys):
     assert "Logging error" not in capsys.readouterr().err
     log = (RunFolder(config.run_dir).logs / "rank-0000.log").read_text()
     assert "global batch 16" in log
+
+
+def with_shards(config: TrainConfig, shards: int) -> TrainConfig:
+    return config.model_copy(update={"exact": config.exact.model_copy(update={"shards": shards})})
+
+
+def bits(config: TrainConfig) -> dict:
+    """What the last attempt said that its bits depend on."""
+    lines = (Path(config.run_dir) / "attempts.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines if json.loads(line)["event"] == "started"][-1]["bits"]
+
+
+def log_of(config: TrainConfig) -> str:
+    return (RunFolder(config.run_dir).logs / "rank-0000.log").read_text()
+
+
+def test_a_run_goes_on_only_with_as_many_shards_as_it_was_begun_with(config):
+    stopped(config, 2)
+    assert bits(config)["shards"] == 8
+    for shards in (4, 0):
+        with pytest.raises(InputError, match=rf"exact\.shards = {shards} here .*begun with 8; give --exact\.shards 8"):
+            stopped(with_shards(config, shards), 2)
+    assert newest(config)["step"] == 2
+    assert stopped(with_shards(config, 8), 2).step == 4
+
+
+def test_what_the_bits_depend_on_is_written_down_and_in_exact_mode_processes_and_threads_are_not_among_it(config):
+    stopped(config, 2)
+    assert bits(config).keys() == {"shards", "engine", "device", "versions"}
+    fast = with_shards(config, 0).model_copy(update={"run_dir": config.run_dir / "fast"})
+    stopped(fast, 2)
+    assert bits(fast).keys() == {"shards", "engine", "device", "versions", "world_size", "threads"}
+    assert (bits(fast)["shards"], bits(fast)["world_size"], bits(fast)["threads"]) == (0, 1, 1)
+
+
+def test_another_number_of_threads_is_told_in_fast_mode_and_is_nothing_in_exact_mode(config):
+    fast = with_shards(config, 0).model_copy(update={"run_dir": config.run_dir / "fast"})
+    for each in (config, fast):
+        stopped(each, 2)
+        stopped(each.model_copy(update={"threads": 2}), 2)
+    assert "resuming with another threads: 1 before, 2 now; bits may differ" in log_of(fast)
+    assert "bits may differ" not in log_of(config)
+
+
+def test_a_run_ends_with_the_same_bits_whatever_the_number_of_threads(config):
+    ended = []
+    for threads in (1, 2, 3, 8):
+        each = config.model_copy(update={"threads": threads, "epochs": 1, "run_dir": config.run_dir / str(threads)})
+        train(each)
+        (line,) = (each.run_dir / "digests.jsonl").read_text().splitlines()
+        ended.append(json.loads(line)["tensors"])
+    assert len(ended[0]) > 60
+    assert ended == [ended[0]] * 4
+
+
+def test_threads_that_have_nothing_to_compute_are_told_of(config):
+    few = with_shards(config, 2)
+    stopped(few.model_copy(update={"threads": 5}), 2)
+    assert "3 of 5 threads a rank have nothing to compute" in log_of(few)
+    enough = few.model_copy(update={"threads": 2, "run_dir": config.run_dir / "enough"})
+    stopped(enough, 2)
+    assert "nothing to compute" not in log_of(enough)
