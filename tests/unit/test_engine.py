@@ -161,7 +161,7 @@ def test_a_large_gradient_is_scaled_down_to_the_asked_norm_and_a_small_one_stays
 
 
 def test_a_gradient_that_was_scaled_down_does_not_weigh_in_the_next_step(engine_of):
-    """Exact mode's gradients lie in memory that all ranks share; what scales them writes elsewhere."""
+    """That it is not scaled where all ranks read it takes several ranks to show: `test_exact.py`."""
     engine = engine_of(clip_norm=1e-3)
     assert torch.equal(*[stepped(engine, [batch_of(9, 9)], lr=0.0) for _ in range(2)])
 
