@@ -19,7 +19,6 @@ CASES: dict[str, dict[str, Any]] = {
         # 60 images are trained on: two steps of 24 and one of 12, three images a shard and one or two.
         "optim": {"lr": 0.05, "clip_norm": 0.8},
         "schedule": {"name": "one_cycle"},
-        "epochs": 3,
         "data": {"train_samples": 80, "validation_fraction": 0.25},
     },
     "bfloat16, 3 micro-batches, plateau": {
@@ -54,12 +53,12 @@ CASES: dict[str, dict[str, Any]] = {
         "data": {"train_samples": 46, "augment": {"cutout": 8}},
     },
 }
-THREADS = {3: (1,), 1: (1, 2), 8: (1,), 5: (1,), 2: (2,), 4: (2,)}
+THREADS = {3: (1,), 1: (1, 2), 8: (1,), 5: (1,), 2: (2,), 4: (1,)}
 """World size -> the numbers of threads a rank. In this order a run that is stopped goes from one world size to the next."""
 REFERENCE = (1, 1)
 FLOAT32, PLATEAU, FLOAT64, MICRO_BATCHES, CONTIGUOUS = CASES
-ON_MANY = {4: (FLOAT32, PLATEAU, CONTIGUOUS), 5: (PLATEAU, FLOAT64, MICRO_BATCHES), 8: (FLOAT32, FLOAT64, CONTIGUOUS)}
-"""World sizes beyond what two cores can carry run some of the cases, each case at two of them."""
+ON_MANY = {4: (PLATEAU, CONTIGUOUS), 5: (FLOAT64, MICRO_BATCHES), 8: (FLOAT32, CONTIGUOUS)}
+"""World sizes beyond what two cores can carry run some of the cases, each case at one of them or two."""
 
 
 STOPPED = BY_GROUP = (FLOAT32, PLATEAU)
@@ -162,7 +161,7 @@ def test_a_run_that_was_stopped_at_one_world_size_after_another_has_the_bits_of_
 ) -> None:
     (alone,) = everything.traces(name, 1, *REFERENCE)
     parts = [everything.traces(name, world_size, "stopped")[0] for world_size in THREADS]
-    assert sum(part.ended[2] for part in parts) >= 4, "so often it was stopped"
+    assert sum(part.ended[2] for part in parts) >= 3, "so often it was stopped"
     assert [step for part in parts for step in part.steps] == alone.steps
     assert [epoch for part in parts for epoch in part.epochs] == alone.epochs
     assert [decision for part in parts for decision in part.decisions] == alone.decisions
@@ -219,7 +218,7 @@ def test_in_float64_fast_mode_computes_what_exact_mode_does(everything: Everythi
 def test_the_cases_are_what_they_say(everything: Everything) -> None:
     """That gradients were scaled down, that rates dropped, and that no step was like another."""
     alone = {name: everything.traces(name, 1, *REFERENCE)[0] for name in CASES}
-    assert [len(trace.steps) for trace in alone.values()] == [9, 12, 4, 6, 6]
+    assert [len(trace.steps) for trace in alone.values()] == [6, 12, 4, 6, 6]
     for name, trace in alone.items():
         assert len({step["loss"] for step in trace.steps}) == len(trace.steps)
         clip_norm = CASES[name]["optim"].get("clip_norm", 0)
