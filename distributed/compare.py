@@ -56,7 +56,8 @@ def _logged(run: RunFolder) -> dict[tuple[int, str], dict[str, Any]]:
 
 
 def _saved(run: RunFolder) -> dict[str, dict[str, str]]:
-    return dict(sorted((line["name"], line["tensors"]) for line in _lines(run.digests_file)))
+    saved = {line["name"]: line["tensors"] for line in _lines(run.digests_file)}  # of one made twice the last counts
+    return {name: saved[name] for name in sorted(saved)}
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from distributed.config import TrainConfig, tree
+from distributed.config import TrainConfig, schedules
 
 Metric = Literal["accuracy", "loss"]
 
@@ -195,18 +195,18 @@ class EarlyStopping:
 def build_schedule(config: TrainConfig, *, steps_per_epoch: int) -> Schedule:
     """The schedule of the config's section, laid out over the run's steps."""
     section, peak, total = config.schedule, config.peak_lr, config.epochs * steps_per_epoch
-    if isinstance(section, tree.Constant):
+    if isinstance(section, schedules.Constant):
         return Constant(peak, round(section.warmup_epochs * steps_per_epoch))
-    if isinstance(section, tree.Cosine):
+    if isinstance(section, schedules.Cosine):
         return Cosine(peak, total, round(section.warmup_epochs * steps_per_epoch), peak * section.final_factor)
-    if isinstance(section, tree.OneCycle):
+    if isinstance(section, schedules.OneCycle):
         rising = max(1, round(section.warmup_fraction * total))
         return OneCycle(peak, total, rising, peak * section.start_factor, peak * section.final_factor)
     patience = Patience(section.metric, section.patience, section.min_delta)
     return Plateau(peak, section.factor, patience, section.cooldown, section.max_drops)
 
 
-def build_early_stopping(section: tree.EarlyStopping | None) -> EarlyStopping | None:
+def build_early_stopping(section: schedules.EarlyStopping | None) -> EarlyStopping | None:
     """The rule of the config's section, if it has one."""
     if section is None:
         return None

@@ -1,32 +1,15 @@
-"""The tree of settings: frozen, unknown keys forbidden at every level. Imports no torch.
-
-A setting made with `setting` defines the experiment: a run resumed with another value is refused. One made with
-`operational` may change between attempts (where things lie, how often they are logged), since the curve stays the same.
-"""
+"""The tree of settings: frozen, unknown keys forbidden at every level. Imports no torch."""
 
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, Strict, model_validator
+from pydantic import Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
+from distributed.config.schedules import Constant, Cosine, EarlyStopping, OneCycle, Plateau
+from distributed.config.section import AnyPath, Section, operational, setting
 from distributed.errors import InputError
-
-AnyPath = Annotated[Path, Strict(False)]
-
-
-def setting(default: Any, doc: str, **bounds: Any) -> Any:
-    return Field(default, description=doc, **bounds)
-
-
-def operational(default: Any, doc: str, **bounds: Any) -> Any:
-    return Field(default, description=doc, json_schema_extra={"operational": True}, **bounds)
-
-
-class Section(BaseModel):
-    # Strict, so that `epochs = true` is no way to write 1.
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
 
 
 class Augment(Section):
@@ -79,42 +62,6 @@ class Sgd(Section):
     weight_decay: float = setting(5e-4, "L2 penalty", ge=0, le=1)
     decay_norm_and_bias: bool = setting(False, "apply weight_decay to biases and batch norm's weights too")
     clip_norm: float | None = setting(None, "scale the gradient down to this L2 norm where it is larger", gt=0)
-
-
-class Constant(Section):
-    name: Literal["constant"] = setting("constant", "keeps the learning rate")
-    warmup_epochs: float = setting(0.0, "epochs over which lr rises linearly from zero", ge=0)
-
-
-class Cosine(Section):
-    name: Literal["cosine"] = setting("cosine", "linear warm-up, then half a cosine down to lr * final_factor")
-    warmup_epochs: float = setting(0.0, "epochs over which lr rises linearly from zero", ge=0)
-    final_factor: float = setting(0.0, "lr at the end as a part of lr", ge=0, lt=1)
-
-
-class OneCycle(Section):
-    name: Literal["one_cycle"] = setting(
-        "one_cycle", "half a cosine up from lr * start_factor to lr, then half a cosine down"
-    )
-    warmup_fraction: float = setting(0.25, "part of the steps that rises", gt=0, lt=1)
-    start_factor: float = setting(0.04, "lr at the first step as a part of lr", ge=0, lt=1)
-    final_factor: float = setting(1e-4, "lr at the last step as a part of lr", ge=0, lt=1)
-
-
-class Plateau(Section):
-    name: Literal["plateau"] = setting("plateau", "multiplies lr by factor when validation stops improving")
-    metric: Literal["accuracy", "loss"] = setting("accuracy", "validation metric that is watched")
-    factor: float = setting(0.1, "what lr is multiplied by at a drop", gt=0, lt=1)
-    patience: int = setting(20, "epochs without improvement before a drop", ge=0)
-    min_delta: float = setting(0.0, "an improvement must exceed this (accuracy as a fraction of 1)", ge=0)
-    cooldown: int = setting(0, "epochs after a drop that do not count as bad", ge=0)
-    max_drops: int | None = setting(3, "drops at the most; none: no limit", ge=0)
-
-
-class EarlyStopping(Section):
-    metric: Literal["accuracy", "loss"] = setting("accuracy", "validation metric that is watched")
-    patience: int = setting(100, "end the run after this many epochs without improvement", gt=0)
-    min_delta: float = setting(0.0, "an improvement must exceed this (accuracy as a fraction of 1)", ge=0)
 
 
 class Ddp(Section):

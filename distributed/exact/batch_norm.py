@@ -66,7 +66,16 @@ class CuttingBatchNorm(SyncBatchNorm):
 
 
 def backward(loss: Tensor, cuts: list[Cut]) -> None:
-    """The backward pass of a shard. A layer that ran later never depends on one that ran before, so last comes first."""
-    loss.backward()  # type: ignore[no-untyped-call]
-    while cuts:
-        cuts.pop().backward()
+    """The backward pass of a shard. A layer that ran later never depends on one that ran before, so last comes first.
+
+    Raises:
+        RuntimeError: a connection goes around a layer, so that what lies before it would be passed through twice.
+    """
+    try:
+        loss.backward()  # type: ignore[no-untyped-call]
+        while cuts:
+            cuts.pop().backward()
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise RuntimeError("exact mode: no connection may go around a batch norm, as in a residual network") from error

@@ -8,6 +8,7 @@ it steps aside and the lane takes up the next, for a microsecond, where handing 
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import greenlet
@@ -73,8 +74,8 @@ class Lanes:
         return outcome
 
     def _carry(self, shards: range, compute: Callable[[int], T], results: dict[int, T]) -> None:
+        waiting = [(shard, greenlet.greenlet(compute)) for shard in shards]
         try:
-            waiting = [(shard, greenlet.greenlet(compute)) for shard in shards]
             arguments: dict[int, tuple[int, ...]] = {shard: (shard,) for shard in shards}
             while waiting:
                 met = []
@@ -89,6 +90,9 @@ class Lanes:
                 waiting = met[::-1]  # what was in the cache last comes first
         except BaseException:
             self._together.abort()
+            for _, carried in waiting:
+                with suppress(BaseException):
+                    carried.throw()  # here, in its own thread: it leaves the contexts that it is in
             raise
 
     def _exchange(self) -> None:

@@ -73,10 +73,18 @@ class TreeReduction:
             for chosen in _chosen(parameters, bucket_bytes)
         ]
         self._bucket_of = {index: bucket for bucket in self._buckets for index in bucket.views}
+        self._taken: set[tuple[int, int]] = set()
         self._sent = self._micro_step = 0
 
     def take(self, shard: int, index: int, gradient: Tensor) -> None:
         """Shard `shard` of all has this gradient of parameter `index`; used up. From any thread, once a micro-step each."""
+        with self._lock:
+            if (shard, index) in self._taken:
+                raise RuntimeError(
+                    f"exact mode: parameter {index} of the model got its gradient in several parts; no layer may be used both "
+                    f"before and after a batch norm, and no connection may go around one"
+                )
+            self._taken.add((shard, index))
         bucket = self._bucket_of[index]
         places = bucket.views[index]
         node, total = Node(shard, 1), gradient
@@ -120,6 +128,7 @@ class TreeReduction:
         if last:
             for index, parameter in enumerate(self.parameters):
                 parameter.grad = self._bucket_of[index].gradients[index]
+        self._taken.clear()
         self._sent, self._micro_step = 0, 0 if last else self._micro_step + 1
 
 

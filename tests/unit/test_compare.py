@@ -81,9 +81,6 @@ def test_a_line_that_was_cut_off_by_a_kill_is_left_out(run: RunFolder, tmp_path:
     assert compare(run, other) == Comparison([], figures=4, saves=2)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=TypeError, reason="known defect: _saved sorts dicts where two saves have one name"
-)
 def test_a_save_that_was_made_again_after_a_damaged_one_counts_as_it_was_last(run: RunFolder, tmp_path: Path) -> None:
     other = run_of(tmp_path / "b", [*STEPS, EPOCH], [{**SAVES[0], "tensors": {"a": "z", "b": "z"}}, *SAVES])
     assert compare(run, other) == Comparison([], figures=4, saves=2)

@@ -241,9 +241,6 @@ def test_threads_end_when_nothing_refers_to_the_lanes() -> None:
     assert threads_left_by(lambda lanes: lanes.run(stumbling(lanes, -1, 0))) == set()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="known defect: greenlets that were given up are never ended in a helper's thread"
-)
 def test_nor_do_they_stay_where_a_shard_raised() -> None:
     def fail(lanes: Lanes) -> None:
         with pytest.raises(Stumbled):
