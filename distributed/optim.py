@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
-from distributed.config.tree import Sgd
+from distributed.config.sections import Sgd
 
 
 class Optimizer:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from distributed.bench.rounds import Contender, median_step_seconds
-from distributed.config.tree import Model
+from distributed.config.sections import Model
 
 Round = dict[str, float]
 BATCH = 128

@@ -2,110 +2,16 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PlainValidator, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from distributed.config.data import CifarData, GeneratedData
 from distributed.config.schedules import Constant, Cosine, EarlyStopping, OneCycle, Plateau
 from distributed.config.section import AnyPath, Section, operational, setting
+from distributed.config.sections import Checkpoint, Ddp, Evaluation, Exact, Logging, Model, Sgd
 from distributed.errors import InputError
-
-
-class Augment(Section):
-    crop: int = setting(
-        4, "zero padding in pixels around the image before a random crop back to its size; 0: none", ge=0, le=16
-    )
-    flip: bool = setting(True, "mirror each training image with probability one half")
-    cutout: int = setting(0, "side in pixels of the square set to the mean at a random place; 0: none", ge=0, le=32)
-
-
-class _Data(Section):
-    validation_fraction: float = setting(
-        0.2, "part of the training images held out by a fixed stratified shuffle; 0: none, train on all", ge=0, le=0.9
-    )
-    split_seed: int = setting(0, "key of that shuffle; apart from `seed`, so that runs with other seeds share it", ge=0)
-    augment: Augment = setting(Augment(), "random changes of the training images")
-
-    @property
-    def num_classes(self) -> int:
-        return 100 if getattr(self, "name", "").endswith("100") else 10
-
-
-class CifarData(_Data):
-    name: Literal["cifar10", "cifar100"] = setting("cifar10", "the data set")
-    root: AnyPath = operational(
-        Path("data"), "folder with cifar-10-batches-bin/ or cifar-100-binary/ (official binary layout)"
-    )
-
-
-class GeneratedData(_Data):
-    name: Literal["generated10", "generated100"] = setting("generated10", "procedural images in CIFAR's place")
-    train_samples: int = setting(50_000, "number of training images, validation included", ge=10, le=1_000_000)
-    test_samples: int = setting(10_000, "number of test images", ge=10, le=1_000_000)
-
-
-class Model(Section):
-    name: Literal["improved_alexnet"] = setting("improved_alexnet", "the network")
-    dropout: float = setting(0.5, "probability that a unit of a hidden linear layer is dropped", ge=0, lt=1)
-
-
-class Sgd(Section):
-    name: Literal["sgd"] = setting("sgd", "the optimizer")
-    lr: float = setting(0.1, "learning rate at `lr_base_batch`, or as it is without scaling", gt=0, le=100)
-    lr_scaling: Literal["none", "linear", "sqrt"] = setting(
-        "none", "how lr grows with global_batch_size / lr_base_batch"
-    )
-    lr_base_batch: int | None = setting(None, "global batch at which lr holds; only with lr_scaling", gt=0)
-    momentum: float = setting(0.9, "momentum", ge=0, lt=1)
-    nesterov: bool = setting(True, "Nesterov's form of momentum")
-    weight_decay: float = setting(5e-4, "L2 penalty", ge=0, le=1)
-    decay_norm_and_bias: bool = setting(False, "apply weight_decay to biases and batch norm's weights too")
-    clip_norm: float | None = setting(None, "scale the gradient down to this L2 norm where it is larger", gt=0)
-
-
-class Ddp(Section):
-    name: Literal["ddp"] = setting("ddp", "replicated weights, gradients summed over ranks (DistributedDataParallel)")
-    bucket_mib: int = setting(25, "size of a bucket of gradients that is exchanged at once, MiB", gt=0, le=1024)
-
-
-def _shard_count(value: Any) -> Any:
-    if value == "auto" or (type(value) is int and value >= 0 and not value & (value - 1)):
-        return value
-    raise PydanticCustomError("shards", "should be a power of two, as 8, or 0 for fast mode, or auto")
-
-
-class Exact(Section):
-    shards: Annotated[int | Literal["auto"], PlainValidator(_shard_count)] = setting(
-        "auto",
-        "parts of each micro-batch, a power of two: the same bits on any number of processes up to this; 0: off; "
-        "auto: on CPU the largest power of two up to 8 that the batch allows, on CUDA 0",
-    )
-
-
-class Evaluation(Section):
-    batch_size: int = setting(1000, "images a forward pass, over all ranks", gt=0)
-    test_every_epoch: bool = operational(True, "evaluate the test split each epoch, for its curve; it never steers")
-
-
-class Checkpoint(Section):
-    every_steps: int = operational(0, "save every N steps besides each epoch; 0: off", ge=0)
-    every_minutes: float = operational(5.0, "save every N minutes besides each epoch; 0: off", ge=0)
-    keep_last: int = operational(2, "newest checkpoints that are kept", ge=1)
-    best_by: Literal["auto", "accuracy", "loss", "none"] = setting(
-        "auto", "validation metric whose best epoch is kept too; auto: accuracy where there is a validation split"
-    )
-
-    def is_due(self, step: int) -> bool:
-        """Whether `every_steps` asks for a save after this many steps."""
-        return bool(self.every_steps) and step % self.every_steps == 0
-
-
-class Logging(Section):
-    every_steps: int = operational(50, "steps between lines of training metrics", gt=0)
-    level: Literal["DEBUG", "INFO", "WARNING"] = operational("INFO", "least level shown on the terminal")
-    tensorboard: bool = operational(True, "write TensorBoard event files beside metrics.jsonl")
-
 
 DataSection = Annotated[CifarData | GeneratedData, Field(discriminator="name")]
 ScheduleSection = Annotated[Constant | Cosine | OneCycle | Plateau, Field(discriminator="name")]

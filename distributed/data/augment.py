@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distributed import keyed
-from distributed.config.tree import Augment
+from distributed.config.data import Augment
 
 
 def augment(images: Tensor, sample_keys: Tensor, config: Augment) -> Tensor:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distributed import keyed
-from distributed.config.tree import CifarData, GeneratedData
+from distributed.config.data import CifarData, GeneratedData
 from distributed.data import cifar, generated
 from distributed.data.augment import augment, cut_out
 from distributed.data.split import validation_mask

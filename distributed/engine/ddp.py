@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distributed.collectives import world_size
-from distributed.config.tree import Ddp, Sgd
+from distributed.config.sections import Ddp, Sgd
 from distributed.data.pipeline import Batch
 from distributed.engine.protocol import Loss, Outcome
 from distributed.engine.tensors import autocast, cast, load_named_state, named_state, update

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed.collectives import world_size
-from distributed.config.tree import Ddp, Sgd
+from distributed.config.sections import Ddp, Sgd
 from distributed.data.pipeline import Batch
 from distributed.engine.protocol import Loss, Outcome
 from distributed.engine.tensors import autocast, cast, load_named_state, named_state, update

@@ -5,7 +5,7 @@ import math
 from torch import nn
 
 from distributed import keyed
-from distributed.config.tree import Model
+from distributed.config.sections import Model
 from distributed.models.improved_alexnet import ImprovedAlexNet
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from distributed import keyed
-from distributed.config.tree import Augment
+from distributed.config.data import Augment
 from distributed.data.augment import augment, choose, crop, cut_out
 
 

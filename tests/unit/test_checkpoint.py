@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distributed import checkpoint as module
 from distributed.checkpoint import Checkpointer, checkpoints, damage_of, name_of, point, retain, sweep, write_checkpoint
-from distributed.config.tree import Sgd
+from distributed.config.sections import Sgd
 from distributed.engine.tensors import load_named_state, named_state
 from distributed.errors import StorageError
 from distributed.optim import Optimizer

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distributed.config.tree import Ddp, Sgd
+from distributed.config.sections import Ddp, Sgd
 from distributed.data.pipeline import Batch
 from distributed.engine.ddp import DdpEngine
 from distributed.engine.exact import ExactEngine

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from distributed import keyed
-from distributed.config.tree import Model
+from distributed.config.sections import Model
 from distributed.models.build import build_model, initialize
 from distributed.models.improved_alexnet import ImprovedAlexNet
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distributed import keyed
-from distributed.config.tree import Augment, GeneratedData
+from distributed.config.data import Augment, GeneratedData
 from distributed.data import generated
 from distributed.data.pipeline import Batch, DataPipeline
 from distributed.tree import leaves_of

@@ -1,0 +1,70 @@
+"""The settings of network, optimizer, engine and of what a run writes. Imports no torch."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import PlainValidator
+from pydantic_core import PydanticCustomError
+
+from distributed.config.section import Section, operational, setting
+
+
+class Model(Section):
+    name: Literal["improved_alexnet"] = setting("improved_alexnet", "the network")
+    dropout: float = setting(0.5, "probability that a unit of a hidden linear layer is dropped", ge=0, lt=1)
+
+
+class Sgd(Section):
+    name: Literal["sgd"] = setting("sgd", "the optimizer")
+    lr: float = setting(0.1, "learning rate at `lr_base_batch`, or as it is without scaling", gt=0, le=100)
+    lr_scaling: Literal["none", "linear", "sqrt"] = setting(
+        "none", "how lr grows with global_batch_size / lr_base_batch"
+    )
+    lr_base_batch: int | None = setting(None, "global batch at which lr holds; only with lr_scaling", gt=0)
+    momentum: float = setting(0.9, "momentum", ge=0, lt=1)
+    nesterov: bool = setting(True, "Nesterov's form of momentum")
+    weight_decay: float = setting(5e-4, "L2 penalty", ge=0, le=1)
+    decay_norm_and_bias: bool = setting(False, "apply weight_decay to biases and batch norm's weights too")
+    clip_norm: float | None = setting(None, "scale the gradient down to this L2 norm where it is larger", gt=0)
+
+
+class Ddp(Section):
+    name: Literal["ddp"] = setting("ddp", "replicated weights, gradients summed over ranks (DistributedDataParallel)")
+    bucket_mib: int = setting(25, "size of a bucket of gradients that is exchanged at once, MiB", gt=0, le=1024)
+
+
+def _shard_count(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value >= 0 and not value & (value - 1)):
+        return value
+    raise PydanticCustomError("shards", "should be a power of two, as 8, or 0 for fast mode, or auto")
+
+
+class Exact(Section):
+    shards: Annotated[int | Literal["auto"], PlainValidator(_shard_count)] = setting(
+        "auto",
+        "parts of each micro-batch, a power of two: the same bits on any number of processes up to this; 0: off; "
+        "auto: on CPU the largest power of two up to 8 that the batch allows, on CUDA 0",
+    )
+
+
+class Evaluation(Section):
+    batch_size: int = setting(1000, "images a forward pass, over all ranks", gt=0)
+    test_every_epoch: bool = operational(True, "evaluate the test split each epoch, for its curve; it never steers")
+
+
+class Checkpoint(Section):
+    every_steps: int = operational(0, "save every N steps besides each epoch; 0: off", ge=0)
+    every_minutes: float = operational(5.0, "save every N minutes besides each epoch; 0: off", ge=0)
+    keep_last: int = operational(2, "newest checkpoints that are kept", ge=1)
+    best_by: Literal["auto", "accuracy", "loss", "none"] = setting(
+        "auto", "validation metric whose best epoch is kept too; auto: accuracy where there is a validation split"
+    )
+
+    def is_due(self, step: int) -> bool:
+        """Whether `every_steps` asks for a save after this many steps."""
+        return bool(self.every_steps) and step % self.every_steps == 0
+
+
+class Logging(Section):
+    every_steps: int = operational(50, "steps between lines of training metrics", gt=0)
+    level: Literal["DEBUG", "INFO", "WARNING"] = operational("INFO", "least level shown on the terminal")
+    tensorboard: bool = operational(True, "write TensorBoard event files beside metrics.jsonl")
