@@ -57,7 +57,7 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
     }
     if shards := config.shards_on(device.type):
         return ExactEngine(config.engine, model, shards=shards, lanes=topology.threads(config.threads), **common)
-    return DdpEngine(config.engine, model, example=data.example(), **common)
+    return DdpEngine(config.engine, model, example=data.example(), compile=config.compile, **common)
 
 
 def log_plan(

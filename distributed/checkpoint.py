@@ -66,6 +66,24 @@ class Checkpointer:
         self._newest = name
         return content
 
+    def return_to_best(self, engine: Engine, state: TrainState) -> None:
+        """Put the best epoch's weights and buffers in place, the optimizer as at the start; a collective.
+
+        Raises:
+            StorageError: that checkpoint is not there any more, or damaged.
+        """
+        assert state.best is not None
+        if state.best.epoch == state.epoch:  # better than all before, though not by min_delta
+            tensors = dict(engine.state())
+        else:
+            self.wait()  # it may be the one that is being written
+            path = self.folder / name_of(step=state.best.step, epoch=state.best.epoch + 1)
+            if damage := collectives.from_main(damage_of(path) if self.run else None):
+                raise StorageError(f"{path}: the best checkpoint, to return to at a drop, is damaged: {damage}")
+            tensors = load_file(path / "tensors.safetensors")
+        engine.load_state({name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")})
+        logger.info("weights and buffers are those of epoch {}, the optimizer begins anew", state.best.epoch + 1)
+
     def save(self, engine: Engine, state: TrainState) -> None:
         """Take a copy of everything now and write it in the background, after the save before is done.
 

@@ -80,7 +80,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, split: "Split") -> int:
         data = build_data(config, topology, device)
         engine = build_engine(config, topology, data, device)
         load_checkpoint(checkpoint, engine)
-        totals = evaluate(engine, data, split, device=device)
+        totals = evaluate(engine, data, split, flips=config.evaluation.flips, device=device)
     if topology.is_main:
         print(
             f"{config.model.name} on {config.data.name}, {split} split ({totals.count:,} images), {checkpoint.name}: "

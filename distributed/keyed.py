@@ -52,6 +52,11 @@ def integers(keys: Tensor, purpose: str, below: int) -> Tensor:
     return (draws(keys, purpose) * below) >> 32
 
 
+def unit(keys: Tensor, purpose: str) -> Tensor:
+    """One number a sample, uniform in (0, 1): float64 [n]."""
+    return (draws(keys, purpose).to(torch.float64) + 0.5) * 2.0**-32
+
+
 def permutation(count: int, *, seed: int, epoch: int, device: torch.device | None = None) -> Tensor:
     """The order of an epoch: int64 [count]. Sorting 63-bit hashes of the ids; equal ones keep their order."""
     keys = sample_keys(torch.arange(count, device=device), seed=seed, epoch=epoch)

@@ -1,48 +1,61 @@
 """One training step and one evaluation: the only code that touches losses and gradients."""
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distributed.config import sections
 from distributed.data.pipeline import Batch, DataPipeline, Split
 from distributed.engine.protocol import Engine, Outcome
 from distributed.errors import NotFiniteError
 from distributed.sums import RunningSums, Totals
 
 
-def train_step(engine: Engine, micro_batches: list[Batch], *, lr: float, step: int, sums: RunningSums) -> Tensor:
+def train_step(
+    engine: Engine, micro_batches: list[Batch], *, loss: sections.Loss, lr: float, step: int, sums: RunningSums
+) -> Tensor:
     """One optimizer step over this rank's shards of the global batch; the gradient's norm, a scalar on the device.
 
     The gradient is that of the mean loss over the whole step: each shard's sum is divided by the global count, so
     shards and micro-batches of any size weigh right.
     """
+    of_shard = partial(_loss, loss.label_smoothing)
     for index, batch in enumerate(micro_batches):
-        losses, logits = engine.micro_step(_loss, batch, last=index == len(micro_batches) - 1)
+        losses, logits = engine.micro_step(of_shard, batch, last=index == len(micro_batches) - 1)
         sums.add(losses, logits, batch.labels, step=step)
-    return engine.step(lr)
+    return engine.step(lr, step=step)
 
 
-def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Outcome]:
+def _loss(label_smoothing: float, model: nn.Module, batch: Batch) -> tuple[Tensor, Outcome]:
     logits = _wide(model(batch.images, batch.sample_keys))
-    losses = F.cross_entropy(logits, batch.labels, reduction="none")
+    cross_entropy = partial(F.cross_entropy, logits, reduction="none", label_smoothing=label_smoothing)
+    losses = cross_entropy(batch.labels)
+    if batch.mixed:
+        losses = torch.lerp(cross_entropy(batch.mixed.labels), losses, batch.mixed.own_part)
     return losses.sum() / batch.step_size, Outcome(losses.detach(), logits.detach())
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, data: DataPipeline, split: Split, *, device: torch.device) -> Totals:
+def evaluate(engine: Engine, data: DataPipeline, split: Split, *, flips: bool, device: torch.device) -> Totals:
     """Loss, top-1 and top-5 over a split, each image counted once, on all ranks together.
+
+    Args:
+        flips: take the mean of each image's logits and those of its mirror image.
 
     Raises:
         NotFiniteError: the loss is infinite or no number.
         RuntimeError: the count over all ranks is not the size of the split.
     """
-    engine.model.eval()
     sums = RunningSums(device)
-    for batch in data.evaluation(split):
-        logits = _wide(engine.predict(batch))
-        losses = F.cross_entropy(logits, batch.labels, reduction="none")
-        sums.add(losses, logits, batch.labels)
-    engine.model.train()
+    with engine.evaluating():
+        for batch in data.evaluation(split):
+            logits = _wide(engine.predict(batch))
+            if flips:
+                logits = (logits + _wide(engine.predict(replace(batch, images=batch.images.flip(3))))) / 2
+            sums.add(F.cross_entropy(logits, batch.labels, reduction="none"), logits, batch.labels)
     totals = sums.read()
     if totals.first_bad_step is not None:
         raise NotFiniteError(

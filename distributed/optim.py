@@ -1,34 +1,35 @@
-"""Optimizers and weight-decay groups.
+"""Optimizers, weight-decay groups, and the moving average of the weights.
 
 torch's functional forms: constructing a torch.optim class imports torch's compiler, which takes over a second.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from distributed.config.sections import Sgd
+from distributed.config.sections import AdamW, Sgd
 
 
 class Optimizer:
-    """SGD over two groups: matrices and filters decay, biases and batch norm's weights only if the config says so.
+    """SGD or AdamW over two groups: matrices and filters decay, biases and batch norm's weights only if the config says so.
 
     `state` has each parameter's tensors by torch's names for them.
     """
 
-    def __init__(self, config: Sgd, model: nn.Module) -> None:
+    def __init__(self, config: Sgd | AdamW, model: nn.Module) -> None:
+        self.config = config
         self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         decays = [p.dim() > 1 or config.decay_norm_and_bias for p in self.parameters]
         self._groups = [
             ([p for p, d in zip(self.parameters, decays, strict=True) if d], config.weight_decay),
             ([p for p, d in zip(self.parameters, decays, strict=True) if not d], 0.0),
         ]
-        self._options: dict[str, Any] = {"momentum": config.momentum, "nesterov": config.nesterov}
-        # With nothing in it, the first step leaves the gradient there, as torch's does.
-        kept = self.parameters if config.momentum else []
-        self.state = {p: {"momentum_buffer": torch.zeros_like(p)} for p in kept}
+        self.state = {p: state for p in self.parameters if (state := _first_state(config, p))}
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -36,13 +37,87 @@ class Optimizer:
         for parameters, weight_decay in self._groups:
             if parameters:
                 gradients: Any = [p.grad for p in parameters]
-                buffers: Any = [self.state.get(p, {}).get("momentum_buffer") for p in parameters]
-                sgd(
-                    parameters, gradients, buffers, lr=lr, weight_decay=weight_decay, dampening=0.0, maximize=False,
-                    fused=True, **self._options,
-                )  # fmt: skip
+                update = _sgd if isinstance(self.config, Sgd) else _adamw
+                update(self.config, parameters, gradients, self._kept(parameters), lr=lr, weight_decay=weight_decay)
+
+    def _kept(self, parameters: list[Tensor]) -> dict[str, list[Tensor]]:
+        """What is kept of these parameters, a list a name."""
+        states = [self.state[p] for p in parameters if p in self.state]
+        return {name: [state[name] for state in states] for name in (states[0] if states else ())}
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
         for parameter in self.parameters:
             parameter.grad = None
+
+
+def _first_state(config: Sgd | AdamW, parameter: Tensor) -> dict[str, Tensor]:
+    if isinstance(config, AdamW):
+        count = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        return {"step": count, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+    # With nothing in it, the first step leaves the gradient there, as torch's does.
+    return {"momentum_buffer": torch.zeros_like(parameter)} if config.momentum else {}
+
+
+def _sgd(
+    config: Any,
+    parameters: list[Tensor],
+    gradients: Any,
+    kept: dict[str, list[Tensor]],
+    *,
+    lr: float,
+    weight_decay: float,
+) -> None:
+    buffers: Any = kept.get("momentum_buffer", [None] * len(parameters))
+    sgd(
+        parameters, gradients, buffers, lr=lr, weight_decay=weight_decay, momentum=config.momentum,
+        nesterov=config.nesterov, dampening=0.0, maximize=False, fused=True,
+    )  # fmt: skip
+
+
+def _adamw(
+    config: Any,
+    parameters: list[Tensor],
+    gradients: Any,
+    kept: dict[str, list[Tensor]],
+    *,
+    lr: float,
+    weight_decay: float,
+) -> None:
+    adamw(
+        parameters, gradients, kept["exp_avg"], kept["exp_avg_sq"], [], kept["step"], lr=lr, weight_decay=weight_decay,
+        beta1=config.beta1, beta2=config.beta2, eps=config.eps, amsgrad=False, maximize=False, fused=True,
+    )  # fmt: skip
+
+
+class WeightAverage:
+    """Exponential moving average of a model's weights and of its batch norm's statistics.
+
+    Args:
+        decay: what is kept of the average at a step; less over the first steps, (1 + step) / (10 + step), so that the
+            initial weights are soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, *, decay: float) -> None:
+        self.decay = decay
+        self._live = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+        self.tensors = {name: tensor.clone() for name, tensor in self._live.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after this step, counted from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.tensors.values()), list(self._live.values()), 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """For as long as this lasts the model computes with the averages."""
+        live, averages = list(self._live.values()), list(self.tensors.values())
+        with torch.no_grad():
+            kept = [tensor.clone() for tensor in live]
+            torch._foreach_copy_(live, averages)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(live, kept)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from loguru import logger
@@ -13,12 +14,14 @@ from distributed.config import TrainConfig
 from distributed.loop import evaluate, train_step
 from distributed.metrics import Sink
 from distributed.process_group import choose_device, make_deterministic, process_group
+from distributed.profiler import StepProfiler
 from distributed.report import Reporter, open_sinks
 from distributed.schedule import build_early_stopping, build_schedule
 from distributed.state import TrainState
 from distributed.stop import Never, StepAgreement, StopSource
 from distributed.sums import RunningSums
 from distributed.topology import Topology
+from distributed.warm_start import start_from
 
 
 def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequence[Sink] = ()) -> TrainState:
@@ -58,6 +61,8 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
             attempt.folder.checkpoints, attempt.run, keep_last=config.checkpoint.keep_last, facts=facts
         )
         resumed_from = checkpoints.restore(engine, state)
+        if resumed_from is None and config.init_from:
+            start_from(config.init_from, engine)
         attempt.begin(state, resumed_from=resumed_from, facts=facts)
         log_plan(config, data, topology, state, device)
 
@@ -69,15 +74,19 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
                 stop or Never(), is_main=topology.is_main, save_every_seconds=60 * config.checkpoint.every_minutes
             )
         )
+        profiled_steps = config.logging.profile_steps if topology.is_main else 0
+        profiler = stack.enter_context(StepProfiler(profiled_steps, attempt.folder.profile))
         sums = RunningSums(device)
+        measure = partial(evaluate, engine, data, flips=config.evaluation.flips, device=device)
 
         while state.epoch < config.epochs and not state.stopped_early:
             report.epoch_begins(state)
             batches = data.train_epoch(state.epoch, start_step=state.step_in_epoch)
             for micro_batches in report.meter.waiting(batches):
                 lr = state.schedule.lr(state.step)
-                grad_norm = train_step(engine, micro_batches, lr=lr, step=state.step, sums=sums)
+                grad_norm = train_step(engine, micro_batches, loss=config.loss, lr=lr, step=state.step, sums=sums)
                 state.step_done(micro_batches[0].step_size)
+                profiler.step_done()
                 stop_now, save_now = agreement.after_step()
                 if state.step % config.logging.every_steps == 0:
                     state.take(sums.read())
@@ -93,14 +102,16 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
             state.take(sums.read())
             state.close_window()
             lr = state.schedule.lr(state.step - 1)
-            validation = evaluate(engine, data, "validation", device=device) if data.size("validation") else None
+            validation = measure("validation") if data.size("validation") else None
             is_best, decisions = state.observe(validation, best_by=config.best_by)
             for decision in decisions:
                 logger.info(decision)
             ends = state.epoch + 1 == config.epochs or state.stopped_early
             test_now = config.evaluation.test_every_epoch or ends
-            test = evaluate(engine, data, "test", device=device) if test_now else None
+            test = measure("test") if test_now else None
             report.epoch(state, lr=lr, validation=validation, test=test, is_best=is_best)
+            if state.schedule.returns_to_best:
+                checkpoints.return_to_best(engine, state)
             state.epoch_done()
             checkpoints.save(engine, state)
             agreement.saved()

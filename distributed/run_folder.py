@@ -43,6 +43,7 @@ class RunFolder:
         self.digests_file = path / "digests.jsonl"
         self.curves = path / "curves.png"
         self.logs = path / "logs"
+        self.profile = path / "profile"
         self.checkpoints = path / "checkpoints"
         self._status_file = path / "status.json"
         self.attempts_file = path / "attempts.jsonl"
@@ -86,6 +87,34 @@ def check_resume(config: TrainConfig) -> bool:
             "a resumed run keeps its experiment: take these settings back, or give another --run_dir",
         )
     return run.status().get("status") == "finished" and not any(path == "epochs" for path, _, _ in changed)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or a run's best, or its latest where none is marked best.
+
+    Raises:
+        InputError: there is none.
+    """
+    for candidate in (path, path / "checkpoints" / "best", path / "checkpoints" / "latest"):
+        if (candidate / "manifest.json").is_file():
+            return candidate.resolve()
+    raise InputError(
+        f"init_from = {path}: no checkpoint there; name the folder of a run that has saved, or a checkpoint's"
+    )
+
+
+def check_start(config: TrainConfig) -> None:
+    """Raises InputError where `init_from` names no checkpoint, or that of another network. A run that has begun needs it
+    no more."""
+    if config.init_from is None or RunFolder(config.run_dir).newest_state():
+        return
+    content = read_json(find_checkpoint(config.init_from) / "state.json") or {}
+    there = content.get("config", {}).get("model", {}).get("name")
+    if there != config.model.name:
+        raise InputError(
+            f"init_from = {config.init_from}: holds weights of {there or 'an unreadable run'}, and model.name = "
+            f"{config.model.name}; name another run, or set model.name = {there}"
+        )
 
 
 class ClaimedRun(RunFolder):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from distributed.config import TrainConfig, help_text, load
 from distributed.data import cifar
 from distributed.errors import ExitCode, InputError
-from distributed.run_folder import RunFolder, check_resume
+from distributed.run_folder import RunFolder, check_resume, check_start
 from distributed.topology import Topology
 
 _BANNER = """\
@@ -61,6 +61,7 @@ def checked_config(arguments: Sequence[str], topology: Topology) -> tuple[TrainC
         cifar.check(config.data.name, config.data.root)
     if config.device != "auto" or config.exact.shards != "auto":  # else it depends on what torch will find
         config.check_world_size(topology.world_size, config.device)
+    check_start(config)
     return config, check_resume(config)
 
 

@@ -113,13 +113,13 @@ def _plain_model() -> Any:
     """Improved AlexNet of torch's own layers."""
     from torch import nn
 
-    from distributed.models.improved_alexnet import ImprovedAlexNet
+    from distributed.models.alexnet import improved_alexnet
 
     def classifier() -> nn.Sequential:
         hidden = [nn.Linear(1024, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 128), nn.ReLU(), nn.Dropout(0.5)]
         return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(128, 10))
 
-    return nn.Sequential(ImprovedAlexNet(10, dropout=0.5).conv, classifier())
+    return nn.Sequential(improved_alexnet(10, 0.5).conv, classifier())
 
 
 def main() -> None:

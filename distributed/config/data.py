@@ -11,7 +11,19 @@ class Augment(Section):
         4, "zero padding in pixels around the image before a random crop back to its size; 0: none", ge=0, le=16
     )
     flip: bool = setting(True, "mirror each training image with probability one half")
+    mixup: float = setting(
+        0.0, "mix each image and label with another's, its part drawn from Beta(mixup, mixup); 0: off", ge=0, le=1
+    )
+    cutmix: float = setting(
+        0.0, "paste a box of another image, of an area drawn from Beta(cutmix, cutmix), and mix the labels; 0: off; "
+        "with mixup too, each image has one of them", ge=0, le=1,
+    )  # fmt: skip
     cutout: int = setting(0, "side in pixels of the square set to the mean at a random place; 0: none", ge=0, le=32)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with others."""
+        return bool(self.mixup or self.cutmix)
 
 
 class _Data(Section):

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
 AnyPath = Annotated[Path, Strict(False)]
+OptionalPath = Annotated[Path | None, Strict(False)]
 
 
 def setting(default: Any, doc: str, **bounds: Any) -> Any:

@@ -9,22 +9,51 @@ from distributed.config.section import Section, operational, setting
 
 
 class Model(Section):
-    name: Literal["improved_alexnet"] = setting("improved_alexnet", "the network")
+    name: Literal["alexnet", "improved_alexnet", "cifar_alexnet", "cifar_alexnet_bn"] = setting(
+        "improved_alexnet", "the network"
+    )
     dropout: float = setting(0.5, "probability that a unit of a hidden linear layer is dropped", ge=0, lt=1)
 
+    @property
+    def input_side(self) -> int:
+        """Height and width in pixels that the network computes on; smaller images it resizes itself."""
+        return 224 if self.name == "alexnet" else 32
 
-class Sgd(Section):
-    name: Literal["sgd"] = setting("sgd", "the optimizer")
+
+class _Optim(Section):
+    name: str  # of the variants, here for its place before the others
     lr: float = setting(0.1, "learning rate at `lr_base_batch`, or as it is without scaling", gt=0, le=100)
     lr_scaling: Literal["none", "linear", "sqrt"] = setting(
         "none", "how lr grows with global_batch_size / lr_base_batch"
     )
     lr_base_batch: int | None = setting(None, "global batch at which lr holds; only with lr_scaling", gt=0)
+    decay_norm_and_bias: bool = setting(False, "apply weight_decay to biases and batch norm's weights too")
+    clip_norm: float | None = setting(None, "scale the gradient down to this L2 norm where it is larger", gt=0)
+    ema_decay: float | None = setting(
+        None, "evaluate a moving average of the weights with this decay, as .999; none: the weights", gt=0, lt=1
+    )
+
+
+class Sgd(_Optim):
+    name: Literal["sgd"] = setting("sgd", "the optimizer")
     momentum: float = setting(0.9, "momentum", ge=0, lt=1)
     nesterov: bool = setting(True, "Nesterov's form of momentum")
     weight_decay: float = setting(5e-4, "L2 penalty", ge=0, le=1)
-    decay_norm_and_bias: bool = setting(False, "apply weight_decay to biases and batch norm's weights too")
-    clip_norm: float | None = setting(None, "scale the gradient down to this L2 norm where it is larger", gt=0)
+
+
+class AdamW(_Optim):
+    name: Literal["adamw"] = setting("adamw", "Adam with decoupled weight decay")
+    lr: float = setting(1e-3, "learning rate at `lr_base_batch`, or as it is without scaling", gt=0, le=100)
+    beta1: float = setting(0.9, "decay of the mean of gradients", ge=0, lt=1)
+    beta2: float = setting(0.999, "decay of the mean of squared gradients", ge=0, lt=1)
+    eps: float = setting(1e-8, "added to the root of the mean square", gt=0)
+    weight_decay: float = setting(0.05, "part of a weight, times lr, that is taken off each step", ge=0, le=1)
+
+
+class Loss(Section):
+    label_smoothing: float = setting(
+        0.0, "part of the training target that is spread over all classes (Szegedy et al. 2016)", ge=0, lt=1
+    )
 
 
 class Ddp(Section):
@@ -48,6 +77,7 @@ class Exact(Section):
 
 class Evaluation(Section):
     batch_size: int = setting(1000, "images a forward pass, over all ranks", gt=0)
+    flips: bool = setting(False, "add the logits of each image and of its mirror image")
     test_every_epoch: bool = operational(True, "evaluate the test split each epoch, for its curve; it never steers")
 
 
@@ -68,3 +98,6 @@ class Logging(Section):
     every_steps: int = operational(50, "steps between lines of training metrics", gt=0)
     level: Literal["DEBUG", "INFO", "WARNING"] = operational("INFO", "least level shown on the terminal")
     tensorboard: bool = operational(True, "write TensorBoard event files beside metrics.jsonl")
+    profile_steps: int = operational(
+        0, "profile this many steps of rank 0 after the attempt's first ten, into RUN/profile; 0: off", ge=0, le=1000
+    )

@@ -9,11 +9,12 @@ from pydantic_core import PydanticCustomError
 
 from distributed.config.data import CifarData, GeneratedData
 from distributed.config.schedules import Constant, Cosine, EarlyStopping, OneCycle, Plateau
-from distributed.config.section import AnyPath, Section, operational, setting
-from distributed.config.sections import Checkpoint, Ddp, Evaluation, Exact, Logging, Model, Sgd
+from distributed.config.section import AnyPath, OptionalPath, Section, operational, setting
+from distributed.config.sections import AdamW, Checkpoint, Ddp, Evaluation, Exact, Logging, Loss, Model, Sgd
 from distributed.errors import InputError
 
 DataSection = Annotated[CifarData | GeneratedData, Field(discriminator="name")]
+OptimSection = Annotated[Sgd | AdamW, Field(discriminator="name")]
 ScheduleSection = Annotated[Constant | Cosine | OneCycle | Plateau, Field(discriminator="name")]
 
 
@@ -36,7 +37,12 @@ class TrainConfig(Section):
     timeout_seconds: float = operational(600.0, "wait for a silent rank before the run fails", gt=0)
     data: DataSection = setting(CifarData(), "the images")
     model: Model = setting(Model(), "the network")
-    optim: Sgd = setting(Sgd(), "the optimizer")
+    init_from: OptionalPath = setting(
+        None, "run folder or checkpoint whose weights to start from; a last layer of other classes starts afresh"
+    )
+    compile: bool = setting(False, "torch.compile the model; in fast mode only")
+    loss: Loss = setting(Loss(), "what is minimized: cross-entropy")
+    optim: OptimSection = setting(Sgd(), "the optimizer")
     schedule: ScheduleSection = setting(OneCycle(), "the learning rate over time")
     early_stopping: EarlyStopping | None = setting(None, "end the run when validation stops improving; none: never")
     engine: Ddp = setting(Ddp(), "how the model is spread over the ranks")
@@ -49,7 +55,7 @@ class TrainConfig(Section):
         """`exact.shards` with auto resolved for `cpu` or `cuda`; 0: exact mode is off."""
         if self.exact.shards != "auto":
             return self.exact.shards
-        if device_type != "cpu":
+        if device_type != "cpu" or self.compile:
             return 0
         return 1 << min(8, self.global_batch_size // self.accumulation).bit_length() - 1
 
@@ -99,7 +105,17 @@ def _conflicts(config: TrainConfig) -> list[str]:
             f"accumulation = {config.accumulation} is more than global_batch_size = {config.global_batch_size}: "
             "a micro-batch needs at least one image; lower accumulation"
         )
-    if optim.nesterov and not optim.momentum:
+    if config.compile and shards not in ("auto", 0):
+        found.append(
+            f"compile = true cannot go with exact.shards = {shards}: a compiled graph cannot rest where shards meet; "
+            "set exact.shards = 0, or compile = false"
+        )
+    if isinstance(schedule, Plateau) and schedule.return_to_best and config.best_by != schedule.metric:
+        found.append(
+            f"schedule.return_to_best needs the best epoch by {schedule.metric}, and checkpoint.best_by = "
+            f"{config.checkpoint.best_by}: set checkpoint.best_by = {schedule.metric}"
+        )
+    if isinstance(optim, Sgd) and optim.nesterov and not optim.momentum:
         found.append("optim.nesterov = true needs momentum: set optim.momentum above 0 or optim.nesterov = false")
     if optim.lr_scaling == "none" and optim.lr_base_batch is not None:
         found.append(

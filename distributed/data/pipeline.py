@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +14,18 @@ from distributed import keyed
 from distributed.config.data import CifarData, GeneratedData
 from distributed.data import cifar, generated
 from distributed.data.augment import augment, cut_out
+from distributed.data.mix import mix
 from distributed.data.split import validation_mask
 from distributed.tree import leaves_of
 
 Split = Literal["train", "validation", "test"]
+
+
+class Mixed(NamedTuple):
+    """The second labels of mixed images, int64 [n], and the part of the first that they kept, in [0, 1], [n]."""
+
+    labels: Tensor
+    own_part: Tensor
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,8 @@ class Batch:
 
     images: [n, 3, 32, 32], normalized; labels: int64 [n]; sample_ids: int64 [n], numbers in the training set;
     sample_keys: int64 [n, 2], by which dropout draws; step_size: images of the whole step, over all of its
-    micro-batches and ranks, by which a sum of losses becomes the step's mean; shard_sizes: images of each shard.
+    micro-batches and ranks, by which a sum of losses becomes the step's mean; shard_sizes: images of each shard; mixed:
+    what of other images is in these.
     """
 
     images: Tensor
@@ -35,6 +44,7 @@ class Batch:
     sample_keys: Tensor
     step_size: int
     shard_sizes: tuple[int, ...]
+    mixed: Mixed | None = None
 
     def shards(self) -> list["Batch"]:
         """Each shard as a batch of its own, its images in memory of its own: some libraries' sums depend on how their input
@@ -44,7 +54,7 @@ class Batch:
         return [
             Batch(
                 self.images[part].clone(), self.labels[part], self.sample_ids[part], self.sample_keys[part],
-                self.step_size, (part.stop - part.start,),
+                self.step_size, (part.stop - part.start,), self.mixed and Mixed(*[tensor[part] for tensor in self.mixed]),
             )
             for part in parts
         ]  # fmt: skip
@@ -114,7 +124,7 @@ class DataPipeline:
     def example(self) -> Batch:
         """The first few training images, whatever the rank: for trying a model out."""
         held = self._splits["train"]
-        return self._train_batch(held, held.ids[:8], (8,), epoch=0, step_size=8)
+        return self._train_batch(held, held.ids[:8], (8,), held.ids[:8], epoch=0, step_size=8)
 
     def train_epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each step from `start_step` on, this rank's shard of each.
@@ -131,8 +141,12 @@ class DataPipeline:
                 chosen[j * count // self.accumulation : (j + 1) * count // self.accumulation]
                 for j in range(self.accumulation)
             ]
-            parts = [self._own_part(s) for s in slices if len(s)]
-            yield [self._train_batch(held, held.ids[p], sizes, epoch=epoch, step_size=count) for p, sizes in parts]
+            # An image is mixed with the one before it in the micro-batch, whichever rank has that one.
+            parts = [(self._own_part(s), self._own_part(s.roll(1))[0]) for s in slices if len(s)]
+            yield [
+                self._train_batch(held, held.ids[p], sizes, held.ids[partners], epoch=epoch, step_size=count)
+                for (p, sizes), partners in parts
+            ]
 
     def evaluation(self, split: Split) -> Iterator[Batch]:
         """Every image of a split once over all ranks, unpadded; each rank gets as many batches, some perhaps empty."""
@@ -150,13 +164,21 @@ class DataPipeline:
             )
 
     def _train_batch(
-        self, held: _Held, ids: Tensor, shard_sizes: tuple[int, ...], *, epoch: int, step_size: int
+        self, held: _Held, ids: Tensor, shard_sizes: tuple[int, ...], partners: Tensor, *, epoch: int, step_size: int
     ) -> Batch:
         keys = keyed.sample_keys(ids, seed=self.seed, epoch=epoch)
+        images, mixed = self._augmented(held, ids, keys), None
+        if self.config.augment.mixes:
+            others = self._augmented(held, partners, keyed.sample_keys(partners, seed=self.seed, epoch=epoch))
+            images, own_part = mix(images, others, keys, self.config.augment)
+            mixed = Mixed(held.labels[partners], own_part)
+        return Batch(self._input(images), held.labels[ids], ids, keys, step_size, shard_sizes, mixed)
+
+    def _augmented(self, held: _Held, ids: Tensor, keys: Tensor) -> Tensor:
+        """Normalized [n, h, w, c]."""
         images = self._normalized(augment(held.images.index_select(0, ids), keys, self.config.augment))
-        if self.config.augment.cutout:
-            images = cut_out(images, keys, self.config.augment.cutout)
-        return Batch(self._input(images), held.labels[ids], ids, keys, step_size, shard_sizes)
+        side = self.config.augment.cutout
+        return cut_out(images, keys, side) if side else images
 
     def _normalized(self, images: Tensor) -> Tensor:
         """(x / 255 - mean) / deviation of uint8 [n, h, w, c]; rows are taken as one run of w * c numbers, which vectorizes."""

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distributed.collectives import world_size
-from distributed.config.sections import Ddp, Sgd
+from distributed.config.sections import AdamW, Ddp, Sgd
 from distributed.data.pipeline import Batch
 from distributed.engine.protocol import Loss, Outcome
-from distributed.engine.tensors import autocast, cast, load_named_state, named_state, update
+from distributed.engine.tensors import Weights, autocast, cast
 from distributed.models.sync_batch_norm import SyncBatchNorm, by_ranks, convert_batch_norm
-from distributed.optim import Optimizer
 from distributed.row_gather import open_row_gather
 
 
@@ -43,6 +42,7 @@ class DdpEngine:
     Args:
         model: float32 on the CPU, with its initial weights; taken over.
         example: some images, for the throwaway steps.
+        compile: let torch.compile make the forward and backward pass.
     """
 
     def __init__(
@@ -50,21 +50,24 @@ class DdpEngine:
         config: Ddp,
         model: nn.Module,
         *,
-        optim: Sgd,
+        optim: Sgd | AdamW,
         precision: str,
         channels_last: bool,
         device: torch.device,
         example: Batch,
         timeout_seconds: float,
+        compile: bool,
     ) -> None:
-        self.device, self.precision, self.clip_norm = device, precision, optim.clip_norm
+        self.device, self.precision = device, precision
         model = cast(model, precision=precision, channels_last=channels_last, device=device)
         if world_size() > 1:
             exchange = by_ranks(open_row_gather(device, timeout_seconds=timeout_seconds))
             model = convert_batch_norm(model, partial(SyncBatchNorm.of, exchange=exchange))
+        if compile:
+            model.compile()  # in place: names stay as they are
         self._plain = model
         self.model: nn.Module = model
-        self.optimizer = Optimizer(optim, model)
+        self.weights = Weights(optim, model)
         if world_size() > 1:
             self._ddp = self._wrapped(model, config)
             self.model = self._ddp
@@ -94,7 +97,7 @@ class DdpEngine:
         before = {name: tensor.clone() for name, tensor in self._plain.state_dict().items()}
         for _ in range(2):
             self.micro_step(_any_loss, example, last=True)
-            self.optimizer.zero_grad()
+            self.weights.optimizer.zero_grad()
         self._plain.load_state_dict(before)
 
     @torch.no_grad()
@@ -111,13 +114,16 @@ class DdpEngine:
             value.backward()  # type: ignore[no-untyped-call]
         return outcome
 
-    def step(self, lr: float) -> Tensor:
-        norm = update(self.optimizer, lr=lr, clip_norm=self.clip_norm)
-        self.optimizer.zero_grad()
+    def step(self, lr: float, *, step: int) -> Tensor:
+        norm = self.weights.update(lr, step=step)
+        self.weights.optimizer.zero_grad()
         return norm
 
+    def evaluating(self) -> AbstractContextManager[None]:
+        return self.weights.evaluated()
+
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        yield from named_state(self._plain, self.optimizer)
+        yield from self.weights.state()
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        load_named_state(self._plain, self.optimizer, tensors)
+        self.weights.load(tensors)

@@ -5,16 +5,17 @@ thread. What is summed over the batch, gradients and batch norm's statistics, is
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from distributed.collectives import world_size
-from distributed.config.sections import Ddp, Sgd
+from distributed.config.sections import AdamW, Ddp, Sgd
 from distributed.data.pipeline import Batch
 from distributed.engine.protocol import Loss, Outcome
-from distributed.engine.tensors import autocast, cast, load_named_state, named_state, update
+from distributed.engine.tensors import Weights, autocast, cast
 from distributed.exact.batch_norm import Cut, CuttingBatchNorm, backward
 from distributed.exact.check import check_exact
 from distributed.exact.exchange import ExchangeOpener
@@ -23,7 +24,6 @@ from distributed.exact.reduction import TreeReduction
 from distributed.exact.replicas import Replicas
 from distributed.exact.rows import ShardRows
 from distributed.models.sync_batch_norm import convert_batch_norm
-from distributed.optim import Optimizer
 from distributed.row_gather import open_row_gather
 
 
@@ -44,7 +44,7 @@ class ExactEngine:
         config: Ddp,
         model: nn.Module,
         *,
-        optim: Sgd,
+        optim: Sgd | AdamW,
         precision: str,
         channels_last: bool,
         device: torch.device,
@@ -52,7 +52,7 @@ class ExactEngine:
         lanes: int,
         timeout_seconds: float,
     ) -> None:
-        self.device, self.precision, self.clip_norm = device, precision, optim.clip_norm
+        self.device, self.precision = device, precision
         check_exact(model)
         self._plain = cast(model, precision=precision, channels_last=channels_last, device=device)
         gather = open_row_gather(device, timeout_seconds=timeout_seconds) if world_size() > 1 else None
@@ -75,7 +75,7 @@ class ExactEngine:
                 hand_over = partial(_hand_over, self._reduction, own[place], index)
                 parameter.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
         self.model: nn.Module = self._replicas.models
-        self.optimizer = Optimizer(optim, self._plain)
+        self.weights = Weights(optim, self._plain)
         # What runs on the whole part of a rank must not depend on its threads either.
         torch.set_num_threads(1)
 
@@ -104,16 +104,25 @@ class ExactEngine:
         self._reduction.finish(last=last)
         return Outcome(*[torch.cat(tensors) for tensors in zip(*outcomes, strict=True)])
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, *, step: int) -> Tensor:
         self._replicas.weights_changed()
-        return update(self.optimizer, lr=lr, clip_norm=self.clip_norm)
+        return self.weights.update(lr, step=step)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        self._replicas.models.eval()
+        with self.weights.evaluated():
+            self._replicas.weights_changed()
+            yield
+        self._replicas.models.train()
+        self._replicas.weights_changed()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        yield from named_state(self._plain, self.optimizer)
+        yield from self.weights.state()
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         self._replicas.weights_changed()
-        load_named_state(self._plain, self.optimizer, tensors)
+        self.weights.load(tensors)
 
 
 def _hand_over(reduction: TreeReduction, shard: int, index: int, parameter: Tensor) -> None:

@@ -1,6 +1,7 @@
 """The verbs that the training loop needs of an engine."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -22,8 +23,9 @@ Loss = Callable[[nn.Module, Batch], tuple[Tensor, Outcome]]
 class Engine(Protocol):
     """A model with its optimizer, spread over the ranks in some way that the loop need not know."""
 
-    model: nn.Module
-    """For `train()` and `eval()`; the forward pass is the engine's."""
+    def evaluating(self) -> AbstractContextManager[None]:
+        """For as long as this lasts the model evaluates: no dropout, running statistics, averaged weights if it has them."""
+        ...
 
     def predict(self, batch: Batch) -> Tensor:
         """This rank's logits, [n, classes], in the precision of a forward pass, without gradients."""
@@ -36,17 +38,18 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, lr: float) -> Tensor:
-        """Update the weights with the summed gradients; their L2 norm before clipping, a scalar on the device."""
+    def step(self, lr: float, *, step: int) -> Tensor:
+        """Update the weights with the summed gradients, for the step of this number, counted from 0; the gradients' L2
+        norm before clipping, a scalar on the device."""
         ...
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that training goes on from, by a canonical name: `model.fc1.weight`,
-        `optimizer.fc1.weight.momentum_buffer`."""
+        `optimizer.fc1.weight.momentum_buffer`, `ema.fc1.weight`."""
         ...
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave.
+        """Put back what `state` gave, or its `model.` part alone: the rest is then as at the start.
 
         Raises:
             ValueError: names or shapes do not fit, naming them.

@@ -1,12 +1,13 @@
 """What engines with whole weights on each rank share: precision, the update, tensors under canonical names."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from distributed.optim import Optimizer
+from distributed.config.sections import AdamW, Sgd
+from distributed.optim import Optimizer, WeightAverage
 
 
 def cast(model: nn.Module, *, precision: str, channels_last: bool, device: torch.device) -> nn.Module:
@@ -21,47 +22,71 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
-def update(optimizer: Optimizer, *, lr: float, clip_norm: float | None) -> Tensor:
-    """Scale the gradients down to the norm where they are larger, and take a step; their norm before that."""
-    gradients = [p.grad for p in optimizer.parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if clip_norm is not None:
-        # Not in place: these may lie in memory that all ranks share.
-        scaled = torch._foreach_mul(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        for parameter, gradient in zip(optimizer.parameters, scaled, strict=True):
-            parameter.grad = gradient
-    optimizer.step(lr)
-    return norm
+class Weights:
+    """Whole weights on each rank with all that learning keeps of them: the optimizer's tensors and the moving average."""
 
+    def __init__(self, config: Sgd | AdamW, model: nn.Module) -> None:
+        self.model, self.clip_norm = model, config.clip_norm
+        self.optimizer = Optimizer(config, model)
+        self.average = WeightAverage(model, decay=config.ema_decay) if config.ema_decay else None
 
-def named_state(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """`model.NAME` for parameters and persistent buffers, `optimizer.NAME.KEY` for what the optimizer keeps of a parameter."""
-    for name, tensor in model.state_dict().items():
-        yield f"model.{name}", tensor
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            yield f"optimizer.{name}.{key}", value
+    def update(self, lr: float, *, step: int) -> Tensor:
+        """Scale the gradients down to the norm where they are larger, and take a step; their norm before that."""
+        parameters = self.optimizer.parameters
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.clip_norm is not None:
+            # Not in place: these may lie in memory that all ranks share.
+            scaled = torch._foreach_mul(gradients, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+            for parameter, gradient in zip(parameters, scaled, strict=True):
+                parameter.grad = gradient
+        self.optimizer.step(lr)
+        if self.average:
+            self.average.update(step)
+        return norm
 
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """The model in evaluation, with the averaged weights if there are any; in training again after that."""
+        self.model.eval()
+        with self.average.in_place() if self.average else nullcontext():
+            yield
+        self.model.train()
 
-@torch.no_grad()
-def load_named_state(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Copy the tensors in; what the optimizer keeps and is not given becomes zero, as at the start.
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """`model.NAME` for parameters and persistent buffers, `optimizer.NAME.KEY` for what the optimizer keeps of a
+        parameter, `ema.NAME` for averages."""
+        for name, tensor in self.model.state_dict().items():
+            yield f"model.{name}", tensor
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                yield f"optimizer.{name}.{key}", value
+        for name, tensor in self.average.tensors.items() if self.average else ():
+            yield f"ema.{name}", tensor
 
-    Raises:
-        ValueError: a tensor of the model is missing, has another shape, or one is left over.
-    """
-    own = dict(named_state(model, optimizer))
-    wrong = [
-        f"{name}: here {tuple(tensor.shape)}, there {tuple(tensors[name].shape) if name in tensors else 'nothing'}"
-        for name, tensor in own.items()
-        if (name not in tensors and name.startswith("model."))
-        or (name in tensors and tensors[name].shape != tensor.shape)
-    ]
-    wrong += [f"{name}: not known here" for name in tensors if name not in own]
-    if wrong:
-        raise ValueError("the checkpoint does not fit the model: " + "; ".join(wrong))
-    for name, tensor in own.items():
-        if name in tensors:
-            tensor.copy_(tensors[name])
-        else:
-            tensor.zero_()
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the tensors in. What the optimizer keeps and is not given becomes zero and averages become the weights, as
+        at the start.
+
+        Raises:
+            ValueError: a tensor of the model is missing, has another shape, or one is left over.
+        """
+        own = dict(self.state())
+        wrong = [
+            f"{name}: here {tuple(tensor.shape)}, there {tuple(tensors[name].shape) if name in tensors else 'nothing'}"
+            for name, tensor in own.items()
+            if (name not in tensors and name.startswith("model."))
+            or (name in tensors and tensors[name].shape != tensor.shape)
+        ]
+        wrong += [f"{name}: not known here" for name in tensors if name not in own]
+        if wrong:
+            raise ValueError("the checkpoint does not fit the model: " + "; ".join(wrong))
+        for name, tensor in own.items():
+            kind, _, rest = name.partition(".")
+            if name in tensors:
+                tensor.copy_(tensors[name])
+            elif kind == "ema":
+                tensor.copy_(tensors[f"model.{rest}"])
+            else:
+                tensor.zero_()

@@ -6,12 +6,12 @@ from torch import nn
 
 from distributed import keyed
 from distributed.config.sections import Model
-from distributed.models.improved_alexnet import ImprovedAlexNet
+from distributed.models import alexnet
 
 
 def build_model(config: Model, *, num_classes: int, seed: int) -> nn.Module:
     """The network named by the config, in float32 on the CPU, the same bits for the same seed anywhere."""
-    model = {"improved_alexnet": ImprovedAlexNet}[config.name](num_classes, dropout=config.dropout)
+    model: nn.Module = getattr(alexnet, config.name)(num_classes, config.dropout)
     initialize(model, seed=seed)
     return model
 

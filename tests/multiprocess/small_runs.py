@@ -32,7 +32,7 @@ def small_config(run_dir: Path, **settings: Any) -> TrainConfig:
         "device": "cpu",
         "threads": 1,
         "timeout_seconds": 30.0,
-        "optim": {"lr": 0.01},
+        "optim": {"name": "sgd", "lr": 0.01, **settings.pop("optim", {})},
         "schedule": {"name": "constant"},
         "checkpoint": {"every_minutes": 0.0},
         "logging": {"every_steps": 1, "tensorboard": False, "level": "WARNING"},

@@ -19,7 +19,7 @@ from distributed import collectives
 from distributed.build import build_data, build_engine
 from distributed.config import TrainConfig
 from distributed.loop import train_step
-from distributed.models.improved_alexnet import ImprovedAlexNet
+from distributed.models.alexnet import improved_alexnet
 from distributed.recipe import train
 from distributed.sums import RunningSums
 from distributed.topology import Topology
@@ -108,7 +108,7 @@ def steps_from_given_weights(config: TrainConfig, weights_of: Callable[[int], di
     for step, micro_batches in enumerate(steps):
         before = {**(weights_of(step) or model_of(engine.state()))}
         engine.load_state(before)
-        train_step(engine, micro_batches, lr=config.peak_lr, step=step, sums=sums)
+        train_step(engine, micro_batches, loss=config.loss, lr=config.peak_lr, step=step, sums=sums)
         state = {name: tensor.clone() for name, tensor in engine.state()}
         gradients = {name: tensor for name, tensor in state.items() if name.endswith("momentum_buffer")}
         yield before, sums.read().mean_loss, gradients, model_of(state.items())
@@ -133,7 +133,7 @@ def write_trajectory(folder: Path) -> int:
 
 def conv_biases() -> set[str]:
     """Batch norm takes their effect away: the true gradient is zero, what is found is rounding."""
-    modules = ImprovedAlexNet(10, dropout=0.5).named_modules()
+    modules = improved_alexnet(10, 0.5).named_modules()
     return {f"optimizer.{name}.bias.momentum_buffer" for name, module in modules if isinstance(module, nn.Conv2d)}
 
 

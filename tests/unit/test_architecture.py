@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).parents[2] / "distributed"
 # A module may import what stands in a row above its own; modules of one package may import each other, one way.
 LAYERS = [
-    "errors files keyed safetensors_stream plot tree",
+    "errors files keyed safetensors_stream plot tree profiler",
     "config topology",
     "rendezvous collectives logs metrics",
     "shared_memory",
@@ -16,7 +16,7 @@ LAYERS = [
     "engine state",
     "run_folder loop",
     "checkpoint report",
-    "attempt build",
+    "attempt build warm_start",
     "recipe",
     "process",
     "train evaluate compare bench export",

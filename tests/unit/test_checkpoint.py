@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from distributed import checkpoint as module
 from distributed.checkpoint import Checkpointer, checkpoints, damage_of, name_of, point, retain, sweep, write_checkpoint
 from distributed.config.sections import Sgd
-from distributed.engine.tensors import load_named_state, named_state
+from distributed.engine.tensors import Weights
 from distributed.errors import StorageError
-from distributed.optim import Optimizer
 from distributed.run_folder import ClaimedRun
 from distributed.schedule import Constant
 from distributed.state import Best, TrainState
@@ -24,20 +23,20 @@ class PlainEngine:
 
     def __init__(self, fill: float) -> None:
         self.model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-        self.optimizer = Optimizer(Sgd(momentum=0.9), self.model)
+        self.weights = Weights(Sgd(momentum=0.9), self.model)
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.fill_(fill)
 
     def step(self) -> None:
         self.model(torch.randn(4, 3)).square().sum().backward()
-        self.optimizer.step(0.1)
+        self.weights.update(0.1, step=0)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        yield from named_state(self.model, self.optimizer)
+        yield from self.weights.state()
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        load_named_state(self.model, self.optimizer, tensors)
+        self.weights.load(tensors)
 
 
 def at_step(step: int, best: int | None = None) -> TrainState:
@@ -296,7 +295,7 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints(run, monkeypatch
 def test_a_checkpoint_of_another_model_is_refused_by_name(run):
     saved(run, 1)
     engine = PlainEngine(0)
-    engine.model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
+    engine.weights = Weights(Sgd(), nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)))
     with pytest.raises(ValueError, match=r"model\.0\.weight"):
         checkpointer(run).restore(engine, at_step(0))  # type: ignore[arg-type]
 

@@ -425,7 +425,7 @@ def _paths(tree: dict, prefix: str = "") -> set[str]:
 
 def _all_paths() -> set[str]:
     variants = [["--schedule.name", name] for name in ("constant", "cosine", "one_cycle", "plateau")]
-    variants += [["--data.name", "generated10"], ["--early_stopping.patience", "3"]]
+    variants += [["--data.name", "generated10"], ["--early_stopping.patience", "3"], ["--optim.name", "adamw"]]
     return {path for words in variants for path in _paths(config_of(*words).model_dump())} - {"early_stopping"}
 
 
@@ -464,7 +464,8 @@ def test_settings_that_a_resume_may_change_are_starred_in_help():
     "path",
     ["seed", "global_batch_size", "accumulation", "precision", "optim.lr", "data.name", "data.split_seed",
      "data.augment.crop", "model.dropout", "schedule.patience", "early_stopping.patience", "early_stopping",
-     "channels_last", "checkpoint.best_by", "exact.shards"],
+     "channels_last", "checkpoint.best_by", "exact.shards", "optim.ema_decay", "optim.beta2", "loss.label_smoothing",
+     "data.augment.mixup", "init_from", "compile", "evaluation.flips", "schedule.return_to_best"],
 )  # fmt: skip
 def test_what_the_curve_depends_on_makes_another_experiment(path):
     assert changes_experiment(path, TrainConfig())
@@ -473,7 +474,7 @@ def test_what_the_curve_depends_on_makes_another_experiment(path):
 @pytest.mark.parametrize(
     "path",
     ["run_dir", "data.root", "threads", "device", "timeout_seconds", "checkpoint.every_steps", "checkpoint.keep_last",
-     "logging.every_steps", "logging.level", "logging.tensorboard", "evaluation.test_every_epoch"],
+     "logging.every_steps", "logging.level", "logging.profile_steps", "logging.tensorboard", "evaluation.test_every_epoch"],
 )  # fmt: skip
 def test_what_the_curve_does_not_depend_on_may_change(path):
     assert not changes_experiment(path, TrainConfig())

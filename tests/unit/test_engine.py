@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distributed.config.sections import Ddp, Sgd
+from distributed.config.sections import Ddp, Loss, Sgd
 from distributed.data.pipeline import Batch
 from distributed.engine.ddp import DdpEngine
 from distributed.engine.exact import ExactEngine
@@ -39,7 +39,7 @@ def fast(precision: str = "float64", model: Callable[[], nn.Module] = Small, **o
     torch.manual_seed(0)
     return DdpEngine(
         Ddp(), model(), optim=Sgd(**optim), precision=precision, channels_last=True, device=CPU, example=batch_of(2, 2),
-        timeout_seconds=10,
+        timeout_seconds=10, compile=False,
     )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def cut_up(batch: Batch, start: int = 0, stop: int | None = None) -> Batch:
 
 
 def stepped(engine: Engine, batches: list[Batch], lr: float = 0.1) -> Tensor:
-    return train_step(engine, batches, lr=lr, step=0, sums=RunningSums(CPU))
+    return train_step(engine, batches, loss=Loss(), lr=lr, step=0, sums=RunningSums(CPU))
 
 
 def model_state(engine: Engine) -> dict[str, Tensor]:
@@ -268,7 +268,7 @@ def test_weights_have_the_type_of_the_precision(engine_of, precision, dtype):
         return logits.float().sum(), Outcome(logits.detach()[:, 0], logits.detach())
 
     assert engine.micro_step(loss, batch, last=True).logits.dtype == of_forward
-    engine.step(0.1)
+    engine.step(0.1, step=0)
     assert set(seen) == {of_forward}
     assert engine.predict(batch).dtype == of_forward
     assert {tensor.dtype for name, tensor in engine.state() if "num_batches" not in name} == {dtype}
@@ -279,9 +279,9 @@ def test_weights_have_the_type_of_the_precision(engine_of, precision, dtype):
 def test_predictions_are_in_the_order_of_the_images_and_have_no_gradients(engine_of, count):
     engine = engine_of()
     stepped(engine, [batch_of(8, 8)])
-    engine.model.eval()
     batch, before = batch_of(count, count, 5), {name: tensor.clone() for name, tensor in engine.state()}
-    logits = engine.predict(batch)
+    with engine.evaluating():
+        logits = engine.predict(batch)
     assert not logits.requires_grad
     assert logits.shape == (count, 10)
     assert torch.allclose(logits, plain_model(engine).eval()(batch.images), rtol=1e-12, atol=1e-14)

@@ -4,8 +4,8 @@ from torch import nn
 
 from distributed import keyed
 from distributed.config.sections import Model
+from distributed.models.alexnet import improved_alexnet
 from distributed.models.build import build_model, initialize
-from distributed.models.improved_alexnet import ImprovedAlexNet
 
 
 def model_of(seed: int = 0, classes: int = 10) -> nn.Module:
@@ -35,7 +35,7 @@ def test_the_probability_of_dropout_is_the_configs():
 
 
 def test_the_two_dropout_layers_draw_apart():
-    model = ImprovedAlexNet(10, dropout=0.5)
+    model = improved_alexnet(10, 0.5)
     keys = keyed.sample_keys(torch.arange(20), seed=0, epoch=0)
     assert not torch.equal(model.dropout1.kept(keys)[:, :128], model.dropout2.kept(keys))
 

@@ -1,0 +1,57 @@
+"""The large models in exact mode: two steps and an evaluation have the same bits on 1, 2 and 3 processes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import in_group, run_ranks
+
+from distributed import collectives
+from distributed.build import build_data, build_engine
+from distributed.loop import evaluate, train_step
+from distributed.sums import RunningSums
+from distributed.topology import Topology
+from multiprocess.small_runs import small_config
+from multiprocess.traces import digest_of
+
+MODELS = ("alexnet", "cifar_alexnet", "cifar_alexnet_bn")
+CPU = torch.device("cpu")
+
+
+@in_group
+def run_models() -> dict[str, dict[str, Any]]:
+    topology = Topology(collectives.rank(), collectives.world_size())
+    return {name: run_model(name, topology) for name in MODELS}
+
+
+def run_model(name: str, topology: Topology) -> dict[str, Any]:
+    config = small_config(
+        Path("unused"),
+        model={"name": name},
+        precision="bfloat16",
+        global_batch_size=9,
+        data={"train_samples": 18, "test_samples": 10},
+        exact={"shards": 4},
+    )
+    data = build_data(config, topology, CPU)
+    engine = build_engine(config, topology, data, CPU)
+    sums, told = RunningSums(CPU), []
+    for step, micro_batches in enumerate(data.train_epoch(0)):
+        norm = train_step(engine, micro_batches, loss=config.loss, lr=0.01, step=step, sums=sums)
+        told.append((float(norm), sums.read()))
+    test = evaluate(engine, data, "test", flips=False, device=CPU)
+    return {"told": told, "test": test, "tensors": {n: digest_of(tensor) for n, tensor in engine.state()}}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_large_models_have_the_same_bits_on_any_number_of_processes() -> None:
+    (alone,) = run_ranks(run_models, 1, timeout_seconds=120)
+    for name in MODELS:
+        assert len(alone[name]["told"]) == 2
+        assert alone[name]["told"][0] != alone[name]["told"][1]
+    for world_size in (2, 3):
+        for rank in run_ranks(run_models, world_size, timeout_seconds=120):
+            for name in MODELS:
+                assert rank[name] == alone[name], f"{name} at {world_size}"
