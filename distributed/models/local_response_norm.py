@@ -6,6 +6,7 @@ The sums over channels are one matrix product with a band of ones: in channels_l
 by side, so that images are a matrix [pixels, channels]. torch's own pads, goes to five dimensions and pools.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,13 +48,13 @@ class _NormalizedRows(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.options = size, alpha, beta, k
         band = _band(x, size)
-        y = torch.empty_like(x)
+
+        def normalized(rows: Tensor) -> Tensor:
+            wide = rows.to(band.dtype)
+            return _power(_denominators(wide, band, alpha / size, k), beta) * wide
+
         with torch.autocast(x.device.type, enabled=False):
-            for x_block, y_block in zip(_blocks(x), _blocks(y), strict=True):
-                wide = x_block.to(band.dtype)
-                power = _power(_denominators(wide, band, alpha / size, k), beta)
-                y_block.copy_(power.mul_(wide))
-        return y
+            return _in_blocks(normalized, x)
 
     @staticmethod
     @once_differentiable
@@ -61,21 +62,29 @@ class _NormalizedRows(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         size, alpha, beta, k = ctx.options
         band = _band(x, size)
-        result = torch.empty_like(x)
+
+        def gradient(rows: Tensor, grad_rows: Tensor) -> Tensor:
+            wide, above = rows.to(band.dtype), grad_rows.to(band.dtype)
+            d = _denominators(wide, band, alpha / size, k)
+            power = _power(d, beta)
+            # What x_c does to d_j is summed over the channels j around which c lies: the band's transpose.
+            spread = torch.mm((above * wide).mul_(power).div_(d), band.t())
+            return spread.mul_(wide).mul_(-2 * alpha * beta / size).addcmul_(above, power)
+
         with torch.autocast(x.device.type, enabled=False):
-            for x_block, g_block, out in zip(_blocks(x), _blocks(grad.contiguous()), _blocks(result), strict=True):
-                wide, above = x_block.to(band.dtype), g_block.to(band.dtype)
-                d = _denominators(wide, band, alpha / size, k)
-                power = _power(d, beta)
-                # What x_c does to d_j is summed over the channels j around which c lies: the band's transpose.
-                spread = torch.mm((above * wide).mul_(power).div_(d), band.t())
-                out.copy_(spread.mul_(wide).mul_(-2 * alpha * beta / size).addcmul_(above, power))
-        return result, None, None, None, None
+            return _in_blocks(gradient, x, grad.contiguous()), None, None, None, None
 
 
-def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
-    whole = rows.device.type != "cpu" or torch.compiler.is_compiling()
-    return (rows,) if whole else torch.split(rows, _BLOCK)
+def _in_blocks(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """The function of the rows, in their type; on a CPU of so many at a time that they stay in the cache."""
+    if rows[0].device.type != "cpu" or torch.compiler.is_compiling():
+        result = function(*rows)
+        # torch 2.11 compiles a Function whose forward ends in a cast to the type it has already to gradients of zero.
+        return result if result.dtype == rows[0].dtype else result.to(rows[0].dtype)
+    result = torch.empty_like(rows[0])
+    for out, *blocks in zip(*[torch.split(whole, _BLOCK) for whole in (result, *rows)], strict=True):
+        out.copy_(function(*blocks))
+    return result
 
 
 def _band(x: Tensor, size: int) -> Tensor:

@@ -1,28 +1,67 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.functional import resize as torchvision_resize
 
 from distributed import keyed
 from distributed.config.sections import Model
-from distributed.models.alexnet import improved_alexnet
+from distributed.models import alexnet
 from distributed.models.build import build_model, initialize
+from distributed.models.local_response_norm import LocalResponseNorm
+
+MODELS = {  # parameters at 10 and 100 classes, and MFLOP of one image's forward pass, of the seeds' table
+    "alexnet": (58_322_314, 58_691_044, 2262),
+    "improved_alexnet": (907_210, 918_820, 50),
+    "cifar_alexnet": (24_740_234, 25_108_964, 484),
+}
 
 
-def model_of(seed: int = 0, classes: int = 10) -> nn.Module:
-    return build_model(Model(), num_classes=classes, seed=seed)
+def model_of(name: str = "improved_alexnet", seed: int = 0, classes: int = 10) -> nn.Module:
+    return build_model(Model(name=name), num_classes=classes, seed=seed)
 
 
-@pytest.mark.parametrize(("classes", "parameters"), [(10, 907_210), (100, 918_820)])
-def test_the_number_of_parameters_is_the_seeds(classes, parameters):
-    assert sum(p.numel() for p in model_of(classes=classes).parameters()) == parameters
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_and_arithmetic_are_the_seeds(name):
+    with torch.device("meta"):
+        models = [getattr(alexnet, name)(classes, 0.5) for classes in (10, 100)]
+    assert tuple(sum(p.numel() for p in model.parameters()) for model in models) == MODELS[name][:2]
+    model = model_of(name).eval()
+    for index, layer in enumerate(model.conv):
+        if isinstance(layer, LocalResponseNorm):
+            model.conv[index] = nn.Identity()  # the table counts convolutions and linear layers
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    assert counter.get_total_flops() / 1e6 == pytest.approx(MODELS[name][2], rel=0.01)
 
 
 @pytest.mark.parametrize("classes", [10, 100])
-def test_images_become_logits(classes):
-    model = model_of(classes=classes)
+@pytest.mark.parametrize("name", [*MODELS, "cifar_alexnet_bn"])
+def test_images_become_logits(name, classes):
+    model = model_of(name, classes=classes)
     keys = keyed.sample_keys(torch.arange(3), seed=0, epoch=0)
     assert model(torch.randn(3, 3, 32, 32), keys).shape == (3, classes)
     assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, classes)
+    assert model(torch.empty(0, 3, 32, 32)).shape == (0, classes)
+
+
+def test_batch_norm_takes_the_place_of_local_response_norm():
+    assert [type(layer).__name__ for layer in model_of("cifar_alexnet").conv].count("LocalResponseNorm") == 3
+    layers = [type(layer).__name__ for layer in model_of("cifar_alexnet_bn").conv]
+    assert layers.count("BatchNorm2d") == 5
+    assert "LocalResponseNorm" not in layers
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("side", [32, 300])
+def test_images_of_another_size_are_resized_as_torchvision_does(memory_format, side):
+    images = torch.rand(2, 3, side, side).contiguous(memory_format=memory_format)
+    expected = torchvision_resize(images, [224, 224], antialias=True)
+    found = alexnet._resized(images, 224)
+    assert torch.equal(found, expected)
+    assert found.is_contiguous(memory_format=memory_format)
+    same = torch.rand(2, 3, 224, 224)
+    assert alexnet._resized(same, 224) is same
 
 
 def test_evaluation_of_no_images_gives_no_logits():
@@ -35,7 +74,7 @@ def test_the_probability_of_dropout_is_the_configs():
 
 
 def test_the_two_dropout_layers_draw_apart():
-    model = improved_alexnet(10, 0.5)
+    model = alexnet.improved_alexnet(10, 0.5)
     keys = keyed.sample_keys(torch.arange(20), seed=0, epoch=0)
     assert not torch.equal(model.dropout1.kept(keys)[:, :128], model.dropout2.kept(keys))
 

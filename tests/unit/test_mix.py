@@ -1,0 +1,77 @@
+import pytest
+import torch
+from torch import Tensor
+
+from distributed import keyed
+from distributed.config.data import Augment
+from distributed.data.mix import beta, mix
+
+
+def keys_of(count: int, seed: int = 0) -> Tensor:
+    return keyed.sample_keys(torch.arange(count), seed=seed, epoch=0)
+
+
+def pair(count: int = 64) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(count, 32, 32, 3), torch.randn(count, 32, 32, 3)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.4, 1.0])
+def test_draws_are_of_the_beta_distribution(alpha):
+    found = beta(keys_of(40_000), "mixup", alpha).sort().values
+    expected = torch.distributions.Beta(alpha, alpha)
+    torch.manual_seed(0)
+    drawn = expected.sample((40_000,)).double().sort().values
+    assert float(found.mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(found.var()) == pytest.approx(float(expected.variance), rel=0.03)
+    assert float((found - drawn).abs().max()) < 0.03, "quantile by quantile"
+
+
+def test_mixup_adds_up_the_two_images_by_the_part_of_the_label():
+    images, others = pair()
+    mixed, part = mix(images, others, keys_of(64), Augment(mixup=1.0))
+    weight = part[:, None, None, None]
+    assert torch.allclose(mixed, weight * images + (1 - weight) * others, atol=1e-5)
+    assert 0 < float(part.min()) < 0.2
+    assert 0.8 < float(part.max()) < 1
+
+
+def test_cutmix_pastes_one_box_and_the_label_keeps_what_is_left():
+    images, others = pair(256)
+    mixed, part = mix(images, others, keys_of(256), Augment(cutmix=1.0))
+    pasted = (mixed == others).all(3)
+    assert torch.equal(mixed, torch.where(pasted[..., None], others, images))
+    assert torch.allclose(part, 1 - pasted.float().mean((1, 2)))
+    for box in pasted:
+        rows, columns = box.any(1), box.any(0)
+        assert int(box.sum()) == int(rows.sum()) * int(columns.sum()), "a rectangle"
+    assert 0.3 < float(part.mean()) < 0.8
+    assert float(part.min()) < 0.2
+
+
+def test_with_both_each_image_has_one_of_them():
+    images, others = pair(400)
+    keys = keys_of(400)
+    mixed, part = mix(images, others, keys, Augment(mixup=0.5, cutmix=1.0))
+    blended = mix(images, others, keys, Augment(mixup=0.5))
+    pasted = mix(images, others, keys, Augment(cutmix=1.0))
+    by_box = [torch.equal(mixed[i], pasted[0][i]) and bool(part[i] == pasted[1][i]) for i in range(400)]
+    by_blend = [torch.equal(mixed[i], blended[0][i]) and bool(part[i] == blended[1][i]) for i in range(400)]
+    assert all(a or b for a, b in zip(by_box, by_blend, strict=True))
+    assert 150 < sum(by_box) < 250
+
+
+def test_an_image_is_mixed_alike_in_whatever_company():
+    images, others = pair()
+    config = Augment(mixup=0.3, cutmix=0.7)
+    whole, part = mix(images, others, keys_of(64), config)
+    few, few_part = mix(images[5:8], others[5:8], keys_of(64)[5:8], config)
+    assert torch.equal(few, whole[5:8])
+    assert torch.equal(few_part, part[5:8])
+    again, _ = mix(images, others, keys_of(64, seed=1), config)
+    assert not torch.equal(again, whole)
+
+
+def test_no_images_are_no_trouble():
+    images, part = mix(torch.empty(0, 32, 32, 3), torch.empty(0, 32, 32, 3), keys_of(0), Augment(mixup=1, cutmix=1))
+    assert (images.shape, part.shape) == ((0, 32, 32, 3), (0,))
