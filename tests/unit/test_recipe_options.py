@@ -1,0 +1,273 @@
+"""What a run may be asked for besides: another's weights, a return to the best ones, a profile, compiled kernels, losses."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from loguru import logger
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from distributed.build import build_data, build_engine
+from distributed.checkpoint import checkpoints
+from distributed.config import TrainConfig, load
+from distributed.engine.protocol import Engine
+from distributed.errors import InputError
+from distributed.loop import _loss, evaluate
+from distributed.recipe import train
+from distributed.run_folder import RunFolder, check_start
+from distributed.topology import Topology
+from distributed.warm_start import evaluated_weights, start_from
+
+CPU = torch.device("cpu")
+WORDS = (
+    "--data.name generated10 --data.train_samples 40 --data.test_samples 10 --global_batch_size 16 --epochs 2 "
+    "--precision float32 --device cpu --threads 1 --logging.every_steps 1 --logging.tensorboard false "
+    "--logging.level WARNING --optim.lr 0.05 --schedule.name constant --data.validation_fraction 0"
+)
+SMALL = WORDS.split()
+    "--data.name",
+    "generated10",
+    "--data.train_samples",
+    "40",
+    "--data.test_samples",
+    "10",
+    "--global_batch_size",
+    "16",
+    "--epochs",
+    "2",
+    "--precision",
+    "float32",
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+    "--logging.every_steps",
+    "1",
+    "--logging.tensorboard",
+    "false",
+    "--logging.level",
+    "WARNING",
+    "--optim.lr",
+    "0.05",
+    "--schedule.name",
+    "constant",
+    "--data.validation_fraction",
+    "0",
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_the_log_as_it_was() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    logger.remove()
+    yield
+    logger.remove()
+    torch.set_num_threads(threads)
+
+
+def config_of(run_dir: Path, *words: str) -> TrainConfig:
+    replaced = {word for word in words if word.startswith("--")}
+    kept = [w for pair in zip(SMALL[::2], SMALL[1::2], strict=True) if pair[0] not in replaced for w in pair]
+    return load([*kept, *words, "--run_dir", str(run_dir)])[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with averaged weights; its folder."""
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    train(config_of(run_dir, "--optim.ema_decay", "0.8"))
+    return run_dir
+
+
+def tensors_of(run_dir: Path, index: int = -1) -> dict[str, Tensor]:
+    return load_file(checkpoints(RunFolder(run_dir).checkpoints)[index] / "tensors.safetensors")
+
+
+def fresh_engine(tmp_path: Path, *words: str) -> Engine:
+    config, topology = config_of(tmp_path / "fresh", *words), Topology()
+    return build_engine(config, topology, build_data(config, topology, CPU), CPU)
+
+
+# Weights of another run
+
+
+def test_a_run_starts_from_the_weights_that_another_evaluates_with(trained, tmp_path):
+    engine = fresh_engine(tmp_path, "--optim.ema_decay", "0.5")
+    start_from(trained, engine)
+    expected, found = tensors_of(trained), dict(engine.state())
+    assert torch.equal(found["model.fc1.weight"], expected["ema.fc1.weight"])
+    assert torch.equal(found["model.conv.1.running_mean"], expected["ema.conv.1.running_mean"])
+    assert torch.equal(found["ema.fc1.weight"], expected["ema.fc1.weight"])
+    assert not found["optimizer.fc1.weight.momentum_buffer"].any()
+    assert not torch.equal(expected["ema.fc1.weight"], expected["model.fc1.weight"])
+
+
+def test_a_last_layer_of_other_classes_starts_afresh(trained, tmp_path):
+    engine = fresh_engine(tmp_path, "--data.name", "generated100")
+    before = {name: tensor.clone() for name, tensor in engine.state()}
+    start_from(trained, engine)
+    found = dict(engine.state())
+    assert torch.equal(found["model.fc3.weight"], before["model.fc3.weight"])
+    assert torch.equal(found["model.fc3.bias"], before["model.fc3.bias"])
+    assert torch.equal(
+        found["model.fc2.weight"], evaluated_weights(checkpoints(trained / "checkpoints")[-1])["fc2.weight"]
+    )
+
+
+def test_a_run_that_has_begun_needs_the_other_no_more(trained, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(trained, other, symlinks=True)
+    config = config_of(tmp_path / "run", "--init_from", str(other), "--epochs", "1")
+    check_start(config)
+    train(config)
+    shutil.rmtree(other)
+    again = config_of(tmp_path / "run", "--init_from", str(other), "--epochs", "2")
+    check_start(again)
+    assert train(again).epoch == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--init_from", "nowhere"], r"init_from = nowhere: no checkpoint there"),
+        (
+            ["--init_from", "RUN", "--model.name", "cifar_alexnet"],
+            r"holds weights of improved_alexnet, and model\.name",
+        ),
+        (["--init_from", "RUN/checkpoints"], r"no checkpoint there"),
+    ],
+)
+def test_what_cannot_be_started_from_is_told_before_anything_begins(trained, tmp_path, words, message):
+    words = [word.replace("RUN", str(trained)) for word in words]
+    with pytest.raises(InputError, match=message):
+        check_start(config_of(tmp_path / "run", *words))
+
+
+def test_a_damaged_checkpoint_is_not_started_from(trained, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy, symlinks=True)
+    tensors = checkpoints(copy / "checkpoints")[-1] / "tensors.safetensors"
+    content = bytearray(tensors.read_bytes())
+    content[-5] ^= 1
+    tensors.write_bytes(content)
+    with pytest.raises(InputError, match=r"is damaged: tensors\.safetensors"):
+        start_from(copy, fresh_engine(tmp_path))
+
+
+# A return to the best weights at a drop
+
+
+def test_at_a_drop_the_best_epochs_weights_come_back_and_momentum_is_zero(tmp_path):
+    said: list[str] = []
+    logger.add(lambda message: said.append(message.record["message"]))
+    config = config_of(
+        tmp_path / "run", "--epochs", "6", "--data.validation_fraction", "0.5", "--schedule.name", "plateau",
+        "--schedule.metric", "loss", "--checkpoint.best_by", "loss", "--schedule.patience", "0", "--schedule.return_to_best",
+        "--checkpoint.keep_last", "10", "--optim.lr", "0.3", "--exact.shards", "2",
+    )  # fmt: skip
+    train(config)
+    returns = [int(match[1]) for line in said if (match := re.search(r"are those of epoch (\d+),", line))]
+    drops = [index for index, line in enumerate(said) if "(drop" in line]
+    assert len(returns) == len(drops) > 0
+    epochs = [json.loads(line) for line in RunFolder(tmp_path / "run").metrics_file.read_text().splitlines()]
+    losses = [line["validation"]["loss"] for line in epochs if line["kind"] == "epoch"]
+    rates = [line["lr"] for line in epochs if line["kind"] == "train"]
+    after_drop = [e + 1 for e in range(5) if rates[2 * e + 2] < rates[2 * e]]
+    for epoch, best in zip(after_drop, returns, strict=False):
+        assert best - 1 == min(range(epoch), key=losses.__getitem__)
+        there, here = tensors_of(tmp_path / "run", best - 1), tensors_of(tmp_path / "run", epoch - 1)
+        for name, tensor in here.items():
+            assert not tensor.any() if name.startswith("optimizer.") else torch.equal(tensor, there[name]), name
+
+
+def test_the_best_must_be_the_best_by_what_the_schedule_watches(tmp_path):
+    words = ("--schedule.name", "plateau", "--schedule.metric", "loss", "--schedule.return_to_best")
+    with pytest.raises(InputError, match=r"set checkpoint\.best_by = loss"):
+        config_of(tmp_path, *words, "--data.validation_fraction", "0.5")
+
+
+# Losses and evaluation
+
+
+def test_the_loss_is_smoothed_and_mixed_as_the_papers_say(tmp_path):
+    config = config_of(tmp_path, "--data.augment.mixup", "0.5")
+    data = build_data(config, Topology(), CPU)
+    (batch,) = next(data.train_epoch(0))
+    logits = torch.randn(len(batch.labels), 10)
+    value, outcome = _loss(0.2, lambda images, keys: logits, batch)
+    assert batch.mixed is not None
+    part = batch.mixed.own_part[:, None]
+    targets = part * F.one_hot(batch.labels, 10) + (1 - part) * F.one_hot(batch.mixed.labels, 10)
+    expected = -((0.8 * targets + 0.02) * logits.log_softmax(1)).sum(1)
+    assert torch.allclose(outcome.losses, expected, atol=1e-5)
+    assert float(value) == pytest.approx(float(expected.mean()), rel=1e-5)
+
+
+def test_a_partner_is_the_image_before_and_mixed_as_it_is_augmented_itself(tmp_path):
+    plain = build_data(config_of(tmp_path), Topology(), CPU)
+    mixing = build_data(config_of(tmp_path, "--data.augment.cutmix", "1"), Topology(), CPU)
+    (alone,), (mixed,) = next(plain.train_epoch(3)), next(mixing.train_epoch(3))
+    assert torch.equal(mixed.labels, alone.labels)
+    assert torch.equal(mixed.mixed.labels, alone.labels.roll(1))
+    own, partner = mixed.images == alone.images, mixed.images == alone.images.roll(1, 0)
+    assert bool((own | partner).all())
+    assert not bool(own.all())
+    shards = mixed.shards()
+    assert torch.equal(torch.cat([shard.mixed.own_part for shard in shards]), mixed.mixed.own_part)
+    assert torch.equal(torch.cat([shard.mixed.labels for shard in shards]), mixed.mixed.labels)
+
+
+def test_with_flips_logits_are_the_mean_of_image_and_mirror_image(tmp_path):
+    config = config_of(tmp_path)
+    data = build_data(config, Topology(), CPU)
+    engine = build_engine(config, Topology(), data, CPU)
+    (batch,) = data.evaluation("test")
+    with engine.evaluating():
+        plain = engine.predict(batch)
+        mirrored = engine.model[0](batch.images.flip(3)).detach()  # one replica of exact mode's
+    expected = F.cross_entropy((plain + mirrored) / 2, batch.labels)
+    found = evaluate(engine, data, "test", flips=True, device=CPU)
+    assert found.mean_loss == pytest.approx(float(expected), rel=1e-5)
+    assert found.mean_loss != evaluate(engine, data, "test", flips=False, device=CPU).mean_loss
+
+
+# A profile, compiled kernels
+
+
+def test_a_profile_of_some_steps_lies_in_the_run_folder(tmp_path):
+    config = config_of(tmp_path / "run", "--epochs", "5", "--logging.profile_steps", "3")
+    train(config)
+    folder = RunFolder(tmp_path / "run").profile
+    assert "aten::" in (folder / "table.txt").read_text()
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    assert sum(event.get("name") == "aten::cross_entropy_loss" for event in events) >= 3
+
+
+def test_an_attempt_shorter_than_the_profile_leaves_what_there_was(tmp_path):
+    train(config_of(tmp_path / "run", "--epochs", "4", "--logging.profile_steps", "1000"))
+    assert (RunFolder(tmp_path / "run").profile / "table.txt").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_compiled_it_learns_the_same(tmp_path):
+    losses = []
+    for words in (["--exact.shards", "0"], ["--compile"]):
+        run_dir = tmp_path / words[0]
+        train(config_of(run_dir, *words, "--precision", "float64", "--epochs", "1"))
+        lines = [json.loads(line) for line in RunFolder(run_dir).metrics_file.read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if line["kind"] == "train"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    assert len(losses[0]) == 3
+
+
+def test_compiled_graphs_and_exact_mode_do_not_go_together(tmp_path):
+    with pytest.raises(InputError, match=r"set exact\.shards = 0"):
+        config_of(tmp_path, "--compile", "--exact.shards", "4")
+    assert config_of(tmp_path, "--compile").shards_on("cpu") == 0
