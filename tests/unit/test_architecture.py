@@ -19,7 +19,7 @@ LAYERS = [
     "attempt build warm_start",
     "recipe",
     "process",
-    "train evaluate compare bench export",
+    "train evaluate compare bench export experiments",
 ]
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row.split()}
 SLOW = {"torch", "torchvision", "deepspeed", "ray", "matplotlib", "tensorboard", "tqdm"}

@@ -31,35 +31,6 @@ WORDS = (
     "--logging.level WARNING --optim.lr 0.05 --schedule.name constant --data.validation_fraction 0"
 )
 SMALL = WORDS.split()
-    "--data.name",
-    "generated10",
-    "--data.train_samples",
-    "40",
-    "--data.test_samples",
-    "10",
-    "--global_batch_size",
-    "16",
-    "--epochs",
-    "2",
-    "--precision",
-    "float32",
-    "--device",
-    "cpu",
-    "--threads",
-    "1",
-    "--logging.every_steps",
-    "1",
-    "--logging.tensorboard",
-    "false",
-    "--logging.level",
-    "WARNING",
-    "--optim.lr",
-    "0.05",
-    "--schedule.name",
-    "constant",
-    "--data.validation_fraction",
-    "0",
-]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,196 @@
+"""`python -m distributed.experiments [--only I-10 ...]`: the seeds' eight results, run one after the other and put in a table.
+
+Each is a plain torchrun of configs/seeds/ID.toml into RUNS/ID, so that a finished one is skipped and a stopped one goes on.
+The table is made of what the run folders say: RESULTS.md and RESULTS.json are written anew after each run.
+"""
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from distributed.config import load
+from distributed.errors import ExitCode, InputError
+from distributed.files import replace_json, replace_text
+from distributed.run_folder import RunFolder
+
+CONFIGS = Path("configs/seeds")
+
+
+@dataclass(frozen=True)
+class Seed:
+    """What the seed documents report, in per cent."""
+
+    test: float
+    validation: float | None = None
+
+
+SEEDS = {
+    "I-10": Seed(79.46),
+    "I-50": Seed(85.87),
+    "A-10": Seed(68.80),
+    "S1-10": Seed(78.7, 78.7),
+    "S1-100": Seed(42.5, 41.3),
+    "S2-10": Seed(75.4, 75.2),
+    "S2-100": Seed(35.7, 35.4),
+    "S3-10": Seed(79.6, 78.6),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """How far a run came and what it reached, at its best epoch by validation where it has validation, else at its last."""
+
+    name: str
+    model: str
+    data: str
+    epochs: int
+    of_epochs: int
+    finished: bool
+    at_epoch: int
+    train: float
+    validation: float | None
+    test: float | None
+    test_loss: float | None
+    minutes: float
+    attempts: int
+    processes: str
+    device: str
+    precision: str
+    exact_shards: int
+    versions: dict[str, str]
+    date: str
+    command: str
+
+
+def result_of(name: str, run: RunFolder) -> Result | None:
+    """None where the run has finished no epoch yet."""
+    config, epochs = run.saved_config(), _lines(run.metrics_file, "epoch")
+    if config is None or not epochs:
+        return None
+    best = [line for line in epochs if line["is_best"]] if config.best_by else []
+    line = (best or epochs)[-1]
+    starts = [
+        entry for entry in map(json.loads, run.attempts_file.read_text().splitlines()) if entry["event"] == "started"
+    ]
+    bits = starts[-1]["bits"]
+    worlds = sorted({entry["world_size"] for entry in starts})
+    return Result(
+        name=name, model=config.model.name, data=config.data.name, epochs=len(epochs), of_epochs=config.epochs,
+        finished=run.status().get("status") == "finished", at_epoch=line["epoch"] + 1, train=100 * line["train_accuracy"],
+        validation=line["validation"] and 100 * line["validation"]["accuracy"],
+        test=line["test"] and 100 * line["test"]["accuracy"], test_loss=line["test"] and line["test"]["loss"],
+        minutes=sum(entry["seconds"] for entry in epochs) / 60, attempts=len(starts),
+        processes=" then ".join(map(str, worlds)), device=bits["device"], precision=config.precision,
+        exact_shards=bits["shards"], versions=bits["versions"], date=starts[-1]["time"][:10],
+        command=f"python -m distributed.experiments --only {name}",
+    )  # fmt: skip
+
+
+def _lines(file: Path, kind: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, file.read_text().splitlines()) if file.is_file() else ()
+    return [line for line in lines if line["kind"] == kind]
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown: one row a run, and the seed's figure beside ours."""
+    rows = [
+        "| id | model, data | epochs | validation | test | the seed's (validation, test) | minutes | on |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        seed = SEEDS[r.name]
+        extent = f"{r.epochs} of {r.of_epochs}" if r.epochs < r.of_epochs else f"{r.epochs}"
+        extent += ", ended early" if r.finished and r.epochs < r.of_epochs else "" if r.finished else ", unfinished"
+        at = f" at epoch {r.at_epoch}" if r.validation is not None else ""
+        mode = f"exact ({r.exact_shards})" if r.exact_shards else "fast"
+        rows.append(
+            f"| {r.name} | {r.model}, {r.data} | {extent} | {_per_cent(r.validation)}{at} | **{_per_cent(r.test)}** | "
+            f"{_per_cent(seed.validation)}, {_per_cent(seed.test)} | {r.minutes:.1f} | {r.device.split(' with')[0]}, "
+            f"{r.processes} processes, {r.precision}, {mode} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def _per_cent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} %"
+
+
+def write_results(runs: Path, out: Path) -> list[Result]:
+    """The table of all runs that there are, as OUT.md and OUT.json."""
+    results = [found for name in SEEDS if (found := result_of(name, RunFolder(runs / name)))]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(out.with_suffix(".md"), table(results))
+    replace_json(out.with_suffix(".json"), [asdict(result) for result in results])
+    return results
+
+
+def main() -> int:
+    """0: all asked for are finished; 75: time was up, the same command goes on; else what the failed run ended with.
+
+    Other settings (`--precision float32`) go to every run.
+    """
+    parser = argparse.ArgumentParser(prog="python -m distributed.experiments", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=SEEDS, default=list(SEEDS), metavar="ID", help=", ".join(SEEDS))
+    parser.add_argument("--data.root", dest="root", help="folder with the data sets")
+    parser.add_argument("--runs", type=Path, default=Path("runs/experiments"), help="folder of the run folders")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/experiments"), help="the table, without .md and .json"
+    )
+    parser.add_argument("--nproc_per_node", default="1", help="processes, as of torchrun")
+    parser.add_argument(
+        "--minutes", type=float, help="stop, with everything saved, after so long; the same command goes on"
+    )
+    arguments, settings = parser.parse_known_args()
+    deadline = time.monotonic() + 60 * arguments.minutes if arguments.minutes else None
+    try:
+        for name in arguments.only:
+            words = [str(CONFIGS / f"{name}.toml"), "--run_dir", str(arguments.runs / name), *settings]
+            words += ["--data.root", arguments.root] if arguments.root else []
+            load(words)  # what the run would refuse: torchrun would hide its exit code
+            code = _run(["--nproc_per_node", arguments.nproc_per_node], words, deadline)
+            code = int(code and RunFolder(arguments.runs / name).status().get("exit_code", code))
+            results = write_results(arguments.runs, arguments.out)
+            if code:
+                return code
+    except InputError as error:
+        error.tell()
+        return ExitCode.BAD_INPUT
+    print(table(results))
+    return ExitCode.FINISHED
+
+
+def _run(launch: Sequence[str], words: Sequence[str], deadline: float | None) -> int:
+    """One run under torchrun up to the deadline; torchrun's exit code, or 75 where there was no time to begin."""
+    if deadline and time.monotonic() >= deadline:
+        return ExitCode.STOPPED
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        *launch,
+        "-m",
+        "distributed.train",
+        *words,
+    ]
+    print("+", " ".join(command[1:]), flush=True)
+    run = subprocess.Popen(command)
+    try:
+        return run.wait(deadline and max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        run.send_signal(signal.SIGTERM)  # torchrun passes it on; the run saves at its next step
+        return ExitCode.STOPPED if run.wait() else ExitCode.FINISHED
+    except KeyboardInterrupt:
+        run.wait()
+        return ExitCode.INTERRUPTED
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

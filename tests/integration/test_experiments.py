@@ -1,0 +1,61 @@
+"""The seeds' experiments as a user starts them, cut short on generated images."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distributed.config import load
+from distributed.experiments import CONFIGS, SEEDS
+
+SHORT = (
+    "--data.name generated10 --data.train_samples 300 --data.test_samples 50 --epochs 2 --threads 1 --device cpu "
+    "--logging.tensorboard false"
+)
+ROOT = Path(__file__).parents[2]
+
+
+def experiments(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "distributed.experiments", "--runs", str(tmp_path / "runs"),
+               "--out", str(tmp_path / "results"), *words]  # fmt: skip
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_every_result_of_the_seeds_has_its_config_with_a_header(name):
+    path = ROOT / CONFIGS / f"{name}.toml"
+    header = path.read_text()
+    config, _ = load([str(path)])
+    assert header.startswith(f"# {name}: {config.model.name} on CIFAR-{name.split('-')[1] if name[0] == 'S' else 10}")
+    assert f"configs/seeds/{name}.toml --data.root" in header
+    assert f"test {SEEDS[name].test:g}" in header or f"test {SEEDS[name].test:.2f}" in header
+    assert config.data.name == ("cifar100" if name.endswith("-100") else "cifar10")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_experiments_stop_when_time_is_up_go_on_and_end_in_a_table(tmp_path):
+    words = ["--only", "I-10", "I-50", *SHORT.split()]
+    cut = experiments(tmp_path, *words, "--minutes", "0.0001")
+    assert cut.returncode == 75, cut.stderr
+    done = experiments(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    again = experiments(tmp_path, *words)
+    assert again.returncode == 0
+    assert again.stderr.count("this run is finished") == 2
+    assert again.stdout.split("| id |")[1] == done.stdout.split("| id |")[1]
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [(row["name"], row["epochs"], row["finished"]) for row in rows] == [("I-10", 2, True), ("I-50", 2, True)]
+    assert "torch" in rows[0]["versions"]
+    text = (tmp_path / "results.md").read_text()
+    assert "| I-10 | improved_alexnet, generated10 | 2 |" in text
+    assert "79.46 %" in text
+
+
+def test_what_a_run_would_refuse_is_told_before_it_is_started(tmp_path):
+    refused = experiments(tmp_path, "--only", "I-10", "--optim.lr", "fast")
+    assert refused.returncode == 2
+    assert refused.stderr == "error: command line: optim.lr = fast: should be a valid number\n"
+    assert "torch.distributed.run" not in refused.stdout
