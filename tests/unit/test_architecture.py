@@ -15,7 +15,7 @@ LAYERS = [
     "exact",
     "engine state",
     "run_folder loop",
-    "checkpoint report",
+    "checkpoint reporter",
     "attempt build",
     "recipe",
     "process",
