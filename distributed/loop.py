@@ -1,5 +1,7 @@
 """One training step and one evaluation: the only code that touches losses and gradients."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,8 +31,18 @@ def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Outcome]:
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, data: DataPipeline, split: Split, *, device: torch.device) -> Totals:
+def evaluate(
+    engine: Engine,
+    data: DataPipeline,
+    split: Split,
+    *,
+    device: torch.device,
+    observers: Sequence[Callable[[Tensor, Batch], None]] = (),
+) -> Totals:
     """Loss, top-1 and top-5 over a split, each image counted once, on all ranks together.
+
+    Args:
+        observers: each is called with the logits [n, classes] of every batch of this rank, and the batch.
 
     Raises:
         NotFiniteError: the loss is infinite or no number.
@@ -42,6 +54,8 @@ def evaluate(engine: Engine, data: DataPipeline, split: Split, *, device: torch.
         logits = _wide(engine.predict(batch))
         losses = F.cross_entropy(logits, batch.labels, reduction="none")
         sums.add(losses, logits, batch.labels)
+        for observe in observers:
+            observe(logits, batch)
     engine.model.train()
     totals = sums.read()
     if totals.first_bad_step is not None:

@@ -95,6 +95,7 @@ class DataPipeline:
         }
         # Of training images only: what is measured on must not shape the input. Two thousand give three digits.
         mean, deviation = _mean_and_deviation(train.images[np.flatnonzero(~held_out)[:2000]])
+        self.mean, self.deviation = mean.tolist(), deviation.tolist()  # of pixels in [0, 1], each channel's
         # As one multiply-add a pixel.
         self._scale = torch.tensor(1 / (255 * deviation), dtype=dtype, device=device)
         self._shift = torch.tensor(-mean / deviation, dtype=dtype, device=device)
