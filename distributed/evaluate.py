@@ -1,4 +1,4 @@
-"""`python -m distributed.evaluate RUN [--split test] [--checkpoint best]`: how good a run's checkpoint is, and at which classes.
+"""`python -m distributed.evaluate RUN [--split test] [--checkpoint best]`: how good a checkpoint is, at which classes.
 
 Prints loss, top-1 and top-5, then each class; draws which classes are taken for which.
 """
@@ -15,7 +15,7 @@ from distributed.config import TrainConfig
 from distributed.data import cifar
 from distributed.errors import ExitCode, InputError
 from distributed.files import check_writable
-from distributed.saved_run import check_whole, checkpoint_of, classes_of, config_of, content_of, with_data_root
+from distributed.saved_run import check_whole, checkpoint_of, classes_of, config_of, with_data_root
 from distributed.topology import Topology
 
 if TYPE_CHECKING:

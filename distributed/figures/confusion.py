@@ -23,13 +23,13 @@ def confusion_figure(counts: Sequence[Sequence[int]], names: Sequence[str], *, t
         _draw_cells(made, axes, shares)
         if few:
             _write_numbers(axes, counts, shares)
-        size = 8 if few else 5.5
-        axes.set_xticks(range(len(names)), names, rotation=90 if not few else 45, ha="center" if not few else "right")
-        axes.set_yticks(range(len(names)), names)
-        axes.tick_params(labelsize=size, length=0, pad=2)
-        if few:
+        upright = not few or max(len(name) for name in names) <= 3
+        axes.set_xticks(range(len(names)), names, rotation=90 if not few else 0 if upright else 40)
+        if not upright:
             for label in axes.get_xticklabels():
-                label.set_rotation_mode("anchor")
+                label.set(rotation_mode="anchor", horizontalalignment="right")
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(labelsize=8 if few else 5.5, length=0, pad=2)
         axes.set(xlabel="taken for", ylabel="true class", title=title)
         yield made
 
