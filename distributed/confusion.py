@@ -37,7 +37,7 @@ class Pair(NamedTuple):
 
     true: str
     predicted: str
-    count: int
+    images: int
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def most_confused(counts: Counts, names: Sequence[str]) -> list[Pair]:
         for predicted, count in enumerate(row)
         if count and true != predicted
     ]
-    return sorted(pairs, key=lambda pair: -pair.count)
+    return sorted(pairs, key=lambda pair: -pair.images)
 
 
 def as_lines(results: Sequence[ClassResult]) -> list[str]:
@@ -87,7 +87,7 @@ def as_lines(results: Sequence[ClassResult]) -> list[str]:
     lines = [f"{'class':{width}}  {'n':>6}  {'recall':>8}  {'precision':>9}  most confused with"]
     for result in results:
         pair = result.confused_with
-        confused = f"{pair.predicted} ({pair.count})" if pair else "-"
+        confused = f"{pair.predicted} ({pair.images})" if pair else "-"
         lines.append(
             f"{result.name:{width}}  {result.count:>6,}  {_percent(result.recall):>8}  "
             f"{_percent(result.precision):>9}  {confused}"

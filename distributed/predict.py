@@ -26,7 +26,7 @@ def main() -> int:
     """The exit code; prints a line an image."""
     parser = argparse.ArgumentParser(prog="python -m distributed.predict", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG, GIF or WebP files")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="files of any common format")
     parser.add_argument("--checkpoint", default="auto", help="best, latest or a name; auto: best if there is one")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--picture", type=Path, metavar="OUT.png", help="draw the images with what they are taken for")

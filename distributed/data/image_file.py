@@ -1,7 +1,9 @@
-"""One image from a file of whatever common format."""
+"""One image from a file of whatever format, and one into a file."""
 
+import io
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,25 +16,31 @@ def read_image(path: Path) -> Tensor:
     Raises:
         InputError: the file cannot be read, or holds no image of a known format.
     """
-    # Slow to import, and training never needs it.
-    from torchvision.io import ImageReadMode, decode_image
+    # Not torchvision's decoders, which 0.29 has marked as going away.
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; name an image that can be read") from None
-    try:
-        if not content:
-            raise RuntimeError("it is empty")
-        image = decode_image(
-            torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB, apply_exif_orientation=True
-        )
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{path}: no image that can be decoded ({reason}); give a JPEG, PNG, GIF or WebP file"
-        ) from None
-    if image.dim() == 4:
-        image = image[0]
-    full = 65535 if image.dtype == torch.uint16 else 255
-    return image.to(torch.float32) / full
+        with Image.open(path) as opened:
+            upright = ImageOps.exif_transpose(opened)
+            if upright.mode.startswith("I"):  # 16 bits of grey, which a conversion to RGB would cut off at 255
+                grey = torch.from_numpy(np.asarray(upright, np.float32) / np.float32(65535)).clamp(0, 1)
+                return grey.expand(3, -1, -1)
+            pixels = np.array(upright.convert("RGB"))
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        reason = str(error).replace(repr(str(path)), "it")
+        raise InputError(f"{path}: no image that can be decoded ({reason}); give a JPEG, PNG or the like") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise InputError(f"{path}: {error.strerror}; name an image that can be read") from None
+        raise InputError(f"{path}: no image that can be decoded ({error}); give a JPEG, PNG or the like") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1).to(torch.float32) / 255
+
+
+def png_of(image: Tensor) -> bytes:
+    """An image [3, h, w] of pixels in [0, 1], which it is cut off to, as a PNG file."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
+    return file.getvalue()

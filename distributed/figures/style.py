@@ -19,7 +19,7 @@ INK = "#1b2028"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 SPLITS = {"train": COLOURS[0], "validation": COLOURS[1], "test": COLOURS[2]}
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
     "axes.titlecolor": INK,

@@ -61,9 +61,10 @@ def _page(runs: Sequence[History], *, checkpoint: str) -> str:
         text(f"Made {time.strftime('%Y-%m-%d %H:%M %Z')} from what the run folders held then.", quiet=True),
     ]
     if len(runs) > 1:
-        parts += together(runs)
-    for run in runs:
-        parts += run_parts(run, checkpoint=checkpoint)
+        links = "".join(f'<a href="#run-{place}">{escape(run.name)}</a>' for place, run in enumerate(runs))
+        parts += [f"<nav>{links}</nav>", *together(runs)]
+    for place, run in enumerate(runs):
+        parts += run_parts(run, checkpoint=checkpoint, anchor=f"run-{place}")
     return page(title, parts)
 
 

@@ -1,7 +1,7 @@
 """The curves of a run, and of several over each other. Imports no torch."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distributed.figures.style import COLOURS, INK, SPLITS, as_svg, figure
 from distributed.report.history import History
@@ -11,6 +11,7 @@ from distributed.report.words import drops
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_DASHES = ("-", "--", "-.", ":")
 _DOTTED_UP_TO = 30  # epochs; with more, points would hide the line
 
 
@@ -32,9 +33,10 @@ def run_curves(run: History) -> Html:
         best = run.best("validation")
         if best:
             accuracies.plot([best[0]], [100 * best[1]], "o", markersize=9, mfc="none", mec=INK, label="best validation")
-        _draw_rates(rates, run, COLOURS[3])
-        for axes in (accuracies, losses):
-            axes.legend()
+        _draw_rates(rates, run, color=COLOURS[3])
+        losses.legend()
+        accuracies.legend()
+        for axes in (losses, accuracies, rates):
             _mark_drops(axes, run)
         _label(losses, accuracies, rates)
         return as_svg(made, label=f"loss, accuracy and learning rate of {run.name} over epochs")
@@ -51,8 +53,8 @@ def overlaid_curves(runs: Sequence[History]) -> Html:
     split = "validation" if all(run.best("validation") for run in runs if run.epochs) else "test"
     with figure(11.5, 3.6, columns=3) as (made, [losses, accuracies, rates]):
         for place, run in enumerate(runs):
-            # Runs of the same bits lie on top of each other: later ones are thinner, so that all are seen.
-            style = {"color": COLOURS[place % len(COLOURS)], "linewidth": max(1.0, 3.2 - 0.8 * place)}
+            # Runs of the same bits lie on top of each other: the lower ones are seen between the dashes.
+            style: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "linestyle": _DASHES[place % len(_DASHES)]}
             losses.plot(*run.curve("train", "loss"), label=run.name, **style)
             epochs, values = run.curve(split, "accuracy")
             accuracies.plot(epochs, [100 * v for v in values], **style)
@@ -81,11 +83,12 @@ def throughput(run: History) -> Html:
         if starts:
             axes.legend()
         axes.set(xlabel="step", ylabel="images / s", ylim=(0, None))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         return as_svg(made, label=f"training speed of {run.name} over steps")
 
 
-def _draw_rates(axes: "Axes", run: History, color: str, **style: float) -> None:
+def _draw_rates(axes: "Axes", run: History, **style: Any) -> None:
     per_epoch = run.steps_per_epoch
     if per_epoch is None:
         return
@@ -93,8 +96,10 @@ def _draw_rates(axes: "Axes", run: History, color: str, **style: float) -> None:
         points = [(line["step"] / per_epoch, line["lr"]) for line in run.steps]
     else:
         points = [(line["epoch"] + 1, line["lr"]) for line in run.epochs]
-    axes.plot([x for x, _ in points], [lr for _, lr in points], color=color, **style)
-    _mark_drops(axes, run)
+    if run.config.schedule.name == "plateau":
+        axes.set_yscale("log")  # its drops span orders of magnitude
+        style["drawstyle"] = "steps-pre"
+    axes.plot([x for x, _ in points], [lr for _, lr in points], **style)
 
 
 def _mark_drops(axes: "Axes", run: History) -> None:
@@ -108,10 +113,7 @@ def _label(losses: "Axes", accuracies: "Axes", rates: "Axes") -> None:
     for axes, title, unit in (
         (losses, "loss", "cross-entropy"),
         (accuracies, "accuracy", "top-1, %"),
-        (rates, "learning rate", "learning rate"),
+        (rates, "learning rate", ""),
     ):
         axes.set(title=title, xlabel="epoch", ylabel=unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    # Drops span orders of magnitude; half a cosine is read on a plain axis.
-    if "--" in {line.get_linestyle() for line in rates.get_lines()}:
-        rates.set_yscale("log")

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.io import encode_png
 
 from distributed.build import build_data, build_engine
 from distributed.checkpoint import load
 from distributed.classifier import weights_of
 from distributed.config import TrainConfig
 from distributed.confusion import ConfusionSums, Counts
+from distributed.data.image_file import png_of
 from distributed.data.pipeline import Batch, DataPipeline
 from distributed.loop import evaluate
 from distributed.process_group import choose_device
@@ -107,15 +107,10 @@ def first_filters(checkpoint: Path, *, most: int = 96) -> list[bytes] | None:
     if filters is None:
         return None
     scaled = filters[:most] / filters[:most].abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
-    return [_png(0.5 + 0.5 * one) for one in scaled]
+    return [png_of(0.5 + 0.5 * one) for one in scaled]
 
 
 def as_png(image: Tensor, normalization: Normalization) -> bytes:
     """A normalized image [3, h, w] as it looked before."""
     mean, deviation = (torch.tensor(values).view(-1, 1, 1) for values in normalization)
-    return _png(image * deviation + mean)
-
-
-def _png(image: Tensor) -> bytes:
-    """An image [3, h, w] of pixels in [0, 1]."""
-    return bytes(encode_png((image.clamp(0, 1) * 255).round().byte().contiguous()).numpy())
+    return png_of(image * deviation + mean)

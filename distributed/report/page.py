@@ -35,7 +35,7 @@ th { text-align: left; font-weight: 600; color: var(--quiet); font-size: 12.5px;
 th, td { padding: 5px 18px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number, th.number { text-align: right; }
 tr:last-child td { border-bottom: 0; }
-.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)); gap: 12px 10px; }
+.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(70px, 1fr)); gap: 12px 10px; }
 .images.wide { grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); }
 .images figure { margin: 0; font-size: 12px; line-height: 1.3; color: var(--quiet); }
 .images figure b { color: var(--ink); font-weight: 600; }
@@ -43,6 +43,11 @@ tr:last-child td { border-bottom: 0; }
 pre { font: 12.5px/1.5 ui-monospace, monospace; overflow-x: auto; margin: 8px 0 0; }
 summary { cursor: pointer; font-weight: 600; }
 svg { display: block; }
+.part > :last-child, .part > :last-child p { margin-bottom: 0; }
+.beside { display: flex; flex-wrap: wrap; gap: 24px 40px; align-items: flex-start; }
+.beside > :first-child { flex: 1 1 480px; min-width: 0; }
+nav { margin: 16px 0 0; }
+nav a { margin-right: 16px; }
 """
 
 
@@ -101,6 +106,11 @@ def pictures(images: Iterable[tuple[bytes, str, Html]], *, wide: bool = False) -
         for png, shows, caption in images
     )
     return f'<div class="images{" wide" if wide else ""}">\n{figures}\n</div>'
+
+
+def beside(*content: Html) -> Html:
+    """Side by side where the page is wide enough, else below each other."""
+    return '<div class="beside">' + "".join(f"<div>{each}</div>" for each in content) + "</div>"
 
 
 def folded(title: str, content: str) -> Html:

@@ -10,7 +10,7 @@ from distributed.config import as_toml
 from distributed.errors import InputError, NotFiniteError
 from distributed.report.curves import run_curves, throughput
 from distributed.report.history import History
-from distributed.report.page import Absent, Html, folded, key_figures, missing, part, pictures, table, text
+from distributed.report.page import Absent, Html, beside, folded, key_figures, missing, part, pictures, table, text
 from distributed.report.words import clock, how_it_ended, how_it_stands, learning_rate, what_it_is
 from distributed.saved_run import checkpoint_of
 
@@ -21,10 +21,11 @@ _AUGMENTED, _MISTAKES, _PAIRS = 24, 24, 10
 _FOLDED_FROM = 25  # classes of a table that is not shown unasked
 
 
-def run_parts(run: History, *, checkpoint: str) -> list[Html]:
+def run_parts(run: History, *, checkpoint: str, anchor: str) -> list[Html]:
     """All parts on a run.
 
     Args:
+        anchor: by which the page's own links find it.
         checkpoint: the name of the one that is looked at.
     """
     look = _Look(run, checkpoint)
@@ -37,7 +38,12 @@ def run_parts(run: History, *, checkpoint: str) -> list[Html]:
         ("What it is shown", lambda: _shown(run, look.checked())),
         ("What its first layer looks for", lambda: _filters(look.path())),
     ]
-    head = [f"<h2>{escape(run.name)}</h2>", text(what_it_is(run)), key_figures(_figures(run)), _attempts(run)]
+    head = [
+        f'<h2 id="{escape(anchor)}">{escape(run.name)}</h2>',
+        text(what_it_is(run)),
+        key_figures(_figures(run)),
+        _attempts(run),
+    ]
     return [
         *head,
         *(_part(title, make) for title, make in tried),
@@ -93,7 +99,7 @@ def _attempts(run: History) -> Html:
     rows = [
         [
             str(place),
-            attempt.started["time"].replace("T", " "),
+            attempt.started["time"].replace("T", " ").replace("+0000", " UTC"),
             f"{attempt.started.get('step') or 0:,}",
             attempt.hardware,
             clock(attempt.duration) if attempt.duration is not None else "unknown",
@@ -139,7 +145,7 @@ def _results(found: "Findings", checkpoint: Path) -> list[Html]:
         matrix = as_svg(figure, label="confusion matrix of the test images")
     counts = dict(zip(names, map(sum, found.counts), strict=True))
     pairs = [
-        [pair.true, pair.predicted, f"{pair.count:,}", f"{pair.count / counts[pair.true]:.1%} of {pair.true}"]
+        [pair.true, pair.predicted, f"{pair.images:,}", f"{pair.images / counts[pair.true]:.1%} of the class"]
         for pair in most_confused(found.counts, names)[:_PAIRS]
     ]
     return [
@@ -147,9 +153,7 @@ def _results(found: "Findings", checkpoint: Path) -> list[Html]:
             f"The checkpoint {checkpoint.name} on the {totals.count:,} test images: {totals.accuracy:.2%} right, the right "
             f"class among the first five of {totals.accuracy5:.2%}, loss {totals.mean_loss:.4f}."
         ),
-        matrix,
-        text("Most often confused:") if pairs else text("Nothing was confused."),
-        table(["class", "taken for", "images", ""], pairs, numbers=[2]) if pairs else "",
+        beside(matrix, table(["most confused", "taken for", "images", ""], pairs, numbers=[2])) if pairs else matrix,
     ]
 
 
@@ -160,7 +164,7 @@ def _classes(found: "Findings") -> list[Html]:
     for one in by_class(found.counts, found.classes):
         parts = ["–" if part is None else f"{part:.1%}" for part in (one.recall, one.precision)]
         pair = one.confused_with
-        rows.append([one.name, f"{one.count:,}", *parts, f"{pair.predicted} ({pair.count})" if pair else "–"])
+        rows.append([one.name, f"{one.count:,}", *parts, f"{pair.predicted} ({pair.images})" if pair else "–"])
     rows.sort(key=lambda row: -float(row[2].rstrip("%")) if row[2] != "–" else 1.0)
     drawn = table(["class", "images", "recall", "precision", "most confused with"], rows, numbers=[1, 2, 3])
     if len(rows) >= _FOLDED_FROM:
@@ -183,7 +187,7 @@ def _mistakes(found: "Findings") -> list[Html]:
             one.png,
             f"an image of {one.true} taken for {one.predicted}",
             f"<figcaption>is <b>{escape(one.true)}</b><br>taken for <b>{escape(one.predicted)}</b><br>"
-            f"{one.probability:.1%} sure</figcaption>",
+            f"{min(one.probability, 0.9994):.1%} sure</figcaption>",
         )
         for one in found.mistakes
     ]
@@ -192,7 +196,7 @@ def _mistakes(found: "Findings") -> list[Html]:
 
 def _shown(run: History, checked: "Checked") -> list[Html]:
     augment = run.config.data.augment.model_dump()
-    said = ", ".join(f"{name} {value}" for name, value in augment.items())
+    said = ", ".join(f"{name} {str(value).lower()}" for name, value in augment.items())
     images = [(png, "a training image as changed at random", "") for png in checked.augmented(_AUGMENTED)]
     return [
         text(f"The first training images of the first epoch, after their random changes ({said}).", quiet=True),

@@ -102,10 +102,12 @@ def drops(run: History) -> list[tuple[int, float, float]]:
 def _plateau(run: History, schedule: Plateau) -> list[str]:
     metric = schedule.metric
     least = f" by more than {schedule.min_delta:g}" if schedule.min_delta else ""
+    when = f"has not improved{least} for {schedule.patience + 1} epochs in a row" if (
+        schedule.patience
+    ) else f"of an epoch is no improvement{least}"  # fmt: skip
     said = [
         f"The learning rate starts at {run.config.peak_lr:g} and is multiplied by {schedule.factor:g} whenever validation "
-        f"{metric} has not improved{least} for more than {schedule.patience} epochs in a row"
-        + (f", {schedule.max_drops} times at the most." if schedule.max_drops is not None else ".")
+        f"{metric} {when}" + (f", {schedule.max_drops} times at the most." if schedule.max_drops is not None else ".")
     ]
     epochs, values = run.curve("validation", metric)
     for epoch, before, after in drops(run):
