@@ -60,9 +60,8 @@ def load_trained(config: TrainConfig, checkpoint: Path, *, data: Callable[[], Da
         network.load_state_dict(weights_of(checkpoint))
     except RuntimeError as error:
         raise InputError(f"{checkpoint}: does not fit the run's config.toml: {' '.join(str(error).split())}") from None
-    if (normalization := normalization_of(content)) is None:
-        read = data()
-        normalization = Normalization(read.mean, read.deviation)
+    normalization = normalization_of(content) or normalization_of(data().facts())
+    assert normalization is not None
     side = int(getattr(config.model, "input_side", 32))
     return Trained(Classifier(network.requires_grad_(False), normalization), classes, normalization, side)
 

@@ -80,7 +80,10 @@ def _evaluate(config: TrainConfig, checkpoint: Path, split: "Split", picture: Pa
     with process_group(topology, device, timeout_seconds=config.timeout_seconds):
         data = build_data(config, topology, device)
         engine = build_engine(config, topology, data, device)
-        content = load_checkpoint(checkpoint, engine)
+        try:
+            content = load_checkpoint(checkpoint, engine)
+        except ValueError as error:
+            raise InputError(f"{checkpoint}: {error}") from None
         confusion = ConfusionSums(data.num_classes, device)
         totals = evaluate(engine, data, split, device=device, observers=[confusion])
         counts = confusion.read()

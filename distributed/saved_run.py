@@ -65,11 +65,11 @@ def content_of(checkpoint: Path) -> dict[str, Any]:
 
 def classes_of(content: dict[str, Any], config: TrainConfig) -> list[str]:
     """The names of the classes as a checkpoint has them, else their numbers."""
-    names = content.get("classes") or range(config.data.num_classes)
+    names = content.get("classes") or range(getattr(config.data, "num_classes", 0))
     return [str(name) for name in names]
 
 
 def normalization_of(content: dict[str, Any]) -> Normalization | None:
-    """As a checkpoint has it; None in those of older versions."""
+    """As a checkpoint or the data's facts have it; None in checkpoints of older versions."""
     saved = content.get("normalization")
     return Normalization(saved["mean"], saved["deviation"]) if saved else None

@@ -68,11 +68,12 @@ def as_png(made: "Figure") -> bytes:
     return file.getvalue()
 
 
-def as_svg(made: "Figure", *, label: str) -> str:
+def as_svg(made: "Figure", *, label: str, shrinks: bool = True) -> str:
     """The figure as an element of a page, on its background, in its text's colour and font.
 
     Args:
         label: what the figure shows, for those who cannot see it.
+        shrinks: whether it may become narrower than it is, so as to fit the page.
     """
     file = io.StringIO()
     made.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -86,5 +87,6 @@ def as_svg(made: "Figure", *, label: str) -> str:
     head, body = svg.split(">", 1)
     box = re.search(r'viewBox="0 0 ([0-9.]+) [0-9.]+"', head)
     assert box is not None
-    style = f"width:100%;max-width:{1.35 * float(box[1]):.0f}px;height:auto"
+    width = f"{1.35 * float(box[1]):.0f}px"
+    style = f"width:100%;max-width:{width};height:auto" if shrinks else f"width:{width};height:auto"
     return f'<svg {box[0]} role="img" aria-label="{escape(label)}" style="{style}">{body}'

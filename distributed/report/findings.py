@@ -13,6 +13,7 @@ from distributed.config import TrainConfig
 from distributed.confusion import ConfusionSums, Counts
 from distributed.data.image_file import png_of
 from distributed.data.pipeline import Batch, DataPipeline
+from distributed.errors import InputError
 from distributed.loop import evaluate
 from distributed.process_group import choose_device
 from distributed.saved_run import Normalization, check_whole, classes_of, content_of, normalization_of
@@ -68,7 +69,7 @@ class Checked:
         self.config, self.topology = config.model_copy(update={"device": "auto"}), Topology()
         self.device = choose_device("auto", self.topology)
         self.data: DataPipeline = build_data(self.config, self.topology, self.device)
-        self.normalization = Normalization(self.data.mean, self.data.deviation)
+        self.normalization = Normalization(**self.data.facts()["normalization"])
 
     def augmented(self, count: int) -> list[bytes]:
         """The first training images of the first epoch as PNG, changed as the network was given them."""
@@ -79,12 +80,15 @@ class Checked:
         """What `evaluate` finds, and the most confidently wrong answers.
 
         Raises:
-            InputError: the checkpoint is damaged.
+            InputError: the checkpoint is damaged, or of another network.
         """
         check_whole(checkpoint)
         content = content_of(checkpoint)
         engine = build_engine(self.config, self.topology, self.data, self.device)
-        load(checkpoint, engine)
+        try:
+            load(checkpoint, engine)
+        except ValueError as error:
+            raise InputError(f"{checkpoint}: {error}") from None
         confusion, worst = ConfusionSums(self.data.num_classes, self.device), _Worst(mistakes)
         totals = evaluate(engine, self.data, "test", device=self.device, observers=[confusion, worst])
         names, normalization = classes_of(content, self.config), normalization_of(content) or self.normalization

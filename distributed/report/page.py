@@ -113,6 +113,11 @@ def beside(*content: Html) -> Html:
     return '<div class="beside">' + "".join(f"<div>{each}</div>" for each in content) + "</div>"
 
 
+def scrolled(content: Html) -> Html:
+    """What is wider than the page."""
+    return f'<div class="scroll">{content}</div>'
+
+
 def folded(title: str, content: str) -> Html:
     """Plain text that is shown on demand."""
     return f"<details><summary>{escape(title)}</summary><pre>{escape(content)}</pre></details>"

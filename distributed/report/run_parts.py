@@ -10,7 +10,19 @@ from distributed.config import as_toml
 from distributed.errors import InputError, NotFiniteError
 from distributed.report.curves import run_curves, throughput
 from distributed.report.history import History
-from distributed.report.page import Absent, Html, beside, folded, key_figures, missing, part, pictures, table, text
+from distributed.report.page import (
+    Absent,
+    Html,
+    beside,
+    folded,
+    key_figures,
+    missing,
+    part,
+    pictures,
+    scrolled,
+    table,
+    text,
+)
 from distributed.report.words import clock, how_it_ended, how_it_stands, learning_rate, what_it_is
 from distributed.saved_run import checkpoint_of
 
@@ -142,19 +154,19 @@ def _results(found: "Findings", checkpoint: Path) -> list[Html]:
     with confusion_figure(
         found.counts, names, title="test images by their class and what they are taken for"
     ) as figure:
-        matrix = as_svg(figure, label="confusion matrix of the test images")
+        large = len(names) >= _FOLDED_FROM
+        matrix = as_svg(figure, label="confusion matrix of the test images", shrinks=not large)
     counts = dict(zip(names, map(sum, found.counts), strict=True))
     pairs = [
         [pair.true, pair.predicted, f"{pair.images:,}", f"{pair.images / counts[pair.true]:.1%} of the class"]
         for pair in most_confused(found.counts, names)[:_PAIRS]
     ]
-    return [
-        text(
-            f"The checkpoint {checkpoint.name} on the {totals.count:,} test images: {totals.accuracy:.2%} right, the right "
-            f"class among the first five of {totals.accuracy5:.2%}, loss {totals.mean_loss:.4f}."
-        ),
-        beside(matrix, table(["most confused", "taken for", "images", ""], pairs, numbers=[2])) if pairs else matrix,
-    ]
+    said = text(
+        f"The checkpoint {checkpoint.name} on the {totals.count:,} test images: {totals.accuracy:.2%} right, the right "
+        f"class among the first five of {totals.accuracy5:.2%}, loss {totals.mean_loss:.4f}."
+    )
+    worst = table(["most confused", "taken for", "images", ""], pairs, numbers=[2]) if pairs else ""
+    return [said, worst, scrolled(matrix)] if large else [said, beside(matrix, worst)]
 
 
 def _classes(found: "Findings") -> list[Html]:
