@@ -1,6 +1,7 @@
 """What can be done with a run once it is trained, as users type it: evaluate, predict, export, report."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -229,3 +230,31 @@ def test_a_checkpoint_of_another_network_is_one_line(run: Path, tmp_path: Path) 
     said = refused(command("export", other, "--format", "safetensors"))
     assert "does not fit the run's config.toml" in said
     assert "fc3.weight" in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("CIFAR_ROOT" not in os.environ, reason="CIFAR_ROOT names no folder with CIFAR")
+def test_a_hundred_classes_of_real_images(tmp_path: Path) -> None:
+    """A tenth of CIFAR-100 is enough to have something to say of each class."""
+    run, root = tmp_path / "run", os.environ["CIFAR_ROOT"]
+    trained = command(
+        "train", "--data.name", "cifar100", "--data.root", root, "--data.validation_fraction", 0.9, "--epochs", 1,
+        "--schedule.name", "constant", "--optim.lr", 0.02, "--global_batch_size", 64, "--run_dir", run,
+        "--logging.tensorboard", "false",
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    result = command("evaluate", run, "--json")
+    told = json.loads(result.stdout)
+    assert [sum(row) for row in told["confusion"]] == [100] * 100
+    assert len({one["name"] for one in told["classes"]}) == 100
+    assert 0.015 < told["top1"] < 0.5
+    assert Image.open(run / "confusion-test.png").size[0] > 2000  # 100 names of a size that can be read
+    exported = command("export", run, "--format", "onnx", "--tolerance", 1e-4)
+    assert exported.returncode == 0, exported.stdout + exported.stderr
+    assert "compared on 64 test images" in exported.stdout
+    reported = command("report", run)
+    assert reported.returncode == 0, reported.stderr
+    document = (run / "report.html").read_text()
+    assert_stands_alone(document)
+    assert "could not be made" not in document
+    assert "All 100 classes" in document
