@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from distributed.errors import ExitCode, InputError
 from distributed.files import check_writable
-from distributed.saved_run import checkpoint_of, config_of, with_data_root
+from distributed.saved_run import checkpoint_of, config_of, unfetched, with_data_root
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +38,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     try:
-        config = with_data_root(config_of(arguments.run), arguments.root)
+        config = unfetched(with_data_root(config_of(arguments.run), arguments.root))
         checkpoint = checkpoint_of(arguments.run, arguments.checkpoint)
         if missing := [path for path in arguments.images if not path.is_file()]:
             raise InputError(*[f"{path}: no such file; name images that are there" for path in missing])

@@ -30,10 +30,28 @@ def config_of(run: Path) -> TrainConfig:
 
 
 def with_data_root(config: TrainConfig, root: Path | None) -> TrainConfig:
-    """The config with its data set in another folder; as it was where the folder is None or the data has none."""
-    if root is None or "root" not in type(config.data).model_fields:
+    """The config with its data set in another folder; as it was where the folder is None.
+
+    Raises:
+        InputError: the run's data lies in no folder.
+    """
+    if root is None:
         return config
+    if not has_data_root(config):
+        raise InputError(f"--data.root {root}: this run was on data.name = {config.data.name}; leave it out")
     return with_values(config, data=config.data.model_copy(update={"root": root}))
+
+
+def has_data_root(config: TrainConfig) -> bool:
+    """Whether the data lies in a folder; else it is generated."""
+    return "root" in type(config.data).model_fields
+
+
+def unfetched(config: TrainConfig) -> TrainConfig:
+    """The config with its data taken as it lies: a look at a run must not fetch a data set."""
+    if not getattr(config.data, "download", False):
+        return config
+    return with_values(config, data=config.data.model_copy(update={"download": False, "urls": ()}))
 
 
 def checkpoint_of(run: Path, name: str) -> Path:

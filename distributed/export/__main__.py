@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from distributed.errors import ExitCode, InputError
 from distributed.files import check_writable
-from distributed.saved_run import checkpoint_of, config_of, with_data_root
+from distributed.saved_run import checkpoint_of, config_of, unfetched, with_data_root
 
 if TYPE_CHECKING:
     from distributed.classifier import Trained
@@ -42,7 +42,7 @@ def main() -> int:
     arguments = parser.parse_args()
     out = arguments.out or arguments.run / "export"
     try:
-        config = with_data_root(config_of(arguments.run), arguments.root)
+        config = unfetched(with_data_root(config_of(arguments.run), arguments.root))
         checkpoint = checkpoint_of(arguments.run, arguments.checkpoint)
         names = _formats(arguments.format)
         check_writable("--out", out / "model")

@@ -16,7 +16,7 @@ from distributed.errors import ExitCode, InputError
 from distributed.files import check_writable, replace_text
 from distributed.report.history import History, read_history
 from distributed.report.page import Html, page, text
-from distributed.saved_run import with_data_root
+from distributed.saved_run import has_data_root, unfetched, with_data_root
 
 
 def main() -> int:
@@ -47,7 +47,9 @@ def main() -> int:
 
 
 def _with_root(run: History, root: Path | None) -> History:
-    return replace(run, config=with_data_root(run.config, root))
+    """With its data where it lies now; of several runs some may be on generated images."""
+    config = with_data_root(run.config, root) if has_data_root(run.config) else run.config
+    return replace(run, config=unfetched(config))
 
 
 def _page(runs: Sequence[History], *, checkpoint: str) -> str:

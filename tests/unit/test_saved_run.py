@@ -65,7 +65,11 @@ def test_names_and_normalization_come_from_the_checkpoint_else_numbers_and_nothi
 def test_data_can_lie_elsewhere_now() -> None:
     assert with_data_root(TrainConfig(), Path("elsewhere")).data.root == Path("elsewhere")
     generated = TrainConfig.model_validate({"data": {"name": "generated10"}})
-    assert with_data_root(generated, Path("elsewhere")) == generated
+    assert with_data_root(generated, None) == generated
+    with pytest.raises(
+        InputError, match="--data.root elsewhere: this run was on data.name = generated10; leave it out"
+    ):
+        with_data_root(generated, Path("elsewhere"))
 
 
 def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
