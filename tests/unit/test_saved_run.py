@@ -67,7 +67,7 @@ def test_data_can_lie_elsewhere_now() -> None:
     generated = TrainConfig.model_validate({"data": {"name": "generated10"}})
     assert with_data_root(generated, None) == generated
     with pytest.raises(
-        InputError, match="--data.root elsewhere: this run was on data.name = generated10; leave it out"
+        InputError, match=r"--data\.root elsewhere: this run was on data\.name = generated10; leave it out"
     ):
         with_data_root(generated, Path("elsewhere"))
 
