@@ -46,6 +46,11 @@ def build_data(config: TrainConfig, topology: Topology, device: torch.device) ->
     )
 
 
+def read_data(config: TrainConfig) -> DataPipeline:
+    """The run's images for a single process on the CPU, in float32: for what is done with a finished network."""
+    return build_data(config.model_copy(update={"precision": "float32"}), Topology(), torch.device("cpu"))
+
+
 def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device) -> Engine:
     model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
     common: dict[str, Any] = {

@@ -1,23 +1,31 @@
-"""`python -m distributed.evaluate RUN [--split test] [--checkpoint best]`: loss, top-1 and top-5 of a run's checkpoint."""
+"""`python -m distributed.evaluate RUN [--split test] [--checkpoint best]`: how good a checkpoint is, at which classes.
+
+Prints loss, top-1 and top-5, then each class; draws which classes are taken for which.
+"""
 
 import argparse
+import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from distributed.config import TrainConfig, load, with_values
+from distributed.config import TrainConfig
 from distributed.data import cifar
 from distributed.errors import ExitCode, InputError
-from distributed.run_folder import RunFolder
+from distributed.files import check_writable
+from distributed.saved_run import check_whole, checkpoint_of, classes_of, config_of, with_data_root
 from distributed.topology import Topology
 
 if TYPE_CHECKING:
+    from distributed.confusion import Counts
     from distributed.data.pipeline import Split
+    from distributed.sums import Totals
 
 
 def main() -> int:
-    """The exit code; prints one line of figures, on rank 0 where torchrun started several."""
+    """The exit code; prints on rank 0 where torchrun started several."""
     parser = argparse.ArgumentParser(prog="python -m distributed.evaluate", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
@@ -25,46 +33,41 @@ def main() -> int:
         "--checkpoint", default="auto", help="best, latest, step-00000313-epoch-001; auto: best if there is one"
     )
     parser.add_argument("--data.root", dest="root", type=Path, help="where the data set lies now")
+    parser.add_argument(
+        "--confusion",
+        type=Path,
+        metavar="FILE",
+        help="the drawn confusion matrix; RUN/confusion-SPLIT.png if not given",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     arguments = parser.parse_args()
+    picture = arguments.confusion or arguments.run / f"confusion-{arguments.split}.png"
     try:
         config = _config_of(arguments.run, arguments.root)
-        checkpoint = _checkpoint_of(RunFolder(arguments.run), arguments.checkpoint)
+        checkpoint = checkpoint_of(arguments.run, arguments.checkpoint)
         if arguments.split == "validation" and not config.data.validation_fraction:
             raise InputError("--split validation: this run held out no images; use --split test or train")
+        check_writable("--confusion", picture)
+        return _evaluate(config, checkpoint, arguments.split, picture, as_json=arguments.json)
     except InputError as error:
         error.tell()
         return ExitCode.BAD_INPUT
-    return _evaluate(config, checkpoint, arguments.split)
 
 
 def _config_of(run: Path, root: Path | None) -> TrainConfig:
-    folder = RunFolder(run)
-    if not folder.config_file.is_file():
-        raise InputError(f"{run}: no config.toml there; RUN is the folder that a training run wrote (its --run_dir)")
-    config, _ = load([str(folder.config_file)])
-    if root is not None and config.data.name in ("cifar10", "cifar100"):
-        config = with_values(config, data=config.data.model_copy(update={"root": root}))
+    config = with_data_root(config_of(run), root)
     if config.data.name in ("cifar10", "cifar100"):
         cifar.check(config.data.name, config.data.root)
     return config
 
 
-def _checkpoint_of(folder: RunFolder, name: str) -> Path:
-    names = ("best", "latest") if name == "auto" else (name,)
-    for candidate in names:
-        if (folder.checkpoints / candidate / "manifest.json").is_file():
-            return (folder.checkpoints / candidate).resolve()
-    there = sorted(path.name for path in folder.checkpoints.glob("[!.]*") if (path / "manifest.json").is_file())
-    raise InputError(f"--checkpoint {name}: not in {folder.checkpoints}; there are: {', '.join(there) or 'none'}")
-
-
-def _evaluate(config: TrainConfig, checkpoint: Path, split: "Split") -> int:
+def _evaluate(config: TrainConfig, checkpoint: Path, split: "Split", picture: Path, *, as_json: bool) -> int:
     import torch
 
     from distributed import logs
     from distributed.build import build_data, build_engine
-    from distributed.checkpoint import damage_of
     from distributed.checkpoint import load as load_checkpoint
+    from distributed.confusion import ConfusionSums
     from distributed.loop import evaluate
     from distributed.process_group import choose_device, make_deterministic, process_group
 
@@ -73,20 +76,53 @@ def _evaluate(config: TrainConfig, checkpoint: Path, split: "Split") -> int:
     torch.set_num_threads(topology.threads(config.threads))
     device = choose_device(config.device, topology)
     make_deterministic(device)
-    if damage := damage_of(checkpoint):
-        print(f"error: {checkpoint}: damaged: {damage}; name another with --checkpoint", file=sys.stderr)
-        return ExitCode.BAD_INPUT
+    check_whole(checkpoint)
     with process_group(topology, device, timeout_seconds=config.timeout_seconds):
         data = build_data(config, topology, device)
         engine = build_engine(config, topology, data, device)
-        load_checkpoint(checkpoint, engine)
-        totals = evaluate(engine, data, split, flips=config.evaluation.flips, device=device)
+        try:
+            content = load_checkpoint(checkpoint, engine)
+        except ValueError as error:
+            raise InputError(f"{checkpoint}: {error}") from None
+        confusion = ConfusionSums(data.num_classes, device)
+        flips = config.evaluation.flips
+        totals = evaluate(engine, data, split, flips=flips, device=device, observers=[confusion])
+        counts = confusion.read()
     if topology.is_main:
-        print(
-            f"{config.model.name} on {config.data.name}, {split} split ({totals.count:,} images), {checkpoint.name}: "
-            f"loss {totals.mean_loss:.4f}, top-1 {totals.accuracy:.2%}, top-5 {totals.accuracy5:.2%}"
-        )
+        facts = {"model": config.model.name, "data": config.data.name, "split": split, "checkpoint": checkpoint.name}
+        _tell(facts, totals, counts, classes_of(content, config), picture, as_json=as_json)
     return ExitCode.FINISHED
+
+
+def _tell(
+    facts: dict[str, str], totals: "Totals", counts: "Counts", names: list[str], picture: Path, *, as_json: bool
+) -> None:
+    from distributed.confusion import as_lines, by_class
+    from distributed.figures.confusion import confusion_figure
+    from distributed.figures.style import as_png
+
+    results = by_class(counts, names)
+    title = (
+        f"{facts['model']} on {facts['data']}, {facts['split']} split: {totals.accuracy:.2%} of {totals.count:,} right"
+    )
+    with confusion_figure(counts, names, title=title) as figure:
+        picture.write_bytes(as_png(figure))
+    if as_json:
+        figures: dict[str, Any] = {
+            "images": totals.count, "loss": totals.mean_loss, "top1": totals.accuracy, "top5": totals.accuracy5,
+        }  # fmt: skip
+        classes = [asdict(result) | {"confused_with": _pair(result.confused_with)} for result in results]
+        print(json.dumps({**facts, **figures, "classes": classes, "confusion": counts, "picture": str(picture)}))
+        return
+    print(
+        f"{facts['model']} on {facts['data']}, {facts['split']} split ({totals.count:,} images), {facts['checkpoint']}: "
+        f"loss {totals.mean_loss:.4f}, top-1 {totals.accuracy:.2%}, top-5 {totals.accuracy5:.2%}"
+    )
+    print("", *as_lines(results), "", f"confusion matrix: {picture}", sep="\n")
+
+
+def _pair(pair: tuple[str, str, int] | None) -> dict[str, Any] | None:
+    return {"class": pair[1], "images": pair[2]} if pair else None
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Files that are either as they were or complete, whatever dies in between."""
 
+import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+from distributed.errors import InputError
 
 
 def read_json(path: Path) -> Any:
@@ -52,3 +55,19 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Make the folder of a file that a command will write.
+
+    Raises:
+        InputError: it cannot be made or written, or the path is a folder.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "may not be written")
+    except OSError as error:
+        raise InputError(f"{option} {path}: {error.strerror}; name a file that can be written") from None

@@ -1,5 +1,6 @@
 """One training step and one evaluation: the only code that touches losses and gradients."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -39,11 +40,20 @@ def _loss(label_smoothing: float, model: nn.Module, batch: Batch) -> tuple[Tenso
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, data: DataPipeline, split: Split, *, flips: bool, device: torch.device) -> Totals:
+def evaluate(
+    engine: Engine,
+    data: DataPipeline,
+    split: Split,
+    *,
+    flips: bool,
+    device: torch.device,
+    observers: Sequence[Callable[[Tensor, Batch], None]] = (),
+) -> Totals:
     """Loss, top-1 and top-5 over a split, each image counted once, on all ranks together.
 
     Args:
         flips: take the mean of each image's logits and those of its mirror image.
+        observers: each is called with the logits [n, classes] of every batch of this rank, and the batch.
 
     Raises:
         NotFiniteError: the loss is infinite or no number.
@@ -56,6 +66,8 @@ def evaluate(engine: Engine, data: DataPipeline, split: Split, *, flips: bool, d
             if flips:
                 logits = (logits + _wide(engine.predict(replace(batch, images=batch.images.flip(3))))) / 2
             sums.add(F.cross_entropy(logits, batch.labels, reduction="none"), logits, batch.labels)
+            for observe in observers:
+                observe(logits, batch)
     totals = sums.read()
     if totals.first_bad_step is not None:
         raise NotFiniteError(

@@ -15,7 +15,7 @@ from distributed.loop import evaluate, train_step
 from distributed.metrics import Sink
 from distributed.process_group import choose_device, make_deterministic, process_group
 from distributed.profiler import StepProfiler
-from distributed.report import Reporter, open_sinks
+from distributed.reporter import Reporter, open_sinks
 from distributed.schedule import build_early_stopping, build_schedule
 from distributed.state import TrainState
 from distributed.stop import Never, StepAgreement, StopSource

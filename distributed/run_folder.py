@@ -6,6 +6,7 @@ RUN/attempts.jsonl    a line at the start and at the end of each attempt: when, 
 RUN/attempt.json      the token of the attempt that may write
 RUN/digests.jsonl     a line a save: a digest of every tensor, kept when the checkpoint goes
 RUN/metrics.jsonl     RUN/tensorboard/   RUN/curves.png   RUN/logs/rank-0000.log   RUN/checkpoints/
+RUN/confusion-*.png   RUN/export/   RUN/report.html       made by commands, which do not claim the folder
 """
 
 import json

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -105,6 +105,7 @@ class DataPipeline:
         }
         # Of training images only: what is measured on must not shape the input. Two thousand give three digits.
         mean, deviation = _mean_and_deviation(train.images[np.flatnonzero(~held_out)[:2000]])
+        self.mean, self.deviation = mean, deviation
         # As one multiply-add a pixel.
         self._scale = torch.tensor(1 / (255 * deviation), dtype=dtype, device=device)
         self._shift = torch.tensor(-mean / deviation, dtype=dtype, device=device)
@@ -112,6 +113,11 @@ class DataPipeline:
     @property
     def num_classes(self) -> int:
         return self.config.num_classes
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint says of the images, so that no data is needed to predict with it."""
+        normalization = {"mean": self.mean.tolist(), "deviation": self.deviation.tolist()}
+        return {"classes": [str(label) for label in range(self.num_classes)], "normalization": normalization}
 
     @property
     def steps_per_epoch(self) -> int:

@@ -7,22 +7,26 @@ import pytest
 ROOT = Path(__file__).parents[2] / "distributed"
 # A module may import what stands in a row above its own; modules of one package may import each other, one way.
 LAYERS = [
-    "errors files keyed safetensors_stream plot tree profiler",
+    "errors keyed plot tree figures profiler",
+    "files safetensors_stream",
     "config topology",
     "rendezvous collectives logs metrics",
     "shared_memory",
     "process_group data models row_gather optim schedule sums stop sinks",
     "exact",
-    "engine state",
+    "engine state confusion",
     "run_folder loop",
-    "checkpoint report",
+    "checkpoint reporter",
+    "saved_run",
     "attempt build warm_start",
+    "classifier",
     "recipe",
     "process",
-    "train evaluate compare bench export experiments",
+    "train evaluate compare bench predict export experiments",
+    "report",
 ]
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row.split()}
-SLOW = {"torch", "torchvision", "deepspeed", "ray", "matplotlib", "tensorboard", "tqdm"}
+SLOW = {"torch", "torchvision", "deepspeed", "ray", "matplotlib", "tensorboard", "tqdm", "onnx", "onnxruntime"}
 WITHOUT_TORCH = {
     "errors",
     "files",
@@ -32,6 +36,12 @@ WITHOUT_TORCH = {
     "train",
     "evaluate",
     "compare",
+    "predict",
+    "export.__main__",
+    "report.__main__",
+    "saved_run",
+    "figures.style",
+    "figures.confusion",
     "data.cifar",
     "logs",
     "plot",

@@ -1,0 +1,93 @@
+"""How a classifier is written in each format, and run again from the file alone."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from distributed.classifier import Classifier, Trained
+from distributed.config.sections import Model
+from distributed.models.build import build_model
+from distributed.saved_run import Normalization
+
+Run = Callable[[Tensor], Tensor]
+"""Images [n, 3, side, side] in [0, 1] to logits [n, classes], for any n."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A file of an export: `write` makes it, `load` gives what runs it."""
+
+    file: str
+    write: Callable[[Trained, dict[str, Any], Path], None]
+    load: Callable[[Path], Run]
+
+
+def _write_safetensors(trained: Trained, facts: dict[str, Any], file: Path) -> None:
+    """The weights by the network's own names, and beside them as JSON what is needed to use them."""
+    tensors = {name: tensor.contiguous() for name, tensor in trained.classifier.network.state_dict().items()}
+    # Not save_file: that makes a file which nobody else may read.
+    file.write_bytes(save(tensors, metadata={"format": "pt", "architecture": str(facts["architecture"]["name"])}))
+    file.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _load_safetensors(file: Path) -> Run:
+    facts = json.loads(file.with_suffix(".json").read_text())
+    network = build_model(Model.model_validate(facts["architecture"]), num_classes=len(facts["classes"]), seed=0)
+    network.load_state_dict(load_file(file))
+    return Classifier(network, Normalization(**facts["normalization"])).requires_grad_(False)
+
+
+def _write_torch_export(trained: Trained, facts: dict[str, Any], file: Path) -> None:
+    with torch.no_grad():
+        program = torch.export.export(trained.classifier, (_example(trained),), dynamic_shapes=_any_batch())
+    torch.export.save(program, file, extra_files={"model.json": json.dumps(facts)})
+
+
+def _load_torch_export(file: Path) -> Run:
+    module = torch.export.load(file).module()
+
+    def run(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = module(images)
+            return logits
+
+    return run
+
+
+def _write_onnx(trained: Trained, facts: dict[str, Any], file: Path) -> None:
+    program = torch.onnx.export(
+        trained.classifier, (_example(trained),), dynamo=True, verbose=False, external_data=False,
+        input_names=["images"], output_names=["logits"], dynamic_shapes=_any_batch(),
+    )  # fmt: skip
+    assert program is not None
+    program.model.metadata_props.update({name: json.dumps(value) for name, value in facts.items()})
+    program.save(file, external_data=False)
+
+
+def _load_onnx(file: Path) -> Run:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def _example(trained: Trained) -> Tensor:
+    # Two: a batch of one would be taken for a size that never changes.
+    return torch.zeros(2, 3, trained.side, trained.side)
+
+
+def _any_batch() -> dict[str, Any]:
+    return {"images": {0: torch.export.Dim("n")}}
+
+
+FORMATS = {
+    "safetensors": Format("model.safetensors", _write_safetensors, _load_safetensors),
+    "onnx": Format("model.onnx", _write_onnx, _load_onnx),
+    "torch.export": Format("model.pt2", _write_torch_export, _load_torch_export),
+}

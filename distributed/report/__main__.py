@@ -1,0 +1,76 @@
+"""`python -m distributed.report RUN [RUN ...] [--out report.html]`: one page on runs, for somebody who was not there.
+
+The page is a single file that needs nothing else. What cannot be shown (no checkpoint yet, data not there) is said.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+
+from distributed.errors import ExitCode, InputError
+from distributed.files import check_writable, replace_text
+from distributed.report.history import History, read_history
+from distributed.report.page import Html, page, text
+from distributed.saved_run import has_data_root, unfetched, with_data_root
+
+
+def main() -> int:
+    """The exit code; prints where the page lies."""
+    parser = argparse.ArgumentParser(prog="python -m distributed.report", description=__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="RUN/report.html of one run, else report.html, if not given"
+    )
+    parser.add_argument("--checkpoint", default="auto", help="best, latest or a name; auto: best if there is one")
+    parser.add_argument("--data.root", dest="root", type=Path, help="where the data set lies now")
+    arguments = parser.parse_args()
+    out = arguments.out or (arguments.runs[0] / "report.html" if len(arguments.runs) == 1 else Path("report.html"))
+    try:
+        runs = [read_history(run) for run in arguments.runs]
+        check_writable("--out", out)
+    except InputError as error:
+        error.tell()
+        return ExitCode.BAD_INPUT
+    runs = [_with_root(run, arguments.root) for run in runs]
+    try:
+        replace_text(out, _page(runs, checkpoint=arguments.checkpoint))
+    except OSError as error:
+        InputError(f"--out {out}: {error.strerror}; free space or name another file").tell()
+        return ExitCode.BAD_INPUT
+    print(f"{out} ({out.stat().st_size / 2**20:.1f} MiB)")
+    return ExitCode.FINISHED
+
+
+def _with_root(run: History, root: Path | None) -> History:
+    """With its data where it lies now; of several runs some may be on generated images."""
+    config = with_data_root(run.config, root) if has_data_root(run.config) else run.config
+    return replace(run, config=unfetched(config))
+
+
+def _page(runs: Sequence[History], *, checkpoint: str) -> str:
+    from distributed.report.run_parts import run_parts
+    from distributed.report.together import together
+
+    what = ", ".join(dict.fromkeys(f"{run.config.model.name} on {run.config.data.name}" for run in runs))
+    title = f"{what}: {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs of {what}"
+    parts: list[Html] = [
+        f"<h1>{escape(title)}</h1>",
+        text(f"Made {time.strftime('%Y-%m-%d %H:%M %Z')} from what the run folders held then.", quiet=True),
+    ]
+    if len(runs) > 1:
+        links = "".join(f'<a href="#run-{place}">{escape(run.name)}</a>' for place, run in enumerate(runs))
+        parts += [f"<nav>{links}</nav>", *together(runs)]
+    for place, run in enumerate(runs):
+        parts += run_parts(run, checkpoint=checkpoint, anchor=f"run-{place}")
+    return page(title, parts)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)

@@ -1,0 +1,116 @@
+"""A run as its folder tells it: what was logged, how each attempt went, how it stands. Imports no torch."""
+
+import json
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from distributed.config import TrainConfig
+from distributed.run_folder import RunFolder
+from distributed.saved_run import config_of
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt: `started` and `ended` are lines of attempts.jsonl; without the latter it runs, or was killed."""
+
+    started: dict[str, Any]
+    ended: dict[str, Any] | None
+
+    @property
+    def duration(self) -> timedelta | None:
+        """From start to end; None where no end was written."""
+        return _time(self.ended) - _time(self.started) if self.ended else None
+
+    @property
+    def hardware(self) -> str:
+        """`2 processes x 1 thread, AMD EPYC`, as far as it is known."""
+        if self.started["event"] != "started":
+            return "ended before it began"
+        bits = self.started.get("bits", {})
+        ranks, threads = self.started.get("world_size", 1), bits.get("threads")
+        said = f"{ranks} process{'es' if ranks > 1 else ''}"
+        if threads:
+            said += f" × {threads} thread{'s' if threads > 1 else ''}"
+        return f"{said}, {bits['device']}" if bits.get("device") else said
+
+
+@dataclass(frozen=True)
+class History:
+    """All of a run but its tensors. `steps` and `epochs` are the lines of metrics.jsonl of their kind."""
+
+    folder: RunFolder
+    config: TrainConfig
+    status: dict[str, Any]
+    attempts: list[Attempt]
+    steps: list[dict[str, Any]]
+    epochs: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return self.folder.path.resolve().name
+
+    @property
+    def steps_per_epoch(self) -> float | None:
+        """None before the first epoch's end."""
+        return self.epochs[0]["step"] / (self.epochs[0]["epoch"] + 1) if self.epochs else None
+
+    @property
+    def wall_time(self) -> tuple[timedelta, bool]:
+        """The time that the attempts took, and whether that is all: of a killed one the end is not known."""
+        durations = [attempt.duration for attempt in self.attempts]
+        return sum((d for d in durations if d), timedelta()), None not in durations
+
+    def curve(self, split: str, figure: str) -> tuple[list[int], list[float]]:
+        """(epochs counted from 1, values) of `loss` or `accuracy` on `train`, `validation` or `test`."""
+        if split == "train":
+            points = [(line["epoch"] + 1, line[f"train_{figure}"]) for line in self.epochs]
+        else:
+            points = [(line["epoch"] + 1, line[split][figure]) for line in self.epochs if line.get(split)]
+        return [epoch for epoch, _ in points], [value for _, value in points]
+
+    def best(self, split: str) -> tuple[int, float] | None:
+        """(epoch, accuracy) of the first epoch with the highest accuracy on a split; None where it was never measured."""
+        epochs, values = self.curve(split, "accuracy")
+        return max(zip(epochs, values, strict=True), key=lambda point: point[1]) if epochs else None
+
+
+def read_history(run: Path) -> History:
+    """What the folder holds now; the run may still be going on.
+
+    Raises:
+        InputError: it is no run's folder.
+    """
+    folder, config = RunFolder(run), config_of(run)
+    logged = _lines(folder.metrics_file)
+    return History(
+        folder,
+        config,
+        folder.status(),
+        _attempts(_lines(folder.attempts_file)),
+        [line for line in logged if line.get("kind") == "train"],
+        [line for line in logged if line.get("kind") == "epoch"],
+    )
+
+
+def _attempts(lines: list[dict[str, Any]]) -> list[Attempt]:
+    """Each start with the end of the same attempt, by its token. One that failed before it began has its end as start too."""
+    ends = {line.get("token"): line for line in lines if line["event"] != "started"}
+    starts = {line.get("token"): line for line in reversed(lines) if line["event"] == "started"}
+    tokens = dict.fromkeys(line.get("token") for line in lines)
+    return [Attempt(starts.get(token) or ends[token], ends.get(token)) for token in tokens]
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    found = []
+    for text in file.read_text(errors="replace").splitlines() if file.is_file() else ():
+        try:
+            found.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue  # the last line of a killed run may be half there
+    return found
+
+
+def _time(line: dict[str, Any]) -> datetime:
+    return datetime.strptime(line["time"], "%Y-%m-%dT%H:%M:%S%z")

@@ -1,0 +1,123 @@
+"""The pieces that a page is made of. Everything is inside the one file: styles, drawings, pictures. Imports no torch."""
+
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from html import escape
+
+Html = str
+"""Markup; every text in it is escaped."""
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #fbfbfa; --card: #ffffff; --ink: #1b2028; --quiet: #5d6673; --line: #e2e4e8;
+  --accent: #0072b2; --warn: #9a3f00; --warn-page: #fdf1e7; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #14171c; --card: #1b1f26; --ink: #e4e7ec; --quiet: #98a2b0; --line: #2e343e; --accent: #6cb8e8;
+    --warn: #f0a868; --warn-page: #2b2119; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.55 system-ui, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 80px; }
+h1 { font-size: 28px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -0.01em; }
+h2 { font-size: 22px; margin: 56px 0 8px; padding-top: 20px; border-top: 2px solid var(--ink); overflow-wrap: anywhere; }
+h3 { font-size: 16px; margin: 0 0 8px; }
+p { margin: 0 0 10px; max-width: 78ch; }
+a { color: var(--accent); }
+.quiet { color: var(--quiet); }
+.part { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 20px 22px; margin: 16px 0; }
+.missing { color: var(--warn); background: var(--warn-page); border-radius: 6px; padding: 8px 12px; margin: 0; }
+.scroll { overflow-x: auto; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 16px 0; }
+.figures div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px; }
+.figures b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; letter-spacing: -0.01em; }
+.figures span { color: var(--quiet); font-size: 13px; }
+table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
+th { text-align: left; font-weight: 600; color: var(--quiet); font-size: 12.5px; }
+th, td { padding: 5px 18px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.number, th.number { text-align: right; }
+tr:last-child td { border-bottom: 0; }
+.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(70px, 1fr)); gap: 12px 10px; }
+.images.wide { grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); }
+.images figure { margin: 0; font-size: 12px; line-height: 1.3; color: var(--quiet); }
+.images figure b { color: var(--ink); font-weight: 600; }
+.images img { width: 100%; display: block; border-radius: 4px; margin-bottom: 4px; image-rendering: pixelated; }
+pre { font: 12.5px/1.5 ui-monospace, monospace; overflow-x: auto; margin: 8px 0 0; }
+summary { cursor: pointer; font-weight: 600; }
+svg { display: block; }
+.part > :last-child, .part > :last-child p { margin-bottom: 0; }
+.beside { display: flex; flex-wrap: wrap; gap: 24px 40px; align-items: flex-start; }
+.beside > :first-child { flex: 1 1 480px; min-width: 0; }
+nav { margin: 16px 0 0; }
+nav a { margin-right: 16px; }
+"""
+
+
+class Absent(Exception):
+    """No error: why a part cannot be shown, in a sentence."""
+
+
+def page(title: str, parts: Iterable[Html]) -> str:
+    """A whole document."""
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def part(title: str, *content: Html) -> Html:
+    """A framed part of the page under its own heading."""
+    return f'<section class="part">\n<h3>{escape(title)}</h3>\n' + "\n".join(content) + "\n</section>"
+
+
+def missing(title: str, why: str) -> Html:
+    """The part that could not be made, with the reason."""
+    return part(title, f'<p class="missing">{escape(why)}</p>')
+
+
+def text(*sentences: str, quiet: bool = False) -> Html:
+    """Paragraphs."""
+    attribute = ' class="quiet"' if quiet else ""
+    return "\n".join(f"<p{attribute}>{escape(sentence)}</p>" for sentence in sentences)
+
+
+def key_figures(figures: Sequence[tuple[str, str]]) -> Html:
+    """(what, value) as a row of cards."""
+    cards = "".join(f"<div><b>{escape(value)}</b><span>{escape(what)}</span></div>" for what, value in figures)
+    return f'<div class="figures">{cards}</div>'
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[int] = ()) -> Html:
+    """Rows of text under headings; `numbers` are the columns aligned to the right."""
+
+    def cells(tag: str, row: Sequence[str]) -> str:
+        return "".join(
+            f"<{tag}{' class=number' if place in numbers else ''}>{escape(cell)}</{tag}>"
+            for place, cell in enumerate(row)
+        )
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>\n" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{cells("th", headings)}</tr></thead>\n<tbody>\n{body}</tbody></table></div>'
+
+
+def pictures(images: Iterable[tuple[bytes, str, Html]], *, wide: bool = False) -> Html:
+    """A grid of PNG images, each with what it shows in words and with a caption."""
+    figures = "\n".join(
+        f'<figure><img alt="{escape(shows)}" src="data:image/png;base64,{b64encode(png).decode()}">{caption}</figure>'
+        for png, shows, caption in images
+    )
+    return f'<div class="images{" wide" if wide else ""}">\n{figures}\n</div>'
+
+
+def beside(*content: Html) -> Html:
+    """Side by side where the page is wide enough, else below each other."""
+    return '<div class="beside">' + "".join(f"<div>{each}</div>" for each in content) + "</div>"
+
+
+def scrolled(content: Html) -> Html:
+    """What is wider than the page."""
+    return f'<div class="scroll">{content}</div>'
+
+
+def folded(title: str, content: str) -> Html:
+    """Plain text that is shown on demand."""
+    return f"<details><summary>{escape(title)}</summary><pre>{escape(content)}</pre></details>"

@@ -1,0 +1,93 @@
+"""What commands read of a run folder: its config, a checkpoint, what that says of classes and pixels. Imports no torch."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distributed.config import TrainConfig, load, with_values
+from distributed.errors import InputError
+from distributed.files import read_json
+from distributed.run_folder import RunFolder
+
+
+class Normalization(NamedTuple):
+    """Mean and deviation of each channel of pixels in [0, 1], by which a run's images were normalized."""
+
+    mean: list[float]
+    deviation: list[float]
+
+
+def config_of(run: Path) -> TrainConfig:
+    """The resolved config in a run's folder.
+
+    Raises:
+        InputError: the folder is not there, or no run ever began in it.
+    """
+    file = RunFolder(run).config_file
+    if not file.is_file():
+        raise InputError(f"{run}: no config.toml there; RUN is the folder that a training run wrote (its --run_dir)")
+    config, _ = load([str(file)])
+    return config
+
+
+def with_data_root(config: TrainConfig, root: Path | None) -> TrainConfig:
+    """The config with its data set in another folder; as it was where the folder is None.
+
+    Raises:
+        InputError: the run's data lies in no folder.
+    """
+    if root is None:
+        return config
+    if not has_data_root(config):
+        raise InputError(f"--data.root {root}: this run was on data.name = {config.data.name}; leave it out")
+    return with_values(config, data=config.data.model_copy(update={"root": root}))
+
+
+def has_data_root(config: TrainConfig) -> bool:
+    """Whether the data lies in a folder; else it is generated."""
+    return "root" in type(config.data).model_fields
+
+
+def unfetched(config: TrainConfig) -> TrainConfig:
+    """The config with its data taken as it lies: a look at a run must not fetch a data set."""
+    if not getattr(config.data, "download", False):
+        return config
+    return with_values(config, data=config.data.model_copy(update={"download": False, "urls": ()}))
+
+
+def checkpoint_of(run: Path, name: str) -> Path:
+    """The folder of a checkpoint by its name; of `auto` best, if there is one, else latest.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    folder = RunFolder(run).checkpoints
+    for candidate in ("best", "latest") if name == "auto" else (name,):
+        if (folder / candidate / "manifest.json").is_file():
+            return (folder / candidate).resolve()
+    there = sorted(path.name for path in folder.glob("[!.]*") if (path / "manifest.json").is_file())
+    raise InputError(f"--checkpoint {name}: not in {folder}; there are: {', '.join(there) or 'none'}")
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Raises InputError where a checkpoint's files are not those that its manifest names. Imports torch."""
+    from distributed.checkpoint import damage_of
+
+    if damage := damage_of(checkpoint):
+        raise InputError(f"{checkpoint}: damaged: {damage}; name another with --checkpoint")
+
+
+def content_of(checkpoint: Path) -> dict[str, Any]:
+    """What its state.json holds; empty where that is gone."""
+    return dict(read_json(checkpoint / "state.json") or {})
+
+
+def classes_of(content: dict[str, Any], config: TrainConfig) -> list[str]:
+    """The names of the classes as a checkpoint has them, else their numbers."""
+    names = content.get("classes") or range(getattr(config.data, "num_classes", 0))
+    return [str(name) for name in names]
+
+
+def normalization_of(content: dict[str, Any]) -> Normalization | None:
+    """As a checkpoint or the data's facts have it; None in checkpoints of older versions."""
+    saved = content.get("normalization")
+    return Normalization(saved["mean"], saved["deviation"]) if saved else None

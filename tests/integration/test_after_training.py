@@ -1,0 +1,260 @@
+"""What can be done with a run once it is trained, as users type it: evaluate, predict, export, report."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from unit.test_report import assert_stands_alone
+
+from distributed.build import read_data
+from distributed.classifier import load_trained
+from distributed.saved_run import checkpoint_of, config_of
+from integration.commands import Command, metrics, torchrun
+from integration.trained_runs import (
+    CLASSES,
+    NORMALIZATION,
+    command,
+    copy_of,
+    damage,
+    newest,
+    say_in,
+    train_small,
+    without_data,
+    write_test_images,
+)
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_small(tmp_path_factory.mktemp("trained") / "run")
+
+
+@pytest.fixture(scope="module")
+def no_data(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run with names of classes and normalization in its checkpoints, its images being nowhere."""
+    return without_data(run, tmp_path_factory.mktemp("no_data") / "run", classes=CLASSES, normalization=NORMALIZATION)
+
+
+def logits_of(run: Path, images: torch.Tensor) -> torch.Tensor:
+    config = config_of(run)
+    trained = load_trained(config, checkpoint_of(run, "auto"), data=lambda: read_data(config))
+    with torch.no_grad():
+        return trained.classifier(images)
+
+
+def test_evaluate_counts_every_class_the_same_on_one_process_and_on_two(run: Path, tmp_path: Path) -> None:
+    alone = command("evaluate", run, "--checkpoint", "latest", "--json")
+    assert alone.returncode == 0, alone.stderr
+    told = json.loads(alone.stdout)
+    logged = metrics(run)[-1]["test"]
+    assert (told["loss"], told["top1"], told["top5"]) == (logged["loss"], logged["accuracy"], logged["accuracy5"])
+    assert [sum(row) for row in told["confusion"]] == [11, 11, 11, *[10] * 7]
+    assert sum(told["confusion"][label][label] for label in range(10)) == round(103 * told["top1"])
+    assert [one["count"] for one in told["classes"]] == [11, 11, 11, *[10] * 7]
+    assert Image.open(run / "confusion-test.png").size[0] > 500
+
+    words = ("--checkpoint", "latest", "--json", "--confusion", tmp_path / "two.png")
+    with Command(torchrun(2, run, *words, module="distributed.evaluate"), output=tmp_path / "out") as two:
+        assert two.wait() == 0, two.text
+    line = next(line for line in two.text.splitlines() if line.startswith("{"))
+    assert json.loads(line) == told | {"picture": str(tmp_path / "two.png")}
+    assert (tmp_path / "two.png").is_file()
+
+
+def test_evaluate_tells_each_class_in_a_table(run: Path, tmp_path: Path) -> None:
+    named = copy_of(run, tmp_path / "run")
+    say_in(newest(named), classes=CLASSES)
+    result = command("evaluate", named, "--split", "validation", "--checkpoint", "latest")
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("improved_alexnet on generated10, validation split (80 images), step-")
+    assert [line.split("  ")[0] for line in lines if line.startswith("class <")] == CLASSES
+    assert lines[-1] == f"confusion matrix: {named}/confusion-validation.png"
+
+
+def test_predict_says_what_the_network_says(run: Path, tmp_path: Path) -> None:
+    paths = write_test_images(tmp_path / "images", 3)
+    picture = tmp_path / "picture.png"
+    result = command("predict", run, *paths, "--json", "--picture", picture)
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout)
+    # The network's answers on the same images as the pipeline gives them.
+    config = config_of(run)
+    trained = load_trained(config, checkpoint_of(run, "auto"), data=lambda: read_data(config))
+    with torch.no_grad():
+        expected = trained.classifier.network(next(read_data(config).evaluation("test")).images[:3]).softmax(1)
+    for one, path, row in zip(told["images"], paths, expected, strict=True):
+        assert one["image"] == str(path)
+        probabilities, classes = row.topk(5)
+        assert [top["class"] for top in one["top"]] == [trained.classes[c] for c in classes.tolist()]
+        assert [top["probability"] for top in one["top"]] == pytest.approx(probabilities.tolist(), rel=1e-4)
+    assert Image.open(picture).size[0] > 500
+
+
+def test_predict_needs_no_data_and_takes_images_of_any_size(no_data: Path, tmp_path: Path) -> None:
+    Image.effect_noise((300, 200), 80).convert("RGB").save(tmp_path / "photo.jpg")
+    result = command("predict", no_data, tmp_path / "photo.jpg")
+    assert (result.returncode, result.stderr) == (0, "")
+    [line] = result.stdout.splitlines()
+    assert line.startswith(f"{tmp_path}/photo.jpg  class <")
+    assert line.count("%") == 5
+
+
+def test_export_writes_files_that_say_what_the_network_says(no_data: Path, tmp_path: Path) -> None:
+    import onnxruntime
+
+    result = command("export", no_data, "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].endswith("compared on 64 random pixels")
+    assert [line.split()[0] for line in lines[1:]] == ["safetensors", "onnx", "torch.export"]
+    assert all("largest difference of a logit" in line for line in lines[1:])
+    facts = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert (facts["classes"], facts["normalization"]) == (CLASSES, NORMALIZATION)
+    assert facts["architecture"]["name"] == "improved_alexnet"
+    # By hand too, on a number of images that was never seen.
+    images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = logits_of(no_data, images)
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    [onnx] = session.run(None, {"images": images.numpy()})
+    exported = torch.export.load(tmp_path / "out" / "model.pt2").module()(images)
+    for logits in (torch.from_numpy(onnx), exported):
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == CLASSES
+
+
+def test_an_export_that_is_off_by_more_than_the_tolerance_fails(run: Path) -> None:
+    result = command("export", run, "--format", "safetensors", "--tolerance", "-1")
+    assert result.returncode == 1
+    assert "compared on 64 test images" in result.stdout
+    assert "MORE THAN -1: do not use this file" in result.stdout
+    assert sorted(path.name for path in (run / "export").iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_the_report_of_one_run_has_every_part(run: Path, tmp_path: Path) -> None:
+    named = copy_of(run, tmp_path / "run <1>")
+    say_in(newest(named), classes=CLASSES)
+    result = command("report", named, "--checkpoint", "latest")
+    assert result.returncode == 0, result.stderr
+    document = (named / "report.html").read_text()
+    assert result.stdout.startswith(f"{named}/report.html (")
+    assert_stands_alone(document)
+    assert "could not be made" not in document
+    for heading in (
+        "How it went", "How it learned", "How fast", "What it gets right and wrong", "Each class",
+        "Where it is wrong and most sure", "What it is shown", "What its first layer looks for", "Its settings",
+    ):  # fmt: skip
+        assert f"<h3>{heading}</h3>" in document
+    assert document.count('alt="a training image') == 24
+    assert document.count('alt="an image of class &lt;') == 24
+    assert document.count('alt="filter ') == 32
+    assert "global_batch_size = 32" in document
+
+
+def test_the_report_of_two_runs_compares_them_and_says_what_it_cannot_show(
+    run: Path, no_data: Path, tmp_path: Path
+) -> None:
+    bare = copy_of(run, tmp_path / "bare")
+    shutil.rmtree(bare / "checkpoints")
+    (bare / "metrics.jsonl").unlink()
+    out = tmp_path / "new folder" / "both.html"
+    result = command("report", no_data, bare, damage(copy_of(run, tmp_path / "damaged")), "--out", out)
+    assert result.returncode == 0, result.stderr
+    document = out.read_text()
+    assert_stands_alone(document)
+    for said in (
+        "The runs beside each other", "data.name", "Whether they are the same bits", "are the same bits:",
+        "No epoch was finished yet", "has saved no checkpoint yet", "point --data.root at the folder", ": damaged: tensors",
+    ):  # fmt: skip
+        assert said in document
+
+
+@pytest.mark.parametrize("module", ["evaluate", "predict", "export", "report"])
+def test_a_run_that_is_not_there_is_one_line(module: str, tmp_path: Path) -> None:
+    result = command(module, tmp_path / "none", *(["image.png"] if module == "predict" else []))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"error: {tmp_path}/none: no config.toml there; RUN is the folder that a training run wrote (its --run_dir)\n"
+    )
+
+
+def refused(result) -> str:  # type: ignore[no-untyped-def]
+    """The one line of an input that was refused."""
+    assert (result.returncode, result.stdout) == (2, ""), result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    return str(result.stderr)
+
+
+def test_wrong_input_is_one_line_with_the_remedy(run: Path, no_data: Path, tmp_path: Path) -> None:
+    notes, image = tmp_path / "notes.txt", tmp_path / "image.png"
+    notes.write_text("no image")
+    Image.new("RGB", (32, 32)).save(image)
+    assert "there are: best, latest, step-" in refused(command("predict", run, image, "--checkpoint", "other"))
+    assert f"{tmp_path}/cat.png: no such file" in refused(command("predict", run, tmp_path / "cat.png"))
+    assert f"{notes}: no image that can be decoded" in refused(command("predict", run, notes))
+    assert "--picture" in refused(command("predict", run, image, "--picture", notes / "out.png"))
+    assert "--format pickle: should be one of safetensors, onnx, torch.export, all" in refused(
+        command("export", run, "--format", "pickle")
+    )
+    assert f"--out {notes}" in refused(command("export", run, "--out", notes))
+    assert f"--out {notes}/report.html: " in refused(command("report", run, "--out", notes / "report.html"))
+    assert f"--confusion {tmp_path}: is a folder" in refused(command("evaluate", run, "--confusion", tmp_path))
+    assert "data.name = cifar10" in refused(command("evaluate", no_data))
+
+
+def test_a_damaged_checkpoint_is_never_used(run: Path, tmp_path: Path) -> None:
+    damaged, image = damage(copy_of(run, tmp_path / "run")), tmp_path / "image.png"
+    Image.new("RGB", (32, 32)).save(image)
+    for module, words in (("evaluate", []), ("predict", [image]), ("export", [])):
+        said = refused(command(module, damaged, *words))
+        assert "tensors.safetensors" in said
+        assert "damaged" in said
+        assert "name another with --checkpoint" in said
+
+
+def test_without_normalization_and_without_data_the_data_is_asked_for(run: Path, tmp_path: Path) -> None:
+    older = without_data(run, tmp_path / "run", normalization=None)
+    Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
+    assert "point --data.root at the folder" in refused(command("predict", older, tmp_path / "image.png"))
+
+
+def test_a_checkpoint_of_another_network_is_one_line(run: Path, tmp_path: Path) -> None:
+    other = copy_of(run, tmp_path / "run")
+    for checkpoint in (other / "checkpoints").glob("step-*"):
+        say_in(checkpoint, classes=["cat", "dog"])
+    said = refused(command("export", other, "--format", "safetensors"))
+    assert "does not fit the run's config.toml" in said
+    assert "fc3.weight" in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("CIFAR_ROOT" not in os.environ, reason="CIFAR_ROOT names no folder with CIFAR")
+def test_a_hundred_classes_of_real_images(tmp_path: Path) -> None:
+    """A tenth of CIFAR-100 is enough to have something to say of each class."""
+    run, root = tmp_path / "run", os.environ["CIFAR_ROOT"]
+    trained = command(
+        "train", "--data.name", "cifar100", "--data.root", root, "--data.validation_fraction", 0.9, "--epochs", 1,
+        "--schedule.name", "constant", "--optim.lr", 0.02, "--global_batch_size", 64, "--run_dir", run,
+        "--logging.tensorboard", "false",
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    result = command("evaluate", run, "--json")
+    told = json.loads(result.stdout)
+    assert [sum(row) for row in told["confusion"]] == [100] * 100
+    assert len({one["name"] for one in told["classes"]}) == 100
+    assert 0.015 < told["top1"] < 0.5
+    assert Image.open(run / "confusion-test.png").size[0] > 2000  # 100 names of a size that can be read
+    exported = command("export", run, "--format", "onnx", "--tolerance", 1e-4)
+    assert exported.returncode == 0, exported.stdout + exported.stderr
+    assert "compared on 64 test images" in exported.stdout
+    reported = command("report", run)
+    assert reported.returncode == 0, reported.stderr
+    document = (run / "report.html").read_text()
+    assert_stands_alone(document)
+    assert "could not be made" not in document
+    assert "All 100 classes" in document

@@ -1,0 +1,47 @@
+"""Which class is taken for which is counted exactly, however unevenly the ranks share the images."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import in_group, run_ranks
+
+from distributed import collectives
+from distributed.build import build_data, build_engine
+from distributed.confusion import ConfusionSums, Counts
+from distributed.loop import evaluate
+from distributed.topology import Topology
+from multiprocess.small_runs import small_config
+
+CPU = torch.device("cpu")
+TEST = 23
+# Shards, 0 for fast mode; images a pass: of 9 the last pass is uneven, of 2 over three ranks one always has none.
+KEYS = [(0, 9), (0, 2), (8, 9), (8, 2)]
+
+
+@in_group
+def counted(keys: list[tuple[int, int]]) -> dict[tuple[int, int], tuple[Counts, int]]:
+    """By key the counts, and the right answers as the totals have them."""
+    found = {}
+    topology = Topology(collectives.rank(), collectives.world_size())
+    for shards, batch_size in keys:
+        config = small_config(
+            Path("unused"), exact={"shards": shards}, precision="float64", data={"test_samples": TEST},
+            evaluation={"batch_size": batch_size},
+        )  # fmt: skip
+        data = build_data(config, topology, CPU)
+        engine = build_engine(config, topology, data, CPU)
+        confusion = ConfusionSums(data.num_classes, CPU)
+        totals = evaluate(engine, data, "test", device=CPU, observers=[confusion])
+        found[shards, batch_size] = confusion.read(), totals.correct
+    return found
+
+
+@pytest.mark.timeout(120)
+def test_three_ranks_count_what_one_counts() -> None:
+    alone, together = run_ranks(counted, 1, KEYS)[0], run_ranks(counted, 3, KEYS)
+    for key in KEYS:
+        counts, correct = alone[key]
+        assert [sum(row) for row in counts] == [3, 3, 3, 2, 2, 2, 2, 2, 2, 2]  # 23 images, class after class in turn
+        assert sum(counts[label][label] for label in range(10)) == correct
+        assert [rank[key] for rank in together] == [(counts, correct)] * 3

@@ -1,0 +1,81 @@
+from pathlib import Path
+
+import pytest
+
+from distributed.config import TrainConfig, as_toml
+from distributed.errors import InputError
+from distributed.files import check_writable
+from distributed.saved_run import (
+    Normalization,
+    checkpoint_of,
+    classes_of,
+    config_of,
+    normalization_of,
+    with_data_root,
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    for name in ("step-00000010-epoch-001", "step-00000020-epoch-002", "half"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        if name != "half":
+            (tmp_path / "checkpoints" / name / "manifest.json").write_text("{}")
+    (tmp_path / "checkpoints" / "latest").symlink_to("step-00000020-epoch-002")
+    (tmp_path / "config.toml").write_text(as_toml(TrainConfig(run_dir=tmp_path, epochs=7)))
+    return tmp_path
+
+
+def test_the_config_is_the_one_in_the_folder(run: Path) -> None:
+    assert config_of(run).epochs == 7
+
+
+def test_a_folder_of_no_run_is_named_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nothing: no config.toml there; RUN is the folder that a training run wrote"):
+        config_of(tmp_path / "nothing")
+
+
+def test_auto_is_best_where_there_is_one_else_latest(run: Path) -> None:
+    assert checkpoint_of(run, "auto").name == "step-00000020-epoch-002"
+    (run / "checkpoints" / "best").symlink_to("step-00000010-epoch-001")
+    assert checkpoint_of(run, "auto").name == "step-00000010-epoch-001"
+    assert checkpoint_of(run, "latest").name == "step-00000020-epoch-002"
+
+
+def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        checkpoint_of(run, "half")
+    assert str(error.value) == (
+        f"--checkpoint half: not in {run}/checkpoints; there are: "
+        "latest, step-00000010-epoch-001, step-00000020-epoch-002"
+    )
+    with pytest.raises(InputError, match="there are: none"):
+        checkpoint_of(tmp_path / "other", "auto")
+
+
+def test_names_and_normalization_come_from_the_checkpoint_else_numbers_and_nothing() -> None:
+    config = TrainConfig()
+    assert classes_of({}, config) == [str(number) for number in range(10)]
+    assert classes_of({"classes": ["cat", "dog"]}, config) == ["cat", "dog"]
+    assert normalization_of({}) is None
+    saved = {"normalization": {"mean": [0.5] * 3, "deviation": [0.25] * 3}}
+    assert normalization_of(saved) == Normalization([0.5] * 3, [0.25] * 3)
+
+
+def test_data_can_lie_elsewhere_now() -> None:
+    assert with_data_root(TrainConfig(), Path("elsewhere")).data.root == Path("elsewhere")
+    generated = TrainConfig.model_validate({"data": {"name": "generated10"}})
+    assert with_data_root(generated, None) == generated
+    with pytest.raises(
+        InputError, match=r"--data\.root elsewhere: this run was on data\.name = generated10; leave it out"
+    ):
+        with_data_root(generated, Path("elsewhere"))
+
+
+def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    check_writable("--out", tmp_path / "new" / "file.html")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--out .*file/report.html: (Not a directory|File exists); name a file that"):
+        check_writable("--out", tmp_path / "file" / "report.html")
+    with pytest.raises(InputError, match="is a folder"):
+        check_writable("--out", tmp_path)
