@@ -90,8 +90,8 @@ class Checked:
         except ValueError as error:
             raise InputError(f"{checkpoint}: {error}") from None
         confusion, worst = ConfusionSums(self.data.num_classes, self.device), _Worst(mistakes)
-        flips, observers = self.config.evaluation.flips, [confusion, worst]
-        totals = evaluate(engine, self.data, "test", flips=flips, device=self.device, observers=observers)
+        flips = self.config.evaluation.flips
+        totals = evaluate(engine, self.data, "test", flips=flips, device=self.device, observers=[confusion, worst])
         names, normalization = classes_of(content, self.config), normalization_of(content) or self.normalization
         found = [
             Mistake(as_png(image, normalization), names[true], names[predicted], probability)
