@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distributed.config import TrainConfig, load, with_values
-from distributed.data import cifar
+from distributed.data import sources
 from distributed.errors import ExitCode, InputError
 from distributed.run_folder import RunFolder
 from distributed.topology import Topology
@@ -42,10 +42,11 @@ def _config_of(run: Path, root: Path | None) -> TrainConfig:
     if not folder.config_file.is_file():
         raise InputError(f"{run}: no config.toml there; RUN is the folder that a training run wrote (its --run_dir)")
     config, _ = load([str(folder.config_file)])
-    if root is not None and config.data.name in ("cifar10", "cifar100"):
+    if root is not None:
+        if "root" not in type(config.data).model_fields:
+            raise InputError(f"--data.root {root}: this run was on data.name = {config.data.name}; leave it out")
         config = with_values(config, data=config.data.model_copy(update={"root": root}))
-    if config.data.name in ("cifar10", "cifar100"):
-        cifar.check(config.data.name, config.data.root)
+    sources.prepare(config.data)
     return config
 
 
@@ -76,8 +77,8 @@ def _evaluate(config: TrainConfig, checkpoint: Path, split: "Split") -> int:
     if damage := damage_of(checkpoint):
         print(f"error: {checkpoint}: damaged: {damage}; name another with --checkpoint", file=sys.stderr)
         return ExitCode.BAD_INPUT
+    data = build_data(config, topology, device)  # before the group: a peer may be decoding for long
     with process_group(topology, device, timeout_seconds=config.timeout_seconds):
-        data = build_data(config, topology, device)
         engine = build_engine(config, topology, data, device)
         load_checkpoint(checkpoint, engine)
         totals = evaluate(engine, data, split, device=device)

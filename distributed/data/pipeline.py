@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distributed import keyed
-from distributed.config.data import CifarData, GeneratedData
-from distributed.data import cifar, generated
+from distributed.config.data import AnyData, CifarData, ImageFolderData
+from distributed.data import cifar, decode, generated, sources
 from distributed.data.augment import augment, cut_out
+from distributed.data.held import Held, place
 from distributed.data.split import validation_mask
+from distributed.errors import InputError
 from distributed.tree import leaves_of
 
 Split = Literal["train", "validation", "test"]
@@ -50,26 +52,24 @@ class Batch:
         ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Held:
-    images: Tensor  # uint8 [all, h, w, 3] of the file; shared by the splits cut from it
-    labels: Tensor  # int64 [all]
-    ids: Tensor  # int64 [n], which of them belong to this split
-
-
 class DataPipeline:
-    """All splits of a data set on one device.
+    """All splits of a data set, on one device or, where it is too large for that, in host memory.
 
-    CIFAR is 184 MB of uint8, so every rank holds it whole; batches are gathered and augmented there by tensor operations.
+    Every rank holds it whole (CIFAR: 184 MB of uint8; decoded image folders are mapped, once a node); batches are gathered
+    where it lies and augmented on the device by tensor operations. `class_names` are in the labels' order.
+
+    Args:
+        side: of the images, in pixels, that the model takes.
 
     Raises:
-        InputError: the files are not there or damaged.
+        InputError: the files are not there or damaged, or of another size than `side` and not resized.
     """
 
     def __init__(
         self,
-        config: CifarData | GeneratedData,
+        config: AnyData,
         *,
+        side: int,
         seed: int,
         global_batch_size: int,
         accumulation: int,
@@ -87,21 +87,30 @@ class DataPipeline:
         self.shards, self.own_shards = shards, leaves_of(rank, world_size, shards)
         self.device, self.dtype = device, dtype
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        train, test = _read(config, "train"), _read(config, "test")
+        self.class_names, train, test = _read(config, side)
+        self._placement = place(config.placement, train.images.nbytes + test.images.nbytes, device)
         held_out = validation_mask(train.labels, fraction=config.validation_fraction, seed=config.split_seed)
-        self._splits = {
+        self._splits: dict[str, Held] = {
             **self._hold(train, train=np.flatnonzero(~held_out), validation=np.flatnonzero(held_out)),
             **self._hold(test, test=np.arange(len(test.labels))),
         }
         # Of training images only: what is measured on must not shape the input. Two thousand give three digits.
         mean, deviation = _mean_and_deviation(train.images[np.flatnonzero(~held_out)[:2000]])
+        if config.normalize == "unit":
+            mean, deviation = np.zeros_like(mean), np.ones_like(deviation)
+        self.mean, self.deviation = mean, deviation
         # As one multiply-add a pixel.
         self._scale = torch.tensor(1 / (255 * deviation), dtype=dtype, device=device)
         self._shift = torch.tensor(-mean / deviation, dtype=dtype, device=device)
 
     @property
     def num_classes(self) -> int:
-        return self.config.num_classes
+        return len(self.class_names)
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint says of the images, so that no data is needed to predict with it."""
+        normalization = {"mean": self.mean.tolist(), "deviation": self.deviation.tolist()}
+        return {"classes": list(self.class_names), "normalization": normalization}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -114,7 +123,9 @@ class DataPipeline:
     def example(self) -> Batch:
         """The first few training images, whatever the rank: for trying a model out."""
         held = self._splits["train"]
-        return self._train_batch(held, held.ids[:8], (8,), epoch=0, step_size=8)
+        ids = held.ids[:8]
+        images = next(iter(held.chosen([ids])))
+        return self._train_batch(held, images, ids, (8,), epoch=0, step_size=8)
 
     def train_epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each step from `start_step` on, this rank's shard of each.
@@ -123,7 +134,15 @@ class DataPipeline:
         last step of an epoch may be smaller; a micro-batch of no images at all is left out, on all ranks alike.
         """
         held = self._splits["train"]
-        order = keyed.permutation(self.size("train"), seed=self.seed, epoch=epoch, device=self.device)
+        order = held.ids[keyed.permutation(self.size("train"), seed=self.seed, epoch=epoch, device=self.device)]
+        images = held.chosen(ids for parts, _ in self._steps(self._reachable(order), start_step) for ids, _ in parts)
+        for parts, count in self._steps(order, start_step):
+            yield [
+                self._train_batch(held, next(images), ids, sizes, epoch=epoch, step_size=count) for ids, sizes in parts
+            ]
+
+    def _steps(self, order: Tensor, start_step: int) -> Iterator[tuple[list[tuple[Tensor, tuple[int, ...]]], int]]:
+        """Of each step of an epoch in this order, int64 [n]: this rank's ids and shard sizes of each micro-batch; its size."""
         for step in range(start_step, self.steps_per_epoch):
             chosen = order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
             count = len(chosen)
@@ -131,17 +150,25 @@ class DataPipeline:
                 chosen[j * count // self.accumulation : (j + 1) * count // self.accumulation]
                 for j in range(self.accumulation)
             ]
-            parts = [self._own_part(s) for s in slices if len(s)]
-            yield [self._train_batch(held, held.ids[p], sizes, epoch=epoch, step_size=count) for p, sizes in parts]
+            yield [self._own_part(s) for s in slices if len(s)], count
+
+    def _reachable(self, ids: Tensor) -> Tensor:
+        """The ids where the images lie: brought over once, not a batch at a time, which would wait for the device."""
+        return ids.cpu() if self._placement == "host" else ids
 
     def evaluation(self, split: Split) -> Iterator[Batch]:
         """Every image of a split once over all ranks, unpadded; each rank gets as many batches, some perhaps empty."""
         held = self._splits[split]
         keys = torch.empty(0, 2, dtype=torch.int64, device=self.device)
-        for start in range(0, self.size(split), self.evaluation_batch_size):
-            ids, sizes = self._own_part(held.ids[start : start + self.evaluation_batch_size])
+        starts = range(0, self.size(split), self.evaluation_batch_size)
+
+        def parts(of: Tensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+            return (self._own_part(of[start : start + self.evaluation_batch_size]) for start in starts)
+
+        chosen = held.chosen(ids for ids, _ in parts(self._reachable(held.ids)))
+        for (ids, sizes), images in zip(parts(held.ids), chosen, strict=True):
             yield Batch(
-                self._input(self._normalized(held.images.index_select(0, ids))),
+                self._input(self._normalized(images)),
                 held.labels[ids],
                 ids,
                 keys,
@@ -150,10 +177,10 @@ class DataPipeline:
             )
 
     def _train_batch(
-        self, held: _Held, ids: Tensor, shard_sizes: tuple[int, ...], *, epoch: int, step_size: int
+        self, held: Held, images: Tensor, ids: Tensor, shard_sizes: tuple[int, ...], *, epoch: int, step_size: int
     ) -> Batch:
         keys = keyed.sample_keys(ids, seed=self.seed, epoch=epoch)
-        images = self._normalized(augment(held.images.index_select(0, ids), keys, self.config.augment))
+        images = self._normalized(augment(images, keys, self.config.augment))
         if self.config.augment.cutout:
             images = cut_out(images, keys, self.config.augment.cutout)
         return Batch(self._input(images), held.labels[ids], ids, keys, step_size, shard_sizes)
@@ -176,11 +203,15 @@ class DataPipeline:
         cuts = [shard * count // self.shards for shard in range(own.start, own.stop + 1)]
         return chosen[cuts[0] : cuts[-1]], tuple(end - start for start, end in pairwise(cuts))
 
-    def _hold(self, source: cifar.Images, **splits: NDArray[np.int64]) -> dict[str, _Held]:
-        """The source on the device once, and the ids of each split that is cut from it."""
-        images = torch.from_numpy(source.images).to(self.device)
+    def _hold(self, source: cifar.Images, **splits: NDArray[np.int64]) -> dict[str, Held]:
+        """The source where it is to lie, once, and the ids of each split that is cut from it."""
+        ahead = self._placement == "host"
+        images = torch.from_numpy(source.images)
+        images = images if ahead else images.to(self.device)
         labels = torch.from_numpy(source.labels.astype(np.int64)).to(self.device)
-        return {name: _Held(images, labels, torch.from_numpy(ids).to(self.device)) for name, ids in splits.items()}
+        return {
+            split: Held(images, labels, torch.from_numpy(ids).to(self.device), ahead) for split, ids in splits.items()
+        }
 
 
 def _mean_and_deviation(images: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -189,10 +220,23 @@ def _mean_and_deviation(images: NDArray[np.uint8]) -> tuple[NDArray[np.float64],
     counts = [np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(images.shape[-1])]
     means = np.array([np.average(shades, weights=count) for count in counts])
     variances = [np.average((shades - mean) ** 2, weights=count) for mean, count in zip(means, counts, strict=True)]
-    return means, np.sqrt(variances)
+    deviations = np.sqrt(variances)
+    return means, np.where(deviations > 0, deviations, 1.0)  # a channel of one shade is left as it is
 
 
-def _read(config: CifarData | GeneratedData, split: Literal["train", "test"]) -> cifar.Images:
+def _read(config: AnyData, side: int) -> tuple[tuple[str, ...], cifar.Images, cifar.Images]:
+    """Names of the classes, training and test images."""
+    if isinstance(config, ImageFolderData):
+        names, (train, test) = decode.read(config.root, side, config.cache)
+        return names, train, test
+    if side != 32:
+        raise InputError(
+            f"data.name = {config.name}: its images are 32 x 32, and the model takes {side} x {side}: choose another model, "
+            "or put the images into folders and use data.name = image_folder, which resizes"
+        )
     if isinstance(config, CifarData):
-        return cifar.read(config.name, config.root, split)
-    return generated.read(config.name, config.train_samples if split == "train" else config.test_samples, split)
+        train, test = cifar.read_splits(config.name, config.root)
+    else:
+        train = generated.read(config.name, config.train_samples, "train")
+        test = generated.read(config.name, config.test_samples, "test")
+    return sources.class_names(config), train, test

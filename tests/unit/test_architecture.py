@@ -33,6 +33,7 @@ WITHOUT_TORCH = {
     "evaluate",
     "compare",
     "data.cifar",
+    "data.sources",
     "logs",
     "plot",
 }
