@@ -77,6 +77,8 @@ def _classes(root: Path, split: str) -> dict[str, Path]:
             f"data.name = image_folder: {root / split}: {error.strerror}; point --data.root at the folder that holds "
             "train/CLASS/ and test/CLASS/ with the images"
         ) from None
+    if len(folders) == 1 and split == "train":
+        raise InputError(f"data.name = image_folder: {root / split}: one class folder; there is nothing to tell apart")
     if not folders:
         raise InputError(
             f"data.name = image_folder: {root / split}: no class folders; the images lie in {split}/CLASS/"

@@ -100,6 +100,8 @@ def test_no_images_no_folders_and_no_root_are_told(root, tmp_path):
     assert "No such file or directory; point --data.root at" in complaint(tmp_path / "nothing")[0]
     (tmp_path / "bare" / "train").mkdir(parents=True)
     assert "no class folders" in complaint(tmp_path / "bare")[0]
+    (tmp_path / "bare" / "train" / "ant").mkdir()
+    assert "one class folder" in complaint(tmp_path / "bare")[0]
     for file in (root / "test").rglob("*.jpg"):
         file.unlink()
     assert complaint(root) == [f"{root / 'test'}: no images; it should hold CLASS/*.png, .jpg or .jpeg"]
