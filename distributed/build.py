@@ -33,7 +33,7 @@ def check_same_config(config: TrainConfig) -> None:
 def build_data(config: TrainConfig, topology: Topology, device: torch.device) -> DataPipeline:
     """The images, fetched and decoded if need be: to be called before any process group waits for this node."""
     config.check_world_size(topology.world_size, device.type)
-    sources.prepare(config.data)
+    sources.fetch_missing(config.data)
     return DataPipeline(
         config.data,
         side=getattr(config.model, "input_side", 32),

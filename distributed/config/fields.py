@@ -42,6 +42,7 @@ class Leaf:
             return f"list of {get_args(self.annotation)[0].__name__}"
         names = {bool: "true | false", type(None): "none"}
         alternatives = [a for a in get_args(self.annotation) or (self.annotation,) if not hasattr(a, "strict")]
+        alternatives = [get_args(a)[0] if get_origin(a) is Annotated else a for a in alternatives]
         words = [get_args(a) if get_origin(a) is Literal else [names.get(a, a.__name__.lower())] for a in alternatives]
         return " | ".join(str(word) for some in words for word in some)
 

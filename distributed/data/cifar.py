@@ -9,6 +9,7 @@ import hashlib
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distributed.data import plain_pickle
-from distributed.data.cifar_official import OFFICIAL_SERVER, SETS, CifarSet, Form, official_name
+from distributed.data.cifar_official import OFFICIAL_SERVER, SETS, Form, official_name
 from distributed.errors import InputError
 
 Bytes = NDArray[np.uint8]
+Labels = NDArray[np.integer[Any]]
 _GZIP = b"\x1f\x8b"
 
 
@@ -27,7 +29,7 @@ class Images(NamedTuple):
     """Images uint8 [n, side, side, 3] and labels [n], of some integer type."""
 
     images: Bytes
-    labels: NDArray[np.integer[Any]]
+    labels: Labels
 
 
 class _Place(NamedTuple):
@@ -66,12 +68,18 @@ def read(name: str, root: Path, split: str) -> Images:
 def read_splits(name: str, root: Path, splits: Sequence[str] = ("train", "test")) -> list[Images]:
     """`read` of each split, looking through an archive once."""
     cifar, place = SETS[name], _place(name, root)
-    wanted = {file: count for split in splits for file, count in cifar.records(place.form, split).items()}
-    found = {}
-    for file, content in _contents(name, place, wanted):
-        decode = _from_pickle if place.form.is_python else _from_records
-        found[file] = decode(name, place, file, content, wanted[file])
-    return [_joined([found[file] for file in cifar.records(place.form, split)]) for split in splits]
+    wanted = [cifar.records(place.form, split) for split in splits]
+    read = [
+        Images(np.empty((n, 32, 32, 3), np.uint8), np.empty(n, np.uint8)) for n in (sum(w.values()) for w in wanted)
+    ]
+    spots: dict[str, Images] = {}  # of each file's images in those: an archive has its files in any order
+    for files, whole in zip(wanted, read, strict=True):
+        for (file, count), end in zip(files.items(), accumulate(files.values()), strict=True):
+            spots[file] = Images(*(array[end - count : end] for array in whole))
+    decode = _from_pickle if place.form.is_python else _from_records
+    for file, content in _contents(name, place, {file: len(spot.labels) for file, spot in spots.items()}):
+        _fill(name, place, file, spots[file], *decode(name, place, file, content, len(spots[file].labels)))
+    return read
 
 
 def archive_to_fetch(name: str, urls: Sequence[str]) -> tuple[str, str, tuple[str, ...]]:
@@ -176,19 +184,20 @@ def _contents(name: str, place: _Place, wanted: dict[str, int]) -> Iterator[tupl
         raise _damaged(name, place, min(missing), "not in the archive")
 
 
-def _from_records(name: str, place: _Place, file: str, content: Bytes, count: int) -> Images:
+def _from_records(name: str, place: _Place, file: str, content: Bytes, count: int) -> tuple[Labels, Bytes]:
+    """Labels [count] and planes uint8 [count, 3072] of a binary file."""
     cifar = SETS[name]
     if len(content) != (expected := count * (cifar.label_bytes + 3072)):
         raise _damaged(name, place, file, f"{len(content):,} bytes where {expected:,} belong")
     records = content.reshape(count, -1)
-    labels = records[:, cifar.label_bytes - 1]
-    return _checked(name, place, file, labels, records[:, cifar.label_bytes :])
+    return records[:, cifar.label_bytes - 1], records[:, cifar.label_bytes :]
 
 
-def _from_pickle(name: str, place: _Place, file: str, content: Bytes, count: int) -> Images:
-    cifar: CifarSet = SETS[name]
+def _from_pickle(name: str, place: _Place, file: str, content: Bytes, count: int) -> tuple[Labels, Bytes]:
+    """The same of a pickle."""
+    cifar = SETS[name]
     try:
-        value = plain_pickle.load(content.tobytes())
+        value = plain_pickle.load(content.data)
         pixels, labels = value[b"data"], np.array(value[cifar.label_key])
         if not isinstance(pixels, np.ndarray) or (pixels.shape, pixels.dtype) != ((count, 3072), np.uint8):
             raise ValueError(f"its data is no uint8 array of {count:,} x 3072")
@@ -196,22 +205,15 @@ def _from_pickle(name: str, place: _Place, file: str, content: Bytes, count: int
             raise ValueError(f"its {cifar.label_key.decode()} are not {count:,} numbers")
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise _damaged(name, place, file, f"not CIFAR's pickle: {error}") from None
-    return _checked(name, place, file, labels, pixels)
+    return labels, pixels
 
 
-def _checked(name: str, place: _Place, file: str, labels: NDArray[np.integer[Any]], planes: Bytes) -> Images:
-    """Channel-major planes uint8 [n, 3072] as images [n, 32, 32, 3], each pixel straight to its place."""
+def _fill(name: str, place: _Place, file: str, spot: Images, labels: Labels, planes: Bytes) -> None:
+    """Channel-major planes uint8 [n, 3072] to images [n, 32, 32, 3], each pixel straight to its place."""
     lowest, highest, classes = int(labels.min()), int(labels.max()), SETS[name].classes
     if lowest < 0 or highest >= classes:
         wrong = lowest if lowest < 0 else highest
         raise _damaged(name, place, file, f"label {wrong} where the highest is {classes - 1}: the file is damaged")
-    images = np.empty((len(planes), 32, 32, 3), np.uint8)
+    spot.labels[:] = labels
     for channel, plane in enumerate(np.split(planes, 3, axis=1)):
-        images[..., channel] = plane.reshape(-1, 32, 32)
-    return Images(images, labels.astype(np.uint8))
-
-
-def _joined(parts: list[Images]) -> Images:
-    if len(parts) == 1:
-        return parts[0]
-    return Images(np.concatenate([part.images for part in parts]), np.concatenate([part.labels for part in parts]))
+        spot.images[..., channel] = plane.reshape(-1, 32, 32)

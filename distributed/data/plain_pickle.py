@@ -28,7 +28,7 @@ def _empty_array(kind: Any, shape: Any, letter: Any) -> Any:
     return np.ndarray(shape, np.uint8)
 
 
-def load(content: bytes) -> Any:
+def load(content: bytes | memoryview) -> Any:
     """The value of a pickle: lists, dicts, text, bytes, numbers and numpy arrays. Text of Python 2 comes as bytes.
 
     Raises:

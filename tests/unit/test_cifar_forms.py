@@ -140,7 +140,7 @@ def test_a_changed_byte_is_refused_with_both_digests_before_anything_is_unpickle
     file.write_bytes(content)
     read = plain_pickle.load
     monkeypatch.setattr(
-        plain_pickle, "load", lambda data: pytest.fail("unpickled") if data == bytes(content) else read(data)
+        plain_pickle, "load", lambda data: pytest.fail("unpickled") if bytes(data) == bytes(content) else read(data)
     )
     line = complaint(name, tmp_path)
     assert f"{file}: its MD5 is {hashlib.md5(content).hexdigest()}, and " in line

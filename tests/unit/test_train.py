@@ -99,7 +99,7 @@ def test_an_archive_in_the_data_folder_is_taken_without_a_banner(archive, capsys
 
 
 def test_an_image_folder_is_looked_at_before_torch():
-    lay_out("data/train/ant/1.png", "data/test/ant/1.png")
+    lay_out("data/train/ant/1.png", "data/train/cow/1.png", "data/test/ant/1.png")
     assert checked_config(["--data.name", "image_folder"], Topology())[0].data.name == "image_folder"
     lay_out("data/test/bee/1.png")
     with pytest.raises(InputError, match="no folder in"):
