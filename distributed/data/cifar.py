@@ -75,7 +75,7 @@ def read_splits(name: str, root: Path, splits: Sequence[str] = ("train", "test")
     spots: dict[str, Images] = {}  # of each file's images in those: an archive has its files in any order
     for files, whole in zip(wanted, read, strict=True):
         for (file, count), end in zip(files.items(), accumulate(files.values()), strict=True):
-            spots[file] = Images(*(array[end - count : end] for array in whole))
+            spots[file] = Images(whole.images[end - count : end], whole.labels[end - count : end])
     decode = _from_pickle if place.form.is_python else _from_records
     for file, content in _contents(name, place, {file: len(spot.labels) for file, spot in spots.items()}):
         _fill(name, place, file, spots[file], *decode(name, place, file, content, len(spots[file].labels)))
