@@ -8,6 +8,7 @@ from loguru import logger
 
 from distributed import collectives
 from distributed.config import TrainConfig, as_toml
+from distributed.data import sources
 from distributed.data.pipeline import DataPipeline
 from distributed.engine.ddp import DdpEngine
 from distributed.engine.exact import ExactEngine
@@ -30,9 +31,12 @@ def check_same_config(config: TrainConfig) -> None:
 
 
 def build_data(config: TrainConfig, topology: Topology, device: torch.device) -> DataPipeline:
+    """The images, fetched and decoded if need be: to be called before any process group waits for this node."""
     config.check_world_size(topology.world_size, device.type)
+    sources.fetch_missing(config.data)
     return DataPipeline(
         config.data,
+        side=config.model.input_side,
         seed=config.seed,
         global_batch_size=config.global_batch_size,
         accumulation=config.accumulation,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distributed import collectives
-from distributed.data.pipeline import Batch
+from distributed.data.batch import Batch
 
 Counts = list[list[int]]
 """[true class][predicted class] images."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed.config import TrainConfig
-from distributed.data import cifar
+from distributed.data import sources
 from distributed.errors import ExitCode, InputError
 from distributed.files import check_writable
 from distributed.saved_run import check_whole, checkpoint_of, classes_of, config_of, with_data_root
@@ -56,8 +56,7 @@ def main() -> int:
 
 def _config_of(run: Path, root: Path | None) -> TrainConfig:
     config = with_data_root(config_of(run), root)
-    if config.data.name in ("cifar10", "cifar100"):
-        cifar.check(config.data.name, config.data.root)
+    sources.prepare(config.data)
     return config
 
 
@@ -77,8 +76,8 @@ def _evaluate(config: TrainConfig, checkpoint: Path, split: "Split", picture: Pa
     device = choose_device(config.device, topology)
     make_deterministic(device)
     check_whole(checkpoint)
+    data = build_data(config, topology, device)  # before the group: a peer may be decoding for long
     with process_group(topology, device, timeout_seconds=config.timeout_seconds):
-        data = build_data(config, topology, device)
         engine = build_engine(config, topology, data, device)
         try:
             content = load_checkpoint(checkpoint, engine)

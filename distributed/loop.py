@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distributed.config import sections
-from distributed.data.pipeline import Batch, DataPipeline, Split
+from distributed.data.batch import Batch
+from distributed.data.pipeline import DataPipeline, Split
 from distributed.engine.protocol import Engine, Outcome
 from distributed.errors import NotFiniteError
 from distributed.sums import RunningSums, Totals

@@ -56,7 +56,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         steps_per_epoch, total_steps = data.steps_per_epoch, config.epochs * data.steps_per_epoch
         schedule = build_schedule(config, steps_per_epoch=steps_per_epoch)
         state = TrainState(schedule, build_early_stopping(config.early_stopping))
-        facts = attempt.facts(device)
+        facts = attempt.facts(device) | data.facts()
         checkpoints = Checkpointer(
             attempt.folder.checkpoints, attempt.run, keep_last=config.checkpoint.keep_last, facts=facts
         )

@@ -63,7 +63,8 @@ class RunningSums:
 
     @torch.no_grad()
     def add(self, losses: Tensor, logits: Tensor, labels: Tensor, *, step: int = 0) -> None:
-        """Take in a batch: per-sample losses [n], logits [n, classes], labels [n]. A loss that is no number marks the step."""
+        """Take in a batch: per-sample losses [n], logits [n, classes], labels [n]. A loss that is no number marks the step.
+        Of fewer than five classes, the right one is always among the first five."""
         # Each loss is made an integer before any are added up, so that it does not matter which stand in one batch.
         exact = losses.double()
         finite = exact.abs() < 2.0**53  # beyond, a double has no fraction left; no number at all fails it too
@@ -71,7 +72,7 @@ class RunningSums:
         whole = exact.floor()
         fraction = ((exact - whole) * _SCALE).round()
         answers = logits.argmax(1)
-        top5 = logits.topk(5, dim=1).indices == labels[:, None]
+        top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         self._sums += torch.stack(
             [
                 whole.long().sum(),

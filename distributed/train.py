@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from distributed.config import TrainConfig, help_text, load
-from distributed.data import cifar
+from distributed.data import cifar, sources
 from distributed.errors import ExitCode, InputError
 from distributed.run_folder import RunFolder, check_resume, check_start
 from distributed.topology import Topology
@@ -14,8 +14,8 @@ from distributed.topology import Topology
 _BANNER = """\
 ********************************************************************************
 *  NO CIFAR-10 IN {root}: TRAINING ON GENERATED IMAGES, NOT ON CIFAR-10.
-*  Their accuracy says nothing about CIFAR-10. For the real data set, unpack the
-*  official binary archive and name its folder: --data.root FOLDER
+*  Their accuracy says nothing about CIFAR-10. For the real data set, name the
+*  folder of the official archive, --data.root FOLDER, or give --data.download
 ********************************************************************************
 """
 
@@ -57,12 +57,13 @@ def checked_config(arguments: Sequence[str], topology: Topology) -> tuple[TrainC
         config, _ = load(arguments, default_data="generated10")
         if topology.is_main:
             print(_BANNER.format(root=root), file=sys.stderr)
-    if config.data.name in ("cifar10", "cifar100"):
-        cifar.check(config.data.name, config.data.root)
     if config.device != "auto" or config.exact.shards != "auto":  # else it depends on what torch will find
         config.check_world_size(topology.world_size, config.device)
     check_start(config)
-    return config, check_resume(config)
+    finished = check_resume(config)
+    if not finished:
+        sources.prepare(config.data)
+    return config, finished
 
 
 def refuse(error: InputError, topology: Topology) -> int:

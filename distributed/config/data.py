@@ -1,7 +1,10 @@
 """The settings of the images: where they come from, what is held out, how they are changed. Imports no torch."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError
 
 from distributed.config.section import AnyPath, Section, operational, setting
 
@@ -18,7 +21,12 @@ class Augment(Section):
         0.0, "paste a box of another image, of an area drawn from Beta(cutmix, cutmix), and mix the labels; 0: off; "
         "with mixup too, each image has one of them", ge=0, le=1,
     )  # fmt: skip
-    cutout: int = setting(0, "side in pixels of the square set to the mean at a random place; 0: none", ge=0, le=32)
+    cutout: int = setting(
+        0,
+        "side in pixels of the square set to the mean (normalize = unit: black) at a random place; 0: none",
+        ge=0,
+        le=32,
+    )
 
     @property
     def mixes(self) -> bool:
@@ -31,21 +39,68 @@ class _Data(Section):
         0.2, "part of the training images held out by a fixed stratified shuffle; 0: none, train on all", ge=0, le=0.9
     )
     split_seed: int = setting(0, "key of that shuffle; apart from `seed`, so that runs with other seeds share it", ge=0)
+    normalize: Literal["mean_std", "unit"] = setting(
+        "mean_std", "mean_std: each channel to mean 0 and deviation 1 over the training images; unit: to [0, 1] only"
+    )
+    placement: Literal["auto", "device", "host"] = operational(
+        "auto", "where the images lie; auto: on the device if they take less than a third of its free memory, else host"
+    )
     augment: Augment = setting(Augment(), "random changes of the training images")
 
-    @property
-    def num_classes(self) -> int:
-        return 100 if getattr(self, "name", "").endswith("100") else 10
+    def conflicts(self) -> list[str]:
+        """Settings of this section that cannot stand together, a line each."""
+        return []
+
+
+def _addresses(value: Any) -> tuple[str, ...]:
+    fine = isinstance(value, list | tuple) and all(
+        isinstance(one, str) and one.startswith(("http://", "https://")) for one in value
+    )
+    if not fine:
+        raise PydanticCustomError(
+            "urls", 'should be a list of http or https addresses, as ["https://HOST/FILE.tar.gz"]'
+        )
+    return tuple(value)
 
 
 class CifarData(_Data):
     name: Literal["cifar10", "cifar100"] = setting("cifar10", "the data set")
     root: AnyPath = operational(
-        Path("data"), "folder with cifar-10-batches-bin/ or cifar-100-binary/ (official binary layout)"
+        Path("data"), "folder with the official files, unpacked or as archive, binary or Python layout"
     )
+    download: bool = operational(
+        False, "fetch the official binary archive into root where no files are there, once a node"
+    )
+    urls: Annotated[tuple[str, ...], BeforeValidator(_addresses)] = operational(
+        (), "mirrors of an official archive, tried in turn; only with download; []: the official server"
+    )
+
+    @property
+    def num_classes(self) -> int:
+        return 100 if self.name == "cifar100" else 10
+
+    def conflicts(self) -> list[str]:
+        if self.urls and not self.download:
+            return ["data.urls has no effect without data.download: set data.download = true or remove data.urls"]
+        return []
 
 
 class GeneratedData(_Data):
     name: Literal["generated10", "generated100"] = setting("generated10", "procedural images in CIFAR's place")
     train_samples: int = setting(50_000, "number of training images, validation included", ge=10, le=1_000_000)
     test_samples: int = setting(10_000, "number of test images", ge=10, le=1_000_000)
+
+    @property
+    def num_classes(self) -> int:
+        return 100 if self.name == "generated100" else 10
+
+
+class ImageFolderData(_Data):
+    name: Literal["image_folder"] = setting("image_folder", "PNG and JPEG files, a folder a class")
+    root: AnyPath = operational(Path("data"), "folder with train/CLASS/*.png|jpg|jpeg and test/CLASS/*")
+    cache: AnyPath | None = operational(
+        None, "folder of the decoded images; none: .decoded in root, or the user's cache folder where that is read-only"
+    )
+
+
+AnyData = CifarData | GeneratedData | ImageFolderData

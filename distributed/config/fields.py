@@ -26,6 +26,8 @@ class Leaf:
     @property
     def takes_text(self) -> bool:
         """Whether a value on the command line is meant as it stands, `123` included."""
+        if get_origin(self.annotation) is tuple:
+            return False
         alternatives = get_args(self.annotation) or (self.annotation,)
         return get_origin(self.annotation) is Literal or any(
             isinstance(a, type) and not issubclass(a, bool | int | float) and a is not type(None) for a in alternatives
@@ -36,8 +38,11 @@ class Leaf:
         """The type in words, for --help: `int`, `true | false`, `sgd | adamw`."""
         if get_origin(self.annotation) is Literal:
             return " | ".join(map(str, get_args(self.annotation)))
+        if get_origin(self.annotation) is tuple:
+            return f"list of {get_args(self.annotation)[0].__name__}"
         names = {bool: "true | false", type(None): "none"}
         alternatives = [a for a in get_args(self.annotation) or (self.annotation,) if not hasattr(a, "strict")]
+        alternatives = [get_args(a)[0] if get_origin(a) is Annotated else a for a in alternatives]
         words = [get_args(a) if get_origin(a) is Literal else [names.get(a, a.__name__.lower())] for a in alternatives]
         return " | ".join(str(word) for some in words for word in some)
 

@@ -9,14 +9,17 @@ HEAD = """\
 usage: python -m distributed.train [CONFIG.toml] [--SETTING VALUE ...]
        torchrun --nproc_per_node=N -m distributed.train [CONFIG.toml] [--SETTING VALUE ...]
 
-Trains an AlexNet variant on CIFAR. Without arguments: improved_alexnet on CIFAR-10 if it lies in ./data, else on
-generated images. The same command goes on where a stopped or killed run ended. Settings marked * may change then.
+Trains an AlexNet variant on CIFAR or a folder of images. Without arguments: improved_alexnet on CIFAR-10 if it lies in
+./data, else on generated images. The same command goes on where a stopped or killed run ended. Settings marked * may
+change then.
 """
 
 
 def _default(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, tuple):
+        return str(list(value))
     return "none" if value is None else str(value)
 
 

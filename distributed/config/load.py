@@ -14,6 +14,8 @@ from distributed.config.layers import Settings, from_arguments, from_file
 from distributed.config.tree import TrainConfig
 from distributed.errors import InputError
 
+_NAMING = {"data", "data.name", "data.root", "data.download", "data.urls"}  # who sets one of them means that data set
+
 
 def load(arguments: Sequence[str], *, default_data: str = "cifar10") -> tuple[TrainConfig, bool]:
     """The config that `[CONFIG.toml] [--field value ...]` describes, and whether the images were named by the user.
@@ -34,7 +36,7 @@ def load(arguments: Sequence[str], *, default_data: str = "cifar10") -> tuple[Tr
     if "run_dir" not in settings.values:
         stem = file.stem if file else f"{config.model.name}-{config.data.name}"
         config = with_values(config, run_dir=Path("runs") / stem)
-    return config, bool(file or {"data", "data.name", "data.root"} & settings.places.keys())
+    return config, bool(file or _NAMING & settings.places.keys())
 
 
 def validated(settings: Settings) -> TrainConfig:

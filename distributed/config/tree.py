@@ -7,13 +7,13 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from distributed.config.data import CifarData, GeneratedData
+from distributed.config.data import AnyData, CifarData
 from distributed.config.schedules import Constant, Cosine, EarlyStopping, OneCycle, Plateau
 from distributed.config.section import AnyPath, OptionalPath, Section, operational, setting
 from distributed.config.sections import AdamW, Checkpoint, Ddp, Evaluation, Exact, Logging, Loss, Model, Sgd
 from distributed.errors import InputError
 
-DataSection = Annotated[CifarData | GeneratedData, Field(discriminator="name")]
+DataSection = Annotated[AnyData, Field(discriminator="name")]
 OptimSection = Annotated[Sgd | AdamW, Field(discriminator="name")]
 ScheduleSection = Annotated[Constant | Cosine | OneCycle | Plateau, Field(discriminator="name")]
 
@@ -92,7 +92,7 @@ class TrainConfig(Section):
 
 def _conflicts(config: TrainConfig) -> list[str]:
     """Settings that are each valid but cannot stand together, a line each: what, and the remedy."""
-    found = []
+    found = config.data.conflicts()
     optim, schedule, shards = config.optim, config.schedule, config.exact.shards
     micro_batch = config.global_batch_size // config.accumulation
     if isinstance(shards, int) and shards > max(1, micro_batch):

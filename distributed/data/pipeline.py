@@ -1,8 +1,7 @@
 """The images on this rank's device, and the batches of an epoch as a function of (seed, epoch, step): nothing to save."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -11,9 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distributed import keyed
-from distributed.config.data import CifarData, GeneratedData
-from distributed.data import cifar, generated
+from distributed.config.data import AnyData, CifarData, ImageFolderData
+from distributed.data import cifar, decode, generated, sources
 from distributed.data.augment import augment, cut_out
+from distributed.data.batch import Batch, Mixed
+from distributed.data.held import Held, place
 from distributed.data.mix import mix
 from distributed.data.split import validation_mask
 from distributed.tree import leaves_of
@@ -21,56 +22,27 @@ from distributed.tree import leaves_of
 Split = Literal["train", "validation", "test"]
 
 
-class Mixed(NamedTuple):
-    """The second labels of mixed images, int64 [n], and the part of the first that they kept, in [0, 1], [n]."""
+class _Part(NamedTuple):
+    """What a rank has of a micro-batch: ids, int64 [n], the sizes of its shards, and whom the images are mixed with, int64
+    [n], or nobody, [0]."""
 
-    labels: Tensor
-    own_part: Tensor
-
-
-@dataclass(frozen=True)
-class Batch:
-    """This rank's part of a micro-batch: one shard of it or several, any of which may be empty.
-
-    images: [n, 3, 32, 32], normalized; labels: int64 [n]; sample_ids: int64 [n], numbers in the training set;
-    sample_keys: int64 [n, 2], by which dropout draws; step_size: images of the whole step, over all of its
-    micro-batches and ranks, by which a sum of losses becomes the step's mean; shard_sizes: images of each shard; mixed:
-    what of other images is in these.
-    """
-
-    images: Tensor
-    labels: Tensor
-    sample_ids: Tensor
-    sample_keys: Tensor
-    step_size: int
+    ids: Tensor
     shard_sizes: tuple[int, ...]
-    mixed: Mixed | None = None
+    partners: Tensor
 
-    def shards(self) -> list["Batch"]:
-        """Each shard as a batch of its own, its images in memory of its own: some libraries' sums depend on how their input
-        is aligned, and a part's place in the whole depends on the ranks."""
-        ends = list(accumulate(self.shard_sizes))
-        parts = [slice(end - size, end) for end, size in zip(ends, self.shard_sizes, strict=True)]
-        return [
-            Batch(
-                self.images[part].clone(), self.labels[part], self.sample_ids[part], self.sample_keys[part],
-                self.step_size, (part.stop - part.start,), self.mixed and Mixed(*[tensor[part] for tensor in self.mixed]),
-            )
-            for part in parts
-        ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Held:
-    images: Tensor  # uint8 [all, h, w, 3] of the file; shared by the splits cut from it
-    labels: Tensor  # int64 [all]
-    ids: Tensor  # int64 [n], which of them belong to this split
+    @property
+    def wanted(self) -> Tensor:
+        return torch.cat([self.ids, self.partners]) if len(self.partners) else self.ids
 
 
 class DataPipeline:
-    """All splits of a data set on one device.
+    """All splits of a data set, on one device or, where it is too large for that, in host memory.
 
-    CIFAR is 184 MB of uint8, so every rank holds it whole; batches are gathered and augmented there by tensor operations.
+    Every rank holds it whole (CIFAR: 184 MB of uint8; decoded image folders are mapped, once a node); batches are gathered
+    where it lies and augmented on the device by tensor operations. `class_names` are in the labels' order.
+
+    Args:
+        side: in pixels, that images in folders are resized to when they are decoded; others stay as they are.
 
     Raises:
         InputError: the files are not there or damaged.
@@ -78,8 +50,9 @@ class DataPipeline:
 
     def __init__(
         self,
-        config: CifarData | GeneratedData,
+        config: AnyData,
         *,
+        side: int,
         seed: int,
         global_batch_size: int,
         accumulation: int,
@@ -97,14 +70,17 @@ class DataPipeline:
         self.shards, self.own_shards = shards, leaves_of(rank, world_size, shards)
         self.device, self.dtype = device, dtype
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        train, test = _read(config, "train"), _read(config, "test")
+        self.class_names, train, test = _read(config, side)
+        self._placement = place(config.placement, train.images.nbytes + test.images.nbytes, device)
         held_out = validation_mask(train.labels, fraction=config.validation_fraction, seed=config.split_seed)
-        self._splits = {
+        self._splits: dict[str, Held] = {
             **self._hold(train, train=np.flatnonzero(~held_out), validation=np.flatnonzero(held_out)),
             **self._hold(test, test=np.arange(len(test.labels))),
         }
         # Of training images only: what is measured on must not shape the input. Two thousand give three digits.
         mean, deviation = _mean_and_deviation(train.images[np.flatnonzero(~held_out)[:2000]])
+        if config.normalize == "unit":
+            mean, deviation = np.zeros_like(mean), np.ones_like(deviation)
         self.mean, self.deviation = mean, deviation
         # As one multiply-add a pixel.
         self._scale = torch.tensor(1 / (255 * deviation), dtype=dtype, device=device)
@@ -112,12 +88,12 @@ class DataPipeline:
 
     @property
     def num_classes(self) -> int:
-        return self.config.num_classes
+        return len(self.class_names)
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint says of the images, so that no data is needed to predict with it."""
         normalization = {"mean": self.mean.tolist(), "deviation": self.deviation.tolist()}
-        return {"classes": [str(label) for label in range(self.num_classes)], "normalization": normalization}
+        return {"classes": list(self.class_names), "normalization": normalization}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -130,7 +106,9 @@ class DataPipeline:
     def example(self) -> Batch:
         """The first few training images, whatever the rank: for trying a model out."""
         held = self._splits["train"]
-        return self._train_batch(held, held.ids[:8], (8,), held.ids[:8], epoch=0, step_size=8)
+        ids = held.ids[:8]
+        part = _Part(ids, (8,), ids[:0])
+        return self._train_batch(held, next(iter(held.chosen([part.wanted]))), part, epoch=0, step_size=8)
 
     def train_epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each step from `start_step` on, this rank's shard of each.
@@ -139,7 +117,13 @@ class DataPipeline:
         last step of an epoch may be smaller; a micro-batch of no images at all is left out, on all ranks alike.
         """
         held = self._splits["train"]
-        order = keyed.permutation(self.size("train"), seed=self.seed, epoch=epoch, device=self.device)
+        order = held.ids[keyed.permutation(self.size("train"), seed=self.seed, epoch=epoch, device=self.device)]
+        images = held.chosen(p.wanted for parts, _ in self._steps(self._reachable(order), start_step) for p in parts)
+        for parts, count in self._steps(order, start_step):
+            yield [self._train_batch(held, next(images), part, epoch=epoch, step_size=count) for part in parts]
+
+    def _steps(self, order: Tensor, start_step: int) -> Iterator[tuple[list[_Part], int]]:
+        """Of each step of an epoch in this order, int64 [n]: this rank's part of each micro-batch; the step's size."""
         for step in range(start_step, self.steps_per_epoch):
             chosen = order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
             count = len(chosen)
@@ -147,21 +131,31 @@ class DataPipeline:
                 chosen[j * count // self.accumulation : (j + 1) * count // self.accumulation]
                 for j in range(self.accumulation)
             ]
-            # An image is mixed with the one before it in the micro-batch, whichever rank has that one.
-            parts = [(self._own_part(s), self._own_part(s.roll(1))[0]) for s in slices if len(s)]
-            yield [
-                self._train_batch(held, held.ids[p], sizes, held.ids[partners], epoch=epoch, step_size=count)
-                for (p, sizes), partners in parts
-            ]
+            yield [self._part(s) for s in slices if len(s)], count
+
+    def _part(self, micro_batch: Tensor) -> _Part:
+        ids, sizes = self._own_part(micro_batch)
+        # An image is mixed with the one before it in the micro-batch, whichever rank has that one.
+        mixes = self.config.augment.mixes
+        return _Part(ids, sizes, self._own_part(micro_batch.roll(1))[0] if mixes else ids[:0])
+
+    def _reachable(self, ids: Tensor) -> Tensor:
+        """The ids where the images lie: brought over once, not a batch at a time, which would wait for the device."""
+        return ids.cpu() if self._placement == "host" else ids
 
     def evaluation(self, split: Split) -> Iterator[Batch]:
         """Every image of a split once over all ranks, unpadded; each rank gets as many batches, some perhaps empty."""
         held = self._splits[split]
         keys = torch.empty(0, 2, dtype=torch.int64, device=self.device)
-        for start in range(0, self.size(split), self.evaluation_batch_size):
-            ids, sizes = self._own_part(held.ids[start : start + self.evaluation_batch_size])
+        starts = range(0, self.size(split), self.evaluation_batch_size)
+
+        def parts(of: Tensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+            return (self._own_part(of[start : start + self.evaluation_batch_size]) for start in starts)
+
+        chosen = held.chosen(ids for ids, _ in parts(self._reachable(held.ids)))
+        for (ids, sizes), images in zip(parts(held.ids), chosen, strict=True):
             yield Batch(
-                self._input(self._normalized(held.images.index_select(0, ids))),
+                self._input(self._normalized(images)),
                 held.labels[ids],
                 ids,
                 keys,
@@ -169,22 +163,17 @@ class DataPipeline:
                 sizes,
             )
 
-    def _train_batch(
-        self, held: _Held, ids: Tensor, shard_sizes: tuple[int, ...], partners: Tensor, *, epoch: int, step_size: int
-    ) -> Batch:
-        keys = keyed.sample_keys(ids, seed=self.seed, epoch=epoch)
-        images, mixed = self._augmented(held, ids, keys), None
+    def _train_batch(self, held: Held, images: Tensor, part: _Part, *, epoch: int, step_size: int) -> Batch:
+        """images: those of `part.wanted`."""
+        ids, own, mixed = part.ids, len(part.ids), None
+        keys = keyed.sample_keys(part.wanted, seed=self.seed, epoch=epoch)
+        images = self._normalized(augment(images, keys, self.config.augment))
+        if self.config.augment.cutout:
+            images = cut_out(images, keys, self.config.augment.cutout)
         if self.config.augment.mixes:
-            others = self._augmented(held, partners, keyed.sample_keys(partners, seed=self.seed, epoch=epoch))
-            images, own_part = mix(images, others, keys, self.config.augment)
-            mixed = Mixed(held.labels[partners], own_part)
-        return Batch(self._input(images), held.labels[ids], ids, keys, step_size, shard_sizes, mixed)
-
-    def _augmented(self, held: _Held, ids: Tensor, keys: Tensor) -> Tensor:
-        """Normalized [n, h, w, c]."""
-        images = self._normalized(augment(held.images.index_select(0, ids), keys, self.config.augment))
-        side = self.config.augment.cutout
-        return cut_out(images, keys, side) if side else images
+            images, own_part = mix(images[:own], images[own:], keys[:own], self.config.augment)
+            mixed = Mixed(held.labels[part.partners], own_part)
+        return Batch(self._input(images), held.labels[ids], ids, keys[:own], step_size, part.shard_sizes, mixed)
 
     def _normalized(self, images: Tensor) -> Tensor:
         """(x / 255 - mean) / deviation of uint8 [n, h, w, c]; rows are taken as one run of w * c numbers, which vectorizes."""
@@ -204,11 +193,15 @@ class DataPipeline:
         cuts = [shard * count // self.shards for shard in range(own.start, own.stop + 1)]
         return chosen[cuts[0] : cuts[-1]], tuple(end - start for start, end in pairwise(cuts))
 
-    def _hold(self, source: cifar.Images, **splits: NDArray[np.int64]) -> dict[str, _Held]:
-        """The source on the device once, and the ids of each split that is cut from it."""
-        images = torch.from_numpy(source.images).to(self.device)
+    def _hold(self, source: cifar.Images, **splits: NDArray[np.int64]) -> dict[str, Held]:
+        """The source where it is to lie, once, and the ids of each split that is cut from it."""
+        ahead = self._placement == "host"
+        images = torch.from_numpy(source.images)
+        images = images if ahead else images.to(self.device)
         labels = torch.from_numpy(source.labels.astype(np.int64)).to(self.device)
-        return {name: _Held(images, labels, torch.from_numpy(ids).to(self.device)) for name, ids in splits.items()}
+        return {
+            split: Held(images, labels, torch.from_numpy(ids).to(self.device), ahead) for split, ids in splits.items()
+        }
 
 
 def _mean_and_deviation(images: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -217,10 +210,18 @@ def _mean_and_deviation(images: NDArray[np.uint8]) -> tuple[NDArray[np.float64],
     counts = [np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(images.shape[-1])]
     means = np.array([np.average(shades, weights=count) for count in counts])
     variances = [np.average((shades - mean) ** 2, weights=count) for mean, count in zip(means, counts, strict=True)]
-    return means, np.sqrt(variances)
+    deviations = np.sqrt(variances)
+    return means, np.where(deviations > 0, deviations, 1.0)  # a channel of one shade is left as it is
 
 
-def _read(config: CifarData | GeneratedData, split: Literal["train", "test"]) -> cifar.Images:
+def _read(config: AnyData, side: int) -> tuple[tuple[str, ...], cifar.Images, cifar.Images]:
+    """Names of the classes, training and test images."""
+    if isinstance(config, ImageFolderData):
+        names, (train, test) = decode.read(config.root, side, config.cache)
+        return names, train, test
     if isinstance(config, CifarData):
-        return cifar.read(config.name, config.root, split)
-    return generated.read(config.name, config.train_samples if split == "train" else config.test_samples, split)
+        train, test = cifar.read_splits(config.name, config.root)
+    else:
+        train = generated.read(config.name, config.train_samples, "train")
+        test = generated.read(config.name, config.test_samples, "test")
+    return sources.class_names(config), train, test

@@ -1,12 +1,14 @@
 """The fixed stratified shuffle that holds out validation images."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from distributed import keyed
 
 
-def validation_mask(labels: NDArray[np.uint8], *, fraction: float, seed: int) -> NDArray[np.bool_]:
+def validation_mask(labels: NDArray[np.integer[Any]], *, fraction: float, seed: int) -> NDArray[np.bool_]:
     """Which training images are held out: the same part of every class, a function of (labels, fraction, seed) alone.
 
     Returns:

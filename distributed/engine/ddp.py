@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distributed.collectives import world_size
 from distributed.config.sections import AdamW, Ddp, Sgd
-from distributed.data.pipeline import Batch
+from distributed.data.batch import Batch
 from distributed.engine.protocol import Loss, Outcome
 from distributed.engine.tensors import Weights, autocast, cast
 from distributed.models.sync_batch_norm import SyncBatchNorm, by_ranks, convert_batch_norm

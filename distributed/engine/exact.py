@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distributed.collectives import world_size
 from distributed.config.sections import AdamW, Ddp, Sgd
-from distributed.data.pipeline import Batch
+from distributed.data.batch import Batch
 from distributed.engine.protocol import Loss, Outcome
 from distributed.engine.tensors import Weights, autocast, cast
 from distributed.exact.batch_norm import Cut, CuttingBatchNorm, backward

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from distributed.data.pipeline import Batch
+from distributed.data.batch import Batch
 
 
 class Outcome(NamedTuple):

@@ -10,8 +10,9 @@ from distributed.build import build_data, build_engine
 from distributed.checkpoint import load
 from distributed.config import TrainConfig
 from distributed.confusion import ConfusionSums, Counts
+from distributed.data.batch import Batch
 from distributed.data.image_file import png_of
-from distributed.data.pipeline import Batch, DataPipeline
+from distributed.data.pipeline import DataPipeline
 from distributed.errors import InputError
 from distributed.loop import evaluate
 from distributed.process_group import choose_device

@@ -15,7 +15,8 @@ from ranks import in_group, run_ranks
 
 from distributed import collectives
 from distributed.config import TrainConfig
-from distributed.data.pipeline import Batch, DataPipeline
+from distributed.data.batch import Batch
+from distributed.data.pipeline import DataPipeline
 from distributed.recipe import train
 from distributed.run_folder import RunFolder
 from multiprocess.small_runs import FAST, Recorder, StopAfter, digest, lines, newest_checkpoint, small_config, state_of

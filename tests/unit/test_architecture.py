@@ -43,6 +43,7 @@ WITHOUT_TORCH = {
     "figures.style",
     "figures.confusion",
     "data.cifar",
+    "data.sources",
     "logs",
     "plot",
 }

@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -225,7 +226,7 @@ def test_the_place_is_where_the_value_was_set_last(write):
         ),
         (
             ["--data.name", "mnist"],
-            "data.name = mnist: should be one of cifar10 | cifar100 | generated10 | generated100",
+            "data.name = mnist: should be one of cifar10 | cifar100 | generated10 | generated100 | image_folder",
         ),
         (["--data.augment.crop", "-1"], "data.augment.crop = -1: should be greater than or equal to 0"),
         (["--early_stopping.patience", "0"], "early_stopping.patience = 0: should be greater than 0"),
@@ -425,7 +426,8 @@ def _paths(tree: dict, prefix: str = "") -> set[str]:
 
 def _all_paths() -> set[str]:
     variants = [["--schedule.name", name] for name in ("constant", "cosine", "one_cycle", "plateau")]
-    variants += [["--data.name", "generated10"], ["--early_stopping.patience", "3"], ["--optim.name", "adamw"]]
+    variants += [["--data.name", "generated10"], ["--data.name", "image_folder"], ["--early_stopping.patience", "3"]]
+    variants += [["--optim.name", "adamw"]]
     return {path for words in variants for path in _paths(config_of(*words).model_dump())} - {"early_stopping"}
 
 
@@ -439,6 +441,8 @@ def test_help_shows_every_setting_with_its_default():
 
 def test_help_has_the_doc_and_the_default_of_every_variant_of_a_setting():
     def shown(value: object) -> str:
+        if isinstance(value, tuple):
+            return str(list(value))
         return str(value).lower() if isinstance(value, bool | None) else str(value)
 
     blocks = {block.split()[0]: block for block in re.split(r"\n    --", help_text())[1:]}
@@ -457,6 +461,50 @@ def test_settings_that_a_resume_may_change_are_starred_in_help():
     assert starred == {path for path in _all_paths() if path != "epochs" and not changes_experiment(path, config)}
 
 
+# Lists
+
+URLS = ("https://one/cifar-10-binary.tar.gz", "http://two/cifar-10-binary.tar.gz")
+
+
+def test_addresses_are_a_toml_list_on_the_command_line_and_in_a_file_and_come_back_from_the_resolved_config(write):
+    text = json.dumps(URLS)
+    file = write(f'[data]\nname = "cifar10"\ndownload = true\nurls = {text}\n')
+    for words in (["--data.download", "--data.urls", text], [file]):
+        config = config_of(*words)
+        assert config.data.urls == URLS
+        assert config_of(write(as_toml(config))).data.urls == URLS
+        assert TrainConfig.model_validate_json(config.model_dump_json()) == config
+    assert config_of(file, "--data.urls", "[]").data.urls == ()
+
+
+@pytest.mark.parametrize("text", ["http://one/x", '["ftp://one/x"]', "[1]", '["file:///x"]', "none", "true"])
+def test_what_is_no_list_of_addresses_is_told(text):
+    (line,) = mistakes("--data.download", "--data.urls", text)
+    assert line.startswith("command line: data.urls = ")
+    assert "should be a list of http or https addresses, as [" in line
+
+
+def test_addresses_without_download_are_told():
+    (line,) = mistakes("--data.urls", '["http://one/x"]')
+    assert line == "data.urls has no effect without data.download: set data.download = true or remove data.urls"
+
+
+@pytest.mark.parametrize("name", ["generated10", "image_folder"])
+def test_only_cifar_is_downloaded(name):
+    (line,) = mistakes("--data.name", name, "--data.download")
+    assert "belongs to data.name = cifar10 | cifar100" in line
+
+
+@pytest.mark.parametrize("words", [["--data.download"], ["--data.download", "--data.urls", '["http://one/x"]']])
+def test_who_asks_for_a_download_has_named_the_data(words):
+    assert load(words)[1]
+
+
+def test_the_cache_folder_is_a_path_or_none():
+    for text, expected in (("/somewhere", Path("/somewhere")), ("none", None)):
+        assert config_of("--data.name", "image_folder", "--data.cache", text).data.cache == expected
+
+
 # What a resume may change
 
 
@@ -465,7 +513,7 @@ def test_settings_that_a_resume_may_change_are_starred_in_help():
     ["seed", "global_batch_size", "accumulation", "precision", "optim.lr", "data.name", "data.split_seed",
      "data.augment.crop", "model.dropout", "schedule.patience", "early_stopping.patience", "early_stopping",
      "channels_last", "checkpoint.best_by", "exact.shards", "optim.ema_decay", "optim.beta2", "loss.label_smoothing",
-     "data.augment.mixup", "init_from", "compile", "evaluation.flips", "schedule.return_to_best"],
+     "data.augment.mixup", "init_from", "compile", "evaluation.flips", "schedule.return_to_best", "data.normalize"],
 )  # fmt: skip
 def test_what_the_curve_depends_on_makes_another_experiment(path):
     assert changes_experiment(path, TrainConfig())
@@ -474,7 +522,8 @@ def test_what_the_curve_depends_on_makes_another_experiment(path):
 @pytest.mark.parametrize(
     "path",
     ["run_dir", "data.root", "threads", "device", "timeout_seconds", "checkpoint.every_steps", "checkpoint.keep_last",
-     "logging.every_steps", "logging.level", "logging.profile_steps", "logging.tensorboard", "evaluation.test_every_epoch"],
+     "logging.every_steps", "logging.level", "logging.tensorboard", "logging.profile_steps", "data.placement",
+     "evaluation.test_every_epoch", "data.download", "data.urls", "data.cache"],
 )  # fmt: skip
 def test_what_the_curve_does_not_depend_on_may_change(path):
     assert not changes_experiment(path, TrainConfig())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distributed.confusion import ConfusionSums, Pair, as_lines, by_class, most_confused
-from distributed.data.pipeline import Batch
+from distributed.data.batch import Batch
 from distributed.figures.confusion import confusion_figure
 from distributed.figures.style import as_png, as_svg
 

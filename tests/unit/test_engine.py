@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distributed.config.sections import Ddp, Loss, Sgd
-from distributed.data.pipeline import Batch
+from distributed.data.batch import Batch
 from distributed.engine.ddp import DdpEngine
 from distributed.engine.exact import ExactEngine
 from distributed.engine.protocol import Engine, Outcome

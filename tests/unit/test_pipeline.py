@@ -9,7 +9,8 @@ import torch
 from distributed import keyed
 from distributed.config.data import Augment, GeneratedData
 from distributed.data import generated
-from distributed.data.pipeline import Batch, DataPipeline
+from distributed.data.batch import Batch
+from distributed.data.pipeline import DataPipeline
 from distributed.tree import leaves_of
 
 CPU = torch.device("cpu")
@@ -21,8 +22,8 @@ def _whole(samples: int, test_samples: int, validation_fraction: float, augment:
         GeneratedData(
             train_samples=samples, test_samples=test_samples, validation_fraction=validation_fraction, augment=augment
         ),
-        seed=3, global_batch_size=16, accumulation=1, evaluation_batch_size=6, rank=0, world_size=1, shards=1, device=CPU,
-        dtype=dtype, channels_last=True,
+        side=32, seed=3, global_batch_size=16, accumulation=1, evaluation_batch_size=6, rank=0, world_size=1, shards=1,
+        device=CPU, dtype=dtype, channels_last=True,
     )  # fmt: skip
 
 

@@ -142,3 +142,9 @@ def test_the_first_bad_step_of_a_sum_is_the_earlier_ones():
 
 def test_no_samples_have_no_share_of_anything():
     assert (Totals().mean_loss, Totals().accuracy, Totals().accuracy5) == (0, 0, 0)
+
+
+def test_of_three_classes_the_right_one_is_always_among_five():
+    sums = RunningSums(torch.device("cpu"))
+    sums.add(torch.ones(4), torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+    assert sums.read().correct5 == 4

@@ -80,3 +80,54 @@ def test_more_processes_than_shards_are_refused_before_torch_comes_in_where_the_
 )
 def test_where_the_device_is_not_known_or_there_are_shards_enough_or_none_nothing_is_refused(words):
     assert checked_config(words, Topology(world_size=9))[0].data.name == "generated10"
+
+
+# Where the data lies
+
+
+def lay_out(*paths: str) -> None:
+    for path in paths:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(b"\x1f\x8b")
+
+
+@pytest.mark.parametrize("archive", ["cifar-10-binary.tar.gz", "cifar-10-python.tar.gz"])
+def test_an_archive_in_the_data_folder_is_taken_without_a_banner(archive, capsys):
+    lay_out(f"data/{archive}")
+    assert checked_config([], Topology())[0].data.name == "cifar10"
+    assert capsys.readouterr().err == ""
+
+
+def test_an_image_folder_is_looked_at_before_torch():
+    lay_out("data/train/ant/1.png", "data/train/cow/1.png", "data/test/ant/1.png")
+    assert checked_config(["--data.name", "image_folder"], Topology())[0].data.name == "image_folder"
+    lay_out("data/test/bee/1.png")
+    with pytest.raises(InputError, match="no folder in"):
+        checked_config(["--data.name", "image_folder"], Topology())
+
+
+def test_a_download_is_asked_for_after_all_else_was_found_right():
+    asked = ["--data.download", "--data.urls", '["http://127.0.0.1:9/cifar-10-binary.tar.gz"]']
+    with pytest.raises(InputError, match="is less than the 9 processes"):
+        checked_config([*asked, "--device", "cpu"], Topology(world_size=9))
+    assert not Path("data").exists()
+
+
+def test_offline_a_download_is_refused_with_the_remedy_before_torch_is_imported(tmp_path):
+    archive = "cifar-10-binary.tar.gz"
+    words = ["--data.download", "--data.urls", f'["http://127.0.0.1:9/{archive}"]', "--data.root", str(tmp_path)]
+    code = (
+        "import sys, distributed.data.fetch as fetch\n"
+        "fetch.time.sleep = lambda _: None\n"
+        "from distributed import train\n"
+        f"sys.argv[1:] = {words!r}\n"
+        "code = train.main()\n"
+        "assert 'torch' not in sys.modules\n"
+        "sys.exit(code)\n"
+    )
+    root = Path(__file__).parents[2]
+    said = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert said.returncode == 2
+    refused, remedy = said.stderr.splitlines()
+    assert refused == f"error: download of {archive}: http://127.0.0.1:9/{archive}: [Errno 111] Connection refused"
+    assert remedy.startswith(f"error: download of {archive}: go online")

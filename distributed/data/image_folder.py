@@ -1,0 +1,114 @@
+"""A folder of PNG and JPEG files, train/CLASS/* and test/CLASS/*: what is there, and what is wrong with it. No torch.
+
+The order of the images is that of a digest of their paths: mixed, and the same wherever the folder lies.
+"""
+
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distributed.errors import InputError
+
+KINDS = (".png", ".jpg", ".jpeg")
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a split, relative to the root, with their classes; `digest` changes when a file does."""
+
+    files: tuple[str, ...]
+    labels: NDArray[np.integer[Any]]
+    digest: str
+
+
+def list_folder(root: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
+    """Names of the classes, in order, and the files of `train` and `test`. Hidden files are passed over.
+
+    Raises:
+        InputError: all that is wrong, a line each.
+    """
+    folders = {split: _classes(root, split) for split in SPLITS}
+    names = tuple(folders["train"])
+    errors = [
+        f"{root / 'test' / name}: this class has no folder in {root / 'train'}; add it there, or remove it here"
+        for name in folders["test"]
+        if name not in names
+    ]
+    found: dict[str, list[tuple[str, int, os.stat_result]]] = {split: [] for split in SPLITS}
+    for split in SPLITS:
+        for name, folder in folders[split].items():
+            if name not in names:
+                continue
+            for entry in _visible(folder):
+                if entry.is_file() and entry.name.lower().endswith(KINDS):
+                    found[split].append((f"{split}/{name}/{entry.name}", names.index(name), entry.stat()))
+                else:
+                    what = "a folder" if entry.is_dir() else "of a kind that is not read"
+                    errors.append(
+                        f"{entry.path}: {what}; a class folder holds {', '.join(KINDS)} alone: move or convert it"
+                    )
+            if split == "train" and not any(label == names.index(name) for _, label, _ in found[split][-1:]):
+                errors.append(f"{folder}: a class without images; add some ({', '.join(KINDS)}), or remove the folder")
+        if not found[split] and not errors:
+            errors.append(f"{root / split}: no images; it should hold CLASS/*.png, .jpg or .jpeg")
+    if errors:
+        raise InputError(*[f"data.name = image_folder: {error}" for error in errors])
+    return names, {split: _listing(found[split]) for split in SPLITS}
+
+
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def _classes(root: Path, split: str) -> dict[str, Path]:
+    """Class name -> its folder, in order of names."""
+    try:
+        folders = {entry.name: Path(entry.path) for entry in _visible(root / split) if entry.is_dir()}
+    except OSError as error:
+        raise InputError(
+            f"data.name = image_folder: {root / split}: {error.strerror}; point --data.root at the folder that holds "
+            "train/CLASS/ and test/CLASS/ with the images"
+        ) from None
+    if len(folders) == 1 and split == "train":
+        raise InputError(f"data.name = image_folder: {root / split}: one class folder; there is nothing to tell apart")
+    if not folders:
+        raise InputError(
+            f"data.name = image_folder: {root / split}: no class folders; the images lie in {split}/CLASS/"
+        )
+    return folders
+
+
+def _listing(found: list[tuple[str, int, os.stat_result]]) -> Listing:
+    found = sorted(found, key=lambda one: hashlib.blake2b(os.fsencode(one[0]), digest_size=16).digest())
+    digest = hashlib.blake2b(digest_size=16)
+    for path, label, stat in found:
+        digest.update(os.fsencode(f"{path}\0{label}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
+    labels = np.array([label for _, label, _ in found], np.int64)
+    return Listing(tuple(path for path, _, _ in found), labels, digest.hexdigest())
+
+
+def cache_folder(root: Path, named: Path | None) -> Path:
+    """Where decoded images are kept: as named, else .decoded in the root, else the user's cache or temporary folder.
+
+    Raises:
+        InputError: none of them can be written.
+    """
+    user = Path(tempfile.gettempdir()) / f"distributed-decoded-{os.getuid()}"
+    candidates = [named] if named else [root / ".decoded", Path.home() / ".cache" / "distributed" / "decoded", user]
+    for folder in candidates:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError:
+            continue
+    tried = ", ".join(map(str, candidates))
+    raise InputError(f"data.cache: cannot write to {tried}; name a folder with --data.cache")

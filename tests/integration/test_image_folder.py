@@ -1,0 +1,64 @@
+"""An image folder as users train on it: on two processes, images on the device or in host memory, then evaluated."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from integration.commands import ROOT, Command, assert_same_bits, metrics, torchrun
+from integration.test_command_line import python, run
+
+SETTINGS = (
+    *("--data.name", "image_folder", "--epochs", 1, "--global_batch_size", 8, "--logging.every_steps", 1),
+    *("--data.validation_fraction", 0.25, "--precision", "float32", "--data.augment.crop", 2),
+)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two classes, red and blue, of odd sizes: 12 training and 4 test images each."""
+    drawn = np.random.default_rng(1)
+    for split, count in (("train", 12), ("test", 4)):
+        for channel, name in ((0, "red"), (2, "blue")):
+            folder = tmp_path / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = drawn.integers(0, 80, (40 + index, 50, 3)).astype(np.uint8)
+                pixels[..., channel] += 150
+                Image.fromarray(pixels).save(folder / f"{index}.{'png' if index % 2 else 'jpg'}")
+    return tmp_path / "pictures"
+
+
+@pytest.mark.timeout(240)
+def test_two_processes_train_on_it_wherever_the_images_lie_and_evaluate_finds_the_same(
+    root: Path, tmp_path: Path
+) -> None:
+    for placement in ("host", "device"):
+        folder = tmp_path / placement
+        words = (*SETTINGS, "--data.root", root, "--data.placement", placement, "--run_dir", folder)
+        with Command(torchrun(2, *words), output=tmp_path / f"{placement}.txt", cwd=ROOT) as command:
+            assert command.wait(100) == 0, command.text
+        told = command.text.count("decoding train images: 24 images\n")
+        assert told == (1 if placement == "host" else 0), "by one process, once"
+    assert_same_bits(tmp_path / "host", tmp_path / "device")
+    state = json.loads((tmp_path / "host" / "checkpoints" / "latest" / "state.json").read_text())
+    assert state["classes"] == ["blue", "red"]
+    assert [len(state["normalization"][name]) for name in ("mean", "deviation")] == [3, 3]
+    evaluated = run(python(tmp_path / "host", "--split", "test", module="distributed.evaluate"))
+    test = metrics(tmp_path / "host")[-1]["test"]
+    assert "test split (8 images)" in evaluated.stdout
+    assert f"loss {test['loss']:.4f}, top-1 {test['accuracy']:.2%}" in evaluated.stdout
+    root.rename(root.with_name("moved"))
+    moved = run(python(tmp_path / "host", "--data.root", root.with_name("moved"), module="distributed.evaluate"))
+    assert moved.stdout == evaluated.stdout
+
+
+def test_a_broken_image_is_one_line_and_exit_code_2(root: Path, tmp_path: Path) -> None:
+    file = root / "train" / "red" / "1.png"
+    file.write_bytes(file.read_bytes()[:500])
+    result = run(python(*SETTINGS, "--data.root", root, "--run_dir", tmp_path / "run"))
+    assert result.returncode == 2
+    assert f"{file}: broken" in result.stderr
+    assert "Traceback" not in result.stderr

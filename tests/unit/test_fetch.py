@@ -1,0 +1,283 @@
+"""Downloads from a real server on this machine, one that also stalls, breaks off, refuses and ignores ranges."""
+
+import hashlib
+import multiprocessing
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from http_server import CONTENT, HALF, Server, serving
+
+from distributed.config.data import CifarData
+from distributed.data import cifar_official, fetch, progress, sources
+from distributed.errors import InputError
+
+MD5 = hashlib.md5(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving() as server:
+        yield server
+
+
+def get(urls: list[str], target: Path, **settings: float) -> None:
+    fetch.fetch(urls, target, md5=MD5, **{"stall_seconds": 0.3, "pause_seconds": 0.01, **settings})
+
+
+def complaint(urls: list[str], target: Path, **settings: float) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        get(urls, target, **settings)
+    assert not target.exists()
+    *lines, remedy = caught.value.lines
+    assert "--data.urls" in remedy
+    assert "online" in remedy
+    assert str(target.parent) in remedy
+    return [line.removeprefix(f"download of {target.name}: ") for line in lines]
+
+
+@pytest.fixture
+def target(tmp_path) -> Path:
+    return tmp_path / "data" / "file.tar.gz"
+
+
+def test_a_file_comes_whole_and_is_not_asked_for_again(server, target, capsys):
+    get([server.url("good")], target)
+    assert target.read_bytes() == CONTENT
+    assert not target.with_name("file.tar.gz.part").exists()
+    get([server.url("good")], target)
+    assert server.asked == [("/good/file.tar.gz", None)]
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "file.tar.gz: 1.0 MB"
+    assert re.fullmatch(r"file\.tar\.gz: 1\.0 MB after \d+ s", said[-1])
+
+
+@pytest.mark.parametrize("manner", ["redirect", "unsized", "slow"])
+def test_redirected_unsized_and_slow_answers_are_taken(server, target, manner):
+    get([server.url(manner)], target, stall_seconds=2)
+    assert target.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("manner", ["breaksonce", "stallsonce"])
+def test_what_broke_off_is_gone_on_with_at_the_byte_where_it_did(server, target, manner):
+    get([server.url(manner)], target)
+    assert target.read_bytes() == CONTENT
+    assert [asked for _, asked in server.asked] == [None, f"bytes={HALF}-"]
+
+
+def test_another_process_goes_on_with_what_a_killed_one_left(server, target):
+    target.parent.mkdir()
+    target.with_name("file.tar.gz.part").write_bytes(CONTENT[:1000])
+    get([server.url("good")], target)
+    assert target.read_bytes() == CONTENT
+    assert server.asked[0][1] == "bytes=1000-"
+
+
+def test_a_part_that_is_whole_needs_no_server(target):
+    target.parent.mkdir()
+    target.with_name("file.tar.gz.part").write_bytes(CONTENT)
+    get(["http://127.0.0.1:9/none"], target)
+    assert target.read_bytes() == CONTENT
+
+
+def test_a_server_that_ignores_ranges_starts_anew(server, target):
+    target.parent.mkdir()
+    target.with_name("file.tar.gz.part").write_bytes(CONTENT[:1000])
+    get([server.url("norange")], target)
+    assert target.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("part", [b"x" * 1000, CONTENT + b"more", b"x" * len(CONTENT)])
+def test_a_part_of_another_file_is_thrown_away_and_the_same_server_asked_anew(server, target, part):
+    target.parent.mkdir()
+    target.with_name("file.tar.gz.part").write_bytes(part)
+    get([server.url("good")], target)
+    assert target.read_bytes() == CONTENT
+
+
+def test_a_server_that_sends_another_part_than_asked_for_is_not_believed(server, target):
+    target.parent.mkdir()
+    target.with_name("file.tar.gz.part").write_bytes(CONTENT[:1000])
+    get([server.url("otherpart")], target)
+    assert target.read_bytes() == CONTENT
+    assert [asked for _, asked in server.asked] == ["bytes=1000-", None]
+
+
+@pytest.mark.parametrize(
+    ("manner", "told", "times"),
+    [
+        ("404", "HTTP 404 Not Found", 1),
+        ("500", "HTTP 500 Internal Server Error", 3),
+        ("503", "HTTP 503 Service Unavailable", 3),
+        ("breaks", f"it broke off after {HALF:,} of {len(CONTENT):,} bytes", 4),
+        ("stalls", "it sent nothing for 0.3 s", 4),
+        (
+            "wrong",
+            f"what it gave has MD5 {hashlib.md5(b'<html>another file</html>').hexdigest()}, and {MD5} belongs",
+            1,
+        ),
+    ],
+)
+def test_a_server_that_fails_is_told_and_asked_again_where_that_can_help(server, target, manner, told, times):
+    (line,) = complaint([server.url(manner)], target)
+    assert line.startswith(f"{server.url(manner)}: ")
+    assert told in line
+    assert server.manners() == [manner] * times
+    assert target.with_name("file.tar.gz.part").exists() == (manner in ("breaks", "stalls"))
+
+
+@pytest.mark.parametrize("manner", ["404", "500", "wrong", "breaks", "stalls", "unsized", "norange"])
+def test_the_next_mirror_is_asked_at_once(server, target, manner):
+    get([server.url(manner), server.url("good")], target)
+    assert target.read_bytes() == CONTENT
+    assert len(server.asked) == (1 if manner in ("unsized", "norange") else 2)
+
+
+def test_each_mirror_has_its_line(server, target):
+    lines = complaint([server.url("404"), server.url("500"), "http://127.0.0.1:9/none"], target, rounds=2)
+    assert [line.split(": ")[0] for line in lines] == [server.url("404"), server.url("500"), "http://127.0.0.1:9/none"]
+    assert "Connection refused" in lines[2]
+    assert server.manners() == ["404", "500", "500"]
+
+
+def test_a_line_that_breaks_often_but_gets_on_is_not_given_up(server, target):
+    server.step = 100_000
+    get([server.url("bits")], target, rounds=1)
+    assert target.read_bytes() == CONTENT
+    assert len(server.asked) == 11
+
+
+def test_a_host_that_is_not_known_is_told(target):
+    (line,) = complaint(["http://nowhere.invalid/file"], target, rounds=1)
+    assert "not known" in line or "resolution" in line or "No address" in line
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(server, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="make it writable"):
+        get([server.url("good")], tmp_path / "file" / "file.tar.gz")
+    assert server.asked == []
+
+
+def test_a_full_disk_is_not_taken_for_the_servers_fault(server, target, monkeypatch):
+    class Full:
+        name = "the part"
+
+        def write(self, _: bytes) -> None:
+            raise OSError(28, "No space left on device")
+
+        def __enter__(self) -> "Full":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(fetch, "_opened", lambda *_: Full())
+    with pytest.raises(InputError, match=r"the part: No space left on device; free space"):
+        get([server.url("good")], target)
+    assert len(server.asked) == 1
+
+
+def _in_a_process(urls: list[str], target: Path, start: float, answers: "multiprocessing.Queue[object]") -> None:
+    time.sleep(max(0, start - time.time()))
+    try:
+        get(urls, target, rounds=1)
+        answers.put("there" if target.read_bytes() == CONTENT else "another")
+    except InputError as error:
+        answers.put(error.lines)
+
+
+def four_processes(urls: list[str], target: Path) -> list[object]:
+    context = multiprocessing.get_context("fork")
+    answers: multiprocessing.Queue[object] = context.Queue()
+    start = time.time() + 0.3
+    processes = [context.Process(target=_in_a_process, args=(urls, target, start, answers)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    found = [answers.get(timeout=30) for _ in processes]
+    for process in processes:
+        process.join(10)
+    return found
+
+
+def test_of_four_processes_one_downloads_and_all_have_the_file(server, target):
+    assert four_processes([server.url("slow")], target) == ["there"] * 4
+    assert len(server.asked) == 1
+
+
+def test_of_four_processes_one_fails_and_all_say_why(server, target):
+    """The others do not wait for the same stall, one after the other."""
+    answers = four_processes([server.url("stalls")], target)
+    assert [asked for _, asked in server.asked] == [None, f"bytes={HALF}-"]
+    assert "it sent nothing for 0.3 s" in answers[0][0]
+    assert [list(answer) for answer in answers] == [list(answers[0])] * 4
+
+
+def test_after_a_failure_another_attempt_tries_anew(server, target):
+    complaint([server.url("404")], target)
+    get([server.url("good")], target)
+    assert target.read_bytes() == CONTENT
+
+
+def test_a_downloader_that_is_killed_leaves_its_part_to_the_next(server, target):
+    waiting = {"md5": MD5, "stall_seconds": 20.0}
+    arguments = ([server.url("stalls")], target)
+    process = multiprocessing.get_context("fork").Process(target=fetch.fetch, args=arguments, kwargs=waiting)
+    process.start()
+    part = target.with_name("file.tar.gz.part")
+    deadline = time.monotonic() + 20
+    while not (part.exists() and part.stat().st_size == HALF):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    get([server.url("good")], target)
+    assert target.read_bytes() == CONTENT
+    assert server.asked[-1][1] == f"bytes={HALF}-"
+
+
+def test_the_plain_line_says_what_is_left():
+    megabyte = 1_000_000
+    said = progress.line("x", 34 * megabyte, 170 * megabyte, "B", 55_000)
+    assert said == "x: 34.0 MB of 170.0 MB, 55 kB/s, 41 min left"
+    assert progress.line("x", 5, 10, "images", 2.5) == "x: 5 images of 10 images, 2 images/s, 2 s left"
+    assert progress.line("x", 0, 10, "images", 0).endswith("stalled")
+    assert progress.line("x", 2000, None, "B", 1000) == "x: 2 kB, 1 kB/s"
+
+
+def test_without_a_terminal_a_line_comes_now_and_then(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0.0)
+    with progress.progress("decoding", 3, unit="images") as advance:
+        for _ in range(3):
+            advance(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 5
+    assert lines[1].startswith("decoding: 1 images of 3 images, ")
+
+
+def test_on_a_terminal_a_bar_is_drawn(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with progress.progress("decoding", 3, unit="images") as advance:
+        advance(3)
+    assert "100%" in capsys.readouterr().err
+
+
+def test_a_missing_data_set_is_downloaded_where_that_was_asked_for_and_only_then(server, tmp_path, monkeypatch):
+    packed = b"\x1f\x8b" + CONTENT
+    server.content = packed
+    official = cifar_official.CIFAR10.forms[0]
+    form = replace(official, archive_md5=hashlib.md5(packed).hexdigest())
+    small = replace(cifar_official.CIFAR10, forms=(form, cifar_official.CIFAR10.forms[1]))
+    monkeypatch.setitem(cifar_official.SETS, "cifar10", small)
+    config = CifarData(root=tmp_path / "data")
+    with pytest.raises(InputError, match=r"--data\.download"):
+        sources.prepare(config)
+    asked = config.model_copy(update={"download": True, "urls": (server.url("good"),)})
+    sources.prepare(asked)
+    assert (tmp_path / "data" / official.archive).read_bytes() == packed
+    sources.prepare(asked)
+    assert len(server.asked) == 1
+    assert not list((tmp_path / "data").glob("*.part"))

@@ -1,0 +1,125 @@
+"""Images in host memory give the batches that images on the device give, bit for bit; what pixels are scaled to."""
+
+import threading
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from distributed.config.data import Augment, GeneratedData
+from distributed.data import generated, held
+from distributed.data.batch import Batch
+from distributed.data.pipeline import DataPipeline, _mean_and_deviation
+
+TENSORS = ("images", "labels", "sample_ids", "sample_keys")
+
+
+def pipeline(device: str = "cpu", *, normalize: str = "mean_std", augment: Augment | None = None, **settings: object):
+    config = GeneratedData(
+        train_samples=60, test_samples=20, validation_fraction=0.2, normalize=normalize, augment=augment or Augment(),
+        placement=settings.pop("placement", "auto"),
+    )  # fmt: skip
+    values = {"accumulation": 3, "rank": 1, "world_size": 2, "shards": 4} | settings
+    return DataPipeline(
+        config, side=32, seed=3, global_batch_size=16, evaluation_batch_size=6, device=torch.device(device),
+        dtype=torch.float32, channels_last=True, **values,
+    )  # fmt: skip
+
+
+def assert_equal(one: Batch, other: Batch) -> None:
+    assert (one.step_size, one.shard_sizes) == (other.step_size, other.shard_sizes)
+    for name in TENSORS:
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def assert_all_equal(on_host: DataPipeline, on_device: DataPipeline) -> None:
+    for start in (0, 2):
+        ours, theirs = (list(data.train_epoch(1, start_step=start)) for data in (on_host, on_device))
+        for one, other in zip(ours, theirs, strict=True):
+            for mine, expected in zip(one, other, strict=True):
+                assert_equal(mine, expected)
+    for split in ("train", "validation", "test"):
+        for mine, expected in zip(on_host.evaluation(split), on_device.evaluation(split), strict=True):
+            assert_equal(mine, expected)
+    assert_equal(on_host.example(), on_device.example())
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"rank": 4, "world_size": 5, "shards": 5, "accumulation": 8}, {"accumulation": 1}]
+)
+def test_host_equals_device(settings):
+    on_host, on_device = (pipeline(placement=place, **settings) for place in ("host", "device"))
+    assert on_host._splits["train"].ahead
+    assert not on_device._splits["train"].ahead
+    assert_all_equal(on_host, on_device)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_host_equals_device_on_cuda():
+    on_host, on_device = (pipeline("cuda", placement=place) for place in ("host", "device"))
+    assert on_host._splits["train"].images.device.type == "cpu"
+    for _ in range(20):
+        assert_all_equal(on_host, on_device)
+
+
+def test_one_batch_is_gathered_ahead_by_a_thread_and_none_is_left_when_an_epoch_is_left():
+    data = pipeline(placement="host", accumulation=1)
+    asked = []
+
+    def wanted():
+        for number in range(5):
+            asked.append(number)
+            yield torch.tensor([number])
+
+    chosen = data._splits["train"].chosen(wanted())
+    assert asked == []
+    first = next(chosen)
+    assert asked == [0, 1]
+    assert torch.equal(first[0], data._splits["train"].images[0])
+    assert any(thread.name.startswith("images") for thread in threading.enumerate())
+    chosen.close()
+    assert not any(thread.name.startswith("images") for thread in threading.enumerate())
+    steps = data.train_epoch(0)
+    list(islice(steps, 2))
+    steps.close()
+    del steps
+    assert not any(thread.name.startswith("images") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_a_placement_that_was_named_is_taken(placement):
+    assert held.place(placement, 1 << 60, torch.device("cpu")) == placement
+    assert held.place(placement, 1 << 60, torch.device("cuda")) == placement
+
+
+def test_auto_is_the_device_where_a_third_of_its_free_memory_is_enough(monkeypatch):
+    assert held.place("auto", 1 << 60, torch.device("cpu")) == "device"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3000, 10_000))
+    assert held.place("auto", 999, torch.device("cuda")) == "device"
+    assert held.place("auto", 1000, torch.device("cuda")) == "host"
+
+
+def test_unit_scales_to_zero_and_one_and_nothing_else():
+    data = pipeline(normalize="unit", augment=Augment(crop=0, flip=False), accumulation=1, rank=0, world_size=1)
+    (batch,) = next(data.train_epoch(0))
+    source = generated.read("generated10", 60, "train").images[batch.sample_ids.numpy()]
+    expected = torch.from_numpy(source.transpose(0, 3, 1, 2).astype(np.float32)) / 255
+    assert torch.allclose(batch.images, expected, rtol=2e-7, atol=0)
+    assert data.facts()["normalization"] == {"mean": [0.0] * 3, "deviation": [1.0] * 3}
+
+
+def test_the_facts_are_what_was_used():
+    data = pipeline(augment=Augment(crop=0, flip=False), accumulation=1, rank=0, world_size=1)
+    assert data.facts()["classes"] == [f"class {label}" for label in range(10)]
+    mean, deviation = (torch.tensor(data.facts()["normalization"][name]) for name in ("mean", "deviation"))
+    (batch,) = next(data.train_epoch(0))
+    source = torch.from_numpy(generated.read("generated10", 60, "train").images[batch.sample_ids.numpy()])
+    expected = ((source / 255 - mean) / deviation).permute(0, 3, 1, 2)
+    assert torch.allclose(batch.images, expected, atol=1e-5)
+
+
+def test_a_channel_of_one_shade_is_not_divided_by_zero():
+    mean, deviation = _mean_and_deviation(np.zeros((2, 4, 4, 3), np.uint8))
+    assert (mean.tolist(), deviation.tolist()) == ([0.0] * 3, [1.0] * 3)
