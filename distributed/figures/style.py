@@ -35,6 +35,7 @@ _STYLE: Any = {
     "grid.alpha": 0.13,
     "grid.linewidth": 0.6,
     "text.color": INK,
+    "text.parse_math": False,  # names of files and classes are no formulas
     "xtick.color": INK,
     "ytick.color": INK,
     "xtick.labelsize": 8,

@@ -36,7 +36,7 @@ def main() -> int:
     except InputError as error:
         error.tell()
         return ExitCode.BAD_INPUT
-    runs = [_with_root(run, arguments.root) for run in runs]
+    runs = _told_apart([_with_root(run, arguments.root) for run in runs])
     try:
         replace_text(out, _page(runs, checkpoint=arguments.checkpoint))
     except OSError as error:
@@ -50,6 +50,12 @@ def _with_root(run: History, root: Path | None) -> History:
     """With its data where it lies now; of several runs some may be on generated images."""
     config = with_data_root(run.config, root) if has_data_root(run.config) else run.config
     return replace(run, config=unfetched(config))
+
+
+def _told_apart(runs: Sequence[History]) -> list[History]:
+    """Runs whose folders have the same name go by their paths."""
+    names = [run.name for run in runs]
+    return [replace(run, name=str(run.folder.path)) if names.count(run.name) > 1 else run for run in runs]
 
 
 def _page(runs: Sequence[History], *, checkpoint: str) -> str:

@@ -73,7 +73,7 @@ def throughput(run: History) -> Html:
         Absent: no logging step was reached.
     """
     if not run.steps:
-        raise Absent("No training step was logged yet, so no speed is known.")
+        raise Absent("No training step was logged, so no speed is known.")
     steps = [line["step"] for line in run.steps]
     with figure(11.5, 2.3) as (made, [axes]):
         axes.plot(steps, [line["images_per_second"] for line in run.steps], color=COLOURS[2], linewidth=1.1)

@@ -40,16 +40,13 @@ class Attempt:
 class History:
     """All of a run but its tensors. `steps` and `epochs` are the lines of metrics.jsonl of their kind."""
 
+    name: str
     folder: RunFolder
     config: TrainConfig
     status: dict[str, Any]
     attempts: list[Attempt]
     steps: list[dict[str, Any]]
     epochs: list[dict[str, Any]]
-
-    @property
-    def name(self) -> str:
-        return self.folder.path.resolve().name
 
     @property
     def steps_per_epoch(self) -> float | None:
@@ -85,6 +82,7 @@ def read_history(run: Path) -> History:
     folder, config = RunFolder(run), config_of(run)
     logged = _lines(folder.metrics_file)
     return History(
+        run.resolve().name,
         folder,
         config,
         folder.status(),

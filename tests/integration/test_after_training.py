@@ -163,11 +163,12 @@ def test_the_report_of_two_runs_compares_them_and_says_what_it_cannot_show(
     shutil.rmtree(bare / "checkpoints")
     (bare / "metrics.jsonl").unlink()
     out = tmp_path / "new folder" / "both.html"
-    result = command("report", no_data, bare, damage(copy_of(run, tmp_path / "damaged")), "--out", out)
+    result = command("report", no_data, bare, damage(copy_of(run, tmp_path / "other" / "run")), "--out", out)
     assert result.returncode == 0, result.stderr
     document = out.read_text()
     assert_stands_alone(document)
     for said in (
+        f">{no_data}<", f">{tmp_path}/other/run<", ">bare<",  # of folders with the same name the paths
         "The runs beside each other", "data.name", "Whether they are the same bits", "are the same bits:",
         "No epoch was finished yet", "has saved no checkpoint yet", "point --data.root at the folder", ": damaged: tensors",
     ):  # fmt: skip
