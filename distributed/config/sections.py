@@ -12,6 +12,10 @@ class Model(Section):
     name: Literal["alexnet", "improved_alexnet", "cifar_alexnet", "cifar_alexnet_bn"] = setting(
         "improved_alexnet", "the network"
     )
+    initial_weights: Literal["torch", "he"] = setting(
+        "torch", "torch: uniform up to 1 / sqrt(fan_in), biases too; he: up to sqrt(6 / fan_in), biases zero, for "
+        "networks without batch norm"
+    )  # fmt: skip
     dropout: float = setting(0.5, "probability that a unit of a hidden linear layer is dropped", ge=0, lt=1)
 
     @property

@@ -114,3 +114,18 @@ def test_initial_weights_fill_torchs_bounds():
         elif isinstance(module, nn.BatchNorm2d):
             assert bool((module.weight == 1).all())
             assert bool((module.bias == 0).all())
+
+
+@torch.no_grad()
+def test_hes_weights_keep_the_size_of_what_goes_through():
+    images = torch.rand(8, 3, 32, 32)
+    deviations = []
+    for how in ("torch", "he"):
+        model = build_model(Model(name="cifar_alexnet", initial_weights=how), num_classes=10, seed=0).eval()
+        deviations.append(float(model(images).std()))
+        assert all(not module.bias.any() for module in model.modules() if isinstance(module, nn.Linear)) == (
+            how == "he"
+        )
+    bound = (6 / (3 * 25)) ** 0.5
+    assert 0.99 * bound < float(model.conv[0].weight.abs().max()) <= bound
+    assert deviations[1] > 0.2 > 0.05 > deviations[0]
