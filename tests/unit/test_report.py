@@ -78,7 +78,8 @@ def attempt_line(event: str, token: str, second: int, **facts: Any) -> dict[str,
 def run_of(folder: Path, *, schedule: dict[str, Any] | None = None, logged: list[dict[str, Any]] | None = None) -> Path:
     folder.mkdir()
     config = TrainConfig.model_validate(
-        {"run_dir": folder, "schedule": schedule or {"name": "plateau", "patience": 1}, "optim": {"name": "sgd", "lr": 0.1}, "epochs": 5,
+        {"run_dir": folder, "schedule": schedule or {"name": "plateau", "patience": 1}, "optim": {"name": "sgd", "lr": 0.1},
+         "epochs": 5,
          "data": {"name": "cifar10", "root": folder / "no data"}}
     )  # fmt: skip
     (folder / "config.toml").write_text(as_toml(config))
