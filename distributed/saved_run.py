@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distributed.config import TrainConfig, load, with_values
+from distributed.data import sources
 from distributed.errors import InputError
 from distributed.files import read_json
 from distributed.run_folder import RunFolder
@@ -82,9 +83,8 @@ def content_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def classes_of(content: dict[str, Any], config: TrainConfig) -> list[str]:
-    """The names of the classes as a checkpoint has them, else their numbers."""
-    names = content.get("classes") or range(getattr(config.data, "num_classes", 0))
-    return [str(name) for name in names]
+    """The names of the classes as a checkpoint has them; those of older versions leave it to the data set."""
+    return list(content.get("classes") or sources.class_names(config.data))
 
 
 def normalization_of(content: dict[str, Any]) -> Normalization | None:

@@ -31,8 +31,14 @@ def prepare(config: AnyData) -> None:
         image_folder.list_folder(config.root)
 
 
-def class_names(config: CifarData | GeneratedData) -> tuple[str, ...]:
-    """Names of the classes, in the order of their labels."""
+def class_names(config: AnyData) -> tuple[str, ...]:
+    """Names of the classes, in the order of their labels.
+
+    Raises:
+        InputError: of image folders, that are not there.
+    """
     if isinstance(config, CifarData):
         return SETS[config.name].class_names
+    if isinstance(config, ImageFolderData):
+        return image_folder.list_folder(config.root)[0]
     return tuple(f"class {label}" for label in range(config.num_classes))
