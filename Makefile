@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RANKS ?= 2
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint bench gpu-results clean
 
 train: $(READY)  ## train on CIFAR-10 in CIFAR_ROOT (or ./data) on 2 processes, or on generated images
 	$(BIN)/torchrun --nproc_per_node=$(RANKS) --standalone -m distributed.train $(if $(CIFAR_ROOT),--data.root $(CIFAR_ROOT)) $(ARGS)
@@ -23,6 +23,10 @@ lint: $(READY)
 
 bench: $(READY)  ## speed against the seeds' loop and against compute alone; needs CIFAR_ROOT
 	$(BIN)/python -m distributed.bench train --data.root $(CIFAR_ROOT)
+
+# On a GPU that is lent for ten minutes at a time: give the same command until it says that all are finished.
+gpu-results: $(READY)  ## the seeds' eight results on one GPU, in slices of 9 minutes; needs CIFAR_ROOT
+	$(BIN)/python -m distributed.experiments --data.root $(CIFAR_ROOT) --device cuda --minutes 9 --out results/experiments_gpu
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

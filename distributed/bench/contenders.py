@@ -109,6 +109,30 @@ def process_group_alone() -> list[float]:
     return [time.monotonic()]
 
 
+def local_response_norm(*, layer: str, precision: str, steps: int) -> list[float]:
+    """Forward and backward of one layer. torch's knows no bfloat16 on a CPU, so that the cast to float32 and back is its
+    part there, as it would be in a network."""
+    import torch
+    from torch import nn
+
+    from distributed.models.local_response_norm import LocalResponseNorm
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, precision)
+    images = torch.randn(128, 96, 28, 28, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    grad = torch.randn_like(images)
+    images.requires_grad_()
+    norm: Any = (LocalResponseNorm if layer == "ours" else nn.LocalResponseNorm)(5, alpha=1e-4, beta=0.75, k=2.0)
+    clock = []
+    for _ in range(steps):
+        images.grad = None
+        norm(images if layer == "ours" else images.float()).to(dtype).backward(grad)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        clock.append(time.monotonic())
+    return clock
+
+
 def _plain_model() -> Any:
     """Improved AlexNet of torch's own layers."""
     from torch import nn
@@ -125,7 +149,9 @@ def _plain_model() -> Any:
 def main() -> None:
     from distributed.topology import Topology
 
-    contender = {f.__name__: f for f in (seed_loop, compute_alone, ours, process_group_alone)}[sys.argv[1]]
+    contender = {f.__name__: f for f in (seed_loop, compute_alone, ours, process_group_alone, local_response_norm)}[
+        sys.argv[1]
+    ]
     clock = contender(**json.loads(sys.argv[2]))
     if Topology.from_environment().is_main:
         print("CLOCK", json.dumps([clock, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10]), flush=True)

@@ -3,10 +3,9 @@
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from distributed.bench.rounds import Contender, median_step_seconds
-from distributed.config.sections import Model
 
 Round = dict[str, float]
 BATCH = 128
@@ -54,25 +53,23 @@ _MEMORY = ", memory a process [MiB]"
 
 
 def _exact_round(root: Path, steps: int) -> Round:
-    """Milliseconds a step and memory of exact mode and of fast mode, for each model."""
+    """Milliseconds a step and memory of exact mode and of fast mode."""
     found = {}
-    for model in get_args(Model.model_fields["name"].annotation):
-        with tempfile.TemporaryDirectory() as folder:
-            alike = ("--model.name", model, "--exact.shards")
-            contenders = {
-                "compute alone": Contender("compute_alone", {"steps": steps, "threads": 2}),
-                _PLAIN: Contender("ours", _ours(steps, root, f"{folder}/plain", 2, *alike, "0")),
-                _FAST: Contender("ours", _ours(steps, root, f"{folder}/fast", 1, *alike, "0"), ranks=2),
-            }
-            for shards in (2, 4, 8):
-                one = _ours(steps, root, f"{folder}/one{shards}", 2, *alike, str(shards))
-                two = _ours(steps, root, f"{folder}/two{shards}", 1, *alike, str(shards))
-                contenders[f"1 process x 2 threads: exact, S = {shards}"] = Contender("ours", one)
-                contenders[f"2 processes x 1 thread: exact, S = {shards}"] = Contender("ours", two, ranks=2)
-            for name, contender in contenders.items():
-                measured = contender.measure()
-                found[f"{model}, {name}"] = 1000 * median_step_seconds(measured.clock, skip=steps // 4)
-                found[f"{model}, {name}{_MEMORY}"] = measured.memory_mib
+    with tempfile.TemporaryDirectory() as folder:
+        contenders = {
+            "compute alone": Contender("compute_alone", {"steps": steps, "threads": 2}),
+            _PLAIN: Contender("ours", _ours(steps, root, f"{folder}/plain", 2, "--exact.shards", "0")),
+            _FAST: Contender("ours", _ours(steps, root, f"{folder}/fast", 1, "--exact.shards", "0"), ranks=2),
+        }
+        for shards in (2, 4, 8):
+            one = _ours(steps, root, f"{folder}/one{shards}", 2, "--exact.shards", str(shards))
+            two = _ours(steps, root, f"{folder}/two{shards}", 1, "--exact.shards", str(shards))
+            contenders[f"1 process x 2 threads: exact, S = {shards}"] = Contender("ours", one)
+            contenders[f"2 processes x 1 thread: exact, S = {shards}"] = Contender("ours", two, ranks=2)
+        for name, contender in contenders.items():
+            measured = contender.measure()
+            found[name] = 1000 * median_step_seconds(measured.clock, skip=steps // 4)
+            found[f"{name}{_MEMORY}"] = measured.memory_mib
     return found
 
 
@@ -80,11 +77,10 @@ def _exact_ratios(r: Round) -> Round:
     ratios = {}
     for name, value in r.items():
         if "exact" in name and not name.endswith(_MEMORY):
-            model = name.partition(",")[0]
             base = _PLAIN if "1 process" in name else _FAST
-            ratios[f"{name} / {base.partition(': ')[2]}"] = value / r[f"{model}, {base}"]
+            ratios[f"{name} / {base.partition(': ')[2]}"] = value / r[base]
             if "S = 8" in name and "1 process" in name:
-                ratios[f"{name} / compute alone"] = value / r[f"{model}, compute alone"]
+                ratios[f"{name} / compute alone"] = value / r["compute alone"]
     return ratios
 
 
@@ -121,6 +117,28 @@ def _save_ratios(r: Round) -> Round:
     return {"time a save adds / a step": added / r["mean step without"]}
 
 
+def _norm_round(_: Path, steps: int) -> Round:
+    """Milliseconds of local response norm forward and backward on 128 x 96 x 28 x 28, torch's layer and ours."""
+    layers = [(layer, precision) for precision in ("float32", "bfloat16") for layer in ("torch's", "ours")]
+    contenders = {
+        f"{layer}, {precision}": Contender(
+            "local_response_norm", {"layer": layer, "precision": precision, "steps": steps}
+        )
+        for layer, precision in layers
+    }
+    return {
+        name: 1000 * median_step_seconds(contender.measure().clock, skip=steps // 4)
+        for name, contender in contenders.items()
+    }
+
+
+def _norm_ratios(r: Round) -> Round:
+    return {
+        f"torch's / ours, {precision}": r[f"torch's, {precision}"] / r[f"ours, {precision}"]
+        for precision in ("float32", "bfloat16")
+    }
+
+
 class Kind(NamedTuple):
     """A benchmark: its rounds, (CIFAR-10's folder, steps) -> figures; the ratios of a round; the figures' unit."""
 
@@ -134,4 +152,5 @@ KINDS = {
     "exact": Kind(_exact_round, _exact_ratios, "ms"),
     "startup": Kind(_startup_round, _startup_ratios, "s"),
     "save": Kind(_save_round, _save_ratios, "s"),
+    "norm": Kind(_norm_round, _norm_ratios, "ms"),
 }

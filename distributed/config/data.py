@@ -75,10 +75,6 @@ class CifarData(_Data):
         (), "mirrors of an official archive, tried in turn; only with download; []: the official server"
     )
 
-    @property
-    def num_classes(self) -> int:
-        return 100 if self.name == "cifar100" else 10
-
     def conflicts(self) -> list[str]:
         if self.urls and not self.download:
             return ["data.urls has no effect without data.download: set data.download = true or remove data.urls"]

@@ -1,6 +1,6 @@
 """The data set that a config names: fetched where that was asked for, checked, its classes. Imports no torch."""
 
-from distributed.config.data import AnyData, CifarData, GeneratedData, ImageFolderData
+from distributed.config.data import AnyData, CifarData, ImageFolderData
 from distributed.data import cifar, fetch, image_folder
 from distributed.data.cifar_official import SETS
 
