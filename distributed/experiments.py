@@ -52,7 +52,7 @@ class Result:
     data: str
     epochs: int
     of_epochs: int
-    finished: bool
+    ended_early: bool
     at_epoch: int
     train: float
     validation: float | None
@@ -79,11 +79,13 @@ def result_of(name: str, run: RunFolder) -> Result | None:
     starts = [
         entry for entry in map(json.loads, run.attempts_file.read_text().splitlines()) if entry["event"] == "started"
     ]
+    recipe, _ = load([str(CONFIGS / f"{name}.toml")])
+    finished = run.status().get("status") == "finished"
     bits = starts[-1]["bits"]
     worlds = sorted({entry["world_size"] for entry in starts})
     return Result(
-        name=name, model=config.model.name, data=config.data.name, epochs=len(epochs), of_epochs=config.epochs,
-        finished=run.status().get("status") == "finished", at_epoch=line["epoch"] + 1, train=100 * line["train_accuracy"],
+        name=name, model=config.model.name, data=config.data.name, epochs=len(epochs), of_epochs=recipe.epochs,
+        ended_early=finished and len(epochs) < config.epochs, at_epoch=line["epoch"] + 1, train=100 * line["train_accuracy"],
         validation=line["validation"] and 100 * line["validation"]["accuracy"],
         test=line["test"] and 100 * line["test"]["accuracy"], test_loss=line["test"] and line["test"]["loss"],
         minutes=sum(entry["seconds"] for entry in epochs) / 60, attempts=len(starts),
@@ -106,8 +108,8 @@ def table(results: Sequence[Result]) -> str:
     ]
     for r in results:
         seed = SEEDS[r.name]
-        extent = f"{r.epochs} of {r.of_epochs}" if r.epochs < r.of_epochs else f"{r.epochs}"
-        extent += ", ended early" if r.finished and r.epochs < r.of_epochs else "" if r.finished else ", unfinished"
+        extent = f"{r.epochs}" if r.epochs == r.of_epochs else f"{r.epochs} of {r.of_epochs}"
+        extent += ", ended early" if r.ended_early else ""
         at = f" at epoch {r.at_epoch}" if r.validation is not None else ""
         mode = f"exact ({r.exact_shards})" if r.exact_shards else "fast"
         rows.append(

@@ -11,7 +11,7 @@ from distributed.config import load
 from distributed.experiments import CONFIGS, SEEDS
 
 SHORT = (
-    "--data.name generated10 --data.train_samples 300 --data.test_samples 50 --epochs 2 --threads 1 --device cpu "
+    "--data.name generated10 --data.train_samples 300 --data.test_samples 50 --threads 1 --device cpu "
     "--logging.tensorboard false"
 )
 ROOT = Path(__file__).parents[2]
@@ -36,10 +36,8 @@ def test_every_result_of_the_seeds_has_its_config_with_a_header(name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_experiments_stop_when_time_is_up_go_on_and_end_in_a_table(tmp_path):
-    words = ["--only", "I-10", "I-50", *SHORT.split()]
-    cut = experiments(tmp_path, *words, "--minutes", "0.0001")
-    assert cut.returncode == 75, cut.stderr
+def test_experiments_end_in_a_table_and_what_is_finished_is_not_run_again(tmp_path):
+    words = ["--only", "I-10", "I-50", *SHORT.split(), "--epochs", "2"]
     done = experiments(tmp_path, *words)
     assert done.returncode == 0, done.stderr
     again = experiments(tmp_path, *words)
@@ -47,11 +45,27 @@ def test_experiments_stop_when_time_is_up_go_on_and_end_in_a_table(tmp_path):
     assert again.stderr.count("this run is finished") == 2
     assert again.stdout.split("| id |")[1] == done.stdout.split("| id |")[1]
     rows = json.loads((tmp_path / "results.json").read_text())
-    assert [(row["name"], row["epochs"], row["finished"]) for row in rows] == [("I-10", 2, True), ("I-50", 2, True)]
+    assert [(row["name"], row["epochs"], row["of_epochs"]) for row in rows] == [("I-10", 2, 10), ("I-50", 2, 50)]
     assert "torch" in rows[0]["versions"]
     text = (tmp_path / "results.md").read_text()
-    assert "| I-10 | improved_alexnet, generated10 | 2 |" in text
+    assert "| I-10 | improved_alexnet, generated10 | 2 of 10 |" in text
     assert "79.46 %" in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_when_time_is_up_the_run_saves_and_the_same_command_goes_on(tmp_path):
+    words = ["--only", "I-10", *SHORT.split(), "--epochs", "50"]
+    slices = [experiments(tmp_path, *words, "--minutes", "0.2")]
+    assert slices[0].returncode == 75, slices[0].stderr
+    while slices[-1].returncode == 75 and len(slices) < 12:
+        slices.append(experiments(tmp_path, *words, "--minutes", "0.3"))
+    assert slices[-1].returncode == 0, slices[-1].stderr
+    attempts = (tmp_path / "runs" / "I-10" / "attempts.jsonl").read_text().splitlines()
+    starts = [entry["step"] for entry in map(json.loads, attempts) if entry["event"] == "started"]
+    assert starts == sorted(starts)
+    assert len(starts) >= 2
+    assert starts[-1] > 0
 
 
 def test_what_a_run_would_refuse_is_told_before_it_is_started(tmp_path):
