@@ -194,6 +194,10 @@ def test_a_partner_is_the_image_before_and_mixed_as_it_is_augmented_itself(tmp_p
     assert torch.equal(torch.cat([shard.mixed.labels for shard in shards]), mixed.mixed.labels)
 
 
+def test_mixing_goes_with_fast_mode_too(tmp_path):
+    assert train(config_of(tmp_path / "run", "--data.augment.mixup", "0.5", "--exact.shards", "0")).epoch == 2
+
+
 def test_with_flips_logits_are_the_mean_of_image_and_mirror_image(tmp_path):
     config = config_of(tmp_path)
     data = build_data(config, Topology(), CPU)
