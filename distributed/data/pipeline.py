@@ -107,7 +107,7 @@ class DataPipeline:
         """The first few training images, whatever the rank: for trying a model out."""
         held = self._splits["train"]
         ids = held.ids[:8]
-        part = _Part(ids, (8,), ids[:0])
+        part = _Part(ids, (8,), ids if self.config.augment.mixes else ids[:0])
         return self._train_batch(held, next(iter(held.chosen([part.wanted]))), part, epoch=0, step_size=8)
 
     def train_epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[list[Batch]]:
