@@ -8,6 +8,7 @@ from loguru import logger
 
 from distributed import collectives
 from distributed.config import TrainConfig, as_toml
+from distributed.config.sections import Ddp, Fsdp
 from distributed.data import sources
 from distributed.data.pipeline import DataPipeline
 from distributed.engine.ddp import DdpEngine
@@ -64,6 +65,12 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
         "device": device,
         "timeout_seconds": config.timeout_seconds,
     }
+    if isinstance(config.engine, Fsdp):
+        if collectives.world_size() == 1:  # there is nothing to be shared out
+            return DdpEngine(Ddp(), model, example=data.example(), compile=False, **common)
+        from distributed.engine.fsdp import FsdpEngine  # slow to import
+
+        return FsdpEngine(config.engine, model, **common)
     if shards := config.shards_on(device.type):
         return ExactEngine(config.engine, model, shards=shards, lanes=topology.threads(config.threads), **common)
     return DdpEngine(config.engine, model, example=data.example(), compile=config.compile, **common)

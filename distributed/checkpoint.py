@@ -91,11 +91,17 @@ class Checkpointer:
             StorageError: that one could not be written.
         """
         name = name_of(step=state.step, epoch=state.epoch)
-        if self.run is None or name == self._newest:
+        if name == self._newest:
             return
         self._newest = name
         self.wait()
-        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in engine.state()}
+        # All ranks go through it: a sharded engine puts each tensor together then, and only rank 0 keeps it.
+        tensors = {}
+        for tensor_name, tensor in engine.state():
+            if self.run:
+                tensors[tensor_name] = tensor.detach().to("cpu", copy=True)
+        if self.run is None:
+            return
         content = {"format": FORMAT, "state": state.state_dict(), **self.facts}
         best = name_of(step=state.best.step, epoch=state.best.epoch + 1) if state.best else None
         self._pending = self._thread.submit(self._write, name, tensors, content, best)

@@ -3,12 +3,12 @@
 torch's functional forms: constructing a torch.optim class imports torch's compiler, which takes over a second.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
@@ -19,11 +19,13 @@ class Optimizer:
     """SGD or AdamW over two groups: matrices and filters decay, biases and batch norm's weights only if the config says so.
 
     `state` has each parameter's tensors by torch's names for them.
+
+    Args:
+        parameters: plain tensors with their gradients in `.grad`; where weights are sharded, the parts of this rank.
     """
 
-    def __init__(self, config: Sgd | AdamW, model: nn.Module) -> None:
-        self.config = config
-        self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    def __init__(self, config: Sgd | AdamW, parameters: Sequence[Tensor]) -> None:
+        self.config, self.parameters = config, list(parameters)
         decays = [p.dim() > 1 or config.decay_norm_and_bias for p in self.parameters]
         self._groups = [
             ([p for p, d in zip(self.parameters, decays, strict=True) if d], config.weight_decay),
@@ -94,13 +96,14 @@ class WeightAverage:
     """Exponential moving average of a model's weights and of its batch norm's statistics.
 
     Args:
+        live: the weights and statistics by name, or this rank's parts of them.
         decay: what is kept of the average at a step; less over the first steps, (1 + step) / (10 + step), so that the
             initial weights are soon forgotten.
     """
 
-    def __init__(self, model: nn.Module, *, decay: float) -> None:
+    def __init__(self, live: Mapping[str, Tensor], *, decay: float) -> None:
         self.decay = decay
-        self._live = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+        self._live = {name: tensor for name, tensor in live.items() if tensor.is_floating_point()}
         self.tensors = {name: tensor.clone() for name, tensor in self._live.items()}
 
     @torch.no_grad()

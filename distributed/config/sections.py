@@ -61,8 +61,17 @@ class Loss(Section):
 
 
 class Ddp(Section):
-    name: Literal["ddp"] = setting("ddp", "replicated weights, gradients summed over ranks (DistributedDataParallel)")
-    bucket_mib: int = setting(25, "size of a bucket of gradients that is exchanged at once, MiB", gt=0, le=1024)
+    name: Literal["ddp"] = operational(
+        "ddp", "replicated weights, gradients summed over ranks (DistributedDataParallel)"
+    )
+    bucket_mib: int = operational(25, "size of a bucket of gradients that is exchanged at once, MiB", gt=0, le=1024)
+
+
+class Fsdp(Section):
+    name: Literal["fsdp"] = operational("fsdp", "weights, gradients and optimizer sharded over ranks (FSDP2)")
+    reshard_after_forward: bool = operational(
+        True, "free a layer's gathered weights after the forward pass and gather them again for the backward one"
+    )
 
 
 def _shard_count(value: Any) -> Any:

@@ -10,10 +10,11 @@ from pydantic_core import PydanticCustomError
 from distributed.config.data import AnyData, CifarData
 from distributed.config.schedules import Constant, Cosine, EarlyStopping, OneCycle, Plateau
 from distributed.config.section import AnyPath, OptionalPath, Section, operational, setting
-from distributed.config.sections import AdamW, Checkpoint, Ddp, Evaluation, Exact, Logging, Loss, Model, Sgd
+from distributed.config.sections import AdamW, Checkpoint, Ddp, Evaluation, Exact, Fsdp, Logging, Loss, Model, Sgd
 from distributed.errors import InputError
 
 DataSection = Annotated[AnyData, Field(discriminator="name")]
+EngineSection = Annotated[Ddp | Fsdp, Field(discriminator="name")]
 OptimSection = Annotated[Sgd | AdamW, Field(discriminator="name")]
 ScheduleSection = Annotated[Constant | Cosine | OneCycle | Plateau, Field(discriminator="name")]
 
@@ -45,7 +46,7 @@ class TrainConfig(Section):
     optim: OptimSection = setting(Sgd(), "the optimizer")
     schedule: ScheduleSection = setting(OneCycle(), "the learning rate over time")
     early_stopping: EarlyStopping | None = setting(None, "end the run when validation stops improving; none: never")
-    engine: Ddp = setting(Ddp(), "how the model is spread over the ranks")
+    engine: EngineSection = setting(Ddp(), "how the model is spread over the ranks")
     exact: Exact = setting(Exact(), "the same bits at any number of processes")
     evaluation: Evaluation = setting(Evaluation(), "measuring on the validation and test splits")
     checkpoint: Checkpoint = setting(Checkpoint(), "when to save and what to keep")
@@ -55,7 +56,7 @@ class TrainConfig(Section):
         """`exact.shards` with auto resolved for `cpu` or `cuda`; 0: exact mode is off."""
         if self.exact.shards != "auto":
             return self.exact.shards
-        if device_type != "cpu" or self.compile:
+        if device_type != "cpu" or self.compile or self.engine.name != "ddp":
             return 0
         return 1 << min(8, self.global_batch_size // self.accumulation).bit_length() - 1
 
@@ -110,6 +111,12 @@ def _conflicts(config: TrainConfig) -> list[str]:
             f"compile = true cannot go with exact.shards = {shards}: a compiled graph cannot rest where shards meet; "
             "set exact.shards = 0, or compile = false"
         )
+    if config.engine.name != "ddp":
+        for name, wanted in (("exact.shards", shards not in ("auto", 0)), ("compile", config.compile)):
+            if wanted:
+                found.append(
+                    f"{name} cannot go with engine.name = {config.engine.name} yet: set engine.name = ddp, or leave {name} out"
+                )
     if isinstance(schedule, Plateau) and schedule.return_to_best and config.best_by != schedule.metric:
         found.append(
             f"schedule.return_to_best needs the best epoch by {schedule.metric}, and checkpoint.best_by = "

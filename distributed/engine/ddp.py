@@ -97,7 +97,7 @@ class DdpEngine:
         before = {name: tensor.clone() for name, tensor in self._plain.state_dict().items()}
         for _ in range(2):
             self.micro_step(_any_loss, example, last=True)
-            self.weights.optimizer.zero_grad()
+            self.weights.zero_grad()
         self._plain.load_state_dict(before)
 
     @torch.no_grad()
@@ -116,7 +116,7 @@ class DdpEngine:
 
     def step(self, lr: float, *, step: int) -> Tensor:
         norm = self.weights.update(lr, step=step)
-        self.weights.optimizer.zero_grad()
+        self.weights.zero_grad()
         return norm
 
     def evaluating(self) -> AbstractContextManager[None]:

@@ -1,7 +1,8 @@
-"""What engines with whole weights on each rank share: precision, the update, tensors under canonical names."""
+"""What engines share: precision, the update, tensors under canonical names, however they lie on the ranks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,28 +23,74 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
-class Weights:
-    """Whole weights on each rank with all that learning keeps of them: the optimizer's tensors and the moving average."""
+class Layout(Protocol):
+    """How tensors of a model lie on the ranks."""
 
-    def __init__(self, config: Sgd | AdamW, model: nn.Module) -> None:
-        self.model, self.clip_norm = model, config.clip_norm
-        self.optimizer = Optimizer(config, model)
-        self.average = WeightAverage(model, decay=config.ema_decay) if config.ema_decay else None
+    def part(self, tensor: Tensor) -> Tensor:
+        """This rank's part of a parameter or buffer, or of a parameter's gradient: the same memory, a plain tensor."""
+        ...
+
+    def whole(self, part: Tensor, like: Tensor) -> Tensor:
+        """All ranks' parts as one plain tensor of the shape of `like`, a parameter or buffer; a collective."""
+        ...
+
+    def cut(self, whole: Tensor, like: Tensor) -> Tensor:
+        """What of a whole tensor belongs into this rank's part of `like`."""
+        ...
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The L2 norm of all parts on all ranks, a scalar; a collective."""
+        ...
+
+
+class Replicated:
+    """Every rank has everything."""
+
+    def part(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def whole(self, part: Tensor, like: Tensor) -> Tensor:
+        return part
+
+    def cut(self, whole: Tensor, like: Tensor) -> Tensor:
+        return whole
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        return torch.nn.utils.get_total_norm(gradients)
+
+
+class Weights:
+    """A model's weights with all that learning keeps of them: the optimizer's tensors and the moving average."""
+
+    def __init__(self, config: Sgd | AdamW, model: nn.Module, *, layout: Layout | None = None) -> None:
+        self.model, self.clip_norm, self.layout = model, config.clip_norm, layout or Replicated()
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parts = {name: self.layout.part(tensor) for name, tensor in model.state_dict().items()}
+        # The parameters themselves where they are whole: gradients come into `.grad` of those.
+        parts = {name: self.layout.part(p) for name, p in self._parameters.items()}
+        self.optimizer = Optimizer(config, list(parts.values()))
+        self._kept = {name: self.optimizer.state.get(part, {}) for name, part in parts.items()}
+        self.average = WeightAverage(self._parts, decay=config.ema_decay) if config.ema_decay else None
 
     def update(self, lr: float, *, step: int) -> Tensor:
         """Scale the gradients down to the norm where they are larger, and take a step; their norm before that."""
         parameters = self.optimizer.parameters
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        gradients = [self.layout.part(p.grad) for p in self._parameters.values() if p.grad is not None]
+        norm = self.layout.norm(gradients)
         if self.clip_norm is not None:
             # Not in place: these may lie in memory that all ranks share.
-            scaled = torch._foreach_mul(gradients, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
-            for parameter, gradient in zip(parameters, scaled, strict=True):
-                parameter.grad = gradient
+            gradients = list(torch._foreach_mul(gradients, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)))
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
         self.optimizer.step(lr)
         if self.average:
             self.average.update(step)
         return norm
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in (*self._parameters.values(), *self.optimizer.parameters):
+            parameter.grad = None
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:
@@ -55,38 +102,43 @@ class Weights:
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """`model.NAME` for parameters and persistent buffers, `optimizer.NAME.KEY` for what the optimizer keeps of a
-        parameter, `ema.NAME` for averages."""
-        for name, tensor in self.model.state_dict().items():
-            yield f"model.{name}", tensor
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                yield f"optimizer.{name}.{key}", value
-        for name, tensor in self.average.tensors.items() if self.average else ():
-            yield f"ema.{name}", tensor
+        parameter, `ema.NAME` for averages; each whole, one at a time. All ranks go through it alike."""
+        for full_name, part, like in self._all():
+            yield full_name, self.layout.whole(part, like)
+
+    def _all(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(canonical name, this rank's part, a parameter or buffer that lies as it does)."""
+        own = self.model.state_dict()
+        for name, part in self._parts.items():
+            yield f"model.{name}", part, own[name]
+        for name, kept in self._kept.items():
+            for key, part in kept.items():
+                yield f"optimizer.{name}.{key}", part, own[name] if part.dim() else part
+        for name, part in self.average.tensors.items() if self.average else ():
+            yield f"ema.{name}", part, own[name]
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the tensors in. What the optimizer keeps and is not given becomes zero and averages become the weights, as
+        """Copy whole tensors in. What the optimizer keeps and is not given becomes zero and averages become the weights, as
         at the start.
 
         Raises:
             ValueError: a tensor of the model is missing, has another shape, or one is left over.
         """
-        own = dict(self.state())
+        own = {name: (part, like) for name, part, like in self._all()}
         wrong = [
-            f"{name}: here {tuple(tensor.shape)}, there {tuple(tensors[name].shape) if name in tensors else 'nothing'}"
-            for name, tensor in own.items()
+            f"{name}: here {tuple(like.shape)}, there {tuple(tensors[name].shape) if name in tensors else 'nothing'}"
+            for name, (_, like) in own.items()
             if (name not in tensors and name.startswith("model."))
-            or (name in tensors and tensors[name].shape != tensor.shape)
+            or (name in tensors and tensors[name].shape != like.shape)
         ]
         wrong += [f"{name}: not known here" for name in tensors if name not in own]
         if wrong:
             raise ValueError("the checkpoint does not fit the model: " + "; ".join(wrong))
-        for name, tensor in own.items():
+        for name, (part, like) in own.items():
             kind, _, rest = name.partition(".")
-            if name in tensors:
-                tensor.copy_(tensors[name])
-            elif kind == "ema":
-                tensor.copy_(tensors[f"model.{rest}"])
+            source = f"model.{rest}" if kind == "ema" and name not in tensors else name
+            if source in tensors:
+                part.copy_(self.layout.cut(tensors[source], like))
             else:
-                tensor.zero_()
+                part.zero_()

@@ -369,7 +369,7 @@ def test_biases_and_norms_decay_only_if_asked(everything, decayed):
     for parameter in model.parameters():
         parameter.data.fill_(2.0)
         parameter.grad = torch.zeros_like(parameter)
-    Optimizer(config, model).step(0.1)
+    Optimizer(config, list(model.parameters())).step(0.1)
     shrunk = {name for name, p in model.named_parameters() if torch.equal(p, torch.full_like(p, 2.0 * (1 - 0.1 * 0.5)))}
     kept = {name for name, p in model.named_parameters() if torch.equal(p, torch.full_like(p, 2.0))}
     names = {name for name, _ in model.named_parameters()}
@@ -383,7 +383,7 @@ def test_the_optimizer_takes_the_steps_of_torchs(momentum):
     models = [Small(), Small()]
     models[1].load_state_dict(models[0].state_dict())
     config = Sgd(weight_decay=0.01, decay_norm_and_bias=True, **momentum)
-    own = Optimizer(config, models[0])
+    own = Optimizer(config, list(models[0].parameters()))
     torchs = torch.optim.SGD(
         models[1].parameters(),
         lr=1.0,

@@ -18,7 +18,7 @@ def small() -> nn.Sequential:
 def test_adamw_takes_the_steps_of_torchs(everything):
     models = [small(), small()]
     config = AdamW(beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.1, decay_norm_and_bias=everything)
-    own = Optimizer(config, models[0])
+    own = Optimizer(config, list(models[0].parameters()))
     parameters = list(models[1].parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() > 1 or everything], "weight_decay": 0.1},
@@ -40,7 +40,7 @@ def test_adamw_takes_the_steps_of_torchs(everything):
 
 def test_the_average_is_the_exponential_one_of_weights_and_statistics():
     model = small()
-    average = WeightAverage(model, decay=0.5)
+    average = WeightAverage(model.state_dict(), decay=0.5)
     names = ("0.weight", "1.running_mean")
     expected = {name: model.state_dict()[name].double().clone() for name in names}
     for step in range(9):

@@ -1,0 +1,217 @@
+"""Sharded weights (FSDP2): the curve of DDP, parts that are parts, checkpoints that every engine at every size goes on from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import in_group, run_ranks
+
+from distributed import collectives
+from distributed.build import build_data, build_engine
+from distributed.checkpoint import load
+from distributed.config import TrainConfig
+from distributed.loop import train_step
+from distributed.run_folder import RunFolder
+from distributed.sums import RunningSums
+from distributed.topology import Topology
+from multiprocess.small_runs import FAST, newest_checkpoint, small_config
+from multiprocess.traces import Trace, digest_of, digests_of, tensors_of, traced
+
+CPU = torch.device("cpu")
+FSDP, DDP = {"name": "fsdp"}, {"name": "ddp"}
+CASES: dict[str, dict[str, Any]] = {
+    # 19 steps an epoch; of the last step's two images some ranks and micro-batches have none.
+    "two micro-batches, clipping": {
+        "epochs": 2,
+        "global_batch_size": 11,
+        "accumulation": 2,
+        "optim": {"lr": 0.01, "clip_norm": 0.5},
+        "data": {"train_samples": 250, "validation_fraction": 0.2},
+        "evaluation": {"batch_size": 7},
+    },
+    "plateau, weights gathered once": {
+        "engine": FSDP | {"reshard_after_forward": False},
+        "epochs": 3,
+        "data": {"train_samples": 60, "validation_fraction": 0.25},
+        "schedule": {"name": "plateau", "metric": "loss", "patience": 0, "min_delta": 50.0, "return_to_best": True},
+        "checkpoint": {"every_minutes": 0.0, "best_by": "loss"},
+    },
+    "AdamW, averaged weights, mixed images": {
+        "optim": {"name": "adamw", "lr": 1e-4, "ema_decay": 0.9},
+        "loss": {"label_smoothing": 0.1},
+        "data": {"train_samples": 100, "augment": {"cutmix": 1.0}},
+    },
+}
+FIRST, PLATEAU, ADAMW = CASES
+
+
+def config_of(name: str, run_dir: Path, engine: dict[str, str], precision: str = "float64") -> TrainConfig:
+    settings = dict(CASES[name])
+    sharded = settings.pop("engine", FSDP)
+    chosen = sharded if engine == FSDP else engine
+    exact = FAST if engine == DDP else {"shards": "auto"}
+    return small_config(run_dir, precision=precision, engine=chosen, exact=exact, **settings)
+
+
+@in_group
+def run_cases(folder: Path, engine: dict[str, str]) -> dict[str, Trace]:
+    size = collectives.world_size()
+    return {name: traced(config_of(name, folder / f"{name}, {engine['name']}, {size}", engine)) for name in CASES}
+
+
+@dataclass(frozen=True)
+class Runs:
+    folder: Path
+    alone: dict[str, Trace]
+    sharded: dict[int, list[dict[str, Trace]]]
+
+    def run(self, name: str, engine: str, world_size: int) -> RunFolder:
+        return RunFolder(self.folder / f"{name}, {engine}, {world_size}")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("fsdp")
+    (alone,) = run_ranks(run_cases, 1, folder, DDP, timeout_seconds=150)
+    sharded = {size: run_ranks(run_cases, size, folder, FSDP, timeout_seconds=150) for size in (2, 3)}
+    return Runs(folder, alone, sharded)
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_in_float64_every_figure_is_that_of_whole_weights_on_one_process(
+    runs: Runs, name: str, world_size: int
+) -> None:
+    alone, ranks = runs.alone[name], [rank[name] for rank in runs.sharded[world_size]]
+    assert all(rank.steps == ranks[0].steps and rank.epochs == ranks[0].epochs for rank in ranks)
+    # Under AdamW the rounding that is a convolution's bias before batch norm has for a gradient becomes steps of lr.
+    accuracy = 1e-9 if name == ADAMW else 1e-12
+    worst = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(ranks[0].steps, alone.steps, strict=True))
+    norms = max(
+        abs(a["grad_norm"] - b["grad_norm"]) / b["grad_norm"] for a, b in zip(ranks[0].steps, alone.steps, strict=True)
+    )
+    print(f"{name}, {world_size} ranks, {len(alone.steps)} steps: losses within {worst:.1e}, norms within {norms:.1e}")
+    assert worst < accuracy
+    assert norms < 10 * accuracy
+    for found, expected in zip(ranks[0].epochs, alone.epochs, strict=True):
+        for split in ("validation", "test"):
+            if expected[split] is not None:
+                assert found[split]["accuracy"] == expected[split]["accuracy"]
+                assert found[split]["loss"] == pytest.approx(expected[split]["loss"], rel=100 * accuracy)
+    assert ranks[0].decisions == alone.decisions
+    assert ranks[0].tensors.keys() == alone.tensors.keys()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_what_is_saved_is_whole_and_what_all_ranks_hold(runs: Runs, world_size: int) -> None:
+    for name in CASES:
+        run = runs.run(name, "fsdp", world_size)
+        shapes = {key: tensor.shape for key, tensor in tensors_of(runs.run(name, "ddp", 1)).items()}
+        assert {key: tensor.shape for key, tensor in tensors_of(run).items()} == shapes
+        saved = digests_of(run)[newest_checkpoint(run.path).name]
+        for rank in runs.sharded[world_size]:
+            assert {key: rank[name].tensors[key] for key in saved} == rank[name].tensors
+            found = tensors_of(run)
+            assert {key: digest_of(tensor) for key, tensor in found.items()} == rank[name].tensors
+
+
+@in_group
+def bytes_held(model: str) -> tuple[int, int]:
+    """(of this rank's parts of parameters, momentum and gradients; of all that in whole)"""
+    config = small_config(Path("unused"), model={"name": model}, engine=FSDP, global_batch_size=6)
+    topology = Topology(collectives.rank(), collectives.world_size())
+    data = build_data(config, topology, CPU)
+    engine: Any = build_engine(config, topology, data, CPU)
+    for parameter in engine.weights.optimizer.parameters:
+        assert not parameter.requires_grad
+    engine.micro_step(lambda m, b: (m(b.images, b.sample_keys).sum(), None), next(data.train_epoch(0))[0], last=True)
+    gradients = [p.grad.to_local().nbytes for p in engine.model.parameters()]
+    parts = [p.nbytes for p in engine.weights.optimizer.parameters]
+    kept = [t.nbytes for state in engine.weights.optimizer.state.values() for t in state.values()]
+    whole = sum(p.numel() * p.element_size() for p in engine.model.parameters())
+    return sum(parts) + sum(kept) + sum(gradients), 3 * whole
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_rank_holds_its_part_of_parameters_momentum_and_gradients(world_size: int) -> None:
+    for held, whole in run_ranks(bytes_held, world_size, "improved_alexnet", timeout_seconds=120):
+        assert held == pytest.approx(whole / world_size, rel=0.02)
+
+
+# Checkpoints
+
+ATTEMPTS = [(DDP, 2), (FSDP, 3), (DDP, 1), (FSDP, 4), (FSDP, 2), (DDP, 3)]
+"""One run goes through all of these, two steps at a time."""
+
+
+@in_group
+def next_attempt(run_dir: Path, engine: dict[str, str], stop_after: int | None) -> tuple[Trace, dict[str, str]]:
+    """The next steps of a run, and before them what an engine holds that the newest checkpoint was loaded into."""
+    config, held = config_of(FIRST, run_dir, engine), dict[str, str]()
+    if RunFolder(run_dir).newest_state():
+        topology = Topology(collectives.rank(), collectives.world_size())
+        fresh = build_engine(config, topology, build_data(config, topology, CPU), CPU)
+        load(newest_checkpoint(run_dir), fresh)
+        held = {name: digest_of(tensor) for name, tensor in fresh.state()}
+        torch.set_num_threads(1)
+    return traced(config, stop_after), held
+
+
+def test_a_run_goes_on_under_any_engine_at_any_number_of_processes(runs: Runs, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    steps: list[dict[str, Any]] = []
+    for engine, world_size in ATTEMPTS:
+        last = (engine, world_size) == ATTEMPTS[-1]
+        before = {name: digest_of(tensor) for name, tensor in tensors_of(run).items()} if steps else {}
+        ranks = run_ranks(next_attempt, world_size, run.path, engine, None if last else 1, timeout_seconds=120)
+        for trace, held in ranks:
+            assert held == before, "every tensor as it was saved"
+            assert trace.steps == ranks[0][0].steps
+        steps += ranks[0][0].steps
+    expected = runs.alone[FIRST].steps
+    assert [step["step"] for step in steps] == [step["step"] for step in expected]
+    worst = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(steps, expected, strict=True))
+    print(f"through {len(ATTEMPTS)} attempts: {len(steps)} losses within {worst:.1e}")
+    assert worst < 1e-12
+
+
+@in_group
+def undisturbed_and_stopped(folder: Path) -> list[Trace]:
+    traces = [traced(config_of(FIRST, folder / "undisturbed", FSDP, "bfloat16"))]
+    for stop_after in (4, 7, None):
+        traces.append(traced(config_of(FIRST, folder / "stopped", FSDP, "bfloat16"), stop_after))
+    return traces
+
+
+def test_at_the_same_number_of_processes_a_stopped_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    for undisturbed, *parts in run_ranks(undisturbed_and_stopped, 3, tmp_path, timeout_seconds=150):
+        assert [part.ended[2] for part in parts] == [True, True, False]
+        assert [step for part in parts for step in part.steps] == undisturbed.steps
+        assert parts[-1].tensors == undisturbed.tensors
+
+
+@in_group
+def losses_in_bfloat16(engine: dict[str, str]) -> list[float]:
+    config = small_config(Path("unused"), precision="bfloat16", engine=engine, exact=FAST, optim={"lr": 0.001})
+    topology = Topology(collectives.rank(), collectives.world_size())
+    data = build_data(config, topology, CPU)
+    built, sums, found = build_engine(config, topology, data, CPU), RunningSums(CPU), []
+    for step, micro_batches in enumerate(data.train_epoch(0)):
+        train_step(built, micro_batches, loss=config.loss, lr=0.001, step=step, sums=sums)
+        found.append(sums.read().mean_loss)
+    assert {tensor.dtype for name, tensor in built.state() if "num_batches" not in name} == {torch.float32}
+    return found
+
+
+def test_in_bfloat16_the_curve_is_that_of_autocast() -> None:
+    """The first loss to the last bit: the same casts, taken earlier."""
+    (sharded, *_), (replicated, *_) = (
+        run_ranks(losses_in_bfloat16, 2, engine, timeout_seconds=90) for engine in (FSDP, DDP)
+    )
+    assert sharded[0] == replicated[0]
+    assert sharded == pytest.approx(replicated, rel=2e-3)
