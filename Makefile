@@ -12,7 +12,7 @@ train: $(READY)  ## train on CIFAR-10 in CIFAR_ROOT (or ./data) on 2 processes, 
 
 # Each suite has its budget in seconds; tests on real CIFAR read CIFAR_ROOT and are skipped without it.
 test: $(READY)
-	timeout 300 $(BIN)/python -m pytest tests/unit
+	timeout 600 $(BIN)/python -m pytest tests/unit
 	timeout 1200 $(BIN)/python -m pytest tests/multiprocess
 	timeout 1500 $(BIN)/python -m pytest tests/integration tests/golden
 

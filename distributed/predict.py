@@ -1,6 +1,7 @@
 """`python -m distributed.predict RUN IMAGE...`: what a run's network takes images for.
 
-An image may have any size: its largest centered square is scaled, with antialiasing, to the side the network was trained on.
+An image may have any size: its shorter side is scaled, with antialiasing, to that the network was trained on, and the centre
+is taken.
 """
 
 import argparse
@@ -81,15 +82,11 @@ def _predict(config: "TrainConfig", checkpoint: Path, paths: list[Path], picture
 
 
 def _input(image: "Tensor", side: int) -> "Tensor":
-    """The largest centered square of an image [3, h, w] in [0, 1], as a batch [1, 3, side, side]."""
-    from torch.nn.functional import interpolate
+    """An image [3, h, w] in [0, 1] as those in folders are made ready for training: a batch [1, 3, side, side]."""
+    from distributed.data.decode import to_square
 
-    height, width = image.shape[1:]
-    square = min(height, width)
-    top, left = (height - square) // 2, (width - square) // 2
-    cut = image[None, :, top : top + square, left : left + square]
-    # A bilinear filter can leave [0, 1] by rounding alone.
-    return interpolate(cut, (side, side), mode="bilinear", antialias=True).clamp(0, 1) if square != side else cut
+    square = to_square((image * 255).round().byte(), side)
+    return square.permute(2, 0, 1)[None] / 255
 
 
 def _draw(trained: "Trained", images: list["Tensor"], found: list[dict[str, Any]], picture: Path) -> None:
