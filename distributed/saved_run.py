@@ -71,7 +71,8 @@ def checkpoint_of(run: Path, name: str) -> Path:
                 )
             return found
     there = sorted(path.name for path in folder.glob("[!.]*") if (path / "manifest.json").is_file())
-    raise InputError(f"--checkpoint {name}: not in {folder}; there are: {', '.join(there) or 'none'}")
+    shown = name if name.isprintable() else repr(name)
+    raise InputError(f"--checkpoint {shown}: not in {folder}; there are: {', '.join(there) or 'none'}")
 
 
 def check_whole(checkpoint: Path) -> None:
