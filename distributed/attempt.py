@@ -11,9 +11,10 @@ from distributed import logs
 from distributed.config import TrainConfig
 from distributed.errors import ExitCode, InputError
 from distributed.plot import draw_curves
-from distributed.run_folder import ClaimedRun, RunFolder, versions
+from distributed.run_folder import ClaimedRun, RunFolder
 from distributed.state import TrainState
 from distributed.topology import Topology, processor
+from distributed.versions import versions
 
 
 class Attempt:
@@ -56,7 +57,7 @@ class Attempt:
         """
         self._state = state
         if resumed_from:
-            self._compare(resumed_from["bits"], facts["bits"])
+            self._compare(resumed_from.get("bits", {}), facts["bits"])
         if self.run:
             self.run.begin(self.config, start_step=state.step, details={"bits": facts["bits"]})
 
@@ -92,4 +93,7 @@ class Attempt:
             run.end("stopped", exit_code=ExitCode.STOPPED, reason=state.stop_reason, **progress)
         else:
             run.end("finished", exit_code=ExitCode.FINISHED, **progress)
-            draw_curves(run.metrics_file, run.curves, title=f"{self.config.model.name} on {self.config.data.name}")
+            try:
+                draw_curves(run.metrics_file, run.curves, title=f"{self.config.model.name} on {self.config.data.name}")
+            except (OSError, ValueError, KeyError, TypeError) as failure:  # nothing that the run is made of
+                logger.warning("{} was not drawn: {}: {}", run.curves, type(failure).__name__, failure)

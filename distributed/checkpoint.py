@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from loguru import logger
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from distributed import collectives
 from distributed.engine.protocol import Engine
-from distributed.errors import StorageError
-from distributed.files import append_line, read_json, replace_json, sync_folder
+from distributed.errors import InputError, StorageError
+from distributed.files import append_line, digest_of, read_json, read_object, replace_json, sync_folder
 from distributed.run_folder import ClaimedRun
-from distributed.safetensors_stream import digest_of, digest_of_tensor, write_tensors
+from distributed.safetensors_stream import digest_of_tensor, write_tensors
 from distributed.state import TrainState
 
 FORMAT = 1
@@ -53,6 +54,7 @@ class Checkpointer:
 
         Raises:
             StorageError: a rank cannot see what rank 0 found.
+            InputError: that is whole, and not of this run.
         """
         name = collectives.from_main(self._newest_whole() if self.run else None)
         if name is None:
@@ -62,7 +64,10 @@ class Checkpointer:
             raise StorageError(
                 f"{path}: rank 0 sees this checkpoint and this rank does not; run_dir must be shared storage"
             )
-        content = load(path, engine, state)
+        try:
+            content = load(path, engine, state)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}; move it away, or give another --run_dir") from None
         self._newest = name
         return content
 
@@ -80,7 +85,7 @@ class Checkpointer:
             path = self.folder / name_of(step=state.best.step, epoch=state.best.epoch + 1)
             if damage := collectives.from_main(damage_of(path) if self.run else None):
                 raise StorageError(f"{path}: the best checkpoint, to return to at a drop, is damaged: {damage}")
-            tensors = load_file(path / "tensors.safetensors")
+            tensors = tensors_of(path)
         engine.load_state({name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")})
         logger.info("weights and buffers are those of epoch {}, the optimizer begins anew", state.best.epoch + 1)
 
@@ -121,8 +126,8 @@ class Checkpointer:
             raise
         except OSError as error:
             raise StorageError(
-                f"{self.folder}: checkpoint not written: {error.strerror or error}; free space or mend access, then give "
-                f"the same command again: the last complete checkpoint is intact"
+                f"{error.filename2 or error.filename or self.folder}: checkpoint not written: {error.strerror or error}; free "
+                "space or mend access, then give the same command again: the last complete checkpoint is intact"
             ) from error
 
     def _write(self, name: str, tensors: dict[str, Tensor], content: dict[str, Any], best: str | None) -> None:
@@ -168,8 +173,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def damage_of(path: Path) -> str | None:
     """What is wrong with a checkpoint, by its manifest; None where it is whole."""
-    manifest = read_json(path / "manifest.json")
-    files = manifest.get("files") if isinstance(manifest, dict) else None
+    manifest = read_object(path / "manifest.json")
+    files = manifest.get("files")
     if not isinstance(files, dict) or manifest.get("format") != FORMAT or set(files) != set(FILES):
         return "no manifest of a known format"
     for name, expected in files.items():
@@ -183,12 +188,31 @@ def damage_of(path: Path) -> str | None:
 
 
 def load(path: Path, engine: Engine, state: TrainState | None = None) -> dict[str, Any]:
-    """Put a checkpoint's tensors into the engine and its counters into the state; the content of its state.json."""
-    content: dict[str, Any] = read_json(path / "state.json")
-    engine.load_state(load_file(path / "tensors.safetensors"))
-    if state is not None:
-        state.load_state_dict(content["state"])
+    """Put a checkpoint's tensors into the engine and its counters into the state; the content of its state.json.
+
+    Raises:
+        ValueError: they do not fit, or were never such.
+    """
+    content = read_json(path / "state.json")
+    if not isinstance(content, dict):
+        raise ValueError("state.json is no object")
+    if odd := [name for name in ("state", "config", "bits") if not isinstance(content.get(name, {}), dict)]:
+        raise ValueError(f"{' and '.join(odd)} in state.json: of another version")
+    engine.load_state(tensors_of(path))
+    try:
+        if state is not None:
+            state.load_state_dict(content["state"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"state.json is of another version: {type(error).__name__}: {error}") from None
     return content
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint; a ValueError where their file is none."""
+    try:
+        return load_file(path / "tensors.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"tensors.safetensors: {error}") from None
 
 
 def write_checkpoint(aside: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:

@@ -4,8 +4,7 @@ Compared are all logged figures and the digests of every tensor at every save th
 """
 
 import argparse
-import json
-from collections.abc import Iterator
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from distributed.config import differences
 from distributed.errors import ExitCode, InputError
 from distributed.run_folder import RunFolder
+from distributed.run_lines import attempt_lines, metrics_lines, save_lines
 
 _OF_THE_MACHINE = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
 
@@ -48,7 +48,7 @@ def compare(a: RunFolder, b: RunFolder) -> Comparison:
 def _logged(run: RunFolder) -> dict[tuple[int, str], dict[str, Any]]:
     """(step, kind) -> the figures of that line. A window of steps is compared with the same window only."""
     lines, before = {}, 0
-    for line in _lines(run.metrics_file):
+    for line in metrics_lines(run.metrics_file):
         kind = line["kind"] if line["kind"] != "train" else f"steps {before + 1} to {line['step']}"
         before = line["step"]
         lines[line["step"], kind] = {key: value for key, value in line.items() if key not in _OF_THE_MACHINE}
@@ -56,16 +56,10 @@ def _logged(run: RunFolder) -> dict[tuple[int, str], dict[str, Any]]:
 
 
 def _saved(run: RunFolder) -> dict[str, dict[str, str]]:
-    saved = {line["name"]: line["tensors"] for line in _lines(run.digests_file)}  # of one made twice the last counts
+    saved = {
+        line["name"]: line["tensors"] for line in save_lines(run.digests_file)
+    }  # of one made twice the last counts
     return {name: saved[name] for name in sorted(saved)}
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    for text in file.read_text().splitlines() if file.is_file() else ():
-        try:
-            yield json.loads(text)
-        except json.JSONDecodeError:
-            continue  # the last line of a killed run may be half there
 
 
 def _parting_of_lines(key: tuple[int, str], a: dict[str, Any], b: dict[str, Any]) -> Parting | None:
@@ -103,8 +97,8 @@ def circumstances(a: RunFolder, b: RunFolder) -> list[str]:
 def _facts(run: RunFolder) -> dict[str, list[str]]:
     """What each attempt that was begun ran on, in their order; what stayed the same is named once."""
     facts: dict[str, list[str]] = {}
-    for line in _lines(run.attempts_file):
-        if line["event"] != "started":
+    for line in attempt_lines(run.attempts_file):
+        if line["event"] != "started" or not {"bits", "world_size"} <= line.keys():
             continue
         bits = dict(line["bits"])
         versions = {f"version of {package}": version for package, version in bits.pop("versions", {}).items()}
@@ -130,7 +124,7 @@ def main() -> int:
 
 def _tell(a: RunFolder, b: RunFolder) -> int:
     for run in (a, b):
-        if not run.config_file.is_file():
+        if not os.path.isfile(run.config_file):
             raise InputError(
                 f"{run.path}: no config.toml there; RUN is the folder that a training run wrote (its --run_dir)"
             )

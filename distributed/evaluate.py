@@ -15,7 +15,7 @@ from distributed.config import TrainConfig
 from distributed.data import sources
 from distributed.errors import ExitCode, InputError
 from distributed.files import check_writable
-from distributed.saved_run import check_whole, checkpoint_of, classes_of, config_of, with_data_root
+from distributed.saved_run import check_whole, checkpoint_of, classes_of, config_of, content_of, with_data_root
 from distributed.topology import Topology
 
 if TYPE_CHECKING:
@@ -76,13 +76,14 @@ def _evaluate(config: TrainConfig, checkpoint: Path, split: "Split", picture: Pa
     device = choose_device(config.device, topology)
     make_deterministic(device)
     check_whole(checkpoint)
+    content = content_of(checkpoint)
     data = build_data(config, topology, device)  # before the group: a peer may be decoding for long
     with process_group(topology, device, timeout_seconds=config.timeout_seconds):
         engine = build_engine(config, topology, data, device)
         try:
-            content = load_checkpoint(checkpoint, engine)
+            load_checkpoint(checkpoint, engine)
         except ValueError as error:
-            raise InputError(f"{checkpoint}: {error}") from None
+            raise InputError(f"{checkpoint}: {error}; name another with --checkpoint") from None
         confusion = ConfusionSums(data.num_classes, device)
         flips = config.evaluation.flips
         totals = evaluate(engine, data, split, flips=flips, device=device, observers=[confusion])

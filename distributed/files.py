@@ -1,20 +1,72 @@
 """Files that are either as they were or complete, whatever dies in between."""
 
 import errno
+import hashlib
 import json
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from distributed.errors import InputError
+from distributed.errors import InputError, StorageError
+
+
+class Written(NamedTuple):
+    """Size and BLAKE2b digest of a file's bytes."""
+
+    bytes: int
+    digest: str
+
+
+def opened(path: Path) -> BufferedReader:
+    """A file to read; a pipe or a device is an OSError, and not waited for."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return open(handle, "rb")
+    os.close(handle)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def digest_of(path: Path) -> Written:
+    """Size and digest of a file as it is on the disk."""
+    with opened(path) as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+        return Written(file.tell(), digest.hexdigest())
 
 
 def read_json(path: Path) -> Any:
     """The file's content, or None where there is no such file or it is no JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        with opened(path) as file:
+            return json.loads(file.read())
+    except (OSError, ValueError, RecursionError):
         return None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """`read_json` of an object; empty where it is anything else."""
+    content = read_json(path)
+    return content if isinstance(content, dict) else {}
+
+
+@contextmanager
+def storing(folder: Path) -> Iterator[None]:
+    """What the system refuses to write is a StorageError."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"{error.filename2 or error.filename or folder}: {error.strerror or error}; free space or mend access, then "
+            "give the same command again"
+        ) from error
 
 
 def replace_text(path: Path, text: str) -> None:

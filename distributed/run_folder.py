@@ -11,26 +11,23 @@ RUN/confusion-*.png   RUN/export/   RUN/report.html       made by commands, whic
 
 import json
 import os
-import platform
-import subprocess
 import threading
 import time
 import uuid
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
 from filelock import FileLock, Timeout
 from loguru import logger
+from pydantic import ValidationError
 
 from distributed.config import TrainConfig, as_toml, changes_experiment, differences
 from distributed.errors import ExitCode, InputError, StorageError
-from distributed.files import append_line, read_json, replace_json, replace_text
+from distributed.files import append_line, digest_of, read_object, replace_json, replace_text, storing
 from distributed.topology import host
+from distributed.versions import git_state, versions
 
 LOCK_WAIT_SECONDS = 30.0
-_PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "distributed-alexnet")
 
 
 class RunFolder:
@@ -52,19 +49,34 @@ class RunFolder:
 
     def status(self) -> dict[str, Any]:
         """What the last attempt said of itself; empty where there was none."""
-        return read_json(self._status_file) or {}
+        return read_object(self._status_file)
 
     def newest_state(self) -> dict[str, Any] | None:
-        """The state.json of the newest checkpoint."""
+        """The state.json of the newest checkpoint whose own is whole."""
         for path in sorted(self.checkpoints.glob("step-*/state.json"), reverse=True):
-            if content := read_json(path):
-                return dict(content)
+            files, content = read_object(path.with_name("manifest.json")).get("files"), read_object(path)
+            expected = files.get("state.json") if isinstance(files, dict) else None
+            if not all(isinstance(content.get(key), dict) for key in ("config", "bits")):
+                continue
+            if expected is None or expected == list(digest_of(path)):
+                return content
         return None
 
     def saved_config(self) -> TrainConfig | None:
-        """The config that the newest checkpoint was made under."""
+        """The config that the newest checkpoint was made under.
+
+        Raises:
+            InputError: this version cannot read it.
+        """
         content = self.newest_state()
-        return TrainConfig.model_validate_json(json.dumps(content["config"])) if content else None
+        try:
+            return TrainConfig.model_validate_json(json.dumps(content["config"])) if content else None
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InputError(
+                f"{self.checkpoints}: the newest was saved under a config that this version cannot read "
+                f"({'.'.join(map(str, first['loc']))}: {first['msg']}); give another --run_dir, or use the version it is of"
+            ) from None
 
 
 def check_resume(config: TrainConfig) -> bool:
@@ -74,6 +86,10 @@ def check_resume(config: TrainConfig) -> bool:
         InputError: the run there was begun under settings that make it another experiment.
     """
     run = RunFolder(config.run_dir)
+    for path in (run.logs, run.checkpoints):
+        there = next(one for one in (path, *path.parents) if os.path.lexists(one))
+        if not there.is_dir():
+            raise InputError(f"run_dir = {run.path}: {there} is no folder; move it, or give another with --run_dir")
     saved, state = run.saved_config(), run.newest_state()
     if saved is None or state is None:
         return False
@@ -109,8 +125,9 @@ def check_start(config: TrainConfig) -> None:
     no more."""
     if config.init_from is None or RunFolder(config.run_dir).newest_state():
         return
-    content = read_json(find_checkpoint(config.init_from) / "state.json") or {}
-    there = content.get("config", {}).get("model", {}).get("name")
+    there: Any = read_object(find_checkpoint(config.init_from) / "state.json")
+    for key in ("config", "model", "name"):
+        there = there.get(key) if isinstance(there, dict) else None
     if there != config.model.name:
         raise InputError(
             f"init_from = {config.init_from}: holds weights of {there or 'an unreadable run'}, and model.name = "
@@ -146,7 +163,10 @@ class ClaimedRun(RunFolder):
             run._take_lock()
             replace_json(run._attempt_file, {"token": run.token, "pid": os.getpid(), "host": host()})
         except OSError as error:
-            raise InputError(f"run_dir = {path}: {error.strerror or error}; give another with --run_dir") from None
+            where = f"{error.filename}: " if error.filename else ""
+            raise InputError(
+                f"run_dir = {path}: {where}{error.strerror or error}; give another with --run_dir"
+            ) from None
         return run
 
     def _take_lock(self) -> None:
@@ -154,7 +174,7 @@ class ClaimedRun(RunFolder):
             self._lock.acquire(timeout=0)
             return
         except Timeout:
-            holder = read_json(self._attempt_file) or {}
+            holder = read_object(self._attempt_file)
             who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
             logger.warning("{} is held by {}; waiting {:.0f} s for it to end", self.path, who, LOCK_WAIT_SECONDS)
         try:
@@ -166,19 +186,24 @@ class ClaimedRun(RunFolder):
 
     def check_ours(self) -> None:
         """Raises StorageError once another attempt has taken the folder; asked before each commit."""
-        holder = read_json(self._attempt_file) or {}
+        holder = read_object(self._attempt_file)
         if holder.get("token") != self.token:
             raise StorageError(
                 f"{self.path} was taken over by process {holder.get('pid')} on {holder.get('host')}; this attempt ends"
             )
 
     def begin(self, config: TrainConfig, *, start_step: int, details: dict[str, Any]) -> None:
-        """Write down the config, where this attempt starts and what it runs on."""
-        replace_text(self.config_file, as_toml(config))
-        self._say("running", step=start_step)
-        self._attempt(
-            "started", step=start_step, world_size=self.world_size, versions=versions(), git=git_state(), **details
-        )
+        """Write down the config, where this attempt starts and what it runs on.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        with storing(self.path):
+            replace_text(self.config_file, as_toml(config))
+            self._say("running", step=start_step)
+            self._attempt(
+                "started", step=start_step, world_size=self.world_size, versions=versions(), git=git_state(), **details
+            )
 
     def progress(self, *, step: int, epoch: int) -> None:
         """Say how far the newest checkpoint goes; called by the thread that wrote it, and nothing once the end is told."""
@@ -204,31 +229,6 @@ class ClaimedRun(RunFolder):
     def _attempt(self, event: str, **facts: Any) -> None:
         line = {"event": event, "time": _now(), "token": self.token, "pid": os.getpid(), "host": host()} | facts
         append_line(self.attempts_file, json.dumps(line))
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def git_state() -> str:
-    """The commit of this code, with `+changes` where files differ from it; empty outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        asked = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+changes", "--abbrev=12"],
-            cwd=here, capture_output=True, text=True, timeout=5, check=False,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return asked.stdout.strip()
 
 
 def _now() -> str:

@@ -9,22 +9,17 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from distributed.files import Written
 
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-
-
-class Written(NamedTuple):
-    """Size and BLAKE2b digest of a file's bytes."""
-
-    bytes: int
-    digest: str
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
@@ -39,13 +34,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
         file.flush()
         os.fsync(file.fileno())
     return Written(size, digest.hexdigest())
-
-
-def digest_of(path: Path) -> Written:
-    """Size and digest of a file as it is on the disk."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
-        return Written(file.tell(), digest.hexdigest())
 
 
 def digest_of_tensor(tensor: Tensor) -> str:

@@ -1,12 +1,13 @@
 """What commands read of a run folder: its config, a checkpoint, what that says of classes and pixels. Imports no torch."""
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from distributed.config import TrainConfig, load, with_values
 from distributed.data import sources
 from distributed.errors import InputError
-from distributed.files import read_json
+from distributed.files import read_object
 from distributed.run_folder import RunFolder
 
 
@@ -24,7 +25,7 @@ def config_of(run: Path) -> TrainConfig:
         InputError: the folder is not there, or no run ever began in it.
     """
     file = RunFolder(run).config_file
-    if not file.is_file():
+    if not os.path.isfile(file):  # of a name too long too
         raise InputError(f"{run}: no config.toml there; RUN is the folder that a training run wrote (its --run_dir)")
     config, _ = load([str(file)])
     return config
@@ -63,10 +64,16 @@ def checkpoint_of(run: Path, name: str) -> Path:
     """
     folder = RunFolder(run).checkpoints
     for candidate in ("best", "latest") if name == "auto" else (name,):
-        if (folder / candidate / "manifest.json").is_file():
-            return (folder / candidate).resolve()
+        if os.path.isfile(folder / candidate / "manifest.json"):
+            found = (folder / candidate).resolve()
+            if found.parent != folder.resolve():
+                raise InputError(
+                    f"--checkpoint {candidate}: leads to {found}, out of {folder}; name one that lies in it, or its run"
+                )
+            return found
     there = sorted(path.name for path in folder.glob("[!.]*") if (path / "manifest.json").is_file())
-    raise InputError(f"--checkpoint {name}: not in {folder}; there are: {', '.join(there) or 'none'}")
+    shown = name if name.isprintable() else repr(name)
+    raise InputError(f"--checkpoint {shown}: not in {folder}; there are: {', '.join(there) or 'none'}")
 
 
 def check_whole(checkpoint: Path) -> None:
@@ -78,8 +85,24 @@ def check_whole(checkpoint: Path) -> None:
 
 
 def content_of(checkpoint: Path) -> dict[str, Any]:
-    """What its state.json holds; empty where that is gone."""
-    return dict(read_json(checkpoint / "state.json") or {})
+    """What its state.json holds.
+
+    Raises:
+        InputError: names of classes or a normalization that are none.
+    """
+    content = read_object(checkpoint / "state.json")
+    names, normalization = content.get("classes") or [], content.get("normalization") or {"mean": [], "deviation": []}
+    try:
+        odd = not isinstance(names, list)
+        for part in ("mean", "deviation"):
+            odd |= not all(isinstance(value, float | int) for value in normalization[part])
+    except (KeyError, TypeError):
+        odd = True
+    if odd:
+        raise InputError(
+            f"{checkpoint}/state.json: its classes or normalization are of another version; name another with --checkpoint"
+        )
+    return content
 
 
 def classes_of(content: dict[str, Any], config: TrainConfig) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from loguru import logger
 
-from distributed.files import append_line, replace_text
+from distributed.files import append_line, replace_text, storing
 from distributed.metrics import EpochMetrics, TrainMetrics
 
 
@@ -18,16 +18,20 @@ class JsonLines:
 
     def __init__(self, path: Path, *, start_step: int, start_epoch: int, data: str) -> None:
         self.path, self.data = path, data
-        if path.exists():
-            lines = path.read_text().splitlines()
+        with storing(path):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
             kept = [line for line in lines if _is_of_the_past(line, step=start_step, epoch=start_epoch)]
             replace_text(path, "".join(f"{line}\n" for line in kept))
 
     def train(self, metrics: TrainMetrics) -> None:
-        append_line(self.path, json.dumps({"kind": "train", "data": self.data} | asdict(metrics)))
+        self._append({"kind": "train", "data": self.data} | asdict(metrics))
 
     def epoch(self, metrics: EpochMetrics) -> None:
-        append_line(self.path, json.dumps({"kind": "epoch", "data": self.data} | asdict(metrics)))
+        self._append({"kind": "epoch", "data": self.data} | asdict(metrics))
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with storing(self.path):
+            append_line(self.path, json.dumps(line))
 
     def close(self) -> None:
         pass
@@ -38,7 +42,7 @@ def _is_of_the_past(text: str, *, step: int, epoch: int) -> bool:
     try:
         line = json.loads(text)
         return bool(line["step"] <= step and (line["kind"] != "epoch" or line["epoch"] < epoch))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False  # half a line, of a kill
 
 

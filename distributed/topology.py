@@ -49,8 +49,29 @@ class Topology:
                 f"environment: {given}: each must be a whole number; start with torchrun, or unset them"
             ) from None
         if not 0 <= rank < world_size:
-            raise InputError(f"environment: RANK = {rank} is not below WORLD_SIZE = {world_size}; start with torchrun")
+            raise InputError(
+                f"environment: RANK = {rank} is not from 0 to below WORLD_SIZE = {world_size}; start with torchrun"
+            )
+        if not 1 <= local_world_size <= world_size:
+            raise InputError(
+                f"environment: LOCAL_WORLD_SIZE = {local_world_size} is not from 1 to WORLD_SIZE = {world_size}; "
+                "start with torchrun"
+            )
+        if not 0 <= local_rank < local_world_size:
+            raise InputError(
+                f"environment: LOCAL_RANK = {local_rank} is not from 0 to below LOCAL_WORLD_SIZE = {local_world_size}; "
+                "start with torchrun"
+            )
         return cls(rank, world_size, local_rank, local_world_size, node_rank, launched=True)
+
+    def check_meeting_place(self) -> None:
+        """Raises InputError where a launcher set a place among peers, but not where they meet."""
+        address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+        if self.launched and not (address and port.isdecimal() and 0 < int(port[:6]) < 2**16):
+            raise InputError(
+                f"environment: MASTER_ADDR = {address!r} and MASTER_PORT = {port!r} name no host and port to meet at; start "
+                "with torchrun"
+            )
 
     @property
     def is_main(self) -> bool:

@@ -28,6 +28,7 @@ def main() -> int:
     topology = Topology()
     try:
         topology = Topology.from_environment()
+        topology.check_meeting_place()
         config, finished = checked_config(sys.argv[1:], topology)
     except InputError as error:
         return refuse(error, topology)

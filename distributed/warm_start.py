@@ -3,18 +3,24 @@
 from pathlib import Path
 
 from loguru import logger
-from safetensors.torch import load_file
 from torch import Tensor
 
-from distributed.checkpoint import damage_of
+from distributed.checkpoint import damage_of, tensors_of
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.run_folder import find_checkpoint
 
 
 def evaluated_weights(path: Path) -> dict[str, Tensor]:
-    """The weights and buffers that a run evaluates with, by the model's names: the averages where it has them."""
-    tensors = load_file(path / "tensors.safetensors")
+    """The weights and buffers that a run evaluates with, by the model's names: the averages where it has them.
+
+    Raises:
+        InputError: it holds no tensors.
+    """
+    try:
+        tensors = tensors_of(path)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; name another checkpoint") from None
     found = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     averages = {name.removeprefix("ema."): tensor for name, tensor in tensors.items() if name.startswith("ema.")}
     return found | averages
@@ -40,7 +46,7 @@ def start_from(path: Path, engine: Engine) -> None:
     try:
         engine.load_state(found | {name: own[name] for name in afresh})
     except ValueError as error:
-        raise InputError(f"init_from = {path}: {error}") from None
+        raise InputError(f"init_from = {path}: {error}; name a run of the same network") from None
     logger.info(
         "starting from the weights of {}{}",
         checkpoint,

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from distributed.run_folder import git_state, versions
 from distributed.topology import processor
+from distributed.versions import git_state, versions
 
 
 class Measured(NamedTuple):

@@ -1,5 +1,6 @@
 """Where settings come from: TOML files with `extends`, then the command line, each value with its place."""
 
+import os
 import re
 import tomllib
 from collections.abc import Sequence
@@ -53,30 +54,41 @@ def _fields_of_variant(section: str, name: str) -> set[str]:
     return set()
 
 
-def from_file(path: Path, *, extended_by: tuple[Path, ...] = ()) -> Settings:
+def from_file(path: Path, *, extended_by: tuple[str, ...] = ()) -> Settings:
     """The settings of a TOML file over those of the file that its `extends` names (relative to itself).
 
     Raises:
         InputError: no such file, not TOML, or a file that extends itself.
     """
-    if path.resolve() in extended_by:
+    here = os.path.realpath(path)  # not resolve(), which raises at links that lead in a circle
+    if here in extended_by:
         raise InputError(f"{path}: extends leads back to this file; remove one `extends`")
     try:
         text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = "not UTF-8 text" if isinstance(error, UnicodeError) else getattr(error, "strerror", None) or error
+        raise InputError(f"config file {shown(path)}: {reason}; the first argument names a TOML file") from None
+    try:
         values = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise InputError(f"config file {path}: {reason}; the first argument names a TOML file") from None
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from None
+    except (ValueError, RecursionError) as error:  # ValueError: also of a number with thousands of digits
+        raise InputError(f"{path}: not valid TOML: {error}; mend that line, or name another file") from None
     base = values.pop("extends", None)
     settings = Settings()
     if base is not None:
-        if not isinstance(base, str):
+        if not isinstance(base, str) or not base or "\0" in base:
             raise InputError(f"{path}: extends = {base!r}: must be the name of one file, in quotes")
-        settings = from_file(path.parent / base, extended_by=(*extended_by, path.resolve()))
+        settings = from_file(path.parent / base, extended_by=(*extended_by, here))
     settings.override(Settings(_with_none(values), {key: f"{path}:{line}" for key, line in _lines_of_keys(text)}))
     return settings
+
+
+def shown(value: Any) -> str:
+    """A value in a message: on one line, not endless."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = "none" if value is None else str(value)
+    text = text if text and text.isprintable() else repr(text)
+    return text if len(text) <= 200 else f"{text[:160]}... ({len(text):,} characters)"
 
 
 def _with_none(tree: Tree, prefix: str = "") -> Tree:
@@ -99,11 +111,11 @@ def _lines_of_keys(text: str) -> list[tuple[str, int]]:
     """(dotted path, line number) of each key of a TOML text; good enough to point a reader at the right line."""
     found, section = [], ""
     for number, line in enumerate(text.splitlines(), start=1):
-        if header := re.match(r"\s*\[([\w.\"-]+)\]", line):
+        if header := re.match(r"\s*\[\[?([\w.\"-]+)\]", line):
             section = header[1].replace('"', "") + "."
             found.append((section[:-1], number))
-        elif key := re.match(r"\s*([\w.-]+)\s*=", line):
-            found.append((section + key[1], number))
+        elif key := re.match(r"\s*(\"?)([\w.-]+)\1\s*=", line):
+            found.append((section + key[2], number))
     return found
 
 
@@ -159,5 +171,5 @@ def _value(path: str, text: str) -> Any:
         return float(text)  # `.05` and `5.`, which TOML does not know
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from distributed.config.fields import leaves, sections_of
-from distributed.config.layers import Settings, from_arguments, from_file
+from distributed.config.layers import Settings, from_arguments, from_file, shown
 from distributed.config.tree import TrainConfig
 from distributed.errors import InputError
 
@@ -114,15 +114,12 @@ def _explained(detail: ErrorDetails, settings: Settings) -> list[str]:
     if detail["type"] == "union_tag_invalid":
         path = f"{path}.name"
         value = value["name"] if isinstance(value, dict) else value
-    place = settings.places.get(path) or settings.places.get(path.rpartition(".")[0]) or "config"
-    shown = f" = {_shown(value)}" if not isinstance(value, dict) else ""
-    return [f"{place}: {path}{shown}: {_reason(detail, path, tags)}"]
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "none" if value is None else str(value)
+    inside = next((key for key in settings.places if key.startswith(f"{path}.")), "")
+    place = next(
+        (settings.places[key] for key in (path, inside, path.rpartition(".")[0]) if key in settings.places), "config"
+    )
+    given = f" = {shown(value)}" if not isinstance(value, dict) or value else ""
+    return [f"{place}: {shown(path)}{given}: {_reason(detail, path, tags)}"]
 
 
 def _path(location: tuple[int | str, ...], values: Any) -> tuple[str, list[str]]:
@@ -143,9 +140,11 @@ def _reason(detail: ErrorDetails, path: str, tags: list[str]) -> str:
     known = {leaf.path for leaf in leaves()}
     if detail["type"] == "extra_forbidden":
         variants = sorted({leaf.variant for leaf in leaves() if leaf.path == path and leaf.variant})
-        if variants:
+        if variants and tags:
             section = path.rpartition(".")[0]
             return f"belongs to {section}.name = {' or '.join(variants)}, and here it is {', '.join(tags)}; remove one of them"
+        if path in known:
+            return "unknown setting; a dotted name stands without quotes"
         guesses = _close(path, known)
         return "unknown setting; " + (f"did you mean {guesses[0]}?" if guesses else "--help lists all of them")
     if detail["type"] == "union_tag_invalid":

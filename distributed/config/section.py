@@ -7,10 +7,31 @@ A setting made with `setting` defines the experiment: a run resumed with another
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, field_validator
+from pydantic_core import PydanticCustomError
 
-AnyPath = Annotated[Path, Strict(False)]
-OptionalPath = Annotated[Path | None, Strict(False)]
+_LONGEST_NAME, _LONGEST_PATH = 255, 3500  # bytes; of Linux, with room for what a run puts behind
+
+
+def _nameable(value: Any) -> Any:
+    """A path that a file can have, so that nobody meets the system's refusal later."""
+    if not isinstance(value, str | Path):
+        return value
+    try:
+        name = str(value).encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("path", "should be UTF-8 text") from None
+    if not name or b"\0" in name:
+        raise PydanticCustomError("path", "should be a path, without zero bytes; . is the current folder")
+    if len(name) > _LONGEST_PATH or any(len(part) > _LONGEST_NAME for part in name.split(b"/")):
+        raise PydanticCustomError(
+            "path", f"should have at most {_LONGEST_NAME} bytes a name and {_LONGEST_PATH:,} in all"
+        )
+    return value
+
+
+AnyPath = Annotated[Path, Strict(False), BeforeValidator(_nameable)]
+OptionalPath = Annotated[Path | None, Strict(False), BeforeValidator(_nameable)]
 
 
 def setting(default: Any, doc: str, **bounds: Any) -> Any:
@@ -24,3 +45,10 @@ def operational(default: Any, doc: str, **bounds: Any) -> Any:
 class Section(BaseModel):
     # Strict, so that `epochs = true` is no way to write 1.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+
+    @field_validator("*")
+    @classmethod
+    def _fits_64_bits(cls, value: Any) -> Any:
+        if type(value) is int and value >= 2**63:
+            raise PydanticCustomError("too_large", "should be less than 2**63")
+        return value

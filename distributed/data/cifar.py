@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from distributed.data import plain_pickle
 from distributed.data.cifar_official import OFFICIAL_SERVER, SETS, Form, official_name
 from distributed.errors import InputError
+from distributed.files import opened
 
 Bytes = NDArray[np.uint8]
 Labels = NDArray[np.integer[Any]]
@@ -124,7 +125,7 @@ def _again(name: str, place: _Place) -> str:
 
 def _opened(name: str, path: Path, place: _Place | None = None) -> Any:
     try:
-        return path.open("rb")
+        return opened(path)
     except OSError as error:
         place = place or _Place(SETS[name].forms[0], path, True)
         raise InputError(f"data.name = {name}: {path}: {error.strerror}; {_remedy(name, place)}") from None

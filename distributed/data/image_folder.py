@@ -47,10 +47,10 @@ def list_folder(root: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
             if name not in names:
                 continue
             for entry in _visible(folder):
-                if entry.is_file() and entry.name.lower().endswith(KINDS):
+                if os.path.isfile(entry.path) and entry.name.lower().endswith(KINDS):
                     found[split].append((f"{split}/{name}/{entry.name}", names.index(name), entry.stat()))
                 else:
-                    what = "a folder" if entry.is_dir() else "of a kind that is not read"
+                    what = "a folder" if os.path.isdir(entry.path) else "of a kind that is not read"
                     errors.append(
                         f"{entry.path}: {what}; a class folder holds {', '.join(KINDS)} alone: move or convert it"
                     )

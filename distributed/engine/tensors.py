@@ -134,7 +134,8 @@ class Weights:
         ]
         wrong += [f"{name}: not known here" for name in tensors if name not in own]
         if wrong:
-            raise ValueError("the checkpoint does not fit the model: " + "; ".join(wrong))
+            more = f"; and {len(wrong) - 3} more" if wrong[3:] else ""
+            raise ValueError("the checkpoint does not fit the model: " + "; ".join(wrong[:3]) + more)
         for name, (part, like) in own.items():
             kind, _, rest = name.partition(".")
             source = f"model.{rest}" if kind == "ema" and name not in tensors else name

@@ -42,6 +42,9 @@ def main() -> int:
     except OSError as error:
         InputError(f"--out {out}: {error.strerror}; free space or name another file").tell()
         return ExitCode.BAD_INPUT
+    except InputError as error:
+        error.tell()
+        return ExitCode.BAD_INPUT
     print(f"{out} ({out.stat().st_size / 2**20:.1f} MiB)")
     return ExitCode.FINISHED
 

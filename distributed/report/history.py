@@ -1,14 +1,17 @@
 """A run as its folder tells it: what was logged, how each attempt went, how it stands. Imports no torch."""
 
-import json
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from distributed.config import TrainConfig
 from distributed.run_folder import RunFolder
+from distributed.run_lines import attempt_lines, metrics_lines, time_of
 from distributed.saved_run import config_of
+
+_STEP = {"loss", "lr", "images_per_second", "data_wait"}
+_EPOCH = {"lr", "train_loss", "train_accuracy"}
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Attempt:
     @property
     def duration(self) -> timedelta | None:
         """From start to end; None where no end was written."""
-        return _time(self.ended) - _time(self.started) if self.ended else None
+        return time_of(self.ended) - time_of(self.started) if self.ended else None
 
     @property
     def hardware(self) -> str:
@@ -80,15 +83,15 @@ def read_history(run: Path) -> History:
         InputError: it is no run's folder.
     """
     folder, config = RunFolder(run), config_of(run)
-    logged = _lines(folder.metrics_file)
+    logged = metrics_lines(folder.metrics_file)
     return History(
         run.resolve().name,
         folder,
         config,
         folder.status(),
-        _attempts(_lines(folder.attempts_file)),
-        [line for line in logged if line.get("kind") == "train"],
-        [line for line in logged if line.get("kind") == "epoch"],
+        _attempts([line for line in attempt_lines(folder.attempts_file) if "time" in line]),
+        [line for line in logged if line["kind"] == "train" and line.keys() >= _STEP],
+        [line for line in logged if line["kind"] == "epoch" and line.keys() >= _EPOCH],
     )
 
 
@@ -98,17 +101,3 @@ def _attempts(lines: list[dict[str, Any]]) -> list[Attempt]:
     starts = {line.get("token"): line for line in reversed(lines) if line["event"] == "started"}
     tokens = dict.fromkeys(line.get("token") for line in lines)
     return [Attempt(starts.get(token) or ends[token], ends.get(token)) for token in tokens]
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    found = []
-    for text in file.read_text(errors="replace").splitlines() if file.is_file() else ():
-        try:
-            found.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue  # the last line of a killed run may be half there
-    return found
-
-
-def _time(line: dict[str, Any]) -> datetime:
-    return datetime.strptime(line["time"], "%Y-%m-%dT%H:%M:%S%z")

@@ -34,7 +34,7 @@ def what_it_is(run: History) -> str:
 def how_it_stands(run: History) -> str:
     """Its status in one sentence."""
     status, step = run.status, run.status.get("step")
-    at = f" at step {step:,}" if step is not None else ""
+    at = f" at step {step:,}" if isinstance(step, int) else ""
     reason = f": {status['reason']}" if status.get("reason") else ""
     match status.get("status"):
         case "finished":

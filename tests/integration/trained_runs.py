@@ -11,8 +11,7 @@ from typing import Any
 from distributed.config import as_toml, load
 from distributed.data import generated
 from distributed.data.image_file import png_of
-from distributed.files import replace_json
-from distributed.safetensors_stream import digest_of
+from distributed.files import digest_of, replace_json
 from integration.commands import ROOT
 
 NORMALIZATION = {"mean": [0.5, 0.4, 0.3], "deviation": [0.2, 0.25, 0.3]}

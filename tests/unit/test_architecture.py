@@ -7,9 +7,9 @@ import pytest
 ROOT = Path(__file__).parents[2] / "distributed"
 # A module may import what stands in a row above its own; modules of one package may import each other, one way.
 LAYERS = [
-    "errors keyed plot tree figures profiler",
-    "files safetensors_stream",
-    "config topology",
+    "errors keyed plot tree figures profiler run_lines versions",
+    "files",
+    "config topology safetensors_stream",
     "rendezvous collectives logs metrics",
     "shared_memory",
     "process_group data models row_gather optim schedule sums stop sinks",
@@ -33,6 +33,7 @@ WITHOUT_TORCH = {
     "config",
     "topology",
     "run_folder",
+    "run_lines",
     "train",
     "evaluate",
     "compare",

@@ -9,7 +9,8 @@ from distributed import run_folder
 from distributed.config import TrainConfig, load
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import read_json
-from distributed.run_folder import ClaimedRun, RunFolder, check_resume, versions
+from distributed.run_folder import ClaimedRun, RunFolder, check_resume
+from distributed.versions import versions
 
 
 @pytest.fixture

@@ -1,0 +1,285 @@
+"""Bad settings, each with a name: one clear line each, exit code 2, and nothing of the run folder touched."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from distributed.config.fields import leaves
+from integration.abuse import assert_told, call, untouched
+from integration.commands import ROOT
+
+HUGE = str(10**30)
+
+# Setting -> a bad value and a part of what is said of it; on the command line, with data.name and the like before it.
+VALUES: list[tuple[str, str, str]] = [
+    ("run_dir", "", "should be a path"),
+    ("run_dir", "x" * 300, "at most 255 bytes a name"),
+    ("seed", "-1", "greater than or equal to 0"),
+    ("seed", str(2**63), "less than"),
+    ("epochs", "0", "greater than 0"),
+    ("epochs", "true", "valid integer"),
+    ("epochs", "1e30", "valid integer"),
+    ("epochs", HUGE, "less than 2**63"),
+    ("epochs", "9" * 5000, "(5,000 characters): should be a valid integer"),
+    ("epochs", "[" * 3000, "should be a valid integer"),
+    ("global_batch_size", "1.5", "valid integer"),
+    ("global_batch_size", HUGE, "less than 2**63"),
+    ("accumulation", "none", "accumulation = none: should be a valid integer"),
+    ("accumulation", "1000", "is more than global_batch_size = 128"),
+    ("precision", "fp16", "'float32', 'bfloat16' or 'float64'"),
+    ("precision", "a\nb", "precision = 'a\\nb': should be"),
+    ("channels_last", "1", "valid boolean"),
+    ("device", "tpu", "'auto', 'cpu' or 'cuda'"),
+    ("threads", "1000000", "less than or equal to 4096"),
+    ("timeout_seconds", "1e300", "less than or equal to 10000000"),
+    ("timeout_seconds", "0", "greater than 0"),
+    ("data.name", "mnist", "should be one of cifar10"),
+    ("data.root", "", "should be a path"),
+    ("data.download", "2", "valid boolean"),
+    ("data.urls", "ftp://host/file", "list of http or https addresses"),
+    ("data.urls", '["https://host/cifar-10-binary.tar.gz"]', "no effect without data.download"),
+    ("data.train_samples", "9", "greater than or equal to 10"),
+    ("data.test_samples", HUGE, "less than or equal to 1000000"),
+    ("data.cache", "", "should be a path"),
+    ("data.validation_fraction", "1", "less than or equal to 0.9"),
+    ("data.split_seed", HUGE, "less than 2**63"),
+    ("data.normalize", "none", "'mean_std' or 'unit'"),
+    ("data.placement", "disk", "'auto', 'device' or 'host'"),
+    ("data.augment.crop", "17", "less than or equal to 16"),
+    ("data.augment.flip", "maybe", "valid boolean"),
+    ("data.augment.mixup", "2", "less than or equal to 1"),
+    ("data.augment.cutmix", "nan", "finite number"),
+    ("data.augment.cutout", "-3", "greater than or equal to 0"),
+    ("model.name", "resnet", "'alexnet', 'improved_alexnet'"),
+    ("model.initial_weights", "zero", "'torch' or 'he'"),
+    ("model.dropout", "1", "less than 1"),
+    ("init_from", "\udcff", "UTF-8"),
+    ("compile", "on", "valid boolean"),
+    ("loss.label_smoothing", "-inf", "finite number"),
+    ("optim.name", "lion", "should be one of sgd | adamw"),
+    ("optim.lr", "nan", "finite number"),
+    ("optim.lr", "101", "less than or equal to 100"),
+    ("optim.lr_scaling", "cubic", "'none', 'linear' or 'sqrt'"),
+    ("optim.lr_base_batch", "0", "greater than 0"),
+    ("optim.decay_norm_and_bias", "0", "valid boolean"),
+    ("optim.clip_norm", "0", "greater than 0"),
+    ("optim.ema_decay", "1", "less than 1"),
+    ("optim.momentum", "-0.1", "greater than or equal to 0"),
+    ("optim.nesterov", "yes", "valid boolean"),
+    ("optim.weight_decay", "inf", "finite number"),
+    ("optim.beta1", "1", "less than 1"),
+    ("optim.beta2", "x", "valid number"),
+    ("optim.eps", "0", "greater than 0"),
+    ("schedule.name", "step", "should be one of constant | cosine | one_cycle | plateau"),
+    ("schedule.warmup_epochs", "10", "leaves nothing of epochs = 10"),
+    ("schedule.final_factor", "1", "less than 1"),
+    ("schedule.warmup_fraction", "0", "greater than 0"),
+    ("schedule.start_factor", "true", "valid number"),
+    ("schedule.metric", "f1", "'accuracy' or 'loss'"),
+    ("schedule.factor", "1", "less than 1"),
+    ("schedule.patience", "-1", "greater than or equal to 0"),
+    ("schedule.min_delta", "-1", "greater than or equal to 0"),
+    ("schedule.cooldown", "0.5", "valid integer"),
+    ("schedule.max_drops", "some", "valid integer"),
+    ("schedule.return_to_best", "3", "valid boolean"),
+    ("early_stopping.metric", "top5", "'accuracy' or 'loss'"),
+    ("early_stopping.patience", "0", "greater than 0"),
+    ("early_stopping.min_delta", "nan", "finite number"),
+    ("engine.name", "fsdp", "'ddp'"),
+    ("engine.bucket_mib", "1025", "less than or equal to 1024"),
+    ("exact.shards", "12", "a power of two"),
+    ("exact.shards", str(2**70), "less than 2**63"),
+    ("exact.shards", str(2**40), "is more than the 128 images"),
+    ("evaluation.batch_size", "0", "greater than 0"),
+    ("evaluation.flips", "none", "valid boolean"),
+    ("evaluation.test_every_epoch", "7", "valid boolean"),
+    ("checkpoint.every_steps", "-1", "greater than or equal to 0"),
+    ("checkpoint.every_minutes", "inf", "finite number"),
+    ("checkpoint.keep_last", "0", "greater than or equal to 1"),
+    ("checkpoint.best_by", "luck", "'auto', 'accuracy', 'loss' or 'none'"),
+    ("logging.every_steps", "0", "greater than 0"),
+    ("logging.level", "TRACE", "'DEBUG', 'INFO' or 'WARNING'"),
+    ("logging.tensorboard", "5", "valid boolean"),
+    ("logging.profile_steps", "1001", "less than or equal to 1000"),
+]
+
+FILES: dict[str, tuple[str | bytes, str]] = {
+    "syntax": ("epochs = = 3", "not valid TOML"),
+    "a table twice": ("[optim]\nlr = 1\n[optim]\nlr = 2", "not valid TOML"),
+    "a key twice": ("seed = 1\nseed = 2", "not valid TOML"),
+    "cut": ('[data]\nname = "gen', "not valid TOML"),
+    "a number without end": ("epochs = " + "9" * 5000, "not valid TOML"),
+    "nested without end": ("a = " + "[" * 3000, "not valid TOML"),
+    "no UTF-8": (b"\xff\xfe\x00", "not UTF-8 text"),
+    "a PNG": (b"\x89PNG\r\n\x1a\n", "not UTF-8 text"),
+    "JSON": ('{"epochs": 3}', "not valid TOML"),
+    "YAML": ("epochs: 3", "not valid TOML"),
+    "an unknown key": ("epoch = 3", "did you mean epochs?"),
+    "an unknown section": ("[optimizer]\nlr = 3", "optimizer.lr = 3: unknown setting"),
+    "an unknown empty section": ("[nonsense]", "nonsense: unknown setting"),
+    "a dotted name in quotes": (
+        '"optim.lr" = 1',
+        ":1: optim.lr = 1: unknown setting; a dotted name stands without quotes",
+    ),
+    "a section as number": ("optim = 3", "is a section"),
+    "a section as list": ("[[optim]]\nlr = 1", "is a section"),
+    "the data as text": ('data = "cifar10"', "is a section"),
+    "a name as number": ("[data]\nname = 5", "data.name = 5: should be one of"),
+    "a name as list": ("[schedule]\nname = []", "schedule.name = []: should be one of"),
+    "a name as table": ("[optim.name]", "optim.name: should be one of"),
+    "a value as table": ("epochs = {a = 1}", "epochs = {'a': 1}: should be a valid integer"),
+    "a value as list": ("epochs = [1]", "epochs = [1]: should be a valid integer"),
+    "a date": ("epochs = 2024-01-01", "epochs = 2024-01-01: should be a valid integer"),
+    "not a number": ("[optim]\nlr = nan", ":2: optim.lr = nan: should be a finite number"),
+    "infinite": ("timeout_seconds = inf", ":1: timeout_seconds = inf: should be a finite number"),
+    "true for 1": ("epochs = true", "epochs = true: should be a valid integer"),
+    "text for a number": ('epochs = "3"', "epochs = 3: should be a valid integer"),
+    "lines in a value": ('precision = """a\nerror: b"""', "precision = 'a\\nerror: b'"),
+    "a zero byte in a path": ('run_dir = "a\\u0000b"', "should be a path"),
+    "a zero byte in the root": ('[data]\nname = "cifar10"\nroot = "a\\u0000b"', "should be a path"),
+    "a number for a path": ("run_dir = 5", "run_dir = 5: "),
+    "another variant's setting": ('[schedule]\nname = "constant"\npatience = 3', "belongs to schedule.name = plateau"),
+    "extends itself": ('extends = "bad.toml"', "extends leads back"),
+    "extends nothing": ('extends = "none.toml"', "none.toml: No such file"),
+    "extends a folder": ('extends = "."', "Is a directory"),
+    "extends a number": ("extends = 3", "must be the name of one file"),
+    "extends no name": ('extends = ""', "must be the name of one file"),
+    "extends a zero byte": ('extends = "a\\u0000"', "must be the name of one file"),
+    "extends a list": ('extends = ["a.toml", "b.toml"]', "must be the name of one file"),
+}
+
+WORDS: dict[str, tuple[list[str], str]] = {
+    "no option": (["--seed", "1", "stray"], "'stray': not an option"),
+    "a short option": (["-x"], "'-x': not an option"),
+    "no name": (["--=3"], "'--=3': not an option"),
+    "no value": (["--epochs"], "--epochs: a value is missing"),
+    "an empty value": (["--epochs="], "epochs = '': should be a valid integer"),
+    "an option for a value": (["--epochs", "--seed=1"], "--epochs: a value is missing"),
+    "twice": (["--epochs", "1", "--epochs=2"], "--epochs: given twice"),
+    "twice, spelt otherwise": (["--data.train-samples=20", "--data.train_samples=20"], "given twice"),
+    "a section": (["--optim", "3"], "is a section"),
+    "a section below": (["--data.augment", "3"], "is a section"),
+    "below a value": (["--data.augment.crop.x", "3"], "data.augment.crop = {'x': 3}: should be a valid integer"),
+    "unknown": (["--xyzzy", "3"], "unknown setting; --help lists all"),
+    "unknown with a line in it": (["--a\nb", "3"], "'a\\nb' = 3: unknown setting"),
+    "dots": (["--a..b", "3"], "a..b = 3: unknown setting"),
+    "an end in a dot": (["--optim.", "3"], "unknown setting"),
+    "momentum missing": (["--optim.momentum", "0"], "optim.nesterov = true needs momentum"),
+    "scaling without base": (["--optim.lr_scaling", "sqrt"], "needs optim.lr_base_batch"),
+    "compiled and exact": (["--compile", "--exact.shards", "8"], "compile = true cannot go with exact.shards = 8"),
+    "two archives": (
+        ["--data.name=cifar10", "--data.download", '--data.urls=["http://x/cifar-10-python.tar.gz", "http://x/b"]',
+         "--data.root=/dev/null"],
+        "name mirrors of one archive",
+    ),
+}  # fmt: skip
+
+MEET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
+    "alone": ({"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK is missing"),
+    "no number": ({"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0"}, "each must be a whole number"),
+    "empty": ({"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}, "each must be a whole number"),
+    "a world of nobody": ({"RANK": "0", "WORLD_SIZE": "0", "LOCAL_RANK": "0"}, "RANK = 0 is not from 0 to below WORLD_SIZE"),
+    "a rank beyond": ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK = 2 is not from 0 to below WORLD_SIZE = 2"),
+    "a negative rank": ({"RANK": "-1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK = -1 is not from 0"),
+    "a node of nobody": (
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE = 0 is not from 1"),
+    "a node larger than the world": (
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE = 3 is not from 1"),
+    "nowhere to meet": ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "MASTER_ADDR = '' and MASTER_PORT = ''"),
+    "no port": ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **MEET, "MASTER_PORT": "x"}, "MASTER_PORT = 'x'"),
+    "a port beyond": ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **MEET, "MASTER_PORT": "70000"}, "'70000'"),
+    "too many": ({"RANK": "0", "WORLD_SIZE": "99", "LOCAL_RANK": "0", **MEET}, "less than the 99 processes"),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not refused would train: it ends with 99 instead."""
+    process = ModuleType("distributed.process")
+    process.run_to_exit_code = lambda *_: 99  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "distributed.process", process)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def variant_of(path: str) -> list[str]:
+    """The words that choose the section in which this setting is; generated images otherwise."""
+    section, _, name = path.partition(".")
+    [*variants] = [leaf.variant for leaf in leaves() if path.startswith(leaf.path)]
+    chosen = [] if name == "name" else ["--data.name", "generated10"]
+    if variants and variants[0] and name != "name":
+        chosen = [*(chosen if section != "data" else []), f"--{section}.name", variants[0].split(" | ")[0]]
+    return chosen
+
+
+@pytest.mark.parametrize(("path", "value", "said"), VALUES, ids=[f"{p}={v[:12]!a}" for p, v, _ in VALUES])
+def test_a_bad_value(path: str, value: str, said: str, tmp_path: Path) -> None:
+    with untouched(tmp_path):
+        words = [] if path == "run_dir" else ["--run_dir", tmp_path / "run"]
+        assert_told(call("train", *variant_of(path), *words, f"--{path}={value}"), path, said)
+
+
+def test_every_setting_has_a_bad_value() -> None:
+    assert {leaf.path for leaf in leaves()} - {path for path, _, _ in VALUES} == set()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_bad_file(name: str, tmp_path: Path) -> None:
+    content, said = FILES[name]
+    file = tmp_path / "bad.toml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with untouched(tmp_path):
+        assert_told(call("train", file), said, str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "link in a circle", "link to nothing", "below a file", "long"])
+def test_a_file_that_is_none(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / ("x" * 5000 if kind == "long" else "bad.toml")
+    if kind == "folder":
+        file.mkdir()
+    elif "link" in kind:
+        file.symlink_to(file if "circle" in kind else tmp_path / "nothing")
+    elif kind == "below a file":
+        (tmp_path / "text").write_text("")
+        file = tmp_path / "text" / "bad.toml"
+    with untouched(tmp_path):
+        assert_told(call("train", file), str(tmp_path), "the first argument names a TOML file")
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_bad_words(name: str, tmp_path: Path) -> None:
+    words, said = WORDS[name]
+    data = [] if "--data.name=cifar10" in words else ["--data.name=generated10"]
+    with untouched(tmp_path):
+        assert_told(call("train", "--run_dir", tmp_path / "run", *data, *words), said)
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_a_bad_environment(name: str, tmp_path: Path) -> None:
+    environment, said = ENVIRONMENTS[name]
+    words = ("--data.name=generated10", "--exact.shards=8", "--run_dir", tmp_path / "run")
+    with untouched(tmp_path):
+        assert_told(call("train", *words, **environment), said)
+
+
+def test_many_mistakes_are_as_many_lines(tmp_path: Path) -> None:
+    wrong = ("--epochs=0", "--seed=x", "--optim.lr=nan", "--data.augment.crop=99", "--nonsense=1")
+    assert_told(call("train", "--data.name=generated10", "--run_dir", tmp_path / "run", *wrong), "epochs", lines=5)
+
+
+@pytest.mark.parametrize("words", [["--epochs=" + "9" * 5000], ["--precision=a\nb"], ["/dev/null/x.toml"]], ids=repr)
+def test_the_real_command(words: list[str], tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "distributed.train", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (2, "", 1), result.stderr
+    assert result.stderr.startswith("error: ")

@@ -1,0 +1,198 @@
+"""Bad data, each with a name: a clear line, exit code 2, and the data as it was. Small stand-ins, no real images."""
+
+import gzip
+import os
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from integration.abuse import assert_told, call, untouched
+
+BIN = "cifar-10-batches-bin"
+SIZE = 30_730_000  # bytes of each official binary file of CIFAR-10
+BATCHES = [f"data_batch_{place}.bin" for place in range(1, 6)]
+
+
+def sparse(path: Path, size: int) -> None:
+    """Zeros that take no space: label 0 and black pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+def cifar10(root: Path) -> Path:
+    for name in [*BATCHES, "test_batch.bin"]:
+        sparse(root / BIN / name, SIZE)
+    return root
+
+
+def instead(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Another thing in the place of a file of CIFAR-10."""
+
+    def change(root: Path) -> None:
+        path = cifar10(root) / BIN / name
+        path.unlink()
+        make(path)
+
+    return change
+
+
+def label(name: str, value: int, at: int) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        with (cifar10(root) / BIN / name).open("r+b") as file:
+            file.seek(at * 3073)
+            file.write(bytes([value]))
+
+    return change
+
+
+def other_archive(root: Path) -> None:
+    root.mkdir()
+    (root / "notes.txt").write_text("no images")
+    with tarfile.open(root / "cifar-10-binary.tar.gz", "w:gz") as archive:
+        archive.add(root / "notes.txt")
+
+
+def written(name: str, content: bytes) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        root.mkdir()
+        (root / name).write_bytes(content)
+
+    return change
+
+
+def python_folder(content: bytes) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        for name in [*(f"data_batch_{place}" for place in range(1, 6)), "test_batch"]:
+            sparse(root / "cifar-10-batches-py" / name, 31_000_000)
+            with (root / "cifar-10-batches-py" / name).open("r+b") as file:
+                file.write(content)
+
+    return change
+
+
+CIFAR: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (lambda root: None, "No such file"),
+    "an empty folder": (lambda root: root.mkdir(), "No such file"),
+    "a file for a folder": (lambda root: root.write_text("x"), "Not a directory"),
+    "a link in a circle for a folder": (lambda root: root.symlink_to(root), "Too many levels"),
+    "an empty set": (lambda root: (root / BIN).mkdir(parents=True), "data_batch_1.bin: No such file"),
+    "a file missing": (instead("data_batch_3.bin", lambda path: None), "data_batch_3.bin: No such file"),
+    "the test file missing": (instead("test_batch.bin", lambda path: None), "test_batch.bin: No such file"),
+    "an empty file": (instead("data_batch_2.bin", Path.touch), "0 bytes where 30,730,000 belong"),
+    "a file cut": (instead("data_batch_5.bin", lambda p: sparse(p, SIZE - 1)), "30,729,999 bytes where 30,730,000"),
+    "a file too long": (instead("test_batch.bin", lambda p: sparse(p, SIZE + 3073)), "30,733,073 bytes where"),
+    "a folder for a file": (instead("data_batch_1.bin", Path.mkdir), "Is a directory"),
+    "a pipe for a file": (instead("data_batch_1.bin", os.mkfifo), "not a regular file"),
+    "a pipe for the test file": (instead("test_batch.bin", os.mkfifo), "not a regular file"),
+    "nothing's device": (instead("data_batch_4.bin", lambda p: p.symlink_to("/dev/null")), "not a regular file"),
+    "an endless device": (instead("data_batch_4.bin", lambda p: p.symlink_to("/dev/zero")), "not a regular file"),
+    "a link in a circle": (instead("data_batch_4.bin", lambda path: path.symlink_to(path)), "Too many levels"),
+    "a link to nothing": (instead("data_batch_4.bin", lambda path: path.symlink_to("gone")), "No such file"),
+    "CIFAR-100 under its name": (instead("data_batch_1.bin", lambda p: sparse(p, 153_700_000)), "153,700,000 bytes"),
+    "an error page for the archive": (written("cifar-10-binary.tar.gz", b"<html>404"), "no gzip archive"),
+    "an empty archive": (written("cifar-10-binary.tar.gz", b""), "no gzip archive"),
+    "an archive of zip": (written("cifar-10-binary.tar.gz", b"PK\3\4" + b"0" * 99), "no gzip archive"),
+    "a folder for the archive": (lambda root: (root / "cifar-10-binary.tar.gz").mkdir(parents=True), "No such file"),
+    "the Python folder cut": (
+        lambda root: sparse(root / "cifar-10-batches-py" / "data_batch_1", 99), "99 bytes where at least 30,720,000"),
+}  # fmt: skip
+
+READ: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a label out of range": (label("data_batch_2.bin", 10, 7), "label 10 where the highest is 9"),
+    "the last label out of range": (label("test_batch.bin", 255, 9_999), "label 255 where the highest is 9"),
+    "another archive": (other_archive, "c32a1d4ab5d03f1284b67883e8d87530 belongs"),
+    "an archive cut": (written("cifar-10-binary.tar.gz", gzip.compress(b"x" * 9999)[:30]), "its MD5 is"),
+    "a Python archive of another": (written("cifar-10-python.tar.gz", gzip.compress(b"x")), "its MD5 is"),
+    "a pickle that would run code": (python_folder(b"cos\nsystem\n(S'false'\ntR."), "its MD5 is"),
+}
+
+HUNDRED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "CIFAR-10 in its place": (cifar10, "cifar-100-binary/train.bin: No such file"),
+    "train and test swapped": (
+        lambda root: (sparse(root / "cifar-100-binary/train.bin", 30_740_000),
+                      sparse(root / "cifar-100-binary/test.bin", 153_700_000)), "30,740,000 bytes where 153,700,000"),
+    "the coarse labels alone": (
+        lambda root: sparse(root / "cifar-100-binary/train.bin", 50_000 * 3073), "153,650,000 bytes where 153,700,000"),
+}  # fmt: skip
+
+
+def train(name: str, root: Path, run: Path) -> tuple[object, ...]:
+    return ("--data.name", name, "--data.root", root, "--run_dir", run, "--logging.tensorboard", "false")
+
+
+@pytest.mark.parametrize("case", CIFAR)
+def test_bad_files_of_cifar_10_are_told_before_anything_is_touched(case: str, tmp_path: Path) -> None:
+    make, said = CIFAR[case]
+    make(tmp_path / "data")
+    with untouched(tmp_path):
+        found = call("train", *train("cifar10", tmp_path / "data", tmp_path / "run"))
+    assert_told(found, said, str(tmp_path / "data"), "--data.root")
+
+
+@pytest.mark.parametrize("case", HUNDRED)
+def test_bad_files_of_cifar_100(case: str, tmp_path: Path) -> None:
+    make, said = HUNDRED[case]
+    make(tmp_path / "data")
+    with untouched(tmp_path):
+        assert_told(call("train", *train("cifar100", tmp_path / "data", tmp_path / "run")), said, "--data.root")
+
+
+@pytest.mark.parametrize("case", READ)
+def test_what_only_reading_tells(case: str, tmp_path: Path) -> None:
+    make, said = READ[case]
+    make(tmp_path / "data")
+    with untouched(tmp_path / "data"):
+        found = call("train", *train("cifar10", tmp_path / "data", tmp_path / "run"), "--device", "cpu")
+    assert_told(found, said, str(tmp_path / "data"), "anew, or point --data.root")
+    assert not list((tmp_path / "run").rglob("step-*"))
+
+
+def folder(root: Path) -> Path:
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for place in range(3):
+                Image.new("RGB", (8, 8), (40 * place, 0, 0)).save(root / split / name / f"{place}.png")
+    return root
+
+
+IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no test images": (lambda root: shutil.rmtree(root / "test"), "test: No such file"),
+    "one class": (lambda root: shutil.rmtree(root / "train/dog"), "one class folder"),
+    "no class": (lambda root: [shutil.rmtree(one) for one in (root / "test").iterdir()], "no class folders"),
+    "a class in the test alone": (lambda root: (root / "test/cow").mkdir(), "this class has no folder in"),
+    "a class of nothing": (lambda root: (root / "train/eel").mkdir(), "a class without images"),
+    "a text": (lambda root: (root / "train/cat/notes.txt").write_text(""), "of a kind that is not read"),
+    "a folder in a class": (lambda root: (root / "train/cat/more").mkdir(), "a folder; a class folder holds"),
+    "a pipe": (lambda root: os.mkfifo(root / "train/cat/9.png"), "of a kind that is not read"),
+    "a link to nothing": (lambda root: (root / "train/cat/9.png").symlink_to("gone"), "of a kind that is not read"),
+    "a link in a circle": (lambda root: (root / "train/cat/9.png").symlink_to("9.png"), "of a kind that is not read"),
+    "a class in a circle": (lambda root: (root / "train/eel").symlink_to("eel"), "Too many levels"),
+    "no image": (lambda root: (root / "train/cat/0.png").write_text("no image"), "neither PNG nor JPEG"),
+    "an empty image": (lambda root: (root / "test/dog/1.png").write_bytes(b""), "1.png: empty"),
+    "an image cut": (lambda root: os.truncate(root / "train/dog/2.png", 40), "2.png: broken"),
+    "a GIF": (lambda root: Image.new("L", (8, 8)).save(root / "train/dog/2.png", "GIF"), "neither PNG nor JPEG"),
+}
+
+
+@pytest.mark.parametrize("case", IMAGES)
+def test_bad_image_folders(case: str, tmp_path: Path) -> None:
+    make, said = IMAGES[case]
+    make(folder(tmp_path / "data"))
+    words = train("image_folder", tmp_path / "data", tmp_path / "run")
+    with untouched(tmp_path / "data"):
+        found = call("train", *words, "--data.cache", tmp_path / "cache", "--device", "cpu")
+    assert_told(found, said, "data.name = image_folder: ")
+
+
+def test_a_cache_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("x")
+    words = train("image_folder", folder(tmp_path / "data"), tmp_path / "run")
+    with untouched(tmp_path / "data"):
+        found = call("train", *words, "--data.cache", tmp_path / "cache", "--device", "cpu")
+    assert_told(found, f"data.cache: cannot write to {tmp_path}/cache")
