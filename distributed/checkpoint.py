@@ -19,20 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from loguru import logger
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from distributed import collectives
+from distributed.checkpoint_files import FORMAT, checkpoints, damage_of, name_of, tensors_of
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError, StorageError
-from distributed.files import append_line, digest_of, read_json, read_object, replace_json, sync_folder
+from distributed.files import append_line, digest_of, read_json, replace_json, sync_folder
 from distributed.run_folder import ClaimedRun
 from distributed.safetensors_stream import digest_of_tensor, write_tensors
 from distributed.state import TrainState
-
-FORMAT = 1
-FILES = ("tensors.safetensors", "state.json")
 
 
 class Checkpointer:
@@ -161,32 +157,6 @@ class Checkpointer:
         return None
 
 
-def name_of(*, step: int, epoch: int) -> str:
-    """After so many steps and finished epochs. An epoch's end has the steps of its last step, but knows more."""
-    return f"step-{step:08d}-epoch-{epoch:03d}"
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The committed checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir() and not path.suffix)
-
-
-def damage_of(path: Path) -> str | None:
-    """What is wrong with a checkpoint, by its manifest; None where it is whole."""
-    manifest = read_object(path / "manifest.json")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or manifest.get("format") != FORMAT or set(files) != set(FILES):
-        return "no manifest of a known format"
-    for name, expected in files.items():
-        try:
-            found = digest_of(path / name)
-        except OSError as error:
-            return f"{name}: {error.strerror}"
-        if list(found) != expected:
-            return f"{name}: {found.bytes} bytes with another digest than the manifest's"
-    return None
-
-
 def load(path: Path, engine: Engine, state: TrainState | None = None) -> dict[str, Any]:
     """Put a checkpoint's tensors into the engine and its counters into the state; the content of its state.json.
 
@@ -205,14 +175,6 @@ def load(path: Path, engine: Engine, state: TrainState | None = None) -> dict[st
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"state.json is of another version: {type(error).__name__}: {error}") from None
     return content
-
-
-def tensors_of(path: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint; a ValueError where their file is none."""
-    try:
-        return load_file(path / "tensors.safetensors")
-    except SafetensorError as error:
-        raise ValueError(f"tensors.safetensors: {error}") from None
 
 
 def write_checkpoint(aside: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ def checkpoint_of(run: Path, name: str) -> Path:
 
 def check_whole(checkpoint: Path) -> None:
     """Raises InputError where a checkpoint's files are not those that its manifest names. Imports torch."""
-    from distributed.checkpoint import damage_of
+    from distributed.checkpoint_files import damage_of
 
     if damage := damage_of(checkpoint):
         raise InputError(f"{checkpoint}: damaged: {damage}; name another with --checkpoint")

@@ -5,7 +5,7 @@ from pathlib import Path
 from loguru import logger
 from torch import Tensor
 
-from distributed.checkpoint import damage_of, tensors_of
+from distributed.checkpoint_files import damage_of, tensors_of
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.run_folder import find_checkpoint

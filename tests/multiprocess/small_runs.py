@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distributed.checkpoint import checkpoints
+from distributed.checkpoint_files import checkpoints
 from distributed.config import TrainConfig
 from distributed.metrics import EpochMetrics, TrainMetrics
 from distributed.run_folder import RunFolder

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2] / "distributed"
 LAYERS = [
     "errors keyed plot tree figures profiler run_lines versions",
     "files",
-    "config topology safetensors_stream",
+    "config topology safetensors_stream checkpoint_files",
     "rendezvous collectives logs metrics",
     "shared_memory",
     "process_group data models row_gather optim schedule sums stop sinks",

@@ -9,7 +9,8 @@ from loguru import logger
 from torch import Tensor, nn
 
 from distributed import checkpoint as module
-from distributed.checkpoint import Checkpointer, checkpoints, damage_of, name_of, point, retain, sweep, write_checkpoint
+from distributed.checkpoint import Checkpointer, point, retain, sweep, write_checkpoint
+from distributed.checkpoint_files import checkpoints, damage_of, name_of
 from distributed.config.sections import Sgd
 from distributed.engine.tensors import Weights
 from distributed.errors import StorageError

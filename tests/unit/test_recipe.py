@@ -6,7 +6,7 @@ import pytest
 import torch
 from loguru import logger
 
-from distributed.checkpoint import checkpoints
+from distributed.checkpoint_files import checkpoints
 from distributed.config import TrainConfig, load
 from distributed.errors import InputError
 from distributed.metrics import EpochMetrics, TrainMetrics

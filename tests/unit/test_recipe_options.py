@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distributed.build import build_data, build_engine
-from distributed.checkpoint import checkpoints
+from distributed.checkpoint_files import checkpoints
 from distributed.config import TrainConfig, load
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
