@@ -63,9 +63,12 @@ class Attempt:
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         if (shards := before.get("shards", 0)) != now["shards"]:
+            remedy = f"give --exact.shards {shards}" + (
+                " and --engine.name ddp" if shards and now["engine"] != "ddp" else ""
+            )
             raise InputError(
-                f"{self.folder.path}: exact.shards = {now['shards']} here (auto depends on the device), and this run was "
-                f"begun with {shards}; give --exact.shards {shards}, or another --run_dir"
+                f"{self.folder.path}: exact.shards = {now['shards']} here (auto depends on device and engine), and this run "
+                f"was begun with {shards}; {remedy}, or another --run_dir"
             )
         for name, value in now.items():
             if before.get(name) != value:

@@ -101,19 +101,23 @@ def _lines(file: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Markdown: one row a run, and the seed's figure beside ours."""
+    """Markdown: a row for each of the seeds' results, theirs beside ours."""
     rows = [
         "| id | model, data | epochs | validation | test | the seed's (validation, test) | minutes | on |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for r in results:
-        seed = SEEDS[r.name]
+    found = {r.name: r for r in results}
+    for name, seed in SEEDS.items():
+        if name not in found:
+            rows.append(f"| {name} | | not yet run | | | {_per_cent(seed.validation)}, {_per_cent(seed.test)} | | |")
+            continue
+        r = found[name]
         extent = f"{r.epochs}" if r.epochs == r.of_epochs else f"{r.epochs} of {r.of_epochs}"
         extent += ", ended early" if r.ended_early else ""
         at = f" at epoch {r.at_epoch}" if r.validation is not None else ""
         mode = f"exact ({r.exact_shards})" if r.exact_shards else "fast"
         rows.append(
-            f"| {r.name} | {r.model}, {r.data} | {extent} | {_per_cent(r.validation)}{at} | **{_per_cent(r.test)}** | "
+            f"| {r.name} | {r.model}, {r.data} | {extent} | {_per_cent(r.validation)}{at} | {_per_cent(r.test)} | "
             f"{_per_cent(seed.validation)}, {_per_cent(seed.test)} | {r.minutes:.1f} | {r.device.split(' with')[0]}, "
             f"{r.processes} processes, {r.precision}, {mode} |"
         )
