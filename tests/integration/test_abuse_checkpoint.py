@@ -18,7 +18,7 @@ from integration.trained_runs import copy_of, write_test_images
 pytestmark = pytest.mark.timeout(200)
 SETTINGS = (
     ROOT / "configs/debug.toml", "--data.train_samples", 60, "--data.test_samples", 20, "--global_batch_size", 20,
-    "--schedule.name", "constant", "--checkpoint.keep_last", 2, "--checkpoint.every_steps", 1, "--data.validation_fraction",
+    "--schedule.name", "constant", "--checkpoint.keep_last", 3, "--checkpoint.every_steps", 1, "--data.validation_fraction",
     0, "--device", "cpu", "--logging.level", "WARNING", "--evaluation.batch_size", 20,
 )  # fmt: skip
 KINDS = {
