@@ -5,7 +5,6 @@ The table is made of what the run folders say: RESULTS.md and RESULTS.json are w
 """
 
 import argparse
-import json
 import signal
 import subprocess
 import sys
@@ -13,12 +12,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from distributed.config import load
 from distributed.errors import ExitCode, InputError
 from distributed.files import replace_json, replace_text
 from distributed.run_folder import RunFolder
+from distributed.run_lines import attempt_lines, metrics_lines
 
 CONFIGS = Path("configs/seeds")
 
@@ -71,14 +70,13 @@ class Result:
 
 def result_of(name: str, run: RunFolder) -> Result | None:
     """None where the run has finished no epoch yet."""
-    config, epochs = run.saved_config(), _lines(run.metrics_file, "epoch")
+    config = run.saved_config()
+    epochs = [line for line in metrics_lines(run.metrics_file) if line["kind"] == "epoch"]
     if config is None or not epochs:
         return None
     best = [line for line in epochs if line["is_best"]] if config.best_by else []
     line = (best or epochs)[-1]
-    starts = [
-        entry for entry in map(json.loads, run.attempts_file.read_text().splitlines()) if entry["event"] == "started"
-    ]
+    starts = [entry for entry in attempt_lines(run.attempts_file) if entry["event"] == "started"]
     recipe, _ = load([str(CONFIGS / f"{name}.toml")])
     finished = run.status().get("status") == "finished"
     bits = starts[-1]["bits"]
@@ -93,11 +91,6 @@ def result_of(name: str, run: RunFolder) -> Result | None:
         exact_shards=bits["shards"], versions=bits["versions"], date=starts[-1]["time"][:10],
         command=f"python -m distributed.experiments --only {name}",
     )  # fmt: skip
-
-
-def _lines(file: Path, kind: str) -> list[dict[str, Any]]:
-    lines = map(json.loads, file.read_text().splitlines()) if file.is_file() else ()
-    return [line for line in lines if line["kind"] == kind]
 
 
 def table(results: Sequence[Result]) -> str:

@@ -38,9 +38,23 @@ class Optimizer:
         """One update with the parameters' gradients."""
         for parameters, weight_decay in self._groups:
             if parameters:
-                gradients: Any = [p.grad for p in parameters]
-                update = _sgd if isinstance(self.config, Sgd) else _adamw
-                update(self.config, parameters, gradients, self._kept(parameters), lr=lr, weight_decay=weight_decay)
+                self._update(parameters, lr=lr, weight_decay=weight_decay)
+
+    def _update(self, parameters: list[Tensor], **rates: float) -> None:
+        gradients: Any = [p.grad for p in parameters]
+        kept, config = self._kept(parameters), self.config
+        options: dict[str, Any] = {**rates, "maximize": False, "fused": True}
+        if isinstance(config, AdamW):
+            adamw(
+                parameters, gradients, kept["exp_avg"], kept["exp_avg_sq"], [], kept["step"], beta1=config.beta1,
+                beta2=config.beta2, eps=config.eps, amsgrad=False, **options,
+            )  # fmt: skip
+        else:
+            buffers: Any = kept.get("momentum_buffer", [None] * len(parameters))
+            sgd(
+                parameters, gradients, buffers, momentum=config.momentum, nesterov=config.nesterov, dampening=0.0,
+                **options,
+            )  # fmt: skip
 
     def _kept(self, parameters: list[Tensor]) -> dict[str, list[Tensor]]:
         """What is kept of these parameters, a list a name."""
@@ -59,37 +73,6 @@ def _first_state(config: Sgd | AdamW, parameter: Tensor) -> dict[str, Tensor]:
         return {"step": count, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
     # With nothing in it, the first step leaves the gradient there, as torch's does.
     return {"momentum_buffer": torch.zeros_like(parameter)} if config.momentum else {}
-
-
-def _sgd(
-    config: Any,
-    parameters: list[Tensor],
-    gradients: Any,
-    kept: dict[str, list[Tensor]],
-    *,
-    lr: float,
-    weight_decay: float,
-) -> None:
-    buffers: Any = kept.get("momentum_buffer", [None] * len(parameters))
-    sgd(
-        parameters, gradients, buffers, lr=lr, weight_decay=weight_decay, momentum=config.momentum,
-        nesterov=config.nesterov, dampening=0.0, maximize=False, fused=True,
-    )  # fmt: skip
-
-
-def _adamw(
-    config: Any,
-    parameters: list[Tensor],
-    gradients: Any,
-    kept: dict[str, list[Tensor]],
-    *,
-    lr: float,
-    weight_decay: float,
-) -> None:
-    adamw(
-        parameters, gradients, kept["exp_avg"], kept["exp_avg_sq"], [], kept["step"], lr=lr, weight_decay=weight_decay,
-        beta1=config.beta1, beta2=config.beta2, eps=config.eps, amsgrad=False, maximize=False, fused=True,
-    )  # fmt: skip
 
 
 class WeightAverage:

@@ -18,3 +18,16 @@ def a_process_left_as_it_was() -> Iterator[None]:
     if dist and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
         pytest.fail("the test left a process group initialised")
+
+
+@pytest.fixture
+def threads_and_log_as_they_were() -> Iterator[None]:
+    """For tests that train in their own process."""
+    import torch
+    from loguru import logger
+
+    threads = torch.get_num_threads()
+    logger.remove()
+    yield
+    logger.remove()
+    torch.set_num_threads(threads)

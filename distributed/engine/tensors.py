@@ -89,7 +89,8 @@ class Weights:
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        for parameter in (*self._parameters.values(), *self.optimizer.parameters):
+        self.optimizer.zero_grad()
+        for parameter in self._parameters.values():  # others than the optimizer's where those are parts
             parameter.grad = None
 
     @contextmanager

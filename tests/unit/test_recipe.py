@@ -1,10 +1,7 @@
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from loguru import logger
 
 from distributed.checkpoint_files import checkpoints
 from distributed.config import TrainConfig, load
@@ -45,13 +42,7 @@ class Told:
         pass
 
 
-@pytest.fixture(autouse=True)
-def _one_thread_and_the_log_as_it_was() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    logger.remove()
-    yield
-    logger.remove()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("threads_and_log_as_they_were")
 
 
 @pytest.fixture

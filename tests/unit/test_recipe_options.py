@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,13 +32,7 @@ WORDS = (
 SMALL = WORDS.split()
 
 
-@pytest.fixture(autouse=True)
-def _one_thread_and_the_log_as_it_was() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    logger.remove()
-    yield
-    logger.remove()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("threads_and_log_as_they_were")
 
 
 def config_of(run_dir: Path, *words: str) -> TrainConfig:
