@@ -8,7 +8,7 @@ from loguru import logger
 
 from distributed import collectives
 from distributed.config import TrainConfig, as_toml
-from distributed.config.sections import Ddp, Fsdp
+from distributed.config.sections import Ddp, DeepSpeed, Fsdp
 from distributed.data import sources
 from distributed.data.pipeline import DataPipeline
 from distributed.engine.ddp import DdpEngine
@@ -65,12 +65,19 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
         "device": device,
         "timeout_seconds": config.timeout_seconds,
     }
+    if isinstance(config.engine, Fsdp | DeepSpeed) and topology.world_size == 1:
+        logger.info("engine {}: one process, so there is nothing to be shared out", config.engine.name)
+        if isinstance(config.engine, DeepSpeed) and config.engine.offload_optimizer:
+            raise InputError("engine.offload_optimizer = true needs several processes: start more, or leave it out")
+        return DdpEngine(Ddp(), model, example=data.example(), compile=False, **common)
     if isinstance(config.engine, Fsdp):
-        if collectives.world_size() == 1:  # there is nothing to be shared out
-            return DdpEngine(Ddp(), model, example=data.example(), compile=False, **common)
-        from distributed.engine.fsdp import FsdpEngine  # slow to import
+        from distributed.engine.fsdp import FsdpEngine  # slow to import, as the next
 
         return FsdpEngine(config.engine, model, **common)
+    if isinstance(config.engine, DeepSpeed):
+        from distributed.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(config.engine, model, accumulation=config.accumulation, **common)
     if shards := config.shards_on(device.type):
         return ExactEngine(config.engine, model, shards=shards, lanes=topology.threads(config.threads), **common)
     return DdpEngine(config.engine, model, example=data.example(), compile=config.compile, **common)

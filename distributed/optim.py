@@ -3,7 +3,7 @@
 torch's functional forms: constructing a torch.optim class imports torch's compiler, which takes over a second.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,12 +26,8 @@ class Optimizer:
 
     def __init__(self, config: Sgd | AdamW, parameters: Sequence[Tensor]) -> None:
         self.config, self.parameters = config, list(parameters)
-        decays = [p.dim() > 1 or config.decay_norm_and_bias for p in self.parameters]
-        self._groups = [
-            ([p for p, d in zip(self.parameters, decays, strict=True) if d], config.weight_decay),
-            ([p for p, d in zip(self.parameters, decays, strict=True) if not d], 0.0),
-        ]
-        self.state = {p: state for p in self.parameters if (state := _first_state(config, p))}
+        self._groups = decay_groups(config, self.parameters)
+        self.state = {p: state for p in self.parameters if (state := first_state(config, p))}
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -67,7 +63,16 @@ class Optimizer:
             parameter.grad = None
 
 
-def _first_state(config: Sgd | AdamW, parameter: Tensor) -> dict[str, Tensor]:
+def decay_groups(config: Sgd | AdamW, parameters: Iterable[Tensor]) -> list[tuple[list[Tensor], float]]:
+    """Those that decay and those that do not, each with its weight decay."""
+    decaying, others = list[Tensor](), list[Tensor]()
+    for parameter in parameters:
+        (decaying if parameter.dim() > 1 or config.decay_norm_and_bias else others).append(parameter)
+    return [(decaying, config.weight_decay), (others, 0.0)]
+
+
+def first_state(config: Sgd | AdamW, parameter: Tensor) -> dict[str, Tensor]:
+    """What the optimizer keeps of a parameter before the first step, by torch's names."""
     if isinstance(config, AdamW):
         count = torch.zeros((), dtype=torch.float32, device=parameter.device)
         return {"step": count, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}

@@ -74,6 +74,27 @@ class Fsdp(Section):
     )
 
 
+class DeepSpeed(Section):
+    name: Literal["deepspeed"] = operational("deepspeed", "DeepSpeed with what its ZeRO stage shards over ranks")
+    zero_stage: int = operational(
+        2, "shards 0: nothing; 1: the optimizer; 2: gradients too; 3: weights too (Rajbhandari et al. 2020)", ge=0, le=3
+    )
+    bucket_mib: int | None = operational(
+        None, "gradients, and from stage 1 up weights, that are exchanged at once, MiB; none: a part of the model",
+        gt=0, le=1024,
+    )  # fmt: skip
+    overlap_comm: bool = operational(False, "exchange gradients beside the backward pass; from stage 1 up, on CUDA")
+    offload_optimizer: bool = operational(False, "keep and update optimizer and weights on the host; as overlap_comm")
+
+    def conflicts(self) -> list[str]:
+        """Settings that cannot stand together, a line each."""
+        return [
+            f"engine.{name} = true needs engine.zero_stage 1, 2 or 3, and it is 0: raise it, or leave {name} out"
+            for name in ("overlap_comm", "offload_optimizer")
+            if getattr(self, name) and not self.zero_stage
+        ]
+
+
 def _shard_count(value: Any) -> Any:
     if value == "auto" or (type(value) is int and value >= 0 and not value & (value - 1)):
         return value

@@ -10,11 +10,23 @@ from pydantic_core import PydanticCustomError
 from distributed.config.data import AnyData, CifarData
 from distributed.config.schedules import Constant, Cosine, EarlyStopping, OneCycle, Plateau
 from distributed.config.section import AnyPath, OptionalPath, Section, operational, setting
-from distributed.config.sections import AdamW, Checkpoint, Ddp, Evaluation, Exact, Fsdp, Logging, Loss, Model, Sgd
+from distributed.config.sections import (
+    AdamW,
+    Checkpoint,
+    Ddp,
+    DeepSpeed,
+    Evaluation,
+    Exact,
+    Fsdp,
+    Logging,
+    Loss,
+    Model,
+    Sgd,
+)  # fmt: skip
 from distributed.errors import InputError
 
 DataSection = Annotated[AnyData, Field(discriminator="name")]
-EngineSection = Annotated[Ddp | Fsdp, Field(discriminator="name")]
+EngineSection = Annotated[Ddp | Fsdp | DeepSpeed, Field(discriminator="name")]
 OptimSection = Annotated[Sgd | AdamW, Field(discriminator="name")]
 ScheduleSection = Annotated[Constant | Cosine | OneCycle | Plateau, Field(discriminator="name")]
 
@@ -113,12 +125,7 @@ def _conflicts(config: TrainConfig) -> list[str]:
             f"compile = true cannot go with exact.shards = {shards}: a compiled graph cannot rest where shards meet; "
             "set exact.shards = 0, or compile = false"
         )
-    if config.engine.name != "ddp":
-        for name, wanted in (("exact.shards", shards not in ("auto", 0)), ("compile", config.compile)):
-            if wanted:
-                found.append(
-                    f"{name} cannot go with engine.name = {config.engine.name} yet: set engine.name = ddp, or leave {name} out"
-                )
+    found += _engine_conflicts(config)
     if isinstance(schedule, Plateau) and schedule.return_to_best and config.best_by != schedule.metric:
         found.append(
             f"schedule.return_to_best needs the best epoch by {schedule.metric}, and checkpoint.best_by = "
@@ -152,4 +159,29 @@ def _conflicts(config: TrainConfig) -> list[str]:
                 f"checkpoint.best_by = {config.checkpoint.best_by} needs validation, and there is none: {remedy} "
                 "or set checkpoint.best_by = none"
             )
+    return found
+
+
+def _engine_conflicts(config: TrainConfig) -> list[str]:
+    engine, shards = config.engine, config.exact.shards
+    if engine.name == "ddp":
+        return []
+    found = engine.conflicts() if isinstance(engine, DeepSpeed) else []
+    if shards not in ("auto", 0):
+        reason = "yet" if isinstance(engine, Fsdp) else (
+            "(it sums gradients inside its own hooks, in an order that depends on the ranks)"
+        )  # fmt: skip
+        found.append(
+            f"exact.shards = {shards} cannot go with engine.name = {engine.name} {reason}: set engine.name = ddp, or "
+            "exact.shards = 0"
+        )
+    if config.compile:
+        found.append(
+            f"compile = true cannot go with engine.name = {engine.name}: set engine.name = ddp, or leave it out"
+        )
+    if isinstance(engine, DeepSpeed) and config.precision == "float64":
+        found.append(
+            "precision = float64 cannot go with engine.name = deepspeed, whose weights are float32: choose float32 or "
+            "bfloat16, or another engine"
+        )
     return found

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from distributed.collectives import world_size
 from distributed.config.sections import AdamW, Fsdp, Sgd
 from distributed.data.batch import Batch
+from distributed.engine.placement import Held, Whole
 from distributed.engine.protocol import Loss, Outcome
 from distributed.engine.tensors import Weights, autocast, cast
 from distributed.models.sync_batch_norm import SyncBatchNorm, by_ranks, convert_batch_norm
@@ -61,7 +62,7 @@ class FsdpEngine:
             # The plain sum over ranks: each rank's loss is its part of the mean already.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-        self.weights = Weights(optim, model, layout=Sharded(mesh))
+        self.weights = Weights(optim, model, layout=Sharded())
 
     def predict(self, batch: Batch) -> Tensor:
         with torch.no_grad(), autocast(self.device, self.precision):
@@ -96,30 +97,31 @@ class FsdpEngine:
 
 
 class Sharded:
-    """A `Layout`: parameters are cut into as many runs of rows as there are ranks, the last ones shorter or empty, as
-    torch.chunk cuts; buffers are whole."""
+    """A `Layout`: parameters are cut into runs of rows, buffers are whole."""
 
-    def __init__(self, mesh: DeviceMesh) -> None:
-        self.mesh = mesh
-
-    def part(self, tensor: Tensor) -> Tensor:
-        return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
-
-    def whole(self, part: Tensor, like: Tensor) -> Tensor:
-        if not isinstance(like, DTensor):
-            return part
-        shape, stride = like.shape, like.stride()
-        return DTensor.from_local(
-            part, self.mesh, like.placements, run_check=False, shape=shape, stride=stride
-        ).full_tensor()
-
-    def cut(self, whole: Tensor, like: Tensor) -> Tensor:
-        if not isinstance(like, DTensor):
-            return whole
-        rows, place = whole.chunk(self.mesh.size()), self.mesh.get_local_rank()
-        return rows[place] if place < len(rows) else whole[:0]
+    def held(self, tensor: Tensor) -> Held:
+        if isinstance(tensor, DTensor):
+            return Held(tensor.to_local().detach(), Rows(tensor))
+        return Held(tensor, Whole(tensor.shape))
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         squares = torch.stack(torch._foreach_norm(list(gradients))).square().sum()
         dist.all_reduce(squares)
         return squares.sqrt()
+
+
+class Rows:
+    """A `Placement`: as many runs of rows as there are ranks, the last ones shorter or empty, as torch.chunk cuts."""
+
+    def __init__(self, like: DTensor) -> None:
+        self.shape, self._stride = like.shape, like.stride()
+        self._mesh, self._placements = like.device_mesh, like.placements
+
+    def whole(self, part: Tensor) -> Tensor:
+        return DTensor.from_local(
+            part, self._mesh, self._placements, run_check=False, shape=self.shape, stride=self._stride
+        ).full_tensor()
+
+    def cut(self, whole: Tensor) -> Tensor:
+        rows, place = whole.chunk(self._mesh.size()), self._mesh.get_local_rank()
+        return rows[place] if place < len(rows) else whole[:0]

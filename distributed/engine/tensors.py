@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed.config.sections import AdamW, Sgd
+from distributed.engine.placement import Held, Whole, load
 from distributed.optim import Optimizer, WeightAverage
 
 
@@ -26,16 +27,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
 class Layout(Protocol):
     """How tensors of a model lie on the ranks."""
 
-    def part(self, tensor: Tensor) -> Tensor:
-        """This rank's part of a parameter or buffer, or of a parameter's gradient: the same memory, a plain tensor."""
-        ...
-
-    def whole(self, part: Tensor, like: Tensor) -> Tensor:
-        """All ranks' parts as one plain tensor of the shape of `like`, a parameter or buffer; a collective."""
-        ...
-
-    def cut(self, whole: Tensor, like: Tensor) -> Tensor:
-        """What of a whole tensor belongs into this rank's part of `like`."""
+    def held(self, tensor: Tensor) -> Held:
+        """This rank's part of a parameter or buffer: the same memory, a plain tensor."""
         ...
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
@@ -46,14 +39,8 @@ class Layout(Protocol):
 class Replicated:
     """Every rank has everything."""
 
-    def part(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def whole(self, part: Tensor, like: Tensor) -> Tensor:
-        return part
-
-    def cut(self, whole: Tensor, like: Tensor) -> Tensor:
-        return whole
+    def held(self, tensor: Tensor) -> Held:
+        return Held(tensor, Whole(tensor.shape))
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         return torch.nn.utils.get_total_norm(gradients)
@@ -65,17 +52,18 @@ class Weights:
     def __init__(self, config: Sgd | AdamW, model: nn.Module, *, layout: Layout | None = None) -> None:
         self.model, self.clip_norm, self.layout = model, config.clip_norm, layout or Replicated()
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._parts = {name: self.layout.part(tensor) for name, tensor in model.state_dict().items()}
+        self._own = {name: self.layout.held(tensor) for name, tensor in model.state_dict().items()}
         # The parameters themselves where they are whole: gradients come into `.grad` of those.
-        parts = {name: self.layout.part(p) for name, p in self._parameters.items()}
+        parts = {name: self.layout.held(p).part for name, p in self._parameters.items()}
         self.optimizer = Optimizer(config, list(parts.values()))
         self._kept = {name: self.optimizer.state.get(part, {}) for name, part in parts.items()}
-        self.average = WeightAverage(self._parts, decay=config.ema_decay) if config.ema_decay else None
+        live = {name: held.part for name, held in self._own.items()}
+        self.average = WeightAverage(live, decay=config.ema_decay) if config.ema_decay else None
 
     def update(self, lr: float, *, step: int) -> Tensor:
         """Scale the gradients down to the norm where they are larger, and take a step; their norm before that."""
         parameters = self.optimizer.parameters
-        gradients = [self.layout.part(p.grad) for p in self._parameters.values() if p.grad is not None]
+        gradients = [self.layout.held(p.grad).part for p in self._parameters.values() if p.grad is not None]
         norm = self.layout.norm(gradients)
         if self.clip_norm is not None:
             # Not in place: these may lie in memory that all ranks share.
@@ -104,43 +92,20 @@ class Weights:
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """`model.NAME` for parameters and persistent buffers, `optimizer.NAME.KEY` for what the optimizer keeps of a
         parameter, `ema.NAME` for averages; each whole, one at a time. All ranks go through it alike."""
-        for full_name, part, like in self._all():
-            yield full_name, self.layout.whole(part, like)
+        for name, (part, place) in self.held().items():
+            yield name, place.whole(part)
 
-    def _all(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(canonical name, this rank's part, a parameter or buffer that lies as it does)."""
-        own = self.model.state_dict()
-        for name, part in self._parts.items():
-            yield f"model.{name}", part, own[name]
+    def held(self) -> dict[str, Held]:
+        """This rank's parts of all that, by canonical name."""
+        found = {f"model.{name}": held for name, held in self._own.items()}
         for name, kept in self._kept.items():
             for key, part in kept.items():
-                yield f"optimizer.{name}.{key}", part, own[name] if part.dim() else part
+                place = self._own[name].place if part.dim() else Whole(part.shape)
+                found[f"optimizer.{name}.{key}"] = Held(part, place)
         for name, part in self.average.tensors.items() if self.average else ():
-            yield f"ema.{name}", part, own[name]
+            found[f"ema.{name}"] = Held(part, self._own[name].place)
+        return found
 
-    @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy whole tensors in. What the optimizer keeps and is not given becomes zero and averages become the weights, as
-        at the start.
-
-        Raises:
-            ValueError: a tensor of the model is missing, has another shape, or one is left over.
-        """
-        own = {name: (part, like) for name, part, like in self._all()}
-        wrong = [
-            f"{name}: here {tuple(like.shape)}, there {tuple(tensors[name].shape) if name in tensors else 'nothing'}"
-            for name, (_, like) in own.items()
-            if (name not in tensors and name.startswith("model."))
-            or (name in tensors and tensors[name].shape != like.shape)
-        ]
-        wrong += [f"{name}: not known here" for name in tensors if name not in own]
-        if wrong:
-            more = f"; and {len(wrong) - 3} more" if wrong[3:] else ""
-            raise ValueError("the checkpoint does not fit the model: " + "; ".join(wrong[:3]) + more)
-        for name, (part, like) in own.items():
-            kind, _, rest = name.partition(".")
-            source = f"model.{rest}" if kind == "ema" and name not in tensors else name
-            if source in tensors:
-                part.copy_(self.layout.cut(tensors[source], like))
-            else:
-                part.zero_()
+        """Put back what `state` gave; see `placement.load`."""
+        load(self.held(), tensors)

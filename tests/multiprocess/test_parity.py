@@ -1,0 +1,85 @@
+"""Every engine takes the same step: from equal weights, in float32, whatever is shared out. `pytest -s` prints the table."""
+
+from typing import Any
+
+import pytest
+from ranks import in_group, once, run_ranks
+
+from multiprocess.engines import ENGINES, built, config_with, copied, difference, steps
+
+CASES: dict[str, dict[str, Any]] = {
+    "SGD": {"optim": {"clip_norm": 0.5}},
+    "SGD, 4 micro-batches": {"accumulation": 4},
+    "AdamW, 4 micro-batches": {"optim": {"name": "adamw", "clip_norm": 0.5}, "accumulation": 4},
+}
+OTHERS = [name for name in ENGINES if name != "ddp"]
+RATES = {"sgd": 0.01, "adamw": 1e-3}
+NO_GRADIENT = [f"model.conv.{place}.bias" for place in (0, 4, 8, 11, 14)]
+"""Of convolutions before batch norm, which takes it off again: AdamW makes steps of its rounding."""
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+
+
+def settings(case: str) -> dict[str, Any]:
+    """13 images a step: uneven shards; of the third step's four, in four micro-batches, most ranks have none."""
+    return {"global_batch_size": 13, "data": {"train_samples": 13 * 2 + 4}} | CASES[case]
+
+
+@in_group
+def compared() -> dict[tuple[str, str], dict[str, float]]:
+    """(case, engine) -> largest difference from DDP of weights and optimizer after a step each, of losses and norms; and
+    of losses, weights after three free-running ones."""
+    found = {}
+    for case in CASES:
+        ddp_config = config_with("ddp", **settings(case))
+        ddp, data = built(ddp_config)
+        lr = RATES[ddp_config.optim.name]
+        start, free = copied(ddp), steps(ddp, data, ddp_config, lr=lr, count=3)
+        free_end = copied(ddp)
+        for name in OTHERS:
+            config = config_with(name, **settings(case))
+            engine, _ = built(config)
+            losses, _ = steps(engine, data, config, lr=lr, count=3)
+            worst = {
+                "free losses": max(abs(a - b) / b for a, b in zip(losses, free[0], strict=True)),
+                "free weights": difference(copied(engine), free_end, "model", but=NO_GRADIENT),
+            }
+            before = start
+            for step in range(3):
+                ddp.load_state(before)
+                engine.load_state(before)
+                (loss,), (norm,) = steps(engine, data, config, lr=lr, first=step)
+                (expected_loss,), (expected_norm,) = steps(ddp, data, ddp_config, lr=lr, first=step)
+                after, expected = copied(engine), copied(ddp)
+                apart = {
+                    "loss": abs(loss - expected_loss) / expected_loss,
+                    "norm": abs(norm - expected_norm) / expected_norm,
+                    "weights": difference(after, expected, "model", but=NO_GRADIENT),
+                    "optimizer": difference(after, expected, "optimizer"),
+                }
+                worst |= {key: max(worst.get(key, 0.0), value) for key, value in apart.items()}
+                before = expected
+            found[case, name] = worst
+    return found
+
+
+@once
+def compared_on(world_size: int) -> dict[tuple[str, str], dict[str, float]]:
+    first, *others = run_ranks(compared, world_size, timeout_seconds=400)
+    assert all(other == first for other in others)
+    print(f"\n{world_size} processes")
+    for (case, name), worst in first.items():
+        print(f"{case:22} {name:7}", *(f"{key} {value:.1e}" for key, value in worst.items()))
+    return first  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("engine", OTHERS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_from_equal_weights_ends_with_equal_weights(case: str, engine: str, world_size: int) -> None:
+    worst = compared_on(world_size)[case, engine]
+    assert worst["weights"] < 1e-6
+    assert worst["loss"] < 1e-6
+    assert worst["norm"] < 1e-5
+    if case.startswith("SGD"):
+        assert worst["free losses"] < 1e-5
+        assert worst["free weights"] < 1e-5

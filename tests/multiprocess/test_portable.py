@@ -1,0 +1,122 @@
+"""A checkpoint of any engine at any number of processes is gone on from by any other at any other, to the last bit of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import in_group, run_ranks
+from safetensors.torch import load_file
+
+from distributed import collectives
+from distributed.engine.protocol import Engine
+from distributed.safetensors_stream import write_tensors
+from multiprocess.engines import built, config_with, steps
+from multiprocess.traces import digest_of
+
+ENGINES = ["ddp", "fsdp", "zero 1", "zero 2", "zero 3"]
+WORLD_SIZES = [1, 2, 4]
+SETTINGS: dict[str, Any] = {
+    # 10 classes: the last layer's bias, and momentum, divides by none but 1 and 2.
+    "sgd": {"global_batch_size": 6, "optim": {"clip_norm": 0.5}, "data": {"train_samples": 30}},
+    "adamw": {
+        "global_batch_size": 6,
+        "optim": {"name": "adamw", "ema_decay": 0.9},
+        "data": {"train_samples": 30},
+    },
+}
+LR = {"sgd": 0.01, "adamw": 1e-6}
+SOURCES = {"sgd": [4], "adamw": WORLD_SIZES}
+"""Of which world sizes the checkpoints are."""
+SAVED_AFTER, FOLLOWED = 2, 3
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def name_of(optim: str, engine: str, world_size: int) -> str:
+    return f"{optim}, {engine}, {world_size}"
+
+
+def sources(folder: Path, optim: str) -> list[Path]:
+    names = [name_of(optim, engine, size) for size in SOURCES[optim] for engine in ENGINES]
+    return [folder / f"{name}.safetensors" for name in names]
+
+
+def digests(engine: Engine) -> dict[str, str]:
+    return {name: digest_of(tensor) for name, tensor in engine.state()}
+
+
+@in_group
+def save_all(folder: Path) -> None:
+    """With every engine: two steps, a save, and the losses of the next three."""
+    for optim, settings in SETTINGS.items():
+        for name in ENGINES if collectives.world_size() in SOURCES[optim] else ():
+            config = config_with(name, **settings)
+            engine, data = built(config)
+            steps(engine, data, config, lr=LR[optim], count=SAVED_AFTER)
+            tensors = {key: tensor.clone() for key, tensor in engine.state()}
+            losses, _ = steps(engine, data, config, lr=LR[optim], first=SAVED_AFTER, count=FOLLOWED)
+            if collectives.rank() == 0:
+                path = folder / name_of(optim, name, collectives.world_size())
+                write_tensors(path.with_suffix(".safetensors"), tensors)
+                path.with_suffix(".json").write_text(json.dumps(losses))
+
+
+@in_group
+def load_all(folder: Path) -> dict[tuple[str, str, str], tuple[list[str], list[float]]]:
+    """(optimizer, engine, saved as) -> (tensors that are not what was saved, the next three losses)"""
+    found = {}
+    for optim, settings in SETTINGS.items():
+        for name in ENGINES:
+            config = config_with(name, **settings)
+            engine, data = built(config)
+            for path in sources(folder, optim):
+                tensors = load_file(path)
+                engine.load_state(tensors)
+                held = digests(engine)
+                wrong = [key for key in held.keys() | tensors.keys() if held.get(key) != digest_of(tensors[key])]
+                losses, _ = steps(engine, data, config, lr=LR[optim], first=SAVED_AFTER, count=FOLLOWED)
+                found[optim, name, path.stem] = wrong, losses
+    return found
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    for world_size in WORLD_SIZES:
+        run_ranks(save_all, world_size, folder, timeout_seconds=200)
+    return folder
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_every_engine_goes_on_from_what_every_engine_saved(saved: Path, world_size: int) -> None:
+    first, *others = run_ranks(load_all, world_size, saved, timeout_seconds=500)
+    assert all(other == first for other in others)
+    assert len(first) == len(ENGINES) * len(ENGINES) * sum(map(len, SOURCES.values()))
+    worst = 0.0
+    for (optim, engine, source), (wrong, losses) in first.items():
+        assert not wrong, f"{source} in {engine} on {world_size}: {wrong}"
+        expected = json.loads((saved / f"{source}.json").read_text())
+        if source == name_of(optim, engine, world_size):
+            assert losses == expected, "nothing changed, so not a bit may"
+        worst = max(worst, *(abs(a - b) / b for a, b in zip(losses, expected, strict=True)))
+    print(f"\nin {len(first)} pairs on {world_size} processes the next losses are within {worst:.1e}")
+    assert worst < 1e-5
+
+
+def test_negative_zeros_come_back(tmp_path: Path) -> None:
+    for tensors in run_ranks(with_negative_zeros, 2, timeout_seconds=120):
+        assert tensors == [], tensors
+
+
+@in_group
+def with_negative_zeros() -> list[str]:
+    """Of tensors that are all -0.0, those that are not after being cut and put together."""
+    wrong = []
+    for name in ENGINES:
+        engine, _ = built(config_with(name))
+        zeros = {key: -torch.zeros_like(tensor) for key, tensor in engine.state() if tensor.is_floating_point()}
+        rest = {key: tensor.clone() for key, tensor in engine.state() if not tensor.is_floating_point()}
+        engine.load_state(zeros | rest)
+        wrong += [f"{name}: {key}" for key, tensor in engine.state() if key in zeros and not tensor.signbit().all()]
+    return wrong
