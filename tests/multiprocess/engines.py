@@ -30,7 +30,8 @@ SHARDED = [name for name in ENGINES if name not in ("ddp", "zero 0")]
 
 
 def config_with(engine: str, run_dir: Path = Path("unused"), **settings: Any) -> TrainConfig:
-    return small_config(run_dir, engine=ENGINES[engine], exact=FAST, **settings)
+    """In fast mode and, so that all compute with the same kernels, in the one memory layout that all have."""
+    return small_config(run_dir, engine=ENGINES[engine], exact=FAST, channels_last=False, **settings)
 
 
 def built(config: TrainConfig) -> tuple[Engine, DataPipeline]:

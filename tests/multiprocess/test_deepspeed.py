@@ -1,0 +1,153 @@
+"""Runs under DeepSpeed: parts that are parts, stops that leave no trace, the recipe whole, evaluation on uneven shards."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import in_group, run_ranks
+
+from distributed.checkpoint import load
+from distributed.run_folder import RunFolder
+from multiprocess.engines import ENGINES, built, config_with
+from multiprocess.small_runs import newest_checkpoint, state_of
+from multiprocess.traces import Trace, digest_of, tensors_of, traced
+
+STAGES = ["zero 1", "zero 2", "zero 3"]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+
+
+# What is shared out
+
+
+@in_group
+def bytes_held() -> dict[str, dict[str, int]]:
+    """By stage, of what this rank holds after a backward pass: optimizer, gradients, weights; and the whole's."""
+    found = {}
+    for name in STAGES:
+        engine: Any
+        engine, data = built(config_with(name, global_batch_size=6))
+        engine.micro_step(
+            lambda m, b: (m(b.images, b.sample_keys).sum(), None), next(data.train_epoch(0))[0], last=True
+        )
+        zero = engine._deepspeed.optimizer
+        gradients = [part for parts in zero.averaged_gradients.values() for part in parts or ()]
+        engine.step(0.01, step=0)  # after which no layer is left gathered
+        parameters, held = list(engine.model.parameters()), engine._held()
+        optimizer = [held for key, held in held.items() if key.startswith("optimizer.")]
+        found[name] = {
+            "optimizer": sum(held.part.nbytes for held in optimizer),
+            "gradients": sum(gradient.nbytes for gradient in gradients),
+            "weights": sum(p.nbytes + getattr(p, "ds_tensor", p[:0]).nbytes for p in parameters),
+            "whole": sum(held.place.shape.numel() * 4 for held in optimizer),
+        }
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_rank_holds_its_part_of_what_the_stage_shards(world_size: int) -> None:
+    for rank in run_ranks(bytes_held, world_size, timeout_seconds=150):
+        for name, held in rank.items():
+            part = pytest.approx(held["whole"] / world_size, rel=0.35)  # of each rank; parts end within parameters
+            assert held["optimizer"] == part, name
+            assert held["weights"] == (part if name == "zero 3" else held["whole"]), name
+            if name != "zero 1":
+                assert held["gradients"] == part, name
+
+
+# Runs
+
+PLATEAU: dict[str, Any] = {
+    "epochs": 3,
+    "global_batch_size": 11,
+    "accumulation": 2,
+    "optim": {"lr": 0.01, "clip_norm": 0.5, "ema_decay": 0.9},
+    "data": {"train_samples": 60, "validation_fraction": 0.25},
+    "evaluation": {"batch_size": 7},
+    "schedule": {"name": "plateau", "metric": "loss", "patience": 0, "min_delta": 50.0, "return_to_best": True},
+    "checkpoint": {"every_minutes": 0.0, "best_by": "loss"},
+}
+
+
+@in_group
+def whole_runs(folder: Path, names: list[str]) -> list[Trace]:
+    return [traced(config_with(name, folder / name, **PLATEAU)) for name in names]
+
+
+def test_a_run_with_all_its_parts_is_that_of_ddp(tmp_path: Path) -> None:
+    """Plateau and return to the best epoch, averaged weights, accumulation, clipping, evaluation where ranks have none."""
+    ranks = run_ranks(whole_runs, 3, tmp_path, ["ddp", *STAGES], timeout_seconds=240)
+    for ddp, *others in ranks:
+        for name, found in zip(STAGES, others, strict=True):
+            for step, expected in zip(found.steps, ddp.steps, strict=True):
+                assert step["loss"] == pytest.approx(expected["loss"], rel=1e-4), (name, step)
+            for epoch, expected in zip(found.epochs, ddp.epochs, strict=True):
+                for split in ("validation", "test"):
+                    assert epoch[split]["loss"] == pytest.approx(expected[split]["loss"], rel=1e-4), (name, epoch)
+            assert found.decisions == ddp.decisions
+            assert found.decisions, "the plateau came to nothing, so nothing was tested"
+            assert found.tensors.keys() == ddp.tensors.keys()
+    assert all([trace.steps for trace in rank] == [trace.steps for trace in ranks[0]] for rank in ranks)
+    assert all([trace.tensors for trace in rank] == [trace.tensors for trace in ranks[0]] for rank in ranks)
+
+
+@in_group
+def undisturbed_and_stopped(folder: Path) -> dict[str, list[Trace]]:
+    settings: dict[str, Any] = {**PLATEAU, "precision": "bfloat16"}
+    return {
+        name: [
+            traced(config_with(name, folder / f"{name}, undisturbed", **settings)),
+            *(traced(config_with(name, folder / name, **settings), stop_after) for stop_after in (2, 4, None)),
+        ]
+        for name in STAGES
+    }
+
+
+def test_at_the_same_number_of_processes_a_stopped_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    for rank in run_ranks(undisturbed_and_stopped, 3, tmp_path, timeout_seconds=240):
+        for name, (undisturbed, *parts) in rank.items():
+            assert [part.ended[2] for part in parts] == [True, True, False]
+            assert [step for part in parts for step in part.steps] == undisturbed.steps, name
+            assert parts[-1].tensors == undisturbed.tensors, name
+
+
+ATTEMPTS = [("zero 3", 3), ("ddp", 2), ("zero 1", 4), ("fsdp", 3), ("zero 2", 2), ("ddp", 1)]
+"""One run goes through all of these, two steps at a time."""
+
+
+@in_group
+def next_attempt(run_dir: Path, name: str, stop_after: int | None) -> tuple[Trace, dict[str, str]]:
+    """The next steps of a run, and before them what an engine holds that the newest checkpoint was loaded into."""
+    config, held = config_with(name, run_dir, **PLATEAU), dict[str, str]()
+    if RunFolder(run_dir).newest_state():
+        fresh, _ = built(config)
+        load(newest_checkpoint(run_dir), fresh)
+        held = {key: digest_of(tensor) for key, tensor in fresh.state()}
+        torch.set_num_threads(1)
+    return traced(config, stop_after), held
+
+
+def test_a_run_goes_on_under_any_engine_at_any_number_of_processes(tmp_path: Path) -> None:
+    run, undisturbed = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "ddp")
+    (expected,) = run_ranks(whole_runs, 1, tmp_path, ["ddp"], timeout_seconds=100)[0]
+    losses: list[float] = []
+    decisions: list[str] = []
+    for name, world_size in ATTEMPTS:
+        last = (name, world_size) == ATTEMPTS[-1]
+        before = {key: digest_of(tensor) for key, tensor in tensors_of(run).items()} if losses else {}
+        ranks = run_ranks(next_attempt, world_size, run.path, name, None if last else 1, timeout_seconds=120)
+        for _, held in ranks:
+            assert held == before, f"{name}: every tensor as it was saved"
+        losses += [step["loss"] for step in ranks[0][0].steps]
+        decisions += ranks[0][0].decisions
+    assert losses == pytest.approx([step["loss"] for step in expected.steps], rel=1e-4)
+    assert decisions == expected.decisions
+    found, wanted = state_of(run), state_of(undisturbed)
+    for key in ("epoch", "step", "samples_seen"):
+        assert found[key] == wanted[key]
+    assert found["schedule"].keys() == wanted["schedule"].keys()
+    assert found["best"]["epoch"] == wanted["best"]["epoch"]
+
+
+def test_the_stages_are_what_these_tests_mean() -> None:
+    assert [ENGINES[name]["zero_stage"] for name in STAGES] == [1, 2, 3]
