@@ -58,7 +58,7 @@ class TrainConfig(Section):
         """`exact.shards` with auto resolved for `cpu` or `cuda`; 0: exact mode is off."""
         if self.exact.shards != "auto":
             return self.exact.shards
-        if device_type != "cpu" or self.compile or self.engine.name != "ddp":
+        if device_type != "cpu" or self.compile or self.engine.name != "ddp" or self.compression:
             return 0
         return 1 << min(8, self.global_batch_size // self.accumulation).bit_length() - 1
 
@@ -71,6 +71,11 @@ class TrainConfig(Section):
                 f"exact.shards = {shards}{' (auto)' if self.exact.shards == 'auto' else ''} is less than the {world_size} "
                 f"processes: start at most {shards}; or begin another run with exact.shards = {enough}, or with 0, fast mode"
             )
+
+    @property
+    def compression(self) -> Literal["bfloat16", "powersgd"] | None:
+        """How gradients are made less to send, if they are."""
+        return self.engine.compression if isinstance(self.engine, Ddp) else None
 
     @property
     def best_by(self) -> Literal["accuracy", "loss"] | None:
@@ -95,7 +100,7 @@ class TrainConfig(Section):
 
 def _conflicts(config: TrainConfig) -> list[str]:
     """Settings that are each valid but cannot stand together, a line each: what, and the remedy."""
-    found = config.data.conflicts()
+    found = config.data.conflicts() + _compression_conflicts(config)
     optim, schedule, shards = config.optim, config.schedule, config.exact.shards
     micro_batch = config.global_batch_size // config.accumulation
     if isinstance(shards, int) and shards > max(1, micro_batch):
@@ -152,4 +157,28 @@ def _conflicts(config: TrainConfig) -> list[str]:
                 f"checkpoint.best_by = {config.checkpoint.best_by} needs validation, and there is none: {remedy} "
                 "or set checkpoint.best_by = none"
             )
+    return found
+
+
+def _compression_conflicts(config: TrainConfig) -> list[str]:
+    if not isinstance(engine := config.engine, Ddp):
+        return []
+    found, powersgd = [], engine.compression == "powersgd"
+    if engine.compression and config.exact.shards not in ("auto", 0):
+        found.append(
+            f"engine.compression = {engine.compression} cannot go with exact.shards = {config.exact.shards}: sums of "
+            "compressed gradients depend on the ranks; set exact.shards = 0, or leave engine.compression out"
+        )
+    if powersgd and engine.powersgd_rank is None:
+        found.append("engine.compression = powersgd needs engine.powersgd_rank: 2 or 4 is what the paper takes")
+    if engine.powersgd_rank is not None and not powersgd:
+        found.append(
+            f"engine.powersgd_rank = {engine.powersgd_rank} has no effect without engine.compression = powersgd: "
+            "set that, or remove it"
+        )
+    if powersgd and engine.bucket_mib != Ddp().bucket_mib:
+        found.append(
+            f"engine.bucket_mib = {engine.bucket_mib} has no effect with engine.compression = powersgd, which sends what is "
+            "left in one piece: remove it"
+        )
     return found

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
+from loguru import logger
 from torch import Tensor, nn
 
 from distributed.config.sections import AdamW, Sgd
@@ -121,11 +122,12 @@ class Weights:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy whole tensors in. What the optimizer keeps and is not given becomes zero and averages become the weights, as
-        at the start.
+        at the start. What another engine kept of its way to send gradients is left out.
 
         Raises:
             ValueError: a tensor of the model is missing, has another shape, or one is left over.
         """
+        tensors = _without_foreign(tensors)
         own = {name: (part, like) for name, part, like in self._all()}
         wrong = [
             f"{name}: here {tuple(like.shape)}, there {tuple(tensors[name].shape) if name in tensors else 'nothing'}"
@@ -144,3 +146,17 @@ class Weights:
                 part.copy_(self.layout.cut(tensors[source], like))
             else:
                 part.zero_()
+
+
+_FOREIGN = {"compression.": "the errors that compressed gradients left"}
+
+
+def _without_foreign(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what only the engine that saved it can go on from, and whoever evaluates need not have."""
+    found = dict(tensors)
+    for prefix, what in _FOREIGN.items():
+        kept = {name: tensor for name, tensor in found.items() if not name.startswith(prefix)}
+        if len(kept) < len(found):
+            logger.info("the checkpoint's {} tensors {}* are not needed here: {}", len(found) - len(kept), prefix, what)
+        found = kept
+    return found
