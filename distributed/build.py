@@ -103,6 +103,10 @@ def log_plan(
         "exact mode, {} shards: the same bits on up to {} processes" if shards else "fast mode: bits depend on the ranks",
         shards, shards,
     )  # fmt: skip
+    if config.precision == "float16" and device.type == "cpu":
+        logger.warning(
+            "precision = float16 is many times slower than bfloat16 on a CPU, which computes it piece by piece"
+        )
     if config.compression:
         logger.info(
             "engine.compression = {}: gradients are approximate, and no other number of processes gives the same bits{}",

@@ -60,7 +60,8 @@ class TensorBoard:
         return SummaryWriter(str(self._folder), purge_step=self._start_step + 1)
 
     def train(self, metrics: TrainMetrics) -> None:
-        for name in ("loss", "accuracy", "lr", "grad_norm", "images_per_second", "data_wait", "memory_mib"):
+        names = ("loss", "accuracy", "lr", "grad_norm", "images_per_second", "data_wait", "memory_mib", "skipped_steps")
+        for name in names:
             self._writer.add_scalar(f"train/{name}", getattr(metrics, name), metrics.step)
 
     def epoch(self, metrics: EpochMetrics) -> None:
@@ -96,9 +97,9 @@ class Terminal:
             self._bar.update(m.step - self._bar.n)
             return
         logger.info(
-            "epoch {}/{} step {}/{}: loss {:.4f}, accuracy {:.2%}, lr {:.3g}, {:,.0f} images/s, ETA {}",
+            "epoch {}/{} step {}/{}: loss {:.4f}, accuracy {:.2%}, lr {:.3g}, {:,.0f} images/s, ETA {}{}",
             m.epoch + 1, self.epochs, m.step, self.total_steps, m.loss, m.accuracy, m.lr, m.images_per_second,
-            duration(m.eta_seconds),
+            duration(m.eta_seconds), f"; {m.skipped_steps} steps skipped" if m.skipped_steps else "",
         )  # fmt: skip
 
     def epoch(self, m: EpochMetrics) -> None:

@@ -29,9 +29,10 @@ class TrainConfig(Section):
     epochs: int = setting(10, "passes over the training images", gt=0)
     global_batch_size: int = setting(128, "images a step, over all ranks and micro-batches", gt=0)
     accumulation: int = setting(1, "micro-batches a step; batch norm sees one of them at a time", gt=0)
-    precision: Literal["float32", "bfloat16", "float64"] = setting(
-        "bfloat16", "of the forward and backward pass; weights stay float32 with bfloat16 (autocast)"
-    )
+    precision: Literal["float32", "bfloat16", "float16", "float64"] = setting(
+        "bfloat16", "of the forward and backward pass; weights and batch norm's statistics stay float32 with bfloat16 and "
+        "float16 (autocast); float16's loss is scaled, and steps where a gradient overflows are skipped"
+    )  # fmt: skip
     channels_last: bool = setting(True, "NHWC memory layout of images and convolutions")
     device: Literal["auto", "cpu", "cuda"] = operational("auto", "auto: CUDA where there is one")
     threads: int = operational(
@@ -168,6 +169,11 @@ def _compression_conflicts(config: TrainConfig) -> list[str]:
         found.append(
             f"engine.compression = {engine.compression} cannot go with exact.shards = {config.exact.shards}: sums of "
             "compressed gradients depend on the ranks; set exact.shards = 0, or leave engine.compression out"
+        )
+    if powersgd and config.precision == "float16":
+        found.append(
+            "engine.compression = powersgd cannot go with precision = float16: an overflow would stay in the errors that it "
+            "keeps; set precision = bfloat16"
         )
     if powersgd and engine.powersgd_rank is None:
         found.append("engine.compression = powersgd needs engine.powersgd_rank: 2 or 4 is what the paper takes")

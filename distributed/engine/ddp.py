@@ -85,7 +85,7 @@ class DdpEngine:
             model.compile()  # in place: names stay as they are
         self._plain = model
         self.model: nn.Module = model
-        self.weights = Weights(optim, model)
+        self.weights = Weights(optim, model, precision=precision)
         self._sums = BucketSums(torch.bfloat16 if config.compression == "bfloat16" else None)
         self._powersgd: PowerSgd | None = None
         self._untold = world_size() > 1
@@ -142,7 +142,7 @@ class DdpEngine:
         with exchange:
             with autocast(self.device, self.precision):
                 value, outcome = loss(self.model, batch)
-            value.backward()  # type: ignore[no-untyped-call]
+            self.weights.scaled(value).backward()  # type: ignore[no-untyped-call]
         if last and self._powersgd:
             self._powersgd.reduce()
         return outcome

@@ -29,7 +29,7 @@ VALUES: list[tuple[str, str, str]] = [
     ("global_batch_size", HUGE, "less than 2**63"),
     ("accumulation", "none", "accumulation = none: should be a valid integer"),
     ("accumulation", "1000", "is more than global_batch_size = 128"),
-    ("precision", "fp16", "'float32', 'bfloat16' or 'float64'"),
+    ("precision", "fp16", "'float32', 'bfloat16', 'float16' or 'float64'"),
     ("precision", "a\nb", "precision = 'a\\nb': should be"),
     ("channels_last", "1", "valid boolean"),
     ("device", "tpu", "'auto', 'cpu' or 'cuda'"),
@@ -178,6 +178,10 @@ WORDS: dict[str, tuple[list[str], str]] = {
         "engine.compression = bfloat16 cannot go with exact.shards = 4",
     ),
     "a rank of nothing": (["--engine.powersgd_rank", "4"], "has no effect without engine.compression = powersgd"),
+    "errors in float16": (
+        ["--engine.compression", "powersgd", "--engine.powersgd_rank", "2", "--precision", "float16"],
+        "engine.compression = powersgd cannot go with precision = float16",
+    ),
     "no rank": (["--engine.compression", "powersgd"], "engine.compression = powersgd needs engine.powersgd_rank"),
     "buckets of nothing": (
         ["--engine.compression", "powersgd", "--engine.powersgd_rank", "2", "--engine.bucket_mib", "2"],
