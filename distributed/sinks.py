@@ -1,6 +1,7 @@
 """Where metrics are told: metrics.jsonl first, TensorBoard and the terminal beside it."""
 
 import json
+import math
 import sys
 from dataclasses import asdict
 from functools import cached_property
@@ -14,7 +15,8 @@ from distributed.metrics import EpochMetrics, TrainMetrics
 
 
 class JsonLines:
-    """One JSON object a line, `kind` train or epoch. Lines after the step that a resumed run starts from are taken back."""
+    """One JSON object a line, `kind` train or epoch; null is a number that is not finite, as the norm of a gradient that
+    overflowed. Lines after the step that a resumed run starts from are taken back."""
 
     def __init__(self, path: Path, *, start_step: int, start_epoch: int, data: str) -> None:
         self.path, self.data = path, data
@@ -31,7 +33,8 @@ class JsonLines:
 
     def _append(self, line: dict[str, Any]) -> None:
         with storing(self.path):
-            append_line(self.path, json.dumps(line))
+            strict = {name: None if value in (math.inf, -math.inf) else value for name, value in line.items()}
+            append_line(self.path, json.dumps(strict))
 
     def close(self) -> None:
         pass
