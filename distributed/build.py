@@ -80,7 +80,7 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
         return DeepSpeedEngine(config.engine, model, accumulation=config.accumulation, **common)
     if shards := config.shards_on(device.type):
         return ExactEngine(config.engine, model, shards=shards, lanes=topology.threads(config.threads), **common)
-    return DdpEngine(config.engine, model, example=data.example(), compile=config.compile, **common)
+    return DdpEngine(config.engine, model, example=data.example(), compile=config.compile, seed=config.seed, **common)
 
 
 def log_plan(
@@ -98,7 +98,7 @@ def log_plan(
         config.model.name, config.data.name, data.size("train"), data.size("validation"), data.size("test"),
         data.steps_per_epoch, config.epochs,
     )  # fmt: skip
-    shards = config.shards_on(device.type)
+    shards, alone = config.shards_on(device.type), topology.world_size == 1
     each = f"{shards} shards, {_spread(shards, topology.world_size)}" if shards else _spread(micro, topology.world_size)
     logger.info(
         "global batch {} = {} micro-batch{} of {}, {} a rank; {} rank{} x {} thread{}, {}, peak lr {:g}",
@@ -110,6 +110,16 @@ def log_plan(
         "exact mode, {} shards: the same bits on up to {} processes" if shards else "fast mode: bits depend on the ranks",
         shards, shards,
     )  # fmt: skip
+    if config.precision == "float16" and device.type == "cpu":
+        logger.warning(
+            "precision = float16 is many times slower than bfloat16 on a CPU, which computes it piece by piece"
+        )
+    if config.compression:
+        logger.info(
+            "engine.compression = {}: gradients are approximate, and no other number of processes gives the same bits{}",
+            config.compression,
+            "; one process sends nothing and rounds nothing" if alone and config.compression == "bfloat16" else "",
+        )
     if 0 < (most := -(-shards // topology.world_size)) < threads:
         logger.warning(
             "{} of {} threads a rank have nothing to compute: a shard takes one; a run begun with more exact.shards uses more",

@@ -82,7 +82,7 @@ class Checkpointer:
             if damage := collectives.from_main(damage_of(path) if self.run else None):
                 raise StorageError(f"{path}: the best checkpoint, to return to at a drop, is damaged: {damage}")
             tensors = tensors_of(path)
-        engine.load_state({name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")})
+        engine.load_state({name: tensor for name, tensor in tensors.items() if name.startswith(("model.", "ema."))})
         logger.info("weights and buffers are those of epoch {}, the optimizer begins anew", state.best.epoch + 1)
 
     def save(self, engine: Engine, state: TrainState) -> None:

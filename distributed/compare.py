@@ -65,9 +65,9 @@ def _saved(run: RunFolder) -> dict[str, dict[str, str]]:
 def _parting_of_lines(key: tuple[int, str], a: dict[str, Any], b: dict[str, Any]) -> Parting | None:
     step, kind = key
     for name in a:
-        if a[name] != b.get(name):
+        if name in b and a[name] != b[name]:  # versions differ in what they log
             place = f"epoch {a['epoch'] + 1}" if kind == "epoch" else kind
-            return Parting(step, f"logged of {place}: {name} {a[name]} | {b.get(name)}")
+            return Parting(step, f"logged of {place}: {name} {a[name]} | {b[name]}")
     return None
 
 

@@ -28,7 +28,9 @@ def train_step(
     for index, batch in enumerate(micro_batches):
         losses, logits = engine.micro_step(of_shard, batch, last=index == len(micro_batches) - 1)
         sums.add(losses, logits, batch.labels, step=step)
-    return engine.step(lr, step=step)
+    norm = engine.step(lr, step=step)
+    sums.add_step(norm)
+    return norm
 
 
 def _loss(label_smoothing: float, model: nn.Module, batch: Batch) -> tuple[Tensor, Outcome]:

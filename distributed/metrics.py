@@ -25,6 +25,7 @@ class TrainMetrics:
     data_wait: float  # part of the time spent waiting for batches
     memory_mib: float  # the most that this rank held: of its GPU's memory, or resident
     eta_seconds: float
+    skipped_steps: int = 0  # of these steps, in float16: a gradient overflowed, so that the weights stayed as they were
 
 
 @dataclass(frozen=True)

@@ -30,16 +30,16 @@ class Optimizer:
         self.state = {p: state for p in self.parameters if (state := first_state(config, p))}
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """One update with the parameters' gradients."""
+    def step(self, lr: float, *, skip: Tensor | None = None) -> None:
+        """One update with the parameters' gradients; where `skip` is 1.0 and not 0.0, nothing changes. Nobody waits for it."""
         for parameters, weight_decay in self._groups:
             if parameters:
-                self._update(parameters, lr=lr, weight_decay=weight_decay)
+                self._update(parameters, skip, lr=lr, weight_decay=weight_decay)
 
-    def _update(self, parameters: list[Tensor], **rates: float) -> None:
+    def _update(self, parameters: list[Tensor], skip: Tensor | None, **rates: float) -> None:
         gradients: Any = [p.grad for p in parameters]
         kept, config = self._kept(parameters), self.config
-        options: dict[str, Any] = {**rates, "maximize": False, "fused": True}
+        options: dict[str, Any] = {**rates, "maximize": False, "fused": True, "found_inf": skip}
         if isinstance(config, AdamW):
             adamw(
                 parameters, gradients, kept["exp_avg"], kept["exp_avg_sq"], [], kept["step"], beta1=config.beta1,
@@ -95,10 +95,14 @@ class WeightAverage:
         self.tensors = {name: tensor.clone() for name, tensor in self._live.items()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after this step, counted from 0."""
+    def update(self, step: int, *, skip: Tensor | None = None) -> None:
+        """Take in the weights after this step, counted from 0; where `skip` is 1.0 and not 0.0, nothing."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.tensors.values()), list(self._live.values()), 1 - decay)
+        averages, live = list(self.tensors.values()), list(self._live.values())
+        if skip is None:
+            torch._foreach_lerp_(averages, live, 1 - decay)
+        else:
+            torch._foreach_lerp_(averages, live, [(1 - decay) * (1 - skip)] * len(live))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

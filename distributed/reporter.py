@@ -50,7 +50,7 @@ class Reporter:
         metrics = TrainMetrics(
             epoch=state.epoch, step=state.step, loss=window.mean_loss, accuracy=window.accuracy, lr=lr, grad_norm=norm,
             images_per_second=images_per_second, data_wait=waited, memory_mib=memory_mib(self.device),
-            eta_seconds=remaining / images_per_second,
+            eta_seconds=remaining / images_per_second, skipped_steps=window.skipped_steps,
         )  # fmt: skip
         for sink in self.sinks:
             sink.train(metrics)

@@ -1,6 +1,7 @@
 """Where metrics are told: metrics.jsonl first, TensorBoard and the terminal beside it."""
 
 import json
+import math
 import sys
 from dataclasses import asdict
 from functools import cached_property
@@ -14,7 +15,8 @@ from distributed.metrics import EpochMetrics, TrainMetrics
 
 
 class JsonLines:
-    """One JSON object a line, `kind` train or epoch. Lines after the step that a resumed run starts from are taken back."""
+    """One JSON object a line, `kind` train or epoch; null is a number that is not finite, as the norm of a gradient that
+    overflowed. Lines after the step that a resumed run starts from are taken back."""
 
     def __init__(self, path: Path, *, start_step: int, start_epoch: int, data: str) -> None:
         self.path, self.data = path, data
@@ -31,7 +33,8 @@ class JsonLines:
 
     def _append(self, line: dict[str, Any]) -> None:
         with storing(self.path):
-            append_line(self.path, json.dumps(line))
+            strict = {name: None if value in (math.inf, -math.inf) else value for name, value in line.items()}
+            append_line(self.path, json.dumps(strict))
 
     def close(self) -> None:
         pass
@@ -60,7 +63,8 @@ class TensorBoard:
         return SummaryWriter(str(self._folder), purge_step=self._start_step + 1)
 
     def train(self, metrics: TrainMetrics) -> None:
-        for name in ("loss", "accuracy", "lr", "grad_norm", "images_per_second", "data_wait", "memory_mib"):
+        names = ("loss", "accuracy", "lr", "grad_norm", "images_per_second", "data_wait", "memory_mib", "skipped_steps")
+        for name in names:
             self._writer.add_scalar(f"train/{name}", getattr(metrics, name), metrics.step)
 
     def epoch(self, metrics: EpochMetrics) -> None:
@@ -96,9 +100,9 @@ class Terminal:
             self._bar.update(m.step - self._bar.n)
             return
         logger.info(
-            "epoch {}/{} step {}/{}: loss {:.4f}, accuracy {:.2%}, lr {:.3g}, {:,.0f} images/s, ETA {}",
+            "epoch {}/{} step {}/{}: loss {:.4f}, accuracy {:.2%}, lr {:.3g}, {:,.0f} images/s, ETA {}{}",
             m.epoch + 1, self.epochs, m.step, self.total_steps, m.loss, m.accuracy, m.lr, m.images_per_second,
-            duration(m.eta_seconds),
+            duration(m.eta_seconds), f"; {m.skipped_steps} steps skipped" if m.skipped_steps else "",
         )  # fmt: skip
 
     def epoch(self, m: EpochMetrics) -> None:

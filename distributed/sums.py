@@ -26,6 +26,7 @@ class Totals:
     correct5: int = 0
     count: int = 0
     first_bad_step: int | None = None
+    skipped_steps: int = 0
 
     @property
     def mean_loss(self) -> float:
@@ -48,6 +49,7 @@ class Totals:
             self.correct5 + other.correct5,
             self.count + other.count,
             self.first_bad_step if self.first_bad_step is not None else other.first_bad_step,
+            self.skipped_steps + other.skipped_steps,
         )
 
 
@@ -60,6 +62,7 @@ class RunningSums:
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(5, dtype=torch.int64, device=device)
         self._bad_step = torch.full((1,), _NEVER, dtype=torch.int64, device=device)
+        self._skipped = torch.zeros(1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def add(self, losses: Tensor, logits: Tensor, labels: Tensor, *, step: int = 0) -> None:
@@ -84,12 +87,20 @@ class RunningSums:
         )
         self._bad_step.clamp_(max=torch.where(finite.all(), _NEVER, step))
 
+    @torch.no_grad()
+    def add_step(self, grad_norm: Tensor) -> None:
+        """Count a step whose gradient was not finite, which float16 skips; all ranks have its norm alike."""
+        self._skipped += ~grad_norm.isfinite()
+
     def read(self) -> Totals:
         """The sums over all ranks since the last reading; a collective, and on a GPU a wait."""
         whole, fraction, correct, correct5, count = collectives.sum_over_ranks_(self._sums).tolist()
-        first_bad = -int(collectives.max_over_ranks_(-self._bad_step))
+        minus_first_bad, skipped = collectives.max_over_ranks_(torch.cat([-self._bad_step, self._skipped])).tolist()
+        first_bad = -minus_first_bad
         self._sums.zero_()
         self._bad_step.fill_(_NEVER)
+        self._skipped.zero_()
         return Totals(
-            (whole << _FRACTION_BITS) + fraction, correct, correct5, count, None if first_bad == _NEVER else first_bad
-        )
+            (whole << _FRACTION_BITS) + fraction, correct, correct5, count,
+            None if first_bad == _NEVER else first_bad, skipped,
+        )  # fmt: skip

@@ -65,6 +65,13 @@ class Ddp(Section):
         "ddp", "replicated weights, gradients summed over ranks (DistributedDataParallel)"
     )
     bucket_mib: int = operational(25, "size of a bucket of gradients that is exchanged at once, MiB", gt=0, le=1024)
+    compression: Literal["bfloat16", "powersgd"] | None = setting(
+        None, "send less of gradients: bfloat16: rounded to it; powersgd: as products of two thin matrices, what they leave "
+        "out with the next ones (Vogels et al. 2019); none: as they are"
+    )  # fmt: skip
+    powersgd_rank: int | None = setting(
+        None, "columns of those matrices; more are closer and more to send; only with powersgd", gt=0, le=1024
+    )
 
 
 class Fsdp(Section):

@@ -41,9 +41,10 @@ class TrainConfig(Section):
     epochs: int = setting(10, "passes over the training images", gt=0)
     global_batch_size: int = setting(128, "images a step, over all ranks and micro-batches", gt=0)
     accumulation: int = setting(1, "micro-batches a step; batch norm sees one of them at a time", gt=0)
-    precision: Literal["float32", "bfloat16", "float64"] = setting(
-        "bfloat16", "of the forward and backward pass; weights stay float32 with bfloat16 (autocast)"
-    )
+    precision: Literal["float32", "bfloat16", "float16", "float64"] = setting(
+        "bfloat16", "of the forward and backward pass; weights and batch norm's statistics stay float32 with bfloat16 and "
+        "float16 (autocast); float16's loss is scaled, and steps where a gradient overflows are skipped"
+    )  # fmt: skip
     channels_last: bool = setting(True, "NHWC memory layout of images and convolutions")
     device: Literal["auto", "cpu", "cuda"] = operational("auto", "auto: CUDA where there is one")
     threads: int = operational(
@@ -70,7 +71,7 @@ class TrainConfig(Section):
         """`exact.shards` with auto resolved for `cpu` or `cuda`; 0: exact mode is off."""
         if self.exact.shards != "auto":
             return self.exact.shards
-        if device_type != "cpu" or self.compile or self.engine.name != "ddp":
+        if device_type != "cpu" or self.compile or self.engine.name != "ddp" or self.compression:
             return 0
         return 1 << min(8, self.global_batch_size // self.accumulation).bit_length() - 1
 
@@ -83,6 +84,11 @@ class TrainConfig(Section):
                 f"exact.shards = {shards}{' (auto)' if self.exact.shards == 'auto' else ''} is less than the {world_size} "
                 f"processes: start at most {shards}; or begin another run with exact.shards = {enough}, or with 0, fast mode"
             )
+
+    @property
+    def compression(self) -> Literal["bfloat16", "powersgd"] | None:
+        """How gradients are made less to send, if they are."""
+        return self.engine.compression if isinstance(self.engine, Ddp) else None
 
     @property
     def best_by(self) -> Literal["accuracy", "loss"] | None:
@@ -107,7 +113,7 @@ class TrainConfig(Section):
 
 def _conflicts(config: TrainConfig) -> list[str]:
     """Settings that are each valid but cannot stand together, a line each: what, and the remedy."""
-    found = config.data.conflicts()
+    found = config.data.conflicts() + _compression_conflicts(config)
     optim, schedule, shards = config.optim, config.schedule, config.exact.shards
     micro_batch = config.global_batch_size // config.accumulation
     if isinstance(shards, int) and shards > max(1, micro_batch):
@@ -179,9 +185,39 @@ def _engine_conflicts(config: TrainConfig) -> list[str]:
         found.append(
             f"compile = true cannot go with engine.name = {engine.name}: set engine.name = ddp, or leave it out"
         )
-    if isinstance(engine, DeepSpeed) and config.precision == "float64":
+    if isinstance(engine, DeepSpeed) and config.precision in ("float64", "float16"):
+        reason = "whose weights are float32" if config.precision == "float64" else "which keeps a loss scale of its own"
         found.append(
-            "precision = float64 cannot go with engine.name = deepspeed, whose weights are float32: choose float32 or "
-            "bfloat16, or another engine"
+            f"precision = {config.precision} cannot go with engine.name = deepspeed, {reason}: choose float32 or bfloat16, or "
+            "another engine"
+        )
+    return found
+
+
+def _compression_conflicts(config: TrainConfig) -> list[str]:
+    if not isinstance(engine := config.engine, Ddp):
+        return []
+    found, powersgd = [], engine.compression == "powersgd"
+    if engine.compression and config.exact.shards not in ("auto", 0):
+        found.append(
+            f"engine.compression = {engine.compression} cannot go with exact.shards = {config.exact.shards}: sums of "
+            "compressed gradients depend on the ranks; set exact.shards = 0, or leave engine.compression out"
+        )
+    if powersgd and config.precision == "float16":
+        found.append(
+            "engine.compression = powersgd cannot go with precision = float16: an overflow would stay in the errors that it "
+            "keeps; set precision = bfloat16"
+        )
+    if powersgd and engine.powersgd_rank is None:
+        found.append("engine.compression = powersgd needs engine.powersgd_rank: 2 or 4 is what the paper takes")
+    if engine.powersgd_rank is not None and not powersgd:
+        found.append(
+            f"engine.powersgd_rank = {engine.powersgd_rank} has no effect without engine.compression = powersgd: "
+            "set that, or remove it"
+        )
+    if powersgd and engine.bucket_mib != Ddp().bucket_mib:
+        found.append(
+            f"engine.bucket_mib = {engine.bucket_mib} has no effect with engine.compression = powersgd, which sends what is "
+            "left in one piece: remove it"
         )
     return found

@@ -8,26 +8,42 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from loguru import logger
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distributed.collectives import world_size
 from distributed.config.sections import AdamW, Ddp, Sgd
 from distributed.data.batch import Batch
+from distributed.engine.powersgd import PREFIX, PowerSgd
 from distributed.engine.protocol import Loss, Outcome
 from distributed.engine.tensors import Weights, autocast, cast
 from distributed.models.sync_batch_norm import SyncBatchNorm, by_ranks, convert_batch_norm
 from distributed.row_gather import open_row_gather
 
 
-def _sum_gradients(
-    _: object,
-    bucket: dist.GradBucket,  # type: ignore[name-defined]  # DDP insists on this annotation
-) -> torch.futures.Future[Tensor]:
-    """The plain sum over ranks. DDP's own hook divides by their number, and a division by three rounds."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    future: Any = work.get_future()
-    return future.then(lambda done: done.value()[0])  # type: ignore[no-any-return]
+class BucketSums:
+    """How a bucket of gradients is summed over ranks: in its own type or, rounded, in a lower one.
+
+    `reduced_bytes` is what was all-reduced so far.
+    """
+
+    def __init__(self, low: torch.dtype | None) -> None:
+        self.low, self.reduced_bytes = low, 0
+
+    def hook(
+        self,
+        _: object,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]  # DDP insists on this annotation
+    ) -> torch.futures.Future[Tensor]:
+        """The plain sum over ranks. DDP's own hooks divide by their number, and a division by three rounds."""
+        buffer = bucket.buffer()
+        sent = buffer.to(self.low or buffer.dtype)
+        self.reduced_bytes += sent.nbytes
+        future: Any = dist.all_reduce(sent, async_op=True).get_future()
+        return future.then(  # type: ignore[no-any-return]
+            lambda done: done.value()[0] if self.low is None else buffer.copy_(done.value()[0])
+        )
 
 
 def _any_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Outcome]:
@@ -43,6 +59,7 @@ class DdpEngine:
         model: float32 on the CPU, with its initial weights; taken over.
         example: some images, for the throwaway steps.
         compile: let torch.compile make the forward and backward pass.
+        seed: of PowerSGD's first factors.
     """
 
     def __init__(
@@ -57,6 +74,7 @@ class DdpEngine:
         example: Batch,
         timeout_seconds: float,
         compile: bool,
+        seed: int = 0,
     ) -> None:
         self.device, self.precision = device, precision
         model = cast(model, precision=precision, channels_last=channels_last, device=device)
@@ -67,11 +85,23 @@ class DdpEngine:
             model.compile()  # in place: names stay as they are
         self._plain = model
         self.model: nn.Module = model
-        self.weights = Weights(optim, model)
-        if world_size() > 1:
+        self.weights = Weights(optim, model, precision=precision)
+        self._sums = BucketSums(torch.bfloat16 if config.compression == "bfloat16" else None)
+        self._powersgd: PowerSgd | None = None
+        self._untold = world_size() > 1
+        if config.compression == "powersgd":
+            # Over whole gradients after the backward pass: they shrink so far that to send them meanwhile gains nothing.
+            parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            self._powersgd = PowerSgd(parameters, columns=config.powersgd_rank or 1, seed=seed)
+        elif world_size() > 1:
             self._ddp = self._wrapped(model, config)
             self.model = self._ddp
             self._settle(example)
+
+    @property
+    def reduced_bytes(self) -> int:
+        """What of gradients this rank handed to all-reduces so far."""
+        return (self._powersgd or self._sums).reduced_bytes
 
     def _wrapped(self, model: nn.Module, config: Ddp) -> DistributedDataParallel:
         # 2.13 renamed the flag; either way buffers stay as they are, since synchronized statistics agree by themselves.
@@ -85,7 +115,7 @@ class DdpEngine:
             gradient_as_bucket_view=True,
             **options,
         )
-        ddp.register_comm_hook(None, _sum_gradients)
+        ddp.register_comm_hook(None, self._sums.hook)
         return ddp
 
     def _settle(self, example: Batch) -> None:
@@ -99,6 +129,7 @@ class DdpEngine:
             self.micro_step(_any_loss, example, last=True)
             self.weights.zero_grad()
         self._plain.load_state_dict(before)
+        self._sums.reduced_bytes = 0
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
@@ -111,10 +142,15 @@ class DdpEngine:
         with exchange:
             with autocast(self.device, self.precision):
                 value, outcome = loss(self.model, batch)
-            value.backward()  # type: ignore[no-untyped-call]
+            self.weights.scaled(value).backward()  # type: ignore[no-untyped-call]
+        if last and self._powersgd:
+            self._powersgd.reduce()
         return outcome
 
     def step(self, lr: float, *, step: int) -> Tensor:
+        if self._untold:
+            self._untold = False
+            logger.debug("gradients: {:,} bytes all-reduced a step", self.reduced_bytes)
         norm = self.weights.update(lr, step=step)
         self.weights.zero_grad()
         return norm
@@ -124,6 +160,15 @@ class DdpEngine:
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.weights.state()
+        if self._powersgd:
+            yield from self._powersgd.state()
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        self.weights.load(tensors)
+        if self._powersgd is None:
+            self.weights.load(tensors)
+            return
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
+        if misfits := self._powersgd.misfits(own):
+            raise ValueError("the checkpoint does not fit engine.powersgd_rank or the model: " + "; ".join(misfits[:3]))
+        self.weights.load({name: tensor for name, tensor in tensors.items() if name not in own})
+        self._powersgd.load(own)

@@ -15,7 +15,7 @@ from distributed.collectives import world_size
 from distributed.config.sections import AdamW, Ddp, Sgd
 from distributed.data.batch import Batch
 from distributed.engine.protocol import Loss, Outcome
-from distributed.engine.tensors import Weights, autocast, cast
+from distributed.engine.tensors import Weights, autocast, cast, low_type
 from distributed.exact.batch_norm import Cut, CuttingBatchNorm, backward
 from distributed.exact.check import check_exact
 from distributed.exact.exchange import ExchangeOpener
@@ -65,8 +65,7 @@ class ExactEngine:
         )
         own = self._reduction.own
         self._lanes = Lanes(len(own), lanes=lanes, gather=ShardRows(gather, shards=shards), device=device)
-        low = torch.bfloat16 if precision == "bfloat16" else None
-        self._replicas = Replicas(self._plain, len(own), low=low)
+        self._replicas = Replicas(self._plain, len(own), low=low_type(precision))
         self._cuts: list[list[Cut]] = [[] for _ in own]
         for place, replica in enumerate(self._replicas.models):
             meet = partial(self._lanes.meet, place)
@@ -75,7 +74,7 @@ class ExactEngine:
                 hand_over = partial(_hand_over, self._reduction, own[place], index)
                 parameter.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
         self.model: nn.Module = self._replicas.models
-        self.weights = Weights(optim, self._plain)
+        self.weights = Weights(optim, self._plain, precision=precision)
         # What runs on the whole part of a rank must not depend on its threads either.
         torch.set_num_threads(1)
 
@@ -97,7 +96,7 @@ class ExactEngine:
         def forward_backward(place: int) -> Outcome:
             with autocast(self.device, self.precision):
                 value, outcome = loss(self._replicas.models[place], parts[place])
-            backward(value, self._cuts[place])
+            backward(self.weights.scaled(value), self._cuts[place])
             return outcome
 
         outcomes = self._lanes.run(forward_backward)

@@ -20,7 +20,7 @@ from distributed.config.sections import AdamW, Fsdp, Sgd
 from distributed.data.batch import Batch
 from distributed.engine.placement import Held, Whole
 from distributed.engine.protocol import Loss, Outcome
-from distributed.engine.tensors import Weights, autocast, cast
+from distributed.engine.tensors import Weights, autocast, cast, low_type
 from distributed.models.sync_batch_norm import SyncBatchNorm, by_ranks, convert_batch_norm
 from distributed.row_gather import open_row_gather
 
@@ -52,7 +52,7 @@ class FsdpEngine:
         model = convert_batch_norm(model, partial(SyncBatchNorm.of, exchange=exchange))
         mesh = init_device_mesh(device.type, (world_size(),))
         # What autocast would cast once a use is cast before it is sent; gradients are summed in float32 all the same.
-        low = torch.bfloat16 if precision == "bfloat16" else None
+        low = low_type(precision)
         products = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False)
         for layer in [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]:
             fully_shard(layer, mesh=mesh, mp_policy=products, reshard_after_forward=config.reshard_after_forward)
@@ -62,7 +62,7 @@ class FsdpEngine:
             # The plain sum over ranks: each rank's loss is its part of the mean already.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-        self.weights = Weights(optim, model, layout=Sharded())
+        self.weights = Weights(optim, model, precision=precision, layout=Sharded())
 
     def predict(self, batch: Batch) -> Tensor:
         with torch.no_grad(), autocast(self.device, self.precision):
@@ -73,7 +73,7 @@ class FsdpEngine:
         self.model.set_requires_gradient_sync(last)
         with autocast(self.device, self.precision):
             value, outcome = loss(self.model, batch)
-        value.backward()  # type: ignore[no-untyped-call]
+        self.weights.scaled(value).backward()  # type: ignore[no-untyped-call]
         return outcome
 
     def step(self, lr: float, *, step: int) -> Tensor:

@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+from loguru import logger
 from torch import Tensor
 
 
@@ -60,14 +61,25 @@ class Run:
         return whole.reshape(-1)[self._own]
 
 
+FOREIGN = {
+    "compression.": "the errors that compressed gradients left",
+    "scaler.": "float16's loss scale",
+}
+"""What only some engines and precisions go on from, by how its names begin."""
+
+
 @torch.no_grad()
-def load(held: Mapping[str, Held], tensors: Mapping[str, Tensor]) -> None:
+def load(held: Mapping[str, Held], tensors: Mapping[str, Tensor], *, apart: str = "") -> None:
     """Copy whole tensors in. What the optimizer keeps and is not given becomes zero and averages become the weights, as
-    at the start.
+    at the start. What only another engine or precision goes on from is left out, and told.
+
+    Args:
+        apart: how names begin that are loaded by others.
 
     Raises:
         ValueError: a tensor of the model is missing, has another shape, or one is left over.
     """
+    tensors = _without_foreign(tensors, apart=apart)
     wrong = [
         f"{name}: here {tuple(place.shape)}, there {tuple(tensors[name].shape) if name in tensors else 'nothing'}"
         for name, (_, place) in held.items()
@@ -85,3 +97,13 @@ def load(held: Mapping[str, Held], tensors: Mapping[str, Tensor]) -> None:
             part.copy_(place.cut(tensors[source]))
         else:
             part.zero_()
+
+
+def _without_foreign(tensors: Mapping[str, Tensor], *, apart: str) -> dict[str, Tensor]:
+    found = dict(tensors)
+    for prefix, what in FOREIGN.items():
+        kept = {name: tensor for name, tensor in found.items() if not name.startswith(prefix)}
+        if len(kept) < len(found) and prefix != apart:
+            logger.info("the checkpoint's {} tensors {}* are not needed here: {}", len(found) - len(kept), prefix, what)
+        found = kept
+    return found

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from distributed.config.sections import AdamW, Sgd
+from distributed.engine import loss_scale
+from distributed.engine.loss_scale import LossScale
 from distributed.engine.placement import Held, Whole, load
 from distributed.optim import Optimizer, WeightAverage
 
@@ -19,9 +21,15 @@ def cast(model: nn.Module, *, precision: str, channels_last: bool, device: torch
     return model.to(device, dtype).to(memory_format=memory_format)
 
 
+def low_type(precision: str) -> torch.dtype | None:
+    """What autocast casts to; None where nothing is cast."""
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
     """The precision of a forward pass."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+    low = low_type(precision)
+    return torch.autocast(device.type, low) if low else nullcontext()
 
 
 class Layout(Protocol):
@@ -47,9 +55,12 @@ class Replicated:
 
 
 class Weights:
-    """A model's weights with all that learning keeps of them: the optimizer's tensors and the moving average."""
+    """A model's weights with all that learning keeps of them: the optimizer's tensors, the moving average, and in float16
+    the scale of the loss."""
 
-    def __init__(self, config: Sgd | AdamW, model: nn.Module, *, layout: Layout | None = None) -> None:
+    def __init__(
+        self, config: Sgd | AdamW, model: nn.Module, *, precision: str = "float32", layout: Layout | None = None
+    ) -> None:
         self.model, self.clip_norm, self.layout = model, config.clip_norm, layout or Replicated()
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._own = {name: self.layout.held(tensor) for name, tensor in model.state_dict().items()}
@@ -59,20 +70,39 @@ class Weights:
         self._kept = {name: self.optimizer.state.get(part, {}) for name, part in parts.items()}
         live = {name: held.part for name, held in self._own.items()}
         self.average = WeightAverage(live, decay=config.ema_decay) if config.ema_decay else None
+        self._scale = LossScale(next(model.parameters()).device) if precision == "float16" else None
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss as it goes into the backward pass."""
+        return loss if self._scale is None else loss * self._scale.scale
 
     def update(self, lr: float, *, step: int) -> Tensor:
-        """Scale the gradients down to the norm where they are larger, and take a step; their norm before that."""
+        """Scale the gradients down to the norm where they are larger, and take a step; their norm before that.
+
+        In float16 a step whose gradients are not all finite changes nothing, and the norm is infinite.
+        """
         parameters = self.optimizer.parameters
         gradients = [self.layout.held(p.grad).part for p in self._parameters.values() if p.grad is not None]
         norm = self.layout.norm(gradients)
+        factor = overflow = None
+        if self._scale:
+            # All ranks have this norm alike, and it is finite just where all gradients are.
+            norm = norm / self._scale.scale
+            overflow = (~norm.isfinite()).float()
+            norm = torch.where(overflow != 0, torch.inf, norm)
+            factor = 1 / self._scale.scale
+            self._scale.update(overflow)
         if self.clip_norm is not None:
-            # Not in place: these may lie in memory that all ranks share.
-            gradients = list(torch._foreach_mul(gradients, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)))
+            clip = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            factor = clip if factor is None else factor * clip
+        if factor is not None:
+            # Not in place, nor by the optimizer, which would be: these may lie in memory that all ranks share.
+            gradients = list(torch._foreach_mul(gradients, factor))
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-        self.optimizer.step(lr)
+        self.optimizer.step(lr, skip=overflow)
         if self.average:
-            self.average.update(step)
+            self.average.update(step, skip=overflow)
         return norm
 
     def zero_grad(self) -> None:
@@ -91,9 +121,11 @@ class Weights:
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """`model.NAME` for parameters and persistent buffers, `optimizer.NAME.KEY` for what the optimizer keeps of a
-        parameter, `ema.NAME` for averages; each whole, one at a time. All ranks go through it alike."""
+        parameter, `ema.NAME` for averages, `scaler.scale` and its count; each whole, one at a time. All ranks go through
+        it alike."""
         for name, (part, place) in self.held().items():
             yield name, place.whole(part)
+        yield from self._scale.state() if self._scale else ()
 
     def held(self) -> dict[str, Held]:
         """This rank's parts of all that, by canonical name."""
@@ -107,5 +139,7 @@ class Weights:
         return found
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave; see `placement.load`."""
-        load(self.held(), tensors)
+        """Put back what `state` gave; see `placement.load`. The scale, where it is not given, is its first."""
+        load(self.held(), tensors, apart=loss_scale.PREFIX if self._scale else "")
+        if self._scale:
+            self._scale.load(tensors)

@@ -29,7 +29,7 @@ VALUES: list[tuple[str, str, str]] = [
     ("global_batch_size", HUGE, "less than 2**63"),
     ("accumulation", "none", "accumulation = none: should be a valid integer"),
     ("accumulation", "1000", "is more than global_batch_size = 128"),
-    ("precision", "fp16", "'float32', 'bfloat16' or 'float64'"),
+    ("precision", "fp16", "'float32', 'bfloat16', 'float16' or 'float64'"),
     ("precision", "a\nb", "precision = 'a\\nb': should be"),
     ("channels_last", "1", "valid boolean"),
     ("device", "tpu", "'auto', 'cpu' or 'cuda'"),
@@ -91,6 +91,8 @@ VALUES: list[tuple[str, str, str]] = [
     ("engine.name", "zero", "should be one of ddp | fsdp"),
     ("engine.reshard_after_forward", "maybe", "valid boolean"),
     ("engine.bucket_mib", "1025", "less than or equal to 1024"),
+    ("engine.compression", "fp8", "'bfloat16' or 'powersgd'"),
+    ("engine.powersgd_rank", "0", "greater than 0"),
     ("exact.shards", "12", "a power of two"),
     ("exact.shards", str(2**70), "less than 2**63"),
     ("exact.shards", str(2**40), "is more than the 128 images"),
@@ -171,6 +173,20 @@ WORDS: dict[str, tuple[list[str], str]] = {
     "momentum missing": (["--optim.momentum", "0"], "optim.nesterov = true needs momentum"),
     "scaling without base": (["--optim.lr_scaling", "sqrt"], "needs optim.lr_base_batch"),
     "compiled and exact": (["--compile", "--exact.shards", "8"], "compile = true cannot go with exact.shards = 8"),
+    "compressed and exact": (
+        ["--engine.compression", "bfloat16", "--exact.shards", "4"],
+        "engine.compression = bfloat16 cannot go with exact.shards = 4",
+    ),
+    "a rank of nothing": (["--engine.powersgd_rank", "4"], "has no effect without engine.compression = powersgd"),
+    "errors in float16": (
+        ["--engine.compression", "powersgd", "--engine.powersgd_rank", "2", "--precision", "float16"],
+        "engine.compression = powersgd cannot go with precision = float16",
+    ),
+    "no rank": (["--engine.compression", "powersgd"], "engine.compression = powersgd needs engine.powersgd_rank"),
+    "buckets of nothing": (
+        ["--engine.compression", "powersgd", "--engine.powersgd_rank", "2", "--engine.bucket_mib", "2"],
+        "engine.bucket_mib = 2 has no effect with engine.compression = powersgd",
+    ),
     "two archives": (
         ["--data.name=cifar10", "--data.download", '--data.urls=["http://x/cifar-10-python.tar.gz", "http://x/b"]',
          "--data.root=/dev/null"],

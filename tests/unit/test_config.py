@@ -220,7 +220,7 @@ def test_the_place_is_where_the_value_was_set_last(write):
         (["--epochs", "1.5"], "epochs = 1.5: should be a valid integer"),
         (["--optim.lr", "inf"], "optim.lr = inf: should be a finite number"),
         (["--optim.lr", "fast"], "optim.lr = fast: should be a valid number"),
-        (["--precision", "half"], "precision = half: should be 'float32', 'bfloat16' or 'float64'"),
+        (["--precision", "half"], "precision = half: should be 'float32', 'bfloat16', 'float16' or 'float64'"),
         (
             ["--schedule.name", "platoe"],
             "schedule.name = platoe: should be one of constant | cosine | one_cycle | plateau",
@@ -515,7 +515,8 @@ def test_the_cache_folder_is_a_path_or_none():
     ["seed", "global_batch_size", "accumulation", "precision", "optim.lr", "data.name", "data.split_seed",
      "data.augment.crop", "model.dropout", "schedule.patience", "early_stopping.patience", "early_stopping",
      "channels_last", "checkpoint.best_by", "exact.shards", "optim.ema_decay", "optim.beta2", "loss.label_smoothing",
-     "data.augment.mixup", "init_from", "compile", "evaluation.flips", "schedule.return_to_best", "data.normalize"],
+     "data.augment.mixup", "init_from", "compile", "evaluation.flips", "schedule.return_to_best", "data.normalize",
+     "engine.compression", "engine.powersgd_rank"],
 )  # fmt: skip
 def test_what_the_curve_depends_on_makes_another_experiment(path):
     assert changes_experiment(path, TrainConfig())
@@ -587,6 +588,26 @@ def test_auto_is_the_largest_power_of_two_up_to_8_that_a_micro_batch_allows_and_
 def test_shards_that_were_given_hold_on_every_device(shards, write):
     for config in (config_of("--exact.shards", str(shards)), config_of(write(f"[exact]\nshards = {shards}\n"))):
         assert config.shards_on("cpu") == config.shards_on("cuda") == shards
+
+
+POWERSGD = ("--engine.compression", "powersgd", "--engine.powersgd_rank", "2")
+
+
+@pytest.mark.parametrize("words", [POWERSGD, ("--engine.compression", "bfloat16")])
+def test_auto_is_fast_mode_where_gradients_are_compressed(words):
+    assert config_of(*words).shards_on("cpu") == 0
+    assert config_of(*words, "--exact.shards", "0").compression == words[1]
+    assert config_of("--engine.compression", "none").shards_on("cpu") == 8
+
+
+def test_a_run_may_go_on_under_another_engine_unless_its_gradients_are_compressed():
+    def refused(old: TrainConfig, new: TrainConfig) -> list[str]:
+        return [path for path, *_ in differences(old, new) if changes_experiment(path, new)]
+
+    ddp, fsdp, compressed = config_of(), config_of("--engine.name", "fsdp"), config_of(*POWERSGD)
+    assert refused(ddp, fsdp) == refused(fsdp, ddp) == []
+    assert refused(compressed, fsdp) == refused(ddp, compressed) == ["engine.compression", "engine.powersgd_rank"]
+    assert refused(compressed, config_of(*POWERSGD[:3], "4")) == ["engine.powersgd_rank"]
 
 
 def test_auto_can_be_asked_for_in_a_file(write):

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,13 @@ def test_each_metric_is_a_line_that_names_its_kind_and_data(tmp_path):
     assert train == {"kind": "train", "data": "generated10"} | asdict(TRAIN)
     assert epoch == {"kind": "epoch", "data": "generated10"} | asdict(EPOCH)
     assert epoch["validation"] == {"loss": 1.3, "accuracy": 0.6, "accuracy5": 0.9}
+
+
+def test_an_overflow_leaves_a_line_that_any_reader_of_json_takes(tmp_path):
+    sink = JsonLines(tmp_path / "m.jsonl", start_step=0, start_epoch=0, data="generated10")
+    sink.train(replace(TRAIN, grad_norm=math.inf, skipped_steps=1))
+    line = json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=pytest.fail)
+    assert (line["grad_norm"], line["skipped_steps"]) == (None, 1)
 
 
 @pytest.mark.parametrize(("start_step", "kept"), [(0, []), (4, []), (5, [5]), (12, [5, 10]), (15, [5, 10, 15])])

@@ -148,3 +148,14 @@ def test_of_three_classes_the_right_one_is_always_among_five():
     sums = RunningSums(torch.device("cpu"))
     sums.add(torch.ones(4), torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
     assert sums.read().correct5 == 4
+
+
+def test_steps_whose_gradient_was_not_finite_are_counted_until_they_are_read():
+    sums = RunningSums(CPU)
+    for norm in (1.0, math.inf, 0.0, math.inf, math.nan):
+        sums.add_step(torch.tensor(norm))
+    first = sums.read()
+    assert (first.skipped_steps, first.first_bad_step) == (3, None)
+    sums.add_step(torch.tensor(math.inf))
+    assert (first + sums.read()).skipped_steps == 4
+    assert sums.read() == Totals()
