@@ -65,22 +65,26 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
         "device": device,
         "timeout_seconds": config.timeout_seconds,
     }
-    if isinstance(config.engine, Fsdp | DeepSpeed) and topology.world_size == 1:
-        logger.info("engine {}: one process, so there is nothing to be shared out", config.engine.name)
-        if isinstance(config.engine, DeepSpeed) and config.engine.offload_optimizer:
+    engine = config.engine
+    if isinstance(engine, DeepSpeed):
+        if topology.world_size > 1:
+            from distributed.engine.deepspeed import DeepSpeedEngine  # slow to import, as FSDP2 is
+
+            return DeepSpeedEngine(engine, model, accumulation=config.accumulation, **common)
+        if engine.offload_optimizer:
             raise InputError("engine.offload_optimizer = true needs several processes: start more, or leave it out")
-        return DdpEngine(Ddp(), model, example=data.example(), compile=False, **common)
-    if isinstance(config.engine, Fsdp):
-        from distributed.engine.fsdp import FsdpEngine  # slow to import, as the next
-
-        return FsdpEngine(config.engine, model, **common)
-    if isinstance(config.engine, DeepSpeed):
-        from distributed.engine.deepspeed import DeepSpeedEngine
-
-        return DeepSpeedEngine(config.engine, model, accumulation=config.accumulation, **common)
+        logger.info("engine deepspeed: one process, so there is nothing to be shared out")
+        engine = Ddp()
     if shards := config.shards_on(device.type):
-        return ExactEngine(config.engine, model, shards=shards, lanes=topology.threads(config.threads), **common)
-    return DdpEngine(config.engine, model, example=data.example(), compile=config.compile, seed=config.seed, **common)
+        return ExactEngine(engine, model, shards=shards, lanes=topology.threads(config.threads), **common)
+    if isinstance(engine, Fsdp):
+        if topology.world_size > 1:
+            from distributed.engine.fsdp import FsdpEngine
+
+            return FsdpEngine(engine, model, **common)
+        logger.info("engine fsdp: one process, so there is nothing to be shared out")
+        engine = Ddp()
+    return DdpEngine(engine, model, example=data.example(), compile=config.compile, seed=config.seed, **common)
 
 
 def log_plan(

@@ -22,11 +22,12 @@ class Optimizer:
 
     Args:
         parameters: plain tensors with their gradients in `.grad`; where weights are sharded, the parts of this rank.
+        dims: how many dimensions the whole parameters have, where the parts do not have the same.
     """
 
-    def __init__(self, config: Sgd | AdamW, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, config: Sgd | AdamW, parameters: Sequence[Tensor], *, dims: Sequence[int] | None = None) -> None:
         self.config, self.parameters = config, list(parameters)
-        self._groups = decay_groups(config, self.parameters)
+        self._groups = decay_groups(config, self.parameters, dims or [p.dim() for p in self.parameters])
         self.state = {p: state for p in self.parameters if (state := first_state(config, p))}
 
     @torch.no_grad()
@@ -63,11 +64,13 @@ class Optimizer:
             parameter.grad = None
 
 
-def decay_groups(config: Sgd | AdamW, parameters: Iterable[Tensor]) -> list[tuple[list[Tensor], float]]:
+def decay_groups(
+    config: Sgd | AdamW, parameters: Iterable[Tensor], dims: Iterable[int]
+) -> list[tuple[list[Tensor], float]]:
     """Those that decay and those that do not, each with its weight decay."""
     decaying, others = list[Tensor](), list[Tensor]()
-    for parameter in parameters:
-        (decaying if parameter.dim() > 1 or config.decay_norm_and_bias else others).append(parameter)
+    for parameter, dimensions in zip(parameters, dims, strict=True):
+        (decaying if dimensions > 1 or config.decay_norm_and_bias else others).append(parameter)
     return [(decaying, config.weight_decay), (others, 0.0)]
 
 

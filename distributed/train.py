@@ -10,6 +10,7 @@ from distributed.data import cifar, sources
 from distributed.errors import ExitCode, InputError
 from distributed.run_folder import RunFolder, check_resume, check_start
 from distributed.topology import Topology
+from distributed.versions import require
 
 _BANNER = """\
 ********************************************************************************
@@ -60,6 +61,8 @@ def checked_config(arguments: Sequence[str], topology: Topology) -> tuple[TrainC
             print(_BANNER.format(root=root), file=sys.stderr)
     if config.device != "auto" or config.exact.shards != "auto":  # else it depends on what torch will find
         config.check_world_size(topology.world_size, config.device)
+    if config.engine.name == "deepspeed":
+        require("deepspeed", at_least=(0, 19), wanted_by="engine.name = deepspeed")
     check_start(config)
     finished = check_resume(config)
     if not finished:

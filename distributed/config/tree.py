@@ -173,13 +173,10 @@ def _engine_conflicts(config: TrainConfig) -> list[str]:
     if engine.name == "ddp":
         return []
     found = engine.conflicts() if isinstance(engine, DeepSpeed) else []
-    if shards not in ("auto", 0):
-        reason = "yet" if isinstance(engine, Fsdp) else (
-            "(it sums gradients inside its own hooks, in an order that depends on the ranks)"
-        )  # fmt: skip
+    if shards not in ("auto", 0) and isinstance(engine, DeepSpeed):
         found.append(
-            f"exact.shards = {shards} cannot go with engine.name = {engine.name} {reason}: set engine.name = ddp, or "
-            "exact.shards = 0"
+            f"exact.shards = {shards} cannot go with engine.name = deepspeed, which sums gradients inside its own hooks, in an "
+            "order that depends on the ranks: set engine.name = ddp or fsdp, or exact.shards = 0"
         )
     if config.compile:
         found.append(

@@ -166,10 +166,11 @@ def _own_run(padded: Tensor, shape: torch.Size) -> Held:
 
 
 def _optimizer(config: Sgd | AdamW, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    own = list(parameters.values())
     groups = [
-        {"params": own, "weight_decay": weight_decay}
-        for own, weight_decay in decay_groups(config, parameters.values())
-        if own
+        {"params": members, "weight_decay": weight_decay}
+        for members, weight_decay in decay_groups(config, own, [p.dim() for p in own])
+        if members
     ]
     if isinstance(config, AdamW):
         betas = (config.beta1, config.beta2)

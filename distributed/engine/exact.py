@@ -1,4 +1,4 @@
-"""Replicated weights whose every sum is taken in one fixed tree: the same bits on any number of ranks.
+"""Every sum is taken in one fixed tree: the same bits on any number of ranks, with weights replicated or shared out.
 
 The batch is cut into a fixed number of shards, each of which goes through a replica of the model by itself, on one
 thread. What is summed over the batch, gradients and batch norm's statistics, is summed over shards in a tree.
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from distributed.collectives import world_size
-from distributed.config.sections import AdamW, Ddp, Sgd
+from distributed.config.sections import AdamW, Ddp, Fsdp, Sgd
 from distributed.data.batch import Batch
+from distributed.engine.blocks import OwnBlocks, WholeBlocks
 from distributed.engine.protocol import Loss, Outcome
-from distributed.engine.tensors import Weights, autocast, cast, low_type
+from distributed.engine.tensors import Layout, Weights, autocast, cast, low_type
 from distributed.exact.batch_norm import Cut, CuttingBatchNorm, backward
 from distributed.exact.check import check_exact
 from distributed.exact.exchange import ExchangeOpener
@@ -23,6 +24,7 @@ from distributed.exact.lanes import Lanes
 from distributed.exact.reduction import TreeReduction
 from distributed.exact.replicas import Replicas
 from distributed.exact.rows import ShardRows
+from distributed.exact.sharded_weights import ShardedWeights
 from distributed.models.sync_batch_norm import convert_batch_norm
 from distributed.row_gather import open_row_gather
 
@@ -41,7 +43,7 @@ class ExactEngine:
 
     def __init__(
         self,
-        config: Ddp,
+        config: Ddp | Fsdp,
         model: nn.Module,
         *,
         optim: Sgd | AdamW,
@@ -57,15 +59,23 @@ class ExactEngine:
         self._plain = cast(model, precision=precision, channels_last=channels_last, device=device)
         gather = open_row_gather(device, timeout_seconds=timeout_seconds) if world_size() > 1 else None
         parameters = [p for p in self._plain.parameters() if p.requires_grad]
+        low = low_type(precision)
+        self._sharded: ShardedWeights | None = None
+        if isinstance(config, Fsdp) and world_size() > 1:
+            reshard = config.reshard_after_forward
+            self._sharded = ShardedWeights(self._plain, shards=shards, low=low, reshard_after_forward=reshard)
         self._reduction = TreeReduction(
             parameters,
             shards=shards,
-            bucket_bytes=config.bucket_mib * 2**20,
+            bucket_bytes=config.bucket_mib * 2**20 if isinstance(config, Ddp) else 2**20,
             open_exchange=ExchangeOpener(timeout_seconds=timeout_seconds),
+            parts=list(self._sharded.parts.values()) if self._sharded else None,
         )
         own = self._reduction.own
         self._lanes = Lanes(len(own), lanes=lanes, gather=ShardRows(gather, shards=shards), device=device)
-        self._replicas = Replicas(self._plain, len(own), low=low_type(precision))
+        self._replicas = Replicas(
+            self._plain, len(own), low=low, computed=self._sharded.computed if self._sharded else None
+        )
         self._cuts: list[list[Cut]] = [[] for _ in own]
         for place, replica in enumerate(self._replicas.models):
             meet = partial(self._lanes.meet, place)
@@ -73,35 +83,52 @@ class ExactEngine:
             for index, parameter in enumerate(p for p in replica.parameters() if p.requires_grad):
                 hand_over = partial(_hand_over, self._reduction, own[place], index)
                 parameter.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
+            if self._sharded:
+                self._sharded.attach(replica, len(own))
         self.model: nn.Module = self._replicas.models
-        self.weights = Weights(optim, self._plain, precision=precision)
+        layout: Layout = WholeBlocks(self._plain, shards=shards)
+        if self._sharded:
+            layout = OwnBlocks(self._sharded, self._plain, shards=shards)
+        self.weights = Weights(optim, self._plain, precision=precision, layout=layout)
         # What runs on the whole part of a rank must not depend on its threads either.
         torch.set_num_threads(1)
 
     def predict(self, batch: Batch) -> Tensor:
         parts = batch.shards()
-        self._replicas.refresh()
 
         def forward(place: int) -> Tensor:
             with torch.no_grad(), autocast(self.device, self.precision):  # these are set by thread
                 logits: Tensor = self._replicas.models[place](parts[place].images, parts[place].sample_keys)
                 return logits
 
-        return torch.cat(self._lanes.run(forward))
+        with self._computing():
+            return torch.cat(self._lanes.run(forward))
 
     def micro_step(self, loss: Loss, batch: Batch, *, last: bool) -> Outcome:
         parts = batch.shards()
-        self._replicas.refresh()
 
         def forward_backward(place: int) -> Outcome:
             with autocast(self.device, self.precision):
                 value, outcome = loss(self._replicas.models[place], parts[place])
+            if self._sharded:  # nobody goes back through a layer before all are through it
+                self._lanes.meet(place, value.detach().view(1), lambda rows: None)
             backward(self.weights.scaled(value), self._cuts[place])
             return outcome
 
-        outcomes = self._lanes.run(forward_backward)
+        with self._computing():
+            outcomes = self._lanes.run(forward_backward)
         self._reduction.finish(last=last)
         return Outcome(*[torch.cat(tensors) for tensors in zip(*outcomes, strict=True)])
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Weights are there to compute with."""
+        self._replicas.refresh()
+        if self._sharded:
+            self._sharded.open()
+        yield
+        if self._sharded:
+            self._sharded.close()
 
     def step(self, lr: float, *, step: int) -> Tensor:
         self._replicas.weights_changed()

@@ -99,10 +99,14 @@ class FsdpEngine:
 class Sharded:
     """A `Layout`: parameters are cut into runs of rows, buffers are whole."""
 
-    def held(self, tensor: Tensor) -> Held:
+    def held(self, name: str, tensor: Tensor) -> Held:
         if isinstance(tensor, DTensor):
             return Held(tensor.to_local().detach(), Rows(tensor))
         return Held(tensor, Whole(tensor.shape))
+
+    def gradient(self, name: str, parameter: Tensor) -> Tensor:
+        assert isinstance(parameter.grad, DTensor)
+        return parameter.grad.to_local()
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         squares = torch.stack(torch._foreach_norm(list(gradients))).square().sum()

@@ -35,8 +35,12 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
 class Layout(Protocol):
     """How tensors of a model lie on the ranks."""
 
-    def held(self, tensor: Tensor) -> Held:
-        """This rank's part of a parameter or buffer: the same memory, a plain tensor."""
+    def held(self, name: str, tensor: Tensor) -> Held:
+        """This rank's part of the parameter or buffer of this name: the same memory, a plain tensor."""
+        ...
+
+    def gradient(self, name: str, parameter: Tensor) -> Tensor:
+        """This rank's part of the parameter's gradient, a plain tensor."""
         ...
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
@@ -47,8 +51,12 @@ class Layout(Protocol):
 class Replicated:
     """Every rank has everything."""
 
-    def held(self, tensor: Tensor) -> Held:
+    def held(self, name: str, tensor: Tensor) -> Held:
         return Held(tensor, Whole(tensor.shape))
+
+    def gradient(self, name: str, parameter: Tensor) -> Tensor:
+        assert parameter.grad is not None
+        return parameter.grad
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         return torch.nn.utils.get_total_norm(gradients)
@@ -63,10 +71,10 @@ class Weights:
     ) -> None:
         self.model, self.clip_norm, self.layout = model, config.clip_norm, layout or Replicated()
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._own = {name: self.layout.held(tensor) for name, tensor in model.state_dict().items()}
+        self._own = {name: self.layout.held(name, tensor) for name, tensor in model.state_dict().items()}
         # The parameters themselves where they are whole: gradients come into `.grad` of those.
-        parts = {name: self.layout.held(p).part for name, p in self._parameters.items()}
-        self.optimizer = Optimizer(config, list(parts.values()))
+        parts = {name: self.layout.held(name, p).part for name, p in self._parameters.items()}
+        self.optimizer = Optimizer(config, list(parts.values()), dims=[p.dim() for p in self._parameters.values()])
         self._kept = {name: self.optimizer.state.get(part, {}) for name, part in parts.items()}
         live = {name: held.part for name, held in self._own.items()}
         self.average = WeightAverage(live, decay=config.ema_decay) if config.ema_decay else None
@@ -82,7 +90,7 @@ class Weights:
         In float16 a step whose gradients are not all finite changes nothing, and the norm is infinite.
         """
         parameters = self.optimizer.parameters
-        gradients = [self.layout.held(p.grad).part for p in self._parameters.values() if p.grad is not None]
+        gradients = [self.layout.gradient(name, p) for name, p in self._parameters.items()]
         norm = self.layout.norm(gradients)
         factor = overflow = None
         if self._scale:

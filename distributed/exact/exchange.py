@@ -1,13 +1,16 @@
 """The ways for sums over subtrees to the root: none, through the memory of one host, over a process group."""
 
 import mmap
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distributed.collectives import rank, world_size
+from distributed.exact.arrangement import Arrangement, ByRank
 from distributed.exact.lanes import prepare_thread
 from distributed.exact.reduction import Exchange, Nodes
 from distributed.shared_memory import Signals, open_shared_memory, tensor_in
@@ -24,31 +27,36 @@ class ExchangeOpener:
         self._group: Any = None
         self._thread: ThreadPoolExecutor | None = None
 
-    def __call__(self, nodes: Nodes, length: int, like: Tensor) -> Exchange:
+    def __call__(self, nodes: Nodes, lie: Arrangement, like: Tensor) -> Exchange:
         if world_size() == 1:
-            return Alone(length, like)
-        memory = open_shared_memory(ThroughMemory.size(nodes, length, like), like.device)
-        if memory is not None:
-            return ThroughMemory(memory, nodes, length, like, timeout_seconds=self._timeout)
+            return Alone(lie.length, like)
+        if not isinstance(lie, ByRank):
+            memory = open_shared_memory(ThroughMemory.size(nodes, lie.length, like), like.device)
+            if memory is not None:
+                return ThroughMemory(memory, nodes, lie, like, timeout_seconds=self._timeout)
         if self._thread is None:
             # A group of its own: batch norm's exchanges run beside these, in no fixed order to them.
             self._group = dist.new_group()
             self._thread = ThreadPoolExecutor(1, "reduction", prepare_thread, (like.device,))
-        return OverGroup(self._group, self._thread, nodes, length, like)
+        way = Scattered if isinstance(lie, ByRank) else OverGroup
+        return way(self._group, self._thread, nodes, lie, like)
 
 
 class Alone:
     """A single process: its one subtree is the tree."""
 
     def __init__(self, length: int, like: Tensor) -> None:
-        self.sums = like.new_zeros(1, length)
+        self._sums = like.new_zeros(length)
         self.total = like.new_zeros(length)
+
+    def sums(self, slot: int) -> Tensor:
+        return self._sums
 
     def send(self) -> None:
         pass
 
     def reduce(self, *, first: bool) -> None:
-        _take_in(self.total, self.sums[0], first=first)
+        _take_in(self.total, self._sums, first=first)
 
     def complete(self, *, last: bool) -> None:
         pass
@@ -57,19 +65,24 @@ class Alone:
 class ThroughMemory:
     """Every rank writes its sums where all see them, adds up its chunk of everybody's, and writes that there too."""
 
-    def __init__(self, memory: mmap.mmap, nodes: Nodes, length: int, like: Tensor, *, timeout_seconds: float) -> None:
+    def __init__(
+        self, memory: mmap.mmap, nodes: Nodes, lie: Arrangement, like: Tensor, *, timeout_seconds: float
+    ) -> None:
+        length, self._chunk = lie.length, lie.chunks[rank()]
         self._signals = Signals(memory, 0, kinds=2, timeout_seconds=timeout_seconds)
         row, offset = _row_bytes(length, like), Signals.size(2)
-        self._chunk = slice(rank() * length // world_size(), (rank() + 1) * length // world_size())
         self._of_nodes: dict[Node, Tensor] = {}
         for r, own in enumerate(nodes):
             sums = tensor_in(memory, offset, (len(own), row // like.element_size()), like.dtype)[:, :length]
             self._of_nodes |= {node: of_node[self._chunk] for node, of_node in zip(own, sums, strict=True)}
             if r == rank():
-                self.sums = sums
+                self._sums = sums
             offset += len(own) * row
         self.total = tensor_in(memory, offset, (length,), like.dtype)
         self._exchange = 0
+
+    def sums(self, slot: int) -> Tensor:
+        return self._sums[slot]
 
     @staticmethod
     def size(nodes: Nodes, length: int, like: Tensor) -> int:
@@ -90,52 +103,88 @@ class ThroughMemory:
         self._signals.wait(_REDUCED, self._exchange)
 
 
-class OverGroup:
-    """All-to-all of chunks, while the backward pass goes on; an all-gather after a step's last micro-step.
+class Scattered:
+    """All-to-all of chunks, while the backward pass goes on; each rank keeps the total of its own. What is not kept takes
+    memory only from the first gradient of a bucket to the last.
 
     Args:
         thread: one, shared by all exchanges, so that their order is that of `send`.
     """
 
-    def __init__(self, group: Any, thread: ThreadPoolExecutor, nodes: Nodes, length: int, like: Tensor) -> None:
-        self._group, self._thread = group, thread
+    def __init__(self, group: Any, thread: ThreadPoolExecutor, nodes: Nodes, lie: Arrangement, like: Tensor) -> None:
+        self._group, self._thread, self._like = group, thread, like
         # What comes in when every rank hands over the sum of its n-th subtree, if it has so many.
         self._incoming = [
             [(r, own[n]) for r, own in enumerate(nodes) if len(own) > n] for n in range(max(map(len, nodes)))
         ]
-        self._chunk = -(-length // world_size())
-        self.sums = like.new_zeros(len(nodes[rank()]), self._chunk * world_size())
-        self.total = like.new_zeros(self._chunk * world_size())
+        self._slots, self._length = len(nodes[rank()]), lie.length
+        self._sizes = [chunk.stop - chunk.start for chunk in lie.chunks]
+        self._sums: Tensor | None = None
+        self._allocating = threading.Lock()
+        self.total = self._new_total()
         self._received: Future[dict[Node, Tensor]]
+
+    def _new_total(self) -> Tensor:
+        return self._like.new_zeros(self._sizes[rank()])
+
+    def sums(self, slot: int) -> Tensor:
+        with self._allocating:
+            if self._sums is None:
+                self._sums = self._like.new_zeros(self._slots, self._length)
+            return self._sums[slot]
 
     def send(self) -> None:
         self._received = self._thread.submit(self._all_to_all)
 
     def reduce(self, *, first: bool) -> None:
-        _take_in(self._own_chunk(), root_of(self._received.result()), first=first)
+        _take_in(self._own_total(), root_of(self._received.result()), first=first)
+        del self._received
 
     def complete(self, *, last: bool) -> None:
-        if last:
-            dist.all_gather_into_tensor(self.total, self._own_chunk().clone(), group=self._group)
+        pass
 
-    def _own_chunk(self) -> Tensor:
-        return self.total.view(-1, self._chunk)[rank()]
+    def _own_total(self) -> Tensor:
+        return self.total
 
     def _all_to_all(self) -> dict[Node, Tensor]:
+        sums, self._sums = self._sums, None
+        assert sums is not None
         received: dict[Node, Tensor] = {}
+        own = self._sizes[rank()]
         for slot, senders in enumerate(self._incoming):
-            sends = slot < len(self.sums)
-            chunks = self.sums.new_empty(len(senders), self._chunk)
-            of_senders = {r: self._chunk for r, _ in senders}
+            sends = slot < self._slots
+            chunks = sums.new_empty(len(senders), own)
+            of_senders = {r: own for r, _ in senders}
             dist.all_to_all_single(
                 chunks.view(-1),
-                self.sums[slot] if sends else self.sums.new_empty(0),
+                sums[slot] if sends else sums.new_empty(0),
                 output_split_sizes=[of_senders.get(r, 0) for r in range(world_size())],
-                input_split_sizes=[self._chunk if sends else 0] * world_size(),
+                input_split_sizes=self._sizes if sends else [0] * world_size(),
                 group=self._group,
             )
             received.update(zip([node for _, node in senders], chunks, strict=True))
         return received
+
+
+class OverGroup(Scattered):
+    """After a step's last micro-step an all-gather as well: every rank has the whole total."""
+
+    def _new_total(self) -> Tensor:
+        self._most = max(self._sizes)
+        return self._like.new_zeros(self._length)
+
+    def _own_total(self) -> Tensor:
+        first = sum(self._sizes[: rank()])
+        return self.total[first : first + self._sizes[rank()]]
+
+    def complete(self, *, last: bool) -> None:
+        if last:
+            own = self._own_total()
+            received = own.new_empty(world_size(), self._most)
+            sent = own.new_zeros(self._most)
+            sent[: len(own)] = own
+            dist.all_gather_into_tensor(received.view(-1), sent, group=self._group)
+            torch.cat([row[:size] for row, size in zip(received, self._sizes, strict=True)], out=self.total)
 
 
 def _row_bytes(length: int, like: Tensor) -> int:

@@ -7,13 +7,15 @@ does not touch the sums.
 
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from distributed.collectives import rank, world_size
+from distributed.exact.arrangement import Arrangement, ByRank, SideBySide, add, buckets_of
+from distributed.exact.blocks import Blocks
 from distributed.tree import Node, largest_nodes, leaves_of
 
 _FIRST_BUCKET_BYTES = 2**20  # small, so that the exchange begins early, as in DistributedDataParallel
@@ -25,10 +27,11 @@ class Exchange(Protocol):
     Calls come in this order, a micro-step: `send` once `sums` are written, `reduce`, and `complete` after the last.
     """
 
-    sums: Tensor
-    """[subtrees of this rank, length]."""
+    def sums(self, slot: int) -> Tensor:
+        """[length] of a subtree of this rank, to be written."""
+
     total: Tensor
-    """[length], what all ranks have after `complete`: the sum over micro-steps of the tree's sums."""
+    """What this rank has after `complete`: the sum over micro-steps of the tree's sums, [length] or its chunk of it."""
 
     def send(self) -> None:
         """From any thread; of several exchanges in one order on all ranks."""
@@ -50,7 +53,8 @@ class TreeReduction:
     Args:
         parameters: all of one dtype and device.
         shards: of all ranks together; this rank holds `own`.
-        open_exchange: (which subtrees each rank has, length, a tensor of the dtype and device) -> an `Exchange`.
+        open_exchange: (which subtrees each rank has, how gradients lie, a tensor of the dtype and device) -> an `Exchange`.
+        parts: where weights are sharded, this rank's of each parameter: they get the gradients, each its part.
     """
 
     def __init__(
@@ -59,20 +63,25 @@ class TreeReduction:
         *,
         shards: int,
         bucket_bytes: int,
-        open_exchange: Callable[[Nodes, int, Tensor], Exchange],
+        open_exchange: Callable[[Nodes, Arrangement, Tensor], Exchange],
+        parts: Sequence[Tensor] | None = None,
     ) -> None:
-        self.parameters = parameters
+        self.parameters = parts or parameters
         held = [leaves_of(r, world_size(), shards) for r in range(world_size())]
         nodes = [largest_nodes(leaves) for leaves in held]
         self.own = held[rank()]
+        self._dtype = parameters[0].dtype
         self._slots = {node: slot for slot, node in enumerate(nodes[rank()])}
         self._lock = threading.Lock()
         self._partial: dict[tuple[int, Node], Tensor] = {}
-        self._buckets = [
-            _Bucket(chosen, [parameters[i] for i in chosen], partial(open_exchange, nodes))
-            for chosen in _chosen(parameters, bucket_bytes)
-        ]
-        self._bucket_of = {index: bucket for bucket in self._buckets for index in bucket.views}
+        self._buckets = []
+        for chosen in buckets_of(parameters, bucket_bytes, first_bucket_bytes=_FIRST_BUCKET_BYTES):
+            lie: Arrangement = SideBySide({index: parameters[index] for index in chosen})
+            if parts:
+                lie = ByRank({index: Blocks(parameters[index], shards=shards) for index in chosen})
+            exchange = open_exchange(nodes, lie, parameters[0])
+            self._buckets.append(_Bucket(chosen, lie, exchange, expected=len(chosen) * len(nodes[rank()])))
+        self._bucket_of = {index: bucket for bucket in self._buckets for index in bucket.chosen}
         self._taken: set[tuple[int, int]] = set()
         self._sent = self._micro_step = 0
 
@@ -86,7 +95,6 @@ class TreeReduction:
                 )
             self._taken.add((shard, index))
         bucket = self._bucket_of[index]
-        places = bucket.views[index]
         node, total = Node(shard, 1), gradient
         while node not in self._slots:
             with self._lock:
@@ -96,12 +104,12 @@ class TreeReduction:
                     return
             node = node.parent
             if node in self._slots:
-                _sum(total, other, places[self._slots[node]])
+                bucket.lie.put_sum(bucket.exchange.sums(self._slots[node]), index, total, other)
             else:
-                own = total if total.dtype == bucket.dtype else torch.empty_like(total, dtype=bucket.dtype)
-                total = _sum(total, other, own)
+                own = total if total.dtype == self._dtype else torch.empty_like(total, dtype=self._dtype)
+                total = add(total, other, own)
         if node.size == 1:
-            places[self._slots[node]].copy_(gradient)
+            bucket.lie.put(bucket.exchange.sums(self._slots[node]), index, gradient)
         with self._lock:
             bucket.missing -= 1
             while self._sent < len(self._buckets) and not self._buckets[self._sent].missing:
@@ -125,49 +133,21 @@ class TreeReduction:
         for bucket in self._buckets:
             bucket.exchange.complete(last=last)
             bucket.missing = bucket.expected
-        if last:
-            for index, parameter in enumerate(self.parameters):
-                parameter.grad = self._bucket_of[index].gradients[index]
+            if last:
+                for index, gradient in bucket.lie.gradients(bucket.exchange.total).items():
+                    self.parameters[index].grad = gradient
         self._taken.clear()
         self._sent, self._micro_step = 0, 0 if last else self._micro_step + 1
 
 
+@dataclass
 class _Bucket:
-    """Some parameters' gradients side by side; `views` has those of each subtree, `gradients` the root's."""
+    """Some parameters' gradients; `missing` counts those of this rank's subtrees that have not come yet."""
 
-    def __init__(
-        self, chosen: list[int], parameters: list[Tensor], open_exchange: Callable[[int, Tensor], Exchange]
-    ) -> None:
-        self.exchange = open_exchange(sum(p.numel() for p in parameters), parameters[0])
-        sums = [_views(parameters, row) for row in self.exchange.sums]
-        self.views = {index: [row[place] for row in sums] for place, index in enumerate(chosen)}
-        self.gradients = dict(zip(chosen, _views(parameters, self.exchange.total), strict=True))
-        self.dtype = parameters[0].dtype
-        self.expected = self.missing = len(parameters) * len(sums)
+    chosen: list[int]
+    lie: Arrangement
+    exchange: Exchange
+    expected: int
 
-
-def _sum(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a + b in the type of `out`, which may be a: gradients of low precision are added up in that of the weights."""
-    return torch.add(a, b, out=out) if a.dtype == out.dtype else out.copy_(a).add_(b)
-
-
-def _chosen(parameters: Sequence[Tensor], bucket_bytes: int) -> list[list[int]]:
-    """The parameters of each bucket, last first: gradients come in the opposite order of the parameters."""
-    buckets: list[list[int]] = [[]]
-    held, limit = 0, _FIRST_BUCKET_BYTES
-    for index in reversed(range(len(parameters))):
-        if held >= limit:
-            buckets.append([])
-            held, limit = 0, bucket_bytes
-        buckets[-1].append(index)
-        held += parameters[index].nbytes
-    return buckets
-
-
-def _views(parameters: list[Tensor], flat: Tensor) -> list[Tensor]:
-    """The parameters' gradients as parts of a flat tensor, each in its parameter's memory layout."""
-    views, offset = [], flat.storage_offset()
-    for parameter in parameters:
-        views.append(flat.as_strided(parameter.shape, parameter.stride(), offset))
-        offset += parameter.numel()
-    return views
+    def __post_init__(self) -> None:
+        self.missing = self.expected

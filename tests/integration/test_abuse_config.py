@@ -88,8 +88,11 @@ VALUES: list[tuple[str, str, str]] = [
     ("early_stopping.metric", "top5", "'accuracy' or 'loss'"),
     ("early_stopping.patience", "0", "greater than 0"),
     ("early_stopping.min_delta", "nan", "finite number"),
-    ("engine.name", "zero", "should be one of ddp | fsdp"),
+    ("engine.name", "zero", "should be one of ddp | fsdp | deepspeed"),
     ("engine.reshard_after_forward", "maybe", "valid boolean"),
+    ("engine.zero_stage", "4", "less than or equal to 3"),
+    ("engine.overlap_comm", "some", "valid boolean"),
+    ("engine.offload_optimizer", "nvme", "valid boolean"),
     ("engine.bucket_mib", "1025", "less than or equal to 1024"),
     ("engine.compression", "fp8", "'bfloat16' or 'powersgd'"),
     ("engine.powersgd_rank", "0", "greater than 0"),
@@ -177,6 +180,27 @@ WORDS: dict[str, tuple[list[str], str]] = {
         ["--engine.compression", "bfloat16", "--exact.shards", "4"],
         "engine.compression = bfloat16 cannot go with exact.shards = 4",
     ),
+    "deepspeed and exact": (
+        ["--engine.name", "deepspeed", "--exact.shards", "4"],
+        "exact.shards = 4 cannot go with engine.name = deepspeed",
+    ),
+    "deepspeed in float64": (
+        ["--engine.name", "deepspeed", "--precision", "float64"],
+        "precision = float64 cannot go with engine.name = deepspeed",
+    ),
+    "deepspeed in float16": (
+        ["--engine.name", "deepspeed", "--precision", "float16"],
+        "precision = float16 cannot go with engine.name = deepspeed",
+    ),
+    "deepspeed compiled": (
+        ["--engine.name", "deepspeed", "--compile"],
+        "compile = true cannot go with engine.name = deepspeed",
+    ),
+    "overlap at stage 0": (
+        ["--engine.name", "deepspeed", "--engine.zero_stage", "0", "--engine.overlap_comm"],
+        "engine.overlap_comm = true needs engine.zero_stage 1, 2 or 3",
+    ),
+    "an old deepspeed's option": (["--engine.name", "fsdp", "--engine.zero_stage", "2"], "engine.zero_stage"),
     "a rank of nothing": (["--engine.powersgd_rank", "4"], "has no effect without engine.compression = powersgd"),
     "errors in float16": (
         ["--engine.compression", "powersgd", "--engine.powersgd_rank", "2", "--precision", "float16"],

@@ -13,7 +13,7 @@ CASES: dict[str, dict[str, Any]] = {
     "AdamW, 4 micro-batches": {"optim": {"name": "adamw", "clip_norm": 0.5}, "accumulation": 4},
 }
 OTHERS = [name for name in ENGINES if name != "ddp"]
-RATES = {"sgd": 0.01, "adamw": 1e-3}
+RATES = {"sgd": 0.01, "adamw": 1e-4}
 NO_GRADIENT = [f"model.conv.{place}.bias" for place in (0, 4, 8, 11, 14)]
 """Of convolutions before batch norm, which takes it off again: AdamW makes steps of its rounding."""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]

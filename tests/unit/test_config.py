@@ -429,7 +429,7 @@ def _all_paths() -> set[str]:
     variants = [["--schedule.name", name] for name in ("constant", "cosine", "one_cycle", "plateau")]
     variants += [["--data.name", "generated10"], ["--data.name", "image_folder"], ["--early_stopping.patience", "3"]]
     variants += [["--optim.name", "adamw"]]
-    variants += [["--engine.name", "fsdp"]]
+    variants += [["--engine.name", "fsdp"], ["--engine.name", "deepspeed"]]
     return {path for words in variants for path in _paths(config_of(*words).model_dump())} - {"early_stopping"}
 
 
