@@ -71,7 +71,7 @@ class TrainConfig(Section):
         """`exact.shards` with auto resolved for `cpu` or `cuda`; 0: exact mode is off."""
         if self.exact.shards != "auto":
             return self.exact.shards
-        if device_type != "cpu" or self.compile or self.engine.name != "ddp" or self.compression:
+        if device_type != "cpu" or self.compile or self.engine.name == "deepspeed" or self.compression:
             return 0
         return 1 << min(8, self.global_batch_size // self.accumulation).bit_length() - 1
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from distributed import collectives
 from distributed.exact import exchange, reduction
-from distributed.exact.exchange import Alone, ExchangeOpener, OverGroup, ThroughMemory
+from distributed.exact.blocks import Blocks
+from distributed.exact.exchange import Alone, ExchangeOpener, OverGroup, Scattered, ThroughMemory
 from distributed.exact.reduction import TreeReduction
 from distributed.exact.rows import ShardRows
 from distributed.row_gather import gather_by_process_group, open_row_gather
@@ -22,7 +23,7 @@ from distributed.row_gather import gather_by_process_group, open_row_gather
 CPU = torch.device("cpu")
 STEPS, MICRO_STEPS = 3, 3
 MIB = 2**20
-WAYS = {"memory": ThroughMemory, "group": OverGroup}
+WAYS = {"memory": ThroughMemory, "group": OverGroup, "parts": Scattered}
 SHAPES: tuple[tuple[int, ...], ...] = ((1,), (5, 7), (8, 3, 3, 3), (6, 1, 3, 3), (1, 1), (), (130,))
 LARGE = (60, 50)
 
@@ -97,7 +98,11 @@ def reduction_of(case: Case, way: str) -> tuple[TreeReduction, list[Tensor]]:
     vars(reduction)["_FIRST_BUCKET_BYTES"] = case.bucket_bytes
     parameters = parameters_of(case)
     opener = ExchangeOpener(timeout_seconds=30)
-    made = TreeReduction(parameters, shards=case.shards, bucket_bytes=case.bucket_bytes, open_exchange=opener)
+    sharded = way == "parts" and collectives.world_size() > 1
+    parts = [Blocks(p, shards=case.shards).cut(p) for p in parameters] if sharded else None
+    made = TreeReduction(
+        parameters, shards=case.shards, bucket_bytes=case.bucket_bytes, open_exchange=opener, parts=parts
+    )
     kind = WAYS[way] if collectives.world_size() > 1 else Alone
     assert {type(bucket.exchange) for bucket in made._buckets} == {kind}
     assert len(made._buckets) == (len(case.shapes) if case.bucket_bytes == 1 else 1) or case.bucket_bytes == 300
@@ -137,10 +142,13 @@ def reduce_all(cases: list[Case], way: str) -> dict[Case, list[str]]:
                 summed.finish(last=micro_step == micro_steps - 1)
             for index, parameter in enumerate(parameters):
                 there = expected(case, step, micro_steps, index)
-                assert parameter.grad is not None
-                if not torch.equal(parameter.grad, there):
+                part = summed.parameters[index]
+                if part is not parameter:
+                    there = Blocks(parameter, shards=case.shards).cut(there)
+                assert part.grad is not None
+                if not torch.equal(part.grad, there):
                     wrong.append(f"step {step}, parameter {index}: bits")
-                if parameter.grad.stride() != parameter.stride() or parameter.grad.dtype != case.dtype:
+                if part.grad.stride() != part.stride() or part.grad.dtype != case.dtype:
                     wrong.append(f"step {step}, parameter {index}: layout or type")
     return found
 
@@ -148,7 +156,7 @@ def reduce_all(cases: list[Case], way: str) -> dict[Case, list[str]]:
 def reduce_in_a_hurry(way: str) -> int:
     """Many small exchanges, some ranks late; the sum itself is checked while others may already write the next."""
     case = Case(8, bucket_bytes=1, shapes=((40,), (3,), LARGE))
-    summed, parameters = reduction_of(case, way)
+    summed, _ = reduction_of(case, way)
     pace, wrong = random.Random(collectives.rank()), 0
     ones = [[torch.full(shape, float(shard + 1)) for shape in case.shapes] for shard in range(8)]
     for step in range(60):
@@ -163,7 +171,7 @@ def reduce_in_a_hurry(way: str) -> int:
         if pace.random() < 0.1:
             time.sleep(pace.choice((0.0005, 0.004)))
         total = 36.0 * sum(step + micro_step for micro_step in range(micro_steps))
-        wrong += sum(not torch.equal(p.grad, torch.full_like(p, total)) for p in parameters)
+        wrong += sum(not torch.equal(p.grad, torch.full_like(p, total)) for p in summed.parameters)
     return wrong
 
 
@@ -221,7 +229,8 @@ def found() -> Callable[[int, str], list[Found]]:
 
 
 everywhere = pytest.mark.parametrize(
-    ("world_size", "way"), [(1, "memory"), (2, "group"), (3, "memory"), (3, "group"), (6, "memory")]
+    ("world_size", "way"),
+    [(1, "memory"), (2, "group"), (3, "memory"), (3, "group"), (6, "memory"), (3, "parts"), (4, "parts")],
 )
 Finder = Callable[[int, str], list[Found]]
 

@@ -1,0 +1,124 @@
+"""Exact mode with weights shared out: the bits of replicated weights on one process, and no more memory than a part."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import in_group, run_ranks
+
+from distributed import collectives
+from distributed.build import build_data, build_engine
+from distributed.config import TrainConfig
+from distributed.data.batch import Batch
+from distributed.process_group import choose_device
+from distributed.run_folder import RunFolder
+from distributed.topology import Topology
+from multiprocess.small_runs import small_config
+from multiprocess.test_exact import CASES, FLOAT32, PLATEAU
+from multiprocess.traces import Trace, assert_same_run, traced
+
+FSDP, GATHERED_ONCE, DDP = {"name": "fsdp"}, {"name": "fsdp", "reshard_after_forward": False}, {"name": "ddp"}
+SHARDED: dict[int, tuple[int, dict[str, Any], tuple[str, ...]]] = {
+    2: (2, FSDP, tuple(CASES)),
+    3: (1, GATHERED_ONCE, tuple(CASES)),
+    4: (1, FSDP, (FLOAT32, PLATEAU)),
+}
+"""World size -> threads a rank, engine, cases."""
+STOPPED = ((FSDP, 3), (DDP, 1), (FSDP, 4), (GATHERED_ONCE, 2), (DDP, 3), (FSDP, 2))
+"""One run goes through all of these, two steps at a time."""
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+
+
+def config_of(name: str, run_dir: Path, engine: dict[str, Any], threads: int = 1) -> TrainConfig:
+    return small_config(run_dir, threads=threads, exact={"shards": 8}, engine=engine, **CASES[name])
+
+
+@in_group
+def run_cases(folder: Path, names: tuple[str, ...], engine: dict[str, Any], threads: int) -> dict[str, Trace]:
+    size = collectives.world_size()
+    return {name: traced(config_of(name, folder / f"{name}, {size}", engine, threads)) for name in names}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("exact")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Trace]:
+    (traces,) = run_ranks(run_cases, 1, folder, tuple(CASES), DDP, 1, timeout_seconds=200)
+    return traces  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("world_size", SHARDED)
+def test_shared_out_weights_have_the_bits_of_whole_ones(alone: dict[str, Trace], folder: Path, world_size: int) -> None:
+    threads, engine, names = SHARDED[world_size]
+    for rank in run_ranks(run_cases, world_size, folder, names, engine, threads, timeout_seconds=300):
+        for name, trace in rank.items():
+            assert "Scattered" in trace.ways
+            assert trace.steps == alone[name].steps, name
+            assert trace.epochs == alone[name].epochs, name
+            assert trace.decisions == alone[name].decisions, name
+            assert trace.tensors == alone[name].tensors, name
+    for name in names:
+        assert_same_run(RunFolder(folder / f"{name}, {world_size}"), RunFolder(folder / f"{name}, 1"))
+
+
+@in_group
+def next_steps(run_dir: Path, name: str, engine: dict[str, Any], stop_after: int | None) -> Trace:
+    return traced(config_of(name, run_dir, engine), stop_after)
+
+
+def test_a_run_goes_on_shared_out_or_not_at_any_number_of_processes_with_the_same_bits(
+    alone: dict[str, Trace], folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for attempt, (engine, world_size) in enumerate(STOPPED):
+        stop_after = 1 if attempt < len(STOPPED) - 1 else None
+        ranks = run_ranks(next_steps, world_size, run, PLATEAU, engine, stop_after, timeout_seconds=120)
+    for trace in ranks:
+        assert trace.tensors == alone[PLATEAU].tensors
+    assert_same_run(RunFolder(run), RunFolder(folder / f"{PLATEAU}, 1"))
+
+
+@in_group
+def bytes_at_rest(engine: dict[str, Any]) -> dict[str, int]:
+    """What this rank keeps between steps; and the most weights that are there when a layer has computed."""
+    config = small_config(Path("unused"), exact={"shards": 8}, engine=engine, model={"name": "improved_alexnet"})
+    topology = Topology(collectives.rank(), collectives.world_size())
+    device = choose_device("cpu", topology)
+    data = build_data(config, topology, device)
+    built: Any = build_engine(config, topology, data, device)
+    replica, seen = built.model[0], [0]
+
+    def there(*_: Any) -> None:
+        seen.append(sum(p.untyped_storage().nbytes() for p in replica.parameters()))
+
+    def loss(model: Any, batch: Batch) -> tuple[Any, Any]:
+        logits = model(batch.images, batch.sample_keys)
+        return logits.sum(), (logits.detach().sum(1), logits.detach())
+
+    for layer in replica.modules():
+        layer.register_forward_hook(there)
+    built.micro_step(loss, next(data.train_epoch(0))[0], last=True)
+    built.step(0.01, step=0)
+    held = built.weights.held()
+    return {
+        "whole": sum(p.numel() * 4 for p in replica.parameters()),
+        "gathered": sum(p.untyped_storage().nbytes() for p in replica.parameters()),
+        "most": max(seen),
+        "weights": sum(part.nbytes for name, (part, _) in held.items() if name.endswith((".weight", ".bias"))),
+        "optimizer": sum(part.nbytes for name, (part, _) in held.items() if name.startswith("optimizer.")),
+        "gradients": sum(bucket.exchange.total.nbytes for bucket in built._reduction._buckets),
+        "unsent": sum(bucket.exchange._sums is not None for bucket in built._reduction._buckets),
+    }
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_rank_keeps_its_part_of_weights_momentum_and_gradients(world_size: int) -> None:
+    for held in run_ranks(bytes_at_rest, world_size, FSDP, timeout_seconds=100):
+        for kind in ("weights", "optimizer", "gradients"):
+            assert held[kind] == pytest.approx(held["whole"] / world_size, rel=0.03), kind
+        assert (held["gathered"], held["unsent"]) == (0, 0)
+        largest_layer = 1024 * 512 * 4
+        assert largest_layer < held["most"] < 1.2 * largest_layer < 0.8 * held["whole"]
