@@ -1,5 +1,5 @@
 """`python -m distributed.bench train | exact | startup | save | norm`: speed against what else could be run, in interleaved
-rounds."""
+rounds. `memory`: what a rank holds under each engine."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from distributed.bench.kinds import KINDS
+from distributed.bench.memory import table
 from distributed.bench.rounds import machine
 from distributed.data import cifar
 from distributed.errors import ExitCode, InputError
@@ -16,12 +17,15 @@ from distributed.errors import ExitCode, InputError
 def main() -> int:
     """Run the rounds, print medians and ratios, write them as JSON if asked."""
     parser = argparse.ArgumentParser(prog="python -m distributed.bench", description=__doc__)
-    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("kind", choices=[*KINDS, "memory"])
     parser.add_argument("--data.root", dest="root", type=Path, default=Path("data"), help="folder with CIFAR-10")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=80, help="steps a contender and round")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     arguments = parser.parse_args()
+    if arguments.kind == "memory":
+        table(arguments.json)
+        return ExitCode.FINISHED
     try:
         if arguments.kind != "norm":
             cifar.check("cifar10", arguments.root)
