@@ -187,7 +187,8 @@ def _settings(
     bucket = config.bucket_mib * 2**20 // 4 if config.bucket_mib else max(2**18, sum(sizes) // 8 // 2 * 2)
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.zero_stage:
-        zero |= {"reduce_bucket_size": bucket, "overlap_comm": config.overlap_comm, "contiguous_gradients": True}
+        # Not contiguous: the buffer would hold gradients whole that cross the border between two ranks' parts.
+        zero |= {"reduce_bucket_size": bucket, "overlap_comm": config.overlap_comm, "contiguous_gradients": False}
     if config.zero_stage in (1, 2):
         zero |= {"allgather_bucket_size": bucket}
     if config.zero_stage == 3:
