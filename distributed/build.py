@@ -8,7 +8,7 @@ from loguru import logger
 
 from distributed import collectives
 from distributed.config import TrainConfig, as_toml
-from distributed.config.sections import Ddp, DeepSpeed, Fsdp
+from distributed.config.engines import Ddp, DeepSpeed, Fsdp
 from distributed.data import sources
 from distributed.data.pipeline import DataPipeline
 from distributed.engine.ddp import DdpEngine

@@ -60,48 +60,6 @@ class Loss(Section):
     )
 
 
-class Ddp(Section):
-    name: Literal["ddp"] = operational(
-        "ddp", "replicated weights, gradients summed over ranks (DistributedDataParallel)"
-    )
-    bucket_mib: int = operational(25, "size of a bucket of gradients that is exchanged at once, MiB", gt=0, le=1024)
-    compression: Literal["bfloat16", "powersgd"] | None = setting(
-        None, "send less of gradients: bfloat16: rounded to it; powersgd: as products of two thin matrices, what they leave "
-        "out with the next ones (Vogels et al. 2019); none: as they are"
-    )  # fmt: skip
-    powersgd_rank: int | None = setting(
-        None, "columns of those matrices; more are closer and more to send; only with powersgd", gt=0, le=1024
-    )
-
-
-class Fsdp(Section):
-    name: Literal["fsdp"] = operational("fsdp", "weights, gradients and optimizer sharded over ranks (FSDP2)")
-    reshard_after_forward: bool = operational(
-        True, "free a layer's gathered weights after the forward pass and gather them again for the backward one"
-    )
-
-
-class DeepSpeed(Section):
-    name: Literal["deepspeed"] = operational("deepspeed", "DeepSpeed with what its ZeRO stage shards over ranks")
-    zero_stage: int = operational(
-        2, "shards 0: nothing; 1: the optimizer; 2: gradients too; 3: weights too (Rajbhandari et al. 2020)", ge=0, le=3
-    )
-    bucket_mib: int | None = operational(
-        None, "gradients, and from stage 1 up weights, that are exchanged at once, MiB; none: a part of the model",
-        gt=0, le=1024,
-    )  # fmt: skip
-    overlap_comm: bool = operational(False, "exchange gradients beside the backward pass; from stage 1 up, on CUDA")
-    offload_optimizer: bool = operational(False, "keep and update optimizer and weights on the host; as overlap_comm")
-
-    def conflicts(self) -> list[str]:
-        """Settings that cannot stand together, a line each."""
-        return [
-            f"engine.{name} = true needs engine.zero_stage 1, 2 or 3, and it is 0: raise it, or leave {name} out"
-            for name in ("overlap_comm", "offload_optimizer")
-            if getattr(self, name) and not self.zero_stage
-        ]
-
-
 def _shard_count(value: Any) -> Any:
     if value == "auto" or (type(value) is int and value >= 0 and not value & (value - 1)):
         return value

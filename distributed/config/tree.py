@@ -8,16 +8,14 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from distributed.config.data import AnyData, CifarData
+from distributed.config.engines import AnyEngine, Ddp
 from distributed.config.schedules import Constant, Cosine, EarlyStopping, OneCycle, Plateau
 from distributed.config.section import AnyPath, OptionalPath, Section, operational, setting
 from distributed.config.sections import (
     AdamW,
     Checkpoint,
-    Ddp,
-    DeepSpeed,
     Evaluation,
     Exact,
-    Fsdp,
     Logging,
     Loss,
     Model,
@@ -26,7 +24,7 @@ from distributed.config.sections import (
 from distributed.errors import InputError
 
 DataSection = Annotated[AnyData, Field(discriminator="name")]
-EngineSection = Annotated[Ddp | Fsdp | DeepSpeed, Field(discriminator="name")]
+EngineSection = Annotated[AnyEngine, Field(discriminator="name")]
 OptimSection = Annotated[Sgd | AdamW, Field(discriminator="name")]
 ScheduleSection = Annotated[Constant | Cosine | OneCycle | Plateau, Field(discriminator="name")]
 
@@ -113,7 +111,7 @@ class TrainConfig(Section):
 
 def _conflicts(config: TrainConfig) -> list[str]:
     """Settings that are each valid but cannot stand together, a line each: what, and the remedy."""
-    found = config.data.conflicts() + _compression_conflicts(config)
+    found = config.data.conflicts() + config.engine.conflicts(config.exact.shards, config.precision)
     optim, schedule, shards = config.optim, config.schedule, config.exact.shards
     micro_batch = config.global_batch_size // config.accumulation
     if isinstance(shards, int) and shards > max(1, micro_batch):
@@ -131,7 +129,10 @@ def _conflicts(config: TrainConfig) -> list[str]:
             f"compile = true cannot go with exact.shards = {shards}: a compiled graph cannot rest where shards meet; "
             "set exact.shards = 0, or compile = false"
         )
-    found += _engine_conflicts(config)
+    if config.compile and config.engine.name != "ddp":
+        found.append(
+            f"compile = true cannot go with engine.name = {config.engine.name}: set engine.name = ddp, or leave it out"
+        )
     if isinstance(schedule, Plateau) and schedule.return_to_best and config.best_by != schedule.metric:
         found.append(
             f"schedule.return_to_best needs the best epoch by {schedule.metric}, and checkpoint.best_by = "
@@ -165,56 +166,4 @@ def _conflicts(config: TrainConfig) -> list[str]:
                 f"checkpoint.best_by = {config.checkpoint.best_by} needs validation, and there is none: {remedy} "
                 "or set checkpoint.best_by = none"
             )
-    return found
-
-
-def _engine_conflicts(config: TrainConfig) -> list[str]:
-    engine, shards = config.engine, config.exact.shards
-    if engine.name == "ddp":
-        return []
-    found = engine.conflicts() if isinstance(engine, DeepSpeed) else []
-    if shards not in ("auto", 0) and isinstance(engine, DeepSpeed):
-        found.append(
-            f"exact.shards = {shards} cannot go with engine.name = deepspeed, which sums gradients inside its own hooks, in an "
-            "order that depends on the ranks: set engine.name = ddp or fsdp, or exact.shards = 0"
-        )
-    if config.compile:
-        found.append(
-            f"compile = true cannot go with engine.name = {engine.name}: set engine.name = ddp, or leave it out"
-        )
-    if isinstance(engine, DeepSpeed) and config.precision in ("float64", "float16"):
-        reason = "whose weights are float32" if config.precision == "float64" else "which keeps a loss scale of its own"
-        found.append(
-            f"precision = {config.precision} cannot go with engine.name = deepspeed, {reason}: choose float32 or bfloat16, or "
-            "another engine"
-        )
-    return found
-
-
-def _compression_conflicts(config: TrainConfig) -> list[str]:
-    if not isinstance(engine := config.engine, Ddp):
-        return []
-    found, powersgd = [], engine.compression == "powersgd"
-    if engine.compression and config.exact.shards not in ("auto", 0):
-        found.append(
-            f"engine.compression = {engine.compression} cannot go with exact.shards = {config.exact.shards}: sums of "
-            "compressed gradients depend on the ranks; set exact.shards = 0, or leave engine.compression out"
-        )
-    if powersgd and config.precision == "float16":
-        found.append(
-            "engine.compression = powersgd cannot go with precision = float16: an overflow would stay in the errors that it "
-            "keeps; set precision = bfloat16"
-        )
-    if powersgd and engine.powersgd_rank is None:
-        found.append("engine.compression = powersgd needs engine.powersgd_rank: 2 or 4 is what the paper takes")
-    if engine.powersgd_rank is not None and not powersgd:
-        found.append(
-            f"engine.powersgd_rank = {engine.powersgd_rank} has no effect without engine.compression = powersgd: "
-            "set that, or remove it"
-        )
-    if powersgd and engine.bucket_mib != Ddp().bucket_mib:
-        found.append(
-            f"engine.bucket_mib = {engine.bucket_mib} has no effect with engine.compression = powersgd, which sends what is "
-            "left in one piece: remove it"
-        )
     return found

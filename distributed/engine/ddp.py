@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distributed.collectives import world_size
-from distributed.config.sections import AdamW, Ddp, Sgd
+from distributed.config.engines import Ddp
+from distributed.config.sections import AdamW, Sgd
 from distributed.data.batch import Batch
 from distributed.engine.powersgd import PREFIX, PowerSgd
 from distributed.engine.protocol import Loss, Outcome

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from distributed.collectives import rank, world_size
-from distributed.config.sections import AdamW, DeepSpeed, Sgd
+from distributed.config.engines import DeepSpeed
+from distributed.config.sections import AdamW, Sgd
 from distributed.data.batch import Batch
 from distributed.engine.placement import Held, Run, Whole, load
 from distributed.engine.protocol import Loss, Outcome

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from distributed.collectives import world_size
-from distributed.config.sections import AdamW, Ddp, Fsdp, Sgd
+from distributed.config.engines import Ddp, Fsdp
+from distributed.config.sections import AdamW, Sgd
 from distributed.data.batch import Batch
 from distributed.engine.blocks import OwnBlocks, WholeBlocks
 from distributed.engine.protocol import Loss, Outcome

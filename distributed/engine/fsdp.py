@@ -16,7 +16,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from distributed.collectives import world_size
-from distributed.config.sections import AdamW, Fsdp, Sgd
+from distributed.config.engines import Fsdp
+from distributed.config.sections import AdamW, Sgd
 from distributed.data.batch import Batch
 from distributed.engine.placement import Held, Whole
 from distributed.engine.protocol import Loss, Outcome

@@ -198,7 +198,7 @@ WORDS: dict[str, tuple[list[str], str]] = {
     ),
     "overlap at stage 0": (
         ["--engine.name", "deepspeed", "--engine.zero_stage", "0", "--engine.overlap_comm"],
-        "engine.overlap_comm = true needs engine.zero_stage 1, 2 or 3",
+        "engine.overlap_comm has no effect at engine.zero_stage = 0",
     ),
     "an old deepspeed's option": (["--engine.name", "fsdp", "--engine.zero_stage", "2"], "engine.zero_stage"),
     "a rank of nothing": (["--engine.powersgd_rank", "4"], "has no effect without engine.compression = powersgd"),

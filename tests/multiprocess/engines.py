@@ -41,10 +41,17 @@ def built(config: TrainConfig) -> tuple[Engine, DataPipeline]:
 
 
 def steps(
-    engine: Engine, data: DataPipeline, config: TrainConfig, *, lr: float, first: int = 0, count: int = 1
+    engine: Engine,
+    data: DataPipeline,
+    config: TrainConfig,
+    *,
+    lr: float,
+    first: int = 0,
+    count: int = 1,
+    device: torch.device = CPU,
 ) -> tuple[list[float], list[float]]:
     """(mean losses, gradient norms) of some steps of the first epoch."""
-    sums, losses, norms = RunningSums(CPU), list[float](), list[float]()
+    sums, losses, norms = RunningSums(device), list[float](), list[float]()
     batches = data.train_epoch(0, start_step=first)
     for step, micro_batches in zip(range(first, first + count), batches, strict=False):
         norms.append(float(train_step(engine, micro_batches, loss=config.loss, lr=lr, step=step, sums=sums)))

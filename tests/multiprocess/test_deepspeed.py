@@ -9,7 +9,7 @@ from ranks import in_group, run_ranks
 
 from distributed.checkpoint import load
 from distributed.run_folder import RunFolder
-from multiprocess.engines import ENGINES, built, config_with
+from multiprocess.engines import ENGINES, built, config_with, steps
 from multiprocess.small_runs import newest_checkpoint, state_of
 from multiprocess.traces import Trace, digest_of, tensors_of, traced
 
@@ -147,6 +147,27 @@ def test_a_run_goes_on_under_any_engine_at_any_number_of_processes(tmp_path: Pat
         assert found[key] == wanted[key]
     assert found["schedule"].keys() == wanted["schedule"].keys()
     assert found["best"]["epoch"] == wanted["best"]["epoch"]
+
+
+def losses_in_bfloat16(name: str) -> list[float]:
+    config = config_with(name, precision="bfloat16")
+    engine, data = built(config)
+    losses, _ = steps(engine, data, config, lr=0.001, count=6)
+    assert {tensor.dtype for key, tensor in engine.state() if "num_batches" not in key} == {torch.float32}
+    return losses
+
+
+@in_group
+def curves_in_bfloat16() -> dict[str, list[float]]:
+    return {name: losses_in_bfloat16(name) for name in ("ddp", *STAGES)}
+
+
+def test_in_bfloat16_the_curve_is_that_of_autocast_and_all_that_is_kept_is_float32() -> None:
+    """The first loss to the last bit: the same casts."""
+    for rank in run_ranks(curves_in_bfloat16, 2, timeout_seconds=120):
+        for name in STAGES:
+            assert rank[name][0] == rank["ddp"][0], name
+            assert rank[name] == pytest.approx(rank["ddp"], rel=2e-3), name
 
 
 def test_the_stages_are_what_these_tests_mean() -> None:

@@ -83,3 +83,34 @@ def test_a_step_from_equal_weights_ends_with_equal_weights(case: str, engine: st
     if case.startswith("SGD"):
         assert worst["free losses"] < 1e-5
         assert worst["free weights"] < 1e-5
+
+
+# Large models
+
+LARGE = {"alexnet": "zero 3", "cifar_alexnet_bn": "zero 2"}
+"""Each beside FSDP2 and one stage: every engine has held tens of millions of parameters."""
+
+
+@in_group
+def large_compared(model: str) -> dict[str, tuple[list[float], float]]:
+    """engine -> (losses of three steps with eight images each, difference of the weights from DDP's)"""
+    found, expected = {}, {}
+    for name in ("ddp", "fsdp", LARGE[model]):
+        settings = {"model": {"name": model}, "global_batch_size": 8}
+        config = config_with(name, **settings, data={"train_samples": 24})
+        engine, data = built(config)
+        losses, _ = steps(engine, data, config, lr=0.01, count=3)
+        expected = expected or copied(engine)
+        found[name] = losses, difference(dict(engine.state()), expected, "model")
+    return found
+
+
+@pytest.mark.parametrize("model", LARGE)
+def test_large_models_take_the_same_three_steps(model: str) -> None:
+    found, other = run_ranks(large_compared, 2, model, timeout_seconds=300)
+    assert found == other
+    (expected, _), *others = found.values()
+    for losses, weights in others:
+        print(f"{model}: losses {losses}, weights within {weights:.1e}")
+        assert losses == pytest.approx(expected, rel=1e-5)
+        assert weights < 1e-5

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distributed.config.sections import Ddp, Loss, Sgd
+from distributed.config.engines import Ddp
+from distributed.config.sections import Loss, Sgd
 from distributed.data.batch import Batch
 from distributed.engine.ddp import DdpEngine
 from distributed.engine.exact import ExactEngine

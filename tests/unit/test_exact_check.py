@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from distributed.config.sections import Ddp, Model, Sgd
+from distributed.config.engines import Ddp
+from distributed.config.sections import Model, Sgd
 from distributed.engine.exact import ExactEngine
 from distributed.exact.check import check_exact
 from distributed.models.build import build_model
