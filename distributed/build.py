@@ -110,9 +110,11 @@ def log_plan(
         topology.world_size, "s" if topology.world_size > 1 else "", threads, "s" if threads > 1 else "",
         config.precision, config.peak_lr,
     )  # fmt: skip
+    stage = f" at stage {config.engine.zero_stage}" if isinstance(config.engine, DeepSpeed) else ""
     logger.info(
-        "exact mode, {} shards: the same bits on up to {} processes" if shards else "fast mode: bits depend on the ranks",
-        shards, shards,
+        "engine {}{}; {}", config.engine.name, stage,
+        f"exact mode, {shards} shards: the same bits on up to {shards} processes" if shards
+        else "fast mode: bits depend on the ranks",
     )  # fmt: skip
     if config.precision == "float16" and device.type == "cpu":
         logger.warning(

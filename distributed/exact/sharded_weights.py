@@ -46,6 +46,8 @@ class ShardedWeights:
             }
             self.computed |= {id(p): targets[name] for name, p in own.items()}
             self._layers[prefix] = _Layer(self, targets, self._group)
+        for parameter in model.parameters():
+            parameter.untyped_storage().resize_(0)
 
     def attach(self, replica: nn.Module, copies: int) -> None:
         """Let a copy of the model, one of so many of this rank, gather and free as it computes."""

@@ -82,9 +82,9 @@ def test_a_run_goes_on_shared_out_or_not_at_any_number_of_processes_with_the_sam
 
 
 @in_group
-def bytes_at_rest(engine: dict[str, Any]) -> dict[str, int]:
+def bytes_at_rest(engine: dict[str, Any], precision: str) -> dict[str, int]:
     """What this rank keeps between steps; and the most weights that are there when a layer has computed."""
-    config = small_config(Path("unused"), exact={"shards": 8}, engine=engine, model={"name": "improved_alexnet"})
+    config = small_config(Path("unused"), exact={"shards": 8}, engine=engine, precision=precision)
     topology = Topology(collectives.rank(), collectives.world_size())
     device = choose_device("cpu", topology)
     data = build_data(config, topology, device)
@@ -105,7 +105,7 @@ def bytes_at_rest(engine: dict[str, Any]) -> dict[str, int]:
     held = built.weights.held()
     return {
         "whole": sum(p.numel() * 4 for p in replica.parameters()),
-        "gathered": sum(p.untyped_storage().nbytes() for p in replica.parameters()),
+        "gathered": sum(p.untyped_storage().nbytes() for p in (*replica.parameters(), *built._plain.parameters())),
         "most": max(seen),
         "weights": sum(part.nbytes for name, (part, _) in held.items() if name.endswith((".weight", ".bias"))),
         "optimizer": sum(part.nbytes for name, (part, _) in held.items() if name.startswith("optimizer.")),
@@ -114,11 +114,11 @@ def bytes_at_rest(engine: dict[str, Any]) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_a_rank_keeps_its_part_of_weights_momentum_and_gradients(world_size: int) -> None:
-    for held in run_ranks(bytes_at_rest, world_size, FSDP, timeout_seconds=100):
+@pytest.mark.parametrize(("world_size", "precision"), [(2, "bfloat16"), (4, "float32")])
+def test_a_rank_keeps_its_part_of_weights_momentum_and_gradients(world_size: int, precision: str) -> None:
+    for held in run_ranks(bytes_at_rest, world_size, FSDP, precision, timeout_seconds=100):
         for kind in ("weights", "optimizer", "gradients"):
             assert held[kind] == pytest.approx(held["whole"] / world_size, rel=0.03), kind
         assert (held["gathered"], held["unsent"]) == (0, 0)
-        largest_layer = 1024 * 512 * 4
+        largest_layer = 1024 * 512 * (2 if precision == "bfloat16" else 4)
         assert largest_layer < held["most"] < 1.2 * largest_layer < 0.8 * held["whole"]
