@@ -1,5 +1,5 @@
-"""`python -m distributed.bench train | exact | startup | save | norm`: speed against what else could be run, in interleaved
-rounds. `memory`: what a rank holds under each engine."""
+"""`python -m distributed.bench train | exact | engines | startup | save | norm`: speed against what else could be run, in
+interleaved rounds. `memory`: what a rank holds under each engine."""
 
 import argparse
 import json

@@ -139,6 +139,31 @@ def _norm_ratios(r: Round) -> Round:
     }
 
 
+_ENGINES = {
+    "ddp, fast": ("--exact.shards", "0"),
+    "ddp, exact, S = 2": ("--exact.shards", "2"),
+    "fsdp, fast (FSDP2)": ("--engine.name", "fsdp", "--exact.shards", "0"),
+    "fsdp, exact, S = 2": ("--engine.name", "fsdp", "--exact.shards", "2"),
+    "fsdp, exact, S = 8": ("--engine.name", "fsdp", "--exact.shards", "8"),
+    **{f"deepspeed, stage {n}": ("--engine.name", "deepspeed", "--engine.zero_stage", str(n)) for n in range(4)},
+}
+
+
+def _engines_round(root: Path, steps: int) -> Round:
+    """Milliseconds a step of every engine on two processes."""
+    found = {}
+    for name, settings in _ENGINES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            clock = Contender("ours", _ours(steps, root, folder, 1, *settings), ranks=2).measure().clock
+            found[name] = 1000 * median_step_seconds(clock, skip=steps // 4)
+    return found
+
+
+def _engines_ratios(r: Round) -> Round:
+    first = next(iter(_ENGINES))
+    return {f"{name} / {first}": value / r[first] for name, value in r.items() if name != first}
+
+
 class Kind(NamedTuple):
     """A benchmark: its rounds, (CIFAR-10's folder, steps) -> figures; the ratios of a round; the figures' unit."""
 
@@ -152,5 +177,6 @@ KINDS = {
     "exact": Kind(_exact_round, _exact_ratios, "ms"),
     "startup": Kind(_startup_round, _startup_ratios, "s"),
     "save": Kind(_save_round, _save_ratios, "s"),
+    "engines": Kind(_engines_round, _engines_ratios, "ms"),
     "norm": Kind(_norm_round, _norm_ratios, "ms"),
 }
