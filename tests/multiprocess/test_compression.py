@@ -32,10 +32,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 def config_of(run_dir: Path, engine: dict[str, Any], precision: str = "float32", **settings: Any) -> TrainConfig:
-    """19 steps of two micro-batches an epoch, gradients clipped; of the last step's two images some ranks have none."""
+    """10 steps of two micro-batches an epoch, gradients clipped; of the last step's image most ranks have none."""
     return small_config(
         run_dir, precision=precision, engine=engine, exact=FAST, epochs=1, global_batch_size=11, accumulation=2,
-        data={"train_samples": 200, "validation_fraction": 0.0}, optim={"lr": 0.01, "clip_norm": 1.0}, **settings,
+        data={"train_samples": 100, "validation_fraction": 0.0}, optim={"lr": 0.01, "clip_norm": 1.0}, **settings,
     )  # fmt: skip
 
 
@@ -154,15 +154,15 @@ def next_attempt(run_dir: Path, stop_after: int | None) -> tuple[Trace, dict[str
     return traced(config, stop_after), sums, [line for line in said if line.startswith("compression:")]
 
 
-ATTEMPTS = (3, 2, 1, 3, 4)
+ATTEMPTS = (3, 1, 4)
 
 
 def test_the_curve_and_what_is_left_over_are_the_same_on_any_number_of_processes_and_through_changes(
     tmp_path: Path,
 ) -> None:
     """In float64: an error that was lost, counted twice or averaged would part the curves."""
-    alone, *others = (run_ranks(whole_run, size, tmp_path, timeout_seconds=120)[0] for size in (1, 2, 3))
-    assert len(alone.steps) == 19
+    alone, *others = (run_ranks(whole_run, size, tmp_path, timeout_seconds=120)[0] for size in (1, 3))
+    assert len(alone.steps) == 10
     run, steps = RunFolder(tmp_path / "changes"), []
     for size in ATTEMPTS:
         before = tensors_of(run) if steps else {}
@@ -186,14 +186,13 @@ def undisturbed_and_stopped(folder: Path) -> dict[str, list[Trace]]:
     traces = {}
     for name, engine in (("bfloat16", BFLOAT16), ("powersgd", POWERSGD)):
         traces[name] = [traced(config_of(folder / name / "undisturbed", engine))]
-        for stop_after in (4, 7, None):
+        for stop_after in (2, 3, None):
             traces[name].append(traced(config_of(folder / name / "stopped", engine), stop_after))
     return traces
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_at_the_same_number_of_processes_a_stopped_run_ends_with_the_same_bits(tmp_path: Path, size: int) -> None:
-    for traces in run_ranks(undisturbed_and_stopped, size, tmp_path, timeout_seconds=200):
+def test_at_the_same_number_of_processes_a_stopped_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    for traces in run_ranks(undisturbed_and_stopped, 3, tmp_path, timeout_seconds=200):
         for name, (undisturbed, *parts) in traces.items():
             assert [part.ended[2] for part in parts] == [True, True, False]
             assert [step for part in parts for step in part.steps] == undisturbed.steps
@@ -227,6 +226,5 @@ def test_every_other_engine_takes_such_a_checkpoint(tmp_path: Path) -> None:
         {"engine": PLAIN, "exact": FAST}, {"engine": BFLOAT16, "exact": FAST}, {"engine": {"name": "fsdp"}},
         {"exact": {"shards": 4}},
     ]  # fmt: skip
-    for size in (1, 2):
-        for found in run_ranks(loaded_elsewhere, size, tmp_path / "run", [o | of_float64 for o in others]):
-            assert found == [True] * len(others)
+    for found in run_ranks(loaded_elsewhere, 2, tmp_path / "run", [o | of_float64 for o in others]):
+        assert found == [True] * len(others)
