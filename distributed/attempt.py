@@ -1,6 +1,7 @@
 """One attempt at a run: it claims the run folder, says on what it runs and what changed, and writes down how it ended."""
 
 import json
+from importlib import metadata
 from types import TracebackType
 from typing import Any, Self
 
@@ -9,6 +10,7 @@ from loguru import logger
 
 from distributed import logs
 from distributed.config import TrainConfig
+from distributed.config.engines import DeepSpeed
 from distributed.errors import ExitCode, InputError
 from distributed.plot import draw_curves
 from distributed.run_folder import ClaimedRun, RunFolder
@@ -41,12 +43,16 @@ class Attempt:
         """What a checkpoint says besides its state: the config, and all that the bits depend on."""
         bits: dict[str, Any] = {
             "shards": self.config.shards_on(device.type),
-            "engine": self.config.engine.name,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
             "versions": versions(),
         }
         if not bits["shards"]:
+            engine = self.config.engine
+            more = (
+                f" {metadata.version('deepspeed')}, stage {engine.zero_stage}" if isinstance(engine, DeepSpeed) else ""
+            )
             bits |= {"world_size": self.topology.world_size, "threads": torch.get_num_threads()}
+            bits["engine"] = f"{engine.name}{more}"
         return {"data": self.config.data.name, "config": json.loads(self.config.model_dump_json()), "bits": bits}
 
     def begin(self, state: TrainState, *, resumed_from: dict[str, Any] | None, facts: dict[str, Any]) -> None:
@@ -64,7 +70,7 @@ class Attempt:
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         if (shards := before.get("shards", 0)) != now["shards"]:
             remedy = f"give --exact.shards {shards}" + (
-                " and --engine.name ddp" if shards and now["engine"] != "ddp" else ""
+                " and --engine.name ddp or fsdp" if shards and self.config.engine.name == "deepspeed" else ""
             )
             raise InputError(
                 f"{self.folder.path}: exact.shards = {now['shards']} here (auto depends on device and engine), and this run "
