@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from ranks import in_group, once, run_ranks
 
+from distributed.collectives import world_size
 from multiprocess.engines import ENGINES, built, config_with, copied, difference, steps
 
 CASES: dict[str, dict[str, Any]] = {
@@ -13,6 +14,8 @@ CASES: dict[str, dict[str, Any]] = {
     "AdamW, 4 micro-batches": {"optim": {"name": "adamw", "clip_norm": 0.5}, "accumulation": 4},
 }
 OTHERS = [name for name in ENGINES if name != "ddp"]
+CASES_ON = {2: tuple(CASES), 3: tuple(CASES), 4: ("SGD, 4 micro-batches",)}
+"""World size -> cases; four processes are slow to start on two cores."""
 RATES = {"sgd": 0.01, "adamw": 1e-4}
 NO_GRADIENT = [f"model.conv.{place}.bias" for place in (0, 4, 8, 11, 14)]
 """Of convolutions before batch norm, which takes it off again: AdamW makes steps of its rounding."""
@@ -29,7 +32,7 @@ def compared() -> dict[tuple[str, str], dict[str, float]]:
     """(case, engine) -> largest difference from DDP of weights and optimizer after a step each, of losses and norms; and
     of losses, weights after three free-running ones."""
     found = {}
-    for case in CASES:
+    for case in CASES_ON[world_size()]:
         ddp_config = config_with("ddp", **settings(case))
         ddp, data = built(ddp_config)
         lr = RATES[ddp_config.optim.name]
@@ -63,18 +66,17 @@ def compared() -> dict[tuple[str, str], dict[str, float]]:
 
 
 @once
-def compared_on(world_size: int) -> dict[tuple[str, str], dict[str, float]]:
-    first, *others = run_ranks(compared, world_size, timeout_seconds=400)
+def compared_on(size: int) -> dict[tuple[str, str], dict[str, float]]:
+    first, *others = run_ranks(compared, size, timeout_seconds=400)
     assert all(other == first for other in others)
-    print(f"\n{world_size} processes")
+    print(f"\n{size} processes")
     for (case, name), worst in first.items():
         print(f"{case:22} {name:7}", *(f"{key} {value:.1e}" for key, value in worst.items()))
     return first  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("engine", OTHERS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("world_size", "case"), [(size, case) for size, cases in CASES_ON.items() for case in cases])
 def test_a_step_from_equal_weights_ends_with_equal_weights(case: str, engine: str, world_size: int) -> None:
     worst = compared_on(world_size)[case, engine]
     assert worst["weights"] < 1e-6
