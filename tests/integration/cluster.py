@@ -41,7 +41,7 @@ SlurmdParameters=config_overrides
 KillWait=10
 MpiDefault=none
 {nodes}
-PartitionName=test Nodes=n1,n2 Default=YES MaxTime=60 State=UP OverSubscribe=NO
+PartitionName=test Nodes=n1,n2 Default=YES DefaultTime=60 State=UP OverSubscribe=NO
 """
 _CPUS = 4  # a node; more than this machine has, so that several jobs fit on one
 
@@ -80,7 +80,9 @@ class Cluster:
             self._start("slurmctld", ["slurmctld", "-D"])
             for node in self.hosts.names:
                 self.start_node(node)
-            wait_for(lambda: self.ask("sinfo", "-h", "-o", "%T %D").strip() == "idle 2", seconds=30, what="2 idle nodes")
+            wait_for(
+                lambda: self.ask("sinfo", "-h", "-o", "%T %D").strip() == "idle 2", seconds=30, what="2 idle nodes"
+            )
         except BaseException:
             self.__exit__()
             raise
@@ -138,8 +140,10 @@ class Cluster:
 
     def wait_for_state(self, number: str, *states: str, seconds: float = 90) -> str:
         """The state the job came to, one of these."""
+
         def there() -> bool:
             return self.job(number)["JobState"] in states
+
         wait_for(there, seconds=seconds, what=lambda: f"job {number} in {states}; it is {self.job(number)}")
         return self.job(number)["JobState"]
 

@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network namespaces with addresses and names of their own, on a bridge whose links can be cut."""
+"""Several hosts on one machine: network namespaces with own addresses and names, on a bridge whose links can be cut."""
 
 import os
 import shutil

@@ -1,0 +1,51 @@
+"""Where the nodes of a job meet: the first node's address, and a port of the job's own. Imports no torch."""
+
+import ipaddress
+import socket
+
+from distributed.errors import InputError
+
+_LOWEST_PORT, _PORTS = 15_000, 15_000  # below the ports that systems hand out by themselves, from 32768
+
+
+def reachable(host: str, *, nodes: int) -> str:
+    """The numeric address of a host name or address.
+
+    Raises:
+        InputError: it has none, or one of loopback where several nodes are to meet.
+    """
+    remedy = (
+        "mend NodeAddr in slurm.conf or the name in /etc/hosts, or give another: sbatch --export=ALL,RDZV_ADDRESS=..."
+    )
+    try:
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"rendezvous address = {host!r}: {error}; {remedy}") from None
+    outside = [one for one in found if not ipaddress.ip_address(one.partition("%")[0]).is_loopback]
+    if nodes > 1 and not outside:
+        raise InputError(
+            f"rendezvous address = {host}: leads to {found[0]}, loopback, where each of the {nodes} nodes meets only itself; "
+            f"{remedy}"
+        )
+    usable = outside or found
+    return next((one for one in usable if "." in one), usable[0])
+
+
+def free_port(job: int) -> int:
+    """A port from the job's number, the next candidate where somebody has it; jobs with neighbouring numbers never meet.
+
+    Raises:
+        InputError: a hundred candidates are taken.
+    """
+    for attempt in range(100):
+        port = _LOWEST_PORT + (job + attempt * 997) % _PORTS
+        with socket.socket() as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store that is going to listen there
+            try:
+                tried.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise InputError(
+        f"ports {_LOWEST_PORT} to {_LOWEST_PORT + _PORTS - 1}: a hundred were tried, all are taken; see ss -ltn"
+    )
