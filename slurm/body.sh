@@ -123,8 +123,18 @@ preflight() {
     fi
 }
 
+# Slurm starts a job anew while the script of a node that it lost lives on; that one must neither write nor requeue.
+succeeded() {
+    local told
+    told=$(scontrol -o show job "$SLURM_JOB_ID") || return 0
+    [ "$signal" != TERM ] && [[ $told != *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]
+}
+
 decide() {
     local run=$1 code=$2 verdict reason comment
+    if succeeded; then
+        end_with 75 "another attempt of this job has begun, or Slurm cannot be asked; this one ends"
+    fi
     { read -r verdict; read -r code; read -r reason; read -r comment; } < <(
         inside python -m launch.ending end "$run" "$SLURM_JOB_ID" --signal "$signal"
     )

@@ -63,6 +63,7 @@ class Cluster:
         self._environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin",
             "SLURM_CONF": str(folder / "slurm.conf"),
+            **({"VENV": sys.prefix} if Path(sys.prefix, "bin/activate").is_file() else {}),
         }
 
     def __enter__(self) -> "Cluster":
