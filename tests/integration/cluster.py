@@ -81,9 +81,7 @@ class Cluster:
             self._start("slurmctld", ["slurmctld", "-D"])
             for node in self.hosts.names:
                 self.start_node(node)
-            wait_for(
-                lambda: self.ask("sinfo", "-h", "-o", "%T %D").strip() == "idle 2", seconds=30, what="2 idle nodes"
-            )
+            wait_for(self.is_idle, seconds=30, what="2 idle nodes")
         except BaseException:
             self.__exit__()
             raise
@@ -107,6 +105,10 @@ class Cluster:
             self._daemons[name] = subprocess.Popen(
                 command, env=self._environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL, cwd=self.folder
             )
+
+    def is_idle(self) -> bool:
+        """Whether both nodes are there and have nothing to do."""
+        return self.ask("sinfo", "-h", "-o", "%T %D").strip() == "idle 2"
 
     def start_node(self, node: str) -> None:
         """Its slurmd; again after `kill_node`."""
