@@ -1,7 +1,13 @@
-"""Where the nodes of a job meet: the first node's address, and a port of the job's own. Imports no torch."""
+"""Where the nodes of a job meet: the first node's address, and a port of the job's own. Imports no torch.
 
+`python -m launch.address ADDRESS` prints, a line each, by which own address and interface this machine reaches that one.
+"""
+
+import fcntl
 import ipaddress
 import socket
+import struct
+import sys
 
 from distributed.errors import InputError
 
@@ -49,3 +55,29 @@ def free_port(job: int) -> int:
     raise InputError(
         f"ports {_LOWEST_PORT} to {_LOWEST_PORT + _PORTS - 1}: a hundred were tried, all are taken; see ss -ltn"
     )
+
+
+def way_to(address: str) -> tuple[str, str]:
+    """The own address and interface by which this machine reaches an address; empty where there is no way."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as tried:
+        try:
+            tried.connect((address, 9))  # of a datagram socket: chooses the way, sends nothing
+            own = str(tried.getsockname()[0])
+        except OSError:
+            return "", ""
+        names = [name for _, name in socket.if_nameindex()] if family == socket.AF_INET else []
+        return own, next((name for name in names if _address_of(tried, name) == own), "")
+
+
+def _address_of(asked: socket.socket, interface: str) -> str:
+    get_address = 0x8915  # SIOCGIFADDR of <linux/sockios.h>
+    try:
+        told = fcntl.ioctl(asked.fileno(), get_address, struct.pack("256s", interface.encode()[:15]))
+    except OSError:
+        return ""  # an interface without an address
+    return socket.inet_ntoa(told[20:24])
+
+
+if __name__ == "__main__":
+    print(*way_to(sys.argv[1]), sep="\n")

@@ -75,7 +75,7 @@ def _reports(words: list[str], *, nodes: int, step: bool, seconds: float) -> lis
     command = [sys.executable, "-m", "launch.probe", *words]
     if step:
         command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--overlap", "--kill-on-bad-exit=0",
-                   f"--wait={seconds:.0f}", *command]  # fmt: skip
+                   f"--wait={2 * seconds + 10:.0f}", *command]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as asked:
         try:
             out, problems = asked.communicate(timeout=3 * seconds + 30)

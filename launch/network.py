@@ -1,5 +1,6 @@
 """What nodes find out together: whether they meet, add alike, how fast each pair is, and whose clock is off."""
 
+import os
 import random
 import time
 from datetime import timedelta
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from launch.address import way_to
 
 Report = dict[str, Any]
 _WARM_UP, _TIMES = 1, 3
@@ -29,6 +32,9 @@ def measure(address: str, port: int, index: int, count: int, seconds: float) -> 
     met = _who_came(store, index, count, seconds)
     if index not in met or len(met) < 2:
         return {"met": met}
+    # Gloo takes the address of the host's name, which many systems map to loopback.
+    if interface := way_to(address)[1]:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     own_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if own_gpu else torch.device("cpu")
     # A store's keys, not the environment, say who takes part: an absent node must not make the others wait.

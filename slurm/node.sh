@@ -6,11 +6,11 @@ shift 3
 
 # Gloo takes the address of the host's name, which many systems map to loopback; torchrun publishes that name too. So both
 # are told by which address this node reaches the first one.
-if command -v ip >/dev/null && [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
-    own=$(ip -o route get "$address" 2>/dev/null | sed -n 's/.* src \([^ ]*\).*/\1/p')
-    interface=$(ip -o addr show | awk -v own="$own" '{split($4, parts, "/"); if (parts[1] == own) {print $2; exit}}')
-    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
-    [ -n "$GLOO_SOCKET_IFNAME" ] || unset GLOO_SOCKET_IFNAME
+own=""
+if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+    # shellcheck disable=SC2086
+    { read -r own; read -r interface; } < <(${CONTAINER:-} python -m launch.address "$address")
+    [ -z "${interface:-}" ] || export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}"
 fi
 
 # How long a save may take after a warning, where torchrun can be told (2.15; older ones wait 30 s).

@@ -32,13 +32,16 @@ def hosts() -> Iterator[Hosts]:
         yield both
 
 
-def on_each(hosts: Hosts, run: Path, *options: str, settings: tuple[object, ...] = SETTINGS) -> list[Command]:
+def on_each(
+    hosts: Hosts, run: Path, conf: str, *options: str, settings: tuple[object, ...] = SETTINGS
+) -> list[Command]:
     """The commands of docs/slurm.md, one a host; the first hosts the rendezvous."""
     commands = []
     for host in hosts.names:
         arguments = [
             "env", "GLOO_SOCKET_IFNAME=eth0", *TORCHRUN, "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=test",
-            f"--rdzv-endpoint={hosts.address('n1')}:29400", f"--local-addr={hosts.address(host)}", *options,
+            f"--rdzv-endpoint={hosts.address('n1')}:29400", f"--local-addr={hosts.address(host)}",
+            f"--rdzv-conf=is_host={int(host == 'n1')},{conf}", *options,
             "-m", "distributed.train", *map(str, settings), "--run_dir", str(run),
         ]  # fmt: skip
         commands.append(Command(hosts.on(host, arguments), output=run.parent / host))
@@ -52,7 +55,7 @@ def saved(run: Path, command: Command) -> None:
 
 def test_a_link_that_is_cut_for_20_seconds_costs_20_seconds(hosts: Hosts, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    first, second = on_each(hosts, run, "--nnodes=2", "--rdzv-conf=keep_alive_interval=5,keep_alive_max_attempt=12")
+    first, second = on_each(hosts, run, "keep_alive_interval=5,keep_alive_max_attempt=12", "--nnodes=2")
     with first, second:
         saved(run, first)
         hosts.cut("n2")
@@ -71,11 +74,9 @@ def test_a_link_that_is_cut_for_20_seconds_costs_20_seconds(hosts: Hosts, undist
 def test_a_lost_host_leaves_the_other_to_go_on_alone(hosts: Hosts, undisturbed: Path, tmp_path: Path) -> None:
     """A power failure: no packet tells the other, whose rank waits for `timeout_seconds`; then torchrun restarts it."""
     run = tmp_path / "run"
-    first, second = on_each(
-        hosts, run, "--nnodes=1:2", "--max-restarts=3", "--monitor-interval=0.5",
-        "--rdzv-conf=last_call_timeout=5,keep_alive_interval=2,keep_alive_max_attempt=3",
-        settings=(*SETTINGS, "--timeout_seconds", 15),
-    )  # fmt: skip
+    conf = "last_call_timeout=5,keep_alive_interval=2,keep_alive_max_attempt=3"
+    options = ("--nnodes=1:2", "--max-restarts=3", "--monitor-interval=0.5")
+    first, second = on_each(hosts, run, conf, *options, settings=(*SETTINGS, "--timeout_seconds", 15))
     with first, second:
         saved(run, first)
         assert status(run)["world_size"] == 2
