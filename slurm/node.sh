@@ -6,12 +6,9 @@ shift 3
 
 # Gloo takes the address of the host's name, which many systems map to loopback; torchrun publishes that name too. So both
 # are told by which address this node reaches the first one.
-own=""
-if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
-    # shellcheck disable=SC2086
-    { read -r own; read -r interface; } < <(${CONTAINER:-} python -m launch.address "$address")
-    [ -z "${interface:-}" ] || export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}"
-fi
+# shellcheck disable=SC2086
+{ read -r own; read -r interface; } < <(${CONTAINER:-} python -m launch.address "$address")
+[ -z "${interface:-}" ] || export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}"
 
 # How long a save may take after a warning, where torchrun can be told (2.15; older ones wait 30 s).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}

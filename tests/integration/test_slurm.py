@@ -99,7 +99,7 @@ def test_preempted_twice_and_then_on_one_node_it_ends_with_the_same_bits(
     started(cluster, run, count=2)
     cluster.ask("scancel", "--signal=USR1", "--batch", job)  # what Slurm sends before the time limit
     restarted(cluster, job, 2)
-    cluster.ask("scontrol", "update", f"jobid={job}", "NumNodes=1-1")
+    cluster.ask("scontrol", "update", f"jobid={job}", "NumNodes=1-1", "NumTasks=1")
     started(cluster, run, count=3)
     cluster.ask("scancel", "--signal=USR1", job)  # to the step alone: to torchrun, past the batch script
     completed(cluster, job, tmp_path)
@@ -116,7 +116,7 @@ def test_preempted_twice_and_then_on_one_node_it_ends_with_the_same_bits(
 def test_the_time_limit_saves_requeues_and_leaves_the_bits_alone(cluster: Cluster, tmp_path: Path) -> None:
     """Slurm's own warning: a limit of one minute, which a run of some two minutes meets."""
     run, slow = tmp_path / "run", ("--epochs", 400, "--checkpoint.every_steps", 50)
-    job = cluster.sbatch("--time=1", "--signal=B:USR1@20", *OUT, ROOT / "slurm/train.sh", ROOT / LONG[0], *slow,
+    job = cluster.sbatch("--time=1", "--signal=B:USR1@10", *OUT, ROOT / "slurm/train.sh", ROOT / LONG[0], *slow,
                          "--run_dir", run, cwd=tmp_path)  # fmt: skip
     restarted_by_limit = "SIGUSR1: time limit or preemption"
     wait_for(lambda: bool(attempts(run, "requeued")), seconds=100, what=lambda: said(tmp_path))
