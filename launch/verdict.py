@@ -19,6 +19,9 @@ def wrong(reports: Sequence[Report], expected: Sequence[str], *, token: bool, gp
         gpus: how many each node should have; 0: as many as the others.
         free_gib: that the run folder's disk should have.
     """
+    reports = sorted(
+        reports, key=lambda report: int(report["index"])
+    )  # where two disagree, the first node is the measure
     answered = {report["node"] for report in reports}
     found = [
         f"{node}: no answer; see sinfo -N -n {node} and srun -w {node} hostname, or leave it out: --exclude={node}"

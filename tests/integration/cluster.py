@@ -122,9 +122,9 @@ class Cluster:
     def node_pid(self, node: str) -> int:
         return self._daemons[node].pid
 
-    def ask(self, *command: str, fails: bool = False, cwd: Path = ROOT, **environment: str) -> str:
+    def ask(self, *command: object, fails: bool = False, cwd: Path = ROOT, **environment: str) -> str:
         """What a command of Slurm, started on the machine, has to say: stdout, and stderr where it is to fail."""
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=60,
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=cwd, timeout=60,
                               env=self._environment | environment)  # fmt: skip
         assert (done.returncode != 0) == fails, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout + done.stderr if fails else done.stdout

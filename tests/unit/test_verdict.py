@@ -62,6 +62,12 @@ def test_one_bad_node_is_one_line(part: str, key: str, value: Any, said: str):
     assert table(found)
 
 
+def test_of_two_that_differ_the_first_node_is_the_measure():
+    found = reports(2)
+    found[1]["versions"]["torch"] = "2.11.0"
+    assert wrong(found[::-1], ["n0", "n1"], token=True, gpus=8, free_gib=1.0)[0].startswith("n1: torch 2.11.0")
+
+
 def test_a_node_that_is_silent_or_has_other_code_is_named():
     assert judged(reports()[:2])[0].startswith("n2: no answer")
     found = reports()
