@@ -136,6 +136,7 @@ def test_a_lost_node_leaves_its_ranks_behind_and_the_job_goes_on_with_the_other(
 ) -> None:
     """slurmd of n2 is killed and its link cut: its rank lives on, Slurm requeues, one node goes on from the last save."""
     run = tmp_path / "run"
+    wait_for(cluster.is_idle, seconds=60, what=lambda: cluster.ask("sinfo"))  # else it begins on the one that is free
     job = cluster.sbatch("--nodes=1-2", *OUT, ROOT / "slurm/train.sh", ROOT / LONG[0], *LONG[1:], "--run_dir", run,
                          cwd=tmp_path, PREFLIGHT="0")  # fmt: skip
     try:
@@ -163,7 +164,21 @@ def test_what_will_repeat_is_not_requeued(cluster: Cluster, tmp_path: Path) -> N
     bad = cluster.sbatch(*OUT, *debug, "--optim.lrr", 1, cwd=tmp_path)
     alone = cluster.sbatch("--nodes=2", *OUT, *debug, "--run_dir", tmp_path / "alone", cwd=tmp_path,
                            RDZV_ADDRESS="127.0.1.1")  # fmt: skip
-    infinite = cluster.sbatch(*OUT, *debug, "--optim.lr", 1e30, "--run_dir", tmp_path / "run", cwd=tmp_path)
+    infinite = cluster.sbatch(
+        *OUT,
+        *debug,
+        "--optim.lr",
+        100,
+        "--optim.momentum",
+        0.99,
+        "--schedule.name",
+        "constant",
+        "--epochs",
+        20,
+        "--run_dir",
+        tmp_path / "run",
+        cwd=tmp_path,
+    )
     for job, code in ((bad, 2), (alone, 2), (infinite, 3)):
         assert cluster.wait_for_state(job, "FAILED", "COMPLETED") == "FAILED", said(tmp_path)
         facts = cluster.job(job)
