@@ -137,7 +137,7 @@ def test_a_lost_node_leaves_its_ranks_behind_and_the_job_goes_on_with_the_other(
     """slurmd of n2 is killed and its link cut: its rank lives on, Slurm requeues, one node goes on from the last save."""
     run = tmp_path / "run"
     wait_for(cluster.is_idle, seconds=60, what=lambda: cluster.ask("sinfo"))  # else it begins on the one that is free
-    job = cluster.sbatch("--nodes=1-2", *OUT, ROOT / "slurm/train.sh", ROOT / LONG[0], *LONG[1:], "--run_dir", run,
+    job = cluster.sbatch("--nodes=2", *OUT, ROOT / "slurm/train.sh", ROOT / LONG[0], *LONG[1:], "--run_dir", run,
                          cwd=tmp_path, PREFLIGHT="0")  # fmt: skip
     try:
         started(cluster, run, count=1)
@@ -145,6 +145,7 @@ def test_a_lost_node_leaves_its_ranks_behind_and_the_job_goes_on_with_the_other(
         cluster.hosts.cut("n2")
         assert cluster.hosts.processes("n2"), "its ranks live on"
         restarted(cluster, job, 1)
+        cluster.ask("scontrol", "update", f"jobid={job}", "NumNodes=1-1", "NumTasks=1")
         completed(cluster, job, tmp_path)
     finally:
         cluster.hosts.mend("n2")
@@ -156,6 +157,31 @@ def test_a_lost_node_leaves_its_ranks_behind_and_the_job_goes_on_with_the_other(
     told = [*attempts(run, "left to Slurm"), *attempts(run, "lost")]
     assert len(told) == 1, "attempts.jsonl says why the first attempt ended"
     assert_same_bits(run, undisturbed)
+
+
+def test_the_script_of_a_lost_node_neither_writes_nor_requeues(cluster: Cluster, tmp_path: Path) -> None:
+    """slurmd of the first node is killed: its batch script lives on while Slurm begins the job anew on the other node."""
+    wait_for(cluster.is_idle, seconds=60, what=lambda: cluster.ask("sinfo"))
+    run = tmp_path / "run"
+    job = cluster.sbatch("--nodes=2", *OUT, ROOT / "slurm/train.sh", ROOT / LONG[0], *LONG[1:2], 400, *LONG[3:],
+                         "--run_dir", run, cwd=tmp_path, PREFLIGHT="0")  # fmt: skip
+    try:
+        started(cluster, run, count=1)
+        cluster.kill_node("n1")
+        restarted(cluster, job, 1)
+        cluster.ask("scontrol", "update", f"jobid={job}", "NumNodes=1-1", "NumTasks=1")
+        wait_for(
+            lambda: "another attempt of this job has begun" in said(tmp_path), seconds=60, what=lambda: said(tmp_path)
+        )
+        started(cluster, run, count=2)
+        assert cluster.job(job)["Restarts"] == "1"
+        assert attempts(run, "requeued") == []
+        assert len(attempts(run, "lost")) == 1, "the next attempt says why this one ended"
+        assert [one["host"] for one in attempts(run, "started")] == ["n1", "n2"]
+    finally:
+        cluster.ask("scancel", job)
+        cluster.start_node("n1")
+    wait_for(cluster.is_idle, seconds=60, what=lambda: cluster.ask("sinfo"))
 
 
 def test_what_will_repeat_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
@@ -219,7 +245,7 @@ def test_launch_slurm_checks_prints_and_submits(cluster: Cluster, tmp_path: Path
     job = told.split()[-1]
     try:
         facts = cluster.job(job)
-        assert (facts["JobState"], facts["NumNodes"], facts["CPUs"]) == ("PENDING", "2-2", "4"), facts
+        assert (facts["JobState"], facts["NumNodes"], facts["NumCPUs"]) == ("PENDING", "2-2", "4"), facts
         assert len((tmp_path / "run/sweep.txt").read_text().splitlines()) == 3
     finally:
         cluster.ask("scancel", job)
