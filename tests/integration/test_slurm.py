@@ -76,8 +76,10 @@ def test_two_nodes_an_array_on_one_node_and_any_folder(cluster: Cluster, tmp_pat
     assert "over 3 finished seeds: test accuracy" in (tmp_path / "runs/cifar10/summary.txt").read_text()
 
     job = cluster.sbatch("--nodes=2", "--time=5", ROOT / "slurm/cifar100.sh", *for_100, cwd=tmp_path, PREFLIGHT="0")
+    (tmp_path / "setup").write_text("touch set-up\n")
+    hooks = {"RANKS_PER_NODE": "2", "SETUP": str(tmp_path / "setup"), "CONTAINER": "env INSIDE=1"}
     other = cluster.sbatch("--cpus-per-task=2", ROOT / "slurm/train.sh", ROOT / "configs/debug.toml", *SMALL,
-                           cwd=tmp_path, RANKS_PER_NODE="2")  # fmt: skip
+                           cwd=tmp_path, **hooks)  # fmt: skip
     completed(cluster, job, tmp_path)
     completed(cluster, other, tmp_path)
     run = tmp_path / "runs/S1-100"
@@ -86,6 +88,7 @@ def test_two_nodes_an_array_on_one_node_and_any_folder(cluster: Cluster, tmp_pat
     assert address[0] == cluster.hosts.address("n1")
     assert (run / f"slurm/{job}-n1.log").exists()
     assert (run / f"slurm/{job}-n2.log").exists()
+    assert (tmp_path / "set-up").exists()
     assert "2 ranks x 1 thread" in (tmp_path / "runs/debug/logs/rank-0000.log").read_text()
     assert cluster.job(job)["Comment"] == "attempt 1: finished"
 
