@@ -14,7 +14,7 @@ train: $(READY)  ## train on CIFAR-10 in CIFAR_ROOT (or ./data) on 2 processes, 
 test: $(READY)
 	timeout 600 $(BIN)/python -m pytest tests/unit
 	timeout 1200 $(BIN)/python -m pytest tests/multiprocess
-	timeout 1500 $(BIN)/python -m pytest tests/integration tests/golden
+	timeout 2100 $(BIN)/python -m pytest tests/integration tests/golden
 
 lint: $(READY)
 	$(BIN)/ruff check .

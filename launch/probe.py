@@ -1,0 +1,114 @@
+"""`python -m launch.probe`: what one node finds out about itself and its peers, as a line of JSON; `launch.doctor` reads it.
+
+Whatever goes wrong on a node is a finding of that node, so nothing here ends in an exception. torch is imported late: a node
+without it can say so.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from distributed.config import load
+from distributed.data import sources
+from distributed.errors import InputError
+from distributed.versions import versions
+from launch.allocation import place
+
+MARK = "doctor-report:"
+Report = dict[str, Any]
+
+
+def main() -> int:
+    """Prints the report; always 0, the verdict is the doctor's."""
+    parser = argparse.ArgumentParser(prog="python -m launch.probe", description=__doc__)
+    parser.add_argument("--address", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--token", default="", help="name of the file that the doctor wrote into the run folder")
+    parser.add_argument("--seconds", type=float, default=20.0, help="wait for the other nodes")
+    given, words = parser.parse_known_args()
+    index, count, node = place()
+    report: Report = {"node": node, "index": index}
+    _find(report, "versions", versions)
+    _find(report, "code", digest_of_code)
+    _find(report, "devices", devices)
+    _find(report, "folder", lambda: folder(words, given.token, node))
+    _find(report, "data", lambda: data(words))
+    if count > 1:
+        network = importlib.import_module("launch.network")
+        _find(report, "network", lambda: network.measure(given.address, given.port, index, count, given.seconds))
+    sys.stdout.write(f"{MARK}{json.dumps(report)}\n")
+    sys.stdout.flush()
+    os._exit(0)  # threads of gloo that wait for a dead peer must not keep the process
+
+
+def _find(report: Report, name: str, find: Callable[[], Any]) -> None:
+    try:
+        report[name] = find()
+    except InputError as error:
+        report[name] = {"error": " ".join(str(error).splitlines())}
+    except Exception as error:  # of a node in any state
+        report[name] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+
+
+def digest_of_code() -> str:
+    """Of all source files of the project that this node runs."""
+    digest = hashlib.blake2b(digest_size=6)
+    for package in ("distributed", "launch"):
+        root = Path(importlib.import_module(package).__file__ or "").parent
+        for file in sorted(root.rglob("*.py")):
+            digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def devices() -> Report:
+    """Number, name and memory of GPUs; cores and memory of the host."""
+    import torch
+
+    cuda = torch.cuda
+    gpus = [cuda.get_device_properties(index) for index in range(cuda.device_count())] if cuda.is_available() else []
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "gpus": len(gpus),
+        "gpu": gpus[0].name if gpus else "",
+        "gpu_memory_gib": round(min(gpu.total_memory for gpu in gpus) / 2**30, 1) if gpus else 0.0,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(pages / 2**30, 1),
+    }
+
+
+def folder(words: list[str], token: str, node: str) -> Report:
+    """Whether this node sees the doctor's file in the run folder and can put its own beside it; free space there."""
+    config, _ = load(words)
+    run_dir = config.run_dir
+    found: Report = {"path": str(run_dir.absolute()), "sees_token": True}
+    if token:
+        deadline = time.monotonic() + 5  # network file systems show a new file late
+        while not (run_dir / token).exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        found["sees_token"] = (run_dir / token).exists()
+        if found["sees_token"]:
+            (run_dir / f"{token}.{node}").write_text(socket.gethostname())
+    there = next(one for one in (run_dir.absolute(), *run_dir.absolute().parents) if one.exists())
+    return found | {"free_gib": round(shutil.disk_usage(there).free / 2**30, 1), "writable": os.access(there, os.W_OK)}
+
+
+def data(words: list[str]) -> str:
+    """The data set is there, and whole as far as sizes tell."""
+    config, named = load(words)
+    if not named:
+        return "none named"
+    sources.prepare(config.data)
+    return config.data.name
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

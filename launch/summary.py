@@ -1,0 +1,89 @@
+"""`python -m launch.summary RUN`: the runs in a folder (RUN/seed-0, ...) side by side, and over the seeds mean and deviation.
+
+Each task of an array calls it when it ends, so that the last one's table is whole; it also lies in RUN/summary.txt.
+Imports no torch.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from distributed.errors import ExitCode, InputError
+from distributed.files import replace_text
+from distributed.run_folder import RunFolder
+from distributed.run_lines import metrics_lines
+
+
+def summary(folder: Path) -> str:
+    """A line a run, then mean and standard deviation over the finished ones of each setting.
+
+    Raises:
+        InputError: no runs there.
+    """
+    runs = sorted(path.parent for path in folder.glob("**/config.toml") if path.parent != folder)
+    if not runs:
+        raise InputError(f"{folder}: no runs in it; name the folder that holds seed-0, seed-1, ...")
+    lines, groups = [], dict[str, list[dict[str, float]]]()
+    for run in runs:
+        state, figures = RunFolder(run).status(), _last_figures(run)
+        name = str(run.relative_to(folder))
+        lines.append(f"{name:24} {state.get('status', '?'):9} step {state.get('step', 0):>8}  {_shown(figures)}")
+        if state.get("status") == "finished":
+            groups.setdefault(str(Path(name).parent), []).append(figures)
+    for name, finished in groups.items():
+        over = f"{'over' if name == '.' else f'{name}: over'} {len(finished)} finished seeds"
+        lines.append(f"{over}: {_spread(finished)}")
+    if waiting := len(runs) - sum(map(len, groups.values())):
+        lines.append(f"{waiting} of {len(runs)} runs that have begun are not finished")
+    return "\n".join(lines) + "\n"
+
+
+def _last_figures(run: Path) -> dict[str, float]:
+    """The newest accuracy and loss of each split."""
+    figures: dict[str, float] = {}
+    for line in metrics_lines(run / "metrics.jsonl"):
+        for split in ("validation", "test"):
+            measured: Any = line.get(split)
+            flat = measured if isinstance(measured, dict) else {}
+            for figure in ("accuracy", "loss"):
+                value = flat.get(figure, line.get(f"{split}_{figure}"))
+                if isinstance(value, int | float):
+                    figures[f"{split} {figure}"] = float(value)
+    return figures
+
+
+def _shown(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+
+
+def _spread(finished: list[dict[str, float]]) -> str:
+    """Mean and sample standard deviation of each figure that all have."""
+    told = []
+    for name in finished[0]:
+        values = [figures[name] for figures in finished if name in figures]
+        deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        told.append(f"{name} {statistics.fmean(values):.4f}{deviation}")
+    return ", ".join(told)
+
+
+def main() -> int:
+    """The exit code: 0, or 2 where there is nothing."""
+    try:
+        if len(sys.argv) != 2:
+            raise InputError("command line: give one folder: python -m launch.summary RUN")
+        folder = Path(sys.argv[1])
+        text = summary(folder)
+        replace_text(folder / "summary.txt", text)
+    except InputError as error:
+        error.tell()
+        return ExitCode.BAD_INPUT
+    except OSError as error:
+        print(f"error: {error}; mend access to {sys.argv[1]}", file=sys.stderr)
+        return ExitCode.STORAGE
+    print(text, end="")
+    return ExitCode.FINISHED
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

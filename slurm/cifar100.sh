@@ -1,0 +1,22 @@
+#!/bin/bash
+# CIFAR-100: setting 1 of seed 000 (configs/seeds/S1-100.toml)
+#
+#   sbatch [--nodes=2] [--gpus-per-node=8] [--cpus-per-task=8] slurm/cifar100.sh [--SETTING VALUE ...]
+#
+# Options of sbatch win over the lines below; hooks for venv, conda and containers: slurm/body.sh, docs/slurm.md.
+#SBATCH --job-name=cifar100
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.out
+
+# Slurm runs a copy of this file; where it was submitted from it says itself.
+command=$(scontrol show job "${SLURM_JOB_ID:-}" 2>/dev/null | sed -n 's/^ *Command=//p' | head -n 1)
+project=${PROJECT:-${command%%/slurm/cifar100.sh*}}
+if [ ! -f "$project/slurm/body.sh" ]; then
+    echo "error: PROJECT = '$project': no slurm/body.sh there; submit with sbatch --export=ALL,PROJECT=FOLDER slurm/cifar100.sh" >&2
+    exit 2
+fi
+. "$project/slurm/body.sh" "$project/configs/seeds/S1-100.toml" "$@"

@@ -1,0 +1,86 @@
+"""Several nodes under torchrun without Slurm: hosts of their own, a link that is cut and mended, a host that is lost."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from integration import hosts as several
+from integration.commands import TORCHRUN, Command, assert_same_bits, attempts, status, torchrun
+from integration.hosts import Hosts
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(bool(several.why_none()), reason=f"no hosts here: {several.why_none()}"),
+]
+SETTINGS = ("configs/debug.toml", "--epochs", 8, "--checkpoint.every_steps", 5, "--threads", 1)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    with Command(torchrun(1, *SETTINGS, "--run_dir", run), output=run.parent / "output") as command:
+        assert command.wait() == 0, command.text
+    return run
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    with Hosts(2) as both:
+        yield both
+
+
+def on_each(
+    hosts: Hosts, run: Path, conf: str, *options: str, settings: tuple[object, ...] = SETTINGS
+) -> list[Command]:
+    """The commands of docs/slurm.md, one a host; the first hosts the rendezvous."""
+    commands = []
+    for host in hosts.names:
+        arguments = [
+            "env", "GLOO_SOCKET_IFNAME=eth0", *TORCHRUN, "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=test",
+            f"--rdzv-endpoint={hosts.address('n1')}:29400", f"--local-addr={hosts.address(host)}",
+            f"--rdzv-conf=is_host={int(host == 'n1')},{conf}", *options,
+            "-m", "distributed.train", *map(str, settings), "--run_dir", str(run),
+        ]  # fmt: skip
+        commands.append(Command(hosts.on(host, arguments), output=run.parent / host))
+    return commands
+
+
+def saved(run: Path, command: Command) -> None:
+    """Wait until the run has saved in mid-epoch."""
+    command.wait_for(lambda: bool(attempts(run, "started")) and status(run)["step"] >= 5, what="a save")
+
+
+def test_a_link_that_is_cut_for_20_seconds_costs_20_seconds(hosts: Hosts, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first, second = on_each(hosts, run, "keep_alive_interval=5,keep_alive_max_attempt=12", "--nnodes=2")
+    with first, second:
+        saved(run, first)
+        hosts.cut("n2")
+        time.sleep(1)
+        at = status(run)["step"]
+        time.sleep(19)
+        assert status(run)["step"] == at, "nobody can have taken a step alone"
+        assert status(run)["status"] == "running"
+        hosts.mend("n2")
+        assert first.wait() == 0, first.text[-4000:]
+        assert second.wait() == 0, second.text[-4000:]
+    assert len(attempts(run, "started")) == 1
+    assert_same_bits(run, undisturbed)
+
+
+def test_a_lost_host_leaves_the_other_to_go_on_alone(hosts: Hosts, undisturbed: Path, tmp_path: Path) -> None:
+    """A power failure: no packet tells the other, whose rank waits for `timeout_seconds`; then torchrun restarts it."""
+    run = tmp_path / "run"
+    conf = "last_call_timeout=5,keep_alive_interval=2,keep_alive_max_attempt=3"
+    options = ("--nnodes=1:2", "--max-restarts=3", "--monitor-interval=0.5")
+    first, second = on_each(hosts, run, conf, *options, settings=(*SETTINGS, "--timeout_seconds", 15))
+    with first, second:
+        saved(run, first)
+        assert status(run)["world_size"] == 2
+        hosts.lose("n2")
+        assert first.wait(150) == 0, first.text[-4000:]
+    assert [one["world_size"] for one in attempts(run, "started")] == [2, 1]
+    assert_same_bits(run, undisturbed)

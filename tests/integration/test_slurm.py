@@ -1,0 +1,264 @@
+"""The scripts of slurm/ on a real two-node Slurm: preempted, requeued, bereft of a node, and the bits stay the same."""
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from integration import cluster as slurm
+from integration.cluster import Cluster, wait_for
+from integration.commands import ROOT, Command, assert_same_bits, attempts, status, torchrun
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(bool(slurm.why_none()), reason=f"no Slurm here: {slurm.why_none()}"),
+]
+SMALL = ("--epochs", 1, "--data.train_samples", 300, "--data.test_samples", 60, "--global_batch_size", 32)
+LONG = ("configs/debug.toml", "--epochs", 8, "--checkpoint.every_steps", 5, "--checkpoint.keep_last", 2)
+OUT = ("--output", "batch-%j.out")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("slurm")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """On one process, without Slurm."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    with Command(torchrun(1, *LONG, "--threads", 1, "--run_dir", run), output=run.parent / "output") as command:
+        assert command.wait() == 0, command.text
+    return run
+
+
+def said(folder: Path) -> str:
+    """All that the jobs of a folder had to say, for a test that fails."""
+    files = [*folder.glob("*.out"), *folder.rglob("slurm/*.log")]
+    return "\n".join(f"--- {file}\n{file.read_text()[-3000:]}" for file in sorted(files))
+
+
+def started(cluster: Cluster, run: Path, *, count: int, saves: int = 1) -> None:
+    """Wait until that many attempts have begun and the last of them has saved."""
+
+    def there() -> bool:
+        begun = attempts(run, "started")
+        return len(begun) >= count and status(run)["step"] >= begun[-1]["step"] + 5 * saves
+
+    wait_for(there, seconds=90, what=lambda: f"attempt {count}\n{said(run.parent)}")
+
+
+def restarted(cluster: Cluster, job: str, count: int) -> None:
+    wait_for(lambda: cluster.job(job)["Restarts"] == str(count), seconds=60,
+             what=lambda: f"restart {count}: {cluster.job(job)}")  # fmt: skip
+
+
+def completed(cluster: Cluster, job: str, folder: Path) -> None:
+    state = cluster.wait_for_state(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", seconds=150)
+    assert state == "COMPLETED", said(folder)
+
+
+def test_two_nodes_an_array_on_one_node_and_any_folder(cluster: Cluster, tmp_path: Path) -> None:
+    """The three scripts as shipped, from a folder that is not the project's."""
+    data = ("--data.name", "generated10", *SMALL)
+    for_100 = ("--data.name", "generated100", *SMALL, "--model.name", "improved_alexnet")
+    array = cluster.sbatch("--array=0-2", "--nodelist=n1", ROOT / "slurm/cifar10.sh", *data, cwd=tmp_path)
+    completed(cluster, f"{array}_0", tmp_path)
+    for task in (1, 2):
+        completed(cluster, f"{array}_{task}", tmp_path)
+    meetings = re.findall(r"meeting at (\S+);", said(tmp_path))
+    assert len(set(meetings)) == 3, "each job of an array needs a port of its own"
+    assert "over 3 finished seeds: test accuracy" in (tmp_path / "runs/cifar10/summary.txt").read_text()
+
+    job = cluster.sbatch("--nodes=2", "--time=5", ROOT / "slurm/cifar100.sh", *for_100, cwd=tmp_path, PREFLIGHT="0")
+    (tmp_path / "setup").write_text("touch set-up\n")
+    hooks = {"RANKS_PER_NODE": "2", "SETUP": str(tmp_path / "setup"), "CONTAINER": "env INSIDE=1"}
+    other = cluster.sbatch("--cpus-per-task=2", ROOT / "slurm/train.sh", ROOT / "configs/debug.toml", *SMALL,
+                           cwd=tmp_path, **hooks)  # fmt: skip
+    completed(cluster, job, tmp_path)
+    completed(cluster, other, tmp_path)
+    run = tmp_path / "runs/S1-100"
+    assert attempts(run, "started")[0]["world_size"] == 2
+    address = re.findall(rf"job {job}: .* meeting at (\S+):\d+;", said(tmp_path))
+    assert address[0] == cluster.hosts.address("n1")
+    assert (run / f"slurm/{job}-n1.log").exists()
+    assert (run / f"slurm/{job}-n2.log").exists()
+    assert (tmp_path / "set-up").exists()
+    assert "2 ranks x 1 thread" in (tmp_path / "runs/debug/logs/rank-0000.log").read_text()
+    assert cluster.job(job)["Comment"] == "attempt 1: finished"
+
+
+def test_preempted_twice_and_then_on_one_node_it_ends_with_the_same_bits(
+    cluster: Cluster, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = cluster.sbatch("--nodes=2", *OUT, ROOT / "slurm/train.sh", ROOT / LONG[0], *LONG[1:], "--run_dir", run,
+                         cwd=tmp_path, PREFLIGHT="0")  # fmt: skip
+    started(cluster, run, count=1)
+    cluster.ask("scontrol", "requeue", job)
+    started(cluster, run, count=2)
+    cluster.ask("scancel", "--signal=USR1", "--batch", job)  # what Slurm sends before the time limit
+    restarted(cluster, job, 2)
+    cluster.ask("scontrol", "update", f"jobid={job}", "NumNodes=1-1", "NumTasks=1")
+    started(cluster, run, count=3)
+    cluster.ask("scancel", "--signal=USR1", job)  # to the step alone: to torchrun, past the batch script
+    completed(cluster, job, tmp_path)
+    begun = attempts(run, "started")
+    assert [one["world_size"] for one in begun] == [2, 2, 1, 1], said(tmp_path)
+    assert [one["reason"] for one in attempts(run, "stopped")] == ["SIGTERM", "SIGUSR1", "SIGUSR1"], said(tmp_path)
+    assert all(one["step"] % 15 for one in begun[1:] if one["step"] % 5), "resumed in mid-epoch"
+    assert "requeue 2 of 20" in attempts(run, "requeued")[0]["reason"]
+    assert "when Slurm ended the job" in attempts(run, "left to Slurm")[0]["reason"]
+    assert "attempt 4: finished" in cluster.job(job)["Comment"]
+    assert_same_bits(run, undisturbed)
+
+
+def test_the_time_limit_saves_requeues_and_leaves_the_bits_alone(cluster: Cluster, tmp_path: Path) -> None:
+    """Slurm's own warning: a limit of one minute, which a run of some two minutes meets."""
+    run, slow = tmp_path / "run", ("--epochs", 400, "--checkpoint.every_steps", 50)
+    job = cluster.sbatch("--time=1", "--signal=B:USR1@10", *OUT, ROOT / "slurm/train.sh", ROOT / LONG[0], *slow,
+                         "--run_dir", run, cwd=tmp_path)  # fmt: skip
+    restarted_by_limit = "SIGUSR1: time limit or preemption"
+    wait_for(lambda: bool(attempts(run, "requeued")), seconds=100, what=lambda: said(tmp_path))
+    step = attempts(run, "stopped")[0]["step"]
+    assert restarted_by_limit in attempts(run, "requeued")[0]["reason"]
+    started(cluster, run, count=2, saves=0)
+    assert attempts(run, "started")[1]["step"] == step
+    cluster.ask("scancel", job)
+    cluster.wait_for_state(job, "CANCELLED")
+    assert step > 0
+
+
+def test_a_lost_node_leaves_its_ranks_behind_and_the_job_goes_on_with_the_other(
+    cluster: Cluster, undisturbed: Path, tmp_path: Path
+) -> None:
+    """slurmd of n2 is killed and its link cut: its rank lives on, Slurm requeues, one node goes on from the last save."""
+    run = tmp_path / "run"
+    wait_for(cluster.is_idle, seconds=60, what=lambda: cluster.ask("sinfo"))  # else it begins on the one that is free
+    job = cluster.sbatch("--nodes=2", *OUT, ROOT / "slurm/train.sh", ROOT / LONG[0], *LONG[1:], "--run_dir", run,
+                         cwd=tmp_path, PREFLIGHT="0")  # fmt: skip
+    try:
+        started(cluster, run, count=1)
+        cluster.kill_node("n2")
+        cluster.hosts.cut("n2")
+        assert cluster.hosts.processes("n2"), "its ranks live on"
+        restarted(cluster, job, 1)
+        cluster.ask("scontrol", "update", f"jobid={job}", "NumNodes=1-1", "NumTasks=1")
+        completed(cluster, job, tmp_path)
+    finally:
+        cluster.hosts.mend("n2")
+        cluster.start_node("n2")
+    wait_for(cluster.is_idle, seconds=60, what=lambda: cluster.ask("sinfo"))
+    begun = attempts(run, "started")
+    assert [one["world_size"] for one in begun] == [2, 1], said(tmp_path)
+    assert begun[1]["step"] > 0
+    told = [*attempts(run, "left to Slurm"), *attempts(run, "lost")]
+    assert len(told) == 1, "attempts.jsonl says why the first attempt ended"
+    assert_same_bits(run, undisturbed)
+
+
+def test_the_script_of_a_lost_node_neither_writes_nor_requeues(cluster: Cluster, tmp_path: Path) -> None:
+    """slurmd of the first node is killed: its batch script lives on while Slurm begins the job anew on the other node."""
+    wait_for(cluster.is_idle, seconds=60, what=lambda: cluster.ask("sinfo"))
+    run = tmp_path / "run"
+    job = cluster.sbatch("--nodes=2", *OUT, ROOT / "slurm/train.sh", ROOT / LONG[0], *LONG[1:2], 400, *LONG[3:],
+                         "--run_dir", run, cwd=tmp_path, PREFLIGHT="0")  # fmt: skip
+    try:
+        started(cluster, run, count=1)
+        cluster.kill_node("n1")
+        restarted(cluster, job, 1)
+        cluster.ask("scontrol", "update", f"jobid={job}", "NumNodes=1-1", "NumTasks=1")
+        wait_for(
+            lambda: "another attempt of this job has begun" in said(tmp_path), seconds=60, what=lambda: said(tmp_path)
+        )
+        started(cluster, run, count=2)
+        assert cluster.job(job)["Restarts"] == "1"
+        assert attempts(run, "requeued") == []
+        assert len(attempts(run, "lost")) == 1, "the next attempt says why this one ended"
+        assert [one["host"] for one in attempts(run, "started")] == ["n1", "n2"]
+    finally:
+        cluster.ask("scancel", job)
+        cluster.start_node("n1")
+    wait_for(cluster.is_idle, seconds=60, what=lambda: cluster.ask("sinfo"))
+
+
+def test_what_will_repeat_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    """A bad setting fails in seconds; so does a loss that becomes infinite."""
+    debug = (ROOT / "slurm/train.sh", ROOT / "configs/debug.toml")
+    bad = cluster.sbatch(*OUT, *debug, "--optim.lrr", 1, cwd=tmp_path)
+    alone = cluster.sbatch("--nodes=2", *OUT, *debug, "--run_dir", tmp_path / "alone", cwd=tmp_path,
+                           RDZV_ADDRESS="127.0.1.1")  # fmt: skip
+    infinite = cluster.sbatch(
+        *OUT,
+        *debug,
+        "--optim.lr",
+        100,
+        "--optim.momentum",
+        0.99,
+        "--schedule.name",
+        "constant",
+        "--epochs",
+        20,
+        "--run_dir",
+        tmp_path / "run",
+        cwd=tmp_path,
+    )
+    for job, code in ((bad, 2), (alone, 2), (infinite, 3)):
+        assert cluster.wait_for_state(job, "FAILED", "COMPLETED") == "FAILED", said(tmp_path)
+        facts = cluster.job(job)
+        assert (facts["Restarts"], facts["ExitCode"]) == ("0", f"{code}:0"), said(tmp_path)
+    assert "did you mean optim.lr?" in (tmp_path / f"batch-{bad}.out").read_text()
+    assert (
+        "rendezvous address = 127.0.1.1: leads to 127.0.1.1, loopback" in (tmp_path / f"batch-{alone}.out").read_text()
+    )
+    assert "which would repeat" in cluster.job(infinite)["Comment"]
+
+
+def test_five_requeues_in_a_row_and_no_sixth(cluster: Cluster, tmp_path: Path) -> None:
+    """Warned as soon as it begins, again and again: nothing is trained, and the job ends at its bound."""
+    run = tmp_path / "run"
+    job = cluster.sbatch(*OUT, ROOT / "slurm/train.sh", ROOT / LONG[0], *LONG[1:], "--run_dir", run, cwd=tmp_path,
+                         MAX_REQUEUES="5")  # fmt: skip
+    for attempt in range(6):
+        begun = f"attempt {attempt + 1} on"
+        wait_for(lambda: begun in said(tmp_path), seconds=60, what=lambda: f"{cluster.job(job)}\n{said(tmp_path)}")  # noqa: B023
+        cluster.ask("scancel", "--signal=USR1", "--batch", job)
+    assert cluster.wait_for_state(job, "FAILED", "COMPLETED") == "FAILED", said(tmp_path)
+    facts = cluster.job(job)
+    assert (facts["Restarts"], facts["ExitCode"]) == ("5", "75:0"), said(tmp_path)
+    assert "MAX_REQUEUES = 5 is reached" in facts["Comment"]
+    assert len(attempts(run, "requeued")) == 5
+
+
+def test_launch_slurm_checks_prints_and_submits(cluster: Cluster, tmp_path: Path) -> None:
+    def ask(*words: object, fails: bool = False) -> str:
+        return cluster.ask(sys.executable, "-m", "launch.slurm", ROOT / LONG[0], "--run_dir", tmp_path / "run", *words,
+                           fails=fails)  # fmt: skip
+
+    held = ("--nodes", 2, "--sbatch=--hold", "--cpus-per-task", 2)
+    printed = ask(*held, "--dry-run")
+    assert shlex.split(printed)[:2] == ["sbatch", "--nodes=2"]
+    assert not (tmp_path / "run").exists()
+    told = ask(*held, "--seeds", 3, "--at-once", 1)
+    job = told.split()[-1]
+    try:
+        facts = cluster.job(job)
+        assert (facts["JobState"], facts["NumNodes"], facts["NumCPUs"]) == ("PENDING", "2-2", "4"), facts
+        assert len((tmp_path / "run/sweep.txt").read_text().splitlines()) == 3
+    finally:
+        cluster.ask("scancel", job)
+    for words, said_so in (
+        (("--nodes", 9), "exact.shards = 8 (auto) is less than the 9 processes"),
+        (("--nodes", 64, "--exact.shards", 0), "fewer than the 64 processes"),
+        (("--data.name", "cifar10", "--data.root", tmp_path / "none"), "none"),
+        (("--device", "cuda"), "no GPUs are asked for"),
+        (("--seeds", 2, "--sweep", "optim.lrr=1,2"), "did you mean optim.lr?"),
+    ):
+        text = ask(*words, fails=True)
+        assert said_so in text
+        assert "Traceback" not in text

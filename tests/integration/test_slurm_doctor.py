@@ -1,0 +1,94 @@
+"""launch.doctor on a real two-node Slurm: go where all is well, and which node is bad where one was made so."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from integration import cluster as slurm
+from integration.cluster import Cluster
+from integration.commands import ROOT
+
+SETTINGS = ("configs/debug.toml", "--run_dir")
+
+
+def test_alone_it_says_go_or_names_what_is_wrong(tmp_path: Path) -> None:
+    def ask(*words: object) -> tuple[int, str]:
+        command = [sys.executable, "-m", "launch.doctor", *SETTINGS, tmp_path / "run", *words]
+        done = subprocess.run(
+            list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    code, text = ask()
+    assert (code, "go: 1 node" in text) == (0, True), text
+    assert list((tmp_path / "run").iterdir()) == [], "the token is taken away"
+    code, text = ask("--data.name", "cifar10", "--data.root", tmp_path / "nothing", "--free-gib", 1e9)
+    assert code == 1, text
+    assert "no go: " in text
+    assert str(tmp_path / "nothing") in text
+    assert "GiB free, less than" in text
+    code, text = ask("--optim.lrr", 1)
+    assert (code, "did you mean optim.lr?" in text) == (2, True), text
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("slurm")) as started:
+        yield started
+
+
+def examined(cluster: Cluster, run: Path) -> tuple[bool, str]:
+    """Whether the doctor, called before the run by the script, let it begin; and what it said."""
+    job = cluster.sbatch("--nodes=2", "--output", run.parent / "batch.out", ROOT / "slurm/train.sh", ROOT / SETTINGS[0],
+                         "--epochs", 1, "--run_dir", run)  # fmt: skip
+    state = cluster.wait_for_state(job, "COMPLETED", "FAILED")
+    text = (run / f"slurm/{job}.log").read_text() + (run.parent / "batch.out").read_text()
+    if state == "FAILED":
+        facts = cluster.job(job)
+        assert (facts["Restarts"], facts["ExitCode"]) == ("0", "2:0"), text
+        assert "preflight: no go: n2" in facts["Comment"], facts["Comment"]
+    return state == "COMPLETED", text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.skipif(bool(slurm.why_none()), reason=f"no Slurm here: {slurm.why_none()}")
+def test_two_nodes_are_let_go_and_a_bad_one_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    good, text = examined(cluster, tmp_path / "run")
+    assert good, text
+    assert "go: 2 nodes" in text
+    assert text.count("GiB/s") == 2, text
+
+    on_n2 = ["nsenter", "-t", str(cluster.node_pid("n2")), "-m"]
+    hidden = tmp_path / "not-shared"
+    hidden.mkdir()
+    (hidden / "run").mkdir()
+    subprocess.run([*on_n2, "mount", "-t", "tmpfs", "none", str(hidden / "run")], check=True)
+    good, text = examined(cluster, hidden / "run")
+    assert not good
+    assert f"no go: n2: run_dir = {hidden / 'run'} is not shared" in text
+    assert text.count("no go: ") == 1, text
+
+    old = tmp_path / "METADATA"
+    metadata = next(Path(path) for path in _metadata_of("safetensors"))
+    shutil.copy(metadata, old)
+    old.write_text("".join(
+        "Version: 0.0.1\n" if line.startswith("Version: ") else line for line in old.read_text().splitlines(keepends=True)
+    ))  # fmt: skip
+    subprocess.run([*on_n2, "mount", "--bind", str(old), str(metadata)], check=True)
+    good, text = examined(cluster, tmp_path / "another")
+    assert not good
+    assert "no go: n2: safetensors 0.0.1, and the others have" in text
+    assert text.count("no go: ") == 1, text
+
+
+def _metadata_of(package: str) -> Iterator[str]:
+    from importlib import metadata
+
+    for file in metadata.files(package) or ():
+        if file.name == "METADATA":
+            yield str(file.locate())
