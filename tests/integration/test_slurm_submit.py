@@ -25,8 +25,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 def test_launch_slurm_checks_prints_and_submits(cluster: Cluster, tmp_path: Path) -> None:
     def ask(*words: object, fails: bool = False) -> str:
-        return cluster.ask(sys.executable, "-m", "launch.slurm", ROOT / "configs/debug.toml", "--run_dir", tmp_path / "run", *words,
-                           fails=fails)  # fmt: skip
+        command = (sys.executable, "-m", "launch.slurm", ROOT / "configs/debug.toml", "--run_dir", tmp_path / "run")
+        return cluster.ask(*command, *words, fails=fails)
 
     held = ("--nodes", 2, "--sbatch=--hold", "--cpus-per-task", 2)
     printed = ask(*held, "--dry-run")
