@@ -1,8 +1,6 @@
 """The scripts of slurm/ on a real two-node Slurm: preempted, requeued, bereft of a node, and the bits stay the same."""
 
 import re
-import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -233,32 +231,3 @@ def test_five_requeues_in_a_row_and_no_sixth(cluster: Cluster, tmp_path: Path) -
     assert (facts["Restarts"], facts["ExitCode"]) == ("5", "75:0"), said(tmp_path)
     assert "MAX_REQUEUES = 5 is reached" in facts["Comment"]
     assert len(attempts(run, "requeued")) == 5
-
-
-def test_launch_slurm_checks_prints_and_submits(cluster: Cluster, tmp_path: Path) -> None:
-    def ask(*words: object, fails: bool = False) -> str:
-        return cluster.ask(sys.executable, "-m", "launch.slurm", ROOT / LONG[0], "--run_dir", tmp_path / "run", *words,
-                           fails=fails)  # fmt: skip
-
-    held = ("--nodes", 2, "--sbatch=--hold", "--cpus-per-task", 2)
-    printed = ask(*held, "--dry-run")
-    assert shlex.split(printed)[:2] == ["sbatch", "--nodes=2"]
-    assert not (tmp_path / "run").exists()
-    told = ask(*held, "--seeds", 3, "--at-once", 1)
-    job = told.split()[-1]
-    try:
-        facts = cluster.job(job)
-        assert (facts["JobState"], facts["NumNodes"], facts["NumCPUs"]) == ("PENDING", "2-2", "4"), facts
-        assert len((tmp_path / "run/sweep.txt").read_text().splitlines()) == 3
-    finally:
-        cluster.ask("scancel", job)
-    for words, said_so in (
-        (("--nodes", 9), "exact.shards = 8 (auto) is less than the 9 processes"),
-        (("--nodes", 64, "--exact.shards", 0), "fewer than the 64 processes"),
-        (("--data.name", "cifar10", "--data.root", tmp_path / "none"), "none"),
-        (("--device", "cuda"), "no GPUs are asked for"),
-        (("--seeds", 2, "--sweep", "optim.lrr=1,2"), "did you mean optim.lr?"),
-    ):
-        text = ask(*words, fails=True)
-        assert said_so in text
-        assert "Traceback" not in text
