@@ -1,5 +1,6 @@
 """The scripts of slurm/ on a real two-node Slurm: preempted, requeued, bereft of a node, and the bits stay the same."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,20 +117,33 @@ def test_preempted_twice_and_then_on_one_node_it_ends_with_the_same_bits(
     assert_same_bits(run, undisturbed)
 
 
+def digests(run: Path) -> dict[str, dict[str, str]]:
+    """Of every tensor at each save, by the checkpoint's name."""
+    file = run / "digests.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {line["name"]: line["tensors"] for line in map(json.loads, lines)}
+
+
 def test_the_time_limit_saves_requeues_and_leaves_the_bits_alone(cluster: Cluster, tmp_path: Path) -> None:
-    """Slurm's own warning: a limit of one minute, which a run of some two minutes meets."""
-    run, slow = tmp_path / "run", ("--epochs", 400, "--checkpoint.every_steps", 50)
+    """Slurm's own warning, at a limit of one minute; what is saved after it is what a run without a limit saved."""
+    run, beside, slow = tmp_path / "run", tmp_path / "beside", ("--epochs", 400, "--checkpoint.every_steps", 50)
     job = cluster.sbatch("--time=1", "--signal=B:USR1@10", *OUT, ROOT / "slurm/train.sh", ROOT / LONG[0], *slow,
                          "--run_dir", run, cwd=tmp_path)  # fmt: skip
-    restarted_by_limit = "SIGUSR1: time limit or preemption"
-    wait_for(lambda: bool(attempts(run, "requeued")), seconds=100, what=lambda: said(tmp_path))
-    step = attempts(run, "stopped")[0]["step"]
-    assert restarted_by_limit in attempts(run, "requeued")[0]["reason"]
-    started(cluster, run, count=2, saves=0)
-    assert attempts(run, "started")[1]["step"] == step
+    with Command(torchrun(1, LONG[0], *slow, "--threads", 1, "--run_dir", beside), output=tmp_path / "output"):
+        wait_for(lambda: bool(attempts(run, "requeued")), seconds=100, what=lambda: said(tmp_path))
+        stopped_at = attempts(run, "stopped")[0]["step"]
+        assert "SIGUSR1: time limit or preemption" in attempts(run, "requeued")[0]["reason"]
+        started(cluster, run, count=2, saves=11)  # of five steps each, so a save of both runs is among them
+        assert attempts(run, "started")[1]["step"] == stopped_at > 0
+
+        def later() -> list[str]:
+            both = digests(run).keys() & digests(beside).keys()
+            return [name for name in both if int(name.split("-")[1]) > stopped_at]
+
+        wait_for(lambda: bool(later()), seconds=60, what=lambda: f"{digests(run).keys()}, {digests(beside).keys()}")
     cluster.ask("scancel", job)
     cluster.wait_for_state(job, "CANCELLED")
-    assert step > 0
+    assert all(digests(run)[name] == digests(beside)[name] for name in later())
 
 
 def test_a_lost_node_leaves_its_ranks_behind_and_the_job_goes_on_with_the_other(
