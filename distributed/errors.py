@@ -26,7 +26,7 @@ class InputError(ValueError):
 
     def __init__(self, *lines: str) -> None:
         super().__init__("\n".join(lines))
-        self.lines = lines
+        self.lines = tuple(str(self).splitlines())  # of a pickled one too, whose lines come as one text
 
     def tell(self) -> None:
         """Print the lines to stderr, each marked as an error."""

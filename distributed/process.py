@@ -23,7 +23,7 @@ def run_to_exit_code(config: TrainConfig, topology: Topology) -> int:
     """Train under signal handling; every way to end has its exit code."""
     logs.terminal_logs(topology.rank, level=config.logging.level)
     try:
-        with SignalStop() as stop:
+        with SignalStop(launched=topology.launched) as stop:
             state = train(config, stop=stop)
     except (InputError, NotFiniteError, StorageError) as error:
         for line in str(error).splitlines():

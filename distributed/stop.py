@@ -30,13 +30,16 @@ class Never:
 class SignalStop:
     """SIGTERM, SIGINT and SIGUSR1 ask to stop at the next step; a second SIGINT ends the process at once.
 
-    So does the death of the parent: ranks whose launcher was killed save and leave, instead of training on as orphans
+    So does the death of a launcher: ranks whose parent was killed save and leave, instead of training on as orphans
     in the way of their successors. The handler only sets a flag; nothing is saved inside it.
+
+    Args:
+        launched: whether the parent is a launcher; a shell may end and leave its command behind (nohup).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, launched: bool) -> None:
         self._reason: str | None = None
-        self._parent = os.getppid()
+        self._parent = os.getppid() if launched else None
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
@@ -52,7 +55,7 @@ class SignalStop:
         self._reason = signal.Signals(number).name
 
     def requested(self) -> str | None:
-        if self._reason is None and os.getppid() != self._parent:
+        if self._reason is None and self._parent not in (None, os.getppid()):
             self._reason = "the launcher's death"
         return self._reason
 

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from distributed.config import TrainConfig, help_text, load
 from distributed.data import cifar, sources
@@ -44,8 +44,12 @@ def main() -> int:
     return run_to_exit_code(config, topology)
 
 
-def checked_config(arguments: Sequence[str], topology: Topology) -> tuple[TrainConfig, bool]:
+def checked_config(
+    arguments: Sequence[str], topology: Topology, adapt: Callable[[TrainConfig], TrainConfig] | None = None
+) -> tuple[TrainConfig, bool]:
     """The config of these arguments with its data and run folder looked at, and whether that run is finished.
+
+    `adapt` is a launcher's own part: it takes out the section that is meant for it, and may raise InputError.
 
     Where the user named neither a config file nor data, CIFAR-10 is taken if it is there, else generated images, under
     a banner.
@@ -59,6 +63,10 @@ def checked_config(arguments: Sequence[str], topology: Topology) -> tuple[TrainC
         config, _ = load(arguments, default_data="generated10")
         if topology.is_main:
             print(_BANNER.format(root=root), file=sys.stderr)
+    if adapt:
+        config = adapt(config)
+    if config.scaling:
+        raise InputError("scaling is for python -m launch.ray_train, and would be ignored here; remove that section")
     if config.device != "auto" or config.exact.shards != "auto":  # else it depends on what torch will find
         config.check_world_size(topology.world_size, config.device)
     if config.engine.name == "deepspeed":

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distributed.config import load
+from distributed.config import TrainConfig, load
 from distributed.data import sources
 from distributed.errors import InputError
 from distributed.versions import versions
@@ -37,22 +37,23 @@ def main() -> int:
     given, words = parser.parse_known_args()
     index, count, node = place()
     report: Report = {"node": node, "index": index}
-    _find(report, "versions", versions)
-    _find(report, "code", digest_of_code)
-    _find(report, "devices", devices)
-    _find(report, "folder", lambda: folder(words, given.token, node))
-    _find(report, "data", lambda: data(words))
+    find(report, "versions", versions)
+    find(report, "code", digest_of_code)
+    find(report, "devices", devices)
+    find(report, "folder", lambda: folder(load(words)[0].run_dir, given.token, node))
+    find(report, "data", lambda: data(*load(words)))
     if count > 1:
         network = importlib.import_module("launch.network")
-        _find(report, "network", lambda: network.measure(given.address, given.port, index, count, given.seconds))
+        find(report, "network", lambda: network.measure(given.address, given.port, index, count, given.seconds))
     sys.stdout.write(f"{MARK}{json.dumps(report)}\n")
     sys.stdout.flush()
     os._exit(0)  # threads of gloo that wait for a dead peer must not keep the process
 
 
-def _find(report: Report, name: str, find: Callable[[], Any]) -> None:
+def find(report: Report, name: str, ask: Callable[[], Any]) -> None:
+    """Put into the report what `ask` returns, or the error that it ended in."""
     try:
-        report[name] = find()
+        report[name] = ask()
     except InputError as error:
         report[name] = {"error": " ".join(str(error).splitlines())}
     except Exception as error:  # of a node in any state
@@ -85,10 +86,8 @@ def devices() -> Report:
     }
 
 
-def folder(words: list[str], token: str, node: str) -> Report:
+def folder(run_dir: Path, token: str, node: str) -> Report:
     """Whether this node sees the doctor's file in the run folder and can put its own beside it; free space there."""
-    config, _ = load(words)
-    run_dir = config.run_dir
     found: Report = {"path": str(run_dir.absolute()), "sees_token": True}
     if token:
         deadline = time.monotonic() + 5  # network file systems show a new file late
@@ -101,9 +100,8 @@ def folder(words: list[str], token: str, node: str) -> Report:
     return found | {"free_gib": round(shutil.disk_usage(there).free / 2**30, 1), "writable": os.access(there, os.W_OK)}
 
 
-def data(words: list[str]) -> str:
+def data(config: TrainConfig, named: bool = True) -> str:
     """The data set is there, and whole as far as sizes tell."""
-    config, named = load(words)
     if not named:
         return "none named"
     sources.prepare(config.data)

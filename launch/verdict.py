@@ -28,19 +28,19 @@ def wrong(reports: Sequence[Report], expected: Sequence[str], *, token: bool, gp
         for node in expected
         if node not in answered
     ]
-    found += _versions(reports)
+    found += unlike_versions(reports)
     for report in reports:
-        found += _devices(report, reports, gpus) + _folder(report, token, free_gib)
-        if error := _error(report["data"]):
+        found += _devices(report, reports, gpus) + folder_faults(report, token=token, free_gib=free_gib)
+        if error := error_of(report["data"]):
             found.append(f"{report['node']}: data: {error}")
     return found + _network(reports)
 
 
-def _error(part: Any) -> str:
+def error_of(part: Any) -> str:
     return str(part.get("error", "")) if isinstance(part, dict) else ""
 
 
-def _versions(reports: Sequence[Report]) -> list[str]:
+def unlike_versions(reports: Sequence[Report]) -> list[str]:
     """What differs from what most nodes have, or from the first where there is no majority."""
     found = []
     packages = {name for report in reports for name in report["versions"]}
@@ -68,9 +68,9 @@ def _usual(values: Sequence[Any]) -> Any:
 
 def _devices(report: Report, reports: Sequence[Report], gpus: int) -> list[str]:
     node, own = report["node"], report["devices"]
-    if error := _error(own):
+    if error := error_of(own):
         return [f"{node}: devices: {error}; try python -c 'import torch; torch.cuda.init()' there"]
-    others = [other["devices"] for other in reports if not _error(other["devices"])]
+    others = [other["devices"] for other in reports if not error_of(other["devices"])]
     wanted = gpus or _usual([other["gpus"] for other in others])
     if own["gpus"] != wanted:
         return [f"{node}: {own['gpus']} GPUs, and {wanted} are expected; see nvidia-smi there, or --exclude={node}"]
@@ -82,9 +82,9 @@ def _devices(report: Report, reports: Sequence[Report], gpus: int) -> list[str]:
     return []
 
 
-def _folder(report: Report, token: bool, free_gib: float) -> list[str]:
+def folder_faults(report: Report, *, token: bool, free_gib: float) -> list[str]:
     node, own = report["node"], report["folder"]
-    if error := _error(own):
+    if error := error_of(own):
         return [f"{node}: run folder: {error}"]
     if token and not own["sees_token"]:
         return [f"{node}: run_dir = {own['path']} is not shared: it does not see what another node wrote; mount the shared "
@@ -101,7 +101,7 @@ def _network(reports: Sequence[Report]) -> list[str]:
     found, speeds = [], dict[tuple[str, str], float]()
     for report in reports:
         node, own = report["node"], report.get("network", {})
-        if error := _error(own):
+        if error := error_of(own):
             found.append(
                 f"{node}: network: {error}; see the firewall, the route (ip route get ADDRESS) and GLOO_SOCKET_IFNAME"
             )
@@ -135,7 +135,7 @@ def table(reports: Sequence[Report]) -> str:
     rows = [("node", "torch", "code", "GPUs", "cores", "memory", "free disk", "data", "slowest pair", "clock")]
     for report in sorted(reports, key=lambda one: one["index"]):
         devices, folder, network = (
-            part if isinstance(part := report.get(name, {}), dict) and not _error(part) else {}
+            part if isinstance(part := report.get(name, {}), dict) and not error_of(part) else {}
             for name in ("devices", "folder", "network")
         )
         speeds = [speed for speed in network.get("gib_per_second", {}).values() if speed]
@@ -143,7 +143,7 @@ def table(reports: Sequence[Report]) -> str:
         rows.append((
             report["node"], report["versions"].get("torch", "none"), str(report["code"])[:12], gpus,
             str(devices.get("cores", "?")), f"{devices.get('memory_gib', '?')} GiB", f"{folder.get('free_gib', '?')} GiB",
-            "bad" if _error(report["data"]) else str(report["data"]),
+            "bad" if error_of(report["data"]) else str(report["data"]),
             f"{min(speeds):.2f} GiB/s" if speeds else "-",
             f"{network['clock_seconds'] * 1000:+.0f} ms" if "clock_seconds" in network else "-",
         ))  # fmt: skip

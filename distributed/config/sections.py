@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import PlainValidator
 from pydantic_core import PydanticCustomError
 
-from distributed.config.section import Section, operational, setting
+from distributed.config.section import OptionalPath, Section, operational, setting
 
 
 class Model(Section):
@@ -100,3 +100,45 @@ class Logging(Section):
     profile_steps: int = operational(
         0, "profile this many steps of rank 0 after the attempt's first ten, into RUN/profile; 0: off", ge=0, le=1000
     )
+
+
+class Scaling(Section):
+    """What `launch.ray_train` asks a Ray cluster for; the other launchers have options of their own."""
+
+    num_workers: int = operational(2, "processes, a Ray worker each", ge=1, le=65536)
+    min_workers: int | None = operational(
+        None, "go on with as few as this where more are not to be had, and grow back; none: always num_workers", ge=1
+    )
+    cpus_per_worker: int = operational(
+        1, "cores reserved for a worker, and its threads unless `threads` says otherwise", ge=1, le=4096
+    )
+    gpus_per_worker: int = operational(0, "GPUs reserved for a worker", ge=0, le=1)
+    placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = operational(
+        "pack", "workers on few nodes or on many; strict: on one node, or no two on a node"
+    )
+    max_failures: int = operational(
+        3, "failures in a row, without a checkpoint between them, that are survived; drained nodes do not count", ge=0
+    )
+    wait_seconds: float = operational(60.0, "wait for room on the cluster before giving up", ge=0, le=1e7)
+    resize_seconds: float = operational(
+        30.0, "how often a run on fewer than num_workers looks for room to grow", gt=0, le=1e7
+    )
+    storage_path: OptionalPath = operational(None, "folder that all nodes share, in which a relative run_dir lies")
+
+    @property
+    def least_workers(self) -> int:
+        """The fewest that the run may go on with."""
+        return self.min_workers or self.num_workers
+
+    def conflicts(self, device: str) -> list[str]:
+        """Settings that are each valid but cannot stand together, a line each."""
+        found = []
+        if self.least_workers > self.num_workers:
+            found.append(
+                f"scaling.min_workers = {self.min_workers} is more than scaling.num_workers = {self.num_workers}: lower it"
+            )
+        if device == "cuda" and not self.gpus_per_worker:
+            found.append("device = cuda, and scaling.gpus_per_worker = 0: Ray would hide the GPUs; set it to 1")
+        if device == "cpu" and self.gpus_per_worker:
+            found.append("device = cpu, and scaling.gpus_per_worker = 1 reserves GPUs for nothing: set it to 0")
+        return found

@@ -19,6 +19,7 @@ from distributed.config.sections import (
     Logging,
     Loss,
     Model,
+    Scaling,
     Sgd,
 )  # fmt: skip
 from distributed.errors import InputError
@@ -64,6 +65,7 @@ class TrainConfig(Section):
     evaluation: Evaluation = setting(Evaluation(), "measuring on the validation and test splits")
     checkpoint: Checkpoint = setting(Checkpoint(), "when to save and what to keep")
     logging: Logging = setting(Logging(), "lines, curves")
+    scaling: Scaling | None = operational(None, "workers on a Ray cluster; for launch.ray_train only")
 
     def shards_on(self, device_type: str) -> int:
         """`exact.shards` with auto resolved for `cpu` or `cuda`; 0: exact mode is off."""
@@ -112,6 +114,8 @@ class TrainConfig(Section):
 def _conflicts(config: TrainConfig) -> list[str]:
     """Settings that are each valid but cannot stand together, a line each: what, and the remedy."""
     found = config.data.conflicts() + config.engine.conflicts(config.exact.shards, config.precision)
+    if config.scaling:
+        found += config.scaling.conflicts(config.device)
     optim, schedule, shards = config.optim, config.schedule, config.exact.shards
     micro_batch = config.global_batch_size // config.accumulation
     if isinstance(shards, int) and shards > max(1, micro_batch):

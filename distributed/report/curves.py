@@ -1,15 +1,17 @@
 """The curves of a run, and of several over each other. Imports no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from distributed.figures.style import COLOURS, INK, SPLITS, as_svg, figure
+from distributed.figures.style import COLOURS, INK, SPLITS, as_png, as_svg, figure
 from distributed.report.history import History
 from distributed.report.page import Absent, Html
 from distributed.report.words import drops
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _DASHES = ("-", "--", "-.", ":")
 _DOTTED_UP_TO = 30  # epochs; with more, points would hide the line
@@ -48,6 +50,23 @@ def overlaid_curves(runs: Sequence[History]) -> Html:
     Raises:
         Absent: none has finished an epoch.
     """
+    with _overlaid(runs) as (made, split):
+        return as_svg(made, label=f"training loss, {split} accuracy and learning rate of {len(runs)} runs over epochs")
+
+
+def overlaid_picture(runs: Sequence[History]) -> bytes:
+    """The same as a PNG.
+
+    Raises:
+        Absent: none has finished an epoch.
+    """
+    with _overlaid(runs) as (made, _):
+        return as_png(made)
+
+
+@contextmanager
+def _overlaid(runs: Sequence[History]) -> Iterator[tuple["Figure", str]]:
+    """The figure, and the split whose accuracy it shows."""
     if not any(run.epochs for run in runs):
         raise Absent("No run has finished an epoch yet, so there is nothing to draw.")
     split = "validation" if all(run.best("validation") for run in runs if run.epochs) else "test"
@@ -63,7 +82,7 @@ def overlaid_curves(runs: Sequence[History]) -> Html:
         losses.set_title("training loss")
         accuracies.set_title(f"{split} accuracy")
         made.legend(loc="outside lower center", ncols=4)
-        return as_svg(made, label=f"training loss, {split} accuracy and learning rate of {len(runs)} runs over epochs")
+        yield made, split
 
 
 def throughput(run: History) -> Html:

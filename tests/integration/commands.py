@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,16 @@ def torchrun(
 class Command:
     """A started command, its output in a file; leaving the context kills it and all of its descendants."""
 
-    def __init__(self, arguments: Sequence[str], *, output: Path, cwd: Path = ROOT, **popen: Any) -> None:
+    def __init__(
+        self, arguments: Sequence[str], *, output: Path, cwd: Path = ROOT, more: Mapping[str, str] | None = None,
+        **popen: Any,
+    ) -> None:  # fmt: skip
         self.output = output
         self._seen: set[int] = set()
         with output.open("ab") as file:
             self.process = subprocess.Popen(
                 arguments, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=cwd,
-                env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, **popen,
+                env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **(more or {})}, **popen,
             )  # fmt: skip
 
     def __enter__(self) -> "Command":

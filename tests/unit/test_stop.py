@@ -67,7 +67,7 @@ def test_only_rank_0_looks_at_the_clock(monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_asks_to_stop_and_handlers_are_put_back(number):
     before = signal.getsignal(number)
-    with SignalStop() as stop:
+    with SignalStop(launched=True) as stop:
         assert stop.requested() is None
         os.kill(os.getpid(), number)
         assert stop.requested() == number.name
@@ -75,6 +75,12 @@ def test_a_signal_asks_to_stop_and_handlers_are_put_back(number):
 
 
 def test_the_death_of_the_launcher_asks_to_stop(monkeypatch):
-    with SignalStop() as stop:
+    with SignalStop(launched=True) as stop:
         monkeypatch.setattr(os, "getppid", lambda: 1)
         assert stop.requested() == "the launcher's death"
+
+
+def test_a_command_outlives_the_shell_it_was_typed_in(monkeypatch):
+    with SignalStop(launched=False) as stop:
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert stop.requested() is None

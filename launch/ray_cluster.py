@@ -1,0 +1,186 @@
+"""What a Ray cluster has room for, and whether each of its nodes can take part in a run."""
+
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray._private.state
+from loguru import logger
+from ray.autoscaler.sdk import request_resources
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from distributed.config import TrainConfig
+from distributed.config.sections import Scaling
+from distributed.errors import InputError
+from distributed.topology import host
+from distributed.versions import versions
+from launch import probe, verdict
+from launch.ray_worker import draining_nodes
+
+_SETTLE_SECONDS = 5.0  # in which what a lost attempt held comes free
+_ANSWER_SECONDS = 120.0
+
+
+class NoRoom(InputError):
+    """The cluster did not have what was asked for in the time that the config gives it."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many workers fit."""
+
+    now: int
+    if_empty: int
+    """Were nothing else running."""
+    words: str
+    """What is there, for a message."""
+
+
+def room(scaling: Scaling) -> Room:
+    """Over all nodes that are alive and not about to go."""
+    free, drained = ray._private.state.state.available_resources_per_node(), draining_nodes()
+    nodes = _nodes()
+    now = [_fitting(scaling, free.get(node["NodeID"], {})) for node in nodes]
+    if_empty = [_fitting(scaling, node["Resources"]) for node in nodes]
+    words = []
+    for node in nodes:
+        there, left = node["Resources"], free.get(node["NodeID"], {})
+        parts = [
+            f"{left.get(name, 0):g} of {there[name]:g} {name}s free" for name in ("CPU", "GPU") if there.get(name, 0)
+        ]
+        words.append(f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}): {', '.join(parts) or 'no CPUs'}")
+    drains = f"; {len(drained)} more about to go" if drained else ""
+    return Room(_together(scaling, now), _together(scaling, if_empty), "; ".join(words) + drains)
+
+
+def _nodes() -> list[dict[str, Any]]:
+    """Those that new work may go to."""
+    drained, known = draining_nodes(), ray._private.state.state.node_table()
+    return [node for node in known if node["Alive"] and node["NodeID"] not in drained]
+
+
+def _fitting(scaling: Scaling, resources: dict[str, float]) -> int:
+    count = int(resources.get("CPU", 0) // scaling.cpus_per_worker)
+    return min(count, int(resources.get("GPU", 0) // scaling.gpus_per_worker)) if scaling.gpus_per_worker else count
+
+
+def _together(scaling: Scaling, each: list[int]) -> int:
+    if scaling.placement == "strict_pack":
+        return max(each, default=0)
+    return sum(min(1, one) for one in each) if scaling.placement == "strict_spread" else sum(each)
+
+
+def wait_for_room(scaling: Scaling, stopped: Callable[[], str | None]) -> int:
+    """How many workers to start: all that are wanted as soon as they fit, or as many as there is room for, once it is
+    clear that there will not be more. 0 where a stop was asked for meanwhile.
+
+    Raises:
+        NoRoom: not even the fewest fit, with what is there and what is asked.
+    """
+    begin, told = time.monotonic(), False
+    least, most = scaling.least_workers, scaling.num_workers
+    each = f"{scaling.cpus_per_worker} CPU" + (", 1 GPU" if scaling.gpus_per_worker else "")
+    while not stopped():
+        found, waited = room(scaling), time.monotonic() - begin
+        if found.now >= most:
+            break
+        if found.now >= least and (waited > _SETTLE_SECONDS or found.now >= min(found.if_empty, most)):
+            break
+        of = "" if least == most else f" to {most}"
+        why = (
+            f"{least}{of} workers of {each} each are asked for ({scaling.placement}), and the cluster has room for "
+            f"{found.now} now, {found.if_empty} when nothing else runs: {found.words or 'no node'}"
+        )
+        if waited > scaling.wait_seconds:
+            _ask_autoscaler(scaling, 0)
+            raise NoRoom(
+                f"{why}; lower scaling.num_workers, set scaling.min_workers, add nodes, or raise scaling.wait_seconds"
+            )
+        if not told and waited > min(_SETTLE_SECONDS, scaling.wait_seconds):
+            logger.warning("{}; waiting up to {:g} s for it", why, scaling.wait_seconds)
+            _ask_autoscaler(scaling, most)
+            told = True
+        time.sleep(0.5)
+    else:
+        return 0
+    if told:
+        _ask_autoscaler(scaling, 0)
+    return min(found.now, most)
+
+
+def _ask_autoscaler(scaling: Scaling, workers: int) -> None:
+    """Nobody listens where nodes do not come by themselves."""
+    bundle = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.gpus_per_worker else {})
+    request_resources(bundles=[bundle] * workers)
+
+
+def check_nodes(config: TrainConfig, scaling: Scaling) -> None:
+    """Ask each node that may be given workers whether it sees the run folder and the data, and runs the same code. Where
+    workers can only come to this machine, there is nothing to ask.
+
+    Raises:
+        InputError: a line for each failure, with the node and the remedy.
+    """
+    nodes = {node["NodeID"]: node["NodeManagerHostname"] for node in _nodes() if _fitting(scaling, node["Resources"])}
+    if nodes.keys() <= {ray.get_runtime_context().get_node_id()}:
+        return
+    token = f".node-{uuid.uuid4().hex[:12]}"
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        (config.run_dir / token).write_text("", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"run_dir = {config.run_dir}: {error.strerror}; give another with --run_dir") from None
+    try:
+        failures = _ask_nodes(nodes, config, token)
+    finally:
+        for file in config.run_dir.glob(f"{token}*"):
+            file.unlink(missing_ok=True)
+    if failures:
+        raise InputError(*failures)
+
+
+def _ask_nodes(nodes: dict[str, str], config: TrainConfig, token: str) -> list[str]:
+    """A line for each thing that is wrong on a node."""
+    asked = {
+        node: _look_around.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+            f"{name} ({node[:8]})", config.model_dump_json(), token
+        )
+        for node, name in nodes.items()
+    }
+    answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_SECONDS)
+    reports, failures = [_about(host(), config, "", index=-1)], []
+    for node, answer in asked.items():
+        try:
+            if answer not in answered:
+                raise TimeoutError(f"no answer in {_ANSWER_SECONDS:g} s")
+            report = ray.get(answer)
+        except Exception as error:
+            failures.append(f"{nodes[node]} ({node[:8]}): {str(error).strip().splitlines()[-1]}; see ray status")
+            continue
+        reports.append(report)
+        failures += verdict.folder_faults(report, token=True, free_gib=0)
+        if not (config.run_dir / f"{token}.{report['node']}").exists() and not failures:
+            failures.append(f"{report['node']}: run_dir = {config.run_dir}: what it writes there does not come to this node; "
+                            "mount the same storage on both")  # fmt: skip
+        if trouble := verdict.error_of(report["data"]):
+            failures.append(f"{report['node']}: data: {trouble}")
+    return failures + verdict.unlike_versions(reports)
+
+
+@ray.remote(num_cpus=0, max_retries=1)
+def _look_around(name: str, config: str, token: str) -> dict[str, Any]:
+    return _about(name, TrainConfig.model_validate_json(config), token, index=0)
+
+
+def _about(name: str, config: TrainConfig, token: str, *, index: int) -> dict[str, Any]:
+    """The report of this node, as `launch.verdict` reads it."""
+    report: dict[str, Any] = {"node": name, "index": index}
+    probe.find(report, "versions", versions)
+    probe.find(report, "code", probe.digest_of_code)
+    probe.find(report, "folder", lambda: probe.folder(Path(config.run_dir), token, name))
+    probe.find(report, "data", lambda: probe.data(config))
+    return report

@@ -1,0 +1,220 @@
+"""The driver of a run on a Ray cluster: attempt after attempt, each a `TorchTrainer`, until the run is finished or cannot be.
+
+What Ray Train would do by itself is done here, where nothing is lost by it: it would grow an elastic run by killing its
+workers, and try bad input again. Here workers are asked to save and return first, and only what may go better is repeated.
+"""
+
+import logging
+import os
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Read when ray is imported, and handed on to its workers. Lines come once, from every rank, and Ray does not fold those
+# that are alike. Its watcher of drained nodes is not needed beside `ClusterStop`. The last makes the dashboard list runs.
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
+
+import ray
+import ray.train
+from loguru import logger
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from distributed import logs
+from distributed.config import TrainConfig
+from distributed.config.sections import Scaling
+from distributed.errors import ExitCode, InputError, NotFiniteError, StorageError
+from distributed.run_folder import RunFolder
+from distributed.stop import SignalStop, StopSource
+from launch.ray_cluster import NoRoom, check_nodes, room, wait_for_room
+from launch.ray_settings import Training
+from launch.ray_worker import ask_to_stop, forget, train_on_worker
+
+_GROWTH = "the driver, to go on with more workers"
+_POLL_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended."""
+
+    code: ExitCode | None
+    """With which the run is over; None: another attempt."""
+    counts: bool = False
+    """Whether it is a failure, of which there may be only so many."""
+
+
+def run(training: Training) -> ExitCode:
+    """Train on the cluster, through lost workers and nodes; the exit code says how it ended."""
+    try:
+        with connected(training.config.logging.level), SignalStop(launched=False) as stop:
+            return attempts(training.config, training.scaling, stop)
+    except InputError as error:
+        for line in error.lines:
+            logger.error("{}", line)
+        return ExitCode.BAD_INPUT
+
+
+@contextmanager
+def connected(level: str) -> Iterator[None]:
+    """This process as a driver: of the cluster that RAY_ADDRESS names or that runs here, else of one of its own."""
+    logs.terminal_logs(0, level=level)
+    ray.init(logging_level=logging.WARNING, log_to_driver=True)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def attempts(config: TrainConfig, scaling: Scaling, stop: StopSource, callbacks: Sequence[Any] = ()) -> ExitCode:
+    """Attempt after attempt, of which `callbacks` hear what is reported.
+
+    Raises:
+        InputError: the cluster has no room for the first one, or a node cannot take part.
+    """
+    failures, begun, saved = 0, False, _saved_step(config)
+    while True:
+        try:
+            workers = wait_for_room(scaling, stop.requested)
+        except NoRoom as error:
+            if not begun:
+                raise
+            logger.error("{}", error)
+            logger.error(
+                "stopped at step {}, everything saved; the same command goes on from here", _saved_step(config)
+            )
+            return ExitCode.STOPPED
+        if not workers:
+            logger.warning("stopped by {} between two attempts; the same command goes on", stop.requested())
+            return ExitCode.STOPPED
+        check_nodes(config, scaling)
+        begun, before, saved = True, saved, _saved_step(config)
+        if saved > before:
+            failures = 0
+        ending = attempt(config, scaling, workers, stop, callbacks)
+        if ending.code is not None:
+            return ending.code
+        failures += ending.counts
+        if failures > scaling.max_failures and _saved_step(config) <= saved:
+            logger.error(
+                "given up after {} failure{} in a row without a new checkpoint (scaling.max_failures = {})",
+                failures, "s" if failures > 1 else "", scaling.max_failures,
+            )  # fmt: skip
+            return ExitCode.FAILED
+
+
+def attempt(config: TrainConfig, scaling: Scaling, workers: int, stop: StopSource, callbacks: Sequence[Any]) -> Ending:
+    """One attempt on that many workers."""
+    key = uuid.uuid4().hex
+    logger.info("starting {} worker{}", workers, "s" if workers > 1 else "")
+    growth = Growth(scaling, workers)
+    with ThreadPoolExecutor(1) as thread:  # not the main thread, where Ray would take Ctrl-C for itself and abort
+        result = thread.submit(trainer(config, scaling, workers, key, callbacks).fit)
+        asked = False
+        while not wait([result], timeout=_POLL_SECONDS).done:
+            if not asked and (reason := stop.requested() or growth.wanted()):
+                ask_to_stop(key, reason)
+                asked = True
+    forget(key)
+    return _ending(config, result)
+
+
+class Growth:
+    """Looks now and then whether a run on fewer workers than it wants could have more."""
+
+    def __init__(self, scaling: Scaling, workers: int) -> None:
+        self._scaling, self._possible = scaling, workers < scaling.num_workers
+        self._looked, self._seen = time.monotonic(), False
+
+    def wanted(self) -> str | None:
+        """The reason to stop for, once there was room at two looks: a node that died counts as free for a while."""
+        if not self._possible or time.monotonic() - self._looked < self._scaling.resize_seconds:
+            return None
+        before, self._seen = self._seen, room(self._scaling).now > 0
+        self._looked = time.monotonic()
+        return _GROWTH if before and self._seen else None
+
+
+def trainer(
+    config: TrainConfig, scaling: Scaling, workers: int, stop_key: str, callbacks: Sequence[Any]
+) -> TorchTrainer:
+    """A Ray Train V2 trainer whose workers run the recipe. What Ray writes down of it lies in RUN/ray."""
+    v2: Any = ray.train  # its types are those of the first version
+    resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.gpus_per_worker else {})
+    worker: Any = train_on_worker
+    return TorchTrainer(
+        worker,
+        train_loop_config={"config": config.model_dump_json(), "stop_key": stop_key},
+        # Ray makes the process group; flags and counters are host numbers, so that gloo is there beside NCCL.
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if scaling.gpus_per_worker else "gloo",
+            timeout_s=max(1, int(config.timeout_seconds)),
+        ),
+        scaling_config=v2.ScalingConfig(
+            num_workers=workers,
+            use_gpu=bool(scaling.gpus_per_worker),
+            resources_per_worker=resources,
+            placement_strategy=scaling.placement.upper(),
+        ),
+        run_config=v2.RunConfig(
+            name="ray",
+            storage_path=str(config.run_dir),
+            failure_config=v2.FailureConfig(max_failures=0, controller_failure_limit=0),
+            logging_config=v2.LoggingConfig(log_level="WARNING"),
+            callbacks=list(callbacks),
+        ),
+    )
+
+
+def _ending(config: TrainConfig, result: "Future[Any]") -> Ending:
+    error = result.exception()
+    if error is None:
+        return _ending_by_return(config, result.result().return_value or {})
+    causes = _causes(error)
+    for cause in causes.values():
+        if isinstance(cause, InputError | NotFiniteError | StorageError):
+            for line in str(cause).splitlines():
+                logger.error("{}", line)
+            return Ending(ExitCode(cause.exit_code))
+    for rank, cause in causes.items() or [(None, error)]:
+        lines = [line for line in str(cause).splitlines() if line.strip()]
+        logger.error(
+            "{}: {}: {}", "Ray" if rank is None else f"rank {rank}", type(cause).__name__, lines[0] if lines else ""
+        )
+    logger.opt(exception=error).debug("what Ray said")
+    logger.warning("the attempt failed; the last checkpoint is of step {}", _saved_step(config))
+    return Ending(None, counts=not isinstance(error, ray.train.PreemptionError))
+
+
+def _ending_by_return(config: TrainConfig, stand: dict[str, Any]) -> Ending:
+    reason = stand.get("stopped_by")
+    if not reason:
+        logger.info(
+            "finished after {} epochs, {} steps; all of it in {}", stand["epoch"], stand["step"], config.run_dir
+        )
+        return Ending(ExitCode.FINISHED)
+    logger.info("stopped by {} at step {}, everything saved", reason, stand["step"])
+    if reason == _GROWTH or reason.startswith("the drain"):
+        return Ending(None)
+    logger.warning("the same command goes on from here")
+    return Ending(ExitCode.STOPPED)
+
+
+def _causes(error: BaseException) -> dict[int, BaseException]:
+    """What each rank failed with, those whose peers were lost last: they say least."""
+    causes = dict(getattr(error, "worker_failures", {}))
+    return dict(sorted(causes.items(), key=lambda one: isinstance(one[1], RuntimeError)))
+
+
+def _saved_step(config: TrainConfig) -> int:
+    """Of the newest checkpoint; -1 where there is none."""
+    state = (RunFolder(Path(config.run_dir)).newest_state() or {}).get("state")
+    return int(state.get("step", 0)) if isinstance(state, dict) else -1
