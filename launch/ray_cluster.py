@@ -21,6 +21,7 @@ from distributed.versions import versions
 from launch import probe, verdict
 from launch.ray_worker import draining_nodes
 
+_state: Any = ray._private.state.state  # per node; what is public tells only the sum over all nodes
 _SETTLE_SECONDS = 5.0  # in which what a lost attempt held comes free
 _ANSWER_SECONDS = 120.0
 
@@ -42,7 +43,7 @@ class Room:
 
 def room(scaling: Scaling) -> Room:
     """Over all nodes that are alive and not about to go."""
-    free, drained = ray._private.state.state.available_resources_per_node(), draining_nodes()
+    free, drained = _state.available_resources_per_node(), draining_nodes()
     nodes = _nodes()
     now = [_fitting(scaling, free.get(node["NodeID"], {})) for node in nodes]
     if_empty = [_fitting(scaling, node["Resources"]) for node in nodes]
@@ -59,7 +60,7 @@ def room(scaling: Scaling) -> Room:
 
 def _nodes() -> list[dict[str, Any]]:
     """Those that new work may go to."""
-    drained, known = draining_nodes(), ray._private.state.state.node_table()
+    drained, known = draining_nodes(), _state.node_table()
     return [node for node in known if node["Alive"] and node["NodeID"] not in drained]
 
 

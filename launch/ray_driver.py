@@ -118,13 +118,12 @@ def attempt(config: TrainConfig, scaling: Scaling, workers: int, stop: StopSourc
     growth = Growth(scaling, workers)
     with ThreadPoolExecutor(1) as thread:  # not the main thread, where Ray would take Ctrl-C for itself and abort
         result = thread.submit(trainer(config, scaling, workers, key, callbacks).fit)
-        asked = False
+        asked: str | None = None
         while not wait([result], timeout=_POLL_SECONDS).done:
-            if not asked and (reason := stop.requested() or growth.wanted()):
-                ask_to_stop(key, reason)
-                asked = True
+            if not asked and (asked := stop.requested() or growth.wanted()):
+                ask_to_stop(key, asked)
     forget(key)
-    return _ending(config, result)
+    return _ending(config, result, stopped=bool(asked) and asked != _GROWTH)
 
 
 class Growth:
@@ -174,10 +173,11 @@ def trainer(
     )
 
 
-def _ending(config: TrainConfig, result: "Future[Any]") -> Ending:
+def _ending(config: TrainConfig, result: "Future[Any]", *, stopped: bool) -> Ending:
+    """Args: stopped: whether the driver was asked to stop."""
     error = result.exception()
     if error is None:
-        return _ending_by_return(config, result.result().return_value or {})
+        return _ending_by_return(config, result.result().return_value, stopped=stopped)
     causes = _causes(error)
     for cause in causes.values():
         if isinstance(cause, InputError | NotFiniteError | StorageError):
@@ -191,18 +191,18 @@ def _ending(config: TrainConfig, result: "Future[Any]") -> Ending:
         )
     logger.opt(exception=error).debug("what Ray said")
     logger.warning("the attempt failed; the last checkpoint is of step {}", _saved_step(config))
-    return Ending(None, counts=not isinstance(error, ray.train.PreemptionError))
+    return Ending(ExitCode.STOPPED if stopped else None, counts=True)
 
 
-def _ending_by_return(config: TrainConfig, stand: dict[str, Any]) -> Ending:
-    reason = stand.get("stopped_by")
+def _ending_by_return(config: TrainConfig, stand: dict[str, Any], *, stopped: bool) -> Ending:
+    reason = stand["stopped_by"]
     if not reason:
         logger.info(
             "finished after {} epochs, {} steps; all of it in {}", stand["epoch"], stand["step"], config.run_dir
         )
         return Ending(ExitCode.FINISHED)
     logger.info("stopped by {} at step {}, everything saved", reason, stand["step"])
-    if reason == _GROWTH or reason.startswith("the drain"):
+    if not stopped:
         return Ending(None)
     logger.warning("the same command goes on from here")
     return Ending(ExitCode.STOPPED)

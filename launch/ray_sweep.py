@@ -85,7 +85,7 @@ def _trial(space: dict[str, Any], *, trainings: Sequence[Training], scaling: Sca
     logs.terminal_logs(0, level=training.config.logging.level)
     logger.info("{} begins", training.name)
     tells_tune: Any = TuneReportCallback
-    with ClusterStop(stop_key) as stop:
+    with ClusterStop(stop_key, nodes={}) as stop:
         code = attempts(training.config, scaling, stop, callbacks=[tells_tune()])
     tune.report({"exit_code": int(code)})
 

@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,7 @@ from loguru import logger
 from ray.experimental import internal_kv
 from ray.util.metrics import Gauge
 
-from distributed import logs
+from distributed import collectives, logs
 from distributed.config import TrainConfig
 from distributed.metrics import EpochMetrics, TrainMetrics
 from distributed.recipe import train
@@ -43,14 +44,17 @@ def draining_nodes() -> set[str]:
 
 
 class ClusterStop:
-    """A request under a key, or the notice that this worker's node is about to go. A context; also a `StopSource`.
+    """A request under a key, or the notice that a node is about to go. A context; also a `StopSource`.
 
     A thread looks, since each look is a call over the network and the loop asks after every step. Ray's own
     `get_preemption_info` would be a barrier of all workers.
+
+    Args:
+        nodes: names of the nodes that matter, by their ids.
     """
 
-    def __init__(self, key: str) -> None:
-        self._key, self._node = key, ray.get_runtime_context().get_node_id()
+    def __init__(self, key: str, nodes: Mapping[str, str]) -> None:
+        self._key, self._nodes = key, nodes
         self._reason: str | None = None
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._look, name="stop", daemon=True)
@@ -62,11 +66,13 @@ class ClusterStop:
         while self._reason is None and not self._left.wait(_LOOK_SECONDS):
             try:
                 asked = internal_kv._internal_kv_get(self._key, namespace=_NAMESPACE)
-                drained = self._node in draining_nodes()
+                drained = draining_nodes() & self._nodes.keys()
             except Exception as error:  # the head is away for a moment; a worker that it gives up is ended by Ray
                 logger.debug("no answer from the cluster: {}", error)
                 continue
-            self._reason = asked.decode() if asked else f"the drain of node {host()}" if drained else None
+            self._reason = (
+                asked.decode() if asked else f"the drain of node {self._nodes[drained.pop()]}" if drained else None
+            )
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -123,6 +129,8 @@ def train_on_worker(given: dict[str, str]) -> dict[str, Any]:
     print(
         f"rank {topology.rank} of {topology.world_size}: process {os.getpid()} on {host()}", file=sys.stderr, flush=True
     )
-    with ClusterStop(given["stop_key"]) as stop:
+    # Of all workers, so that rank 0 can say which it was.
+    nodes = dict(collectives.gather_objects((ray.get_runtime_context().get_node_id(), host())))
+    with ClusterStop(given["stop_key"], nodes) as stop:
         state = train(config, stop=stop, sinks=[RayReport(config.run_dir, is_main=topology.is_main)])
     return {"stopped_by": state.stop_reason, "step": state.step, "epoch": state.epoch}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from integration.cluster import wait_for
 from integration.commands import Command, assert_same_bits, attempts, kill, metrics, status, torchrun
 from integration.ray_nodes import RayCluster
 
@@ -134,3 +135,81 @@ def test_a_killed_driver_and_the_same_command_again(cluster: RayCluster, undistu
                 assert command.wait() == 0, command.text
     assert len(attempts(run, "started")) == 2
     assert_same_bits(run, undisturbed)
+
+
+def submitted(cluster: RayCluster, name: str, *words: object, fails: bool = False) -> str:
+    """What `ray job submit` says of a training that it waits for, as the documentation writes it."""
+    return cluster.ask("job", "submit", "--submission-id", name, "--runtime-env", "launch/ray_job.yaml", "--working-dir", ".",
+                       *words, fails=fails)  # fmt: skip
+
+
+def test_a_job_is_stopped_with_nothing_lost_and_submitted_again(
+    cluster: RayCluster, undisturbed: Path, tmp_path: Path
+) -> None:
+    cluster.have("n1", "n2")
+    run = tmp_path / "run"
+    train = ("--", "python", "-m", "launch.ray_train", *LONG, "--run_dir", run)
+    submitted(cluster, "first", "--no-wait", *train)
+    wait_for(lambda: run.exists() and len(attempts(run, "started")) > 0 and status(run)["step"] > 0, seconds=90,
+             what=lambda: cluster.ask("job", "logs", "first"))  # fmt: skip
+    cluster.ask("job", "stop", "first")
+    stopped = attempts(run, "stopped")
+    assert [line["reason"] for line in stopped] == ["SIGTERM"]
+    assert stopped[0]["step"] % 5, "between two saves"
+
+    text = submitted(cluster, "again", *train)
+    assert attempts(run, "started")[1]["step"] == stopped[0]["step"], "no step was lost"
+    assert_same_bits(run, undisturbed)
+    lines = [line.partition(") ")[2] for line in text.splitlines() if line.startswith("(RayTrainWorker")]
+    assert sum("process" in line for line in lines) == 2, text  # both ranks are heard
+    progress = [line for line in lines if " step " in line]
+    assert len(progress) == len(set(progress)) > 10, text
+    assert "\r" not in text
+
+    (tmp_path / "not shared").mkdir()
+    refused = submitted(cluster, "wrong", "--", "python", "-m", "launch.ray_train", "configs/debug.toml", fails=True)
+    assert "run_dir = runs/debug: relative, and a worker runs in a folder of its own" in refused
+    there = submitted(cluster, "look", "--", "python", "-c", "import os; print(sorted(os.listdir()))")
+    assert "'distributed'" in there
+    assert not {"'.venv'", "'runs'", "'data'", "'.git'"} & set(re.findall(r"'[^']*'", there))
+
+
+def test_more_than_there_is_room_for_and_what_would_fail_again(cluster: RayCluster, tmp_path: Path) -> None:
+    cluster.have("n1", "n2")
+    large = ("--scaling.num_workers", 3, "--scaling.wait_seconds", 0)
+    with cluster.train(*SHORT, *large, "--run_dir", tmp_path / "large", output=tmp_path / "large.out") as command:
+        assert command.wait() == 2, command.text
+    assert "3 workers of 1 CPU each are asked for (pack), and the cluster has room for 2 now" in command.text
+    assert not (tmp_path / "large").exists()
+
+    infinite = ("--optim.lr", 100, "--optim.momentum", 0.99, "--schedule.name", "constant", "--epochs", 20)
+    run = tmp_path / "infinite"
+    with cluster.train("configs/debug.toml", *infinite, "--run_dir", run, output=tmp_path / "infinite.out") as command:
+        assert command.wait() == 3, command.text
+    assert len(attempts(run, "started")) == 1, "what would repeat is not tried again"
+
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    cluster.kill("n2")
+    cluster.add("n4", hidden=hidden)
+    with cluster.train(*SHORT, "--run_dir", hidden / "run", output=tmp_path / "hidden.out") as command:
+        assert command.wait() == 2, command.text
+    assert f"run_dir = {hidden / 'run'} is not shared" in command.text
+    assert "Traceback" not in command.text
+
+
+def test_a_sweep_trains_each_and_names_the_best(cluster: RayCluster, tmp_path: Path) -> None:
+    cluster.have("n1", "n2")
+    words = (*SHORT, "--sweep.optim.lr", "0.1,0.000001", "--scaling.num_workers", 1, "--run_dir", tmp_path / "sweep")
+    with cluster.train(*words, output=tmp_path / "output") as command:
+        assert command.wait() == 0, command.text
+    for name in ("optim.lr=0.1", "optim.lr=0.000001"):
+        assert status(tmp_path / "sweep" / name)["status"] == "finished"
+        assert re.search(rf"^{name} +finished", (tmp_path / "sweep/summary.txt").read_text(), re.M)
+    best = (tmp_path / "sweep/best.toml").read_text()
+    assert re.search(r"^lr = (0\.1|1e-06)$", best, re.M)
+    assert f"best: {best.splitlines()[0].removeprefix('# ').partition(':')[0]}" in command.text
+    assert (tmp_path / "sweep/sweep.png").stat().st_size > 10_000
+    with cluster.train(*words, output=tmp_path / "again") as command:
+        assert command.wait() == 0, command.text
+    assert "begins" not in command.text, "what is finished is not trained again"
