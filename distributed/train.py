@@ -66,7 +66,10 @@ def checked_config(
     if adapt:
         config = adapt(config)
     if config.scaling:
-        raise InputError("scaling is for python -m launch.ray_train, and would be ignored here; remove that section")
+        raise InputError(
+            f"scaling.num_workers = {config.scaling.num_workers}: scaling is for python -m launch.ray_train, and would be "
+            "ignored here; remove that section"
+        )
     if config.device != "auto" or config.exact.shards != "auto":  # else it depends on what torch will find
         config.check_world_size(topology.world_size, config.device)
     if config.engine.name == "deepspeed":

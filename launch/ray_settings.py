@@ -100,7 +100,7 @@ def without_sweep(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]
             )
         if setting in sweep or setting in ("run_dir", "epochs") or setting.startswith("scaling"):
             raise InputError(
-                f"command line: --sweep.{setting}: cannot be swept, or is twice; sweep other settings of the training"
+                f"command line: --sweep.{setting}: given twice, or cannot be swept; sweep other settings of the training"
             )
         sweep[setting] = values
     return rest, sweep

@@ -429,8 +429,9 @@ def _all_paths() -> set[str]:
     variants = [["--schedule.name", name] for name in ("constant", "cosine", "one_cycle", "plateau")]
     variants += [["--data.name", "generated10"], ["--data.name", "image_folder"], ["--early_stopping.patience", "3"]]
     variants += [["--optim.name", "adamw"]]
-    variants += [["--engine.name", "fsdp"], ["--engine.name", "deepspeed"]]
-    return {path for words in variants for path in _paths(config_of(*words).model_dump())} - {"early_stopping"}
+    variants += [["--engine.name", "fsdp"], ["--engine.name", "deepspeed"], ["--scaling.num_workers", "3"]]
+    found = {path for words in variants for path in _paths(config_of(*words).model_dump())}
+    return found - {"early_stopping", "scaling"}
 
 
 def test_help_shows_every_setting_with_its_default():
@@ -526,7 +527,7 @@ def test_what_the_curve_depends_on_makes_another_experiment(path):
     "path",
     ["run_dir", "data.root", "threads", "device", "timeout_seconds", "checkpoint.every_steps", "checkpoint.keep_last",
      "logging.every_steps", "logging.level", "logging.tensorboard", "logging.profile_steps", "data.placement",
-     "evaluation.test_every_epoch", "data.download", "data.urls", "data.cache"],
+     "evaluation.test_every_epoch", "data.download", "data.urls", "data.cache", "scaling.num_workers"],
 )  # fmt: skip
 def test_what_the_curve_does_not_depend_on_may_change(path):
     assert not changes_experiment(path, TrainConfig())
