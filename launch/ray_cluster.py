@@ -119,9 +119,12 @@ def _ask_autoscaler(scaling: Scaling, workers: int) -> None:
     request_resources(bundles=[bundle] * workers)
 
 
-def check_nodes(config: TrainConfig, scaling: Scaling) -> None:
+def check_nodes(config: TrainConfig, scaling: Scaling, proved: set[str]) -> None:
     """Ask each node that may be given workers whether it sees the run folder and the data, and runs the same code. Where
     workers can only come to this machine, there is nothing to ask.
+
+    Args:
+        proved: ids of nodes that were asked before; those that are asked now are added.
 
     Raises:
         InputError: a line for each failure, with the node and the remedy.
@@ -142,6 +145,7 @@ def check_nodes(config: TrainConfig, scaling: Scaling) -> None:
             file.unlink(missing_ok=True)
     if failures:
         raise InputError(*failures)
+    proved |= nodes.keys()
 
 
 def _ask_nodes(nodes: dict[str, str], config: TrainConfig, token: str) -> list[str]:

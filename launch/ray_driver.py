@@ -81,6 +81,7 @@ def attempts(config: TrainConfig, scaling: Scaling, stop: StopSource, callbacks:
         InputError: the cluster has no room for the first one, or a node cannot take part.
     """
     failures, begun, saved = 0, False, _saved_step(config)
+    proved: set[str] = set()
     while True:
         try:
             workers = wait_for_room(scaling, stop.requested)
@@ -95,15 +96,14 @@ def attempts(config: TrainConfig, scaling: Scaling, stop: StopSource, callbacks:
         if not workers:
             logger.warning("stopped by {} between two attempts; the same command goes on", stop.requested())
             return ExitCode.STOPPED
-        check_nodes(config, scaling)
-        begun, before, saved = True, saved, _saved_step(config)
-        if saved > before:
-            failures = 0
+        check_nodes(config, scaling, proved)
+        begun = True
         ending = attempt(config, scaling, workers, stop, callbacks)
         if ending.code is not None:
             return ending.code
-        failures += ending.counts
-        if failures > scaling.max_failures and _saved_step(config) <= saved:
+        before, saved = saved, _saved_step(config)
+        failures = 0 if saved > before else failures + ending.counts
+        if failures > scaling.max_failures:
             logger.error(
                 "given up after {} failure{} in a row without a new checkpoint (scaling.max_failures = {})",
                 failures, "s" if failures > 1 else "", scaling.max_failures,

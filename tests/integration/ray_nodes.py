@@ -33,6 +33,7 @@ class RayCluster:
             "RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4",
         }  # fmt: skip
         self._nodes: dict[str, Command] = {}
+        self._drained: set[str] = set()
         try:
             self._start("head", "--head", f"--port={port}", f"--ray-client-server-port={client}",
                         f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--temp-dir={self.folder / 't'}",
@@ -61,7 +62,7 @@ class RayCluster:
 
     def have(self, *names: str) -> None:
         """Exactly these nodes beside the head, with one CPU each; those that are there stay."""
-        for name in set(self._nodes) - {"head", *names}:
+        for name in (self._nodes.keys() - {"head", *names}) | self._drained:
             self.kill(name)
         for name in names:
             if name not in self._nodes:
@@ -104,10 +105,12 @@ class RayCluster:
 
     def kill(self, name: str) -> None:
         """kill -9 of all processes of the node, workers too."""
+        self._drained.discard(name)
         self._nodes.pop(name).__exit__()
 
     def drain(self, name: str, *, seconds: int = 60) -> None:
         """Tell the cluster that the node is going to be taken away."""
+        self._drained.add(name)
         self.ask("drain-node", f"--address={self.address}", f"--node-id={self.node_id(name)}", "--reason-message=test",
                  "--reason=DRAIN_NODE_REASON_PREEMPTION", f"--deadline-remaining-seconds={seconds}")  # fmt: skip
 

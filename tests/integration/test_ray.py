@@ -11,7 +11,7 @@ from integration.cluster import wait_for
 from integration.commands import Command, assert_same_bits, attempts, kill, metrics, status, torchrun
 from integration.ray_nodes import RayCluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 LONG = ("configs/debug.toml", "--epochs", 20, "--checkpoint.every_steps", 5, "--checkpoint.keep_last", 2)
 SHORT = ("configs/debug.toml", "--epochs", 1, "--data.train_samples", 200, "--data.test_samples", 60)
 
@@ -27,7 +27,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """On one process, without Ray."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     with Command(torchrun(1, *LONG, "--threads", 1, "--run_dir", run), output=run.parent / "output") as command:
-        assert command.wait() == 0, command.text
+        assert command.wait(200) == 0, command.text
     return run
 
 
@@ -59,13 +59,13 @@ def test_every_engine_trains_and_the_run_folder_looks_as_ever(cluster: RayCluste
         with cluster.train(
             *SHORT, "--engine.name", name, *more, "--run_dir", run, output=tmp_path / f"{name}.out"
         ) as command:
-            assert command.wait() == 0, command.text
+            assert command.wait(200) == 0, command.text
         assert (status(run)["status"], status(run)["world_size"]) == ("finished", 2)
     reference = tmp_path / "torchrun"
     with Command(
         torchrun(2, *SHORT, "--threads", 1, "--run_dir", reference), output=tmp_path / "torchrun.out"
     ) as command:
-        assert command.wait() == 0, command.text
+        assert command.wait(200) == 0, command.text
     assert_same_bits(runs["ddp"], reference)
     assert_same_bits(runs["fsdp"], reference)
     ours, theirs = ({str(path.relative_to(run)) for path in run.rglob("*")} for run in (runs["ddp"], reference))
@@ -85,7 +85,7 @@ def test_a_killed_worker_and_a_killed_node(cluster: RayCluster, undisturbed: Pat
         begun(command, run, count=2)
         cluster.kill("n2")
         cluster.add("n3")  # the run waits for a node in its place
-        assert command.wait() == 0, command.text
+        assert command.wait(200) == 0, command.text
     assert len(attempts(run, "started")) >= 3, command.text
     assert set(sizes(run)) == {2}
     assert_same_bits(run, undisturbed)
@@ -100,7 +100,7 @@ def test_two_workers_then_one_then_two_again(cluster: RayCluster, undisturbed: P
         cluster.kill("n2")
         begun(command, run, count=2)
         cluster.add("n3")
-        assert command.wait(180) == 0, command.text
+        assert command.wait(200) == 0, command.text
     assert sizes(run) == [2, 1, 2], command.text
     grown = attempts(run, "stopped")[-1]
     assert grown["reason"] == "the driver, to go on with more workers"
@@ -115,12 +115,11 @@ def test_a_drained_node_is_left_with_nothing_lost(cluster: RayCluster, undisturb
         begun(command, run)
         used = [node for node in ("n1", "n2", "n3") if cluster.is_used(node)]
         cluster.drain(used[0])
-        assert command.wait() == 0, command.text
+        assert command.wait(200) == 0, command.text
     stopped = attempts(run, "stopped")
     assert "the drain of node" in stopped[0]["reason"]
     assert attempts(run, "started")[1]["step"] == stopped[0]["step"], "no step was lost"
     assert_same_bits(run, undisturbed)
-    cluster.kill(used[0])
 
 
 def test_a_killed_driver_and_the_same_command_again(cluster: RayCluster, undisturbed: Path, tmp_path: Path) -> None:
@@ -132,7 +131,7 @@ def test_a_killed_driver_and_the_same_command_again(cluster: RayCluster, undistu
                 begun(command, run)
                 kill(command.process.pid)
             else:
-                assert command.wait() == 0, command.text
+                assert command.wait(200) == 0, command.text
     assert len(attempts(run, "started")) == 2
     assert_same_bits(run, undisturbed)
 
@@ -178,14 +177,14 @@ def test_more_than_there_is_room_for_and_what_would_fail_again(cluster: RayClust
     cluster.have("n1", "n2")
     large = ("--scaling.num_workers", 3, "--scaling.wait_seconds", 0)
     with cluster.train(*SHORT, *large, "--run_dir", tmp_path / "large", output=tmp_path / "large.out") as command:
-        assert command.wait() == 2, command.text
+        assert command.wait(200) == 2, command.text
     assert "3 workers of 1 CPU each are asked for (pack), and the cluster has room for 2 now" in command.text
     assert not (tmp_path / "large").exists()
 
     infinite = ("--optim.lr", 100, "--optim.momentum", 0.99, "--schedule.name", "constant", "--epochs", 20)
     run = tmp_path / "infinite"
     with cluster.train("configs/debug.toml", *infinite, "--run_dir", run, output=tmp_path / "infinite.out") as command:
-        assert command.wait() == 3, command.text
+        assert command.wait(200) == 3, command.text
     assert len(attempts(run, "started")) == 1, "what would repeat is not tried again"
 
     hidden = tmp_path / "hidden"
@@ -193,7 +192,7 @@ def test_more_than_there_is_room_for_and_what_would_fail_again(cluster: RayClust
     cluster.kill("n2")
     cluster.add("n4", hidden=hidden)
     with cluster.train(*SHORT, "--run_dir", hidden / "run", output=tmp_path / "hidden.out") as command:
-        assert command.wait() == 2, command.text
+        assert command.wait(200) == 2, command.text
     assert f"run_dir = {hidden / 'run'} is not shared" in command.text
     assert "Traceback" not in command.text
 
@@ -202,7 +201,7 @@ def test_a_sweep_trains_each_and_names_the_best(cluster: RayCluster, tmp_path: P
     cluster.have("n1", "n2")
     words = (*SHORT, "--sweep.optim.lr", "0.1,0.000001", "--scaling.num_workers", 1, "--run_dir", tmp_path / "sweep")
     with cluster.train(*words, output=tmp_path / "output") as command:
-        assert command.wait() == 0, command.text
+        assert command.wait(200) == 0, command.text
     for name in ("optim.lr=0.1", "optim.lr=0.000001"):
         assert status(tmp_path / "sweep" / name)["status"] == "finished"
         assert re.search(rf"^{name} +finished", (tmp_path / "sweep/summary.txt").read_text(), re.M)
@@ -211,5 +210,5 @@ def test_a_sweep_trains_each_and_names_the_best(cluster: RayCluster, tmp_path: P
     assert f"best: {best.splitlines()[0].removeprefix('# ').partition(':')[0]}" in command.text
     assert (tmp_path / "sweep/sweep.png").stat().st_size > 10_000
     with cluster.train(*words, output=tmp_path / "again") as command:
-        assert command.wait() == 0, command.text
+        assert command.wait(200) == 0, command.text
     assert "begins" not in command.text, "what is finished is not trained again"
