@@ -1,6 +1,7 @@
 """From the words of a command to what Ray workers are given: one training, or a sweep of them. Imports no torch and no ray."""
 
 import itertools
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,3 +124,20 @@ def swept(words: Sequence[str], sweep: dict[str, list[str]]) -> list[Training]:
                 "data.validation_fraction = 0: a sweep chooses the best by validation, never by test images; hold some out"
             )
     return trainings
+
+
+def check_address(address: str) -> None:
+    """Raises InputError where no cluster can be at an address; Ray itself would try for minutes."""
+    if address in ("", "auto", "local"):
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        if "/" in host or not (host and port.isdecimal()):
+            raise OSError(
+                "should be HOST:PORT; from outside a cluster submit a job: ray job submit --address http://HOST:8265"
+            )
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"environment: RAY_ADDRESS = {address}: {error}; start Ray there, name another, or unset it for a Ray of its own"
+        ) from None

@@ -4,6 +4,7 @@ The section `scaling` says how many workers of what. What is wrong with the inpu
 or anything is scheduled. Ctrl-C, SIGTERM and `ray job stop` save at the next step; the same command goes on from there.
 """
 
+import os
 import sys
 
 from distributed.config import help_text
@@ -11,7 +12,7 @@ from distributed.errors import ExitCode, InputError
 from distributed.topology import Topology
 from distributed.train import refuse
 from distributed.versions import require
-from launch.ray_settings import checked, swept, without_sweep
+from launch.ray_settings import check_address, checked, swept, without_sweep
 
 _USAGE = """\
 usage: python -m launch.ray_train [CONFIG.toml] [--SETTING VALUE ...]
@@ -35,6 +36,7 @@ def main() -> int:
         require("ray", at_least=(2, 60), wanted_by="launch.ray_train")
         words, sweep = without_sweep(words)
         trainings = swept(words, sweep) if sweep else [checked(words)]
+        check_address(os.environ.get("RAY_ADDRESS", ""))
     except InputError as error:
         return refuse(error, Topology())
     if sweep:

@@ -2,13 +2,15 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from integration import cluster as slurm
 from integration.cluster import wait_for
-from integration.commands import Command, assert_same_bits, attempts, kill, metrics, status, torchrun
+from integration.commands import ROOT, Command, assert_same_bits, attempts, kill, metrics, status, torchrun
 from integration.ray_nodes import RayCluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -165,7 +167,6 @@ def test_a_job_is_stopped_with_nothing_lost_and_submitted_again(
     assert len(progress) == len(set(progress)) > 10, text
     assert "\r" not in text
 
-    (tmp_path / "not shared").mkdir()
     refused = submitted(cluster, "wrong", "--", "python", "-m", "launch.ray_train", "configs/debug.toml", fails=True)
     assert "run_dir = runs/debug: relative, and a worker runs in a folder of its own" in refused
     there = submitted(cluster, "look", "--", "python", "-c", "import os; print(sorted(os.listdir()))")
@@ -212,3 +213,31 @@ def test_a_sweep_trains_each_and_names_the_best(cluster: RayCluster, tmp_path: P
     with cluster.train(*words, output=tmp_path / "again") as command:
         assert command.wait(200) == 0, command.text
     assert "begins" not in command.text, "what is finished is not trained again"
+
+
+@pytest.mark.skipif(bool(slurm.why_none()), reason=f"no Slurm here: {slurm.why_none()}")
+def test_the_same_bits_under_every_launcher(cluster: RayCluster, tmp_path: Path) -> None:
+    """python alone, torchrun on 2 processes, sbatch on 2 nodes, Ray on 3 workers; a thread each."""
+    words = ("configs/debug.toml", "--threads", 1, "--run_dir")
+    runs = {name: tmp_path / name for name in ("python", "torchrun", "slurm", "ray")}
+    python = [sys.executable, "-m", "distributed.train", *map(str, words), str(runs["python"])]
+    for command in (
+        Command(python, output=tmp_path / "python.out"),
+        Command(torchrun(2, *words, runs["torchrun"]), output=tmp_path / "torchrun.out"),
+    ):
+        with command:
+            assert command.wait(200) == 0, command.text
+    (tmp_path / "nodes").mkdir()
+    with slurm.Cluster(tmp_path / "nodes") as two:
+        job = two.sbatch(
+            "--nodes=2", "--output", tmp_path / "slurm.out", ROOT / "slurm/train.sh", *words, runs["slurm"]
+        )
+        assert two.wait_for_state(job, "COMPLETED", "FAILED", seconds=200) == "COMPLETED", (
+            tmp_path / "slurm.out"
+        ).read_text()
+    cluster.have("n1", "n2", "n3")
+    with cluster.train(*words, runs["ray"], "--scaling.num_workers", 3, output=tmp_path / "ray.out") as command:
+        assert command.wait(200) == 0, command.text
+    assert [sizes(run) for run in runs.values()] == [[1], [2], [2], [3]]
+    for run in runs.values():
+        assert_same_bits(run, runs["python"])

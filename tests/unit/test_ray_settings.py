@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from distributed.errors import InputError
-from launch.ray_settings import checked, swept, without_sweep
+from launch.ray_settings import check_address, checked, swept, without_sweep
 
 ROOT = Path(__file__).parents[2]
 DEBUG = str(ROOT / "configs/debug.toml")
@@ -96,3 +96,9 @@ def test_ray_is_imported_by_the_modules_of_its_launcher_alone():
         file.relative_to(ROOT) for file in files if "import ray\n" in file.read_text() or "from ray" in file.read_text()
     }
     assert importing == {Path("launch") / f"ray_{part}.py" for part in ("cluster", "driver", "sweep", "worker")}
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://host:10001", "nowhere", "127.0.0.1:70000"])
+def test_an_address_where_nobody_answers_is_told_at_once(address):
+    with pytest.raises(InputError, match=f"environment: RAY_ADDRESS = {address}: "):
+        check_address(address)
