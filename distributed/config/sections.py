@@ -137,6 +137,11 @@ class Scaling(Section):
             found.append(
                 f"scaling.min_workers = {self.min_workers} is more than scaling.num_workers = {self.num_workers}: lower it"
             )
+        if self.min_workers and self.placement.startswith("strict"):
+            found.append(
+                f"scaling.placement = {self.placement} with scaling.min_workers: a run that grows takes the room there is; "
+                f"set {self.placement.removeprefix('strict_')}, or leave min_workers out"
+            )
         if device == "cuda" and not self.gpus_per_worker:
             found.append("device = cuda, and scaling.gpus_per_worker = 0: Ray would hide the GPUs; set it to 1")
         if device == "cpu" and self.gpus_per_worker:
