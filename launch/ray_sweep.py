@@ -29,6 +29,8 @@ from launch.ray_settings import Training
 from launch.ray_worker import ClusterStop, ask_to_stop, forget
 from launch.summary import summary
 
+_BESIDE_THE_DRIVER = {"node:__internal_head__": 0.001}  # Tune wants something reserved, and a core would miss a worker
+
 
 def run(trainings: Sequence[Training]) -> ExitCode:
     """Train all that are not finished, as many at once as the cluster has room for; then tell which is the best."""
@@ -61,7 +63,7 @@ def _train(folder: Path, trainings: Sequence[Training], stop: StopSource) -> Exi
     # Tune starts no more than fit, so each may wait for what another one is about to leave.
     patient = scaling.model_copy(update={"wait_seconds": 1e7})
     tuner = tune.Tuner(
-        tune.with_resources(partial(_trial, trainings=trainings, scaling=patient, stop_key=key), {"CPU": 0}),
+        tune.with_resources(partial(_trial, trainings=trainings, scaling=patient, stop_key=key), _BESIDE_THE_DRIVER),
         param_space={"training": tune.grid_search([training.name for training in trainings])},
         tune_config=tune.TuneConfig(max_concurrent_trials=at_once),
         run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=0),

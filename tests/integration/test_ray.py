@@ -162,7 +162,7 @@ def test_a_job_is_stopped_with_nothing_lost_and_submitted_again(
     assert attempts(run, "started")[1]["step"] == stopped[0]["step"], "no step was lost"
     assert_same_bits(run, undisturbed)
     lines = [line.partition(") ")[2] for line in text.splitlines() if line.startswith("(RayTrainWorker")]
-    assert sum("process" in line for line in lines) == 2, text  # both ranks are heard
+    assert sum(" of 2: process " in line for line in lines) == 2, text  # both ranks are heard
     progress = [line for line in lines if " step " in line]
     assert len(progress) == len(set(progress)) > 10, text
     assert "\r" not in text
