@@ -22,12 +22,12 @@ from loguru import logger
 from torch import Tensor
 
 from distributed import collectives
-from distributed.checkpoint_files import FORMAT, checkpoints, damage_of, name_of, tensors_of
+from distributed.checkpoint_files import FORMAT, checkpoints, damage_of, name_of
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError, StorageError
 from distributed.files import append_line, digest_of, read_json, replace_json, sync_folder
 from distributed.run_folder import ClaimedRun
-from distributed.safetensors_stream import digest_of_tensor, write_tensors
+from distributed.safetensors_stream import digest_of_tensor, tensors_of, write_tensors
 from distributed.state import TrainState
 
 

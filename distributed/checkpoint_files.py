@@ -1,15 +1,12 @@
-"""A checkpoint as it lies on the disk: its name, whether it is whole, its tensors."""
+"""A checkpoint as it lies on the disk: its name, its files, whether it is whole. Imports no torch."""
 
 from pathlib import Path
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from distributed.files import digest_of, read_object
 
 FORMAT = 1
 FILES = ("tensors.safetensors", "state.json")
+MANIFEST = "manifest.json"
 
 
 def name_of(*, step: int, epoch: int) -> str:
@@ -24,7 +21,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def damage_of(path: Path) -> str | None:
     """What is wrong with a checkpoint, by its manifest; None where it is whole."""
-    manifest = read_object(path / "manifest.json")
+    manifest = read_object(path / MANIFEST)
     files = manifest.get("files")
     if not isinstance(files, dict) or manifest.get("format") != FORMAT or set(files) != set(FILES):
         return "no manifest of a known format"
@@ -36,11 +33,3 @@ def damage_of(path: Path) -> str | None:
         if list(found) != expected:
             return f"{name}: {found.bytes} bytes with another digest than the manifest's"
     return None
-
-
-def tensors_of(path: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint; a ValueError where their file is none."""
-    try:
-        return load_file(path / "tensors.safetensors")
-    except SafetensorError as error:
-        raise ValueError(f"tensors.safetensors: {error}") from None

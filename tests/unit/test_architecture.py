@@ -43,6 +43,7 @@ WITHOUT_TORCH = {
     "saved_run",
     "figures.style",
     "figures.confusion",
+    "checkpoint_files",
     "data.cifar",
     "data.sources",
     "logs",
