@@ -1,6 +1,10 @@
 """A checkpoint as it lies on the disk: its name, its files, whether it is whole. Imports no torch."""
 
+import os
+import shutil
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 from distributed.files import digest_of, read_object
 
@@ -12,6 +16,15 @@ MANIFEST = "manifest.json"
 def name_of(*, step: int, epoch: int) -> str:
     """After so many steps and finished epochs. An epoch's end has the steps of its last step, but knows more."""
     return f"step-{step:08d}-epoch-{epoch:03d}"
+
+
+def best_in(state: dict[str, Any]) -> str | None:
+    """The name of the best epoch's checkpoint, by a state.json."""
+    try:
+        best = state["state"]["best"]
+        return name_of(step=best["step"], epoch=best["epoch"] + 1) if best else None
+    except (KeyError, TypeError):
+        return None
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -33,3 +46,27 @@ def damage_of(path: Path) -> str | None:
         if list(found) != expected:
             return f"{name}: {found.bytes} bytes with another digest than the manifest's"
     return None
+
+
+def point(folder: Path, link: str, name: str) -> None:
+    """Let a link lead to the checkpoint of that name."""
+    aside = folder / f".{link}"
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(name)
+    os.replace(aside, folder / link)
+
+
+def retain(folder: Path, *, keep_last: int, kept: Collection[str | None]) -> None:
+    """Delete all but the newest few and those named. One that goes is renamed first, so none is ever half there."""
+    for path in checkpoints(folder)[:-keep_last]:
+        if path.name not in kept:
+            gone = path.with_name(f".deleting-{path.name}")
+            path.rename(gone)
+            shutil.rmtree(gone)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a killed attempt left unfinished."""
+    leftovers: Iterable[Path] = [*folder.glob(".writing-*"), *folder.glob(".deleting-*")]
+    for path in leftovers:
+        shutil.rmtree(path, ignore_errors=True)

@@ -9,8 +9,8 @@ from loguru import logger
 from torch import Tensor, nn
 
 from distributed import checkpoint as module
-from distributed.checkpoint import Checkpointer, point, retain, sweep, write_checkpoint
-from distributed.checkpoint_files import checkpoints, damage_of, name_of
+from distributed.checkpoint import Checkpointer, write_checkpoint
+from distributed.checkpoint_files import checkpoints, damage_of, name_of, point, retain, sweep
 from distributed.config.sections import Sgd
 from distributed.engine.tensors import Weights
 from distributed.errors import StorageError
@@ -235,9 +235,9 @@ def test_links_are_not_trusted(run):
 
 def test_the_last_few_and_the_best_are_kept(run):
     saved(run, 1, 2, 3, 4, 5)
-    retain(run.checkpoints, keep_last=2, best=name_of(step=2, epoch=1))
+    retain(run.checkpoints, keep_last=2, kept={name_of(step=2, epoch=1)})
     assert [path.name[12] for path in checkpoints(run.checkpoints)] == ["2", "4", "5"]
-    retain(run.checkpoints, keep_last=1, best=None)
+    retain(run.checkpoints, keep_last=1, kept=())
     assert [path.name[12] for path in checkpoints(run.checkpoints)] == ["5"]
 
 
