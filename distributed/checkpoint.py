@@ -23,11 +23,11 @@ from loguru import logger
 from torch import Tensor
 
 from distributed import collectives
-from distributed.checkpoint_files import FORMAT, checkpoints, damage_of, name_of, point, retain, sweep
+from distributed.checkpoint_files import FORMAT, best_in, checkpoints, damage_of, name_of, point, retain, sweep
 from distributed.downloads import fetch_newest
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError, StorageError
-from distributed.files import append_line, digest_of, read_json, replace_json, sync_folder
+from distributed.files import append_line, digest_of, read_json, read_object, replace_json, sync_folder
 from distributed.remote import StoreError
 from distributed.run_folder import ClaimedRun
 from distributed.safetensors_stream import digest_of_tensor, tensors_of, write_tensors
@@ -136,6 +136,9 @@ class Checkpointer:
             self._uploads.begin_ending(AT_STOP_SECONDS if stopping else AT_END_SECONDS)
         while self.upload_to and collectives.from_main(self._uploads and self._uploads.is_busy()):
             pass
+        if self._uploads and (there := checkpoints(self.folder)):  # what an upload had held back may go
+            kept = {best_in(read_object(there[-1] / "state.json")), self._uploads.holds}
+            retain(self.folder, keep_last=self.keep_last, kept=kept)
 
     def _written(self) -> None:
         pending, self._pending = self._pending, None

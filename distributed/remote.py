@@ -47,8 +47,11 @@ class Store:
         try:
             import fsspec.core  # a third of a second, and only for those who asked
 
-            options = {"auto_mkdir": True} if scheme == "file" else {}
-            return fsspec.core.url_to_fs(self.url, use_listings_cache=False, **options)[0]
+            # No memory of what lay there, nor of the environment under which it was asked before.
+            options = {"use_listings_cache": False, "skip_instance_cache": True}
+            if scheme == "file":
+                options["auto_mkdir"] = True
+            return fsspec.core.url_to_fs(self.url, **options)[0]
         except ImportError as error:
             package = _PACKAGES.get(scheme, "fsspec")
             raise InputError(
