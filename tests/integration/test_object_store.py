@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import uuid
 from collections.abc import Iterator
@@ -16,10 +17,6 @@ from integration.abuse import assert_told, call, untouched
 from integration.commands import Command, assert_same_bits, kill, metrics, status, torchrun
 from integration.object_store import KEYS, NO_PATIENCE, Relay, running
 
-s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed: pip install s3fs")
-if "S3_ENDPOINT" not in os.environ:
-    pytest.importorskip("moto.server", reason="no store: pip install 'moto[server]', or name one with S3_ENDPOINT")
-
 SETTINGS = (
     "configs/debug.toml", "--epochs", 2, "--data.train_samples", 300, "--data.test_samples", 40, "--threads", 1,
     "--checkpoint.every_steps", 3, "--evaluation.test_every_epoch", "false", "--global_batch_size", 40,
@@ -29,6 +26,9 @@ PLAIN = [sys.executable, "-m", "distributed.train"]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install s3fs")
+    if "S3_ENDPOINT" not in os.environ:
+        pytest.importorskip("moto.server", reason="no store: pip install 'moto[server]', or name one with S3_ENDPOINT")
     with running(tmp_path_factory.mktemp("server")) as port:
         yield port
 
@@ -59,6 +59,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def files(port: int) -> Any:
     """The store, past the relay."""
+    import s3fs
+
     keys = {"key": KEYS["AWS_ACCESS_KEY_ID"], "secret": KEYS["AWS_SECRET_ACCESS_KEY"]}
     return s3fs.S3FileSystem(endpoint_url=f"http://127.0.0.1:{port}", use_listings_cache=False, **keys)
 
@@ -73,6 +75,36 @@ def train(run: Path, *more: object) -> str:
 def whole(port: int, url: str) -> list[str]:
     """Names of the checkpoints there that have a manifest."""
     return [path.split("/")[-2] for path in sorted(files(port).glob(f"{url}/step-*/manifest.json"))]
+
+
+def assert_same_ending(run: Path, reference: Path) -> Path:
+    """The bits of the whole run, though its folder has only the lines since it came back; the newest checkpoint."""
+    ours, theirs = (max((folder / "checkpoints").glob("step-*")) for folder in (run, reference))
+    assert ours.name == theirs.name
+    found, expected = load_file(ours / "tensors.safetensors"), load_file(theirs / "tensors.safetensors")
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+    logged = metrics(run)
+    assert logged == metrics(reference)[-len(logged) :]
+    return ours
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_elsewhere_with_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
+    """Without a server: to a file:// URL. What was saved at the stop is up before the processes leave."""
+    url = f"file://{tmp_path}/store"
+    arguments = torchrun(2, *SETTINGS, "--run_dir", tmp_path / "stopped", "--checkpoint.upload_to", url)
+    with Command(arguments, output=tmp_path / "output") as command:
+        command.wait_for(lambda: list((tmp_path / "store").glob("step-*/manifest.json")), what="an upload")
+        kill(command.ranks()[-1], number=signal.SIGTERM)
+        assert command.wait() != 0
+    assert status(tmp_path / "stopped")["status"] == "stopped", command.text
+    name = f"step-{status(tmp_path / 'stopped')['step']:08d}"
+    assert [path.name for path in (tmp_path / "store").glob(f"{name}-*/manifest.json")] == ["manifest.json"]
+    shutil.rmtree(tmp_path / "stopped")
+    said = train(tmp_path / "run", "--checkpoint.upload_to", url)
+    assert f"resuming at step {int(name[5:])}: " in said
+    assert_same_ending(tmp_path / "run", undisturbed)
 
 
 @pytest.mark.slow
@@ -100,13 +132,7 @@ def test_killed_in_mid_upload_a_run_goes_on_elsewhere_with_the_same_bits(
     said = train(tmp_path / "run", "--checkpoint.upload_to", bucket)
     assert f"fetching {bucket}/{kept}" in said
     assert f"resuming at step {int(kept[5:13])}: " in said
-    ours, theirs = (max((run / "checkpoints").glob("step-*")) for run in (tmp_path / "run", undisturbed))
-    assert ours.name == theirs.name
-    found, expected = load_file(ours / "tensors.safetensors"), load_file(theirs / "tensors.safetensors")
-    assert found.keys() == expected.keys()
-    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
-    logged = metrics(tmp_path / "run")
-    assert logged == metrics(undisturbed)[-len(logged) :]
+    ours = assert_same_ending(tmp_path / "run", undisturbed)
     assert whole(server, bucket) == sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*"))
     assert f"{ours.name} is uploaded to {bucket}" in said.splitlines()[-1]
     for file in ours.iterdir():
