@@ -28,6 +28,7 @@ def check_store(config: TrainConfig) -> bool:
         InputError: it cannot be used, or holds another experiment.
     """
     store, states = Store(str(config.checkpoint.upload_to)), list[dict[str, Any] | None]()
+    here = RunFolder(config.run_dir).newest_state()
 
     def look() -> None:
         store.probe()
@@ -36,14 +37,25 @@ def check_store(config: TrainConfig) -> bool:
     try:
         within(PROBE_SECONDS, look, store)
     except StoreError as error:
-        if RunFolder(config.run_dir).newest_state() is None:
+        if here is None:
             raise InputError(f"checkpoint.upload_to = {error}") from None
         print(f"warning: checkpoint.upload_to = {error}; the run goes on, and each save tries again", file=sys.stderr)
         return False
     if states[0] is None:
         return False
     check_experiment(config, states[0], where=store.url, option="--checkpoint.upload_to")
+    if here and _step(states[0]) > _step(here):
+        print(
+            f"warning: {store.url} has step {_step(states[0])}, and the run goes on from step {_step(here)}, the newest in "
+            f"{config.run_dir}; to go on from the other, give an empty --run_dir", file=sys.stderr,
+        )  # fmt: skip
     return True
+
+
+def _step(state: dict[str, Any]) -> int:
+    counters = state.get("state")
+    step = counters.get("step") if isinstance(counters, dict) else None
+    return step if isinstance(step, int) else 0
 
 
 def fetch_newest(store: Store, folder: Path, commit: Callable[[Path, Path], None]) -> str | None:

@@ -54,7 +54,7 @@ def config_of(run_dir: Path, url: str, *words: str) -> TrainConfig:
 def save(run: RunFolder, step: int, *, best: int | None = None, config: TrainConfig | None = None) -> str:
     """A checkpoint whose one tensor is the step's number."""
     content = {
-        "state": {"best": None if best is None else {"epoch": 0, "step": best, "value": 0.5}},
+        "state": {"step": step, "best": None if best is None else {"epoch": 0, "step": best, "value": 0.5}},
         "config": json.loads(config.model_dump_json()) if config else {},
         "bits": {},
     }
@@ -289,6 +289,17 @@ def test_a_run_that_has_begun_goes_on_without_its_store(tmp_path, capsys):
     save(RunFolder(tmp_path / "run"), 1, config=config)
     assert check_store(config) is False
     assert capsys.readouterr().err.startswith("warning: checkpoint.upload_to = file://")
+
+
+def test_a_run_folder_that_lags_behind_the_store_is_gone_on_from_with_a_warning(tmp_path, url, capsys):
+    config, there = config_of(tmp_path / "run", url), RunFolder(tmp_path / "there")
+    save(there, 9, config=config)
+    settled(Uploads(url, there, keep_last=2))
+    save(RunFolder(tmp_path / "run"), 5, config=config)
+    assert check_store(config) is True
+    assert f"{url} has step 9, and the run goes on from step 5" in capsys.readouterr().err
+    settled(Uploads(url, RunFolder(tmp_path / "run"), keep_last=2))
+    assert list(in_store(url)) == [5, 9]
 
 
 def test_another_experiment_in_the_store_is_refused_with_the_difference(tmp_path, url):
