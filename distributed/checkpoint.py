@@ -7,14 +7,15 @@
     checkpoints/latest, best                links for people; a restore never trusts them
 
 A checkpoint is written aside by a thread while training goes on, flushed to the disk, its manifest last, and renamed
-into place. Which one is best stands in the newest state itself, so no pointer can be out of date.
+into place. Which one is best stands in the newest state itself, so no pointer can be out of date. `uploads` copies what
+is in place to a store, if the config names one.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,16 @@ from loguru import logger
 from torch import Tensor
 
 from distributed import collectives
-from distributed.checkpoint_files import FORMAT, checkpoints, damage_of, name_of, tensors_of
+from distributed.checkpoint_files import FORMAT, best_in, checkpoints, damage_of, name_of, point, retain, sweep
+from distributed.downloads import fetch_newest
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError, StorageError
-from distributed.files import append_line, digest_of, read_json, replace_json, sync_folder
+from distributed.files import append_line, digest_of, read_json, read_object, replace_json, sync_folder
+from distributed.remote import StoreError
 from distributed.run_folder import ClaimedRun
-from distributed.safetensors_stream import digest_of_tensor, write_tensors
+from distributed.safetensors_stream import digest_of_tensor, tensors_of, write_tensors
 from distributed.state import TrainState
+from distributed.uploads import AT_END_SECONDS, AT_STOP_SECONDS, Uploads
 
 
 class Checkpointer:
@@ -36,23 +40,34 @@ class Checkpointer:
 
     Args:
         facts: what else `state.json` should hold: the config, versions, what bits depend on.
+        upload_to: URL of a store that gets each checkpoint too, in the background.
     """
 
-    def __init__(self, folder: Path, run: ClaimedRun | None, *, keep_last: int, facts: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        run: ClaimedRun | None,
+        *,
+        keep_last: int,
+        facts: dict[str, Any],
+        upload_to: str | None = None,
+    ) -> None:
         self.folder, self.run, self.keep_last, self.facts = folder, run, keep_last, facts
+        self.upload_to = upload_to
+        self._uploads = Uploads(upload_to, run, keep_last=keep_last) if upload_to and run else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._newest = ""
 
     def restore(self, engine: Engine, state: TrainState) -> dict[str, Any] | None:
         """Load the newest checkpoint that is whole; the content of its state.json, None where there is none.
-        Damaged ones are set aside, loudly.
+        Damaged ones are set aside, loudly. Where the folder has none, the store's newest is fetched.
 
         Raises:
-            StorageError: a rank cannot see what rank 0 found.
+            StorageError: a rank cannot see what rank 0 found, or the store does not give what it has.
             InputError: that is whole, and not of this run.
         """
-        name = collectives.from_main(self._newest_whole() if self.run else None)
+        name = collectives.from_main((self._newest_whole() or self._fetched()) if self.run else None)
         if name is None:
             return None
         path = self.folder / name
@@ -65,6 +80,8 @@ class Checkpointer:
         except ValueError as error:
             raise InputError(f"{path}: {error}; move it away, or give another --run_dir") from None
         self._newest = name
+        if self._uploads:
+            self._uploads.offer()
         return content
 
     def return_to_best(self, engine: Engine, state: TrainState) -> None:
@@ -77,7 +94,7 @@ class Checkpointer:
         if state.best.epoch == state.epoch:  # better than all before, though not by min_delta
             tensors = dict(engine.state())
         else:
-            self.wait()  # it may be the one that is being written
+            self._written()  # it may be the one that is being written
             path = self.folder / name_of(step=state.best.step, epoch=state.best.epoch + 1)
             if damage := collectives.from_main(damage_of(path) if self.run else None):
                 raise StorageError(f"{path}: the best checkpoint, to return to at a drop, is damaged: {damage}")
@@ -95,7 +112,7 @@ class Checkpointer:
         if name == self._newest:
             return
         self._newest = name
-        self.wait()
+        self._written()
         # All ranks go through it: a sharded engine puts each tensor together then, and only rank 0 keeps it.
         tensors = {}
         for tensor_name, tensor in engine.state():
@@ -107,12 +124,23 @@ class Checkpointer:
         best = name_of(step=state.best.step, epoch=state.best.epoch + 1) if state.best else None
         self._pending = self._thread.submit(self._write, name, tensors, content, best)
 
-    def wait(self) -> None:
-        """Return once everything handed to `save` is on the disk.
+    def wait(self, *, stopping: bool = False) -> None:
+        """Return once everything handed to `save` is on the disk, and in the store if that does not take too long. A
+        collective: a peer that left earlier would have its launcher end rank 0.
 
         Raises:
             StorageError: it could not be written, with the reason; earlier checkpoints are intact.
         """
+        self._written()
+        if self._uploads:
+            self._uploads.begin_ending(AT_STOP_SECONDS if stopping else AT_END_SECONDS)
+        while self.upload_to and collectives.from_main(self._uploads and self._uploads.is_busy()):
+            pass
+        if self._uploads and (there := checkpoints(self.folder)):  # what an upload had held back may go
+            kept = {best_in(read_object(there[-1] / "state.json")), self._uploads.holds}
+            retain(self.folder, keep_last=self.keep_last, kept=kept)
+
+    def _written(self) -> None:
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -140,7 +168,9 @@ class Checkpointer:
         point(self.folder, "latest", name)
         if best is not None:
             point(self.folder, "best", best)
-        retain(self.folder, keep_last=self.keep_last, best=best)
+        retain(self.folder, keep_last=self.keep_last, kept={best, self._uploads.holds if self._uploads else None})
+        if self._uploads:
+            self._uploads.offer()
         self.run.progress(step=content["state"]["step"], epoch=content["state"]["epoch"])
 
     def _newest_whole(self) -> str | None:
@@ -155,6 +185,14 @@ class Checkpointer:
             shutil.rmtree(path.with_name(f"{path.name}.damaged"), ignore_errors=True)
             path.rename(path.with_name(f"{path.name}.damaged"))
         return None
+
+    def _fetched(self) -> str | None:
+        if self._uploads is None or self.run is None:
+            return None
+        try:
+            return fetch_newest(self._uploads.store, self.folder, partial(commit, run=self.run))
+        except StoreError as error:
+            raise StorageError(f"{error}; nothing was begun: then give the same command again") from error
 
 
 def load(path: Path, engine: Engine, state: TrainState | None = None) -> dict[str, Any]:
@@ -192,27 +230,3 @@ def commit(aside: Path, path: Path, run: ClaimedRun) -> None:
     run.check_ours()
     os.rename(aside, path)
     sync_folder(path.parent)
-
-
-def point(folder: Path, link: str, name: str) -> None:
-    """Let a link lead to the checkpoint of that name."""
-    aside = folder / f".{link}"
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(name)
-    os.replace(aside, folder / link)
-
-
-def retain(folder: Path, *, keep_last: int, best: str | None) -> None:
-    """Delete all but the newest few and the best. A checkpoint that goes is renamed first, so none is ever half there."""
-    for path in checkpoints(folder)[:-keep_last]:
-        if path.name != best:
-            gone = path.with_name(f".deleting-{path.name}")
-            path.rename(gone)
-            shutil.rmtree(gone)
-
-
-def sweep(folder: Path) -> None:
-    """Delete what a killed attempt left unfinished."""
-    leftovers: Iterable[Path] = [*folder.glob(".writing-*"), *folder.glob(".deleting-*")]
-    for path in leftovers:
-        shutil.rmtree(path, ignore_errors=True)

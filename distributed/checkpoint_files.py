@@ -1,20 +1,30 @@
-"""A checkpoint as it lies on the disk: its name, whether it is whole, its tensors."""
+"""A checkpoint as it lies on the disk: its name, its files, whether it is whole. Imports no torch."""
 
+import os
+import shutil
+from collections.abc import Collection, Iterable
 from pathlib import Path
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from typing import Any
 
 from distributed.files import digest_of, read_object
 
 FORMAT = 1
 FILES = ("tensors.safetensors", "state.json")
+MANIFEST = "manifest.json"
 
 
 def name_of(*, step: int, epoch: int) -> str:
     """After so many steps and finished epochs. An epoch's end has the steps of its last step, but knows more."""
     return f"step-{step:08d}-epoch-{epoch:03d}"
+
+
+def best_in(state: dict[str, Any]) -> str | None:
+    """The name of the best epoch's checkpoint, by a state.json."""
+    try:
+        best = state["state"]["best"]
+        return name_of(step=best["step"], epoch=best["epoch"] + 1) if best else None
+    except (KeyError, TypeError):
+        return None
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -24,7 +34,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def damage_of(path: Path) -> str | None:
     """What is wrong with a checkpoint, by its manifest; None where it is whole."""
-    manifest = read_object(path / "manifest.json")
+    manifest = read_object(path / MANIFEST)
     files = manifest.get("files")
     if not isinstance(files, dict) or manifest.get("format") != FORMAT or set(files) != set(FILES):
         return "no manifest of a known format"
@@ -38,9 +48,25 @@ def damage_of(path: Path) -> str | None:
     return None
 
 
-def tensors_of(path: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint; a ValueError where their file is none."""
-    try:
-        return load_file(path / "tensors.safetensors")
-    except SafetensorError as error:
-        raise ValueError(f"tensors.safetensors: {error}") from None
+def point(folder: Path, link: str, name: str) -> None:
+    """Let a link lead to the checkpoint of that name."""
+    aside = folder / f".{link}"
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(name)
+    os.replace(aside, folder / link)
+
+
+def retain(folder: Path, *, keep_last: int, kept: Collection[str | None]) -> None:
+    """Delete all but the newest few and those named. One that goes is renamed first, so none is ever half there."""
+    for path in checkpoints(folder)[:-keep_last]:
+        if path.name not in kept:
+            gone = path.with_name(f".deleting-{path.name}")
+            path.rename(gone)
+            shutil.rmtree(gone)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a killed attempt left unfinished."""
+    leftovers: Iterable[Path] = [*folder.glob(".writing-*"), *folder.glob(".deleting-*")]
+    for path in leftovers:
+        shutil.rmtree(path, ignore_errors=True)

@@ -40,6 +40,11 @@ def digest_of(path: Path) -> Written:
         return Written(file.tell(), digest.hexdigest())
 
 
+def digest_of_bytes(content: bytes) -> Written:
+    """Size and digest of what would be a file's content."""
+    return Written(len(content), hashlib.blake2b(content, digest_size=16).hexdigest())
+
+
 def read_json(path: Path) -> Any:
     """The file's content, or None where there is no such file or it is no JSON."""
     try:

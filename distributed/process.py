@@ -12,6 +12,7 @@ from distributed.run_folder import RunFolder
 from distributed.state import TrainState
 from distributed.stop import SignalStop
 from distributed.topology import Topology
+from distributed.uploads import tell_ending
 
 # What gloo and NCCL say where another rank has died; the rank that died first has the real message.
 _LOST_PEER = re.compile(
@@ -41,6 +42,7 @@ def run_to_exit_code(config: TrainConfig, topology: Topology) -> int:
         return ExitCode.FAILED
     if topology.is_main:
         _say_ending(config, state)
+        tell_ending(config)
     return ExitCode.STOPPED if state.stop_reason else ExitCode.FINISHED
 
 

@@ -58,7 +58,11 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         state = TrainState(schedule, build_early_stopping(config.early_stopping))
         facts = attempt.facts(device) | data.facts()
         checkpoints = Checkpointer(
-            attempt.folder.checkpoints, attempt.run, keep_last=config.checkpoint.keep_last, facts=facts
+            attempt.folder.checkpoints,
+            attempt.run,
+            keep_last=config.checkpoint.keep_last,
+            facts=facts,
+            upload_to=config.checkpoint.upload_to,
         )
         resumed_from = checkpoints.restore(engine, state)
         if resumed_from is None and config.init_from:
@@ -95,7 +99,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
                     state.take(sums.read())
                     checkpoints.save(engine, state)
                 if stop_now:
-                    checkpoints.wait()
+                    checkpoints.wait(stopping=True)
                     state.stop_reason = agreement.reason
                     return state
             # Not the loop's variables from here on: an attempt may begin where an epoch's steps are all done.

@@ -5,6 +5,7 @@ RUN/status.json       running | finished | stopped | failed, with the reason, ex
 RUN/attempts.jsonl    a line at the start and at the end of each attempt: when, where, versions, why it ended
 RUN/attempt.json      the token of the attempt that may write
 RUN/digests.jsonl     a line a save: a digest of every tensor, kept when the checkpoint goes
+RUN/upload.json       the newest checkpoint that `checkpoint.upload_to` has, and what went wrong there last
 RUN/metrics.jsonl     RUN/tensorboard/   RUN/curves.png   RUN/logs/rank-0000.log   RUN/checkpoints/
 RUN/confusion-*.png   RUN/export/   RUN/report.html       made by commands, which do not claim the folder
 """
@@ -39,6 +40,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
         self.digests_file = path / "digests.jsonl"
+        self.upload_file = path / "upload.json"
         self.curves = path / "curves.png"
         self.logs = path / "logs"
         self.profile = path / "profile"
@@ -69,14 +71,19 @@ class RunFolder:
             InputError: this version cannot read it.
         """
         content = self.newest_state()
-        try:
-            return TrainConfig.model_validate_json(json.dumps(content["config"])) if content else None
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise InputError(
-                f"{self.checkpoints}: the newest was saved under a config that this version cannot read "
-                f"({'.'.join(map(str, first['loc']))}: {first['msg']}); give another --run_dir, or use the version it is of"
-            ) from None
+        return config_in(content, where=self.checkpoints, option="--run_dir") if content else None
+
+
+def config_in(state: dict[str, Any], *, where: Path | str, option: str) -> TrainConfig:
+    """The config in a checkpoint's state.json; an InputError where this version cannot read it."""
+    try:
+        return TrainConfig.model_validate_json(json.dumps(state["config"]))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"{where}: the newest was saved under a config that this version cannot read "
+            f"({'.'.join(map(str, first['loc']))}: {first['msg']}); give another {option}, or use the version it is of"
+        ) from None
 
 
 def check_resume(config: TrainConfig) -> bool:
@@ -90,9 +97,16 @@ def check_resume(config: TrainConfig) -> bool:
         there = next(one for one in (path, *path.parents) if os.path.lexists(one))
         if not there.is_dir():
             raise InputError(f"run_dir = {run.path}: {there} is no folder; move it, or give another with --run_dir")
-    saved, state = run.saved_config(), run.newest_state()
-    if saved is None or state is None:
+    state = run.newest_state()
+    if state is None:
         return False
+    changed = check_experiment(config, state, where=run.path, option="--run_dir")
+    return run.status().get("status") == "finished" and "epochs" not in changed
+
+
+def check_experiment(config: TrainConfig, state: dict[str, Any], *, where: Path | str, option: str) -> set[str]:
+    """The settings that differ from a checkpoint's state.json; an InputError where they make it another experiment."""
+    saved = config_in(state, where=where, option=option)
     changed = differences(saved, config)
     refused = [change for change in changed if changes_experiment(change[0], config)]
     shards = state["bits"].get("shards", 0)
@@ -100,10 +114,10 @@ def check_resume(config: TrainConfig) -> bool:
         refused.append(("exact.shards", shards, config.exact.shards))
     if refused:
         raise InputError(
-            *[f"{run.path}: {path} = {new}: this run was begun with {old}" for path, old, new in refused],
-            "a resumed run keeps its experiment: take these settings back, or give another --run_dir",
+            *[f"{where}: {path} = {new}: this run was begun with {old}" for path, old, new in refused],
+            f"a resumed run keeps its experiment: take these settings back, or give another {option}",
         )
-    return run.status().get("status") == "finished" and not any(path == "epochs" for path, _, _ in changed)
+    return {path for path, _, _ in changed}
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Writes a safetensors file tensor by tensor, with its digest, so that nothing is held twice in memory.
+"""A checkpoint's tensors: written tensor by tensor, with a digest, so that nothing is held twice in memory.
 
 The library's own writer wants all bytes at once and gives no digest; reading is the library's.
 Format: https://github.com/huggingface/safetensors#format
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from distributed.files import Written
@@ -34,6 +36,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
         file.flush()
         os.fsync(file.fileno())
     return Written(size, digest.hexdigest())
+
+
+def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint; a ValueError where their file is none."""
+    try:
+        return load_file(checkpoint / "tensors.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"tensors.safetensors: {error}") from None
 
 
 def digest_of_tensor(tensor: Tensor) -> str:

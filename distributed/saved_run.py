@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from distributed.checkpoint_files import damage_of
 from distributed.config import TrainConfig, load, with_values
 from distributed.data import sources
 from distributed.errors import InputError
@@ -77,9 +78,7 @@ def checkpoint_of(run: Path, name: str) -> Path:
 
 
 def check_whole(checkpoint: Path) -> None:
-    """Raises InputError where a checkpoint's files are not those that its manifest names. Imports torch."""
-    from distributed.checkpoint_files import damage_of
-
+    """Raises InputError where a checkpoint's files are not those that its manifest names."""
     if damage := damage_of(checkpoint):
         raise InputError(f"{checkpoint}: damaged: {damage}; name another with --checkpoint")
 

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 
 from distributed.config import TrainConfig, help_text, load
 from distributed.data import cifar, sources
+from distributed.downloads import check_store
 from distributed.errors import ExitCode, InputError
 from distributed.run_folder import RunFolder, check_resume, check_start
 from distributed.topology import Topology
+from distributed.uploads import upload_rest
 from distributed.versions import require
 
 _BANNER = """\
@@ -38,6 +40,7 @@ def main() -> int:
             folder = RunFolder(config.run_dir)
             print(f"{folder.path}: this run is finished; evaluate it with python -m distributed.evaluate {folder.path}, "
                   f"or start another with --run_dir", file=sys.stderr)  # fmt: skip
+            upload_rest(config)
         return ExitCode.FINISHED
     from distributed.process import run_to_exit_code  # torch comes in here, after all that could be wrong was checked
 
@@ -74,8 +77,11 @@ def checked_config(
         config.check_world_size(topology.world_size, config.device)
     if config.engine.name == "deepspeed":
         require("deepspeed", at_least=(0, 19), wanted_by="engine.name = deepspeed")
-    check_start(config)
     finished = check_resume(config)
+    # Rank 0 alone asks the store, which may have what makes init_from needless.
+    begun = config.checkpoint.upload_to and (not topology.is_main or check_store(config))
+    if not begun:
+        check_start(config)
     if not finished:
         sources.prepare(config.data)
     return config, finished

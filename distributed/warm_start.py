@@ -5,10 +5,11 @@ from pathlib import Path
 from loguru import logger
 from torch import Tensor
 
-from distributed.checkpoint_files import damage_of, tensors_of
+from distributed.checkpoint_files import damage_of
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.run_folder import find_checkpoint
+from distributed.safetensors_stream import tensors_of
 
 
 def evaluated_weights(path: Path) -> dict[str, Tensor]:

@@ -1,11 +1,14 @@
 """The settings of network, optimizer, engine and of what a run writes. Imports no torch."""
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import PlainValidator
+from pydantic import BeforeValidator, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from distributed.config.section import OptionalPath, Section, operational, setting
+
+_STORE_URL = re.compile(r"(?:(?:s3|gs)://[a-zA-Z0-9][\w.-]*(?:/[^\s?*#\[\]{}]*)?|file:///[^\s?*#\[\]{}]+)", re.ASCII)
 
 
 class Model(Section):
@@ -80,12 +83,25 @@ class Evaluation(Section):
     test_every_epoch: bool = operational(True, "evaluate the test split each epoch, for its curve; it never steers")
 
 
+def _store_url(value: Any) -> Any:
+    if value is None or (isinstance(value, str) and value.isprintable() and _STORE_URL.fullmatch(value)):
+        return value
+    raise PydanticCustomError(
+        "url",
+        "should be a URL as s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///FOLDER, without spaces, ?, *, # and brackets",
+    )
+
+
 class Checkpoint(Section):
     every_steps: int = operational(0, "save every N steps besides each epoch; 0: off", ge=0)
     every_minutes: float = operational(5.0, "save every N minutes besides each epoch; 0: off", ge=0)
     keep_last: int = operational(2, "newest checkpoints that are kept", ge=1)
     best_by: Literal["auto", "accuracy", "loss", "none"] = setting(
         "auto", "validation metric whose best epoch is kept too; auto: accuracy where there is a validation split"
+    )
+    upload_to: Annotated[str | None, BeforeValidator(_store_url)] = operational(
+        None,
+        "URL (s3://, gs://, file://) where each checkpoint is kept too, and from where an empty run folder goes on",
     )
 
     def is_due(self, step: int) -> bool:

@@ -10,12 +10,13 @@ LAYERS = [
     "errors keyed plot tree figures profiler run_lines",
     "files versions",
     "config topology safetensors_stream checkpoint_files",
-    "rendezvous collectives logs metrics",
+    "rendezvous collectives logs metrics remote",
     "shared_memory",
     "process_group data models row_gather optim schedule sums stop sinks",
     "exact",
     "engine state confusion",
     "run_folder loop",
+    "uploads downloads",
     "checkpoint reporter",
     "saved_run",
     "attempt build warm_start",
@@ -26,7 +27,18 @@ LAYERS = [
     "report",
 ]
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row.split()}
-SLOW = {"torch", "torchvision", "deepspeed", "ray", "matplotlib", "tensorboard", "tqdm", "onnx", "onnxruntime"}
+SLOW = {
+    "torch",
+    "torchvision",
+    "deepspeed",
+    "ray",
+    "matplotlib",
+    "tensorboard",
+    "tqdm",
+    "onnx",
+    "onnxruntime",
+    "fsspec",
+}
 WITHOUT_TORCH = {
     "errors",
     "files",
@@ -34,6 +46,9 @@ WITHOUT_TORCH = {
     "topology",
     "run_folder",
     "run_lines",
+    "remote",
+    "uploads",
+    "downloads",
     "train",
     "evaluate",
     "compare",
@@ -43,6 +58,7 @@ WITHOUT_TORCH = {
     "saved_run",
     "figures.style",
     "figures.confusion",
+    "checkpoint_files",
     "data.cifar",
     "data.sources",
     "logs",

@@ -1,5 +1,8 @@
 import json
 import os
+import shutil
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -9,8 +12,8 @@ from loguru import logger
 from torch import Tensor, nn
 
 from distributed import checkpoint as module
-from distributed.checkpoint import Checkpointer, point, retain, sweep, write_checkpoint
-from distributed.checkpoint_files import checkpoints, damage_of, name_of
+from distributed.checkpoint import Checkpointer, write_checkpoint
+from distributed.checkpoint_files import checkpoints, damage_of, name_of, point, retain, sweep
 from distributed.config.sections import Sgd
 from distributed.engine.tensors import Weights
 from distributed.errors import StorageError
@@ -235,9 +238,9 @@ def test_links_are_not_trusted(run):
 
 def test_the_last_few_and_the_best_are_kept(run):
     saved(run, 1, 2, 3, 4, 5)
-    retain(run.checkpoints, keep_last=2, best=name_of(step=2, epoch=1))
+    retain(run.checkpoints, keep_last=2, kept={name_of(step=2, epoch=1)})
     assert [path.name[12] for path in checkpoints(run.checkpoints)] == ["2", "4", "5"]
-    retain(run.checkpoints, keep_last=1, best=None)
+    retain(run.checkpoints, keep_last=1, kept=())
     assert [path.name[12] for path in checkpoints(run.checkpoints)] == ["5"]
 
 
@@ -306,3 +309,51 @@ def test_a_rank_without_the_run_writes_nothing(run):
     other.save(PlainEngine(1), at_step(1))  # type: ignore[arg-type]
     other.wait()
     assert names(run.checkpoints) == []
+
+
+def test_a_store_gets_what_is_saved_and_an_empty_folder_what_is_in_the_store(run, tmp_path):
+    url = f"file://{tmp_path}/store"
+    writer = Checkpointer(run.checkpoints, run, keep_last=1, facts={}, upload_to=url)
+    for step in (1, 2, 3):
+        writer.save(PlainEngine(step), at_step(step, best=2))  # type: ignore[arg-type]
+    writer.wait()
+    assert names(tmp_path / "store") == ["attempt.json", "step-00000002-epoch-001", "step-00000003-epoch-001"]
+    shutil.rmtree(run.checkpoints)
+    run.checkpoints.mkdir()
+    again = Checkpointer(run.checkpoints, run, keep_last=1, facts={}, upload_to=url)
+    engine, state = PlainEngine(-1), at_step(0)
+    again.restore(engine, state)  # type: ignore[arg-type]
+    again.wait(stopping=True)
+    assert state.step == 3
+    assert bool((engine.model[0].weight == 3).all())
+    assert names(run.checkpoints) == ["best", "latest", "step-00000002-epoch-001", "step-00000003-epoch-001"]
+
+
+def test_a_checkpoint_in_mid_upload_is_kept_and_training_does_not_wait_for_it(run, tmp_path, monkeypatch):
+    writer = Checkpointer(run.checkpoints, run, keep_last=1, facts={}, upload_to=f"file://{tmp_path}/store")
+    assert writer._uploads is not None
+    go_on, put = threading.Event(), writer._uploads.store._fs.put_file
+
+    def slow(*paths: str) -> None:
+        go_on.wait(20)
+        put(*paths)
+
+    monkeypatch.setattr(writer._uploads.store._fs, "put_file", slow)
+    writer.save(PlainEngine(1), at_step(1))  # type: ignore[arg-type]
+    while not writer._uploads.holds:
+        time.sleep(0.01)
+    for step in (2, 3, 4):
+        writer.save(PlainEngine(step), at_step(step))  # type: ignore[arg-type]
+    writer._written()
+    assert [path.name[12] for path in checkpoints(run.checkpoints)] == ["1", "4"]
+    go_on.set()
+    writer.wait()
+    assert [path.name[12] for path in checkpoints(run.checkpoints)] == ["4"]
+    assert names(tmp_path / "store") == ["attempt.json", "step-00000004-epoch-001"]
+
+
+def test_a_store_that_does_not_give_what_it_has_ends_the_attempt_before_it_begins(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    writer = Checkpointer(run.checkpoints, run, keep_last=1, facts={}, upload_to=f"file://{tmp_path}/file/store")
+    with pytest.raises(StorageError, match="nothing was begun"):
+        writer.restore(PlainEngine(0), at_step(0))  # type: ignore[arg-type]

@@ -1,0 +1,184 @@
+"""Runs that upload to a store over HTTP, through kills and outages. Which store: `object_store.py`."""
+
+import os
+import shutil
+import signal
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from integration.abuse import assert_told, call, untouched
+from integration.commands import Command, assert_same_bits, kill, metrics, status, torchrun
+from integration.object_store import KEYS, NO_PATIENCE, Relay, running
+
+SETTINGS = (
+    "configs/debug.toml", "--epochs", 2, "--data.train_samples", 300, "--data.test_samples", 40, "--threads", 1,
+    "--checkpoint.every_steps", 3, "--evaluation.test_every_epoch", "false", "--global_batch_size", 40,
+)  # fmt: skip
+PLAIN = [sys.executable, "-m", "distributed.train"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install s3fs")
+    if "S3_ENDPOINT" not in os.environ:
+        pytest.importorskip(
+            "moto.server", reason="no store: pip install 'moto[s3]' flask flask-cors, or name one with S3_ENDPOINT"
+        )
+    with running(tmp_path_factory.mktemp("server")) as port:
+        yield port
+
+
+@pytest.fixture
+def relay(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Relay]:
+    relay = Relay(server)
+    for name, value in {**KEYS, **NO_PATIENCE, "AWS_ENDPOINT_URL": relay.endpoint}.items():
+        monkeypatch.setenv(name, value)
+    yield relay
+    relay.close()
+
+
+@pytest.fixture
+def bucket(server: int, relay: Relay) -> str:
+    """The URL of a new, empty place."""
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    files(server).mkdir(name)
+    return f"s3://{name}/runs/one"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(run)
+    return run
+
+
+def files(port: int) -> Any:
+    """The store, past the relay."""
+    import s3fs
+
+    keys = {"key": KEYS["AWS_ACCESS_KEY_ID"], "secret": KEYS["AWS_SECRET_ACCESS_KEY"]}
+    return s3fs.S3FileSystem(endpoint_url=f"http://127.0.0.1:{port}", use_listings_cache=False, **keys)
+
+
+def train(run: Path, *more: object) -> str:
+    arguments = [*PLAIN, *map(str, (*SETTINGS, "--run_dir", run, *more))]
+    with Command(arguments, output=run.with_suffix(f".{uuid.uuid4().hex[:4]}")) as command:
+        assert command.wait() == 0, command.text
+        return command.text
+
+
+def whole(port: int, url: str) -> list[str]:
+    """Names of the checkpoints there that have a manifest."""
+    return [path.split("/")[-2] for path in sorted(files(port).glob(f"{url}/step-*/manifest.json"))]
+
+
+def assert_same_ending(run: Path, reference: Path) -> Path:
+    """The bits of the whole run, though its folder has only the lines since it came back; the newest checkpoint."""
+    ours, theirs = (max((folder / "checkpoints").glob("step-*")) for folder in (run, reference))
+    assert ours.name == theirs.name
+    found, expected = load_file(ours / "tensors.safetensors"), load_file(theirs / "tensors.safetensors")
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+    logged = metrics(run)
+    assert logged == metrics(reference)[-len(logged) :]
+    return ours
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_elsewhere_with_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
+    """Without a server: to a file:// URL. What was saved at the stop is up before the processes leave."""
+    url = f"file://{tmp_path}/store"
+    arguments = torchrun(2, *SETTINGS, "--run_dir", tmp_path / "stopped", "--checkpoint.upload_to", url)
+    with Command(arguments, output=tmp_path / "output") as command:
+        command.wait_for(lambda: list((tmp_path / "store").glob("step-*/manifest.json")), what="an upload")
+        kill(command.ranks()[-1], number=signal.SIGTERM)
+        assert command.wait() != 0
+    assert status(tmp_path / "stopped")["status"] == "stopped", command.text
+    name = f"step-{status(tmp_path / 'stopped')['step']:08d}"
+    assert [path.name for path in (tmp_path / "store").glob(f"{name}-*/manifest.json")] == ["manifest.json"]
+    shutil.rmtree(tmp_path / "stopped")
+    said = train(tmp_path / "run", "--checkpoint.upload_to", url)
+    assert f"resuming at step {int(name[5:])}: " in said
+    assert_same_ending(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_in_mid_upload_a_run_goes_on_elsewhere_with_the_same_bits(
+    server: int, relay: Relay, bucket: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Two processes on one machine, killed before the second manifest; one process in an empty folder goes on."""
+    arguments = torchrun(2, *SETTINGS, "--run_dir", tmp_path / "lost", "--checkpoint.upload_to", bucket)
+    manifests: list[str] = []
+    with Command(arguments, output=tmp_path / "output") as command:
+
+        def strike(path: str) -> None:
+            manifests.extend([path] if path.endswith("/manifest.json") else [])
+            if len(manifests) == 2:
+                relay.cut = True
+                kill(*command.ranks(), command.process.pid)
+
+        relay.on_put = strike
+        command.wait()
+    begun, (kept,) = manifests[1].split("/")[-2], whole(server, bucket)
+    assert files(server).exists(f"{bucket}/{begun}/tensors.safetensors")
+    assert kept < begun
+    relay.cut, relay.on_put = False, lambda _: None
+    shutil.rmtree(tmp_path / "lost")
+    said = train(tmp_path / "run", "--checkpoint.upload_to", bucket)
+    assert f"fetching {bucket}/{kept}" in said
+    assert f"resuming at step {int(kept[5:13])}: " in said
+    ours = assert_same_ending(tmp_path / "run", undisturbed)
+    assert whole(server, bucket) == sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*"))
+    assert f"{ours.name} is uploaded to {bucket}" in said.splitlines()[-1]
+    for file in ours.iterdir():
+        assert files(server).cat_file(f"{bucket}/{ours.name}/{file.name}") == file.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_store_that_goes_away_does_not_stop_training(
+    server: int, relay: Relay, bucket: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    run, seen = tmp_path / "run", list[str]()
+
+    def cut(path: str) -> None:
+        seen.append(path)
+        relay.cut = sum(one.endswith("/manifest.json") for one in seen) > 1
+
+    relay.on_put = cut
+    said = train(run, "--checkpoint.upload_to", bucket)
+    assert_same_bits(run, undisturbed)
+    assert len(whole(server, bucket)) == 1
+    assert "WARNING not uploaded: " in said
+    assert f"NOT UPLOADED: {status(run)['step']:08d}".replace(": ", ": step-") in said.splitlines()[-1]
+    relay.cut, relay.on_put = False, lambda _: None
+    said = train(run, "--checkpoint.upload_to", bucket)
+    assert "this run is finished" in said
+    assert whole(server, bucket) == sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    assert "is uploaded to" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, "there is no such bucket"),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "no right to read, write and remove"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "check the network and the store's endpoint"),
+    ],
+    ids=["no bucket", "wrong key", "nobody there"],
+)
+def test_a_store_that_cannot_be_used_is_refused(
+    change: dict[str, str], said: str, relay: Relay, bucket: str, tmp_path: Path
+) -> None:
+    if "AWS_SECRET_ACCESS_KEY" in change and "S3_ENDPOINT" not in os.environ:
+        pytest.skip("moto's server takes any key; name a store with S3_ENDPOINT")
+    url = bucket if change else "s3://no-such-bucket-here/x"
+    words = ("--data.name=generated10", "--run_dir", tmp_path / "run", "--checkpoint.upload_to", url)
+    with untouched(tmp_path):
+        assert_told(call("train", *words, **change), f"checkpoint.upload_to = {url}: ", said)

@@ -1,0 +1,375 @@
+"""Uploads to file:// URLs; over HTTP: tests/integration/test_object_store.py."""
+
+import json
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from loguru import logger
+
+from distributed import downloads, remote, uploads
+from distributed.checkpoint import commit, write_checkpoint
+from distributed.checkpoint_files import checkpoints, damage_of, name_of
+from distributed.config import TrainConfig, load
+from distributed.downloads import check_store, fetch_newest
+from distributed.errors import InputError
+from distributed.remote import Store, StoreError
+from distributed.run_folder import ClaimedRun, RunFolder
+from distributed.topology import Topology
+from distributed.train import checked_config
+from distributed.uploads import Uploads, tell_ending, upload_rest
+
+THREE = {"manifest.json", "state.json", "tensors.safetensors"}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[ClaimedRun]:
+    claimed = ClaimedRun.claim(tmp_path / "run", world_size=1)
+    yield claimed
+    claimed.release()
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"file://{tmp_path}/store/run"
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    messages: list[str] = []
+    handle = logger.add(lambda message: messages.append(str(message)), format="{level} {message}")
+    yield messages
+    logger.remove(handle)
+
+
+def config_of(run_dir: Path, url: str, *words: str) -> TrainConfig:
+    return load(["--run_dir", str(run_dir), "--checkpoint.upload_to", url, "--data.name", "generated10", *words])[0]
+
+
+def save(run: RunFolder, step: int, *, best: int | None = None, config: TrainConfig | None = None) -> str:
+    """A checkpoint whose one tensor is the step's number."""
+    content = {
+        "state": {"step": step, "best": None if best is None else {"epoch": 0, "step": best, "value": 0.5}},
+        "config": json.loads(config.model_dump_json()) if config else {},
+        "bits": {},
+    }
+    name = name_of(step=step, epoch=1)
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(run.checkpoints / f".writing-{name}", {"step": torch.tensor(step)}, content)
+    (run.checkpoints / f".writing-{name}").rename(run.checkpoints / name)
+    return name
+
+
+def settled(writer: Uploads) -> Uploads:
+    writer.offer()
+    writer.begin_ending(20)
+    while writer.is_busy():
+        pass
+    return writer
+
+
+def in_store(url: str) -> dict[int, set[str]]:
+    """Step -> names of the files of each checkpoint there."""
+    root = Path(url.removeprefix("file://"))
+    return {int(path.name[5:13]): {file.name for file in path.iterdir()} for path in sorted(root.glob("step-*"))}
+
+
+def fetched(run: ClaimedRun, url: str) -> str | None:
+    return fetch_newest(Store(url), run.checkpoints, lambda aside, path: commit(aside, path, run))
+
+
+# Up
+
+
+def test_what_is_in_the_run_folder_is_in_the_store_too(run, url):
+    name = save(run, 1)
+    settled(Uploads(url, run, keep_last=2))
+    assert in_store(url) == {1: THREE}
+    assert damage_of(Path(url.removeprefix("file://")) / name) is None
+    assert json.loads(run.upload_file.read_text())["newest"] == name
+
+
+def test_the_manifest_goes_up_last_and_comes_down_first(run, url, monkeypatch):
+    done: list[str] = []
+    writer = Uploads(url, run, keep_last=1)
+    fs = writer.store._fs
+    for verb in ("put_file", "rm_file"):
+        before = getattr(fs, verb)
+        monkeypatch.setattr(
+            fs,
+            verb,
+            lambda *paths, verb=verb, before=before: (done.append(f"{verb} {paths[-1][-20:]}"), before(*paths)),
+        )
+    save(run, 1)
+    settled(writer)
+    assert [one.rpartition("/")[2].split("-")[-1] for one in done if one.startswith("put_file")][-1] == "manifest.json"
+    done.clear()
+    save(run, 2)
+    shutil.rmtree(checkpoints(run.checkpoints)[0])
+    settled(writer)
+    assert in_store(url) == {2: THREE}
+    removed = [one for one in done if one.startswith("rm_file")]
+    assert [one.rpartition("/")[2] for one in removed][-3] == "manifest.json"
+
+
+def test_the_store_keeps_what_the_run_folder_keeps(run, url):
+    writer = Uploads(url, run, keep_last=2)
+    for step in (1, 2, 3, 4):
+        save(run, step, best=1)
+        settled(writer)
+    assert list(in_store(url)) == [1, 3, 4]
+
+
+def test_an_empty_run_folder_loses_nothing_in_the_store(run, url):
+    for step in (1, 2):
+        save(run, step)
+    settled(Uploads(url, run, keep_last=9))
+    for path in checkpoints(run.checkpoints):
+        shutil.rmtree(path)
+    settled(Uploads(url, run, keep_last=9))
+    save(run, 3)
+    settled(Uploads(url, run, keep_last=9))
+    assert list(in_store(url)) == [1, 2, 3]
+
+
+def test_what_a_killed_upload_left_is_completed_or_removed(run, url):
+    name = save(run, 7)
+    root = Path(url.removeprefix("file://"))
+    for left in (name, name_of(step=3, epoch=1)):
+        (root / left).mkdir(parents=True)
+        (root / left / "tensors.safetensors").write_bytes(b"half")
+    settled(Uploads(url, run, keep_last=2))
+    assert in_store(url) == {7: THREE}
+    assert damage_of(root / name) is None
+
+
+def test_other_bytes_of_the_same_name_and_cut_files_are_replaced(run, url):
+    name = save(run, 1)
+    settled(Uploads(url, run, keep_last=2))
+    there = Path(url.removeprefix("file://")) / name
+    (there / "tensors.safetensors").write_bytes(b"cut")
+    settled(Uploads(url, run, keep_last=2))
+    assert damage_of(there) is None
+    shutil.rmtree(run.checkpoints / name)
+    save(run, 1, best=1)
+    settled(Uploads(url, run, keep_last=2))
+    assert (there / "manifest.json").read_bytes() == (run.checkpoints / name / "manifest.json").read_bytes()
+    assert damage_of(there) is None
+
+
+def test_a_failed_upload_is_a_warning_and_the_next_save_brings_up_all(run, url, said, monkeypatch):
+    writer = Uploads(url, run, keep_last=2)
+    fs, put = writer.store._fs, writer.store._fs.put_file
+
+    def away(*_: object) -> None:
+        raise ConnectionError("Could not connect")
+
+    monkeypatch.setattr(fs, "put_file", away)
+    save(run, 1)
+    settled(writer)
+    assert "WARNING" in said[0]
+    assert "Could not connect" in said[0]
+    assert "the next save tries again" in said[0]
+    assert "Could not connect" in json.loads(run.upload_file.read_text())["problem"]
+    assert all("manifest.json" not in files for files in in_store(url).values())
+    monkeypatch.setattr(fs, "put_file", put)
+    save(run, 2)
+    settled(writer)
+    assert in_store(url) == {1: THREE, 2: THREE}
+    assert writer.problem == ""
+
+
+def test_a_store_that_hangs_holds_up_nothing_and_is_told_at_the_end(run, url, monkeypatch):
+    writer, go_on = Uploads(url, run, keep_last=2), threading.Event()
+    monkeypatch.setattr(writer.store._fs, "put_file", lambda *_: go_on.wait(20))
+    name = save(run, 1)
+    began = time.monotonic()
+    writer.offer()
+    assert time.monotonic() - began < 1
+    while not writer.holds:
+        time.sleep(0.01)
+    assert writer.holds == name
+    writer.begin_ending(0.2)
+    while writer.is_busy():
+        pass
+    assert "not up in time" in json.loads(run.upload_file.read_text())["problem"]
+    go_on.set()
+
+
+def test_of_two_runs_that_upload_to_one_place_the_later_goes_on_and_the_other_says_so(run, url, tmp_path):
+    first, second = Uploads(url, run, keep_last=1), RunFolder(tmp_path / "other")
+    save(run, 1)
+    settled(first)
+    save(second, 5)
+    settled(Uploads(url, second, keep_last=1))
+    save(run, 2)
+    settled(first)
+    assert "taken over by the run in" in first.problem
+    assert list(in_store(url)) == [5]
+
+
+def test_the_last_word_is_whether_the_newest_is_up(run, url, said):
+    config = config_of(run.path, url)
+    name = save(run, 1)
+    tell_ending(config)
+    assert said[-1].startswith(f"ERROR NOT UPLOADED: {name} lies in {run.checkpoints} alone")
+    upload_rest(config)
+    assert said[-1].startswith(f"INFO {name} is uploaded to {url}")
+    save(run, 2)
+    tell_ending(config)
+    assert said[-1].startswith("ERROR NOT UPLOADED")
+
+
+# Down
+
+
+def test_the_newest_and_the_best_are_fetched(run, url, tmp_path):
+    there = RunFolder(tmp_path / "there")
+    names = [save(there, step, best=1) for step in (1, 2, 3)]
+    settled(Uploads(url, there, keep_last=2))
+    assert fetched(run, url) == names[2]
+    assert [path.name for path in checkpoints(run.checkpoints)] == [names[0], names[2]]
+    assert [damage_of(path) for path in checkpoints(run.checkpoints)] == [None, None]
+    assert (run.checkpoints / "latest").resolve().name == names[2]
+    assert (run.checkpoints / "best").resolve().name == names[0]
+    assert list(run.checkpoints.glob(".*")) == []
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "missing", "no manifest"])
+def test_a_damaged_one_is_refused_and_the_one_before_taken(run, url, tmp_path, said, how):
+    there = RunFolder(tmp_path / "there")
+    names = [save(there, step) for step in (1, 2)]
+    settled(Uploads(url, there, keep_last=2))
+    last = Path(url.removeprefix("file://")) / names[1]
+    content = bytearray((last / "tensors.safetensors").read_bytes())
+    content[-1] ^= 1
+    if how == "missing":
+        (last / "tensors.safetensors").unlink()
+    elif how == "no manifest":
+        (last / "manifest.json").unlink()
+    else:
+        (last / "tensors.safetensors").write_bytes(content if how == "flipped" else content[:-3])
+    assert fetched(run, url) == names[0]
+    assert [path.name for path in checkpoints(run.checkpoints)] == names[:1]
+    assert not Store(url).is_whole(names[1])
+    if how != "no manifest":
+        assert any("ERROR" in line and f"{names[1]} is damaged" in line for line in said)
+        settled(Uploads(url, there, keep_last=2))
+        assert damage_of(last) is None
+
+
+def test_an_empty_store_gives_nothing(run, url):
+    assert fetched(run, url) is None
+
+
+# Before anything is begun
+
+
+def test_a_new_place_is_made_and_left_empty(tmp_path, url):
+    assert check_store(config_of(tmp_path / "run", url)) is False
+    assert list(Path(url.removeprefix("file://")).iterdir()) == []
+
+
+def test_a_store_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        InputError, match=r"^checkpoint\.upload_to = file://.*; mend access, free space, or name another"
+    ):
+        check_store(config_of(tmp_path / "run", f"file://{tmp_path}/file/there"))
+
+
+def test_a_run_that_has_begun_goes_on_without_its_store(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    config = config_of(tmp_path / "run", f"file://{tmp_path}/file/there")
+    save(RunFolder(tmp_path / "run"), 1, config=config)
+    assert check_store(config) is False
+    assert capsys.readouterr().err.startswith("warning: checkpoint.upload_to = file://")
+
+
+def test_a_run_folder_that_lags_behind_the_store_is_gone_on_from_with_a_warning(tmp_path, url, capsys):
+    config, there = config_of(tmp_path / "run", url), RunFolder(tmp_path / "there")
+    save(there, 9, config=config)
+    settled(Uploads(url, there, keep_last=2))
+    save(RunFolder(tmp_path / "run"), 5, config=config)
+    assert check_store(config) is True
+    assert f"{url} has step 9, and the run goes on from step 5" in capsys.readouterr().err
+    settled(Uploads(url, RunFolder(tmp_path / "run"), keep_last=2))
+    assert list(in_store(url)) == [5, 9]
+
+
+def test_another_experiment_in_the_store_is_refused_with_the_difference(tmp_path, url):
+    there = RunFolder(tmp_path / "there")
+    save(there, 1, config=config_of(there.path, url))
+    settled(Uploads(url, there, keep_last=2))
+    assert check_store(config_of(tmp_path / "run", url)) is True
+    with pytest.raises(InputError) as caught:
+        checked_config(
+            [
+                "--run_dir",
+                str(tmp_path / "run"),
+                "--data.name",
+                "generated10",
+                "--seed",
+                "3",
+                "--checkpoint.upload_to",
+                url,
+            ],
+            Topology(),
+        )
+    assert caught.value.lines == (
+        f"{url}: seed = 3: this run was begun with 0",
+        "a resumed run keeps its experiment: take these settings back, or give another --checkpoint.upload_to",
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_comes_back_needs_not_what_it_was_started_from(tmp_path, url):
+    there = RunFolder(tmp_path / "there")
+    words = ["--init_from", str(tmp_path / "gone")]
+    save(there, 1, config=config_of(there.path, url, *words))
+    settled(Uploads(url, there, keep_last=2))
+    argv = ["--run_dir", str(tmp_path / "run"), "--data.name", "generated10", "--checkpoint.upload_to", url, *words]
+    assert checked_config(argv, Topology())[1] is False
+    assert checked_config(argv, Topology(rank=1, world_size=2))[1] is False
+
+
+def test_a_missing_package_is_named_with_the_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    for url, package in (("s3://bucket/x", "s3fs"), ("gs://bucket", "gcsfs")):
+        with pytest.raises(InputError, match=f"pip install {package}$"):
+            check_store(config_of(tmp_path / "run", url))
+
+
+def test_a_store_that_does_not_answer_is_refused_in_time(tmp_path, url, monkeypatch):
+    monkeypatch.setattr(downloads, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(remote.Store, "probe", lambda _: time.sleep(5))
+    with pytest.raises(InputError, match=r"no answer within 0\.1 s; check the network"):
+        check_store(config_of(tmp_path / "run", url))
+
+
+def test_nothing_is_asked_where_no_store_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(uploads.Store, "__init__", None)
+    tell_ending(load(["--run_dir", str(tmp_path), "--data.name", "generated10"])[0])
+    upload_rest(load(["--run_dir", str(tmp_path), "--data.name", "generated10"])[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [
+        (FileNotFoundError, "make it, or name another"),
+        (PermissionError, "set other credentials"),
+        (type("NoCredentialsError", (Exception,), {}), "set other credentials"),
+        (OSError, "check the network"),
+    ],
+)
+def test_each_failure_has_its_remedy_in_one_line(kind, remedy):
+    store = Store("s3://bucket/x")
+    with pytest.raises(StoreError, match=remedy) as caught, store._asked():
+        raise kind("what the store\nsaid")
+    assert "\n" not in str(caught.value)
