@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 # Read when ray is imported, and handed on to its workers. Lines come once, from every rank, and Ray does not fold those
@@ -33,6 +32,7 @@ from distributed.config import TrainConfig
 from distributed.config.sections import Scaling
 from distributed.errors import ExitCode, InputError, NotFiniteError, StorageError
 from distributed.run_folder import RunFolder
+from distributed.run_lines import attempt_lines
 from distributed.stop import SignalStop, StopSource
 from launch.ray_cluster import NoRoom, check_nodes, room, wait_for_room
 from launch.ray_settings import Training
@@ -115,7 +115,7 @@ def attempt(config: TrainConfig, scaling: Scaling, workers: int, stop: StopSourc
     """One attempt on that many workers."""
     key = uuid.uuid4().hex
     logger.info("starting {} worker{}", workers, "s" if workers > 1 else "")
-    growth = Growth(scaling, workers)
+    growth = Growth(config, scaling, workers)
     with ThreadPoolExecutor(1) as thread:  # not the main thread, where Ray would take Ctrl-C for itself and abort
         result = thread.submit(trainer(config, scaling, workers, key, callbacks).fit)
         asked: str | None = None
@@ -129,17 +129,22 @@ def attempt(config: TrainConfig, scaling: Scaling, workers: int, stop: StopSourc
 class Growth:
     """Looks now and then whether a run on fewer workers than it wants could have more."""
 
-    def __init__(self, scaling: Scaling, workers: int) -> None:
-        self._scaling, self._possible = scaling, workers < scaling.num_workers
+    def __init__(self, config: TrainConfig, scaling: Scaling, workers: int) -> None:
+        self._run, self._scaling, self._possible = RunFolder(config.run_dir), scaling, workers < scaling.num_workers
+        self._begun = self._attempts()
         self._looked, self._seen = time.monotonic(), False
 
     def wanted(self) -> str | None:
-        """The reason to stop for, once there was room at two looks: a node that died counts as free for a while."""
+        """The reason to stop for, once there was room at two looks: a node that died counts as free for a while, as does
+        what the workers will hold before they began."""
         if not self._possible or time.monotonic() - self._looked < self._scaling.resize_seconds:
             return None
-        before, self._seen = self._seen, room(self._scaling).now > 0
-        self._looked = time.monotonic()
+        self._looked, before = time.monotonic(), self._seen
+        self._seen = self._attempts() > self._begun and room(self._scaling).now > 0
         return _GROWTH if before and self._seen else None
+
+    def _attempts(self) -> int:
+        return sum(line["event"] == "started" for line in attempt_lines(self._run.attempts_file))
 
 
 def trainer(
@@ -216,5 +221,5 @@ def _causes(error: BaseException) -> dict[int, BaseException]:
 
 def _saved_step(config: TrainConfig) -> int:
     """Of the newest checkpoint; -1 where there is none."""
-    state = (RunFolder(Path(config.run_dir)).newest_state() or {}).get("state")
+    state = (RunFolder(config.run_dir).newest_state() or {}).get("state")
     return int(state.get("step", 0)) if isinstance(state, dict) else -1
