@@ -32,15 +32,22 @@ def of_task(words: Sequence[str], task: int | None) -> list[str]:
 
 
 def with_folder(words: Sequence[str], name: str, *more: str) -> list[str]:
-    """These arguments and more, with a folder of that name inside the run folder."""
-    run_dir = load(words)[0].run_dir / name
-    kept = list(words)
-    for index, word in enumerate(words):
-        if word.replace("-", "_") == "__run_dir":
-            del kept[index : index + 2]
-        elif word.replace("-", "_").startswith("__run_dir="):
-            del kept[index]
-    return [*kept, *more, "--run_dir", str(run_dir)]
+    """These arguments and more, with a folder of that name inside the run folder, and inside the URL of uploads if any."""
+    config, _ = load(words)
+    places = {"run_dir": str(config.run_dir / name)}
+    if url := config.checkpoint.upload_to:
+        places["checkpoint.upload_to"] = f"{url.rstrip('/')}/{name}"
+    kept: list[str] = []
+    waiting = list(words)
+    while waiting:
+        word = waiting.pop(0)
+        setting, equals, _ = word.removeprefix("--").replace("-", "_").partition("=")
+        if word.startswith("--") and setting in places:
+            if not equals:
+                del waiting[:1]
+        else:
+            kept.append(word)
+    return [*kept, *more, *(part for setting, place in places.items() for part in (f"--{setting}", place))]
 
 
 def lines_of(file: Path) -> list[list[str]]:

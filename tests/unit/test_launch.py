@@ -69,6 +69,10 @@ def test_a_task_of_an_array_has_its_own_seed_folder_or_line(tmp_path: Path):
     assert of_task([config, "--epochs", "3"], None) == [config, "--epochs", "3"]
     assert of_task([config], 4) == [config, "--seed", "4", "--run_dir", "runs/debug/seed-4"]
     assert with_folder([config, "--run-dir=a"], "b") == [config, "--run_dir", "a/b"]
+    up = ["--checkpoint.upload-to", "file:///store/", "--epochs", "3"]
+    assert with_folder([config, *up], "b") == [
+        config, "--epochs", "3", "--run_dir", "runs/debug/b", "--checkpoint.upload_to", "file:///store/b",
+    ]  # fmt: skip
     with pytest.raises(InputError, match="the task's number is the seed"):
         of_task([config, "--seed", "1"], 4)
     (tmp_path / "sweep").write_text(f"{config} --run_dir 'a b'\n")
