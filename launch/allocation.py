@@ -1,4 +1,5 @@
-"""What Slurm gave to this job, read from the environment. The only module of `launch` that reads it; imports no torch."""
+"""What Slurm gave to this job, and which Ray cluster is meant, read from the environment. The only module of `launch` that
+reads it; imports no torch."""
 
 import os
 import re
@@ -56,6 +57,11 @@ def place() -> tuple[int, int, str]:
     if "SLURM_STEP_ID" not in os.environ or "SLURM_PROCID" not in os.environ:
         return 0, 1, node
     return _number("SLURM_PROCID", 0), _number("SLURM_NTASKS", 1, least=1), node
+
+
+def ray_address() -> str:
+    """Of the Ray cluster that is meant; empty where none is named."""
+    return os.environ.get("RAY_ADDRESS", "")
 
 
 def fewest_cpus(listed: str) -> int:

@@ -4,7 +4,6 @@ The section `scaling` says how many workers of what. What is wrong with the inpu
 or anything is scheduled. Ctrl-C, SIGTERM and `ray job stop` save at the next step; the same command goes on from there.
 """
 
-import os
 import sys
 
 from distributed.config import help_text
@@ -12,6 +11,7 @@ from distributed.errors import ExitCode, InputError
 from distributed.topology import Topology
 from distributed.train import refuse
 from distributed.versions import require
+from launch.allocation import ray_address
 from launch.ray_settings import check_address, checked, swept, without_sweep
 
 _USAGE = """\
@@ -36,7 +36,7 @@ def main() -> int:
         require("ray", at_least=(2, 60), wanted_by="launch.ray_train")
         words, sweep = without_sweep(words)
         trainings = swept(words, sweep) if sweep else [checked(words)]
-        check_address(os.environ.get("RAY_ADDRESS", ""))
+        check_address(ray_address())
     except InputError as error:
         return refuse(error, Topology())
     if sweep:
