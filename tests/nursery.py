@@ -13,6 +13,16 @@ from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
 
+_READ_AT_ITS_START = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    # Memory that goes back to the system after each step takes a third of the ranks' time to come again.
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+}
+
+
 class Nursery:
     """Forks processes on request; they end with it, and it with the process that made it.
 
@@ -25,7 +35,7 @@ class Nursery:
         context = multiprocessing.get_context("spawn")
         self._requests, there = context.Pipe()
         self._process = context.Process(target=_tend, args=(there, born, preload), daemon=True)
-        with _environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", DS_ACCELERATOR="cpu"):  # read at the imports
+        with _environment(**_READ_AT_ITS_START):
             self._process.start()
         there.close()
         self._born = 0
