@@ -49,8 +49,8 @@ def test_an_elastic_run_loses_an_agent_and_goes_on_alone_with_the_same_bits(refe
         Command(arguments, output=tmp_path / "second") as second,
     ):
         first.wait_for(lambda: attempts(run, "started"), what="the start of both")
+        first.wait_for(lambda: status(run)["step"] >= 4, what="a save")
         assert status(run)["world_size"] == 2
-        time.sleep(1)
         # The agent that does not host the rendezvous dies with its rank: a lost node.
         host, lost = (first, second) if str(port) in _listening(first.process.pid) else (second, first)
         kill(lost.process.pid, *lost.ranks())
