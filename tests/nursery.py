@@ -12,12 +12,11 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
-
 _READ_AT_ITS_START = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
-    # Memory that goes back to the system after each step takes a third of the ranks' time to come again.
+    # Memory that goes back to the system after each step takes time to come again.
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
 }
