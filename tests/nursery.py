@@ -119,6 +119,7 @@ def _tend(requests: Connection, born: Callable[[Any, Connection], None], preload
                 requests.send(end(number, by_force=what == "kill"))
     for number in list(living):
         end(number, by_force=True)
+    os._exit(0)  # else triton tells at length what it leaks
 
 
 def _live(born: Callable[[Any, Connection], None], task: Any, answer: Connection) -> None:
