@@ -1,22 +1,30 @@
-"""Runs a function on several ranks: `run_ranks(fn, world_size, *args)`, each rank a fresh process on this machine."""
+"""Runs a function on several ranks: `run_ranks(fn, world_size, *args)`, each rank a fresh process on this machine.
+
+Ranks are forked from processes that have imported torch. Four of those: ranks 0 to 3 differ in the hashes of strings, and with
+them in the order of sets, as processes that were started one by one do.
+"""
 
 import functools
-import multiprocessing
 import os
 import pickle
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from typing import Any, ParamSpec, TypeVar
 
+import torch
+from nursery import Nursery
 from torch.distributed import TCPStore
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _LEFT = 42
+_NURSERIES = 4
+_PRELOAD = ("pytest", "distributed.recipe", "torch._dynamo")
+_DEEPSPEED = "deepspeed.runtime.zero.muon.original_muon"  # it brings the rest; left to the ranks, it takes them seconds
 _GRACE_SECONDS = 0.3  # the reason of a failure may come just behind a peer's complaint of it
 
 
@@ -34,24 +42,30 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_secon
         RankFailed: with the traceback of the rank that failed first; all processes have been ended.
     """
     task = pickle.dumps((fn, args))
-    context = multiprocessing.get_context("spawn")
     store = TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False
     )  # of this process, as torchrun's agent has it
-    ranks: list[tuple[SpawnProcess, Connection]] = []
+    ranks: list[_Rank] = []
+    nurseries = [_nursery(rank % _NURSERIES) for rank in range(world_size)]
     try:
-        for rank in range(world_size):
-            here, there = context.Pipe(duplex=False)
-            process = context.Process(target=_be_rank, args=(rank, world_size, store.port, task, there), daemon=True)
-            process.start()
-            there.close()
-            ranks.append((process, here))
+        for rank, nursery in enumerate(nurseries):
+            environment = os.environ | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "OMP_NUM_THREADS": "1",
+                "MKL_NUM_THREADS": "1",
+            }
+            ranks.append(_Rank(nursery, *nursery.bear((environment, task))))
         return _results(ranks, deadline=time.monotonic() + timeout_seconds, timeout_seconds=timeout_seconds)
     finally:
-        for process, connection in ranks:
-            process.kill()
-            process.join()
-            connection.close()
+        for each in ranks:
+            each.nursery.kill(each.number)
+            each.connection.close()
 
 
 def in_group(fn: Callable[P, R]) -> Callable[P, R]:
@@ -59,11 +73,11 @@ def in_group(fn: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(fn)
     def inside(*args: P.args, **kwargs: P.kwargs) -> R:
-        import torch
-
+        from distributed import attempt
         from distributed.process_group import process_group
         from distributed.topology import Topology
 
+        vars(attempt)["draw_curves"] = lambda *_, **__: None  # which takes longer than a small run
         with process_group(Topology.from_environment(), torch.device("cpu"), timeout_seconds=30):
             return fn(*args, **kwargs)
 
@@ -94,22 +108,29 @@ def leave() -> None:
     os._exit(_LEFT)
 
 
-def _be_rank(rank: int, world_size: int, port: int, task: bytes, connection: Connection) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-    }
-    try:
-        fn, args = pickle.loads(task)  # the function's module comes in here, and torch with it
-        import torch
+@dataclass(frozen=True)
+class _Rank:
+    nursery: Nursery
+    number: int
+    connection: Connection
 
+
+_nurseries: dict[int, Nursery] = {}
+
+
+def _nursery(index: int) -> Nursery:
+    if index not in _nurseries or not _nurseries[index].is_alive:
+        # DeepSpeed looks for a GPU when it is imported, after which there is no forking.
+        _nurseries[index] = Nursery(_be_rank, _PRELOAD if torch.cuda.is_available() else (*_PRELOAD, _DEEPSPEED))
+    return _nurseries[index]
+
+
+def _be_rank(environment_and_task: tuple[dict[str, str], bytes], connection: Connection) -> None:
+    environment, task = environment_and_task
+    os.environ.clear()
+    os.environ.update(environment)
+    try:
+        fn, args = pickle.loads(task)  # the function's module comes in here
         torch.set_num_threads(1)
         # A plain pickle, not multiprocessing's own: that one leaves tensors in memory which goes away with this process.
         answer = pickle.dumps((True, fn(*args)))
@@ -119,10 +140,10 @@ def _be_rank(rank: int, world_size: int, port: int, task: bytes, connection: Con
     connection.close()
 
 
-def _results(ranks: list[tuple[SpawnProcess, Connection]], *, deadline: float, timeout_seconds: float) -> list[Any]:
+def _results(ranks: list[_Rank], *, deadline: float, timeout_seconds: float) -> list[Any]:
     results: dict[int, Any] = {}
     failures: list[str] = []
-    waiting = {connection: rank for rank, (_, connection) in enumerate(ranks)}
+    waiting = {each.connection: rank for rank, each in enumerate(ranks)}
     while waiting:
         ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
         if not ready:
@@ -132,11 +153,10 @@ def _results(ranks: list[tuple[SpawnProcess, Connection]], *, deadline: float, t
             try:
                 good, result = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
-                process = ranks[rank][0]
-                process.join()
-                good, result = process.exitcode == _LEFT, None
+                exit_code = ranks[rank].nursery.exit_code(ranks[rank].number)
+                good, result = exit_code == _LEFT, None
                 if not good:
-                    result = f"it ended with exit code {process.exitcode} and said nothing"
+                    result = f"it ended with exit code {exit_code} and said nothing"
             if good:
                 results[rank] = result
                 continue

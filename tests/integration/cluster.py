@@ -43,7 +43,7 @@ MpiDefault=none
 {nodes}
 PartitionName=test Nodes=n1,n2 Default=YES DefaultTime=60 State=UP OverSubscribe=NO
 """
-_CPUS = 4  # a node; more than this machine has, so that several jobs fit on one
+_CPUS = 8  # a node; more than this machine has, so that several jobs fit on one
 
 
 def why_none() -> str | None:

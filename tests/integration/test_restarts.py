@@ -11,12 +11,18 @@ from integration.commands import Command, assert_same_bits, attempts, kill, stat
 SETTINGS = ("configs/debug.toml", "--epochs", 12, "--checkpoint.every_steps", 4, "--threads", 1)
 
 
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("reference") / "run"
+    with Command(torchrun(2, *SETTINGS, "--run_dir", run), output=run.parent / "output") as command:
+        assert command.wait() == 0, command.text
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_with_max_restarts_killed_workers_are_replaced(tmp_path: Path) -> None:
-    reference, run = tmp_path / "reference", tmp_path / "run"
-    with Command(torchrun(2, *SETTINGS, "--run_dir", reference), output=tmp_path / "reference.out") as command:
-        assert command.wait() == 0, command.text
+def test_with_max_restarts_killed_workers_are_replaced(reference: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
     options = ("--standalone", "--max-restarts=3", "--monitor-interval=0.1")
     with Command(torchrun(2, *SETTINGS, "--run_dir", run, options=options), output=tmp_path / "output") as command:
         for restart in range(3):
@@ -30,10 +36,8 @@ def test_with_max_restarts_killed_workers_are_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_an_elastic_run_loses_an_agent_and_goes_on_alone_with_the_same_bits(tmp_path: Path) -> None:
-    reference, run = tmp_path / "reference", tmp_path / "run"
-    with Command(torchrun(2, *SETTINGS, "--run_dir", reference), output=tmp_path / "reference.out") as command:
-        assert command.wait() == 0, command.text
+def test_an_elastic_run_loses_an_agent_and_goes_on_alone_with_the_same_bits(reference: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
     port = 29000 + random.randrange(900)
     options = (
         "--nnodes=1:2", "--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test",
@@ -45,8 +49,8 @@ def test_an_elastic_run_loses_an_agent_and_goes_on_alone_with_the_same_bits(tmp_
         Command(arguments, output=tmp_path / "second") as second,
     ):
         first.wait_for(lambda: attempts(run, "started"), what="the start of both")
+        first.wait_for(lambda: status(run)["step"] >= 4, what="a save")
         assert status(run)["world_size"] == 2
-        time.sleep(1)
         # The agent that does not host the rendezvous dies with its rank: a lost node.
         host, lost = (first, second) if str(port) in _listening(first.process.pid) else (second, first)
         kill(lost.process.pid, *lost.ranks())

@@ -67,14 +67,15 @@ def load_all(folder: Path) -> dict[tuple[str, str, str], tuple[list[str], list[f
     """(optimizer, engine, saved as) -> (tensors that are not what was saved, the next three losses)"""
     found = {}
     for optim, settings in SETTINGS.items():
+        saved = {path: load_file(path) for path in sources(folder, optim)}
+        wanted = {path: {key: digest_of(tensor) for key, tensor in tensors.items()} for path, tensors in saved.items()}
         for name in ENGINES:
             config = config_with(name, **settings)
             engine, data = built(config)
-            for path in sources(folder, optim):
-                tensors = load_file(path)
+            for path, tensors in saved.items():
                 engine.load_state(tensors)
                 held = digests(engine)
-                wrong = [key for key in held.keys() | tensors.keys() if held.get(key) != digest_of(tensors[key])]
+                wrong = [key for key in held.keys() | tensors.keys() if held.get(key) != wanted[path].get(key)]
                 losses, _ = steps(engine, data, config, lr=LR[optim], first=SAVED_AFTER, count=FOLLOWED)
                 found[optim, name, path.stem] = wrong, losses
     return found
