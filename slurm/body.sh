@@ -49,18 +49,25 @@ inside() {
 }
 
 # bash runs a trap only when the child in the foreground has ended, so every long child runs behind and is waited for.
-step="" signal=""
+step="" signal="" begun=0
 # shellcheck disable=SC2317 # traps call it
 forward() {
     [ "$signal" = TERM ] || signal=$1
-    [ -z "$step" ] || kill -s "$1" "$step" 2>/dev/null
+    [ -n "$step" ] || return 0
+    kill -s "$1" "$step" 2>/dev/null
+    # srun drops what comes before its tasks run, so a young step is told again, if the first time did not end it.
+    if [ $((SECONDS - begun)) -lt 5 ]; then
+        (sleep 5; kill -s "$1" "$step" 2>/dev/null) &
+    fi
 }
 
 on_every_node() {
     [ -z "$signal" ] || return 1
+    begun=$SECONDS
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$cpus" \
         --kill-on-bad-exit=0 --wait=300 --open-mode=append --output="$logs/%j-%N.log" "$@" &
     step=$!
+    [ -z "$signal" ] || forward "$signal" # which came in between
     local code
     wait "$step"
     code=$?
