@@ -1,0 +1,25 @@
+"""Arithmetic of what fits where; against a real cluster: tests/integration/test_ray.py."""
+
+import pytest
+
+from distributed.config.sections import Scaling
+from launch.ray_cluster import _fitting, _together
+
+
+@pytest.mark.parametrize(
+    ("resources", "scaling", "count"),
+    [
+        ({"CPU": 7.0}, Scaling(cpus_per_worker=2), 3),
+        ({"CPU": 7.0, "GPU": 2.0}, Scaling(cpus_per_worker=2, gpus_per_worker=1), 2),
+        ({"CPU": 1.0, "GPU": 8.0}, Scaling(cpus_per_worker=2, gpus_per_worker=1), 0),
+        ({"CPU": 64.0}, Scaling(gpus_per_worker=1), 0),
+        ({}, Scaling(), 0),
+    ],
+)
+def test_a_node_has_room_for_what_its_scarcest_resource_allows(resources, scaling, count):
+    assert _fitting(scaling, resources) == count
+
+
+@pytest.mark.parametrize(("placement", "count"), [("pack", 6), ("spread", 6), ("strict_pack", 3), ("strict_spread", 2)])
+def test_strict_placements_count_nodes_or_the_largest(placement, count):
+    assert _together(Scaling(placement=placement), [3, 3, 0]) == count
