@@ -6,6 +6,7 @@ formats none loads at another number of ranks with SGD): tensors are read and wr
 """
 
 import contextlib
+import gc
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -232,5 +233,8 @@ def _initialize(
         own.addFilter(lambda record: "untested optimizer" not in record.getMessage())  # which SGD is
         # An all-reduce for inference that it would compile, behind a lock which a killed process leaves for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # It tries imports, in which the end of an earlier engine, which imports too, would raise a KeyError
+        # (https://github.com/python/cpython/issues/106176); so that one ends now.
+        gc.collect()
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
