@@ -1,5 +1,6 @@
 """Several hosts on one machine: network namespaces with own addresses and names, on a bridge whose links can be cut."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -8,6 +9,8 @@ from collections.abc import Sequence
 from integration.commands import kill
 
 _NEEDED = ("ip", "unshare", "nsenter")
+# The kernel ends a namespace, and the link into it, some time after `ip netns del` has returned: no name is used twice.
+_MADE = itertools.count(1)
 
 
 def why_none() -> str | None:
@@ -30,7 +33,7 @@ class Hosts:
 
     def __init__(self, count: int) -> None:
         number = os.getpid()
-        self._bridge = f"dt{number}"
+        self._bridge = f"dt{number}x{next(_MADE)}"
         self._net = f"10.{200 + number // 256 % 50}.{number % 256}"
         self.names = [f"n{index + 1}" for index in range(count)]
         self.machine = f"{self._net}.254"
@@ -84,6 +87,7 @@ class Hosts:
     def __exit__(self, *_: object) -> None:
         for host in self.names:
             kill(*self.processes(host))
+            subprocess.run(["ip", "link", "del", self._link(host)], capture_output=True, check=False)
             subprocess.run(["ip", "netns", "del", self._space(host)], capture_output=True, check=False)
         subprocess.run(["ip", "link", "del", self._bridge], capture_output=True, check=False)
 
@@ -95,4 +99,6 @@ class Hosts:
 
 
 def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+    done = subprocess.run(["ip", *words], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"ip {' '.join(words)}: {done.stderr.strip()}")
