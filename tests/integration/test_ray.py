@@ -149,14 +149,14 @@ def test_a_job_is_stopped_with_nothing_lost_and_submitted_again(
 ) -> None:
     cluster.have("n1", "n2")
     run = tmp_path / "run"
-    train = ("--", "python", "-m", "launch.ray_train", *LONG, "--run_dir", run)
+    # Saves come only at the ends of epochs, and at the stop.
+    train = ("--", "python", "-m", "launch.ray_train", *LONG[:3], "--run_dir", run)
     submitted(cluster, "first", "--no-wait", *train)
     wait_for(lambda: run.exists() and len(attempts(run, "started")) > 0 and status(run)["step"] > 0, seconds=90,
              what=lambda: cluster.ask("job", "logs", "first"))  # fmt: skip
     cluster.ask("job", "stop", "first")
     stopped = attempts(run, "stopped")
     assert [line["reason"] for line in stopped] == ["SIGTERM"]
-    assert stopped[0]["step"] % 5, "between two saves"
 
     text = submitted(cluster, "again", *train)
     assert attempts(run, "started")[1]["step"] == stopped[0]["step"], "no step was lost"
