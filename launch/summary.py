@@ -16,7 +16,7 @@ from distributed.run_lines import metrics_lines
 
 
 def summary(folder: Path) -> str:
-    """A line a run, then mean and standard deviation over the finished ones of each setting.
+    """A line a run, then mean and standard deviation over the finished seeds of each setting.
 
     Raises:
         InputError: no runs there.
@@ -24,17 +24,19 @@ def summary(folder: Path) -> str:
     runs = sorted(path.parent for path in folder.glob("**/config.toml") if path.parent != folder)
     if not runs:
         raise InputError(f"{folder}: no runs in it; name the folder that holds seed-0, seed-1, ...")
-    lines, groups = [], dict[str, list[dict[str, float]]]()
+    lines, groups, waiting = [], dict[str, list[dict[str, float]]](), 0
     for run in runs:
         state, figures = RunFolder(run).status(), _last_figures(run)
         name = str(run.relative_to(folder))
         lines.append(f"{name:24} {state.get('status', '?'):9} step {state.get('step', 0):>8}  {_shown(figures)}")
-        if state.get("status") == "finished":
+        if state.get("status") != "finished":
+            waiting += 1
+        elif run.name.startswith("seed-"):  # a mean over different settings would mean nothing
             groups.setdefault(str(Path(name).parent), []).append(figures)
     for name, finished in groups.items():
         over = f"{'over' if name == '.' else f'{name}: over'} {len(finished)} finished seeds"
         lines.append(f"{over}: {_spread(finished)}")
-    if waiting := len(runs) - sum(map(len, groups.values())):
+    if waiting:
         lines.append(f"{waiting} of {len(runs)} runs that have begun are not finished")
     return "\n".join(lines) + "\n"
 

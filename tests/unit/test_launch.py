@@ -115,18 +115,31 @@ def test_the_node_with_the_fewest_cpus_counts():
     assert fewest_cpus("2,16(x3)") == 2
 
 
-def test_the_summary_has_mean_and_deviation_of_the_finished(tmp_path: Path):
-    for seed, accuracy in enumerate((0.5, 0.7)):
-        run = tmp_path / f"seed-{seed}"
-        run.mkdir()
-        (run / "config.toml").write_text("")
-        (run / "status.json").write_text('{"status": "finished", "step": 3}')
-        (run / "metrics.jsonl").write_text(
-            f'{{"kind": "epoch", "step": 3, "epoch": 0, "test": {{"accuracy": {accuracy}}}}}\n'
-        )
-    assert "over 2 finished seeds: test accuracy 0.6000 ± 0.1414" in summary(tmp_path)
+def a_run(path: Path, *, status: str, accuracy: float) -> None:
+    path.mkdir(parents=True)
+    (path / "config.toml").write_text("")
+    (path / "status.json").write_text(f'{{"status": "{status}", "step": 3}}')
+    (path / "metrics.jsonl").write_text(
+        f'{{"kind": "epoch", "step": 3, "epoch": 0, "test": {{"accuracy": {accuracy}}}}}\n'
+    )
+
+
+def test_the_summary_has_mean_and_deviation_of_the_finished_seeds(tmp_path: Path):
+    a_run(tmp_path / "seed-0", status="finished", accuracy=0.5)
+    a_run(tmp_path / "seed-1", status="finished", accuracy=0.7)
+    a_run(tmp_path / "seed-2", status="stopped", accuracy=0.1)
+    *runs, spread, left = summary(tmp_path).splitlines()
+    assert [line.split()[0] for line in runs] == ["seed-0", "seed-1", "seed-2"]
+    assert spread == "over 2 finished seeds: test accuracy 0.6000 ± 0.1414"
+    assert left == "1 of 3 runs that have begun are not finished"
     with pytest.raises(InputError, match="no runs"):
         summary(tmp_path / "seed-0")
+
+
+def test_the_summary_has_no_mean_over_different_settings(tmp_path: Path):
+    for lr in ("0.1", "0.01"):
+        a_run(tmp_path / f"optim.lr={lr}", status="finished", accuracy=0.5)
+    assert [line.split()[0] for line in summary(tmp_path).splitlines()] == ["optim.lr=0.01", "optim.lr=0.1"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
