@@ -4,7 +4,6 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,8 +16,8 @@ from distributed.config import TrainConfig
 from distributed.config.sections import Scaling
 from distributed.errors import InputError
 from distributed.topology import host
-from distributed.versions import versions
-from launch import probe, verdict
+from launch import verdict
+from launch.ray_node import about, look_around
 from launch.ray_worker import draining_nodes
 
 _state: Any = ray._private.state.state  # per node; what is public tells only the sum over all nodes
@@ -124,12 +123,14 @@ def check_nodes(config: TrainConfig, scaling: Scaling, proved: set[str]) -> None
     workers can only come to this machine, there is nothing to ask.
 
     Args:
-        proved: ids of nodes that were asked before; those that are asked now are added.
+        proved: ids of nodes that were asked before and are not asked again; those that are asked now are added.
 
     Raises:
         InputError: a line for each failure, with the node and the remedy.
     """
     nodes = {node["NodeID"]: node["NodeManagerHostname"] for node in _nodes() if _fitting(scaling, node["Resources"])}
+    for node in proved & nodes.keys():
+        del nodes[node]
     if nodes.keys() <= {ray.get_runtime_context().get_node_id()}:
         return
     token = f".node-{uuid.uuid4().hex[:12]}"
@@ -151,13 +152,13 @@ def check_nodes(config: TrainConfig, scaling: Scaling, proved: set[str]) -> None
 def _ask_nodes(nodes: dict[str, str], config: TrainConfig, token: str) -> list[str]:
     """A line for each thing that is wrong on a node."""
     asked = {
-        node: _look_around.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+        node: look_around.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
             f"{name} ({node[:8]})", config.model_dump_json(), token
         )
         for node, name in nodes.items()
     }
     answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_SECONDS)
-    reports, failures = [_about(host(), config, "", index=-1)], []
+    reports, failures = [about(host(), config, "", index=-1)], []
     for node, answer in asked.items():
         try:
             if answer not in answered:
@@ -174,18 +175,3 @@ def _ask_nodes(nodes: dict[str, str], config: TrainConfig, token: str) -> list[s
         if trouble := verdict.error_of(report["data"]):
             failures.append(f"{report['node']}: data: {trouble}")
     return failures + verdict.unlike_versions(reports)
-
-
-@ray.remote(num_cpus=0, max_retries=1)
-def _look_around(name: str, config: str, token: str) -> dict[str, Any]:
-    return _about(name, TrainConfig.model_validate_json(config), token, index=0)
-
-
-def _about(name: str, config: TrainConfig, token: str, *, index: int) -> dict[str, Any]:
-    """The report of this node, as `launch.verdict` reads it."""
-    report: dict[str, Any] = {"node": name, "index": index}
-    probe.find(report, "versions", versions)
-    probe.find(report, "code", probe.digest_of_code)
-    probe.find(report, "folder", lambda: probe.folder(Path(config.run_dir), token, name))
-    probe.find(report, "data", lambda: probe.data(config))
-    return report

@@ -5,7 +5,6 @@ workers, and try bad input again. Here workers are asked to save and return firs
 """
 
 import logging
-import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -13,14 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-
-# Read when ray is imported, and handed on to its workers. Lines come once, from every rank, and Ray does not fold those
-# that are alike. Its watcher of drained nodes is not needed beside `ClusterStop`. The last makes the dashboard list runs.
-os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
 
 import ray
 import ray.train

@@ -25,6 +25,7 @@ from distributed.report.history import read_history
 from distributed.stop import SignalStop, StopSource
 from launch.ray_cluster import NoRoom, room
 from launch.ray_driver import attempts, connected
+from launch.ray_environment import set_environment
 from launch.ray_settings import Training
 from launch.ray_worker import ClusterStop, ask_to_stop, forget
 from launch.summary import summary
@@ -83,6 +84,7 @@ def _train(folder: Path, trainings: Sequence[Training], stop: StopSource) -> Exi
 
 def _trial(space: dict[str, Any], *, trainings: Sequence[Training], scaling: Scaling, stop_key: str) -> None:
     """The driver of one training, as Tune runs it."""
+    set_environment()
     training = next(one for one in trainings if one.name == space["training"])
     logs.terminal_logs(0, level=training.config.logging.level)
     logger.info("{} begins", training.name)

@@ -12,6 +12,7 @@ from distributed.topology import Topology
 from distributed.train import refuse
 from distributed.versions import require
 from launch.allocation import ray_address
+from launch.ray_environment import set_environment
 from launch.ray_settings import check_address, checked, swept, without_sweep
 
 _USAGE = """\
@@ -39,6 +40,7 @@ def main() -> int:
         check_address(ray_address())
     except InputError as error:
         return refuse(error, Topology())
+    set_environment()
     if sweep:
         from launch import ray_sweep  # ray comes in here, after all that could be wrong was checked
 

@@ -96,7 +96,15 @@ def test_ray_is_imported_by_the_modules_of_its_launcher_alone():
     importing = {
         file.relative_to(ROOT) for file in files if "import ray\n" in file.read_text() or "from ray" in file.read_text()
     }
-    assert importing == {Path("launch") / f"ray_{part}.py" for part in ("cluster", "driver", "sweep", "worker")}
+    assert importing == {Path("launch") / f"ray_{part}.py" for part in ("cluster", "driver", "node", "sweep", "worker")}
+
+
+def test_a_node_that_is_asked_does_not_import_torch_first():
+    code = "import sys, launch.ray_node; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://host:10001", "nowhere", "127.0.0.1:70000"])
