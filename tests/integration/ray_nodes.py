@@ -28,7 +28,7 @@ class RayCluster:
         self.environment = {
             "PATH": f"{Path(_RAY).parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"), "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0",
-            "RAY_ADDRESS": self.address, "RAY_API_SERVER_ADDRESS": self.dashboard, "RAY_COLOR_PREFIX": "0",
+            "RAY_ADDRESS": self.address, "RAY_API_SERVER_ADDRESS": self.dashboard,
             # A node that was killed is given up after seconds.
             "RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4",
         }  # fmt: skip

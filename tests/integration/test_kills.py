@@ -29,7 +29,7 @@ class Mode:
 
 MODES = (
     Mode("exact", (*SETTINGS, "--exact.shards", 4), (1, 2, 3, 4)),
-    Mode("fast", (*SETTINGS, "--exact.shards", 0), (3,)),
+    Mode("fast", (*SETTINGS, "--exact.shards", 0), (2,)),
 )
 
 
