@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
+from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from distributed.errors import InputError
@@ -49,10 +50,13 @@ def process_group(topology: Topology, device: torch.device, *, timeout_seconds: 
 
     It is taken down only after a good end: with peers in an unknown state, leaving is safer than a last collective.
     """
+    timeout = timedelta(seconds=timeout_seconds)
+    # Of groups made later, by FSDP2 and DeepSpeed too: torch hands the first one's timeout on to none, and they would wait for
+    # a lost host for 30 minutes (10 under NCCL).
+    vars(distributed_c10d).update(default_pg_timeout=timeout, default_pg_nccl_timeout=timeout)
     if not topology.launched or dist.is_initialized():
         yield
         return
-    timeout = timedelta(seconds=timeout_seconds)
     own_gpu = device.type == "cuda" and topology.local_world_size <= torch.cuda.device_count()
     store, rank, world_size = next(rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))
     token = agree_on_token(store, rank=rank, world_size=world_size, timeout=timeout)

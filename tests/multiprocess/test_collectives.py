@@ -11,6 +11,8 @@ from ranks import RankFailed, in_group, leave, run_ranks
 
 from distributed import collectives
 from distributed.collectives import LateMax
+from distributed.process_group import process_group
+from distributed.topology import Topology
 
 
 @in_group
@@ -113,3 +115,22 @@ def test_run_ranks_says_which_rank_failed_and_how(how: str, said: str) -> None:
 @pytest.mark.timeout(60)
 def test_run_ranks_takes_none_for_a_rank_that_leaves_on_purpose() -> None:
     assert run_ranks(fail_in_rank_1, 2, "leave") == ["leave", None]
+
+
+def wait_for_a_silent_rank() -> float:
+    """Seconds that rank 0 waited for rank 1 in a group made after the first one; -1 on rank 1."""
+    with process_group(Topology.from_environment(), torch.device("cpu"), timeout_seconds=2):
+        group = dist.new_group()
+        if dist.get_rank() == 1:
+            time.sleep(10)
+            return -1.0
+        begin = time.monotonic()
+        with pytest.raises(RuntimeError, match="Timed out waiting 2000ms"):
+            dist.all_reduce(torch.zeros(1), group=group)
+        return time.monotonic() - begin
+
+
+@pytest.mark.timeout(60)
+def test_a_silent_rank_is_waited_for_as_long_in_a_group_made_later() -> None:
+    """FSDP2 and DeepSpeed make such, and exact mode; torch would wait for 30 minutes there."""
+    assert 2 <= run_ranks(wait_for_a_silent_rank, 2)[0] < 8
