@@ -10,6 +10,7 @@ import ray
 import ray._private.state
 from loguru import logger
 from ray.autoscaler.sdk import request_resources
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distributed.config import TrainConfig
@@ -23,6 +24,7 @@ from launch.ray_worker import draining_nodes
 _state: Any = ray._private.state.state  # per node; what is public tells only the sum over all nodes
 _SETTLE_SECONDS = 5.0  # in which what a lost attempt held comes free
 _ANSWER_SECONDS = 120.0
+_LOST_SECONDS = 30.0  # after which a node that was lost is known to be
 
 
 class NoRoom(InputError):
@@ -118,12 +120,15 @@ def _ask_autoscaler(scaling: Scaling, workers: int) -> None:
     request_resources(bundles=[bundle] * workers)
 
 
-def check_nodes(config: TrainConfig, scaling: Scaling, proved: set[str]) -> None:
+def check_nodes(config: TrainConfig, scaling: Scaling, proved: set[str]) -> bool:
     """Ask each node that may be given workers whether it sees the run folder and the data, and runs the same code. Where
     workers can only come to this machine, there is nothing to ask.
 
     Args:
         proved: ids of nodes that were asked before and are not asked again; those that are asked now are added.
+
+    Returns:
+        Whether all that were asked are still there.
 
     Raises:
         InputError: a line for each failure, with the node and the remedy.
@@ -132,7 +137,7 @@ def check_nodes(config: TrainConfig, scaling: Scaling, proved: set[str]) -> None
     for node in proved & nodes.keys():
         del nodes[node]
     if nodes.keys() <= {ray.get_runtime_context().get_node_id()}:
-        return
+        return True
     token = f".node-{uuid.uuid4().hex[:12]}"
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -140,17 +145,18 @@ def check_nodes(config: TrainConfig, scaling: Scaling, proved: set[str]) -> None
     except OSError as error:
         raise InputError(f"run_dir = {config.run_dir}: {error.strerror}; give another with --run_dir") from None
     try:
-        failures = _ask_nodes(nodes, config, token)
+        answered, failures = _ask_nodes(nodes, config, token)
     finally:
         for file in config.run_dir.glob(f"{token}*"):
             file.unlink(missing_ok=True)
     if failures:
         raise InputError(*failures)
-    proved |= nodes.keys()
+    proved |= answered
+    return answered == nodes.keys()
 
 
-def _ask_nodes(nodes: dict[str, str], config: TrainConfig, token: str) -> list[str]:
-    """A line for each thing that is wrong on a node."""
+def _ask_nodes(nodes: dict[str, str], config: TrainConfig, token: str) -> tuple[set[str], list[str]]:
+    """Ids of the nodes that answered, and a line for each thing that is wrong on a node that was not lost meanwhile."""
     asked = {
         node: look_around.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
             f"{name} ({node[:8]})", config.model_dump_json(), token
@@ -158,15 +164,19 @@ def _ask_nodes(nodes: dict[str, str], config: TrainConfig, token: str) -> list[s
         for node, name in nodes.items()
     }
     answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_SECONDS)
-    reports, failures = [about(host(), config, "", index=-1)], []
+    reports, failures, alive = [about(host(), config, "", index=-1)], list[str](), set[str]()
     for node, answer in asked.items():
         try:
             if answer not in answered:
                 raise TimeoutError(f"no answer in {_ANSWER_SECONDS:g} s")
             report = ray.get(answer)
         except Exception as error:
-            failures.append(f"{nodes[node]} ({node[:8]}): {str(error).strip().splitlines()[-1]}; see ray status")
+            if isinstance(error, RayError) and not isinstance(error, RayTaskError) and _is_lost(node):
+                logger.warning("node {} ({}) was lost while it was asked", nodes[node], node[:8])
+            else:
+                failures.append(f"{nodes[node]} ({node[:8]}): {str(error).strip().splitlines()[-1]}; see ray status")
             continue
+        alive.add(node)
         reports.append(report)
         failures += verdict.folder_faults(report, token=True, free_gib=0)
         if not (config.run_dir / f"{token}.{report['node']}").exists() and not failures:
@@ -174,4 +184,13 @@ def _ask_nodes(nodes: dict[str, str], config: TrainConfig, token: str) -> list[s
                             "mount the same storage on both")  # fmt: skip
         if trouble := verdict.error_of(report["data"]):
             failures.append(f"{report['node']}: data: {trouble}")
-    return failures + verdict.unlike_versions(reports)
+    return alive, failures + verdict.unlike_versions(reports)
+
+
+def _is_lost(node: str) -> bool:
+    end = time.monotonic() + _LOST_SECONDS
+    while any(known["NodeID"] == node and known["Alive"] for known in _state.node_table()):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.5)
+    return True

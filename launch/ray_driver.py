@@ -87,7 +87,8 @@ def attempts(config: TrainConfig, scaling: Scaling, stop: StopSource, callbacks:
         if not workers:
             logger.warning("stopped by {} between two attempts; the same command goes on", stop.requested())
             return ExitCode.STOPPED
-        check_nodes(config, scaling, proved)
+        if not check_nodes(config, scaling, proved):
+            continue
         begun = True
         ending = attempt(config, scaling, workers, stop, callbacks)
         if ending.code is not None:

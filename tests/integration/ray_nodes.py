@@ -69,8 +69,12 @@ class RayCluster:
                 self.add(name)
         wait_for(lambda: self.count() == 1 + len(names), seconds=60, what=lambda: str(self.nodes()))
 
-    def add(self, name: str, *, cpus: int = 1, hidden: Path | None = None) -> None:
-        """A node more, with a label of its name; it has a folder of its own where the others have `hidden`."""
+    def add(self, name: str, *, cpus: int = 1, hidden: Path | None = None, wait: bool = True) -> None:
+        """A node more, with a label of its name; it has a folder of its own where the others have `hidden`.
+
+        Args:
+            wait: until it has joined.
+        """
         # The head's monitor reads the logs of all nodes of this machine; a second one would tell each line twice.
         self._start(
             name,
@@ -80,7 +84,8 @@ class RayCluster:
             cpus=cpus,
             hidden=hidden,
         )
-        wait_for(lambda: self.node_id(name) != "", seconds=60, what=lambda: self._nodes[name].text)
+        if wait:
+            wait_for(lambda: self.node_id(name) != "", seconds=60, what=lambda: self._nodes[name].text)
 
     def count(self) -> int:
         """Nodes that are alive, the head among them."""

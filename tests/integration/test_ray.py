@@ -114,8 +114,12 @@ def test_a_killed_driver_and_the_same_command_again_on_another_node(
     cluster.kill("n2")
     with cluster.train(*LONG, "--run_dir", run, output=tmp_path / "output") as command:
         command.wait_for(lambda: "waiting up to 60 s for it" in command.text, what="that there is no room")
-        cluster.add("n3")
+        cluster.add("n3", wait=False)
+        command.wait_for(lambda: any(run.glob(".node-*")), what="that nodes are asked")
+        cluster.kill("n3")
+        cluster.add("n4")
         assert command.wait(200) == 0, command.text
+    assert "was lost while it was asked" in command.text
     assert sizes(run) == [2, 2]
     assert_same_bits(run, undisturbed)
 
