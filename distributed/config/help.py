@@ -1,5 +1,7 @@
 """The text of --help: every setting with its type, default and a line of doc."""
 
+import shutil
+import textwrap
 from typing import Any
 
 from distributed.config.fields import Leaf, leaves
@@ -13,6 +15,8 @@ Trains an AlexNet variant on CIFAR or a folder of images. Without arguments: imp
 ./data, else on generated images. The same command goes on where a stopped or killed run ended. Settings marked * may
 change then.
 """
+_COLUMN = 39  # of the descriptions
+_UNBOUND = 10_000
 
 
 def _default(value: Any) -> str:
@@ -35,7 +39,7 @@ def _group(leaf: Leaf) -> str:
     return section if set(having) == everywhere else f"{section}, with name = {' or '.join(having)}"
 
 
-def _line(leaf: Leaf) -> str:
+def _lines(leaf: Leaf, width: int) -> str:
     variants = _variants(leaf.path)
     if leaf.path.endswith(".name") and len(variants) > 1:
         default = TrainConfig.model_fields[leaf.path.partition(".")[0]].default.name
@@ -46,20 +50,32 @@ def _line(leaf: Leaf) -> str:
     else:
         lines = [_described(leaf)]
     option = f"--{leaf.path}{' *' if leaf.operational else ''}"
-    return f"    {option:<34} " + f"\n{' ' * 39}".join(lines)
+    column = " " * _COLUMN
+    lines = [
+        part
+        for line in lines
+        for part in textwrap.wrap(line, max(40, width - _COLUMN), subsequent_indent="  ", break_on_hyphens=False)
+    ]
+    return f"    {option:<34} " + f"\n{column}".join(lines)
 
 
 def _described(leaf: Leaf) -> str:
     return f"{leaf.doc}  [{leaf.choices}]  (default {_default(leaf.default)})"
 
 
-def help_text() -> str:
-    """All settings, grouped by section, with type and default."""
+def help_text(width: int | None = None) -> str:
+    """All settings, grouped by section, with type and default.
+
+    Args:
+        width: in characters; that of the terminal if not given, and no bound where there is none, so that a search in a
+            pipe finds whole lines.
+    """
+    width = width or shutil.get_terminal_size((_UNBOUND, 0)).columns
     groups: dict[str, list[str]] = {}
     first_of = {leaf.path: leaf for leaf in reversed(leaves())}
     for path in dict.fromkeys(leaf.path for leaf in leaves()):
         leaf = first_of[path]
-        groups.setdefault(_group(leaf), []).append(_line(leaf))
+        groups.setdefault(_group(leaf), []).append(_lines(leaf, width))
     return "\n".join(
         [HEAD, "settings:", *["\n".join([f"\n  {group}" if group else "", *lines]) for group, lines in groups.items()]]
     )

@@ -434,8 +434,13 @@ def _all_paths() -> set[str]:
     return found - {"early_stopping", "scaling"}
 
 
+WIDE = 10_000
+
+
 def test_help_shows_every_setting_with_its_default():
-    lines = {words[0]: line for line in help_text().splitlines() if (words := line.split()) and words[0][:2] == "--"}
+    lines = {
+        words[0]: line for line in help_text(WIDE).splitlines() if (words := line.split()) and words[0][:2] == "--"
+    }
     assert set(lines) == {f"--{path}" for path in _all_paths()}
     assert "(default 0.1)" in lines["--optim.lr"]
     assert "(default true)" in lines["--channels_last"]
@@ -448,7 +453,7 @@ def test_help_has_the_doc_and_the_default_of_every_variant_of_a_setting():
             return str(list(value))
         return str(value).lower() if isinstance(value, bool | None) else str(value)
 
-    blocks = {block.split()[0]: block for block in re.split(r"\n    --", help_text())[1:]}
+    blocks = {block.split()[0]: block for block in re.split(r"\n    --", help_text(WIDE))[1:]}
     for leaf in leaves():
         assert leaf.doc
         assert leaf.doc in blocks[leaf.path], leaf
@@ -456,9 +461,15 @@ def test_help_has_the_doc_and_the_default_of_every_variant_of_a_setting():
             assert f"default {shown(leaf.default)}" in blocks[leaf.path], leaf
 
 
+def test_help_keeps_to_the_width_and_loses_no_word_by_it():
+    narrow = help_text(100).partition("settings:")[2]
+    assert max(map(len, narrow.splitlines())) <= 100
+    assert narrow.split() == help_text(WIDE).partition("settings:")[2].split()
+
+
 def test_settings_that_a_resume_may_change_are_starred_in_help():
     starred = {
-        line.split()[0][2:] for line in help_text().splitlines() if line.lstrip().startswith("--") and " * " in line
+        line.split()[0][2:] for line in help_text(WIDE).splitlines() if line.lstrip().startswith("--") and " * " in line
     }
     config = TrainConfig()
     assert starred == {path for path in _all_paths() if path != "epochs" and not changes_experiment(path, config)}
