@@ -2,8 +2,8 @@
 
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -31,6 +31,16 @@ class NoRoom(InputError):
     """The cluster did not have what was asked for in the time that the config gives it."""
 
 
+@dataclass
+class Nodes:
+    """What a driver knows of the cluster's nodes, by their ids."""
+
+    proved: set[str] = field(default_factory=set)
+    """Those that were asked and can take part, or need not be asked: workers go to no other."""
+    left_out: set[str] = field(default_factory=set)
+    """Those that came in mid-run and cannot; one that is started again has another id."""
+
+
 @dataclass(frozen=True)
 class Room:
     """How many workers fit."""
@@ -42,10 +52,10 @@ class Room:
     """What is there, for a message."""
 
 
-def room(scaling: Scaling) -> Room:
-    """Over all nodes that are alive and not about to go."""
+def room(scaling: Scaling, left_out: Collection[str] = ()) -> Room:
+    """Over all nodes that are alive, not about to go and not among those `left_out`, by their ids."""
     free, drained = _state.available_resources_per_node(), draining_nodes()
-    nodes = _nodes()
+    nodes = _nodes(left_out)
     now = [_fitting(scaling, free.get(node["NodeID"], {})) for node in nodes]
     if_empty = [_fitting(scaling, node["Resources"]) for node in nodes]
     words = []
@@ -55,14 +65,15 @@ def room(scaling: Scaling) -> Room:
             f"{left.get(name, 0):g} of {there[name]:g} {name}s free" for name in ("CPU", "GPU") if there.get(name, 0)
         ]
         words.append(f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}): {', '.join(parts) or 'no CPUs'}")
-    drains = f"; {len(drained)} more about to go" if drained else ""
-    return Room(_together(scaling, now), _together(scaling, if_empty), "; ".join(words) + drains)
+    more = [(len(drained), "about to go"), (len(left_out), "left out")]
+    words += [f"{count} more {what}" for count, what in more if count]
+    return Room(_together(scaling, now), _together(scaling, if_empty), "; ".join(words))
 
 
-def _nodes() -> list[dict[str, Any]]:
+def _nodes(left_out: Collection[str]) -> list[dict[str, Any]]:
     """Those that new work may go to."""
     drained, known = draining_nodes(), _state.node_table()
-    return [node for node in known if node["Alive"] and node["NodeID"] not in drained]
+    return [node for node in known if node["Alive"] and node["NodeID"] not in {*drained, *left_out}]
 
 
 def _fitting(scaling: Scaling, resources: dict[str, float]) -> int:
@@ -76,7 +87,7 @@ def _together(scaling: Scaling, each: list[int]) -> int:
     return sum(min(1, one) for one in each) if scaling.placement == "strict_spread" else sum(each)
 
 
-def wait_for_room(scaling: Scaling, stopped: Callable[[], str | None]) -> int:
+def wait_for_room(scaling: Scaling, stopped: Callable[[], str | None], left_out: Collection[str]) -> int:
     """How many workers to start: all that are wanted as soon as they fit, or as many as there is room for, once it is
     clear that there will not be more. 0 where a stop was asked for meanwhile.
 
@@ -87,7 +98,7 @@ def wait_for_room(scaling: Scaling, stopped: Callable[[], str | None]) -> int:
     least, most = scaling.least_workers, scaling.num_workers
     each = f"{scaling.cpus_per_worker} CPU" + (", 1 GPU" if scaling.gpus_per_worker else "")
     while not stopped():
-        found, waited = room(scaling), time.monotonic() - begin
+        found, waited = room(scaling, left_out), time.monotonic() - begin
         if found.now >= most:
             break
         if found.now >= least and (waited > _SETTLE_SECONDS or found.now >= min(found.if_empty, most)):
@@ -120,23 +131,27 @@ def _ask_autoscaler(scaling: Scaling, workers: int) -> None:
     request_resources(bundles=[bundle] * workers)
 
 
-def check_nodes(config: TrainConfig, scaling: Scaling, proved: set[str]) -> bool:
-    """Ask each node that may be given workers whether it sees the run folder and the data, and runs the same code. Where
-    workers can only come to this machine, there is nothing to ask.
+def check_nodes(config: TrainConfig, scaling: Scaling, known: Nodes, *, begun: bool) -> bool:
+    """Ask each node that may be given workers, and was not asked before, whether it sees the run folder and the data, and
+    runs the same code. Where workers can only come to this machine, there is nothing to ask.
 
     Args:
-        proved: ids of nodes that were asked before and are not asked again; those that are asked now are added.
+        known: what the nodes say is added.
+        begun: whether the run has had an attempt: a node that came since and cannot take part is then left out.
 
     Returns:
-        Whether all that were asked are still there.
+        Whether there is the room there was: none of those asked was lost meanwhile, or left out.
 
     Raises:
         InputError: a line for each failure, with the node and the remedy.
     """
-    nodes = {node["NodeID"]: node["NodeManagerHostname"] for node in _nodes() if _fitting(scaling, node["Resources"])}
-    for node in proved & nodes.keys():
-        del nodes[node]
+    nodes = {
+        node["NodeID"]: node["NodeManagerHostname"]
+        for node in _nodes(known.proved | known.left_out)
+        if _fitting(scaling, node["Resources"])
+    }
     if nodes.keys() <= {ray.get_runtime_context().get_node_id()}:
+        known.proved |= nodes.keys()
         return True
     token = f".node-{uuid.uuid4().hex[:12]}"
     try:
@@ -145,18 +160,22 @@ def check_nodes(config: TrainConfig, scaling: Scaling, proved: set[str]) -> bool
     except OSError as error:
         raise InputError(f"run_dir = {config.run_dir}: {error.strerror}; give another with --run_dir") from None
     try:
-        answered, failures = _ask_nodes(nodes, config, token)
+        failures = _ask_nodes(nodes, config, token)
     finally:
         for file in config.run_dir.glob(f"{token}*"):
             file.unlink(missing_ok=True)
-    if failures:
-        raise InputError(*failures)
-    proved |= answered
-    return answered == nodes.keys()
+    bad = {node for node, lines in failures.items() if lines}
+    if bad and not begun:
+        raise InputError(*(line for lines in failures.values() for line in lines))
+    for node in bad:
+        logger.warning("left out, unless it joins the cluster anew: {}", "; ".join(failures[node]))
+    known.left_out |= bad
+    known.proved |= failures.keys() - bad
+    return not bad and failures.keys() == nodes.keys()
 
 
-def _ask_nodes(nodes: dict[str, str], config: TrainConfig, token: str) -> tuple[set[str], list[str]]:
-    """Ids of the nodes that answered, and a line for each thing that is wrong on a node that was not lost meanwhile."""
+def _ask_nodes(nodes: dict[str, str], config: TrainConfig, token: str) -> dict[str, list[str]]:
+    """A line for each thing that is wrong on a node, by id; without those that were lost meanwhile."""
     asked = {
         node: look_around.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
             f"{name} ({node[:8]})", config.model_dump_json(), token
@@ -164,27 +183,30 @@ def _ask_nodes(nodes: dict[str, str], config: TrainConfig, token: str) -> tuple[
         for node, name in nodes.items()
     }
     answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_SECONDS)
-    reports, failures, alive = [about(host(), config, "", index=-1)], list[str](), set[str]()
+    own, failures = about(host(), config, "", index=-1), dict[str, list[str]]()
     for node, answer in asked.items():
         try:
             if answer not in answered:
                 raise TimeoutError(f"no answer in {_ANSWER_SECONDS:g} s")
-            report = ray.get(answer)
+            failures[node] = _faults(own, ray.get(answer), config, token)
         except Exception as error:
             if isinstance(error, RayError) and not isinstance(error, RayTaskError) and _is_lost(node):
                 logger.warning("node {} ({}) was lost while it was asked", nodes[node], node[:8])
             else:
-                failures.append(f"{nodes[node]} ({node[:8]}): {str(error).strip().splitlines()[-1]}; see ray status")
-            continue
-        alive.add(node)
-        reports.append(report)
-        failures += verdict.folder_faults(report, token=True, free_gib=0)
-        if not (config.run_dir / f"{token}.{report['node']}").exists() and not failures:
-            failures.append(f"{report['node']}: run_dir = {config.run_dir}: what it writes there does not come to this node; "
-                            "mount the same storage on both")  # fmt: skip
-        if trouble := verdict.error_of(report["data"]):
-            failures.append(f"{report['node']}: data: {trouble}")
-    return alive, failures + verdict.unlike_versions(reports)
+                last = str(error).strip().splitlines()[-1]
+                failures[node] = [f"{nodes[node]} ({node[:8]}): {last}; see ray status"]
+    return failures
+
+
+def _faults(own: verdict.Report, report: verdict.Report, config: TrainConfig, token: str) -> list[str]:
+    node = report["node"]
+    found = verdict.folder_faults(report, token=True, free_gib=0)
+    if not found and not (config.run_dir / f"{token}.{node}").exists():
+        found = [f"{node}: run_dir = {config.run_dir}: what it writes there does not come to this node; "
+                 "mount the same storage on both"]  # fmt: skip
+    if trouble := verdict.error_of(report["data"]):
+        found.append(f"{node}: data: {trouble}")
+    return found + verdict.unlike_versions([own, report])  # own first: of two that differ, it is the measure
 
 
 def _is_lost(node: str) -> bool:

@@ -7,7 +7,7 @@ workers, and try bad input again. Here workers are asked to save and return firs
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from distributed.errors import ExitCode, InputError, NotFiniteError, StorageErro
 from distributed.run_folder import RunFolder
 from distributed.run_lines import attempt_lines
 from distributed.stop import SignalStop, StopSource
-from launch.ray_cluster import NoRoom, check_nodes, room, wait_for_room
+from launch.ray_cluster import Nodes, NoRoom, check_nodes, room, wait_for_room
 from launch.ray_settings import Training
 from launch.ray_worker import ask_to_stop, forget, train_on_worker
 
@@ -72,10 +72,10 @@ def attempts(config: TrainConfig, scaling: Scaling, stop: StopSource, callbacks:
         InputError: the cluster has no room for the first one, or a node cannot take part.
     """
     failures, begun, saved = 0, False, _saved_step(config)
-    proved: set[str] = set()
+    nodes = Nodes()
     while True:
         try:
-            workers = wait_for_room(scaling, stop.requested)
+            workers = wait_for_room(scaling, stop.requested, nodes.left_out)
         except NoRoom as error:
             if not begun:
                 raise
@@ -87,10 +87,10 @@ def attempts(config: TrainConfig, scaling: Scaling, stop: StopSource, callbacks:
         if not workers:
             logger.warning("stopped by {} between two attempts; the same command goes on", stop.requested())
             return ExitCode.STOPPED
-        if not check_nodes(config, scaling, proved):
+        if not check_nodes(config, scaling, nodes, begun=begun):
             continue
         begun = True
-        ending = attempt(config, scaling, workers, stop, callbacks)
+        ending = attempt(config, scaling, workers, nodes, stop, callbacks)
         if ending.code is not None:
             return ending.code
         before, saved = saved, _saved_step(config)
@@ -103,13 +103,20 @@ def attempts(config: TrainConfig, scaling: Scaling, stop: StopSource, callbacks:
             return ExitCode.FAILED
 
 
-def attempt(config: TrainConfig, scaling: Scaling, workers: int, stop: StopSource, callbacks: Sequence[Any]) -> Ending:
-    """One attempt on that many workers."""
+def attempt(
+    config: TrainConfig,
+    scaling: Scaling,
+    workers: int,
+    nodes: Nodes,
+    stop: StopSource,
+    callbacks: Sequence[Any],
+) -> Ending:
+    """One attempt on that many workers, on nodes that were proved."""
     key = uuid.uuid4().hex
     logger.info("starting {} worker{}", workers, "s" if workers > 1 else "")
-    growth = Growth(config, scaling, workers)
+    growth = Growth(config, scaling, workers, nodes.left_out)
     with ThreadPoolExecutor(1) as thread:  # not the main thread, where Ray would take Ctrl-C for itself and abort
-        result = thread.submit(trainer(config, scaling, workers, key, callbacks).fit)
+        result = thread.submit(trainer(config, scaling, workers, nodes, key, callbacks).fit)
         asked: str | None = None
         while not wait([result], timeout=_POLL_SECONDS).done:
             if not asked and (asked := stop.requested() or growth.wanted()):
@@ -121,8 +128,9 @@ def attempt(config: TrainConfig, scaling: Scaling, workers: int, stop: StopSourc
 class Growth:
     """Looks now and then whether a run on fewer workers than it wants could have more."""
 
-    def __init__(self, config: TrainConfig, scaling: Scaling, workers: int) -> None:
-        self._run, self._scaling, self._possible = RunFolder(config.run_dir), scaling, workers < scaling.num_workers
+    def __init__(self, config: TrainConfig, scaling: Scaling, workers: int, left_out: Collection[str]) -> None:
+        self._run, self._scaling, self._left_out = RunFolder(config.run_dir), scaling, left_out
+        self._possible = workers < scaling.num_workers
         self._begun = self._attempts()
         self._looked, self._seen = time.monotonic(), False
 
@@ -132,7 +140,7 @@ class Growth:
         if not self._possible or time.monotonic() - self._looked < self._scaling.resize_seconds:
             return None
         self._looked, before = time.monotonic(), self._seen
-        self._seen = self._attempts() > self._begun and room(self._scaling).now > 0
+        self._seen = self._attempts() > self._begun and room(self._scaling, self._left_out).now > 0
         return _GROWTH if before and self._seen else None
 
     def _attempts(self) -> int:
@@ -140,7 +148,12 @@ class Growth:
 
 
 def trainer(
-    config: TrainConfig, scaling: Scaling, workers: int, stop_key: str, callbacks: Sequence[Any]
+    config: TrainConfig,
+    scaling: Scaling,
+    workers: int,
+    nodes: Nodes,
+    stop_key: str,
+    callbacks: Sequence[Any],
 ) -> TorchTrainer:
     """A Ray Train V2 trainer whose workers run the recipe. What Ray writes down of it lies in RUN/ray."""
     v2: Any = ray.train  # its types are those of the first version
@@ -159,6 +172,8 @@ def trainer(
             use_gpu=bool(scaling.gpus_per_worker),
             resources_per_worker=resources,
             placement_strategy=scaling.placement.upper(),
+            # No space after the comma: Ray 2.60 allows one, and then takes it for a part of the id.
+            label_selector={"ray.io/node-id": f"in({','.join(sorted(nodes.proved))})"},
         ),
         run_config=v2.RunConfig(
             name="ray",

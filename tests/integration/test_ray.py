@@ -81,21 +81,26 @@ def test_every_engine_trains_and_the_run_folder_looks_as_ever(cluster: RayCluste
 def test_an_elastic_run_through_all_that_can_happen_to_workers_and_nodes(
     cluster: RayCluster, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """A worker is killed; a node is drained; a node is lost, and one worker goes on alone; a node comes, and the run grows."""
+    """A worker is killed; a node comes that does not see the run folder, and is left out; a node is drained; a node is
+    lost, and one worker goes on alone; another node comes, and the run grows."""
     cluster.have("n1", "n2", "n3")
     run, settings = tmp_path / "run", ("--scaling.min_workers", 1, "--scaling.resize_seconds", 2)
     with cluster.train(*LONG, *settings, "--run_dir", run, output=tmp_path / "output") as command:
         begun(command, run)
         kill(pid_of(command, 1))
+        cluster.add("n4", hidden=run)
         begun(command, run, count=2)
         drained, lost = (node for node in ("n1", "n2", "n3") if cluster.is_used(node))
         cluster.drain(drained)
         begun(command, run, count=3)
         cluster.kill(lost)
         begun(command, run, count=4)
-        cluster.add("n4")
+        assert not cluster.is_used("n4")
+        cluster.add("n5")
         assert command.wait(200) == 0, command.text
     assert sizes(run) == [2, 2, 2, 1, 2], command.text
+    assert "left out, unless it joins the cluster anew" in command.text
+    assert f"run_dir = {run} is not shared" in command.text
     stopped, started = attempts(run, "stopped"), attempts(run, "started")
     assert "the drain of node" in stopped[0]["reason"]
     assert stopped[1]["reason"] == "the driver, to go on with more workers"
