@@ -140,19 +140,19 @@ def check_nodes(config: TrainConfig, scaling: Scaling, known: Nodes, *, begun: b
         begun: whether the run has had an attempt: a node that came since and cannot take part is then left out.
 
     Returns:
-        Whether there is the room there was: none of those asked was lost meanwhile, or left out.
+        Whether there is the room there was: some node is left, and none of those asked was lost meanwhile, or left out.
 
     Raises:
         InputError: a line for each failure, with the node and the remedy.
     """
     nodes = {
-        node["NodeID"]: node["NodeManagerHostname"]
+        node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})"
         for node in _nodes(known.proved | known.left_out)
         if _fitting(scaling, node["Resources"])
     }
     if nodes.keys() <= {ray.get_runtime_context().get_node_id()}:
         known.proved |= nodes.keys()
-        return True
+        return bool(known.proved)
     token = f".node-{uuid.uuid4().hex[:12]}"
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -175,10 +175,14 @@ def check_nodes(config: TrainConfig, scaling: Scaling, known: Nodes, *, begun: b
 
 
 def _ask_nodes(nodes: dict[str, str], config: TrainConfig, token: str) -> dict[str, list[str]]:
-    """A line for each thing that is wrong on a node, by id; without those that were lost meanwhile."""
+    """A line for each thing that is wrong on a node, by id; without those that were lost meanwhile.
+
+    Args:
+        nodes: their names by id.
+    """
     asked = {
         node: look_around.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-            f"{name} ({node[:8]})", config.model_dump_json(), token
+            name, config.model_dump_json(), token
         )
         for node, name in nodes.items()
     }
@@ -191,10 +195,10 @@ def _ask_nodes(nodes: dict[str, str], config: TrainConfig, token: str) -> dict[s
             failures[node] = _faults(own, ray.get(answer), config, token)
         except Exception as error:
             if isinstance(error, RayError) and not isinstance(error, RayTaskError) and _is_lost(node):
-                logger.warning("node {} ({}) was lost while it was asked", nodes[node], node[:8])
+                logger.warning("node {} was lost while it was asked", nodes[node])
             else:
                 last = str(error).strip().splitlines()[-1]
-                failures[node] = [f"{nodes[node]} ({node[:8]}): {last}; see ray status"]
+                failures[node] = [f"{nodes[node]}: {last}; see ray status"]
     return failures
 
 
