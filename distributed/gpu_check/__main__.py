@@ -1,0 +1,107 @@
+"""`python -m distributed.gpu_check [--device cpu --tiny] [--only STEP ...]`: is this code right and fast on this GPU?
+
+Runs each step in a process of its own under its own time limit and appends its result as one JSON line to OUT/gpu_check.jsonl
+at once. A step that fails, crashes or runs out of time never stops the next. Exit code 0 if everything passed, else 1.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from distributed.errors import ExitCode
+from distributed.files import check_writable
+from distributed.gpu_check.steps import STEPS, Step
+
+_PREFIX = "CHECK "  # of checks.py, which imports torch
+
+
+def main() -> int:
+    """Run the steps asked for; print a line a check and a summary."""
+    parser = argparse.ArgumentParser(prog="python -m distributed.gpu_check", description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small shapes: try the check itself out on a CPU")
+    parser.add_argument("--seconds", type=float, default=300, help="start no step after so long, end one that runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="folder for gpu_check.jsonl and logs")
+    parser.add_argument("--only", nargs="+", choices=[step.name for step in STEPS], metavar="STEP")
+    given = parser.parse_args()
+    lines = given.out / "gpu_check.jsonl"
+    given.out.mkdir(parents=True, exist_ok=True)
+    check_writable("--out", lines)
+    deadline = time.monotonic() + given.seconds
+    results = []
+    for step in STEPS:
+        if given.only and step.name not in given.only:
+            continue
+        result = run_step(step, given.device, tiny=given.tiny, out=given.out, deadline=deadline)
+        with lines.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        results.append(result)
+        print(summary(result), flush=True)
+    bad = [result["step"] for result in results if result["verdict"] != "pass"]
+    print(f"{len(results) - len(bad)} of {len(results)} steps passed" + (f"; see {', '.join(bad)}" if bad else ""))
+    return ExitCode.FAILED if bad else ExitCode.FINISHED
+
+
+def run_step(step: Step, device: str, *, tiny: bool, out: Path, deadline: float) -> dict[str, Any]:
+    """The step's JSON line: verdict, seconds and each check it printed before it ended, however it ended."""
+    start = time.monotonic()
+    limit = min(step.seconds, deadline - start)
+    result: dict[str, Any] = {"step": step.name, "device": device, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    if limit <= 0:
+        return result | {"verdict": "timeout", "seconds": 0, "message": "no time was left to start it", "checks": []}
+    command = [
+        sys.executable, "-m", "distributed.gpu_check.steps", step.name, device, str(int(tiny)), str(out.resolve()),
+    ]  # fmt: skip
+    log = out / f"{step.name}.log"
+    with log.open("wb") as file:
+        # A session of its own, so that a step out of time takes the ranks that it started with it.
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code: int | None = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end(process)
+    text = log.read_text(errors="replace")
+    checks = [json.loads(line.removeprefix(_PREFIX)) for line in text.splitlines() if line.startswith(_PREFIX)]
+    verdict = "timeout" if code is None else "error" if code else "pass"
+    if verdict == "pass" and any(check["verdict"] != "pass" for check in checks):
+        verdict = "fail"
+    result |= {"verdict": verdict, "seconds": round(time.monotonic() - start, 1), "checks": checks}
+    if code != 0:
+        result |= {"exit_code": code, "message": text[-2000:]}
+    return result
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The result for a terminal: a line for the step, one for each check with its figures or what went wrong."""
+    rows = [f"{result['verdict']:7} {result['step']} ({result['seconds']} s)"]
+    for check in result["checks"]:
+        figures = ", ".join(f"{name} {_short(value)}" for name, value in check["figures"].items())
+        rows.append(f"  {check['verdict']:7} {check['check']} ({check['seconds']} s) {figures}")
+        if "message" in check:
+            rows += [f"          {line}" for line in check["message"].strip().splitlines()[-4:]]
+    if result["verdict"] in ("error", "timeout"):
+        rows += [f"    {line}" for line in result["message"].strip().splitlines()[-6:]]
+    return "\n".join(rows)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,45 @@
+"""The steps in the order they run and the seconds each may take; run as a module, one step in this process."""
+
+import importlib
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Step:
+    """A module of this package with a function `run(checks)`; it is ended after `seconds`."""
+
+    name: str
+    seconds: int
+    proves: str
+
+
+STEPS = (
+    Step("environment", 30, "versions, card, packages, disk"),
+    Step("ceilings", 30, "copy bandwidth, matrix products, microseconds a launch, gloo latency"),
+    Step("units", 60, "tensor functions equal the CPU's; batch norm, response norm and totals against float64"),
+    Step("networks", 70, "one step of each network and precision: no wait, deterministic, close to float64"),
+    Step("resume", 60, "stop, kill -9 and resume to the same bits; a checkpoint of the GPU on the CPU"),
+    Step("ranks", 90, "several ranks on one GPU over gloo: fast mode, exact mode, ddp and fsdp"),
+    Step("nccl", 45, "NCCL with one rank: every engine; collectives inside a CUDA graph"),
+    Step("invariance", 45, "which kernels give a shard the same bits whatever lies beside it"),
+    Step("speed", 100, "steps a second by batch, network and mode; a profile"),
+)
+
+
+def main() -> None:
+    """Run one step: NAME DEVICE TINY(0|1) OUT."""
+    name, device, tiny, out = sys.argv[1:]
+    import torch
+
+    from distributed.gpu_check.checks import Checks
+
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as scratch:
+        checks = Checks(torch.device(device), tiny == "1", Path(scratch), Path(out))
+        importlib.import_module(f"distributed.gpu_check.{name}").run(checks)
+
+
+if __name__ == "__main__":
+    main()
