@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from distributed.data.batch import Batch
 from distributed.engine.powersgd import PREFIX, PowerSgd
 from distributed.engine.protocol import Loss, Outcome
 from distributed.engine.tensors import Weights, autocast, cast
-from distributed.models.sync_batch_norm import SyncBatchNorm, by_ranks, convert_batch_norm
+from distributed.models.fused_batch_norm import synchronize_batch_norm
 from distributed.row_gather import open_row_gather
 
 
@@ -80,8 +79,7 @@ class DdpEngine:
         self.device, self.precision = device, precision
         model = cast(model, precision=precision, channels_last=channels_last, device=device)
         if world_size() > 1:
-            exchange = by_ranks(open_row_gather(device, timeout_seconds=timeout_seconds))
-            model = convert_batch_norm(model, partial(SyncBatchNorm.of, exchange=exchange))
+            model = synchronize_batch_norm(model, open_row_gather(device, timeout_seconds=timeout_seconds))
         if compile:
             model.compile()  # in place: names stay as they are
         self._plain = model

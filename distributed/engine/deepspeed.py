@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from distributed.engine.placement import Held, Run, Whole, load
 from distributed.engine.protocol import Loss, Outcome
 from distributed.engine.tensors import cast
 from distributed.errors import InputError
-from distributed.models.sync_batch_norm import SyncBatchNorm, by_ranks, convert_batch_norm
+from distributed.models.fused_batch_norm import synchronize_batch_norm
 from distributed.optim import WeightAverage, decay_groups, first_state
 from distributed.row_gather import open_row_gather
 
@@ -61,8 +60,7 @@ class DeepSpeedEngine:
         # DeepSpeed flattens parameters in the order of their indices, so they keep no other layout.
         self.model = cast(model, precision=precision, channels_last=False, device=device)
         if world_size() > 1:
-            exchange = by_ranks(open_row_gather(device, timeout_seconds=timeout_seconds))
-            self.model = convert_batch_norm(self.model, partial(SyncBatchNorm.of, exchange=exchange))
+            self.model = synchronize_batch_norm(self.model, open_row_gather(device, timeout_seconds=timeout_seconds))
         self._parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         shapes = {name: p.shape for name, p in self._parameters.items()}  # at stage 3 parameters lose theirs
         settings = _settings(config, self.model, optim=optim, precision=precision, accumulation=accumulation)

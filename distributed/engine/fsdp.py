@@ -5,7 +5,6 @@ The optimizer works on this rank's parts alone, which are plain tensors.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from distributed.data.batch import Batch
 from distributed.engine.placement import Held, Whole
 from distributed.engine.protocol import Loss, Outcome
 from distributed.engine.tensors import Weights, autocast, cast, low_type
-from distributed.models.sync_batch_norm import SyncBatchNorm, by_ranks, convert_batch_norm
+from distributed.models.fused_batch_norm import synchronize_batch_norm
 from distributed.row_gather import open_row_gather
 
 
@@ -49,8 +48,7 @@ class FsdpEngine:
         self.device, self.precision = device, precision
         # FSDP2 takes no parameters that are not contiguous, whatever the images' layout.
         model = cast(model, precision=precision, channels_last=False, device=device)
-        exchange = by_ranks(open_row_gather(device, timeout_seconds=timeout_seconds))
-        model = convert_batch_norm(model, partial(SyncBatchNorm.of, exchange=exchange))
+        model = synchronize_batch_norm(model, open_row_gather(device, timeout_seconds=timeout_seconds))
         mesh = init_device_mesh(device.type, (world_size(),))
         # What autocast would cast once a use is cast before it is sent; gradients are summed in float32 all the same.
         low = low_type(precision)

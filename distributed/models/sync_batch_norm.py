@@ -72,8 +72,10 @@ def gradients(
     mean, variance, total = statistics
     grad_weight = grad_bias = torch.zeros_like(mean)
     if x.numel():  # the kernel divides by the number of elements
+        # With nothing saved it takes the statistics passed as running ones; on CUDA that is an empty tensor, not None.
+        unsaved = mean.new_empty(0)
         _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, variance, None, None, False, eps, [False, True, True]
+            grad, x, weight, mean, variance, unsaved, unsaved, False, eps, [False, True, True]
         )
 
     def combine(rows: Tensor) -> tuple[Tensor, ...]:

@@ -5,7 +5,10 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from distributed.models.fused_batch_norm import FusedSyncBatchNorm, synchronize_batch_norm
 from distributed.models.sync_batch_norm import Exchange, SyncBatchNorm, by_ranks, convert_batch_norm
 
 LAYERS = {
@@ -171,3 +174,34 @@ def test_a_conversion_keeps_names_and_the_very_parameters():
 def test_a_layer_without_weights_or_statistics_is_refused(options):
     with pytest.raises(ValueError, match="needs affine=True"):
         SyncBatchNorm.of(nn.BatchNorm2d(3, **options), alone)
+
+
+class Nones(TorchDispatchMode):
+    """Counts the arguments of the native backward pass that are None where CUDA's kernel insists on a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.missing = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.native_batch_norm_backward.default:
+            self.calls += 1
+            self.missing += sum(argument is None for argument in args[:7])
+        return func(*args, **(kwargs or {}))
+
+
+def test_cuda_backward_gets_a_tensor_for_every_statistic():
+    layer = SyncBatchNorm.of(layer_of("2d"), alone)
+    x, grad = batch_of("2d")
+    with Nones() as nones:
+        layer(x.requires_grad_()).backward(grad)
+    assert (nones.calls, nones.missing) == (1, 0)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_fast_mode_uses_the_fused_layer_on_cuda(device):
+    with FakeTensorMode():
+        layer = nn.BatchNorm2d(CHANNELS, device=device)
+    model = synchronize_batch_norm(nn.Sequential(layer), lambda row: row[None])
+    assert type(model[0]) is (FusedSyncBatchNorm if device == "cuda" else SyncBatchNorm)
+    assert model[0].running_mean.device.type == device

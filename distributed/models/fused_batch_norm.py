@@ -1,0 +1,101 @@
+"""Synchronized batch norm on CUDA in a dozen launches, by the kernels that `torch.nn.SyncBatchNorm` is made of.
+
+That layer waits for the device in every forward pass (it drops the rows of empty shards by a mask), and its rows have another
+type where a shard is empty under autocast. This one does neither.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from distributed.models.sync_batch_norm import SyncBatchNorm, by_ranks, convert_batch_norm
+
+
+class _FusedBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, layer: "FusedSyncBatchNorm") -> Tensor:
+        x = _dense(x)
+        channels, count = x.shape[1], x.numel() // x.shape[1]
+        mean, inverse = (
+            torch.batch_norm_stats(x, layer.eps) if count else (weight.new_zeros(channels), weight.new_ones(channels))
+        )
+        row = torch.cat([mean, inverse, torch.full((1,), count, dtype=mean.dtype, device=mean.device)])
+        mean, inverse, counts = layer.exchange(row, lambda rows: layer.combined(x, rows))
+        ctx.save_for_backward(x, weight, mean, inverse, counts)
+        ctx.exchange = layer.exchange
+        return torch.batch_norm_elemt(x, weight, bias, mean, inverse, layer.eps) if count else torch.empty_like(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse, counts = ctx.saved_tensors
+        if x.numel():
+            grad = _dense(grad, like=x)
+            *sums, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
+                grad, x, mean, inverse, weight, True, True, True
+            )
+        else:
+            sums = [torch.zeros_like(mean)] * 2
+            grad_weight = grad_bias = torch.zeros_like(weight)
+        total: Tensor = ctx.exchange(torch.cat(sums), lambda rows: rows.sum(0))
+        sum_grad, sum_product = total.chunk(2)
+        if not x.numel():
+            return torch.empty_like(x), grad_weight, grad_bias, None
+        grad_x = torch.batch_norm_backward_elemt(grad, x, mean, inverse, weight, sum_grad, sum_product, counts)
+        return grad_x, grad_weight, grad_bias, None
+
+
+class FusedSyncBatchNorm(SyncBatchNorm):
+    """A `SyncBatchNorm` for CUDA whose sums over shards are in no particular order: for fast mode.
+
+    The last of the exchange's rows must be of a shard that is not empty.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [n, channels, ...], a shard."""
+        if not self.training:
+            return super().forward(x)
+        result: Tensor = _FusedBatchNorm.apply(x, self.weight, self.bias, self)
+        return result
+
+    def combined(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and inverse deviation [channels] of the whole batch, which also go into the running statistics, and each
+        shard's count, int32 [shards]."""
+        # From the last to the first: the kernel divides by the count so far, and only the last is sure to have one.
+        means, inverses, counts = torch.split(rows.flip(0), [x.shape[1], x.shape[1], 1], dim=1)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        mean, inverse = torch.batch_norm_gather_stats_with_counts(
+            x, means, inverses, self.running_mean, self.running_var, momentum, self.eps, counts.view(-1)
+        )
+        return mean, inverse, counts.view(-1).to(torch.int32)
+
+
+def _dense(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """x in channels-last layout if `like`, or x itself, has it, else contiguous: the layouts that the kernels take."""
+    like = x if like is None else like
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(like.dim())
+    if channels_last and like.is_contiguous(memory_format=channels_last):
+        return x.contiguous(memory_format=channels_last)
+    return x.contiguous()
+
+
+def synchronize_batch_norm(model: nn.Module, gather: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Let every batch norm of the model see the batch of all ranks, each rank being one shard: for fast mode.
+
+    Args:
+        gather: every rank's row in order of rank, [world_size, length]. The last rank's shard is never empty.
+    """
+    exchange = by_ranks(gather)
+
+    def synchronized(layer: nn.modules.batchnorm._BatchNorm) -> nn.Module:
+        on_cuda = layer.running_mean is not None and layer.running_mean.is_cuda
+        return (FusedSyncBatchNorm if on_cuda else SyncBatchNorm).of(layer, exchange)
+
+    return convert_batch_norm(model, synchronized)
