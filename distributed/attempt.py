@@ -8,14 +8,15 @@ from typing import Any, Self
 import torch
 from loguru import logger
 
-from distributed import logs
+from distributed import collectives, logs
 from distributed.config import TrainConfig
 from distributed.config.engines import DeepSpeed
+from distributed.determinism import joined, kernels
 from distributed.errors import ExitCode, InputError
 from distributed.plot import draw_curves
 from distributed.run_folder import ClaimedRun, RunFolder
 from distributed.state import TrainState
-from distributed.topology import Topology, processor
+from distributed.topology import Topology
 from distributed.versions import versions
 
 
@@ -40,12 +41,18 @@ class Attempt:
         self._log = logs.file_logs(self.folder.logs, self.topology.rank)
 
     def facts(self, device: torch.device) -> dict[str, Any]:
-        """What a checkpoint says besides its state: the config, and all that the bits depend on."""
+        """What a checkpoint says besides its state: the config, and all that the bits depend on. A collective.
+
+        Raises:
+            InputError: exact mode was asked for by name, and the ranks' hardware or libraries differ.
+        """
         bits: dict[str, Any] = {
             "shards": self.config.shards_on(device.type),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
             "versions": versions(),
         }
+        together, differences = joined(collectives.gather_objects(kernels(device)))
+        self._report(differences)
+        bits |= together
         if not bits["shards"]:
             engine = self.config.engine
             more = (
@@ -54,6 +61,16 @@ class Attempt:
             bits |= {"world_size": self.topology.world_size, "threads": torch.get_num_threads()}
             bits["engine"] = f"{engine.name}{more}"
         return {"data": self.config.data.name, "config": json.loads(self.config.model_dump_json()), "bits": bits}
+
+    def _report(self, differences: list[str]) -> None:
+        """Refuse or warn where ranks choose their kernels by different facts."""
+        if differences and self.config.exact.shards not in ("auto", 0):
+            raise InputError(
+                *[f"exact.shards = {self.config.exact.shards}, but ranks differ in {line}" for line in differences],
+                "exact mode needs nodes of one kind: choose such nodes, or --exact.shards 0",
+            )
+        for line in differences if self.topology.is_main else ():
+            logger.warning("ranks differ in {}; another placement of ranks gives other bits", line)
 
     def begin(self, state: TrainState, *, resumed_from: dict[str, Any] | None, facts: dict[str, Any]) -> None:
         """From here on progress is the state's.
@@ -77,9 +94,9 @@ class Attempt:
                 f"was begun with {shards}; {remedy}, or another --run_dir"
             )
         for name, value in now.items():
-            if before.get(name) != value:
+            if name in before and before[name] != value:
                 logger.warning(
-                    "resuming with another {}: {} before, {} now; bits may differ", name, before.get(name), value
+                    "resuming with another {}: {} before, {} now; bits may differ", name, before[name], value
                 )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:

@@ -76,7 +76,9 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
         logger.info("engine deepspeed: one process, so there is nothing to be shared out")
         engine = Ddp()
     if shards := config.shards_on(device.type):
-        return ExactEngine(engine, model, shards=shards, lanes=topology.threads(config.threads), **common)
+        # On CUDA autograd runs every backward pass on one thread of the device's; more lanes would only contend for Python.
+        lanes = 1 if device.type == "cuda" else topology.threads(config.threads)
+        return ExactEngine(engine, model, shards=shards, lanes=lanes, **common)
     if isinstance(engine, Fsdp):
         if topology.world_size > 1:
             from distributed.engine.fsdp import FsdpEngine
@@ -126,7 +128,7 @@ def log_plan(
             config.compression,
             "; one process sends nothing and rounds nothing" if alone and config.compression == "bfloat16" else "",
         )
-    if 0 < (most := -(-shards // topology.world_size)) < threads:
+    if device.type == "cpu" and 0 < (most := -(-shards // topology.world_size)) < threads:
         logger.warning(
             "{} of {} threads a rank have nothing to compute: a shard takes one; a run begun with more exact.shards uses more",
             threads - most, threads,

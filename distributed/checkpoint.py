@@ -14,23 +14,28 @@ is in place to a store, if the config names one.
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from loguru import logger
 from torch import Tensor
 
 from distributed import collectives
-from distributed.checkpoint_files import FORMAT, best_in, checkpoints, damage_of, name_of, point, retain, sweep
+from distributed.checkpoint_files import FORMAT, best_in, checkpoints, damage_of, name_of, newest_whole, point, retain
 from distributed.downloads import fetch_newest
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError, StorageError
-from distributed.files import append_line, digest_of, read_json, read_object, replace_json, sync_folder
+from distributed.files import append_line, read_object, sync_folder
 from distributed.remote import StoreError
 from distributed.run_folder import ClaimedRun
-from distributed.safetensors_stream import digest_of_tensor, tensors_of, write_tensors
+from distributed.safetensors_stream import digest_of_tensor, tensors_of
+from distributed.save_budget import SaveBudget
+from distributed.snapshot import Snapshot, load, to_host, write_checkpoint
 from distributed.state import TrainState
 from distributed.uploads import AT_END_SECONDS, AT_STOP_SECONDS, Uploads
 
@@ -41,6 +46,7 @@ class Checkpointer:
     Args:
         facts: what else `state.json` should hold: the config, versions, what bits depend on.
         upload_to: URL of a store that gets each checkpoint too, in the background.
+        budget: what saves at the ends of epochs may take; every save if not given.
     """
 
     def __init__(
@@ -51,13 +57,16 @@ class Checkpointer:
         keep_last: int,
         facts: dict[str, Any],
         upload_to: str | None = None,
+        budget: SaveBudget | None = None,
     ) -> None:
         self.folder, self.run, self.keep_last, self.facts = folder, run, keep_last, facts
-        self.upload_to = upload_to
+        self.upload_to, self._budget = upload_to, budget or SaveBudget(1.0)
         self._uploads = Uploads(upload_to, run, keep_last=keep_last) if upload_to and run else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._newest = ""
+        self._best: Snapshot | None = None
+        """The best epoch, kept on the device until the next save: its own was not affordable."""
 
     def restore(self, engine: Engine, state: TrainState) -> dict[str, Any] | None:
         """Load the newest checkpoint that is whole; the content of its state.json, None where there is none.
@@ -67,7 +76,7 @@ class Checkpointer:
             StorageError: a rank cannot see what rank 0 found, or the store does not give what it has.
             InputError: that is whole, and not of this run.
         """
-        name = collectives.from_main((self._newest_whole() or self._fetched()) if self.run else None)
+        name = collectives.from_main((newest_whole(self.folder) or self._fetched()) if self.run else None)
         if name is None:
             return None
         path = self.folder / name
@@ -95,6 +104,9 @@ class Checkpointer:
             tensors = dict(engine.state())
         else:
             self._written()  # it may be the one that is being written
+            if self._best:
+                self._submit()
+            self._written()
             path = self.folder / name_of(step=state.best.step, epoch=state.best.epoch + 1)
             if damage := collectives.from_main(damage_of(path) if self.run else None):
                 raise StorageError(f"{path}: the best checkpoint, to return to at a drop, is damaged: {damage}")
@@ -103,7 +115,7 @@ class Checkpointer:
         logger.info("weights and buffers are those of epoch {}, the optimizer begins anew", state.best.epoch + 1)
 
     def save(self, engine: Engine, state: TrainState) -> None:
-        """Take a copy of everything now and write it in the background, after the save before is done.
+        """Take a copy of everything now and write it in the background, after the save before is done; a collective.
 
         Raises:
             StorageError: that one could not be written.
@@ -113,16 +125,41 @@ class Checkpointer:
             return
         self._newest = name
         self._written()
-        # All ranks go through it: a sharded engine puts each tensor together then, and only rank 0 keeps it.
-        tensors = {}
-        for tensor_name, tensor in engine.state():
+        tensors = to_host(self._on_main(engine.state()))
+        if self.run:
+            self._submit(self._snapshot(name, tensors, state))
+
+    def save_epoch(self, engine: Engine, state: TrainState, *, is_best: bool, ends: bool) -> bool:
+        """Save at the end of an epoch if the run ends or the budget allows it; whether it did. A collective.
+
+        Otherwise a new best is kept on the device, for the next save to write.
+        """
+        idle = self._pending is None or self._pending.done()
+        if ends or collectives.from_main(idle and self._budget.allows()):
+            self.save(engine, state)
+            return True
+        if is_best:
+            tensors = {name: tensor.detach().clone() for name, tensor in self._on_main(engine.state())}
+            self._best = self._snapshot(name_of(step=state.step, epoch=state.epoch), tensors, state)
+        return False
+
+    def _on_main(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Goes through them on all ranks, since a sharded engine gathers each one then; only rank 0 keeps any."""
+        for name, tensor in tensors:
             if self.run:
-                tensors[tensor_name] = tensor.detach().to("cpu", copy=True)
-        if self.run is None:
-            return
-        content = {"format": FORMAT, "state": state.state_dict(), **self.facts}
+                yield name, tensor
+
+    def _snapshot(self, name: str, tensors: dict[str, Tensor], state: TrainState) -> Snapshot:
         best = name_of(step=state.best.step, epoch=state.best.epoch + 1) if state.best else None
-        self._pending = self._thread.submit(self._write, name, tensors, content, best)
+        return Snapshot(name, tensors, {"format": FORMAT, "state": state.state_dict(), **self.facts}, best)
+
+    def _submit(self, *snapshots: Snapshot) -> None:
+        """Write these in the background, after the best epoch if that still waits on the device."""
+        best, self._best = self._best, None
+        if best:
+            snapshots = (replace(best, tensors=to_host(best.tensors.items())), *snapshots)
+        copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+        self._pending = self._thread.submit(self._write, snapshots, copied)
 
     def wait(self, *, stopping: bool = False) -> None:
         """Return once everything handed to `save` is on the disk, and in the store if that does not take too long. A
@@ -141,24 +178,38 @@ class Checkpointer:
             retain(self.folder, keep_last=self.keep_last, kept=kept)
 
     def _written(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        try:
-            pending.result()
-        except StorageError:
-            raise
-        except OSError as error:
-            raise StorageError(
-                f"{error.filename2 or error.filename or self.folder}: checkpoint not written: {error.strerror or error}; free "
-                "space or mend access, then give the same command again: the last complete checkpoint is intact"
-            ) from error
+        """Wait until the save before is on the disk. A collective on the host: peers must not wait for a disk on the GPU."""
+        if failure := collectives.from_main(self._failure()):
+            raise StorageError(failure)
 
-    def _write(self, name: str, tensors: dict[str, Tensor], content: dict[str, Any], best: str | None) -> None:
+    def _failure(self) -> str | None:
+        """Why the save before could not be written, after waiting for it; None if it was."""
+        pending, self._pending = self._pending, None
+        try:
+            if pending:
+                pending.result()
+        except StorageError as error:
+            return str(error)
+        except OSError as error:
+            return (
+                f"{error.filename2 or error.filename or self.folder}: checkpoint not written: {error.strerror or error}; free "
+                "disk space or fix permissions, then rerun the same command: the last complete checkpoint is intact"
+            )
+        return None
+
+    def _write(self, snapshots: tuple[Snapshot, ...], copied: torch.cuda.Event | None) -> None:
+        with self._budget.spending():
+            if copied:
+                copied.synchronize()
+            for snapshot in snapshots:
+                self._write_one(snapshot)
+
+    def _write_one(self, snapshot: Snapshot) -> None:
         assert self.run is not None
+        name, tensors = snapshot.name, snapshot.tensors
         aside = self.folder / f".writing-{name}"
         try:
-            write_checkpoint(aside, tensors, content)
+            write_checkpoint(aside, tensors, snapshot.content)
             commit(aside, self.folder / name, self.run)
         except OSError:
             shutil.rmtree(aside, ignore_errors=True)
@@ -166,25 +217,13 @@ class Checkpointer:
         digests = {tensor: digest_of_tensor(value) for tensor, value in tensors.items()}
         append_line(self.run.digests_file, json.dumps({"name": name, "tensors": digests}))
         point(self.folder, "latest", name)
-        if best is not None:
-            point(self.folder, "best", best)
-        retain(self.folder, keep_last=self.keep_last, kept={best, self._uploads.holds if self._uploads else None})
+        if snapshot.best is not None:
+            point(self.folder, "best", snapshot.best)
+        kept = {snapshot.best, self._uploads.holds if self._uploads else None}
+        retain(self.folder, keep_last=self.keep_last, kept=kept)
         if self._uploads:
             self._uploads.offer()
-        self.run.progress(step=content["state"]["step"], epoch=content["state"]["epoch"])
-
-    def _newest_whole(self) -> str | None:
-        sweep(self.folder)
-        for path in reversed(checkpoints(self.folder)):
-            damage = damage_of(path)
-            if damage is None:
-                return path.name
-            logger.error(
-                "{} is damaged ({}): set aside as {}.damaged; going back to the one before", path, damage, path.name
-            )
-            shutil.rmtree(path.with_name(f"{path.name}.damaged"), ignore_errors=True)
-            path.rename(path.with_name(f"{path.name}.damaged"))
-        return None
+        self.run.progress(step=snapshot.content["state"]["step"], epoch=snapshot.content["state"]["epoch"])
 
     def _fetched(self) -> str | None:
         if self._uploads is None or self.run is None:
@@ -193,36 +232,6 @@ class Checkpointer:
             return fetch_newest(self._uploads.store, self.folder, partial(commit, run=self.run))
         except StoreError as error:
             raise StorageError(f"{error}; nothing was begun: then give the same command again") from error
-
-
-def load(path: Path, engine: Engine, state: TrainState | None = None) -> dict[str, Any]:
-    """Put a checkpoint's tensors into the engine and its counters into the state; the content of its state.json.
-
-    Raises:
-        ValueError: they do not fit, or were never such.
-    """
-    content = read_json(path / "state.json")
-    if not isinstance(content, dict):
-        raise ValueError("state.json is no object")
-    if odd := [name for name in ("state", "config", "bits") if not isinstance(content.get(name, {}), dict)]:
-        raise ValueError(f"{' and '.join(odd)} in state.json: of another version")
-    engine.load_state(tensors_of(path))
-    try:
-        if state is not None:
-            state.load_state_dict(content["state"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"state.json is of another version: {type(error).__name__}: {error}") from None
-    return content
-
-
-def write_checkpoint(aside: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
-    """All files of a checkpoint, the manifest last, each on the disk before the next."""
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    files = {"tensors.safetensors": write_tensors(aside / "tensors.safetensors", tensors)}
-    replace_json(aside / "state.json", content)
-    files["state.json"] = digest_of(aside / "state.json")
-    replace_json(aside / "manifest.json", {"format": FORMAT, "files": files})
 
 
 def commit(aside: Path, path: Path, run: ClaimedRun) -> None:

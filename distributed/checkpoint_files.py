@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from loguru import logger
+
 from distributed.files import digest_of, read_object
 
 FORMAT = 1
@@ -45,6 +47,21 @@ def damage_of(path: Path) -> str | None:
             return f"{name}: {error.strerror}"
         if list(found) != expected:
             return f"{name}: {found.bytes} bytes with another digest than the manifest's"
+    return None
+
+
+def newest_whole(folder: Path) -> str | None:
+    """The name of the newest complete checkpoint; damaged ones that are newer are set aside, loudly."""
+    sweep(folder)
+    for path in reversed(checkpoints(folder)):
+        damage = damage_of(path)
+        if damage is None:
+            return path.name
+        logger.error(
+            "{} is damaged ({}): set aside as {}.damaged; going back to the one before", path, damage, path.name
+        )
+        shutil.rmtree(path.with_name(f"{path.name}.damaged"), ignore_errors=True)
+        path.rename(path.with_name(f"{path.name}.damaged"))
     return None
 
 

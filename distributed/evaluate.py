@@ -15,7 +15,15 @@ from distributed.config import TrainConfig
 from distributed.data import sources
 from distributed.errors import ExitCode, InputError
 from distributed.files import check_writable
-from distributed.saved_run import check_whole, checkpoint_of, classes_of, config_of, content_of, with_data_root
+from distributed.saved_run import (
+    check_whole,
+    checkpoint_of,
+    classes_of,
+    config_of,
+    content_of,
+    on_device,
+    with_data_root,
+)
 from distributed.topology import Topology
 
 if TYPE_CHECKING:
@@ -32,7 +40,12 @@ def main() -> int:
     parser.add_argument(
         "--checkpoint", default="auto", help="best, latest, step-00000313-epoch-001; auto: best if there is one"
     )
-    parser.add_argument("--data.root", dest="root", type=Path, help="where the data set lies now")
+    parser.add_argument("--data.root", dest="root", type=Path, help="where the data set is now")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        help="the run's if not given, or the CPU if that was CUDA and has none here",
+    )
     parser.add_argument(
         "--confusion",
         type=Path,
@@ -43,7 +56,7 @@ def main() -> int:
     arguments = parser.parse_args()
     picture = arguments.confusion or arguments.run / f"confusion-{arguments.split}.png"
     try:
-        config = _config_of(arguments.run, arguments.root)
+        config = on_device(_config_of(arguments.run, arguments.root), arguments.device)
         checkpoint = checkpoint_of(arguments.run, arguments.checkpoint)
         if arguments.split == "validation" and not config.data.validation_fraction:
             raise InputError("--split validation: this run held out no images; use --split test or train")
@@ -65,16 +78,17 @@ def _evaluate(config: TrainConfig, checkpoint: Path, split: "Split", picture: Pa
 
     from distributed import logs
     from distributed.build import build_data, build_engine
-    from distributed.checkpoint import load as load_checkpoint
     from distributed.confusion import ConfusionSums
+    from distributed.determinism import make_deterministic
     from distributed.loop import evaluate
-    from distributed.process_group import choose_device, make_deterministic, process_group
+    from distributed.process_group import choose_device, process_group
+    from distributed.snapshot import load as load_checkpoint
 
     topology = Topology.from_environment()
     logs.terminal_logs(topology.rank, level="WARNING")
     torch.set_num_threads(topology.threads(config.threads))
     device = choose_device(config.device, topology)
-    make_deterministic(device)
+    make_deterministic(device, precision=config.precision)
     check_whole(checkpoint)
     content = content_of(checkpoint)
     data = build_data(config, topology, device)  # before the group: a peer may be decoding for long

@@ -1,19 +1,21 @@
 """The process group of a run, the device of its rank and the threads it computes with."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from distributed.errors import InputError
 from distributed.rendezvous import agree_on_token
-from distributed.topology import Topology
+from distributed.topology import Topology, host
+
+_NCCL_SECONDS = 120.0
+"""How long a collective on the GPU waits for a peer. What may take longer, such as a save, is waited for on the host."""
 
 
 def choose_device(asked: str, topology: Topology) -> torch.device:
@@ -33,16 +35,6 @@ def choose_device(asked: str, topology: Topology) -> torch.device:
     return device
 
 
-def make_deterministic(device: torch.device) -> None:
-    """Same inputs, same bits, on one kind of device."""
-    if device.type == "cuda":
-        # Read at the first cuBLAS call. https://docs.nvidia.com/cuda/cublas/#results-reproducibility
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        os.environ.setdefault("NCCL_ALGO", "Ring")
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.benchmark = False
-
-
 @contextmanager
 def process_group(topology: Topology, device: torch.device, *, timeout_seconds: float) -> Iterator[None]:
     """The default process group: NCCL where each rank has its own GPU, else gloo; one made before (by Ray) is used as it
@@ -57,16 +49,44 @@ def process_group(topology: Topology, device: torch.device, *, timeout_seconds: 
     if not topology.launched or dist.is_initialized():
         yield
         return
-    own_gpu = device.type == "cuda" and topology.local_world_size <= torch.cuda.device_count()
     store, rank, world_size = next(rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))
     token = agree_on_token(store, rank=rank, world_size=world_size, timeout=timeout)
+    store = PrefixStore(token, store)
+    own_gpu = _own_gpu(store, device, rank=rank, world_size=world_size)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if own_gpu else "gloo",
-        store=PrefixStore(token, store),
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=timeout,
         device_id=device if own_gpu else None,
     )
+    if own_gpu:
+        _shorten_nccl_timeout(device, timeout)
     yield
     dist.destroy_process_group()
+
+
+def _own_gpu(store: Store, device: torch.device, *, rank: int, world_size: int) -> bool:
+    """Whether each rank has a GPU to itself, which NCCL needs; the same answer on all ranks.
+
+    Raises:
+        InputError: some ranks have a GPU and some have none.
+    """
+    # By UUID: a rank may see only its own GPU, and then calls it 0 as every other rank does.
+    own = f"{host()} {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else ""
+    store.set(f"gpu/{rank}", own)
+    gpus = [store.get(f"gpu/{r}").decode() for r in range(world_size)]
+    without = [str(r) for r, gpu in enumerate(gpus) if not gpu]
+    if without and any(gpus):
+        raise InputError(
+            f"device: rank {', '.join(without)} has no CUDA device and others have: use --device cpu for all, or check "
+            "nvidia-smi on their nodes"
+        )
+    return all(gpus) and len(set(gpus)) == world_size
+
+
+def _shorten_nccl_timeout(device: torch.device, timeout: timedelta) -> None:
+    """A host thread that waits for the GPU hears neither a lost peer nor a signal; only this timeout ends it."""
+    nccl = dist.group.WORLD._get_backend(device)  # type: ignore[union-attr]
+    nccl._set_default_timeout(min(timeout, timedelta(seconds=_NCCL_SECONDS)))

@@ -11,11 +11,13 @@ from distributed.attempt import Attempt
 from distributed.build import build_data, build_engine, check_same_config, log_plan
 from distributed.checkpoint import Checkpointer
 from distributed.config import TrainConfig
+from distributed.determinism import make_deterministic
 from distributed.loop import evaluate, train_step
 from distributed.metrics import Sink
-from distributed.process_group import choose_device, make_deterministic, process_group
+from distributed.process_group import choose_device, process_group
 from distributed.profiler import StepProfiler
 from distributed.reporter import Reporter, open_sinks
+from distributed.save_budget import SaveBudget
 from distributed.schedule import build_early_stopping, build_schedule
 from distributed.state import TrainState
 from distributed.stop import Never, StepAgreement, StopSource
@@ -44,7 +46,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
     topology = Topology.from_environment()
     torch.set_num_threads(topology.threads(config.threads))
     device = choose_device(config.device, topology)
-    make_deterministic(device)
+    make_deterministic(device, precision=config.precision, compile=config.compile)
     with ExitStack() as stack:
         attempt = stack.enter_context(Attempt(config, topology))
         data = build_data(config, topology, device)  # before the group: a damaged file must not leave peers waiting
@@ -63,6 +65,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
             keep_last=config.checkpoint.keep_last,
             facts=facts,
             upload_to=config.checkpoint.upload_to,
+            budget=SaveBudget(config.checkpoint.max_overhead),
         )
         resumed_from = checkpoints.restore(engine, state)
         if resumed_from is None and config.init_from:
@@ -117,7 +120,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
             if state.schedule.returns_to_best:
                 checkpoints.return_to_best(engine, state)
             state.epoch_done()
-            checkpoints.save(engine, state)
-            agreement.saved()
+            if checkpoints.save_epoch(engine, state, is_best=is_best, ends=ends):
+                agreement.saved()
         checkpoints.wait()
         return state

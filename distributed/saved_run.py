@@ -45,6 +45,14 @@ def with_data_root(config: TrainConfig, root: Path | None) -> TrainConfig:
     return with_values(config, data=config.data.model_copy(update={"root": root}))
 
 
+def on_device(config: TrainConfig, asked: str | None) -> TrainConfig:
+    """The config for a finished network on the device asked for: by default the run's, or the CPU if there is no GPU."""
+    device = asked or ("auto" if config.device == "cuda" else config.device)
+    # No CPU has TF32. It was a way to train faster; what is measured on is better computed in float32.
+    precision = "float32" if config.precision == "tf32" else config.precision
+    return with_values(config, device=device, precision=precision)
+
+
 def has_data_root(config: TrainConfig) -> bool:
     """Whether the data lies in a folder; else it is generated."""
     return "root" in type(config.data).model_fields

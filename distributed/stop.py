@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+import threading
 import time
 from types import FrameType, TracebackType
 from typing import Protocol, Self
@@ -10,6 +12,7 @@ from distributed.collectives import LateMax
 from distributed.errors import ExitCode
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_DEAF_SECONDS = 5.0  # launchers and Slurm may send one SIGTERM twice at once
 
 
 class StopSource(Protocol):
@@ -30,8 +33,11 @@ class Never:
 class SignalStop:
     """SIGTERM, SIGINT and SIGUSR1 ask to stop at the next step; a second SIGINT ends the process at once.
 
-    So does the death of a launcher: ranks whose parent was killed save and leave, instead of training on as orphans
-    in the way of their successors. The handler only sets a flag; nothing is saved inside it.
+    So does a second SIGTERM after some seconds in which the first was not heard: a thread that waits for a GPU whose
+    peers are gone runs no Python handler. Hence a thread of its own reads the pipe that the C handler writes to.
+
+    The death of a launcher asks to stop too: ranks whose parent was killed save and leave, instead of training on as
+    orphans in the way of their successors. Nothing is saved inside a handler.
 
     Args:
         launched: whether the parent is a launcher; a shell may end and leave its command behind (nohup).
@@ -39,24 +45,46 @@ class SignalStop:
 
     def __init__(self, *, launched: bool) -> None:
         self._reason: str | None = None
+        self._heard = False
         self._parent = os.getppid() if launched else None
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._fd_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._listen, args=(read,), name="signals", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        signal.set_wakeup_fd(self._fd_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        os.close(self._write)  # the thread reads the end
+        self._thread.join()
+
+    def _listen(self, read: int) -> None:
+        first: dict[int, float] = {}
+        with open(read, "rb", buffering=0) as pipe:
+            while numbers := pipe.read(1):
+                number, now = numbers[0], time.monotonic()
+                if number not in _SIGNALS:
+                    continue
+                if number == signal.SIGINT and number in first:
+                    os._exit(ExitCode.INTERRUPTED)
+                if number == signal.SIGTERM and now - first.get(number, now) > _DEAF_SECONDS and not self._heard:
+                    print("error: ended by a second SIGTERM; no step came after the first", file=sys.stderr, flush=True)
+                    os._exit(ExitCode.FAILED)
+                first.setdefault(number, now)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self._reason == "SIGINT":
-            os._exit(ExitCode.INTERRUPTED)
         self._reason = signal.Signals(number).name
 
     def requested(self) -> str | None:
         if self._reason is None and self._parent not in (None, os.getppid()):
             self._reason = "the launcher's death"
+        self._heard = self._reason is not None
         return self._reason
 
 

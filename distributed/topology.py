@@ -5,6 +5,7 @@ The only module that reads the environment.
 
 import os
 import platform
+import re
 import socket
 from dataclasses import dataclass
 from typing import Self
@@ -98,3 +99,26 @@ def processor() -> str:
             return next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "")
     except OSError:
         return platform.processor()
+
+
+def instructions() -> str:
+    """The processor's vector instructions, by which libraries choose kernels; its name may be a virtual machine's."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            flags = next((line.split(":")[1].split() for line in file if line.startswith(("flags", "Features"))), [])
+    except OSError:
+        return ""
+    return " ".join(sorted(flag for flag in flags if flag.startswith(_VECTOR_FLAGS)))
+
+
+_VECTOR_FLAGS = ("avx", "amx", "fma", "f16c", "sse4", "asimd", "sve", "bf16", "i8mm")
+_KERNEL_VARIABLES = re.compile(
+    "(ATEN_CPU_CAPABILITY|(ONEDNN|DNNL)_(MAX_CPU_ISA|CPU_ISA_HINTS|DEFAULT_FPMATH_MODE)|MKL_(CBWR|ENABLE_INSTRUCTIONS)|"
+    "OPENBLAS_CORETYPE|NVIDIA_TF32_OVERRIDE|CUBLAS(LT)?_\\w+|CUDNN_\\w+|NCCL_(ALGO|PROTO|NCHANNELS_PER_NET_PEER|M(IN|AX)_NCHANNELS)|"
+    "TORCH_BLAS_PREFER_\\w+|TORCH_CUDNN_\\w+)"
+)
+
+
+def kernel_variables() -> dict[str, str]:
+    """The environment variables that are set and by which libraries choose kernels."""
+    return {name: value for name, value in sorted(os.environ.items()) if _KERNEL_VARIABLES.fullmatch(name)}

@@ -93,8 +93,12 @@ def _store_url(value: Any) -> Any:
 
 
 class Checkpoint(Section):
-    every_steps: int = operational(0, "save every N steps besides each epoch; 0: off", ge=0)
-    every_minutes: float = operational(5.0, "save every N minutes besides each epoch; 0: off", ge=0)
+    every_steps: int = operational(0, "save every N steps too; 0: off", ge=0)
+    every_minutes: float = operational(5.0, "save once N minutes have passed since the last save; 0: off", ge=0)
+    max_overhead: float = operational(
+        0.05, "save at the end of an epoch while all saves together take at most this fraction of the time; 1: at each "
+        "end; the last epoch and a stop are always saved", gt=0, le=1,
+    )  # fmt: skip
     keep_last: int = operational(2, "newest checkpoints that are kept", ge=1)
     best_by: Literal["auto", "accuracy", "loss", "none"] = setting(
         "auto", "validation metric whose best epoch is kept too; auto: accuracy where there is a validation split"

@@ -40,9 +40,10 @@ class TrainConfig(Section):
     epochs: int = setting(10, "passes over the training images", gt=0)
     global_batch_size: int = setting(128, "images a step, over all ranks and micro-batches", gt=0)
     accumulation: int = setting(1, "micro-batches a step; batch norm sees one of them at a time", gt=0)
-    precision: Literal["float32", "bfloat16", "float16", "float64"] = setting(
+    precision: Literal["float32", "tf32", "bfloat16", "float16", "float64"] = setting(
         "bfloat16", "of the forward and backward pass; weights and batch norm's statistics stay float32 with bfloat16 and "
-        "float16 (autocast); float16's loss is scaled, and steps where a gradient overflows are skipped"
+        "float16 (autocast); float16's loss is scaled, and steps where a gradient overflows are skipped; tf32: float32 "
+        "with products rounded to 10 bits of mantissa, on CUDA"
     )  # fmt: skip
     channels_last: bool = setting(True, "NHWC memory layout of images and convolutions")
     device: Literal["auto", "cpu", "cuda"] = operational("auto", "auto: CUDA where there is one")
@@ -113,9 +114,8 @@ class TrainConfig(Section):
 
 def _conflicts(config: TrainConfig) -> list[str]:
     """Settings that are each valid but cannot stand together, a line each: what, and the remedy."""
-    found = config.data.conflicts() + config.engine.conflicts(config.exact.shards, config.precision)
-    if config.scaling:
-        found += config.scaling.conflicts(config.device)
+    found = _device_conflicts(config) + config.data.conflicts()
+    found += config.engine.conflicts(config.exact.shards, config.precision)
     optim, schedule, shards = config.optim, config.schedule, config.exact.shards
     micro_batch = config.global_batch_size // config.accumulation
     if isinstance(shards, int) and shards > max(1, micro_batch):
@@ -170,4 +170,11 @@ def _conflicts(config: TrainConfig) -> list[str]:
                 f"checkpoint.best_by = {config.checkpoint.best_by} needs validation, and there is none: {remedy} "
                 "or set checkpoint.best_by = none"
             )
+    return found
+
+
+def _device_conflicts(config: TrainConfig) -> list[str]:
+    found = config.scaling.conflicts(config.device) if config.scaling else []
+    if config.precision == "tf32" and config.device == "cpu":
+        found.append("precision = tf32 is for CUDA, and device = cpu: set precision = float32, or device = cuda")
     return found

@@ -73,7 +73,8 @@ class ExactEngine:
             parts=list(self._sharded.parts.values()) if self._sharded else None,
         )
         own = self._reduction.own
-        self._lanes = Lanes(len(own), lanes=lanes, gather=ShardRows(gather, shards=shards), device=device)
+        rows = ShardRows(gather, shards=shards)
+        self._lanes = Lanes(len(own), lanes=lanes, gather=partial(_meet, self._reduction, rows), device=device)
         self._replicas = Replicas(
             self._plain, len(own), low=low, computed=self._sharded.computed if self._sharded else None
         )
@@ -150,6 +151,12 @@ class ExactEngine:
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         self._replicas.weights_changed()
         self.weights.load(tensors)
+
+
+def _meet(reduction: TreeReduction, rows: ShardRows, own: list[Tensor]) -> Tensor:
+    """Where all shards wait for each other, the gradients that are there go on their way before the rows do."""
+    reduction.send_full()
+    return rows(own)
 
 
 def _hand_over(reduction: TreeReduction, shard: int, index: int, parameter: Tensor) -> None:

@@ -26,11 +26,14 @@ class Arrangement(Protocol):
 
 
 class SideBySide:
-    """Whole gradients, each in its parameter's memory layout; every rank is given all."""
+    """Whole gradients, each in its parameter's memory layout; every rank is given all.
+
+    Each begins at a multiple of `ALIGNED` numbers, as in `ByRank`: CUDA's norms take another path where memory is not aligned.
+    """
 
     def __init__(self, parameters: Mapping[int, Tensor]) -> None:
         self._parameters = parameters
-        self.length = sum(p.numel() for p in parameters.values())
+        self.length = sum(map(_aligned, map(torch.numel, parameters.values())))
         size = world_size()
         self.chunks = [slice(r * self.length // size, (r + 1) * self.length // size) for r in range(size)]
         self._seen: dict[int, Mapping[int, Tensor]] = {}
@@ -50,7 +53,7 @@ class SideBySide:
             views, offset = {}, flat.storage_offset()
             for index, parameter in self._parameters.items():
                 views[index] = flat.as_strided(parameter.shape, parameter.stride(), offset)
-                offset += parameter.numel()
+                offset += _aligned(parameter.numel())
             self._seen[flat.data_ptr()] = views
         return self._seen[flat.data_ptr()]
 
@@ -68,7 +71,7 @@ class ByRank:
             for index, cut in blocks.items():
                 length = cut.runs[r].stop - cut.runs[r].start
                 places[index] = slice(offset, offset + length)
-                offset += -(-length // ALIGNED) * ALIGNED
+                offset += _aligned(length)
             self._places.append(places)
             self.chunks.append(slice(first, offset))
         self.length = offset
@@ -87,6 +90,11 @@ class ByRank:
         first = self.chunks[rank()].start
         own = self._places[rank()]
         return {index: total[place.start - first : place.stop - first] for index, place in own.items()}
+
+
+def _aligned(length: int) -> int:
+    """The next multiple of `ALIGNED`."""
+    return -(-length // ALIGNED) * ALIGNED
 
 
 def add(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

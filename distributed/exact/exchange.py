@@ -2,7 +2,6 @@
 
 import mmap
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from distributed.collectives import rank, world_size
 from distributed.exact.arrangement import Arrangement, ByRank
-from distributed.exact.lanes import prepare_thread
 from distributed.exact.reduction import Exchange, Nodes
 from distributed.shared_memory import Signals, open_shared_memory, tensor_in
 from distributed.tree import Node, root_of
@@ -24,8 +22,6 @@ class ExchangeOpener:
 
     def __init__(self, *, timeout_seconds: float) -> None:
         self._timeout = timeout_seconds
-        self._group: Any = None
-        self._thread: ThreadPoolExecutor | None = None
 
     def __call__(self, nodes: Nodes, lie: Arrangement, like: Tensor) -> Exchange:
         if world_size() == 1:
@@ -34,12 +30,7 @@ class ExchangeOpener:
             memory = open_shared_memory(ThroughMemory.size(nodes, lie.length, like), like.device)
             if memory is not None:
                 return ThroughMemory(memory, nodes, lie, like, timeout_seconds=self._timeout)
-        if self._thread is None:
-            # A group of its own: batch norm's exchanges run beside these, in no fixed order to them.
-            self._group = dist.new_group()
-            self._thread = ThreadPoolExecutor(1, "reduction", prepare_thread, (like.device,))
-        way = Scattered if isinstance(lie, ByRank) else OverGroup
-        return way(self._group, self._thread, nodes, lie, like)
+        return (Scattered if isinstance(lie, ByRank) else OverGroup)(nodes, lie, like)
 
 
 class Alone:
@@ -107,12 +98,12 @@ class Scattered:
     """All-to-all of chunks, while the backward pass goes on; each rank keeps the total of its own. What is not kept takes
     memory only from the first gradient of a bucket to the last.
 
-    Args:
-        thread: one, shared by all exchanges, so that their order is that of `send`.
+    Over the default process group, as all else in exact mode: NCCL may deadlock where two communicators are in use at once
+    (https://docs.pytorch.org/docs/stable/distributed.html#torch.distributed.new_group).
     """
 
-    def __init__(self, group: Any, thread: ThreadPoolExecutor, nodes: Nodes, lie: Arrangement, like: Tensor) -> None:
-        self._group, self._thread, self._like = group, thread, like
+    def __init__(self, nodes: Nodes, lie: Arrangement, like: Tensor) -> None:
+        self._like = like
         # What comes in when every rank hands over the sum of its n-th subtree, if it has so many.
         self._incoming = [
             [(r, own[n]) for r, own in enumerate(nodes) if len(own) > n] for n in range(max(map(len, nodes)))
@@ -122,7 +113,8 @@ class Scattered:
         self._sums: Tensor | None = None
         self._allocating = threading.Lock()
         self.total = self._new_total()
-        self._received: Future[dict[Node, Tensor]]
+        self._received: dict[Node, Tensor] = {}
+        self._works: list[Any] = []
 
     def _new_total(self) -> Tensor:
         return self._like.new_zeros(self._sizes[rank()])
@@ -133,12 +125,11 @@ class Scattered:
                 self._sums = self._like.new_zeros(self._slots, self._length)
             return self._sums[slot]
 
-    def send(self) -> None:
-        self._received = self._thread.submit(self._all_to_all)
-
     def reduce(self, *, first: bool) -> None:
-        _take_in(self._own_total(), root_of(self._received.result()), first=first)
-        del self._received
+        for work in self._works:
+            work.wait()
+        _take_in(self._own_total(), root_of(self._received), first=first)
+        self._received, self._works = {}, []
 
     def complete(self, *, last: bool) -> None:
         pass
@@ -146,24 +137,23 @@ class Scattered:
     def _own_total(self) -> Tensor:
         return self.total
 
-    def _all_to_all(self) -> dict[Node, Tensor]:
+    def send(self) -> None:
         sums, self._sums = self._sums, None
         assert sums is not None
-        received: dict[Node, Tensor] = {}
         own = self._sizes[rank()]
         for slot, senders in enumerate(self._incoming):
             sends = slot < self._slots
             chunks = sums.new_empty(len(senders), own)
             of_senders = {r: own for r, _ in senders}
-            dist.all_to_all_single(
+            work = dist.all_to_all_single(
                 chunks.view(-1),
                 sums[slot] if sends else sums.new_empty(0),
                 output_split_sizes=[of_senders.get(r, 0) for r in range(world_size())],
                 input_split_sizes=self._sizes if sends else [0] * world_size(),
-                group=self._group,
+                async_op=True,
             )
-            received.update(zip([node for _, node in senders], chunks, strict=True))
-        return received
+            self._works.append(work)
+            self._received.update(zip([node for _, node in senders], chunks, strict=True))
 
 
 class OverGroup(Scattered):
@@ -183,7 +173,7 @@ class OverGroup(Scattered):
             received = own.new_empty(world_size(), self._most)
             sent = own.new_zeros(self._most)
             sent[: len(own)] = own
-            dist.all_gather_into_tensor(received.view(-1), sent, group=self._group)
+            dist.all_gather_into_tensor(received.view(-1), sent)
             torch.cat([row[:size] for row, size in zip(received, self._sizes, strict=True)], out=self.total)
 
 

@@ -34,7 +34,7 @@ class Exchange(Protocol):
     """What this rank has after `complete`: the sum over micro-steps of the tree's sums, [length] or its chunk of it."""
 
     def send(self) -> None:
-        """From any thread; of several exchanges in one order on all ranks."""
+        """Start the exchange. All ranks do so at the same point of the pass, in the same order."""
 
     def reduce(self, *, first: bool) -> None:
         """Finish the tree over a part of the numbers; take in place of the total where this is a step's first."""
@@ -83,7 +83,7 @@ class TreeReduction:
             self._buckets.append(_Bucket(chosen, lie, exchange, expected=len(chosen) * len(nodes[rank()])))
         self._bucket_of = {index: bucket for bucket in self._buckets for index in bucket.chosen}
         self._taken: set[tuple[int, int]] = set()
-        self._sent = self._micro_step = 0
+        self._full = self._sent = self._micro_step = 0
 
     def take(self, shard: int, index: int, gradient: Tensor) -> None:
         """Shard `shard` of all has this gradient of parameter `index`; used up. From any thread, once a micro-step each."""
@@ -112,9 +112,15 @@ class TreeReduction:
             bucket.lie.put(bucket.exchange.sums(self._slots[node]), index, gradient)
         with self._lock:
             bucket.missing -= 1
-            while self._sent < len(self._buckets) and not self._buckets[self._sent].missing:
-                self._buckets[self._sent].exchange.send()
-                self._sent += 1
+            while self._full < len(self._buckets) and not self._buckets[self._full].missing:
+                self._full += 1
+
+    def send_full(self) -> None:
+        """Start the exchange of every bucket that is full. To be called where all shards of all ranks have come equally
+        far: when a bucket fills depends on the threads, and collectives must have one order on all ranks."""
+        for bucket in self._buckets[self._sent : self._full]:
+            bucket.exchange.send()
+        self._sent = self._full
 
     def finish(self, *, last: bool) -> None:
         """After the backward pass of a micro-step; after the last of a step every `grad` is the sum over shards, and of the
@@ -123,11 +129,12 @@ class TreeReduction:
         Raises:
             RuntimeError: a parameter had no gradient; or a rank was lost.
         """
-        if self._sent < len(self._buckets):
+        if self._full < len(self._buckets):
             count = sum(bucket.missing for bucket in self._buckets)
             raise RuntimeError(
                 f"{count} gradients did not come: exact mode needs every parameter in every forward pass"
             )
+        self.send_full()
         for bucket in self._buckets:
             bucket.exchange.reduce(first=not self._micro_step)
         for bucket in self._buckets:
@@ -137,7 +144,8 @@ class TreeReduction:
                 for index, gradient in bucket.lie.gradients(bucket.exchange.total).items():
                     self.parameters[index].grad = gradient
         self._taken.clear()
-        self._sent, self._micro_step = 0, 0 if last else self._micro_step + 1
+        self._full = self._sent = 0
+        self._micro_step = 0 if last else self._micro_step + 1
 
 
 @dataclass

@@ -29,8 +29,6 @@ class ShardedWeights:
 
     def __init__(self, model: nn.Module, *, shards: int, low: torch.dtype | None, reshard_after_forward: bool) -> None:
         self._reshard = reshard_after_forward
-        # Its own group, since batch norm and gradients are exchanged beside this in no fixed order to it.
-        self._group: Any = dist.new_group()
         self._lock = threading.Lock()
         self.blocks = {name: Blocks(p, shards=shards) for name, p in model.named_parameters()}
         self.parts = {name: self.blocks[name].cut(p.detach()).clone() for name, p in model.named_parameters()}
@@ -45,7 +43,7 @@ class ShardedWeights:
                 name: p.detach() if dtype is None else torch.empty_like(p, dtype=dtype) for name, p in own.items()
             }
             self.computed |= {id(p): targets[name] for name, p in own.items()}
-            self._layers[prefix] = _Layer(self, targets, self._group)
+            self._layers[prefix] = _Layer(self, targets)
         for parameter in model.parameters():
             parameter.untyped_storage().resize_(0)
 
@@ -95,8 +93,8 @@ class ShardedWeights:
 class _Layer:
     """The parameters of one layer, gathered in one exchange."""
 
-    def __init__(self, weights: ShardedWeights, targets: Mapping[str, Tensor], group: Any) -> None:
-        self.targets, self._weights, self._group = targets, weights, group
+    def __init__(self, weights: ShardedWeights, targets: Mapping[str, Tensor]) -> None:
+        self.targets, self._weights = targets, weights
         self._bytes = {name: target.untyped_storage().nbytes() for name, target in targets.items()}
         self._there, self.passed, self.taken = True, 0, 0
         self.free()
@@ -123,7 +121,7 @@ class _Layer:
             sent[offset : offset + len(parts[name])] = parts[name]
             offset += blocks[name].most
         received = like.new_empty(world_size(), len(sent))
-        dist.all_gather_into_tensor(received.view(-1), sent, group=self._group)
+        dist.all_gather_into_tensor(received.view(-1), sent)
         offset = 0
         for name, target in targets.items():
             storage = target.untyped_storage()

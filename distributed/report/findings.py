@@ -7,16 +7,17 @@ import torch
 from torch import Tensor
 
 from distributed.build import build_data, build_engine
-from distributed.checkpoint import load
 from distributed.config import TrainConfig
 from distributed.confusion import ConfusionSums, Counts
 from distributed.data.batch import Batch
 from distributed.data.image_file import png_of
 from distributed.data.pipeline import DataPipeline
+from distributed.determinism import make_deterministic
 from distributed.errors import InputError
 from distributed.loop import evaluate
 from distributed.process_group import choose_device
-from distributed.saved_run import Normalization, check_whole, classes_of, content_of, normalization_of
+from distributed.saved_run import Normalization, check_whole, classes_of, content_of, normalization_of, on_device
+from distributed.snapshot import load
 from distributed.sums import Totals
 from distributed.topology import Topology
 from distributed.warm_start import evaluated_weights
@@ -67,8 +68,9 @@ class Checked:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config, self.topology = config.model_copy(update={"device": "auto"}), Topology()
+        self.config, self.topology = on_device(config, "auto"), Topology()
         self.device = choose_device("auto", self.topology)
+        make_deterministic(self.device, precision=self.config.precision)
         self.data: DataPipeline = build_data(self.config, self.topology, self.device)
         self.normalization = Normalization(**self.data.facts()["normalization"])
 

@@ -37,7 +37,7 @@ def test_all_mistakes_are_told_at_once_before_torch_is_imported(tmp_path: Path) 
     told = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
     assert result.returncode == 2
     assert told == [
-        "error: command line: precision = fp4: should be 'float32', 'bfloat16', 'float16' or 'float64'",
+        "error: command line: precision = fp4: should be 'float32', 'tf32', 'bfloat16', 'float16' or 'float64'",
         f"error: {config}:4: optim.lrr = 0.05: unknown setting; did you mean optim.lr?",
     ]
     imported = {line.split("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}

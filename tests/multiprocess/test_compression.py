@@ -12,12 +12,12 @@ from torch import Tensor
 
 from distributed import collectives
 from distributed.build import build_data, build_engine
-from distributed.checkpoint import load
 from distributed.collectives import rank, world_size
 from distributed.config import TrainConfig
 from distributed.engine.powersgd import PowerSgd
 from distributed.loop import train_step
 from distributed.run_folder import RunFolder
+from distributed.snapshot import load
 from distributed.sums import RunningSums
 from distributed.topology import Topology
 from multiprocess.small_runs import FAST, newest_checkpoint, small_config

@@ -7,8 +7,8 @@ import pytest
 import torch
 from ranks import in_group, run_ranks
 
-from distributed.checkpoint import load
 from distributed.run_folder import RunFolder
+from distributed.snapshot import load
 from multiprocess.engines import ENGINES, built, config_with, steps
 from multiprocess.small_runs import newest_checkpoint, state_of
 from multiprocess.traces import Trace, digest_of, tensors_of, traced

@@ -10,10 +10,10 @@ from ranks import in_group, run_ranks
 
 from distributed import collectives
 from distributed.build import build_data, build_engine
-from distributed.checkpoint import load
 from distributed.config import TrainConfig
 from distributed.loop import train_step
 from distributed.run_folder import RunFolder
+from distributed.snapshot import load
 from distributed.sums import RunningSums
 from distributed.topology import Topology
 from multiprocess.small_runs import FAST, newest_checkpoint, small_config

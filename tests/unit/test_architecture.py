@@ -7,15 +7,15 @@ import pytest
 ROOT = Path(__file__).parents[2] / "distributed"
 # A module may import what stands in a row above its own; modules of one package may import each other, one way.
 LAYERS = [
-    "errors keyed plot tree figures profiler run_lines",
+    "errors keyed plot tree figures profiler run_lines save_budget",
     "files versions",
     "config topology safetensors_stream checkpoint_files",
     "rendezvous collectives logs metrics remote",
     "shared_memory",
-    "process_group data models row_gather optim schedule sums stop sinks",
+    "process_group determinism data models row_gather optim schedule sums stop sinks",
     "exact",
     "engine state confusion",
-    "run_folder loop",
+    "run_folder loop snapshot",
     "uploads downloads",
     "checkpoint reporter",
     "saved_run",
@@ -23,7 +23,7 @@ LAYERS = [
     "classifier",
     "recipe",
     "process",
-    "train evaluate compare bench predict export experiments",
+    "train evaluate compare bench predict export experiments gpu_check",
     "report",
 ]
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row.split()}
@@ -148,7 +148,7 @@ def test_only_the_topology_reads_the_environment(path):
         f"{path}:{node.lineno}"
         for node in ast.walk(TREES[path])
         if (isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb"))
-        and not (name_of(path) in ("process_group", "engine.deepspeed") and id(node) in writes)
+        and not (name_of(path) in ("determinism", "engine.deepspeed") and id(node) in writes)
     ]
     wrong += [f"{path}:{n.lineno}" for n in ast.walk(TREES[path]) if isinstance(n, ast.ImportFrom) and n.module == "os"]
     assert name_of(path) == "topology" or wrong == []

@@ -12,13 +12,16 @@ from loguru import logger
 from torch import Tensor, nn
 
 from distributed import checkpoint as module
-from distributed.checkpoint import Checkpointer, write_checkpoint
+from distributed import snapshot
+from distributed.checkpoint import Checkpointer
 from distributed.checkpoint_files import checkpoints, damage_of, name_of, point, retain, sweep
 from distributed.config.sections import Sgd
 from distributed.engine.tensors import Weights
 from distributed.errors import StorageError
 from distributed.run_folder import ClaimedRun
+from distributed.save_budget import SaveBudget
 from distributed.schedule import Constant
+from distributed.snapshot import write_checkpoint
 from distributed.state import Best, TrainState
 
 
@@ -286,7 +289,7 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints(run, monkeypatch
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "write_tensors", full)
+    monkeypatch.setattr(snapshot, "write_tensors", full)
     writer = checkpointer(run)
     writer.save(PlainEngine(2), at_step(2))  # type: ignore[arg-type]
     with pytest.raises(StorageError, match="No space left on device") as caught:
@@ -357,3 +360,73 @@ def test_a_store_that_does_not_give_what_it_has_ends_the_attempt_before_it_begin
     writer = Checkpointer(run.checkpoints, run, keep_last=1, facts={}, upload_to=f"file://{tmp_path}/file/store")
     with pytest.raises(StorageError, match="nothing was begun"):
         writer.restore(PlainEngine(0), at_step(0))  # type: ignore[arg-type]
+
+
+class Clock:
+    """Seconds that pass only when they are told to; each save takes `save_seconds` of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, save_seconds: float) -> None:
+        self.now = 0.0
+        write = module.write_checkpoint
+
+        def slow(*arguments: object) -> None:
+            write(*arguments)
+            self.now += save_seconds
+
+        monkeypatch.setattr(module, "write_checkpoint", slow)
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def epochs(run: ClaimedRun, clock: Clock, *, seconds: float, count: int, best: int) -> list[int]:
+    """Train `count` epochs of so many seconds, of which the number `best` is the best; those at whose end it was saved."""
+    writer = Checkpointer(run.checkpoints, run, keep_last=99, facts={}, budget=SaveBudget(0.05, clock))
+    found = []
+    for epoch in range(1, count + 1):
+        clock.now += seconds
+        state = TrainState(Constant(1.0), epoch=epoch, step=10 * epoch)
+        state.best = Best(best - 1, 10 * best, 0.5) if epoch >= best else None
+        if writer.save_epoch(PlainEngine(epoch), state, is_best=epoch == best, ends=epoch == count):  # type: ignore[arg-type]
+            found.append(epoch)
+            writer.wait()
+    writer.wait()
+    return found
+
+
+def test_saves_take_at_most_a_twentieth_of_the_time(run, monkeypatch):
+    clock = Clock(monkeypatch, save_seconds=2.0)
+    found = epochs(run, clock, seconds=1.0, count=400, best=1)
+    # A save of 2 s is affordable every 40 s; the first is free, the last is always made.
+    assert found[:2] == [1, 78]
+    assert found[-1] == 400
+    assert 2.0 * (len(found) - 1) <= 0.05 * clock.now
+
+
+def test_epochs_longer_than_twenty_saves_are_all_saved(run, monkeypatch):
+    assert epochs(run, Clock(monkeypatch, save_seconds=0.1), seconds=2.1, count=9, best=4) == list(range(1, 10))
+
+
+def test_a_best_epoch_that_was_not_saved_is_written_by_the_next_save(run, monkeypatch):
+    found = epochs(run, Clock(monkeypatch, save_seconds=2.0), seconds=1.0, count=7, best=3)
+    assert found == [1, 7]
+    assert [path.name[-3:] for path in checkpoints(run.checkpoints)] == ["001", "003", "007"]
+    best = run.checkpoints / "best"
+    assert damage_of(best) is None
+    assert snapshot.tensors_of(best)["model.0.weight"].unique().tolist() == [3.0]
+    assert json.loads((best / "state.json").read_text())["state"]["epoch"] == 3
+    engine, state, _ = restored(run)
+    assert (state.epoch, state.best) == (7, Best(2, 30, 0.5))
+    assert engine.model[0].weight.unique().tolist() == [7.0]
+
+
+def test_a_drop_returns_to_a_best_epoch_that_was_not_saved(run, monkeypatch):
+    clock = Clock(monkeypatch, save_seconds=2.0)
+    writer = Checkpointer(run.checkpoints, run, keep_last=1, facts={}, budget=SaveBudget(0.05, clock))
+    for epoch in (1, 2, 3):
+        state = TrainState(Constant(1.0), epoch=epoch, step=epoch, best=Best(1, 2, 0.5) if epoch > 1 else None)
+        writer.save_epoch(PlainEngine(epoch), state, is_best=epoch == 2, ends=False)  # type: ignore[arg-type]
+        writer.wait()
+    engine = PlainEngine(9)
+    writer.return_to_best(engine, state)  # type: ignore[arg-type]
+    assert engine.model[0].weight.unique().tolist() == [2.0]

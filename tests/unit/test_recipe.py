@@ -2,7 +2,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from distributed import determinism
 from distributed.checkpoint_files import checkpoints
 from distributed.config import TrainConfig, load
 from distributed.errors import InputError
@@ -124,10 +126,12 @@ def test_a_run_goes_on_only_with_as_many_shards_as_it_was_begun_with(config):
 
 def test_what_the_bits_depend_on_is_written_down_and_in_exact_mode_processes_and_threads_are_not_among_it(config):
     stopped(config, 2)
-    assert bits(config).keys() == {"shards", "device", "versions"}
+    kernels = determinism.kernels(torch.device("cpu"))
+    assert kernels.keys() >= {"device", "instructions", "ATen's CPU capability"}
+    assert bits(config).keys() == {"shards", "versions", *kernels}
     fast = with_shards(config, 0).model_copy(update={"run_dir": config.run_dir / "fast"})
     stopped(fast, 2)
-    assert bits(fast).keys() == {"shards", "engine", "device", "versions", "world_size", "threads"}
+    assert bits(fast).keys() == {"shards", "engine", "versions", "world_size", "threads", *kernels}
     assert (bits(fast)["shards"], bits(fast)["world_size"], bits(fast)["threads"]) == (0, 1, 1)
 
 

@@ -133,7 +133,7 @@ def test_at_a_drop_the_best_epochs_weights_come_back_and_momentum_is_zero(tmp_pa
     config = config_of(
         tmp_path / "run", "--epochs", "6", "--data.validation_fraction", "0.5", "--schedule.name", "plateau",
         "--schedule.metric", "loss", "--checkpoint.best_by", "loss", "--schedule.patience", "0", "--schedule.return_to_best",
-        "--checkpoint.keep_last", "10", "--optim.lr", "0.3", "--exact.shards", "2",
+        "--checkpoint.keep_last", "10", "--optim.lr", "0.3", "--exact.shards", "2", "--checkpoint.max_overhead", "1",
     )  # fmt: skip
     train(config)
     returns = [int(match[1]) for line in said if (match := re.search(r"are those of epoch (\d+),", line))]

@@ -1,10 +1,17 @@
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from distributed.collectives import LateMax
+from distributed.errors import ExitCode
 from distributed.stop import Never, SignalStop, StepAgreement
+
+ROOT = Path(__file__).parents[2]
 
 
 class Asked:
@@ -84,3 +91,60 @@ def test_a_command_outlives_the_shell_it_was_typed_in(monkeypatch):
     with SignalStop(launched=False) as stop:
         monkeypatch.setattr(os, "getppid", lambda: 1)
         assert stop.requested() is None
+
+
+DEAF = """
+import ctypes, sys
+from distributed import stop
+stop._DEAF_SECONDS = 0.5
+with stop.SignalStop(launched=False) as signals:
+    if sys.argv[1] == "heard":
+        print("ready", flush=True)
+        while signals.requested() is None:
+            pass
+        print("heard", flush=True)
+    lock = ctypes.create_string_buffer(64)  # a mutex: a wait in C that no signal interrupts, as one for a GPU
+    threads = ctypes.CDLL(None)
+    threads.pthread_mutex_lock(lock)
+    print("waits", flush=True)
+    threads.pthread_mutex_lock(lock)
+"""
+
+
+def deaf(kind: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", DEAF, kind], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    if kind == "heard":
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "heard\n"
+    assert process.stdout.readline() == "waits\n"
+    return process
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, ExitCode.FAILED), (signal.SIGINT, ExitCode.INTERRUPTED)])
+def test_a_second_signal_ends_a_process_that_waits_in_c(number, code):
+    with deaf("unheard") as process:
+        process.send_signal(number)
+        time.sleep(0.8)
+        assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(10) == code
+
+
+def test_a_sigterm_sent_twice_at_once_is_one_request():
+    with deaf("unheard") as process:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.8)
+        assert process.poll() is None
+        process.kill()
+
+
+def test_a_second_sigterm_does_not_interrupt_a_save():
+    with deaf("heard") as process:
+        time.sleep(0.8)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.8)
+        assert process.poll() is None
+        process.kill()

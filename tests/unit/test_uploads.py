@@ -13,13 +13,14 @@ import torch
 from loguru import logger
 
 from distributed import downloads, remote, uploads
-from distributed.checkpoint import commit, write_checkpoint
+from distributed.checkpoint import commit
 from distributed.checkpoint_files import checkpoints, damage_of, name_of
 from distributed.config import TrainConfig, load
 from distributed.downloads import check_store, fetch_newest
 from distributed.errors import InputError
 from distributed.remote import Store, StoreError
 from distributed.run_folder import ClaimedRun, RunFolder
+from distributed.snapshot import write_checkpoint
 from distributed.topology import Topology
 from distributed.train import checked_config
 from distributed.uploads import Uploads, tell_ending, upload_rest

@@ -1,0 +1,68 @@
+"""A run's state at one moment: written as a checkpoint, and read back."""
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distributed.checkpoint_files import FORMAT
+from distributed.engine.protocol import Engine
+from distributed.files import digest_of, read_json, replace_json
+from distributed.safetensors_stream import tensors_of, write_tensors
+from distributed.state import TrainState
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The tensors and the state.json of the checkpoint `name`; `best` names the best epoch's checkpoint, if there is one."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    content: dict[str, Any]
+    best: str | None
+
+
+def to_host(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Copies on the host. Those from a GPU are complete once its current stream has come so far: nobody waits here."""
+    copies: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if tensor.is_cuda:
+            pinned = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            copies[name] = pinned.copy_(tensor.detach(), non_blocking=True)
+        else:
+            copies[name] = tensor.detach().to("cpu", copy=True)
+    return copies
+
+
+def write_checkpoint(aside: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
+    """All files of a checkpoint, the manifest last, each on the disk before the next."""
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    files = {"tensors.safetensors": write_tensors(aside / "tensors.safetensors", tensors)}
+    replace_json(aside / "state.json", content)
+    files["state.json"] = digest_of(aside / "state.json")
+    replace_json(aside / "manifest.json", {"format": FORMAT, "files": files})
+
+
+def load(path: Path, engine: Engine, state: TrainState | None = None) -> dict[str, Any]:
+    """Put a checkpoint's tensors into the engine and its counters into the state; the content of its state.json.
+
+    Raises:
+        ValueError: they do not fit, or were never such.
+    """
+    content = read_json(path / "state.json")
+    if not isinstance(content, dict):
+        raise ValueError("state.json is no object")
+    if odd := [name for name in ("state", "config", "bits") if not isinstance(content.get(name, {}), dict)]:
+        raise ValueError(f"{' and '.join(odd)} in state.json: of another version")
+    engine.load_state(tensors_of(path))
+    try:
+        if state is not None:
+            state.load_state_dict(content["state"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"state.json is of another version: {type(error).__name__}: {error}") from None
+    return content
