@@ -16,6 +16,7 @@ from distributed.engine.exact import ExactEngine
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.models.build import build_model
+from distributed.process_group import check_own_gpu
 from distributed.state import TrainState
 from distributed.topology import Topology
 
@@ -68,6 +69,7 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
     engine = config.engine
     if isinstance(engine, DeepSpeed):
         if topology.world_size > 1:
+            check_own_gpu(device, "engine.name = deepspeed")
             from distributed.engine.deepspeed import DeepSpeedEngine  # slow to import, as FSDP2 is
 
             return DeepSpeedEngine(engine, model, accumulation=config.accumulation, **common)
@@ -81,6 +83,7 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
         return ExactEngine(engine, model, shards=shards, lanes=lanes, **common)
     if isinstance(engine, Fsdp):
         if topology.world_size > 1:
+            check_own_gpu(device, "engine.name = fsdp in fast mode")
             from distributed.engine.fsdp import FsdpEngine
 
             return FsdpEngine(engine, model, **common)

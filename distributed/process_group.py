@@ -52,7 +52,7 @@ def process_group(topology: Topology, device: torch.device, *, timeout_seconds: 
     store, rank, world_size = next(rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))
     token = agree_on_token(store, rank=rank, world_size=world_size, timeout=timeout)
     store = PrefixStore(token, store)
-    own_gpu = _own_gpu(store, device, rank=rank, world_size=world_size)
+    own_gpu = have_own_gpu(store, gpu_of(device), rank=rank, world_size=world_size)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if own_gpu else "gloo",
         store=store,
@@ -67,23 +67,39 @@ def process_group(topology: Topology, device: torch.device, *, timeout_seconds: 
     dist.destroy_process_group()
 
 
-def _own_gpu(store: Store, device: torch.device, *, rank: int, world_size: int) -> bool:
+def gpu_of(device: torch.device) -> str:
+    """A name of the GPU that no other one has; empty for a CPU."""
+    # A rank may see only its own GPU, and calls it 0 as every other rank does its own.
+    return f"{host()} {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else ""
+
+
+def have_own_gpu(store: Store, own: str, *, rank: int, world_size: int) -> bool:
     """Whether each rank has a GPU to itself, which NCCL needs; the same answer on all ranks.
+
+    Args:
+        own: this rank's GPU, empty if it computes on the CPU.
 
     Raises:
         InputError: some ranks have a GPU and some have none.
     """
-    # By UUID: a rank may see only its own GPU, and then calls it 0 as every other rank does.
-    own = f"{host()} {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else ""
     store.set(f"gpu/{rank}", own)
     gpus = [store.get(f"gpu/{r}").decode() for r in range(world_size)]
     without = [str(r) for r, gpu in enumerate(gpus) if not gpu]
     if without and any(gpus):
         raise InputError(
-            f"device: rank {', '.join(without)} has no CUDA device and others have: use --device cpu for all, or check "
+            f"device: rank {', '.join(without)} has no CUDA device and others have one: use --device cpu for all, or check "
             "nvidia-smi on their nodes"
         )
     return all(gpus) and len(set(gpus)) == world_size
+
+
+def check_own_gpu(device: torch.device, wanted_by: str) -> None:
+    """Raises InputError if ranks share a GPU, so that the process group does without NCCL."""
+    if device.type == "cuda" and "nccl" not in str(dist.get_backend_config()):
+        raise InputError(
+            f"{wanted_by} needs a GPU for each process, and here processes share one: start at most one process a GPU, or "
+            "use --engine.name ddp"
+        )
 
 
 def _shorten_nccl_timeout(device: torch.device, timeout: timedelta) -> None:

@@ -34,7 +34,7 @@ def small_config(run_dir: Path, **settings: Any) -> TrainConfig:
         "timeout_seconds": 30.0,
         "optim": {"name": "sgd", "lr": 0.01, **settings.pop("optim", {})},
         "schedule": {"name": "constant"},
-        "checkpoint": {"every_minutes": 0.0},
+        "checkpoint": {"every_minutes": 0.0, "max_overhead": 1.0, **settings.pop("checkpoint", {})},
         "logging": {"every_steps": 1, "tensorboard": False, "level": "WARNING"},
         "data": data,
     }

@@ -10,6 +10,8 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore, Store, TCPStore
 
+from distributed.errors import InputError
+from distributed.process_group import have_own_gpu
 from distributed.rendezvous import agree_on_token
 
 pytestmark = pytest.mark.timeout(60)
@@ -171,3 +173,35 @@ def test_rank_0_names_only_those_that_are_missing() -> None:
             ranks[0].result()
         with pytest.raises(TimeoutError):
             ranks[1].result()
+
+
+def own_gpus(*gpus: str) -> list[bool | str]:
+    """What each rank finds when these are their GPUs; in words if it is an error."""
+    store = HashStore()
+
+    def ask(rank: int) -> bool | str:
+        try:
+            return have_own_gpu(store, gpus[rank], rank=rank, world_size=len(gpus))
+        except InputError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        return list(pool.map(ask, range(len(gpus))))
+
+
+def test_ranks_that_each_see_one_gpu_of_their_own_have_it_to_themselves() -> None:
+    assert own_gpus("node-a GPU-1", "node-a GPU-2", "node-b GPU-3") == [True] * 3
+
+
+def test_ranks_that_share_a_gpu_all_find_so() -> None:
+    assert own_gpus("node-a GPU-1", "node-b GPU-2", "node-b GPU-2") == [False] * 3
+
+
+def test_ranks_on_cpus_have_no_gpu() -> None:
+    assert own_gpus("", "") == [False] * 2
+
+
+def test_a_rank_without_a_gpu_beside_others_is_named_on_all_ranks() -> None:
+    found = own_gpus("node-a GPU-1", "", "node-a GPU-2")
+    assert len(set(found)) == 1
+    assert "rank 1 has no CUDA device" in found[0]

@@ -67,7 +67,7 @@ def digest_of(tensor: Tensor) -> str:
 def ways_of(engine: Engine) -> frozenset[str]:
     if not isinstance(engine, ExactEngine):
         return frozenset({"fast"})
-    rows = engine._lanes._gather._gather
+    rows = engine._lanes._gather.args[1]._gather
     of_rows = getattr(rows, "__name__", type(rows).__name__)
     return frozenset({of_rows, *(type(bucket.exchange).__name__ for bucket in engine._reduction._buckets)})
 

@@ -1,0 +1,49 @@
+"""In exact mode all ranks start their collectives in one order over all groups: NCCL may hang where they do not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from ranks import in_group, run_ranks
+
+from distributed import collectives, recipe, row_gather
+from distributed.exact import exchange
+from multiprocess.small_runs import small_config
+
+COLLECTIVES = ("all_gather_into_tensor", "all_to_all_single", "all_reduce")
+
+
+def order_of(settings: dict[str, Any], run_dir: Path) -> list[tuple[str, Any, int]]:
+    """Each collective of a run: its name, its group and how many numbers it takes, in the order of their calls."""
+    for module in (exchange, row_gather):  # as on GPUs or several hosts
+        vars(module)["open_shared_memory"] = lambda *_: None
+    calls: list[tuple[str, Any, int]] = []
+
+    def recorded(name: str) -> Any:
+        collective = getattr(dist, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            group = options.get("group")
+            calls.append((name, "default" if group is None else "another", arguments[0].numel()))
+            return collective(*arguments, **options)
+
+        return call
+
+    for name in COLLECTIVES:
+        vars(dist)[name] = recorded(name)
+    recipe.train(small_config(run_dir, epochs=3, exact={"shards": 4}, threads=2, **settings))
+    assert collectives.world_size() > 1
+    return calls
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_all_ranks_start_collectives_in_one_order(engine: str, world_size: int, tmp_path: Path) -> None:
+    bucket = {"bucket_mib": 1} if engine == "ddp" else {}
+    first, *others = run_ranks(in_group(order_of), world_size, {"engine": {"name": engine, **bucket}}, tmp_path / "run")
+    assert {name for name, _, _ in first} >= {"all_gather_into_tensor", "all_to_all_single"}
+    for other in others:
+        assert other == first
+    # The flags of a stop are host numbers in a gloo group of their own; all else has one communicator.
+    assert {name for name, group, _ in first if group == "another"} <= {"all_reduce"}
