@@ -1,24 +1,36 @@
 """From the config to the parts of a run, and the lines that say what was built."""
 
 import hashlib
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from loguru import logger
+from torch import Tensor
 
 from distributed import collectives
 from distributed.config import TrainConfig, as_toml
 from distributed.config.engines import Ddp, DeepSpeed, Fsdp
+from distributed.cuda_step import CudaStep
 from distributed.data import sources
+from distributed.data.batch import Batch
 from distributed.data.pipeline import DataPipeline
 from distributed.engine.ddp import DdpEngine
 from distributed.engine.exact import ExactEngine
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
+from distributed.loop import train_step
 from distributed.models.build import build_model
 from distributed.process_group import check_own_gpu
 from distributed.state import TrainState
+from distributed.sums import RunningSums
 from distributed.topology import Topology
+
+
+class Step(Protocol):
+    """Takes one optimizer step with these micro-batches; returns the gradient's norm, a scalar on the device."""
+
+    def __call__(self, micro_batches: list[Batch], *, lr: float, step: int) -> Tensor: ...
 
 
 def check_same_config(config: TrainConfig) -> None:
@@ -90,6 +102,14 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
         logger.info("engine fsdp: one process, so there is nothing to be shared out")
         engine = Ddp()
     return DdpEngine(engine, model, example=data.example(), compile=config.compile, seed=config.seed, **common)
+
+
+def build_step(config: TrainConfig, engine: Engine, sums: RunningSums, device: torch.device) -> Step:
+    """`train_step` for this engine; on CUDA with its inputs in fixed memory and, on a single GPU, recorded."""
+    if device.type != "cuda" or (isinstance(config.engine, DeepSpeed) and collectives.world_size() > 1):
+        return partial(train_step, engine, loss=config.loss, sums=sums)
+    record = config.cuda_graphs and collectives.world_size() == 1 and not config.compile
+    return CudaStep(engine, sums, loss=config.loss, device=device, record=record)
 
 
 def log_plan(

@@ -17,7 +17,13 @@ from distributed.sums import RunningSums, Totals
 
 
 def train_step(
-    engine: Engine, micro_batches: list[Batch], *, loss: sections.Loss, lr: float, step: int, sums: RunningSums
+    engine: Engine,
+    micro_batches: list[Batch],
+    *,
+    loss: sections.Loss,
+    lr: float | Tensor,
+    step: int | Tensor,
+    sums: RunningSums,
 ) -> Tensor:
     """One optimizer step over this rank's shards of the global batch; the gradient's norm, a scalar on the device.
 

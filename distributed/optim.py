@@ -31,16 +31,18 @@ class Optimizer:
         self.state = {p: state for p in self.parameters if (state := first_state(config, p))}
 
     @torch.no_grad()
-    def step(self, lr: float, *, skip: Tensor | None = None) -> None:
+    def step(self, lr: float | Tensor, *, skip: Tensor | None = None) -> None:
         """One update with the parameters' gradients; where `skip` is 1.0 and not 0.0, nothing changes. Nobody waits for it."""
         for parameters, weight_decay in self._groups:
             if parameters:
-                self._update(parameters, skip, lr=lr, weight_decay=weight_decay)
+                self._update(parameters, skip, lr, weight_decay)
 
-    def _update(self, parameters: list[Tensor], skip: Tensor | None, **rates: float) -> None:
+    def _update(self, parameters: list[Tensor], skip: Tensor | None, lr: float | Tensor, weight_decay: float) -> None:
         gradients: Any = [p.grad for p in parameters]
         kept, config = self._kept(parameters), self.config
-        options: dict[str, Any] = {**rates, "maximize": False, "fused": True, "found_inf": skip}
+        options: dict[str, Any] = {
+            "lr": lr, "weight_decay": weight_decay, "maximize": False, "fused": True, "found_inf": skip,
+        }  # fmt: skip
         if isinstance(config, AdamW):
             adamw(
                 parameters, gradients, kept["exp_avg"], kept["exp_avg_sq"], [], kept["step"], beta1=config.beta1,
@@ -98,10 +100,17 @@ class WeightAverage:
         self.tensors = {name: tensor.clone() for name, tensor in self._live.items()}
 
     @torch.no_grad()
-    def update(self, step: int, *, skip: Tensor | None = None) -> None:
-        """Take in the weights after this step, counted from 0; where `skip` is 1.0 and not 0.0, nothing."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+    def update(self, step: int | Tensor, *, skip: Tensor | None = None) -> None:
+        """Take in the weights after this step, counted from 0; a no-op where `skip` is 1.0."""
         averages, live = list(self.tensors.values()), list(self._live.values())
+        if isinstance(step, Tensor):
+            kept = ((1 + step) / (10 + step)).clamp(max=self.decay)
+            taken = (1 - kept) if skip is None else (1 - kept) * (1 - skip)
+            steps = torch._foreach_sub(live, averages)
+            torch._foreach_mul_(steps, taken.to(steps[0].dtype))
+            torch._foreach_add_(averages, steps)
+            return
+        decay = min(self.decay, (1 + step) / (10 + step))
         if skip is None:
             torch._foreach_lerp_(averages, live, 1 - decay)
         else:

@@ -8,11 +8,11 @@ import torch
 from loguru import logger
 
 from distributed.attempt import Attempt
-from distributed.build import build_data, build_engine, check_same_config, log_plan
+from distributed.build import build_data, build_engine, build_step, check_same_config, log_plan
 from distributed.checkpoint import Checkpointer
 from distributed.config import TrainConfig
 from distributed.determinism import make_deterministic
-from distributed.loop import evaluate, train_step
+from distributed.loop import evaluate
 from distributed.metrics import Sink
 from distributed.process_group import choose_device, process_group
 from distributed.profiler import StepProfiler
@@ -84,6 +84,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         profiled_steps = config.logging.profile_steps if topology.is_main else 0
         profiler = stack.enter_context(StepProfiler(profiled_steps, attempt.folder.profile))
         sums = RunningSums(device)
+        train_step = build_step(config, engine, sums, device)
         measure = partial(evaluate, engine, data, flips=config.evaluation.flips, device=device)
 
         while state.epoch < config.epochs and not state.stopped_early:
@@ -91,7 +92,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
             batches = data.train_epoch(state.epoch, start_step=state.step_in_epoch)
             for micro_batches in report.meter.waiting(batches):
                 lr = state.schedule.lr(state.step)
-                grad_norm = train_step(engine, micro_batches, loss=config.loss, lr=lr, step=state.step, sums=sums)
+                grad_norm = train_step(micro_batches, lr=lr, step=state.step)
                 state.step_done(micro_batches[0].step_size)
                 profiler.step_done()
                 stop_now, save_now = agreement.after_step()

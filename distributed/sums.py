@@ -65,7 +65,7 @@ class RunningSums:
         self._skipped = torch.zeros(1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def add(self, losses: Tensor, logits: Tensor, labels: Tensor, *, step: int = 0) -> None:
+    def add(self, losses: Tensor, logits: Tensor, labels: Tensor, *, step: int | Tensor = 0) -> None:
         """Take in a batch: per-sample losses [n], logits [n, classes], labels [n]. A loss that is no number marks the step.
         Of fewer than five classes, the right one is always among the first five."""
         # Each loss is made an integer before any are added up, so that it does not matter which stand in one batch.

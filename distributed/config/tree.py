@@ -56,6 +56,9 @@ class TrainConfig(Section):
     init_from: OptionalPath = setting(
         None, "run folder or checkpoint whose weights to start from; a last layer of other classes starts afresh"
     )
+    cuda_graphs: bool = operational(
+        True, "on one GPU, record a training step and replay it: the same bits, several times faster at small batches"
+    )
     compile: bool = setting(False, "torch.compile the model; in fast mode only")
     loss: Loss = setting(Loss(), "what is minimized: cross-entropy")
     optim: OptimSection = setting(Sgd(), "the optimizer")

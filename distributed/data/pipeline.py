@@ -1,8 +1,8 @@
 """The images on this rank's device, and the batches of an epoch as a function of (seed, epoch, step): nothing to save."""
 
 from collections.abc import Iterator
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from itertools import islice, pairwise
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,23 +16,14 @@ from distributed.data.augment import augment, cut_out
 from distributed.data.batch import Batch, Mixed
 from distributed.data.held import Held, place
 from distributed.data.mix import mix
+from distributed.data.parts import Part, Step, ids_of, partners_of, wanted
 from distributed.data.split import validation_mask
 from distributed.tree import leaves_of
 
 Split = Literal["train", "validation", "test"]
 
 
-class _Part(NamedTuple):
-    """What a rank has of a micro-batch: ids, int64 [n], the sizes of its shards, and whom the images are mixed with, int64
-    [n], or nobody, [0]."""
-
-    ids: Tensor
-    shard_sizes: tuple[int, ...]
-    partners: Tensor
-
-    @property
-    def wanted(self) -> Tensor:
-        return torch.cat([self.ids, self.partners]) if len(self.partners) else self.ids
+_BYTES_AT_ONCE = 16 * 2**20
 
 
 class DataPipeline:
@@ -71,6 +62,9 @@ class DataPipeline:
         self.device, self.dtype = device, dtype
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.class_names, train, test = _read(config, side)
+        # Launching the kernels that change a batch takes a GPU's host longer than the GPU needs for thousands of images.
+        step_bytes = train.images[:1].nbytes * max(1, global_batch_size * len(self.own_shards) // shards)
+        self.steps_at_once = max(1, _BYTES_AT_ONCE // step_bytes) if device.type == "cuda" else 1
         self._placement = place(config.placement, train.images.nbytes + test.images.nbytes, device)
         held_out = validation_mask(train.labels, fraction=config.validation_fraction, seed=config.split_seed)
         self._splits: dict[str, Held] = {
@@ -107,8 +101,8 @@ class DataPipeline:
         """The first few training images, whatever the rank: for trying a model out."""
         held = self._splits["train"]
         ids = held.ids[:8]
-        part = _Part(ids, (8,), ids if self.config.augment.mixes else ids[:0])
-        return self._train_batch(held, next(iter(held.chosen([part.wanted]))), part, epoch=0, step_size=8)
+        block = [([Part(ids, (8,), ids if self.config.augment.mixes else ids[:0])], 8)]
+        return next(self._train_steps(held, next(iter(held.chosen([wanted(block)]))), block, epoch=0))[0]
 
     def train_epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each step from `start_step` on, this rank's shard of each.
@@ -118,11 +112,18 @@ class DataPipeline:
         """
         held = self._splits["train"]
         order = held.ids[keyed.permutation(self.size("train"), seed=self.seed, epoch=epoch, device=self.device)]
-        images = held.chosen(p.wanted for parts, _ in self._steps(self._reachable(order), start_step) for p in parts)
-        for parts, count in self._steps(order, start_step):
-            yield [self._train_batch(held, next(images), part, epoch=epoch, step_size=count) for part in parts]
+        images = held.chosen(wanted(block) for block in self._blocks(self._reachable(order), start_step))
+        for block in self._blocks(order, start_step):
+            yield from self._train_steps(held, next(images), block, epoch=epoch)
 
-    def _steps(self, order: Tensor, start_step: int) -> Iterator[tuple[list[_Part], int]]:
+    def _blocks(self, order: Tensor, start_step: int) -> Iterator[list[Step]]:
+        """Runs of steps whose images are augmented together. Each image has its own draws, so its bits do not depend on the
+        others in its run."""
+        steps = self._steps(order, start_step)
+        while block := list(islice(steps, self.steps_at_once)):
+            yield block
+
+    def _steps(self, order: Tensor, start_step: int) -> Iterator[Step]:
         """Of each step of an epoch in this order, int64 [n]: this rank's part of each micro-batch; the step's size."""
         for step in range(start_step, self.steps_per_epoch):
             chosen = order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
@@ -133,11 +134,11 @@ class DataPipeline:
             ]
             yield [self._part(s) for s in slices if len(s)], count
 
-    def _part(self, micro_batch: Tensor) -> _Part:
+    def _part(self, micro_batch: Tensor) -> Part:
         ids, sizes = self._own_part(micro_batch)
         # An image is mixed with the one before it in the micro-batch, whichever rank has that one.
         mixes = self.config.augment.mixes
-        return _Part(ids, sizes, self._own_part(micro_batch.roll(1))[0] if mixes else ids[:0])
+        return Part(ids, sizes, self._own_part(micro_batch.roll(1))[0] if mixes else ids[:0])
 
     def _reachable(self, ids: Tensor) -> Tensor:
         """The ids where the images lie: brought over once, not a batch at a time, which would wait for the device."""
@@ -163,17 +164,28 @@ class DataPipeline:
                 sizes,
             )
 
-    def _train_batch(self, held: Held, images: Tensor, part: _Part, *, epoch: int, step_size: int) -> Batch:
-        """images: those of `part.wanted`."""
-        ids, own, mixed = part.ids, len(part.ids), None
-        keys = keyed.sample_keys(part.wanted, seed=self.seed, epoch=epoch)
+    def _train_steps(self, held: Held, images: Tensor, block: list[Step], *, epoch: int) -> Iterator[list[Batch]]:
+        """The micro-batches of each step. images: those of `wanted(block)`."""
+        ids, partners = ids_of(block), partners_of(block)
+        keys = keyed.sample_keys(wanted(block), seed=self.seed, epoch=epoch)
         images = self._normalized(augment(images, keys, self.config.augment))
         if self.config.augment.cutout:
             images = cut_out(images, keys, self.config.augment.cutout)
+        mixed = None
         if self.config.augment.mixes:
-            images, own_part = mix(images[:own], images[own:], keys[:own], self.config.augment)
-            mixed = Mixed(held.labels[part.partners], own_part)
-        return Batch(self._input(images), held.labels[ids], ids, keys[:own], step_size, part.shard_sizes, mixed)
+            count = len(ids)
+            images, own_part = mix(images[:count], images[count:], keys[:count], self.config.augment)
+            mixed = Mixed(held.labels[partners], own_part)
+        images, labels, stop = self._input(images), held.labels[ids], 0
+        for parts, step_size in block:
+            batches = []
+            for part in parts:
+                own = slice(stop, stop := stop + len(part.ids))
+                of_part = mixed and Mixed(mixed.labels[own], mixed.own_part[own])
+                batches.append(
+                    Batch(images[own], labels[own], part.ids, keys[own], step_size, part.shard_sizes, of_part)
+                )
+            yield batches
 
     def _normalized(self, images: Tensor) -> Tensor:
         """(x / 255 - mean) / deviation of uint8 [n, h, w, c]; rows are taken as one run of w * c numbers, which vectorizes."""

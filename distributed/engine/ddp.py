@@ -146,7 +146,7 @@ class DdpEngine:
             self._powersgd.reduce()
         return outcome
 
-    def step(self, lr: float, *, step: int) -> Tensor:
+    def step(self, lr: float | Tensor, *, step: int | Tensor) -> Tensor:
         if self._untold:
             self._untold = False
             logger.debug("gradients: {:,} bytes all-reduced a step", self.reduced_bytes)

@@ -82,9 +82,9 @@ class DeepSpeedEngine:
         self._deepspeed.backward(value * world_size(), scale_wrt_gas=False)
         return outcome
 
-    def step(self, lr: float, *, step: int) -> Tensor:
+    def step(self, lr: float | Tensor, *, step: int | Tensor) -> Tensor:
         for group in self._deepspeed.basic_optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = float(lr)
         # Without sharding DeepSpeed has a norm only where it clips.
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         whole = None if self.stage else torch.nn.utils.get_total_norm(gradients)

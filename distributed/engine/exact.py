@@ -132,7 +132,7 @@ class ExactEngine:
         if self._sharded:
             self._sharded.close()
 
-    def step(self, lr: float, *, step: int) -> Tensor:
+    def step(self, lr: float | Tensor, *, step: int | Tensor) -> Tensor:
         self._replicas.weights_changed()
         return self.weights.update(lr, step=step)
 

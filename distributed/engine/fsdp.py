@@ -75,7 +75,7 @@ class FsdpEngine:
         self.weights.scaled(value).backward()  # type: ignore[no-untyped-call]
         return outcome
 
-    def step(self, lr: float, *, step: int) -> Tensor:
+    def step(self, lr: float | Tensor, *, step: int | Tensor) -> Tensor:
         norm = self.weights.update(lr, step=step)
         self.weights.zero_grad()
         return norm

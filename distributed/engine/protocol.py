@@ -38,9 +38,9 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, lr: float, *, step: int) -> Tensor:
+    def step(self, lr: float | Tensor, *, step: int | Tensor) -> Tensor:
         """Update the weights with the summed gradients, for the step of this number, counted from 0; the gradients' L2
-        norm before clipping, a scalar on the device."""
+        norm before clipping, a scalar on the device. Both numbers may be scalars on the device."""
         ...
 
     def state(self) -> Iterator[tuple[str, Tensor]]:

@@ -84,7 +84,7 @@ class Weights:
         """The loss as it goes into the backward pass."""
         return loss if self._scale is None else loss * self._scale.scale
 
-    def update(self, lr: float, *, step: int) -> Tensor:
+    def update(self, lr: float | Tensor, *, step: int | Tensor) -> Tensor:
         """Scale the gradients down to the norm where they are larger, and take a step; their norm before that.
 
         In float16 a step whose gradients are not all finite changes nothing, and the norm is infinite.

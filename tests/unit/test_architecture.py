@@ -16,6 +16,7 @@ LAYERS = [
     "exact",
     "engine state confusion",
     "run_folder loop snapshot",
+    "cuda_step",
     "uploads downloads",
     "checkpoint reporter",
     "saved_run",
