@@ -17,6 +17,7 @@ from distributed.bench.options import CONTENDERS, Options
 from distributed.bench.rounds import ContenderFailedError, machine
 from distributed.data import cifar
 from distributed.errors import ExitCode, InputError
+from distributed.files import check_writable
 
 
 def main() -> int:
@@ -29,6 +30,8 @@ def main() -> int:
         options = Options.of(given)
         if given.kind != "norm":
             cifar.check("cifar10", options.root)
+        if given.json:
+            check_writable("--json", given.json)
     except InputError as error:
         error.tell()
         return ExitCode.BAD_INPUT
@@ -37,20 +40,21 @@ def main() -> int:
     skipped = train.skipped(options) if given.kind == "train" else {}
     for name, reason in skipped.items():
         print(f"skipped: {name}: {reason}", file=sys.stderr, flush=True)
-    rounds: list[Round] = []
-    failed: list[dict[str, str]] = []
+    content: dict[str, Any] = {"command": _command(given, options), "machine": machine(options.device)}
+    content |= {"rounds": [], "ratios": [], "failed": [], "skipped": skipped}
+    outputs = ""
     for number in range(given.rounds or (1 if options.gpus else 5)):
         figures, errors = run_round(kind, options, deadline, label=f"round {number + 1}: ")
-        rounds.append(figures)
-        failed.append(errors)
+        content["rounds"].append(figures)
+        content["ratios"].append(kind.ratios_of(figures))
+        content["failed"].append({name: str(error) for name, error in errors.items()})
+        outputs += "".join(f"{name}: {error}\n{error.output}\n\n" for name, error in errors.items())
         if given.json:
-            ratios = [kind.ratios_of(figures) for figures in rounds]
-            content = {"command": _command(given, options), "machine": machine(options.device), "rounds": rounds}
-            content |= {"ratios": ratios, "failed": failed, "skipped": skipped}
-            given.json.parent.mkdir(parents=True, exist_ok=True)
             given.json.write_text(json.dumps(content, indent=1) + "\n")
-    print(summary(kind, rounds))
-    return ExitCode.FAILED if any(failed) else ExitCode.FINISHED
+            if outputs:
+                given.json.with_suffix(".failed.txt").write_text(outputs)
+    print(summary(kind, content["rounds"]))
+    return ExitCode.FAILED if outputs else ExitCode.FINISHED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,33 +65,35 @@ def _parser() -> argparse.ArgumentParser:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="of all contenders; auto: CUDA if available"
     )
     parser.add_argument("--rounds", type=int, help="default: 5, on CUDA 1")
-    parser.add_argument("--steps", type=int, help="steps per contender and round; default: 80, on CUDA 200")
+    parser.add_argument("--steps", type=int, help="steps per contender and round; default: 80, on CUDA 100")
     parser.add_argument("--batches", type=int, nargs="+", help="train: batch sizes; default: 128, on CUDA 128 512 2048")
     names = "; ".join(f"{name}: {what}" for name, what in CONTENDERS.items())
     parser.add_argument(
         "--contenders", nargs="+", choices=list(CONTENDERS), metavar="NAME", help=f"train: run only these. {names}"
     )
     parser.add_argument(
-        "--seconds", type=float, help="time limit of each contender, its start included; default: none, on CUDA 60"
+        "--seconds", type=float, help="time limit of each contender, its start included; default: none, on CUDA 40"
     )
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="time limit of it all; later contenders are left out"
     )
-    parser.add_argument("--json", type=Path, help="write the figures there too, after each round")
+    parser.add_argument("--json", type=Path, help="write the figures there too, and what failed ones printed beside it")
     return parser
 
 
-def run_round(kind: Kind, options: Options, deadline: float, *, label: str = "") -> tuple[Round, dict[str, str]]:
+def run_round(
+    kind: Kind, options: Options, deadline: float, *, label: str = ""
+) -> tuple[Round, dict[str, ContenderFailedError]]:
     """Measure every contender once.
 
     Args:
         deadline: CLOCK_MONOTONIC at which the last one is ended and no other is started.
 
     Returns:
-        The figures, and of each contender that failed its last line.
+        The figures, and by name the errors of contenders that failed.
     """
     figures: Round = {}
-    failed: dict[str, str] = {}
+    failed: dict[str, ContenderFailedError] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, contender in kind.contenders(options, folder).items():
             start = time.monotonic()
@@ -98,7 +104,7 @@ def run_round(kind: Kind, options: Options, deadline: float, *, label: str = "")
                 measured = contender.measure(None if seconds == float("inf") else seconds)
                 new = kind.figures_of(name, contender, measured)
             except ContenderFailedError as error:
-                failed[name] = str(error)
+                failed[name] = error
                 print(f"{label}failed: {name}: {error}", file=sys.stderr, flush=True)
                 continue
             figures |= new

@@ -47,11 +47,11 @@ class Options:
         chosen = tuple(given.contenders or (name for name in CONTENDERS if gpus or name != "graph"))
         options = cls(
             root=given.root.resolve(),
-            steps=given.steps or (200 if gpus else 80),
+            steps=given.steps if given.steps is not None else (100 if gpus else 80),
             gpus=gpus,
             batches=tuple(given.batches or ((128, 512, 2048) if gpus else (128,))),
             contenders=tuple(dict.fromkeys(chosen)),
-            seconds=given.seconds or (60.0 if gpus else None),
+            seconds=given.seconds if given.seconds is not None else (40.0 if gpus else None),
         )
         wrong = []
         if options.steps < 8:
@@ -62,6 +62,8 @@ class Options:
             wrong.append(f"--batches {' '.join(map(str, bad))}: each from 1 to the {IMAGES:,} training images")
         if options.seconds is not None and not options.seconds > 0:
             wrong.append(f"--seconds {options.seconds:g}: more than 0")
+        if given.kind != "train" and (given.batches or given.contenders):
+            wrong.append(f"--batches and --contenders: of train only, not of {given.kind}")
         if "graph" in options.contenders and not gpus:
             wrong.append("--contenders graph: CUDA graphs need --device cuda")
         if wrong:

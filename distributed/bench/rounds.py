@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import signal
 import statistics
 import subprocess
@@ -80,9 +81,7 @@ class Contender:
             return Measured(start, [(step, at) for step, at in readings], memory_mib)
         if code is None:
             raise ContenderFailedError(f"ended after {seconds:.0f} s", printed[-1000:] + errors[-3000:])
-        said = [line.strip() for line in (errors + printed).splitlines() if line.strip()]
-        last = [line for line in errors.splitlines() if line.strip()] or said or [f"exit code {code}"]
-        raise ContenderFailedError(last[-1].strip(), printed[-1000:] + errors[-3000:])
+        raise ContenderFailedError(_last_line(errors) or f"exit code {code}", printed[-1000:] + errors[-3000:])
 
 
 def _run(command: list[str], seconds: float | None) -> tuple[int | None, str, str]:
@@ -101,6 +100,13 @@ def _run(command: list[str], seconds: float | None) -> tuple[int | None, str, st
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         return code, paths[0].read_text(errors="replace"), paths[1].read_text(errors="replace")
+
+
+def _last_line(errors: str) -> str:
+    """The last line of a traceback if there is one: torchrun prints more after it. Else the very last."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    raised = [line for line in lines if re.match(r"(\[\w+\]:\s*)?[\w.]+(Error|Exception|Interrupt)\b", line)]
+    return next(reversed(raised or lines), "")
 
 
 def step_seconds(readings: Readings) -> list[float]:

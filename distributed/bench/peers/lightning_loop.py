@@ -56,7 +56,8 @@ class Clock(pl.Callback):  # type: ignore[misc, unused-ignore]
         self.clock = clock
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        trainer.should_stop = self.clock.tick()
+        if self.clock.tick():
+            trainer.should_stop = True
 
 
 def run(clock: StepClock, *, root: str, batch: int, device: str, threads: int, workers: int) -> None:
