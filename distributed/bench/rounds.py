@@ -76,7 +76,7 @@ class Contender:
         ]  # fmt: skip
         code, printed, errors = _run(command, seconds)
         lines = [line for line in printed.splitlines() if line.startswith("CLOCK ")]
-        if code == 0 and lines:
+        if lines and code in (0, None):  # whatever holds it up after its figures
             readings, memory_mib = json.loads(lines[0].removeprefix("CLOCK "))
             return Measured(start, [(step, at) for step, at in readings], memory_mib)
         if code is None:
@@ -96,10 +96,20 @@ def _run(command: list[str], seconds: float | None) -> tuple[int | None, str, st
             except subprocess.TimeoutExpired:
                 code = None
             finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                _end(process)
         return code, paths[0].read_text(errors="replace"), paths[1].read_text(errors="replace")
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End it and its process group: asked first, since torchrun's ranks have sessions of their own and only it knows them."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _last_line(errors: str) -> str:
