@@ -26,7 +26,7 @@ RANKS = 2
 
 
 def _settings(root: Path, run_dir: Path, epochs: int, way: str) -> list[str]:
-    where = ["--data.root", str(root), "--run_dir", str(run_dir), "--logging.tensorboard", "false"]
+    where = ["--data.root", str(root), "--run_dir", str(run_dir), "--logging.tensorboard", "false", "--device", "cpu"]
     return ["configs/cifar10.toml", *where, "--epochs", str(epochs), "--exact.shards", "0", *WAYS[way]]
 
 
@@ -54,7 +54,8 @@ def step_times(root: Path, *, steps: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         for way in WAYS:
             arguments = [*_settings(root, Path(folder) / way, 1, way), "--threads", "1"]
-            clock = Contender("ours", {"steps": steps, "arguments": arguments}, ranks=RANKS).measure().clock
+            ours = Contender("distributed.bench.contenders:ours", {"arguments": arguments}, steps, ranks=RANKS)
+            clock = [at for _, at in ours.measure().readings]
             found[way] = 1000 * statistics.quantiles(map(sub, clock[1:], clock), n=10)[0]
     return found
 
