@@ -7,14 +7,17 @@ from torch import Tensor
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The tensor's bytes in the order of its indices, on the CPU: uint8 [numel * itemsize]."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    """The tensor's bytes in the order of its indices, whatever its memory layout: uint8 [numel * itemsize]."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def same_bits(found: Tensor, expected: Tensor) -> bool:
-    """Whether shape, type and every bit agree, zeros' signs and NaNs included."""
-    alike = found.shape == expected.shape and found.dtype == expected.dtype
-    return alike and torch.equal(bits(found), bits(expected))
+    """Whether shape, type and every bit agree, zeros' signs and NaNs included; both may be on different devices."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    if found.device != expected.device:
+        found, expected = found.cpu(), expected.cpu()
+    return torch.equal(bits(found), bits(expected))
 
 
 def unlike(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

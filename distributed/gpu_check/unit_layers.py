@@ -148,7 +148,10 @@ def _batch_norm(checks: Checks, dtype: torch.dtype, layout: str, bound: float) -
         outcome = dict(zip(("y", "gradient"), found, strict=True)) | _state(layer)
         figures |= {part: error(outcome[part], expected[part]) for part in expected}
         assert outcome["y"].dtype == outcome["gradient"].dtype == dtype
-        assert max(figures.values()) < bound, f"bound {bound}"
+        # Statistics and gradients of weights are never rounded to bfloat16.
+        for part, found_error in figures.items():
+            limit = bound if part in ("y", "gradient") else min(bound, 2e-5)
+            assert found_error < limit, f"{part}: bound {limit}"
 
     with checks.check(f"batch norm, one process, in {_name(dtype)} {layout}") as figures:
         layer = SyncBatchNorm.of(_layer(wide, channels).to(checks.device), by_ranks(lambda row: row[None]))
