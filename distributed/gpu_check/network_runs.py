@@ -55,7 +55,12 @@ class Run:
     """
 
     def __init__(
-        self, config: TrainConfig, device: torch.device, *, data: DataPipeline | None = None, model: nn.Module | None = None
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        data: DataPipeline | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         self.config, self.device = config, device
         self.data = data or build_data(config, Topology(), device)
