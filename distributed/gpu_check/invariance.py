@@ -161,7 +161,7 @@ def _triton(checks: Checks) -> None:
             with checks.check(name) as figures:
                 ends = shard_ends(sizes, checks.device)
                 together = weight_gradients(grad, x, ends)
-                pieces = list(zip(grad.split(sizes), x.split(sizes), strict=True))
+                pieces = list(zip(torch.split(grad, sizes), torch.split(x, sizes), strict=True))
                 for shard, (own_grad, own_x) in enumerate(pieces):
                     single = shard_ends([len(own_x)], checks.device)
                     alone = weight_gradients(own_grad.clone(), own_x.clone(), single)

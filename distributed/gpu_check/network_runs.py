@@ -22,17 +22,17 @@ from distributed.models import alexnet
 from distributed.sums import RunningSums
 from distributed.topology import Topology
 
-LR = 0.02
 STEPS = 2
+_LR = {"sgd": 0.02, "adamw": 1e-3}
 
 
-def config_of(network: str, precision: str, batch: int, *options: str) -> TrainConfig:
-    """A run in fast mode on generated images that are on the device, with a few steps an epoch."""
+def config_of(network: str, precision: str, batch: int, *options: str, shards: int = 0) -> TrainConfig:
+    """A run, in exact mode if there are shards, on generated images that are on the device, with a few steps an epoch."""
     config, _ = load(
         [
             "--data.name", "generated10", "--data.train_samples", str(max(10, 4 * batch)), "--data.test_samples", "10",
             "--data.validation_fraction", "0", "--data.placement", "device", "--global_batch_size", str(batch),
-            "--model.name", network, "--precision", precision, "--exact.shards", "0", *options,
+            "--model.name", network, "--precision", precision, "--exact.shards", str(shards), *options,
         ]
     )  # fmt: skip
     return config
@@ -78,10 +78,10 @@ class Run:
         )  # fmt: skip
 
     def warm_up(self, steps: int) -> None:
-        """Take throwaway steps; of these only float16's scale of the loss stays."""
+        """Take throwaway steps. Afterwards float16's scale of the loss is so small that no step will be skipped."""
         self.steps(count=steps)
-        scale = {name: tensor.clone() for name, tensor in self.engine.state() if name.startswith("scaler.")}
-        self._start |= scale
+        scale = {name: tensor.clone() for name, tensor in self.engine.state() if name == "scaler.scale"}
+        self._start |= {name: tensor / 16 for name, tensor in scale.items()}
 
     def steps(self, count: int = STEPS) -> Steps:
         """Take the first steps of an epoch from the first weights, images and totals included; read nothing before the end."""
@@ -89,7 +89,9 @@ class Run:
         sums = [RunningSums(self.device) for _ in range(count)]
         norms = []
         for step, batches in enumerate(islice(self.data.train_epoch(0), count)):
-            norm = train_step(self.engine, batches, loss=self.config.loss, lr=LR, step=step, sums=sums[step])
+            norm = train_step(
+                self.engine, batches, loss=self.config.loss, lr=_LR[self.config.optim.name], step=step, sums=sums[step]
+            )
             norms.append(norm.clone())
         return Steps([one.read().mean_loss for one in sums], [float(norm) for norm in norms], copied(self.engine))
 
@@ -100,7 +102,14 @@ class Run:
         batches = self.data.train_epoch(0)
         with _waits(self.device) as lines:
             for step, micro_batches in enumerate(islice(batches, STEPS)):
-                train_step(self.engine, micro_batches, loss=self.config.loss, lr=LR, step=step, sums=sums)
+                train_step(
+                    self.engine,
+                    micro_batches,
+                    loss=self.config.loss,
+                    lr=_LR[self.config.optim.name],
+                    step=step,
+                    sums=sums,
+                )
         return lines
 
     def nondeterministic(self) -> tuple[list[str], Steps]:

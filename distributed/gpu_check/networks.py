@@ -14,7 +14,7 @@ from distributed.process_group import choose_device, make_deterministic
 from distributed.topology import Topology
 
 _NETWORKS = ("improved_alexnet", "cifar_alexnet", "cifar_alexnet_bn", "alexnet")
-_BOUNDS = {"float64": (1e-9, 1e-8), "float32": (1e-5, 1e-4), "bfloat16": (1e-2, 5e-2), "float16": (2e-3, 1e-2)}
+_BOUNDS = {"float64": (1e-9, 1e-8), "float32": (5e-6, 1e-3), "bfloat16": (1e-2, 5e-2), "float16": (2e-3, 1e-2)}
 """Relative errors of the first step's loss and of its gradient's norm; ten times as much in the second step."""
 _EVERYTHING = (
     "--data.augment.mixup", "0.4", "--data.augment.cutmix", "1", "--data.augment.cutout", "8",
@@ -43,10 +43,11 @@ def _batch(checks: Checks, network: str) -> int:
 
 
 def _precisions(checks: Checks, network: str) -> list[str]:
-    wide = ["float64"] if network == "improved_alexnet" else []
+    if network == "improved_alexnet":  # a CPU takes a hundred times as long in float16
+        return ["float64", "float32", "bfloat16"] + ([] if checks.tiny else ["float16"])
     if checks.tiny:
-        return [*wide, "float32", "bfloat16"]  # a CPU takes a hundred times as long in float16
-    return [*wide, "float32", "bfloat16", "float16"]
+        return ["bfloat16"] if network == "cifar_alexnet" else ["float32"]
+    return ["float32", "bfloat16", "float16"]
 
 
 def _network(checks: Checks, device: torch.device, network: str) -> None:
@@ -115,18 +116,20 @@ def _assert_close(figures: dict[str, Any], found: Steps, expected: Steps, precis
 
 
 def _tf32(checks: Checks, network: str, run: Run, expected: Steps) -> None:
-    """Report how much TF32 in convolutions changes; without it float32 must be float32."""
-    before = torch.backends.cudnn.conv.fp32_precision
-    try:
-        with checks.check(f"{network}: float32 with and without TF32") as figures:
+    """Report how much TF32 in convolutions changes; float32 must be float32 without being asked."""
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    with checks.check(f"{network}: float32 is not TF32") as figures:
+        found = run.steps()
+        try:
             for mode in ("tf32", "ieee"):
-                torch.backends.cudnn.conv.fp32_precision = mode
-                figures[f"loss, {mode}"], figures[f"norm, {mode}"] = _errors(run.steps(), expected)
-            loss, norm = _BOUNDS["float32"]
-            assert figures["loss, ieee"][0] < loss, f"bound {loss}"
-            assert figures["norm, ieee"][0] < norm, f"bound {norm}"
-    finally:
-        torch.backends.cudnn.conv.fp32_precision = before
+                convolutions.fp32_precision = mode
+                other = run.steps()
+                figures[f"loss, {mode}"], figures[f"norm, {mode}"] = _errors(other, expected)
+                figures[f"same bits as {mode}"] = not unlike(found.tensors, other.tensors)
+        finally:
+            convolutions.fp32_precision = before
+        assert figures["same bits as ieee"], "convolutions in float32 are not computed in float32"
 
 
 def _everything(checks: Checks, device: torch.device) -> None:
@@ -146,7 +149,7 @@ def _exact(checks: Checks, device: torch.device) -> None:
         fast = _built(checks, f"fast mode, {precision}", config_of(network, precision, batch), device)
         for shards in (1, 8):
             name = f"exact mode, {shards} shards, {precision}"
-            config = config_of(network, precision, batch, "--exact.shards", str(shards))
+            config = config_of(network, precision, batch, shards=shards)
             if fast and (run := _built(checks, name, config, device)):
                 _check(checks, name, run, fast.steps())
         torch.set_num_threads(threads)  # exact mode computes on one

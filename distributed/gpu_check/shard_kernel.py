@@ -5,8 +5,8 @@ first one on, and no sum is split over programs. So a shard's sum has the same b
 """
 
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
 _TILE, _ROWS = 64, 32

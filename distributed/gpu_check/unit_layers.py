@@ -65,7 +65,7 @@ def _empty_batches(checks: Checks) -> None:
             with checks.check(f"no images through {name} in {_name(precision)}"):
                 model: nn.Module = getattr(alexnet, name)(10, 0.5).to(checks.device)
                 convert_batch_norm(model, partial(SyncBatchNorm.of, exchange=by_ranks(other_rank)))
-                model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                model.to(memory_format=torch.channels_last)
                 images = torch.empty(0, 3, 32, 32, device=checks.device).contiguous(memory_format=torch.channels_last)
                 keys = torch.empty(0, 2, dtype=torch.int64, device=checks.device)
                 labels = torch.empty(0, dtype=torch.int64, device=checks.device)
@@ -121,7 +121,7 @@ def _by_shards(layer: nn.BatchNorm2d, x: Tensor, grad: Tensor) -> tuple[Tensor, 
     """Exact mode's batch norm over shards of this batch; weights, their gradients and statistics are the layer's."""
     lanes = Lanes(len(_SHARDS), lanes=1, gather=torch.stack, device=x.device)
     cuts: list[list[Cut]] = [[] for _ in _SHARDS]
-    xs, grads = (tensor.split(_SHARDS) for tensor in (x, grad))
+    xs, grads = (torch.split(tensor, list(_SHARDS)) for tensor in (x, grad))
 
     def compute(place: int) -> tuple[Tensor, Tensor]:
         part = CuttingBatchNorm.cutting(layer, partial(lanes.meet, place), cuts[place])

@@ -10,7 +10,7 @@ from distributed.gpu_check.differences import error, unlike
 from distributed.optim import Optimizer, WeightAverage
 
 _SHAPES = ((64, 32, 3, 3), (65,), (70, 33), ())
-_OPTIMIZERS = {
+_OPTIMIZERS: dict[str, Sgd | AdamW] = {
     "sgd": Sgd(),
     "sgd without momentum": Sgd(momentum=0.0, nesterov=False),
     "adamw": AdamW(decay_norm_and_bias=True),
