@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distributed.gpu_check.checks import Checks
+from distributed.gpu_check.clock import milliseconds
 from distributed.gpu_check.differences import error, same_bits
 from distributed.gpu_check.shard_graph import run as run_shard_graph
-from distributed.gpu_check.clock import milliseconds
 from distributed.process_group import make_deterministic
 
 
