@@ -115,9 +115,9 @@ def _assert_close(figures: dict[str, Any], found: Steps, expected: Steps, precis
 
 def _tf32(checks: Checks, network: str, run: Run, expected: Steps) -> None:
     """Report how much TF32 in convolutions changes; float32 must be float32 without being asked."""
-    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = convolutions.fp32_precision
     with checks.check(f"{network}: float32 is not TF32") as figures:
+        convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        before = convolutions.fp32_precision
         found = run.steps()
         try:
             for mode in ("tf32", "ieee"):
