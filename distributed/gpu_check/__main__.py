@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,21 +23,21 @@ from distributed.gpu_check.steps import STEPS, Step
 _PREFIX = "CHECK "  # of checks.py, which imports torch
 
 
-def main() -> int:
+def main(steps: Sequence[Step] = STEPS) -> int:
     """Run the steps asked for; print a line a check and a summary."""
     parser = argparse.ArgumentParser(prog="python -m distributed.gpu_check", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes: try the check itself out on a CPU")
     parser.add_argument("--seconds", type=float, default=300, help="start no step after so long, end one that runs")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="folder for gpu_check.jsonl and logs")
-    parser.add_argument("--only", nargs="+", choices=[step.name for step in STEPS], metavar="STEP")
+    parser.add_argument("--only", nargs="+", choices=[step.name for step in steps], metavar="STEP")
     given = parser.parse_args()
     lines = given.out / "gpu_check.jsonl"
     given.out.mkdir(parents=True, exist_ok=True)
     check_writable("--out", lines)
     deadline = time.monotonic() + given.seconds
     results = []
-    for step in STEPS:
+    for step in steps:
         if given.only and step.name not in given.only:
             continue
         result = run_step(step, given.device, tiny=given.tiny, out=given.out, deadline=deadline)
@@ -57,7 +58,7 @@ def run_step(step: Step, device: str, *, tiny: bool, out: Path, deadline: float)
     if limit <= 0:
         return result | {"verdict": "timeout", "seconds": 0, "message": "no time was left to start it", "checks": []}
     command = [
-        sys.executable, "-m", "distributed.gpu_check.steps", step.name, device, str(int(tiny)), str(out.resolve()),
+        sys.executable, "-m", "distributed.gpu_check.steps", step.module, device, str(int(tiny)), str(out.resolve()),
     ]  # fmt: skip
     log = out / f"{step.name}.log"
     with log.open("wb") as file:
@@ -70,7 +71,7 @@ def run_step(step: Step, device: str, *, tiny: bool, out: Path, deadline: float)
         finally:
             _end(process)
     text = log.read_text(errors="replace")
-    checks = [json.loads(line.removeprefix(_PREFIX)) for line in text.splitlines() if line.startswith(_PREFIX)]
+    checks = _checks_in(text)
     verdict = "timeout" if code is None else "error" if code else "pass"
     if verdict == "pass" and any(check["verdict"] != "pass" for check in checks):
         verdict = "fail"
@@ -78,6 +79,17 @@ def run_step(step: Step, device: str, *, tiny: bool, out: Path, deadline: float)
     if code != 0:
         result |= {"exit_code": code, "message": text[-2000:]}
     return result
+
+
+def _checks_in(text: str) -> list[dict[str, Any]]:
+    """The checks that a step printed. What a process writes as it dies may have cut a line short, or stand before one."""
+    found = []
+    for line in text.splitlines():
+        _, prefix, record = line.partition(_PREFIX)
+        if prefix and record.startswith("{"):
+            with suppress(json.JSONDecodeError):
+                found.append(json.loads(record))
+    return found
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

@@ -9,11 +9,15 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Step:
-    """A module of this package with a function `run(checks)`; it is ended after `seconds`."""
+    """A module with a function `run(checks)`, by default that of its name in this package; ended after `seconds`."""
 
     name: str
     seconds: int
     proves: str
+    module: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "module", self.module or f"distributed.gpu_check.{self.name}")
 
 
 STEPS = (
@@ -30,15 +34,17 @@ STEPS = (
 
 
 def main() -> None:
-    """Run one step: NAME DEVICE TINY(0|1) OUT."""
-    name, device, tiny, out = sys.argv[1:]
+    """Run one step: MODULE DEVICE TINY(0|1) OUT."""
+    module, device, tiny, out = sys.argv[1:]
     import torch
 
     from distributed.gpu_check.checks import Checks
 
+    if tiny == "1":
+        torch.set_num_threads(1)  # on small shapes threads mostly wait for each other
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as scratch:
         checks = Checks(torch.device(device), tiny == "1", Path(scratch), Path(out))
-        importlib.import_module(f"distributed.gpu_check.{name}").run(checks)
+        importlib.import_module(module).run(checks)
 
 
 if __name__ == "__main__":

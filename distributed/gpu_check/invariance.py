@@ -1,0 +1,176 @@
+"""Step 7: which kernels give a shard's rows the same bits whatever is beside them, and what shards in parallel cost.
+
+Exact mode relies on one promise: the same kernel on the same shapes in fresh memory gives the same bits. That is asserted.
+The other checks measure what faster ways of computing shards could rely on, and record true or false.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distributed.gpu_check.checks import Checks
+from distributed.gpu_check.clock import milliseconds
+from distributed.gpu_check.differences import error, same_bits
+from distributed.gpu_check.shard_graph import run as run_shard_graph
+from distributed.process_group import make_deterministic
+
+
+class _Layer(NamedTuple):
+    """A convolution (kernel > 0) or a linear layer over images of this side."""
+
+    name: str
+    inputs: int
+    outputs: int
+    kernel: int
+    side: int
+
+
+_LAYERS = (
+    _Layer("conv 3x3, 3 to 32", 3, 32, 3, 32),
+    _Layer("conv 3x3, 64 to 128", 64, 128, 3, 8),
+    _Layer("conv 5x5, 96 to 256", 96, 256, 5, 14),
+    _Layer("linear 1024 to 512", 1024, 512, 0, 0),
+    _Layer("linear 4096 to 4096", 4096, 4096, 0, 0),
+    _Layer("linear 128 to 10", 128, 10, 0, 0),
+)
+_TINY = (
+    _Layer("conv 3x3, 3 to 8", 3, 8, 3, 8),
+    _Layer("conv 5x5, 8 to 16", 8, 16, 5, 6),
+    _Layer("linear 64 to 32", 64, 32, 0, 0),
+)
+
+
+_TYPES = (torch.bfloat16, torch.float32)
+
+
+class Passes(NamedTuple):
+    """The result of a layer and the gradients of its input and of its weight."""
+
+    forward: Tensor
+    dgrad: Tensor
+    wgrad: Tensor
+
+
+def run(checks: Checks) -> None:
+    """Assert what exact mode relies on; measure what else holds."""
+    make_deterministic(checks.device)
+    layers = _TINY if checks.tiny else _LAYERS
+    for layer in layers:
+        for dtype in _TYPES:
+            _layer(checks, layer, dtype)
+    run_shard_graph(checks)
+    if checks.is_cuda:
+        _triton(checks)
+    for layer in layers:  # last: a library that cannot read such memory takes the device's context with it
+        for dtype in _TYPES:
+            _moved_in_memory(checks, layer, dtype)
+
+
+def passes(x: Tensor, weight: Tensor, grad: Tensor) -> Passes:
+    """Compute a layer without autograd: x [n, inputs(, h, w)], weight as torch has it, grad of the result."""
+    if x.dim() == 2:
+        return Passes(F.linear(x, weight), grad @ weight, grad.t() @ x)
+    padding = weight.shape[2] // 2
+    geometry = ([1, 1], [padding, padding], [1, 1], False, [0, 0], 1)
+    backward = torch.ops.aten.convolution_backward
+    dgrad = backward(grad, x, weight, None, *geometry, [True, False, False])[0]
+    wgrad = backward(grad, x, weight, None, *geometry, [False, True, False])[1]
+    return Passes(F.conv2d(x, weight, padding=padding), dgrad, wgrad)
+
+
+def operands(layer: _Layer, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Random x, weight and grad; images and filters in channels_last."""
+    generator = torch.Generator().manual_seed(rows)
+    image = (layer.side, layer.side) if layer.kernel else ()
+    kernel = (layer.kernel, layer.kernel) if layer.kernel else ()
+    shapes = ((rows, layer.inputs, *image), (layer.outputs, layer.inputs, *kernel), (rows, layer.outputs, *image))
+    x, weight, grad = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    if layer.kernel:
+        x, weight, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, grad))
+    return x, weight, grad
+
+
+def _name(layer: _Layer, dtype: torch.dtype) -> str:
+    return f"{layer.name} {str(dtype).removeprefix('torch.')}"
+
+
+def _rows(checks: Checks) -> tuple[int, int]:
+    """Images of a shard and of the whole batch."""
+    return (4, 16) if checks.tiny else (16, 128)
+
+
+def _layer(checks: Checks, layer: _Layer, dtype: torch.dtype) -> None:
+    own, rows = _rows(checks)
+    x, weight, grad = operands(layer, rows, dtype, checks.device)
+
+    def alone(start: int = 0) -> Passes:
+        part = slice(start, start + own)
+        return passes(x[part].clone(), weight.clone(), grad[part].clone())
+
+    with checks.check(f"{_name(layer, dtype)}: fresh memory, same bits") as figures:
+        first = alone()
+        kept = []
+        for _ in range(3):
+            kept.append(torch.empty(1 << 20, device=checks.device))  # so that the next clones are elsewhere
+            for kind, again, before in zip(Passes._fields, alone(), first, strict=True):
+                assert same_bits(again, before), kind
+        wide = passes(x[:own].double(), weight.double(), grad[:own].double())
+        figures |= {kind: error(a, b) for kind, a, b in zip(Passes._fields, first, wide, strict=True)}
+        assert max(figures.values()) < 2e-2
+    with checks.check(f"{_name(layer, dtype)}: {own} rows within {rows}, measured") as figures:
+        whole = passes(x, weight, grad)
+        part = slice(rows // 2, rows // 2 + own)
+        inside = alone(part.start)
+        figures["forward"] = same_bits(whole.forward[part], inside.forward)
+        figures["dgrad"] = same_bits(whole.dgrad[part], inside.dgrad)
+        only = torch.zeros_like(grad)
+        only[part] = grad[part]
+        figures["wgrad, other rows zero"] = same_bits(passes(x, weight, only).wgrad, inside.wgrad)
+
+
+def _moved_in_memory(checks: Checks, layer: _Layer, dtype: torch.dtype) -> None:
+    x, weight, grad = operands(layer, _rows(checks)[0], dtype, checks.device)
+    with checks.check(f"{_name(layer, dtype)}: offsets of 1 to 8 elements with other bits, measured") as figures:
+        aligned = passes(x, weight, grad)
+        figures |= {kind: [] for kind in Passes._fields}
+        for offset in range(1, 9):
+            moved = passes(_moved(x, offset), weight, _moved(grad, offset))
+            for kind, result, before in zip(Passes._fields, moved, aligned, strict=True):
+                if not same_bits(result, before):
+                    figures[kind].append(offset)
+
+
+def _moved(tensor: Tensor, offset: int) -> Tensor:
+    """A copy in the same memory format whose first element is `offset` elements into its memory."""
+    memory = torch.empty(tensor.numel() + offset, dtype=tensor.dtype, device=tensor.device)
+    return memory.as_strided(tensor.shape, tensor.stride(), offset).copy_(tensor)
+
+
+def _triton(checks: Checks) -> None:
+    from distributed.gpu_check.shard_kernel import shard_ends, weight_gradients
+
+    sizes = [17, 15, 16, 1, 31, 16, 0, 32]
+    for outputs, inputs in ((512, 1024), (10, 128), (1000, 200)):
+        for dtype in (torch.bfloat16, torch.float32):
+            layer = _Layer("", inputs, outputs, 0, 0)
+            x, _, grad = operands(layer, sum(sizes), dtype, checks.device)
+            name = f"Triton, {outputs} x {inputs}, {str(dtype).removeprefix('torch.')}: 8 shards in one launch as alone"
+            with checks.check(name) as figures:
+                ends = shard_ends(sizes, checks.device)
+                together = weight_gradients(grad, x, ends)
+                pieces = list(zip(torch.split(grad, sizes), torch.split(x, sizes), strict=True))
+                for shard, (own_grad, own_x) in enumerate(pieces):
+                    single = shard_ends([len(own_x)], checks.device)
+                    alone = weight_gradients(own_grad.clone(), own_x.clone(), single)
+                    assert same_bits(together[shard], alone[0]), f"shard {shard}"
+                figures["error"] = error(together.double().sum(0), grad.double().t() @ x.double())
+                assert figures["error"] < 1e-5
+                measured: dict[str, Callable[[], object]] = {
+                    "one launch": lambda grad=grad, x=x, ends=ends: weight_gradients(grad, x, ends),  # type: ignore[misc]
+                    "torch, 8 products": lambda pieces=pieces: [a.t() @ b for a, b in pieces],  # type: ignore[misc]
+                    "torch, all rows": lambda grad=grad, x=x: grad.t() @ x,  # type: ignore[misc]
+                }
+                figures |= {f"ms, {kind}": milliseconds(checks, function) for kind, function in measured.items()}

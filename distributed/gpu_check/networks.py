@@ -1,0 +1,168 @@
+"""Step 3: each network in each precision takes steps that never wait for the device, are repeatable and close to float64."""
+
+import time
+from typing import Any
+
+import torch
+
+from distributed.config import TrainConfig
+from distributed.data.pipeline import DataPipeline
+from distributed.gpu_check.checks import Checks
+from distributed.gpu_check.differences import unlike
+from distributed.gpu_check.network_runs import Run, Steps, config_of, initial_model
+from distributed.process_group import choose_device, make_deterministic
+from distributed.topology import Topology
+
+_NETWORKS = ("improved_alexnet", "cifar_alexnet", "cifar_alexnet_bn", "alexnet")
+_BOUNDS = {"float64": (1e-9, 1e-8), "float32": (5e-6, 1e-3), "bfloat16": (1e-2, 5e-2), "float16": (2e-3, 1e-2)}
+"""Relative errors of the first step's loss and of its gradient's norm; ten times as much in the second step."""
+_EVERYTHING = (
+    "--data.augment.mixup", "0.4", "--data.augment.cutmix", "1", "--data.augment.cutout", "8",
+    "--loss.label_smoothing", "0.1", "--optim.name", "adamw", "--optim.clip_norm", "0.5", "--optim.ema_decay", "0.99",
+)  # fmt: skip
+_CPU = torch.device("cpu")
+
+
+def run(checks: Checks) -> None:
+    """Check fast mode in all networks and precisions, then everything at once, exact mode and compiled graphs."""
+    device = choose_device(checks.device.type, Topology())
+    make_deterministic(device)
+    for network in _NETWORKS[:2] if checks.tiny else _NETWORKS:  # the others take a CPU too long
+        _network(checks, device, network)
+    _everything(checks, device)
+    _exact(checks, device)
+    if checks.is_cuda:  # last: it takes longest, and compiling for a CPU proves nothing here
+        _compiled(checks, device)
+
+
+def _batch(checks: Checks, network: str) -> int:
+    """Images a step, few where the reference in float64 on the CPU would take long."""
+    if checks.tiny:
+        return 8
+    return {"improved_alexnet": 128, "alexnet": 16}.get(network, 64)
+
+
+def _precisions(checks: Checks, network: str) -> list[str]:
+    if network == "improved_alexnet":  # a CPU takes a hundred times as long in float16
+        return ["float64", "float32", "bfloat16"] + ([] if checks.tiny else ["float16"])
+    return ["bfloat16"] if checks.tiny else ["float32", "bfloat16", "float16"]
+
+
+def _network(checks: Checks, device: torch.device, network: str) -> None:
+    batch, model = _batch(checks, network), initial_model(network)
+    expected = Run(config_of(network, "float64", batch), _CPU, model=model).steps()
+    data: DataPipeline | None = None
+    for precision in _precisions(checks, network):
+        name = f"{network} {precision}"
+        shared = None if precision == "float64" else data
+        run = _built(checks, name, config_of(network, precision, batch), device, data=shared, model=model)
+        if run is None:
+            continue
+        if precision != "float64":
+            data = run.data
+        _check(checks, name, run, expected)
+        if precision == "float32" and checks.is_cuda:
+            _tf32(checks, network, run, expected)
+
+
+def _built(checks: Checks, name: str, config: TrainConfig, device: torch.device, **given: Any) -> Run | None:
+    """The engine after its throwaway steps, in float16 enough of them for the scale of the loss; none if that failed."""
+    with checks.check(f"{name}: built and warmed up"):
+        run = Run(config, device, **given)
+        run.warm_up(4 if config.precision == "float16" else 1)
+        return run
+    return None
+
+
+def _check(checks: Checks, name: str, run: Run, expected: Steps, *, reference: str = "float64 on the CPU") -> None:
+    """Check an engine's first steps; `expected` are those of the reference."""
+    found: Steps | None = None
+    with checks.check(f"{name}: the same bits again"):
+        found = run.steps()
+        _assert_same(run.steps(), found)
+    with checks.check(f"{name}: never waits for the device"):
+        lines = run.waits()
+        assert not lines, f"waits at {', '.join(lines)}"
+    with checks.check(f"{name}: deterministic") as figures:
+        operations, careful = run.nondeterministic()
+        figures["same bits in torch's deterministic mode"] = bool(found) and not unlike(careful.tensors, found.tensors)
+        assert not operations, "; ".join(operations)
+    with checks.check(f"{name}: close to {reference}") as figures:
+        assert found, "no steps to compare"
+        _assert_close(figures, found, expected, run.config.precision)
+
+
+def _assert_same(found: Steps, expected: Steps) -> None:
+    different = unlike(found.tensors, expected.tensors)
+    assert not different, f"{len(different)} of {len(expected.tensors)} tensors differ, among them {different[:4]}"
+    assert (found.losses, found.norms) == (expected.losses, expected.norms), (found.losses, expected.losses)
+
+
+def _errors(found: Steps, expected: Steps) -> tuple[list[float], list[float]]:
+    """Relative errors of the losses and of the norms, one a step."""
+    pairs = ((found.losses, expected.losses), (found.norms, expected.norms))
+    losses, norms = ([abs(a / b - 1) for a, b in zip(one, other, strict=True)] for one, other in pairs)
+    return losses, norms
+
+
+def _assert_close(figures: dict[str, Any], found: Steps, expected: Steps, precision: str) -> None:
+    figures["loss"], figures["norm"] = _errors(found, expected)
+    for name, bound in zip(("loss", "norm"), _BOUNDS[precision], strict=True):
+        first, second = figures[name]
+        assert first < bound, f"{name}: bound {bound}"
+        assert second < 10 * bound, f"{name} of the second step: bound {10 * bound}"
+
+
+def _tf32(checks: Checks, network: str, run: Run, expected: Steps) -> None:
+    """Report how much TF32 in convolutions changes; float32 must be float32 without being asked."""
+    with checks.check(f"{network}: float32 is not TF32") as figures:
+        convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        before = convolutions.fp32_precision
+        found = run.steps()
+        try:
+            for mode in ("tf32", "ieee"):
+                convolutions.fp32_precision = mode
+                other = run.steps()
+                figures[f"loss, {mode}"], figures[f"norm, {mode}"] = _errors(other, expected)
+                figures[f"same bits as {mode}"] = not unlike(found.tensors, other.tensors)
+        finally:
+            convolutions.fp32_precision = before
+        assert figures["same bits as ieee"], "convolutions in float32 are not computed in float32"
+
+
+def _everything(checks: Checks, device: torch.device) -> None:
+    network = "improved_alexnet"
+    batch, model = _batch(checks, network), initial_model(network)
+    expected = Run(config_of(network, "float64", batch, *_EVERYTHING), _CPU, model=model).steps()
+    config = config_of(network, "bfloat16" if checks.tiny else "float16", batch, *_EVERYTHING)
+    if run := _built(checks, "everything at once", config, device, model=model):
+        _check(checks, "everything at once", run, expected)
+
+
+def _exact(checks: Checks, device: torch.device) -> None:
+    """Check exact mode against fast mode with the same weights."""
+    threads, network = torch.get_num_threads(), "improved_alexnet"
+    batch = _batch(checks, network)
+    for precision in ("float32", "bfloat16"):
+        fast = _built(checks, f"fast mode, {precision}", config_of(network, precision, batch), device)
+        if fast is None:
+            continue
+        expected = fast.steps()
+        for shards in (1, 8):
+            name = f"exact mode, {shards} shards, {precision}"
+            config = config_of(network, precision, batch, shards=shards)
+            if run := _built(checks, name, config, device):
+                _check(checks, name, run, expected, reference="fast mode")
+        torch.set_num_threads(threads)  # exact mode computes on one
+
+
+def _compiled(checks: Checks, device: torch.device) -> None:
+    config = config_of("improved_alexnet", "bfloat16", _batch(checks, "improved_alexnet"), "--compile", "true")
+    with checks.check("compiled: the same bits in two fresh engines") as figures:
+        outcomes = []
+        for kind in ("first", "second"):
+            start = time.monotonic()
+            torch.compiler.reset()
+            outcomes.append(Run(config, device).steps())
+            figures[f"seconds, {kind}"] = time.monotonic() - start
+        _assert_same(*outcomes)

@@ -1,0 +1,164 @@
+"""Checks of step `units` on layers: dropout, response norm, batch norm over shards, and batches of no images."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distributed import keyed
+from distributed.exact.batch_norm import Cut, CuttingBatchNorm, backward
+from distributed.exact.lanes import Lanes
+from distributed.gpu_check.checks import Checks
+from distributed.gpu_check.differences import error, same_bits, unlike
+from distributed.models import alexnet
+from distributed.models.keyed_dropout import KeyedDropout
+from distributed.models.local_response_norm import LocalResponseNorm
+from distributed.models.sync_batch_norm import SyncBatchNorm, by_ranks, convert_batch_norm
+
+_FORMATS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
+_SHARDS = (5, 1, 0, 10)
+
+
+def run(checks: Checks) -> None:
+    """Compare the layers on the device with float64 on the CPU."""
+    _dropout(checks)
+    _empty_batches(checks)
+    for dtype, bound in ((torch.float64, 1e-11), (torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
+        for layout in _FORMATS:
+            _response_norm(checks, dtype, layout, bound)
+            _batch_norm(checks, dtype, layout, bound)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _dropout(checks: Checks) -> None:
+    with checks.check("dropout equals the CPU's"):
+        x, grad = _random(2, 33, 513, seed=1).float()
+        keys = keyed.sample_keys(torch.arange(33), seed=1, epoch=2)
+        for p in (0.5, 0.1):
+            outcomes = []
+            for device in (checks.device, torch.device("cpu")):
+                layer = KeyedDropout(p, features=513, name="dropout1").to(device)
+                leaf = x.to(device).requires_grad_()
+                y = layer(leaf, keys.to(device))
+                y.backward(grad.to(device))
+                outcomes.append((y, leaf.grad))
+            assert all(map(same_bits, *outcomes)), f"p = {p}"
+
+
+def _empty_batches(checks: Checks) -> None:
+    def other_rank(row: Tensor) -> Tensor:
+        return torch.stack([row, torch.ones_like(row)])
+
+    for name in ("alexnet", "improved_alexnet", "cifar_alexnet", "cifar_alexnet_bn"):
+        if checks.tiny and name == "alexnet":
+            continue  # 58 million weights
+        for precision in (torch.float32, torch.bfloat16):
+            with checks.check(f"no images through {name} in {_name(precision)}"):
+                model: nn.Module = getattr(alexnet, name)(10, 0.5).to(checks.device)
+                convert_batch_norm(model, partial(SyncBatchNorm.of, exchange=by_ranks(other_rank)))
+                model.to(memory_format=torch.channels_last)
+                images = torch.empty(0, 3, 32, 32, device=checks.device).contiguous(memory_format=torch.channels_last)
+                keys = torch.empty(0, 2, dtype=torch.int64, device=checks.device)
+                labels = torch.empty(0, dtype=torch.int64, device=checks.device)
+                with torch.autocast(checks.device.type, precision, enabled=precision == torch.bfloat16):
+                    logits = model(images, keys).float()
+                    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
+                losses.sum().backward()  # type: ignore[no-untyped-call]
+                assert logits.shape == (0, 10)
+                for path, parameter in model.named_parameters():
+                    assert parameter.grad is not None, path
+                    assert not parameter.grad.any(), path
+
+
+def _passed(layer: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer's result and the gradient of x."""
+    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    y = layer(leaf)
+    y.backward(grad)
+    assert leaf.grad is not None
+    return y.detach(), leaf.grad
+
+
+def _response_norm(checks: Checks, dtype: torch.dtype, layout: str, bound: float) -> None:
+    with checks.check(f"response norm in {_name(dtype)} {layout}") as figures:
+        x, grad = (_random(2, 6, 96, 9, 11, seed=2) * torch.tensor([20.0, 1.0]).view(2, 1, 1, 1, 1)).to(dtype)
+        for size, beta in ((5, 0.75), (4, 0.5)):
+            options = {"alpha": 1e-2, "beta": beta, "k": 2.0}
+            there = [t.to(checks.device, memory_format=_FORMATS[layout]) for t in (x, grad)]
+            found = _passed(LocalResponseNorm(size, **options), *there)
+            expected = _passed(nn.LocalResponseNorm(size, **options), x.double(), grad.double())
+            assert found[0].dtype == found[1].dtype == dtype
+            figures[f"size {size}: y"], figures[f"size {size}: gradient"] = map(error, found, expected)
+        assert max(figures.values()) < bound, f"bound {bound}"
+
+
+def _layer(dtype: torch.dtype, channels: int) -> nn.BatchNorm2d:
+    layer = nn.BatchNorm2d(channels, dtype=dtype)
+    weight, bias, mean = _random(3, channels, seed=4).to(dtype)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    assert layer.running_mean is not None
+    layer.running_mean.copy_(mean)
+    return layer
+
+
+def _state(layer: nn.Module) -> dict[str, Tensor]:
+    gradients = {f"{name}.grad": p.grad for name, p in layer.named_parameters() if p.grad is not None}
+    return gradients | {name: b for name, b in layer.named_buffers() if b.is_floating_point()}
+
+
+def _by_shards(layer: nn.BatchNorm2d, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Exact mode's batch norm over shards of this batch; weights, their gradients and statistics are the layer's."""
+    lanes = Lanes(len(_SHARDS), lanes=1, gather=torch.stack, device=x.device)
+    cuts: list[list[Cut]] = [[] for _ in _SHARDS]
+    xs, grads = (torch.split(tensor, list(_SHARDS)) for tensor in (x, grad))
+
+    def compute(place: int) -> tuple[Tensor, Tensor]:
+        part = CuttingBatchNorm.cutting(layer, partial(lanes.meet, place), cuts[place])
+        leaf = xs[place].clone(memory_format=torch.preserve_format).requires_grad_()
+        y = part(leaf)
+        backward((y * grads[place]).sum(), cuts[place])
+        assert leaf.grad is not None
+        return y.detach(), leaf.grad
+
+    y, grad_x = zip(*lanes.run(compute), strict=True)
+    return torch.cat(y), torch.cat(grad_x)
+
+
+def _batch_norm(checks: Checks, dtype: torch.dtype, layout: str, bound: float) -> None:
+    channels = 32
+    wide = dtype if dtype == torch.float64 else torch.float32  # of weights and statistics
+    x, grad = _random(2, sum(_SHARDS), channels, 7, 5, seed=3)
+    x, grad = (x * 3 + 2).to(dtype), grad.to(dtype)
+    right = _layer(wide, channels).double()
+    expected = dict(zip(("y", "gradient"), _passed(right, x.double(), grad.double()), strict=True)) | _state(right)
+    there = [t.to(checks.device, memory_format=_FORMATS[layout]) for t in (x, grad)]
+
+    def compare(figures: dict[str, Any], layer: nn.Module, found: tuple[Tensor, Tensor]) -> None:
+        outcome = dict(zip(("y", "gradient"), found, strict=True)) | _state(layer)
+        figures |= {part: error(outcome[part], expected[part]) for part in expected}
+        assert outcome["y"].dtype == outcome["gradient"].dtype == dtype
+        # Statistics and gradients of weights are never rounded to bfloat16.
+        for part, found_error in figures.items():
+            limit = bound if part in ("y", "gradient") else min(bound, 2e-5)
+            assert found_error < limit, f"{part}: bound {limit}"
+
+    with checks.check(f"batch norm, one process, in {_name(dtype)} {layout}") as figures:
+        layer = SyncBatchNorm.of(_layer(wide, channels).to(checks.device), by_ranks(lambda row: row[None]))
+        compare(figures, layer, _passed(layer, *there))
+    with checks.check(f"batch norm, shards of {_SHARDS}, in {_name(dtype)} {layout}") as figures:
+        shared, again = (_layer(wide, channels).to(checks.device) for _ in range(2))
+        found = _by_shards(shared, *there)
+        compare(figures, shared, found)
+        assert all(map(same_bits, _by_shards(again, *there), found)), "not repeatable"
+        assert not unlike(_state(again), _state(shared)), "not repeatable"

@@ -1,0 +1,185 @@
+"""Step 2: tensor functions give the CPU's bits on this device; layers, updates and totals are close to float64."""
+
+import torch
+from torch import Tensor
+
+from distributed import keyed
+from distributed.config.data import Augment, GeneratedData
+from distributed.data.augment import augment, crop, cut_out
+from distributed.data.batch import Batch
+from distributed.data.mix import beta, mix
+from distributed.data.pipeline import DataPipeline
+from distributed.gpu_check import unit_layers, unit_updates
+from distributed.gpu_check.checks import Checks
+from distributed.gpu_check.differences import error, same_bits, unlike
+from distributed.process_group import make_deterministic
+from distributed.sums import RunningSums, Totals
+
+_CPU = torch.device("cpu")
+
+
+def run(checks: Checks) -> None:
+    """Compare each function on the device with the CPU."""
+    make_deterministic(checks.device)
+    _keyed(checks)
+    _augmentation(checks)
+    _mixing(checks)
+    _placements(checks)
+    _totals(checks)
+    unit_layers.run(checks)
+    unit_updates.run(checks)
+
+
+def _images(checks: Checks) -> tuple[Tensor, Tensor]:
+    """Random uint8 images [n, 32, 32, 3] and the samples' keys int64 [n, 2], on the CPU."""
+    count = 40 if checks.tiny else 512
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    return images, keyed.sample_keys(torch.arange(count) * 7, seed=2**62, epoch=3)
+
+
+def _draws(count: int, device: torch.device) -> dict[str, Tensor]:
+    keys = keyed.sample_keys(torch.arange(count, device=device), seed=2**40 + 5, epoch=7)
+    units = keyed.unit_words("dropout1", 513).to(device)
+    return {
+        "sample_keys": keys,
+        "draws": keyed.draws(keys, "flip"),
+        "integers": keyed.integers(keys, "crop_y", 2**31),
+        "unit": keyed.unit(keys, "mixup_0_x"),
+        "uniform16": keyed.uniform16(keys[:300], units),
+        "permutation": keyed.permutation(count, seed=1, epoch=2, device=device),
+    }
+
+
+def _keyed(checks: Checks) -> None:
+    with checks.check("keyed draws equal the CPU's"):
+        count = 3_001 if checks.tiny else 200_001
+        different = unlike(_draws(count, checks.device), _draws(count, _CPU))
+        assert not different, different
+
+
+def _augmentation(checks: Checks) -> None:
+    images, keys = _images(checks)
+    there, keys_there = images.to(checks.device), keys.to(checks.device)
+    with checks.check("crop, flip and cutout equal the CPU's"):
+        down, across = keyed.integers(keys, "crop_y", 9), keyed.integers(keys, "crop_x", 9)
+        cropped = crop(there, 4, down.to(checks.device), across.to(checks.device))
+        assert same_bits(cropped, crop(images, 4, down, across)), "crop"
+        for config in (Augment(crop=0), Augment(crop=4, flip=False), Augment(crop=4)):
+            found, expected = augment(there, keys_there, config), augment(images, keys, config)
+            assert same_bits(found, expected), config
+        for side in (5, 16):
+            found, expected = cut_out(there.float(), keys_there, side), cut_out(images.float(), keys, side)
+            assert same_bits(found, expected), f"cutout of {side} pixels"
+
+
+def _mixing(checks: Checks) -> None:
+    images, keys = _images(checks)
+    own, keys_there = images.float() / 255, keys.to(checks.device)
+    others = own.roll(1, 0)
+    there, others_there = own.to(checks.device), others.to(checks.device)
+    with checks.check("beta draws are the CPU's but for the last digits") as figures:
+        for alpha in (0.2, 1.0):
+            figures[f"error at alpha {alpha}"] = error(beta(keys_there, "mixup", alpha), beta(keys, "mixup", alpha))
+        assert max(figures.values()) < 1e-13, figures
+    for name, config, bound in (
+        ("mixup", Augment(mixup=0.8), 1e-6),
+        ("cutmix", Augment(cutmix=1.0), 0.0),
+        ("both", Augment(mixup=0.8, cutmix=1.0), 1e-6),
+    ):
+        with checks.check(f"mixing by {name} is the CPU's") as figures:
+            found, expected = mix(there, others_there, keys_there, config), mix(own, others, keys, config)
+            figures["images"], figures["labels"] = map(error, found, expected)
+            assert max(figures.values()) <= bound, f"bound {bound}"
+
+
+def _pipeline(checks: Checks, device: torch.device, placement: str) -> DataPipeline:
+    samples = 200 if checks.tiny else 2000
+    augmentation = Augment(mixup=0.5, cutmix=1.0, cutout=8)
+    config = GeneratedData.model_validate(
+        {"train_samples": samples, "test_samples": samples // 2, "placement": placement, "augment": augmentation}
+    )
+    return DataPipeline(
+        config, side=32, seed=5, global_batch_size=48, accumulation=2, evaluation_batch_size=70, rank=0, world_size=1,
+        shards=4, device=device, dtype=torch.float32, channels_last=True,
+    )  # fmt: skip
+
+
+def _batches(data: DataPipeline) -> list[Batch]:
+    """All of an epoch, the short last step too, and of an evaluation."""
+    return [batch for step in data.train_epoch(1) for batch in step] + list(data.evaluation("test"))
+
+
+def _contents(batch: Batch) -> dict[str, Tensor]:
+    found = {
+        "images": batch.images, "labels": batch.labels, "sample_ids": batch.sample_ids, "sample_keys": batch.sample_keys
+    }  # fmt: skip
+    return found | ({"mixed labels": batch.mixed.labels, "own part": batch.mixed.own_part} if batch.mixed else {})
+
+
+def _placements(checks: Checks) -> None:
+    held = _batches(_pipeline(checks, checks.device, "device"))
+    with checks.check("images in host memory give the same batches"):
+        for index, (one, other) in enumerate(
+            zip(held, _batches(_pipeline(checks, checks.device, "host")), strict=True)
+        ):
+            different = unlike(_contents(one), _contents(other))
+            assert not different, f"batch {index}: {different}"
+    with checks.check("batches are the CPU's") as figures:
+        figures["images"] = figures["own part"] = 0.0
+        for one, other in zip(held, _batches(_pipeline(checks, _CPU, "device")), strict=True):
+            found, expected = _contents(one), _contents(other)
+            for name in expected:
+                if name in figures:
+                    figures[name] = max(figures[name], error(found[name], expected[name]))
+                else:
+                    assert same_bits(found[name], expected[name]), name
+        assert max(figures.values()) < 1e-6, figures
+
+
+def _outcomes(count: int, *, ties: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [n] of any size, logits [n, 10] and labels [n], on the CPU."""
+    generator = torch.Generator().manual_seed(count)
+    logits = torch.randn(count, 10, generator=generator)
+    if ties:
+        logits = logits.round()
+    labels = torch.randint(0, 10, (count,), generator=generator)
+    losses = torch.randn(count, generator=generator).exp() * 10.0 ** torch.randint(-6, 5, (count,), generator=generator)
+    return losses, logits, labels
+
+
+def _read(device: torch.device, *batches: tuple[Tensor, Tensor, Tensor]) -> Totals:
+    sums = RunningSums(device)
+    for step, batch in enumerate(batches):
+        losses, logits, labels = (tensor.to(device) for tensor in batch)
+        sums.add(losses, logits, labels, step=step)
+        sums.add_step(losses.sum())
+    return sums.read()
+
+
+def _totals(checks: Checks) -> None:
+    plain = [_outcomes(count, ties=False) for count in (128, 1, 0, 77)]
+    with checks.check("totals equal the CPU's"):
+        assert _read(checks.device, *plain) == _read(_CPU, *plain)
+    for bad in (float("nan"), float("inf"), -float("inf"), 2.0**60):
+        with checks.check(f"totals with a loss of {bad} equal the CPU's"):
+            losses, logits, labels = _outcomes(50, ties=False)
+            losses[17] = bad
+            found, expected = (
+                _read(device, *plain, (losses, logits, labels), *plain) for device in (checks.device, _CPU)
+            )
+            assert found == expected, (found, expected)
+            assert found.first_bad_step == 4
+    with checks.check("ties: the first of the largest logits is the answer") as figures:
+        losses, logits, labels = _outcomes(1000, ties=True)
+        found = _read(checks.device, (losses, logits, labels))
+        best = logits.double() - torch.arange(10) * 1e-6  # the first of equal ones is the largest
+        assert found.correct == int((best.argmax(1) == labels).sum())
+        # Which of equal logits are among the first five is open; between these bounds, and always the same.
+        right = logits.gather(1, labels[:, None])
+        least = int(((logits >= right).sum(1) <= 5).sum())
+        most = int(((logits > right).sum(1) < 5).sum())
+        figures |= {"top 5": found.correct5, "least": least, "most": most}
+        figures["on the CPU"] = _read(_CPU, (losses, logits, labels)).correct5
+        assert least <= found.correct5 <= most
+        assert found == _read(checks.device, (losses, logits, labels))

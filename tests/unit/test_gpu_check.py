@@ -1,0 +1,122 @@
+"""The frame of `distributed.gpu_check`, with steps that go wrong in every way, each in a real process."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from distributed.gpu_check.__main__ import main
+from distributed.gpu_check.steps import STEPS, Step
+
+ROOT = Path(__file__).parents[2]
+SOURCES = {
+    "step_fails": """
+        with checks.check("sums") as figures:
+            figures["found"] = 3
+            assert 1 + 1 == 3, "two, not three"
+        with checks.check("raises"):
+            raise ValueError("no such number")
+        with checks.check("after them"):
+            pass
+    """,
+    "step_aborts": """
+        with checks.check("before") as figures:
+            figures["seconds"] = 0.25
+        print("CHECK {\\"check\\": \\"cut o", end="", flush=True)
+        os.abort()
+    """,
+    "step_hangs": """
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        with checks.check("children") as figures:
+            figures["pids"] = [os.getpid(), child.pid]
+        time.sleep(600)
+    """,
+    "step_leaves": """
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        with checks.check("children") as figures:
+            figures["pids"] = [os.getpid(), child.pid]
+    """,
+    "step_is_fine": """
+        with checks.check("device") as figures:
+            figures |= {"device": checks.device.type, "tiny": checks.tiny, "folder": checks.scratch.is_dir()}
+    """,
+}
+
+
+def running(pid: int) -> bool:
+    """Whether the process is there and not a zombie that nobody has waited for yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose modules the steps' processes can import."""
+    for name, body in SOURCES.items():
+        text = f"import os, subprocess, sys, time\n\n\ndef run(checks):{body.rstrip()}\n"
+        (tmp_path / f"{name}.py").write_text(text.replace("\n        ", "\n    "))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    return tmp_path
+
+
+def results(out: Path) -> dict[str, dict]:
+    lines = [json.loads(line) for line in (out / "gpu_check.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines}
+
+
+def started(folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str, seconds: int = 60, within: float = 300) -> int:
+    """The exit code of a check of these steps, each ended after `seconds`."""
+    steps = [Step(name.removeprefix("step_"), seconds, "a test", module=name) for name in names]
+    out = ["--out", str(folder / "out"), "--seconds", str(within)]
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--device", "cpu", "--tiny", *out])
+    return main(steps)
+
+
+@pytest.mark.slow
+def test_no_step_that_goes_wrong_stops_the_next(folder, monkeypatch, capsys):
+    names = ("step_fails", "step_aborts", "step_leaves", "step_is_fine")
+    assert started(folder, monkeypatch, *names) == 1
+    found = results(folder / "out")
+    assert {step: line["verdict"] for step, line in found.items()} == {
+        "fails": "fail", "aborts": "error", "leaves": "pass", "is_fine": "pass"
+    }  # fmt: skip
+    failed, raised, after = found["fails"]["checks"]
+    assert (failed["verdict"], failed["figures"], failed["message"]) == ("fail", {"found": 3}, "two, not three")
+    assert raised["verdict"] == "error"
+    assert "ValueError: no such number" in raised["message"]
+    assert after["verdict"] == "pass"
+    assert [check["check"] for check in found["aborts"]["checks"]] == ["before"]
+    assert found["aborts"]["exit_code"] == -6
+    assert found["is_fine"]["checks"][0]["figures"] == {"device": "cpu", "tiny": True, "folder": True}
+    assert not any(map(running, found["leaves"]["checks"][0]["figures"]["pids"]))
+    said = capsys.readouterr().out
+    assert "2 of 4 steps passed; see fails, aborts" in said
+    assert "two, not three" in said
+
+
+@pytest.mark.slow
+def test_a_step_out_of_time_ends_with_all_that_it_started(folder, monkeypatch):
+    assert started(folder, monkeypatch, "step_hangs", "step_is_fine", seconds=25) == 1
+    found = results(folder / "out")
+    assert found["hangs"]["verdict"] == "timeout"
+    (check,) = found["hangs"]["checks"]
+    assert check["verdict"] == "pass"
+    assert not any(map(running, check["figures"]["pids"]))
+    assert found["is_fine"]["verdict"] == "pass"
+
+
+def test_no_step_is_started_after_the_time_for_all(folder, monkeypatch):
+    assert started(folder, monkeypatch, "step_is_fine", within=0) == 1
+    line = results(folder / "out")["is_fine"]
+    assert (line["verdict"], line["checks"]) == ("timeout", [])
+
+
+def test_every_step_has_a_limit_and_a_name_of_its_own():
+    names = [step.name for step in STEPS]
+    assert len(set(names)) == len(names)
+    assert all(10 <= step.seconds <= 100 for step in STEPS)
+    assert STEPS[2].module == "distributed.gpu_check.units"
