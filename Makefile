@@ -36,8 +36,7 @@ gpu-results: $(READY)  ## the seeds' eight results on one GPU that passed the ch
 	$(if $(UNCHECKED),,$(BIN)/python -m distributed.gpu_pack passed $(GPU_CHECK)/gpu_check.jsonl)
 	$(BIN)/python -m distributed.experiments --data.root $(CIFAR_ROOT) --device cuda --out results/experiments_gpu
 
-# 120 s for call 1 with this environment's torch; .ci/run gives the oldest torch its own.
-gpu-check-dry: $(READY)  ## both commands of gpu-pack on this CPU, as on a bare machine without network
+gpu-check-dry: $(READY)  ## gpu-pack's commands on this CPU, as on a bare machine without network; ARGS="--python OTHER"
 	$(BUDGET) 240 $(BIN)/python -m distributed.gpu_pack dry-run $(ARGS)
 
 gpu-pack: $(READY)  ## wheels and CIFAR-10 for a rented GPU, and the commands to run there; needs CIFAR_ROOT

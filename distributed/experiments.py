@@ -69,9 +69,9 @@ class Result:
     command: str
 
     @property
-    def progress(self) -> tuple[bool, int]:
-        """How far it came, to be compared with another run of the same id."""
-        return self.ended_early or self.epochs >= self.of_epochs, self.epochs
+    def progress(self) -> int:
+        """Epochs, to be compared with another run of the same id; all of them where early stopping ended it."""
+        return self.of_epochs if self.ended_early else self.epochs
 
 
 def result_of(name: str, run: RunFolder) -> Result | None:

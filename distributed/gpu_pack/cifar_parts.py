@@ -89,20 +89,20 @@ def unpack(parts: Sequence[Path], to: Path) -> Path:
 
 
 def _write_files(index: dict[str, Any], parts: Sequence[Path], folder: Path) -> None:
-    mosaics = {path.name: path for part in parts for path in part.glob("*.webp")}
+    there = {path.name: path for part in parts for path in part.iterdir()}
     wanted = [(name, start) for name, of in index.items() for start in range(0, of["records"], IMAGES)]
-    missing = [name for name, start in wanted if _mosaic_name(name, start) not in mosaics]
-    if missing:
-        raise InputError(f"{len(missing)} mosaics are missing, the first of {missing[0]}: give all parts")
+    files = [*(_mosaic_name(name, start) for name, start in wanted), *(f"{name}.labels" for name in index)]
+    if missing := [file for file in files if file not in there]:
+        raise InputError(f"{len(missing)} files are missing, the first {missing[0]}: give all parts")
     with _pool(len(wanted)) as pool:
         work = []
         for name, of in index.items():
-            labels = np.fromfile(next(p for part in parts if (p := part / f"{name}.labels").is_file()), np.uint8)
+            labels = np.fromfile(there[f"{name}.labels"], np.uint8)
             (folder / name).write_bytes(b"")
             os.truncate(folder / name, of["records"] * (1 + _PIXELS))
             for start in range(0, of["records"], IMAGES):
                 own = labels[start : start + IMAGES]
-                work.append(pool.submit(_write_records, mosaics[_mosaic_name(name, start)], own, folder / name, start))
+                work.append(pool.submit(_write_records, there[_mosaic_name(name, start)], own, folder / name, start))
         for one in work:
             one.result()
         digests = pool.map(digest_of, [folder / name for name in index])

@@ -73,3 +73,20 @@ def test_what_a_run_would_refuse_is_told_before_it_is_started(tmp_path):
     assert refused.returncode == 2
     assert refused.stderr == "error: command line: optim.lr = fast: should be a valid number\n"
     assert "torch.distributed.run" not in refused.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_after_a_run_that_fails_the_next_is_still_tried(tmp_path):
+    failed = experiments(tmp_path, "--only", "I-10", "I-50", *SHORT.split(), "--epochs", "1", "--optim.lr", "1e30")
+    assert failed.returncode == 3, failed.stderr
+    assert failed.stdout.count("torch.distributed.run") == 2
+
+
+def test_a_table_that_is_damaged_is_refused_before_anything_is_run(tmp_path):
+    (tmp_path / "results.json").write_text("[{}]")
+    refused = experiments(tmp_path, "--only", "I-10", *SHORT.split())
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"error: {tmp_path / 'results.json'}: no table of experiments")
+    assert refused.stderr.count("\n") == 1
+    assert "torch.distributed.run" not in refused.stdout
