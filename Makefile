@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RANKS ?= 2
 
-.PHONY: train test lint bench gpu-results clean
+.PHONY: train test lint bench gpu-check gpu-check-dry gpu-pack gpu-collect gpu-results clean
 
 train: $(READY)  ## train on CIFAR-10 in CIFAR_ROOT (or ./data) on 2 processes, or on generated images
 	$(BIN)/torchrun --nproc_per_node=$(RANKS) --standalone -m distributed.train $(if $(CIFAR_ROOT),--data.root $(CIFAR_ROOT)) $(ARGS)
@@ -26,9 +26,24 @@ lint: $(READY)
 bench: $(READY)  ## speed against the seeds' loop and against compute alone; needs CIFAR_ROOT
 	$(BIN)/python -m distributed.bench train --data.root $(CIFAR_ROOT)
 
-# On a GPU that is lent for ten minutes at a time: give the same command until it says that all are finished.
-gpu-results: $(READY)  ## the seeds' eight results on one GPU, in slices of 9 minutes; needs CIFAR_ROOT
-	$(BIN)/python -m distributed.experiments --data.root $(CIFAR_ROOT) --device cuda --minutes 9 --out results/experiments_gpu
+# A machine with a GPU that stays: make gpu-check, then make gpu-results. One that is rented by the minute, bare and without a
+# network: make gpu-check-dry and make gpu-pack here, the two printed commands there, make gpu-collect on what comes back.
+GPU_CHECK := runs/gpu_check
+gpu-check: $(READY)  ## is this code right and fast on this GPU? In under 5 minutes
+	$(BIN)/python -m distributed.gpu_check --out $(GPU_CHECK)
+
+gpu-results: $(READY)  ## the seeds' eight results on one GPU that passed the check (or UNCHECKED=1); needs CIFAR_ROOT
+	$(if $(UNCHECKED),,$(BIN)/python -m distributed.gpu_pack passed $(GPU_CHECK)/gpu_check.jsonl)
+	$(BIN)/python -m distributed.experiments --data.root $(CIFAR_ROOT) --device cuda --out results/experiments_gpu
+
+gpu-check-dry: $(READY)  ## gpu-pack's commands on this CPU, as on a bare machine without network; ARGS="--python OTHER"
+	$(BUDGET) 240 $(BIN)/python -m distributed.gpu_pack dry-run $(ARGS)
+
+gpu-pack: $(READY)  ## wheels and CIFAR-10 for a rented GPU, and the commands to run there; needs CIFAR_ROOT
+	$(BIN)/python -m distributed.gpu_pack pack $(if $(CIFAR_ROOT),--data.root $(CIFAR_ROOT))
+
+gpu-collect: $(READY)  ## what came back from there, FROM=FOLDER, into results/
+	$(BIN)/python -m distributed.gpu_pack collect $(FROM)
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -39,4 +54,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:  ## everything that make made; runs/ and data/ stay
-	rm -rf $(VENV) .venv-* *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-* .whl .cifar-a .cifar-b *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,8 @@
 """`python -m distributed.experiments [--only I-10 ...]`: the seeds' eight results, run one after the other and put in a table.
 
 Each is a plain torchrun of configs/seeds/ID.toml into RUNS/ID, so that a finished one is skipped and a stopped one goes on.
-The table is made of what the run folders say: RESULTS.md and RESULTS.json are written anew after each run.
+The table is made of what the run folders say. After each run it is merged into OUT.md and OUT.json: rows of runs on other
+machines stay.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from distributed.config import load
 from distributed.errors import ExitCode, InputError
-from distributed.files import replace_json, replace_text
+from distributed.files import read_json, replace_json, replace_text
 from distributed.run_folder import RunFolder
 from distributed.run_lines import attempt_lines, metrics_lines
 
@@ -66,6 +67,11 @@ class Result:
     versions: dict[str, str]
     date: str
     command: str
+
+    @property
+    def progress(self) -> int:
+        """Epochs, to be compared with another run of the same id; all of them where early stopping ended it."""
+        return self.of_epochs if self.ended_early else self.epochs
 
 
 def result_of(name: str, run: RunFolder) -> Result | None:
@@ -122,16 +128,42 @@ def _per_cent(value: float | None) -> str:
 
 
 def write_results(runs: Path, out: Path) -> list[Result]:
-    """The table of all runs that there are, as OUT.md and OUT.json."""
-    results = [found for name in SEEDS if (found := result_of(name, RunFolder(runs / name)))]
+    """Merge all runs that there are into OUT.md and OUT.json; the merged rows."""
+    return write_table([found for name in SEEDS if (found := result_of(name, RunFolder(runs / name)))], out)
+
+
+def write_table(results: Sequence[Result], out: Path) -> list[Result]:
+    """Merge results into OUT.md and OUT.json; the merged rows, in the seeds' order.
+
+    A row that is there is replaced only by a run of the same id that came at least as far.
+    """
+    rows = {row.name: row for row in read_table(out.with_suffix(".json"))}
+    for result in results:
+        if result.name not in rows or result.progress >= rows[result.name].progress:
+            rows[result.name] = result
+    merged = [rows[name] for name in SEEDS if name in rows]
     out.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(out.with_suffix(".md"), table(results))
-    replace_json(out.with_suffix(".json"), [asdict(result) for result in results])
-    return results
+    replace_text(out.with_suffix(".md"), table(merged))
+    replace_json(out.with_suffix(".json"), [asdict(result) for result in merged])
+    return merged
+
+
+def read_table(file: Path) -> list[Result]:
+    """The rows of an OUT.json; none where there is no such file.
+
+    Raises:
+        InputError: it holds anything else.
+    """
+    if not file.exists():
+        return []
+    try:
+        return [Result(**row) for row in read_json(file)]
+    except TypeError:
+        raise InputError(f"{file}: no table of experiments; move it away, or name another with --out") from None
 
 
 def main() -> int:
-    """0: all asked for are finished; 75: time was up, the same command goes on; else what the failed run ended with.
+    """0: all asked for are finished; 75: time was up, the same command goes on; else what the first failed run ended with.
 
     Other settings (`--precision float32`) go to every run.
     """
@@ -148,7 +180,9 @@ def main() -> int:
     )
     arguments, settings = parser.parse_known_args()
     deadline = time.monotonic() + 60 * arguments.minutes if arguments.minutes else None
+    failed: int = ExitCode.FINISHED
     try:
+        results = read_table(arguments.out.with_suffix(".json"))  # refused now, not after hours
         for name in arguments.only:
             words = [str(CONFIGS / f"{name}.toml"), "--run_dir", str(arguments.runs / name), *settings]
             words += ["--data.root", arguments.root] if arguments.root else []
@@ -156,13 +190,14 @@ def main() -> int:
             code = _run(["--nproc_per_node", arguments.nproc_per_node], words, deadline)
             code = int(code and RunFolder(arguments.runs / name).status().get("exit_code", code))
             results = write_results(arguments.runs, arguments.out)
-            if code:
+            if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED):
                 return code
+            failed = failed or code  # the next one may well work, and a rented machine is not for waiting
     except InputError as error:
         error.tell()
         return ExitCode.BAD_INPUT
     print(table(results))
-    return ExitCode.FINISHED
+    return failed
 
 
 def _run(launch: Sequence[str], words: Sequence[str], deadline: float | None) -> int:

@@ -73,3 +73,23 @@ def test_what_a_run_would_refuse_is_told_before_it_is_started(tmp_path):
     assert refused.returncode == 2
     assert refused.stderr == "error: command line: optim.lr = fast: should be a valid number\n"
     assert "torch.distributed.run" not in refused.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_after_a_run_that_fails_the_next_is_still_tried(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "I-10").write_text("a file where the run folder belongs")
+    failed = experiments(tmp_path, "--only", "I-10", "I-50", *SHORT.split(), "--epochs", "1")
+    assert failed.returncode not in (0, 75), failed.stderr
+    assert "another with --run_dir" in failed.stderr
+    assert [row["name"] for row in json.loads((tmp_path / "results.json").read_text())] == ["I-50"]
+
+
+def test_a_table_that_is_damaged_is_refused_before_anything_is_run(tmp_path):
+    (tmp_path / "results.json").write_text("[{}]")
+    refused = experiments(tmp_path, "--only", "I-10", *SHORT.split())
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"error: {tmp_path / 'results.json'}: no table of experiments")
+    assert refused.stderr.count("\n") == 1
+    assert "torch.distributed.run" not in refused.stdout

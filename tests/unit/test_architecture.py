@@ -25,7 +25,7 @@ LAYERS = [
     "recipe",
     "process",
     "train evaluate compare bench predict export experiments gpu_check",
-    "report",
+    "report gpu_pack",
 ]
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row.split()}
 SLOW = {
@@ -56,6 +56,9 @@ WITHOUT_TORCH = {
     "predict",
     "export.__main__",
     "report.__main__",
+    "experiments",
+    "gpu_check.__main__",
+    "gpu_pack",
     "saved_run",
     "figures.style",
     "figures.confusion",

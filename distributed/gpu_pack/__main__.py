@@ -1,0 +1,79 @@
+"""`python -m distributed.gpu_pack pack | unpack | dry-run | collect | passed`: the way to a rented GPU and back."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from distributed.errors import ExitCode, InputError
+
+
+def main() -> int:
+    """Run one subcommand; 2 and one line on stderr where it cannot."""
+    parser = argparse.ArgumentParser(prog="python -m distributed.gpu_pack", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    pack = commands.add_parser("pack", help="put wheels and CIFAR-10 into this checkout; print the two commands")
+    pack.add_argument("--data.root", dest="root", type=Path, default=Path("data"), help="folder with CIFAR-10")
+    unpack = commands.add_parser("unpack", help="make the official CIFAR-10 files of packed parts")
+    unpack.add_argument("parts", nargs="+", type=Path)
+    unpack.add_argument("--to", type=Path, required=True, help="folder for cifar-10-batches-bin")
+    dry = commands.add_parser("dry-run", help="try the two commands out on a CPU")
+    dry.add_argument("--python", type=Path, default=Path(sys.executable), help="the python3 of the commands")
+    dry.add_argument("--call", type=int, nargs="+", choices=(1, 2), default=(1, 2), help="which commands")
+    dry.add_argument("--only", nargs="+", default=(), metavar="STEP", help="steps of the check; none: all")
+    collect = commands.add_parser("collect", help="put what came back into the results folder")
+    collect.add_argument("source", type=Path)
+    collect.add_argument("--results", type=Path, default=Path("results"))
+    passed = commands.add_parser("passed", help="exit code 2 unless each step of a check passed on a GPU")
+    passed.add_argument("lines", type=Path, help="its gpu_check.jsonl")
+    given = parser.parse_args()
+    try:
+        _run(given)
+    except InputError as error:
+        error.tell()
+        return ExitCode.BAD_INPUT
+    return ExitCode.FINISHED
+
+
+def _run(given: argparse.Namespace) -> None:
+    if given.command == "pack":
+        _pack(given.root)
+    elif given.command == "unpack":
+        from distributed.gpu_pack import cifar_parts
+
+        start = time.monotonic()
+        print(f"{cifar_parts.unpack(given.parts, given.to)} ({time.monotonic() - start:.1f} s)")
+    elif given.command == "dry-run":
+        from distributed.gpu_pack.dry_run import dry_run
+
+        dry_run(given.python, given.call, given.only)
+    else:
+        from distributed.gpu_pack.collect import check_passed, collect
+
+        if given.command == "passed":
+            check_passed(given.lines)
+        else:
+            print(*collect(given.source, given.results), sep="\n")
+
+
+def _pack(root: Path) -> None:
+    """Make the carried folders, check the limits, print sizes and commands."""
+    from distributed.gpu_pack import checkout, cifar_parts, wheels
+    from distributed.gpu_pack.calls import CALLS, PARTS, WHEELS, check_size
+
+    start, here = time.monotonic(), Path.cwd()
+    tree = checkout.size_of(here)
+    names = [wheel.name for wheel in wheels.download(here / WHEELS)]
+    cifar_parts.pack(root, [here / part for part in PARTS])
+    print(f"packed in {time.monotonic() - start:.0f} s: CIFAR-10 and {', '.join(names)}")
+    for call in CALLS:
+        sizes = {"checkout": tree} | {name: checkout.folder_size(here / name) for name in call.carried}
+        total = check_size(call, sizes)
+        listed = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in sizes.items())
+        print(f"\n# {call.name}: carry {' '.join(call.carried)}; up to {call.seconds} s; {len(call.text)} characters")
+        print(f"# {total / 2**20:.1f} of 64 MiB: {listed}")
+        print(call.text, end="")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

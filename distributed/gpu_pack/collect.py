@@ -1,0 +1,74 @@
+"""What a rented machine gave back, put into the results folder beside earlier rentals' results."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from distributed import experiments
+from distributed.errors import InputError
+from distributed.files import read_json, replace_json
+from distributed.gpu_check.steps import STEPS
+
+_MAX_PROFILE_BYTES = 64 * 2**10  # a larger one is no text to commit
+
+
+def newest_steps(lines: Path) -> dict[str, dict[str, Any]]:
+    """The newest GPU line of each step in a gpu_check.jsonl, in the steps' order; a line cut short is passed over."""
+    found: dict[str, dict[str, Any]] = {}
+    for text in lines.read_text(errors="replace").splitlines() if lines.is_file() else ():
+        try:
+            line = json.loads(text)
+            if line["device"] == "cuda" and isinstance(line["verdict"], str):
+                found[line["step"]] = line
+        except (ValueError, KeyError, TypeError):
+            continue
+    return {step.name: found[step.name] for step in STEPS if step.name in found}
+
+
+def check_passed(lines: Path) -> None:
+    """Raises InputError unless every step passed on a GPU when it last ran."""
+    found = newest_steps(lines)
+    bad = [f"{step.name} ({found[step.name]['verdict'] if step.name in found else 'not run'})" for step in STEPS
+           if step.name not in found or found[step.name]["verdict"] != "pass"]  # fmt: skip
+    if bad:
+        raise InputError(f"{lines}: not passed: {', '.join(bad)}; run make gpu-check, or give UNCHECKED=1")
+
+
+def collect(source: Path, results: Path) -> list[Path]:
+    """Copy or merge what lies in `source` into `results`; the files written.
+
+    Raises:
+        InputError: nothing that is known lies there.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    written = []
+    if steps := newest_steps(source / "gpu_check.jsonl"):
+        file = results / "gpu_check.json"
+        earlier = {line["step"]: line for line in read_json(file) or []}
+        merged = earlier | {name: _without_paths(line) for name, line in steps.items()}
+        replace_json(file, [merged[step.name] for step in STEPS if step.name in merged])
+        written.append(file)
+    if (speed := source / "gpu_speed.json").is_file():
+        written.append(Path(shutil.copyfile(speed, results / "gpu_speed.json")))
+    if (profile := source / "profile.txt").is_file() and profile.stat().st_size <= _MAX_PROFILE_BYTES:
+        written.append(Path(shutil.copyfile(profile, results / "gpu_profile.txt")))
+    if (table := source / "experiments_gpu.json").is_file():
+        experiments.write_table(experiments.read_table(table), results / "experiments_gpu")
+        written += [results / "experiments_gpu.json", results / "experiments_gpu.md"]
+    if not written:
+        raise InputError(f"{source}: no gpu_check.jsonl, gpu_speed.json, profile.txt or experiments_gpu.json is there")
+    return written
+
+
+def _without_paths(line: dict[str, Any]) -> dict[str, Any]:
+    """The line with the last line of each message only: tracebacks name files of the machine that ran it."""
+    short = {key: value for key, value in line.items() if key not in ("message", "checks")}
+    if "message" in line:
+        short["message"] = _last(line["message"])
+    checks = [check | ({"message": _last(check["message"])} if "message" in check else {}) for check in line["checks"]]
+    return short | {"checks": checks}
+
+
+def _last(message: str) -> str:
+    return (message.strip().splitlines() or [""])[-1]

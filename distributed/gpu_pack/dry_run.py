@@ -1,0 +1,86 @@
+"""Try both calls' commands out on this machine: a copy of the checkout, no network, an empty environment, few packages."""
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from distributed.data.cifar_official import CIFAR10
+from distributed.errors import InputError
+from distributed.gpu_pack import checkout, cifar_parts, wheels
+from distributed.gpu_pack.calls import CALLS, MAX_BYTES_BACK, MAX_FILES_BACK, PARTS, WHEELS, Call
+
+# Call 2 on generated images: the last --only counts. I-50 is the run whose checkpoint is brought back.
+_TRY_EXPERIMENTS = (
+    "--only I-50 --data.name generated10 --data.train_samples 256 --data.test_samples 64 --epochs 1 --threads 1"
+)
+
+
+def dry_run(python: Path, numbers: Sequence[int], steps: Sequence[str]) -> None:
+    """Run the calls of these numbers, 1 and 2, with `python` as their python3; call 1 with these steps, or with all.
+
+    Raises:
+        InputError: a call failed, or more would come back than can.
+    """
+    if not python.is_file():
+        raise InputError(f"--python {python}: no such file; name an interpreter, e.g. .venv/bin/python")
+    python = python.absolute()  # not resolved: the link in a virtual environment is what makes it one
+    with tempfile.TemporaryDirectory(prefix="gpu-dry-") as temporary:
+        tree, folder = Path(temporary, "tree"), Path(temporary, "tmp")
+        checkout.copy(Path.cwd(), tree)
+        carried = wheels.download(tree / WHEELS, for_python=python)
+        site = folder / "gpu" / "site"
+        site.mkdir(parents=True)
+        # Call 2 by itself finds what call 1 would have left behind.
+        first = tree / PARTS[0] if 1 in numbers else folder / "gpu" / PARTS[0].removeprefix(".")
+        _pack_blank([first, tree / PARTS[1]])
+        shown = sorted({*wheels.machine_packages(), *map(wheels.package_of, carried)})
+        hide = [str(python), "-m", "distributed.gpu_pack.bare_machine", str(site), *shown]
+        subprocess.run(hide, cwd=tree, env={}, check=True)
+        offline = _offline()
+        more = {1: " ".join(["--tiny", *(["--only", *steps] if steps else [])]), 2: _TRY_EXPERIMENTS}
+        for number in numbers:
+            out = Path(temporary, f"out{number}")
+            out.mkdir()
+            environment = {"PATH": f"{python.parent}:/usr/bin:/bin", "TMPDIR": str(folder), "OUT": str(out)}
+            environment |= {"CHECK_DEVICE": "cpu", "CHECK_MORE": more[number]}
+            _run(CALLS[number - 1], [*offline, "bash", "-c", CALLS[number - 1].text], tree, environment, out)
+
+
+def _run(call: Call, command: Sequence[str], tree: Path, environment: dict[str, str], out: Path) -> None:
+    start = time.monotonic()
+    code = subprocess.run(command, cwd=tree, env=environment, check=False).returncode
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    sizes = ", ".join(f"{path.relative_to(out)} {path.stat().st_size:,} bytes" for path in files)
+    print(f"{call.name}: exit code {code} after {time.monotonic() - start:.0f} s; comes back: {sizes}", flush=True)
+    if code:
+        raise InputError(f"{call.name}: its command ended with exit code {code}")
+    if len(files) > MAX_FILES_BACK or any(path.stat().st_size > MAX_BYTES_BACK for path in files):
+        raise InputError(f"{call.name}: at most {MAX_FILES_BACK} files of 16 MiB come back")
+    if not list(out.glob("*.json*")):
+        raise InputError(f"{call.name}: no result comes back")
+
+
+def _pack_blank(parts: Sequence[Path]) -> None:
+    """Black images of class 0 in CIFAR-10's files."""
+    blank = np.zeros((CIFAR10.train_records, 1 + 3072), np.uint8)
+    form = CIFAR10.forms[0]
+    cifar_parts.pack_files(dict.fromkeys((*form.train, form.test), blank), parts)
+
+
+def _offline() -> list[str]:
+    """Words before a command that cut it off from every network but its own loopback; none, with a notice, if not permitted."""
+    loopback = ["sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    for unshare in (["unshare", "--net"], ["unshare", "--map-root-user", "--net"]):
+        try:
+            tried = subprocess.run([*unshare, *loopback, "true"], capture_output=True, check=False)
+        except FileNotFoundError:
+            continue
+        if tried.returncode == 0:
+            return [*unshare, *loopback]
+    print("the network is not cut off: `unshare --net` and `ip` are missing or not permitted here", file=sys.stderr)
+    return []

@@ -1,0 +1,256 @@
+"""The way to a rented GPU and back: parts of CIFAR-10, wheels, commands, the bare machine, what is collected."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distributed.errors import InputError
+from distributed.gpu_pack import bare_machine, calls, checkout, cifar_parts, collect, wheels
+
+ROOT = Path(__file__).parents[2]
+
+
+def gpu_pack(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "distributed.gpu_pack", *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100, check=False)
+
+
+@pytest.fixture
+def records() -> dict[str, np.ndarray]:
+    """Official files of few records: one mosaic that is not full, several, one that ends with a row."""
+    drawn = np.random.default_rng(3)
+    counts = {"data_batch_1.bin": 37, "data_batch_2.bin": cifar_parts.IMAGES + 5, "test_batch.bin": 100}
+    return {name: drawn.integers(0, 256, (count, 3073), dtype=np.uint8) for name, count in counts.items()}
+
+
+@pytest.fixture
+def parts(records, tmp_path) -> list[Path]:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    cifar_parts.pack_files(records, folders)
+    return folders
+
+
+def test_unpacked_files_are_the_packed_bytes(records, parts, tmp_path):
+    assert all(list(part.glob("*.webp")) for part in parts)
+    folder = cifar_parts.unpack(parts[::-1], tmp_path / "data")
+    assert folder == tmp_path / "data" / "cifar-10-batches-bin"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        name: rows.tobytes() for name, rows in records.items()
+    }
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_official_records_are_those_of_the_binary_layout():
+    images = np.arange(2 * 32 * 32 * 3, dtype=np.uint32).astype(np.uint8).reshape(2, 32, 32, 3)
+    records = cifar_parts.records_of(images, np.array([7, 9]))
+    assert records[:, 0].tolist() == [7, 9]
+    assert (records[1, 1:].reshape(3, 32, 32)[2] == images[1, :, :, 2]).all()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda a, b: (a / "index.json").unlink(), "no index.json"),
+        (lambda a, b: next(b.glob("*.webp")).unlink(), "give all parts"),
+        (lambda a, b: next(b.glob("*.webp")).write_bytes(b"RIFF"), "damaged"),
+        (lambda a, b: (a / "index.json").write_text('{"data_batch_1.bin": 3}'), "damaged"),
+        (lambda a, b: (a / "test_batch.bin.labels").write_bytes(bytes(100)), "not the packed bytes"),
+        (lambda a, b: (a / "test_batch.bin.labels").unlink(), "the first test_batch.bin.labels: give all parts"),
+    ],
+)
+def test_a_damaged_part_is_one_line_and_leaves_nothing(parts, tmp_path, damage, message):
+    damage(*parts)
+    refused = gpu_pack("unpack", *parts, "--to", tmp_path / "data")
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+@pytest.mark.skipif("CIFAR_ROOT" not in os.environ, reason="CIFAR_ROOT names no folder with CIFAR")
+def test_the_real_cifar_survives_the_way_in_its_order(tmp_path):
+    from distributed.data import cifar
+
+    root = Path(os.environ["CIFAR_ROOT"])
+    folders = [tmp_path / "a", tmp_path / "b"]
+    cifar_parts.pack(root, folders)
+    cifar_parts.unpack(folders, tmp_path / "data")
+    for there, here in zip(
+        cifar.read_splits("cifar10", tmp_path / "data"), cifar.read_splits("cifar10", root), strict=True
+    ):
+        assert (there.images == here.images).all()
+        assert (there.labels == here.labels).all()
+    assert all(checkout.folder_size(folder) < 56 * 2**20 for folder in folders)
+
+
+def test_a_call_that_is_too_large_is_refused():
+    call = calls.CALLS[0]
+    assert calls.check_size(call, {"checkout": 2**20, ".cifar-a": 63 * 2**20}) == calls.MAX_BYTES
+    with pytest.raises(InputError, match=r"64\.0 MiB would travel .* \.cifar-a 63\.0"):
+        calls.check_size(call, {"checkout": 2**20 + 1, ".cifar-a": 63 * 2**20})
+
+
+@pytest.mark.parametrize("call", calls.CALLS, ids=lambda call: call.name)
+def test_the_commands_keep_to_the_limits_and_are_shell(call):
+    assert calls.check_size(call, {}) == 0
+    read = subprocess.run(["bash", "-n", "-c", call.text], capture_output=True, text=True, check=False)
+    assert (read.returncode, read.stderr) == (0, "")
+
+
+def test_carried_folders_are_ignored_by_git(tmp_path):
+    names = [calls.WHEELS, *calls.PARTS]
+    asked = ["git", "check-ignore", *(f"{name}/file" for name in names)]
+    found = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.stdout.split() == [f"{name}/file" for name in names]
+
+
+def test_what_travels_is_what_git_tracks_or_does_not_ignore(tmp_path):
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    (tmp_path / ".gitignore").write_text("build/\n")
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "large").write_text("ignored")
+    (tmp_path / "new file").write_text("1234")
+    checkout.copy(tmp_path, tmp_path / "build" / "copy")
+    assert sorted(path.name for path in (tmp_path / "build" / "copy").iterdir()) == [".gitignore", "new file"]
+    assert checkout.size_of(tmp_path) == len("build/\n") + 4
+
+
+def test_outside_a_checkout_the_dry_run_is_one_line(tmp_path):
+    refused = gpu_pack("dry-run", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr == f"error: {tmp_path}: not the root of a git checkout; run this in the root of one\n"
+
+
+def wheel(folder: Path, name: str, *requirements: str) -> Path:
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", *(f"Requires-Dist: {line}" for line in requirements)]
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{name}-1.0.dist-info/METADATA", "\n".join(lines) + "\n\n")
+    return path
+
+
+def test_a_wheel_that_requires_what_nobody_has_is_found_before_the_machine_is_rented(tmp_path):
+    carried = [
+        wheel(tmp_path, "first", "numpy>=2", "Second_One", "colorama; sys_platform == 'win32'", "third; extra == 'x'"),
+        wheel(tmp_path, "second_one", "nowhere>1; python_version >= '3.12'", "ancient; python_version < '3.8'"),
+    ]
+    assert wheels.unmet(carried, frozenset({"numpy"})) == {"nowhere"}
+
+
+def test_the_rented_machine_lacks_what_the_wheels_bring():
+    machine = wheels.machine_packages()
+    assert machine.isdisjoint(wheels.ROOTS)
+    assert {"torch", "numpy", "pillow", "safetensors", "nvidia-cudnn-cu13"} <= machine
+
+
+def test_on_the_bare_machine_only_its_packages_are_found(tmp_path):
+    shown = wheels.machine_packages()
+    command = [sys.executable, "-m", "distributed.gpu_pack.bare_machine", tmp_path, *sorted(shown)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    ask = """if True:
+        import importlib.util, json
+        from importlib import metadata
+        names = "pydantic loguru tomli_w greenlet deepspeed ray numpy torch PIL json distributed".split()
+        print(json.dumps([name for name in names if importlib.util.find_spec(name)]))
+        print(json.dumps([name for name in ("pydantic", "numpy") if any(metadata.distributions(name=name))]))
+        import numpy, distributed.errors
+        try:
+            import greenlet
+        except ModuleNotFoundError as error:
+            print(json.dumps(error.name))
+    """
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    asked = [sys.executable, "-c", ask]
+    found = subprocess.run(asked, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert [json.loads(line) for line in found.stdout.splitlines()] == [
+        ["numpy", "torch", "PIL", "json", "distributed"],
+        ["numpy"],
+        "greenlet",
+    ]
+
+
+def test_carried_packages_are_not_hidden():
+    modules, distributions = bare_machine.hidden({"pydantic", "numpy", "torch"}, ROOT)
+    assert {"greenlet", "loguru"} <= modules
+    assert {"greenlet", "loguru"} <= distributions
+    assert modules.isdisjoint({"pydantic", "numpy", "torch", "distributed"})
+
+
+def check_line(step: str, verdict: str = "pass", device: str = "cuda", **facts: object) -> str:
+    return json.dumps({"step": step, "device": device, "verdict": verdict, "checks": [], **facts})
+
+
+def all_steps(**verdicts: str) -> str:
+    return "".join(check_line(step.name, verdicts.get(step.name, "pass")) + "\n" for step in collect.STEPS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "environment (not run), ceilings (not run)"),
+        (all_steps(ranks="fail"), "not passed: ranks (fail); run make gpu-check"),
+        (all_steps() + check_line("speed", "timeout"), "not passed: speed (timeout)"),
+        (all_steps().replace("cuda", "cpu"), "speed (not run)"),
+    ],
+)
+def test_without_a_passed_check_the_results_are_refused(tmp_path, text, message):
+    (tmp_path / "gpu_check.jsonl").write_text(text)
+    refused = gpu_pack("passed", tmp_path / "gpu_check.jsonl")
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+def test_the_newest_line_of_a_step_counts(tmp_path):
+    file = tmp_path / "gpu_check.jsonl"
+    file.write_text(all_steps(ranks="fail") + check_line("ranks") + "\n" + check_line("ranks", "fail")[:-9])
+    collect.check_passed(file)
+
+
+def test_collected_results_are_added_to_those_of_earlier_rentals(tmp_path):
+    source, results = tmp_path / "back", tmp_path / "results"
+    source.mkdir()
+    (source / "gpu_check.jsonl").write_text(check_line("units", seconds=1) + "\n" + check_line("speed", seconds=2))
+    (source / "gpu_speed.json").write_text("{}\n")
+    (source / "profile.txt").write_text("kernel 1 us\n")
+    assert [path.name for path in collect.collect(source, results)] == [
+        "gpu_check.json",
+        "gpu_speed.json",
+        "gpu_profile.txt",
+    ]
+    for name in ("gpu_speed.json", "profile.txt"):
+        (source / name).unlink()
+    failure = {
+        "check": "sums",
+        "verdict": "fail",
+        "message": 'File "/somewhere/units.py"\nAssertionError: 1 is not 2\n',
+    }
+    (source / "gpu_check.jsonl").write_text(check_line("units", "fail", seconds=3, checks=[failure]))
+    collect.collect(source, results)
+    steps = json.loads((results / "gpu_check.json").read_text())
+    assert [(step["step"], step["seconds"]) for step in steps] == [("units", 3), ("speed", 2)]
+    assert steps[0]["checks"][0]["message"] == "AssertionError: 1 is not 2"
+
+
+def test_a_collected_table_is_merged(tmp_path):
+    source = tmp_path / "back"
+    source.mkdir()
+    rows = json.loads((ROOT / "results" / "experiments.json").read_text())
+    for row in rows[:2]:
+        (source / "experiments_gpu.json").write_text(json.dumps([row]))
+        collect.collect(source, tmp_path / "results")
+    assert json.loads((tmp_path / "results" / "experiments_gpu.json").read_text()) == rows[:2]
+
+
+def test_nothing_to_collect_is_one_line(tmp_path):
+    refused = gpu_pack("collect", tmp_path, "--results", tmp_path / "results")
+    assert refused.returncode == 2
+    assert "no gpu_check.jsonl" in refused.stderr
+    assert refused.stderr.count("\n") == 1
