@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from distributed import logs
 from distributed.build import build_data
 from distributed.config import TrainConfig, load
 from distributed.config.engines import Ddp, Fsdp
@@ -41,6 +42,7 @@ def run(checks: Checks) -> None:
     if not topology.launched:
         _run_as_rank(checks)
         return
+    logs.terminal_logs(topology.rank, level="WARNING")
     checks = replace(checks, device=choose_device(checks.device.type, topology))
     with process_group(topology, checks.device, timeout_seconds=20):
         _group(checks)
@@ -103,20 +105,21 @@ def _recipe(checks: Checks, name: str, settings: dict[str, object]) -> None:
 def _engines(checks: Checks, precision: str) -> None:
     """Each engine itself, since `build_engine` shards nothing for one process: the losses of DDP."""
     with checks.check(f"engines, {precision}: the losses of one process") as figures:
-        config = _config(checks, "engines", precision=precision, exact__shards=0)
-        data = build_data(config, Topology(), checks.device)
-        common: dict[str, Any] = {
-            "optim": config.optim, "precision": precision, "channels_last": False, "device": checks.device,
-            "timeout_seconds": 20.0,
-        }  # fmt: skip
-        builders: dict[str, Callable[[nn.Module], Engine]] = {
-            "ddp": lambda model: DdpEngine(Ddp(), model, example=data.example(), compile=False, **common),
-            "exact": lambda model: ExactEngine(Ddp(), model, shards=4, lanes=1, **common),
-            "fsdp": lambda model: FsdpEngine(Fsdp(), model, **common),
+        builders: dict[str, tuple[int, Callable[..., Engine]]] = {
+            "ddp": (0, partial(DdpEngine, Ddp(), compile=False)),
+            "exact": (4, partial(ExactEngine, Ddp(), shards=4, lanes=1)),
+            "fsdp": (0, partial(FsdpEngine, Fsdp())),
         }
-        for name, build in builders.items():
+        for name, (shards, build) in builders.items():
+            config = _config(checks, "engines", precision=precision, exact__shards=shards)
+            data = build_data(config, Topology(), checks.device)
+            more: dict[str, Any] = {"example": data.example()} if name == "ddp" else {}
             model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
-            figures[name] = _losses(build(model), data, config)
+            engine = build(
+                model=model, optim=config.optim, precision=precision, channels_last=False, device=checks.device,
+                timeout_seconds=20.0, **more,
+            )  # fmt: skip
+            figures[name] = _losses(engine, data, config)
         bound = 1e-9 if precision == "float64" else 2e-2
         for name in ("exact", "fsdp"):
             worst = max(abs(a / b - 1) for a, b in zip(figures[name], figures["ddp"], strict=True))

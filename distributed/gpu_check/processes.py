@@ -5,10 +5,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 PYTHON = [sys.executable, "-m"]
 """How a module is run as a command."""
@@ -57,14 +57,22 @@ class Processes:
 
     def __init__(self, folder: Path, *, seconds: float) -> None:
         self._folder, self._deadline = folder, time.monotonic() + seconds
-        self._ending = ExitStack()
+        self._started: list[subprocess.Popen[bytes]] = []
         folder.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._ending.close()
+        # Asked first: torchrun puts its ranks into sessions of their own and ends them if it is asked to end.
+        for popen in self._started:
+            popen.terminate()
+        patience = time.monotonic() + 3
+        for popen in self._started:
+            with suppress(subprocess.TimeoutExpired):
+                popen.wait(max(0.0, patience - time.monotonic()))
+            popen.kill()
+            popen.wait()
 
     def start(
         self, name: str, arguments: Sequence[object], *, environment: Mapping[str, object] | None = None
@@ -78,7 +86,7 @@ class Processes:
                 ["env", *variables, *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=file,
                 stderr=subprocess.STDOUT,
             )  # fmt: skip
-        self._ending.callback(_end, popen)
+        self._started.append(popen)
         return Process(popen, log, self._deadline)
 
     def start_ranks(self, name: str, count: int, module: str, *arguments: object) -> list[Process]:
@@ -103,12 +111,3 @@ def free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
-
-
-def _end(popen: "subprocess.Popen[Any]") -> None:
-    """Ask first: torchrun puts its ranks into sessions of their own and ends them if it is asked to end."""
-    popen.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        popen.wait(3)
-    popen.kill()
-    popen.wait()

@@ -20,7 +20,7 @@ def main() -> int:
     topology = Topology.from_environment()
     logs.terminal_logs(topology.rank, level="WARNING")
     failures = 0
-    with process_group(topology, choose_device(device_name, topology), timeout_seconds=20):
+    with process_group(topology, choose_device(device_name, topology), timeout_seconds=30):
         for arguments in json.loads(Path(file).read_text()):
             try:
                 train(load(arguments)[0])
