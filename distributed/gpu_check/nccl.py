@@ -46,14 +46,14 @@ def run(checks: Checks) -> None:
     checks = replace(checks, device=choose_device(checks.device.type, topology))
     with process_group(topology, checks.device, timeout_seconds=20):
         _group(checks)
-        for name, settings in {"fast": {"exact__shards": 0}, "exact": {"exact__shards": 4}}.items():
-            _recipe(checks, name, settings)
+        _recipe(checks, "fast", exact__shards=0)
+        _recipe(checks, "exact", exact__shards=4)
         for precision in ("float64",) if checks.tiny else ("float64", "bfloat16"):
             _engines(checks, precision)
         _wrapped_by_ddp(checks)
         if checks.is_cuda:
             _collectives_in_a_graph(checks)
-            _recipe(checks, "fast, after a graph", {"exact__shards": 0})
+            _recipe(checks, "fast, after a graph", exact__shards=0)
 
 
 def _run_as_rank(checks: Checks) -> None:
@@ -93,7 +93,7 @@ def _config(checks: Checks, name: str, **settings: object) -> TrainConfig:
     return load(runs.arguments(checks.scratch / name, checks.device, **(sizes | settings)))[0]
 
 
-def _recipe(checks: Checks, name: str, settings: dict[str, object]) -> None:
+def _recipe(checks: Checks, name: str, **settings: object) -> None:
     with checks.check(f"the recipe, {name}") as figures:
         config = _config(checks, name, channels_last="true", threads=int(checks.tiny), **settings)
         figures["steps"] = train(config).step

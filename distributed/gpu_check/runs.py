@@ -31,9 +31,14 @@ def logged(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in _OF_THE_MACHINE} for line in lines]
 
 
+def training_steps(run: Path) -> list[dict[str, Any]]:
+    """Those of `logged` that are of training steps."""
+    return [line for line in logged(run) if line["kind"] == "train"]
+
+
 def losses(run: Path) -> list[float]:
     """The training losses logged, in order of steps."""
-    return [line["loss"] for line in logged(run) if line["kind"] == "train"]
+    return [line["loss"] for line in training_steps(run)]
 
 
 def step_logged(run: Path) -> int:

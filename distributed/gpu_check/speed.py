@@ -31,7 +31,6 @@ WORKLOADS = (
     ("improved_alexnet", 128), ("improved_alexnet", 512), ("improved_alexnet", 2048), ("cifar_alexnet", 128),
     ("alexnet", 128),
 )  # fmt: skip
-_WARM_UP = 5
 
 
 @dataclass
@@ -47,6 +46,11 @@ class Speed:
         """How many blocks of how many steps are timed."""
         return (1, 2) if self.checks.tiny else (6, 10)
 
+    @property
+    def warm_up(self) -> int:
+        """Steps that are not timed."""
+        return 0 if self.checks.tiny else 5
+
     @contextmanager
     def check(self, name: str) -> Iterator[dict[str, Any]]:
         """`Checks.check`, then the file is written anew."""
@@ -59,7 +63,7 @@ class Speed:
 
     def milliseconds(self, call: Callable[[], object]) -> float:
         """Of one call, the median over blocks."""
-        for _ in range(1 if self.checks.tiny else _WARM_UP):
+        for _ in range(self.warm_up):
             call()
         repeats, calls = self.blocks
         return host_seconds(call, self.checks, repeats=repeats, calls=calls) * 1000
@@ -67,14 +71,13 @@ class Speed:
     def training(self, model: str, batch: int, **settings: object) -> Training:
         """Steps of the engine that this config gives; an epoch of at least a dozen whole batches."""
         batches = 3 if self.checks.tiny else max(12, 6144 // batch)
-        few: dict[str, object] = {"threads": 1} if self.checks.tiny else {}
-        return Training(self.device, model, batch, batches=batches, **(few | settings))
+        return Training(self.device, model, batch, batches=batches, **settings)
 
 
 def run(checks: Checks) -> None:
     logs.terminal_logs(0, level="WARNING")
     speed = Speed(checks, choose_device(checks.device.type, Topology()))
-    workloads = [(model, 16) for model in ("improved_alexnet",)] if checks.tiny else WORKLOADS
+    workloads = [("improved_alexnet", 16)] if checks.tiny else list(WORKLOADS)
     model, batch = workloads[0]
     _recipe(speed, model, batch)  # first: it makes kernels deterministic before any is chosen
     for name, size in workloads:
@@ -95,6 +98,7 @@ def _recipe(speed: Speed, model: str, batch: int) -> None:
         settings: dict[str, object] = {
             "model__name": model, "global_batch_size": batch, "data__train_samples": 2 * steps // 4 * batch,
             "data__test_samples": 10, "data__validation_fraction": 0, "epochs": 2, "exact__shards": 0,
+            "threads": int(speed.checks.tiny),
         }  # fmt: skip
         clock = _Clock(last=steps // 2 - 1)
         config, _ = load(runs.arguments(speed.checks.scratch / "recipe", speed.device, **settings))
@@ -141,7 +145,7 @@ def _profile(speed: Speed, model: str, batch: int) -> None:
     with speed.check(f"profile of {model}, batch {batch}") as figures:
         training = speed.training(model, batch)
         steps = 2 if speed.checks.tiny else 20
-        for _ in range(_WARM_UP):
+        for _ in range(speed.warm_up):
             training.step()
         figures |= profile(training.step, speed.checks, steps=steps, file=speed.checks.out / "profile.txt")
         if speed.checks.is_cuda:

@@ -33,7 +33,7 @@ def profile(step: Callable[[], object], checks: Checks, *, steps: int, file: Pat
         return {}
 
     def calls(*prefixes: str) -> float:
-        return sum(row.count for row in averages if row.key.startswith(prefixes)) / steps
+        return float(sum(row.count for row in averages if row.key.startswith(prefixes))) / steps
 
     return {
         "kernel_launches_a_step": calls(*_LAUNCHES),

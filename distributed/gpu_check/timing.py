@@ -22,13 +22,14 @@ def _block(call: Callable[[], object], checks: Checks, calls: int) -> float:
     checks.synchronize()
     if not checks.is_cuda:
         return _on_host(call, checks, calls)
-    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     before.record()
     for _ in range(calls):
         call()
     after.record()
     after.synchronize()
-    return before.elapsed_time(after) / 1000
+    milliseconds: float = before.elapsed_time(after)
+    return milliseconds / 1000
 
 
 def host_seconds(call: Callable[[], object], checks: Checks, *, repeats: int, calls: int = 1) -> float:
