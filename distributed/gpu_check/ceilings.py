@@ -12,7 +12,7 @@ from distributed.gpu_check.timing import device_seconds, host_seconds
 
 
 def run(checks: Checks) -> None:
-    with Processes(checks.scratch, seconds=25) as processes:
+    with Processes(checks.scratch, seconds=22) as processes:
         ranks = processes.start_ranks("gloo", 2, "distributed.gpu_check.gloo_latency")
         _copy(checks)
         _matrix_product(checks)

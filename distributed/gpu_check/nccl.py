@@ -34,7 +34,7 @@ from distributed.row_gather import gather_by_process_group
 from distributed.sums import RunningSums
 from distributed.topology import Topology
 
-_SECONDS = 40.0
+_SECONDS = 36.0
 
 
 def run(checks: Checks) -> None:

@@ -21,7 +21,7 @@ from distributed.schedule import build_schedule
 from distributed.state import TrainState
 from distributed.topology import Topology
 
-_SECONDS = 48.0
+_SECONDS = 44.0
 _EXIT_CODES = {signal.SIGTERM: int(ExitCode.STOPPED), signal.SIGKILL: -int(signal.SIGKILL)}
 
 
