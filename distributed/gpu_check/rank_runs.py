@@ -1,0 +1,38 @@
+"""Run on every rank of a group: trains one run after another with the recipe. `rank_runs DEVICE FILE`, FILE being a JSON
+list of lists of arguments of `distributed.train`. A run that fails does not keep the next ones from being tried."""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from distributed import logs
+from distributed.config import load
+from distributed.process_group import choose_device, process_group
+from distributed.recipe import train
+from distributed.topology import Topology
+
+
+def main() -> int:
+    """0 if all of the runs came to their end, else 1."""
+    device_name, file = sys.argv[1:]
+    topology = Topology.from_environment()
+    logs.terminal_logs(topology.rank, level="WARNING")
+    failures = 0
+    with process_group(topology, choose_device(device_name, topology), timeout_seconds=30):
+        for arguments in json.loads(Path(file).read_text()):
+            try:
+                train(load(arguments)[0])
+            except Exception:
+                failures += 1
+                print("failed:", *arguments, flush=True)
+                traceback.print_exc()
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # threads of gloo that wait for a lost peer must not keep the process

@@ -1,0 +1,221 @@
+"""Step 8: what training costs today: milliseconds a step by network, batch and mode, kernel launches, a profile.
+
+All figures are written to gpu_speed.json too, after every check; the profiler's tables to profile.txt.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from distributed import logs
+from distributed.build import build_engine
+from distributed.config import load
+from distributed.files import replace_json
+from distributed.gpu_check import runs
+from distributed.gpu_check.checks import Checks
+from distributed.gpu_check.graphs import captured
+from distributed.gpu_check.step_profile import profile
+from distributed.gpu_check.timing import host_seconds
+from distributed.gpu_check.workloads import ComputeAlone, Training
+from distributed.process_group import choose_device
+from distributed.recipe import train
+from distributed.topology import Topology
+from distributed.versions import versions
+
+WORKLOADS = (
+    ("improved_alexnet", 128), ("improved_alexnet", 512), ("improved_alexnet", 2048), ("cifar_alexnet", 128),
+    ("alexnet", 128),
+)  # fmt: skip
+_PRICED = (("improved_alexnet", 128), ("improved_alexnet", 2048), ("cifar_alexnet", 128))
+"""For which the price of determinism is measured."""
+
+
+@dataclass
+class Speed:
+    """The checks of this step, whose figures are kept in one file as well."""
+
+    checks: Checks
+    device: torch.device
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """How many blocks of how many steps are timed."""
+        return (1, 2) if self.checks.tiny else (6, 10)
+
+    @property
+    def warm_up(self) -> int:
+        """Steps that are not timed."""
+        return 0 if self.checks.tiny else 5
+
+    @contextmanager
+    def check(self, name: str) -> Iterator[dict[str, Any]]:
+        """`Checks.check`, then the file is written anew."""
+        with self.checks.check(name) as figures:
+            yield figures
+        self.found[name] = figures
+        card = torch.cuda.get_device_name(self.device) if self.checks.is_cuda else "cpu"
+        facts = {"card": card, "versions": versions(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        replace_json(self.checks.out / "gpu_speed.json", facts | {"tiny": self.checks.tiny, "figures": self.found})
+
+    def milliseconds(self, call: Callable[[], object]) -> float:
+        """Of one call, the median over blocks."""
+        for _ in range(self.warm_up):
+            call()
+        repeats, calls = self.blocks
+        return host_seconds(call, self.checks, repeats=repeats, calls=calls) * 1000
+
+    def training(self, model: str, batch: int, **settings: object) -> Training:
+        """Steps of the engine that this config gives; an epoch of at least a dozen whole batches."""
+        batches = 3 if self.checks.tiny else max(12, 6144 // batch)
+        return Training(self.device, model, batch, batches=batches, **settings)
+
+
+def run(checks: Checks) -> None:
+    logs.terminal_logs(0, level="WARNING")
+    speed = Speed(checks, choose_device(checks.device.type, Topology()))
+    workloads = [("improved_alexnet", 16)] if checks.tiny else list(WORKLOADS)
+    model, batch = workloads[0]
+    _recipe(speed, model, batch)  # first: it makes kernels deterministic before any is chosen
+    for name, size in workloads:
+        _training(speed, f"{name}, batch {size}", name, size)
+    _profile(speed, model, batch)
+    _modes(speed, model, batch)
+    for name, size in workloads:
+        _compute_alone(speed, name, size)
+    if checks.is_cuda:
+        _step_in_a_graph(speed, model, batch)
+        _compiled(speed, model, batch)
+
+
+def _recipe(speed: Speed, model: str, batch: int) -> None:
+    """The whole loop as `python -m distributed.train` runs it, logs and all."""
+    with speed.check(f"the recipe, {model}, batch {batch}") as figures:
+        steps = 4 if speed.checks.tiny else 400
+        settings: dict[str, object] = {
+            "model__name": model, "global_batch_size": batch, "data__train_samples": 2 * steps // 4 * batch,
+            "data__test_samples": 10, "data__validation_fraction": 0, "epochs": 2, "exact__shards": 0,
+            "threads": int(speed.checks.tiny),
+        }  # fmt: skip
+        clock = _Clock(last=steps // 2 - 1)
+        config, _ = load(runs.arguments(speed.checks.scratch / "recipe", speed.device, **settings))
+        train(config, stop=clock)
+        first = len(clock.times) // 5
+        seconds = (clock.times[-1] - clock.times[first]) / (len(clock.times) - 1 - first)
+        figures |= {"ms_a_step": seconds * 1000, "images_a_second": batch / seconds}
+
+
+class _Clock:
+    """A stop source: asked after every step, so it reads the clock there; it stops the run before an epoch ends."""
+
+    def __init__(self, *, last: int) -> None:
+        self.times, self._last = list[float](), last
+
+    def requested(self) -> str | None:
+        self.times.append(time.perf_counter())
+        return "the end of the measurement" if len(self.times) >= self._last else None
+
+
+def _training(speed: Speed, name: str, model: str, batch: int, **settings: object) -> None:
+    with speed.check(name) as figures:
+        training = speed.training(model, batch, **settings)
+        ms = speed.milliseconds(training.step)
+        figures |= {"ms_a_step": ms, "images_a_second": batch / ms * 1000}
+        figures["ms_data_alone"] = speed.milliseconds(training.next_batches)
+        figures["mean_loss"] = training.check_sums()
+        if speed.checks.is_cuda:
+            figures["memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
+            torch.cuda.reset_peak_memory_stats()
+
+
+def _modes(speed: Speed, model: str, batch: int) -> None:
+    """What settings cost: exact mode, images in host memory, mixed images."""
+    modes: dict[str, dict[str, object]] = {
+        "exact mode, 1 shard": {"exact__shards": 1}, "exact mode, 8 shards": {"exact__shards": 8},
+        "images in host memory": {"data__placement": "host"}, "cutmix": {"data__augment__cutmix": 1.0},
+    }  # fmt: skip
+    for name, settings in modes.items():
+        _training(speed, f"{name}, {model}, batch {batch}", model, batch, **settings)
+
+
+def _profile(speed: Speed, model: str, batch: int) -> None:
+    with speed.check(f"profile of {model}, batch {batch}") as figures:
+        training = speed.training(model, batch)
+        steps = 2 if speed.checks.tiny else 20
+        for _ in range(speed.warm_up):
+            training.step()
+        figures |= profile(training.step, speed.checks, steps=steps, file=speed.checks.out / "profile.txt")
+        if speed.checks.is_cuda:
+            assert figures["kernel_launches_a_step"] > 0
+
+
+def _compute_alone(speed: Speed, model: str, batch: int) -> None:
+    """Eager and in a graph, and what determinism costs."""
+    flags = torch.backends.cudnn
+    before = flags.deterministic, flags.benchmark
+    for kind, deterministic, benchmark in (
+        ("deterministic", True, False), ("any kernels", False, False), ("any kernels, benchmarked", False, True),
+    ):  # fmt: skip
+        if kind != "deterministic" and (model, batch) not in _PRICED:
+            continue
+        with speed.check(f"compute alone, {kind}, {model}, batch {batch}") as figures:
+            flags.deterministic, flags.benchmark = deterministic, benchmark
+            try:
+                alone = ComputeAlone(speed.device, model, batch)
+                figures["ms_eager"] = speed.milliseconds(alone.step)
+                figures["images_a_second_eager"] = batch / figures["ms_eager"] * 1000
+                if speed.checks.is_cuda:
+                    figures |= _replayed(speed, alone)
+            finally:
+                flags.deterministic, flags.benchmark = before
+            assert math.isfinite(float(alone.loss))
+
+
+def _replayed(speed: Speed, alone: ComputeAlone) -> dict[str, float]:
+    """Milliseconds a step in a graph; fails if replays train nothing."""
+    graph = captured(alone.step)
+    # Not biases: batch norm takes away those before it, whose gradients are nothing but rounding.
+    weights = [p for p in alone.optimizer.parameters if p.dim() > 1]
+    before = [p.detach().clone() for p in weights]
+    graph.replay()
+    unchanged = sum(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
+    assert not unchanged, f"a replay left {unchanged} of {len(weights)} weights as they were"
+    ms = speed.milliseconds(graph.replay)
+    return {"ms_in_a_graph": ms, "images_a_second_in_a_graph": alone.images.shape[0] / ms * 1000}
+
+
+def _step_in_a_graph(speed: Speed, model: str, batch: int) -> None:
+    """Today's `train_step` on one fixed batch, captured and replayed: the bits of eager steps."""
+    with speed.check(f"train_step in a graph, {model}, batch {batch}") as figures:
+        training = speed.training(model, batch)
+        batches = training.next_batches()
+        graph = captured(lambda: training.step_on(batches))
+        replays = 5
+        for _ in range(replays):
+            graph.replay()
+        inside = {name: tensor.clone() for name, tensor in training.engine.state()}
+        figures["ms_a_step"] = speed.milliseconds(graph.replay)
+        figures["images_a_second"] = batch / figures["ms_a_step"] * 1000
+        training.engine = build_engine(training.config, Topology(), training.data, speed.device)
+        for _ in range(3 + replays):  # those of the warm-up count, that of the capture does not
+            training.step_on(batches)
+        different = [name for name, tensor in training.engine.state() if not torch.equal(tensor, inside[name])]
+        assert not different, f"{len(different)} of {len(inside)} tensors differ from eager steps: {different[:3]}"
+
+
+def _compiled(speed: Speed, model: str, batch: int) -> None:
+    """Last: compilation takes long."""
+    with speed.check(f"compute alone, compiled, {model}, batch {batch}") as figures:
+        start = time.perf_counter()
+        alone = ComputeAlone(speed.device, model, batch, compiled=True)
+        alone.step()
+        speed.checks.synchronize()
+        figures["seconds_to_compile"] = time.perf_counter() - start
+        figures["ms_eager"] = speed.milliseconds(alone.step)
+        figures |= _replayed(speed, alone)
+        assert math.isfinite(float(alone.loss))

@@ -1,0 +1,48 @@
+"""torch's profiler over some steps: tables for people, launches and waits for the record."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as torch_profile
+
+from distributed.gpu_check.checks import Checks
+
+_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel")
+_WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+
+
+def profile(step: Callable[[], object], checks: Checks, *, steps: int, file: Path) -> dict[str, float]:
+    """Profile so many calls; write tables by device and by host time to the file.
+
+    Returns:
+        On CUDA, per step: kernel launches, copies, waits for the device, milliseconds in which the device computes.
+    """
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if checks.is_cuda else [])]
+    checks.synchronize()
+    with torch_profile(activities=activities) as profiler:
+        for _ in range(steps):
+            step()
+        checks.synchronize()
+    averages = profiler.key_averages()
+    orders = ["self_cpu_time_total", *(["self_device_time_total"] if checks.is_cuda else [])]
+    tables = [averages.table(sort_by=order, row_limit=60, max_name_column_width=80) for order in reversed(orders)]
+    file.write_text("\n\n".join(f"{steps} steps, by {o}\n{t}" for o, t in zip(reversed(orders), tables, strict=True)))
+    if not checks.is_cuda:
+        return {}
+
+    def calls(*prefixes: str) -> float:
+        return float(sum(row.count for row in averages if row.key.startswith(prefixes))) / steps
+
+    return {
+        "kernel_launches_a_step": calls(*_LAUNCHES),
+        "copies_and_fills_a_step": calls("cudaMemcpyAsync", "cudaMemsetAsync"),
+        "waits_a_step": calls(*_WAITS),
+        "ms_of_the_device_a_step": _device_microseconds(averages) / steps / 1000,
+    }
+
+
+def _device_microseconds(averages: Any) -> float:
+    """Of all kernels, copies and fills."""
+    return float(sum(row.self_device_time_total for row in averages if str(row.device_type).endswith("CUDA")))

@@ -1,0 +1,112 @@
+"""Training steps to be timed: the whole step with its data, and compute alone on one fixed batch."""
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distributed.build import build_data, build_engine
+from distributed.config import load
+from distributed.config.sections import Sgd
+from distributed.data.batch import Batch
+from distributed.gpu_check import runs
+from distributed.loop import train_step
+from distributed.models import alexnet
+from distributed.optim import Optimizer
+from distributed.sums import RunningSums
+from distributed.topology import Topology
+
+LR = 1e-3
+
+
+class Training:
+    """Steps as the recipe takes them, on generated images that are enough for whole batches only.
+
+    Args:
+        batches: of an epoch.
+        settings: of the config, as in `runs.arguments`.
+    """
+
+    def __init__(self, device: torch.device, model: str, batch: int, *, batches: int, **settings: object) -> None:
+        values: dict[str, object] = {
+            "model__name": model, "global_batch_size": batch, "data__train_samples": batches * batch,
+            "data__test_samples": 10, "data__validation_fraction": 0, "exact__shards": 0,
+        }  # fmt: skip
+        self.config, _ = load(runs.arguments(Path("unused"), device, **(values | settings)))
+        self.data = build_data(self.config, Topology(), device)
+        self.engine = build_engine(self.config, Topology(), self.data, device)
+        self.sums = RunningSums(device)
+        self.done = 0
+        self._batches = self._endless()
+
+    def _endless(self) -> Iterator[list[Batch]]:
+        for epoch in count():
+            yield from self.data.train_epoch(epoch)
+
+    def next_batches(self) -> list[Batch]:
+        """The micro-batches of the next step: the data part alone."""
+        return next(self._batches)
+
+    def step(self) -> None:
+        """One step on the next batch."""
+        self.step_on(self.next_batches())
+
+    def step_on(self, batches: list[Batch]) -> None:
+        """One step on these micro-batches."""
+        train_step(self.engine, batches, loss=self.config.loss, lr=LR, step=self.done, sums=self.sums)
+        self.done += 1
+
+    def check_sums(self) -> float:
+        """The mean loss of all steps so far.
+
+        Raises:
+            AssertionError: a loss was not finite, or the images counted are not those of so many steps.
+        """
+        totals = self.sums.read()
+        assert totals.first_bad_step is None, f"the loss of step {totals.first_bad_step} is not finite"
+        assert totals.count == self.done * self.config.global_batch_size, f"{totals.count} images in {self.done} steps"
+        return totals.mean_loss
+
+
+class ComputeAlone:
+    """Forward, backward and update on one fixed batch in bfloat16 and channels last, of torch's own batch norm and dropout,
+    with a fused SGD: what a network costs without this project's data, sums and checks. It may be captured.
+
+    Args:
+        compiled: let torch.compile make the forward and backward pass.
+    """
+
+    def __init__(self, device: torch.device, model: str, batch: int, *, compiled: bool = False) -> None:
+        self.device = device
+        plain = _plain(model).to(device).to(memory_format=torch.channels_last)
+        self.forward = torch.compile(plain) if compiled else plain
+        side = 224 if model == "alexnet" else 32
+        images = torch.randn(batch, 3, side, side, device=device)
+        self.images = images.contiguous(memory_format=torch.channels_last)
+        self.labels = torch.randint(10, (batch,), device=device)
+        self.optimizer = Optimizer(Sgd(), list(plain.parameters()))
+        self.loss = torch.zeros((), device=device)
+
+    def step(self) -> None:
+        """One step; `loss` is that before it."""
+        self.optimizer.zero_grad()  # to None: in a graph the backward pass then writes, and need not add
+        with torch.autocast(self.device.type, torch.bfloat16):
+            logits: Tensor = self.forward(self.images)
+        loss = F.cross_entropy(logits.float(), self.labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step(LR)
+        self.loss.copy_(loss.detach())
+
+
+def _plain(name: str) -> nn.Module:
+    """The network with torch's dropout."""
+    network = getattr(alexnet, name)(10, 0.5)
+    return nn.Sequential(
+        network.conv, nn.Flatten(),
+        network.fc1, nn.ReLU(), nn.Dropout(0.5),
+        network.fc2, nn.ReLU(), nn.Dropout(0.5),
+        network.fc3,
+    )  # fmt: skip
