@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distributed.determinism import make_deterministic
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.clock import milliseconds
 from distributed.gpu_check.differences import error, same_bits
 from distributed.gpu_check.shard_graph import run as run_shard_graph
-from distributed.process_group import make_deterministic
 
 
 class _Layer(NamedTuple):
@@ -56,7 +56,7 @@ class Passes(NamedTuple):
 
 def run(checks: Checks) -> None:
     """Assert what exact mode relies on; measure what else holds."""
-    make_deterministic(checks.device)
+    make_deterministic(checks.device, precision="float32")
     layers = _TINY if checks.tiny else _LAYERS
     for layer in layers:
         for dtype in _TYPES:

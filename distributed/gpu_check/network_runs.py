@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from distributed.build import build_data, build_engine
+from distributed.build import build_data, build_engine, build_step
 from distributed.config import TrainConfig, load
 from distributed.config.engines import Ddp
+from distributed.data.batch import Batch
 from distributed.data.pipeline import DataPipeline
 from distributed.engine.ddp import DdpEngine
 from distributed.engine.protocol import Engine
-from distributed.loop import train_step
 from distributed.models import alexnet
 from distributed.sums import RunningSums
 from distributed.topology import Topology
@@ -89,10 +89,7 @@ class Run:
         sums = [RunningSums(self.device) for _ in range(count)]
         norms = []
         for step, batches in enumerate(islice(self.data.train_epoch(0), count)):
-            norm = train_step(
-                self.engine, batches, loss=self.config.loss, lr=_LR[self.config.optim.name], step=step, sums=sums[step]
-            )
-            norms.append(norm.clone())
+            norms.append(self._take(batches, step, sums[step]))
         return Steps([one.read().mean_loss for one in sums], [float(norm) for norm in norms], copied(self.engine))
 
     def waits(self) -> list[str]:
@@ -102,15 +99,14 @@ class Run:
         batches = self.data.train_epoch(0)
         with _waits(self.device) as lines:
             for step, micro_batches in enumerate(islice(batches, STEPS)):
-                train_step(
-                    self.engine,
-                    micro_batches,
-                    loss=self.config.loss,
-                    lr=_LR[self.config.optim.name],
-                    step=step,
-                    sums=sums,
-                )
+                self._take(micro_batches, step, sums)
         return lines
+
+    def _take(self, micro_batches: list[Batch], step: int, sums: RunningSums) -> Tensor:
+        """A step as a run takes it on this device, but for recording it."""
+        config = self.config.model_copy(update={"cuda_graphs": False})
+        lr = _LR[config.optim.name]
+        return build_step(config, self.engine, sums, self.device)(micro_batches, lr=lr, step=step).clone()
 
     def nondeterministic(self) -> tuple[list[str], Steps]:
         """What torch knows to give other bits in another run; and the steps in its deterministic mode."""

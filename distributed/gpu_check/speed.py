@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from distributed import logs
-from distributed.build import build_engine
 from distributed.config import load
 from distributed.files import replace_json
 from distributed.gpu_check import runs
@@ -70,10 +69,10 @@ class Speed:
         repeats, calls = self.blocks
         return host_seconds(call, self.checks, repeats=repeats, calls=calls) * 1000
 
-    def training(self, model: str, batch: int, **settings: object) -> Training:
+    def training(self, model: str, batch: int, *, record: bool = False, **settings: object) -> Training:
         """Steps of the engine that this config gives; an epoch of at least a dozen whole batches."""
         batches = 3 if self.checks.tiny else max(12, 6144 // batch)
-        return Training(self.device, model, batch, batches=batches, **settings)
+        return Training(self.device, model, batch, batches=batches, record=record, **settings)
 
 
 def run(checks: Checks) -> None:
@@ -89,7 +88,6 @@ def run(checks: Checks) -> None:
     for name, size in workloads:
         _compute_alone(speed, name, size)
     if checks.is_cuda:
-        _step_in_a_graph(speed, model, batch)
         _compiled(speed, model, batch)
 
 
@@ -122,15 +120,24 @@ class _Clock:
 
 
 def _training(speed: Speed, name: str, model: str, batch: int, **settings: object) -> None:
+    """Steps launched one kernel at a time and, on CUDA, recorded: the same bits."""
     with speed.check(name) as figures:
-        training = speed.training(model, batch, **settings)
-        ms = speed.milliseconds(training.step)
-        figures |= {"ms_a_step": ms, "images_a_second": batch / ms * 1000}
-        figures["ms_data_alone"] = speed.milliseconds(training.next_batches)
-        figures["mean_loss"] = training.check_sums()
+        eager = speed.training(model, batch, **settings)
+        _taken(speed, figures, "eager", eager, batch)
+        figures["ms_data_alone"] = speed.milliseconds(eager.next_batches)
         if speed.checks.is_cuda:
+            recorded = speed.training(model, batch, record=True, **settings)
+            _taken(speed, figures, "recorded", recorded, batch)
             figures["memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
             torch.cuda.reset_peak_memory_stats()
+            before = dict(eager.engine.state())
+            different = [n for n, tensor in recorded.engine.state() if not torch.equal(tensor, before[n])]
+            assert not different, f"{len(different)} of {len(before)} tensors differ once recorded: {different[:3]}"
+
+
+def _taken(speed: Speed, figures: dict[str, Any], kind: str, training: Training, batch: int) -> None:
+    ms = speed.milliseconds(training.step)
+    figures |= {f"ms_{kind}": ms, f"images_a_second_{kind}": batch / ms * 1000, "mean_loss": training.check_sums()}
 
 
 def _modes(speed: Speed, model: str, batch: int) -> None:
@@ -145,7 +152,7 @@ def _modes(speed: Speed, model: str, batch: int) -> None:
 
 def _profile(speed: Speed, model: str, batch: int) -> None:
     with speed.check(f"profile of {model}, batch {batch}") as figures:
-        training = speed.training(model, batch)
+        training = speed.training(model, batch, record=False)
         steps = 2 if speed.checks.tiny else 20
         for _ in range(speed.warm_up):
             training.step()
@@ -187,25 +194,6 @@ def _replayed(speed: Speed, alone: ComputeAlone) -> dict[str, float]:
     assert not unchanged, f"a replay left {unchanged} of {len(weights)} weights as they were"
     ms = speed.milliseconds(graph.replay)
     return {"ms_in_a_graph": ms, "images_a_second_in_a_graph": alone.images.shape[0] / ms * 1000}
-
-
-def _step_in_a_graph(speed: Speed, model: str, batch: int) -> None:
-    """Today's `train_step` on one fixed batch, captured and replayed: the bits of eager steps."""
-    with speed.check(f"train_step in a graph, {model}, batch {batch}") as figures:
-        training = speed.training(model, batch)
-        batches = training.next_batches()
-        graph = captured(lambda: training.step_on(batches))
-        replays = 5
-        for _ in range(replays):
-            graph.replay()
-        inside = {name: tensor.clone() for name, tensor in training.engine.state()}
-        figures["ms_a_step"] = speed.milliseconds(graph.replay)
-        figures["images_a_second"] = batch / figures["ms_a_step"] * 1000
-        training.engine = build_engine(training.config, Topology(), training.data, speed.device)
-        for _ in range(3 + replays):  # those of the warm-up count, that of the capture does not
-            training.step_on(batches)
-        different = [name for name, tensor in training.engine.state() if not torch.equal(tensor, inside[name])]
-        assert not different, f"{len(different)} of {len(inside)} tensors differ from eager steps: {different[:3]}"
 
 
 def _compiled(speed: Speed, model: str, batch: int) -> None:

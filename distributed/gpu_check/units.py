@@ -9,10 +9,10 @@ from distributed.data.augment import augment, crop, cut_out
 from distributed.data.batch import Batch
 from distributed.data.mix import beta, mix
 from distributed.data.pipeline import DataPipeline
+from distributed.determinism import make_deterministic
 from distributed.gpu_check import unit_layers, unit_updates
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.differences import error, same_bits, unlike
-from distributed.process_group import make_deterministic
 from distributed.sums import RunningSums, Totals
 
 _CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ _CPU = torch.device("cpu")
 
 def run(checks: Checks) -> None:
     """Compare each function on the device with the CPU."""
-    make_deterministic(checks.device)
+    make_deterministic(checks.device, precision="float32")
     _keyed(checks)
     _augmentation(checks)
     _mixing(checks)

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distributed.build import build_data, build_engine
+from distributed.build import build_data, build_engine, build_step
 from distributed.config import load
 from distributed.config.sections import Sgd
 from distributed.data.batch import Batch
 from distributed.gpu_check import runs
-from distributed.loop import train_step
 from distributed.models import alexnet
 from distributed.optim import Optimizer
 from distributed.sums import RunningSums
@@ -27,18 +26,22 @@ class Training:
 
     Args:
         batches: of an epoch.
+        record: replay steps as CUDA graphs.
         settings: of the config, as in `runs.arguments`.
     """
 
-    def __init__(self, device: torch.device, model: str, batch: int, *, batches: int, **settings: object) -> None:
+    def __init__(
+        self, device: torch.device, model: str, batch: int, *, batches: int, record: bool = False, **settings: object
+    ) -> None:
         values: dict[str, object] = {
             "model__name": model, "global_batch_size": batch, "data__train_samples": batches * batch,
-            "data__test_samples": 10, "data__validation_fraction": 0, "exact__shards": 0,
+            "data__test_samples": 10, "data__validation_fraction": 0, "exact__shards": 0, "cuda_graphs": str(record).lower(),
         }  # fmt: skip
         self.config, _ = load(runs.arguments(Path("unused"), device, **(values | settings)))
         self.data = build_data(self.config, Topology(), device)
         self.engine = build_engine(self.config, Topology(), self.data, device)
         self.sums = RunningSums(device)
+        self._take = build_step(self.config, self.engine, self.sums, device)
         self.done = 0
         self._batches = self._endless()
 
@@ -52,11 +55,7 @@ class Training:
 
     def step(self) -> None:
         """One step on the next batch."""
-        self.step_on(self.next_batches())
-
-    def step_on(self, batches: list[Batch]) -> None:
-        """One step on these micro-batches."""
-        train_step(self.engine, batches, loss=self.config.loss, lr=LR, step=self.done, sums=self.sums)
+        self._take(self.next_batches(), lr=LR, step=self.done)
         self.done += 1
 
     def check_sums(self) -> float:

@@ -64,7 +64,7 @@ def test_steps_in_fixed_memory_have_the_bits_of_plain_ones(case: str) -> None:
 
 
 def test_an_average_with_the_step_on_the_device_is_the_same_average() -> None:
-    config = config_of(optim={"ema_decay": 0.9, "lr": 0.1})
+    config = config_of(optim={"name": "sgd", "ema_decay": 0.9, "lr": 0.1})
     plain, fixed = (after_two_epochs(config, fixed=fixed)[0] for fixed in (False, True))
     averages = [name for name in plain if name.startswith("ema.")]
     assert averages
