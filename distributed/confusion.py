@@ -24,7 +24,8 @@ class ConfusionSums:
         """Take in logits [n, classes] and the batch's labels."""
         classes = len(self._counts)
         cells = batch.labels * classes + logits.argmax(1)
-        self._counts += torch.bincount(cells, minlength=classes * classes).view(classes, classes)
+        # Not bincount, which on a GPU waits for its input's largest value.
+        self._counts.view(-1).index_add_(0, cells, torch.ones_like(cells))
 
     def read(self) -> Counts:
         """The counts over all ranks; a collective, to be called once."""

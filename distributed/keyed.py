@@ -6,6 +6,7 @@ values: a product of one with a constant below 2**31 in size never overflows, so
 
 import hashlib
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -55,6 +56,18 @@ def integers(keys: Tensor, purpose: str, below: int) -> Tensor:
 def unit(keys: Tensor, purpose: str) -> Tensor:
     """One number a sample, uniform in (0, 1): float64 [n]."""
     return (draws(keys, purpose).to(torch.float64) + 0.5) * 2.0**-32
+
+
+def unit_of_each(keys: Tensor, purposes: tuple[str, ...]) -> Tensor:
+    """`unit` for several purposes in one batch of operations: float64 [len(purposes), n]."""
+    first, second = _words_of_each(purposes, keys.device)
+    return (_mix_(keys[:, 0] ^ first, keys[:, 1] ^ second).to(torch.float64) + 0.5) * 2.0**-32
+
+
+@lru_cache
+def _words_of_each(purposes: tuple[str, ...], device: torch.device) -> Tensor:
+    """The words of purposes, int64 [2, len(purposes), 1]. Cached: copying them to a GPU in each step would wait for it."""
+    return torch.tensor([words(purpose) for purpose in purposes], dtype=torch.int64).T[:, :, None].to(device)
 
 
 def permutation(count: int, *, seed: int, epoch: int, device: torch.device | None = None) -> Tensor:

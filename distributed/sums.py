@@ -82,7 +82,7 @@ class RunningSums:
                 fraction.long().sum(),
                 (answers == labels).sum(),
                 top5.sum(),
-                torch.tensor(len(labels), device=labels.device),
+                torch.full((), len(labels), dtype=torch.int64, device=labels.device),  # a copy from the host would wait
             ]
         )
         self._bad_step.clamp_(max=torch.where(finite.all(), _NEVER, step))

@@ -1,5 +1,7 @@
 """Mixing each training image with another one, by the sample's own draws: mixup and cutmix."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -55,15 +57,20 @@ def beta(keys: Tensor, purpose: str, alpha: float) -> Tensor:
     """A draw of Beta(alpha, alpha) a sample, alpha in (0, 1], float64 [n].
 
     Jöhnk's rejection (1964), the first of a fixed number of tries that is accepted: at least half of all are, so that one
-    sample in 65,536 has none and takes one half.
+    sample in 65,536 has none and takes one half. All tries are drawn at once: on a GPU one after the other would be
+    hundreds of small kernels.
     """
-    found = torch.full((len(keys),), 0.5, dtype=torch.float64, device=keys.device)
-    waiting = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
-    for attempt in range(_TRIES):
-        x = keyed.unit(keys, f"{purpose}_{attempt}_x") ** (1 / alpha)
-        y = keyed.unit(keys, f"{purpose}_{attempt}_y") ** (1 / alpha)
-        total = x + y
-        accepted = waiting & (total <= 1) & (total > 0)
-        found = torch.where(accepted, x / total, found)
-        waiting = waiting & ~accepted
-    return found
+    units = keyed.unit_of_each(keys, _purposes(purpose))
+    # One kernel on a GPU. On a CPU row by row: a power's last bit depends on where its row ends, where vectors do not fit.
+    torch._foreach_pow_(units.unbind(), 1 / alpha)
+    x, y = units.view(2, _TRIES, -1)
+    total = x + y
+    accepted = (total <= 1) & (total > 0)
+    first = accepted.to(torch.uint8).argmax(0, keepdim=True)
+    return torch.where(accepted, x / total, 0.5).gather(0, first)[0]
+
+
+@cache
+def _purposes(purpose: str) -> tuple[str, ...]:
+    """The names of all draws: the tries' x, then their y."""
+    return tuple(f"{purpose}_{attempt}_{axis}" for axis in "xy" for attempt in range(_TRIES))

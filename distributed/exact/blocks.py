@@ -58,8 +58,11 @@ def squares_of_blocks(parts: Sequence[Tensor], blocks: Sequence[Blocks], *, shar
         for tensor, (part, cut) in enumerate(zip(parts, blocks, strict=True))
         for place, block in enumerate(torch.split(part, cut.length) if len(part) else ())
     ]
-    squares = parts[0].new_zeros(len(parts), shards)
-    if found:
-        tensors, places, numbers = zip(*found, strict=True)
-        squares[list(tensors), list(places)] = torch.stack(torch._foreach_norm(numbers)).square()
-    return squares
+    if not found:
+        return parts[0].new_zeros(len(parts), shards)
+    tensors, places, numbers = zip(*found, strict=True)
+    norms = dict(zip(zip(tensors, places, strict=True), torch._foreach_norm(numbers), strict=True))
+    # Stacked in order, not written by index: indices would come from the host, and the device would be waited for.
+    nothing = parts[0].new_zeros(())
+    cells = [norms.get((tensor, block), nothing) for tensor in range(len(parts)) for block in range(shards)]
+    return torch.stack(cells).square().view(len(parts), shards)

@@ -21,11 +21,14 @@ class ShardRows:
         self._gather = gather
         # Every rank sends as many rows as the one that holds most; what is too much is dropped here.
         self._most = max(map(len, held))
-        self._places = [rank * self._most + place for rank, own in enumerate(held) for place in range(len(own))]
+        self._counts = [len(own) for own in held]
 
     def __call__(self, rows: list[Tensor]) -> Tensor:
         if self._gather is None:
             return torch.stack(rows)
         sent = torch.cat(rows + [rows[0]] * (self._most - len(rows)))
-        received = self._gather(sent).view(-1, len(rows[0]))
-        return received if len(received) == len(self._places) else received[self._places]
+        received = self._gather(sent).view(len(self._counts), self._most, len(rows[0]))
+        if len(set(self._counts)) == 1:
+            return received.flatten(0, 1)
+        # Slices, not a list of indices: that would be copied from the host, which waits for the device.
+        return torch.cat([of_rank[:count] for of_rank, count in zip(received, self._counts, strict=True)])

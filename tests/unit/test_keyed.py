@@ -44,6 +44,14 @@ def test_draws_equal_the_stored_vector():
     assert keyed.integers(keys, "crop_y", 9).tolist() == [7, 2, 5, 1, 7]
 
 
+def test_draws_for_several_purposes_are_those_for_each():
+    keys = keys_of(100)
+    purposes = ("a", "b", "mixup_0_x")
+    together = keyed.unit_of_each(keys, purposes)
+    assert together.dtype == torch.float64
+    assert torch.equal(together, torch.stack([keyed.unit(keys, purpose) for purpose in purposes]))
+
+
 def test_permutations_equal_the_stored_vectors():
     assert keyed.permutation(12, seed=0, epoch=0).tolist() == [6, 11, 8, 7, 10, 3, 4, 0, 9, 5, 2, 1]
     assert keyed.permutation(12, seed=0, epoch=1).tolist() == [9, 4, 5, 8, 11, 7, 2, 10, 1, 6, 0, 3]

@@ -1,6 +1,9 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed import keyed
 from distributed.config.data import Augment
@@ -75,3 +78,48 @@ def test_an_image_is_mixed_alike_in_whatever_company():
 def test_no_images_are_no_trouble():
     images, part = mix(torch.empty(0, 32, 32, 3), torch.empty(0, 32, 32, 3), keys_of(0), Augment(mixup=1, cutmix=1))
     assert (images.shape, part.shape) == ((0, 32, 32, 3), (0,))
+
+
+def one_try_after_the_other(keys: Tensor, purpose: str, alpha: float) -> Tensor:
+    """The definition of the draw: `beta` takes all tries at once and must give the same bits."""
+    found = torch.full((len(keys),), 0.5, dtype=torch.float64)
+    waiting = torch.ones(len(keys), dtype=torch.bool)
+    for attempt in range(16):
+        x = keyed.unit(keys, f"{purpose}_{attempt}_x") ** (1 / alpha)
+        y = keyed.unit(keys, f"{purpose}_{attempt}_y") ** (1 / alpha)
+        accepted = waiting & (x + y <= 1) & (x + y > 0)
+        found = torch.where(accepted, x / (x + y), found)
+        waiting = waiting & ~accepted
+    return found
+
+
+@pytest.mark.parametrize("count", [0, 1, 13, 100, 128, 20_000])
+@pytest.mark.parametrize("alpha", [0.1, 0.2, 0.4, 0.5, 0.7, 1.0])
+def test_draws_are_the_first_accepted_of_tries_one_after_the_other(count: int, alpha: float) -> None:
+    keys = keys_of(count, seed=count)
+    for purpose in ("mixup", "cutmix"):
+        assert torch.equal(beta(keys, purpose, alpha), one_try_after_the_other(keys, purpose, alpha))
+
+
+def test_a_sample_without_an_accepted_try_takes_one_half() -> None:
+    keys = keys_of(200_000)
+    found = beta(keys, "mixup", 1.0)
+    assert 0 < int((found == 0.5).sum()) < 20
+    assert torch.equal(found, one_try_after_the_other(keys, "mixup", 1.0))
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_all_tries_are_drawn_by_a_few_operations() -> None:
+    keys = keys_of(8)
+    with Operations() as operations:
+        beta(keys, "mixup", 0.4)
+    assert 10 < operations.count < 50

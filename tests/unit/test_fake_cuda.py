@@ -1,0 +1,209 @@
+"""A training step copies nothing from ordinary host memory to a GPU and never waits for it: audited without a GPU.
+
+Tensors are fake: operations are dispatched, nothing is computed. Their device is `cpu:0`, which torch keeps apart from `cpu`: it
+stands for the GPU. Fake tensors on `cuda` would do for the forward pass alone, since autograd asks the driver for its streams.
+"""
+
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from distributed import build
+from distributed.config import load
+from distributed.confusion import ConfusionSums
+from distributed.data import pipeline
+from distributed.data.batch import Batch
+from distributed.engine import ddp, exact
+from distributed.exact import rows
+from distributed.loop import train_step
+from distributed.models import build as models
+from distributed.sums import RunningSums
+from distributed.topology import Topology
+
+ROOT = Path(build.__file__).parent
+DEVICE, HOST = torch.device("cpu:0"), torch.device("cpu")
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+aten = torch.ops.aten
+
+FROM_HOST = {aten.lift_fresh}  # `torch.tensor`, or a list as an index: numbers in pageable memory
+WAITS = {
+    aten._local_scalar_dense, aten.equal, aten.is_nonzero, aten.nonzero, aten.masked_select, aten.bincount, aten.histc,
+    aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.repeat_interleave,
+}  # fmt: skip
+INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
+
+
+class Audit(TorchDispatchMode):
+    """Collects the operations that copy from the host or wait for the device, with the line of the project behind each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+        self.operations: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # what `.device` of a fake tensor is
+            return func(*args)
+        self.operations[func.overloadpacket] += 1
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if complaint := _complaint(func.overloadpacket, inputs):
+            self.found[f"{_line_of_project()}: {func}: {complaint}"] += 1
+        if func in (aten._fused_sgd_.default, aten.batch_norm_update_stats.default):
+            return _without_data(func, *args)
+        result = func(*args, **(kwargs or {}))
+        if inputs and any(_elsewhere(x) for x in tree_leaves(result)):
+            self.found[f"{_line_of_project()}: {func}: its result is on the host"] += 1
+        return result
+
+    def assert_nothing_found(self) -> None:
+        assert not self.found, "\n".join(f"{count} x {line}" for line, count in self.found.items())
+
+
+def _complaint(operation: Any, inputs: list[Tensor]) -> str | None:
+    if operation in FROM_HOST:
+        return "made from numbers on the host"
+    if operation in WAITS:
+        return "waits for the device"
+    if operation in INDEXING and any(x.dtype == torch.bool for x in inputs[1:]):
+        return "a mask as an index is counted on the host"
+    if any(map(_elsewhere, inputs)):
+        return "takes a tensor that is on the host"
+    return None
+
+
+def _elsewhere(x: object) -> bool:
+    return isinstance(x, Tensor) and x.device != DEVICE
+
+
+def _without_data(func: Any, *args: Any) -> Any:
+    """The results of two operations that torch cannot do on fake tensors: an update in place, and a batch's statistics."""
+    return None if func is aten._fused_sgd_.default else (torch.empty_like(args[1]), torch.empty_like(args[2]))
+
+
+def _line_of_project() -> str:
+    for frame in reversed(traceback.extract_stack()):
+        if ROOT in Path(frame.filename).parents:
+            return f"{Path(frame.filename).relative_to(ROOT.parent)}:{frame.lineno}"
+    return "outside of the project"
+
+
+def _on_device(model: nn.Module, *, device: torch.device, **_: object) -> nn.Module:
+    """`Module.to` refuses fake parameters."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.detach().to(device)))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
+    return model
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
+    for engine in (ddp, exact):
+        monkeypatch.setattr(engine, "cast", _on_device)
+    monkeypatch.setattr(models, "initialize", lambda model, **_: None)  # thousands of operations before the first step
+    # The split is computed by torch and read by numpy, which sees no fake tensor.
+    monkeypatch.setattr(pipeline, "validation_mask", lambda labels, **_: np.zeros(len(labels), np.bool_))
+    return FAKE
+
+
+def audited_step(*arguments: str) -> Audit:
+    images = "--data.name generated10 --data.train_samples 20 --data.test_samples 10 --data.placement device"
+    config, _ = load([*f"{images} --threads 1 --global_batch_size 20".split(), *arguments])
+    data = build.build_data(config, Topology(), DEVICE)
+    data.example()  # what is made once for a device
+    engine = build.build_engine(config, Topology(), data, DEVICE)
+    sums = RunningSums(DEVICE)
+    audit, batches = Audit(), data.train_epoch(0)
+    with audit:
+        train_step(engine, next(batches), loss=config.loss, lr=0.1, step=0, sums=sums)
+    return audit
+
+
+ALL = (
+    "--data.augment.mixup 0.4 --data.augment.cutmix 1 --data.augment.cutout 8 --loss.label_smoothing 0.1 "
+    "--optim.ema_decay 0.9 --optim.clip_norm 1"
+)
+FAST = ("alexnet sgd", "improved_alexnet adamw", "cifar_alexnet adamw", "cifar_alexnet_bn sgd")
+CASES = [
+    *(f"{case} {precision} 0 {ALL}" for case in FAST for precision in ("float32", "bfloat16", "float16")),
+    "improved_alexnet sgd float32 0",
+    f"improved_alexnet sgd float16 0 {ALL} --accumulation 2",
+    f"alexnet adamw float32 1 {ALL}",
+    f"improved_alexnet adamw float16 8 {ALL}",  # shards of two and of three images
+    f"cifar_alexnet sgd bfloat16 1 {ALL}",
+]
+
+
+# torch warns of addresses of fake tensors, by which exact mode keeps its views.
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("case", CASES, ids=[" ".join(case.split()[:4]) for case in CASES])
+def test_a_step_copies_nothing_from_the_host_and_waits_for_nothing(case: str, fake: FakeTensorMode) -> None:
+    model, optim, precision, shards, *options = case.split()
+    with fake:
+        audit = audited_step(
+            "--model.name", model, "--optim.name", optim, "--precision", precision, "--exact.shards", shards, *options
+        )
+    audit.assert_nothing_found()
+    assert audit.operations[aten.convolution_backward] >= 5, "the backward pass was not audited"
+    assert audit.operations[aten._fused_sgd_] + audit.operations[aten._fused_adamw_] > 0, "the update was not audited"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_rows_of_uneven_ranks_are_put_together_on_the_device(
+    world_size: int, fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "world_size", lambda: world_size)
+    with fake:
+        of_shards = rows.ShardRows(lambda sent: sent.new_empty(world_size, sent.numel()), shards=8)
+        own = [torch.zeros(5, device=DEVICE) for _ in range(8 // world_size)]
+        audit = Audit()
+        with audit:
+            assert of_shards(own).shape == (8, 5)
+    audit.assert_nothing_found()
+
+
+def test_counting_confusions_waits_for_nothing(fake: FakeTensorMode) -> None:
+    with fake:
+        labels, logits = torch.zeros(8, dtype=torch.int64, device=DEVICE), torch.zeros(8, 10, device=DEVICE)
+        sums = ConfusionSums(10, DEVICE)
+        audit = Audit()
+        with audit:
+            sums(logits, Batch(logits, labels, labels, labels, 8, (8,)))
+    audit.assert_nothing_found()
+
+
+@pytest.mark.parametrize(
+    ("defect", "complaint"),
+    [
+        (lambda x: torch.tensor(3, device=DEVICE), "made from numbers on the host"),
+        (lambda x: x[[0, 1]], "made from numbers on the host"),
+        (lambda x: x + torch.zeros(4, device=HOST).to(DEVICE), "takes a tensor that is on the host"),
+        (lambda x: x * torch.ones((), device=HOST), "takes a tensor that is on the host"),
+        (lambda x: x.cpu(), "its result is on the host"),
+        (lambda x: x.sum().item(), "waits for the device"),
+        (lambda x: bool(x.isfinite().all()), "waits for the device"),
+        (lambda x: x[x > 0], "a mask as an index"),
+        (lambda x: x.nonzero(), "waits for the device"),
+    ],
+    ids=["torch.tensor", "list as index", "copy", "scalar on the host", "cpu", "item", "bool", "mask", "nonzero"],
+)
+def test_the_audit_finds(defect: Any, complaint: str) -> None:
+    audit = Audit()
+    with FAKE:
+        x = torch.zeros(4, device=DEVICE)
+        try:
+            with audit:
+                defect(x)
+        except Exception:  # fake tensors have no values, which is where it would wait
+            pass
+    assert any(complaint in line for line in audit.found), audit.found
