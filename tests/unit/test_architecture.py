@@ -24,7 +24,7 @@ LAYERS = [
     "recipe",
     "process",
     "train evaluate compare bench predict export experiments",
-    "report",
+    "report gpu_check",
 ]
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row.split()}
 SLOW = {
