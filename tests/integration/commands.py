@@ -37,7 +37,7 @@ class Command:
         with output.open("ab") as file:
             self.process = subprocess.Popen(
                 arguments, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=cwd,
-                env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:/tmp/fake6", **(more or {})}, **popen,
+                env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **(more or {})}, **popen,
             )  # fmt: skip
 
     def __enter__(self) -> "Command":

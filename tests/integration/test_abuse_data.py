@@ -122,7 +122,18 @@ HUNDRED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def train(name: str, root: Path, run: Path) -> tuple[object, ...]:
-    return ("--data.name", name, "--data.root", root, "--run_dir", run, "--device", "cpu", "--logging.tensorboard", "false")
+    return (
+        "--data.name",
+        name,
+        "--data.root",
+        root,
+        "--run_dir",
+        run,
+        "--device",
+        "cpu",
+        "--logging.tensorboard",
+        "false",
+    )
 
 
 @pytest.mark.parametrize("case", CIFAR)

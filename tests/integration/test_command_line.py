@@ -23,7 +23,7 @@ def python(*arguments: object, module: str = "distributed.train") -> list[str]:
 
 
 def run(arguments: list[str], cwd: Path = ROOT, seconds: float = 60) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:/tmp/fake6"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     return subprocess.run(
         arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=seconds, check=False
     )
@@ -33,7 +33,9 @@ def test_all_mistakes_are_told_at_once_before_torch_is_imported(tmp_path: Path) 
     config = tmp_path / "mine.toml"
     config.write_text('epochs = 3\n\n[optim]\nlrr = 0.05\n\n[data]\nname = "generated10"\n')
     start = time.monotonic()
-    result = run([sys.executable, "-X", "importtime", "-m", "distributed.train", str(config), "--precision", "fp4", *CPU])
+    result = run(
+        [sys.executable, "-X", "importtime", "-m", "distributed.train", str(config), "--precision", "fp4", *CPU]
+    )
     seconds = time.monotonic() - start
     told = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
     assert result.returncode == 2

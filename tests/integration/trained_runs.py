@@ -20,7 +20,7 @@ CLASSES = [f"class <{letter}>" for letter in "abcdefghij"]
 
 def command(module: str, *arguments: object, seconds: float = 120) -> subprocess.CompletedProcess[str]:
     """`python -m distributed.MODULE ARGUMENTS`."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:/tmp/fake6"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     return subprocess.run(
         [sys.executable, "-m", f"distributed.{module}", *map(str, arguments)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False,
@@ -30,7 +30,8 @@ def command(module: str, *arguments: object, seconds: float = 120) -> subprocess
 def train_small(folder: Path) -> Path:
     """Two epochs on 300 generated images, of which a quarter is held out; 103 test images."""
     result = command(
-        "train", "configs/debug.toml", "--device", "cpu", "--run_dir", folder, "--data.train_samples", 300, "--data.test_samples", 103,
+        "train", "configs/debug.toml", "--device", "cpu", "--run_dir", folder,
+        "--data.train_samples", 300, "--data.test_samples", 103,
         "--data.validation_fraction", 0.25, "--logging.every_steps", 2, "--schedule.name", "constant",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
