@@ -21,7 +21,7 @@ TRAIN = [sys.executable, "-m", "distributed.train"]
         [sys.executable, "-m", "integration.killed_in_save", "before the rename", "4", "configs/debug.toml"],
         ["sbatch", "--nodes=2", Path("slurm/train.sh"), Path("configs/debug.toml")],
     ],
-    ids=str,
+    ids=lambda words: " ".join(map(str, words[-3:])),
 )
 def test_a_training_without_a_device_is_refused(words):
     with pytest.raises(AssertionError, match="add --device cpu"):
