@@ -1,10 +1,24 @@
-"""What every test must leave as it found it: the environment, and a process without a process group."""
+"""What holds for every test: the device it means, and what it must leave as it found it: the environment, and a process
+without a process group."""
 
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
+import devices
 import pytest
+
+devices.check_started_commands()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Hides GPUs from every test without the marker `gpu`, from its fixtures of any scope too."""
+    if item.get_closest_marker("gpu"):
+        return (yield)
+    with devices.no_gpus():
+        return (yield)
 
 
 @pytest.fixture(autouse=True)
@@ -21,11 +35,20 @@ def a_process_left_as_it_was() -> Iterator[None]:
 
 
 @pytest.fixture
-def threads_and_log_as_they_were() -> Iterator[None]:
+def threads_and_log_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """For tests that train in their own process."""
     import torch
     from loguru import logger
 
+    from distributed import recipe
+
+    choose = recipe.choose_device
+
+    def choose_device(asked: str, topology: Any) -> torch.device:
+        devices.check_setting(asked)
+        return choose(asked, topology)
+
+    monkeypatch.setattr(recipe, "choose_device", choose_device)
     threads = torch.get_num_threads()
     logger.remove()
     yield

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from multiprocessing.connection import Connection, wait
 from typing import Any, ParamSpec, TypeVar
 
@@ -70,15 +71,26 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_secon
 
 def in_group(fn: Callable[P, R]) -> Callable[P, R]:
     """Run the function of a rank inside the project's own process group, on the CPU."""
+    return _in_group_on("cpu", fn, timeout_seconds=30)
 
+
+def in_group_on_gpus(fn: Callable[P, R]) -> Callable[P, R]:
+    """As `in_group`, on a GPU for each rank, over NCCL."""
+    return _in_group_on("cuda", fn, timeout_seconds=60)
+
+
+def _in_group_on(device: str, fn: Callable[P, R], *, timeout_seconds: float) -> Callable[P, R]:
     @functools.wraps(fn)
     def inside(*args: P.args, **kwargs: P.kwargs) -> R:
         from distributed import attempt
-        from distributed.process_group import process_group
+        from distributed.process_group import choose_device, make_deterministic, process_group
         from distributed.topology import Topology
 
         vars(attempt)["draw_curves"] = lambda *_, **__: None  # which takes longer than a small run
-        with process_group(Topology.from_environment(), torch.device("cpu"), timeout_seconds=30):
+        topology = Topology.from_environment()
+        own = choose_device(device, topology)
+        make_deterministic(own)
+        with process_group(topology, own, timeout_seconds=timeout_seconds):
             return fn(*args, **kwargs)
 
     return inside
@@ -121,7 +133,8 @@ _nurseries: dict[int, Nursery] = {}
 def _nursery(index: int) -> Nursery:
     if index not in _nurseries or not _nurseries[index].is_alive:
         # DeepSpeed looks for a GPU when it is imported, after which there is no forking.
-        _nurseries[index] = Nursery(_be_rank, _PRELOAD if torch.cuda.is_available() else (*_PRELOAD, _DEEPSPEED))
+        without = torch.cuda.is_available() or find_spec("deepspeed") is None
+        _nurseries[index] = Nursery(_be_rank, _PRELOAD if without else (*_PRELOAD, _DEEPSPEED))
     return _nurseries[index]
 
 

@@ -119,7 +119,7 @@ class _Clock:
         return "the end of the measurement" if len(self.times) >= self._last else None
 
 
-def _training(speed: Speed, name: str, model: str, batch: int, **settings: object) -> None:
+def _training(speed: Speed, name: str, model: str, batch: int, **settings: Any) -> None:
     """Steps launched one kernel at a time and, on CUDA, recorded: the same bits."""
     with speed.check(name) as figures:
         eager = speed.training(model, batch, **settings)

@@ -16,7 +16,9 @@ from distributed.metrics import EpochMetrics, TrainMetrics
 from distributed.recipe import train
 
 RECORDED = Path(__file__).with_name("debug_loss.json")
-SETTINGS = ("configs/debug.toml", "--precision", "float64", "--logging.every_steps", "1", "--accumulation", "2")
+SETTINGS = (
+    "configs/debug.toml", "--device", "cpu", "--precision", "float64", "--logging.every_steps", "1", "--accumulation", "2",
+)  # fmt: skip
 
 
 class Losses:
@@ -42,6 +44,7 @@ def losses(run_dir: Path, shards: str = "auto") -> list[float]:
     return sink.losses
 
 
+@pytest.mark.usefixtures("threads_and_log_as_they_were")
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("shards", ["0", "auto", "2"])
 def test_the_loss_curve_is_the_recorded_one(tmp_path: Path, shards: str) -> None:

@@ -334,7 +334,7 @@ def test_many_mistakes_are_as_many_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [["--epochs=" + "9" * 5000], ["--precision=a\nb"], ["/dev/null/x.toml"]], ids=repr)
 def test_the_real_command(words: list[str], tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "distributed.train", *words],
+        [sys.executable, "-m", "distributed.train", *words, "--device=cpu"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -122,7 +122,18 @@ HUNDRED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def train(name: str, root: Path, run: Path) -> tuple[object, ...]:
-    return ("--data.name", name, "--data.root", root, "--run_dir", run, "--logging.tensorboard", "false")
+    return (
+        "--data.name",
+        name,
+        "--data.root",
+        root,
+        "--run_dir",
+        run,
+        "--device",
+        "cpu",
+        "--logging.tensorboard",
+        "false",
+    )
 
 
 @pytest.mark.parametrize("case", CIFAR)
@@ -147,7 +158,7 @@ def test_what_only_reading_tells(case: str, tmp_path: Path) -> None:
     make, said = READ[case]
     make(tmp_path / "data")
     with untouched(tmp_path / "data"):
-        found = call("train", *train("cifar10", tmp_path / "data", tmp_path / "run"), "--device", "cpu")
+        found = call("train", *train("cifar10", tmp_path / "data", tmp_path / "run"))
     assert_told(found, said, str(tmp_path / "data"), "anew, or point --data.root")
     assert not list((tmp_path / "run").rglob("step-*"))
 
@@ -186,7 +197,7 @@ def test_bad_image_folders(case: str, tmp_path: Path) -> None:
     make(folder(tmp_path / "data"))
     words = train("image_folder", tmp_path / "data", tmp_path / "run")
     with untouched(tmp_path / "data"):
-        found = call("train", *words, "--data.cache", tmp_path / "cache", "--device", "cpu")
+        found = call("train", *words, "--data.cache", tmp_path / "cache")
     assert_told(found, said, "data.name = image_folder: ")
 
 
@@ -194,5 +205,5 @@ def test_a_cache_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("x")
     words = train("image_folder", folder(tmp_path / "data"), tmp_path / "run")
     with untouched(tmp_path / "data"):
-        found = call("train", *words, "--data.cache", tmp_path / "cache", "--device", "cpu")
+        found = call("train", *words, "--data.cache", tmp_path / "cache")
     assert_told(found, f"data.cache: cannot write to {tmp_path}/cache")

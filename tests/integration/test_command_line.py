@@ -13,7 +13,8 @@ import pytest
 
 from integration.commands import ROOT, Command, attempts, final_tensors, metrics, status, torchrun
 
-SMALL = ("configs/debug.toml", "--data.train_samples", "200", "--data.test_samples", "40")
+CPU = ("--device", "cpu")
+SMALL = ("configs/debug.toml", *CPU, "--data.train_samples", "200", "--data.test_samples", "40")
 TINY = (*SMALL, "--epochs", "1")
 
 
@@ -32,7 +33,9 @@ def test_all_mistakes_are_told_at_once_before_torch_is_imported(tmp_path: Path) 
     config = tmp_path / "mine.toml"
     config.write_text('epochs = 3\n\n[optim]\nlrr = 0.05\n\n[data]\nname = "generated10"\n')
     start = time.monotonic()
-    result = run([sys.executable, "-X", "importtime", "-m", "distributed.train", str(config), "--precision", "fp4"])
+    result = run(
+        [sys.executable, "-X", "importtime", "-m", "distributed.train", str(config), "--precision", "fp4", *CPU]
+    )
     seconds = time.monotonic() - start
     told = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
     assert result.returncode == 2
@@ -46,7 +49,7 @@ def test_all_mistakes_are_told_at_once_before_torch_is_imported(tmp_path: Path) 
 
 
 def test_under_torchrun_a_mistake_is_the_last_thing_above_its_banner(tmp_path: Path) -> None:
-    result = run(torchrun(2, "configs/debug.toml", "--optim.lrr", "1", "--run_dir", tmp_path / "run"))
+    result = run(torchrun(2, "configs/debug.toml", "--optim.lrr", "1", *CPU, "--run_dir", tmp_path / "run"))
     lines = result.stderr.splitlines()
     said = [number for number, line in enumerate(lines) if line.startswith("error: ")]
     assert [lines[number] for number in said] == [
@@ -59,7 +62,7 @@ def test_under_torchrun_a_mistake_is_the_last_thing_above_its_banner(tmp_path: P
 
 
 def test_data_that_is_not_there_is_named_with_the_remedy(tmp_path: Path) -> None:
-    result = run(python("configs/cifar10.toml", "--data.root", tmp_path, "--run_dir", tmp_path / "run"))
+    result = run(python("configs/cifar10.toml", *CPU, "--data.root", tmp_path, "--run_dir", tmp_path / "run"))
     assert result.returncode == 2
     assert f"{tmp_path}/cifar-10-batches-bin/data_batch_1.bin: No such file" in result.stderr
     assert "--data.root" in result.stderr
@@ -77,6 +80,7 @@ def test_help_comes_without_torch_and_names_every_section() -> None:
 @pytest.mark.timeout(200)
 def test_without_a_config_generated_images_are_used_under_a_banner_and_marked(tmp_path: Path) -> None:
     settings = (
+        *CPU,
         "--epochs",
         1,
         "--data.validation_fraction",
@@ -160,7 +164,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(tmp_path: 
 
 @pytest.mark.timeout(200)
 def test_one_interrupt_saves_and_a_second_ends_at_once(tmp_path: Path) -> None:
-    settings = ("configs/debug.toml", "--epochs", 200, "--run_dir", tmp_path / "run")
+    settings = ("configs/debug.toml", *CPU, "--epochs", 200, "--run_dir", tmp_path / "run")
     with Command(python(*settings), output=tmp_path / "once") as command:
         command.wait_for(lambda: "step 10/" in command.text, what="step 10")
         command.process.send_signal(signal.SIGINT)

@@ -39,7 +39,16 @@ def test_two_processes_fetch_an_archive_once_from_the_second_mirror_and_train_on
     with serving(content) as server:
         urls = json.dumps([server.url(manner, ARCHIVE) for manner in ("404", "slow")])
         words = ("--data.download", "--data.urls", urls, "--data.root", tmp_path / "data", "--epochs", 1)
-        more = ("--global_batch_size", 24, "--data.validation_fraction", 0, "--run_dir", tmp_path / "run")
+        more = (
+            "--device",
+            "cpu",
+            "--global_batch_size",
+            24,
+            "--data.validation_fraction",
+            0,
+            "--run_dir",
+            tmp_path / "run",
+        )
         started = torchrun(2, *words, *more, module="integration.small_cifar")
         with Command(started, output=tmp_path / "output") as command:
             assert command.wait(100) == 0, command.text
@@ -63,6 +72,8 @@ def test_a_failed_download_is_told_once_by_the_rank_that_speaks(tmp_path: Path) 
             tmp_path / "data",
             "--run_dir",
             tmp_path / "run",
+            "--device",
+            "cpu",
         )
         with Command(torchrun(2, *words), output=tmp_path / "output") as command:
             assert command.wait(100) != 0

@@ -10,7 +10,7 @@ import pytest
 from integration.commands import ROOT, Command, assert_same_bits, attempts, kill, status, torchrun
 
 SETTINGS = (
-    "configs/debug.toml", "--epochs", 2, "--data.train_samples", 2500, "--checkpoint.every_steps", 5,
+    "configs/debug.toml", "--epochs", 2, "--data.train_samples", 2500, "--checkpoint.every_steps", 5, "--device", "cpu",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import pytest
 from integration.commands import ROOT, Command, assert_same_bits, attempts, kill, status, torchrun
 
 SETTINGS = (
-    "configs/debug.toml", "--epochs", 2, "--data.train_samples", 1500, "--checkpoint.every_steps", 5,
+    "configs/debug.toml", "--epochs", 2, "--data.train_samples", 1500, "--checkpoint.every_steps", 5, "--device", "cpu",
 )  # fmt: skip
 ENGINES = {
     "zero 3": ("--engine.name", "deepspeed", "--engine.zero_stage", 3),
@@ -53,7 +53,7 @@ def test_deepspeed_needs_no_compiler(tmp_path: Path) -> None:
     (tmp_path / "bin" / "env").symlink_to("/usr/bin/env")
     found = {"PATH": str(tmp_path / "bin"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "CXX": "", "CC": ""}
     run = tmp_path / "run"
-    settings = ("configs/debug.toml", "--epochs", 1, "--data.train_samples", 300)
+    settings = ("configs/debug.toml", "--epochs", 1, "--data.train_samples", 300, "--device", "cpu")
     arguments = torchrun(2, *settings, "--engine.name", "deepspeed", "--engine.zero_stage", 2, "--run_dir", run)
     done = subprocess.run(
         arguments, cwd=ROOT, env={**os.environ, **found}, capture_output=True, text=True, timeout=150, check=False
@@ -80,6 +80,7 @@ def test_a_deepspeed_that_will_not_do_is_one_line(found: str | None, tmp_path: P
         paths.insert(0, str(tmp_path))
         said = "engine.name = deepspeed needs the package deepspeed: pip install 'deepspeed>=0.19'"
     command = [sys.executable, "-m", "distributed.train", "--data.name", "generated10", "--engine.name", "deepspeed"]
+    command += ["--device", "cpu"]
     done = subprocess.run(
         [*command, "--run_dir", str(tmp_path / "run")],
         cwd=tmp_path,

@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.timeout(240),
     pytest.mark.skipif(bool(several.why_none()), reason=f"no hosts here: {several.why_none()}"),
 ]
-SETTINGS = ("configs/debug.toml", "--epochs", 8, "--checkpoint.every_steps", 5, "--threads", 1)
+SETTINGS = ("configs/debug.toml", "--epochs", 8, "--checkpoint.every_steps", 5, "--threads", 1, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")

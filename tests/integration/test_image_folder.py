@@ -12,7 +12,7 @@ from integration.test_command_line import python, run
 
 SETTINGS = (
     *("--data.name", "image_folder", "--epochs", 1, "--global_batch_size", 8, "--logging.every_steps", 1),
-    *("--data.validation_fraction", 0.25, "--precision", "float32", "--data.augment.crop", 2),
+    *("--data.validation_fraction", 0.25, "--precision", "float32", "--data.augment.crop", 2, "--device", "cpu"),
 )
 
 

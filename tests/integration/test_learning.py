@@ -13,7 +13,7 @@ needs_cifar = pytest.mark.skipif(not CIFAR_ROOT, reason="CIFAR_ROOT names no fol
 
 def accuracy_after(tmp_path: Path, epochs: int, *settings: object) -> float:
     run = tmp_path / "run"
-    quiet = ("--logging.tensorboard", "false", "--evaluation.test_every_epoch", "false")
+    quiet = ("--device", "cpu", "--logging.tensorboard", "false", "--evaluation.test_every_epoch", "false")
     arguments = torchrun(2, "--epochs", epochs, "--run_dir", run, *quiet, *settings)
     with Command(arguments, output=tmp_path / "output") as command:
         assert command.wait(400) == 0, command.text[-4000:]

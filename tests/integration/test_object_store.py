@@ -19,6 +19,7 @@ from integration.object_store import KEYS, NO_PATIENCE, Relay, running
 
 SETTINGS = (
     "configs/debug.toml", "--epochs", 2, "--data.train_samples", 300, "--data.test_samples", 40, "--threads", 1,
+    "--device", "cpu",
     "--checkpoint.every_steps", 3, "--evaluation.test_every_epoch", "false", "--global_batch_size", 40,
 )  # fmt: skip
 PLAIN = [sys.executable, "-m", "distributed.train"]
@@ -179,6 +180,6 @@ def test_a_store_that_cannot_be_used_is_refused(
     if "AWS_SECRET_ACCESS_KEY" in change and "S3_ENDPOINT" not in os.environ:
         pytest.skip("moto's server takes any key; name a store with S3_ENDPOINT")
     url = bucket if change else "s3://no-such-bucket-here/x"
-    words = ("--data.name=generated10", "--run_dir", tmp_path / "run", "--checkpoint.upload_to", url)
+    words = ("--data.name=generated10", "--device=cpu", "--run_dir", tmp_path / "run", "--checkpoint.upload_to", url)
     with untouched(tmp_path):
         assert_told(call("train", *words, **change), f"checkpoint.upload_to = {url}: ", said)

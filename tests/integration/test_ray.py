@@ -14,8 +14,18 @@ from integration.commands import ROOT, Command, assert_same_bits, attempts, kill
 from integration.ray_nodes import RayCluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-LONG = ("configs/debug.toml", "--epochs", 16, "--checkpoint.every_steps", 5, "--checkpoint.keep_last", 2)
-SHORT = ("configs/debug.toml", "--epochs", 1, "--data.train_samples", 200, "--data.test_samples", 60)
+LONG = (
+    "configs/debug.toml",
+    "--epochs",
+    16,
+    "--checkpoint.every_steps",
+    5,
+    "--checkpoint.keep_last",
+    2,
+    "--device",
+    "cpu",
+)
+SHORT = ("configs/debug.toml", "--epochs", 1, "--data.train_samples", 200, "--data.test_samples", 60, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +151,7 @@ def test_a_job_is_stopped_with_nothing_lost_and_submitted_again(
     cluster.have("n1", "n2")
     run = tmp_path / "run"
     # Saves come only at the ends of epochs, and at the stop.
-    train = ("--", "python", "-m", "launch.ray_train", *LONG[:3], "--run_dir", run)
+    train = ("--", "python", "-m", "launch.ray_train", *LONG[:3], "--device", "cpu", "--run_dir", run)
     submitted(cluster, "first", "--no-wait", *train)
     wait_for(lambda: run.exists() and len(attempts(run, "started")) > 0 and status(run)["step"] > 0, seconds=90,
              what=lambda: cluster.ask("job", "logs", "first"))  # fmt: skip
@@ -159,7 +169,9 @@ def test_a_job_is_stopped_with_nothing_lost_and_submitted_again(
     told = "".join(line for line in text.splitlines(keepends=True) if " cli.py:" not in line)  # which Ray always colors
     assert not {"\r", "\x1b"} & set(told), text
 
-    refused = submitted(cluster, "wrong", "--", "python", "-m", "launch.ray_train", "configs/debug.toml", fails=True)
+    refused = submitted(
+        cluster, "wrong", "--", "python", "-m", "launch.ray_train", "configs/debug.toml", "--device", "cpu", fails=True
+    )
     assert "run_dir = runs/debug: relative, and a worker runs in a folder of its own" in refused
     there = submitted(cluster, "look", "--", "python", "-c", "import os; print(sorted(os.listdir()))")
     assert "'distributed'" in there
@@ -174,7 +186,18 @@ def test_more_than_there_is_room_for_and_what_would_fail_again(cluster: RayClust
     assert "3 workers of 1 CPU each are asked for (pack), and the cluster has room for 2 now" in command.text
     assert not (tmp_path / "large").exists()
 
-    infinite = ("--optim.lr", 100, "--optim.momentum", 0.99, "--schedule.name", "constant", "--epochs", 20)
+    infinite = (
+        "--optim.lr",
+        100,
+        "--optim.momentum",
+        0.99,
+        "--schedule.name",
+        "constant",
+        "--epochs",
+        20,
+        "--device",
+        "cpu",
+    )
     run = tmp_path / "infinite"
     with cluster.train("configs/debug.toml", *infinite, "--run_dir", run, output=tmp_path / "infinite.out") as command:
         assert command.wait(200) == 3, command.text
@@ -212,7 +235,7 @@ def test_a_sweep_trains_each_and_names_the_best(cluster: RayCluster, tmp_path: P
 @pytest.mark.skipif(bool(slurm.why_none()), reason=f"no Slurm here: {slurm.why_none()}")
 def test_the_same_bits_under_every_launcher(cluster: RayCluster, tmp_path: Path) -> None:
     """python alone, torchrun on 2 processes, sbatch on 2 nodes, Ray on 3 workers; a thread each."""
-    words = ("configs/debug.toml", "--threads", 1, "--run_dir")
+    words = ("configs/debug.toml", "--threads", 1, "--device", "cpu", "--run_dir")
     runs = {name: tmp_path / name for name in ("python", "torchrun", "slurm", "ray")}
     python = [sys.executable, "-m", "distributed.train", *map(str, words), str(runs["python"])]
     for command in (

@@ -8,7 +8,7 @@ import pytest
 
 from integration.commands import Command, assert_same_bits, attempts, kill, status, torchrun
 
-SETTINGS = ("configs/debug.toml", "--epochs", 12, "--checkpoint.every_steps", 4, "--threads", 1)
+SETTINGS = ("configs/debug.toml", "--epochs", 12, "--checkpoint.every_steps", 4, "--threads", 1, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")

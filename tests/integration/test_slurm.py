@@ -19,8 +19,9 @@ pytestmark = [
     pytest.mark.timeout(400),
     pytest.mark.skipif(bool(slurm.why_none()), reason=f"no Slurm here: {slurm.why_none()}"),
 ]
-SMALL = ("--epochs", 1, "--data.train_samples", 300, "--data.test_samples", 60, "--global_batch_size", 32)
-LONG = ("configs/debug.toml", "--epochs", 8, "--checkpoint.every_steps", 5, "--checkpoint.keep_last", 2)
+CPU = ("--device", "cpu")
+SMALL = ("--epochs", 1, "--data.train_samples", 300, "--data.test_samples", 60, "--global_batch_size", 32, *CPU)
+LONG = ("configs/debug.toml", "--epochs", 8, "--checkpoint.every_steps", 5, "--checkpoint.keep_last", 2, *CPU)
 OUT = ("--output", "batch-%j.out")
 
 
@@ -104,7 +105,7 @@ def digests(run: Path) -> dict[str, dict[str, str]]:
 @together
 def test_the_time_limit_saves_requeues_and_leaves_the_bits_alone(cluster: Cluster, tmp_path: Path) -> None:
     """Slurm's own warning, at a limit of one minute; what is saved after it is what a run without a limit saved."""
-    run, beside, slow = tmp_path / "run", tmp_path / "beside", ("--epochs", 400, "--checkpoint.every_steps", 50)
+    run, beside, slow = tmp_path / "run", tmp_path / "beside", ("--epochs", 400, "--checkpoint.every_steps", 50, *CPU)
     job = cluster.sbatch("--time=1", "--signal=B:USR1@10", *OUT, ROOT / "slurm/train.sh", ROOT / LONG[0], *slow,
                          "--run_dir", run, cwd=tmp_path)  # fmt: skip
 
@@ -134,7 +135,7 @@ def test_the_time_limit_saves_requeues_and_leaves_the_bits_alone(cluster: Cluste
 @together
 def test_what_will_repeat_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
     """A bad setting fails in seconds; so does a loss that becomes infinite."""
-    debug = (ROOT / "slurm/train.sh", ROOT / "configs/debug.toml")
+    debug = (ROOT / "slurm/train.sh", ROOT / "configs/debug.toml", *CPU)
     bad = cluster.sbatch(*OUT, *debug, "--optim.lrr", 1, cwd=tmp_path)
     alone = cluster.sbatch("--nodes=2", *OUT, *debug, "--run_dir", tmp_path / "alone", cwd=tmp_path,
                            RDZV_ADDRESS="127.0.1.1")  # fmt: skip

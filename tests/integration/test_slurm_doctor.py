@@ -44,7 +44,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def examined(cluster: Cluster, run: Path) -> tuple[bool, str]:
     """Whether the doctor, called before the run by the script, let it begin; and what it said."""
     job = cluster.sbatch("--nodes=2", "--output", run.parent / "batch.out", ROOT / "slurm/train.sh", ROOT / SETTINGS[0],
-                         "--epochs", 1, "--run_dir", run)  # fmt: skip
+                         "--device", "cpu", "--epochs", 1, "--run_dir", run)  # fmt: skip
     state = cluster.wait_for_state(job, "COMPLETED", "FAILED")
     text = (run / f"slurm/{job}.log").read_text() + (run.parent / "batch.out").read_text()
     if state == "FAILED":

@@ -30,7 +30,8 @@ def command(module: str, *arguments: object, seconds: float = 120) -> subprocess
 def train_small(folder: Path) -> Path:
     """Two epochs on 300 generated images, of which a quarter is held out; 103 test images."""
     result = command(
-        "train", "configs/debug.toml", "--run_dir", folder, "--data.train_samples", 300, "--data.test_samples", 103,
+        "train", "configs/debug.toml", "--device", "cpu", "--run_dir", folder,
+        "--data.train_samples", 300, "--data.test_samples", 103,
         "--data.validation_fraction", 0.25, "--logging.every_steps", 2, "--schedule.name", "constant",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -1,5 +1,6 @@
 """Sharded engines on CUDA over NCCL. One process: NCCL takes no two of them on one GPU, and one GPU is what is lent."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ pytestmark = [
     pytest.mark.timeout(400),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+
+
+def needs(name: str) -> list[pytest.MarkDecorator]:
+    missing = name.startswith("zero") and find_spec("deepspeed") is None
+    return [pytest.mark.skipif(missing, reason="deepspeed is not installed")]
 
 
 def on_cuda(name: str, precision: str) -> tuple[list[float], dict[str, Any]]:
@@ -51,7 +57,7 @@ def on_cuda(name: str, precision: str) -> tuple[list[float], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", [name for name in ENGINES if name != "ddp"])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs(name)) for name in ENGINES if name != "ddp"])
 def test_three_steps_are_those_of_ddp(name: str, precision: str) -> None:
     ((expected, there),) = run_ranks(on_cuda, 1, "ddp", precision, timeout_seconds=150)
     ((losses, here),) = run_ranks(on_cuda, 1, name, precision, timeout_seconds=150)

@@ -12,7 +12,12 @@ from distributed.run_folder import RunFolder
 from multiprocess.small_runs import small_config
 from multiprocess.traces import Trace, assert_same_run, traced
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 CASES: dict[str, dict[str, Any]] = {
     "float32": {"optim": {"lr": 0.05, "clip_norm": 0.8}, "schedule": {"name": "one_cycle"}},
@@ -44,8 +49,6 @@ def run_all(folder: Path) -> dict[tuple[str, int], Trace]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list[dict[tuple[str, int], Trace]]]]:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
     folder = tmp_path_factory.mktemp("gpu")
     return folder, {world_size: run_ranks(run_all, world_size, folder, timeout_seconds=180) for world_size in THREADS}
 

@@ -13,7 +13,12 @@ from distributed.engine import loss_scale
 from multiprocess.small_runs import FAST, small_config
 from multiprocess.traces import Trace, traced
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 TOO_MUCH = 2.0**24
 
@@ -44,8 +49,6 @@ def run_all(folder: Path) -> dict[str, Trace]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Trace]]]:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
     folder = tmp_path_factory.mktemp("gpu")
     return {size: run_ranks(run_all, size, folder, timeout_seconds=250) for size in (1, 2)}
 

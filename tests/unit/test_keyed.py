@@ -89,9 +89,8 @@ def test_the_compiled_mask_equals_the_eager_one():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_draws_the_same_numbers():
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
     device = torch.device("cuda")
     keys = keyed.sample_keys(IDS.to(device), seed=7, epoch=3)
     assert keys.tolist() == KEYS

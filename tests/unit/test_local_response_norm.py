@@ -27,6 +27,19 @@ def test_values_and_gradients_are_torchs(memory_format, size, beta):
     assert not torch.allclose(own[0], images / 2**beta, rtol=1e-2), "the window does something"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_values_and_gradients_on_cuda_are_torchs(memory_format):
+    torch.manual_seed(0)
+    images = (torch.randn(3, 7, 30, 31, dtype=torch.float64) * 20).contiguous(memory_format=memory_format)
+    grad = torch.randn_like(images)
+    own = outcome(LocalResponseNorm(5, 1e-2, 0.75, 2.0), images.cuda(), grad.cuda())
+    torchs = outcome(nn.LocalResponseNorm(5, 1e-2, 0.75, 2.0), images, grad)
+    for found, expected in zip(own, torchs, strict=True):
+        assert torch.allclose(found.cpu(), expected, rtol=1e-10, atol=1e-10)
+
+
 def test_gradients_are_those_of_finite_differences():
     torch.manual_seed(0)
     images = (torch.randn(2, 6, 2, 2, dtype=torch.float64) * 10).requires_grad_()

@@ -39,6 +39,17 @@ def test_mixup_adds_up_the_two_images_by_the_part_of_the_label():
     assert 0.8 < float(part.max()) < 1
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("config", [Augment(mixup=0.4), Augment(cutmix=1.0), Augment(mixup=0.4, cutmix=1.0)])
+def test_images_are_mixed_on_cuda_as_on_the_cpu(config):
+    images, others = pair()
+    mixed, part = mix(images.cuda(), others.cuda(), keys_of(64).cuda(), config)
+    expected, expected_part = mix(images, others, keys_of(64), config)
+    assert torch.allclose(mixed.cpu(), expected, atol=1e-5)
+    assert torch.allclose(part.cpu(), expected_part, atol=1e-6)
+
+
 def test_cutmix_pastes_one_box_and_the_label_keeps_what_is_left():
     images, others = pair(256)
     mixed, part = mix(images, others, keys_of(256), Augment(cutmix=1.0))

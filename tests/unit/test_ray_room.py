@@ -3,6 +3,8 @@
 import pytest
 
 from distributed.config.sections import Scaling
+
+pytest.importorskip("ray", reason="ray is not installed")
 from launch.ray_cluster import _fitting, _together
 
 

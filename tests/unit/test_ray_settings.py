@@ -82,7 +82,7 @@ def test_a_sweep_that_cannot_be_is_refused(words, said, tmp_path):
 
 
 def test_bad_input_is_told_before_ray_or_torch_is_imported():
-    command = [sys.executable, "-X", "importtime", "-m", "launch.ray_train", DEBUG]
+    command = [sys.executable, "-X", "importtime", "-m", "launch.ray_train", DEBUG, "--device", "cpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     told = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert (done.returncode, len(told)) == (2, 1), told

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from distributed.config import TrainConfig, as_toml
 from distributed.errors import InputError
@@ -196,7 +197,11 @@ def test_a_run_that_has_logged_nothing_is_drawn_nowhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("logged", [None, []], ids=["epochs", "no epoch"])
-def test_a_page_without_checkpoint_and_data_says_so_in_their_place(tmp_path: Path, logged: list[Any] | None) -> None:
+def test_a_page_without_checkpoint_and_data_says_so_in_their_place(
+    tmp_path: Path, logged: list[Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A report looks at a run on whatever device there is.
+    monkeypatch.setattr("distributed.report.findings.choose_device", lambda *_: torch.device("cpu"))
     run = read_history(run_of(tmp_path / "a <run>", logged=logged))
     document = page("a page", run_parts(run, checkpoint="auto", anchor="run-0"))
     assert_stands_alone(document)

@@ -1,0 +1,70 @@
+"""Fast mode in bfloat16 on one GPU: a run that is stopped and resumed, and its checkpoint on the CPU."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import in_group, run_ranks
+
+from distributed import checkpoint
+from distributed.config import TrainConfig
+from distributed.loop import evaluate
+from distributed.run_folder import RunFolder
+from multiprocess.engines import CPU, built
+from multiprocess.small_runs import FAST, newest_checkpoint, small_config
+from multiprocess.traces import Trace, assert_same_run, tensors_of, traced
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+DEVICE = "cuda"
+
+
+def config_of(run_dir: Path, device: str) -> TrainConfig:
+    settings: dict[str, Any] = {"optim": {"lr": 0.05, "ema_decay": 0.9}, "data": {"validation_fraction": 0.25}}
+    return small_config(run_dir, device=device, precision="bfloat16", exact=FAST, timeout_seconds=120.0, **settings)
+
+
+@in_group
+def run_all(folder: Path) -> dict[str, Trace]:
+    stopped = config_of(folder / "stopped", DEVICE)
+    return {
+        "undisturbed": traced(config_of(folder / "undisturbed", DEVICE)),
+        "stopped": traced(stopped, 2),
+        "resumed": traced(stopped),
+    }
+
+
+@in_group
+def on_the_cpu(run_dir: Path) -> tuple[float, list[str]]:
+    """(test loss, the names of tensors that are not those in the checkpoint's file)"""
+    engine, data = built(config_of(run_dir, "cpu"))
+    checkpoint.load(newest_checkpoint(run_dir), engine)
+    expected = tensors_of(RunFolder(run_dir))
+    different = [name for name, tensor in engine.state() if not torch.equal(tensor, expected[name])]
+    return evaluate(engine, data, "test", flips=False, device=CPU).mean_loss, different
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Trace]]:
+    folder = tmp_path_factory.mktemp("gpu")
+    (traces,) = run_ranks(run_all, 1, folder, timeout_seconds=150)
+    return folder, traces
+
+
+def test_a_stopped_run_ends_with_the_same_bits(found: tuple[Path, dict[str, Trace]]) -> None:
+    folder, traces = found
+    assert 0 < len(traces["stopped"].steps) < len(traces["undisturbed"].steps)
+    assert [*traces["stopped"].steps, *traces["resumed"].steps] == traces["undisturbed"].steps
+    assert traces["resumed"].tensors == traces["undisturbed"].tensors
+    assert_same_run(RunFolder(folder / "stopped"), RunFolder(folder / "undisturbed"))
+
+
+def test_a_checkpoint_saved_on_cuda_is_loaded_and_evaluated_on_the_cpu(found: tuple[Path, dict[str, Trace]]) -> None:
+    folder, traces = found
+    ((loss, different),) = run_ranks(on_the_cpu, 1, folder / "undisturbed", timeout_seconds=60)
+    assert different == []
+    assert loss == pytest.approx(traces["undisturbed"].epochs[-1]["test"]["loss"], rel=2e-2)
