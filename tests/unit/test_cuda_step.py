@@ -109,6 +109,7 @@ def test_images_of_several_steps_at_once_have_the_same_bits(steps_at_once: int, 
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("case", CASES)
 def test_recorded_steps_have_the_bits_of_others(case: str) -> None:
     from distributed.determinism import make_deterministic

@@ -1,7 +1,7 @@
 """A training step copies nothing from ordinary host memory to a GPU and never waits for it: audited without a GPU.
 
-Tensors are fake: operations are dispatched, nothing is computed. Their device is `cpu:0`, which torch keeps apart from `cpu`: it
-stands for the GPU. Fake tensors on `cuda` would do for the forward pass alone, since autograd asks the driver for its streams.
+Tensors are fake: operations are dispatched, nothing is computed. Their device is `cpu:0`, which torch keeps apart from `cpu` and
+which stands for the GPU. Fake tensors on `cuda` would do for the forward pass alone, since autograd asks the driver for its streams.
 """
 
 import traceback
