@@ -113,9 +113,9 @@ def test_draws_are_the_first_accepted_of_tries_one_after_the_other(count: int, a
 
 
 def test_a_sample_without_an_accepted_try_takes_one_half() -> None:
-    keys = keys_of(200_000)
+    keys = keys_of(100_000, seed=4)
     found = beta(keys, "mixup", 1.0)
-    assert 0 < int((found == 0.5).sum()) < 20
+    assert (found == 0.5).nonzero().flatten().tolist() == [19308, 51274, 69952]
     assert torch.equal(found, one_try_after_the_other(keys, "mixup", 1.0))
 
 
