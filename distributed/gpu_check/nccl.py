@@ -59,7 +59,13 @@ def run(checks: Checks) -> None:
 def _run_as_rank(checks: Checks) -> None:
     """Run this step again as a launched rank, and hand on the checks that it prints."""
     with Processes(checks.scratch, seconds=_SECONDS) as processes:
-        step = ["distributed.gpu_check.steps", "nccl", str(checks.device), str(int(checks.tiny)), checks.out]
+        step = [
+            "distributed.gpu_check.steps",
+            "distributed.gpu_check.nccl",
+            str(checks.device),
+            str(int(checks.tiny)),
+            checks.out,
+        ]
         (rank,) = processes.start_ranks("nccl", 1, *map(str, step))
         try:
             code = rank.wait()
