@@ -108,7 +108,7 @@ def build_step(config: TrainConfig, engine: Engine, sums: RunningSums, device: t
     """`train_step` for this engine; on CUDA with its inputs in fixed memory and, on a single GPU, recorded."""
     if device.type != "cuda" or (isinstance(config.engine, DeepSpeed) and collectives.world_size() > 1):
         return partial(train_step, engine, loss=config.loss, sums=sums)
-    record = config.cuda_graphs and collectives.world_size() == 1 and not config.compile
+    record = config.cuda_graphs and collectives.world_size() == 1
     return CudaStep(engine, sums, loss=config.loss, device=device, record=record)
 
 

@@ -83,7 +83,9 @@ def run(checks: Checks) -> None:
     _recipe(speed, model, batch)  # first: it makes kernels deterministic before any is chosen
     for name, size in workloads:
         _training(speed, f"{name}, batch {size}", name, size)
-    _profile(speed, model, batch)
+    (checks.out / "profile.txt").unlink(missing_ok=True)
+    for name, size in dict.fromkeys([(model, batch), workloads[-2 % len(workloads)]]):
+        _profile(speed, name, size)
     _modes(speed, model, batch)
     for name, size in workloads:
         _compute_alone(speed, name, size)
@@ -156,7 +158,13 @@ def _profile(speed: Speed, model: str, batch: int) -> None:
         steps = 2 if speed.checks.tiny else 20
         for _ in range(speed.warm_up):
             training.step()
-        figures |= profile(training.step, speed.checks, steps=steps, file=speed.checks.out / "profile.txt")
+        figures |= profile(
+            training.step,
+            speed.checks,
+            steps=steps,
+            title=f"{model}, batch {batch}",
+            file=speed.checks.out / "profile.txt",
+        )
         if speed.checks.is_cuda:
             assert figures["kernel_launches_a_step"] > 0
 
@@ -198,6 +206,7 @@ def _replayed(speed: Speed, alone: ComputeAlone) -> dict[str, float]:
 
 def _compiled(speed: Speed, model: str, batch: int) -> None:
     """Last: compilation takes long."""
+    _training(speed, f"compiled, {model}, batch {batch}", model, batch, compile="true")
     with speed.check(f"compute alone, compiled, {model}, batch {batch}") as figures:
         start = time.perf_counter()
         alone = ComputeAlone(speed.device, model, batch, compiled=True)

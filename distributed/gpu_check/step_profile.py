@@ -13,8 +13,8 @@ _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel")
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
-def profile(step: Callable[[], object], checks: Checks, *, steps: int, file: Path) -> dict[str, float]:
-    """Profile so many calls; write tables by device and by host time to the file.
+def profile(step: Callable[[], object], checks: Checks, *, steps: int, title: str, file: Path) -> dict[str, float]:
+    """Profile so many calls; append tables by device and by host time to the file.
 
     Returns:
         On CUDA, per step: kernel launches, copies, waits for the device, milliseconds in which the device computes.
@@ -28,7 +28,9 @@ def profile(step: Callable[[], object], checks: Checks, *, steps: int, file: Pat
     averages = profiler.key_averages()
     orders = ["self_cpu_time_total", *(["self_device_time_total"] if checks.is_cuda else [])]
     tables = [averages.table(sort_by=order, row_limit=60, max_name_column_width=80) for order in reversed(orders)]
-    file.write_text("\n\n".join(f"{steps} steps, by {o}\n{t}" for o, t in zip(reversed(orders), tables, strict=True)))
+    with file.open("a") as out:
+        for order, text in zip(reversed(orders), tables, strict=True):
+            out.write(f"{title}: {steps} steps, by {order}\n{text}\n\n")
     if not checks.is_cuda:
         return {}
 
