@@ -74,7 +74,11 @@ class ExactEngine:
         )
         own = self._reduction.own
         rows = ShardRows(gather, shards=shards)
-        self._lanes = Lanes(len(own), lanes=lanes, gather=partial(_meet, self._reduction, rows), device=device)
+        # Gathered weights come on the stream of the shard that was first, and the others would not wait for it.
+        self._lanes = Lanes(
+            len(own), lanes=lanes, gather=partial(_meet, self._reduction, rows), device=device,
+            side_by_side=self._sharded is None,
+        )  # fmt: skip
         self._replicas = Replicas(
             self._plain, len(own), low=low, computed=self._sharded.computed if self._sharded else None
         )

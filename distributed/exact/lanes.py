@@ -15,6 +15,7 @@ import greenlet
 import torch
 from torch import Tensor
 
+from distributed.exact.streams import ShardStreams
 from distributed.tree import leaves_of
 
 T = TypeVar("T")
@@ -28,10 +29,14 @@ class Lanes:
     Args:
         lanes: how many shards compute at the same time, at the most.
         gather: the exchange with the other ranks; called once a meeting, in any of the lanes' threads.
+        side_by_side: on CUDA, give each shard a stream of its own; there is one lane then.
     """
 
-    def __init__(self, shards: int, *, lanes: int, gather: Gather, device: torch.device) -> None:
+    def __init__(
+        self, shards: int, *, lanes: int, gather: Gather, device: torch.device, side_by_side: bool = False
+    ) -> None:
         lanes = min(lanes, shards)
+        self._streams = ShardStreams(shards if side_by_side and lanes == 1 else 0, device)
         self._gather, self._device = gather, device
         self._carried = [leaves_of(lane, lanes, shards) for lane in range(lanes)]
         self._helpers = ThreadPoolExecutor(max(1, lanes - 1), "lane", prepare_thread, (device,))
@@ -79,12 +84,15 @@ class Lanes:
             arguments: dict[int, tuple[int, ...]] = {shard: (shard,) for shard in shards}
             while waiting:
                 met = []
+                self._streams.fork()
                 for shard, carried in waiting:
-                    result = carried.switch(*arguments.pop(shard, ()))
+                    with self._streams.of(shard):
+                        result = carried.switch(*arguments.pop(shard, ()))
                     if carried.dead:
                         results[shard] = result
                     else:
                         met.append((shard, carried))
+                self._streams.join()
                 if met:
                     self._together.wait()
                 waiting = met[::-1]  # what was in the cache last comes first

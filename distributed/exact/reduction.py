@@ -73,7 +73,7 @@ class TreeReduction:
         self._dtype = parameters[0].dtype
         self._slots = {node: slot for slot, node in enumerate(nodes[rank()])}
         self._lock = threading.Lock()
-        self._partial: dict[tuple[int, Node], Tensor] = {}
+        self._partial: dict[tuple[int, Node], tuple[Tensor, torch.cuda.Event | None]] = {}
         self._buckets = []
         for chosen in buckets_of(parameters, bucket_bytes, first_bucket_bytes=_FIRST_BUCKET_BYTES):
             lie: Arrangement = SideBySide({index: parameters[index] for index in chosen})
@@ -98,10 +98,15 @@ class TreeReduction:
         node, total = Node(shard, 1), gradient
         while node not in self._slots:
             with self._lock:
-                other = self._partial.pop((index, node.sibling), None)
-                if other is None:
-                    self._partial[index, node] = total
+                found = self._partial.pop((index, node.sibling), None)
+                if found is None:
+                    # The sibling may be summed with it on another stream.
+                    written = torch.cuda.current_stream().record_event() if total.is_cuda else None
+                    self._partial[index, node] = total, written
                     return
+            other, written = found
+            if written:
+                torch.cuda.current_stream().wait_event(written)
             node = node.parent
             if node in self._slots:
                 bucket.lie.put_sum(bucket.exchange.sums(self._slots[node]), index, total, other)

@@ -29,7 +29,7 @@ STEPS = (
     Step("ranks", 90, "several ranks on one GPU over gloo: fast mode, exact mode, ddp and fsdp"),
     Step("nccl", 45, "NCCL with one rank: every engine; collectives inside a CUDA graph"),
     Step("invariance", 45, "which kernels give a shard the same bits whatever lies beside it"),
-    Step("speed", 100, "steps a second by batch, network and mode; a profile"),
+    Step("speed", 130, "steps a second by batch, network and mode; a profile"),
 )
 
 

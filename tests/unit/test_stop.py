@@ -83,7 +83,8 @@ def test_a_signal_asks_to_stop_and_handlers_are_put_back(number):
 
 def test_the_death_of_the_launcher_asks_to_stop(monkeypatch):
     with SignalStop(launched=True) as stop:
-        monkeypatch.setattr(os, "getppid", lambda: 1)
+        other = os.getppid() + 1
+        monkeypatch.setattr(os, "getppid", lambda: other)
         assert stop.requested() == "the launcher's death"
 
 
