@@ -83,7 +83,8 @@ def _in_group_on(device: str, fn: Callable[P, R], *, timeout_seconds: float) -> 
     @functools.wraps(fn)
     def inside(*args: P.args, **kwargs: P.kwargs) -> R:
         from distributed import attempt
-        from distributed.process_group import choose_device, make_deterministic, process_group
+        from distributed.determinism import make_deterministic
+        from distributed.process_group import choose_device, process_group
         from distributed.topology import Topology
 
         vars(attempt)["draw_curves"] = lambda *_, **__: None  # which takes longer than a small run

@@ -10,11 +10,12 @@ from ranks import run_ranks
 
 from distributed.build import build_data, build_engine
 from distributed.config.engines import DeepSpeed
+from distributed.determinism import make_deterministic
 from distributed.engine.deepspeed import DeepSpeedEngine
 from distributed.engine.fsdp import FsdpEngine
 from distributed.engine.protocol import Engine
 from distributed.models.build import build_model
-from distributed.process_group import choose_device, make_deterministic, process_group
+from distributed.process_group import choose_device, process_group
 from distributed.topology import Topology
 from multiprocess.engines import ENGINES, copied, difference, steps
 from multiprocess.small_runs import FAST, small_config
@@ -35,7 +36,7 @@ def on_cuda(name: str, precision: str) -> tuple[list[float], dict[str, Any]]:
     """(losses, state after three steps), the engine itself being made even where there is nothing to be shared out"""
     topology = Topology.from_environment()
     device = choose_device("cuda", topology)
-    make_deterministic(device)
+    make_deterministic(device, precision="float32")
     settings = {"engine": ENGINES[name], "exact": FAST, "channels_last": False, "device": "cuda"}
     config = small_config(Path("unused"), precision=precision, **settings)
     with process_group(topology, device, timeout_seconds=60):
