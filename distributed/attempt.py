@@ -58,7 +58,9 @@ class Attempt:
             more = (
                 f" {metadata.version('deepspeed')}, stage {engine.zero_stage}" if isinstance(engine, DeepSpeed) else ""
             )
-            bits |= {"world_size": self.topology.world_size, "threads": torch.get_num_threads()}
+            bits["world_size"] = self.topology.world_size
+            if device.type == "cpu":
+                bits["threads"] = torch.get_num_threads()
             bits["engine"] = f"{engine.name}{more}"
         return {"data": self.config.data.name, "config": json.loads(self.config.model_dump_json()), "bits": bits}
 

@@ -90,8 +90,7 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
         logger.info("engine deepspeed: one process, so there is nothing to be shared out")
         engine = Ddp()
     if shards := config.shards_on(device.type):
-        # On CUDA autograd runs every backward pass on one thread of the device's; more lanes would only contend for Python.
-        lanes = 1 if device.type == "cuda" else topology.threads(config.threads)
+        lanes = lanes_on(device, threads=topology.threads(config.threads))
         return ExactEngine(engine, model, shards=shards, lanes=lanes, **common)
     if isinstance(engine, Fsdp):
         if topology.world_size > 1:
@@ -102,6 +101,12 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
         logger.info("engine fsdp: one process, so there is nothing to be shared out")
         engine = Ddp()
     return DdpEngine(engine, model, example=data.example(), compile=config.compile, seed=config.seed, **common)
+
+
+def lanes_on(device: torch.device, *, threads: int) -> int:
+    """How many threads carry exact mode's shards: on CUDA one, since autograd runs every backward pass on one thread of the
+    device's and others would only contend for Python."""
+    return 1 if device.type == "cuda" else threads
 
 
 def build_step(config: TrainConfig, engine: Engine, sums: RunningSums, device: torch.device) -> Step:

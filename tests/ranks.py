@@ -90,7 +90,7 @@ def _in_group_on(device: str, fn: Callable[P, R], *, timeout_seconds: float) -> 
         vars(attempt)["draw_curves"] = lambda *_, **__: None  # which takes longer than a small run
         topology = Topology.from_environment()
         own = choose_device(device, topology)
-        make_deterministic(own)
+        make_deterministic(own, precision="float32")
         with process_group(topology, own, timeout_seconds=timeout_seconds):
             return fn(*args, **kwargs)
 

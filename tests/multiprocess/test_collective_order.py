@@ -42,7 +42,9 @@ def order_of(settings: dict[str, Any], run_dir: Path) -> list[tuple[str, Any, in
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_all_ranks_start_collectives_in_one_order(engine: str, world_size: int, tmp_path: Path) -> None:
     bucket = {"bucket_mib": 1} if engine == "ddp" else {}
-    first, *others = run_ranks(order_of, world_size, {"engine": {"name": engine, **bucket}}, tmp_path / "run")
+    first, *others = run_ranks(
+        order_of, world_size, {"engine": {"name": engine, **bucket}}, tmp_path / "run", timeout_seconds=180
+    )
     assert {name for name, _, _ in first} >= {"all_gather_into_tensor", "all_to_all_single"}
     for other in others:
         assert other == first

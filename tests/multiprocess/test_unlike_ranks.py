@@ -1,0 +1,50 @@
+"""Ranks whose libraries choose other kernels: reported, and refused where exact mode was asked for by name."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import in_group, run_ranks
+
+from distributed import collectives, recipe
+from distributed.errors import InputError
+from distributed.process_group import check_own_gpu
+from multiprocess.small_runs import small_config
+
+
+@in_group
+def outcome(run_dir: Path, shards: int | str) -> str:
+    """What training ends with where rank 1 has another environment; the log of rank 0."""
+    if collectives.rank() == 1:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
+    try:
+        recipe.train(small_config(run_dir, epochs=1, exact={"shards": shards}))
+    except InputError as error:
+        return str(error)
+    return (run_dir / "logs" / "rank-0000.log").read_text() if collectives.rank() == 0 else ""
+
+
+def test_exact_mode_asked_for_by_name_is_refused_on_unlike_ranks(tmp_path: Path) -> None:
+    first, second = run_ranks(outcome, 2, tmp_path / "run", 4, timeout_seconds=180)
+    assert first == second
+    assert "exact.shards = 4, but ranks differ in ONEDNN_MAX_CPU_ISA: not set on rank 0; AVX2 on rank 1" in first
+
+
+@pytest.mark.parametrize("shards", ["auto", 0])
+def test_unlike_ranks_are_a_warning_otherwise(shards: int | str, tmp_path: Path) -> None:
+    first, _ = run_ranks(outcome, 2, tmp_path / "run", shards, timeout_seconds=180)
+    assert "ranks differ in ONEDNN_MAX_CPU_ISA: not set on rank 0; AVX2 on rank 1" in first
+
+
+@in_group
+def refused() -> str:
+    with pytest.raises(InputError) as caught:
+        check_own_gpu(torch.device("cuda"), "engine.name = fsdp in fast mode")
+    check_own_gpu(torch.device("cpu"), "engine.name = fsdp in fast mode")
+    return str(caught.value)
+
+
+def test_engines_that_need_nccl_refuse_to_share_a_gpu() -> None:
+    (said,) = set(run_ranks(refused, 2, timeout_seconds=180))
+    assert said.startswith("engine.name = fsdp in fast mode needs a GPU for each process")

@@ -1,0 +1,91 @@
+"""What is set so that bits repeat, and what is written down of all that they depend on. Needs no GPU: flags and facts only."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from distributed.build import lanes_on
+from distributed.config import load
+from distributed.determinism import joined, kernels, make_deterministic
+from distributed.errors import InputError
+from distributed.exact.arrangement import SideBySide
+from distributed.exact.blocks import ALIGNED
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+ROOT = Path(__file__).parents[2]
+FLAGS = """
+import torch
+from distributed.determinism import make_deterministic
+make_deterministic(torch.device("cuda"), precision=PRECISION, compile=COMPILE)
+flags = [torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.deterministic]
+if COMPILE:
+    from torch._inductor import config
+    flags.append(config.deterministic)
+print(*flags)
+"""
+
+
+def flags(precision: str, *, compile: bool = False) -> list[bool]:
+    """TF32 in convolutions and in matrix products, cuDNN deterministic and, if compiled, inductor too; in a fresh process."""
+    program = FLAGS.replace("PRECISION", repr(precision)).replace("COMPILE", repr(compile))
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [word == "True" for word in done.stdout.split()]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_float32_is_not_tf32(precision: str) -> None:
+    assert flags(precision) == [False, False, True]
+
+
+def test_tf32_is_a_precision_of_its_own() -> None:
+    assert flags("tf32") == [True, True, True]
+
+
+def test_compiled_kernels_are_not_chosen_by_the_clock() -> None:
+    assert flags("bfloat16", compile=True) == [False, False, True, True]
+
+
+def test_tf32_is_refused_on_a_cpu() -> None:
+    with pytest.raises(InputError, match=r"precision = tf32 is for CUDA.*use float32"):
+        make_deterministic(CPU, precision="tf32")
+    with pytest.raises(InputError, match="precision = tf32 is for CUDA, and device = cpu"):
+        load(["--precision", "tf32", "--device", "cpu"])
+
+
+def test_variables_that_choose_kernels_are_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setenv("SOMETHING_ELSE", "1")
+    facts = kernels(CPU)
+    assert facts["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+    assert "SOMETHING_ELSE" not in facts
+    assert facts["device"]
+
+
+def test_facts_in_which_ranks_differ_are_named_with_the_ranks() -> None:
+    big, small = (
+        {"device": "H100", "multiprocessors": "132"},
+        {"device": "H100", "multiprocessors": "114", "NCCL_ALGO": "Tree"},
+    )
+    together, differences = joined([big, big, small])
+    assert together == {"device": "H100", "multiprocessors": "114 / 132", "NCCL_ALGO": "Tree / not set"}
+    assert differences == [
+        "NCCL_ALGO: not set on rank 0, 1; Tree on rank 2",
+        "multiprocessors: 132 on rank 0, 1; 114 on rank 2",
+    ]
+    assert joined([big, big]) == (big, [])
+
+
+def test_one_thread_carries_all_shards_on_cuda() -> None:
+    assert (lanes_on(CPU, threads=6), lanes_on(CUDA, threads=6)) == (6, 1)
+
+
+def test_gradients_side_by_side_are_aligned() -> None:
+    parameters = {index: torch.zeros(shape) for index, shape in enumerate([(3,), (5, 7), (1,), (2, 3, 3, 3)])}
+    lie = SideBySide(parameters)
+    views = lie.gradients(torch.zeros(lie.length))
+    assert [view.storage_offset() % ALIGNED for view in views.values()] == [0] * 4
+    assert [view.shape for view in views.values()] == [p.shape for p in parameters.values()]
+    assert lie.chunks[-1].stop == lie.length
