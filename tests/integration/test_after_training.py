@@ -233,6 +233,31 @@ def test_a_checkpoint_of_another_network_is_one_line(run: Path, tmp_path: Path) 
     assert "fc3.weight" in said
 
 
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_a_run_trained_on_cuda_is_used_without_a_gpu(run: Path, tmp_path: Path, precision: str) -> None:
+    there = copy_of(run, tmp_path / "run")
+    config = (there / "config.toml").read_text()
+    assert 'device = "cpu"' in config
+    config = config.replace('device = "cpu"', 'device = "cuda"')
+    (there / "config.toml").write_text(config.replace('precision = "float32"', f'precision = "{precision}"'))
+    Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
+    by_default, asked, before = (
+        command("evaluate", where, "--json", *words)
+        for where, words in ((there, []), (there, ["--device", "cpu"]), (run, []))
+    )
+    for result in (by_default, asked, before):
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["confusion"] == json.loads(before.stdout)["confusion"]
+    assert "no CUDA device" in refused(command("evaluate", there, "--device", "cuda"))
+    for module, words in (
+        ("predict", [tmp_path / "image.png"]),
+        ("export", ["--format", "safetensors"]),
+        ("report", []),
+    ):
+        result = command(module, there, *words)
+        assert result.returncode == 0, (module, result.stderr)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("CIFAR_ROOT" not in os.environ, reason="CIFAR_ROOT names no folder with CIFAR")
 def test_a_hundred_classes_of_real_images(tmp_path: Path) -> None:
