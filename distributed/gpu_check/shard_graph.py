@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distributed.gpu_check.checks import Checks
-from distributed.gpu_check.clock import milliseconds
 from distributed.gpu_check.differences import same_bits
+from distributed.gpu_check.timing import milliseconds
 
 SHARDS = 8
 
