@@ -36,10 +36,10 @@ def check_passed(lines: Path) -> None:
 
 
 def collect(source: Path, results: Path) -> list[Path]:
-    """Copy or merge what lies in `source` into `results`; the files written.
+    """Copy or merge the results in `source` into `results`; the files written.
 
     Raises:
-        InputError: nothing that is known lies there.
+        InputError: there are no results.
     """
     results.mkdir(parents=True, exist_ok=True)
     written = []
@@ -49,8 +49,9 @@ def collect(source: Path, results: Path) -> list[Path]:
         merged = earlier | {name: _without_paths(line) for name, line in steps.items()}
         replace_json(file, [merged[step.name] for step in STEPS if step.name in merged])
         written.append(file)
-    if (speed := source / "gpu_speed.json").is_file():
-        written.append(Path(shutil.copyfile(speed, results / "gpu_speed.json")))
+    for name in ("gpu_speed.json", "bench_train_gpu.json"):
+        if (source / name).is_file():
+            written.append(Path(shutil.copyfile(source / name, results / name)))
     if (profile := source / "profile.txt").is_file() and profile.stat().st_size <= _MAX_PROFILE_BYTES:
         written.append(Path(shutil.copyfile(profile, results / "gpu_profile.txt")))
     if (table := source / "experiments_gpu.json").is_file():
