@@ -14,8 +14,8 @@ train: $(READY)  ## train on CIFAR-10 in CIFAR_ROOT (or ./data) on 2 processes, 
 # clusters it began. Tests on real CIFAR read CIFAR_ROOT and are skipped without it.
 BUDGET := timeout --signal=INT --kill-after=60
 test: $(READY)
-	$(BUDGET) 300 $(BIN)/python -m pytest tests/unit
-	$(BUDGET) 1200 $(BIN)/python -m pytest tests/multiprocess
+	$(BUDGET) 480 $(BIN)/python -m pytest tests/unit
+	$(BUDGET) 1800 $(BIN)/python -m pytest tests/multiprocess
 	$(BUDGET) 2400 $(BIN)/python -m pytest tests/integration tests/golden
 
 lint: $(READY)

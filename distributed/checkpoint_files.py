@@ -1,6 +1,7 @@
 """A checkpoint as it lies on the disk: its name, its files, whether it is whole. Imports no torch."""
 
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import Any
 
 from loguru import logger
 
+from distributed.errors import InputError
 from distributed.files import digest_of, read_object
 
 FORMAT = 1
 FILES = ("tensors.safetensors", "state.json")
 MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})-epoch-(\d{3,})", re.ASCII)
 
 
 def name_of(*, step: int, epoch: int) -> str:
@@ -30,8 +33,19 @@ def best_in(state: dict[str, Any]) -> str | None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The committed checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir() and not path.suffix)
+    """The committed checkpoints of a run, oldest first; a folder of any other name is somebody else's, a copy for example."""
+    found = [(int(m[1]), int(m[2]), path) for path in folder.glob("step-*") if (m := _NAME.fullmatch(path.name))]
+    return [path for _, _, path in sorted(found) if path.is_dir()]
+
+
+def check_format(path: Path) -> None:
+    """Raises InputError if a newer version of this code wrote the checkpoint, which this one would call damaged."""
+    form = read_object(path / MANIFEST).get("format")
+    if type(form) is int and form > FORMAT:
+        raise InputError(
+            f"{path}: written by a newer version of this code, in format {form} (this one knows {FORMAT}): use that version, "
+            "or another run"
+        )
 
 
 def damage_of(path: Path) -> str | None:

@@ -7,7 +7,7 @@ RUN/attempt.json      the token of the attempt that may write
 RUN/digests.jsonl     a line a save: a digest of every tensor, kept when the checkpoint goes
 RUN/upload.json       the newest checkpoint that `checkpoint.upload_to` has, and what went wrong there last
 RUN/metrics.jsonl     RUN/tensorboard/   RUN/curves.png   RUN/logs/rank-0000.log   RUN/checkpoints/
-RUN/confusion-*.png   RUN/export/   RUN/report.html       made by commands, which do not claim the folder
+RUN/confusion-*.png  RUN/export/  RUN/report.html  made by commands, which do not claim the folder
 """
 
 import json
@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from loguru import logger
 from pydantic import ValidationError
 
+from distributed.checkpoint_files import MANIFEST, check_format, checkpoints
 from distributed.config import TrainConfig, as_toml, changes_experiment, differences
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import append_line, digest_of, read_object, replace_json, replace_text, storing
@@ -55,8 +56,8 @@ class RunFolder:
 
     def newest_state(self) -> dict[str, Any] | None:
         """The state.json of the newest checkpoint whose own is whole."""
-        for path in sorted(self.checkpoints.glob("step-*/state.json"), reverse=True):
-            files, content = read_object(path.with_name("manifest.json")).get("files"), read_object(path)
+        for path in (checkpoint / "state.json" for checkpoint in reversed(checkpoints(self.checkpoints))):
+            files, content = read_object(path.with_name(MANIFEST)).get("files"), read_object(path)
             expected = files.get("state.json") if isinstance(files, dict) else None
             if not all(isinstance(content.get(key), dict) for key in ("config", "bits")):
                 continue
@@ -93,12 +94,12 @@ def check_resume(config: TrainConfig) -> bool:
         InputError: the run there was begun under settings that make it another experiment.
     """
     run = RunFolder(config.run_dir)
-    for path in (run.logs, run.checkpoints):
-        there = next(one for one in (path, *path.parents) if os.path.lexists(one))
-        if not there.is_dir():
+    for path in run.logs, run.checkpoints:
+        if not (there := next(p for p in (path, *path.parents) if os.path.lexists(p))).is_dir():
             raise InputError(f"run_dir = {run.path}: {there} is no folder; move it, or give another with --run_dir")
-    state = run.newest_state()
-    if state is None:
+    for path in checkpoints(run.checkpoints):
+        check_format(path)
+    if (state := run.newest_state()) is None:
         return False
     changed = check_experiment(config, state, where=run.path, option="--run_dir")
     return run.status().get("status") == "finished" and "epochs" not in changed

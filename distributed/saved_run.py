@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distributed.checkpoint_files import damage_of
+from distributed.checkpoint_files import check_format, damage_of
 from distributed.config import TrainConfig, load, with_values
 from distributed.data import sources
 from distributed.errors import InputError
@@ -86,7 +86,8 @@ def checkpoint_of(run: Path, name: str) -> Path:
 
 
 def check_whole(checkpoint: Path) -> None:
-    """Raises InputError where a checkpoint's files are not those that its manifest names."""
+    """Raises InputError if a checkpoint's files are not those that its manifest names, or of a newer version."""
+    check_format(checkpoint)
     if damage := damage_of(checkpoint):
         raise InputError(f"{checkpoint}: damaged: {damage}; name another with --checkpoint")
 

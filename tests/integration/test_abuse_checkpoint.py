@@ -264,9 +264,23 @@ def test_a_damaged_checkpoint_is_refused_by_who_looks_at_it(case: str, run: Path
         assert_told(
             look("predict", copy, image),
             str(copy),
-            "" if "manifest.json a folder" in case else "damaged: ",
-            "--checkpoint",
+            *_said_of(case),
         )
+
+
+def _said_of(case: str) -> tuple[str, ...]:
+    if case == "a manifest of another format":
+        return ("written by a newer version",)
+    return ("--checkpoint",) if "manifest.json a folder" in case else ("damaged: ", "--checkpoint")
+
+
+def test_a_run_of_a_newer_version_is_refused_and_not_touched(run: Path, tmp_path: Path) -> None:
+    copy = copy_of(run, tmp_path / "run")
+    for checkpoint in (copy / "checkpoints").glob("step-*"):
+        DAMAGES["a manifest of another format"](checkpoint)
+    (copy / "status.json").unlink()
+    with untouched(copy):
+        assert_told(train(copy), "written by a newer version of this code, in format 2 (this one knows 1)")
 
 
 @pytest.mark.parametrize("case", GONE_ON_WITH)

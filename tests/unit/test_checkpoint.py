@@ -14,11 +14,20 @@ from torch import Tensor, nn
 from distributed import checkpoint as module
 from distributed import snapshot
 from distributed.checkpoint import Checkpointer
-from distributed.checkpoint_files import checkpoints, damage_of, name_of, point, retain, sweep
+from distributed.checkpoint_files import (
+    FORMAT,
+    checkpoints,
+    damage_of,
+    name_of,
+    point,
+    retain,
+    sweep,
+)
+from distributed.config import load
 from distributed.config.sections import Sgd
 from distributed.engine.tensors import Weights
-from distributed.errors import StorageError
-from distributed.run_folder import ClaimedRun
+from distributed.errors import InputError, StorageError
+from distributed.run_folder import ClaimedRun, check_resume
 from distributed.save_budget import SaveBudget
 from distributed.schedule import Constant
 from distributed.snapshot import write_checkpoint
@@ -189,10 +198,11 @@ def test_a_flipped_bit_of_the_manifest_is_damage(run):
         assert damage_of(path), f"byte {at}: {changed!r}"
 
 
-def test_a_manifest_of_another_format_is_not_known(run):
+@pytest.mark.parametrize("form", [0, -1, 1.5, "2", None])
+def test_a_manifest_of_another_format_is_not_known(run, form):
     (path,) = saved(run, 1)
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format": form}))
     assert damage_of(path) == "no manifest of a known format"
 
 
@@ -430,3 +440,36 @@ def test_a_drop_returns_to_a_best_epoch_that_was_not_saved(run, monkeypatch):
     engine = PlainEngine(9)
     writer.return_to_best(engine, state)  # type: ignore[arg-type]
     assert engine.model[0].weight.unique().tolist() == [2.0]
+
+
+@pytest.mark.parametrize(
+    "name", ["step-backup", "step-00000009-epoch-001.old", "step-00000009-epoch-001 (copy)", "step-9-epoch-1"]
+)
+def test_a_copy_of_a_checkpoint_under_another_name_is_left_alone(run, name):
+    saved(run, 1, 2)
+    shutil.copytree(run.checkpoints / "step-00000001-epoch-001", run.checkpoints / name)
+    writer = checkpointer(run, keep_last=1)
+    assert writer.restore(PlainEngine(-1), state := at_step(0)) is not None  # type: ignore[arg-type]
+    assert state.step == 2
+    writer.save(PlainEngine(3), at_step(3))  # type: ignore[arg-type]
+    writer.wait()
+    assert names(run.checkpoints) == sorted(["latest", "step-00000003-epoch-001", name])
+    assert (run.checkpoints / "latest").resolve().name == "step-00000003-epoch-001"
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for step in (99_999_999, 100_000_000, 7):
+        (tmp_path / name_of(step=step, epoch=1)).mkdir()
+    assert [int(path.name.split("-")[1]) for path in checkpoints(tmp_path)] == [7, 99_999_999, 100_000_000]
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused_and_left_as_it_is(run):
+    saved(run, 1, 2)
+    manifest = run.checkpoints / "step-00000002-epoch-001" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT}', f'"format": {FORMAT + 1}'))
+    before = names(run.checkpoints)
+    with pytest.raises(
+        InputError, match="step-00000002-epoch-001: written by a newer version of this code, in format 2"
+    ):
+        check_resume(load(["--run_dir", str(run.path)])[0])
+    assert names(run.checkpoints) == before

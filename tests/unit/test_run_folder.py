@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from distributed import run_folder
+from distributed.checkpoint_files import name_of
 from distributed.config import TrainConfig, load
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import read_json
@@ -31,7 +32,7 @@ def config_of(path: Path, *words: str) -> TrainConfig:
 
 def checkpointed(path: Path, config: TrainConfig, step: int = 10, **bits: Any) -> None:
     """What of a checkpoint tells under which config it was made, and how many shards that came to."""
-    folder = path / "checkpoints" / f"step-{step:08d}"
+    folder = path / "checkpoints" / name_of(step=step, epoch=1)
     folder.mkdir(parents=True)
     content = {"config": json.loads(config.model_dump_json()), "bits": {"shards": config.shards_on("cpu")} | bits}
     (folder / "state.json").write_text(json.dumps(content))
