@@ -26,23 +26,23 @@ lint: $(READY)
 bench: $(READY)  ## speed against the seeds' loop and against compute alone; needs CIFAR_ROOT
 	$(BIN)/python -m distributed.bench train --data.root $(CIFAR_ROOT)
 
-# A machine with a GPU that stays: make gpu-check, then make gpu-results. One that is rented by the minute, bare and without a
-# network: make gpu-check-dry and make gpu-pack here, the two printed commands there, make gpu-collect on what comes back.
+# Your own GPU: make gpu-check, then make gpu-results. A GPU rented by the minute, offline: make gpu-check-dry and make gpu-pack
+# here, the two printed commands there, then make gpu-collect on the returned files.
 GPU_CHECK := runs/gpu_check
-gpu-check: $(READY)  ## is this code right and fast on this GPU? In under 5 minutes
+gpu-check: $(READY)  ## check correctness and speed on this GPU in under 5 minutes
 	$(BIN)/python -m distributed.gpu_check --out $(GPU_CHECK)
 
 gpu-results: $(READY)  ## the seeds' eight results on one GPU that passed the check (or UNCHECKED=1); needs CIFAR_ROOT
 	$(if $(UNCHECKED),,$(BIN)/python -m distributed.gpu_pack passed $(GPU_CHECK)/gpu_check.jsonl)
 	$(BIN)/python -m distributed.experiments --data.root $(CIFAR_ROOT) --device cuda --out results/experiments_gpu
 
-gpu-check-dry: $(READY)  ## gpu-pack's commands on this CPU, as on a bare machine without network; ARGS="--python OTHER"
+gpu-check-dry: $(READY)  ## run gpu-pack's commands on this CPU, offline, with few packages; ARGS="--python OTHER"
 	$(BUDGET) 240 $(BIN)/python -m distributed.gpu_pack dry-run $(ARGS)
 
 gpu-pack: $(READY)  ## wheels and CIFAR-10 for a rented GPU, and the commands to run there; needs CIFAR_ROOT
 	$(BIN)/python -m distributed.gpu_pack pack $(if $(CIFAR_ROOT),--data.root $(CIFAR_ROOT))
 
-gpu-collect: $(READY)  ## what came back from there, FROM=FOLDER, into results/
+gpu-collect: $(READY)  ## merge the files returned in FROM=FOLDER into results/
 	$(BIN)/python -m distributed.gpu_pack collect $(FROM)
 
 $(READY): pyproject.toml

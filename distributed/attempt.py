@@ -41,10 +41,10 @@ class Attempt:
         self._log = logs.file_logs(self.folder.logs, self.topology.rank)
 
     def facts(self, device: torch.device) -> dict[str, Any]:
-        """What a checkpoint says besides its state: the config, and all that the bits depend on. A collective.
+        """Metadata of a checkpoint: the config and everything that the bits depend on. A collective.
 
         Raises:
-            InputError: exact mode was asked for by name, and the ranks' hardware or libraries differ.
+            InputError: exact.shards was set explicitly, and the ranks' hardware or libraries differ.
         """
         bits: dict[str, Any] = {
             "shards": self.config.shards_on(device.type),
@@ -65,14 +65,14 @@ class Attempt:
         return {"data": self.config.data.name, "config": json.loads(self.config.model_dump_json()), "bits": bits}
 
     def _report(self, differences: list[str]) -> None:
-        """Refuse or warn where ranks choose their kernels by different facts."""
+        """Refuse or warn if ranks differ in what selects their kernels."""
         if differences and self.config.exact.shards not in ("auto", 0):
             raise InputError(
                 *[f"exact.shards = {self.config.exact.shards}, but ranks differ in {line}" for line in differences],
-                "exact mode needs nodes of one kind: choose such nodes, or --exact.shards 0",
+                "exact mode needs identical nodes: use such nodes, or set --exact.shards 0",
             )
         for line in differences if self.topology.is_main else ():
-            logger.warning("ranks differ in {}; another placement of ranks gives other bits", line)
+            logger.warning("ranks differ in {}; results depend on the placement of ranks", line)
 
     def begin(self, state: TrainState, *, resumed_from: dict[str, Any] | None, facts: dict[str, Any]) -> None:
         """From here on progress is the state's.
@@ -95,11 +95,11 @@ class Attempt:
                 f"{self.folder.path}: exact.shards = {now['shards']} here (auto depends on device and engine), and this run "
                 f"was begun with {shards}; {remedy}, or another --run_dir"
             )
-        for name, value in now.items():
-            if name in before and before[name] != value:
-                logger.warning(
-                    "resuming with another {}: {} before, {} now; bits may differ", name, before[name], value
-                )
+        recorded = "instructions" in before or "compute capability" in before  # checkpoints of older versions say less
+        for name in {**before, **now}:
+            old, new = before.get(name, "not set"), now.get(name, "not set")
+            if old != new and (recorded or name in before):
+                logger.warning("resuming with another {}: {} before, {} now; bits may differ", name, old, new)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self.run is not None:

@@ -104,17 +104,18 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
 
 
 def lanes_on(device: torch.device, *, threads: int) -> int:
-    """How many threads carry exact mode's shards: on CUDA one, since autograd runs every backward pass on one thread of the
-    device's and others would only contend for Python."""
+    """Number of worker threads of exact mode. One on CUDA: autograd runs all backward passes on one thread per device, and
+    more workers would only contend for the GIL."""
     return 1 if device.type == "cuda" else threads
 
 
 def build_step(config: TrainConfig, engine: Engine, sums: RunningSums, device: torch.device) -> Step:
-    """`train_step` for this engine; on CUDA with its inputs in fixed memory and, on a single GPU, recorded."""
+    """`train_step` for this engine; on CUDA with its inputs in fixed memory and, on a single GPU, captured."""
     if device.type != "cuda" or (isinstance(config.engine, DeepSpeed) and collectives.world_size() > 1):
         return partial(train_step, engine, loss=config.loss, sums=sums)
-    record = config.cuda_graphs and collectives.world_size() == 1
-    return CudaStep(engine, sums, loss=config.loss, device=device, record=record)
+    # PowerSGD's QR decomposition comes from a library that does not support capture.
+    capture = config.cuda_graphs and collectives.world_size() == 1 and config.compression != "powersgd"
+    return CudaStep(engine, sums, loss=config.loss, device=device, capture=capture)
 
 
 def log_plan(

@@ -16,7 +16,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ class Checkpointer:
         self._pending: Future[None] | None = None
         self._newest = ""
         self._best: Snapshot | None = None
-        """The best epoch, kept on the device until the next save: its own was not affordable."""
+        """The best epoch, kept in host memory until the next save: its own was not affordable."""
 
     def restore(self, engine: Engine, state: TrainState) -> dict[str, Any] | None:
         """Load the newest checkpoint that is whole; the content of its state.json, None where there is none.
@@ -115,7 +114,7 @@ class Checkpointer:
         logger.info("weights and buffers are those of epoch {}, the optimizer begins anew", state.best.epoch + 1)
 
     def save(self, engine: Engine, state: TrainState) -> None:
-        """Take a copy of everything now and write it in the background, after the save before is done; a collective.
+        """Copy the state now and write it in the background once the previous save is done. A collective.
 
         Raises:
             StorageError: that one could not be written.
@@ -132,19 +131,19 @@ class Checkpointer:
     def save_epoch(self, engine: Engine, state: TrainState, *, is_best: bool, ends: bool) -> bool:
         """Save at the end of an epoch if the run ends or the budget allows it; whether it did. A collective.
 
-        Otherwise a new best is kept on the device, for the next save to write.
+        Otherwise a new best is kept in host memory, for the next save to write.
         """
         idle = self._pending is None or self._pending.done()
-        if ends or collectives.from_main(idle and self._budget.allows()):
+        if ends or collectives.from_main(self._budget.unlimited or (idle and self._budget.allows())):
             self.save(engine, state)
             return True
         if is_best:
-            tensors = {name: tensor.detach().clone() for name, tensor in self._on_main(engine.state())}
+            tensors = to_host(self._on_main(engine.state()))
             self._best = self._snapshot(name_of(step=state.step, epoch=state.epoch), tensors, state)
         return False
 
     def _on_main(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Goes through them on all ranks, since a sharded engine gathers each one then; only rank 0 keeps any."""
+        """Iterates on all ranks, since a sharded engine gathers on access; only rank 0 yields tensors."""
         for name, tensor in tensors:
             if self.run:
                 yield name, tensor
@@ -154,10 +153,10 @@ class Checkpointer:
         return Snapshot(name, tensors, {"format": FORMAT, "state": state.state_dict(), **self.facts}, best)
 
     def _submit(self, *snapshots: Snapshot) -> None:
-        """Write these in the background, after the best epoch if that still waits on the device."""
+        """Write these in the background, after the best epoch if that is still waiting."""
         best, self._best = self._best, None
         if best:
-            snapshots = (replace(best, tensors=to_host(best.tensors.items())), *snapshots)
+            snapshots = (best, *snapshots)
         copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         self._pending = self._thread.submit(self._write, snapshots, copied)
 
@@ -178,12 +177,12 @@ class Checkpointer:
             retain(self.folder, keep_last=self.keep_last, kept=kept)
 
     def _written(self) -> None:
-        """Wait until the save before is on the disk. A collective on the host: peers must not wait for a disk on the GPU."""
+        """Wait until the previous save is on disk. A collective on the host, so that peers do not wait in NCCL."""
         if failure := collectives.from_main(self._failure()):
             raise StorageError(failure)
 
     def _failure(self) -> str | None:
-        """Why the save before could not be written, after waiting for it; None if it was."""
+        """Why the previous save failed, after waiting for it; None if it did not."""
         pending, self._pending = self._pending, None
         try:
             if pending:

@@ -43,8 +43,8 @@ def check_format(path: Path) -> None:
     form = read_object(path / MANIFEST).get("format")
     if type(form) is int and form > FORMAT:
         raise InputError(
-            f"{path}: written by a newer version of this code, in format {form} (this one knows {FORMAT}): use that version, "
-            "or another run"
+            f"{path}: written by a newer version of this code, in format {form} (this one reads up to {FORMAT}): use that "
+            "version, or start another run"
         )
 
 
@@ -72,7 +72,7 @@ def newest_whole(folder: Path) -> str | None:
         if damage is None:
             return path.name
         logger.error(
-            "{} is damaged ({}): set aside as {}.damaged; going back to the one before", path, damage, path.name
+            "{} is damaged ({}): set aside as {}.damaged; falling back to the previous one", path, damage, path.name
         )
         shutil.rmtree(path.with_name(f"{path.name}.damaged"), ignore_errors=True)
         path.rename(path.with_name(f"{path.name}.damaged"))

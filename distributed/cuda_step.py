@@ -1,7 +1,7 @@
-"""A training step on CUDA: recorded once for each shape of batch, and replayed as one CUDA graph.
+"""A training step on CUDA, captured once per batch shape and replayed as one CUDA graph.
 
-At small batches the GPU waits for Python to launch some hundreds of kernels a step; a replay launches them all at once. What is
-recorded is `train_step` itself, with its inputs in fixed memory, so a replayed step has the bits of one that is not.
+At small batch sizes the GPU waits for Python to launch some hundreds of kernels per step; a replay launches them all at once.
+What is captured is `train_step` itself, with its inputs in fixed memory, so a replayed step has the bits of an eager one.
 """
 
 from dataclasses import replace
@@ -17,19 +17,19 @@ from distributed.loop import train_step
 from distributed.sums import RunningSums
 
 _STEPS_BEFORE = 2
-"""Of a shape, before it is recorded: in these, libraries choose their kernels and take their workspaces."""
+"""Eager steps per shape before capture, in which libraries choose kernels and allocate workspaces."""
 
 
 class CudaStep:
-    """Takes training steps with what changes from step to step in fixed memory on the device.
+    """Runs training steps whose inputs are in fixed device memory.
 
     Args:
-        record: whether to record steps and replay them; no collective may be part of them.
+        capture: whether to capture steps and replay them; they must not contain collectives.
     """
 
-    def __init__(self, engine: Engine, sums: RunningSums, *, loss: Loss, device: torch.device, record: bool) -> None:
-        self._engine, self._sums, self._loss, self._record = engine, sums, loss, record
-        # As a tensor in either case: CUDA's optimizers compute in double with a number, and in float32 with a tensor.
+    def __init__(self, engine: Engine, sums: RunningSums, *, loss: Loss, device: torch.device, capture: bool) -> None:
+        self._engine, self._sums, self._loss, self._capture = engine, sums, loss, capture
+        # Always a tensor: CUDA's optimizers compute in double with a Python number, in float32 with a tensor.
         self._lr = torch.zeros((), device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._norm = torch.zeros((), device=device)
@@ -46,8 +46,8 @@ class CudaStep:
             shape = self._shapes[key] = _Shape([_copy_of(batch) for batch in micro_batches])
         else:
             shape.fill(micro_batches)
-        if self._record and shape.graph is None and shape.steps == _STEPS_BEFORE:
-            shape.graph = self._recorded(shape)
+        if self._capture and shape.graph is None and shape.steps == _STEPS_BEFORE:
+            shape.graph = self._captured(shape)
         if shape.graph:
             shape.graph.replay()
         else:
@@ -62,18 +62,18 @@ class CudaStep:
         self._norm = self._norm.to(norm.dtype)  # of float64 weights, once
         self._norm.copy_(norm)
 
-    def _recorded(self, shape: "_Shape") -> torch.cuda.CUDAGraph:
+    def _captured(self, shape: "_Shape") -> torch.cuda.CUDAGraph:
         """The step as a graph; nothing is computed yet."""
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        # Other threads may wait for copies meanwhile: the writer of checkpoints, and who fetches the next images.
+        # Thread-local: the checkpoint writer and the prefetching thread may synchronize during capture.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._take(shape)
         return graph
 
 
 class _Shape:
-    """The fixed memory of a step's micro-batches, how many steps were taken there, and the graph once it is recorded."""
+    """The fixed memory of a step's micro-batches, how many steps were taken there, and the graph once captured."""
 
     def __init__(self, micro_batches: list[Batch]) -> None:
         self.micro_batches, self.steps = micro_batches, 0

@@ -1,4 +1,4 @@
-"""What the bits of a result depend on besides config and versions: switches that are set here, and all that selects kernels."""
+"""Determinism: switches that make results reproducible, and the metadata that selects kernels."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ def make_deterministic(device: torch.device, *, precision: str, compile: bool = 
     """
     if device.type != "cuda":
         if precision == "tf32":
-            raise InputError(f"precision = tf32 is for CUDA, and the device is {device.type}: use float32")
+            raise InputError(f"precision = tf32 needs CUDA, but the device is {device.type}: use float32")
         return
     # Read at the first cuBLAS call. https://docs.nvidia.com/cuda/cublas/#results-reproducibility
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -37,7 +37,7 @@ def make_deterministic(device: torch.device, *, precision: str, compile: bool = 
 
 
 def kernels(device: torch.device) -> dict[str, str]:
-    """What selects this rank's kernels, by names for people: hardware, libraries, environment variables."""
+    """What selects this rank's kernels, by readable names: hardware, libraries, environment variables."""
     if device.type != "cuda":
         return {
             "device": processor(),
@@ -58,7 +58,7 @@ def kernels(device: torch.device) -> dict[str, str]:
 
 
 def joined(of_ranks: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], list[str]]:
-    """The kernels' facts of all ranks together, and a line for each fact in which ranks differ."""
+    """The kernel metadata of all ranks merged, and one line per key in which ranks differ."""
     together, differences = {}, []
     for name in sorted({name for facts in of_ranks for name in facts}):
         values = [facts.get(name, "not set") for facts in of_ranks]

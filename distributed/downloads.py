@@ -9,7 +9,7 @@ from typing import Any
 
 from loguru import logger
 
-from distributed.checkpoint_files import best_in, damage_of, point
+from distributed.checkpoint_files import best_in, check_format, damage_of, point
 from distributed.config import TrainConfig
 from distributed.errors import InputError
 from distributed.files import read_object
@@ -90,6 +90,10 @@ def _fetched(store: Store, folder: Path, name: str) -> Path | None:
     logger.info("fetching {}/{}", store.url, name)
     aside = folder / f".writing-{name}"
     store.fetch(name, aside)
+    try:
+        check_format(aside)
+    except InputError as error:
+        raise StoreError(str(error)) from None
     damage = damage_of(aside)
     if damage is None:
         return aside

@@ -40,11 +40,11 @@ def main() -> int:
     parser.add_argument(
         "--checkpoint", default="auto", help="best, latest, step-00000313-epoch-001; auto: best if there is one"
     )
-    parser.add_argument("--data.root", dest="root", type=Path, help="where the data set is now")
+    parser.add_argument("--data.root", dest="root", type=Path, help="folder with the data set now")
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
-        help="the run's if not given, or the CPU if that was CUDA and has none here",
+        help="default: the run's device; the CPU if the run used CUDA and there is none here",
     )
     parser.add_argument(
         "--confusion",

@@ -159,7 +159,7 @@ def read_table(file: Path) -> list[Result]:
     try:
         return [Result(**row) for row in read_json(file)]
     except TypeError:
-        raise InputError(f"{file}: no table of experiments; move it away, or name another with --out") from None
+        raise InputError(f"{file}: not a table of experiments; move it away, or choose another --out") from None
 
 
 def main() -> int:

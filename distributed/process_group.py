@@ -15,7 +15,7 @@ from distributed.rendezvous import agree_on_token
 from distributed.topology import Topology, host
 
 _NCCL_SECONDS = 120.0
-"""How long a collective on the GPU waits for a peer. What may take longer, such as a save, is waited for on the host."""
+"""How long a collective on the GPU waits for a peer. Longer waits, e.g. for a save, use host collectives."""
 
 
 def choose_device(asked: str, topology: Topology) -> torch.device:
@@ -47,6 +47,8 @@ def process_group(topology: Topology, device: torch.device, *, timeout_seconds: 
     # a lost host for 30 minutes (10 under NCCL).
     vars(distributed_c10d).update(default_pg_timeout=timeout, default_pg_nccl_timeout=timeout)
     if not topology.launched or dist.is_initialized():
+        if dist.is_initialized() and _has_nccl(device):
+            _shorten_nccl_timeout(device, timeout)
         yield
         return
     store, rank, world_size = next(rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))
@@ -87,19 +89,23 @@ def have_own_gpu(store: Store, own: str, *, rank: int, world_size: int) -> bool:
     without = [str(r) for r, gpu in enumerate(gpus) if not gpu]
     if without and any(gpus):
         raise InputError(
-            f"device: rank {', '.join(without)} has no CUDA device and others have one: use --device cpu for all, or check "
-            "nvidia-smi on their nodes"
+            f"device: rank {', '.join(without)} has no CUDA device, but other ranks have one: use --device cpu for all, or "
+            "check nvidia-smi on their nodes"
         )
     return all(gpus) and len(set(gpus)) == world_size
 
 
 def check_own_gpu(device: torch.device, wanted_by: str) -> None:
-    """Raises InputError if ranks share a GPU, so that the process group does without NCCL."""
-    if device.type == "cuda" and "nccl" not in str(dist.get_backend_config()):
+    """Raises InputError if ranks share a GPU and the process group therefore has no NCCL."""
+    if device.type == "cuda" and not _has_nccl(device):
         raise InputError(
-            f"{wanted_by} needs a GPU for each process, and here processes share one: start at most one process a GPU, or "
+            f"{wanted_by} needs one GPU per process, but processes share a GPU: start one process per GPU, or "
             "use --engine.name ddp"
         )
+
+
+def _has_nccl(device: torch.device) -> bool:
+    return device.type == "cuda" and "nccl" in str(dist.get_backend_config())
 
 
 def _shorten_nccl_timeout(device: torch.device, timeout: timedelta) -> None:

@@ -27,6 +27,11 @@ class SaveBudget:
             self._last = self._clock() - start
             self._spent += self._last
 
+    @property
+    def unlimited(self) -> bool:
+        """Whether every save is allowed, even one that has to wait for the save before."""
+        return self._fraction == 1
+
     def allows(self) -> bool:
         """Whether another save as long as the last one stays within the fraction."""
-        return self._fraction == 1 or self._spent + self._last <= self._fraction * (self._clock() - self._began)
+        return self.unlimited or self._spent + self._last <= self._fraction * (self._clock() - self._began)

@@ -48,7 +48,7 @@ def with_data_root(config: TrainConfig, root: Path | None) -> TrainConfig:
 def on_device(config: TrainConfig, asked: str | None) -> TrainConfig:
     """The config for a finished network on the device asked for: by default the run's, or the CPU if there is no GPU."""
     device = asked or ("auto" if config.device == "cuda" else config.device)
-    # No CPU has TF32. It was a way to train faster; what is measured on is better computed in float32.
+    # TF32 only speeds up training, and no CPU has it: evaluate in float32.
     precision = "float32" if config.precision == "tf32" else config.precision
     return with_values(config, device=device, precision=precision)
 

@@ -27,7 +27,7 @@ class Snapshot:
 
 
 def to_host(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Copies on the host. Those from a GPU are complete once its current stream has come so far: nobody waits here."""
+    """Host copies. Copies from a GPU complete when its current stream gets here; does not synchronize."""
     copies: dict[str, Tensor] = {}
     for name, tensor in tensors:
         if tensor.is_cuda:
@@ -52,7 +52,7 @@ def load(path: Path, engine: Engine, state: TrainState | None = None) -> dict[st
     """Put a checkpoint's tensors into the engine and its counters into the state; the content of its state.json.
 
     Raises:
-        ValueError: they do not fit, or were never such.
+        ValueError: the files do not fit this run, or are not a checkpoint.
     """
     content = read_json(path / "state.json")
     if not isinstance(content, dict):

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Protocol, Self
 
@@ -12,7 +13,8 @@ from distributed.collectives import LateMax
 from distributed.errors import ExitCode
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_DEAF_SECONDS = 5.0  # launchers and Slurm may send one SIGTERM twice at once
+_DEAF_SECONDS = 5.0
+_TWICE_SECONDS = 0.5  # launchers, Slurm and `timeout` may send one signal twice at once
 
 
 class StopSource(Protocol):
@@ -33,8 +35,8 @@ class Never:
 class SignalStop:
     """SIGTERM, SIGINT and SIGUSR1 ask to stop at the next step; a second SIGINT ends the process at once.
 
-    So does a second SIGTERM after some seconds in which the first was not heard: a thread that waits for a GPU whose
-    peers are gone runs no Python handler. Hence a thread of its own reads the pipe that the C handler writes to.
+    So does a second SIGTERM some seconds later if no step has finished in between. A thread that waits for a GPU whose
+    peers are gone runs no Python handlers, so a separate thread reads the pipe that the C handler writes to.
 
     The death of a launcher asks to stop too: ranks whose parent was killed save and leave, instead of training on as
     orphans in the way of their successors. Nothing is saved inside a handler.
@@ -45,7 +47,7 @@ class SignalStop:
 
     def __init__(self, *, launched: bool) -> None:
         self._reason: str | None = None
-        self._heard = False
+        self._handled_at = 0.0
         self._parent = os.getppid() if launched else None
 
     def __enter__(self) -> Self:
@@ -69,22 +71,30 @@ class SignalStop:
         with open(read, "rb", buffering=0) as pipe:
             while numbers := pipe.read(1):
                 number, now = numbers[0], time.monotonic()
-                if number not in _SIGNALS:
-                    continue
-                if number == signal.SIGINT and number in first:
+                since_first = now - first.setdefault(number, now)
+                if number == signal.SIGINT and since_first > _TWICE_SECONDS:
                     os._exit(ExitCode.INTERRUPTED)
-                if number == signal.SIGTERM and now - first.get(number, now) > _DEAF_SECONDS and not self._heard:
-                    print("error: ended by a second SIGTERM; no step came after the first", file=sys.stderr, flush=True)
+                if number == signal.SIGTERM and since_first > _DEAF_SECONDS and self._is_deaf_to(now):
+                    with suppress(OSError):  # the launcher may have closed it
+                        print(
+                            "error: terminated by a second SIGTERM: no answer to the first", file=sys.stderr, flush=True
+                        )
                     os._exit(ExitCode.FAILED)
-                first.setdefault(number, now)
+
+    def _is_deaf_to(self, signalled_at: float) -> bool:
+        """Whether the main thread has not run its handler some seconds after a signal, nor just before that."""
+        while time.monotonic() - signalled_at < _DEAF_SECONDS:
+            if self._handled_at > signalled_at - 1.0:
+                return False
+            time.sleep(0.05)
+        return True
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        self._reason = signal.Signals(number).name
+        self._reason, self._handled_at = signal.Signals(number).name, time.monotonic()
 
     def requested(self) -> str | None:
         if self._reason is None and self._parent not in (None, os.getppid()):
             self._reason = "the launcher's death"
-        self._heard = self._reason is not None
         return self._reason
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from loguru import logger
 from torch import Tensor
 
-from distributed.checkpoint_files import damage_of
+from distributed.checkpoint_files import check_format, damage_of
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.run_folder import find_checkpoint
@@ -36,6 +36,7 @@ def start_from(path: Path, engine: Engine) -> None:
         InputError: no whole checkpoint there, or one of another model.
     """
     checkpoint = find_checkpoint(path)
+    check_format(checkpoint)
     if damage := damage_of(checkpoint):
         raise InputError(
             f"init_from = {path}: {checkpoint.name} is damaged: {damage}; name another checkpoint of that run"

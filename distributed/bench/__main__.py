@@ -62,7 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("kind", choices=[*KINDS, "memory"])
     parser.add_argument("--data.root", dest="root", type=Path, default=Path("data"), help="folder with CIFAR-10")
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="of all contenders; auto: CUDA if available"
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="device of all contenders; auto: CUDA if available",
     )
     parser.add_argument("--rounds", type=int, help="default: 5, on CUDA 1")
     parser.add_argument("--steps", type=int, help="steps per contender and round; default: 80, on CUDA 100")
@@ -72,12 +75,17 @@ def _parser() -> argparse.ArgumentParser:
         "--contenders", nargs="+", choices=list(CONTENDERS), metavar="NAME", help=f"train: run only these. {names}"
     )
     parser.add_argument(
-        "--seconds", type=float, help="time limit of each contender, its start included; default: none, on CUDA 40"
+        "--seconds", type=float, help="time limit per contender, startup included; default: none, on CUDA 40"
     )
     parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="time limit of it all; later contenders are left out"
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        help="total time limit; contenders that would start later are skipped",
     )
-    parser.add_argument("--json", type=Path, help="write the figures there too, and what failed ones printed beside it")
+    parser.add_argument(
+        "--json", type=Path, help="also write results here, and the output of failed contenders beside it"
+    )
     return parser
 
 

@@ -55,15 +55,15 @@ class Options:
         )
         wrong = []
         if options.steps < 8:
-            wrong.append(f"--steps {options.steps}: at least 8, of which the first quarter is left out")
+            wrong.append(f"--steps {options.steps}: must be at least 8; the first quarter is warm-up")
         if given.rounds is not None and given.rounds < 1:
             wrong.append(f"--rounds {given.rounds}: at least 1")
         if bad := [batch for batch in options.batches if not 1 <= batch <= IMAGES]:
             wrong.append(f"--batches {' '.join(map(str, bad))}: each from 1 to the {IMAGES:,} training images")
         if options.seconds is not None and not options.seconds > 0:
-            wrong.append(f"--seconds {options.seconds:g}: more than 0")
+            wrong.append(f"--seconds {options.seconds:g}: must be more than 0")
         if given.kind != "train" and (given.batches or given.contenders):
-            wrong.append(f"--batches and --contenders: of train only, not of {given.kind}")
+            wrong.append(f"--batches and --contenders: only for train, not for {given.kind}")
         if "graph" in options.contenders and not gpus:
             wrong.append("--contenders graph: CUDA graphs need --device cuda")
         if wrong:

@@ -80,7 +80,7 @@ class Contender:
             readings, memory_mib = json.loads(lines[0].removeprefix("CLOCK "))
             return Measured(start, [(step, at) for step, at in readings], memory_mib)
         if code is None:
-            raise ContenderFailedError(f"ended after {seconds:.0f} s", printed[-1000:] + errors[-3000:])
+            raise ContenderFailedError(f"timed out after {seconds:.0f} s", printed[-1000:] + errors[-3000:])
         raise ContenderFailedError(_last_line(errors) or f"exit code {code}", printed[-1000:] + errors[-3000:])
 
 

@@ -96,8 +96,8 @@ class Checkpoint(Section):
     every_steps: int = operational(0, "save every N steps too; 0: off", ge=0)
     every_minutes: float = operational(5.0, "save once N minutes have passed since the last save; 0: off", ge=0)
     max_overhead: float = operational(
-        0.05, "save at the end of an epoch while all saves together take at most this fraction of the time; 1: at each "
-        "end; the last epoch and a stop are always saved", gt=0, le=1,
+        0.05, "skip saves at the end of an epoch while saves take more than this fraction of the time; 1: never skip; "
+        "the last epoch and a stop are always saved", gt=0, le=1,
     )  # fmt: skip
     keep_last: int = operational(2, "newest checkpoints that are kept", ge=1)
     best_by: Literal["auto", "accuracy", "loss", "none"] = setting(

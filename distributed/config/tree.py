@@ -43,7 +43,7 @@ class TrainConfig(Section):
     precision: Literal["float32", "tf32", "bfloat16", "float16", "float64"] = setting(
         "bfloat16", "of the forward and backward pass; weights and batch norm's statistics stay float32 with bfloat16 and "
         "float16 (autocast); float16's loss is scaled, and steps where a gradient overflows are skipped; tf32: float32 "
-        "with products rounded to 10 bits of mantissa, on CUDA"
+        "with inputs of products rounded to 10 bits of mantissa, on CUDA"
     )  # fmt: skip
     channels_last: bool = setting(True, "NHWC memory layout of images and convolutions")
     device: Literal["auto", "cpu", "cuda"] = operational("auto", "auto: CUDA where there is one")
@@ -57,7 +57,7 @@ class TrainConfig(Section):
         None, "run folder or checkpoint whose weights to start from; a last layer of other classes starts afresh"
     )
     cuda_graphs: bool = operational(
-        True, "on one GPU, record a training step and replay it: the same bits, several times faster at small batches"
+        True, "on one GPU, replay training steps as CUDA graphs: same bits, several times faster at small batches"
     )
     compile: bool = setting(False, "torch.compile the model; in fast mode only")
     loss: Loss = setting(Loss(), "what is minimized: cross-entropy")
@@ -179,5 +179,5 @@ def _conflicts(config: TrainConfig) -> list[str]:
 def _device_conflicts(config: TrainConfig) -> list[str]:
     found = config.scaling.conflicts(config.device) if config.scaling else []
     if config.precision == "tf32" and config.device == "cpu":
-        found.append("precision = tf32 is for CUDA, and device = cpu: set precision = float32, or device = cuda")
+        found.append("precision = tf32 needs CUDA, but device = cpu: set precision = float32, or device = cuda")
     return found

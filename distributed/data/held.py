@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -43,9 +44,16 @@ def place(placement: Placement, bytes_in_all: int, device: torch.device) -> Lite
     return "device" if 3 * bytes_in_all < free else "host"
 
 
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all copies to a device. Of high priority, whose pool of streams is not the one that shards take theirs
+    from; and one for all, since the allocator keeps memory by stream."""
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+
 def _one_ahead(images: Tensor, wanted: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
     """A thread gathers and copies the next batch while the caller computes on this one; on CUDA in a stream of its own."""
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    side = _copy_stream(device) if device.type == "cuda" else None
 
     def fetch(ids: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         if side is None:

@@ -1,4 +1,4 @@
-"""Which images a rank needs for its part of some steps."""
+"""Which images a rank needs for its part of some micro-batches."""
 
 from typing import NamedTuple
 
@@ -15,20 +15,20 @@ class Part(NamedTuple):
     partners: Tensor
 
 
-Step = tuple[list[Part], int]
-"""A rank's part of each micro-batch, and how many images the step has on all ranks."""
+MicroBatch = tuple[Part, int]
+"""A rank's part of a micro-batch, and how many images its step has on all ranks."""
 
 
-def ids_of(steps: list[Step]) -> Tensor:
+def ids_of(block: list[MicroBatch]) -> Tensor:
     """The ids of all parts, one after the other, int64 [n]."""
-    return torch.cat([part.ids for parts, _ in steps for part in parts])
+    return torch.cat([part.ids for part, _ in block])
 
 
-def partners_of(steps: list[Step]) -> Tensor:
+def partners_of(block: list[MicroBatch]) -> Tensor:
     """The partners of all parts in the order of `ids_of`, int64 [n] or [0]."""
-    return torch.cat([part.partners for parts, _ in steps for part in parts])
+    return torch.cat([part.partners for part, _ in block])
 
 
-def wanted(steps: list[Step]) -> Tensor:
-    """All images that the steps need, int64 [n] or [2 n]: those of `ids_of`, then those of `partners_of`."""
-    return torch.cat([ids_of(steps), partners_of(steps)])
+def wanted(block: list[MicroBatch]) -> Tensor:
+    """All images that the micro-batches need, int64 [n] or [2 n]: those of `ids_of`, then those of `partners_of`."""
+    return torch.cat([ids_of(block), partners_of(block)])

@@ -1,7 +1,7 @@
 """The images on this rank's device, and the batches of an epoch as a function of (seed, epoch, step): nothing to save."""
 
 from collections.abc import Iterator
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from distributed.data.augment import augment, cut_out
 from distributed.data.batch import Batch, Mixed
 from distributed.data.held import Held, place
 from distributed.data.mix import mix
-from distributed.data.parts import Part, Step, ids_of, partners_of, wanted
+from distributed.data.parts import MicroBatch, Part, ids_of, partners_of, wanted
 from distributed.data.split import validation_mask
 from distributed.tree import leaves_of
 
@@ -62,9 +62,10 @@ class DataPipeline:
         self.device, self.dtype = device, dtype
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.class_names, train, test = _read(config, side)
-        # Launching the kernels that change a batch takes a GPU's host longer than the GPU needs for thousands of images.
-        step_bytes = train.images[:1].nbytes * max(1, global_batch_size * len(self.own_shards) // shards)
-        self.steps_at_once = max(1, _BYTES_AT_ONCE // step_bytes) if device.type == "cuda" else 1
+        # Launching the augmentation kernels takes longer than the GPU needs to augment thousands of images.
+        images_of_one = max(1, global_batch_size // accumulation * len(self.own_shards) // shards)
+        most = _BYTES_AT_ONCE // (train.images[:1].nbytes * images_of_one)
+        self.augmented_at_once = max(1, most) if device.type == "cuda" else 1
         self._placement = place(config.placement, train.images.nbytes + test.images.nbytes, device)
         held_out = validation_mask(train.labels, fraction=config.validation_fraction, seed=config.split_seed)
         self._splits: dict[str, Held] = {
@@ -101,8 +102,8 @@ class DataPipeline:
         """The first few training images, whatever the rank: for trying a model out."""
         held = self._splits["train"]
         ids = held.ids[:8]
-        block = [([Part(ids, (8,), ids if self.config.augment.mixes else ids[:0])], 8)]
-        return next(self._train_steps(held, next(iter(held.chosen([wanted(block)]))), block, epoch=0))[0]
+        block = [(Part(ids, (8,), ids if self.config.augment.mixes else ids[:0]), 8)]
+        return next(self._augmented(held, next(iter(held.chosen([wanted(block)]))), block, epoch=0))
 
     def train_epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each step from `start_step` on, this rank's shard of each.
@@ -113,17 +114,19 @@ class DataPipeline:
         held = self._splits["train"]
         order = held.ids[keyed.permutation(self.size("train"), seed=self.seed, epoch=epoch, device=self.device)]
         images = held.chosen(wanted(block) for block in self._blocks(self._reachable(order), start_step))
-        for block in self._blocks(order, start_step):
-            yield from self._train_steps(held, next(images), block, epoch=epoch)
+        blocks = (self._augmented(held, next(images), block, epoch=epoch) for block in self._blocks(order, start_step))
+        batches = chain.from_iterable(blocks)
+        for parts, _ in self._steps(order, start_step):
+            yield [next(batches) for _ in parts]
 
-    def _blocks(self, order: Tensor, start_step: int) -> Iterator[list[Step]]:
-        """Runs of steps whose images are augmented together. Each image has its own draws, so its bits do not depend on the
-        others in its run."""
-        steps = self._steps(order, start_step)
-        while block := list(islice(steps, self.steps_at_once)):
+    def _blocks(self, order: Tensor, start_step: int) -> Iterator[list[MicroBatch]]:
+        """Runs of micro-batches whose images are augmented together. Each image has its own draws, so its bits do not
+        depend on the others in its run."""
+        micro_batches = ((part, count) for parts, count in self._steps(order, start_step) for part in parts)
+        while block := list(islice(micro_batches, self.augmented_at_once)):
             yield block
 
-    def _steps(self, order: Tensor, start_step: int) -> Iterator[Step]:
+    def _steps(self, order: Tensor, start_step: int) -> Iterator[tuple[list[Part], int]]:
         """Of each step of an epoch in this order, int64 [n]: this rank's part of each micro-batch; the step's size."""
         for step in range(start_step, self.steps_per_epoch):
             chosen = order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
@@ -164,8 +167,8 @@ class DataPipeline:
                 sizes,
             )
 
-    def _train_steps(self, held: Held, images: Tensor, block: list[Step], *, epoch: int) -> Iterator[list[Batch]]:
-        """The micro-batches of each step. images: those of `wanted(block)`."""
+    def _augmented(self, held: Held, images: Tensor, block: list[MicroBatch], *, epoch: int) -> Iterator[Batch]:
+        """The batches of a run of micro-batches. images: those of `wanted(block)`."""
         ids, partners = ids_of(block), partners_of(block)
         keys = keyed.sample_keys(wanted(block), seed=self.seed, epoch=epoch)
         images = self._normalized(augment(images, keys, self.config.augment))
@@ -177,15 +180,10 @@ class DataPipeline:
             images, own_part = mix(images[:count], images[count:], keys[:count], self.config.augment)
             mixed = Mixed(held.labels[partners], own_part)
         images, labels, stop = self._input(images), held.labels[ids], 0
-        for parts, step_size in block:
-            batches = []
-            for part in parts:
-                own = slice(stop, stop := stop + len(part.ids))
-                of_part = mixed and Mixed(mixed.labels[own], mixed.own_part[own])
-                batches.append(
-                    Batch(images[own], labels[own], part.ids, keys[own], step_size, part.shard_sizes, of_part)
-                )
-            yield batches
+        for part, step_size in block:
+            own = slice(stop, stop := stop + len(part.ids))
+            of_part = mixed and Mixed(mixed.labels[own], mixed.own_part[own])
+            yield Batch(images[own], labels[own], part.ids, keys[own], step_size, part.shard_sizes, of_part)
 
     def _normalized(self, images: Tensor) -> Tensor:
         """(x / 255 - mean) / deviation of uint8 [n, h, w, c]; rows are taken as one run of w * c numbers, which vectorizes."""

@@ -74,7 +74,7 @@ class ExactEngine:
         )
         own = self._reduction.own
         rows = ShardRows(gather, shards=shards)
-        # Gathered weights come on the stream of the shard that was first, and the others would not wait for it.
+        # Weights are gathered on the first shard's stream; the other streams would not wait for it.
         self._lanes = Lanes(
             len(own), lanes=lanes, gather=partial(_meet, self._reduction, rows), device=device,
             side_by_side=self._sharded is None,
@@ -158,7 +158,7 @@ class ExactEngine:
 
 
 def _meet(reduction: TreeReduction, rows: ShardRows, own: list[Tensor]) -> Tensor:
-    """Where all shards wait for each other, the gradients that are there go on their way before the rows do."""
+    """Barrier of all shards: starts the exchange of full gradient buckets, then gathers the rows."""
     reduction.send_full()
     return rows(own)
 

@@ -102,6 +102,8 @@ class Scattered:
     (https://docs.pytorch.org/docs/stable/distributed.html#torch.distributed.new_group).
     """
 
+    _keeps_sums = False
+
     def __init__(self, nodes: Nodes, lie: Arrangement, like: Tensor) -> None:
         self._like = like
         # What comes in when every rank hands over the sum of its n-th subtree, if it has so many.
@@ -110,7 +112,7 @@ class Scattered:
         ]
         self._slots, self._length = len(nodes[rank()]), lie.length
         self._sizes = [chunk.stop - chunk.start for chunk in lie.chunks]
-        self._sums: Tensor | None = None
+        self._sums = self._new_sums() if self._keeps_sums else None
         self._allocating = threading.Lock()
         self.total = self._new_total()
         self._received: dict[Node, Tensor] = {}
@@ -119,10 +121,13 @@ class Scattered:
     def _new_total(self) -> Tensor:
         return self._like.new_zeros(self._sizes[rank()])
 
+    def _new_sums(self) -> Tensor:
+        return self._like.new_zeros(self._slots, self._length)
+
     def sums(self, slot: int) -> Tensor:
         with self._allocating:
             if self._sums is None:
-                self._sums = self._like.new_zeros(self._slots, self._length)
+                self._sums = self._new_sums()
             return self._sums[slot]
 
     def reduce(self, *, first: bool) -> None:
@@ -138,8 +143,10 @@ class Scattered:
         return self.total
 
     def send(self) -> None:
-        sums, self._sums = self._sums, None
+        sums = self._sums
         assert sums is not None
+        if not self._keeps_sums:
+            self._sums = None
         own = self._sizes[rank()]
         for slot, senders in enumerate(self._incoming):
             sends = slot < self._slots
@@ -157,7 +164,12 @@ class Scattered:
 
 
 class OverGroup(Scattered):
-    """After a step's last micro-step an all-gather as well: every rank has the whole total."""
+    """After a step's last micro-step an all-gather as well: every rank has the whole total.
+
+    Keeps its sums: shards write to them from streams that do not wait for each other, and gradients are views of them.
+    """
+
+    _keeps_sums = True
 
     def _new_total(self) -> Tensor:
         self._most = max(self._sizes)

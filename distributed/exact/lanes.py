@@ -29,7 +29,7 @@ class Lanes:
     Args:
         lanes: how many shards compute at the same time, at the most.
         gather: the exchange with the other ranks; called once a meeting, in any of the lanes' threads.
-        side_by_side: on CUDA, give each shard a stream of its own; there is one lane then.
+        side_by_side: on CUDA, run each shard on its own stream; needs a single lane.
     """
 
     def __init__(

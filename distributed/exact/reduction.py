@@ -121,8 +121,8 @@ class TreeReduction:
                 self._full += 1
 
     def send_full(self) -> None:
-        """Start the exchange of every bucket that is full. To be called where all shards of all ranks have come equally
-        far: when a bucket fills depends on the threads, and collectives must have one order on all ranks."""
+        """Start the exchange of every full bucket. Call it only at a barrier of all shards on all ranks: thread timing
+        decides when a bucket fills, but collectives need the same order on all ranks."""
         for bucket in self._buckets[self._sent : self._full]:
             bucket.exchange.send()
         self._sent = self._full

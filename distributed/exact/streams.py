@@ -1,7 +1,7 @@
-"""A CUDA stream for each shard: shards that are too small to fill a GPU compute side by side once a step is recorded.
+"""A CUDA stream for each shard: shards that are too small to fill a GPU run in parallel once a step is captured.
 
-On its own stream a shard runs the very kernels it runs alone, so its bits stay. Shards wait for the caller's stream where they
-begin or go on, and the caller's waits for them where they meet: memory of either may be used by the other in between.
+A shard runs the same kernels on its own stream, so its bits do not change. Shards wait for the caller's stream when they start
+or resume; the caller's stream waits for them at barriers, so they may use each other's memory.
 """
 
 from collections.abc import Iterator

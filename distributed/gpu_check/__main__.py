@@ -1,4 +1,4 @@
-"""`python -m distributed.gpu_check [--device cpu --tiny] [--only STEP ...]`: is this code right and fast on this GPU?
+"""`python -m distributed.gpu_check [--device cpu --tiny] [--only STEP ...]`: checks correctness and speed on this GPU.
 
 Runs each step in a process of its own under its own time limit and appends its result as one JSON line to OUT/gpu_check.jsonl
 at once. A step that fails, crashes or runs out of time never stops the next. Exit code 0 if everything passed, else 1.
@@ -27,8 +27,8 @@ def main(steps: Sequence[Step] = STEPS) -> int:
     """Run the steps asked for; print a line a check and a summary."""
     parser = argparse.ArgumentParser(prog="python -m distributed.gpu_check", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small shapes: try the check itself out on a CPU")
-    parser.add_argument("--seconds", type=float, default=300, help="start no step after so long, end one that runs")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, to test the check itself on a CPU")
+    parser.add_argument("--seconds", type=float, default=300, help="total time limit; a step that runs then is killed")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="folder for gpu_check.jsonl and logs")
     parser.add_argument("--only", nargs="+", choices=[step.name for step in steps], metavar="STEP")
     given = parser.parse_args()
@@ -56,7 +56,7 @@ def run_step(step: Step, device: str, *, tiny: bool, out: Path, deadline: float)
     limit = min(step.seconds, deadline - start)
     result: dict[str, Any] = {"step": step.name, "device": device, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
     if limit <= 0:
-        return result | {"verdict": "timeout", "seconds": 0, "message": "no time was left to start it", "checks": []}
+        return result | {"verdict": "timeout", "seconds": 0, "message": "not started: out of time", "checks": []}
     command = [
         sys.executable, "-m", "distributed.gpu_check.steps", step.module, device, str(int(tiny)), str(out.resolve()),
     ]  # fmt: skip

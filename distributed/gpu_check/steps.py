@@ -25,10 +25,10 @@ STEPS = (
     Step("ceilings", 30, "copy bandwidth, matrix products, microseconds a launch, gloo latency"),
     Step("units", 60, "tensor functions equal the CPU's; batch norm, response norm and totals against float64"),
     Step("networks", 70, "one step of each network and precision: no wait, deterministic, close to float64"),
-    Step("resume", 60, "stop, kill -9 and resume to the same bits; a checkpoint of the GPU on the CPU"),
+    Step("resume", 60, "stop, kill -9 and resume to the same bits; a GPU checkpoint evaluated on the CPU"),
     Step("ranks", 90, "several ranks on one GPU over gloo: fast mode, exact mode, ddp and fsdp"),
-    Step("nccl", 45, "NCCL with one rank: every engine; collectives inside a CUDA graph"),
-    Step("invariance", 45, "which kernels give a shard the same bits whatever lies beside it"),
+    Step("nccl", 45, "NCCL with one rank: ddp, fsdp and exact mode; collectives inside a CUDA graph"),
+    Step("invariance", 45, "which kernels give a shard the same bits regardless of the other rows"),
     Step("speed", 130, "steps a second by batch, network and mode; a profile"),
 )
 

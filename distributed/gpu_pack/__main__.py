@@ -1,4 +1,4 @@
-"""`python -m distributed.gpu_pack pack | unpack | dry-run | collect | passed`: the way to a rented GPU and back."""
+"""`python -m distributed.gpu_pack pack | unpack | dry-run | collect | passed`: for a GPU rented by the minute."""
 
 import argparse
 import sys
@@ -9,19 +9,19 @@ from distributed.errors import ExitCode, InputError
 
 
 def main() -> int:
-    """Run one subcommand; 2 and one line on stderr where it cannot."""
+    """Run one subcommand; returns 2 and prints one line on stderr for bad input."""
     parser = argparse.ArgumentParser(prog="python -m distributed.gpu_pack", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     pack = commands.add_parser("pack", help="put wheels and CIFAR-10 into this checkout; print the two commands")
     pack.add_argument("--data.root", dest="root", type=Path, default=Path("data"), help="folder with CIFAR-10")
-    unpack = commands.add_parser("unpack", help="make the official CIFAR-10 files of packed parts")
+    unpack = commands.add_parser("unpack", help="rebuild the official CIFAR-10 files from packed parts")
     unpack.add_argument("parts", nargs="+", type=Path)
     unpack.add_argument("--to", type=Path, required=True, help="folder for cifar-10-batches-bin")
-    dry = commands.add_parser("dry-run", help="try the two commands out on a CPU")
-    dry.add_argument("--python", type=Path, default=Path(sys.executable), help="the python3 of the commands")
+    dry = commands.add_parser("dry-run", help="run the two commands on a CPU")
+    dry.add_argument("--python", type=Path, default=Path(sys.executable), help="interpreter to use as python3")
     dry.add_argument("--call", type=int, nargs="+", choices=(1, 2), default=(1, 2), help="which commands")
     dry.add_argument("--only", nargs="+", default=(), metavar="STEP", help="steps of the check; none: all")
-    collect = commands.add_parser("collect", help="put what came back into the results folder")
+    collect = commands.add_parser("collect", help="merge returned files into the results folder")
     collect.add_argument("source", type=Path)
     collect.add_argument("--results", type=Path, default=Path("results"))
     passed = commands.add_parser("passed", help="exit code 2 unless each step of a check passed on a GPU")

@@ -72,7 +72,9 @@ def check_size(call: Call, sizes: dict[str, int]) -> int:
     total = sum(sizes.values())
     if total > MAX_BYTES:
         listed = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in sizes.items())
-        raise InputError(f"{call.name}: {total / 2**20:.1f} MiB would travel and 64 are the limit: {listed}")
+        raise InputError(f"{call.name}: {total / 2**20:.1f} MiB to upload, more than the limit of 64: {listed}")
     if len(call.text) > MAX_CHARACTERS:
-        raise InputError(f"{call.name}: its command has {len(call.text)} characters and {MAX_CHARACTERS} are the limit")
+        raise InputError(
+            f"{call.name}: its command has {len(call.text)} characters, more than the limit of {MAX_CHARACTERS}"
+        )
     return total

@@ -32,7 +32,7 @@ def check_passed(lines: Path) -> None:
     bad = [f"{step.name} ({found[step.name]['verdict'] if step.name in found else 'not run'})" for step in STEPS
            if step.name not in found or found[step.name]["verdict"] != "pass"]  # fmt: skip
     if bad:
-        raise InputError(f"{lines}: not passed: {', '.join(bad)}; run make gpu-check, or give UNCHECKED=1")
+        raise InputError(f"{lines}: not passed: {', '.join(bad)}; run make gpu-check, or set UNCHECKED=1")
 
 
 def collect(source: Path, results: Path) -> list[Path]:
@@ -58,7 +58,9 @@ def collect(source: Path, results: Path) -> list[Path]:
         experiments.write_table(experiments.read_table(table), results / "experiments_gpu")
         written += [results / "experiments_gpu.json", results / "experiments_gpu.md"]
     if not written:
-        raise InputError(f"{source}: no gpu_check.jsonl, gpu_speed.json, profile.txt or experiments_gpu.json is there")
+        raise InputError(
+            f"{source}: contains no results: no gpu_check.jsonl, gpu_speed.json, bench_train_gpu.json or experiments_gpu.json"
+        )
     return written
 
 

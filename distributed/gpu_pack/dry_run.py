@@ -1,4 +1,4 @@
-"""Try both calls' commands out on this machine: a copy of the checkout, no network, an empty environment, few packages."""
+"""Run both calls' commands on this machine: a copy of the checkout, no network, an empty environment, few packages."""
 
 import subprocess
 import sys
@@ -56,13 +56,13 @@ def _run(call: Call, command: Sequence[str], tree: Path, environment: dict[str, 
     code = subprocess.run(command, cwd=tree, env=environment, check=False).returncode
     files = sorted(path for path in out.rglob("*") if path.is_file())
     sizes = ", ".join(f"{path.relative_to(out)} {path.stat().st_size:,} bytes" for path in files)
-    print(f"{call.name}: exit code {code} after {time.monotonic() - start:.0f} s; comes back: {sizes}", flush=True)
+    print(f"{call.name}: exit code {code} after {time.monotonic() - start:.0f} s; returned: {sizes}", flush=True)
     if code:
         raise InputError(f"{call.name}: its command ended with exit code {code}")
     if len(files) > MAX_FILES_BACK or any(path.stat().st_size > MAX_BYTES_BACK for path in files):
-        raise InputError(f"{call.name}: at most {MAX_FILES_BACK} files of 16 MiB come back")
+        raise InputError(f"{call.name}: at most {MAX_FILES_BACK} files of up to 16 MiB can be returned")
     if not list(out.glob("*.json*")):
-        raise InputError(f"{call.name}: no result comes back")
+        raise InputError(f"{call.name}: no result was returned")
 
 
 def _pack_blank(parts: Sequence[Path]) -> None:
@@ -82,5 +82,5 @@ def _offline() -> list[str]:
             continue
         if tried.returncode == 0:
             return [*unshare, *loopback]
-    print("the network is not cut off: `unshare --net` and `ip` are missing or not permitted here", file=sys.stderr)
+    print("the network is still reachable: `unshare --net` and `ip` are missing or not permitted here", file=sys.stderr)
     return []

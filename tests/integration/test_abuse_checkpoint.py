@@ -280,7 +280,7 @@ def test_a_run_of_a_newer_version_is_refused_and_not_touched(run: Path, tmp_path
         DAMAGES["a manifest of another format"](checkpoint)
     (copy / "status.json").unlink()
     with untouched(copy):
-        assert_told(train(copy), "written by a newer version of this code, in format 2 (this one knows 1)")
+        assert_told(train(copy), "written by a newer version of this code, in format 2 (this one reads up to 1)")
 
 
 @pytest.mark.parametrize("case", GONE_ON_WITH)

@@ -90,6 +90,6 @@ def test_a_table_that_is_damaged_is_refused_before_anything_is_run(tmp_path):
     (tmp_path / "results.json").write_text("[{}]")
     refused = experiments(tmp_path, "--only", "I-10", *SHORT.split())
     assert refused.returncode == 2
-    assert refused.stderr.startswith(f"error: {tmp_path / 'results.json'}: no table of experiments")
+    assert refused.stderr.startswith(f"error: {tmp_path / 'results.json'}: not a table of experiments")
     assert refused.stderr.count("\n") == 1
     assert "torch.distributed.run" not in refused.stdout

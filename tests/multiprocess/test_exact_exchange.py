@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distributed import collectives
 from distributed.exact import exchange, reduction
+from distributed.exact.arrangement import SideBySide
 from distributed.exact.blocks import Blocks
 from distributed.exact.exchange import Alone, ExchangeOpener, OverGroup, Scattered, ThroughMemory
 from distributed.exact.reduction import TreeReduction
@@ -150,6 +151,10 @@ def reduce_all(cases: list[Case], way: str) -> dict[Case, list[str]]:
                     wrong.append(f"step {step}, parameter {index}: bits")
                 if part.grad.stride() != part.stride() or part.grad.dtype != case.dtype:
                     wrong.append(f"step {step}, parameter {index}: layout or type")
+        # Views are kept of a few buffers that are used again and again, not of those of every step.
+        kept = [len(bucket.lie._seen) for bucket in summed._buckets if isinstance(bucket.lie, SideBySide)]
+        if any(count > 1 + len(summed._slots) for count in kept):
+            wrong.append(f"views of {max(kept)} buffers are kept after {STEPS} steps")
     return found
 
 

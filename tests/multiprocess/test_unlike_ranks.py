@@ -47,4 +47,4 @@ def refused() -> str:
 
 def test_engines_that_need_nccl_refuse_to_share_a_gpu() -> None:
     (said,) = set(run_ranks(refused, 2, timeout_seconds=180))
-    assert said.startswith("engine.name = fsdp in fast mode needs a GPU for each process")
+    assert said.startswith("engine.name = fsdp in fast mode needs one GPU per process")

@@ -167,7 +167,7 @@ def test_no_contender_is_started_once_time_is_up():
 
 def test_a_contender_that_takes_too_long_is_ended():
     start = time.monotonic()
-    with pytest.raises(ContenderFailedError, match=r"^ended after 2 s$"):
+    with pytest.raises(ContenderFailedError, match=r"^timed out after 2 s$"):
         replace(COMPUTE, steps=10**9, ranks=2).measure(2)
     assert time.monotonic() - start < 20
 
@@ -217,13 +217,13 @@ def test_one_failure_ends_the_command_with_1_and_all_figures_are_written(cifar_r
         ),
         (
             ("train", "--device", "cpu", "--steps", "4"),
-            "error: --steps 4: at least 8, of which the first quarter is left out",
+            "error: --steps 4: must be at least 8; the first quarter is warm-up",
         ),
         (("train", "--device", "cpu", "--rounds", "0"), "error: --rounds 0: at least 1"),
-        (("train", "--device", "cpu", "--seconds", "0"), "error: --seconds 0: more than 0"),
+        (("train", "--device", "cpu", "--seconds", "0"), "error: --seconds 0: must be more than 0"),
         (
             ("norm", "--device", "cpu", "--batches", "512"),
-            "error: --batches and --contenders: of train only, not of norm",
+            "error: --batches and --contenders: only for train, not for norm",
         ),
     ],
 )

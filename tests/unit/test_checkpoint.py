@@ -473,3 +473,19 @@ def test_a_checkpoint_of_a_newer_version_is_refused_and_left_as_it_is(run):
     ):
         check_resume(load(["--run_dir", str(run.path)])[0])
     assert names(run.checkpoints) == before
+
+
+def test_without_a_limit_each_epoch_is_saved_however_long_a_save_takes(run, monkeypatch):
+    write = module.write_checkpoint
+
+    def slow(*arguments: object) -> None:
+        time.sleep(0.2)
+        write(*arguments)
+
+    monkeypatch.setattr(module, "write_checkpoint", slow)
+    writer = checkpointer(run)
+    for epoch in (1, 2, 3):
+        state = TrainState(Constant(1.0), epoch=epoch, step=epoch)
+        assert writer.save_epoch(PlainEngine(epoch), state, is_best=False, ends=False)  # type: ignore[arg-type]
+    writer.wait()
+    assert [path.name[-3:] for path in checkpoints(run.checkpoints)] == ["001", "002", "003"]

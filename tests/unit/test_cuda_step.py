@@ -20,7 +20,7 @@ RATES = (0.125, 0.0625, 0.25, 0.03125, 0.5, 0.125)  # the same in float32 and in
 CASES: dict[str, dict[str, Any]] = {
     "sgd": {},
     "adamw, clipped": {"optim": {"name": "adamw", "clip_norm": 0.5}},
-    "float16": {"precision": "float16"},
+    "float16": {"precision": "float16", "global_batch_size": 4, "data": {"train_samples": 10}},
     "accumulation": {"accumulation": 2},
     "mixed": {"data": {"augment": {"mixup": 0.4, "cutmix": 1.0, "cutout": 4}}},
     "exact": {"exact": {"shards": 4}},
@@ -46,7 +46,7 @@ def after_two_epochs(config: TrainConfig, *, fixed: bool) -> tuple[dict[str, tor
     data, engine, sums = parts_of(config)
     step: Any = build_step(config, engine, sums, CPU)
     if fixed:
-        step = CudaStep(engine, sums, loss=config.loss, device=CPU, record=False)
+        step = CudaStep(engine, sums, loss=config.loss, device=CPU, capture=False)
     rates, norms = iter(RATES), []
     for epoch in (0, 1):
         for micro_batches in data.train_epoch(epoch):
@@ -76,7 +76,7 @@ def test_an_average_with_the_step_on_the_device_is_the_same_average() -> None:
 def test_a_loss_that_is_not_finite_names_its_step() -> None:
     config = config_of(model={"name": "improved_alexnet", "dropout": 0.0})
     data, engine, sums = parts_of(config)
-    step = CudaStep(engine, sums, loss=config.loss, device=CPU, record=False)
+    step = CudaStep(engine, sums, loss=config.loss, device=CPU, capture=False)
     for number, micro_batches in enumerate(data.train_epoch(0)):
         if number == 1:
             micro_batches[0].images.fill_(torch.inf)
@@ -84,16 +84,16 @@ def test_a_loss_that_is_not_finite_names_its_step() -> None:
     assert sums.read().first_bad_step == 8
 
 
-@pytest.mark.parametrize("steps_at_once", [2, 3, 9])
+@pytest.mark.parametrize("augmented_at_once", [2, 3, 9])
 @pytest.mark.parametrize("case", ["sgd", "accumulation", "mixed"])
 @pytest.mark.parametrize("placement", ["device", "host"])
-def test_images_of_several_steps_at_once_have_the_same_bits(steps_at_once: int, case: str, placement: str) -> None:
+def test_images_augmented_together_have_the_same_bits(augmented_at_once: int, case: str, placement: str) -> None:
     settings = dict(CASES[case])
     settings["data"] = {**settings.get("data", {}), "placement": placement}
     data = build_data(config_of(**settings), Topology(), CPU)
-    assert data.steps_at_once == 1
+    assert data.augmented_at_once == 1
     expected = list(data.train_epoch(3, start_step=1))
-    data.steps_at_once = steps_at_once
+    data.augmented_at_once = augmented_at_once
     found = list(data.train_epoch(3, start_step=1))
     assert len(found) == len(expected) == 2
     for one, other in zip(found, expected, strict=True):
@@ -116,11 +116,11 @@ def test_recorded_steps_have_the_bits_of_others(case: str) -> None:
 
     cuda, found = torch.device("cuda", 0), []
     make_deterministic(cuda, precision="bfloat16")
-    for record in (False, True):
+    for capture in (False, True):
         config = config_of(**{"precision": "bfloat16", **CASES[case]}).model_copy(update={"device": "cuda"})
         data = build_data(config, Topology(), cuda)
         engine, sums = build_engine(config, Topology(), data, cuda), RunningSums(cuda)
-        step = CudaStep(engine, sums, loss=config.loss, device=cuda, record=record)
+        step = CudaStep(engine, sums, loss=config.loss, device=cuda, capture=capture)
         norms = []
         for epoch in range(5):
             for micro_batches in data.train_epoch(epoch):

@@ -49,9 +49,9 @@ def test_compiled_kernels_are_not_chosen_by_the_clock() -> None:
 
 
 def test_tf32_is_refused_on_a_cpu() -> None:
-    with pytest.raises(InputError, match=r"precision = tf32 is for CUDA.*use float32"):
+    with pytest.raises(InputError, match=r"precision = tf32 needs CUDA.*use float32"):
         make_deterministic(CPU, precision="tf32")
-    with pytest.raises(InputError, match="precision = tf32 is for CUDA, and device = cpu"):
+    with pytest.raises(InputError, match="precision = tf32 needs CUDA, but device = cpu"):
         load(["--precision", "tf32", "--device", "cpu"])
 
 

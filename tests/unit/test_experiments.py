@@ -70,7 +70,7 @@ def test_an_unfinished_run_gives_way_to_one_that_early_stopping_ended_sooner(out
 def test_a_file_that_is_no_table_is_refused_and_left_alone(out, content):
     file = out.with_suffix(".json")
     file.write_text(content)
-    with pytest.raises(InputError, match="no table of experiments") as refused:
+    with pytest.raises(InputError, match="not a table of experiments") as refused:
         write_table([OTHER], out)
     assert len(refused.value.lines) == 1
     assert file.read_text() == content

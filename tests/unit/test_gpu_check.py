@@ -118,5 +118,5 @@ def test_no_step_is_started_after_the_time_for_all(folder, monkeypatch):
 def test_every_step_has_a_limit_and_a_name_of_its_own():
     names = [step.name for step in STEPS]
     assert len(set(names)) == len(names)
-    assert all(10 <= step.seconds <= 100 for step in STEPS)
+    assert all(10 <= step.seconds <= 130 for step in STEPS)
     assert STEPS[2].module == "distributed.gpu_check.units"

@@ -93,7 +93,7 @@ def test_the_real_cifar_survives_the_way_in_its_order(tmp_path):
 def test_a_call_that_is_too_large_is_refused():
     call = calls.CALLS[0]
     assert calls.check_size(call, {"checkout": 2**20, ".cifar-a": 63 * 2**20}) == calls.MAX_BYTES
-    with pytest.raises(InputError, match=r"64\.0 MiB would travel .* \.cifar-a 63\.0"):
+    with pytest.raises(InputError, match=r"64\.0 MiB to upload.* \.cifar-a 63\.0"):
         calls.check_size(call, {"checkout": 2**20 + 1, ".cifar-a": 63 * 2**20})
 
 

@@ -135,6 +135,16 @@ def test_what_the_bits_depend_on_is_written_down_and_in_exact_mode_processes_and
     assert (bits(fast)["shards"], bits(fast)["world_size"], bits(fast)["threads"]) == (0, 1, 1)
 
 
+def test_a_variable_that_selects_kernels_is_reported_when_it_comes_and_goes(config, monkeypatch):
+    stopped(config, 2)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    stopped(config, 2)
+    assert "resuming with another ONEDNN_MAX_CPU_ISA: not set before, AVX2 now; bits may differ" in log_of(config)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    stopped(config, 2)
+    assert "resuming with another ONEDNN_MAX_CPU_ISA: AVX2 before, not set now; bits may differ" in log_of(config)
+
+
 def test_another_number_of_threads_is_told_in_fast_mode_and_is_nothing_in_exact_mode(config):
     fast = with_shards(config, 0).model_copy(update={"run_dir": config.run_dir / "fast"})
     for each in (config, fast):
