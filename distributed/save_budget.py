@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class SaveBudget:
-    """Lets all saves together take at most a fraction of the time since the attempt began.
+    """Limits end-of-epoch saves to a fraction of the time since the attempt began.
 
     Args:
         fraction: in (0, 1]; 1 allows every save.

@@ -1,5 +1,4 @@
-"""What holds for every test: the device it means, and what it must leave as it found it: the environment, and a process
-without a process group."""
+"""Rules for every test: it sets its device and leaves the environment and process group unchanged."""
 
 import os
 import sys

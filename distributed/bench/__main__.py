@@ -144,7 +144,7 @@ def _by_name(rounds: list[Round]) -> dict[str, list[float]]:
 
 
 def _command(given: argparse.Namespace, options: Options) -> str:
-    """The command that takes the same figures, but for where the data is."""
+    """The command that repeats this measurement, without --data.root and time limits."""
     rounds = given.rounds or (1 if options.gpus else 5)
     words: list[Any] = [given.kind, "--device", options.device, "--rounds", rounds, "--steps", options.steps]
     if given.kind == "train":

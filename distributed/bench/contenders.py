@@ -21,7 +21,7 @@ def ours(clock: StepClock, *, arguments: list[str]) -> None:
     from distributed.topology import Topology
 
     class Stop:
-        """A stop source: it is asked after every step, so the clock is there."""
+        """Stop source that ticks the clock: it is queried after every step."""
 
         def requested(self) -> str | None:
             return "the end of the measurement" if clock.tick() else None

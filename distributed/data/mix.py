@@ -61,7 +61,7 @@ def beta(keys: Tensor, purpose: str, alpha: float) -> Tensor:
     hundreds of small kernels.
     """
     units = keyed.unit_of_each(keys, _purposes(purpose))
-    # One kernel on a GPU. On a CPU row by row: a power's last bit depends on where its row ends, where vectors do not fit.
+    # One kernel on a GPU. Row by row on a CPU: a vectorized pow rounds the tail of a row differently.
     torch._foreach_pow_(units.unbind(), 1 / alpha)
     x, y = units.view(2, _TRIES, -1)
     total = x + y

@@ -6,7 +6,7 @@ import torch
 
 
 def captured(call: Callable[[], object], *, warm_up: int = 3) -> torch.cuda.CUDAGraph:
-    """The graph of one call, which itself computes nothing. Its inputs and results must lie in memory that stays.
+    """The graph of one call, which itself computes nothing. Its inputs and results must stay at fixed addresses.
 
     Args:
         warm_up: calls before that, on the stream of the capture: libraries choose their kernels and take their

@@ -133,7 +133,7 @@ def _engines(checks: Checks, precision: str) -> None:
 
 
 def _losses(engine: Engine, data: DataPipeline, config: TrainConfig) -> list[float]:
-    """Of each step of an epoch."""
+    """Loss of each step of an epoch."""
     sums, found = RunningSums(data.device), list[float]()
     for step, batches in enumerate(data.train_epoch(0)):
         train_step(engine, batches, loss=config.loss, lr=0.01, step=step, sums=sums)

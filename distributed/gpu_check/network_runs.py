@@ -1,4 +1,4 @@
-"""Training steps for step `networks`: the engines, the same steps again, and what the device was asked meanwhile."""
+"""Training steps for step `networks`: engines, repeated steps, detection of synchronizations."""
 
 import copy
 import warnings
@@ -103,20 +103,20 @@ class Run:
         return lines
 
     def _take(self, micro_batches: list[Batch], step: int, sums: RunningSums) -> Tensor:
-        """A step as a run takes it on this device, but for recording it."""
+        """One step as in a run on this device, but not captured."""
         config = self.config.model_copy(update={"cuda_graphs": False})
         lr = _LR[config.optim.name]
         return build_step(config, self.engine, sums, self.device)(micro_batches, lr=lr, step=step).clone()
 
     def nondeterministic(self) -> tuple[list[str], Steps]:
-        """What torch knows to give other bits in another run; and the steps in its deterministic mode."""
+        """Operations that torch reports as nondeterministic; and the steps in its deterministic mode."""
         with _nondeterministic() as operations:
             steps = self.steps()
         return operations, steps
 
 
 def copied(engine: Engine) -> dict[str, Tensor]:
-    """Copies of all tensors that training goes on from."""
+    """Copies of all tensors of the training state."""
     return {name: tensor.detach().clone() for name, tensor in engine.state()}
 
 

@@ -15,7 +15,7 @@ from distributed.topology import Topology
 
 
 def main() -> int:
-    """0 if all of the runs came to their end, else 1."""
+    """Returns 0 if all runs finished, else 1."""
     device_name, file = sys.argv[1:]
     topology = Topology.from_environment()
     logs.terminal_logs(topology.rank, level="WARNING")

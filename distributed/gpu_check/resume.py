@@ -1,4 +1,4 @@
-"""Step 4: runs that were stopped or killed end with the bits of an undisturbed one; a checkpoint of the GPU on the CPU."""
+"""Step 4: runs that were stopped or killed end with the bits of an uninterrupted one; evaluates a GPU checkpoint on the CPU."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""Step 8: what training costs today: milliseconds a step by network, batch and mode, kernel launches, a profile.
+"""Step 8: training speed: milliseconds per step by network, batch and mode, kernel launches, a profile.
 
 All figures are written to gpu_speed.json too, after every check; the profiler's tables to profile.txt.
 """
@@ -31,7 +31,7 @@ WORKLOADS = (
     ("alexnet", 128),
 )  # fmt: skip
 _PRICED = (("improved_alexnet", 128), ("improved_alexnet", 2048), ("cifar_alexnet", 128))
-"""For which the price of determinism is measured."""
+"""Workloads for which the cost of determinism is measured."""
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Speed:
         replace_json(self.checks.out / "gpu_speed.json", facts | {"tiny": self.checks.tiny, "figures": self.found})
 
     def milliseconds(self, call: Callable[[], object]) -> float:
-        """Of one call, the median over blocks."""
+        """Milliseconds per call, the median over blocks."""
         for _ in range(self.warm_up):
             call()
         repeats, calls = self.blocks
@@ -90,7 +90,8 @@ def run(checks: Checks) -> None:
     for name, size in workloads:
         _compute_alone(speed, name, size)
     if checks.is_cuda:
-        _compiled(speed, model, batch)
+        # Last: compilation takes long.
+        _training(speed, f"compiled, {model}, batch {batch}", model, batch, compile="true")
 
 
 def _recipe(speed: Speed, model: str, batch: int) -> None:
@@ -122,7 +123,7 @@ class _Clock:
 
 
 def _training(speed: Speed, name: str, model: str, batch: int, **settings: Any) -> None:
-    """Steps launched one kernel at a time and, on CUDA, recorded: the same bits."""
+    """Eager steps and, on CUDA, steps replayed as a graph: the same bits."""
     with speed.check(name) as figures:
         eager = speed.training(model, batch, **settings)
         _taken(speed, figures, "eager", eager, batch)
@@ -202,17 +203,3 @@ def _replayed(speed: Speed, alone: ComputeAlone) -> dict[str, float]:
     assert not unchanged, f"a replay left {unchanged} of {len(weights)} weights as they were"
     ms = speed.milliseconds(graph.replay)
     return {"ms_in_a_graph": ms, "images_a_second_in_a_graph": alone.images.shape[0] / ms * 1000}
-
-
-def _compiled(speed: Speed, model: str, batch: int) -> None:
-    """Last: compilation takes long."""
-    _training(speed, f"compiled, {model}, batch {batch}", model, batch, compile="true")
-    with speed.check(f"compute alone, compiled, {model}, batch {batch}") as figures:
-        start = time.perf_counter()
-        alone = ComputeAlone(speed.device, model, batch, compiled=True)
-        alone.step()
-        speed.checks.synchronize()
-        figures["seconds_to_compile"] = time.perf_counter() - start
-        figures["ms_eager"] = speed.milliseconds(alone.step)
-        figures |= _replayed(speed, alone)
-        assert math.isfinite(float(alone.loss))

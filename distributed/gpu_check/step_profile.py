@@ -46,5 +46,5 @@ def profile(step: Callable[[], object], checks: Checks, *, steps: int, title: st
 
 
 def _device_microseconds(averages: Any) -> float:
-    """Of all kernels, copies and fills."""
+    """Device time of all kernels, copies and fills."""
     return float(sum(row.self_device_time_total for row in averages if str(row.device_type).endswith("CUDA")))

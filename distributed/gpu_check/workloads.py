@@ -73,20 +73,16 @@ class Training:
 class ComputeAlone:
     """Forward, backward and update on one fixed batch in bfloat16 and channels last, of torch's own batch norm and dropout,
     with a fused SGD: what a network costs without this project's data, sums and checks. It may be captured.
-
-    Args:
-        compiled: let torch.compile make the forward and backward pass.
     """
 
-    def __init__(self, device: torch.device, model: str, batch: int, *, compiled: bool = False) -> None:
+    def __init__(self, device: torch.device, model: str, batch: int) -> None:
         self.device = device
-        plain = _plain(model).to(device).to(memory_format=torch.channels_last)
-        self.forward = torch.compile(plain) if compiled else plain
+        self.forward = _plain(model).to(device).to(memory_format=torch.channels_last)
         side = 224 if model == "alexnet" else 32
         images = torch.randn(batch, 3, side, side, device=device)
         self.images = images.contiguous(memory_format=torch.channels_last)
         self.labels = torch.randint(10, (batch,), device=device)
-        self.optimizer = Optimizer(Sgd(), list(plain.parameters()))
+        self.optimizer = Optimizer(Sgd(), list(self.forward.parameters()))
         self.loss = torch.zeros((), device=device)
 
     def step(self) -> None:

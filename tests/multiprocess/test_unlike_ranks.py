@@ -1,4 +1,4 @@
-"""Ranks whose libraries choose other kernels: reported, and refused where exact mode was asked for by name."""
+"""Ranks with different kernels: a warning, or an error if exact.shards is set explicitly."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ from multiprocess.small_runs import small_config
 
 @in_group
 def outcome(run_dir: Path, shards: int | str) -> str:
-    """What training ends with where rank 1 has another environment; the log of rank 0."""
+    """The error of training when rank 1 has another environment; without an error, rank 0's log."""
     if collectives.rank() == 1:
         os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
     try:

@@ -373,7 +373,7 @@ def test_a_store_that_does_not_give_what_it_has_ends_the_attempt_before_it_begin
 
 
 class Clock:
-    """Seconds that pass only when they are told to; each save takes `save_seconds` of them."""
+    """A clock that moves only when advanced; each save takes `save_seconds`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, save_seconds: float) -> None:
         self.now = 0.0
@@ -390,7 +390,7 @@ class Clock:
 
 
 def epochs(run: ClaimedRun, clock: Clock, *, seconds: float, count: int, best: int) -> list[int]:
-    """Train `count` epochs of so many seconds, of which the number `best` is the best; those at whose end it was saved."""
+    """Train `count` epochs of `seconds` each, `best` being the best; returns the epochs that were saved."""
     writer = Checkpointer(run.checkpoints, run, keep_last=99, facts={}, budget=SaveBudget(0.05, clock))
     found = []
     for epoch in range(1, count + 1):
