@@ -4,11 +4,13 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from distributed import keyed
 from distributed.config.data import Augment
 
 _TRIES = 16
+_VECTORS = 64  # numbers; a multiple of what any processor takes at once
 
 
 def mix(images: Tensor, others: Tensor, sample_keys: Tensor, config: Augment) -> tuple[Tensor, Tensor]:
@@ -61,9 +63,11 @@ def beta(keys: Tensor, purpose: str, alpha: float) -> Tensor:
     hundreds of small kernels.
     """
     units = keyed.unit_of_each(keys, _purposes(purpose))
-    # One kernel on a GPU. Row by row on a CPU: a vectorized pow rounds the tail of a row differently.
-    torch._foreach_pow_(units.unbind(), 1 / alpha)
-    x, y = units.view(2, _TRIES, -1)
+    # On a CPU pow rounds the tail of a row, what fills no vector, differently. In full vectors alone a sample's draw does not
+    # depend on the others beside it, nor on the number of ranks.
+    rows = F.pad(units, (0, -len(keys) % _VECTORS), value=0.5)
+    torch._foreach_pow_(rows.unbind(), 1 / alpha)
+    x, y = rows.view(2, _TRIES, rows.shape[1])[..., : len(keys)]
     total = x + y
     accepted = (total <= 1) & (total > 0)
     first = accepted.to(torch.uint8).argmax(0, keepdim=True)
