@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-RANKS ?= 2
+GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
+RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
 .PHONY: train test lint bench gpu-check gpu-check-dry gpu-pack gpu-collect gpu-results clean
 
-train: $(READY)  ## train on CIFAR-10 in CIFAR_ROOT (or ./data) on 2 processes, or on generated images
+train: $(READY)  ## train on CIFAR-10 in CIFAR_ROOT (or ./data), or on generated images, on 2 processes or one per GPU
 	$(BIN)/torchrun --nproc_per_node=$(RANKS) --standalone -m distributed.train $(if $(CIFAR_ROOT),--data.root $(CIFAR_ROOT)) $(ARGS)
 
 # Each suite has its budget in seconds, for a slow machine. At its end pytest is interrupted, not killed, so that it ends the
