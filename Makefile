@@ -17,7 +17,7 @@ BUDGET := timeout --signal=INT --kill-after=60
 test: $(READY)
 	$(BUDGET) 480 $(BIN)/python -m pytest tests/unit
 	$(BUDGET) 1800 $(BIN)/python -m pytest tests/multiprocess
-	$(BUDGET) 2400 $(BIN)/python -m pytest tests/integration tests/golden
+	$(BUDGET) 3300 $(BIN)/python -m pytest tests/integration tests/golden
 
 lint: $(READY)
 	$(BIN)/ruff check .

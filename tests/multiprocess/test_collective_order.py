@@ -32,17 +32,16 @@ def order_of(settings: dict[str, Any], run_dir: Path) -> list[tuple[str, str]]:
 
     for name in COLLECTIVES:
         vars(dist)[name] = recorded(name)
-    recipe.train(small_config(run_dir, epochs=3, exact={"shards": 4}, threads=2, **settings))
+    recipe.train(small_config(run_dir, epochs=1, exact={"shards": 4}, threads=2, **settings))
     assert collectives.world_size() > 1
     return calls
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_all_ranks_start_collectives_in_one_order(engine: str, world_size: int, tmp_path: Path) -> None:
+def test_all_ranks_start_collectives_in_one_order(engine: str, tmp_path: Path) -> None:
     bucket = {"bucket_mib": 1} if engine == "ddp" else {}
     first, *others = run_ranks(
-        order_of, world_size, {"engine": {"name": engine, **bucket}}, tmp_path / "run", timeout_seconds=180
+        order_of, 3, {"engine": {"name": engine, **bucket}}, tmp_path / "run", timeout_seconds=180
     )
     assert {name for name, _ in first} >= {"all_gather_into_tensor", "all_to_all_single"}
     for other in others:

@@ -31,9 +31,8 @@ def test_exact_mode_asked_for_by_name_is_refused_on_unlike_ranks(tmp_path: Path)
     assert "exact.shards = 4, but ranks differ in ONEDNN_MAX_CPU_ISA: not set on rank 0; AVX2 on rank 1" in first
 
 
-@pytest.mark.parametrize("shards", ["auto", 0])
-def test_unlike_ranks_are_a_warning_otherwise(shards: int | str, tmp_path: Path) -> None:
-    first, _ = run_ranks(outcome, 2, tmp_path / "run", shards, timeout_seconds=180)
+def test_unlike_ranks_are_a_warning_otherwise(tmp_path: Path) -> None:
+    first, _ = run_ranks(outcome, 2, tmp_path / "run", "auto", timeout_seconds=180)
     assert "ranks differ in ONEDNN_MAX_CPU_ISA: not set on rank 0; AVX2 on rank 1" in first
 
 

@@ -100,7 +100,7 @@ def test_no_step_that_goes_wrong_stops_the_next(folder, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_step_out_of_time_ends_with_all_that_it_started(folder, monkeypatch):
-    assert started(folder, monkeypatch, "step_hangs", "step_is_fine", seconds=25) == 1
+    assert started(folder, monkeypatch, "step_hangs", "step_is_fine", seconds=15) == 1
     found = results(folder / "out")
     assert found["hangs"]["verdict"] == "timeout"
     (check,) = found["hangs"]["checks"]
