@@ -264,7 +264,8 @@ def test_a_hundred_classes_of_real_images(tmp_path: Path) -> None:
     """A tenth of CIFAR-100 is enough to have something to say of each class."""
     run, root = tmp_path / "run", os.environ["CIFAR_ROOT"]
     trained = command(
-        "train", "--data.name", "cifar100", "--data.root", root, "--data.validation_fraction", 0.9, "--epochs", 1,
+        "train", "--device", "cpu", "--data.name", "cifar100", "--data.root", root,
+        "--data.validation_fraction", 0.9, "--epochs", 1,
         "--schedule.name", "constant", "--optim.lr", 0.02, "--global_batch_size", 64, "--run_dir", run,
         "--logging.tensorboard", "false",
     )  # fmt: skip
