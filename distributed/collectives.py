@@ -29,6 +29,13 @@ def max_over_ranks_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_gather(received: Tensor, sent: Tensor) -> None:
+    """Fill `received`, flat, with what every rank sent, in order of rank."""
+    # torch 2.14 renamed the function and warns about its old name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(received, sent)
+
+
 def from_main(value: Any) -> Any:
     """Rank 0's picklable value, on every rank."""
     if world_size() == 1:

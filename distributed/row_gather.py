@@ -22,7 +22,7 @@ class RowGather(Protocol):
 def gather_by_process_group(row: Tensor) -> Tensor:
     """A `RowGather` over the default process group, for any device and any hosts."""
     rows = row.new_empty(dist.get_world_size() * len(row))
-    dist.all_gather_into_tensor(rows, row)
+    collectives.all_gather(rows, row)
     return rows.view(-1, len(row))
 
 

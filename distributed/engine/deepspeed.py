@@ -9,6 +9,7 @@ import contextlib
 import gc
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -231,6 +232,8 @@ def _initialize(
         own.addFilter(lambda record: "untested optimizer" not in record.getMessage())  # which SGD is
         # An all-reduce for inference that it would compile, behind a lock which a killed process leaves for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Its name for a collective is older than torch 2.14's.
+        warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor. is deprecated", category=FutureWarning)
         # It tries imports, in which the end of an earlier engine, which imports too, would raise a KeyError
         # (https://github.com/python/cpython/issues/106176); so that one ends now.
         gc.collect()

@@ -4,10 +4,9 @@ number of ranks, whether a rank has all blocks or some."""
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from distributed.collectives import rank, world_size
+from distributed.collectives import all_gather, rank, world_size
 from distributed.tree import leaves_of
 
 ALIGNED = 16
@@ -35,7 +34,7 @@ class Blocks:
         sent = part.new_zeros(self.most)
         sent[: len(part)] = part
         received = part.new_empty(world_size(), self.most)
-        dist.all_gather_into_tensor(received.view(-1), sent)
+        all_gather(received.view(-1), sent)
         flat = torch.cat([row[: run.stop - run.start] for row, run in zip(received, self.runs, strict=True)])
         return flat.as_strided(self.shape, self.stride)
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distributed.collectives import rank, world_size
+from distributed.collectives import all_gather, rank, world_size
 from distributed.exact.arrangement import Arrangement, ByRank
 from distributed.exact.reduction import Exchange, Nodes
 from distributed.shared_memory import Signals, open_shared_memory, tensor_in
@@ -185,7 +185,7 @@ class OverGroup(Scattered):
             received = own.new_empty(world_size(), self._most)
             sent = own.new_zeros(self._most)
             sent[: len(own)] = own
-            dist.all_gather_into_tensor(received.view(-1), sent)
+            all_gather(received.view(-1), sent)
             torch.cat([row[:size] for row, size in zip(received, self._sizes, strict=True)], out=self.total)
 
 

@@ -11,10 +11,9 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from distributed.collectives import world_size
+from distributed.collectives import all_gather, world_size
 from distributed.exact.blocks import Blocks
 from distributed.exact.replicas import LAYERS
 
@@ -121,7 +120,7 @@ class _Layer:
             sent[offset : offset + len(parts[name])] = parts[name]
             offset += blocks[name].most
         received = like.new_empty(world_size(), len(sent))
-        dist.all_gather_into_tensor(received.view(-1), sent)
+        all_gather(received.view(-1), sent)
         offset = 0
         for name, target in targets.items():
             storage = target.untyped_storage()

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distributed import logs
 from distributed.build import build_data
+from distributed.collectives import all_gather
 from distributed.config import TrainConfig, load
 from distributed.config.engines import Ddp, Fsdp
 from distributed.data.batch import Batch
@@ -186,7 +187,7 @@ def _collectives_in_a_graph(checks: Checks) -> None:
         counts, most = (torch.zeros(3, dtype=torch.int64, device=checks.device) for _ in range(2))
 
         def body() -> None:
-            dist.all_gather_into_tensor(gathered, numbers * 2)
+            all_gather(gathered, numbers * 2)
             dist.all_to_all_single(exchanged, gathered + 1)
             counts.copy_(numbers[:3])
             dist.all_reduce(counts)
