@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distributed import checkpoint, safetensors_stream
+from distributed import checkpoint, safetensors_stream, snapshot
 
 POINTS = ("after 5 tensors", "before the manifest", "before the rename", "before the pointer", "during retention")
 
@@ -30,12 +30,12 @@ def arm(point: str) -> None:
 
         safetensors_stream._bytes_of = bytes_of
     elif point == "before the manifest":
-        replace_json = checkpoint.replace_json
+        replace_json = snapshot.replace_json
 
         def replace(path: Path, value: Any) -> None:
             die() if path.name == "manifest.json" else replace_json(path, value)
 
-        checkpoint.replace_json = replace
+        snapshot.replace_json = replace
     elif point == "before the rename":
         checkpoint.commit = die
     elif point == "before the pointer":
