@@ -43,7 +43,7 @@ class ContenderFailedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Contender:
-    """A function that is given a StepClock and `settings`, on so many torchrun ranks (0: plain python).
+    """A function that is given a StepClock and `settings`, on `ranks` torchrun ranks (0: plain python).
 
     Args:
         function: MODULE:FUNCTION.

@@ -11,7 +11,7 @@ from distributed.bench.rounds import Contender
 
 MODES = {"ours": ("fast", "0"), "exact": ("exact, 8 shards", "8")}
 PACKAGES = {"timm": ("timm",), "lightning": ("pytorch_lightning", "lightning")}
-"""Modules of which one must be there for a peer."""
+"""For each peer, the modules of which at least one must be installed."""
 
 
 def ours(options: Options, run_dir: str, *more: str, **fields: Any) -> Contender:

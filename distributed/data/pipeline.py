@@ -170,7 +170,7 @@ class DataPipeline:
     def _augmented(self, held: Held, images: Tensor, block: list[MicroBatch], *, epoch: int) -> Iterator[Batch]:
         """The batches of a run of micro-batches. images: those of `wanted(block)`."""
         ids, partners = ids_of(block), partners_of(block)
-        keys = keyed.sample_keys(wanted(block), seed=self.seed, epoch=epoch)
+        keys = keyed.sample_keys(torch.cat([ids, partners]), seed=self.seed, epoch=epoch)
         images = self._normalized(augment(images, keys, self.config.augment))
         if self.config.augment.cutout:
             images = cut_out(images, keys, self.config.augment.cutout)

@@ -80,7 +80,7 @@ def _forward_backward(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
 def _captured(
     device: torch.device, shard: Callable[[int], list[Tensor]], streams: int
 ) -> tuple[torch.cuda.CUDAGraph, list[list[Tensor]]]:
-    """A graph of all shards, dealt out to so many streams, and the tensors that a replay fills."""
+    """A graph of all shards, distributed over the streams, and the tensors that a replay fills."""
     branches = [torch.cuda.Stream(device) for _ in range(streams)]  # type: ignore[no-untyped-call]
     results: list[list[Tensor]] = []
 

@@ -14,7 +14,7 @@ _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchroniz
 
 
 def profile(step: Callable[[], object], checks: Checks, *, steps: int, title: str, file: Path) -> dict[str, float]:
-    """Profile so many calls; append tables by device and by host time to the file.
+    """Profile `steps` calls; append tables by device and by host time to the file.
 
     Returns:
         On CUDA, per step: kernel launches, copies, waits for the device, milliseconds in which the device computes.

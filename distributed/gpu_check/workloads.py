@@ -62,7 +62,7 @@ class Training:
         """The mean loss of all steps so far.
 
         Raises:
-            AssertionError: a loss was not finite, or the images counted are not those of so many steps.
+            AssertionError: a loss was not finite, or the image count does not match the steps taken.
         """
         totals = self.sums.read()
         assert totals.first_bad_step is None, f"the loss of step {totals.first_bad_step} is not finite"
