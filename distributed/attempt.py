@@ -9,12 +9,13 @@ import torch
 from loguru import logger
 
 from distributed import collectives, logs
+from distributed.claimed_run import ClaimedRun
 from distributed.config import TrainConfig
 from distributed.config.engines import DeepSpeed
 from distributed.determinism import joined, kernels
 from distributed.errors import ExitCode, InputError
 from distributed.plot import draw_curves
-from distributed.run_folder import ClaimedRun, RunFolder
+from distributed.run_folder import RunFolder
 from distributed.state import TrainState
 from distributed.topology import Topology
 from distributed.versions import versions

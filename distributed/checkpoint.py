@@ -26,12 +26,12 @@ from torch import Tensor
 
 from distributed import collectives
 from distributed.checkpoint_files import FORMAT, best_in, checkpoints, damage_of, name_of, newest_whole, point, retain
+from distributed.claimed_run import ClaimedRun
 from distributed.downloads import fetch_newest
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError, StorageError
 from distributed.files import append_line, read_object, sync_folder
 from distributed.remote import StoreError
-from distributed.run_folder import ClaimedRun
 from distributed.safetensors_stream import digest_of_tensor, tensors_of
 from distributed.save_budget import SaveBudget
 from distributed.snapshot import Snapshot, load, to_host, write_checkpoint

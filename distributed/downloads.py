@@ -14,7 +14,8 @@ from distributed.config import TrainConfig
 from distributed.errors import InputError
 from distributed.files import read_object
 from distributed.remote import Store, StoreError, within
-from distributed.run_folder import RunFolder, check_experiment
+from distributed.resume_checks import check_experiment
+from distributed.run_folder import RunFolder
 
 PROBE_SECONDS = 60.0  # s3fs gives up on a refused connection after ten
 

@@ -9,7 +9,8 @@ from distributed.config import TrainConfig, help_text, load
 from distributed.data import cifar, sources
 from distributed.downloads import check_store
 from distributed.errors import ExitCode, InputError
-from distributed.run_folder import RunFolder, check_resume, check_start
+from distributed.resume_checks import check_resume, check_start
+from distributed.run_folder import RunFolder
 from distributed.topology import Topology
 from distributed.uploads import upload_rest
 from distributed.versions import require

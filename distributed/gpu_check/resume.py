@@ -10,13 +10,13 @@ from typing import Any
 
 from distributed.build import build_data, build_engine
 from distributed.checkpoint import Checkpointer
+from distributed.claimed_run import ClaimedRun
 from distributed.config import load
 from distributed.errors import ExitCode
 from distributed.gpu_check import runs
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.processes import PYTHON, Process, Processes
 from distributed.process_group import choose_device
-from distributed.run_folder import ClaimedRun
 from distributed.schedule import build_schedule
 from distributed.state import TrainState
 from distributed.topology import Topology

@@ -23,11 +23,12 @@ from distributed.checkpoint_files import (
     retain,
     sweep,
 )
+from distributed.claimed_run import ClaimedRun
 from distributed.config import load
 from distributed.config.sections import Sgd
 from distributed.engine.tensors import Weights
 from distributed.errors import InputError, StorageError
-from distributed.run_folder import ClaimedRun, check_resume
+from distributed.resume_checks import check_resume
 from distributed.save_budget import SaveBudget
 from distributed.schedule import Constant
 from distributed.snapshot import write_checkpoint

@@ -19,7 +19,8 @@ from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.loop import _loss, evaluate
 from distributed.recipe import train
-from distributed.run_folder import RunFolder, check_start
+from distributed.resume_checks import check_start
+from distributed.run_folder import RunFolder
 from distributed.topology import Topology
 from distributed.warm_start import evaluated_weights, start_from
 

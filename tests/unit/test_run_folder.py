@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 
-from distributed import run_folder
+from distributed import claimed_run
 from distributed.checkpoint_files import name_of
+from distributed.claimed_run import ClaimedRun
 from distributed.config import TrainConfig, load
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import read_json
-from distributed.run_folder import ClaimedRun, RunFolder, check_resume
+from distributed.resume_checks import check_resume
+from distributed.run_folder import RunFolder
 from distributed.versions import versions
 
 
@@ -50,7 +52,7 @@ def test_a_claim_makes_the_folder(run, path):
 
 
 def test_a_second_run_is_refused_and_told_who_holds_the_folder(run, path, monkeypatch):
-    monkeypatch.setattr(run_folder, "LOCK_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(claimed_run, "LOCK_WAIT_SECONDS", 0.05)
     with pytest.raises(InputError, match="another run is writing there") as caught:
         ClaimedRun.claim(path, world_size=1)
     assert f"process {read_json(path / 'attempt.json')['pid']} on" in str(caught.value)

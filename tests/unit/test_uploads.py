@@ -15,11 +15,12 @@ from loguru import logger
 from distributed import downloads, remote, uploads
 from distributed.checkpoint import commit
 from distributed.checkpoint_files import checkpoints, damage_of, name_of
+from distributed.claimed_run import ClaimedRun
 from distributed.config import TrainConfig, load
 from distributed.downloads import check_store, fetch_newest
 from distributed.errors import InputError
 from distributed.remote import Store, StoreError
-from distributed.run_folder import ClaimedRun, RunFolder
+from distributed.run_folder import RunFolder
 from distributed.snapshot import write_checkpoint
 from distributed.topology import Topology
 from distributed.train import checked_config
