@@ -13,7 +13,7 @@ from distributed.claimed_run import ClaimedRun
 from distributed.config import TrainConfig
 from distributed.config.engines import DeepSpeed
 from distributed.determinism import joined, kernels
-from distributed.errors import ExitCode, InputError
+from distributed.errors import ExitCode, InputError, StorageError
 from distributed.plot import draw_curves
 from distributed.run_folder import RunFolder
 from distributed.state import TrainState
@@ -107,7 +107,9 @@ class Attempt:
             try:
                 self._write_ending(self.run, error)
             except OSError as failure:
-                logger.error("the ending was not written to {}: {}", self.run.path, failure)
+                # The error of a folder that is full, removed or another's says as much.
+                level = "DEBUG" if isinstance(error, StorageError) else "ERROR"
+                logger.log(level, "the ending was not written to {}: {}", self.run.path, failure)
             self.run.release()
         if self._log is not None:
             logger.remove(self._log)

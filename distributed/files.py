@@ -21,16 +21,21 @@ class Written(NamedTuple):
     digest: str
 
 
-def opened(path: Path) -> BufferedReader:
-    """A file to read; a pipe or a device is an OSError, and not waited for."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+def open_regular(path: str | Path, flags: int) -> int:
+    """`os.open` of a regular file; a pipe, device or socket is an OSError, and not waited for. An `opener` for `open`."""
+    handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     mode = os.fstat(handle).st_mode
     if stat.S_ISREG(mode):
-        return open(handle, "rb")
+        return handle
     os.close(handle)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def opened(path: Path) -> BufferedReader:
+    """A regular file to read."""
+    return open(open_regular(path, os.O_RDONLY), "rb")
 
 
 def digest_of(path: Path) -> Written:
@@ -74,21 +79,25 @@ def storing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write aside, flush to the disk, then rename into place."""
+def replace_text(path: Path, text: str, *, synced: bool = True) -> None:
+    """Write aside, flush to the disk unless told otherwise, then rename into place."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write_synced(aside, text.encode())
+        if synced:
+            write_synced(aside, text.encode())
+        else:
+            aside.write_bytes(text.encode())
         os.replace(aside, path)
     except OSError:
         aside.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if synced:
+        sync_folder(path.parent)
 
 
-def replace_json(path: Path, value: Any) -> None:
+def replace_json(path: Path, value: Any, *, synced: bool = True) -> None:
     """`replace_text` of the value as JSON."""
-    replace_text(path, json.dumps(value, indent=1) + "\n")
+    replace_text(path, json.dumps(value, indent=1) + "\n", synced=synced)
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -101,7 +110,7 @@ def write_synced(path: Path, content: bytes) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Append in one write, so that a reader never sees half a line."""
-    with path.open("ab", buffering=0) as file:
+    with open(path, "ab", buffering=0, opener=open_regular) as file:
         file.write(line.encode() + b"\n")
 
 

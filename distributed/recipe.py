@@ -17,6 +17,7 @@ from distributed.metrics import Sink
 from distributed.process_group import choose_device, process_group
 from distributed.profiler import StepProfiler
 from distributed.reporter import Reporter, open_sinks
+from distributed.resume_checks import check_saved
 from distributed.save_budget import SaveBudget
 from distributed.schedule import build_early_stopping, build_schedule
 from distributed.state import TrainState
@@ -67,7 +68,8 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
             upload_to=config.checkpoint.upload_to,
             budget=SaveBudget(config.checkpoint.max_overhead),
         )
-        resumed_from = checkpoints.restore(engine, state)
+        check = partial(check_saved, config=config, images=data.size("train"))
+        resumed_from = checkpoints.restore(engine, state, check=check)
         if resumed_from is None and config.init_from:
             start_from(config.init_from, engine)
         attempt.begin(state, resumed_from=resumed_from, facts=facts)

@@ -10,31 +10,39 @@ from typing import Any
 
 from loguru import logger
 
-from distributed.files import append_line, replace_text, storing
+from distributed.claimed_run import ClaimedRun
+from distributed.files import opened, storing
 from distributed.metrics import EpochMetrics, TrainMetrics
 
 
 class JsonLines:
     """One JSON object a line, `kind` train or epoch; null is a number that is not finite, as the norm of a gradient that
-    overflowed. Lines after the step that a resumed run starts from are taken back."""
+    overflowed. Lines after the step that a resumed run starts from are taken back. The first of a run's sinks: once another
+    attempt has the folder it raises, and the others write no more."""
 
-    def __init__(self, path: Path, *, start_step: int, start_epoch: int, data: str) -> None:
-        self.path, self.data = path, data
-        with storing(path):
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-            kept = [line for line in lines if _is_of_the_past(line, step=start_step, epoch=start_epoch)]
-            replace_text(path, "".join(f"{line}\n" for line in kept))
+    def __init__(self, run: ClaimedRun, *, start_step: int, start_epoch: int, data: str) -> None:
+        self.run, self.data = run, data
+        with storing(run.metrics_file):
+            kept = [line for line in self._lines() if _is_of_the_past(line, step=start_step, epoch=start_epoch)]
+        run.replace(run.metrics_file, "".join(f"{line}\n" for line in kept))
+
+    def _lines(self) -> list[str]:
+        try:
+            with opened(self.run.metrics_file) as file:
+                return file.read().decode(errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
 
     def train(self, metrics: TrainMetrics) -> None:
         self._append({"kind": "train", "data": self.data} | asdict(metrics))
+        self.run.progress(step=metrics.step, epoch=metrics.epoch)
 
     def epoch(self, metrics: EpochMetrics) -> None:
         self._append({"kind": "epoch", "data": self.data} | asdict(metrics))
 
     def _append(self, line: dict[str, Any]) -> None:
-        with storing(self.path):
-            strict = {name: None if value in (math.inf, -math.inf) else value for name, value in line.items()}
-            append_line(self.path, json.dumps(strict))
+        strict = {name: None if value in (math.inf, -math.inf) else value for name, value in line.items()}
+        self.run.append(self.run.metrics_file, strict)
 
     def close(self) -> None:
         pass

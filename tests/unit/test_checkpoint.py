@@ -230,10 +230,13 @@ def test_a_step_that_was_damaged_can_be_saved_and_damaged_again(run):
     assert restored(run)[1].step == 1
 
 
-def test_where_all_are_damaged_nothing_is_restored(run):
+def test_a_run_without_a_complete_checkpoint_never_begins_again(run):
     for path in saved(run, 1, 2):
         (path / "manifest.json").write_text("{")
-    assert restored(run)[2] is None
+    before = names(run.checkpoints)
+    with pytest.raises(InputError, match="no complete one is left"):
+        restored(run)
+    assert names(run.checkpoints) == before
 
 
 def test_what_a_killed_attempt_left_unfinished_is_swept_away(run):
@@ -252,9 +255,10 @@ def test_links_are_not_trusted(run):
 
 def test_the_last_few_and_the_best_are_kept(run):
     saved(run, 1, 2, 3, 4, 5)
-    retain(run.checkpoints, keep_last=2, kept={name_of(step=2, epoch=1)})
+    newest = name_of(step=5, epoch=1)
+    retain(run.checkpoints, newest=newest, keep_last=2, kept={name_of(step=2, epoch=1)})
     assert [path.name[12] for path in checkpoints(run.checkpoints)] == ["2", "4", "5"]
-    retain(run.checkpoints, keep_last=1, kept=())
+    retain(run.checkpoints, newest=newest, keep_last=1, kept=())
     assert [path.name[12] for path in checkpoints(run.checkpoints)] == ["5"]
 
 

@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 
 from distributed import claimed_run
-from distributed.checkpoint_files import name_of
+from distributed.checkpoint_files import FORMAT, name_of
 from distributed.claimed_run import ClaimedRun
 from distributed.config import TrainConfig, load
 from distributed.errors import ExitCode, InputError, StorageError
-from distributed.files import read_json
+from distributed.files import digest_of, read_json
 from distributed.resume_checks import check_resume
 from distributed.run_folder import RunFolder
+from distributed.schedule import build_early_stopping, build_schedule
+from distributed.state import TrainState
 from distributed.versions import versions
 
 
@@ -32,12 +34,29 @@ def config_of(path: Path, *words: str) -> TrainConfig:
     return load(["--run_dir", str(path), *words])[0]
 
 
-def checkpointed(path: Path, config: TrainConfig, step: int = 10, **bits: Any) -> None:
-    """What of a checkpoint tells under which config it was made, and how many shards that came to."""
-    folder = path / "checkpoints" / name_of(step=step, epoch=1)
+def checkpointed(path: Path, config: TrainConfig, step: int = 10, epoch: int = 1, **bits: Any) -> Path:
+    """A complete checkpoint at the end of an epoch, all but its tensors as a run would have saved it."""
+    folder = path / "checkpoints" / name_of(step=step, epoch=epoch)
     folder.mkdir(parents=True)
-    content = {"config": json.loads(config.model_dump_json()), "bits": {"shards": config.shards_on("cpu")} | bits}
+    state = TrainState(
+        build_schedule(config, steps_per_epoch=step // epoch), build_early_stopping(config.early_stopping)
+    )
+    state.epoch, state.step, state.samples_seen = epoch, step, step * config.global_batch_size
+    content = {
+        "state": state.state_dict(),
+        "config": json.loads(config.model_dump_json()),
+        "bits": {"shards": config.shards_on("cpu")} | bits,
+    }
     (folder / "state.json").write_text(json.dumps(content))
+    (folder / "tensors.safetensors").write_bytes(b"")
+    seal(folder)
+    return folder
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of the files as they are."""
+    files = {name: digest_of(folder / name) for name in ("tensors.safetensors", "state.json")}
+    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}))
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
@@ -202,6 +221,7 @@ def test_a_run_from_before_there_were_shards_was_in_fast_mode(path):
     content = json.loads(state.read_text())
     del content["bits"]["shards"], content["config"]["exact"]
     state.write_text(json.dumps(content))
+    seal(state.parent)
     assert check_resume(config_of(path, SHARDS, "0")) is False
     with pytest.raises(InputError, match="this run was begun with 0"):
         check_resume(config_of(path, SHARDS, "8"))
@@ -215,7 +235,7 @@ def test_a_moved_run_folder_goes_on(path, tmp_path):
 def test_a_finished_run_is_finished(run, path):
     config = config_of(path)
     run.begin(config, start_step=0, details={})
-    checkpointed(path, config)
+    checkpointed(path, config, epoch=10)
     assert check_resume(config) is False
     run.end("finished", exit_code=ExitCode.FINISHED)
     assert check_resume(config) is True
@@ -223,6 +243,7 @@ def test_a_finished_run_is_finished(run, path):
 
 
 def test_a_finished_run_goes_on_under_more_epochs_where_the_schedule_allows_it(run, path):
-    checkpointed(path, config_of(path, "--schedule.name", "constant"))
+    checkpointed(path, config_of(path, "--schedule.name", "constant"), epoch=10)
     run.end("finished", exit_code=ExitCode.FINISHED)
+    assert check_resume(config_of(path, "--schedule.name", "constant")) is True
     assert check_resume(config_of(path, "--schedule.name", "constant", "--epochs", "20")) is False

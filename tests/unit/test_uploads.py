@@ -13,7 +13,6 @@ import torch
 from loguru import logger
 
 from distributed import downloads, remote, uploads
-from distributed.checkpoint import commit
 from distributed.checkpoint_files import checkpoints, damage_of, name_of
 from distributed.claimed_run import ClaimedRun
 from distributed.config import TrainConfig, load
@@ -55,8 +54,19 @@ def config_of(run_dir: Path, url: str, *words: str) -> TrainConfig:
 
 def save(run: RunFolder, step: int, *, best: int | None = None, config: TrainConfig | None = None) -> str:
     """A checkpoint whose one tensor is the step's number."""
+    sums = {"loss": 0, "correct": 0, "correct5": 0, "count": 0}
     content = {
-        "state": {"step": step, "best": None if best is None else {"epoch": 0, "step": best, "value": 0.5}},
+        "state": {
+            "step": step,
+            "epoch": 1,
+            "step_in_epoch": 0,
+            "samples_seen": step,
+            "window": sums,
+            "epoch_totals": sums,
+            "best": None if best is None else {"epoch": 0, "step": best, "value": 0.5},
+            "schedule": {},
+            "early_stopping": None,
+        },
         "config": json.loads(config.model_dump_json()) if config else {},
         "bits": {},
     }
@@ -82,7 +92,7 @@ def in_store(url: str) -> dict[int, set[str]]:
 
 
 def fetched(run: ClaimedRun, url: str) -> str | None:
-    return fetch_newest(Store(url), run.checkpoints, lambda aside, path: commit(aside, path, run))
+    return fetch_newest(Store(url), run, run.commit)
 
 
 # Up
@@ -204,7 +214,7 @@ def test_a_store_that_hangs_holds_up_nothing_and_is_told_at_the_end(run, url, mo
 
 
 def test_of_two_runs_that_upload_to_one_place_the_later_goes_on_and_the_other_says_so(run, url, tmp_path):
-    first, second = Uploads(url, run, keep_last=1), RunFolder(tmp_path / "other")
+    first, second = Uploads(url, run, keep_last=1), ClaimedRun.claim(tmp_path / "other", world_size=1)
     save(run, 1)
     settled(first)
     save(second, 5)
@@ -220,6 +230,7 @@ def test_the_last_word_is_whether_the_newest_is_up(run, url, said):
     name = save(run, 1)
     tell_ending(config)
     assert said[-1].startswith(f"ERROR NOT UPLOADED: {name} lies in {run.checkpoints} alone")
+    run.release()
     upload_rest(config)
     assert said[-1].startswith(f"INFO {name} is uploaded to {url}")
     save(run, 2)
@@ -231,7 +242,7 @@ def test_the_last_word_is_whether_the_newest_is_up(run, url, said):
 
 
 def test_the_newest_and_the_best_are_fetched(run, url, tmp_path):
-    there = RunFolder(tmp_path / "there")
+    there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     names = [save(there, step, best=1) for step in (1, 2, 3)]
     settled(Uploads(url, there, keep_last=2))
     assert fetched(run, url) == names[2]
@@ -244,7 +255,7 @@ def test_the_newest_and_the_best_are_fetched(run, url, tmp_path):
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "missing", "no manifest"])
 def test_a_damaged_one_is_refused_and_the_one_before_taken(run, url, tmp_path, said, how):
-    there = RunFolder(tmp_path / "there")
+    there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     names = [save(there, step) for step in (1, 2)]
     settled(Uploads(url, there, keep_last=2))
     last = Path(url.removeprefix("file://")) / names[1]
@@ -294,18 +305,18 @@ def test_a_run_that_has_begun_goes_on_without_its_store(tmp_path, capsys):
 
 
 def test_a_run_folder_that_lags_behind_the_store_is_gone_on_from_with_a_warning(tmp_path, url, capsys):
-    config, there = config_of(tmp_path / "run", url), RunFolder(tmp_path / "there")
+    config, there = config_of(tmp_path / "run", url), ClaimedRun.claim(tmp_path / "there", world_size=1)
     save(there, 9, config=config)
     settled(Uploads(url, there, keep_last=2))
     save(RunFolder(tmp_path / "run"), 5, config=config)
     assert check_store(config) is True
     assert f"{url} has step 9, and the run goes on from step 5" in capsys.readouterr().err
-    settled(Uploads(url, RunFolder(tmp_path / "run"), keep_last=2))
+    settled(Uploads(url, ClaimedRun.claim(tmp_path / "run", world_size=1), keep_last=2))
     assert list(in_store(url)) == [5, 9]
 
 
 def test_another_experiment_in_the_store_is_refused_with_the_difference(tmp_path, url):
-    there = RunFolder(tmp_path / "there")
+    there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     save(there, 1, config=config_of(there.path, url))
     settled(Uploads(url, there, keep_last=2))
     assert check_store(config_of(tmp_path / "run", url)) is True
@@ -331,7 +342,7 @@ def test_another_experiment_in_the_store_is_refused_with_the_difference(tmp_path
 
 
 def test_a_run_that_comes_back_needs_not_what_it_was_started_from(tmp_path, url):
-    there = RunFolder(tmp_path / "there")
+    there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     words = ["--init_from", str(tmp_path / "gone")]
     save(there, 1, config=config_of(there.path, url, *words))
     settled(Uploads(url, there, keep_last=2))
