@@ -389,11 +389,7 @@ def test_broken_links_are_passed_over(link: str, to: str, run: Path, image: Path
     (copy / "checkpoints" / link).unlink(missing_ok=True)
     (copy / "checkpoints" / link).symlink_to(link if to == "itself" else to)
     with untouched(copy):
-        found = look("predict", copy, image)
-    if link == "best":
-        assert_told(found, code=0, lines=0)
-    else:
-        assert_told(found, "--checkpoint auto: not in", "there are: step-")
+        assert_told(look("predict", copy, image), code=0, lines=0)
 
 
 def test_a_link_out_of_the_run(run: Path, image: Path, tmp_path: Path) -> None:
