@@ -18,7 +18,7 @@ from loguru import logger
 
 from distributed.config import TrainConfig, as_toml
 from distributed.errors import ExitCode, InputError, StorageError
-from distributed.files import append_line, read_object, replace_json, replace_text, storing, sync_folder
+from distributed.files import open_regular, read_object, replace_json, replace_text, storing, sync_folder
 from distributed.run_folder import RunFolder
 from distributed.topology import host
 from distributed.versions import git_state, versions
@@ -102,14 +102,16 @@ class ClaimedRun(RunFolder):
         )
 
     def append(self, file: Path, line: dict[str, Any]) -> None:
-        """Append a line of JSON to a file of the run.
+        """Append a line of JSON to a file of the run, in one write.
 
         Raises:
             StorageError: it could not be written, or the folder is not ours any more; so for all methods below.
         """
         self.check_ours()
-        with storing(file):
-            append_line(file, json.dumps(line))
+        with storing(file), open(file, "ab", buffering=0, opener=open_regular) as opened:
+            # Once more: who takes the folder over from here on replaces metrics.jsonl, and this write goes to the old one.
+            self.check_ours()
+            opened.write(json.dumps(line).encode() + b"\n")
 
     def replace(self, file: Path, text: str) -> None:
         """Give a file of the run another content, at once."""

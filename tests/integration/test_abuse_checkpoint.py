@@ -405,7 +405,7 @@ NUMBERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "samples as a truth value": (counting("samples_seen", value=True), "samples_seen = True: input"),
     "samples of another run": (counting("samples_seen", value=61), "samples_seen = 61 does not agree with step = 3"),
     "a best epoch where none is wanted": (
-        counting("best", value={"epoch": 0, "step": 3, "value": 0.5}), "checkpoint.best_by = none",
+        counting("best", value={"epoch": 0, "step": 3, "value": 0.5}), "best is epoch 0, and checkpoint.best_by = none",
     ),
     "a best epoch that is a number": (counting("best", value=3), "best = 3: input should be"),
     "a window that is a list": (counting("window", value=[]), "window = []: input should be"),
@@ -446,7 +446,7 @@ def test_steps_beyond_an_epoch_of_these_images(run: Path, tmp_path: Path) -> Non
     last = newest(copy).rename(copy / "checkpoints" / "step-00000004-epoch-000")
     for key, value in {"step": 4, "step_in_epoch": 4, "samples_seen": 80}.items():
         counting(key, value=value)(last)
-    counting("epoch_totals", "count", value=80)(last)
+    counting("window", "count", value=80)(last)
     sealed(last)
     with untouched(copy / "checkpoints"):
         assert_told(train(copy), f"{last}: state.json: step_in_epoch = 4 is beyond the 3 steps of an epoch")
@@ -464,6 +464,7 @@ def test_a_finished_run_without_its_last_checkpoint_ends_again(how: str, run: Pa
     assert "this run is finished" not in found.err
     assert_told(found, code=0, lines=0 if how == "deleted" else 1)
     assert newest(copy).name == name
+    shutil.rmtree(copy / "checkpoints" / f"{name}.damaged", ignore_errors=True)
     assert_same_bits(copy, run)
 
 
@@ -656,6 +657,50 @@ def test_weights_of_a_damaged_run(case: str, run: Path, tmp_path: Path) -> None:
         sealed(newest(copy))
     with untouched(copy):
         assert_told(train(tmp_path / "new", "--init_from", newest(copy)), str(newest(copy)), "; name")
+
+
+@pytest.mark.parametrize("kind", ["links to nothing", "no links", "links that are folders", "the newest is a copy"])
+def test_weights_of_a_run_whose_links_are_broken(kind: str, run: Path, tmp_path: Path) -> None:
+    copy = copy_of(run, tmp_path / "run")
+    for link in (copy / "checkpoints/latest", copy / "checkpoints/best"):
+        link.unlink(missing_ok=True)
+        if kind == "links to nothing":
+            link.symlink_to("nothing")
+        elif kind == "links that are folders":
+            link.mkdir()
+    if kind == "the newest is a copy":
+        shutil.copytree(newest(copy), copy / "checkpoints" / "step-backup")
+    with untouched(copy):
+        assert_told(train(tmp_path / "new", "--init_from", copy), code=0, lines=0)
+
+
+def test_weights_of_a_newer_version(run: Path, tmp_path: Path) -> None:
+    copy = copy_of(run, tmp_path / "run")
+    DAMAGES["a manifest of another format"](newest(copy))
+    with untouched(tmp_path):
+        assert_told(
+            train(tmp_path / "new", "--init_from", copy), "written by a newer version of this code, in format 2"
+        )
+
+
+@pytest.mark.parametrize("link", ["latest", "best"])
+@pytest.mark.parametrize("module", ["evaluate", "export.__main__"])
+def test_links_that_are_folders_are_passed_over(link: str, module: str, run: Path, image: Path, tmp_path: Path) -> None:
+    copy = copy_of(run, tmp_path / "run")
+    (copy / "checkpoints" / link).unlink(missing_ok=True)
+    (copy / "checkpoints" / link).mkdir()
+    assert_told(look(module, copy, image), code=0, lines=0)
+
+
+def test_a_run_whose_links_cannot_be_set_ends_with_its_bits(run: Path, tmp_path: Path) -> None:
+    copy = copy_of(run, tmp_path / "run")
+    shutil.rmtree(newest(copy))
+    (copy / "checkpoints/latest").unlink()
+    (copy / "checkpoints/latest/precious").mkdir(parents=True)
+    found = train(copy)
+    assert_told(found, code=0, lines=0)
+    assert found.err.count("the link latest was not set") == 1
+    assert_same_bits(copy, run)
 
 
 def test_weights_of_another_model(run: Path, tmp_path: Path) -> None:

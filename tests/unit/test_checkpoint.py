@@ -673,6 +673,14 @@ def test_a_run_folder_removed_in_a_save_is_called_so(run, monkeypatch):
         writer.wait()
 
 
+def test_a_lost_run_with_an_empty_store_does_not_begin_again(run, tmp_path):
+    for path in saved(run, 1):
+        shutil.rmtree(path)
+    again = Checkpointer(run.checkpoints, run, keep_last=1, facts={}, upload_to=f"file://{tmp_path}/store")
+    with pytest.raises(InputError, match="no complete one is left"):
+        again.restore(PlainEngine(0), at_step(0))  # type: ignore[arg-type]
+
+
 def test_a_lost_run_comes_back_from_its_store_over_damaged_ones(run, tmp_path):
     url = f"file://{tmp_path}/store"
     writer = Checkpointer(run.checkpoints, run, keep_last=1, facts={}, upload_to=url)
