@@ -27,6 +27,7 @@ from torch import Tensor
 from distributed import collectives
 from distributed.checkpoint_files import FORMAT, best_in, checkpoints, damage_of, name_of, newest_whole, point, retain
 from distributed.claimed_run import ClaimedRun
+from distributed.data.identity import check_resumed
 from distributed.downloads import fetch_newest
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError, StorageError
@@ -73,7 +74,7 @@ class Checkpointer:
 
         Raises:
             StorageError: a rank cannot see what rank 0 found, or the store does not give what it has.
-            InputError: that is whole, and not of this run.
+            InputError: that is whole, and not of this run, or was trained on other data.
         """
         name = collectives.from_main((newest_whole(self.folder) or self._fetched()) if self.run else None)
         if name is None:
@@ -83,6 +84,7 @@ class Checkpointer:
             raise StorageError(
                 f"{path}: rank 0 sees this checkpoint and this rank does not; run_dir must be shared storage"
             )
+        check_resumed(read_object(path / "state.json"), self.facts, where=path)
         try:
             content = load(path, engine, state)
         except ValueError as error:
