@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from distributed.data.cifar_official import COARSE_OF_FINE, OFFICIAL_COUNTS, CifarSet
+from distributed.data.cifar_official import COARSE_OF_FINE, CifarSet
 from distributed.data.identity import Hashes, image_hashes
 
 Labels = NDArray[np.integer[Any]]
@@ -47,9 +47,10 @@ def wrong_file(files: Mapping[str, FileContent]) -> tuple[str, str] | None:
 
 def wrong_counts(cifar: CifarSet, split: str, labels: Labels) -> str | None:
     """A complaint if a split of the official size has not as many images of each class. A smaller one may be any subset."""
-    if len(labels) != OFFICIAL_COUNTS[split]:
+    expected = cifar.per_class[split]
+    if len(labels) != expected * cifar.classes:
         return None
-    counts, expected = np.bincount(labels, minlength=cifar.classes), OFFICIAL_COUNTS[split] // cifar.classes
+    counts = np.bincount(labels, minlength=cifar.classes)
     wrong = [f"{counts[label]:,} of {cifar.class_names[label]}" for label in np.flatnonzero(counts != expected)]
     if not wrong:
         return None

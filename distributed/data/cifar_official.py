@@ -54,6 +54,7 @@ class CifarSet:
     label_key: bytes  # in a pickle
     train_records: int  # in each file of the training set
     test_records: int
+    per_class: dict[str, int]  # images of each class in a split
     forms: tuple[Form, Form]
     digests: dict[str, str]
 
@@ -72,6 +73,7 @@ CIFAR10 = CifarSet(
     label_key=b"labels",
     train_records=10_000,
     test_records=10_000,
+    per_class={"train": 5_000, "test": 1_000},
     forms=(
         Form(
             "cifar-10-batches-bin",
@@ -105,6 +107,7 @@ CIFAR100 = CifarSet(
     label_key=b"fine_labels",
     train_records=50_000,
     test_records=10_000,
+    per_class={"train": 500, "test": 100},
     forms=(
         Form(
             "cifar-100-binary",
@@ -125,7 +128,6 @@ CIFAR100 = CifarSet(
     digests={"train": "d4b4e6804db2ccf7", "test": "fc473b42bd887210"},
 )
 
-OFFICIAL_COUNTS = {"train": 50_000, "test": 10_000}  # images of either set, as many of each class
 SETS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
