@@ -80,7 +80,9 @@ def _small_splits(config: TrainConfig, data: DataPipeline) -> list[str]:
             needed_by.append(f"checkpoint.best_by = {config.checkpoint.best_by}")
         what = f"data.validation_fraction = {fraction:g} holds out none of the {train:,} training images"
         if needed_by:
-            raise InputError(f"{what}, and {' and '.join(needed_by)} needs some: raise it, or add images")
+            raise InputError(
+                f"{what}, and {' and '.join(needed_by)} need{'' if needed_by[1:] else 's'} some: raise it, or add images"
+            )
         warnings.append(f"{what}: each class has few, and no epoch is marked as the best; raise it, or set it to 0")
     if absent := [data.class_names[label] for label in data.untrained_classes()]:
         warnings.append(
