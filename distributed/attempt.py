@@ -85,7 +85,9 @@ class Attempt:
         if resumed_from:
             self._compare(resumed_from.get("bits", {}), facts["bits"])
         if self.run:
-            self.run.begin(self.config, start_step=state.step, details={"bits": facts["bits"]})
+            self.run.begin(
+                self.config, start_step=state.step, details={"bits": facts["bits"], "images": facts["images"]}
+            )
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         if (shards := before.get("shards", 0)) != now["shards"]:

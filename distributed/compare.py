@@ -103,11 +103,16 @@ def _facts(run: RunFolder) -> dict[str, list[str]]:
         bits = dict(line["bits"])
         versions = {f"version of {package}": version for package, version in bits.pop("versions", {}).items()}
         code = {"commit": line["git"]} if line.get("git") else {}
-        for name, value in {"world_size": line["world_size"], **bits, **versions, **code}.items():
+        data = {f"{split} images": _in_words(identity) for split, identity in (line.get("images") or {}).items()}
+        for name, value in {"world_size": line["world_size"], **bits, **versions, **code, **data}.items():
             told = facts.setdefault(name, [])
             if str(value) not in told[-1:]:
                 told.append(str(value))
     return facts
+
+
+def _in_words(identity: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in identity.items() if value != "")
 
 
 def main() -> int:

@@ -79,6 +79,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, split: "Split", picture: Pa
     from distributed import logs
     from distributed.build import build_data, build_engine
     from distributed.confusion import ConfusionSums
+    from distributed.data_checks import check_evaluated
     from distributed.determinism import make_deterministic
     from distributed.loop import evaluate
     from distributed.process_group import choose_device, process_group
@@ -93,6 +94,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, split: "Split", picture: Pa
     content = content_of(checkpoint)
     data = build_data(config, topology, device)  # before the group: a peer may be decoding for long
     with process_group(topology, device, timeout_seconds=config.timeout_seconds):
+        check_evaluated(content, config, data, split)
         engine = build_engine(config, topology, data, device)
         try:
             load_checkpoint(checkpoint, engine)

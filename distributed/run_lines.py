@@ -26,9 +26,12 @@ def attempt_lines(file: Path) -> list[Line]:
     def is_whole(line: Line) -> bool:
         if "time" in line:
             time_of(line)
-        return _are(str, line["event"]) and _are(dict, line.get("bits", {}), line.get("versions", {})) and _are(
-            int, line.get("step") or 0, line.get("world_size", 1)
-        )  # fmt: skip
+        images = line.get("images", {})
+        return (
+            _are(str, line["event"])
+            and _are(dict, line.get("bits", {}), line.get("versions", {}), *images.values())
+            and _are(int, line.get("step") or 0, line.get("world_size", 1))
+        )
 
     return _whole(file, is_whole)
 

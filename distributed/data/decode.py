@@ -1,7 +1,7 @@
 """Decodes the files of an image folder once a node, into a file that every process maps."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,8 +28,13 @@ def read(root: Path, side: int, cache: Path | None = None) -> tuple[tuple[str, .
         InputError: the folder is not as it should be, or a file is no image; each such file is a line.
     """
     names, listings = list_folder(root)
+    return names, read_listed(root, listings, side, cache)
+
+
+def read_listed(root: Path, listings: Mapping[str, Listing], side: int, cache: Path | None = None) -> list[Images]:
+    """`read` of a folder whose files were listed already."""
     folder = cache_folder(root, cache)
-    return names, [Images(_decoded(root, folder, s, listings[s], side), listings[s].labels) for s in SPLITS]
+    return [Images(_decoded(root, folder, s, listings[s], side), listings[s].labels) for s in SPLITS]
 
 
 def _decoded(root: Path, folder: Path, split: str, listing: Listing, side: int) -> NDArray[np.uint8]:

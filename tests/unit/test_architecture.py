@@ -14,7 +14,7 @@ LAYERS = [
     "shared_memory",
     "process_group determinism data models row_gather optim schedule sums stop",
     "exact",
-    "engine state confusion",
+    "engine state confusion data_checks",
     "run_folder loop snapshot",
     "resume_checks claimed_run",
     "cuda_step",

@@ -50,7 +50,7 @@ def contents(name, monkeypatch) -> dict[str, bytes]:
     for bin_file, py_file in zip((*binary.train, binary.test), (*python.train, python.test), strict=True):
         labels = drawn.integers(0, official.classes, RECORDS).astype(np.uint8)
         planes = drawn.integers(0, 256, (RECORDS, 3072)).astype(np.uint8)
-        coarse = np.zeros((RECORDS, official.label_bytes - 1), np.uint8)
+        coarse = np.array(cifar_official.COARSE_OF_FINE, np.uint8)[labels][:, None][:, : official.label_bytes - 1]
         files[f"{binary.folder}/{bin_file}"] = np.hstack([coarse, labels[:, None], planes]).tobytes()
         value = {b"batch_label": b"x", official.label_key: labels.tolist(), b"data": planes, b"filenames": [b"a.png"]}
         files[f"{python.folder}/{py_file}"] = python2_pickle(value)
