@@ -75,10 +75,15 @@ def storing(folder: Path) -> Iterator[None]:
 
 
 def replace_text(path: Path, text: str) -> None:
+    """`replace_bytes` of the text in UTF-8."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
     """Write aside, flush to the disk, then rename into place."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write_synced(aside, text.encode())
+        write_synced(aside, content)
         os.replace(aside, path)
     except OSError:
         aside.unlink(missing_ok=True)
