@@ -96,6 +96,15 @@ def replace_json(path: Path, value: Any) -> None:
     replace_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def write_output(path: Path, content: bytes) -> None:
+    """`replace_bytes` of a file that a command was asked for; through a link, and into a device or pipe."""
+    target = Path(os.path.realpath(path))
+    if target.exists() and not (target.is_file() and os.access(target.parent, os.W_OK)):
+        target.write_bytes(content)
+    else:
+        replace_bytes(target, content)
+
+
 def write_synced(path: Path, content: bytes) -> None:
     """Write a file and wait until it is on the disk."""
     with path.open("wb") as file:

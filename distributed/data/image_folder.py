@@ -5,7 +5,6 @@ The order of the images is that of a digest of their paths: mixed, and the same 
 
 import hashlib
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,22 +92,3 @@ def _listing(found: list[tuple[str, int, os.stat_result]]) -> Listing:
         digest.update(os.fsencode(f"{path}\0{label}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
     labels = np.array([label for _, label, _ in found], np.int64)
     return Listing(tuple(path for path, _, _ in found), labels, digest.hexdigest())
-
-
-def cache_folder(root: Path, named: Path | None) -> Path:
-    """Where decoded images are kept: as named, else .decoded in the root, else the user's cache or temporary folder.
-
-    Raises:
-        InputError: none of them can be written.
-    """
-    user = Path(tempfile.gettempdir()) / f"distributed-decoded-{os.getuid()}"
-    candidates = [named] if named else [root / ".decoded", Path.home() / ".cache" / "distributed" / "decoded", user]
-    for folder in candidates:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
-        except OSError:
-            continue
-    tried = ", ".join(map(str, candidates))
-    raise InputError(f"data.cache: cannot write to {tried}; name a folder with --data.cache")

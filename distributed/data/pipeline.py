@@ -227,7 +227,7 @@ def _mean_and_deviation(images: NDArray[np.uint8]) -> tuple[NDArray[np.float64],
 def _read(config: AnyData, side: int) -> tuple[tuple[str, ...], cifar.Images, cifar.Images]:
     """Names of the classes, training and test images."""
     if isinstance(config, ImageFolderData):
-        names, (train, test) = decode.read(config.root, side, config.cache)
+        names, (train, test) = decode.read(config.root, side, config.cache, max_pixels=config.max_pixels)
         return names, train, test
     if isinstance(config, CifarData):
         train, test = cifar.read_splits(config.name, config.root)
