@@ -11,7 +11,7 @@ from typing import Self
 
 from loguru import logger
 
-from distributed.errors import StorageError
+from distributed.errors import InputError, StorageError
 
 
 class Byproduct:
@@ -46,11 +46,14 @@ def asked_for(option: str, path: Path) -> Iterator[None]:
 
     Raises:
         StorageError: it could not be written.
+        InputError: a package that it needs cannot be imported.
     """
     try:
         yield
     except StorageError:
         raise
+    except ImportError as error:
+        raise InputError(f"{option} {path}: {reason(error)}; repair that package's installation") from None
     except OSError as error:
         raise StorageError(
             f"{option} {path}: not written: {error.strerror or error}; free disk space, or name another file"
