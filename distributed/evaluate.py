@@ -11,10 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distributed.byproducts import Byproduct, asked_for
 from distributed.config import TrainConfig
 from distributed.data import sources
-from distributed.errors import ExitCode, InputError
-from distributed.files import check_writable
+from distributed.errors import ExitCode, InputError, StorageError
+from distributed.files import check_writable, write_output
 from distributed.saved_run import (
     check_whole,
     checkpoint_of,
@@ -25,6 +26,7 @@ from distributed.saved_run import (
     with_data_root,
 )
 from distributed.topology import Topology
+from distributed.versions import require
 
 if TYPE_CHECKING:
     from distributed.confusion import Counts
@@ -54,17 +56,17 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     arguments = parser.parse_args()
-    picture = arguments.confusion or arguments.run / f"confusion-{arguments.split}.png"
     try:
         config = on_device(_config_of(arguments.run, arguments.root), arguments.device)
         checkpoint = checkpoint_of(arguments.run, arguments.checkpoint)
         if arguments.split == "validation" and not config.data.validation_fraction:
             raise InputError("--split validation: this run held out no images; use --split test or train")
-        check_writable("--confusion", picture)
-        return _evaluate(config, checkpoint, arguments.split, picture, as_json=arguments.json)
-    except InputError as error:
-        error.tell()
-        return ExitCode.BAD_INPUT
+        if arguments.confusion:
+            require("matplotlib", at_least=(3, 9), wanted_by="--confusion")
+            check_writable("--confusion", arguments.confusion)
+        return _evaluate(config, checkpoint, arguments)
+    except (InputError, StorageError) as error:
+        return error.tell()
 
 
 def _config_of(run: Path, root: Path | None) -> TrainConfig:
@@ -73,7 +75,7 @@ def _config_of(run: Path, root: Path | None) -> TrainConfig:
     return config
 
 
-def _evaluate(config: TrainConfig, checkpoint: Path, split: "Split", picture: Path, *, as_json: bool) -> int:
+def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespace) -> int:
     import torch
 
     from distributed import logs
@@ -85,6 +87,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, split: "Split", picture: Pa
     from distributed.process_group import choose_device, process_group
     from distributed.snapshot import load as load_checkpoint
 
+    split: Split = arguments.split
     topology = Topology.from_environment()
     logs.terminal_logs(topology.rank, level="WARNING")
     torch.set_num_threads(topology.threads(config.threads))
@@ -106,35 +109,53 @@ def _evaluate(config: TrainConfig, checkpoint: Path, split: "Split", picture: Pa
         counts = confusion.read()
     if topology.is_main:
         facts = {"model": config.model.name, "data": config.data.name, "split": split, "checkpoint": checkpoint.name}
-        _tell(facts, totals, counts, classes_of(content, config), picture, as_json=as_json)
+        names, picture = classes_of(content, config), arguments.confusion or arguments.run / f"confusion-{split}.png"
+        failure = _draw(facts, totals, counts, names, picture)
+        # The numbers come first: they may have taken long.
+        _tell(facts, totals, counts, names, None if failure else picture, as_json=arguments.json)
+        with asked_for("--confusion", picture) if arguments.confusion else Byproduct(picture):
+            if failure:
+                raise failure
     return ExitCode.FINISHED
 
 
-def _tell(
-    facts: dict[str, str], totals: "Totals", counts: "Counts", names: list[str], picture: Path, *, as_json: bool
-) -> None:
-    from distributed.confusion import as_lines, by_class
-    from distributed.figures.confusion import confusion_figure
-    from distributed.figures.style import as_png
-
-    results = by_class(counts, names)
+def _draw(
+    facts: dict[str, str], totals: "Totals", counts: "Counts", names: list[str], picture: Path
+) -> Exception | None:
+    """The error, if it was not drawn."""
     title = (
         f"{facts['model']} on {facts['data']}, {facts['split']} split: {totals.accuracy:.2%} of {totals.count:,} right"
     )
-    with confusion_figure(counts, names, title=title) as figure:
-        picture.write_bytes(as_png(figure))
+    try:
+        from distributed.figures.confusion import confusion_figure
+        from distributed.figures.style import as_png
+
+        with confusion_figure(counts, names, title=title) as figure:
+            write_output(picture, as_png(figure))
+    except Exception as error:  # matplotlib's own too
+        return error
+    return None
+
+
+def _tell(
+    facts: dict[str, str], totals: "Totals", counts: "Counts", names: list[str], picture: Path | None, *, as_json: bool
+) -> None:
+    from distributed.confusion import as_lines, by_class
+
+    results = by_class(counts, names)
     if as_json:
         figures: dict[str, Any] = {
             "images": totals.count, "loss": totals.mean_loss, "top1": totals.accuracy, "top5": totals.accuracy5,
         }  # fmt: skip
         classes = [asdict(result) | {"confused_with": _pair(result.confused_with)} for result in results]
-        print(json.dumps({**facts, **figures, "classes": classes, "confusion": counts, "picture": str(picture)}))
+        figures |= {"classes": classes, "confusion": counts, "picture": picture and str(picture)}
+        print(json.dumps({**facts, **figures}))
         return
     print(
         f"{facts['model']} on {facts['data']}, {facts['split']} split ({totals.count:,} images), {facts['checkpoint']}: "
         f"loss {totals.mean_loss:.4f}, top-1 {totals.accuracy:.2%}, top-5 {totals.accuracy5:.2%}"
     )
-    print("", *as_lines(results), "", f"confusion matrix: {picture}", sep="\n")
+    print("", *as_lines(results), *(["", f"confusion matrix: {picture}"] if picture else []), sep="\n")
 
 
 def _pair(pair: tuple[str, str, int] | None) -> dict[str, Any] | None:

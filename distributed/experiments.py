@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from distributed import logs
+from distributed.byproducts import Byproduct, asked_for
 from distributed.config import load
-from distributed.errors import ExitCode, InputError
-from distributed.files import read_json, replace_json, replace_text
+from distributed.errors import ExitCode, InputError, StorageError
+from distributed.files import check_writable, read_json, replace_json, replace_text
 from distributed.run_folder import RunFolder
 from distributed.run_lines import attempt_lines, metrics_lines
 
@@ -129,11 +131,25 @@ def _per_cent(value: float | None) -> str:
 
 def write_results(runs: Path, out: Path) -> list[Result]:
     """Merge all runs that there are into OUT.md and OUT.json; the merged rows."""
-    return write_table([found for name in SEEDS if (found := result_of(name, RunFolder(runs / name)))], out)
+    return write_table(results_in(runs), out)
+
+
+def results_in(runs: Path) -> list[Result]:
+    """How far each run in this folder has come."""
+    return [found for name in SEEDS if (found := result_of(name, RunFolder(runs / name)))]
 
 
 def write_table(results: Sequence[Result], out: Path) -> list[Result]:
-    """Merge results into OUT.md and OUT.json; the merged rows, in the seeds' order.
+    """Merge results into OUT.md and OUT.json; the merged rows."""
+    rows = merged(results, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(out.with_suffix(".md"), table(rows))
+    replace_json(out.with_suffix(".json"), [asdict(result) for result in rows])
+    return rows
+
+
+def merged(results: Sequence[Result], out: Path) -> list[Result]:
+    """The rows of OUT.json with these results, in the seeds' order.
 
     A row that is there is replaced only by a run of the same id that came at least as far.
     """
@@ -141,11 +157,7 @@ def write_table(results: Sequence[Result], out: Path) -> list[Result]:
     for result in results:
         if result.name not in rows or result.progress >= rows[result.name].progress:
             rows[result.name] = result
-    merged = [rows[name] for name in SEEDS if name in rows]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(out.with_suffix(".md"), table(merged))
-    replace_json(out.with_suffix(".json"), [asdict(result) for result in merged])
-    return merged
+    return [rows[name] for name in SEEDS if name in rows]
 
 
 def read_table(file: Path) -> list[Result]:
@@ -179,24 +191,29 @@ def main() -> int:
         "--minutes", type=float, help="stop, with everything saved, after so long; the same command goes on"
     )
     arguments, settings = parser.parse_known_args()
+    logs.terminal_logs(0, level="WARNING")
     deadline = time.monotonic() + 60 * arguments.minutes if arguments.minutes else None
     failed: int = ExitCode.FINISHED
     try:
-        results = read_table(arguments.out.with_suffix(".json"))  # refused now, not after hours
+        check_writable("--out", arguments.out.with_suffix(".md"))  # refused now, not after hours
+        read_table(arguments.out.with_suffix(".json"))
         for name in arguments.only:
             words = [str(CONFIGS / f"{name}.toml"), "--run_dir", str(arguments.runs / name), *settings]
             words += ["--data.root", arguments.root] if arguments.root else []
             load(words)  # what the run would refuse: torchrun would hide its exit code
             code = _run(["--nproc_per_node", arguments.nproc_per_node], words, deadline)
             code = int(code and RunFolder(arguments.runs / name).status().get("exit_code", code))
-            results = write_results(arguments.runs, arguments.out)
+            with Byproduct(arguments.out):  # for now; the runs are what takes hours
+                write_results(arguments.runs, arguments.out)
             if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED):
                 return code
             failed = failed or code  # the next one may well work, and a rented machine is not for waiting
-    except InputError as error:
-        error.tell()
-        return ExitCode.BAD_INPUT
-    print(table(results))
+        results = results_in(arguments.runs)
+        print(table(merged(results, arguments.out)))
+        with asked_for("--out", arguments.out):
+            write_table(results, arguments.out)
+    except (InputError, StorageError) as error:
+        return error.tell()
     return failed
 
 

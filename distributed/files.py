@@ -80,13 +80,18 @@ def storing(folder: Path) -> Iterator[None]:
 
 
 def replace_text(path: Path, text: str, *, synced: bool = True) -> None:
-    """Write aside, flush to the disk unless told otherwise, then rename into place."""
+    """`replace_bytes` of the text in UTF-8."""
+    replace_bytes(path, text.encode(), synced=synced)
+
+
+def replace_bytes(path: Path, content: bytes, *, synced: bool = True) -> None:
+    """Write aside, flush to the disk if `synced`, then rename into place."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if synced:
-            write_synced(aside, text.encode())
+            write_synced(aside, content)
         else:
-            aside.write_bytes(text.encode())
+            aside.write_bytes(content)
         os.replace(aside, path)
     except OSError:
         aside.unlink(missing_ok=True)
@@ -98,6 +103,15 @@ def replace_text(path: Path, text: str, *, synced: bool = True) -> None:
 def replace_json(path: Path, value: Any, *, synced: bool = True) -> None:
     """`replace_text` of the value as JSON."""
     replace_text(path, json.dumps(value, indent=1) + "\n", synced=synced)
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """`replace_bytes` of a file that a command was asked for; through a link, and into a device or pipe."""
+    target = Path(os.path.realpath(path))
+    if target.exists() and not (target.is_file() and os.access(target.parent, os.W_OK)):
+        target.write_bytes(content)
+    else:
+        replace_bytes(target, content)
 
 
 def write_synced(path: Path, content: bytes) -> None:

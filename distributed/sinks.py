@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 from loguru import logger
 
+from distributed.byproducts import Byproduct
 from distributed.claimed_run import ClaimedRun
+from distributed.event_file import EventFile
 from distributed.files import opened, storing
-from distributed.metrics import EpochMetrics, TrainMetrics
+from distributed.metrics import EpochMetrics, Sink, TrainMetrics
 
 
 class JsonLines:
@@ -64,28 +67,46 @@ class TensorBoard:
         self._folder, self._start_step = folder, start_step
 
     @cached_property
-    def _writer(self) -> Any:
+    def _events(self) -> EventFile:
         # Slow to import, so not before there is something to write. Curves beyond the resumed step are taken back.
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(self._folder), purge_step=self._start_step + 1)
+        return EventFile(self._folder, purge_step=self._start_step + 1)
 
     def train(self, metrics: TrainMetrics) -> None:
         names = ("loss", "accuracy", "lr", "grad_norm", "images_per_second", "data_wait", "memory_mib", "skipped_steps")
-        for name in names:
-            self._writer.add_scalar(f"train/{name}", getattr(metrics, name), metrics.step)
+        self._events.scalars({f"train/{name}": getattr(metrics, name) for name in names}, metrics.step)
 
     def epoch(self, metrics: EpochMetrics) -> None:
-        self._writer.add_scalar("epoch/train_loss", metrics.train_loss, metrics.step)
-        self._writer.add_scalar("epoch/train_accuracy", metrics.train_accuracy, metrics.step)
+        values = {"epoch/train_loss": metrics.train_loss, "epoch/train_accuracy": metrics.train_accuracy}
         for split in ("validation", "test"):
-            values = getattr(metrics, split)
-            for name, value in asdict(values).items() if values else ():
-                self._writer.add_scalar(f"epoch/{split}_{name}", value, metrics.step)
+            measured = getattr(metrics, split)
+            values |= {f"epoch/{split}_{name}": value for name, value in asdict(measured).items()} if measured else {}
+        self._events.scalars(values, metrics.step)
 
     def close(self) -> None:
-        if "_writer" in self.__dict__:
-            self._writer.close()
+        if "_events" in self.__dict__:
+            self._events.close()
+
+
+class BestEffort:
+    """A sink whose first error is a warning, and its end: nothing that the run is made of."""
+
+    def __init__(self, name: str, make: Callable[[], Sink]) -> None:
+        self._made: Sink | None = None
+        self._byproduct = Byproduct(name)
+        self._byproduct.attempt(lambda: setattr(self, "_made", make()))
+
+    def train(self, metrics: TrainMetrics) -> None:
+        self._tell(lambda sink: sink.train(metrics))
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        self._tell(lambda sink: sink.epoch(metrics))
+
+    def close(self) -> None:
+        self._tell(lambda sink: sink.close())
+
+    def _tell(self, call: Callable[[Sink], None]) -> None:
+        if (made := self._made) is not None:
+            self._byproduct.attempt(lambda: call(made))
 
 
 class Terminal:

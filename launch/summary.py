@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from distributed.byproducts import Byproduct
 from distributed.errors import ExitCode, InputError
 from distributed.files import replace_text
 from distributed.run_folder import RunFolder
@@ -76,7 +77,6 @@ def main() -> int:
             raise InputError("command line: give one folder: python -m launch.summary RUN")
         folder = Path(sys.argv[1])
         text = summary(folder)
-        replace_text(folder / "summary.txt", text)
     except InputError as error:
         error.tell()
         return ExitCode.BAD_INPUT
@@ -84,6 +84,8 @@ def main() -> int:
         print(f"error: {error}; mend access to {sys.argv[1]}", file=sys.stderr)
         return ExitCode.STORAGE
     print(text, end="")
+    with Byproduct(folder / "summary.txt"):
+        replace_text(folder / "summary.txt", text)
     return ExitCode.FINISHED
 
 

@@ -5,7 +5,6 @@ The order of the images is that of a digest of their paths: mixed, and the same 
 
 import hashlib
 import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,22 +122,3 @@ def identity(root: Path, listing: Listing) -> Identity:
             f"data.name = image_folder: {error.filename}: {error.strerror}; the folder changed while it was read: start again"
         ) from None
     return Identity(len(listing.files), digest.hexdigest())
-
-
-def cache_folder(root: Path, named: Path | None) -> Path:
-    """Where decoded images are kept: as named, else .decoded in the root, else the user's cache or temporary folder.
-
-    Raises:
-        InputError: none of them can be written.
-    """
-    user = Path(tempfile.gettempdir()) / f"distributed-decoded-{os.getuid()}"
-    candidates = [named] if named else [root / ".decoded", Path.home() / ".cache" / "distributed" / "decoded", user]
-    for folder in candidates:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
-        except OSError:
-            continue
-    tried = ", ".join(map(str, candidates))
-    raise InputError(f"data.cache: cannot write to {tried}; name a folder with --data.cache")

@@ -41,5 +41,5 @@ def _read_folder(config: ImageFolderData, side: int) -> Read:
     thread = ThreadPoolExecutor(1, thread_name_prefix="identity")
     pending = thread.submit(lambda: {split: image_folder.identity(config.root, listings[split]) for split in listings})
     thread.shutdown(wait=False)  # it ends with its work
-    train, test = decode.read_listed(config.root, listings, side, config.cache)
+    train, test = decode.read_listed(config.root, listings, side, config.cache, max_pixels=config.max_pixels)
     return Read(names, train, test, pending.result)

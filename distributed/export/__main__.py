@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distributed.errors import ExitCode, InputError
-from distributed.files import check_writable
+from distributed.byproducts import asked_for
+from distributed.errors import ExitCode, InputError, StorageError
+from distributed.files import check_writable, write_output
 from distributed.saved_run import checkpoint_of, config_of, unfetched, with_data_root
 
 if TYPE_CHECKING:
@@ -47,9 +48,8 @@ def main() -> int:
         names = _formats(arguments.format)
         check_writable("--out", out / "model")
         return _export(config, checkpoint, names, out, tolerance=arguments.tolerance)
-    except InputError as error:
-        error.tell()
-        return ExitCode.BAD_INPUT
+    except (InputError, StorageError) as error:
+        return error.tell()
 
 
 def _formats(asked: list[str]) -> list[str]:
@@ -72,10 +72,9 @@ def _export(config: "TrainConfig", checkpoint: Path, names: list[str], out: Path
     good = True
     for name in names:
         file = out / FORMATS[name].file
-        try:
-            FORMATS[name].write(trained, facts, file)
-        except OSError as error:
-            raise InputError(f"--out {out}: {file.name}: {error.strerror}; free space or name another folder") from None
+        for part, content in FORMATS[name].contents(trained, facts).items():
+            with asked_for("--out", out / part):
+                write_output(out / part, content)
         off = difference(FORMATS[name].load(file), expected)
         within = off <= tolerance
         good &= within

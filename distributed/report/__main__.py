@@ -12,8 +12,10 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 
-from distributed.errors import ExitCode, InputError
-from distributed.files import check_writable, replace_text
+from distributed import logs
+from distributed.byproducts import asked_for
+from distributed.errors import ExitCode, InputError, StorageError
+from distributed.files import check_writable, write_output
 from distributed.report.history import History, read_history
 from distributed.report.page import Html, page, text
 from distributed.saved_run import has_data_root, unfetched, with_data_root
@@ -29,23 +31,21 @@ def main() -> int:
     parser.add_argument("--checkpoint", default="auto", help="best, latest or a name; auto: best if there is one")
     parser.add_argument("--data.root", dest="root", type=Path, help="where the data set lies now")
     arguments = parser.parse_args()
+    logs.terminal_logs(0, level="WARNING")
     out = arguments.out or (arguments.runs[0] / "report.html" if len(arguments.runs) == 1 else Path("report.html"))
     try:
         runs = [read_history(run) for run in arguments.runs]
         check_writable("--out", out)
     except InputError as error:
-        error.tell()
-        return ExitCode.BAD_INPUT
+        return error.tell()
     runs = _told_apart([_with_root(run, arguments.root) for run in runs])
     try:
-        replace_text(out, _page(runs, checkpoint=arguments.checkpoint))
-    except OSError as error:
-        InputError(f"--out {out}: {error.strerror}; free space or name another file").tell()
-        return ExitCode.BAD_INPUT
-    except InputError as error:
-        error.tell()
-        return ExitCode.BAD_INPUT
-    print(f"{out} ({out.stat().st_size / 2**20:.1f} MiB)")
+        content = _page(runs, checkpoint=arguments.checkpoint).encode()
+        with asked_for("--out", out):
+            write_output(out, content)
+    except (InputError, StorageError) as error:
+        return error.tell()
+    print(f"{out} ({len(content) / 2**20:.1f} MiB)")
     return ExitCode.FINISHED
 
 

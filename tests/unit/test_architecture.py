@@ -7,11 +7,11 @@ import pytest
 ROOT = Path(__file__).parents[2] / "distributed"
 # A module may import what stands in a row above its own; modules of one package may import each other, one way.
 LAYERS = [
-    "errors keyed plot tree figures profiler run_lines save_budget",
-    "files versions",
-    "config topology safetensors_stream checkpoint_files",
+    "errors keyed tree figures run_lines save_budget",
+    "files versions byproducts",
+    "config plot profiler topology safetensors_stream checkpoint_files",
     "rendezvous collectives logs metrics remote saved_state",
-    "shared_memory",
+    "shared_memory event_file",
     "process_group determinism data models row_gather optim schedule sums stop",
     "exact",
     "engine state confusion data_checks",
@@ -45,6 +45,7 @@ SLOW = {
 WITHOUT_TORCH = {
     "errors",
     "files",
+    "byproducts",
     "config",
     "topology",
     "run_folder",

@@ -538,7 +538,7 @@ def test_what_the_curve_depends_on_makes_another_experiment(path):
     "path",
     ["run_dir", "data.root", "threads", "device", "timeout_seconds", "checkpoint.every_steps", "checkpoint.keep_last",
      "logging.every_steps", "logging.level", "logging.tensorboard", "logging.profile_steps", "data.placement",
-     "evaluation.test_every_epoch", "data.download", "data.urls", "data.cache", "scaling.num_workers"],
+     "evaluation.test_every_epoch", "data.download", "data.urls", "data.cache", "data.max_pixels", "scaling.num_workers"],
 )  # fmt: skip
 def test_what_the_curve_does_not_depend_on_may_change(path):
     assert not changes_experiment(path, TrainConfig())
