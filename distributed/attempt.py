@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from loguru import logger
 
-from distributed import collectives, logs
+from distributed import collectives, endings, logs
 from distributed.byproducts import Byproduct
 from distributed.claimed_run import ClaimedRun
 from distributed.config import TrainConfig
@@ -36,7 +36,16 @@ class Attempt:
     def __enter__(self) -> Self:
         if self.topology.is_main:
             self.run = ClaimedRun.claim(self.config.run_dir, world_size=self.topology.world_size)
+            endings.add_last_word(self._end_at_once)
         return self
+
+    def _end_at_once(self, ending: endings.Ending) -> None:
+        """Write down the ending of a process that does not come back here; nothing, if nothing was begun."""
+        if self.run is not None and self._state is not None:
+            self.run.end(
+                "stopped" if ending.is_stop else "failed",
+                exit_code=ending.code, reason=ending.reason, step=self._state.step, epoch=self._state.epoch,
+            )  # fmt: skip
 
     def open_log(self) -> None:
         """This rank's log file; after rank 0 has made the folder."""
@@ -106,6 +115,8 @@ class Attempt:
                 logger.warning("resuming with another {}: {} before, {} now; bits may differ", name, old, new)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self.run is not None:
+            endings.remove_last_word(self._end_at_once)
         try:
             if self.run is not None:
                 with storing(self.run.path):

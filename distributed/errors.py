@@ -51,3 +51,12 @@ class StorageError(_Explained, OSError):
     """The run folder cannot be written, or belongs to a newer attempt; the last good checkpoint is intact."""
 
     exit_code = ExitCode.STORAGE
+
+
+class PeerError(RuntimeError):
+    """Another rank is missing, has failed or was lost; the message names it. Ends with the exit code of the rank that
+    failed, if that is known."""
+
+    def __init__(self, message: str, exit_code: ExitCode = ExitCode.FAILED) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -7,10 +7,14 @@ import os
 import platform
 import re
 import socket
+import time
 from dataclasses import dataclass
-from typing import Self
+from pathlib import Path
+from typing import NamedTuple, Self
 
 from distributed.errors import InputError
+
+_RESOLVE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,34 @@ class Topology:
             )
         return cls(rank, world_size, local_rank, local_world_size, node_rank, launched=True)
 
-    def check_meeting_place(self) -> None:
-        """Raises InputError where a launcher set a place among peers, but not where they meet."""
-        address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-        if self.launched and not (address and port.isdecimal() and 0 < int(port[:6]) < 2**16):
-            raise InputError(
-                f"environment: MASTER_ADDR = {address!r} and MASTER_PORT = {port!r} name no host and port to meet at; start "
-                "with torchrun"
-            )
+    def check_meeting_place(self, *, patience_seconds: float | None = None) -> None:
+        """Raises InputError if a launcher set a place among peers, but not where they meet, or nobody knows that host."""
+        if not self.launched:
+            return
+        place = meeting_place()
+        deadline = time.monotonic() + (_RESOLVE_SECONDS if patience_seconds is None else patience_seconds)
+        while True:
+            try:
+                socket.getaddrinfo(place.host, place.port)
+                return
+            except (OSError, UnicodeError) as error:
+                if time.monotonic() > deadline:
+                    raise InputError(
+                        f"environment: MASTER_ADDR = {place.host!r}: {getattr(error, 'strerror', None) or error}; name the "
+                        "host of rank 0, or its IP address"
+                    ) from None
+            time.sleep(0.5)  # a cluster's names may take a moment to be known
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether other ranks would wait in vain if this one ended: those of a single torchrun are ended by it."""
+        if self.world_size == 1:
+            return False
+        try:
+            self.check_meeting_place(patience_seconds=0)
+            return self.launched and not (meeting_place().has_agent and self.local_world_size == self.world_size)
+        except InputError:
+            return False
 
     @property
     def is_main(self) -> bool:
@@ -85,6 +109,49 @@ class Topology:
         torchrun and Ray set OMP_NUM_THREADS=1 whatever the machine has, so this must be decided here.
         """
         return asked or max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+
+
+class MeetingPlace(NamedTuple):
+    """Where the ranks of an attempt find each other."""
+
+    host: str
+    port: int
+    has_agent: bool
+    """Whether torchrun's agent listens there, instead of rank 0."""
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def meeting_place() -> MeetingPlace:
+    """Where the launcher wants its ranks to meet.
+
+    Raises:
+        InputError: MASTER_ADDR or MASTER_PORT is not set, or no host and port.
+    """
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not (address and port.isascii() and port.isdecimal() and 0 < int(port[:6]) < 2**16):
+        raise InputError(
+            f"environment: MASTER_ADDR = {address!r} and MASTER_PORT = {port!r} name no host and port to meet at; start "
+            "with torchrun"
+        )
+    return MeetingPlace(address, int(port), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+
+
+def has_launcher() -> bool:
+    """Whether the parent is torchrun or a Slurm step, whose death is the end of the job; a shell may go and leave it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_STEP_ID" in os.environ
+
+
+def is_first_on_node() -> bool:
+    """Whether this rank speaks for those of its node on the terminal."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def error_file() -> Path | None:
+    """The file in which torchrun looks for the reason of this rank's failure."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(path) if path else None
 
 
 def host() -> str:

@@ -5,13 +5,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from distributed import endings
 from distributed.config import TrainConfig, help_text, load
 from distributed.data import cifar, sources
 from distributed.downloads import check_store
 from distributed.errors import ExitCode, InputError
 from distributed.resume_checks import check_resume, check_start
 from distributed.run_folder import RunFolder
-from distributed.topology import Topology
+from distributed.signals import SignalStop
+from distributed.topology import Topology, has_launcher
 from distributed.uploads import upload_rest
 from distributed.versions import require
 
@@ -29,6 +31,11 @@ def main() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return ExitCode.FINISHED
+    with SignalStop(launched=has_launcher(), at_once_until_asked=True) as stop:
+        return _run(stop)
+
+
+def _run(stop: SignalStop) -> int:
     topology = Topology()
     try:
         topology = Topology.from_environment()
@@ -45,7 +52,7 @@ def main() -> int:
         return ExitCode.FINISHED
     from distributed.process import run_to_exit_code  # torch comes in here, after all that could be wrong was checked
 
-    return run_to_exit_code(config, topology)
+    return run_to_exit_code(config, topology, stop)
 
 
 def checked_config(
@@ -90,9 +97,15 @@ def checked_config(
 
 def refuse(error: InputError, topology: Topology) -> int:
     """Local rank 0 says what is wrong; the others wait, so that torchrun does not end it before it has spoken."""
+    reason = "\n".join(error.lines)
+    endings.report(reason)
     if topology.local_rank == 0:
         error.tell()
-    else:
+    if topology.is_awaited:
+        from distributed.peers import tell_waiting  # with torch: others may have found nothing wrong, and wait
+
+        tell_waiting(topology, error.exit_code, reason)
+    elif topology.local_rank:
         time.sleep(3)
     return ExitCode.BAD_INPUT
 

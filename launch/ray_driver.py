@@ -24,7 +24,8 @@ from distributed.config.sections import Scaling
 from distributed.errors import ExitCode, InputError, NotFiniteError, StorageError
 from distributed.run_folder import RunFolder
 from distributed.run_lines import attempt_lines
-from distributed.stop import SignalStop, StopSource
+from distributed.signals import SignalStop
+from distributed.stop import StopSource
 from launch.ray_cluster import Nodes, NoRoom, check_nodes, room, wait_for_room
 from launch.ray_settings import Training
 from launch.ray_worker import ask_to_stop, forget, train_on_worker
