@@ -19,8 +19,9 @@ from distributed.errors import ExitCode, InputError
 from distributed.files import read_json, replace_json, replace_text
 from distributed.run_folder import RunFolder
 from distributed.run_lines import attempt_lines, metrics_lines
+from distributed.shipped import shipped
 
-CONFIGS = Path("configs/seeds")
+CONFIGS = shipped("configs/seeds")
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ def main() -> int:
     try:
         if not (math.isfinite(given.seconds) and 0 < given.seconds <= 3600):
             raise InputError(f"command line: --seconds {given.seconds:g}: should be above 0, at most 3600")
+        if not 0 <= given.port < 2**16:
+            raise InputError(f"command line: --port {given.port}: should be from 1 to 65535")
         run_dir = load(words)[0].run_dir
         if in_job():
             allocation = Allocation.from_environment()

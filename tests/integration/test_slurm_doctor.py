@@ -100,7 +100,8 @@ def _metadata_of(package: str) -> Iterator[str]:
 def test_a_node_whose_slurmd_is_dead_is_named(cluster: Cluster, tmp_path: Path) -> None:
     wait = f"until [ -e {tmp_path}/go ]; do sleep 0.1; done"
     doctor = f"{sys.executable} -m launch.doctor configs/debug.toml --run_dir {tmp_path}/run --seconds 5"
-    job = cluster.sbatch("--nodes=2", "--no-requeue", "--no-kill", "--output", tmp_path / "out", "--wrap", f"{wait}; {doctor}")  # fmt: skip
+    options = ("--nodes=2", "--no-requeue", "--no-kill", "--output", tmp_path / "out")
+    job = cluster.sbatch(*options, "--wrap", f"{wait}; {doctor}")
     cluster.wait_for_state(job, "RUNNING")
     cluster.kill_node("n2")
     try:
