@@ -21,8 +21,9 @@ from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import check_writable, read_json, replace_json, replace_text
 from distributed.run_folder import RunFolder
 from distributed.run_lines import attempt_lines, metrics_lines
+from distributed.shipped import shipped
 
-CONFIGS = Path("configs/seeds")
+CONFIGS = shipped("configs/seeds")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +158,14 @@ def error_file() -> Path | None:
 def host() -> str:
     """The name of this machine."""
     return socket.gethostname()
+
+
+def cluster_job() -> str:
+    """The cluster's job that this process belongs to, for messages; empty at a person's terminal, e.g. in a shell of salloc."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # set for what `ray job submit` starts
+        return "a Ray job"
+    job = os.environ.get("SLURM_JOB_ID", "")
+    return f"Slurm job {job}" if job and not (sys.stderr and sys.stderr.isatty()) else ""
 
 
 def processor() -> str:

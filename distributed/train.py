@@ -13,7 +13,7 @@ from distributed.errors import ExitCode, InputError
 from distributed.resume_checks import check_resume, check_start
 from distributed.run_folder import RunFolder
 from distributed.signals import SignalStop
-from distributed.topology import Topology, has_launcher
+from distributed.topology import Topology, cluster_job, has_launcher
 from distributed.uploads import upload_rest
 from distributed.versions import require
 
@@ -63,7 +63,7 @@ def checked_config(
     `adapt` is a launcher's own part: it takes out the section that is meant for it, and may raise InputError.
 
     Where the user named neither a config file nor data, CIFAR-10 is taken if it is there, else generated images, under
-    a banner.
+    a banner; in a cluster's job, whose terminal nobody watches, that is an error.
 
     Raises:
         InputError: anything that cannot be used, all of it that could be found out at once.
@@ -71,6 +71,11 @@ def checked_config(
     config, named = load(arguments)
     if not named and config.data.name == "cifar10" and not cifar.is_there("cifar10", config.data.root):
         root = config.data.root.resolve()
+        if job := cluster_job():
+            raise InputError(
+                f"data.root = {root}: CIFAR-10 is not there, and {job} names neither a config nor a data set; give a config "
+                "first (configs/cifar10.toml), --data.root FOLDER, or --data.name generated10 for generated images"
+            )
         config, _ = load(arguments, default_data="generated10")
         if topology.is_main:
             print(_BANNER.format(root=root), file=sys.stderr)

@@ -27,7 +27,7 @@ RANKS = 2
 
 def _settings(root: Path, run_dir: Path, epochs: int, way: str) -> list[str]:
     where = ["--data.root", str(root), "--run_dir", str(run_dir), "--logging.tensorboard", "false", "--device", "cpu"]
-    return ["configs/cifar10.toml", *where, "--epochs", str(epochs), "--exact.shards", "0", *WAYS[way]]
+    return ["cifar10", *where, "--epochs", str(epochs), "--exact.shards", "0", *WAYS[way]]
 
 
 def trained(root: Path, run_dir: Path, *, epochs: int, way: str) -> dict[str, float]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed.config.fields import leaves, sections_of
+from distributed.config.named import config_file
 from distributed.config.tree import TrainConfig
 from distributed.errors import InputError
 
@@ -55,7 +56,7 @@ def _fields_of_variant(section: str, name: str) -> set[str]:
 
 
 def from_file(path: Path, *, extended_by: tuple[str, ...] = ()) -> Settings:
-    """The settings of a TOML file over those of the file that its `extends` names (relative to itself).
+    """The settings of a TOML file over those of the file that its `extends` names (relative to itself, or a shipped one).
 
     Raises:
         InputError: no such file, not TOML, or a file that extends itself.
@@ -77,7 +78,7 @@ def from_file(path: Path, *, extended_by: tuple[str, ...] = ()) -> Settings:
     if base is not None:
         if not isinstance(base, str) or not base or "\0" in base:
             raise InputError(f"{path}: extends = {base!r}: must be the name of one file, in quotes")
-        settings = from_file(path.parent / base, extended_by=(*extended_by, here))
+        settings = from_file(config_file(base, beside=path.parent), extended_by=(*extended_by, here))
     settings.override(Settings(_with_none(values), {key: f"{path}:{line}" for key, line in _lines_of_keys(text)}))
     return settings
 

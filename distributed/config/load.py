@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from distributed.config.fields import leaves, sections_of
 from distributed.config.layers import Settings, from_arguments, from_file, shown
+from distributed.config.named import config_file
 from distributed.config.tree import TrainConfig
 from distributed.errors import InputError
 
@@ -18,7 +19,9 @@ _NAMING = {"data", "data.name", "data.root", "data.download", "data.urls"}  # wh
 
 
 def load(arguments: Sequence[str], *, default_data: str = "cifar10") -> tuple[TrainConfig, bool]:
-    """The config that `[CONFIG.toml] [--field value ...]` describes, and whether the images were named by the user.
+    """The config that `[CONFIG] [--field value ...]` describes, and whether the images were named by the user.
+
+    CONFIG is a TOML file or the name of a shipped config.
 
     Args:
         default_data: the data set where neither says one.
@@ -27,7 +30,7 @@ def load(arguments: Sequence[str], *, default_data: str = "cifar10") -> tuple[Tr
         InputError: every wrong field at once; conflicts between fields once each is valid by itself.
     """
     words = list(arguments)
-    file = Path(words.pop(0)) if words and not words[0].startswith("-") else None
+    file = config_file(words.pop(0)) if words and not words[0].startswith("-") else None
     settings = Settings({"data": {"name": default_data}})
     if file:
         settings.override(from_file(file))

@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).parents[2] / "distributed"
 # A module may import what stands in a row above its own; modules of one package may import each other, one way.
 LAYERS = [
-    "errors keyed tree figures run_lines save_budget",
+    "errors keyed tree figures run_lines save_budget shipped scripts",
     "files versions byproducts",
     "config plot profiler topology safetensors_stream checkpoint_files",
     "rendezvous collectives logs metrics remote saved_state endings",
