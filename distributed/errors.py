@@ -16,6 +16,11 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
+def plain(text: str) -> str:
+    """The text with everything that a terminal would obey or that cannot be encoded escaped; line ends stay."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 class InputError(ValueError):
     """What the user gave cannot be used. Each line names the thing, the value and the remedy.
 
@@ -25,7 +30,7 @@ class InputError(ValueError):
     exit_code = ExitCode.BAD_INPUT
 
     def __init__(self, *lines: str) -> None:
-        super().__init__("\n".join(lines))
+        super().__init__(plain("\n".join(lines)))
         self.lines = tuple(str(self).splitlines())  # of a pickled one too, whose lines come as one text
 
     def tell(self) -> None:
