@@ -13,6 +13,7 @@ from distributed.config import differences
 from distributed.errors import ExitCode, InputError
 from distributed.run_folder import RunFolder
 from distributed.run_lines import attempt_lines, metrics_lines, save_lines
+from distributed.streams import run_command
 
 _OF_THE_MACHINE = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
 
@@ -144,4 +145,4 @@ def _tell(a: RunFolder, b: RunFolder) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -5,8 +5,6 @@ Prints loss, top-1 and top-5, then each class; draws which classes are taken for
 
 import argparse
 import json
-import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +22,7 @@ from distributed.saved_run import (
     on_device,
     with_data_root,
 )
+from distributed.streams import run_command
 from distributed.topology import Topology
 
 if TYPE_CHECKING:
@@ -140,6 +139,4 @@ def _pair(pair: tuple[str, str, int] | None) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)
+    run_command(main, at_once=True)

@@ -19,6 +19,7 @@ from distributed.errors import ExitCode, InputError
 from distributed.files import read_json, replace_json, replace_text
 from distributed.run_folder import RunFolder
 from distributed.run_lines import attempt_lines, metrics_lines
+from distributed.streams import run_command
 
 CONFIGS = Path("configs/seeds")
 
@@ -227,4 +228,4 @@ def _run(launch: Sequence[str], words: Sequence[str], deadline: float | None) ->
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -6,13 +6,13 @@ is taken.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed.errors import ExitCode, InputError
 from distributed.files import check_writable
 from distributed.saved_run import checkpoint_of, config_of, unfetched, with_data_root
+from distributed.streams import run_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,4 +111,4 @@ def _table(found: list[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from distributed.config import load
 from distributed.errors import ExitCode, InputError
+from distributed.streams import run_command
 from launch.address import free_port, reachable
 from launch.allocation import Allocation, in_job, place
 from launch.probe import MARK, Report
@@ -103,4 +104,4 @@ def _address_of(node: str) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

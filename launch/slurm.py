@@ -16,6 +16,7 @@ from pathlib import Path
 
 from distributed.errors import ExitCode, InputError
 from distributed.files import replace_text
+from distributed.streams import run_command
 from distributed.topology import Topology
 from distributed.train import checked_config
 from launch.arguments import with_folder
@@ -156,4 +157,4 @@ def _count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -18,6 +18,7 @@ from distributed.bench.rounds import ContenderFailedError, machine
 from distributed.data import cifar
 from distributed.errors import ExitCode, InputError
 from distributed.files import check_writable
+from distributed.streams import run_command
 
 
 def main() -> int:
@@ -153,4 +154,4 @@ def _command(given: argparse.Namespace, options: Options) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

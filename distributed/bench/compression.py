@@ -15,6 +15,7 @@ from typing import Any
 
 from distributed.bench.rounds import Contender, machine
 from distributed.run_folder import RunFolder
+from distributed.streams import run_command
 
 WAYS = {
     "none": [],
@@ -89,4 +90,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

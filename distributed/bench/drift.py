@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from distributed.run_folder import RunFolder
+from distributed.streams import run_command
 
 RANKS = (1, 3)
 MODES = {"fast mode": "0", "exact mode, 8 shards": "8"}
@@ -77,4 +78,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

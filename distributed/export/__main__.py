@@ -5,14 +5,13 @@ inside. Each file is loaded again and must give the network's logits, within the
 """
 
 import argparse
-import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed.errors import ExitCode, InputError
 from distributed.files import check_writable
 from distributed.saved_run import checkpoint_of, config_of, unfetched, with_data_root
+from distributed.streams import run_command
 
 if TYPE_CHECKING:
     from distributed.classifier import Trained
@@ -108,6 +107,4 @@ def _facts(config: "TrainConfig", checkpoint: Path, trained: "Trained") -> dict[
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)
+    run_command(main, at_once=True)

@@ -19,6 +19,7 @@ from typing import Any
 from distributed.errors import ExitCode
 from distributed.files import check_writable
 from distributed.gpu_check.steps import STEPS, Step
+from distributed.streams import run_command
 
 _PREFIX = "CHECK "  # of checks.py, which imports torch
 
@@ -116,4 +117,4 @@ def _short(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from distributed.errors import ExitCode, InputError
+from distributed.streams import run_command
 
 
 def main() -> int:
@@ -76,4 +77,4 @@ def _pack(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

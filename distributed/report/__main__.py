@@ -4,8 +4,6 @@ The page is a single file that needs nothing else. What cannot be shown (no chec
 """
 
 import argparse
-import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +15,7 @@ from distributed.files import check_writable, replace_text
 from distributed.report.history import History, read_history
 from distributed.report.page import Html, page, text
 from distributed.saved_run import has_data_root, unfetched, with_data_root
+from distributed.streams import run_command
 
 
 def main() -> int:
@@ -80,6 +79,4 @@ def _page(runs: Sequence[History], *, checkpoint: str) -> str:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)
+    run_command(main, at_once=True)
