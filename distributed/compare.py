@@ -6,11 +6,11 @@ Compared are all logged figures and the digests of every tensor at every save th
 import argparse
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from distributed.config import differences
 from distributed.errors import ExitCode, InputError
+from distributed.files import home_path
 from distributed.run_folder import RunFolder
 from distributed.run_lines import attempt_lines, metrics_lines, save_lines
 from distributed.streams import run_command
@@ -114,7 +114,7 @@ def _facts(run: RunFolder) -> dict[str, list[str]]:
 def main() -> int:
     """0: the same bits; 1: not; 2: nothing to compare."""
     parser = argparse.ArgumentParser(prog="python -m distributed.compare", description=__doc__)
-    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", nargs=2, type=home_path, metavar="RUN", help="folder of a run")
     a, b = (RunFolder(path) for path in parser.parse_args().runs)
     try:
         return _tell(a, b)

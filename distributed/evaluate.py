@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from distributed.config import TrainConfig
 from distributed.data import sources
-from distributed.errors import ExitCode, InputError
-from distributed.files import check_writable
+from distributed.errors import ExitCode, InputError, NotFiniteError
+from distributed.files import check_writable, home_path, write_output
 from distributed.saved_run import (
     check_whole,
     checkpoint_of,
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 def main() -> int:
     """The exit code; prints on rank 0 where torchrun started several."""
     parser = argparse.ArgumentParser(prog="python -m distributed.evaluate", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("run", type=home_path, metavar="RUN", help="folder of the run")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
     parser.add_argument(
         "--checkpoint", default="auto", help="best, latest, step-00000313-epoch-001; auto: best if there is one"
     )
-    parser.add_argument("--data.root", dest="root", type=Path, help="folder with the data set now")
+    parser.add_argument("--data.root", dest="root", type=home_path, help="folder with the data set now")
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -47,7 +47,7 @@ def main() -> int:
     )
     parser.add_argument(
         "--confusion",
-        type=Path,
+        type=home_path,
         metavar="FILE",
         help="the drawn confusion matrix; RUN/confusion-SPLIT.png if not given",
     )
@@ -64,6 +64,9 @@ def main() -> int:
     except InputError as error:
         error.tell()
         return ExitCode.BAD_INPUT
+    except NotFiniteError as error:
+        InputError(f"{checkpoint}: {error}; name another with --checkpoint").tell()
+        return error.exit_code
 
 
 def _config_of(run: Path, root: Path | None) -> TrainConfig:
@@ -119,7 +122,7 @@ def _tell(
         f"{facts['model']} on {facts['data']}, {facts['split']} split: {totals.accuracy:.2%} of {totals.count:,} right"
     )
     with confusion_figure(counts, names, title=title) as figure:
-        picture.write_bytes(as_png(figure))
+        write_output(picture, as_png(figure))
     if as_json:
         figures: dict[str, Any] = {
             "images": totals.count, "loss": totals.mean_loss, "top1": totals.accuracy, "top5": totals.accuracy5,

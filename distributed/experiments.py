@@ -16,7 +16,7 @@ from pathlib import Path
 
 from distributed.config import load
 from distributed.errors import ExitCode, InputError
-from distributed.files import read_json, replace_json, replace_text
+from distributed.files import check_writable, home_path, read_json, replace_json, replace_text
 from distributed.run_folder import RunFolder
 from distributed.run_lines import attempt_lines, metrics_lines
 from distributed.streams import run_command
@@ -149,6 +149,14 @@ def write_table(results: Sequence[Result], out: Path) -> list[Result]:
     return merged
 
 
+def check_table(out: Path) -> None:
+    """Raises InputError if OUT.md and OUT.json cannot be written."""
+    if not out.name or (out.exists() and not out.is_file() and not out.is_dir()):
+        raise InputError(f"--out {out}: names the table without .md and .json; choose a name in a folder")
+    for suffix in (".md", ".json"):
+        check_writable("--out", out.with_suffix(suffix), regular=True)
+
+
 def read_table(file: Path) -> list[Result]:
     """The rows of an OUT.json; none where there is no such file.
 
@@ -171,9 +179,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m distributed.experiments", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=SEEDS, default=list(SEEDS), metavar="ID", help=", ".join(SEEDS))
     parser.add_argument("--data.root", dest="root", help="folder with the data sets")
-    parser.add_argument("--runs", type=Path, default=Path("runs/experiments"), help="folder of the run folders")
+    parser.add_argument("--runs", type=home_path, default=Path("runs/experiments"), help="folder of the run folders")
     parser.add_argument(
-        "--out", type=Path, default=Path("results/experiments"), help="the table, without .md and .json"
+        "--out", type=home_path, default=Path("results/experiments"), help="the table, without .md and .json"
     )
     parser.add_argument("--nproc_per_node", default="1", help="processes, as of torchrun")
     parser.add_argument(
@@ -183,6 +191,7 @@ def main() -> int:
     deadline = time.monotonic() + 60 * arguments.minutes if arguments.minutes else None
     failed: int = ExitCode.FINISHED
     try:
+        check_table(arguments.out)
         results = read_table(arguments.out.with_suffix(".json"))  # refused now, not after hours
         for name in arguments.only:
             words = [str(CONFIGS / f"{name}.toml"), "--run_dir", str(arguments.runs / name), *settings]

@@ -29,11 +29,11 @@ def home_path(text: str | Path) -> Path:
     """A path with `~` and `~user` as a shell reads them: a user that does not exist leaves the name as it is.
 
     Raises:
-        ValueError: `~` alone or `~/`, and nobody knows the home folder.
+        InputError: `~` or `~/...`, and nobody knows the home folder.
     """
     path = os.path.expanduser(text)
     if os.fspath(path).split("/", 1)[0] == "~":
-        raise ValueError(f"{text}: the home folder is not known here")
+        raise InputError(f"{text}: the home folder is not known here; give a full path")
     return Path(path)
 
 
@@ -63,12 +63,10 @@ def read_at_most(path: Path, limit: int) -> bytes:
 
 
 def lines_of(path: Path) -> Iterator[str]:
-    """The lines of a text without their ends; none if there is no regular file, and no line beyond 16 MiB."""
-    try:
-        file = opened(path)
-    except OSError:
+    """The lines of a text without their ends, up to one of 16 MiB; none if there is no regular file."""
+    if not os.path.isfile(path):
         return
-    with file:
+    with opened(path) as file:
         while line := file.readline(_LONGEST_LINE):
             if len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
                 return  # no writer of ours makes such a line

@@ -27,7 +27,11 @@ def run_to_exit_code(config: TrainConfig, topology: Topology) -> int:
         with SignalStop(launched=topology.launched) as stop:
             state = train(config, stop=stop)
     except (InputError, NotFiniteError, StorageError) as error:
-        for line in str(error).splitlines():
+        told = str(error)
+        if isinstance(error, NotFiniteError):
+            has_saved = RunFolder(config.run_dir).newest_state() is not None
+            told += f"; {error.remedy(config.precision, has_saved=has_saved)}"
+        for line in told.splitlines():
             logger.error("{}", line)
         return error.exit_code
     except RuntimeError as error:
@@ -58,8 +62,7 @@ def _say_ending(config: TrainConfig, state: TrainState) -> None:
     early = ", stopped early" if state.stopped_early else ""
     best = f"; best validation epoch {state.best.epoch + 1} ({state.best.value:.4f})" if state.best else ""
     logger.info("finished after {} epochs, {} steps{}{}", state.epoch, state.step, early, best)
-    logger.info(
-        "curves {}, checkpoints {}, TensorBoard: tensorboard --logdir {}", run.curves, run.checkpoints, run.path
-    )
+    board = f", TensorBoard: tensorboard --logdir {run.path}" if config.logging.tensorboard else ""
+    logger.info("curves {}, checkpoints {}{}", run.curves, run.checkpoints, board)
     if config.data.name.startswith("generated"):
         logger.warning("these results are on generated images, not on CIFAR")

@@ -10,6 +10,10 @@ from distributed.errors import InputError
 from distributed.files import read_object
 from distributed.run_folder import RunFolder, config_in, find_checkpoint
 
+_FILES = (
+    "config.toml", "metrics.jsonl", "digests.jsonl", "status.json", "attempts.jsonl", "attempt.json", "upload.json", ".lock",
+)  # fmt: skip
+
 
 def check_resume(config: TrainConfig) -> bool:
     """Whether the run in the config's folder is finished already.
@@ -21,6 +25,11 @@ def check_resume(config: TrainConfig) -> bool:
     for path in run.logs, run.checkpoints:
         if not (there := next(p for p in (path, *path.parents) if os.path.lexists(p))).is_dir():
             raise InputError(f"run_dir = {run.path}: {there} is no folder; move it, or give another with --run_dir")
+    for path in (run.path / name for name in _FILES):
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise InputError(
+                f"run_dir = {run.path}: {path} is not a regular file; move it, or give another with --run_dir"
+            )
     for path in checkpoints(run.checkpoints):
         check_format(path)
     if (state := run.newest_state()) is None:

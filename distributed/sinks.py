@@ -10,7 +10,7 @@ from typing import Any
 
 from loguru import logger
 
-from distributed.files import append_line, replace_text, storing
+from distributed.files import append_line, lines_of, replace_text, storing
 from distributed.metrics import EpochMetrics, TrainMetrics
 
 
@@ -21,8 +21,7 @@ class JsonLines:
     def __init__(self, path: Path, *, start_step: int, start_epoch: int, data: str) -> None:
         self.path, self.data = path, data
         with storing(path):
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-            kept = [line for line in lines if _is_of_the_past(line, step=start_step, epoch=start_epoch)]
+            kept = [line for line in lines_of(path) if _is_of_the_past(line, step=start_step, epoch=start_epoch)]
             replace_text(path, "".join(f"{line}\n" for line in kept))
 
     def train(self, metrics: TrainMetrics) -> None:

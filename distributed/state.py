@@ -49,9 +49,8 @@ class TrainState:
         """
         if totals.first_bad_step is not None:
             raise NotFiniteError(
-                f"the loss was not finite at step {totals.first_bad_step}: lower optim.lr, set optim.clip_norm, or use "
-                f"precision = float32; the last checkpoint is from before"
-            )
+                f"the loss was not finite at step {totals.first_bad_step + 1}"
+            )  # counted as in the log
         self.window += totals
 
     def close_window(self) -> Totals:

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 
 from distributed.errors import ExitCode, InputError
-from distributed.files import check_writable, replace_text
+from distributed.files import check_writable, home_path, write_output
 from distributed.report.history import History, read_history
 from distributed.report.page import Html, page, text
 from distributed.saved_run import has_data_root, unfetched, with_data_root
@@ -21,12 +21,12 @@ from distributed.streams import run_command
 def main() -> int:
     """The exit code; prints where the page lies."""
     parser = argparse.ArgumentParser(prog="python -m distributed.report", description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", type=home_path, nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="RUN/report.html of one run, else report.html, if not given"
+        "--out", type=home_path, metavar="FILE", help="RUN/report.html of one run, else report.html, if not given"
     )
     parser.add_argument("--checkpoint", default="auto", help="best, latest or a name; auto: best if there is one")
-    parser.add_argument("--data.root", dest="root", type=Path, help="where the data set lies now")
+    parser.add_argument("--data.root", dest="root", type=home_path, help="where the data set lies now")
     arguments = parser.parse_args()
     out = arguments.out or (arguments.runs[0] / "report.html" if len(arguments.runs) == 1 else Path("report.html"))
     try:
@@ -37,14 +37,15 @@ def main() -> int:
         return ExitCode.BAD_INPUT
     runs = _told_apart([_with_root(run, arguments.root) for run in runs])
     try:
-        replace_text(out, _page(runs, checkpoint=arguments.checkpoint))
+        document = _page(runs, checkpoint=arguments.checkpoint).encode()
+        write_output(out, document)
     except OSError as error:
         InputError(f"--out {out}: {error.strerror}; free space or name another file").tell()
         return ExitCode.BAD_INPUT
     except InputError as error:
         error.tell()
         return ExitCode.BAD_INPUT
-    print(f"{out} ({out.stat().st_size / 2**20:.1f} MiB)")
+    print(f"{out} ({len(document) / 2**20:.1f} MiB)")
     return ExitCode.FINISHED
 
 

@@ -7,9 +7,9 @@ import pytest
 ROOT = Path(__file__).parents[2] / "distributed"
 # A module may import what stands in a row above its own; modules of one package may import each other, one way.
 LAYERS = [
-    "errors keyed plot tree figures profiler run_lines save_budget",
+    "errors keyed plot tree figures profiler save_budget",
     "files versions streams",
-    "config topology safetensors_stream checkpoint_files",
+    "config run_lines topology safetensors_stream checkpoint_files",
     "rendezvous collectives logs metrics remote",
     "shared_memory",
     "process_group determinism data models row_gather optim schedule sums stop sinks",
