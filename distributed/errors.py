@@ -43,14 +43,6 @@ class NotFiniteError(ArithmeticError):
 
     exit_code = ExitCode.NOT_FINITE
 
-    @staticmethod
-    def remedy(precision: str, *, has_saved: bool) -> str:
-        """What to change, and what there is to resume."""
-        wider = "" if precision in ("float32", "float64") else ", or use precision = float32"
-        return f"lower optim.lr{' or' if not wider else ','} set optim.clip_norm{wider}; " + (
-            "the last checkpoint is from before that" if has_saved else "there is no checkpoint yet"
-        )
-
 
 class StorageError(OSError):
     """The run folder cannot be written, or belongs to a newer attempt; the last good checkpoint is intact."""

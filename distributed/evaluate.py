@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from distributed.config import TrainConfig
 from distributed.data import sources
-from distributed.errors import ExitCode, InputError, NotFiniteError
+from distributed.errors import ExitCode, InputError
 from distributed.files import check_writable, home_path, write_output
 from distributed.saved_run import (
     check_whole,
@@ -64,9 +64,6 @@ def main() -> int:
     except InputError as error:
         error.tell()
         return ExitCode.BAD_INPUT
-    except NotFiniteError as error:
-        InputError(f"{checkpoint}: {error}; name another with --checkpoint").tell()
-        return error.exit_code
 
 
 def _config_of(run: Path, root: Path | None) -> TrainConfig:

@@ -27,11 +27,7 @@ def run_to_exit_code(config: TrainConfig, topology: Topology) -> int:
         with SignalStop(launched=topology.launched) as stop:
             state = train(config, stop=stop)
     except (InputError, NotFiniteError, StorageError) as error:
-        told = str(error)
-        if isinstance(error, NotFiniteError):
-            has_saved = RunFolder(config.run_dir).newest_state() is not None
-            told += f"; {error.remedy(config.precision, has_saved=has_saved)}"
-        for line in told.splitlines():
+        for line in str(error).splitlines():
             logger.error("{}", line)
         return error.exit_code
     except RuntimeError as error:

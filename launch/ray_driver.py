@@ -193,10 +193,7 @@ def _ending(config: TrainConfig, result: "Future[Any]", *, stopped: bool) -> End
     causes = _causes(error)
     for cause in causes.values():
         if isinstance(cause, InputError | NotFiniteError | StorageError):
-            told = str(cause)
-            if isinstance(cause, NotFiniteError):
-                told += f"; {cause.remedy(config.precision, has_saved=bool(_saved_step(config)))}"
-            for line in told.splitlines():
+            for line in str(cause).splitlines():
                 logger.error("{}", line)
             return Ending(ExitCode(cause.exit_code))
     for rank, cause in causes.items() or [(None, error)]:
