@@ -78,4 +78,7 @@ def open_sinks(config: TrainConfig, run: RunFolder, state: TrainState, *, total_
     sinks: list[Sink] = [lines]
     if config.logging.tensorboard:
         sinks.append(TensorBoard(run.tensorboard, start_step=state.step))
-    return [*sinks, Terminal(epochs=config.epochs, total_steps=total_steps, start_step=state.step)]
+    return [
+        *sinks,
+        Terminal(epochs=config.epochs, total_steps=total_steps, start_step=state.step, step=lambda: state.step),
+    ]

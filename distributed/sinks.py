@@ -3,6 +3,8 @@
 import json
 import math
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -82,21 +84,13 @@ class TensorBoard:
 class Terminal:
     """A progress bar on a terminal, plain lines elsewhere; a line an epoch on both."""
 
-    def __init__(self, *, epochs: int, total_steps: int, start_step: int) -> None:
-        from tqdm import tqdm
-
+    def __init__(self, *, epochs: int, total_steps: int, start_step: int, step: Callable[[], int]) -> None:
         self.epochs, self.total_steps = epochs, total_steps
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, leave=False)
+        self._bar = _Bar(epochs, total_steps, start_step, step) if sys.stderr.isatty() else None
 
     def train(self, m: TrainMetrics) -> None:
         if self._bar is not None:
-            self._bar.set_description(f"epoch {m.epoch + 1}/{self.epochs}", refresh=False)
-            self._bar.set_postfix_str(
-                f"loss {m.loss:.3f}, acc {m.accuracy:.1%}, {m.images_per_second:,.0f} img/s", refresh=False
-            )
-            self._bar.update(m.step - self._bar.n)
+            self._bar.show(f"loss {m.loss:.3f}, {m.accuracy:.1%}, {m.images_per_second:,.0f} img/s")
             return
         logger.info(
             "epoch {}/{} step {}/{}: loss {:.4f}, accuracy {:.2%}, lr {:.3g}, {:,.0f} images/s, ETA {}{}",
@@ -117,6 +111,44 @@ class Terminal:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+class _Bar:
+    """A progress bar that a thread of its own moves, so that a step costs nothing and a slow step is no standstill."""
+
+    _SECONDS = 0.2  # between looks at the counter of steps
+
+    def __init__(self, epochs: int, total_steps: int, start_step: int, step: Callable[[], int]) -> None:
+        from tqdm import tqdm
+
+        self._epochs, self._step = epochs, step
+        self._bar = tqdm(
+            total=total_steps, initial=start_step, dynamic_ncols=True, leave=False,
+            bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} [{remaining}{postfix}]",
+        )  # fmt: skip
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+        self._advance()
+        self._thread.start()
+
+    def show(self, figures: str) -> None:
+        """Figures to stand behind the bar from now on."""
+        self._bar.set_postfix_str(figures, refresh=False)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+        self._bar.close()
+
+    def _run(self) -> None:
+        while not self._closed.wait(self._SECONDS):
+            self._advance()
+
+    def _advance(self) -> None:
+        done = self._step()
+        epoch = max(0, done - 1) * self._epochs // max(1, self._bar.total) + 1
+        self._bar.set_description_str(f"epoch {epoch}/{self._epochs}", refresh=False)
+        self._bar.update(done - self._bar.n)
 
 
 def duration(seconds: float) -> str:
