@@ -6,6 +6,7 @@ from typing import Any
 
 from distributed.checkpoint_files import check_format, checkpoints
 from distributed.config import TrainConfig, changes_experiment, differences
+from distributed.config.layers import shown
 from distributed.errors import InputError
 from distributed.files import read_object
 from distributed.run_folder import RunFolder, config_in, find_checkpoint
@@ -48,7 +49,7 @@ def check_experiment(config: TrainConfig, state: dict[str, Any], *, where: Path 
         refused.append(("exact.shards", shards, config.exact.shards))
     if refused:
         raise InputError(
-            *[f"{where}: {path} = {new}: this run was begun with {old}" for path, old, new in refused],
+            *[f"{where}: {path} = {shown(new)}: this run was begun with {shown(old)}" for path, old, new in refused],
             f"a resumed run keeps its experiment: take these settings back, or give another {option}",
         )
     return {path for path, _, _ in changed}

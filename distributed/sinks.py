@@ -121,7 +121,7 @@ class _Bar:
     def __init__(self, epochs: int, total_steps: int, start_step: int, step: Callable[[], int]) -> None:
         from tqdm import tqdm
 
-        self._epochs, self._step = epochs, step
+        self._epochs, self._total_steps, self._step = epochs, total_steps, step
         self._bar = tqdm(
             total=total_steps, initial=start_step, dynamic_ncols=True, leave=False,
             bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} [{remaining}{postfix}]",
@@ -146,7 +146,7 @@ class _Bar:
 
     def _advance(self) -> None:
         done = self._step()
-        epoch = max(0, done - 1) * self._epochs // max(1, self._bar.total) + 1
+        epoch = max(0, done - 1) * self._epochs // max(1, self._total_steps) + 1
         self._bar.set_description_str(f"epoch {epoch}/{self._epochs}", refresh=False)
         self._bar.update(done - self._bar.n)
 

@@ -115,6 +115,13 @@ def as_toml(config: TrainConfig) -> str:
     return tomli_w.dumps(_without_none(config))
 
 
+def toml_value(value: Any) -> str:
+    """A setting's value as a config file spells it."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml_value, value))}]"
+    return tomli_w.dumps({"x": "none" if value is None else value}).removeprefix("x = ").strip()
+
+
 def _without_none(section: BaseModel) -> dict[str, Any]:
     """TOML has no null: none is left out where it is the default, else it is the word."""
     tree: dict[str, Any] = {}

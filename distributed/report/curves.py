@@ -26,7 +26,7 @@ def run_curves(run: History) -> Html:
     if not run.epochs:
         raise Absent("No epoch was finished yet, so there is nothing to draw.")
     with figure(11.5, 3.3, columns=3) as (made, [losses, accuracies, rates]):
-        marker = "o" if len(run.epochs) <= _DOTTED_UP_TO else None
+        marker = _marker(run)
         for split, colour in SPLITS.items():
             for axes, measured, scale in ((losses, "loss", 1), (accuracies, "accuracy", 100)):
                 epochs, values = run.curve(split, measured)
@@ -74,9 +74,10 @@ def _overlaid(runs: Sequence[History]) -> Iterator[tuple["Figure", str]]:
         for place, run in enumerate(runs):
             # Runs of the same bits lie on top of each other: the lower ones are seen between the dashes.
             style: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "linestyle": _DASHES[place % len(_DASHES)]}
-            losses.plot(*run.curve("train", "loss"), label=run.name, **style)
+            marker = _marker(run)
+            losses.plot(*run.curve("train", "loss"), label=run.name, marker=marker, **style)
             epochs, values = run.curve(split, "accuracy")
-            accuracies.plot(epochs, [100 * v for v in values], **style)
+            accuracies.plot(epochs, [100 * v for v in values], marker=marker, **style)
             _draw_rates(rates, run, **style)
         _label(losses, accuracies, rates)
         losses.set_title("training loss")
@@ -105,6 +106,11 @@ def throughput(run: History) -> Html:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         return as_svg(made, label=f"training speed of {run.name} over steps")
+
+
+def _marker(run: History) -> str | None:
+    """A point an epoch: of a single epoch a line alone would show nothing."""
+    return "o" if len(run.epochs) <= _DOTTED_UP_TO else None
 
 
 def _draw_rates(axes: "Axes", run: History, **style: Any) -> None:
