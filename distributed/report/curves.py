@@ -40,7 +40,7 @@ def run_curves(run: History) -> Html:
         accuracies.legend()
         for axes in (losses, accuracies, rates):
             _mark_drops(axes, run)
-        _label(losses, accuracies, rates)
+        _label(losses, accuracies, rates, epochs=run.epochs[-1]["epoch"] + 1)
         return as_svg(made, label=f"loss, accuracy and learning rate of {run.name} over epochs")
 
 
@@ -79,7 +79,7 @@ def _overlaid(runs: Sequence[History]) -> Iterator[tuple["Figure", str]]:
             epochs, values = run.curve(split, "accuracy")
             accuracies.plot(epochs, [100 * v for v in values], marker=marker, **style)
             _draw_rates(rates, run, **style)
-        _label(losses, accuracies, rates)
+        _label(losses, accuracies, rates, epochs=max(run.epochs[-1]["epoch"] + 1 for run in runs if run.epochs))
         losses.set_title("training loss")
         accuracies.set_title(f"{split} accuracy")
         made.legend(loc="outside lower center", ncols=4)
@@ -124,7 +124,7 @@ def _draw_rates(axes: "Axes", run: History, **style: Any) -> None:
     if run.config.schedule.name == "plateau":
         axes.set_yscale("log")  # its drops span orders of magnitude
         style["drawstyle"] = "steps-pre"
-    axes.plot([x for x, _ in points], [lr for _, lr in points], **style)
+    axes.plot([x for x, _ in points], [lr for _, lr in points], marker="o" if len(points) == 1 else None, **style)
 
 
 def _mark_drops(axes: "Axes", run: History) -> None:
@@ -132,7 +132,7 @@ def _mark_drops(axes: "Axes", run: History) -> None:
         axes.axvline(epoch, color=INK, linestyle="--", linewidth=0.8, alpha=0.5)
 
 
-def _label(losses: "Axes", accuracies: "Axes", rates: "Axes") -> None:
+def _label(losses: "Axes", accuracies: "Axes", rates: "Axes", *, epochs: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for axes, title, unit in (
@@ -141,4 +141,5 @@ def _label(losses: "Axes", accuracies: "Axes", rates: "Axes") -> None:
         (rates, "learning rate", ""),
     ):
         axes.set(title=title, xlabel="epoch", ylabel=unit)
+        axes.set_xlim(0, 1.04 * epochs + 0.1)  # from the start: a single epoch has no range of its own
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
