@@ -6,6 +6,7 @@ machines stay.
 """
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
@@ -151,7 +152,7 @@ def write_table(results: Sequence[Result], out: Path) -> list[Result]:
 
 def check_table(out: Path) -> None:
     """Raises InputError if OUT.md and OUT.json cannot be written."""
-    if not out.name or (out.exists() and not out.is_file() and not out.is_dir()):
+    if not out.name or (os.path.exists(out) and not os.path.isfile(out) and not os.path.isdir(out)):
         raise InputError(f"--out {out}: names the table without .md and .json; choose a name in a folder")
     for suffix in (".md", ".json"):
         check_writable("--out", out.with_suffix(suffix), regular=True)

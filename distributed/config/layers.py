@@ -4,7 +4,7 @@ import os
 import re
 import tomllib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -84,8 +84,15 @@ def from_file(path: Path, *, extended_by: tuple[str, ...] = ()) -> Settings:
         if not isinstance(base, str) or not base or "\0" in base:
             raise InputError(f"{name}: extends = {shown(base)}: must be the name of one file, in quotes")
         settings = from_file(path.parent / home_path(base), extended_by=(*extended_by, here))
-    settings.override(Settings(_with_none(values), {key: f"{name}:{line}" for key, line in _lines_of_keys(text)}))
+    places = dict.fromkeys(_paths(values), name) | {key: f"{name}:{line}" for key, line in _lines_of_keys(text)}
+    settings.override(Settings(_with_none(values), places))
     return settings
+
+
+def _paths(tree: Tree, prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        yield prefix + key
+        yield from _paths(value, f"{prefix}{key}.") if isinstance(value, dict) else ()
 
 
 def _parsed(path: Path, name: str) -> tuple[str, Tree]:
