@@ -16,6 +16,11 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
+def plain(text: str) -> str:
+    """The text with everything that a terminal would obey or that cannot be encoded escaped; line ends stay."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 class _Explained:
     """An error whose message is for the user, and the exit code that stands for it."""
 
@@ -37,7 +42,7 @@ class InputError(_Explained, ValueError):
     exit_code = ExitCode.BAD_INPUT
 
     def __init__(self, *lines: str) -> None:
-        super().__init__("\n".join(lines))
+        super().__init__(plain("\n".join(lines)))
         self.lines = tuple(str(self).splitlines())  # of a pickled one too, whose lines come as one text
 
 

@@ -5,8 +5,6 @@ Prints loss, top-1 and top-5, then each class; draws which classes are taken for
 
 import argparse
 import json
-import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +13,7 @@ from distributed.byproducts import Byproduct, asked_for
 from distributed.config import TrainConfig
 from distributed.data import sources
 from distributed.errors import ExitCode, InputError, StorageError
-from distributed.files import check_writable, write_output
+from distributed.files import check_writable, home_path, write_output
 from distributed.saved_run import (
     check_whole,
     checkpoint_of,
@@ -25,6 +23,7 @@ from distributed.saved_run import (
     on_device,
     with_data_root,
 )
+from distributed.streams import run_command
 from distributed.topology import Topology
 from distributed.versions import require
 
@@ -37,12 +36,12 @@ if TYPE_CHECKING:
 def main() -> int:
     """The exit code; prints on rank 0 where torchrun started several."""
     parser = argparse.ArgumentParser(prog="python -m distributed.evaluate", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("run", type=home_path, metavar="RUN", help="folder of the run")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
     parser.add_argument(
         "--checkpoint", default="auto", help="best, latest, step-00000313-epoch-001; auto: best if there is one"
     )
-    parser.add_argument("--data.root", dest="root", type=Path, help="folder with the data set now")
+    parser.add_argument("--data.root", dest="root", type=home_path, help="folder with the data set now")
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -50,7 +49,7 @@ def main() -> int:
     )
     parser.add_argument(
         "--confusion",
-        type=Path,
+        type=home_path,
         metavar="FILE",
         help="the drawn confusion matrix; RUN/confusion-SPLIT.png if not given",
     )
@@ -163,6 +162,4 @@ def _pair(pair: tuple[str, str, int] | None) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)
+    run_command(main, at_once=True)

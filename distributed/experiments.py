@@ -6,6 +6,7 @@ machines stay.
 """
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from distributed import logs
 from distributed.byproducts import Byproduct, asked_for
 from distributed.config import load
 from distributed.errors import ExitCode, InputError, StorageError
-from distributed.files import check_writable, read_json, replace_json, replace_text
+from distributed.files import check_writable, home_path, read_json, replace_json, replace_text
 from distributed.run_folder import RunFolder
 from distributed.run_lines import attempt_lines, metrics_lines
 from distributed.shipped import shipped
+from distributed.streams import run_command
 
 CONFIGS = shipped("configs/seeds")
 
@@ -161,6 +163,14 @@ def merged(results: Sequence[Result], out: Path) -> list[Result]:
     return [rows[name] for name in SEEDS if name in rows]
 
 
+def check_table(out: Path) -> None:
+    """Raises InputError if OUT.md and OUT.json cannot be written."""
+    if not out.name or (os.path.exists(out) and not os.path.isfile(out) and not os.path.isdir(out)):
+        raise InputError(f"--out {out}: names the table without .md and .json; choose a name in a folder")
+    for suffix in (".md", ".json"):
+        check_writable("--out", out.with_suffix(suffix), regular=True)
+
+
 def read_table(file: Path) -> list[Result]:
     """The rows of an OUT.json; none where there is no such file.
 
@@ -183,9 +193,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m distributed.experiments", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=SEEDS, default=list(SEEDS), metavar="ID", help=", ".join(SEEDS))
     parser.add_argument("--data.root", dest="root", help="folder with the data sets")
-    parser.add_argument("--runs", type=Path, default=Path("runs/experiments"), help="folder of the run folders")
+    parser.add_argument("--runs", type=home_path, default=Path("runs/experiments"), help="folder of the run folders")
     parser.add_argument(
-        "--out", type=Path, default=Path("results/experiments"), help="the table, without .md and .json"
+        "--out", type=home_path, default=Path("results/experiments"), help="the table, without .md and .json"
     )
     parser.add_argument("--nproc_per_node", default="1", help="processes, as of torchrun")
     parser.add_argument(
@@ -196,8 +206,8 @@ def main() -> int:
     deadline = time.monotonic() + 60 * arguments.minutes if arguments.minutes else None
     failed: int = ExitCode.FINISHED
     try:
-        check_writable("--out", arguments.out.with_suffix(".md"))  # refused now, not after hours
-        read_table(arguments.out.with_suffix(".json"))
+        check_table(arguments.out)
+        read_table(arguments.out.with_suffix(".json"))  # refused now, not after hours
         for name in arguments.only:
             words = [str(CONFIGS / f"{name}.toml"), "--run_dir", str(arguments.runs / name), *settings]
             words += ["--data.root", arguments.root] if arguments.root else []
@@ -245,4 +255,4 @@ def _run(launch: Sequence[str], words: Sequence[str], deadline: float | None) ->
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -5,10 +5,12 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from loguru import logger
 
 from distributed.byproducts import Byproduct
+from distributed.errors import plain
 
 _TERMINAL = "<green>{time:HH:mm:ss}</green> <level>{level: <7}</level> {message}"
 _FILE = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} {name}:{line} {message}"
@@ -22,6 +24,11 @@ class _ToLoguru(logging.Handler):
         logger.opt(depth=6, exception=record.exc_info).log(level, "{}", f"{record.name}: {record.getMessage()}")
 
 
+def _escape(record: Any) -> None:
+    """Keep names of files and other input from steering the terminal."""
+    record["message"] = plain(record["message"])
+
+
 def terminal_logs(rank: int, *, level: str = "INFO") -> None:
     """Send rank 0's messages of `level` and up, and other ranks' warnings, to stderr."""
     from tqdm import tqdm  # only for its lock on the terminal: a message does not break a progress bar
@@ -31,6 +38,7 @@ def terminal_logs(rank: int, *, level: str = "INFO") -> None:
             tqdm.write(message, file=sys.stderr, end="")
 
     logger.remove()
+    logger.configure(patcher=_escape)
     own = level if rank == 0 else "WARNING"
     logger.add(
         say,

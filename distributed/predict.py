@@ -6,15 +6,16 @@ is taken.
 
 import argparse
 import json
-import sys
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed.byproducts import asked_for
 from distributed.config.data import MAX_PIXELS, max_pixels_of
 from distributed.errors import ExitCode, InputError, StorageError
-from distributed.files import check_writable, write_output
+from distributed.files import check_writable, home_path, write_output
 from distributed.saved_run import checkpoint_of, config_of, unfetched, with_data_root
+from distributed.streams import run_command
 from distributed.versions import require
 
 if TYPE_CHECKING:
@@ -28,25 +29,27 @@ _TOP = 5
 def main() -> int:
     """The exit code; prints a line an image."""
     parser = argparse.ArgumentParser(prog="python -m distributed.predict", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="files of any common format")
+    parser.add_argument("run", type=home_path, metavar="RUN", help="folder of the run")
+    parser.add_argument("images", type=home_path, nargs="+", metavar="IMAGE", help="files of any common format")
     parser.add_argument("--checkpoint", default="auto", help="best, latest or a name; auto: best if there is one")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    parser.add_argument("--picture", type=Path, metavar="OUT.png", help="draw the images with what they are taken for")
+    parser.add_argument(
+        "--picture", type=home_path, metavar="OUT.png", help="draw the images with what they are taken for"
+    )
     parser.add_argument(
         "--data.max_pixels", dest="max_pixels", type=int, metavar="N", help="largest image that is decoded; the run's"
     )
     parser.add_argument(
         "--data.root",
         dest="root",
-        type=Path,
+        type=home_path,
         help="the data set; only for checkpoints without the images' normalization",
     )
     arguments = parser.parse_args()
     try:
         config = unfetched(with_data_root(config_of(arguments.run), arguments.root))
         checkpoint = checkpoint_of(arguments.run, arguments.checkpoint)
-        if missing := [path for path in arguments.images if not path.is_file()]:
+        if missing := [path for path in arguments.images if not os.path.isfile(path)]:
             raise InputError(*[f"{path}: no such file; name images that are there" for path in missing])
         if arguments.picture:
             require("matplotlib", at_least=(3, 9), wanted_by="--picture")
@@ -130,4 +133,4 @@ def _table(found: list[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

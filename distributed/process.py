@@ -57,8 +57,7 @@ def _say_ending(config: TrainConfig, state: TrainState) -> None:
     early = ", stopped early" if state.stopped_early else ""
     best = f"; best validation epoch {state.best.epoch + 1} ({state.best.value:.4f})" if state.best else ""
     logger.info("finished after {} epochs, {} steps{}{}", state.epoch, state.step, early, best)
-    logger.info(
-        "curves {}, checkpoints {}, TensorBoard: tensorboard --logdir {}", run.curves, run.checkpoints, run.path
-    )
+    board = f", TensorBoard: tensorboard --logdir {run.path}" if config.logging.tensorboard else ""
+    logger.info("curves {}, checkpoints {}{}", run.curves, run.checkpoints, board)
     if config.data.name.startswith("generated"):
         logger.warning("these results are on generated images, not on CIFAR")

@@ -60,7 +60,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         engine = build_engine(config, topology, data, device)
         steps_per_epoch, total_steps = data.steps_per_epoch, config.epochs * data.steps_per_epoch
         schedule = build_schedule(config, steps_per_epoch=steps_per_epoch)
-        state = TrainState(schedule, build_early_stopping(config.early_stopping))
+        state = TrainState(schedule, build_early_stopping(config.early_stopping), config.precision)
         facts = attempt.facts(device) | data.facts()
         checkpoints = Checkpointer(
             attempt.folder.checkpoints,

@@ -81,6 +81,6 @@ def open_sinks(config: TrainConfig, run: ClaimedRun, state: TrainState, *, total
         sinks.append(BestEffort(str(run.tensorboard), lambda: TensorBoard(run.tensorboard, start_step=start_step)))
     terminal = BestEffort(
         "progress on the terminal",
-        lambda: Terminal(epochs=config.epochs, total_steps=total_steps, start_step=start_step),
+        lambda: Terminal(epochs=config.epochs, total_steps=total_steps, start_step=start_step, step=lambda: state.step),
     )
     return [*sinks, terminal]

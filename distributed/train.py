@@ -1,6 +1,5 @@
 """`python -m distributed.train [CONFIG.toml] [--SETTING VALUE ...]`: a wrong input ends here before torch is imported."""
 
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from distributed.errors import ExitCode, InputError
 from distributed.resume_checks import check_resume, check_start
 from distributed.run_folder import RunFolder
 from distributed.signals import SignalStop
+from distributed.streams import run_command
 from distributed.topology import Topology, cluster_job, has_launcher
 from distributed.uploads import upload_rest
 from distributed.versions import require
@@ -116,7 +116,5 @@ def refuse(error: InputError, topology: Topology) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # threads of gloo or NCCL that wait for a dead peer must not keep the process
+    # Threads of gloo or NCCL that wait for a dead peer must not keep the process.
+    run_command(main, at_once=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from distributed.config import load
 from distributed.errors import ExitCode, InputError
+from distributed.streams import run_command
 from launch.address import free_port, reachable
 from launch.allocation import Allocation, in_job, place
 from launch.reports import bounded, of_nodes, of_this_machine
@@ -116,4 +117,4 @@ def _with_state(node: str, why: str) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

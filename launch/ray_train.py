@@ -9,6 +9,7 @@ import sys
 from distributed.config import help_text
 from distributed.errors import ExitCode, InputError
 from distributed.shipped import shipped
+from distributed.streams import run_command
 from distributed.topology import Topology
 from distributed.train import refuse
 from distributed.versions import require
@@ -59,7 +60,4 @@ if __name__ == "__main__":
     # Under its own name, so that what goes to the workers is found there by name.
     from launch.ray_train import main as run
 
-    code = run()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    raise SystemExit(code)
+    run_command(run)

@@ -17,6 +17,7 @@ from pathlib import Path
 from distributed.errors import ExitCode, InputError
 from distributed.files import replace_text
 from distributed.shipped import shipped
+from distributed.streams import run_command
 from distributed.topology import Topology
 from distributed.train import checked_config
 from launch.allocation import names_environment
@@ -165,4 +166,4 @@ def _count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

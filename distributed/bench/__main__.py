@@ -17,7 +17,8 @@ from distributed.bench.options import CONTENDERS, Options
 from distributed.bench.rounds import ContenderFailedError, machine
 from distributed.data import cifar
 from distributed.errors import ExitCode, InputError
-from distributed.files import check_writable
+from distributed.files import check_writable, home_path
+from distributed.streams import run_command
 
 
 def main() -> int:
@@ -60,7 +61,7 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m distributed.bench", description=__doc__)
     parser.add_argument("kind", choices=[*KINDS, "memory"])
-    parser.add_argument("--data.root", dest="root", type=Path, default=Path("data"), help="folder with CIFAR-10")
+    parser.add_argument("--data.root", dest="root", type=home_path, default=Path("data"), help="folder with CIFAR-10")
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -84,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         help="total time limit; contenders that would start later are skipped",
     )
     parser.add_argument(
-        "--json", type=Path, help="also write results here, and the output of failed contenders beside it"
+        "--json", type=home_path, help="also write results here, and the output of failed contenders beside it"
     )
     return parser
 
@@ -153,4 +154,4 @@ def _command(given: argparse.Namespace, options: Options) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

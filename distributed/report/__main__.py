@@ -4,8 +4,6 @@ The page is a single file that needs nothing else. What cannot be shown (no chec
 """
 
 import argparse
-import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,21 +13,22 @@ from pathlib import Path
 from distributed import logs
 from distributed.byproducts import asked_for
 from distributed.errors import ExitCode, InputError, StorageError
-from distributed.files import check_writable, write_output
+from distributed.files import check_writable, home_path, write_output
 from distributed.report.history import History, read_history
 from distributed.report.page import Html, page, text
 from distributed.saved_run import has_data_root, unfetched, with_data_root
+from distributed.streams import run_command
 
 
 def main() -> int:
     """The exit code; prints where the page lies."""
     parser = argparse.ArgumentParser(prog="python -m distributed.report", description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", type=home_path, nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="RUN/report.html of one run, else report.html, if not given"
+        "--out", type=home_path, metavar="FILE", help="RUN/report.html of one run, else report.html, if not given"
     )
     parser.add_argument("--checkpoint", default="auto", help="best, latest or a name; auto: best if there is one")
-    parser.add_argument("--data.root", dest="root", type=Path, help="where the data set lies now")
+    parser.add_argument("--data.root", dest="root", type=home_path, help="where the data set lies now")
     arguments = parser.parse_args()
     logs.terminal_logs(0, level="WARNING")
     out = arguments.out or (arguments.runs[0] / "report.html" if len(arguments.runs) == 1 else Path("report.html"))
@@ -80,6 +79,4 @@ def _page(runs: Sequence[History], *, checkpoint: str) -> str:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)
+    run_command(main, at_once=True)

@@ -7,9 +7,9 @@ import pytest
 ROOT = Path(__file__).parents[2] / "distributed"
 # A module may import what stands in a row above its own; modules of one package may import each other, one way.
 LAYERS = [
-    "errors keyed tree figures run_lines save_budget shipped scripts",
-    "files versions byproducts",
-    "config plot profiler topology safetensors_stream checkpoint_files",
+    "errors keyed tree figures save_budget shipped scripts",
+    "files versions byproducts streams",
+    "config plot profiler run_lines topology safetensors_stream checkpoint_files",
     "rendezvous collectives logs metrics remote saved_state endings",
     "shared_memory event_file peers signals",
     "process_group determinism data models row_gather optim schedule sums stop",
@@ -19,7 +19,7 @@ LAYERS = [
     "resume_checks claimed_run",
     "cuda_step",
     "uploads downloads sinks",
-    "resume_point reporter",
+    "resume_point reporter runs",
     "checkpoint",
     "saved_run",
     "attempt build warm_start",
@@ -61,6 +61,7 @@ WITHOUT_TORCH = {
     "predict",
     "export.__main__",
     "report.__main__",
+    "runs",
     "experiments",
     "gpu_check.__main__",
     "gpu_pack",
