@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[2] / "distributed"
 LAYERS = [
     "errors keyed tree figures save_budget shipped scripts",
     "files versions byproducts streams",
-    "config plot profiler run_lines topology safetensors_stream checkpoint_files",
-    "rendezvous collectives logs metrics remote saved_state endings",
+    "config profiler run_lines topology safetensors_stream checkpoint_files",
+    "rendezvous collectives logs metrics remote saved_state endings plot",
     "shared_memory event_file peers signals",
     "process_group determinism data models row_gather optim schedule sums stop",
     "exact",
