@@ -33,9 +33,14 @@ class Step(Protocol):
     def __call__(self, micro_batches: list[Batch], *, lr: float, step: int) -> Tensor: ...
 
 
+def config_digest(config: TrainConfig) -> str:
+    """A digest of all settings, the same for all ranks of a job."""
+    return hashlib.blake2b(as_toml(config).encode(), digest_size=8).hexdigest()
+
+
 def check_same_config(config: TrainConfig) -> None:
     """Raises InputError where the ranks were not all given the same config."""
-    digests = collectives.gather_objects(hashlib.blake2b(as_toml(config).encode(), digest_size=8).hexdigest())
+    digests = collectives.gather_objects(config_digest(config))
     different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if different:
         raise InputError(

@@ -1,10 +1,13 @@
 """The edge of a training process: the recipe in, an exit code out, and what went wrong in words."""
 
 import re
+import signal
 
 from loguru import logger
 
 from distributed import logs
+from distributed.agent_store import AgentStore, AnotherJob
+from distributed.build import config_digest
 from distributed.config import TrainConfig
 from distributed.errors import ExitCode, InputError, NotFiniteError, StorageError
 from distributed.recipe import train
@@ -23,12 +26,18 @@ _LOST_PEER = re.compile(
 def run_to_exit_code(config: TrainConfig, topology: Topology) -> int:
     """Train under signal handling; every way to end has its exit code."""
     logs.terminal_logs(topology.rank, level=config.logging.level)
+    agents = AgentStore.find(topology)
     try:
+        if agents:
+            agents.enter(config_digest(config))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         with SignalStop(launched=topology.launched) as stop:
             state = train(config, stop=stop)
     except (InputError, NotFiniteError, StorageError) as error:
         for line in str(error).splitlines():
             logger.error("{}", line)
+        if agents and isinstance(error, AnotherJob):
+            agents.leave()
         return error.exit_code
     except RuntimeError as error:
         if not _LOST_PEER.search(str(error)):

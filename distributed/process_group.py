@@ -10,6 +10,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
+from distributed.agent_store import AgentStore
 from distributed.errors import InputError
 from distributed.rendezvous import agree_on_token
 from distributed.topology import Topology, host
@@ -51,8 +52,11 @@ def process_group(topology: Topology, device: torch.device, *, timeout_seconds: 
             _shorten_nccl_timeout(device, timeout)
         yield
         return
-    store, rank, world_size = next(rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))
-    token = agree_on_token(store, rank=rank, world_size=world_size, timeout=timeout)
+    rank, world_size = topology.rank, topology.world_size
+    agents = AgentStore.find(topology, timeout=timeout)
+    store = agents.keys if agents else next(rendezvous("env://", rank, world_size, timeout=timeout))[0]
+    look = agents.look if agents else None
+    token = agree_on_token(store, rank=rank, world_size=world_size, timeout=timeout, look=look)
     store = PrefixStore(token, store)
     own_gpu = have_own_gpu(store, gpu_of(device), rank=rank, world_size=world_size)
     dist.init_process_group(

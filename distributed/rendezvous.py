@@ -8,6 +8,7 @@ earlier attempt had, and every key of theirs stands under it.
 import json
 import time
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
 
 from torch._C._distributed_c10d import Store
@@ -15,7 +16,9 @@ from torch._C._distributed_c10d import Store
 _POLL_SECONDS = 0.01
 
 
-def agree_on_token(store: Store, *, rank: int, world_size: int, timeout: timedelta) -> str:
+def agree_on_token(
+    store: Store, *, rank: int, world_size: int, timeout: timedelta, look: Callable[[], None] | None = None
+) -> str:
     """A token that exactly the living ranks share.
 
     Each rank says hello with a nonce of its own. Rank 0 publishes a token with the nonces it read; a rank that finds
@@ -23,14 +26,17 @@ def agree_on_token(store: Store, *, rank: int, world_size: int, timeout: timedel
     nobody's, their acknowledgements and their go name another token. A nonce that is overwritten by its living
     successor is met by a new proposal.
 
+    Args:
+        look: called while waiting; may raise if the wait is in vain.
+
     Raises:
         TimeoutError: not all ranks came in time.
     """
-    deadline = time.monotonic() + timeout.total_seconds()
+    deadline, look = time.monotonic() + timeout.total_seconds(), look or _nothing
     nonce = uuid.uuid4().hex
     store.set(f"hello/{rank}", nonce)
     if rank == 0:
-        return _propose(store, nonce=nonce, world_size=world_size, deadline=deadline)
+        return _propose(store, nonce=nonce, world_size=world_size, deadline=deadline, look=look)
     acknowledged = None
     while True:
         proposal = json.loads(_read(store, "proposal") or "{}")
@@ -41,10 +47,11 @@ def agree_on_token(store: Store, *, rank: int, world_size: int, timeout: timedel
                 acknowledged = token
             if _read(store, "go") == token:
                 return str(token)
+        look()
         _wait(deadline, f"rank {rank}: rank 0 did not answer")
 
 
-def _propose(store: Store, *, nonce: str, world_size: int, deadline: float) -> str:
+def _propose(store: Store, *, nonce: str, world_size: int, deadline: float, look: Callable[[], None]) -> str:
     proposed: dict[str, str] = {}
     token = ""
     others = range(1, world_size)
@@ -57,7 +64,11 @@ def _propose(store: Store, *, nonce: str, world_size: int, deadline: float) -> s
         if token and not missing:
             store.set("go", token)
             return token
+        look()
         _wait(deadline, f"rank 0: no word from rank {', '.join(map(str, missing))}")
+
+
+def _nothing() -> None: ...
 
 
 def _read(store: Store, key: str) -> str:

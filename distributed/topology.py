@@ -67,7 +67,7 @@ class Topology:
 
     def check_meeting_place(self) -> None:
         """Raises InputError where a launcher set a place among peers, but not where they meet."""
-        address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+        address, port = meeting_place()
         if self.launched and not (address and port.isdecimal() and 0 < int(port[:6]) < 2**16):
             raise InputError(
                 f"environment: MASTER_ADDR = {address!r} and MASTER_PORT = {port!r} name no host and port to meet at; start "
@@ -85,6 +85,17 @@ class Topology:
         torchrun and Ray set OMP_NUM_THREADS=1 whatever the machine has, so this must be decided here.
         """
         return asked or max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+
+
+def meeting_place() -> tuple[str, str]:
+    """Address and port at which the launcher says that the ranks meet."""
+    return os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+
+
+def elastic_run_id() -> str:
+    """torchrun's --rdzv-id, if its workers use a store that it shares with them; else empty."""
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return os.environ.get("TORCHELASTIC_RUN_ID", "") if shared else ""
 
 
 def host() -> str:

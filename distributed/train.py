@@ -1,6 +1,7 @@
 """`python -m distributed.train [CONFIG.toml] [--SETTING VALUE ...]`: a wrong input ends here before torch is imported."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from distributed.downloads import check_store
 from distributed.errors import ExitCode, InputError
 from distributed.resume_checks import check_resume, check_start
 from distributed.run_folder import RunFolder
-from distributed.topology import Topology
+from distributed.topology import Topology, elastic_run_id
 from distributed.uploads import upload_rest
 from distributed.versions import require
 
@@ -29,6 +30,8 @@ def main() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return ExitCode.FINISHED
+    if elastic_run_id():  # until agent_store.py has published what the next round needs
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     topology = Topology()
     try:
         topology = Topology.from_environment()

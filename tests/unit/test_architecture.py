@@ -10,7 +10,7 @@ LAYERS = [
     "errors keyed plot tree figures profiler run_lines save_budget",
     "files versions",
     "config topology safetensors_stream checkpoint_files",
-    "rendezvous collectives logs metrics remote",
+    "agent_store rendezvous collectives logs metrics remote",
     "shared_memory",
     "process_group determinism data models row_gather optim schedule sums stop sinks",
     "exact",
