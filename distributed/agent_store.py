@@ -13,15 +13,13 @@ import pickle
 import signal
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Self
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from distributed.errors import InputError
-from distributed.topology import Topology, elastic_run_id, meeting_place
+from distributed.topology import Topology, elastic_run_id, meeting_place, torchrun_above
 
-_GENERATIONS = 4  # between torchrun and its worker there may be a shell or a container's runtime
 _CONNECT_SECONDS = 60.0
 _ROUNDS_AHEAD = 16  # a round may pass without a worker, e.g. if a node is lost at its beginning
 
@@ -44,7 +42,7 @@ class AgentStore:
     @classmethod
     def find(cls, topology: Topology, *, timeout: timedelta = timedelta(seconds=_CONNECT_SECONDS)) -> Self | None:
         """The store; None if no torchrun started this process, for one node only, or in a way that gives no such store."""
-        found = _torchrun_above() if elastic_run_id() else None
+        found = torchrun_above() if elastic_run_id() else None
         if found is None or (endpoint := _endpoint(found[1])) is None:
             return None
         launcher, (host, port) = found[0], endpoint
@@ -102,23 +100,6 @@ class AgentStore:
             os.kill(self.launcher, signal.SIGTERM)
 
 
-def _torchrun_above() -> tuple[int, list[str]] | None:
-    """Process id and arguments of the torchrun that this process descends from."""
-    pid = os.getppid()
-    for _ in range(_GENERATIONS):
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")[:-1]
-            parent = int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
-            return None
-        for index, word in enumerate(words[:3]):
-            module = word == "torch.distributed.run" and words[index - 1] == "-m"
-            if module or Path(word).name == "torchrun" or word.endswith("torch/distributed/run.py"):
-                return pid, words[index + 1 :]
-        pid = parent
-    return None
-
-
 def _endpoint(arguments: list[str]) -> tuple[str, int] | None:
     """Where torchrun's agents meet, given its arguments; None if each node has a store of its own or it is no TCPStore."""
     from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config, parse_rendezvous_endpoint
@@ -139,6 +120,8 @@ def _round_of(launcher: int, node_rank: int, store: Store) -> int | None:
     from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 
     found = C10dRendezvousBackend(store, elastic_run_id()).get_state()
-    state = pickle.loads(found[0]) if found else None  # noqa: S301 - as the agents themselves read it
-    ours = [node for node, rank in state.participants.items() if node.pid == launcher and rank == node_rank] if state else []
+    if not found:
+        return None
+    state = pickle.loads(found[0])  # as the agents themselves read it
+    ours = [node for node, rank in state.participants.items() if node.pid == launcher and rank == node_rank]
     return int(state.round) if ours else None

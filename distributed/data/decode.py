@@ -16,6 +16,7 @@ from distributed.data.image_folder import SPLITS, Listing, cache_folder, list_fo
 from distributed.data.once import once_per_node
 from distributed.data.progress import progress
 from distributed.errors import InputError
+from distributed.topology import available_cpus
 
 _FORMAT = 1  # of the pixels: to be raised when `to_square` or the decoder's options change
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
@@ -81,7 +82,7 @@ def _decode_all(root: Path, listing: Listing, split: str, target: Path, shape: t
 
 def _in_threads(one: Callable[[int], str | None], count: int) -> Iterator[str | None]:
     """`one` of each index; decoding runs outside Python's lock."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode") as threads:
+    with ThreadPoolExecutor(available_cpus(), thread_name_prefix="decode") as threads:
         yield from threads.map(one, range(count))
 
 
