@@ -134,8 +134,16 @@ def torchrun_above() -> tuple[int, list[str]] | None:
 
 
 def host() -> str:
-    """The name of this machine."""
+    """The name of this machine, for people to read: several may have one, and a container has its own."""
     return socket.gethostname()
+
+
+def machine() -> str:
+    """What tells this machine's running system from any other, the same in all of its containers."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() or host()
+    except OSError:
+        return host()
 
 
 def processor() -> str:
