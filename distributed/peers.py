@@ -13,6 +13,7 @@ from typing import Any, Self
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from distributed import endings
+from distributed.agent_store import AgentStore
 from distributed.endings import Ending
 from distributed.errors import ExitCode, PeerError
 from distributed.rendezvous import agree_on_token, open_store, within
@@ -53,10 +54,15 @@ class Peers:
             PeerError: not all came in time.
         """
         global _met
-        place, timeout = meeting_place(), timedelta(seconds=timeout_seconds)
+        timeout = timedelta(seconds=timeout_seconds)
+        agents = AgentStore.find(topology, timeout=timeout)
+        place = agents.endpoint if agents else meeting_place()
         rank, world_size = topology.rank, topology.world_size
         store, connection = open_store(place, rank=rank, world_size=world_size, timeout=timeout)
-        token = agree_on_token(store, rank=rank, world_size=world_size, timeout=timeout, where=str(place))
+        if agents:
+            store = agents.of_round(store)
+        look = agents.look if agents else None
+        token = agree_on_token(store, rank=rank, world_size=world_size, timeout=timeout, where=str(place), look=look)
         _met = True
         return cls(PrefixStore(token, store), connection, rank=rank, world_size=world_size)
 

@@ -131,7 +131,15 @@ def _is_store(connection: socket.socket) -> bool | None:
     return answer == struct.pack("=I", nonce)
 
 
-def agree_on_token(store: Store, *, rank: int, world_size: int, timeout: timedelta, where: str = "the meeting") -> str:
+def agree_on_token(
+    store: Store,
+    *,
+    rank: int,
+    world_size: int,
+    timeout: timedelta,
+    where: str = "the meeting",
+    look: Callable[[], None] | None = None,
+) -> str:
     """A token that exactly the living ranks share.
 
     Each rank says hello with a nonce of its own. Rank 0 publishes a token with the nonces it read; a rank that finds
@@ -139,15 +147,18 @@ def agree_on_token(store: Store, *, rank: int, world_size: int, timeout: timedel
     nobody's, their acknowledgements and their go name another token. A nonce that is overwritten by its living
     successor is met by a new proposal.
 
+    Args:
+        look: called while waiting; may raise if the wait is in vain.
+
     Raises:
         PeerError: not all ranks came in time; it names those that did not.
     """
-    deadline = time.monotonic() + timeout.total_seconds()
+    deadline, look = time.monotonic() + timeout.total_seconds(), look or _nothing
     within = f"of {world_size} did not arrive at {where} within {timeout.total_seconds():g} s; {_WHERE}"
     nonce = uuid.uuid4().hex
     store.set(f"hello/{rank}", nonce)
     if rank == 0:
-        return _propose(store, nonce=nonce, world_size=world_size, deadline=deadline, within=within)
+        return _propose(store, nonce=nonce, world_size=world_size, deadline=deadline, within=within, look=look)
     acknowledged = None
     while True:
         proposal = json.loads(_read(store, "proposal") or "{}")
@@ -158,13 +169,16 @@ def agree_on_token(store: Store, *, rank: int, world_size: int, timeout: timedel
                 acknowledged = token
             if _read(store, "go") == token:
                 return str(token)
+        look()
         if time.monotonic() > deadline:
             absent = [other for other in range(world_size) if not store.check([f"hello/{other}"])]
             raise PeerError(f"rank {', '.join(map(str, absent or [0]))} {within}")
         time.sleep(_POLL_SECONDS)
 
 
-def _propose(store: Store, *, nonce: str, world_size: int, deadline: float, within: str) -> str:
+def _propose(
+    store: Store, *, nonce: str, world_size: int, deadline: float, within: str, look: Callable[[], None]
+) -> str:
     proposed: dict[str, str] = {}
     token = ""
     others = range(1, world_size)
@@ -177,9 +191,13 @@ def _propose(store: Store, *, nonce: str, world_size: int, deadline: float, with
         if token and not missing:
             store.set("go", token)
             return token
+        look()
         if time.monotonic() > deadline:
             raise PeerError(f"rank {', '.join(map(str, missing))} {within}")
         time.sleep(_POLL_SECONDS)
+
+
+def _nothing() -> None: ...
 
 
 def _read(store: Store, key: str) -> str:

@@ -1,5 +1,6 @@
 """`python -m distributed.train [CONFIG.toml] [--SETTING VALUE ...]`: a wrong input ends here before torch is imported."""
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from distributed.resume_checks import check_resume, check_start
 from distributed.run_folder import RunFolder
 from distributed.signals import SignalStop
 from distributed.streams import run_command
-from distributed.topology import Topology, cluster_job, has_launcher
+from distributed.topology import Topology, cluster_job, elastic_run_id, has_launcher
 from distributed.uploads import upload_rest
 from distributed.versions import require
 
@@ -31,6 +32,8 @@ def main() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return ExitCode.FINISHED
+    if elastic_run_id():  # until agent_store.py has published what the next round needs
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     with SignalStop(launched=has_launcher(), at_once_until_asked=True) as stop:
         return _run(stop)
 

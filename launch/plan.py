@@ -11,7 +11,7 @@ from pathlib import Path
 from distributed.config import TrainConfig, load
 from distributed.config.named import config_file
 from distributed.errors import ExitCode, InputError
-from distributed.topology import Topology
+from distributed.topology import Topology, within_quota
 from distributed.train import checked_config
 from launch.address import free_port, reachable
 from launch.allocation import Allocation
@@ -44,7 +44,7 @@ def main() -> int:
         error.tell()
         return ExitCode.BAD_INPUT
     if not config.threads:  # the cores of the job, which need not be all that the process may use
-        arguments += ["--threads", str(max(1, allocation.cpus // allocation.ranks))]
+        arguments += ["--threads", str(max(1, within_quota(allocation.cpus) // allocation.ranks))]
     facts = (config.run_dir.absolute(), address, port, allocation.ranks, allocation.cpus)
     sys.stdout.write("".join(f"{one}\0" for one in (*facts, *arguments)))
     return ExitCode.FINISHED

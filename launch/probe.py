@@ -19,7 +19,7 @@ from typing import Any
 from distributed.config import TrainConfig, load
 from distributed.data import sources
 from distributed.errors import InputError
-from distributed.topology import cluster_job
+from distributed.topology import available_cpus, cluster_job
 from distributed.versions import versions
 from launch.allocation import place
 from launch.reports import Report, lines_of
@@ -79,7 +79,7 @@ def devices() -> Report:
         "gpus": len(gpus),
         "gpu": gpus[0].name if gpus else "",
         "gpu_memory_gib": round(min(gpu.total_memory for gpu in gpus) / 2**30, 1) if gpus else 0.0,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": available_cpus(),
         "memory_gib": round(pages / 2**30, 1),
     }
 

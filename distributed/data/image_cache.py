@@ -24,6 +24,7 @@ _HEADER = 4096  # bytes, a page: the pixels behind it can be mapped
 BLOCK = 64  # images that are decoded, written and checked at once
 _ASIDE = ".writing"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+from distributed.topology import available_cpus
 
 
 class Untrusted(Exception):
@@ -157,7 +158,7 @@ class CacheFile:
 
 def in_threads(work: Callable[[int], T], count: int) -> Iterator[T]:
     """`work` of the index of each block's first image, in order; it runs outside Python's lock."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="images") as threads:
+    with ThreadPoolExecutor(available_cpus(), thread_name_prefix="images") as threads:
         yield from threads.map(work, range(0, count, BLOCK))
 
 

@@ -7,10 +7,10 @@ import pytest
 ROOT = Path(__file__).parents[2] / "distributed"
 # A module may import what stands in a row above its own; modules of one package may import each other, one way.
 LAYERS = [
-    "errors keyed tree figures save_budget shipped scripts",
+    "errors keyed cgroup tree figures save_budget shipped scripts",
     "files versions byproducts streams",
     "config profiler run_lines topology safetensors_stream checkpoint_files",
-    "rendezvous collectives logs metrics remote saved_state endings plot",
+    "agent_store rendezvous collectives logs metrics remote saved_state endings plot",
     "shared_memory event_file peers signals",
     "process_group determinism data models row_gather optim schedule sums stop",
     "exact",
