@@ -16,6 +16,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from distributed.topology import available_cpus
+
 T = TypeVar("T")
 Pixels = NDArray[np.uint8]
 
@@ -24,7 +26,6 @@ _HEADER = 4096  # bytes, a page: the pixels behind it can be mapped
 BLOCK = 64  # images that are decoded, written and checked at once
 _ASIDE = ".writing"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-from distributed.topology import available_cpus
 
 
 class Untrusted(Exception):
