@@ -11,6 +11,7 @@ into place. Which one is best stands in the newest state itself, so no pointer c
 is in place to a store, if the config names one.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,7 @@ from distributed.checkpoint_files import (
     name_of,
     point,
     retain,
+    set_aside,
 )
 from distributed.claimed_run import ClaimedRun
 from distributed.data.identity import check_resumed
@@ -218,6 +220,8 @@ class Checkpointer:
         try:
             self.run.check_ours()
             write_checkpoint(aside, tensors, snapshot.content)
+            if os.path.lexists(self.folder / name):  # e.g. a copy made meanwhile
+                set_aside(self.folder / name, "not written by this attempt")
             self.run.commit(aside, self.folder / name)
         except OSError:
             shutil.rmtree(aside, ignore_errors=True)

@@ -107,7 +107,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 
 def set_aside(path: Path, damage: str) -> None:
-    """Give a damaged checkpoint a name that nobody resumes from, loudly; one that has that name already is kept."""
+    """Give a damaged or foreign checkpoint a name that nobody resumes from, loudly; what has that name already is kept."""
     names = (path.with_name(f"{path.name}.damaged{number}") for number in ("", *(f"-{n}" for n in range(2, 1000))))
     aside = next(name for name in names if not os.path.lexists(name))
     path.rename(aside)
@@ -152,7 +152,7 @@ def sweep(folder: Path) -> None:
 
 def _delete(path: Path) -> None:
     """A folder and all in it; of a link only the link, and not what it leads to."""
-    if path.is_symlink():
-        path.unlink()
-    else:
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -1,6 +1,7 @@
 """What must agree between a config and the run in its folder before anything starts. Imports no torch."""
 
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,18 @@ def _check_kinds(run: RunFolder) -> None:
         if not (there := next(p for p in (path, *path.parents) if os.path.lexists(p))).is_dir():
             raise InputError(f"run_dir = {run.path}: {there} is no folder; move it, or give another with --run_dir")
     for path in (*run.shared_files, run.path / ".lock"):
-        if os.path.exists(path) and not os.path.isfile(path):
+        if os.path.lexists(path) and not _is_file(path):
             raise InputError(
                 f"run_dir = {run.path}: {path} is not a regular file; move it, or give another with --run_dir"
             )
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a regular file, or a link to one that can be made."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
 
 
 def check_saved(content: dict[str, Any], checkpoint: Path, *, config: TrainConfig, images: int | None = None) -> None:
