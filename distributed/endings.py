@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import NamedTuple, NoReturn
 
 from distributed.errors import ExitCode
-from distributed.topology import error_file, is_first_on_node
+from distributed.topology import error_file, has_launcher, is_first_on_node
 
 _LIMIT_SECONDS = 1.0  # a run folder or a store that does not answer must not keep the process
 
@@ -58,19 +58,25 @@ def leave(code: ExitCode, reason: str) -> NoReturn:
     thread = threading.Thread(target=say, daemon=True)
     thread.start()
     thread.join(_LIMIT_SECONDS)
-    report(ending.reason)
-    if is_first_on_node():
+    report(ending.reason, is_cause=False)
+    if not ending.is_stop or is_first_on_node() or not has_launcher():
         with suppress(OSError, ValueError, AttributeError):  # the terminal may be gone
             print(f"{'' if ending.is_stop else 'error: '}{ending.reason}", file=sys.stderr, flush=True)
     os._exit(ending.code)
 
 
-def report(reason: str) -> None:
-    """Write why this rank ends to the file from which torchrun prints its summary, if there is a torchrun."""
+def report(reason: str, *, is_cause: bool) -> None:
+    """Write why this rank ends to the file from which torchrun prints its summary, if there is a torchrun.
+
+    Args:
+        is_cause: whether this rank failed by itself, not because of a signal or of another rank.
+    """
     path = error_file()
     if path is None:
         return
-    message = {"message": reason, "extraInfo": {"timestamp": str(int(time.time()))}}
+    # In full seconds, and torchrun takes the earliest for the root cause.
+    timestamp = int(time.time()) + (not is_cause)
+    message = {"message": reason, "extraInfo": {"timestamp": str(timestamp)}}
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"message": message}), encoding="utf-8")

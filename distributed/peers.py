@@ -25,7 +25,7 @@ _LOST = re.compile(
     r"remote process|failed to recv|connectFullMesh",
     re.I,
 )
-_NAMED = re.compile(r"rank \d+, process \d+, .*|timed out waiting \d+ s for rank \d+")  # by shared memory
+_DEAD = re.compile(r"rank \d+, process \d+, has died")  # shared_memory.py saw it
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 0.8  # for the main thread, which may be awake and on its way out by itself
 _ATTEND_SECONDS = 3.0
@@ -39,8 +39,10 @@ class Peers:
     the main thread does not end by itself, it waits in C++ for that rank: the process ends with that rank's exit code.
     """
 
-    def __init__(self, store: Store, connection: socket.socket | None, *, rank: int, world_size: int) -> None:
-        self.store, self._line = store, store.clone()
+    def __init__(
+        self, store: Store, connection: socket.socket | None, *, rank: int, world_size: int, server: str = "rank 0"
+    ) -> None:
+        self.store, self._line, self._server = store, store.clone(), server
         self._connection, self.rank, self.world_size = connection, rank, world_size
         self._leaving, self._left = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
@@ -64,7 +66,8 @@ class Peers:
         look = agents.look if agents else None
         token = agree_on_token(store, rank=rank, world_size=world_size, timeout=timeout, where=str(place), look=look)
         _met = True
-        return cls(PrefixStore(token, store), connection, rank=rank, world_size=world_size)
+        server = "torchrun's agent" if place.has_agent else "rank 0"
+        return cls(PrefixStore(token, store), connection, rank=rank, world_size=world_size, server=server)
 
     def __enter__(self) -> Self:
         self._beat(0)
@@ -132,11 +135,11 @@ class Peers:
     def _cause(self, said: str) -> PeerError:
         """Why contact with a rank was lost: its own word, or which rank has fallen silent."""
         if not self._is_served():
-            return PeerError("rank 0 or its launcher has died: the connection to MASTER_ADDR was closed")
+            return PeerError(f"{self._server} has died: its connection was closed")
         if end := self._end():
             return end
-        if named := _NAMED.search(said):
-            lost = PeerError(f"lost contact: {named[0]}")
+        if dead := _DEAD.search(said):
+            lost = PeerError(dead[0])
         else:
             others = [rank for rank in range(self.world_size) if rank != self.rank]
             before = self._line.multi_get([f"beat/{rank}" for rank in others])
@@ -151,7 +154,7 @@ class Peers:
                 return end
             if not silent:
                 return PeerError(f"contact with another rank was lost: {said.splitlines()[0]}")
-            lost = PeerError(f"lost contact: {', '.join(silent)} gives no sign of life; it was killed, or is frozen")
+            lost = PeerError(f"{', '.join(silent)} shows no sign of life; it was killed, or is frozen")
         self._publish(None, Ending(lost.exit_code, str(lost)))
         return lost
 

@@ -30,7 +30,7 @@ def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource) 
     except Exception as error:
         _log(error, topology)
         code = getattr(error, "exit_code", ExitCode.FAILED)
-        endings.report(in_words(error))
+        endings.report(in_words(error), is_cause=not isinstance(error, PeerError))
         if agents and isinstance(error, AnotherJob):
             agents.leave()
         elif not isinstance(error, PeerError):
@@ -41,7 +41,7 @@ def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource) 
         tell_ending(config)
     if not state.stop_reason:
         return ExitCode.FINISHED
-    endings.report(_stopped(state))
+    endings.report(_stopped(state), is_cause=False)
     return ExitCode.STOPPED
 
 

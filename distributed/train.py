@@ -106,7 +106,7 @@ def checked_config(
 def refuse(error: InputError, topology: Topology) -> int:
     """Local rank 0 says what is wrong; the others wait, so that torchrun does not end it before it has spoken."""
     reason = "\n".join(error.lines)
-    endings.report(reason)
+    endings.report(reason, is_cause=True)
     if topology.local_rank == 0:
         error.tell()
     if topology.is_awaited:
