@@ -23,7 +23,9 @@ def main() -> int:
     words = sys.argv[2:]
     try:
         if len(sys.argv) < 2:
-            raise InputError("command line: the address is missing; the batch script gives it: sbatch slurm/train.sh CONFIG")
+            raise InputError(
+                "command line: the address is missing; the batch script gives it: sbatch slurm/train.sh CONFIG"
+            )
         allocation = Allocation.from_environment()
         if allocation.missing_folder:
             check_file(words, allocation.missing_folder)
