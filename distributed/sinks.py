@@ -146,7 +146,7 @@ class _Bar:
 
         self._epochs, self._total_steps, self._step = epochs, total_steps, step
         self._bar = tqdm(
-            total=total_steps, initial=start_step, dynamic_ncols=True, leave=False,
+            total=total_steps, initial=start_step, miniters=1, dynamic_ncols=True, leave=False,
             bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} [{remaining}{postfix}]",
         )  # fmt: skip
         self._closed = threading.Event()

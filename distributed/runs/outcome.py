@@ -123,4 +123,5 @@ def _number(value: Any) -> float | None:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
+    """A short text that goes on one line; else nothing."""
+    return value if isinstance(value, str) and value.isprintable() and len(value) <= 40 else ""
