@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distributed import collector
 from distributed.config import TrainConfig
 from distributed.data import sources
 from distributed.errors import ExitCode, InputError
@@ -74,7 +75,8 @@ def _config_of(run: Path, root: Path | None) -> TrainConfig:
 
 
 def _evaluate(config: TrainConfig, checkpoint: Path, split: "Split", picture: Path, *, as_json: bool) -> int:
-    import torch
+    with collector.at_rest():
+        import torch
 
     from distributed import logs
     from distributed.build import build_data, build_engine

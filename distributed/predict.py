@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distributed import collector
 from distributed.errors import ExitCode, InputError
 from distributed.files import check_writable
 from distributed.saved_run import checkpoint_of, config_of, unfetched, with_data_root
@@ -58,7 +59,8 @@ def main() -> int:
 
 def _predict(config: "TrainConfig", checkpoint: Path, paths: list[Path], picture: Path | None) -> list[dict[str, Any]]:
     """Of each image its path and the classes it is most likely of, with probabilities; drawn where a picture is asked for."""
-    import torch
+    with collector.at_rest():
+        import torch
 
     from distributed.build import read_data
     from distributed.classifier import load_trained

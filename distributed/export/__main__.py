@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distributed import collector
 from distributed.errors import ExitCode, InputError
 from distributed.files import check_writable
 from distributed.saved_run import checkpoint_of, config_of, unfetched, with_data_root
@@ -60,8 +61,9 @@ def _formats(asked: list[str]) -> list[str]:
 
 
 def _export(config: "TrainConfig", checkpoint: Path, names: list[str], out: Path, *, tolerance: float) -> int:
+    with collector.at_rest():
+        from distributed.classifier import load_trained
     from distributed.build import read_data
-    from distributed.classifier import load_trained
     from distributed.export.formats import FORMATS
     from distributed.export.parity import difference, reference
 
