@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distributed import collector
 from distributed.byproducts import Byproduct, asked_for
 from distributed.config import TrainConfig
 from distributed.data import sources
@@ -75,7 +76,8 @@ def _config_of(run: Path, root: Path | None) -> TrainConfig:
 
 
 def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespace) -> int:
-    import torch
+    with collector.at_rest():
+        import torch
 
     from distributed import logs
     from distributed.build import build_data, build_engine

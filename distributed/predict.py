@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distributed import collector
 from distributed.byproducts import asked_for
 from distributed.config.data import MAX_PIXELS, max_pixels_of
 from distributed.errors import ExitCode, InputError, StorageError
@@ -74,7 +75,8 @@ def _predict(
     config: "TrainConfig", checkpoint: Path, paths: list[Path], max_pixels: int
 ) -> tuple[list[dict[str, Any]], list["Tensor"]]:
     """For each image its path and its likeliest classes, with probabilities; and the network's inputs."""
-    import torch
+    with collector.at_rest():
+        import torch
 
     from distributed.build import read_data
     from distributed.classifier import load_trained

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from distributed import endings
+from distributed import collector, endings
 from distributed.config import TrainConfig, help_text, load
 from distributed.data import cifar, sources
 from distributed.downloads import check_store
@@ -53,7 +53,8 @@ def _run(stop: SignalStop) -> int:
                   f"or start another with --run_dir", file=sys.stderr)  # fmt: skip
             upload_rest(config)
         return ExitCode.FINISHED
-    from distributed.process import run_to_exit_code  # torch comes in here, after all that could be wrong was checked
+    with collector.at_rest():  # torch comes in here, after all that could be wrong was checked
+        from distributed.process import run_to_exit_code
 
     return run_to_exit_code(config, topology, stop)
 

@@ -10,6 +10,8 @@ from typing import Any
 import devices
 import pytest
 
+# For this process and all that it starts: threads that wait for work must not take the cores from processes that have some.
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
 devices.check_started_commands()
 
 

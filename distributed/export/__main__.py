@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distributed import collector
 from distributed.byproducts import asked_for
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import check_writable, home_path, write_output
@@ -60,8 +61,9 @@ def _formats(asked: list[str]) -> list[str]:
 
 
 def _export(config: "TrainConfig", checkpoint: Path, names: list[str], out: Path, *, tolerance: float) -> int:
+    with collector.at_rest():
+        from distributed.classifier import load_trained
     from distributed.build import read_data
-    from distributed.classifier import load_trained
     from distributed.export.formats import FORMATS
     from distributed.export.parity import difference, reference
 

@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).parents[2] / "distributed"
 # A module may import what stands in a row above its own; modules of one package may import each other, one way.
 LAYERS = [
-    "errors keyed cgroup tree figures save_budget shipped scripts",
+    "collector errors keyed cgroup tree figures save_budget shipped scripts",
     "files versions byproducts streams",
     "config profiler run_lines topology safetensors_stream checkpoint_files",
     "agent_store rendezvous collectives logs metrics remote saved_state endings plot",
