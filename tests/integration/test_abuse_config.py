@@ -432,7 +432,7 @@ def test_commands_know_the_home_folder(command: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("out", ["/dev/null", "", "x" * 300, "/dev/null/table"])
 def test_a_table_of_experiments_that_cannot_be_written(out: str, tmp_path: Path) -> None:
     words = ("--only", "I-10", "--data.root", tmp_path, "--runs", tmp_path / "runs")
-    assert_told(call("experiments", *words, "--out", out), "--out")
+    assert_told(call("experiments.__main__", *words, "--out", out), "--out")
 
 
 @pytest.mark.parametrize("name", WORDS)

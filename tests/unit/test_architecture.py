@@ -62,7 +62,7 @@ WITHOUT_TORCH = {
     "export.__main__",
     "report.__main__",
     "runs",
-    "experiments",
+    "experiments.__main__",
     "gpu_check.__main__",
     "gpu_pack",
     "saved_run",
