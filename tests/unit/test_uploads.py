@@ -196,6 +196,55 @@ def test_a_failed_upload_is_a_warning_and_the_next_save_brings_up_all(run, url, 
     assert writer.problem == ""
 
 
+def test_an_old_checkpoint_that_the_store_keeps_is_a_warning(run, url, said, monkeypatch):
+    writer = Uploads(url, run, keep_last=1)
+    save(run, 1)
+    settled(writer)
+
+    def kept(*_: object) -> None:
+        raise StoreError("no right to delete")
+
+    remove = Store.remove
+    monkeypatch.setattr(Store, "remove", kept)
+    newest = save(run, 2)
+    shutil.rmtree(checkpoints(run.checkpoints)[0])
+    settled(writer)
+    assert writer.problem == ""
+    assert json.loads(run.upload_file.read_text())["newest"] == newest
+    assert [line for line in said if "WARNING" in line] == [
+        "WARNING an old checkpoint was not deleted: no right to delete; the next save tries again\n"
+    ]
+    monkeypatch.setattr(Store, "remove", remove)
+    settled(writer)
+    assert list(in_store(url)) == [2]
+
+
+def test_a_superseded_attempt_uploads_nothing(run, url):
+    writer = Uploads(url, run, keep_last=1)
+    save(run, 1)
+    (run.path / "attempt.json").write_text('{"token": "another", "pid": 7, "host": "there"}')
+    settled(writer)
+    assert "taken over by process 7 on there" in writer.problem
+    assert in_store(url) == {}
+    assert not run.upload_file.exists()
+
+
+def test_checkpoints_of_a_store_are_in_the_order_of_their_steps(url):
+    root = Path(url.removeprefix("file://"))
+    for step in (99_999_999, 100_000_000, 7):
+        (root / name_of(step=step, epoch=1)).mkdir(parents=True)
+    (root / "step-000000009-epoch-001").mkdir()
+    assert [int(name.split("-")[1]) for name in Store(url).names()] == [7, 99_999_999, 100_000_000]
+
+
+def test_the_rest_of_a_run_that_another_holds_is_not_uploaded(run, url, said, monkeypatch):
+    monkeypatch.setattr("distributed.claimed_run.LOCK_WAIT_SECONDS", 0.05)
+    save(run, 1)
+    upload_rest(config_of(run.path, url))
+    assert in_store(url) == {}
+    assert any("another run is writing there" in line for line in said)
+
+
 def test_a_store_that_hangs_holds_up_nothing_and_is_told_at_the_end(run, url, monkeypatch):
     writer, go_on = Uploads(url, run, keep_last=2), threading.Event()
     monkeypatch.setattr(writer.store._fs, "put_file", lambda *_: go_on.wait(20))
