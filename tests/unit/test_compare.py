@@ -105,3 +105,19 @@ def test_what_differed_besides_the_bits_is_told_once_each_as_it_changed_over_the
     other.attempts_file.write_text(attempt(3, 8, "2.15") + attempt(1, 8, "2.16"))
     assert circumstances(run, other) == ["world_size: 2 | 3, 1", "version of torch: 2.15 | 2.15, 2.16"]
     assert circumstances(run, run) == []
+
+
+def test_other_images_are_a_difference(run: RunFolder, tmp_path: Path) -> None:
+    other = run_of(tmp_path / "b", STEPS, SAVES)
+    for one, digest in ((run, "aa"), (other, "bb")):
+        line = json.loads(attempt(2, 8, "2.15"))
+        line["images"] = {"train": {"size": 9, "digest": digest, "order": "01"}, "test": {"size": 3, "digest": "dd"}}
+        one.attempts_file.write_text(json.dumps(line) + "\n")
+    (line,) = circumstances(run, other)
+    assert line == "train images: size 9, digest aa, order 01 | size 9, digest bb, order 01"
+
+
+@pytest.mark.parametrize("images", [None, 3, [1], {"train": 3}, {"train": None}])
+def test_a_line_with_damaged_images_is_left_out(run: RunFolder, images: object) -> None:
+    run.attempts_file.write_text(json.dumps(json.loads(attempt(2, 8, "2.15")) | {"images": images}) + "\n")
+    assert circumstances(run, run) == []
