@@ -19,7 +19,7 @@ from integration.abuse import Outcome, assert_told, call, untouched
 TEN, HUNDRED = "cifar-10-batches-bin", "cifar-100-binary"
 SHORT = (
     "--device", "cpu", "--logging.tensorboard", "false", "--logging.level", "WARNING", "--precision", "float32",
-    "--exact.shards", 1, "--evaluation.test_every_epoch", "false",
+    "--exact.shards", 1, "--evaluation.test_every_epoch", "false", "--threads", 1,
 )  # fmt: skip
 
 
@@ -36,6 +36,12 @@ def train(name: str, root: Path, run: Path, *words: object, epochs: int = 1) -> 
     if name == "image_folder":
         of_data += ("--data.cache", run.parent / "cache")
     return call("train", *SHORT, *of_data, "--run_dir", run, "--epochs", epochs, "--global_batch_size", 100, *words)
+
+
+def warned(found: Outcome) -> list[str]:
+    """Warnings about the data; others are of generated images and of torchvision."""
+    lines = [line for line in found.err.splitlines() if " WARNING " in line]
+    return [line for line in lines if "generated images" not in line and "py.warnings" not in line]
 
 
 # What CIFAR cannot hold
@@ -296,3 +302,126 @@ def with_state(run: Begun, how: Callable[[dict[str, Any]], object]) -> None:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         manifest["files"]["state.json"] = list(digest_of(checkpoint / "state.json"))
         (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+# An evaluation on other data
+
+EVALUATED: dict[str, tuple[str, str, Callable[[Path], object], int, str]] = {
+    "a copy": ("image_folder", "test", lambda root: None, 0, ""),
+    "other test images": ("image_folder", "test", lambda root: last_byte(root / "test/cat/1.png"), 0,
+                          "the digest of the test images is"),
+    "fewer test images": ("image_folder", "test", lambda root: (root / "test/cat/1.png").unlink(), 0,
+                          "the number of the test images is 5 here, and was 6 in training"),
+    "other training images": ("image_folder", "test", lambda root: last_byte(root / "train/cat/1.png"), 0, ""),
+    "a class renamed": ("image_folder", "test", renamed_class, 2,
+                        "the name of class 0 is bat here, and was cat in training"),
+    "a class more": ("image_folder", "test", with_class, 2, "the number of classes is 3 here, and was 2 in training"),
+    "a flipped bit": ("cifar10", "test", lambda root: change(root / TEN / "test_batch.bin", flip), 0,
+                      "the digest of the test images is"),
+    "test images in another order": (
+        "cifar10", "test", lambda root: change(root / TEN / "test_batch.bin", lambda r: r[::-1]), 0, ""),
+    "training images in another order": (
+        "cifar10", "train", lambda root: change(root / TEN / "data_batch_2.bin", lambda r: r[::-1]), 0,
+        "the order of the training images is"),
+    "impossible images": ("cifar10", "test", IMPOSSIBLE["a test label changed"][1], 2, "its test files hold"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EVALUATED)
+def test_an_evaluation_says_that_the_data_is_other(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
+    name, split, how, code, said = EVALUATED[case]
+    run = copied(runs[name], tmp_path)
+    how(run.root / TEN if case == "impossible images" else run.root)
+    found = call("evaluate", run.run, "--split", split, "--data.root", run.root, "--device", "cpu")
+    if code:
+        assert_told(found, said)
+        return
+    assert found.code == 0, found.err
+    warnings = warned(found)
+    assert len(warnings) == bool(said), warnings
+    assert all(said in line for line in warnings)
+
+
+# Splits that are too small
+
+TINY = ("--data.train_samples", 20, "--data.test_samples", 10, "--global_batch_size", 10)
+NONE = ("--data.validation_fraction", 0.2)
+TOO_SMALL: dict[str, tuple[tuple[object, ...], str]] = {
+    "a plateau schedule": ((*NONE, "--schedule.name", "plateau"), "and schedule.name = plateau needs some"),
+    "early stopping": ((*NONE, "--early_stopping.patience", 3), "and early_stopping needs some"),
+    "the best by accuracy": ((*NONE, "--checkpoint.best_by", "accuracy"), "and checkpoint.best_by = accuracy needs some"),
+    "the best by loss": ((*NONE, "--checkpoint.best_by", "loss"), "and checkpoint.best_by = loss needs some"),
+    "a plateau schedule and early stopping": (
+        (*NONE, "--schedule.name", "plateau", "--early_stopping.patience", 3), "and early_stopping need some"),
+    "a very small fraction": (
+        ("--data.validation_fraction", 1e-9, "--early_stopping.patience", 3), "validation_fraction = 1e-09 holds out none"),
+    "all images": (("--data.validation_fraction", 0.9), "validation_fraction = 0.9: holds out all 20 training images"),
+    "all images, two of each class": (("--data.validation_fraction", 0.76), "holds out all 20 training images"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TOO_SMALL)
+def test_a_fraction_of_no_or_all_images_is_refused(case: str, tmp_path: Path) -> None:
+    words, said = TOO_SMALL[case]
+    found = call("train", *SHORT, "--data.name", "generated10", *TINY, *words, "--run_dir", tmp_path / "run")
+    assert_told(found, said, "data.validation_fraction = ")
+    assert not list((tmp_path / "run").rglob("step-*"))
+
+
+SMALL: dict[str, tuple[tuple[object, ...], str]] = {
+    "no validation image": (NONE, "holds out none of the 20 training images: each class has few"),
+    "a batch larger than the data": (
+        ("--data.validation_fraction", 0, "--global_batch_size", 64), "is more than the 20 training images"),
+    "more micro-batches than images": (
+        ("--data.validation_fraction", 0, "--global_batch_size", 64, "--accumulation", 32), "is more than the 20"),
+    "classes without an image": (("--data.validation_fraction", 0, "--data.train_samples", 10, "--data.name", "generated100"),
+                                 "90 of 100 classes have no training image"),
+    "a last step of one image": (("--data.validation_fraction", 0, "--data.train_samples", 11), ""),
+    "more shards than images in a step": (
+        ("--data.validation_fraction", 0, "--data.train_samples", 11, "--exact.shards", 8), ""),
+    "evaluated one by one": (("--data.validation_fraction", 0, "--evaluation.batch_size", 1), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_small_data_is_at_most_one_warning(case: str, tmp_path: Path) -> None:
+    words, said = SMALL[case]
+    replaced = {**dict(zip(SHORT[::2], SHORT[1::2], strict=True)), "--data.name": "generated10", "--epochs": 1}
+    replaced |= dict(zip(TINY[::2], TINY[1::2], strict=True)) | dict(zip(words[::2], words[1::2], strict=True))
+    found = call("train", *(word for pair in replaced.items() for word in pair), "--run_dir", tmp_path / "run")
+    assert found.code == 0, found.err
+    warnings = warned(found)
+    assert len(warnings) == bool(said), warnings
+    assert all(said in line for line in warnings)
+
+
+def few(counts: dict[str, int]) -> Callable[[Path], None]:
+    """An image folder with so many training images of each class."""
+
+    def make(root: Path) -> None:
+        images(root)
+        for name, count in counts.items():
+            for place in range(count, 3):
+                (root / f"train/{name}/{place}.png").unlink()
+
+    return make
+
+
+FEW: dict[str, tuple[dict[str, int], float, int, str]] = {
+    "an image of each class, none held out": ({"cat": 1, "dog": 1}, 0.5, 0, "holds out none of the 2 training images"),
+    "an image of each class, all held out": ({"cat": 1, "dog": 1}, 0.6, 2, "holds out all 2 training images"),
+    "a class of one image": ({"cat": 1, "dog": 3}, 0.6, 0, "1 of 2 classes have no training image: cat"),
+}
+
+
+@pytest.mark.parametrize("case", FEW)
+def test_image_folders_of_few_images(case: str, tmp_path: Path) -> None:
+    counts, fraction, code, said = FEW[case]
+    few(counts)(tmp_path / "data")
+    words = ("--data.name", "image_folder", "--data.root", tmp_path / "data", "--data.cache", tmp_path / "cache",
+             "--data.validation_fraction", fraction, "--run_dir", tmp_path / "run", "--epochs", 1,
+             "--global_batch_size", 1)  # fmt: skip
+    found = call("train", *SHORT, *words)
+    assert found.code == code, found.err
+    (line,) = [*warned(found), *found.errors]
+    assert said in line

@@ -130,3 +130,19 @@ def test_settings_are_spelt_as_in_a_config(run: RunFolder, tmp_path: Path, monke
         "config: channels_last = true | false",
     ]
     assert 'config: early_stopping.metric = "none" | "accuracy"' in circumstances(run, other)
+
+
+def test_other_images_are_a_difference(run: RunFolder, tmp_path: Path) -> None:
+    other = run_of(tmp_path / "b", STEPS, SAVES)
+    for one, digest in ((run, "aa"), (other, "bb")):
+        line = json.loads(attempt(2, 8, "2.15"))
+        line["images"] = {"train": {"size": 9, "digest": digest, "order": "01"}, "test": {"size": 3, "digest": "dd"}}
+        one.attempts_file.write_text(json.dumps(line) + "\n")
+    (line,) = circumstances(run, other)
+    assert line == "train images: size 9, digest aa, order 01 | size 9, digest bb, order 01"
+
+
+@pytest.mark.parametrize("images", [None, 3, [1], {"train": 3}, {"train": None}])
+def test_a_line_with_damaged_images_is_left_out(run: RunFolder, images: object) -> None:
+    run.attempts_file.write_text(json.dumps(json.loads(attempt(2, 8, "2.15")) | {"images": images}) + "\n")
+    assert circumstances(run, run) == []

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,6 +82,16 @@ def test_dropped_and_repeated_records_change_the_digest():
 
 def test_the_kind_of_labels_does_not_matter():
     assert of(IMAGES, LABELS.astype(np.int64)) == of(IMAGES, LABELS)
+
+
+def test_hashing_makes_no_copy_of_the_images():
+    images = np.zeros((8000, 32, 32, 3), np.uint8)
+    tracemalloc.start()
+    try:
+        image_hashes(images)
+        assert tracemalloc.get_traced_memory()[1] < images.nbytes / 3
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_digest_equals_the_stored_one():
