@@ -85,8 +85,9 @@ def replace_bytes(path: Path, content: bytes) -> None:
     try:
         write_synced(aside, content)
         os.replace(aside, path)
-    except OSError:
+    except OSError as error:
         aside.unlink(missing_ok=True)
+        error.filename, error.filename2 = str(path), None  # a failed write names no file
         raise
     sync_folder(path.parent)
 
