@@ -462,6 +462,54 @@ def test_a_summary_is_printed_where_its_file_cannot_be(run: Path, tmp_path: Path
     assert len(lines) == 1
 
 
+def closed() -> object:
+    file = open(os.devnull, "w")  # noqa: SIM115
+    file.close()
+    return file
+
+
+def broken_pipe() -> object:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return open(writing, "w", buffering=1)
+
+
+STREAMS: dict[str, Callable[[], object]] = {
+    "closed": closed,
+    "none": lambda: None,
+    "a full disk": lambda: open("/dev/full", "w", buffering=1),  # noqa: SIM115
+    "a broken pipe": broken_pipe,
+}
+
+
+@pytest.mark.parametrize("case", STREAMS)
+def test_progress_that_nobody_can_see_stops_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distributed.data.progress import progress
+
+    monkeypatch.setattr("distributed.data.progress.LINE_EVERY_SECONDS", 0.0)
+    stream = STREAMS[case]()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress("decoding", 3, unit="images") as advance:
+        advance(1)
+    with suppress(OSError):
+        if stream:
+            stream.close()
+
+
+@pytest.mark.parametrize("case", STREAMS)
+def test_messages_that_nobody_can_see_stop_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distributed import logs
+
+    stream = STREAMS[case]()
+    monkeypatch.setattr(sys, "stderr", stream)
+    logs.terminal_logs(0)
+    logger.warning("a message")
+    logger.remove()
+    with suppress(OSError):
+        if stream:
+            stream.close()
+
+
 # Images that are small on the disk and large in memory
 
 
