@@ -30,7 +30,8 @@ class Byproduct:
         if not isinstance(error, Exception):
             return False  # none, or a request to end the process
         self.failed = True
-        logger.warning("{}: {}; continuing without it", self.name, reason(error))
+        why = reason(error).removeprefix(f"{self.name}: ")
+        logger.warning("{}: {}; continuing without it", self.name, why)
         return True
 
     def attempt(self, step: Callable[[], object]) -> None:

@@ -127,8 +127,9 @@ def replace_bytes(path: Path, content: bytes, *, synced: bool = True) -> None:
         else:
             aside.write_bytes(content)
         os.replace(aside, path)
-    except OSError:
+    except OSError as error:
         aside.unlink(missing_ok=True)
+        error.filename, error.filename2 = str(path), None  # a failed write names no file
         raise
     if synced:
         sync_folder(path.parent)

@@ -35,7 +35,8 @@ def terminal_logs(rank: int, *, level: str = "INFO") -> None:
 
     def say(message: str) -> None:
         with suppress(OSError, ValueError):  # a closed terminal; loguru would raise, or print a traceback into it
-            tqdm.write(message, file=sys.stderr, end="")
+            if sys.stderr is not None:
+                tqdm.write(message, file=sys.stderr, end="")
 
     logger.remove()
     logger.configure(patcher=_escape)
@@ -44,7 +45,7 @@ def terminal_logs(rank: int, *, level: str = "INFO") -> None:
         say,
         level=own,
         format=_TERMINAL if rank == 0 else _TERMINAL.replace("{message}", f"[rank {rank}] {{message}}"),
-        colorize=sys.stderr.isatty(),
+        colorize=sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty(),
         diagnose=False,
         backtrace=False,
     )

@@ -101,7 +101,7 @@ class ImageFolderData(_Data):
         None, "folder of the decoded images; none: .decoded in root, or the user's cache folder where that is read-only"
     )
     max_pixels: int = operational(
-        MAX_PIXELS, "largest image, width times height, that is decoded; decoding takes about 20 bytes a pixel", ge=1
+        MAX_PIXELS, "largest image, width times height, that is decoded; decoding takes about 16 bytes a pixel", ge=1
     )
 
 

@@ -44,18 +44,19 @@ def folders(root: Path, named: Path | None) -> Iterator[Folder]:
 
     If others can write in one of them, a folder of the user's own is made inside.
     """
-    for folder in [named] if named else [root / ".decoded", *_user_cache(), Path(tempfile.gettempdir())]:
-        for candidate in (folder, folder / f"distributed-decoded-{os.geteuid()}"):
+    private = f"distributed-decoded-{os.geteuid()}"
+    for folder in [named] if named else [root / ".decoded", *_of_the_user(private)]:
+        for candidate in (folder, folder / private):
             if own := _own(candidate, may_be_link=candidate == named):
                 yield own
                 break
 
 
-def _user_cache() -> list[Path]:
-    try:
-        return [Path.home() / ".cache" / "distributed" / "decoded"]
-    except RuntimeError:  # a container's user without a name
-        return []
+def _of_the_user(private: str) -> Iterator[Path]:
+    with suppress(RuntimeError):  # a container's user without a name
+        yield Path.home() / ".cache" / "distributed" / "decoded"
+    with suppress(OSError):  # each folder for temporary files is full
+        yield Path(tempfile.gettempdir()) / private
 
 
 def _own(folder: Path, *, may_be_link: bool) -> Folder | None:

@@ -6,7 +6,7 @@ PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # JPEG's markers of a frame, which begins with its size
 _ALONE = {0x00, 0x01, *range(0xD0, 0xD9)}  # no length follows
 _SCAN, _END = 0xDA, 0xD9
-_MARKER = re.compile(rb"\xff+([^\xff])")
+_NAME = re.compile(rb"[^\xff]")
 
 
 def size_of(content: bytes) -> tuple[int, int]:
@@ -30,8 +30,9 @@ def size_of(content: bytes) -> tuple[int, int]:
 def _size_of_jpeg(content: bytes) -> tuple[int, int] | None:
     """The first frame's size; segments before it, e.g. a thumbnail, are passed over by their lengths."""
     at = 2
-    while found := _MARKER.search(content, at):
-        marker, at = found[1][0], found.end()
+    # A marker is any number of 0xFF, then another byte.
+    while (at := content.find(b"\xff", at)) >= 0 and (found := _NAME.search(content, at)):
+        marker, at = found[0][0], found.end()
         if marker in (_SCAN, _END):
             return None
         if marker in _FRAMES:

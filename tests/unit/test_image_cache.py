@@ -170,7 +170,23 @@ def test_a_user_without_a_home_has_a_cache_in_the_temporary_folder(root: Path, m
 
     monkeypatch.setattr(Path, "home", homeless)
     monkeypatch.setattr(tempfile, "tempdir", str(root.parent / "tmp"))
-    assert paths(root.parent / "data" / "train" / "cat" / "0.png", None) == [root.parent / "tmp"]
+    nowhere = root / "train" / "cat" / "0.png"
+    assert paths(nowhere, None) == [root.parent / "tmp" / f"distributed-decoded-{os.geteuid()}"]
+
+
+def test_without_any_folder_the_images_are_in_memory(root: Path, said: list[str], monkeypatch) -> None:
+    expected = pixels(root)
+
+    def nowhere(*_: object) -> None:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    shutil.rmtree(root / ".decoded")
+    (root / ".decoded").write_text("")
+    assert np.array_equal(pixels(root), expected)
+    (line, _) = said  # one a split
+    assert "decoded images are not kept (no folder that can be written)" in line
 
 
 OTHERS: dict[str, Callable[[Path], object]] = {
