@@ -48,12 +48,12 @@ class Topology:
                 f"environment: {missing} is missing beside {', '.join(given)}; start with torchrun, or unset them"
             )
         try:
-            rank, world_size, local_rank = (int(given[name]) for name in names)
-            local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-            node_rank = int(os.environ.get("GROUP_RANK", os.environ.get("NODE_RANK", 0)))
-        except ValueError:
+            rank, world_size, local_rank = (_whole(name) for name in names)
+            local_world_size = _whole("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else world_size
+            node_rank = next((_whole(name) for name in ("GROUP_RANK", "NODE_RANK") if name in os.environ), 0)
+        except ValueError as error:
             raise InputError(
-                f"environment: {given}: each must be a whole number; start with torchrun, or unset them"
+                f"environment: {error}: should be a whole number; start with torchrun, or unset it"
             ) from None
         if not 0 <= rank < world_size:
             raise InputError(
@@ -171,7 +171,7 @@ def meeting_place() -> MeetingPlace:
         InputError: MASTER_ADDR or MASTER_PORT is not set, or no host and port.
     """
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    if not (address and port.isascii() and port.isdecimal() and 0 < int(port[:6]) < 2**16):
+    if not (address and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 2**16):
         raise InputError(
             f"environment: MASTER_ADDR = {address!r} and MASTER_PORT = {port!r} name no host and port to meet at; start "
             "with torchrun"
@@ -193,6 +193,14 @@ def error_file() -> Path | None:
     """The file in which torchrun looks for the reason of this rank's failure."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     return Path(path) if path else None
+
+
+def _whole(name: str) -> int:
+    """An environment variable as a number; int() would take "1_0" and digits of any script."""
+    text = os.environ[name]
+    if not re.fullmatch("-?[0-9]{1,9}", text.strip()):
+        raise ValueError(f"{name} = {text!r}")
+    return int(text)
 
 
 def host() -> str:

@@ -282,8 +282,8 @@ WORDS: dict[str, tuple[list[str], str]] = {
 MEET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
     "alone": ({"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK is missing"),
-    "no number": ({"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0"}, "each must be a whole number"),
-    "empty": ({"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}, "each must be a whole number"),
+    "no number": ({"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0"}, "should be a whole number"),
+    "empty": ({"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}, "should be a whole number"),
     "a world of nobody": ({"RANK": "0", "WORLD_SIZE": "0", "LOCAL_RANK": "0"}, "RANK = 0 is not from 0 to below WORLD_SIZE"),
     "a rank beyond": ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK = 2 is not from 0 to below WORLD_SIZE = 2"),
     "a negative rank": ({"RANK": "-1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK = -1 is not from 0"),
@@ -304,6 +304,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     process = ModuleType("distributed.process")
     process.run_to_exit_code = lambda *_: 99  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "distributed.process", process)
+    monkeypatch.setattr("distributed.topology.Topology.is_awaited", False)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 

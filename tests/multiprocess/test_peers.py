@@ -18,7 +18,7 @@ from distributed.peers import tell_waiting
 from distributed.process_group import process_group
 from distributed.topology import Topology
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(200)  # the first of them waits for the processes that ranks are forked from
 CPU = torch.device("cpu")
 ERRORS: dict[str, Callable[[], Exception]] = {
     "storage": lambda: StorageError("the disk is full"),
