@@ -4,10 +4,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import AcquireReturnProxy, BaseFileLock, FileLock, Timeout
+from loguru import logger
 
 from distributed.errors import InputError
 from distributed.files import read_json, replace_json
+
+_QUIET_SECONDS = 60.0
 
 
 def once_per_node(target: Path, work: Callable[[], None], *, done: Callable[[], bool]) -> None:
@@ -23,7 +26,7 @@ def once_per_node(target: Path, work: Callable[[], None], *, done: Callable[[], 
     began, note = time.time(), target.with_name(f".{target.name}.failed")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name(f".{target.name}.lock")):
+        with _acquired(FileLock(target.with_name(f".{target.name}.lock"))):
             if done():
                 return
             if note.exists() and note.stat().st_mtime >= began and (lines := read_json(note)):
@@ -38,3 +41,14 @@ def once_per_node(target: Path, work: Callable[[], None], *, done: Callable[[], 
         raise InputError(
             f"{target.parent}: {error.strerror or error}; free space, make it writable, or name another folder"
         ) from None
+
+
+def _acquired(lock: BaseFileLock) -> AcquireReturnProxy:
+    """The lock, however long its holder works; a lock file that a dead host left is named."""
+    try:
+        return lock.acquire(timeout=_QUIET_SECONDS)
+    except Timeout:
+        logger.warning(
+            "waiting for the process that holds {}; if it is gone for certain, remove that file", lock.lock_file
+        )
+        return lock.acquire()
