@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from distributed.cgroup import cpu_quota
 from distributed.errors import InputError
@@ -133,6 +133,15 @@ def elastic_run_id() -> str:
     """torchrun's --rdzv-id, if its workers use a store that it shares with them; else empty."""
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return os.environ.get("TORCHELASTIC_RUN_ID", "") if shared else ""
+
+
+def slurm_job() -> dict[str, Any]:
+    """Number, restarts and cluster of the Slurm job that this process is of; empty outside."""
+    if not (job := os.environ.get("SLURM_JOB_ID", "")):
+        return {}
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "")
+    cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
+    return {"job": job, "restarts": int(restarts) if restarts.isdecimal() else 0, "cluster": cluster}
 
 
 def torchrun_above() -> tuple[int, list[str]] | None:

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import AcquireReturnProxy, BaseFileLock, FileLock, Timeout
+from loguru import logger
 
 from distributed.errors import InputError
 from distributed.files import read_object, replace_json
+
+_QUIET_SECONDS = 60.0
 
 
 def once_per_node(target: Path, work: Callable[[], None], *, done: Callable[[], bool], request: str = "") -> None:
@@ -31,7 +34,7 @@ def once_per_node(target: Path, work: Callable[[], None], *, done: Callable[[], 
     note, lock = (target.with_name(f".{target.name}.{name}") for name in ("failed", "lock"))
     before = read_object(note).get("number")
     try:
-        held = FileLock(lock).acquire()
+        held = _acquired(FileLock(lock))
     except NotImplementedError:
         raise OSError(errno.ENOLCK, "its file system has no locks", str(target.parent)) from None
     with held:
@@ -48,3 +51,14 @@ def once_per_node(target: Path, work: Callable[[], None], *, done: Callable[[], 
             raise
         with suppress(OSError):
             note.unlink(missing_ok=True)
+
+
+def _acquired(lock: BaseFileLock) -> AcquireReturnProxy:
+    """The lock, however long its holder works; a lock file that a dead host left is named."""
+    try:
+        return lock.acquire(timeout=_QUIET_SECONDS)
+    except Timeout:
+        logger.warning(
+            "waiting for the process that holds {}; if it is gone for certain, remove that file", lock.lock_file
+        )
+        return lock.acquire()
