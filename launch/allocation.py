@@ -24,6 +24,8 @@ class Allocation:
     array_task: int | None
     restarts: int
     max_requeues: int
+    node_list: str = ""
+    """The nodes' names, as Slurm abbreviates them."""
     missing_folder: str = ""
     """The folder that the job was submitted from, if it is not there on this node, so that the job began elsewhere."""
 
@@ -37,13 +39,14 @@ class Allocation:
         gpus = _number("SLURM_GPUS_ON_NODE", 0)
         return cls(
             job=_number("SLURM_JOB_ID", 0),
-            nodes=_number("SLURM_JOB_NUM_NODES", 1),
+            nodes=_number("SLURM_JOB_NUM_NODES", 1, least=1),
             cpus=fewest_cpus(os.environ.get("SLURM_JOB_CPUS_PER_NODE", "1")),
             gpus=gpus,
             ranks=_number("RANKS_PER_NODE", gpus or 1, least=1),
             array_task=_number("SLURM_ARRAY_TASK_ID", 0) if os.environ.get("SLURM_ARRAY_TASK_ID") else None,
             restarts=_number("SLURM_RESTART_COUNT", 0),
             max_requeues=_number("MAX_REQUEUES", 20),
+            node_list=os.environ.get("SLURM_JOB_NODELIST", ""),
             missing_folder=os.environ.get("JOB_FOLDER_MISSING", ""),
         )
 

@@ -38,7 +38,7 @@ def main() -> int:
         run_dir = load(words)[0].run_dir
         if in_job():
             allocation = Allocation.from_environment()
-            expected = _nodes(allocation.nodes)
+            expected = _nodes(allocation)
             address = reachable(given.address or _field(expected[0], "NodeAddr") or expected[0], nodes=len(expected))
             port, gpus = given.port or free_port(allocation.job), given.gpus or allocation.gpus
         else:
@@ -78,17 +78,17 @@ def _lay_token(run_dir: Path) -> str:
     return token
 
 
-def _nodes(count: int) -> list[str]:
+def _nodes(allocation: Allocation) -> list[str]:
     """The names of the job's nodes.
 
     Raises:
         InputError: they are not as many as the job has.
     """
-    names = _ask("scontrol", "show", "hostnames").split()
-    if len(names) != count:
+    names = _ask("scontrol", "show", "hostnames", allocation.node_list).split() if allocation.node_list else []
+    if len(names) != allocation.nodes:
         raise InputError(
-            f"environment: SLURM_JOB_NUM_NODES = {count}, and scontrol show hostnames lists {', '.join(names) or 'none'}; "
-            "start this inside the job that is meant, without SLURM_JOB_NODELIST of another"
+            f"environment: SLURM_JOB_NUM_NODES = {allocation.nodes}, and SLURM_JOB_NODELIST has {', '.join(names) or 'none'}; "
+            "start this inside the job that is meant, with the variables that Slurm set"
         )
     return names
 

@@ -131,7 +131,7 @@ def test_an_address_without_a_ray_is_refused_at_once(address: str, tmp_path: Pat
 
 
 def test_a_doctor_in_a_job_without_slurm_is_refused(tmp_path: Path):
-    found = call("launch.doctor", *SHORT, **JOB, PATH=str(tmp_path))
+    found = call("launch.doctor", *SHORT, **JOB, SLURM_JOB_NODELIST="n1", PATH=str(tmp_path))
     assert_told(found, "scontrol: No such file or directory; start this on a node of the job")
 
 
@@ -184,3 +184,9 @@ def test_a_local_file_comes_before_a_shipped_config(tmp_path: Path):
     assert_told(call("train", "debug"), "debug:1: epochs = 0")
     (tmp_path / "mine.toml").write_text('extends = "debug"\n')
     assert_told(call("train", "mine.toml"), "debug:1: epochs = 0")
+
+
+@pytest.mark.parametrize(("count", "listed"), [("2", ""), ("0", "")])
+def test_a_doctor_in_a_job_without_its_nodes_is_refused(count: str, listed: str):
+    found = call("launch.doctor", *SHORT, SLURM_JOB_ID="7", SLURM_JOB_NUM_NODES=count, SLURM_JOB_NODELIST=listed)
+    assert_told(found, "SLURM_JOB_NUM_NODES = ", count)

@@ -105,7 +105,7 @@ def test_ray_train_names_the_job_file_of_the_package(site: Path, tmp_path: Path)
     ("script", "words", "code", "said"),
     [
         ("distributed-train", ("--help",), 0, "--optim.lr "),
-        ("distributed-train", ("cifar10", "--optim.lrr", "1"), 2, "did you mean optim.lr?"),
+        ("distributed-train", ("cifar10", "--optim.lrr", "1", "--device", "cpu"), 2, "did you mean optim.lr?"),
         ("distributed-evaluate", ("nowhere",), 2, "error: "),
         ("distributed-report", ("nowhere",), 2, "error: "),
     ],

@@ -56,6 +56,23 @@ def test_launch_slurm_checks_prints_and_submits(cluster: Cluster, tmp_path: Path
         assert "Traceback" not in text
 
 
+def test_the_doctor_names_nodes_and_jobs_that_slurm_does_not_know(cluster: Cluster, tmp_path: Path) -> None:
+    def examine(count: int) -> str:
+        words = ("configs/debug.toml", "--run_dir", tmp_path / "run", "--seconds", 2)
+        job = {"SLURM_JOB_ID": "99999", "SLURM_JOB_NUM_NODES": str(count), "SLURM_JOB_NODELIST": "n[1,9]"}
+        return cluster.ask(sys.executable, "-m", "launch.doctor", *words, fails=True, **job)
+
+    assert "SLURM_JOB_NUM_NODES = 3, and SLURM_JOB_NODELIST has n1, n9; start this inside the job" in examine(3)
+    text = examine(2)
+    assert [line[:14] for line in text.splitlines() if line.startswith("no go: ")] == [
+        "no go: n1: no ",
+        "no go: n9: no ",
+    ], text
+    assert "Invalid job id" in text
+    assert "Node n9 not found" in text
+    assert list((tmp_path / "run").iterdir()) == []
+
+
 def failed(cluster: Cluster, job: str, output: Path) -> str:
     """What the batch script of a job said that ended with exit code 2."""
     cluster.wait_for_state(job, "FAILED")

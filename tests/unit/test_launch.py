@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from distributed.config import load
 from distributed.errors import ExitCode, InputError
 from launch.address import free_port, reachable, way_to
 from launch.allocation import Allocation, fewest_cpus
 from launch.arguments import of_task, with_folder
 from launch.ending import Journal, decide
+from launch.probe import data
 from launch.slurm import tasks
 from launch.summary import summary
 
@@ -107,6 +109,17 @@ def test_a_port_that_is_taken_is_passed_over():
         port = free_port(12_345)
         assert port != taken.getsockname()[1]
     assert free_port(12_345) != free_port(12_346)
+
+
+def test_a_probe_in_a_job_looks_for_data_that_nobody_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config, named = load(["--data.root", str(tmp_path)])
+    assert named
+    for name in ("SLURM_JOB_ID", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        monkeypatch.delenv(name, raising=False)
+    assert data(config, False) == "none named"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(InputError, match="data_batch_1"):
+        data(config, False)
 
 
 def test_the_node_with_the_fewest_cpus_counts():
