@@ -27,6 +27,4 @@ def accuracy(point: tuple[int, float] | None) -> str:
 def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """A line a row, each column as wide as its widest text."""
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    return [
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
