@@ -17,7 +17,7 @@ from distributed.bench.options import CONTENDERS, Options
 from distributed.bench.rounds import ContenderFailedError, machine
 from distributed.data import cifar
 from distributed.errors import ExitCode, InputError
-from distributed.files import check_writable, home_path
+from distributed.files import check_writable, home_path, write_output
 from distributed.streams import run_command
 
 
@@ -51,7 +51,7 @@ def main() -> int:
         content["failed"].append({name: str(error) for name, error in errors.items()})
         outputs += "".join(f"{name}: {error}\n{error.output}\n\n" for name, error in errors.items())
         if given.json:
-            given.json.write_text(json.dumps(content, indent=1) + "\n")
+            write_output(given.json, (json.dumps(content, indent=1) + "\n").encode())
             if outputs:
                 given.json.with_suffix(".failed.txt").write_text(outputs)
     print(summary(kind, content["rounds"]))

@@ -14,6 +14,7 @@ from distributed.topology import host
 
 _MARKS = {"status.json", "attempts.jsonl", "config.toml"}
 _INNER = {"checkpoints", "tensorboard", "logs", "profile", "export", "ray", "slurm"}
+_MOST_EPOCHS = 10**9  # a larger number is damage
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -59,7 +60,8 @@ def outcome_of(run: Path) -> Outcome:
     """What the files say that can be read."""
     status = RunFolder(run).status()
     try:
-        epochs = [line for line in metrics_lines(run / "metrics.jsonl") if line["kind"] == "epoch"]
+        lines = metrics_lines(run / "metrics.jsonl")
+        epochs = [line for line in lines if line["kind"] == "epoch" and 0 <= line["epoch"] < _MOST_EPOCHS]
     except InputError:
         epochs = []
     validation, tests = _curve(epochs, "validation"), _curve(epochs, "test")
@@ -104,7 +106,7 @@ def _planned_epochs(run: Path) -> int | None:
         epochs = from_file(run / "config.toml").values.get("epochs")
     except InputError:
         return None
-    return epochs if type(epochs) is int else None
+    return epochs if type(epochs) is int and 0 < epochs < _MOST_EPOCHS else None
 
 
 def _curve(epochs: list[Line], split: str) -> list[tuple[int, float]]:

@@ -201,6 +201,26 @@ def test_files_and_functions_are_short_enough_to_read(path):
     assert [said for said in long if (name_of(path), said.partition(":")[0]) != ("recipe", "train")] == []
 
 
+INNER_COMMANDS = {
+    "bench.contenders",
+    "bench.memory",
+    "gpu_check.gloo_latency",
+    "gpu_check.rank_runs",
+    "gpu_check.steps",
+    "gpu_pack.bare_machine",
+}  # started by other commands, which read what they print
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if '__name__ == "__main__"' in path.read_text()], ids=name_of)
+def test_every_command_outlives_its_terminal(path):
+    assert "    run_command(main" in path.read_text() or name_of(path) in INNER_COMMANDS
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_path_on_the_command_line_may_begin_with_a_tilde(path):
+    assert "type=Path" not in path.read_text(), "home_path of files.py is the type of a path"
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_every_module_says_what_it_is(path):
     assert ast.get_docstring(TREES[path])
