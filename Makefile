@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
+unexport PYTHONDONTWRITEBYTECODE  # hundreds of processes would compile our modules anew
 
 INTEGRATION := $(wildcard tests/integration/test_*.py)
 ABUSE := $(filter tests/integration/test_abuse_%,$(INTEGRATION))
 CLUSTERS := $(patsubst %,tests/integration/test_%.py,ray slurm slurm_doctor slurm_submit hosts)
-SUITES := test-multiprocess test-integration test-clusters test-unit test-abuse
 # The longest first, so that the last end together.
-TOGETHER = $(MAKE) --no-print-directory --jobs=$(or $(JOBS),2) --output-sync=target
+SUITES := test-clusters test-multiprocess test-integration test-unit test-abuse
+TOGETHER = $(MAKE) --no-print-directory --jobs=$(or $(JOBS),3) --output-sync=target
 BUDGET := timeout --foreground --signal=INT --kill-after=60
 TIMES ?= /dev/null
 timed = @begin=$$(date +%s); $(1); code=$$?; \
@@ -24,25 +25,25 @@ OLDEST := .venv-torch211
 train: $(READY)  ## train on CIFAR-10 in CIFAR_ROOT (or ./data), or on generated images, on 2 processes or one per GPU
 	$(BIN)/torchrun --nproc_per_node=$(RANKS) --standalone -m distributed.train $(if $(CIFAR_ROOT),--data.root $(CIFAR_ROOT)) $(ARGS)
 
-# Suites run two at a time: much of each is waiting. Each has a budget in seconds, for a slow machine; at its end pytest is
+# Suites run three at a time (JOBS=1: one): much of each is waiting. Each has a budget in seconds, for a slow machine; at its end pytest is
 # interrupted, not killed, so that it ends the clusters it began. Tests on real CIFAR read CIFAR_ROOT and are skipped without it.
 test: $(READY)
 	$(TOGETHER) $(SUITES)
 
 test-unit: $(READY)
-	$(call pytest,900,tests/unit)
+	$(call pytest,1200,tests/unit)
 
 test-multiprocess: $(READY)
-	$(call pytest,2400,tests/multiprocess)
+	$(call pytest,2700,tests/multiprocess)
 
 test-integration: $(READY)
-	$(call pytest,2400,tests/golden $(filter-out $(ABUSE) $(CLUSTERS),$(INTEGRATION)))
+	$(call pytest,2700,tests/golden $(filter-out $(ABUSE) $(CLUSTERS),$(INTEGRATION)))
 
 test-abuse: $(READY)
 	$(call pytest,1200,$(ABUSE))
 
 test-clusters: $(READY)  ## a real Ray, a real Slurm and several hosts, one after the other
-	$(call pytest,2000,$(CLUSTERS))
+	$(call pytest,2700,$(CLUSTERS))
 
 # The lower bound of pyproject.toml: imports, two steps on two ranks, a resume. It is the rented GPU machine's torch too.
 test-oldest: $(OLDEST)/.ready
