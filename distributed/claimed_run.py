@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from filelock import FileLock
+from loguru import logger
 
 from distributed.config import TrainConfig, as_toml
 from distributed.errors import ExitCode, InputError, StorageError
