@@ -34,6 +34,7 @@ from distributed.checkpoint_files import (
     set_aside,
 )
 from distributed.claimed_run import ClaimedRun
+from distributed.data.identity import check_resumed
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError, StorageError
 from distributed.files import read_object
@@ -78,10 +79,15 @@ class Checkpointer:
         All ranks raise the same error, so that none waits for another.
 
         Raises:
-            StorageError, InputError: as `find_resume_point`, or a rank cannot read what that found.
+            StorageError, InputError: as `find_resume_point`, it was trained on other data, or a rank cannot read it.
         """
+
+        def fits(content: dict[str, Any], path: Path) -> None:
+            check_resumed(content, self.facts, where=path)
+            check(content, path)
+
         store = self._uploads.store if self._uploads else None
-        found = collectives.decided_by_main(lambda: find_resume_point(self.run, store, check) if self.run else None)
+        found = collectives.decided_by_main(lambda: find_resume_point(self.run, store, fits) if self.run else None)
         if found is None:
             return None
         name, content = found

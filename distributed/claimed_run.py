@@ -13,12 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from loguru import logger
 
 from distributed.config import TrainConfig, as_toml
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import open_regular, read_object, replace_json, replace_text, storing, sync_folder
+from distributed.lock_holder import holder_record, take_lock
 from distributed.run_folder import RunFolder
 from distributed.topology import host
 from distributed.versions import git_state, versions
@@ -55,30 +56,15 @@ class ClaimedRun(RunFolder):
         try:
             run.logs.mkdir(parents=True, exist_ok=True)
             run.checkpoints.mkdir(exist_ok=True)
-            run._take_lock()
+            take_lock(run._lock, record=run._attempt_file, seconds=LOCK_WAIT_SECONDS)
             run._progress["saved_step"] = run.saved_step()
-            replace_json(run._attempt_file, {"token": run.token, "pid": os.getpid(), "host": host()})
+            replace_json(run._attempt_file, {"token": run.token} | holder_record())
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             raise InputError(
                 f"run_dir = {path}: {where}{error.strerror or error}; give another with --run_dir"
             ) from None
         return run
-
-    def _take_lock(self) -> None:
-        try:
-            self._lock.acquire(timeout=0)
-            return
-        except Timeout:
-            holder = read_object(self._attempt_file)
-            who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
-            logger.warning("{} is held by {}; waiting {:.0f} s for it to end", self.path, who, LOCK_WAIT_SECONDS)
-        try:
-            self._lock.acquire(timeout=LOCK_WAIT_SECONDS)
-        except Timeout:
-            raise InputError(
-                f"run_dir = {self.path}: another run is writing there ({who}); wait for it, end it, or give another --run_dir"
-            ) from None
 
     def check_ours(self) -> None:
         """Raises StorageError once another attempt has taken the folder, or somebody has removed it."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from distributed.checkpoint_files import check_format, checkpoints, newest_whole
 from distributed.config import TrainConfig, changes_experiment, differences
+from distributed.config.layers import shown
 from distributed.errors import InputError
 from distributed.files import read_object
 from distributed.run_folder import RunFolder, config_in, find_checkpoint
@@ -40,9 +41,11 @@ def _check_kinds(run: RunFolder) -> None:
     for path in run.logs, run.checkpoints:
         if not (there := next(p for p in (path, *path.parents) if os.path.lexists(p))).is_dir():
             raise InputError(f"run_dir = {run.path}: {there} is no folder; move it, or give another with --run_dir")
-    for path in run.shared_files:
+    for path in (*run.shared_files, run.path / ".lock"):
         if os.path.lexists(path) and not _is_file(path):
-            raise InputError(f"run_dir = {run.path}: {path} is no file; move it, or give another with --run_dir")
+            raise InputError(
+                f"run_dir = {run.path}: {path} is not a regular file; move it, or give another with --run_dir"
+            )
 
 
 def _is_file(path: Path) -> bool:
@@ -90,7 +93,7 @@ def check_experiment(config: TrainConfig, state: dict[str, Any], *, where: Path 
         refused.append(("exact.shards", shards, config.exact.shards))
     if refused:
         raise InputError(
-            *[f"{where}: {path} = {new}: this run was begun with {old}" for path, old, new in refused],
+            *[f"{where}: {path} = {shown(new)}: this run was begun with {shown(old)}" for path, old, new in refused],
             f"a resumed run keeps its experiment: take these settings back, or give another {option}",
         )
     return {path for path, _, _ in changed}

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from distributed.checkpoint_files import check_format, checkpoints, damage_of
 from distributed.config import TrainConfig, load, with_values
+from distributed.config.layers import shown
 from distributed.data import sources
 from distributed.errors import InputError
 from distributed.files import read_object
@@ -82,8 +83,7 @@ def checkpoint_of(run: Path, name: str) -> Path:
                 )
             return found
     there = sorted(path.name for path in folder.glob("[!.]*") if (path / "manifest.json").is_file())
-    shown = name if name.isprintable() else repr(name)
-    raise InputError(f"--checkpoint {shown}: not in {folder}; there are: {', '.join(there) or 'none'}")
+    raise InputError(f"--checkpoint {shown(name)}: not in {folder}; there are: {', '.join(there) or 'none'}")
 
 
 def check_whole(checkpoint: Path) -> None:

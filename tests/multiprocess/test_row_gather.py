@@ -127,7 +127,7 @@ def test_a_dead_peer_is_told_within_two_seconds(loser: int) -> None:
     found = run_ranks(lose_a_peer, 3, loser)
     assert found.pop(loser) is None
     for message, seconds in found:
-        assert re.search(rf"closed by peer: rank {loser}, process \d+, has died", message)
+        assert re.search(rf"closed by peer: rank {loser}, process \d+ on \S+, has died", message)
         assert seconds < 2
 
 
@@ -150,7 +150,7 @@ def test_a_living_peer_that_never_comes_is_given_up_after_the_timeout() -> None:
     assert 0.5 <= seconds < 3
 
 
-def no_such_file(path: str, mode: str) -> None:
+def no_such_file(path: str, *_: Any, **__: Any) -> None:
     raise FileNotFoundError(path)
 
 
@@ -165,7 +165,7 @@ class Full:
 
 
 APART: dict[str, tuple[int, dict[str, Any]]] = {
-    "another host": (1, {"host": lambda: "elsewhere"}),
+    "another machine": (1, {"machine": lambda: "elsewhere"}),
     "no file": (1, {"open": no_such_file}),
     "no room": (0, {"os": Full()}),
 }

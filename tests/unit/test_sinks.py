@@ -1,5 +1,13 @@
+import fcntl
 import json
 import math
+import os
+import pty
+import re
+import struct
+import sys
+import termios
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,7 +17,7 @@ import pytest
 
 from distributed.claimed_run import ClaimedRun
 from distributed.metrics import EpochMetrics, SplitMetrics, TrainMetrics
-from distributed.sinks import JsonLines, duration
+from distributed.sinks import JsonLines, Terminal, duration
 
 TRAIN = TrainMetrics(
     epoch=0, step=5, loss=1.5, accuracy=0.5, lr=0.1, grad_norm=2.0, images_per_second=100.0, data_wait=0.01,
@@ -106,3 +114,26 @@ def test_a_line_that_tells_no_step_is_dropped(run, garbage):
 )
 def test_durations_read_like_a_clock(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_bar_moves_at_every_step_and_is_legible(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = pty.openpty()
+    fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    step = 0
+    with os.fdopen(writing, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        bar = Terminal(epochs=10, total_steps=4000, start_step=0, step=lambda: step)
+        for step in (3, 8, 9):
+            if step == 8:
+                bar.train(replace(TRAIN, step=8, images_per_second=12345.6))
+            time.sleep(0.3)
+        bar.close()
+        drawn = os.read(reading, 2**16).decode()
+    os.close(reading)
+    lines = [line.strip() for line in drawn.split("\r") if line.strip()]
+    assert [int(line.partition("/4000")[0].rpartition(" ")[2]) for line in lines][-3:] == [3, 8, 9]
+    assert re.fullmatch(r"epoch 1/10 \|.{10,}\| 9/4000 \[[0-9:]+, loss 1\.500, 50\.0%, 12,346 img/s\]", lines[-1]), (
+        lines
+    )
+    assert all(len(line) <= columns for line in lines)
