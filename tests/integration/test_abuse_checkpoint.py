@@ -139,7 +139,9 @@ def test_no_file_where_the_run_must_write(file: str, kind: str, run: Path, tmp_p
     (copy / file).unlink(missing_ok=True)
     NO_FILES[kind](copy / file)
     with untouched(copy):
-        assert_told(train(copy, epochs=2), f"{copy}/{file} is no file; move it, or give another with --run_dir")
+        assert_told(
+            train(copy, epochs=2), f"{copy}/{file} is not a regular file; move it, or give another with --run_dir"
+        )
 
 
 @pytest.mark.parametrize("file", ["digests.jsonl", "metrics.jsonl", "status.json", "attempts.jsonl"])
@@ -569,7 +571,7 @@ def test_a_checkpoint_that_is_a_link(run: Path, tmp_path: Path) -> None:
     last.rename(moved)
     last.symlink_to(moved)
     with untouched(moved):
-        assert_told(train(copy, "--checkpoint.keep_last", 1, epochs=2), code=0, lines=0)
+        assert_told(train(copy, epochs=2), code=0, lines=0)
     assert not last.is_symlink()
 
 
