@@ -15,7 +15,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from distributed import endings
 from distributed.endings import Ending
 from distributed.errors import ExitCode, PeerError
-from distributed.rendezvous import agree_on_token, open_store, within
+from distributed.rendezvous import agree_on_token, is_open, open_store, within
 from distributed.topology import Topology, host, meeting_place
 
 # What gloo, NCCL and the store say if another rank has gone.
@@ -25,8 +25,9 @@ _LOST = re.compile(
     re.I,
 )
 _DEAD = re.compile(r"rank \d+, process \d+, has died")  # shared_memory.py saw it
-_POLL_SECONDS = 0.5
-_GRACE_SECONDS = 0.8  # for the main thread, which may be awake and on its way out by itself
+_POLL_SECONDS = 0.25
+_GRACE_SECONDS = 0.5  # for the main thread, which may be awake and on its way out by itself
+_LINGER_SECONDS = 1.2  # of the rank that serves the store, for the others to read why it ends
 _ATTEND_SECONDS = 3.0
 _met = False
 
@@ -43,7 +44,9 @@ class Peers:
     ) -> None:
         self.store, self._line, self._server = store, store.clone(), server
         self._connection, self.rank, self.world_size = connection, rank, world_size
+        self._poll_seconds = _POLL_SECONDS + world_size / 1000  # one server answers all
         self._leaving, self._left = threading.Event(), threading.Event()
+        self._has_departed = False
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
 
     @classmethod
@@ -58,7 +61,9 @@ class Peers:
         place, timeout = meeting_place(), timedelta(seconds=timeout_seconds)
         rank, world_size = topology.rank, topology.world_size
         store, connection = open_store(place, rank=rank, world_size=world_size, timeout=timeout)
-        token = agree_on_token(store, rank=rank, world_size=world_size, timeout=timeout, where=str(place))
+        token = agree_on_token(
+            store, rank=rank, world_size=world_size, timeout=timeout, where=str(place), connection=connection
+        )
         _met = True
         server = "torchrun's agent" if place.has_agent else "rank 0"
         return cls(PrefixStore(token, store), connection, rank=rank, world_size=world_size, server=server)
@@ -66,18 +71,21 @@ class Peers:
     def __enter__(self) -> Self:
         self._beat(0)
         self._thread.start()
-        endings.add_last_word(self._settle)
+        endings.add_last_word(self._settle, first=True)
+        endings.add_last_word(self._linger)
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         endings.remove_last_word(self._settle)
+        endings.remove_last_word(self._linger)
         self._leaving.set()
         try:
             if error is None:
                 self._depart(seconds=5.0)
             elif isinstance(error, RuntimeError) and _LOST.search(str(error)) and not isinstance(error, PeerError):
-                lost = within(6 * _POLL_SECONDS, lambda: self._cause(str(error)))
-                raise lost or PeerError(f"contact with another rank was lost: {str(error).splitlines()[0]}") from error
+                lost = within(12 * self._poll_seconds, lambda: self._cause(str(error))) or _lost_contact(str(error))
+                self._depart(seconds=_LINGER_SECONDS)
+                raise lost from error
             else:
                 self.tell(getattr(error, "exit_code", ExitCode.FAILED), in_words(error))
         finally:
@@ -86,7 +94,7 @@ class Peers:
     def tell(self, code: ExitCode, reason: str) -> None:
         """Let the others know that this rank ends, and why."""
         within(1.0, lambda: self._publish(self.rank, Ending(code, reason)))
-        self._depart(seconds=2.5 * _POLL_SECONDS)
+        self._depart(seconds=_LINGER_SECONDS)
 
     def _publish(self, rank: int | None, ending: Ending) -> dict[str, Any]:
         """Say why the attempt ends, unless another rank has; the first word holds."""
@@ -95,26 +103,27 @@ class Peers:
 
     def _end(self) -> PeerError | None:
         """What another rank has said."""
-        if not self._is_served() or not self._line.check(["end"]):
+        if not is_open(self._connection) or not self._line.check(["end"]):
             return None
         return _from_other(json.loads(self._line.get("end")))
 
     def _settle(self, ending: Ending) -> Ending | None:
         """The attempt's ending, as this process leaves at once; what another rank said before counts."""
-        if not self._is_served():
+        if not is_open(self._connection):
             return None
         end = self._publish(self.rank, ending)
-        if self._connection is not None:
-            self._line.add("departed", 1)
         if end["rank"] == self.rank:
             return None
         other = _from_other(end)
         return Ending(other.exit_code, str(other))
 
+    def _linger(self, _: Ending) -> None:
+        self._depart(seconds=_LINGER_SECONDS)
+
     def _watch(self) -> None:
         beats = 0
         try:
-            while not self._left.wait(_POLL_SECONDS) and self._is_served():
+            while not self._left.wait(self._poll_seconds) and is_open(self._connection):
                 beats += 1
                 self._beat(beats)
                 end = None if self._leaving.is_set() else self._end()
@@ -128,7 +137,7 @@ class Peers:
 
     def _cause(self, said: str) -> PeerError:
         """Why contact with a rank was lost: its own word, or which rank has fallen silent."""
-        if not self._is_served():
+        if not is_open(self._connection):
             return PeerError(f"{self._server} has died: its connection was closed")
         if end := self._end():
             return end
@@ -137,7 +146,7 @@ class Peers:
         else:
             others = [rank for rank in range(self.world_size) if rank != self.rank]
             before = self._line.multi_get([f"beat/{rank}" for rank in others])
-            time.sleep(2.5 * _POLL_SECONDS)
+            time.sleep(4 * self._poll_seconds)
             after = self._line.multi_get([f"beat/{rank}" for rank in others])
             silent = [
                 f"rank {rank} ({new.decode().partition(' ')[2]})"
@@ -147,28 +156,21 @@ class Peers:
             if end := self._end():
                 return end
             if not silent:
-                return PeerError(f"contact with another rank was lost: {said.splitlines()[0]}")
+                return _lost_contact(said)
             lost = PeerError(f"{', '.join(silent)} shows no sign of life; it was killed, or is frozen")
         self._publish(None, Ending(lost.exit_code, str(lost)))
         return lost
 
-    def _is_served(self) -> bool:
-        """Whether the store's server is there; asked before it is used, since its client is loud if not."""
-        if self._connection is None:
-            return True
-        try:
-            return self._connection.recv(1, socket.MSG_PEEK) != b""
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-
     def _depart(self, *, seconds: float) -> None:
         """Say that this rank needs the store no more; the rank that serves it leaves last."""
 
+        if self._has_departed:
+            return
+        self._has_departed = True
+
         def depart() -> None:
             if self._connection is not None:
-                if self._is_served():
+                if is_open(self._connection):
                     self._line.add("departed", 1)
                 return
             deadline = time.monotonic() + seconds
@@ -176,6 +178,10 @@ class Peers:
                 time.sleep(0.01)
 
         within(seconds + 0.5, depart)
+
+
+def _lost_contact(said: str) -> PeerError:
+    return PeerError(f"contact with another rank was lost: {said.splitlines()[0]}")
 
 
 def _from_other(end: dict[str, Any]) -> PeerError:
