@@ -137,6 +137,8 @@ class Peers:
 
     def _cause(self, said: str) -> PeerError:
         """Why contact with a rank was lost: its own word, or which rank has fallen silent."""
+        if self._server == "rank 0":
+            time.sleep(0.2)  # a dying process closes its connections one after another
         if not is_open(self._connection):
             return PeerError(f"{self._server} has died: its connection was closed")
         if end := self._end():

@@ -17,7 +17,7 @@ from distributed.peers import in_words
 from distributed.process import run_to_exit_code
 from distributed.schedule import build_early_stopping, build_schedule
 from distributed.state import TrainState
-from distributed.stop import Never, StopSource
+from distributed.stop import StopSource
 from distributed.topology import Topology
 
 
@@ -123,19 +123,12 @@ class Fail:
     [
         (Ask(), 75, "stopped by SIGTERM at step 2, everything saved; the same command resumes"),
         (Fail(), 1, "ValueError: a defect"),
-        (Never(), 0, None),
     ],
 )
 def test_every_ending_has_its_code_and_reason(
-    config: TrainConfig,
-    stop: Ask | Fail | Never,
-    code: int,
-    reason: str | None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    config: TrainConfig, stop: StopSource, code: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     file = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
     assert run_to_exit_code(config, Topology(), stop) == code
-    found = json.loads(file.read_text())["message"]["message"] if file.exists() else None
-    assert found == reason
+    assert json.loads(file.read_text())["message"]["message"] == reason
