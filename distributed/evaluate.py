@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from distributed.config import TrainConfig
 from distributed.data import sources
-from distributed.errors import ExitCode, InputError
+from distributed.errors import ExitCode, InputError, PeerError
 from distributed.files import check_writable
 from distributed.saved_run import (
     check_whole,
@@ -65,6 +65,9 @@ def main() -> int:
     except InputError as error:
         error.tell()
         return ExitCode.BAD_INPUT
+    except PeerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
 
 
 def _config_of(run: Path, root: Path | None) -> TrainConfig:

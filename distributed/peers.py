@@ -83,7 +83,7 @@ class Peers:
             if error is None:
                 self._depart(seconds=5.0)
             elif isinstance(error, RuntimeError) and _LOST.search(str(error)) and not isinstance(error, PeerError):
-                lost = within(12 * self._poll_seconds, lambda: self._cause(str(error))) or _lost_contact(str(error))
+                lost = within(12 * self._poll_seconds, lambda: self._cause(str(error))) or self._no_answer(str(error))
                 self._depart(seconds=_LINGER_SECONDS)
                 raise lost from error
             else:
@@ -146,14 +146,12 @@ class Peers:
         if dead := _DEAD.search(said):
             lost = PeerError(dead[0])
         else:
-            others = [rank for rank in range(self.world_size) if rank != self.rank]
-            before = self._line.multi_get([f"beat/{rank}" for rank in others])
+            before = self._beats()
             time.sleep(4 * self._poll_seconds)
-            after = self._line.multi_get([f"beat/{rank}" for rank in others])
             silent = [
-                f"rank {rank} ({new.decode().partition(' ')[2]})"
-                for rank, old, new in zip(others, before, after, strict=True)
-                if old == new
+                f"rank {rank} ({beat.partition(' ')[2]})" if beat else f"rank {rank}"
+                for rank, beat in self._beats().items()
+                if beat == before[rank]
             ]
             if end := self._end():
                 return end
@@ -162,6 +160,16 @@ class Peers:
             lost = PeerError(f"{', '.join(silent)} shows no sign of life; it was killed, or is frozen")
         self._publish(None, Ending(lost.exit_code, str(lost)))
         return lost
+
+    def _beats(self) -> dict[int, str]:
+        """The newest sign of life of every other rank, empty if there was none."""
+        keys = {rank: f"beat/{rank}" for rank in range(self.world_size) if rank != self.rank}
+        return {rank: self._line.get(key).decode() if self._line.check([key]) else "" for rank, key in keys.items()}
+
+    def _no_answer(self, said: str) -> PeerError:
+        if self._connection is None:
+            return _lost_contact(said)
+        return PeerError(f"{self._server} does not answer; it is frozen, or its host was lost")
 
     def _depart(self, *, seconds: float) -> None:
         """Say that this rank needs the store no more; the rank that serves it leaves last."""

@@ -170,6 +170,7 @@ def agree_on_token(
     successor is met by a new proposal.
 
     Raises:
+        InputError: two processes have one rank, or ranks were given different numbers of ranks.
         PeerError: not all ranks came in time, which it names, or the server of the store has gone.
     """
     deadline = time.monotonic() + timeout.total_seconds()
@@ -197,12 +198,26 @@ def agree_on_token(
         proposal = json.loads(_read(store, "proposal") or "{}")
         token = proposal.get("token")
         if proposal.get("nonces", {}).get(str(rank)) == nonce:
+            if (size := proposal.get("world_size", world_size)) != world_size:
+                store.set(f"acknowledged/{rank}", f"{token} {world_size}")
+                raise _unlike(rank, world_size, size)
             if token != acknowledged:
                 store.set(f"acknowledged/{rank}", token)
                 acknowledged = token
             if _read(store, "go") == token:
                 return str(token)
+        if _read(store, f"hello/{rank}") != nonce:
+            raise InputError(
+                f"environment: RANK = {rank} was given to two processes that meet at {where}; give each its own, or end the "
+                "process that was left behind"
+            )
         wait(silent)
+
+
+def _unlike(rank: int, size: int, size_on_rank_0: int) -> InputError:
+    return InputError(
+        f"environment: WORLD_SIZE = {size} on rank {rank}, but {size_on_rank_0} on rank 0; start every rank with the same"
+    )
 
 
 def _propose(store: Store, *, nonce: str, world_size: int, wait: Callable[[Callable[[], list[int]]], None]) -> str:
@@ -213,8 +228,13 @@ def _propose(store: Store, *, nonce: str, world_size: int, wait: Callable[[Calla
         nonces = {str(rank): _read(store, f"hello/{rank}") for rank in others}
         if all(nonces.values()) and (nonces != proposed or not token):
             token, proposed = uuid.uuid4().hex, nonces
-            store.set("proposal", json.dumps({"token": token, "nonces": {"0": nonce, **nonces}}))
-        missing = [rank for rank in others if not token or _read(store, f"acknowledged/{rank}") != token]
+            proposal = {"token": token, "world_size": world_size, "nonces": {"0": nonce, **nonces}}
+            store.set("proposal", json.dumps(proposal))
+        answers = {rank: _read(store, f"acknowledged/{rank}").split() for rank in others}
+        for rank, (answered, *size) in ((rank, answer) for rank, answer in answers.items() if answer):
+            if size and answered == token:
+                raise _unlike(rank, int(size[0]), world_size)
+        missing = [rank for rank in others if not token or answers[rank] != [token]]
         if token and not missing:
             store.set("go", token)
             return token
