@@ -27,7 +27,7 @@ def check_resume(config: TrainConfig) -> bool:
         if not (there := next(p for p in (path, *path.parents) if os.path.lexists(p))).is_dir():
             raise InputError(f"run_dir = {run.path}: {there} is no folder; move it, or give another with --run_dir")
     for path in (run.path / name for name in _FILES):
-        if os.path.exists(path) and not os.path.isfile(path):
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):  # a folder fails by itself
             raise InputError(
                 f"run_dir = {run.path}: {path} is not a regular file; move it, or give another with --run_dir"
             )
