@@ -210,11 +210,15 @@ def agree_on_token(
             if _read(store, "go") == token:
                 return str(token)
         if _read(store, f"hello/{rank}") != nonce:
-            raise InputError(
-                f"environment: RANK = {rank} was given to two processes that meet at {where}; give each its own, or end the "
-                "process that was left behind"
-            )
+            raise _twice(rank, where)
         wait(silent)
+
+
+def _twice(rank: int, where: str) -> InputError:
+    return InputError(
+        f"environment: RANK = {rank} was given to two processes that meet at {where}; give each its own, or end the "
+        "process that was left behind"
+    )
 
 
 def _unlike(rank: int, size: int, size_on_rank_0: int) -> InputError:
