@@ -12,7 +12,7 @@ from typing import NamedTuple, NoReturn
 from distributed.errors import ExitCode
 from distributed.topology import error_file, has_launcher, is_first_on_node
 
-_LIMIT_SECONDS = 1.0  # a run folder or a store that does not answer must not keep the process
+_LIMIT_SECONDS = 1.5  # a run folder or a store that does not answer must not keep the process
 
 
 class Ending(NamedTuple):
@@ -32,12 +32,12 @@ _last_words: list[LastWord] = []
 _leaving = threading.Lock()
 
 
-def add_last_word(word: LastWord) -> None:
+def add_last_word(word: LastWord, *, first: bool = False) -> None:
     """Call this before the process ends at once; it may return another ending, which then holds.
 
-    The latest is called first. It runs on a thread of its own, and is not waited for if it takes long.
+    It runs on a thread of its own, and is not waited for if it takes long.
     """
-    _last_words.insert(0, word)
+    _last_words.insert(0 if first else len(_last_words), word)
 
 
 def remove_last_word(word: LastWord) -> None:

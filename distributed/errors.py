@@ -58,7 +58,7 @@ class StorageError(_Explained, OSError):
     exit_code = ExitCode.STORAGE
 
 
-class PeerError(RuntimeError):
+class PeerError(_Explained, RuntimeError):
     """Another rank is missing, has failed or was lost; the message names it. Ends with the exit code of the rank that
     failed, if that is known."""
 

@@ -13,7 +13,7 @@ from distributed import collector
 from distributed.byproducts import Byproduct, asked_for
 from distributed.config import TrainConfig
 from distributed.data import sources
-from distributed.errors import ExitCode, InputError, StorageError
+from distributed.errors import ExitCode, InputError, PeerError, StorageError
 from distributed.files import check_writable, home_path, write_output
 from distributed.saved_run import (
     check_whole,
@@ -65,7 +65,7 @@ def main() -> int:
             require("matplotlib", at_least=(3, 9), wanted_by="--confusion")
             check_writable("--confusion", arguments.confusion)
         return _evaluate(config, checkpoint, arguments)
-    except (InputError, StorageError) as error:
+    except (InputError, StorageError, PeerError) as error:
         return error.tell()
 
 

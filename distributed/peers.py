@@ -16,7 +16,7 @@ from distributed import endings
 from distributed.agent_store import AgentStore
 from distributed.endings import Ending
 from distributed.errors import ExitCode, PeerError
-from distributed.rendezvous import agree_on_token, open_store, within
+from distributed.rendezvous import agree_on_token, is_open, open_store, within
 from distributed.topology import Topology, host, meeting_place
 
 # What gloo, NCCL and the store say if another rank has gone.
@@ -26,8 +26,9 @@ _LOST = re.compile(
     re.I,
 )
 _DEAD = re.compile(r"rank \d+, process \d+, has died")  # shared_memory.py saw it
-_POLL_SECONDS = 0.5
-_GRACE_SECONDS = 0.8  # for the main thread, which may be awake and on its way out by itself
+_POLL_SECONDS = 0.25
+_GRACE_SECONDS = 0.5  # for the main thread, which may be awake and on its way out by itself
+_LINGER_SECONDS = 1.2  # of the rank that serves the store, for the others to read why it ends
 _ATTEND_SECONDS = 3.0
 _met = False
 
@@ -44,7 +45,9 @@ class Peers:
     ) -> None:
         self.store, self._line, self._server = store, store.clone(), server
         self._connection, self.rank, self.world_size = connection, rank, world_size
+        self._poll_seconds = _POLL_SECONDS + world_size / 1000  # one server answers all
         self._leaving, self._left = threading.Event(), threading.Event()
+        self._has_departed = False
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
 
     @classmethod
@@ -63,8 +66,15 @@ class Peers:
         store, connection = open_store(place, rank=rank, world_size=world_size, timeout=timeout)
         if agents:
             store = agents.of_round(store)
-        look = agents.look if agents else None
-        token = agree_on_token(store, rank=rank, world_size=world_size, timeout=timeout, where=str(place), look=look)
+        token = agree_on_token(
+            store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            where=str(place),
+            connection=connection,
+            look=agents.look if agents else None,
+        )
         _met = True
         server = "torchrun's agent" if place.has_agent else "rank 0"
         return cls(PrefixStore(token, store), connection, rank=rank, world_size=world_size, server=server)
@@ -72,18 +82,21 @@ class Peers:
     def __enter__(self) -> Self:
         self._beat(0)
         self._thread.start()
-        endings.add_last_word(self._settle)
+        endings.add_last_word(self._settle, first=True)
+        endings.add_last_word(self._linger)
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         endings.remove_last_word(self._settle)
+        endings.remove_last_word(self._linger)
         self._leaving.set()
         try:
             if error is None:
                 self._depart(seconds=5.0)
             elif isinstance(error, RuntimeError) and _LOST.search(str(error)) and not isinstance(error, PeerError):
-                lost = within(6 * _POLL_SECONDS, lambda: self._cause(str(error)))
-                raise lost or PeerError(f"contact with another rank was lost: {str(error).splitlines()[0]}") from error
+                lost = within(12 * self._poll_seconds, lambda: self._cause(str(error))) or self._no_answer(str(error))
+                self._depart(seconds=_LINGER_SECONDS)
+                raise lost from error
             else:
                 self.tell(getattr(error, "exit_code", ExitCode.FAILED), in_words(error))
         finally:
@@ -92,7 +105,7 @@ class Peers:
     def tell(self, code: ExitCode, reason: str) -> None:
         """Let the others know that this rank ends, and why."""
         within(1.0, lambda: self._publish(self.rank, Ending(code, reason)))
-        self._depart(seconds=2.5 * _POLL_SECONDS)
+        self._depart(seconds=_LINGER_SECONDS)
 
     def _publish(self, rank: int | None, ending: Ending) -> dict[str, Any]:
         """Say why the attempt ends, unless another rank has; the first word holds."""
@@ -101,26 +114,27 @@ class Peers:
 
     def _end(self) -> PeerError | None:
         """What another rank has said."""
-        if not self._is_served() or not self._line.check(["end"]):
+        if not is_open(self._connection) or not self._line.check(["end"]):
             return None
         return _from_other(json.loads(self._line.get("end")))
 
     def _settle(self, ending: Ending) -> Ending | None:
         """The attempt's ending, as this process leaves at once; what another rank said before counts."""
-        if not self._is_served():
+        if not is_open(self._connection):
             return None
         end = self._publish(self.rank, ending)
-        if self._connection is not None:
-            self._line.add("departed", 1)
         if end["rank"] == self.rank:
             return None
         other = _from_other(end)
         return Ending(other.exit_code, str(other))
 
+    def _linger(self, _: Ending) -> None:
+        self._depart(seconds=_LINGER_SECONDS)
+
     def _watch(self) -> None:
         beats = 0
         try:
-            while not self._left.wait(_POLL_SECONDS) and self._is_served():
+            while not self._left.wait(self._poll_seconds) and is_open(self._connection):
                 beats += 1
                 self._beat(beats)
                 end = None if self._leaving.is_set() else self._end()
@@ -134,47 +148,50 @@ class Peers:
 
     def _cause(self, said: str) -> PeerError:
         """Why contact with a rank was lost: its own word, or which rank has fallen silent."""
-        if not self._is_served():
+        if self._server == "rank 0":
+            time.sleep(0.2)  # a dying process closes its connections one after another
+        if not is_open(self._connection):
             return PeerError(f"{self._server} has died: its connection was closed")
         if end := self._end():
             return end
         if dead := _DEAD.search(said):
             lost = PeerError(dead[0])
         else:
-            others = [rank for rank in range(self.world_size) if rank != self.rank]
-            before = self._line.multi_get([f"beat/{rank}" for rank in others])
-            time.sleep(2.5 * _POLL_SECONDS)
-            after = self._line.multi_get([f"beat/{rank}" for rank in others])
+            before = self._beats()
+            time.sleep(4 * self._poll_seconds)
             silent = [
-                f"rank {rank} ({new.decode().partition(' ')[2]})"
-                for rank, old, new in zip(others, before, after, strict=True)
-                if old == new
+                f"rank {rank} ({beat.partition(' ')[2]})" if beat else f"rank {rank}"
+                for rank, beat in self._beats().items()
+                if beat == before[rank]
             ]
             if end := self._end():
                 return end
             if not silent:
-                return PeerError(f"contact with another rank was lost: {said.splitlines()[0]}")
+                return _lost_contact(said)
             lost = PeerError(f"{', '.join(silent)} shows no sign of life; it was killed, or is frozen")
         self._publish(None, Ending(lost.exit_code, str(lost)))
         return lost
 
-    def _is_served(self) -> bool:
-        """Whether the store's server is there; asked before it is used, since its client is loud if not."""
+    def _beats(self) -> dict[int, str]:
+        """The newest sign of life of every other rank, empty if there was none."""
+        keys = {rank: f"beat/{rank}" for rank in range(self.world_size) if rank != self.rank}
+        return {rank: self._line.get(key).decode() if self._line.check([key]) else "" for rank, key in keys.items()}
+
+    def _no_answer(self, said: str) -> PeerError:
         if self._connection is None:
-            return True
-        try:
-            return self._connection.recv(1, socket.MSG_PEEK) != b""
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
+            return _lost_contact(said)
+        return PeerError(f"{self._server} does not answer; it is frozen, or its host was lost")
 
     def _depart(self, *, seconds: float) -> None:
         """Say that this rank needs the store no more; the rank that serves it leaves last."""
 
+        if self._has_departed:
+            return
+        self._has_departed = True
+
         def depart() -> None:
             if self._connection is not None:
-                if self._is_served():
+                if is_open(self._connection):
                     self._line.add("departed", 1)
                 return
             deadline = time.monotonic() + seconds
@@ -182,6 +199,10 @@ class Peers:
                 time.sleep(0.01)
 
         within(seconds + 0.5, depart)
+
+
+def _lost_contact(said: str) -> PeerError:
+    return PeerError(f"contact with another rank was lost: {said.splitlines()[0]}")
 
 
 def _from_other(end: dict[str, Any]) -> PeerError:

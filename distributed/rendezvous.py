@@ -7,7 +7,6 @@ earlier attempt had, and every key of theirs stands under it.
 
 import errno
 import json
-import os
 import socket
 import struct
 import threading
@@ -16,6 +15,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 from torch._C._distributed_c10d import Store, TCPStore
@@ -43,11 +43,7 @@ def open_store(
         PeerError: nothing answered in time.
     """
     if rank == 0 and not place.has_agent:
-        handle = _listen(place)
-        store = TCPStore(
-            "localhost", place.port, world_size, True, timeout, wait_for_workers=False, master_listen_fd=handle
-        )
-        return store, None
+        return _serve(place, world_size=world_size, timeout=timeout), None
     deadline = time.monotonic() + timeout.total_seconds()
     absent = f"rank 0 of {world_size}" if not place.has_agent else "torchrun's agent"
     connection = _reach(place, deadline, f"{absent} did not arrive at {place} within {timeout.total_seconds():g} s")
@@ -56,6 +52,30 @@ def open_store(
     if client is None:
         raise PeerError(f"{absent} did not answer at {place} within {timeout.total_seconds():g} s")
     return client, connection
+
+
+_served: dict[int, Store] = {}  # the store of a run before in this process: every meeting has a token of its own
+
+
+def _serve(place: MeetingPlace, *, world_size: int, timeout: timedelta) -> Store:
+    if place.port not in _served:
+        _served[place.port] = TCPStore(
+            "localhost", place.port, world_size, True, timeout, wait_for_workers=False, master_listen_fd=_listen(place)
+        )
+    _served[place.port].set_timeout(timeout)
+    return _served[place.port]
+
+
+def is_open(connection: socket.socket | None) -> bool:
+    """Whether the store's server is there; asked before the store is used, since torch's client is loud if not."""
+    if connection is None:
+        return True
+    try:
+        return connection.recv(1, socket.MSG_PEEK) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 def within(seconds: float, work: Callable[[], T]) -> T | None:
@@ -74,17 +94,19 @@ def within(seconds: float, work: Callable[[], T]) -> T | None:
 
 def _listen(place: MeetingPlace) -> int:
     """A listening socket at the port, on all addresses of this host."""
-    both = socket.has_dualstack_ipv6()
-    try:
-        listener = socket.create_server(
-            ("", place.port), family=socket.AF_INET6 if both else socket.AF_INET, backlog=2048, dualstack_ipv6=both
-        )
-    except OSError as error:
-        raise InputError(
-            f"environment: MASTER_PORT = {place.port}: {os.strerror(error.errno or errno.EIO)} on rank 0's host; give another "
-            "port (torchrun --master_port PORT, or --standalone on one host)"
-        ) from None
-    return listener.detach()
+    for both in (True, False):
+        try:
+            family = socket.AF_INET6 if both else socket.AF_INET
+            listener = socket.create_server(("", place.port), family=family, backlog=2048, dualstack_ipv6=both)
+            return listener.detach()
+        except (OSError, ValueError) as error:
+            if both and getattr(error, "errno", None) not in (errno.EADDRINUSE, errno.EACCES):
+                continue  # a host without IPv6
+            raise InputError(
+                f"environment: MASTER_PORT = {place.port}: {getattr(error, 'strerror', None) or error} on rank 0's host; "
+                "give another port (torchrun --master_port PORT, or --standalone on one host)"
+            ) from None
+    raise AssertionError
 
 
 def _reach(place: MeetingPlace, deadline: float, absent: str) -> socket.socket:
@@ -138,6 +160,7 @@ def agree_on_token(
     world_size: int,
     timeout: timedelta,
     where: str = "the meeting",
+    connection: socket.socket | None = None,
     look: Callable[[], None] | None = None,
 ) -> str:
     """A token that exactly the living ranks share.
@@ -151,34 +174,60 @@ def agree_on_token(
         look: called while waiting; may raise if the wait is in vain.
 
     Raises:
-        PeerError: not all ranks came in time; it names those that did not.
+        InputError: two processes have one rank, or ranks were given different numbers of ranks.
+        PeerError: not all ranks came in time, which it names, or the server of the store has gone.
     """
-    deadline, look = time.monotonic() + timeout.total_seconds(), look or _nothing
-    within = f"of {world_size} did not arrive at {where} within {timeout.total_seconds():g} s; {_WHERE}"
+    deadline = time.monotonic() + timeout.total_seconds()
     nonce = uuid.uuid4().hex
     store.set(f"hello/{rank}", nonce)
+
+    def wait(missing: Callable[[], list[int]]) -> None:
+        if look:
+            look()
+        if time.monotonic() > deadline:
+            raise PeerError(
+                f"rank {', '.join(map(str, missing()))} of {world_size} did not arrive at {where} within "
+                f"{timeout.total_seconds():g} s; {_WHERE}"
+            )
+        if not is_open(connection):
+            raise PeerError(f"the meeting at {where} was closed before all of {world_size} ranks had come")
+        time.sleep(_POLL_SECONDS)
+
     if rank == 0:
-        return _propose(store, nonce=nonce, world_size=world_size, deadline=deadline, within=within, look=look)
+        return _propose(store, nonce=nonce, world_size=world_size, wait=wait)
+    silent = lambda: [other for other in range(world_size) if not store.check([f"hello/{other}"])] or [0]  # noqa: E731
     acknowledged = None
     while True:
         proposal = json.loads(_read(store, "proposal") or "{}")
         token = proposal.get("token")
         if proposal.get("nonces", {}).get(str(rank)) == nonce:
+            if (size := proposal.get("world_size", world_size)) != world_size:
+                store.set(f"acknowledged/{rank}", f"{token} {world_size}")
+                raise _unlike(rank, world_size, size)
             if token != acknowledged:
                 store.set(f"acknowledged/{rank}", token)
                 acknowledged = token
             if _read(store, "go") == token:
                 return str(token)
-        look()
-        if time.monotonic() > deadline:
-            absent = [other for other in range(world_size) if not store.check([f"hello/{other}"])]
-            raise PeerError(f"rank {', '.join(map(str, absent or [0]))} {within}")
-        time.sleep(_POLL_SECONDS)
+        if _read(store, f"hello/{rank}") != nonce:
+            raise _twice(rank, where)
+        wait(silent)
 
 
-def _propose(
-    store: Store, *, nonce: str, world_size: int, deadline: float, within: str, look: Callable[[], None]
-) -> str:
+def _twice(rank: int, where: str) -> InputError:
+    return InputError(
+        f"environment: RANK = {rank} was given to two processes that meet at {where}; give each its own, or end the "
+        "process that was left behind"
+    )
+
+
+def _unlike(rank: int, size: int, size_on_rank_0: int) -> InputError:
+    return InputError(
+        f"environment: WORLD_SIZE = {size} on rank {rank}, but {size_on_rank_0} on rank 0; start every rank with the same"
+    )
+
+
+def _propose(store: Store, *, nonce: str, world_size: int, wait: Callable[[Callable[[], list[int]]], None]) -> str:
     proposed: dict[str, str] = {}
     token = ""
     others = range(1, world_size)
@@ -186,18 +235,17 @@ def _propose(
         nonces = {str(rank): _read(store, f"hello/{rank}") for rank in others}
         if all(nonces.values()) and (nonces != proposed or not token):
             token, proposed = uuid.uuid4().hex, nonces
-            store.set("proposal", json.dumps({"token": token, "nonces": {"0": nonce, **nonces}}))
-        missing = [rank for rank in others if not token or _read(store, f"acknowledged/{rank}") != token]
+            proposal = {"token": token, "world_size": world_size, "nonces": {"0": nonce, **nonces}}
+            store.set("proposal", json.dumps(proposal))
+        answers = {rank: _read(store, f"acknowledged/{rank}").split() for rank in others}
+        for rank, (answered, *size) in ((rank, answer) for rank, answer in answers.items() if answer):
+            if size and answered == token:
+                raise _unlike(rank, int(size[0]), world_size)
+        missing = [rank for rank in others if not token or answers[rank] != [token]]
         if token and not missing:
             store.set("go", token)
             return token
-        look()
-        if time.monotonic() > deadline:
-            raise PeerError(f"rank {', '.join(map(str, missing))} {within}")
-        time.sleep(_POLL_SECONDS)
-
-
-def _nothing() -> None: ...
+        wait(partial(list, missing))
 
 
 def _read(store: Store, key: str) -> str:

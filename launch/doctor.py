@@ -7,6 +7,7 @@ being tried. A node that does not answer is asked again alone, and Slurm is aske
 
 import argparse
 import math
+import re
 import uuid
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def main() -> int:
         if in_job():
             allocation = Allocation.from_environment()
             expected = _nodes(allocation)
-            address = reachable(given.address or _field(expected[0], "NodeAddr") or expected[0], nodes=len(expected))
+            address = reachable(given.address or _address_of(expected[0]), nodes=len(expected))
             port, gpus = given.port or free_port(allocation.job), given.gpus or allocation.gpus
         else:
             expected, address, port, gpus = [place()[2]], "127.0.0.1", given.port or free_port(0), given.gpus
@@ -53,13 +54,19 @@ def main() -> int:
         finally:
             for file in run_dir.glob(f"{token}*"):
                 file.unlink(missing_ok=True)
-        silent = {node: _with_state(node, why) if in_job() else why for node, why in answers.silent.items()}
+        states = _states(allocation.node_list) if in_job() else {}
     except InputError as error:
         error.tell()
         return ExitCode.BAD_INPUT
+    silent = answers.silent
+    if in_job():
+        silent = {node: f"{why}; Slurm has it as {states.get(node, 'unknown')}" for node, why in silent.items()}
     reports = list(answers.reports.values())
     failures = wrong(reports, expected, token=len(expected) > 1, gpus=gpus, free_gib=given.free_gib, silent=silent)
     print(table(reports))
+    for node, state in states.items():
+        if "DRAIN" in state:
+            print(f"note: {node}: Slurm has it as {state}: it keeps this job, and gets no other one")
     for line in failures:
         print(f"no go: {line}")
     if not failures:
@@ -103,17 +110,21 @@ def _ask(*command: str) -> str:
     return printed
 
 
-def _field(node: str, name: str) -> str:
-    """What Slurm has under this name about a node."""
-    told = _ask("scontrol", "-o", "show", "node", node)
-    return next((word.partition("=")[2] for word in told.split() if word.startswith(f"{name}=")), "")
+def _address_of(node: str) -> str:
+    told = _ask("scontrol", "-o", "show", "node", node).split()
+    return next((word.partition("=")[2] for word in told if word.startswith("NodeAddr=")), "") or node
 
 
-def _with_state(node: str, why: str) -> str:
-    try:
-        return f"{why}; Slurm has it as {_field(node, 'State') or 'unknown'}"
-    except InputError as error:
-        return f"{why}; {error}"
+def _states(node_list: str) -> dict[str, str]:
+    """What Slurm has of each node, e.g. `IDLE+DRAIN (disk errors)`, without those that it does not know."""
+    told, _ = bounded(["scontrol", "-o", "show", "node", node_list], 30)
+    found = {}
+    for line in told.splitlines():
+        name, state = (re.search(rf"\b{field}=(\S+)", line) for field in ("NodeName", "State"))
+        reason = re.search(r"\bReason=(.*?)(?: \[|$)", line)
+        if name and state:
+            found[name[1]] = state[1] + (f" ({reason[1]})" if reason else "")
+    return found
 
 
 if __name__ == "__main__":

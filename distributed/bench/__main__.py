@@ -15,8 +15,9 @@ from distributed.bench.kinds import KINDS, Kind, Round
 from distributed.bench.memory import table
 from distributed.bench.options import CONTENDERS, Options
 from distributed.bench.rounds import ContenderFailedError, machine
+from distributed.byproducts import Byproduct, asked_for
 from distributed.data import cifar
-from distributed.errors import ExitCode, InputError
+from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import check_writable, home_path, write_output
 from distributed.streams import run_command
 
@@ -51,11 +52,22 @@ def main() -> int:
         content["failed"].append({name: str(error) for name, error in errors.items()})
         outputs += "".join(f"{name}: {error}\n{error.output}\n\n" for name, error in errors.items())
         if given.json:
-            write_output(given.json, (json.dumps(content, indent=1) + "\n").encode())
-            if outputs:
-                given.json.with_suffix(".failed.txt").write_text(outputs)
+            with Byproduct(given.json):  # for now; the rounds are what takes long
+                _write(given.json, content, outputs)
     print(summary(kind, content["rounds"]))
+    try:
+        if given.json:
+            with asked_for("--json", given.json):
+                _write(given.json, content, outputs)
+    except StorageError as error:
+        return error.tell()
     return ExitCode.FAILED if outputs else ExitCode.FINISHED
+
+
+def _write(file: Path, content: dict[str, Any], outputs: str) -> None:
+    write_output(file, (json.dumps(content, indent=1) + "\n").encode())
+    if outputs:
+        write_output(file.with_suffix(".failed.txt"), outputs.encode())
 
 
 def _parser() -> argparse.ArgumentParser:

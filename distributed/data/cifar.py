@@ -7,6 +7,7 @@ hashes the images of one file while the next is read.
 """
 
 import hashlib
+import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -121,7 +122,7 @@ def _found(name: str, root: Path) -> _Place | None:
     forms = SETS[name].forms
     folders = [_Place(form, root / form.folder, False) for form in forms if (root / form.folder).is_dir()]
     archives = [_Place(form, root / form.archive, True) for form in forms if (root / form.archive).is_file()]
-    last = root.resolve().name  # one folder too deep, or the archive itself: there is only one way to read that
+    last = os.path.basename(os.path.realpath(root))  # the folder or archive itself was named, which is as clear
     folders += [_Place(form, root, False) for form in forms if last == form.folder and root.is_dir()]
     archives += [_Place(form, root, True) for form in forms if last == form.archive and root.is_file()]
     return next(iter(folders + archives), None)

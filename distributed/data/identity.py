@@ -105,7 +105,11 @@ def _shown(value: Any) -> str:
 
 def check_resumed(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: object) -> None:
     """Raises InputError if a run would be resumed on other data than its state.json, `saved`, was made with."""
-    if found := differences(saved, now):
+    found = [d for split in _WORDS if (d := image_difference(saved, now, split))]
+    # The classes of other data sets are named by the code, and another version may spell them otherwise.
+    if now.get("data") == "image_folder" and (classes := class_difference(saved, now)):
+        found.insert(0, classes)
+    if found:
         raise InputError(
             *[f"{where}: {thing} is {new} here, and this run was begun with {old}" for thing, old, new in found],
             f"a resumed run keeps its data, {now.get('data', '')}: point --data.root at the files it began with, or give "

@@ -24,7 +24,7 @@ Run = Callable[[Tensor], Tensor]
 class Format:
     """A file of an export: `contents` are the bytes of it and of those beside it, `load` gives what runs it.
 
-    Bytes, not files: torch reports a full disk as an internal error, and a file that was there would be half replaced.
+    Bytes, not files: on a full disk torch's writer ends the process, and a file that was there would be half replaced.
     """
 
     file: str

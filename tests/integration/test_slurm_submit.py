@@ -63,13 +63,18 @@ def test_the_doctor_names_nodes_and_jobs_that_slurm_does_not_know(cluster: Clust
         return cluster.ask(sys.executable, "-m", "launch.doctor", *words, fails=True, **job)
 
     assert "SLURM_JOB_NUM_NODES = 3, and SLURM_JOB_NODELIST has n1, n9; start this inside the job" in examine(3)
-    text = examine(2)
+    cluster.ask("scontrol", "update", "nodename=n1", "state=drain", "reason=bad disk")
+    try:
+        text = examine(2)
+    finally:
+        cluster.ask("scontrol", "update", "nodename=n1", "state=resume")
+    assert "note: n1: Slurm has it as IDLE+DRAIN (bad disk): it keeps this job, and gets no other one" in text
     assert [line[:14] for line in text.splitlines() if line.startswith("no go: ")] == [
         "no go: n1: no ",
         "no go: n9: no ",
     ], text
     assert "Invalid job id" in text
-    assert "Node n9 not found" in text
+    assert "Slurm has it as unknown; see sinfo -N -n n9" in text
     assert list((tmp_path / "run").iterdir()) == []
 
 

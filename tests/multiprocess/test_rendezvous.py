@@ -177,6 +177,38 @@ def test_rank_0_names_only_those_that_are_missing() -> None:
             ranks[1].result()
 
 
+def met(sizes: list[int], ranks: list[int]) -> list[str]:
+    """What processes of these ranks, each with its number of ranks, find at one store, started one after another."""
+    store = HashStore()
+
+    def come(place: tuple[int, int]) -> str:
+        size, rank = place
+        try:
+            return agree_on_token(store, rank=rank, world_size=size, timeout=timedelta(seconds=2), where="here:1")
+        except (InputError, PeerError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        coming = []
+        for place in zip(sizes, ranks, strict=True):
+            coming.append(pool.submit(come, place))
+            time.sleep(0.1)
+        return [each.result() for each in coming]
+
+
+@pytest.mark.parametrize("sizes", [[2, 3], [2, 1000]])
+def test_ranks_of_unlike_worlds_both_say_so(sizes: list[int]) -> None:
+    first, second = met(sizes, [0, 1])
+    assert first == second
+    assert f"WORLD_SIZE = {sizes[1]} on rank 1, but 2 on rank 0" in first
+
+
+def test_a_rank_given_twice_is_refused_and_the_later_one_goes_on() -> None:
+    one, two, main = met([2, 2, 2], [1, 1, 0])
+    assert one.startswith("environment: RANK = 1 was given to two processes that meet at here:1")
+    assert two == main
+
+
 def own_gpus(*gpus: str) -> list[bool | str]:
     """What each rank finds when these are their GPUs; in words if it is an error."""
     store = HashStore()

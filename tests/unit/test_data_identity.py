@@ -204,7 +204,7 @@ def test_the_most_telling_difference_is_named(case):
     facts, difference = DIFFERENT[case]
     assert differences(FACTS, facts) == [difference]
     with pytest.raises(InputError, match=f"{difference[0]} is {difference[2]} here, and this run was begun with"):
-        check_resumed(FACTS, facts | {"data": "cifar10"}, where="runs/a")
+        check_resumed(FACTS, facts | {"data": "image_folder"}, where="runs/a")
 
 
 @pytest.mark.parametrize("saved", [{}, {"classes": ["cat", "dog"]}, {"images": None}, {"images": {"train": 3}},
@@ -212,6 +212,10 @@ def test_the_most_telling_difference_is_named(case):
 def test_checkpoints_that_say_less_are_resumed(saved):
     assert differences(saved, FACTS) == []
     check_resumed(saved, FACTS, where="runs/a")
+
+
+def test_another_spelling_of_cifars_classes_is_no_other_data():
+    check_resumed(FACTS, DIFFERENT["a name"][0] | {"data": "cifar10"}, where="runs/a")
 
 
 # Warnings and splits that cannot be used

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -67,10 +67,14 @@ with module.SignalStop(launched=False) as signals:
 """
 
 
-def deaf(kind: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, "-c", DEAF, kind], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert process.stdout.readline() == "waits\n"
-    return process
+@contextmanager
+def deaf(kind: str) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen([sys.executable, "-c", DEAF, kind], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            assert process.stdout.readline() == "waits\n"
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, ExitCode.FAILED), (signal.SIGINT, ExitCode.INTERRUPTED)])
@@ -79,8 +83,12 @@ def test_a_second_signal_ends_a_process_that_waits_in_c(number, code):
         process.send_signal(number)
         time.sleep(0.8)
         assert process.poll() is None
-        process.send_signal(number)
-        assert process.wait(10) == code
+        for _ in range(10):  # on a busy machine two may be read at once, and count as one
+            process.send_signal(number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(2)
+                break
+        assert process.poll() == code
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,7 +1,12 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from distributed.errors import InputError
-from distributed.topology import Topology, host
+from distributed.topology import MeetingPlace, Topology, has_launcher, host, is_first_on_node, meeting_place
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
 
@@ -68,6 +73,49 @@ def test_a_place_that_cannot_be_is_refused(environment, values):
         Topology.from_environment()
 
 
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ({}, False),
+        ({"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "a", "MASTER_PORT": 1}, False),
+        ({"TORCHELASTIC_RUN_ID": "none"}, True),
+        ({"SLURM_STEP_ID": 0}, True),
+        ({"SLURM_JOB_ID": 7}, False),
+    ],
+)
+def test_a_shell_that_sets_a_rank_is_no_launcher(environment, monkeypatch, values, found):
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    environment(**values)
+    assert has_launcher() == found
+
+
+@pytest.mark.parametrize(("local_rank", "speaks"), [(None, True), ("0", True), ("1", False)])
+def test_one_rank_a_node_speaks(environment, local_rank, speaks):
+    if local_rank:
+        environment(LOCAL_RANK=local_rank)
+    assert is_first_on_node() == speaks
+
+
+def test_the_meeting_place_is_what_the_launcher_set(environment, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    environment(MASTER_ADDR="node-1", MASTER_PORT=29500)
+    assert meeting_place() == MeetingPlace("node-1", 29500, has_agent=False)
+    environment(MASTER_ADDR="fe80::1", TORCHELASTIC_USE_AGENT_STORE="True")
+    assert str(meeting_place()) == "[fe80::1]:29500"
+    assert meeting_place().has_agent
+
+
+@pytest.mark.parametrize(
+    ("ranks", "local_ranks", "agent", "awaited"),
+    [(1, 1, "False", False), (2, 2, "False", True), (2, 2, "True", False), (2, 1, "True", True)],
+)
+def test_whether_other_ranks_would_wait_in_vain(environment, ranks, local_ranks, agent, awaited):
+    environment(RANK=0, WORLD_SIZE=ranks, LOCAL_RANK=0, LOCAL_WORLD_SIZE=local_ranks)
+    environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=29500, TORCHELASTIC_USE_AGENT_STORE=agent)
+    assert Topology.from_environment().is_awaited == awaited
+
+
 def test_threads_are_as_asked_or_the_share_of_the_cores(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     assert Topology(local_world_size=2).threads(0) == 4
@@ -84,3 +132,24 @@ def test_the_threads_do_not_depend_on_what_torchrun_put_into_omp_num_threads(mon
 
 def test_the_host_has_a_name():
     assert host()
+
+
+@pytest.mark.parametrize(
+    ("job", "at_terminal", "said"),
+    [
+        ({}, False, ""),
+        ({"SLURM_JOB_ID": "7"}, False, "Slurm job 7"),
+        ({"SLURM_JOB_ID": "7"}, True, ""),
+        ({"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}, True, "a Ray job"),
+    ],
+)
+def test_a_shell_of_salloc_is_a_terminal_and_no_job(job: dict[str, str], at_terminal: bool, said: str):
+    terminal, ours = os.openpty()
+    found = subprocess.run(
+        [sys.executable, "-c", "from distributed.topology import cluster_job; print(cluster_job())"],
+        env={"PATH": os.environ["PATH"], **job}, stdout=subprocess.PIPE, text=True, check=True,
+        stderr=ours if at_terminal else subprocess.PIPE, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    os.close(terminal)
+    os.close(ours)
+    assert found.stdout.strip() == said
