@@ -96,6 +96,7 @@ def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.timeout(240)
 def test_ranks_with_different_data_refuse_alike(roots: Path) -> None:
     first, second = run_ranks(outcomes, 2, roots, timeout_seconds=180)
     assert first == second
@@ -121,6 +122,7 @@ def unreadable_on_one(root: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.timeout(240)
 def test_a_rank_that_cannot_read_its_images_ends_all(roots: Path) -> None:
     first, second = run_ranks(unreadable_on_one, 2, roots, timeout_seconds=180)
     assert first == second
