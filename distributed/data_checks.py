@@ -25,7 +25,7 @@ def check_data(config: TrainConfig, data: DataPipeline) -> None:
     check_same_data(config, data)
     warnings = _unofficial(config, data) + _small_splits(config, data)
     for line in warnings if collectives.rank() == 0 else ():
-        logger.warning(line)
+        logger.warning("{}", line)
 
 
 def check_same_data(config: TrainConfig, data: DataPipeline) -> None:

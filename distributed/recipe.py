@@ -54,8 +54,8 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         data = build_data(config, topology, device)  # before the group: a damaged file must not leave peers waiting
         stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
         check_same_config(config)
-        check_data(config, data)
         attempt.open_log()
+        check_data(config, data)
 
         engine = build_engine(config, topology, data, device)
         steps_per_epoch, total_steps = data.steps_per_epoch, config.epochs * data.steps_per_epoch

@@ -395,6 +395,13 @@ def test_small_data_is_at_most_one_warning(case: str, tmp_path: Path) -> None:
     assert all(said in line for line in warnings)
 
 
+def test_a_validation_split_without_images_is_not_evaluated(tmp_path: Path) -> None:
+    words = ("--data.name", "generated10", "--epochs", 1, *TINY, *NONE, "--run_dir", tmp_path / "run")
+    assert call("train", *SHORT, *words).code == 0
+    found = call("evaluate", tmp_path / "run", "--split", "validation", "--device", "cpu")
+    assert_told(found, "--split validation: this split has no images; use another")
+
+
 def few(counts: dict[str, int]) -> Callable[[Path], None]:
     """An image folder with so many training images of each class."""
 
