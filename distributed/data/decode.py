@@ -1,5 +1,6 @@
 """Decodes the files of an image folder once a node, into a file that every process maps."""
 
+import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,9 @@ from torch.nn import functional as F
 from distributed.config.data import MAX_PIXELS
 from distributed.data.cifar import Images
 from distributed.data.image_cache import BLOCK, CacheFile, Pixels, Untrusted, folders, in_threads
+from distributed.data.image_file import at_most, pixels_of
 from distributed.data.image_folder import SPLITS, Listing, list_folder
-from distributed.data.image_size import TooLarge, size_of, too_large
+from distributed.data.image_size import TooLarge, check_sums, size_of, too_large
 from distributed.data.once import once_per_node
 from distributed.data.progress import progress
 from distributed.errors import InputError
@@ -131,7 +133,8 @@ def _decode_all(root: Path, listing: Listing, split: str, side: int, max_pixels:
             store(first, images)
         return len(files), wrong
 
-    with progress(f"decoding {split} images", len(listing.files), unit="images") as advance:
+    steps = progress(f"decoding {split} images", len(listing.files), unit="images")
+    with at_most(max_pixels), steps as advance:
         for count, wrong in in_threads(decode_block, len(listing.files)):
             advance(count)
             errors += wrong
@@ -148,8 +151,6 @@ def decode(path: Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         ValueError: it is no PNG or JPEG, or broken.
         OSError: it cannot be read.
     """
-    from torchvision.io import ImageReadMode, decode_image
-
     # No image has more bytes than its pixels, of at most 8, and some metadata.
     if (bytes_in_all := path.stat().st_size) > 8 * max_pixels + 2**26:
         raise TooLarge(too_large(f"{bytes_in_all:,} bytes", max_pixels))
@@ -157,12 +158,9 @@ def decode(path: Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     width, height = size_of(content)
     if width * height > max_pixels:
         raise TooLarge(too_large(f"{width:,} x {height:,} pixels", max_pixels))
-    data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    try:
-        image: Tensor = decode_image(data, ImageReadMode.RGB, apply_exif_orientation=True)
-    except RuntimeError as error:
-        raise ValueError(f"broken: {str(error).splitlines()[0]}") from None
-    return image if image.dtype == torch.uint8 else (image.int() >> 8).byte()  # PNG with 16 bits a channel
+    check_sums(content)
+    # Not torchvision's decoder: it ends the process at some damaged files.
+    return torch.from_numpy(pixels_of(io.BytesIO(content), ["PNG", "JPEG"])).permute(2, 0, 1)
 
 
 def to_square(image: Tensor, side: int, max_pixels: int = MAX_PIXELS) -> Tensor:
