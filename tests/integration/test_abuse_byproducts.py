@@ -29,10 +29,7 @@ from integration.abuse import Outcome, assert_told, call, untouched
 from integration.commands import ROOT, metrics, status
 from integration.trained_runs import copy_of, write_test_images
 
-pytestmark = [
-    pytest.mark.timeout(200),
-    pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning"),
-]
+pytestmark = pytest.mark.timeout(200)
 SETTINGS = (
     ROOT / "configs/debug.toml", "--data.train_samples", 60, "--data.test_samples", 20, "--global_batch_size", 20,
     "--schedule.name", "constant", "--data.validation_fraction", 0, "--device", "cpu", "--logging.level", "WARNING",

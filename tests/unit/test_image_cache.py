@@ -17,7 +17,6 @@ from distributed.data import decode, image_cache
 from distributed.data.image_cache import CacheFile, folders
 from distributed.errors import InputError
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
 NOBODY = 65534
 
