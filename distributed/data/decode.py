@@ -1,7 +1,7 @@
 """Decodes the files of an image folder once a node, into a file that every process maps."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -34,23 +34,24 @@ def read(
         InputError: the folder is not as it should be, or a file is no image or too large; each such file is a line.
     """
     names, listings = list_folder(root)
-    where = list(folders(root, cache))
-    if cache and not where:
+    if cache and next(folders(root, cache), None) is None:
         raise InputError(f"data.cache: cannot write to {cache}, or others can; name another folder with --data.cache")
     found = []
     for split in SPLITS:
         listing = listings[split]
         decode_all = partial(_decode_all, root, listing, split, side, max_pixels)
         shape = (len(listing.files), side, side, 3)
-        files = [
+        files = (
             CacheFile(folder.path / f"{split}-{side}-{listing.digest}.images", folder.owner, shape, listing.digest)
-            for folder in where
-        ]
+            for folder in folders(root, cache)
+        )
         found.append(Images(_decoded(files, shape, decode_all), listing.labels))
     return names, found
 
 
-def _decoded(files: list[CacheFile], shape: tuple[int, int, int, int], decode_all: Callable[[Store], None]) -> Pixels:
+def _decoded(
+    files: Iterator[CacheFile], shape: tuple[int, int, int, int], decode_all: Callable[[Store], None]
+) -> Pixels:
     """From the first cache file that can be written, else in memory: a cache only saves time."""
     reasons = []
     for file in files:

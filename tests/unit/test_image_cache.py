@@ -163,6 +163,14 @@ def test_the_cache_is_with_the_data_else_with_the_user(root: Path, tmp_path: Pat
         decode.read(root, 8, tmp_path / "file" / "below")
 
 
+def test_no_other_folder_is_made_if_the_first_can_be_written(root: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    pixels(root)
+    assert not (tmp_path / "home").exists()
+    assert not (tmp_path / "temporary").exists()
+
+
 def test_a_user_without_a_home_has_a_cache_in_the_temporary_folder(root: Path, monkeypatch) -> None:
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
