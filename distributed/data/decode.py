@@ -1,6 +1,7 @@
 """Decodes the files of an image folder once a node, into a file that every process maps."""
 
-from collections.abc import Callable, Mapping
+import io
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from torch.nn import functional as F
 from distributed.config.data import MAX_PIXELS
 from distributed.data.cifar import Images
 from distributed.data.image_cache import BLOCK, CacheFile, Pixels, Untrusted, folders, in_threads
+from distributed.data.image_file import at_most, pixels_of
 from distributed.data.image_folder import SPLITS, Listing, list_folder
-from distributed.data.image_size import TooLarge, size_of, too_large
+from distributed.data.image_size import TooLarge, check_sums, size_of, too_large
 from distributed.data.once import once_per_node
 from distributed.data.progress import progress
 from distributed.errors import InputError
@@ -39,23 +41,24 @@ def read_listed(
     root: Path, listings: Mapping[str, Listing], side: int, cache: Path | None, *, max_pixels: int
 ) -> list[Images]:
     """`read` of a folder whose files were listed already."""
-    where = list(folders(root, cache))
-    if cache and not where:
+    if cache and next(folders(root, cache), None) is None:
         raise InputError(f"data.cache: cannot write to {cache}, or others can; name another folder with --data.cache")
     found = []
     for split in SPLITS:
         listing = listings[split]
         decode_all = partial(_decode_all, root, listing, split, side, max_pixels)
         shape = (len(listing.files), side, side, 3)
-        files = [
+        files = (
             CacheFile(folder.path / f"{split}-{side}-{listing.digest}.images", folder.owner, shape, listing.digest)
-            for folder in where
-        ]
+            for folder in folders(root, cache)
+        )
         found.append(Images(_decoded(files, shape, decode_all), listing.labels))
     return found
 
 
-def _decoded(files: list[CacheFile], shape: tuple[int, int, int, int], decode_all: Callable[[Store], None]) -> Pixels:
+def _decoded(
+    files: Iterator[CacheFile], shape: tuple[int, int, int, int], decode_all: Callable[[Store], None]
+) -> Pixels:
     """From the first cache file that can be written, else in memory: a cache only saves time."""
     reasons = []
     for file in files:
@@ -138,7 +141,8 @@ def _decode_all(root: Path, listing: Listing, split: str, side: int, max_pixels:
             store(first, images)
         return len(files), wrong
 
-    with progress(f"decoding {split} images", len(listing.files), unit="images") as advance:
+    steps = progress(f"decoding {split} images", len(listing.files), unit="images")
+    with at_most(max_pixels), steps as advance:
         for count, wrong in in_threads(decode_block, len(listing.files)):
             advance(count)
             errors += wrong
@@ -155,8 +159,6 @@ def decode(path: Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         ValueError: it is no PNG or JPEG, or broken.
         OSError: it cannot be read.
     """
-    from torchvision.io import ImageReadMode, decode_image
-
     # No image has more bytes than its pixels, of at most 8, and some metadata.
     if (bytes_in_all := path.stat().st_size) > 8 * max_pixels + 2**26:
         raise TooLarge(too_large(f"{bytes_in_all:,} bytes", max_pixels))
@@ -164,12 +166,9 @@ def decode(path: Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     width, height = size_of(content)
     if width * height > max_pixels:
         raise TooLarge(too_large(f"{width:,} x {height:,} pixels", max_pixels))
-    data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    try:
-        image: Tensor = decode_image(data, ImageReadMode.RGB, apply_exif_orientation=True)
-    except RuntimeError as error:
-        raise ValueError(f"broken: {str(error).splitlines()[0]}") from None
-    return image if image.dtype == torch.uint8 else (image.int() >> 8).byte()  # PNG with 16 bits a channel
+    check_sums(content)
+    # Not torchvision's decoder: it ends the process at some damaged files.
+    return torch.from_numpy(pixels_of(io.BytesIO(content), ["PNG", "JPEG"])).permute(2, 0, 1)
 
 
 def to_square(image: Tensor, side: int, max_pixels: int = MAX_PIXELS) -> Tensor:

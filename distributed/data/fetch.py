@@ -1,5 +1,6 @@
 """Fetches a file over HTTP: resumed where it broke off, its MD5 checked, complete or absent. Imports no torch."""
 
+import errno
 import hashlib
 import http.client
 import os
@@ -146,6 +147,8 @@ def _receive(url: str, part: Path, begun: int, stall_seconds: float) -> None:
 
 def _opened(part: Path, mode: str) -> IO[Any]:
     try:
+        if part.exists() and not part.is_file():
+            raise OSError(errno.EINVAL, "not a regular file")  # a pipe would be waited for
         return part.open(mode)
     except OSError as error:
         raise InputError(

@@ -1,6 +1,7 @@
-"""Width and height of a PNG or JPEG from its header, before memory is taken for its pixels. Imports no torch."""
+"""What a PNG or JPEG says of itself, looked at before it is decoded: its size and checksums. Imports no torch."""
 
 import re
+import zlib
 
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # JPEG's markers of a frame, which begins with its size
@@ -41,6 +42,23 @@ def _size_of_jpeg(content: bytes) -> tuple[int, int] | None:
         if marker not in _ALONE:
             at += int.from_bytes(content[at : at + 2], "big")
     return None
+
+
+def check_sums(content: bytes) -> None:
+    """Raises ValueError if a PNG is cut, or a part of it that makes pixels is not what its checksum says. JPEG has none."""
+    at = len(PNG)
+    while content.startswith(PNG):
+        length, name = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]
+        end = at + 8 + length
+        if end + 4 > len(content):
+            raise ValueError("broken: cut off")
+        if name[:1].isupper() and zlib.crc32(memoryview(content)[at + 4 : end]) != int.from_bytes(
+            content[end : end + 4], "big"
+        ):
+            raise ValueError(f"broken: wrong checksum of {name.decode('ascii', 'replace')}")
+        if name == b"IEND":
+            return
+        at = end + 4
 
 
 class TooLarge(ValueError):

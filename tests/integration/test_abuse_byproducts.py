@@ -29,10 +29,7 @@ from integration.abuse import Outcome, assert_told, call, untouched
 from integration.commands import ROOT, metrics, status
 from integration.trained_runs import copy_of, write_test_images
 
-pytestmark = [
-    pytest.mark.timeout(200),
-    pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning"),
-]
+pytestmark = pytest.mark.timeout(200)
 SETTINGS = (
     ROOT / "configs/debug.toml", "--data.train_samples", 60, "--data.test_samples", 20, "--global_batch_size", 20,
     "--schedule.name", "constant", "--data.validation_fraction", 0, "--device", "cpu", "--logging.level", "WARNING",
@@ -645,6 +642,43 @@ def test_a_header_without_a_size_is_one_line(content: bytes, why: str, tmp_path:
     file = folder(tmp_path / "data") / "train" / "cat" / "0.png"
     file.write_bytes(content)
     assert_told(trained_on(tmp_path / "data", tmp_path / "run"), f"{file}: {why}", "replace or remove it")
+
+
+def flipped(at: int) -> bytes:
+    """A PNG of noise with one bit changed."""
+    import io
+
+    file = io.BytesIO()
+    Image.effect_noise((20, 30), 80).save(file, "PNG")
+    content = bytearray(file.getvalue())
+    content[at] ^= 1
+    return bytes(content)
+
+
+@pytest.mark.parametrize("at", [19, 35, 43, 60, 200, -20, -14])
+def test_a_flipped_bit_of_a_png_is_one_line(at: int, tmp_path: Path) -> None:
+    """torchvision's decoder ended the process at some of them, without a word."""
+    file = folder(tmp_path / "data") / "train" / "cat" / "0.png"
+    file.write_bytes(flipped(at))
+    assert_told(trained_on(tmp_path / "data", tmp_path / "run"), f"{file}: broken: ", "replace or remove it")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO"])
+def test_damaged_images_are_read_or_one_line(kind: str, tmp_path: Path) -> None:
+    from distributed.data.image_file import read_image
+    from distributed.errors import InputError
+
+    content, path = saved(kind), tmp_path / "image"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for at in range(0, min(len(content), 120), 3):
+            for damaged in (content[:at], content[:at] + b"\xfe" + content[at + 1 :]):
+                path.write_bytes(damaged)
+                try:
+                    assert read_image(path).shape[0] == 3
+                except InputError as error:
+                    assert len(error.lines) == 1  # noqa: PT017
+                    assert str(error).startswith(f"{path}: ")  # noqa: PT017
 
 
 def test_a_file_larger_than_any_image_is_not_read(tmp_path: Path) -> None:

@@ -163,6 +163,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(server, tmp_path):
     assert server.asked == []
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/null")])
+def test_a_pipe_folder_or_device_for_the_part_is_one_line(server, target, make):
+    target.parent.mkdir()
+    make(target.with_name(f"{target.name}.part"))
+    with pytest.raises(InputError, match="not a regular file; make the folder writable"):
+        get([server.url("good")], target)
+
+
 def test_a_full_disk_is_not_taken_for_the_servers_fault(server, target, monkeypatch):
     class Full:
         name = "the part"

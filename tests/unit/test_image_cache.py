@@ -17,7 +17,6 @@ from distributed.data import decode, image_cache
 from distributed.data.image_cache import CacheFile, folders
 from distributed.errors import InputError
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
 NOBODY = 65534
 
@@ -162,6 +161,14 @@ def test_the_cache_is_with_the_data_else_with_the_user(root: Path, tmp_path: Pat
     assert paths(root, tmp_path / "file" / "below") == []
     with pytest.raises(InputError, match=r"--data\.cache"):
         decode.read(root, 8, tmp_path / "file" / "below")
+
+
+def test_no_other_folder_is_made_if_the_first_can_be_written(root: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    pixels(root)
+    assert not (tmp_path / "home").exists()
+    assert not (tmp_path / "temporary").exists()
 
 
 def test_a_user_without_a_home_has_a_cache_in_the_temporary_folder(root: Path, monkeypatch) -> None:

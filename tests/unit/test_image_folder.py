@@ -14,8 +14,6 @@ from distributed.data import decode, image_folder
 from distributed.data.pipeline import DataPipeline
 from distributed.errors import InputError
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
-
 
 def picture(path: Path, height: int = 16, width: int = 16, seed: int = 0, mode: str = "RGB", **options: object) -> None:
     channels = {"RGB": 3, "RGBA": 4, "L": 1}[mode]
