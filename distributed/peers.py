@@ -20,8 +20,8 @@ from distributed.topology import Topology, host, meeting_place
 
 # What gloo, NCCL and the store say if another rank has gone.
 _LOST = re.compile(
-    r"closed by peer|connection (was |is )?(reset|closed|refused|likely closed)|timed out|broken pipe|socket ?timeout|"
-    r"remote process|failed to recv|connectFullMesh",
+    r"closed by peer|connection (was |is )?(reset|closed|refused|likely closed)|timed out waiting|wait timeout|"
+    r"socket ?timeout|operation timeout|broken pipe|remote process|failed to recv|connectFullMesh",
     re.I,
 )
 _DEAD = re.compile(r"rank \d+, process \d+, has died")  # shared_memory.py saw it
