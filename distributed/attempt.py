@@ -9,11 +9,13 @@ import torch
 from loguru import logger
 
 from distributed import collectives, endings, logs
+from distributed.byproducts import Byproduct
 from distributed.claimed_run import ClaimedRun
 from distributed.config import TrainConfig
 from distributed.config.engines import DeepSpeed
 from distributed.determinism import joined, kernels
-from distributed.errors import ExitCode, InputError
+from distributed.errors import ExitCode, InputError, StorageError
+from distributed.files import storing
 from distributed.plot import draw_curves
 from distributed.run_folder import RunFolder
 from distributed.state import TrainState
@@ -47,7 +49,6 @@ class Attempt:
 
     def open_log(self) -> None:
         """This rank's log file; after rank 0 has made the folder."""
-        self.folder.logs.mkdir(parents=True, exist_ok=True)
         self._log = logs.file_logs(self.folder.logs, self.topology.rank)
 
     def facts(self, device: torch.device) -> dict[str, Any]:
@@ -94,7 +95,9 @@ class Attempt:
         if resumed_from:
             self._compare(resumed_from.get("bits", {}), facts["bits"])
         if self.run:
-            self.run.begin(self.config, start_step=state.step, details={"bits": facts["bits"]})
+            self.run.begin(
+                self.config, start_step=state.step, details={"bits": facts["bits"], "images": facts["images"]}
+            )
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         if (shards := before.get("shards", 0)) != now["shards"]:
@@ -114,13 +117,21 @@ class Attempt:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self.run is not None:
             endings.remove_last_word(self._end_at_once)
-            try:
-                self._write_ending(self.run, error)
-            except OSError as failure:
-                logger.error("the ending was not written to {}: {}", self.run.path, failure)
-            self.run.release()
-        if self._log is not None:
-            logger.remove(self._log)
+        try:
+            if self.run is not None:
+                with storing(self.run.path):
+                    self._write_ending(self.run, error)
+        except StorageError as failure:
+            if error is None:
+                raise
+            # The error of a folder that is full, removed or another's says as much.
+            level = "DEBUG" if isinstance(error, StorageError) else "WARNING"
+            logger.log(level, "the ending was not written: {}", failure)
+        finally:
+            if self.run is not None:
+                self.run.release()
+            if self._log is not None:
+                logger.remove(self._log)
 
     def _write_ending(self, run: ClaimedRun, error: BaseException | None) -> None:
         state = self._state
@@ -132,7 +143,5 @@ class Attempt:
             run.end("stopped", exit_code=ExitCode.STOPPED, reason=state.stop_reason, **progress)
         else:
             run.end("finished", exit_code=ExitCode.FINISHED, **progress)
-            try:
+            with Byproduct(run.curves):
                 draw_curves(run.metrics_file, run.curves, title=f"{self.config.model.name} on {self.config.data.name}")
-            except (OSError, ValueError, KeyError, TypeError) as failure:  # nothing that the run is made of
-                logger.warning("{} was not drawn: {}: {}", run.curves, type(failure).__name__, failure)

@@ -9,6 +9,7 @@ from loguru import logger
 from torch import Tensor
 
 from distributed import collectives
+from distributed.cgroup import cpu_quota
 from distributed.config import TrainConfig, as_toml
 from distributed.config.engines import Ddp, DeepSpeed, Fsdp
 from distributed.cuda_step import CudaStep
@@ -24,7 +25,7 @@ from distributed.models.build import build_model
 from distributed.process_group import check_own_gpu
 from distributed.state import TrainState
 from distributed.sums import RunningSums
-from distributed.topology import Topology
+from distributed.topology import Topology, available_cpus, usable_cpus
 
 
 class Step(Protocol):
@@ -33,9 +34,14 @@ class Step(Protocol):
     def __call__(self, micro_batches: list[Batch], *, lr: float, step: int) -> Tensor: ...
 
 
+def config_digest(config: TrainConfig) -> str:
+    """A digest of all settings, the same for all ranks of a job."""
+    return hashlib.blake2b(as_toml(config).encode(), digest_size=8).hexdigest()
+
+
 def check_same_config(config: TrainConfig) -> None:
     """Raises InputError where the ranks were not all given the same config."""
-    digests = collectives.gather_objects(hashlib.blake2b(as_toml(config).encode(), digest_size=8).hexdigest())
+    digests = collectives.gather_objects(config_digest(config))
     different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if different:
         raise InputError(
@@ -141,6 +147,7 @@ def log_plan(
         topology.world_size, "s" if topology.world_size > 1 else "", threads, "s" if threads > 1 else "",
         config.precision, config.peak_lr,
     )  # fmt: skip
+    _log_quota()
     stage = f" at stage {config.engine.zero_stage}" if isinstance(config.engine, DeepSpeed) else ""
     logger.info(
         "engine {}{}; {}", config.engine.name, stage,
@@ -165,6 +172,11 @@ def log_plan(
     logger.info("run folder {}", config.run_dir)
     if state.step:
         logger.info("resuming at step {}: epoch {}, step {} of it", state.step, state.epoch + 1, state.step_in_epoch)
+
+
+def _log_quota() -> None:
+    if (available := available_cpus()) < usable_cpus():
+        logger.info("CPU quota {:g}: threads for {} of {} CPUs", cpu_quota(), available, usable_cpus())
 
 
 def _spread(count: int, world_size: int) -> str:

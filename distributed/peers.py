@@ -13,6 +13,7 @@ from typing import Any, Self
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from distributed import endings
+from distributed.agent_store import AgentStore
 from distributed.endings import Ending
 from distributed.errors import ExitCode, PeerError
 from distributed.rendezvous import agree_on_token, is_open, open_store, within
@@ -58,11 +59,21 @@ class Peers:
             PeerError: not all came in time.
         """
         global _met
-        place, timeout = meeting_place(), timedelta(seconds=timeout_seconds)
+        timeout = timedelta(seconds=timeout_seconds)
+        agents = AgentStore.find(topology, timeout=timeout)
+        place = agents.endpoint if agents else meeting_place()
         rank, world_size = topology.rank, topology.world_size
         store, connection = open_store(place, rank=rank, world_size=world_size, timeout=timeout)
+        if agents:
+            store = agents.of_round(store)
         token = agree_on_token(
-            store, rank=rank, world_size=world_size, timeout=timeout, where=str(place), connection=connection
+            store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            where=str(place),
+            connection=connection,
+            look=agents.look if agents else None,
         )
         _met = True
         server = "torchrun's agent" if place.has_agent else "rank 0"

@@ -1,8 +1,12 @@
 """The edge of a training process: the recipe in, an exit code out, and what went wrong in words."""
 
+import signal
+
 from loguru import logger
 
 from distributed import endings, logs
+from distributed.agent_store import AgentStore, AnotherJob
+from distributed.build import config_digest
 from distributed.config import TrainConfig
 from distributed.errors import ExitCode, InputError, NotFiniteError, PeerError, StorageError
 from distributed.peers import in_words, tell_waiting
@@ -17,13 +21,19 @@ from distributed.uploads import tell_ending
 def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource) -> int:
     """Train; every way to end has its exit code and, under torchrun, its line in torchrun's summary."""
     logs.terminal_logs(topology.rank, level=config.logging.level)
+    agents = AgentStore.find(topology)
     try:
+        if agents:
+            agents.enter(config_digest(config))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         state = train(config, stop=stop)
     except Exception as error:
         _log(error, topology)
         code = getattr(error, "exit_code", ExitCode.FAILED)
         endings.report(in_words(error), is_cause=not isinstance(error, PeerError))
-        if not isinstance(error, PeerError):
+        if agents and isinstance(error, AnotherJob):
+            agents.leave()
+        elif not isinstance(error, PeerError):
             tell_waiting(topology, code, in_words(error))
         return int(code)
     if topology.is_main:
@@ -57,8 +67,7 @@ def _say_ending(config: TrainConfig, state: TrainState) -> None:
     early = ", stopped early" if state.stopped_early else ""
     best = f"; best validation epoch {state.best.epoch + 1} ({state.best.value:.4f})" if state.best else ""
     logger.info("finished after {} epochs, {} steps{}{}", state.epoch, state.step, early, best)
-    logger.info(
-        "curves {}, checkpoints {}, TensorBoard: tensorboard --logdir {}", run.curves, run.checkpoints, run.path
-    )
+    board = f", TensorBoard: tensorboard --logdir {run.path}" if config.logging.tensorboard else ""
+    logger.info("curves {}, checkpoints {}{}", run.curves, run.checkpoints, board)
     if config.data.name.startswith("generated"):
         logger.warning("these results are on generated images, not on CIFAR")

@@ -11,7 +11,7 @@ from torch.distributed import distributed_c10d
 
 from distributed.errors import InputError
 from distributed.peers import Peers
-from distributed.topology import Topology, host
+from distributed.topology import Topology, machine
 
 _NCCL_SECONDS = 120.0
 """How long a collective on the GPU waits for a peer. Longer waits, e.g. for a save, use host collectives."""
@@ -74,7 +74,7 @@ def process_group(topology: Topology, device: torch.device, *, timeout_seconds: 
 def gpu_of(device: torch.device) -> str:
     """A name of the GPU that no other one has; empty for a CPU."""
     # A rank may see only its own GPU, and calls it 0 as every other rank does its own.
-    return f"{host()} {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else ""
+    return f"{machine()} {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else ""
 
 
 def have_own_gpu(store: Store, own: str, *, rank: int, world_size: int) -> bool:

@@ -161,6 +161,7 @@ def agree_on_token(
     timeout: timedelta,
     where: str = "the meeting",
     connection: socket.socket | None = None,
+    look: Callable[[], None] | None = None,
 ) -> str:
     """A token that exactly the living ranks share.
 
@@ -168,6 +169,9 @@ def agree_on_token(
     its own nonce there acknowledges; once all did, rank 0 says go. Leftovers of dead ranks cannot pass: their nonces are
     nobody's, their acknowledgements and their go name another token. A nonce that is overwritten by its living
     successor is met by a new proposal.
+
+    Args:
+        look: called while waiting; may raise if the wait is in vain.
 
     Raises:
         InputError: two processes have one rank, or ranks were given different numbers of ranks.
@@ -178,6 +182,8 @@ def agree_on_token(
     store.set(f"hello/{rank}", nonce)
 
     def wait(missing: Callable[[], list[int]]) -> None:
+        if look:
+            look()
         if time.monotonic() > deadline:
             raise PeerError(
                 f"rank {', '.join(map(str, missing()))} of {world_size} did not arrive at {where} within "
@@ -189,10 +195,7 @@ def agree_on_token(
 
     if rank == 0:
         return _propose(store, nonce=nonce, world_size=world_size, wait=wait)
-
-    def silent() -> list[int]:
-        return [other for other in range(world_size) if not store.check([f"hello/{other}"])] or [0]
-
+    silent = lambda: [other for other in range(world_size) if not store.check([f"hello/{other}"])] or [0]  # noqa: E731
     acknowledged = None
     while True:
         proposal = json.loads(_read(store, "proposal") or "{}")
@@ -207,11 +210,15 @@ def agree_on_token(
             if _read(store, "go") == token:
                 return str(token)
         if _read(store, f"hello/{rank}") != nonce:
-            raise InputError(
-                f"environment: RANK = {rank} was given to two processes that meet at {where}; give each its own, or end the "
-                "process that was left behind"
-            )
+            raise _twice(rank, where)
         wait(silent)
+
+
+def _twice(rank: int, where: str) -> InputError:
+    return InputError(
+        f"environment: RANK = {rank} was given to two processes that meet at {where}; give each its own, or end the "
+        "process that was left behind"
+    )
 
 
 def _unlike(rank: int, size: int, size_on_rank_0: int) -> InputError:

@@ -1,6 +1,5 @@
 """All-gather of small rows, the exchange that batch norm waits for twice a layer."""
 
-import mmap
 from typing import Protocol
 
 import torch
@@ -8,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distributed import collectives
-from distributed.shared_memory import Signals, open_shared_memory, tensor_in
+from distributed.shared_memory import SharedMemory, Signals, open_shared_memory, tensor_in
 
 _ROW_BYTES = 64 * 1024
 
@@ -39,7 +38,7 @@ class SharedMemoryGather:
     Nobody can write exchange n + 2 over n before all have written n + 1, and whoever wrote that has read n.
     """
 
-    def __init__(self, memory: mmap.mmap, *, timeout_seconds: float) -> None:
+    def __init__(self, memory: SharedMemory, *, timeout_seconds: float) -> None:
         self._signals = Signals(memory, 0, kinds=2, timeout_seconds=timeout_seconds)
         self._rank, world_size = collectives.rank(), collectives.world_size()
         self._rows = tensor_in(memory, Signals.size(2), (2, world_size, _ROW_BYTES), torch.uint8)

@@ -7,11 +7,13 @@ import os
 import platform
 import re
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
+from distributed.cgroup import cpu_quota
 from distributed.errors import InputError
 
 _RESOLVE_SECONDS = 5.0
@@ -104,11 +106,59 @@ class Topology:
         return self.rank == 0
 
     def threads(self, asked: int) -> int:
-        """CPU threads for this rank: as asked, or its share of the cores that the node's ranks may use.
+        """CPU threads for this rank: as asked, or its share of the CPU time that the node's ranks may have.
 
         torchrun and Ray set OMP_NUM_THREADS=1 whatever the machine has, so this must be decided here.
         """
-        return asked or max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+        return asked or max(1, available_cpus() // self.local_world_size)
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on, whatever part of their time it may have."""
+    return len(os.sched_getaffinity(0))
+
+
+def within_quota(cpus: int) -> int:
+    """That many CPUs, or the quota of this process's control groups, rounded, if that is less; at least one."""
+    quota = cpu_quota()
+    return cpus if quota is None else min(cpus, max(1, int(quota + 0.5)))
+
+
+def available_cpus() -> int:
+    """CPUs whose time this process may have."""
+    return within_quota(usable_cpus())
+
+
+def elastic_run_id() -> str:
+    """torchrun's --rdzv-id, if its workers use a store that it shares with them; else empty."""
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return os.environ.get("TORCHELASTIC_RUN_ID", "") if shared else ""
+
+
+def slurm_job() -> dict[str, Any]:
+    """Number, restarts and cluster of the Slurm job that this process is of; empty outside."""
+    if not (job := os.environ.get("SLURM_JOB_ID", "")):
+        return {}
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "")
+    cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
+    return {"job": job, "restarts": int(restarts) if restarts.isdecimal() else 0, "cluster": cluster}
+
+
+def torchrun_above() -> tuple[int, list[str]] | None:
+    """Process id and arguments of the torchrun that started this process; None if none did."""
+    pid = os.getppid()
+    for _ in range(_GENERATIONS):
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")[:-1]
+            parent = int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            return None
+        for index, word in enumerate(words[:6]):
+            module = word == "torch.distributed.run" and words[index - 1] == "-m"
+            if module or Path(word).name == "torchrun" or word.endswith("torch/distributed/run.py"):
+                return pid, words[index + 1 :]
+        pid = parent
+    return None
 
 
 class MeetingPlace(NamedTuple):
@@ -163,8 +213,24 @@ def _whole(name: str) -> int:
 
 
 def host() -> str:
-    """The name of this machine."""
+    """The name of this machine, for people to read: several may have one, and a container has its own."""
     return socket.gethostname()
+
+
+def cluster_job() -> str:
+    """The cluster's job that this process belongs to, for messages; empty at a person's terminal, e.g. in a shell of salloc."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # set for what `ray job submit` starts
+        return "a Ray job"
+    job = os.environ.get("SLURM_JOB_ID", "")
+    return f"Slurm job {job}" if job and not (sys.stderr and sys.stderr.isatty()) else ""
+
+
+def machine() -> str:
+    """What tells this machine's running system from any other, the same in all of its containers."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() or host()
+    except OSError:
+        return host()
 
 
 def processor() -> str:
@@ -186,6 +252,7 @@ def instructions() -> str:
     return " ".join(sorted(flag for flag in flags if flag.startswith(_VECTOR_FLAGS)))
 
 
+_GENERATIONS = 4  # between torchrun and its worker there may be a shell or a container's runtime
 _VECTOR_FLAGS = ("avx", "amx", "fma", "f16c", "sse4", "asimd", "sve", "bf16", "i8mm")
 _KERNEL_VARIABLES = re.compile(
     "(ATEN_CPU_CAPABILITY|(ONEDNN|DNNL)_(MAX_CPU_ISA|CPU_ISA_HINTS|DEFAULT_FPMATH_MODE)|MKL_(CBWR|ENABLE_INSTRUCTIONS)|"

@@ -16,10 +16,11 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from distributed import logs
+from distributed.byproducts import Byproduct
 from distributed.config import as_toml, with_values
 from distributed.config.sections import Scaling
 from distributed.errors import ExitCode, InputError
-from distributed.files import replace_text
+from distributed.files import replace_bytes, replace_text
 from distributed.report.curves import overlaid_picture
 from distributed.report.history import read_history
 from distributed.signals import SignalStop
@@ -104,16 +105,20 @@ def _code_of(result: Any) -> ExitCode:
 
 def conclude(folder: Path, trainings: Sequence[Training]) -> None:
     """Write and print the table, draw the curves, and write the settings of the best by its best validation accuracy."""
-    replace_text(folder / "summary.txt", summary(folder))
-    print((folder / "summary.txt").read_text(encoding="utf-8"), end="", flush=True)
+    text = summary(folder)
+    print(text, end="", flush=True)
+    with Byproduct(folder / "summary.txt"):
+        replace_text(folder / "summary.txt", text)
     runs = [read_history(training.config.run_dir) for training in trainings if _has_begun(training)]
     measured = [(found[1], one) for one in runs if (found := one.best("validation"))]
     if not measured:
         return
-    (folder / "sweep.png").write_bytes(overlaid_picture(runs))
+    with Byproduct(folder / "sweep.png"):
+        replace_bytes(folder / "sweep.png", overlaid_picture(runs))
     accuracy, best = max(measured, key=lambda one: one[0])
     config = with_values(best.config, run_dir=folder / "best")
-    replace_text(folder / "best.toml", f"# {best.name}: {accuracy:.2%} of the validation images\n{as_toml(config)}")
+    with Byproduct(folder / "best.toml"):
+        replace_text(folder / "best.toml", f"# {best.name}: {accuracy:.2%} of the validation images\n{as_toml(config)}")
     print(f"best: {best.name}, {accuracy:.2%} of the validation images; its settings: {folder / 'best.toml'}, "
           f"curves: {folder / 'sweep.png'}", flush=True)  # fmt: skip
 

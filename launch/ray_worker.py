@@ -6,6 +6,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ from ray.experimental import internal_kv
 from ray.util.metrics import Gauge
 
 from distributed import collectives, logs
+from distributed.byproducts import Byproduct
 from distributed.config import TrainConfig
 from distributed.metrics import EpochMetrics, TrainMetrics
 from distributed.recipe import train
@@ -110,12 +112,15 @@ class RayReport:
                 told |= {f"{split}_{name}": value for name, value in asdict(values).items()}
             told.pop(split, None)
         told["world_size"] = ray.train.get_context().get_world_size()
-        with tempfile.TemporaryDirectory() as folder:
-            note = {"run_dir": str(self._run_dir), "step": metrics.step, "epoch": metrics.epoch}
-            Path(folder, "where.json").write_text(json.dumps(note), encoding="utf-8")
-            ray.train.report(
-                told, checkpoint=ray.train.Checkpoint.from_directory(folder) if self._is_main else None
-            )  # of all workers, a barrier
+        note = {"run_dir": str(self._run_dir), "step": metrics.step, "epoch": metrics.epoch}
+        checkpoint = None
+        with ExitStack() as stack:
+            if self._is_main:
+                with Byproduct("Ray's note of the epoch"):  # alone, this rank must come to the barrier all the same
+                    folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+                    Path(folder, "where.json").write_text(json.dumps(note), encoding="utf-8")
+                    checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report(told, checkpoint=checkpoint)  # of all workers, a barrier
 
     def close(self) -> None:
         pass

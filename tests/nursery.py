@@ -38,9 +38,18 @@ class Nursery:
             self._process.start()
         there.close()
         self._born = 0
+        self._is_ready = False
+
+    def get_ready(self) -> None:
+        """Wait until it has imported what it is to preload; where several are needed, start all of them before."""
+        if not self._is_ready:
+            with self._asking():
+                self._requests.recv()
+            self._is_ready = True
 
     def bear(self, task: Any) -> tuple[int, Connection]:
         """Its number, and where its answer comes."""
+        self.get_ready()
         here, there = multiprocessing.Pipe(duplex=False)
         with there, self._asking():
             self._born += 1
@@ -92,6 +101,7 @@ def _tend(requests: Connection, born: Callable[[Any, Connection], None], preload
             __import__(module)
     assert len(os.listdir("/proc/self/task")) == 1, "a fork takes along one thread only"
     gc.freeze()  # what is here is no garbage of theirs
+    requests.send("ready")
     living: dict[int, int] = {}
     ended: dict[int, int] = {}
 

@@ -48,6 +48,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_secon
     )  # of this process, as torchrun's agent has it
     ranks: list[_Rank] = []
     nurseries = [_nursery(rank % _NURSERIES) for rank in range(world_size)]
+    for nursery in nurseries:  # on a busy machine the first rank would wait for the last one's in vain
+        nursery.get_ready()
     try:
         for rank, nursery in enumerate(nurseries):
             environment = os.environ | {

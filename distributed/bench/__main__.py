@@ -15,9 +15,11 @@ from distributed.bench.kinds import KINDS, Kind, Round
 from distributed.bench.memory import table
 from distributed.bench.options import CONTENDERS, Options
 from distributed.bench.rounds import ContenderFailedError, machine
+from distributed.byproducts import Byproduct, asked_for
 from distributed.data import cifar
-from distributed.errors import ExitCode, InputError
-from distributed.files import check_writable
+from distributed.errors import ExitCode, InputError, StorageError
+from distributed.files import check_writable, home_path, write_output
+from distributed.streams import run_command
 
 
 def main() -> int:
@@ -50,17 +52,28 @@ def main() -> int:
         content["failed"].append({name: str(error) for name, error in errors.items()})
         outputs += "".join(f"{name}: {error}\n{error.output}\n\n" for name, error in errors.items())
         if given.json:
-            given.json.write_text(json.dumps(content, indent=1) + "\n")
-            if outputs:
-                given.json.with_suffix(".failed.txt").write_text(outputs)
+            with Byproduct(given.json):  # for now; the rounds are what takes long
+                _write(given.json, content, outputs)
     print(summary(kind, content["rounds"]))
+    try:
+        if given.json:
+            with asked_for("--json", given.json):
+                _write(given.json, content, outputs)
+    except StorageError as error:
+        return error.tell()
     return ExitCode.FAILED if outputs else ExitCode.FINISHED
+
+
+def _write(file: Path, content: dict[str, Any], outputs: str) -> None:
+    write_output(file, (json.dumps(content, indent=1) + "\n").encode())
+    if outputs:
+        write_output(file.with_suffix(".failed.txt"), outputs.encode())
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m distributed.bench", description=__doc__)
     parser.add_argument("kind", choices=[*KINDS, "memory"])
-    parser.add_argument("--data.root", dest="root", type=Path, default=Path("data"), help="folder with CIFAR-10")
+    parser.add_argument("--data.root", dest="root", type=home_path, default=Path("data"), help="folder with CIFAR-10")
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -84,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         help="total time limit; contenders that would start later are skipped",
     )
     parser.add_argument(
-        "--json", type=Path, help="also write results here, and the output of failed contenders beside it"
+        "--json", type=home_path, help="also write results here, and the output of failed contenders beside it"
     )
     return parser
 
@@ -153,4 +166,4 @@ def _command(given: argparse.Namespace, options: Options) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

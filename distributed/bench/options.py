@@ -1,11 +1,11 @@
 """What a benchmark was asked to measure, and on what."""
 
-import os
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
 from distributed.errors import InputError
+from distributed.topology import available_cpus
 
 IMAGES = 50_000  # of CIFAR-10's training split
 CONTENDERS = {
@@ -77,7 +77,7 @@ class Options:
     @property
     def workers(self) -> int:
         """Loader processes of the peers: half of the cores, from 2 to 8."""
-        return max(2, min(8, len(os.sched_getaffinity(0)) // 2))
+        return max(2, min(8, available_cpus() // 2))
 
     @property
     def threads(self) -> int:

@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distributed.topology import processor
+from distributed.topology import available_cpus, processor
 from distributed.versions import git_state, versions
 
 PEERS = ("timm", "pytorch-lightning", "lightning")  # as their packages are called
@@ -135,7 +135,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     found: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": available_cpus(),
         "system": platform.system(),
         "versions": {**versions(), **_peers()},
         "git": git_state(),

@@ -1,6 +1,5 @@
 """The ways for sums over subtrees to the root: none, through the memory of one host, over a process group."""
 
-import mmap
 import threading
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from distributed.collectives import all_gather, rank, world_size
 from distributed.exact.arrangement import Arrangement, ByRank
 from distributed.exact.reduction import Exchange, Nodes
-from distributed.shared_memory import Signals, open_shared_memory, tensor_in
+from distributed.shared_memory import SharedMemory, Signals, open_shared_memory, tensor_in
 from distributed.tree import Node, root_of
 
 _WRITTEN, _REDUCED = range(2)
@@ -57,7 +56,7 @@ class ThroughMemory:
     """Every rank writes its sums where all see them, adds up its chunk of everybody's, and writes that there too."""
 
     def __init__(
-        self, memory: mmap.mmap, nodes: Nodes, lie: Arrangement, like: Tensor, *, timeout_seconds: float
+        self, memory: SharedMemory, nodes: Nodes, lie: Arrangement, like: Tensor, *, timeout_seconds: float
     ) -> None:
         length, self._chunk = lie.length, lie.chunks[rank()]
         self._signals = Signals(memory, 0, kinds=2, timeout_seconds=timeout_seconds)

@@ -8,6 +8,7 @@ import time
 import torch
 
 from distributed.gpu_check.checks import Checks
+from distributed.topology import available_cpus
 from distributed.versions import versions
 
 _MODULES = ("pydantic", "loguru", "tomli_w", "greenlet", "safetensors", "filelock", "tqdm", "numpy", "matplotlib")
@@ -16,7 +17,7 @@ _MODULES = ("pydantic", "loguru", "tomli_w", "greenlet", "safetensors", "fileloc
 def run(checks: Checks) -> None:
     with checks.check("versions") as figures:
         figures |= versions()
-        figures["cores"] = len(os.sched_getaffinity(0))
+        figures["cores"] = available_cpus()
     with checks.check("imports"):
         for module in (*_MODULES, "distributed.recipe", "distributed.process", "torchvision"):
             importlib.import_module(module)

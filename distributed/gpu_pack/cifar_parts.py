@@ -19,6 +19,7 @@ from distributed.data import cifar
 from distributed.data.cifar_official import CIFAR10
 from distributed.errors import InputError
 from distributed.files import digest_of, digest_of_bytes, read_object
+from distributed.topology import available_cpus
 
 Bytes = NDArray[np.uint8]
 COLUMNS = 50
@@ -156,4 +157,4 @@ def _write_records(mosaic: Path, labels: Bytes, file: Path, start: int) -> None:
 
 
 def _pool(tasks: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(max(1, min(tasks, len(os.sched_getaffinity(0)))))
+    return ProcessPoolExecutor(max(1, min(tasks, available_cpus())))

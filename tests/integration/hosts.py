@@ -63,10 +63,10 @@ class Hosts:
         _ip("-n", space, "link", "set", "eth0", "up")
 
     def on(self, host: str, command: Sequence[str]) -> list[str]:
-        """The command as it is to be started on that host: with its network and name, and mounts of its own. One process."""
+        """The command as it is to be started on that host: with its network, name, mounts and shared memory. One process."""
         # Not `ip netns exec`, which mounts another /sys, without the cgroups that slurmd looks for.
         return ["nsenter", f"--net=/run/netns/{self._space(host)}", "unshare", "--uts", "--mount", "sh", "-c",
-                'hostname "$1" && shift && exec "$@"', "sh", host, *command]  # fmt: skip
+                'mount -t tmpfs tmpfs /dev/shm && hostname "$1" && shift && exec "$@"', "sh", host, *command]  # fmt: skip
 
     def cut(self, host: str) -> None:
         """Packets of the host go nowhere; nobody is told."""

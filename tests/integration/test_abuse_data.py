@@ -174,6 +174,8 @@ def folder(root: Path) -> Path:
 
 IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no test images": (lambda root: shutil.rmtree(root / "test"), "test: No such file"),
+    "test classes of nothing": (
+        lambda root: [path.unlink() for path in (root / "test").rglob("*.png")], "test: no images; it should hold"),
     "one class": (lambda root: shutil.rmtree(root / "train/dog"), "one class folder"),
     "no class": (lambda root: [shutil.rmtree(one) for one in (root / "test").iterdir()], "no class folders"),
     "a class in the test alone": (lambda root: (root / "test/cow").mkdir(), "this class has no folder in"),
@@ -188,7 +190,7 @@ IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "an empty image": (lambda root: (root / "test/dog/1.png").write_bytes(b""), "1.png: empty"),
     "an image cut": (lambda root: os.truncate(root / "train/dog/2.png", 40), "2.png: broken"),
     "a GIF": (lambda root: Image.new("L", (8, 8)).save(root / "train/dog/2.png", "GIF"), "neither PNG nor JPEG"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", IMAGES)

@@ -84,7 +84,7 @@ def test_compare_says_where_two_runs_part_and_what_differed(undisturbed: Path, t
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(100)
+@pytest.mark.timeout(200)
 def test_more_processes_than_shards_are_refused_with_the_remedy(tmp_path: Path) -> None:
     arguments = torchrun(3, *SETTINGS, "--exact.shards", 2, "--run_dir", tmp_path / "run")
     with Command(arguments, output=tmp_path / "output") as command:
@@ -96,7 +96,7 @@ def test_more_processes_than_shards_are_refused_with_the_remedy(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(100)
+@pytest.mark.timeout(200)
 def test_a_resume_with_another_number_of_shards_is_refused(undisturbed: Path, tmp_path: Path) -> None:
     arguments = torchrun(1, *SETTINGS, "--exact.shards", 4, "--run_dir", undisturbed)
     with Command(arguments, output=tmp_path / "output") as command:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distributed.config import load
-from distributed.experiments import CONFIGS, SEEDS
+from distributed.experiments.results import CONFIGS, SEEDS
 
 SHORT = (
     "--data.name generated10 --data.train_samples 300 --data.test_samples 50 --threads 1 --device cpu "
@@ -55,7 +55,7 @@ def test_experiments_end_in_a_table_and_what_is_finished_is_not_run_again(tmp_pa
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_when_time_is_up_the_run_saves_and_the_same_command_goes_on(tmp_path):
-    words = ["--only", "I-10", *SHORT.split(), "--epochs", "50"]
+    words = ["--only", "I-10", *SHORT.split(), "--epochs", "30"]
     slices = [experiments(tmp_path, *words, "--minutes", "0.2")]
     assert slices[0].returncode == 75, slices[0].stderr
     while slices[-1].returncode == 75 and len(slices) < 5:

@@ -12,7 +12,7 @@ from integration.hosts import Hosts
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(400),
     pytest.mark.skipif(bool(several.why_none()), reason=f"no hosts here: {several.why_none()}"),
 ]
 SETTINGS = ("configs/debug.toml", "--epochs", 8, "--checkpoint.every_steps", 5, "--threads", 1, "--device", "cpu")

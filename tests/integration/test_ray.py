@@ -13,7 +13,7 @@ from integration.cluster import wait_for
 from integration.commands import ROOT, Command, assert_same_bits, attempts, kill, metrics, status, torchrun
 from integration.ray_nodes import RayCluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 LONG = (
     "configs/debug.toml",
     "--epochs",

@@ -34,45 +34,52 @@ def test_with_max_restarts_killed_workers_are_replaced(reference: Path, tmp_path
     assert_same_bits(run, reference)
 
 
+def elastic(port: int, run: Path, *, node: int = 1, more: tuple[object, ...] = ()) -> list[str]:
+    """The README's elastic command on a node whose address is 127.0.0.NODE; the lowest address has rank 0."""
+    options = (
+        "--nnodes=1:2", "--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}",
+        f"--local-addr=127.0.0.{node}", "--monitor-interval=0.1",
+        "--rdzv-conf=last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3",
+    )  # fmt: skip
+    return torchrun(1, *SETTINGS, "--run_dir", run, *more, options=options)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_an_elastic_run_loses_an_agent_and_goes_on_alone_with_the_same_bits(reference: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    port = 29000 + random.randrange(900)
-    options = (
-        "--nnodes=1:2", "--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test",
-        "--rdzv-conf=last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3", "--monitor-interval=0.1",
-    )  # fmt: skip
-    arguments = torchrun(1, *SETTINGS, "--run_dir", run, options=options)
-    with (
-        Command(arguments, output=tmp_path / "first") as first,
-        Command(arguments, output=tmp_path / "second") as second,
-    ):
-        first.wait_for(lambda: attempts(run, "started"), what="the start of both")
+def test_agents_join_and_leave_and_the_bits_stay(reference: Path, tmp_path: Path) -> None:
+    """A second node joins in mid-run and takes over rank 0, is lost, and one comes back in its place."""
+    run, port = tmp_path / "run", 29000 + random.randrange(900)
+
+    def started(first: Command, number: int, world_size: int) -> None:
+        first.wait_for(lambda: len(attempts(run, "started")) == number, what=f"attempt {number}")
+        assert (status(run)["world_size"], len(attempts(run, "started"))) == (world_size, number), first.text[-4000:]
+
+    with Command(elastic(port, run, node=2), output=tmp_path / "first") as first:
+        started(first, 1, world_size=1)
         first.wait_for(lambda: status(run)["step"] >= 4, what="a save")
-        assert status(run)["world_size"] == 2
-        # The agent that does not host the rendezvous dies with its rank: a lost node.
-        host, lost = (first, second) if str(port) in _listening(first.process.pid) else (second, first)
-        kill(lost.process.pid, *lost.ranks())
-        host.wait_for(lambda: len(attempts(run, "started")) > 1, what="the start alone")
-        assert status(run)["world_size"] == 1
-        assert attempts(run, "started")[-1]["step"] > 0
-        assert host.wait(200) == 0, host.text[-5000:]
+        with Command(elastic(port, run, node=1), output=tmp_path / "second") as second:
+            started(first, 2, world_size=2)
+            kill(second.process.pid, *second.ranks())
+            started(first, 3, world_size=1)
+        with Command(elastic(port, run, node=3), output=tmp_path / "third") as third:
+            started(first, 4, world_size=2)
+            assert (first.wait(), third.wait()) == (0, 0), first.text[-5000:]
+    assert attempts(run, "started")[-1]["step"] > 0
     assert_same_bits(run, reference)
 
 
-def _listening(pid: int) -> str:
-    """The ports that a process listens on, as text."""
-    inodes = set()
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            inodes.add(str(link.readlink()))
-        except OSError:
-            continue
-    ports = []
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
-                ports.append(str(int(fields[1].rpartition(":")[2], 16)))
-    return " ".join(ports)
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_another_job_at_the_endpoint_is_refused(reference: Path, tmp_path: Path) -> None:
+    """Without --rdzv-id torchrun takes it for a node of the first job, which goes on and ends with its own bits."""
+    run, other, port = tmp_path / "run", tmp_path / "other", 29000 + random.randrange(900)
+    with Command(elastic(port, run, node=2), output=tmp_path / "first") as first:
+        first.wait_for(lambda: attempts(run, "started"), what="the first job")
+        with Command(elastic(port, other, more=("--seed", 7)), output=tmp_path / "second") as second:
+            second.wait()
+        said = [line for line in second.text.splitlines() if " ERROR " in line]
+        assert len(said) == 1, second.text
+        assert "give each job its own --rdzv-id" in said[0]
+        assert not other.exists()
+        assert first.wait() == 0, first.text[-5000:]
+    assert_same_bits(run, reference)

@@ -158,7 +158,7 @@ def _without_first(batch):
     return replace(batch, images=batch.images[1:], labels=batch.labels[1:], shard_sizes=(first - 1, *others))
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("shards", [0, 4], ids=["fast", "exact"])
 def test_an_image_that_is_not_counted_is_an_error_on_every_rank(shards: int) -> None:
     assert (

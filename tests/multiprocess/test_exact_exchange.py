@@ -295,7 +295,7 @@ def lose_a_peer(way: str) -> str | None:
     return "nothing was raised"
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("way", list(WAYS))
 def test_a_lost_peer_is_told(way: str) -> None:
     found = run_ranks(lose_a_peer, 3, way)

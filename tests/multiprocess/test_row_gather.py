@@ -87,7 +87,7 @@ def exchange_rows(seed: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_shared_memory_gathers_what_the_process_group_gathers_at_any_pace(world_size: int) -> None:
     for rank, found in enumerate(run_ranks(exchange_rows, world_size, 7)):
@@ -121,13 +121,13 @@ def failure_of(gather: RowGather) -> tuple[str, float]:
     return "nothing was raised", time.monotonic() - start
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("loser", [1, 2])
 def test_a_dead_peer_is_told_within_two_seconds(loser: int) -> None:
     found = run_ranks(lose_a_peer, 3, loser)
     assert found.pop(loser) is None
     for message, seconds in found:
-        assert re.search(rf"closed by peer: rank {loser}, process \d+, has died", message)
+        assert re.search(rf"closed by peer: rank {loser}, process \d+ on \S+, has died", message)
         assert seconds < 2
 
 
@@ -140,7 +140,7 @@ def outwait_a_peer() -> tuple[str, float] | None:
     return found
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_a_living_peer_that_never_comes_is_given_up_after_the_timeout() -> None:
     found = run_ranks(outwait_a_peer, 2)
     assert found[1] is None
@@ -150,7 +150,7 @@ def test_a_living_peer_that_never_comes_is_given_up_after_the_timeout() -> None:
     assert 0.5 <= seconds < 3
 
 
-def no_such_file(path: str, mode: str) -> None:
+def no_such_file(path: str, *_: Any, **__: Any) -> None:
     raise FileNotFoundError(path)
 
 
@@ -165,7 +165,7 @@ class Full:
 
 
 APART: dict[str, tuple[int, dict[str, Any]]] = {
-    "another host": (1, {"host": lambda: "elsewhere"}),
+    "another machine": (1, {"machine": lambda: "elsewhere"}),
     "no file": (1, {"open": no_such_file}),
     "no room": (0, {"os": Full()}),
 }
@@ -187,7 +187,7 @@ def open_apart(how: str) -> tuple[str, list[list[float]], set[str]]:
     return getattr(gather, "__name__", "shared memory"), rows, left_behind(before)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("how", list(APART))
 def test_ranks_that_share_no_memory_gather_by_process_group(how: str) -> None:
     assert run_ranks(open_apart, 2, how) == [("gather_by_process_group", [[1.0], [2.0]], set())] * 2

@@ -17,6 +17,7 @@ from distributed.stop import Never, StepAgreement
 from multiprocess.small_runs import StopAfter, newest_checkpoint, small_config
 
 ASKED = 4
+SAVE_EVERY = 0.2
 
 
 @in_group
@@ -38,19 +39,19 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
     return Stopped(RunFolder(run_dir), run_ranks(train_until_a_rank_is_asked, 3, run_dir, 1))
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_all_ranks_stop_one_step_after_a_single_one_was_asked(stopped: Stopped) -> None:
     assert [rank["position"] for rank in stopped.ranks] == [(0, ASKED + 1)] * 3
     assert [rank["state"] for rank in stopped.ranks] == [stopped.ranks[0]["state"]] * 3
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_the_rank_that_was_asked_gives_the_reason_and_the_others_say_it_was_not_theirs(stopped: Stopped) -> None:
     other = "a request to another rank"
     assert [rank["reason"] for rank in stopped.ranks] == [other, "the test", other]
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_the_step_they_stopped_at_is_saved_with_the_state_of_all(stopped: Stopped) -> None:
     path = newest_checkpoint(stopped.run.path)
     assert path.name == f"step-{ASKED + 1:08d}-epoch-000"
@@ -60,13 +61,13 @@ def test_the_step_they_stopped_at_is_saved_with_the_state_of_all(stopped: Stoppe
     assert any(name.endswith("momentum_buffer") for name in tensors)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_the_run_folder_says_stopped_and_how_far_it_came(stopped: Stopped) -> None:
     status = stopped.run.status()
     assert (status["status"], status["exit_code"], status["step"]) == ("stopped", 75, ASKED + 1)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_every_rank_has_a_log_file_of_its_own_and_rank_0_says_there_what_is_trained(stopped: Stopped) -> None:
     logs = sorted(stopped.run.logs.glob("rank-*.log"))
     assert [log.name for log in logs] == [f"rank-{rank:04d}.log" for rank in range(3)]
@@ -74,26 +75,27 @@ def test_every_rank_has_a_log_file_of_its_own_and_rank_0_says_there_what_is_trai
 
 
 @in_group
-def agree_on_steps() -> dict[str, list[tuple[bool, bool]]]:
+def agree_on_steps() -> tuple[float, dict[str, list[tuple[bool, bool]]]]:
+    """The seconds that saves were asked about, and at each step whether to stop and to save."""
     rank = collectives.rank()
     found = {}
     agreement = StepAgreement(StopAfter(3) if rank == 2 else Never(), is_main=rank == 0, save_every_seconds=0)
     found["stop"] = [agreement.after_step() for _ in range(5)]
+    begin = time.monotonic()
     # Only rank 0's clock counts: by the others' it would be time to save after every step.
-    seconds = 0.2 if rank == 0 else 1e-9
-    agreement = StepAgreement(Never(), is_main=rank == 0, save_every_seconds=seconds)
+    agreement = StepAgreement(Never(), is_main=rank == 0, save_every_seconds=SAVE_EVERY if rank == 0 else 1e-9)
     found["save"] = []
     for _ in range(12):
         time.sleep(0.05)
         found["save"].append(agreement.after_step())
-    return found
+    return time.monotonic() - begin, found
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_stops_and_timed_saves_are_agreed_one_step_late_on_all_ranks() -> None:
-    ranks = run_ranks(agree_on_steps, 3)
-    assert ranks == [ranks[0]] * 3
+    (seconds, *_), ranks = zip(*run_ranks(agree_on_steps, 3), strict=True)
+    assert list(ranks) == [ranks[0]] * 3
     assert [stop for stop, _ in ranks[0]["stop"]] == [False, False, False, True, True]
     saves = [save for _, save in ranks[0]["save"]]
-    assert 1 <= sum(saves) <= 3
+    assert 1 <= sum(saves) <= seconds / SAVE_EVERY
     assert not any(stop for stop, _ in ranks[0]["save"])

@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from distributed.errors import InputError
@@ -127,3 +132,24 @@ def test_the_threads_do_not_depend_on_what_torchrun_put_into_omp_num_threads(mon
 
 def test_the_host_has_a_name():
     assert host()
+
+
+@pytest.mark.parametrize(
+    ("job", "at_terminal", "said"),
+    [
+        ({}, False, ""),
+        ({"SLURM_JOB_ID": "7"}, False, "Slurm job 7"),
+        ({"SLURM_JOB_ID": "7"}, True, ""),
+        ({"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}, True, "a Ray job"),
+    ],
+)
+def test_a_shell_of_salloc_is_a_terminal_and_no_job(job: dict[str, str], at_terminal: bool, said: str):
+    terminal, ours = os.openpty()
+    found = subprocess.run(
+        [sys.executable, "-c", "from distributed.topology import cluster_job; print(cluster_job())"],
+        env={"PATH": os.environ["PATH"], **job}, stdout=subprocess.PIPE, text=True, check=True,
+        stderr=ours if at_terminal else subprocess.PIPE, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    os.close(terminal)
+    os.close(ours)
+    assert found.stdout.strip() == said

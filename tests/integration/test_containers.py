@@ -1,0 +1,70 @@
+"""Ranks in containers of one machine: namespaces of their own for processes, names and shared memory."""
+
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+
+from integration.commands import ROOT
+
+TRIED = subprocess.run(["unshare", "--pid", "--fork", "--uts", "--mount-proc", "mount", "-t", "tmpfs", "x", "/dev/shm"],
+                       capture_output=True, text=True, check=False)  # fmt: skip
+pytestmark = pytest.mark.skipif(bool(TRIED.returncode), reason=f"no namespaces here: {TRIED.stderr.strip()}")
+
+# Rank 1 comes late, so that rank 0 asks whether it lives; then it ends.
+RANK = """
+import os, time, torch
+from distributed.process_group import process_group
+from distributed.row_gather import open_row_gather
+from distributed.topology import Topology
+
+topology, device = Topology.from_environment(), torch.device("cpu")
+with process_group(topology, device, timeout_seconds=30):
+    gather = open_row_gather(device, timeout_seconds=30)
+    print(type(gather).__name__)
+    time.sleep(topology.rank)
+    print(gather(torch.tensor([topology.rank])).flatten().tolist())
+    if topology.rank == 1:
+        os._exit(0)
+    start = time.monotonic()
+    try:
+        gather(torch.tensor([0]))
+    except RuntimeError as error:
+        print("closed by peer" in str(error).lower() and time.monotonic() - start < 5)
+    os._exit(0)
+"""
+ALONE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts", "sh", "-c"]
+CONTAINERS = {
+    "the same name": (['exec "$@"'] * 2, "SharedMemoryGather"),
+    "other names": (['hostname first; exec "$@"', 'hostname second; exec "$@"'], "SharedMemoryGather"),
+    "own memory": (['mount -t tmpfs x /dev/shm; exec "$@"'] * 2, "function"),
+}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_ranks_in_containers_see_that_all_live(kind: str) -> None:
+    """Each is process 1 or so in a namespace of its own."""
+    starts, way = CONTAINERS[kind]
+    port = 29000 + random.randrange(900)
+    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [*ALONE, start, "sh", sys.executable, "-c", RANK],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank, start in enumerate(starts)
+    ]
+    try:
+        said = [process.communicate(timeout=90) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert said[0][0].split("\n")[:3] == [way, "[0, 1]", "True"], said
+    assert said[1][0].split("\n")[:2] == [way, "[0, 1]"], said

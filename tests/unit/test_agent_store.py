@@ -1,0 +1,176 @@
+"""With torch's own rendezvous, in threads: what agents of a later round find, and whom the ranks of a round meet."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from torch.distributed import DistStoreError, HashStore
+from torch.distributed.elastic.rendezvous.api import RendezvousHandler, RendezvousParameters
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+
+from distributed import agent_store
+from distributed.agent_store import AgentStore, AnotherJob
+from distributed.rendezvous import agree_on_token
+from distributed.topology import Topology
+
+C10D = ["--rdzv-backend=c10d", "--rdzv-endpoint=HOST:1234", "--nnodes=1:2", "train.py"]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "test"}
+    for name, value in (given | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+
+
+class Agents:
+    """Agents of one rendezvous, as torchrun makes them; each later one has a higher rank."""
+
+    def __init__(self) -> None:
+        self._host = self._backend(port=0, is_host=True)
+        self.store = self._host[1]
+        self.made: list[RendezvousHandler] = []
+
+    def _backend(self, *, port: int, is_host: bool) -> tuple[Any, Any, RendezvousParameters]:
+        parameters = RendezvousParameters(
+            "c10d", f"127.0.0.1:{port}", "test", 1, 2, local_addr="127.0.0.1", is_host=is_host, read_timeout=2,
+            last_call_timeout=1, join_timeout=20,
+        )  # fmt: skip
+        return (*create_backend(parameters), parameters)
+
+    def add(self) -> RendezvousHandler:
+        backend, store, parameters = self._backend(port=self.store.port, is_host=False)
+        self.made.append(create_handler(store, backend, parameters))
+        return self.made[-1]
+
+    def worker(self, node_rank: int) -> AgentStore:
+        """What a worker of the agent with this rank makes of the current round."""
+        number = agent_store._round_of(os.getpid(), node_rank, self.store)
+        assert number is not None
+        topology = Topology(rank=node_rank, world_size=node_rank + 1, node_rank=node_rank, launched=True)
+        return AgentStore(topology, self.store, f"127.0.0.1:{self.store.port}", number, launcher=0)
+
+
+@pytest.fixture
+def agents() -> Iterator[Agents]:
+    agents = Agents()
+    yield agents
+    for one in agents.made:
+        one._stop_heartbeats()  # type: ignore[attr-defined]
+
+
+def test_an_agent_joins_a_later_round(agents: Agents) -> None:
+    first = agents.add()
+    assert first.next_rendezvous().world_size == 1
+    agents.worker(0).enter("job")
+    with ThreadPoolExecutor(2) as pool:
+        joined = [pool.submit(one.next_rendezvous) for one in (first, agents.add())]
+        assert [one.result().rank for one in joined] == [0, 1]
+    workers = [agents.worker(rank) for rank in (0, 1)]
+    assert [one.round for one in workers] == [1, 1]
+    for one in workers:
+        one.enter("job")
+    workers[1].look()
+
+
+def test_without_a_worker_an_agent_waits_in_vain(agents: Agents) -> None:
+    """The control: the fault in torch that the module works around. If this fails, the module may be needless."""
+    first = agents.add()
+    first.next_rendezvous()
+    with ThreadPoolExecutor(2) as pool:
+        again, joined = [pool.submit(one.next_rendezvous) for one in (first, agents.add())]
+        again.result()
+        with pytest.raises(DistStoreError):
+            joined.result()
+
+
+def test_a_round_that_the_agent_is_not_in_is_not_used(agents: Agents) -> None:
+    agents.add().next_rendezvous()
+    assert agent_store._round_of(os.getpid(), 0, agents.store) == 0
+    assert agent_store._round_of(os.getpid(), 1, agents.store) is None
+    assert agent_store._round_of(os.getppid(), 0, agents.store) is None
+    assert agent_store._round_of(os.getpid(), 0, HashStore()) is None
+
+
+def members(world_size: int) -> list[AgentStore]:
+    store = HashStore()
+    return [
+        AgentStore(Topology(rank, world_size, node_rank=rank, launched=True), store, "HOST:1234", 3, launcher=0)
+        for rank in range(world_size)
+    ]
+
+
+@pytest.mark.parametrize("newcomer", [0, 1])
+def test_another_job_is_refused_whatever_its_rank(newcomer: int) -> None:
+    ranks = members(2)
+    ranks[1 - newcomer].enter("first")
+    with pytest.raises(AnotherJob, match=r"HOST:1234, --rdzv-id test: another job, .* give each job its own --rdzv-id"):
+        ranks[newcomer].enter("second")
+
+
+def test_the_first_job_does_not_wait_for_another_one() -> None:
+    first, second = members(2)
+    first.enter("first")
+    with pytest.raises(AnotherJob):
+        second.enter("second")
+    with pytest.raises(RuntimeError, match="rank 1 is of another job"):
+        agree_on_token(first.keys, rank=0, world_size=2, timeout=timedelta(seconds=20), look=first.look)
+
+
+def test_a_job_with_another_id_is_not_another_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = members(2)
+    first.enter("first")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "own")
+    second.enter("second")
+
+
+def test_a_worker_that_has_to_leave_ends_its_agent() -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as agent:
+        for local_rank in (1, 0):
+            assert agent.poll() is None
+            AgentStore(Topology(local_rank, 2, local_rank, 2), HashStore(), "", 0, launcher=agent.pid).leave()
+    assert agent.returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (C10D, ("HOST", 1234)),
+        (["--rdzv_backend", "c10d", "--rdzv_endpoint", "HOST", "--nnodes", "2", "-m", "x"], ("HOST", 29400)),
+        ([*C10D[:-1], "--nnodes=1", "x.py"], None),
+        ([*C10D[:-1], "--nnodes=1:1", "x.py"], None),
+        ([*C10D[:-1], "--standalone", "x.py"], None),
+        (["--rdzv-backend=c10d", "--rdzv-endpoint=HOST:0", "--nnodes=1:2", "x.py"], None),
+        (["--rdzv-backend=static", "--rdzv-endpoint=HOST:1", "--nnodes=2", "x.py"], None),
+        (["--master-addr=HOST", "--master-port=1", "--nnodes=2", "x.py"], None),
+        ([*C10D[:-1], "--rdzv-conf=store_type=file", "x.py"], None),
+        ([*C10D[:-1], "--rdzv-conf=is_host=1,store_type=tcp", "x.py"], ("HOST", 1234)),
+        ([*C10D[:-1], "--an-option-of-another-version", "x.py"], None),
+        ([], None),
+    ],
+)
+def test_the_endpoint_is_found_in_what_torchrun_was_given(arguments: list[str], found: tuple[str, int] | None) -> None:
+    assert agent_store._endpoint(arguments) == found
+
+
+@pytest.mark.parametrize("shells", [0, 1, 2])
+def test_torchrun_is_found_above_its_worker(shells: int, tmp_path: Any) -> None:
+    script = tmp_path / "torchrun"
+    worker = "import distributed.topology as t; print(t.torchrun_above()[1])"
+    command = [sys.executable, "-c", worker]
+    for _ in range(shells):
+        command = [sys.executable, "-c", f"import subprocess; subprocess.run({command!r})"]
+    script.write_text(f"import subprocess; subprocess.run({command!r})")
+    found = subprocess.run([sys.executable, script, *C10D], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == str(C10D), found.stderr
+
+
+def test_no_torchrun_above_is_no_store() -> None:
+    assert AgentStore.find(Topology(launched=True)) is None

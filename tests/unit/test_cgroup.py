@@ -1,0 +1,191 @@
+"""CPU quotas: the files of real machines laid out in a folder, and this machine's own where it may be set."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from distributed import topology
+from distributed.cgroup import cpu_quota
+from distributed.topology import Topology, available_cpus
+
+ROOT = Path(__file__).parents[2]
+
+
+def v2(mount: Path, root: str = "/") -> str:
+    return f"31 23 0:26 {root} {mount} rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate"
+
+
+def v1(mount: Path, controllers: str, root: str = "/") -> str:
+    return f"32 31 0:29 {root} {mount} rw,relatime - cgroup cgroup rw,{controllers}"
+
+
+class Machine:
+    """`proc` and mounted control groups below one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.proc, self.mount = folder, folder / "proc", folder / "cgroup"
+        self.proc.mkdir()
+
+    def tell(self, groups: list[str], mounts: list[str]) -> None:
+        (self.proc / "cgroup").write_text("".join(f"{line}\n" for line in groups))
+        (self.proc / "mountinfo").write_text("".join(f"{line}\n" for line in mounts))
+
+    def limit(self, group: str, quota: object, period: object = 100000, *, version: int = 2) -> None:
+        folder = self.mount / group
+        folder.mkdir(parents=True, exist_ok=True)
+        if version == 2:
+            (folder / "cpu.max").write_text(f"{quota} {period}\n")
+        else:
+            (folder / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+            (folder / "cpu.cfs_period_us").write_text(f"{period}\n")
+
+    @property
+    def quota(self) -> float | None:
+        return cpu_quota(self.proc)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("limits", "quota"),
+    [
+        ({}, None),
+        ({"a/b": "max"}, None),
+        ({"a/b": 150000}, 1.5),
+        ({"a": 50000, "a/b": "max"}, 0.5),
+        ({"a": "max", "a/b": 400000}, 4.0),
+        ({"a": 200000, "a/b": 400000}, 2.0),
+        ({"": 300000}, 3.0),
+        ({"other": 100000, "a/b/c": 100000}, None),
+        ({"a/b": "nonsense"}, None),
+        ({"a/b": -1}, None),
+        ({"a/b": 0}, None),
+    ],
+)
+def test_version_2_counts_every_group_up_to_the_mount(machine: Machine, limits: dict, quota: float | None) -> None:
+    machine.tell(["0::/a/b"], [v2(machine.mount)])
+    for group, limit in limits.items():
+        machine.limit(group, limit)
+    assert machine.quota == quota
+
+
+@pytest.mark.parametrize(
+    ("limits", "quota"),
+    [({}, None), ({"a/b": -1}, None), ({"a/b": 100000}, 1.0), ({"a": 250000, "a/b": -1}, 2.5), ({"other": 1}, None)],
+)
+def test_version_1_counts_every_group_up_to_the_mount(machine: Machine, limits: dict, quota: float | None) -> None:
+    machine.tell(
+        ["9:name=systemd:/x", "4:cpu,cpuacct:/a/b", "3:cpuset:/other", "0::/"],
+        [v1(machine.mount / "no", "cpuset"), v1(machine.mount / "nor", "cpuacct"), v1(machine.mount, "cpu,cpuacct")],
+    )
+    for group, limit in limits.items():
+        machine.limit(group, limit, version=1)
+    assert machine.quota == quota
+
+
+def test_both_versions_at_once_count(machine: Machine) -> None:
+    machine.tell(["1:cpu:/one", "0::/two"], [v1(machine.mount, "cpu"), v2(machine.mount)])
+    machine.limit("one", 300000, version=1)
+    machine.limit("two", 200000)
+    assert machine.quota == 2.0
+
+
+def test_a_period_other_than_the_usual(machine: Machine) -> None:
+    machine.tell(["0::/"], [v2(machine.mount)])
+    machine.limit("", 10000, period=5000)
+    assert machine.quota == 2.0
+
+
+@pytest.mark.parametrize(
+    ("root", "path", "where"),
+    [
+        ("/", "/", ""),  # a container with a namespace of its own
+        ("/docker/1234", "/docker/1234", ""),  # without: the host's path, and only its own part mounted
+        ("/docker/1234", "/docker/1234/inner", "inner"),
+        ("/kubepods/pod7", "/kubepods/pod7/c/d", "c"),
+        ("/elsewhere", "/docker/1234", ""),
+        ("/", "/../outside", ""),
+        ("/..", "/", ""),
+    ],
+)
+def test_in_a_container_its_own_part_is_read(machine: Machine, root: str, path: str, where: str) -> None:
+    machine.tell([f"0::{path}"], [v2(machine.mount, root)])
+    machine.limit(where, 100000)
+    assert machine.quota == 1.0
+
+
+def test_a_mount_with_a_space_in_its_name(machine: Machine) -> None:
+    machine.mount = machine.folder / "control groups"
+    machine.tell(["0::/a b"], [v2(Path(str(machine.mount).replace(" ", "\\040")))])
+    machine.limit("a b", 100000)
+    assert machine.quota == 1.0
+
+
+@pytest.mark.parametrize("text", ["", "\n", "0", "0::", ":::", "x:cpu", "\0\0", "0::/a\n" * 3])
+def test_files_of_another_form_are_no_limit(machine: Machine, text: str) -> None:
+    for mounts in ("", text, "1 2 3 - cgroup2", v2(machine.mount)):
+        machine.tell([text], [mounts])
+        assert machine.quota is None
+
+
+def test_without_the_files_there_is_no_limit(tmp_path: Path) -> None:
+    assert cpu_quota(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("quota", "cpus"), [(None, 8), (16.0, 8), (4.0, 4), (1.5, 2), (1.4, 1), (0.1, 1), (2.49, 2), (7.9, 8)]
+)
+def test_threads_are_for_the_cpus_that_the_quota_pays_for(
+    monkeypatch: pytest.MonkeyPatch, quota: float | None, cpus: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(topology, "cpu_quota", lambda: quota)
+    assert available_cpus() == Topology().threads(0) == cpus
+    assert Topology(local_world_size=2).threads(0) == max(1, cpus // 2)
+    assert Topology(local_world_size=16).threads(0) == 1
+    assert Topology().threads(7) == 7
+
+
+def test_cpus_are_counted_in_one_place() -> None:
+    counts = re.compile(r"sched_getaffinity|cpu_count\(")
+    files = [file for folder in ("distributed", "launch") for file in (ROOT / folder).rglob("*.py")]
+    assert [file.name for file in files if counts.search(file.read_text())] == ["topology.py"]
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """A control group of this machine with one CPU's time."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one CPU is all there is")
+    for parent, quota in ((Path("/sys/fs/cgroup/cpu"), "cpu.cfs_quota_us"), (Path("/sys/fs/cgroup"), "cpu.max")):
+        folder = parent / f"test-{os.getpid()}"
+        try:
+            folder.mkdir()
+        except OSError:
+            continue
+        try:
+            (folder / quota).write_text("100000")
+        except OSError:
+            folder.rmdir()
+            continue
+        yield folder
+        folder.rmdir()
+        return
+    pytest.skip("no control group can be made here")
+
+
+def test_a_real_quota_is_seen(group: Path) -> None:
+    code = (
+        f"open({str(group / 'cgroup.procs')!r}, 'w').write('0'); from launch.probe import available_cpus as doctor; "
+        "from distributed.topology import Topology; print(doctor(), Topology().threads(0), Topology().threads(3))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert found.stdout == "1 1 3\n", found.stderr

@@ -1,0 +1,204 @@
+"""A lock that outlives its holder, and one whose holder lives."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock, SoftFileLock
+
+from distributed import lock_holder
+from distributed.claimed_run import ClaimedRun
+from distributed.errors import InputError
+from distributed.files import read_object, replace_json
+from distributed.lock_holder import gone, holder_record, read_answer, take_lock
+
+OURS = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "SLURM_CLUSTER_NAME": "one"}
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def ended() -> dict[str, Any]:
+    """The record of a process that is no more."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    return holder_record() | {"pid": process.pid}
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[Path]:
+    """A run folder whose lock is held by another process, e.g. the child of the holder."""
+    command = [sys.executable, "-c", HOLD, tmp_path / ".lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield tmp_path
+        process.kill()
+
+
+def take(folder: Path, lock: Any = FileLock, *, seconds: float = 0.6) -> None:
+    lock = lock(folder / ".lock")
+    take_lock(lock, record=folder / "attempt.json", seconds=seconds)
+    lock.release()
+
+
+def test_the_lock_of_a_holder_that_ended_is_taken_over(held: Path, ended: dict[str, Any]) -> None:
+    replace_json(held / "attempt.json", ended)
+    take(held)
+    assert {path.name for path in held.iterdir()} <= {".lock", "attempt.json"}
+
+
+def test_a_lock_file_of_a_dead_process_is_taken_over(tmp_path: Path, ended: dict[str, Any]) -> None:
+    """On a file system without flock, a file is the lock."""
+    (tmp_path / ".lock").write_text("1\nelsewhere\n")
+    replace_json(tmp_path / "attempt.json", ended)
+    take(tmp_path, SoftFileLock)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"pid": os.getppid()},
+        {"host": "elsewhere"},
+        {"machine": "another"},
+        {"pid_namespace": 1},
+        {"pid": "12"},
+        {"pid": 0},
+        {"pid": -1},
+        {"pid": None},
+        {"pid": 2**40},
+        {"slurm": "7", "host": "elsewhere"},
+        {"slurm": {"job": "x"}, "host": "elsewhere"},
+        {"slurm": {"job": "7; true", "restarts": 0, "cluster": ""}, "host": "elsewhere"},
+        {"slurm": {"job": "7", "restarts": "0", "cluster": ""}, "host": "elsewhere"},
+    ],
+    ids=str,
+)
+def test_a_holder_that_may_live_keeps_its_lock(held: Path, ended: dict[str, Any], changed: dict[str, Any]) -> None:
+    if changed == {"pid": os.getppid()}:
+        changed = changed | {"began": lock_holder._began(os.getppid())}
+    replace_json(held / "attempt.json", ended | changed)
+    with pytest.raises(InputError) as caught:
+        take(held, seconds=0.2)
+    (line,) = caught.value.lines
+    assert f"if that process is gone for certain, remove {held / '.lock'}" in line
+    assert f"process {changed.get('pid', ended['pid'])} on {changed.get('host', ended['host'])}" in line
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", "null", '{"pid": 1', '{"pid": 1, "host": "other", "token": "x"}'])
+def test_a_record_of_another_form_keeps_the_lock(held: Path, content: str) -> None:
+    (held / "attempt.json").write_text(content)
+    with pytest.raises(InputError, match="another run is writing there"):
+        take(held, seconds=0.2)
+
+
+def test_a_new_holder_is_given_time_to_say_who_it_is(held: Path, ended: dict[str, Any]) -> None:
+    """The record changes while we look: whoever took the lock lives."""
+    replace_json(held / "attempt.json", ended)
+    before = lock_holder.read_object
+    reads = iter([ended, *[holder_record() | {"pid": os.getppid(), "began": lock_holder._began(os.getppid())}] * 9])
+    lock_holder.read_object = lambda _: next(reads)
+    try:
+        with pytest.raises(InputError, match=f"process {os.getppid()} on"):
+            take(held, seconds=0.3)
+    finally:
+        lock_holder.read_object = before
+
+
+def test_a_file_that_somebody_else_took_over_is_left_in_place(tmp_path: Path) -> None:
+    file = tmp_path / ".lock"
+    file.write_text("theirs")
+    lock_holder._remove(file, inode=1)
+    assert file.read_text() == "theirs"
+    lock_holder._remove(file, inode=file.stat().st_ino)
+    assert list(tmp_path.iterdir()) == []
+    lock_holder._remove(file, inode=1)
+
+
+def test_a_dying_predecessor_is_waited_for(held: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, held / "other"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    ):
+        lock = FileLock(held / "other")
+        start = time.monotonic()
+        take_lock(lock, record=held / "attempt.json", seconds=30)
+        assert time.monotonic() - start < 25
+        lock.release()
+
+
+def test_the_record_says_where_and_in_which_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in OURS.items():
+        monkeypatch.setenv(name, value)
+    ClaimedRun.claim(tmp_path, world_size=1).release()
+    record = read_object(tmp_path / "attempt.json")
+    assert record["slurm"] == {"job": "7", "restarts": 2, "cluster": "one"}
+    assert record.items() >= holder_record().items()
+    assert not gone(record)
+
+
+@pytest.mark.parametrize(
+    ("job", "restarts", "cluster", "why"),
+    [
+        ("7", 1, "one", "Slurm has begun job 7 anew"),
+        ("7", 0, "one", "Slurm has begun job 7 anew"),
+        ("7", 2, "one", ""),
+        ("7", 3, "one", ""),
+        ("7", 1, "two", ""),
+        ("7", None, "one", ""),
+    ],
+)
+def test_an_earlier_start_of_our_own_job_is_gone(
+    monkeypatch: pytest.MonkeyPatch, job: str, restarts: int | None, cluster: str, why: str
+) -> None:
+    for name, value in OURS.items():
+        monkeypatch.setenv(name, value)
+    holder = holder_record() | {"host": "lost", "slurm": {"job": job, "restarts": restarts, "cluster": cluster}}
+    assert gone(holder) == why
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "answer"),
+    [
+        ("JobId=9 UserId=root(0) JobState=RUNNING Reason=None Requeue=1 Restarts=1 BatchFlag=1", "", ("RUNNING", 1)),
+        ("JobId=9 JobName=x JobState=PENDING Reason=BeginTime Restarts=3", "", ("PENDING", 3)),
+        ("JobId=9 JobState=NODE_FAIL Reason=NodeDown Restarts=0", "", ("NODE_FAIL", 0)),
+        ("", "slurm_load_jobs error: Invalid job id specified", ("NONE", 0)),
+        ("", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)", ("", 0)),
+        ("", "", ("", 0)),
+    ],
+)  # fmt: skip
+def test_what_scontrol_says_is_read(out: str, error: str, answer: tuple[str, int]) -> None:
+    assert read_answer(out, error) == answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (("RUNNING", 0), ""),
+        (("COMPLETING", 0), ""),
+        (("SUSPENDED", 0), ""),
+        (("", 0), ""),
+        (("RUNNING", 1), "Slurm has begun job 9 anew"),
+        (("PENDING", 1), "Slurm says that job 9 is PENDING"),
+        (("NODE_FAIL", 0), "Slurm says that job 9 is NODE_FAIL"),
+        (("CANCELLED", 0), "Slurm says that job 9 is CANCELLED"),
+        (("NONE", 0), "Slurm does not know job 9 any more"),
+    ],
+)
+def test_another_job_is_gone_if_slurm_says_so(
+    monkeypatch: pytest.MonkeyPatch, answer: tuple[str, int], why: str
+) -> None:
+    for name, value in OURS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(lock_holder, "_ask_slurm", lambda number: answer if number == "9" else None)
+    assert gone(holder_record() | {"host": "lost", "slurm": {"job": "9", "restarts": 0, "cluster": "one"}}) == why
