@@ -16,7 +16,8 @@ from distributed import endings
 from distributed.agent_store import AgentStore
 from distributed.endings import Ending
 from distributed.errors import ExitCode, PeerError
-from distributed.rendezvous import agree_on_token, is_open, open_store, within
+from distributed.rendezvous import agree_on_token
+from distributed.tcp_store import is_open, open_store, within
 from distributed.topology import Topology, host, meeting_place
 
 # What gloo, NCCL and the store say if another rank has gone.
