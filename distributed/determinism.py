@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from distributed.cpu_kind import instructions, processor
 from distributed.errors import InputError
-from distributed.topology import instructions, kernel_variables, processor
+from distributed.topology import kernel_variables
 
 _DRIVER = Path("/sys/module/nvidia/version")
 

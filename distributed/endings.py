@@ -12,7 +12,7 @@ from typing import NamedTuple, NoReturn
 from distributed.errors import ExitCode
 from distributed.topology import error_file, has_launcher, is_first_on_node
 
-_LIMIT_SECONDS = 1.5  # a run folder or a store that does not answer must not keep the process
+_LIMIT_SECONDS = 1.5  # a run folder, store or terminal that does not answer must not keep the process
 
 
 class Ending(NamedTuple):
@@ -49,19 +49,23 @@ def leave(code: ExitCode, reason: str) -> NoReturn:
     _leaving.acquire()  # for good: a second thread that wants to leave waits here for the first
     ending = Ending(code, reason)
 
-    def say() -> None:
+    def settle() -> None:
         nonlocal ending
         for word in list(_last_words):
             with suppress(Exception):
                 ending = word(ending) or ending
 
-    thread = threading.Thread(target=say, daemon=True)
-    thread.start()
-    thread.join(_LIMIT_SECONDS)
-    report(ending.reason, is_cause=False)
-    if not ending.is_stop or is_first_on_node() or not has_launcher():
+    def speak() -> None:
+        report(ending.reason, is_cause=False)
         with suppress(OSError, ValueError, AttributeError):  # the terminal may be gone
-            print(f"{'' if ending.is_stop else 'error: '}{ending.reason}", file=sys.stderr, flush=True)
+            if not ending.is_stop or is_first_on_node() or not has_launcher():
+                print(f"{'' if ending.is_stop else 'error: '}{ending.reason}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+
+    for work, seconds in ((settle, _LIMIT_SECONDS), (speak, _LIMIT_SECONDS / 3)):
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(seconds)
     os._exit(ending.code)
 
 

@@ -16,13 +16,14 @@ from distributed import endings
 from distributed.agent_store import AgentStore
 from distributed.endings import Ending
 from distributed.errors import ExitCode, PeerError
-from distributed.rendezvous import agree_on_token, is_open, open_store, within
+from distributed.rendezvous import agree_on_token
+from distributed.tcp_store import is_open, open_store, within
 from distributed.topology import Topology, host, meeting_place
 
 # What gloo, NCCL and the store say if another rank has gone.
 _LOST = re.compile(
-    r"closed by peer|connection (was |is )?(reset|closed|refused|likely closed)|timed out|broken pipe|socket ?timeout|"
-    r"remote process|failed to recv|connectFullMesh",
+    r"closed by peer|connection (was |is )?(reset|closed|refused|likely closed)|timed out waiting|wait timeout|"
+    r"socket ?timeout|operation timeout|broken pipe|remote process|failed to recv|connectFullMesh",
     re.I,
 )
 _DEAD = re.compile(r"rank \d+, process \d+, has died")  # shared_memory.py saw it

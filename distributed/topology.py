@@ -4,7 +4,6 @@ The only module that reads the environment.
 """
 
 import os
-import platform
 import re
 import socket
 import sys
@@ -233,27 +232,7 @@ def machine() -> str:
         return host()
 
 
-def processor() -> str:
-    """The name of its processor: libraries choose their kernels, and so the bits, by it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "")
-    except OSError:
-        return platform.processor()
-
-
-def instructions() -> str:
-    """The processor's vector instructions, by which libraries choose kernels; its name may be a virtual machine's."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            flags = next((line.split(":")[1].split() for line in file if line.startswith(("flags", "Features"))), [])
-    except OSError:
-        return ""
-    return " ".join(sorted(flag for flag in flags if flag.startswith(_VECTOR_FLAGS)))
-
-
 _GENERATIONS = 4  # between torchrun and its worker there may be a shell or a container's runtime
-_VECTOR_FLAGS = ("avx", "amx", "fma", "f16c", "sse4", "asimd", "sve", "bf16", "i8mm")
 _KERNEL_VARIABLES = re.compile(
     "(ATEN_CPU_CAPABILITY|(ONEDNN|DNNL)_(MAX_CPU_ISA|CPU_ISA_HINTS|DEFAULT_FPMATH_MODE)|MKL_(CBWR|ENABLE_INSTRUCTIONS)|"
     "OPENBLAS_CORETYPE|NVIDIA_TF32_OVERRIDE|CUBLAS(LT)?_\\w+|CUDNN_\\w+|NCCL_(ALGO|PROTO|NCHANNELS_PER_NET_PEER|M(IN|AX)_NCHANNELS)|"

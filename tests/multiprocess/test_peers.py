@@ -66,7 +66,7 @@ def _end(how: str) -> None:
     ],
 )
 def test_the_rank_that_ended_is_named(how: str, said: str, code: ExitCode) -> None:
-    message, found, seconds = run_ranks(end_of_rank_1, 2, how)[0]
+    message, found, seconds = run_ranks(end_of_rank_1, 2, how, timeout_seconds=180)[0]
     assert message.startswith(said)
     assert found == code
     assert seconds < (8 if how == "freeze" else 4)

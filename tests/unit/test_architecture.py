@@ -8,8 +8,9 @@ ROOT = Path(__file__).parents[2] / "distributed"
 # A module may import what stands in a row above its own; modules of one package may import each other, one way.
 LAYERS = [
     "collector errors keyed cgroup tree figures save_budget shipped scripts",
-    "files versions byproducts streams",
+    "files versions byproducts streams cpu_kind",
     "config profiler run_lines topology safetensors_stream checkpoint_files",
+    "tcp_store",
     "agent_store lock_holder rendezvous collectives logs metrics remote saved_state endings plot",
     "shared_memory event_file peers signals",
     "process_group determinism data models row_gather optim schedule sums stop",
