@@ -106,7 +106,7 @@ def _endpoint(arguments: list[str]) -> tuple[str, int] | None:
     from torch.distributed.run import parse_args
 
     try:
-        given = parse_args(arguments)
+        given = parse_args(arguments)  # type: ignore[no-untyped-call]
         store = _parse_rendezvous_config(given.rdzv_conf).get("store_type", "tcp")
         host, port = parse_rendezvous_endpoint(given.rdzv_endpoint, default_port=29400)
     except (SystemExit, Exception):  # an option of another version

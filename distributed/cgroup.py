@@ -38,9 +38,9 @@ def _groups(proc: Path) -> Iterator[tuple[str, Path]]:
         if after[0] == _V1 and "cpu" not in after[2].split(","):
             continue
         root, mount = (Path(_unescaped(field)) for field in before[3:5])
-        path = Path(paths[after[0]])
+        inside = Path(paths[after[0]])
         # A container without a namespace of its own sees its host's path, of which only a part is mounted.
-        below = path.relative_to(root) if path.is_relative_to(root) and ".." not in path.parts else Path()
+        below = inside.relative_to(root) if inside.is_relative_to(root) and ".." not in inside.parts else Path()
         yield from ((after[0], mount / part) for part in (below, *below.parents))
 
 

@@ -4,7 +4,6 @@ The only module that reads the environment.
 """
 
 import os
-import platform
 import re
 import socket
 from dataclasses import dataclass
@@ -155,31 +154,18 @@ def machine() -> str:
         return host()
 
 
-def processor() -> str:
-    """The name of its processor: libraries choose their kernels, and so the bits, by it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "")
-    except OSError:
-        return platform.processor()
-
-
-def instructions() -> str:
-    """The processor's vector instructions, by which libraries choose kernels; its name may be a virtual machine's."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            flags = next((line.split(":")[1].split() for line in file if line.startswith(("flags", "Features"))), [])
-    except OSError:
-        return ""
-    return " ".join(sorted(flag for flag in flags if flag.startswith(_VECTOR_FLAGS)))
-
-
 _GENERATIONS = 4  # between torchrun and its worker there may be a shell or a container's runtime
-_VECTOR_FLAGS = ("avx", "amx", "fma", "f16c", "sse4", "asimd", "sve", "bf16", "i8mm")
+# What chooses kernels, or the order in which they sum, on a CPU or a GPU; not what only reports, caches or limits memory.
 _KERNEL_VARIABLES = re.compile(
-    "(ATEN_CPU_CAPABILITY|(ONEDNN|DNNL)_(MAX_CPU_ISA|CPU_ISA_HINTS|DEFAULT_FPMATH_MODE)|MKL_(CBWR|ENABLE_INSTRUCTIONS)|"
-    "OPENBLAS_CORETYPE|NVIDIA_TF32_OVERRIDE|CUBLAS(LT)?_\\w+|CUDNN_\\w+|NCCL_(ALGO|PROTO|NCHANNELS_PER_NET_PEER|M(IN|AX)_NCHANNELS)|"
-    "TORCH_BLAS_PREFER_\\w+|TORCH_CUDNN_\\w+)"
+    r"ATEN_CPU_CAPABILITY|(ONEDNN|DNNL)_(?!VERBOSE|JIT_(PROFILE|DUMP)|PRIMITIVE_CACHE)\w+|"
+    r"MKL_(CBWR\w*|ENABLE_INSTRUCTIONS|DEBUG_CPU_TYPE|DYNAMIC|DOMAIN_NUM_THREADS|NUM_STRIPES|\w+_LAYER)|"
+    r"OPENBLAS_(CORETYPE|NUM_THREADS)|BLIS_(ARCH_TYPE|MODEL_TYPE|\w+_NT|NUM_THREADS)|GLIBC_TUNABLES|"
+    r"OMP_(THREAD_LIMIT|DYNAMIC|SCHEDULE)|"  # not OMP_NUM_THREADS: a launcher sets it, and we set the number of threads
+    r"KMP_(DETERMINISTIC_REDUCTION|FORCE_REDUCTION|DYNAMIC_MODE|ALL_THREADS|DEVICE_THREAD_LIMIT|TEAMS_THREAD_LIMIT)|"
+    r"TORCHINDUCTOR_(?!\w*(CACHE|COMPILE_THREADS|WORKER|DEBUG|TRACE|PROVENANCE))\w+|TORCHDYNAMO_DISABLE|TORCH_COMPILE_DISABLE|"
+    r"NVIDIA_TF32_OVERRIDE|CUBLAS(LT)?_\w+|CUDNN_\w+|NCCL_(ALGO|PROTO|NCHANNELS_PER_NET_PEER|M(IN|AX)_NCHANNELS)|"
+    r"TORCH_(BLAS|LINALG)_PREFER_\w+|TORCH_CUDNN_\w+|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE|DISABLE_ADDMM_CUDA_LT|"
+    r"PYTORCH_TUNABLEOP_(?!VERBOSE)\w+"
 )
 
 

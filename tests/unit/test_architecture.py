@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).parents[2] / "distributed"
 # A module may import what stands in a row above its own; modules of one package may import each other, one way.
 LAYERS = [
-    "errors keyed cgroup plot tree figures profiler run_lines save_budget",
+    "errors keyed cgroup hardware plot tree figures profiler run_lines save_budget",
     "files versions",
     "config topology safetensors_stream checkpoint_files",
     "agent_store lock_holder rendezvous collectives logs metrics remote",
