@@ -104,6 +104,13 @@ def available_cpus() -> int:
     return within_quota(usable_cpus())
 
 
+def quota_note() -> str:
+    """What a quota makes of the number of CPUs, in words; empty if nothing."""
+    if (available := available_cpus()) == usable_cpus():
+        return ""
+    return f"CPU quota {cpu_quota() or 0:g}: threads for {available} of {usable_cpus()} CPUs"
+
+
 def meeting_place() -> tuple[str, str]:
     """Address and port at which the launcher says that the ranks meet."""
     return os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
