@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock, SoftFileLock
+from loguru import logger
 
 from distributed import lock_holder
 from distributed.claimed_run import ClaimedRun
@@ -206,11 +207,11 @@ def test_another_job_is_gone_if_slurm_says_so(
     assert gone(holder_record() | {"host": "lost", "slurm": {"job": "9", "restarts": 0, "cluster": "one"}}) == why
 
 
-def test_work_that_another_process_holds_up_names_its_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_work_that_another_process_holds_up_names_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(once, "_QUIET_SECONDS", 0.1)
     done: list[int] = []
+    said: list[str] = []
+    sink = logger.add(said.append, format="{message}")
     with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / ".data.lock"], stdin=subprocess.PIPE) as process:
         while not (tmp_path / ".data.lock").exists():
             time.sleep(0.01)
@@ -218,4 +219,5 @@ def test_work_that_another_process_holds_up_names_its_lock(
         threading.Timer(0.6, process.kill).start()
         once.once_per_node(tmp_path / "data", lambda: done.append(1), done=lambda: bool(done))
     assert done == [1]
-    assert f"holds {tmp_path / '.data.lock'}; if it is gone for certain, remove that file" in capfd.readouterr().err
+    logger.remove(sink)
+    assert f"holds {tmp_path / '.data.lock'}; if it is gone for certain, remove that file" in said[0]
