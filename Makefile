@@ -5,19 +5,56 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
+unexport PYTHONDONTWRITEBYTECODE  # hundreds of processes would compile our modules anew
 
-.PHONY: train test lint bench gpu-check gpu-check-dry gpu-pack gpu-collect gpu-results clean
+INTEGRATION := $(wildcard tests/integration/test_*.py)
+ABUSE := $(filter tests/integration/test_abuse_%,$(INTEGRATION))
+CLUSTERS := $(patsubst %,tests/integration/test_%.py,ray slurm slurm_doctor slurm_submit hosts)
+# The longest first, so that the last end together.
+SUITES := test-clusters test-multiprocess test-integration test-unit test-abuse
+TOGETHER = $(MAKE) --no-print-directory --jobs=$(or $(JOBS),3) --output-sync=target
+BUDGET := timeout --foreground --signal=INT --kill-after=60
+TIMES ?= /dev/null
+timed = @begin=$$(date +%s); $(1); code=$$?; \
+	echo "$@: $$(($$(date +%s) - begin)) s, exit code $$code" | tee -a $(TIMES); exit $$code
+pytest = $(call timed,$(BUDGET) $(1) $(BIN)/python -m pytest -p no:cacheprovider $(2))
+OLDEST := .venv-torch211
+
+.PHONY: train test $(SUITES) test-oldest dry-oldest check lint bench gpu-check gpu-check-dry gpu-pack gpu-collect gpu-results clean
 
 train: $(READY)  ## train on CIFAR-10 in CIFAR_ROOT (or ./data), or on generated images, on 2 processes or one per GPU
 	$(BIN)/torchrun --nproc_per_node=$(RANKS) --standalone -m distributed.train $(if $(CIFAR_ROOT),--data.root $(CIFAR_ROOT)) $(ARGS)
 
-# Each suite has its budget in seconds, for a slow machine. At its end pytest is interrupted, not killed, so that it ends the
-# clusters it began. Tests on real CIFAR read CIFAR_ROOT and are skipped without it.
-BUDGET := timeout --signal=INT --kill-after=60
+# Suites run three at a time (JOBS=1: one): much of each is waiting. Each has a budget in seconds, for a slow machine; at its end pytest is
+# interrupted, not killed, so that it ends the clusters it began. Tests on real CIFAR read CIFAR_ROOT and are skipped without it.
 test: $(READY)
-	$(BUDGET) 480 $(BIN)/python -m pytest tests/unit
-	$(BUDGET) 1800 $(BIN)/python -m pytest tests/multiprocess
-	$(BUDGET) 3300 $(BIN)/python -m pytest tests/integration tests/golden
+	$(TOGETHER) $(SUITES)
+
+test-unit: $(READY)
+	$(call pytest,1200,tests/unit)
+
+test-multiprocess: $(READY)
+	$(call pytest,2700,tests/multiprocess)
+
+test-integration: $(READY)
+	$(call pytest,2700,tests/golden $(filter-out $(ABUSE) $(CLUSTERS),$(INTEGRATION)))
+
+test-abuse: $(READY)
+	$(call pytest,1200,$(ABUSE))
+
+test-clusters: $(READY)  ## a real Ray, a real Slurm and several hosts, one after the other
+	$(call pytest,2700,$(CLUSTERS))
+
+# The lower bound of pyproject.toml: imports, two steps on two ranks, a resume. It is the rented GPU machine's torch too.
+test-oldest: $(OLDEST)/.ready
+	$(call timed,$(BUDGET) 400 $(OLDEST)/bin/python -m pytest -m smoke tests/integration)
+
+dry-oldest: $(READY) $(OLDEST)/.ready
+	$(call timed,$(BUDGET) 400 $(BIN)/python -m distributed.gpu_pack dry-run --python $(OLDEST)/bin/python)
+
+check: $(READY)  ## all that .ci/run runs
+	$(MAKE) --no-print-directory lint
+	$(TOGETHER) $(SUITES) test-oldest dry-oldest
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -52,6 +89,13 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(OLDEST)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet torch==2.11.0 torchvision==0.26.0 \
+		numpy pydantic tomli-w loguru tqdm safetensors filelock greenlet tensorboard matplotlib pytest pytest-timeout
+	$(OLDEST)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
 clean:  ## everything that make made; runs/ and data/ stay

@@ -17,10 +17,10 @@ from typing import Self
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from distributed.errors import InputError
-from distributed.topology import Topology, elastic_run_id, meeting_place, torchrun_above
+from distributed.errors import InputError, PeerError
+from distributed.topology import MeetingPlace, Topology, elastic_run_id, meeting_place, torchrun_above
 
-_CONNECT_SECONDS = 60.0
+_CONNECT_TIME = timedelta(seconds=30)  # our agent has a connection there; meanwhile no signal is heard
 _ROUNDS_AHEAD = 16  # a round may pass without a worker, e.g. if a node is lost at its beginning
 
 
@@ -34,29 +34,35 @@ class AgentStore:
 
     topology: Topology
     store: Store
-    endpoint: str
+    endpoint: MeetingPlace
     round: int
     launcher: int
     """Process id of this worker's agent."""
 
     @classmethod
-    def find(cls, topology: Topology, *, timeout: timedelta = timedelta(seconds=_CONNECT_SECONDS)) -> Self | None:
+    def find(cls, topology: Topology) -> Self | None:
         """The store; None if no torchrun started this process, for one node only, or in a way that gives no such store."""
         found = torchrun_above() if elastic_run_id() else None
         if found is None or (endpoint := _endpoint(found[1])) is None:
             return None
         launcher, (host, port) = found[0], endpoint
         try:
-            store = TCPStore(host, port, is_master=False, timeout=timeout)
+            store = TCPStore(host, port, is_master=False, timeout=_CONNECT_TIME)
             round = _round_of(launcher, topology.node_rank, store)
         except Exception:  # of torch's internals, in another version
             return None
-        return None if round is None else cls(topology, store, f"{host}:{port}", round, launcher)
+        if round is None:
+            return None
+        return cls(topology, store, MeetingPlace(host, port, has_agent=True), round, launcher)
+
+    def of_round(self, store: Store) -> Store:
+        """The store's keys of this round's ranks."""
+        return PrefixStore(f"distributed.{elastic_run_id()}.{self.round}", store)
 
     @property
     def keys(self) -> Store:
-        """Keys of the ranks of this round."""
-        return PrefixStore(f"distributed.{elastic_run_id()}.{self.round}", self.store)
+        """Keys of this round's ranks."""
+        return self.of_round(self.store)
 
     def enter(self, job: str) -> None:
         """Publish what agents of the next rounds will wait for, and make sure that this round belongs to this job.
@@ -69,11 +75,11 @@ class AgentStore:
         Raises:
             AnotherJob: the rendezvous was begun by another job.
         """
-        address, port = meeting_place()
+        place = meeting_place()
         for round in range(self.round + 1, self.round + 1 + _ROUNDS_AHEAD):
             agents = PrefixStore(f"torch.rendezvous.{elastic_run_id()}.{round}", self.store)
-            agents.compare_set("MASTER_ADDR", "", address)
-            agents.compare_set("MASTER_PORT", "", port)
+            agents.compare_set("MASTER_ADDR", "", place.host)
+            agents.compare_set("MASTER_PORT", "", str(place.port))
         self.keys.set(f"job/{self.topology.rank}", job)
         if self.store.compare_set(f"distributed.{elastic_run_id()}.job", "", job).decode() != job:
             raise AnotherJob(
@@ -82,14 +88,14 @@ class AgentStore:
             )
 
     def look(self) -> None:
-        """Raises RuntimeError if a rank of another job came into this round; it leaves, and torchrun begins a new round."""
+        """Raises PeerError if a rank of another job came into this round; it leaves, and torchrun begins a new round."""
         ranks = range(self.topology.world_size)
         there = [rank for rank in ranks if self.keys.check([f"job/{rank}"])]
         jobs = {rank: self.keys.get(f"job/{rank}") for rank in there}
         foreign = [str(rank) for rank, job in jobs.items() if job != jobs[self.topology.rank]]
         if foreign:
-            raise RuntimeError(
-                f"connection closed by peer: rank {', '.join(foreign)} is of another job, started with the same "
+            raise PeerError(
+                f"rank {', '.join(foreign)} is of another job, started with the same "
                 f"--rdzv-endpoint {self.endpoint} and --rdzv-id {elastic_run_id()}; give each job its own --rdzv-id and port"
             )
 

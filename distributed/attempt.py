@@ -8,12 +8,14 @@ from typing import Any, Self
 import torch
 from loguru import logger
 
-from distributed import collectives, logs
+from distributed import collectives, endings, logs
+from distributed.byproducts import Byproduct
 from distributed.claimed_run import ClaimedRun
 from distributed.config import TrainConfig
 from distributed.config.engines import DeepSpeed
 from distributed.determinism import joined, kernels
-from distributed.errors import ExitCode, InputError
+from distributed.errors import ExitCode, InputError, StorageError
+from distributed.files import storing
 from distributed.plot import draw_curves
 from distributed.run_folder import RunFolder
 from distributed.state import TrainState
@@ -34,11 +36,19 @@ class Attempt:
     def __enter__(self) -> Self:
         if self.topology.is_main:
             self.run = ClaimedRun.claim(self.config.run_dir, world_size=self.topology.world_size)
+            endings.add_last_word(self._end_at_once)
         return self
+
+    def _end_at_once(self, ending: endings.Ending) -> None:
+        """Write down the ending of a process that does not come back here; nothing, if nothing was begun."""
+        if self.run is not None and self._state is not None:
+            self.run.end(
+                "stopped" if ending.is_stop else "failed",
+                exit_code=ending.code, reason=ending.reason, step=self._state.step, epoch=self._state.epoch,
+            )  # fmt: skip
 
     def open_log(self) -> None:
         """This rank's log file; after rank 0 has made the folder."""
-        self.folder.logs.mkdir(parents=True, exist_ok=True)
         self._log = logs.file_logs(self.folder.logs, self.topology.rank)
 
     def facts(self, device: torch.device) -> dict[str, Any]:
@@ -85,7 +95,9 @@ class Attempt:
         if resumed_from:
             self._compare(resumed_from.get("bits", {}), facts["bits"])
         if self.run:
-            self.run.begin(self.config, start_step=state.step, details={"bits": facts["bits"]})
+            self.run.begin(
+                self.config, start_step=state.step, details={"bits": facts["bits"], "images": facts["images"]}
+            )
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         if (shards := before.get("shards", 0)) != now["shards"]:
@@ -106,13 +118,22 @@ class Attempt:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self.run is not None:
-            try:
-                self._write_ending(self.run, error)
-            except OSError as failure:
-                logger.error("the ending was not written to {}: {}", self.run.path, failure)
-            self.run.release()
-        if self._log is not None:
-            logger.remove(self._log)
+            endings.remove_last_word(self._end_at_once)
+        try:
+            if self.run is not None:
+                with storing(self.run.path):
+                    self._write_ending(self.run, error)
+        except StorageError as failure:
+            if error is None:
+                raise
+            # The error of a folder that is full, removed or another's says as much.
+            level = "DEBUG" if isinstance(error, StorageError) else "WARNING"
+            logger.log(level, "the ending was not written: {}", failure)
+        finally:
+            if self.run is not None:
+                self.run.release()
+            if self._log is not None:
+                logger.remove(self._log)
 
     def _write_ending(self, run: ClaimedRun, error: BaseException | None) -> None:
         state = self._state
@@ -124,7 +145,5 @@ class Attempt:
             run.end("stopped", exit_code=ExitCode.STOPPED, reason=state.stop_reason, **progress)
         else:
             run.end("finished", exit_code=ExitCode.FINISHED, **progress)
-            try:
+            with Byproduct(run.curves):
                 draw_curves(run.metrics_file, run.curves, title=f"{self.config.model.name} on {self.config.data.name}")
-            except (OSError, ValueError, KeyError, TypeError) as failure:  # nothing that the run is made of
-                logger.warning("{} was not drawn: {}: {}", run.curves, type(failure).__name__, failure)

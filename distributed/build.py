@@ -9,6 +9,7 @@ from loguru import logger
 from torch import Tensor
 
 from distributed import collectives
+from distributed.cgroup import quota_note
 from distributed.config import TrainConfig, as_toml
 from distributed.config.engines import Ddp, DeepSpeed, Fsdp
 from distributed.cuda_step import CudaStep
@@ -24,7 +25,7 @@ from distributed.models.build import build_model
 from distributed.process_group import check_own_gpu
 from distributed.state import TrainState
 from distributed.sums import RunningSums
-from distributed.topology import Topology, quota_note
+from distributed.topology import Topology
 
 
 class Step(Protocol):

@@ -11,7 +11,6 @@ into place. Which one is best stands in the newest state itself, so no pointer c
 is in place to a store, if the config names one.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,16 +24,24 @@ from loguru import logger
 from torch import Tensor
 
 from distributed import collectives
-from distributed.checkpoint_files import FORMAT, best_in, checkpoints, damage_of, name_of, newest_whole, point, retain
+from distributed.checkpoint_files import (
+    FORMAT,
+    best_in,
+    damage_of,
+    name_of,
+    point,
+    retain,
+    set_aside,
+)
 from distributed.claimed_run import ClaimedRun
-from distributed.downloads import fetch_newest
+from distributed.data.identity import check_resumed
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError, StorageError
-from distributed.files import append_line, read_object, sync_folder
-from distributed.remote import StoreError
-from distributed.safetensors_stream import digest_of_tensor, tensors_of
+from distributed.files import read_object
+from distributed.resume_point import Check, find_resume_point, not_ours, tensors_at
+from distributed.safetensors_stream import digest_of_tensor
 from distributed.save_budget import SaveBudget
-from distributed.snapshot import Snapshot, load, to_host, write_checkpoint
+from distributed.snapshot import Snapshot, to_host, write_checkpoint
 from distributed.state import TrainState
 from distributed.uploads import AT_END_SECONDS, AT_STOP_SECONDS, Uploads
 
@@ -67,26 +74,30 @@ class Checkpointer:
         self._best: Snapshot | None = None
         """The best epoch, kept in host memory until the next save: its own was not affordable."""
 
-    def restore(self, engine: Engine, state: TrainState) -> dict[str, Any] | None:
-        """Load the newest checkpoint that is whole; the content of its state.json, None where there is none.
-        Damaged ones are set aside, loudly. Where the folder has none, the store's newest is fetched.
+    def restore(self, engine: Engine, state: TrainState, *, check: Check = lambda *_: None) -> dict[str, Any] | None:
+        """Load the newest complete checkpoint; the content of its state.json, None if the run has saved none yet.
+        All ranks raise the same error, so that none waits for another.
 
         Raises:
-            StorageError: a rank cannot see what rank 0 found, or the store does not give what it has.
-            InputError: that is whole, and not of this run.
+            StorageError, InputError: as `find_resume_point`, it was trained on other data, or a rank cannot read it.
         """
-        name = collectives.from_main((newest_whole(self.folder) or self._fetched()) if self.run else None)
-        if name is None:
+
+        def fits(content: dict[str, Any], path: Path) -> None:
+            check_resumed(content, self.facts, where=path)
+            check(content, path)
+
+        store = self._uploads.store if self._uploads else None
+        found = collectives.decided_by_main(lambda: find_resume_point(self.run, store, fits) if self.run else None)
+        if found is None:
             return None
+        name, content = found
         path = self.folder / name
-        if not path.is_dir():
-            raise StorageError(
-                f"{path}: rank 0 sees this checkpoint and this rank does not; run_dir must be shared storage"
-            )
+        tensors = collectives.done_by_all(lambda: tensors_at(path))
         try:
-            content = load(path, engine, state)
+            engine.load_state(tensors)
         except ValueError as error:
-            raise InputError(f"{path}: {error}; move it away, or give another --run_dir") from None
+            raise InputError(not_ours(path, error)) from None
+        state.load_state_dict(content["state"])
         self._newest = name
         if self._uploads:
             self._uploads.offer()
@@ -109,7 +120,7 @@ class Checkpointer:
             path = self.folder / name_of(step=state.best.step, epoch=state.best.epoch + 1)
             if damage := collectives.from_main(damage_of(path) if self.run else None):
                 raise StorageError(f"{path}: the best checkpoint, to return to at a drop, is damaged: {damage}")
-            tensors = tensors_of(path)
+            tensors = collectives.done_by_all(lambda: tensors_at(path))
         engine.load_state({name: tensor for name, tensor in tensors.items() if name.startswith(("model.", "ema."))})
         logger.info("weights and buffers are those of epoch {}, the optimizer begins anew", state.best.epoch + 1)
 
@@ -172,9 +183,8 @@ class Checkpointer:
             self._uploads.begin_ending(AT_STOP_SECONDS if stopping else AT_END_SECONDS)
         while self.upload_to and collectives.from_main(self._uploads and self._uploads.is_busy()):
             pass
-        if self._uploads and (there := checkpoints(self.folder)):  # what an upload had held back may go
-            kept = {best_in(read_object(there[-1] / "state.json")), self._uploads.holds}
-            retain(self.folder, keep_last=self.keep_last, kept=kept)
+        if self._uploads and self._newest:  # what an upload had held back may go
+            self._retain(self._newest, best_in(read_object(self.folder / self._newest / "state.json")))
 
     def _written(self) -> None:
         """Wait until the previous save is on disk. A collective on the host, so that peers do not wait in NCCL."""
@@ -208,33 +218,27 @@ class Checkpointer:
         name, tensors = snapshot.name, snapshot.tensors
         aside = self.folder / f".writing-{name}"
         try:
+            self.run.check_ours()
             write_checkpoint(aside, tensors, snapshot.content)
-            commit(aside, self.folder / name, self.run)
+            if os.path.lexists(self.folder / name):  # e.g. a copy made meanwhile
+                set_aside(self.folder / name, "not written by this attempt")
+            self.run.commit(aside, self.folder / name)
         except OSError:
             shutil.rmtree(aside, ignore_errors=True)
+            self.run.check_ours()  # of a folder that was removed this says more
             raise
         digests = {tensor: digest_of_tensor(value) for tensor, value in tensors.items()}
-        append_line(self.run.digests_file, json.dumps({"name": name, "tensors": digests}))
-        point(self.folder, "latest", name)
+        self.run.append(self.run.digests_file, {"name": name, "tensors": digests})
+        self.run.tidy("the link latest was not set", partial(point, self.folder, "latest", name))
         if snapshot.best is not None:
-            point(self.folder, "best", snapshot.best)
-        kept = {snapshot.best, self._uploads.holds if self._uploads else None}
-        retain(self.folder, keep_last=self.keep_last, kept=kept)
+            self.run.tidy("the link best was not set", partial(point, self.folder, "best", snapshot.best))
+        self._retain(name, snapshot.best)
         if self._uploads:
             self._uploads.offer()
-        self.run.progress(step=snapshot.content["state"]["step"], epoch=snapshot.content["state"]["epoch"])
+        self.run.saved(step=snapshot.content["state"]["step"], epoch=snapshot.content["state"]["epoch"])
 
-    def _fetched(self) -> str | None:
-        if self._uploads is None or self.run is None:
-            return None
-        try:
-            return fetch_newest(self._uploads.store, self.folder, partial(commit, run=self.run))
-        except StoreError as error:
-            raise StorageError(f"{error}; nothing was begun: then give the same command again") from error
-
-
-def commit(aside: Path, path: Path, run: ClaimedRun) -> None:
-    """Rename into place, if the run folder is still this attempt's."""
-    run.check_ours()
-    os.rename(aside, path)
-    sync_folder(path.parent)
+    def _retain(self, newest: str, best: str | None) -> None:
+        assert self.run is not None
+        kept = {best, self._uploads.holds if self._uploads else None}
+        delete = partial(retain, self.folder, newest=newest, keep_last=self.keep_last, kept=kept)
+        self.run.tidy("an old checkpoint was not deleted", delete)

@@ -1,10 +1,15 @@
 """Sums and agreements over ranks. No-ops in a single process, so that callers need not know how many there are."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from distributed.errors import InputError, StorageError
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -52,6 +57,30 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def decided_by_main(work: Callable[[], T]) -> T:
+    """Rank 0's result, on every rank. An error of input or storage that rank 0 meets, every rank raises."""
+    result, error = _tried(work) if rank() == 0 else (None, None)
+    result, error = from_main((result, error))
+    if error is not None:
+        raise error
+    return cast(T, result)
+
+
+def done_by_all(work: Callable[[], T]) -> T:
+    """This rank's own result, once every rank has one. The first rank's error of input or storage, every rank raises."""
+    result, error = _tried(work)
+    if first := next((found for found in gather_objects(error) if found is not None), None):
+        raise first
+    return cast(T, result)
+
+
+def _tried(work: Callable[[], T]) -> tuple[T | None, InputError | StorageError | None]:
+    try:
+        return work(), None
+    except (InputError, StorageError) as error:
+        return None, error
 
 
 class LateMax:

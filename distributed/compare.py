@@ -6,13 +6,17 @@ Compared are all logged figures and the digests of every tensor at every save th
 import argparse
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from distributed.config import differences
+from distributed.config import differences, toml_value
+from distributed.config.layers import shown
 from distributed.errors import ExitCode, InputError
+from distributed.files import home_path
 from distributed.run_folder import RunFolder
 from distributed.run_lines import attempt_lines, metrics_lines, save_lines
+from distributed.runs.outcome import outcome_of
+from distributed.runs.table import HEADINGS, cells, in_columns
+from distributed.streams import run_command
 
 _OF_THE_MACHINE = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
 
@@ -85,7 +89,7 @@ def circumstances(a: RunFolder, b: RunFolder) -> list[str]:
     lines = []
     if config_a and config_b:
         changed = [change for change in differences(config_a, config_b) if change[0] != "run_dir"]
-        lines += [f"config: {path} = {old} | {new}" for path, old, new in changed]
+        lines += [f"config: {path} = {toml_value(old)} | {toml_value(new)}" for path, old, new in changed]
     facts_a, facts_b = _facts(a), _facts(b)
     for name in {**facts_a, **facts_b}:
         absent = ["not set"] if name.isupper() else []  # a variable of the environment
@@ -105,17 +109,22 @@ def _facts(run: RunFolder) -> dict[str, list[str]]:
         bits = dict.fromkeys(sorted(variables), "not set") | line["bits"]
         versions = {f"version of {package}": version for package, version in bits.pop("versions", {}).items()}
         code = {"commit": line["git"]} if line.get("git") else {}
-        for name, value in {"world_size": line["world_size"], **bits, **versions, **code}.items():
+        data = {f"{split} images": _in_words(identity) for split, identity in (line.get("images") or {}).items()}
+        for name, value in {"world_size": line["world_size"], **bits, **versions, **code, **data}.items():
             told = facts.setdefault(name, [])
             if str(value) not in told[-1:]:
                 told.append(str(value))
     return facts
 
 
+def _in_words(identity: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in identity.items() if value != "")
+
+
 def main() -> int:
     """0: the same bits; 1: not; 2: nothing to compare."""
     parser = argparse.ArgumentParser(prog="python -m distributed.compare", description=__doc__)
-    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", nargs=2, type=home_path, metavar="RUN", help="folder of a run")
     a, b = (RunFolder(path) for path in parser.parse_args().runs)
     try:
         return _tell(a, b)
@@ -135,15 +144,22 @@ def _tell(a: RunFolder, b: RunFolder) -> int:
         raise InputError(f"{a.path} and {b.path} have no save and no logged step in common; train both for longer")
     extent = f"{found.figures} logged lines and {found.saves} saved states in common"
     if not found.partings:
-        print(f"the same bits: {a.path} and {b.path}, {extent}")
+        print(f"the same bits: {a.path} and {b.path}, {extent}", *_results(a, b), sep="\n")
         return ExitCode.FINISHED
     print(f"not the same bits: {a.path} and {b.path}, {extent}")
     for parting in found.partings:
         print(f"  parted by step {parting.step}: {parting.where}")
     for line in circumstances(a, b) or ["nothing differed in config, versions and machine"]:
         print(f"  {line}")
+    print(*_results(a, b), sep="\n")
     return ExitCode.FAILED
 
 
+def _results(a: RunFolder, b: RunFolder) -> list[str]:
+    """What each run reached, side by side."""
+    columns = [[shown(run.path), *cells(outcome_of(run.path))] for run in (a, b)]
+    return ["", *in_columns(list(zip(("", *HEADINGS), *columns, strict=True)))]
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

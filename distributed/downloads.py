@@ -4,12 +4,14 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
 
 from distributed.checkpoint_files import best_in, check_format, damage_of, point
+from distributed.claimed_run import ClaimedRun
 from distributed.config import TrainConfig
 from distributed.errors import InputError
 from distributed.files import read_object
@@ -59,8 +61,8 @@ def _step(state: dict[str, Any]) -> int:
     return step if isinstance(step, int) else 0
 
 
-def fetch_newest(store: Store, folder: Path, commit: Callable[[Path, Path], None]) -> str | None:
-    """Bring the newest checkpoint that is whole into the folder, and the best that it knows of; its name.
+def fetch_newest(store: Store, run: ClaimedRun, commit: Callable[[Path, Path], None]) -> str | None:
+    """Bring the newest complete checkpoint into the run folder, and the best that it knows of; its name.
 
     Args:
         commit: renames a folder into its place.
@@ -68,6 +70,7 @@ def fetch_newest(store: Store, folder: Path, commit: Callable[[Path, Path], None
     Raises:
         StoreError, InputError: the store did not give it.
     """
+    folder = run.checkpoints
     for name in reversed(store.names()):
         if (aside := _fetched(store, folder, name)) is None:
             continue
@@ -75,11 +78,11 @@ def fetch_newest(store: Store, folder: Path, commit: Callable[[Path, Path], None
         if best is not None and best != name:
             if (aside_best := _fetched(store, folder, best)) is not None:
                 commit(aside_best, folder / best)
-                point(folder, "best", best)
+                run.tidy("the link best was not set", partial(point, folder, "best", best))
             else:
                 logger.warning("{} has no whole {}, the best checkpoint so far", store.url, best)
         commit(aside, folder / name)  # not flushed to the disk: what a power cut damages is fetched again
-        point(folder, "latest", name)
+        run.tidy("the link latest was not set", partial(point, folder, "latest", name))
         return name
     return None
 

@@ -16,7 +16,24 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
-class InputError(ValueError):
+def plain(text: str) -> str:
+    """The text with everything that a terminal would obey or that cannot be encoded escaped; line ends stay."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+class _Explained:
+    """An error whose message is for the user, and the exit code that stands for it."""
+
+    exit_code: ExitCode
+
+    def tell(self) -> ExitCode:
+        """Print the message to stderr, each line marked as an error; the exit code."""
+        lines = [f"error: {line}" for line in str(self).splitlines()]
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+        return self.exit_code
+
+
+class InputError(_Explained, ValueError):
     """What the user gave cannot be used. Each line names the thing, the value and the remedy.
 
     Raised before any process group or GPU is touched; ends the process with `ExitCode.BAD_INPUT` and no traceback.
@@ -25,12 +42,8 @@ class InputError(ValueError):
     exit_code = ExitCode.BAD_INPUT
 
     def __init__(self, *lines: str) -> None:
-        super().__init__("\n".join(lines))
+        super().__init__(plain("\n".join(lines)))
         self.lines = tuple(str(self).splitlines())  # of a pickled one too, whose lines come as one text
-
-    def tell(self) -> None:
-        """Print the lines to stderr, each marked as an error."""
-        print(*[f"error: {line}" for line in self.lines], sep="\n", file=sys.stderr, flush=True)
 
 
 class NotFiniteError(ArithmeticError):
@@ -39,7 +52,16 @@ class NotFiniteError(ArithmeticError):
     exit_code = ExitCode.NOT_FINITE
 
 
-class StorageError(OSError):
+class StorageError(_Explained, OSError):
     """The run folder cannot be written, or belongs to a newer attempt; the last good checkpoint is intact."""
 
     exit_code = ExitCode.STORAGE
+
+
+class PeerError(RuntimeError):
+    """Another rank is missing, has failed or was lost; the message names it. Ends with the exit code of the rank that
+    failed, if that is known."""
+
+    def __init__(self, message: str, exit_code: ExitCode = ExitCode.FAILED) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -5,16 +5,16 @@ Prints loss, top-1 and top-5, then each class; draws which classes are taken for
 
 import argparse
 import json
-import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distributed import collector
+from distributed.byproducts import Byproduct, asked_for
 from distributed.config import TrainConfig
 from distributed.data import sources
-from distributed.errors import ExitCode, InputError
-from distributed.files import check_writable
+from distributed.errors import ExitCode, InputError, StorageError
+from distributed.files import check_writable, home_path, write_output
 from distributed.saved_run import (
     check_whole,
     checkpoint_of,
@@ -24,7 +24,9 @@ from distributed.saved_run import (
     on_device,
     with_data_root,
 )
+from distributed.streams import run_command
 from distributed.topology import Topology
+from distributed.versions import require
 
 if TYPE_CHECKING:
     from distributed.confusion import Counts
@@ -35,12 +37,12 @@ if TYPE_CHECKING:
 def main() -> int:
     """The exit code; prints on rank 0 where torchrun started several."""
     parser = argparse.ArgumentParser(prog="python -m distributed.evaluate", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("run", type=home_path, metavar="RUN", help="folder of the run")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
     parser.add_argument(
         "--checkpoint", default="auto", help="best, latest, step-00000313-epoch-001; auto: best if there is one"
     )
-    parser.add_argument("--data.root", dest="root", type=Path, help="folder with the data set now")
+    parser.add_argument("--data.root", dest="root", type=home_path, help="folder with the data set now")
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -48,23 +50,23 @@ def main() -> int:
     )
     parser.add_argument(
         "--confusion",
-        type=Path,
+        type=home_path,
         metavar="FILE",
         help="the drawn confusion matrix; RUN/confusion-SPLIT.png if not given",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     arguments = parser.parse_args()
-    picture = arguments.confusion or arguments.run / f"confusion-{arguments.split}.png"
     try:
         config = on_device(_config_of(arguments.run, arguments.root), arguments.device)
         checkpoint = checkpoint_of(arguments.run, arguments.checkpoint)
         if arguments.split == "validation" and not config.data.validation_fraction:
             raise InputError("--split validation: this run held out no images; use --split test or train")
-        check_writable("--confusion", picture)
-        return _evaluate(config, checkpoint, arguments.split, picture, as_json=arguments.json)
-    except InputError as error:
-        error.tell()
-        return ExitCode.BAD_INPUT
+        if arguments.confusion:
+            require("matplotlib", at_least=(3, 9), wanted_by="--confusion")
+            check_writable("--confusion", arguments.confusion)
+        return _evaluate(config, checkpoint, arguments)
+    except (InputError, StorageError) as error:
+        return error.tell()
 
 
 def _config_of(run: Path, root: Path | None) -> TrainConfig:
@@ -73,17 +75,20 @@ def _config_of(run: Path, root: Path | None) -> TrainConfig:
     return config
 
 
-def _evaluate(config: TrainConfig, checkpoint: Path, split: "Split", picture: Path, *, as_json: bool) -> int:
-    import torch
+def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespace) -> int:
+    with collector.at_rest():
+        import torch
 
     from distributed import logs
     from distributed.build import build_data, build_engine
     from distributed.confusion import ConfusionSums
+    from distributed.data_checks import check_evaluated
     from distributed.determinism import make_deterministic
     from distributed.loop import evaluate
     from distributed.process_group import choose_device, process_group
     from distributed.snapshot import load as load_checkpoint
 
+    split: Split = arguments.split
     topology = Topology.from_environment()
     logs.terminal_logs(topology.rank, level="WARNING")
     torch.set_num_threads(topology.threads(config.threads))
@@ -93,6 +98,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, split: "Split", picture: Pa
     content = content_of(checkpoint)
     data = build_data(config, topology, device)  # before the group: a peer may be decoding for long
     with process_group(topology, device, timeout_seconds=config.timeout_seconds):
+        check_evaluated(content, config, data, split)
         engine = build_engine(config, topology, data, device)
         try:
             load_checkpoint(checkpoint, engine)
@@ -104,35 +110,53 @@ def _evaluate(config: TrainConfig, checkpoint: Path, split: "Split", picture: Pa
         counts = confusion.read()
     if topology.is_main:
         facts = {"model": config.model.name, "data": config.data.name, "split": split, "checkpoint": checkpoint.name}
-        _tell(facts, totals, counts, classes_of(content, config), picture, as_json=as_json)
+        names, picture = classes_of(content, config), arguments.confusion or arguments.run / f"confusion-{split}.png"
+        failure = _draw(facts, totals, counts, names, picture)
+        # The numbers come first: they may have taken long.
+        _tell(facts, totals, counts, names, None if failure else picture, as_json=arguments.json)
+        with asked_for("--confusion", picture) if arguments.confusion else Byproduct(picture):
+            if failure:
+                raise failure
     return ExitCode.FINISHED
 
 
-def _tell(
-    facts: dict[str, str], totals: "Totals", counts: "Counts", names: list[str], picture: Path, *, as_json: bool
-) -> None:
-    from distributed.confusion import as_lines, by_class
-    from distributed.figures.confusion import confusion_figure
-    from distributed.figures.style import as_png
-
-    results = by_class(counts, names)
+def _draw(
+    facts: dict[str, str], totals: "Totals", counts: "Counts", names: list[str], picture: Path
+) -> Exception | None:
+    """The error, if it was not drawn."""
     title = (
         f"{facts['model']} on {facts['data']}, {facts['split']} split: {totals.accuracy:.2%} of {totals.count:,} right"
     )
-    with confusion_figure(counts, names, title=title) as figure:
-        picture.write_bytes(as_png(figure))
+    try:
+        from distributed.figures.confusion import confusion_figure
+        from distributed.figures.style import as_png
+
+        with confusion_figure(counts, names, title=title) as figure:
+            write_output(picture, as_png(figure))
+    except Exception as error:  # matplotlib's own too
+        return error
+    return None
+
+
+def _tell(
+    facts: dict[str, str], totals: "Totals", counts: "Counts", names: list[str], picture: Path | None, *, as_json: bool
+) -> None:
+    from distributed.confusion import as_lines, by_class
+
+    results = by_class(counts, names)
     if as_json:
         figures: dict[str, Any] = {
             "images": totals.count, "loss": totals.mean_loss, "top1": totals.accuracy, "top5": totals.accuracy5,
         }  # fmt: skip
         classes = [asdict(result) | {"confused_with": _pair(result.confused_with)} for result in results]
-        print(json.dumps({**facts, **figures, "classes": classes, "confusion": counts, "picture": str(picture)}))
+        figures |= {"classes": classes, "confusion": counts, "picture": picture and str(picture)}
+        print(json.dumps({**facts, **figures}))
         return
     print(
         f"{facts['model']} on {facts['data']}, {facts['split']} split ({totals.count:,} images), {facts['checkpoint']}: "
         f"loss {totals.mean_loss:.4f}, top-1 {totals.accuracy:.2%}, top-5 {totals.accuracy5:.2%}"
     )
-    print("", *as_lines(results), "", f"confusion matrix: {picture}", sep="\n")
+    print("", *as_lines(results), *(["", f"confusion matrix: {picture}"] if picture else []), sep="\n")
 
 
 def _pair(pair: tuple[str, str, int] | None) -> dict[str, Any] | None:
@@ -140,6 +164,4 @@ def _pair(pair: tuple[str, str, int] | None) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)
+    run_command(main, at_once=True)

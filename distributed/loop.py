@@ -79,10 +79,7 @@ def evaluate(
                 observe(logits, batch)
     totals = sums.read()
     if totals.first_bad_step is not None:
-        raise NotFiniteError(
-            f"the {split} loss is not finite: lower optim.lr, set optim.clip_norm, or use precision = float32; "
-            f"the last checkpoint is from before this epoch's end"
-        )
+        raise NotFiniteError(f"the {split} loss is not finite: lower optim.lr, or set optim.clip_norm")
     if totals.count != data.size(split):
         raise RuntimeError(f"evaluation counted {totals.count} images of the {split} split's {data.size(split)}")
     return totals

@@ -1,8 +1,11 @@
 """Draws a run's curves from its metrics.jsonl into a PNG."""
 
-import json
+import io
 from pathlib import Path
 from typing import Any
+
+from distributed.files import replace_bytes
+from distributed.run_lines import metrics_lines
 
 
 def draw_curves(metrics_file: Path, target: Path, *, title: str) -> None:
@@ -12,7 +15,7 @@ def draw_curves(metrics_file: Path, target: Path, *, title: str) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    lines = metrics_lines(metrics_file)
     epochs = [line for line in lines if line["kind"] == "epoch"]
     if not epochs:
         return
@@ -35,5 +38,9 @@ def draw_curves(metrics_file: Path, target: Path, *, title: str) -> None:
     losses.legend()
     accuracies.legend()
     figure.suptitle(title)
-    figure.savefig(target, dpi=110)
-    plt.close(figure)
+    content = io.BytesIO()
+    try:
+        figure.savefig(content, format="png", dpi=110)
+    finally:
+        plt.close(figure)
+    replace_bytes(target, content.getvalue())

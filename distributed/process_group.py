@@ -6,13 +6,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch._C._distributed_c10d import Store
 from torch.distributed import distributed_c10d
-from torch.distributed.rendezvous import rendezvous
 
-from distributed.agent_store import AgentStore
 from distributed.errors import InputError
-from distributed.rendezvous import agree_on_token
+from distributed.peers import Peers
 from distributed.topology import Topology, machine
 
 _NCCL_SECONDS = 120.0
@@ -42,6 +40,10 @@ def process_group(topology: Topology, device: torch.device, *, timeout_seconds: 
     is. None for a single process that no launcher started.
 
     It is taken down only after a good end: with peers in an unknown state, leaving is safer than a last collective.
+
+    Raises:
+        InputError: the ranks cannot meet at MASTER_ADDR and MASTER_PORT.
+        PeerError: a rank did not come, was lost or has failed.
     """
     timeout = timedelta(seconds=timeout_seconds)
     # Of groups made later, by FSDP2 and DeepSpeed too: torch hands the first one's timeout on to none, and they would wait for
@@ -53,24 +55,20 @@ def process_group(topology: Topology, device: torch.device, *, timeout_seconds: 
         yield
         return
     rank, world_size = topology.rank, topology.world_size
-    agents = AgentStore.find(topology, timeout=timeout)
-    store = agents.keys if agents else next(rendezvous("env://", rank, world_size, timeout=timeout))[0]
-    look = agents.look if agents else None
-    token = agree_on_token(store, rank=rank, world_size=world_size, timeout=timeout, look=look)
-    store = PrefixStore(token, store)
-    own_gpu = have_own_gpu(store, gpu_of(device), rank=rank, world_size=world_size)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if own_gpu else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-        device_id=device if own_gpu else None,
-    )
-    if own_gpu:
-        _shorten_nccl_timeout(device, timeout)
-    yield
-    dist.destroy_process_group()
+    with Peers.meet(topology, timeout_seconds=timeout_seconds) as peers:
+        own_gpu = have_own_gpu(peers.store, gpu_of(device), rank=rank, world_size=world_size)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if own_gpu else "gloo",
+            store=peers.store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=device if own_gpu else None,
+        )
+        if own_gpu:
+            _shorten_nccl_timeout(device, timeout)
+        yield
+        dist.destroy_process_group()
 
 
 def gpu_of(device: torch.device) -> str:

@@ -6,6 +6,8 @@ from typing import Any, Self
 
 from loguru import logger
 
+from distributed.byproducts import Byproduct
+
 _FIRST = 10  # steps left alone before: caches fill, libraries choose their kernels
 
 
@@ -21,6 +23,7 @@ class StepProfiler:
         self.steps, self.folder = steps, folder
         self._done = 0
         self._profile: Any = None
+        self._byproduct = Byproduct(folder)
 
     def __enter__(self) -> Self:
         return self
@@ -31,12 +34,12 @@ class StepProfiler:
             return
         self._done += 1
         if self._done == _FIRST:
-            self._begin()
+            self._byproduct.attempt(self._begin)
         elif self._done == _FIRST + self.steps:
-            self._end()
+            self._byproduct.attempt(self._end)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._end()  # an attempt that was shorter
+        self._byproduct.attempt(self._end)  # an attempt that was shorter
 
     def _begin(self) -> None:
         from torch.profiler import profile  # slow to import

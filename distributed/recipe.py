@@ -11,12 +11,14 @@ from distributed.attempt import Attempt
 from distributed.build import build_data, build_engine, build_step, check_same_config, log_plan
 from distributed.checkpoint import Checkpointer
 from distributed.config import TrainConfig
+from distributed.data_checks import check_data
 from distributed.determinism import make_deterministic
 from distributed.loop import evaluate
 from distributed.metrics import Sink
 from distributed.process_group import choose_device, process_group
 from distributed.profiler import StepProfiler
 from distributed.reporter import Reporter, open_sinks
+from distributed.resume_checks import check_saved
 from distributed.save_budget import SaveBudget
 from distributed.schedule import build_early_stopping, build_schedule
 from distributed.state import TrainState
@@ -39,7 +41,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         Where the run stands; `stop_reason` is set if it was stopped before its end.
 
     Raises:
-        InputError: data, run folder or device cannot be used, or the ranks were given different configs.
+        InputError: data, run folder or device cannot be used, or the ranks were given different configs or data.
         NotFiniteError: the loss became infinite or no number.
         StorageError: a checkpoint could not be written; the one before is intact.
     """
@@ -52,12 +54,13 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         data = build_data(config, topology, device)  # before the group: a damaged file must not leave peers waiting
         stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
         check_same_config(config)
+        check_data(config, data)
         attempt.open_log()
 
         engine = build_engine(config, topology, data, device)
         steps_per_epoch, total_steps = data.steps_per_epoch, config.epochs * data.steps_per_epoch
         schedule = build_schedule(config, steps_per_epoch=steps_per_epoch)
-        state = TrainState(schedule, build_early_stopping(config.early_stopping))
+        state = TrainState(schedule, build_early_stopping(config.early_stopping), config.precision)
         facts = attempt.facts(device) | data.facts()
         checkpoints = Checkpointer(
             attempt.folder.checkpoints,
@@ -67,7 +70,8 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
             upload_to=config.checkpoint.upload_to,
             budget=SaveBudget(config.checkpoint.max_overhead),
         )
-        resumed_from = checkpoints.restore(engine, state)
+        check = partial(check_saved, config=config, images=data.size("train"))
+        resumed_from = checkpoints.restore(engine, state, check=check)
         if resumed_from is None and config.init_from:
             start_from(config.init_from, engine)
         attempt.begin(state, resumed_from=resumed_from, facts=facts)

@@ -8,7 +8,6 @@ to do what; that is for `uploads`.
 """
 
 import json
-import re
 import shutil
 import threading
 import uuid
@@ -18,11 +17,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from distributed.checkpoint_files import FILES, MANIFEST
+from distributed.checkpoint_files import FILES, MANIFEST, in_order
 from distributed.errors import InputError
 from distributed.files import digest_of_bytes
 
-_NAME = re.compile(r"step-\d{8,}-epoch-\d{3,}")
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
 
 
@@ -77,7 +75,7 @@ class Store:
                 entries = self._fs.ls(self._path(), detail=False)
             except FileNotFoundError:
                 return []
-        return sorted(name for entry in entries if _NAME.fullmatch(name := Path(entry).name))
+        return in_order(Path(entry).name for entry in entries)
 
     def is_whole(self, name: str) -> bool:
         """Whether it was finished; what its files hold is not looked at."""

@@ -8,10 +8,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from distributed.claimed_run import ClaimedRun
 from distributed.config import TrainConfig
 from distributed.metrics import EpochMetrics, Meter, Sink, SplitMetrics, TrainMetrics, memory_mib
-from distributed.run_folder import RunFolder
-from distributed.sinks import JsonLines, TensorBoard, Terminal
+from distributed.sinks import BestEffort, JsonLines, TensorBoard, Terminal
 from distributed.state import TrainState
 from distributed.sums import Totals
 
@@ -72,10 +72,15 @@ def _split(totals: Totals | None) -> SplitMetrics | None:
     return None if totals is None else SplitMetrics(totals.mean_loss, totals.accuracy, totals.accuracy5)
 
 
-def open_sinks(config: TrainConfig, run: RunFolder, state: TrainState, *, total_steps: int) -> list[Sink]:
+def open_sinks(config: TrainConfig, run: ClaimedRun, state: TrainState, *, total_steps: int) -> list[Sink]:
     """The sinks that every run has on rank 0, told where it starts."""
-    lines = JsonLines(run.metrics_file, start_step=state.step, start_epoch=state.epoch, data=config.data.name)
+    start_step = state.step
+    lines = JsonLines(run, start_step=start_step, start_epoch=state.epoch, data=config.data.name)
     sinks: list[Sink] = [lines]
     if config.logging.tensorboard:
-        sinks.append(TensorBoard(run.tensorboard, start_step=state.step))
-    return [*sinks, Terminal(epochs=config.epochs, total_steps=total_steps, start_step=state.step)]
+        sinks.append(BestEffort(str(run.tensorboard), lambda: TensorBoard(run.tensorboard, start_step=start_step)))
+    terminal = BestEffort(
+        "progress on the terminal",
+        lambda: Terminal(epochs=config.epochs, total_steps=total_steps, start_step=start_step, step=lambda: state.step),
+    )
+    return [*sinks, terminal]

@@ -6,6 +6,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from distributed.errors import InputError
+from distributed.files import lines_of
+
 Line = dict[str, Any]
 _TIME = "%Y-%m-%dT%H:%M:%S%z"
 
@@ -26,9 +29,12 @@ def attempt_lines(file: Path) -> list[Line]:
     def is_whole(line: Line) -> bool:
         if "time" in line:
             time_of(line)
-        return _are(str, line["event"]) and _are(dict, line.get("bits", {}), line.get("versions", {})) and _are(
-            int, line.get("step") or 0, line.get("world_size", 1)
-        )  # fmt: skip
+        images = line.get("images", {})
+        return (
+            _are(str, line["event"])
+            and _are(dict, line.get("bits", {}), line.get("versions", {}), *images.values())
+            and _are(int, line.get("step") or 0, line.get("world_size", 1))
+        )
 
     return _whole(file, is_whole)
 
@@ -45,7 +51,11 @@ def _are(kind: type, *values: Any) -> bool:
 def _whole(file: Path, is_whole: Callable[[Line], bool]) -> list[Line]:
     """The last line of a killed run may be half there; others may have been damaged since."""
     found = []
-    for text in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
+    try:
+        texts = list(lines_of(file))
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}; fix its permissions, or name another run") from None
+    for text in texts:
         try:
             line = json.loads(text)
             if is_whole(line):

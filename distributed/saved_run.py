@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distributed.checkpoint_files import check_format, damage_of
+from distributed.checkpoint_files import check_format, checkpoints, damage_of
 from distributed.config import TrainConfig, load, with_values
+from distributed.config.layers import shown
 from distributed.data import sources
 from distributed.errors import InputError
 from distributed.files import read_object
@@ -66,13 +67,14 @@ def unfetched(config: TrainConfig) -> TrainConfig:
 
 
 def checkpoint_of(run: Path, name: str) -> Path:
-    """The folder of a checkpoint by its name; of `auto` best, if there is one, else latest.
+    """The folder of a checkpoint by its name; of `auto` best, if there is one, else latest, else the newest.
 
     Raises:
         InputError: there is none of that name.
     """
     folder = RunFolder(run).checkpoints
-    for candidate in ("best", "latest") if name == "auto" else (name,):
+    newest = [path.name for path in checkpoints(folder)[-1:]]  # links may be broken
+    for candidate in ("best", "latest", *newest) if name == "auto" else (name,):
         if os.path.isfile(folder / candidate / "manifest.json"):
             found = (folder / candidate).resolve()
             if found.parent != folder.resolve():
@@ -81,8 +83,7 @@ def checkpoint_of(run: Path, name: str) -> Path:
                 )
             return found
     there = sorted(path.name for path in folder.glob("[!.]*") if (path / "manifest.json").is_file())
-    shown = name if name.isprintable() else repr(name)
-    raise InputError(f"--checkpoint {shown}: not in {folder}; there are: {', '.join(there) or 'none'}")
+    raise InputError(f"--checkpoint {shown(name)}: not in {folder}; there are: {', '.join(there) or 'none'}")
 
 
 def check_whole(checkpoint: Path) -> None:

@@ -13,7 +13,6 @@ from distributed.checkpoint_files import FORMAT
 from distributed.engine.protocol import Engine
 from distributed.files import digest_of, read_json, replace_json
 from distributed.safetensors_stream import tensors_of, write_tensors
-from distributed.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -48,21 +47,26 @@ def write_checkpoint(aside: Path, tensors: dict[str, Tensor], content: dict[str,
     replace_json(aside / "manifest.json", {"format": FORMAT, "files": files})
 
 
-def load(path: Path, engine: Engine, state: TrainState | None = None) -> dict[str, Any]:
-    """Put a checkpoint's tensors into the engine and its counters into the state; the content of its state.json.
+def state_of(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint's state.json.
 
     Raises:
-        ValueError: the files do not fit this run, or are not a checkpoint.
+        ValueError: it is not that of a checkpoint.
     """
     content = read_json(path / "state.json")
     if not isinstance(content, dict):
         raise ValueError("state.json is no object")
     if odd := [name for name in ("state", "config", "bits") if not isinstance(content.get(name, {}), dict)]:
         raise ValueError(f"{' and '.join(odd)} in state.json: of another version")
+    return content
+
+
+def load(path: Path, engine: Engine) -> dict[str, Any]:
+    """Put a checkpoint's tensors into the engine; the content of its state.json.
+
+    Raises:
+        ValueError: the files do not fit this network, or are not a checkpoint.
+    """
+    content = state_of(path)
     engine.load_state(tensors_of(path))
-    try:
-        if state is not None:
-            state.load_state_dict(content["state"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"state.json is of another version: {type(error).__name__}: {error}") from None
     return content

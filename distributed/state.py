@@ -24,6 +24,7 @@ class TrainState:
 
     schedule: Schedule
     early_stopping: EarlyStopping | None = None
+    precision: str = "float32"
     epoch: int = 0
     step: int = 0
     step_in_epoch: int = 0
@@ -48,9 +49,10 @@ class TrainState:
             NotFiniteError: a loss among them was infinite or no number. So no checkpoint can be made of such weights.
         """
         if totals.first_bad_step is not None:
+            wider = "" if self.precision in ("float32", "float64") else ", or use precision = float32"
             raise NotFiniteError(
-                f"the loss was not finite at step {totals.first_bad_step}: lower optim.lr, set optim.clip_norm, or use "
-                f"precision = float32; the last checkpoint is from before"
+                f"the loss was not finite at step {totals.first_bad_step + 1}: "  # counted from 1, as in the log
+                f"lower optim.lr, or set optim.clip_norm{wider}; no checkpoint holds it"
             )
         self.window += totals
 

@@ -6,12 +6,16 @@ The only module that reads the environment.
 import os
 import re
 import socket
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
-from distributed.cgroup import cpu_quota
+from distributed.cgroup import available_cpus
 from distributed.errors import InputError
+
+_RESOLVE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,12 @@ class Topology:
                 f"environment: {missing} is missing beside {', '.join(given)}; start with torchrun, or unset them"
             )
         try:
-            rank, world_size, local_rank = (int(given[name]) for name in names)
-            local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-            node_rank = int(os.environ.get("GROUP_RANK", os.environ.get("NODE_RANK", 0)))
-        except ValueError:
+            rank, world_size, local_rank = (_whole(name) for name in names)
+            local_world_size = _whole("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else world_size
+            node_rank = next((_whole(name) for name in ("GROUP_RANK", "NODE_RANK") if name in os.environ), 0)
+        except ValueError as error:
             raise InputError(
-                f"environment: {given}: each must be a whole number; start with torchrun, or unset them"
+                f"environment: {error}: should be a whole number; start with torchrun, or unset it"
             ) from None
         if not 0 <= rank < world_size:
             raise InputError(
@@ -66,14 +70,34 @@ class Topology:
             )
         return cls(rank, world_size, local_rank, local_world_size, node_rank, launched=True)
 
-    def check_meeting_place(self) -> None:
-        """Raises InputError where a launcher set a place among peers, but not where they meet."""
-        address, port = meeting_place()
-        if self.launched and not (address and port.isdecimal() and 0 < int(port[:6]) < 2**16):
-            raise InputError(
-                f"environment: MASTER_ADDR = {address!r} and MASTER_PORT = {port!r} name no host and port to meet at; start "
-                "with torchrun"
-            )
+    def check_meeting_place(self, *, patience_seconds: float | None = None) -> None:
+        """Raises InputError if a launcher set a place among peers, but not where they meet, or nobody knows that host."""
+        if not self.launched:
+            return
+        place = meeting_place()
+        deadline = time.monotonic() + (_RESOLVE_SECONDS if patience_seconds is None else patience_seconds)
+        while True:
+            try:
+                socket.getaddrinfo(place.host, place.port)
+                return
+            except (OSError, UnicodeError) as error:
+                if time.monotonic() > deadline:
+                    raise InputError(
+                        f"environment: MASTER_ADDR = {place.host!r}: {getattr(error, 'strerror', None) or error}; name the "
+                        "host of rank 0, or its IP address"
+                    ) from None
+            time.sleep(0.5)  # a cluster's names may take a moment to be known
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether other ranks would wait in vain if this one ended: those of a single torchrun are ended by it."""
+        if self.world_size == 1:
+            return False
+        try:
+            self.check_meeting_place(patience_seconds=0)
+            return self.launched and not (meeting_place().has_agent and self.local_world_size == self.world_size)
+        except InputError:
+            return False
 
     @property
     def is_main(self) -> bool:
@@ -86,34 +110,6 @@ class Topology:
         torchrun and Ray set OMP_NUM_THREADS=1 whatever the machine has, so this must be decided here.
         """
         return asked or max(1, available_cpus() // self.local_world_size)
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may run on, whatever part of their time it may have."""
-    return len(os.sched_getaffinity(0))
-
-
-def within_quota(cpus: int) -> int:
-    """That many CPUs, or the quota of this process's control groups, rounded, if that is less; at least one."""
-    quota = cpu_quota()
-    return cpus if quota is None else min(cpus, max(1, int(quota + 0.5)))
-
-
-def available_cpus() -> int:
-    """CPUs whose time this process may have."""
-    return within_quota(usable_cpus())
-
-
-def quota_note() -> str:
-    """What a quota makes of the number of CPUs, in words; empty if nothing."""
-    if (available := available_cpus()) == usable_cpus():
-        return ""
-    return f"CPU quota {cpu_quota() or 0:g}: threads for {available} of {usable_cpus()} CPUs"
-
-
-def meeting_place() -> tuple[str, str]:
-    """Address and port at which the launcher says that the ranks meet."""
-    return os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
 
 
 def elastic_run_id() -> str:
@@ -148,9 +144,68 @@ def torchrun_above() -> tuple[int, list[str]] | None:
     return None
 
 
+class MeetingPlace(NamedTuple):
+    """Where the ranks of an attempt find each other."""
+
+    host: str
+    port: int
+    has_agent: bool
+    """Whether torchrun's agent listens there, instead of rank 0."""
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def meeting_place() -> MeetingPlace:
+    """Where the launcher wants its ranks to meet.
+
+    Raises:
+        InputError: MASTER_ADDR or MASTER_PORT is not set, or no host and port.
+    """
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not (address and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 2**16):
+        raise InputError(
+            f"environment: MASTER_ADDR = {address!r} and MASTER_PORT = {port!r} name no host and port to meet at; start "
+            "with torchrun"
+        )
+    return MeetingPlace(address, int(port), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+
+
+def has_launcher() -> bool:
+    """Whether the parent is torchrun or a Slurm step, whose death is the end of the job; a shell may go and leave it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_STEP_ID" in os.environ
+
+
+def is_first_on_node() -> bool:
+    """Whether this rank speaks for those of its node on the terminal."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def error_file() -> Path | None:
+    """The file in which torchrun looks for the reason of this rank's failure."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(path) if path else None
+
+
+def _whole(name: str) -> int:
+    """An environment variable as a number; int() would take "1_0" and digits of any script."""
+    text = os.environ[name]
+    if not re.fullmatch("-?[0-9]{1,9}", text.strip()):
+        raise ValueError(f"{name} = {text!r}")
+    return int(text)
+
+
 def host() -> str:
     """The name of this machine, for people to read: several may have one, and a container has its own."""
     return socket.gethostname()
+
+
+def cluster_job() -> str:
+    """The cluster's job that this process belongs to, for messages; empty at a person's terminal, e.g. in a shell of salloc."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # set for what `ray job submit` starts
+        return "a Ray job"
+    job = os.environ.get("SLURM_JOB_ID", "")
+    return f"Slurm job {job}" if job and not (sys.stderr and sys.stderr.isatty()) else ""
 
 
 def machine() -> str:

@@ -1,18 +1,20 @@
 """`python -m distributed.train [CONFIG.toml] [--SETTING VALUE ...]`: a wrong input ends here before torch is imported."""
 
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 
+from distributed import collector, endings
 from distributed.config import TrainConfig, help_text, load
 from distributed.data import cifar, sources
 from distributed.downloads import check_store
 from distributed.errors import ExitCode, InputError
 from distributed.resume_checks import check_resume, check_start
 from distributed.run_folder import RunFolder
-from distributed.topology import Topology, elastic_run_id
+from distributed.signals import SignalStop
+from distributed.streams import run_command
+from distributed.topology import Topology, cluster_job, elastic_run_id, has_launcher
 from distributed.uploads import upload_rest
 from distributed.versions import require
 
@@ -32,6 +34,11 @@ def main() -> int:
         return ExitCode.FINISHED
     if elastic_run_id():  # until agent_store.py has published what the next round needs
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    with SignalStop(launched=has_launcher(), at_once_until_asked=True) as stop:
+        return _run(stop)
+
+
+def _run(stop: SignalStop) -> int:
     topology = Topology()
     try:
         topology = Topology.from_environment()
@@ -46,9 +53,10 @@ def main() -> int:
                   f"or start another with --run_dir", file=sys.stderr)  # fmt: skip
             upload_rest(config)
         return ExitCode.FINISHED
-    from distributed.process import run_to_exit_code  # torch comes in here, after all that could be wrong was checked
+    with collector.at_rest():  # torch comes in here, after all that could be wrong was checked
+        from distributed.process import run_to_exit_code
 
-    return run_to_exit_code(config, topology)
+    return run_to_exit_code(config, topology, stop)
 
 
 def checked_config(
@@ -59,7 +67,7 @@ def checked_config(
     `adapt` is a launcher's own part: it takes out the section that is meant for it, and may raise InputError.
 
     Where the user named neither a config file nor data, CIFAR-10 is taken if it is there, else generated images, under
-    a banner.
+    a banner; in a cluster's job, whose terminal nobody watches, that is an error.
 
     Raises:
         InputError: anything that cannot be used, all of it that could be found out at once.
@@ -67,6 +75,11 @@ def checked_config(
     config, named = load(arguments)
     if not named and config.data.name == "cifar10" and not cifar.is_there("cifar10", config.data.root):
         root = config.data.root.resolve()
+        if job := cluster_job():
+            raise InputError(
+                f"data.root = {root}: CIFAR-10 is not there, and {job} names neither a config nor a data set; give a config "
+                "first (configs/cifar10.toml), --data.root FOLDER, or --data.name generated10 for generated images"
+            )
         config, _ = load(arguments, default_data="generated10")
         if topology.is_main:
             print(_BANNER.format(root=root), file=sys.stderr)
@@ -93,15 +106,19 @@ def checked_config(
 
 def refuse(error: InputError, topology: Topology) -> int:
     """Local rank 0 says what is wrong; the others wait, so that torchrun does not end it before it has spoken."""
+    reason = "\n".join(error.lines)
+    endings.report(reason, is_cause=True)
     if topology.local_rank == 0:
         error.tell()
-    else:
+    if topology.is_awaited:
+        from distributed.peers import tell_waiting  # with torch: others may have found nothing wrong, and wait
+
+        tell_waiting(topology, error.exit_code, reason)
+    elif topology.local_rank:
         time.sleep(3)
     return ExitCode.BAD_INPUT
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # threads of gloo or NCCL that wait for a dead peer must not keep the process
+    # Threads of gloo or NCCL that wait for a dead peer must not keep the process.
+    run_command(main, at_once=True)

@@ -4,6 +4,7 @@ A thread of its own beside the one that writes them: a slow store or one that is
 lacks of what retention keeps goes up, the newest first; what failed is tried again at the next save.
 """
 
+import json
 import threading
 import time
 import uuid
@@ -14,9 +15,10 @@ from pathlib import Path
 from loguru import logger
 
 from distributed.checkpoint_files import best_in, checkpoints
+from distributed.claimed_run import ClaimedRun
 from distributed.config import TrainConfig
-from distributed.errors import InputError
-from distributed.files import read_object, replace_json
+from distributed.errors import InputError, StorageError
+from distributed.files import read_object
 from distributed.remote import Store, StoreError
 from distributed.run_folder import RunFolder
 from distributed.topology import host
@@ -34,7 +36,7 @@ class Uploads:
         problem: why the store lacks the newest, in a line; empty where it has it.
     """
 
-    def __init__(self, url: str, run: RunFolder, *, keep_last: int) -> None:
+    def __init__(self, url: str, run: ClaimedRun, *, keep_last: int) -> None:
         self.run, self.keep_last = run, keep_last
         self.holds = self.problem = ""
         self.store = Store(url)
@@ -79,7 +81,7 @@ class Uploads:
                 self._asked = False
             try:
                 self._bring_up()
-            except (StoreError, InputError) as error:
+            except (StoreError, InputError, StorageError) as error:
                 self._tell(str(error))
             except Exception as error:  # never training's
                 self._tell(f"{self.store.url}: {type(error).__name__}: {error}")
@@ -91,7 +93,10 @@ class Uploads:
         while (path := next(self._lacking(tried), None)) is not None:
             tried.add(path.name)
             self._upload(path)
-        self._retain()
+        try:
+            self._retain()
+        except StoreError as error:  # what is wanted is up
+            logger.warning("an old checkpoint was not deleted: {}; the next save tries again", error)
 
     def _wanted(self) -> list[Path]:
         """What retention keeps here, the newest first."""
@@ -136,6 +141,7 @@ class Uploads:
             self.store.remove(name)
 
     def _check_ours(self) -> None:
+        self.run.check_ours()
         if not self._token:
             token = uuid.uuid4().hex
             self.store.claim({"token": token, "host": host(), "run_dir": str(self.run.path.absolute())})
@@ -155,18 +161,26 @@ class Uploads:
         newest = checkpoints(self.run.checkpoints)[-1:]
         with suppress(OSError):
             content = {"to": self.store.url, "newest": newest[0].name if newest else "", "problem": problem}
-            replace_json(self.run.upload_file, content | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+            content["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            self.run.replace(self.run.upload_file, json.dumps(content, indent=1) + "\n")
 
 
 def upload_rest(config: TrainConfig) -> None:
     """Bring up what the store still lacks of a run that is finished."""
-    if config.checkpoint.upload_to:
-        rest = Uploads(config.checkpoint.upload_to, RunFolder(config.run_dir), keep_last=config.checkpoint.keep_last)
+    if not config.checkpoint.upload_to:
+        return
+    try:
+        run = ClaimedRun.claim(config.run_dir, world_size=1)
+    except InputError as error:
+        logger.warning("not uploaded: {}", error)
+    else:
+        rest = Uploads(config.checkpoint.upload_to, run, keep_last=config.checkpoint.keep_last)
         rest.offer()
         rest.begin_ending(AT_END_SECONDS)
         while rest.is_busy():
             pass
-        tell_ending(config)
+        run.release()
+    tell_ending(config)
 
 
 def tell_ending(config: TrainConfig) -> None:

@@ -27,7 +27,7 @@ def reachable(host: str, *, nodes: int) -> str:
         found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
     except (OSError, UnicodeError) as error:
         raise InputError(f"rendezvous address = {host!r}: {error}; {remedy}") from None
-    outside = [one for one in found if not ipaddress.ip_address(one.partition("%")[0]).is_loopback]
+    outside = [one for one in found if not is_loopback(one)]
     if nodes > 1 and not outside:
         raise InputError(
             f"rendezvous address = {host}: leads to {found[0]}, loopback, where each of the {nodes} nodes meets only itself; "
@@ -35,6 +35,14 @@ def reachable(host: str, *, nodes: int) -> str:
         )
     usable = outside or found
     return next((one for one in usable if "." in one), usable[0])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a numeric address is one of loopback."""
+    try:
+        return ipaddress.ip_address(host.strip("[]").partition("%")[0]).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def free_port(job: int) -> int:

@@ -24,6 +24,10 @@ class Allocation:
     array_task: int | None
     restarts: int
     max_requeues: int
+    node_list: str = ""
+    """The nodes' names, as Slurm abbreviates them."""
+    missing_folder: str = ""
+    """The folder that the job was submitted from, if it is not there on this node, so that the job began elsewhere."""
 
     @classmethod
     def from_environment(cls) -> Self:
@@ -33,16 +37,17 @@ class Allocation:
                 "environment: SLURM_JOB_ID is not set; this runs inside a Slurm job: sbatch slurm/train.sh CONFIG"
             )
         gpus = _number("SLURM_GPUS_ON_NODE", 0)
-        array_task = os.environ.get("SLURM_ARRAY_TASK_ID")
         return cls(
             job=_number("SLURM_JOB_ID", 0),
-            nodes=_number("SLURM_JOB_NUM_NODES", 1),
+            nodes=_number("SLURM_JOB_NUM_NODES", 1, least=1),
             cpus=fewest_cpus(os.environ.get("SLURM_JOB_CPUS_PER_NODE", "1")),
             gpus=gpus,
             ranks=_number("RANKS_PER_NODE", gpus or 1, least=1),
-            array_task=int(array_task) if array_task else None,
+            array_task=_number("SLURM_ARRAY_TASK_ID", 0) if os.environ.get("SLURM_ARRAY_TASK_ID") else None,
             restarts=_number("SLURM_RESTART_COUNT", 0),
             max_requeues=_number("MAX_REQUEUES", 20),
+            node_list=os.environ.get("SLURM_JOB_NODELIST", ""),
+            missing_folder=os.environ.get("JOB_FOLDER_MISSING", ""),
         )
 
 
@@ -59,6 +64,11 @@ def place() -> tuple[int, int, str]:
     return _number("SLURM_PROCID", 0), _number("SLURM_NTASKS", 1, least=1), node
 
 
+def names_environment() -> bool:
+    """Whether the user names the environment that batch scripts activate."""
+    return any(os.environ.get(name) for name in ("VENV", "CONDA_ENV", "CONTAINER"))
+
+
 def ray_address() -> str:
     """Of the Ray cluster that is meant; empty where none is named."""
     return os.environ.get("RAY_ADDRESS", "")
@@ -72,8 +82,8 @@ def fewest_cpus(listed: str) -> int:
 
 def _number(name: str, default: int, *, least: int = 0) -> int:
     text = os.environ.get(name) or str(default)
-    if not text.isascii() or not text.isdecimal() or int(text) < least:
+    if not text.isascii() or not text.isdecimal() or len(text) > 9 or int(text) < least:
         raise InputError(
-            f"environment: {name} = {text!r}: should be a whole number of at least {least}; mend or unset it"
+            f"environment: {name} = {text[:80]!r}: should be a whole number of at least {least}; correct or unset it"
         )
     return int(text)

@@ -1,21 +1,21 @@
 """`python -m launch.doctor [CONFIG.toml] [--SETTING VALUE ...]`: go, or no go and which node is bad; alone or in a Slurm job.
 
 Each node of the job runs `launch.probe`, in parallel; the reports come back through srun, not over the network that is
-being tried. Options: --address and --port where nodes meet, --seconds to wait, --gpus a node, --free-gib of disk.
+being tried. A node that does not answer is asked again alone, and Slurm is asked for its state. Options: --address and
+--port where nodes meet, --seconds to wait, --gpus a node, --free-gib of disk.
 """
 
 import argparse
-import json
-import subprocess
-import sys
+import math
 import uuid
 from pathlib import Path
 
 from distributed.config import load
 from distributed.errors import ExitCode, InputError
+from distributed.streams import run_command
 from launch.address import free_port, reachable
 from launch.allocation import Allocation, in_job, place
-from launch.probe import MARK, Report
+from launch.reports import bounded, of_nodes, of_this_machine
 from launch.verdict import table, wrong
 
 
@@ -31,26 +31,34 @@ def main() -> int:
     parser.add_argument("--free-gib", type=float, default=1.0, help="that the disk of the run folder should have")
     given, words = parser.parse_known_args()
     try:
+        if not (math.isfinite(given.seconds) and 0 < given.seconds <= 3600):
+            raise InputError(f"command line: --seconds {given.seconds:g}: should be above 0, at most 3600")
+        if not 0 <= given.port < 2**16:
+            raise InputError(f"command line: --port {given.port}: should be from 1 to 65535")
         run_dir = load(words)[0].run_dir
         if in_job():
             allocation = Allocation.from_environment()
-            expected = _ask("scontrol", "show", "hostnames")
-            address = reachable(given.address or _address_of(expected[0]), nodes=allocation.nodes)
+            expected = _nodes(allocation)
+            address = reachable(given.address or _field(expected[0], "NodeAddr") or expected[0], nodes=len(expected))
             port, gpus = given.port or free_port(allocation.job), given.gpus or allocation.gpus
         else:
             expected, address, port, gpus = [place()[2]], "127.0.0.1", given.port or free_port(0), given.gpus
-        with_token = len(expected) > 1
         token = _lay_token(run_dir)
         words = ["--address", address, "--port", str(port), "--token", token, "--seconds", str(given.seconds), *words]
         try:
-            reports = _reports(words, nodes=len(expected), step=in_job(), seconds=given.seconds)
+            if in_job():
+                answers = of_nodes(words, expected, seconds=given.seconds)
+            else:
+                answers = of_this_machine(words, expected[0], seconds=given.seconds)
         finally:
             for file in run_dir.glob(f"{token}*"):
                 file.unlink(missing_ok=True)
+        silent = {node: _with_state(node, why) if in_job() else why for node, why in answers.silent.items()}
     except InputError as error:
         error.tell()
         return ExitCode.BAD_INPUT
-    failures = wrong(reports, expected, token=with_token, gpus=gpus, free_gib=given.free_gib)
+    reports = list(answers.reports.values())
+    failures = wrong(reports, expected, token=len(expected) > 1, gpus=gpus, free_gib=given.free_gib, silent=silent)
     print(table(reports))
     for line in failures:
         print(f"no go: {line}")
@@ -60,7 +68,7 @@ def main() -> int:
 
 
 def _lay_token(run_dir: Path) -> str:
-    """A file in the run folder that every node should see."""
+    """Write a file into the run folder that every node should see."""
     token = f".doctor-{uuid.uuid4().hex[:12]}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -70,37 +78,43 @@ def _lay_token(run_dir: Path) -> str:
     return token
 
 
-def _reports(words: list[str], *, nodes: int, step: bool, seconds: float) -> list[Report]:
-    """What the nodes found; one that does not answer in time has none."""
-    command = [sys.executable, "-m", "launch.probe", *words]
-    if step:
-        command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--overlap", "--kill-on-bad-exit=0",
-                   f"--wait={2 * seconds + 10:.0f}", *command]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as asked:
-        try:
-            out, problems = asked.communicate(timeout=3 * seconds + 30)
-        except subprocess.TimeoutExpired:
-            asked.terminate()  # srun then ends its tasks
-            out, problems = asked.communicate()
-    reports = [json.loads(line.partition(MARK)[2]) for line in out.splitlines() if MARK in line]
-    if len(reports) < nodes:
-        print(problems[-2000:], file=sys.stderr)
-    return reports
+def _nodes(allocation: Allocation) -> list[str]:
+    """The names of the job's nodes.
 
-
-def _ask(*command: str) -> list[str]:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()
-    except (OSError, subprocess.SubprocessError) as error:
+    Raises:
+        InputError: they are not as many as the job has.
+    """
+    names = _ask("scontrol", "show", "hostnames", allocation.node_list).split() if allocation.node_list else []
+    if len(names) != allocation.nodes:
         raise InputError(
-            f"{' '.join(command)}: {error}; start this on a node of the job, where Slurm's commands are"
-        ) from None
+            f"environment: SLURM_JOB_NUM_NODES = {allocation.nodes}, and SLURM_JOB_NODELIST has {', '.join(names) or 'none'}; "
+            "start this inside the job that is meant, with the variables that Slurm set"
+        )
+    return names
 
 
-def _address_of(node: str) -> str:
-    fields = dict(word.partition("=")[::2] for word in _ask("scontrol", "-o", "show", "node", node))
-    return fields.get("NodeAddr") or node
+def _ask(*command: str) -> str:
+    printed, problem = bounded(command, 30)
+    if problem:
+        said = " ".join(printed.split())[:200]  # scontrol says on stdout that a node is unknown
+        raise InputError(
+            f"{' '.join(command)}: {said or problem}; start this on a node of the job, where Slurm answers"
+        )
+    return printed
+
+
+def _field(node: str, name: str) -> str:
+    """What Slurm has under this name about a node."""
+    told = _ask("scontrol", "-o", "show", "node", node)
+    return next((word.partition("=")[2] for word in told.split() if word.startswith(f"{name}=")), "")
+
+
+def _with_state(node: str, why: str) -> str:
+    try:
+        return f"{why}; Slurm has it as {_field(node, 'State') or 'unknown'}"
+    except InputError as error:
+        return f"{why}; {error}"
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed.errors import ExitCode, InputError
-from distributed.files import append_line, read_object, replace_json
+from distributed.files import append_line, home_path, read_object, replace_json
 from distributed.run_folder import RunFolder
 from distributed.run_lines import attempt_lines
 from launch.allocation import Allocation
@@ -140,7 +140,7 @@ def main() -> int:
     """To stdout, a line each: verdict, exit code, reason, comment."""
     parser = argparse.ArgumentParser(prog="python -m launch.ending", description=__doc__)
     parser.add_argument("what", choices=("begin", "end"))
-    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("run", type=home_path, metavar="RUN")
     parser.add_argument("job", metavar="JOB")
     parser.add_argument("--signal", default="", metavar="NAME", help="what the batch script was sent")
     given = parser.parse_args()

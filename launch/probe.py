@@ -1,4 +1,4 @@
-"""`python -m launch.probe`: what one node finds out about itself and its peers, as a line of JSON; `launch.doctor` reads it.
+"""`python -m launch.probe`: what one node finds out about itself and its peers, as lines that `launch.reports` reads.
 
 Whatever goes wrong on a node is a finding of that node, so nothing here ends in an exception. torch is imported late: a node
 without it can say so.
@@ -7,7 +7,6 @@ without it can say so.
 import argparse
 import hashlib
 import importlib
-import json
 import os
 import shutil
 import socket
@@ -17,15 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from distributed.cgroup import available_cpus
 from distributed.config import TrainConfig, load
 from distributed.data import sources
 from distributed.errors import InputError
-from distributed.topology import available_cpus
+from distributed.topology import cluster_job
 from distributed.versions import versions
 from launch.allocation import place
-
-MARK = "doctor-report:"
-Report = dict[str, Any]
+from launch.reports import Report, lines_of
 
 
 def main() -> int:
@@ -46,7 +44,7 @@ def main() -> int:
     if count > 1:
         network = importlib.import_module("launch.network")
         find(report, "network", lambda: network.measure(given.address, given.port, index, count, given.seconds))
-    sys.stdout.write(f"{MARK}{json.dumps(report)}\n")
+    sys.stdout.write(lines_of(report))
     sys.stdout.flush()
     os._exit(0)  # threads of gloo that wait for a dead peer must not keep the process
 
@@ -102,8 +100,8 @@ def folder(run_dir: Path, token: str, node: str) -> Report:
 
 
 def data(config: TrainConfig, named: bool = True) -> str:
-    """The data set is there, and whole as far as sizes tell."""
-    if not named:
+    """The data set is there, and whole as far as sizes tell; outside a job generated images may stand in for it."""
+    if not named and not cluster_job():
         return "none named"
     sources.prepare(config.data)
     return config.data.name

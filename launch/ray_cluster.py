@@ -2,13 +2,14 @@
 
 import time
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 import ray._private.state
 from loguru import logger
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -18,6 +19,7 @@ from distributed.config.sections import Scaling
 from distributed.errors import InputError
 from distributed.topology import host
 from launch import verdict
+from launch.address import is_loopback
 from launch.ray_node import about, look_around
 from launch.ray_worker import draining_nodes
 
@@ -85,6 +87,23 @@ def _together(scaling: Scaling, each: list[int]) -> int:
     if scaling.placement == "strict_pack":
         return max(each, default=0)
     return sum(min(1, one) for one in each) if scaling.placement == "strict_spread" else sum(each)
+
+
+def warn_if_open() -> None:
+    """Warn if the cluster listens on a network and asks for no token."""
+    if warning := open_to_all([node["NodeManagerAddress"] for node in _nodes(())], token=is_token_auth_enabled()):
+        logger.warning("{}", warning)
+
+
+def open_to_all(addresses: Sequence[str], *, token: bool) -> str:
+    """The warning about a cluster whose nodes have these addresses; "" if it needs none."""
+    outside = [] if token else [address for address in addresses if not is_loopback(address)]
+    if not outside:
+        return ""
+    return (
+        f"the Ray cluster on {outside[0]} asks for no token: whoever reaches it over the network can run any program there; "
+        "run `ray get-auth-token --generate` before `ray start --head`, see docs/ray.md"
+    )
 
 
 def wait_for_room(scaling: Scaling, stopped: Callable[[], str | None], left_out: Collection[str]) -> int:

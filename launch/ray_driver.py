@@ -24,8 +24,9 @@ from distributed.config.sections import Scaling
 from distributed.errors import ExitCode, InputError, NotFiniteError, StorageError
 from distributed.run_folder import RunFolder
 from distributed.run_lines import attempt_lines
-from distributed.stop import SignalStop, StopSource
-from launch.ray_cluster import Nodes, NoRoom, check_nodes, room, wait_for_room
+from distributed.signals import SignalStop
+from distributed.stop import StopSource
+from launch.ray_cluster import Nodes, NoRoom, check_nodes, room, wait_for_room, warn_if_open
 from launch.ray_settings import Training
 from launch.ray_worker import ask_to_stop, forget, train_on_worker
 
@@ -60,6 +61,7 @@ def connected(level: str) -> Iterator[None]:
     logs.terminal_logs(0, level=level)
     ray.init(logging_level=logging.WARNING, log_to_driver=True)
     try:
+        warn_if_open()
         yield
     finally:
         ray.shutdown()

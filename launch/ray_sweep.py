@@ -22,7 +22,8 @@ from distributed.errors import ExitCode, InputError
 from distributed.files import replace_text
 from distributed.report.curves import overlaid_picture
 from distributed.report.history import read_history
-from distributed.stop import SignalStop, StopSource
+from distributed.signals import SignalStop
+from distributed.stop import StopSource
 from launch.ray_cluster import NoRoom, room
 from launch.ray_driver import attempts, connected
 from launch.ray_environment import set_environment

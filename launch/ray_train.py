@@ -8,6 +8,8 @@ import sys
 
 from distributed.config import help_text
 from distributed.errors import ExitCode, InputError
+from distributed.shipped import shipped
+from distributed.streams import run_command
 from distributed.topology import Topology
 from distributed.train import refuse
 from distributed.versions import require
@@ -16,8 +18,8 @@ from launch.ray_environment import set_environment
 from launch.ray_settings import check_address, checked, swept, without_sweep
 
 _USAGE = """\
-usage: python -m launch.ray_train [CONFIG.toml] [--SETTING VALUE ...]
-       ray job submit --runtime-env launch/ray_job.yaml --working-dir . -- python -m launch.ray_train ...
+usage: python -m launch.ray_train [CONFIG] [--SETTING VALUE ...]
+       ray job submit --runtime-env {job} --working-dir . -- python -m launch.ray_train ...
 
 Trains on a Ray cluster: the one that RAY_ADDRESS names, else the one that runs on this machine, else one of its own. How
 many workers, of what: the settings scaling.*. Paths are absolute; run_dir is on storage that all nodes share.
@@ -31,7 +33,7 @@ def main() -> int:
     """The exit code; `ExitCode` says what each means."""
     words = sys.argv[1:]
     if {"-h", "--help"} & set(words):
-        print(_USAGE + help_text())
+        print(_USAGE.format(job=shipped("launch/ray_job.yaml")) + help_text())
         return ExitCode.FINISHED
     try:
         require("ray", at_least=(2, 60), wanted_by="launch.ray_train")
@@ -58,7 +60,4 @@ if __name__ == "__main__":
     # Under its own name, so that what goes to the workers is found there by name.
     from launch.ray_train import main as run
 
-    code = run()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    raise SystemExit(code)
+    run_command(run)

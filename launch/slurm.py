@@ -16,12 +16,14 @@ from pathlib import Path
 
 from distributed.errors import ExitCode, InputError
 from distributed.files import replace_text
+from distributed.shipped import shipped
+from distributed.streams import run_command
 from distributed.topology import Topology
 from distributed.train import checked_config
+from launch.allocation import names_environment
 from launch.arguments import with_folder
 from launch.plan import check_batch
 
-_SCRIPT = Path(__file__).parents[1] / "slurm" / "train.sh"
 _FOR_SBATCH = ("partition", "time", "account", "qos", "constraint", "mem", "cpus_per_task", "job_name")
 
 
@@ -56,7 +58,7 @@ def main() -> int:
     given, settings = parser().parse_known_args(words[1:])
     try:
         if words[0].startswith("-"):
-            raise InputError(f"command line: {words[0]!r}: the first word names the config, as configs/cifar10.toml")
+            raise InputError(f"command line: {words[0]!r}: the first word names the config, e.g. cifar10")
         trainings = tasks([words[0], *settings], seeds=given.seeds, sweep=given.sweep)
         ranks = given.ranks_per_node or given.gpus_per_node or 1
         for training in trainings:
@@ -133,11 +135,19 @@ def sbatch_command(given: argparse.Namespace, listed: str | None, trainings: Seq
     if listed:
         at_once = f"%{given.at_once}" if given.at_once else ""
         command.append(f"--array=0-{len(trainings) - 1}{at_once}")
-    exported = ["ALL", f"MAX_REQUEUES={given.max_requeues}"]
+    script = shipped("slurm/train.sh")
+    exported = ["ALL", f"MAX_REQUEUES={given.max_requeues}", *_venv(script.parents[1])]
     if given.ranks_per_node:
         exported.append(f"RANKS_PER_NODE={given.ranks_per_node}")
-    command += [*given.sbatch, f"--export={','.join(exported)}", str(_SCRIPT)]
+    command += [*given.sbatch, f"--export={','.join(exported)}", str(script)]
     return command + ([listed] if listed else list(trainings[0]))
+
+
+def _venv(project: Path) -> list[str]:
+    """`VENV=FOLDER` of this Python, unless the script finds an environment by itself; a comma would end it in --export."""
+    venv = Path(sys.prefix)
+    found = names_environment() or (project / ".venv" / "bin" / "activate").is_file()
+    return [] if found or "," in str(venv) or not (venv / "bin" / "activate").is_file() else [f"VENV={venv}"]
 
 
 def submit(command: Sequence[str]) -> int:
@@ -156,4 +166,4 @@ def _count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

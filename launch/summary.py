@@ -9,34 +9,35 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from distributed.byproducts import Byproduct
+from distributed.config.layers import shown
 from distributed.errors import ExitCode, InputError
-from distributed.files import replace_text
-from distributed.run_folder import RunFolder
+from distributed.files import home_path, replace_text
 from distributed.run_lines import metrics_lines
+from distributed.runs.outcome import outcome_of, runs_below
+from distributed.runs.table import HEADINGS, cells, in_columns
 
 
 def summary(folder: Path) -> str:
-    """A line a run, then mean and standard deviation over the finished seeds of each setting.
+    """The table of `distributed.runs`, then mean and standard deviation over the finished seeds of each setting.
 
     Raises:
         InputError: no runs there.
     """
-    runs = sorted(path.parent for path in folder.glob("**/config.toml") if path.parent != folder)
+    runs = [run for run in runs_below(folder) if run != folder]
     if not runs:
         raise InputError(f"{folder}: no runs in it; name the folder that holds seed-0, seed-1, ...")
-    lines, groups, waiting = [], dict[str, list[dict[str, float]]](), 0
-    for run in runs:
-        state, figures = RunFolder(run).status(), _last_figures(run)
-        name = str(run.relative_to(folder))
-        lines.append(f"{name:24} {state.get('status', '?'):9} step {state.get('step', 0):>8}  {_shown(figures)}")
-        if state.get("status") != "finished":
-            waiting += 1
-        elif run.name.startswith("seed-"):  # a mean over different settings would mean nothing
-            groups.setdefault(str(Path(name).parent), []).append(figures)
-    for name, finished in groups.items():
-        over = f"{'over' if name == '.' else f'{name}: over'} {len(finished)} finished seeds"
+    outcomes = {run.relative_to(folder): outcome_of(run) for run in runs}
+    lines = in_columns([["run", *HEADINGS], *([shown(name), *cells(outcome)] for name, outcome in outcomes.items())])
+    finished_runs = [name for name, outcome in outcomes.items() if outcome.status == "finished"]
+    groups: dict[str, list[dict[str, float]]] = {}
+    for name in finished_runs:
+        if name.name.startswith("seed-"):  # a mean over different settings would mean nothing
+            groups.setdefault(str(name.parent), []).append(_last_figures(folder / name))
+    for sweep, finished in groups.items():
+        over = f"{'over' if sweep == '.' else f'{sweep}: over'} {len(finished)} finished seeds"
         lines.append(f"{over}: {_spread(finished)}")
-    if waiting:
+    if waiting := len(runs) - len(finished_runs):
         lines.append(f"{waiting} of {len(runs)} runs that have begun are not finished")
     return "\n".join(lines) + "\n"
 
@@ -55,10 +56,6 @@ def _last_figures(run: Path) -> dict[str, float]:
     return figures
 
 
-def _shown(figures: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-
-
 def _spread(finished: list[dict[str, float]]) -> str:
     """Mean and sample standard deviation of each figure that all have."""
     told = []
@@ -74,9 +71,8 @@ def main() -> int:
     try:
         if len(sys.argv) != 2:
             raise InputError("command line: give one folder: python -m launch.summary RUN")
-        folder = Path(sys.argv[1])
+        folder = home_path(sys.argv[1])
         text = summary(folder)
-        replace_text(folder / "summary.txt", text)
     except InputError as error:
         error.tell()
         return ExitCode.BAD_INPUT
@@ -84,6 +80,8 @@ def main() -> int:
         print(f"error: {error}; mend access to {sys.argv[1]}", file=sys.stderr)
         return ExitCode.STORAGE
     print(text, end="")
+    with Byproduct(folder / "summary.txt"):
+        replace_text(folder / "summary.txt", text)
     return ExitCode.FINISHED
 
 

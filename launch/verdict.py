@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Report = dict[str, Any]
@@ -10,7 +10,15 @@ _CLOCK_SECONDS = 1.0
 _SLOW = 0.25  # of the median of all pairs
 
 
-def wrong(reports: Sequence[Report], expected: Sequence[str], *, token: bool, gpus: int, free_gib: float) -> list[str]:
+def wrong(
+    reports: Sequence[Report],
+    expected: Sequence[str],
+    *,
+    token: bool,
+    gpus: int,
+    free_gib: float,
+    silent: Mapping[str, str] | None = None,
+) -> list[str]:
     """A line for each failure; none: go.
 
     Args:
@@ -18,14 +26,17 @@ def wrong(reports: Sequence[Report], expected: Sequence[str], *, token: bool, gp
         token: whether a token was laid into the run folder.
         gpus: how many each node should have; 0: as many as the others.
         free_gib: that the run folder's disk should have.
+        silent: why there is no report of a node, by its name.
     """
     reports = sorted(
         reports, key=lambda report: int(report["index"])
     )  # where two disagree, the first node is the measure
     answered = {report["node"] for report in reports}
     found = [
-        f"{node}: no answer; see sinfo -N -n {node} and srun -w {node} hostname, or leave it out: --exclude={node}"
+        f"{node}: no answer{f': {reason}' if reason else ''}; see sinfo -N -n {node} and systemctl status slurmd there, or "
+        f"leave it out: --exclude={node}"
         for node in expected
+        for reason in [(silent or {}).get(node, "")]
         if node not in answered
     ]
     found += unlike_versions(reports)
@@ -42,7 +53,13 @@ def error_of(part: Any) -> str:
 
 def unlike_versions(reports: Sequence[Report]) -> list[str]:
     """What differs from what most nodes have, or from the first where there is no majority."""
-    found = []
+    found = [f"{report['node']}: versions: {error_of(report['versions'])}" for report in reports
+             if error_of(report["versions"])]  # fmt: skip
+    found += [f"{report['node']}: its files of the project: {error_of(report['code'])}" for report in reports
+              if error_of(report["code"])]  # fmt: skip
+    reports = [report for report in reports if not error_of(report["versions"]) and not error_of(report["code"])]
+    if not reports:
+        return found
     packages = {name for report in reports for name in report["versions"]}
     for name in sorted(packages):
         usual = _usual([report["versions"].get(name, "none") for report in reports])
@@ -141,7 +158,8 @@ def table(reports: Sequence[Report]) -> str:
         speeds = [speed for speed in network.get("gib_per_second", {}).values() if speed]
         gpus = f"{devices.get('gpus', '?')}" + (f" x {devices['gpu_memory_gib']} GiB" if devices.get("gpus") else "")
         rows.append((
-            report["node"], report["versions"].get("torch", "none"), str(report["code"])[:12], gpus,
+            report["node"], report["versions"].get("torch", "none"),
+            "bad" if error_of(report["code"]) else str(report["code"])[:12], gpus,
             str(devices.get("cores", "?")), f"{devices.get('memory_gib', '?')} GiB", f"{folder.get('free_gib', '?')} GiB",
             "bad" if error_of(report["data"]) else str(report["data"]),
             f"{min(speeds):.2f} GiB/s" if speeds else "-",

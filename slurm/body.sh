@@ -39,7 +39,8 @@ activate() {
         . "${VENV:-$project/.venv}/bin/activate" ||
             end_with 2 "error: VENV = ${VENV:-}: no venv there; make one with python -m venv, or name another"
     fi
-    export PYTHONPATH="$project${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+    [ ! -d "$project/distributed" ] || export PYTHONPATH="$project${PYTHONPATH:+:$PYTHONPATH}" # else the package is installed
+    export PYTHONUNBUFFERED=1
 }
 
 inside() {
@@ -65,7 +66,7 @@ on_every_node() {
     [ -z "$signal" ] || return 1
     begun=$SECONDS
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$cpus" \
-        --kill-on-bad-exit=0 --wait=300 --open-mode=append --output="$logs/%j-%N.log" "$@" &
+        --kill-on-bad-exit=0 --wait=300 --open-mode=append --output="${logs//%/%%}/%j-%N.log" "$@" &
     step=$!
     [ -z "$signal" ] || forward "$signal" # which came in between
     local code
@@ -80,11 +81,14 @@ on_every_node() {
 }
 
 main() {
-    [ -n "${SLURM_JOB_ID:-}" ] || { echo "error: this is a batch script; submit it: sbatch $0 ..." >&2; exit 2; }
+    [ -n "${SLURM_JOB_ID:-}" ] || { echo "error: this is a batch script; submit it: sbatch $(readlink -f "$0") ..." >&2; exit 2; }
     trap 'forward USR1' USR1
     trap 'forward TERM' TERM
     activate
-    local head address plan run port ranks
+    local folder head address plan run port ranks
+    # Where the job's folder is missing, Slurm starts it in /tmp.
+    folder=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *WorkDir=//p' | head -n 1)
+    [ -z "$folder" ] || [ . -ef "$folder" ] || export JOB_FOLDER_MISSING="$folder"
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     address=${RDZV_ADDRESS:-$(scontrol -o show node "$head" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')}
 
@@ -104,7 +108,7 @@ main() {
     if [ "${PREFLIGHT:-$((SLURM_JOB_NUM_NODES > 1))}" != 0 ]; then
         preflight "$address" "$port" "${facts[@]:5}"
     fi
-    on_every_node "$project/slurm/node.sh" "$address" "$port" "$ranks" "${facts[@]:5}"
+    on_every_node bash "$project/slurm/node.sh" "$address" "$port" "$ranks" "${facts[@]:5}"
     decide "$run" "$?"
 }
 

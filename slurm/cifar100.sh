@@ -12,9 +12,12 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
 
-# Slurm runs a copy of this file; where it was submitted from it says itself.
-command=$(scontrol show job "${SLURM_JOB_ID:-}" 2>/dev/null | sed -n 's/^ *Command=//p' | head -n 1)
-project=${PROJECT:-${command%%/slurm/cifar100.sh*}}
+# Slurm runs a copy of this file from its spool folder; the job's Command says where the file itself is.
+project=${PROJECT:-$(dirname "$(dirname "$(readlink -f "$0")")")}
+if [ -z "${PROJECT:-}" ] && [ ! -f "$project/slurm/body.sh" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
+    command=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/^ *Command=//p' | head -n 1)
+    project=${command%%/slurm/cifar100.sh*}
+fi
 if [ ! -f "$project/slurm/body.sh" ]; then
     echo "error: PROJECT = '$project': no slurm/body.sh there; submit with sbatch --export=ALL,PROJECT=FOLDER slurm/cifar100.sh" >&2
     exit 2

@@ -1,13 +1,17 @@
 """Rules for every test: it sets its device and leaves the environment and process group unchanged."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import devices
 import pytest
 
+# For this process and all that it starts: threads that wait for work must not take the cores from processes that have some.
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
 devices.check_started_commands()
 
 
@@ -53,3 +57,17 @@ def threads_and_log_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     yield
     logger.remove()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2M,mode=755", "none", folder], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)

@@ -53,7 +53,11 @@ def check_started_commands() -> None:
 
 def _trains(words: list[str]) -> bool:
     scripts = [word for word in words if word.endswith(".sh") and Path(word).parent.name == "slurm"]
-    return bool(_TRAINING & set(words)) or (words[0] == "sbatch" and bool(scripts))
+    return (
+        bool(_TRAINING & set(words))
+        or (words[0] == "sbatch" and bool(scripts))
+        or Path(words[0]).name == "distributed-train"
+    )
 
 
 def _names_device(words: list[str]) -> bool:

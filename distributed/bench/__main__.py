@@ -17,7 +17,8 @@ from distributed.bench.options import CONTENDERS, Options
 from distributed.bench.rounds import ContenderFailedError, machine
 from distributed.data import cifar
 from distributed.errors import ExitCode, InputError
-from distributed.files import check_writable
+from distributed.files import check_writable, home_path, write_output
+from distributed.streams import run_command
 
 
 def main() -> int:
@@ -50,7 +51,7 @@ def main() -> int:
         content["failed"].append({name: str(error) for name, error in errors.items()})
         outputs += "".join(f"{name}: {error}\n{error.output}\n\n" for name, error in errors.items())
         if given.json:
-            given.json.write_text(json.dumps(content, indent=1) + "\n")
+            write_output(given.json, (json.dumps(content, indent=1) + "\n").encode())
             if outputs:
                 given.json.with_suffix(".failed.txt").write_text(outputs)
     print(summary(kind, content["rounds"]))
@@ -60,7 +61,7 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m distributed.bench", description=__doc__)
     parser.add_argument("kind", choices=[*KINDS, "memory"])
-    parser.add_argument("--data.root", dest="root", type=Path, default=Path("data"), help="folder with CIFAR-10")
+    parser.add_argument("--data.root", dest="root", type=home_path, default=Path("data"), help="folder with CIFAR-10")
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -84,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         help="total time limit; contenders that would start later are skipped",
     )
     parser.add_argument(
-        "--json", type=Path, help="also write results here, and the output of failed contenders beside it"
+        "--json", type=home_path, help="also write results here, and the output of failed contenders beside it"
     )
     return parser
 
@@ -153,4 +154,4 @@ def _command(given: argparse.Namespace, options: Options) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

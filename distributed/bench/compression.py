@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from distributed.bench.rounds import Contender, machine
+from distributed.files import home_path
 from distributed.run_folder import RunFolder
+from distributed.streams import run_command
 
 WAYS = {
     "none": [],
@@ -27,7 +29,7 @@ RANKS = 2
 
 def _settings(root: Path, run_dir: Path, epochs: int, way: str) -> list[str]:
     where = ["--data.root", str(root), "--run_dir", str(run_dir), "--logging.tensorboard", "false", "--device", "cpu"]
-    return ["configs/cifar10.toml", *where, "--epochs", str(epochs), "--exact.shards", "0", *WAYS[way]]
+    return ["cifar10", *where, "--epochs", str(epochs), "--exact.shards", "0", *WAYS[way]]
 
 
 def trained(root: Path, run_dir: Path, *, epochs: int, way: str) -> dict[str, float]:
@@ -62,8 +64,8 @@ def step_times(root: Path, *, steps: int) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m distributed.bench.compression", description=__doc__)
-    parser.add_argument("figures", type=Path)
-    parser.add_argument("--data.root", dest="root", type=Path, default=Path("data"), help="folder with CIFAR-10")
+    parser.add_argument("figures", type=home_path)
+    parser.add_argument("--data.root", dest="root", type=home_path, default=Path("data"), help="folder with CIFAR-10")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=80, help="steps a way and round")
@@ -89,4 +91,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -8,7 +8,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from distributed.files import home_path
 from distributed.run_folder import RunFolder
+from distributed.streams import run_command
 
 RANKS = (1, 3)
 MODES = {"fast mode": "0", "exact mode, 8 shards": "8"}
@@ -60,8 +62,8 @@ def draw(curves: dict[str, list[list[float]]], target: Path) -> None:
 def main() -> int:
     """Four runs, a picture, and the numbers in it."""
     parser = argparse.ArgumentParser(prog="python -m distributed.bench.drift", description=__doc__)
-    parser.add_argument("picture", type=Path)
-    parser.add_argument("--data.root", dest="root", type=Path, default=Path("data"), help="folder with CIFAR-10")
+    parser.add_argument("picture", type=home_path)
+    parser.add_argument("--data.root", dest="root", type=home_path, default=Path("data"), help="folder with CIFAR-10")
     arguments = parser.parse_args()
     curves: dict[str, list[list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -77,4 +79,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

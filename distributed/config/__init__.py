@@ -1,7 +1,16 @@
 """Settings of a run: the tree, where its values come from, and the messages when one is wrong. Imports no torch."""
 
 from distributed.config.help import help_text
-from distributed.config.load import as_toml, changes_experiment, differences, load, with_values
+from distributed.config.load import as_toml, changes_experiment, differences, load, toml_value, with_values
 from distributed.config.tree import TrainConfig
 
-__all__ = ["TrainConfig", "as_toml", "changes_experiment", "differences", "help_text", "load", "with_values"]
+__all__ = [
+    "TrainConfig",
+    "as_toml",
+    "changes_experiment",
+    "differences",
+    "help_text",
+    "load",
+    "toml_value",
+    "with_values",
+]

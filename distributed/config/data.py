@@ -8,6 +8,9 @@ from pydantic_core import PydanticCustomError
 
 from distributed.config.section import AnyPath, Section, operational, setting
 
+MAX_PIXELS = 100_000_000
+"""Four times a usual camera's. A file of some megabytes may hold a thousand times as many, and fill the memory."""
+
 
 class Augment(Section):
     crop: int = setting(
@@ -97,6 +100,14 @@ class ImageFolderData(_Data):
     cache: AnyPath | None = operational(
         None, "folder of the decoded images; none: .decoded in root, or the user's cache folder where that is read-only"
     )
+    max_pixels: int = operational(
+        MAX_PIXELS, "largest image, width times height, that is decoded; decoding takes about 16 bytes a pixel", ge=1
+    )
 
 
 AnyData = CifarData | GeneratedData | ImageFolderData
+
+
+def max_pixels_of(data: AnyData) -> int:
+    """The largest image that is decoded for a run on this data, e.g. to predict its class."""
+    return data.max_pixels if isinstance(data, ImageFolderData) else MAX_PIXELS

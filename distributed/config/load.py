@@ -1,7 +1,6 @@
 """From argv to a checked `TrainConfig`, or to every mistake at once, a line each. Imports no torch."""
 
-import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,16 +8,22 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from distributed.config.fields import leaves, sections_of
+from distributed.config.fields import leaves, sections_of, variant_name
+from distributed.config.hints import hint, known
 from distributed.config.layers import Settings, from_arguments, from_file, shown
+from distributed.config.named import config_file
 from distributed.config.tree import TrainConfig
 from distributed.errors import InputError
+from distributed.files import home_path
 
 _NAMING = {"data", "data.name", "data.root", "data.download", "data.urls"}  # who sets one of them means that data set
+_MOST_LINES = 20
 
 
 def load(arguments: Sequence[str], *, default_data: str = "cifar10") -> tuple[TrainConfig, bool]:
-    """The config that `[CONFIG.toml] [--field value ...]` describes, and whether the images were named by the user.
+    """The config that `[CONFIG] [--field value ...]` describes, and whether the images were named by the user.
+
+    CONFIG is a TOML file or the name of a shipped config.
 
     Args:
         default_data: the data set where neither says one.
@@ -27,7 +32,7 @@ def load(arguments: Sequence[str], *, default_data: str = "cifar10") -> tuple[Tr
         InputError: every wrong field at once; conflicts between fields once each is valid by itself.
     """
     words = list(arguments)
-    file = Path(words.pop(0)) if words and not words[0].startswith("-") else None
+    file = config_file(str(home_path(words.pop(0)))) if words and not words[0].startswith("-") else None
     settings = Settings({"data": {"name": default_data}})
     if file:
         settings.override(from_file(file))
@@ -40,11 +45,57 @@ def load(arguments: Sequence[str], *, default_data: str = "cifar10") -> tuple[Tr
 
 
 def validated(settings: Settings) -> TrainConfig:
-    """The tree of these settings; every value that is wrong is one line of the `InputError`."""
+    """The tree of these settings; every value that is wrong is one line of the `InputError`, up to twenty."""
+    config, problems = _checked(_with_names(settings.values))
+    if config and not settings.mistakes:
+        return config
+    if settings.mistakes:  # a setting that was not read may be why others do not go together
+        problems = [problem for problem in problems if problem["type"] != "conflict"]
+    lines = settings.mistakes[:_MOST_LINES]
+    for problem in problems[: _MOST_LINES - len(lines)]:
+        lines += _explained(problem, settings)
+    more = len(settings.mistakes) + len(problems) - _MOST_LINES
+    raise InputError(*lines, *([f"and {more:,} more mistake{'s' if more > 1 else ''}"] if more > 0 else []))
+
+
+def _checked(values: dict[str, Any]) -> tuple[TrainConfig | None, list[ErrorDetails]]:
+    """The tree, or every problem of the values."""
     try:
-        return TrainConfig.model_validate(_with_names(settings.values))
+        return TrainConfig.model_validate(values), []
     except ValidationError as error:
-        raise InputError(*[line for detail in error.errors() for line in _explained(detail, settings)]) from None
+        found = [problem for detail in error.errors(include_url=False) for problem in _of_each_key(detail)]
+    wrong_names = [problem for problem in found if problem["type"] == "union_tag_invalid"]
+    if not wrong_names:
+        return None, found
+    # Pydantic does not look into a section of an unknown name: look again under the name that fits best.
+    sections = [str(problem["loc"][0]) for problem in wrong_names]
+    _, others = _checked(values | {section: _named_likeliest(section, values[section]) for section in sections})
+    return None, wrong_names + [
+        problem
+        for problem in others
+        if problem["type"] != "conflict"
+        and not (problem["type"] == "extra_forbidden" and _path(problem["loc"], values)[0] in known())
+    ]
+
+
+def _of_each_key(detail: ErrorDetails) -> Iterator[ErrorDetails]:
+    """A problem for each setting in an unknown section; others as they are."""
+    value = detail["input"]
+    if detail["type"] != "extra_forbidden" or not isinstance(value, dict) or not value:
+        yield detail
+        return
+    for key, item in value.items():
+        yield from _of_each_key(cast(ErrorDetails, {**detail, "loc": (*detail["loc"], key), "input": item}))
+
+
+def _named_likeliest(section: str, values: dict[str, Any]) -> dict[str, Any]:
+    """A section under the name of the variant that has most of its settings."""
+    field = TrainConfig.model_fields[section]
+    variants = sections_of(field.annotation)
+    best = max(
+        variants, key=lambda variant: (len(values.keys() & variant.model_fields.keys()), variant is type(field.default))
+    )
+    return {**values, "name": variant_name(best).split(" | ")[0]}
 
 
 def _with_names(values: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +116,13 @@ def with_values(config: TrainConfig, **values: Any) -> TrainConfig:
 def as_toml(config: TrainConfig) -> str:
     """The resolved config as TOML that `load` reads back to an equal config."""
     return tomli_w.dumps(_without_none(config))
+
+
+def toml_value(value: Any) -> str:
+    """A setting's value as a config file spells it."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml_value, value))}]"
+    return tomli_w.dumps({"x": "none" if value is None else value}).removeprefix("x = ").strip()
 
 
 def _without_none(section: BaseModel) -> dict[str, Any]:
@@ -108,9 +166,6 @@ def _explained(detail: ErrorDetails, settings: Settings) -> list[str]:
         return str(detail["msg"]).splitlines()
     path, tags = _path(detail["loc"], settings.values)
     value = detail["input"]
-    if detail["type"] == "extra_forbidden" and isinstance(value, dict) and value:
-        inner = [{**detail, "loc": (*detail["loc"], key), "input": item} for key, item in value.items()]
-        return [line for error in inner for line in _explained(cast(ErrorDetails, error), settings)]
     if detail["type"] == "union_tag_invalid":
         path = f"{path}.name"
         value = value["name"] if isinstance(value, dict) else value
@@ -137,16 +192,14 @@ def _path(location: tuple[int | str, ...], values: Any) -> tuple[str, list[str]]
 
 
 def _reason(detail: ErrorDetails, path: str, tags: list[str]) -> str:
-    known = {leaf.path for leaf in leaves()}
     if detail["type"] == "extra_forbidden":
         variants = sorted({leaf.variant for leaf in leaves() if leaf.path == path and leaf.variant})
         if variants and tags:
             section = path.rpartition(".")[0]
             return f"belongs to {section}.name = {' or '.join(variants)}, and here it is {', '.join(tags)}; remove one of them"
-        if path in known:
+        if path in known():
             return "unknown setting; a dotted name stands without quotes"
-        guesses = _close(path, known)
-        return "unknown setting; " + (f"did you mean {guesses[0]}?" if guesses else "--help lists all of them")
+        return f"unknown setting; {hint(path)}"
     if detail["type"] == "union_tag_invalid":
         options = [leaf.choices for leaf in leaves() if leaf.path == path]
         return f"should be one of {' | '.join(options)}"
@@ -155,13 +208,3 @@ def _reason(detail: ErrorDetails, path: str, tags: list[str]) -> str:
         return f"is a section; set its fields, as in --{example} VALUE"
     message = str(detail["msg"]).removeprefix("Input ").removeprefix("should ")
     return f"should {message[:1].lower()}{message[1:]}" if "should" in str(detail["msg"]) else message
-
-
-def _close(path: str, known: set[str]) -> list[str]:
-    """Settings that were probably meant: first by the whole path, then by its last word in any section."""
-    last = path.rpartition(".")[2]
-    by_path = difflib.get_close_matches(path, sorted(known), n=1, cutoff=0.8)
-    by_last = [p for p in sorted(known) if p.rpartition(".")[2] == last]
-    words = {p.rpartition(".")[2]: p for p in sorted(known)}
-    by_word = [words[w] for w in difflib.get_close_matches(last, words, n=1, cutoff=0.7)]
-    return by_path + by_last + by_word

@@ -10,13 +10,19 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, field_validator
 from pydantic_core import PydanticCustomError
 
+from distributed.files import home_path
+
 _LONGEST_NAME, _LONGEST_PATH = 255, 3500  # bytes; of Linux, with room for what a run puts behind
 
 
 def _nameable(value: Any) -> Any:
-    """A path that a file can have, so that nobody meets the system's refusal later."""
+    """A path that a file can have, so that nobody meets the system's refusal later; `~` is the home folder."""
     if not isinstance(value, str | Path):
         return value
+    try:
+        value = home_path(value) if str(value).startswith("~") else value
+    except ValueError:
+        raise PydanticCustomError("path", "should be a full path: the home folder is not known here") from None
     try:
         name = str(value).encode()
     except UnicodeEncodeError:

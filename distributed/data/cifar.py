@@ -2,13 +2,15 @@
 
 Taken is the first that lies under the root: binary folder, Python folder, binary archive, Python archive. All give the
 same arrays. A record of the binary layout is its label bytes (CIFAR-100: coarse, fine) and 3,072 pixel bytes,
-channel-major (https://www.cs.toronto.edu/~kriz/cifar.html). Pickles are read after their MD5 was found right.
+channel-major (https://www.cs.toronto.edu/~kriz/cifar.html). Pickles are read after their MD5 was found right. A thread
+hashes the images of one file while the next is read.
 """
 
 import hashlib
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distributed.data import plain_pickle
+from distributed.data.cifar_checks import FileContent, wrong_coarse, wrong_counts, wrong_file
 from distributed.data.cifar_official import OFFICIAL_SERVER, SETS, Form, official_name
+from distributed.data.identity import Hashes, Identity, identity_of, image_hashes
 from distributed.errors import InputError
 from distributed.files import opened
 
@@ -61,13 +65,18 @@ def read(name: str, root: Path, split: str) -> Images:
     """The 50,000 training or 10,000 test images.
 
     Raises:
-        InputError: a file is missing, of another size or MD5, or holds a label out of range.
+        InputError: a file is missing, of another size or MD5, or holds what CIFAR cannot hold.
     """
     return read_splits(name, root, (split,))[0]
 
 
 def read_splits(name: str, root: Path, splits: Sequence[str] = ("train", "test")) -> list[Images]:
     """`read` of each split, looking through an archive once."""
+    return read_identified(name, root, splits)[0]
+
+
+def read_identified(name: str, root: Path, splits: Sequence[str]) -> tuple[list[Images], dict[str, Identity]]:
+    """`read` of each split, and each split's identity."""
     cifar, place = SETS[name], _place(name, root)
     wanted = [cifar.records(place.form, split) for split in splits]
     read = [
@@ -78,9 +87,19 @@ def read_splits(name: str, root: Path, splits: Sequence[str] = ("train", "test")
         for (file, count), end in zip(files.items(), accumulate(files.values()), strict=True):
             spots[file] = Images(whole.images[end - count : end], whole.labels[end - count : end])
     decode = _from_pickle if place.form.is_python else _from_records
-    for file, content in _contents(name, place, {file: len(spot.labels) for file, spot in spots.items()}):
-        _fill(name, place, file, spots[file], *decode(name, place, file, content, len(spots[file].labels)))
-    return read
+    hashing: dict[str, Future[Hashes]] = {}
+    with ThreadPoolExecutor(1, thread_name_prefix="hashes") as thread:
+        for file, content in _contents(name, place, {file: len(spot.labels) for file, spot in spots.items()}):
+            _fill(name, place, file, spots[file], *decode(name, place, file, content, len(spots[file].labels)))
+            hashing[file] = thread.submit(image_hashes, spots[file].images)
+    contents = {file: FileContent(hashing[file].result(), spot.labels) for file, spot in spots.items()}
+    if wrong := wrong_file(contents):
+        raise _damaged(name, place, *wrong)
+    for split, whole in zip(splits, read, strict=True):
+        if complaint := wrong_counts(cifar, split, whole.labels):
+            raise InputError(f"data.name = {name}: {place.path}: {complaint}; {_again(name, place)}")
+    hashes = [np.concatenate([contents[file].hashes for file in files]) for files in wanted]
+    return read, {s: identity_of(h, whole.labels) for s, h, whole in zip(splits, hashes, read, strict=True)}
 
 
 def archive_to_fetch(name: str, urls: Sequence[str]) -> tuple[str, str, tuple[str, ...]]:
@@ -102,6 +121,9 @@ def _found(name: str, root: Path) -> _Place | None:
     forms = SETS[name].forms
     folders = [_Place(form, root / form.folder, False) for form in forms if (root / form.folder).is_dir()]
     archives = [_Place(form, root / form.archive, True) for form in forms if (root / form.archive).is_file()]
+    last = root.resolve().name  # one folder too deep, or the archive itself: there is only one way to read that
+    folders += [_Place(form, root, False) for form in forms if last == form.folder and root.is_dir()]
+    archives += [_Place(form, root, True) for form in forms if last == form.archive and root.is_file()]
     return next(iter(folders + archives), None)
 
 
@@ -191,6 +213,8 @@ def _from_records(name: str, place: _Place, file: str, content: Bytes, count: in
     if len(content) != (expected := count * (cifar.label_bytes + 3072)):
         raise _damaged(name, place, file, f"{len(content):,} bytes where {expected:,} belong")
     records = content.reshape(count, -1)
+    if cifar.label_bytes == 2 and (complaint := wrong_coarse(records[:, 0], records[:, 1])):
+        raise _damaged(name, place, file, complaint)
     return records[:, cifar.label_bytes - 1], records[:, cifar.label_bytes :]
 
 

@@ -1,4 +1,4 @@
-"""What the official CIFAR files are: folders, archives, files, their MD5 and the classes. Imports no torch.
+"""What the official CIFAR files are: folders, archives, files, their MD5, classes and digests. Imports no torch.
 
 https://www.cs.toronto.edu/~kriz/cifar.html gives the MD5 of the Python and binary archives.
 """
@@ -15,6 +15,13 @@ _CIFAR100_CLASSES = (
     "snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train "
     "trout tulip turtle wardrobe whale willow_tree wolf woman worm"
 )
+
+# The coarse label of each fine label of CIFAR-100, as all 60,000 records have it.
+COARSE_OF_FINE = (
+    4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7, 6, 13, 15, 3, 15, 0, 11, 1, 10, 12,
+    14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10, 16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16, 12, 1,
+    9, 19, 2, 10, 0, 1, 16, 12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13,
+)  # fmt: skip
 
 OFFICIAL_SERVER = "https://www.cs.toronto.edu/~kriz/"
 
@@ -37,14 +44,19 @@ class Form:
 
 @dataclass(frozen=True)
 class CifarSet:
-    """A data set and its forms, the first preferred. A binary record is `label_bytes` and 3,072 pixels."""
+    """A data set and its forms, the first preferred. A binary record is `label_bytes` and 3,072 pixels.
+
+    `digests` are those of `identity_of` over all records of a split; every copy of the images has them, in any order.
+    """
 
     class_names: tuple[str, ...]
     label_bytes: int
     label_key: bytes  # in a pickle
     train_records: int  # in each file of the training set
     test_records: int
+    per_class: dict[str, int]  # images of each class in a split
     forms: tuple[Form, Form]
+    digests: dict[str, str]
 
     @property
     def classes(self) -> int:
@@ -61,6 +73,7 @@ CIFAR10 = CifarSet(
     label_key=b"labels",
     train_records=10_000,
     test_records=10_000,
+    per_class={"train": 5_000, "test": 1_000},
     forms=(
         Form(
             "cifar-10-batches-bin",
@@ -85,6 +98,7 @@ CIFAR10 = CifarSet(
             },
         ),
     ),
+    digests={"train": "ef06779b44df92d5", "test": "16e0cdb8efdd7fdb"},
 )
 
 CIFAR100 = CifarSet(
@@ -93,6 +107,7 @@ CIFAR100 = CifarSet(
     label_key=b"fine_labels",
     train_records=50_000,
     test_records=10_000,
+    per_class={"train": 500, "test": 100},
     forms=(
         Form(
             "cifar-100-binary",
@@ -110,6 +125,7 @@ CIFAR100 = CifarSet(
             {"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
         ),
     ),
+    digests={"train": "d4b4e6804db2ccf7", "test": "fc473b42bd887210"},
 )
 
 SETS = {"cifar10": CIFAR10, "cifar100": CIFAR100}

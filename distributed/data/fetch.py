@@ -53,7 +53,12 @@ def fetch(
     def work() -> None:
         _fetch_in_turn(list(urls), target, md5, stall_seconds, rounds, pause_seconds)
 
-    once_per_node(target, work, done=target.is_file)
+    try:
+        once_per_node(target, work, done=target.is_file, request=f"{md5} {' '.join(urls)}")
+    except OSError as error:
+        raise InputError(
+            f"{target.parent}: {error.strerror or error}; free space, make it writable, or name another folder"
+        ) from None
 
 
 def _fetch_in_turn(

@@ -6,12 +6,14 @@ four weaves. Random phases hide the weave from a linear model; neither a shift n
 class. Triangle waves and integer hashes are exact in floating point, so no cosine's last bit can differ between machines.
 """
 
+import hashlib
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distributed.data.cifar import Images
+from distributed.data.identity import Identity
 
 _SIDE = 32
 _CHUNK = 5000
@@ -36,6 +38,11 @@ def read(name: str, count: int, split: str) -> Images:
         drawn = _draw(ids + np.uint32(first), labels[start : start + _CHUNK], classes, noise)
         images[start : start + _CHUNK] = drawn.transpose(0, 2, 3, 1)
     return Images(images, labels)
+
+
+def identity(name: str, count: int, split: str) -> Identity:
+    """Of the images that `read` gives: a digest of these words, which determine them."""
+    return Identity(count, hashlib.blake2b(f"{name} {split} {count}".encode(), digest_size=8).hexdigest())
 
 
 def _draw(ids: NDArray[np.uint32], labels: NDArray[np.uint8], classes: int, noise: Floats) -> NDArray[np.uint8]:

@@ -5,7 +5,7 @@ The order of the images is that of a digest of their paths: mixed, and the same 
 
 import hashlib
 import os
-import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distributed.data.identity import Identity
 from distributed.errors import InputError
 
 KINDS = (".png", ".jpg", ".jpeg")
 SPLITS = ("train", "test")
+_SAMPLES, _SAMPLED_BYTES, _THREADS = 1000, 2**20, 8
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a split, relative to the root, with their classes; `digest` changes when a file does."""
+    """The files of a split, relative to the root, with their classes; `digest` changes when a file does. `outline` covers
+    names, sizes and labels, and so is the same for another copy of the files."""
 
     files: tuple[str, ...]
     labels: NDArray[np.integer[Any]]
     digest: str
+    outline: str
 
 
 def list_folder(root: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
@@ -88,27 +92,33 @@ def _classes(root: Path, split: str) -> dict[str, Path]:
 
 def _listing(found: list[tuple[str, int, os.stat_result]]) -> Listing:
     found = sorted(found, key=lambda one: hashlib.blake2b(os.fsencode(one[0]), digest_size=16).digest())
-    digest = hashlib.blake2b(digest_size=16)
+    digest, outline = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=8)
     for path, label, stat in found:
         digest.update(os.fsencode(f"{path}\0{label}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
+        outline.update(os.fsencode(f"{path}\0{label}\0{stat.st_size}\n"))
     labels = np.array([label for _, label, _ in found], np.int64)
-    return Listing(tuple(path for path, _, _ in found), labels, digest.hexdigest())
+    return Listing(tuple(path for path, _, _ in found), labels, digest.hexdigest(), outline.hexdigest())
 
 
-def cache_folder(root: Path, named: Path | None) -> Path:
-    """Where decoded images are kept: as named, else .decoded in the root, else the user's cache or temporary folder.
+def identity(root: Path, listing: Listing) -> Identity:
+    """Covers names, sizes and labels of all files, and of the first 1,000 the content, up to a MiB each. Those are a random
+    sample: the order of a listing is that of a hash.
 
     Raises:
-        InputError: none of them can be written.
+        InputError: a file cannot be read.
     """
-    user = Path(tempfile.gettempdir()) / f"distributed-decoded-{os.getuid()}"
-    candidates = [named] if named else [root / ".decoded", Path.home() / ".cache" / "distributed" / "decoded", user]
-    for folder in candidates:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
-        except OSError:
-            continue
-    tried = ", ".join(map(str, candidates))
-    raise InputError(f"data.cache: cannot write to {tried}; name a folder with --data.cache")
+
+    def content(file: str) -> bytes:
+        with open(root / file, "rb") as opened:
+            return hashlib.blake2b(opened.read(_SAMPLED_BYTES), digest_size=8).digest()
+
+    digest = hashlib.blake2b(listing.outline.encode(), digest_size=8)
+    try:
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="hashes") as threads:  # a network's files come slowly
+            for part in threads.map(content, listing.files[:_SAMPLES]):
+                digest.update(part)
+    except OSError as error:
+        raise InputError(
+            f"data.name = image_folder: {error.filename}: {error.strerror}; the folder changed while it was read: start again"
+        ) from None
+    return Identity(len(listing.files), digest.hexdigest())

@@ -1,47 +1,56 @@
 """Work that one process of a node does while the others wait for it: fetching, decoding. Imports no torch."""
 
-import time
+import errno
+import uuid
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 from loguru import logger
 
 from distributed.errors import InputError
-from distributed.files import read_json, replace_json
+from distributed.files import read_object, replace_json
 
 _QUIET_SECONDS = 60.0
 
 
-def once_per_node(target: Path, work: Callable[[], None], *, done: Callable[[], bool]) -> None:
+def once_per_node(target: Path, work: Callable[[], None], *, done: Callable[[], bool], request: str = "") -> None:
     """Call `work` unless it is `done`, in one process at a time; the lock lies beside `target`, whose folder is made.
 
-    A failure is told to all that waited meanwhile, in the same words: else each would try, and fail, after the other.
+    A failure ends all that waited meanwhile for the same, in the same words: else each would try, and fail, after the other.
+    Whether it came meanwhile is seen by its number, not by a clock: a file server's may be another than this machine's.
+
+    Args:
+        request: what `work` depends on besides `target`; the failure of another request is not shared.
 
     Raises:
-        InputError: of the work, or the folder cannot be written.
+        InputError: of the work.
+        OSError: the folder cannot be written, or has no locks.
     """
     if done():
         return
-    began, note = time.time(), target.with_name(f".{target.name}.failed")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    note, lock = (target.with_name(f".{target.name}.{name}") for name in ("failed", "lock"))
+    before = read_object(note).get("number")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _acquired(FileLock(target.with_name(f".{target.name}.lock"))):
-            if done():
-                return
-            if note.exists() and note.stat().st_mtime >= began and (lines := read_json(note)):
-                raise InputError(*lines)
+        held = _acquired(FileLock(lock))
+    except NotImplementedError:
+        raise OSError(errno.ENOLCK, "its file system has no locks", str(target.parent)) from None
+    with held:
+        if done():
+            return
+        failure = read_object(note)
+        if failure.get("number") != before and failure.get("request") == request:
+            raise InputError(*map(str, failure.get("lines", ["it failed in another process"])))
+        try:
+            work()
+        except InputError as error:
+            with suppress(OSError):  # a full disk: the others try for themselves
+                replace_json(note, {"number": uuid.uuid4().hex, "request": request, "lines": list(error.lines)})
+            raise
+        with suppress(OSError):
             note.unlink(missing_ok=True)
-            try:
-                work()
-            except InputError as error:
-                replace_json(note, list(error.lines))
-                raise
-    except OSError as error:
-        raise InputError(
-            f"{target.parent}: {error.strerror or error}; free space, make it writable, or name another folder"
-        ) from None
 
 
 def _acquired(lock: BaseFileLock) -> AbstractContextManager[BaseFileLock]:

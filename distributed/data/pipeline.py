@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distributed import keyed
-from distributed.config.data import AnyData, CifarData, ImageFolderData
-from distributed.data import cifar, decode, generated, sources
+from distributed.config.data import AnyData
+from distributed.data import cifar
 from distributed.data.augment import augment, cut_out
 from distributed.data.batch import Batch, Mixed
 from distributed.data.held import Held, place
 from distributed.data.mix import mix
 from distributed.data.parts import MicroBatch, Part, ids_of, partners_of, wanted
+from distributed.data.read import read
 from distributed.data.split import validation_mask
 from distributed.tree import leaves_of
 
@@ -61,7 +62,7 @@ class DataPipeline:
         self.shards, self.own_shards = shards, leaves_of(rank, world_size, shards)
         self.device, self.dtype = device, dtype
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.class_names, train, test = _read(config, side)
+        self.class_names, train, test, self._identities = read(config, side)
         # Launching the augmentation kernels takes longer than the GPU needs to augment thousands of images.
         images_of_one = max(1, global_batch_size // accumulation * len(self.own_shards) // shards)
         most = _BYTES_AT_ONCE // (train.images[:1].nbytes * images_of_one)
@@ -85,10 +86,19 @@ class DataPipeline:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    def identity(self) -> dict[str, Any]:
+        """Which images and classes these are, as JSON: a part of `facts`.
+
+        Raises:
+            InputError: a file of an image folder cannot be read any more.
+        """
+        images = {split: identity._asdict() for split, identity in self._identities().items()}
+        return {"classes": list(self.class_names), "images": images}
+
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint says of the images, so that no data is needed to predict with it."""
+        """What a checkpoint says of the images: all that is needed to predict with it, and to know the data again."""
         normalization = {"mean": self.mean.tolist(), "deviation": self.deviation.tolist()}
-        return {"classes": list(self.class_names), "normalization": normalization}
+        return self.identity() | {"normalization": normalization}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -97,6 +107,12 @@ class DataPipeline:
     def size(self, split: Split) -> int:
         """Images in a split."""
         return len(self._splits[split].ids)
+
+    def untrained_classes(self) -> list[int]:
+        """Labels of the classes that have no training image."""
+        held = self._splits["train"]
+        counts = torch.bincount(held.labels[held.ids].cpu(), minlength=self.num_classes)
+        return [label for label, count in enumerate(counts.tolist()) if not count]
 
     def example(self) -> Batch:
         """The first few training images, whatever the rank: for trying a model out."""
@@ -222,16 +238,3 @@ def _mean_and_deviation(images: NDArray[np.uint8]) -> tuple[NDArray[np.float64],
     variances = [np.average((shades - mean) ** 2, weights=count) for mean, count in zip(means, counts, strict=True)]
     deviations = np.sqrt(variances)
     return means, np.where(deviations > 0, deviations, 1.0)  # a channel of one shade is left as it is
-
-
-def _read(config: AnyData, side: int) -> tuple[tuple[str, ...], cifar.Images, cifar.Images]:
-    """Names of the classes, training and test images."""
-    if isinstance(config, ImageFolderData):
-        names, (train, test) = decode.read(config.root, side, config.cache)
-        return names, train, test
-    if isinstance(config, CifarData):
-        train, test = cifar.read_splits(config.name, config.root)
-    else:
-        train = generated.read(config.name, config.train_samples, "train")
-        test = generated.read(config.name, config.test_samples, "test")
-    return sources.class_names(config), train, test

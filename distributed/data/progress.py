@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 LINE_EVERY_SECONDS = 10.0
 
@@ -11,7 +11,7 @@ LINE_EVERY_SECONDS = 10.0
 @contextmanager
 def progress(what: str, total: int | None, *, unit: str, start: int = 0) -> Iterator[Callable[[int], None]]:
     """A context whose value is called with how much was done since; `unit` is `B` for bytes, else a word."""
-    if sys.stderr.isatty():
+    if sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty():
         from tqdm import tqdm
 
         with tqdm(total=total, initial=start, desc=what, unit=unit, unit_scale=unit == "B", file=sys.stderr) as bar:
@@ -29,12 +29,19 @@ def progress(what: str, total: int | None, *, unit: str, start: int = 0) -> Iter
         done += count
         if (now := time.monotonic()) - told >= LINE_EVERY_SECONDS:
             told = now
-            print(line(what, done, total, unit, (done - start) / (now - began)), file=sys.stderr, flush=True)
+            _say(line(what, done, total, unit, (done - start) / (now - began)))
 
-    print(f"{what}: {_amount(total, unit) if total else 'size not known'}", file=sys.stderr, flush=True)
+    _say(f"{what}: {_amount(total, unit) if total else 'size not known'}")
     yield advance
     seconds = time.monotonic() - began
-    print(f"{what}: {_amount(done, unit)} after {seconds:.0f} s", file=sys.stderr, flush=True)
+    _say(f"{what}: {_amount(done, unit)} after {seconds:.0f} s")
+
+
+def _say(text: str) -> None:
+    """Nobody may be listening any more; the work goes on, and its errors are its own."""
+    with suppress(OSError, ValueError):
+        if sys.stderr is not None:
+            print(text, file=sys.stderr, flush=True)
 
 
 def line(what: str, done: int, total: int | None, unit: str, per_second: float) -> str:

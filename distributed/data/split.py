@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distributed import keyed
+from distributed.errors import InputError
 
 
 def validation_mask(labels: NDArray[np.integer[Any]], *, fraction: float, seed: int) -> NDArray[np.bool_]:
@@ -13,10 +14,18 @@ def validation_mask(labels: NDArray[np.integer[Any]], *, fraction: float, seed: 
 
     Returns:
         bool [n]; of a class with m images, round(m * fraction) are marked.
+
+    Raises:
+        InputError: that is every image, and none is left to train on.
     """
     mask = np.zeros(len(labels), np.bool_)
     order = keyed.permutation(len(labels), seed=seed, epoch=-1).numpy()
     for label in np.unique(labels):
         members = order[labels[order] == label]
         mask[members[: round(len(members) * fraction)]] = True
+    if len(mask) and mask.all():
+        raise InputError(
+            f"data.validation_fraction = {fraction:g}: holds out all {len(mask):,} training images, since each class has few; "
+            "lower it (0: none), or add images"
+        )
     return mask

@@ -5,14 +5,15 @@ inside. Each file is loaded again and must give the network's logits, within the
 """
 
 import argparse
-import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distributed.errors import ExitCode, InputError
-from distributed.files import check_writable
+from distributed import collector
+from distributed.byproducts import asked_for
+from distributed.errors import ExitCode, InputError, StorageError
+from distributed.files import check_writable, home_path, write_output
 from distributed.saved_run import checkpoint_of, config_of, unfetched, with_data_root
+from distributed.streams import run_command
 
 if TYPE_CHECKING:
     from distributed.classifier import Trained
@@ -25,7 +26,7 @@ _NAMES = ("safetensors", "onnx", "torch.export")
 def main() -> int:
     """The exit code: 1 where a file does not give the network's logits."""
     parser = argparse.ArgumentParser(prog="python -m distributed.export", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("run", type=home_path, metavar="RUN", help="folder of the run")
     parser.add_argument(
         "--format",
         nargs="+",
@@ -33,11 +34,11 @@ def main() -> int:
         metavar="FORMAT",
         help=f"{', '.join(_NAMES)} or all, which is the default",
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the files go; RUN/export if not given")
+    parser.add_argument("--out", type=home_path, metavar="FOLDER", help="where the files go; RUN/export if not given")
     parser.add_argument("--checkpoint", default="auto", help="best, latest or a name; auto: best if there is one")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a logit (1e-4)")
     parser.add_argument(
-        "--data.root", dest="root", type=Path, help="where the data set lies now, to compare on its images"
+        "--data.root", dest="root", type=home_path, help="where the data set lies now, to compare on its images"
     )
     arguments = parser.parse_args()
     out = arguments.out or arguments.run / "export"
@@ -45,11 +46,11 @@ def main() -> int:
         config = unfetched(with_data_root(config_of(arguments.run), arguments.root))
         checkpoint = checkpoint_of(arguments.run, arguments.checkpoint)
         names = _formats(arguments.format)
-        check_writable("--out", out / "model")
+        for name in ("model.safetensors", "model.json", "model.onnx", "model.pt2"):
+            check_writable("--out", out / name, regular=True)  # each is read again
         return _export(config, checkpoint, names, out, tolerance=arguments.tolerance)
-    except InputError as error:
-        error.tell()
-        return ExitCode.BAD_INPUT
+    except (InputError, StorageError) as error:
+        return error.tell()
 
 
 def _formats(asked: list[str]) -> list[str]:
@@ -60,8 +61,9 @@ def _formats(asked: list[str]) -> list[str]:
 
 
 def _export(config: "TrainConfig", checkpoint: Path, names: list[str], out: Path, *, tolerance: float) -> int:
+    with collector.at_rest():
+        from distributed.classifier import load_trained
     from distributed.build import read_data
-    from distributed.classifier import load_trained
     from distributed.export.formats import FORMATS
     from distributed.export.parity import difference, reference
 
@@ -72,10 +74,9 @@ def _export(config: "TrainConfig", checkpoint: Path, names: list[str], out: Path
     good = True
     for name in names:
         file = out / FORMATS[name].file
-        try:
-            FORMATS[name].write(trained, facts, file)
-        except OSError as error:
-            raise InputError(f"--out {out}: {file.name}: {error.strerror}; free space or name another folder") from None
+        for part, content in FORMATS[name].contents(trained, facts).items():
+            with asked_for("--out", out / part):
+                write_output(out / part, content)
         off = difference(FORMATS[name].load(file), expected)
         within = off <= tolerance
         good &= within
@@ -108,6 +109,4 @@ def _facts(config: "TrainConfig", checkpoint: Path, trained: "Trained") -> dict[
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)
+    run_command(main, at_once=True)

@@ -1,5 +1,6 @@
 """How a classifier is written in each format, and run again from the file alone."""
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,19 +22,24 @@ Run = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Format:
-    """A file of an export: `write` makes it, `load` gives what runs it."""
+    """A file of an export: `contents` are the bytes of it and of those beside it, `load` gives what runs it.
+
+    Bytes, not files: torch reports a full disk as an internal error, and a file that was there would be half replaced.
+    """
 
     file: str
-    write: Callable[[Trained, dict[str, Any], Path], None]
+    contents: Callable[[Trained, dict[str, Any]], dict[str, bytes]]
     load: Callable[[Path], Run]
 
 
-def _write_safetensors(trained: Trained, facts: dict[str, Any], file: Path) -> None:
+def _as_safetensors(trained: Trained, facts: dict[str, Any]) -> dict[str, bytes]:
     """The weights by the network's own names, and beside them as JSON what is needed to use them."""
     tensors = {name: tensor.contiguous() for name, tensor in trained.classifier.network.state_dict().items()}
-    # Not save_file: that makes a file which nobody else may read.
-    file.write_bytes(save(tensors, metadata={"format": "pt", "architecture": str(facts["architecture"]["name"])}))
-    file.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    metadata = {"format": "pt", "architecture": str(facts["architecture"]["name"])}
+    return {
+        "model.safetensors": save(tensors, metadata=metadata),
+        "model.json": (json.dumps(facts, indent=1) + "\n").encode(),
+    }
 
 
 def _load_safetensors(file: Path) -> Run:
@@ -43,10 +49,12 @@ def _load_safetensors(file: Path) -> Run:
     return Classifier(network, Normalization(**facts["normalization"])).requires_grad_(False)
 
 
-def _write_torch_export(trained: Trained, facts: dict[str, Any], file: Path) -> None:
+def _as_torch_export(trained: Trained, facts: dict[str, Any]) -> dict[str, bytes]:
     with torch.no_grad():
         program = torch.export.export(trained.classifier, (_example(trained),), dynamic_shapes=_any_batch())
+    file = io.BytesIO()
     torch.export.save(program, file, extra_files={"model.json": json.dumps(facts)})
+    return {"model.pt2": file.getvalue()}
 
 
 def _load_torch_export(file: Path) -> Run:
@@ -60,14 +68,14 @@ def _load_torch_export(file: Path) -> Run:
     return run
 
 
-def _write_onnx(trained: Trained, facts: dict[str, Any], file: Path) -> None:
+def _as_onnx(trained: Trained, facts: dict[str, Any]) -> dict[str, bytes]:
     program = torch.onnx.export(
         trained.classifier, (_example(trained),), dynamo=True, verbose=False, external_data=False,
         input_names=["images"], output_names=["logits"], dynamic_shapes=_any_batch(),
     )  # fmt: skip
     assert program is not None
     program.model.metadata_props.update({name: json.dumps(value) for name, value in facts.items()})
-    program.save(file, external_data=False)
+    return {"model.onnx": program.model_proto.SerializeToString()}
 
 
 def _load_onnx(file: Path) -> Run:
@@ -87,7 +95,7 @@ def _any_batch() -> dict[str, Any]:
 
 
 FORMATS = {
-    "safetensors": Format("model.safetensors", _write_safetensors, _load_safetensors),
-    "onnx": Format("model.onnx", _write_onnx, _load_onnx),
-    "torch.export": Format("model.pt2", _write_torch_export, _load_torch_export),
+    "safetensors": Format("model.safetensors", _as_safetensors, _load_safetensors),
+    "onnx": Format("model.onnx", _as_onnx, _load_onnx),
+    "torch.export": Format("model.pt2", _as_torch_export, _load_torch_export),
 }

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from distributed.errors import ExitCode
-from distributed.files import check_writable
+from distributed.files import check_writable, home_path
 from distributed.gpu_check.steps import STEPS, Step
+from distributed.streams import run_command
 
 _PREFIX = "CHECK "  # of checks.py, which imports torch
 
@@ -29,7 +30,9 @@ def main(steps: Sequence[Step] = STEPS) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to test the check itself on a CPU")
     parser.add_argument("--seconds", type=float, default=300, help="total time limit; a step that runs then is killed")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="folder for gpu_check.jsonl and logs")
+    parser.add_argument(
+        "--out", type=home_path, default=Path("runs/gpu_check"), help="folder for gpu_check.jsonl and logs"
+    )
     parser.add_argument("--only", nargs="+", choices=[step.name for step in steps], metavar="STEP")
     given = parser.parse_args()
     lines = given.out / "gpu_check.jsonl"
@@ -116,4 +119,4 @@ def _short(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 
 from distributed.errors import ExitCode, InputError
+from distributed.files import home_path
+from distributed.streams import run_command
 
 
 def main() -> int:
@@ -13,19 +15,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m distributed.gpu_pack", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     pack = commands.add_parser("pack", help="put wheels and CIFAR-10 into this checkout; print the two commands")
-    pack.add_argument("--data.root", dest="root", type=Path, default=Path("data"), help="folder with CIFAR-10")
+    pack.add_argument("--data.root", dest="root", type=home_path, default=Path("data"), help="folder with CIFAR-10")
     unpack = commands.add_parser("unpack", help="rebuild the official CIFAR-10 files from packed parts")
-    unpack.add_argument("parts", nargs="+", type=Path)
-    unpack.add_argument("--to", type=Path, required=True, help="folder for cifar-10-batches-bin")
+    unpack.add_argument("parts", nargs="+", type=home_path)
+    unpack.add_argument("--to", type=home_path, required=True, help="folder for cifar-10-batches-bin")
     dry = commands.add_parser("dry-run", help="run the two commands on a CPU")
-    dry.add_argument("--python", type=Path, default=Path(sys.executable), help="interpreter to use as python3")
+    dry.add_argument("--python", type=home_path, default=Path(sys.executable), help="interpreter to use as python3")
     dry.add_argument("--call", type=int, nargs="+", choices=(1, 2), default=(1, 2), help="which commands")
     dry.add_argument("--only", nargs="+", default=(), metavar="STEP", help="steps of the check; none: all")
     collect = commands.add_parser("collect", help="merge returned files into the results folder")
-    collect.add_argument("source", type=Path)
-    collect.add_argument("--results", type=Path, default=Path("results"))
+    collect.add_argument("source", type=home_path)
+    collect.add_argument("--results", type=home_path, default=Path("results"))
     passed = commands.add_parser("passed", help="exit code 2 unless each step of a check passed on a GPU")
-    passed.add_argument("lines", type=Path, help="its gpu_check.jsonl")
+    passed.add_argument("lines", type=home_path, help="its gpu_check.jsonl")
     given = parser.parse_args()
     try:
         _run(given)
@@ -76,4 +78,4 @@ def _pack(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

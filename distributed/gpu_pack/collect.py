@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from distributed import experiments
 from distributed.errors import InputError
+from distributed.experiments import results as experiments
 from distributed.files import read_json, replace_json
 from distributed.gpu_check.steps import STEPS
 

@@ -4,48 +4,47 @@ The page is a single file that needs nothing else. What cannot be shown (no chec
 """
 
 import argparse
-import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
 
-from distributed.errors import ExitCode, InputError
-from distributed.files import check_writable, replace_text
+from distributed import logs
+from distributed.byproducts import asked_for
+from distributed.errors import ExitCode, InputError, StorageError
+from distributed.files import check_writable, home_path, write_output
 from distributed.report.history import History, read_history
 from distributed.report.page import Html, page, text
 from distributed.saved_run import has_data_root, unfetched, with_data_root
+from distributed.streams import run_command
 
 
 def main() -> int:
     """The exit code; prints where the page lies."""
     parser = argparse.ArgumentParser(prog="python -m distributed.report", description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", type=home_path, nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="RUN/report.html of one run, else report.html, if not given"
+        "--out", type=home_path, metavar="FILE", help="RUN/report.html of one run, else report.html, if not given"
     )
     parser.add_argument("--checkpoint", default="auto", help="best, latest or a name; auto: best if there is one")
-    parser.add_argument("--data.root", dest="root", type=Path, help="where the data set lies now")
+    parser.add_argument("--data.root", dest="root", type=home_path, help="where the data set lies now")
     arguments = parser.parse_args()
+    logs.terminal_logs(0, level="WARNING")
     out = arguments.out or (arguments.runs[0] / "report.html" if len(arguments.runs) == 1 else Path("report.html"))
     try:
         runs = [read_history(run) for run in arguments.runs]
         check_writable("--out", out)
     except InputError as error:
-        error.tell()
-        return ExitCode.BAD_INPUT
+        return error.tell()
     runs = _told_apart([_with_root(run, arguments.root) for run in runs])
     try:
-        replace_text(out, _page(runs, checkpoint=arguments.checkpoint))
-    except OSError as error:
-        InputError(f"--out {out}: {error.strerror}; free space or name another file").tell()
-        return ExitCode.BAD_INPUT
-    except InputError as error:
-        error.tell()
-        return ExitCode.BAD_INPUT
-    print(f"{out} ({out.stat().st_size / 2**20:.1f} MiB)")
+        content = _page(runs, checkpoint=arguments.checkpoint).encode()
+        with asked_for("--out", out):
+            write_output(out, content)
+    except (InputError, StorageError) as error:
+        return error.tell()
+    print(f"{out} ({len(content) / 2**20:.1f} MiB)")
     return ExitCode.FINISHED
 
 
@@ -80,6 +79,4 @@ def _page(runs: Sequence[History], *, checkpoint: str) -> str:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)
+    run_command(main, at_once=True)

@@ -26,7 +26,7 @@ def run_curves(run: History) -> Html:
     if not run.epochs:
         raise Absent("No epoch was finished yet, so there is nothing to draw.")
     with figure(11.5, 3.3, columns=3) as (made, [losses, accuracies, rates]):
-        marker = "o" if len(run.epochs) <= _DOTTED_UP_TO else None
+        marker = _marker(run)
         for split, colour in SPLITS.items():
             for axes, measured, scale in ((losses, "loss", 1), (accuracies, "accuracy", 100)):
                 epochs, values = run.curve(split, measured)
@@ -40,7 +40,7 @@ def run_curves(run: History) -> Html:
         accuracies.legend()
         for axes in (losses, accuracies, rates):
             _mark_drops(axes, run)
-        _label(losses, accuracies, rates)
+        _label(losses, accuracies, rates, epochs=run.epochs[-1]["epoch"] + 1)
         return as_svg(made, label=f"loss, accuracy and learning rate of {run.name} over epochs")
 
 
@@ -74,11 +74,12 @@ def _overlaid(runs: Sequence[History]) -> Iterator[tuple["Figure", str]]:
         for place, run in enumerate(runs):
             # Runs of the same bits lie on top of each other: the lower ones are seen between the dashes.
             style: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "linestyle": _DASHES[place % len(_DASHES)]}
-            losses.plot(*run.curve("train", "loss"), label=run.name, **style)
+            marker = _marker(run)
+            losses.plot(*run.curve("train", "loss"), label=run.name, marker=marker, **style)
             epochs, values = run.curve(split, "accuracy")
-            accuracies.plot(epochs, [100 * v for v in values], **style)
+            accuracies.plot(epochs, [100 * v for v in values], marker=marker, **style)
             _draw_rates(rates, run, **style)
-        _label(losses, accuracies, rates)
+        _label(losses, accuracies, rates, epochs=max(run.epochs[-1]["epoch"] + 1 for run in runs if run.epochs))
         losses.set_title("training loss")
         accuracies.set_title(f"{split} accuracy")
         made.legend(loc="outside lower center", ncols=4)
@@ -107,6 +108,11 @@ def throughput(run: History) -> Html:
         return as_svg(made, label=f"training speed of {run.name} over steps")
 
 
+def _marker(run: History) -> str | None:
+    """A point an epoch: of a single epoch a line alone would show nothing."""
+    return "o" if len(run.epochs) <= _DOTTED_UP_TO else None
+
+
 def _draw_rates(axes: "Axes", run: History, **style: Any) -> None:
     per_epoch = run.steps_per_epoch
     if per_epoch is None:
@@ -118,7 +124,7 @@ def _draw_rates(axes: "Axes", run: History, **style: Any) -> None:
     if run.config.schedule.name == "plateau":
         axes.set_yscale("log")  # its drops span orders of magnitude
         style["drawstyle"] = "steps-pre"
-    axes.plot([x for x, _ in points], [lr for _, lr in points], **style)
+    axes.plot([x for x, _ in points], [lr for _, lr in points], marker="o" if len(points) == 1 else None, **style)
 
 
 def _mark_drops(axes: "Axes", run: History) -> None:
@@ -126,7 +132,7 @@ def _mark_drops(axes: "Axes", run: History) -> None:
         axes.axvline(epoch, color=INK, linestyle="--", linewidth=0.8, alpha=0.5)
 
 
-def _label(losses: "Axes", accuracies: "Axes", rates: "Axes") -> None:
+def _label(losses: "Axes", accuracies: "Axes", rates: "Axes", *, epochs: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for axes, title, unit in (
@@ -135,4 +141,5 @@ def _label(losses: "Axes", accuracies: "Axes", rates: "Axes") -> None:
         (rates, "learning rate", ""),
     ):
         axes.set(title=title, xlabel="epoch", ylabel=unit)
+        axes.set_xlim(0, 1.04 * epochs + 0.1)  # from the start: a single epoch has no range of its own
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

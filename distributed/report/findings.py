@@ -12,6 +12,7 @@ from distributed.confusion import ConfusionSums, Counts
 from distributed.data.batch import Batch
 from distributed.data.image_file import png_of
 from distributed.data.pipeline import DataPipeline
+from distributed.data_checks import check_evaluated
 from distributed.determinism import make_deterministic
 from distributed.errors import InputError
 from distributed.loop import evaluate
@@ -83,10 +84,11 @@ class Checked:
         """What `evaluate` finds, and the most confidently wrong answers.
 
         Raises:
-            InputError: the checkpoint is damaged, or of another network.
+            InputError: the checkpoint is damaged, of another network, or of other classes than the data.
         """
         check_whole(checkpoint)
         content = content_of(checkpoint)
+        check_evaluated(content, self.config, self.data, "test")
         engine = build_engine(self.config, self.topology, self.data, self.device)
         try:
             load(checkpoint, engine)

@@ -6,6 +6,9 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loguru import logger
+
+from distributed.byproducts import reason
 from distributed.config import as_toml
 from distributed.errors import InputError, NotFiniteError
 from distributed.report.curves import run_curves, throughput
@@ -88,10 +91,11 @@ class _Look:
 def _part(title: str, make: Callable[[], list[Html]]) -> Html:
     try:
         return part(title, *make())
-    except (Absent, InputError, NotFiniteError) as reason:
-        return missing(title, f"This part could not be made. {reason}")
-    except OSError as error:  # a run that goes on may delete a checkpoint while it is read
-        return missing(title, f"This part could not be made: {error.filename}: {error.strerror}.")
+    except (Absent, InputError, NotFiniteError) as error:
+        return missing(title, f"This part could not be made. {error}")
+    except Exception as error:  # e.g. no matplotlib; or a run that continues deletes a checkpoint while it is read
+        logger.warning("{}: {}; continuing without it", title, reason(error))
+        return missing(title, f"This part could not be made: {reason(error)}.")
 
 
 def _figures(run: History) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import combinations
 
 from distributed.compare import circumstances, compare
-from distributed.config import differences
+from distributed.config import differences, toml_value
 from distributed.report.curves import overlaid_curves
 from distributed.report.history import History
 from distributed.report.page import Absent, Html, missing, part, table, text
@@ -53,7 +53,7 @@ def _settings(runs: Sequence[History]) -> Html:
     for place, run in enumerate(runs[1:], 1):
         for path, old, new in differences(first, run.config):
             if path != "run_dir":
-                found.setdefault(path, [str(old)] * len(runs))[place] = str(new)
+                found.setdefault(path, [toml_value(old)] * len(runs))[place] = toml_value(new)
     if not found:
         return part("What was set differently", text("Nothing: all settings are the same."))
     rows = [[path, *values] for path, values in found.items()]

@@ -1,7 +1,10 @@
 """Bad settings, each with a name: one clear line each, exit code 2, and nothing of the run folder touched."""
 
+import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -144,6 +147,28 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "nested without end": ("a = " + "[" * 3000, "not valid TOML"),
     "no UTF-8": (b"\xff\xfe\x00", "not UTF-8 text"),
     "a PNG": (b"\x89PNG\r\n\x1a\n", "not UTF-8 text"),
+    "UTF-16": ("epochs = 3".encode("utf-16"), "not UTF-8 text"),
+    "Latin-1": ('run_dir = "caf\u00e9"'.encode("latin-1"), "not UTF-8 text"),
+    "zero bytes": (b"epochs = 3\0", "not valid TOML"),
+    "a lone carriage return": (b"epochs = 3\rseed = 1", "not valid TOML"),
+    "a control character": ("epochs = 3 # \x07", "not valid TOML"),
+    "an escape in a key": ('"\\u001b[2J" = 1', "'\\x1b[2J' = 1: unknown setting"),
+    "an escape in a value": ('precision = "\\u001b[31m"', "precision = '\\x1b[31m': should be"),
+    "a line end in a key": ('"a\\nerror: b" = 1', "'a\\nerror: b' = 1: unknown setting"),
+    "a text that runs backwards": ('precision = "\\u202e"', "precision = '\\u202e'"),
+    "an escape in extends": ('extends = "\\u001b[31m.toml"', "x1b[31m.toml': No such file"),
+    "tables nested 900 deep": ("[" + ".".join(["a"] * 900) + "]\nx = 1", "nested more than 8 deep"),
+    "keys nested 900 deep": (".".join(["a"] * 900) + " = 1", "nested more than 8 deep"),
+    "lists nested 300 deep": ("epochs = " + "[" * 300 + "]" * 300, "nested more than 8 deep"),
+    "inline tables nested 30 deep": ("epochs = " + "{a = " * 30 + "1" + "}" * 30, "nested more than 8 deep"),
+    "a hexadecimal number without end": ("epochs = 0x" + "f" * 5000, "too large to show"),
+    "a large number for a fraction": ("[optim]\nlr = 1" + "0" * 400, "optim.lr = 1000"),
+    "a large number for a text": ("precision = 0x" + "f" * 5000, "too large to show"),
+    "a long value": ('precision = "' + "x" * 100_000 + '"', "(100,000 characters)"),
+    "a long key": ("x" * 100_000 + " = 1", "(100,000 characters) = 1: unknown setting"),
+    "more than a mebibyte": ("#" * (2**20 + 1), "more than 1,048,576 bytes"),
+    "an unknown home": ('extends = "~nobody-of-this-name/base.toml"', "base.toml: No such file"),
+    "extends a long name": (f'extends = "{"x" * 300}"', "File name too long"),
     "JSON": ('{"epochs": 3}', "not valid TOML"),
     "YAML": ("epochs: 3", "not valid TOML"),
     "an unknown key": ("epoch = 3", "did you mean epochs?"),
@@ -186,6 +211,19 @@ WORDS: dict[str, tuple[list[str], str]] = {
     "no name": (["--=3"], "'--=3': not an option"),
     "no value": (["--epochs"], "--epochs: a value is missing"),
     "an empty value": (["--epochs="], "epochs = '': should be a valid integer"),
+    "an unknown flag": (["--dry-run"], "--dry-run: unknown setting; --help lists all of them"),
+    "an unknown flag of many dashes": (["--no-cuda"], "--no-cuda: unknown setting; did you mean device?"),
+    "an unknown flag with a line in it": (["--a\nb"], "--'a\\nb': unknown setting"),
+    "an unknown flag with an escape": (["--a\x1b[2J"], "--'a\\x1b[2J': unknown setting"),
+    "a stray escape": (["\x1b[2J"], "'\\x1b[2J': not an option"),
+    "a name nested 900 deep": (["--" + ".".join(["a"] * 900), "1"], "unknown setting"),
+    "a value nested 30 deep": (["--epochs", "{a=" * 30 + "1" + "}" * 30], "should be a valid integer"),
+    "a hexadecimal number without end": (["--epochs", "0x" + "f" * 5000], "too large to show"),
+    "a section without a value": (["--optim"], "--optim: a value is missing"),
+    "a name of another tool": (["--batch-size", "64"], "batch_size = 64: unknown setting; did you mean global_batch_size?"),
+    "processes": (["--gpus", "2"], "torchrun --nproc_per_node=N"),
+    "a resume": (["--resume"], "the same command in the same run_dir resumes"),
+    "a word in another encoding": (["--precision", "\udce9"], "precision = '\\udce9'"),
     "an option for a value": (["--epochs", "--seed=1"], "--epochs: a value is missing"),
     "twice": (["--epochs", "1", "--epochs=2"], "--epochs: given twice"),
     "twice, spelt otherwise": (["--data.train-samples=20", "--data.train_samples=20"], "given twice"),
@@ -244,8 +282,8 @@ WORDS: dict[str, tuple[list[str], str]] = {
 MEET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
     "alone": ({"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK is missing"),
-    "no number": ({"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0"}, "each must be a whole number"),
-    "empty": ({"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}, "each must be a whole number"),
+    "no number": ({"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0"}, "should be a whole number"),
+    "empty": ({"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}, "should be a whole number"),
     "a world of nobody": ({"RANK": "0", "WORLD_SIZE": "0", "LOCAL_RANK": "0"}, "RANK = 0 is not from 0 to below WORLD_SIZE"),
     "a rank beyond": ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK = 2 is not from 0 to below WORLD_SIZE = 2"),
     "a negative rank": ({"RANK": "-1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK = -1 is not from 0"),
@@ -266,6 +304,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     process = ModuleType("distributed.process")
     process.run_to_exit_code = lambda *_: 99  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "distributed.process", process)
+    monkeypatch.setattr("distributed.topology.Topology.is_awaited", False)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
@@ -300,18 +339,101 @@ def test_a_bad_file(name: str, tmp_path: Path) -> None:
         assert_told(call("train", file), said, str(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["missing", "folder", "link in a circle", "link to nothing", "below a file", "long"])
-def test_a_file_that_is_none(kind: str, tmp_path: Path) -> None:
+NO_FILES = [
+    "missing", "folder", "link in a circle", "link to nothing", "below a file", "long", "pipe", "socket", "device", "sparse",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("extended", [False, True], ids=["named", "extended"])
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_a_file_that_is_none(kind: str, extended: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the path of a socket is short
     file = tmp_path / ("x" * 5000 if kind == "long" else "bad.toml")
     if kind == "folder":
         file.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind("bad.toml")
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    elif kind == "sparse":
+        with file.open("wb") as content:
+            content.truncate(10 * 2**30)
     elif "link" in kind:
         file.symlink_to(file if "circle" in kind else tmp_path / "nothing")
     elif kind == "below a file":
         (tmp_path / "text").write_text("")
         file = tmp_path / "text" / "bad.toml"
+    if extended:
+        (tmp_path / "good.toml").write_text(f'extends = "{file}"')
     with untouched(tmp_path):
-        assert_told(call("train", file), str(tmp_path), "the first argument names a TOML file")
+        said = call("train", tmp_path / "good.toml" if extended else file)
+        assert_told(said, str(tmp_path)[:40], "the first argument names a TOML file")
+
+
+@pytest.mark.parametrize("length", [33, 2000])
+def test_a_long_chain_of_files_is_refused(length: int, tmp_path: Path) -> None:
+    for number in range(length):
+        (tmp_path / f"{number}.toml").write_text(f'extends = "{number + 1}.toml"')
+    assert_told(call("train", tmp_path / "0.toml"), "more than 32 files extend each other")
+
+
+def many_words(count: int) -> list[str]:
+    return [word for number in range(count) for word in (f"--optim.x{number}", "1")]
+
+
+@pytest.mark.parametrize("count", [21, 5000, 20_000])
+@pytest.mark.parametrize("place", ["file", "section", "words", "strays"])
+def test_thousands_of_mistakes_are_twenty_lines(place: str, count: int, tmp_path: Path) -> None:
+    lines = "".join(f"optim_lr{number} = {number}\n" for number in range(count))
+    (tmp_path / "bad.toml").write_text(f"[nonsense]\n{lines}" if place == "section" else lines)
+    words: list[object] = [tmp_path / "bad.toml"]
+    if place in ("words", "strays"):
+        words = [*many_words(count)] if place == "words" else ["--seed=1", *["stray"] * count]
+    before = time.monotonic()
+    found = call("train", *words)
+    assert time.monotonic() - before < 20  # one or two; it was minutes
+    assert_told(found, f"and {count - 20:,} more mistake", lines=21)
+
+
+RUN_FILES = ("config.toml", "metrics.jsonl", "digests.jsonl", "status.json", "attempts.jsonl", "attempt.json", ".lock")
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_a_pipe_in_place_of_a_file_of_the_run(name: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / name)
+    with untouched(tmp_path):
+        found = call("train", "--data.name=generated10", "--run_dir", tmp_path / "run")
+        assert_told(found, f"{tmp_path / 'run' / name} is not a regular file")
+
+
+COMMANDS = ("compare", "report.__main__", "runs.__main__", "evaluate", "predict", "export.__main__")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_pipe_in_place_of_the_config_of_a_run(command: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / "config.toml")
+    more = {"compare": [tmp_path / "run"], "predict": ["image.png"]}.get(command, [])
+    found = call(command, tmp_path / "run", *more)
+    if command == "runs.__main__":  # a list of runs leaves none out
+        assert (found.code, "unknown" in found.out) == (0, True)
+    else:
+        assert_told(found, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_know_the_home_folder(command: str, tmp_path: Path) -> None:
+    more = {"compare": ["~/b"], "predict": ["image.png"]}.get(command, [])
+    assert_told(call(command, "~/a", *more, HOME=str(tmp_path)), f"{tmp_path}/a")
+
+
+@pytest.mark.parametrize("out", ["/dev/null", "", "x" * 300, "/dev/null/table"])
+def test_a_table_of_experiments_that_cannot_be_written(out: str, tmp_path: Path) -> None:
+    words = ("--only", "I-10", "--data.root", tmp_path, "--runs", tmp_path / "runs")
+    assert_told(call("experiments.__main__", *words, "--out", out), "--out")
 
 
 @pytest.mark.parametrize("name", WORDS)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from distributed import claimed_run, lock_holder, topology
+from distributed import cgroup, claimed_run, lock_holder
 from distributed.files import read_object, replace_json
 from distributed.topology import kernel_variables
 from integration.abuse import Outcome, assert_told, call, untouched
@@ -177,7 +177,7 @@ def test_fast_mode_says_that_a_quota_changed_its_threads(tmp_path: Path, monkeyp
     found = train(tmp_path / "run", *fast)
     assert found.code == 0, found.err
     assert "CPU quota" not in found.err
-    monkeypatch.setattr(topology, "cpu_quota", lambda: 1.0)
+    monkeypatch.setattr(cgroup, "cpu_quota", lambda: 1.0)
     found = train(tmp_path / "run", *fast, epochs=2)
     assert found.code == 0, found.err
     assert warnings(found) == ["threads: 2 before, 1 now; bits may differ"]

@@ -233,21 +233,35 @@ def test_a_checkpoint_of_another_network_is_one_line(run: Path, tmp_path: Path) 
     assert "fc3.weight" in said
 
 
-@pytest.mark.parametrize("precision", ["float32", "tf32"])
-def test_a_run_trained_on_cuda_is_used_without_a_gpu(run: Path, tmp_path: Path, precision: str) -> None:
-    there = copy_of(run, tmp_path / "run")
-    config = (there / "config.toml").read_text()
+@pytest.fixture(scope="module")
+def confusion(run: Path) -> object:
+    """Of the run as it was trained, on the CPU."""
+    result = command("evaluate", run, "--json")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)["confusion"]
+
+
+def trained_on_cuda(run: Path, there: Path, precision: str) -> Path:
+    """A copy whose config says so."""
+    config = (copy_of(run, there) / "config.toml").read_text()
     assert 'device = "cpu"' in config
     config = config.replace('device = "cpu"', 'device = "cuda"')
     (there / "config.toml").write_text(config.replace('precision = "float32"', f'precision = "{precision}"'))
+    return there
+
+
+@pytest.mark.parametrize(("precision", "words"), [("float32", []), ("tf32", []), ("tf32", ["--device", "cpu"])])
+def test_a_run_trained_on_cuda_is_evaluated_without_a_gpu(
+    run: Path, confusion: object, tmp_path: Path, precision: str, words: list[str]
+) -> None:
+    result = command("evaluate", trained_on_cuda(run, tmp_path / "run", precision), "--json", *words)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["confusion"] == confusion
+
+
+def test_a_run_trained_on_cuda_is_used_without_a_gpu(run: Path, tmp_path: Path) -> None:
+    there = trained_on_cuda(run, tmp_path / "run", "tf32")
     Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
-    by_default, asked, before = (
-        command("evaluate", where, "--json", *words)
-        for where, words in ((there, []), (there, ["--device", "cpu"]), (run, []))
-    )
-    for result in (by_default, asked, before):
-        assert result.returncode == 0, result.stderr
-        assert json.loads(result.stdout)["confusion"] == json.loads(before.stdout)["confusion"]
     assert "no CUDA device" in refused(command("evaluate", there, "--device", "cuda"))
     for module, words in (
         ("predict", [tmp_path / "image.png"]),

@@ -76,6 +76,35 @@ def test_help_comes_without_torch_and_names_every_section() -> None:
         assert option in result.stdout
 
 
+def shell(command: list[str], behind: str) -> subprocess.CompletedProcess[str]:
+    """The command in bash, with more words behind it."""
+    return run(["bash", "-c", f'"$@" {behind}; exit ${{PIPESTATUS[0]}}', "bash", *command])
+
+
+def test_the_head_of_the_help_is_quiet() -> None:
+    result = shell(python("--help"), "| head -n 1")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("usage:")
+
+
+@pytest.mark.parametrize("module", ["train", "compare"])
+def test_a_closed_terminal_changes_no_exit_code(module: str, tmp_path: Path) -> None:
+    wrong = {"train": [*CPU, "--nonsense"]}
+    words = wrong.get(module, [tmp_path / "none", tmp_path])
+    assert shell(python(*words, module=f"distributed.{module}"), ">&- 2>&-").returncode == 2
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("behind", [">&- 2>&-", "2>&1 | head -n 1"])
+def test_a_run_outlives_its_terminal(behind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "{x} {time} <red> %s"
+    result = shell(python(*TINY, "--run_dir", folder, "--logging.tensorboard", "false"), behind)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert status(folder)["status"] == "finished"
+    assert "epoch 1/1 done" in (folder / "logs" / "rank-0000.log").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
 @pytest.mark.smoke
 @pytest.mark.timeout(200)
 def test_without_a_config_generated_images_are_used_under_a_banner_and_marked(tmp_path: Path) -> None:
@@ -83,10 +112,10 @@ def test_without_a_config_generated_images_are_used_under_a_banner_and_marked(tm
         *CPU,
         "--epochs",
         1,
-        "--data.validation_fraction",
-        0.5,
+        "--data.validation_fraction",  # an image costs less there than in training
+        0.9,
         "--global_batch_size",
-        5000,
+        2500,
         "--logging.every_steps",
         1,
     )

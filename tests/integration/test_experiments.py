@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distributed.config import load
-from distributed.experiments import CONFIGS, SEEDS
+from distributed.experiments.results import CONFIGS, SEEDS
 
 SHORT = (
     "--data.name generated10 --data.train_samples 300 --data.test_samples 50 --threads 1 --device cpu "

@@ -92,3 +92,26 @@ def _metadata_of(package: str) -> Iterator[str]:
     for file in metadata.files(package) or ():
         if file.name == "METADATA":
             yield str(file.locate())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.skipif(bool(slurm.why_none()), reason=f"no Slurm here: {slurm.why_none()}")
+def test_a_node_whose_slurmd_is_dead_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    wait = f"until [ -e {tmp_path}/go ]; do sleep 0.1; done"
+    doctor = f"{sys.executable} -m launch.doctor configs/debug.toml --run_dir {tmp_path}/run --seconds 5"
+    options = ("--nodes=2", "--no-requeue", "--no-kill", "--output", tmp_path / "out")
+    job = cluster.sbatch(*options, "--wrap", f"{wait}; {doctor}")
+    cluster.wait_for_state(job, "RUNNING")
+    cluster.kill_node("n2")
+    try:
+        (tmp_path / "go").touch()
+        cluster.wait_for_state(job, "FAILED", seconds=150)
+    finally:
+        cluster.start_node("n2")
+    text = (tmp_path / "out").read_text()
+    assert text.count("no go: ") == 1, text
+    assert "no go: n2: no answer: " in text
+    assert "--exclude=n2" in text
+    assert "Traceback" not in text
+    assert "\nn1 " in text, "the other node's report is shown"

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,8 +12,27 @@ from ranks import RankFailed, in_group, leave, run_ranks
 
 from distributed import collectives
 from distributed.collectives import LateMax
+from distributed.errors import InputError, StorageError
 from distributed.process_group import process_group
 from distributed.topology import Topology
+
+
+def fails_on(rank: int, error: Exception) -> Callable[[], str]:
+    """Work that fails on one rank."""
+
+    def work() -> str:
+        if collectives.rank() == rank:
+            raise error
+        return f"done by {collectives.rank()}"
+
+    return work
+
+
+def outcome(do: Callable[[Callable[[], str]], str], work: Callable[[], str]) -> str:
+    try:
+        return do(work)
+    except (InputError, StorageError) as error:
+        return f"{type(error).__name__} {error.exit_code:d}: {error}"
 
 
 @in_group
@@ -28,6 +48,8 @@ def try_everything() -> dict[str, Any]:
         "from main": collectives.from_main({"rank": rank, "path": None}),
         "nothing from main": collectives.from_main(None if rank == 0 else "something"),
         "gathered": collectives.gather_objects(("rank", rank, "x" * (1000 * rank))),
+        "decided": [outcome(collectives.decided_by_main, fails_on(at, InputError("a", "b"))) for at in (-1, 0, 1)],
+        "done": [outcome(collectives.done_by_all, fails_on(at, StorageError("full"))) for at in (-1, 0, 1)],
         "exchanged": exchanged,
         "drained": drained,
     }
@@ -41,6 +63,19 @@ def found(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 @pytest.mark.timeout(60)
 def test_every_rank_knows_its_place(found: list[dict[str, Any]]) -> None:
     assert [rank["place"] for rank in found] == [(rank, len(found)) for rank in range(len(found))]
+
+
+@pytest.mark.timeout(60)
+def test_what_rank_0_decides_is_the_same_everywhere_errors_too(found: list[dict[str, Any]]) -> None:
+    """What another rank would have found does not matter: it is not asked."""
+    assert [rank["decided"] for rank in found] == [["done by 0", "InputError 2: a\nb", "done by 0"]] * len(found)
+
+
+@pytest.mark.timeout(60)
+def test_what_one_rank_cannot_do_no_rank_has_done(found: list[dict[str, Any]]) -> None:
+    assert [rank["done"] for rank in found] == [
+        [f"done by {place}", "StorageError 4: full", "StorageError 4: full"] for place in range(len(found))
+    ]
 
 
 @pytest.mark.timeout(60)

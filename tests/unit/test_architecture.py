@@ -7,19 +7,20 @@ import pytest
 ROOT = Path(__file__).parents[2] / "distributed"
 # A module may import what stands in a row above its own; modules of one package may import each other, one way.
 LAYERS = [
-    "errors keyed cgroup hardware plot tree figures profiler run_lines save_budget",
-    "files versions",
-    "config topology safetensors_stream checkpoint_files",
-    "agent_store lock_holder rendezvous collectives logs metrics remote",
-    "shared_memory",
-    "process_group determinism data models row_gather optim schedule sums stop sinks",
+    "collector errors keyed cgroup hardware tree figures save_budget shipped scripts",
+    "files versions byproducts streams",
+    "config profiler run_lines topology safetensors_stream checkpoint_files",
+    "agent_store lock_holder rendezvous collectives logs metrics remote saved_state endings plot",
+    "shared_memory event_file peers signals",
+    "process_group determinism data models row_gather optim schedule sums stop",
     "exact",
-    "engine state confusion",
+    "engine state confusion data_checks",
     "run_folder loop snapshot",
     "resume_checks claimed_run",
     "cuda_step",
-    "uploads downloads",
-    "checkpoint reporter",
+    "uploads downloads sinks",
+    "resume_point reporter runs",
+    "checkpoint",
     "saved_run",
     "attempt build warm_start",
     "classifier",
@@ -44,6 +45,7 @@ SLOW = {
 WITHOUT_TORCH = {
     "errors",
     "files",
+    "byproducts",
     "config",
     "topology",
     "run_folder",
@@ -60,10 +62,13 @@ WITHOUT_TORCH = {
     "predict",
     "export.__main__",
     "report.__main__",
-    "experiments",
+    "runs",
+    "experiments.__main__",
     "gpu_check.__main__",
     "gpu_pack",
     "saved_run",
+    "endings",
+    "signals",
     "figures.style",
     "figures.confusion",
     "checkpoint_files",
@@ -194,6 +199,26 @@ def test_files_and_functions_are_short_enough_to_read(path):
         if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > 60
     ]
     assert [said for said in long if (name_of(path), said.partition(":")[0]) != ("recipe", "train")] == []
+
+
+INNER_COMMANDS = {
+    "bench.contenders",
+    "bench.memory",
+    "gpu_check.gloo_latency",
+    "gpu_check.rank_runs",
+    "gpu_check.steps",
+    "gpu_pack.bare_machine",
+}  # started by other commands, which read what they print
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if '__name__ == "__main__"' in path.read_text()], ids=name_of)
+def test_every_command_outlives_its_terminal(path):
+    assert "    run_command(main" in path.read_text() or name_of(path) in INNER_COMMANDS
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_path_on_the_command_line_may_begin_with_a_tilde(path):
+    assert "type=Path" not in path.read_text(), "home_path of files.py is the type of a path"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -230,10 +230,13 @@ def test_a_step_that_was_damaged_can_be_saved_and_damaged_again(run):
     assert restored(run)[1].step == 1
 
 
-def test_where_all_are_damaged_nothing_is_restored(run):
+def test_a_run_without_a_complete_checkpoint_never_begins_again(run):
     for path in saved(run, 1, 2):
         (path / "manifest.json").write_text("{")
-    assert restored(run)[2] is None
+    before = names(run.checkpoints)
+    with pytest.raises(InputError, match="no complete one is left"):
+        restored(run)
+    assert names(run.checkpoints) == before
 
 
 def test_what_a_killed_attempt_left_unfinished_is_swept_away(run):
@@ -252,9 +255,10 @@ def test_links_are_not_trusted(run):
 
 def test_the_last_few_and_the_best_are_kept(run):
     saved(run, 1, 2, 3, 4, 5)
-    retain(run.checkpoints, keep_last=2, kept={name_of(step=2, epoch=1)})
+    newest = name_of(step=5, epoch=1)
+    retain(run.checkpoints, newest=newest, keep_last=2, kept={name_of(step=2, epoch=1)})
     assert [path.name[12] for path in checkpoints(run.checkpoints)] == ["2", "4", "5"]
-    retain(run.checkpoints, keep_last=1, kept=())
+    retain(run.checkpoints, newest=newest, keep_last=1, kept=())
     assert [path.name[12] for path in checkpoints(run.checkpoints)] == ["5"]
 
 
@@ -490,3 +494,196 @@ def test_without_a_limit_each_epoch_is_saved_however_long_a_save_takes(run, monk
         assert writer.save_epoch(PlainEngine(epoch), state, is_best=False, ends=False)  # type: ignore[arg-type]
     writer.wait()
     assert [path.name[-3:] for path in checkpoints(run.checkpoints)] == ["001", "002", "003"]
+
+
+# What stands beside the run's own checkpoints, and what cannot be deleted
+
+
+def save(run: ClaimedRun, *steps: int, keep_last: int = 1) -> Checkpointer:
+    writer = checkpointer(run, keep_last)
+    for step in steps:
+        writer.save(PlainEngine(step), at_step(step))  # type: ignore[arg-type]
+        writer.wait()
+    return writer
+
+
+def test_a_copy_under_a_later_name_displaces_nothing(run, said):
+    writer = save(run, 1, 2)
+    copy = run.checkpoints / name_of(step=99, epoch=9)
+    shutil.copytree(run.checkpoints / name_of(step=2, epoch=1), copy)
+    writer.save(PlainEngine(3), at_step(3))  # type: ignore[arg-type]
+    writer.wait()
+    assert names(run.checkpoints) == ["latest", name_of(step=3, epoch=1), copy.name]
+    assert (run.checkpoints / "latest").resolve().name == name_of(step=3, epoch=1)
+    assert restored(run)[1].step == 3
+    assert copy.with_name(f"{copy.name}.damaged").is_dir()
+    assert "it holds step 2 after 1 epochs" in said[-1]
+
+
+def test_a_copy_under_the_name_of_the_next_save_is_set_aside(run):
+    writer = save(run, 1)
+    name = name_of(step=2, epoch=1)
+    shutil.copytree(run.checkpoints / name_of(step=1, epoch=1), run.checkpoints / name)
+    writer.save(PlainEngine(2), at_step(2))  # type: ignore[arg-type]
+    writer.wait()
+    assert names(run.checkpoints) == ["latest", name, f"{name}.damaged"]
+    assert restored(run)[1].step == 2
+
+
+def test_what_was_set_aside_before_is_kept(run):
+    for content in ("first", "second", "third"):
+        *_, last = saved(run, 1, 2) if content == "first" else saved(run, 2)
+        (last / "manifest.json").write_text(content)
+        restored(run)
+    found = [
+        (run.checkpoints / f"{last.name}.damaged{more}" / "manifest.json").read_text() for more in ("", "-2", "-3")
+    ]
+    assert found == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize("kind", ["a file", "a broken link"])
+def test_a_damaged_name_that_is_taken(run, kind):
+    *_, last = saved(run, 1, 2)
+    (last / "manifest.json").unlink()
+    taken = last.with_name(f"{last.name}.damaged")
+    taken.write_text("precious") if kind == "a file" else taken.symlink_to("nothing")
+    assert restored(run)[1].step == 1
+    assert last.with_name(f"{last.name}.damaged-2").is_dir()
+
+
+@pytest.mark.parametrize(
+    "name", ["step-000000009-epoch-001", "step-00000009-epoch-0001", "step-00000009-epoch-001.damaged"]
+)
+def test_a_name_in_another_width_is_no_checkpoint(run, name):
+    first, _ = saved(run, 1, 2)
+    shutil.copytree(first, run.checkpoints / name)
+    assert [path.name for path in checkpoints(run.checkpoints)] == [name_of(step=step, epoch=1) for step in (1, 2)]
+
+
+def test_of_a_checkpoint_that_is_a_link_only_the_link_is_deleted(run, tmp_path):
+    save(run, 1)
+    moved = tmp_path / "elsewhere"
+    (run.checkpoints / name_of(step=1, epoch=1)).rename(moved)
+    (run.checkpoints / name_of(step=1, epoch=1)).symlink_to(moved)
+    assert restored(run)[1].step == 1
+    save(run, 2)
+    assert names(run.checkpoints) == ["latest", name_of(step=2, epoch=1)]
+    assert damage_of(moved) is None
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_deleted_by_the_next_save(run, said, monkeypatch):
+    """As on NFS while another client has one of its files open."""
+    rmtree = shutil.rmtree
+
+    def busy(path: Path, **_: object) -> None:
+        if ".deleting-" in str(path):
+            raise OSError(39, "Directory not empty", str(path))
+        rmtree(path, **_)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    writer = save(run, 1, 2)
+    assert names(run.checkpoints) == [f".deleting-{name_of(step=1, epoch=1)}", "latest", name_of(step=2, epoch=1)]
+    assert [line.split()[0] for line in said] == ["WARNING"]
+    assert "Directory not empty; training continues, and the next save tries again" in said[0]
+    monkeypatch.undo()
+    writer.save(PlainEngine(3), at_step(3))  # type: ignore[arg-type]
+    writer.wait()
+    assert names(run.checkpoints) == ["latest", name_of(step=3, epoch=1)]
+
+
+def test_one_that_cannot_be_deleted_keeps_no_other(run, monkeypatch):
+    """As of a folder under `chattr +i`, which cannot be renamed either."""
+    rename = Path.rename
+
+    def immutable(self: Path, target: Path) -> Path:
+        if self.name == name_of(step=1, epoch=1):
+            raise OSError(1, "Operation not permitted", str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", immutable)
+    save(run, 1, 2, 3, 4)
+    assert [path.name for path in checkpoints(run.checkpoints)] == [name_of(step=step, epoch=1) for step in (1, 4)]
+
+
+@pytest.mark.parametrize("link", ["latest", ".latest", "best"])
+def test_a_link_that_cannot_be_set_is_a_warning(run, said, link):
+    (run.checkpoints / link / "precious").mkdir(parents=True)
+    writer = checkpointer(run)
+    for step in (1, 2):
+        writer.save(PlainEngine(step), at_step(step, best=1))  # type: ignore[arg-type]
+        writer.wait()
+    assert [line.split(":")[0] for line in said] == [f"WARNING the link {link.removeprefix('.')} was not set"]
+    assert (run.checkpoints / link / "precious").is_dir()
+    assert restored(run)[1].step == 2
+
+
+def test_nothing_is_set_aside_for_a_checkpoint_that_does_not_fit(run):
+    *_, last = saved(run, 1, 2)
+    (last / "manifest.json").unlink()
+    before = names(run.checkpoints)
+
+    def refuse(content: dict, path: Path) -> None:
+        assert (content["state"]["step"], path.name) == (1, name_of(step=1, epoch=1))
+        raise InputError("not ours")
+
+    with pytest.raises(InputError, match="not ours"):
+        checkpointer(run).restore(PlainEngine(0), at_step(0), check=refuse)  # type: ignore[arg-type]
+    assert names(run.checkpoints) == before
+
+
+def test_a_damaged_one_that_cannot_be_set_aside_is_one_line(run, monkeypatch):
+    *_, last = saved(run, 1, 2)
+    (last / "manifest.json").unlink()
+
+    def denied(self: Path, _: Path) -> Path:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "rename", denied)
+    with pytest.raises(StorageError, match=f"{last.name}: Permission denied"):
+        restored(run)
+
+
+def test_an_attempt_superseded_between_commit_and_links_leaves_them(run, monkeypatch):
+    writer = save(run, 1)
+    commit = ClaimedRun.commit
+
+    def superseded(self: ClaimedRun, aside: Path, path: Path) -> None:
+        commit(self, aside, path)
+        (run.path / "attempt.json").write_text(json.dumps({"token": "another", "pid": 1, "host": "there"}))
+
+    monkeypatch.setattr(ClaimedRun, "commit", superseded)
+    digests = run.digests_file.read_text()
+    writer.save(PlainEngine(2), at_step(2))  # type: ignore[arg-type]
+    with pytest.raises(StorageError, match="taken over by process 1 on there"):
+        writer.wait()
+    assert run.digests_file.read_text() == digests
+    assert (run.checkpoints / "latest").readlink().name == name_of(step=1, epoch=1)
+    assert len(checkpoints(run.checkpoints)) == 2
+
+
+def test_a_run_folder_removed_in_a_save_is_called_so(run, monkeypatch):
+    def removed(*_: object) -> None:
+        shutil.rmtree(run.path)
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(snapshot, "write_tensors", removed)
+    writer = checkpointer(run)
+    writer.save(PlainEngine(1), at_step(1))  # type: ignore[arg-type]
+    with pytest.raises(StorageError, match="the run folder was removed"):
+        writer.wait()
+
+
+def test_a_lost_run_comes_back_from_its_store_over_damaged_ones(run, tmp_path):
+    url = f"file://{tmp_path}/store"
+    writer = Checkpointer(run.checkpoints, run, keep_last=1, facts={}, upload_to=url)
+    for step in (1, 2):
+        writer.save(PlainEngine(step), at_step(step))  # type: ignore[arg-type]
+        writer.wait()
+    (newest,) = checkpoints(run.checkpoints)
+    (newest / "tensors.safetensors").write_bytes(b"garbage")
+    engine, state = PlainEngine(-1), at_step(0)
+    again = Checkpointer(run.checkpoints, run, keep_last=1, facts={}, upload_to=url)
+    assert again.restore(engine, state) is not None  # type: ignore[arg-type]
+    again.wait(stopping=True)
+    assert state.step == 2
+    assert names(run.checkpoints) == ["latest", newest.name, f"{newest.name}.damaged"]

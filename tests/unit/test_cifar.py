@@ -1,33 +1,22 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cifar_files import change, records_of, small_official, write_cifar
 
-from distributed.data import cifar
+from distributed.data import cifar, cifar_official
 from distributed.errors import InputError
 
 FOLDERS = {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binary"}
 TRAIN_FILES = {"cifar10": [f"data_batch_{i}.bin" for i in range(1, 6)], "cifar100": ["train.bin"]}
 TEST_FILES = {"cifar10": "test_batch.bin", "cifar100": "test.bin"}
-LABEL_BYTES = {"cifar10": 1, "cifar100": 2}
 
 
-def lay_out(root: Path, name: str) -> Path:
-    """All files at their full size; sparse, so that they take no room."""
-    folder = root / FOLDERS[name]
-    folder.mkdir(parents=True)
-    record = LABEL_BYTES[name] + 3072
-    per_file = 50_000 // len(TRAIN_FILES[name])
-    for file, count in [*((file, per_file) for file in TRAIN_FILES[name]), (TEST_FILES[name], 10_000)]:
-        with (folder / file).open("wb") as handle:
-            handle.truncate(count * record)
-    return folder
-
-
-def put(file: Path, at: int, *content: int) -> None:
-    with file.open("r+b") as handle:
-        handle.seek(at)
-        handle.write(bytes(content))
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    for each in FOLDERS:
+        small_official(monkeypatch, each)
 
 
 @pytest.fixture(params=["cifar10", "cifar100"])
@@ -38,8 +27,7 @@ def name(request):
 def complaint(name: str, root: Path) -> str:
     def look() -> None:
         cifar.check(name, root)
-        cifar.read(name, root, "train")
-        cifar.read(name, root, "test")
+        cifar.read_splits(name, root)
 
     with pytest.raises(InputError) as caught:
         look()
@@ -51,45 +39,24 @@ def complaint(name: str, root: Path) -> str:
 
 
 def test_a_complete_folder_passes_the_check(tmp_path, name):
-    lay_out(tmp_path, name)
+    write_cifar(tmp_path, name)
     cifar.check(name, tmp_path)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_labels_and_channel_major_pixels_are_read_from_their_places(tmp_path, name, split):
-    folder = lay_out(tmp_path, name)
-    file = folder / (TEST_FILES[name] if split == "test" else TRAIN_FILES[name][-1])
-    record = LABEL_BYTES[name] + 3072
-    third = 2 * record + LABEL_BYTES[name]
-    put(file, third - 1, 9)  # the fine label
-    put(file, third + 1024 + 32 * 5 + 7, 200)  # green, row 5, column 7
+    folder = write_cifar(tmp_path, name)
+    files = TRAIN_FILES[name] if split == "train" else [TEST_FILES[name]]
+    records = np.concatenate([records_of(folder / file) for file in files])
     images, labels = cifar.read(name, tmp_path, split)
-    count = {"train": 50_000, "test": 10_000}[split]
-    assert images.shape == (count, 32, 32, 3)
     assert images.dtype == labels.dtype == np.uint8
-    at = 2 + (0 if split == "test" else 50_000 - 50_000 // len(TRAIN_FILES[name]))
-    assert np.argwhere(labels).tolist() == [[at]]
-    assert labels[at] == 9
-    assert np.argwhere(images[at]).tolist() == [[5, 7, 1]]
-    assert images[at, 5, 7, 1] == 200
-
-
-def test_the_coarse_label_of_cifar100_is_passed_over(tmp_path):
-    put(lay_out(tmp_path, "cifar100") / "test.bin", 0, 19, 42)
-    assert cifar.read("cifar100", tmp_path, "test").labels[0] == 42
-
-
-def test_the_files_of_the_training_set_come_in_order(tmp_path):
-    folder = lay_out(tmp_path, "cifar10")
-    for index, file in enumerate(TRAIN_FILES["cifar10"]):
-        put(folder / file, 0, index + 1)
-    labels = cifar.read("cifar10", tmp_path, "train").labels
-    assert labels[::10_000].tolist() == [1, 2, 3, 4, 5]
+    assert np.array_equal(labels, records[:, -3073])  # the fine one of CIFAR-100
+    assert np.array_equal(images, records[:, -3072:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
 
 
 def test_it_is_known_whether_the_data_set_is_there(tmp_path, name):
     assert not cifar.is_there(name, tmp_path)
-    lay_out(tmp_path, name)
+    write_cifar(tmp_path, name)
     assert cifar.is_there(name, tmp_path)
 
 
@@ -100,14 +67,14 @@ def test_a_missing_folder_is_named_with_the_remedy(tmp_path, name):
 
 
 def test_a_missing_test_file_is_found_before_training(tmp_path, name):
-    folder = lay_out(tmp_path, name)
+    folder = write_cifar(tmp_path, name)
     (folder / TEST_FILES[name]).unlink()
     assert str(folder / TEST_FILES[name]) in complaint(name, tmp_path)
 
 
 @pytest.mark.parametrize("change", [-1, 1, -3073])
 def test_a_file_of_another_size_is_refused_with_both_sizes(tmp_path, name, change):
-    file = lay_out(tmp_path, name) / TRAIN_FILES[name][-1]
+    file = write_cifar(tmp_path, name) / TRAIN_FILES[name][-1]
     expected = file.stat().st_size
     with file.open("r+b") as handle:
         handle.truncate(expected + change)
@@ -115,25 +82,86 @@ def test_a_file_of_another_size_is_refused_with_both_sizes(tmp_path, name, chang
 
 
 def test_an_empty_file_is_refused(tmp_path, name):
-    file = lay_out(tmp_path, name) / TEST_FILES[name]
+    file = write_cifar(tmp_path, name) / TEST_FILES[name]
     file.write_bytes(b"")
     assert f"{file}: 0 bytes" in complaint(name, tmp_path)
 
 
 def test_a_folder_in_a_files_place_is_refused(tmp_path, name):
-    file = lay_out(tmp_path, name) / TEST_FILES[name]
+    file = write_cifar(tmp_path, name) / TEST_FILES[name]
     file.unlink()
     file.mkdir()
     assert str(file) in complaint(name, tmp_path)
 
 
 def test_a_label_out_of_range_means_a_damaged_file(tmp_path, name):
-    file = lay_out(tmp_path, name) / TEST_FILES[name]
+    file = write_cifar(tmp_path, name) / TEST_FILES[name]
     classes = 100 if name == "cifar100" else 10
-    last_record = file.stat().st_size - 3072 - 1
-    put(file, last_record, classes - 1)
+
+    def last_label(records):
+        records[-1, -3073] = classes
+
+    change(file, last_label)
     cifar.check(name, tmp_path)
-    put(file, last_record, classes)
     line = complaint(name, tmp_path)
     assert f"{file}: label {classes} where the highest is {classes - 1}" in line
     assert "unpack" in line
+
+
+def label_changed(records):
+    records[0, -3073] = (records[0, -3073] + 1) % 10
+
+
+def black(records):
+    records[3:, -3072:] = 0
+
+
+IMPOSSIBLE = {
+    "one image everywhere": (lambda records: records[:1].repeat(len(records), 0), "of its 20 images are in it twice"),
+    "black images": (black, "17 of its 20 images are black"),
+    "a label changed": (label_changed, "where 10 of each class belong"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_what_cifar_10_cannot_hold_is_refused(tmp_path, case):
+    how, said = IMPOSSIBLE[case]
+    change(write_cifar(tmp_path, "cifar10") / "data_batch_3.bin", how)
+    assert said in complaint("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("part", [20, 4])
+@pytest.mark.parametrize("file", ["data_batch_4.bin", "test_batch.bin"])
+def test_records_of_another_file_are_refused_in_any_order(tmp_path, file, part):
+    folder = write_cifar(tmp_path, "cifar10")
+    other = records_of(folder / "data_batch_2.bin")[::-1]
+
+    def copy(records):
+        records[:part] = other[:part]
+
+    change(folder / file, copy)
+    assert f"{folder / file}: {part} of its 20 images are in data_batch_2.bin too" in complaint("cifar10", tmp_path)
+
+
+def swapped(records):
+    records[:, :2] = records[:, 1::-1]
+
+
+def coarse_of_one(records):
+    records[7, 0] = (records[7, 0] + 1) % 20
+
+
+@pytest.mark.parametrize(("how", "said"), [(swapped, "of its 200 records"), (coarse_of_one, "1 of its 200 records")])
+def test_label_bytes_of_cifar_100_that_do_not_belong_together(tmp_path, how, said):
+    change(write_cifar(tmp_path, "cifar100") / "train.bin", how)
+    line = complaint("cifar100", tmp_path)
+    assert said in line
+    assert "label bytes are swapped or damaged" in line
+
+
+def test_a_smaller_set_may_have_any_number_of_each_class(tmp_path, monkeypatch):
+    file = write_cifar(tmp_path, "cifar10") / "data_batch_3.bin"
+    change(file, label_changed)
+    official = replace(cifar_official.SETS["cifar10"], per_class=cifar_official.CIFAR10.per_class)
+    monkeypatch.setitem(cifar_official.SETS, "cifar10", official)
+    assert len(cifar.read("cifar10", tmp_path, "train").labels) == 100

@@ -50,7 +50,7 @@ def contents(name, monkeypatch) -> dict[str, bytes]:
     for bin_file, py_file in zip((*binary.train, binary.test), (*python.train, python.test), strict=True):
         labels = drawn.integers(0, official.classes, RECORDS).astype(np.uint8)
         planes = drawn.integers(0, 256, (RECORDS, 3072)).astype(np.uint8)
-        coarse = np.zeros((RECORDS, official.label_bytes - 1), np.uint8)
+        coarse = np.array(cifar_official.COARSE_OF_FINE, np.uint8)[labels][:, None][:, : official.label_bytes - 1]
         files[f"{binary.folder}/{bin_file}"] = np.hstack([coarse, labels[:, None], planes]).tobytes()
         value = {b"batch_label": b"x", official.label_key: labels.tolist(), b"data": planes, b"filenames": [b"a.png"]}
         files[f"{python.folder}/{py_file}"] = python2_pickle(value)
@@ -121,6 +121,28 @@ def test_every_form_gives_the_same_bytes_as_the_binary_folder(tmp_path, name, co
         assert np.array_equal(mine.labels, expected.labels)
         assert np.array_equal(cifar.read(name, tmp_path / "other", split).images, expected.images)
     assert sorted(tmp_path.rglob("*")) == before, "nothing is unpacked to the disk"
+
+
+@pytest.mark.parametrize("which", FORMS)
+def test_a_root_may_name_the_folder_or_archive_itself(tmp_path, name, contents, which, monkeypatch):
+    lay(tmp_path, contents, of_form(name, which))
+    expected = cifar.read_splits(name, tmp_path)
+    itself = tmp_path / of_form(name, which)
+    roots = [itself]
+    if itself.is_dir():
+        monkeypatch.chdir(itself)
+        roots.append(Path())
+    for root in roots:
+        assert cifar.is_there(name, root)
+        cifar.check(name, root)
+        for mine, theirs in zip(cifar.read_splits(name, root), expected, strict=True):
+            assert np.array_equal(mine.images, theirs.images)
+
+
+def test_a_folder_of_another_name_is_not_taken_for_the_data(tmp_path, name, contents):
+    lay(tmp_path, contents, of_form(name, FORMS[0]))
+    other = (tmp_path / of_form(name, FORMS[0])).rename(tmp_path / "other")
+    assert not cifar.is_there(name, other)
 
 
 def test_the_first_form_in_order_is_taken(tmp_path, name, contents):

@@ -3,8 +3,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from integration.abuse import call
 
 from distributed.compare import Comparison, Parting, circumstances, compare
+from distributed.config import TrainConfig, as_toml
 from distributed.run_folder import RunFolder
 
 STEPS = [{"kind": "train", "step": step, "epoch": 0, "loss": 1 / step, "images_per_second": 7.0} for step in (1, 2, 4)]
@@ -104,4 +106,43 @@ def test_what_differed_besides_the_bits_is_told_once_each_as_it_changed_over_the
     )
     other.attempts_file.write_text(attempt(3, 8, "2.15") + attempt(1, 8, "2.16"))
     assert circumstances(run, other) == ["world_size: 2 | 3, 1", "version of torch: 2.15 | 2.15, 2.16"]
+    assert circumstances(run, run) == []
+
+
+def test_results_are_shown_side_by_side(run: RunFolder, tmp_path: Path) -> None:
+    other = run_of(tmp_path / "b", [*STEPS, {**EPOCH, "test": {"accuracy": 0.5}, "train_loss": 0.75}], SAVES)
+    for one, status in ((run, "finished"), (other, "stopped")):
+        one.config_file.write_text(as_toml(TrainConfig(epochs=3)))
+        (one.path / "status.json").write_text(json.dumps({"status": status}))
+    found = call("compare", run.path, other.path)
+    rows = {line.split("  ")[0]: line.split() for line in found.out.splitlines()}
+    assert (found.code, rows["status"][-2:]) == (1, ["finished", "stopped"])
+    assert rows["epochs"][1:] == ["1", "of", "3", "1", "of", "3"]
+    assert rows["test"][1:] == ["-", "50.00%", "(epoch", "1)"]
+
+
+def test_settings_are_spelt_as_in_a_config(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = run_of(tmp_path / "b", STEPS, SAVES)
+    configs = {run: TrainConfig(), other: TrainConfig(channels_last=False, precision="float32", early_stopping={})}
+    monkeypatch.setattr(RunFolder, "saved_config", lambda run: configs[run])
+    assert circumstances(run, other)[:2] == [
+        'config: precision = "bfloat16" | "float32"',
+        "config: channels_last = true | false",
+    ]
+    assert 'config: early_stopping.metric = "none" | "accuracy"' in circumstances(run, other)
+
+
+def test_other_images_are_a_difference(run: RunFolder, tmp_path: Path) -> None:
+    other = run_of(tmp_path / "b", STEPS, SAVES)
+    for one, digest in ((run, "aa"), (other, "bb")):
+        line = json.loads(attempt(2, 8, "2.15"))
+        line["images"] = {"train": {"size": 9, "digest": digest, "order": "01"}, "test": {"size": 3, "digest": "dd"}}
+        one.attempts_file.write_text(json.dumps(line) + "\n")
+    (line,) = circumstances(run, other)
+    assert line == "train images: size 9, digest aa, order 01 | size 9, digest bb, order 01"
+
+
+@pytest.mark.parametrize("images", [None, 3, [1], {"train": 3}, {"train": None}])
+def test_a_line_with_damaged_images_is_left_out(run: RunFolder, images: object) -> None:
+    run.attempts_file.write_text(json.dumps(json.loads(attempt(2, 8, "2.15")) | {"images": images}) + "\n")
     assert circumstances(run, run) == []

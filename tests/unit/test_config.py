@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from distributed.config import TrainConfig, as_toml, changes_experiment, differences, help_text, load
+from distributed.config import TrainConfig, as_toml, changes_experiment, differences, help_text, hints, load, toml_value
 from distributed.config.fields import leaves
 from distributed.data.sources import class_names
 from distributed.errors import InputError
@@ -122,6 +122,36 @@ def test_a_file_that_is_no_toml_says_where(write):
 def test_a_file_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "run.toml").write_bytes(b"\xff\xfe\x00")
     assert "not UTF-8 text" in mistakes(tmp_path / "run.toml")[0]
+
+
+def test_a_byte_order_mark_and_ends_of_windows_are_read(tmp_path):
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbfepochs = 3\r\n\r\n[optim]\r\nlr = 0.5\r\n")
+    config = config_of(tmp_path / "run.toml")
+    assert (config.epochs, config.optim.lr) == (3, 0.5)
+
+
+def test_a_line_is_counted_as_editors_do(tmp_path):
+    (tmp_path / "run.toml").write_text('run_dir = "a\u2028b\x85c"\nepochs = 0\n')
+    assert mistakes(tmp_path / "run.toml")[-1].startswith(f"{tmp_path}/run.toml:2: epochs")
+
+
+@pytest.mark.parametrize("setting", ["run_dir", "data.root", "init_from", "scaling.storage_path"])
+def test_a_tilde_is_the_home_folder(setting, write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    section, _, name = setting.rpartition(".")
+    file = write(f"[{section}]\n" * bool(section) + f'{name} = "~/x"\n')
+    for words in ([f"--{setting}", "~/x"], [file]):
+        value = config_of(*words)
+        for part in setting.split("."):
+            value = getattr(value, part)
+        assert value == Path("/home/me/x")
+
+
+def test_a_config_and_its_base_are_found_in_the_home_folder(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write("epochs = 3\n", "base.toml")
+    write('extends = "~/base.toml"\n', "run.toml")
+    assert config_of("~/run.toml").epochs == 3
 
 
 # Command line
@@ -270,6 +300,77 @@ def test_all_errors_come_at_once_a_line_each(write):
 )
 def test_a_misspelt_setting_is_guessed_in_its_right_section(option, meant):
     assert mistakes(f"--{option}", "3") == (f"command line: {option} = 3: unknown setting; did you mean {meant}?",)
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("batch_size", "global_batch_size"),
+        ("batch-size", "global_batch_size"),
+        ("learning_rate", "optim.lr"),
+        ("optim.learning_rate", "optim.lr"),
+        ("wd", "optim.weight_decay"),
+        ("amp", "precision"),
+        ("dataset", "data.name"),
+        ("data_dir", "data.root"),
+        ("output_dir", "run_dir"),
+        ("num_workers", "threads"),
+        ("num_epochs", "epochs"),
+        ("grad_clip", "optim.clip_norm"),
+        ("optimizer", "optim.name"),
+        ("LR", "optim.lr"),
+    ],
+)
+def test_names_of_other_tools_are_known(option, meant):
+    (line,) = mistakes(f"--{option}", "3")
+    assert f"unknown setting; did you mean {meant}?" in line
+
+
+def test_every_hint_names_a_setting():
+    assert hints._OTHER_NAMES.keys() <= hints.known()
+    assert not hints._MEANT.keys() & (hints.known() | hints._ADVICE.keys())
+
+
+@pytest.mark.parametrize("option", ["gpus", "nproc_per_node", "world_size"])
+def test_who_asks_for_processes_is_sent_to_the_launcher(option):
+    assert "torchrun --nproc_per_node=N" in mistakes(f"--{option}", "3")[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "others"),
+    [
+        (["--optim.name", "lion", "--optim.lr", "-1"], ["optim.lr = -1"]),
+        (["--optim.name", "lion", "--optim.beta1", "2"], ["optim.beta1 = 2"]),
+        (["--optim.name", "lion", "--optim.momentum", "0.8"], []),
+        (["--optim.name", "lion", "--optim.beta1", "0.5", "--optim.momentum", "0.8"], []),
+        (["--optim.name", "lion", "--optim.lrr", "1"], ["optim.lrr = 1: unknown setting"]),
+        (["--optim.name", "lion", "--epochs", "0", "--schedule.name", "x", "--schedule.patience", "-1"],
+         ["schedule.name = x", "epochs = 0", "schedule.patience = -1"]),
+        (["--data.name", "mnist", "--data.augment.crop", "99"], ["data.augment.crop = 99"]),
+        (["--seed", "1", "stray", "--optim.lr", "-1"], ["optim.lr = -1"]),
+        (["--epochs", "--optim.lr", "-1"], ["optim.lr = -1"]),
+    ],
+)  # fmt: skip
+def test_one_mistake_hides_no_other(words, others):
+    lines = mistakes(*words)[1:]
+    assert len(lines) == len(others)
+    assert all(other in line for other, line in zip(others, lines, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (True, "true"),
+        (0.1, "0.1"),
+        (1e-5, "1e-05"),
+        ("x", '"x"'),
+        (None, '"none"'),
+        (["a", "b"], '["a", "b"]'),
+        ((), "[]"),
+    ],
+)
+def test_a_value_is_spelt_as_in_a_file(value, text):
+    assert toml_value(value) == text
 
 
 def test_a_setting_like_no_other_points_to_help():
@@ -538,7 +639,7 @@ def test_what_the_curve_depends_on_makes_another_experiment(path):
     "path",
     ["run_dir", "data.root", "threads", "device", "timeout_seconds", "checkpoint.every_steps", "checkpoint.keep_last",
      "logging.every_steps", "logging.level", "logging.tensorboard", "logging.profile_steps", "data.placement",
-     "evaluation.test_every_epoch", "data.download", "data.urls", "data.cache", "scaling.num_workers"],
+     "evaluation.test_every_epoch", "data.download", "data.urls", "data.cache", "data.max_pixels", "scaling.num_workers"],
 )  # fmt: skip
 def test_what_the_curve_does_not_depend_on_may_change(path):
     assert not changes_experiment(path, TrainConfig())

@@ -20,6 +20,7 @@ TRAIN = [sys.executable, "-m", "distributed.train"]
         ["ray", "job", "submit", "--", "python", "-m", "launch.ray_train", "configs/debug.toml"],
         [sys.executable, "-m", "integration.killed_in_save", "before the rename", "4", "configs/debug.toml"],
         ["sbatch", "--nodes=2", Path("slurm/train.sh"), Path("configs/debug.toml")],
+        [Path("bin/distributed-train"), "debug"],
     ],
     ids=lambda words: " ".join(map(str, words[-3:])),
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from distributed.errors import InputError
-from distributed.experiments import Result, read_table, write_results, write_table
+from distributed.experiments.results import Result, read_table, write_results, write_table
 
 FIRST = Result(
     name="I-10", model="improved_alexnet", data="cifar10", epochs=10, of_epochs=10, ended_early=False, at_epoch=10,

@@ -2,6 +2,7 @@
 
 import hashlib
 import multiprocessing
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 from http_server import CONTENT, HALF, Server, serving
 
 from distributed.config.data import CifarData
-from distributed.data import cifar_official, fetch, progress, sources
+from distributed.data import cifar_official, fetch, once, progress, sources
 from distributed.errors import InputError
 
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -220,6 +221,56 @@ def test_after_a_failure_another_attempt_tries_anew(server, target):
     complaint([server.url("404")], target)
     get([server.url("good")], target)
     assert target.read_bytes() == CONTENT
+
+
+def test_no_clock_decides_whether_a_failure_is_old(server, target):
+    """A file server's clock may be ahead of this machine's, and the note of an old failure seem to come from the future."""
+    complaint([server.url("404")], target)
+    (note,) = target.parent.glob("*.failed")
+    ahead = time.time() + 300
+    os.utime(note, (ahead, ahead))
+    get([server.url("good")], target)
+    assert target.read_bytes() == CONTENT
+
+
+def test_a_mirror_is_asked_though_the_same_file_fails_elsewhere(server, target):
+    """Two commands wait for one file; the first one's address has stalled."""
+    arguments = ([server.url("stalls")], target)
+    options = {"md5": MD5, "stall_seconds": 1.0, "rounds": 1}
+    first = multiprocessing.get_context("fork").Process(target=fetch.fetch, args=arguments, kwargs=options)
+    first.start()
+    deadline = time.monotonic() + 20
+    while not server.asked:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    get([server.url("good")], target)
+    first.join(20)
+    assert target.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("note", ["", "[]", "null", '{"number": []}', '{"number": 1, "lines": 3}', "[[[["])
+def test_a_damaged_note_of_a_failure_is_passed_over(server, target, note):
+    target.parent.mkdir()
+    target.with_name(f".{target.name}.failed").write_text(note)
+    get([server.url("good")], target)
+    assert target.read_bytes() == CONTENT
+
+
+def test_a_failure_that_cannot_be_noted_is_told(server, target, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(once, "replace_json", full)
+    assert "HTTP 404" in complaint([server.url("404")], target)[0]
+
+
+def test_a_file_system_without_locks_is_one_line(server, target, monkeypatch):
+    def without(*_: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(once.FileLock, "acquire", without)
+    with pytest.raises(InputError, match="its file system has no locks"):
+        get([server.url("good")], target)
 
 
 def test_a_downloader_that_is_killed_leaves_its_part_to_the_next(server, target):

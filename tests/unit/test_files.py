@@ -1,9 +1,24 @@
 import os
+import socket
+import stat
+import threading
+from pathlib import Path
 
 import pytest
 
 from distributed import files
-from distributed.files import append_line, read_json, replace_json, replace_text
+from distributed.errors import InputError
+from distributed.files import (
+    append_line,
+    check_writable,
+    home_path,
+    lines_of,
+    read_at_most,
+    read_json,
+    replace_json,
+    replace_text,
+    write_output,
+)
 
 
 def test_json_goes_there_and_back(tmp_path):
@@ -44,3 +59,129 @@ def test_lines_are_appended(tmp_path):
     for line in ("one", "zwei ä"):
         append_line(tmp_path / "a", line)
     assert (tmp_path / "a").read_text().splitlines() == ["one", "zwei ä"]
+
+
+# Paths
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [("~", "/home/me"), ("~/x", "/home/me/x"), ("a/~", "a/~"), ("~nobody-of-this-name/x", "~nobody-of-this-name/x"),
+     ("~root", os.path.expanduser("~root")), ("./~", "~")],
+)  # fmt: skip
+def test_a_tilde_is_read_as_a_shell_does(text: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert home_path(text) == Path(path)
+
+
+# What is no regular file
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Path:
+    os.mkfifo(tmp_path / "pipe")
+    return tmp_path / "pipe"
+
+
+def test_a_pipe_is_neither_read_nor_appended_to(pipe: Path) -> None:
+    assert read_json(pipe) is None
+    assert list(lines_of(pipe)) == []
+    with pytest.raises(OSError, match=r"not a regular file|No such device"):
+        append_line(pipe, "line")
+    with pytest.raises(OSError, match="not a regular file"):
+        read_at_most(pipe, 10)
+
+
+def test_a_file_beyond_its_limit_takes_no_memory(tmp_path: Path) -> None:
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(10 * 2**30)
+    assert read_json(tmp_path / "sparse") is None
+    assert list(lines_of(tmp_path / "sparse")) == []
+    with pytest.raises(OSError, match="more than 10 bytes"):
+        read_at_most(tmp_path / "sparse", 10)
+
+
+def test_a_file_up_to_its_limit_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"0123456789")
+    assert read_at_most(tmp_path / "a", 10) == b"0123456789"
+    with pytest.raises(OSError, match="more than 9 bytes"):
+        read_at_most(tmp_path / "a", 9)
+
+
+def test_lines_are_read_with_any_end_and_any_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"one\r\ntwo\n\n\xff\nlast")
+    assert list(lines_of(tmp_path / "a")) == ["one", "two", "", "\ufffd", "last"]
+    assert list(lines_of(tmp_path / "missing")) == []
+
+
+# What commands write where the user says
+
+
+def test_an_output_goes_through_a_link_to_a_file(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to("target")
+    write_output(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "new"
+
+
+def test_an_output_goes_through_a_link_to_nothing_yet(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("target")
+    check_writable("--out", tmp_path / "link")
+    write_output(tmp_path / "link", b"new")
+    assert (tmp_path / "target").read_text() == "new"
+
+
+def test_an_output_goes_into_a_pipe_that_is_read(pipe: Path) -> None:
+    found: list[bytes] = []
+    reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    check_writable("--out", pipe)
+    while True:  # until the reader has opened it
+        try:
+            write_output(pipe, b"x" * 200_000)
+            break
+        except OSError:
+            continue
+    reader.join(10)
+    assert found == [b"x" * 200_000]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_an_output_into_a_pipe_that_nobody_reads_is_an_error(pipe: Path) -> None:
+    with pytest.raises(OSError, match="No such device or address"):
+        write_output(pipe, b"x")
+
+
+def test_a_device_stays_a_device(tmp_path: Path) -> None:
+    device = tmp_path / "null"
+    try:
+        os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        device.open("wb").close()
+    except OSError:
+        pytest.skip("devices can be made by root alone")
+    check_writable("--out", device)
+    write_output(device, b"x")
+    assert stat.S_ISCHR(device.stat().st_mode)
+    with pytest.raises(InputError, match="is not a regular file"):
+        check_writable("--out", device, regular=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("folder", "is a folder"), ("socket", "is not a regular file"), ("x" * 300, "File name too long"),
+     ("x" * 240, "File name too long"), ("file/x", "File exists"), ("lost", "No such file"), ("circle", "symbolic links")],
+)  # fmt: skip
+def test_an_output_that_cannot_be_written_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("file").write_text("")
+    Path("lost").symlink_to("missing/file")
+    Path("circle").symlink_to("circle")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("socket")
+        with pytest.raises(InputError, match=said) as found:
+            check_writable("--out", Path(name))
+    assert "name a file that can be written" in str(found.value)

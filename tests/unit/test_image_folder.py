@@ -179,7 +179,7 @@ def test_a_broken_image_is_one_line_with_its_path(root, content, told):
     lines = sorted(caught.value.lines)
     assert [line.split(": ")[1] for line in lines] == [str(root / "train" / f) for f in ("bee/0.png", "cow/1.png")]
     assert all(told in line and "\n" not in line for line in lines)
-    assert not list((root / ".decoded").glob("*.npy"))
+    assert not list((root / ".decoded").glob("*.images"))
 
 
 def test_a_truncated_png_is_broken(root):
@@ -192,7 +192,7 @@ def test_a_truncated_png_is_broken(root):
 def test_what_was_decoded_is_not_decoded_again_until_a_file_or_the_size_changes(root, monkeypatch):
     counts: list[Path] = []
     real = decode.decode
-    monkeypatch.setattr(decode, "decode", lambda path: counts.append(path) or real(path))
+    monkeypatch.setattr(decode, "decode", lambda path, **most: counts.append(path) or real(path, **most))
     first = decode.read(root, 16)[1][0]
     assert len(counts) == 24
     again = decode.read(root, 16)[1][0]
@@ -206,32 +206,13 @@ def test_what_was_decoded_is_not_decoded_again_until_a_file_or_the_size_changes(
     assert not np.array_equal(first.images, changed.images)
 
 
-def test_a_damaged_cache_is_made_anew(root):
-    expected = np.array(decode.read(root, 16)[1][0].images)
-    (file,) = (root / ".decoded").glob("train-*.npy")
-    file.write_bytes(file.read_bytes()[:300])
-    assert np.array_equal(decode.read(root, 16)[1][0].images, expected)
-
-
-def test_the_cache_lies_where_it_was_named_else_beside_the_data_else_with_the_user(root, tmp_path, monkeypatch):
-    assert image_folder.cache_folder(root, None) == root / ".decoded"
-    assert image_folder.cache_folder(root, tmp_path / "named") == tmp_path / "named"
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "file").write_text("")  # cannot hold a folder, as one that is read-only
-    assert (
-        image_folder.cache_folder(tmp_path / "file", None) == tmp_path / "home" / ".cache" / "distributed" / "decoded"
-    )
-    with pytest.raises(InputError, match=r"--data\.cache"):
-        image_folder.cache_folder(root, tmp_path / "file" / "below")
-
-
 def _read(root: str, log: str) -> None:
     real = decode.decode
 
-    def counted(path: Path) -> torch.Tensor:
+    def counted(path: Path, **most: int) -> torch.Tensor:
         with open(log, "ab", buffering=0) as file:
             file.write(f"{os.getpid()}\n".encode())
-        return real(path)
+        return real(path, **most)
 
     decode.decode = counted
     decode.read(Path(root), 16)

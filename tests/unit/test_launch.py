@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from distributed.config import load
 from distributed.errors import ExitCode, InputError
 from launch.address import free_port, reachable, way_to
 from launch.allocation import Allocation, fewest_cpus
 from launch.arguments import of_task, with_folder
 from launch.ending import Journal, decide
+from launch.probe import data
 from launch.slurm import tasks
 from launch.summary import summary
 
@@ -109,6 +111,17 @@ def test_a_port_that_is_taken_is_passed_over():
     assert free_port(12_345) != free_port(12_346)
 
 
+def test_a_probe_in_a_job_looks_for_data_that_nobody_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config, named = load(["--data.root", str(tmp_path)])
+    assert named
+    for name in ("SLURM_JOB_ID", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        monkeypatch.delenv(name, raising=False)
+    assert data(config, False) == "none named"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(InputError, match="data_batch_1"):
+        data(config, False)
+
+
 def test_the_node_with_the_fewest_cpus_counts():
     assert fewest_cpus("4") == 4
     assert fewest_cpus("16(x2),2") == 2
@@ -128,7 +141,7 @@ def test_the_summary_has_mean_and_deviation_of_the_finished_seeds(tmp_path: Path
     a_run(tmp_path / "seed-0", status="finished", accuracy=0.5)
     a_run(tmp_path / "seed-1", status="finished", accuracy=0.7)
     a_run(tmp_path / "seed-2", status="stopped", accuracy=0.1)
-    *runs, spread, left = summary(tmp_path).splitlines()
+    _, *runs, spread, left = summary(tmp_path).splitlines()
     assert [line.split()[0] for line in runs] == ["seed-0", "seed-1", "seed-2"]
     assert spread == "over 2 finished seeds: test accuracy 0.6000 ± 0.1414"
     assert left == "1 of 3 runs that have begun are not finished"
@@ -139,7 +152,7 @@ def test_the_summary_has_mean_and_deviation_of_the_finished_seeds(tmp_path: Path
 def test_the_summary_has_no_mean_over_different_settings(tmp_path: Path):
     for lr in ("0.1", "0.01"):
         a_run(tmp_path / f"optim.lr={lr}", status="finished", accuracy=0.5)
-    assert [line.split()[0] for line in summary(tmp_path).splitlines()] == ["optim.lr=0.01", "optim.lr=0.1"]
+    assert [line.split()[0] for line in summary(tmp_path).splitlines()[1:]] == ["optim.lr=0.01", "optim.lr=0.1"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

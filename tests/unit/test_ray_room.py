@@ -5,7 +5,7 @@ import pytest
 from distributed.config.sections import Scaling
 
 pytest.importorskip("ray", reason="ray is not installed")
-from launch.ray_cluster import _fitting, _together
+from launch.ray_cluster import _fitting, _together, open_to_all
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,18 @@ def test_a_node_has_room_for_what_its_scarcest_resource_allows(resources, scalin
 @pytest.mark.parametrize(("placement", "count"), [("pack", 6), ("spread", 6), ("strict_pack", 3), ("strict_spread", 2)])
 def test_strict_placements_count_nodes_or_the_largest(placement, count):
     assert _together(Scaling(placement=placement), [3, 3, 0]) == count
+
+
+@pytest.mark.parametrize(
+    ("addresses", "token", "said"),
+    [
+        (["127.0.0.1", "10.0.0.7"], False, "the Ray cluster on 10.0.0.7 asks for no token"),
+        (["fd00::7"], False, "the Ray cluster on fd00::7"),
+        (["10.0.0.7"], True, ""),
+        (["127.0.0.1", "::1", "localhost", "127.9.9.9"], False, ""),
+        ([], False, ""),
+    ],
+)
+def test_a_cluster_on_a_network_without_a_token_is_warned_of(addresses, token, said):
+    assert open_to_all(addresses, token=token).startswith(said)
+    assert bool(said) == bool(open_to_all(addresses, token=token))

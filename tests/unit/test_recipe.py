@@ -1,13 +1,14 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from distributed import determinism
+from distributed import claimed_run, determinism
 from distributed.checkpoint_files import checkpoints
 from distributed.config import TrainConfig, load
-from distributed.errors import InputError
+from distributed.errors import InputError, StorageError
 from distributed.metrics import EpochMetrics, TrainMetrics
 from distributed.recipe import train
 from distributed.run_folder import RunFolder
@@ -118,7 +119,7 @@ def test_a_run_goes_on_only_with_as_many_shards_as_it_was_begun_with(config):
     stopped(config, 2)
     assert bits(config)["shards"] == 8
     for shards in (4, 0):
-        with pytest.raises(InputError, match=rf"exact\.shards = {shards} here .*begun with 8; give --exact\.shards 8"):
+        with pytest.raises(InputError, match=rf"exact\.shards = {shards}: this run was begun with 8"):
             stopped(with_shards(config, shards), 2)
     assert newest(config)["step"] == 2
     assert stopped(with_shards(config, 8), 2).step == 4
@@ -172,3 +173,45 @@ def test_threads_that_have_nothing_to_compute_are_told_of(config):
     enough = few.model_copy(update={"threads": 2, "run_dir": config.run_dir / "enough"})
     stopped(enough, 2)
     assert "nothing to compute" not in log_of(enough)
+
+
+# Attempts that lose their folder
+
+
+@pytest.mark.parametrize("how", ["superseded", "removed"])
+def test_an_attempt_without_its_folder_ends_at_the_next_line(config, how):
+    run = RunFolder(config.run_dir)
+
+    class AtThree(Told):
+        def train(self, metrics: TrainMetrics) -> None:
+            super().train(metrics)
+            if metrics.step == 3 and how == "removed":
+                shutil.rmtree(run.path)
+            elif metrics.step == 3:
+                (run.path / "attempt.json").write_text('{"token": "another", "pid": 7, "host": "there"}')
+
+    told = AtThree()
+    said = "was taken over by process 7 on there" if how == "superseded" else "the run folder was removed"
+    with pytest.raises(StorageError, match=said):
+        train(config, sinks=[told])
+    assert told.steps == [1, 2, 3]
+    if how == "superseded":
+        assert lines(config, "train") == [1, 2, 3]
+        assert run.status()["status"] == "running"
+    else:
+        assert not run.path.exists()
+
+
+def test_a_running_status_says_where_training_is(config, monkeypatch):
+    monkeypatch.setattr(claimed_run, "PROGRESS_SECONDS", 0.0)
+    run, shown = RunFolder(config.run_dir), list[int]()
+
+    class Looking(Told):
+        def train(self, metrics: TrainMetrics) -> None:
+            assert run.status()["status"] == "running"
+            shown.append(run.status()["step"])
+
+    train(config, sinks=[Looking()])
+    assert shown[0] == 1
+    assert shown == sorted(shown)
+    assert len(set(shown)) > 2  # not all: it does not wait while a save writes the status

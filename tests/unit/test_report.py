@@ -9,6 +9,7 @@ import torch
 
 from distributed.config import TrainConfig, as_toml
 from distributed.errors import InputError
+from distributed.figures.style import COLOURS
 from distributed.report.curves import overlaid_curves, run_curves, throughput
 from distributed.report.history import History, read_history
 from distributed.report.page import Absent, page, part, pictures, table, text
@@ -187,6 +188,19 @@ def test_curves_are_drawn_and_stand_alone(run: History) -> None:
     for label in (">train<", ">validation<", ">test<", ">epoch<", ">learning rate<", ">best validation<"):
         assert label in run_curves(run)
     assert ">a new attempt<" in throughput(run)
+
+
+def test_runs_of_one_epoch_are_drawn_as_points(tmp_path: Path) -> None:
+    one_epoch = [train_line(10), epoch_line(0, 0.1, 0.5, 0.4)]
+    runs = [read_history(run_of(tmp_path / name, logged=one_epoch)) for name in "ab"]
+    drawn = overlaid_curves(runs).partition("<g>")[2]
+    for colour in COLOURS[:2]:  # a line of one point is nothing; only points are filled
+        assert drawn.count(f"fill: {colour}") >= 3
+
+
+def test_settings_are_spelt_as_in_a_config(tmp_path: Path) -> None:
+    runs = [read_history(run_of(tmp_path / name, schedule={"name": name})) for name in ("constant", "plateau")]
+    assert "&quot;constant&quot;" in page("runs", together(runs))
 
 
 def test_a_run_that_has_logged_nothing_is_drawn_nowhere(tmp_path: Path) -> None:

@@ -1,18 +1,23 @@
+import ast
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from loguru import logger
 
 from distributed import claimed_run
-from distributed.checkpoint_files import name_of
+from distributed.checkpoint_files import FORMAT, name_of
 from distributed.claimed_run import ClaimedRun
 from distributed.config import TrainConfig, load
 from distributed.errors import ExitCode, InputError, StorageError
-from distributed.files import read_json
+from distributed.files import digest_of, read_json
 from distributed.resume_checks import check_resume
 from distributed.run_folder import RunFolder
+from distributed.schedule import build_early_stopping, build_schedule
+from distributed.state import TrainState
 from distributed.versions import versions
 
 
@@ -28,16 +33,41 @@ def run(path) -> Iterator[ClaimedRun]:
     claimed.release()
 
 
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    messages: list[str] = []
+    handle = logger.add(lambda message: messages.append(str(message)), format="{level} {message}")
+    yield messages
+    logger.remove(handle)
+
+
 def config_of(path: Path, *words: str) -> TrainConfig:
     return load(["--run_dir", str(path), *words])[0]
 
 
-def checkpointed(path: Path, config: TrainConfig, step: int = 10, **bits: Any) -> None:
-    """What of a checkpoint tells under which config it was made, and how many shards that came to."""
-    folder = path / "checkpoints" / name_of(step=step, epoch=1)
+def checkpointed(path: Path, config: TrainConfig, step: int = 10, epoch: int = 1, **bits: Any) -> Path:
+    """A complete checkpoint at the end of an epoch, all but its tensors as a run would have saved it."""
+    folder = path / "checkpoints" / name_of(step=step, epoch=epoch)
     folder.mkdir(parents=True)
-    content = {"config": json.loads(config.model_dump_json()), "bits": {"shards": config.shards_on("cpu")} | bits}
+    state = TrainState(
+        build_schedule(config, steps_per_epoch=step // epoch), build_early_stopping(config.early_stopping)
+    )
+    state.epoch, state.step, state.samples_seen = epoch, step, step * config.global_batch_size
+    content = {
+        "state": state.state_dict(),
+        "config": json.loads(config.model_dump_json()),
+        "bits": {"shards": config.shards_on("cpu")} | bits,
+    }
     (folder / "state.json").write_text(json.dumps(content))
+    (folder / "tensors.safetensors").write_bytes(b"")
+    seal(folder)
+    return folder
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of the files as they are."""
+    files = {name: digest_of(folder / name) for name in ("tensors.safetensors", "state.json")}
+    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}))
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
@@ -202,6 +232,7 @@ def test_a_run_from_before_there_were_shards_was_in_fast_mode(path):
     content = json.loads(state.read_text())
     del content["bits"]["shards"], content["config"]["exact"]
     state.write_text(json.dumps(content))
+    seal(state.parent)
     assert check_resume(config_of(path, SHARDS, "0")) is False
     with pytest.raises(InputError, match="this run was begun with 0"):
         check_resume(config_of(path, SHARDS, "8"))
@@ -215,7 +246,7 @@ def test_a_moved_run_folder_goes_on(path, tmp_path):
 def test_a_finished_run_is_finished(run, path):
     config = config_of(path)
     run.begin(config, start_step=0, details={})
-    checkpointed(path, config)
+    checkpointed(path, config, epoch=10)
     assert check_resume(config) is False
     run.end("finished", exit_code=ExitCode.FINISHED)
     assert check_resume(config) is True
@@ -223,6 +254,203 @@ def test_a_finished_run_is_finished(run, path):
 
 
 def test_a_finished_run_goes_on_under_more_epochs_where_the_schedule_allows_it(run, path):
-    checkpointed(path, config_of(path, "--schedule.name", "constant"))
+    checkpointed(path, config_of(path, "--schedule.name", "constant"), epoch=10)
     run.end("finished", exit_code=ExitCode.FINISHED)
+    assert check_resume(config_of(path, "--schedule.name", "constant")) is True
     assert check_resume(config_of(path, "--schedule.name", "constant", "--epochs", "20")) is False
+
+
+# Whether a run is finished is for its checkpoints to say
+
+
+def finished(path: Path, *words: str) -> tuple[TrainConfig, Path]:
+    """The config and the last checkpoint of a run of ten epochs whose status says that it is finished."""
+    config = config_of(path, "--schedule.name", "constant", *words)
+    claimed = ClaimedRun.claim(path, world_size=1)
+    checkpointed(path, config, step=90, epoch=9)
+    last = checkpointed(path, config, step=100, epoch=10)
+    claimed.begin(config, start_step=0, details={})
+    claimed.saved(step=100, epoch=10)
+    claimed.end("finished", exit_code=ExitCode.FINISHED, step=100, epoch=10)
+    claimed.release()
+    return config, last
+
+
+@pytest.mark.parametrize("how", ["deleted", "tensors damaged", "state damaged", "no manifest"])
+def test_a_run_without_its_last_checkpoint_is_not_finished(path, how):
+    config, last = finished(path)
+    assert check_resume(config) is True
+    if how == "deleted":
+        shutil.rmtree(last)
+    else:
+        file = {"tensors damaged": "tensors.safetensors", "state damaged": "state.json", "no manifest": "manifest.json"}
+        (last / file[how]).write_bytes(b"x")
+    assert check_resume(config) is False
+
+
+@pytest.mark.parametrize("evidence", ["damaged", "set aside", "digests", "status", "status of an older version"])
+def test_a_run_that_lost_all_it_saved_is_refused(path, evidence):
+    config, last = finished(path)
+    shutil.rmtree(last.with_name(name_of(step=90, epoch=9)))
+    if evidence == "damaged":
+        (last / "state.json").write_text("{}")
+    elif evidence == "set aside":
+        last.rename(last.with_name(f"{last.name}.damaged"))
+    else:
+        shutil.rmtree(last)
+    if not evidence.startswith("status"):
+        (path / "status.json").unlink()
+    elif "older" in evidence:
+        (path / "status.json").write_text('{"status": "stopped", "step": 100}')
+    if evidence == "digests":
+        (path / "digests.jsonl").write_text(json.dumps({"name": last.name, "tensors": {}}) + "\n")
+    with pytest.raises(InputError, match=r"no complete one is left in .*; put one back"):
+        check_resume(config)
+    assert check_resume(config_of(path, "--checkpoint.upload_to", f"file://{path}")) is False
+
+
+@pytest.mark.parametrize("status", ['{"status": "failed", "step": 30}', '{"status": "running", "step": 30}', "[", "{}"])
+def test_a_run_that_died_before_its_first_save_begins_again(path, status):
+    path.mkdir(parents=True)
+    (path / "status.json").write_text(status)
+    (path / "digests.jsonl").write_text("")
+    assert check_resume(config_of(path)) is False
+
+
+def test_a_refused_start_forgets_nothing(path):
+    """A start that ends before it has begun writes down its failure, and not that nothing was saved."""
+    finished(path)
+    claimed = ClaimedRun.claim(path, world_size=1)
+    claimed.end("failed", exit_code=ExitCode.BAD_INPUT, reason="something")
+    claimed.release()
+    assert RunFolder(path).saved_step() == 100
+
+
+def test_a_run_is_not_finished_by_its_checkpoints_alone(path):
+    config, _ = finished(path)
+    (path / "status.json").unlink()
+    assert check_resume(config) is False
+
+
+@pytest.mark.parametrize(("epochs", "found"), [(10, True), (11, False)])
+def test_as_many_epochs_as_trained_are_finished(path, epochs, found):
+    finished(path)
+    assert check_resume(config_of(path, "--schedule.name", "constant", "--epochs", str(epochs))) is found
+
+
+@pytest.mark.parametrize("schedule", ["constant", "plateau"])
+def test_fewer_epochs_than_trained_are_refused(path, schedule):
+    words = ["--schedule.name", schedule, "--data.validation_fraction", "0.1"]
+    checkpointed(path, config_of(path, *words), step=100, epoch=10)
+    with pytest.raises(InputError) as caught:
+        check_resume(config_of(path, *words, "--epochs", "9"))
+    assert caught.value.lines == (
+        f"epochs = 9: the run in {path} has trained 10 epochs already; give --epochs 10 or more, or another --run_dir",
+    )
+
+
+# One writer
+
+WRITERS: dict[str, Callable[[ClaimedRun], object]] = {
+    "a line": lambda run: run.append(run.metrics_file, {"step": 1}),
+    "a file": lambda run: run.replace(run.config_file, "x"),
+    "a checkpoint": lambda run: run.commit(run.logs, run.checkpoints / name_of(step=1, epoch=0)),
+    "a by-product": lambda run: run.tidy("links", lambda: pytest.fail("done")),
+    "the beginning": lambda run: run.begin(config_of(run.path), start_step=0, details={}),
+    "the progress": lambda run: run.progress(step=1, epoch=0),
+    "a save": lambda run: run.saved(step=1, epoch=0),
+    "the ending": lambda run: run.end("finished", exit_code=ExitCode.FINISHED),
+    "an upload": lambda run: run.replace(run.upload_file, "{}"),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("by", ["another", "nobody", "garbage"])
+def test_only_the_holder_writes(run, path, writer, by):
+    token = path / "attempt.json"
+    if by == "another":
+        token.write_text('{"token": "another", "pid": 7, "host": "there"}')
+    elif by == "garbage":
+        token.write_text("{")
+    else:
+        token.unlink()
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    said = "taken over by process 7 on there" if by == "another" else r"attempt\.json: removed or damaged"
+    with pytest.raises(StorageError, match=said):
+        WRITERS[writer](run)
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_folder_that_was_removed_is_called_so(run, path, writer):
+    shutil.rmtree(path)
+    with pytest.raises(StorageError, match="the run folder was removed") as caught:
+        WRITERS[writer](run)
+    assert "None" not in str(caught.value)
+    assert not path.exists()
+
+
+def test_a_token_that_cannot_be_read_for_a_moment_is_ours(run, monkeypatch):
+    """E.g. on NFS, where a file that was just replaced is stale once."""
+    answers = iter([{}])
+    read = claimed_run.read_object
+    monkeypatch.setattr(claimed_run, "read_object", lambda path: next(answers, None) or read(path))
+    run.check_ours()
+
+
+def test_only_the_claimed_run_writes_shared_files():
+    """`snapshot` writes checkpoints aside; `commit` brings them in."""
+    root = Path(claimed_run.__file__).parent
+    modules = ["attempt", "checkpoint", "downloads", "recipe", "reporter", "resume_point", "sinks", "uploads"]
+    forbidden = {"append_line", "replace_text", "replace_json", "write_synced", "write_text", "write_bytes", "rename"}
+    for module in modules:
+        tree = ast.parse((root / f"{module}.py").read_text())
+        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        used |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+        assert not used & forbidden, module
+
+
+def test_the_progress_is_in_the_status_while_the_run_trains(run, path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(claimed_run.time, "monotonic", lambda: now[0])
+    run.begin(config_of(path), start_step=0, details={})
+    steps = []
+    for step in range(1, 31):
+        run.progress(step=step, epoch=step // 10)
+        now[0] += 1
+        steps.append(run.status()["step"])
+    assert steps[0] == 1
+    assert all(step - shown < 10 for step, shown in enumerate(steps, start=1))
+    assert len(set(steps)) < 10
+    assert (run.status()["status"], run.status()["saved_step"]) == ("running", 0)
+
+
+def test_a_save_of_an_earlier_step_does_not_turn_the_progress_back(run, path):
+    run.begin(config_of(path), start_step=0, details={})
+    run.progress(step=12, epoch=1)
+    run.saved(step=10, epoch=1)
+    assert (run.status()["step"], run.status()["saved_step"]) == (12, 10)
+    run.saved(step=20, epoch=2)
+    assert (run.status()["step"], run.status()["saved_step"], run.status()["epoch"]) == (20, 20, 2)
+
+
+def test_progress_waits_neither_for_the_disk_nor_for_a_save(run, path, monkeypatch):
+    run.begin(config_of(path), start_step=0, details={})
+    monkeypatch.setattr("os.fsync", lambda _: pytest.fail("waited"))
+    run.progress(step=1, epoch=0)
+    with run._status_lock:
+        run._next_progress = 0.0
+        run.progress(step=2, epoch=0)
+    assert run.status()["step"] == 1
+
+
+def test_what_fails_by_the_way_is_a_warning_once(run, said):
+    def fail() -> None:
+        raise OSError(39, "Directory not empty", "/there")
+
+    for _ in range(3):
+        run.tidy("an old checkpoint was not deleted", fail)
+    assert [line.strip() for line in said] == [
+        "WARNING an old checkpoint was not deleted: /there: Directory not empty; training continues, and the next save "
+        "tries again"
+    ]

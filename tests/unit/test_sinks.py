@@ -1,13 +1,23 @@
+import fcntl
 import json
 import math
+import os
+import pty
+import re
+import struct
+import sys
+import termios
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from distributed.claimed_run import ClaimedRun
 from distributed.metrics import EpochMetrics, SplitMetrics, TrainMetrics
-from distributed.sinks import JsonLines, duration
+from distributed.sinks import JsonLines, Terminal, duration
 
 TRAIN = TrainMetrics(
     epoch=0, step=5, loss=1.5, accuracy=0.5, lr=0.1, grad_norm=2.0, images_per_second=100.0, data_wait=0.01,
@@ -23,8 +33,15 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def told(file: Path, *steps: int, start_step: int = 0) -> None:
-    sink = JsonLines(file, start_step=start_step, start_epoch=1, data="generated10")
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[ClaimedRun]:
+    claimed = ClaimedRun.claim(tmp_path / "run", world_size=1)
+    yield claimed
+    claimed.release()
+
+
+def told(run: ClaimedRun, *steps: int, start_step: int = 0) -> None:
+    sink = JsonLines(run, start_step=start_step, start_epoch=1, data="generated10")
     for step in steps:
         sink.train(replace(TRAIN, step=step))
     sink.close()
@@ -34,61 +51,61 @@ def steps_of(file: Path) -> list[int]:
     return [line["step"] for line in lines_of(file)]
 
 
-def test_each_metric_is_a_line_that_names_its_kind_and_data(tmp_path):
-    sink = JsonLines(tmp_path / "m.jsonl", start_step=0, start_epoch=0, data="generated10")
+def test_each_metric_is_a_line_that_names_its_kind_and_data(run):
+    sink = JsonLines(run, start_step=0, start_epoch=0, data="generated10")
     sink.train(TRAIN)
     sink.epoch(EPOCH)
-    train, epoch = lines_of(tmp_path / "m.jsonl")
+    train, epoch = lines_of(run.metrics_file)
     assert train == {"kind": "train", "data": "generated10"} | asdict(TRAIN)
     assert epoch == {"kind": "epoch", "data": "generated10"} | asdict(EPOCH)
     assert epoch["validation"] == {"loss": 1.3, "accuracy": 0.6, "accuracy5": 0.9}
 
 
-def test_an_overflow_leaves_a_line_that_any_reader_of_json_takes(tmp_path):
-    sink = JsonLines(tmp_path / "m.jsonl", start_step=0, start_epoch=0, data="generated10")
+def test_an_overflow_leaves_a_line_that_any_reader_of_json_takes(run):
+    sink = JsonLines(run, start_step=0, start_epoch=0, data="generated10")
     sink.train(replace(TRAIN, grad_norm=math.inf, skipped_steps=1))
-    line = json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=pytest.fail)
+    line = json.loads(run.metrics_file.read_text(), parse_constant=pytest.fail)
     assert (line["grad_norm"], line["skipped_steps"]) == (None, 1)
 
 
 @pytest.mark.parametrize(("start_step", "kept"), [(0, []), (4, []), (5, [5]), (12, [5, 10]), (15, [5, 10, 15])])
-def test_a_resume_takes_back_the_lines_after_its_step(tmp_path, start_step, kept):
-    told(tmp_path / "m.jsonl", 5, 10, 15)
-    told(tmp_path / "m.jsonl", start_step=start_step)
-    assert steps_of(tmp_path / "m.jsonl") == kept
+def test_a_resume_takes_back_the_lines_after_its_step(run, start_step, kept):
+    told(run, 5, 10, 15)
+    told(run, start_step=start_step)
+    assert steps_of(run.metrics_file) == kept
 
 
-def test_a_resumed_run_leaves_the_lines_of_an_undisturbed_one(tmp_path):
-    told(tmp_path / "whole.jsonl", 5, 10, 15, 20)
-    told(tmp_path / "m.jsonl", 5, 10, 15)
-    told(tmp_path / "m.jsonl", 15, 20, start_step=12)
-    assert lines_of(tmp_path / "m.jsonl") == lines_of(tmp_path / "whole.jsonl")
+def test_a_resumed_run_leaves_the_lines_of_an_undisturbed_one(run):
+    told(run, 5, 10, 15, 20)
+    undisturbed = lines_of(run.metrics_file)
+    told(run, 5, 10, 15)
+    told(run, 15, 20, start_step=12)
+    assert lines_of(run.metrics_file) == undisturbed
 
 
-def test_an_epoch_that_was_not_saved_is_told_again(tmp_path):
+def test_an_epoch_that_was_not_saved_is_told_again(run):
     for start_epoch, kept in ((1, [0]), (0, [])):
-        file = tmp_path / f"{start_epoch}.jsonl"
-        sink = JsonLines(file, start_step=0, start_epoch=0, data="generated10")
+        sink = JsonLines(run, start_step=0, start_epoch=0, data="generated10")
         sink.epoch(EPOCH)
-        JsonLines(file, start_step=EPOCH.step, start_epoch=start_epoch, data="generated10")
-        assert [line["epoch"] for line in lines_of(file)] == kept
+        JsonLines(run, start_step=EPOCH.step, start_epoch=start_epoch, data="generated10")
+        assert [line["epoch"] for line in lines_of(run.metrics_file)] == kept
 
 
 @pytest.mark.parametrize("cut", [1, 20, 100])
-def test_half_a_line_of_a_kill_is_dropped(tmp_path, cut):
-    file = tmp_path / "m.jsonl"
-    told(file, 5, 10)
+def test_half_a_line_of_a_kill_is_dropped(run, cut):
+    file = run.metrics_file
+    told(run, 5, 10)
     file.write_bytes(file.read_bytes()[:-cut])
-    told(file, 15, start_step=10)
+    told(run, 15, start_step=10)
     assert steps_of(file) == ([5, 10, 15] if cut == 1 else [5, 15])
 
 
 @pytest.mark.parametrize("garbage", ["\0\0\0", '{"step": "x"}', "{}", '{"step": 3'])
-def test_a_line_that_tells_no_step_is_dropped(tmp_path, garbage):
-    file = tmp_path / "m.jsonl"
-    told(file, 5)
+def test_a_line_that_tells_no_step_is_dropped(run, garbage):
+    file = run.metrics_file
+    told(run, 5)
     file.write_text(f"{garbage}\n{file.read_text()}")
-    told(file, start_step=10)
+    told(run, start_step=10)
     assert steps_of(file) == [5]
 
 
@@ -97,3 +114,26 @@ def test_a_line_that_tells_no_step_is_dropped(tmp_path, garbage):
 )
 def test_durations_read_like_a_clock(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_bar_moves_at_every_step_and_is_legible(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = pty.openpty()
+    fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    step = 0
+    with os.fdopen(writing, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        bar = Terminal(epochs=10, total_steps=4000, start_step=0, step=lambda: step)
+        for step in (3, 8, 9):
+            if step == 8:
+                bar.train(replace(TRAIN, step=8, images_per_second=12345.6))
+            time.sleep(0.3)
+        bar.close()
+        drawn = os.read(reading, 2**16).decode()
+    os.close(reading)
+    lines = [line.strip() for line in drawn.split("\r") if line.strip()]
+    assert [int(line.partition("/4000")[0].rpartition(" ")[2]) for line in lines][-3:] == [3, 8, 9]
+    assert re.fullmatch(r"epoch 1/10 \|.{10,}\| 9/4000 \[[0-9:]+, loss 1\.500, 50\.0%, 12,346 img/s\]", lines[-1]), (
+        lines
+    )
+    assert all(len(line) <= columns for line in lines)

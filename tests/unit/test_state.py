@@ -106,7 +106,7 @@ def test_early_stopping_ends_the_run():
 
 def test_a_loss_that_was_not_finite_is_an_error_that_names_its_step():
     state = fresh()
-    with pytest.raises(NotFiniteError, match="at step 0") as caught:
+    with pytest.raises(NotFiniteError, match="at step 1: lower") as caught:
         state.take(Totals(count=16, first_bad_step=0))
     assert caught.value.exit_code == ExitCode.NOT_FINITE
     assert state.window == Totals()

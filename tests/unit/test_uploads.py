@@ -13,7 +13,6 @@ import torch
 from loguru import logger
 
 from distributed import downloads, remote, uploads
-from distributed.checkpoint import commit
 from distributed.checkpoint_files import checkpoints, damage_of, name_of
 from distributed.claimed_run import ClaimedRun
 from distributed.config import TrainConfig, load
@@ -55,8 +54,19 @@ def config_of(run_dir: Path, url: str, *words: str) -> TrainConfig:
 
 def save(run: RunFolder, step: int, *, best: int | None = None, config: TrainConfig | None = None) -> str:
     """A checkpoint whose one tensor is the step's number."""
+    sums = {"loss": 0, "correct": 0, "correct5": 0, "count": 0}
     content = {
-        "state": {"step": step, "best": None if best is None else {"epoch": 0, "step": best, "value": 0.5}},
+        "state": {
+            "step": step,
+            "epoch": 1,
+            "step_in_epoch": 0,
+            "samples_seen": step,
+            "window": sums,
+            "epoch_totals": sums,
+            "best": None if best is None else {"epoch": 0, "step": best, "value": 0.5},
+            "schedule": {},
+            "early_stopping": None,
+        },
         "config": json.loads(config.model_dump_json()) if config else {},
         "bits": {},
     }
@@ -82,7 +92,7 @@ def in_store(url: str) -> dict[int, set[str]]:
 
 
 def fetched(run: ClaimedRun, url: str) -> str | None:
-    return fetch_newest(Store(url), run.checkpoints, lambda aside, path: commit(aside, path, run))
+    return fetch_newest(Store(url), run, run.commit)
 
 
 # Up
@@ -186,6 +196,55 @@ def test_a_failed_upload_is_a_warning_and_the_next_save_brings_up_all(run, url, 
     assert writer.problem == ""
 
 
+def test_an_old_checkpoint_that_the_store_keeps_is_a_warning(run, url, said, monkeypatch):
+    writer = Uploads(url, run, keep_last=1)
+    save(run, 1)
+    settled(writer)
+
+    def kept(*_: object) -> None:
+        raise StoreError("no right to delete")
+
+    remove = Store.remove
+    monkeypatch.setattr(Store, "remove", kept)
+    newest = save(run, 2)
+    shutil.rmtree(checkpoints(run.checkpoints)[0])
+    settled(writer)
+    assert writer.problem == ""
+    assert json.loads(run.upload_file.read_text())["newest"] == newest
+    assert [line for line in said if "WARNING" in line] == [
+        "WARNING an old checkpoint was not deleted: no right to delete; the next save tries again\n"
+    ]
+    monkeypatch.setattr(Store, "remove", remove)
+    settled(writer)
+    assert list(in_store(url)) == [2]
+
+
+def test_a_superseded_attempt_uploads_nothing(run, url):
+    writer = Uploads(url, run, keep_last=1)
+    save(run, 1)
+    (run.path / "attempt.json").write_text('{"token": "another", "pid": 7, "host": "there"}')
+    settled(writer)
+    assert "taken over by process 7 on there" in writer.problem
+    assert in_store(url) == {}
+    assert not run.upload_file.exists()
+
+
+def test_checkpoints_of_a_store_are_in_the_order_of_their_steps(url):
+    root = Path(url.removeprefix("file://"))
+    for step in (99_999_999, 100_000_000, 7):
+        (root / name_of(step=step, epoch=1)).mkdir(parents=True)
+    (root / "step-000000009-epoch-001").mkdir()
+    assert [int(name.split("-")[1]) for name in Store(url).names()] == [7, 99_999_999, 100_000_000]
+
+
+def test_the_rest_of_a_run_that_another_holds_is_not_uploaded(run, url, said, monkeypatch):
+    monkeypatch.setattr("distributed.claimed_run.LOCK_WAIT_SECONDS", 0.05)
+    save(run, 1)
+    upload_rest(config_of(run.path, url))
+    assert in_store(url) == {}
+    assert any("another run is writing there" in line for line in said)
+
+
 def test_a_store_that_hangs_holds_up_nothing_and_is_told_at_the_end(run, url, monkeypatch):
     writer, go_on = Uploads(url, run, keep_last=2), threading.Event()
     monkeypatch.setattr(writer.store._fs, "put_file", lambda *_: go_on.wait(20))
@@ -204,7 +263,7 @@ def test_a_store_that_hangs_holds_up_nothing_and_is_told_at_the_end(run, url, mo
 
 
 def test_of_two_runs_that_upload_to_one_place_the_later_goes_on_and_the_other_says_so(run, url, tmp_path):
-    first, second = Uploads(url, run, keep_last=1), RunFolder(tmp_path / "other")
+    first, second = Uploads(url, run, keep_last=1), ClaimedRun.claim(tmp_path / "other", world_size=1)
     save(run, 1)
     settled(first)
     save(second, 5)
@@ -220,6 +279,7 @@ def test_the_last_word_is_whether_the_newest_is_up(run, url, said):
     name = save(run, 1)
     tell_ending(config)
     assert said[-1].startswith(f"ERROR NOT UPLOADED: {name} lies in {run.checkpoints} alone")
+    run.release()
     upload_rest(config)
     assert said[-1].startswith(f"INFO {name} is uploaded to {url}")
     save(run, 2)
@@ -231,7 +291,7 @@ def test_the_last_word_is_whether_the_newest_is_up(run, url, said):
 
 
 def test_the_newest_and_the_best_are_fetched(run, url, tmp_path):
-    there = RunFolder(tmp_path / "there")
+    there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     names = [save(there, step, best=1) for step in (1, 2, 3)]
     settled(Uploads(url, there, keep_last=2))
     assert fetched(run, url) == names[2]
@@ -244,7 +304,7 @@ def test_the_newest_and_the_best_are_fetched(run, url, tmp_path):
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "missing", "no manifest"])
 def test_a_damaged_one_is_refused_and_the_one_before_taken(run, url, tmp_path, said, how):
-    there = RunFolder(tmp_path / "there")
+    there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     names = [save(there, step) for step in (1, 2)]
     settled(Uploads(url, there, keep_last=2))
     last = Path(url.removeprefix("file://")) / names[1]
@@ -294,18 +354,18 @@ def test_a_run_that_has_begun_goes_on_without_its_store(tmp_path, capsys):
 
 
 def test_a_run_folder_that_lags_behind_the_store_is_gone_on_from_with_a_warning(tmp_path, url, capsys):
-    config, there = config_of(tmp_path / "run", url), RunFolder(tmp_path / "there")
+    config, there = config_of(tmp_path / "run", url), ClaimedRun.claim(tmp_path / "there", world_size=1)
     save(there, 9, config=config)
     settled(Uploads(url, there, keep_last=2))
     save(RunFolder(tmp_path / "run"), 5, config=config)
     assert check_store(config) is True
     assert f"{url} has step 9, and the run goes on from step 5" in capsys.readouterr().err
-    settled(Uploads(url, RunFolder(tmp_path / "run"), keep_last=2))
+    settled(Uploads(url, ClaimedRun.claim(tmp_path / "run", world_size=1), keep_last=2))
     assert list(in_store(url)) == [5, 9]
 
 
 def test_another_experiment_in_the_store_is_refused_with_the_difference(tmp_path, url):
-    there = RunFolder(tmp_path / "there")
+    there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     save(there, 1, config=config_of(there.path, url))
     settled(Uploads(url, there, keep_last=2))
     assert check_store(config_of(tmp_path / "run", url)) is True
@@ -331,7 +391,7 @@ def test_another_experiment_in_the_store_is_refused_with_the_difference(tmp_path
 
 
 def test_a_run_that_comes_back_needs_not_what_it_was_started_from(tmp_path, url):
-    there = RunFolder(tmp_path / "there")
+    there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     words = ["--init_from", str(tmp_path / "gone")]
     save(there, 1, config=config_of(there.path, url, *words))
     settled(Uploads(url, there, keep_last=2))

@@ -1,26 +1,18 @@
-"""`python -m distributed.experiments [--only I-10 ...]`: the seeds' eight results, run one after the other and put in a table.
+"""The seeds' results beside ours: read from run folders, merged into a table. Imports no torch."""
 
-Each is a plain torchrun of configs/seeds/ID.toml into RUNS/ID, so that a finished one is skipped and a stopped one goes on.
-The table is made of what the run folders say. After each run it is merged into OUT.md and OUT.json: rows of runs on other
-machines stay.
-"""
-
-import argparse
-import signal
-import subprocess
-import sys
-import time
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from distributed.config import load
-from distributed.errors import ExitCode, InputError
-from distributed.files import read_json, replace_json, replace_text
+from distributed.errors import InputError
+from distributed.files import check_writable, read_json, replace_json, replace_text
 from distributed.run_folder import RunFolder
 from distributed.run_lines import attempt_lines, metrics_lines
+from distributed.shipped import shipped
 
-CONFIGS = Path("configs/seeds")
+CONFIGS = shipped("configs/seeds")
 
 
 @dataclass(frozen=True)
@@ -129,11 +121,25 @@ def _per_cent(value: float | None) -> str:
 
 def write_results(runs: Path, out: Path) -> list[Result]:
     """Merge all runs that there are into OUT.md and OUT.json; the merged rows."""
-    return write_table([found for name in SEEDS if (found := result_of(name, RunFolder(runs / name)))], out)
+    return write_table(results_in(runs), out)
+
+
+def results_in(runs: Path) -> list[Result]:
+    """How far each run in this folder has come."""
+    return [found for name in SEEDS if (found := result_of(name, RunFolder(runs / name)))]
 
 
 def write_table(results: Sequence[Result], out: Path) -> list[Result]:
-    """Merge results into OUT.md and OUT.json; the merged rows, in the seeds' order.
+    """Merge results into OUT.md and OUT.json; the merged rows."""
+    rows = merged(results, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(out.with_suffix(".md"), table(rows))
+    replace_json(out.with_suffix(".json"), [asdict(result) for result in rows])
+    return rows
+
+
+def merged(results: Sequence[Result], out: Path) -> list[Result]:
+    """The rows of OUT.json with these results, in the seeds' order.
 
     A row that is there is replaced only by a run of the same id that came at least as far.
     """
@@ -141,11 +147,15 @@ def write_table(results: Sequence[Result], out: Path) -> list[Result]:
     for result in results:
         if result.name not in rows or result.progress >= rows[result.name].progress:
             rows[result.name] = result
-    merged = [rows[name] for name in SEEDS if name in rows]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(out.with_suffix(".md"), table(merged))
-    replace_json(out.with_suffix(".json"), [asdict(result) for result in merged])
-    return merged
+    return [rows[name] for name in SEEDS if name in rows]
+
+
+def check_table(out: Path) -> None:
+    """Raises InputError if OUT.md and OUT.json cannot be written."""
+    if not out.name or (os.path.exists(out) and not os.path.isfile(out) and not os.path.isdir(out)):
+        raise InputError(f"--out {out}: names the table without .md and .json; choose a name in a folder")
+    for suffix in (".md", ".json"):
+        check_writable("--out", out.with_suffix(suffix), regular=True)
 
 
 def read_table(file: Path) -> list[Result]:
@@ -160,71 +170,3 @@ def read_table(file: Path) -> list[Result]:
         return [Result(**row) for row in read_json(file)]
     except TypeError:
         raise InputError(f"{file}: not a table of experiments; move it away, or choose another --out") from None
-
-
-def main() -> int:
-    """0: all asked for are finished; 75: time was up, the same command goes on; else what the first failed run ended with.
-
-    Other settings (`--precision float32`) go to every run.
-    """
-    parser = argparse.ArgumentParser(prog="python -m distributed.experiments", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=SEEDS, default=list(SEEDS), metavar="ID", help=", ".join(SEEDS))
-    parser.add_argument("--data.root", dest="root", help="folder with the data sets")
-    parser.add_argument("--runs", type=Path, default=Path("runs/experiments"), help="folder of the run folders")
-    parser.add_argument(
-        "--out", type=Path, default=Path("results/experiments"), help="the table, without .md and .json"
-    )
-    parser.add_argument("--nproc_per_node", default="1", help="processes, as of torchrun")
-    parser.add_argument(
-        "--minutes", type=float, help="stop, with everything saved, after so long; the same command goes on"
-    )
-    arguments, settings = parser.parse_known_args()
-    deadline = time.monotonic() + 60 * arguments.minutes if arguments.minutes else None
-    failed: int = ExitCode.FINISHED
-    try:
-        results = read_table(arguments.out.with_suffix(".json"))  # refused now, not after hours
-        for name in arguments.only:
-            words = [str(CONFIGS / f"{name}.toml"), "--run_dir", str(arguments.runs / name), *settings]
-            words += ["--data.root", arguments.root] if arguments.root else []
-            load(words)  # what the run would refuse: torchrun would hide its exit code
-            code = _run(["--nproc_per_node", arguments.nproc_per_node], words, deadline)
-            code = int(code and RunFolder(arguments.runs / name).status().get("exit_code", code))
-            results = write_results(arguments.runs, arguments.out)
-            if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED):
-                return code
-            failed = failed or code  # the next one may well work, and a rented machine is not for waiting
-    except InputError as error:
-        error.tell()
-        return ExitCode.BAD_INPUT
-    print(table(results))
-    return failed
-
-
-def _run(launch: Sequence[str], words: Sequence[str], deadline: float | None) -> int:
-    """One run under torchrun up to the deadline; torchrun's exit code, or 75 where there was no time to begin."""
-    if deadline and time.monotonic() >= deadline:
-        return ExitCode.STOPPED
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        *launch,
-        "-m",
-        "distributed.train",
-        *words,
-    ]
-    print("+", " ".join(command[1:]), flush=True)
-    run = subprocess.Popen(command)
-    try:
-        return run.wait(deadline and max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        run.send_signal(signal.SIGTERM)  # torchrun passes it on; the run saves at its next step
-        return ExitCode.STOPPED if run.wait() else ExitCode.FINISHED
-    except KeyboardInterrupt:
-        run.wait()
-        return ExitCode.INTERRUPTED
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

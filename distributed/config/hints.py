@@ -1,0 +1,83 @@
+"""What was probably meant by a setting that does not exist. Imports no torch."""
+
+import difflib
+from functools import cache
+
+from distributed.config.fields import leaves
+
+_OTHER_NAMES = {
+    "global_batch_size": "batch_size batch bs batchsize train_batch_size per_device_batch_size mini_batch_size",
+    "optim.lr": "learning_rate base_lr",
+    "optim.weight_decay": "wd l2",
+    "optim.name": "optimizer optimiser opt",
+    "optim.clip_norm": "clip grad_clip clip_grad max_grad_norm gradient_clip_val gradient_clipping",
+    "optim.ema_decay": "ema model_ema use_ema",
+    "schedule.name": "scheduler lr_scheduler lr_schedule sched",
+    "schedule.warmup_epochs": "warmup warmup_steps",
+    "accumulation": "grad_accum accum accum_steps grad_accum_steps gradient_accumulation_steps accumulate_grad_batches",
+    "epochs": "num_epochs max_epochs n_epochs num_train_epochs",
+    "seed": "random_seed manual_seed",
+    "precision": "amp fp16 bf16 half dtype mixed_precision use_amp",
+    "device": "cuda no_cuda cpu accelerator",
+    "run_dir": "out output out_dir output_dir save_dir save_path log_dir logdir work_dir workdir exp_dir run_name name",
+    "data.name": "dataset data_set dataset_name",
+    "data.root": "data_dir data_root data_path dataset_dir dataset_path dataroot datadir",
+    "data.download": "fetch",
+    "data.validation_fraction": "val_split val_fraction validation_split",
+    "model.name": "arch architecture network net backbone",
+    "loss.label_smoothing": "smoothing",
+    "engine.name": "strategy backend parallelism",
+    "exact.shards": "deterministic reproducible",
+    "evaluation.batch_size": "eval_batch_size test_batch_size val_batch_size",
+    "logging.every_steps": "log_every log_interval log_steps logging_steps print_freq",
+    "logging.level": "verbose log_level",
+    "checkpoint.every_steps": "save_every save_freq save_steps save_interval",
+    "timeout_seconds": "timeout",
+    "init_from": "pretrained weights finetune load_from",
+}
+_MEANT = {name: setting for setting, names in _OTHER_NAMES.items() for name in names.split()}
+_PROCESSES = "the launcher sets the number of processes: torchrun --nproc_per_node=N -m distributed.train ..."
+_RESUME = "the same command in the same run_dir resumes; init_from starts from another run's weights"
+_ADVICE = {
+    **dict.fromkeys(("gpus", "num_gpus", "ngpus", "n_gpus", "nproc_per_node", "nproc", "world_size", "devices"), _PROCESSES),
+    **dict.fromkeys(("resume", "resume_from", "resume_from_checkpoint", "ckpt", "ckpt_path", "auto_resume"), _RESUME),
+    **dict.fromkeys(
+        ("num_workers", "workers", "j"), "did you mean threads? scaling.num_workers is for python -m launch.ray_train"
+    ),
+    **dict.fromkeys(("config", "cfg", "config_file"), "the first argument names the TOML file"),
+}  # fmt: skip
+
+
+@cache
+def known() -> frozenset[str]:
+    """The dotted path of every setting."""
+    return frozenset(leaf.path for leaf in leaves())
+
+
+@cache
+def _by_last_word() -> dict[str, str]:
+    return {path.rpartition(".")[2]: path for path in sorted(known(), reverse=True)}
+
+
+def hint(path: str) -> str:
+    """Advice for an unknown dotted path: the setting probably meant, else where all of them are listed."""
+    path = path.lower().replace("-", "_")
+    if len(path) > 100:
+        return "--help lists all of them"
+    if meant := _meant(path):
+        return f"did you mean {meant}?"
+    return _ADVICE.get(path, "--help lists all of them")
+
+
+def _meant(path: str) -> str | None:
+    """First by another tool's name for it, then by the path, then by its last word in any section."""
+    if path in _MEANT or path in _ADVICE:
+        return _MEANT.get(path)
+    if path in known():
+        return path
+    last, words = path.rpartition(".")[2], _by_last_word()
+    close = difflib.get_close_matches(path, sorted(known()), n=1, cutoff=0.8)
+    if close or last in words:
+        return close[0] if close else words[last]
+    near = difflib.get_close_matches(last, sorted(words), n=1, cutoff=0.7)
+    return _MEANT.get(last) or (words[near[0]] if near else None)

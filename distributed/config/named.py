@@ -1,0 +1,50 @@
+"""Configs by name: `cifar10` and `seeds/I-10` mean files that ship with the package, from any folder."""
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+from distributed.errors import InputError
+from distributed.shipped import shipped
+
+
+def names() -> dict[str, Path]:
+    """The shipped configs by their names, which have no suffix."""
+    folder = shipped("configs")
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.toml"))}
+
+
+def config_file(given: str, *, beside: Path = Path()) -> Path:
+    """The file that a first argument or `extends` means: a path, or the name of a shipped config.
+
+    A file of exactly that name in the folder `beside` comes first; what ends in .toml is always a path.
+
+    Raises:
+        InputError: it looks like a name, and neither a file nor a shipped config has it.
+    """
+    path = beside / given
+    if os.path.isfile(path) or len(given) > 200 or not re.fullmatch(r"[\w.+/-]+", given):
+        return path
+    known = names()
+    if given in known:
+        return known[given]
+    if os.path.lexists(path):
+        return path
+    name = given.removesuffix(".toml").removeprefix("configs/")
+    if name in known:
+        raise InputError(
+            f"config file {path}: no such file; the config that ships with the package has the name {name}"
+        )
+    if path.suffix != ".toml":
+        raise InputError(
+            f"config {given}: no such file, and no config of this name ships with the package{_nearest(name, known)}; "
+            f"choose one of {', '.join(known)}, or name a TOML file"
+        )
+    return path
+
+
+def _nearest(name: str, known: dict[str, Path]) -> str:
+    by_word = {one.rpartition("/")[2].lower(): one for one in known}
+    found = difflib.get_close_matches(name.rpartition("/")[2].lower(), by_word, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(by_word[word] for word in found)}?" if found else ""

@@ -1,0 +1,113 @@
+"""Which images a split holds: a digest of all records that does not depend on their order, and one of the order. No torch.
+
+Ranks compare theirs before the first step, a resume compares its own with that in the checkpoint. The order counts too:
+the validation split and each rank's share of a batch are computed from places in it.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distributed.errors import InputError
+
+Hashes = NDArray[np.uint64]
+_BLOCK = 1024  # images: a few MB, which stay in the cache, and few enough calls to leave Python's lock to others
+
+
+class Identity(NamedTuple):
+    """What stands for a split's images and labels. `digest` is the same in any order of them, `order` is not; it is empty
+    where the digest covers the order."""
+
+    size: int
+    digest: str
+    order: str = ""
+
+
+def image_hashes(images: NDArray[np.uint8]) -> Hashes:
+    """A 64-bit hash of each image of uint8 [n, ...], of a multiple of 8 bytes each.
+
+    Sums up 64-bit words times an odd key for each place, so that any one changed word changes the sum.
+    """
+    words = np.ascontiguousarray(images).reshape(len(images), -1).view("<u8")
+    keys = _mix(np.arange(1, words.shape[1] + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
+    sums = np.empty(len(words), np.uint64)
+    for start in range(0, len(words), _BLOCK):
+        block = words[start : start + _BLOCK]
+        folded = block >> np.uint64(32)
+        folded ^= block  # else a key moves a word's highest bits nowhere, and two changes there would cancel out
+        sums[start : start + _BLOCK] = np.einsum("ij,j->i", folded, keys)
+    return _mix(sums)
+
+
+def identity_of(hashes: Hashes, labels: NDArray[np.integer[Any]]) -> Identity:
+    """The identity of images with these hashes and labels."""
+    records = _mix(hashes + (labels.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD1342543DE82EF95))
+    total = int(_mix(records).sum(dtype=np.uint64))
+    order = hashlib.blake2b(records.astype("<u8").data, digest_size=8).hexdigest()
+    return Identity(len(records), f"{total:016x}", order)
+
+
+def _mix(x: Hashes) -> Hashes:
+    """splitmix64's finalizer (https://prng.di.unimi.it/splitmix64.c): one to one, each bit depends on all."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+Difference = tuple[str, str, str]
+"""What differs between two pipelines' facts, one's and the other's, in words."""
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[Difference]:
+    """All that differs between two pipelines' facts. Those in checkpoints of older versions hold less."""
+    classes = class_difference(one, other)
+    found = [classes] if classes else []
+    return found + [d for split in _WORDS if (d := image_difference(one, other, split))]
+
+
+def class_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> Difference | None:
+    """How the classes differ, whose order counts."""
+    a, b = one.get("classes"), other.get("classes")
+    if not isinstance(a, list) or not isinstance(b, list) or a == b:
+        return None
+    if len(a) != len(b):
+        return "the number of classes", f"{len(a):,}", f"{len(b):,}"
+    place = next(place for place in range(len(a)) if a[place] != b[place])
+    return f"the name of class {place}", str(a[place]), str(b[place])
+
+
+def image_difference(
+    one: Mapping[str, Any], other: Mapping[str, Any], split: str, *, ordered: bool = True
+) -> Difference | None:
+    """How the images of a split differ: in number, else in content, else in their order."""
+    x, y = _of_split(one, split), _of_split(other, split)
+    for key, thing in (("size", "number"), ("digest", "digest"), *([("order", "order")] if ordered else [])):
+        if key in x and key in y and x[key] != y[key]:
+            return f"the {thing} of the {_WORDS[split]} images", _shown(x[key]), _shown(y[key])
+    return None
+
+
+_WORDS = {"train": "training", "test": "test"}
+
+
+def _of_split(facts: Mapping[str, Any], split: str) -> dict[str, Any]:
+    images = facts.get("images")
+    found = images.get(split) if isinstance(images, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if type(value) is int else str(value)
+
+
+def check_resumed(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: object) -> None:
+    """Raises InputError if a run would be resumed on other data than its state.json, `saved`, was made with."""
+    if found := differences(saved, now):
+        raise InputError(
+            *[f"{where}: {thing} is {new} here, and this run was begun with {old}" for thing, old, new in found],
+            f"a resumed run keeps its data, {now.get('data', '')}: point --data.root at the files it began with, or give "
+            "another --run_dir",
+        )

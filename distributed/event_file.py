@@ -1,0 +1,48 @@
+"""A file of scalars for TensorBoard, written by the caller's thread: an error is raised where it can be caught.
+
+torch's SummaryWriter writes in a thread of its own. On a full disk that thread prints a traceback, and every later call raises.
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distributed.topology import host
+
+
+class EventFile:
+    """A new file in `folder`. TensorBoard hides what earlier files hold from `purge_step` on."""
+
+    def __init__(self, folder: Path, *, purge_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010}.{host()}.{os.getpid()}.0"  # TensorBoard reads in this order
+        # Unbuffered: Python would write a buffer that failed once more when it is freed, and print that error.
+        self._file = (folder / name).open("xb", buffering=0)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Write values of one step."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        named = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=named)))
+
+    def _write(self, event: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        RecordWriter(self).write(event.SerializeToString())
+
+    def write(self, record: bytes) -> None:
+        """Write a record completely: on a disk that is almost full, the system takes a part of it."""
+        rest = memoryview(record)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,1 @@
+"""The seeds' eight results, reproduced."""

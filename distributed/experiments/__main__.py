@@ -1,0 +1,106 @@
+"""`python -m distributed.experiments [--only I-10 ...]`: the seeds' eight results, run one after the other and put in a table.
+
+Each is a plain torchrun of configs/seeds/ID.toml into RUNS/ID, so that a finished one is skipped and a stopped one goes on.
+The table is made of what the run folders say. After each run it is merged into OUT.md and OUT.json: rows of runs on other
+machines stay.
+"""
+
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from distributed import logs
+from distributed.byproducts import Byproduct, asked_for
+from distributed.config import load
+from distributed.errors import ExitCode, InputError, StorageError
+from distributed.experiments.results import (
+    CONFIGS,
+    SEEDS,
+    check_table,
+    merged,
+    read_table,
+    results_in,
+    table,
+    write_results,
+    write_table,
+)
+from distributed.files import home_path
+from distributed.run_folder import RunFolder
+from distributed.streams import run_command
+
+
+def main() -> int:
+    """0: all asked for are finished; 75: time was up, the same command goes on; else what the first failed run ended with.
+
+    Other settings (`--precision float32`) go to every run.
+    """
+    parser = argparse.ArgumentParser(prog="python -m distributed.experiments", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=SEEDS, default=list(SEEDS), metavar="ID", help=", ".join(SEEDS))
+    parser.add_argument("--data.root", dest="root", help="folder with the data sets")
+    parser.add_argument("--runs", type=home_path, default=Path("runs/experiments"), help="folder of the run folders")
+    parser.add_argument(
+        "--out", type=home_path, default=Path("results/experiments"), help="the table, without .md and .json"
+    )
+    parser.add_argument("--nproc_per_node", default="1", help="processes, as of torchrun")
+    parser.add_argument(
+        "--minutes", type=float, help="stop, with everything saved, after so long; the same command goes on"
+    )
+    arguments, settings = parser.parse_known_args()
+    logs.terminal_logs(0, level="WARNING")
+    deadline = time.monotonic() + 60 * arguments.minutes if arguments.minutes else None
+    failed: int = ExitCode.FINISHED
+    try:
+        check_table(arguments.out)
+        read_table(arguments.out.with_suffix(".json"))  # refused now, not after hours
+        for name in arguments.only:
+            words = [str(CONFIGS / f"{name}.toml"), "--run_dir", str(arguments.runs / name), *settings]
+            words += ["--data.root", arguments.root] if arguments.root else []
+            load(words)  # what the run would refuse: torchrun would hide its exit code
+            code = _run(["--nproc_per_node", arguments.nproc_per_node], words, deadline)
+            code = int(code and RunFolder(arguments.runs / name).status().get("exit_code", code))
+            with Byproduct(arguments.out):  # for now; the runs are what takes hours
+                write_results(arguments.runs, arguments.out)
+            if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED):
+                return code
+            failed = failed or code  # the next one may well work, and a rented machine is not for waiting
+        results = results_in(arguments.runs)
+        print(table(merged(results, arguments.out)))
+        with asked_for("--out", arguments.out):
+            write_table(results, arguments.out)
+    except (InputError, StorageError) as error:
+        return error.tell()
+    return failed
+
+
+def _run(launch: Sequence[str], words: Sequence[str], deadline: float | None) -> int:
+    """One run under torchrun up to the deadline; torchrun's exit code, or 75 where there was no time to begin."""
+    if deadline and time.monotonic() >= deadline:
+        return ExitCode.STOPPED
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        *launch,
+        "-m",
+        "distributed.train",
+        *words,
+    ]
+    print("+", " ".join(command[1:]), flush=True)
+    run = subprocess.Popen(command)
+    try:
+        return run.wait(deadline and max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        run.send_signal(signal.SIGTERM)  # torchrun passes it on; the run saves at its next step
+        return ExitCode.STOPPED if run.wait() else ExitCode.FINISHED
+    except KeyboardInterrupt:
+        run.wait()
+        return ExitCode.INTERRUPTED
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,49 @@
+"""`python -m distributed.runs [FOLDER]`: all runs in a folder and below, each with its status and results.
+
+A run whose process is gone although it never wrote its end is `interrupted`: the same command resumes it.
+"""
+
+import argparse
+from pathlib import Path
+
+from distributed.config.layers import shown
+from distributed.errors import ExitCode, InputError
+from distributed.files import home_path
+from distributed.runs.outcome import outcome_of, runs_below
+from distributed.runs.table import HEADINGS, cells, in_columns
+from distributed.streams import run_command
+
+
+def main() -> int:
+    """0, or 2 if there is no run."""
+    parser = argparse.ArgumentParser(prog="python -m distributed.runs", description=__doc__)
+    parser.add_argument(
+        "folder", nargs="?", type=home_path, default=Path("runs"), metavar="FOLDER", help="runs if not given"
+    )
+    folder = parser.parse_args().folder
+    try:
+        runs = _runs(folder)
+    except InputError as error:
+        error.tell()
+        return ExitCode.BAD_INPUT
+    rows = [[_name(run, folder), *cells(outcome_of(run))] for run in runs]
+    print(*in_columns([["run", *HEADINGS], *rows]), sep="\n")
+    return ExitCode.FINISHED
+
+
+def _runs(folder: Path) -> list[Path]:
+    try:
+        next(folder.iterdir(), None)
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}; name the folder that holds runs") from None
+    if not (runs := runs_below(folder)):
+        raise InputError(f"{folder}: no runs in it; name the folder that holds runs")
+    return runs
+
+
+def _name(run: Path, folder: Path) -> str:
+    return shown(folder.resolve().name if run == folder else run.relative_to(folder))
+
+
+if __name__ == "__main__":
+    run_command(main)

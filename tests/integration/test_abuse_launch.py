@@ -1,0 +1,192 @@
+"""Bad inputs of the launchers and configs by name: one clear line each, exit code 2, before anything is started."""
+
+from pathlib import Path
+
+import pytest
+
+from distributed.config.named import names
+from integration.abuse import assert_told, call, untouched
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}
+RAY_JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
+SHORT = ("debug", "--device", "cpu", "--run_dir", "run")
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "RAY_ADDRESS", *RAY_JOB):
+        monkeypatch.delenv(name, raising=False)
+
+
+STAND_IN = [
+    ("train in a Slurm job", "train", (), JOB, "Slurm job 7 names neither a config nor a data set"),
+    ("train in a Ray job", "train", (), RAY_JOB, "a Ray job names neither"),
+    ("ray_train in a Ray job", "launch.ray_train", ("--run_dir", "/tmp/r"), RAY_JOB, "a Ray job names neither"),
+    (
+        "plan of a Slurm job",
+        "launch.plan",
+        ("127.0.0.1", "--epochs", 3),
+        JOB,
+        "--data.name generated10 for generated images",
+    ),
+    ("a model is not data", "train", ("--model.name", "alexnet"), JOB, "names neither a config nor a data set"),
+]
+
+
+@pytest.mark.parametrize(("module", "words", "job", "said"), [c[1:] for c in STAND_IN], ids=[c[0] for c in STAND_IN])
+def test_in_a_cluster_job_nothing_stands_in_for_cifar(
+    module: str, words: tuple[str, ...], job: dict[str, str], said: str, tmp_path: Path
+):
+    with untouched(tmp_path):
+        assert_told(call(module, *words, **job), "CIFAR-10 is not there", said)
+
+
+ENVIRONMENT = [
+    ("no job", {"SLURM_JOB_ID": ""}, "SLURM_JOB_ID is not set"),
+    ("a word as job", {"SLURM_JOB_ID": "seven"}, "SLURM_JOB_ID = 'seven'"),
+    ("a negative job", {"SLURM_JOB_ID": "-7"}, "should be a whole number of at least 0"),
+    ("other digits", {"SLURM_JOB_ID": "٧"}, "SLURM_JOB_ID = '٧'"),
+    ("endless digits", {"SLURM_JOB_ID": "9" * 5000}, "SLURM_JOB_ID"),
+    ("no nodes", {"SLURM_JOB_NUM_NODES": "2-4"}, "SLURM_JOB_NUM_NODES = '2-4'"),
+    ("no ranks", {"RANKS_PER_NODE": "0"}, "RANKS_PER_NODE = '0': should be a whole number of at least 1"),
+    ("a word as task", {"SLURM_ARRAY_TASK_ID": "first"}, "SLURM_ARRAY_TASK_ID = 'first'"),
+    ("a word as limit", {"MAX_REQUEUES": "many"}, "MAX_REQUEUES = 'many'"),
+    ("a fraction of a restart", {"SLURM_RESTART_COUNT": "1.5"}, "SLURM_RESTART_COUNT = '1.5'"),
+    ("several nodes on loopback", {"SLURM_JOB_NUM_NODES": "2"}, "leads to 127.0.0.1, loopback"),
+    ("more ranks than images", {"RANKS_PER_NODE": "64"}, "64 processes"),
+    ("the job's folder is gone", {"JOB_FOLDER_MISSING": "/gone"}, "run_dir = run: relative to /gone"),
+]
+
+
+@pytest.mark.parametrize(("changed", "said"), [c[1:] for c in ENVIRONMENT], ids=[c[0] for c in ENVIRONMENT])
+def test_a_plan_of_no_usable_job_is_refused(changed: dict[str, str], said: str, tmp_path: Path):
+    with untouched(tmp_path):
+        found = call("launch.plan", "127.0.0.1", *SHORT, **{k: v for k, v in (JOB | changed).items() if v})
+        assert_told(found, said)
+    assert found.out == "", "the batch script reads it"
+
+
+WORDS = [
+    ("plan without an address", "launch.plan", (), "the address is missing"),
+    ("plan at no host", "launch.plan", ("no-such-host.invalid", *SHORT), "rendezvous address = 'no-such-host.invalid'"),
+    ("plan at an address with a zero byte", "launch.plan", ("a\0b", *SHORT), "rendezvous address"),
+    ("plan of no sweep", "launch.plan", ("127.0.0.1", "@none"), "sweep file none: "),
+    ("plan of a folder as sweep", "launch.plan", ("127.0.0.1", "@."), "Is a directory"),
+    ("plan of an open quote", "launch.plan", ("127.0.0.1", "@quote"), "No closing quotation"),
+    ("plan of an empty sweep", "launch.plan", ("127.0.0.1", "@empty"), "@empty"),
+    ("plan of a binary sweep", "launch.plan", ("127.0.0.1", "@binary"), "binary"),
+    ("slurm without a config", "launch.slurm", ("--epochs", 3), "the first word names the config"),
+    ("slurm with an unknown name", "launch.slurm", ("cifar11", "--dry-run"), "did you mean cifar10"),
+    ("slurm with a folder", "launch.slurm", (".", "--dry-run"), "Is a directory"),
+    (
+        "slurm with a sweep of nothing",
+        "launch.slurm",
+        (*SHORT, "--sweep", "optim.lr="),
+        "should be SETTING=VALUE,VALUE",
+    ),
+    ("slurm with an unknown sweep", "launch.slurm", (*SHORT, "--sweep", "optim.lrr=1"), "did you mean optim.lr?"),
+    ("slurm with too many ranks", "launch.slurm", (*SHORT, "--ranks-per-node", 9, "--dry-run"), "9 processes"),
+    ("slurm with a file as run folder", "launch.slurm", ("debug", "--run_dir", "empty/x", "--dry-run"), "empty"),
+    ("doctor for no time", "launch.doctor", (*SHORT, "--seconds", 0), "--seconds 0"),
+    ("doctor for ever", "launch.doctor", (*SHORT, "--seconds", "inf"), "--seconds inf"),
+    ("doctor for no number", "launch.doctor", (*SHORT, "--seconds", "nan"), "--seconds nan"),
+    ("doctor at no port", "launch.doctor", (*SHORT, "--port", 65536), "--port 65536"),
+    ("doctor at a negative port", "launch.doctor", (*SHORT, "--port", -1), "--port -1"),
+    ("doctor of no config", "launch.doctor", ("none.toml",), "No such file"),
+    ("doctor with an option of sbatch", "launch.doctor", (*SHORT, "--nodes", 2), "nodes = 2: unknown setting"),
+    ("doctor of a file as run folder", "launch.doctor", ("debug", "--run_dir", "empty"), "run_dir = empty"),
+    ("summary of nothing", "launch.summary", (), "give one folder"),
+    ("summary of a folder without runs", "launch.summary", (".",), "no runs in it"),
+    ("ray with a relative run folder", "launch.ray_train", SHORT, "run_dir = run: relative"),
+    ("ray with a sweep of nothing", "launch.ray_train", ("debug", "--sweep.optim.lr"), "--sweep.optim.lr"),
+    ("ray with a sweep of folders", "launch.ray_train", ("debug", "--sweep.run_dir", "/a,/b"), "cannot be swept"),
+    ("ray with a value twice", "launch.ray_train", ("debug", "--sweep.seed=1,1"), "--sweep.seed=1,1"),
+]
+
+
+@pytest.mark.parametrize(("module", "words", "said"), [c[1:] for c in WORDS], ids=[c[0] for c in WORDS])
+def test_wrong_words_of_a_launcher_are_one_line(module: str, words: tuple[object, ...], said: str, tmp_path: Path):
+    (tmp_path / "quote").write_text("debug --run_dir 'a\n")
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    with untouched(tmp_path):
+        assert_told(call(module, *words, **(JOB if module == "launch.plan" else {})), said)
+
+
+ADDRESSES = [
+    ("no port", "host"),
+    ("a URL", "http://127.0.0.1:8265"),
+    ("a port beyond all", "127.0.0.1:99999"),
+    ("no host", ":6379"),
+    ("a port of letters", "127.0.0.1:ray"),
+    ("a closed port", "127.0.0.1:1"),
+]
+
+
+@pytest.mark.parametrize("address", [c[1] for c in ADDRESSES], ids=[c[0] for c in ADDRESSES])
+def test_an_address_without_a_ray_is_refused_at_once(address: str, tmp_path: Path):
+    found = call("launch.ray_train", *SHORT[:-1], tmp_path / "run", RAY_ADDRESS=address)
+    assert_told(found, f"RAY_ADDRESS = {address}")
+
+
+def test_a_doctor_in_a_job_without_slurm_is_refused(tmp_path: Path):
+    found = call("launch.doctor", *SHORT, **JOB, SLURM_JOB_NODELIST="n1", PATH=str(tmp_path))
+    assert_told(found, "scontrol: No such file or directory; start this on a node of the job")
+
+
+NAMED = [
+    ("close to one", "cifar1O", "did you mean cifar10"),
+    ("without its folder", "I-10", "did you mean seeds/I-10"),
+    ("in capitals", "CIFAR10", "did you mean cifar10"),
+    ("close to none", "imagenet", "choose one of cifar10, "),
+    ("a path to nowhere", "nowhere/else", "no config of this name ships"),
+    ("up and down", "../configs/cifar10", "no such file"),
+    ("the file of a shipped one", "cifar10.toml", "has the name cifar10"),
+    ("the path of a shipped one", "configs/seeds/I-10.toml", "has the name seeds/I-10"),
+    ("another file", "mine.toml", "config file mine.toml: No such file"),
+    ("a folder", "/", "config file /: Is a directory"),
+    ("nothing", "", "config file"),
+    ("a space", " ", "config file"),
+    ("a line break", "cifar10\n", "config file"),
+    ("endless", "x" * 5000, "File name too long"),
+    ("a file that is no TOML, by a name without suffix", "plain", "plain: not valid TOML"),
+    ("a folder by the name of a config", "folder", "config file folder: Is a directory"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), [c[1:] for c in NAMED], ids=[c[0] for c in NAMED])
+def test_a_name_without_a_config_says_which_there_are(given: str, said: str, tmp_path: Path):
+    (tmp_path / "plain").write_text("no TOML\n")
+    (tmp_path / "folder").mkdir()
+    with untouched(tmp_path):
+        assert_told(call("train", given), said)
+
+
+@pytest.mark.parametrize("base", ["cifar11", "cifar10.toml", "folder"])
+def test_a_base_without_a_config_says_which_there_are(base: str, tmp_path: Path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "mine.toml").write_text(f'extends = "{base}"\n')
+    assert_told(call("train", "mine.toml"), base)
+
+
+def test_a_shipped_config_is_found_from_any_folder(tmp_path: Path):
+    (tmp_path / "cifar10").mkdir()
+    for name in names():
+        found = call("train", name, "--optim.lrr", 1)
+        assert_told(found, "did you mean optim.lr?")
+    (tmp_path / "mine.toml").write_text('extends = "seeds/I-10"\nepochs = 0\n')
+    assert_told(call("train", "mine.toml"), "mine.toml:2: epochs = 0")
+
+
+def test_a_local_file_comes_before_a_shipped_config(tmp_path: Path):
+    (tmp_path / "debug").write_text("epochs = 0\n")
+    assert_told(call("train", "debug"), "debug:1: epochs = 0")
+    (tmp_path / "mine.toml").write_text('extends = "debug"\n')
+    assert_told(call("train", "mine.toml"), "debug:1: epochs = 0")
+
+
+@pytest.mark.parametrize(("count", "listed"), [("2", ""), ("0", "")])
+def test_a_doctor_in_a_job_without_its_nodes_is_refused(count: str, listed: str):
+    found = call("launch.doctor", *SHORT, SLURM_JOB_ID="7", SLURM_JOB_NUM_NODES=count, SLURM_JOB_NODELIST=listed)
+    assert_told(found, "SLURM_JOB_NUM_NODES = ", count)

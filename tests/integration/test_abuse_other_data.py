@@ -1,0 +1,427 @@
+"""Data that cannot be, that differs from what a run began with, or that is too little: exit code 2, or one warning."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cifar_files import Records, change, records_of, small_official, write_cifar
+from PIL import Image
+
+from distributed.files import digest_of
+from integration.abuse import Outcome, assert_told, call, untouched
+
+TEN, HUNDRED = "cifar-10-batches-bin", "cifar-100-binary"
+SHORT = (
+    "--device", "cpu", "--logging.tensorboard", "false", "--logging.level", "WARNING", "--precision", "float32",
+    "--exact.shards", 1, "--evaluation.test_every_epoch", "false", "--threads", 1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("cifar10", "cifar100"):
+            small_official(patch, name)
+        yield
+
+
+def train(name: str, root: Path, run: Path, *words: object, epochs: int = 1) -> Outcome:
+    of_data = ("--data.name", name, "--data.root", root, "--data.validation_fraction", 0)
+    if name == "image_folder":
+        of_data += ("--data.cache", run.parent / "cache")
+    return call("train", *SHORT, *of_data, "--run_dir", run, "--epochs", epochs, "--global_batch_size", 100, *words)
+
+
+def warned(found: Outcome) -> list[str]:
+    """Warnings about the data; others are of generated images and of torchvision."""
+    lines = [line for line in found.err.splitlines() if " WARNING " in line]
+    return [line for line in lines if "generated images" not in line and "py.warnings" not in line]
+
+
+# What CIFAR cannot hold
+
+
+def put(rows: Any, columns: Any, value: Any) -> Callable[[Records], None]:
+    def changed(records: Records) -> None:
+        records[rows, columns] = value
+
+    return changed
+
+
+def into(name: str, how: Callable[[Records], Records | None]) -> Callable[[Path], None]:
+    return lambda folder: change(folder / name, how)
+
+
+def copy_of(source: str, to: str, how: Callable[[Records], Records] = np.copy) -> Callable[[Path], None]:
+    """The first records of a file replaced by those of another."""
+
+    def copy(folder: Path) -> None:
+        taken = how(records_of(folder / source))
+        change(folder / to, lambda records: np.concatenate([taken, records[len(taken) :]]))
+
+    return copy
+
+
+def next_label(row: int, column: int, labels: int) -> Callable[[Records], None]:
+    def changed(records: Records) -> None:
+        records[row, column] = (records[row, column] + 1) % labels
+
+    return changed
+
+
+def other_labels(records: Records) -> Records:
+    return np.hstack([9 - records[:, :1], records[:, 1:]])
+
+
+def dolphins_for_beavers(records: Records) -> None:
+    records[records[:, 1] == 4, 1] = 30
+
+
+def fine_labels_rolled(records: Records) -> None:
+    records[:, 1] = np.roll(records[:, 1], 1)
+
+
+ALL = slice(None)
+IMPOSSIBLE: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "a batch copied": (TEN, copy_of("data_batch_1.bin", "data_batch_2.bin"), "are in data_batch_1.bin too"),
+    "a batch copied, in another order": (
+        TEN, copy_of("data_batch_1.bin", "data_batch_5.bin", lambda records: records[::-1]),
+        "data_batch_5.bin: 20 of its 20 images are in data_batch_1.bin too"),
+    "half of a batch copied": (
+        TEN, copy_of("data_batch_3.bin", "data_batch_4.bin", lambda records: records[:10]),
+        "data_batch_4.bin: 10 of its 20 images are in data_batch_3.bin too"),
+    "a batch copied, with other labels": (
+        TEN, copy_of("data_batch_1.bin", "data_batch_2.bin", other_labels), "are in data_batch_1.bin too"),
+    "a training batch for the test": (TEN, copy_of("data_batch_3.bin", "test_batch.bin"), "test_batch.bin: 20 of its 20"),
+    "the test batch for training": (TEN, copy_of("test_batch.bin", "data_batch_3.bin"), "images are in data_batch_3"),
+    "all batches alike": (
+        TEN, lambda folder: [shutil.copy(folder / "test_batch.bin", folder / f"data_batch_{n}.bin") for n in range(1, 6)],
+        "20 of its 20 images are in"),
+    "one image everywhere": (TEN, into("data_batch_2.bin", lambda records: records[:1].repeat(20, 0)), "in it twice"),
+    "grey images": (TEN, into("data_batch_1.bin", put(ALL, slice(1, None), 128)), "in it twice"),
+    "zeros for a batch": (TEN, into("data_batch_2.bin", put(ALL, ALL, 0)), "20 of its 20 images are black"),
+    "zeros for the end of a batch": (
+        TEN, into("data_batch_5.bin", put(slice(15, None), ALL, 0)), "data_batch_5.bin: 5 of its 20 images are black"),
+    "one black image": (TEN, into("test_batch.bin", put(7, slice(1, None), 0)), "test_batch.bin: 1 of its 20"),
+    "a label changed": (TEN, into("data_batch_1.bin", next_label(3, 0, 10)), "where 10 of each class belong"),
+    "a test label changed": (TEN, into("test_batch.bin", next_label(3, 0, 10)), "its test files hold"),
+    "all labels zero": (TEN, into("data_batch_1.bin", put(ALL, 0, 0)), "of airplane, "),
+    "labels from 1 to 10": (TEN, into("test_batch.bin", lambda r: np.hstack([r[:, :1] + 1, r[:, 1:]])), "label 10"),
+    "records shifted by a byte": (TEN, into("data_batch_2.bin", lambda r: np.roll(r, 1)), "where the highest is 9"),
+    "coarse and fine swapped": (HUNDRED, into("train.bin", lambda r: r[:, [1, 0, *range(2, 3074)]]), "label bytes"),
+    "swapped in one record": (
+        HUNDRED, into("test.bin", put(5, slice(0, 2), [10, 3])), "record 5: fine label 3, coarse label 10, 8 belongs"),
+    "a coarse label changed": (HUNDRED, into("train.bin", next_label(9, 0, 20)), "1 of its 200 records"),
+    "all coarse labels zero": (HUNDRED, into("test.bin", put(ALL, 0, 0)), "95 of its 100 records"),
+    "fine labels in another order": (HUNDRED, into("train.bin", fine_labels_rolled), "label bytes are swapped or damaged"),
+    "a fine label of the same coarse one": (HUNDRED, into("train.bin", dolphins_for_beavers), "0 of beaver, 4 of dolphin"),
+    "training images in the test": (
+        HUNDRED, copy_of("train.bin", "test.bin", lambda records: records[:100]), "are in train.bin too"),
+    "half a set twice": (HUNDRED, into("train.bin", lambda r: np.concatenate([r[:100], r[:100]])), "100 of its 200"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_impossible_cifar_is_refused(case: str, tmp_path: Path) -> None:
+    folder, how, said = IMPOSSIBLE[case]
+    name = "cifar10" if folder == TEN else "cifar100"
+    how(write_cifar(tmp_path / "data", name))
+    with untouched(tmp_path / "data"):
+        found = train(name, tmp_path / "data", tmp_path / "run")
+    assert_told(found, said, str(tmp_path / "data" / folder), "anew, or point --data.root")
+    assert not list((tmp_path / "run").rglob("step-*"))
+
+
+# A resume on other data
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run of one epoch and the data that it was trained on."""
+
+    name: str
+    root: Path
+    run: Path
+
+
+def images(root: Path) -> Path:
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for place in range(3):
+                Image.new("RGB", (32, 32), (40 * place, 9, 99)).save(root / split / name / f"{place}.png")
+    return root
+
+
+def begun(name: str, folder: Path) -> Begun:
+    root = folder / "data"
+    _ = images(root) if name == "image_folder" else write_cifar(root, name)
+    found = train(name, root, folder / "run", "--schedule.name", "constant")
+    assert found.code == 0, found.err
+    return Begun(name, root, folder / "run")
+
+
+@pytest.fixture(scope="module")
+def runs(small: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Begun]:
+    return {name: begun(name, tmp_path_factory.mktemp(name)) for name in ("image_folder", "cifar10")}
+
+
+def copied(run: Begun, to: Path) -> Begun:
+    for source, target in ((run.root, to / "data"), (run.run, to / "run")):
+        shutil.copytree(source, target, symlinks=True)
+    return Begun(run.name, to / "data", to / "run")
+
+
+def resume(run: Begun, *words: object) -> Outcome:
+    return train(run.name, run.root, run.run, "--schedule.name", "constant", *words, epochs=2)
+
+
+def with_class(root: Path) -> None:
+    for split in ("train", "test"):
+        shutil.copytree(root / split / "dog", root / split / "eel")
+
+
+def renamed_class(root: Path) -> None:
+    for split in ("train", "test"):
+        (root / split / "dog").rename(root / split / "bat")
+
+
+def last_byte(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def flip(records: Records) -> None:
+    records[3, 77] ^= 4
+
+
+def swap_labels(records: Records) -> None:
+    other = int(np.flatnonzero(records[:, 0] != records[0, 0])[0])
+    records[[0, other], 0] = records[[other, 0], 0]
+
+
+NUMBER, CONTENT = "the number of the training images is", "the digest of the training images is"
+OTHER: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "an image renamed": ("image_folder", lambda root: (root / "train/cat/0.png").rename(root / "train/cat/9.png"), CONTENT),
+    "an image more": ("image_folder", lambda root: shutil.copy(root / "train/cat/0.png", root / "train/cat/9.png"),
+                      f"{NUMBER} 7 here, and this run was begun with 6"),
+    "an image less": ("image_folder", lambda root: (root / "train/cat/0.png").unlink(), f"{NUMBER} 5 here"),
+    "an image in another class": (
+        "image_folder", lambda root: (root / "train/cat/0.png").rename(root / "train/dog/9.png"), CONTENT),
+    "a byte in an image": ("image_folder", lambda root: last_byte(root / "train/cat/0.png"), CONTENT),
+    "a test image more": ("image_folder", lambda root: shutil.copy(root / "test/cat/0.png", root / "test/cat/9.png"),
+                          "the number of the test images is 7 here"),
+    "a test image changed": ("image_folder", lambda root: last_byte(root / "test/cat/1.png"),
+                             "the digest of the test images is"),
+    "a class more": ("image_folder", with_class, "the number of classes is 3 here, and this run was begun with 2"),
+    "a class renamed": ("image_folder", renamed_class, "the name of class 0 is bat here, and this run was begun with cat"),
+    "a flipped bit": ("cifar10", lambda root: change(root / TEN / "data_batch_2.bin", flip), CONTENT),
+    "two labels swapped": ("cifar10", lambda root: change(root / TEN / "data_batch_2.bin", swap_labels), CONTENT),
+    "a flipped bit in the test": (
+        "cifar10", lambda root: change(root / TEN / "test_batch.bin", flip), "the digest of the test images is"),
+    "records in another order": (
+        "cifar10", lambda root: change(root / TEN / "data_batch_2.bin", lambda r: r[::-1]), "the order of the training"),
+    "batches in another order": (
+        "cifar10", lambda root: [(root / TEN / "data_batch_1.bin").rename(root / "x"), (root / TEN / "data_batch_2.bin").rename(
+            root / TEN / "data_batch_1.bin"), (root / "x").rename(root / TEN / "data_batch_2.bin")],
+        "the order of the training images is"),
+    "other images": ("cifar10", lambda root: (shutil.rmtree(root), write_cifar(root, "cifar10", seed=2)), CONTENT),
+}  # fmt: skip
+
+
+def refused(run: Begun, said: str) -> None:
+    """A resume ends before its first step and leaves checkpoints, metrics and data as they are."""
+    before = {file: (run.run / file).read_bytes() for file in ("metrics.jsonl", "config.toml", "digests.jsonl")}
+    with untouched(run.root, run.run / "checkpoints"):
+        found = resume(run)
+    assert found.code == 2, found.err
+    assert "Traceback" not in found.err
+    assert any(said in line and str(run.run) in line for line in found.errors), found.err
+    assert any("a resumed run keeps its data" in line for line in found.errors), found.err
+    assert {file: (run.run / file).read_bytes() for file in before} == before
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_a_resume_on_other_data_is_refused(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
+    name, how, said = OTHER[case]
+    run = copied(runs[name], tmp_path)
+    how(run.root)
+    refused(run, said)
+
+
+@pytest.mark.parametrize("name", ["image_folder", "cifar10"])
+def test_a_copy_of_the_data_is_the_same(name: str, runs: dict[str, Begun], tmp_path: Path) -> None:
+    run = copied(runs[name], tmp_path)
+    for path in run.root.rglob("*"):
+        os.utime(path, (1, 1))
+    found = resume(run)
+    assert found.code == 0, found.err
+    assert not found.errors
+
+
+SAVED: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no digest, as of an older version": lambda state: state.pop("images"),
+    "no order": lambda state: state["images"]["train"].pop("order"),
+    "null": lambda state: state.update(images=None),
+    "a list": lambda state: state.update(images=[1]),
+    "a number for a split": lambda state: state["images"].update(train=3),
+    "a split more": lambda state: state["images"].update(extra={"size": 3}),
+}
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_a_checkpoint_that_says_less_of_its_data(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
+    run = copied(runs["image_folder"], tmp_path)
+    with_state(run, SAVED[case])
+    found = resume(run)
+    assert found.code == 0, found.err
+
+
+DAMAGED: dict[str, Any] = {"a text": "x", "negative": -6, "a fraction": 6.5, "nested": {"a": [1]}}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_size_of_the_data_that_cannot_be(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
+    run = copied(runs["image_folder"], tmp_path)
+    with_state(run, lambda state: state["images"]["train"].update(size=DAMAGED[case]))
+    refused(run, f"{NUMBER} 6 here")
+
+
+def with_state(run: Begun, how: Callable[[dict[str, Any]], object]) -> None:
+    """Change each checkpoint's state.json, and its manifest with it."""
+    for checkpoint in (run.run / "checkpoints").glob("step-*"):
+        state = json.loads((checkpoint / "state.json").read_text())
+        how(state)
+        (checkpoint / "state.json").write_text(json.dumps(state))
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        manifest["files"]["state.json"] = list(digest_of(checkpoint / "state.json"))
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+# An evaluation on other data
+
+EVALUATED: dict[str, tuple[str, str, Callable[[Path], object], int, str]] = {
+    "a copy": ("image_folder", "test", lambda root: None, 0, ""),
+    "other test images": ("image_folder", "test", lambda root: last_byte(root / "test/cat/1.png"), 0,
+                          "the digest of the test images is"),
+    "fewer test images": ("image_folder", "test", lambda root: (root / "test/cat/1.png").unlink(), 0,
+                          "the number of the test images is 5 here, and was 6 in training"),
+    "other training images": ("image_folder", "test", lambda root: last_byte(root / "train/cat/1.png"), 0, ""),
+    "a class renamed": ("image_folder", "test", renamed_class, 2,
+                        "the name of class 0 is bat here, and was cat in training"),
+    "a class more": ("image_folder", "test", with_class, 2, "the number of classes is 3 here, and was 2 in training"),
+    "a flipped bit": ("cifar10", "test", lambda root: change(root / TEN / "test_batch.bin", flip), 0,
+                      "the digest of the test images is"),
+    "test images in another order": (
+        "cifar10", "test", lambda root: change(root / TEN / "test_batch.bin", lambda r: r[::-1]), 0, ""),
+    "training images in another order": (
+        "cifar10", "train", lambda root: change(root / TEN / "data_batch_2.bin", lambda r: r[::-1]), 0,
+        "the order of the training images is"),
+    "impossible images": ("cifar10", "test", IMPOSSIBLE["a test label changed"][1], 2, "its test files hold"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EVALUATED)
+def test_an_evaluation_says_that_the_data_is_other(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
+    name, split, how, code, said = EVALUATED[case]
+    run = copied(runs[name], tmp_path)
+    how(run.root / TEN if case == "impossible images" else run.root)
+    found = call("evaluate", run.run, "--split", split, "--data.root", run.root, "--device", "cpu")
+    if code:
+        assert_told(found, said)
+        return
+    assert found.code == 0, found.err
+    warnings = warned(found)
+    assert len(warnings) == bool(said), warnings
+    assert all(said in line for line in warnings)
+
+
+# Splits that are too small
+
+TINY = ("--data.train_samples", 20, "--data.test_samples", 10, "--global_batch_size", 10)
+NONE = ("--data.validation_fraction", 0.2)
+TOO_SMALL: dict[str, tuple[tuple[object, ...], str]] = {
+    "a plateau schedule": ((*NONE, "--schedule.name", "plateau"), "and schedule.name = plateau needs some"),
+    "early stopping": ((*NONE, "--early_stopping.patience", 3), "and early_stopping needs some"),
+    "the best by accuracy": ((*NONE, "--checkpoint.best_by", "accuracy"), "and checkpoint.best_by = accuracy needs some"),
+    "the best by loss": ((*NONE, "--checkpoint.best_by", "loss"), "and checkpoint.best_by = loss needs some"),
+    "a plateau schedule and early stopping": (
+        (*NONE, "--schedule.name", "plateau", "--early_stopping.patience", 3), "and early_stopping need some"),
+    "a very small fraction": (
+        ("--data.validation_fraction", 1e-9, "--early_stopping.patience", 3), "validation_fraction = 1e-09 holds out none"),
+    "all images": (("--data.validation_fraction", 0.9), "validation_fraction = 0.9: holds out all 20 training images"),
+    "all images, two of each class": (("--data.validation_fraction", 0.76), "holds out all 20 training images"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TOO_SMALL)
+def test_a_fraction_of_no_or_all_images_is_refused(case: str, tmp_path: Path) -> None:
+    words, said = TOO_SMALL[case]
+    found = call("train", *SHORT, "--data.name", "generated10", *TINY, *words, "--run_dir", tmp_path / "run")
+    assert_told(found, said, "data.validation_fraction = ")
+    assert not list((tmp_path / "run").rglob("step-*"))
+
+
+SMALL: dict[str, tuple[tuple[object, ...], str]] = {
+    "no validation image": (NONE, "holds out none of the 20 training images: each class has few"),
+    "a batch larger than the data": (
+        ("--data.validation_fraction", 0, "--global_batch_size", 64), "is more than the 20 training images"),
+    "more micro-batches than images": (
+        ("--data.validation_fraction", 0, "--global_batch_size", 64, "--accumulation", 32), "is more than the 20"),
+    "classes without an image": (("--data.validation_fraction", 0, "--data.train_samples", 10, "--data.name", "generated100"),
+                                 "90 of 100 classes have no training image"),
+    "a last step of one image": (("--data.validation_fraction", 0, "--data.train_samples", 11), ""),
+    "more shards than images in a step": (
+        ("--data.validation_fraction", 0, "--data.train_samples", 11, "--exact.shards", 8), ""),
+    "evaluated one by one": (("--data.validation_fraction", 0, "--evaluation.batch_size", 1), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_small_data_is_at_most_one_warning(case: str, tmp_path: Path) -> None:
+    words, said = SMALL[case]
+    replaced = {**dict(zip(SHORT[::2], SHORT[1::2], strict=True)), "--data.name": "generated10", "--epochs": 1}
+    replaced |= dict(zip(TINY[::2], TINY[1::2], strict=True)) | dict(zip(words[::2], words[1::2], strict=True))
+    found = call("train", *(word for pair in replaced.items() for word in pair), "--run_dir", tmp_path / "run")
+    assert found.code == 0, found.err
+    warnings = warned(found)
+    assert len(warnings) == bool(said), warnings
+    assert all(said in line for line in warnings)
+
+
+def few(counts: dict[str, int]) -> Callable[[Path], None]:
+    """An image folder with so many training images of each class."""
+
+    def make(root: Path) -> None:
+        images(root)
+        for name, count in counts.items():
+            for place in range(count, 3):
+                (root / f"train/{name}/{place}.png").unlink()
+
+    return make
+
+
+FEW: dict[str, tuple[dict[str, int], float, int, str]] = {
+    "an image of each class, none held out": ({"cat": 1, "dog": 1}, 0.5, 0, "holds out none of the 2 training images"),
+    "an image of each class, all held out": ({"cat": 1, "dog": 1}, 0.6, 2, "holds out all 2 training images"),
+    "a class of one image": ({"cat": 1, "dog": 3}, 0.6, 0, "1 of 2 classes have no training image: cat"),
+}
+
+
+@pytest.mark.parametrize("case", FEW)
+def test_image_folders_of_few_images(case: str, tmp_path: Path) -> None:
+    counts, fraction, code, said = FEW[case]
+    few(counts)(tmp_path / "data")
+    words = ("--data.name", "image_folder", "--data.root", tmp_path / "data", "--data.cache", tmp_path / "cache",
+             "--data.validation_fraction", fraction, "--run_dir", tmp_path / "run", "--epochs", 1,
+             "--global_batch_size", 1)  # fmt: skip
+    found = call("train", *SHORT, *words)
+    assert found.code == code, found.err
+    (line,) = [*warned(found), *found.errors]
+    assert said in line

@@ -1,0 +1,127 @@
+"""Ranks that read different data under one path, as nodes with their own disks do: all refuse before the first step."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cifar_files import change, small_official, write_cifar
+from PIL import Image
+from ranks import in_group, run_ranks
+
+from distributed import collectives, recipe
+from distributed.build import build_data
+from distributed.config import TrainConfig
+from distributed.config.data import CifarData, ImageFolderData
+from distributed.data import image_folder
+from distributed.data_checks import check_data
+from distributed.errors import InputError
+from distributed.topology import Topology
+from multiprocess.small_runs import Recorder, small_config
+
+
+def folder(root: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for place in range(3):
+                Image.new("RGB", (32, 32), (40 * place, 9, 0)).save(root / split / name / f"{place}.png")
+
+
+def renamed_class(root: Path) -> None:
+    for split in ("train", "test"):
+        (root / split / "dog").rename(root / split / "cow")
+
+
+def reordered(root: Path) -> None:
+    change(root / "cifar-10-batches-bin" / "data_batch_1.bin", lambda records: records[::-1])
+
+
+def flipped(root: Path) -> None:
+    def flip(records: np.ndarray) -> None:
+        records[3, 99] ^= 16
+
+    change(root / "cifar-10-batches-bin" / "test_batch.bin", flip)
+
+
+CASES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "an image more": (
+        "image_folder", lambda root: shutil.copy(root / "train/dog/0.png", root / "train/dog/8.png"),
+        "the number of the training images is 7 on rank 1, and 6 on rank 0"),
+    "a class renamed": ("image_folder", renamed_class, "the name of class 1 is cow on rank 1, and dog on rank 0"),
+    "a class more": (
+        "image_folder", lambda root: shutil.copytree(root / "train/dog", root / "train/eel"),
+        "the number of classes is 3 on rank 1, and 2 on rank 0"),
+    "another image": (
+        "image_folder", lambda root: Image.new("RGB", (32, 32)).save(root / "test/dog/1.png"),
+        "the digest of the test images is"),
+    "a flipped bit": ("cifar10", flipped, "the digest of the test images is"),
+    "another order": ("cifar10", reordered, "the order of the training images is"),
+}  # fmt: skip
+
+
+def config_of(run_dir: Path, name: str) -> TrainConfig:
+    root = Path("data")
+    data = CifarData(root=root) if name == "cifar10" else ImageFolderData(root=root, validation_fraction=0.0)
+    return small_config(run_dir, epochs=1, exact={"shards": 2}).model_copy(update={"data": data})
+
+
+@in_group
+def outcomes(root: Path) -> list[tuple[str, int]]:
+    """The error of training and the number of steps taken, per case."""
+    found = []
+    small_official(pytest.MonkeyPatch(), "cifar10")
+    for case, (name, _, _) in CASES.items():
+        os.chdir(root / case / str(collectives.rank()))
+        recorder, error = Recorder(), ""
+        try:
+            recipe.train(config_of(root / case / "run", name), sinks=[recorder])
+        except InputError as caught:
+            error = str(caught)
+        found.append((error, len(recorder.steps)))
+    return found
+
+
+@pytest.fixture
+def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    small_official(monkeypatch, "cifar10")
+    for case, (name, how, _) in CASES.items():
+        for rank in ("0", "1"):
+            root = tmp_path / case / rank / "data"
+            _ = write_cifar(root, "cifar10") if name == "cifar10" else folder(root)
+        how(tmp_path / case / "1" / "data")
+    return tmp_path
+
+
+def test_ranks_with_different_data_refuse_alike(roots: Path) -> None:
+    first, second = run_ranks(outcomes, 2, roots, timeout_seconds=120)
+    assert first == second
+    for (error, steps), (_, _, said) in zip(first, CASES.values(), strict=True):
+        assert said in error
+        assert steps == 0
+    assert not [path for path in roots.glob("*/run/checkpoints/*") if path.name.startswith("step-")]
+
+
+@in_group
+def unreadable_on_one(root: Path) -> str:
+    """The error that all ranks raise if a file goes away while rank 1 reads it."""
+    os.chdir(root / "an image more" / "0")
+    config = config_of(root / "run", "image_folder")
+    data = build_data(config, Topology.from_environment(), torch.device("cpu"))
+    check_data(config, data)  # no error: the same files
+    if collectives.rank() == 1:
+        _, listings = image_folder.list_folder(Path("data"))
+        Path("data").rename("gone")
+        vars(data)["_identities"] = lambda: {"train": image_folder.identity(Path("data"), listings["train"])}
+    with pytest.raises(InputError) as caught:
+        check_data(config, data)
+    return str(caught.value)
+
+
+def test_a_rank_that_cannot_read_its_images_ends_all(roots: Path) -> None:
+    first, second = run_ranks(unreadable_on_one, 2, roots, timeout_seconds=60)
+    assert first == second
+    assert "No such file or directory; the folder changed while it was read" in first

@@ -1,0 +1,48 @@
+import gc
+import sys
+
+import pytest
+
+from distributed import collector
+
+
+@pytest.fixture
+def before_torch(monkeypatch):
+    """A process that has not imported torch yet, to all appearances."""
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("before_torch")
+def test_the_collector_rests_and_later_passes_over_what_came_in():
+    with collector.at_rest():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 1000
+
+
+@pytest.mark.usefixtures("before_torch")
+def test_an_import_that_fails_leaves_the_collector_at_work():
+    with pytest.raises(ModuleNotFoundError), collector.at_rest():
+        raise ModuleNotFoundError
+    assert gc.isenabled()
+
+
+@pytest.mark.usefixtures("before_torch")
+def test_a_collector_that_was_off_stays_off():
+    gc.disable()
+    try:
+        with collector.at_rest():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_once_torch_is_there_nothing_is_changed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", sys)
+    frozen = gc.get_freeze_count()
+    with collector.at_rest():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == frozen

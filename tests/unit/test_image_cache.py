@@ -1,0 +1,291 @@
+"""The decoded cache: where it is, whom it trusts, and that nothing but what was decoded comes out of it."""
+
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from loguru import logger
+from PIL import Image
+
+from distributed.data import decode, image_cache
+from distributed.data.image_cache import CacheFile, folders
+from distributed.errors import InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+NOBODY = 65534
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for split in ("train", "test"):
+        for shade, name in enumerate(("cat", "dog")):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for place in range(3):
+                file = tmp_path / "data" / split / name / f"{place}.png"
+                Image.new("RGB", (8, 8), (40 * place, 90 * shade, 0)).save(file)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """Warnings."""
+    lines: list[str] = []
+    handle = logger.add(lines.append, level="WARNING", format="{message}")
+    yield lines
+    logger.remove(handle)
+
+
+def pixels(root: Path, cache: Path | None = None, side: int = 8) -> np.ndarray:
+    return np.array(decode.read(root, side, cache)[1][0].images)
+
+
+def the_file(folder: Path) -> Path:
+    (file,) = folder.glob("train-*.images")
+    return file
+
+
+def changed(at: int, to: bytes) -> Callable[[Path], None]:
+    def change(file: Path) -> None:
+        with file.open("r+b") as opened:
+            opened.seek(at, os.SEEK_SET if at >= 0 else os.SEEK_END)
+            opened.write(to)
+
+    return change
+
+
+def another(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def change(file: Path) -> None:
+        file.unlink()
+        make(file)
+
+    return change
+
+
+def linked_to_a_copy(file: Path) -> None:
+    file.rename(file.with_name("elsewhere"))
+    file.symlink_to(file.with_name("elsewhere"))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a pixel changed": (changed(-1, b"\x77"), "its content is not what was written"),
+    "the first pixel changed": (changed(4096, b"\x77"), "its content is not what was written"),
+    "the header changed": (changed(3, b"\x77"), "its content is not what was written"),
+    "zeros": (lambda file: file.write_bytes(bytes(file.stat().st_size)), "its content is not what was written"),
+    "cut": (lambda file: os.truncate(file, 300), "its size is wrong"),
+    "empty": (lambda file: os.truncate(file, 0), "its size is wrong"),
+    "longer": (lambda file: os.truncate(file, 10**6), "its size is wrong"),
+    "a link": (linked_to_a_copy, "Too many levels of symbolic links"),
+    "a link to nothing": (another(lambda file: file.symlink_to("gone")), "Too many levels of symbolic links"),
+    "a pipe": (another(os.mkfifo), "not a regular file"),
+    "writable by all": (lambda file: file.chmod(0o666), "another user can write it"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_cache_file_that_is_not_ours_is_made_again(case: str, root: Path, said: list[str]) -> None:
+    change, why = DAMAGE[case]
+    expected = pixels(root)
+    file = the_file(root / ".decoded")
+    change(file)
+    assert np.array_equal(pixels(root), expected)
+    assert said == [f"{file}: {why}; decoding the images again\n"]
+    assert stat.S_ISREG(file.lstat().st_mode)
+    assert np.array_equal(pixels(root), expected)
+    assert len(said) == 1
+
+
+@needs_root
+def test_another_users_cache_file_is_not_used(root: Path, said: list[str]) -> None:
+    expected = pixels(root)
+    os.chown(the_file(root / ".decoded"), NOBODY, NOBODY)
+    assert np.array_equal(pixels(root), expected)
+    assert "another user can write it" in said[0]
+
+
+def test_a_cache_file_of_another_size_or_source_is_not_used(root: Path, said: list[str]) -> None:
+    expected = pixels(root, side=4)
+    small = the_file(root / ".decoded")
+    content = small.read_bytes()
+    small.unlink()
+    pixels(root, side=8)
+    large = the_file(root / ".decoded")
+    large.write_bytes(content)
+    assert pixels(root, side=8).shape[1] == 8
+    assert "its size is wrong" in said[0]
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(root / "train" / "cat" / "0.png")
+    small.write_bytes(content)
+    found = pixels(root, side=4)
+    assert not np.array_equal(found, expected)
+
+
+def test_a_cache_of_the_same_shape_under_another_name_is_not_used(root: Path, said: list[str]) -> None:
+    pixels(root)
+    old = the_file(root / ".decoded")
+    content = old.read_bytes()
+    old.unlink()
+    os.utime(root / "train" / "cat" / "0.png", (1, 1))
+    expected = pixels(root)
+    the_file(root / ".decoded").write_bytes(content)
+    assert np.array_equal(pixels(root), expected)
+    assert len(said) == 1
+
+
+def test_a_folder_in_the_files_place_leaves_the_images_in_memory(root: Path, said: list[str]) -> None:
+    expected = pixels(root)
+    file = the_file(root / ".decoded")
+    file.unlink()
+    file.mkdir()
+    assert np.array_equal(pixels(root, root / ".decoded"), expected)
+    assert "Is a directory" in said[-1]
+    assert "each process decodes them at each start" in said[-1]
+
+
+def paths(root: Path, named: Path | None) -> list[Path]:
+    return [folder.path for folder in folders(root, named)]
+
+
+def test_the_cache_is_with_the_data_else_with_the_user(root: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    home = tmp_path / "home" / ".cache" / "distributed" / "decoded"
+    assert paths(root, None)[:2] == [root / ".decoded", home]
+    assert paths(root, tmp_path / "named") == [tmp_path / "named"]
+    assert stat.S_IMODE((tmp_path / "named").stat().st_mode) == 0o700
+    (tmp_path / "file").write_text("")  # cannot hold a folder, like one that is read-only
+    assert paths(tmp_path / "file", None)[0] == home
+    assert paths(root, tmp_path / "file" / "below") == []
+    with pytest.raises(InputError, match=r"--data\.cache"):
+        decode.read(root, 8, tmp_path / "file" / "below")
+
+
+def test_a_user_without_a_home_has_a_cache_in_the_temporary_folder(root: Path, monkeypatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(tempfile, "tempdir", str(root.parent / "tmp"))
+    nowhere = root / "train" / "cat" / "0.png"
+    assert paths(nowhere, None) == [root.parent / "tmp" / f"distributed-decoded-{os.geteuid()}"]
+
+
+def test_without_any_folder_the_images_are_in_memory(root: Path, said: list[str], monkeypatch) -> None:
+    expected = pixels(root)
+
+    def nowhere(*_: object) -> None:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    shutil.rmtree(root / ".decoded")
+    (root / ".decoded").write_text("")
+    assert np.array_equal(pixels(root), expected)
+    (line, _) = said  # one a split
+    assert "decoded images are not kept (no folder that can be written)" in line
+
+
+OTHERS: dict[str, Callable[[Path], object]] = {
+    "writable by all": lambda folder: folder.chmod(0o777),
+    "writable by its group": lambda folder: folder.chmod(0o770),
+    "sticky": lambda folder: folder.chmod(0o1777),
+    "another user's": lambda folder: (os.chown(folder, NOBODY, NOBODY), folder.chmod(0o777)),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_in_a_folder_of_others_a_private_one_is_made(case: str, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    OTHERS[case](shared)
+    private = shared / f"distributed-decoded-{os.geteuid()}"
+    assert paths(tmp_path, shared) == [private]
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("case", ["a link", "writable by all", "another user's"])
+@needs_root
+def test_a_private_folder_made_beforehand_by_others_is_not_used(case: str, root: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    private = shared / f"distributed-decoded-{os.geteuid()}"
+    if case == "a link":
+        (tmp_path / "elsewhere").mkdir()
+        private.symlink_to(tmp_path / "elsewhere")
+    else:
+        private.mkdir()
+        private.chmod(0o777 if case == "writable by all" else 0o700)
+    if case == "another user's":
+        os.chown(private, NOBODY, NOBODY)
+    assert paths(root, shared) == []
+    with pytest.raises(InputError, match=r"or others can; name another folder with --data\.cache"):
+        decode.read(root, 8, shared)
+    assert [*private.glob("*"), *(tmp_path.glob("elsewhere/*"))] == []
+
+
+def test_what_a_killed_process_left_is_removed_and_a_living_ones_kept(root: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    pixels(root)
+    file = the_file(root / ".decoded")
+    file.unlink()
+    dead, living = (file.with_name(f".{file.name}.{name}.writing") for name in ("dead", "living"))
+    dead.write_text("half")
+    with living.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        pixels(root)
+    assert (dead.exists(), living.exists()) == (False, True)
+
+
+def test_two_that_write_at_once_leave_one_valid_file(tmp_path: Path) -> None:
+    file = CacheFile(tmp_path / "a.images", os.geteuid(), (130, 2, 2, 3), "source")
+    images = np.arange(130 * 12, dtype=np.uint32).astype(np.uint8).reshape(file.shape)
+
+    def blocks(store: Callable[[int, np.ndarray], None]) -> None:
+        for first in range(0, 130, image_cache.BLOCK):
+            store(first, images[first : first + image_cache.BLOCK])
+
+    def inside(store: Callable[[int, np.ndarray], None]) -> None:
+        file.write(blocks)  # as a second process would: the lock may be blind between nodes
+        blocks(store)
+
+    file.write(inside)
+    assert np.array_equal(file.load(), images)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.images"]
+
+
+def test_on_a_full_disk_the_images_are_in_memory(root: Path, said: list[str], small_disk: Path) -> None:
+    expected = pixels(root)
+    shutil.rmtree(root / ".decoded")
+    (small_disk / "filler").write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize))
+    assert np.array_equal(pixels(root, small_disk / "cache"), expected)
+    assert re.search(r"data\.cache: decoded images are not kept \(.*No space left on device\)", said[0])
+    assert not list((small_disk / "cache").glob("*.images"))
+
+
+def test_a_full_first_folder_leads_to_the_next(root: Path, said: list[str], monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(root.parent / "home"))
+    real = CacheFile.write
+
+    def write(file: CacheFile, blocks: Callable[..., None]) -> None:
+        if file.path.parent == root / ".decoded":
+            raise OSError(28, "No space left on device")
+        real(file, blocks)
+
+    monkeypatch.setattr(CacheFile, "write", write)
+    pixels(root)
+    assert len(list((root.parent / "home").rglob("*.images"))) == 2
+    assert said == []
+
+
+def test_images_that_neither_disk_nor_memory_hold_are_an_error(root: Path, monkeypatch) -> None:
+    monkeypatch.setattr(decode, "_available_memory", lambda: 1000.0)
+    monkeypatch.setattr(CacheFile, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(InputError, match=r"data\.cache: no room for .* No space left on device"):
+        decode.read(root, 8)

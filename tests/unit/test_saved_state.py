@@ -1,0 +1,156 @@
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from distributed.config import TrainConfig, load
+from distributed.saved_state import check_state, is_at_end
+from distributed.schedule import build_early_stopping, build_schedule
+from distributed.state import TrainState
+from distributed.sums import Totals
+
+IMAGES, BATCH, STEPS = 50, 16, 4  # the last step of an epoch has 2 images
+PLATEAU = ("--schedule.name", "plateau", "--schedule.patience", "2", "--schedule.cooldown", "1")
+STOPPING = ("--early_stopping.patience", "3")
+
+
+def config_of(*words: str) -> TrainConfig:
+    common = "--data.name generated10 --epochs 5 --global_batch_size 16 --checkpoint.best_by accuracy"
+    return load([*common.split(), "--data.validation_fraction", "0.1", *words])[0]
+
+
+def trained(config: TrainConfig, *, epochs: int, steps: int = 0) -> dict[str, Any]:
+    """The state.json of a run after so many epochs and steps, its windows of two steps."""
+    state = TrainState(build_schedule(config, steps_per_epoch=STEPS), build_early_stopping(config.early_stopping))
+    for epoch in range(epochs + 1):
+        for step in range(STEPS if epoch < epochs else steps):
+            samples = min(BATCH, IMAGES - step * BATCH)
+            state.step_done(samples)
+            state.take(Totals(loss=samples << 40, correct=samples // 2, correct5=samples, count=samples))
+            if step % 2:
+                state.close_window()
+        if epoch < epochs:
+            state.close_window()
+            state.observe(Totals(loss=10 << 40, correct=(3, 5, 4, 4, 5)[epoch], count=10), best_by="accuracy")
+            state.epoch_done()
+    return {"state": json.loads(json.dumps(state.state_dict()))}
+
+
+@pytest.mark.parametrize("images", [None, IMAGES])
+@pytest.mark.parametrize("words", [(), PLATEAU, STOPPING, (*PLATEAU, *STOPPING)])
+@pytest.mark.parametrize(("epochs", "steps"), [(0, 0), (0, 1), (0, 4), (1, 0), (2, 3), (3, 4), (4, 2), (5, 0)])
+def test_every_state_of_a_run_is_accepted(words, epochs, steps, images):
+    config = config_of(*words)
+    check_state(trained(config, epochs=epochs, steps=steps), config, images=images)
+
+
+def test_only_the_last_state_is_the_end_of_the_run():
+    config = config_of()
+    assert [epochs for epochs in range(6) if is_at_end(trained(config, epochs=epochs), config)] == [5]
+    assert not is_at_end(trained(config, epochs=4, steps=4), config)
+
+
+def test_an_early_stop_is_the_end_of_the_run():
+    config = config_of("--early_stopping.patience", "2")
+    found = trained(config, epochs=4)
+    check_state(found, config, images=IMAGES)
+    assert is_at_end(found, config)
+
+
+def put(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(state: dict[str, Any]) -> None:
+        *parents, last = path
+        for key in parents:
+            state = state[key]
+        state[last] = value
+
+    return change
+
+
+def moved(**by: int) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state.update({key: state[key] + step for key, step in by.items()})
+
+
+ODD = ["7", -1, 1.5, 3.0, True, math.nan, math.inf, [], {}, None, 2**70]
+COUNTERS = ("epoch", "step", "step_in_epoch", "samples_seen")
+OTHERS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "an epoch beyond the run": put("epoch", value=6),
+    "steps after the last epoch": moved(epoch=2, step=2 * STEPS),
+    "an epoch too many": moved(epoch=1),
+    "an epoch too few": moved(epoch=-1),
+    "a step too many": moved(step=1),
+    "a step too few": moved(step=-1),
+    "a step of the epoch too many": moved(step_in_epoch=1),
+    "steps beyond the epoch": moved(step=3, step_in_epoch=3),
+    "a sample too many": moved(samples_seen=1),
+    "a sample too few": moved(samples_seen=-1),
+    "no samples": put("samples_seen", value=0),
+    "a best epoch to come": put("best", "epoch", value=3),
+    "a best epoch at another step": put("best", "step", value=3),
+    "a best value that is no accuracy": put("best", "value", value=78.4),
+    "a best value that is NaN": put("best", "value", value=math.nan),
+    "a best epoch without a value": put("best", value={"epoch": 0, "step": 4}),
+    "a window of other samples": put("window", "count", value=1),
+    "epoch totals of other samples": put("epoch_totals", "count", value=99),
+    "more right answers than samples": put("window", "correct", value=17),
+    "a negative number of right answers": put("window", "correct5", value=-1),
+    "a negative loss": put("window", "loss", value=-(1 << 60)),
+    "a loss beyond any": put("window", "loss", value=1 << 200),
+    "a loss that is NaN": put("window", "loss", value=math.nan),
+    "a step that was not finite": put("window", "first_bad_step", value=3),
+    "more skipped steps than steps": put("epoch_totals", "skipped_steps", value=4),
+    "a state of another schedule": put("schedule", value={}),
+    "a schedule that is none": put("schedule", value=None),
+    "bad epochs beyond the patience": put("schedule", "bad_epochs", value=3),
+    "more drops than epochs": put("schedule", "drops", value=4),
+    "a negative number of drops": put("schedule", "drops", value=-1),
+    "a cooldown beyond the setting": put("schedule", "cooldown_left", value=2),
+    "a plateau's best that is no accuracy": put("schedule", "best", value=1.5),
+    "no early stopping": put("early_stopping", value=None),
+    "bad epochs beyond early stopping": put("early_stopping", "bad_epochs", value=4),
+    "a stop without bad epochs": put("early_stopping", "stopped", value=True),
+    "a stop that is no truth value": put("early_stopping", "stopped", value=0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*OTHERS, *(f"{name} = {value!r:.9}" for name in COUNTERS for value in ODD)])
+@pytest.mark.parametrize("images", [None, IMAGES])
+def test_numbers_that_are_not_of_the_run_are_one_line(case, images):
+    config = config_of(*PLATEAU, *STOPPING)
+    content = trained(config, epochs=3, steps=3)
+    if change := OTHERS.get(case):
+        change(content["state"])
+    else:
+        name, _, shown = case.partition(" = ")
+        content["state"][name] = next(value for value in ODD if f"{value!r:.9}" == shown)
+    if images is None and case in ("a sample too many", "a sample too few"):
+        check_state(content, config)  # not known before the data is
+        return
+    with pytest.raises(ValueError, match=r"^state\.json: ") as caught:
+        check_state(content, config, images=images)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("key", ["epoch", "best", "window", "schedule", "early_stopping"])
+def test_a_missing_number_is_named(key):
+    config = config_of()
+    content = trained(config, epochs=1)
+    del content["state"][key]
+    with pytest.raises(ValueError, match=rf"^state\.json: {key} is missing$"):
+        check_state(content, config)
+
+
+def test_a_best_epoch_where_none_is_asked_for():
+    config = config_of()
+    unasked = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"best_by": "none"})})
+    with pytest.raises(ValueError, match="best_by = none"):
+        check_state(trained(config, epochs=2), unasked)
+
+
+def test_a_schedule_without_a_state():
+    content = trained(config_of(*PLATEAU), epochs=2)
+    with pytest.raises(ValueError, match="one_cycle has no state"):
+        check_state(content, config_of())

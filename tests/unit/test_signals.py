@@ -1,0 +1,229 @@
+"""Signals and the launcher's death: what ends the process at once, what asks to stop, what is left alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from distributed.errors import ExitCode
+from distributed.signals import SignalStop
+
+ROOT = Path(__file__).parents[2]
+ALL = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
+
+
+@pytest.fixture(autouse=True)
+def _default_signals() -> Iterator[None]:
+    """A test run in the background may have been started with some ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in ALL}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_a_signal_asks_to_stop_and_handlers_are_put_back(number):
+    before = signal.getsignal(number)
+    with SignalStop(launched=True) as stop:
+        assert stop.requested() is None
+        os.kill(os.getpid(), number)
+        assert stop.requested() == number.name
+    assert signal.getsignal(number) == before
+
+
+def test_the_death_of_the_launcher_asks_to_stop(monkeypatch):
+    with SignalStop(launched=True) as stop:
+        other = os.getppid() + 1
+        monkeypatch.setattr(os, "getppid", lambda: other)
+        assert stop.requested() == "the launcher's death"
+
+
+def test_a_command_outlives_its_shell(monkeypatch):
+    with SignalStop(launched=False) as stop:
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert stop.requested() is None
+
+
+DEAF = """
+import ctypes, sys, threading
+from distributed import signals as module
+module._DEAF_SECONDS = 0.5
+with module.SignalStop(launched=False) as signals:
+    if sys.argv[1] == "saves":
+        print("waits", flush=True)
+        threading.Event().wait()  # as for a save: Python runs its handlers meanwhile
+    lock = ctypes.create_string_buffer(64)  # a mutex: a wait in C that no signal interrupts, like one for a GPU
+    threads = ctypes.CDLL(None)
+    threads.pthread_mutex_lock(lock)
+    print("waits", flush=True)
+    threads.pthread_mutex_lock(lock)
+"""
+
+
+def deaf(kind: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", DEAF, kind], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout.readline() == "waits\n"
+    return process
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, ExitCode.FAILED), (signal.SIGINT, ExitCode.INTERRUPTED)])
+def test_a_second_signal_ends_a_process_that_waits_in_c(number, code):
+    with deaf("unheard") as process:
+        process.send_signal(number)
+        time.sleep(0.8)
+        assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(10) == code
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_sent_twice_at_once_is_one_request(number):
+    with deaf("unheard") as process:
+        process.send_signal(number)
+        time.sleep(0.1)
+        process.send_signal(number)
+        time.sleep(0.8)
+        assert process.poll() is None
+        process.kill()
+
+
+def test_a_second_sigterm_does_not_interrupt_a_save():
+    with deaf("saves") as process:
+        for _ in range(3):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.8)
+        assert process.poll() is None
+        process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_terminal_signal_ignored_at_the_start_stays_ignored(number):
+    signal.signal(number, signal.SIG_IGN)
+    with SignalStop(launched=False, at_once_until_asked=True) as stop:
+        os.kill(os.getpid(), number)
+        time.sleep(0.1)
+        assert stop.requested() is None
+    assert signal.getsignal(number) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_of_a_launcher_is_heard_even_if_ignored_before(number):
+    signal.signal(number, signal.SIG_IGN)
+    with SignalStop(launched=False) as stop:
+        os.kill(os.getpid(), number)
+        assert stop.requested() == number.name
+
+
+def test_several_hang_ups_are_one_request():
+    with SignalStop(launched=False) as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.1)
+        assert stop.requested() == "SIGHUP"
+
+
+def test_a_parent_that_is_process_1_from_the_start_is_no_death(monkeypatch):
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    with SignalStop(launched=True) as stop:
+        assert stop.requested() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGWINCH, signal.SIGCHLD])
+def test_other_signals_are_left_alone(number):
+    with SignalStop(launched=False, at_once_until_asked=True) as stop:
+        os.kill(os.getpid(), number)
+        time.sleep(0.05)
+        assert stop.requested() is None
+
+
+WAITS = """
+import ctypes, sys, time
+from distributed import endings
+from distributed.signals import SignalStop
+endings.add_last_word(lambda ending: print(*ending, sep="|", flush=True))
+with SignalStop(launched="orphan" in sys.argv, at_once_until_asked=True) as stop:
+    if "asked" in sys.argv:
+        stop.requested()
+    print("waits", flush=True)
+    if "stuck" in sys.argv:
+        endings.add_last_word(lambda ending: time.sleep(60))
+    lock = ctypes.create_string_buffer(64)  # waits in C, as for a peer: no Python handler runs
+    threads = ctypes.CDLL(None)
+    threads.pthread_mutex_lock(lock)
+    threads.pthread_mutex_lock(lock)
+"""
+
+
+@contextmanager
+def waiting(*how: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITS, *how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env=os.environ | environment,
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout.readline() == "waits\n"
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_before_the_first_step_a_signal_ends_the_process_at_once(number, tmp_path):
+    code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.STOPPED
+    with waiting(TORCHELASTIC_ERROR_FILE=str(tmp_path / "0" / "error.json")) as process:
+        begin = time.monotonic()
+        process.send_signal(number)
+        assert process.wait(10) == code
+        assert time.monotonic() - begin < 2
+        said = f"stopped by {number.name} before the first step; nothing to save"
+        assert process.communicate() == (f"{code!r}|{said}\n".replace(repr(code), str(int(code))), f"{said}\n")
+    assert json.loads((tmp_path / "0" / "error.json").read_text())["message"]["message"] == said
+
+
+def test_a_last_word_that_hangs_does_not_keep_the_process():
+    with waiting("stuck") as process:
+        begin = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == ExitCode.STOPPED
+        assert time.monotonic() - begin < 4
+
+
+def test_after_the_first_step_a_hang_up_only_asks():
+    with waiting("asked") as process:
+        for _ in range(2):
+            process.send_signal(signal.SIGHUP)
+            time.sleep(0.7)
+        assert process.poll() is None
+
+
+def test_a_second_ctrl_c_says_how_to_resume():
+    with waiting("asked") as process:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.7)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == ExitCode.INTERRUPTED
+        assert "the same command resumes from the last checkpoint" in process.stderr.read()
+
+
+def test_a_rank_that_waits_for_its_peers_ends_with_its_launcher():
+    program = (
+        "import subprocess, sys\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {WAITS!r}, 'orphan'])\n"
+        "print('child', child.pid, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT,
+    ) as parent:  # fmt: skip
+        lines = {parent.stdout.readline().split()[0] for _ in range(2)}
+        assert lines == {"child", "waits"}
+        parent.kill()
+        assert "stopped by the launcher's death before the first step" in parent.stdout.read()
