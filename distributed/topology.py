@@ -144,6 +144,12 @@ def torchrun_above() -> tuple[int, list[str]] | None:
     return None
 
 
+def is_elastic() -> bool:
+    """Whether torchrun started this process for several nodes, of which some may come later."""
+    found = torchrun_above() if elastic_run_id() else None
+    return found is not None and any(word.startswith(("--rdzv-endpoint", "--rdzv_endpoint")) for word in found[1])
+
+
 class MeetingPlace(NamedTuple):
     """Where the ranks of an attempt find each other."""
 
