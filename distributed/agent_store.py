@@ -20,7 +20,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from distributed.errors import InputError, PeerError
 from distributed.topology import MeetingPlace, Topology, elastic_run_id, meeting_place, torchrun_above
 
-_CONNECT_SECONDS = 60.0
+_CONNECT_TIME = timedelta(seconds=30)  # our agent has a connection there; meanwhile no signal is heard
 _ROUNDS_AHEAD = 16  # a round may pass without a worker, e.g. if a node is lost at its beginning
 
 
@@ -40,20 +40,20 @@ class AgentStore:
     """Process id of this worker's agent."""
 
     @classmethod
-    def find(cls, topology: Topology, *, timeout: timedelta = timedelta(seconds=_CONNECT_SECONDS)) -> Self | None:
+    def find(cls, topology: Topology) -> Self | None:
         """The store; None if no torchrun started this process, for one node only, or in a way that gives no such store."""
         found = torchrun_above() if elastic_run_id() else None
         if found is None or (endpoint := _endpoint(found[1])) is None:
             return None
         launcher, (host, port) = found[0], endpoint
         try:
-            store = TCPStore(host, port, is_master=False, timeout=timeout)
+            store = TCPStore(host, port, is_master=False, timeout=_CONNECT_TIME)
             round = _round_of(launcher, topology.node_rank, store)
         except Exception:  # of torch's internals, in another version
             return None
-        return (
-            None if round is None else cls(topology, store, MeetingPlace(host, port, has_agent=True), round, launcher)
-        )
+        if round is None:
+            return None
+        return cls(topology, store, MeetingPlace(host, port, has_agent=True), round, launcher)
 
     def of_round(self, store: Store) -> Store:
         """The store's keys of this round's ranks."""
@@ -112,7 +112,7 @@ def _endpoint(arguments: list[str]) -> tuple[str, int] | None:
     from torch.distributed.run import parse_args
 
     try:
-        given = parse_args(arguments)
+        given = parse_args(arguments)  # type: ignore[no-untyped-call]
         store = _parse_rendezvous_config(given.rdzv_conf).get("store_type", "tcp")
         host, port = parse_rendezvous_endpoint(given.rdzv_endpoint, default_port=29400)
     except (SystemExit, Exception):  # an option of another version

@@ -9,7 +9,7 @@ from loguru import logger
 from torch import Tensor
 
 from distributed import collectives
-from distributed.cgroup import cpu_quota
+from distributed.cgroup import quota_note
 from distributed.config import TrainConfig, as_toml
 from distributed.config.engines import Ddp, DeepSpeed, Fsdp
 from distributed.cuda_step import CudaStep
@@ -25,7 +25,7 @@ from distributed.models.build import build_model
 from distributed.process_group import check_own_gpu
 from distributed.state import TrainState
 from distributed.sums import RunningSums
-from distributed.topology import Topology, available_cpus, usable_cpus
+from distributed.topology import Topology
 
 
 class Step(Protocol):
@@ -147,7 +147,8 @@ def log_plan(
         topology.world_size, "s" if topology.world_size > 1 else "", threads, "s" if threads > 1 else "",
         config.precision, config.peak_lr,
     )  # fmt: skip
-    _log_quota()
+    if note := quota_note():
+        logger.info(note)
     stage = f" at stage {config.engine.zero_stage}" if isinstance(config.engine, DeepSpeed) else ""
     logger.info(
         "engine {}{}; {}", config.engine.name, stage,
@@ -172,11 +173,6 @@ def log_plan(
     logger.info("run folder {}", config.run_dir)
     if state.step:
         logger.info("resuming at step {}: epoch {}, step {} of it", state.step, state.epoch + 1, state.step_in_epoch)
-
-
-def _log_quota() -> None:
-    if (available := available_cpus()) < usable_cpus():
-        logger.info("CPU quota {:g}: threads for {} of {} CPUs", cpu_quota(), available, usable_cpus())
 
 
 def _spread(count: int, world_size: int) -> str:

@@ -1,14 +1,39 @@
-"""The CPU quota of this process's control groups, as a container, a batch system or systemd sets it. Imports no torch.
+"""The CPUs that this process may use: those it may run on, and the quota of its control groups, as a container, a batch system
+or systemd sets it. Imports no torch.
 
 A quota does not show in the CPUs that a process may run on. With more threads than it pays for, all of them are stopped for the
 rest of each period, and a step waits for the last one.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 _V2, _V1 = "cgroup2", "cgroup"
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on, whatever part of their time it may have."""
+    return len(os.sched_getaffinity(0))
+
+
+def within_quota(cpus: int) -> int:
+    """That many CPUs, or the quota of this process's control groups, rounded, if that is less; at least one."""
+    quota = cpu_quota()
+    return cpus if quota is None else min(cpus, max(1, int(quota + 0.5)))
+
+
+def available_cpus() -> int:
+    """CPUs whose time this process may have."""
+    return within_quota(usable_cpus())
+
+
+def quota_note() -> str:
+    """What a quota makes of the number of CPUs, in words; empty if nothing."""
+    if (available := available_cpus()) == usable_cpus():
+        return ""
+    return f"CPU quota {cpu_quota() or 0:g}: threads for {available} of {usable_cpus()} CPUs"
 
 
 def cpu_quota(proc: Path = Path("/proc/self")) -> float | None:
@@ -38,9 +63,9 @@ def _groups(proc: Path) -> Iterator[tuple[str, Path]]:
         if after[0] == _V1 and "cpu" not in after[2].split(","):
             continue
         root, mount = (Path(_unescaped(field)) for field in before[3:5])
-        path = Path(paths[after[0]])
+        inside = Path(paths[after[0]])
         # A container without a namespace of its own sees its host's path, of which only a part is mounted.
-        below = path.relative_to(root) if path.is_relative_to(root) and ".." not in path.parts else Path()
+        below = inside.relative_to(root) if inside.is_relative_to(root) and ".." not in inside.parts else Path()
         yield from ((after[0], mount / part) for part in (below, *below.parents))
 
 

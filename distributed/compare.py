@@ -92,7 +92,8 @@ def circumstances(a: RunFolder, b: RunFolder) -> list[str]:
         lines += [f"config: {path} = {toml_value(old)} | {toml_value(new)}" for path, old, new in changed]
     facts_a, facts_b = _facts(a), _facts(b)
     for name in {**facts_a, **facts_b}:
-        old, new = facts_a.get(name, []), facts_b.get(name, [])
+        absent = ["not set"] if name.isupper() else []  # a variable of the environment
+        old, new = facts_a.get(name, absent), facts_b.get(name, absent)
         if old != new:
             lines.append(f"{name}: {', '.join(old) or '?'} | {', '.join(new) or '?'}")
     return lines
@@ -101,10 +102,11 @@ def circumstances(a: RunFolder, b: RunFolder) -> list[str]:
 def _facts(run: RunFolder) -> dict[str, list[str]]:
     """What each attempt that was begun ran on, in their order; what stayed the same is named once."""
     facts: dict[str, list[str]] = {}
-    for line in attempt_lines(run.attempts_file):
-        if line["event"] != "started" or not {"bits", "world_size"} <= line.keys():
-            continue
-        bits = dict(line["bits"])
+    lines = [line for line in attempt_lines(run.attempts_file) if line["event"] == "started"]
+    lines = [line for line in lines if {"bits", "world_size"} <= line.keys()]
+    variables = {name for line in lines for name in line["bits"] if name.isupper()}
+    for line in lines:
+        bits = dict.fromkeys(sorted(variables), "not set") | line["bits"]
         versions = {f"version of {package}": version for package, version in bits.pop("versions", {}).items()}
         code = {"commit": line["git"]} if line.get("git") else {}
         data = {f"{split} images": _in_words(identity) for split, identity in (line.get("images") or {}).items()}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from distributed.cpu_kind import instructions, processor
 from distributed.errors import InputError
+from distributed.hardware import c_library, instructions, math_libraries, processor, processor_model
 from distributed.topology import kernel_variables
 
 _DRIVER = Path("/sys/module/nvidia/version")
@@ -42,8 +42,11 @@ def kernels(device: torch.device) -> dict[str, str]:
     if device.type != "cuda":
         return {
             "device": processor(),
+            "processor": processor_model(),
             "instructions": instructions(),
             "ATen's CPU capability": torch.backends.cpu.get_cpu_capability(),
+            "C library": c_library(),
+            "other math libraries": math_libraries() or "none",
         } | kernel_variables()
     card = torch.cuda.get_device_properties(device)
     nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]

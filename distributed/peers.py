@@ -26,7 +26,7 @@ _LOST = re.compile(
     r"socket ?timeout|operation timeout|broken pipe|remote process|failed to recv|connectFullMesh",
     re.I,
 )
-_DEAD = re.compile(r"rank \d+, process \d+, has died")  # shared_memory.py saw it
+_DEAD = re.compile(r"rank \d+, process \d+ on \S+, has died")  # shared_memory.py saw it
 _POLL_SECONDS = 0.25
 _GRACE_SECONDS = 0.5  # for the main thread, which may be awake and on its way out by itself
 _LINGER_SECONDS = 1.2  # of the rank that serves the store, for the others to read why it ends
@@ -61,7 +61,7 @@ class Peers:
         """
         global _met
         timeout = timedelta(seconds=timeout_seconds)
-        agents = AgentStore.find(topology, timeout=timeout)
+        agents = AgentStore.find(topology)
         place = agents.endpoint if agents else meeting_place()
         rank, world_size = topology.rank, topology.world_size
         store, connection = open_store(place, rank=rank, world_size=world_size, timeout=timeout)

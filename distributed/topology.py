@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from distributed.cgroup import cpu_quota
+from distributed.cgroup import available_cpus
 from distributed.errors import InputError
 
 _RESOLVE_SECONDS = 5.0
@@ -112,22 +112,6 @@ class Topology:
         return asked or max(1, available_cpus() // self.local_world_size)
 
 
-def usable_cpus() -> int:
-    """CPUs that this process may run on, whatever part of their time it may have."""
-    return len(os.sched_getaffinity(0))
-
-
-def within_quota(cpus: int) -> int:
-    """That many CPUs, or the quota of this process's control groups, rounded, if that is less; at least one."""
-    quota = cpu_quota()
-    return cpus if quota is None else min(cpus, max(1, int(quota + 0.5)))
-
-
-def available_cpus() -> int:
-    """CPUs whose time this process may have."""
-    return within_quota(usable_cpus())
-
-
 def elastic_run_id() -> str:
     """torchrun's --rdzv-id, if its workers use a store that it shares with them; else empty."""
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -158,6 +142,12 @@ def torchrun_above() -> tuple[int, list[str]] | None:
                 return pid, words[index + 1 :]
         pid = parent
     return None
+
+
+def is_elastic() -> bool:
+    """Whether torchrun started this process for several nodes, of which some may come later."""
+    found = torchrun_above() if elastic_run_id() else None
+    return found is not None and any(word.startswith(("--rdzv-endpoint", "--rdzv_endpoint")) for word in found[1])
 
 
 class MeetingPlace(NamedTuple):
@@ -233,10 +223,17 @@ def machine() -> str:
 
 
 _GENERATIONS = 4  # between torchrun and its worker there may be a shell or a container's runtime
+# What chooses kernels, or the order in which they sum, on a CPU or a GPU; not what only reports, caches or limits memory.
 _KERNEL_VARIABLES = re.compile(
-    "(ATEN_CPU_CAPABILITY|(ONEDNN|DNNL)_(MAX_CPU_ISA|CPU_ISA_HINTS|DEFAULT_FPMATH_MODE)|MKL_(CBWR|ENABLE_INSTRUCTIONS)|"
-    "OPENBLAS_CORETYPE|NVIDIA_TF32_OVERRIDE|CUBLAS(LT)?_\\w+|CUDNN_\\w+|NCCL_(ALGO|PROTO|NCHANNELS_PER_NET_PEER|M(IN|AX)_NCHANNELS)|"
-    "TORCH_BLAS_PREFER_\\w+|TORCH_CUDNN_\\w+)"
+    r"ATEN_CPU_CAPABILITY|(ONEDNN|DNNL)_(?!VERBOSE|JIT_(PROFILE|DUMP)|PRIMITIVE_CACHE)\w+|"
+    r"MKL_(CBWR\w*|ENABLE_INSTRUCTIONS|DEBUG_CPU_TYPE|DYNAMIC|DOMAIN_NUM_THREADS|NUM_STRIPES|\w+_LAYER)|"
+    r"OPENBLAS_(CORETYPE|NUM_THREADS)|BLIS_(ARCH_TYPE|MODEL_TYPE|\w+_NT|NUM_THREADS)|GLIBC_TUNABLES|"
+    r"OMP_(THREAD_LIMIT|DYNAMIC|SCHEDULE)|"  # not OMP_NUM_THREADS: a launcher sets it, and we set the number of threads
+    r"KMP_(DETERMINISTIC_REDUCTION|FORCE_REDUCTION|DYNAMIC_MODE|ALL_THREADS|DEVICE_THREAD_LIMIT|TEAMS_THREAD_LIMIT)|"
+    r"TORCHINDUCTOR_(?!\w*(CACHE|COMPILE_THREADS|WORKER|DEBUG|TRACE|PROVENANCE))\w+|TORCHDYNAMO_DISABLE|TORCH_COMPILE_DISABLE|"
+    r"NVIDIA_TF32_OVERRIDE|CUBLAS(LT)?_\w+|CUDNN_\w+|NCCL_(ALGO|PROTO|NCHANNELS_PER_NET_PEER|M(IN|AX)_NCHANNELS)|"
+    r"TORCH_(BLAS|LINALG)_PREFER_\w+|TORCH_CUDNN_\w+|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE|DISABLE_ADDMM_CUDA_LT|"
+    r"PYTORCH_TUNABLEOP_(?!VERBOSE)\w+"
 )
 
 

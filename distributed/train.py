@@ -14,7 +14,7 @@ from distributed.resume_checks import check_resume, check_start
 from distributed.run_folder import RunFolder
 from distributed.signals import SignalStop
 from distributed.streams import run_command
-from distributed.topology import Topology, cluster_job, elastic_run_id, has_launcher
+from distributed.topology import Topology, cluster_job, has_launcher, is_elastic
 from distributed.uploads import upload_rest
 from distributed.versions import require
 
@@ -32,7 +32,7 @@ def main() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return ExitCode.FINISHED
-    if elastic_run_id():  # until agent_store.py has published what the next round needs
+    if is_elastic():  # until agent_store.py has published what the next round needs
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     with SignalStop(launched=has_launcher(), at_once_until_asked=True) as stop:
         return _run(stop)
@@ -47,6 +47,7 @@ def _run(stop: SignalStop) -> int:
     except InputError as error:
         return refuse(error, topology)
     if finished:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         if topology.is_main:
             folder = RunFolder(config.run_dir)
             print(f"{folder.path}: this run is finished; evaluate it with python -m distributed.evaluate {folder.path}, "

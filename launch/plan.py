@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distributed.cgroup import within_quota
 from distributed.config import TrainConfig, load
 from distributed.config.named import config_file
 from distributed.errors import ExitCode, InputError
-from distributed.topology import Topology, within_quota
+from distributed.topology import Topology
 from distributed.train import checked_config
 from launch.address import free_port, reachable
 from launch.allocation import Allocation

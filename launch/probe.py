@@ -16,10 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from distributed.cgroup import available_cpus
 from distributed.config import TrainConfig, load
 from distributed.data import sources
 from distributed.errors import InputError
-from distributed.topology import available_cpus, cluster_job
+from distributed.topology import cluster_job
 from distributed.versions import versions
 from launch.allocation import place
 from launch.reports import Report, lines_of

@@ -18,8 +18,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distributed.cpu_kind import processor
-from distributed.topology import available_cpus
+from distributed.cgroup import available_cpus
+from distributed.hardware import processor
 from distributed.versions import git_state, versions
 
 PEERS = ("timm", "pytorch-lightning", "lightning")  # as their packages are called

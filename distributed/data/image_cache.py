@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from distributed.topology import available_cpus
+from distributed.cgroup import available_cpus
 
 T = TypeVar("T")
 Pixels = NDArray[np.uint8]

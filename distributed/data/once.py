@@ -3,10 +3,10 @@
 import errno
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
-from filelock import AcquireReturnProxy, BaseFileLock, FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from loguru import logger
 
 from distributed.errors import InputError
@@ -53,7 +53,7 @@ def once_per_node(target: Path, work: Callable[[], None], *, done: Callable[[], 
             note.unlink(missing_ok=True)
 
 
-def _acquired(lock: BaseFileLock) -> AcquireReturnProxy:
+def _acquired(lock: BaseFileLock) -> AbstractContextManager[BaseFileLock]:
     """The lock, however long its holder works; a lock file that a dead host left is named."""
     try:
         return lock.acquire(timeout=_QUIET_SECONDS)

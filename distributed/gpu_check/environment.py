@@ -7,8 +7,8 @@ import time
 
 import torch
 
+from distributed.cgroup import available_cpus
 from distributed.gpu_check.checks import Checks
-from distributed.topology import available_cpus
 from distributed.versions import versions
 
 _MODULES = ("pydantic", "loguru", "tomli_w", "greenlet", "safetensors", "filelock", "tqdm", "numpy", "matplotlib")

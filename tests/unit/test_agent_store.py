@@ -163,13 +163,13 @@ def test_the_endpoint_is_found_in_what_torchrun_was_given(arguments: list[str], 
 @pytest.mark.parametrize("shells", [0, 1, 2])
 def test_torchrun_is_found_above_its_worker(shells: int, tmp_path: Any) -> None:
     script = tmp_path / "torchrun"
-    worker = "import distributed.topology as t; print(t.torchrun_above()[1])"
+    worker = "import distributed.topology as t; print(t.torchrun_above()[1], t.is_elastic())"
     command = [sys.executable, "-c", worker]
     for _ in range(shells):
         command = [sys.executable, "-c", f"import subprocess; subprocess.run({command!r})"]
     script.write_text(f"import subprocess; subprocess.run({command!r})")
     found = subprocess.run([sys.executable, script, *C10D], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == str(C10D), found.stderr
+    assert found.stdout.strip() == f"{C10D} True", found.stderr
 
 
 def test_no_torchrun_above_is_no_store() -> None:

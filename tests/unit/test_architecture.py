@@ -7,8 +7,8 @@ import pytest
 ROOT = Path(__file__).parents[2] / "distributed"
 # A module may import what stands in a row above its own; modules of one package may import each other, one way.
 LAYERS = [
-    "collector errors keyed cgroup tree figures save_budget shipped scripts",
-    "files versions byproducts streams cpu_kind",
+    "collector errors keyed cgroup hardware tree figures save_budget shipped scripts",
+    "files versions byproducts streams",
     "config profiler run_lines topology safetensors_stream checkpoint_files",
     "tcp_store",
     "agent_store lock_holder rendezvous collectives logs metrics remote saved_state endings plot",

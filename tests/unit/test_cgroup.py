@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from distributed import topology
-from distributed.cgroup import cpu_quota
-from distributed.topology import Topology, available_cpus
+from distributed import cgroup
+from distributed.cgroup import available_cpus, cpu_quota
+from distributed.topology import Topology
 
 ROOT = Path(__file__).parents[2]
 
@@ -147,7 +147,7 @@ def test_threads_are_for_the_cpus_that_the_quota_pays_for(
     monkeypatch: pytest.MonkeyPatch, quota: float | None, cpus: int
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(topology, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(cgroup, "cpu_quota", lambda: quota)
     assert available_cpus() == Topology().threads(0) == cpus
     assert Topology(local_world_size=2).threads(0) == max(1, cpus // 2)
     assert Topology(local_world_size=16).threads(0) == 1
@@ -157,7 +157,7 @@ def test_threads_are_for_the_cpus_that_the_quota_pays_for(
 def test_cpus_are_counted_in_one_place() -> None:
     counts = re.compile(r"sched_getaffinity|cpu_count\(")
     files = [file for folder in ("distributed", "launch") for file in (ROOT / folder).rglob("*.py")]
-    assert [file.name for file in files if counts.search(file.read_text())] == ["topology.py"]
+    assert [file.name for file in files if counts.search(file.read_text())] == ["cgroup.py"]
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 import pytest
 from filelock import FileLock, SoftFileLock
+from loguru import logger
 
 from distributed import lock_holder
 from distributed.claimed_run import ClaimedRun
+from distributed.data import once
 from distributed.errors import InputError
 from distributed.files import read_object, replace_json
 from distributed.lock_holder import gone, holder_record, read_answer, take_lock
@@ -202,3 +205,19 @@ def test_another_job_is_gone_if_slurm_says_so(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(lock_holder, "_ask_slurm", lambda number: answer if number == "9" else None)
     assert gone(holder_record() | {"host": "lost", "slurm": {"job": "9", "restarts": 0, "cluster": "one"}}) == why
+
+
+def test_work_that_another_process_holds_up_names_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(once, "_QUIET_SECONDS", 0.1)
+    done: list[int] = []
+    said: list[str] = []
+    sink = logger.add(said.append, format="{message}")
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / ".data.lock"], stdin=subprocess.PIPE) as process:
+        while not (tmp_path / ".data.lock").exists():
+            time.sleep(0.01)
+        time.sleep(0.2)
+        threading.Timer(0.6, process.kill).start()
+        once.once_per_node(tmp_path / "data", lambda: done.append(1), done=lambda: bool(done))
+    assert done == [1]
+    logger.remove(sink)
+    assert f"holds {tmp_path / '.data.lock'}; if it is gone for certain, remove that file" in said[0]

@@ -1,0 +1,79 @@
+"""The processor and the libraries of this process's machine, by which kernels are chosen, and so the bits. Imports no torch."""
+
+import platform
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+_VECTOR_FLAGS = ("avx", "amx", "fma", "f16c", "sse4", "asimd", "sve", "bf16", "i8mm")
+_MODEL_FIELDS = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+# Libraries that compute, or share out what is computed. The C library's own mathematics lies beside it.
+_COMPUTES = re.compile(
+    r"lib(mkl_\w+|openblas\w*|blis\w*|c?blas|i?omp5?|gomp|amdlibm|alm|svml|imf|m|dnnl|sleef\w*)[-.].*so.*"
+)
+_OF_PACKAGES = re.compile(r"/(torch|numpy|scipy|\w+\.libs)/")
+
+
+def processor() -> str:
+    """The name of the processor, which may be a virtual machine's."""
+    return _cpuinfo().get("model name", "") or platform.processor()
+
+
+def processor_model(caches: Path = _CACHES) -> str:
+    """Maker, family and model of the processor, and the sizes of its caches, for which libraries cut their blocks."""
+    fields = [f"{name} {_cpuinfo()[name]}" for name in _MODEL_FIELDS if name in _cpuinfo()]
+    sizes = [size for index in sorted(caches.glob("index*")) if (size := _text(index / "size").strip())]
+    return ", ".join([*fields, *([f"caches {' '.join(sizes)}"] if sizes else [])])
+
+
+def instructions() -> str:
+    """The processor's vector instructions."""
+    flags = (_cpuinfo().get("flags") or _cpuinfo().get("Features", "")).split()
+    return " ".join(sorted(flag for flag in flags if flag.startswith(_VECTOR_FLAGS)))
+
+
+def c_library() -> str:
+    """Name and version of the C library, with its logarithm and cosine."""
+    return " ".join(platform.libc_ver())
+
+
+def math_libraries(maps: Path = Path("/proc/self/maps")) -> str:
+    """Names and sizes of the libraries of mathematics and threads in use that are not part of a Python package, e.g. of
+    LD_PRELOAD; empty as a rule."""
+    files = {Path(line.split(maxsplit=5)[5]) for line in _text(maps).splitlines() if line.count("/") and ".so" in line}
+    system = {file.parent for file in files if file.name.startswith("libc.so.")}
+    found = [
+        f"{file.name} ({_size(file)} bytes)"
+        for file in files
+        if _COMPUTES.fullmatch(file.name) and not _OF_PACKAGES.search(str(file))
+        if not (file.parent in system and file.name.startswith("libm.so."))
+    ]
+    return ", ".join(sorted(found))
+
+
+@cache
+def _cpuinfo() -> dict[str, str]:
+    return dict(reversed(list(_fields(_text(Path("/proc/cpuinfo"))))))
+
+
+def _fields(text: str) -> Iterator[tuple[str, str]]:
+    for line in text.splitlines():
+        name, colon, value = line.partition(":")
+        if colon:
+            yield name.strip(), value.strip()
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
