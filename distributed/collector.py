@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def at_rest() -> Iterator[None]:
-    """Import large libraries in here: a fifth faster, and later collections pass their objects over. Once a process."""
+    """A context to import large libraries in, a fifth faster; later collections skip their objects. It acts once."""
     if "torch" in sys.modules or not gc.isenabled():
         yield
         return

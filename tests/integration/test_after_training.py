@@ -235,14 +235,14 @@ def test_a_checkpoint_of_another_network_is_one_line(run: Path, tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def confusion(run: Path) -> object:
-    """Of the run as it was trained, on the CPU."""
+    """The confusion matrix of the run as it was trained, on the CPU."""
     result = command("evaluate", run, "--json")
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)["confusion"]
 
 
 def trained_on_cuda(run: Path, there: Path, precision: str) -> Path:
-    """A copy whose config says so."""
+    """A copy of the run whose config names a GPU and this precision."""
     config = (copy_of(run, there) / "config.toml").read_text()
     assert 'device = "cpu"' in config
     config = config.replace('device = "cpu"', 'device = "cuda"')

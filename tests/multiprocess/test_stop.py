@@ -76,7 +76,7 @@ def test_every_rank_has_a_log_file_of_its_own_and_rank_0_says_there_what_is_trai
 
 @in_group
 def agree_on_steps() -> tuple[float, dict[str, list[tuple[bool, bool]]]]:
-    """The seconds that saves were asked about, and at each step whether to stop and to save."""
+    """Returns how many seconds saves were asked about for, and at each step whether to stop and to save."""
     rank = collectives.rank()
     found = {}
     agreement = StepAgreement(StopAfter(3) if rank == 2 else Never(), is_main=rank == 0, save_every_seconds=0)

@@ -8,14 +8,14 @@ from distributed import collector
 
 @pytest.fixture
 def before_torch(monkeypatch):
-    """A process that has not imported torch yet, to all appearances."""
+    """Make this process look as if it had not imported torch yet."""
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     yield
     gc.unfreeze()
 
 
 @pytest.mark.usefixtures("before_torch")
-def test_the_collector_rests_and_later_passes_over_what_came_in():
+def test_the_collector_rests_and_passes_over_what_came_in():
     with collector.at_rest():
         assert not gc.isenabled()
     assert gc.isenabled()
