@@ -47,6 +47,11 @@ class Attempt:
                 exit_code=ending.code, reason=ending.reason, step=self._state.step, epoch=self._state.epoch,
             )  # fmt: skip
 
+    def check_ours(self) -> None:
+        """Raises StorageError on rank 0 once the run folder is another attempt's."""
+        if self.run:
+            self.run.check_ours()
+
     def open_log(self) -> None:
         """This rank's log file; after rank 0 has made the folder."""
         self._log = logs.file_logs(self.folder.logs, self.topology.rank)

@@ -1,5 +1,6 @@
 """A few steps of an attempt under torch's profiler: a trace for https://ui.perfetto.dev and a table of what took longest."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,10 +18,11 @@ class StepProfiler:
     Args:
         steps: 0 for none at all.
         folder: where `trace.json` and `table.txt` go.
+        check: asked before they are written; an OSError if the folder is not this attempt's any more.
     """
 
-    def __init__(self, steps: int, folder: Path) -> None:
-        self.steps, self.folder = steps, folder
+    def __init__(self, steps: int, folder: Path, check: Callable[[], None]) -> None:
+        self.steps, self.folder, self._check = steps, folder, check
         self._done = 0
         self._profile: Any = None
         self._byproduct = Byproduct(folder)
@@ -53,7 +55,8 @@ class StepProfiler:
             return
         self._profile = None
         running.__exit__(None, None, None)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._check()
+        self.folder.mkdir(exist_ok=True)
         running.export_chrome_trace(str(self.folder / "trace.json"))
         averages = running.key_averages()
         by = "self_device_time_total" if any(a.self_device_time_total for a in averages) else "self_cpu_time_total"

@@ -251,7 +251,7 @@ def test_a_profile_that_fails_is_one_warning(how: str, tmp_path: Path) -> None:
     folder = tmp_path / "profile"
     if how == "a file":
         folder.write_text("")
-    with warnings_of_the_log() as lines, files_up_to(100), StepProfiler(2, folder) as profiler:
+    with warnings_of_the_log() as lines, files_up_to(100), StepProfiler(2, folder, lambda: None) as profiler:
         other = profile() if how == "another profiler" else None
         if other:
             other.start()
