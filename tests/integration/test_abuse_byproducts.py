@@ -363,8 +363,8 @@ def test_evaluate_gives_the_numbers_without_the_picture(case: str, run: Path, tm
     PICTURES[case](copy / "confusion-test.png")
     found = call("evaluate", copy, "--json")
     assert_fine(found, f"{copy}/confusion-test.png")
-    told = json.loads(found.out)
-    assert (told["images"], told["picture"]) == (20, None)
+    said = json.loads(found.out)
+    assert (said["images"], said["picture"]) == (20, None)
 
 
 def test_evaluate_without_matplotlib_gives_the_numbers(

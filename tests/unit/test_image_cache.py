@@ -124,7 +124,7 @@ def test_a_cache_file_of_another_size_or_source_is_not_used(root: Path, said: li
     assert not np.array_equal(found, expected)
 
 
-def test_a_cache_of_the_same_shape_under_another_name_is_not_used(root: Path, said: list[str]) -> None:
+def test_a_cache_file_moved_to_another_name_is_not_used(root: Path, said: list[str]) -> None:
     pixels(root)
     old = the_file(root / ".decoded")
     content = old.read_bytes()
@@ -136,7 +136,7 @@ def test_a_cache_of_the_same_shape_under_another_name_is_not_used(root: Path, sa
     assert len(said) == 1
 
 
-def test_a_folder_in_the_files_place_leaves_the_images_in_memory(root: Path, said: list[str]) -> None:
+def test_a_folder_in_its_place_leaves_the_images_in_memory(root: Path, said: list[str]) -> None:
     expected = pixels(root)
     file = the_file(root / ".decoded")
     file.unlink()
@@ -171,7 +171,7 @@ def test_no_other_folder_is_made_if_the_first_can_be_written(root: Path, tmp_pat
     assert not (tmp_path / "temporary").exists()
 
 
-def test_a_user_without_a_home_has_a_cache_in_the_temporary_folder(root: Path, monkeypatch) -> None:
+def test_without_a_home_the_cache_is_in_the_temporary_folder(root: Path, monkeypatch) -> None:
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -236,7 +236,7 @@ def test_a_private_folder_made_beforehand_by_others_is_not_used(case: str, root:
     assert [*private.glob("*"), *(tmp_path.glob("elsewhere/*"))] == []
 
 
-def test_what_a_killed_process_left_is_removed_and_a_living_ones_kept(root: Path, tmp_path: Path) -> None:
+def test_a_dead_process_file_is_removed_and_a_living_ones_kept(root: Path, tmp_path: Path) -> None:
     import fcntl
 
     pixels(root)
