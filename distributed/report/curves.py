@@ -141,5 +141,6 @@ def _label(losses: "Axes", accuracies: "Axes", rates: "Axes", *, epochs: int) ->
         (rates, "learning rate", ""),
     ):
         axes.set(title=title, xlabel="epoch", ylabel=unit)
-        axes.set_xlim(0, 1.04 * epochs + 0.1)  # from the start: a single epoch has no range of its own
+        # From the start: a single epoch has no range of its own. Learning rates may go beyond the last epoch's end.
+        axes.set_xlim(0, max(1.04 * epochs + 0.1, axes.get_xlim()[1]))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -198,6 +198,12 @@ def test_runs_of_one_epoch_are_drawn_as_points(tmp_path: Path) -> None:
         assert drawn.count(f"fill: {colour}") >= 3
 
 
+def test_learning_rates_beyond_the_last_epoch_are_drawn(tmp_path: Path) -> None:
+    logged = [train_line(10), epoch_line(0, 0.1, 0.5, 0.4), train_line(20), train_line(30)]
+    ticks = run_curves(read_history(run_of(tmp_path / "run", logged=logged))).rpartition("learning rate")[0]
+    assert ">3<" in ticks.rpartition("accuracy")[2]
+
+
 def test_settings_are_spelt_as_in_a_config(tmp_path: Path) -> None:
     runs = [read_history(run_of(tmp_path / name, schedule={"name": name})) for name in ("constant", "plateau")]
     assert "&quot;constant&quot;" in page("runs", together(runs))
