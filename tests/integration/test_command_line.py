@@ -87,9 +87,7 @@ def test_the_head_of_the_help_is_quiet() -> None:
     assert result.stdout.startswith("usage:")
 
 
-@pytest.mark.parametrize(
-    "module", ["train", "compare"]
-)
+@pytest.mark.parametrize("module", ["train", "compare"])
 def test_a_closed_terminal_changes_no_exit_code(module: str, tmp_path: Path) -> None:
     wrong = {"train": [*CPU, "--nonsense"]}
     words = wrong.get(module, [tmp_path / "none", tmp_path])
