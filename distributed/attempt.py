@@ -116,9 +116,8 @@ class Attempt:
         recorded = "instructions" in before or "compute capability" in before  # checkpoints of older versions say less
         for name in {**before, **now}:
             old, new = before.get(name, "not set"), now.get(name, "not set")
-            if old != new and (
-                name in before or (recorded and name.isupper())
-            ):  # a variable; all else is always recorded
+            comparable = name in before or (recorded and name.isupper())  # a variable; all else is always recorded
+            if old != new and comparable:
                 logger.warning("resuming with another {}: {} before, {} now; bits may differ", name, old, new)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
