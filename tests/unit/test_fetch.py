@@ -273,7 +273,7 @@ def test_a_failure_that_cannot_be_noted_is_told(server, target, monkeypatch):
 
 
 def test_a_file_system_without_locks_is_one_line(server, target, monkeypatch):
-    def without(*_: object) -> None:
+    def without(*_: object, **__: object) -> None:
         raise NotImplementedError("FileSystem does not appear to support flock")
 
     monkeypatch.setattr(once.FileLock, "acquire", without)
