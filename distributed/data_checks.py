@@ -114,12 +114,12 @@ def check_evaluated(trained_on: Mapping[str, Any], config: TrainConfig, data: Da
     if not data.size(split):
         raise InputError(f"--split {split}: this split has no images; use another")
     of = "test" if split == "test" else "train"
-    # Which images are held out depends on their order; a test split is the same in any.
-    changed = image_difference(trained_on, here, of, ordered=split != "test")
-    if changed and collectives.rank() == 0:
-        logger.warning(
-            "{} is {} here, and was {} in training: these are other images", changed[0], changed[2], changed[1]
-        )
+    changed = image_difference(trained_on, here, of, ordered=False)
+    # Which images are held out depends on their order.
+    held_out = of == "train" and config.data.validation_fraction and image_difference(trained_on, here, of)
+    if (found := changed or held_out) and collectives.rank() == 0:
+        meaning = "these are other images" if changed else "other images are held out for validation"
+        logger.warning("{} is {} here, and was {} in training: {}", found[0], found[2], found[1], meaning)
 
 
 def _some(names: Iterable[str]) -> str:

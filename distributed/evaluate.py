@@ -5,6 +5,7 @@ Prints loss, top-1 and top-5, then each class; draws which classes are taken for
 
 import argparse
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,8 +66,22 @@ def main() -> int:
             require("matplotlib", at_least=(3, 9), wanted_by="--confusion")
             check_writable("--confusion", arguments.confusion)
         return _evaluate(config, checkpoint, arguments)
-    except (InputError, StorageError, PeerError) as error:
+    except PeerError as error:
         return error.tell()
+    except (InputError, StorageError) as error:
+        code = error.tell()
+        _tell_waiting(error)
+        return code
+
+
+def _tell_waiting(error: InputError | StorageError) -> None:
+    """Let ranks that have met no error, and wait for this one, know of it."""
+    with suppress(InputError):
+        topology = Topology.from_environment()
+        if topology.is_awaited:
+            from distributed.peers import in_words, tell_waiting
+
+            tell_waiting(topology, error.exit_code, in_words(error))
 
 
 def _config_of(run: Path, root: Path | None) -> TrainConfig:

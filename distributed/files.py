@@ -26,15 +26,20 @@ class Written(NamedTuple):
 
 
 def home_path(text: str | Path) -> Path:
-    """A path with `~` and `~user` as a shell reads them: a user that does not exist leaves the name as it is.
+    """The path that `with_home` gives."""
+    return Path(with_home(text))
+
+
+def with_home(text: str | Path) -> str:
+    """A path with `~` and `~user` expanded as a shell does it: a user that does not exist leaves the name as it is.
 
     Raises:
         InputError: `~` or `~/...`, and nobody knows the home folder.
     """
-    path = os.path.expanduser(text)
-    if os.fspath(path).split("/", 1)[0] == "~":
+    path = os.fspath(os.path.expanduser(text))
+    if path.split("/", 1)[0] == "~":
         raise InputError(f"{text}: the home folder is not known here; give a full path")
-    return Path(path)
+    return path
 
 
 def open_regular(path: str | Path, flags: int) -> int:
@@ -108,8 +113,8 @@ def storing(folder: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise StorageError(
-            f"{error.filename2 or error.filename or folder}: {error.strerror or error}; free space or mend access, then "
-            "give the same command again"
+            f"{error.filename2 or error.filename or folder}: {error.strerror or error}; free disk space or fix permissions, "
+            "then rerun the same command"
         ) from error
 
 

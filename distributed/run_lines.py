@@ -32,7 +32,8 @@ def attempt_lines(file: Path) -> list[Line]:
         images = line.get("images", {})
         return (
             _are(str, line["event"])
-            and _are(dict, line.get("bits", {}), line.get("versions", {}), *images.values())
+            and _are(dict, bits := line.get("bits", {}), line.get("versions", {}), *images.values())
+            and _are(dict, bits.get("versions", {}))
             and _are(int, line.get("step") or 0, line.get("world_size", 1))
         )
 

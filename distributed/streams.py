@@ -56,7 +56,9 @@ def outlive_streams() -> None:
 
 def _replace(handle: int, flags: int) -> None:
     null = os.open(os.devnull, flags)
-    if null != handle:
+    if null == handle:
+        os.set_inheritable(handle, True)
+    else:
         os.dup2(null, handle)
         os.close(null)
 

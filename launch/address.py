@@ -21,7 +21,7 @@ def reachable(host: str, *, nodes: int) -> str:
         InputError: it has none, or one of loopback where several nodes are to meet.
     """
     remedy = (
-        "mend NodeAddr in slurm.conf or the name in /etc/hosts, or give another: sbatch --export=ALL,RDZV_ADDRESS=..."
+        "fix NodeAddr in slurm.conf or the name in /etc/hosts, or give another: sbatch --export=ALL,RDZV_ADDRESS=..."
     )
     try:
         found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]

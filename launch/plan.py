@@ -62,7 +62,12 @@ def check_file(words: Sequence[str], folder: str) -> None:
 def check_paths(arguments: Sequence[str], folder: str) -> None:
     """Raises InputError if a setting is relative to the job's folder, which is not there: it would mean another place."""
     config, _ = load(arguments)
-    paths = {"run_dir": config.run_dir, "init_from": config.init_from, "data.root": getattr(config.data, "root", None)}
+    paths = {
+        "run_dir": config.run_dir,
+        "init_from": config.init_from,
+        "data.root": getattr(config.data, "root", None),
+        "data.cache": getattr(config.data, "cache", None),
+    }
     relative = [f"{name} = {path}" for name, path in paths.items() if path and not path.is_absolute()]
     if relative:
         raise InputError(*(_relative(one, folder) for one in relative))

@@ -61,8 +61,9 @@ def without_scaling(config: TrainConfig, scaling: Scaling) -> TrainConfig:
     if scaling.storage_path:
         run_dir = scaling.storage_path / run_dir
     paths = {"run_dir" if not scaling.storage_path else "scaling.storage_path": run_dir, "init_from": config.init_from}
-    if hasattr(config.data, "root"):
-        paths["data.root"] = config.data.root
+    for name in ("root", "cache"):
+        if path := getattr(config.data, name, None):
+            paths[f"data.{name}"] = path
     relative = [
         f"{name} = {path}: relative, and a worker runs in a folder of its own; give it from the root, on storage that "
         f"all nodes see{remedy}"

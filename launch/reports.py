@@ -110,7 +110,7 @@ def of_nodes(words: Sequence[str], nodes: Sequence[str], *, seconds: float) -> A
     out, problem = bounded([*together, *_probe(words)], 3 * seconds + 30)
     answers = _with_reasons(read(out, nodes), nodes, problem)
     if answers.silent and len(nodes) > 1:
-        silent = sorted(answers.silent, key=nodes.index)
+        silent, first = sorted(answers.silent, key=nodes.index), dict(answers.silent)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             alone = [
                 pool.submit(bounded, [*step, "--nodes=1", "--ntasks=1", f"--nodelist={node}", *_probe(words)],
@@ -125,6 +125,11 @@ def of_nodes(words: Sequence[str], nodes: Sequence[str], *, seconds: float) -> A
                 answers.reports[node] = report
                 del answers.silent[node]
             answers.silent |= again.silent
+        if not answers.silent:  # each answers alone, so what failed is what they do together
+            for node in silent:
+                answers.reports[node]["network"] = {
+                    "error": f"no answer when all nodes were tested together: {first[node]}"
+                }
     return answers
 
 

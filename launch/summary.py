@@ -16,6 +16,7 @@ from distributed.files import home_path, replace_text
 from distributed.run_lines import metrics_lines
 from distributed.runs.outcome import outcome_of, runs_below
 from distributed.runs.table import HEADINGS, cells, in_columns
+from distributed.streams import run_command
 
 
 def summary(folder: Path) -> str:
@@ -77,7 +78,7 @@ def main() -> int:
         error.tell()
         return ExitCode.BAD_INPUT
     except OSError as error:
-        print(f"error: {error}; mend access to {sys.argv[1]}", file=sys.stderr)
+        print(f"error: {error}; fix access to {sys.argv[1]}", file=sys.stderr)
         return ExitCode.STORAGE
     print(text, end="")
     with Byproduct(folder / "summary.txt"):
@@ -86,4 +87,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

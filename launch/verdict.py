@@ -107,7 +107,7 @@ def folder_faults(report: Report, *, token: bool, free_gib: float) -> list[str]:
         return [f"{node}: run_dir = {own['path']} is not shared: it does not see what another node wrote; mount the shared "
                 "storage, or give a --run_dir on it"]  # fmt: skip
     if not own["writable"]:
-        return [f"{node}: run_dir = {own['path']} cannot be written there; mend its mount or its rights"]
+        return [f"{node}: run_dir = {own['path']} cannot be written there; fix its mount or permissions"]
     if own["free_gib"] < free_gib:
         return [f"{node}: run_dir = {own['path']} has {own['free_gib']} GiB free, less than {free_gib}; make room"]
     return []

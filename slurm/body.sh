@@ -29,7 +29,7 @@ end_with() {
 activate() {
     if [ -n "${SETUP:-}" ]; then
         # shellcheck source=/dev/null
-        . "$SETUP" || end_with 2 "error: SETUP = $SETUP: it failed; mend it, or name another file"
+        . "$SETUP" || end_with 2 "error: SETUP = $SETUP: it failed; fix it, or name another file"
     fi
     if [ -n "${CONDA_ENV:-}" ]; then
         { eval "$(conda shell.bash hook)" && conda activate "$CONDA_ENV"; } ||

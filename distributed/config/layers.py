@@ -15,7 +15,7 @@ from distributed.config.hints import hint, known
 from distributed.config.named import config_file
 from distributed.config.tree import TrainConfig
 from distributed.errors import InputError
-from distributed.files import home_path, read_at_most
+from distributed.files import read_at_most, with_home
 
 Tree = dict[str, Any]
 _LARGEST_FILE = 2**20  # bytes; a config of every setting has 5,000
@@ -84,7 +84,7 @@ def from_file(path: Path, *, extended_by: tuple[str, ...] = ()) -> Settings:
     if base is not None:
         if not isinstance(base, str) or not base or "\0" in base:
             raise InputError(f"{name}: extends = {shown(base)}: must be the name of one file, in quotes")
-        settings = from_file(config_file(str(home_path(base)), beside=path.parent), extended_by=(*extended_by, here))
+        settings = from_file(config_file(with_home(base), beside=path.parent), extended_by=(*extended_by, here))
     places = dict.fromkeys(_paths(values), name) | {key: f"{name}:{line}" for key, line in _lines_of_keys(text)}
     settings.override(Settings(_with_none(values), places))
     return settings

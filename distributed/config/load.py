@@ -14,7 +14,7 @@ from distributed.config.layers import Settings, from_arguments, from_file, shown
 from distributed.config.named import config_file
 from distributed.config.tree import TrainConfig
 from distributed.errors import InputError
-from distributed.files import home_path
+from distributed.files import with_home
 
 _NAMING = {"data", "data.name", "data.root", "data.download", "data.urls"}  # who sets one of them means that data set
 _MOST_LINES = 20
@@ -32,7 +32,7 @@ def load(arguments: Sequence[str], *, default_data: str = "cifar10") -> tuple[Tr
         InputError: every wrong field at once; conflicts between fields once each is valid by itself.
     """
     words = list(arguments)
-    file = config_file(str(home_path(words.pop(0)))) if words and not words[0].startswith("-") else None
+    file = config_file(with_home(words.pop(0))) if words and not words[0].startswith("-") else None
     settings = Settings({"data": {"name": default_data}})
     if file:
         settings.override(from_file(file))

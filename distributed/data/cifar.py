@@ -122,9 +122,12 @@ def _found(name: str, root: Path) -> _Place | None:
     forms = SETS[name].forms
     folders = [_Place(form, root / form.folder, False) for form in forms if (root / form.folder).is_dir()]
     archives = [_Place(form, root / form.archive, True) for form in forms if (root / form.archive).is_file()]
-    last = os.path.basename(os.path.realpath(root))  # the folder or archive itself was named, which is as clear
-    folders += [_Place(form, root, False) for form in forms if last == form.folder and root.is_dir()]
-    archives += [_Place(form, root, True) for form in forms if last == form.archive and root.is_file()]
+    names = {
+        root.name,
+        os.path.basename(os.path.realpath(root)),
+    }  # the folder or archive itself may be named, or a link to it
+    folders += [_Place(form, root, False) for form in forms if form.folder in names and root.is_dir()]
+    archives += [_Place(form, root, True) for form in forms if form.archive in names and root.is_file()]
     return next(iter(folders + archives), None)
 
 

@@ -1,5 +1,6 @@
 """Decoded images kept in files: whose folder and file may be trusted, and a digest of all that they hold. Imports no torch."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -141,6 +142,7 @@ class CacheFile:
 
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._reserve(handle)
             blocks(store)
             _write_at(handle, self._header(_joined(digests[first] for first in sorted(digests))), 0)
             os.replace(aside, self.path)
@@ -150,10 +152,18 @@ class CacheFile:
         finally:
             os.close(handle)
 
+    def _reserve(self, handle: int) -> None:
+        """Find out that the disk is too small before hours of decoding, where the file system can say so."""
+        try:
+            os.posix_fallocate(handle, 0, _HEADER + int(np.prod(self.shape, dtype=np.int64)))
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+
     def _remove_left_over(self) -> None:
         """Remove what killed processes left; a living one has locked its own."""
         for path in self.path.parent.glob(f".{self.path.name}.*{_ASIDE}"):
-            with suppress(OSError), path.open("rb") as file:
+            with suppress(OSError), path.open("r+b") as file:  # NFS locks only a file opened for writing
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
 

@@ -59,6 +59,7 @@ def _acquired(lock: BaseFileLock) -> AbstractContextManager[BaseFileLock]:
         return lock.acquire(timeout=_QUIET_SECONDS)
     except Timeout:
         logger.warning(
-            "waiting for the process that holds {}; if it is gone for certain, remove that file", lock.lock_file
+            "waiting for another process that downloads or decodes ({}); remove that file only if no such process is left",
+            lock.lock_file,
         )
         return lock.acquire()

@@ -60,8 +60,11 @@ def main() -> int:
             words = [str(CONFIGS / f"{name}.toml"), "--run_dir", str(arguments.runs / name), *settings]
             words += ["--data.root", arguments.root] if arguments.root else []
             load(words)  # what the run would refuse: torchrun would hide its exit code
+            run = RunFolder(arguments.runs / name)
+            before = run.status()
             code = _run(["--nproc_per_node", arguments.nproc_per_node], words, deadline)
-            code = int(code and RunFolder(arguments.runs / name).status().get("exit_code", code))
+            if code and (status := run.status()) != before:  # else it was refused before it began
+                code = int(status.get("exit_code", code))
             with Byproduct(arguments.out):  # for now; the runs are what takes hours
                 write_results(arguments.runs, arguments.out)
             if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED):

@@ -1,21 +1,20 @@
-"""What a run folder says of its run: how it stands and what it reached, however damaged its files are."""
+"""Status and results of a run folder, however damaged its files are."""
 
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distributed.config.layers import from_file
 from distributed.errors import InputError
+from distributed.files import read_object
+from distributed.lock_holder import gone
 from distributed.run_folder import RunFolder
-from distributed.run_lines import Line, metrics_lines, time_of
-from distributed.topology import host
+from distributed.run_lines import Line, metrics_lines
 
 _MARKS = {"status.json", "attempts.jsonl", "config.toml"}
 _INNER = {"checkpoints", "tensorboard", "logs", "profile", "export", "ray", "slurm"}
 _MOST_EPOCHS = 10**9  # a larger number is damage
-_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def outcome_of(run: Path) -> Outcome:
         epochs = []
     validation, tests = _curve(epochs, "validation"), _curve(epochs, "test")
     return Outcome(
-        status=_status(status),
+        status=_status(status, run),
         epochs=max((line["epoch"] + 1 for line in epochs), default=0),
         of_epochs=_planned_epochs(run),
         best=max(validation, key=lambda point: point[1], default=None),
@@ -77,28 +76,10 @@ def outcome_of(run: Path) -> Outcome:
     )
 
 
-def _status(status: dict[str, Any]) -> str:
-    """As status.json has it; `interrupted` if the process that wrote `running` on this host is gone."""
-    said, pid = _text(status.get("status")), status.get("pid")
-    if said == "running" and status.get("host") == host() and isinstance(pid, int):
-        try:
-            written = time_of(status).timestamp()
-        except (ValueError, KeyError, TypeError):
-            written = time.time()
-        if not _was_running(pid, before=written):
-            return "interrupted"
-    return said or "unknown"
-
-
-def _was_running(pid: int, *, before: float) -> bool:
-    """Whether a process of this number is alive and began before that time, so that it is no later one of the same number."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        uptime = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
-    except (OSError, IndexError):
-        return os.path.isdir(f"/proc/{pid}")
-    began = time.time() - uptime + int(state[19]) / _CLOCK_TICKS
-    return state[0] not in "ZX" and began < before + 2  # status.json has whole seconds
+def _status(status: dict[str, Any], run: Path) -> str:
+    """As status.json has it; `interrupted` if the process that wrote `running` is known to have ended."""
+    said = _text(status.get("status"))
+    return "interrupted" if said == "running" and gone(read_object(run / "attempt.json")) else said or "unknown"
 
 
 def _planned_epochs(run: Path) -> int | None:

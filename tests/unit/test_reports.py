@@ -1,13 +1,15 @@
 """Nodes' reports on their way to the doctor, however garbled, and commands that fail or do not end."""
 
 import json
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distributed.errors import InputError
-from launch.reports import bounded, lines_of, read
+from launch.reports import bounded, lines_of, of_nodes, read
 from launch.verdict import table, wrong
 from unit.test_verdict import reports
 
@@ -109,3 +111,23 @@ def test_bytes_that_are_no_text_do_no_harm():
     printed, _ = bounded([sys.executable, "-c", "import sys; sys.stdout.buffer.write(bytes(range(256)))"], 30)
     assert judged(printed + with_n1()) == []
     assert json.dumps(printed)
+
+
+SRUN = """#!/bin/sh
+for word; do case $word in --nodelist=*) exec cat "$(dirname "$0")/${word#--nodelist=}" ;; esac; done
+echo "a watchdog has ended the probe" >&2
+exit 134
+"""
+
+
+def test_nodes_that_answer_only_alone_are_no_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """E.g. a collective that hangs: each probe dies without a report, and alone each node is fine."""
+    (tmp_path / "srun").write_text(SRUN)
+    (tmp_path / "srun").chmod(0o755)
+    for report in reports():
+        (tmp_path / report["node"]).write_text(lines_of(report | {"network": {}}))
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    answers = of_nodes([], NODES, seconds=1)
+    lines = wrong(list(answers.reports.values()), NODES, token=True, gpus=8, free_gib=1.0, silent=answers.silent)
+    assert [line.partition(":")[0] for line in lines] == NODES
+    assert all("tested together" in line and "watchdog" in line for line in lines), lines

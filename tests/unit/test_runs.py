@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from integration.abuse import assert_told, call
 
+from distributed.lock_holder import holder_record
 from distributed.runs.outcome import outcome_of, runs_below
-from distributed.topology import host
 
-FUTURE, PAST = "2100-01-01T00:00:00+0000", "2001-01-01T00:00:00+0000"
+PAST = "2001-01-01T00:00:00+0000"
 
 
 def a_run(folder: Path, epochs: int = 0, **status: Any) -> Path:
@@ -58,27 +58,30 @@ def test_the_default_folder_is_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "one" in call("runs.__main__").out
 
 
-@pytest.mark.parametrize("time", [FUTURE, "no time", 5, None])
-def test_a_run_whose_process_lives_is_running(tmp_path: Path, time: Any) -> None:
-    assert (
-        outcome_of(a_run(tmp_path / "a", status="running", host=host(), pid=os.getpid(), time=time)).status == "running"
-    )
+def a_running_run(folder: Path, **holder: Any) -> Path:
+    """A run whose attempt was begun by this process, or as given."""
+    run = a_run(folder, status="running")
+    (run / "attempt.json").write_text(json.dumps(holder_record() | holder))
+    return run
+
+
+def test_a_run_whose_process_lives_is_running(tmp_path: Path) -> None:
+    assert outcome_of(a_running_run(tmp_path / "a")).status == "running"
 
 
 def test_a_run_whose_process_is_gone_is_interrupted(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
-    run = a_run(tmp_path / "a", status="running", host=host(), pid=process.pid, time=FUTURE)
-    assert outcome_of(run).status == "interrupted"
+    assert outcome_of(a_running_run(tmp_path / "a", pid=process.pid)).status == "interrupted"
 
 
 def test_a_later_process_of_the_same_number_is_no_sign_of_life(tmp_path: Path) -> None:
-    run = a_run(tmp_path / "a", status="running", host=host(), pid=os.getpid(), time=PAST)
-    assert outcome_of(run).status == "interrupted"
+    assert outcome_of(a_running_run(tmp_path / "a", began="1")).status == "interrupted"
 
 
-def test_a_run_on_another_host_is_taken_at_its_word(tmp_path: Path) -> None:
-    assert outcome_of(a_run(tmp_path / "a", status="running", host="another", pid=1, time=PAST)).status == "running"
+@pytest.mark.parametrize("place", [{"host": "another"}, {"machine": "another"}, {"pid_namespace": 1}], ids=str)
+def test_a_run_in_another_place_counts_as_running(tmp_path: Path, place: dict[str, Any]) -> None:
+    assert outcome_of(a_running_run(tmp_path / "a", pid=2**22, **place)).status == "running"
 
 
 BROKEN: dict[str, dict[str, bytes | None]] = {

@@ -60,3 +60,15 @@ def test_an_interrupt_is_one_exit_code_and_no_traceback() -> None:
     program = "from distributed.streams import run_command\ndef main(): raise KeyboardInterrupt\nrun_command(main)"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (found.returncode, found.stderr) == (130, "")
+
+
+def test_a_child_finds_no_closed_stream(tmp_path: Path) -> None:
+    """Else a file that it opens takes the number, and what it prints goes into that file."""
+    program = """
+import subprocess, sys
+from distributed.streams import run_command
+def main():
+    return subprocess.run([sys.executable, "-c", "import os; [os.fstat(n) for n in range(3)]"]).returncode
+run_command(main)
+"""
+    assert shell("<&- >&- 2>&-", tmp_path / "file", program) == 0
