@@ -92,7 +92,8 @@ class AgentStore:
         ranks = range(self.topology.world_size)
         there = [rank for rank in ranks if self.keys.check([f"job/{rank}"])]
         jobs = {rank: self.keys.get(f"job/{rank}") for rank in there}
-        foreign = [str(rank) for rank, job in jobs.items() if job != jobs[self.topology.rank]]
+        own = jobs.get(self.topology.rank)  # none of a rank that failed early, and only comes to say so
+        foreign = [str(rank) for rank, job in jobs.items() if own and job != own]
         if foreign:
             raise PeerError(
                 f"rank {', '.join(foreign)} is of another job, started with the same "
@@ -108,14 +109,14 @@ class AgentStore:
 
 def _endpoint(arguments: list[str]) -> tuple[str, int] | None:
     """Where torchrun's agents meet, given its arguments; None if each node has a store of its own or it is no TCPStore."""
-    from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config, parse_rendezvous_endpoint
-    from torch.distributed.run import parse_args
-
     try:
+        from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config, parse_rendezvous_endpoint
+        from torch.distributed.run import parse_args
+
         given = parse_args(arguments)  # type: ignore[no-untyped-call]
         store = _parse_rendezvous_config(given.rdzv_conf).get("store_type", "tcp")
         host, port = parse_rendezvous_endpoint(given.rdzv_endpoint, default_port=29400)
-    except (SystemExit, Exception):  # an option of another version
+    except (SystemExit, Exception):  # an option or a name of another version
         return None
     alone = given.standalone or str(given.nnodes).rpartition(":")[2] == "1" or not port
     return None if alone or given.rdzv_backend != "c10d" or store != "tcp" else (host, port)

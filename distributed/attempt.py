@@ -144,7 +144,9 @@ class Attempt:
         progress: dict[str, Any] = {"step": state.step, "epoch": state.epoch} if state else {}
         if error is not None:
             code = getattr(error, "exit_code", ExitCode.FAILED)
-            run.end("failed", exit_code=code, reason=f"{type(error).__name__}: {error}", **progress)
+            ending = endings.Ending(code, str(error))  # a request to stop that another rank met is one, too
+            reason = ending.reason if ending.is_stop else f"{type(error).__name__}: {error}"
+            run.end("stopped" if ending.is_stop else "failed", exit_code=code, reason=reason, **progress)
         elif state and state.stop_reason:
             run.end("stopped", exit_code=ExitCode.STOPPED, reason=state.stop_reason, **progress)
         else:

@@ -150,7 +150,8 @@ class Checkpointer:
             return True
         if is_best:
             tensors = to_host(self._on_main(engine.state()))
-            self._best = self._snapshot(name_of(step=state.step, epoch=state.epoch), tensors, state)
+            if self.run:
+                self._best = self._snapshot(name_of(step=state.step, epoch=state.epoch), tensors, state)
         return False
 
     def _on_main(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -216,7 +217,7 @@ class Checkpointer:
     def _write_one(self, snapshot: Snapshot) -> None:
         assert self.run is not None
         name, tensors = snapshot.name, snapshot.tensors
-        aside = self.folder / f".writing-{name}"
+        aside = self.folder / f".writing-{name}-{self.run.token[:8]}"  # a superseded attempt must not write into ours
         try:
             self.run.check_ours()
             write_checkpoint(aside, tensors, snapshot.content)

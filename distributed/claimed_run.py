@@ -129,19 +129,24 @@ class ClaimedRun(RunFolder):
             StorageError: it could not be written.
         """
         self.replace(self.config_file, as_toml(config))
-        self._progress = {"step": start_step, "saved_step": start_step}
-        self._write_status("running")
-        self._attempt(
-            "started", step=start_step, world_size=self.world_size, versions=versions(), git=git_state(), **details
-        )
+        git = git_state()
+        with self._status_lock:
+            if self._ended:  # by a signal, on another thread
+                return
+            self._progress = {"step": start_step, "saved_step": start_step}
+            self._write_status("running")
+            self._attempt(
+                "started", step=start_step, world_size=self.world_size, versions=versions(), git=git, **details
+            )
 
     def progress(self, *, step: int, epoch: int) -> None:
         """Note where training is; in status.json every few seconds, without a wait for the disk or for a save's thread."""
         if time.monotonic() >= self._next_progress and self._status_lock.acquire(blocking=False):
             try:
                 self._next_progress = time.monotonic() + PROGRESS_SECONDS
-                self._progress |= {"step": step, "epoch": epoch}
-                self._write_status("running", synced=False)
+                if not self._ended:
+                    self._progress |= {"step": step, "epoch": epoch}
+                    self._write_status("running", synced=False)
             finally:
                 self._status_lock.release()
 

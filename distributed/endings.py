@@ -12,7 +12,7 @@ from typing import NamedTuple, NoReturn
 from distributed.errors import ExitCode
 from distributed.topology import error_file, has_launcher, is_first_on_node
 
-_LIMIT_SECONDS = 1.5  # a run folder, store or terminal that does not answer must not keep the process
+_LIMIT_SECONDS = 3.0  # a run folder, store or terminal that does not answer must not keep the process
 
 
 class Ending(NamedTuple):
@@ -20,6 +20,8 @@ class Ending(NamedTuple):
 
     code: ExitCode
     reason: str
+    is_alone: bool = False
+    """Whether the other ranks should not end because of it: they notice that this one is gone, and finish what they save."""
 
     @property
     def is_stop(self) -> bool:
@@ -44,10 +46,10 @@ def remove_last_word(word: LastWord) -> None:
     _last_words.remove(word)
 
 
-def leave(code: ExitCode, reason: str) -> NoReturn:
+def leave(code: ExitCode, reason: str, *, is_alone: bool = False) -> NoReturn:
     """End the process now, whatever its other threads are waiting for."""
     _leaving.acquire()  # for good: a second thread that wants to leave waits here for the first
-    ending = Ending(code, reason)
+    ending = Ending(code, reason, is_alone)
 
     def settle() -> None:
         nonlocal ending

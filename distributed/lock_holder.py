@@ -103,8 +103,10 @@ def read_answer(out: str, error: str) -> tuple[str, int]:
     """`_ask_slurm` of what scontrol printed."""
     if "Invalid job id specified" in error:
         return "NONE", 0
-    found = dict(re.findall(r"\b(JobState|Restarts)=(\w+)", out))
-    return found.get("JobState", ""), int(restarts) if (restarts := found.get("Restarts", "0")).isdecimal() else 0
+    states = re.findall(r"\bJobState=(\w+)", out)  # several of an array or of a job of several components
+    restarts = [int(number) for number in re.findall(r"\bRestarts=([0-9]+)", out)]
+    at_work = next((state for state in states if state in _AT_WORK), None)
+    return at_work or (states or [""])[0], min(restarts, default=0)
 
 
 def _acquired(lock: BaseFileLock, seconds: float) -> bool:

@@ -16,7 +16,7 @@ from distributed import endings
 from distributed.agent_store import AgentStore
 from distributed.endings import Ending
 from distributed.errors import ExitCode, PeerError
-from distributed.rendezvous import agree_on_token
+from distributed.rendezvous import agree_on_token, check_open
 from distributed.tcp_store import is_open, open_store, within
 from distributed.topology import Topology, host, meeting_place
 
@@ -30,6 +30,7 @@ _DEAD = re.compile(r"rank \d+, process \d+ on \S+, has died")  # shared_memory.p
 _POLL_SECONDS = 0.25
 _GRACE_SECONDS = 0.5  # for the main thread, which may be awake and on its way out by itself
 _LINGER_SECONDS = 1.2  # of the rank that serves the store, for the others to read why it ends
+_LIMIT_SECONDS = 0.4  # a store that does not answer must not keep status.json from being written
 _ATTEND_SECONDS = 3.0
 _met = False
 
@@ -47,6 +48,7 @@ class Peers:
         self.store, self._line, self._server = store, store.clone(), server
         self._connection, self.rank, self.world_size = connection, rank, world_size
         self._poll_seconds = _POLL_SECONDS + world_size / 1000  # one server answers all
+        self._linger_seconds = _LINGER_SECONDS + 2 * world_size / 1000
         self._leaving, self._left = threading.Event(), threading.Event()
         self._has_departed = False
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
@@ -67,18 +69,26 @@ class Peers:
         store, connection = open_store(place, rank=rank, world_size=world_size, timeout=timeout)
         if agents:
             store = agents.of_round(store)
-        token = agree_on_token(
-            store,
-            rank=rank,
-            world_size=world_size,
-            timeout=timeout,
-            where=str(place),
-            connection=connection,
-            look=agents.look if agents else None,
-        )
-        _met = True
+        look = agents.look if agents else None
         server = "torchrun's agent" if place.has_agent else "rank 0"
-        return cls(PrefixStore(token, store), connection, rank=rank, world_size=world_size, server=server)
+        try:
+            token = agree_on_token(
+                store,
+                rank=rank,
+                world_size=world_size,
+                timeout=timeout,
+                where=str(place),
+                connection=connection,
+                look=look,
+            )
+            _met = True
+            return cls(PrefixStore(token, store), connection, rank=rank, world_size=world_size, server=server)
+        except PeerError:
+            raise
+        except RuntimeError:  # of the store
+            time.sleep(0.2)  # a dying process closes its connections one after another
+            check_open(connection, str(place), world_size)
+            raise
 
     def __enter__(self) -> Self:
         self._beat(0)
@@ -96,7 +106,7 @@ class Peers:
                 self._depart(seconds=5.0)
             elif isinstance(error, RuntimeError) and _LOST.search(str(error)) and not isinstance(error, PeerError):
                 lost = within(12 * self._poll_seconds, lambda: self._cause(str(error))) or self._no_answer(str(error))
-                self._depart(seconds=_LINGER_SECONDS)
+                self._depart(seconds=self._linger_seconds)
                 raise lost from error
             else:
                 self.tell(getattr(error, "exit_code", ExitCode.FAILED), in_words(error))
@@ -106,7 +116,7 @@ class Peers:
     def tell(self, code: ExitCode, reason: str) -> None:
         """Let the others know that this rank ends, and why."""
         within(1.0, lambda: self._publish(self.rank, Ending(code, reason)))
-        self._depart(seconds=_LINGER_SECONDS)
+        self._depart(seconds=self._linger_seconds)
 
     def _publish(self, rank: int | None, ending: Ending) -> dict[str, Any]:
         """Say why the attempt ends, unless another rank has; the first word holds."""
@@ -123,14 +133,14 @@ class Peers:
         """The attempt's ending, as this process leaves at once; what another rank said before counts."""
         if not is_open(self._connection):
             return None
-        end = self._publish(self.rank, ending)
-        if end["rank"] == self.rank:
+        end = None if ending.is_alone else within(_LIMIT_SECONDS, lambda: self._publish(self.rank, ending))
+        if end is None or end["rank"] == self.rank:
             return None
         other = _from_other(end)
         return Ending(other.exit_code, str(other))
 
     def _linger(self, _: Ending) -> None:
-        self._depart(seconds=_LINGER_SECONDS)
+        self._depart(seconds=self._linger_seconds)
 
     def _watch(self) -> None:
         beats = 0

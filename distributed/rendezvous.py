@@ -19,6 +19,7 @@ from distributed.errors import InputError, PeerError
 from distributed.tcp_store import SAME_PLACE, is_open
 
 _POLL_SECONDS = 0.01
+_LOOK_SECONDS = 0.5
 
 
 def agree_on_token(
@@ -45,22 +46,9 @@ def agree_on_token(
         InputError: two processes have one rank, or ranks were given different numbers of ranks.
         PeerError: not all ranks came in time, which it names, or the server of the store has gone.
     """
-    deadline = time.monotonic() + timeout.total_seconds()
     nonce = uuid.uuid4().hex
     store.set(f"hello/{rank}", nonce)
-
-    def wait(missing: Callable[[], list[int]]) -> None:
-        if look:
-            look()
-        if time.monotonic() > deadline:
-            raise PeerError(
-                f"rank {', '.join(map(str, missing()))} of {world_size} did not arrive at {where} within "
-                f"{timeout.total_seconds():g} s; {SAME_PLACE}"
-            )
-        if not is_open(connection):
-            raise PeerError(f"the meeting at {where} was closed before all of {world_size} ranks had come")
-        time.sleep(_POLL_SECONDS)
-
+    wait = _Wait(world_size, timeout.total_seconds(), where, connection, look)
     if rank == 0:
         return _propose(store, nonce=nonce, world_size=world_size, wait=wait)
     silent = lambda: [other for other in range(world_size) if not store.check([f"hello/{other}"])] or [0]  # noqa: E731
@@ -82,11 +70,48 @@ def agree_on_token(
         wait(silent)
 
 
+class _Wait:
+    """A short wait for other ranks, to be repeated; raises PeerError if it is in vain."""
+
+    def __init__(
+        self,
+        world_size: int,
+        seconds: float,
+        where: str,
+        connection: socket.socket | None,
+        look: Callable[[], None] | None,
+    ) -> None:
+        self._world_size, self._seconds, self._where, self._connection = world_size, seconds, where, connection
+        self._look = look
+        self._deadline, self._looked = time.monotonic() + seconds, 0.0
+
+    def __call__(self, missing: Callable[[], list[int]]) -> None:
+        now = time.monotonic()
+        if (
+            self._look and now > self._looked + _LOOK_SECONDS
+        ):  # it asks for every rank, in the store of torchrun's agents
+            self._looked = now
+            self._look()
+        if now > self._deadline:
+            raise PeerError(
+                f"rank {', '.join(map(str, missing()))} of {self._world_size} did not arrive at {self._where} within "
+                f"{self._seconds:g} s; {SAME_PLACE}"
+            )
+        time.sleep(_POLL_SECONDS)
+        check_open(self._connection, self._where, self._world_size)
+
+
 def _twice(rank: int, where: str) -> InputError:
     return InputError(
         f"environment: RANK = {rank} was given to two processes that meet at {where}; give each its own, or end the "
         "process that was left behind"
     )
+
+
+def check_open(connection: socket.socket | None, where: str, world_size: int) -> None:
+    """Raises PeerError if the server of the store has gone."""
+    if not is_open(connection):
+        raise PeerError(f"the meeting at {where} was closed before all of {world_size} ranks had come")
 
 
 def _unlike(rank: int, size: int, size_on_rank_0: int) -> InputError:
@@ -95,7 +120,7 @@ def _unlike(rank: int, size: int, size_on_rank_0: int) -> InputError:
     )
 
 
-def _propose(store: Store, *, nonce: str, world_size: int, wait: Callable[[Callable[[], list[int]]], None]) -> str:
+def _propose(store: Store, *, nonce: str, world_size: int, wait: _Wait) -> str:
     proposed: dict[str, str] = {}
     token = ""
     others = range(1, world_size)

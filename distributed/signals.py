@@ -84,7 +84,7 @@ class SignalStop:
         if number == signal.SIGINT and since_first > _TWICE_SECONDS:
             leave(ExitCode.INTERRUPTED, "ended by a second SIGINT; the same command resumes from the last checkpoint")
         if number == signal.SIGTERM and since_first > _DEAF_SECONDS and self._is_deaf_to(now):
-            leave(ExitCode.FAILED, "terminated by a second SIGTERM: no answer to the first")
+            leave(ExitCode.FAILED, "terminated by a second SIGTERM: no answer to the first", is_alone=True)
 
     def _is_deaf_to(self, signalled_at: float) -> bool:
         """Whether the main thread has not run its handler some seconds after a signal, nor just before that."""

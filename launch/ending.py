@@ -96,10 +96,12 @@ class Journal:
         """The decision on the attempt that just ended; it is written down."""
         newest = self.run.newest_state() or {}
         state = newest.get("state")
+        step = state.get("step") if isinstance(state, dict) else None
+        lines = self._lines()
         decision = decide(
-            self._lines(),
-            finished=self.run.status().get("status") == "finished",
-            saved_step=int(state.get("step", 0)) if isinstance(state, dict) else 0,
+            lines,
+            finished=any(line["event"] == "finished" for line in lines),  # status.json may be an earlier attempt's
+            saved_step=step if isinstance(step, int) else 0,
             signal=signal,
             restarts=allocation.restarts,
             max_requeues=allocation.max_requeues,

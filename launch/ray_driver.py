@@ -231,4 +231,5 @@ def _causes(error: BaseException) -> dict[int, BaseException]:
 def _saved_step(config: TrainConfig) -> int:
     """Of the newest checkpoint; -1 where there is none."""
     state = (RunFolder(config.run_dir).newest_state() or {}).get("state")
-    return int(state.get("step", 0)) if isinstance(state, dict) else -1
+    step = state.get("step", 0) if isinstance(state, dict) else -1
+    return step if isinstance(step, int) else -1

@@ -178,3 +178,12 @@ def test_shellcheck_finds_nothing():
     scripts = [*map(str, (ROOT / "slurm").glob("*.sh")), str(ROOT / ".ci/run")]
     done = subprocess.run(["shellcheck", "-x", *scripts], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stdout == ""
+
+
+def test_a_run_that_was_finished_before_is_extended(tmp_path: Path):
+    """status.json says `finished` until the new attempt has begun: a job that is stopped before that must be requeued."""
+    job = Allocation(job=7, nodes=1, cpus=1, gpus=0, ranks=1, array_task=None, restarts=0, max_requeues=3)
+    (tmp_path / "status.json").write_text('{"status": "finished"}')
+    (tmp_path / "attempts.jsonl").write_text('{"event": "finished", "step": 9, "token": "a"}\n')
+    Journal(tmp_path, "7").begin()
+    assert Journal(tmp_path, "7").end("USR1", job).verdict == "requeue"

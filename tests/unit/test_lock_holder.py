@@ -220,4 +220,4 @@ def test_work_that_another_process_holds_up_names_its_lock(tmp_path: Path, monke
         once.once_per_node(tmp_path / "data", lambda: done.append(1), done=lambda: bool(done))
     assert done == [1]
     logger.remove(sink)
-    assert f"holds {tmp_path / '.data.lock'}; if it is gone for certain, remove that file" in said[0]
+    assert f"({tmp_path / '.data.lock'}); remove that file only if no such process is left" in said[0]

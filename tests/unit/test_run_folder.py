@@ -454,3 +454,14 @@ def test_what_fails_by_the_way_is_a_warning_once(run, said):
         "WARNING an old checkpoint was not deleted: /there: Directory not empty; training continues, and the next save "
         "tries again"
     ]
+
+
+def test_an_ending_is_not_overwritten_by_training(path, tmp_path):
+    """Another thread writes the ending at a signal, while the main thread may still begin, or log a step."""
+    run = ClaimedRun.claim(path, world_size=1)
+    run.end("stopped", exit_code=ExitCode.STOPPED, reason="SIGTERM")
+    run.begin(TrainConfig(run_dir=path), start_step=0, details={})
+    run.progress(step=5, epoch=1)
+    run.saved(step=5, epoch=1)
+    run.release()
+    assert run.status()["status"] == "stopped"

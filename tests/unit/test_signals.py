@@ -155,7 +155,7 @@ WAITS = """
 import ctypes, sys, time
 from distributed import endings
 from distributed.signals import SignalStop
-endings.add_last_word(lambda ending: print(*ending, sep="|", flush=True))
+endings.add_last_word(lambda ending: print(*ending[:2], sep="|", flush=True))
 with SignalStop(launched="orphan" in sys.argv, at_once_until_asked=True) as stop:
     if "asked" in sys.argv:
         stop.requested()
