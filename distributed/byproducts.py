@@ -1,7 +1,4 @@
-"""What is made beside a run's results. A by-product that fails is one warning; what the user asked for is an error.
-
-Imports no torch.
-"""
+"""By-products of a run: a failure is one warning. Failing to write a requested file is an error. Imports no torch."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,8 +1,7 @@
-"""The CPUs that this process may use: those it may run on, and the quota of its control groups, as a container, a batch system
-or systemd sets it. Imports no torch.
+"""CPUs available to this process: its affinity, and the quota of its cgroups, e.g. of a container. Imports no torch.
 
-A quota does not show in the CPUs that a process may run on. With more threads than it pays for, all of them are stopped for the
-rest of each period, and a step waits for the last one.
+The affinity does not show a quota. If more threads run than the quota allows, the kernel throttles all of them until the period
+ends, and each step waits for the slowest.
 """
 
 import os
@@ -30,7 +29,7 @@ def available_cpus() -> int:
 
 
 def quota_note() -> str:
-    """What a quota makes of the number of CPUs, in words; empty if nothing."""
+    """Describes how a quota limits the number of CPUs; empty if it does not."""
     if (available := available_cpus()) == usable_cpus():
         return ""
     return f"CPU quota {cpu_quota() or 0:g}: threads for {available} of {usable_cpus()} CPUs"

@@ -17,7 +17,7 @@ _SHOWN = 5
 
 
 def check_data(config: TrainConfig, data: DataPipeline) -> None:
-    """Compare what the ranks read, and warn about data that is legal and unlikely to be meant. A collective.
+    """Compare what the ranks read, and warn about data that is valid but probably not intended. A collective.
 
     Raises:
         InputError: ranks read different data, or a setting needs validation images and there are none; on all ranks.
@@ -83,7 +83,9 @@ def _small_splits(config: TrainConfig, data: DataPipeline) -> list[str]:
             raise InputError(
                 f"{what}, and {' and '.join(needed_by)} need{'' if needed_by[1:] else 's'} some: raise it, or add images"
             )
-        warnings.append(f"{what}: each class has few, and no epoch is marked as the best; raise it, or set it to 0")
+        warnings.append(
+            f"{what}: the classes are too small, so no epoch is marked as the best; raise it, or set it to 0"
+        )
     if absent := [data.class_names[label] for label in data.untrained_classes()]:
         warnings.append(
             f"{len(absent):,} of {data.num_classes:,} classes have no training image: {_some(absent)}; nothing can be "

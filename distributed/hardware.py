@@ -1,4 +1,4 @@
-"""The processor and the libraries of this process's machine, by which kernels are chosen, and so the bits. Imports no torch."""
+"""Processor and libraries of this host: they select kernels, and so determine the bits. Imports no torch."""
 
 import platform
 import re

@@ -173,7 +173,7 @@ class Store:
         kind, first = type(error).__name__, next(iter(str(error).splitlines()), "")
         said = f"{kind}: {first}" if first not in ("", "None") else kind
         if self.url.startswith("file:"):
-            return f"{getattr(error, 'strerror', None) or said}; mend access, free space, or name another folder"
+            return f"{getattr(error, 'strerror', None) or said}; fix permissions, free space, or name another folder"
         if isinstance(error, FileNotFoundError):
             return f"there is no such bucket ({said}); make it, or name another with --checkpoint.upload_to"
         if isinstance(error, PermissionError) or "credential" in kind.lower():

@@ -1,4 +1,4 @@
-"""What the console scripts call: each runs its module as `python -m` does, the way its process ends included."""
+"""Entry points of the console scripts; each runs its module exactly as `python -m` does."""
 
 import runpy
 

@@ -1,7 +1,7 @@
 """Files that ship beside the code: configs, batch scripts, Ray's job file. Imports no torch.
 
-In a checkout they are the top-level folders; an installed package has them in `distributed/share/`, whose links the build
-replaces by what they lead to.
+In a checkout they are the top-level folders; an installed package has them in `distributed/share/`, whose symlinks the
+build replaces with their targets.
 """
 
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""How a command starts and ends, whatever becomes of its terminal. Imports no torch.
-
-A closed or full stdout or stderr, and a pipe whose reader has left, end the printing and not the command.
-"""
+"""Start and end of a command. A closed or full stream stops the output, not the command. Imports no torch."""
 
 import io
 import os

@@ -71,7 +71,7 @@ class Topology:
         return cls(rank, world_size, local_rank, local_world_size, node_rank, launched=True)
 
     def check_meeting_place(self, *, patience_seconds: float | None = None) -> None:
-        """Raises InputError if a launcher set a place among peers, but not where they meet, or nobody knows that host."""
+        """Raises InputError if a launcher set RANK but no address to meet at, or that host does not resolve."""
         if not self.launched:
             return
         place = meeting_place()

@@ -194,6 +194,6 @@ def tell_ending(config: TrainConfig) -> None:
         logger.info("{} is uploaded to {}", newest, url)
     else:
         logger.error(
-            "NOT UPLOADED: {} lies in {} alone: {}; mend that, and the same command uploads it",
+            "NOT UPLOADED: {} lies in {} alone: {}; fix that, and the same command uploads it",
             newest, run.checkpoints, said.get("problem") or f"{url} was not reached",
         )  # fmt: skip

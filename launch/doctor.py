@@ -66,7 +66,7 @@ def main() -> int:
     print(table(reports))
     for node, state in states.items():
         if "DRAIN" in state:
-            print(f"note: {node}: Slurm has it as {state}: it keeps this job, and gets no other one")
+            print(f"note: {node} is draining ({state}): it keeps this job, and gets no new one")
     for line in failures:
         print(f"no go: {line}")
     if not failures:
@@ -95,7 +95,7 @@ def _nodes(allocation: Allocation) -> list[str]:
     if len(names) != allocation.nodes:
         raise InputError(
             f"environment: SLURM_JOB_NUM_NODES = {allocation.nodes}, and SLURM_JOB_NODELIST has {', '.join(names) or 'none'}; "
-            "start this inside the job that is meant, with the variables that Slurm set"
+            "run this inside the intended job, with the variables that Slurm set"
         )
     return names
 

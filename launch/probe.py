@@ -100,7 +100,7 @@ def folder(run_dir: Path, token: str, node: str) -> Report:
 
 
 def data(config: TrainConfig, named: bool = True) -> str:
-    """The data set is there, and whole as far as sizes tell; outside a job generated images may stand in for it."""
+    """Check that the data set is there and its files have the right sizes; outside a job, generated images may replace it."""
     if not named and not cluster_job():
         return "none named"
     sources.prepare(config.data)

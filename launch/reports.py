@@ -1,4 +1,4 @@
-"""Reports of nodes on their way to the doctor: printed by `launch.probe`, asked for through srun, checked as they come in.
+"""Collects the reports of `launch.probe` from all nodes through srun, and validates them.
 
 Imports no torch.
 """

@@ -77,7 +77,7 @@ def from_file(path: Path, *, extended_by: tuple[str, ...] = ()) -> Settings:
     if here in extended_by:
         raise InputError(f"{name}: extends leads back to this file; remove one `extends`")
     if len(extended_by) >= _LONGEST_CHAIN:
-        raise InputError(f"{name}: more than {_LONGEST_CHAIN} files extend each other; join some of them")
+        raise InputError(f"{name}: `extends` chain of more than {_LONGEST_CHAIN} files; merge some of them")
     text, values = _parsed(path, name)
     base = values.pop("extends", None)
     settings = Settings()

@@ -33,9 +33,7 @@ def config_file(given: str, *, beside: Path = Path()) -> Path:
         return path
     name = given.removesuffix(".toml").removeprefix("configs/")
     if name in known:
-        raise InputError(
-            f"config file {path}: no such file; the config that ships with the package has the name {name}"
-        )
+        raise InputError(f"config file {path}: no such file; did you mean the shipped config {name}?")
     if path.suffix != ".toml":
         raise InputError(
             f"config {given}: no such file, and no config of this name ships with the package{_nearest(name, known)}; "

@@ -48,7 +48,7 @@ class TrainConfig(Section):
     channels_last: bool = setting(True, "NHWC memory layout of images and convolutions")
     device: Literal["auto", "cpu", "cuda"] = operational("auto", "auto: CUDA where there is one")
     threads: int = operational(
-        0, "CPU threads a rank; 0: the cores of the machine shared among its ranks", ge=0, le=4096
+        0, "CPU threads a rank; 0: the available CPUs of the machine divided among its ranks", ge=0, le=4096
     )
     timeout_seconds: float = operational(600.0, "wait for a silent rank before the run fails", gt=0, le=1e7)
     data: DataSection = setting(CifarData(), "the images")

@@ -27,14 +27,14 @@ class FileContent(NamedTuple):
 
 
 def wrong_file(files: Mapping[str, FileContent]) -> tuple[str, str] | None:
-    """(file, complaint) of the first file that is black in parts, or repeats itself or one before it; None: none does."""
+    """(file, complaint) for the first file with black or repeated images; None if there is none."""
     for name, (hashes, _) in files.items():
         if black := np.count_nonzero(hashes == _BLACK):
             return name, f"{black:,} of its {len(hashes):,} images are black: a copy or download was cut short"
     hashes = np.concatenate([content.hashes for content in files.values()])
     if len(hashes) - len(np.unique(hashes)) <= _MOST_REPEATED * len(hashes):
         return None
-    found = [(len(own) - len(np.unique(own)), name, "it twice") for name, (own, _) in files.items()]
+    found = [(len(own) - len(np.unique(own)), name, "it more than once") for name, (own, _) in files.items()]
     names = list(files)
     for place, name in enumerate(names):
         found += [
@@ -46,7 +46,7 @@ def wrong_file(files: Mapping[str, FileContent]) -> tuple[str, str] | None:
 
 
 def wrong_counts(cifar: CifarSet, split: str, labels: Labels) -> str | None:
-    """A complaint if a split of the official size has not as many images of each class. A smaller one may be any subset."""
+    """A complaint if a split of the official size does not have the official number of images of each class."""
     expected = cifar.per_class[split]
     if len(labels) != expected * cifar.classes:
         return None
@@ -55,7 +55,7 @@ def wrong_counts(cifar: CifarSet, split: str, labels: Labels) -> str | None:
     if not wrong:
         return None
     more = f" and {len(wrong) - 3} more classes" if wrong[3:] else ""
-    return f"its {split} files hold {', '.join(wrong[:3])}{more}, where {expected:,} of each class belong"
+    return f"its {split} files hold {', '.join(wrong[:3])}{more}; expected {expected:,} of each class"
 
 
 def wrong_coarse(coarse: Labels, fine: Labels) -> str | None:

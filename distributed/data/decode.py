@@ -89,7 +89,7 @@ def _from_cache(file: CacheFile, decode_all: Callable[[Store], None]) -> Pixels:
 
     Raises:
         OSError: it cannot be written.
-        Untrusted: what was written is read back otherwise.
+        Untrusted: the file just written does not read back intact.
     """
     images: Pixels | None = None
     doubt: Untrusted | None = None

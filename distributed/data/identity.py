@@ -1,4 +1,4 @@
-"""Which images a split holds: a digest of all records that does not depend on their order, and one of the order. No torch.
+"""Fingerprints of a split: a digest of all records that ignores their order, and one of the order. Imports no torch.
 
 Ranks compare theirs before the first step, a resume compares its own with that in the checkpoint. The order counts too:
 the validation split and each rank's share of a batch are computed from places in it.
@@ -18,8 +18,8 @@ _BLOCK = 1024  # images: a few MB, which stay in the cache, and few enough calls
 
 
 class Identity(NamedTuple):
-    """What stands for a split's images and labels. `digest` is the same in any order of them, `order` is not; it is empty
-    where the digest covers the order."""
+    """Fingerprint of a split. `digest` ignores the order of the records; `order` covers it, and is empty if `digest` already
+    does."""
 
     size: int
     digest: str
@@ -37,7 +37,7 @@ def image_hashes(images: NDArray[np.uint8]) -> Hashes:
     for start in range(0, len(words), _BLOCK):
         block = words[start : start + _BLOCK]
         folded = block >> np.uint64(32)
-        folded ^= block  # else a key moves a word's highest bits nowhere, and two changes there would cancel out
+        folded ^= block  # without it, changes in top bits reach only the sum's top bit, and two of them cancel
         sums[start : start + _BLOCK] = np.einsum("ij,j->i", folded, keys)
     return _mix(sums)
 
@@ -111,7 +111,7 @@ def check_resumed(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: ob
         found.insert(0, classes)
     if found:
         raise InputError(
-            *[f"{where}: {thing} is {new} here, and this run was begun with {old}" for thing, old, new in found],
+            *[f"{where}: {thing} is {new} here, but this run was begun with {old}" for thing, old, new in found],
             f"a resumed run keeps its data, {now.get('data', '')}: point --data.root at the files it began with, or give "
             "another --run_dir",
         )

@@ -1,4 +1,4 @@
-"""Decoded images kept in files: whose folder and file may be trusted, and a digest of all that they hold. Imports no torch."""
+"""Cache files of decoded images, with checks of their owner and content. Imports no torch."""
 
 import errno
 import fcntl

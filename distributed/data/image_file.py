@@ -70,7 +70,7 @@ def pixels_of(file: IO[bytes], formats: list[str], *, deep: bool = False) -> NDA
 def at_most(max_pixels: int) -> Iterator[None]:
     """Pillow looks at an image's size before it decodes: it warns above its limit, and raises above twice that.
 
-    For all threads: to be entered by one while others decode.
+    It applies to the process: one thread enters it while others decode.
     """
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""What a PNG or JPEG says of itself, looked at before it is decoded: its size and checksums. Imports no torch."""
+"""Reads the size of a PNG or JPEG, and checks a PNG's checksums, before it is decoded. Imports no torch."""
 
 import re
 import zlib
@@ -45,7 +45,7 @@ def _size_of_jpeg(content: bytes) -> tuple[int, int] | None:
 
 
 def check_sums(content: bytes) -> None:
-    """Raises ValueError if a PNG is cut, or a part of it that makes pixels is not what its checksum says. JPEG has none."""
+    """Raises ValueError if a PNG is truncated, or a critical chunk fails its CRC. JPEG has no checksums."""
     at = len(PNG)
     while content.startswith(PNG):
         length, name = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]

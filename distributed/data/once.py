@@ -18,8 +18,8 @@ _QUIET_SECONDS = 60.0
 def once_per_node(target: Path, work: Callable[[], None], *, done: Callable[[], bool], request: str = "") -> None:
     """Call `work` unless it is `done`, in one process at a time; the lock lies beside `target`, whose folder is made.
 
-    A failure ends all that waited meanwhile for the same, in the same words: else each would try, and fail, after the other.
-    Whether it came meanwhile is seen by its number, not by a clock: a file server's may be another than this machine's.
+    A failure ends every process that waited for the same work, with the same message; else each would try and fail in turn.
+    A new failure is recognized by its number, not by its time: a file server's clock may differ from this machine's.
 
     Args:
         request: what `work` depends on besides `target`; the failure of another request is not shared.

@@ -38,7 +38,7 @@ def progress(what: str, total: int | None, *, unit: str, start: int = 0) -> Iter
 
 
 def _say(text: str) -> None:
-    """Nobody may be listening any more; the work goes on, and its errors are its own."""
+    """Print to stderr; a closed stream is ignored."""
     with suppress(OSError, ValueError):
         if sys.stderr is not None:
             print(text, file=sys.stderr, flush=True)

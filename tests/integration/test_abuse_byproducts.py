@@ -18,8 +18,9 @@ from loguru import logger
 from PIL import Image
 from unit.test_sinks import EPOCH, TRAIN
 
-from distributed import experiments
 from distributed.checkpoint import Checkpointer
+from distributed.claimed_run import ClaimedRun
+from distributed.experiments import __main__ as experiments
 from distributed.logs import file_logs
 from distributed.plot import draw_curves
 from distributed.profiler import StepProfiler
@@ -238,10 +239,12 @@ def test_numbers_without_bounds_reach_tensorboard(tmp_path: Path) -> None:
 def test_metrics_on_a_full_disk_are_no_by_product(tmp_path: Path) -> None:
     from distributed.errors import StorageError
 
-    lines = JsonLines(tmp_path / "metrics.jsonl", start_step=0, start_epoch=0, data="generated10")
+    run = ClaimedRun.claim(tmp_path / "run", world_size=1)
+    lines = JsonLines(run, start_step=0, start_epoch=0, data="generated10")
     lines.train(TRAIN)
-    with files_up_to((tmp_path / "metrics.jsonl").stat().st_size), pytest.raises(StorageError, match="File too large"):
+    with files_up_to(run.metrics_file.stat().st_size), pytest.raises(StorageError, match="File too large"):
         lines.train(TRAIN)
+    run.release()
 
 
 @pytest.mark.parametrize("how", ["a file", "a disk that fills up", "another profiler"])
@@ -437,7 +440,7 @@ def test_a_table_that_cannot_be_written_does_not_end_the_runs(tmp_path: Path, mo
     monkeypatch.setattr(experiments, "_run", lambda launch, words, deadline: started.append(words[0]) or 0)
     words = ("--only", "I-10", "I-50", "--runs", tmp_path / "runs", "--out", tmp_path / "table")
     with files_up_to(10):
-        found = call("experiments", *words)
+        found = call("experiments.__main__", *words)
     assert_told(found, f"--out {tmp_path}/table: not written: File too large", code=4)
     assert len(started) == 2
     assert "| I-10 |" in found.out

@@ -58,6 +58,7 @@ VALUES: list[tuple[str, str, str]] = [
     ("data.train_samples", "9", "greater than or equal to 10"),
     ("data.test_samples", HUGE, "less than or equal to 1000000"),
     ("data.cache", "", "should be a path"),
+    ("data.max_pixels", "0", "greater than or equal to 1"),
     ("data.validation_fraction", "1", "less than or equal to 0.9"),
     ("data.split_seed", HUGE, "less than 2**63"),
     ("data.normalize", "none", "'mean_std' or 'unit'"),
@@ -376,7 +377,7 @@ def test_a_file_that_is_none(kind: str, extended: bool, tmp_path: Path, monkeypa
 def test_a_long_chain_of_files_is_refused(length: int, tmp_path: Path) -> None:
     for number in range(length):
         (tmp_path / f"{number}.toml").write_text(f'extends = "{number + 1}.toml"')
-    assert_told(call("train", tmp_path / "0.toml"), "more than 32 files extend each other")
+    assert_told(call("train", tmp_path / "0.toml"), "chain of more than 32 files")
 
 
 def many_words(count: int) -> list[str]:

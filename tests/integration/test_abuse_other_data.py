@@ -103,13 +103,13 @@ IMPOSSIBLE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "all batches alike": (
         TEN, lambda folder: [shutil.copy(folder / "test_batch.bin", folder / f"data_batch_{n}.bin") for n in range(1, 6)],
         "20 of its 20 images are in"),
-    "one image everywhere": (TEN, into("data_batch_2.bin", lambda records: records[:1].repeat(20, 0)), "in it twice"),
-    "grey images": (TEN, into("data_batch_1.bin", put(ALL, slice(1, None), 128)), "in it twice"),
+    "one image everywhere": (TEN, into("data_batch_2.bin", lambda records: records[:1].repeat(20, 0)), "in it more than once"),
+    "grey images": (TEN, into("data_batch_1.bin", put(ALL, slice(1, None), 128)), "in it more than once"),
     "zeros for a batch": (TEN, into("data_batch_2.bin", put(ALL, ALL, 0)), "20 of its 20 images are black"),
     "zeros for the end of a batch": (
         TEN, into("data_batch_5.bin", put(slice(15, None), ALL, 0)), "data_batch_5.bin: 5 of its 20 images are black"),
     "one black image": (TEN, into("test_batch.bin", put(7, slice(1, None), 0)), "test_batch.bin: 1 of its 20"),
-    "a label changed": (TEN, into("data_batch_1.bin", next_label(3, 0, 10)), "where 10 of each class belong"),
+    "a label changed": (TEN, into("data_batch_1.bin", next_label(3, 0, 10)), "expected 10 of each class"),
     "a test label changed": (TEN, into("test_batch.bin", next_label(3, 0, 10)), "its test files hold"),
     "all labels zero": (TEN, into("data_batch_1.bin", put(ALL, 0, 0)), "of airplane, "),
     "labels from 1 to 10": (TEN, into("test_batch.bin", lambda r: np.hstack([r[:, :1] + 1, r[:, 1:]])), "label 10"),
@@ -155,7 +155,9 @@ def images(root: Path) -> Path:
         for name in ("cat", "dog"):
             (root / split / name).mkdir(parents=True)
             for place in range(3):
-                Image.new("RGB", (32, 32), (40 * place, 9, 99)).save(root / split / name / f"{place}.png")
+                Image.new("RGB", (32, 32), (40 * place, 9, 99)).save(
+                    root / split / name / f"{place}.png", compress_level=0
+                )
     return root
 
 
@@ -192,9 +194,14 @@ def renamed_class(root: Path) -> None:
         (root / split / "dog").rename(root / split / "bat")
 
 
-def last_byte(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+def one_pixel(path: Path) -> None:
+    """Another image of the same size in bytes, with right checksums: they are not compressed."""
+    before = path.stat().st_size
+    with Image.open(path) as image:
+        image.load()
+        image.putpixel((31, 31), (1, 2, 3))
+        image.save(path, compress_level=0)
+    assert path.stat().st_size == before
 
 
 def flip(records: Records) -> None:
@@ -210,17 +217,17 @@ NUMBER, CONTENT = "the number of the training images is", "the digest of the tra
 OTHER: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "an image renamed": ("image_folder", lambda root: (root / "train/cat/0.png").rename(root / "train/cat/9.png"), CONTENT),
     "an image more": ("image_folder", lambda root: shutil.copy(root / "train/cat/0.png", root / "train/cat/9.png"),
-                      f"{NUMBER} 7 here, and this run was begun with 6"),
+                      f"{NUMBER} 7 here, but this run was begun with 6"),
     "an image less": ("image_folder", lambda root: (root / "train/cat/0.png").unlink(), f"{NUMBER} 5 here"),
     "an image in another class": (
         "image_folder", lambda root: (root / "train/cat/0.png").rename(root / "train/dog/9.png"), CONTENT),
-    "a byte in an image": ("image_folder", lambda root: last_byte(root / "train/cat/0.png"), CONTENT),
+    "a pixel in an image": ("image_folder", lambda root: one_pixel(root / "train/cat/0.png"), CONTENT),
     "a test image more": ("image_folder", lambda root: shutil.copy(root / "test/cat/0.png", root / "test/cat/9.png"),
                           "the number of the test images is 7 here"),
-    "a test image changed": ("image_folder", lambda root: last_byte(root / "test/cat/1.png"),
+    "a test image changed": ("image_folder", lambda root: one_pixel(root / "test/cat/1.png"),
                              "the digest of the test images is"),
-    "a class more": ("image_folder", with_class, "the number of classes is 3 here, and this run was begun with 2"),
-    "a class renamed": ("image_folder", renamed_class, "the name of class 0 is bat here, and this run was begun with cat"),
+    "a class more": ("image_folder", with_class, "the number of classes is 3 here, but this run was begun with 2"),
+    "a class renamed": ("image_folder", renamed_class, "the name of class 0 is bat here, but this run was begun with cat"),
     "a flipped bit": ("cifar10", lambda root: change(root / TEN / "data_batch_2.bin", flip), CONTENT),
     "two labels swapped": ("cifar10", lambda root: change(root / TEN / "data_batch_2.bin", swap_labels), CONTENT),
     "a flipped bit in the test": (
@@ -308,11 +315,11 @@ def with_state(run: Begun, how: Callable[[dict[str, Any]], object]) -> None:
 
 EVALUATED: dict[str, tuple[str, str, Callable[[Path], object], int, str]] = {
     "a copy": ("image_folder", "test", lambda root: None, 0, ""),
-    "other test images": ("image_folder", "test", lambda root: last_byte(root / "test/cat/1.png"), 0,
+    "other test images": ("image_folder", "test", lambda root: one_pixel(root / "test/cat/1.png"), 0,
                           "the digest of the test images is"),
     "fewer test images": ("image_folder", "test", lambda root: (root / "test/cat/1.png").unlink(), 0,
                           "the number of the test images is 5 here, and was 6 in training"),
-    "other training images": ("image_folder", "test", lambda root: last_byte(root / "train/cat/1.png"), 0, ""),
+    "other training images": ("image_folder", "test", lambda root: one_pixel(root / "train/cat/1.png"), 0, ""),
     "a class renamed": ("image_folder", "test", renamed_class, 2,
                         "the name of class 0 is bat here, and was cat in training"),
     "a class more": ("image_folder", "test", with_class, 2, "the number of classes is 3 here, and was 2 in training"),
@@ -321,8 +328,7 @@ EVALUATED: dict[str, tuple[str, str, Callable[[Path], object], int, str]] = {
     "test images in another order": (
         "cifar10", "test", lambda root: change(root / TEN / "test_batch.bin", lambda r: r[::-1]), 0, ""),
     "training images in another order": (
-        "cifar10", "train", lambda root: change(root / TEN / "data_batch_2.bin", lambda r: r[::-1]), 0,
-        "the order of the training images is"),
+        "cifar10", "train", lambda root: change(root / TEN / "data_batch_2.bin", lambda r: r[::-1]), 0, ""),
     "impossible images": ("cifar10", "test", IMPOSSIBLE["a test label changed"][1], 2, "its test files hold"),
 }  # fmt: skip
 
@@ -369,7 +375,7 @@ def test_a_fraction_of_no_or_all_images_is_refused(case: str, tmp_path: Path) ->
 
 
 SMALL: dict[str, tuple[tuple[object, ...], str]] = {
-    "no validation image": (NONE, "holds out none of the 20 training images: each class has few"),
+    "no validation image": (NONE, "holds out none of the 20 training images: the classes are too small"),
     "a batch larger than the data": (
         ("--data.validation_fraction", 0, "--global_batch_size", 64), "is more than the 20 training images"),
     "more micro-batches than images": (

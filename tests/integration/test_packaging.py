@@ -73,7 +73,7 @@ def test_configs_are_found_by_name_from_any_folder(site: Path, tmp_path: Path) -
     assert "data_batch_1.bin: No such file" in train("seeds/I-10"), "extends ../cifar10.toml"
     refused = train("cifar11")
     assert [name for name in names() if name not in refused] == []
-    assert "has the name seeds/S1-10" in train("configs/seeds/S1-10.toml")
+    assert "did you mean the shipped config seeds/S1-10?" in train("configs/seeds/S1-10.toml")
     (tmp_path / "mine.toml").write_text('extends = "cifar10_plateau"\noptim.lrr = 1\n')
     assert "mine.toml:2: optim.lrr = 1: unknown setting" in train("mine.toml")
     assert list(tmp_path.iterdir()) == [tmp_path / "mine.toml"]

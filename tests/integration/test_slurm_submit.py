@@ -68,7 +68,7 @@ def test_the_doctor_names_nodes_and_jobs_that_slurm_does_not_know(cluster: Clust
         text = examine(2)
     finally:
         cluster.ask("scontrol", "update", "nodename=n1", "state=resume")
-    assert "note: n1: Slurm has it as IDLE+DRAIN (bad disk): it keeps this job, and gets no other one" in text
+    assert "note: n1 is draining (IDLE+DRAIN (bad disk)): it keeps this job, and gets no new one" in text
     assert [line[:14] for line in text.splitlines() if line.startswith("no go: ")] == [
         "no go: n1: no ",
         "no go: n9: no ",

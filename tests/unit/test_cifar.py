@@ -117,9 +117,12 @@ def black(records):
 
 
 IMPOSSIBLE = {
-    "one image everywhere": (lambda records: records[:1].repeat(len(records), 0), "of its 20 images are in it twice"),
+    "one image everywhere": (
+        lambda records: records[:1].repeat(len(records), 0),
+        "of its 20 images are in it more than once",
+    ),
     "black images": (black, "17 of its 20 images are black"),
-    "a label changed": (label_changed, "where 10 of each class belong"),
+    "a label changed": (label_changed, "expected 10 of each class"),
 }
 
 

@@ -340,7 +340,7 @@ def test_a_new_place_is_made_and_left_empty(tmp_path, url):
 def test_a_store_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        InputError, match=r"^checkpoint\.upload_to = file://.*; mend access, free space, or name another"
+        InputError, match=r"^checkpoint\.upload_to = file://.*; fix permissions, free space, or name another"
     ):
         check_store(config_of(tmp_path / "run", f"file://{tmp_path}/file/there"))
 
