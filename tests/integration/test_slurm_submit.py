@@ -62,7 +62,7 @@ def test_the_doctor_names_nodes_and_jobs_that_slurm_does_not_know(cluster: Clust
         job = {"SLURM_JOB_ID": "99999", "SLURM_JOB_NUM_NODES": str(count), "SLURM_JOB_NODELIST": "n[1,9]"}
         return cluster.ask(sys.executable, "-m", "launch.doctor", *words, fails=True, **job)
 
-    assert "SLURM_JOB_NUM_NODES = 3, and SLURM_JOB_NODELIST has n1, n9; start this inside the job" in examine(3)
+    assert "SLURM_JOB_NUM_NODES = 3, and SLURM_JOB_NODELIST has n1, n9; run this inside the intended job" in examine(3)
     cluster.ask("scontrol", "update", "nodename=n1", "state=drain", "reason=bad disk")
     try:
         text = examine(2)
