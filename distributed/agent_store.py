@@ -70,7 +70,7 @@ class AgentStore:
         Called early: if a new round begins before that, it hangs.
 
         Args:
-            job: a digest of everything that tells one job from another.
+            job: a digest of everything that distinguishes one job from another.
 
         Raises:
             AnotherJob: the rendezvous was begun by another job.

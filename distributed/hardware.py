@@ -9,7 +9,7 @@ from pathlib import Path
 _VECTOR_FLAGS = ("avx", "amx", "fma", "f16c", "sse4", "asimd", "sve", "bf16", "i8mm")
 _MODEL_FIELDS = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-# Libraries that compute, or share out what is computed. The C library's own mathematics lies beside it.
+# Libraries that compute or distribute work. The C library's own mathematics is recorded by its version.
 _COMPUTES = re.compile(
     r"lib(mkl_\w+|openblas\w*|blis\w*|c?blas|i?omp5?|gomp|amdlibm|alm|svml|imf|m|dnnl|sleef\w*)[-.].*so.*"
 )

@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", default="auto", help="best, latest or a name; auto: best if there is one")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument(
-        "--picture", type=home_path, metavar="OUT.png", help="draw the images with what they are taken for"
+        "--picture", type=home_path, metavar="OUT.png", help="draw the images with their predicted classes"
     )
     parser.add_argument(
         "--data.max_pixels", dest="max_pixels", type=int, metavar="N", help="largest image that is decoded; the run's"

@@ -17,7 +17,7 @@ from distributed.safetensors_stream import tensors_of
 from distributed.snapshot import state_of
 
 Check = Callable[[dict[str, Any], Path], None]
-"""Raises InputError if the content of a state.json, which lies in that checkpoint, is not of this run."""
+"""Raises InputError if the state.json of that checkpoint is not of this run."""
 
 
 def find_resume_point(run: ClaimedRun, store: Store | None, check: Check) -> tuple[str, dict[str, Any]] | None:

@@ -128,7 +128,7 @@ def _of_place(found: _Counters, config: TrainConfig, images: int | None) -> str 
 
 
 def _samples(epoch: int, in_epoch: int, steps: int, batch: int, images: int | None) -> tuple[int, int]:
-    """The least and the most samples of so many epochs and steps; the last step of an epoch may be smaller."""
+    """Minimum and maximum number of samples after these epochs and steps; the last step of an epoch may be smaller."""
     if images is not None:
         exact = epoch * images + min(in_epoch * batch, images)
         return exact, exact

@@ -60,6 +60,17 @@ def threads_and_log_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 
 @pytest.fixture
+def said() -> Iterator[list[str]]:
+    """The warnings that were logged."""
+    from loguru import logger
+
+    lines: list[str] = []
+    handle = logger.add(lines.append, level="WARNING", format="{message}")
+    yield lines
+    logger.remove(handle)
+
+
+@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MB."""
     folder = tmp_path / "disk"

@@ -28,7 +28,7 @@ def main() -> int:
         "--out", type=home_path, metavar="FILE", help="RUN/report.html of one run, else report.html, if not given"
     )
     parser.add_argument("--checkpoint", default="auto", help="best, latest or a name; auto: best if there is one")
-    parser.add_argument("--data.root", dest="root", type=home_path, help="where the data set lies now")
+    parser.add_argument("--data.root", dest="root", type=home_path, help="where the data set is now")
     arguments = parser.parse_args()
     logs.terminal_logs(0, level="WARNING")
     out = arguments.out or (arguments.runs[0] / "report.html" if len(arguments.runs) == 1 else Path("report.html"))

@@ -28,7 +28,7 @@ from distributed.reporter import Reporter
 from distributed.sinks import BestEffort, JsonLines, TensorBoard
 from integration.abuse import Outcome, assert_told, call, untouched
 from integration.commands import ROOT, metrics, status
-from integration.trained_runs import copy_of, write_test_images
+from integration.trained_runs import copy_of, image_folder, write_test_images
 
 pytestmark = pytest.mark.timeout(200)
 SETTINGS = (
@@ -600,15 +600,6 @@ def memory_kept(mib: int) -> Iterator[None]:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < mib * 1024
 
 
-def folder(root: Path) -> Path:
-    for split in ("train", "test"):
-        for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
-            for place in range(3):
-                Image.new("RGB", (8, 8), (40 * place, 0, 0)).save(root / split / name / f"{place}.png")
-    return root
-
-
 def trained_on(root: Path, run: Path, *words: object) -> Outcome:
     return call(
         "train", "--data.name", "image_folder", "--data.root", root, "--run_dir", run, "--device", "cpu", *words
@@ -618,7 +609,7 @@ def trained_on(root: Path, run: Path, *words: object) -> Outcome:
 @pytest.mark.parametrize("case", TRAINED)
 def test_an_image_too_large_to_train_on_is_one_line(case: str, tmp_path: Path) -> None:
     content, size = TRAINED[case]
-    file = folder(tmp_path / "data") / "train" / "cat" / "0.png"
+    file = image_folder(tmp_path / "data") / "train" / "cat" / "0.png"
     if case == "a strip":
         Image.new("L", (900_000, 1)).save(file)
     else:
@@ -642,7 +633,7 @@ def test_an_image_too_large_to_train_on_is_one_line(case: str, tmp_path: Path) -
     ids=["bare", "fill bytes", "a segment beyond the end", "cut", "no pixels", "a JPEG without pixels", "no header"],
 )  # fmt: skip
 def test_a_header_without_a_size_is_one_line(content: bytes, why: str, tmp_path: Path) -> None:
-    file = folder(tmp_path / "data") / "train" / "cat" / "0.png"
+    file = image_folder(tmp_path / "data") / "train" / "cat" / "0.png"
     file.write_bytes(content)
     assert_told(trained_on(tmp_path / "data", tmp_path / "run"), f"{file}: {why}", "replace or remove it")
 
@@ -661,7 +652,7 @@ def flipped(at: int) -> bytes:
 @pytest.mark.parametrize("at", [19, 35, 43, 60, 200, -20, -14])
 def test_a_flipped_bit_of_a_png_is_one_line(at: int, tmp_path: Path) -> None:
     """torchvision's decoder ended the process at some of them, without a word."""
-    file = folder(tmp_path / "data") / "train" / "cat" / "0.png"
+    file = image_folder(tmp_path / "data") / "train" / "cat" / "0.png"
     file.write_bytes(flipped(at))
     assert_told(trained_on(tmp_path / "data", tmp_path / "run"), f"{file}: broken: ", "replace or remove it")
 
@@ -685,7 +676,7 @@ def test_damaged_images_are_read_or_one_line(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_file_larger_than_any_image_is_not_read(tmp_path: Path) -> None:
-    file = folder(tmp_path / "data") / "train" / "cat" / "0.png"
+    file = image_folder(tmp_path / "data") / "train" / "cat" / "0.png"
     with file.open("r+b") as opened:
         opened.truncate(10**12)
     found = trained_on(tmp_path / "data", tmp_path / "run")
@@ -693,7 +684,7 @@ def test_a_file_larger_than_any_image_is_not_read(tmp_path: Path) -> None:
 
 
 def test_the_limit_of_pixels_is_a_setting(tmp_path: Path) -> None:
-    found = trained_on(folder(tmp_path / "data"), tmp_path / "run", "--data.max_pixels", 63)
+    found = trained_on(image_folder(tmp_path / "data"), tmp_path / "run", "--data.max_pixels", 63)
     assert_told(found, "8 x 8 pixels, more than data.max_pixels = 63 allows", lines=12 - 6)
     found = trained_on(tmp_path / "data", tmp_path / "run", "--data.max_pixels", 0)
     assert_told(found, "data.max_pixels")

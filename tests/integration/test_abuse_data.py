@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from integration.abuse import assert_told, call, untouched
+from integration.trained_runs import image_folder
 
 BIN = "cifar-10-batches-bin"
 SIZE = 30_730_000  # bytes of each official binary file of CIFAR-10
@@ -163,15 +164,6 @@ def test_what_only_reading_tells(case: str, tmp_path: Path) -> None:
     assert not list((tmp_path / "run").rglob("step-*"))
 
 
-def folder(root: Path) -> Path:
-    for split in ("train", "test"):
-        for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
-            for place in range(3):
-                Image.new("RGB", (8, 8), (40 * place, 0, 0)).save(root / split / name / f"{place}.png")
-    return root
-
-
 IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no test images": (lambda root: shutil.rmtree(root / "test"), "test: No such file"),
     "test classes of nothing": (
@@ -196,7 +188,7 @@ IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("case", IMAGES)
 def test_bad_image_folders(case: str, tmp_path: Path) -> None:
     make, said = IMAGES[case]
-    make(folder(tmp_path / "data"))
+    make(image_folder(tmp_path / "data"))
     words = train("image_folder", tmp_path / "data", tmp_path / "run")
     with untouched(tmp_path / "data"):
         found = call("train", *words, "--data.cache", tmp_path / "cache")
@@ -205,7 +197,7 @@ def test_bad_image_folders(case: str, tmp_path: Path) -> None:
 
 def test_a_cache_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("x")
-    words = train("image_folder", folder(tmp_path / "data"), tmp_path / "run")
+    words = train("image_folder", image_folder(tmp_path / "data"), tmp_path / "run")
     with untouched(tmp_path / "data"):
         found = call("train", *words, "--data.cache", tmp_path / "cache")
     assert_told(found, f"data.cache: cannot write to {tmp_path}/cache")

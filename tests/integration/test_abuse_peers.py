@@ -7,13 +7,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Thread
 from types import ModuleType
 
 import pytest
+from other_program import other_program
 
 from integration.abuse import assert_told, call, untouched
 from integration.commands import ROOT, Command, status, torchrun
@@ -88,29 +86,6 @@ def test_a_bad_place(environment: dict[str, str], said: str, tmp_path: Path, mon
 # The meeting
 
 
-@contextmanager
-def listener(answer: bytes | None, *, address: str = "127.0.0.1") -> Iterator[str]:
-    """The port of another program, which answers anything with that and closes; None: it accepts and says nothing."""
-    with socket.create_server((address, 0)) as server:
-        kept = []
-
-        def serve() -> None:
-            with suppress(OSError):
-                while True:
-                    connection = server.accept()[0]
-                    kept.append(connection)
-                    if answer is not None:
-                        connection.recv(64)
-                        connection.sendall(answer)
-                        connection.close()
-
-        Thread(target=serve, daemon=True).start()
-        yield str(server.getsockname()[1])
-        server.shutdown(socket.SHUT_RDWR)
-        for connection in kept:
-            connection.close()
-
-
 def free_port() -> str:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return str(server.getsockname()[1])
@@ -133,14 +108,14 @@ FOREIGN: dict[str, bytes] = {
 @pytest.mark.parametrize("answer", FOREIGN.values(), ids=FOREIGN)
 def test_another_program_at_the_meeting_place(answer: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distributed.peers._ATTEND_SECONDS", 0.1)
-    with listener(answer) as port:
-        found, _ = train(tmp_path / "run", SECOND, port, seconds=60)
+    with other_program(answer) as port:
+        found, _ = train(tmp_path / "run", SECOND, str(port), seconds=60)
     assert_told(found, f"MASTER_PORT = {port}: another program listens there", "torchrun --master_port PORT")
 
 
 def test_a_silent_program_at_the_meeting_place(tmp_path: Path) -> None:
-    with listener(None) as port:
-        found, _ = train(tmp_path / "run", SECOND, port)
+    with other_program(None) as port:
+        found, _ = train(tmp_path / "run", SECOND, str(port))
     said = f"rank 0 of 2 did not arrive at 127.0.0.1:{port} within 0.5 s (what listens there does not answer)"
     assert_told(found, said, code=1)
 
@@ -148,8 +123,8 @@ def test_a_silent_program_at_the_meeting_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
 def test_a_taken_port(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distributed.peers._ATTEND_SECONDS", 0.1)
-    with listener(None, address=address) as port:
-        found, _ = train(tmp_path / "run", FIRST, port)
+    with other_program(None, address=address) as port:
+        found, _ = train(tmp_path / "run", FIRST, str(port))
     assert_told(found, f"MASTER_PORT = {port}: Address already in use", "--standalone")
     assert (status(tmp_path / "run")["status"], status(tmp_path / "run")["exit_code"]) == ("failed", 2)
 
@@ -211,7 +186,7 @@ def test_an_error_of_rank_0_alone_ends_its_peer(tmp_path: Path) -> None:
     port = free_port()
     with (
         started(FIRST, port, tmp_path / "0", "--run_dir", tmp_path / "file" / "run") as first,
-        started(SECOND, port, tmp_path / "1", "--run_dir", tmp_path / "run") as second,
+        started(SECOND, str(port), tmp_path / "1", "--run_dir", tmp_path / "run") as second,
     ):
         assert [first.wait(), second.wait(20)] == [2, 2]
         assert "run_dir" in first.text

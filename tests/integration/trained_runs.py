@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from distributed.config import as_toml, load
 from distributed.data import generated
 from distributed.data.image_file import png_of
@@ -16,6 +18,16 @@ from integration.commands import ROOT
 
 NORMALIZATION = {"mean": [0.5, 0.4, 0.3], "deviation": [0.2, 0.25, 0.3]}
 CLASSES = [f"class <{letter}>" for letter in "abcdefghij"]
+
+
+def image_folder(root: Path) -> Path:
+    """Two classes with three images each, in both splits."""
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for place in range(3):
+                Image.new("RGB", (8, 8), (40 * place, 0, 0)).save(root / split / name / f"{place}.png")
+    return root
 
 
 def command(module: str, *arguments: object, seconds: float = 120) -> subprocess.CompletedProcess[str]:

@@ -4,14 +4,12 @@ from pathlib import Path
 
 import pytest
 from ranks import in_group, run_ranks
-from unit.test_checkpoint import PlainEngine
+from unit.test_checkpoint import PlainEngine, three_epochs
 
 from distributed import collectives
 from distributed.checkpoint import Checkpointer
 from distributed.claimed_run import ClaimedRun
 from distributed.save_budget import SaveBudget
-from distributed.schedule import Constant
-from distributed.state import Best, TrainState
 
 
 @in_group
@@ -19,10 +17,7 @@ def return_to_the_best(folder: Path) -> list[float]:
     """The weights after epochs with weights 1, 2, 3, of which the second was the best and no epoch was saved but the first."""
     run = ClaimedRun.claim(folder, world_size=2) if collectives.rank() == 0 else None
     writer = Checkpointer(folder / "checkpoints", run, keep_last=1, facts={}, budget=SaveBudget(1e-9))
-    for epoch in (1, 2, 3):
-        state = TrainState(Constant(1.0), epoch=epoch, step=epoch, best=Best(1, 2, 0.5) if epoch > 1 else None)
-        writer.save_epoch(PlainEngine(epoch), state, is_best=epoch == 2, ends=False)  # type: ignore[arg-type]
-        writer.wait()
+    state = three_epochs(writer)
     engine = PlainEngine(9)
     writer.return_to_best(engine, state)  # type: ignore[arg-type]
     if run:

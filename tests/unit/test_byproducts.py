@@ -1,21 +1,10 @@
 """What a failing by-product does: one warning, and nothing else; what a failing file that was asked for does: an error."""
 
-from collections.abc import Iterator
-
 import pytest
-from loguru import logger
 
 from distributed.byproducts import Byproduct, asked_for, reason
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import write_output
-
-
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    lines: list[str] = []
-    handle = logger.add(lines.append, level="WARNING", format="{message}")
-    yield lines
-    logger.remove(handle)
 
 
 def test_a_by_product_that_is_made_says_nothing(said):

@@ -60,6 +60,15 @@ def at_step(step: int, best: int | None = None) -> TrainState:
     return TrainState(Constant(1.0), epoch=1, step=step, best=None if best is None else Best(0, best, 0.5))
 
 
+def three_epochs(writer: Checkpointer) -> TrainState:
+    """Epochs whose weights are 1, 2 and 3; the second is the best."""
+    for epoch in (1, 2, 3):
+        state = TrainState(Constant(1.0), epoch=epoch, step=epoch, best=Best(1, 2, 0.5) if epoch > 1 else None)
+        writer.save_epoch(PlainEngine(epoch), state, is_best=epoch == 2, ends=False)  # type: ignore[arg-type]
+        writer.wait()
+    return state
+
+
 @pytest.fixture
 def run(tmp_path) -> Iterator[ClaimedRun]:
     claimed = ClaimedRun.claim(tmp_path / "run", world_size=1)
@@ -438,10 +447,7 @@ def test_a_best_epoch_that_was_not_saved_is_written_by_the_next_save(run, monkey
 def test_a_drop_returns_to_a_best_epoch_that_was_not_saved(run, monkeypatch):
     clock = Clock(monkeypatch, save_seconds=2.0)
     writer = Checkpointer(run.checkpoints, run, keep_last=1, facts={}, budget=SaveBudget(0.05, clock))
-    for epoch in (1, 2, 3):
-        state = TrainState(Constant(1.0), epoch=epoch, step=epoch, best=Best(1, 2, 0.5) if epoch > 1 else None)
-        writer.save_epoch(PlainEngine(epoch), state, is_best=epoch == 2, ends=False)  # type: ignore[arg-type]
-        writer.wait()
+    state = three_epochs(writer)
     engine = PlainEngine(9)
     writer.return_to_best(engine, state)  # type: ignore[arg-type]
     assert engine.model[0].weight.unique().tolist() == [2.0]

@@ -5,12 +5,11 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from loguru import logger
 from PIL import Image
 
 from distributed.data import decode, image_cache
@@ -30,15 +29,6 @@ def root(tmp_path: Path) -> Path:
                 file = tmp_path / "data" / split / name / f"{place}.png"
                 Image.new("RGB", (8, 8), (40 * place, 90 * shade, 0)).save(file)
     return tmp_path / "data"
-
-
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    """Warnings."""
-    lines: list[str] = []
-    handle = logger.add(lines.append, level="WARNING", format="{message}")
-    yield lines
-    logger.remove(handle)
 
 
 def pixels(root: Path, cache: Path | None = None, side: int = 8) -> np.ndarray:

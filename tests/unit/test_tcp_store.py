@@ -2,13 +2,11 @@
 
 import socket
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from datetime import timedelta
-from threading import Thread
 
 import pytest
+from other_program import other_program
 from torch.distributed import Store, TCPStore
 
 from distributed.errors import InputError, PeerError
@@ -27,29 +25,6 @@ def place(port: int, *, has_agent: bool = False) -> MeetingPlace:
 
 def opened(port: int, rank: int, *, seconds: float = 5, has_agent: bool = False) -> tuple[Store, socket.socket | None]:
     return open_store(place(port, has_agent=has_agent), rank=rank, world_size=2, timeout=timedelta(seconds=seconds))
-
-
-@contextmanager
-def answering(answer: bytes | None) -> Iterator[int]:
-    """A port where another program listens: it answers anything with that and closes; None: it says nothing."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        taken = []
-
-        def serve() -> None:
-            with suppress(OSError):
-                while True:
-                    connection = server.accept()[0]
-                    taken.append(connection)
-                    if answer is not None:
-                        connection.recv(64)
-                        connection.sendall(answer)
-                        connection.close()
-
-        Thread(target=serve, daemon=True).start()
-        yield server.getsockname()[1]
-        server.shutdown(socket.SHUT_RDWR)
-        for connection in taken:
-            connection.close()
 
 
 def test_the_handshake_is_that_of_this_torch():
@@ -81,7 +56,7 @@ def test_under_an_agent_rank_0_is_a_client():
 
 def test_a_taken_port_is_refused_with_the_remedy():
     with (
-        answering(None) as port,
+        other_program(None) as port,
         pytest.raises(InputError, match=f"MASTER_PORT = {port}: Address already in use.*--standalone"),
     ):
         opened(port, 0)
@@ -92,7 +67,7 @@ def test_a_taken_port_is_refused_with_the_remedy():
 )
 def test_another_program_at_the_port_is_found(answer):
     with (
-        answering(answer) as port,
+        other_program(answer) as port,
         pytest.raises(InputError, match=f"MASTER_PORT = {port}: another program listens there"),
     ):
         opened(port, 1)
@@ -100,7 +75,7 @@ def test_another_program_at_the_port_is_found(answer):
 
 def test_a_silent_program_at_the_port_is_waited_for_no_longer_than_allowed():
     begin = time.monotonic()
-    with answering(None) as port, pytest.raises(PeerError, match=r"rank 0 of 2 did not arrive .* does not answer"):
+    with other_program(None) as port, pytest.raises(PeerError, match=r"rank 0 of 2 did not arrive .* does not answer"):
         opened(port, 1, seconds=0.5)
     assert time.monotonic() - begin < 3
 
