@@ -145,7 +145,7 @@ def torchrun_above() -> tuple[int, list[str]] | None:
 
 
 def is_elastic() -> bool:
-    """Whether torchrun started this process for several nodes, of which some may come later."""
+    """Whether torchrun started this process for several nodes, some of which may join later."""
     found = torchrun_above() if elastic_run_id() else None
     return found is not None and any(word.startswith(("--rdzv-endpoint", "--rdzv_endpoint")) for word in found[1])
 

@@ -12,7 +12,7 @@ usage: python -m distributed.train [CONFIG.toml] [--SETTING VALUE ...]
        torchrun --nproc_per_node=N -m distributed.train [CONFIG.toml] [--SETTING VALUE ...]
 
 Trains an AlexNet variant on CIFAR or a folder of images. CONFIG.toml may be the name of a config that ships: cifar10,
-seeds/I-10 (an unknown name lists all). Without arguments: improved_alexnet on CIFAR-10 if it lies in ./data; else on
+seeds/I-10 (an unknown name lists all). Without arguments: improved_alexnet on CIFAR-10 if it is in ./data; else on
 generated images, except in a cluster's job. The same command goes on where a stopped or killed run ended. Settings
 marked * may change then.
 """

@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", default="auto", help="best, latest or a name; auto: best if there is one")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a logit (1e-4)")
     parser.add_argument(
-        "--data.root", dest="root", type=home_path, help="where the data set lies now, to compare on its images"
+        "--data.root", dest="root", type=home_path, help="where the data set is now, to compare on its images"
     )
     arguments = parser.parse_args()
     out = arguments.out or arguments.run / "export"

@@ -1,4 +1,4 @@
-"""Images with what they are taken for."""
+"""Images with their predicted classes."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
