@@ -67,6 +67,8 @@ def process_group(topology: Topology, device: torch.device, *, timeout_seconds: 
         )
         if own_gpu:
             _shorten_nccl_timeout(device, timeout)
+        # A rank that leaves at once would close its connections while another is still making them.
+        dist.all_reduce(torch.zeros(1))
         yield
         dist.destroy_process_group()
 
