@@ -8,19 +8,20 @@ from typing import Any, Self
 import torch
 from loguru import logger
 
-from distributed import collectives, endings, logs
-from distributed.byproducts import Byproduct
-from distributed.claimed_run import ClaimedRun
+from distributed.comm import collectives
 from distributed.config import TrainConfig
 from distributed.config.engines import DeepSpeed
-from distributed.determinism import joined, kernels
 from distributed.errors import ExitCode, InputError, StorageError
+from distributed.figures.curves import draw_curves
 from distributed.files import storing
-from distributed.plot import draw_curves
-from distributed.run_folder import RunFolder
-from distributed.state import TrainState
+from distributed.host.versions import versions
+from distributed.process import endings, logs
+from distributed.process.byproducts import Byproduct
+from distributed.run.claim import ClaimedRun
+from distributed.run.folder import RunFolder
 from distributed.topology import Topology
-from distributed.versions import versions
+from distributed.training.determinism import joined, kernels
+from distributed.training.state import TrainState
 
 
 class Attempt:

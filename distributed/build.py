@@ -8,24 +8,24 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from distributed import collectives
-from distributed.cgroup import quota_note
+from distributed.comm import collectives
+from distributed.comm.process_group import check_own_gpu
 from distributed.config import TrainConfig, as_toml
 from distributed.config.engines import Ddp, DeepSpeed, Fsdp
-from distributed.cuda_step import CudaStep
-from distributed.data import sources
 from distributed.data.batch import Batch
 from distributed.data.pipeline import DataPipeline
+from distributed.data.sources import registry
 from distributed.engine.ddp import DdpEngine
 from distributed.engine.exact import ExactEngine
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
-from distributed.loop import train_step
+from distributed.host.cpu_quota import quota_note
 from distributed.models.build import build_model
-from distributed.process_group import check_own_gpu
-from distributed.state import TrainState
-from distributed.sums import RunningSums
 from distributed.topology import Topology
+from distributed.training.cuda_graph_step import CudaStep
+from distributed.training.state import TrainState
+from distributed.training.steps import train_step
+from distributed.training.totals import RunningSums
 
 
 class Step(Protocol):
@@ -53,7 +53,7 @@ def check_same_config(config: TrainConfig) -> None:
 def build_data(config: TrainConfig, topology: Topology, device: torch.device) -> DataPipeline:
     """The images, fetched and decoded if need be: to be called before any process group waits for this node."""
     config.check_world_size(topology.world_size, device.type)
-    sources.fetch_missing(config.data)
+    registry.fetch_missing(config.data)
     return DataPipeline(
         config.data,
         side=config.model.input_side,

@@ -12,11 +12,11 @@ from distributed.config import differences, toml_value
 from distributed.config.layers import shown
 from distributed.errors import ExitCode, InputError
 from distributed.files import home_path
-from distributed.run_folder import RunFolder
-from distributed.run_lines import attempt_lines, metrics_lines, save_lines
+from distributed.process.streams import run_command
+from distributed.run.folder import RunFolder
+from distributed.run.records import attempt_lines, metrics_lines, save_lines
 from distributed.runs.outcome import outcome_of
 from distributed.runs.table import HEADINGS, cells, in_columns
-from distributed.streams import run_command
 
 _OF_THE_MACHINE = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
 

@@ -10,13 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distributed import collector
-from distributed.byproducts import Byproduct, asked_for
 from distributed.config import TrainConfig
-from distributed.data import sources
+from distributed.data.sources import registry
 from distributed.errors import ExitCode, InputError, PeerError, StorageError
 from distributed.files import check_writable, home_path, write_output
-from distributed.saved_run import (
+from distributed.host.versions import require
+from distributed.inference.saved_run import (
     check_whole,
     checkpoint_of,
     classes_of,
@@ -25,14 +24,15 @@ from distributed.saved_run import (
     on_device,
     with_data_root,
 )
-from distributed.streams import run_command
+from distributed.process import gc_pause
+from distributed.process.byproducts import Byproduct, asked_for
+from distributed.process.streams import run_command
 from distributed.topology import Topology
-from distributed.versions import require
 
 if TYPE_CHECKING:
-    from distributed.confusion import Counts
     from distributed.data.pipeline import Split
-    from distributed.sums import Totals
+    from distributed.inference.confusion import Counts
+    from distributed.training.totals import Totals
 
 
 def main() -> int:
@@ -79,29 +79,29 @@ def _tell_waiting(error: InputError | StorageError) -> None:
     with suppress(InputError):
         topology = Topology.from_environment()
         if topology.is_awaited:
-            from distributed.peers import in_words, tell_waiting
+            from distributed.comm.peers import in_words, tell_waiting
 
             tell_waiting(topology, error.exit_code, in_words(error))
 
 
 def _config_of(run: Path, root: Path | None) -> TrainConfig:
     config = with_data_root(config_of(run), root)
-    sources.prepare(config.data)
+    registry.prepare(config.data)
     return config
 
 
 def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespace) -> int:
-    with collector.at_rest():
+    with gc_pause.at_rest():
         import torch
 
-    from distributed import logs
     from distributed.build import build_data, build_engine
-    from distributed.confusion import ConfusionSums
-    from distributed.data_checks import check_evaluated
-    from distributed.determinism import make_deterministic
-    from distributed.loop import evaluate
-    from distributed.process_group import choose_device, process_group
-    from distributed.snapshot import load as load_checkpoint
+    from distributed.checkpoint.snapshot import load as load_checkpoint
+    from distributed.comm.process_group import choose_device, process_group
+    from distributed.data.checks import check_evaluated
+    from distributed.inference.confusion import ConfusionSums
+    from distributed.process import logs
+    from distributed.training.determinism import make_deterministic
+    from distributed.training.steps import evaluate
 
     split: Split = arguments.split
     topology = Topology.from_environment()
@@ -156,7 +156,7 @@ def _draw(
 def _tell(
     facts: dict[str, str], totals: "Totals", counts: "Counts", names: list[str], picture: Path | None, *, as_json: bool
 ) -> None:
-    from distributed.confusion import as_lines, by_class
+    from distributed.inference.confusion import as_lines, by_class
 
     results = by_class(counts, names)
     if as_json:

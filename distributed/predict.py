@@ -10,14 +10,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distributed import collector
-from distributed.byproducts import asked_for
 from distributed.config.data import MAX_PIXELS, max_pixels_of
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import check_writable, home_path, write_output
-from distributed.saved_run import checkpoint_of, config_of, unfetched, with_data_root
-from distributed.streams import run_command
-from distributed.versions import require
+from distributed.host.versions import require
+from distributed.inference.saved_run import checkpoint_of, config_of, unfetched, with_data_root
+from distributed.process import gc_pause
+from distributed.process.byproducts import asked_for
+from distributed.process.streams import run_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,13 +75,13 @@ def _predict(
     config: "TrainConfig", checkpoint: Path, paths: list[Path], max_pixels: int
 ) -> tuple[list[dict[str, Any]], list["Tensor"]]:
     """For each image its path and its likeliest classes, with probabilities; and the network's inputs."""
-    with collector.at_rest():
+    with gc_pause.at_rest():
         import torch
 
     from distributed.build import read_data
-    from distributed.classifier import load_trained
-    from distributed.data.image_file import read_image
-    from distributed.data.image_size import TooLarge
+    from distributed.data.sources.image_file import read_image
+    from distributed.data.sources.image_size import TooLarge
+    from distributed.inference.classifier import load_trained
 
     trained = load_trained(config, checkpoint, data=lambda: read_data(config))
     # One after the other: an image may be large, and its input is small.
@@ -107,7 +107,7 @@ def _predict(
 
 def _input(image: "Tensor", side: int, max_pixels: int = MAX_PIXELS) -> "Tensor":
     """An image [3, h, w] in [0, 1] as those in folders are made ready for training: a batch [1, 3, side, side]."""
-    from distributed.data.decode import to_square
+    from distributed.data.sources.decode import to_square
 
     square = to_square((image * 255).round().byte(), side, max_pixels)
     return square.permute(2, 0, 1)[None] / 255

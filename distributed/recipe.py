@@ -9,23 +9,23 @@ from loguru import logger
 
 from distributed.attempt import Attempt
 from distributed.build import build_data, build_engine, build_step, check_same_config, log_plan
-from distributed.checkpoint import Checkpointer
+from distributed.checkpoint.checkpointer import Checkpointer
+from distributed.checkpoint.save_budget import SaveBudget
+from distributed.checkpoint.warm_start import start_from
+from distributed.comm.process_group import choose_device, process_group
 from distributed.config import TrainConfig
-from distributed.data_checks import check_data
-from distributed.determinism import make_deterministic
-from distributed.loop import evaluate
-from distributed.metrics import Sink
-from distributed.process_group import choose_device, process_group
-from distributed.profiler import StepProfiler
-from distributed.reporter import Reporter, open_sinks
-from distributed.resume_checks import check_saved
-from distributed.save_budget import SaveBudget
-from distributed.schedule import build_early_stopping, build_schedule
-from distributed.state import TrainState
-from distributed.stop import Never, StepAgreement, StopSource
-from distributed.sums import RunningSums
+from distributed.data.checks import check_data
+from distributed.metrics.profiler import StepProfiler
+from distributed.metrics.records import Sink
+from distributed.metrics.reporter import Reporter, open_sinks
+from distributed.optim.schedules import build_early_stopping, build_schedule
+from distributed.run.resume_checks import check_saved
 from distributed.topology import Topology
-from distributed.warm_start import start_from
+from distributed.training.determinism import make_deterministic
+from distributed.training.state import TrainState
+from distributed.training.steps import evaluate
+from distributed.training.stop import Never, StepAgreement, StopSource
+from distributed.training.totals import RunningSums
 
 
 def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequence[Sink] = ()) -> TrainState:

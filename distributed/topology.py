@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from distributed.cgroup import available_cpus
 from distributed.errors import InputError
+from distributed.host.cpu_quota import available_cpus
 
 _RESOLVE_SECONDS = 5.0
 

@@ -5,18 +5,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from distributed import collector, endings
+from distributed.checkpoint.download import check_store
+from distributed.checkpoint.upload import upload_rest
 from distributed.config import TrainConfig, help_text, load
-from distributed.data import cifar, sources
-from distributed.downloads import check_store
+from distributed.data.sources import cifar, registry
 from distributed.errors import ExitCode, InputError
-from distributed.resume_checks import check_resume, check_start
-from distributed.run_folder import RunFolder
-from distributed.signals import SignalStop
-from distributed.streams import run_command
+from distributed.host.versions import require
+from distributed.process import endings, gc_pause
+from distributed.process.signals import SignalStop
+from distributed.process.streams import run_command
+from distributed.run.folder import RunFolder
+from distributed.run.resume_checks import check_resume, check_start
 from distributed.topology import Topology, cluster_job, has_launcher, is_elastic
-from distributed.uploads import upload_rest
-from distributed.versions import require
 
 _BANNER = """\
 ********************************************************************************
@@ -54,8 +54,8 @@ def _run(stop: SignalStop) -> int:
                   f"or start another with --run_dir", file=sys.stderr)  # fmt: skip
             upload_rest(config)
         return ExitCode.FINISHED
-    with collector.at_rest():  # torch comes in here, after all that could be wrong was checked
-        from distributed.process import run_to_exit_code
+    with gc_pause.at_rest():  # torch comes in here, after all that could be wrong was checked
+        from distributed.run_process import run_to_exit_code
 
     return run_to_exit_code(config, topology, stop)
 
@@ -101,7 +101,7 @@ def checked_config(
     if not begun:
         check_start(config)
     if not finished:
-        sources.prepare(config.data)
+        registry.prepare(config.data)
     return config, finished
 
 
@@ -112,7 +112,7 @@ def refuse(error: InputError, topology: Topology) -> int:
     if topology.local_rank == 0:
         error.tell()
     if topology.is_awaited:
-        from distributed.peers import tell_waiting  # with torch: others may have found nothing wrong, and wait
+        from distributed.comm.peers import tell_waiting  # with torch: others may have found nothing wrong, and wait
 
         tell_waiting(topology, error.exit_code, reason)
     elif topology.local_rank:

@@ -8,14 +8,14 @@ import sys
 
 from distributed.config import help_text
 from distributed.errors import ExitCode, InputError
-from distributed.shipped import shipped
-from distributed.streams import run_command
+from distributed.host.shipped import shipped
+from distributed.host.versions import require
+from distributed.process.streams import run_command
 from distributed.topology import Topology
 from distributed.train import refuse
-from distributed.versions import require
-from launch.allocation import ray_address
-from launch.ray_environment import set_environment
-from launch.ray_settings import check_address, checked, swept, without_sweep
+from launch.environment import ray_address
+from launch.on_ray.environment import set_environment
+from launch.on_ray.settings import check_address, checked, swept, without_sweep
 
 _USAGE = """\
 usage: python -m launch.ray_train [CONFIG] [--SETTING VALUE ...]
@@ -44,16 +44,16 @@ def main() -> int:
         return refuse(error, Topology())
     set_environment()
     if sweep:
-        from launch import ray_sweep  # ray comes in here, after all that could be wrong was checked
+        from launch.on_ray import sweep as ray_sweep  # ray comes in here, after all that could be wrong was checked
 
         return ray_sweep.run(trainings)
     [training] = trainings
     if training.finished:
         print(f"{training.config.run_dir}: this run is finished; nothing is left to do", file=sys.stderr)
         return ExitCode.FINISHED
-    from launch import ray_driver
+    from launch.on_ray import driver
 
-    return ray_driver.run(training)
+    return driver.run(training)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from distributed.byproducts import Byproduct
 from distributed.config.layers import shown
 from distributed.errors import ExitCode, InputError
 from distributed.files import home_path, replace_text
-from distributed.run_lines import metrics_lines
+from distributed.process.byproducts import Byproduct
+from distributed.process.streams import run_command
+from distributed.run.records import metrics_lines
 from distributed.runs.outcome import outcome_of, runs_below
 from distributed.runs.table import HEADINGS, cells, in_columns
-from distributed.streams import run_command
 
 
 def summary(folder: Path) -> str:

@@ -94,14 +94,14 @@ main() {
 
     # Everything that can be wrong ends here, before any node works; it would repeat, so there is no requeue.
     plan=$(mktemp) || end_with 1 "error: no temporary file could be made; see df"
-    inside python -m launch.plan "${address:-$head}" "$@" >"$plan" || { rm -f "$plan"; end_with 2 "not started, see above"; }
+    inside python -m launch.slurm.plan "${address:-$head}" "$@" >"$plan" || { rm -f "$plan"; end_with 2 "not started, see above"; }
     mapfile -d '' -t facts <"$plan"
     rm -f "$plan"
     [ "${#facts[@]}" -gt 0 ] || exit 0 # finished before
     run=${facts[0]} address=${facts[1]} port=${facts[2]} ranks=${facts[3]} cpus=${facts[4]}
     logs=$run/slurm
     mkdir -p "$logs" || end_with 2 "error: run_dir = $run: cannot be written; give another with --run_dir"
-    scontrol update "jobid=$SLURM_JOB_ID" "comment=$(inside python -m launch.ending begin "$run" "$SLURM_JOB_ID")" || true
+    scontrol update "jobid=$SLURM_JOB_ID" "comment=$(inside python -m launch.slurm.requeue begin "$run" "$SLURM_JOB_ID")" || true
     say "attempt $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, $ranks processes a node, meeting at $address:$port;" \
         "run folder $run, logs $logs/$SLURM_JOB_ID-*.log"
 
@@ -116,7 +116,7 @@ preflight() {
     local address=$1 port=$2
     shift 2
     if [ -n "${CONTAINER:-}" ]; then
-        say "no preflight: it calls srun, which is not there inside CONTAINER; try: srun $CONTAINER python -m launch.probe"
+        say "no preflight: it calls srun, which is not there inside CONTAINER; try: srun $CONTAINER python -m launch.doctor.probe"
         return
     fi
     python -m launch.doctor --address "$address" --port "$port" "$@" >>"$logs/$SLURM_JOB_ID.log" 2>&1 &
@@ -147,7 +147,7 @@ decide() {
         end_with 75 "another attempt of this job has begun, or Slurm cannot be asked; this one ends"
     fi
     { read -r verdict; read -r code; read -r reason; read -r comment; } < <(
-        inside python -m launch.ending end "$run" "$SLURM_JOB_ID" --signal "$signal"
+        inside python -m launch.slurm.requeue end "$run" "$SLURM_JOB_ID" --signal "$signal"
     )
     say "${reason:-the ending could not be told; not requeued}"
     scontrol update "jobid=$SLURM_JOB_ID" "comment=${comment:-}" || true

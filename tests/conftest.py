@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import devices
 import pytest
+from kit import devices
 
 # For this process and all that it starts: threads that wait for work must not take the cores from processes that have some.
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}

@@ -15,11 +15,11 @@ from distributed.bench.kinds import KINDS, Kind, Round
 from distributed.bench.memory import table
 from distributed.bench.options import CONTENDERS, Options
 from distributed.bench.rounds import ContenderFailedError, machine
-from distributed.byproducts import Byproduct, asked_for
-from distributed.data import cifar
+from distributed.data.sources import cifar
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import check_writable, home_path, write_output
-from distributed.streams import run_command
+from distributed.process.byproducts import Byproduct, asked_for
+from distributed.process.streams import run_command
 
 
 def main() -> int:

@@ -15,8 +15,8 @@ from typing import Any
 
 from distributed.bench.rounds import Contender, machine
 from distributed.files import home_path
-from distributed.run_folder import RunFolder
-from distributed.streams import run_command
+from distributed.process.streams import run_command
+from distributed.run.folder import RunFolder
 
 WAYS = {
     "none": [],

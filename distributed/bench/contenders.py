@@ -15,8 +15,8 @@ from distributed.bench.clock import StepClock
 
 def ours(clock: StepClock, *, arguments: list[str]) -> None:
     """`train(config)` as `python -m distributed.train ARGUMENTS` runs it, stopped after so many steps."""
-    from distributed import logs
     from distributed.config import load
+    from distributed.process import logs
     from distributed.recipe import train
     from distributed.topology import Topology
 

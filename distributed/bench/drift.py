@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 
 from distributed.files import home_path
-from distributed.run_folder import RunFolder
-from distributed.streams import run_command
+from distributed.process.streams import run_command
+from distributed.run.folder import RunFolder
 
 RANKS = (1, 3)
 MODES = {"fast mode": "0", "exact mode, 8 shards": "8"}

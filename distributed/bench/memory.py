@@ -79,11 +79,11 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
     import torch
 
     from distributed.build import build_data, build_engine
+    from distributed.comm.process_group import process_group
     from distributed.config import TrainConfig
-    from distributed.loop import train_step
-    from distributed.process_group import process_group
-    from distributed.sums import RunningSums
     from distributed.topology import Topology
+    from distributed.training.steps import train_step
+    from distributed.training.totals import RunningSums
 
     data_settings = {"name": "generated10", "train_samples": IMAGES * STEPS, "test_samples": 10}
     config = TrainConfig.model_validate(
@@ -118,7 +118,7 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
         held["save"] = _resident("VmHWM") - resting
         held["weights"] = sum(t.nbytes for name, t in engine.state() if name.startswith("model.")) / MIB
         assert bool(copies) == topology.is_main
-        from distributed.collectives import gather_objects
+        from distributed.comm.collectives import gather_objects
 
         ranks: list[dict[str, float]] = gather_objects(held)
         return {key: max(rank[key] for rank in ranks) for key in held}

@@ -4,8 +4,8 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from distributed.cgroup import available_cpus
 from distributed.errors import InputError
+from distributed.host.cpu_quota import available_cpus
 
 IMAGES = 50_000  # of CIFAR-10's training split
 CONTENDERS = {

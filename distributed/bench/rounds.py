@@ -18,9 +18,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distributed.cgroup import available_cpus
-from distributed.hardware import processor
-from distributed.versions import git_state, versions
+from distributed.host.cpu_quota import available_cpus
+from distributed.host.hardware import processor
+from distributed.host.versions import git_state, versions
 
 PEERS = ("timm", "pytorch-lightning", "lightning")  # as their packages are called
 Readings = list[tuple[int, float]]

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from distributed.data import cifar
+from distributed.data.sources import cifar
 from distributed.models.alexnet import improved_alexnet
 
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)

@@ -2,7 +2,7 @@
 
 from distributed.config.help import help_text
 from distributed.config.load import as_toml, changes_experiment, differences, load, toml_value, with_values
-from distributed.config.tree import TrainConfig
+from distributed.config.train_config import TrainConfig
 
 __all__ = [
     "TrainConfig",

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
-from distributed.config.section import AnyPath, Section, operational, setting
+from distributed.config.schema import AnyPath, Section, operational, setting
 
 MAX_PIXELS = 100_000_000
 """Four times a usual camera's. A file of some megabytes may hold a thousand times as many, and fill the memory."""

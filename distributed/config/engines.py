@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from distributed.config.section import Section, operational, setting
+from distributed.config.schema import Section, operational, setting
 
 Shards = int | Literal["auto"]
 

@@ -4,8 +4,8 @@ import shutil
 import textwrap
 from typing import Any
 
-from distributed.config.fields import Leaf, leaves
-from distributed.config.tree import TrainConfig
+from distributed.config.leaves import Leaf, leaves
+from distributed.config.train_config import TrainConfig
 
 HEAD = """\
 usage: python -m distributed.train [CONFIG.toml] [--SETTING VALUE ...]

@@ -3,7 +3,7 @@
 import difflib
 from functools import cache
 
-from distributed.config.fields import leaves
+from distributed.config.leaves import leaves
 
 _OTHER_NAMES = {
     "global_batch_size": "batch_size batch bs batchsize train_batch_size per_device_batch_size mini_batch_size",

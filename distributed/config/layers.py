@@ -10,10 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from distributed.config.fields import leaves, sections_of
 from distributed.config.hints import hint, known
+from distributed.config.leaves import leaves, sections_of
 from distributed.config.named import config_file
-from distributed.config.tree import TrainConfig
+from distributed.config.train_config import TrainConfig
 from distributed.errors import InputError
 from distributed.files import read_at_most, with_home
 

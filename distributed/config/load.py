@@ -8,11 +8,11 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from distributed.config.fields import leaves, sections_of, variant_name
 from distributed.config.hints import hint, known
 from distributed.config.layers import Settings, from_arguments, from_file, shown
+from distributed.config.leaves import leaves, sections_of, variant_name
 from distributed.config.named import config_file
-from distributed.config.tree import TrainConfig
+from distributed.config.train_config import TrainConfig
 from distributed.errors import InputError
 from distributed.files import with_home
 

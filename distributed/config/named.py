@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from distributed.errors import InputError
-from distributed.shipped import shipped
+from distributed.host.shipped import shipped
 
 
 def names() -> dict[str, Path]:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from distributed.config.section import Section, setting
+from distributed.config.schema import Section, setting
 
 
 class Constant(Section):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, PlainValidator
 from pydantic_core import PydanticCustomError
 
-from distributed.config.section import OptionalPath, Section, operational, setting
+from distributed.config.schema import OptionalPath, Section, operational, setting
 
 _STORE_URL = re.compile(r"(?:(?:s3|gs)://[a-zA-Z0-9][\w.-]*(?:/[^\s?*#\[\]{}]*)?|file:///[^\s?*#\[\]{}]+)", re.ASCII)
 

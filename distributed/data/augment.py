@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distributed import keyed
+from distributed import rng
 from distributed.config.data import Augment
 
 
@@ -13,11 +13,11 @@ def augment(images: Tensor, sample_keys: Tensor, config: Augment) -> Tensor:
     if not len(images):
         return images
     if config.crop:
-        down = keyed.integers(sample_keys, "crop_y", 2 * config.crop + 1)
-        across = keyed.integers(sample_keys, "crop_x", 2 * config.crop + 1)
+        down = rng.integers(sample_keys, "crop_y", 2 * config.crop + 1)
+        across = rng.integers(sample_keys, "crop_x", 2 * config.crop + 1)
         images = crop(images, config.crop, down, across)
     if config.flip:
-        mirrored = keyed.integers(sample_keys, "flip", 2).bool()
+        mirrored = rng.integers(sample_keys, "flip", 2).bool()
         images = choose(mirrored, images.flip(2), images)
     return images
 
@@ -52,7 +52,7 @@ def cut_out(images: Tensor, sample_keys: Tensor, side: int) -> Tensor:
     height, width = images.shape[1:3]
 
     def inside(purpose: str, size: int) -> Tensor:
-        start = keyed.integers(sample_keys, purpose, size)[:, None] - side // 2
+        start = rng.integers(sample_keys, purpose, size)[:, None] - side // 2
         line = torch.arange(size, device=images.device)
         return (line >= start) & (line < start + side)
 

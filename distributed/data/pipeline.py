@@ -9,17 +9,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distributed import keyed
+from distributed import rng
+from distributed.comm.reduction_tree import leaves_of
 from distributed.config.data import AnyData
-from distributed.data import cifar
 from distributed.data.augment import augment, cut_out
 from distributed.data.batch import Batch, Mixed
-from distributed.data.held import Held, place
-from distributed.data.mix import mix
+from distributed.data.mixup import mix
 from distributed.data.parts import MicroBatch, Part, ids_of, partners_of, wanted
-from distributed.data.read import read
+from distributed.data.residency import Held, place
+from distributed.data.sources import cifar
+from distributed.data.sources.read import read
 from distributed.data.split import validation_mask
-from distributed.tree import leaves_of
 
 Split = Literal["train", "validation", "test"]
 
@@ -128,7 +128,7 @@ class DataPipeline:
         last step of an epoch may be smaller; a micro-batch of no images at all is left out, on all ranks alike.
         """
         held = self._splits["train"]
-        order = held.ids[keyed.permutation(self.size("train"), seed=self.seed, epoch=epoch, device=self.device)]
+        order = held.ids[rng.permutation(self.size("train"), seed=self.seed, epoch=epoch, device=self.device)]
         images = held.chosen(wanted(block) for block in self._blocks(self._reachable(order), start_step))
         blocks = (self._augmented(held, next(images), block, epoch=epoch) for block in self._blocks(order, start_step))
         batches = chain.from_iterable(blocks)
@@ -186,7 +186,7 @@ class DataPipeline:
     def _augmented(self, held: Held, images: Tensor, block: list[MicroBatch], *, epoch: int) -> Iterator[Batch]:
         """The batches of a run of micro-batches. images: those of `wanted(block)`."""
         ids, partners = ids_of(block), partners_of(block)
-        keys = keyed.sample_keys(torch.cat([ids, partners]), seed=self.seed, epoch=epoch)
+        keys = rng.sample_keys(torch.cat([ids, partners]), seed=self.seed, epoch=epoch)
         images = self._normalized(augment(images, keys, self.config.augment))
         if self.config.augment.cutout:
             images = cut_out(images, keys, self.config.augment.cutout)

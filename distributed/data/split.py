@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distributed import keyed
+from distributed import rng
 from distributed.errors import InputError
 
 
@@ -19,7 +19,7 @@ def validation_mask(labels: NDArray[np.integer[Any]], *, fraction: float, seed: 
         InputError: that is every image, and none is left to train on.
     """
     mask = np.zeros(len(labels), np.bool_)
-    order = keyed.permutation(len(labels), seed=seed, epoch=-1).numpy()
+    order = rng.permutation(len(labels), seed=seed, epoch=-1).numpy()
     for label in np.unique(labels):
         members = order[labels[order] == label]
         mask[members[: round(len(members) * fraction)]] = True

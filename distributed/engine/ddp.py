@@ -11,15 +11,15 @@ from loguru import logger
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed.collectives import world_size
+from distributed.comm.all_gather import open_row_gather
+from distributed.comm.collectives import world_size
 from distributed.config.engines import Ddp
 from distributed.config.sections import AdamW, Sgd
 from distributed.data.batch import Batch
+from distributed.engine.model_state import Weights, autocast, cast
 from distributed.engine.powersgd import PREFIX, PowerSgd
 from distributed.engine.protocol import Loss, Outcome
-from distributed.engine.tensors import Weights, autocast, cast
 from distributed.models.fused_batch_norm import synchronize_batch_norm
-from distributed.row_gather import open_row_gather
 
 
 class BucketSums:

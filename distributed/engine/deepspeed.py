@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distributed.collectives import rank, world_size
+from distributed.comm.all_gather import open_row_gather
+from distributed.comm.collectives import rank, world_size
 from distributed.config.engines import DeepSpeed
 from distributed.config.sections import AdamW, Sgd
 from distributed.data.batch import Batch
-from distributed.engine.placement import Held, Run, Whole, load
+from distributed.engine.model_state import cast
 from distributed.engine.protocol import Loss, Outcome
-from distributed.engine.tensors import cast
+from distributed.engine.sharding import Held, Run, Whole, load
 from distributed.errors import InputError
 from distributed.models.fused_batch_norm import synchronize_batch_norm
-from distributed.optim import WeightAverage, decay_groups, first_state
-from distributed.row_gather import open_row_gather
+from distributed.optim.optimizer import WeightAverage, decay_groups, first_state
 
 
 class DeepSpeedEngine:

@@ -11,23 +11,23 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from distributed.collectives import world_size
+from distributed.comm.all_gather import open_row_gather
+from distributed.comm.collectives import world_size
 from distributed.config.engines import Ddp, Fsdp
 from distributed.config.sections import AdamW, Sgd
 from distributed.data.batch import Batch
-from distributed.engine.blocks import OwnBlocks, WholeBlocks
+from distributed.engine.exact_layout import OwnBlocks, WholeBlocks
+from distributed.engine.model_state import Layout, Weights, autocast, cast, low_type
 from distributed.engine.protocol import Loss, Outcome
-from distributed.engine.tensors import Layout, Weights, autocast, cast, low_type
 from distributed.exact.batch_norm import Cut, CuttingBatchNorm, backward
-from distributed.exact.check import check_exact
-from distributed.exact.exchange import ExchangeOpener
-from distributed.exact.lanes import Lanes
-from distributed.exact.reduction import TreeReduction
+from distributed.exact.bucket_reduce import ExchangeOpener
+from distributed.exact.gather_statistics import ShardRows
+from distributed.exact.gradient_reducer import TreeReduction
 from distributed.exact.replicas import Replicas
-from distributed.exact.rows import ShardRows
+from distributed.exact.shard_executor import Lanes
 from distributed.exact.sharded_weights import ShardedWeights
+from distributed.exact.supported import check_exact
 from distributed.models.sync_batch_norm import convert_batch_norm
-from distributed.row_gather import open_row_gather
 
 
 class ExactEngine:

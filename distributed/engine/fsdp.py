@@ -14,15 +14,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from distributed.collectives import world_size
+from distributed.comm.all_gather import open_row_gather
+from distributed.comm.collectives import world_size
 from distributed.config.engines import Fsdp
 from distributed.config.sections import AdamW, Sgd
 from distributed.data.batch import Batch
-from distributed.engine.placement import Held, Whole
+from distributed.engine.model_state import Weights, autocast, cast, low_type
 from distributed.engine.protocol import Loss, Outcome
-from distributed.engine.tensors import Weights, autocast, cast, low_type
+from distributed.engine.sharding import Held, Whole
 from distributed.models.fused_batch_norm import synchronize_batch_norm
-from distributed.row_gather import open_row_gather
 
 
 class FsdpEngine:

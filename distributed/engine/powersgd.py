@@ -14,8 +14,8 @@ import torch.distributed as dist
 from loguru import logger
 from torch import Tensor
 
-from distributed import keyed
-from distributed.collectives import rank, world_size
+from distributed import rng
+from distributed.comm.collectives import rank, world_size
 
 PREFIX = "compression."
 
@@ -48,7 +48,7 @@ class _Factored:
     def begin(self, seed: int) -> None:
         """As before the first step."""
         self.error.zero_()
-        keyed.fill_uniform_(q := torch.empty_like(self.q, device="cpu"), 1.0, seed=seed, name=PREFIX + self.name)
+        rng.fill_uniform_(q := torch.empty_like(self.q, device="cpu"), 1.0, seed=seed, name=PREFIX + self.name)
         self.q.copy_(q)
 
 

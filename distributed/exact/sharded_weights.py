@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distributed.collectives import all_gather, world_size
-from distributed.exact.blocks import Blocks
+from distributed.comm.collectives import all_gather, world_size
+from distributed.exact.partition import Blocks
 from distributed.exact.replicas import LAYERS
 
 

@@ -13,8 +13,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distributed import logs
-from distributed.byproducts import Byproduct, asked_for
 from distributed.config import load
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.experiments.results import (
@@ -29,8 +27,10 @@ from distributed.experiments.results import (
     write_table,
 )
 from distributed.files import home_path
-from distributed.run_folder import RunFolder
-from distributed.streams import run_command
+from distributed.process import logs
+from distributed.process.byproducts import Byproduct, asked_for
+from distributed.process.streams import run_command
+from distributed.run.folder import RunFolder
 
 
 def main() -> int:

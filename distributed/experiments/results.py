@@ -8,9 +8,9 @@ from pathlib import Path
 from distributed.config import load
 from distributed.errors import InputError
 from distributed.files import check_writable, read_json, replace_json, replace_text
-from distributed.run_folder import RunFolder
-from distributed.run_lines import attempt_lines, metrics_lines
-from distributed.shipped import shipped
+from distributed.host.shipped import shipped
+from distributed.run.folder import RunFolder
+from distributed.run.records import attempt_lines, metrics_lines
 
 CONFIGS = shipped("configs/seeds")
 

@@ -8,17 +8,17 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distributed import collector
-from distributed.byproducts import asked_for
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import check_writable, home_path, write_output
-from distributed.saved_run import checkpoint_of, config_of, unfetched, with_data_root
-from distributed.streams import run_command
+from distributed.inference.saved_run import checkpoint_of, config_of, unfetched, with_data_root
+from distributed.process import gc_pause
+from distributed.process.byproducts import asked_for
+from distributed.process.streams import run_command
 
 if TYPE_CHECKING:
-    from distributed.classifier import Trained
     from distributed.config import TrainConfig
     from distributed.data.pipeline import DataPipeline
+    from distributed.inference.classifier import Trained
 
 _NAMES = ("safetensors", "onnx", "torch.export")
 
@@ -61,8 +61,8 @@ def _formats(asked: list[str]) -> list[str]:
 
 
 def _export(config: "TrainConfig", checkpoint: Path, names: list[str], out: Path, *, tolerance: float) -> int:
-    with collector.at_rest():
-        from distributed.classifier import load_trained
+    with gc_pause.at_rest():
+        from distributed.inference.classifier import load_trained
     from distributed.build import read_data
     from distributed.export.formats import FORMATS
     from distributed.export.parity import difference, reference

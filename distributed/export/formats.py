@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from distributed.classifier import Classifier, Trained
 from distributed.config.sections import Model
+from distributed.inference.classifier import Classifier, Trained
+from distributed.inference.saved_run import Normalization
 from distributed.models.build import build_model
-from distributed.saved_run import Normalization
 
 Run = Callable[[Tensor], Tensor]
 """Images [n, 3, side, side] in [0, 1] to logits [n, classes], for any n."""

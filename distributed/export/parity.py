@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distributed import keyed
-from distributed.classifier import Trained
+from distributed import rng
 from distributed.data.pipeline import DataPipeline
 from distributed.export.formats import Run
+from distributed.inference.classifier import Trained
 
 BATCH = 64
 
@@ -30,7 +30,7 @@ def reference(trained: Trained, data: DataPipeline | None) -> Reference:
     mean, deviation = (torch.tensor(values).view(-1, 1, 1) for values in trained.normalization)
     if data is None:
         numbers = torch.arange(BATCH * 3 * trained.side**2)
-        shades = keyed.integers(keyed.sample_keys(numbers, seed=0, epoch=0), "parity", 256)
+        shades = rng.integers(rng.sample_keys(numbers, seed=0, epoch=0), "parity", 256)
         images = shades.view(BATCH, 3, trained.side, trained.side) / 255
         normalized, source = (images - mean) / deviation, "random pixels"
     else:

@@ -19,7 +19,7 @@ from typing import Any
 from distributed.errors import ExitCode
 from distributed.files import check_writable, home_path
 from distributed.gpu_check.steps import STEPS, Step
-from distributed.streams import run_command
+from distributed.process.streams import run_command
 
 _PREFIX = "CHECK "  # of checks.py, which imports torch
 

@@ -7,9 +7,9 @@ import time
 
 import torch
 
-from distributed.cgroup import available_cpus
 from distributed.gpu_check.checks import Checks
-from distributed.versions import versions
+from distributed.host.cpu_quota import available_cpus
+from distributed.host.versions import versions
 
 _MODULES = ("pydantic", "loguru", "tomli_w", "greenlet", "safetensors", "filelock", "tqdm", "numpy", "matplotlib")
 
@@ -19,7 +19,7 @@ def run(checks: Checks) -> None:
         figures |= versions()
         figures["cores"] = available_cpus()
     with checks.check("imports"):
-        for module in (*_MODULES, "distributed.recipe", "distributed.process", "torchvision"):
+        for module in (*_MODULES, "distributed.recipe", "distributed.run_process", "torchvision"):
             importlib.import_module(module)
     with checks.check("device") as figures:
         if checks.is_cuda:

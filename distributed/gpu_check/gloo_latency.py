@@ -7,7 +7,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-from distributed.process_group import process_group
+from distributed.comm.process_group import process_group
 from distributed.topology import Topology
 
 SIZES = {"16 bytes": 4, "64 KiB": 2**14, "1 MiB": 2**18}

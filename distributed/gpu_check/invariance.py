@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distributed.determinism import make_deterministic
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.differences import error, same_bits
 from distributed.gpu_check.shard_graph import run as run_shard_graph
 from distributed.gpu_check.timing import milliseconds
+from distributed.training.determinism import make_deterministic
 
 
 class _Layer(NamedTuple):

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed import logs
 from distributed.build import build_data
-from distributed.collectives import all_gather
+from distributed.comm.all_gather import gather_by_process_group
+from distributed.comm.collectives import all_gather
+from distributed.comm.process_group import choose_device, process_group
 from distributed.config import TrainConfig, load
 from distributed.config.engines import Ddp, Fsdp
 from distributed.data.batch import Batch
@@ -26,14 +27,13 @@ from distributed.gpu_check import runs
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.graphs import captured
 from distributed.gpu_check.processes import Processes
-from distributed.loop import train_step
 from distributed.models.build import build_model
 from distributed.models.sync_batch_norm import SyncBatchNorm, by_ranks, convert_batch_norm
-from distributed.process_group import choose_device, process_group
+from distributed.process import logs
 from distributed.recipe import train
-from distributed.row_gather import gather_by_process_group
-from distributed.sums import RunningSums
 from distributed.topology import Topology
+from distributed.training.steps import train_step
+from distributed.training.totals import RunningSums
 
 _SECONDS = 36.0
 

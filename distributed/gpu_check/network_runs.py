@@ -19,8 +19,8 @@ from distributed.data.pipeline import DataPipeline
 from distributed.engine.ddp import DdpEngine
 from distributed.engine.protocol import Engine
 from distributed.models import alexnet
-from distributed.sums import RunningSums
 from distributed.topology import Topology
+from distributed.training.totals import RunningSums
 
 STEPS = 2
 _LR = {"sgd": 0.02, "adamw": 1e-3}

@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
+from distributed.comm.process_group import choose_device
 from distributed.config import TrainConfig
 from distributed.data.pipeline import DataPipeline
-from distributed.determinism import make_deterministic
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.differences import unlike
 from distributed.gpu_check.network_runs import Run, Steps, config_of, initial_model
-from distributed.process_group import choose_device
 from distributed.topology import Topology
+from distributed.training.determinism import make_deterministic
 
 _NETWORKS = ("improved_alexnet", "cifar_alexnet", "cifar_alexnet_bn", "alexnet")
 _BOUNDS = {"float64": (1e-9, 1e-8), "float32": (5e-6, 1e-3), "bfloat16": (1e-2, 5e-2), "float16": (2e-3, 1e-2)}

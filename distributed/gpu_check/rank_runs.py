@@ -7,9 +7,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from distributed import logs
+from distributed.comm.process_group import choose_device, process_group
 from distributed.config import load
-from distributed.process_group import choose_device, process_group
+from distributed.process import logs
 from distributed.recipe import train
 from distributed.topology import Topology
 

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from distributed.build import build_data, build_engine
-from distributed.checkpoint import Checkpointer
-from distributed.claimed_run import ClaimedRun
+from distributed.checkpoint.checkpointer import Checkpointer
+from distributed.comm.process_group import choose_device
 from distributed.config import load
 from distributed.errors import ExitCode
 from distributed.gpu_check import runs
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.processes import PYTHON, Process, Processes
-from distributed.process_group import choose_device
-from distributed.schedule import build_schedule
-from distributed.state import TrainState
+from distributed.optim.schedules import build_schedule
+from distributed.run.claim import ClaimedRun
 from distributed.topology import Topology
+from distributed.training.state import TrainState
 
 _SECONDS = 44.0
 _EXIT_CODES = {signal.SIGTERM: int(ExitCode.STOPPED), signal.SIGKILL: -int(signal.SIGKILL)}

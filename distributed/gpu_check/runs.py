@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from distributed.checkpoint_files import checkpoints
+from distributed.checkpoint.tensor_file import digest_of_tensor, tensors_of
 from distributed.files import read_object
-from distributed.run_folder import RunFolder
-from distributed.run_lines import metrics_lines
-from distributed.safetensors_stream import digest_of_tensor, tensors_of
+from distributed.run.checkpoint_layout import checkpoints
+from distributed.run.folder import RunFolder
+from distributed.run.records import metrics_lines
 
 _OF_THE_MACHINE = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from distributed import logs
+from distributed.comm.process_group import choose_device
 from distributed.config import load
 from distributed.files import replace_json
 from distributed.gpu_check import runs
@@ -21,10 +21,10 @@ from distributed.gpu_check.graphs import captured
 from distributed.gpu_check.step_profile import profile
 from distributed.gpu_check.timing import host_seconds
 from distributed.gpu_check.workloads import ComputeAlone, Training
-from distributed.process_group import choose_device
+from distributed.host.versions import versions
+from distributed.process import logs
 from distributed.recipe import train
 from distributed.topology import Topology
-from distributed.versions import versions
 
 WORKLOADS = (
     ("improved_alexnet", 128), ("improved_alexnet", 512), ("improved_alexnet", 2048), ("cifar_alexnet", 128),

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distributed import keyed
+from distributed import rng
 from distributed.exact.batch_norm import Cut, CuttingBatchNorm, backward
-from distributed.exact.lanes import Lanes
+from distributed.exact.shard_executor import Lanes
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.differences import error, same_bits, unlike
 from distributed.models import alexnet
@@ -42,7 +42,7 @@ def _random(*shape: int, seed: int) -> Tensor:
 def _dropout(checks: Checks) -> None:
     with checks.check("dropout equals the CPU's"):
         x, grad = _random(2, 33, 513, seed=1).float()
-        keys = keyed.sample_keys(torch.arange(33), seed=1, epoch=2)
+        keys = rng.sample_keys(torch.arange(33), seed=1, epoch=2)
         for p in (0.5, 0.1):
             outcomes: list[tuple[Tensor, Tensor]] = []
             for device in (checks.device, torch.device("cpu")):

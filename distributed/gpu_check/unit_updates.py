@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from distributed.config.sections import AdamW, Sgd
-from distributed.engine.loss_scale import GOOD_STEPS, PREFIX, LossScale
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.differences import error, unlike
-from distributed.optim import Optimizer, WeightAverage
+from distributed.optim.loss_scale import GOOD_STEPS, PREFIX, LossScale
+from distributed.optim.optimizer import Optimizer, WeightAverage
 
 _SHAPES = ((64, 32, 3, 3), (65,), (70, 33), ())
 _OPTIMIZERS: dict[str, Sgd | AdamW] = {

@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
-from distributed import keyed
+from distributed import rng
 from distributed.config.data import Augment, GeneratedData
 from distributed.data.augment import augment, crop, cut_out
 from distributed.data.batch import Batch
-from distributed.data.mix import beta, mix
+from distributed.data.mixup import beta, mix
 from distributed.data.pipeline import DataPipeline
-from distributed.determinism import make_deterministic
 from distributed.gpu_check import unit_layers, unit_updates
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.differences import error, same_bits, unlike
-from distributed.sums import RunningSums, Totals
+from distributed.training.determinism import make_deterministic
+from distributed.training.totals import RunningSums, Totals
 
 _CPU = torch.device("cpu")
 
@@ -35,19 +35,19 @@ def _images(checks: Checks) -> tuple[Tensor, Tensor]:
     count = 40 if checks.tiny else 512
     generator = torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8)
-    return images, keyed.sample_keys(torch.arange(count) * 7, seed=2**62, epoch=3)
+    return images, rng.sample_keys(torch.arange(count) * 7, seed=2**62, epoch=3)
 
 
 def _draws(count: int, device: torch.device) -> dict[str, Tensor]:
-    keys = keyed.sample_keys(torch.arange(count, device=device), seed=2**40 + 5, epoch=7)
-    units = keyed.unit_words("dropout1", 513).to(device)
+    keys = rng.sample_keys(torch.arange(count, device=device), seed=2**40 + 5, epoch=7)
+    units = rng.unit_words("dropout1", 513).to(device)
     return {
         "sample_keys": keys,
-        "draws": keyed.draws(keys, "flip"),
-        "integers": keyed.integers(keys, "crop_y", 2**31),
-        "unit": keyed.unit(keys, "mixup_0_x"),
-        "uniform16": keyed.uniform16(keys[:300], units),
-        "permutation": keyed.permutation(count, seed=1, epoch=2, device=device),
+        "draws": rng.draws(keys, "flip"),
+        "integers": rng.integers(keys, "crop_y", 2**31),
+        "unit": rng.unit(keys, "mixup_0_x"),
+        "uniform16": rng.uniform16(keys[:300], units),
+        "permutation": rng.permutation(count, seed=1, epoch=2, device=device),
     }
 
 
@@ -62,7 +62,7 @@ def _augmentation(checks: Checks) -> None:
     images, keys = _images(checks)
     there, keys_there = images.to(checks.device), keys.to(checks.device)
     with checks.check("crop, flip and cutout equal the CPU's"):
-        down, across = keyed.integers(keys, "crop_y", 9), keyed.integers(keys, "crop_x", 9)
+        down, across = rng.integers(keys, "crop_y", 9), rng.integers(keys, "crop_x", 9)
         cropped = crop(there, 4, down.to(checks.device), across.to(checks.device))
         assert same_bits(cropped, crop(images, 4, down, across)), "crop"
         for config in (Augment(crop=0), Augment(crop=4, flip=False), Augment(crop=4)):

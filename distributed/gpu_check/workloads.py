@@ -14,9 +14,9 @@ from distributed.config.sections import Sgd
 from distributed.data.batch import Batch
 from distributed.gpu_check import runs
 from distributed.models import alexnet
-from distributed.optim import Optimizer
-from distributed.sums import RunningSums
+from distributed.optim.optimizer import Optimizer
 from distributed.topology import Topology
+from distributed.training.totals import RunningSums
 
 LR = 1e-3
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distributed.errors import ExitCode, InputError
 from distributed.files import home_path
-from distributed.streams import run_command
+from distributed.process.streams import run_command
 
 
 def main() -> int:

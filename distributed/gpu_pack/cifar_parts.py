@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distributed.cgroup import available_cpus
-from distributed.data import cifar
-from distributed.data.cifar_official import CIFAR10
+from distributed.data.sources import cifar
+from distributed.data.sources.cifar_spec import CIFAR10
 from distributed.errors import InputError
 from distributed.files import digest_of, digest_of_bytes, read_object
+from distributed.host.cpu_quota import available_cpus
 
 Bytes = NDArray[np.uint8]
 COLUMNS = 50

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distributed.data.cifar_official import CIFAR10
+from distributed.data.sources.cifar_spec import CIFAR10
 from distributed.errors import InputError
 from distributed.gpu_pack import checkout, cifar_parts, wheels
 from distributed.gpu_pack.calls import CALLS, MAX_BYTES_BACK, MAX_FILES_BACK, PARTS, WHEELS, Call

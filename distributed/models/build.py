@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import nn
 
-from distributed import keyed
+from distributed import rng
 from distributed.config.sections import Model
 from distributed.models import alexnet
 
@@ -31,4 +31,4 @@ def initialize(model: nn.Module, *, seed: int, how: Literal["torch", "he"] = "to
                 if how == "he" and name == "bias":
                     nn.init.zeros_(parameter)
                 else:
-                    keyed.fill_uniform_(parameter, bound, seed=seed, name=f"{prefix}.{name}")
+                    rng.fill_uniform_(parameter, bound, seed=seed, name=f"{prefix}.{name}")

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from distributed import keyed
+from distributed import rng
 
 
 class KeyedDropout(nn.Module):
@@ -21,11 +21,11 @@ class KeyedDropout(nn.Module):
         self.features = features
         self.threshold = min(65535, round(p * 65536))
         self.scale = 65536 / (65536 - self.threshold)
-        self.register_buffer("units", keyed.unit_words(name, features), persistent=False)
+        self.register_buffer("units", rng.unit_words(name, features), persistent=False)
 
     def kept(self, sample_keys: Tensor) -> Tensor:
         """The mask of kept units: bool [n, features], from keys int64 [n, 2]."""
-        return keyed.uniform16(sample_keys, self.units)[:, : self.features] >= self.threshold
+        return rng.uniform16(sample_keys, self.units)[:, : self.features] >= self.threshold
 
     def forward(self, x: Tensor, sample_keys: Tensor | None) -> Tensor:
         """x: [n, features]; sample_keys: int64 [n, 2] of `keyed.sample_keys`, needed in training."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distributed.tree import tree_sum
+from distributed.comm.reduction_tree import tree_sum
 
 T = TypeVar("T")
 

@@ -10,14 +10,14 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 
-from distributed import logs
-from distributed.byproducts import asked_for
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import check_writable, home_path, write_output
+from distributed.inference.saved_run import has_data_root, unfetched, with_data_root
+from distributed.process import logs
+from distributed.process.byproducts import asked_for
+from distributed.process.streams import run_command
 from distributed.report.history import History, read_history
 from distributed.report.page import Html, page, text
-from distributed.saved_run import has_data_root, unfetched, with_data_root
-from distributed.streams import run_command
 
 
 def main() -> int:
@@ -61,8 +61,8 @@ def _told_apart(runs: Sequence[History]) -> list[History]:
 
 
 def _page(runs: Sequence[History], *, checkpoint: str) -> str:
-    from distributed.report.run_parts import run_parts
-    from distributed.report.together import together
+    from distributed.report.comparison import together
+    from distributed.report.run_sections import run_parts
 
     what = ", ".join(dict.fromkeys(f"{run.config.model.name} on {run.config.data.name}" for run in runs))
     title = f"{what}: {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs of {what}"

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from distributed.figures.style import COLOURS, INK, SPLITS, as_png, as_svg, figure
 from distributed.report.history import History
+from distributed.report.narrative import drops
 from distributed.report.page import Absent, Html
-from distributed.report.words import drops
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

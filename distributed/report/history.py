@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from distributed.config import TrainConfig
-from distributed.run_folder import RunFolder
-from distributed.run_lines import attempt_lines, metrics_lines, time_of
-from distributed.saved_run import config_of
+from distributed.inference.saved_run import config_of
+from distributed.run.folder import RunFolder
+from distributed.run.records import attempt_lines, metrics_lines, time_of
 
 _STEP = {"loss", "lr", "images_per_second", "data_wait"}
 _EPOCH = {"lr", "train_loss", "train_accuracy"}

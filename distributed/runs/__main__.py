@@ -9,9 +9,9 @@ from pathlib import Path
 from distributed.config.layers import shown
 from distributed.errors import ExitCode, InputError
 from distributed.files import home_path
+from distributed.process.streams import run_command
 from distributed.runs.outcome import outcome_of, runs_below
 from distributed.runs.table import HEADINGS, cells, in_columns
-from distributed.streams import run_command
 
 
 def main() -> int:

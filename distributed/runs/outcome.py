@@ -8,9 +8,9 @@ from typing import Any
 from distributed.config.layers import from_file
 from distributed.errors import InputError
 from distributed.files import read_object
-from distributed.lock_holder import gone
-from distributed.run_folder import RunFolder
-from distributed.run_lines import Line, metrics_lines
+from distributed.run.folder import RunFolder
+from distributed.run.lock_holder import gone
+from distributed.run.records import Line, metrics_lines
 
 _MARKS = {"status.json", "attempts.jsonl", "config.toml"}
 _INNER = {"checkpoints", "tensorboard", "logs", "profile", "export", "ray", "slurm"}

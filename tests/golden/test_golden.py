@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from distributed.config import load
-from distributed.metrics import EpochMetrics, TrainMetrics
+from distributed.metrics.records import EpochMetrics, TrainMetrics
 from distributed.recipe import train
 
 RECORDED = Path(__file__).with_name("debug_loss.json")

@@ -14,21 +14,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit.abuse import Outcome, assert_told, call, untouched
+from kit.commands import ROOT, metrics, status
+from kit.trained_runs import copy_of, image_folder, write_test_images
 from loguru import logger
 from PIL import Image
 from unit.test_sinks import EPOCH, TRAIN
 
-from distributed.checkpoint import Checkpointer
-from distributed.claimed_run import ClaimedRun
+from distributed.checkpoint.checkpointer import Checkpointer
 from distributed.experiments import __main__ as experiments
-from distributed.logs import file_logs
-from distributed.plot import draw_curves
-from distributed.profiler import StepProfiler
-from distributed.reporter import Reporter
-from distributed.sinks import BestEffort, JsonLines, TensorBoard
-from integration.abuse import Outcome, assert_told, call, untouched
-from integration.commands import ROOT, metrics, status
-from integration.trained_runs import copy_of, image_folder, write_test_images
+from distributed.figures.curves import draw_curves
+from distributed.metrics.profiler import StepProfiler
+from distributed.metrics.reporter import Reporter
+from distributed.metrics.sinks import BestEffort, JsonLines, TensorBoard
+from distributed.process.logs import file_logs
+from distributed.run.claim import ClaimedRun
 
 pytestmark = pytest.mark.timeout(200)
 SETTINGS = (
@@ -329,7 +329,7 @@ METRICS = {
 
 @pytest.mark.parametrize("case", METRICS)
 def test_curves_of_odd_metrics_are_drawn_or_one_warning(case: str, tmp_path: Path) -> None:
-    from distributed.byproducts import Byproduct
+    from distributed.process.byproducts import Byproduct
 
     (tmp_path / "metrics.jsonl").write_text(METRICS[case])
     with warnings.catch_warnings(), warnings_of_the_log() as lines, Byproduct("curves.png") as made:
@@ -484,9 +484,9 @@ STREAMS: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("case", STREAMS)
 def test_progress_that_nobody_can_see_stops_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from distributed.data.progress import progress
+    from distributed.data.sources.progress import progress
 
-    monkeypatch.setattr("distributed.data.progress.LINE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("distributed.data.sources.progress.LINE_EVERY_SECONDS", 0.0)
     stream = STREAMS[case]()
     monkeypatch.setattr(sys, "stderr", stream)
     with progress("decoding", 3, unit="images") as advance:
@@ -498,7 +498,7 @@ def test_progress_that_nobody_can_see_stops_nothing(case: str, monkeypatch: pyte
 
 @pytest.mark.parametrize("case", STREAMS)
 def test_messages_that_nobody_can_see_stop_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from distributed import logs
+    from distributed.process import logs
 
     stream = STREAMS[case]()
     monkeypatch.setattr(sys, "stderr", stream)
@@ -659,7 +659,7 @@ def test_a_flipped_bit_of_a_png_is_one_line(at: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO"])
 def test_damaged_images_are_read_or_one_line(kind: str, tmp_path: Path) -> None:
-    from distributed.data.image_file import read_image
+    from distributed.data.sources.image_file import read_image
     from distributed.errors import InputError
 
     content, path = saved(kind), tmp_path / "image"

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit.abuse import Outcome, assert_told, call, untouched
+from kit.commands import ROOT, Command, assert_same_bits, torchrun
+from kit.trained_runs import copy_of, write_test_images
 from safetensors.torch import load_file, save_file
 
 from distributed.files import digest_of
-from integration.abuse import Outcome, assert_told, call, untouched
-from integration.commands import ROOT, Command, assert_same_bits, torchrun
-from integration.trained_runs import copy_of, write_test_images
 
 pytestmark = pytest.mark.timeout(200)
 SETTINGS = (
@@ -95,8 +95,8 @@ def test_what_is_written_beside_a_run_is_never_needed_to_look_at_it(
             (bare / file).mkdir()
         elif kind != "missing":
             (bare / file).write_bytes(KINDS[kind])
-    monkeypatch.setattr("distributed.report.run_parts._shown", lambda *_: [])  # slow, and of the data alone
-    monkeypatch.setattr("distributed.report.findings.Checked.__init__", lambda *_: None)
+    monkeypatch.setattr("distributed.report.run_sections._shown", lambda *_: [])  # slow, and of the data alone
+    monkeypatch.setattr("distributed.report.analysis.Checked.__init__", lambda *_: None)
     with untouched(run, bare):
         reported = call("report.__main__", bare, run, "--out", tmp_path / "report.html", "--checkpoint", "none")
         assert_told(reported, code=0, lines=0)

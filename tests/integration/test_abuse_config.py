@@ -9,10 +9,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from kit.abuse import assert_told, call, untouched
+from kit.commands import ROOT
 
-from distributed.config.fields import leaves
-from integration.abuse import assert_told, call, untouched
-from integration.commands import ROOT
+from distributed.config.leaves import leaves
 
 HUGE = str(10**30)
 
@@ -302,9 +302,9 @@ ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
 @pytest.fixture(autouse=True)
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not refused would train: it ends with 99 instead."""
-    process = ModuleType("distributed.process")
+    process = ModuleType("distributed.run_process")
     process.run_to_exit_code = lambda *_: 99  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "distributed.process", process)
+    monkeypatch.setitem(sys.modules, "distributed.run_process", process)
     monkeypatch.setattr("distributed.topology.Topology.is_awaited", False)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from kit.abuse import assert_told, call, untouched
+from kit.trained_runs import image_folder
 from PIL import Image
-
-from integration.abuse import assert_told, call, untouched
-from integration.trained_runs import image_folder
 
 BIN = "cifar-10-batches-bin"
 SIZE = 30_730_000  # bytes of each official binary file of CIFAR-10

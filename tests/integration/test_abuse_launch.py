@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+from kit.abuse import assert_told, call, untouched
 
 from distributed.config.named import names
-from integration.abuse import assert_told, call, untouched
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}
 RAY_JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
@@ -25,7 +25,7 @@ STAND_IN = [
     ("ray_train in a Ray job", "launch.ray_train", ("--run_dir", "/tmp/r"), RAY_JOB, "a Ray job names neither"),
     (
         "plan of a Slurm job",
-        "launch.plan",
+        "launch.slurm.plan",
         ("127.0.0.1", "--epochs", 3),
         JOB,
         "--data.name generated10 for generated images",
@@ -62,20 +62,25 @@ ENVIRONMENT = [
 @pytest.mark.parametrize(("changed", "said"), [c[1:] for c in ENVIRONMENT], ids=[c[0] for c in ENVIRONMENT])
 def test_a_plan_of_no_usable_job_is_refused(changed: dict[str, str], said: str, tmp_path: Path):
     with untouched(tmp_path):
-        found = call("launch.plan", "127.0.0.1", *SHORT, **{k: v for k, v in (JOB | changed).items() if v})
+        found = call("launch.slurm.plan", "127.0.0.1", *SHORT, **{k: v for k, v in (JOB | changed).items() if v})
         assert_told(found, said)
     assert found.out == "", "the batch script reads it"
 
 
 WORDS = [
-    ("plan without an address", "launch.plan", (), "the address is missing"),
-    ("plan at no host", "launch.plan", ("no-such-host.invalid", *SHORT), "rendezvous address = 'no-such-host.invalid'"),
-    ("plan at an address with a zero byte", "launch.plan", ("a\0b", *SHORT), "rendezvous address"),
-    ("plan of no sweep", "launch.plan", ("127.0.0.1", "@none"), "sweep file none: "),
-    ("plan of a folder as sweep", "launch.plan", ("127.0.0.1", "@."), "Is a directory"),
-    ("plan of an open quote", "launch.plan", ("127.0.0.1", "@quote"), "No closing quotation"),
-    ("plan of an empty sweep", "launch.plan", ("127.0.0.1", "@empty"), "@empty"),
-    ("plan of a binary sweep", "launch.plan", ("127.0.0.1", "@binary"), "binary"),
+    ("plan without an address", "launch.slurm.plan", (), "the address is missing"),
+    (
+        "plan at no host",
+        "launch.slurm.plan",
+        ("no-such-host.invalid", *SHORT),
+        "rendezvous address = 'no-such-host.invalid'",
+    ),
+    ("plan at an address with a zero byte", "launch.slurm.plan", ("a\0b", *SHORT), "rendezvous address"),
+    ("plan of no sweep", "launch.slurm.plan", ("127.0.0.1", "@none"), "sweep file none: "),
+    ("plan of a folder as sweep", "launch.slurm.plan", ("127.0.0.1", "@."), "Is a directory"),
+    ("plan of an open quote", "launch.slurm.plan", ("127.0.0.1", "@quote"), "No closing quotation"),
+    ("plan of an empty sweep", "launch.slurm.plan", ("127.0.0.1", "@empty"), "@empty"),
+    ("plan of a binary sweep", "launch.slurm.plan", ("127.0.0.1", "@binary"), "binary"),
     ("slurm without a config", "launch.slurm", ("--epochs", 3), "the first word names the config"),
     ("slurm with an unknown name", "launch.slurm", ("cifar11", "--dry-run"), "did you mean cifar10"),
     ("slurm with a folder", "launch.slurm", (".", "--dry-run"), "Is a directory"),
@@ -111,7 +116,7 @@ def test_wrong_words_of_a_launcher_are_one_line(module: str, words: tuple[object
     (tmp_path / "empty").write_text("")
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     with untouched(tmp_path):
-        assert_told(call(module, *words, **(JOB if module == "launch.plan" else {})), said)
+        assert_told(call(module, *words, **(JOB if module == "launch.slurm.plan" else {})), said)
 
 
 ADDRESSES = [

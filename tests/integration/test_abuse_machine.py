@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit.abuse import Outcome, assert_told, call, untouched
+from kit.commands import ROOT
+from kit.trained_runs import copy_of
 
-from distributed import cgroup, claimed_run, lock_holder
 from distributed.files import read_object, replace_json
+from distributed.host import cpu_quota
+from distributed.run import claim, lock_holder
 from distributed.topology import kernel_variables
-from integration.abuse import Outcome, assert_told, call, untouched
-from integration.commands import ROOT
-from integration.trained_runs import copy_of
 
 pytestmark = pytest.mark.timeout(200)
 SETTINGS = (
@@ -131,7 +132,7 @@ def test_a_variable_that_is_unset_again_is_named(run: Path, tmp_path: Path) -> N
 
 KERNELS = """
 import json, torch
-from distributed.determinism import kernels
+from distributed.training.determinism import kernels
 print(json.dumps(kernels(torch.device("cpu"))))
 """
 
@@ -177,7 +178,7 @@ def test_fast_mode_says_that_a_quota_changed_its_threads(tmp_path: Path, monkeyp
     found = train(tmp_path / "run", *fast)
     assert found.code == 0, found.err
     assert "CPU quota" not in found.err
-    monkeypatch.setattr(cgroup, "cpu_quota", lambda: 1.0)
+    monkeypatch.setattr(cpu_quota, "cpu_quota", lambda: 1.0)
     found = train(tmp_path / "run", *fast, epochs=2)
     assert found.code == 0, found.err
     assert warnings(found) == ["threads: 2 before, 1 now; bits may differ"]
@@ -221,7 +222,7 @@ RECORDS: dict[str, Any] = {
 def test_a_lock_whose_holder_may_live_is_named(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
 ) -> None:
-    monkeypatch.setattr(claimed_run, "LOCK_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(claim, "LOCK_WAIT_SECONDS", 0.2)
     folder = copy_of(run, tmp_path / "run")
     replace_json(folder / "attempt.json", RECORDS[which])
     with locked(folder / ".lock"), untouched(folder / "checkpoints"):
@@ -232,7 +233,7 @@ def test_a_lock_whose_holder_may_live_is_named(
 def test_a_lock_whose_holder_has_ended_is_taken_over(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claimed_run, "LOCK_WAIT_SECONDS", 1.0)
+    monkeypatch.setattr(claim, "LOCK_WAIT_SECONDS", 1.0)
     folder = copy_of(run, tmp_path / "run")
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()

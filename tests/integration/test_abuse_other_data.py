@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cifar_files import Records, change, records_of, small_official, write_cifar
+from kit.abuse import Outcome, assert_told, call, untouched
+from kit.cifar_files import Records, change, records_of, small_official, write_cifar
 from PIL import Image
 
 from distributed.files import digest_of
-from integration.abuse import Outcome, assert_told, call, untouched
 
 TEN, HUNDRED = "cifar-10-batches-bin", "cifar-100-binary"
 SHORT = (

@@ -11,10 +11,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from other_program import other_program
-
-from integration.abuse import assert_told, call, untouched
-from integration.commands import ROOT, Command, status, torchrun
+from kit.abuse import assert_told, call, untouched
+from kit.commands import ROOT, Command, status, torchrun
+from kit.other_program import other_program
 
 DEBUG = ROOT / "configs" / "debug.toml"
 FIRST = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -70,9 +69,9 @@ PLACES: dict[str, tuple[dict[str, str], str]] = {
 
 @pytest.mark.parametrize(("environment", "said"), PLACES.values(), ids=PLACES)
 def test_a_bad_place(environment: dict[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    process = ModuleType("distributed.process")
+    process = ModuleType("distributed.run_process")
     process.run_to_exit_code = lambda *_: 99  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "distributed.process", process)
+    monkeypatch.setitem(sys.modules, "distributed.run_process", process)
     monkeypatch.setattr("distributed.topology._RESOLVE_SECONDS", 0.0)
     error_file = tmp_path / "0" / "error.json"
     given = {**FIRST, **environment, "TORCHELASTIC_ERROR_FILE": str(error_file)}
@@ -107,7 +106,7 @@ FOREIGN: dict[str, bytes] = {
 
 @pytest.mark.parametrize("answer", FOREIGN.values(), ids=FOREIGN)
 def test_another_program_at_the_meeting_place(answer: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distributed.peers._ATTEND_SECONDS", 0.1)
+    monkeypatch.setattr("distributed.comm.peers._ATTEND_SECONDS", 0.1)
     with other_program(answer) as port:
         found, _ = train(tmp_path / "run", SECOND, str(port), seconds=60)
     assert_told(found, f"MASTER_PORT = {port}: another program listens there", "torchrun --master_port PORT")
@@ -122,7 +121,7 @@ def test_a_silent_program_at_the_meeting_place(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
 def test_a_taken_port(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distributed.peers._ATTEND_SECONDS", 0.1)
+    monkeypatch.setattr("distributed.comm.peers._ATTEND_SECONDS", 0.1)
     with other_program(None, address=address) as port:
         found, _ = train(tmp_path / "run", FIRST, str(port))
     assert_told(found, f"MASTER_PORT = {port}: Address already in use", "--standalone")

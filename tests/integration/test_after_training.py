@@ -7,14 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from unit.test_report import assert_stands_alone
-
-from distributed.build import read_data
-from distributed.classifier import load_trained
-from distributed.saved_run import checkpoint_of, config_of
-from integration.commands import Command, metrics, torchrun
-from integration.trained_runs import (
+from kit.commands import Command, metrics, torchrun
+from kit.trained_runs import (
     CLASSES,
     NORMALIZATION,
     command,
@@ -26,6 +20,12 @@ from integration.trained_runs import (
     without_data,
     write_test_images,
 )
+from PIL import Image
+from unit.test_report import assert_stands_alone
+
+from distributed.build import read_data
+from distributed.inference.classifier import load_trained
+from distributed.inference.saved_run import checkpoint_of, config_of
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from integration.commands import ROOT, Command, attempts, final_tensors, metrics, status, torchrun
+from kit.commands import ROOT, Command, attempts, final_tensors, metrics, status, torchrun
 
 CPU = ("--device", "cpu")
 SMALL = ("configs/debug.toml", *CPU, "--data.train_samples", "200", "--data.test_samples", "40")
@@ -224,7 +223,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_bad_checkpoint(tmp_pat
 def test_a_plain_run_imports_nothing_heavy(tmp_path: Path) -> None:
     program = (
         "import sys; sys.argv[1:] = sys.argv[1:]\n"
-        "import distributed.train, distributed.process\n"
+        "import distributed.train, distributed.run_process\n"
         "from distributed.config import load; from distributed.recipe import train\n"
         "class AtOnce:\n    def requested(self): return 'the test'\n"
         "train(load(sys.argv[1:])[0], stop=AtOnce())\n"

@@ -6,8 +6,7 @@ import subprocess
 import sys
 
 import pytest
-
-from integration.commands import ROOT
+from kit.commands import ROOT
 
 TRIED = subprocess.run(["unshare", "--pid", "--fork", "--uts", "--mount-proc", "mount", "-t", "tmpfs", "x", "/dev/shm"],
                        capture_output=True, text=True, check=False)  # fmt: skip
@@ -16,8 +15,8 @@ pytestmark = pytest.mark.skipif(bool(TRIED.returncode), reason=f"no namespaces h
 # Rank 1 comes late, so that rank 0 asks whether it lives; then it ends.
 RANK = """
 import os, time, torch
-from distributed.process_group import process_group
-from distributed.row_gather import open_row_gather
+from distributed.comm.process_group import process_group
+from distributed.comm.all_gather import open_row_gather
 from distributed.topology import Topology
 
 topology, device = Topology.from_environment(), torch.device("cpu")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from http_server import serving
+from kit.commands import Command, status, torchrun
+from kit.http_server import serving
+from kit.small_cifar import RECORDS
 
-from distributed.data.cifar_official import CIFAR10
-from integration.commands import Command, status, torchrun
-from integration.small_cifar import RECORDS
+from distributed.data.sources.cifar_spec import CIFAR10
 
 ARCHIVE = "cifar-10-binary.tar.gz"
 
@@ -49,7 +49,7 @@ def test_two_processes_fetch_an_archive_once_from_the_second_mirror_and_train_on
             "--run_dir",
             tmp_path / "run",
         )
-        started = torchrun(2, *words, *more, module="integration.small_cifar")
+        started = torchrun(2, *words, *more, module="kit.small_cifar")
         with Command(started, output=tmp_path / "output") as command:
             assert command.wait(100) == 0, command.text
         assert server.manners() == ["404", "slow"]

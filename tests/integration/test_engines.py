@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from integration.commands import ROOT, Command, assert_same_bits, attempts, kill, status, torchrun
+from kit.commands import ROOT, Command, assert_same_bits, attempts, kill, status, torchrun
 
 SETTINGS = (
     "configs/debug.toml", "--epochs", 2, "--data.train_samples", 1500, "--checkpoint.every_steps", 5, "--device", "cpu",

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from integration import hosts as several
-from integration.commands import TORCHRUN, Command, assert_same_bits, attempts, status, torchrun
-from integration.hosts import Hosts
+from kit import hosts as several
+from kit.commands import TORCHRUN, Command, assert_same_bits, attempts, status, torchrun
+from kit.hosts import Hosts
 
 pytestmark = [
     pytest.mark.slow,

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kit.commands import ROOT, Command, assert_same_bits, metrics, torchrun
 from PIL import Image
 
-from integration.commands import ROOT, Command, assert_same_bits, metrics, torchrun
 from integration.test_command_line import python, run
 
 SETTINGS = (

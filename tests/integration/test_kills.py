@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-from integration.commands import Command, assert_same_bits, attempts, kill, status, torchrun
-from integration.killed_in_save import POINTS
+from kit.commands import Command, assert_same_bits, attempts, kill, status, torchrun
+from kit.killed_in_save import POINTS
 
 SETTINGS = (
     "configs/debug.toml", "--epochs", 6, "--data.train_samples", 700, "--checkpoint.every_steps", 4,
@@ -90,7 +89,7 @@ def test_a_kill_at_each_point_of_a_save_leaves_the_bits_alone(undisturbed: tuple
     for number, point in enumerate(POINTS):
         ranks = mode.ranks[number % len(mode.ranks)]
         arguments = torchrun(
-            ranks, point, 10 + 20 * number, *mode.settings, "--run_dir", run, module="integration.killed_in_save"
+            ranks, point, 10 + 20 * number, *mode.settings, "--run_dir", run, module="kit.killed_in_save"
         )
         with Command(arguments, output=tmp_path / "output") as command:
             assert command.wait() != 0, f"survived {point}"

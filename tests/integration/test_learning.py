@@ -4,8 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-
-from integration.commands import Command, metrics, torchrun
+from kit.commands import Command, metrics, torchrun
 
 CIFAR_ROOT = os.environ.get("CIFAR_ROOT")
 needs_cifar = pytest.mark.skipif(not CIFAR_ROOT, reason="CIFAR_ROOT names no folder with CIFAR")

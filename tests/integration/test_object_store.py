@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from kit.abuse import assert_told, call, untouched
+from kit.commands import Command, assert_same_bits, kill, metrics, status, torchrun
+from kit.object_store import KEYS, NO_PATIENCE, Relay, running
 from safetensors.torch import load_file
-
-from integration.abuse import assert_told, call, untouched
-from integration.commands import Command, assert_same_bits, kill, metrics, status, torchrun
-from integration.object_store import KEYS, NO_PATIENCE, Relay, running
 
 SETTINGS = (
     "configs/debug.toml", "--epochs", 2, "--data.train_samples", 300, "--data.test_samples", 40, "--threads", 1,

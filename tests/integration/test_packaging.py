@@ -9,9 +9,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from kit.commands import ROOT
 
 from distributed.config.named import names
-from integration.commands import ROOT
 
 pytest.importorskip("setuptools", minversion="77")
 SHIPPED = sorted(

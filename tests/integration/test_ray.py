@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from integration import cluster as slurm
-from integration.cluster import wait_for
-from integration.commands import ROOT, Command, assert_same_bits, attempts, kill, metrics, status, torchrun
-from integration.ray_nodes import RayCluster
+from kit import cluster as slurm
+from kit.cluster import wait_for
+from kit.commands import ROOT, Command, assert_same_bits, attempts, kill, metrics, status, torchrun
+from kit.ray_nodes import RayCluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 LONG = (

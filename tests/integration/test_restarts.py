@@ -5,8 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from integration.commands import Command, assert_same_bits, attempts, kill, status, torchrun
+from kit.commands import Command, assert_same_bits, attempts, kill, status, torchrun
 
 SETTINGS = ("configs/debug.toml", "--epochs", 12, "--checkpoint.every_steps", 4, "--threads", 1, "--device", "cpu")
 

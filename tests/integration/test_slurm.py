@@ -9,10 +9,9 @@ from inspect import signature
 from pathlib import Path
 
 import pytest
-
-from integration import cluster as slurm
-from integration.cluster import Cluster, wait_for
-from integration.commands import ROOT, Command, assert_same_bits, attempts, status, torchrun
+from kit import cluster as slurm
+from kit.cluster import Cluster, wait_for
+from kit.commands import ROOT, Command, assert_same_bits, attempts, status, torchrun
 
 pytestmark = [
     pytest.mark.slow,

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from integration import cluster as slurm
-from integration.cluster import Cluster
-from integration.commands import ROOT
+from kit import cluster as slurm
+from kit.cluster import Cluster
+from kit.commands import ROOT
 
 SETTINGS = ("configs/debug.toml", "--run_dir")
 

@@ -7,8 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
-from integration.commands import Command, attempts, kill
+from kit.commands import Command, attempts, kill
 
 SETTINGS = (
     "configs/debug.toml", "--epochs", 400, "--schedule.name", "constant", "--data.train_samples", 60, "--data.test_samples", 20,

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
-from ranks import in_group, run_ranks
+from kit.ranks import in_group, run_ranks
 from unit.test_checkpoint import PlainEngine, three_epochs
 
-from distributed import collectives
-from distributed.checkpoint import Checkpointer
-from distributed.claimed_run import ClaimedRun
-from distributed.save_budget import SaveBudget
+from distributed.checkpoint.checkpointer import Checkpointer
+from distributed.checkpoint.save_budget import SaveBudget
+from distributed.comm import collectives
+from distributed.run.claim import ClaimedRun
 
 
 @in_group

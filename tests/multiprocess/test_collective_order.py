@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from ranks import in_group, run_ranks
+from kit.ranks import in_group, run_ranks
+from kit.small_runs import small_config
 
-from distributed import collectives, recipe, row_gather
-from distributed.exact import exchange
-from multiprocess.small_runs import small_config
+from distributed import recipe
+from distributed.comm import all_gather, collectives
+from distributed.exact import bucket_reduce
 
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 COLLECTIVES = (GATHER, "all_to_all_single", "all_reduce")
@@ -18,7 +19,7 @@ COLLECTIVES = (GATHER, "all_to_all_single", "all_reduce")
 @in_group
 def order_of(settings: dict[str, Any], run_dir: Path) -> list[tuple[str, str]]:
     """The name and the group of each collective of a run, in the order of their calls."""
-    for module in (exchange, row_gather):  # as on GPUs or several hosts
+    for module in (bucket_reduce, all_gather):  # as on GPUs or several hosts
         vars(module)["open_shared_memory"] = lambda *_: None
     calls: list[tuple[str, str]] = []
 

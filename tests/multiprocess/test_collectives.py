@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankFailed, in_group, leave, run_ranks
+from kit.ranks import RankFailed, in_group, leave, run_ranks
 
-from distributed import collectives
-from distributed.collectives import LateMax
+from distributed.comm import collectives
+from distributed.comm.collectives import LateMax
+from distributed.comm.process_group import process_group
 from distributed.errors import InputError, StorageError
-from distributed.process_group import process_group
 from distributed.topology import Topology
 
 

@@ -6,22 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from kit.ranks import in_group, run_ranks
+from kit.small_runs import FAST, newest_checkpoint, small_config
+from kit.traces import Trace, tensors_of, traced
 from loguru import logger
-from ranks import in_group, run_ranks
 from torch import Tensor
 
-from distributed import collectives
 from distributed.build import build_data, build_engine
-from distributed.collectives import rank, world_size
+from distributed.checkpoint.snapshot import load
+from distributed.comm import collectives
+from distributed.comm.collectives import rank, world_size
 from distributed.config import TrainConfig
 from distributed.engine.powersgd import PowerSgd
-from distributed.loop import train_step
-from distributed.run_folder import RunFolder
-from distributed.snapshot import load
-from distributed.sums import RunningSums
+from distributed.run.folder import RunFolder
 from distributed.topology import Topology
-from multiprocess.small_runs import FAST, newest_checkpoint, small_config
-from multiprocess.traces import Trace, tensors_of, traced
+from distributed.training.steps import train_step
+from distributed.training.totals import RunningSums
 
 CPU = torch.device("cpu")
 BFLOAT16: dict[str, Any] = {"name": "ddp", "compression": "bfloat16"}

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import in_group, run_ranks
+from kit.ranks import in_group, run_ranks
+from kit.small_runs import small_config
 
-from distributed import collectives
 from distributed.build import build_data, build_engine
-from distributed.confusion import ConfusionSums, Counts
-from distributed.loop import evaluate
+from distributed.comm import collectives
+from distributed.inference.confusion import ConfusionSums, Counts
 from distributed.topology import Topology
-from multiprocess.small_runs import small_config
+from distributed.training.steps import evaluate
 
 CPU = torch.device("cpu")
 TEST = 23

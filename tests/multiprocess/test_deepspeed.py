@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import in_group, run_ranks
+from kit.engines import ENGINES, built, config_with, steps
+from kit.ranks import in_group, run_ranks
+from kit.small_runs import newest_checkpoint, state_of
+from kit.traces import Trace, digest_of, tensors_of, traced
 
-from distributed.run_folder import RunFolder
-from distributed.snapshot import load
-from multiprocess.engines import ENGINES, built, config_with, steps
-from multiprocess.small_runs import newest_checkpoint, state_of
-from multiprocess.traces import Trace, digest_of, tensors_of, traced
+from distributed.checkpoint.snapshot import load
+from distributed.run.folder import RunFolder
 
 STAGES = ["zero 1", "zero 2", "zero 3"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]

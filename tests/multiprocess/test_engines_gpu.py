@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from kit.engines import ENGINES, copied, difference, steps
+from kit.ranks import run_ranks
+from kit.small_runs import FAST, small_config
 
 from distributed.build import build_data, build_engine
+from distributed.comm.process_group import choose_device, process_group
 from distributed.config.engines import DeepSpeed
-from distributed.determinism import make_deterministic
 from distributed.engine.deepspeed import DeepSpeedEngine
 from distributed.engine.fsdp import FsdpEngine
 from distributed.engine.protocol import Engine
 from distributed.models.build import build_model
-from distributed.process_group import choose_device, process_group
 from distributed.topology import Topology
-from multiprocess.engines import ENGINES, copied, difference, steps
-from multiprocess.small_runs import FAST, small_config
+from distributed.training.determinism import make_deterministic
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import in_group, once, run_ranks
+from kit.ranks import in_group, once, run_ranks
+from kit.small_runs import small_config
 from torch import nn
 
-from distributed import collectives
 from distributed.build import build_data, build_engine
+from distributed.comm import collectives
 from distributed.data.pipeline import DataPipeline
 from distributed.engine.protocol import Engine
-from distributed.loop import evaluate
-from distributed.sums import Totals
 from distributed.topology import Topology
-from multiprocess.small_runs import small_config
+from distributed.training.steps import evaluate
+from distributed.training.totals import Totals
 
 CPU = torch.device("cpu")
 TEST, TRAIN, VALIDATION = 23, 60, 20

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import in_group, run_ranks
+from kit.ranks import in_group, run_ranks
+from kit.small_runs import FAST, small_config
+from kit.traces import Trace, assert_same_run, tensors_of, traced
 
-from distributed import collectives, row_gather
+from distributed.comm import all_gather, collectives
 from distributed.config import TrainConfig
-from distributed.exact import exchange
-from distributed.run_folder import RunFolder
-from multiprocess.small_runs import FAST, small_config
-from multiprocess.traces import Trace, assert_same_run, tensors_of, traced
+from distributed.exact import bucket_reduce
+from distributed.run.folder import RunFolder
 
 CASES: dict[str, dict[str, Any]] = {
     "float32": {
@@ -116,7 +116,7 @@ def run_all(folder: Path, stop_after: int | None) -> dict[str, Trace]:
             key = place(name, world_size)
             traces[key] = traced(config_of(name, folder / key, threads=1))
     if world_size == 3:
-        for module in (exchange, row_gather):
+        for module in (bucket_reduce, all_gather):
             vars(module)["open_shared_memory"] = lambda size, device: None
         for name in BY_GROUP:
             key = place(name, "by group")

@@ -9,17 +9,17 @@ from functools import reduce
 
 import pytest
 import torch
-from ranks import in_group, leave, once, run_ranks
+from kit.ranks import in_group, leave, once, run_ranks
 from torch import Tensor
 
-from distributed import collectives
-from distributed.exact import exchange, reduction
-from distributed.exact.arrangement import SideBySide
-from distributed.exact.blocks import Blocks
-from distributed.exact.exchange import Alone, ExchangeOpener, OverGroup, Scattered, ThroughMemory
-from distributed.exact.reduction import TreeReduction
-from distributed.exact.rows import ShardRows
-from distributed.row_gather import gather_by_process_group, open_row_gather
+from distributed.comm import collectives
+from distributed.comm.all_gather import gather_by_process_group, open_row_gather
+from distributed.exact import bucket_reduce, gradient_reducer
+from distributed.exact.bucket_layout import SideBySide
+from distributed.exact.bucket_reduce import Alone, ExchangeOpener, OverGroup, Scattered, ThroughMemory
+from distributed.exact.gather_statistics import ShardRows
+from distributed.exact.gradient_reducer import TreeReduction
+from distributed.exact.partition import Blocks
 
 CPU = torch.device("cpu")
 STEPS, MICRO_STEPS = 3, 3
@@ -95,8 +95,8 @@ def expected(case: Case, step: int, micro_steps: int, index: int) -> Tensor:
 
 def reduction_of(case: Case, way: str) -> tuple[TreeReduction, list[Tensor]]:
     if way == "group":
-        vars(exchange)["open_shared_memory"] = lambda size, device: None
-    vars(reduction)["_FIRST_BUCKET_BYTES"] = case.bucket_bytes
+        vars(bucket_reduce)["open_shared_memory"] = lambda size, device: None
+    vars(gradient_reducer)["_FIRST_BUCKET_BYTES"] = case.bucket_bytes
     parameters = parameters_of(case)
     opener = ExchangeOpener(timeout_seconds=30)
     sharded = way == "parts" and collectives.world_size() > 1

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import in_group, run_ranks
+from kit.ranks import in_group, run_ranks
+from kit.small_runs import small_config
+from kit.traces import Trace, assert_same_run, traced
 
-from distributed import collectives
-from distributed.run_folder import RunFolder
-from multiprocess.small_runs import small_config
-from multiprocess.traces import Trace, assert_same_run, traced
+from distributed.comm import collectives
+from distributed.run.folder import RunFolder
 
 pytestmark = [
     pytest.mark.gpu,

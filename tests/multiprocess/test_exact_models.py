@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import in_group, run_ranks
+from kit.ranks import in_group, run_ranks
+from kit.small_runs import small_config
+from kit.traces import digest_of
 
-from distributed import collectives
 from distributed.build import build_data, build_engine
-from distributed.loop import evaluate, train_step
-from distributed.sums import RunningSums
+from distributed.comm import collectives
 from distributed.topology import Topology
-from multiprocess.small_runs import small_config
-from multiprocess.traces import digest_of
+from distributed.training.steps import evaluate, train_step
+from distributed.training.totals import RunningSums
 
 MODELS = ("alexnet", "cifar_alexnet", "cifar_alexnet_bn")
 CPU = torch.device("cpu")

@@ -4,18 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import in_group, run_ranks
+from kit.ranks import in_group, run_ranks
+from kit.small_runs import small_config
+from kit.traces import Trace, assert_same_run, traced
 
-from distributed import collectives
 from distributed.build import build_data, build_engine
+from distributed.comm import collectives
+from distributed.comm.process_group import choose_device
 from distributed.config import TrainConfig
 from distributed.data.batch import Batch
-from distributed.process_group import choose_device
-from distributed.run_folder import RunFolder
+from distributed.run.folder import RunFolder
 from distributed.topology import Topology
-from multiprocess.small_runs import small_config
 from multiprocess.test_exact import CASES, FLOAT32, PLATEAU
-from multiprocess.traces import Trace, assert_same_run, traced
 
 FSDP, GATHERED_ONCE, DDP = {"name": "fsdp"}, {"name": "fsdp", "reshard_after_forward": False}, {"name": "ddp"}
 SHARDED: dict[int, tuple[int, dict[str, Any], tuple[str, ...]]] = {

@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import in_group, run_ranks
+from kit.engines import CPU, built
+from kit.ranks import in_group, run_ranks
+from kit.small_runs import FAST, newest_checkpoint, small_config
+from kit.traces import Trace, assert_same_run, tensors_of, traced
 
-from distributed import checkpoint
+from distributed.checkpoint import checkpointer
 from distributed.config import TrainConfig
-from distributed.loop import evaluate
-from distributed.run_folder import RunFolder
-from multiprocess.engines import CPU, built
-from multiprocess.small_runs import FAST, newest_checkpoint, small_config
-from multiprocess.traces import Trace, assert_same_run, tensors_of, traced
+from distributed.run.folder import RunFolder
+from distributed.training.steps import evaluate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,7 +42,7 @@ def run_all(folder: Path) -> dict[str, Trace]:
 def on_the_cpu(run_dir: Path) -> tuple[float, list[str]]:
     """(test loss, the names of tensors that are not those in the checkpoint's file)"""
     engine, data = built(config_of(run_dir, "cpu"))
-    checkpoint.load(newest_checkpoint(run_dir), engine)
+    checkpointer.load(newest_checkpoint(run_dir), engine)
     expected = tensors_of(RunFolder(run_dir))
     different = [name for name, tensor in engine.state() if not torch.equal(tensor, expected[name])]
     return evaluate(engine, data, "test", flips=False, device=CPU).mean_loss, different

@@ -5,18 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import in_group, once, run_ranks
+from kit.ranks import in_group, once, run_ranks
+from kit.small_runs import FAST, small_config
+from kit.traces import Trace, traced
 
-from distributed import collectives
 from distributed.build import build_data, build_engine
-from distributed.collectives import world_size
+from distributed.comm import collectives
+from distributed.comm.collectives import world_size
 from distributed.config import TrainConfig
-from distributed.engine import loss_scale
-from distributed.loop import train_step
-from distributed.sums import RunningSums
+from distributed.optim import loss_scale
 from distributed.topology import Topology
-from multiprocess.small_runs import FAST, small_config
-from multiprocess.traces import Trace, traced
+from distributed.training.steps import train_step
+from distributed.training.totals import RunningSums
 
 CPU = torch.device("cpu")
 ENGINES: dict[str, dict[str, Any]] = {

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import in_group, run_ranks
+from kit.ranks import in_group, run_ranks
+from kit.small_runs import FAST, small_config
+from kit.traces import Trace, traced
 
-from distributed import collectives
+from distributed.comm import collectives
 from distributed.config import TrainConfig
-from distributed.engine import loss_scale
-from multiprocess.small_runs import FAST, small_config
-from multiprocess.traces import Trace, traced
+from distributed.optim import loss_scale
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import in_group, run_ranks
+from kit.ranks import in_group, run_ranks
+from kit.small_runs import FAST, newest_checkpoint, small_config
+from kit.traces import Trace, digest_of, digests_of, tensors_of, traced
 
-from distributed import collectives
 from distributed.build import build_data, build_engine
+from distributed.checkpoint.snapshot import load
+from distributed.comm import collectives
 from distributed.config import TrainConfig
-from distributed.loop import train_step
-from distributed.run_folder import RunFolder
-from distributed.snapshot import load
-from distributed.sums import RunningSums
+from distributed.run.folder import RunFolder
 from distributed.topology import Topology
-from multiprocess.small_runs import FAST, newest_checkpoint, small_config
-from multiprocess.traces import Trace, digest_of, digests_of, tensors_of, traced
+from distributed.training.steps import train_step
+from distributed.training.totals import RunningSums
 
 CPU = torch.device("cpu")
 FSDP, DDP = {"name": "fsdp"}, {"name": "ddp"}

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import in_group_on_gpus, run_ranks
+from kit.engines import difference
+from kit.ranks import in_group_on_gpus, run_ranks
+from kit.small_runs import FAST, small_config
+from kit.traces import Trace, assert_same_run, tensors_of, traced
 
-from distributed.run_folder import RunFolder
-from multiprocess.engines import difference
-from multiprocess.small_runs import FAST, small_config
-from multiprocess.traces import Trace, assert_same_run, tensors_of, traced
+from distributed.run.folder import RunFolder
 
 pytestmark = [
     pytest.mark.gpu,

@@ -3,10 +3,10 @@
 from typing import Any
 
 import pytest
-from ranks import in_group, once, run_ranks
+from kit.engines import ENGINES, built, config_with, copied, difference, steps
+from kit.ranks import in_group, once, run_ranks
 
-from distributed.collectives import world_size
-from multiprocess.engines import ENGINES, built, config_with, copied, difference, steps
+from distributed.comm.collectives import world_size
 
 CASES: dict[str, dict[str, Any]] = {
     "SGD": {"optim": {"clip_norm": 0.5}},

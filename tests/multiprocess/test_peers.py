@@ -10,12 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankFailed, leave, run_ranks
+from kit.ranks import RankFailed, leave, run_ranks
 
-from distributed import collectives
+from distributed.comm import collectives
+from distributed.comm.peers import tell_waiting
+from distributed.comm.process_group import process_group
 from distributed.errors import ExitCode, InputError, NotFiniteError, PeerError, StorageError
-from distributed.peers import tell_waiting
-from distributed.process_group import process_group
 from distributed.topology import Topology
 
 pytestmark = pytest.mark.timeout(200)  # the first of them waits for the processes that ranks are forked from

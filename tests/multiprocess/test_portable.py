@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import in_group, run_ranks
+from kit.engines import built, config_with, steps
+from kit.ranks import in_group, run_ranks
+from kit.traces import digest_of
 from safetensors.torch import load_file
 
-from distributed import collectives
+from distributed.checkpoint.tensor_file import write_tensors
+from distributed.comm import collectives
 from distributed.engine.protocol import Engine
-from distributed.safetensors_stream import write_tensors
-from multiprocess.engines import built, config_with, steps
-from multiprocess.traces import digest_of
 
 ENGINES = ["ddp", "fsdp", "zero 1", "zero 2", "zero 3"]
 WORLD_SIZES = [1, 2, 4]

@@ -10,9 +10,9 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore, Store, TCPStore
 
+from distributed.comm.process_group import have_own_gpu
+from distributed.comm.rendezvous import agree_on_token
 from distributed.errors import InputError, PeerError
-from distributed.process_group import have_own_gpu
-from distributed.rendezvous import agree_on_token
 
 pytestmark = pytest.mark.timeout(60)
 PATIENCE = timedelta(seconds=10)

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit.ranks import in_group, run_ranks
+from kit.small_runs import FAST, Recorder, StopAfter, digest, lines, newest_checkpoint, small_config, state_of
 from loguru import logger
-from ranks import in_group, run_ranks
 
-from distributed import collectives
+from distributed.comm import collectives
 from distributed.config import TrainConfig
 from distributed.data.batch import Batch
 from distributed.data.pipeline import DataPipeline
 from distributed.recipe import train
-from distributed.run_folder import RunFolder
-from multiprocess.small_runs import FAST, Recorder, StopAfter, digest, lines, newest_checkpoint, small_config, state_of
+from distributed.run.folder import RunFolder
 
 IMAGES, HELD_OUT = 200, 40
 STEPS_PER_EPOCH = 7

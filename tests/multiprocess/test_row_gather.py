@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import in_group, leave, run_ranks
+from kit.ranks import in_group, leave, run_ranks
 from torch import Tensor
 
-from distributed import collectives, shared_memory
-from distributed.row_gather import RowGather, SharedMemoryGather, gather_by_process_group, open_row_gather
+from distributed.comm import collectives, shared_memory
+from distributed.comm.all_gather import RowGather, SharedMemoryGather, gather_by_process_group, open_row_gather
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64)

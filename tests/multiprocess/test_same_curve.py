@@ -12,18 +12,18 @@ from typing import Any, Protocol
 
 import pytest
 import torch
-from ranks import in_group, once, run_ranks
+from kit.ranks import in_group, once, run_ranks
+from kit.small_runs import FAST, Recorder, small_config
 from torch import Tensor, nn
 
-from distributed import collectives
 from distributed.build import build_data, build_engine
+from distributed.comm import collectives
 from distributed.config import TrainConfig
-from distributed.loop import train_step
 from distributed.models.alexnet import improved_alexnet
 from distributed.recipe import train
-from distributed.sums import RunningSums
 from distributed.topology import Topology
-from multiprocess.small_runs import FAST, Recorder, small_config
+from distributed.training.steps import train_step
+from distributed.training.totals import RunningSums
 
 STEPS = 50
 # 25 steps an epoch; the last has three images, so that with two micro-batches some ranks have none at all.

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import in_group, run_ranks
+from kit.ranks import in_group, run_ranks
+from kit.small_runs import StopAfter, newest_checkpoint, small_config
 from safetensors.torch import load_file
 
-from distributed import collectives
+from distributed.comm import collectives
 from distributed.recipe import train
-from distributed.run_folder import RunFolder
-from distributed.stop import Never, StepAgreement
-from multiprocess.small_runs import StopAfter, newest_checkpoint, small_config
+from distributed.run.folder import RunFolder
+from distributed.training.stop import Never, StepAgreement
 
 ASKED = 4
 SAVE_EVERY = 0.2

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from ranks import in_group, once, run_ranks
+from kit.ranks import in_group, once, run_ranks
 from torch import Tensor, nn
 
-from distributed import collectives
+from distributed.comm import collectives
+from distributed.comm.all_gather import RowGather, SharedMemoryGather, gather_by_process_group, open_row_gather
 from distributed.models.sync_batch_norm import SyncBatchNorm, by_ranks
-from distributed.row_gather import RowGather, SharedMemoryGather, gather_by_process_group, open_row_gather
 
 CHANNELS, STEPS = 5, 4
 CPU = torch.device("cpu")

@@ -8,19 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cifar_files import change, small_official, write_cifar
+from kit.cifar_files import change, small_official, write_cifar
+from kit.ranks import in_group, run_ranks
+from kit.small_runs import Recorder, small_config
 from PIL import Image
-from ranks import in_group, run_ranks
 
-from distributed import collectives, recipe
+from distributed import recipe
 from distributed.build import build_data
+from distributed.comm import collectives
 from distributed.config import TrainConfig
 from distributed.config.data import CifarData, ImageFolderData
-from distributed.data import image_folder
-from distributed.data_checks import check_data
+from distributed.data.checks import check_data
+from distributed.data.sources import image_folder
 from distributed.errors import InputError
 from distributed.topology import Topology
-from multiprocess.small_runs import Recorder, small_config
 
 
 def folder(root: Path) -> None:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import in_group, run_ranks
+from kit.ranks import in_group, run_ranks
+from kit.small_runs import small_config
 
-from distributed import collectives, recipe
+from distributed import recipe
+from distributed.comm import collectives
+from distributed.comm.process_group import check_own_gpu
 from distributed.errors import InputError
-from distributed.process_group import check_own_gpu
-from multiprocess.small_runs import small_config
 
 
 @in_group

@@ -15,9 +15,9 @@ from torch.distributed.elastic.rendezvous.api import RendezvousHandler, Rendezvo
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
-from distributed import agent_store
-from distributed.agent_store import AgentStore, AnotherJob
-from distributed.rendezvous import agree_on_token
+from distributed.comm import agent_store
+from distributed.comm.agent_store import AgentStore, AnotherJob
+from distributed.comm.rendezvous import agree_on_token
 from distributed.topology import Topology
 
 C10D = ["--rdzv-backend=c10d", "--rdzv-endpoint=HOST:1234", "--nnodes=1:2", "train.py"]

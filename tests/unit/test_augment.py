@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from distributed import keyed
+from distributed import rng
 from distributed.config.data import Augment
 from distributed.data.augment import augment, choose, crop, cut_out
 
@@ -12,7 +12,7 @@ def images_of(count: int, *shape: int) -> torch.Tensor:
 
 
 def keys_of(count: int, *, epoch: int = 0) -> torch.Tensor:
-    return keyed.sample_keys(torch.arange(count), seed=0, epoch=epoch)
+    return rng.sample_keys(torch.arange(count), seed=0, epoch=epoch)
 
 
 @pytest.mark.parametrize("padding", [0, 1, 4, 16])
@@ -63,8 +63,8 @@ def test_about_half_of_the_images_are_mirrored_and_the_others_stay():
 
 def test_crop_and_flip_are_drawn_from_the_keys():
     images, keys = images_of(40), keys_of(40)
-    cropped = crop(images, 4, keyed.integers(keys, "crop_y", 9), keyed.integers(keys, "crop_x", 9))
-    expected = torch.where(keyed.integers(keys, "flip", 2).bool().view(-1, 1, 1, 1), cropped.flip(2), cropped)
+    cropped = crop(images, 4, rng.integers(keys, "crop_y", 9), rng.integers(keys, "crop_x", 9))
+    expected = torch.where(rng.integers(keys, "flip", 2).bool().view(-1, 1, 1, 1), cropped.flip(2), cropped)
     assert torch.equal(augment(images, keys, Augment()), expected)
 
 
@@ -90,7 +90,7 @@ def test_augmentation_leaves_its_input_as_it_was():
 @pytest.mark.parametrize("side", [1, 4, 7, 32])
 def test_a_cut_out_equals_the_one_made_sample_by_sample(side):
     images, keys = torch.randn(30, 32, 32, 3), keys_of(30)
-    rows, columns = (keyed.integers(keys, purpose, 32).tolist() for purpose in ("cutout_y", "cutout_x"))
+    rows, columns = (rng.integers(keys, purpose, 32).tolist() for purpose in ("cutout_y", "cutout_x"))
     expected = images.clone()
     for i in range(30):
         top, left = rows[i] - side // 2, columns[i] - side // 2

@@ -2,9 +2,9 @@
 
 import pytest
 
-from distributed.byproducts import Byproduct, asked_for, reason
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import write_output
+from distributed.process.byproducts import Byproduct, asked_for, reason
 
 
 def test_a_by_product_that_is_made_says_nothing(said):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from distributed import cgroup
-from distributed.cgroup import available_cpus, cpu_quota
+from distributed.host import cpu_quota as cgroup
+from distributed.host.cpu_quota import available_cpus, cpu_quota
 from distributed.topology import Topology
 
 ROOT = Path(__file__).parents[2]
@@ -184,7 +184,7 @@ def group() -> Iterator[Path]:
 
 def test_a_real_quota_is_seen(group: Path) -> None:
     code = (
-        f"open({str(group / 'cgroup.procs')!r}, 'w').write('0'); from launch.probe import available_cpus as doctor; "
+        f"open({str(group / 'cgroup.procs')!r}, 'w').write('0'); from launch.doctor.probe import available_cpus as doctor; "
         "from distributed.topology import Topology; print(doctor(), Topology().threads(0), Topology().threads(3))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)

@@ -11,28 +11,20 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from distributed import checkpoint as module
-from distributed import snapshot
-from distributed.checkpoint import Checkpointer
-from distributed.checkpoint_files import (
-    FORMAT,
-    checkpoints,
-    damage_of,
-    name_of,
-    point,
-    retain,
-    sweep,
-)
-from distributed.claimed_run import ClaimedRun
+from distributed.checkpoint import checkpointer as module
+from distributed.checkpoint import snapshot
+from distributed.checkpoint.checkpointer import Checkpointer
+from distributed.checkpoint.save_budget import SaveBudget
+from distributed.checkpoint.snapshot import write_checkpoint
 from distributed.config import load
 from distributed.config.sections import Sgd
-from distributed.engine.tensors import Weights
+from distributed.engine.model_state import Weights
 from distributed.errors import InputError, StorageError
-from distributed.resume_checks import check_resume
-from distributed.save_budget import SaveBudget
-from distributed.schedule import Constant
-from distributed.snapshot import write_checkpoint
-from distributed.state import Best, TrainState
+from distributed.optim.schedules import Constant
+from distributed.run.checkpoint_layout import FORMAT, checkpoints, damage_of, name_of, point, retain, sweep
+from distributed.run.claim import ClaimedRun
+from distributed.run.resume_checks import check_resume
+from distributed.training.state import Best, TrainState
 
 
 class PlainEngine:

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cifar_files import change, records_of, small_official, write_cifar
+from kit.cifar_files import change, records_of, small_official, write_cifar
 
-from distributed.data import cifar, cifar_official
+from distributed.data.sources import cifar, cifar_spec
 from distributed.errors import InputError
 
 FOLDERS = {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binary"}
@@ -165,6 +165,6 @@ def test_label_bytes_of_cifar_100_that_do_not_belong_together(tmp_path, how, sai
 def test_a_smaller_set_may_have_any_number_of_each_class(tmp_path, monkeypatch):
     file = write_cifar(tmp_path, "cifar10") / "data_batch_3.bin"
     change(file, label_changed)
-    official = replace(cifar_official.SETS["cifar10"], per_class=cifar_official.CIFAR10.per_class)
-    monkeypatch.setitem(cifar_official.SETS, "cifar10", official)
+    official = replace(cifar_spec.SETS["cifar10"], per_class=cifar_spec.CIFAR10.per_class)
+    monkeypatch.setitem(cifar_spec.SETS, "cifar10", official)
     assert len(cifar.read("cifar10", tmp_path, "train").labels) == 100

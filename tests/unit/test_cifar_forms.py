@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from distributed.data import cifar, cifar_official, plain_pickle
+from distributed.data.sources import cifar, cifar_spec, restricted_pickle
 from distributed.errors import InputError
 
 RECORDS = 6
@@ -44,13 +44,13 @@ def name(request):
 def contents(name, monkeypatch) -> dict[str, bytes]:
     """Small stand-ins of all four forms under official names, with the sizes and MD5 that belong to them."""
     drawn = np.random.default_rng(7)
-    official = cifar_official.SETS[name]
+    official = cifar_spec.SETS[name]
     binary, python = official.forms
     files, md5 = {}, {}
     for bin_file, py_file in zip((*binary.train, binary.test), (*python.train, python.test), strict=True):
         labels = drawn.integers(0, official.classes, RECORDS).astype(np.uint8)
         planes = drawn.integers(0, 256, (RECORDS, 3072)).astype(np.uint8)
-        coarse = np.array(cifar_official.COARSE_OF_FINE, np.uint8)[labels][:, None][:, : official.label_bytes - 1]
+        coarse = np.array(cifar_spec.COARSE_OF_FINE, np.uint8)[labels][:, None][:, : official.label_bytes - 1]
         files[f"{binary.folder}/{bin_file}"] = np.hstack([coarse, labels[:, None], planes]).tobytes()
         value = {b"batch_label": b"x", official.label_key: labels.tolist(), b"data": planes, b"filenames": [b"a.png"]}
         files[f"{python.folder}/{py_file}"] = python2_pickle(value)
@@ -60,7 +60,7 @@ def contents(name, monkeypatch) -> dict[str, bytes]:
         files[form.archive] = archive({k: v for k, v in files.items() if k.startswith(f"{form.folder}/")})
         forms.append(replace(form, archive_md5=hashlib.md5(files[form.archive]).hexdigest()))
     small = replace(official, train_records=RECORDS, test_records=RECORDS, forms=(forms[0], replace(forms[1], md5=md5)))
-    monkeypatch.setitem(cifar_official.SETS, name, small)
+    monkeypatch.setitem(cifar_spec.SETS, name, small)
     return files
 
 
@@ -82,7 +82,7 @@ def lay(root: Path, contents: dict[str, bytes], *prefixes: str) -> None:
 
 
 def of_form(name: str, which: str) -> str:
-    binary, python = cifar_official.SETS[name].forms
+    binary, python = cifar_spec.SETS[name].forms
     return {
         "binary folder": f"{binary.folder}/",
         "python folder": f"{python.folder}/",
@@ -160,9 +160,11 @@ def test_a_changed_byte_is_refused_with_both_digests_before_anything_is_unpickle
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    read = plain_pickle.load
+    read = restricted_pickle.load
     monkeypatch.setattr(
-        plain_pickle, "load", lambda data: pytest.fail("unpickled") if bytes(data) == bytes(content) else read(data)
+        restricted_pickle,
+        "load",
+        lambda data: pytest.fail("unpickled") if bytes(data) == bytes(content) else read(data),
     )
     line = complaint(name, tmp_path)
     assert f"{file}: its MD5 is {hashlib.md5(content).hexdigest()}, and " in line
@@ -178,37 +180,37 @@ def test_a_truncated_file_is_refused(tmp_path, name, contents, which):
 
 def test_a_missing_file_of_the_python_folder_is_named_before_reading(tmp_path, name, contents):
     lay(tmp_path, contents, of_form(name, "python folder"))
-    missing = tmp_path / cifar_official.SETS[name].forms[1].folder / cifar_official.SETS[name].forms[1].test
+    missing = tmp_path / cifar_spec.SETS[name].forms[1].folder / cifar_spec.SETS[name].forms[1].test
     missing.unlink()
     with pytest.raises(InputError, match="No such file"):
         cifar.check(name, tmp_path)
 
 
 def test_swapped_files_are_told_apart(tmp_path, contents, name):
-    form = cifar_official.SETS[name].forms[1]
+    form = cifar_spec.SETS[name].forms[1]
     lay(tmp_path, contents, f"{form.folder}/")
     (tmp_path / form.folder / form.train[-1]).write_bytes(contents[f"{form.folder}/{form.test}"])
     assert f"that of {form.folder}/{form.test}" in complaint(name, tmp_path)
 
 
 def test_another_archive_under_this_name_is_told(tmp_path, contents, name):
-    binary, python = cifar_official.SETS[name].forms
+    binary, python = cifar_spec.SETS[name].forms
     (tmp_path / binary.archive).write_bytes(contents[python.archive])
     assert f"that of {python.archive}" in complaint(name, tmp_path)
 
 
 def test_what_is_no_archive_is_told_before_reading(tmp_path, contents, name):
-    (tmp_path / cifar_official.SETS[name].forms[1].archive).write_text("<html>not found</html>")
+    (tmp_path / cifar_spec.SETS[name].forms[1].archive).write_text("<html>not found</html>")
     with pytest.raises(InputError, match="no gzip archive"):
         cifar.check(name, tmp_path)
 
 
 def test_an_archive_without_a_file_is_refused(tmp_path, contents, name, monkeypatch):
-    small = cifar_official.SETS[name]
+    small = cifar_spec.SETS[name]
     binary = small.forms[0]
     packed = archive({f"{binary.folder}/{binary.test}": contents[f"{binary.folder}/{binary.test}"]})
     forms = (replace(binary, archive_md5=hashlib.md5(packed).hexdigest()), small.forms[1])
-    monkeypatch.setitem(cifar_official.SETS, name, replace(small, forms=forms))
+    monkeypatch.setitem(cifar_spec.SETS, name, replace(small, forms=forms))
     (tmp_path / binary.archive).write_bytes(packed)
     assert f"{binary.train[0]}: not in the archive" in complaint(name, tmp_path)
 
@@ -238,16 +240,16 @@ def pickles(path: Path) -> list[bytes]:
 @pytest.mark.parametrize("which", range(8))
 def test_a_malicious_pickle_runs_nothing(tmp_path, which):
     with pytest.raises(ValueError, match=r"asks for|another kind"):
-        plain_pickle.load(pickles(tmp_path / "made")[which])
+        restricted_pickle.load(pickles(tmp_path / "made")[which])
     assert not (tmp_path / "made").exists()
 
 
 def test_a_malicious_pickle_even_of_the_right_md5_is_one_line(tmp_path, name, contents, monkeypatch):
-    small = cifar_official.SETS[name]
+    small = cifar_spec.SETS[name]
     python = small.forms[1]
     evil = pickle.dumps([Evil(str(tmp_path / "made")), bytes(RECORDS * 3072)], protocol=2)
     md5 = python.md5 | {python.test: hashlib.md5(evil).hexdigest()}
-    monkeypatch.setitem(cifar_official.SETS, name, replace(small, forms=(small.forms[0], replace(python, md5=md5))))
+    monkeypatch.setitem(cifar_spec.SETS, name, replace(small, forms=(small.forms[0], replace(python, md5=md5))))
     lay(tmp_path, contents, f"{python.folder}/")
     (tmp_path / python.folder / python.test).write_bytes(evil)
     assert "not CIFAR's pickle: it asks for" in complaint(name, tmp_path)
@@ -267,13 +269,13 @@ def test_a_malicious_pickle_even_of_the_right_md5_is_one_line(tmp_path, name, co
     ],
 )
 def test_a_pickle_of_other_content_is_refused(tmp_path, name, contents, monkeypatch, change, told):
-    small = cifar_official.SETS[name]
+    small = cifar_spec.SETS[name]
     python = small.forms[1]
     value = {small.label_key: [0] * RECORDS, b"data": np.zeros((RECORDS, 3072), np.uint8), b"padding": bytes(20_000)}
     value |= {small.label_key if key == "labels" else key.encode(): new for key, new in change.items()}
     packed = python2_pickle(value)
     md5 = python.md5 | {python.test: hashlib.md5(packed).hexdigest()}
-    monkeypatch.setitem(cifar_official.SETS, name, replace(small, forms=(small.forms[0], replace(python, md5=md5))))
+    monkeypatch.setitem(cifar_spec.SETS, name, replace(small, forms=(small.forms[0], replace(python, md5=md5))))
     lay(tmp_path, contents, f"{python.folder}/")
     (tmp_path / python.folder / python.test).write_bytes(packed)
     assert told in complaint(name, tmp_path)
@@ -282,19 +284,19 @@ def test_a_pickle_of_other_content_is_refused(tmp_path, name, contents, monkeypa
 @pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x02}q\x00", pickle.dumps(3)[:-1]])
 def test_what_is_no_pickle_is_a_value_error(content):
     with pytest.raises(ValueError, match=r"\w"):
-        plain_pickle.load(content)
+        restricted_pickle.load(content)
 
 
 def test_plain_values_and_arrays_come_back():
     value = {b"a": [1, 2.5, b"x", None, True], b"b": np.arange(6, dtype=np.uint8).reshape(2, 3)}
-    found = plain_pickle.load(python2_pickle(value))
+    found = restricted_pickle.load(python2_pickle(value))
     assert found[b"a"] == value[b"a"]
     assert np.array_equal(found[b"b"], value[b"b"])
-    assert plain_pickle.load(pickle.dumps({"a": [1, b"x"]})) == {"a": [1, b"x"]}
+    assert restricted_pickle.load(pickle.dumps({"a": [1, b"x"]})) == {"a": [1, b"x"]}
 
 
 def test_the_archive_to_fetch_is_the_binary_one_unless_all_addresses_name_the_other():
-    binary, python = cifar_official.CIFAR10.forms
+    binary, python = cifar_spec.CIFAR10.forms
     official = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",)
     assert cifar.archive_to_fetch("cifar10", ()) == (binary.archive, binary.archive_md5, official)
     urls = ("http://a/cifar-10-python.tar.gz", "http://b/cifar-10-python.tar.gz?x=1")
@@ -310,13 +312,13 @@ def test_the_archive_to_fetch_is_the_binary_one_unless_all_addresses_name_the_ot
 )
 def test_the_names_of_the_classes_are_the_official_ones(of, file):
     told = (Path(os.environ["CIFAR_ROOT"]) / file).read_text().split()
-    assert list(cifar_official.SETS[of].class_names) == told
+    assert list(cifar_spec.SETS[of].class_names) == told
 
 
 def test_the_digests_of_the_pickles_are_those_that_torchvision_has():
     from torchvision.datasets import CIFAR10, CIFAR100
 
-    for theirs, ours in ((CIFAR10, cifar_official.CIFAR10), (CIFAR100, cifar_official.CIFAR100)):
+    for theirs, ours in ((CIFAR10, cifar_spec.CIFAR10), (CIFAR100, cifar_spec.CIFAR100)):
         form = ours.forms[1]
         assert dict(theirs.train_list + theirs.test_list) == form.md5
         assert (theirs.base_folder, theirs.filename, theirs.tgz_md5) == (form.folder, form.archive, form.archive_md5)

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from distributed import collector
+from distributed.process import gc_pause
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def before_torch(monkeypatch):
 
 @pytest.mark.usefixtures("before_torch")
 def test_the_collector_rests_and_passes_over_what_came_in():
-    with collector.at_rest():
+    with gc_pause.at_rest():
         assert not gc.isenabled()
     assert gc.isenabled()
     assert gc.get_freeze_count() > 1000
@@ -24,7 +24,7 @@ def test_the_collector_rests_and_passes_over_what_came_in():
 
 @pytest.mark.usefixtures("before_torch")
 def test_an_import_that_fails_leaves_the_collector_at_work():
-    with pytest.raises(ModuleNotFoundError), collector.at_rest():
+    with pytest.raises(ModuleNotFoundError), gc_pause.at_rest():
         raise ModuleNotFoundError
     assert gc.isenabled()
 
@@ -33,7 +33,7 @@ def test_an_import_that_fails_leaves_the_collector_at_work():
 def test_a_collector_that_was_off_stays_off():
     gc.disable()
     try:
-        with collector.at_rest():
+        with gc_pause.at_rest():
             pass
         assert not gc.isenabled()
     finally:
@@ -43,6 +43,6 @@ def test_a_collector_that_was_off_stays_off():
 def test_once_torch_is_there_nothing_is_changed(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", sys)
     frozen = gc.get_freeze_count()
-    with collector.at_rest():
+    with gc_pause.at_rest():
         assert gc.isenabled()
     assert gc.get_freeze_count() == frozen

@@ -3,11 +3,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from integration.abuse import call
+from kit.abuse import call
 
 from distributed.compare import Comparison, Parting, circumstances, compare
 from distributed.config import TrainConfig, as_toml
-from distributed.run_folder import RunFolder
+from distributed.run.folder import RunFolder
 
 STEPS = [{"kind": "train", "step": step, "epoch": 0, "loss": 1 / step, "images_per_second": 7.0} for step in (1, 2, 4)]
 EPOCH = {"kind": "epoch", "step": 4, "epoch": 0, "train_loss": 0.5, "test": {"loss": 0.25}, "seconds": 3.0}

@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from distributed.config import TrainConfig, as_toml, changes_experiment, differences, help_text, hints, load, toml_value
-from distributed.config.fields import leaves
-from distributed.data.sources import class_names
+from distributed.config.leaves import leaves
+from distributed.data.sources.registry import class_names
 from distributed.errors import InputError
 
 
@@ -772,7 +772,7 @@ def test_as_many_processes_as_shards_are_welcome_and_any_number_in_fast_mode(wor
 
 def test_the_config_and_the_command_import_neither_torch_nor_what_is_slow():
     code = (
-        "import sys, distributed.config, distributed.train, distributed.run_folder; "
+        "import sys, distributed.config, distributed.train, distributed.run.folder; "
         "print(*{'torch', 'ray', 'deepspeed', 'matplotlib', 'tensorboard', 'torchvision'} & set(sys.modules))"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

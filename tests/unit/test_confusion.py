@@ -3,10 +3,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from distributed.confusion import ConfusionSums, Pair, as_lines, by_class, most_confused
 from distributed.data.batch import Batch
 from distributed.figures.confusion import confusion_figure
 from distributed.figures.style import as_png, as_svg
+from distributed.inference.confusion import ConfusionSums, Pair, as_lines, by_class, most_confused
 
 NAMES = ["cat", "dog", "ship"]
 COUNTS = [[6, 3, 1], [4, 5, 0], [0, 0, 0]]

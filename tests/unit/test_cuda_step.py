@@ -8,12 +8,12 @@ import torch
 
 from distributed.build import build_data, build_engine, build_step
 from distributed.config import TrainConfig
-from distributed.cuda_step import CudaStep
 from distributed.data.pipeline import DataPipeline
 from distributed.engine.protocol import Engine
-from distributed.loop import train_step
-from distributed.sums import RunningSums, Totals
 from distributed.topology import Topology
+from distributed.training.cuda_graph_step import CudaStep
+from distributed.training.steps import train_step
+from distributed.training.totals import RunningSums, Totals
 
 CPU = torch.device("cpu")
 RATES = (0.125, 0.0625, 0.25, 0.03125, 0.5, 0.125)  # the same in float32 and in double
@@ -112,7 +112,7 @@ def test_images_augmented_together_have_the_same_bits(augmented_at_once: int, ca
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("case", CASES)
 def test_recorded_steps_have_the_bits_of_others(case: str) -> None:
-    from distributed.determinism import make_deterministic
+    from distributed.training.determinism import make_deterministic
 
     cuda, found = torch.device("cuda", 0), []
     make_deterministic(cuda, precision="bfloat16")

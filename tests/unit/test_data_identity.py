@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cifar_files import change, small_official, write_cifar
+from kit.cifar_files import change, small_official, write_cifar
 from loguru import logger
 from PIL import Image
 
 from distributed.build import build_data
 from distributed.config import TrainConfig
-from distributed.data import cifar, cifar_official, generated, image_folder
-from distributed.data.identity import check_resumed, differences, identity_of, image_hashes
-from distributed.data_checks import check_data
+from distributed.data.checks import check_data
+from distributed.data.sources import cifar, cifar_spec, image_folder, synthetic
+from distributed.data.sources.identity import check_resumed, differences, identity_of, image_hashes
 from distributed.errors import InputError
 from distributed.topology import Topology
 
@@ -104,11 +104,11 @@ def test_the_digest_equals_the_stored_one():
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_the_real_data_sets_have_the_official_digests(name):
     _, found = cifar.read_identified(name, Path(os.environ["CIFAR_ROOT"]), ("train", "test"))
-    assert {split: one.digest for split, one in found.items()} == cifar_official.SETS[name].digests
+    assert {split: one.digest for split, one in found.items()} == cifar_spec.SETS[name].digests
 
 
 def test_generated_images_differ_by_their_settings():
-    made = {generated.identity(*words) for words in (("generated10", 50, "train"), ("generated100", 50, "train"),
+    made = {synthetic.identity(*words) for words in (("generated10", 50, "train"), ("generated100", 50, "train"),
             ("generated10", 60, "train"), ("generated10", 50, "test"))}  # fmt: skip
     assert len({one.digest for one in made}) == 4
 
@@ -240,7 +240,7 @@ def small_cifar(monkeypatch: pytest.MonkeyPatch, root: Path, name: str) -> dict[
     write_cifar(root, name)
     _, found = cifar.read_identified(name, root, ("train", "test"))
     digests = {split: one.digest for split, one in found.items()}
-    monkeypatch.setitem(cifar_official.SETS, name, replace(cifar_official.SETS[name], digests=digests))
+    monkeypatch.setitem(cifar_spec.SETS, name, replace(cifar_spec.SETS[name], digests=digests))
     return {"name": name, "root": root}
 
 

@@ -9,16 +9,16 @@ import torch
 
 from distributed.build import lanes_on
 from distributed.config import load
-from distributed.determinism import joined, kernels, make_deterministic
 from distributed.errors import InputError
-from distributed.exact.arrangement import SideBySide
-from distributed.exact.blocks import ALIGNED
+from distributed.exact.bucket_layout import SideBySide
+from distributed.exact.partition import ALIGNED
+from distributed.training.determinism import joined, kernels, make_deterministic
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOT = Path(__file__).parents[2]
 FLAGS = """
 import torch
-from distributed.determinism import make_deterministic
+from distributed.training.determinism import make_deterministic
 make_deterministic(torch.device("cuda"), precision=PRECISION, compile=COMPILE)
 flags = [torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.deterministic]
 if COMPILE:

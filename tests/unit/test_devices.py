@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from devices import check_command, check_setting, no_gpus
+from kit.devices import check_command, check_setting, no_gpus
 
 TRAIN = [sys.executable, "-m", "distributed.train"]
 
@@ -18,7 +18,7 @@ TRAIN = [sys.executable, "-m", "distributed.train"]
         [*TRAIN, "--device=auto"],
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *TRAIN[1:], "configs/debug.toml"],
         ["ray", "job", "submit", "--", "python", "-m", "launch.ray_train", "configs/debug.toml"],
-        [sys.executable, "-m", "integration.killed_in_save", "before the rename", "4", "configs/debug.toml"],
+        [sys.executable, "-m", "kit.killed_in_save", "before the rename", "4", "configs/debug.toml"],
         ["sbatch", "--nodes=2", Path("slurm/train.sh"), Path("configs/debug.toml")],
         [Path("bin/distributed-train"), "debug"],
     ],

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from distributed import keyed
+from distributed import rng
 from distributed.models.keyed_dropout import KeyedDropout
 
 
 def keys_of(count: int) -> torch.Tensor:
-    return keyed.sample_keys(torch.arange(count), seed=0, epoch=0)
+    return rng.sample_keys(torch.arange(count), seed=0, epoch=0)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from multiprocess.small_runs import small_config
+from kit.small_runs import small_config
 
-from distributed import endings
 from distributed.attempt import Attempt
+from distributed.comm.peers import in_words
 from distributed.config import TrainConfig
-from distributed.endings import Ending
 from distributed.errors import ExitCode, InputError
-from distributed.peers import in_words
-from distributed.process import run_to_exit_code
-from distributed.schedule import build_early_stopping, build_schedule
-from distributed.state import TrainState
-from distributed.stop import StopSource
+from distributed.optim.schedules import build_early_stopping, build_schedule
+from distributed.process import endings
+from distributed.process.endings import Ending
+from distributed.run_process import run_to_exit_code
 from distributed.topology import Topology
+from distributed.training.state import TrainState
+from distributed.training.stop import StopSource
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_an_attempt_that_has_ended_has_no_last_word(config: TrainConfig):
 def test_torchrun_is_given_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cause: bool, later: int):
     file = tmp_path / "attempt_0" / "0" / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
-    monkeypatch.setattr("distributed.endings.time.time", lambda: 1000.7)
+    monkeypatch.setattr("distributed.process.endings.time.time", lambda: 1000.7)
     endings.report("one line", is_cause=is_cause)
     assert json.loads(file.read_text()) == {
         "message": {"message": "one line", "extraInfo": {"timestamp": str(1000 + later)}}

@@ -12,9 +12,9 @@ from distributed.data.batch import Batch
 from distributed.engine.ddp import DdpEngine
 from distributed.engine.exact import ExactEngine
 from distributed.engine.protocol import Engine, Outcome
-from distributed.loop import train_step
-from distributed.optim import Optimizer
-from distributed.sums import RunningSums
+from distributed.optim.optimizer import Optimizer
+from distributed.training.steps import train_step
+from distributed.training.totals import RunningSums
 
 CPU = torch.device("cpu")
 SHARDS = 4

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from distributed.exact.batch_norm import Cut, CuttingBatchNorm, backward
-from distributed.exact.lanes import Lanes
 from distributed.exact.replicas import Replicas
+from distributed.exact.shard_executor import Lanes
 from distributed.models.sync_batch_norm import SyncBatchNorm, by_ranks, convert_batch_norm
 
 CPU = torch.device("cpu")

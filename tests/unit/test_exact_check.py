@@ -5,7 +5,7 @@ from torch import nn
 from distributed.config.engines import Ddp
 from distributed.config.sections import Model, Sgd
 from distributed.engine.exact import ExactEngine
-from distributed.exact.check import check_exact
+from distributed.exact.supported import check_exact
 from distributed.models.build import build_model
 from distributed.models.keyed_dropout import KeyedDropout
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed.exact.lanes import Lanes
+from distributed.exact.shard_executor import Lanes
 
 CPU = torch.device("cpu")
 MEETINGS = 5

@@ -20,15 +20,15 @@ from torch.utils._pytree import tree_leaves
 
 from distributed import build
 from distributed.config import load
-from distributed.confusion import ConfusionSums
 from distributed.data import pipeline
 from distributed.data.batch import Batch
 from distributed.engine import ddp, exact
-from distributed.exact import rows
-from distributed.loop import train_step
+from distributed.exact import gather_statistics
+from distributed.inference.confusion import ConfusionSums
 from distributed.models import build as models
-from distributed.sums import RunningSums
 from distributed.topology import Topology
+from distributed.training.steps import train_step
+from distributed.training.totals import RunningSums
 
 ROOT = Path(build.__file__).parent
 DEVICE, HOST = torch.device("cpu:0"), torch.device("cpu")
@@ -164,9 +164,9 @@ def test_a_step_copies_nothing_from_the_host_and_waits_for_nothing(case: str, fa
 def test_rows_of_uneven_ranks_are_put_together_on_the_device(
     world_size: int, fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "world_size", lambda: world_size)
+    monkeypatch.setattr(gather_statistics, "world_size", lambda: world_size)
     with fake:
-        of_shards = rows.ShardRows(lambda sent: sent.new_empty(world_size, sent.numel()), shards=8)
+        of_shards = gather_statistics.ShardRows(lambda sent: sent.new_empty(world_size, sent.numel()), shards=8)
         own = [torch.zeros(5, device=DEVICE) for _ in range(8 // world_size)]
         audit = Audit()
         with audit:

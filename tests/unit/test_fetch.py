@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from http_server import CONTENT, HALF, Server, serving
+from kit.http_server import CONTENT, HALF, Server, serving
 
 from distributed.config.data import CifarData
-from distributed.data import cifar_official, fetch, once, progress, sources
+from distributed.data.sources import cifar_spec, download, once_per_node, progress, registry
 from distributed.errors import InputError
 
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -26,7 +26,7 @@ def server() -> Iterator[Server]:
 
 
 def get(urls: list[str], target: Path, **settings: float) -> None:
-    fetch.fetch(urls, target, md5=MD5, **{"stall_seconds": 0.3, "pause_seconds": 0.01, **settings})
+    download.fetch(urls, target, md5=MD5, **{"stall_seconds": 0.3, "pause_seconds": 0.01, **settings})
 
 
 def complaint(urls: list[str], target: Path, **settings: float) -> list[str]:
@@ -184,7 +184,7 @@ def test_a_full_disk_is_not_taken_for_the_servers_fault(server, target, monkeypa
         def __exit__(self, *_: object) -> None:
             pass
 
-    monkeypatch.setattr(fetch, "_opened", lambda *_: Full())
+    monkeypatch.setattr(download, "_opened", lambda *_: Full())
     with pytest.raises(InputError, match=r"the part: No space left on device; free space"):
         get([server.url("good")], target)
     assert len(server.asked) == 1
@@ -245,7 +245,7 @@ def test_a_mirror_is_asked_though_the_same_file_fails_elsewhere(server, target):
     """Two commands wait for one file; the first one's address has stalled."""
     arguments = ([server.url("stalls")], target)
     options = {"md5": MD5, "stall_seconds": 1.0, "rounds": 1}
-    first = multiprocessing.get_context("fork").Process(target=fetch.fetch, args=arguments, kwargs=options)
+    first = multiprocessing.get_context("fork").Process(target=download.fetch, args=arguments, kwargs=options)
     first.start()
     deadline = time.monotonic() + 20
     while not server.asked:
@@ -268,7 +268,7 @@ def test_a_failure_that_cannot_be_noted_is_told(server, target, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(once, "replace_json", full)
+    monkeypatch.setattr(once_per_node, "replace_json", full)
     assert "HTTP 404" in complaint([server.url("404")], target)[0]
 
 
@@ -276,7 +276,7 @@ def test_a_file_system_without_locks_is_one_line(server, target, monkeypatch):
     def without(*_: object, **__: object) -> None:
         raise NotImplementedError("FileSystem does not appear to support flock")
 
-    monkeypatch.setattr(once.FileLock, "acquire", without)
+    monkeypatch.setattr(once_per_node.FileLock, "acquire", without)
     with pytest.raises(InputError, match="its file system has no locks"):
         get([server.url("good")], target)
 
@@ -284,7 +284,7 @@ def test_a_file_system_without_locks_is_one_line(server, target, monkeypatch):
 def test_a_downloader_that_is_killed_leaves_its_part_to_the_next(server, target):
     waiting = {"md5": MD5, "stall_seconds": 20.0}
     arguments = ([server.url("stalls")], target)
-    process = multiprocessing.get_context("fork").Process(target=fetch.fetch, args=arguments, kwargs=waiting)
+    process = multiprocessing.get_context("fork").Process(target=download.fetch, args=arguments, kwargs=waiting)
     process.start()
     part = target.with_name("file.tar.gz.part")
     deadline = time.monotonic() + 20
@@ -327,16 +327,16 @@ def test_on_a_terminal_a_bar_is_drawn(monkeypatch, capsys):
 def test_a_missing_data_set_is_downloaded_where_that_was_asked_for_and_only_then(server, tmp_path, monkeypatch):
     packed = b"\x1f\x8b" + CONTENT
     server.content = packed
-    official = cifar_official.CIFAR10.forms[0]
+    official = cifar_spec.CIFAR10.forms[0]
     form = replace(official, archive_md5=hashlib.md5(packed).hexdigest())
-    small = replace(cifar_official.CIFAR10, forms=(form, cifar_official.CIFAR10.forms[1]))
-    monkeypatch.setitem(cifar_official.SETS, "cifar10", small)
+    small = replace(cifar_spec.CIFAR10, forms=(form, cifar_spec.CIFAR10.forms[1]))
+    monkeypatch.setitem(cifar_spec.SETS, "cifar10", small)
     config = CifarData(root=tmp_path / "data")
     with pytest.raises(InputError, match=r"--data\.download"):
-        sources.prepare(config)
+        registry.prepare(config)
     asked = config.model_copy(update={"download": True, "urls": (server.url("good"),)})
-    sources.prepare(asked)
+    registry.prepare(asked)
     assert (tmp_path / "data" / official.archive).read_bytes() == packed
-    sources.prepare(asked)
+    registry.prepare(asked)
     assert len(server.asked) == 1
     assert not list((tmp_path / "data").glob("*.part"))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from distributed.data import generated
+from distributed.data.sources import synthetic
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from distributed.data import generated
     ],
 )
 def test_the_images_equal_the_stored_digest(name, split, digest):
-    images, labels = generated.read(name, 4, split)
+    images, labels = synthetic.read(name, 4, split)
     assert images.shape == (4, 32, 32, 3)
     assert images.dtype == labels.dtype == np.uint8
     assert labels.tolist() == [0, 1, 2, 3]
@@ -26,31 +26,31 @@ def test_the_images_equal_the_stored_digest(name, split, digest):
 
 @pytest.mark.parametrize(("name", "classes"), [("generated10", 10), ("generated100", 100)])
 def test_labels_are_balanced(name, classes):
-    labels = generated.read(name, 300, "train").labels
+    labels = synthetic.read(name, 300, "train").labels
     assert np.bincount(labels, minlength=classes).tolist() == [300 // classes] * classes
 
 
 def test_a_smaller_set_is_the_beginning_of_a_larger_one_over_chunks_too(monkeypatch):
-    whole = generated.read("generated10", 50, "train").images
-    monkeypatch.setattr(generated, "_CHUNK", 16)
-    assert np.array_equal(generated.read("generated10", 50, "train").images, whole)
-    assert np.array_equal(generated.read("generated10", 21, "train").images, whole[:21])
+    whole = synthetic.read("generated10", 50, "train").images
+    monkeypatch.setattr(synthetic, "_CHUNK", 16)
+    assert np.array_equal(synthetic.read("generated10", 50, "train").images, whole)
+    assert np.array_equal(synthetic.read("generated10", 21, "train").images, whole[:21])
 
 
 def test_no_image_comes_twice_over_training_and_test():
-    both = [generated.read("generated10", 200, split).images for split in ("train", "test")]
+    both = [synthetic.read("generated10", 200, split).images for split in ("train", "test")]
     assert len(np.unique(np.concatenate(both).reshape(400, -1), axis=0)) == 400
 
 
 def test_pixels_use_the_whole_range():
-    images = generated.read("generated10", 100, "train").images
+    images = synthetic.read("generated10", 100, "train").images
     assert images.min() < 20
     assert images.max() > 235
     assert 25 < images.std() < 100
 
 
 def test_a_linear_model_stays_under_40_percent():
-    train, test = generated.read("generated10", 5000, "train"), generated.read("generated10", 1000, "test")
+    train, test = synthetic.read("generated10", 5000, "train"), synthetic.read("generated10", 1000, "test")
     x, held_out = (torch.from_numpy(s.images).view(-1, 3072).float().div(255).sub(0.5) for s in (train, test))
     y = torch.nn.functional.one_hot(torch.from_numpy(train.labels).long(), 10).float()
     weights, residual = torch.zeros(3072, 10), x.T @ (y - 0.1)

@@ -76,7 +76,7 @@ def test_a_damaged_part_is_one_line_and_leaves_nothing(parts, tmp_path, damage, 
 
 @pytest.mark.skipif("CIFAR_ROOT" not in os.environ, reason="CIFAR_ROOT names no folder with CIFAR")
 def test_the_real_cifar_survives_the_way_in_its_order(tmp_path):
-    from distributed.data import cifar
+    from distributed.data.sources import cifar
 
     root = Path(os.environ["CIFAR_ROOT"])
     folders = [tmp_path / "a", tmp_path / "b"]

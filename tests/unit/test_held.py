@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from distributed.config.data import Augment, GeneratedData
-from distributed.data import generated, held
+from distributed.data import residency
 from distributed.data.batch import Batch
 from distributed.data.pipeline import DataPipeline, _mean_and_deviation
+from distributed.data.sources import synthetic
 
 TENSORS = ("images", "labels", "sample_ids", "sample_keys")
 
@@ -90,21 +91,21 @@ def test_one_batch_is_gathered_ahead_by_a_thread_and_none_is_left_when_an_epoch_
 
 @pytest.mark.parametrize("placement", ["device", "host"])
 def test_a_placement_that_was_named_is_taken(placement):
-    assert held.place(placement, 1 << 60, torch.device("cpu")) == placement
-    assert held.place(placement, 1 << 60, torch.device("cuda")) == placement
+    assert residency.place(placement, 1 << 60, torch.device("cpu")) == placement
+    assert residency.place(placement, 1 << 60, torch.device("cuda")) == placement
 
 
 def test_auto_is_the_device_where_a_third_of_its_free_memory_is_enough(monkeypatch):
-    assert held.place("auto", 1 << 60, torch.device("cpu")) == "device"
+    assert residency.place("auto", 1 << 60, torch.device("cpu")) == "device"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3000, 10_000))
-    assert held.place("auto", 999, torch.device("cuda")) == "device"
-    assert held.place("auto", 1000, torch.device("cuda")) == "host"
+    assert residency.place("auto", 999, torch.device("cuda")) == "device"
+    assert residency.place("auto", 1000, torch.device("cuda")) == "host"
 
 
 def test_unit_scales_to_zero_and_one_and_nothing_else():
     data = pipeline(normalize="unit", augment=Augment(crop=0, flip=False), accumulation=1, rank=0, world_size=1)
     (batch,) = next(data.train_epoch(0))
-    source = generated.read("generated10", 60, "train").images[batch.sample_ids.numpy()]
+    source = synthetic.read("generated10", 60, "train").images[batch.sample_ids.numpy()]
     expected = torch.from_numpy(source.transpose(0, 3, 1, 2).astype(np.float32)) / 255
     assert torch.allclose(batch.images, expected, rtol=2e-7, atol=0)
     assert data.facts()["normalization"] == {"mean": [0.0] * 3, "deviation": [1.0] * 3}
@@ -115,7 +116,7 @@ def test_the_facts_are_what_was_used():
     assert data.facts()["classes"] == [f"class {label}" for label in range(10)]
     mean, deviation = (torch.tensor(data.facts()["normalization"][name]) for name in ("mean", "deviation"))
     (batch,) = next(data.train_epoch(0))
-    source = torch.from_numpy(generated.read("generated10", 60, "train").images[batch.sample_ids.numpy()])
+    source = torch.from_numpy(synthetic.read("generated10", 60, "train").images[batch.sample_ids.numpy()])
     expected = ((source / 255 - mean) / deviation).permute(0, 3, 1, 2)
     assert torch.allclose(batch.images, expected, atol=1e-5)
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distributed.data import decode, image_cache
-from distributed.data.image_cache import CacheFile, folders
+from distributed.data.sources import decode, image_cache
+from distributed.data.sources.image_cache import CacheFile, folders
 from distributed.errors import InputError
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distributed.data.image_file import png_of, read_image
+from distributed.data.sources.image_file import png_of, read_image
 from distributed.errors import InputError
 from distributed.predict import _input
 

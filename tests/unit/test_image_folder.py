@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from distributed.config.data import ImageFolderData
-from distributed.data import decode, image_folder
 from distributed.data.pipeline import DataPipeline
+from distributed.data.sources import decode, image_folder
 from distributed.errors import InputError
 
 

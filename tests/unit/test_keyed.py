@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from distributed import keyed
+from distributed import rng
 from distributed.models.keyed_dropout import KeyedDropout
 
 IDS = torch.tensor([0, 1, 2, 49_999, 2**31])
@@ -17,7 +17,7 @@ MASK = ["0000101111111", "0101000111010", "1111001010001", "1011111001001", "011
 
 
 def keys_of(count: int, *, seed: int = 0, epoch: int = 0) -> torch.Tensor:
-    return keyed.sample_keys(torch.arange(count), seed=seed, epoch=epoch)
+    return rng.sample_keys(torch.arange(count), seed=seed, epoch=epoch)
 
 
 def bits(mask: torch.Tensor) -> list[str]:
@@ -31,30 +31,30 @@ def lowbias32(x: int, between: int = 0) -> int:
 
 
 def test_sample_keys_equal_the_stored_vector():
-    assert keyed.sample_keys(IDS, seed=7, epoch=3).tolist() == KEYS
+    assert rng.sample_keys(IDS, seed=7, epoch=3).tolist() == KEYS
 
 
 def test_words_equal_the_stored_vector():
-    assert keyed.words("sample", 7, 3) == (2489059859, 1570916816)
+    assert rng.words("sample", 7, 3) == (2489059859, 1570916816)
 
 
 def test_draws_equal_the_stored_vector():
     keys = torch.tensor(KEYS)
-    assert keyed.draws(keys, "crop_y").tolist() == [3751467237, 1300344682, 2705002807, 525261032, 3358784716]
-    assert keyed.integers(keys, "crop_y", 9).tolist() == [7, 2, 5, 1, 7]
+    assert rng.draws(keys, "crop_y").tolist() == [3751467237, 1300344682, 2705002807, 525261032, 3358784716]
+    assert rng.integers(keys, "crop_y", 9).tolist() == [7, 2, 5, 1, 7]
 
 
 def test_draws_for_several_purposes_are_those_for_each():
     keys = keys_of(100)
     purposes = ("a", "b", "mixup_0_x")
-    together = keyed.unit_of_each(keys, purposes)
+    together = rng.unit_of_each(keys, purposes)
     assert together.dtype == torch.float64
-    assert torch.equal(together, torch.stack([keyed.unit(keys, purpose) for purpose in purposes]))
+    assert torch.equal(together, torch.stack([rng.unit(keys, purpose) for purpose in purposes]))
 
 
 def test_permutations_equal_the_stored_vectors():
-    assert keyed.permutation(12, seed=0, epoch=0).tolist() == [6, 11, 8, 7, 10, 3, 4, 0, 9, 5, 2, 1]
-    assert keyed.permutation(12, seed=0, epoch=1).tolist() == [9, 4, 5, 8, 11, 7, 2, 10, 1, 6, 0, 3]
+    assert rng.permutation(12, seed=0, epoch=0).tolist() == [6, 11, 8, 7, 10, 3, 4, 0, 9, 5, 2, 1]
+    assert rng.permutation(12, seed=0, epoch=1).tolist() == [9, 4, 5, 8, 11, 7, 2, 10, 1, 6, 0, 3]
 
 
 def test_the_dropout_mask_equals_the_stored_vector():
@@ -64,7 +64,7 @@ def test_the_dropout_mask_equals_the_stored_vector():
 
 def test_filled_weights_equal_the_stored_vector():
     tensor = torch.empty(2, 3)
-    keyed.fill_uniform_(tensor, 0.5, seed=7, name="fc1.weight")
+    rng.fill_uniform_(tensor, 0.5, seed=7, name="fc1.weight")
     assert tensor.tolist() == [
         [-0.07533586770296097, -0.44472309947013855, 0.3694649934768677],
         [-0.3353910744190216, -0.3806588649749756, -0.3760167956352234],
@@ -73,9 +73,9 @@ def test_filled_weights_equal_the_stored_vector():
 
 def test_lanes_hold_what_unbounded_integers_would():
     ids = [*range(50), 2**31 - 1, 2**31, 2**32 - 1]
-    first, second = keyed.words("sample", 1, 2)
+    first, second = rng.words("sample", 1, 2)
     expected = [[lowbias32(i ^ first, second), lowbias32(i ^ second, first)] for i in ids]
-    assert keyed.sample_keys(torch.tensor(ids), seed=1, epoch=2).tolist() == expected
+    assert rng.sample_keys(torch.tensor(ids), seed=1, epoch=2).tolist() == expected
 
 
 @pytest.mark.slow  # the compiler takes its time
@@ -92,45 +92,45 @@ def test_the_compiled_mask_equals_the_eager_one():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_draws_the_same_numbers():
     device = torch.device("cuda")
-    keys = keyed.sample_keys(IDS.to(device), seed=7, epoch=3)
+    keys = rng.sample_keys(IDS.to(device), seed=7, epoch=3)
     assert keys.tolist() == KEYS
     assert bits(KeyedDropout(0.5, features=13, name="dropout1").to(device).kept(keys)) == MASK
-    on_gpu = keyed.permutation(50_000, seed=0, epoch=0, device=device)
-    assert torch.equal(on_gpu.cpu(), keyed.permutation(50_000, seed=0, epoch=0))
+    on_gpu = rng.permutation(50_000, seed=0, epoch=0, device=device)
+    assert torch.equal(on_gpu.cpu(), rng.permutation(50_000, seed=0, epoch=0))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 1000])
 def test_a_permutation_holds_every_id_once(count):
-    order = keyed.permutation(count, seed=3, epoch=4)
+    order = rng.permutation(count, seed=3, epoch=4)
     assert order.sort().values.tolist() == list(range(count))
 
 
 def test_permutations_of_other_epochs_and_seeds_differ():
-    orders = [keyed.permutation(1000, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
+    orders = [rng.permutation(1000, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
     for i, one in enumerate(orders):
         for other in orders[:i]:
             assert (one == other).sum() < 10  # about one place agrees by chance
 
 
 def test_a_permutation_favours_no_place():
-    mean_place = torch.stack([keyed.permutation(100, seed=0, epoch=e).argsort() for e in range(400)]).double().mean(0)
+    mean_place = torch.stack([rng.permutation(100, seed=0, epoch=e).argsort() for e in range(400)]).double().mean(0)
     assert (mean_place - 49.5).abs().max() < 5 * 28.9 / 400**0.5
 
 
 def test_keys_of_a_sample_do_not_depend_on_who_is_asked_with_it():
     keys = keys_of(100, seed=1, epoch=2)
-    order = keyed.permutation(100, seed=9, epoch=9)
-    assert torch.equal(keyed.sample_keys(order, seed=1, epoch=2), keys[order])
-    assert torch.equal(keyed.sample_keys(order[:7], seed=1, epoch=2), keys[order[:7]])
-    assert torch.equal(keyed.draws(keys[order[:7]], "flip"), keyed.draws(keys, "flip")[order[:7]])
+    order = rng.permutation(100, seed=9, epoch=9)
+    assert torch.equal(rng.sample_keys(order, seed=1, epoch=2), keys[order])
+    assert torch.equal(rng.sample_keys(order[:7], seed=1, epoch=2), keys[order[:7]])
+    assert torch.equal(rng.draws(keys[order[:7]], "flip"), rng.draws(keys, "flip")[order[:7]])
 
 
 def test_asking_leaves_ids_and_keys_as_they_were():
     ids, keys = torch.arange(10), keys_of(10)
     before = ids.clone(), keys.clone()
-    keyed.sample_keys(ids, seed=1, epoch=1)
-    keyed.integers(keys, "flip", 2)
-    keyed.uniform16(keys, keyed.unit_words("a", 8))
+    rng.sample_keys(ids, seed=1, epoch=1)
+    rng.integers(keys, "flip", 2)
+    rng.uniform16(keys, rng.unit_words("a", 8))
     assert torch.equal(ids, before[0])
     assert torch.equal(keys, before[1])
 
@@ -138,12 +138,12 @@ def test_asking_leaves_ids_and_keys_as_they_were():
 def test_no_samples_have_no_draws():
     keys = keys_of(0)
     assert keys.shape == (0, 2)
-    assert keyed.integers(keys, "flip", 2).shape == (0,)
+    assert rng.integers(keys, "flip", 2).shape == (0,)
     assert KeyedDropout(0.5, features=6, name="a").kept(keys).shape == (0, 6)
 
 
 def test_draws_are_uniform():
-    numbers = keyed.draws(keys_of(64_000), "crop_x")
+    numbers = rng.draws(keys_of(64_000), "crop_x")
     assert 0 <= int(numbers.min()) <= int(numbers.max()) < 2**32
     counts = torch.bincount(numbers >> 26, minlength=64).double()
     assert ((counts - 1000).square() / 1000).sum() < 120  # chi squared of 63 degrees: 1 in 10,000 above
@@ -151,19 +151,19 @@ def test_draws_are_uniform():
 
 @pytest.mark.parametrize("bit", range(0, 32, 5))
 def test_each_bit_of_a_draw_is_even(bit):
-    ones = (keyed.draws(keys_of(40_000), "flip") >> bit & 1).double().mean()
+    ones = (rng.draws(keys_of(40_000), "flip") >> bit & 1).double().mean()
     assert abs(ones - 0.5) < 4 * 0.5 / 200
 
 
 @pytest.mark.parametrize("below", [1, 2, 9, 33])
 def test_integers_fill_their_range_evenly(below):
-    counts = torch.bincount(keyed.integers(keys_of(below * 1000), "crop_y", below), minlength=below)
+    counts = torch.bincount(rng.integers(keys_of(below * 1000), "crop_y", below), minlength=below)
     assert len(counts) == below
     assert (counts - 1000).abs().max() < 5 * 1000**0.5
 
 
 def test_integers_reach_the_largest_range():
-    numbers = keyed.integers(keys_of(1000), "wide", 2**31)
+    numbers = rng.integers(keys_of(1000), "wide", 2**31)
     assert int(numbers.min()) >= 0
     assert 2**30 < int(numbers.max()) < 2**31
 
@@ -174,11 +174,11 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def test_draws_for_different_purposes_epochs_and_seeds_are_independent():
     keys = keys_of(20_000)
-    one = keyed.draws(keys, "crop_y")
+    one = rng.draws(keys, "crop_y")
     others = [
-        keyed.draws(keys, "crop_x"),
-        keyed.draws(keys_of(20_000, epoch=1), "crop_y"),
-        keyed.draws(keys_of(20_000, seed=1), "crop_y"),
+        rng.draws(keys, "crop_x"),
+        rng.draws(keys_of(20_000, epoch=1), "crop_y"),
+        rng.draws(keys_of(20_000, seed=1), "crop_y"),
         one.roll(1),
     ]
     assert [abs(correlation(one, other)) < 0.03 for other in others] == [True] * 4
@@ -201,7 +201,7 @@ def test_mask_bits_of_units_samples_epochs_and_layers_are_independent():
 def test_filled_weights_depend_on_seed_and_name_alone():
     def filled(seed: int, name: str) -> torch.Tensor:
         tensor = torch.full((40, 30), float("nan"))
-        keyed.fill_uniform_(tensor, 0.25, seed=seed, name=name)
+        rng.fill_uniform_(tensor, 0.25, seed=seed, name=name)
         return tensor
 
     assert torch.equal(filled(1, "a"), filled(1, "a"))
@@ -215,9 +215,9 @@ def test_filled_weights_depend_on_seed_and_name_alone():
 
 def test_a_large_tensor_is_filled_as_its_parts_would_be():
     large = torch.empty((1 << 18) + 5)
-    keyed.fill_uniform_(large, 1.0, seed=1, name="a")
+    rng.fill_uniform_(large, 1.0, seed=1, name="a")
     small = torch.empty(7)
-    keyed.fill_uniform_(small, 1.0, seed=1, name="a")
+    rng.fill_uniform_(small, 1.0, seed=1, name="a")
     assert torch.equal(large[:7], small)
     assert large[1 << 18 :].unique().numel() == 5
     assert not torch.equal(large[1 << 18 :], small[:5])

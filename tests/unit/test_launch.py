@@ -12,12 +12,12 @@ import pytest
 from distributed.config import load
 from distributed.errors import ExitCode, InputError
 from launch.address import free_port, reachable, way_to
-from launch.allocation import Allocation, fewest_cpus
-from launch.arguments import of_task, with_folder
-from launch.ending import Journal, decide
-from launch.probe import data
-from launch.slurm import tasks
+from launch.doctor.probe import data
+from launch.environment import Allocation, fewest_cpus
+from launch.slurm.__main__ import tasks
+from launch.slurm.requeue import Journal, decide
 from launch.summary import summary
+from launch.sweep_arguments import of_task, with_folder
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "launch").glob("*.py"))

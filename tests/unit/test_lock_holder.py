@@ -13,12 +13,12 @@ import pytest
 from filelock import FileLock, SoftFileLock
 from loguru import logger
 
-from distributed import lock_holder
-from distributed.claimed_run import ClaimedRun
-from distributed.data import once
+from distributed.data.sources import once_per_node
 from distributed.errors import InputError
 from distributed.files import read_object, replace_json
-from distributed.lock_holder import gone, holder_record, read_answer, take_lock
+from distributed.run import lock_holder
+from distributed.run.claim import ClaimedRun
+from distributed.run.lock_holder import gone, holder_record, read_answer, take_lock
 
 OURS = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "SLURM_CLUSTER_NAME": "one"}
 HOLD = """
@@ -208,7 +208,7 @@ def test_another_job_is_gone_if_slurm_says_so(
 
 
 def test_work_that_another_process_holds_up_names_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(once, "_QUIET_SECONDS", 0.1)
+    monkeypatch.setattr(once_per_node, "_QUIET_SECONDS", 0.1)
     done: list[int] = []
     said: list[str] = []
     sink = logger.add(said.append, format="{message}")
@@ -217,7 +217,7 @@ def test_work_that_another_process_holds_up_names_its_lock(tmp_path: Path, monke
             time.sleep(0.01)
         time.sleep(0.2)
         threading.Timer(0.6, process.kill).start()
-        once.once_per_node(tmp_path / "data", lambda: done.append(1), done=lambda: bool(done))
+        once_per_node.once_per_node(tmp_path / "data", lambda: done.append(1), done=lambda: bool(done))
     assert done == [1]
     logger.remove(sink)
     assert f"({tmp_path / '.data.lock'}); remove that file only if no such process is left" in said[0]

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from distributed.config.sections import AdamW, Sgd
-from distributed.engine import loss_scale
-from distributed.engine.loss_scale import GOOD_STEPS, START, LossScale
-from distributed.engine.tensors import Weights
+from distributed.engine.model_state import Weights
+from distributed.optim import loss_scale
+from distributed.optim.loss_scale import GOOD_STEPS, START, LossScale
 
 CPU = torch.device("cpu")
 GOOD, BAD = torch.zeros(()), torch.ones(())

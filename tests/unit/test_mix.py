@@ -5,13 +5,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distributed import keyed
+from distributed import rng
 from distributed.config.data import Augment
-from distributed.data.mix import beta, mix
+from distributed.data.mixup import beta, mix
 
 
 def keys_of(count: int, seed: int = 0) -> Tensor:
-    return keyed.sample_keys(torch.arange(count), seed=seed, epoch=0)
+    return rng.sample_keys(torch.arange(count), seed=seed, epoch=0)
 
 
 def pair(count: int = 64) -> tuple[Tensor, Tensor]:
@@ -98,8 +98,8 @@ def one_try_after_the_other(keys: Tensor, purpose: str, alpha: float) -> Tensor:
     found = torch.full((len(keys),), 0.5, dtype=torch.float64)
     waiting = torch.ones(len(keys), dtype=torch.bool)
     for attempt in range(16):
-        x = keyed.unit(keys, f"{purpose}_{attempt}_x") ** (1 / alpha)
-        y = keyed.unit(keys, f"{purpose}_{attempt}_y") ** (1 / alpha)
+        x = rng.unit(keys, f"{purpose}_{attempt}_x") ** (1 / alpha)
+        y = rng.unit(keys, f"{purpose}_{attempt}_y") ** (1 / alpha)
         accepted = waiting & (x + y <= 1) & (x + y > 0)
         found = torch.where(accepted, x / (x + y), found)
         waiting = waiting & ~accepted

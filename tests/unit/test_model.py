@@ -4,7 +4,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import resize as torchvision_resize
 
-from distributed import keyed
+from distributed import rng
 from distributed.config.sections import Model
 from distributed.models import alexnet
 from distributed.models.build import build_model, initialize
@@ -39,7 +39,7 @@ def test_parameters_and_arithmetic_are_the_seeds(name):
 @pytest.mark.parametrize("name", [*MODELS, "cifar_alexnet_bn"])
 def test_images_become_logits(name, classes):
     model = model_of(name, classes=classes)
-    keys = keyed.sample_keys(torch.arange(3), seed=0, epoch=0)
+    keys = rng.sample_keys(torch.arange(3), seed=0, epoch=0)
     assert model(torch.randn(3, 3, 32, 32), keys).shape == (3, classes)
     assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, classes)
     assert model(torch.empty(0, 3, 32, 32)).shape == (0, classes)
@@ -75,7 +75,7 @@ def test_the_probability_of_dropout_is_the_configs():
 
 def test_the_two_dropout_layers_draw_apart():
     model = alexnet.improved_alexnet(10, 0.5)
-    keys = keyed.sample_keys(torch.arange(20), seed=0, epoch=0)
+    keys = rng.sample_keys(torch.arange(20), seed=0, epoch=0)
     assert not torch.equal(model.dropout1.kept(keys)[:, :128], model.dropout2.kept(keys))
 
 

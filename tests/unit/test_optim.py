@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from distributed.config.sections import AdamW, Sgd
-from distributed.engine.tensors import Weights
-from distributed.optim import Optimizer, WeightAverage
+from distributed.engine.model_state import Weights
+from distributed.optim.optimizer import Optimizer, WeightAverage
 
 
 def small() -> nn.Sequential:

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from distributed import keyed
+from distributed import rng
+from distributed.comm.reduction_tree import leaves_of
 from distributed.config.data import Augment, GeneratedData
-from distributed.data import generated
 from distributed.data.batch import Batch
 from distributed.data.pipeline import DataPipeline
-from distributed.tree import leaves_of
+from distributed.data.sources import synthetic
 
 CPU = torch.device("cpu")
 
@@ -76,7 +76,7 @@ def test_every_image_comes_once_an_epoch_in_another_order_each():
     epochs = [[number for step in data.train_epoch(epoch) for number in ids(step)] for epoch in (0, 1)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(50))] * 2
     assert epochs[0] != epochs[1]
-    assert epochs[0] == keyed.permutation(50, seed=3, epoch=0).tolist()
+    assert epochs[0] == rng.permutation(50, seed=3, epoch=0).tolist()
 
 
 def test_the_last_step_takes_what_is_left():
@@ -89,7 +89,7 @@ def test_the_last_step_takes_what_is_left():
 
 def test_a_batch_has_the_images_labels_and_keys_of_its_ids():
     data = pipeline(augment=Augment(crop=0, flip=False))
-    source = generated.read("generated10", 50, "train")
+    source = synthetic.read("generated10", 50, "train")
     pixels = source.images.transpose(0, 3, 1, 2) / 255
     mean, deviation = (getattr(pixels, name)((0, 2, 3), keepdims=True) for name in ("mean", "std"))
     (batch,) = next(data.train_epoch(0))
@@ -97,7 +97,7 @@ def test_a_batch_has_the_images_labels_and_keys_of_its_ids():
     expected = ((pixels - mean) / deviation)[numbers]
     assert np.allclose(batch.images.numpy(), expected, atol=1e-5)
     assert batch.labels.tolist() == source.labels[numbers].tolist()
-    assert torch.equal(batch.sample_keys, keyed.sample_keys(batch.sample_ids, seed=3, epoch=0))
+    assert torch.equal(batch.sample_keys, rng.sample_keys(batch.sample_ids, seed=3, epoch=0))
     assert batch.images.shape == (16, 3, 32, 32)
 
 

@@ -5,7 +5,7 @@ import pytest
 from distributed.config.sections import Scaling
 
 pytest.importorskip("ray", reason="ray is not installed")
-from launch.ray_cluster import _fitting, _together, open_to_all
+from launch.on_ray.cluster import _fitting, _together, open_to_all
 
 
 @pytest.mark.parametrize(

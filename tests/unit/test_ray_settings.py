@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from distributed.errors import InputError
-from launch.ray_settings import check_address, checked, swept, without_sweep
+from launch.on_ray.settings import check_address, checked, swept, without_sweep
 
 ROOT = Path(__file__).parents[2]
 DEBUG = str(ROOT / "configs/debug.toml")
@@ -100,7 +100,7 @@ def test_ray_is_imported_by_the_modules_of_its_launcher_alone():
 
 
 def test_a_node_that_is_asked_does_not_import_torch_first():
-    code = "import sys, launch.ray_node; print('torch' in sys.modules)"
+    code = "import sys, launch.on_ray.node_check; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )

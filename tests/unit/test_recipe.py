@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed import claimed_run, determinism
-from distributed.checkpoint_files import checkpoints
 from distributed.config import TrainConfig, load
 from distributed.errors import InputError, StorageError
-from distributed.metrics import EpochMetrics, TrainMetrics
+from distributed.metrics.records import EpochMetrics, TrainMetrics
 from distributed.recipe import train
-from distributed.run_folder import RunFolder
-from distributed.state import TrainState
+from distributed.run import claim
+from distributed.run.checkpoint_layout import checkpoints
+from distributed.run.folder import RunFolder
+from distributed.training import determinism
+from distributed.training.state import TrainState
 
 STEPS_PER_EPOCH = 2
 
@@ -205,7 +206,7 @@ def test_an_attempt_without_its_folder_ends_at_the_next_line(config, how):
 
 
 def test_a_running_status_says_where_training_is(config, monkeypatch):
-    monkeypatch.setattr(claimed_run, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(claim, "PROGRESS_SECONDS", 0.0)
     run, shown = RunFolder(config.run_dir), list[int]()
 
     class Looking(Told):

@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distributed.build import build_data, build_engine
-from distributed.checkpoint_files import checkpoints
+from distributed.checkpoint.warm_start import evaluated_weights, start_from
 from distributed.config import TrainConfig, load
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
-from distributed.loop import _loss, evaluate
 from distributed.recipe import train
-from distributed.resume_checks import check_start
-from distributed.run_folder import RunFolder
+from distributed.run.checkpoint_layout import checkpoints
+from distributed.run.folder import RunFolder
+from distributed.run.resume_checks import check_start
 from distributed.topology import Topology
-from distributed.warm_start import evaluated_weights, start_from
+from distributed.training.steps import _loss, evaluate
 
 CPU = torch.device("cpu")
 WORDS = (

@@ -5,8 +5,8 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore
 
+from distributed.comm.rendezvous import agree_on_token
 from distributed.errors import PeerError
-from distributed.rendezvous import agree_on_token
 
 
 def tokens(store: HashStore, world_size: int) -> list[str]:

@@ -10,12 +10,12 @@ import torch
 from distributed.config import TrainConfig, as_toml
 from distributed.errors import InputError
 from distributed.figures.style import COLOURS
+from distributed.report.comparison import together
 from distributed.report.curves import overlaid_curves, run_curves, throughput
 from distributed.report.history import History, read_history
+from distributed.report.narrative import clock, drops, how_it_ended, how_it_stands, learning_rate, what_it_is
 from distributed.report.page import Absent, page, part, pictures, table, text
-from distributed.report.run_parts import run_parts
-from distributed.report.together import together
-from distributed.report.words import clock, drops, how_it_ended, how_it_stands, learning_rate, what_it_is
+from distributed.report.run_sections import run_parts
 
 VOID = {"meta", "img", "br", "path", "use", "image", "rect"}
 
@@ -221,7 +221,7 @@ def test_a_page_without_checkpoint_and_data_says_so_in_their_place(
     tmp_path: Path, logged: list[Any] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A report looks at a run on whatever device there is.
-    monkeypatch.setattr("distributed.report.findings.choose_device", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr("distributed.report.analysis.choose_device", lambda *_: torch.device("cpu"))
     run = read_history(run_of(tmp_path / "a <run>", logged=logged))
     document = page("a page", run_parts(run, checkpoint="auto", anchor="run-0"))
     assert_stands_alone(document)

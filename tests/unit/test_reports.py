@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from distributed.errors import InputError
-from launch.reports import bounded, lines_of, of_nodes, read
-from launch.verdict import table, wrong
+from launch.doctor.diagnosis import table, wrong
+from launch.doctor.reports import bounded, lines_of, of_nodes, read
 from unit.test_verdict import reports
 
 NODES = ["n0", "n1", "n2"]

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 from loguru import logger
 
-from distributed import claimed_run
-from distributed.checkpoint_files import FORMAT, name_of
-from distributed.claimed_run import ClaimedRun
 from distributed.config import TrainConfig, load
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import digest_of, read_json
-from distributed.resume_checks import check_resume
-from distributed.run_folder import RunFolder
-from distributed.schedule import build_early_stopping, build_schedule
-from distributed.state import TrainState
-from distributed.versions import versions
+from distributed.host.versions import versions
+from distributed.optim.schedules import build_early_stopping, build_schedule
+from distributed.run import claim
+from distributed.run.checkpoint_layout import FORMAT, name_of
+from distributed.run.claim import ClaimedRun
+from distributed.run.folder import RunFolder
+from distributed.run.resume_checks import check_resume
+from distributed.training.state import TrainState
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_claim_makes_the_folder(run, path):
 
 
 def test_a_second_run_is_refused_and_told_who_holds_the_folder(run, path, monkeypatch):
-    monkeypatch.setattr(claimed_run, "LOCK_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(claim, "LOCK_WAIT_SECONDS", 0.05)
     with pytest.raises(InputError, match="another run is writing there") as caught:
         ClaimedRun.claim(path, world_size=1)
     assert f"process {read_json(path / 'attempt.json')['pid']} on" in str(caught.value)
@@ -393,14 +393,14 @@ def test_a_folder_that_was_removed_is_called_so(run, path, writer):
 def test_a_token_that_cannot_be_read_for_a_moment_is_ours(run, monkeypatch):
     """E.g. on NFS, where a file that was just replaced is stale once."""
     answers = iter([{}])
-    read = claimed_run.read_object
-    monkeypatch.setattr(claimed_run, "read_object", lambda path: next(answers, None) or read(path))
+    read = claim.read_object
+    monkeypatch.setattr(claim, "read_object", lambda path: next(answers, None) or read(path))
     run.check_ours()
 
 
 def test_only_the_claimed_run_writes_shared_files():
     """`snapshot` writes checkpoints aside; `commit` brings them in."""
-    root = Path(claimed_run.__file__).parent
+    root = Path(claim.__file__).parent
     modules = ["attempt", "checkpoint", "downloads", "recipe", "reporter", "resume_point", "sinks", "uploads"]
     forbidden = {"append_line", "replace_text", "replace_json", "write_synced", "write_text", "write_bytes", "rename"}
     for module in modules:
@@ -412,7 +412,7 @@ def test_only_the_claimed_run_writes_shared_files():
 
 def test_the_progress_is_in_the_status_while_the_run_trains(run, path, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(claimed_run.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(claim.time, "monotonic", lambda: now[0])
     run.begin(config_of(path), start_step=0, details={})
     steps = []
     for step in range(1, 31):

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from integration.abuse import assert_told, call
+from kit.abuse import assert_told, call
 
-from distributed.lock_holder import holder_record
+from distributed.run.lock_holder import holder_record
 from distributed.runs.outcome import outcome_of, runs_below
 
 PAST = "2001-01-01T00:00:00+0000"

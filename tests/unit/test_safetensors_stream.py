@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from distributed.checkpoint.tensor_file import digest_of_tensor, write_tensors
 from distributed.files import Written, digest_of
-from distributed.safetensors_stream import digest_of_tensor, write_tensors
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool,

@@ -5,7 +5,7 @@ import pytest
 from distributed.config import TrainConfig, as_toml
 from distributed.errors import InputError
 from distributed.files import check_writable
-from distributed.saved_run import (
+from distributed.inference.saved_run import (
     Normalization,
     checkpoint_of,
     classes_of,

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from distributed.config import TrainConfig, load
-from distributed.saved_state import check_state, is_at_end
-from distributed.schedule import build_early_stopping, build_schedule
-from distributed.state import TrainState
-from distributed.sums import Totals
+from distributed.optim.schedules import build_early_stopping, build_schedule
+from distributed.run.saved_state import check_state, is_at_end
+from distributed.training.state import TrainState
+from distributed.training.totals import Totals
 
 IMAGES, BATCH, STEPS = 50, 16, 4  # the last step of an epoch has 2 images
 PLATEAU = ("--schedule.name", "plateau", "--schedule.patience", "2", "--schedule.cooldown", "1")

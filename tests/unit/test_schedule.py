@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from distributed.config import load
-from distributed.schedule import (
+from distributed.optim.schedules import (
     Constant,
     Cosine,
     EarlyStopping,

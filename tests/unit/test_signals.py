@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from distributed.errors import ExitCode
-from distributed.signals import SignalStop
+from distributed.process.signals import SignalStop
 
 ROOT = Path(__file__).parents[2]
 ALL = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
@@ -154,7 +154,7 @@ def test_other_signals_are_left_alone(number):
 WAITS = """
 import ctypes, sys, time
 from distributed import endings
-from distributed.signals import SignalStop
+from distributed.process.signals import SignalStop
 endings.add_last_word(lambda ending: print(*ending[:2], sep="|", flush=True))
 with SignalStop(launched="orphan" in sys.argv, at_once_until_asked=True) as stop:
     if "asked" in sys.argv:

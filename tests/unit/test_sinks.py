@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from distributed.claimed_run import ClaimedRun
-from distributed.metrics import EpochMetrics, SplitMetrics, TrainMetrics
-from distributed.sinks import JsonLines, Terminal, duration
+from distributed.metrics.records import EpochMetrics, SplitMetrics, TrainMetrics
+from distributed.metrics.sinks import JsonLines, Terminal, duration
+from distributed.run.claim import ClaimedRun
 
 TRAIN = TrainMetrics(
     epoch=0, step=5, loss=1.5, accuracy=0.5, lr=0.1, grad_norm=2.0, images_per_second=100.0, data_wait=0.01,

@@ -4,9 +4,9 @@ from contextlib import suppress
 import pytest
 
 from distributed.errors import ExitCode, NotFiniteError
-from distributed.schedule import Constant, EarlyStopping, Patience, Plateau
-from distributed.state import Best, TrainState
-from distributed.sums import Totals
+from distributed.optim.schedules import Constant, EarlyStopping, Patience, Plateau
+from distributed.training.state import Best, TrainState
+from distributed.training.totals import Totals
 
 
 def fresh() -> TrainState:

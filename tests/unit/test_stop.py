@@ -1,5 +1,5 @@
-from distributed.collectives import LateMax
-from distributed.stop import Never, StepAgreement
+from distributed.comm.collectives import LateMax
+from distributed.training.stop import Never, StepAgreement
 
 
 class Asked:
@@ -36,7 +36,7 @@ def test_nobody_asks_where_no_request_can_come():
 
 def test_a_save_is_due_by_the_clock_once_a_period(monkeypatch):
     now = 0.0
-    monkeypatch.setattr("distributed.stop.time.monotonic", lambda: now)
+    monkeypatch.setattr("distributed.training.stop.time.monotonic", lambda: now)
     agreement = StepAgreement(Never(), is_main=True, save_every_seconds=10)
     decided = []
     for now in (4.0, 11.0, 12.0, 20.0, 22.0, 23.0):  # noqa: B007  read by the clock
@@ -46,7 +46,7 @@ def test_a_save_is_due_by_the_clock_once_a_period(monkeypatch):
 
 def test_a_checkpoint_starts_the_clock_anew(monkeypatch):
     now = 0.0
-    monkeypatch.setattr("distributed.stop.time.monotonic", lambda: now)
+    monkeypatch.setattr("distributed.training.stop.time.monotonic", lambda: now)
     agreement = StepAgreement(Never(), is_main=True, save_every_seconds=10)
     now = 9.0
     agreement.saved()

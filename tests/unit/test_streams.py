@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import sys
-from distributed.streams import run_command
+from distributed.process.streams import run_command
 def main():
     file = open(sys.argv[1], "w")
     for _ in range(3):
@@ -49,7 +49,7 @@ def test_what_is_printed_arrives_up_to_the_loss(tmp_path: Path) -> None:
 
 
 def test_a_name_that_no_encoding_knows_is_printed(tmp_path: Path) -> None:
-    program = "from distributed.streams import run_command\nrun_command(lambda: print('\\udce9 \u00e9') or 0)"
+    program = "from distributed.process.streams import run_command\nrun_command(lambda: print('\\udce9 \u00e9') or 0)"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-c", program]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
@@ -57,7 +57,9 @@ def test_a_name_that_no_encoding_knows_is_printed(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_is_one_exit_code_and_no_traceback() -> None:
-    program = "from distributed.streams import run_command\ndef main(): raise KeyboardInterrupt\nrun_command(main)"
+    program = (
+        "from distributed.process.streams import run_command\ndef main(): raise KeyboardInterrupt\nrun_command(main)"
+    )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (found.returncode, found.stderr) == (130, "")
 
@@ -66,7 +68,7 @@ def test_a_child_finds_no_closed_stream(tmp_path: Path) -> None:
     """Else a file that it opens takes the number, and what it prints goes into that file."""
     program = """
 import subprocess, sys
-from distributed.streams import run_command
+from distributed.process.streams import run_command
 def main():
     return subprocess.run([sys.executable, "-c", "import os; [os.fstat(n) for n in range(3)]"]).returncode
 run_command(main)

@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from distributed.sums import RunningSums, Totals
+from distributed.training.totals import RunningSums, Totals
 
 CPU = torch.device("cpu")
 

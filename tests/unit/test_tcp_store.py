@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-from other_program import other_program
+from kit.other_program import other_program
 from torch.distributed import Store, TCPStore
 
+from distributed.comm.tcp_store import _is_store, open_store
 from distributed.errors import InputError, PeerError
-from distributed.tcp_store import _is_store, open_store
 from distributed.topology import MeetingPlace
 
 

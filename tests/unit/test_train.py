@@ -120,7 +120,7 @@ def test_offline_a_download_is_refused_with_the_remedy_before_torch_is_imported(
     archive = "cifar-10-binary.tar.gz"
     words = ["--data.download", "--data.urls", f'["http://127.0.0.1:9/{archive}"]', "--data.root", str(tmp_path)]
     code = (
-        "import sys, distributed.data.fetch as fetch\n"
+        "import sys, distributed.data.sources.download as fetch\n"
         "fetch.time.sleep = lambda _: None\n"
         "from distributed import train\n"
         f"sys.argv[1:] = {words!r}\n"

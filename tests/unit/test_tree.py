@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed.tree import Node, largest_nodes, leaves_of, root_of, tree_sum
+from distributed.comm.reduction_tree import Node, largest_nodes, leaves_of, root_of, tree_sum
 
 SIZES = [1, 2, 4, 8, 16, 64]
 PLACES = [(leaves, world_size) for leaves in SIZES for world_size in range(1, leaves + 1)]

@@ -12,18 +12,18 @@ import pytest
 import torch
 from loguru import logger
 
-from distributed import downloads, remote, uploads
-from distributed.checkpoint_files import checkpoints, damage_of, name_of
-from distributed.claimed_run import ClaimedRun
+from distributed.checkpoint import download, object_store, upload
+from distributed.checkpoint.download import check_store, fetch_newest
+from distributed.checkpoint.object_store import Store, StoreError
+from distributed.checkpoint.snapshot import write_checkpoint
+from distributed.checkpoint.upload import Uploads, tell_ending, upload_rest
 from distributed.config import TrainConfig, load
-from distributed.downloads import check_store, fetch_newest
 from distributed.errors import InputError
-from distributed.remote import Store, StoreError
-from distributed.run_folder import RunFolder
-from distributed.snapshot import write_checkpoint
+from distributed.run.checkpoint_layout import checkpoints, damage_of, name_of
+from distributed.run.claim import ClaimedRun
+from distributed.run.folder import RunFolder
 from distributed.topology import Topology
 from distributed.train import checked_config
-from distributed.uploads import Uploads, tell_ending, upload_rest
 
 THREE = {"manifest.json", "state.json", "tensors.safetensors"}
 
@@ -238,7 +238,7 @@ def test_checkpoints_of_a_store_are_in_the_order_of_their_steps(url):
 
 
 def test_the_rest_of_a_run_that_another_holds_is_not_uploaded(run, url, said, monkeypatch):
-    monkeypatch.setattr("distributed.claimed_run.LOCK_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr("distributed.run.claim.LOCK_WAIT_SECONDS", 0.05)
     save(run, 1)
     upload_rest(config_of(run.path, url))
     assert in_store(url) == {}
@@ -409,14 +409,14 @@ def test_a_missing_package_is_named_with_the_command(tmp_path, monkeypatch):
 
 
 def test_a_store_that_does_not_answer_is_refused_in_time(tmp_path, url, monkeypatch):
-    monkeypatch.setattr(downloads, "PROBE_SECONDS", 0.1)
-    monkeypatch.setattr(remote.Store, "probe", lambda _: time.sleep(5))
+    monkeypatch.setattr(download, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(object_store.Store, "probe", lambda _: time.sleep(5))
     with pytest.raises(InputError, match=r"no answer within 0\.1 s; check the network"):
         check_store(config_of(tmp_path / "run", url))
 
 
 def test_nothing_is_asked_where_no_store_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(uploads.Store, "__init__", None)
+    monkeypatch.setattr(upload.Store, "__init__", None)
     tell_ending(load(["--run_dir", str(tmp_path), "--data.name", "generated10"])[0])
     upload_rest(load(["--run_dir", str(tmp_path), "--data.name", "generated10"])[0])
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from launch.network import rounds
-from launch.verdict import table, wrong
+from launch.doctor.diagnosis import table, wrong
+from launch.doctor.network import rounds
 
 
 def reports(count: int = 3) -> list[dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""Checkpoints: written, resumed from, uploaded and downloaded."""

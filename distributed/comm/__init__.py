@@ -1,0 +1,1 @@
+"""How ranks meet, exchange tensors and notice that one of them is gone."""

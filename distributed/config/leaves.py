@@ -1,0 +1,83 @@
+"""The settings as a flat list of dotted paths, read off the tree: what the command line and the messages are made of."""
+
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from distributed.config.train_config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One setting: `path` as in `optim.lr`; `variant` is the `name` of the section that it needs, where there are several."""
+
+    path: str
+    annotation: Any
+    default: Any
+    doc: str
+    operational: bool
+    variant: str | None
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether a value on the command line is meant as it stands, `123` included."""
+        if get_origin(self.annotation) is tuple:
+            return False
+        alternatives = get_args(self.annotation) or (self.annotation,)
+        return get_origin(self.annotation) is Literal or any(
+            isinstance(a, type) and not issubclass(a, bool | int | float) and a is not type(None) for a in alternatives
+        )
+
+    @property
+    def choices(self) -> str:
+        """The type in words, for --help: `int`, `true | false`, `sgd | adamw`."""
+        if get_origin(self.annotation) is Literal:
+            return " | ".join(map(str, get_args(self.annotation)))
+        if get_origin(self.annotation) is tuple:
+            return f"list of {get_args(self.annotation)[0].__name__}"
+        names = {bool: "true | false", type(None): "none"}
+        alternatives = [a for a in get_args(self.annotation) or (self.annotation,) if not hasattr(a, "strict")]
+        alternatives = [get_args(a)[0] if get_origin(a) is Annotated else a for a in alternatives]
+        words = [get_args(a) if get_origin(a) is Literal else [names.get(a, a.__name__.lower())] for a in alternatives]
+        return " | ".join(str(word) for some in words for word in some)
+
+
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The section classes that a field may hold: none for a plain value, several for a union told apart by `name`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+        return [s for a in get_args(annotation) for s in sections_of(a)]
+    return []
+
+
+def variant_name(section: type[BaseModel]) -> str:
+    """What selects this section among others: the choices of its `name`."""
+    return " | ".join(get_args(section.model_fields["name"].annotation))
+
+
+def _walk(model: type[BaseModel], prefix: str, variant: str | None) -> Iterator[Leaf]:
+    for name, field in model.model_fields.items():
+        path = prefix + name
+        sections = sections_of(field.annotation)
+        for section in sections:
+            yield from _walk(section, f"{path}.", variant_name(section) if len(sections) > 1 else variant)
+        if not sections:
+            yield _leaf(path, field, variant)
+
+
+def _leaf(path: str, field: FieldInfo, variant: str | None) -> Leaf:
+    extra = field.json_schema_extra
+    operational = isinstance(extra, dict) and bool(extra.get("operational"))
+    return Leaf(path, field.annotation, field.default, field.description or "", operational, variant)
+
+
+@cache
+def leaves() -> tuple[Leaf, ...]:
+    """Every setting; one that several variants of a section share comes once a variant."""
+    return tuple(_walk(TrainConfig, "", None))

@@ -1,0 +1,1 @@
+"""Data sets: found, downloaded, checked and read into memory."""

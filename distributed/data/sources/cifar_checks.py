@@ -1,0 +1,72 @@
+"""What no copy of CIFAR can hold, whatever the order of its records: found by hashes and labels. Imports no torch.
+
+Data that differs in some pixels is not refused: nobody can tell a flipped bit from images that were changed on purpose.
+Its digest is not the official one, which is a warning.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distributed.data.sources.cifar_spec import COARSE_OF_FINE, CifarSet
+from distributed.data.sources.identity import Hashes, image_hashes
+
+Labels = NDArray[np.integer[Any]]
+_BLACK = image_hashes(np.zeros((1, 3072), np.uint8))[0]
+_MOST_REPEATED = 0.01
+"""Part of the images that may be there twice: CIFAR-100 has 26 such pairs in 60,000, CIFAR-10 none."""
+
+
+class FileContent(NamedTuple):
+    """The hashes of a file's images [n] and their labels [n]."""
+
+    hashes: Hashes
+    labels: Labels
+
+
+def wrong_file(files: Mapping[str, FileContent]) -> tuple[str, str] | None:
+    """(file, complaint) for the first file with black or repeated images; None if there is none."""
+    for name, (hashes, _) in files.items():
+        if black := np.count_nonzero(hashes == _BLACK):
+            return name, f"{black:,} of its {len(hashes):,} images are black: a copy or download was cut short"
+    hashes = np.concatenate([content.hashes for content in files.values()])
+    if len(hashes) - len(np.unique(hashes)) <= _MOST_REPEATED * len(hashes):
+        return None
+    found = [(len(own) - len(np.unique(own)), name, "it more than once") for name, (own, _) in files.items()]
+    names = list(files)
+    for place, name in enumerate(names):
+        found += [
+            (int(np.isin(files[name].hashes, files[before].hashes).sum()), name, f"{before} too")
+            for before in names[:place]
+        ]
+    repeated, name, where = max(found, key=lambda one: one[0])
+    return name, f"{repeated:,} of its {len(files[name].hashes):,} images are in {where}"
+
+
+def wrong_counts(cifar: CifarSet, split: str, labels: Labels) -> str | None:
+    """A complaint if a split of the official size does not have the official number of images of each class."""
+    expected = cifar.per_class[split]
+    if len(labels) != expected * cifar.classes:
+        return None
+    counts = np.bincount(labels, minlength=cifar.classes)
+    wrong = [f"{counts[label]:,} of {cifar.class_names[label]}" for label in np.flatnonzero(counts != expected)]
+    if not wrong:
+        return None
+    more = f" and {len(wrong) - 3} more classes" if wrong[3:] else ""
+    return f"its {split} files hold {', '.join(wrong[:3])}{more}; expected {expected:,} of each class"
+
+
+def wrong_coarse(coarse: Labels, fine: Labels) -> str | None:
+    """A complaint if records of CIFAR-100 have a coarse label that is not their class's; others' labels may be out of range."""
+    in_range = fine < len(COARSE_OF_FINE)
+    expected = np.array(COARSE_OF_FINE)[np.where(in_range, fine, 0)]
+    wrong = np.flatnonzero(in_range & (coarse != expected))
+    if not len(wrong):
+        return None
+    first = wrong[0]
+    return (
+        f"{len(wrong):,} of its {len(fine):,} records have the coarse label of another class (record {first}: fine label "
+        f"{fine[first]}, coarse label {coarse[first]}, {expected[first]} belongs): label bytes are swapped or damaged"
+    )

@@ -1,0 +1,190 @@
+"""Decodes the files of an image folder once a node, into a file that every process maps."""
+
+import io
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from loguru import logger
+from torch import Tensor
+from torch.nn import functional as F
+
+from distributed.config.data import MAX_PIXELS
+from distributed.data.sources.cifar import Images
+from distributed.data.sources.image_cache import BLOCK, CacheFile, Pixels, Untrusted, folders, in_threads
+from distributed.data.sources.image_file import at_most, pixels_of
+from distributed.data.sources.image_folder import SPLITS, Listing, list_folder
+from distributed.data.sources.image_size import TooLarge, check_sums, size_of, too_large
+from distributed.data.sources.once_per_node import once_per_node
+from distributed.data.sources.progress import progress
+from distributed.errors import InputError
+
+Store = Callable[[int, Pixels], None]
+"""Takes the index of a block's first image, and the block."""
+
+
+def read(
+    root: Path, side: int, cache: Path | None = None, *, max_pixels: int = MAX_PIXELS
+) -> tuple[tuple[str, ...], list[Images]]:
+    """Names of the classes; training and test images, uint8 [n, side, side, 3], mapped from the cache if it can be written.
+
+    Raises:
+        InputError: the folder is not as it should be, or a file is no image or too large; each such file is a line.
+    """
+    names, listings = list_folder(root)
+    return names, read_listed(root, listings, side, cache, max_pixels=max_pixels)
+
+
+def read_listed(
+    root: Path, listings: Mapping[str, Listing], side: int, cache: Path | None, *, max_pixels: int
+) -> list[Images]:
+    """`read` of a folder whose files were listed already."""
+    if cache and next(folders(root, cache), None) is None:
+        raise InputError(f"data.cache: cannot write to {cache}, or others can; name another folder with --data.cache")
+    found = []
+    for split in SPLITS:
+        listing = listings[split]
+        decode_all = partial(_decode_all, root, listing, split, side, max_pixels)
+        shape = (len(listing.files), side, side, 3)
+        files = (
+            CacheFile(folder.path / f"{split}-{side}-{listing.digest}.images", folder.owner, shape, listing.digest)
+            for folder in folders(root, cache)
+        )
+        found.append(Images(_decoded(files, shape, decode_all), listing.labels))
+    return found
+
+
+def _decoded(
+    files: Iterator[CacheFile], shape: tuple[int, int, int, int], decode_all: Callable[[Store], None]
+) -> Pixels:
+    """From the first cache file that can be written, else in memory: a cache only saves time."""
+    reasons = []
+    for file in files:
+        try:
+            return _from_cache(file, decode_all)
+        except (OSError, Untrusted) as error:
+            reasons.append(f"{file.path.parent}: {getattr(error, 'strerror', None) or error}")
+    if 4 * np.prod(shape) > _available_memory():
+        raise InputError(
+            f"data.cache: no room for {np.prod(shape) / 1e9:,.1f} GB of decoded images, and too many for the memory "
+            f"({', '.join(reasons)}); free disk space, or name a folder with --data.cache"
+        )
+    logger.warning(
+        "data.cache: decoded images are not kept ({}); each process decodes them at each start",
+        ", ".join(reasons) or "no folder that can be written",
+    )
+    images = np.empty(shape, np.uint8)
+
+    def store(first: int, block: Pixels) -> None:
+        images[first : first + len(block)] = block
+
+    decode_all(store)
+    return images
+
+
+def _from_cache(file: CacheFile, decode_all: Callable[[Store], None]) -> Pixels:
+    """The images of a cache file, which is written if it is not there or not to be trusted.
+
+    Raises:
+        OSError: it cannot be written.
+        Untrusted: the file just written does not read back intact.
+    """
+    images: Pixels | None = None
+    doubt: Untrusted | None = None
+
+    def done() -> bool:
+        nonlocal images, doubt
+        try:
+            images, doubt = file.load(), None
+        except Untrusted as reason:
+            doubt = reason
+        return images is not None
+
+    def work() -> None:
+        if doubt:
+            logger.warning("{}: {}; decoding the images again", file.path, doubt)
+        file.write(decode_all)
+
+    once_per_node(file.path, work, done=done)
+    if images is None and not done():
+        raise doubt or Untrusted("it is gone")
+    assert images is not None
+    return images
+
+
+def _available_memory() -> float:
+    """Bytes that this machine could still give to processes."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return float("inf")
+
+
+def _decode_all(root: Path, listing: Listing, split: str, side: int, max_pixels: int, store: Store) -> None:
+    """Decode in threads, block after block."""
+    errors: list[str] = []
+
+    def decode_block(first: int) -> tuple[int, list[str]]:
+        files, wrong = listing.files[first : first + BLOCK], []
+        images = np.empty((len(files), side, side, 3), np.uint8)
+        for place, file in enumerate(files):
+            try:
+                images[place] = to_square(decode(root / file, max_pixels=max_pixels), side, max_pixels).numpy()
+            except TooLarge as error:
+                wrong.append(f"{root / file}: {error}")
+            except (ValueError, OSError) as error:
+                wrong.append(f"{root / file}: {error}; repair, replace or remove it")
+        if not wrong:
+            store(first, images)
+        return len(files), wrong
+
+    steps = progress(f"decoding {split} images", len(listing.files), unit="images")
+    with at_most(max_pixels), steps as advance:
+        for count, wrong in in_threads(decode_block, len(listing.files)):
+            advance(count)
+            errors += wrong
+    if errors:
+        more = [f"and {len(errors) - 20:,} more of the kind"] if len(errors) > 20 else []
+        raise InputError(*[f"data.name = image_folder: {error}" for error in [*errors[:20], *more]])
+
+
+def decode(path: Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """The image as uint8 [3, h, w] as a viewer shows it: RGB, turned as its EXIF data says, transparency left out.
+
+    Raises:
+        TooLarge: its header, or the file's own size, says more than `max_pixels`.
+        ValueError: it is no PNG or JPEG, or broken.
+        OSError: it cannot be read.
+    """
+    # No image has more bytes than its pixels, of at most 8, and some metadata.
+    if (bytes_in_all := path.stat().st_size) > 8 * max_pixels + 2**26:
+        raise TooLarge(too_large(f"{bytes_in_all:,} bytes", max_pixels))
+    content = path.read_bytes()
+    width, height = size_of(content)
+    if width * height > max_pixels:
+        raise TooLarge(too_large(f"{width:,} x {height:,} pixels", max_pixels))
+    check_sums(content)
+    # Not torchvision's decoder: it ends the process at some damaged files.
+    return torch.from_numpy(pixels_of(io.BytesIO(content), ["PNG", "JPEG"])).permute(2, 0, 1)
+
+
+def to_square(image: Tensor, side: int, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """uint8 [3, h, w] as [side, side, 3]: the shorter side to `side`, bilinear with antialiasing, then the centre.
+
+    Raises:
+        TooLarge: before the centre is taken it would have more than `max_pixels`, e.g. if it is one pixel high.
+    """
+    _, height, width = image.shape
+    short = min(height, width)
+    if short != side:
+        size = (max(side, round(height * side / short)), max(side, round(width * side / short)))
+        if size[0] * size[1] > max_pixels:
+            scaled = f"{width:,} x {height:,} pixels scaled to {size[1]:,} x {size[0]:,}"
+            raise TooLarge(too_large(scaled, max_pixels))
+        wide = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True, align_corners=False)
+        image = wide[0].round_().clamp_(0, 255).byte()
+    top, left = (image.shape[1] - side) // 2, (image.shape[2] - side) // 2
+    return image[:, top : top + side, left : left + side].permute(1, 2, 0)

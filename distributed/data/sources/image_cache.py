@@ -1,0 +1,193 @@
+"""Cache files of decoded images, with checks of their owner and content. Imports no torch."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distributed.host.cpu_quota import available_cpus
+
+T = TypeVar("T")
+Pixels = NDArray[np.uint8]
+
+_FORMAT = 2  # of the file, and of the pixels: to be raised when `to_square` or the decoder's options change
+_HEADER = 4096  # bytes, a page: the pixels behind it can be mapped
+BLOCK = 64  # images that are decoded, written and checked at once
+_ASIDE = ".writing"
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+class Untrusted(Exception):
+    """A cache file is there and is not used, for the reason given."""
+
+
+class Folder(NamedTuple):
+    """A folder in which this user alone can write, and the user's number there."""
+
+    path: Path
+    owner: int
+
+
+def folders(root: Path, named: Path | None) -> Iterator[Folder]:
+    """Where decoded images may be kept, best first: as named, else in the data's folder, the user's, the temporary one.
+
+    If others can write in one of them, a folder of the user's own is made inside.
+    """
+    private = f"distributed-decoded-{os.geteuid()}"
+    for folder in [named] if named else [root / ".decoded", *_of_the_user(private)]:
+        for candidate in (folder, folder / private):
+            if own := _own(candidate, may_be_link=candidate == named):
+                yield own
+                break
+
+
+def _of_the_user(private: str) -> Iterator[Path]:
+    with suppress(RuntimeError):  # a container's user without a name
+        yield Path.home() / ".cache" / "distributed" / "decoded"
+    with suppress(OSError):  # each folder for temporary files is full
+        yield Path(tempfile.gettempdir()) / private
+
+
+def _own(folder: Path, *, may_be_link: bool) -> Folder | None:
+    """The folder, made if it is not there; None if it cannot be written, or others can write in it."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.stat() if may_be_link else folder.lstat()
+        with tempfile.TemporaryFile(dir=folder) as file:
+            owner = os.fstat(file.fileno()).st_uid  # a file server may know this user by another number than here
+    except OSError:
+        return None
+    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == owner and not found.st_mode & _OTHERS_WRITE
+    return Folder(folder, owner) if is_own else None
+
+
+@dataclass(frozen=True)
+class CacheFile:
+    """The decoded images of one split: a header of JSON, then uint8 [n, side, side, 3].
+
+    Args:
+        owner: the only user whose file is used.
+        source: identifies the files that were decoded, and their order.
+    """
+
+    path: Path
+    owner: int
+    shape: tuple[int, int, int, int]
+    source: str
+
+    def load(self) -> Pixels | None:
+        """The images, mapped; None if there is no such file.
+
+        Raises:
+            Untrusted: it is another user's, of another source, or damaged.
+        """
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            with open(os.open(self.path, flags), "rb") as file:
+                self._check_owner(os.fstat(file.fileno()))
+                header = file.read(_HEADER)
+                # "c": torch does not take read-only memory without a warning.
+                images = np.memmap(file, np.uint8, "c", _HEADER, self.shape)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise Untrusted(getattr(error, "strerror", None) or str(error)) from None
+        if header != self._header(_digest(images)):
+            raise Untrusted("its content is not what was written")
+        return images
+
+    def _check_owner(self, found: os.stat_result) -> None:
+        if not stat.S_ISREG(found.st_mode):
+            raise Untrusted("not a regular file")
+        if found.st_uid != self.owner or found.st_mode & _OTHERS_WRITE:
+            raise Untrusted("another user can write it")
+        if found.st_size != _HEADER + int(np.prod(self.shape, dtype=np.int64)):
+            raise Untrusted("its size is wrong")
+
+    def _header(self, digest: str) -> bytes:
+        said = {"format": _FORMAT, "shape": self.shape, "source": self.source, "digest": digest}
+        return json.dumps(said).encode().ljust(_HEADER, b"\n")
+
+    def write(self, blocks: Callable[[Callable[[int, Pixels], None]], None]) -> None:
+        """Write the file aside, and rename it when it is complete.
+
+        Args:
+            blocks: calls its argument, from any threads, with the index of each block's first image and the block.
+
+        Raises:
+            OSError: there is no space, or the folder cannot be written.
+        """
+        self._remove_left_over()
+        handle, aside = tempfile.mkstemp(_ASIDE, f".{self.path.name}.", self.path.parent)
+        digests: dict[int, bytes] = {}
+
+        def store(first: int, images: Pixels) -> None:
+            # Not into mapped memory: on a full disk that would kill the process.
+            _write_at(handle, images.tobytes(), _HEADER + first * images[0].nbytes)
+            digests[first] = _digest_of_block(images)
+
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._reserve(handle)
+            blocks(store)
+            _write_at(handle, self._header(_joined(digests[first] for first in sorted(digests))), 0)
+            os.replace(aside, self.path)
+        except BaseException:
+            Path(aside).unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(handle)
+
+    def _reserve(self, handle: int) -> None:
+        """Find out that the disk is too small before hours of decoding, where the file system can say so."""
+        try:
+            os.posix_fallocate(handle, 0, _HEADER + int(np.prod(self.shape, dtype=np.int64)))
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+
+    def _remove_left_over(self) -> None:
+        """Remove what killed processes left; a living one has locked its own."""
+        for path in self.path.parent.glob(f".{self.path.name}.*{_ASIDE}"):
+            with suppress(OSError), path.open("r+b") as file:  # NFS locks only a file opened for writing
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+
+
+def in_threads(work: Callable[[int], T], count: int) -> Iterator[T]:
+    """`work` of the index of each block's first image, in order; it runs outside Python's lock."""
+    with ThreadPoolExecutor(available_cpus(), thread_name_prefix="images") as threads:
+        yield from threads.map(work, range(0, count, BLOCK))
+
+
+def _digest(images: Pixels) -> str:
+    return _joined(in_threads(lambda first: _digest_of_block(images[first : first + BLOCK]), len(images)))
+
+
+def _digest_of_block(images: Pixels) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(images).data, digest_size=16).digest()
+
+
+def _joined(digests: Iterator[bytes]) -> str:
+    return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
+
+
+def _write_at(handle: int, content: bytes, at: int) -> None:
+    rest = memoryview(content)
+    while rest:
+        written = os.pwrite(handle, rest, at)
+        rest, at = rest[written:], at + written

@@ -1,0 +1,54 @@
+"""What computes: versions of Python, of packages and of this code. Imports no torch."""
+
+import platform
+import re
+import subprocess
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from distributed.errors import InputError
+
+_PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "distributed-alexnet")
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_state() -> str:
+    """The commit of this code, with `+changes` where files differ from it; empty outside a checkout."""
+    here = Path(__file__).parents[1]
+    try:
+        asked = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+changes", "--abbrev=12"],
+            cwd=here, capture_output=True, text=True, timeout=5, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return asked.stdout.strip()
+
+
+def require(package: str, *, at_least: tuple[int, int], wanted_by: str) -> None:
+    """Look, without importing it, whether a package is there that only some runs need.
+
+    Raises:
+        InputError: it is not, or too old.
+    """
+    wanted = ".".join(map(str, at_least))
+    try:
+        found = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        raise InputError(f"{wanted_by} needs the package {package}: pip install '{package}>={wanted}'") from None
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < at_least:
+        raise InputError(
+            f"{wanted_by} needs {package} {wanted}, and {found} is there: pip install '{package}>={wanted}'"
+        )

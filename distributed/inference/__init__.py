@@ -1,0 +1,1 @@
+"""A trained run in use: its network, its preprocessing and its confusion matrix."""

@@ -1,0 +1,1 @@
+"""Optimizers, weight EMA, loss scaling and learning-rate schedules."""

@@ -1,0 +1,73 @@
+"""The edge of a training process: the recipe in, an exit code out, and what went wrong in words."""
+
+import signal
+
+from loguru import logger
+
+from distributed.build import config_digest
+from distributed.checkpoint.upload import tell_ending
+from distributed.comm.agent_store import AgentStore, AnotherJob
+from distributed.comm.peers import in_words, tell_waiting
+from distributed.config import TrainConfig
+from distributed.errors import ExitCode, InputError, NotFiniteError, PeerError, StorageError
+from distributed.process import endings, logs
+from distributed.recipe import train
+from distributed.run.folder import RunFolder
+from distributed.topology import Topology
+from distributed.training.state import TrainState
+from distributed.training.stop import StopSource
+
+
+def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource) -> int:
+    """Train; every way to end has its exit code and, under torchrun, its line in torchrun's summary."""
+    logs.terminal_logs(topology.rank, level=config.logging.level)
+    agents = AgentStore.find(topology)
+    try:
+        if agents:
+            agents.enter(config_digest(config))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        state = train(config, stop=stop)
+    except Exception as error:
+        _log(error, topology)
+        code = getattr(error, "exit_code", ExitCode.FAILED)
+        endings.report(in_words(error), is_cause=not isinstance(error, PeerError))
+        if agents and isinstance(error, AnotherJob):
+            agents.leave()
+        elif not isinstance(error, PeerError):
+            tell_waiting(topology, code, in_words(error))
+        return int(code)
+    if topology.is_main:
+        _say_ending(config, state)
+        tell_ending(config)
+    if not state.stop_reason:
+        return ExitCode.FINISHED
+    endings.report(_stopped(state), is_cause=False)
+    return ExitCode.STOPPED
+
+
+def _log(error: Exception, topology: Topology) -> None:
+    if not isinstance(error, InputError | NotFiniteError | StorageError | PeerError):
+        logger.opt(exception=True).error("rank {} failed", topology.rank)
+        return
+    for line in str(error).splitlines():
+        logger.error("{}", line)
+    if error.__cause__:
+        logger.opt(exception=error.__cause__).debug("what the process group said")
+
+
+def _stopped(state: TrainState) -> str:
+    return f"stopped by {state.stop_reason} at step {state.step}, everything saved; the same command resumes"
+
+
+def _say_ending(config: TrainConfig, state: TrainState) -> None:
+    run = RunFolder(config.run_dir)
+    if state.stop_reason:
+        logger.warning("{}", _stopped(state))
+        return
+    early = ", stopped early" if state.stopped_early else ""
+    best = f"; best validation epoch {state.best.epoch + 1} ({state.best.value:.4f})" if state.best else ""
+    logger.info("finished after {} epochs, {} steps{}{}", state.epoch, state.step, early, best)
+    board = f", TensorBoard: tensorboard --logdir {run.path}" if config.logging.tensorboard else ""
+    logger.info("curves {}, checkpoints {}{}", run.curves, run.checkpoints, board)
+    if config.data.name.startswith("generated"):
+        logger.warning("these results are on generated images, not on CIFAR")

@@ -1,0 +1,1 @@
+"""One training step, the counters and totals around it, and requests to stop."""

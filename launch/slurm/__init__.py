@@ -1,0 +1,1 @@
+"""`python -m launch.slurm`: submits jobs to Slurm, and decides for the batch scripts."""

@@ -1,0 +1,99 @@
+"""Small training runs for the tests of this folder: a config of seconds, a sink that remembers, a request to stop."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distributed.config import TrainConfig
+from distributed.metrics.records import EpochMetrics, TrainMetrics
+from distributed.run.checkpoint_layout import checkpoints
+from distributed.run.folder import RunFolder
+
+FAST = {"shards": 0}
+"""`exact` for runs in fast mode; left out it is auto, which gives eight shards."""
+
+
+def small_config(run_dir: Path, **settings: Any) -> TrainConfig:
+    """improved_alexnet on a few generated images, every step logged. `data` is laid over the data section."""
+    data = {
+        "name": "generated10",
+        "train_samples": 200,
+        "test_samples": 20,
+        "validation_fraction": 0.0,
+        **settings.pop("data", {}),
+    }
+    values = {
+        "run_dir": run_dir,
+        "epochs": 2,
+        "global_batch_size": 24,
+        "precision": "float32",
+        "device": "cpu",
+        "threads": 1,
+        "timeout_seconds": 30.0,
+        "optim": {"name": "sgd", "lr": 0.01, **settings.pop("optim", {})},
+        "schedule": {"name": "constant"},
+        "checkpoint": {"every_minutes": 0.0, "max_overhead": 1.0, **settings.pop("checkpoint", {})},
+        "logging": {"every_steps": 1, "tensorboard": False, "level": "WARNING"},
+        "data": data,
+    }
+    return TrainConfig.model_validate(values | settings)
+
+
+@dataclass
+class Recorder:
+    """A sink that remembers all it was told."""
+
+    steps: list[TrainMetrics] = field(default_factory=list)
+    epochs: list[EpochMetrics] = field(default_factory=list)
+
+    def train(self, metrics: TrainMetrics) -> None:
+        self.steps.append(metrics)
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        self.epochs.append(metrics)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class StopAfter:
+    """A request to stop that comes after so many steps of this attempt; agreed on, it stops the ranks one step later."""
+
+    steps: int
+    asked: int = 0
+
+    def requested(self) -> str | None:
+        self.asked += 1
+        return "the test" if self.asked >= self.steps else None
+
+
+CLOCK = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
+"""What metrics say of the machine, not of the run."""
+
+
+def without_clock(metrics: TrainMetrics | EpochMetrics | dict[str, Any]) -> dict[str, Any]:
+    told = metrics if isinstance(metrics, dict) else asdict(metrics)
+    return {key: value for key, value in told.items() if key not in CLOCK}
+
+
+def lines(run: RunFolder, kind: str) -> list[dict[str, Any]]:
+    """The run's metrics of one kind, without what the clock and the machine say."""
+    found = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+    return [without_clock(line) for line in found if line["kind"] == kind]
+
+
+def state_of(run: RunFolder) -> dict[str, Any]:
+    """Counters, schedule and sums, as the newest checkpoint has them."""
+    content: dict[str, Any] = json.loads((newest_checkpoint(run.path) / "state.json").read_text())["state"]
+    return content
+
+
+def newest_checkpoint(run_dir: Path) -> Path:
+    return checkpoints(RunFolder(run_dir).checkpoints)[-1]
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
