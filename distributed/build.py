@@ -25,7 +25,7 @@ from distributed.topology import Topology
 from distributed.training.cuda_graph_step import CudaStep
 from distributed.training.state import TrainState
 from distributed.training.steps import train_step
-from distributed.training.totals import RunningSums
+from distributed.training.totals import MetricAccumulator
 
 
 class Step(Protocol):
@@ -59,7 +59,7 @@ def build_data(config: TrainConfig, topology: Topology, device: torch.device) ->
         side=config.model.input_side,
         seed=config.seed,
         global_batch_size=config.global_batch_size,
-        accumulation=config.accumulation,
+        grad_accum_steps=config.grad_accum_steps,
         evaluation_batch_size=config.evaluation.batch_size,
         rank=topology.rank,
         world_size=topology.world_size,
@@ -90,7 +90,7 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
             check_own_gpu(device, "engine.name = deepspeed")
             from distributed.engine.deepspeed import DeepSpeedEngine  # slow to import, as FSDP2 is
 
-            return DeepSpeedEngine(engine, model, accumulation=config.accumulation, **common)
+            return DeepSpeedEngine(engine, model, grad_accum_steps=config.grad_accum_steps, **common)
         if engine.offload_optimizer:
             raise InputError("engine.offload_optimizer = true needs several processes: start more, or leave it out")
         logger.info("engine deepspeed: one process, so there is nothing to be shared out")
@@ -115,7 +115,7 @@ def lanes_on(device: torch.device, *, threads: int) -> int:
     return 1 if device.type == "cuda" else threads
 
 
-def build_step(config: TrainConfig, engine: Engine, sums: RunningSums, device: torch.device) -> Step:
+def build_step(config: TrainConfig, engine: Engine, sums: MetricAccumulator, device: torch.device) -> Step:
     """`train_step` for this engine; on CUDA with its inputs in fixed memory and, on a single GPU, captured."""
     if device.type != "cuda" or (isinstance(config.engine, DeepSpeed) and collectives.world_size() > 1):
         return partial(train_step, engine, loss=config.loss, sums=sums)
@@ -132,7 +132,7 @@ def log_plan(
         return
     for line in as_toml(config).splitlines():
         logger.debug("config: {}", line)
-    micro = -(-config.global_batch_size // config.accumulation)
+    micro = -(-config.global_batch_size // config.grad_accum_steps)
     threads = topology.threads(config.threads)
     logger.info(
         "{} on {}: {:,} training images, {:,} validation, {:,} test; {} steps an epoch, {} epochs",
@@ -143,7 +143,7 @@ def log_plan(
     each = f"{shards} shards, {_spread(shards, topology.world_size)}" if shards else _spread(micro, topology.world_size)
     logger.info(
         "global batch {} = {} micro-batch{} of {}, {} a rank; {} rank{} x {} thread{}, {}, peak lr {:g}",
-        config.global_batch_size, config.accumulation, "es" if config.accumulation > 1 else "", micro, each,
+        config.global_batch_size, config.grad_accum_steps, "es" if config.grad_accum_steps > 1 else "", micro, each,
         topology.world_size, "s" if topology.world_size > 1 else "", threads, "s" if threads > 1 else "",
         config.precision, config.peak_lr,
     )  # fmt: skip

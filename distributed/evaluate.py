@@ -120,8 +120,8 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
         except ValueError as error:
             raise InputError(f"{checkpoint}: {error}; name another with --checkpoint") from None
         confusion = ConfusionSums(data.num_classes, device)
-        flips = config.evaluation.flips
-        totals = evaluate(engine, data, split, flips=flips, device=device, observers=[confusion])
+        flip_tta = config.evaluation.flip_tta
+        totals = evaluate(engine, data, split, flip_tta=flip_tta, device=device, observers=[confusion])
         counts = confusion.read()
     if topology.is_main:
         facts = {"model": config.model.name, "data": config.data.name, "split": split, "checkpoint": checkpoint.name}

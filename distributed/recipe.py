@@ -25,7 +25,7 @@ from distributed.training.determinism import make_deterministic
 from distributed.training.state import TrainState
 from distributed.training.steps import evaluate
 from distributed.training.stop import Never, StepAgreement, StopSource
-from distributed.training.totals import RunningSums
+from distributed.training.totals import MetricAccumulator
 
 
 def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequence[Sink] = ()) -> TrainState:
@@ -87,9 +87,9 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         )
         profiled_steps = config.logging.profile_steps if topology.is_main else 0
         profiler = stack.enter_context(StepProfiler(profiled_steps, attempt.folder.profile, attempt.check_ours))
-        sums = RunningSums(device)
+        sums = MetricAccumulator(device)
         train_step = build_step(config, engine, sums, device)
-        measure = partial(evaluate, engine, data, flips=config.evaluation.flips, device=device)
+        measure = partial(evaluate, engine, data, flip_tta=config.evaluation.flip_tta, device=device)
 
         while state.epoch < config.epochs and not state.stopped_early:
             report.epoch_begins(state)
@@ -122,8 +122,8 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
             test_now = config.evaluation.test_every_epoch or ends
             test = measure("test") if test_now else None
             report.epoch(state, lr=lr, validation=validation, test=test, is_best=is_best)
-            if state.schedule.returns_to_best:
-                checkpoints.return_to_best(engine, state)
+            if state.schedule.restore_best_now:
+                checkpoints.restore_best(engine, state)
             state.epoch_done()
             if checkpoints.save_epoch(engine, state, is_best=is_best, ends=ends):
                 agreement.saved()

@@ -23,7 +23,7 @@ def _mix_(x: Tensor, between: Tensor | int = 0) -> Tensor:
     return x.bitwise_xor_(x >> 16)
 
 
-def words(*parts: int | str) -> tuple[int, int]:
+def key_words(*parts: int | str) -> tuple[int, int]:
     """Two 32-bit words that stand for these parts: the way a seed, an epoch or a name enters the hash."""
     digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
@@ -38,13 +38,13 @@ def sample_keys(ids: Tensor, *, seed: int, epoch: int) -> Tensor:
     Returns:
         int64 [n, 2], each value in [0, 2**32).
     """
-    first, second = words("sample", seed, epoch)
+    first, second = key_words("sample", seed, epoch)
     return torch.stack([_mix_(ids ^ first, second), _mix_(ids ^ second, first)], dim=1)
 
 
 def draws(keys: Tensor, purpose: str) -> Tensor:
     """One number a sample, uniform in [0, 2**32), for one purpose (`crop_y`, `flip`): int64 [n]."""
-    first, second = words(purpose)
+    first, second = key_words(purpose)
     return _mix_(keys[:, 0] ^ first, keys[:, 1] ^ second)
 
 
@@ -60,14 +60,14 @@ def unit(keys: Tensor, purpose: str) -> Tensor:
 
 def unit_of_each(keys: Tensor, purposes: tuple[str, ...]) -> Tensor:
     """`unit` for several purposes in one batch of operations: float64 [len(purposes), n]."""
-    first, second = _words_of_each(purposes, keys.device)
+    first, second = _key_words_of_each(purposes, keys.device)
     return (_mix_(keys[:, 0] ^ first, keys[:, 1] ^ second).to(torch.float64) + 0.5) * 2.0**-32
 
 
 @lru_cache
-def _words_of_each(purposes: tuple[str, ...], device: torch.device) -> Tensor:
+def _key_words_of_each(purposes: tuple[str, ...], device: torch.device) -> Tensor:
     """The words of purposes, int64 [2, len(purposes), 1]. Cached: copying them to a GPU in each step would wait for it."""
-    return torch.tensor([words(purpose) for purpose in purposes], dtype=torch.int64).T[:, :, None].to(device)
+    return torch.tensor([key_words(purpose) for purpose in purposes], dtype=torch.int64).T[:, :, None].to(device)
 
 
 def permutation(count: int, *, seed: int, epoch: int, device: torch.device | None = None) -> Tensor:
@@ -77,9 +77,9 @@ def permutation(count: int, *, seed: int, epoch: int, device: torch.device | Non
     return torch.argsort((first << 31) | (second >> 1), stable=True)
 
 
-def unit_words(name: str, count: int) -> Tensor:
+def unit_keys(name: str, count: int) -> Tensor:
     """One word for every two units of a layer, for `dropped`: int64 [ceil(count / 2)]."""
-    first, second = words("units", name)
+    first, second = key_words("units", name)
     return _mix_(torch.arange((count + 1) // 2) ^ first, second)
 
 

@@ -83,7 +83,7 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
     from distributed.config import TrainConfig
     from distributed.topology import Topology
     from distributed.training.steps import train_step
-    from distributed.training.totals import RunningSums
+    from distributed.training.totals import MetricAccumulator
 
     data_settings = {"name": "generated10", "train_samples": IMAGES * STEPS, "test_samples": 10}
     config = TrainConfig.model_validate(
@@ -101,7 +101,7 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
         _forget_peak()
         before = _resident("VmRSS")
         engine: Any = build_engine(config, topology, data, device)
-        sums, step = RunningSums(device), engine.step
+        sums, step = MetricAccumulator(device), engine.step
         held = {"tensors": 0.0}
 
         def looked_at(lr: float, *, step_number: int) -> Any:

@@ -95,7 +95,7 @@ class Checkpointer:
             self._uploads.offer()
         return content
 
-    def return_to_best(self, engine: Engine, state: TrainState) -> None:
+    def restore_best(self, engine: Engine, state: TrainState) -> None:
         """Put the best epoch's weights and buffers in place, the optimizer as at the start; a collective.
 
         Raises:

@@ -12,26 +12,26 @@ from distributed.comm.shared_memory import SharedMemory, Signals, open_shared_me
 _ROW_BYTES = 64 * 1024
 
 
-class RowGather(Protocol):
+class AllGather(Protocol):
     """Called by all ranks with rows of one length and dtype; returns all of them, [world_size, length], in order of rank."""
 
     def __call__(self, row: Tensor) -> Tensor: ...
 
 
-def gather_by_process_group(row: Tensor) -> Tensor:
+def process_group_all_gather(row: Tensor) -> Tensor:
     """A `RowGather` over the default process group, for any device and any hosts."""
     rows = row.new_empty(dist.get_world_size() * len(row))
     collectives.all_gather(rows, row)
     return rows.view(-1, len(row))
 
 
-def open_row_gather(device: torch.device, *, timeout_seconds: float) -> RowGather:
+def open_all_gather(device: torch.device, *, timeout_seconds: float) -> AllGather:
     """The fastest `RowGather` for these ranks; a collective."""
-    memory = open_shared_memory(SharedMemoryGather.size(), device)
-    return SharedMemoryGather(memory, timeout_seconds=timeout_seconds) if memory else gather_by_process_group
+    memory = open_shared_memory(SharedMemoryAllGather.size(), device)
+    return SharedMemoryAllGather(memory, timeout_seconds=timeout_seconds) if memory else process_group_all_gather
 
 
-class SharedMemoryGather:
+class SharedMemoryAllGather:
     """A `RowGather` through memory that all ranks see.
 
     Each rank has a slot for its row and a count of the rows it has written, twice: odd and even exchanges take turns.
@@ -52,7 +52,7 @@ class SharedMemoryGather:
     def __call__(self, row: Tensor) -> Tensor:
         length = row.numel() * row.element_size()
         if length > _ROW_BYTES:
-            return gather_by_process_group(row)
+            return process_group_all_gather(row)
         self._exchange += 1
         turn = self._exchange % 2
         slots = self._rows[turn, :, :length]

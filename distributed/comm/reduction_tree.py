@@ -27,12 +27,12 @@ class Node(NamedTuple):
         return Node(self.first & ~self.size, 2 * self.size)
 
 
-def leaves_of(rank: int, world_size: int, leaves: int) -> range:
+def shard_range(rank: int, world_size: int, leaves: int) -> range:
     """The leaves that a rank holds: a run of them, none for nobody while world_size <= leaves."""
     return range(rank * leaves // world_size, (rank + 1) * leaves // world_size)
 
 
-def largest_nodes(held: range) -> list[Node]:
+def covering_subtrees(held: range) -> list[Node]:
     """The fewest subtrees that make up a run of leaves: one where an aligned power of two is held, a few otherwise."""
     nodes, first = [], held.start
     while first < held.stop:
@@ -44,7 +44,7 @@ def largest_nodes(held: range) -> list[Node]:
     return nodes
 
 
-def root_of(sums: Mapping[Node, Tensor]) -> Tensor:
+def reduce_to_root(sums: Mapping[Node, Tensor]) -> Tensor:
     """The whole tree's sum from the sums of subtrees that make it up."""
     waiting = dict(sums)
     while len(waiting) > 1:

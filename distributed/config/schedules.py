@@ -33,7 +33,7 @@ class Plateau(Section):
     min_delta: float = setting(0.0, "an improvement must exceed this (accuracy as a fraction of 1)", ge=0)
     cooldown: int = setting(0, "epochs after a drop that do not count as bad", ge=0)
     max_drops: int | None = setting(3, "drops at the most; none: no limit", ge=0)
-    return_to_best: bool = setting(
+    restore_best_on_drop: bool = setting(
         False, "at a drop, go back to the best epoch's weights and batch-norm statistics, momentum zero"
     )
 

@@ -15,7 +15,7 @@ class Model(Section):
     name: Literal["alexnet", "improved_alexnet", "cifar_alexnet", "cifar_alexnet_bn"] = setting(
         "improved_alexnet", "the network"
     )
-    initial_weights: Literal["torch", "he"] = setting(
+    init: Literal["torch", "he"] = setting(
         "torch", "torch: uniform up to 1 / sqrt(fan_in), biases too; he: up to sqrt(6 / fan_in), biases zero, for "
         "networks without batch norm"
     )  # fmt: skip
@@ -35,7 +35,7 @@ class _Optim(Section):
     )
     lr_base_batch: int | None = setting(None, "global batch at which lr holds; only with lr_scaling", gt=0)
     decay_norm_and_bias: bool = setting(False, "apply weight_decay to biases and batch norm's weights too")
-    clip_norm: float | None = setting(None, "scale the gradient down to this L2 norm where it is larger", gt=0)
+    max_grad_norm: float | None = setting(None, "scale the gradient down to this L2 norm where it is larger", gt=0)
     ema_decay: float | None = setting(
         None, "evaluate a moving average of the weights with this decay, as .999; none: the weights", gt=0, lt=1
     )
@@ -79,7 +79,7 @@ class Exact(Section):
 
 class Evaluation(Section):
     batch_size: int = setting(1000, "images a forward pass, over all ranks", gt=0)
-    flips: bool = setting(False, "add the logits of each image and of its mirror image")
+    flip_tta: bool = setting(False, "add the logits of each image and of its mirror image")
     test_every_epoch: bool = operational(True, "evaluate the test split each epoch, for its curve; it never steers")
 
 

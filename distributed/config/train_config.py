@@ -31,7 +31,7 @@ ScheduleSection = Annotated[Constant | Cosine | OneCycle | Plateau, Field(discri
 
 
 class TrainConfig(Section):
-    """Everything that defines a run. The curve depends on `global_batch_size` and `accumulation`, not on the ranks."""
+    """Everything that defines a run. The curve depends on `global_batch_size` and `grad_accum_steps`, not on the ranks."""
 
     run_dir: AnyPath = operational(
         Path("runs/default"), "folder of the run; runs/<config name or model-data> if not given"
@@ -39,7 +39,7 @@ class TrainConfig(Section):
     seed: int = setting(0, "key of initial weights, order, augmentation and dropout", ge=0, lt=2**63)
     epochs: int = setting(10, "passes over the training images", gt=0)
     global_batch_size: int = setting(128, "images a step, over all ranks and micro-batches", gt=0)
-    accumulation: int = setting(1, "micro-batches a step; batch norm sees one of them at a time", gt=0)
+    grad_accum_steps: int = setting(1, "micro-batches a step; batch norm sees one of them at a time", gt=0)
     precision: Literal["float32", "tf32", "bfloat16", "float16", "float64"] = setting(
         "bfloat16", "of the forward and backward pass; weights and batch norm's statistics stay float32 with bfloat16 and "
         "float16 (autocast); float16's loss is scaled, and steps where a gradient overflows are skipped; tf32: float32 "
@@ -77,7 +77,7 @@ class TrainConfig(Section):
             return self.exact.shards
         if device_type != "cpu" or self.compile or self.engine.name == "deepspeed" or self.compression:
             return 0
-        return 1 << min(8, self.global_batch_size // self.accumulation).bit_length() - 1
+        return 1 << min(8, self.global_batch_size // self.grad_accum_steps).bit_length() - 1
 
     def check_world_size(self, world_size: int, device_type: str) -> None:
         """Raises InputError where there are more processes than shards."""
@@ -120,16 +120,16 @@ def _conflicts(config: TrainConfig) -> list[str]:
     found = _device_conflicts(config) + config.data.conflicts()
     found += config.engine.conflicts(config.exact.shards, config.precision)
     optim, schedule, shards = config.optim, config.schedule, config.exact.shards
-    micro_batch = config.global_batch_size // config.accumulation
+    micro_batch = config.global_batch_size // config.grad_accum_steps
     if isinstance(shards, int) and shards > max(1, micro_batch):
         found.append(
             f"exact.shards = {shards} is more than the {micro_batch} images of a micro-batch: lower it, or raise "
             "global_batch_size"
         )
-    if config.accumulation > config.global_batch_size:
+    if config.grad_accum_steps > config.global_batch_size:
         found.append(
-            f"accumulation = {config.accumulation} is more than global_batch_size = {config.global_batch_size}: "
-            "a micro-batch needs at least one image; lower accumulation"
+            f"grad_accum_steps = {config.grad_accum_steps} is more than global_batch_size = {config.global_batch_size}: "
+            "a micro-batch needs at least one image; lower grad_accum_steps"
         )
     if config.compile and shards not in ("auto", 0):
         found.append(
@@ -140,9 +140,9 @@ def _conflicts(config: TrainConfig) -> list[str]:
         found.append(
             f"compile = true cannot go with engine.name = {config.engine.name}: set engine.name = ddp, or leave it out"
         )
-    if isinstance(schedule, Plateau) and schedule.return_to_best and config.best_by != schedule.metric:
+    if isinstance(schedule, Plateau) and schedule.restore_best_on_drop and config.best_by != schedule.metric:
         found.append(
-            f"schedule.return_to_best needs the best epoch by {schedule.metric}, and checkpoint.best_by = "
+            f"schedule.restore_best_on_drop needs the best epoch by {schedule.metric}, and checkpoint.best_by = "
             f"{config.checkpoint.best_by}: set checkpoint.best_by = {schedule.metric}"
         )
     if isinstance(optim, Sgd) and optim.nesterov and not optim.momentum:

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distributed import rng
-from distributed.comm.reduction_tree import leaves_of
+from distributed.comm.reduction_tree import shard_range
 from distributed.config.data import AnyData
 from distributed.data.augment import augment, cut_out
 from distributed.data.batch import Batch, Mixed
 from distributed.data.mixup import mix
 from distributed.data.parts import MicroBatch, Part, ids_of, partners_of, wanted
-from distributed.data.residency import Held, place
+from distributed.data.residency import ResidentSplit, place
 from distributed.data.sources import cifar
 from distributed.data.sources.read import read
 from distributed.data.split import validation_mask
@@ -47,7 +47,7 @@ class DataPipeline:
         side: int,
         seed: int,
         global_batch_size: int,
-        accumulation: int,
+        grad_accum_steps: int,
         evaluation_batch_size: int,
         rank: int,
         world_size: int,
@@ -57,19 +57,19 @@ class DataPipeline:
         channels_last: bool,
     ) -> None:
         self.config, self.seed = config, seed
-        self.global_batch_size, self.accumulation = global_batch_size, accumulation
+        self.global_batch_size, self.grad_accum_steps = global_batch_size, grad_accum_steps
         self.evaluation_batch_size = evaluation_batch_size
-        self.shards, self.own_shards = shards, leaves_of(rank, world_size, shards)
+        self.shards, self.own_shards = shards, shard_range(rank, world_size, shards)
         self.device, self.dtype = device, dtype
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.class_names, train, test, self._identities = read(config, side)
         # Launching the augmentation kernels takes longer than the GPU needs to augment thousands of images.
-        images_of_one = max(1, global_batch_size // accumulation * len(self.own_shards) // shards)
+        images_of_one = max(1, global_batch_size // grad_accum_steps * len(self.own_shards) // shards)
         most = _BYTES_AT_ONCE // (train.images[:1].nbytes * images_of_one)
         self.augmented_at_once = max(1, most) if device.type == "cuda" else 1
         self._placement = place(config.placement, train.images.nbytes + test.images.nbytes, device)
         held_out = validation_mask(train.labels, fraction=config.validation_fraction, seed=config.split_seed)
-        self._splits: dict[str, Held] = {
+        self._splits: dict[str, ResidentSplit] = {
             **self._hold(train, train=np.flatnonzero(~held_out), validation=np.flatnonzero(held_out)),
             **self._hold(test, test=np.arange(len(test.labels))),
         }
@@ -148,8 +148,8 @@ class DataPipeline:
             chosen = order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
             count = len(chosen)
             slices = [
-                chosen[j * count // self.accumulation : (j + 1) * count // self.accumulation]
-                for j in range(self.accumulation)
+                chosen[j * count // self.grad_accum_steps : (j + 1) * count // self.grad_accum_steps]
+                for j in range(self.grad_accum_steps)
             ]
             yield [self._part(s) for s in slices if len(s)], count
 
@@ -183,7 +183,9 @@ class DataPipeline:
                 sizes,
             )
 
-    def _augmented(self, held: Held, images: Tensor, block: list[MicroBatch], *, epoch: int) -> Iterator[Batch]:
+    def _augmented(
+        self, held: ResidentSplit, images: Tensor, block: list[MicroBatch], *, epoch: int
+    ) -> Iterator[Batch]:
         """The batches of a run of micro-batches. images: those of `wanted(block)`."""
         ids, partners = ids_of(block), partners_of(block)
         keys = rng.sample_keys(torch.cat([ids, partners]), seed=self.seed, epoch=epoch)
@@ -219,14 +221,15 @@ class DataPipeline:
         cuts = [shard * count // self.shards for shard in range(own.start, own.stop + 1)]
         return chosen[cuts[0] : cuts[-1]], tuple(end - start for start, end in pairwise(cuts))
 
-    def _hold(self, source: cifar.Images, **splits: NDArray[np.int64]) -> dict[str, Held]:
+    def _hold(self, source: cifar.Images, **splits: NDArray[np.int64]) -> dict[str, ResidentSplit]:
         """The source where it is to lie, once, and the ids of each split that is cut from it."""
         ahead = self._placement == "host"
         images = torch.from_numpy(source.images)
         images = images if ahead else images.to(self.device)
         labels = torch.from_numpy(source.labels.astype(np.int64)).to(self.device)
         return {
-            split: Held(images, labels, torch.from_numpy(ids).to(self.device), ahead) for split, ids in splits.items()
+            split: ResidentSplit(images, labels, torch.from_numpy(ids).to(self.device), ahead)
+            for split, ids in splits.items()
         }
 
 

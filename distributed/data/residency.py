@@ -14,7 +14,7 @@ Placement = Literal["auto", "device", "host"]
 
 
 @dataclass(frozen=True)
-class Held:
+class ResidentSplit:
     """A split's images and labels; those of several splits may be cut from the same memory.
 
     images: uint8 [all, h, w, 3] of the file, on the device or, where `ahead`, in host memory, from which a batch is

@@ -11,12 +11,12 @@ from loguru import logger
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed.comm.all_gather import open_row_gather
+from distributed.comm.all_gather import open_all_gather
 from distributed.comm.collectives import world_size
 from distributed.config.engines import Ddp
 from distributed.config.sections import AdamW, Sgd
 from distributed.data.batch import Batch
-from distributed.engine.model_state import Weights, autocast, cast
+from distributed.engine.model_state import ModelState, autocast, cast
 from distributed.engine.powersgd import PREFIX, PowerSgd
 from distributed.engine.protocol import Loss, Outcome
 from distributed.models.fused_batch_norm import synchronize_batch_norm
@@ -79,12 +79,12 @@ class DdpEngine:
         self.device, self.precision = device, precision
         model = cast(model, precision=precision, channels_last=channels_last, device=device)
         if world_size() > 1:
-            model = synchronize_batch_norm(model, open_row_gather(device, timeout_seconds=timeout_seconds))
+            model = synchronize_batch_norm(model, open_all_gather(device, timeout_seconds=timeout_seconds))
         if compile:
             model.compile()  # in place: names stay as they are
         self._plain = model
         self.model: nn.Module = model
-        self.weights = Weights(optim, model, precision=precision)
+        self.weights = ModelState(optim, model, precision=precision)
         self._sums = BucketSums(torch.bfloat16 if config.compression == "bfloat16" else None)
         self._powersgd: PowerSgd | None = None
         self._untold = world_size() > 1

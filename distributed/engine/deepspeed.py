@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distributed.comm.all_gather import open_row_gather
+from distributed.comm.all_gather import open_all_gather
 from distributed.comm.collectives import rank, world_size
 from distributed.config.engines import DeepSpeed
 from distributed.config.sections import AdamW, Sgd
 from distributed.data.batch import Batch
 from distributed.engine.model_state import cast
 from distributed.engine.protocol import Loss, Outcome
-from distributed.engine.sharding import Held, Run, Whole, load
+from distributed.engine.sharding import FlatShard, LocalTensor, Replicated, load
 from distributed.errors import InputError
 from distributed.models.fused_batch_norm import synchronize_batch_norm
-from distributed.optim.optimizer import WeightAverage, decay_groups, first_state
+from distributed.optim.optimizer import WeightEMA, decay_groups, first_state
 
 
 class DeepSpeedEngine:
@@ -51,7 +51,7 @@ class DeepSpeedEngine:
         precision: str,
         channels_last: bool,
         device: torch.device,
-        accumulation: int,
+        grad_accum_steps: int,
         timeout_seconds: float,
     ) -> None:
         for name in ("overlap_comm", "offload_optimizer"):
@@ -61,15 +61,15 @@ class DeepSpeedEngine:
         # DeepSpeed flattens parameters in the order of their indices, so they keep no other layout.
         self.model = cast(model, precision=precision, channels_last=False, device=device)
         if world_size() > 1:
-            self.model = synchronize_batch_norm(self.model, open_row_gather(device, timeout_seconds=timeout_seconds))
+            self.model = synchronize_batch_norm(self.model, open_all_gather(device, timeout_seconds=timeout_seconds))
         self._parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         shapes = {name: p.shape for name, p in self._parameters.items()}  # at stage 3 parameters lose theirs
-        settings = _settings(config, self.model, optim=optim, precision=precision, accumulation=accumulation)
+        settings = _settings(config, self.model, optim=optim, precision=precision, grad_accum_steps=grad_accum_steps)
         self._deepspeed = _initialize(self.model, _optimizer(optim, self._parameters), settings, device)
         self._own = self._weights(shapes)
         self._kept = self._optimizer_state(optim, shapes)
         live = {name: held.part for name, held in self._own.items()}
-        self._average = WeightAverage(live, decay=optim.ema_decay) if optim.ema_decay else None
+        self._average = WeightEMA(live, decay=optim.ema_decay) if optim.ema_decay else None
 
     def predict(self, batch: Batch) -> Tensor:
         with torch.no_grad():
@@ -117,34 +117,38 @@ class DeepSpeedEngine:
         if self.stage == 3:
             self._deepspeed.empty_partition_cache()
 
-    def _held(self) -> dict[str, Held]:
+    def _held(self) -> dict[str, LocalTensor]:
         found = {f"model.{name}": held for name, held in self._own.items()}
         found |= {f"optimizer.{name}": held for name, held in self._kept.items()}
         averages = self._average.tensors if self._average else {}
-        return found | {f"ema.{name}": Held(part, self._own[name].place) for name, part in averages.items()}
+        return found | {f"ema.{name}": LocalTensor(part, self._own[name].place) for name, part in averages.items()}
 
-    def _weights(self, shapes: Mapping[str, torch.Size]) -> dict[str, Held]:
+    def _weights(self, shapes: Mapping[str, torch.Size]) -> dict[str, LocalTensor]:
         """What the model computes with."""
-        found = {name: Held(tensor, Whole(tensor.shape)) for name, tensor in self.model.state_dict().items()}
+        found = {
+            name: LocalTensor(tensor, Replicated(tensor.shape)) for name, tensor in self.model.state_dict().items()
+        }
         if self.stage == 3:
             parameters: dict[str, Any] = self._parameters
             found |= {name: _own_run(p.ds_tensor.detach(), shapes[name]) for name, p in parameters.items()}
         return found
 
-    def _optimizer_state(self, config: Sgd | AdamW, shapes: Mapping[str, torch.Size]) -> dict[str, Held]:
+    def _optimizer_state(self, config: Sgd | AdamW, shapes: Mapping[str, torch.Size]) -> dict[str, LocalTensor]:
         """What the optimizer keeps, by `PARAMETER.KEY`: runs of flat tensors that many parameters share."""
-        optimizer, found = self._deepspeed.basic_optimizer, dict[str, Held]()
+        optimizer, found = self._deepspeed.basic_optimizer, dict[str, LocalTensor]()
         for name, parameter in self._parameters.items():
             flat, piece = self._piece(parameter, shapes[name])
             for key, tensor in optimizer.state.setdefault(flat, first_state(config, flat)).items():
-                found[f"{name}.{key}"] = piece(tensor) if tensor.dim() else Held(tensor, Whole(tensor.shape))
+                found[f"{name}.{key}"] = (
+                    piece(tensor) if tensor.dim() else LocalTensor(tensor, Replicated(tensor.shape))
+                )
         return found
 
     def _piece(self, parameter: Any, shape: torch.Size) -> tuple[Tensor, Any]:
         """(the tensor that the optimizer updates for this parameter, how this parameter's part is found in such a one)"""
         zero = self._deepspeed.optimizer
         if not self.stage:
-            return parameter, lambda tensor: Held(tensor, Whole(shape))
+            return parameter, lambda tensor: LocalTensor(tensor, Replicated(shape))
         if self.stage == 3:
             group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
             return zero.fp32_partitioned_groups_flat[group], lambda flat: _own_run(
@@ -153,17 +157,17 @@ class DeepSpeedEngine:
         group = next(i for i, own in enumerate(zero.bit16_groups) if any(p is parameter for p in own))
         flat, mapping = zero.single_partition_of_fp32_groups[group], parameter._hp_mapping
         if mapping is None:  # all of it is other ranks'
-            return flat, lambda tensor: Held(tensor[:0], Run(shape, 0, 0))
+            return flat, lambda tensor: LocalTensor(tensor[:0], FlatShard(shape, 0, 0))
         there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
-        place = Run(shape, here.start, here.numel)
-        return flat, lambda tensor: Held(tensor[there.start : there.start + there.numel], place)
+        place = FlatShard(shape, here.start, here.numel)
+        return flat, lambda tensor: LocalTensor(tensor[there.start : there.start + there.numel], place)
 
 
-def _own_run(padded: Tensor, shape: torch.Size) -> Held:
+def _own_run(padded: Tensor, shape: torch.Size) -> LocalTensor:
     """Of as many equal runs as there are ranks; what of them goes over the end is no part of the tensor."""
     start = min(rank() * padded.numel(), shape.numel())
     length = min(padded.numel(), shape.numel() - start)
-    return Held(padded.view(-1)[:length], Run(shape, start, length))
+    return LocalTensor(padded.view(-1)[:length], FlatShard(shape, start, length))
 
 
 def _optimizer(config: Sgd | AdamW, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -180,7 +184,7 @@ def _optimizer(config: Sgd | AdamW, parameters: Mapping[str, nn.Parameter]) -> t
 
 
 def _settings(
-    config: DeepSpeed, model: nn.Module, *, optim: Sgd | AdamW, precision: str, accumulation: int
+    config: DeepSpeed, model: nn.Module, *, optim: Sgd | AdamW, precision: str, grad_accum_steps: int
 ) -> dict[str, Any]:
     """DeepSpeed's own config. It ignores keys that it does not know, so nothing of the user's goes in unchecked."""
     sizes = [p.numel() for p in model.parameters()]
@@ -205,8 +209,8 @@ def _settings(
         zero |= {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
     return {
         "train_micro_batch_size_per_gpu": 1,  # of its own arithmetic, which is not used
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": optim.clip_norm or 0.0,
+        "gradient_accumulation_steps": grad_accum_steps,
+        "gradient_clipping": optim.max_grad_norm or 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,

@@ -11,20 +11,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from distributed.comm.all_gather import open_row_gather
+from distributed.comm.all_gather import open_all_gather
 from distributed.comm.collectives import world_size
 from distributed.config.engines import Ddp, Fsdp
 from distributed.config.sections import AdamW, Sgd
 from distributed.data.batch import Batch
-from distributed.engine.exact_layout import OwnBlocks, WholeBlocks
-from distributed.engine.model_state import Layout, Weights, autocast, cast, low_type
+from distributed.engine.exact_layout import BlockReplicatedLayout, BlockShardedLayout
+from distributed.engine.model_state import Layout, ModelState, autocast, cast, low_type
 from distributed.engine.protocol import Loss, Outcome
 from distributed.exact.batch_norm import Cut, CuttingBatchNorm, backward
-from distributed.exact.bucket_reduce import ExchangeOpener
-from distributed.exact.gather_statistics import ShardRows
-from distributed.exact.gradient_reducer import TreeReduction
+from distributed.exact.bucket_reduce import BucketReduceOpener
+from distributed.exact.gather_statistics import StatisticsGather
+from distributed.exact.gradient_reducer import GradientReducer
 from distributed.exact.replicas import Replicas
-from distributed.exact.shard_executor import Lanes
+from distributed.exact.shard_executor import ShardExecutor
 from distributed.exact.sharded_weights import ShardedWeights
 from distributed.exact.supported import check_exact
 from distributed.models.sync_batch_norm import convert_batch_norm
@@ -58,24 +58,24 @@ class ExactEngine:
         self.device, self.precision = device, precision
         check_exact(model)
         self._plain = cast(model, precision=precision, channels_last=channels_last, device=device)
-        gather = open_row_gather(device, timeout_seconds=timeout_seconds) if world_size() > 1 else None
+        gather = open_all_gather(device, timeout_seconds=timeout_seconds) if world_size() > 1 else None
         parameters = [p for p in self._plain.parameters() if p.requires_grad]
         low = low_type(precision)
         self._sharded: ShardedWeights | None = None
         if isinstance(config, Fsdp) and world_size() > 1:
             reshard = config.reshard_after_forward
             self._sharded = ShardedWeights(self._plain, shards=shards, low=low, reshard_after_forward=reshard)
-        self._reduction = TreeReduction(
+        self._reduction = GradientReducer(
             parameters,
             shards=shards,
             bucket_bytes=config.bucket_mib * 2**20 if isinstance(config, Ddp) else 2**20,
-            open_exchange=ExchangeOpener(timeout_seconds=timeout_seconds),
+            open_exchange=BucketReduceOpener(timeout_seconds=timeout_seconds),
             parts=list(self._sharded.parts.values()) if self._sharded else None,
         )
         own = self._reduction.own
-        rows = ShardRows(gather, shards=shards)
+        rows = StatisticsGather(gather, shards=shards)
         # Weights are gathered on the first shard's stream; the other streams would not wait for it.
-        self._lanes = Lanes(
+        self._lanes = ShardExecutor(
             len(own), lanes=lanes, gather=partial(_meet, self._reduction, rows), device=device,
             side_by_side=self._sharded is None,
         )  # fmt: skip
@@ -92,10 +92,10 @@ class ExactEngine:
             if self._sharded:
                 self._sharded.attach(replica, len(own))
         self.model: nn.Module = self._replicas.models
-        layout: Layout = WholeBlocks(self._plain, shards=shards)
+        layout: Layout = BlockReplicatedLayout(self._plain, shards=shards)
         if self._sharded:
-            layout = OwnBlocks(self._sharded, self._plain, shards=shards)
-        self.weights = Weights(optim, self._plain, precision=precision, layout=layout)
+            layout = BlockShardedLayout(self._sharded, self._plain, shards=shards)
+        self.weights = ModelState(optim, self._plain, precision=precision, layout=layout)
         # What runs on the whole part of a rank must not depend on its threads either.
         torch.set_num_threads(1)
 
@@ -157,13 +157,13 @@ class ExactEngine:
         self.weights.load(tensors)
 
 
-def _meet(reduction: TreeReduction, rows: ShardRows, own: list[Tensor]) -> Tensor:
+def _meet(reduction: GradientReducer, rows: StatisticsGather, own: list[Tensor]) -> Tensor:
     """Barrier of all shards: starts the exchange of full gradient buckets, then gathers the rows."""
     reduction.send_full()
     return rows(own)
 
 
-def _hand_over(reduction: TreeReduction, shard: int, index: int, parameter: Tensor) -> None:
+def _hand_over(reduction: GradientReducer, shard: int, index: int, parameter: Tensor) -> None:
     gradient, parameter.grad = parameter.grad, None
     assert gradient is not None
     reduction.take(shard, index, gradient)

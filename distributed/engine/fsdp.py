@@ -14,14 +14,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from distributed.comm.all_gather import open_row_gather
+from distributed.comm.all_gather import open_all_gather
 from distributed.comm.collectives import world_size
 from distributed.config.engines import Fsdp
 from distributed.config.sections import AdamW, Sgd
 from distributed.data.batch import Batch
-from distributed.engine.model_state import Weights, autocast, cast, low_type
+from distributed.engine.model_state import ModelState, autocast, cast, low_type
 from distributed.engine.protocol import Loss, Outcome
-from distributed.engine.sharding import Held, Whole
+from distributed.engine.sharding import LocalTensor, Replicated
 from distributed.models.fused_batch_norm import synchronize_batch_norm
 
 
@@ -48,7 +48,7 @@ class FsdpEngine:
         self.device, self.precision = device, precision
         # FSDP2 takes no parameters that are not contiguous, whatever the images' layout.
         model = cast(model, precision=precision, channels_last=False, device=device)
-        model = synchronize_batch_norm(model, open_row_gather(device, timeout_seconds=timeout_seconds))
+        model = synchronize_batch_norm(model, open_all_gather(device, timeout_seconds=timeout_seconds))
         mesh = init_device_mesh(device.type, (world_size(),))
         # What autocast would cast once a use is cast before it is sent; gradients are summed in float32 all the same.
         low = low_type(precision)
@@ -61,7 +61,7 @@ class FsdpEngine:
             # The plain sum over ranks: each rank's loss is its part of the mean already.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-        self.weights = Weights(optim, model, precision=precision, layout=Sharded())
+        self.weights = ModelState(optim, model, precision=precision, layout=Sharded())
 
     def predict(self, batch: Batch) -> Tensor:
         with torch.no_grad(), autocast(self.device, self.precision):
@@ -98,10 +98,10 @@ class FsdpEngine:
 class Sharded:
     """A `Layout`: parameters are cut into runs of rows, buffers are whole."""
 
-    def held(self, name: str, tensor: Tensor) -> Held:
+    def held(self, name: str, tensor: Tensor) -> LocalTensor:
         if isinstance(tensor, DTensor):
-            return Held(tensor.to_local().detach(), Rows(tensor))
-        return Held(tensor, Whole(tensor.shape))
+            return LocalTensor(tensor.to_local().detach(), Rows(tensor))
+        return LocalTensor(tensor, Replicated(tensor.shape))
 
     def gradient(self, name: str, parameter: Tensor) -> Tensor:
         assert isinstance(parameter.grad, DTensor)

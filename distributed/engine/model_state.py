@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from distributed.config.sections import AdamW, Sgd
-from distributed.engine.sharding import Held, Whole, load
+from distributed.engine.sharding import LocalTensor, Replicated, load
 from distributed.optim import loss_scale
 from distributed.optim.loss_scale import LossScale
-from distributed.optim.optimizer import Optimizer, WeightAverage
+from distributed.optim.optimizer import Optimizer, WeightEMA
 
 
 def cast(model: nn.Module, *, precision: str, channels_last: bool, device: torch.device) -> nn.Module:
@@ -35,7 +35,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
 class Layout(Protocol):
     """How tensors of a model lie on the ranks."""
 
-    def held(self, name: str, tensor: Tensor) -> Held:
+    def held(self, name: str, tensor: Tensor) -> LocalTensor:
         """This rank's part of the parameter or buffer of this name: the same memory, a plain tensor."""
         ...
 
@@ -48,11 +48,11 @@ class Layout(Protocol):
         ...
 
 
-class Replicated:
+class ReplicatedLayout:
     """Every rank has everything."""
 
-    def held(self, name: str, tensor: Tensor) -> Held:
-        return Held(tensor, Whole(tensor.shape))
+    def held(self, name: str, tensor: Tensor) -> LocalTensor:
+        return LocalTensor(tensor, Replicated(tensor.shape))
 
     def gradient(self, name: str, parameter: Tensor) -> Tensor:
         assert parameter.grad is not None
@@ -62,14 +62,14 @@ class Replicated:
         return torch.nn.utils.get_total_norm(gradients)
 
 
-class Weights:
+class ModelState:
     """A model's weights with all that learning keeps of them: the optimizer's tensors, the moving average, and in float16
     the scale of the loss."""
 
     def __init__(
         self, config: Sgd | AdamW, model: nn.Module, *, precision: str = "float32", layout: Layout | None = None
     ) -> None:
-        self.model, self.clip_norm, self.layout = model, config.clip_norm, layout or Replicated()
+        self.model, self.max_grad_norm, self.layout = model, config.max_grad_norm, layout or ReplicatedLayout()
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._own = {name: self.layout.held(name, tensor) for name, tensor in model.state_dict().items()}
         # The parameters themselves where they are whole: gradients come into `.grad` of those.
@@ -77,7 +77,7 @@ class Weights:
         self.optimizer = Optimizer(config, list(parts.values()), dims=[p.dim() for p in self._parameters.values()])
         self._kept = {name: self.optimizer.state.get(part, {}) for name, part in parts.items()}
         live = {name: held.part for name, held in self._own.items()}
-        self.average = WeightAverage(live, decay=config.ema_decay) if config.ema_decay else None
+        self.average = WeightEMA(live, decay=config.ema_decay) if config.ema_decay else None
         self._scale = LossScale(next(model.parameters()).device) if precision == "float16" else None
 
     def scaled(self, loss: Tensor) -> Tensor:
@@ -100,8 +100,8 @@ class Weights:
             norm = torch.where(overflow != 0, torch.inf, norm)
             factor = 1 / self._scale.scale
             self._scale.update(overflow)
-        if self.clip_norm is not None:
-            clip = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        if self.max_grad_norm is not None:
+            clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
             factor = clip if factor is None else factor * clip
         if factor is not None:
             # Not in place, nor by the optimizer, which would be: these may lie in memory that all ranks share.
@@ -135,15 +135,15 @@ class Weights:
             yield name, place.whole(part)
         yield from self._scale.state() if self._scale else ()
 
-    def held(self) -> dict[str, Held]:
+    def held(self) -> dict[str, LocalTensor]:
         """This rank's parts of all that, by canonical name."""
         found = {f"model.{name}": held for name, held in self._own.items()}
         for name, kept in self._kept.items():
             for key, part in kept.items():
-                place = self._own[name].place if part.dim() else Whole(part.shape)
-                found[f"optimizer.{name}.{key}"] = Held(part, place)
+                place = self._own[name].place if part.dim() else Replicated(part.shape)
+                found[f"optimizer.{name}.{key}"] = LocalTensor(part, place)
         for name, part in self.average.tensors.items() if self.average else ():
-            found[f"ema.{name}"] = Held(part, self._own[name].place)
+            found[f"ema.{name}"] = LocalTensor(part, self._own[name].place)
         return found
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:

@@ -24,14 +24,14 @@ class Placement(Protocol):
         ...
 
 
-class Held(NamedTuple):
+class LocalTensor(NamedTuple):
     """A tensor of this rank, a plain one, and what it is a part of."""
 
     part: Tensor
     place: Placement
 
 
-class Whole:
+class Replicated:
     """On every rank alike."""
 
     def __init__(self, shape: torch.Size) -> None:
@@ -44,7 +44,7 @@ class Whole:
         return whole
 
 
-class Run:
+class FlatShard:
     """A run of the tensor's numbers, in the order of its indices, that begins at `start`; no number on two ranks."""
 
     def __init__(self, shape: torch.Size, start: int, length: int) -> None:
@@ -69,7 +69,7 @@ FOREIGN = {
 
 
 @torch.no_grad()
-def load(held: Mapping[str, Held], tensors: Mapping[str, Tensor], *, apart: str = "") -> None:
+def load(held: Mapping[str, LocalTensor], tensors: Mapping[str, Tensor], *, apart: str = "") -> None:
     """Copy whole tensors in. What the optimizer keeps and is not given becomes zero and averages become the weights, as
     at the start. What only another engine or precision goes on from is left out, and told.
 

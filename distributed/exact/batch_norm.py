@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from distributed.models.sync_batch_norm import Exchange, Statistics, SyncBatchNorm, gradients
+from distributed.models.sync_batch_norm import BucketReduce, Statistics, SyncBatchNorm, gradients
 
 
 class _Seed(torch.autograd.Function):
@@ -52,7 +52,7 @@ class CuttingBatchNorm(SyncBatchNorm):
     cuts: list[Cut]
 
     @classmethod
-    def cutting(cls, layer: nn.modules.batchnorm._BatchNorm, exchange: Exchange, cuts: list[Cut]) -> Self:
+    def cutting(cls, layer: nn.modules.batchnorm._BatchNorm, exchange: BucketReduce, cuts: list[Cut]) -> Self:
         """In place of `layer`, with its parameters and buffers."""
         made = cls.of(layer, exchange)
         made.cuts = cuts

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from distributed.comm.collectives import rank, world_size
-from distributed.exact.partition import ALIGNED, Blocks
+from distributed.exact.partition import ALIGNED, BlockPartition
 
 
-class Arrangement(Protocol):
+class BucketLayout(Protocol):
     length: int
     chunks: list[slice]
     """What each rank sums up to the root."""
@@ -18,14 +18,14 @@ class Arrangement(Protocol):
     def put(self, flat: Tensor, index: int, gradient: Tensor) -> None:
         """Write the gradient of parameter `index` into its place."""
 
-    def put_sum(self, flat: Tensor, index: int, a: Tensor, b: Tensor) -> None:
+    def write_sum(self, flat: Tensor, index: int, a: Tensor, b: Tensor) -> None:
         """Write a + b there; a may be used up."""
 
     def gradients(self, total: Tensor) -> Mapping[int, Tensor]:
         """What the optimizer of this rank is given, by the parameters' indices: parts of the sums' memory."""
 
 
-class SideBySide:
+class ReplicatedBucket:
     """Whole gradients, each in its parameter's memory layout; every rank is given all.
 
     Each begins at a multiple of `ALIGNED` numbers, as in `ByRank`: CUDA's norms take another path where memory is not aligned.
@@ -41,7 +41,7 @@ class SideBySide:
     def put(self, flat: Tensor, index: int, gradient: Tensor) -> None:
         self._views(flat)[index].copy_(gradient)
 
-    def put_sum(self, flat: Tensor, index: int, a: Tensor, b: Tensor) -> None:
+    def write_sum(self, flat: Tensor, index: int, a: Tensor, b: Tensor) -> None:
         add(a, b, self._views(flat)[index])
 
     def gradients(self, total: Tensor) -> Mapping[int, Tensor]:
@@ -58,10 +58,10 @@ class SideBySide:
         return self._seen[flat.data_ptr()]
 
 
-class ByRank:
+class ShardedBucket:
     """First all that is rank 0's of each gradient, then all of rank 1, and so on; a rank is given what is its own."""
 
-    def __init__(self, blocks: Mapping[int, Blocks]) -> None:
+    def __init__(self, blocks: Mapping[int, BlockPartition]) -> None:
         self._blocks = blocks
         self._places: list[dict[int, slice]] = []
         self.chunks: list[slice] = []
@@ -82,7 +82,7 @@ class ByRank:
         for places, run in zip(self._places, cut.runs, strict=True):
             flat[places[index]] = numbers[run]
 
-    def put_sum(self, flat: Tensor, index: int, a: Tensor, b: Tensor) -> None:
+    def write_sum(self, flat: Tensor, index: int, a: Tensor, b: Tensor) -> None:
         self.put(flat, index, add(a, b, a if a.dtype == flat.dtype else torch.empty_like(a, dtype=flat.dtype)))
 
     def gradients(self, total: Tensor) -> Mapping[int, Tensor]:

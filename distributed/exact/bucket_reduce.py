@@ -8,31 +8,31 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distributed.comm.collectives import all_gather, rank, world_size
-from distributed.comm.reduction_tree import Node, root_of
+from distributed.comm.reduction_tree import Node, reduce_to_root
 from distributed.comm.shared_memory import SharedMemory, Signals, open_shared_memory, tensor_in
-from distributed.exact.bucket_layout import Arrangement, ByRank
-from distributed.exact.gradient_reducer import Exchange, Nodes
+from distributed.exact.bucket_layout import BucketLayout, ShardedBucket
+from distributed.exact.gradient_reducer import BucketReduce, Nodes
 
 _WRITTEN, _REDUCED = range(2)
 
 
-class ExchangeOpener:
+class BucketReduceOpener:
     """Opens the fastest exchange for these ranks; called by all ranks alike."""
 
     def __init__(self, *, timeout_seconds: float) -> None:
         self._timeout = timeout_seconds
 
-    def __call__(self, nodes: Nodes, lie: Arrangement, like: Tensor) -> Exchange:
+    def __call__(self, nodes: Nodes, lie: BucketLayout, like: Tensor) -> BucketReduce:
         if world_size() == 1:
-            return Alone(lie.length, like)
-        if not isinstance(lie, ByRank):
-            memory = open_shared_memory(ThroughMemory.size(nodes, lie.length, like), like.device)
+            return LocalReduce(lie.length, like)
+        if not isinstance(lie, ShardedBucket):
+            memory = open_shared_memory(SharedMemoryReduce.size(nodes, lie.length, like), like.device)
             if memory is not None:
-                return ThroughMemory(memory, nodes, lie, like, timeout_seconds=self._timeout)
-        return (Scattered if isinstance(lie, ByRank) else OverGroup)(nodes, lie, like)
+                return SharedMemoryReduce(memory, nodes, lie, like, timeout_seconds=self._timeout)
+        return (ReduceScatter if isinstance(lie, ShardedBucket) else AllReduce)(nodes, lie, like)
 
 
-class Alone:
+class LocalReduce:
     """A single process: its one subtree is the tree."""
 
     def __init__(self, length: int, like: Tensor) -> None:
@@ -52,11 +52,11 @@ class Alone:
         pass
 
 
-class ThroughMemory:
+class SharedMemoryReduce:
     """Every rank writes its sums where all see them, adds up its chunk of everybody's, and writes that there too."""
 
     def __init__(
-        self, memory: SharedMemory, nodes: Nodes, lie: Arrangement, like: Tensor, *, timeout_seconds: float
+        self, memory: SharedMemory, nodes: Nodes, lie: BucketLayout, like: Tensor, *, timeout_seconds: float
     ) -> None:
         length, self._chunk = lie.length, lie.chunks[rank()]
         self._signals = Signals(memory, 0, kinds=2, timeout_seconds=timeout_seconds)
@@ -85,7 +85,7 @@ class ThroughMemory:
 
     def reduce(self, *, first: bool) -> None:
         self._signals.wait(_WRITTEN, self._exchange)
-        _take_in(self.total[self._chunk], root_of(self._of_nodes), first=first)
+        _take_in(self.total[self._chunk], reduce_to_root(self._of_nodes), first=first)
         self._signals.give(_REDUCED, self._exchange)
 
     def complete(self, *, last: bool) -> None:
@@ -93,7 +93,7 @@ class ThroughMemory:
         self._signals.wait(_REDUCED, self._exchange)
 
 
-class Scattered:
+class ReduceScatter:
     """All-to-all of chunks, while the backward pass goes on; each rank keeps the total of its own. What is not kept takes
     memory only from the first gradient of a bucket to the last.
 
@@ -103,7 +103,7 @@ class Scattered:
 
     _keeps_sums = False
 
-    def __init__(self, nodes: Nodes, lie: Arrangement, like: Tensor) -> None:
+    def __init__(self, nodes: Nodes, lie: BucketLayout, like: Tensor) -> None:
         self._like = like
         # What comes in when every rank hands over the sum of its n-th subtree, if it has so many.
         self._incoming = [
@@ -132,7 +132,7 @@ class Scattered:
     def reduce(self, *, first: bool) -> None:
         for work in self._works:
             work.wait()
-        _take_in(self._own_total(), root_of(self._received), first=first)
+        _take_in(self._own_total(), reduce_to_root(self._received), first=first)
         self._received, self._works = {}, []
 
     def complete(self, *, last: bool) -> None:
@@ -162,7 +162,7 @@ class Scattered:
             self._received.update(zip([node for _, node in senders], chunks, strict=True))
 
 
-class OverGroup(Scattered):
+class AllReduce(ReduceScatter):
     """After a step's last micro-step an all-gather as well: every rank has the whole total.
 
     Keeps its sums: shards write to them from streams that do not wait for each other, and gradients are views of them.

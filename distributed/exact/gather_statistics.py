@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from distributed.comm.collectives import world_size
-from distributed.comm.reduction_tree import leaves_of
+from distributed.comm.reduction_tree import shard_range
 
 
-class ShardRows:
+class StatisticsGather:
     """Called with a row of each of this rank's shards; returns those of all, [shards, len(row)]; a collective.
 
     Args:
@@ -17,7 +17,7 @@ class ShardRows:
     """
 
     def __init__(self, gather: Callable[[Tensor], Tensor] | None, *, shards: int) -> None:
-        held = [leaves_of(rank, world_size(), shards) for rank in range(world_size())]
+        held = [shard_range(rank, world_size(), shards) for rank in range(world_size())]
         self._gather = gather
         # Every rank sends as many rows as the one that holds most; what is too much is dropped here.
         self._most = max(map(len, held))

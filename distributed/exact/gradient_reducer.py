@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from distributed.comm.collectives import rank, world_size
-from distributed.comm.reduction_tree import Node, largest_nodes, leaves_of
-from distributed.exact.bucket_layout import Arrangement, ByRank, SideBySide, add, buckets_of
-from distributed.exact.partition import Blocks
+from distributed.comm.reduction_tree import Node, covering_subtrees, shard_range
+from distributed.exact.bucket_layout import BucketLayout, ReplicatedBucket, ShardedBucket, add, buckets_of
+from distributed.exact.partition import BlockPartition
 
 _FIRST_BUCKET_BYTES = 2**20  # small, so that the exchange begins early, as in DistributedDataParallel
 
 
-class Exchange(Protocol):
+class BucketReduce(Protocol):
     """A flat run of numbers on its way from each rank's sums over some subtrees to the root's, on all ranks alike.
 
     Calls come in this order, a micro-step: `send` once `sums` are written, `reduce`, and `complete` after the last.
@@ -47,7 +47,7 @@ Nodes = list[list[Node]]
 """The subtrees that each rank adds up by itself."""
 
 
-class TreeReduction:
+class GradientReducer:
     """The sum over `shards` shards of the gradients of some parameters; collective, all ranks alike.
 
     Args:
@@ -63,12 +63,12 @@ class TreeReduction:
         *,
         shards: int,
         bucket_bytes: int,
-        open_exchange: Callable[[Nodes, Arrangement, Tensor], Exchange],
+        open_exchange: Callable[[Nodes, BucketLayout, Tensor], BucketReduce],
         parts: Sequence[Tensor] | None = None,
     ) -> None:
         self.parameters = parts or parameters
-        held = [leaves_of(r, world_size(), shards) for r in range(world_size())]
-        nodes = [largest_nodes(leaves) for leaves in held]
+        held = [shard_range(r, world_size(), shards) for r in range(world_size())]
+        nodes = [covering_subtrees(leaves) for leaves in held]
         self.own = held[rank()]
         self._dtype = parameters[0].dtype
         self._slots = {node: slot for slot, node in enumerate(nodes[rank()])}
@@ -76,9 +76,9 @@ class TreeReduction:
         self._partial: dict[tuple[int, Node], tuple[Tensor, torch.cuda.Event | None]] = {}
         self._buckets = []
         for chosen in buckets_of(parameters, bucket_bytes, first_bucket_bytes=_FIRST_BUCKET_BYTES):
-            lie: Arrangement = SideBySide({index: parameters[index] for index in chosen})
+            lie: BucketLayout = ReplicatedBucket({index: parameters[index] for index in chosen})
             if parts:
-                lie = ByRank({index: Blocks(parameters[index], shards=shards) for index in chosen})
+                lie = ShardedBucket({index: BlockPartition(parameters[index], shards=shards) for index in chosen})
             exchange = open_exchange(nodes, lie, parameters[0])
             self._buckets.append(_Bucket(chosen, lie, exchange, expected=len(chosen) * len(nodes[rank()])))
         self._bucket_of = {index: bucket for bucket in self._buckets for index in bucket.chosen}
@@ -109,7 +109,7 @@ class TreeReduction:
                 torch.cuda.current_stream().wait_event(written)
             node = node.parent
             if node in self._slots:
-                bucket.lie.put_sum(bucket.exchange.sums(self._slots[node]), index, total, other)
+                bucket.lie.write_sum(bucket.exchange.sums(self._slots[node]), index, total, other)
             else:
                 own = total if total.dtype == self._dtype else torch.empty_like(total, dtype=self._dtype)
                 total = add(total, other, own)
@@ -158,8 +158,8 @@ class _Bucket:
     """Some parameters' gradients; `missing` counts those of this rank's subtrees that have not come yet."""
 
     chosen: list[int]
-    lie: Arrangement
-    exchange: Exchange
+    lie: BucketLayout
+    exchange: BucketReduce
     expected: int
 
     def __post_init__(self) -> None:

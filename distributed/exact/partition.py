@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from distributed.comm.collectives import all_gather, rank, world_size
-from distributed.comm.reduction_tree import leaves_of
+from distributed.comm.reduction_tree import shard_range
 
 ALIGNED = 16
 """Every block but a tensor's last is a multiple of this: vector instructions and their leftovers fall on the same numbers."""
 
 
-class Blocks:
+class BlockPartition:
     """How a tensor is cut: its numbers in the order of memory, in `shards` blocks, of which a rank holds a run.
 
     Has what `engine.placement.Placement` asks for.
@@ -22,7 +22,7 @@ class Blocks:
     def __init__(self, like: Tensor, *, shards: int) -> None:
         self.shape, self.stride, self.numel = like.shape, like.stride(), like.numel()
         self.length = -(-self.numel // (shards * ALIGNED)) * ALIGNED
-        held = [leaves_of(r, world_size(), shards) for r in range(world_size())]
+        held = [shard_range(r, world_size(), shards) for r in range(world_size())]
         self.runs = [slice(*(min(block * self.length, self.numel) for block in (own.start, own.stop))) for own in held]
         self.most = max(map(len, held)) * self.length
         self.own = self.runs[rank()]
@@ -45,7 +45,7 @@ class Blocks:
         return whole.as_strided((self.numel,), (1,))
 
 
-def squares_of_blocks(parts: Sequence[Tensor], blocks: Sequence[Blocks], *, shards: int, first: int) -> Tensor:
+def squares_of_blocks(parts: Sequence[Tensor], blocks: Sequence[BlockPartition], *, shards: int, first: int) -> Tensor:
     """The squared L2 norm of each block, [tensors, shards]; zero where it is not here.
 
     Args:

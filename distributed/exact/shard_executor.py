@@ -15,7 +15,7 @@ import greenlet
 import torch
 from torch import Tensor
 
-from distributed.comm.reduction_tree import leaves_of
+from distributed.comm.reduction_tree import shard_range
 from distributed.exact.streams import ShardStreams
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ Gather = Callable[[list[Tensor]], Tensor]
 """Takes a row of each shard of this rank, returns those of all shards of all ranks: [shards, len(row)]."""
 
 
-class Lanes:
+class ShardExecutor:
     """Runs the shards of this rank; the calling thread is one of the lanes.
 
     Args:
@@ -38,7 +38,7 @@ class Lanes:
         lanes = min(lanes, shards)
         self._streams = ShardStreams(shards if side_by_side and lanes == 1 else 0, device)
         self._gather, self._device = gather, device
-        self._carried = [leaves_of(lane, lanes, shards) for lane in range(lanes)]
+        self._carried = [shard_range(lane, lanes, shards) for lane in range(lanes)]
         self._helpers = ThreadPoolExecutor(max(1, lanes - 1), "lane", prepare_thread, (device,))
         self._rows: list[Tensor] = [torch.empty(0)] * shards
         self._combine: Callable[[Tensor], Any] | None = None

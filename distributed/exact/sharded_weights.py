@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed.comm.collectives import all_gather, world_size
-from distributed.exact.partition import Blocks
+from distributed.exact.partition import BlockPartition
 from distributed.exact.replicas import LAYERS
 
 
@@ -29,7 +29,7 @@ class ShardedWeights:
     def __init__(self, model: nn.Module, *, shards: int, low: torch.dtype | None, reshard_after_forward: bool) -> None:
         self._reshard = reshard_after_forward
         self._lock = threading.Lock()
-        self.blocks = {name: Blocks(p, shards=shards) for name, p in model.named_parameters()}
+        self.blocks = {name: BlockPartition(p, shards=shards) for name, p in model.named_parameters()}
         self.parts = {name: self.blocks[name].cut(p.detach()).clone() for name, p in model.named_parameters()}
         self.computed: dict[int, Tensor] = {}
         """What a parameter, by its id, is computed with: memory that is there while its layer is gathered."""

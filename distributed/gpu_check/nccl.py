@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distributed.build import build_data
-from distributed.comm.all_gather import gather_by_process_group
+from distributed.comm.all_gather import process_group_all_gather
 from distributed.comm.collectives import all_gather
 from distributed.comm.process_group import choose_device, process_group
 from distributed.config import TrainConfig, load
@@ -33,7 +33,7 @@ from distributed.process import logs
 from distributed.recipe import train
 from distributed.topology import Topology
 from distributed.training.steps import train_step
-from distributed.training.totals import RunningSums
+from distributed.training.totals import MetricAccumulator
 
 _SECONDS = 36.0
 
@@ -82,7 +82,7 @@ def _group(checks: Checks) -> None:
         figures["backend"] = str(backend)
         assert ("nccl" in figures["backend"]) == checks.is_cuda, figures["backend"]
         row = torch.arange(7.0, device=checks.device)
-        assert torch.equal(gather_by_process_group(row), row[None])
+        assert torch.equal(process_group_all_gather(row), row[None])
         number = torch.tensor([3], device=checks.device)
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
         received: list[Any] = [None]
@@ -135,7 +135,7 @@ def _engines(checks: Checks, precision: str) -> None:
 
 def _losses(engine: Engine, data: DataPipeline, config: TrainConfig) -> list[float]:
     """Loss of each step of an epoch."""
-    sums, found = RunningSums(data.device), list[float]()
+    sums, found = MetricAccumulator(data.device), list[float]()
     for step, batches in enumerate(data.train_epoch(0)):
         train_step(engine, batches, loss=config.loss, lr=0.01, step=step, sums=sums)
         found.append(sums.read().mean_loss)
@@ -150,7 +150,7 @@ def _wrapped_by_ddp(checks: Checks) -> None:
 
     def gradients(*, low: torch.dtype | None, wrapped: bool) -> tuple[list[Tensor], int]:
         model = build_model(config.model, num_classes=data.num_classes, seed=config.seed).to(checks.device)
-        model = convert_batch_norm(model, partial(SyncBatchNorm.of, exchange=by_ranks(gather_by_process_group)))
+        model = convert_batch_norm(model, partial(SyncBatchNorm.of, exchange=by_ranks(process_group_all_gather)))
         sums = BucketSums(low)
         called: nn.Module = model
         if wrapped:

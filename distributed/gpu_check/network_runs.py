@@ -20,7 +20,7 @@ from distributed.engine.ddp import DdpEngine
 from distributed.engine.protocol import Engine
 from distributed.models import alexnet
 from distributed.topology import Topology
-from distributed.training.totals import RunningSums
+from distributed.training.totals import MetricAccumulator
 
 STEPS = 2
 _LR = {"sgd": 0.02, "adamw": 1e-3}
@@ -86,7 +86,7 @@ class Run:
     def steps(self, count: int = STEPS) -> Steps:
         """Take the first steps of an epoch from the first weights, images and totals included; read nothing before the end."""
         self.engine.load_state(self._start)
-        sums = [RunningSums(self.device) for _ in range(count)]
+        sums = [MetricAccumulator(self.device) for _ in range(count)]
         norms = []
         for step, batches in enumerate(islice(self.data.train_epoch(0), count)):
             norms.append(self._take(batches, step, sums[step]))
@@ -95,14 +95,14 @@ class Run:
     def waits(self) -> list[str]:
         """Each line of code at which the host waited for the device in a step; none on a CPU."""
         self.engine.load_state(self._start)
-        sums = RunningSums(self.device)
+        sums = MetricAccumulator(self.device)
         batches = self.data.train_epoch(0)
         with _waits(self.device) as lines:
             for step, micro_batches in enumerate(islice(batches, STEPS)):
                 self._take(micro_batches, step, sums)
         return lines
 
-    def _take(self, micro_batches: list[Batch], step: int, sums: RunningSums) -> Tensor:
+    def _take(self, micro_batches: list[Batch], step: int, sums: MetricAccumulator) -> Tensor:
         """One step as in a run on this device, but not captured."""
         config = self.config.model_copy(update={"cuda_graphs": False})
         lr = _LR[config.optim.name]

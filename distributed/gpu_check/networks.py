@@ -19,7 +19,7 @@ _BOUNDS = {"float64": (1e-9, 1e-8), "float32": (5e-6, 1e-3), "bfloat16": (1e-2, 
 """Relative errors of the first step's loss and of its gradient's norm; ten times as much in the second step."""
 _EVERYTHING = (
     "--data.augment.mixup", "0.4", "--data.augment.cutmix", "1", "--data.augment.cutout", "8",
-    "--loss.label_smoothing", "0.1", "--optim.name", "adamw", "--optim.clip_norm", "0.5", "--optim.ema_decay", "0.99",
+    "--loss.label_smoothing", "0.1", "--optim.name", "adamw", "--optim.max_grad_norm", "0.5", "--optim.ema_decay", "0.99",
 )  # fmt: skip
 _CPU = torch.device("cpu")
 

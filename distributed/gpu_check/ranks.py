@@ -30,7 +30,7 @@ class _Case(NamedTuple):
 
 FLOAT64 = _Case("fast-float64", (1, 2, 4), {"exact__shards": 0, "precision": "float64"})
 FLOAT16 = _Case("fast-float16", (2,), {"exact__shards": 0, "precision": "float16"})
-BFLOAT16 = _Case("exact-bfloat16", (1, 2, 4), {**_EXACT, "accumulation": 2})
+BFLOAT16 = _Case("exact-bfloat16", (1, 2, 4), {**_EXACT, "grad_accum_steps": 2})
 FLOAT32 = _Case("exact-float32", (1, 2, 4), _CLIPPED)
 FSDP = _Case("exact-float32-fsdp", (2,), {**_CLIPPED, "engine__name": "fsdp"})
 _CASES = (BFLOAT16, FLOAT32, FSDP, FLOAT64, FLOAT16)

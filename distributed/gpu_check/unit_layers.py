@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from distributed import rng
 from distributed.exact.batch_norm import Cut, CuttingBatchNorm, backward
-from distributed.exact.shard_executor import Lanes
+from distributed.exact.shard_executor import ShardExecutor
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.differences import error, same_bits, unlike
 from distributed.models import alexnet
@@ -119,7 +119,7 @@ def _state(layer: nn.Module) -> dict[str, Tensor]:
 
 def _by_shards(layer: nn.BatchNorm2d, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Exact mode's batch norm over shards of this batch; weights, their gradients and statistics are the layer's."""
-    lanes = Lanes(len(_SHARDS), lanes=1, gather=torch.stack, device=x.device)
+    lanes = ShardExecutor(len(_SHARDS), lanes=1, gather=torch.stack, device=x.device)
     cuts: list[list[Cut]] = [[] for _ in _SHARDS]
     xs, grads = (torch.split(tensor, list(_SHARDS)) for tensor in (x, grad))
 

@@ -7,7 +7,7 @@ from distributed.config.sections import AdamW, Sgd
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.differences import error, unlike
 from distributed.optim.loss_scale import GOOD_STEPS, PREFIX, LossScale
-from distributed.optim.optimizer import Optimizer, WeightAverage
+from distributed.optim.optimizer import Optimizer, WeightEMA
 
 _SHAPES = ((64, 32, 3, 3), (65,), (70, 33), ())
 _OPTIMIZERS: dict[str, Sgd | AdamW] = {
@@ -74,7 +74,7 @@ def _average(checks: Checks) -> None:
         outcomes = []
         for device, dtype in ((checks.device, torch.float32), (torch.device("cpu"), torch.float64)):
             live = {str(index): tensor for index, tensor in enumerate(_tensors(0, device, dtype))}
-            average = WeightAverage(live, decay=0.9)
+            average = WeightEMA(live, decay=0.9)
             for step, skip in enumerate((None, 0.0, 1.0, None)):
                 for tensor, newer in zip(live.values(), _tensors(step + 1, device, dtype), strict=True):
                     tensor.copy_(newer)

@@ -13,7 +13,7 @@ from distributed.gpu_check import unit_layers, unit_updates
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.differences import error, same_bits, unlike
 from distributed.training.determinism import make_deterministic
-from distributed.training.totals import RunningSums, Totals
+from distributed.training.totals import MetricAccumulator, Totals
 
 _CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ def _images(checks: Checks) -> tuple[Tensor, Tensor]:
 
 def _draws(count: int, device: torch.device) -> dict[str, Tensor]:
     keys = rng.sample_keys(torch.arange(count, device=device), seed=2**40 + 5, epoch=7)
-    units = rng.unit_words("dropout1", 513).to(device)
+    units = rng.unit_keys("dropout1", 513).to(device)
     return {
         "sample_keys": keys,
         "draws": rng.draws(keys, "flip"),
@@ -100,7 +100,7 @@ def _pipeline(checks: Checks, device: torch.device, placement: str) -> DataPipel
         {"train_samples": samples, "test_samples": samples // 2, "placement": placement, "augment": augmentation}
     )
     return DataPipeline(
-        config, side=32, seed=5, global_batch_size=48, accumulation=2, evaluation_batch_size=70, rank=0, world_size=1,
+        config, side=32, seed=5, global_batch_size=48, grad_accum_steps=2, evaluation_batch_size=70, rank=0, world_size=1,
         shards=4, device=device, dtype=torch.float32, channels_last=True,
     )  # fmt: skip
 
@@ -149,7 +149,7 @@ def _outcomes(count: int, *, ties: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _read(device: torch.device, *batches: tuple[Tensor, Tensor, Tensor]) -> Totals:
-    sums = RunningSums(device)
+    sums = MetricAccumulator(device)
     for step, batch in enumerate(batches):
         losses, logits, labels = (tensor.to(device) for tensor in batch)
         sums.add(losses, logits, labels, step=step)

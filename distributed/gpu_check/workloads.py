@@ -16,7 +16,7 @@ from distributed.gpu_check import runs
 from distributed.models import alexnet
 from distributed.optim.optimizer import Optimizer
 from distributed.topology import Topology
-from distributed.training.totals import RunningSums
+from distributed.training.totals import MetricAccumulator
 
 LR = 1e-3
 
@@ -40,7 +40,7 @@ class Training:
         self.config, _ = load(runs.arguments(Path("unused"), device, **(values | settings)))
         self.data = build_data(self.config, Topology(), device)
         self.engine = build_engine(self.config, Topology(), self.data, device)
-        self.sums = RunningSums(device)
+        self.sums = MetricAccumulator(device)
         self._take = build_step(self.config, self.engine, self.sums, device)
         self.done = 0
         self._batches = self._endless()

@@ -13,7 +13,7 @@ from distributed.models import alexnet
 def build_model(config: Model, *, num_classes: int, seed: int) -> nn.Module:
     """The network named by the config, in float32 on the CPU, the same bits for the same seed anywhere."""
     model: nn.Module = getattr(alexnet, config.name)(num_classes, config.dropout)
-    initialize(model, seed=seed, how=config.initial_weights)
+    initialize(model, seed=seed, how=config.init)
     return model
 
 

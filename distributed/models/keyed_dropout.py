@@ -21,7 +21,7 @@ class KeyedDropout(nn.Module):
         self.features = features
         self.threshold = min(65535, round(p * 65536))
         self.scale = 65536 / (65536 - self.threshold)
-        self.register_buffer("units", rng.unit_words(name, features), persistent=False)
+        self.register_buffer("units", rng.unit_keys(name, features), persistent=False)
 
     def kept(self, sample_keys: Tensor) -> Tensor:
         """The mask of kept units: bool [n, features], from keys int64 [n, 2]."""

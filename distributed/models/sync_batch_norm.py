@@ -16,13 +16,13 @@ from distributed.comm.reduction_tree import tree_sum
 T = TypeVar("T")
 
 
-class Exchange(Protocol):
+class BucketReduce(Protocol):
     """Called by every shard of the batch with its row; returns `combine` of all rows [shards, len(row)], to each alike."""
 
     def __call__(self, row: Tensor, combine: Callable[[Tensor], T]) -> T: ...
 
 
-def by_ranks(gather: Callable[[Tensor], Tensor]) -> Exchange:
+def by_ranks(gather: Callable[[Tensor], Tensor]) -> BucketReduce:
     """The exchange where each rank is one shard, from a gather of every rank's row in order of rank."""
 
     def exchange(row: Tensor, combine: Callable[[Tensor], T]) -> T:
@@ -63,7 +63,7 @@ def _combined(rows: Tensor) -> Statistics:
 
 
 def gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, statistics: Statistics, eps: float, exchange: Exchange
+    grad: Tensor, x: Tensor, weight: Tensor, statistics: Statistics, eps: float, exchange: BucketReduce
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A shard's gradients of x [n, channels, ...], of weight and of bias, from that of its result; meets all other shards.
 
@@ -119,10 +119,10 @@ class SyncBatchNorm(nn.modules.batchnorm._NormBase):
     Gradients of weight and bias are this shard's sums: adding them up over shards is the engine's part, as for any weight.
     """
 
-    exchange: Exchange
+    exchange: BucketReduce
 
     @classmethod
-    def of(cls, layer: nn.modules.batchnorm._BatchNorm, exchange: Exchange) -> Self:
+    def of(cls, layer: nn.modules.batchnorm._BatchNorm, exchange: BucketReduce) -> Self:
         """The synchronized layer with the same parameters and buffers (the very tensors).
 
         Raises:

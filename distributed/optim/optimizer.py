@@ -85,7 +85,7 @@ def first_state(config: Sgd | AdamW, parameter: Tensor) -> dict[str, Tensor]:
     return {"momentum_buffer": torch.zeros_like(parameter)} if config.momentum else {}
 
 
-class WeightAverage:
+class WeightEMA:
     """Exponential moving average of a model's weights and of its batch norm's statistics.
 
     Args:

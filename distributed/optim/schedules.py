@@ -16,7 +16,7 @@ Metric = Literal["accuracy", "loss"]
 class Schedule(Protocol):
     """lr(step): the learning rate of a step, counted from 0 over the whole run."""
 
-    returns_to_best: bool
+    restore_best_now: bool
     """Whether what was observed last sends the run back to its best weights."""
 
     def lr(self, step: int) -> float: ...
@@ -31,7 +31,7 @@ class Schedule(Protocol):
 
 
 class _Stateless:
-    returns_to_best = False
+    restore_best_now = False
 
     def observe(self, metrics: dict[Metric, float]) -> str | None:
         return None
@@ -131,17 +131,17 @@ class Plateau:
     patience: Patience
     cooldown: int = 0
     max_drops: int | None = None
-    return_to_best: bool = False
+    restore_best_on_drop: bool = False
     drops: int = 0
     cooldown_left: int = 0
-    returns_to_best: bool = False
+    restore_best_now: bool = False
 
     def lr(self, step: int) -> float:
         return self.peak * self.factor**self.drops
 
     def observe(self, metrics: dict[Metric, float]) -> str | None:
         value, watch = metrics[self.patience.metric], self.patience
-        self.returns_to_best = False
+        self.restore_best_now = False
         if watch.improved(value):
             self.cooldown_left = max(0, self.cooldown_left - 1)
             return None
@@ -158,7 +158,7 @@ class Plateau:
         old = self.lr(0)
         self.drops += 1
         watch.bad_epochs, self.cooldown_left = 0, self.cooldown
-        self.returns_to_best = self.return_to_best
+        self.restore_best_now = self.restore_best_on_drop
         drop = f"drop {self.drops}" + (f" of {self.max_drops}" if self.max_drops is not None else "")
         return said + f": lr {old:.3g} -> {self.lr(0):.3g} ({drop})"
 
@@ -212,7 +212,7 @@ def build_schedule(config: TrainConfig, *, steps_per_epoch: int) -> Schedule:
         rising = max(1, round(section.warmup_fraction * total))
         return OneCycle(peak, total, rising, peak * section.start_factor, peak * section.final_factor)
     patience = Patience(section.metric, section.patience, section.min_delta)
-    return Plateau(peak, section.factor, patience, section.cooldown, section.max_drops, section.return_to_best)
+    return Plateau(peak, section.factor, patience, section.cooldown, section.max_drops, section.restore_best_on_drop)
 
 
 def build_early_stopping(section: schedules.EarlyStopping | None) -> EarlyStopping | None:

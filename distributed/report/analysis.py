@@ -102,8 +102,10 @@ class Checked:
         except ValueError as error:
             raise InputError(f"{checkpoint}: {error}") from None
         confusion, worst = ConfusionSums(self.data.num_classes, self.device), _Worst(mistakes)
-        flips = self.config.evaluation.flips
-        totals = evaluate(engine, self.data, "test", flips=flips, device=self.device, observers=[confusion, worst])
+        flip_tta = self.config.evaluation.flip_tta
+        totals = evaluate(
+            engine, self.data, "test", flip_tta=flip_tta, device=self.device, observers=[confusion, worst]
+        )
         names, normalization = classes_of(content, self.config), normalization_of(content) or self.normalization
         found = [
             Mistake(as_png(image, normalization), names[true], names[predicted], probability)

@@ -14,7 +14,7 @@ from distributed.config.sections import Loss
 from distributed.data.batch import Batch, Mixed
 from distributed.engine.protocol import Engine
 from distributed.training.steps import train_step
-from distributed.training.totals import RunningSums
+from distributed.training.totals import MetricAccumulator
 
 _STEPS_BEFORE = 2
 """Eager steps per shape before capture, in which libraries choose kernels and allocate workspaces."""
@@ -27,7 +27,9 @@ class CudaStep:
         capture: whether to capture steps and replay them; they must not contain collectives.
     """
 
-    def __init__(self, engine: Engine, sums: RunningSums, *, loss: Loss, device: torch.device, capture: bool) -> None:
+    def __init__(
+        self, engine: Engine, sums: MetricAccumulator, *, loss: Loss, device: torch.device, capture: bool
+    ) -> None:
         self._engine, self._sums, self._loss, self._capture = engine, sums, loss, capture
         # Always a tensor: CUDA's optimizers compute in double with a Python number, in float32 with a tensor.
         self._lr = torch.zeros((), device=device)

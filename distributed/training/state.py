@@ -52,7 +52,7 @@ class TrainState:
             wider = "" if self.precision in ("float32", "float64") else ", or use precision = float32"
             raise NotFiniteError(
                 f"the loss was not finite at step {totals.first_bad_step + 1}: "  # counted from 1, as in the log
-                f"lower optim.lr, or set optim.clip_norm{wider}; no checkpoint holds it"
+                f"lower optim.lr, or set optim.max_grad_norm{wider}; no checkpoint holds it"
             )
         self.window += totals
 

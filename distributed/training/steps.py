@@ -13,7 +13,7 @@ from distributed.data.batch import Batch
 from distributed.data.pipeline import DataPipeline, Split
 from distributed.engine.protocol import Engine, Outcome
 from distributed.errors import NotFiniteError
-from distributed.training.totals import RunningSums, Totals
+from distributed.training.totals import MetricAccumulator, Totals
 
 
 def train_step(
@@ -23,7 +23,7 @@ def train_step(
     loss: sections.Loss,
     lr: float | Tensor,
     step: int | Tensor,
-    sums: RunningSums,
+    sums: MetricAccumulator,
 ) -> Tensor:
     """One optimizer step over this rank's shards of the global batch; the gradient's norm, a scalar on the device.
 
@@ -54,32 +54,32 @@ def evaluate(
     data: DataPipeline,
     split: Split,
     *,
-    flips: bool,
+    flip_tta: bool,
     device: torch.device,
     observers: Sequence[Callable[[Tensor, Batch], None]] = (),
 ) -> Totals:
     """Loss, top-1 and top-5 over a split, each image counted once, on all ranks together.
 
     Args:
-        flips: take the mean of each image's logits and those of its mirror image.
+        flip_tta: take the mean of each image's logits and those of its mirror image.
         observers: each is called with the logits [n, classes] of every batch of this rank, and the batch.
 
     Raises:
         NotFiniteError: the loss is infinite or no number.
         RuntimeError: the count over all ranks is not the size of the split.
     """
-    sums = RunningSums(device)
+    sums = MetricAccumulator(device)
     with engine.evaluating():
         for batch in data.evaluation(split):
             logits = _wide(engine.predict(batch))
-            if flips:
+            if flip_tta:
                 logits = (logits + _wide(engine.predict(replace(batch, images=batch.images.flip(3))))) / 2
             sums.add(F.cross_entropy(logits, batch.labels, reduction="none"), logits, batch.labels)
             for observe in observers:
                 observe(logits, batch)
     totals = sums.read()
     if totals.first_bad_step is not None:
-        raise NotFiniteError(f"the {split} loss is not finite: lower optim.lr, or set optim.clip_norm")
+        raise NotFiniteError(f"the {split} loss is not finite: lower optim.lr, or set optim.max_grad_norm")
     if totals.count != data.size(split):
         raise RuntimeError(f"evaluation counted {totals.count} images of the {split} split's {data.size(split)}")
     return totals

@@ -56,7 +56,7 @@ class Totals:
 _NEVER = 2**62
 
 
-class RunningSums:
+class MetricAccumulator:
     """Sums on the device that nobody has to wait for until they are read."""
 
     def __init__(self, device: torch.device) -> None:

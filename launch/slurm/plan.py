@@ -81,11 +81,12 @@ def _relative(given: str, folder: str) -> str:
 
 def check_batch(config: TrainConfig, world_size: int) -> None:
     """Raises InputError where some ranks would have no image of a micro-batch."""
-    micro_batch = config.global_batch_size // config.accumulation
+    micro_batch = config.global_batch_size // config.grad_accum_steps
     if world_size > micro_batch:
         raise InputError(
-            f"global_batch_size = {config.global_batch_size} with accumulation = {config.accumulation} gives micro-batches of "
-            f"{micro_batch} images, fewer than the {world_size} processes; raise it, or ask for fewer nodes or GPUs"
+            f"global_batch_size = {config.global_batch_size} with grad_accum_steps = {config.grad_accum_steps} gives "
+            f"micro-batches of {micro_batch} images, fewer than the {world_size} processes; raise it, or ask for fewer nodes "
+            "or GPUs"
         )
 
 

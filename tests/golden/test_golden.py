@@ -17,7 +17,7 @@ from distributed.recipe import train
 
 RECORDED = Path(__file__).with_name("debug_loss.json")
 SETTINGS = (
-    "configs/debug.toml", "--device", "cpu", "--precision", "float64", "--logging.every_steps", "1", "--accumulation", "2",
+    "configs/debug.toml", "--device", "cpu", "--precision", "float64", "--logging.every_steps", "1", "--grad_accum_steps", "2",
 )  # fmt: skip
 
 

@@ -379,7 +379,7 @@ SMALL: dict[str, tuple[tuple[object, ...], str]] = {
     "a batch larger than the data": (
         ("--data.validation_fraction", 0, "--global_batch_size", 64), "is more than the 20 training images"),
     "more micro-batches than images": (
-        ("--data.validation_fraction", 0, "--global_batch_size", 64, "--accumulation", 32), "is more than the 20"),
+        ("--data.validation_fraction", 0, "--global_batch_size", 64, "--grad_accum_steps", 32), "is more than the 20"),
     "classes without an image": (("--data.validation_fraction", 0, "--data.train_samples", 10, "--data.name", "generated100"),
                                  "90 of 100 classes have no training image"),
     "a last step of one image": (("--data.validation_fraction", 0, "--data.train_samples", 11), ""),

@@ -12,7 +12,7 @@ from kit.killed_in_save import POINTS
 
 SETTINGS = (
     "configs/debug.toml", "--epochs", 6, "--data.train_samples", 700, "--checkpoint.every_steps", 4,
-    "--data.test_samples", 60, "--accumulation", 2, "--threads", 1, "--device", "cpu",
+    "--data.test_samples", 60, "--grad_accum_steps", 2, "--threads", 1, "--device", "cpu",
 )  # fmt: skip
 KINDS = ("kill -9 a rank", "kill -9 the agent", "kill -9 everything", "SIGTERM to the agent", "SIGTERM to a rank")
 

@@ -14,7 +14,7 @@ from distributed.data.pipeline import DataPipeline
 from distributed.engine.protocol import Engine
 from distributed.topology import Topology
 from distributed.training.steps import train_step
-from distributed.training.totals import RunningSums
+from distributed.training.totals import MetricAccumulator
 from kit.small_runs import FAST, small_config
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ def steps(
     device: torch.device = CPU,
 ) -> tuple[list[float], list[float]]:
     """(mean losses, gradient norms) of some steps of the first epoch."""
-    sums, losses, norms = RunningSums(device), list[float](), list[float]()
+    sums, losses, norms = MetricAccumulator(device), list[float](), list[float]()
     batches = data.train_epoch(0, start_step=first)
     for step, micro_batches in zip(range(first, first + count), batches, strict=False):
         norms.append(float(train_step(engine, micro_batches, loss=config.loss, lr=lr, step=step, sums=sums)))

@@ -19,7 +19,7 @@ def return_to_the_best(folder: Path) -> list[float]:
     writer = Checkpointer(folder / "checkpoints", run, keep_last=1, facts={}, budget=SaveBudget(1e-9))
     state = three_epochs(writer)
     engine = PlainEngine(9)
-    writer.return_to_best(engine, state)  # type: ignore[arg-type]
+    writer.restore_best(engine, state)  # type: ignore[arg-type]
     if run:
         run.release()
     return engine.model[0].weight.unique().tolist()

@@ -21,7 +21,7 @@ from distributed.engine.powersgd import PowerSgd
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
 from distributed.training.steps import train_step
-from distributed.training.totals import RunningSums
+from distributed.training.totals import MetricAccumulator
 
 CPU = torch.device("cpu")
 BFLOAT16: dict[str, Any] = {"name": "ddp", "compression": "bfloat16"}
@@ -34,8 +34,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 def config_of(run_dir: Path, engine: dict[str, Any], precision: str = "float32", **settings: Any) -> TrainConfig:
     """10 steps of two micro-batches an epoch, gradients clipped; of the last step's image most ranks have none."""
     return small_config(
-        run_dir, precision=precision, engine=engine, exact=FAST, epochs=1, global_batch_size=11, accumulation=2,
-        data={"train_samples": 100, "validation_fraction": 0.0}, optim={"lr": 0.01, "clip_norm": 1.0}, **settings,
+        run_dir, precision=precision, engine=engine, exact=FAST, epochs=1, global_batch_size=11, grad_accum_steps=2,
+        data={"train_samples": 100, "validation_fraction": 0.0}, optim={"lr": 0.01, "max_grad_norm": 1.0}, **settings,
     )  # fmt: skip
 
 
@@ -214,7 +214,7 @@ def loaded_elsewhere(run_dir: Path, others: list[dict[str, Any]]) -> list[bool]:
         own = {name: tensor.clone() for name, tensor in made.state()}
         assert not any(name.startswith("compression.") for name in own)
         same = all(torch.equal(tensor, saved[name]) for name, tensor in own.items())
-        norm = train_step(made, next(batches), loss=config.loss, lr=0.01, step=0, sums=RunningSums(CPU))
+        norm = train_step(made, next(batches), loss=config.loss, lr=0.01, step=0, sums=MetricAccumulator(CPU))
         found.append(same and bool(torch.isfinite(norm)))
     return found
 

@@ -32,7 +32,7 @@ def counted(keys: list[tuple[int, int]]) -> dict[tuple[int, int], tuple[Counts, 
         data = build_data(config, topology, CPU)
         engine = build_engine(config, topology, data, CPU)
         confusion = ConfusionSums(data.num_classes, CPU)
-        totals = evaluate(engine, data, "test", flips=False, device=CPU, observers=[confusion])
+        totals = evaluate(engine, data, "test", flip_tta=False, device=CPU, observers=[confusion])
         found[shards, batch_size] = confusion.read(), totals.correct
     return found
 

@@ -60,11 +60,11 @@ def test_a_rank_holds_its_part_of_what_the_stage_shards(world_size: int) -> None
 PLATEAU: dict[str, Any] = {
     "epochs": 3,
     "global_batch_size": 11,
-    "accumulation": 2,
-    "optim": {"lr": 0.01, "clip_norm": 0.5, "ema_decay": 0.9},
+    "grad_accum_steps": 2,
+    "optim": {"lr": 0.01, "max_grad_norm": 0.5, "ema_decay": 0.9},
     "data": {"train_samples": 60, "validation_fraction": 0.25},
     "evaluation": {"batch_size": 7},
-    "schedule": {"name": "plateau", "metric": "loss", "patience": 0, "min_delta": 50.0, "return_to_best": True},
+    "schedule": {"name": "plateau", "metric": "loss", "patience": 0, "min_delta": 50.0, "restore_best_on_drop": True},
     "checkpoint": {"every_minutes": 0.0, "best_by": "loss"},
 }
 

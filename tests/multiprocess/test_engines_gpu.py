@@ -48,7 +48,7 @@ def on_cuda(name: str, precision: str) -> tuple[list[float], dict[str, Any]]:
         }  # fmt: skip
         engine: Engine
         if isinstance(config.engine, DeepSpeed):
-            engine = DeepSpeedEngine(config.engine, model, accumulation=1, **common)
+            engine = DeepSpeedEngine(config.engine, model, grad_accum_steps=1, **common)
         elif config.engine.name == "fsdp":
             engine = FsdpEngine(config.engine, model, **common)
         else:

@@ -65,7 +65,7 @@ def evaluate_split(engine: Engine, data: DataPipeline, split: str) -> Evaluated:
         for module in engine.model.modules()
         if isinstance(module, nn.Linear)
     ]
-    totals = evaluate(engine, data, split, flips=False, device=CPU)
+    totals = evaluate(engine, data, split, flip_tta=False, device=CPU)
     for hook in hooks:
         hook.remove()
     batches = list(data.evaluation(split))
@@ -147,7 +147,7 @@ def evaluate_a_split_that_lacks_an_image(shards: int) -> str:
         whole = data.evaluation
         data.evaluation = lambda split: (_without_first(batch) for batch in whole(split))  # type: ignore[method-assign]
     try:
-        evaluate(engine, data, "test", flips=False, device=CPU)
+        evaluate(engine, data, "test", flip_tta=False, device=CPU)
     except RuntimeError as error:
         return str(error)
     return "nothing was raised"

@@ -17,22 +17,22 @@ from distributed.run.folder import RunFolder
 CASES: dict[str, dict[str, Any]] = {
     "float32": {
         # 60 images are trained on: two steps of 24 and one of 12, three images a shard and one or two.
-        "optim": {"lr": 0.05, "clip_norm": 0.8},
+        "optim": {"lr": 0.05, "max_grad_norm": 0.8},
         "schedule": {"name": "one_cycle"},
         "data": {"train_samples": 80, "validation_fraction": 0.25},
     },
     "bfloat16, 3 micro-batches, plateau": {
         # One image a shard; of the last step's 12 images each micro-batch has four, so that four shards have none.
         "precision": "bfloat16",
-        "accumulation": 3,
-        "optim": {"lr": 0.05, "clip_norm": 0.8},
+        "grad_accum_steps": 3,
+        "optim": {"lr": 0.05, "max_grad_norm": 0.8},
         "schedule": {
             "name": "plateau",
             "metric": "loss",
             "factor": 0.5,
             "patience": 0,
             "min_delta": 50.0,
-            "return_to_best": True,
+            "restore_best_on_drop": True,
         },
         "checkpoint": {"every_minutes": 0.0, "best_by": "loss"},
         "epochs": 4,
@@ -41,12 +41,12 @@ CASES: dict[str, dict[str, Any]] = {
     "float64, 3 micro-batches, hardly an image": {
         # Of the last step's two images two micro-batches have one each, and seven shards of eight none.
         "precision": "float64",
-        "accumulation": 3,
+        "grad_accum_steps": 3,
         "optim": {"lr": 0.05},
         "data": {"train_samples": 26},
     },
     "float32, 3 micro-batches": {
-        "accumulation": 3,
+        "grad_accum_steps": 3,
         "global_batch_size": 31,
         "optim": {"lr": 0.05},
         "data": {"train_samples": 71},
@@ -62,10 +62,10 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "bfloat16, AdamW, averaged weights, mixed images": {
         "precision": "bfloat16",
-        "accumulation": 2,
+        "grad_accum_steps": 2,
         "optim": {"name": "adamw", "lr": 0.002, "ema_decay": 0.9},
         "loss": {"label_smoothing": 0.1},
-        "evaluation": {"flips": True},
+        "evaluation": {"flip_tta": True},
         "data": {"train_samples": 50, "augment": {"mixup": 0.4, "cutmix": 1.0}},
     },
 }
@@ -237,8 +237,8 @@ def test_the_cases_are_what_they_say(everything: Everything) -> None:
     assert [len(trace.steps) for trace in alone.values()] == [6, 12, 4, 6, 6, 6]
     for name, trace in alone.items():
         assert len({step["loss"] for step in trace.steps}) == len(trace.steps)
-        clip_norm = CASES[name].get("optim", {}).get("clip_norm", 0)
-        assert not clip_norm or sum(step["grad_norm"] > clip_norm for step in trace.steps) >= 3
+        max_grad_norm = CASES[name].get("optim", {}).get("max_grad_norm", 0)
+        assert not max_grad_norm or sum(step["grad_norm"] > max_grad_norm for step in trace.steps) >= 3
         # The plateau's run ends with a return to its best epoch, all momentum the same zeros.
         assert len(set(trace.tensors.values())) > (40 if name == PLATEAU else 60)
     plateau = alone[PLATEAU]

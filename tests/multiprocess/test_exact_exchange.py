@@ -13,18 +13,24 @@ from kit.ranks import in_group, leave, once, run_ranks
 from torch import Tensor
 
 from distributed.comm import collectives
-from distributed.comm.all_gather import gather_by_process_group, open_row_gather
+from distributed.comm.all_gather import open_all_gather, process_group_all_gather
 from distributed.exact import bucket_reduce, gradient_reducer
-from distributed.exact.bucket_layout import SideBySide
-from distributed.exact.bucket_reduce import Alone, ExchangeOpener, OverGroup, Scattered, ThroughMemory
-from distributed.exact.gather_statistics import ShardRows
-from distributed.exact.gradient_reducer import TreeReduction
-from distributed.exact.partition import Blocks
+from distributed.exact.bucket_layout import ReplicatedBucket
+from distributed.exact.bucket_reduce import (
+    AllReduce,
+    BucketReduceOpener,
+    LocalReduce,
+    ReduceScatter,
+    SharedMemoryReduce,
+)
+from distributed.exact.gather_statistics import StatisticsGather
+from distributed.exact.gradient_reducer import GradientReducer
+from distributed.exact.partition import BlockPartition
 
 CPU = torch.device("cpu")
 STEPS, MICRO_STEPS = 3, 3
 MIB = 2**20
-WAYS = {"memory": ThroughMemory, "group": OverGroup, "parts": Scattered}
+WAYS = {"memory": SharedMemoryReduce, "group": AllReduce, "parts": ReduceScatter}
 SHAPES: tuple[tuple[int, ...], ...] = ((1,), (5, 7), (8, 3, 3, 3), (6, 1, 3, 3), (1, 1), (), (130,))
 LARGE = (60, 50)
 
@@ -93,24 +99,24 @@ def expected(case: Case, step: int, micro_steps: int, index: int) -> Tensor:
     return reduce(torch.add, sums)
 
 
-def reduction_of(case: Case, way: str) -> tuple[TreeReduction, list[Tensor]]:
+def reduction_of(case: Case, way: str) -> tuple[GradientReducer, list[Tensor]]:
     if way == "group":
         vars(bucket_reduce)["open_shared_memory"] = lambda size, device: None
     vars(gradient_reducer)["_FIRST_BUCKET_BYTES"] = case.bucket_bytes
     parameters = parameters_of(case)
-    opener = ExchangeOpener(timeout_seconds=30)
+    opener = BucketReduceOpener(timeout_seconds=30)
     sharded = way == "parts" and collectives.world_size() > 1
-    parts = [Blocks(p, shards=case.shards).cut(p) for p in parameters] if sharded else None
-    made = TreeReduction(
+    parts = [BlockPartition(p, shards=case.shards).cut(p) for p in parameters] if sharded else None
+    made = GradientReducer(
         parameters, shards=case.shards, bucket_bytes=case.bucket_bytes, open_exchange=opener, parts=parts
     )
-    kind = WAYS[way] if collectives.world_size() > 1 else Alone
+    kind = WAYS[way] if collectives.world_size() > 1 else LocalReduce
     assert {type(bucket.exchange) for bucket in made._buckets} == {kind}
     assert len(made._buckets) == (len(case.shapes) if case.bucket_bytes == 1 else 1) or case.bucket_bytes == 300
     return made, parameters
 
 
-def hand_over(summed: TreeReduction, case: Case, step: int, micro_step: int, pace: random.Random) -> None:
+def hand_over(summed: GradientReducer, case: Case, step: int, micro_step: int, pace: random.Random) -> None:
     """Each shard its gradients in about the order in which a backward pass finds them, two shards at a time."""
 
     def of_shard(shard: int) -> None:
@@ -145,14 +151,14 @@ def reduce_all(cases: list[Case], way: str) -> dict[Case, list[str]]:
                 there = expected(case, step, micro_steps, index)
                 part = summed.parameters[index]
                 if part is not parameter:
-                    there = Blocks(parameter, shards=case.shards).cut(there)
+                    there = BlockPartition(parameter, shards=case.shards).cut(there)
                 assert part.grad is not None
                 if not torch.equal(part.grad, there):
                     wrong.append(f"step {step}, parameter {index}: bits")
                 if part.grad.stride() != part.stride() or part.grad.dtype != case.dtype:
                     wrong.append(f"step {step}, parameter {index}: layout or type")
         # Views are kept of a few buffers that are used again and again, not of those of every step.
-        kept = [len(bucket.lie._seen) for bucket in summed._buckets if isinstance(bucket.lie, SideBySide)]
+        kept = [len(bucket.lie._seen) for bucket in summed._buckets if isinstance(bucket.lie, ReplicatedBucket)]
         if any(count > 1 + len(summed._slots) for count in kept):
             wrong.append(f"views of {max(kept)} buffers are kept after {STEPS} steps")
     return found
@@ -196,10 +202,10 @@ def leave_out_a_gradient(way: str) -> str:
 def gather_rows(way: str) -> dict[int, bool]:
     """The row of each shard from every rank, for several numbers of shards, lengths and dtypes."""
     rank, world_size = collectives.rank(), collectives.world_size()
-    by_ranks = gather_by_process_group if way == "group" else open_row_gather(CPU, timeout_seconds=30)
+    by_ranks = process_group_all_gather if way == "group" else open_all_gather(CPU, timeout_seconds=30)
     found = {}
     for shards in (8, 16, 64):
-        rows_of_all = ShardRows(by_ranks if world_size > 1 else None, shards=shards)
+        rows_of_all = StatisticsGather(by_ranks if world_size > 1 else None, shards=shards)
         held = range(rank * shards // world_size, (rank + 1) * shards // world_size)
         found[shards] = True
         for exchanged in range(20):

@@ -20,8 +20,8 @@ pytestmark = [
 ]
 
 CASES: dict[str, dict[str, Any]] = {
-    "float32": {"optim": {"lr": 0.05, "clip_norm": 0.8}, "schedule": {"name": "one_cycle"}},
-    "bfloat16, 3 micro-batches": {"precision": "bfloat16", "accumulation": 3, "optim": {"lr": 0.05}},
+    "float32": {"optim": {"lr": 0.05, "max_grad_norm": 0.8}, "schedule": {"name": "one_cycle"}},
+    "bfloat16, 3 micro-batches": {"precision": "bfloat16", "grad_accum_steps": 3, "optim": {"lr": 0.05}},
     "float64, contiguous": {"precision": "float64", "channels_last": False, "optim": {"lr": 0.05}},
 }
 THREADS = {1: (1, 2), 2: (1,), 4: (2,)}

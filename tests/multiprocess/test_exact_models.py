@@ -13,7 +13,7 @@ from distributed.build import build_data, build_engine
 from distributed.comm import collectives
 from distributed.topology import Topology
 from distributed.training.steps import evaluate, train_step
-from distributed.training.totals import RunningSums
+from distributed.training.totals import MetricAccumulator
 
 MODELS = ("alexnet", "cifar_alexnet", "cifar_alexnet_bn")
 CPU = torch.device("cpu")
@@ -36,11 +36,11 @@ def run_model(name: str, topology: Topology) -> dict[str, Any]:
     )
     data = build_data(config, topology, CPU)
     engine = build_engine(config, topology, data, CPU)
-    sums, told = RunningSums(CPU), []
+    sums, told = MetricAccumulator(CPU), []
     for step, micro_batches in enumerate(data.train_epoch(0)):
         norm = train_step(engine, micro_batches, loss=config.loss, lr=0.01, step=step, sums=sums)
         told.append((float(norm), sums.read()))
-    test = evaluate(engine, data, "test", flips=False, device=CPU)
+    test = evaluate(engine, data, "test", flip_tta=False, device=CPU)
     return {"told": told, "test": test, "tensors": {n: digest_of(tensor) for n, tensor in engine.state()}}
 
 

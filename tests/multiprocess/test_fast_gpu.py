@@ -45,7 +45,7 @@ def on_the_cpu(run_dir: Path) -> tuple[float, list[str]]:
     checkpointer.load(newest_checkpoint(run_dir), engine)
     expected = tensors_of(RunFolder(run_dir))
     different = [name for name, tensor in engine.state() if not torch.equal(tensor, expected[name])]
-    return evaluate(engine, data, "test", flips=False, device=CPU).mean_loss, different
+    return evaluate(engine, data, "test", flip_tta=False, device=CPU).mean_loss, different
 
 
 @pytest.fixture(scope="module")

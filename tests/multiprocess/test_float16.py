@@ -16,7 +16,7 @@ from distributed.config import TrainConfig
 from distributed.optim import loss_scale
 from distributed.topology import Topology
 from distributed.training.steps import train_step
-from distributed.training.totals import RunningSums
+from distributed.training.totals import MetricAccumulator
 
 CPU = torch.device("cpu")
 ENGINES: dict[str, dict[str, Any]] = {
@@ -34,8 +34,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 def config_of(run_dir: Path, engine: str, precision: str = "float16", **settings: Any) -> TrainConfig:
     """8 steps of two micro-batches, averaged weights, a line every third step."""
     return small_config(
-        run_dir, precision=precision, epochs=1, global_batch_size=8, accumulation=2, **ENGINES[engine],
-        optim={"lr": 0.01, "ema_decay": 0.9, "clip_norm": 1.0}, data={"train_samples": 64, "test_samples": 10},
+        run_dir, precision=precision, epochs=1, global_batch_size=8, grad_accum_steps=2, **ENGINES[engine],
+        optim={"lr": 0.01, "ema_decay": 0.9, "max_grad_norm": 1.0}, data={"train_samples": 64, "test_samples": 10},
         logging={"every_steps": 3, "tensorboard": False, "level": "WARNING"}, **settings,
     )  # fmt: skip
 
@@ -47,7 +47,7 @@ def steps_of(engine: str, precision: str) -> tuple[list[float], list[bool]]:
     config = config_of(Path("unused"), engine, precision)
     topology = Topology(collectives.rank(), collectives.world_size())
     data = build_data(config, topology, CPU)
-    made, sums = build_engine(config, topology, data, CPU), RunningSums(CPU)
+    made, sums = build_engine(config, topology, data, CPU), MetricAccumulator(CPU)
     losses, skipped = [], []
     for step, micro_batches in enumerate(data.train_epoch(0)):
         before = {name: tensor.clone() for name, tensor in made.state()}

@@ -25,8 +25,8 @@ TOO_MUCH = 2.0**24
 
 def config_of(run_dir: Path, precision: str, **settings: Any) -> TrainConfig:
     return small_config(
-        run_dir, device="cuda", precision=precision, timeout_seconds=120.0, accumulation=2,
-        optim={"lr": 0.01, "clip_norm": 1.0, "ema_decay": 0.9}, data={"train_samples": 240}, **settings,
+        run_dir, device="cuda", precision=precision, timeout_seconds=120.0, grad_accum_steps=2,
+        optim={"lr": 0.01, "max_grad_norm": 1.0, "ema_decay": 0.9}, data={"train_samples": 240}, **settings,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from distributed.config import TrainConfig
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
 from distributed.training.steps import train_step
-from distributed.training.totals import RunningSums
+from distributed.training.totals import MetricAccumulator
 
 CPU = torch.device("cpu")
 FSDP, DDP = {"name": "fsdp"}, {"name": "ddp"}
@@ -26,8 +26,8 @@ CASES: dict[str, dict[str, Any]] = {
     "two micro-batches, clipping": {
         "epochs": 3,
         "global_batch_size": 11,
-        "accumulation": 2,
-        "optim": {"lr": 0.01, "clip_norm": 0.5},
+        "grad_accum_steps": 2,
+        "optim": {"lr": 0.01, "max_grad_norm": 0.5},
         "data": {"train_samples": 250, "validation_fraction": 0.2},
         "evaluation": {"batch_size": 7},
     },
@@ -35,7 +35,13 @@ CASES: dict[str, dict[str, Any]] = {
         "engine": FSDP | {"reshard_after_forward": False},
         "epochs": 3,
         "data": {"train_samples": 60, "validation_fraction": 0.25},
-        "schedule": {"name": "plateau", "metric": "loss", "patience": 0, "min_delta": 50.0, "return_to_best": True},
+        "schedule": {
+            "name": "plateau",
+            "metric": "loss",
+            "patience": 0,
+            "min_delta": 50.0,
+            "restore_best_on_drop": True,
+        },
         "checkpoint": {"every_minutes": 0.0, "best_by": "loss"},
     },
     "AdamW, averaged weights, mixed images": {
@@ -199,7 +205,7 @@ def losses_in_bfloat16(engine: dict[str, str]) -> list[float]:
     config = small_config(Path("unused"), precision="bfloat16", engine=engine, exact=FAST, optim={"lr": 0.001})
     topology = Topology(collectives.rank(), collectives.world_size())
     data = build_data(config, topology, CPU)
-    built, sums, found = build_engine(config, topology, data, CPU), RunningSums(CPU), []
+    built, sums, found = build_engine(config, topology, data, CPU), MetricAccumulator(CPU), []
     for step, micro_batches in enumerate(data.train_epoch(0)):
         train_step(built, micro_batches, loss=config.loss, lr=0.001, step=step, sums=sums)
         found.append(sums.read().mean_loss)

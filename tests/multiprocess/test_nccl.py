@@ -35,7 +35,7 @@ def run_all(folder: Path, names: list[str]) -> dict[str, Trace]:
     assert BACKEND in dist.get_backend_config()
     settings: dict[str, Any] = {
         "device": DEVICE, "precision": "float64", "channels_last": False, "timeout_seconds": 60.0,
-        "optim": {"lr": 0.05, "clip_norm": 0.8}, "data": {"train_samples": 80, "validation_fraction": 0.25},
+        "optim": {"lr": 0.05, "max_grad_norm": 0.8}, "data": {"train_samples": 80, "validation_fraction": 0.25},
     }  # fmt: skip
     return {name: traced(small_config(folder / name, **settings, **RUNS[name])) for name in names}
 

@@ -9,9 +9,9 @@ from kit.ranks import in_group, once, run_ranks
 from distributed.comm.collectives import world_size
 
 CASES: dict[str, dict[str, Any]] = {
-    "SGD": {"optim": {"clip_norm": 0.5}},
-    "SGD, 4 micro-batches": {"accumulation": 4},
-    "AdamW, 4 micro-batches": {"optim": {"name": "adamw", "clip_norm": 0.5}, "accumulation": 4},
+    "SGD": {"optim": {"max_grad_norm": 0.5}},
+    "SGD, 4 micro-batches": {"grad_accum_steps": 4},
+    "AdamW, 4 micro-batches": {"optim": {"name": "adamw", "max_grad_norm": 0.5}, "grad_accum_steps": 4},
 }
 OTHERS = [name for name in ENGINES if name != "ddp"]
 CASES_ON = {2: tuple(CASES), 3: tuple(CASES), 4: ("SGD, 4 micro-batches",)}

@@ -19,7 +19,7 @@ ENGINES = ["ddp", "fsdp", "zero 1", "zero 2", "zero 3"]
 WORLD_SIZES = [1, 2, 4]
 SETTINGS: dict[str, Any] = {
     # 10 classes: the last layer's bias, and momentum, divides by none but 1 and 2.
-    "sgd": {"global_batch_size": 6, "optim": {"clip_norm": 0.5}, "data": {"train_samples": 30}},
+    "sgd": {"global_batch_size": 6, "optim": {"max_grad_norm": 0.5}, "data": {"train_samples": 30}},
     "adamw": {
         "global_batch_size": 6,
         "optim": {"name": "adamw", "ema_decay": 0.9},

@@ -34,7 +34,7 @@ def config_of(run_dir: Path, **settings: Any) -> TrainConfig:
     the name of the folder that the run's lies in."""
     return small_config(
         run_dir,
-        accumulation=2,
+        grad_accum_steps=2,
         exact=MODES[run_dir.parent.name],
         data={"train_samples": IMAGES, "validation_fraction": HELD_OUT / IMAGES},
         schedule={"name": "one_cycle"},

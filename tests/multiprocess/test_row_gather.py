@@ -15,7 +15,7 @@ from kit.ranks import in_group, leave, run_ranks
 from torch import Tensor
 
 from distributed.comm import collectives, shared_memory
-from distributed.comm.all_gather import RowGather, SharedMemoryGather, gather_by_process_group, open_row_gather
+from distributed.comm.all_gather import AllGather, SharedMemoryAllGather, open_all_gather, process_group_all_gather
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
@@ -53,7 +53,7 @@ def exchange_rows(seed: int) -> dict[str, Any]:
     rank, world_size = collectives.rank(), collectives.world_size()
     before = files()
     dist.barrier()
-    gather = open_row_gather(CPU, timeout_seconds=30)
+    gather = open_all_gather(CPU, timeout_seconds=30)
     own_pace = random.Random(rank)
     wrong = []
     for exchange in range(EXCHANGES):
@@ -63,7 +63,7 @@ def exchange_rows(seed: int) -> dict[str, Any]:
         if not torch.equal(bits(gather(rows_of(seed, exchange, rank))), bits(expected)):
             wrong.append(exchange)
     by_group = [
-        torch.equal(bits(gather_by_process_group(row)), bits(gather(row)))
+        torch.equal(bits(process_group_all_gather(row)), bits(gather(row)))
         for row in (rows_of(seed, exchange, rank) for exchange in range(60))
     ]
     # The first of these fills a slot to its last byte, the second is one number too long for it.
@@ -91,7 +91,7 @@ def exchange_rows(seed: int) -> dict[str, Any]:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_shared_memory_gathers_what_the_process_group_gathers_at_any_pace(world_size: int) -> None:
     for rank, found in enumerate(run_ranks(exchange_rows, world_size, 7)):
-        assert found["kind"] is SharedMemoryGather
+        assert found["kind"] is SharedMemoryAllGather
         assert found["wrong"] == [], f"rank {rank}: exchanges that brought other rows than were sent"
         assert found["by group"] == [True] * 60
         assert found["long"] == [True] * 6, "rows that fill a slot, are too long for it, or come after such"
@@ -103,7 +103,7 @@ def test_shared_memory_gathers_what_the_process_group_gathers_at_any_pace(world_
 
 @in_group
 def lose_a_peer(loser: int) -> tuple[str, float] | None:
-    gather = open_row_gather(CPU, timeout_seconds=30)
+    gather = open_all_gather(CPU, timeout_seconds=30)
     for _ in range(5):
         gather(torch.ones(64))
     if collectives.rank() == loser:
@@ -111,7 +111,7 @@ def lose_a_peer(loser: int) -> tuple[str, float] | None:
     return failure_of(gather)
 
 
-def failure_of(gather: RowGather) -> tuple[str, float]:
+def failure_of(gather: AllGather) -> tuple[str, float]:
     """What the next exchange says, and after how many seconds."""
     start = time.monotonic()
     try:
@@ -133,7 +133,7 @@ def test_a_dead_peer_is_told_within_two_seconds(loser: int) -> None:
 
 @in_group
 def outwait_a_peer() -> tuple[str, float] | None:
-    gather = open_row_gather(CPU, timeout_seconds=0.5)
+    gather = open_all_gather(CPU, timeout_seconds=0.5)
     gather(torch.ones(64))
     found = None if collectives.rank() == 1 else failure_of(gather)
     dist.barrier()  # until then rank 1 lives and says nothing
@@ -181,7 +181,7 @@ def open_apart(how: str) -> tuple[str, list[list[float]], set[str]]:
     rank, changed = APART[how]
     if collectives.rank() == rank:
         vars(shared_memory).update(changed)
-    gather = open_row_gather(CPU, timeout_seconds=30)
+    gather = open_all_gather(CPU, timeout_seconds=30)
     rows = gather(torch.tensor([1.0 + collectives.rank()])).tolist()
     dist.barrier()
     return getattr(gather, "__name__", "shared memory"), rows, left_behind(before)

@@ -23,7 +23,7 @@ from distributed.models.alexnet import improved_alexnet
 from distributed.recipe import train
 from distributed.topology import Topology
 from distributed.training.steps import train_step
-from distributed.training.totals import RunningSums
+from distributed.training.totals import MetricAccumulator
 
 STEPS = 50
 # 25 steps an epoch; the last has three images, so that with two micro-batches some ranks have none at all.
@@ -35,13 +35,13 @@ CPU = torch.device("cpu")
 def losses_of_runs(folder: Path, shards: int) -> dict[int, list[float]]:
     """The losses that this rank's sink was told, for one and for two micro-batches a step."""
     found = {}
-    for accumulation in (1, 2):
+    for grad_accum_steps in (1, 2):
         recorder = Recorder()
-        run_dir = folder / f"accumulation-{accumulation}"
+        run_dir = folder / f"accumulation-{grad_accum_steps}"
         exact = {"shards": shards}
-        config = small_config(run_dir, precision="float64", accumulation=accumulation, exact=exact, **SETTINGS)
+        config = small_config(run_dir, precision="float64", grad_accum_steps=grad_accum_steps, exact=exact, **SETTINGS)
         train(config, sinks=[recorder])
-        found[accumulation] = [metrics.loss for metrics in recorder.steps]
+        found[grad_accum_steps] = [metrics.loss for metrics in recorder.steps]
     return found
 
 
@@ -61,28 +61,30 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> Losses:
 
 @pytest.mark.slow
 @pytest.mark.timeout(320)
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_in_float64_every_loss_equals_that_of_one_process(losses: Losses, world_size: int, accumulation: int) -> None:
-    expected = losses(1)[0][accumulation]
+def test_in_float64_every_loss_equals_that_of_one_process(
+    losses: Losses, world_size: int, grad_accum_steps: int
+) -> None:
+    expected = losses(1)[0][grad_accum_steps]
     found = losses(world_size)
     assert len(expected) == STEPS
     assert len(set(expected)) == STEPS
-    worst = max(abs(a - b) / b for a, b in zip(found[0][accumulation], expected, strict=True))
-    print(f"{world_size} ranks, accumulation {accumulation}: {len(expected)} losses within {worst:.1e}")
+    worst = max(abs(a - b) / b for a, b in zip(found[0][grad_accum_steps], expected, strict=True))
+    print(f"{world_size} ranks, accumulation {grad_accum_steps}: {len(expected)} losses within {worst:.1e}")
     assert worst < 1e-12
     assert all(rank == found[0] for rank in found), "the ranks' sinks were told different numbers"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(320)
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_in_float64_every_loss_of_exact_mode_equals_that_of_fast_mode(losses: Losses, accumulation: int) -> None:
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+def test_in_float64_every_loss_of_exact_mode_equals_that_of_fast_mode(losses: Losses, grad_accum_steps: int) -> None:
     """Five or eleven images in four shards; three in the last step, and one or two a micro-batch of it."""
-    expected, found = losses(1)[0][accumulation], losses(1, shards=4)[0][accumulation]
+    expected, found = losses(1)[0][grad_accum_steps], losses(1, shards=4)[0][grad_accum_steps]
     assert len(found) == STEPS
     worst = max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
-    print(f"exact mode, accumulation {accumulation}: {len(expected)} losses within {worst:.1e}")
+    print(f"exact mode, accumulation {grad_accum_steps}: {len(expected)} losses within {worst:.1e}")
     assert worst < 1e-12
 
 
@@ -103,7 +105,7 @@ def steps_from_given_weights(config: TrainConfig, weights_of: Callable[[int], di
     ones where none are given, and no momentum."""
     topology = Topology(collectives.rank(), collectives.world_size())
     data = build_data(config, topology, CPU)
-    engine, sums = build_engine(config, topology, data, CPU), RunningSums(CPU)
+    engine, sums = build_engine(config, topology, data, CPU), MetricAccumulator(CPU)
     steps = (batches for epoch in range(config.epochs) for batches in data.train_epoch(epoch))
     for step, micro_batches in enumerate(steps):
         before = {**(weights_of(step) or model_of(engine.state()))}

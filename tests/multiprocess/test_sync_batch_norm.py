@@ -9,7 +9,7 @@ from kit.ranks import in_group, once, run_ranks
 from torch import Tensor, nn
 
 from distributed.comm import collectives
-from distributed.comm.all_gather import RowGather, SharedMemoryGather, gather_by_process_group, open_row_gather
+from distributed.comm.all_gather import AllGather, SharedMemoryAllGather, open_all_gather, process_group_all_gather
 from distributed.models.sync_batch_norm import SyncBatchNorm, by_ranks
 
 CHANNELS, STEPS = 5, 4
@@ -56,12 +56,12 @@ CASES = FLOAT64 + BFLOAT16
 
 @in_group
 def compare(cases: list[Case]) -> dict[Case, dict[str, float]]:
-    gathers: dict[bool, RowGather] = {False: gather_by_process_group, True: open_row_gather(CPU, timeout_seconds=30)}
-    assert isinstance(gathers[True], SharedMemoryGather)
+    gathers: dict[bool, AllGather] = {False: process_group_all_gather, True: open_all_gather(CPU, timeout_seconds=30)}
+    assert isinstance(gathers[True], SharedMemoryAllGather)
     return {case: differences(case, gathers[case.shared_memory]) for case in cases}
 
 
-def differences(case: Case, gather: RowGather) -> dict[str, float]:
+def differences(case: Case, gather: AllGather) -> dict[str, float]:
     """The largest difference of each quantity, over all elements of this rank and several steps with changing weights,
     as a part of the largest element of what is expected."""
     layer_type = nn.BatchNorm2d if len(case.shape) == 2 else nn.BatchNorm1d

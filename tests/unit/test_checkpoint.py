@@ -18,7 +18,7 @@ from distributed.checkpoint.save_budget import SaveBudget
 from distributed.checkpoint.snapshot import write_checkpoint
 from distributed.config import load
 from distributed.config.sections import Sgd
-from distributed.engine.model_state import Weights
+from distributed.engine.model_state import ModelState
 from distributed.errors import InputError, StorageError
 from distributed.optim.schedules import Constant
 from distributed.run.checkpoint_layout import FORMAT, checkpoints, damage_of, name_of, point, retain, sweep
@@ -32,7 +32,7 @@ class PlainEngine:
 
     def __init__(self, fill: float) -> None:
         self.model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-        self.weights = Weights(Sgd(momentum=0.9), self.model)
+        self.weights = ModelState(Sgd(momentum=0.9), self.model)
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.fill_(fill)
@@ -318,7 +318,7 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints(run, monkeypatch
 def test_a_checkpoint_of_another_model_is_refused_by_name(run):
     saved(run, 1)
     engine = PlainEngine(0)
-    engine.weights = Weights(Sgd(), nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)))
+    engine.weights = ModelState(Sgd(), nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)))
     with pytest.raises(ValueError, match=r"model\.0\.weight"):
         checkpointer(run).restore(engine, at_step(0))  # type: ignore[arg-type]
 
@@ -441,7 +441,7 @@ def test_a_drop_returns_to_a_best_epoch_that_was_not_saved(run, monkeypatch):
     writer = Checkpointer(run.checkpoints, run, keep_last=1, facts={}, budget=SaveBudget(0.05, clock))
     state = three_epochs(writer)
     engine = PlainEngine(9)
-    writer.return_to_best(engine, state)  # type: ignore[arg-type]
+    writer.restore_best(engine, state)  # type: ignore[arg-type]
     assert engine.model[0].weight.unique().tolist() == [2.0]
 
 

@@ -41,7 +41,7 @@ def test_no_arguments_give_the_defaults_of_the_tree_and_a_run_dir_named_after_mo
     assert config == TrainConfig(run_dir=Path("runs/improved_alexnet-cifar10"))
     assert not named
     assert (config.data.name, config.schedule.name, config.engine.name) == ("cifar10", "one_cycle", "ddp")
-    assert (config.global_batch_size, config.accumulation, config.optim.lr) == (128, 1, 0.1)
+    assert (config.global_batch_size, config.grad_accum_steps, config.optim.lr) == (128, 1, 0.1)
 
 
 def test_the_default_data_set_can_be_another():
@@ -181,7 +181,7 @@ def test_a_flag_can_be_switched_off():
 def test_none_is_no_value():
     assert config_of("--schedule.name", "plateau", "--schedule.max_drops", "none").schedule.max_drops is None
     assert config_of("--early_stopping", "none").early_stopping is None
-    assert config_of("--optim.clip_norm", "None").optim.clip_norm is None
+    assert config_of("--optim.max_grad_norm", "None").optim.max_grad_norm is None
 
 
 def test_a_negative_number_is_a_value_and_no_option():
@@ -316,7 +316,7 @@ def test_a_misspelt_setting_is_guessed_in_its_right_section(option, meant):
         ("output_dir", "run_dir"),
         ("num_workers", "threads"),
         ("num_epochs", "epochs"),
-        ("grad_clip", "optim.clip_norm"),
+        ("grad_clip", "optim.max_grad_norm"),
         ("optimizer", "optim.name"),
         ("LR", "optim.lr"),
     ],
@@ -387,14 +387,17 @@ def test_a_misspelt_section_of_a_file_is_named_with_its_line(write):
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["--accumulation", "9", "--global_batch_size", "8"], ["accumulation = 9", "global_batch_size = 8", "lower"]),
+        (
+            ["--grad_accum_steps", "9", "--global_batch_size", "8"],
+            ["grad_accum_steps = 9", "global_batch_size = 8", "lower"],
+        ),
         (["--optim.momentum", "0"], ["optim.nesterov = true needs momentum", "optim.nesterov = false"]),
         (
             ["--exact.shards", "16", "--global_batch_size", "8"],
             ["exact.shards = 16 is more than the 8 images of a micro-batch", "lower it", "raise global_batch_size"],
         ),
         (
-            ["--exact.shards", "8", "--global_batch_size", "20", "--accumulation", "3"],
+            ["--exact.shards", "8", "--global_batch_size", "20", "--grad_accum_steps", "3"],
             ["exact.shards = 8 is more than the 6 images of a micro-batch"],
         ),
         (["--optim.lr_base_batch", "128"], ["optim.lr_base_batch = 128 has no effect", "optim.lr_scaling"]),
@@ -482,7 +485,7 @@ def test_a_setting_of_another_variant_in_a_file_is_refused_with_its_line(write):
     [
         [],
         ["--data.name", "generated100", "--data.train_samples", "20", "--run_dir", "a b"],
-        ["--schedule.name", "plateau", "--early_stopping.patience", "3", "--optim.clip_norm", "1"],
+        ["--schedule.name", "plateau", "--early_stopping.patience", "3", "--optim.max_grad_norm", "1"],
         ["--schedule.name", "plateau", "--schedule.max_drops", "none"],
         ["--schedule.name", "cosine", "--schedule.warmup_epochs", "1"],
         ["--schedule.name", "constant", "--optim.lr_scaling", "linear", "--optim.lr_base_batch", "64"],
@@ -545,7 +548,7 @@ def test_help_shows_every_setting_with_its_default():
     assert set(lines) == {f"--{path}" for path in _all_paths()}
     assert "(default 0.1)" in lines["--optim.lr"]
     assert "(default true)" in lines["--channels_last"]
-    assert "[float | none]" in lines["--optim.clip_norm"]
+    assert "[float | none]" in lines["--optim.max_grad_norm"]
 
 
 def test_help_has_the_doc_and_the_default_of_every_variant_of_a_setting():
@@ -625,10 +628,10 @@ def test_the_cache_folder_is_a_path_or_none():
 
 @pytest.mark.parametrize(
     "path",
-    ["seed", "global_batch_size", "accumulation", "precision", "optim.lr", "data.name", "data.split_seed",
+    ["seed", "global_batch_size", "grad_accum_steps", "precision", "optim.lr", "data.name", "data.split_seed",
      "data.augment.crop", "model.dropout", "schedule.patience", "early_stopping.patience", "early_stopping",
      "channels_last", "checkpoint.best_by", "exact.shards", "optim.ema_decay", "optim.beta2", "loss.label_smoothing",
-     "data.augment.mixup", "init_from", "compile", "evaluation.flips", "schedule.return_to_best", "data.normalize",
+     "data.augment.mixup", "init_from", "compile", "evaluation.flip_tta", "schedule.restore_best_on_drop", "data.normalize",
      "engine.compression", "engine.powersgd_rank"],
 )  # fmt: skip
 def test_what_the_curve_depends_on_makes_another_experiment(path):
@@ -682,18 +685,18 @@ def test_every_steps_says_when_a_save_is_due():
 
 
 @pytest.mark.parametrize(
-    ("batch", "accumulation", "shards"),
+    ("batch", "grad_accum_steps", "shards"),
     [(128, 1, 8), (8, 1, 8), (7, 1, 4), (20, 3, 4), (2, 1, 2), (1, 1, 1), (16, 16, 1), (24, 3, 8), (23, 3, 4)],
 )
 def test_auto_is_the_largest_power_of_two_up_to_8_that_a_micro_batch_allows_and_off_on_a_gpu(
-    batch, accumulation, shards
+    batch, grad_accum_steps, shards
 ):
-    config = config_of("--global_batch_size", str(batch), "--accumulation", str(accumulation))
+    config = config_of("--global_batch_size", str(batch), "--grad_accum_steps", str(grad_accum_steps))
     assert config.exact.shards == "auto"
     assert config.shards_on("cpu") == shards
     assert config.shards_on("cuda") == 0
     assert config_of(
-        "--global_batch_size", str(batch), "--accumulation", str(accumulation), "--exact.shards", str(shards)
+        "--global_batch_size", str(batch), "--grad_accum_steps", str(grad_accum_steps), "--exact.shards", str(shards)
     )
 
 

@@ -13,15 +13,15 @@ from distributed.engine.protocol import Engine
 from distributed.topology import Topology
 from distributed.training.cuda_graph_step import CudaStep
 from distributed.training.steps import train_step
-from distributed.training.totals import RunningSums, Totals
+from distributed.training.totals import MetricAccumulator, Totals
 
 CPU = torch.device("cpu")
 RATES = (0.125, 0.0625, 0.25, 0.03125, 0.5, 0.125)  # the same in float32 and in double
 CASES: dict[str, dict[str, Any]] = {
     "sgd": {},
-    "adamw, clipped": {"optim": {"name": "adamw", "clip_norm": 0.5}},
+    "adamw, clipped": {"optim": {"name": "adamw", "max_grad_norm": 0.5}},
     "float16": {"precision": "float16", "global_batch_size": 4, "data": {"train_samples": 10}},
-    "accumulation": {"accumulation": 2},
+    "grad_accum_steps": {"grad_accum_steps": 2},
     "mixed": {"data": {"augment": {"mixup": 0.4, "cutmix": 1.0, "cutout": 4}}},
     "exact": {"exact": {"shards": 4}},
 }
@@ -36,9 +36,9 @@ def config_of(**settings: Any) -> TrainConfig:
     return TrainConfig.model_validate(values)
 
 
-def parts_of(config: TrainConfig) -> tuple[DataPipeline, Engine, RunningSums]:
+def parts_of(config: TrainConfig) -> tuple[DataPipeline, Engine, MetricAccumulator]:
     data = build_data(config, Topology(), CPU)
-    return data, build_engine(config, Topology(), data, CPU), RunningSums(CPU)
+    return data, build_engine(config, Topology(), data, CPU), MetricAccumulator(CPU)
 
 
 def after_two_epochs(config: TrainConfig, *, fixed: bool) -> tuple[dict[str, torch.Tensor], list[float], Totals]:
@@ -85,7 +85,7 @@ def test_a_loss_that_is_not_finite_names_its_step() -> None:
 
 
 @pytest.mark.parametrize("augmented_at_once", [2, 3, 9])
-@pytest.mark.parametrize("case", ["sgd", "accumulation", "mixed"])
+@pytest.mark.parametrize("case", ["sgd", "grad_accum_steps", "mixed"])
 @pytest.mark.parametrize("placement", ["device", "host"])
 def test_images_augmented_together_have_the_same_bits(augmented_at_once: int, case: str, placement: str) -> None:
     settings = dict(CASES[case])
@@ -119,7 +119,7 @@ def test_recorded_steps_have_the_bits_of_others(case: str) -> None:
     for capture in (False, True):
         config = config_of(**{"precision": "bfloat16", **CASES[case]}).model_copy(update={"device": "cuda"})
         data = build_data(config, Topology(), cuda)
-        engine, sums = build_engine(config, Topology(), data, cuda), RunningSums(cuda)
+        engine, sums = build_engine(config, Topology(), data, cuda), MetricAccumulator(cuda)
         step = CudaStep(engine, sums, loss=config.loss, device=cuda, capture=capture)
         norms = []
         for epoch in range(5):

@@ -10,7 +10,7 @@ import torch
 from distributed.build import lanes_on
 from distributed.config import load
 from distributed.errors import InputError
-from distributed.exact.bucket_layout import SideBySide
+from distributed.exact.bucket_layout import ReplicatedBucket
 from distributed.exact.partition import ALIGNED
 from distributed.training.determinism import joined, kernels, make_deterministic
 
@@ -84,7 +84,7 @@ def test_one_thread_carries_all_shards_on_cuda() -> None:
 
 def test_gradients_side_by_side_are_aligned() -> None:
     parameters = {index: torch.zeros(shape) for index, shape in enumerate([(3,), (5, 7), (1,), (2, 3, 3, 3)])}
-    lie = SideBySide(parameters)
+    lie = ReplicatedBucket(parameters)
     views = lie.gradients(torch.zeros(lie.length))
     assert [view.storage_offset() % ALIGNED for view in views.values()] == [0] * 4
     assert [view.shape for view in views.values()] == [p.shape for p in parameters.values()]

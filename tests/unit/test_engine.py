@@ -14,7 +14,7 @@ from distributed.engine.exact import ExactEngine
 from distributed.engine.protocol import Engine, Outcome
 from distributed.optim.optimizer import Optimizer
 from distributed.training.steps import train_step
-from distributed.training.totals import RunningSums
+from distributed.training.totals import MetricAccumulator
 
 CPU = torch.device("cpu")
 SHARDS = 4
@@ -79,7 +79,7 @@ def cut_up(batch: Batch, start: int = 0, stop: int | None = None) -> Batch:
 
 
 def stepped(engine: Engine, batches: list[Batch], lr: float = 0.1) -> Tensor:
-    return train_step(engine, batches, loss=Loss(), lr=lr, step=0, sums=RunningSums(CPU))
+    return train_step(engine, batches, loss=Loss(), lr=lr, step=0, sums=MetricAccumulator(CPU))
 
 
 def model_state(engine: Engine) -> dict[str, Tensor]:
@@ -153,7 +153,7 @@ def test_a_large_gradient_is_scaled_down_to_the_asked_norm_and_a_small_one_stays
     plain = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
     moves = {}
     for clip in (None, 1e-3, 1e3):
-        engine = engine_of(**plain, clip_norm=clip)
+        engine = engine_of(**plain, max_grad_norm=clip)
         before = weights(engine)
         norm = stepped(engine, [batch_of(8, 8)], lr=1.0)
         moves[clip] = float((weights(engine) - before).norm())
@@ -164,7 +164,7 @@ def test_a_large_gradient_is_scaled_down_to_the_asked_norm_and_a_small_one_stays
 
 def test_a_gradient_that_was_scaled_down_does_not_weigh_in_the_next_step(engine_of):
     """That it is not scaled where all ranks read it takes several ranks to show: `test_exact.py`."""
-    engine = engine_of(clip_norm=1e-3)
+    engine = engine_of(max_grad_norm=1e-3)
     assert torch.equal(*[stepped(engine, [batch_of(9, 9)], lr=0.0) for _ in range(2)])
 
 
@@ -180,9 +180,9 @@ def test_the_state_of_one_engine_continues_another_to_the_bit(engine_of):
     assert all(torch.equal(found[name], tensor) for name, tensor in first.state())
 
 
-@pytest.mark.parametrize("clip_norm", [None, 0.05])
-def test_the_two_engines_compute_the_same(clip_norm):
-    one, other = fast(clip_norm=clip_norm), exact(clip_norm=clip_norm)
+@pytest.mark.parametrize("max_grad_norm", [None, 0.05])
+def test_the_two_engines_compute_the_same(max_grad_norm):
+    one, other = fast(max_grad_norm=max_grad_norm), exact(max_grad_norm=max_grad_norm)
     for seed in range(4):
         batch = batch_of(11, 11, seed)
         parts = [cut_up(batch, 0, 6), cut_up(batch, 6)]

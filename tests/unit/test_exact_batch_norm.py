@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distributed.exact.batch_norm import Cut, CuttingBatchNorm, backward
 from distributed.exact.replicas import Replicas
-from distributed.exact.shard_executor import Lanes
+from distributed.exact.shard_executor import ShardExecutor
 from distributed.models.sync_batch_norm import SyncBatchNorm, by_ranks, convert_batch_norm
 
 CPU = torch.device("cpu")
@@ -91,7 +91,7 @@ def whole(model: nn.Module, steps: list[tuple[Tensor, Tensor]]) -> Passed:
 
 def cutting(model: nn.Module, steps: list[tuple[Tensor, Tensor]], cut: tuple[int, ...], lanes: int = 2) -> Passed:
     """Shards as exact mode has them: replicas that share weights and buffers, carried by lanes."""
-    together = Lanes(len(cut), lanes=lanes, gather=torch.stack, device=CPU)
+    together = ShardExecutor(len(cut), lanes=lanes, gather=torch.stack, device=CPU)
     replicas, cuts = Replicas(model, len(cut), low=None).models, [list[Cut]() for _ in cut]
     for shard, replica in enumerate(replicas):
         meet = partial(together.meet, shard)

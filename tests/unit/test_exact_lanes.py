@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed.exact.shard_executor import Lanes
+from distributed.exact.shard_executor import ShardExecutor
 
 CPU = torch.device("cpu")
 MEETINGS = 5
@@ -30,8 +30,8 @@ class Gather:
         return gathered
 
 
-def lanes_of(shards: int, lanes: int, gather: Callable[[list[Tensor]], Tensor] | None = None) -> Lanes:
-    return Lanes(shards, lanes=lanes, gather=gather or Gather(), device=CPU)
+def lanes_of(shards: int, lanes: int, gather: Callable[[list[Tensor]], Tensor] | None = None) -> ShardExecutor:
+    return ShardExecutor(shards, lanes=lanes, gather=gather or Gather(), device=CPU)
 
 
 @pytest.mark.parametrize(("shards", "lanes"), EVERY_SIZE)
@@ -87,7 +87,7 @@ class Stumbled(Exception):
     pass
 
 
-def stumbling(together: Lanes, who: int, meetings: int) -> Callable[[int], int]:
+def stumbling(together: ShardExecutor, who: int, meetings: int) -> Callable[[int], int]:
     """A computation in which one shard raises after so many meetings."""
 
     def compute(shard: int) -> int:
@@ -222,7 +222,7 @@ def test_helpers_compute_with_one_thread_each() -> None:
     assert lanes_of(4, 4).run(lambda shard: torch.get_num_threads())[1:] == [1] * 3
 
 
-def threads_left_by(use: Callable[[Lanes], object]) -> set[threading.Thread]:
+def threads_left_by(use: Callable[[ShardExecutor], object]) -> set[threading.Thread]:
     """Those that lanes started, and that live on though nothing refers to the lanes any more."""
     before = set(threading.enumerate())
     lanes = lanes_of(6, 3)
@@ -242,7 +242,7 @@ def test_threads_end_when_nothing_refers_to_the_lanes() -> None:
 
 
 def test_nor_do_they_stay_where_a_shard_raised() -> None:
-    def fail(lanes: Lanes) -> None:
+    def fail(lanes: ShardExecutor) -> None:
         with pytest.raises(Stumbled):
             lanes.run(stumbling(lanes, 4, 2))
 

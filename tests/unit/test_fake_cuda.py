@@ -28,7 +28,7 @@ from distributed.inference.confusion import ConfusionSums
 from distributed.models import build as models
 from distributed.topology import Topology
 from distributed.training.steps import train_step
-from distributed.training.totals import RunningSums
+from distributed.training.totals import MetricAccumulator
 
 ROOT = Path(build.__file__).parent
 DEVICE, HOST = torch.device("cpu:0"), torch.device("cpu")
@@ -124,7 +124,7 @@ def audited_step(*arguments: str) -> Audit:
     data = build.build_data(config, Topology(), DEVICE)
     data.example()  # what is made once for a device
     engine = build.build_engine(config, Topology(), data, DEVICE)
-    sums = RunningSums(DEVICE)
+    sums = MetricAccumulator(DEVICE)
     audit, batches = Audit(), data.train_epoch(0)
     with audit:
         train_step(engine, next(batches), loss=config.loss, lr=0.1, step=0, sums=sums)
@@ -133,13 +133,13 @@ def audited_step(*arguments: str) -> Audit:
 
 ALL = (
     "--data.augment.mixup 0.4 --data.augment.cutmix 1 --data.augment.cutout 8 --loss.label_smoothing 0.1 "
-    "--optim.ema_decay 0.9 --optim.clip_norm 1"
+    "--optim.ema_decay 0.9 --optim.max_grad_norm 1"
 )
 FAST = ("alexnet sgd", "improved_alexnet adamw", "cifar_alexnet adamw", "cifar_alexnet_bn sgd")
 CASES = [
     *(f"{case} {precision} 0 {ALL}" for case in FAST for precision in ("float32", "bfloat16", "float16")),
     "improved_alexnet sgd float32 0",
-    f"improved_alexnet sgd float16 0 {ALL} --accumulation 2",
+    f"improved_alexnet sgd float16 0 {ALL} --grad_accum_steps 2",
     f"alexnet adamw float32 1 {ALL}",
     f"improved_alexnet adamw float16 8 {ALL}",  # shards of two and of three images
     f"cifar_alexnet sgd bfloat16 1 {ALL}",
@@ -166,7 +166,7 @@ def test_rows_of_uneven_ranks_are_put_together_on_the_device(
 ) -> None:
     monkeypatch.setattr(gather_statistics, "world_size", lambda: world_size)
     with fake:
-        of_shards = gather_statistics.ShardRows(lambda sent: sent.new_empty(world_size, sent.numel()), shards=8)
+        of_shards = gather_statistics.StatisticsGather(lambda sent: sent.new_empty(world_size, sent.numel()), shards=8)
         own = [torch.zeros(5, device=DEVICE) for _ in range(8 // world_size)]
         audit = Audit()
         with audit:

@@ -21,7 +21,7 @@ def pipeline(device: str = "cpu", *, normalize: str = "mean_std", augment: Augme
         train_samples=60, test_samples=20, validation_fraction=0.2, normalize=normalize, augment=augment or Augment(),
         placement=settings.pop("placement", "auto"),
     )  # fmt: skip
-    values = {"accumulation": 3, "rank": 1, "world_size": 2, "shards": 4} | settings
+    values = {"grad_accum_steps": 3, "rank": 1, "world_size": 2, "shards": 4} | settings
     return DataPipeline(
         config, side=32, seed=3, global_batch_size=16, evaluation_batch_size=6, device=torch.device(device),
         dtype=torch.float32, channels_last=True, **values,
@@ -47,7 +47,7 @@ def assert_all_equal(on_host: DataPipeline, on_device: DataPipeline) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"rank": 4, "world_size": 5, "shards": 5, "accumulation": 8}, {"accumulation": 1}]
+    "settings", [{}, {"rank": 4, "world_size": 5, "shards": 5, "grad_accum_steps": 8}, {"grad_accum_steps": 1}]
 )
 def test_host_equals_device(settings):
     on_host, on_device = (pipeline(placement=place, **settings) for place in ("host", "device"))
@@ -66,7 +66,7 @@ def test_host_equals_device_on_cuda():
 
 
 def test_one_batch_is_gathered_ahead_by_a_thread_and_none_is_left_when_an_epoch_is_left():
-    data = pipeline(placement="host", accumulation=1)
+    data = pipeline(placement="host", grad_accum_steps=1)
     asked = []
 
     def wanted():
@@ -103,7 +103,7 @@ def test_auto_is_the_device_where_a_third_of_its_free_memory_is_enough(monkeypat
 
 
 def test_unit_scales_to_zero_and_one_and_nothing_else():
-    data = pipeline(normalize="unit", augment=Augment(crop=0, flip=False), accumulation=1, rank=0, world_size=1)
+    data = pipeline(normalize="unit", augment=Augment(crop=0, flip=False), grad_accum_steps=1, rank=0, world_size=1)
     (batch,) = next(data.train_epoch(0))
     source = synthetic.read("generated10", 60, "train").images[batch.sample_ids.numpy()]
     expected = torch.from_numpy(source.transpose(0, 3, 1, 2).astype(np.float32)) / 255
@@ -112,7 +112,7 @@ def test_unit_scales_to_zero_and_one_and_nothing_else():
 
 
 def test_the_facts_are_what_was_used():
-    data = pipeline(augment=Augment(crop=0, flip=False), accumulation=1, rank=0, world_size=1)
+    data = pipeline(augment=Augment(crop=0, flip=False), grad_accum_steps=1, rank=0, world_size=1)
     assert data.facts()["classes"] == [f"class {label}" for label in range(10)]
     mean, deviation = (torch.tensor(data.facts()["normalization"][name]) for name in ("mean", "deviation"))
     (batch,) = next(data.train_epoch(0))

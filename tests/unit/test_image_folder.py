@@ -230,7 +230,7 @@ def test_of_four_processes_one_decodes(root, tmp_path):
 
 def test_a_pipeline_trains_on_it_with_a_stratified_validation_split(root):
     data = DataPipeline(
-        ImageFolderData(root=root, validation_fraction=0.34), side=16, seed=1, global_batch_size=4, accumulation=1,
+        ImageFolderData(root=root, validation_fraction=0.34), side=16, seed=1, global_batch_size=4, grad_accum_steps=1,
         evaluation_batch_size=5, rank=0, world_size=1, shards=1, device=torch.device("cpu"), dtype=torch.float32,
         channels_last=True,
     )  # fmt: skip

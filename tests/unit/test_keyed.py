@@ -35,7 +35,7 @@ def test_sample_keys_equal_the_stored_vector():
 
 
 def test_words_equal_the_stored_vector():
-    assert rng.words("sample", 7, 3) == (2489059859, 1570916816)
+    assert rng.key_words("sample", 7, 3) == (2489059859, 1570916816)
 
 
 def test_draws_equal_the_stored_vector():
@@ -73,7 +73,7 @@ def test_filled_weights_equal_the_stored_vector():
 
 def test_lanes_hold_what_unbounded_integers_would():
     ids = [*range(50), 2**31 - 1, 2**31, 2**32 - 1]
-    first, second = rng.words("sample", 1, 2)
+    first, second = rng.key_words("sample", 1, 2)
     expected = [[lowbias32(i ^ first, second), lowbias32(i ^ second, first)] for i in ids]
     assert rng.sample_keys(torch.tensor(ids), seed=1, epoch=2).tolist() == expected
 
@@ -130,7 +130,7 @@ def test_asking_leaves_ids_and_keys_as_they_were():
     before = ids.clone(), keys.clone()
     rng.sample_keys(ids, seed=1, epoch=1)
     rng.integers(keys, "flip", 2)
-    rng.uniform16(keys, rng.unit_words("a", 8))
+    rng.uniform16(keys, rng.unit_keys("a", 8))
     assert torch.equal(ids, before[0])
     assert torch.equal(keys, before[1])
 

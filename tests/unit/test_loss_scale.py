@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed.config.sections import AdamW, Sgd
-from distributed.engine.model_state import Weights
+from distributed.engine.model_state import ModelState
 from distributed.optim import loss_scale
 from distributed.optim.loss_scale import GOOD_STEPS, START, LossScale
 
@@ -59,18 +59,18 @@ def test_a_state_goes_on_where_it_was_and_none_is_as_at_the_start():
 
 OPTIMIZERS = {
     "momentum": Sgd(ema_decay=0.9),
-    "momentum, clipped": Sgd(clip_norm=0.5),
+    "momentum, clipped": Sgd(max_grad_norm=0.5),
     "no momentum": Sgd(momentum=0.0, nesterov=False),
-    "AdamW": AdamW(ema_decay=0.9, clip_norm=0.7),
+    "AdamW": AdamW(ema_decay=0.9, max_grad_norm=0.7),
 }
 
 
-def weights_of(optim: Sgd | AdamW, precision: str) -> Weights:
+def weights_of(optim: Sgd | AdamW, precision: str) -> ModelState:
     torch.manual_seed(0)
-    return Weights(optim, nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), precision=precision)
+    return ModelState(optim, nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), precision=precision)
 
 
-def stepped(weights: Weights, step: int, *, scale: float = 1.0, bad: float | None = None) -> Tensor:
+def stepped(weights: ModelState, step: int, *, scale: float = 1.0, bad: float | None = None) -> Tensor:
     generator = torch.Generator().manual_seed(step)
     for parameter in weights.model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator) * scale

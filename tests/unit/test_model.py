@@ -121,7 +121,7 @@ def test_hes_weights_keep_the_size_of_what_goes_through():
     images = torch.rand(8, 3, 32, 32)
     deviations = []
     for how in ("torch", "he"):
-        model = build_model(Model(name="cifar_alexnet", initial_weights=how), num_classes=10, seed=0).eval()
+        model = build_model(Model(name="cifar_alexnet", init=how), num_classes=10, seed=0).eval()
         deviations.append(float(model(images).std()))
         assert all(not module.bias.any() for module in model.modules() if isinstance(module, nn.Linear)) == (
             how == "he"

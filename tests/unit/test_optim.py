@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from distributed.config.sections import AdamW, Sgd
-from distributed.engine.model_state import Weights
-from distributed.optim.optimizer import Optimizer, WeightAverage
+from distributed.engine.model_state import ModelState
+from distributed.optim.optimizer import Optimizer, WeightEMA
 
 
 def small() -> nn.Sequential:
@@ -40,7 +40,7 @@ def test_adamw_takes_the_steps_of_torchs(everything):
 
 def test_the_average_is_the_exponential_one_of_weights_and_statistics():
     model = small()
-    average = WeightAverage(model.state_dict(), decay=0.5)
+    average = WeightEMA(model.state_dict(), decay=0.5)
     names = ("0.weight", "1.running_mean")
     expected = {name: model.state_dict()[name].double().clone() for name in names}
     for step in range(9):
@@ -59,7 +59,7 @@ def test_the_average_is_the_exponential_one_of_weights_and_statistics():
 
 def test_the_model_evaluates_with_the_averages_and_has_its_weights_back_after_that():
     model = small()
-    weights = Weights(Sgd(ema_decay=0.9), model)
+    weights = ModelState(Sgd(ema_decay=0.9), model)
     before = model[0].weight.detach().clone()
     weights.average.tensors["0.weight"].fill_(7.0)
     with weights.evaluated():
@@ -70,7 +70,7 @@ def test_the_model_evaluates_with_the_averages_and_has_its_weights_back_after_th
 
 
 def test_a_state_without_averages_begins_them_at_its_weights_and_the_optimizer_at_nothing():
-    weights = Weights(AdamW(ema_decay=0.9), small())
+    weights = ModelState(AdamW(ema_decay=0.9), small())
     for parameter in weights.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     weights.update(0.1, step=0)
@@ -86,4 +86,4 @@ def test_a_state_without_averages_begins_them_at_its_weights_and_the_optimizer_a
 
 
 def test_without_a_decay_nothing_more_is_kept():
-    assert not any(name.startswith("ema.") for name, _ in Weights(Sgd(), small()).state())
+    assert not any(name.startswith("ema.") for name, _ in ModelState(Sgd(), small()).state())

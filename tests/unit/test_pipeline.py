@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distributed import rng
-from distributed.comm.reduction_tree import leaves_of
+from distributed.comm.reduction_tree import shard_range
 from distributed.config.data import Augment, GeneratedData
 from distributed.data.batch import Batch
 from distributed.data.pipeline import DataPipeline
@@ -22,7 +22,7 @@ def _whole(samples: int, test_samples: int, validation_fraction: float, augment:
         GeneratedData(
             train_samples=samples, test_samples=test_samples, validation_fraction=validation_fraction, augment=augment
         ),
-        side=32, seed=3, global_batch_size=16, accumulation=1, evaluation_batch_size=6, rank=0, world_size=1, shards=1,
+        side=32, seed=3, global_batch_size=16, grad_accum_steps=1, evaluation_batch_size=6, rank=0, world_size=1, shards=1,
         device=CPU, dtype=dtype, channels_last=True,
     )  # fmt: skip
 
@@ -41,7 +41,7 @@ def pipeline(
     """Generating takes a while, so one data set serves pipelines of any rank and batch. A shard a rank by default."""
     made = copy.copy(_whole(samples, test_samples, validation_fraction, augment, dtype))
     shards = shards or world_size
-    vars(made).update(changed, shards=shards, own_shards=leaves_of(rank, world_size, shards))
+    vars(made).update(changed, shards=shards, own_shards=shard_range(rank, world_size, shards))
     return made
 
 
@@ -159,10 +159,10 @@ def test_cut_out_sets_a_square_to_the_mean():
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5, 20])
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_the_shards_of_any_world_size_make_up_the_same_micro_batches(world_size, accumulation):
-    alone = pipeline(accumulation=accumulation).train_epoch(1)
-    for whole, step in zip(alone, over_ranks(world_size, 1, accumulation=accumulation), strict=True):
+@pytest.mark.parametrize("grad_accum_steps", [1, 3])
+def test_the_shards_of_any_world_size_make_up_the_same_micro_batches(world_size, grad_accum_steps):
+    alone = pipeline(grad_accum_steps=grad_accum_steps).train_epoch(1)
+    for whole, step in zip(alone, over_ranks(world_size, 1, grad_accum_steps=grad_accum_steps), strict=True):
         assert len(whole) == len(step)
         for micro_batch, shards in zip(whole, step, strict=True):
             assert_equal(joined(shards), micro_batch)
@@ -172,11 +172,13 @@ def test_the_shards_of_any_world_size_make_up_the_same_micro_batches(world_size,
 
 @pytest.mark.parametrize("shards", [8, 16, 64])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_each_shard_is_the_same_whatever_rank_has_it(shards, world_size, accumulation):
+@pytest.mark.parametrize("grad_accum_steps", [1, 3])
+def test_each_shard_is_the_same_whatever_rank_has_it(shards, world_size, grad_accum_steps):
     """In exact mode: 5 or 6, or 16, or 2 images in up to 64 shards."""
-    alone = pipeline(accumulation=accumulation, shards=shards).train_epoch(1)
-    for whole, step in zip(alone, over_ranks(world_size, 1, accumulation=accumulation, shards=shards), strict=True):
+    alone = pipeline(grad_accum_steps=grad_accum_steps, shards=shards).train_epoch(1)
+    for whole, step in zip(
+        alone, over_ranks(world_size, 1, grad_accum_steps=grad_accum_steps, shards=shards), strict=True
+    ):
         assert len(whole) == len(step)
         for micro_batch, parts in zip(whole, step, strict=True):
             assert sum((part.shard_sizes for part in parts), ()) == micro_batch.shard_sizes
@@ -210,22 +212,22 @@ def test_the_shards_of_a_batch_make_it_up():
 
 
 def test_micro_batches_are_slices_of_the_global_batch():
-    for whole, cut in zip(pipeline().train_epoch(0), pipeline(accumulation=3).train_epoch(0), strict=True):
+    for whole, cut in zip(pipeline().train_epoch(0), pipeline(grad_accum_steps=3).train_epoch(0), strict=True):
         assert_equal(joined(cut), whole[0])
-    steps = list(pipeline(accumulation=3).train_epoch(0))
+    steps = list(pipeline(grad_accum_steps=3).train_epoch(0))
     assert [[len(batch.labels) for batch in step] for step in steps] == [[5, 5, 6]] * 3 + [[1, 1]]
 
 
 def test_a_micro_batch_of_no_images_is_left_out_on_all_ranks_alike():
-    *_, last = over_ranks(3, 0, accumulation=4)
+    *_, last = over_ranks(3, 0, grad_accum_steps=4)
     assert len(last) == 2
     assert [[len(shard.labels) for shard in shards] for shards in last] == [[0, 0, 1]] * 2
 
 
 @pytest.mark.parametrize("start", [1, 3, 4])
 def test_an_epoch_goes_on_in_its_middle_as_if_it_had_not_stopped(start):
-    whole = list(pipeline(accumulation=2).train_epoch(2))[start:]
-    rest = list(pipeline(accumulation=2).train_epoch(2, start_step=start))
+    whole = list(pipeline(grad_accum_steps=2).train_epoch(2))[start:]
+    rest = list(pipeline(grad_accum_steps=2).train_epoch(2, start_step=start))
     assert len(rest) == 4 - start
     for expected, step in zip(whole, rest, strict=True):
         for one, other in zip(expected, step, strict=True):

@@ -133,7 +133,8 @@ def test_at_a_drop_the_best_epochs_weights_come_back_and_momentum_is_zero(tmp_pa
     logger.add(lambda message: said.append(message.record["message"]))
     config = config_of(
         tmp_path / "run", "--epochs", "6", "--data.validation_fraction", "0.5", "--schedule.name", "plateau",
-        "--schedule.metric", "loss", "--checkpoint.best_by", "loss", "--schedule.patience", "0", "--schedule.return_to_best",
+        "--schedule.metric", "loss", "--checkpoint.best_by", "loss", "--schedule.patience", "0",
+        "--schedule.restore_best_on_drop",
         "--checkpoint.keep_last", "10", "--optim.lr", "0.3", "--exact.shards", "2", "--checkpoint.max_overhead", "1",
     )  # fmt: skip
     train(config)
@@ -152,7 +153,7 @@ def test_at_a_drop_the_best_epochs_weights_come_back_and_momentum_is_zero(tmp_pa
 
 
 def test_the_best_must_be_the_best_by_what_the_schedule_watches(tmp_path):
-    words = ("--schedule.name", "plateau", "--schedule.metric", "loss", "--schedule.return_to_best")
+    words = ("--schedule.name", "plateau", "--schedule.metric", "loss", "--schedule.restore_best_on_drop")
     with pytest.raises(InputError, match=r"set checkpoint\.best_by = loss"):
         config_of(tmp_path, *words, "--data.validation_fraction", "0.5")
 
@@ -201,9 +202,9 @@ def test_with_flips_logits_are_the_mean_of_image_and_mirror_image(tmp_path):
         plain = engine.predict(batch)
         mirrored = engine.model[0](batch.images.flip(3)).detach()  # one replica of exact mode's
     expected = F.cross_entropy((plain + mirrored) / 2, batch.labels)
-    found = evaluate(engine, data, "test", flips=True, device=CPU)
+    found = evaluate(engine, data, "test", flip_tta=True, device=CPU)
     assert found.mean_loss == pytest.approx(float(expected), rel=1e-5)
-    assert found.mean_loss != evaluate(engine, data, "test", flips=False, device=CPU).mean_loss
+    assert found.mean_loss != evaluate(engine, data, "test", flip_tta=False, device=CPU).mean_loss
 
 
 # A profile, compiled kernels

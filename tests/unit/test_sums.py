@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from distributed.training.totals import RunningSums, Totals
+from distributed.training.totals import MetricAccumulator, Totals
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ def losses_alone(*losses: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 def test_totals_are_those_of_the_batch():
     losses, logits, labels = batch_of(500)
-    sums = RunningSums(CPU)
+    sums = MetricAccumulator(CPU)
     sums.add(losses, logits, labels)
     totals = sums.read()
     ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
@@ -36,7 +36,7 @@ def test_totals_are_those_of_the_batch():
 @pytest.mark.parametrize("cut", [1, 2, 5, 10])
 def test_totals_of_whole_batches_do_not_depend_on_where_they_are_read(cut):
     batches = [batch_of(33, seed) for seed in range(10)]
-    whole, parts, total = RunningSums(CPU), RunningSums(CPU), Totals()
+    whole, parts, total = MetricAccumulator(CPU), MetricAccumulator(CPU), Totals()
     for index, batch in enumerate(batches):
         whole.add(*batch)
         parts.add(*batch)
@@ -47,7 +47,7 @@ def test_totals_of_whole_batches_do_not_depend_on_where_they_are_read(cut):
 
 def test_totals_do_not_depend_on_the_order_of_batches():
     batches = [batch_of(33, seed) for seed in range(10)]
-    one, other = RunningSums(CPU), RunningSums(CPU)
+    one, other = MetricAccumulator(CPU), MetricAccumulator(CPU)
     for batch in batches:
         one.add(*batch)
     for batch in reversed(batches):
@@ -62,14 +62,14 @@ def test_totals_do_not_depend_on_how_the_samples_are_ordered_or_cut(dtype, scale
     losses, logits, labels = batch_of(1000)
     losses = (losses * scale).to(dtype)
     generator = torch.Generator().manual_seed(1)
-    whole = RunningSums(CPU)
+    whole = MetricAccumulator(CPU)
     whole.add(losses, logits, labels)
     expected = whole.read()
     plain = set()
     for _ in range(20):
         order = torch.randperm(1000, generator=generator)
         ends = sorted(torch.randint(0, 1001, (7,), generator=generator).tolist())
-        sums, total = RunningSums(CPU), Totals()
+        sums, total = MetricAccumulator(CPU), Totals()
         for start, end in pairwise([0, *ends, 1000]):
             part = order[start:end]
             sums.add(losses[part], logits[part], labels[part])
@@ -83,14 +83,14 @@ def test_totals_do_not_depend_on_how_the_samples_are_ordered_or_cut(dtype, scale
 
 def test_a_loss_is_rounded_to_the_nearest_fraction():
     step = 2.0**-40
-    sums = RunningSums(CPU)
+    sums = MetricAccumulator(CPU)
     for loss in (3 * step, 5.25 * step, 5.75 * step, 1 - step / 4, 7 + 0.5):
         sums.add(torch.tensor([loss], dtype=torch.float64), torch.zeros(1, 10), torch.zeros(1, dtype=torch.int64))
         assert sums.read().loss == round(loss / step)
 
 
 def test_reading_starts_anew():
-    sums = RunningSums(CPU)
+    sums = MetricAccumulator(CPU)
     sums.add(*batch_of(5), step=3)
     sums.add(*losses_alone(math.nan), step=4)
     sums.read()
@@ -98,14 +98,14 @@ def test_reading_starts_anew():
 
 
 def test_an_empty_shard_adds_nothing():
-    sums = RunningSums(CPU)
+    sums = MetricAccumulator(CPU)
     sums.add(*batch_of(0))
     assert sums.read() == Totals()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_the_first_step_with_a_loss_that_is_no_number_is_kept(bad):
-    sums = RunningSums(CPU)
+    sums = MetricAccumulator(CPU)
     sums.add(*losses_alone(1.0, 2.0), step=6)
     sums.add(*losses_alone(1.0, bad), step=7)
     sums.add(*losses_alone(bad), step=8)
@@ -114,20 +114,20 @@ def test_the_first_step_with_a_loss_that_is_no_number_is_kept(bad):
 
 
 def test_step_zero_can_be_the_bad_one():
-    sums = RunningSums(CPU)
+    sums = MetricAccumulator(CPU)
     sums.add(*losses_alone(math.nan), step=0)
     assert sums.read().first_bad_step == 0
 
 
 def test_a_mean_over_a_loss_that_is_no_number_is_none_either():
-    sums = RunningSums(CPU)
+    sums = MetricAccumulator(CPU)
     sums.add(*losses_alone(math.nan, 1.0))
     assert not math.isfinite(sums.read().mean_loss)
 
 
 @pytest.mark.parametrize("loss", [1e3, 1e5, 1e7, 1e30])
 def test_a_window_of_huge_losses_is_never_read_as_small_ones(loss):
-    sums = RunningSums(CPU)
+    sums = MetricAccumulator(CPU)
     for step in range(100):
         sums.add(*losses_alone(*[loss] * 128), step=step)
     totals = sums.read()
@@ -145,13 +145,13 @@ def test_no_samples_have_no_share_of_anything():
 
 
 def test_of_three_classes_the_right_one_is_always_among_five():
-    sums = RunningSums(torch.device("cpu"))
+    sums = MetricAccumulator(torch.device("cpu"))
     sums.add(torch.ones(4), torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
     assert sums.read().correct5 == 4
 
 
 def test_steps_whose_gradient_was_not_finite_are_counted_until_they_are_read():
-    sums = RunningSums(CPU)
+    sums = MetricAccumulator(CPU)
     for norm in (1.0, math.inf, 0.0, math.inf, math.nan):
         sums.add_step(torch.tensor(norm))
     first = sums.read()

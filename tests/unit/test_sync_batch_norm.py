@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed.models.fused_batch_norm import FusedSyncBatchNorm, synchronize_batch_norm
-from distributed.models.sync_batch_norm import Exchange, SyncBatchNorm, by_ranks, convert_batch_norm
+from distributed.models.sync_batch_norm import BucketReduce, SyncBatchNorm, by_ranks, convert_batch_norm
 
 LAYERS = {
     "2d": (nn.BatchNorm2d, (5, 4)),
@@ -20,7 +20,7 @@ LAYERS = {
 CHANNELS = 6
 
 
-alone: Exchange = by_ranks(lambda row: row[None])
+alone: BucketReduce = by_ranks(lambda row: row[None])
 
 
 class Threads:
@@ -29,7 +29,7 @@ class Threads:
     def __init__(self, count: int) -> None:
         self.barrier, self.rows = threading.Barrier(count, timeout=20), [torch.empty(0)] * count
 
-    def of(self, rank: int) -> Exchange:
+    def of(self, rank: int) -> BucketReduce:
         def gather(row: Tensor) -> Tensor:
             self.rows[rank] = row
             self.barrier.wait()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed.comm.reduction_tree import Node, largest_nodes, leaves_of, root_of, tree_sum
+from distributed.comm.reduction_tree import Node, covering_subtrees, reduce_to_root, shard_range, tree_sum
 
 SIZES = [1, 2, 4, 8, 16, 64]
 PLACES = [(leaves, world_size) for leaves in SIZES for world_size in range(1, leaves + 1)]
@@ -41,13 +41,13 @@ def leaves_in(node: Node) -> list[int]:
 
 def node_sums(rows: Tensor, world_size: int) -> dict[Node, Tensor]:
     """What the ranks have: each the sums of its own largest nodes, by the oracle."""
-    nodes = [node for rank in range(world_size) for node in largest_nodes(leaves_of(rank, world_size, len(rows)))]
+    nodes = [node for rank in range(world_size) for node in covering_subtrees(shard_range(rank, world_size, len(rows)))]
     return {node: oracles(rows[node.first : node.first + node.size]) for node in nodes}
 
 
 @pytest.mark.parametrize(("leaves", "world_size"), PLACES)
 def test_every_leaf_is_held_by_one_rank_and_no_rank_is_idle(leaves: int, world_size: int) -> None:
-    held = [leaves_of(rank, world_size, leaves) for rank in range(world_size)]
+    held = [shard_range(rank, world_size, leaves) for rank in range(world_size)]
     assert [leaf for own in held for leaf in own] == list(range(leaves))
     assert min(map(len, held)) >= 1
     assert max(map(len, held)) - min(map(len, held)) <= 1
@@ -63,7 +63,7 @@ def fewest(start: int, stop: int) -> int:
 
 
 def check_nodes(held: range) -> None:
-    nodes = largest_nodes(held)
+    nodes = covering_subtrees(held)
     assert [leaf for node in nodes for leaf in leaves_in(node)] == list(held), "they partition what is held, in order"
     for node in nodes:
         assert node.size & (node.size - 1) == 0, "a power of two"
@@ -74,7 +74,7 @@ def check_nodes(held: range) -> None:
 @pytest.mark.parametrize(("leaves", "world_size"), PLACES)
 def test_what_a_rank_holds_is_made_up_of_the_fewest_subtrees(leaves: int, world_size: int) -> None:
     for rank in range(world_size):
-        check_nodes(leaves_of(rank, world_size, leaves))
+        check_nodes(shard_range(rank, world_size, leaves))
 
 
 def test_any_run_of_leaves_is_made_up_of_the_fewest_subtrees() -> None:
@@ -99,7 +99,7 @@ def test_siblings_and_parents() -> None:
 @pytest.mark.parametrize(("leaves", "world_size"), PLACES)
 def test_the_root_has_the_oracles_bits_however_many_ranks_hold_the_leaves(leaves: int, world_size: int) -> None:
     rows = rows_of(leaves, length=40, seed=leaves)
-    assert torch.equal(root_of(node_sums(rows, world_size)), oracles(rows))
+    assert torch.equal(reduce_to_root(node_sums(rows, world_size)), oracles(rows))
 
 
 def test_the_root_does_not_depend_on_the_order_in_which_the_sums_are_given_and_leaves_them_alone() -> None:
@@ -107,14 +107,14 @@ def test_the_root_does_not_depend_on_the_order_in_which_the_sums_are_given_and_l
     sums = node_sums(rows, 5)
     before = {node: tensor.clone() for node, tensor in sums.items()}
     turned = dict(reversed(sums.items()))
-    assert torch.equal(root_of(turned), root_of(sums))
+    assert torch.equal(reduce_to_root(turned), reduce_to_root(sums))
     assert list(turned) == list(reversed(before))
     assert all(torch.equal(sums[node], before[node]) for node in before)
 
 
 def test_a_tree_of_one_node_is_its_sum() -> None:
     row = torch.tensor([1.5, -2.0])
-    assert torch.equal(root_of({Node(0, 8): row}), row)
+    assert torch.equal(reduce_to_root({Node(0, 8): row}), row)
 
 
 @pytest.mark.parametrize("leaves", SIZES)
@@ -162,5 +162,5 @@ def test_a_sum_from_left_to_right_has_other_bits(leaves: int) -> None:
     assert differing > 0.1
     assert (rows.sum(0) != tree_sum(rows)).any()
     if leaves >= 8:
-        ranks = [rows[own.start : own.stop].sum(0) for own in (leaves_of(rank, 3, leaves) for rank in range(3))]
+        ranks = [rows[own.start : own.stop].sum(0) for own in (shard_range(rank, 3, leaves) for rank in range(3))]
         assert (reduce(torch.add, ranks) != tree_sum(rows)).any(), "three ranks' sums, added up"
