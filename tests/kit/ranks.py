@@ -191,7 +191,7 @@ def _results(ranks: list[_Rank], *, timeout_seconds: float) -> list[Any]:
         raise RankFailed("\n".join(failures[:1] + [f"(then {_last_line(failure)})" for failure in failures[1:]]))
     if waiting:
         late = ", ".join(map(str, sorted(waiting.values())))
-        raise RankFailed(f"no answer from rank {late} of {len(ranks)} within {timeout_seconds:g} s")
+        raise RankFailed(f"no answer from rank {late} of {len(ranks)} within {timeout_seconds:.0f} s")
     return [results[rank] for rank in range(len(ranks))]
 
 
