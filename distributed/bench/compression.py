@@ -7,7 +7,6 @@ import json
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
 from operator import sub
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from distributed.bench.rounds import Contender, machine
 from distributed.files import home_path
 from distributed.process.streams import run_command
+from distributed.process.torchrun import torchrun_command
 from distributed.run.folder import RunFolder
 
 WAYS = {
@@ -32,11 +32,8 @@ def _settings(root: Path, run_dir: Path, epochs: int, way: str) -> list[str]:
 
 def trained(root: Path, run_dir: Path, *, epochs: int, way: str) -> dict[str, float]:
     """Test accuracy after each epoch, and bytes a step, of a whole run."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={RANKS}", "--standalone"]
-    done = subprocess.run(
-        [*launcher, "-m", "distributed.train", *_settings(root, run_dir, epochs, way)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = torchrun_command(RANKS, "distributed.train", _settings(root, run_dir, epochs, way))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{way}: exit code {done.returncode}\n{done.stderr[-3000:]}")
     lines = [json.loads(line) for line in RunFolder(run_dir).metrics_file.read_text().splitlines()]

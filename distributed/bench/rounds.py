@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from distributed.host.cpu_quota import available_cpus
 from distributed.host.hardware import processor
 from distributed.host.versions import git_state, versions
+from distributed.process.torchrun import torchrun_command
 
 PEERS = ("timm", "pytorch-lightning", "lightning")  # as their packages are called
 Readings = list[tuple[int, float]]
@@ -70,11 +71,10 @@ class Contender:
         clock: dict[str, Any] = {"device": self.device, "steps": self.steps, "block": self.block}
         if seconds is not None:
             clock["until"] = start + 0.75 * seconds
-        launcher = ["torch.distributed.run", f"--nproc_per_node={self.ranks}", "--standalone", "-m"]
-        command = [
-            sys.executable, "-m", *(launcher if self.ranks else []), "distributed.bench.contenders", self.function,
-            json.dumps({"clock": clock, "settings": self.settings}),
-        ]  # fmt: skip
+        module = "distributed.bench.contenders"
+        arguments = [self.function, json.dumps({"clock": clock, "settings": self.settings})]
+        plain = [sys.executable, "-m", module, *arguments]
+        command = torchrun_command(self.ranks, module, arguments) if self.ranks else plain
         code, printed, errors = _run(command, seconds)
         lines = [line for line in printed.splitlines() if line.startswith("CLOCK ")]
         if lines and code in (0, None):  # whatever holds it up after its figures

@@ -8,7 +8,6 @@ machines stay.
 import argparse
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from distributed.files import home_path
 from distributed.process import logs
 from distributed.process.byproducts import Byproduct, asked_for
 from distributed.process.streams import run_command
+from distributed.process.torchrun import torchrun_command
 from distributed.run.folder import RunFolder
 
 
@@ -62,7 +62,7 @@ def main() -> int:
             load(words)  # what the run would refuse: torchrun would hide its exit code
             run = RunFolder(arguments.runs / name)
             before = run.status()
-            code = _run(["--nproc_per_node", arguments.nproc_per_node], words, deadline)
+            code = _run(arguments.nproc_per_node, words, deadline)
             if code and (status := run.status()) != before:  # else it was refused before it began
                 code = int(status.get("exit_code", code))
             with Byproduct(arguments.out):  # for now; the runs are what takes hours
@@ -79,20 +79,11 @@ def main() -> int:
     return failed
 
 
-def _run(launch: Sequence[str], words: Sequence[str], deadline: float | None) -> int:
+def _run(processes: str, words: Sequence[str], deadline: float | None) -> int:
     """One run under torchrun up to the deadline; torchrun's exit code, or 75 where there was no time to begin."""
     if deadline and time.monotonic() >= deadline:
         return ExitCode.STOPPED
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        *launch,
-        "-m",
-        "distributed.train",
-        *words,
-    ]
+    command = torchrun_command(processes, "distributed.train", words)
     print("+", " ".join(command[1:]), flush=True)
     run = subprocess.Popen(command)
     try:
