@@ -15,7 +15,7 @@ from distributed.bench.clock import StepClock
 
 def ours(clock: StepClock, *, arguments: list[str]) -> None:
     """`train(config)` as `python -m distributed.train ARGUMENTS` runs it, stopped after so many steps."""
-    from distributed.config import load
+    from distributed.config import from_command_line
     from distributed.process import logs
     from distributed.recipe import train
     from distributed.topology import Topology
@@ -26,7 +26,7 @@ def ours(clock: StepClock, *, arguments: list[str]) -> None:
         def requested(self) -> str | None:
             return "the end of the measurement" if clock.tick() else None
 
-    config, _ = load(arguments)
+    config = from_command_line(arguments).config
     logs.terminal_logs(Topology.from_environment().rank, level="WARNING")
     train(config, stop=Stop())
 
