@@ -3,16 +3,50 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kit import devices
+from kit.speed import slowness
 
 # For this process and all that it starts: threads that wait for work must not take the cores from processes that have some.
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
 devices.check_started_commands()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--max-ranks", type=int, help="skip tests that start more ranks than this")
+    parser.addoption("--skips", type=Path, help="file to append a line to for each reason why tests were skipped")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if most := config.getoption("--max-ranks"):
+        from kit import ranks
+
+        ranks.MAX_RANKS = most
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Scales the time limit of each test with the machine's speed."""
+    default = float(config.getini("timeout") or 0)
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        seconds = float(marker.args[0] if marker else default)
+        item.add_marker(pytest.mark.timeout(seconds * slowness()), append=False)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    file: Path | None = config.getoption("--skips")
+    if not file:
+        return
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    with file.open("a") as lines:
+        for reason, count in reasons.most_common():
+            lines.write(f"skipped {count}: {reason}\n")
 
 
 @pytest.hookimpl(wrapper=True)

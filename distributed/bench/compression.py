@@ -21,8 +21,6 @@ from distributed.run.folder import RunFolder
 WAYS = {
     "none": [],
     "bfloat16": ["--engine.compression", "bfloat16"],
-    "powersgd, rank 2": ["--engine.compression", "powersgd", "--engine.powersgd_rank", "2"],
-    "powersgd, rank 4": ["--engine.compression", "powersgd", "--engine.powersgd_rank", "4"],
 }
 RANKS = 2
 

@@ -109,8 +109,7 @@ VALUES: list[tuple[str, str, str]] = [
     ("engine.overlap_comm", "some", "valid boolean"),
     ("engine.offload_optimizer", "nvme", "valid boolean"),
     ("engine.bucket_mib", "1025", "less than or equal to 1024"),
-    ("engine.compression", "fp8", "'bfloat16' or 'powersgd'"),
-    ("engine.powersgd_rank", "0", "greater than 0"),
+    ("engine.compression", "fp8", "'bfloat16'"),
     ("exact.shards", "12", "a power of two"),
     ("exact.shards", str(2**70), "less than 2**63"),
     ("exact.shards", str(2**40), "is more than the 128 images"),
@@ -263,16 +262,6 @@ WORDS: dict[str, tuple[list[str], str]] = {
         "engine.overlap_comm has no effect at engine.zero_stage = 0",
     ),
     "an old deepspeed's option": (["--engine.name", "fsdp", "--engine.zero_stage", "2"], "engine.zero_stage"),
-    "a rank of nothing": (["--engine.powersgd_rank", "4"], "has no effect without engine.compression = powersgd"),
-    "errors in float16": (
-        ["--engine.compression", "powersgd", "--engine.powersgd_rank", "2", "--precision", "float16"],
-        "engine.compression = powersgd cannot go with precision = float16",
-    ),
-    "no rank": (["--engine.compression", "powersgd"], "engine.compression = powersgd needs engine.powersgd_rank"),
-    "buckets of nothing": (
-        ["--engine.compression", "powersgd", "--engine.powersgd_rank", "2", "--engine.bucket_mib", "2"],
-        "engine.bucket_mib = 2 has no effect with engine.compression = powersgd",
-    ),
     "two archives": (
         ["--data.name=cifar10", "--data.download", '--data.urls=["http://x/cifar-10-python.tar.gz", "http://x/b"]',
          "--data.root=/dev/null"],

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from kit.speed import slowness
+
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
@@ -64,13 +66,13 @@ class Command:
     def wait(self, seconds: float = 120) -> int:
         """The exit code; the end of the output is shown where it does not come in time."""
         try:
-            return self.process.wait(seconds)
+            return self.process.wait(seconds * slowness())
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {seconds} s:\n{self.text[-4000:]}") from None
 
     def wait_for(self, condition: Any, *, seconds: float = 90, what: str = "condition") -> None:
         """Poll until it holds or the command has ended."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds * slowness()
         while not condition():
             if self.process.poll() is not None:
                 return

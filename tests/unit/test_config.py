@@ -642,7 +642,7 @@ def test_the_cache_folder_is_a_path_or_none():
      "data.augment.crop", "model.dropout", "schedule.patience", "early_stopping.patience", "early_stopping",
      "channels_last", "checkpoint.best_by", "exact.shards", "optim.ema_decay", "optim.beta2", "loss.label_smoothing",
      "data.augment.mixup", "init_from", "compile", "evaluation.flip_tta", "schedule.restore_best_on_drop", "data.normalize",
-     "engine.compression", "engine.powersgd_rank"],
+     "engine.compression"],
 )  # fmt: skip
 def test_what_the_curve_depends_on_makes_another_experiment(path):
     assert changes_experiment(path, TrainConfig())
@@ -716,24 +716,22 @@ def test_shards_that_were_given_hold_on_every_device(shards, write):
         assert config.shards_on("cpu") == config.shards_on("cuda") == shards
 
 
-POWERSGD = ("--engine.compression", "powersgd", "--engine.powersgd_rank", "2")
+COMPRESSED = ("--engine.compression", "bfloat16")
 
 
-@pytest.mark.parametrize("words", [POWERSGD, ("--engine.compression", "bfloat16")])
-def test_auto_is_fast_mode_where_gradients_are_compressed(words):
-    assert config_of(*words).shards_on("cpu") == 0
-    assert config_of(*words, "--exact.shards", "0").compression == words[1]
+def test_auto_shards_mean_fast_mode_if_gradients_are_compressed():
+    assert config_of(*COMPRESSED).shards_on("cpu") == 0
+    assert config_of(*COMPRESSED, "--exact.shards", "0").compression == "bfloat16"
     assert config_of("--engine.compression", "none").shards_on("cpu") == 8
 
 
-def test_a_run_may_go_on_under_another_engine_unless_its_gradients_are_compressed():
+def test_compressed_gradients_tie_a_run_to_its_engine():
     def refused(old: TrainConfig, new: TrainConfig) -> list[str]:
         return [path for path, *_ in differences(old, new) if changes_experiment(path, new)]
 
-    ddp, fsdp, compressed = config_of(), config_of("--engine.name", "fsdp"), config_of(*POWERSGD)
+    ddp, fsdp, compressed = config_of(), config_of("--engine.name", "fsdp"), config_of(*COMPRESSED)
     assert refused(ddp, fsdp) == refused(fsdp, ddp) == []
-    assert refused(compressed, fsdp) == refused(ddp, compressed) == ["engine.compression", "engine.powersgd_rank"]
-    assert refused(compressed, config_of(*POWERSGD[:3], "4")) == ["engine.powersgd_rank"]
+    assert refused(compressed, fsdp) == refused(ddp, compressed) == ["engine.compression"]
 
 
 def test_auto_can_be_asked_for_in_a_file(write):
