@@ -4,7 +4,7 @@ import difflib
 from functools import cache
 
 from distributed.config.leaves import leaves
-from distributed.config.renamed import RENAMED
+from distributed.config.renamed import REMOVED, RENAMED
 
 _OTHER_NAMES = {
     "global_batch_size": "batch_size batch bs batchsize train_batch_size per_device_batch_size mini_batch_size",
@@ -67,6 +67,8 @@ def unknown(path: str) -> str:
     """Return what is wrong with a setting that does not exist, and the remedy."""
     if new := RENAMED.get(path.lower()):
         return f"renamed to {new}"
+    if message := REMOVED.get(path.lower()):
+        return message
     return f"unknown setting; {hint(path)}"
 
 

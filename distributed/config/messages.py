@@ -9,6 +9,7 @@ from pydantic_core import ErrorDetails
 from distributed.config.hints import known, unknown
 from distributed.config.layers import Settings, shown
 from distributed.config.leaves import leaves
+from distributed.config.renamed import REMOVED_VALUES
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class _Problem:
     """One invalid value: its dotted path, the variant of its section if there are several, and pydantic's message."""
 
     path: str
+    value: Any
     variants: list[str]
     message: str
 
@@ -29,7 +31,7 @@ def explain(detail: ErrorDetails, settings: Settings) -> list[str]:
     if detail["type"] == "union_tag_invalid":
         path = f"{path}.name"
         value = value["name"] if isinstance(value, dict) else value
-    reason = _REASONS.get(detail["type"], _invalid)(_Problem(path, variants, str(detail["msg"])))
+    reason = _REASONS.get(detail["type"], _invalid)(_Problem(path, value, variants, str(detail["msg"])))
     given = f" = {shown(value)}" if not isinstance(value, dict) or value else ""
     return [f"{_place(path, settings.places)}: {shown(path)}{given}: {reason}"]
 
@@ -80,10 +82,16 @@ def _invalid(problem: _Problem) -> str:
     return f"should {message[:1].lower()}{message[1:]}" if "should" in problem.message else message
 
 
+def _no_choice(problem: _Problem) -> str:
+    key = (problem.path, problem.value) if isinstance(problem.value, str) else ("", "")
+    return REMOVED_VALUES.get(key) or _invalid(problem)
+
+
 _REASONS: dict[str, Callable[[_Problem], str]] = {
     "extra_forbidden": _unknown,
     "union_tag_invalid": _unknown_name,
     "model_type": _not_a_section,
     "model_attributes_type": _not_a_section,
+    "literal_error": _no_choice,
 }
 """Pydantic's error type -> what is wrong and the remedy; `_invalid` for the others."""

@@ -17,15 +17,20 @@ RENAMED = {
 }
 """Old dotted path -> new one, in the same section."""
 
-REMOVED: dict[str, Any] = {}
-"""Dotted path of a setting that is gone -> the value that meant nothing."""
+REMOVED = {"engine.powersgd_rank": "PowerSGD was removed; remove this setting"}
+"""Dotted path of a removed setting, whose default was none -> what to tell a user who sets it."""
+
+REMOVED_VALUES = {
+    ("engine.compression", "powersgd"): "PowerSGD was removed; set engine.compression = bfloat16 or remove this setting"
+}
+"""(dotted path, removed value of it) -> what to tell a user who sets it."""
 
 
 def upgraded(values: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a saved config with every old key under its new name and removed settings dropped.
 
     Raises:
-        ValueError: a setting is there under both names, or a removed one had an effect.
+        ValueError: a setting is there under both names, or the run used something that was removed.
     """
     upgraded = copy.deepcopy(values)
     for old, new in RENAMED.items():
@@ -36,10 +41,15 @@ def upgraded(values: dict[str, Any]) -> dict[str, Any]:
         if new_key in section:
             raise ValueError(f"{old} and {new} are one setting, given twice; remove {old}")
         section[new_key] = section.pop(key)
-    for path, default in REMOVED.items():
+    for (path, value), message in REMOVED_VALUES.items():
         section, key = _section_of(upgraded, path)
-        if key in section and section.pop(key) != default:
-            raise ValueError(f"{path} was removed; use the version that began this run")
+        if section.get(key) == value:
+            what = message.partition(";")[0]
+            raise ValueError(f"{path} = {value}: {what}; use the version that began this run")
+    for path in REMOVED:
+        section, key = _section_of(upgraded, path)
+        if section.get(key) is None:
+            section.pop(key, None)
     return upgraded
 
 

@@ -196,12 +196,42 @@ def test_a_setting_of_no_version_stays_an_error_in_a_runs_config(old_file: Path)
     assert caught.value.lines == (f"{old_file}:3: optim.lookahead = 3: unknown setting; --help lists all of them",)
 
 
+def test_powersgd_is_refused_with_the_remedy() -> None:
+    with pytest.raises(InputError) as caught:
+        from_command_line(["--engine.compression", "powersgd", "--engine.powersgd_rank", "2"])
+    assert caught.value.lines == (
+        "command line: engine.compression = powersgd: PowerSGD was removed; set engine.compression = bfloat16 or remove this "
+        "setting",
+        "command line: engine.powersgd_rank = 2: PowerSGD was removed; remove this setting",
+    )
+
+
+def test_a_saved_run_without_powersgd_is_read(old_file: Path) -> None:
+    config = from_saved({"engine": {"name": "ddp", "compression": "bfloat16", "powersgd_rank": None}})
+    assert config.compression == "bfloat16"
+
+
+def test_a_saved_run_with_powersgd_is_refused(old_file: Path) -> None:
+    old_file.write_text('[engine]\ncompression = "powersgd"\npowersgd_rank = 2\n')
+    reason = (
+        "engine.compression = powersgd: PowerSGD was removed; use the version that began this run, or begin another"
+    )
+    with pytest.raises(InputError) as caught:
+        read_saved(old_file)
+    assert caught.value.lines == (f"{old_file}: {reason}",)
+    with pytest.raises(InputError) as caught:
+        from_saved({"engine": {"name": "ddp", "compression": "powersgd", "powersgd_rank": 2}})
+    assert caught.value.lines == (reason,)
+
+
 def test_a_saved_config_under_both_names_is_refused() -> None:
     with pytest.raises(InputError, match=r"^model.initial_weights and model.init are one setting, given twice"):
         from_saved({"model": {"init": "he", "initial_weights": "he"}})
 
 
-@pytest.mark.parametrize("values", [{}, {"optim": 3}, {"optim": None, "accumulation": None}, {"model": []}])
+@pytest.mark.parametrize(
+    "values", [{}, {"optim": 3}, {"engine": {"compression": [1]}}, {"optim": None, "accumulation": None}, {"model": []}]
+)
 def test_damaged_values_are_left_to_the_checks(values: dict[str, object]) -> None:
     before = dict(values)
     upgraded(values)
