@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from distributed.checkpoint.download import check_store
 from distributed.checkpoint.upload import upload_rest
-from distributed.config import TrainConfig, help_text, load
+from distributed.config import TrainConfig, from_command_line, help_text
 from distributed.data.sources import cifar, registry
 from distributed.errors import ExitCode, InputError
 from distributed.host.versions import require
@@ -73,15 +73,16 @@ def checked_config(
     Raises:
         InputError: anything that cannot be used, all of it that could be found out at once.
     """
-    config, named = load(arguments)
-    if not named and config.data.name == "cifar10" and not cifar.is_there("cifar10", config.data.root):
+    command = from_command_line(arguments)
+    config = command.config
+    if not command.names_data and config.data.name == "cifar10" and not cifar.is_there("cifar10", config.data.root):
         root = config.data.root.resolve()
         if job := cluster_job():
             raise InputError(
                 f"data.root = {root}: CIFAR-10 is not there, and {job} names neither a config nor a data set; give a config "
                 "first (configs/cifar10.toml), --data.root FOLDER, or --data.name generated10 for generated images"
             )
-        config, _ = load(arguments, default_data="generated10")
+        config = from_command_line(arguments, default_data="generated10").config
         if topology.is_main:
             print(_BANNER.format(root=root), file=sys.stderr)
     if adapt:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distributed.config import load
+from distributed.config import from_command_line
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.experiments.results import (
     CONFIGS,
@@ -59,7 +59,7 @@ def main() -> int:
         for name in arguments.only:
             words = [str(CONFIGS / f"{name}.toml"), "--run_dir", str(arguments.runs / name), *settings]
             words += ["--data.root", arguments.root] if arguments.root else []
-            load(words)  # what the run would refuse: torchrun would hide its exit code
+            from_command_line(words)  # what the run would refuse: torchrun would hide its exit code
             run = RunFolder(arguments.runs / name)
             before = run.status()
             code = _run(arguments.nproc_per_node, words, deadline)

@@ -176,7 +176,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "an unknown empty section": ("[nonsense]", "nonsense: unknown setting"),
     "a dotted name in quotes": (
         '"optim.lr" = 1',
-        ":1: optim.lr = 1: unknown setting; a dotted name stands without quotes",
+        ":1: optim.lr = 1: unknown setting; write a dotted name without quotes",
     ),
     "a section as number": ("optim = 3", "is a section"),
     "a section as list": ("[[optim]]\nlr = 1", "is a section"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from loguru import logger
 
-from distributed.config import TrainConfig, load
+from distributed.config import TrainConfig, from_command_line
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import digest_of, read_json
 from distributed.host.versions import versions
@@ -42,7 +42,7 @@ def said() -> Iterator[list[str]]:
 
 
 def config_of(path: Path, *words: str) -> TrainConfig:
-    return load(["--run_dir", str(path), *words])[0]
+    return from_command_line(["--run_dir", str(path), *words]).config
 
 
 def checkpointed(path: Path, config: TrainConfig, step: int = 10, epoch: int = 1, **bits: Any) -> Path:
@@ -138,7 +138,7 @@ def test_status_and_attempts_tell_how_an_attempt_went(run, path):
 def test_the_config_of_a_run_can_be_passed_back_in(run, path):
     config = config_of(path, "--schedule.name", "plateau", "--early_stopping.patience", "3")
     run.begin(config, start_step=0, details={})
-    assert load([str(path / "config.toml")])[0] == config
+    assert from_command_line([str(path / "config.toml")]).config == config
 
 
 def test_a_folder_without_a_run_has_no_status_and_no_config(path):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from distributed.config import TrainConfig, load
+from distributed.config import TrainConfig, from_command_line
 from distributed.optim.schedules import build_early_stopping, build_schedule
 from distributed.run.saved_state import check_state, is_at_end
 from distributed.training.state import TrainState
@@ -18,7 +18,7 @@ STOPPING = ("--early_stopping.patience", "3")
 
 def config_of(*words: str) -> TrainConfig:
     common = "--data.name generated10 --epochs 5 --global_batch_size 16 --checkpoint.best_by accuracy"
-    return load([*common.split(), "--data.validation_fraction", "0.1", *words])[0]
+    return from_command_line([*common.split(), "--data.validation_fraction", "0.1", *words]).config
 
 
 def trained(config: TrainConfig, *, epochs: int, steps: int = 0) -> dict[str, Any]:
