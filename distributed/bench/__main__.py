@@ -18,7 +18,7 @@ from distributed.bench.rounds import ContenderFailedError, machine
 from distributed.data.sources import cifar
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import check_writable, home_path, write_output
-from distributed.process.byproducts import Byproduct, asked_for
+from distributed.process.optional_output import OptionalOutput, requested_output
 from distributed.process.streams import run_command
 
 
@@ -52,12 +52,12 @@ def main() -> int:
         content["failed"].append({name: str(error) for name, error in errors.items()})
         outputs += "".join(f"{name}: {error}\n{error.output}\n\n" for name, error in errors.items())
         if given.json:
-            with Byproduct(given.json):  # for now; the rounds are what takes long
+            with OptionalOutput(given.json):  # for now; the rounds are what takes long
                 _write(given.json, content, outputs)
     print(summary(kind, content["rounds"]))
     try:
         if given.json:
-            with asked_for("--json", given.json):
+            with requested_output("--json", given.json):
                 _write(given.json, content, outputs)
     except StorageError as error:
         return error.tell()
