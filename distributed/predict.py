@@ -16,7 +16,7 @@ from distributed.files import check_writable, home_path, write_output
 from distributed.host.versions import require
 from distributed.inference.saved_run import checkpoint_of, config_of, unfetched, with_data_root
 from distributed.process import gc_pause
-from distributed.process.byproducts import asked_for
+from distributed.process.optional_output import requested_output
 from distributed.process.streams import run_command
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def main() -> int:
         if missing := [path for path in arguments.images if not os.path.isfile(path)]:
             raise InputError(*[f"{path}: no such file; name images that are there" for path in missing])
         if arguments.picture:
-            require("matplotlib", at_least=(3, 9), wanted_by="--picture")
+            require("matplotlib", at_least=(3, 9), needed_by="--picture")
             check_writable("--picture", arguments.picture)
         max_pixels = max_pixels_of(config.data) if arguments.max_pixels is None else arguments.max_pixels
         if max_pixels < 1:
@@ -64,7 +64,7 @@ def main() -> int:
         else:
             print(*_table(found), sep="\n")
         if arguments.picture:
-            with asked_for("--picture", arguments.picture):
+            with requested_output("--picture", arguments.picture):
                 _draw(inputs, found, arguments.picture)
     except (InputError, StorageError) as error:
         return error.tell()
@@ -75,7 +75,7 @@ def _predict(
     config: "TrainConfig", checkpoint: Path, paths: list[Path], max_pixels: int
 ) -> tuple[list[dict[str, Any]], list["Tensor"]]:
     """For each image its path and its likeliest classes, with probabilities; and the network's inputs."""
-    with gc_pause.at_rest():
+    with gc_pause.gc_paused():
         import torch
 
     from distributed.build import read_data

@@ -12,7 +12,7 @@ from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import check_writable, home_path, write_output
 from distributed.inference.saved_run import checkpoint_of, config_of, unfetched, with_data_root
 from distributed.process import gc_pause
-from distributed.process.byproducts import asked_for
+from distributed.process.optional_output import requested_output
 from distributed.process.streams import run_command
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _formats(asked: list[str]) -> list[str]:
 
 
 def _export(config: "TrainConfig", checkpoint: Path, names: list[str], out: Path, *, tolerance: float) -> int:
-    with gc_pause.at_rest():
+    with gc_pause.gc_paused():
         from distributed.inference.classifier import load_trained
     from distributed.build import read_data
     from distributed.export.formats import FORMATS
@@ -75,7 +75,7 @@ def _export(config: "TrainConfig", checkpoint: Path, names: list[str], out: Path
     for name in names:
         file = out / FORMATS[name].file
         for part, content in FORMATS[name].contents(trained, facts).items():
-            with asked_for("--out", out / part):
+            with requested_output("--out", out / part):
                 write_output(out / part, content)
         off = difference(FORMATS[name].load(file), expected)
         within = off <= tolerance
@@ -109,4 +109,4 @@ def _facts(config: "TrainConfig", checkpoint: Path, trained: "Trained") -> dict[
 
 
 if __name__ == "__main__":
-    run_command(main, at_once=True)
+    run_command(main, skip_cleanup=True)
