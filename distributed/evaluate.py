@@ -16,12 +16,12 @@ from distributed.errors import ExitCode, InputError, PeerError, StorageError
 from distributed.files import check_writable, home_path, write_output
 from distributed.host.versions import require
 from distributed.inference.saved_run import (
-    check_whole,
-    checkpoint_of,
-    classes_of,
-    config_of,
-    content_of,
-    on_device,
+    check_complete,
+    choose_checkpoint,
+    for_device,
+    read_class_names,
+    read_config,
+    read_content,
     with_data_root,
 )
 from distributed.process import gc_pause
@@ -58,8 +58,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     arguments = parser.parse_args()
     try:
-        config = on_device(_config_of(arguments.run, arguments.root), arguments.device)
-        checkpoint = checkpoint_of(arguments.run, arguments.checkpoint)
+        config = for_device(_config_of(arguments.run, arguments.root), arguments.device)
+        checkpoint = choose_checkpoint(arguments.run, arguments.checkpoint)
         if arguments.split == "validation" and not config.data.validation_fraction:
             raise InputError("--split validation: this run held out no images; use --split test or train")
         if arguments.confusion:
@@ -85,7 +85,7 @@ def _notify_waiting_peers(error: InputError | StorageError) -> None:
 
 
 def _config_of(run: Path, root: Path | None) -> TrainConfig:
-    config = with_data_root(config_of(run), root)
+    config = with_data_root(read_config(run), root)
     registry.prepare(config.data)
     return config
 
@@ -109,8 +109,8 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     torch.set_num_threads(topology.threads(config.threads))
     device = choose_device(config.device, topology)
     make_deterministic(device, precision=config.precision)
-    check_whole(checkpoint)
-    content = content_of(checkpoint)
+    check_complete(checkpoint)
+    content = read_content(checkpoint)
     data = build_data(config, topology, device)  # before the group: a peer may be decoding for long
     with process_group(topology, device, timeout_seconds=config.timeout_seconds):
         check_evaluated(content, config, data, split)
@@ -125,7 +125,10 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
         counts = confusion.read()
     if topology.is_main:
         facts = {"model": config.model.name, "data": config.data.name, "split": split, "checkpoint": checkpoint.name}
-        names, picture = classes_of(content, config), arguments.confusion or arguments.run / f"confusion-{split}.png"
+        names, picture = (
+            read_class_names(content, config),
+            arguments.confusion or arguments.run / f"confusion-{split}.png",
+        )
         failure = _draw(facts, totals, counts, names, picture)
         # The numbers come first: they may have taken long.
         _tell(facts, totals, counts, names, None if failure else picture, as_json=arguments.json)

@@ -10,7 +10,7 @@ from loguru import logger
 
 from distributed.config import as_toml
 from distributed.errors import InputError, NotFiniteError
-from distributed.inference.saved_run import checkpoint_of
+from distributed.inference.saved_run import choose_checkpoint
 from distributed.process.optional_output import one_line
 from distributed.report.curves import run_curves, throughput
 from distributed.report.history import History
@@ -77,7 +77,7 @@ class _Look:
         """The checkpoint's folder."""
         if not any(self.run.folder.checkpoints.glob("*/manifest.json")):
             raise Absent("The run has saved no checkpoint yet, so there are no weights to look at.")
-        return checkpoint_of(self.run.folder.path, self.name)
+        return choose_checkpoint(self.run.folder.path, self.name)
 
     def _checked(self) -> "Checked":
         from distributed.report.analysis import Checked
