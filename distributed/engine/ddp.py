@@ -141,7 +141,7 @@ class DdpEngine:
         with exchange:
             with autocast(self.device, self.precision):
                 value, outcome = loss(self.model, batch)
-            self.weights.scaled(value).backward()  # type: ignore[no-untyped-call]
+            self.weights.scale_loss(value).backward()  # type: ignore[no-untyped-call]
         if last and self._powersgd:
             self._powersgd.reduce()
         return outcome
@@ -150,12 +150,12 @@ class DdpEngine:
         if self._untold:
             self._untold = False
             logger.debug("gradients: {:,} bytes all-reduced a step", self.reduced_bytes)
-        norm = self.weights.update(lr, step=step)
+        norm = self.weights.step(lr, step=step)
         self.weights.zero_grad()
         return norm
 
     def evaluating(self) -> AbstractContextManager[None]:
-        return self.weights.evaluated()
+        return self.weights.evaluating()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.weights.state()
