@@ -96,8 +96,8 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
         logger.info("engine deepspeed: one process, so there is nothing to be shared out")
         engine = Ddp()
     if shards := config.shards_on(device.type):
-        lanes = lanes_on(device, threads=topology.threads(config.threads))
-        return ExactEngine(engine, model, shards=shards, lanes=lanes, **common)
+        workers = shard_workers(device, threads=topology.threads(config.threads))
+        return ExactEngine(engine, model, shards=shards, workers=workers, **common)
     if isinstance(engine, Fsdp):
         if topology.world_size > 1:
             check_own_gpu(device, "engine.name = fsdp in fast mode")
@@ -109,9 +109,11 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
     return DdpEngine(engine, model, example=data.example(), compile=config.compile, **common)
 
 
-def lanes_on(device: torch.device, *, threads: int) -> int:
-    """Number of worker threads of exact mode. One on CUDA: autograd runs all backward passes on one thread per device, and
-    more workers would only contend for the GIL."""
+def shard_workers(device: torch.device, *, threads: int) -> int:
+    """Return the number of worker threads in exact mode.
+
+    One on CUDA: autograd runs all backward passes on one thread per device, and more workers would only contend for the GIL.
+    """
     return 1 if device.type == "cuda" else threads
 
 
