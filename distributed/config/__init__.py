@@ -1,5 +1,6 @@
 """The settings of a run: their tree, where their values come from, and messages about invalid ones. Imports no torch."""
 
+from distributed import name_clash  # noqa: F401  (checks on import)
 from distributed.config.differences import changes_experiment, differences
 from distributed.config.help import help_text
 from distributed.config.load import CommandLine, from_command_line, from_saved, load, read_saved, with_values

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,18 +12,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from distributed.process.torchrun import torchrun_command
 from kit.speed import slowness
 
 ROOT = Path(__file__).parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+_FREE_PORT = ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
 
 
 def torchrun(
-    ranks: int, *arguments: object, module: str = "distributed.train", options: Sequence[str] = ()
+    ranks: int, *arguments: object, module: str = "distributed.train", options: Sequence[str] = _FREE_PORT
 ) -> list[str]:
-    """`torchrun --nproc_per_node=RANKS -m distributed.train ARGUMENTS`, on a port of its own."""
-    own = options or ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
-    return [*TORCHRUN, f"--nproc_per_node={ranks}", *own, "-m", module, *map(str, arguments)]
+    """Return `torchrun --nproc_per_node=RANKS OPTIONS -m MODULE ARGUMENTS`; by default, it meets on a free port."""
+    return torchrun_command(ranks, module, [str(argument) for argument in arguments], options=options)
 
 
 class Command:

@@ -8,17 +8,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from distributed.bench.clock import StepClock
-from distributed.bench.workload import DEVIATION, MEAN, plain_model, plain_sgd, prepare, training_images
+from distributed.bench.measure import StepClock
+from distributed.bench.workloads.task import DEVIATION, MEAN, plain_model, plain_sgd, training_images, use_device
 
 try:
     import pytorch_lightning as pl  # type: ignore[import-not-found, unused-ignore]
-except ModuleNotFoundError:  # the same under its other name
+except ModuleNotFoundError:  # newer releases have another package name
     import lightning.pytorch as pl  # type: ignore[import-not-found, no-redef, unused-ignore]
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Images uint8 [3, 32, 32], augmented one at a time."""
+    """CIFAR-10's training split as uint8 tensors [3, 32, 32], augmented one at a time."""
 
     def __init__(self, root: str) -> None:
         images, self.labels = training_images(root)
@@ -34,7 +34,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 class Module(pl.LightningModule):  # type: ignore[misc, unused-ignore]
-    """The network and one step of it."""
+    """The network and its training step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Module(pl.LightningModule):  # type: ignore[misc, unused-ignore]
 
 
 class Clock(pl.Callback):  # type: ignore[misc, unused-ignore]
-    """Counts finished steps and stops the Trainer when enough was measured."""
+    """Counts finished steps and stops the Trainer once the measurement is complete."""
 
     def __init__(self, clock: StepClock) -> None:
         self.clock = clock
@@ -61,8 +61,8 @@ class Clock(pl.Callback):  # type: ignore[misc, unused-ignore]
 
 
 def run(clock: StepClock, *, root: str, batch: int, device: str, threads: int, workers: int) -> None:
-    """Train until the clock has enough."""
-    prepare(device, threads)
+    """Train until the measurement is complete."""
+    use_device(device, threads)
     loader = DataLoader(
         Images(root), batch_size=batch, shuffle=True, num_workers=workers, drop_last=True,
         pin_memory=device == "cuda", persistent_workers=workers > 0,
