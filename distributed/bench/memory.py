@@ -110,7 +110,7 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
 
         engine.step = lambda lr, *, step: looked_at(lr, step_number=step)
         for number, batches in enumerate(data.train_epoch(0)):
-            train_step(engine, batches, loss=config.loss, lr=1e-4, step=number, sums=sums)
+            train_step(engine, batches, loss=config.loss, lr=1e-4, step=number, metrics=sums)
         held["peak"] = _resident("VmHWM") - before
         _forget_peak()
         resting = _resident("VmRSS")

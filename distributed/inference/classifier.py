@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from distributed.checkpoint.warm_start import evaluated_weights
+from distributed.checkpoint.warm_start import evaluation_weights
 from distributed.config import TrainConfig
 from distributed.data.pipeline import DataPipeline
 from distributed.errors import InputError
@@ -57,7 +57,7 @@ def load_trained(config: TrainConfig, checkpoint: Path, *, data: Callable[[], Da
     classes = classes_of(content, config)
     network = build_model(config.model, num_classes=len(classes), seed=config.seed)
     try:
-        network.load_state_dict(evaluated_weights(checkpoint))  # float64 ones become float32
+        network.load_state_dict(evaluation_weights(checkpoint))  # float64 ones become float32
     except RuntimeError as error:
         raise InputError(f"{checkpoint}: does not fit the run's config.toml: {' '.join(str(error).split())}") from None
     normalization = normalization_of(content) or normalization_of(data().facts())

@@ -9,7 +9,7 @@ from distributed.config.layers import shown
 from distributed.data.sources import registry
 from distributed.errors import InputError
 from distributed.files import read_object
-from distributed.run.checkpoint_layout import check_format, checkpoints, damage_of
+from distributed.run.checkpoint_layout import check_format, committed_names, damage_of, is_committed, preferred
 from distributed.run.folder import RunFolder
 
 
@@ -73,17 +73,17 @@ def checkpoint_of(run: Path, name: str) -> Path:
         InputError: there is none of that name.
     """
     folder = RunFolder(run).checkpoints
-    newest = [path.name for path in checkpoints(folder)[-1:]]  # links may be broken
-    for candidate in ("best", "latest", *newest) if name == "auto" else (name,):
-        if os.path.isfile(folder / candidate / "manifest.json"):
-            found = (folder / candidate).resolve()
+    # Not all of them: without a usable newest checkpoint an older one must be asked for by name.
+    for candidate in preferred(folder)[:3] if name == "auto" else [folder / name]:
+        if is_committed(candidate):
+            found = candidate.resolve()
             if found.parent != folder.resolve():
                 raise InputError(
-                    f"--checkpoint {candidate}: leads to {found}, out of {folder}; name one that lies in it, or its run"
+                    f"--checkpoint {candidate.name}: leads to {found}, out of {folder}; name one that lies in it, or its run"
                 )
             return found
-    there = sorted(path.name for path in folder.glob("[!.]*") if (path / "manifest.json").is_file())
-    raise InputError(f"--checkpoint {shown(name)}: not in {folder}; there are: {', '.join(there) or 'none'}")
+    there = ", ".join(committed_names(folder)) or "none"
+    raise InputError(f"--checkpoint {shown(name)}: not in {folder}; there are: {there}")
 
 
 def check_whole(checkpoint: Path) -> None:

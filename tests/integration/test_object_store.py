@@ -132,7 +132,7 @@ def test_killed_in_mid_upload_a_run_goes_on_elsewhere_with_the_same_bits(
     relay.cut, relay.on_put = False, lambda _: None
     shutil.rmtree(tmp_path / "lost")
     said = train(tmp_path / "run", "--checkpoint.upload_to", bucket)
-    assert f"fetching {bucket}/{kept}" in said
+    assert f"downloading {bucket}/{kept}" in said
     assert f"resuming at step {int(kept[5:13])}: " in said
     ours = assert_same_ending(tmp_path / "run", undisturbed)
     assert whole(server, bucket) == sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*"))
@@ -167,8 +167,8 @@ def test_a_store_that_goes_away_does_not_stop_training(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({}, "there is no such bucket"),
-        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "no right to read, write and remove"),
+        ({}, "no such bucket"),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "no permission to read, write and remove"),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "check the network and the store's endpoint"),
     ],
     ids=["no bucket", "wrong key", "nobody there"],

@@ -13,7 +13,7 @@ from loguru import logger
 from torch import Tensor
 
 from distributed.build import build_data, build_engine
-from distributed.checkpoint.snapshot import load
+from distributed.checkpoint.snapshot import load_checkpoint
 from distributed.comm import collectives
 from distributed.comm.collectives import rank, world_size
 from distributed.config import TrainConfig
@@ -148,7 +148,7 @@ def next_attempt(run_dir: Path, stop_after: int | None) -> tuple[Trace, dict[str
     sink = logger.add(lambda message: said.append(message.record["message"]), level="INFO")
     if RunFolder(run_dir).newest_state():
         made, _ = built(config)
-        load(newest_checkpoint(run_dir), made)
+        load_checkpoint(newest_checkpoint(run_dir), made)
         sums = {name: tensor.sum(0) for name, tensor in made.state() if name.endswith(".error")}
     logger.remove(sink)
     return traced(config, stop_after), sums, [line for line in said if line.startswith("compression:")]
@@ -210,11 +210,11 @@ def loaded_elsewhere(run_dir: Path, others: list[dict[str, Any]]) -> list[bool]:
     for settings in others:
         config = small_config(Path("unused"), **settings)
         made, batches = built(config)
-        load(newest_checkpoint(run_dir), made)
+        load_checkpoint(newest_checkpoint(run_dir), made)
         own = {name: tensor.clone() for name, tensor in made.state()}
         assert not any(name.startswith("compression.") for name in own)
         same = all(torch.equal(tensor, saved[name]) for name, tensor in own.items())
-        norm = train_step(made, next(batches), loss=config.loss, lr=0.01, step=0, sums=MetricAccumulator(CPU))
+        norm = train_step(made, next(batches), loss=config.loss, lr=0.01, step=0, metrics=MetricAccumulator(CPU))
         found.append(same and bool(torch.isfinite(norm)))
     return found
 

@@ -221,7 +221,7 @@ def test_in_exact_mode_it_ends_with_the_bits_of_the_undisturbed_one_and_nothing_
     )
     assert state_of(run) == state_of(undisturbed)
     log = (run.logs / "rank-0000.log").read_text()
-    assert "exact mode, 8 shards: the same bits on up to 8 processes" in log
+    assert "exact mode, 8 shards: bit-identical on up to 8 processes" in log
     assert "2 ranks x 1 thread" in log
     assert "bits may differ" not in log
 
@@ -238,9 +238,9 @@ def test_in_fast_mode_its_bits_are_others_and_that_is_told(stories: dict[str, St
         newest_checkpoint(story.run("undisturbed").path) / "tensors.safetensors"
     )
     log = (run.logs / "rank-0000.log").read_text()
-    assert "resuming with another world_size: 3 before, 2 now; bits may differ" in log
-    assert "2 micro-batches of 12, 6 a rank; 2 ranks" in log
-    assert "fast mode: bits depend on the ranks" in log
+    assert "resuming with a different world_size: 3 before, 2 now; bits may differ" in log
+    assert "2 micro-batches of 12, 6 per rank; 2 ranks" in log
+    assert "fast mode: results depend on the number of processes" in log
 
 
 PATIENT = {"name": "plateau", "metric": "loss", "factor": 0.5, "patience": 1, "min_delta": 50.0, "max_drops": 2}

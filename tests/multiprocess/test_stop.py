@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from distributed.comm import collectives
 from distributed.recipe import train
 from distributed.run.folder import RunFolder
-from distributed.training.stop import Never, StepAgreement
+from distributed.training.stop import NeverStop, StepAgreement
 
 ASKED = 4
 SAVE_EVERY = 0.2
@@ -71,7 +71,7 @@ def test_the_run_folder_says_stopped_and_how_far_it_came(stopped: Stopped) -> No
 def test_every_rank_has_a_log_file_of_its_own_and_rank_0_says_there_what_is_trained(stopped: Stopped) -> None:
     logs = sorted(stopped.run.logs.glob("rank-*.log"))
     assert [log.name for log in logs] == [f"rank-{rank:04d}.log" for rank in range(3)]
-    assert "batch 24 = 1 micro-batch of 24, 8 shards, 2 to 3 a rank; 3 ranks" in logs[0].read_text()
+    assert "batch 24 = 1 micro-batch of 24, 8 shards, 2 to 3 per rank; 3 ranks" in logs[0].read_text()
 
 
 @in_group
@@ -79,11 +79,11 @@ def agree_on_steps() -> tuple[float, dict[str, list[tuple[bool, bool]]]]:
     """Returns how many seconds saves were asked about for, and at each step whether to stop and to save."""
     rank = collectives.rank()
     found = {}
-    agreement = StepAgreement(StopAfter(3) if rank == 2 else Never(), is_main=rank == 0, save_every_seconds=0)
+    agreement = StepAgreement(StopAfter(3) if rank == 2 else NeverStop(), is_main=rank == 0, save_every_seconds=0)
     found["stop"] = [agreement.after_step() for _ in range(5)]
     begin = time.monotonic()
     # Only rank 0's clock counts: by the others' it would be time to save after every step.
-    agreement = StepAgreement(Never(), is_main=rank == 0, save_every_seconds=SAVE_EVERY if rank == 0 else 1e-9)
+    agreement = StepAgreement(NeverStop(), is_main=rank == 0, save_every_seconds=SAVE_EVERY if rank == 0 else 1e-9)
     found["save"] = []
     for _ in range(12):
         time.sleep(0.05)

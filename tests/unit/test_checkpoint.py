@@ -21,9 +21,17 @@ from distributed.config.sections import Sgd
 from distributed.engine.model_state import ModelState
 from distributed.errors import InputError, StorageError
 from distributed.optim.schedules import Constant
-from distributed.run.checkpoint_layout import FORMAT, checkpoints, damage_of, name_of, point, retain, sweep
+from distributed.run.checkpoint_layout import (
+    FORMAT,
+    checkpoints,
+    damage_of,
+    delete_old,
+    delete_unfinished,
+    name_of,
+    set_link,
+)
 from distributed.run.claim import ClaimedRun
-from distributed.run.resume_checks import check_resume
+from distributed.run.resume_checks import check_run_folder
 from distributed.training.state import Best, TrainState
 
 
@@ -56,7 +64,7 @@ def three_epochs(writer: Checkpointer) -> TrainState:
     """Epochs whose weights are 1, 2 and 3; the second is the best."""
     for epoch in (1, 2, 3):
         state = TrainState(Constant(1.0), epoch=epoch, step=epoch, best=Best(1, 2, 0.5) if epoch > 1 else None)
-        writer.save_epoch(PlainEngine(epoch), state, is_best=epoch == 2, ends=False)  # type: ignore[arg-type]
+        writer.save_epoch(PlainEngine(epoch), state, is_best=epoch == 2, is_last=False)  # type: ignore[arg-type]
         writer.wait()
     return state
 
@@ -77,7 +85,7 @@ def said() -> Iterator[list[str]]:
 
 
 def checkpointer(run: ClaimedRun, keep_last: int = 9) -> Checkpointer:
-    return Checkpointer(run.checkpoints, run, keep_last=keep_last, facts={"bits": {"threads": 1}})
+    return Checkpointer(run.checkpoints, run, keep_last=keep_last, metadata={"bits": {"threads": 1}})
 
 
 def saved(run: ClaimedRun, *steps: int) -> list[Path]:
@@ -91,7 +99,7 @@ def saved(run: ClaimedRun, *steps: int) -> list[Path]:
 
 def restored(run: ClaimedRun) -> tuple[PlainEngine, TrainState, dict | None]:
     engine, state = PlainEngine(-1), at_step(0)
-    return engine, state, checkpointer(run).restore(engine, state)  # type: ignore[arg-type]
+    return engine, state, checkpointer(run).resume(engine, state)  # type: ignore[arg-type]
 
 
 def names(folder: Path) -> list[str]:
@@ -150,7 +158,7 @@ def test_what_is_saved_is_the_moment_of_the_call(run):
     writer.save(engine, state)  # type: ignore[arg-type]
     with torch.no_grad():
         engine.model[0].weight.fill_(2.0)
-    state.step_done(5)
+    state.finish_step(5)
     writer.wait()
     again, restored_state, _ = restored(run)
     assert bool((again.model[0].weight == 1).all())
@@ -250,16 +258,16 @@ def test_what_a_killed_attempt_left_unfinished_is_swept_away(run):
 
 def test_links_are_not_trusted(run):
     saved(run, 1, 2)
-    point(run.checkpoints, "latest", "step-00000077-epoch-001")
+    set_link(run.checkpoints, "latest", "step-00000077-epoch-001")
     assert restored(run)[1].step == 2
 
 
 def test_the_last_few_and_the_best_are_kept(run):
     saved(run, 1, 2, 3, 4, 5)
     newest = name_of(step=5, epoch=1)
-    retain(run.checkpoints, newest=newest, keep_last=2, kept={name_of(step=2, epoch=1)})
+    delete_old(run.checkpoints, newest=newest, keep_last=2, keep={name_of(step=2, epoch=1)})
     assert [path.name[12] for path in checkpoints(run.checkpoints)] == ["2", "4", "5"]
-    retain(run.checkpoints, newest=newest, keep_last=1, kept=())
+    delete_old(run.checkpoints, newest=newest, keep_last=1, keep=())
     assert [path.name[12] for path in checkpoints(run.checkpoints)] == ["5"]
 
 
@@ -275,7 +283,7 @@ def test_a_save_keeps_the_best_and_points_to_it(run):
 
 def test_sweeping_leaves_checkpoints_alone(run):
     before = saved(run, 1, 2)
-    sweep(run.checkpoints)
+    delete_unfinished(run.checkpoints)
     assert checkpoints(run.checkpoints) == before
 
 
@@ -284,7 +292,7 @@ def test_the_same_step_is_written_once(run):
     before = (path / "manifest.json").stat().st_ino
     again = checkpointer(run)
     engine, state = PlainEngine(9), at_step(0)
-    again.restore(engine, state)  # type: ignore[arg-type]
+    again.resume(engine, state)  # type: ignore[arg-type]
     again.save(engine, state)  # type: ignore[arg-type]
     again.wait()
     assert (path / "manifest.json").stat().st_ino == before
@@ -320,11 +328,11 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(run):
     engine = PlainEngine(0)
     engine.weights = ModelState(Sgd(), nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)))
     with pytest.raises(ValueError, match=r"model\.0\.weight"):
-        checkpointer(run).restore(engine, at_step(0))  # type: ignore[arg-type]
+        checkpointer(run).resume(engine, at_step(0))  # type: ignore[arg-type]
 
 
 def test_a_rank_without_the_run_writes_nothing(run):
-    other = Checkpointer(run.checkpoints, None, keep_last=1, facts={})
+    other = Checkpointer(run.checkpoints, None, keep_last=1, metadata={})
     other.save(PlainEngine(1), at_step(1))  # type: ignore[arg-type]
     other.wait()
     assert names(run.checkpoints) == []
@@ -332,16 +340,16 @@ def test_a_rank_without_the_run_writes_nothing(run):
 
 def test_a_store_gets_what_is_saved_and_an_empty_folder_what_is_in_the_store(run, tmp_path):
     url = f"file://{tmp_path}/store"
-    writer = Checkpointer(run.checkpoints, run, keep_last=1, facts={}, upload_to=url)
+    writer = Checkpointer(run.checkpoints, run, keep_last=1, metadata={}, upload_to=url)
     for step in (1, 2, 3):
         writer.save(PlainEngine(step), at_step(step, best=2))  # type: ignore[arg-type]
     writer.wait()
     assert names(tmp_path / "store") == ["attempt.json", "step-00000002-epoch-001", "step-00000003-epoch-001"]
     shutil.rmtree(run.checkpoints)
     run.checkpoints.mkdir()
-    again = Checkpointer(run.checkpoints, run, keep_last=1, facts={}, upload_to=url)
+    again = Checkpointer(run.checkpoints, run, keep_last=1, metadata={}, upload_to=url)
     engine, state = PlainEngine(-1), at_step(0)
-    again.restore(engine, state)  # type: ignore[arg-type]
+    again.resume(engine, state)  # type: ignore[arg-type]
     again.wait(stopping=True)
     assert state.step == 3
     assert bool((engine.model[0].weight == 3).all())
@@ -349,21 +357,21 @@ def test_a_store_gets_what_is_saved_and_an_empty_folder_what_is_in_the_store(run
 
 
 def test_a_checkpoint_in_mid_upload_is_kept_and_training_does_not_wait_for_it(run, tmp_path, monkeypatch):
-    writer = Checkpointer(run.checkpoints, run, keep_last=1, facts={}, upload_to=f"file://{tmp_path}/store")
-    assert writer._uploads is not None
-    go_on, put = threading.Event(), writer._uploads.store._fs.put_file
+    writer = Checkpointer(run.checkpoints, run, keep_last=1, metadata={}, upload_to=f"file://{tmp_path}/store")
+    assert writer._uploader is not None
+    go_on, put = threading.Event(), writer._uploader.store._fs.put_file
 
     def slow(*paths: str) -> None:
         go_on.wait(20)
         put(*paths)
 
-    monkeypatch.setattr(writer._uploads.store._fs, "put_file", slow)
+    monkeypatch.setattr(writer._uploader.store._fs, "put_file", slow)
     writer.save(PlainEngine(1), at_step(1))  # type: ignore[arg-type]
-    while not writer._uploads.holds:
+    while not writer._uploader.uploading:
         time.sleep(0.01)
     for step in (2, 3, 4):
         writer.save(PlainEngine(step), at_step(step))  # type: ignore[arg-type]
-    writer._written()
+    writer._wait_for_save()
     assert [path.name[12] for path in checkpoints(run.checkpoints)] == ["1", "4"]
     go_on.set()
     writer.wait()
@@ -373,9 +381,9 @@ def test_a_checkpoint_in_mid_upload_is_kept_and_training_does_not_wait_for_it(ru
 
 def test_a_store_that_does_not_give_what_it_has_ends_the_attempt_before_it_begins(run, tmp_path):
     (tmp_path / "file").write_text("")
-    writer = Checkpointer(run.checkpoints, run, keep_last=1, facts={}, upload_to=f"file://{tmp_path}/file/store")
-    with pytest.raises(StorageError, match="nothing was begun"):
-        writer.restore(PlainEngine(0), at_step(0))  # type: ignore[arg-type]
+    writer = Checkpointer(run.checkpoints, run, keep_last=1, metadata={}, upload_to=f"file://{tmp_path}/file/store")
+    with pytest.raises(StorageError, match="the run has not started"):
+        writer.resume(PlainEngine(0), at_step(0))  # type: ignore[arg-type]
 
 
 class Clock:
@@ -397,13 +405,13 @@ class Clock:
 
 def epochs(run: ClaimedRun, clock: Clock, *, seconds: float, count: int, best: int) -> list[int]:
     """Train `count` epochs of `seconds` each, `best` being the best; returns the epochs that were saved."""
-    writer = Checkpointer(run.checkpoints, run, keep_last=99, facts={}, budget=SaveBudget(0.05, clock))
+    writer = Checkpointer(run.checkpoints, run, keep_last=99, metadata={}, budget=SaveBudget(0.05, clock))
     found = []
     for epoch in range(1, count + 1):
         clock.now += seconds
         state = TrainState(Constant(1.0), epoch=epoch, step=10 * epoch)
         state.best = Best(best - 1, 10 * best, 0.5) if epoch >= best else None
-        if writer.save_epoch(PlainEngine(epoch), state, is_best=epoch == best, ends=epoch == count):  # type: ignore[arg-type]
+        if writer.save_epoch(PlainEngine(epoch), state, is_best=epoch == best, is_last=epoch == count):  # type: ignore[arg-type]
             found.append(epoch)
             writer.wait()
     writer.wait()
@@ -429,7 +437,7 @@ def test_a_best_epoch_that_was_not_saved_is_written_by_the_next_save(run, monkey
     assert [path.name[-3:] for path in checkpoints(run.checkpoints)] == ["001", "003", "007"]
     best = run.checkpoints / "best"
     assert damage_of(best) is None
-    assert snapshot.tensors_of(best)["model.0.weight"].unique().tolist() == [3.0]
+    assert snapshot.read_tensors(best)["model.0.weight"].unique().tolist() == [3.0]
     assert json.loads((best / "state.json").read_text())["state"]["epoch"] == 3
     engine, state, _ = restored(run)
     assert (state.epoch, state.best) == (7, Best(2, 30, 0.5))
@@ -438,7 +446,7 @@ def test_a_best_epoch_that_was_not_saved_is_written_by_the_next_save(run, monkey
 
 def test_a_drop_returns_to_a_best_epoch_that_was_not_saved(run, monkeypatch):
     clock = Clock(monkeypatch, save_seconds=2.0)
-    writer = Checkpointer(run.checkpoints, run, keep_last=1, facts={}, budget=SaveBudget(0.05, clock))
+    writer = Checkpointer(run.checkpoints, run, keep_last=1, metadata={}, budget=SaveBudget(0.05, clock))
     state = three_epochs(writer)
     engine = PlainEngine(9)
     writer.restore_best(engine, state)  # type: ignore[arg-type]
@@ -452,7 +460,7 @@ def test_a_copy_of_a_checkpoint_under_another_name_is_left_alone(run, name):
     saved(run, 1, 2)
     shutil.copytree(run.checkpoints / "step-00000001-epoch-001", run.checkpoints / name)
     writer = checkpointer(run, keep_last=1)
-    assert writer.restore(PlainEngine(-1), state := at_step(0)) is not None  # type: ignore[arg-type]
+    assert writer.resume(PlainEngine(-1), state := at_step(0)) is not None  # type: ignore[arg-type]
     assert state.step == 2
     writer.save(PlainEngine(3), at_step(3))  # type: ignore[arg-type]
     writer.wait()
@@ -474,7 +482,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused_and_left_as_it_is(run):
     with pytest.raises(
         InputError, match="step-00000002-epoch-001: written by a newer version of this code, in format 2"
     ):
-        check_resume(load(["--run_dir", str(run.path)])[0])
+        check_run_folder(load(["--run_dir", str(run.path)])[0])
     assert names(run.checkpoints) == before
 
 
@@ -489,7 +497,7 @@ def test_without_a_limit_each_epoch_is_saved_however_long_a_save_takes(run, monk
     writer = checkpointer(run)
     for epoch in (1, 2, 3):
         state = TrainState(Constant(1.0), epoch=epoch, step=epoch)
-        assert writer.save_epoch(PlainEngine(epoch), state, is_best=False, ends=False)  # type: ignore[arg-type]
+        assert writer.save_epoch(PlainEngine(epoch), state, is_best=False, is_last=False)  # type: ignore[arg-type]
     writer.wait()
     assert [path.name[-3:] for path in checkpoints(run.checkpoints)] == ["001", "002", "003"]
 
@@ -625,7 +633,7 @@ def test_nothing_is_set_aside_for_a_checkpoint_that_does_not_fit(run):
         raise InputError("not ours")
 
     with pytest.raises(InputError, match="not ours"):
-        checkpointer(run).restore(PlainEngine(0), at_step(0), check=refuse)  # type: ignore[arg-type]
+        checkpointer(run).resume(PlainEngine(0), at_step(0), validate=refuse)  # type: ignore[arg-type]
     assert names(run.checkpoints) == before
 
 
@@ -674,22 +682,22 @@ def test_a_run_folder_removed_in_a_save_is_called_so(run, monkeypatch):
 def test_a_lost_run_with_an_empty_store_does_not_begin_again(run, tmp_path):
     for path in saved(run, 1):
         shutil.rmtree(path)
-    again = Checkpointer(run.checkpoints, run, keep_last=1, facts={}, upload_to=f"file://{tmp_path}/store")
+    again = Checkpointer(run.checkpoints, run, keep_last=1, metadata={}, upload_to=f"file://{tmp_path}/store")
     with pytest.raises(InputError, match="no complete one is left"):
-        again.restore(PlainEngine(0), at_step(0))  # type: ignore[arg-type]
+        again.resume(PlainEngine(0), at_step(0))  # type: ignore[arg-type]
 
 
 def test_a_lost_run_comes_back_from_its_store_over_damaged_ones(run, tmp_path):
     url = f"file://{tmp_path}/store"
-    writer = Checkpointer(run.checkpoints, run, keep_last=1, facts={}, upload_to=url)
+    writer = Checkpointer(run.checkpoints, run, keep_last=1, metadata={}, upload_to=url)
     for step in (1, 2):
         writer.save(PlainEngine(step), at_step(step))  # type: ignore[arg-type]
         writer.wait()
     (newest,) = checkpoints(run.checkpoints)
     (newest / "tensors.safetensors").write_bytes(b"garbage")
     engine, state = PlainEngine(-1), at_step(0)
-    again = Checkpointer(run.checkpoints, run, keep_last=1, facts={}, upload_to=url)
-    assert again.restore(engine, state) is not None  # type: ignore[arg-type]
+    again = Checkpointer(run.checkpoints, run, keep_last=1, metadata={}, upload_to=url)
+    assert again.resume(engine, state) is not None  # type: ignore[arg-type]
     again.wait(stopping=True)
     assert state.step == 2
     assert names(run.checkpoints) == ["latest", newest.name, f"{newest.name}.damaged"]

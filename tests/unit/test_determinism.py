@@ -12,7 +12,7 @@ from distributed.config import load
 from distributed.errors import InputError
 from distributed.exact.bucket_layout import ReplicatedBucket
 from distributed.exact.partition import ALIGNED
-from distributed.training.determinism import joined, kernels, make_deterministic
+from distributed.training.determinism import kernel_metadata, make_deterministic, merge_metadata
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOT = Path(__file__).parents[2]
@@ -58,7 +58,7 @@ def test_tf32_is_refused_on_a_cpu() -> None:
 def test_variables_that_choose_kernels_are_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     monkeypatch.setenv("SOMETHING_ELSE", "1")
-    facts = kernels(CPU)
+    facts = kernel_metadata(CPU)
     assert facts["ONEDNN_MAX_CPU_ISA"] == "AVX2"
     assert "SOMETHING_ELSE" not in facts
     assert facts["device"]
@@ -69,13 +69,13 @@ def test_facts_in_which_ranks_differ_are_named_with_the_ranks() -> None:
         {"device": "H100", "multiprocessors": "132"},
         {"device": "H100", "multiprocessors": "114", "NCCL_ALGO": "Tree"},
     )
-    together, differences = joined([big, big, small])
+    together, differences = merge_metadata([big, big, small])
     assert together == {"device": "H100", "multiprocessors": "114 / 132", "NCCL_ALGO": "Tree / not set"}
     assert differences == [
         "NCCL_ALGO: not set on rank 0, 1; Tree on rank 2",
         "multiprocessors: 132 on rank 0, 1; 114 on rank 2",
     ]
-    assert joined([big, big]) == (big, [])
+    assert merge_metadata([big, big]) == (big, [])
 
 
 def test_one_thread_carries_all_shards_on_cuda() -> None:

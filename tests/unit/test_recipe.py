@@ -36,10 +36,10 @@ class Told:
         self.steps: list[int] = []
         self.epochs: list[int] = []
 
-    def train(self, metrics: TrainMetrics) -> None:
+    def log_step(self, metrics: TrainMetrics) -> None:
         self.steps.append(metrics.step)
 
-    def epoch(self, metrics: EpochMetrics) -> None:
+    def log_epoch(self, metrics: EpochMetrics) -> None:
         self.epochs.append(metrics.epoch)
 
     def close(self) -> None:
@@ -128,7 +128,7 @@ def test_a_run_goes_on_only_with_as_many_shards_as_it_was_begun_with(config):
 
 def test_what_the_bits_depend_on_is_written_down_and_in_exact_mode_processes_and_threads_are_not_among_it(config):
     stopped(config, 2)
-    kernels = determinism.kernels(torch.device("cpu"))
+    kernels = determinism.kernel_metadata(torch.device("cpu"))
     assert kernels.keys() >= {"device", "instructions", "ATen's CPU capability"}
     assert bits(config).keys() == {"shards", "versions", *kernels}
     fast = with_shards(config, 0).model_copy(update={"run_dir": config.run_dir / "fast"})
@@ -141,10 +141,10 @@ def test_a_variable_that_selects_kernels_is_reported_when_it_comes_and_goes(conf
     stopped(config, 2)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     stopped(config, 2)
-    assert "resuming with another ONEDNN_MAX_CPU_ISA: not set before, AVX2 now; bits may differ" in log_of(config)
+    assert "resuming with a different ONEDNN_MAX_CPU_ISA: not set before, AVX2 now; bits may differ" in log_of(config)
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
     stopped(config, 2)
-    assert "resuming with another ONEDNN_MAX_CPU_ISA: AVX2 before, not set now; bits may differ" in log_of(config)
+    assert "resuming with a different ONEDNN_MAX_CPU_ISA: AVX2 before, not set now; bits may differ" in log_of(config)
 
 
 def test_another_number_of_threads_is_told_in_fast_mode_and_is_nothing_in_exact_mode(config):
@@ -152,7 +152,7 @@ def test_another_number_of_threads_is_told_in_fast_mode_and_is_nothing_in_exact_
     for each in (config, fast):
         stopped(each, 2)
         stopped(each.model_copy(update={"threads": 2}), 2)
-    assert "resuming with another threads: 1 before, 2 now; bits may differ" in log_of(fast)
+    assert "resuming with a different threads: 1 before, 2 now; bits may differ" in log_of(fast)
     assert "bits may differ" not in log_of(config)
 
 
@@ -170,7 +170,7 @@ def test_a_run_ends_with_the_same_bits_whatever_the_number_of_threads(config):
 def test_threads_that_have_nothing_to_compute_are_told_of(config):
     few = with_shards(config, 2)
     stopped(few.model_copy(update={"threads": 5}), 2)
-    assert "3 of 5 threads a rank have nothing to compute" in log_of(few)
+    assert "3 of 5 threads per rank are idle" in log_of(few)
     enough = few.model_copy(update={"threads": 2, "run_dir": config.run_dir / "enough"})
     stopped(enough, 2)
     assert "nothing to compute" not in log_of(enough)
@@ -184,8 +184,8 @@ def test_an_attempt_without_its_folder_ends_at_the_next_line(config, how):
     run = RunFolder(config.run_dir)
 
     class AtTwelve(Told):
-        def train(self, metrics: TrainMetrics) -> None:
-            super().train(metrics)
+        def log_step(self, metrics: TrainMetrics) -> None:
+            super().log_step(metrics)
             if metrics.step == 12 and how == "removed":
                 shutil.rmtree(run.path)
             elif metrics.step == 12:
@@ -210,7 +210,7 @@ def test_a_running_status_says_where_training_is(config, monkeypatch):
     run, shown = RunFolder(config.run_dir), list[int]()
 
     class Looking(Told):
-        def train(self, metrics: TrainMetrics) -> None:
+        def log_step(self, metrics: TrainMetrics) -> None:
             assert run.status()["status"] == "running"
             shown.append(run.status()["step"])
 

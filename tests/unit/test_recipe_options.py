@@ -13,16 +13,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distributed.build import build_data, build_engine
-from distributed.checkpoint.warm_start import evaluated_weights, start_from
+from distributed.checkpoint.warm_start import evaluation_weights, load_initial_weights
 from distributed.config import TrainConfig, load
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.recipe import train
 from distributed.run.checkpoint_layout import checkpoints
 from distributed.run.folder import RunFolder
-from distributed.run.resume_checks import check_start
+from distributed.run.resume_checks import check_init_from
 from distributed.topology import Topology
-from distributed.training.steps import _loss, evaluate
+from distributed.train import checked_config
+from distributed.training.steps import _shard_loss, evaluate
 
 CPU = torch.device("cpu")
 WORDS = (
@@ -36,10 +37,14 @@ SMALL = WORDS.split()
 pytestmark = pytest.mark.usefixtures("threads_and_log_as_they_were")
 
 
-def config_of(run_dir: Path, *words: str) -> TrainConfig:
-    replaced = {word for word in words if word.startswith("--")}
+def arguments_of(run_dir: Path, *arguments: str) -> list[str]:
+    replaced = {argument for argument in arguments if argument.startswith("--")}
     kept = [w for pair in zip(SMALL[::2], SMALL[1::2], strict=True) if pair[0] not in replaced for w in pair]
-    return load([*kept, *words, "--run_dir", str(run_dir)])[0]
+    return [*kept, *arguments, "--run_dir", str(run_dir)]
+
+
+def config_of(run_dir: Path, *arguments: str) -> TrainConfig:
+    return load(arguments_of(run_dir, *arguments))[0]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def fresh_engine(tmp_path: Path, *words: str) -> Engine:
 
 def test_a_run_starts_from_the_weights_that_another_evaluates_with(trained, tmp_path):
     engine = fresh_engine(tmp_path, "--optim.ema_decay", "0.5")
-    start_from(trained, engine)
+    load_initial_weights(trained, engine)
     expected, found = tensors_of(trained), dict(engine.state())
     assert torch.equal(found["model.fc1.weight"], expected["ema.fc1.weight"])
     assert torch.equal(found["model.conv.1.running_mean"], expected["ema.conv.1.running_mean"])
@@ -76,12 +81,12 @@ def test_a_run_starts_from_the_weights_that_another_evaluates_with(trained, tmp_
 def test_a_last_layer_of_other_classes_starts_afresh(trained, tmp_path):
     engine = fresh_engine(tmp_path, "--data.name", "generated100")
     before = {name: tensor.clone() for name, tensor in engine.state()}
-    start_from(trained, engine)
+    load_initial_weights(trained, engine)
     found = dict(engine.state())
     assert torch.equal(found["model.fc3.weight"], before["model.fc3.weight"])
     assert torch.equal(found["model.fc3.bias"], before["model.fc3.bias"])
     assert torch.equal(
-        found["model.fc2.weight"], evaluated_weights(checkpoints(trained / "checkpoints")[-1])["fc2.weight"]
+        found["model.fc2.weight"], evaluation_weights(checkpoints(trained / "checkpoints")[-1])["fc2.weight"]
     )
 
 
@@ -89,12 +94,11 @@ def test_a_run_that_has_begun_needs_the_other_no_more(trained, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(trained, other, symlinks=True)
     config = config_of(tmp_path / "run", "--init_from", str(other), "--epochs", "1")
-    check_start(config)
+    check_init_from(config)
     train(config)
     shutil.rmtree(other)
-    again = config_of(tmp_path / "run", "--init_from", str(other), "--epochs", "2")
-    check_start(again)
-    assert train(again).epoch == 2
+    again = arguments_of(tmp_path / "run", "--init_from", str(other), "--epochs", "2")
+    assert train(checked_config(again, Topology()).config).epoch == 2
 
 
 @pytest.mark.parametrize(
@@ -111,7 +115,7 @@ def test_a_run_that_has_begun_needs_the_other_no_more(trained, tmp_path):
 def test_what_cannot_be_started_from_is_told_before_anything_begins(trained, tmp_path, words, message):
     words = [word.replace("RUN", str(trained)) for word in words]
     with pytest.raises(InputError, match=message):
-        check_start(config_of(tmp_path / "run", *words))
+        check_init_from(config_of(tmp_path / "run", *words))
 
 
 def test_a_damaged_checkpoint_is_not_started_from(trained, tmp_path):
@@ -122,7 +126,7 @@ def test_a_damaged_checkpoint_is_not_started_from(trained, tmp_path):
     content[-5] ^= 1
     tensors.write_bytes(content)
     with pytest.raises(InputError, match=r"is damaged: tensors\.safetensors"):
-        start_from(copy, fresh_engine(tmp_path))
+        load_initial_weights(copy, fresh_engine(tmp_path))
 
 
 # A return to the best weights at a drop
@@ -166,7 +170,7 @@ def test_the_loss_is_smoothed_and_mixed_as_the_papers_say(tmp_path):
     data = build_data(config, Topology(), CPU)
     (batch,) = next(data.train_epoch(0))
     logits = torch.randn(len(batch.labels), 10)
-    value, outcome = _loss(0.2, lambda images, keys: logits, batch)
+    value, outcome = _shard_loss(0.2, lambda images, keys: logits, batch)
     assert batch.mixed is not None
     part = batch.mixed.own_part[:, None]
     targets = part * F.one_hot(batch.labels, 10) + (1 - part) * F.one_hot(batch.mixed.labels, 10)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from distributed.metrics.records import EpochMetrics, SplitMetrics, TrainMetrics
-from distributed.metrics.sinks import JsonLines, Terminal, duration
+from distributed.metrics.sinks import JsonLines, Terminal, format_duration
 from distributed.run.claim import ClaimedRun
 
 TRAIN = TrainMetrics(
@@ -43,7 +43,7 @@ def run(tmp_path: Path) -> Iterator[ClaimedRun]:
 def told(run: ClaimedRun, *steps: int, start_step: int = 0) -> None:
     sink = JsonLines(run, start_step=start_step, start_epoch=1, data="generated10")
     for step in steps:
-        sink.train(replace(TRAIN, step=step))
+        sink.log_step(replace(TRAIN, step=step))
     sink.close()
 
 
@@ -53,8 +53,8 @@ def steps_of(file: Path) -> list[int]:
 
 def test_each_metric_is_a_line_that_names_its_kind_and_data(run):
     sink = JsonLines(run, start_step=0, start_epoch=0, data="generated10")
-    sink.train(TRAIN)
-    sink.epoch(EPOCH)
+    sink.log_step(TRAIN)
+    sink.log_epoch(EPOCH)
     train, epoch = lines_of(run.metrics_file)
     assert train == {"kind": "train", "data": "generated10"} | asdict(TRAIN)
     assert epoch == {"kind": "epoch", "data": "generated10"} | asdict(EPOCH)
@@ -63,7 +63,7 @@ def test_each_metric_is_a_line_that_names_its_kind_and_data(run):
 
 def test_an_overflow_leaves_a_line_that_any_reader_of_json_takes(run):
     sink = JsonLines(run, start_step=0, start_epoch=0, data="generated10")
-    sink.train(replace(TRAIN, grad_norm=math.inf, skipped_steps=1))
+    sink.log_step(replace(TRAIN, grad_norm=math.inf, skipped_steps=1))
     line = json.loads(run.metrics_file.read_text(), parse_constant=pytest.fail)
     assert (line["grad_norm"], line["skipped_steps"]) == (None, 1)
 
@@ -86,7 +86,7 @@ def test_a_resumed_run_leaves_the_lines_of_an_undisturbed_one(run):
 def test_an_epoch_that_was_not_saved_is_told_again(run):
     for start_epoch, kept in ((1, [0]), (0, [])):
         sink = JsonLines(run, start_step=0, start_epoch=0, data="generated10")
-        sink.epoch(EPOCH)
+        sink.log_epoch(EPOCH)
         JsonLines(run, start_step=EPOCH.step, start_epoch=start_epoch, data="generated10")
         assert [line["epoch"] for line in lines_of(run.metrics_file)] == kept
 
@@ -113,7 +113,7 @@ def test_a_line_that_tells_no_step_is_dropped(run, garbage):
     ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (245, "4:05"), (3599.7, "1:00:00"), (3723, "1:02:03")]
 )
 def test_durations_read_like_a_clock(seconds, text):
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -126,7 +126,7 @@ def test_the_bar_moves_at_every_step_and_is_legible(columns: int, monkeypatch: p
         bar = Terminal(epochs=10, total_steps=4000, start_step=0, step=lambda: step)
         for step in (3, 8, 9):
             if step == 8:
-                bar.train(replace(TRAIN, step=8, images_per_second=12345.6))
+                bar.log_step(replace(TRAIN, step=8, images_per_second=12345.6))
             time.sleep(0.3)
         bar.close()
         drawn = os.read(reading, 2**16).decode()

@@ -20,13 +20,13 @@ def validation(correct: int, loss: float = 1.0) -> Totals:
 def used() -> TrainState:
     state = fresh()
     for correct in (50, 60, 55, 55):
-        state.step_done(16)
+        state.finish_step(16)
         state.observe(validation(correct), best_by="accuracy")
-        state.epoch_done()
-    state.step_done(16)
-    state.take(Totals(5, 4, 5, 16))
-    state.close_window()
-    state.take(Totals(7, 1, 2, 16))
+        state.finish_epoch()
+    state.finish_step(16)
+    state.add(Totals(5, 4, 5, 16))
+    state.pop_window()
+    state.add(Totals(7, 1, 2, 16))
     return state
 
 
@@ -42,7 +42,7 @@ def test_the_state_goes_through_json_and_back():
 
 def test_a_state_without_best_or_early_stopping_goes_through_json_and_back():
     state, restored = TrainState(Constant(1.0)), TrainState(Constant(1.0))
-    state.step_done(3)
+    state.finish_step(3)
     restored.load_state_dict(json.loads(json.dumps(state.state_dict())))
     assert restored == state
 
@@ -107,7 +107,7 @@ def test_early_stopping_ends_the_run():
 def test_a_loss_that_was_not_finite_is_an_error_that_names_its_step():
     state = fresh()
     with pytest.raises(NotFiniteError, match="at step 1: lower") as caught:
-        state.take(Totals(count=16, first_bad_step=0))
+        state.add(Totals(count=16, first_bad_step=0))
     assert caught.value.exit_code == ExitCode.NOT_FINITE
     assert state.window == Totals()
 
@@ -123,7 +123,7 @@ def test_a_validation_that_was_not_finite_is_never_the_best():
 
 def test_an_epoch_starts_its_sums_anew():
     state = used()
-    state.close_window()
+    state.pop_window()
     assert state.epoch_totals == Totals(12, 5, 7, 32)
-    state.epoch_done()
+    state.finish_epoch()
     assert (state.epoch, state.step_in_epoch, state.epoch_totals) == (5, 0, Totals())

@@ -11,7 +11,7 @@ from distributed.config import TrainConfig
 from distributed.data.pipeline import DataPipeline
 from distributed.engine.protocol import Engine
 from distributed.topology import Topology
-from distributed.training.cuda_graph_step import CudaStep
+from distributed.training.cuda_graph_step import CudaGraphStep
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator, Totals
 
@@ -46,7 +46,7 @@ def after_two_epochs(config: TrainConfig, *, fixed: bool) -> tuple[dict[str, tor
     data, engine, sums = parts_of(config)
     step: Any = build_step(config, engine, sums, CPU)
     if fixed:
-        step = CudaStep(engine, sums, loss=config.loss, device=CPU, capture=False)
+        step = CudaGraphStep(engine, sums, loss=config.loss, device=CPU, capture=False)
     rates, norms = iter(RATES), []
     for epoch in (0, 1):
         for micro_batches in data.train_epoch(epoch):
@@ -76,7 +76,7 @@ def test_an_average_with_the_step_on_the_device_is_the_same_average() -> None:
 def test_a_loss_that_is_not_finite_names_its_step() -> None:
     config = config_of(model={"name": "improved_alexnet", "dropout": 0.0})
     data, engine, sums = parts_of(config)
-    step = CudaStep(engine, sums, loss=config.loss, device=CPU, capture=False)
+    step = CudaGraphStep(engine, sums, loss=config.loss, device=CPU, capture=False)
     for number, micro_batches in enumerate(data.train_epoch(0)):
         if number == 1:
             micro_batches[0].images.fill_(torch.inf)
@@ -120,7 +120,7 @@ def test_recorded_steps_have_the_bits_of_others(case: str) -> None:
         config = config_of(**{"precision": "bfloat16", **CASES[case]}).model_copy(update={"device": "cuda"})
         data = build_data(config, Topology(), cuda)
         engine, sums = build_engine(config, Topology(), data, cuda), MetricAccumulator(cuda)
-        step = CudaStep(engine, sums, loss=config.loss, device=cuda, capture=capture)
+        step = CudaGraphStep(engine, sums, loss=config.loss, device=cuda, capture=capture)
         norms = []
         for epoch in range(5):
             for micro_batches in data.train_epoch(epoch):

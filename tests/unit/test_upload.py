@@ -13,10 +13,10 @@ import torch
 from loguru import logger
 
 from distributed.checkpoint import download, object_store, upload
-from distributed.checkpoint.download import check_store, fetch_newest
+from distributed.checkpoint.download import download_newest, store_has_run
 from distributed.checkpoint.object_store import Store, StoreError
 from distributed.checkpoint.snapshot import write_checkpoint
-from distributed.checkpoint.upload import Uploads, tell_ending, upload_rest
+from distributed.checkpoint.upload import Uploader, log_upload_result, upload_remaining
 from distributed.config import TrainConfig, load
 from distributed.errors import InputError
 from distributed.run.checkpoint_layout import checkpoints, damage_of, name_of
@@ -77,12 +77,16 @@ def save(run: RunFolder, step: int, *, best: int | None = None, config: TrainCon
     return name
 
 
-def settled(writer: Uploads) -> Uploads:
-    writer.offer()
-    writer.begin_ending(20)
+def settled(writer: Uploader) -> Uploader:
+    writer.start()
+    writer.finish_within(20)
     while writer.is_busy():
         pass
     return writer
+
+
+def has_run(config: TrainConfig) -> bool:
+    return store_has_run(config, RunFolder(config.run_dir).newest_saved())
 
 
 def in_store(url: str) -> dict[int, set[str]]:
@@ -92,7 +96,7 @@ def in_store(url: str) -> dict[int, set[str]]:
 
 
 def fetched(run: ClaimedRun, url: str) -> str | None:
-    return fetch_newest(Store(url), run, run.commit)
+    return download_newest(Store(url), run, run.commit)
 
 
 # Up
@@ -100,7 +104,7 @@ def fetched(run: ClaimedRun, url: str) -> str | None:
 
 def test_what_is_in_the_run_folder_is_in_the_store_too(run, url):
     name = save(run, 1)
-    settled(Uploads(url, run, keep_last=2))
+    settled(Uploader(url, run, keep_last=2))
     assert in_store(url) == {1: THREE}
     assert damage_of(Path(url.removeprefix("file://")) / name) is None
     assert json.loads(run.upload_file.read_text())["newest"] == name
@@ -108,7 +112,7 @@ def test_what_is_in_the_run_folder_is_in_the_store_too(run, url):
 
 def test_the_manifest_goes_up_last_and_comes_down_first(run, url, monkeypatch):
     done: list[str] = []
-    writer = Uploads(url, run, keep_last=1)
+    writer = Uploader(url, run, keep_last=1)
     fs = writer.store._fs
     for verb in ("put_file", "rm_file"):
         before = getattr(fs, verb)
@@ -130,7 +134,7 @@ def test_the_manifest_goes_up_last_and_comes_down_first(run, url, monkeypatch):
 
 
 def test_the_store_keeps_what_the_run_folder_keeps(run, url):
-    writer = Uploads(url, run, keep_last=2)
+    writer = Uploader(url, run, keep_last=2)
     for step in (1, 2, 3, 4):
         save(run, step, best=1)
         settled(writer)
@@ -140,12 +144,12 @@ def test_the_store_keeps_what_the_run_folder_keeps(run, url):
 def test_an_empty_run_folder_loses_nothing_in_the_store(run, url):
     for step in (1, 2):
         save(run, step)
-    settled(Uploads(url, run, keep_last=9))
+    settled(Uploader(url, run, keep_last=9))
     for path in checkpoints(run.checkpoints):
         shutil.rmtree(path)
-    settled(Uploads(url, run, keep_last=9))
+    settled(Uploader(url, run, keep_last=9))
     save(run, 3)
-    settled(Uploads(url, run, keep_last=9))
+    settled(Uploader(url, run, keep_last=9))
     assert list(in_store(url)) == [1, 2, 3]
 
 
@@ -155,27 +159,27 @@ def test_what_a_killed_upload_left_is_completed_or_removed(run, url):
     for left in (name, name_of(step=3, epoch=1)):
         (root / left).mkdir(parents=True)
         (root / left / "tensors.safetensors").write_bytes(b"half")
-    settled(Uploads(url, run, keep_last=2))
+    settled(Uploader(url, run, keep_last=2))
     assert in_store(url) == {7: THREE}
     assert damage_of(root / name) is None
 
 
 def test_other_bytes_of_the_same_name_and_cut_files_are_replaced(run, url):
     name = save(run, 1)
-    settled(Uploads(url, run, keep_last=2))
+    settled(Uploader(url, run, keep_last=2))
     there = Path(url.removeprefix("file://")) / name
     (there / "tensors.safetensors").write_bytes(b"cut")
-    settled(Uploads(url, run, keep_last=2))
+    settled(Uploader(url, run, keep_last=2))
     assert damage_of(there) is None
     shutil.rmtree(run.checkpoints / name)
     save(run, 1, best=1)
-    settled(Uploads(url, run, keep_last=2))
+    settled(Uploader(url, run, keep_last=2))
     assert (there / "manifest.json").read_bytes() == (run.checkpoints / name / "manifest.json").read_bytes()
     assert damage_of(there) is None
 
 
 def test_a_failed_upload_is_a_warning_and_the_next_save_brings_up_all(run, url, said, monkeypatch):
-    writer = Uploads(url, run, keep_last=2)
+    writer = Uploader(url, run, keep_last=2)
     fs, put = writer.store._fs, writer.store._fs.put_file
 
     def away(*_: object) -> None:
@@ -197,7 +201,7 @@ def test_a_failed_upload_is_a_warning_and_the_next_save_brings_up_all(run, url, 
 
 
 def test_an_old_checkpoint_that_the_store_keeps_is_a_warning(run, url, said, monkeypatch):
-    writer = Uploads(url, run, keep_last=1)
+    writer = Uploader(url, run, keep_last=1)
     save(run, 1)
     settled(writer)
 
@@ -220,7 +224,7 @@ def test_an_old_checkpoint_that_the_store_keeps_is_a_warning(run, url, said, mon
 
 
 def test_a_superseded_attempt_uploads_nothing(run, url):
-    writer = Uploads(url, run, keep_last=1)
+    writer = Uploader(url, run, keep_last=1)
     save(run, 1)
     (run.path / "attempt.json").write_text('{"token": "another", "pid": 7, "host": "there"}')
     settled(writer)
@@ -240,34 +244,34 @@ def test_checkpoints_of_a_store_are_in_the_order_of_their_steps(url):
 def test_the_rest_of_a_run_that_another_holds_is_not_uploaded(run, url, said, monkeypatch):
     monkeypatch.setattr("distributed.run.claim.LOCK_WAIT_SECONDS", 0.05)
     save(run, 1)
-    upload_rest(config_of(run.path, url))
+    upload_remaining(config_of(run.path, url))
     assert in_store(url) == {}
     assert any("another run is writing there" in line for line in said)
 
 
 def test_a_store_that_hangs_holds_up_nothing_and_is_told_at_the_end(run, url, monkeypatch):
-    writer, go_on = Uploads(url, run, keep_last=2), threading.Event()
+    writer, go_on = Uploader(url, run, keep_last=2), threading.Event()
     monkeypatch.setattr(writer.store._fs, "put_file", lambda *_: go_on.wait(20))
     name = save(run, 1)
     began = time.monotonic()
-    writer.offer()
+    writer.start()
     assert time.monotonic() - began < 1
-    while not writer.holds:
+    while not writer.uploading:
         time.sleep(0.01)
-    assert writer.holds == name
-    writer.begin_ending(0.2)
+    assert writer.uploading == name
+    writer.finish_within(0.2)
     while writer.is_busy():
         pass
-    assert "not up in time" in json.loads(run.upload_file.read_text())["problem"]
+    assert "not uploaded in time" in json.loads(run.upload_file.read_text())["problem"]
     go_on.set()
 
 
 def test_of_two_runs_that_upload_to_one_place_the_later_goes_on_and_the_other_says_so(run, url, tmp_path):
-    first, second = Uploads(url, run, keep_last=1), ClaimedRun.claim(tmp_path / "other", world_size=1)
+    first, second = Uploader(url, run, keep_last=1), ClaimedRun.claim(tmp_path / "other", world_size=1)
     save(run, 1)
     settled(first)
     save(second, 5)
-    settled(Uploads(url, second, keep_last=1))
+    settled(Uploader(url, second, keep_last=1))
     save(run, 2)
     settled(first)
     assert "taken over by the run in" in first.problem
@@ -277,13 +281,13 @@ def test_of_two_runs_that_upload_to_one_place_the_later_goes_on_and_the_other_sa
 def test_the_last_word_is_whether_the_newest_is_up(run, url, said):
     config = config_of(run.path, url)
     name = save(run, 1)
-    tell_ending(config)
-    assert said[-1].startswith(f"ERROR NOT UPLOADED: {name} lies in {run.checkpoints} alone")
+    log_upload_result(config)
+    assert said[-1].startswith(f"ERROR NOT UPLOADED: {name} is only in {run.checkpoints}")
     run.release()
-    upload_rest(config)
+    upload_remaining(config)
     assert said[-1].startswith(f"INFO {name} is uploaded to {url}")
     save(run, 2)
-    tell_ending(config)
+    log_upload_result(config)
     assert said[-1].startswith("ERROR NOT UPLOADED")
 
 
@@ -293,7 +297,7 @@ def test_the_last_word_is_whether_the_newest_is_up(run, url, said):
 def test_the_newest_and_the_best_are_fetched(run, url, tmp_path):
     there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     names = [save(there, step, best=1) for step in (1, 2, 3)]
-    settled(Uploads(url, there, keep_last=2))
+    settled(Uploader(url, there, keep_last=2))
     assert fetched(run, url) == names[2]
     assert [path.name for path in checkpoints(run.checkpoints)] == [names[0], names[2]]
     assert [damage_of(path) for path in checkpoints(run.checkpoints)] == [None, None]
@@ -306,7 +310,7 @@ def test_the_newest_and_the_best_are_fetched(run, url, tmp_path):
 def test_a_damaged_one_is_refused_and_the_one_before_taken(run, url, tmp_path, said, how):
     there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     names = [save(there, step) for step in (1, 2)]
-    settled(Uploads(url, there, keep_last=2))
+    settled(Uploader(url, there, keep_last=2))
     last = Path(url.removeprefix("file://")) / names[1]
     content = bytearray((last / "tensors.safetensors").read_bytes())
     content[-1] ^= 1
@@ -318,10 +322,10 @@ def test_a_damaged_one_is_refused_and_the_one_before_taken(run, url, tmp_path, s
         (last / "tensors.safetensors").write_bytes(content if how == "flipped" else content[:-3])
     assert fetched(run, url) == names[0]
     assert [path.name for path in checkpoints(run.checkpoints)] == names[:1]
-    assert not Store(url).is_whole(names[1])
+    assert not Store(url).is_committed(names[1])
     if how != "no manifest":
         assert any("ERROR" in line and f"{names[1]} is damaged" in line for line in said)
-        settled(Uploads(url, there, keep_last=2))
+        settled(Uploader(url, there, keep_last=2))
         assert damage_of(last) is None
 
 
@@ -333,7 +337,7 @@ def test_an_empty_store_gives_nothing(run, url):
 
 
 def test_a_new_place_is_made_and_left_empty(tmp_path, url):
-    assert check_store(config_of(tmp_path / "run", url)) is False
+    assert has_run(config_of(tmp_path / "run", url)) is False
     assert list(Path(url.removeprefix("file://")).iterdir()) == []
 
 
@@ -342,33 +346,33 @@ def test_a_store_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(
         InputError, match=r"^checkpoint\.upload_to = file://.*; fix permissions, free space, or name another"
     ):
-        check_store(config_of(tmp_path / "run", f"file://{tmp_path}/file/there"))
+        has_run(config_of(tmp_path / "run", f"file://{tmp_path}/file/there"))
 
 
 def test_a_run_that_has_begun_goes_on_without_its_store(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     config = config_of(tmp_path / "run", f"file://{tmp_path}/file/there")
     save(RunFolder(tmp_path / "run"), 1, config=config)
-    assert check_store(config) is False
+    assert has_run(config) is False
     assert capsys.readouterr().err.startswith("warning: checkpoint.upload_to = file://")
 
 
 def test_a_run_folder_that_lags_behind_the_store_is_gone_on_from_with_a_warning(tmp_path, url, capsys):
     config, there = config_of(tmp_path / "run", url), ClaimedRun.claim(tmp_path / "there", world_size=1)
     save(there, 9, config=config)
-    settled(Uploads(url, there, keep_last=2))
+    settled(Uploader(url, there, keep_last=2))
     save(RunFolder(tmp_path / "run"), 5, config=config)
-    assert check_store(config) is True
-    assert f"{url} has step 9, and the run goes on from step 5" in capsys.readouterr().err
-    settled(Uploads(url, ClaimedRun.claim(tmp_path / "run", world_size=1), keep_last=2))
+    assert has_run(config) is True
+    assert f"{url} has step 9, but the run resumes from step 5" in capsys.readouterr().err
+    settled(Uploader(url, ClaimedRun.claim(tmp_path / "run", world_size=1), keep_last=2))
     assert list(in_store(url)) == [5, 9]
 
 
 def test_another_experiment_in_the_store_is_refused_with_the_difference(tmp_path, url):
     there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     save(there, 1, config=config_of(there.path, url))
-    settled(Uploads(url, there, keep_last=2))
-    assert check_store(config_of(tmp_path / "run", url)) is True
+    settled(Uploader(url, there, keep_last=2))
+    assert has_run(config_of(tmp_path / "run", url)) is True
     with pytest.raises(InputError) as caught:
         checked_config(
             [
@@ -394,7 +398,7 @@ def test_a_run_that_comes_back_needs_not_what_it_was_started_from(tmp_path, url)
     there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     words = ["--init_from", str(tmp_path / "gone")]
     save(there, 1, config=config_of(there.path, url, *words))
-    settled(Uploads(url, there, keep_last=2))
+    settled(Uploader(url, there, keep_last=2))
     argv = ["--run_dir", str(tmp_path / "run"), "--data.name", "generated10", "--checkpoint.upload_to", url, *words]
     assert checked_config(argv, Topology())[1] is False
     assert checked_config(argv, Topology(rank=1, world_size=2))[1] is False
@@ -405,26 +409,26 @@ def test_a_missing_package_is_named_with_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     for url, package in (("s3://bucket/x", "s3fs"), ("gs://bucket", "gcsfs")):
         with pytest.raises(InputError, match=f"pip install {package}$"):
-            check_store(config_of(tmp_path / "run", url))
+            has_run(config_of(tmp_path / "run", url))
 
 
 def test_a_store_that_does_not_answer_is_refused_in_time(tmp_path, url, monkeypatch):
     monkeypatch.setattr(download, "PROBE_SECONDS", 0.1)
     monkeypatch.setattr(object_store.Store, "probe", lambda _: time.sleep(5))
     with pytest.raises(InputError, match=r"no answer within 0\.1 s; check the network"):
-        check_store(config_of(tmp_path / "run", url))
+        has_run(config_of(tmp_path / "run", url))
 
 
 def test_nothing_is_asked_where_no_store_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(upload.Store, "__init__", None)
-    tell_ending(load(["--run_dir", str(tmp_path), "--data.name", "generated10"])[0])
-    upload_rest(load(["--run_dir", str(tmp_path), "--data.name", "generated10"])[0])
+    log_upload_result(load(["--run_dir", str(tmp_path), "--data.name", "generated10"])[0])
+    upload_remaining(load(["--run_dir", str(tmp_path), "--data.name", "generated10"])[0])
 
 
 @pytest.mark.parametrize(
     ("kind", "remedy"),
     [
-        (FileNotFoundError, "make it, or name another"),
+        (FileNotFoundError, "create it, or name another"),
         (PermissionError, "set other credentials"),
         (type("NoCredentialsError", (Exception,), {}), "set other credentials"),
         (OSError, "check the network"),
@@ -432,6 +436,6 @@ def test_nothing_is_asked_where_no_store_is_named(tmp_path, monkeypatch):
 )
 def test_each_failure_has_its_remedy_in_one_line(kind, remedy):
     store = Store("s3://bucket/x")
-    with pytest.raises(StoreError, match=remedy) as caught, store._asked():
+    with pytest.raises(StoreError, match=remedy) as caught, store._store_errors():
         raise kind("what the store\nsaid")
     assert "\n" not in str(caught.value)

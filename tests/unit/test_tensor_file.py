@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distributed.checkpoint.tensor_file import digest_of_tensor, write_tensors
+from distributed.checkpoint.tensor_file import tensor_digest, write_tensors
 from distributed.files import Written, digest_of
 
 DTYPES = [
@@ -81,7 +81,7 @@ def test_the_same_tensors_make_the_same_bytes(tmp_path):
 
 def test_a_tensors_digest_is_of_its_numbers_not_of_their_layout():
     numbers = torch.randn(4, 3, 5, 5)
-    assert digest_of_tensor(numbers) == digest_of_tensor(numbers.contiguous(memory_format=torch.channels_last))
-    assert digest_of_tensor(numbers) != digest_of_tensor(-numbers)
-    assert digest_of_tensor(torch.tensor(0.0)) != digest_of_tensor(torch.tensor(-0.0)), "bits, not values"
-    assert digest_of_tensor(torch.ones(3).bfloat16()) == digest_of_tensor(torch.ones(3).bfloat16())
+    assert tensor_digest(numbers) == tensor_digest(numbers.contiguous(memory_format=torch.channels_last))
+    assert tensor_digest(numbers) != tensor_digest(-numbers)
+    assert tensor_digest(torch.tensor(0.0)) != tensor_digest(torch.tensor(-0.0)), "bits, not values"
+    assert tensor_digest(torch.ones(3).bfloat16()) == tensor_digest(torch.ones(3).bfloat16())
