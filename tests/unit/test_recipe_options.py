@@ -142,7 +142,7 @@ def test_at_a_drop_the_best_epochs_weights_come_back_and_momentum_is_zero(tmp_pa
         "--checkpoint.keep_last", "10", "--optim.lr", "0.3", "--exact.shards", "2", "--checkpoint.max_overhead", "1",
     )  # fmt: skip
     train(config)
-    returns = [int(match[1]) for line in said if (match := re.search(r"are those of epoch (\d+),", line))]
+    returns = [int(match[1]) for line in said if (match := re.search(r"buffers of epoch (\d+) and reset", line))]
     drops = [index for index, line in enumerate(said) if "(drop" in line]
     assert len(returns) == len(drops) > 0
     epochs = [json.loads(line) for line in RunFolder(tmp_path / "run").metrics_file.read_text().splitlines()]
