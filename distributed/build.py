@@ -110,7 +110,7 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
             return FsdpEngine(engine, model, **common)
         logger.info("engine fsdp: one process, so there is nothing to be shared out")
         engine = Ddp()
-    return DdpEngine(engine, model, example=data.example(), compile=config.compile, seed=config.seed, **common)
+    return DdpEngine(engine, model, example=data.example(), compile=config.compile, **common)
 
 
 def lanes_on(device: torch.device, *, threads: int) -> int:
@@ -135,8 +135,7 @@ def build_step(config: TrainConfig, engine: Engine, metrics: MetricAccumulator, 
     """Build the step function: `train_step`, on CUDA with inputs in fixed memory and, on a single GPU, as a CUDA graph."""
     if device.type != "cuda" or (isinstance(config.engine, DeepSpeed) and collectives.world_size() > 1):
         return partial(train_step, engine, loss=config.loss, metrics=metrics)
-    # PowerSGD's QR decomposition calls a library that does not support capture.
-    capture = config.cuda_graphs and collectives.world_size() == 1 and config.compression != "powersgd"
+    capture = config.cuda_graphs and collectives.world_size() == 1
     return CudaGraphStep(engine, metrics, loss=config.loss, device=device, capture=capture)
 
 
@@ -192,7 +191,7 @@ def _log_mode(config: TrainConfig, topology: Topology, device: torch.device) -> 
     if config.precision == "float16" and device.type == "cpu":
         logger.warning("precision = float16 is many times slower than bfloat16 on a CPU; use bfloat16")
     if config.compression:
-        sends_nothing = topology.world_size == 1 and config.compression == "bfloat16"
+        sends_nothing = topology.world_size == 1
         logger.info(
             "engine.compression = {}: gradients are approximate, and the bits depend on the number of processes{}",
             config.compression, "; one process sends nothing and rounds nothing" if sends_nothing else "",

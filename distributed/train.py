@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from distributed.checkpoint.download import store_has_run
 from distributed.checkpoint.upload import upload_remaining
-from distributed.config import TrainConfig, help_text, load
+from distributed.config import TrainConfig, from_command_line, help_text
 from distributed.data.sources import cifar, registry
 from distributed.errors import ExitCode, InputError
 from distributed.host.versions import require
-from distributed.process import endings, gc_pause
+from distributed.process import exits, gc_pause
 from distributed.process.signals import SignalStop
 from distributed.process.streams import run_command
 from distributed.run.folder import RunFolder
@@ -42,7 +42,7 @@ def main() -> int:
         return ExitCode.FINISHED
     if is_elastic():  # blocked until agent_store.py has published what torchrun's next round needs
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    with SignalStop(launched=has_launcher(), at_once_until_asked=True) as stop:
+    with SignalStop(launched=has_launcher(), exit_before_first_step=True) as stop:
         return _run(stop)
 
 
@@ -50,7 +50,7 @@ def _run(stop: SignalStop) -> int:
     topology = Topology()
     try:
         topology = Topology.from_environment()
-        topology.check_meeting_place()
+        topology.check_endpoint()
         config, finished = checked_config(sys.argv[1:], topology)
     except InputError as error:
         return refuse(error, topology)
@@ -62,7 +62,7 @@ def _run(stop: SignalStop) -> int:
                   f"or start another with --run_dir", file=sys.stderr)  # fmt: skip
             upload_remaining(config)
         return ExitCode.FINISHED
-    with gc_pause.at_rest():  # imports torch, now that all input has been checked
+    with gc_pause.gc_paused():  # imports torch, now that all input has been checked
         from distributed.run_process import run_to_exit_code
 
     return run_to_exit_code(config, topology, stop)
@@ -93,7 +93,7 @@ def checked_config(
     if config.device != "auto" or config.exact.shards != "auto":  # otherwise it depends on the GPUs that torch finds
         config.check_world_size(topology.world_size, config.device)
     if config.engine.name == "deepspeed":
-        require("deepspeed", at_least=(0, 19), wanted_by="engine.name = deepspeed")
+        require("deepspeed", at_least=(0, 19), needed_by="engine.name = deepspeed")
     saved = check_run_folder(config)
     finished = is_finished(config, saved)
     # Only rank 0 queries the store. The other ranks leave it to rank 0 to check init_from.
@@ -106,8 +106,9 @@ def checked_config(
 
 
 def _config_with_data(arguments: Sequence[str], topology: Topology) -> TrainConfig:
-    config, named = load(arguments)
-    if named or config.data.name != "cifar10" or cifar.is_there("cifar10", config.data.root):
+    command = from_command_line(arguments)
+    config = command.config
+    if command.names_data or config.data.name != "cifar10" or cifar.is_there("cifar10", config.data.root):
         return config
     root = config.data.root.resolve()
     if job := cluster_job():
@@ -115,7 +116,7 @@ def _config_with_data(arguments: Sequence[str], topology: Topology) -> TrainConf
             f"data.root = {root}: CIFAR-10 is not there, and {job} names neither a config nor a data set; give a config "
             "first (configs/cifar10.toml), --data.root FOLDER, or --data.name generated10 for generated images"
         )
-    config, _ = load(arguments, default_data="generated10")
+    config = from_command_line(arguments, default_data="generated10").config
     if topology.is_main:
         print(_BANNER.format(root=root), file=sys.stderr)
     return config
@@ -124,17 +125,19 @@ def _config_with_data(arguments: Sequence[str], topology: Topology) -> TrainConf
 def refuse(error: InputError, topology: Topology) -> int:
     """Print the error on local rank 0 only. Other ranks wait, so that torchrun does not end rank 0 before it has printed."""
     reason = "\n".join(error.lines)
-    endings.report(reason, is_cause=True)
+    exits.write_error_file(reason, is_cause=True)
     if topology.local_rank == 0:
         error.tell()
-    if topology.is_awaited:
-        from distributed.comm.peers import tell_waiting  # imports torch: other ranks may have found no error and wait
+    if topology.has_waiting_peers:
+        from distributed.comm.peers import (
+            notify_waiting_peers,  # imports torch: other ranks may have found no error and wait
+        )
 
-        tell_waiting(topology, error.exit_code, reason)
+        notify_waiting_peers(topology, error.exit_code, reason)
     elif topology.local_rank:
         time.sleep(3)
     return ExitCode.BAD_INPUT
 
 
 if __name__ == "__main__":
-    run_command(main, at_once=True)  # threads of gloo or NCCL may wait for a dead peer for ever
+    run_command(main, skip_cleanup=True)  # threads of gloo or NCCL may wait for a dead peer for ever

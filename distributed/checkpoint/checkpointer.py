@@ -81,13 +81,11 @@ class Checkpointer:
             validate(content, path)
 
         store = self._uploader.store if self._uploader else None
-        found = collectives.decided_by_main(
-            lambda: find_resume_point(self.run, store, validate_all) if self.run else None
-        )
+        found = collectives.run_on_main(lambda: find_resume_point(self.run, store, validate_all) if self.run else None)
         if found is None:
             return None
         path = self.folder / found.name
-        tensors = collectives.done_by_all(lambda: load_tensors(path))
+        tensors = collectives.run_on_all(lambda: load_tensors(path))
         try:
             engine.load_state(tensors)
         except ValueError as error:
@@ -113,9 +111,9 @@ class Checkpointer:
                 self._submit()
             self._wait_for_save()
             path = self.folder / layout.name_of(step=state.best.step, epoch=state.best.epoch + 1)
-            if damage := collectives.from_main(layout.damage_of(path) if self.run else None):
+            if damage := collectives.broadcast_object(layout.damage_of(path) if self.run else None):
                 raise StorageError(f"{path}: schedule.restore_best_on_drop needs this checkpoint: {damage}")
-            tensors = collectives.done_by_all(lambda: load_tensors(path))
+            tensors = collectives.run_on_all(lambda: load_tensors(path))
         load_weights(engine, tensors)
         logger.info("restored the weights and buffers of epoch {} and reset the optimizer", state.best.epoch + 1)
 
@@ -145,7 +143,7 @@ class Checkpointer:
             Whether it saved.
         """
         is_idle = self._pending is None or self._pending.done()
-        if is_last or collectives.from_main(self._budget.unlimited or (is_idle and self._budget.allows())):
+        if is_last or collectives.broadcast_object(self._budget.unlimited or (is_idle and self._budget.allows())):
             self.save(engine, state)
             return True
         if is_best:
@@ -165,7 +163,7 @@ class Checkpointer:
         self._wait_for_save()
         if self._uploader:
             self._uploader.finish_within(AT_STOP_SECONDS if stopping else AT_END_SECONDS)
-        while self.upload_to and collectives.from_main(self._uploader and self._uploader.is_busy()):
+        while self.upload_to and collectives.broadcast_object(self._uploader and self._uploader.is_busy()):
             pass
         if self._uploader and self._newest:  # delete what was kept only for its upload
             self._delete_old(self._newest, layout.best_known_to(self.folder / self._newest))
@@ -190,7 +188,7 @@ class Checkpointer:
 
     def _wait_for_save(self) -> None:
         """Wait until the previous save is on disk. Ranks wait on the host, because a wait in NCCL could time out."""
-        if failure := collectives.from_main(self._save_failure()):
+        if failure := collectives.broadcast_object(self._save_failure()):
             raise StorageError(failure)
 
     def _save_failure(self) -> str | None:

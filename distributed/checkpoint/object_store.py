@@ -9,7 +9,6 @@ implements the operations; `upload` and `download` decide when to use them.
 
 import json
 import shutil
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 
 from distributed.errors import InputError
 from distributed.files import digest_of_bytes
+from distributed.process.deadline import call_within
 from distributed.run.checkpoint_layout import DAMAGED_MANIFEST, FILES, MANIFEST, STATE, is_intact, sort_names
 
 T = TypeVar("T")
@@ -185,25 +185,12 @@ def call_with_timeout(seconds: float, work: Callable[[], T], store: Store) -> T:
     Raises:
         StoreError: it took longer than `seconds`.
     """
-    results: list[T] = []
-    failures: list[Exception] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except Exception as error:
-            failures.append(error)
-
-    thread = threading.Thread(
-        target=run, daemon=True
-    )  # a daemon, so that a hanging store does not keep the process alive
-    thread.start()
-    thread.join(seconds)
-    if failures:
-        raise failures[0]
-    if not results:
-        raise StoreError(f"{store.url}: no answer within {seconds:g} s; check the network and the store's endpoint")
-    return results[0]
+    try:
+        return call_within(seconds, work)
+    except TimeoutError:
+        raise StoreError(
+            f"{store.url}: no answer within {seconds:g} s; check the network and the store's endpoint"
+        ) from None
 
 
 def _json_object(content: bytes | None) -> dict[str, Any]:

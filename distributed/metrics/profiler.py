@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from loguru import logger
 
-from distributed.process.byproducts import Byproduct
+from distributed.process.optional_output import OptionalOutput
 
 _WARM_UP_STEPS = 10  # not profiled: caches fill and libraries choose kernels
 
@@ -25,7 +25,7 @@ class StepProfiler:
         self.steps, self.folder, self._check = steps, folder, check
         self._done = 0
         self._profile: Any = None
-        self._byproduct = Byproduct(folder)
+        self._output = OptionalOutput(folder)
 
     def __enter__(self) -> Self:
         return self
@@ -36,12 +36,12 @@ class StepProfiler:
             return
         self._done += 1
         if self._done == _WARM_UP_STEPS:
-            self._byproduct.attempt(self._begin)
+            self._output.run(self._begin)
         elif self._done == _WARM_UP_STEPS + self.steps:
-            self._byproduct.attempt(self._end)
+            self._output.run(self._end)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._byproduct.attempt(self._end)  # the attempt ended before the last profiled step
+        self._output.run(self._end)  # the attempt ended before the last profiled step
 
     def _begin(self) -> None:
         from torch.profiler import profile  # slow to import

@@ -15,7 +15,7 @@ from loguru import logger
 from distributed.files import lines_of, storing
 from distributed.metrics.event_file import EventFile
 from distributed.metrics.records import EpochMetrics, Sink, TrainMetrics
-from distributed.process.byproducts import Byproduct
+from distributed.process.optional_output import OptionalOutput
 from distributed.run.claim import ClaimedRun
 
 
@@ -90,8 +90,8 @@ class OptionalSink:
 
     def __init__(self, name: str, make: Callable[[], Sink]) -> None:
         self._sink: Sink | None = None
-        self._byproduct = Byproduct(name)
-        self._byproduct.attempt(lambda: setattr(self, "_sink", make()))
+        self._output = OptionalOutput(name)
+        self._output.run(lambda: setattr(self, "_sink", make()))
 
     def log_step(self, metrics: TrainMetrics) -> None:
         self._call(lambda sink: sink.log_step(metrics))
@@ -104,7 +104,7 @@ class OptionalSink:
 
     def _call(self, method: Callable[[Sink], None]) -> None:
         if (sink := self._sink) is not None:
-            self._byproduct.attempt(lambda: method(sink))
+            self._output.run(lambda: method(sink))
 
 
 class Terminal:

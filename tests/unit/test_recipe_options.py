@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from distributed.build import build_data, build_engine
 from distributed.checkpoint.warm_start import evaluation_weights, load_initial_weights
-from distributed.config import TrainConfig, load
+from distributed.config import TrainConfig, from_command_line
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.recipe import train
@@ -44,7 +44,7 @@ def arguments_of(run_dir: Path, *arguments: str) -> list[str]:
 
 
 def config_of(run_dir: Path, *arguments: str) -> TrainConfig:
-    return load(arguments_of(run_dir, *arguments))[0]
+    return from_command_line(arguments_of(run_dir, *arguments)).config
 
 
 @pytest.fixture(scope="module")

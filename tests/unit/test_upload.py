@@ -17,7 +17,7 @@ from distributed.checkpoint.download import download_newest, store_has_run
 from distributed.checkpoint.object_store import Store, StoreError
 from distributed.checkpoint.snapshot import write_checkpoint
 from distributed.checkpoint.upload import Uploader, log_upload_result, upload_remaining
-from distributed.config import TrainConfig, load
+from distributed.config import TrainConfig, from_command_line
 from distributed.errors import InputError
 from distributed.run.checkpoint_layout import checkpoints, damage_of, name_of
 from distributed.run.claim import ClaimedRun
@@ -49,7 +49,8 @@ def said() -> Iterator[list[str]]:
 
 
 def config_of(run_dir: Path, url: str, *words: str) -> TrainConfig:
-    return load(["--run_dir", str(run_dir), "--checkpoint.upload_to", url, "--data.name", "generated10", *words])[0]
+    common = ["--run_dir", str(run_dir), "--checkpoint.upload_to", url, "--data.name", "generated10"]
+    return from_command_line([*common, *words]).config
 
 
 def save(run: RunFolder, step: int, *, best: int | None = None, config: TrainConfig | None = None) -> str:
@@ -421,8 +422,8 @@ def test_a_store_that_does_not_answer_is_refused_in_time(tmp_path, url, monkeypa
 
 def test_nothing_is_asked_where_no_store_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(upload.Store, "__init__", None)
-    log_upload_result(load(["--run_dir", str(tmp_path), "--data.name", "generated10"])[0])
-    upload_remaining(load(["--run_dir", str(tmp_path), "--data.name", "generated10"])[0])
+    log_upload_result(from_command_line(["--run_dir", str(tmp_path), "--data.name", "generated10"]).config)
+    upload_remaining(from_command_line(["--run_dir", str(tmp_path), "--data.name", "generated10"]).config)
 
 
 @pytest.mark.parametrize(
