@@ -26,5 +26,5 @@ def return_to_the_best(folder: Path) -> list[float]:
 
 
 @pytest.mark.timeout(120)
-def test_all_ranks_return_to_a_best_epoch_not_saved(tmp_path):
+def test_all_ranks_restore_an_unsaved_best_epoch(tmp_path):
     assert run_ranks(return_to_the_best, 2, tmp_path / "run") == [[2.0], [2.0]]

@@ -55,7 +55,7 @@ def after_two_epochs(config: TrainConfig, *, fixed: bool) -> tuple[dict[str, tor
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_steps_in_fixed_memory_have_the_bits_of_plain_ones(case: str) -> None:
+def test_steps_in_fixed_memory_are_bit_identical(case: str) -> None:
     config = config_of(**CASES[case])
     plain, fixed = (after_two_epochs(config, fixed=fixed) for fixed in (False, True))
     assert len(plain[1]) == len(RATES)
@@ -63,7 +63,7 @@ def test_steps_in_fixed_memory_have_the_bits_of_plain_ones(case: str) -> None:
     assert [name for name, tensor in plain[0].items() if not torch.equal(fixed[0][name], tensor)] == []
 
 
-def test_an_average_with_the_step_on_the_device_is_the_same_average() -> None:
+def test_ema_with_the_step_on_the_device_is_bit_identical() -> None:
     config = config_of(optim={"name": "sgd", "ema_decay": 0.9, "lr": 0.1})
     plain, fixed = (after_two_epochs(config, fixed=fixed)[0] for fixed in (False, True))
     averages = [name for name in plain if name.startswith("ema.")]
@@ -87,7 +87,7 @@ def test_a_loss_that_is_not_finite_names_its_step() -> None:
 @pytest.mark.parametrize("augmented_at_once", [2, 3, 9])
 @pytest.mark.parametrize("case", ["sgd", "grad_accum_steps", "mixed"])
 @pytest.mark.parametrize("placement", ["device", "host"])
-def test_images_augmented_together_have_the_same_bits(augmented_at_once: int, case: str, placement: str) -> None:
+def test_images_augmented_together_are_bit_identical(augmented_at_once: int, case: str, placement: str) -> None:
     settings = dict(CASES[case])
     settings["data"] = {**settings.get("data", {}), "placement": placement}
     data = build_data(config_of(**settings), Topology(), CPU)
@@ -111,7 +111,7 @@ def test_images_augmented_together_have_the_same_bits(augmented_at_once: int, ca
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("case", CASES)
-def test_recorded_steps_have_the_bits_of_others(case: str) -> None:
+def test_captured_steps_are_bit_identical(case: str) -> None:
     from distributed.training.determinism import make_deterministic
 
     cuda, found = torch.device("cuda", 0), []
@@ -131,7 +131,7 @@ def test_recorded_steps_have_the_bits_of_others(case: str) -> None:
     assert [name for name, tensor in eager[2].items() if not torch.equal(recorded[2][name], tensor)] == []
 
 
-def test_a_plain_step_is_taken_on_a_cpu() -> None:
+def test_a_cpu_uses_the_plain_step() -> None:
     config = config_of()
     _, engine, sums = parts_of(config)
     assert build_step(config, engine, sums, CPU).func is train_step  # type: ignore[attr-defined]

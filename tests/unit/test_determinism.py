@@ -40,11 +40,11 @@ def test_float32_is_not_tf32(precision: str) -> None:
     assert flags(precision) == [False, False, True]
 
 
-def test_tf32_is_a_precision_of_its_own() -> None:
+def test_tf32_is_allowed_if_chosen() -> None:
     assert flags("tf32") == [True, True, True]
 
 
-def test_compiled_kernels_are_not_chosen_by_the_clock() -> None:
+def test_compiled_kernels_are_not_autotuned() -> None:
     assert flags("bfloat16", compile=True) == [False, False, True, True]
 
 
@@ -55,7 +55,7 @@ def test_tf32_is_refused_on_a_cpu() -> None:
         from_command_line(["--precision", "tf32", "--device", "cpu"])
 
 
-def test_variables_that_choose_kernels_are_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_that_select_kernels_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     monkeypatch.setenv("SOMETHING_ELSE", "1")
     facts = kernel_metadata(CPU)
@@ -64,7 +64,7 @@ def test_variables_that_choose_kernels_are_written_down(monkeypatch: pytest.Monk
     assert facts["device"]
 
 
-def test_facts_in_which_ranks_differ_are_named_with_the_ranks() -> None:
+def test_differences_between_ranks_name_the_ranks() -> None:
     big, small = (
         {"device": "H100", "multiprocessors": "132"},
         {"device": "H100", "multiprocessors": "114", "NCCL_ALGO": "Tree"},
@@ -78,11 +78,11 @@ def test_facts_in_which_ranks_differ_are_named_with_the_ranks() -> None:
     assert merge_metadata([big, big]) == (big, [])
 
 
-def test_one_thread_carries_all_shards_on_cuda() -> None:
+def test_one_worker_runs_all_shards_on_cuda() -> None:
     assert (lanes_on(CPU, threads=6), lanes_on(CUDA, threads=6)) == (6, 1)
 
 
-def test_gradients_side_by_side_are_aligned() -> None:
+def test_gradients_in_a_bucket_are_aligned() -> None:
     parameters = {index: torch.zeros(shape) for index, shape in enumerate([(3,), (5, 7), (1,), (2, 3, 3, 3)])}
     lie = ReplicatedBucket(parameters)
     views = lie.gradients(torch.zeros(lie.length))

@@ -67,7 +67,7 @@ def fresh_engine(tmp_path: Path, *words: str) -> Engine:
 # Weights of another run
 
 
-def test_a_run_starts_from_the_weights_that_another_evaluates_with(trained, tmp_path):
+def test_a_run_starts_from_anothers_evaluation_weights(trained, tmp_path):
     engine = fresh_engine(tmp_path, "--optim.ema_decay", "0.5")
     load_initial_weights(trained, engine)
     expected, found = tensors_of(trained), dict(engine.state())
@@ -78,7 +78,7 @@ def test_a_run_starts_from_the_weights_that_another_evaluates_with(trained, tmp_
     assert not torch.equal(expected["ema.fc1.weight"], expected["model.fc1.weight"])
 
 
-def test_a_last_layer_of_other_classes_starts_afresh(trained, tmp_path):
+def test_a_last_layer_of_other_classes_is_not_loaded(trained, tmp_path):
     engine = fresh_engine(tmp_path, "--data.name", "generated100")
     before = {name: tensor.clone() for name, tensor in engine.state()}
     load_initial_weights(trained, engine)
@@ -90,7 +90,7 @@ def test_a_last_layer_of_other_classes_starts_afresh(trained, tmp_path):
     )
 
 
-def test_a_run_that_has_begun_needs_the_other_no_more(trained, tmp_path):
+def test_a_run_that_has_saved_needs_no_init_from(trained, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(trained, other, symlinks=True)
     config = config_of(tmp_path / "run", "--init_from", str(other), "--epochs", "1")
@@ -112,13 +112,13 @@ def test_a_run_that_has_begun_needs_the_other_no_more(trained, tmp_path):
         (["--init_from", "RUN/checkpoints"], r"no checkpoint there"),
     ],
 )
-def test_what_cannot_be_started_from_is_told_before_anything_begins(trained, tmp_path, words, message):
+def test_an_unusable_init_from_is_refused_before_training(trained, tmp_path, words, message):
     words = [word.replace("RUN", str(trained)) for word in words]
     with pytest.raises(InputError, match=message):
         check_init_from(config_of(tmp_path / "run", *words))
 
 
-def test_a_damaged_checkpoint_is_not_started_from(trained, tmp_path):
+def test_a_damaged_init_from_is_refused(trained, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy, symlinks=True)
     tensors = checkpoints(copy / "checkpoints")[-1] / "tensors.safetensors"
@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_is_not_started_from(trained, tmp_path):
 # A return to the best weights at a drop
 
 
-def test_at_a_drop_the_best_epochs_weights_come_back_and_momentum_is_zero(tmp_path):
+def test_a_drop_restores_the_best_weights_and_zeroes_momentum(tmp_path):
     said: list[str] = []
     logger.add(lambda message: said.append(message.record["message"]))
     config = config_of(
@@ -156,7 +156,7 @@ def test_at_a_drop_the_best_epochs_weights_come_back_and_momentum_is_zero(tmp_pa
             assert not tensor.any() if name.startswith("optimizer.") else torch.equal(tensor, there[name]), name
 
 
-def test_the_best_must_be_the_best_by_what_the_schedule_watches(tmp_path):
+def test_restore_best_needs_best_by_of_the_same_metric(tmp_path):
     words = ("--schedule.name", "plateau", "--schedule.metric", "loss", "--schedule.restore_best_on_drop")
     with pytest.raises(InputError, match=r"set checkpoint\.best_by = loss"):
         config_of(tmp_path, *words, "--data.validation_fraction", "0.5")
@@ -165,7 +165,7 @@ def test_the_best_must_be_the_best_by_what_the_schedule_watches(tmp_path):
 # Losses and evaluation
 
 
-def test_the_loss_is_smoothed_and_mixed_as_the_papers_say(tmp_path):
+def test_label_smoothing_and_mixing_follow_the_papers(tmp_path):
     config = config_of(tmp_path, "--data.augment.mixup", "0.5")
     data = build_data(config, Topology(), CPU)
     (batch,) = next(data.train_epoch(0))
@@ -179,7 +179,7 @@ def test_the_loss_is_smoothed_and_mixed_as_the_papers_say(tmp_path):
     assert float(value) == pytest.approx(float(expected.mean()), rel=1e-5)
 
 
-def test_a_partner_is_the_image_before_and_mixed_as_it_is_augmented_itself(tmp_path):
+def test_an_image_is_mixed_with_the_augmented_previous_one(tmp_path):
     plain = build_data(config_of(tmp_path), Topology(), CPU)
     mixing = build_data(config_of(tmp_path, "--data.augment.cutmix", "1"), Topology(), CPU)
     (alone,), (mixed,) = next(plain.train_epoch(3)), next(mixing.train_epoch(3))
@@ -193,11 +193,11 @@ def test_a_partner_is_the_image_before_and_mixed_as_it_is_augmented_itself(tmp_p
     assert torch.equal(torch.cat([shard.mixed.labels for shard in shards]), mixed.mixed.labels)
 
 
-def test_mixing_goes_with_fast_mode_too(tmp_path):
+def test_mixing_works_in_fast_mode(tmp_path):
     assert train(config_of(tmp_path / "run", "--data.augment.mixup", "0.5", "--exact.shards", "0")).epoch == 2
 
 
-def test_with_flips_logits_are_the_mean_of_image_and_mirror_image(tmp_path):
+def test_flip_tta_averages_the_logits_of_image_and_flip(tmp_path):
     config = config_of(tmp_path)
     data = build_data(config, Topology(), CPU)
     engine = build_engine(config, Topology(), data, CPU)
@@ -214,7 +214,7 @@ def test_with_flips_logits_are_the_mean_of_image_and_mirror_image(tmp_path):
 # A profile, compiled kernels
 
 
-def test_a_profile_of_some_steps_lies_in_the_run_folder(tmp_path):
+def test_a_profile_is_written_to_the_run_folder(tmp_path):
     config = config_of(tmp_path / "run", "--epochs", "5", "--logging.profile_steps", "3")
     train(config)
     folder = RunFolder(tmp_path / "run").profile
@@ -223,14 +223,14 @@ def test_a_profile_of_some_steps_lies_in_the_run_folder(tmp_path):
     assert sum(event.get("name") == "aten::cross_entropy_loss" for event in events) >= 3
 
 
-def test_an_attempt_shorter_than_the_profile_leaves_what_there_was(tmp_path):
+def test_a_short_attempt_still_writes_its_profile(tmp_path):
     train(config_of(tmp_path / "run", "--epochs", "4", "--logging.profile_steps", "1000"))
     assert (RunFolder(tmp_path / "run").profile / "table.txt").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_compiled_it_learns_the_same(tmp_path):
+def test_a_compiled_run_learns_the_same(tmp_path):
     losses = []
     for words in (["--exact.shards", "0"], ["--compile"]):
         run_dir = tmp_path / words[0]
@@ -241,7 +241,7 @@ def test_compiled_it_learns_the_same(tmp_path):
     assert len(losses[0]) == 3
 
 
-def test_compiled_graphs_and_exact_mode_do_not_go_together(tmp_path):
+def test_compile_is_refused_in_exact_mode(tmp_path):
     with pytest.raises(InputError, match=r"set exact\.shards = 0"):
         config_of(tmp_path, "--compile", "--exact.shards", "4")
     assert config_of(tmp_path, "--compile").shards_on("cpu") == 0

@@ -51,7 +51,7 @@ def steps_of(file: Path) -> list[int]:
     return [line["step"] for line in lines_of(file)]
 
 
-def test_each_metric_is_a_line_that_names_its_kind_and_data(run):
+def test_each_line_names_its_kind_and_data(run):
     sink = JsonLines(run, start_step=0, start_epoch=0, data="generated10")
     sink.log_step(TRAIN)
     sink.log_epoch(EPOCH)
@@ -61,7 +61,7 @@ def test_each_metric_is_a_line_that_names_its_kind_and_data(run):
     assert epoch["validation"] == {"loss": 1.3, "accuracy": 0.6, "accuracy5": 0.9}
 
 
-def test_an_overflow_leaves_a_line_that_any_reader_of_json_takes(run):
+def test_an_overflow_is_written_as_valid_json(run):
     sink = JsonLines(run, start_step=0, start_epoch=0, data="generated10")
     sink.log_step(replace(TRAIN, grad_norm=math.inf, skipped_steps=1))
     line = json.loads(run.metrics_file.read_text(), parse_constant=pytest.fail)
@@ -69,7 +69,7 @@ def test_an_overflow_leaves_a_line_that_any_reader_of_json_takes(run):
 
 
 @pytest.mark.parametrize(("start_step", "kept"), [(0, []), (4, []), (5, [5]), (12, [5, 10]), (15, [5, 10, 15])])
-def test_a_resume_takes_back_the_lines_after_its_step(run, start_step, kept):
+def test_a_resume_deletes_the_lines_after_its_step(run, start_step, kept):
     told(run, 5, 10, 15)
     told(run, start_step=start_step)
     assert steps_of(run.metrics_file) == kept
@@ -83,7 +83,7 @@ def test_a_resumed_run_leaves_the_lines_of_an_undisturbed_one(run):
     assert lines_of(run.metrics_file) == undisturbed
 
 
-def test_an_epoch_that_was_not_saved_is_told_again(run):
+def test_an_epoch_that_was_not_saved_is_logged_again(run):
     for start_epoch, kept in ((1, [0]), (0, [])):
         sink = JsonLines(run, start_step=0, start_epoch=0, data="generated10")
         sink.log_epoch(EPOCH)
@@ -92,7 +92,7 @@ def test_an_epoch_that_was_not_saved_is_told_again(run):
 
 
 @pytest.mark.parametrize("cut", [1, 20, 100])
-def test_half_a_line_of_a_kill_is_dropped(run, cut):
+def test_an_incomplete_line_is_dropped(run, cut):
     file = run.metrics_file
     told(run, 5, 10)
     file.write_bytes(file.read_bytes()[:-cut])
@@ -101,7 +101,7 @@ def test_half_a_line_of_a_kill_is_dropped(run, cut):
 
 
 @pytest.mark.parametrize("garbage", ["\0\0\0", '{"step": "x"}', "{}", '{"step": 3'])
-def test_a_line_that_tells_no_step_is_dropped(run, garbage):
+def test_a_line_without_a_step_is_dropped(run, garbage):
     file = run.metrics_file
     told(run, 5)
     file.write_text(f"{garbage}\n{file.read_text()}")
@@ -112,12 +112,12 @@ def test_a_line_that_tells_no_step_is_dropped(run, garbage):
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (245, "4:05"), (3599.7, "1:00:00"), (3723, "1:02:03")]
 )
-def test_durations_read_like_a_clock(seconds, text):
+def test_durations_are_formatted_like_a_clock(seconds, text):
     assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_the_bar_moves_at_every_step_and_is_legible(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bar_advances_at_every_step_and_is_legible(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     reading, writing = pty.openpty()
     fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     step = 0

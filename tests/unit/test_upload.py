@@ -103,7 +103,7 @@ def fetched(run: ClaimedRun, url: str) -> str | None:
 # Up
 
 
-def test_what_is_in_the_run_folder_is_in_the_store_too(run, url):
+def test_the_store_has_what_the_run_folder_has(run, url):
     name = save(run, 1)
     settled(Uploader(url, run, keep_last=2))
     assert in_store(url) == {1: THREE}
@@ -111,7 +111,7 @@ def test_what_is_in_the_run_folder_is_in_the_store_too(run, url):
     assert json.loads(run.upload_file.read_text())["newest"] == name
 
 
-def test_the_manifest_goes_up_last_and_comes_down_first(run, url, monkeypatch):
+def test_the_manifest_is_uploaded_last_and_removed_first(run, url, monkeypatch):
     done: list[str] = []
     writer = Uploader(url, run, keep_last=1)
     fs = writer.store._fs
@@ -154,7 +154,7 @@ def test_an_empty_run_folder_loses_nothing_in_the_store(run, url):
     assert list(in_store(url)) == [1, 2, 3]
 
 
-def test_what_a_killed_upload_left_is_completed_or_removed(run, url):
+def test_an_interrupted_upload_is_completed_or_removed(run, url):
     name = save(run, 7)
     root = Path(url.removeprefix("file://"))
     for left in (name, name_of(step=3, epoch=1)):
@@ -165,7 +165,7 @@ def test_what_a_killed_upload_left_is_completed_or_removed(run, url):
     assert damage_of(root / name) is None
 
 
-def test_other_bytes_of_the_same_name_and_cut_files_are_replaced(run, url):
+def test_different_or_truncated_files_are_replaced(run, url):
     name = save(run, 1)
     settled(Uploader(url, run, keep_last=2))
     there = Path(url.removeprefix("file://")) / name
@@ -179,7 +179,7 @@ def test_other_bytes_of_the_same_name_and_cut_files_are_replaced(run, url):
     assert damage_of(there) is None
 
 
-def test_a_failed_upload_is_a_warning_and_the_next_save_brings_up_all(run, url, said, monkeypatch):
+def test_a_failed_upload_is_retried_by_the_next_save(run, url, said, monkeypatch):
     writer = Uploader(url, run, keep_last=2)
     fs, put = writer.store._fs, writer.store._fs.put_file
 
@@ -201,7 +201,7 @@ def test_a_failed_upload_is_a_warning_and_the_next_save_brings_up_all(run, url, 
     assert writer.problem == ""
 
 
-def test_an_old_checkpoint_that_the_store_keeps_is_a_warning(run, url, said, monkeypatch):
+def test_a_failed_removal_in_the_store_is_a_warning(run, url, said, monkeypatch):
     writer = Uploader(url, run, keep_last=1)
     save(run, 1)
     settled(writer)
@@ -234,7 +234,7 @@ def test_a_superseded_attempt_uploads_nothing(run, url):
     assert not run.upload_file.exists()
 
 
-def test_checkpoints_of_a_store_are_in_the_order_of_their_steps(url):
+def test_names_in_a_store_are_sorted_by_step(url):
     root = Path(url.removeprefix("file://"))
     for step in (99_999_999, 100_000_000, 7):
         (root / name_of(step=step, epoch=1)).mkdir(parents=True)
@@ -242,7 +242,7 @@ def test_checkpoints_of_a_store_are_in_the_order_of_their_steps(url):
     assert [int(name.split("-")[1]) for name in Store(url).names()] == [7, 99_999_999, 100_000_000]
 
 
-def test_the_rest_of_a_run_that_another_holds_is_not_uploaded(run, url, said, monkeypatch):
+def test_a_run_in_use_is_not_uploaded_by_another_process(run, url, said, monkeypatch):
     monkeypatch.setattr("distributed.run.claim.LOCK_WAIT_SECONDS", 0.05)
     save(run, 1)
     upload_remaining(config_of(run.path, url))
@@ -250,7 +250,7 @@ def test_the_rest_of_a_run_that_another_holds_is_not_uploaded(run, url, said, mo
     assert any("another run is writing there" in line for line in said)
 
 
-def test_a_store_that_hangs_holds_up_nothing_and_is_told_at_the_end(run, url, monkeypatch):
+def test_a_hanging_store_delays_nothing_and_is_reported(run, url, monkeypatch):
     writer, go_on = Uploader(url, run, keep_last=2), threading.Event()
     monkeypatch.setattr(writer.store._fs, "put_file", lambda *_: go_on.wait(20))
     name = save(run, 1)
@@ -267,7 +267,7 @@ def test_a_store_that_hangs_holds_up_nothing_and_is_told_at_the_end(run, url, mo
     go_on.set()
 
 
-def test_of_two_runs_that_upload_to_one_place_the_later_goes_on_and_the_other_says_so(run, url, tmp_path):
+def test_the_later_of_two_runs_takes_over_a_store(run, url, tmp_path):
     first, second = Uploader(url, run, keep_last=1), ClaimedRun.claim(tmp_path / "other", world_size=1)
     save(run, 1)
     settled(first)
@@ -279,7 +279,7 @@ def test_of_two_runs_that_upload_to_one_place_the_later_goes_on_and_the_other_sa
     assert list(in_store(url)) == [5]
 
 
-def test_the_last_word_is_whether_the_newest_is_up(run, url, said):
+def test_the_last_log_line_says_whether_it_is_uploaded(run, url, said):
     config = config_of(run.path, url)
     name = save(run, 1)
     log_upload_result(config)
@@ -295,7 +295,7 @@ def test_the_last_word_is_whether_the_newest_is_up(run, url, said):
 # Down
 
 
-def test_the_newest_and_the_best_are_fetched(run, url, tmp_path):
+def test_the_newest_and_the_best_are_downloaded(run, url, tmp_path):
     there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     names = [save(there, step, best=1) for step in (1, 2, 3)]
     settled(Uploader(url, there, keep_last=2))
@@ -308,7 +308,7 @@ def test_the_newest_and_the_best_are_fetched(run, url, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "missing", "no manifest"])
-def test_a_damaged_one_is_refused_and_the_one_before_taken(run, url, tmp_path, said, how):
+def test_a_damaged_newest_is_skipped_for_the_previous(run, url, tmp_path, said, how):
     there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     names = [save(there, step) for step in (1, 2)]
     settled(Uploader(url, there, keep_last=2))
@@ -330,14 +330,14 @@ def test_a_damaged_one_is_refused_and_the_one_before_taken(run, url, tmp_path, s
         assert damage_of(last) is None
 
 
-def test_an_empty_store_gives_nothing(run, url):
+def test_an_empty_store_has_nothing_to_download(run, url):
     assert fetched(run, url) is None
 
 
 # Before anything is begun
 
 
-def test_a_new_place_is_made_and_left_empty(tmp_path, url):
+def test_probing_a_new_folder_creates_it_and_leaves_it_empty(tmp_path, url):
     assert has_run(config_of(tmp_path / "run", url)) is False
     assert list(Path(url.removeprefix("file://")).iterdir()) == []
 
@@ -350,7 +350,7 @@ def test_a_store_that_cannot_be_written_is_refused(tmp_path):
         has_run(config_of(tmp_path / "run", f"file://{tmp_path}/file/there"))
 
 
-def test_a_run_that_has_begun_goes_on_without_its_store(tmp_path, capsys):
+def test_a_run_that_has_saved_resumes_without_its_store(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     config = config_of(tmp_path / "run", f"file://{tmp_path}/file/there")
     save(RunFolder(tmp_path / "run"), 1, config=config)
@@ -358,7 +358,7 @@ def test_a_run_that_has_begun_goes_on_without_its_store(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("warning: checkpoint.upload_to = file://")
 
 
-def test_a_run_folder_that_lags_behind_the_store_is_gone_on_from_with_a_warning(tmp_path, url, capsys):
+def test_a_run_folder_behind_the_store_is_a_warning(tmp_path, url, capsys):
     config, there = config_of(tmp_path / "run", url), ClaimedRun.claim(tmp_path / "there", world_size=1)
     save(there, 9, config=config)
     settled(Uploader(url, there, keep_last=2))
@@ -369,7 +369,7 @@ def test_a_run_folder_that_lags_behind_the_store_is_gone_on_from_with_a_warning(
     assert list(in_store(url)) == [5, 9]
 
 
-def test_another_experiment_in_the_store_is_refused_with_the_difference(tmp_path, url):
+def test_a_different_experiment_in_the_store_is_refused(tmp_path, url):
     there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     save(there, 1, config=config_of(there.path, url))
     settled(Uploader(url, there, keep_last=2))
@@ -395,7 +395,7 @@ def test_another_experiment_in_the_store_is_refused_with_the_difference(tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_comes_back_needs_not_what_it_was_started_from(tmp_path, url):
+def test_a_run_resumed_from_a_store_needs_no_init_from(tmp_path, url):
     there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     words = ["--init_from", str(tmp_path / "gone")]
     save(there, 1, config=config_of(there.path, url, *words))
@@ -420,7 +420,7 @@ def test_a_store_that_does_not_answer_is_refused_in_time(tmp_path, url, monkeypa
         has_run(config_of(tmp_path / "run", url))
 
 
-def test_nothing_is_asked_where_no_store_is_named(tmp_path, monkeypatch):
+def test_without_upload_to_no_store_is_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(upload.Store, "__init__", None)
     log_upload_result(from_command_line(["--run_dir", str(tmp_path), "--data.name", "generated10"]).config)
     upload_remaining(from_command_line(["--run_dir", str(tmp_path), "--data.name", "generated10"]).config)
@@ -435,7 +435,7 @@ def test_nothing_is_asked_where_no_store_is_named(tmp_path, monkeypatch):
         (OSError, "check the network"),
     ],
 )
-def test_each_failure_has_its_remedy_in_one_line(kind, remedy):
+def test_each_store_failure_has_its_remedy_in_one_line(kind, remedy):
     store = Store("s3://bucket/x")
     with pytest.raises(StoreError, match=remedy) as caught, store._store_errors():
         raise kind("what the store\nsaid")
