@@ -137,7 +137,7 @@ def _losses(engine: Engine, data: DataPipeline, config: TrainConfig) -> list[flo
     """Loss of each step of an epoch."""
     sums, found = MetricAccumulator(data.device), list[float]()
     for step, batches in enumerate(data.train_epoch(0)):
-        train_step(engine, batches, loss=config.loss, lr=0.01, step=step, sums=sums)
+        train_step(engine, batches, loss=config.loss, lr=0.01, step=step, metrics=sums)
         found.append(sums.read().mean_loss)
     return found
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from distributed.checkpoint.tensor_file import digest_of_tensor, tensors_of
+from distributed.checkpoint.tensor_file import read_tensors, tensor_digest
 from distributed.files import read_object
 from distributed.run.checkpoint_layout import checkpoints
 from distributed.run.folder import RunFolder
@@ -55,7 +55,7 @@ def saved_state(run: Path) -> dict[str, Any]:
 def saved_digests(run: Path) -> dict[str, str]:
     """A digest of each tensor in the newest checkpoint: weights, buffers, momentum."""
     newest = checkpoints(RunFolder(run).checkpoints)[-1]
-    return {name: digest_of_tensor(tensor) for name, tensor in tensors_of(newest).items()}
+    return {name: tensor_digest(tensor) for name, tensor in read_tensors(newest).items()}
 
 
 def assert_finished(run: Path) -> None:

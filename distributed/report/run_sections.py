@@ -28,6 +28,7 @@ from distributed.report.page import (
     table,
     text,
 )
+from distributed.run.checkpoint_layout import committed_names
 
 if TYPE_CHECKING:
     from distributed.report.analysis import Checked, Findings
@@ -75,7 +76,7 @@ class _Look:
 
     def path(self) -> Path:
         """The checkpoint's folder."""
-        if not any(self.run.folder.checkpoints.glob("*/manifest.json")):
+        if not committed_names(self.run.folder.checkpoints):
             raise Absent("The run has saved no checkpoint yet, so there are no weights to look at.")
         return choose_checkpoint(self.run.folder.path, self.name)
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from distributed.config import TrainConfig, from_saved
 from distributed.errors import InputError
-from distributed.files import digest_of, read_object
-from distributed.run.checkpoint_layout import MANIFEST, checkpoints, traces
+from distributed.files import read_object
+from distributed.run import checkpoint_layout
 from distributed.run.records import save_lines
 
 
@@ -46,26 +46,19 @@ class RunFolder:
         """What the last attempt said of itself; empty where there was none."""
         return read_object(self.status_file)
 
-    def newest_saved(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint whose state.json is intact, and the content of that."""
-        for checkpoint in reversed(checkpoints(self.checkpoints)):
-            path = checkpoint / "state.json"
-            files, content = read_object(checkpoint / MANIFEST).get("files"), read_object(path)
-            expected = files.get("state.json") if isinstance(files, dict) else None
-            if not all(isinstance(content.get(key), dict) for key in ("config", "bits")):
-                continue
-            if expected == list(digest_of(path)):
-                return checkpoint, content
-        return None
+    def newest_saved(self) -> checkpoint_layout.SavedState | None:
+        """Find the newest checkpoint whose state.json is intact."""
+        return checkpoint_layout.newest_saved(self.checkpoints)
 
     def newest_state(self) -> dict[str, Any] | None:
-        """The state.json of the newest checkpoint whose own is intact."""
-        found = self.newest_saved()
-        return found and found[1]
+        """Return the content of the newest intact state.json."""
+        saved = self.newest_saved()
+        return saved and saved.content
 
     def has_saved(self) -> bool:
         """Whether a checkpoint was ever committed here, although none may be left."""
-        return bool(self.saved_step() or traces(self.checkpoints) or save_lines(self.digests_file))
+        damaged_too = checkpoint_layout.saved_or_damaged(self.checkpoints)
+        return bool(self.saved_step() or damaged_too or save_lines(self.digests_file))
 
     def saved_step(self) -> int:
         """The step of the newest checkpoint that was ever committed, as far as status.json says."""
@@ -101,18 +94,3 @@ def config_in(state: dict[str, Any], *, where: Path | str, option: str) -> Train
             f"{where}: the newest was saved under a config that this version cannot read ({error.lines[0]}); "
             f"give another {option}, or use the version it is of"
         ) from None
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or a run's best, or its newest if no link leads to one.
-
-    Raises:
-        InputError: there is none.
-    """
-    folder = path / "checkpoints"
-    for candidate in (path, folder / "best", folder / "latest", *reversed(checkpoints(folder))):
-        if (candidate / MANIFEST).is_file():
-            return candidate.resolve()
-    raise InputError(
-        f"init_from = {path}: no checkpoint there; name the folder of a run that has saved, or a checkpoint's"
-    )

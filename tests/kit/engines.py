@@ -54,7 +54,7 @@ def steps(
     sums, losses, norms = MetricAccumulator(device), list[float](), list[float]()
     batches = data.train_epoch(0, start_step=first)
     for step, micro_batches in zip(range(first, first + count), batches, strict=False):
-        norms.append(float(train_step(engine, micro_batches, loss=config.loss, lr=lr, step=step, sums=sums)))
+        norms.append(float(train_step(engine, micro_batches, loss=config.loss, lr=lr, step=step, metrics=sums)))
         losses.append(sums.read().mean_loss)
     return losses, norms
 

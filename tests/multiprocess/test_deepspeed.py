@@ -10,7 +10,7 @@ from kit.ranks import in_group, run_ranks
 from kit.small_runs import newest_checkpoint, state_of
 from kit.traces import Trace, digest_of, tensors_of, traced
 
-from distributed.checkpoint.snapshot import load
+from distributed.checkpoint.snapshot import load_checkpoint
 from distributed.run.folder import RunFolder
 
 STAGES = ["zero 1", "zero 2", "zero 3"]
@@ -121,7 +121,7 @@ def next_attempt(run_dir: Path, name: str, stop_after: int | None) -> tuple[Trac
     config, held = config_with(name, run_dir, **PLATEAU), dict[str, str]()
     if RunFolder(run_dir).newest_state():
         fresh, _ = built(config)
-        load(newest_checkpoint(run_dir), fresh)
+        load_checkpoint(newest_checkpoint(run_dir), fresh)
         held = {key: digest_of(tensor) for key, tensor in fresh.state()}
         torch.set_num_threads(1)
     return traced(config, stop_after), held

@@ -51,7 +51,7 @@ def steps_of(engine: str, precision: str) -> tuple[list[float], list[bool]]:
     losses, skipped = [], []
     for step, micro_batches in enumerate(data.train_epoch(0)):
         before = {name: tensor.clone() for name, tensor in made.state()}
-        norm = train_step(made, micro_batches, loss=config.loss, lr=0.01, step=step, sums=sums)
+        norm = train_step(made, micro_batches, loss=config.loss, lr=0.01, step=step, metrics=sums)
         read = sums.read()
         losses.append(read.mean_loss)
         skipped.append(bool(read.skipped_steps))

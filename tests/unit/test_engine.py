@@ -80,7 +80,7 @@ def in_shards(batch: Batch, start: int = 0, stop: int | None = None) -> Batch:
 
 
 def stepped(engine: Engine, batches: list[Batch], lr: float = 0.1) -> Tensor:
-    return train_step(engine, batches, loss=Loss(), lr=lr, step=0, sums=MetricAccumulator(CPU))
+    return train_step(engine, batches, loss=Loss(), lr=lr, step=0, metrics=MetricAccumulator(CPU))
 
 
 def model_state(engine: Engine) -> dict[str, Tensor]:

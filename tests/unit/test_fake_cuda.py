@@ -127,7 +127,7 @@ def audited_step(*arguments: str) -> Audit:
     sums = MetricAccumulator(DEVICE)
     audit, batches = Audit(), data.train_epoch(0)
     with audit:
-        train_step(engine, next(batches), loss=config.loss, lr=0.1, step=0, sums=sums)
+        train_step(engine, next(batches), loss=config.loss, lr=0.1, step=0, metrics=sums)
     return audit
 
 
