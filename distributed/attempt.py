@@ -48,10 +48,10 @@ class Attempt:
                 exit_code=ending.code, reason=ending.reason, step=self._state.step, epoch=self._state.epoch,
             )  # fmt: skip
 
-    def check_ours(self) -> None:
+    def check_token(self) -> None:
         """Raises StorageError on rank 0 once the run folder is another attempt's."""
         if self.run:
-            self.run.check_ours()
+            self.run.check_token()
 
     def open_log(self) -> None:
         """This rank's log file; after rank 0 has made the folder."""
@@ -101,9 +101,7 @@ class Attempt:
         if resumed_from:
             self._compare(resumed_from.get("bits", {}), facts["bits"])
         if self.run:
-            self.run.begin(
-                self.config, start_step=state.step, details={"bits": facts["bits"], "images": facts["images"]}
-            )
+            self.run.begin(self.config, start_step=state.step, bits=facts["bits"], images=facts["images"])
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         if (shards := before.get("shards", 0)) != now["shards"]:

@@ -86,7 +86,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
             )
         )
         profiled_steps = config.logging.profile_steps if topology.is_main else 0
-        profiler = stack.enter_context(StepProfiler(profiled_steps, attempt.folder.profile, attempt.check_ours))
+        profiler = stack.enter_context(StepProfiler(profiled_steps, attempt.folder.profile, attempt.check_token))
         sums = MetricAccumulator(device)
         train_step = build_step(config, engine, sums, device)
         measure = partial(evaluate, engine, data, flip_tta=config.evaluation.flip_tta, device=device)

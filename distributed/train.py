@@ -15,7 +15,7 @@ from distributed.process import exits, gc_pause
 from distributed.process.signals import SignalStop
 from distributed.process.streams import run_command
 from distributed.run.folder import RunFolder
-from distributed.run.resume_checks import check_resume, check_start
+from distributed.run.resume_checks import check_start, is_finished
 from distributed.topology import Topology, cluster_job, has_launcher, is_elastic
 
 _BANNER = """\
@@ -95,7 +95,7 @@ def checked_config(
         config.check_world_size(topology.world_size, config.device)
     if config.engine.name == "deepspeed":
         require("deepspeed", at_least=(0, 19), needed_by="engine.name = deepspeed")
-    finished = check_resume(config)
+    finished = is_finished(config)
     # Rank 0 alone asks the store, which may have what makes init_from needless.
     begun = config.checkpoint.upload_to and (not topology.is_main or check_store(config))
     if not begun:

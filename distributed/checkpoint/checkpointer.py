@@ -211,20 +211,20 @@ class Checkpointer:
         name, tensors = snapshot.name, snapshot.tensors
         aside = self.folder / f".writing-{name}-{self.run.token[:8]}"  # a superseded attempt must not write into ours
         try:
-            self.run.check_ours()
+            self.run.check_token()
             write_checkpoint(aside, tensors, snapshot.content)
             if os.path.lexists(self.folder / name):  # e.g. a copy made meanwhile
                 set_aside(self.folder / name, "not written by this attempt")
             self.run.commit(aside, self.folder / name)
         except OSError:
             shutil.rmtree(aside, ignore_errors=True)
-            self.run.check_ours()  # of a folder that was removed this says more
+            self.run.check_token()  # of a folder that was removed this says more
             raise
         digests = {tensor: digest_of_tensor(value) for tensor, value in tensors.items()}
         self.run.append(self.run.digests_file, {"name": name, "tensors": digests})
-        self.run.tidy("the link latest was not set", partial(point, self.folder, "latest", name))
+        self.run.try_cleanup("the link latest was not set", partial(point, self.folder, "latest", name))
         if snapshot.best is not None:
-            self.run.tidy("the link best was not set", partial(point, self.folder, "best", snapshot.best))
+            self.run.try_cleanup("the link best was not set", partial(point, self.folder, "best", snapshot.best))
         self._retain(name, snapshot.best)
         if self._uploads:
             self._uploads.offer()
@@ -234,4 +234,4 @@ class Checkpointer:
         assert self.run is not None
         kept = {best, self._uploads.holds if self._uploads else None}
         delete = partial(retain, self.folder, newest=newest, keep_last=self.keep_last, kept=kept)
-        self.run.tidy("an old checkpoint was not deleted", delete)
+        self.run.try_cleanup("an old checkpoint was not deleted", delete)

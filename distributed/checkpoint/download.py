@@ -17,7 +17,7 @@ from distributed.files import read_object
 from distributed.run.checkpoint_layout import best_in, check_format, damage_of, point
 from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
-from distributed.run.resume_checks import check_experiment
+from distributed.run.resume_checks import changed_settings
 
 PROBE_SECONDS = 60.0  # s3fs gives up on a refused connection after ten
 
@@ -46,7 +46,7 @@ def check_store(config: TrainConfig) -> bool:
         return False
     if states[0] is None:
         return False
-    check_experiment(config, states[0], where=store.url, option="--checkpoint.upload_to")
+    changed_settings(config, states[0], where=store.url, option="--checkpoint.upload_to")
     if here and _step(states[0]) > _step(here):
         print(
             f"warning: {store.url} has step {_step(states[0])}, and the run goes on from step {_step(here)}, the newest in "
@@ -78,11 +78,11 @@ def fetch_newest(store: Store, run: ClaimedRun, commit: Callable[[Path, Path], N
         if best is not None and best != name:
             if (aside_best := _fetched(store, folder, best)) is not None:
                 commit(aside_best, folder / best)
-                run.tidy("the link best was not set", partial(point, folder, "best", best))
+                run.try_cleanup("the link best was not set", partial(point, folder, "best", best))
             else:
                 logger.warning("{} has no whole {}, the best checkpoint so far", store.url, best)
         commit(aside, folder / name)  # not flushed to the disk: what a power cut damages is fetched again
-        run.tidy("the link latest was not set", partial(point, folder, "latest", name))
+        run.try_cleanup("the link latest was not set", partial(point, folder, "latest", name))
         return name
     return None
 

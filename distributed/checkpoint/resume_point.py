@@ -42,7 +42,7 @@ def find_resume_point(run: ClaimedRun, store: Store | None, check: Check) -> tup
         except ValueError as error:
             raise InputError(not_ours(path, error)) from None
         check(content, path)
-        run.check_ours()
+        run.check_token()
         for other, damage in damaged:
             set_aside(other, damage)
         return path.name, content

@@ -141,7 +141,7 @@ class Uploads:
             self.store.remove(name)
 
     def _check_ours(self) -> None:
-        self.run.check_ours()
+        self.run.check_token()
         if not self._token:
             token = uuid.uuid4().hex
             self.store.claim({"token": token, "host": host(), "run_dir": str(self.run.path.absolute())})

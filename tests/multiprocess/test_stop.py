@@ -64,7 +64,7 @@ def test_the_step_they_stopped_at_is_saved_with_the_state_of_all(stopped: Stoppe
 @pytest.mark.timeout(120)
 def test_the_run_folder_says_stopped_and_how_far_it_came(stopped: Stopped) -> None:
     status = stopped.run.status()
-    assert (status["status"], status["exit_code"], status["step"]) == ("stopped", 75, ASKED + 1)
+    assert (status.status, status.exit_code, status.step) == ("stopped", 75, ASKED + 1)
 
 
 @pytest.mark.timeout(120)

@@ -23,7 +23,7 @@ from distributed.errors import InputError, StorageError
 from distributed.optim.schedules import Constant
 from distributed.run.checkpoint_layout import FORMAT, checkpoints, damage_of, name_of, point, retain, sweep
 from distributed.run.claim import ClaimedRun
-from distributed.run.resume_checks import check_resume
+from distributed.run.resume_checks import is_finished
 from distributed.training.state import Best, TrainState
 
 
@@ -474,7 +474,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused_and_left_as_it_is(run):
     with pytest.raises(
         InputError, match="step-00000002-epoch-001: written by a newer version of this code, in format 2"
     ):
-        check_resume(load(["--run_dir", str(run.path)])[0])
+        is_finished(load(["--run_dir", str(run.path)])[0])
     assert names(run.checkpoints) == before
 
 
