@@ -24,7 +24,7 @@ Number = Annotated[float | None, PlainValidator(lambda value: value if isinstanc
 class Record(BaseModel):
     """A JSON object in a file of a run. Unknown fields, of other versions, are kept."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow", defer_build=True)
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields that were set, in the order of their declaration."""

@@ -192,7 +192,7 @@ def test_a_run_folder_that_is_none(kind: str, tmp_path: Path) -> None:
         path.mkdir()
         (path / ("logs" if "logs" in kind else "checkpoints")).write_text("precious")
     with untouched(tmp_path):
-        assert_told(train(path), f"run_dir = {path}: ", "is no folder; move it, or give another with --run_dir")
+        assert_told(train(path), f"run_dir = {path}: ", "is not a folder; move it, or give another with --run_dir")
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from distributed.errors import InputError
+from distributed.run import records
 from distributed.run.records import (
     Status,
     TrainRecord,
@@ -100,11 +101,13 @@ def test_damaged_status_has_no_fields(file: Path, content: str | None) -> None:
     assert (status.status, status.step, status.exit_code) == (None, None, None)
 
 
-def test_missing_file_has_no_records_and_an_unreadable_one_is_an_error(file: Path) -> None:
+def denied(_: Path) -> NoReturn:
+    raise PermissionError(13, "Permission denied")
+
+
+def test_missing_file_is_empty_and_unreadable_one_an_error(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_metrics(file) == read_attempts(file) == read_saves(file) == []
     file.write_text("x")
-    with pytest.raises(InputError, match="fix its permissions"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "distributed.run.records.lines_of", lambda _: (_ for _ in ()).throw(OSError(13, "Permission denied"))
-        )
+    monkeypatch.setattr(records, "lines_of", denied)
+    with pytest.raises(InputError, match="fix its permissions"):
         read_metrics(file)
