@@ -78,7 +78,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
             StepAgreement(stop or NeverStop(), is_main=topology.is_main, save_every_seconds=save_every_seconds)
         )
         profiled_steps = config.logging.profile_steps if topology.is_main else 0
-        profiler = stack.enter_context(StepProfiler(profiled_steps, attempt.folder.profile, attempt.check_ours))
+        profiler = stack.enter_context(StepProfiler(profiled_steps, attempt.folder.profile, attempt.check_token))
         metrics = MetricAccumulator(device)
         train_step = build_step(config, engine, metrics, device)
         evaluate_split = partial(evaluate, engine, data, flip_tta=config.evaluation.flip_tta, device=device)

@@ -77,7 +77,7 @@ def test_a_run_stopped_after_any_step_resumes(config, first):
     told = Told()
     state = stopped(config, first, told)
     assert (state.step, state.stop_reason) == (first, "a test")
-    assert RunFolder(config.run_dir).status()["status"] == "stopped"
+    assert RunFolder(config.run_dir).status().status == "stopped"
     state = stopped(config, 7 - first, told)
     assert state.step == 7
     assert told.steps == lines(config, "train") == [1, 2, 3, 4, 5, 6, 7]
@@ -200,7 +200,7 @@ def test_an_attempt_without_its_folder_ends_at_the_next_line(config, how):
     if how == "superseded":
         assert lines(config, "train") == list(range(1, 13))
         assert not run.profile.exists()
-        assert run.status()["status"] == "running"
+        assert run.status().status == "running"
     else:
         assert not run.path.exists()
 
@@ -211,8 +211,8 @@ def test_the_status_of_a_running_attempt_shows_its_progress(config, monkeypatch)
 
     class Looking(Told):
         def log_step(self, metrics: TrainMetrics) -> None:
-            assert run.status()["status"] == "running"
-            shown.append(run.status()["step"])
+            assert run.status().status == "running"
+            shown.append(run.status().step)
 
     train(config, sinks=[Looking()])
     assert shown[0] == 1
