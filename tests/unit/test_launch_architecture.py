@@ -1,6 +1,7 @@
 """Rules that every file of launch/ and slurm/ keeps."""
 
 import ast
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +12,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "launch").rglob("*.py"))
 RAY = {"capacity", "cluster", "compat", "driver", "node_check", "sweep", "worker"}
-BATCH_SCRIPTS = ("train.sh", "cifar10.sh", "cifar100.sh")
 
 
 def name_of(path: Path) -> str:
@@ -65,3 +65,13 @@ def test_shellcheck_finds_nothing():
     scripts = [*map(str, (ROOT / "slurm").glob("*.sh")), str(ROOT / ".ci/run")]
     done = subprocess.run(["shellcheck", "-x", *scripts], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_batch_scripts_differ_only_in_name_and_config(name: str):
+    def commands(script: str) -> list[str]:
+        lines = (ROOT / f"slurm/{script}.sh").read_text().splitlines()
+        return [line for line in lines if line.startswith("#SBATCH") or not line.startswith("#")]
+
+    own = [re.sub(r'"\$project/configs/\S+" ', "", line).replace(name, "train") for line in commands(name)]
+    assert own == commands("train")
