@@ -63,7 +63,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         steps_per_epoch, total_steps = data.steps_per_epoch, config.epochs * data.steps_per_epoch
         schedule = build_schedule(config, steps_per_epoch=steps_per_epoch)
         state = TrainState(schedule, build_early_stopping(config.early_stopping), config.precision)
-        facts = attempt.facts(device) | data.facts()
+        facts = attempt.facts(device) | data.metadata()
         checkpoints = Checkpointer(
             attempt.folder.checkpoints,
             attempt.run,
@@ -99,7 +99,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
             for micro_batches in report.meter.waiting(batches):
                 lr = state.schedule.lr(state.step)
                 grad_norm = train_step(micro_batches, lr=lr, step=state.step)
-                state.step_done(micro_batches[0].step_size)
+                state.step_done(micro_batches[0].global_count)
                 profiler.step_done()
                 stop_now, save_now = agreement.after_step()
                 if state.step % config.logging.every_steps == 0:

@@ -42,7 +42,7 @@ class CudaStep:
         """One optimizer step; the gradient's norm, a scalar on the device that the next step overwrites."""
         self._lr.fill_(lr)
         self._step.fill_(step)
-        key = tuple((batch.step_size, batch.shard_sizes, batch.mixed is not None) for batch in micro_batches)
+        key = tuple((batch.global_count, batch.shard_sizes, batch.mixed is not None) for batch in micro_batches)
         shape = self._shapes.get(key)
         if shape is None:
             shape = self._shapes[key] = _Shape([_copy_of(batch) for batch in micro_batches])
