@@ -80,7 +80,7 @@ class Checked:
         self.device = choose_device("auto", self.topology)
         make_deterministic(self.device, precision=self.config.precision)
         self.data: DataPipeline = build_data(self.config, self.topology, self.device)
-        self.normalization = Normalization(**self.data.facts()["normalization"])
+        self.normalization = Normalization(**self.data.metadata()["normalization"])
 
     def augmented(self, count: int) -> list[bytes]:
         """The first training images of the first epoch as PNG, changed as the network was given them."""
