@@ -10,7 +10,7 @@ TRAIN = [sys.executable, "-m", "distributed.train"]
 
 
 @pytest.mark.parametrize(
-    "words",
+    "command",
     [
         [*TRAIN, "--epochs", "1"],
         [*TRAIN, "configs/debug.toml"],
@@ -22,12 +22,12 @@ TRAIN = [sys.executable, "-m", "distributed.train"]
         ["sbatch", "--nodes=2", Path("slurm/train.sh"), Path("configs/debug.toml")],
         [Path("bin/distributed-train"), "debug"],
     ],
-    ids=lambda words: " ".join(map(str, words[-3:])),
+    ids=lambda command: " ".join(map(str, command[-3:])),
 )
-def test_a_training_without_a_device_is_refused(words):
+def test_training_without_a_device_is_refused(command):
     with pytest.raises(AssertionError, match="add --device cpu"):
-        check_command(words)
-    named = [word for word in words if word not in ("--device", "--device=auto", "auto")]
+        check_command(command)
+    named = [word for word in command if word not in ("--device", "--device=auto", "auto")]
     check_command([*named, "--device", "cpu"])
     check_command([*named, "--device=cuda"])
 
@@ -41,13 +41,13 @@ def test_a_config_file_may_name_the_device(tmp_path):
         check_command([*TRAIN, str(file)])
 
 
-def test_what_does_not_train_needs_no_device():
+def test_other_commands_need_no_device():
     check_command([*TRAIN, "--help"])
     check_command([sys.executable, "-m", "distributed.evaluate", "runs/debug"])
     check_command(["shellcheck", "-x", Path("slurm/train.sh")])
 
 
-def test_a_training_without_a_device_is_not_even_started(tmp_path):
+def test_training_without_a_device_does_not_start(tmp_path):
     for start in (subprocess.run, subprocess.Popen, subprocess.check_output):
         with pytest.raises(AssertionError, match="add --device cpu"):
             start([*TRAIN, "--run_dir", str(tmp_path / "run")])
@@ -55,7 +55,7 @@ def test_a_training_without_a_device_is_not_even_started(tmp_path):
 
 
 @pytest.mark.usefixtures("threads_and_log_as_they_were")
-def test_a_training_without_a_device_in_a_tests_own_process_is_refused(tmp_path):
+def test_in_process_training_without_a_device_is_refused(tmp_path):
     from distributed.config import load
     from distributed.recipe import train
 
@@ -65,15 +65,15 @@ def test_a_training_without_a_device_in_a_tests_own_process_is_refused(tmp_path)
     check_setting("cpu")
 
 
-def test_gpus_are_hidden_from_tests_without_the_marker_and_from_what_they_start():
+def test_gpus_are_hidden_from_unmarked_tests_and_children():
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
     code = "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said == "''\n"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed == "''\n"
 
 
 @pytest.mark.parametrize("before", [None, "0,1"])
-def test_what_was_visible_is_visible_again(before, monkeypatch):
+def test_visible_devices_are_restored(before, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     if before:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
