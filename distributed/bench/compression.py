@@ -9,7 +9,6 @@ import json
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
 from operator import sub
 from pathlib import Path
@@ -20,6 +19,7 @@ from distributed.bench.training_speed import MODULES
 from distributed.bench.workload import Workload
 from distributed.files import home_path
 from distributed.process.streams import run_command
+from distributed.process.torchrun import torchrun_command
 from distributed.run.folder import RunFolder
 
 COMPRESSIONS = ("none", "bfloat16")
@@ -40,11 +40,8 @@ def accuracy_and_bytes(root: Path, run_dir: Path, *, epochs: int, compression: s
     Raises:
         RuntimeError: training failed; the message has the end of its output.
     """
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={RANKS}", "--standalone"]
-    done = subprocess.run(
-        [*launcher, "-m", "distributed.train", *_settings(root, run_dir, epochs, compression)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = torchrun_command(RANKS, "distributed.train", _settings(root, run_dir, epochs, compression))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{compression}: exit code {done.returncode}\n{done.stderr[-3000:]}")
     lines = [json.loads(line) for line in RunFolder(run_dir).metrics_file.read_text().splitlines()]

@@ -6,12 +6,12 @@ Trains one epoch on 1 and on 3 processes, in fast and in exact mode, and draws t
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from distributed.files import home_path
 from distributed.process.streams import run_command
+from distributed.process.torchrun import torchrun_command
 from distributed.run.folder import RunFolder
 
 RANKS = (1, 3)
@@ -20,12 +20,11 @@ MODES = {"fast mode": "0", "exact mode, 8 shards": "8"}
 
 def losses_of_run(root: Path, run_dir: Path, *, ranks: int, shards: str) -> list[float]:
     """Train improved_alexnet on CIFAR-10 for one epoch, and return the logged loss of each step."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone",
-        "-m", "distributed.train", "--data.name", "cifar10", "--data.root", str(root), "--run_dir", str(run_dir),
+    arguments = [
+        "--data.name", "cifar10", "--data.root", str(root), "--run_dir", str(run_dir),
         "--epochs", "1", "--exact.shards", shards, "--logging.every_steps", "1", "--logging.tensorboard", "false",
     ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(torchrun_command(ranks, "distributed.train", arguments), check=True, capture_output=True)
     lines = [json.loads(line) for line in RunFolder(run_dir).metrics_file.read_text().splitlines()]
     return [line["loss"] for line in lines if line["kind"] == "train"]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distributed.bench.machine import machine
+from distributed.process.torchrun import torchrun_command
 
 MIB = 2**20
 MODEL, IMAGES, STEPS = "alexnet", 8, 3
@@ -63,8 +64,7 @@ def run_case(name: str, world_size: int) -> dict[str, float]:
     Raises:
         RuntimeError: the case failed; the message has the end of its output.
     """
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world_size}", "--standalone"]
-    command = [sys.executable, *launcher, "-m", "distributed.bench.memory", json.dumps(CASES[name].settings)]
+    command = torchrun_command(world_size, "distributed.bench.memory", [json.dumps(CASES[name].settings)])
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("MEMORY ")]
     if done.returncode or not lines:

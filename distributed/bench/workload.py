@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distributed.bench.measure import Readings
+from distributed.process.torchrun import torchrun_command
 
 
 class Measurement(NamedTuple):
@@ -73,11 +74,13 @@ class Workload:
         clock: dict[str, Any] = {"device": self.device, "steps": self.steps, "block": self.block}
         if seconds is not None:
             clock["until"] = start + 0.75 * seconds
-        launcher = ["torch.distributed.run", f"--nproc_per_node={self.ranks}", "--standalone", "-m"]
-        command = [
-            sys.executable, "-m", *(launcher if self.ranks else []), "distributed.bench.worker", self.function,
-            json.dumps({"clock": clock, "settings": self.settings}),
-        ]  # fmt: skip
+        module, arguments = (
+            "distributed.bench.worker",
+            [self.function, json.dumps({"clock": clock, "settings": self.settings})],
+        )
+        command = [sys.executable, "-m", module, *arguments]
+        if self.ranks:
+            command = torchrun_command(self.ranks, module, arguments)
         code, printed, errors = _run(command, seconds)
         lines = [line for line in printed.splitlines() if line.startswith("CLOCK ")]
         if lines and code in (0, None):  # the figures are complete even if the process hung after printing them

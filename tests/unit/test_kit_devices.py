@@ -10,7 +10,7 @@ TRAIN = [sys.executable, "-m", "distributed.train"]
 
 
 @pytest.mark.parametrize(
-    "command",
+    "words",
     [
         [*TRAIN, "--epochs", "1"],
         [*TRAIN, "configs/debug.toml"],
@@ -22,12 +22,12 @@ TRAIN = [sys.executable, "-m", "distributed.train"]
         ["sbatch", "--nodes=2", Path("slurm/train.sh"), Path("configs/debug.toml")],
         [Path("bin/distributed-train"), "debug"],
     ],
-    ids=lambda command: " ".join(map(str, command[-3:])),
+    ids=lambda words: " ".join(map(str, words[-3:])),
 )
-def test_training_without_a_device_is_refused(command):
+def test_training_without_a_device_is_refused(words):
     with pytest.raises(AssertionError, match="add --device cpu"):
-        check_command(command)
-    named = [word for word in command if word not in ("--device", "--device=auto", "auto")]
+        check_command(words)
+    named = [word for word in words if word not in ("--device", "--device=auto", "auto")]
     check_command([*named, "--device", "cpu"])
     check_command([*named, "--device=cuda"])
 
@@ -47,7 +47,7 @@ def test_other_commands_need_no_device():
     check_command(["shellcheck", "-x", Path("slurm/train.sh")])
 
 
-def test_training_without_a_device_does_not_start(tmp_path):
+def test_training_without_a_device_is_not_started(tmp_path):
     for start in (subprocess.run, subprocess.Popen, subprocess.check_output):
         with pytest.raises(AssertionError, match="add --device cpu"):
             start([*TRAIN, "--run_dir", str(tmp_path / "run")])
@@ -55,17 +55,17 @@ def test_training_without_a_device_does_not_start(tmp_path):
 
 
 @pytest.mark.usefixtures("threads_and_log_as_they_were")
-def test_in_process_training_without_a_device_is_refused(tmp_path):
-    from distributed.config import load
+def test_training_in_process_without_a_device_is_refused(tmp_path):
+    from distributed.config import from_command_line
     from distributed.recipe import train
 
     with pytest.raises(AssertionError, match="add --device cpu"):
-        train(load(["--data.name", "generated10", "--run_dir", str(tmp_path / "run")])[0])
+        train(from_command_line(["--data.name", "generated10", "--run_dir", str(tmp_path / "run")]).config)
     assert not (tmp_path / "run").exists()
     check_setting("cpu")
 
 
-def test_gpus_are_hidden_from_unmarked_tests_and_children():
+def test_gpus_are_hidden_from_tests_and_their_children():
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
     code = "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -73,7 +73,7 @@ def test_gpus_are_hidden_from_unmarked_tests_and_children():
 
 
 @pytest.mark.parametrize("before", [None, "0,1"])
-def test_visible_devices_are_restored(before, monkeypatch):
+def test_visible_gpus_are_restored(before, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     if before:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
