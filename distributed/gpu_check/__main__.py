@@ -5,7 +5,6 @@ one JSON line. A step that fails, crashes or times out does not stop the next. T
 """
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -14,14 +13,12 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from distributed.errors import ExitCode
 from distributed.files import check_writable, home_path
+from distributed.gpu_check.records import StepResult, checks_in
 from distributed.gpu_check.steps import STEPS, Step
 from distributed.process.streams import run_command
-
-_PREFIX = "CHECK "  # as in checks.py, which imports torch
 
 
 def main(steps: Sequence[Step] = STEPS) -> int:
@@ -45,10 +42,10 @@ def main(steps: Sequence[Step] = STEPS) -> int:
             continue
         result = run_step(step, arguments.device, tiny=arguments.tiny, out=arguments.out, deadline=deadline)
         with lines.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+            file.write(result.to_line() + "\n")
         results.append(result)
-        print(summary(result), flush=True)
-    failed = [result["step"] for result in results if result["verdict"] != "pass"]
+        print(result.summary(), flush=True)
+    failed = [result.step for result in results if result.verdict != "pass"]
     print(
         f"{len(results) - len(failed)} of {len(results)} steps passed"
         + (f"; see {', '.join(failed)}" if failed else "")
@@ -56,13 +53,18 @@ def main(steps: Sequence[Step] = STEPS) -> int:
     return ExitCode.FAILED if failed else ExitCode.FINISHED
 
 
-def run_step(step: Step, device: str, *, tiny: bool, out: Path, deadline: float) -> dict[str, Any]:
-    """Run a step and return its result: verdict, seconds, and each check it printed, however it ended."""
-    start = time.monotonic()
+def run_step(step: Step, device: str, *, tiny: bool, out: Path, deadline: float) -> StepResult:
+    """Run a step in a process of its own. Its result has every check it printed, however it ended.
+
+    Args:
+        out: folder for its log.
+        deadline: of `time.monotonic`, at which it is killed.
+    """
+    start, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%S")
     limit = min(step.seconds, deadline - start)
-    result: dict[str, Any] = {"step": step.name, "device": device, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
     if limit <= 0:
-        return result | {"verdict": "timeout", "seconds": 0, "message": "not started: --seconds are over", "checks": []}
+        message = "not started: --seconds are over"
+        return StepResult(step.name, device, started, "timeout", 0, exit_code=None, message=message)
     command = [
         sys.executable, "-m", "distributed.gpu_check.steps", step.module, device, str(int(tiny)), str(out.resolve()),
     ]  # fmt: skip
@@ -76,49 +78,21 @@ def run_step(step: Step, device: str, *, tiny: bool, out: Path, deadline: float)
             code = None
         finally:
             _end(process)
-    text = log.read_text(errors="replace")
-    checks = _checks_in(text)
-    verdict = "timeout" if code is None else "error" if code else "pass"
-    if verdict == "pass" and any(check["verdict"] != "pass" for check in checks):
-        verdict = "fail"
-    result |= {"verdict": verdict, "seconds": round(time.monotonic() - start, 1), "checks": checks}
-    if code != 0:
-        result |= {"exit_code": code, "message": text[-2000:]}
-    return result
-
-
-def _checks_in(text: str) -> list[dict[str, Any]]:
-    """Return the checks that a step printed. A dying process may cut a line short, or print other text before a check."""
-    found = []
-    for line in text.splitlines():
-        _, prefix, record = line.partition(_PREFIX)
-        if prefix and record.startswith("{"):
-            with suppress(json.JSONDecodeError):
-                found.append(json.loads(record))
-    return found
+    output = log.read_text(errors="replace")
+    checks = tuple(checks_in(output))
+    seconds = round(time.monotonic() - start, 1)
+    if code is None:
+        return StepResult(step.name, device, started, "timeout", seconds, checks, code, output[-2000:])
+    if code:
+        return StepResult(step.name, device, started, "error", seconds, checks, code, output[-2000:])
+    passed = all(check.verdict == "pass" for check in checks)
+    return StepResult(step.name, device, started, "pass" if passed else "fail", seconds, checks)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def summary(result: dict[str, Any]) -> str:
-    """Format a result for the terminal: a line for the step, and one per check with its figures or its error."""
-    rows = [f"{result['verdict']:7} {result['step']} ({result['seconds']} s)"]
-    for check in result["checks"]:
-        figures = ", ".join(f"{name} {_short(value)}" for name, value in check["figures"].items())
-        rows.append(f"  {check['verdict']:7} {check['check']} ({check['seconds']} s) {figures}")
-        if "message" in check:
-            rows += [f"          {line}" for line in check["message"].strip().splitlines()[-4:]]
-    if result["verdict"] in ("error", "timeout"):
-        rows += [f"    {line}" for line in result["message"].strip().splitlines()[-6:]]
-    return "\n".join(rows)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

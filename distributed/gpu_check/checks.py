@@ -1,6 +1,5 @@
 """The checks of a step. Each has its own verdict and is printed at once, so a crash loses no earlier check."""
 
-import json
 import sys
 import time
 import traceback
@@ -8,12 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-PREFIX = "CHECK "
-"""Start of a line with a check's result as JSON, which the process that started the step reads."""
+from distributed.gpu_check.records import CheckResult
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,8 @@ class Checks:
             A dict for the body to fill with figures (JSON values), which are recorded whatever the verdict.
         """
         figures: dict[str, Any] = {}
-        verdict, message = "pass", ""
+        verdict: Literal["pass", "fail", "error"] = "pass"
+        message = ""
         start = time.monotonic()
         try:
             yield figures
@@ -51,10 +50,8 @@ class Checks:
             verdict, message = "fail", str(error) or traceback.format_exc(limit=-2)
         except Exception:
             verdict, message = "error", traceback.format_exc(limit=-6)
-        record = {"check": name, "verdict": verdict, "seconds": round(time.monotonic() - start, 2), "figures": figures}
-        if message:
-            record["message"] = message[-2000:]
-        print(PREFIX + json.dumps(record), flush=True)
+        seconds = round(time.monotonic() - start, 2)
+        print(CheckResult(name, verdict, seconds, figures, message[-2000:]).to_line(), flush=True)
         if message:
             print(message, file=sys.stderr, flush=True)
 

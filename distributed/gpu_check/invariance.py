@@ -86,8 +86,16 @@ def passes(x: Tensor, weight: Tensor, grad: Tensor) -> Passes:
     return Passes(F.conv2d(x, weight, padding=padding), dgrad, wgrad)
 
 
-def operands(layer: _Layer, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return random x, weight and grad, images and filters in channels_last."""
+class _Operands(NamedTuple):
+    """A layer's input and weight, and the gradient of its result."""
+
+    x: Tensor
+    weight: Tensor
+    grad: Tensor
+
+
+def _operands(layer: _Layer, rows: int, dtype: torch.dtype, device: torch.device) -> _Operands:
+    """Return random operands, images and filters in channels_last."""
     generator = torch.Generator().manual_seed(rows)
     image = (layer.side, layer.side) if layer.kernel else ()
     kernel = (layer.kernel, layer.kernel) if layer.kernel else ()
@@ -95,7 +103,7 @@ def operands(layer: _Layer, rows: int, dtype: torch.dtype, device: torch.device)
     x, weight, grad = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     if layer.kernel:
         x, weight, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, grad))
-    return x, weight, grad
+    return _Operands(x, weight, grad)
 
 
 def _name(layer: _Layer, dtype: torch.dtype) -> str:
@@ -109,7 +117,7 @@ def _rows(checks: Checks) -> tuple[int, int]:
 
 def _layer(checks: Checks, layer: _Layer, dtype: torch.dtype) -> None:
     shard, rows = _rows(checks)
-    x, weight, grad = operands(layer, rows, dtype, checks.device)
+    x, weight, grad = _operands(layer, rows, dtype, checks.device)
 
     def shard_alone(start: int = 0) -> Passes:
         rows_of_shard = slice(start, start + shard)
@@ -138,7 +146,7 @@ def _layer(checks: Checks, layer: _Layer, dtype: torch.dtype) -> None:
 
 def _moved_in_memory(checks: Checks, layer: _Layer, dtype: torch.dtype) -> bool:
     """Measure whether the bits depend on the operands' alignment in memory. Return False if that broke the CUDA context."""
-    x, weight, grad = operands(layer, _rows(checks)[0], dtype, checks.device)
+    x, weight, grad = _operands(layer, _rows(checks)[0], dtype, checks.device)
     with checks.check(f"{_name(layer, dtype)}: offsets of 1 to 8 elements that change bits, measured") as figures:
         aligned = passes(x, weight, grad)
         figures |= {kind: [] for kind in Passes._fields}
@@ -167,7 +175,7 @@ def _triton(checks: Checks) -> None:
     for outputs, inputs in ((512, 1024), (10, 128), (1000, 200)):
         for dtype in (torch.bfloat16, torch.float32):
             layer = _Layer("", inputs, outputs, 0, 0)
-            x, _, grad = operands(layer, sum(sizes), dtype, checks.device)
+            x, _, grad = _operands(layer, sum(sizes), dtype, checks.device)
             name = f"Triton, {outputs} x {inputs}, {str(dtype).removeprefix('torch.')}: 8 shards in one launch, each as alone"
             with checks.check(name) as figures:
                 ends = shard_ends(sizes, checks.device)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,13 @@ class Steps:
     losses: list[float]
     norms: list[float]
     tensors: dict[str, Tensor]
+
+
+class DeterministicSteps(NamedTuple):
+    """Steps in torch's deterministic mode, and the operations that it reports as nondeterministic."""
+
+    steps: Steps
+    nondeterministic: list[str]
 
 
 class Run:
@@ -107,11 +115,11 @@ class Run:
         lr = _LR[config.optim.name]
         return build_step(config, self.engine, sums, self.device)(micro_batches, lr=lr, step=step).clone()
 
-    def nondeterministic(self) -> tuple[list[str], Steps]:
-        """Take steps in torch's deterministic mode. Return the operations it reports as nondeterministic, and the steps."""
+    def deterministic_steps(self) -> DeterministicSteps:
+        """Take steps in torch's deterministic mode."""
         with _nondeterministic() as operations:
             steps = self.steps()
-        return operations, steps
+        return DeterministicSteps(steps, operations)
 
 
 def copied(engine: Engine) -> dict[str, Tensor]:

@@ -85,7 +85,7 @@ def _check(checks: Checks, name: str, run: Run, expected: Steps, *, reference: s
         lines = run.waits()
         assert not lines, f"waits at {', '.join(lines)}"
     with checks.check(f"{name}: deterministic") as figures:
-        operations, deterministic = run.nondeterministic()
+        deterministic, operations = run.deterministic_steps()
         figures["same bits in torch's deterministic mode"] = bool(found) and not differing(
             deterministic.tensors, found.tensors
         )
