@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from distributed.checkpoint.tensor_file import digest_of_tensor, tensors_of
+from distributed.checkpoint.tensor_file import read_tensors, tensor_digest
 from distributed.files import read_object
 from distributed.run.checkpoint_layout import checkpoints
 from distributed.run.folder import RunFolder
-from distributed.run.records import metrics_lines
+from distributed.run.records import read_metrics
 
 _TIMINGS = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
 
@@ -30,8 +30,8 @@ def arguments(run: Path, device: torch.device, **settings: object) -> list[str]:
 
 def logged(run: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl without timings and memory."""
-    lines = metrics_lines(RunFolder(run).metrics_file)
-    return [{key: value for key, value in line.items() if key not in _TIMINGS} for line in lines]
+    records = read_metrics(RunFolder(run).metrics_file)
+    return [record.model_dump(exclude_unset=True, exclude=_TIMINGS) for record in records]
 
 
 def training_steps(run: Path) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def losses(run: Path) -> list[float]:
 
 def step_logged(run: Path) -> int:
     """Return the last logged step, 0 before the first."""
-    return max((line["step"] for line in metrics_lines(RunFolder(run).metrics_file)), default=0)
+    return max((record.step for record in read_metrics(RunFolder(run).metrics_file)), default=0)
 
 
 def saved_state(run: Path) -> dict[str, Any]:
@@ -58,13 +58,13 @@ def saved_state(run: Path) -> dict[str, Any]:
 def saved_digests(run: Path) -> dict[str, str]:
     """Return a digest of each tensor in the newest checkpoint: weights, buffers, momentum."""
     newest = checkpoints(RunFolder(run).checkpoints)[-1]
-    return {name: digest_of_tensor(tensor) for name, tensor in tensors_of(newest).items()}
+    return {name: tensor_digest(tensor) for name, tensor in read_tensors(newest).items()}
 
 
 def assert_finished(run: Path) -> None:
     """Raise AssertionError unless the run has finished."""
     status = RunFolder(run).status()
-    assert status.get("status") == "finished", f"{run.name}: {status or 'never started'}"
+    assert status.status == "finished", f"{run.name}: {status.as_json() or 'never started'}"
 
 
 def assert_same_bits(run: Path, reference: Path) -> int:
