@@ -16,16 +16,16 @@ from distributed.errors import ExitCode, InputError, PeerError, StorageError
 from distributed.files import check_writable, home_path, write_output
 from distributed.host.versions import require
 from distributed.inference.saved_run import (
-    check_whole,
-    checkpoint_of,
-    classes_of,
-    config_of,
-    content_of,
-    on_device,
+    check_complete,
+    choose_checkpoint,
+    for_device,
+    read_class_names,
+    read_config,
+    read_content,
     with_data_root,
 )
 from distributed.process import gc_pause
-from distributed.process.byproducts import Byproduct, asked_for
+from distributed.process.optional_output import OptionalOutput, requested_output
 from distributed.process.streams import run_command
 from distributed.topology import Topology
 
@@ -58,40 +58,40 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     arguments = parser.parse_args()
     try:
-        config = on_device(_config_of(arguments.run, arguments.root), arguments.device)
-        checkpoint = checkpoint_of(arguments.run, arguments.checkpoint)
+        config = for_device(_config_of(arguments.run, arguments.root), arguments.device)
+        checkpoint = choose_checkpoint(arguments.run, arguments.checkpoint)
         if arguments.split == "validation" and not config.data.validation_fraction:
             raise InputError("--split validation: this run held out no images; use --split test or train")
         if arguments.confusion:
-            require("matplotlib", at_least=(3, 9), wanted_by="--confusion")
+            require("matplotlib", at_least=(3, 9), needed_by="--confusion")
             check_writable("--confusion", arguments.confusion)
         return _evaluate(config, checkpoint, arguments)
     except PeerError as error:
         return error.tell()
     except (InputError, StorageError) as error:
         code = error.tell()
-        _tell_waiting(error)
+        _notify_waiting_peers(error)
         return code
 
 
-def _tell_waiting(error: InputError | StorageError) -> None:
+def _notify_waiting_peers(error: InputError | StorageError) -> None:
     """Let ranks that have met no error, and wait for this one, know of it."""
     with suppress(InputError):
         topology = Topology.from_environment()
-        if topology.is_awaited:
-            from distributed.comm.peers import in_words, tell_waiting
+        if topology.has_waiting_peers:
+            from distributed.comm.peers import failure_message, notify_waiting_peers
 
-            tell_waiting(topology, error.exit_code, in_words(error))
+            notify_waiting_peers(topology, error.exit_code, failure_message(error))
 
 
 def _config_of(run: Path, root: Path | None) -> TrainConfig:
-    config = with_data_root(config_of(run), root)
+    config = with_data_root(read_config(run), root)
     registry.prepare(config.data)
     return config
 
 
 def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespace) -> int:
-    with gc_pause.at_rest():
+    with gc_pause.gc_paused():
         import torch
 
     from distributed.build import build_data, build_engine
@@ -109,8 +109,8 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     torch.set_num_threads(topology.threads(config.threads))
     device = choose_device(config.device, topology)
     make_deterministic(device, precision=config.precision)
-    check_whole(checkpoint)
-    content = content_of(checkpoint)
+    check_complete(checkpoint)
+    content = read_content(checkpoint)
     data = build_data(config, topology, device)  # before the group: a peer may be decoding for long
     with process_group(topology, device, timeout_seconds=config.timeout_seconds):
         check_evaluated(content, config, data, split)
@@ -125,11 +125,14 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
         counts = confusion.read()
     if topology.is_main:
         facts = {"model": config.model.name, "data": config.data.name, "split": split, "checkpoint": checkpoint.name}
-        names, picture = classes_of(content, config), arguments.confusion or arguments.run / f"confusion-{split}.png"
+        names, picture = (
+            read_class_names(content, config),
+            arguments.confusion or arguments.run / f"confusion-{split}.png",
+        )
         failure = _draw(facts, totals, counts, names, picture)
         # The numbers come first: they may have taken long.
         _tell(facts, totals, counts, names, None if failure else picture, as_json=arguments.json)
-        with asked_for("--confusion", picture) if arguments.confusion else Byproduct(picture):
+        with requested_output("--confusion", picture) if arguments.confusion else OptionalOutput(picture):
             if failure:
                 raise failure
     return ExitCode.FINISHED
@@ -179,4 +182,4 @@ def _pair(pair: tuple[str, str, int] | None) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    run_command(main, at_once=True)
+    run_command(main, skip_cleanup=True)

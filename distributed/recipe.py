@@ -19,6 +19,7 @@ from distributed.metrics.profiler import StepProfiler
 from distributed.metrics.records import Sink
 from distributed.metrics.reporter import Reporter, open_sinks
 from distributed.optim.schedules import build_early_stopping, build_schedule
+from distributed.process.logs import replace_default_logs
 from distributed.run.resume_checks import check_saved
 from distributed.topology import Topology
 from distributed.training.determinism import make_deterministic
@@ -46,6 +47,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         StorageError: a checkpoint could not be written; the one before is intact.
     """
     topology = Topology.from_environment()
+    replace_default_logs(topology.rank, level=config.logging.level)
     torch.set_num_threads(topology.threads(config.threads))
     device = choose_device(config.device, topology)
     make_deterministic(device, precision=config.precision, compile=config.compile)

@@ -20,7 +20,7 @@ from distributed.bench.workload import WorkloadFailedError
 from distributed.data.sources import cifar
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import check_writable, home_path, write_output
-from distributed.process.byproducts import Byproduct, asked_for
+from distributed.process.optional_output import OptionalOutput, requested_output
 from distributed.process.streams import run_command
 
 
@@ -43,7 +43,7 @@ def main() -> int:
     print(summary(BENCHMARKS[arguments.benchmark], results.rounds))
     try:
         if arguments.json:
-            with asked_for("--json", arguments.json):
+            with requested_output("--json", arguments.json):
                 results.write(arguments.json)
     except StorageError as error:
         return error.tell()
@@ -90,7 +90,7 @@ def _run_rounds(arguments: argparse.Namespace, options: Options) -> Results:
         results.failed.append({name: str(error) for name, error in errors.items()})
         results.outputs += "".join(f"{name}: {error}\n{error.output}\n\n" for name, error in errors.items())
         if arguments.json:
-            with Byproduct(arguments.json):  # rounds take long: a failure to write now must not lose the next one
+            with OptionalOutput(arguments.json):  # rounds take long: a failure to write now must not lose the next one
                 results.write(arguments.json)
     return results
 

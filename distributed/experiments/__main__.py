@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distributed.config import load
+from distributed.config import from_command_line
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.experiments.results import (
     CONFIGS,
@@ -27,7 +27,7 @@ from distributed.experiments.results import (
 )
 from distributed.files import home_path
 from distributed.process import logs
-from distributed.process.byproducts import Byproduct, asked_for
+from distributed.process.optional_output import OptionalOutput, requested_output
 from distributed.process.streams import run_command
 from distributed.process.torchrun import torchrun_command
 from distributed.run.folder import RunFolder
@@ -59,20 +59,20 @@ def main() -> int:
         for name in arguments.only:
             words = [str(CONFIGS / f"{name}.toml"), "--run_dir", str(arguments.runs / name), *settings]
             words += ["--data.root", arguments.root] if arguments.root else []
-            load(words)  # what the run would refuse: torchrun would hide its exit code
+            from_command_line(words)  # what the run would refuse: torchrun would hide its exit code
             run = RunFolder(arguments.runs / name)
             before = run.status()
             code = _run(arguments.nproc_per_node, words, deadline)
             if code and (status := run.status()) != before:  # else it was refused before it began
                 code = int(status.get("exit_code", code))
-            with Byproduct(arguments.out):  # for now; the runs are what takes hours
+            with OptionalOutput(arguments.out):  # for now; the runs are what takes hours
                 write_results(arguments.runs, arguments.out)
             if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED):
                 return code
             failed = failed or code  # the next one may well work, and a rented machine is not for waiting
         results = results_in(arguments.runs)
         print(table(merged(results, arguments.out)))
-        with asked_for("--out", arguments.out):
+        with requested_output("--out", arguments.out):
             write_table(results, arguments.out)
     except (InputError, StorageError) as error:
         return error.tell()

@@ -15,7 +15,7 @@ from distributed.process.torchrun import torchrun_command
 
 _SECONDS = 80.0
 _EXACT: dict[str, object] = {"exact__shards": 8}
-_CLIPPED: dict[str, object] = {**_EXACT, "precision": "float32", "optim__clip_norm": 0.5}
+_CLIPPED: dict[str, object] = {**_EXACT, "precision": "float32", "optim__max_grad_norm": 0.5}
 
 
 class _Case(NamedTuple):

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import check_writable, home_path, write_output
-from distributed.inference.saved_run import has_data_root, unfetched, with_data_root
+from distributed.inference.saved_run import has_data_root, with_data_root, without_download
 from distributed.process import logs
-from distributed.process.byproducts import asked_for
+from distributed.process.optional_output import requested_output
 from distributed.process.streams import run_command
 from distributed.report.history import History, read_history
 from distributed.report.page import Html, page, text
@@ -40,7 +40,7 @@ def main() -> int:
     runs = _told_apart([_with_root(run, arguments.root) for run in runs])
     try:
         content = _page(runs, checkpoint=arguments.checkpoint).encode()
-        with asked_for("--out", out):
+        with requested_output("--out", out):
             write_output(out, content)
     except (InputError, StorageError) as error:
         return error.tell()
@@ -51,7 +51,7 @@ def main() -> int:
 def _with_root(run: History, root: Path | None) -> History:
     """With its data where it lies now; of several runs some may be on generated images."""
     config = with_data_root(run.config, root) if has_data_root(run.config) else run.config
-    return replace(run, config=unfetched(config))
+    return replace(run, config=without_download(config))
 
 
 def _told_apart(runs: Sequence[History]) -> list[History]:
@@ -79,4 +79,4 @@ def _page(runs: Sequence[History], *, checkpoint: str) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main, at_once=True)
+    run_command(main, skip_cleanup=True)

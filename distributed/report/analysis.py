@@ -19,11 +19,11 @@ from distributed.errors import InputError
 from distributed.inference.confusion import ConfusionSums, Counts
 from distributed.inference.saved_run import (
     Normalization,
-    check_whole,
-    classes_of,
-    content_of,
-    normalization_of,
-    on_device,
+    check_complete,
+    for_device,
+    read_class_names,
+    read_content,
+    read_normalization,
 )
 from distributed.topology import Topology
 from distributed.training.determinism import make_deterministic
@@ -76,7 +76,7 @@ class Checked:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config, self.topology = on_device(config, "auto"), Topology()
+        self.config, self.topology = for_device(config, "auto"), Topology()
         self.device = choose_device("auto", self.topology)
         make_deterministic(self.device, precision=self.config.precision)
         self.data: DataPipeline = build_data(self.config, self.topology, self.device)
@@ -93,8 +93,8 @@ class Checked:
         Raises:
             InputError: the checkpoint is damaged, of another network, or of other classes than the data.
         """
-        check_whole(checkpoint)
-        content = content_of(checkpoint)
+        check_complete(checkpoint)
+        content = read_content(checkpoint)
         check_evaluated(content, self.config, self.data, "test")
         engine = build_engine(self.config, self.topology, self.data, self.device)
         try:
@@ -106,7 +106,7 @@ class Checked:
         totals = evaluate(
             engine, self.data, "test", flip_tta=flip_tta, device=self.device, observers=[confusion, worst]
         )
-        names, normalization = classes_of(content, self.config), normalization_of(content) or self.normalization
+        names, normalization = read_class_names(content, self.config), read_normalization(content) or self.normalization
         found = [
             Mistake(as_png(image, normalization), names[true], names[predicted], probability)
             for probability, true, predicted, image in worst.found
@@ -121,7 +121,7 @@ def first_filters(checkpoint: Path, *, most: int = 96) -> list[bytes] | None:
     Raises:
         InputError: the checkpoint is damaged.
     """
-    check_whole(checkpoint)
+    check_complete(checkpoint)
     filters = next((t for t in evaluated_weights(checkpoint).values() if t.dim() == 4 and t.shape[1] == 3), None)
     if filters is None:
         return None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed.config import TrainConfig
-from distributed.inference.saved_run import config_of
+from distributed.inference.saved_run import read_config
 from distributed.run.folder import RunFolder
 from distributed.run.records import attempt_lines, metrics_lines, time_of
 
@@ -82,7 +82,7 @@ def read_history(run: Path) -> History:
     Raises:
         InputError: it is no run's folder.
     """
-    folder, config = RunFolder(run), config_of(run)
+    folder, config = RunFolder(run), read_config(run)
     logged = metrics_lines(folder.metrics_file)
     return History(
         run.resolve().name,

@@ -10,8 +10,8 @@ from loguru import logger
 
 from distributed.config import as_toml
 from distributed.errors import InputError, NotFiniteError
-from distributed.inference.saved_run import checkpoint_of
-from distributed.process.byproducts import reason
+from distributed.inference.saved_run import choose_checkpoint
+from distributed.process.optional_output import one_line
 from distributed.report.curves import run_curves, throughput
 from distributed.report.history import History
 from distributed.report.narrative import clock, how_it_ended, how_it_stands, learning_rate, what_it_is
@@ -77,7 +77,7 @@ class _Look:
         """The checkpoint's folder."""
         if not any(self.run.folder.checkpoints.glob("*/manifest.json")):
             raise Absent("The run has saved no checkpoint yet, so there are no weights to look at.")
-        return checkpoint_of(self.run.folder.path, self.name)
+        return choose_checkpoint(self.run.folder.path, self.name)
 
     def _checked(self) -> "Checked":
         from distributed.report.analysis import Checked
@@ -94,8 +94,8 @@ def _part(title: str, make: Callable[[], list[Html]]) -> Html:
     except (Absent, InputError, NotFiniteError) as error:
         return missing(title, f"This part could not be made. {error}")
     except Exception as error:  # e.g. no matplotlib; or a run that continues deletes a checkpoint while it is read
-        logger.warning("{}: {}; continuing without it", title, reason(error))
-        return missing(title, f"This part could not be made: {reason(error)}.")
+        logger.warning("{}: {}; continuing without it", title, one_line(error))
+        return missing(title, f"This part could not be made: {one_line(error)}.")
 
 
 def _figures(run: History) -> list[tuple[str, str]]:

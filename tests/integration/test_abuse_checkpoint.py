@@ -616,7 +616,7 @@ def test_a_link_out_of_the_run(run: Path, image: Path, tmp_path: Path) -> None:
     copy = copy_of(run, tmp_path / "run")
     (copy / "checkpoints/best").unlink(missing_ok=True)
     (copy / "checkpoints/best").symlink_to(newest(run))
-    assert_told(look("predict", copy, image), "--checkpoint best: leads to", "name one that lies in it")
+    assert_told(look("predict", copy, image), "--checkpoint best: leads to", "name one inside it")
 
 
 @pytest.mark.parametrize("name", ["", "..", "/etc", "best.pt", "x" * 300, "a\nb"])
@@ -624,7 +624,7 @@ def test_a_link_out_of_the_run(run: Path, image: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_name_that_is_none(name: str, module: str, run: Path, image: Path) -> None:
     words = [image] if module == "predict" else []
     with untouched(run):
-        assert_told(call(module, run, *words, "--checkpoint", name), "--checkpoint", "there are: ")
+        assert_told(call(module, run, *words, "--checkpoint", name), "--checkpoint", "choose one of: ")
 
 
 @pytest.mark.parametrize("run_name", ["/dev/null", "/etc/passwd", "none", "x" * 300])

@@ -176,7 +176,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "an unknown empty section": ("[nonsense]", "nonsense: unknown setting"),
     "a dotted name in quotes": (
         '"optim.lr" = 1',
-        ":1: optim.lr = 1: unknown setting; a dotted name stands without quotes",
+        ":1: optim.lr = 1: unknown setting; write a dotted name without quotes",
     ),
     "a section as number": ("optim = 3", "is a section"),
     "a section as list": ("[[optim]]\nlr = 1", "is a section"),
@@ -274,13 +274,15 @@ ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
     "alone": ({"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK is missing"),
     "no number": ({"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0"}, "should be a whole number"),
     "empty": ({"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}, "should be a whole number"),
-    "a world of nobody": ({"RANK": "0", "WORLD_SIZE": "0", "LOCAL_RANK": "0"}, "RANK = 0 is not from 0 to below WORLD_SIZE"),
-    "a rank beyond": ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK = 2 is not from 0 to below WORLD_SIZE = 2"),
-    "a negative rank": ({"RANK": "-1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK = -1 is not from 0"),
+    "a world of nobody": (
+        {"RANK": "0", "WORLD_SIZE": "0", "LOCAL_RANK": "0"}, "RANK = 0: should be at least 0 and less than WORLD_SIZE"),
+    "a rank beyond": (
+        {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK = 2: should be at least 0 and less than WORLD_SIZE = 2"),
+    "a negative rank": ({"RANK": "-1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK = -1: should be at least 0"),
     "a node of nobody": (
-        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE = 0 is not from 1"),
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE = 0: should be from 1"),
     "a node larger than the world": (
-        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE = 3 is not from 1"),
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE = 3: should be from 1"),
     "nowhere to meet": ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "MASTER_ADDR = '' and MASTER_PORT = ''"),
     "no port": ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **MEET, "MASTER_PORT": "x"}, "MASTER_PORT = 'x'"),
     "a port beyond": ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **MEET, "MASTER_PORT": "70000"}, "'70000'"),
@@ -294,7 +296,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     process = ModuleType("distributed.run_process")
     process.run_to_exit_code = lambda *_: 99  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "distributed.run_process", process)
-    monkeypatch.setattr("distributed.topology.Topology.is_awaited", False)
+    monkeypatch.setattr("distributed.topology.Topology.has_waiting_peers", False)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 

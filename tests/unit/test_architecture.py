@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).parents[2] / "distributed"
 # A folder, or a file at the root, may import those in rows above its own. A folder's own files import each other, one way.
 LAYERS = [
-    "errors rng scripts",
+    "name_clash errors rng",
     "host files",
     "topology config",
     "process data.sources",
@@ -24,6 +24,7 @@ LAYERS = [
     "report gpu_pack",
 ]
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row.split()}
+LEVEL["__init__"] = len(LAYERS)  # the public interface, for type checkers
 SLOW = {
     "torch",
     "torchvision",
@@ -90,7 +91,7 @@ def own(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def test_every_module_has_its_place():
-    assert {room_of(name_of(path)) for path in FILES} - {"__init__"} == LEVEL.keys()
+    assert {room_of(name_of(path)) for path in FILES} == LEVEL.keys()
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -135,7 +136,8 @@ def test_only_the_topology_reads_the_environment(path):
         and not (name_of(path) in ("training.determinism", "engine.deepspeed") and id(node) in writes)
     ]
     wrong += [f"{path}:{n.lineno}" for n in ast.walk(TREES[path]) if isinstance(n, ast.ImportFrom) and n.module == "os"]
-    assert name_of(path) == "topology" or wrong == []
+    # name_clash has to work when dask has overwritten other files.
+    assert name_of(path) in ("topology", "name_clash") or wrong == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -56,11 +56,11 @@ def test_training_without_a_device_is_not_started(tmp_path):
 
 @pytest.mark.usefixtures("threads_and_log_as_they_were")
 def test_training_in_process_without_a_device_is_refused(tmp_path):
-    from distributed.config import load
+    from distributed.config import from_command_line
     from distributed.recipe import train
 
     with pytest.raises(AssertionError, match="add --device cpu"):
-        train(load(["--data.name", "generated10", "--run_dir", str(tmp_path / "run")])[0])
+        train(from_command_line(["--data.name", "generated10", "--run_dir", str(tmp_path / "run")]).config)
     assert not (tmp_path / "run").exists()
     check_setting("cpu")
 

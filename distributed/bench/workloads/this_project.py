@@ -5,7 +5,7 @@ from distributed.bench.measure import StepClock
 
 def run(clock: StepClock, *, arguments: list[str]) -> None:
     """Train as `python -m distributed.train ARGUMENTS` does, until the measurement is complete."""
-    from distributed.config import load
+    from distributed.config import from_command_line
     from distributed.process import logs
     from distributed.recipe import train
     from distributed.topology import Topology
@@ -16,6 +16,6 @@ def run(clock: StepClock, *, arguments: list[str]) -> None:
         def requested(self) -> str | None:
             return "the end of the measurement" if clock.tick() else None
 
-    config, _ = load(arguments)
+    config = from_command_line(arguments).config
     logs.terminal_logs(Topology.from_environment().rank, level="WARNING")
     train(config, stop=Stop())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from loguru import logger
 
-from distributed.config import TrainConfig, load
+from distributed.config import TrainConfig, from_command_line
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import digest_of, read_json
 from distributed.host.versions import versions
@@ -42,7 +42,7 @@ def said() -> Iterator[list[str]]:
 
 
 def config_of(path: Path, *words: str) -> TrainConfig:
-    return load(["--run_dir", str(path), *words])[0]
+    return from_command_line(["--run_dir", str(path), *words]).config
 
 
 def checkpointed(path: Path, config: TrainConfig, step: int = 10, epoch: int = 1, **bits: Any) -> Path:
@@ -74,14 +74,14 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_a_claim_makes_the_folder(run, path):
+def test_claim_creates_the_folder(run, path):
     assert (path / "logs").is_dir()
     assert (path / "checkpoints").is_dir()
     assert read_json(path / "attempt.json")["token"] == run.token
     run.check_ours()
 
 
-def test_a_second_run_is_refused_and_told_who_holds_the_folder(run, path, monkeypatch):
+def test_second_run_is_refused_naming_the_lock_holder(run, path, monkeypatch):
     monkeypatch.setattr(claim, "LOCK_WAIT_SECONDS", 0.05)
     with pytest.raises(InputError, match="another run is writing there") as caught:
         ClaimedRun.claim(path, world_size=1)
@@ -90,7 +90,7 @@ def test_a_second_run_is_refused_and_told_who_holds_the_folder(run, path, monkey
     run.check_ours()
 
 
-def test_a_released_folder_can_be_claimed_again(path):
+def test_released_folder_can_be_claimed_again(path):
     first = ClaimedRun.claim(path, world_size=1)
     first.release()
     second = ClaimedRun.claim(path, world_size=1)
@@ -100,7 +100,7 @@ def test_a_released_folder_can_be_claimed_again(path):
     second.release()
 
 
-def test_an_attempt_that_was_taken_over_can_write_no_ending(run, path):
+def test_superseded_attempt_cannot_write_its_end(run, path):
     run.begin(config_of(path), start_step=0, details={})
     (path / "attempt.json").write_text('{"token": "another", "pid": 7, "host": "there"}')
     with pytest.raises(StorageError, match="taken over by process 7 on there"):
@@ -110,13 +110,13 @@ def test_an_attempt_that_was_taken_over_can_write_no_ending(run, path):
 
 
 @pytest.mark.parametrize("below", ["file", "file/deeper"])
-def test_a_folder_that_cannot_be_made_is_bad_input(tmp_path, below):
+def test_folder_that_cannot_be_created_is_bad_input(tmp_path, below):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"run_dir = .*give another with --run_dir"):
         ClaimedRun.claim(tmp_path / below, world_size=1)
 
 
-def test_status_and_attempts_tell_how_an_attempt_went(run, path):
+def test_status_and_attempts_record_how_an_attempt_ended(run, path):
     config = config_of(path, "--epochs", "3")
     run.begin(config, start_step=5, details={"bits": {"threads": 1}})
     assert (run.status()["status"], run.status()["step"], run.status()["world_size"]) == ("running", 5, 2)
@@ -135,19 +135,19 @@ def test_status_and_attempts_tell_how_an_attempt_went(run, path):
     assert (stopped["event"], stopped["exit_code"], stopped["token"]) == ("stopped", 75, run.token)
 
 
-def test_the_config_of_a_run_can_be_passed_back_in(run, path):
+def test_saved_config_can_be_passed_back_in(run, path):
     config = config_of(path, "--schedule.name", "plateau", "--early_stopping.patience", "3")
     run.begin(config, start_step=0, details={})
-    assert load([str(path / "config.toml")])[0] == config
+    assert from_command_line([str(path / "config.toml")]).config == config
 
 
-def test_a_folder_without_a_run_has_no_status_and_no_config(path):
+def test_empty_folder_has_no_status_and_no_config(path):
     assert RunFolder(path).status() == {}
     assert RunFolder(path).saved_config() is None
     assert check_resume(config_of(path)) is False
 
 
-def test_versions_name_what_numbers_depend_on():
+def test_versions_include_python_torch_and_numpy():
     assert {"python", "torch", "numpy"} <= versions().keys()
     assert "not installed" not in versions().values()
 
@@ -155,12 +155,12 @@ def test_versions_name_what_numbers_depend_on():
 # Resuming
 
 
-def test_the_same_config_may_go_on(path):
+def test_unchanged_config_resumes(path):
     checkpointed(path, config_of(path))
     assert check_resume(config_of(path)) is False
 
 
-def test_the_newest_checkpoint_says_which_config_it_was(path):
+def test_saved_config_is_the_newest_checkpoints(path):
     checkpointed(path, config_of(path, "--seed", "1"), step=9)
     checkpointed(path, config_of(path, "--seed", "2"), step=10)
     saved = RunFolder(path).saved_config()
@@ -168,7 +168,7 @@ def test_the_newest_checkpoint_says_which_config_it_was(path):
     assert saved.seed == 2
 
 
-def test_a_changed_experiment_is_refused_with_every_difference(path):
+def test_changed_experiment_is_refused_listing_every_change(path):
     checkpointed(path, config_of(path))
     with pytest.raises(InputError) as caught:
         check_resume(config_of(path, "--seed", "1", "--optim.lr", "0.2", "--threads", "2"))
@@ -188,7 +188,7 @@ def test_a_changed_experiment_is_refused_with_every_difference(path):
         ["--epochs", "20"],
     ],
 )
-def test_other_data_schedules_and_lengths_are_other_experiments(path, words):
+def test_changed_data_schedule_or_length_is_refused(path, words):
     checkpointed(path, config_of(path))
     with pytest.raises(InputError, match="this run was begun with"):
         check_resume(config_of(path, *words))
@@ -198,7 +198,7 @@ def test_other_data_schedules_and_lengths_are_other_experiments(path, words):
     "words",
     [["--logging.every_steps", "1"], ["--checkpoint.every_steps", "5"], ["--threads", "2"], ["--device", "cpu"]],
 )
-def test_what_the_curve_does_not_depend_on_may_change(path, words):
+def test_settings_that_leave_the_curve_alone_may_change(path, words):
     checkpointed(path, config_of(path))
     assert check_resume(config_of(path, *words)) is False
 
@@ -210,7 +210,7 @@ SHARDS = "--exact.shards"
     ("begun", "now"),
     [([], [SHARDS, "8"]), ([SHARDS, "8"], []), ([SHARDS, "4"], [SHARDS, "4"]), ([SHARDS, "0"], [SHARDS, "0"])],
 )
-def test_a_run_goes_on_with_as_many_shards_as_it_was_begun_with(path, begun, now):
+def test_same_number_of_shards_resumes(path, begun, now):
     checkpointed(path, config_of(path, *begun))
     assert check_resume(config_of(path, *now)) is False
 
@@ -219,14 +219,14 @@ def test_a_run_goes_on_with_as_many_shards_as_it_was_begun_with(path, begun, now
     ("begun", "now", "before"),
     [([], "4", 8), ([], "0", 8), ([SHARDS, "4"], "8", 4), ([SHARDS, "0"], "8", 0), ([SHARDS, "8"], "0", 8)],
 )
-def test_another_number_of_shards_is_refused_once_with_the_number_the_run_was_begun_with(path, begun, now, before):
+def test_changed_number_of_shards_is_refused_once(path, begun, now, before):
     checkpointed(path, config_of(path, *begun))
     with pytest.raises(InputError) as caught:
         check_resume(config_of(path, SHARDS, now))
     assert caught.value.lines[:-1] == (f"{path}: exact.shards = {now}: this run was begun with {before}",)
 
 
-def test_a_run_from_before_there_were_shards_was_in_fast_mode(path):
+def test_checkpoint_without_shards_counts_as_fast_mode(path):
     checkpointed(path, config_of(path))
     (state,) = path.glob("checkpoints/*/state.json")
     content = json.loads(state.read_text())
@@ -238,12 +238,12 @@ def test_a_run_from_before_there_were_shards_was_in_fast_mode(path):
         check_resume(config_of(path, SHARDS, "8"))
 
 
-def test_a_moved_run_folder_goes_on(path, tmp_path):
+def test_moved_run_folder_resumes(path, tmp_path):
     checkpointed(path, config_of(tmp_path / "elsewhere"))
     assert check_resume(config_of(path)) is False
 
 
-def test_a_finished_run_is_finished(run, path):
+def test_run_is_finished_once_its_status_says_so(run, path):
     config = config_of(path)
     run.begin(config, start_step=0, details={})
     checkpointed(path, config, epoch=10)
@@ -253,7 +253,7 @@ def test_a_finished_run_is_finished(run, path):
     assert check_resume(config_of(path, "--logging.every_steps", "1")) is True
 
 
-def test_a_finished_run_goes_on_under_more_epochs_where_the_schedule_allows_it(run, path):
+def test_more_epochs_resume_a_run_with_constant_schedule(run, path):
     checkpointed(path, config_of(path, "--schedule.name", "constant"), epoch=10)
     run.end("finished", exit_code=ExitCode.FINISHED)
     assert check_resume(config_of(path, "--schedule.name", "constant")) is True
@@ -277,7 +277,7 @@ def finished(path: Path, *words: str) -> tuple[TrainConfig, Path]:
 
 
 @pytest.mark.parametrize("how", ["deleted", "tensors damaged", "state damaged", "no manifest"])
-def test_a_run_without_its_last_checkpoint_is_not_finished(path, how):
+def test_run_without_its_last_checkpoint_is_not_finished(path, how):
     config, last = finished(path)
     assert check_resume(config) is True
     if how == "deleted":
@@ -289,7 +289,7 @@ def test_a_run_without_its_last_checkpoint_is_not_finished(path, how):
 
 
 @pytest.mark.parametrize("evidence", ["damaged", "set aside", "digests", "status", "status of an older version"])
-def test_a_run_that_lost_all_it_saved_is_refused(path, evidence):
+def test_run_that_lost_all_checkpoints_is_refused(path, evidence):
     config, last = finished(path)
     shutil.rmtree(last.with_name(name_of(step=90, epoch=9)))
     if evidence == "damaged":
@@ -310,14 +310,14 @@ def test_a_run_that_lost_all_it_saved_is_refused(path, evidence):
 
 
 @pytest.mark.parametrize("status", ['{"status": "failed", "step": 30}', '{"status": "running", "step": 30}', "[", "{}"])
-def test_a_run_that_died_before_its_first_save_begins_again(path, status):
+def test_run_that_died_before_its_first_save_starts_over(path, status):
     path.mkdir(parents=True)
     (path / "status.json").write_text(status)
     (path / "digests.jsonl").write_text("")
     assert check_resume(config_of(path)) is False
 
 
-def test_a_refused_start_forgets_nothing(path):
+def test_failed_start_keeps_the_saved_step(path):
     """A start that ends before it has begun writes down its failure, and not that nothing was saved."""
     finished(path)
     claimed = ClaimedRun.claim(path, world_size=1)
@@ -326,14 +326,14 @@ def test_a_refused_start_forgets_nothing(path):
     assert RunFolder(path).saved_step() == 100
 
 
-def test_a_run_is_not_finished_by_its_checkpoints_alone(path):
+def test_checkpoints_without_status_are_not_a_finished_run(path):
     config, _ = finished(path)
     (path / "status.json").unlink()
     assert check_resume(config) is False
 
 
 @pytest.mark.parametrize(("epochs", "found"), [(10, True), (11, False)])
-def test_as_many_epochs_as_trained_are_finished(path, epochs, found):
+def test_run_is_finished_at_its_number_of_epochs(path, epochs, found):
     finished(path)
     assert check_resume(config_of(path, "--schedule.name", "constant", "--epochs", str(epochs))) is found
 
@@ -366,7 +366,7 @@ WRITERS: dict[str, Callable[[ClaimedRun], object]] = {
 
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("by", ["another", "nobody", "garbage"])
-def test_only_the_holder_writes(run, path, writer, by):
+def test_only_the_token_holder_writes(run, path, writer, by):
     token = path / "attempt.json"
     if by == "another":
         token.write_text('{"token": "another", "pid": 7, "host": "there"}')
@@ -382,7 +382,7 @@ def test_only_the_holder_writes(run, path, writer, by):
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_folder_that_was_removed_is_called_so(run, path, writer):
+def test_removed_run_folder_is_reported(run, path, writer):
     shutil.rmtree(path)
     with pytest.raises(StorageError, match="the run folder was removed") as caught:
         WRITERS[writer](run)
@@ -390,7 +390,7 @@ def test_a_folder_that_was_removed_is_called_so(run, path, writer):
     assert not path.exists()
 
 
-def test_a_token_that_cannot_be_read_for_a_moment_is_ours(run, monkeypatch):
+def test_briefly_unreadable_token_is_read_again(run, monkeypatch):
     """E.g. on NFS, where a file that was just replaced is stale once."""
     answers = iter([{}])
     read = claim.read_object
@@ -410,7 +410,7 @@ def test_only_the_claimed_run_writes_shared_files():
         assert not used & forbidden, module
 
 
-def test_the_progress_is_in_the_status_while_the_run_trains(run, path, monkeypatch):
+def test_status_shows_progress_during_training(run, path, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(claim.time, "monotonic", lambda: now[0])
     run.begin(config_of(path), start_step=0, details={})
@@ -425,7 +425,7 @@ def test_the_progress_is_in_the_status_while_the_run_trains(run, path, monkeypat
     assert (run.status()["status"], run.status()["saved_step"]) == ("running", 0)
 
 
-def test_a_save_of_an_earlier_step_does_not_turn_the_progress_back(run, path):
+def test_earlier_save_does_not_lower_the_progress(run, path):
     run.begin(config_of(path), start_step=0, details={})
     run.progress(step=12, epoch=1)
     run.saved(step=10, epoch=1)
@@ -434,7 +434,7 @@ def test_a_save_of_an_earlier_step_does_not_turn_the_progress_back(run, path):
     assert (run.status()["step"], run.status()["saved_step"], run.status()["epoch"]) == (20, 20, 2)
 
 
-def test_progress_waits_neither_for_the_disk_nor_for_a_save(run, path, monkeypatch):
+def test_progress_waits_for_neither_disk_nor_save(run, path, monkeypatch):
     run.begin(config_of(path), start_step=0, details={})
     monkeypatch.setattr("os.fsync", lambda _: pytest.fail("waited"))
     run.progress(step=1, epoch=0)
@@ -444,7 +444,7 @@ def test_progress_waits_neither_for_the_disk_nor_for_a_save(run, path, monkeypat
     assert run.status()["step"] == 1
 
 
-def test_what_fails_by_the_way_is_a_warning_once(run, said):
+def test_failed_cleanup_warns_once(run, said):
     def fail() -> None:
         raise OSError(39, "Directory not empty", "/there")
 
@@ -456,7 +456,7 @@ def test_what_fails_by_the_way_is_a_warning_once(run, said):
     ]
 
 
-def test_an_ending_is_not_overwritten_by_training(path, tmp_path):
+def test_end_of_attempt_is_not_overwritten(path, tmp_path):
     """Another thread writes the ending at a signal, while the main thread may still begin, or log a step."""
     run = ClaimedRun.claim(path, world_size=1)
     run.end("stopped", exit_code=ExitCode.STOPPED, reason="SIGTERM")

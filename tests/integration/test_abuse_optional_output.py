@@ -100,7 +100,7 @@ def warnings_of_the_log() -> Iterator[list[str]]:
 # Training
 
 
-def test_a_run_whose_by_products_all_fail_ends_well(run: Path, tmp_path: Path) -> None:
+def test_run_survives_failure_of_all_optional_outputs(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / "logs").mkdir(parents=True)
     (folder / "tensorboard").write_text("a file")
@@ -112,7 +112,7 @@ def test_a_run_whose_by_products_all_fail_ends_well(run: Path, tmp_path: Path) -
     assert metrics(folder) == metrics(run)
 
 
-def test_a_run_without_tensorboard_and_matplotlib_ends_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_survives_missing_tensorboard_and_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("tensorboard.compat.proto.event_pb2", "matplotlib"):
         monkeypatch.setitem(sys.modules, package, None)
     folder = tmp_path / "run"
@@ -121,7 +121,7 @@ def test_a_run_without_tensorboard_and_matplotlib_ends_well(tmp_path: Path, monk
     assert status(folder)["status"] == "finished"
 
 
-def test_a_disk_that_fills_up_is_exit_4_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_filling_up_during_training_is_exit_4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     real = Reporter.train
 
@@ -140,7 +140,7 @@ def test_a_disk_that_fills_up_is_exit_4_and_one_line(tmp_path: Path, monkeypatch
     assert len(metrics(folder)) == 1
 
 
-def test_an_ending_that_cannot_be_written_is_exit_4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_final_status_is_exit_4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     real = Checkpointer.wait
 
@@ -191,7 +191,7 @@ def test_tensorboard_in_a_bad_folder_is_one_warning(
 
 
 @pytest.mark.parametrize("at", [0, 60, 200, 2000])
-def test_tensorboard_on_a_disk_that_fills_up_is_one_warning(
+def test_tensorboard_on_a_filling_disk_is_one_warning(
     at: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with warnings_of_the_log() as lines, files_up_to(at):
@@ -209,7 +209,7 @@ def test_tensorboard_on_a_full_disk_is_one_warning(full_disk: Path) -> None:
     assert len(lines) == 1
 
 
-def test_a_broken_protobuf_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_protobuf_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         def __getattr__(self, name: str) -> object:
             raise TypeError("Descriptors cannot be created directly.\nDowngrade the protobuf package.")
@@ -220,7 +220,7 @@ def test_a_broken_protobuf_is_one_warning(tmp_path: Path, monkeypatch: pytest.Mo
     assert lines == ["tensorboard: TypeError: Descriptors cannot be created directly.; continuing without it\n"]
 
 
-def test_numbers_without_bounds_reach_tensorboard(tmp_path: Path) -> None:
+def test_non_finite_numbers_reach_tensorboard(tmp_path: Path) -> None:
     from dataclasses import replace
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -236,7 +236,7 @@ def test_numbers_without_bounds_reach_tensorboard(tmp_path: Path) -> None:
     assert "epoch/test_loss" not in events.Tags()["scalars"]
 
 
-def test_metrics_on_a_full_disk_are_no_by_product(tmp_path: Path) -> None:
+def test_metrics_on_a_full_disk_are_an_error(tmp_path: Path) -> None:
     from distributed.errors import StorageError
 
     run = ClaimedRun.claim(tmp_path / "run", world_size=1)
@@ -248,7 +248,7 @@ def test_metrics_on_a_full_disk_are_no_by_product(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["a file", "a disk that fills up", "another profiler"])
-def test_a_profile_that_fails_is_one_warning(how: str, tmp_path: Path) -> None:
+def test_failed_profile_is_one_warning(how: str, tmp_path: Path) -> None:
     from torch.profiler import profile
 
     folder = tmp_path / "profile"
@@ -277,9 +277,7 @@ LOGS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("case", LOGS)
-def test_a_log_that_cannot_be_written_is_one_warning(
-    case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_unwritable_log_is_one_warning(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     LOGS[case](tmp_path / "rank-0003.log")
     with warnings_of_the_log() as lines:
         handle = file_logs(tmp_path, 3)
@@ -291,7 +289,7 @@ def test_a_log_that_cannot_be_written_is_one_warning(
     assert "Logging error" not in capfd.readouterr().err
 
 
-def test_a_log_keeps_what_it_had_when_the_disk_is_full(tmp_path: Path) -> None:
+def test_log_keeps_its_content_on_a_full_disk(tmp_path: Path) -> None:
     handle = file_logs(tmp_path, 0)
     logger.info("the first")
     with warnings_of_the_log() as lines, files_up_to((tmp_path / "rank-0000.log").stat().st_size + 5):
@@ -329,10 +327,10 @@ METRICS = {
 
 @pytest.mark.parametrize("case", METRICS)
 def test_curves_of_odd_metrics_are_drawn_or_one_warning(case: str, tmp_path: Path) -> None:
-    from distributed.process.byproducts import Byproduct
+    from distributed.process.optional_output import OptionalOutput
 
     (tmp_path / "metrics.jsonl").write_text(METRICS[case])
-    with warnings.catch_warnings(), warnings_of_the_log() as lines, Byproduct("curves.png") as made:
+    with warnings.catch_warnings(), warnings_of_the_log() as lines, OptionalOutput("curves.png") as made:
         warnings.simplefilter("ignore")
         draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", title="$\\broken{ formula")
     drawn = (tmp_path / "curves.png").exists()
@@ -341,7 +339,7 @@ def test_curves_of_odd_metrics_are_drawn_or_one_warning(case: str, tmp_path: Pat
     assert case in ("a text", "huge", "nothing") or drawn
 
 
-def test_curves_on_a_full_disk_leave_those_before(tmp_path: Path) -> None:
+def test_curves_on_a_full_disk_keep_the_old_file(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(METRICS["one point"])
     (tmp_path / "curves.png").write_text("before")
     with files_up_to(100), pytest.raises(OSError, match="File too large"):
@@ -361,7 +359,7 @@ PICTURES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("case", PICTURES)
-def test_evaluate_gives_the_numbers_without_the_picture(case: str, run: Path, tmp_path: Path) -> None:
+def test_evaluate_prints_numbers_without_the_picture(case: str, run: Path, tmp_path: Path) -> None:
     copy = copy_of(run, tmp_path / "run")
     PICTURES[case](copy / "confusion-test.png")
     found = call("evaluate", copy, "--json")
@@ -370,9 +368,7 @@ def test_evaluate_gives_the_numbers_without_the_picture(case: str, run: Path, tm
     assert (said["images"], said["picture"]) == (20, None)
 
 
-def test_evaluate_without_matplotlib_gives_the_numbers(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluate_without_matplotlib_prints_numbers(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     copy = copy_of(run, tmp_path / "run")
     found = call("evaluate", copy)
@@ -381,7 +377,7 @@ def test_evaluate_without_matplotlib_gives_the_numbers(
     assert "confusion matrix" not in found.out
 
 
-def test_evaluate_of_a_run_on_a_full_disk_gives_the_numbers(run: Path, tmp_path: Path) -> None:
+def test_evaluate_on_a_full_disk_prints_numbers(run: Path, tmp_path: Path) -> None:
     copy = copy_of(run, tmp_path / "run")
     with files_up_to(100):
         found = call("evaluate", copy)
@@ -390,20 +386,20 @@ def test_evaluate_of_a_run_on_a_full_disk_gives_the_numbers(run: Path, tmp_path:
     assert not list(copy.glob("*confusion*"))
 
 
-def test_evaluate_says_that_the_picture_asked_for_is_missing(run: Path) -> None:
+def test_evaluate_fails_without_the_requested_picture(run: Path) -> None:
     with untouched(run):
         found = call("evaluate", run, "--confusion", "/dev/full")
     assert_told(found, "--confusion /dev/full: not written: No space left on device", code=4)
     assert "top-1" in found.out
 
 
-def test_predict_answers_before_the_picture_fails(run: Path, image: Path) -> None:
+def test_predict_prints_classes_before_the_picture_fails(run: Path, image: Path) -> None:
     found = call("predict", run, image, "--picture", "/dev/full")
     assert_told(found, "--picture /dev/full: not written: No space left on device; free disk space", code=4)
     assert found.out.startswith(str(image))
 
 
-def test_predict_without_matplotlib_answers(run: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predict_without_matplotlib_prints_classes(run: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     found = call("predict", run, image, "--picture", image.with_name("picture.png"))
     assert_told(found, "--picture", "matplotlib", "repair that package's installation")
@@ -411,22 +407,20 @@ def test_predict_without_matplotlib_answers(run: Path, image: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("format", ["safetensors", "torch.export", "onnx"])
-def test_an_export_to_a_full_disk_is_exit_4(format: str, run: Path, tmp_path: Path) -> None:
+def test_export_to_a_full_disk_is_exit_4(format: str, run: Path, tmp_path: Path) -> None:
     with files_up_to(2000):
         found = call("export.__main__", run, "--format", format, "--out", tmp_path / "out")
     assert_told(found, f"--out {tmp_path}/out/model", "not written: File too large", code=4)
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_report_for_a_full_disk_is_exit_4(run: Path, full_disk: Path) -> None:
+def test_report_to_a_full_disk_is_exit_4(run: Path, full_disk: Path) -> None:
     found = call("report.__main__", run, "--out", full_disk / "report.html")
     assert_told(found, f"--out {full_disk}/report.html: not written: No space left on device", code=4)
     assert [path.name for path in full_disk.iterdir()] == ["filler"]
 
 
-def test_a_report_without_matplotlib_has_its_numbers(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_report_without_matplotlib_has_its_numbers(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     found = call("report.__main__", run, "--out", tmp_path / "report.html")
     assert (found.code, found.errors) == (0, []), found.err
@@ -435,7 +429,7 @@ def test_a_report_without_matplotlib_has_its_numbers(
     assert "Its settings" in page
 
 
-def test_a_table_that_cannot_be_written_does_not_end_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_table_does_not_end_the_experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
     monkeypatch.setattr(experiments, "_run", lambda launch, words, deadline: started.append(words[0]) or 0)
     words = ("--only", "I-10", "I-50", "--runs", tmp_path / "runs", "--out", tmp_path / "table")
@@ -446,7 +440,7 @@ def test_a_table_that_cannot_be_written_does_not_end_the_runs(tmp_path: Path, mo
     assert "| I-10 |" in found.out
 
 
-def test_a_summary_is_printed_where_its_file_cannot_be(run: Path, tmp_path: Path, capsys) -> None:
+def test_summary_is_printed_if_its_file_is_unwritable(run: Path, tmp_path: Path, capsys) -> None:
     from launch import summary
 
     copy_of(run, tmp_path / "runs" / "seed-0")
@@ -483,7 +477,7 @@ STREAMS: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("case", STREAMS)
-def test_progress_that_nobody_can_see_stops_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_terminal_does_not_stop_progress_bars(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from distributed.data.sources.progress import progress
 
     monkeypatch.setattr("distributed.data.sources.progress.LINE_EVERY_SECONDS", 0.0)
@@ -497,7 +491,7 @@ def test_progress_that_nobody_can_see_stops_nothing(case: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("case", STREAMS)
-def test_messages_that_nobody_can_see_stop_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_terminal_does_not_stop_logging(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from distributed.process import logs
 
     stream = STREAMS[case]()
@@ -607,7 +601,7 @@ def trained_on(root: Path, run: Path, *words: object) -> Outcome:
 
 
 @pytest.mark.parametrize("case", TRAINED)
-def test_an_image_too_large_to_train_on_is_one_line(case: str, tmp_path: Path) -> None:
+def test_image_too_large_to_train_on_is_one_line(case: str, tmp_path: Path) -> None:
     content, size = TRAINED[case]
     file = image_folder(tmp_path / "data") / "train" / "cat" / "0.png"
     if case == "a strip":
@@ -632,7 +626,7 @@ def test_an_image_too_large_to_train_on_is_one_line(case: str, tmp_path: Path) -
     ],
     ids=["bare", "fill bytes", "a segment beyond the end", "cut", "no pixels", "a JPEG without pixels", "no header"],
 )  # fmt: skip
-def test_a_header_without_a_size_is_one_line(content: bytes, why: str, tmp_path: Path) -> None:
+def test_image_header_without_a_size_is_one_line(content: bytes, why: str, tmp_path: Path) -> None:
     file = image_folder(tmp_path / "data") / "train" / "cat" / "0.png"
     file.write_bytes(content)
     assert_told(trained_on(tmp_path / "data", tmp_path / "run"), f"{file}: {why}", "replace or remove it")
@@ -650,7 +644,7 @@ def flipped(at: int) -> bytes:
 
 
 @pytest.mark.parametrize("at", [19, 35, 43, 60, 200, -20, -14])
-def test_a_flipped_bit_of_a_png_is_one_line(at: int, tmp_path: Path) -> None:
+def test_flipped_bit_in_a_png_is_one_line(at: int, tmp_path: Path) -> None:
     """torchvision's decoder ended the process at some of them, without a word."""
     file = image_folder(tmp_path / "data") / "train" / "cat" / "0.png"
     file.write_bytes(flipped(at))
@@ -675,7 +669,7 @@ def test_damaged_images_are_read_or_one_line(kind: str, tmp_path: Path) -> None:
                     assert str(error).startswith(f"{path}: ")  # noqa: PT017
 
 
-def test_a_file_larger_than_any_image_is_not_read(tmp_path: Path) -> None:
+def test_oversized_file_is_not_read(tmp_path: Path) -> None:
     file = image_folder(tmp_path / "data") / "train" / "cat" / "0.png"
     with file.open("r+b") as opened:
         opened.truncate(10**12)
@@ -683,7 +677,7 @@ def test_a_file_larger_than_any_image_is_not_read(tmp_path: Path) -> None:
     assert_told(found, f"{file}: 1,000,000,000,000 bytes, more than data.max_pixels = 100,000,000 allows")
 
 
-def test_the_limit_of_pixels_is_a_setting(tmp_path: Path) -> None:
+def test_max_pixels_is_a_setting(tmp_path: Path) -> None:
     found = trained_on(image_folder(tmp_path / "data"), tmp_path / "run", "--data.max_pixels", 63)
     assert_told(found, "8 x 8 pixels, more than data.max_pixels = 63 allows", lines=12 - 6)
     found = trained_on(tmp_path / "data", tmp_path / "run", "--data.max_pixels", 0)
@@ -691,7 +685,7 @@ def test_the_limit_of_pixels_is_a_setting(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", PREDICTED)
-def test_an_image_too_large_to_predict_is_one_line(case: str, run: Path, tmp_path: Path) -> None:
+def test_image_too_large_to_predict_is_one_line(case: str, run: Path, tmp_path: Path) -> None:
     content, size = PREDICTED[case]
     (tmp_path / "image").write_bytes(content)
     with memory_kept(300), untouched(run):
@@ -699,18 +693,18 @@ def test_an_image_too_large_to_predict_is_one_line(case: str, run: Path, tmp_pat
     assert_told(found, f"{tmp_path}/image: {size}, more than data.max_pixels = 100,000,000 allows")
 
 
-def test_a_strip_is_too_large_to_predict(run: Path, tmp_path: Path) -> None:
+def test_one_pixel_high_strip_is_too_large_to_predict(run: Path, tmp_path: Path) -> None:
     Image.new("L", (5_000_000, 1)).save(tmp_path / "strip.png")
     assert_told(call("predict", run, tmp_path / "strip.png"), "5,000,000 x 1 pixels scaled to", "data.max_pixels")
 
 
-def test_predict_takes_another_limit_of_pixels(run: Path, image: Path) -> None:
+def test_predict_accepts_max_pixels(run: Path, image: Path) -> None:
     found = call("predict", run, image, "--data.max_pixels", 100)
     assert_told(found, f"{image}: 1,024 pixels, more than data.max_pixels = 100 allows")
     assert_told(call("predict", run, image, "--data.max_pixels", -5), "--data.max_pixels -5: should be at least 1")
     assert call("predict", run, image, "--data.max_pixels", 1024).code == 0
 
 
-def test_predict_runs_no_other_program_on_an_image(run: Path, tmp_path: Path) -> None:
+def test_predict_runs_no_external_program_on_an_image(run: Path, tmp_path: Path) -> None:
     (tmp_path / "a.eps").write_bytes(saved("EPS"))
     assert_told(call("predict", run, tmp_path / "a.eps"), "a.eps: no image that can be decoded")

@@ -1,4 +1,4 @@
-"""CPU quotas: the files of real machines laid out in a folder, and this machine's own where it may be set."""
+"""CPU quotas: files of real machines in a temporary folder, and a real quota if one can be set here."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distributed.host import cpu_quota as cgroup
+from distributed.host import cpu_quota as module
 from distributed.host.cpu_quota import available_cpus, cpu_quota
 from distributed.topology import Topology
 
@@ -25,13 +25,13 @@ def v1(mount: Path, controllers: str, root: str = "/") -> str:
 
 
 class Machine:
-    """`proc` and mounted control groups below one folder."""
+    """A `/proc/self` and mounted control groups in a temporary folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.proc, self.mount = folder, folder / "proc", folder / "cgroup"
         self.proc.mkdir()
 
-    def tell(self, groups: list[str], mounts: list[str]) -> None:
+    def write(self, groups: list[str], mounts: list[str]) -> None:
         (self.proc / "cgroup").write_text("".join(f"{line}\n" for line in groups))
         (self.proc / "mountinfo").write_text("".join(f"{line}\n" for line in mounts))
 
@@ -70,8 +70,8 @@ def machine(tmp_path: Path) -> Machine:
         ({"a/b": 0}, None),
     ],
 )
-def test_version_2_counts_every_group_up_to_the_mount(machine: Machine, limits: dict, quota: float | None) -> None:
-    machine.tell(["0::/a/b"], [v2(machine.mount)])
+def test_cgroup_v2_applies_the_smallest_parent_quota(machine: Machine, limits: dict, quota: float | None) -> None:
+    machine.write(["0::/a/b"], [v2(machine.mount)])
     for group, limit in limits.items():
         machine.limit(group, limit)
     assert machine.quota == quota
@@ -81,8 +81,8 @@ def test_version_2_counts_every_group_up_to_the_mount(machine: Machine, limits: 
     ("limits", "quota"),
     [({}, None), ({"a/b": -1}, None), ({"a/b": 100000}, 1.0), ({"a": 250000, "a/b": -1}, 2.5), ({"other": 1}, None)],
 )
-def test_version_1_counts_every_group_up_to_the_mount(machine: Machine, limits: dict, quota: float | None) -> None:
-    machine.tell(
+def test_cgroup_v1_applies_the_smallest_parent_quota(machine: Machine, limits: dict, quota: float | None) -> None:
+    machine.write(
         ["9:name=systemd:/x", "4:cpu,cpuacct:/a/b", "3:cpuset:/other", "0::/"],
         [v1(machine.mount / "no", "cpuset"), v1(machine.mount / "nor", "cpuacct"), v1(machine.mount, "cpu,cpuacct")],
     )
@@ -91,15 +91,15 @@ def test_version_1_counts_every_group_up_to_the_mount(machine: Machine, limits: 
     assert machine.quota == quota
 
 
-def test_both_versions_at_once_count(machine: Machine) -> None:
-    machine.tell(["1:cpu:/one", "0::/two"], [v1(machine.mount, "cpu"), v2(machine.mount)])
+def test_mixed_cgroup_versions_apply_the_smaller_quota(machine: Machine) -> None:
+    machine.write(["1:cpu:/one", "0::/two"], [v1(machine.mount, "cpu"), v2(machine.mount)])
     machine.limit("one", 300000, version=1)
     machine.limit("two", 200000)
     assert machine.quota == 2.0
 
 
-def test_a_period_other_than_the_usual(machine: Machine) -> None:
-    machine.tell(["0::/"], [v2(machine.mount)])
+def test_quota_is_relative_to_the_period(machine: Machine) -> None:
+    machine.write(["0::/"], [v2(machine.mount)])
     machine.limit("", 10000, period=5000)
     assert machine.quota == 2.0
 
@@ -108,7 +108,7 @@ def test_a_period_other_than_the_usual(machine: Machine) -> None:
     ("root", "path", "where"),
     [
         ("/", "/", ""),  # a container with a namespace of its own
-        ("/docker/1234", "/docker/1234", ""),  # without: the host's path, and only its own part mounted
+        ("/docker/1234", "/docker/1234", ""),  # without one: the host's path, and only its own subtree mounted
         ("/docker/1234", "/docker/1234/inner", "inner"),
         ("/kubepods/pod7", "/kubepods/pod7/c/d", "c"),
         ("/elsewhere", "/docker/1234", ""),
@@ -116,55 +116,53 @@ def test_a_period_other_than_the_usual(machine: Machine) -> None:
         ("/..", "/", ""),
     ],
 )
-def test_in_a_container_its_own_part_is_read(machine: Machine, root: str, path: str, where: str) -> None:
-    machine.tell([f"0::{path}"], [v2(machine.mount, root)])
+def test_container_reads_its_own_group(machine: Machine, root: str, path: str, where: str) -> None:
+    machine.write([f"0::{path}"], [v2(machine.mount, root)])
     machine.limit(where, 100000)
     assert machine.quota == 1.0
 
 
-def test_a_mount_with_a_space_in_its_name(machine: Machine) -> None:
+def test_mount_point_may_contain_a_space(machine: Machine) -> None:
     machine.mount = machine.folder / "control groups"
-    machine.tell(["0::/a b"], [v2(Path(str(machine.mount).replace(" ", "\\040")))])
+    machine.write(["0::/a b"], [v2(Path(str(machine.mount).replace(" ", "\\040")))])
     machine.limit("a b", 100000)
     assert machine.quota == 1.0
 
 
 @pytest.mark.parametrize("text", ["", "\n", "0", "0::", ":::", "x:cpu", "\0\0", "0::/a\n" * 3])
-def test_files_of_another_form_are_no_limit(machine: Machine, text: str) -> None:
+def test_malformed_files_are_no_quota(machine: Machine, text: str) -> None:
     for mounts in ("", text, "1 2 3 - cgroup2", v2(machine.mount)):
-        machine.tell([text], [mounts])
+        machine.write([text], [mounts])
         assert machine.quota is None
 
 
-def test_without_the_files_there_is_no_limit(tmp_path: Path) -> None:
+def test_missing_files_are_no_quota(tmp_path: Path) -> None:
     assert cpu_quota(tmp_path) is None
 
 
 @pytest.mark.parametrize(
     ("quota", "cpus"), [(None, 8), (16.0, 8), (4.0, 4), (1.5, 2), (1.4, 1), (0.1, 1), (2.49, 2), (7.9, 8)]
 )
-def test_threads_are_for_the_cpus_that_the_quota_pays_for(
-    monkeypatch: pytest.MonkeyPatch, quota: float | None, cpus: int
-) -> None:
+def test_threads_follow_the_quota(monkeypatch: pytest.MonkeyPatch, quota: float | None, cpus: int) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(cgroup, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(module, "cpu_quota", lambda: quota)
     assert available_cpus() == Topology().threads(0) == cpus
     assert Topology(local_world_size=2).threads(0) == max(1, cpus // 2)
     assert Topology(local_world_size=16).threads(0) == 1
     assert Topology().threads(7) == 7
 
 
-def test_cpus_are_counted_in_one_place() -> None:
+def test_cpus_are_counted_in_one_module() -> None:
     counts = re.compile(r"sched_getaffinity|cpu_count\(")
     files = [file for folder in ("distributed", "launch") for file in (ROOT / folder).rglob("*.py")]
-    assert [file.name for file in files if counts.search(file.read_text())] == ["cgroup.py"]
+    assert [file.name for file in files if counts.search(file.read_text())] == ["cpu_quota.py"]
 
 
 @pytest.fixture
 def group() -> Iterator[Path]:
-    """A control group of this machine with one CPU's time."""
+    """A control group of this machine with a quota of one CPU."""
     if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("one CPU is all there is")
+        pytest.skip("this machine has one CPU")
     for parent, quota in ((Path("/sys/fs/cgroup/cpu"), "cpu.cfs_quota_us"), (Path("/sys/fs/cgroup"), "cpu.max")):
         folder = parent / f"test-{os.getpid()}"
         try:
@@ -179,10 +177,10 @@ def group() -> Iterator[Path]:
         yield folder
         folder.rmdir()
         return
-    pytest.skip("no control group can be made here")
+    pytest.skip("no control group can be created here")
 
 
-def test_a_real_quota_is_seen(group: Path) -> None:
+def test_real_quota_is_detected(group: Path) -> None:
     code = (
         f"open({str(group / 'cgroup.procs')!r}, 'w').write('0'); from launch.doctor.probe import available_cpus as doctor; "
         "from distributed.topology import Topology; print(doctor(), Topology().threads(0), Topology().threads(3))"

@@ -1,4 +1,4 @@
-"""A process that ends at once writes the ending of a run that was begun, and nothing of one that was not."""
+"""An immediate exit is recorded in the run folder, but only if the attempt has started."""
 
 import json
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ import torch
 from kit.small_runs import small_config
 
 from distributed.attempt import Attempt
-from distributed.comm.peers import in_words
+from distributed.comm.peers import failure_message
 from distributed.config import TrainConfig
 from distributed.errors import ExitCode, InputError
 from distributed.optim.schedules import build_early_stopping, build_schedule
-from distributed.process import endings
-from distributed.process.endings import Ending
+from distributed.process import exits
+from distributed.process.exits import Exit
 from distributed.run_process import run_to_exit_code
 from distributed.topology import Topology
 from distributed.training.state import TrainState
@@ -30,7 +30,7 @@ def config(tmp_path: Path) -> TrainConfig:
 def attempt(config: TrainConfig) -> Iterator[Attempt]:
     with Attempt(config, Topology()) as attempt:
         yield attempt
-        attempt.run = None  # as in a process that has gone, nothing is written on the way out
+        attempt.run = None  # a process that has exited writes nothing more
 
 
 def begin(attempt: Attempt, config: TrainConfig) -> None:
@@ -38,9 +38,9 @@ def begin(attempt: Attempt, config: TrainConfig) -> None:
     attempt.begin(state, resumed_from=None, facts=attempt.facts(torch.device("cpu")) | {"images": {}})
 
 
-def end_at_once(code: ExitCode, reason: str) -> None:
-    for word in list(endings._last_words):
-        word(Ending(code, reason))
+def run_exit_hooks(code: ExitCode, reason: str) -> None:
+    for hook in list(exits._hooks):
+        hook(Exit(code, reason))
 
 
 @pytest.mark.parametrize(
@@ -52,60 +52,62 @@ def end_at_once(code: ExitCode, reason: str) -> None:
         (ExitCode.BAD_INPUT, "failed"),
     ],
 )
-def test_a_run_that_was_begun_says_how_it_ended(attempt: Attempt, config: TrainConfig, code: ExitCode, status: str):
+def test_exit_is_recorded_in_status_and_attempts(attempt: Attempt, config: TrainConfig, code: ExitCode, status: str):
     begin(attempt, config)
     assert attempt.folder.status()["status"] == "running"
-    end_at_once(code, "the reason")
+    run_exit_hooks(code, "the reason")
     found = attempt.folder.status()
     assert (found["status"], found["exit_code"], found["reason"], found["step"]) == (status, code, "the reason", 0)
     lines = [json.loads(line) for line in attempt.folder.attempts_file.read_text().splitlines()]
     assert [line["event"] for line in lines] == ["started", status]
 
 
-def test_before_its_beginning_the_last_status_stays(attempt: Attempt):
+def test_exit_before_the_start_keeps_the_old_status(attempt: Attempt):
     before = '{"status": "stopped", "exit_code": 75, "step": 7}'
     (attempt.folder.path / "status.json").write_text(before)
-    end_at_once(ExitCode.STOPPED, "the reason")
+    run_exit_hooks(ExitCode.STOPPED, "the reason")
     assert (attempt.folder.path / "status.json").read_text() == before
     assert not attempt.folder.attempts_file.exists()
 
 
-def test_an_attempt_that_has_ended_has_no_last_word(config: TrainConfig):
-    before = list(endings._last_words)
+def test_finished_attempt_removes_its_exit_hook(config: TrainConfig):
+    before = list(exits._hooks)
     with Attempt(config, Topology()):
-        assert len(endings._last_words) == len(before) + 1
-    assert endings._last_words == before
+        assert len(exits._hooks) == len(before) + 1
+    assert exits._hooks == before
 
 
 @pytest.mark.parametrize(("is_cause", "later"), [(True, 0), (False, 1)])
-def test_torchrun_is_given_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cause: bool, later: int):
+def test_reason_is_written_to_torchruns_error_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cause: bool, later: int
+):
     file = tmp_path / "attempt_0" / "0" / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
-    monkeypatch.setattr("distributed.process.endings.time.time", lambda: 1000.7)
-    endings.report("one line", is_cause=is_cause)
+    monkeypatch.setattr("distributed.process.exits.time.time", lambda: 1000.7)
+    exits.write_error_file("one line", is_cause=is_cause)
     assert json.loads(file.read_text()) == {
         "message": {"message": "one line", "extraInfo": {"timestamp": str(1000 + later)}}
     }
 
 
-def test_a_reason_that_cannot_be_written_is_no_error(monkeypatch: pytest.MonkeyPatch):
+def test_unwritable_error_file_is_ignored(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/dev/null/error.json")
-    endings.report("one line", is_cause=True)
+    exits.write_error_file("one line", is_cause=True)
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
-    endings.report("one line", is_cause=True)
+    exits.write_error_file("one line", is_cause=True)
 
 
 @pytest.mark.parametrize(
     ("error", "words"),
     [
         (InputError("one", "two"), "one; two"),
-        (ValueError("a defect"), "ValueError: a defect"),
+        (ValueError("a bug"), "ValueError: a bug"),
         (KeyError("name"), "KeyError: 'name'"),
         (MemoryError(), "MemoryError: "),
     ],
 )
-def test_an_error_in_one_line(error: Exception, words: str):
-    assert in_words(error) == words
+def test_failure_message_is_one_line(error: Exception, words: str):
+    assert failure_message(error) == words
 
 
 class Ask:
@@ -115,17 +117,17 @@ class Ask:
 
 class Fail:
     def requested(self) -> None:
-        raise ValueError("a defect")
+        raise ValueError("a bug")
 
 
 @pytest.mark.parametrize(
     ("stop", "code", "reason"),
     [
         (Ask(), 75, "stopped by SIGTERM at step 2, everything saved; the same command resumes"),
-        (Fail(), 1, "ValueError: a defect"),
+        (Fail(), 1, "ValueError: a bug"),
     ],
 )
-def test_every_ending_has_its_code_and_reason(
+def test_run_returns_exit_code_and_writes_reason(
     config: TrainConfig, stop: StopSource, code: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     file = tmp_path / "error.json"
