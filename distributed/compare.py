@@ -14,7 +14,7 @@ from distributed.errors import ExitCode, InputError
 from distributed.files import home_path
 from distributed.process.streams import run_command
 from distributed.run.folder import RunFolder
-from distributed.run.records import attempt_lines, metrics_lines, save_lines
+from distributed.run.records import TrainRecord, read_attempts, read_metrics, read_saves
 from distributed.runs.outcome import outcome_of
 from distributed.runs.table import HEADINGS, cells, in_columns
 
@@ -52,16 +52,16 @@ def compare(a: RunFolder, b: RunFolder) -> Comparison:
 def _logged(run: RunFolder) -> dict[tuple[int, str], dict[str, Any]]:
     """(step, kind) -> the figures of that line. A window of steps is compared with the same window only."""
     lines, before = {}, 0
-    for line in metrics_lines(run.metrics_file):
-        kind = line["kind"] if line["kind"] != "train" else f"steps {before + 1} to {line['step']}"
-        before = line["step"]
-        lines[line["step"], kind] = {key: value for key, value in line.items() if key not in _OF_THE_MACHINE}
+    for record in read_metrics(run.metrics_file):
+        kind = f"steps {before + 1} to {record.step}" if isinstance(record, TrainRecord) else record.kind
+        before = record.step
+        lines[record.step, kind] = record.model_dump(exclude_unset=True, exclude=_OF_THE_MACHINE)
     return dict(sorted(lines.items()))
 
 
 def _saved(run: RunFolder) -> dict[str, dict[str, str]]:
     saved = {
-        line["name"]: line["tensors"] for line in save_lines(run.digests_file)
+        record.name: record.tensors for record in read_saves(run.digests_file)
     }  # of one made twice the last counts
     return {name: saved[name] for name in sorted(saved)}
 
@@ -102,15 +102,15 @@ def circumstances(a: RunFolder, b: RunFolder) -> list[str]:
 def _facts(run: RunFolder) -> dict[str, list[str]]:
     """What each attempt that was begun ran on, in their order; what stayed the same is named once."""
     facts: dict[str, list[str]] = {}
-    lines = [line for line in attempt_lines(run.attempts_file) if line["event"] == "started"]
-    lines = [line for line in lines if {"bits", "world_size"} <= line.keys()]
-    variables = {name for line in lines for name in line["bits"] if name.isupper()}
+    lines = [line for line in read_attempts(run.attempts_file) if line.event == "started"]
+    lines = [line for line in lines if line.bits is not None and line.world_size is not None]
+    variables = {name for line in lines for name in line.bits or {} if name.isupper()}
     for line in lines:
-        bits = dict.fromkeys(sorted(variables), "not set") | line["bits"]
+        bits = dict.fromkeys(sorted(variables), "not set") | (line.bits or {})
         versions = {f"version of {package}": version for package, version in bits.pop("versions", {}).items()}
-        code = {"commit": line["git"]} if line.get("git") else {}
-        data = {f"{split} images": _in_words(identity) for split, identity in (line.get("images") or {}).items()}
-        for name, value in {"world_size": line["world_size"], **bits, **versions, **code, **data}.items():
+        code = {"commit": line.git} if line.git else {}
+        data = {f"{split} images": _in_words(identity) for split, identity in (line.images or {}).items()}
+        for name, value in {"world_size": line.world_size, **bits, **versions, **code, **data}.items():
             told = facts.setdefault(name, [])
             if str(value) not in told[-1:]:
                 told.append(str(value))

@@ -39,7 +39,7 @@ def _results(runs: Sequence[History]) -> Html:
                 f"{best[1]:.2%} (epoch {best[0]})" if best else "–",
                 f"{tests[-1]:.2%}" if tests else "–",
                 clock(time) if whole else f"more than {clock(time)}",
-                str(run.status.get("status", "unknown")),
+                run.status.status or "unknown",
             ]
         )
     headings = ["run", "network", "data", "epochs", "best validation", "last test", "wall time", "status"]

@@ -40,7 +40,7 @@ def run_curves(run: History) -> Html:
         accuracies.legend()
         for axes in (losses, accuracies, rates):
             _mark_drops(axes, run)
-        _label(losses, accuracies, rates, epochs=run.epochs[-1]["epoch"] + 1)
+        _label(losses, accuracies, rates, epochs=run.epochs[-1].epoch + 1)
         return as_svg(made, label=f"loss, accuracy and learning rate of {run.name} over epochs")
 
 
@@ -79,7 +79,7 @@ def _overlaid(runs: Sequence[History]) -> Iterator[tuple["Figure", str]]:
             epochs, values = run.curve(split, "accuracy")
             accuracies.plot(epochs, [100 * v for v in values], marker=marker, **style)
             _draw_rates(rates, run, **style)
-        _label(losses, accuracies, rates, epochs=max(run.epochs[-1]["epoch"] + 1 for run in runs if run.epochs))
+        _label(losses, accuracies, rates, epochs=max(run.epochs[-1].epoch + 1 for run in runs if run.epochs))
         losses.set_title("training loss")
         accuracies.set_title(f"{split} accuracy")
         made.legend(loc="outside lower center", ncols=4)
@@ -94,10 +94,10 @@ def throughput(run: History) -> Html:
     """
     if not run.steps:
         raise Absent("No training step was logged, so no speed is known.")
-    steps = [line["step"] for line in run.steps]
+    steps = [line.step for line in run.steps]
     with figure(11.5, 2.3) as (made, [axes]):
-        axes.plot(steps, [line["images_per_second"] for line in run.steps], color=COLOURS[2], linewidth=1.1)
-        starts = [attempt.started.get("step", 0) for attempt in run.attempts[1:]]
+        axes.plot(steps, [line.images_per_second or 0.0 for line in run.steps], color=COLOURS[2], linewidth=1.1)
+        starts = [attempt.started.step or 0 for attempt in run.attempts[1:]]
         for place, step in enumerate(starts):
             axes.axvline(step, color=COLOURS[1], linestyle=":", linewidth=1.2, label=None if place else "a new attempt")
         if starts:
@@ -118,9 +118,9 @@ def _draw_rates(axes: "Axes", run: History, **style: Any) -> None:
     if per_epoch is None:
         return
     if run.steps:
-        points = [(line["step"] / per_epoch, line["lr"]) for line in run.steps]
+        points = [(line.step / per_epoch, line.lr or 0.0) for line in run.steps]
     else:
-        points = [(line["epoch"] + 1, line["lr"]) for line in run.epochs]
+        points = [(line.epoch + 1, line.lr or 0.0) for line in run.epochs]
     if run.config.schedule.name == "plateau":
         axes.set_yscale("log")  # its drops span orders of magnitude
         style["drawstyle"] = "steps-pre"

@@ -3,12 +3,19 @@
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from distributed.config import TrainConfig
 from distributed.inference.saved_run import read_config
 from distributed.run.folder import RunFolder
-from distributed.run.records import attempt_lines, metrics_lines, time_of
+from distributed.run.records import (
+    AttemptRecord,
+    EpochRecord,
+    Status,
+    TrainRecord,
+    read_attempts,
+    read_epochs,
+    read_steps,
+)
 
 _STEP = {"loss", "lr", "images_per_second", "data_wait"}
 _EPOCH = {"lr", "train_loss", "train_accuracy"}
@@ -18,21 +25,21 @@ _EPOCH = {"lr", "train_loss", "train_accuracy"}
 class Attempt:
     """One attempt: `started` and `ended` are lines of attempts.jsonl; without the latter it runs, or was killed."""
 
-    started: dict[str, Any]
-    ended: dict[str, Any] | None
+    started: AttemptRecord
+    ended: AttemptRecord | None
 
     @property
     def duration(self) -> timedelta | None:
         """From start to end; None where no end was written."""
-        return time_of(self.ended) - time_of(self.started) if self.ended else None
+        return self.ended.moment - self.started.moment if self.ended else None
 
     @property
     def hardware(self) -> str:
         """`2 processes x 1 thread, AMD EPYC`, as far as it is known."""
-        if self.started["event"] != "started":
+        if self.started.event != "started":
             return "ended before it began"
-        bits = self.started.get("bits", {})
-        ranks, threads = self.started.get("world_size", 1), bits.get("threads")
+        bits = self.started.bits or {}
+        ranks, threads = self.started.world_size or 1, bits.get("threads")
         said = f"{ranks} process{'es' if ranks > 1 else ''}"
         if threads:
             said += f" × {threads} thread{'s' if threads > 1 else ''}"
@@ -46,15 +53,15 @@ class History:
     name: str
     folder: RunFolder
     config: TrainConfig
-    status: dict[str, Any]
+    status: Status
     attempts: list[Attempt]
-    steps: list[dict[str, Any]]
-    epochs: list[dict[str, Any]]
+    steps: list[TrainRecord]
+    epochs: list[EpochRecord]
 
     @property
     def steps_per_epoch(self) -> float | None:
         """None before the first epoch's end."""
-        return self.epochs[0]["step"] / (self.epochs[0]["epoch"] + 1) if self.epochs else None
+        return self.epochs[0].step / (self.epochs[0].epoch + 1) if self.epochs else None
 
     @property
     def wall_time(self) -> tuple[timedelta, bool]:
@@ -65,9 +72,10 @@ class History:
     def curve(self, split: str, figure: str) -> tuple[list[int], list[float]]:
         """(epochs counted from 1, values) of `loss` or `accuracy` on `train`, `validation` or `test`."""
         if split == "train":
-            points = [(line["epoch"] + 1, line[f"train_{figure}"]) for line in self.epochs]
+            points = [(line.epoch + 1, getattr(line, f"train_{figure}")) for line in self.epochs]
         else:
-            points = [(line["epoch"] + 1, line[split][figure]) for line in self.epochs if line.get(split)]
+            measured = [(line.epoch + 1, getattr(line, split)) for line in self.epochs]
+            points = [(epoch, getattr(record, figure)) for epoch, record in measured if record]
         return [epoch for epoch, _ in points], [value for _, value in points]
 
     def best(self, split: str) -> tuple[int, float] | None:
@@ -83,21 +91,20 @@ def read_history(run: Path) -> History:
         InputError: it is no run's folder.
     """
     folder, config = RunFolder(run), read_config(run)
-    logged = metrics_lines(folder.metrics_file)
     return History(
         run.resolve().name,
         folder,
         config,
         folder.status(),
-        _attempts([line for line in attempt_lines(folder.attempts_file) if "time" in line]),
-        [line for line in logged if line["kind"] == "train" and line.keys() >= _STEP],
-        [line for line in logged if line["kind"] == "epoch" and line.keys() >= _EPOCH],
+        _attempts([line for line in read_attempts(folder.attempts_file) if line.time]),
+        [line for line in read_steps(folder.metrics_file) if line.model_fields_set >= _STEP],
+        [line for line in read_epochs(folder.metrics_file) if line.model_fields_set >= _EPOCH],
     )
 
 
-def _attempts(lines: list[dict[str, Any]]) -> list[Attempt]:
+def _attempts(lines: list[AttemptRecord]) -> list[Attempt]:
     """Each start with the end of the same attempt, by its token. One that failed before it began has its end as start too."""
-    ends = {line.get("token"): line for line in lines if line["event"] != "started"}
-    starts = {line.get("token"): line for line in reversed(lines) if line["event"] == "started"}
-    tokens = dict.fromkeys(line.get("token") for line in lines)
+    ends = {line.token: line for line in lines if line.event != "started"}
+    starts = {line.token: line for line in reversed(lines) if line.event == "started"}
+    tokens = dict.fromkeys(line.token for line in lines)
     return [Attempt(starts.get(token) or ends[token], ends.get(token)) for token in tokens]

@@ -1,6 +1,7 @@
 """A run's story in sentences: what it is, how it went, what the learning rate did and why. Imports no torch."""
 
 from datetime import timedelta
+from itertools import pairwise
 
 from distributed.config.schedules import Constant, Cosine, OneCycle, Plateau
 from distributed.report.history import Attempt, History
@@ -33,10 +34,10 @@ def what_it_is(run: History) -> str:
 
 def how_it_stands(run: History) -> str:
     """Its status in one sentence."""
-    status, step = run.status, run.status.get("step")
-    at = f" at step {step:,}" if isinstance(step, int) else ""
-    reason = f": {status['reason']}" if status.get("reason") else ""
-    match status.get("status"):
+    status, step = run.status, run.status.step
+    at = f" at step {step:,}" if step is not None else ""
+    reason = f": {status.reason}" if status.reason else ""
+    match status.status:
         case "finished":
             early = len(run.epochs) < run.config.epochs and run.config.early_stopping is not None
             return f"The run is finished{at}{', stopped early since validation no longer improved' if early else ''}."
@@ -57,8 +58,8 @@ def how_it_ended(attempt: Attempt, *, last: bool) -> str:
     """Why an attempt ended, for the table of attempts."""
     if attempt.ended is None:
         return "no end was written: it still runs, or was killed" if last else "killed: no end was written"
-    reason, event = attempt.ended.get("reason", ""), attempt.ended["event"]
-    return f"{event}: {reason}" if reason else str(event)
+    reason, event = attempt.ended.reason, attempt.ended.event
+    return f"{event}: {reason}" if reason else event
 
 
 def clock(time: timedelta) -> str:
@@ -95,8 +96,9 @@ def learning_rate(run: History) -> list[str]:
 
 def drops(run: History) -> list[tuple[int, float, float]]:
     """(epoch counted from 1 after which it came, rate before, rate after) of every drop of a plateau schedule."""
-    pairs = zip(run.epochs, run.epochs[1:], strict=False)
-    return [(a["epoch"] + 1, a["lr"], b["lr"]) for a, b in pairs if b["lr"] < a["lr"]]
+    rates = [(line.epoch + 1, line.lr) for line in run.epochs if line.lr is not None]
+    pairs = pairwise(rates)
+    return [(epoch, before, after) for (epoch, before), (_, after) in pairs if after < before]
 
 
 def _plateau(run: History, schedule: Plateau) -> list[str]:

@@ -28,6 +28,7 @@ from distributed.report.page import (
     table,
     text,
 )
+from distributed.run.checkpoint_layout import committed_names
 
 if TYPE_CHECKING:
     from distributed.report.analysis import Checked, Findings
@@ -75,7 +76,7 @@ class _Look:
 
     def path(self) -> Path:
         """The checkpoint's folder."""
-        if not any(self.run.folder.checkpoints.glob("*/manifest.json")):
+        if not committed_names(self.run.folder.checkpoints):
             raise Absent("The run has saved no checkpoint yet, so there are no weights to look at.")
         return choose_checkpoint(self.run.folder.path, self.name)
 
@@ -108,25 +109,25 @@ def _figures(run: History) -> list[tuple[str, str]]:
     time, whole = run.wall_time
     figures.append(("epochs", f"{len(run.epochs)} of {run.config.epochs}"))
     figures.append(("wall time" if whole else "wall time of the attempts that were ended", clock(time)))
-    return [*figures, ("status", str(run.status.get("status", "unknown")))]
+    return [*figures, ("status", run.status.status or "unknown")]
 
 
 def _attempts(run: History) -> Html:
     rows = [
         [
             str(place),
-            attempt.started["time"].replace("T", " ").replace("+0000", " UTC"),
-            f"{attempt.started.get('step') or 0:,}",
+            (attempt.started.time or "").replace("T", " ").replace("+0000", " UTC"),
+            f"{attempt.started.step or 0:,}",
             attempt.hardware,
             clock(attempt.duration) if attempt.duration is not None else "unknown",
             how_it_ended(attempt, last=place == len(run.attempts)),
-            attempt.started.get("git") or "",
+            attempt.started.git or "",
         ]
         for place, attempt in enumerate(run.attempts, 1)
     ]
     headings = ["", "started", "from step", "on", "took", "ended", "code"]
     several = f"It took {len(rows)} attempts, each of which went on where the one before had saved." if rows[1:] else ""
-    versions = run.attempts[-1].started.get("versions", {}) if run.attempts else {}
+    versions = run.attempts[-1].started.versions or {} if run.attempts else {}
     said = ", ".join(f"{name} {version}" for name, version in versions.items())
     return part(
         "How it went",
@@ -138,8 +139,8 @@ def _attempts(run: History) -> Html:
 
 def _speed(run: History) -> list[Html]:
     drawn = throughput(run)
-    rates = sorted(line["images_per_second"] for line in run.steps)
-    waits = sorted(line["data_wait"] for line in run.steps)
+    rates = sorted(line.images_per_second or 0.0 for line in run.steps)
+    waits = sorted(line.data_wait or 0.0 for line in run.steps)
     return [
         text(
             f"Half of the time it trained on more than {rates[len(rates) // 2]:,.0f} images a second, over all processes; "

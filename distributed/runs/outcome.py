@@ -3,14 +3,13 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from distributed.config.layers import from_file
+from distributed.config.toml_file import from_file
 from distributed.errors import InputError
 from distributed.files import read_object
 from distributed.run.folder import RunFolder
-from distributed.run.lock_holder import gone
-from distributed.run.records import Line, metrics_lines
+from distributed.run.lock_holder import why_ended
+from distributed.run.records import EpochRecord, Status, read_epochs
 
 _MARKS = {"status.json", "attempts.jsonl", "config.toml"}
 _INNER = {"checkpoints", "tensorboard", "logs", "profile", "export", "ray", "slurm"}
@@ -59,27 +58,26 @@ def outcome_of(run: Path) -> Outcome:
     """What the files say that can be read."""
     status = RunFolder(run).status()
     try:
-        lines = metrics_lines(run / "metrics.jsonl")
-        epochs = [line for line in lines if line["kind"] == "epoch" and 0 <= line["epoch"] < _MOST_EPOCHS]
+        epochs = [record for record in read_epochs(run / "metrics.jsonl") if 0 <= record.epoch < _MOST_EPOCHS]
     except InputError:
         epochs = []
     validation, tests = _curve(epochs, "validation"), _curve(epochs, "test")
     return Outcome(
         status=_status(status, run),
-        epochs=max((line["epoch"] + 1 for line in epochs), default=0),
+        epochs=max((record.epoch + 1 for record in epochs), default=0),
         of_epochs=_planned_epochs(run),
         best=max(validation, key=lambda point: point[1], default=None),
         test=tests[-1] if tests else None,
-        train_loss=_number(epochs[-1].get("train_loss")) if epochs else None,
-        when=_text(status.get("time"))[:16].replace("T", " "),
-        minutes=sum(_number(line.get("seconds")) or 0.0 for line in epochs) / 60,
+        train_loss=_number(epochs[-1].train_loss) if epochs else None,
+        when=_text(status.time)[:16].replace("T", " "),
+        minutes=sum(_number(record.seconds) or 0.0 for record in epochs) / 60,
     )
 
 
-def _status(status: dict[str, Any], run: Path) -> str:
+def _status(status: Status, run: Path) -> str:
     """As status.json has it; `interrupted` if the process that wrote `running` is known to have ended."""
-    said = _text(status.get("status"))
-    return "interrupted" if said == "running" and gone(read_object(run / "attempt.json")) else said or "unknown"
+    said = _text(status.status)
+    return "interrupted" if said == "running" and why_ended(read_object(run / "attempt.json")) else said or "unknown"
 
 
 def _planned_epochs(run: Path) -> int | None:
@@ -90,21 +88,20 @@ def _planned_epochs(run: Path) -> int | None:
     return epochs if type(epochs) is int and 0 < epochs < _MOST_EPOCHS else None
 
 
-def _curve(epochs: list[Line], split: str) -> list[tuple[int, float]]:
-    """(epoch counted from 1, accuracy) where it was measured. Files of older versions hold it flat."""
+def _curve(epochs: list[EpochRecord], split: str) -> list[tuple[int, float]]:
+    """(epoch counted from 1, accuracy) where it was measured."""
     points = []
-    for line in epochs:
-        measured = line.get(split)
-        flat = measured if isinstance(measured, dict) else {"accuracy": line.get(f"{split}_accuracy")}
-        if (accuracy := _number(flat.get("accuracy"))) is not None:
-            points.append((line["epoch"] + 1, accuracy))
+    for record in epochs:
+        measured = getattr(record, split)
+        if measured and (accuracy := _number(measured.accuracy)) is not None:
+            points.append((record.epoch + 1, accuracy))
     return points
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else None
+def _number(value: float | None) -> float | None:
+    return float(value) if value is not None and abs(value) < 1e300 else None
 
 
-def _text(value: Any) -> str:
+def _text(value: str | None) -> str:
     """A short text that goes on one line; else nothing."""
-    return value if isinstance(value, str) and value.isprintable() and len(value) <= 40 else ""
+    return value if value and value.isprintable() and len(value) <= 40 else ""
