@@ -22,7 +22,7 @@ from distributed.files import replace_bytes, replace_text
 from distributed.process import logs
 from distributed.process.byproducts import Byproduct
 from distributed.process.signals import SignalStop
-from distributed.report.curves import overlaid_picture
+from distributed.report.comparison import curves_as_png
 from distributed.report.history import read_history
 from distributed.training.stop import StopSource
 from launch.on_ray.cluster import NoRoom, room
@@ -110,11 +110,11 @@ def conclude(folder: Path, trainings: Sequence[Training]) -> None:
     with Byproduct(folder / "summary.txt"):
         replace_text(folder / "summary.txt", text)
     runs = [read_history(training.config.run_dir) for training in trainings if _has_begun(training)]
-    measured = [(found[1], one) for one in runs if (found := one.best("validation"))]
+    measured = [(found.value, one) for one in runs if (found := one.log.best("validation"))]
     if not measured:
         return
     with Byproduct(folder / "sweep.png"):
-        replace_bytes(folder / "sweep.png", overlaid_picture(runs))
+        replace_bytes(folder / "sweep.png", curves_as_png(runs))
     accuracy, best = max(measured, key=lambda one: one[0])
     config = with_values(best.config, run_dir=folder / "best")
     with Byproduct(folder / "best.toml"):

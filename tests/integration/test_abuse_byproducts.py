@@ -431,8 +431,8 @@ def test_a_report_without_matplotlib_has_its_numbers(
     found = call("report.__main__", run, "--out", tmp_path / "report.html")
     assert (found.code, found.errors) == (0, []), found.err
     page = (tmp_path / "report.html").read_text()
-    assert "This part could not be made: ModuleNotFoundError" in page
-    assert "Its settings" in page
+    assert "This section could not be made: ModuleNotFoundError" in page
+    assert "Settings" in page
 
 
 def test_a_table_that_cannot_be_written_does_not_end_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
