@@ -89,7 +89,7 @@ def most_confused(counts: Counts, names: Sequence[str]) -> list[Pair]:
 def as_lines(results: Sequence[ClassResult]) -> list[str]:
     """Format a table for the terminal: headings, then a line per class."""
     width = max(len("class"), *(len(result.name) for result in results))
-    lines = [f"{'class':{width}}  {'n':>6}  {'recall':>8}  {'precision':>9}  most often predicted as"]
+    lines = [f"{'class':{width}}  {'n':>6}  {'recall':>8}  {'precision':>9}  most confused with"]
     for result in results:
         pair = result.confused_with
         confused = f"{pair.predicted} ({pair.images})" if pair else "-"

@@ -49,7 +49,7 @@ def classes(found: "Findings") -> list[Html]:
         fractions = ["–" if value is None else f"{value:.1%}" for value in (one.recall, one.precision)]
         pair = one.confused_with
         rows.append([one.name, f"{one.count:,}", *fractions, f"{pair.predicted} ({pair.images})" if pair else "–"])
-    per_class = table(["class", "images", "recall", "precision", "most often predicted as"], rows, numbers=[1, 2, 3])
+    per_class = table(["class", "images", "recall", "precision", "most confused with"], rows, numbers=[1, 2, 3])
     if len(rows) >= _LARGE:
         per_class = f"<details><summary>All {len(rows)} classes</summary>{per_class}</details>"
     return [

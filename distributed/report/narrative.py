@@ -13,7 +13,7 @@ def describe(run: History) -> str:
     held_out = f" {fraction:.0%} of the training images are held out for validation." if fraction else ""
     sentences = [
         f"{config.model.name} on {dataset_name(run)}: {run.progress}, batch size {config.global_batch_size}, "
-        f"{config.optim.name} with a peak learning rate of {config.peak_lr:g}, {config.precision}.{held_out}"
+        f"optimizer {config.optim.name}, peak learning rate {config.peak_lr:g}, precision {config.precision}.{held_out}"
     ]
     if run.attempts:
         sentences.append(f"Hardware: {run.attempts[-1].hardware}.")

@@ -43,7 +43,7 @@ def test_confused_pairs_are_sorted_by_frequency() -> None:
 
 def test_the_table_has_a_line_per_class() -> None:
     assert as_lines(by_class(COUNTS, NAMES)) == [
-        "class       n    recall  precision  most often predicted as",
+        "class       n    recall  precision  most confused with",
         "cat        10    60.00%     60.00%  dog (3)",
         "dog         9    55.56%     62.50%  cat (4)",
         "ship        0         -      0.00%  -",
