@@ -15,8 +15,8 @@ from distributed.errors import ExitCode, InputError, StorageError
 from distributed.figures.curves import draw_curves
 from distributed.files import storing
 from distributed.host.versions import versions
-from distributed.process import endings, logs
-from distributed.process.byproducts import Byproduct
+from distributed.process import exits, logs
+from distributed.process.optional_output import OptionalOutput
 from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
@@ -37,10 +37,10 @@ class Attempt:
     def __enter__(self) -> Self:
         if self.topology.is_main:
             self.run = ClaimedRun.claim(self.config.run_dir, world_size=self.topology.world_size)
-            endings.add_last_word(self._end_at_once)
+            exits.add_exit_hook(self._end_at_once)
         return self
 
-    def _end_at_once(self, ending: endings.Ending) -> None:
+    def _end_at_once(self, ending: exits.Exit) -> None:
         """Write down the ending of a process that does not come back here; nothing, if nothing was begun."""
         if self.run is not None and self._state is not None:
             self.run.end(
@@ -123,7 +123,7 @@ class Attempt:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self.run is not None:
-            endings.remove_last_word(self._end_at_once)
+            exits.remove_exit_hook(self._end_at_once)
         try:
             if self.run is not None:
                 with storing(self.run.path):
@@ -145,12 +145,12 @@ class Attempt:
         progress: dict[str, Any] = {"step": state.step, "epoch": state.epoch} if state else {}
         if error is not None:
             code = getattr(error, "exit_code", ExitCode.FAILED)
-            ending = endings.Ending(code, str(error))  # a request to stop that another rank met is one, too
+            ending = exits.Exit(code, str(error))  # a request to stop that another rank met is one, too
             reason = ending.reason if ending.is_stop else f"{type(error).__name__}: {error}"
             run.end("stopped" if ending.is_stop else "failed", exit_code=code, reason=reason, **progress)
         elif state and state.stop_reason:
             run.end("stopped", exit_code=ExitCode.STOPPED, reason=state.stop_reason, **progress)
         else:
             run.end("finished", exit_code=ExitCode.FINISHED, **progress)
-            with Byproduct(run.curves):
+            with OptionalOutput(run.curves):
                 draw_curves(run.metrics_file, run.curves, title=f"{self.config.model.name} on {self.config.data.name}")

@@ -106,7 +106,7 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
             return FsdpEngine(engine, model, **common)
         logger.info("engine fsdp: one process, so there is nothing to be shared out")
         engine = Ddp()
-    return DdpEngine(engine, model, example=data.example(), compile=config.compile, seed=config.seed, **common)
+    return DdpEngine(engine, model, example=data.example(), compile=config.compile, **common)
 
 
 def lanes_on(device: torch.device, *, threads: int) -> int:
@@ -119,8 +119,7 @@ def build_step(config: TrainConfig, engine: Engine, sums: MetricAccumulator, dev
     """`train_step` for this engine; on CUDA with its inputs in fixed memory and, on a single GPU, captured."""
     if device.type != "cuda" or (isinstance(config.engine, DeepSpeed) and collectives.world_size() > 1):
         return partial(train_step, engine, loss=config.loss, sums=sums)
-    # PowerSGD's QR decomposition comes from a library that does not support capture.
-    capture = config.cuda_graphs and collectives.world_size() == 1 and config.compression != "powersgd"
+    capture = config.cuda_graphs and collectives.world_size() == 1
     return CudaStep(engine, sums, loss=config.loss, device=device, capture=capture)
 
 
@@ -163,7 +162,7 @@ def log_plan(
         logger.info(
             "engine.compression = {}: gradients are approximate, and no other number of processes gives the same bits{}",
             config.compression,
-            "; one process sends nothing and rounds nothing" if alone and config.compression == "bfloat16" else "",
+            "; one process sends nothing and rounds nothing" if alone else "",
         )
     if device.type == "cpu" and 0 < (most := -(-shards // topology.world_size)) < threads:
         logger.warning(

@@ -25,7 +25,7 @@ from distributed.inference.saved_run import (
     with_data_root,
 )
 from distributed.process import gc_pause
-from distributed.process.byproducts import Byproduct, asked_for
+from distributed.process.optional_output import OptionalOutput, requested_output
 from distributed.process.streams import run_command
 from distributed.topology import Topology
 
@@ -63,25 +63,25 @@ def main() -> int:
         if arguments.split == "validation" and not config.data.validation_fraction:
             raise InputError("--split validation: this run held out no images; use --split test or train")
         if arguments.confusion:
-            require("matplotlib", at_least=(3, 9), wanted_by="--confusion")
+            require("matplotlib", at_least=(3, 9), needed_by="--confusion")
             check_writable("--confusion", arguments.confusion)
         return _evaluate(config, checkpoint, arguments)
     except PeerError as error:
         return error.tell()
     except (InputError, StorageError) as error:
         code = error.tell()
-        _tell_waiting(error)
+        _notify_waiting_peers(error)
         return code
 
 
-def _tell_waiting(error: InputError | StorageError) -> None:
+def _notify_waiting_peers(error: InputError | StorageError) -> None:
     """Let ranks that have met no error, and wait for this one, know of it."""
     with suppress(InputError):
         topology = Topology.from_environment()
-        if topology.is_awaited:
-            from distributed.comm.peers import in_words, tell_waiting
+        if topology.has_waiting_peers:
+            from distributed.comm.peers import failure_message, notify_waiting_peers
 
-            tell_waiting(topology, error.exit_code, in_words(error))
+            notify_waiting_peers(topology, error.exit_code, failure_message(error))
 
 
 def _config_of(run: Path, root: Path | None) -> TrainConfig:
@@ -91,7 +91,7 @@ def _config_of(run: Path, root: Path | None) -> TrainConfig:
 
 
 def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespace) -> int:
-    with gc_pause.at_rest():
+    with gc_pause.gc_paused():
         import torch
 
     from distributed.build import build_data, build_engine
@@ -132,7 +132,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
         failure = _draw(facts, totals, counts, names, picture)
         # The numbers come first: they may have taken long.
         _tell(facts, totals, counts, names, None if failure else picture, as_json=arguments.json)
-        with asked_for("--confusion", picture) if arguments.confusion else Byproduct(picture):
+        with requested_output("--confusion", picture) if arguments.confusion else OptionalOutput(picture):
             if failure:
                 raise failure
     return ExitCode.FINISHED
@@ -182,4 +182,4 @@ def _pair(pair: tuple[str, str, int] | None) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    run_command(main, at_once=True)
+    run_command(main, skip_cleanup=True)

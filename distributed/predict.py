@@ -17,7 +17,7 @@ from distributed.files import check_writable, home_path, write_output
 from distributed.host.versions import require
 from distributed.inference.saved_run import choose_checkpoint, read_config, with_data_root, without_download
 from distributed.process import gc_pause
-from distributed.process.byproducts import asked_for
+from distributed.process.optional_output import requested_output
 from distributed.process.streams import run_command
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def main() -> int:
         if missing := [path for path in arguments.images if not os.path.isfile(path)]:
             raise InputError(*[f"{path}: no such file; name existing images" for path in missing])
         if arguments.picture:
-            require("matplotlib", at_least=(3, 9), wanted_by="--picture")
+            require("matplotlib", at_least=(3, 9), needed_by="--picture")
             check_writable("--picture", arguments.picture)
         max_pixels = max_pixels_of(config.data) if arguments.max_pixels is None else arguments.max_pixels
         if max_pixels < 1:
@@ -60,7 +60,7 @@ def main() -> int:
         else:
             print(*_table(predictions), sep="\n")
         if arguments.picture:
-            with asked_for("--picture", arguments.picture):
+            with requested_output("--picture", arguments.picture):
                 _draw(pixels, predictions, arguments.picture)
     except (InputError, StorageError) as error:
         return error.tell()
@@ -96,7 +96,7 @@ def _predict(
     config: "TrainConfig", checkpoint: Path, paths: list[Path], max_pixels: int
 ) -> tuple[list[Prediction], list["Tensor"]]:
     """Return each image's prediction and the pixels [1, 3, size, size] that the network saw."""
-    with gc_pause.at_rest():
+    with gc_pause.gc_paused():
         import torch
 
     from distributed.data.sources.image_file import read_image

@@ -6,11 +6,11 @@ from loguru import logger
 
 from distributed.build import config_digest
 from distributed.checkpoint.upload import tell_ending
-from distributed.comm.agent_store import AgentStore, AnotherJob
-from distributed.comm.peers import in_words, tell_waiting
+from distributed.comm.agent_store import ForeignJobError, find_agent_store
+from distributed.comm.peers import failure_message, notify_waiting_peers
 from distributed.config import TrainConfig
 from distributed.errors import ExitCode, InputError, NotFiniteError, PeerError, StorageError
-from distributed.process import endings, logs
+from distributed.process import exits, logs
 from distributed.recipe import train
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
@@ -21,27 +21,27 @@ from distributed.training.stop import StopSource
 def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource) -> int:
     """Train; every way to end has its exit code and, under torchrun, its line in torchrun's summary."""
     logs.terminal_logs(topology.rank, level=config.logging.level)
-    agents = AgentStore.find(topology)
+    agents = find_agent_store(topology)
     try:
         if agents:
-            agents.enter(config_digest(config))
+            agents.register(config_digest(config))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         state = train(config, stop=stop)
     except Exception as error:
         _log(error, topology)
         code = getattr(error, "exit_code", ExitCode.FAILED)
-        endings.report(in_words(error), is_cause=not isinstance(error, PeerError))
-        if agents and isinstance(error, AnotherJob):
-            agents.leave()
+        exits.write_error_file(failure_message(error), is_cause=not isinstance(error, PeerError))
+        if agents and isinstance(error, ForeignJobError):
+            agents.stop_agent()
         elif not isinstance(error, PeerError):
-            tell_waiting(topology, code, in_words(error))
+            notify_waiting_peers(topology, code, failure_message(error))
         return int(code)
     if topology.is_main:
         _say_ending(config, state)
         tell_ending(config)
     if not state.stop_reason:
         return ExitCode.FINISHED
-    endings.report(_stopped(state), is_cause=False)
+    exits.write_error_file(_stopped(state), is_cause=False)
     return ExitCode.STOPPED
 
 

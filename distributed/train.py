@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 
 from distributed.checkpoint.download import check_store
 from distributed.checkpoint.upload import upload_rest
-from distributed.config import TrainConfig, help_text, load
+from distributed.config import TrainConfig, from_command_line, help_text
 from distributed.data.sources import cifar, registry
 from distributed.errors import ExitCode, InputError
 from distributed.host.versions import require
-from distributed.process import endings, gc_pause
+from distributed.process import exits, gc_pause
 from distributed.process.signals import SignalStop
 from distributed.process.streams import run_command
 from distributed.run.folder import RunFolder
@@ -34,7 +34,7 @@ def main() -> int:
         return ExitCode.FINISHED
     if is_elastic():  # until agent_store.py has published what the next round needs
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    with SignalStop(launched=has_launcher(), at_once_until_asked=True) as stop:
+    with SignalStop(launched=has_launcher(), exit_before_first_step=True) as stop:
         return _run(stop)
 
 
@@ -42,7 +42,7 @@ def _run(stop: SignalStop) -> int:
     topology = Topology()
     try:
         topology = Topology.from_environment()
-        topology.check_meeting_place()
+        topology.check_endpoint()
         config, finished = checked_config(sys.argv[1:], topology)
     except InputError as error:
         return refuse(error, topology)
@@ -54,7 +54,7 @@ def _run(stop: SignalStop) -> int:
                   f"or start another with --run_dir", file=sys.stderr)  # fmt: skip
             upload_rest(config)
         return ExitCode.FINISHED
-    with gc_pause.at_rest():  # torch comes in here, after all that could be wrong was checked
+    with gc_pause.gc_paused():  # torch comes in here, after all that could be wrong was checked
         from distributed.run_process import run_to_exit_code
 
     return run_to_exit_code(config, topology, stop)
@@ -73,15 +73,16 @@ def checked_config(
     Raises:
         InputError: anything that cannot be used, all of it that could be found out at once.
     """
-    config, named = load(arguments)
-    if not named and config.data.name == "cifar10" and not cifar.is_there("cifar10", config.data.root):
+    command = from_command_line(arguments)
+    config = command.config
+    if not command.names_data and config.data.name == "cifar10" and not cifar.is_there("cifar10", config.data.root):
         root = config.data.root.resolve()
         if job := cluster_job():
             raise InputError(
                 f"data.root = {root}: CIFAR-10 is not there, and {job} names neither a config nor a data set; give a config "
                 "first (configs/cifar10.toml), --data.root FOLDER, or --data.name generated10 for generated images"
             )
-        config, _ = load(arguments, default_data="generated10")
+        config = from_command_line(arguments, default_data="generated10").config
         if topology.is_main:
             print(_BANNER.format(root=root), file=sys.stderr)
     if adapt:
@@ -94,7 +95,7 @@ def checked_config(
     if config.device != "auto" or config.exact.shards != "auto":  # else it depends on what torch will find
         config.check_world_size(topology.world_size, config.device)
     if config.engine.name == "deepspeed":
-        require("deepspeed", at_least=(0, 19), wanted_by="engine.name = deepspeed")
+        require("deepspeed", at_least=(0, 19), needed_by="engine.name = deepspeed")
     finished = check_resume(config)
     # Rank 0 alone asks the store, which may have what makes init_from needless.
     begun = config.checkpoint.upload_to and (not topology.is_main or check_store(config))
@@ -108,13 +109,15 @@ def checked_config(
 def refuse(error: InputError, topology: Topology) -> int:
     """Local rank 0 says what is wrong; the others wait, so that torchrun does not end it before it has spoken."""
     reason = "\n".join(error.lines)
-    endings.report(reason, is_cause=True)
+    exits.write_error_file(reason, is_cause=True)
     if topology.local_rank == 0:
         error.tell()
-    if topology.is_awaited:
-        from distributed.comm.peers import tell_waiting  # with torch: others may have found nothing wrong, and wait
+    if topology.has_waiting_peers:
+        from distributed.comm.peers import (
+            notify_waiting_peers,  # with torch: others may have found nothing wrong, and wait
+        )
 
-        tell_waiting(topology, error.exit_code, reason)
+        notify_waiting_peers(topology, error.exit_code, reason)
     elif topology.local_rank:
         time.sleep(3)
     return ExitCode.BAD_INPUT
@@ -122,4 +125,4 @@ def refuse(error: InputError, topology: Topology) -> int:
 
 if __name__ == "__main__":
     # Threads of gloo or NCCL that wait for a dead peer must not keep the process.
-    run_command(main, at_once=True)
+    run_command(main, skip_cleanup=True)

@@ -36,7 +36,7 @@ def main() -> int:
         print(_USAGE.format(job=shipped("launch/ray_job.yaml")) + help_text())
         return ExitCode.FINISHED
     try:
-        require("ray", at_least=(2, 60), wanted_by="launch.ray_train")
+        require("ray", at_least=(2, 60), needed_by="launch.ray_train")
         words, sweep = without_sweep(words)
         trainings = swept(words, sweep) if sweep else [checked(words)]
         check_address(ray_address())

@@ -12,7 +12,7 @@ from typing import Any
 from distributed.config.layers import shown
 from distributed.errors import ExitCode, InputError
 from distributed.files import home_path, replace_text
-from distributed.process.byproducts import Byproduct
+from distributed.process.optional_output import OptionalOutput
 from distributed.process.streams import run_command
 from distributed.run.records import metrics_lines
 from distributed.runs.outcome import outcome_of, runs_below
@@ -81,7 +81,7 @@ def main() -> int:
         print(f"error: {error}; fix access to {sys.argv[1]}", file=sys.stderr)
         return ExitCode.STORAGE
     print(text, end="")
-    with Byproduct(folder / "summary.txt"):
+    with OptionalOutput(folder / "summary.txt"):
         replace_text(folder / "summary.txt", text)
     return ExitCode.FINISHED
 

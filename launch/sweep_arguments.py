@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from distributed.config import load
+from distributed.config import from_command_line
 from distributed.config.layers import from_arguments
 from distributed.errors import InputError
 
@@ -33,7 +33,7 @@ def of_task(words: Sequence[str], task: int | None) -> list[str]:
 
 def with_folder(words: Sequence[str], name: str, *more: str) -> list[str]:
     """These arguments and more, with a folder of that name inside the run folder, and inside the URL of uploads if any."""
-    config, _ = load(words)
+    config = from_command_line(words).config
     places = {"run_dir": str(config.run_dir / name)}
     if url := config.checkpoint.upload_to:
         places["checkpoint.upload_to"] = f"{url.rstrip('/')}/{name}"

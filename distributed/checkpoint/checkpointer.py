@@ -79,12 +79,12 @@ class Checkpointer:
             check(content, path)
 
         store = self._uploads.store if self._uploads else None
-        found = collectives.decided_by_main(lambda: find_resume_point(self.run, store, fits) if self.run else None)
+        found = collectives.run_on_main(lambda: find_resume_point(self.run, store, fits) if self.run else None)
         if found is None:
             return None
         name, content = found
         path = self.folder / name
-        tensors = collectives.done_by_all(lambda: tensors_at(path))
+        tensors = collectives.run_on_all(lambda: tensors_at(path))
         try:
             engine.load_state(tensors)
         except ValueError as error:
@@ -110,9 +110,9 @@ class Checkpointer:
                 self._submit()
             self._written()
             path = self.folder / name_of(step=state.best.step, epoch=state.best.epoch + 1)
-            if damage := collectives.from_main(damage_of(path) if self.run else None):
+            if damage := collectives.broadcast_object(damage_of(path) if self.run else None):
                 raise StorageError(f"{path}: the best checkpoint, to return to at a drop, is damaged: {damage}")
-            tensors = collectives.done_by_all(lambda: tensors_at(path))
+            tensors = collectives.run_on_all(lambda: tensors_at(path))
         engine.load_state({name: tensor for name, tensor in tensors.items() if name.startswith(("model.", "ema."))})
         logger.info("weights and buffers are those of epoch {}, the optimizer begins anew", state.best.epoch + 1)
 
@@ -137,7 +137,7 @@ class Checkpointer:
         Otherwise a new best is kept in host memory, for the next save to write.
         """
         idle = self._pending is None or self._pending.done()
-        if ends or collectives.from_main(self._budget.unlimited or (idle and self._budget.allows())):
+        if ends or collectives.broadcast_object(self._budget.unlimited or (idle and self._budget.allows())):
             self.save(engine, state)
             return True
         if is_best:
@@ -174,14 +174,14 @@ class Checkpointer:
         self._written()
         if self._uploads:
             self._uploads.begin_ending(AT_STOP_SECONDS if stopping else AT_END_SECONDS)
-        while self.upload_to and collectives.from_main(self._uploads and self._uploads.is_busy()):
+        while self.upload_to and collectives.broadcast_object(self._uploads and self._uploads.is_busy()):
             pass
         if self._uploads and self._newest:  # what an upload had held back may go
             self._retain(self._newest, best_in(read_object(self.folder / self._newest / "state.json")))
 
     def _written(self) -> None:
         """Wait until the previous save is on disk. A collective on the host, so that peers do not wait in NCCL."""
-        if failure := collectives.from_main(self._failure()):
+        if failure := collectives.broadcast_object(self._failure()):
             raise StorageError(failure)
 
     def _failure(self) -> str | None:

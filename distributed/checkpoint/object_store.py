@@ -9,7 +9,6 @@ to do what; that is for `uploads`.
 
 import json
 import shutil
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ from typing import Any
 
 from distributed.errors import InputError
 from distributed.files import digest_of_bytes
+from distributed.process.deadline import call_within
 from distributed.run.checkpoint_layout import FILES, MANIFEST, in_order
 
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
@@ -182,26 +182,17 @@ class Store:
 
 
 def within(seconds: float, work: Callable[[], None], store: Store) -> None:
-    """Do what asks the store, and let it hang no longer than this.
+    """Run `work`, which accesses the store, with a time limit.
 
     Raises:
         StoreError: it took longer.
     """
-    failure: list[Exception] = []
-
-    def run() -> None:
-        try:
-            work()
-        except Exception as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)  # nothing ends it, and nobody waits for it at the exit
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise StoreError(f"{store.url}: no answer within {seconds:g} s; check the network and the store's endpoint")
-    if failure:
-        raise failure[0]
+    try:
+        call_within(seconds, work)
+    except TimeoutError:
+        raise StoreError(
+            f"{store.url}: no answer within {seconds:g} s; check the network and the store's endpoint"
+        ) from None
 
 
 def _object(content: bytes | None) -> dict[str, Any]:

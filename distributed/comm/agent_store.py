@@ -1,98 +1,98 @@
-"""The key-value store in which torchrun's agents meet. The workers of a job on several nodes meet there too.
+"""The key-value store of torchrun's agents, in which the workers of a multi-node job rendezvous too.
 
-torchrun names its workers another store, MASTER_ADDR:MASTER_PORT, which an agent publishes once in its life. In a later
-round of the rendezvous a new agent waits for an address that nobody publishes, the others wait for that agent, and no
-worker starts: when a node joins, or a lost one returns, everything hangs (seen in torch 2.11 to 2.15). So the workers of one
-round publish an address for the next ones. It may be of no use by then, so that the ranks meet in the agents' own store, which
-is the same for all at any time. Its keys and its state are torch's internals, as of torch 2.14; if they cannot be read, the
-ranks meet at MASTER_ADDR:MASTER_PORT.
+torchrun gives its workers another store, MASTER_ADDR:MASTER_PORT, whose address an agent publishes once in its lifetime. In a
+later rendezvous round a new agent waits for an address that nobody publishes, the other agents wait for the new one, and no
+worker starts: the job hangs when a node joins or returns (seen in torch 2.11 to 2.15). Therefore the workers of each round
+publish an address for the next rounds. That address may be stale by then, so the ranks rendezvous in the agents' own
+store, whose address never changes. If it cannot be found, they use MASTER_ADDR:MASTER_PORT.
 """
 
 import os
-import pickle
 import signal
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Self
 
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
-
+from distributed.comm import torch_compat
+from distributed.comm.torch_compat import PrefixStore, Store, TCPStore
 from distributed.errors import InputError, PeerError
-from distributed.topology import MeetingPlace, Topology, elastic_run_id, meeting_place, torchrun_above
+from distributed.topology import Endpoint, Topology, elastic_run_id, find_torchrun, rendezvous_endpoint
 
-_CONNECT_TIME = timedelta(seconds=30)  # our agent has a connection there; meanwhile no signal is heard
-_ROUNDS_AHEAD = 16  # a round may pass without a worker, e.g. if a node is lost at its beginning
+_CONNECT_TIMEOUT = timedelta(seconds=30)  # our agent is connected already; signals are not handled while connecting
+_ROUNDS_AHEAD = 16  # a round may pass without any worker, e.g. if a node is lost at its start
 
 
-class AnotherJob(InputError):
-    """This job met another one at its rendezvous, and has to leave."""
+class ForeignJobError(InputError):
+    """Another job was first at this job's rendezvous."""
 
 
 @dataclass(frozen=True)
 class AgentStore:
-    """The store of torchrun's agents, seen by a worker in one round of their rendezvous."""
+    """The store of torchrun's agents, as seen by a worker in one rendezvous round."""
 
     topology: Topology
     store: Store
-    endpoint: MeetingPlace
+    endpoint: Endpoint
     round: int
-    launcher: int
-    """Process id of this worker's agent."""
+    agent_pid: int
 
     @classmethod
     def find(cls, topology: Topology) -> Self | None:
-        """The store; None if no torchrun started this process, for one node only, or in a way that gives no such store."""
-        found = torchrun_above() if elastic_run_id() else None
-        if found is None or (endpoint := _endpoint(found[1])) is None:
-            return None
-        launcher, (host, port) = found[0], endpoint
-        try:
-            store = TCPStore(host, port, is_master=False, timeout=_CONNECT_TIME)
-            round = _round_of(launcher, topology.node_rank, store)
-        except Exception:  # of torch's internals, in another version
-            return None
-        if round is None:
-            return None
-        return cls(topology, store, MeetingPlace(host, port, has_agent=True), round, launcher)
+        """Connect to the store.
 
-    def of_round(self, store: Store) -> Store:
-        """The store's keys of this round's ranks."""
+        Return None without torchrun, on a single node, or if the agents share no such store.
+        """
+        torchrun = find_torchrun() if elastic_run_id() else None
+        if torchrun is None or (found := torch_compat.c10d_endpoint(torchrun.arguments)) is None:
+            return None
+        endpoint = Endpoint(*found, has_agent=True)
+        try:
+            store = TCPStore(endpoint.host, endpoint.port, is_master=False, timeout=_CONNECT_TIMEOUT)
+            number = torch_compat.rendezvous_round(
+                store, elastic_run_id(), agent_pid=torchrun.pid, node_rank=topology.node_rank
+            )
+        except Exception:  # the internals of another torch version may raise anything
+            return None
+        return None if number is None else cls(topology, store, endpoint, number, torchrun.pid)
+
+    def with_round_prefix(self, store: Store) -> Store:
+        """Return a view of `store` with the keys of this round's ranks."""
         return PrefixStore(f"distributed.{elastic_run_id()}.{self.round}", store)
 
     @property
     def keys(self) -> Store:
-        """Keys of this round's ranks."""
-        return self.of_round(self.store)
+        """The keys of this round's ranks."""
+        return self.with_round_prefix(self.store)
 
-    def enter(self, job: str) -> None:
-        """Publish what agents of the next rounds will wait for, and make sure that this round belongs to this job.
+    def register(self, job: str) -> None:
+        """Publish the addresses that agents of later rounds wait for, and register this rank's job.
 
-        Called early: if a new round begins before that, it hangs.
+        Must be called early: a new round that begins before this call hangs.
 
         Args:
             job: a digest of everything that distinguishes one job from another.
 
         Raises:
-            AnotherJob: the rendezvous was begun by another job.
+            ForeignJobError: another job started this rendezvous.
         """
-        place = meeting_place()
-        for round in range(self.round + 1, self.round + 1 + _ROUNDS_AHEAD):
-            agents = PrefixStore(f"torch.rendezvous.{elastic_run_id()}.{round}", self.store)
-            agents.compare_set("MASTER_ADDR", "", place.host)
-            agents.compare_set("MASTER_PORT", "", str(place.port))
+        address = rendezvous_endpoint()
+        for number in range(self.round + 1, self.round + 1 + _ROUNDS_AHEAD):
+            torch_compat.publish_worker_address(
+                self.store, elastic_run_id(), number, host=address.host, port=address.port
+            )
         self.keys.set(f"job/{self.topology.rank}", job)
         if self.store.compare_set(f"distributed.{elastic_run_id()}.job", "", job).decode() != job:
-            raise AnotherJob(
+            raise ForeignJobError(
                 f"--rdzv-endpoint {self.endpoint}, --rdzv-id {elastic_run_id()}: another job, or this one with other "
                 "settings, is running there; give each job its own --rdzv-id and port, and all its nodes the same command"
             )
 
-    def look(self) -> None:
-        """Raises PeerError if a rank of another job came into this round; it leaves, and torchrun begins a new round."""
+    def check_jobs(self) -> None:
+        """Raise PeerError if a rank of another job joined this round. That rank exits, and torchrun starts a new round."""
         ranks = range(self.topology.world_size)
-        there = [rank for rank in ranks if self.keys.check([f"job/{rank}"])]
-        jobs = {rank: self.keys.get(f"job/{rank}") for rank in there}
-        own = jobs.get(self.topology.rank)  # none of a rank that failed early, and only comes to say so
+        registered = [rank for rank in ranks if self.keys.check([f"job/{rank}"])]
+        jobs = {rank: self.keys.get(f"job/{rank}") for rank in registered}
+        own = jobs.get(self.topology.rank)  # missing if this rank failed early and only publishes its failure
         foreign = [str(rank) for rank, job in jobs.items() if own and job != own]
         if foreign:
             raise PeerError(
@@ -100,35 +100,20 @@ class AgentStore:
                 f"--rdzv-endpoint {self.endpoint} and --rdzv-id {elastic_run_id()}; give each job its own --rdzv-id and port"
             )
 
-    def leave(self) -> None:
-        """End this worker's agent, once a node: its retries would disturb the job that was here first, and its failure
-        would close the rendezvous to it."""
+    def stop_agent(self) -> None:
+        """Terminate this node's agent; a no-op on all but local rank 0.
+
+        Otherwise the agent's restarts would disturb the job that was first, and its failure would close the rendezvous.
+        """
         if self.topology.local_rank == 0:
-            os.kill(self.launcher, signal.SIGTERM)
+            os.kill(self.agent_pid, signal.SIGTERM)
 
 
-def _endpoint(arguments: list[str]) -> tuple[str, int] | None:
-    """Where torchrun's agents meet, given its arguments; None if each node has a store of its own or it is no TCPStore."""
-    try:
-        from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config, parse_rendezvous_endpoint
-        from torch.distributed.run import parse_args
-
-        given = parse_args(arguments)  # type: ignore[no-untyped-call]
-        store = _parse_rendezvous_config(given.rdzv_conf).get("store_type", "tcp")
-        host, port = parse_rendezvous_endpoint(given.rdzv_endpoint, default_port=29400)
-    except (SystemExit, Exception):  # an option or a name of another version
-        return None
-    alone = given.standalone or str(given.nnodes).rpartition(":")[2] == "1" or not port
-    return None if alone or given.rdzv_backend != "c10d" or store != "tcp" else (host, port)
+_found: dict[Topology, AgentStore] = {}
 
 
-def _round_of(launcher: int, node_rank: int, store: Store) -> int | None:
-    """The round of the rendezvous that this worker's agent takes part in; None if it does not."""
-    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
-
-    found = C10dRendezvousBackend(store, elastic_run_id()).get_state()
-    if not found:
-        return None
-    state = pickle.loads(found[0])  # as the agents themselves read it
-    ours = [node for node, rank in state.participants.items() if node.pid == launcher and rank == node_rank]
-    return int(state.round) if ours else None
+def find_agent_store(topology: Topology) -> AgentStore | None:
+    """`AgentStore.find`, with one connection per process: a worker belongs to a single round."""
+    if topology not in _found and (store := AgentStore.find(topology)):
+        _found[topology] = store
+    return _found.get(topology)

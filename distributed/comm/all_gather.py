@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distributed.comm import collectives
-from distributed.comm.shared_memory import SharedMemory, Signals, open_shared_memory, tensor_in
+from distributed.comm.shared_memory import SharedCounters, SharedMemory, open_shared_memory, tensor_in
 
 _ROW_BYTES = 64 * 1024
 
@@ -39,15 +39,15 @@ class SharedMemoryAllGather:
     """
 
     def __init__(self, memory: SharedMemory, *, timeout_seconds: float) -> None:
-        self._signals = Signals(memory, 0, kinds=2, timeout_seconds=timeout_seconds)
+        self._counters = SharedCounters(memory, 0, count=2, timeout_seconds=timeout_seconds)
         self._rank, world_size = collectives.rank(), collectives.world_size()
-        self._rows = tensor_in(memory, Signals.size(2), (2, world_size, _ROW_BYTES), torch.uint8)
+        self._rows = tensor_in(memory, SharedCounters.size(2), (2, world_size, _ROW_BYTES), torch.uint8)
         self._exchange = 0
 
     @staticmethod
     def size() -> int:
         """Bytes of memory that it needs."""
-        return Signals.size(2) + 2 * collectives.world_size() * _ROW_BYTES
+        return SharedCounters.size(2) + 2 * collectives.world_size() * _ROW_BYTES
 
     def __call__(self, row: Tensor) -> Tensor:
         length = row.numel() * row.element_size()
@@ -57,6 +57,6 @@ class SharedMemoryAllGather:
         turn = self._exchange % 2
         slots = self._rows[turn, :, :length]
         slots[self._rank].copy_(row.view(torch.uint8))
-        self._signals.give(turn, self._exchange)
-        self._signals.wait(turn, self._exchange)
+        self._counters.publish(turn, self._exchange)
+        self._counters.wait(turn, self._exchange)
         return slots.clone().view(row.dtype)

@@ -1,4 +1,4 @@
-"""Sums and agreements over ranks. No-ops in a single process, so that callers need not know how many there are."""
+"""Collectives on tensors and Python objects. All but `all_gather` work without a process group, as a single rank."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distributed.comm.torch_compat import all_gather_single
 from distributed.errors import InputError, StorageError
 
 T = TypeVar("T")
@@ -21,28 +22,26 @@ def rank() -> int:
 
 
 def sum_over_ranks_(tensor: Tensor) -> Tensor:
-    """Replace by the sum over ranks, on the tensor's device. Exact in any order for integers."""
+    """All-reduce the sum in place, on the tensor's device. Integer sums are exact in any order."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def max_over_ranks_(tensor: Tensor) -> Tensor:
-    """Replace by the elementwise maximum over ranks."""
+    """All-reduce the elementwise maximum in place."""
     if world_size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor
 
 
 def all_gather(received: Tensor, sent: Tensor) -> None:
-    """Fill `received`, flat, with what every rank sent, in order of rank."""
-    # torch 2.14 renamed the function and warns about its old name.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(received, sent)
+    """Fill `received`, flat, with `sent` of every rank in rank order."""
+    all_gather_single(received, sent)
 
 
-def from_main(value: Any) -> Any:
-    """Rank 0's picklable value, on every rank."""
+def broadcast_object(value: Any) -> Any:
+    """Return rank 0's picklable value on every rank. The other ranks' values are ignored."""
     if world_size() == 1:
         return value
     box = [value]
@@ -51,7 +50,7 @@ def from_main(value: Any) -> Any:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's picklable value, in order of rank, on every rank."""
+    """Return the picklable values of all ranks, in rank order, on every rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -59,55 +58,58 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def decided_by_main(work: Callable[[], T]) -> T:
-    """Rank 0's result, on every rank. An error of input or storage that rank 0 meets, every rank raises."""
-    result, error = _tried(work) if rank() == 0 else (None, None)
-    result, error = from_main((result, error))
+def run_on_main(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 and return its result on every rank. Every rank raises its InputError or StorageError."""
+    result, error = _try(work) if rank() == 0 else (None, None)
+    result, error = broadcast_object((result, error))
     if error is not None:
         raise error
     return cast(T, result)
 
 
-def done_by_all(work: Callable[[], T]) -> T:
-    """This rank's own result, once every rank has one. The first rank's error of input or storage, every rank raises."""
-    result, error = _tried(work)
+def run_on_all(work: Callable[[], T]) -> T:
+    """Run `work` on every rank and return the rank's own result, after all ranks are done.
+
+    If `work` raises InputError or StorageError on some ranks, every rank raises the error of the lowest of them.
+    """
+    result, error = _try(work)
     if first := next((found for found in gather_objects(error) if found is not None), None):
         raise first
     return cast(T, result)
 
 
-def _tried(work: Callable[[], T]) -> tuple[T | None, InputError | StorageError | None]:
+def _try(work: Callable[[], T]) -> tuple[T | None, InputError | StorageError | None]:
     try:
         return work(), None
     except (InputError, StorageError) as error:
         return None, error
 
 
-class LateMax:
-    """An elementwise maximum over ranks of a few flags, read one call late, so that nobody waits for it.
+class DelayedMax:
+    """Elementwise maximum of a few flags over ranks, returned one call late, so that no rank waits for another.
 
-    It has a gloo group of its own: flags are host numbers, and the gradients' group stays free.
+    Uses a gloo group of its own: flags are host numbers, and the group of the gradients stays free.
     """
 
     def __init__(self, flags: int) -> None:
-        self._nothing = torch.zeros(flags, dtype=torch.int32)
+        self._zeros = torch.zeros(flags, dtype=torch.int32)
         self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
         self._pending: tuple[Tensor, Any] | None = None
 
     def exchange(self, *flags: int) -> list[int]:
-        """Hand in this rank's flags; get the maxima of what was handed in the call before (zeros at first)."""
-        before = self.drain()
+        """Start reducing this rank's flags. Return the maxima of the previous call's flags, at first zeros."""
+        previous = self.drain()
         mine = torch.tensor(flags, dtype=torch.int32)
         work = (
             dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self._group, async_op=True) if world_size() > 1 else None
         )
         self._pending = (mine, work)
-        return before
+        return previous
 
     def drain(self) -> list[int]:
-        """The maxima of what was handed in last, waiting for them."""
+        """Wait for the last `exchange` and return its maxima; zeros if they were returned already."""
         if self._pending is None:
-            return [int(flag) for flag in self._nothing]
+            return [int(flag) for flag in self._zeros]
         flags, work = self._pending
         if work is not None:
             work.wait()

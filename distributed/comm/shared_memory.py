@@ -1,10 +1,11 @@
-"""Memory that all ranks of one host see, and signals in it: exchanges without a trip through the network stack.
+"""Memory shared by all ranks of a host, and counters in it: synchronization without the network stack.
 
-gloo needs two thread switches and several copies for each exchange, most of a millisecond on a virtual machine; ranks
-that look at each other's memory need some microseconds.
+A gloo collective costs two thread switches and several copies, most of a millisecond on a virtual machine. Ranks that poll
+shared memory need a few microseconds.
 """
 
 import fcntl
+import math
 import mmap
 import os
 import tempfile
@@ -18,30 +19,32 @@ import torch
 from torch import Tensor
 
 from distributed.comm import collectives
-from distributed.topology import host, machine
+from distributed.topology import boot_id, host
 
-_LINE = 64  # bytes of a cache line: signals on lines of their own do not stall who reads another
-_SPINS = 2000  # some hundred microseconds: a rank with a core of its own is there by then
-_LOOK_SECONDS = 0.1
+_CACHE_LINE = 64  # bytes; each counter has a line of its own, so that writing one does not stall readers of another
+_SPINS = 2000  # a few hundred microseconds: by then a rank with a core of its own has arrived
+_YIELD_SECONDS = 0.005
+_SLEEP_SECONDS = 0.0005
+_CHECK_SECONDS = 0.1
 _NAME_BYTES = 16
 
 
 class SharedMemory:
-    """`size` bytes that all ranks see, and which of the ranks live. Made by `open_shared_memory`.
+    """`size` bytes that all ranks map, and a check which ranks are alive. Created by `open_shared_memory`.
 
-    A rank that lives holds a lock on a byte of the file, which the kernel lets go of when the process ends. Process ids would
-    not do: in containers two processes may have one, or see none of each other's.
+    Each rank locks one byte of the file; the kernel releases the lock when the process ends. Process ids would not do:
+    processes in different containers may have the same one, or may not see each other's.
     """
 
     def __init__(self, path: str, size: int) -> None:
-        # Closed with the last of its tensors: to close any descriptor of the file lets go of all locks of the process.
+        # Stays open as long as tensors over it exist: closing any descriptor of the file releases all locks of the process.
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115
         self.bytes = mmap.mmap(self._file.fileno(), size)
         self.name = self.bytes[-_NAME_BYTES:]
         fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, collectives.rank())
 
     def is_alive(self, rank: int) -> bool:
-        """Whether that rank's process has not ended; one that is stopped lives."""
+        """Whether that rank's process has not ended. A stopped process counts as alive."""
         try:
             fcntl.lockf(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, rank)
         except OSError:
@@ -51,27 +54,27 @@ class SharedMemory:
 
 
 def open_shared_memory(size: int, device: torch.device) -> SharedMemory | None:
-    """`size` bytes of zeros, the same for all ranks; None if they do not all compute on CPUs and see one memory, or if
-    there is not so much of it to give. A collective.
+    """Map `size` zeroed bytes on all ranks. A collective.
 
-    That they see one memory is tried out: host names may be the same for two containers, and differ for one memory.
+    Return None if the ranks do not all compute on CPUs, do not share memory, or if there is not enough of it. Whether they
+    share memory is tested by mapping it: two containers may have the same host name, or different names and one memory.
     """
     size += _NAME_BYTES
-    if set(collectives.gather_objects((machine(), device.type))) != {(machine(), "cpu")}:
+    if set(collectives.gather_objects((boot_id(), device.type))) != {(boot_id(), "cpu")}:
         return None
-    path, name = collectives.from_main(_new_file(size) if collectives.rank() == 0 else None) or ("", b"")
+    path, name = collectives.broadcast_object(_create_file(size) if collectives.rank() == 0 else None) or ("", b"")
     memory = None
     if path:
         with suppress(OSError, ValueError):  # in a container with memory of its own, or as another user
             memory = SharedMemory(path, size)
-    everybody = all(collectives.gather_objects(memory is not None and memory.name == name))
+    is_shared = all(collectives.gather_objects(memory is not None and memory.name == name))
     if collectives.rank() == 0 and path:
         Path(path).unlink(missing_ok=True)
-    return memory if everybody else None
+    return memory if is_shared else None
 
 
-def _new_file(size: int) -> tuple[str, bytes] | None:
-    """A file of zeros, and the random name that it ends with."""
+def _create_file(size: int) -> tuple[str, bytes] | None:
+    """Create a file of zeros that ends with a random name. Return its path and that name."""
     name = os.urandom(_NAME_BYTES)
     folder = "/dev/shm" if Path("/dev/shm").is_dir() else None
     try:
@@ -79,7 +82,8 @@ def _new_file(size: int) -> tuple[str, bytes] | None:
     except OSError:
         return None
     try:
-        os.posix_fallocate(handle, 0, size)  # a container may have 64 MB there; found out later, it is a SIGBUS
+        # Allocates now: a container may have 64 MB of shared memory, and a later write beyond that is a SIGBUS.
+        os.posix_fallocate(handle, 0, size)
         os.pwrite(handle, name, size - _NAME_BYTES)
     except OSError:
         os.unlink(path)
@@ -89,60 +93,61 @@ def _new_file(size: int) -> tuple[str, bytes] | None:
     return path, name
 
 
-class Signals:
-    """Numbers that each rank counts up for the others to wait for; made by all ranks alike, a collective.
+class SharedCounters:
+    """Counters in shared memory: each rank increases its own, and waits for those of the others. A collective.
 
     Args:
-        memory, offset: where they lie; `size(kinds)` bytes.
-        kinds: how many numbers each rank has.
+        memory, offset: where the counters are stored; they take `size(count)` bytes.
+        count: number of counters per rank.
     """
 
-    def __init__(self, memory: SharedMemory, offset: int, *, kinds: int, timeout_seconds: float) -> None:
+    def __init__(self, memory: SharedMemory, offset: int, *, count: int, timeout_seconds: float) -> None:
         self._rank, self._world_size, self._timeout = collectives.rank(), collectives.world_size(), timeout_seconds
-        numbers = np.frombuffer(memory.bytes, np.int64, count=self.size(kinds) // 8, offset=offset)
-        self._numbers = numbers.reshape(kinds, self._world_size, _LINE // 8)[:, :, 0]
+        numbers = np.frombuffer(memory.bytes, np.int64, count=self.size(count) // 8, offset=offset)
+        self._values = numbers.reshape(count, self._world_size, _CACHE_LINE // 8)[:, :, 0]
         self._fence = threading.Lock()
         self._memory = memory
         self._processes: list[str] = collectives.gather_objects(f"process {os.getpid()} on {host()}")
 
     @staticmethod
-    def size(kinds: int) -> int:
-        return kinds * collectives.world_size() * _LINE
+    def size(count: int) -> int:
+        """Number of bytes for `count` counters per rank."""
+        return count * collectives.world_size() * _CACHE_LINE
 
-    def give(self, kind: int, value: int) -> None:
-        """What this rank wrote before is there for whoever has waited for the value."""
-        # Taking and giving a lock orders stores on processors that reorder them (x86 does not).
+    def publish(self, index: int, value: int) -> None:
+        """Set this rank's counter. A rank that has waited for the value sees all earlier writes of this rank."""
+        # Acquiring and releasing a lock orders stores on processors that reorder them (x86 does not).
         with self._fence:
             pass
-        self._numbers[kind, self._rank] = value
+        self._values[index, self._rank] = value
 
-    def wait(self, kind: int, value: int) -> None:
-        """Until every rank has given at least this value.
+    def wait(self, index: int, value: int) -> None:
+        """Block until the counter of every rank has reached `value`.
 
         Raises:
-            RuntimeError: one is dead, or did not come in time.
+            RuntimeError: a rank has died or timed out.
         """
-        numbers = self._numbers[kind]
+        values = self._values[index]
         for rank in range(self._world_size):
-            if numbers[rank] < value:
-                self._wait_for(numbers, rank, value)
+            if values[rank] < value:
+                self._wait_for(values, rank, value)
         with self._fence:
             pass
 
-    def _wait_for(self, numbers: "np.ndarray[tuple[int], np.dtype[np.int64]]", rank: int, value: int) -> None:
-        """Spin, then give way, then sleep."""
+    def _wait_for(self, values: "np.ndarray[tuple[int], np.dtype[np.int64]]", rank: int, value: int) -> None:
+        """Spin, then yield the processor, then sleep."""
         for _ in range(_SPINS):
-            if numbers[rank] >= value:
+            if values[rank] >= value:
                 return
-        start = looked = time.monotonic()
-        while numbers[rank] < value:
+        start = checked_at = time.monotonic()
+        while values[rank] < value:
             now = time.monotonic()
-            if now - start < 0.005:
+            if now - start < _YIELD_SECONDS:
                 os.sched_yield()
             else:
-                time.sleep(0.0005)
-            if now - looked > _LOOK_SECONDS:
-                looked = now
+                time.sleep(_SLEEP_SECONDS)
+            if now - checked_at > _CHECK_SECONDS:
+                checked_at = now
                 if not self._memory.is_alive(rank):
                     raise RuntimeError(f"connection closed by peer: rank {rank}, {self._processes[rank]}, has died")
                 if now - start > self._timeout:
@@ -150,8 +155,5 @@ class Signals:
 
 
 def tensor_in(memory: SharedMemory, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor over a part of the memory, which stays mapped as long as the tensor lives."""
-    count = 1
-    for side in shape:
-        count *= side
-    return torch.frombuffer(memory.bytes, dtype=dtype, count=count, offset=offset).view(shape)
+    """Return a tensor view of the memory. The memory stays mapped while the tensor exists."""
+    return torch.frombuffer(memory.bytes, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)

@@ -1,65 +1,72 @@
-"""The key-value store in which ranks meet: served or reached at MASTER_ADDR:MASTER_PORT, with every wait in Python."""
+"""The key-value store at MASTER_ADDR:MASTER_PORT: serving it and connecting to it, with all waiting done in Python."""
 
 import errno
 import socket
 import struct
-import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
-from typing import TypeVar
+from typing import NamedTuple
 
-from torch._C._distributed_c10d import Store, TCPStore
-
+from distributed.comm.torch_compat import TCP_STORE_MAGIC, TCP_STORE_PING, TCP_STORE_VALIDATE, Store, TCPStore
 from distributed.errors import InputError, PeerError
-from distributed.topology import MeetingPlace
+from distributed.process.deadline import try_within
+from distributed.topology import Endpoint
 
-T = TypeVar("T")
-
-SAME_PLACE = "start every rank with the same MASTER_ADDR and MASTER_PORT"
+SAME_ENDPOINT = "start every rank with the same MASTER_ADDR and MASTER_PORT"
 _ANSWER_SECONDS = 5.0
-_VALIDATE, _MAGIC, _PING = 0, 0x3C85F7CE, 13  # TCPStore's protocol; test_tcp_store.py fails if it changes
+_FOREIGN_SECONDS = 1.0  # a store that is shutting down may look like a foreign program for a moment
 
 
-def open_store(
-    place: MeetingPlace, *, rank: int, world_size: int, timeout: timedelta
-) -> tuple[Store, socket.socket | None]:
-    """The store in which the ranks meet, and a connection that closes with its server; None if this rank is the server.
+class OpenStore(NamedTuple):
+    """A store, and a connection that is closed when its server exits. The server itself has no connection."""
 
-    Waits in Python, so that a signal is heard: torch's own rendezvous waits in C++ for all ranks.
+    store: Store
+    connection: socket.socket | None
+
+
+def open_store(endpoint: Endpoint, *, rank: int, world_size: int, timeout: timedelta) -> OpenStore:
+    """Open the store of the ranks: serve it on rank 0, connect to it on the others.
+
+    Waits in Python, so that signals are handled: torch's own rendezvous waits for all ranks in C++.
 
     Raises:
-        InputError: something else listens there.
+        InputError: another program listens there.
         PeerError: nothing answered in time.
     """
-    if rank == 0 and not place.has_agent:
-        return _serve(place, world_size=world_size, timeout=timeout), None
+    if rank == 0 and not endpoint.has_agent:
+        return OpenStore(_serve(endpoint, world_size=world_size, timeout=timeout), None)
     deadline = time.monotonic() + timeout.total_seconds()
-    absent = f"rank 0 of {world_size}" if not place.has_agent else "torchrun's agent"
-    connection = _reach(place, deadline, f"{absent} did not arrive at {place} within {timeout.total_seconds():g} s")
-    connect = lambda: TCPStore(place.host, place.port, world_size, False, timeout, wait_for_workers=False)  # noqa: E731
-    client = within(max(1.0, deadline - time.monotonic()), connect)
+    server = f"rank 0 of {world_size}" if not endpoint.has_agent else "torchrun's agent"
+    seconds = f"{timeout.total_seconds():g} s"
+    connection = _connect(endpoint, deadline, f"{server} did not arrive at {endpoint} within {seconds}")
+    client = try_within(
+        max(1.0, deadline - time.monotonic()),
+        lambda: TCPStore(endpoint.host, endpoint.port, world_size, False, timeout, wait_for_workers=False),
+    )
     if client is None:
-        raise PeerError(f"{absent} did not answer at {place} within {timeout.total_seconds():g} s")
-    return client, connection
+        raise PeerError(f"{server} did not answer at {endpoint} within {seconds}")
+    return OpenStore(client, connection)
 
 
-_served: dict[int, Store] = {}  # the store of a run before in this process: every meeting has a token of its own
+_served: dict[int, Store] = {}  # by port; a later run in the same process uses the same store, under another token
 
 
-def _serve(place: MeetingPlace, *, world_size: int, timeout: timedelta) -> Store:
-    if place.port not in _served:
-        _served[place.port] = TCPStore(
-            "localhost", place.port, world_size, True, timeout, wait_for_workers=False, master_listen_fd=_listen(place)
+def _serve(endpoint: Endpoint, *, world_size: int, timeout: timedelta) -> Store:
+    port = endpoint.port
+    if port not in _served:
+        _served[port] = TCPStore(
+            "localhost", port, world_size, True, timeout, wait_for_workers=False, master_listen_fd=_listen(port)
         )
-    _served[place.port].set_timeout(timeout)
-    return _served[place.port]
+    _served[port].set_timeout(timeout)
+    return _served[port]
 
 
-def is_open(connection: socket.socket | None) -> bool:
-    """Whether the store's server is there; asked before the store is used, since torch's client is loud if not."""
+def is_connected(connection: socket.socket | None) -> bool:
+    """Whether the store's server is alive. Call it before each use: torch's client logs a stack trace if it is not.
+
+    `connection` is None on the server itself.
+    """
     if connection is None:
         return True
     try:
@@ -70,71 +77,56 @@ def is_open(connection: socket.socket | None) -> bool:
         return False
 
 
-def within(seconds: float, work: Callable[[], T]) -> T | None:
-    """What `work` returns; None if it raises, or takes longer and is left to itself."""
-    results: list[T] = []
-
-    def run() -> None:
-        with suppress(Exception):
-            results.append(work())
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return results[0] if results else None
-
-
-def _listen(place: MeetingPlace) -> int:
-    """A listening socket at the port, on all addresses of this host."""
-    for both in (True, False):
+def _listen(port: int) -> int:
+    """Return the descriptor of a socket that listens on all addresses of this host, IPv6 included if it has that."""
+    for dual_stack in (True, False):
         try:
-            family = socket.AF_INET6 if both else socket.AF_INET
-            listener = socket.create_server(("", place.port), family=family, backlog=2048, dualstack_ipv6=both)
+            family = socket.AF_INET6 if dual_stack else socket.AF_INET
+            listener = socket.create_server(("", port), family=family, backlog=2048, dualstack_ipv6=dual_stack)
             return listener.detach()
         except (OSError, ValueError) as error:
-            if both and getattr(error, "errno", None) not in (errno.EADDRINUSE, errno.EACCES):
+            if dual_stack and getattr(error, "errno", None) not in (errno.EADDRINUSE, errno.EACCES):
                 continue  # a host without IPv6
             raise InputError(
-                f"environment: MASTER_PORT = {place.port}: {getattr(error, 'strerror', None) or error} on rank 0's host; "
+                f"environment: MASTER_PORT = {port}: {getattr(error, 'strerror', None) or error} on rank 0's host; "
                 "give another port (torchrun --master_port PORT, or --standalone on one host)"
             ) from None
     raise AssertionError
 
 
-def _reach(place: MeetingPlace, deadline: float, absent: str) -> socket.socket:
-    """A connection to a store. Looks again until the deadline if nobody listens there yet, or does not answer."""
-    foreign_since = 0.0
-    said = "nothing listens there"
+def _connect(endpoint: Endpoint, deadline: float, timeout_message: str) -> socket.socket:
+    """Return a connection to the store. Retries until the deadline while nothing listens there or answers."""
+    foreign_since, problem = 0.0, "nothing listens there"
     while time.monotonic() < deadline:
         try:
-            connection = socket.create_connection((place.host, place.port), timeout=1.0)
+            connection = socket.create_connection((endpoint.host, endpoint.port), timeout=1.0)
         except OSError as error:
-            foreign_since, said = 0.0, error.strerror or str(error)
+            foreign_since, problem = 0.0, error.strerror or str(error)
             time.sleep(0.05)
             continue
         connection.settimeout(min(_ANSWER_SECONDS, max(0.1, deadline - time.monotonic())))
-        if (answers := _is_store(connection)) is True:
+        if (is_store := _is_store(connection)) is True:
             connection.setblocking(False)
             return connection
         connection.close()
-        if answers is None:
-            foreign_since, said = 0.0, "what listens there does not answer"
+        if is_store is None:
+            foreign_since, problem = 0.0, "what listens there does not answer"
             continue
         foreign_since = foreign_since or time.monotonic()
-        if time.monotonic() - foreign_since > 1.0:  # not just a server that is going
+        if time.monotonic() - foreign_since > _FOREIGN_SECONDS:
             raise InputError(
-                f"environment: MASTER_ADDR = {place.host!r} and MASTER_PORT = {place.port}: another program listens there; "
-                "give another port (torchrun --master_port PORT, or --standalone on one host)"
+                f"environment: MASTER_ADDR = {endpoint.host!r} and MASTER_PORT = {endpoint.port}: another program listens "
+                "there; give another port (torchrun --master_port PORT, or --standalone on one host)"
             )
         time.sleep(0.2)
-    raise PeerError(f"{absent} ({said}); {SAME_PLACE}")
+    raise PeerError(f"{timeout_message} ({problem}); {SAME_ENDPOINT}")
 
 
 def _is_store(connection: socket.socket) -> bool | None:
-    """Whether a TCPStore is at the other end; None if nothing was heard in time."""
+    """Whether the other end is a TCPStore; None if it did not answer in time."""
     nonce = uuid.uuid4().int & 0xFFFFFFFF
     try:
-        connection.sendall(struct.pack("=BIBI", _VALIDATE, _MAGIC, _PING, nonce))
+        connection.sendall(struct.pack("=BIBI", TCP_STORE_VALIDATE, TCP_STORE_MAGIC, TCP_STORE_PING, nonce))
         answer = b""
         while len(answer) < 4 and (more := connection.recv(4 - len(answer))):
             answer += more

@@ -12,40 +12,18 @@ class Ddp(Section):
         "ddp", "replicated weights, gradients summed over ranks (DistributedDataParallel)"
     )
     bucket_mib: int = operational(25, "size of a bucket of gradients that is exchanged at once, MiB", gt=0, le=1024)
-    compression: Literal["bfloat16", "powersgd"] | None = setting(
-        None, "send less of gradients: bfloat16: rounded to it; powersgd: as products of two thin matrices, what they leave "
-        "out with the next ones (Vogels et al. 2019); none: as they are"
+    compression: Literal["bfloat16"] | None = setting(
+        None, "bfloat16: round gradients to bfloat16 before they are summed over ranks; none: sum them in their own precision"
     )  # fmt: skip
-    powersgd_rank: int | None = setting(
-        None, "columns of those matrices; more are closer and more to send; only with powersgd", gt=0, le=1024
-    )
 
     def conflicts(self, shards: Shards, precision: str) -> list[str]:
         """What cannot go with each other or with other sections' settings, a line each."""
-        found, powersgd = [], self.compression == "powersgd"
-        if self.compression and shards not in ("auto", 0):
-            found.append(
-                f"engine.compression = {self.compression} cannot go with exact.shards = {shards}: sums of compressed gradients "
-                "depend on the ranks; set exact.shards = 0, or leave engine.compression out"
-            )
-        if powersgd and precision == "float16":
-            found.append(
-                "engine.compression = powersgd cannot go with precision = float16: an overflow would stay in the errors that "
-                "it keeps; set precision = bfloat16"
-            )
-        if powersgd and self.powersgd_rank is None:
-            found.append("engine.compression = powersgd needs engine.powersgd_rank: 2 or 4 is what the paper takes")
-        if self.powersgd_rank is not None and not powersgd:
-            found.append(
-                f"engine.powersgd_rank = {self.powersgd_rank} has no effect without engine.compression = powersgd: set that, "
-                "or remove it"
-            )
-        if powersgd and self.bucket_mib != Ddp().bucket_mib:
-            found.append(
-                f"engine.bucket_mib = {self.bucket_mib} has no effect with engine.compression = powersgd, which sends what is "
-                "left in one piece: remove it"
-            )
-        return found
+        if self.compression is None or shards in ("auto", 0):
+            return []
+        return [
+            f"engine.compression = {self.compression} cannot go with exact.shards = {shards}: sums of compressed gradients "
+            "depend on the ranks; set exact.shards = 0, or leave engine.compression out"
+        ]
 
 
 class Fsdp(Section):

@@ -4,6 +4,7 @@ import difflib
 from functools import cache
 
 from distributed.config.leaves import leaves
+from distributed.config.renamed import REMOVED, RENAMED
 
 _OTHER_NAMES = {
     "global_batch_size": "batch_size batch bs batchsize train_batch_size per_device_batch_size mini_batch_size",
@@ -35,7 +36,10 @@ _OTHER_NAMES = {
     "timeout_seconds": "timeout",
     "init_from": "pretrained weights finetune load_from",
 }
-_MEANT = {name: setting for setting, names in _OTHER_NAMES.items() for name in names.split()}
+_MEANT = {
+    **{old.rpartition(".")[2]: new for old, new in RENAMED.items()},
+    **{name: setting for setting, names in _OTHER_NAMES.items() for name in names.split()},
+}
 _PROCESSES = "the launcher sets the number of processes: torchrun --nproc_per_node=N -m distributed.train ..."
 _RESUME = "the same command in the same run_dir resumes; init_from starts from another run's weights"
 _ADVICE = {
@@ -57,6 +61,15 @@ def known() -> frozenset[str]:
 @cache
 def _by_last_word() -> dict[str, str]:
     return {path.rpartition(".")[2]: path for path in sorted(known(), reverse=True)}
+
+
+def unknown(path: str) -> str:
+    """Return what is wrong with a setting that does not exist, and the remedy."""
+    if new := RENAMED.get(path.lower()):
+        return f"renamed to {new}"
+    if message := REMOVED.get(path.lower()):
+        return message
+    return f"unknown setting; {hint(path)}"
 
 
 def hint(path: str) -> str:

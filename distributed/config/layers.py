@@ -10,9 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from distributed.config.hints import hint, known
+from distributed.config.hints import known, unknown
 from distributed.config.leaves import leaves, sections_of
 from distributed.config.named import config_file
+from distributed.config.renamed import RENAMED, upgraded
 from distributed.config.train_config import TrainConfig
 from distributed.errors import InputError
 from distributed.files import read_at_most, with_home
@@ -49,7 +50,8 @@ def _merged(older: Tree, newer: Tree) -> Tree:
             result[key] = value
             continue
         if "name" in value and value["name"] != below.get("name", _default_name(key)):
-            below = {k: v for k, v in below.items() if k in _fields_of_variant(key, value["name"])}
+            kept = _fields_of_variant(key, value["name"])
+            below = {k: v for k, v in below.items() if k in kept or f"{key}.{k}" in RENAMED}
         result[key] = _merged(below, value)
     return result
 
@@ -67,8 +69,11 @@ def _fields_of_variant(section: str, name: str) -> set[str]:
     return set()
 
 
-def from_file(path: Path, *, extended_by: tuple[str, ...] = ()) -> Settings:
-    """The settings of a TOML file over those of the file that its `extends` names (relative to itself, or a shipped one).
+def from_file(path: Path, *, saved: bool = False, extended_by: tuple[str, ...] = ()) -> Settings:
+    """Return the settings of a TOML file over those of the file that its `extends` names (beside it, or a shipped one).
+
+    Args:
+        saved: the file is a run's own config.toml, which may have been written by an earlier version.
 
     Raises:
         InputError: no such file, not TOML, or a file that extends itself.
@@ -80,20 +85,27 @@ def from_file(path: Path, *, extended_by: tuple[str, ...] = ()) -> Settings:
         raise InputError(f"{name}: `extends` chain of more than {_LONGEST_CHAIN} files; merge some of them")
     text, values = _parsed(path, name)
     base = values.pop("extends", None)
+    lines = dict(_lines_of_keys(text))
+    if saved:
+        lines = {RENAMED.get(key, key): line for key, line in lines.items()}
+        try:
+            values = upgraded(values)
+        except ValueError as error:
+            raise InputError(f"{name}: {error}") from None
     settings = Settings()
     if base is not None:
         if not isinstance(base, str) or not base or "\0" in base:
             raise InputError(f"{name}: extends = {shown(base)}: must be the name of one file, in quotes")
         settings = from_file(config_file(with_home(base), beside=path.parent), extended_by=(*extended_by, here))
-    places = dict.fromkeys(_paths(values), name) | {key: f"{name}:{line}" for key, line in _lines_of_keys(text)}
+    places = dict.fromkeys(dotted_paths(values), name) | {key: f"{name}:{line}" for key, line in lines.items()}
     settings.override(Settings(_with_none(values), places))
     return settings
 
 
-def _paths(tree: Tree, prefix: str = "") -> Iterator[str]:
+def dotted_paths(tree: Tree, prefix: str = "") -> Iterator[str]:
     for key, value in tree.items():
         yield prefix + key
-        yield from _paths(value, f"{prefix}{key}.") if isinstance(value, dict) else ()
+        yield from dotted_paths(value, f"{prefix}{key}.") if isinstance(value, dict) else ()
 
 
 def _parsed(path: Path, name: str) -> tuple[str, Tree]:
@@ -195,7 +207,7 @@ def from_arguments(arguments: Sequence[str]) -> Settings:
         if path.count(".") < _DEEPEST:
             _put(settings.values, path, _value(path, text))
         else:
-            settings.mistakes.append(f"--{shown(path)}: unknown setting; --help lists all of them")
+            settings.mistakes.append(f"--{shown(path)}: {unknown(path)}")
         settings.places[path] = "command line"
     settings.mistakes = [f"command line: {mistake}" for mistake in settings.mistakes]
     return settings
@@ -210,7 +222,7 @@ def _without_value(path: str) -> str:
     """What is wrong with an option that no value follows."""
     if path in known() or any(setting.startswith(f"{path}.") for setting in known()):
         return f"a value is missing; write --{path} VALUE"
-    return f"unknown setting; {hint(path)}"
+    return unknown(path)
 
 
 def _put(tree: Tree, path: str, value: Any) -> None:

@@ -90,8 +90,8 @@ class TrainConfig(Section):
             )
 
     @property
-    def compression(self) -> Literal["bfloat16", "powersgd"] | None:
-        """How gradients are made less to send, if they are."""
+    def compression(self) -> Literal["bfloat16"] | None:
+        """How gradients are compressed; None if they are not, or under an engine that cannot."""
         return self.engine.compression if isinstance(self.engine, Ddp) else None
 
     @property

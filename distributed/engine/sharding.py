@@ -62,7 +62,7 @@ class FlatShard:
 
 
 FOREIGN = {
-    "compression.": "the errors that compressed gradients left",
+    "compression.": "error feedback of PowerSGD, which this version does not have",
     "scaler.": "float16's loss scale",
 }
 """What only some engines and precisions go on from, by how its names begin."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distributed.comm.collectives import all_gather, rank, world_size
 from distributed.comm.reduction_tree import Node, reduce_to_root
-from distributed.comm.shared_memory import SharedMemory, Signals, open_shared_memory, tensor_in
+from distributed.comm.shared_memory import SharedCounters, SharedMemory, open_shared_memory, tensor_in
 from distributed.exact.bucket_layout import BucketLayout, ShardedBucket
 from distributed.exact.gradient_reducer import BucketReduce, Nodes
 
@@ -59,8 +59,8 @@ class SharedMemoryReduce:
         self, memory: SharedMemory, nodes: Nodes, lie: BucketLayout, like: Tensor, *, timeout_seconds: float
     ) -> None:
         length, self._chunk = lie.length, lie.chunks[rank()]
-        self._signals = Signals(memory, 0, kinds=2, timeout_seconds=timeout_seconds)
-        row, offset = _row_bytes(length, like), Signals.size(2)
+        self._counters = SharedCounters(memory, 0, count=2, timeout_seconds=timeout_seconds)
+        row, offset = _row_bytes(length, like), SharedCounters.size(2)
         self._of_nodes: dict[Node, Tensor] = {}
         for r, own in enumerate(nodes):
             sums = tensor_in(memory, offset, (len(own), row // like.element_size()), like.dtype)[:, :length]
@@ -77,20 +77,20 @@ class SharedMemoryReduce:
     @staticmethod
     def size(nodes: Nodes, length: int, like: Tensor) -> int:
         """Bytes of memory that it needs."""
-        return Signals.size(2) + (sum(map(len, nodes)) + 1) * _row_bytes(length, like)
+        return SharedCounters.size(2) + (sum(map(len, nodes)) + 1) * _row_bytes(length, like)
 
     def send(self) -> None:
         self._exchange += 1
-        self._signals.give(_WRITTEN, self._exchange)
+        self._counters.publish(_WRITTEN, self._exchange)
 
     def reduce(self, *, first: bool) -> None:
-        self._signals.wait(_WRITTEN, self._exchange)
+        self._counters.wait(_WRITTEN, self._exchange)
         _take_in(self.total[self._chunk], reduce_to_root(self._of_nodes), first=first)
-        self._signals.give(_REDUCED, self._exchange)
+        self._counters.publish(_REDUCED, self._exchange)
 
     def complete(self, *, last: bool) -> None:
         # Nobody writes into the total before all have come here with the next sums, so it can be read until then.
-        self._signals.wait(_REDUCED, self._exchange)
+        self._counters.wait(_REDUCED, self._exchange)
 
 
 class ReduceScatter:

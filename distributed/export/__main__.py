@@ -12,7 +12,7 @@ from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import check_writable, home_path, write_output
 from distributed.inference.saved_run import choose_checkpoint, read_config, with_data_root, without_download
 from distributed.process import gc_pause
-from distributed.process.byproducts import asked_for
+from distributed.process.optional_output import requested_output
 from distributed.process.streams import run_command
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _formats(requested: list[str]) -> list[str]:
 
 
 def _export(config: "TrainConfig", checkpoint: Path, names: list[str], out: Path, *, tolerance: float) -> int:
-    with gc_pause.at_rest():
+    with gc_pause.gc_paused():
         from distributed.inference.trained_run import load_checkpoint
     from distributed.export.formats import FORMATS
     from distributed.export.parity import largest_difference, reference
@@ -76,7 +76,7 @@ def _export(config: "TrainConfig", checkpoint: Path, names: list[str], out: Path
     for name in names:
         exported = out / FORMATS[name].file
         for file, content in FORMATS[name].contents(trained, metadata).items():
-            with asked_for("--out", out / file):
+            with requested_output("--out", out / file):
                 write_output(out / file, content)
         difference = largest_difference(FORMATS[name].load(exported), expected)
         matches = difference <= tolerance
@@ -112,4 +112,4 @@ def _metadata(trained: "TrainedRun") -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_command(main, at_once=True)
+    run_command(main, skip_cleanup=True)

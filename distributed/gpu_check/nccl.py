@@ -15,7 +15,7 @@ from distributed.build import build_data
 from distributed.comm.all_gather import process_group_all_gather
 from distributed.comm.collectives import all_gather
 from distributed.comm.process_group import choose_device, process_group
-from distributed.config import TrainConfig, load
+from distributed.config import TrainConfig, from_command_line
 from distributed.config.engines import Ddp, Fsdp
 from distributed.data.batch import Batch
 from distributed.data.pipeline import DataPipeline
@@ -97,7 +97,7 @@ def _config(checks: Checks, name: str, **settings: object) -> TrainConfig:
         "global_batch_size": batch, "channels_last": "false", "optim__lr": 0.01, "logging__every_steps": 1,
         "schedule__name": "constant",
     }  # fmt: skip
-    return load(runs.arguments(checks.scratch / name, checks.device, **(sizes | settings)))[0]
+    return from_command_line(runs.arguments(checks.scratch / name, checks.device, **(sizes | settings))).config
 
 
 def _recipe(checks: Checks, name: str, **settings: object) -> None:

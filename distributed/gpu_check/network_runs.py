@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed.build import build_data, build_engine, build_step
-from distributed.config import TrainConfig, load
+from distributed.config import TrainConfig, from_command_line
 from distributed.config.engines import Ddp
 from distributed.data.batch import Batch
 from distributed.data.pipeline import DataPipeline
@@ -28,14 +28,13 @@ _LR = {"sgd": 0.02, "adamw": 1e-3}
 
 def config_of(network: str, precision: str, batch: int, *options: str, shards: int = 0) -> TrainConfig:
     """A run, in exact mode if there are shards, on generated images that are on the device, with a few steps an epoch."""
-    config, _ = load(
+    return from_command_line(
         [
             "--data.name", "generated10", "--data.train_samples", str(max(10, 4 * batch)), "--data.test_samples", "10",
             "--data.validation_fraction", "0", "--data.placement", "device", "--global_batch_size", str(batch),
             "--model.name", network, "--precision", precision, "--exact.shards", str(shards), *options,
         ]
-    )  # fmt: skip
-    return config
+    ).config  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 
 from distributed.comm.process_group import choose_device, process_group
-from distributed.config import load
+from distributed.config import from_command_line
 from distributed.process import logs
 from distributed.recipe import train
 from distributed.topology import Topology
@@ -23,7 +23,7 @@ def main() -> int:
     with process_group(topology, choose_device(device_name, topology), timeout_seconds=30):
         for arguments in json.loads(Path(file).read_text()):
             try:
-                train(load(arguments)[0])
+                train(from_command_line(arguments).config)
             except Exception:
                 failures += 1
                 print("failed:", *arguments, flush=True)

@@ -10,11 +10,12 @@ import torch
 from distributed.errors import ExitCode
 from distributed.gpu_check import runs
 from distributed.gpu_check.checks import Checks
-from distributed.gpu_check.processes import PYTHON, Process, Processes
+from distributed.gpu_check.processes import Process, Processes
+from distributed.process.torchrun import torchrun_command
 
 _SECONDS = 80.0
 _EXACT: dict[str, object] = {"exact__shards": 8}
-_CLIPPED: dict[str, object] = {**_EXACT, "precision": "float32", "optim__clip_norm": 0.5}
+_CLIPPED: dict[str, object] = {**_EXACT, "precision": "float32", "optim__max_grad_norm": 0.5}
 
 
 class _Case(NamedTuple):
@@ -88,9 +89,9 @@ def _torchrun_run(checks: Checks) -> Path:
 
 def _start_torchrun(checks: Checks, processes: Processes) -> Process:
     """`torchrun --nproc_per_node=2 -m distributed.train`, as a user types it."""
-    options = ["--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "-m", "distributed.train"]
+    options = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
     arguments = _arguments(checks, _torchrun_run(checks), BFLOAT16.settings)
-    return processes.start("torchrun", [*PYTHON, "torch.distributed.run", *options, *arguments])
+    return processes.start("torchrun", torchrun_command(2, "distributed.train", arguments, options=options))
 
 
 def _start_refused(checks: Checks, processes: Processes) -> list[Process]:

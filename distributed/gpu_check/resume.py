@@ -11,7 +11,7 @@ from typing import Any
 from distributed.build import build_data, build_engine
 from distributed.checkpoint.checkpointer import Checkpointer
 from distributed.comm.process_group import choose_device
-from distributed.config import load
+from distributed.config import from_command_line
 from distributed.errors import ExitCode
 from distributed.gpu_check import runs
 from distributed.gpu_check.checks import Checks
@@ -156,7 +156,7 @@ def _save(checks: Checks) -> None:
     name = "improved_alexnet" if checks.tiny else "cifar_alexnet"
     with checks.check(f"a save of {name}") as figures:
         settings = partial(runs.arguments, checks.scratch / "saves", checks.device, model__name=name)
-        config, _ = load(settings(data__train_samples=1000, data__test_samples=100, exact__shards=0))
+        config = from_command_line(settings(data__train_samples=1000, data__test_samples=100, exact__shards=0)).config
         device = choose_device(checks.device.type, Topology())
         data = build_data(config, Topology(), device)
         engine = build_engine(config, Topology(), data, device)

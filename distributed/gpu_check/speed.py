@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from distributed.comm.process_group import choose_device
-from distributed.config import load
+from distributed.config import from_command_line
 from distributed.files import replace_json
 from distributed.gpu_check import runs
 from distributed.gpu_check.checks import Checks
@@ -104,7 +104,7 @@ def _recipe(speed: Speed, model: str, batch: int) -> None:
             "threads": int(speed.checks.tiny),
         }  # fmt: skip
         clock = _Clock(last=steps // 2 - 1)
-        config, _ = load(runs.arguments(speed.checks.scratch / "recipe", speed.device, **settings))
+        config = from_command_line(runs.arguments(speed.checks.scratch / "recipe", speed.device, **settings)).config
         train(config, stop=clock)
         first = len(clock.times) // 5
         seconds = (clock.times[-1] - clock.times[first]) / (len(clock.times) - 1 - first)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distributed.build import build_data, build_engine, build_step
-from distributed.config import load
+from distributed.config import from_command_line
 from distributed.config.sections import Sgd
 from distributed.data.batch import Batch
 from distributed.gpu_check import runs
@@ -37,7 +37,7 @@ class Training:
             "model__name": model, "global_batch_size": batch, "data__train_samples": batches * batch,
             "data__test_samples": 10, "data__validation_fraction": 0, "exact__shards": 0, "cuda_graphs": str(record).lower(),
         }  # fmt: skip
-        self.config, _ = load(runs.arguments(Path("unused"), device, **(values | settings)))
+        self.config = from_command_line(runs.arguments(Path("unused"), device, **(values | settings))).config
         self.data = build_data(self.config, Topology(), device)
         self.engine = build_engine(self.config, Topology(), self.data, device)
         self.sums = MetricAccumulator(device)

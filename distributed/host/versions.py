@@ -37,7 +37,7 @@ def git_state() -> str:
     return asked.stdout.strip()
 
 
-def require(package: str, *, at_least: tuple[int, int], wanted_by: str) -> None:
+def require(package: str, *, at_least: tuple[int, int], needed_by: str) -> None:
     """Look, without importing it, whether a package is there that only some runs need.
 
     Raises:
@@ -47,8 +47,8 @@ def require(package: str, *, at_least: tuple[int, int], wanted_by: str) -> None:
     try:
         found = metadata.version(package)
     except metadata.PackageNotFoundError:
-        raise InputError(f"{wanted_by} needs the package {package}: pip install '{package}>={wanted}'") from None
+        raise InputError(f"{needed_by} needs the package {package}: pip install '{package}>={wanted}'") from None
     if tuple(map(int, re.findall(r"\d+", found)[:2])) < at_least:
         raise InputError(
-            f"{wanted_by} needs {package} {wanted}, and {found} is there: pip install '{package}>={wanted}'"
+            f"{needed_by} needs {package} {wanted}, and {found} is there: pip install '{package}>={wanted}'"
         )

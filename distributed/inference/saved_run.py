@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distributed.config import TrainConfig, load, with_values
+from distributed.config import TrainConfig, read_saved, with_values
 from distributed.config.layers import shown
 from distributed.data.sources import registry
 from distributed.errors import InputError
@@ -29,8 +29,7 @@ def read_config(run: Path) -> TrainConfig:
     file = RunFolder(run).config_file
     if not os.path.isfile(file):  # unlike Path.is_file, also False for a name that is too long
         raise InputError(f"{run}: no config.toml there; RUN is the folder that a training run wrote (its --run_dir)")
-    config, _ = load([str(file)])
-    return config
+    return read_saved(file)
 
 
 def with_data_root(config: TrainConfig, root: Path | None) -> TrainConfig:

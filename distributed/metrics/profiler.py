@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from loguru import logger
 
-from distributed.process.byproducts import Byproduct
+from distributed.process.optional_output import OptionalOutput
 
 _FIRST = 10  # steps left alone before: caches fill, libraries choose their kernels
 
@@ -25,7 +25,7 @@ class StepProfiler:
         self.steps, self.folder, self._check = steps, folder, check
         self._done = 0
         self._profile: Any = None
-        self._byproduct = Byproduct(folder)
+        self._output = OptionalOutput(folder)
 
     def __enter__(self) -> Self:
         return self
@@ -36,12 +36,12 @@ class StepProfiler:
             return
         self._done += 1
         if self._done == _FIRST:
-            self._byproduct.attempt(self._begin)
+            self._output.run(self._begin)
         elif self._done == _FIRST + self.steps:
-            self._byproduct.attempt(self._end)
+            self._output.run(self._end)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._byproduct.attempt(self._end)  # an attempt that was shorter
+        self._output.run(self._end)  # an attempt that was shorter
 
     def _begin(self) -> None:
         from torch.profiler import profile  # slow to import

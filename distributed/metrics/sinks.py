@@ -15,7 +15,7 @@ from loguru import logger
 from distributed.files import lines_of, storing
 from distributed.metrics.event_file import EventFile
 from distributed.metrics.records import EpochMetrics, Sink, TrainMetrics
-from distributed.process.byproducts import Byproduct
+from distributed.process.optional_output import OptionalOutput
 from distributed.run.claim import ClaimedRun
 
 
@@ -87,8 +87,8 @@ class BestEffort:
 
     def __init__(self, name: str, make: Callable[[], Sink]) -> None:
         self._made: Sink | None = None
-        self._byproduct = Byproduct(name)
-        self._byproduct.attempt(lambda: setattr(self, "_made", make()))
+        self._output = OptionalOutput(name)
+        self._output.run(lambda: setattr(self, "_made", make()))
 
     def train(self, metrics: TrainMetrics) -> None:
         self._tell(lambda sink: sink.train(metrics))
@@ -101,7 +101,7 @@ class BestEffort:
 
     def _tell(self, call: Callable[[Sink], None]) -> None:
         if (made := self._made) is not None:
-            self._byproduct.attempt(lambda: call(made))
+            self._output.run(lambda: call(made))
 
 
 class Terminal:

@@ -1,1 +1,1 @@
-"""The life of a command: its streams, signals, log files and endings. Imports no torch."""
+"""The life cycle of a command: standard streams, signals, logging and exits. Imports no torch."""

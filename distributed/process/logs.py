@@ -1,4 +1,4 @@
-"""Where messages go: rank 0's to the terminal, every rank's to its own file; other libraries' logging joined in."""
+"""Logging: rank 0 logs to the terminal, every rank to a file of its own. Records of the standard library join in."""
 
 import logging
 import os
@@ -10,14 +10,14 @@ from typing import Any
 from loguru import logger
 
 from distributed.errors import plain
-from distributed.process.byproducts import Byproduct
+from distributed.process.optional_output import OptionalOutput
 
 _TERMINAL = "<green>{time:HH:mm:ss}</green> <level>{level: <7}</level> {message}"
 _FILE = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} {name}:{line} {message}"
 
 
 class _ToLoguru(logging.Handler):
-    """Hands records of the standard library's logging to loguru."""
+    """Forwards records of the standard library's logging to loguru."""
 
     def emit(self, record: logging.LogRecord) -> None:
         level = record.levelname if record.levelname in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL") else "INFO"
@@ -25,12 +25,12 @@ class _ToLoguru(logging.Handler):
 
 
 def _escape(record: Any) -> None:
-    """Keep names of files and other input from steering the terminal."""
+    """Strip control characters, e.g. those in file names, which could manipulate the terminal."""
     record["message"] = plain(record["message"])
 
 
 def terminal_logs(rank: int, *, level: str = "INFO") -> None:
-    """Send rank 0's messages of `level` and up, and other ranks' warnings, to stderr."""
+    """Log to stderr: on rank 0 from `level` up, on other ranks warnings and errors."""
     logger.remove()
     _add_terminal(rank, level)
     logging.basicConfig(handlers=[_ToLoguru()], level=logging.WARNING, force=True)
@@ -45,17 +45,17 @@ def replace_default_logs(rank: int, *, level: str) -> None:
 
 
 def _add_terminal(rank: int, level: str) -> None:
-    from tqdm import tqdm  # only for its lock on the terminal: a message does not break a progress bar
+    from tqdm import tqdm  # for its lock on the terminal, so that a message does not break a progress bar
 
-    def say(message: str) -> None:
-        with suppress(OSError, ValueError):  # a closed terminal; loguru would raise, or print a traceback into it
+    def write(message: str) -> None:
+        with suppress(OSError, ValueError):  # a closed terminal: loguru would raise, or print a traceback
             if sys.stderr is not None:
                 tqdm.write(message, file=sys.stderr, end="")
 
     logger.configure(patcher=_escape)
     own = level if rank == 0 else "WARNING"
     logger.add(
-        say,
+        write,
         level=own,
         format=_TERMINAL if rank == 0 else _TERMINAL.replace("{message}", f"[rank {rank}] {{message}}"),
         colorize=sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty(),
@@ -65,25 +65,25 @@ def _add_terminal(rank: int, level: str) -> None:
 
 
 class _LogFile:
-    """A log file up to its first error. Loguru's own prints a traceback for every message on a full disk."""
+    """A log file that stops writing after its first error. Loguru's own prints a traceback per message on a full disk."""
 
     def __init__(self, path: Path) -> None:
-        self._byproduct = Byproduct(path)
+        self._output = OptionalOutput(path)
         self._file: int | None = None
-        self._byproduct.attempt(lambda: self._open(path))
+        self._output.run(lambda: self._open(path))
 
     def _open(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Without waiting: a pipe in the file's place has perhaps no reader.
+        # O_NONBLOCK: if the path is a pipe without a reader, opening it would block.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
         self._file = os.open(path, flags, 0o666)
 
-    def takes(self, _: object) -> bool:
-        """Whether it still writes: loguru's filter, so that the warning of its failure does not come here."""
-        return not self._byproduct.failed
+    def accepts(self, _: object) -> bool:
+        """Loguru's filter: False after a failure, so that the warning about it does not come back here."""
+        return not self._output.failed
 
     def write(self, message: str) -> None:
-        self._byproduct.attempt(lambda: self._append(message.encode("utf-8", "backslashreplace")))
+        self._output.run(lambda: self._append(message.encode("utf-8", "backslashreplace")))
 
     def _append(self, line: bytes) -> None:
         while line and self._file is not None:
@@ -91,14 +91,14 @@ class _LogFile:
 
     def stop(self) -> None:
         if self._file is not None:
-            with suppress(OSError):  # a file server reports here what it could not store
+            with suppress(OSError):  # a file server may report a failed write only now
                 os.close(self._file)
         self._file = None
 
 
 def file_logs(folder: Path, rank: int) -> int:
-    """Append this rank's messages to a file of its own as well; the handle is for `logger.remove`."""
+    """Append this rank's messages to a file of its own. Return the handle for `logger.remove`."""
     file = _LogFile(folder / f"rank-{rank:04d}.log")
     return logger.add(
-        file, level="DEBUG", format=_FILE, filter=file.takes, colorize=False, diagnose=False, backtrace=False
+        file, level="DEBUG", format=_FILE, filter=file.accepts, colorize=False, diagnose=False, backtrace=False
     )

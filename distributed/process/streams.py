@@ -1,4 +1,4 @@
-"""Start and end of a command. A closed or full stream stops the output, not the command. Imports no torch."""
+"""Entry and exit of a command. A closed or full output stream ends the output, not the command. Imports no torch."""
 
 import io
 import os
@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 from distributed.errors import ExitCode
 
 
-class _Forgiving(io.FileIO):
-    """A standard stream that turns into /dev/null once it cannot be written."""
+class _TolerantStream(io.FileIO):
+    """A standard stream that becomes /dev/null when a write fails."""
 
     def write(self, content: Any, /) -> int:
         try:
@@ -19,31 +19,31 @@ class _Forgiving(io.FileIO):
                 select.select([], [self], [])
             return written
         except OSError:
-            _replace(self.fileno(), os.O_WRONLY)  # for libraries that write to the descriptor, too
+            _replace(self.fileno(), os.O_WRONLY)  # also for libraries that write to the descriptor directly
             return len(memoryview(content))
 
 
-def run_command(main: Callable[[], int], *, at_once: bool = False) -> NoReturn:
-    """End the process with the exit code that `main` returns, or 130 after Ctrl-C.
+def run_command(main: Callable[[], int], *, skip_cleanup: bool = False) -> NoReturn:
+    """Exit the process with the code returned by `main`, or with 130 after Ctrl-C.
 
     Args:
-        at_once: without the handlers that run at exit, and without waiting for threads.
+        skip_cleanup: exit without running atexit handlers and without waiting for other threads.
     """
-    outlive_streams()
+    protect_streams()
     try:
         code = main()
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED
     sys.stdout.flush()
     sys.stderr.flush()
-    if at_once:
+    if skip_cleanup:
         os._exit(code)
     sys.exit(code)
 
 
-def outlive_streams() -> None:
-    """Let no failure to print reach the code of this process; a stream that is closed becomes /dev/null."""
-    for handle in (0, 1, 2):  # else a file that is opened later takes the number, and prints go into it
+def protect_streams() -> None:
+    """Make the standard streams ignore write errors. A closed stream becomes /dev/null."""
+    for handle in (0, 1, 2):  # otherwise the next file opened takes the number, and receives what is printed
         try:
             os.fstat(handle)
         except OSError:
@@ -52,6 +52,7 @@ def outlive_streams() -> None:
 
 
 def _replace(handle: int, flags: int) -> None:
+    """Open /dev/null under this descriptor."""
     null = os.open(os.devnull, flags)
     if null == handle:
         os.set_inheritable(handle, True)
@@ -61,5 +62,5 @@ def _replace(handle: int, flags: int) -> None:
 
 
 def _writer(handle: int, before: Any) -> io.TextIOWrapper:
-    raw = io.BufferedWriter(_Forgiving(handle, "w", closefd=False))
+    raw = io.BufferedWriter(_TolerantStream(handle, "w", closefd=False))
     return io.TextIOWrapper(raw, getattr(before, "encoding", "utf-8"), errors="backslashreplace", line_buffering=True)

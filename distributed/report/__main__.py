@@ -14,7 +14,7 @@ from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import check_writable, home_path, write_output
 from distributed.inference.saved_run import has_data_root, with_data_root, without_download
 from distributed.process import logs
-from distributed.process.byproducts import asked_for
+from distributed.process.optional_output import requested_output
 from distributed.process.streams import run_command
 from distributed.report.history import History, read_history
 from distributed.report.narrative import dataset_name
@@ -41,7 +41,7 @@ def main() -> int:
     runs = _with_unique_names([_with_root(run, arguments.root) for run in runs])
     try:
         content = _page(runs, checkpoint=arguments.checkpoint).encode()
-        with asked_for("--out", out):
+        with requested_output("--out", out):
             write_output(out, content)
     except (InputError, StorageError) as error:
         return error.tell()
@@ -80,4 +80,4 @@ def _page(runs: Sequence[History], *, checkpoint: str) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main, at_once=True)
+    run_command(main, skip_cleanup=True)

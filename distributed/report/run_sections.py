@@ -13,7 +13,7 @@ from distributed.errors import InputError, NotFiniteError
 from distributed.figures.curves import run_curves, speed_curve
 from distributed.figures.style import as_svg
 from distributed.inference.saved_run import choose_checkpoint
-from distributed.process.byproducts import reason
+from distributed.process.optional_output import one_line
 from distributed.report import checkpoint_sections
 from distributed.report.history import History
 from distributed.report.narrative import clock, describe, describe_end, describe_learning_rate, describe_status
@@ -84,8 +84,8 @@ def _section(title: str, make: Callable[[], list[Html]]) -> Html:
     except (Absent, InputError, NotFiniteError) as error:
         return missing(title, f"This section could not be made. {error}")
     except Exception as error:  # e.g. no matplotlib; or a run in progress deletes the checkpoint being read
-        logger.warning("{}: {}; continuing without it", title, reason(error))
-        return missing(title, f"This section could not be made: {reason(error)}.")
+        logger.warning("{}: {}; continuing without it", title, one_line(error))
+        return missing(title, f"This section could not be made: {one_line(error)}.")
 
 
 def _figures(run: History) -> list[tuple[str, str]]:

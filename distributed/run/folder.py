@@ -10,13 +10,10 @@ RUN/metrics.jsonl     RUN/tensorboard/   RUN/curves.png   RUN/logs/rank-0000.log
 RUN/confusion-*.png  RUN/export/  RUN/report.html  made by commands, which do not claim the folder
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from distributed.config import TrainConfig
+from distributed.config import TrainConfig, from_saved
 from distributed.errors import InputError
 from distributed.files import digest_of, read_object
 from distributed.run.checkpoint_layout import MANIFEST, checkpoints, traces
@@ -98,12 +95,11 @@ class RunFolder:
 def config_in(state: dict[str, Any], *, where: Path | str, option: str) -> TrainConfig:
     """The config in a checkpoint's state.json; an InputError where this version cannot read it."""
     try:
-        return TrainConfig.model_validate_json(json.dumps(state["config"]))
-    except ValidationError as error:
-        first = error.errors()[0]
+        return from_saved(state["config"])
+    except InputError as error:
         raise InputError(
-            f"{where}: the newest was saved under a config that this version cannot read "
-            f"({'.'.join(map(str, first['loc']))}: {first['msg']}); give another {option}, or use the version it is of"
+            f"{where}: the newest was saved under a config that this version cannot read ({error.lines[0]}); "
+            f"give another {option}, or use the version it is of"
         ) from None
 
 

@@ -17,7 +17,7 @@ from loguru import logger
 
 from distributed.errors import InputError
 from distributed.files import read_object
-from distributed.topology import host, machine, slurm_job
+from distributed.topology import boot_id, host, slurm_job
 
 _ASK_SECONDS = 10.0  # a new holder writes down who it is some time after it has the lock
 _SCONTROL_SECONDS = 20.0
@@ -28,7 +28,7 @@ def holder_record() -> dict[str, Any]:
     """What a later process needs to know of this one to find out whether it lives."""
     pid, (name, system, namespace) = os.getpid(), _here()
     process = {"pid": pid, "host": name, "machine": system, "pid_namespace": namespace, "began": _began(pid)}
-    return process | {"slurm": slurm_job()}
+    return process | {"slurm": job._asdict() if (job := slurm_job()) else {}}
 
 
 def take_lock(lock: BaseFileLock, *, record: Path, seconds: float) -> None:
@@ -76,10 +76,10 @@ def _gone_from_slurm(job: dict[str, Any]) -> str:
     number, restarts, ours = str(job.get("job", "")), job.get("restarts"), slurm_job()
     if not number.isdecimal() or not isinstance(restarts, int):
         return ""
-    if ours.get("cluster", "") != job.get("cluster", ""):
+    if (ours.cluster if ours else "") != job.get("cluster", ""):
         return ""  # another cluster counts its jobs anew
-    if ours.get("job") == number:
-        return f"Slurm has begun job {number} anew" if restarts < ours["restarts"] else ""
+    if ours and ours.job == number:
+        return f"Slurm has begun job {number} anew" if restarts < ours.restarts else ""
     state, restarts_now = _ask_slurm(number)
     if state == "NONE":
         return f"Slurm does not know job {number} any more"
@@ -145,7 +145,7 @@ def _name(holder: dict[str, Any]) -> str:
 
 def _here() -> tuple[str, str, int]:
     """Where process ids mean what they mean here: one host, since a copy of a virtual machine has all else alike."""
-    return host(), machine(), _inode("/proc/self/ns/pid")
+    return host(), boot_id(), _inode("/proc/self/ns/pid")
 
 
 def _has_ended(pid: int, began: object) -> bool:

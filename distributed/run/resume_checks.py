@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed.config import TrainConfig, changes_experiment, differences
+from distributed.config.differences import Difference
 from distributed.config.layers import shown
 from distributed.errors import InputError
 from distributed.files import read_object
@@ -90,7 +91,7 @@ def check_experiment(config: TrainConfig, state: dict[str, Any], *, where: Path 
     refused = [change for change in changed if changes_experiment(change[0], config)]
     shards = state["bits"].get("shards", 0)
     if config.exact.shards not in ("auto", shards) and saved.exact.shards == "auto":
-        refused.append(("exact.shards", shards, config.exact.shards))
+        refused.append(Difference("exact.shards", shards, config.exact.shards))
     if refused:
         raise InputError(
             *[f"{where}: {path} = {shown(new)}: this run was begun with {shown(old)}" for path, old, new in refused],

@@ -4,7 +4,7 @@ import time
 from types import TracebackType
 from typing import Protocol, Self
 
-from distributed.comm.collectives import LateMax
+from distributed.comm.collectives import DelayedMax
 
 
 class StopSource(Protocol):
@@ -32,7 +32,7 @@ class StepAgreement:
     def __init__(self, source: StopSource, *, is_main: bool, save_every_seconds: float) -> None:
         self._source, self._is_main = source, is_main
         self._save_every_seconds = save_every_seconds
-        self._flags = LateMax(2)
+        self._flags = DelayedMax(2)
         self._saved_at = time.monotonic()
         self.reason: str | None = None
 

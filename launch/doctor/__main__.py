@@ -11,7 +11,7 @@ import re
 import uuid
 from pathlib import Path
 
-from distributed.config import load
+from distributed.config import from_command_line
 from distributed.errors import ExitCode, InputError
 from distributed.process.streams import run_command
 from launch.address import free_port, reachable
@@ -36,7 +36,7 @@ def main() -> int:
             raise InputError(f"command line: --seconds {given.seconds:g}: should be above 0, at most 3600")
         if not 0 <= given.port < 2**16:
             raise InputError(f"command line: --port {given.port}: should be from 1 to 65535")
-        run_dir = load(words)[0].run_dir
+        run_dir = from_command_line(words).config.run_dir
         if in_job():
             allocation = Allocation.from_environment()
             expected = _nodes(allocation)

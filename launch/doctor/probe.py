@@ -12,11 +12,11 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from distributed.config import TrainConfig, load
+from distributed.config import TrainConfig, from_command_line
 from distributed.data.sources import registry
 from distributed.errors import InputError
 from distributed.host.cpu_quota import available_cpus
@@ -39,8 +39,8 @@ def main() -> int:
     find(report, "versions", versions)
     find(report, "code", digest_of_code)
     find(report, "devices", devices)
-    find(report, "folder", lambda: folder(load(words)[0].run_dir, given.token, node))
-    find(report, "data", lambda: data(*load(words)))
+    find(report, "folder", lambda: folder(from_command_line(words).config.run_dir, given.token, node))
+    find(report, "data", lambda: data_of(words))
     if count > 1:
         network = importlib.import_module("launch.doctor.network")
         find(report, "network", lambda: network.measure(given.address, given.port, index, count, given.seconds))
@@ -99,9 +99,15 @@ def folder(run_dir: Path, token: str, node: str) -> Report:
     return found | {"free_gib": round(shutil.disk_usage(there).free / 2**30, 1), "writable": os.access(there, os.W_OK)}
 
 
-def data(config: TrainConfig, named: bool = True) -> str:
+def data_of(arguments: Sequence[str]) -> str:
+    """As `data`, for the config that a command line describes."""
+    command = from_command_line(arguments)
+    return data(command.config, names_data=command.names_data)
+
+
+def data(config: TrainConfig, *, names_data: bool = True) -> str:
     """Check that the data set is there and its files have the right sizes; outside a job, generated images may replace it."""
-    if not named and not cluster_job():
+    if not names_data and not cluster_job():
         return "none named"
     registry.prepare(config.data)
     return config.data.name

@@ -20,7 +20,7 @@ from distributed.config.sections import Scaling
 from distributed.errors import ExitCode, InputError
 from distributed.files import replace_bytes, replace_text
 from distributed.process import logs
-from distributed.process.byproducts import Byproduct
+from distributed.process.optional_output import OptionalOutput
 from distributed.process.signals import SignalStop
 from distributed.report.comparison import curves_as_png
 from distributed.report.history import read_history
@@ -107,17 +107,17 @@ def conclude(folder: Path, trainings: Sequence[Training]) -> None:
     """Write and print the table, draw the curves, and write the settings of the best by its best validation accuracy."""
     text = summary(folder)
     print(text, end="", flush=True)
-    with Byproduct(folder / "summary.txt"):
+    with OptionalOutput(folder / "summary.txt"):
         replace_text(folder / "summary.txt", text)
     runs = [read_history(training.config.run_dir) for training in trainings if _has_begun(training)]
     measured = [(found.value, one) for one in runs if (found := one.log.best("validation"))]
     if not measured:
         return
-    with Byproduct(folder / "sweep.png"):
+    with OptionalOutput(folder / "sweep.png"):
         replace_bytes(folder / "sweep.png", curves_as_png(runs))
     accuracy, best = max(measured, key=lambda one: one[0])
     config = with_values(best.config, run_dir=folder / "best")
-    with Byproduct(folder / "best.toml"):
+    with OptionalOutput(folder / "best.toml"):
         replace_text(folder / "best.toml", f"# {best.name}: {accuracy:.2%} of the validation images\n{as_toml(config)}")
     print(f"best: {best.name}, {accuracy:.2%} of the validation images; its settings: {folder / 'best.toml'}, "
           f"curves: {folder / 'sweep.png'}", flush=True)  # fmt: skip

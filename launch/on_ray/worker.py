@@ -23,7 +23,7 @@ from distributed.comm import collectives
 from distributed.config import TrainConfig
 from distributed.metrics.records import EpochMetrics, TrainMetrics
 from distributed.process import logs
-from distributed.process.byproducts import Byproduct
+from distributed.process.optional_output import OptionalOutput
 from distributed.recipe import train
 from distributed.topology import Topology, host
 
@@ -117,7 +117,9 @@ class RayReport:
         checkpoint = None
         with ExitStack() as stack:
             if self._is_main:
-                with Byproduct("Ray's note of the epoch"):  # alone, this rank must come to the barrier all the same
+                with OptionalOutput(
+                    "Ray's note of the epoch"
+                ):  # alone, this rank must come to the barrier all the same
                     folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
                     Path(folder, "where.json").write_text(json.dumps(note), encoding="utf-8")
                     checkpoint = ray.train.Checkpoint.from_directory(folder)

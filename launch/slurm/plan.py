@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distributed.config import TrainConfig, load
+from distributed.config import TrainConfig, from_command_line
 from distributed.config.named import config_file
 from distributed.errors import ExitCode, InputError
 from distributed.host.cpu_quota import within_quota
@@ -61,7 +61,7 @@ def check_file(words: Sequence[str], folder: str) -> None:
 
 def check_paths(arguments: Sequence[str], folder: str) -> None:
     """Raises InputError if a setting is relative to the job's folder, which is not there: it would mean another place."""
-    config, _ = load(arguments)
+    config = from_command_line(arguments).config
     paths = {
         "run_dir": config.run_dir,
         "init_from": config.init_from,

@@ -107,7 +107,7 @@ def parted(run: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CHOOSE)
-def test_a_resume_under_a_variable_says_so(run: Path, longer: Path, tmp_path: Path, name: str) -> None:
+def test_resume_under_a_new_variable_warns(run: Path, longer: Path, tmp_path: Path, name: str) -> None:
     resumed = copy_of(run, tmp_path / "resumed")
     found = train(resumed, epochs=2, **{name: CHOOSE[name]})
     assert found.code == 0, found.err
@@ -118,7 +118,7 @@ def test_a_resume_under_a_variable_says_so(run: Path, longer: Path, tmp_path: Pa
     assert f"  {name}: not set | not set, {CHOOSE[name]}" in compared.out.splitlines()
 
 
-def test_a_variable_that_is_unset_again_is_named(run: Path, tmp_path: Path) -> None:
+def test_resume_without_the_variable_warns(run: Path, tmp_path: Path) -> None:
     given = {"MKL_CBWR": "COMPATIBLE"}
     first = copy_of(run, tmp_path / "first")
     train(first, epochs=2, **given)
@@ -144,11 +144,11 @@ def kernels_in_a_new_process(**environment: str) -> dict[str, str]:
     return dict(json.loads(done.stdout))
 
 
-def test_what_ATen_makes_of_its_variable_is_recorded() -> None:
+def test_aten_cpu_capability_is_recorded() -> None:
     assert kernels_in_a_new_process(ATEN_CPU_CAPABILITY="default")["ATen's CPU capability"] == "DEFAULT"
 
 
-def test_another_library_that_is_preloaded_is_recorded() -> None:
+def test_preloaded_math_library_is_recorded() -> None:
     found = sorted(Path("/usr/lib").glob("*/libgomp.so.1")) or sorted(Path("/usr/lib").glob("*/lib*blas*.so.*"))
     if not found:
         pytest.skip("no library of mathematics or threads beside torch's")
@@ -159,7 +159,7 @@ def test_another_library_that_is_preloaded_is_recorded() -> None:
 
 
 @pytest.mark.parametrize("name", MORE)
-def test_a_variable_that_chooses_kernels_is_recorded(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_variable_that_selects_kernels_is_recorded(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.delenv(name, raising=False)
     assert name not in kernel_variables()
     monkeypatch.setenv(name, MORE[name])
@@ -167,12 +167,12 @@ def test_a_variable_that_chooses_kernels_is_recorded(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("name", REPORT_ONLY)
-def test_a_variable_that_chooses_none_is_not(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_other_variables_are_not_recorded(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, REPORT_ONLY[name])
     assert name not in kernel_variables()
 
 
-def test_fast_mode_says_that_a_quota_changed_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_mode_warns_that_a_quota_changed_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     fast = ("--exact.shards", 0)
     found = train(tmp_path / "run", *fast)
@@ -219,7 +219,7 @@ RECORDS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("which", RECORDS)
-def test_a_lock_whose_holder_may_live_is_named(
+def test_lock_of_a_possibly_living_holder_is_named(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
 ) -> None:
     monkeypatch.setattr(claim, "LOCK_WAIT_SECONDS", 0.2)
@@ -230,9 +230,7 @@ def test_a_lock_whose_holder_may_live_is_named(
     assert_told(found, "another run is writing there", f"remove {folder / '.lock'}")
 
 
-def test_a_lock_whose_holder_has_ended_is_taken_over(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lock_of_an_ended_holder_is_taken_over(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claim, "LOCK_WAIT_SECONDS", 1.0)
     folder = copy_of(run, tmp_path / "run")
     with subprocess.Popen([sys.executable, "-c", ""]) as process:

@@ -1,4 +1,4 @@
-"""Bad places, meeting points, listeners and signals before the first step: one clear line each, and nobody waits for ever."""
+"""Invalid launcher variables, endpoints, listeners and early signals: one clear line each, and no rank waits forever."""
 
 import json
 import os
@@ -39,8 +39,8 @@ PLACES: dict[str, tuple[dict[str, str], str]] = {
     "a rank in Arabic digits": ({"RANK": "\u0661"}, "RANK = '\u0661'"),
     "a fractional rank": ({"RANK": "0.0"}, "RANK = '0.0'"),
     "a rank of 40 digits": ({"RANK": "1" * 40}, "should be a whole number"),
-    "a negative rank": ({"RANK": "-1"}, "RANK = -1 is not from 0"),
-    "a rank beyond": ({"RANK": "2"}, "RANK = 2 is not from 0 to below WORLD_SIZE = 2"),
+    "a negative rank": ({"RANK": "-1"}, "RANK = -1: should be at least 0"),
+    "a rank beyond": ({"RANK": "2"}, "RANK = 2: should be at least 0 and less than WORLD_SIZE = 2"),
     "no ranks": ({"WORLD_SIZE": "0"}, "WORLD_SIZE = 0"),
     "a negative number of ranks": ({"WORLD_SIZE": "-2"}, "WORLD_SIZE = -2"),
     "a number of ranks with an exponent": ({"WORLD_SIZE": "2e0"}, "WORLD_SIZE = '2e0'"),
@@ -68,7 +68,9 @@ PLACES: dict[str, tuple[dict[str, str], str]] = {
 
 
 @pytest.mark.parametrize(("environment", "said"), PLACES.values(), ids=PLACES)
-def test_a_bad_place(environment: dict[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_environment_is_one_line(
+    environment: dict[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     process = ModuleType("distributed.run_process")
     process.run_to_exit_code = lambda *_: 99  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "distributed.run_process", process)
@@ -82,7 +84,7 @@ def test_a_bad_place(environment: dict[str, str], said: str, tmp_path: Path, mon
     assert f"error: {json.loads(error_file.read_text())['message']['message']}" == line
 
 
-# The meeting
+# The rendezvous
 
 
 def free_port() -> str:
@@ -105,14 +107,14 @@ FOREIGN: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("answer", FOREIGN.values(), ids=FOREIGN)
-def test_another_program_at_the_meeting_place(answer: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distributed.comm.peers._ATTEND_SECONDS", 0.1)
+def test_foreign_program_at_the_endpoint(answer: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distributed.comm.peers._NOTIFY_SECONDS", 0.1)
     with other_program(answer) as port:
         found, _ = train(tmp_path / "run", SECOND, str(port), seconds=60)
     assert_told(found, f"MASTER_PORT = {port}: another program listens there", "torchrun --master_port PORT")
 
 
-def test_a_silent_program_at_the_meeting_place(tmp_path: Path) -> None:
+def test_silent_program_at_the_endpoint(tmp_path: Path) -> None:
     with other_program(None) as port:
         found, _ = train(tmp_path / "run", SECOND, str(port))
     said = f"rank 0 of 2 did not arrive at 127.0.0.1:{port} within 0.5 s (what listens there does not answer)"
@@ -120,8 +122,8 @@ def test_a_silent_program_at_the_meeting_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
-def test_a_taken_port(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distributed.comm.peers._ATTEND_SECONDS", 0.1)
+def test_port_in_use(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distributed.comm.peers._NOTIFY_SECONDS", 0.1)
     with other_program(None, address=address) as port:
         found, _ = train(tmp_path / "run", FIRST, str(port))
     assert_told(found, f"MASTER_PORT = {port}: Address already in use", "--standalone")
@@ -137,7 +139,7 @@ def test_a_taken_port(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (SECOND | {"TORCHELASTIC_USE_AGENT_STORE": "True"}, "torchrun's agent"),
     ],
 )
-def test_ranks_that_do_not_come_are_named(place: dict[str, str], missing: str, tmp_path: Path) -> None:
+def test_missing_ranks_are_named(place: dict[str, str], missing: str, tmp_path: Path) -> None:
     port = free_port()
     found, _ = train(tmp_path / "run", place, port)
     assert_told(found, f"{missing} did not arrive at 127.0.0.1:{port} within 0.5 s", code=1)
@@ -153,9 +155,11 @@ def started(place: dict[str, str], port: str, output: Path, *words: object) -> C
 
 @pytest.mark.timeout(200)
 def test_signals_while_waiting_for_a_peer(tmp_path: Path) -> None:
-    """One rank a signal, all at once."""
+    """One rank per signal, all at the same time."""
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}  # none is to be inherited as ignored
+    before = {
+        number: signal.signal(number, signal.SIG_DFL) for number in numbers
+    }  # so that no signal is inherited as ignored
     commands = [
         started(FIRST, free_port(), tmp_path / number.name, "--run_dir", tmp_path / f"run-{number.name}")
         for number in numbers
@@ -166,7 +170,7 @@ def test_signals_while_waiting_for_a_peer(tmp_path: Path) -> None:
         for number, command in zip(numbers, commands, strict=True):
             attempt = tmp_path / f"run-{number.name}" / "attempt.json"
             command.wait_for(attempt.exists, what="the claim of the run folder")
-        time.sleep(1)  # to the meeting
+        time.sleep(1)  # until it waits at the rendezvous
         for number, command in zip(numbers, commands, strict=True):
             begin = time.monotonic()
             command.process.send_signal(number)
@@ -180,7 +184,7 @@ def test_signals_while_waiting_for_a_peer(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(200)
-def test_an_error_of_rank_0_alone_ends_its_peer(tmp_path: Path) -> None:
+def test_error_on_rank_0_ends_its_peer(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     port = free_port()
     with (
@@ -204,7 +208,7 @@ def test_torchrun_prints_the_reason_last(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(200)
-def test_a_closed_terminal_is_a_request_to_stop(tmp_path: Path) -> None:
+def test_closed_terminal_requests_a_stop(tmp_path: Path) -> None:
     program = (
         "import os, pathlib, pty, sys\n"
         "pid, terminal = pty.fork()\n"

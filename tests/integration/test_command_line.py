@@ -224,9 +224,9 @@ def test_a_plain_run_imports_nothing_heavy(tmp_path: Path) -> None:
     program = (
         "import sys; sys.argv[1:] = sys.argv[1:]\n"
         "import distributed.train, distributed.run_process\n"
-        "from distributed.config import load; from distributed.recipe import train\n"
+        "from distributed.config import from_command_line; from distributed.recipe import train\n"
         "class AtOnce:\n    def requested(self): return 'the test'\n"
-        "train(load(sys.argv[1:])[0], stop=AtOnce())\n"
+        "train(from_command_line(sys.argv[1:]).config, stop=AtOnce())\n"
         "print([m for m in ('ray', 'deepspeed', 'tensorboard', 'matplotlib', 'torchvision') if m in sys.modules])"
     )
     result = run([sys.executable, "-c", program, *TINY, "--run_dir", str(tmp_path / "run")])

@@ -44,7 +44,7 @@ CONTAINERS = {
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", CONTAINERS)
-def test_ranks_in_containers_see_that_all_live(kind: str) -> None:
+def test_ranks_in_containers_see_each_other_alive(kind: str) -> None:
     """Each is process 1 or so in a namespace of its own."""
     starts, way = CONTAINERS[kind]
     port = 29000 + random.randrange(900)

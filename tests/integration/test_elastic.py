@@ -39,7 +39,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_four_processes_then_three_then_one_then_four_again(undisturbed: Path, tmp_path: Path) -> None:
+def test_resume_on_4_3_1_and_4_processes_keeps_the_bits(undisturbed: Path, tmp_path: Path) -> None:
     run, dice = tmp_path / "run", random.Random(0)
     for ranks in (4, 3, 1):
         before = saves(run)
@@ -61,7 +61,7 @@ def test_four_processes_then_three_then_one_then_four_again(undisturbed: Path, t
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_plain_python_has_the_bits_of_torchrun(undisturbed: Path, tmp_path: Path) -> None:
+def test_plain_python_is_bit_identical_to_torchrun(undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "distributed.train", *map(str, SETTINGS), "--threads", "2", "--run_dir", str(run)]
     with Command(command, output=tmp_path / "output") as started:
@@ -71,7 +71,7 @@ def test_plain_python_has_the_bits_of_torchrun(undisturbed: Path, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_compare_says_where_two_runs_part_and_what_differed(undisturbed: Path, tmp_path: Path) -> None:
+def test_compare_reports_where_runs_diverge_and_why(undisturbed: Path, tmp_path: Path) -> None:
     finish(2, tmp_path / "run", "--optim.lr", 0.0999)
     code, said = compare(tmp_path / "run", undisturbed)
     print(said)
@@ -84,7 +84,7 @@ def test_compare_says_where_two_runs_part_and_what_differed(undisturbed: Path, t
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_more_processes_than_shards_are_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_more_processes_than_shards_are_refused(tmp_path: Path) -> None:
     arguments = torchrun(3, *SETTINGS, "--exact.shards", 2, "--run_dir", tmp_path / "run")
     with Command(arguments, output=tmp_path / "output") as command:
         assert command.wait() != 0
@@ -96,7 +96,7 @@ def test_more_processes_than_shards_are_refused_with_the_remedy(tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_a_resume_with_another_number_of_shards_is_refused(undisturbed: Path, tmp_path: Path) -> None:
+def test_resume_with_another_number_of_shards_is_refused(undisturbed: Path, tmp_path: Path) -> None:
     arguments = torchrun(1, *SETTINGS, "--exact.shards", 4, "--run_dir", undisturbed)
     with Command(arguments, output=tmp_path / "output") as command:
         assert command.wait() != 0

@@ -57,7 +57,7 @@ def strike(command: Command, kind: str, dice: random.Random) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_ten_strikes_at_random_moments_leave_the_bits_alone(undisturbed: tuple[Mode, Path], tmp_path: Path) -> None:
+def test_ten_kills_at_random_moments_keep_the_bits(undisturbed: tuple[Mode, Path], tmp_path: Path) -> None:
     """In exact mode every attempt is on another number of ranks."""
     mode, reference = undisturbed
     run, dice, strikes = tmp_path / "run", random.Random(mode.name), 0
@@ -83,7 +83,7 @@ def test_ten_strikes_at_random_moments_leave_the_bits_alone(undisturbed: tuple[M
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_kill_at_each_point_of_a_save_leaves_the_bits_alone(undisturbed: tuple[Mode, Path], tmp_path: Path) -> None:
+def test_kill_at_each_point_of_a_save_keeps_the_bits(undisturbed: tuple[Mode, Path], tmp_path: Path) -> None:
     mode, reference = undisturbed
     run = tmp_path / "run"
     for number, point in enumerate(POINTS):

@@ -20,7 +20,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_with_max_restarts_killed_workers_are_replaced(reference: Path, tmp_path: Path) -> None:
+def test_max_restarts_replaces_killed_workers(reference: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ("--standalone", "--max-restarts=3", "--monitor-interval=0.1")
     with Command(torchrun(2, *SETTINGS, "--run_dir", run, options=options), output=tmp_path / "output") as command:
@@ -45,7 +45,7 @@ def elastic(port: int, run: Path, *, node: int = 1, more: tuple[object, ...] = (
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_agents_join_and_leave_and_the_bits_stay(reference: Path, tmp_path: Path) -> None:
+def test_joining_and_leaving_nodes_keep_the_bits(reference: Path, tmp_path: Path) -> None:
     """A second node joins in mid-run and takes over rank 0, is lost, and one comes back in its place."""
     run, port = tmp_path / "run", 29000 + random.randrange(900)
 
@@ -69,7 +69,7 @@ def test_agents_join_and_leave_and_the_bits_stay(reference: Path, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_another_job_at_the_endpoint_is_refused(reference: Path, tmp_path: Path) -> None:
+def test_foreign_job_at_the_endpoint_is_refused(reference: Path, tmp_path: Path) -> None:
     """Without --rdzv-id torchrun takes it for a node of the first job, which goes on and ends with its own bits."""
     run, other, port = tmp_path / "run", tmp_path / "other", 29000 + random.randrange(900)
     with Command(elastic(port, run, node=2), output=tmp_path / "first") as first:

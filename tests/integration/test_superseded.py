@@ -22,7 +22,7 @@ def lines(run: Path) -> list[tuple[str, int]]:
 
 
 @pytest.mark.timeout(240)
-def test_a_superseded_attempt_writes_nothing_and_ends(tmp_path: Path) -> None:
+def test_superseded_attempt_writes_nothing_and_exits(tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = [sys.executable, "-m", "distributed.train", *map(str, SETTINGS), "--run_dir", str(run)]
     with Command(arguments, output=tmp_path / "first") as first:

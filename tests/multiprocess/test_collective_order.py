@@ -40,7 +40,7 @@ def order_of(settings: dict[str, Any], run_dir: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_all_ranks_start_collectives_in_one_order(engine: str, tmp_path: Path) -> None:
+def test_all_ranks_start_collectives_in_the_same_order(engine: str, tmp_path: Path) -> None:
     bucket = {"bucket_mib": 1} if engine == "ddp" else {}
     first, *others = run_ranks(
         order_of, 3, {"engine": {"name": engine, **bucket}}, tmp_path / "run", timeout_seconds=180

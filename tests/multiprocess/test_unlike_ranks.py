@@ -26,13 +26,13 @@ def outcome(run_dir: Path, shards: int | str) -> str:
     return (run_dir / "logs" / "rank-0000.log").read_text() if collectives.rank() == 0 else ""
 
 
-def test_exact_mode_asked_for_by_name_is_refused_on_unlike_ranks(tmp_path: Path) -> None:
+def test_explicit_exact_mode_refuses_unlike_ranks(tmp_path: Path) -> None:
     first, second = run_ranks(outcome, 2, tmp_path / "run", 4, timeout_seconds=180)
     assert first == second
     assert "exact.shards = 4, but ranks differ in ONEDNN_MAX_CPU_ISA: not set on rank 0; AVX2 on rank 1" in first
 
 
-def test_unlike_ranks_are_a_warning_otherwise(tmp_path: Path) -> None:
+def test_automatic_exact_mode_warns_of_unlike_ranks(tmp_path: Path) -> None:
     first, _ = run_ranks(outcome, 2, tmp_path / "run", "auto", timeout_seconds=180)
     assert "ranks differ in ONEDNN_MAX_CPU_ISA: not set on rank 0; AVX2 on rank 1" in first
 
@@ -45,6 +45,6 @@ def refused() -> str:
     return str(caught.value)
 
 
-def test_engines_that_need_nccl_refuse_to_share_a_gpu() -> None:
+def test_engines_that_need_nccl_refuse_a_shared_gpu() -> None:
     (said,) = set(run_ranks(refused, 2, timeout_seconds=180))
     assert said.startswith("engine.name = fsdp in fast mode needs one GPU per process")

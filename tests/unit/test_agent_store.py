@@ -1,4 +1,4 @@
-"""With torch's own rendezvous, in threads: what agents of a later round find, and whom the ranks of a round meet."""
+"""The agents' store, tested against torch's own rendezvous in threads."""
 
 import os
 import signal
@@ -15,9 +15,9 @@ from torch.distributed.elastic.rendezvous.api import RendezvousHandler, Rendezvo
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
-from distributed.comm import agent_store
-from distributed.comm.agent_store import AgentStore, AnotherJob
+from distributed.comm.agent_store import AgentStore, ForeignJobError
 from distributed.comm.rendezvous import agree_on_token
+from distributed.comm.torch_compat import c10d_endpoint, rendezvous_round
 from distributed.topology import Topology
 
 C10D = ["--rdzv-backend=c10d", "--rdzv-endpoint=HOST:1234", "--nnodes=1:2", "train.py"]
@@ -31,7 +31,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Agents:
-    """Agents of one rendezvous, as torchrun makes them; each later one has a higher rank."""
+    """Agents of one rendezvous, created like torchrun does; each has a higher rank than the one before."""
 
     def __init__(self) -> None:
         self._host = self._backend(port=0, is_host=True)
@@ -51,11 +51,11 @@ class Agents:
         return self.made[-1]
 
     def worker(self, node_rank: int) -> AgentStore:
-        """What a worker of the agent with this rank makes of the current round."""
-        number = agent_store._round_of(os.getpid(), node_rank, self.store)
+        """The store as a worker of the agent with this rank sees it in the current round."""
+        number = rendezvous_round(self.store, "test", agent_pid=os.getpid(), node_rank=node_rank)
         assert number is not None
         topology = Topology(rank=node_rank, world_size=node_rank + 1, node_rank=node_rank, launched=True)
-        return AgentStore(topology, self.store, f"127.0.0.1:{self.store.port}", number, launcher=0)
+        return AgentStore(topology, self.store, f"127.0.0.1:{self.store.port}", number, agent_pid=0)
 
 
 @pytest.fixture
@@ -66,22 +66,22 @@ def agents() -> Iterator[Agents]:
         one._stop_heartbeats()  # type: ignore[attr-defined]
 
 
-def test_an_agent_joins_a_later_round(agents: Agents) -> None:
+def test_agent_joins_a_later_round(agents: Agents) -> None:
     first = agents.add()
     assert first.next_rendezvous().world_size == 1
-    agents.worker(0).enter("job")
+    agents.worker(0).register("job")
     with ThreadPoolExecutor(2) as pool:
         joined = [pool.submit(one.next_rendezvous) for one in (first, agents.add())]
         assert [one.result().rank for one in joined] == [0, 1]
     workers = [agents.worker(rank) for rank in (0, 1)]
     assert [one.round for one in workers] == [1, 1]
     for one in workers:
-        one.enter("job")
-    workers[1].look()
+        one.register("job")
+    workers[1].check_jobs()
 
 
-def test_without_a_worker_an_agent_waits_in_vain(agents: Agents) -> None:
-    """The control: the fault in torch that the module works around. If this fails, the module may be needless."""
+def test_agent_hangs_if_no_worker_publishes_an_address(agents: Agents) -> None:
+    """Negative control: the bug in torch that agent_store works around. If this fails, the module may be unnecessary."""
     first = agents.add()
     first.next_rendezvous()
     with ThreadPoolExecutor(2) as pool:
@@ -91,51 +91,53 @@ def test_without_a_worker_an_agent_waits_in_vain(agents: Agents) -> None:
             joined.result()
 
 
-def test_a_round_that_the_agent_is_not_in_is_not_used(agents: Agents) -> None:
+def test_round_without_our_agent_is_not_used(agents: Agents) -> None:
     agents.add().next_rendezvous()
-    assert agent_store._round_of(os.getpid(), 0, agents.store) == 0
-    assert agent_store._round_of(os.getpid(), 1, agents.store) is None
-    assert agent_store._round_of(os.getppid(), 0, agents.store) is None
-    assert agent_store._round_of(os.getpid(), 0, HashStore()) is None
+    assert rendezvous_round(agents.store, "test", agent_pid=os.getpid(), node_rank=0) == 0
+    assert rendezvous_round(agents.store, "test", agent_pid=os.getpid(), node_rank=1) is None
+    assert rendezvous_round(agents.store, "test", agent_pid=os.getppid(), node_rank=0) is None
+    assert rendezvous_round(HashStore(), "test", agent_pid=os.getpid(), node_rank=0) is None
 
 
 def members(world_size: int) -> list[AgentStore]:
     store = HashStore()
     return [
-        AgentStore(Topology(rank, world_size, node_rank=rank, launched=True), store, "HOST:1234", 3, launcher=0)
+        AgentStore(Topology(rank, world_size, node_rank=rank, launched=True), store, "HOST:1234", 3, agent_pid=0)
         for rank in range(world_size)
     ]
 
 
 @pytest.mark.parametrize("newcomer", [0, 1])
-def test_another_job_is_refused_whatever_its_rank(newcomer: int) -> None:
+def test_foreign_job_is_refused_at_any_rank(newcomer: int) -> None:
     ranks = members(2)
-    ranks[1 - newcomer].enter("first")
-    with pytest.raises(AnotherJob, match=r"HOST:1234, --rdzv-id test: another job, .* give each job its own --rdzv-id"):
-        ranks[newcomer].enter("second")
+    ranks[1 - newcomer].register("first")
+    with pytest.raises(
+        ForeignJobError, match=r"HOST:1234, --rdzv-id test: another job, .* give each job its own --rdzv-id"
+    ):
+        ranks[newcomer].register("second")
 
 
-def test_the_first_job_does_not_wait_for_another_one() -> None:
+def test_first_job_does_not_wait_for_a_foreign_rank() -> None:
     first, second = members(2)
-    first.enter("first")
-    with pytest.raises(AnotherJob):
-        second.enter("second")
+    first.register("first")
+    with pytest.raises(ForeignJobError):
+        second.register("second")
     with pytest.raises(RuntimeError, match="rank 1 is of another job"):
-        agree_on_token(first.keys, rank=0, world_size=2, timeout=timedelta(seconds=20), look=first.look)
+        agree_on_token(first.keys, rank=0, world_size=2, timeout=timedelta(seconds=20), check=first.check_jobs)
 
 
-def test_a_job_with_another_id_is_not_another_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_with_different_rdzv_ids_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = members(2)
-    first.enter("first")
+    first.register("first")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "own")
-    second.enter("second")
+    second.register("second")
 
 
-def test_a_worker_that_has_to_leave_ends_its_agent() -> None:
+def test_only_local_rank_0_stops_the_agent() -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as agent:
         for local_rank in (1, 0):
             assert agent.poll() is None
-            AgentStore(Topology(local_rank, 2, local_rank, 2), HashStore(), "", 0, launcher=agent.pid).leave()
+            AgentStore(Topology(local_rank, 2, local_rank, 2), HashStore(), "", 0, agent_pid=agent.pid).stop_agent()
     assert agent.returncode == -signal.SIGTERM
 
 
@@ -156,14 +158,14 @@ def test_a_worker_that_has_to_leave_ends_its_agent() -> None:
         ([], None),
     ],
 )
-def test_the_endpoint_is_found_in_what_torchrun_was_given(arguments: list[str], found: tuple[str, int] | None) -> None:
-    assert agent_store._endpoint(arguments) == found
+def test_endpoint_is_parsed_from_torchrun_arguments(arguments: list[str], found: tuple[str, int] | None) -> None:
+    assert c10d_endpoint(arguments) == found
 
 
 @pytest.mark.parametrize("shells", [0, 1, 2])
-def test_torchrun_is_found_above_its_worker(shells: int, tmp_path: Any) -> None:
+def test_torchrun_is_found_among_the_parents(shells: int, tmp_path: Any) -> None:
     script = tmp_path / "torchrun"
-    worker = "import distributed.topology as t; print(t.torchrun_above()[1], t.is_elastic())"
+    worker = "import distributed.topology as t; print(t.find_torchrun().arguments, t.is_elastic())"
     command = [sys.executable, "-c", worker]
     for _ in range(shells):
         command = [sys.executable, "-c", f"import subprocess; subprocess.run({command!r})"]
@@ -172,5 +174,5 @@ def test_torchrun_is_found_above_its_worker(shells: int, tmp_path: Any) -> None:
     assert found.stdout.strip() == f"{C10D} True", found.stderr
 
 
-def test_no_torchrun_above_is_no_store() -> None:
+def test_without_torchrun_there_is_no_agent_store() -> None:
     assert AgentStore.find(Topology(launched=True)) is None

@@ -176,7 +176,7 @@ def test_files_and_functions_are_short_enough_to_read(path):
 
 
 INNER_COMMANDS = {
-    "bench.contenders",
+    "bench.worker",
     "bench.memory",
     "gpu_check.gloo_latency",
     "gpu_check.rank_runs",

@@ -16,7 +16,7 @@ from distributed.checkpoint import snapshot
 from distributed.checkpoint.checkpointer import Checkpointer
 from distributed.checkpoint.save_budget import SaveBudget
 from distributed.checkpoint.snapshot import write_checkpoint
-from distributed.config import load
+from distributed.config import from_command_line
 from distributed.config.sections import Sgd
 from distributed.engine.model_state import ModelState
 from distributed.errors import InputError, StorageError
@@ -474,7 +474,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused_and_left_as_it_is(run):
     with pytest.raises(
         InputError, match="step-00000002-epoch-001: written by a newer version of this code, in format 2"
     ):
-        check_resume(load(["--run_dir", str(run.path)])[0])
+        check_resume(from_command_line(["--run_dir", str(run.path)]).config)
     assert names(run.checkpoints) == before
 
 

@@ -7,14 +7,23 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from distributed.config import TrainConfig, as_toml, changes_experiment, differences, help_text, hints, load, toml_value
+from distributed.config import (
+    TrainConfig,
+    as_toml,
+    changes_experiment,
+    differences,
+    from_command_line,
+    help_text,
+    hints,
+    toml_value,
+)
 from distributed.config.leaves import leaves
 from distributed.data.sources.registry import class_names
 from distributed.errors import InputError
 
 
 def config_of(*words: str | Path) -> TrainConfig:
-    return load([str(word) for word in words])[0]
+    return from_command_line([str(word) for word in words]).config
 
 
 def mistakes(*words: str | Path) -> tuple[str, ...]:
@@ -37,30 +46,31 @@ def write(tmp_path):
 
 
 def test_no_arguments_give_the_defaults_of_the_tree_and_a_run_dir_named_after_model_and_data():
-    config, named = load([])
+    command = from_command_line([])
+    config = command.config
     assert config == TrainConfig(run_dir=Path("runs/improved_alexnet-cifar10"))
-    assert not named
+    assert not command.names_data
     assert (config.data.name, config.schedule.name, config.engine.name) == ("cifar10", "one_cycle", "ddp")
     assert (config.global_batch_size, config.grad_accum_steps, config.optim.lr) == (128, 1, 0.1)
 
 
 def test_the_default_data_set_can_be_another():
-    config, named = load([], default_data="generated10")
-    assert config.data.name == "generated10"
-    assert config.run_dir == Path("runs/improved_alexnet-generated10")
-    assert not named
+    command = from_command_line([], default_data="generated10")
+    assert command.config.data.name == "generated10"
+    assert command.config.run_dir == Path("runs/improved_alexnet-generated10")
+    assert not command.names_data
 
 
 @pytest.mark.parametrize("words", [["--data.name", "cifar100"], ["--data.root", "elsewhere"]])
 def test_data_on_the_command_line_counts_as_named(words):
-    assert load(words)[1]
+    assert from_command_line(words).names_data
 
 
 def test_a_config_file_names_the_data_and_the_run_dir(write):
-    config, named = load([str(write("epochs = 3\n", "short.toml"))])
-    assert named
-    assert config.run_dir == Path("runs/short")
-    assert config.epochs == 3
+    command = from_command_line([str(write("epochs = 3\n", "short.toml"))])
+    assert command.names_data
+    assert command.config.run_dir == Path("runs/short")
+    assert command.config.epochs == 3
 
 
 def test_the_tree_is_frozen():
@@ -210,8 +220,8 @@ def test_the_command_line_wins_over_the_file(write):
         (["--epochs"], "command line: --epochs: a value is missing; write --epochs VALUE"),
         (["--epochs", "--seed", "1"], "command line: --epochs: a value is missing; write --epochs VALUE"),
         (["--epochs", "3", "--epochs=4"], "command line: --epochs: given twice; remove one"),
-        (["--optim", "3"], "command line: optim = 3: is a section; set its fields, as in --optim.name VALUE"),
-        (["--schedule", "5"], "command line: schedule = 5: is a section; set its fields, as in --schedule.name VALUE"),
+        (["--optim", "3"], "command line: optim = 3: is a section; set its fields, e.g. --optim.name VALUE"),
+        (["--schedule", "5"], "command line: schedule = 5: is a section; set its fields, e.g. --schedule.name VALUE"),
     ],
 )
 def test_words_that_make_no_setting_are_explained(words, line):
@@ -615,7 +625,7 @@ def test_only_cifar_is_downloaded(name):
 
 @pytest.mark.parametrize("words", [["--data.download"], ["--data.download", "--data.urls", '["http://one/x"]']])
 def test_who_asks_for_a_download_has_named_the_data(words):
-    assert load(words)[1]
+    assert from_command_line(words).names_data
 
 
 def test_the_cache_folder_is_a_path_or_none():
@@ -632,7 +642,7 @@ def test_the_cache_folder_is_a_path_or_none():
      "data.augment.crop", "model.dropout", "schedule.patience", "early_stopping.patience", "early_stopping",
      "channels_last", "checkpoint.best_by", "exact.shards", "optim.ema_decay", "optim.beta2", "loss.label_smoothing",
      "data.augment.mixup", "init_from", "compile", "evaluation.flip_tta", "schedule.restore_best_on_drop", "data.normalize",
-     "engine.compression", "engine.powersgd_rank"],
+     "engine.compression"],
 )  # fmt: skip
 def test_what_the_curve_depends_on_makes_another_experiment(path):
     assert changes_experiment(path, TrainConfig())
@@ -706,24 +716,22 @@ def test_shards_that_were_given_hold_on_every_device(shards, write):
         assert config.shards_on("cpu") == config.shards_on("cuda") == shards
 
 
-POWERSGD = ("--engine.compression", "powersgd", "--engine.powersgd_rank", "2")
+COMPRESSED = ("--engine.compression", "bfloat16")
 
 
-@pytest.mark.parametrize("words", [POWERSGD, ("--engine.compression", "bfloat16")])
-def test_auto_is_fast_mode_where_gradients_are_compressed(words):
-    assert config_of(*words).shards_on("cpu") == 0
-    assert config_of(*words, "--exact.shards", "0").compression == words[1]
+def test_auto_shards_mean_fast_mode_if_gradients_are_compressed():
+    assert config_of(*COMPRESSED).shards_on("cpu") == 0
+    assert config_of(*COMPRESSED, "--exact.shards", "0").compression == "bfloat16"
     assert config_of("--engine.compression", "none").shards_on("cpu") == 8
 
 
-def test_a_run_may_go_on_under_another_engine_unless_its_gradients_are_compressed():
+def test_compressed_gradients_tie_a_run_to_its_engine():
     def refused(old: TrainConfig, new: TrainConfig) -> list[str]:
         return [path for path, *_ in differences(old, new) if changes_experiment(path, new)]
 
-    ddp, fsdp, compressed = config_of(), config_of("--engine.name", "fsdp"), config_of(*POWERSGD)
+    ddp, fsdp, compressed = config_of(), config_of("--engine.name", "fsdp"), config_of(*COMPRESSED)
     assert refused(ddp, fsdp) == refused(fsdp, ddp) == []
-    assert refused(compressed, fsdp) == refused(ddp, compressed) == ["engine.compression", "engine.powersgd_rank"]
-    assert refused(compressed, config_of(*POWERSGD[:3], "4")) == ["engine.powersgd_rank"]
+    assert refused(compressed, fsdp) == refused(ddp, compressed) == ["engine.compression"]
 
 
 def test_auto_can_be_asked_for_in_a_file(write):

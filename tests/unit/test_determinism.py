@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distributed.build import lanes_on
-from distributed.config import load
+from distributed.config import from_command_line
 from distributed.errors import InputError
 from distributed.exact.bucket_layout import ReplicatedBucket
 from distributed.exact.partition import ALIGNED
@@ -52,7 +52,7 @@ def test_tf32_is_refused_on_a_cpu() -> None:
     with pytest.raises(InputError, match=r"precision = tf32 needs CUDA.*use float32"):
         make_deterministic(CPU, precision="tf32")
     with pytest.raises(InputError, match="precision = tf32 needs CUDA, but device = cpu"):
-        load(["--precision", "tf32", "--device", "cpu"])
+        from_command_line(["--precision", "tf32", "--device", "cpu"])
 
 
 def test_variables_that_choose_kernels_are_written_down(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distributed import build
-from distributed.config import load
+from distributed.config import from_command_line
 from distributed.data import pipeline
 from distributed.data.batch import Batch
 from distributed.engine import ddp, exact
@@ -120,7 +120,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
 
 def audited_step(*arguments: str) -> Audit:
     images = "--data.name generated10 --data.train_samples 20 --data.test_samples 10 --data.placement device"
-    config, _ = load([*f"{images} --threads 1 --global_batch_size 20".split(), *arguments])
+    config = from_command_line([*f"{images} --threads 1 --global_batch_size 20".split(), *arguments]).config
     data = build.build_data(config, Topology(), DEVICE)
     data.example()  # what is made once for a device
     engine = build.build_engine(config, Topology(), data, DEVICE)

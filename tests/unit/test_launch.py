@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from distributed.config import load
+from distributed.config import from_command_line
 from distributed.errors import ExitCode, InputError
 from launch.address import free_port, reachable, way_to
 from launch.doctor.probe import data
@@ -112,14 +112,14 @@ def test_a_port_that_is_taken_is_passed_over():
 
 
 def test_a_probe_in_a_job_looks_for_data_that_nobody_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    config, named = load(["--data.root", str(tmp_path)])
-    assert named
+    command = from_command_line(["--data.root", str(tmp_path)])
+    assert command.names_data
     for name in ("SLURM_JOB_ID", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
         monkeypatch.delenv(name, raising=False)
-    assert data(config, False) == "none named"
+    assert data(command.config, names_data=False) == "none named"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     with pytest.raises(InputError, match="data_batch_1"):
-        data(config, False)
+        data(command.config, names_data=False)
 
 
 def test_the_node_with_the_fewest_cpus_counts():

@@ -55,13 +55,13 @@ def take(folder: Path, lock: Any = FileLock, *, seconds: float = 0.6) -> None:
     lock.release()
 
 
-def test_the_lock_of_a_holder_that_ended_is_taken_over(held: Path, ended: dict[str, Any]) -> None:
+def test_lock_of_an_ended_process_is_taken_over(held: Path, ended: dict[str, Any]) -> None:
     replace_json(held / "attempt.json", ended)
     take(held)
     assert {path.name for path in held.iterdir()} <= {".lock", "attempt.json"}
 
 
-def test_a_lock_file_of_a_dead_process_is_taken_over(tmp_path: Path, ended: dict[str, Any]) -> None:
+def test_soft_lock_of_an_ended_process_is_taken_over(tmp_path: Path, ended: dict[str, Any]) -> None:
     """On a file system without flock, a file is the lock."""
     (tmp_path / ".lock").write_text("1\nelsewhere\n")
     replace_json(tmp_path / "attempt.json", ended)
@@ -87,7 +87,7 @@ def test_a_lock_file_of_a_dead_process_is_taken_over(tmp_path: Path, ended: dict
     ],
     ids=str,
 )
-def test_a_holder_that_may_live_keeps_its_lock(held: Path, ended: dict[str, Any], changed: dict[str, Any]) -> None:
+def test_holder_that_may_be_alive_keeps_the_lock(held: Path, ended: dict[str, Any], changed: dict[str, Any]) -> None:
     if changed == {"pid": os.getppid()}:
         changed = changed | {"began": lock_holder._began(os.getppid())}
     replace_json(held / "attempt.json", ended | changed)
@@ -99,13 +99,13 @@ def test_a_holder_that_may_live_keeps_its_lock(held: Path, ended: dict[str, Any]
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", "null", '{"pid": 1', '{"pid": 1, "host": "other", "token": "x"}'])
-def test_a_record_of_another_form_keeps_the_lock(held: Path, content: str) -> None:
+def test_invalid_holder_record_keeps_the_lock(held: Path, content: str) -> None:
     (held / "attempt.json").write_text(content)
     with pytest.raises(InputError, match="another run is writing there"):
         take(held, seconds=0.2)
 
 
-def test_a_new_holder_is_given_time_to_say_who_it_is(held: Path, ended: dict[str, Any]) -> None:
+def test_new_holder_has_time_to_write_its_record(held: Path, ended: dict[str, Any]) -> None:
     """The record changes while we look: whoever took the lock lives."""
     replace_json(held / "attempt.json", ended)
     before = lock_holder.read_object
@@ -118,7 +118,7 @@ def test_a_new_holder_is_given_time_to_say_who_it_is(held: Path, ended: dict[str
         lock_holder.read_object = before
 
 
-def test_a_file_that_somebody_else_took_over_is_left_in_place(tmp_path: Path) -> None:
+def test_lock_file_of_a_new_holder_is_not_removed(tmp_path: Path) -> None:
     file = tmp_path / ".lock"
     file.write_text("theirs")
     lock_holder._remove(file, inode=1)
@@ -128,7 +128,7 @@ def test_a_file_that_somebody_else_took_over_is_left_in_place(tmp_path: Path) ->
     lock_holder._remove(file, inode=1)
 
 
-def test_a_dying_predecessor_is_waited_for(held: Path) -> None:
+def test_lock_is_acquired_when_the_predecessor_ends(held: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, held / "other"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     ):
@@ -139,7 +139,7 @@ def test_a_dying_predecessor_is_waited_for(held: Path) -> None:
         lock.release()
 
 
-def test_the_record_says_where_and_in_which_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_holder_record_includes_the_slurm_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in OURS.items():
         monkeypatch.setenv(name, value)
     ClaimedRun.claim(tmp_path, world_size=1).release()
@@ -160,7 +160,7 @@ def test_the_record_says_where_and_in_which_job(tmp_path: Path, monkeypatch: pyt
         ("7", None, "one", ""),
     ],
 )
-def test_an_earlier_start_of_our_own_job_is_gone(
+def test_earlier_start_of_the_same_slurm_job_is_gone(
     monkeypatch: pytest.MonkeyPatch, job: str, restarts: int | None, cluster: str, why: str
 ) -> None:
     for name, value in OURS.items():
@@ -180,7 +180,7 @@ def test_an_earlier_start_of_our_own_job_is_gone(
         ("", "", ("", 0)),
     ],
 )  # fmt: skip
-def test_what_scontrol_says_is_read(out: str, error: str, answer: tuple[str, int]) -> None:
+def test_scontrol_output_is_parsed(out: str, error: str, answer: tuple[str, int]) -> None:
     assert read_answer(out, error) == answer
 
 
@@ -198,7 +198,7 @@ def test_what_scontrol_says_is_read(out: str, error: str, answer: tuple[str, int
         (("NONE", 0), "Slurm does not know job 9 any more"),
     ],
 )
-def test_another_job_is_gone_if_slurm_says_so(
+def test_slurm_decides_whether_another_job_is_gone(
     monkeypatch: pytest.MonkeyPatch, answer: tuple[str, int], why: str
 ) -> None:
     for name, value in OURS.items():
@@ -207,7 +207,7 @@ def test_another_job_is_gone_if_slurm_says_so(
     assert gone(holder_record() | {"host": "lost", "slurm": {"job": "9", "restarts": 0, "cluster": "one"}}) == why
 
 
-def test_work_that_another_process_holds_up_names_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocked_work_names_its_lock_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(once_per_node, "_QUIET_SECONDS", 0.1)
     done: list[int] = []
     said: list[str] = []

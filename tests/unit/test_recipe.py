@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed.config import TrainConfig, load
+from distributed.config import TrainConfig, from_command_line
 from distributed.errors import InputError, StorageError
 from distributed.metrics.records import EpochMetrics, TrainMetrics
 from distributed.recipe import train
@@ -56,7 +56,7 @@ def config(tmp_path) -> TrainConfig:
         "--precision float32 --threads 1 --device cpu --logging.tensorboard false --logging.every_steps 1 "
         "--schedule.name constant --model.dropout 0.5"
     )
-    return load([*words.split(), "--run_dir", str(tmp_path / "run")])[0]
+    return from_command_line([*words.split(), "--run_dir", str(tmp_path / "run")]).config
 
 
 def newest(config: TrainConfig) -> dict:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from distributed.build import build_data, build_engine
 from distributed.checkpoint.warm_start import evaluated_weights, start_from
-from distributed.config import TrainConfig, load
+from distributed.config import TrainConfig, from_command_line
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.recipe import train
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("threads_and_log_as_they_were")
 def config_of(run_dir: Path, *words: str) -> TrainConfig:
     replaced = {word for word in words if word.startswith("--")}
     kept = [w for pair in zip(SMALL[::2], SMALL[1::2], strict=True) if pair[0] not in replaced for w in pair]
-    return load([*kept, *words, "--run_dir", str(run_dir)])[0]
+    return from_command_line([*kept, *words, "--run_dir", str(run_dir)]).config
 
 
 @pytest.fixture(scope="module")

@@ -19,18 +19,18 @@ def tokens(store: HashStore, world_size: int) -> list[str]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_all_ranks_get_one_token(world_size):
+def test_all_ranks_agree_on_one_token(world_size):
     assert len(set(tokens(HashStore(), world_size))) == 1
 
 
-def test_attempts_over_the_same_store_get_tokens_of_their_own():
+def test_each_attempt_on_a_store_gets_a_new_token():
     store = HashStore()
     attempts = [tokens(store, 3) for _ in range(4)]
     assert [len(set(attempt)) for attempt in attempts] == [1] * 4
     assert len({attempt[0] for attempt in attempts}) == 4
 
 
-def test_what_a_dead_attempt_left_half_done_is_passed_over():
+def test_leftovers_of_a_dead_attempt_are_ignored():
     store = HashStore()
     store.set("proposal", json.dumps({"token": "old", "nonces": {"0": "a", "1": "b"}}))
     for key, value in {"hello/0": "a", "hello/1": "b", "acknowledged/1": "old", "go": "old"}.items():
@@ -39,9 +39,9 @@ def test_what_a_dead_attempt_left_half_done_is_passed_over():
     assert first == second != "old"
 
 
-def test_a_rank_that_does_not_come_is_named():
+def test_missing_ranks_are_named():
     short = timedelta(seconds=0.05)
     with pytest.raises(PeerError, match=r"^rank 1 of 2 did not arrive at here:1 within 0.05 s; "):
-        agree_on_token(HashStore(), rank=0, world_size=2, timeout=short, where="here:1")
+        agree_on_token(HashStore(), rank=0, world_size=2, timeout=short, endpoint="here:1")
     with pytest.raises(PeerError, match=r"^rank 0, 2 of 3 did not arrive at here:1 within 0.05 s; "):
-        agree_on_token(HashStore(), rank=1, world_size=3, timeout=short, where="here:1")
+        agree_on_token(HashStore(), rank=1, world_size=3, timeout=short, endpoint="here:1")

@@ -160,8 +160,8 @@ def test_other_schedules_are_described_in_a_sentence(tmp_path: Path, schedule: d
 def test_a_run_is_described_in_sentences(run: History) -> None:
     assert describe(run) == (
         "improved_alexnet on CIFAR-10: 5 of 5 epochs, batch size 128, optimizer sgd, peak learning rate 0.1, precision "
-        "bfloat16. 20% of the training images are held out for validation. Hardware: 1 process. Best validation accuracy: 50.00% (epoch 2). "
-        "Last test accuracy: 35.00% (epoch 5)."
+        "bfloat16. 20% of the training images are held out for validation. Hardware: 1 process. "
+        "Best validation accuracy: 50.00% (epoch 2). Last test accuracy: 35.00% (epoch 5)."
     )
     assert describe_status(run) == "The run finished at step 50."
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from distributed.config import TrainConfig, load
+from distributed.config import TrainConfig, from_command_line
 from distributed.optim.schedules import build_early_stopping, build_schedule
 from distributed.run.saved_state import check_state, is_at_end
 from distributed.training.state import TrainState
@@ -18,7 +18,7 @@ STOPPING = ("--early_stopping.patience", "3")
 
 def config_of(*words: str) -> TrainConfig:
     common = "--data.name generated10 --epochs 5 --global_batch_size 16 --checkpoint.best_by accuracy"
-    return load([*common.split(), "--data.validation_fraction", "0.1", *words])[0]
+    return from_command_line([*common.split(), "--data.validation_fraction", "0.1", *words]).config
 
 
 def trained(config: TrainConfig, *, epochs: int, steps: int = 0) -> dict[str, Any]:
@@ -46,13 +46,13 @@ def test_every_state_of_a_run_is_accepted(words, epochs, steps, images):
     check_state(trained(config, epochs=epochs, steps=steps), config, images=images)
 
 
-def test_only_the_last_state_is_the_end_of_the_run():
+def test_only_the_last_state_is_at_the_end():
     config = config_of()
     assert [epochs for epochs in range(6) if is_at_end(trained(config, epochs=epochs), config)] == [5]
     assert not is_at_end(trained(config, epochs=4, steps=4), config)
 
 
-def test_an_early_stop_is_the_end_of_the_run():
+def test_early_stop_is_at_the_end():
     config = config_of("--early_stopping.patience", "2")
     found = trained(config, epochs=4)
     check_state(found, config, images=IMAGES)
@@ -117,7 +117,7 @@ OTHERS: dict[str, Callable[[dict[str, Any]], None]] = {
 
 @pytest.mark.parametrize("case", [*OTHERS, *(f"{name} = {value!r:.9}" for name in COUNTERS for value in ODD)])
 @pytest.mark.parametrize("images", [None, IMAGES])
-def test_numbers_that_are_not_of_the_run_are_one_line(case, images):
+def test_impossible_counters_are_a_one_line_error(case, images):
     config = config_of(*PLATEAU, *STOPPING)
     content = trained(config, epochs=3, steps=3)
     if change := OTHERS.get(case):
@@ -135,7 +135,7 @@ def test_numbers_that_are_not_of_the_run_are_one_line(case, images):
 
 
 @pytest.mark.parametrize("key", ["epoch", "best", "window", "schedule", "early_stopping"])
-def test_a_missing_number_is_named(key):
+def test_missing_counter_is_named(key):
     config = config_of()
     content = trained(config, epochs=1)
     del content["state"][key]
@@ -143,14 +143,14 @@ def test_a_missing_number_is_named(key):
         check_state(content, config)
 
 
-def test_a_best_epoch_where_none_is_asked_for():
+def test_best_epoch_without_best_by_is_refused():
     config = config_of()
     unasked = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"best_by": "none"})})
     with pytest.raises(ValueError, match="best_by = none"):
         check_state(trained(config, epochs=2), unasked)
 
 
-def test_a_schedule_without_a_state():
+def test_state_of_a_stateless_schedule_is_refused():
     content = trained(config_of(*PLATEAU), epochs=2)
     with pytest.raises(ValueError, match="one_cycle has no state"):
         check_state(content, config_of())

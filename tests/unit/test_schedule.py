@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 
-from distributed.config import load
+from distributed.config import from_command_line
 from distributed.optim.schedules import (
     Constant,
     Cosine,
@@ -19,7 +19,7 @@ from distributed.optim.schedules import (
 
 
 def built(*words: str, epochs: int = 10, steps_per_epoch: int = 10) -> Schedule:
-    config, _ = load(["--epochs", str(epochs), *words])
+    config = from_command_line(["--epochs", str(epochs), *words]).config
     return build_schedule(config, steps_per_epoch=steps_per_epoch)
 
 
@@ -232,6 +232,6 @@ def test_early_stopping_survives_a_restart():
 
 
 def test_early_stopping_is_built_from_its_section_if_there_is_one():
-    config, _ = load(["--early_stopping.metric", "loss", "--early_stopping.patience", "4"])
+    config = from_command_line(["--early_stopping.metric", "loss", "--early_stopping.patience", "4"]).config
     assert build_early_stopping(config.early_stopping) == EarlyStopping(Patience("loss", 4, 0.0))
     assert build_early_stopping(None) is None

@@ -1,4 +1,4 @@
-"""Signals and the launcher's death: what ends the process at once, what asks to stop, what is left alone."""
+"""Signals and the launcher's death: which exit immediately, request a stop or are not handled."""
 
 import json
 import os
@@ -21,7 +21,7 @@ ALL = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
 
 @pytest.fixture(autouse=True)
 def _default_signals() -> Iterator[None]:
-    """A test run in the background may have been started with some ignored."""
+    """Restore the default handlers: a test run in the background may start with some signals ignored."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in ALL}
     yield
     for number, handler in before.items():
@@ -29,7 +29,7 @@ def _default_signals() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", ALL)
-def test_a_signal_asks_to_stop_and_handlers_are_put_back(number):
+def test_signal_requests_stop_and_handlers_are_restored(number):
     before = signal.getsignal(number)
     with SignalStop(launched=True) as stop:
         assert stop.requested() is None
@@ -38,28 +38,28 @@ def test_a_signal_asks_to_stop_and_handlers_are_put_back(number):
     assert signal.getsignal(number) == before
 
 
-def test_the_death_of_the_launcher_asks_to_stop(monkeypatch):
+def test_launcher_death_requests_a_stop(monkeypatch):
     with SignalStop(launched=True) as stop:
         other = os.getppid() + 1
         monkeypatch.setattr(os, "getppid", lambda: other)
         assert stop.requested() == "the launcher's death"
 
 
-def test_a_command_outlives_its_shell(monkeypatch):
+def test_shell_death_requests_nothing(monkeypatch):
     with SignalStop(launched=False) as stop:
         monkeypatch.setattr(os, "getppid", lambda: 1)
         assert stop.requested() is None
 
 
-DEAF = """
+BLOCKED = """
 import ctypes, sys, threading
-from distributed import signals as module
-module._DEAF_SECONDS = 0.5
+from distributed.process import signals as module
+module._UNRESPONSIVE_SECONDS = 0.5
 with module.SignalStop(launched=False) as signals:
     if sys.argv[1] == "saves":
         print("waits", flush=True)
-        threading.Event().wait()  # as for a save: Python runs its handlers meanwhile
-    lock = ctypes.create_string_buffer(64)  # a mutex: a wait in C that no signal interrupts, like one for a GPU
+        threading.Event().wait()  # like a save: Python runs its signal handlers meanwhile
+    lock = ctypes.create_string_buffer(64)  # a mutex: a wait in C that no signal interrupts, like waiting for a GPU
     threads = ctypes.CDLL(None)
     threads.pthread_mutex_lock(lock)
     print("waits", flush=True)
@@ -68,8 +68,10 @@ with module.SignalStop(launched=False) as signals:
 
 
 @contextmanager
-def deaf(kind: str) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen([sys.executable, "-c", DEAF, kind], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+def blocked(kind: str) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", BLOCKED, kind], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
         try:
             assert process.stdout.readline() == "waits\n"
             yield process
@@ -78,12 +80,12 @@ def deaf(kind: str) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, ExitCode.FAILED), (signal.SIGINT, ExitCode.INTERRUPTED)])
-def test_a_second_signal_ends_a_process_that_waits_in_c(number, code):
-    with deaf("unheard") as process:
+def test_second_signal_ends_a_process_blocked_in_c(number, code):
+    with blocked("in C") as process:
         process.send_signal(number)
         time.sleep(0.8)
         assert process.poll() is None
-        for _ in range(10):  # on a busy machine two may be read at once, and count as one
+        for _ in range(10):  # on a busy machine two may be read together and count as one
             process.send_signal(number)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(2)
@@ -92,8 +94,8 @@ def test_a_second_signal_ends_a_process_that_waits_in_c(number, code):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_sent_twice_at_once_is_one_request(number):
-    with deaf("unheard") as process:
+def test_duplicate_signal_is_one_request(number):
+    with blocked("in C") as process:
         process.send_signal(number)
         time.sleep(0.1)
         process.send_signal(number)
@@ -102,8 +104,8 @@ def test_a_signal_sent_twice_at_once_is_one_request(number):
         process.kill()
 
 
-def test_a_second_sigterm_does_not_interrupt_a_save():
-    with deaf("saves") as process:
+def test_second_sigterm_does_not_interrupt_a_save():
+    with blocked("saves") as process:
         for _ in range(3):
             process.send_signal(signal.SIGTERM)
             time.sleep(0.8)
@@ -112,9 +114,9 @@ def test_a_second_sigterm_does_not_interrupt_a_save():
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
-def test_a_terminal_signal_ignored_at_the_start_stays_ignored(number):
+def test_ignored_terminal_signal_stays_ignored(number):
     signal.signal(number, signal.SIG_IGN)
-    with SignalStop(launched=False, at_once_until_asked=True) as stop:
+    with SignalStop(launched=False, exit_before_first_step=True) as stop:
         os.kill(os.getpid(), number)
         time.sleep(0.1)
         assert stop.requested() is None
@@ -122,14 +124,14 @@ def test_a_terminal_signal_ignored_at_the_start_stays_ignored(number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_of_a_launcher_is_heard_even_if_ignored_before(number):
+def test_ignored_launcher_signal_is_handled(number):
     signal.signal(number, signal.SIG_IGN)
     with SignalStop(launched=False) as stop:
         os.kill(os.getpid(), number)
         assert stop.requested() == number.name
 
 
-def test_several_hang_ups_are_one_request():
+def test_repeated_sighup_is_one_request():
     with SignalStop(launched=False) as stop:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGHUP)
@@ -137,32 +139,32 @@ def test_several_hang_ups_are_one_request():
         assert stop.requested() == "SIGHUP"
 
 
-def test_a_parent_that_is_process_1_from_the_start_is_no_death(monkeypatch):
+def test_parent_with_pid_1_is_not_a_dead_launcher(monkeypatch):
     monkeypatch.setattr(os, "getppid", lambda: 1)
     with SignalStop(launched=True) as stop:
         assert stop.requested() is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGWINCH, signal.SIGCHLD])
-def test_other_signals_are_left_alone(number):
-    with SignalStop(launched=False, at_once_until_asked=True) as stop:
+def test_other_signals_are_not_handled(number):
+    with SignalStop(launched=False, exit_before_first_step=True) as stop:
         os.kill(os.getpid(), number)
         time.sleep(0.05)
         assert stop.requested() is None
 
 
-WAITS = """
+WAITING = """
 import ctypes, sys, time
-from distributed import endings
+from distributed.process import exits
 from distributed.process.signals import SignalStop
-endings.add_last_word(lambda ending: print(*ending[:2], sep="|", flush=True))
-with SignalStop(launched="orphan" in sys.argv, at_once_until_asked=True) as stop:
-    if "asked" in sys.argv:
+exits.add_exit_hook(lambda final: print(*final[:2], sep="|", flush=True))
+with SignalStop(launched="orphan" in sys.argv, exit_before_first_step=True) as stop:
+    if "stepped" in sys.argv:
         stop.requested()
     print("waits", flush=True)
     if "stuck" in sys.argv:
-        endings.add_last_word(lambda ending: time.sleep(60))
-    lock = ctypes.create_string_buffer(64)  # waits in C, as for a peer: no Python handler runs
+        exits.add_exit_hook(lambda final: time.sleep(60))
+    lock = ctypes.create_string_buffer(64)  # waits in C, like waiting for a peer: no Python handler runs
     threads = ctypes.CDLL(None)
     threads.pthread_mutex_lock(lock)
     threads.pthread_mutex_lock(lock)
@@ -172,7 +174,7 @@ with SignalStop(launched="orphan" in sys.argv, at_once_until_asked=True) as stop
 @contextmanager
 def waiting(*how: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
-        [sys.executable, "-c", WAITS, *how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        [sys.executable, "-c", WAITING, *how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env=os.environ | environment,
     ) as process:  # fmt: skip
         try:
@@ -183,7 +185,7 @@ def waiting(*how: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("number", ALL)
-def test_before_the_first_step_a_signal_ends_the_process_at_once(number, tmp_path):
+def test_signal_before_the_first_step_exits_immediately(number, tmp_path):
     code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.STOPPED
     with waiting(TORCHELASTIC_ERROR_FILE=str(tmp_path / "0" / "error.json")) as process:
         begin = time.monotonic()
@@ -195,7 +197,7 @@ def test_before_the_first_step_a_signal_ends_the_process_at_once(number, tmp_pat
     assert json.loads((tmp_path / "0" / "error.json").read_text())["message"]["message"] == said
 
 
-def test_a_last_word_that_hangs_does_not_keep_the_process():
+def test_hanging_exit_hook_does_not_delay_the_exit_long():
     with waiting("stuck") as process:
         begin = time.monotonic()
         process.send_signal(signal.SIGTERM)
@@ -203,16 +205,16 @@ def test_a_last_word_that_hangs_does_not_keep_the_process():
         assert time.monotonic() - begin < 4
 
 
-def test_after_the_first_step_a_hang_up_only_asks():
-    with waiting("asked") as process:
+def test_sighup_after_the_first_step_only_requests_a_stop():
+    with waiting("stepped") as process:
         for _ in range(2):
             process.send_signal(signal.SIGHUP)
             time.sleep(0.7)
         assert process.poll() is None
 
 
-def test_a_second_ctrl_c_says_how_to_resume():
-    with waiting("asked") as process:
+def test_second_ctrl_c_says_how_to_resume():
+    with waiting("stepped") as process:
         process.send_signal(signal.SIGINT)
         time.sleep(0.7)
         process.send_signal(signal.SIGINT)
@@ -220,10 +222,10 @@ def test_a_second_ctrl_c_says_how_to_resume():
         assert "the same command resumes from the last checkpoint" in process.stderr.read()
 
 
-def test_a_rank_that_waits_for_its_peers_ends_with_its_launcher():
+def test_waiting_rank_exits_when_its_launcher_dies():
     program = (
         "import subprocess, sys\n"
-        f"child = subprocess.Popen([sys.executable, '-c', {WAITS!r}, 'orphan'])\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {WAITING!r}, 'orphan'])\n"
         "print('child', child.pid, flush=True)\n"
         "sys.stdin.read()\n"
     )

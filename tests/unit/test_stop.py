@@ -1,4 +1,4 @@
-from distributed.comm.collectives import LateMax
+from distributed.comm.collectives import DelayedMax
 from distributed.training.stop import Never, StepAgreement
 
 
@@ -11,7 +11,7 @@ class Asked:
 
 
 def test_a_late_maximum_is_that_of_the_call_before():
-    late = LateMax(2)
+    late = DelayedMax(2)
     assert late.exchange(1, 0) == [0, 0]
     assert late.exchange(0, 1) == [1, 0]
     assert late.drain() == [0, 1]

@@ -1,4 +1,4 @@
-"""A command's exit code and its files do not depend on who reads what it prints."""
+"""A command's exit code and files do not depend on whether its output can be written."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ def main():
     return 7
 run_command(main)
 """
-ENDS = {"at exit": "run_command(main)", "at once": "run_command(main, at_once=True)"}
+ENDS = {"with cleanup": "run_command(main)", "without cleanup": "run_command(main, skip_cleanup=True)"}
 
 
 def shell(redirection: str, file: Path, program: str = PROGRAM) -> int:
@@ -36,19 +36,19 @@ def shell(redirection: str, file: Path, program: str = PROGRAM) -> int:
     [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", ">/dev/full 2>&1", "> >(:)", "2> >(:)",
      "| head -c 1 >/dev/null; exit ${PIPESTATUS[0]}", "2>&1 | head -c 1 >/dev/null; exit ${PIPESTATUS[0]}"],
 )  # fmt: skip
-def test_a_lost_stream_changes_no_exit_code(redirection: str, end: str, tmp_path: Path) -> None:
+def test_broken_stream_keeps_the_exit_code(redirection: str, end: str, tmp_path: Path) -> None:
     program = PROGRAM.replace("run_command(main)", ENDS[end])
     assert shell(redirection, tmp_path / "file", program) == 7
     number, done = (tmp_path / "file").read_text().split()
-    assert (int(number) > 2, done) == (True, "done")  # else prints would have gone into it
+    assert (int(number) > 2, done) == (True, "done")  # otherwise the output would have gone into the file
 
 
-def test_what_is_printed_arrives_up_to_the_loss(tmp_path: Path) -> None:
+def test_intact_stream_receives_all_output(tmp_path: Path) -> None:
     assert shell(f"> {tmp_path / 'out'} 2>&-", tmp_path / "file") == 7
     assert (tmp_path / "out").read_text() == f"{'out' * 10_000}\n" * 3
 
 
-def test_a_name_that_no_encoding_knows_is_printed(tmp_path: Path) -> None:
+def test_unencodable_characters_are_escaped(tmp_path: Path) -> None:
     program = "from distributed.process.streams import run_command\nrun_command(lambda: print('\\udce9 \u00e9') or 0)"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-c", program]
@@ -56,7 +56,7 @@ def test_a_name_that_no_encoding_knows_is_printed(tmp_path: Path) -> None:
     assert (found.stdout, found.stderr) == ("\\udce9 \\xe9\n", "")
 
 
-def test_an_interrupt_is_one_exit_code_and_no_traceback() -> None:
+def test_keyboard_interrupt_exits_130_without_traceback() -> None:
     program = (
         "from distributed.process.streams import run_command\ndef main(): raise KeyboardInterrupt\nrun_command(main)"
     )
@@ -64,8 +64,8 @@ def test_an_interrupt_is_one_exit_code_and_no_traceback() -> None:
     assert (found.returncode, found.stderr) == (130, "")
 
 
-def test_a_child_finds_no_closed_stream(tmp_path: Path) -> None:
-    """Else a file that it opens takes the number, and what it prints goes into that file."""
+def test_child_process_inherits_open_streams(tmp_path: Path) -> None:
+    """Otherwise a file it opens takes the descriptor, and its output goes into that file."""
     program = """
 import subprocess, sys
 from distributed.process.streams import run_command

@@ -1,4 +1,4 @@
-"""The ranks' store is served, reached and waited for; what else may listen at its port is found."""
+"""Serving the ranks' store, connecting to it, and detecting other programs at its port."""
 
 import socket
 import time
@@ -11,7 +11,7 @@ from torch.distributed import Store, TCPStore
 
 from distributed.comm.tcp_store import _is_store, open_store
 from distributed.errors import InputError, PeerError
-from distributed.topology import MeetingPlace
+from distributed.topology import Endpoint
 
 
 def a_port() -> int:
@@ -19,21 +19,21 @@ def a_port() -> int:
         return server.getsockname()[1]
 
 
-def place(port: int, *, has_agent: bool = False) -> MeetingPlace:
-    return MeetingPlace("127.0.0.1", port, has_agent)
+def endpoint(port: int, *, has_agent: bool = False) -> Endpoint:
+    return Endpoint("127.0.0.1", port, has_agent)
 
 
 def opened(port: int, rank: int, *, seconds: float = 5, has_agent: bool = False) -> tuple[Store, socket.socket | None]:
-    return open_store(place(port, has_agent=has_agent), rank=rank, world_size=2, timeout=timedelta(seconds=seconds))
+    return open_store(endpoint(port, has_agent=has_agent), rank=rank, world_size=2, timeout=timedelta(seconds=seconds))
 
 
-def test_the_handshake_is_that_of_this_torch():
+def test_handshake_matches_this_version_of_torch():
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
         assert _is_store(connection) is True
 
 
-def test_rank_0_serves_and_another_rank_may_come_first():
+def test_client_may_start_before_rank_0_serves():
     port = a_port()
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(opened, port, 1)
@@ -46,7 +46,7 @@ def test_rank_0_serves_and_another_rank_may_come_first():
         connection.recv(1)
 
 
-def test_under_an_agent_rank_0_is_a_client():
+def test_rank_0_is_a_client_of_torchruns_agent():
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store, connection = opened(server.port, 0, has_agent=True)
     server.set("key", "value")
@@ -54,7 +54,7 @@ def test_under_an_agent_rank_0_is_a_client():
     assert connection is not None
 
 
-def test_a_taken_port_is_refused_with_the_remedy():
+def test_port_in_use_is_refused_with_a_remedy():
     with (
         other_program(None) as port,
         pytest.raises(InputError, match=f"MASTER_PORT = {port}: Address already in use.*--standalone"),
@@ -65,7 +65,7 @@ def test_a_taken_port_is_refused_with_the_remedy():
 @pytest.mark.parametrize(
     "answer", [b"HTTP/1.0 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n", b"\0" * 4, b"x", b""]
 )
-def test_another_program_at_the_port_is_found(answer):
+def test_foreign_program_at_the_port_is_detected(answer):
     with (
         other_program(answer) as port,
         pytest.raises(InputError, match=f"MASTER_PORT = {port}: another program listens there"),
@@ -73,7 +73,7 @@ def test_another_program_at_the_port_is_found(answer):
         opened(port, 1)
 
 
-def test_a_silent_program_at_the_port_is_waited_for_no_longer_than_allowed():
+def test_silent_program_at_the_port_times_out():
     begin = time.monotonic()
     with other_program(None) as port, pytest.raises(PeerError, match=r"rank 0 of 2 did not arrive .* does not answer"):
         opened(port, 1, seconds=0.5)
@@ -81,6 +81,6 @@ def test_a_silent_program_at_the_port_is_waited_for_no_longer_than_allowed():
 
 
 @pytest.mark.parametrize(("has_agent", "who"), [(False, "rank 0 of 2"), (True, "torchrun's agent")])
-def test_nobody_at_the_port_is_named(has_agent, who):
+def test_missing_server_is_named(has_agent, who):
     with pytest.raises(PeerError, match=f"^{who} did not arrive at 127.0.0.1:.* within 0.3 s .Connection refused"):
         opened(a_port(), 1, seconds=0.3, has_agent=has_agent)

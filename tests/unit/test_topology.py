@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from distributed.errors import InputError
-from distributed.topology import MeetingPlace, Topology, has_launcher, host, is_first_on_node, meeting_place
+from distributed.topology import Endpoint, Topology, has_launcher, host, is_first_on_node, rendezvous_endpoint
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
 
@@ -16,11 +16,11 @@ def environment(monkeypatch):
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
 
-    def give(**values: object) -> None:
+    def set_variables(**values: object) -> None:
         for name, value in values.items():
             monkeypatch.setenv(name, str(value))
 
-    return give
+    return set_variables
 
 
 def test_without_a_launcher_there_is_one_process(environment):
@@ -29,25 +29,25 @@ def test_without_a_launcher_there_is_one_process(environment):
     assert topology.is_main
 
 
-def test_the_place_is_what_torchrun_sets(environment):
+def test_torchrun_variables_are_read(environment):
     environment(RANK=5, WORLD_SIZE=8, LOCAL_RANK=1, LOCAL_WORLD_SIZE=4, GROUP_RANK=1)
     topology = Topology.from_environment()
     assert topology == Topology(5, 8, 1, 4, 1, launched=True)
     assert not topology.is_main
 
 
-def test_a_single_launched_process_counts_as_launched(environment):
+def test_single_launched_process_counts_as_launched(environment):
     environment(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
     assert Topology.from_environment() == Topology(launched=True)
 
 
-def test_without_a_local_world_size_all_ranks_are_taken_to_share_the_node(environment):
+def test_local_world_size_defaults_to_world_size(environment):
     environment(RANK=0, WORLD_SIZE=4, LOCAL_RANK=0)
     assert Topology.from_environment().local_world_size == 4
 
 
 @pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
-def test_a_part_of_the_place_is_refused_with_what_is_missing(environment, missing):
+def test_missing_variables_are_named(environment, missing):
     given = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     del given[missing]
     environment(**given)
@@ -67,7 +67,7 @@ def test_a_part_of_the_place_is_refused_with_what_is_missing(environment, missin
         {"RANK": 0, "WORLD_SIZE": 0, "LOCAL_RANK": 0},
     ],
 )
-def test_a_place_that_cannot_be_is_refused(environment, values):
+def test_impossible_values_are_refused(environment, values):
     environment(**values)
     with pytest.raises(InputError, match="start with torchrun"):
         Topology.from_environment()
@@ -83,40 +83,40 @@ def test_a_place_that_cannot_be_is_refused(environment, values):
         ({"SLURM_JOB_ID": 7}, False),
     ],
 )
-def test_a_shell_that_sets_a_rank_is_no_launcher(environment, monkeypatch, values, found):
+def test_shell_that_sets_rank_is_not_a_launcher(environment, monkeypatch, values, found):
     for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
     environment(**values)
     assert has_launcher() == found
 
 
-@pytest.mark.parametrize(("local_rank", "speaks"), [(None, True), ("0", True), ("1", False)])
-def test_one_rank_a_node_speaks(environment, local_rank, speaks):
+@pytest.mark.parametrize(("local_rank", "prints"), [(None, True), ("0", True), ("1", False)])
+def test_one_rank_per_node_prints(environment, local_rank, prints):
     if local_rank:
         environment(LOCAL_RANK=local_rank)
-    assert is_first_on_node() == speaks
+    assert is_first_on_node() == prints
 
 
-def test_the_meeting_place_is_what_the_launcher_set(environment, monkeypatch):
+def test_endpoint_is_read_from_the_environment(environment, monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     environment(MASTER_ADDR="node-1", MASTER_PORT=29500)
-    assert meeting_place() == MeetingPlace("node-1", 29500, has_agent=False)
+    assert rendezvous_endpoint() == Endpoint("node-1", 29500, has_agent=False)
     environment(MASTER_ADDR="fe80::1", TORCHELASTIC_USE_AGENT_STORE="True")
-    assert str(meeting_place()) == "[fe80::1]:29500"
-    assert meeting_place().has_agent
+    assert str(rendezvous_endpoint()) == "[fe80::1]:29500"
+    assert rendezvous_endpoint().has_agent
 
 
 @pytest.mark.parametrize(
     ("ranks", "local_ranks", "agent", "awaited"),
     [(1, 1, "False", False), (2, 2, "False", True), (2, 2, "True", False), (2, 1, "True", True)],
 )
-def test_whether_other_ranks_would_wait_in_vain(environment, ranks, local_ranks, agent, awaited):
+def test_whether_peers_would_wait_for_this_rank(environment, ranks, local_ranks, agent, awaited):
     environment(RANK=0, WORLD_SIZE=ranks, LOCAL_RANK=0, LOCAL_WORLD_SIZE=local_ranks)
     environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=29500, TORCHELASTIC_USE_AGENT_STORE=agent)
-    assert Topology.from_environment().is_awaited == awaited
+    assert Topology.from_environment().has_waiting_peers == awaited
 
 
-def test_threads_are_as_asked_or_the_share_of_the_cores(monkeypatch):
+def test_threads_are_as_configured_or_a_share_of_cores(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     assert Topology(local_world_size=2).threads(0) == 4
     assert Topology(local_world_size=3).threads(0) == 2
@@ -124,13 +124,13 @@ def test_threads_are_as_asked_or_the_share_of_the_cores(monkeypatch):
     assert Topology(local_world_size=2).threads(7) == 7
 
 
-def test_the_threads_do_not_depend_on_what_torchrun_put_into_omp_num_threads(monkeypatch):
+def test_threads_do_not_depend_on_omp_num_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
     assert Topology().threads(0) == 6
 
 
-def test_the_host_has_a_name():
+def test_host_has_a_name():
     assert host()
 
 
@@ -143,7 +143,7 @@ def test_the_host_has_a_name():
         ({"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}, True, "a Ray job"),
     ],
 )
-def test_a_shell_of_salloc_is_a_terminal_and_no_job(job: dict[str, str], at_terminal: bool, said: str):
+def test_salloc_shell_counts_as_terminal_not_as_job(job: dict[str, str], at_terminal: bool, said: str):
     terminal, ours = os.openpty()
     found = subprocess.run(
         [sys.executable, "-c", "from distributed.topology import cluster_job; print(cluster_job())"],

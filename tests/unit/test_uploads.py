@@ -17,7 +17,7 @@ from distributed.checkpoint.download import check_store, fetch_newest
 from distributed.checkpoint.object_store import Store, StoreError
 from distributed.checkpoint.snapshot import write_checkpoint
 from distributed.checkpoint.upload import Uploads, tell_ending, upload_rest
-from distributed.config import TrainConfig, load
+from distributed.config import TrainConfig, from_command_line
 from distributed.errors import InputError
 from distributed.run.checkpoint_layout import checkpoints, damage_of, name_of
 from distributed.run.claim import ClaimedRun
@@ -49,7 +49,8 @@ def said() -> Iterator[list[str]]:
 
 
 def config_of(run_dir: Path, url: str, *words: str) -> TrainConfig:
-    return load(["--run_dir", str(run_dir), "--checkpoint.upload_to", url, "--data.name", "generated10", *words])[0]
+    common = ["--run_dir", str(run_dir), "--checkpoint.upload_to", url, "--data.name", "generated10"]
+    return from_command_line([*common, *words]).config
 
 
 def save(run: RunFolder, step: int, *, best: int | None = None, config: TrainConfig | None = None) -> str:
@@ -417,8 +418,8 @@ def test_a_store_that_does_not_answer_is_refused_in_time(tmp_path, url, monkeypa
 
 def test_nothing_is_asked_where_no_store_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(upload.Store, "__init__", None)
-    tell_ending(load(["--run_dir", str(tmp_path), "--data.name", "generated10"])[0])
-    upload_rest(load(["--run_dir", str(tmp_path), "--data.name", "generated10"])[0])
+    tell_ending(from_command_line(["--run_dir", str(tmp_path), "--data.name", "generated10"]).config)
+    upload_rest(from_command_line(["--run_dir", str(tmp_path), "--data.name", "generated10"]).config)
 
 
 @pytest.mark.parametrize(

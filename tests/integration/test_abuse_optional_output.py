@@ -1,0 +1,710 @@
+"""Full disks, missing packages and odd files where by-products and asked-for files go; images that fill the memory."""
+
+import json
+import math
+import os
+import resource
+import struct
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+from kit.abuse import Outcome, assert_told, call, untouched
+from kit.commands import ROOT, metrics, status
+from kit.trained_runs import copy_of, image_folder, write_test_images
+from loguru import logger
+from PIL import Image
+from unit.test_sinks import EPOCH, TRAIN
+
+from distributed.checkpoint.checkpointer import Checkpointer
+from distributed.experiments import __main__ as experiments
+from distributed.figures.curves import draw_curves
+from distributed.metrics.profiler import StepProfiler
+from distributed.metrics.reporter import Reporter
+from distributed.metrics.sinks import BestEffort, JsonLines, TensorBoard
+from distributed.process.logs import file_logs
+from distributed.run.claim import ClaimedRun
+
+pytestmark = pytest.mark.timeout(200)
+SETTINGS = (
+    ROOT / "configs/debug.toml", "--data.train_samples", 60, "--data.test_samples", 20, "--global_batch_size", 20,
+    "--schedule.name", "constant", "--data.validation_fraction", 0, "--device", "cpu", "--logging.level", "WARNING",
+    "--evaluation.batch_size", 20, "--logging.every_steps", 1, "--logging.tensorboard", "true",
+    "--evaluation.test_every_epoch", "false", "--epochs", 1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("byproducts") / "run"
+    found = call("train", *SETTINGS, "--run_dir", folder)
+    assert found.code == 0, found.err
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_test_images(tmp_path_factory.mktemp("images") / "new", 1)[0]
+
+
+@pytest.fixture
+def full_disk(small_disk: Path) -> Path:
+    with suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(2**12))
+    return small_disk
+
+
+def warned(found: Outcome) -> list[str]:
+    """Its warnings but the one on generated images."""
+    return [line for line in found.err.splitlines() if " WARNING " in line and "generated images" not in line]
+
+
+def assert_fine(found: Outcome, *named: str) -> None:
+    """It ended well, with one warning that names each of these, and no others."""
+    said = found.out + found.err
+    assert "Traceback" not in said, said
+    assert (found.code, found.errors) == (0, []), said
+    assert len(warned(found)) == len(named), said
+    for name in named:
+        (line,) = [line for line in warned(found) if f" {name}" in line]
+        assert "continuing without it" in line
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """As on a full disk, a write beyond that many bytes of a file fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def warnings_of_the_log() -> Iterator[list[str]]:
+    lines: list[str] = []
+    handle = logger.add(lines.append, level="WARNING", format="{message}")
+    try:
+        yield lines
+    finally:
+        logger.remove(handle)
+
+
+# Training
+
+
+def test_run_survives_failure_of_all_optional_outputs(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "logs").mkdir(parents=True)
+    (folder / "tensorboard").write_text("a file")
+    (folder / "logs" / "rank-0000.log").symlink_to("/dev/full")
+    (folder / "curves.png").mkdir()
+    found = call("train", *SETTINGS, "--run_dir", folder)
+    assert_fine(found, f"{folder}/tensorboard", f"{folder}/logs/rank-0000.log", f"{folder}/curves.png")
+    assert status(folder)["status"] == "finished"
+    assert metrics(folder) == metrics(run)
+
+
+def test_run_survives_missing_tensorboard_and_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("tensorboard.compat.proto.event_pb2", "matplotlib"):
+        monkeypatch.setitem(sys.modules, package, None)
+    folder = tmp_path / "run"
+    found = call("train", *SETTINGS, "--run_dir", folder)
+    assert_fine(found, f"{folder}/tensorboard", f"{folder}/curves.png")
+    assert status(folder)["status"] == "finished"
+
+
+def test_disk_filling_up_during_training_is_exit_4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    real = Reporter.train
+
+    def on_a_full_disk(report: Reporter, *values: object, **named: object) -> None:
+        if (step := values[0].step) == 1:
+            real(report, *values, **named)
+            return
+        assert step == 2
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((folder / "metrics.jsonl").stat().st_size, resource.RLIM_INFINITY))
+        real(report, *values, **named)
+
+    monkeypatch.setattr(Reporter, "train", on_a_full_disk)
+    with files_up_to(resource.RLIM_INFINITY):
+        found = call("train", *SETTINGS, "--run_dir", folder)
+    assert_told(found, f"{folder}/metrics.jsonl: File too large", code=4)
+    assert len(metrics(folder)) == 1
+
+
+def test_unwritable_final_status_is_exit_4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    real = Checkpointer.wait
+
+    def then_full(checkpoints: Checkpointer, **named: bool) -> None:
+        real(checkpoints, **named)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
+
+    monkeypatch.setattr(Checkpointer, "wait", then_full)
+    with files_up_to(resource.RLIM_INFINITY):
+        found = call("train", *SETTINGS, "--run_dir", folder)
+    assert_told(found, f"{folder}/status.json: File too large", code=4)
+
+
+# TensorBoard, profile, curves and log by themselves
+
+
+def fed(sink: BestEffort, times: int = 4) -> None:
+    for _ in range(times):
+        sink.train(TRAIN)
+        sink.epoch(EPOCH)
+    sink.close()
+
+
+def broken_folder(path: Path, how: str) -> Path:
+    if how == "a file":
+        path.write_text("")
+    elif how == "a link in a circle":
+        path.symlink_to(path)
+    elif how == "a link to nothing":
+        path.symlink_to(path.with_name("gone") / "gone")
+    elif how == "a device":
+        path.symlink_to("/dev/null")
+    elif how == "a name too long":
+        return path / ("x" * 300)
+    return path
+
+
+@pytest.mark.parametrize("how", ["a file", "a link in a circle", "a link to nothing", "a device", "a name too long"])
+def test_tensorboard_in_a_bad_folder_is_one_warning(
+    how: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = broken_folder(tmp_path / "tensorboard", how)
+    with warnings_of_the_log() as lines:
+        fed(BestEffort("tensorboard", lambda: TensorBoard(folder, start_step=0)))
+    assert len(lines) == 1
+    assert lines[0].startswith("tensorboard: ")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("at", [0, 60, 200, 2000])
+def test_tensorboard_on_a_filling_disk_is_one_warning(
+    at: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with warnings_of_the_log() as lines, files_up_to(at):
+        fed(BestEffort("tensorboard", lambda: TensorBoard(tmp_path, start_step=0)), times=50)
+    assert lines == ["tensorboard: File too large; continuing without it\n"]
+    assert "Traceback" not in capfd.readouterr().err
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_size == at
+
+
+def test_tensorboard_on_a_full_disk_is_one_warning(full_disk: Path) -> None:
+    with warnings_of_the_log() as lines:
+        fed(BestEffort("tensorboard", lambda: TensorBoard(full_disk / "a", start_step=0)))
+    assert [line for line in lines if "No space left on device" in line] == lines
+    assert len(lines) == 1
+
+
+def test_broken_protobuf_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __getattr__(self, name: str) -> object:
+            raise TypeError("Descriptors cannot be created directly.\nDowngrade the protobuf package.")
+
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", Broken())
+    with warnings_of_the_log() as lines:
+        fed(BestEffort("tensorboard", lambda: TensorBoard(tmp_path, start_step=0)))
+    assert lines == ["tensorboard: TypeError: Descriptors cannot be created directly.; continuing without it\n"]
+
+
+def test_non_finite_numbers_reach_tensorboard(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = TensorBoard(tmp_path, start_step=2)
+    sink.train(replace(TRAIN, loss=1e308, grad_norm=math.inf, lr=math.nan, accuracy=-0.0))
+    sink.epoch(EPOCH)
+    sink.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert events.Scalars("train/loss")[0].value == math.inf
+    assert math.isnan(events.Scalars("train/lr")[0].value)
+    assert events.Scalars("epoch/validation_loss")[0].value == pytest.approx(1.3)
+    assert "epoch/test_loss" not in events.Tags()["scalars"]
+
+
+def test_metrics_on_a_full_disk_are_an_error(tmp_path: Path) -> None:
+    from distributed.errors import StorageError
+
+    run = ClaimedRun.claim(tmp_path / "run", world_size=1)
+    lines = JsonLines(run, start_step=0, start_epoch=0, data="generated10")
+    lines.train(TRAIN)
+    with files_up_to(run.metrics_file.stat().st_size), pytest.raises(StorageError, match="File too large"):
+        lines.train(TRAIN)
+    run.release()
+
+
+@pytest.mark.parametrize("how", ["a file", "a disk that fills up", "another profiler"])
+def test_failed_profile_is_one_warning(how: str, tmp_path: Path) -> None:
+    from torch.profiler import profile
+
+    folder = tmp_path / "profile"
+    if how == "a file":
+        folder.write_text("")
+    with warnings_of_the_log() as lines, files_up_to(100), StepProfiler(2, folder, lambda: None) as profiler:
+        other = profile() if how == "another profiler" else None
+        if other:
+            other.start()
+        for _ in range(14):
+            torch.ones(3).add_(1)
+            profiler.step_done()
+        if other:
+            other.stop()
+    assert len(lines) <= 1 if how == "another profiler" else len(lines) == 1
+    assert all(str(folder) in line for line in lines)
+
+
+LOGS: dict[str, Callable[[Path], object]] = {
+    "a full device": lambda path: path.symlink_to("/dev/full"),
+    "a folder": Path.mkdir,
+    "a pipe that nobody reads": os.mkfifo,
+    "a link in a circle": lambda path: path.symlink_to(path),
+    "a link to nothing": lambda path: path.symlink_to("gone/gone"),
+}
+
+
+@pytest.mark.parametrize("case", LOGS)
+def test_unwritable_log_is_one_warning(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    LOGS[case](tmp_path / "rank-0003.log")
+    with warnings_of_the_log() as lines:
+        handle = file_logs(tmp_path, 3)
+        for place in range(5):
+            logger.info("message {}", place)
+        logger.remove(handle)
+    (line,) = lines
+    assert line.startswith(f"{tmp_path}/rank-0003.log: ") or f"{tmp_path}/rank-0003.log: " in line
+    assert "Logging error" not in capfd.readouterr().err
+
+
+def test_log_keeps_its_content_on_a_full_disk(tmp_path: Path) -> None:
+    handle = file_logs(tmp_path, 0)
+    logger.info("the first")
+    with warnings_of_the_log() as lines, files_up_to((tmp_path / "rank-0000.log").stat().st_size + 5):
+        for _ in range(3):
+            logger.info("the second\ud800")
+    logger.remove(handle)
+    assert len(lines) == 1
+    assert "the first" in (tmp_path / "rank-0000.log").read_text()
+
+
+def epochs(*losses: object) -> str:
+    line = {
+        "kind": "epoch", "train_accuracy": 0.5, "test": None, "is_best": True, "lr": 0.1, "seconds": 1.0, "data": "x",
+    }  # fmt: skip
+    return "\n".join(
+        json.dumps(
+            line | {"epoch": place, "step": 10 * (place + 1), "train_loss": loss, "validation": {"loss": loss, "accuracy": 0.1}}
+        )
+        for place, loss in enumerate(losses)
+    )  # fmt: skip
+
+
+METRICS = {
+    "no number": epochs(1.0, math.nan, 0.5),
+    "infinite": epochs(math.inf, 1.0),
+    "null": epochs(None, 1.0),
+    "huge": epochs(1e308, -1e308, 1e-320),
+    "a text": epochs("x", 1.0),
+    "one point": epochs(1.0),
+    "half a line": epochs(1.0, 2.0)[:-20],
+    "a damaged line between": epochs(1.0, 2.0).replace("\n", "\n{]\0\n"),
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("case", METRICS)
+def test_curves_of_odd_metrics_are_drawn_or_one_warning(case: str, tmp_path: Path) -> None:
+    from distributed.process.optional_output import OptionalOutput
+
+    (tmp_path / "metrics.jsonl").write_text(METRICS[case])
+    with warnings.catch_warnings(), warnings_of_the_log() as lines, OptionalOutput("curves.png") as made:
+        warnings.simplefilter("ignore")
+        draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", title="$\\broken{ formula")
+    drawn = (tmp_path / "curves.png").exists()
+    assert len(lines) == made.failed
+    assert drawn != (made.failed or case == "nothing")
+    assert case in ("a text", "huge", "nothing") or drawn
+
+
+def test_curves_on_a_full_disk_keep_the_old_file(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(METRICS["one point"])
+    (tmp_path / "curves.png").write_text("before")
+    with files_up_to(100), pytest.raises(OSError, match="File too large"):
+        draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", title="a run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
+    assert (tmp_path / "curves.png").read_text() == "before"
+
+
+# Commands: a picture beside the numbers
+
+
+PICTURES: dict[str, Callable[[Path], object]] = {
+    "a folder": Path.mkdir,
+    "a full device": lambda path: path.symlink_to("/dev/full"),
+    "a link to nothing": lambda path: path.symlink_to("gone/gone"),
+}
+
+
+@pytest.mark.parametrize("case", PICTURES)
+def test_evaluate_prints_numbers_without_the_picture(case: str, run: Path, tmp_path: Path) -> None:
+    copy = copy_of(run, tmp_path / "run")
+    PICTURES[case](copy / "confusion-test.png")
+    found = call("evaluate", copy, "--json")
+    assert_fine(found, f"{copy}/confusion-test.png")
+    said = json.loads(found.out)
+    assert (said["images"], said["picture"]) == (20, None)
+
+
+def test_evaluate_without_matplotlib_prints_numbers(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    copy = copy_of(run, tmp_path / "run")
+    found = call("evaluate", copy)
+    assert_fine(found, f"{copy}/confusion-test.png")
+    assert "top-1" in found.out
+    assert "confusion matrix" not in found.out
+
+
+def test_evaluate_on_a_full_disk_prints_numbers(run: Path, tmp_path: Path) -> None:
+    copy = copy_of(run, tmp_path / "run")
+    with files_up_to(100):
+        found = call("evaluate", copy)
+    assert_fine(found, f"{copy}/confusion-test.png")
+    assert "top-1" in found.out
+    assert not list(copy.glob("*confusion*"))
+
+
+def test_evaluate_fails_without_the_requested_picture(run: Path) -> None:
+    with untouched(run):
+        found = call("evaluate", run, "--confusion", "/dev/full")
+    assert_told(found, "--confusion /dev/full: not written: No space left on device", code=4)
+    assert "top-1" in found.out
+
+
+def test_predict_prints_classes_before_the_picture_fails(run: Path, image: Path) -> None:
+    found = call("predict", run, image, "--picture", "/dev/full")
+    assert_told(found, "--picture /dev/full: not written: No space left on device; free disk space", code=4)
+    assert found.out.startswith(str(image))
+
+
+def test_predict_without_matplotlib_prints_classes(run: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    found = call("predict", run, image, "--picture", image.with_name("picture.png"))
+    assert_told(found, "--picture", "matplotlib", "repair that package's installation")
+    assert found.out.startswith(str(image))
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torch.export", "onnx"])
+def test_export_to_a_full_disk_is_exit_4(format: str, run: Path, tmp_path: Path) -> None:
+    with files_up_to(2000):
+        found = call("export.__main__", run, "--format", format, "--out", tmp_path / "out")
+    assert_told(found, f"--out {tmp_path}/out/model", "not written: File too large", code=4)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_report_to_a_full_disk_is_exit_4(run: Path, full_disk: Path) -> None:
+    found = call("report.__main__", run, "--out", full_disk / "report.html")
+    assert_told(found, f"--out {full_disk}/report.html: not written: No space left on device", code=4)
+    assert [path.name for path in full_disk.iterdir()] == ["filler"]
+
+
+def test_report_without_matplotlib_has_its_numbers(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    found = call("report.__main__", run, "--out", tmp_path / "report.html")
+    assert (found.code, found.errors) == (0, []), found.err
+    page = (tmp_path / "report.html").read_text()
+    assert "This section could not be made: ModuleNotFoundError" in page
+    assert "Settings" in page
+
+
+def test_unwritable_table_does_not_end_the_experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr(experiments, "_run", lambda launch, words, deadline: started.append(words[0]) or 0)
+    words = ("--only", "I-10", "I-50", "--runs", tmp_path / "runs", "--out", tmp_path / "table")
+    with files_up_to(10):
+        found = call("experiments.__main__", *words)
+    assert_told(found, f"--out {tmp_path}/table: not written: File too large", code=4)
+    assert len(started) == 2
+    assert "| I-10 |" in found.out
+
+
+def test_summary_is_printed_if_its_file_is_unwritable(run: Path, tmp_path: Path, capsys) -> None:
+    from launch import summary
+
+    copy_of(run, tmp_path / "runs" / "seed-0")
+    (tmp_path / "runs" / "summary.txt").mkdir()
+    before = sys.argv
+    try:
+        sys.argv = ["summary", str(tmp_path / "runs")]
+        with warnings_of_the_log() as lines:
+            assert summary.main() == 0
+    finally:
+        sys.argv = before
+    assert "seed-0" in capsys.readouterr().out
+    assert len(lines) == 1
+
+
+def closed() -> object:
+    file = open(os.devnull, "w")  # noqa: SIM115
+    file.close()
+    return file
+
+
+def broken_pipe() -> object:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return open(writing, "w", buffering=1)
+
+
+STREAMS: dict[str, Callable[[], object]] = {
+    "closed": closed,
+    "none": lambda: None,
+    "a full disk": lambda: open("/dev/full", "w", buffering=1),  # noqa: SIM115
+    "a broken pipe": broken_pipe,
+}
+
+
+@pytest.mark.parametrize("case", STREAMS)
+def test_broken_terminal_does_not_stop_progress_bars(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distributed.data.sources.progress import progress
+
+    monkeypatch.setattr("distributed.data.sources.progress.LINE_EVERY_SECONDS", 0.0)
+    stream = STREAMS[case]()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress("decoding", 3, unit="images") as advance:
+        advance(1)
+    with suppress(OSError):
+        if stream:
+            stream.close()
+
+
+@pytest.mark.parametrize("case", STREAMS)
+def test_broken_terminal_does_not_stop_logging(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distributed.process import logs
+
+    stream = STREAMS[case]()
+    monkeypatch.setattr(sys, "stderr", stream)
+    logs.terminal_logs(0)
+    logger.warning("a message")
+    logger.remove()
+    with suppress(OSError):
+        if stream:
+            stream.close()
+
+
+# Images that are small on the disk and large in memory
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png(width: int, height: int, bits: int = 8, colours: int = 2) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)
+    pixels = zlib.compress(bytes(2**16), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def saved(kind: str, **options: object) -> bytes:
+    import io
+
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def jpeg(width: int, height: int, **options: object) -> bytes:
+    content = saved("JPEG", **options)
+    frame = max(content.find(marker) for marker in (b"\xff\xc0", b"\xff\xc2"))
+    return content[: frame + 5] + struct.pack(">HH", height, width) + content[frame + 9 :]
+
+
+def with_thumbnail(content: bytes) -> bytes:
+    """A segment before the frame that holds a small JPEG: its size is not the image's."""
+    small = saved("JPEG")
+    return content[:2] + b"\xff\xe2" + struct.pack(">H", len(small) + 2) + small + content[2:]
+
+
+def bmp(width: int, height: int) -> bytes:
+    content = saved("BMP")
+    return content[:18] + struct.pack("<ii", width, height) + content[26:]
+
+
+def gif(width: int, height: int) -> bytes:
+    content = saved("GIF")
+    return content[:6] + struct.pack("<HH", width, height) + content[10:]
+
+
+def tiff(width: int, height: int) -> bytes:
+    return saved("TIFF").replace(struct.pack("<HHII", 256, 4, 1, 16), struct.pack("<HHII", 256, 4, 1, width)).replace(
+        struct.pack("<HHII", 257, 4, 1, 16), struct.pack("<HHII", 257, 4, 1, height)
+    )  # fmt: skip
+
+
+def webp(width: int, height: int) -> bytes:
+    extended = struct.pack("<I", 0)[:4] + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    rest = saved("WEBP", lossless=True)[12:]
+    body = b"WEBPVP8X" + struct.pack("<I", 10) + extended + rest
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def ppm(width: int, height: int) -> bytes:
+    return f"P6 {width} {height} 255\n".encode() + bytes(1000)
+
+
+TRAINED = {
+    "a PNG": (png(30_000, 30_000), "30,000 x 30,000 pixels"),
+    "a PNG of 16 bits": (png(20_000, 20_000, 16, 6), "20,000 x 20,000 pixels"),
+    "a PNG of the largest size": (png(2**31 - 1, 2**31 - 1), "2,147,483,647 x 2,147,483,647 pixels"),
+    "a JPEG": (jpeg(60_000, 60_000), "60,000 x 60,000 pixels"),
+    "a progressive JPEG": (jpeg(60_000, 50_000, progressive=True), "60,000 x 50,000 pixels"),
+    "a JPEG with a thumbnail": (with_thumbnail(jpeg(60_000, 60_000)), "60,000 x 60,000 pixels"),
+    "a JPEG with fill bytes": (jpeg(60_000, 60_000).replace(b"\xff\xc0", b"\xff\xff\xff\xc0"), "60,000 x 60,000"),
+    "a strip": (b"", "900,000 x 1 pixels scaled to 28,800,000 x 32"),
+}  # fmt: skip
+PREDICTED = {
+    "a PNG": (png(30_000, 30_000), "900,000,000 pixels"),
+    "a PNG a little too large": (png(10_001, 10_000), "100,010,000 pixels"),
+    "a JPEG": (jpeg(60_000, 60_000), "3,600,000,000 pixels"),
+    "a BMP": (bmp(30_000, 30_000), "900,000,000 pixels"),
+    "a GIF": (gif(30_000, 30_000), "900,000,000 pixels"),
+    "a TIFF": (tiff(30_000, 30_000), "900,000,000 pixels"),
+    "a WebP": (webp(16_000, 16_000), "256,000,000 pixels"),
+    "a PPM": (ppm(30_000, 30_000), "900,000,000 pixels"),
+}
+
+
+@contextmanager
+def memory_kept(mib: int) -> Iterator[None]:
+    """The process's peak does not grow by more than that."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < mib * 1024
+
+
+def trained_on(root: Path, run: Path, *words: object) -> Outcome:
+    return call(
+        "train", "--data.name", "image_folder", "--data.root", root, "--run_dir", run, "--device", "cpu", *words
+    )
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_image_too_large_to_train_on_is_one_line(case: str, tmp_path: Path) -> None:
+    content, size = TRAINED[case]
+    file = image_folder(tmp_path / "data") / "train" / "cat" / "0.png"
+    if case == "a strip":
+        Image.new("L", (900_000, 1)).save(file)
+    else:
+        file.write_bytes(content)
+    with memory_kept(300):
+        found = trained_on(tmp_path / "data", tmp_path / "run")
+    assert_told(found, f"{file}: {size}", "more than data.max_pixels = 100,000,000 allows", "raise --data.max_pixels")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"\xff\xd8\xff\xd9", "broken: no size in its header"),
+        (b"\xff\xd8" + b"\xff" * 100_000, "broken: no size in its header"),
+        (b"\xff\xd8\xff\xe0\xff\xff" + bytes(100), "broken: no size in its header"),
+        (saved("JPEG")[:170], "broken"),
+        (png(0, 5), "broken"),
+        (jpeg(0, 0), "broken"),
+        (b"\x89PNG\r\n\x1a\n" + chunk(b"IDAT", b""), "broken: no size in its header"),
+    ],
+    ids=["bare", "fill bytes", "a segment beyond the end", "cut", "no pixels", "a JPEG without pixels", "no header"],
+)  # fmt: skip
+def test_image_header_without_a_size_is_one_line(content: bytes, why: str, tmp_path: Path) -> None:
+    file = image_folder(tmp_path / "data") / "train" / "cat" / "0.png"
+    file.write_bytes(content)
+    assert_told(trained_on(tmp_path / "data", tmp_path / "run"), f"{file}: {why}", "replace or remove it")
+
+
+def flipped(at: int) -> bytes:
+    """A PNG of noise with one bit changed."""
+    import io
+
+    file = io.BytesIO()
+    Image.effect_noise((20, 30), 80).save(file, "PNG")
+    content = bytearray(file.getvalue())
+    content[at] ^= 1
+    return bytes(content)
+
+
+@pytest.mark.parametrize("at", [19, 35, 43, 60, 200, -20, -14])
+def test_flipped_bit_in_a_png_is_one_line(at: int, tmp_path: Path) -> None:
+    """torchvision's decoder ended the process at some of them, without a word."""
+    file = image_folder(tmp_path / "data") / "train" / "cat" / "0.png"
+    file.write_bytes(flipped(at))
+    assert_told(trained_on(tmp_path / "data", tmp_path / "run"), f"{file}: broken: ", "replace or remove it")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO"])
+def test_damaged_images_are_read_or_one_line(kind: str, tmp_path: Path) -> None:
+    from distributed.data.sources.image_file import read_image
+    from distributed.errors import InputError
+
+    content, path = saved(kind), tmp_path / "image"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for at in range(0, min(len(content), 120), 3):
+            for damaged in (content[:at], content[:at] + b"\xfe" + content[at + 1 :]):
+                path.write_bytes(damaged)
+                try:
+                    assert read_image(path).shape[0] == 3
+                except InputError as error:
+                    assert len(error.lines) == 1  # noqa: PT017
+                    assert str(error).startswith(f"{path}: ")  # noqa: PT017
+
+
+def test_oversized_file_is_not_read(tmp_path: Path) -> None:
+    file = image_folder(tmp_path / "data") / "train" / "cat" / "0.png"
+    with file.open("r+b") as opened:
+        opened.truncate(10**12)
+    found = trained_on(tmp_path / "data", tmp_path / "run")
+    assert_told(found, f"{file}: 1,000,000,000,000 bytes, more than data.max_pixels = 100,000,000 allows")
+
+
+def test_max_pixels_is_a_setting(tmp_path: Path) -> None:
+    found = trained_on(image_folder(tmp_path / "data"), tmp_path / "run", "--data.max_pixels", 63)
+    assert_told(found, "8 x 8 pixels, more than data.max_pixels = 63 allows", lines=12 - 6)
+    found = trained_on(tmp_path / "data", tmp_path / "run", "--data.max_pixels", 0)
+    assert_told(found, "data.max_pixels")
+
+
+@pytest.mark.parametrize("case", PREDICTED)
+def test_image_too_large_to_predict_is_one_line(case: str, run: Path, tmp_path: Path) -> None:
+    content, size = PREDICTED[case]
+    (tmp_path / "image").write_bytes(content)
+    with memory_kept(300), untouched(run):
+        found = call("predict", run, tmp_path / "image")
+    assert_told(found, f"{tmp_path}/image: {size}, more than data.max_pixels = 100,000,000 allows")
+
+
+def test_one_pixel_high_strip_is_too_large_to_predict(run: Path, tmp_path: Path) -> None:
+    Image.new("L", (5_000_000, 1)).save(tmp_path / "strip.png")
+    assert_told(call("predict", run, tmp_path / "strip.png"), "5,000,000 x 1 pixels scaled to", "data.max_pixels")
+
+
+def test_predict_accepts_max_pixels(run: Path, image: Path) -> None:
+    found = call("predict", run, image, "--data.max_pixels", 100)
+    assert_told(found, f"{image}: 1,024 pixels, more than data.max_pixels = 100 allows")
+    assert_told(call("predict", run, image, "--data.max_pixels", -5), "--data.max_pixels -5: should be at least 1")
+    assert call("predict", run, image, "--data.max_pixels", 1024).code == 0
+
+
+def test_predict_runs_no_external_program_on_an_image(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.eps").write_bytes(saved("EPS"))
+    assert_told(call("predict", run, tmp_path / "a.eps"), "a.eps: no image that can be decoded")

@@ -1,0 +1,136 @@
+"""An immediate exit is recorded in the run folder, but only if the attempt has started."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from kit.small_runs import small_config
+
+from distributed.attempt import Attempt
+from distributed.comm.peers import failure_message
+from distributed.config import TrainConfig
+from distributed.errors import ExitCode, InputError
+from distributed.optim.schedules import build_early_stopping, build_schedule
+from distributed.process import exits
+from distributed.process.exits import Exit
+from distributed.run_process import run_to_exit_code
+from distributed.topology import Topology
+from distributed.training.state import TrainState
+from distributed.training.stop import StopSource
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    return small_config(tmp_path / "run")
+
+
+@pytest.fixture
+def attempt(config: TrainConfig) -> Iterator[Attempt]:
+    with Attempt(config, Topology()) as attempt:
+        yield attempt
+        attempt.run = None  # a process that has exited writes nothing more
+
+
+def begin(attempt: Attempt, config: TrainConfig) -> None:
+    state = TrainState(build_schedule(config, steps_per_epoch=3), build_early_stopping(config.early_stopping))
+    attempt.begin(state, resumed_from=None, facts=attempt.facts(torch.device("cpu")) | {"images": {}})
+
+
+def run_exit_hooks(code: ExitCode, reason: str) -> None:
+    for hook in list(exits._hooks):
+        hook(Exit(code, reason))
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        (ExitCode.STOPPED, "stopped"),
+        (ExitCode.INTERRUPTED, "stopped"),
+        (ExitCode.FAILED, "failed"),
+        (ExitCode.BAD_INPUT, "failed"),
+    ],
+)
+def test_exit_is_recorded_in_status_and_attempts(attempt: Attempt, config: TrainConfig, code: ExitCode, status: str):
+    begin(attempt, config)
+    assert attempt.folder.status()["status"] == "running"
+    run_exit_hooks(code, "the reason")
+    found = attempt.folder.status()
+    assert (found["status"], found["exit_code"], found["reason"], found["step"]) == (status, code, "the reason", 0)
+    lines = [json.loads(line) for line in attempt.folder.attempts_file.read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["started", status]
+
+
+def test_exit_before_the_start_keeps_the_old_status(attempt: Attempt):
+    before = '{"status": "stopped", "exit_code": 75, "step": 7}'
+    (attempt.folder.path / "status.json").write_text(before)
+    run_exit_hooks(ExitCode.STOPPED, "the reason")
+    assert (attempt.folder.path / "status.json").read_text() == before
+    assert not attempt.folder.attempts_file.exists()
+
+
+def test_finished_attempt_removes_its_exit_hook(config: TrainConfig):
+    before = list(exits._hooks)
+    with Attempt(config, Topology()):
+        assert len(exits._hooks) == len(before) + 1
+    assert exits._hooks == before
+
+
+@pytest.mark.parametrize(("is_cause", "later"), [(True, 0), (False, 1)])
+def test_reason_is_written_to_torchruns_error_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cause: bool, later: int
+):
+    file = tmp_path / "attempt_0" / "0" / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    monkeypatch.setattr("distributed.process.exits.time.time", lambda: 1000.7)
+    exits.write_error_file("one line", is_cause=is_cause)
+    assert json.loads(file.read_text()) == {
+        "message": {"message": "one line", "extraInfo": {"timestamp": str(1000 + later)}}
+    }
+
+
+def test_unwritable_error_file_is_ignored(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/dev/null/error.json")
+    exits.write_error_file("one line", is_cause=True)
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
+    exits.write_error_file("one line", is_cause=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (InputError("one", "two"), "one; two"),
+        (ValueError("a bug"), "ValueError: a bug"),
+        (KeyError("name"), "KeyError: 'name'"),
+        (MemoryError(), "MemoryError: "),
+    ],
+)
+def test_failure_message_is_one_line(error: Exception, words: str):
+    assert failure_message(error) == words
+
+
+class Ask:
+    def requested(self) -> str:
+        return "SIGTERM"
+
+
+class Fail:
+    def requested(self) -> None:
+        raise ValueError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "reason"),
+    [
+        (Ask(), 75, "stopped by SIGTERM at step 2, everything saved; the same command resumes"),
+        (Fail(), 1, "ValueError: a bug"),
+    ],
+)
+def test_run_returns_exit_code_and_writes_reason(
+    config: TrainConfig, stop: StopSource, code: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    assert run_to_exit_code(config, Topology(), stop) == code
+    assert json.loads(file.read_text())["message"]["message"] == reason
