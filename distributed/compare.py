@@ -14,7 +14,7 @@ from distributed.errors import ExitCode, InputError
 from distributed.files import home_path
 from distributed.process.streams import run_command
 from distributed.run.folder import RunFolder
-from distributed.run.records import attempt_lines, metrics_lines, save_lines
+from distributed.run.records import TrainRecord, read_attempts, read_metrics, read_saves
 from distributed.runs.outcome import outcome_of
 from distributed.runs.table import HEADINGS, cells, in_columns
 
@@ -61,16 +61,16 @@ def compare(a: RunFolder, b: RunFolder) -> Comparison:
 def _logged(run: RunFolder) -> dict[tuple[int, str], dict[str, Any]]:
     """Return the metrics of each line by (step, place). A mean over steps is comparable only to one over the same steps."""
     lines, before = {}, 0
-    for line in metrics_lines(run.metrics_file):
-        place = line["kind"] if line["kind"] != "train" else f"steps {before + 1} to {line['step']}"
-        before = line["step"]
-        lines[line["step"], place] = {key: value for key, value in line.items() if key not in _MACHINE_METRICS}
+    for record in read_metrics(run.metrics_file):
+        place = f"steps {before + 1} to {record.step}" if isinstance(record, TrainRecord) else record.kind
+        before = record.step
+        lines[record.step, place] = record.model_dump(exclude_unset=True, exclude=_MACHINE_METRICS)
     return dict(sorted(lines.items()))
 
 
 def _saved(run: RunFolder) -> dict[str, dict[str, str]]:
     """Return the tensors' digests by the name of the save; of repeated saves the last counts."""
-    saved = {line["name"]: line["tensors"] for line in save_lines(run.digests_file)}
+    saved = {record.name: record.tensors for record in read_saves(run.digests_file)}
     return {name: saved[name] for name in sorted(saved)}
 
 
@@ -115,15 +115,15 @@ def differing_conditions(a: RunFolder, b: RunFolder) -> list[str]:
 def _conditions(run: RunFolder) -> dict[str, list[str]]:
     """Return the values of each condition over the attempts that started, in order, without repetitions."""
     conditions: dict[str, list[str]] = {}
-    lines = [line for line in attempt_lines(run.attempts_file) if line["event"] == "started"]
-    lines = [line for line in lines if {"bits", "world_size"} <= line.keys()]
-    variables = {name for line in lines for name in line["bits"] if name.isupper()}
+    lines = [line for line in read_attempts(run.attempts_file) if line.event == "started"]
+    lines = [line for line in lines if line.bits is not None and line.world_size is not None]
+    variables = {name for line in lines for name in line.bits or {} if name.isupper()}
     for line in lines:
-        bits = dict.fromkeys(sorted(variables), "not set") | line["bits"]
+        bits = dict.fromkeys(sorted(variables), "not set") | (line.bits or {})
         versions = {f"version of {package}": version for package, version in bits.pop("versions", {}).items()}
-        code = {"commit": line["git"]} if line.get("git") else {}
-        data = {f"{split} images": _format_identity(images) for split, images in (line.get("images") or {}).items()}
-        for name, value in {"world_size": line["world_size"], **bits, **versions, **code, **data}.items():
+        code = {"commit": line.git} if line.git else {}
+        data = {f"{split} images": _format_identity(images) for split, images in (line.images or {}).items()}
+        for name, value in {"world_size": line.world_size, **bits, **versions, **code, **data}.items():
             values = conditions.setdefault(name, [])
             if str(value) not in values[-1:]:
                 values.append(str(value))

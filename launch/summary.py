@@ -7,14 +7,13 @@ Imports no torch.
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
 from distributed.config.layers import shown
 from distributed.errors import ExitCode, InputError
 from distributed.files import home_path, replace_text
 from distributed.process.optional_output import OptionalOutput
 from distributed.process.streams import run_command
-from distributed.run.records import metrics_lines
+from distributed.run.records import read_epochs
 from distributed.runs.outcome import outcome_of, runs_below
 from distributed.runs.table import HEADINGS, cells, in_columns
 
@@ -46,13 +45,10 @@ def summary(folder: Path) -> str:
 def _last_figures(run: Path) -> dict[str, float]:
     """The newest accuracy and loss of each split."""
     figures: dict[str, float] = {}
-    for line in metrics_lines(run / "metrics.jsonl"):
-        for split in ("validation", "test"):
-            measured: Any = line.get(split)
-            flat = measured if isinstance(measured, dict) else {}
+    for record in read_epochs(run / "metrics.jsonl"):
+        for split, measured in (("validation", record.validation), ("test", record.test)):
             for figure in ("accuracy", "loss"):
-                value = flat.get(figure, line.get(f"{split}_{figure}"))
-                if isinstance(value, int | float):
+                if (value := getattr(measured, figure, None)) is not None:
                     figures[f"{split} {figure}"] = float(value)
     return figures
 

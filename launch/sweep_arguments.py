@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distributed.config import from_command_line
-from distributed.config.layers import from_arguments
+from distributed.config.arguments import from_arguments
 from distributed.errors import InputError
 
 

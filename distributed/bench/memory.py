@@ -134,7 +134,7 @@ def _train(config: Any, engine: Any, data: Any) -> float:
 
     engine.step = step_and_measure
     for number, batches in enumerate(data.train_epoch(0)):
-        train_step(engine, batches, loss=config.loss, lr=1e-4, step=number, sums=sums)
+        train_step(engine, batches, loss=config.loss, lr=1e-4, step=number, metrics=sums)
     return max(sizes)
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from distributed.config.layers import Settings, dotted_paths, from_arguments, from_file
+from distributed.config.arguments import from_arguments
+from distributed.config.layers import Settings, dotted_paths
 from distributed.config.named import config_file
 from distributed.config.renamed import is_saved_by_a_run, upgraded
+from distributed.config.toml_file import from_file
 from distributed.config.train_config import TrainConfig
 from distributed.config.validate import validated
 from distributed.errors import InputError

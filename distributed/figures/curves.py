@@ -80,7 +80,7 @@ def overlaid_curves(runs: Sequence[NamedLog], *, split: str) -> Iterator["Figure
 def speed_curve(log: MetricsLog, *, restarts: Sequence[int]) -> Iterator["Figure"]:
     """Draw images per second at each logging step; `restarts` are the steps at which later attempts started."""
     with figure(11.5, 2.3) as (made, [axes]):
-        steps, speeds = [line["step"] for line in log.steps], [line["images_per_second"] for line in log.steps]
+        steps, speeds = [line.step for line in log.steps], [line.images_per_second or 0.0 for line in log.steps]
         axes.plot(steps, speeds, color=COLOURS[2], linewidth=1.1)
         for place, step in enumerate(restarts):
             axes.axvline(step, color=COLOURS[1], linestyle=":", linewidth=1.2, label=None if place else "new attempt")
@@ -107,9 +107,9 @@ def _plot_rates(axes: "Axes", run: NamedLog, **style: Any) -> None:
     if per_epoch is None:
         return
     if run.log.steps:
-        points = [(line["step"] / per_epoch, line["lr"]) for line in run.log.steps]
+        points = [(line.step / per_epoch, line.lr or 0.0) for line in run.log.steps]
     else:
-        points = [(line["epoch"] + 1, line["lr"]) for line in run.log.epochs]
+        points = [(line.epoch + 1, line.lr or 0.0) for line in run.log.epochs]
     if run.plateau:
         axes.set_yscale("log")  # its drops span orders of magnitude
         style["drawstyle"] = "steps-pre"

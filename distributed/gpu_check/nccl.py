@@ -28,7 +28,7 @@ from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.graphs import captured
 from distributed.gpu_check.processes import Processes
 from distributed.models.build import build_model
-from distributed.models.sync_batch_norm import SyncBatchNorm, by_ranks, convert_batch_norm
+from distributed.models.sync_batch_norm import SyncBatchNorm, convert_batch_norm, one_shard_per_rank
 from distributed.process import logs
 from distributed.recipe import train
 from distributed.topology import Topology
@@ -114,7 +114,7 @@ def _engines(checks: Checks, precision: str) -> None:
     with checks.check(f"engines, {precision}: the losses of one process") as figures:
         builders: dict[str, tuple[int, Callable[..., Engine]]] = {
             "ddp": (0, partial(DdpEngine, Ddp(), compile=False)),
-            "exact": (4, partial(ExactEngine, Ddp(), shards=4, lanes=1)),
+            "exact": (4, partial(ExactEngine, Ddp(), shards=4, workers=1)),
             "fsdp": (0, partial(FsdpEngine, Fsdp())),
         }
         for name, (shards, build) in builders.items():
@@ -137,7 +137,7 @@ def _losses(engine: Engine, data: DataPipeline, config: TrainConfig) -> list[flo
     """Loss of each step of an epoch."""
     sums, found = MetricAccumulator(data.device), list[float]()
     for step, batches in enumerate(data.train_epoch(0)):
-        train_step(engine, batches, loss=config.loss, lr=0.01, step=step, sums=sums)
+        train_step(engine, batches, loss=config.loss, lr=0.01, step=step, metrics=sums)
         found.append(sums.read().mean_loss)
     return found
 
@@ -150,7 +150,9 @@ def _wrapped_by_ddp(checks: Checks) -> None:
 
     def gradients(*, low: torch.dtype | None, wrapped: bool) -> tuple[list[Tensor], int]:
         model = build_model(config.model, num_classes=data.num_classes, seed=config.seed).to(checks.device)
-        model = convert_batch_norm(model, partial(SyncBatchNorm.of, exchange=by_ranks(process_group_all_gather)))
+        model = convert_batch_norm(
+            model, partial(SyncBatchNorm.of, all_gather_rows=one_shard_per_rank(process_group_all_gather))
+        )
         sums = BucketSums(low)
         called: nn.Module = model
         if wrapped:

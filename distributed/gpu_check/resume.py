@@ -162,7 +162,7 @@ def _save(checks: Checks) -> None:
         engine = build_engine(config, Topology(), data, device)
         state = TrainState(build_schedule(config, steps_per_epoch=data.steps_per_epoch))
         folder = ClaimedRun.claim(config.run_dir, world_size=1)
-        saver = Checkpointer(folder.checkpoints, folder, keep_last=2, facts={})
+        saver = Checkpointer(folder.checkpoints, folder, keep_last=2, metadata={})
         for state.step in (1, 2):  # the second is timed: the first takes its memory for the first time
             checks.synchronize()
             start = time.perf_counter()
@@ -172,7 +172,7 @@ def _save(checks: Checks) -> None:
             figures["seconds"] = time.perf_counter() - start
         figures["bytes"] = sum(tensor.nbytes for _, tensor in engine.state())
         start = time.perf_counter()
-        saver.restore(engine, state)
+        saver.resume(engine, state)
         checks.synchronize()
         figures["restored_seconds"] = time.perf_counter() - start
         assert runs.saved_digests(config.run_dir).keys() == {name for name, _ in engine.state()}

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from distributed.checkpoint.tensor_file import digest_of_tensor, tensors_of
+from distributed.checkpoint.tensor_file import read_tensors, tensor_digest
 from distributed.files import read_object
 from distributed.run.checkpoint_layout import checkpoints
 from distributed.run.folder import RunFolder
-from distributed.run.records import metrics_lines
+from distributed.run.records import read_metrics
 
 _OF_THE_MACHINE = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
 
@@ -27,8 +27,8 @@ def arguments(run: Path, device: torch.device, **settings: object) -> list[str]:
 
 def logged(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what the clock and the machine say."""
-    lines = metrics_lines(RunFolder(run).metrics_file)
-    return [{key: value for key, value in line.items() if key not in _OF_THE_MACHINE} for line in lines]
+    records = read_metrics(RunFolder(run).metrics_file)
+    return [record.model_dump(exclude_unset=True, exclude=_OF_THE_MACHINE) for record in records]
 
 
 def training_steps(run: Path) -> list[dict[str, Any]]:
@@ -43,7 +43,7 @@ def losses(run: Path) -> list[float]:
 
 def step_logged(run: Path) -> int:
     """The last step that the run has logged; 0 before the first."""
-    return max((line["step"] for line in metrics_lines(RunFolder(run).metrics_file)), default=0)
+    return max((record.step for record in read_metrics(RunFolder(run).metrics_file)), default=0)
 
 
 def saved_state(run: Path) -> dict[str, Any]:
@@ -55,13 +55,13 @@ def saved_state(run: Path) -> dict[str, Any]:
 def saved_digests(run: Path) -> dict[str, str]:
     """A digest of each tensor in the newest checkpoint: weights, buffers, momentum."""
     newest = checkpoints(RunFolder(run).checkpoints)[-1]
-    return {name: digest_of_tensor(tensor) for name, tensor in tensors_of(newest).items()}
+    return {name: tensor_digest(tensor) for name, tensor in read_tensors(newest).items()}
 
 
 def assert_finished(run: Path) -> None:
     """Raises AssertionError if the run has not trained to its end."""
     status = RunFolder(run).status()
-    assert status.get("status") == "finished", f"{run.name}: {status or 'never began'}"
+    assert status.status == "finished", f"{run.name}: {status.as_json() or 'never began'}"
 
 
 def assert_same_bits(run: Path, reference: Path) -> int:

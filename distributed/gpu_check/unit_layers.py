@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distributed import rng
-from distributed.exact.batch_norm import Cut, CuttingBatchNorm, backward
+from distributed.exact.batch_norm import GraphSplit, SplittingBatchNorm, backward
 from distributed.exact.shard_executor import ShardExecutor
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.differences import error, same_bits, unlike
 from distributed.models import alexnet
 from distributed.models.keyed_dropout import KeyedDropout
 from distributed.models.local_response_norm import LocalResponseNorm
-from distributed.models.sync_batch_norm import SyncBatchNorm, by_ranks, convert_batch_norm
+from distributed.models.sync_batch_norm import SyncBatchNorm, convert_batch_norm, one_shard_per_rank
 
 _FORMATS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
 _SHARDS = (5, 1, 0, 10)
@@ -64,7 +64,7 @@ def _empty_batches(checks: Checks) -> None:
         for precision in (torch.float32, torch.bfloat16):
             with checks.check(f"no images through {name} in {_name(precision)}"):
                 model: nn.Module = getattr(alexnet, name)(10, 0.5).to(checks.device)
-                convert_batch_norm(model, partial(SyncBatchNorm.of, exchange=by_ranks(other_rank)))
+                convert_batch_norm(model, partial(SyncBatchNorm.of, all_gather_rows=one_shard_per_rank(other_rank)))
                 model.to(memory_format=torch.channels_last)
                 images = torch.empty(0, 3, 32, 32, device=checks.device).contiguous(memory_format=torch.channels_last)
                 keys = torch.empty(0, 2, dtype=torch.int64, device=checks.device)
@@ -119,19 +119,19 @@ def _state(layer: nn.Module) -> dict[str, Tensor]:
 
 def _by_shards(layer: nn.BatchNorm2d, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Exact mode's batch norm over shards of this batch; weights, their gradients and statistics are the layer's."""
-    lanes = ShardExecutor(len(_SHARDS), lanes=1, gather=torch.stack, device=x.device)
-    cuts: list[list[Cut]] = [[] for _ in _SHARDS]
+    executor = ShardExecutor(len(_SHARDS), workers=1, gather=torch.stack, device=x.device)
+    splits: list[list[GraphSplit]] = [[] for _ in _SHARDS]
     xs, grads = (torch.split(tensor, list(_SHARDS)) for tensor in (x, grad))
 
-    def compute(place: int) -> tuple[Tensor, Tensor]:
-        part = CuttingBatchNorm.cutting(layer, partial(lanes.meet, place), cuts[place])
-        leaf = xs[place].clone(memory_format=torch.preserve_format).requires_grad_()
-        y = part(leaf)
-        backward((y * grads[place]).sum(), cuts[place])
+    def compute(shard: int) -> tuple[Tensor, Tensor]:
+        own = SplittingBatchNorm.splitting(layer, partial(executor.all_gather_rows, shard), splits[shard])
+        leaf = xs[shard].clone(memory_format=torch.preserve_format).requires_grad_()
+        y = own(leaf)
+        backward((y * grads[shard]).sum(), splits[shard])
         assert leaf.grad is not None
         return y.detach(), leaf.grad
 
-    y, grad_x = zip(*lanes.run(compute), strict=True)
+    y, grad_x = zip(*executor.run(compute), strict=True)
     return torch.cat(y), torch.cat(grad_x)
 
 
@@ -157,7 +157,7 @@ def _batch_norm(checks: Checks, dtype: torch.dtype, layout: str, bound: float) -
             assert found_error < limit, f"{part}: bound {limit}"
 
     with checks.check(f"batch norm, one process, in {_name(dtype)} {layout}") as figures:
-        layer = SyncBatchNorm.of(_layer(wide, channels).to(checks.device), by_ranks(lambda row: row[None]))
+        layer = SyncBatchNorm.of(_layer(wide, channels).to(checks.device), one_shard_per_rank(lambda row: row[None]))
         compare(figures, layer, _passed(layer, *there))
     with checks.check(f"batch norm, shards of {_SHARDS}, in {_name(dtype)} {layout}") as figures:
         shared, again = (_layer(wide, channels).to(checks.device) for _ in range(2))

@@ -6,8 +6,9 @@ from torch import Tensor
 from distributed.config.sections import AdamW, Sgd
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.differences import error, unlike
-from distributed.optim.loss_scale import GOOD_STEPS, PREFIX, LossScale
-from distributed.optim.optimizer import Optimizer, WeightEMA
+from distributed.optim.ema import WeightEMA
+from distributed.optim.loss_scale import GROWTH_INTERVAL, PREFIX, LossScale
+from distributed.optim.optimizer import Optimizer
 
 _SHAPES = ((64, 32, 3, 3), (65,), (70, 33), ())
 _OPTIMIZERS: dict[str, Sgd | AdamW] = {
@@ -94,7 +95,9 @@ def _loss_scale(checks: Checks) -> None:
         histories = []
         for device in (checks.device, torch.device("cpu")):
             scale = LossScale(device)
-            scale.load({f"{PREFIX}scale": torch.tensor(1024.0), f"{PREFIX}good_steps": torch.tensor(GOOD_STEPS - 2)})
+            scale.load(
+                {f"{PREFIX}scale": torch.tensor(1024.0), f"{PREFIX}good_steps": torch.tensor(GROWTH_INTERVAL - 2)}
+            )
             history = []
             for overflow in (0.0, 0.0, 0.0, 1.0, 1.0, 0.0):
                 scale.update(torch.tensor(overflow, device=device))

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from distributed.build import build_data, build_engine
-from distributed.checkpoint.snapshot import load
-from distributed.checkpoint.warm_start import evaluated_weights
+from distributed.checkpoint.snapshot import load_checkpoint
+from distributed.checkpoint.warm_start import evaluation_weights
 from distributed.comm.process_group import choose_device
 from distributed.config import TrainConfig
 from distributed.data.batch import Batch
@@ -108,7 +108,7 @@ class Analysis:
         check_evaluated(content, self.config, self.data, "test")
         engine = build_engine(self.config, self.topology, self.data, self.device)
         try:
-            load(checkpoint, engine)
+            load_checkpoint(checkpoint, engine)
         except ValueError as error:
             raise InputError(f"{checkpoint}: {error}") from None
         confusion, confident = ConfusionMatrix(self.data.num_classes, self.device), _MostConfidentMistakes(mistakes)
@@ -134,7 +134,7 @@ def first_filters(checkpoint: Path, *, limit: int = 96) -> list[bytes] | None:
         InputError: the checkpoint is damaged.
     """
     check_complete(checkpoint)
-    filters = next((t for t in evaluated_weights(checkpoint).values() if t.dim() == 4 and t.shape[1] == 3), None)
+    filters = next((t for t in evaluation_weights(checkpoint).values() if t.dim() == 4 and t.shape[1] == 3), None)
     if filters is None:
         return None
     scaled = filters[:limit] / filters[:limit].abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)

@@ -64,7 +64,7 @@ def _results(runs: Sequence[History]) -> Html:
                 f"{best.value:.2%} (epoch {best.epoch})" if best else "–",
                 f"{test.value:.2%}" if test else "–",
                 clock(time.total) if time.complete else f"more than {clock(time.total)}",
-                str(run.status.get("status", "unknown")),
+                run.status.status or "unknown",
             ]
         )
     headings = ["run", "model", "data", "epochs", "best validation", "last test", "wall time", "status"]

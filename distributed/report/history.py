@@ -3,35 +3,34 @@
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from distributed.config import TrainConfig
 from distributed.figures.curves import NamedLog
 from distributed.inference.saved_run import read_config
 from distributed.run.folder import RunFolder
 from distributed.run.metrics_log import MetricsLog
-from distributed.run.records import attempt_lines, time_of
+from distributed.run.records import AttemptRecord, Status, read_attempts
 
 
 @dataclass(frozen=True)
 class Attempt:
     """One attempt: its lines of attempts.jsonl. `ended` is None while it runs, and if it was killed."""
 
-    started: dict[str, Any]
-    ended: dict[str, Any] | None
+    started: AttemptRecord
+    ended: AttemptRecord | None
 
     @property
     def duration(self) -> timedelta | None:
         """None if no end was recorded."""
-        return time_of(self.ended) - time_of(self.started) if self.ended else None
+        return self.ended.moment - self.started.moment if self.ended else None
 
     @property
     def hardware(self) -> str:
         """Describe processes, threads and device as far as recorded, e.g. `2 processes × 1 thread, AMD EPYC`."""
-        if self.started["event"] != "started":
+        if self.started.event != "started":
             return "ended before training started"
-        bits = self.started.get("bits", {})
-        processes, threads = self.started.get("world_size", 1), bits.get("threads")
+        bits = self.started.bits or {}
+        processes, threads = self.started.world_size or 1, bits.get("threads")
         text = f"{processes} process{'es' if processes > 1 else ''}"
         if threads:
             text += f" × {threads} thread{'s' if threads > 1 else ''}"
@@ -53,7 +52,7 @@ class History:
     name: str
     folder: RunFolder
     config: TrainConfig
-    status: dict[str, Any]
+    status: Status
     attempts: list[Attempt]
     log: MetricsLog
 
@@ -84,14 +83,14 @@ def read_history(run: Path) -> History:
         folder,
         config,
         folder.status(),
-        _attempts([line for line in attempt_lines(folder.attempts_file) if "time" in line]),
+        _attempts([line for line in read_attempts(folder.attempts_file) if line.time]),
         MetricsLog.read(folder.metrics_file).without_gaps(),
     )
 
 
-def _attempts(lines: list[dict[str, Any]]) -> list[Attempt]:
+def _attempts(lines: list[AttemptRecord]) -> list[Attempt]:
     """Pair each start with the end of the same token. An attempt that failed before starting has its end as its start."""
-    ends = {line.get("token"): line for line in lines if line["event"] != "started"}
-    starts = {line.get("token"): line for line in reversed(lines) if line["event"] == "started"}
-    tokens = dict.fromkeys(line.get("token") for line in lines)
+    ends = {line.token: line for line in lines if line.event != "started"}
+    starts = {line.token: line for line in reversed(lines) if line.event == "started"}
+    tokens = dict.fromkeys(line.token for line in lines)
     return [Attempt(starts.get(token) or ends[token], ends.get(token)) for token in tokens]

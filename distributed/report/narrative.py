@@ -34,10 +34,10 @@ def dataset_name(run: History) -> str:
 
 def describe_status(run: History) -> str:
     """Describe the run's status in one sentence or two."""
-    status, step = run.status, run.status.get("step")
-    at = f" at step {step:,}" if isinstance(step, int) else ""
-    reason = f": {status['reason']}" if status.get("reason") else ""
-    match status.get("status"):
+    status, step = run.status, run.status.step
+    at = f" at step {step:,}" if step is not None else ""
+    reason = f": {status.reason}" if status.reason else ""
+    match status.status:
         case "finished":
             early = len(run.log.epochs) < run.config.epochs and run.config.early_stopping is not None
             why = ", stopped early because validation no longer improved" if early else ""
@@ -59,8 +59,8 @@ def describe_end(attempt: Attempt, *, last: bool) -> str:
     """Describe why an attempt ended, for the table of attempts."""
     if attempt.ended is None:
         return "no end recorded: still running, or killed" if last else "killed: no end recorded"
-    reason, event = attempt.ended.get("reason", ""), attempt.ended["event"]
-    return f"{event}: {reason}" if reason else str(event)
+    reason, event = attempt.ended.reason, attempt.ended.event
+    return f"{event}: {reason}" if reason else event
 
 
 def clock(time: timedelta) -> str:

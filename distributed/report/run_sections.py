@@ -18,6 +18,7 @@ from distributed.report import checkpoint_sections
 from distributed.report.history import History
 from distributed.report.narrative import clock, describe, describe_end, describe_learning_rate, describe_status
 from distributed.report.page import Absent, Html, folded, key_figures, missing, section, table, text
+from distributed.run.checkpoint_layout import committed_names
 
 if TYPE_CHECKING:
     from distributed.report.analysis import Analysis, Findings
@@ -65,7 +66,7 @@ class _Saved:
         Raises:
             Absent: the run has saved no checkpoint.
         """
-        if not any(self.run.folder.checkpoints.glob("*/manifest.json")):
+        if not committed_names(self.run.folder.checkpoints):
             raise Absent("The run has not saved a checkpoint yet, so there are no weights to analyse.")
         return choose_checkpoint(self.run.folder.path, self.name)
 
@@ -99,19 +100,19 @@ def _figures(run: History) -> list[tuple[str, str]]:
     figures.append(
         ("wall time" if time.complete else "wall time of the attempts whose end is recorded", clock(time.total))
     )
-    return [*figures, ("status", str(run.status.get("status", "unknown")))]
+    return [*figures, ("status", run.status.status or "unknown")]
 
 
 def _attempts(run: History) -> Html:
     rows = [
         [
             str(place),
-            attempt.started["time"].replace("T", " ").replace("+0000", " UTC"),
-            f"{attempt.started.get('step') or 0:,}",
+            (attempt.started.time or "").replace("T", " ").replace("+0000", " UTC"),
+            f"{attempt.started.step or 0:,}",
             attempt.hardware,
             clock(attempt.duration) if attempt.duration is not None else "unknown",
             describe_end(attempt, last=place == len(run.attempts)),
-            attempt.started.get("git") or "",
+            attempt.started.git or "",
         ]
         for place, attempt in enumerate(run.attempts, 1)
     ]
@@ -119,7 +120,7 @@ def _attempts(run: History) -> Html:
     resumed = (
         f" It took {len(rows)} attempts; each resumed from the last checkpoint of the one before." if rows[1:] else ""
     )
-    versions = run.attempts[-1].started.get("versions", {}) if run.attempts else {}
+    versions = run.attempts[-1].started.versions or {} if run.attempts else {}
     return section(
         "Attempts",
         text(describe_status(run) + resumed),
@@ -144,7 +145,7 @@ def curves_as_svg(run: History) -> Html:
 
 def speed_as_svg(run: History) -> Html:
     """Draw images per second at each logging step."""
-    restarts = [attempt.started.get("step", 0) for attempt in run.attempts[1:]]
+    restarts = [attempt.started.step or 0 for attempt in run.attempts[1:]]
     with speed_curve(run.log, restarts=restarts) as made:
         return as_svg(made, label=f"training speed of {run.name} over steps")
 
@@ -157,8 +158,8 @@ def _speed(run: History) -> str:
     """
     if not run.log.steps:
         raise Absent("No training step was logged, so the speed is unknown.")
-    speeds = sorted(line["images_per_second"] for line in run.log.steps)
-    waits = sorted(line["data_wait"] for line in run.log.steps)
+    speeds = sorted(line.images_per_second or 0.0 for line in run.log.steps)
+    waits = sorted(line.data_wait or 0.0 for line in run.log.steps)
     return (
         f"Median speed: {speeds[len(speeds) // 2]:,.0f} images/s over all processes, with {waits[len(waits) // 2]:.1%} of "
         "the time spent waiting for data."

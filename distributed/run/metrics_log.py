@@ -1,14 +1,15 @@
 """The logged steps and epochs of a run, and the curves they make. Imports no torch."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
-from distributed.run.records import Line, metrics_lines
+from distributed.run.records import EpochRecord, TrainRecord, read_metrics
 
-_STEP = {"loss", "lr", "images_per_second", "data_wait"}
-_EPOCH = {"lr", "train_loss", "train_accuracy"}
 MAX_EPOCHS = 10**9  # a larger number is damage
+
+Figure = Literal["accuracy", "loss"]
 
 
 class Point(NamedTuple):
@@ -28,10 +29,10 @@ class LrDrop(NamedTuple):
 
 @dataclass(frozen=True)
 class MetricsLog:
-    """The lines of metrics.jsonl: `steps` those of logging steps, `epochs` those of epochs."""
+    """The records of metrics.jsonl: `steps` those of logging steps, `epochs` those of finished epochs."""
 
-    steps: list[Line]
-    epochs: list[Line]
+    steps: list[TrainRecord]
+    epochs: list[EpochRecord]
 
     @classmethod
     def read(cls, file: Path) -> Self:
@@ -40,59 +41,57 @@ class MetricsLog:
         Raises:
             InputError: the file cannot be read.
         """
-        lines = metrics_lines(file)
+        records = read_metrics(file)
         return cls(
-            [line for line in lines if line["kind"] == "train"],
-            [line for line in lines if line["kind"] == "epoch" and 0 <= line["epoch"] < MAX_EPOCHS],
+            [record for record in records if isinstance(record, TrainRecord)],
+            [record for record in records if isinstance(record, EpochRecord) and 0 <= record.epoch < MAX_EPOCHS],
         )
 
     def without_gaps(self) -> "MetricsLog":
-        """Return only the lines that have every value a report needs; older versions logged less."""
+        """Return only the records that have every number needed for curves; older versions logged less."""
         return MetricsLog(
-            [line for line in self.steps if line.keys() >= _STEP],
-            [line for line in self.epochs if line.keys() >= _EPOCH],
+            [record for record in self.steps if None not in (record.lr, record.images_per_second, record.data_wait)],
+            [record for record in self.epochs if record.lr is not None],
         )
 
     @property
     def finished_epochs(self) -> int:
-        return max((line["epoch"] + 1 for line in self.epochs), default=0)
+        return max((record.epoch + 1 for record in self.epochs), default=0)
 
     @property
     def steps_per_epoch(self) -> float | None:
         """None before the end of the first epoch."""
-        return self.epochs[0]["step"] / (self.epochs[0]["epoch"] + 1) if self.epochs else None
+        return self.epochs[0].step / (self.epochs[0].epoch + 1) if self.epochs else None
 
     @property
     def minutes(self) -> float:
         """Duration of the finished epochs."""
-        return sum(as_number(line.get("seconds")) or 0.0 for line in self.epochs) / 60
+        return sum(_finite(record.seconds) or 0.0 for record in self.epochs) / 60
 
-    def curve(self, split: str, figure: str = "accuracy") -> list[Point]:
-        """Return a point per epoch that measured `figure`, accuracy or loss, on a split: train, validation or test."""
+    def curve(self, split: str, figure: Figure = "accuracy") -> list[Point]:
+        """Return a point per epoch that measured a figure on a split: train, validation or test."""
         points = []
-        for line in self.epochs:
-            measured = line.get(split)
-            flat = line.get(f"{split}_{figure}")  # the training split, and every split in files of older versions
-            value = as_number(measured.get(figure, flat) if isinstance(measured, dict) else flat)
+        for record in self.epochs:
+            measured = record if split == "train" else getattr(record, split)
+            value = _finite(getattr(measured, f"train_{figure}" if split == "train" else figure, None))
             if value is not None:
-                points.append(Point(line["epoch"] + 1, value))
+                points.append(Point(record.epoch + 1, value))
         return points
 
     def best(self, split: str) -> Point | None:
         """Return the first epoch with the highest accuracy on a split; None if it was never measured."""
         return max(self.curve(split), key=lambda point: point.value, default=None)
 
-    def last(self, split: str, figure: str = "accuracy") -> Point | None:
+    def last(self, split: str, figure: Figure = "accuracy") -> Point | None:
         """Return the newest measurement on a split; None if it was never measured."""
         curve = self.curve(split, figure)
         return curve[-1] if curve else None
 
     def lr_drops(self) -> list[LrDrop]:
         """Return every drop of the learning rate between two epochs."""
-        pairs = zip(self.epochs, self.epochs[1:], strict=False)
-        return [LrDrop(a["epoch"] + 1, a["lr"], b["lr"]) for a, b in pairs if b["lr"] < a["lr"]]
+        rates = [(record.epoch + 1, record.lr) for record in self.epochs if record.lr is not None]
+        return [LrDrop(epoch, before, after) for (epoch, before), (_, after) in pairwise(rates) if after < before]
 
 
-def as_number(value: Any) -> float | None:
-    """Return a finite number as a float; None for anything else."""
-    return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else None
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and abs(value) < 1e300 else None

@@ -3,14 +3,14 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from distributed.config.layers import from_file
+from distributed.config.toml_file import from_file
 from distributed.errors import InputError
 from distributed.files import read_object
 from distributed.run.folder import RunFolder
-from distributed.run.lock_holder import gone
+from distributed.run.lock_holder import why_ended
 from distributed.run.metrics_log import MAX_EPOCHS, MetricsLog, Point
+from distributed.run.records import Status
 
 _MARKS = {"status.json", "attempts.jsonl", "config.toml"}
 _INNER = {"checkpoints", "tensorboard", "logs", "profile", "export", "ray", "slurm"}
@@ -66,15 +66,19 @@ def outcome_of(run: Path) -> Outcome:
         of_epochs=_planned_epochs(run),
         best=log.best("validation"),
         test=log.last("test"),
-        when=_printable(status.get("time"))[:16].replace("T", " "),
+        when=_printable(status.time)[:16].replace("T", " "),
         minutes=log.minutes,
     )
 
 
-def _status(status: dict[str, Any], run: Path) -> str:
+def _status(status: Status, run: Path) -> str:
     """Return the status in status.json, or `interrupted` if it is `running` but its process is known to have ended."""
-    recorded = _printable(status.get("status"))
-    return "interrupted" if recorded == "running" and gone(read_object(run / "attempt.json")) else recorded or "unknown"
+    recorded = _printable(status.status)
+    return (
+        "interrupted"
+        if recorded == "running" and why_ended(read_object(run / "attempt.json"))
+        else recorded or "unknown"
+    )
 
 
 def _planned_epochs(run: Path) -> int | None:
@@ -85,6 +89,6 @@ def _planned_epochs(run: Path) -> int | None:
     return epochs if type(epochs) is int and 0 < epochs < MAX_EPOCHS else None
 
 
-def _printable(value: Any) -> str:
-    """Return a short text that fits on one line; an empty one for anything else."""
-    return value if isinstance(value, str) and value.isprintable() and len(value) <= 40 else ""
+def _printable(text: str | None) -> str:
+    """Return a short text that fits on one line; an empty one for any other."""
+    return text if text and text.isprintable() and len(text) <= 40 else ""

@@ -24,7 +24,7 @@ from distributed.errors import ExitCode, InputError, NotFiniteError, StorageErro
 from distributed.process import logs
 from distributed.process.signals import SignalStop
 from distributed.run.folder import RunFolder
-from distributed.run.records import attempt_lines
+from distributed.run.records import read_attempts
 from distributed.training.stop import StopSource
 from launch.on_ray.cluster import Nodes, NoRoom, check_nodes, room, wait_for_room, warn_if_open
 from launch.on_ray.settings import Training
@@ -146,7 +146,7 @@ class Growth:
         return _GROWTH if before and self._seen else None
 
     def _attempts(self) -> int:
-        return sum(line["event"] == "started" for line in attempt_lines(self._run.attempts_file))
+        return sum(line.event == "started" for line in read_attempts(self._run.attempts_file))
 
 
 def trainer(

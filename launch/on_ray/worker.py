@@ -97,7 +97,7 @@ class RayReport:
         self._run_dir, self._is_main = run_dir, is_main
         self._gauges: dict[str, Gauge] = {}
 
-    def train(self, metrics: TrainMetrics) -> None:
+    def log_step(self, metrics: TrainMetrics) -> None:
         if not self._is_main:
             return
         for name in ("step", "epoch", "loss", "accuracy", "lr", "images_per_second"):
@@ -106,7 +106,7 @@ class RayReport:
                 self._gauges[name].set_default_tags({"run": self._run_dir.name})
             self._gauges[name].set(getattr(metrics, name))
 
-    def epoch(self, metrics: EpochMetrics) -> None:
+    def log_epoch(self, metrics: EpochMetrics) -> None:
         told: dict[str, Any] = {name: value for name, value in asdict(metrics).items() if not isinstance(value, dict)}
         for split in ("validation", "test"):
             if values := getattr(metrics, split):

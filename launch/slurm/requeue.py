@@ -10,12 +10,11 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from distributed.errors import ExitCode, InputError
 from distributed.files import append_line, home_path, read_object, replace_json
 from distributed.run.folder import RunFolder
-from distributed.run.records import attempt_lines
+from distributed.run.records import AttemptRecord, read_attempts
 from launch.environment import Allocation
 
 _WILL_REPEAT = {
@@ -35,7 +34,7 @@ class Decision:
 
 
 def decide(
-    lines: list[dict[str, Any]], *, finished: bool, saved_step: int, signal: str, restarts: int, max_requeues: int
+    lines: list[AttemptRecord], *, finished: bool, saved_step: int, signal: str, restarts: int, max_requeues: int
 ) -> Decision:
     """The decision after an attempt.
 
@@ -45,17 +44,16 @@ def decide(
         saved_step: the step of the newest checkpoint.
         signal: what the batch script was sent: USR1, Slurm's warning; TERM, by scancel or requeue; or nothing.
     """
-    ended: dict[str, Any] = next(
-        (line for line in reversed(lines) if line["event"] in ("finished", "stopped", "failed")), {}
-    )
-    started = next((line for line in reversed(lines) if line["event"] == "started"), None)
-    code, said = ended.get("exit_code"), ended.get("reason", "")
+    ended = next((line for line in reversed(lines) if line.event in ("finished", "stopped", "failed")), None)
+    started = next((line for line in reversed(lines) if line.event == "started"), None)
+    code, said = (ended.exit_code, ended.reason or "") if ended else (None, "")
     if finished:
         return Decision("end", ExitCode.FINISHED, "finished")
     if code in _WILL_REPEAT:
-        return Decision("end", code, f"failed with {_WILL_REPEAT[code]}, which would repeat: {said}")
-    at = f" at step {ended.get('step', saved_step)}" if started else " before it began"
-    stopped = ended.get("event") == "stopped"
+        return Decision("end", code, f"failed with {_WILL_REPEAT[ExitCode(code)]}, which would repeat: {said}")
+    at_step = saved_step if ended is None or ended.step is None else ended.step
+    at = f" at step {at_step}" if started else " before it began"
+    stopped = ended is not None and ended.event == "stopped"
     if signal == "TERM":
         saved = "saved" if stopped else "ended"
         return Decision(
@@ -65,7 +63,7 @@ def decide(
         reason = f"{'saved' if stopped else 'ended'}{at} on Slurm's warning (SIG{signal}: time limit or preemption)"
     elif stopped:
         reason = f"saved{at} on {said}"
-    elif started and saved_step > int(started.get("step") or 0):
+    elif started and saved_step > (started.step or 0):
         reason = f"failed after step {saved_step} was saved: {said or 'killed, or another process was lost'}"
     else:
         reason = f"failed without having saved anything new, which would repeat: {said or 'see the log of each node'}"
@@ -90,7 +88,7 @@ class Journal:
         """An attempt begins; one that has no ending was killed with its batch script."""
         if self._begun is not None:
             self._tell("lost", "lost without a word: its node was, or it was killed")
-        self._write(begun=len(attempt_lines(self.run.attempts_file)))
+        self._write(begun=len(read_attempts(self.run.attempts_file)))
 
     def end(self, signal: str, allocation: Allocation) -> Decision:
         """The decision on the attempt that just ended; it is written down."""
@@ -100,7 +98,7 @@ class Journal:
         lines = self._lines()
         decision = decide(
             lines,
-            finished=any(line["event"] == "finished" for line in lines),  # status.json may be an earlier attempt's
+            finished=any(line.event == "finished" for line in lines),  # status.json may be an earlier attempt's
             saved_step=step if isinstance(step, int) else 0,
             signal=signal,
             restarts=allocation.restarts,
@@ -116,22 +114,22 @@ class Journal:
         shown = list(enumerate(self._endings, start=1))[-3:]
         return " | ".join(f"attempt {number}: {reason}" for number, reason in shown)
 
-    def _lines(self) -> list[dict[str, Any]]:
-        return attempt_lines(self.run.attempts_file)[self._begun or 0 :]
+    def _lines(self) -> list[AttemptRecord]:
+        return read_attempts(self.run.attempts_file)[self._begun or 0 :]
 
     def _tell(self, event: str, reason: str) -> None:
         """Under the token of the attempt that it is about, so that readers put it with that."""
         self._endings.append(reason[:300])
-        tokens = [line["token"] for line in self._lines() if "token" in line]
-        line = {
-            "event": event,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "token": tokens[-1] if tokens else f"{self._job}-{len(self._endings)}",
-            "job": self._job,
-            "reason": reason,
-        }
+        tokens = [line.token for line in self._lines() if line.token]
+        record = AttemptRecord(
+            event=event,
+            time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            token=tokens[-1] if tokens else f"{self._job}-{len(self._endings)}",
+            job=self._job,
+            reason=reason,
+        )
         if event != "ended" or reason != "finished":
-            append_line(self.run.attempts_file, json.dumps(line))
+            append_line(self.run.attempts_file, json.dumps(record.as_json()))
 
     def _write(self, *, begun: int | None) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import pytest
 
 from distributed.config import from_command_line
 from distributed.errors import ExitCode, InputError
+from distributed.run.records import AttemptRecord
 from launch.address import free_port, reachable, way_to
 from launch.doctor.probe import data
 from launch.environment import Allocation, fewest_cpus
@@ -27,7 +28,14 @@ STARTED = {"event": "started", "step": 10, "token": "a"}
 def decided(
     *lines: dict[str, Any], finished: bool = False, saved: int = 10, signal: str = "", restarts: int = 0
 ) -> Any:
-    return decide(list(lines), finished=finished, saved_step=saved, signal=signal, restarts=restarts, max_requeues=3)
+    return decide(
+        [AttemptRecord(**line) for line in lines],
+        finished=finished,
+        saved_step=saved,
+        signal=signal,
+        restarts=restarts,
+        max_requeues=3,
+    )
 
 
 def test_what_will_not_repeat_is_requeued():

@@ -36,10 +36,10 @@ class Told:
         self.steps: list[int] = []
         self.epochs: list[int] = []
 
-    def train(self, metrics: TrainMetrics) -> None:
+    def log_step(self, metrics: TrainMetrics) -> None:
         self.steps.append(metrics.step)
 
-    def epoch(self, metrics: EpochMetrics) -> None:
+    def log_epoch(self, metrics: EpochMetrics) -> None:
         self.epochs.append(metrics.epoch)
 
     def close(self) -> None:
@@ -73,11 +73,11 @@ def stopped(config: TrainConfig, after: int, told: Told | None = None) -> TrainS
 
 
 @pytest.mark.parametrize("first", [2, 3, 4, 5])
-def test_a_run_stopped_after_any_step_goes_on(config, first):
+def test_a_run_stopped_after_any_step_resumes(config, first):
     told = Told()
     state = stopped(config, first, told)
     assert (state.step, state.stop_reason) == (first, "a test")
-    assert RunFolder(config.run_dir).status()["status"] == "stopped"
+    assert RunFolder(config.run_dir).status().status == "stopped"
     state = stopped(config, 7 - first, told)
     assert state.step == 7
     assert told.steps == lines(config, "train") == [1, 2, 3, 4, 5, 6, 7]
@@ -85,7 +85,7 @@ def test_a_run_stopped_after_any_step_goes_on(config, first):
     assert lines(config, "epoch") == [2, 4, 6]
 
 
-def test_a_save_at_the_last_step_of_an_epoch_does_not_keep_the_epochs_end_from_being_saved(config):
+def test_an_epochs_last_step_and_its_end_are_both_saved(config):
     every_second = config.checkpoint.model_copy(update={"every_steps": STEPS_PER_EPOCH})
     config = config.model_copy(update={"epochs": 1, "checkpoint": every_second})
     train(config)
@@ -95,7 +95,7 @@ def test_a_save_at_the_last_step_of_an_epoch_does_not_keep_the_epochs_end_from_b
     assert (RunFolder(config.run_dir).checkpoints / "best").exists()
 
 
-def test_logging_to_files_needs_no_terminal_log_first(config, capsys):
+def test_file_logs_work_without_terminal_logs(config, capsys):
     stopped(config, 2)
     assert "Logging error" not in capsys.readouterr().err
     log = (RunFolder(config.run_dir).logs / "rank-0000.log").read_text()
@@ -116,7 +116,7 @@ def log_of(config: TrainConfig) -> str:
     return (RunFolder(config.run_dir).logs / "rank-0000.log").read_text()
 
 
-def test_a_run_goes_on_only_with_as_many_shards_as_it_was_begun_with(config):
+def test_resuming_needs_the_same_number_of_shards(config):
     stopped(config, 2)
     assert bits(config)["shards"] == 8
     for shards in (4, 0):
@@ -126,9 +126,9 @@ def test_a_run_goes_on_only_with_as_many_shards_as_it_was_begun_with(config):
     assert stopped(with_shards(config, 8), 2).step == 4
 
 
-def test_what_the_bits_depend_on_is_written_down_and_in_exact_mode_processes_and_threads_are_not_among_it(config):
+def test_exact_bits_do_not_depend_on_processes_and_threads(config):
     stopped(config, 2)
-    kernels = determinism.kernels(torch.device("cpu"))
+    kernels = determinism.kernel_metadata(torch.device("cpu"))
     assert kernels.keys() >= {"device", "instructions", "ATen's CPU capability"}
     assert bits(config).keys() == {"shards", "versions", *kernels}
     fast = with_shards(config, 0).model_copy(update={"run_dir": config.run_dir / "fast"})
@@ -137,26 +137,26 @@ def test_what_the_bits_depend_on_is_written_down_and_in_exact_mode_processes_and
     assert (bits(fast)["shards"], bits(fast)["world_size"], bits(fast)["threads"]) == (0, 1, 1)
 
 
-def test_a_variable_that_selects_kernels_is_reported_when_it_comes_and_goes(config, monkeypatch):
+def test_a_changed_kernel_variable_is_reported(config, monkeypatch):
     stopped(config, 2)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     stopped(config, 2)
-    assert "resuming with another ONEDNN_MAX_CPU_ISA: not set before, AVX2 now; bits may differ" in log_of(config)
+    assert "resuming with a different ONEDNN_MAX_CPU_ISA: not set before, AVX2 now; bits may differ" in log_of(config)
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
     stopped(config, 2)
-    assert "resuming with another ONEDNN_MAX_CPU_ISA: AVX2 before, not set now; bits may differ" in log_of(config)
+    assert "resuming with a different ONEDNN_MAX_CPU_ISA: AVX2 before, not set now; bits may differ" in log_of(config)
 
 
-def test_another_number_of_threads_is_told_in_fast_mode_and_is_nothing_in_exact_mode(config):
+def test_a_changed_number_of_threads_matters_in_fast_mode_only(config):
     fast = with_shards(config, 0).model_copy(update={"run_dir": config.run_dir / "fast"})
     for each in (config, fast):
         stopped(each, 2)
         stopped(each.model_copy(update={"threads": 2}), 2)
-    assert "resuming with another threads: 1 before, 2 now; bits may differ" in log_of(fast)
+    assert "resuming with a different threads: 1 before, 2 now; bits may differ" in log_of(fast)
     assert "bits may differ" not in log_of(config)
 
 
-def test_a_run_ends_with_the_same_bits_whatever_the_number_of_threads(config):
+def test_the_number_of_threads_does_not_change_the_bits(config):
     ended = []
     for threads in (1, 2, 3, 8):
         each = config.model_copy(update={"threads": threads, "epochs": 1, "run_dir": config.run_dir / str(threads)})
@@ -167,10 +167,10 @@ def test_a_run_ends_with_the_same_bits_whatever_the_number_of_threads(config):
     assert ended == [ended[0]] * 4
 
 
-def test_threads_that_have_nothing_to_compute_are_told_of(config):
+def test_idle_threads_are_reported(config):
     few = with_shards(config, 2)
     stopped(few.model_copy(update={"threads": 5}), 2)
-    assert "3 of 5 threads a rank have nothing to compute" in log_of(few)
+    assert "3 of 5 threads per rank are idle" in log_of(few)
     enough = few.model_copy(update={"threads": 2, "run_dir": config.run_dir / "enough"})
     stopped(enough, 2)
     assert "nothing to compute" not in log_of(enough)
@@ -184,8 +184,8 @@ def test_an_attempt_without_its_folder_ends_at_the_next_line(config, how):
     run = RunFolder(config.run_dir)
 
     class AtTwelve(Told):
-        def train(self, metrics: TrainMetrics) -> None:
-            super().train(metrics)
+        def log_step(self, metrics: TrainMetrics) -> None:
+            super().log_step(metrics)
             if metrics.step == 12 and how == "removed":
                 shutil.rmtree(run.path)
             elif metrics.step == 12:
@@ -200,19 +200,19 @@ def test_an_attempt_without_its_folder_ends_at_the_next_line(config, how):
     if how == "superseded":
         assert lines(config, "train") == list(range(1, 13))
         assert not run.profile.exists()
-        assert run.status()["status"] == "running"
+        assert run.status().status == "running"
     else:
         assert not run.path.exists()
 
 
-def test_a_running_status_says_where_training_is(config, monkeypatch):
+def test_the_status_of_a_running_attempt_shows_its_progress(config, monkeypatch):
     monkeypatch.setattr(claim, "PROGRESS_SECONDS", 0.0)
     run, shown = RunFolder(config.run_dir), list[int]()
 
     class Looking(Told):
-        def train(self, metrics: TrainMetrics) -> None:
-            assert run.status()["status"] == "running"
-            shown.append(run.status()["step"])
+        def log_step(self, metrics: TrainMetrics) -> None:
+            assert run.status().status == "running"
+            shown.append(run.status().step)
 
     train(config, sinks=[Looking()])
     assert shown[0] == 1

@@ -13,10 +13,10 @@ import torch
 from loguru import logger
 
 from distributed.checkpoint import download, object_store, upload
-from distributed.checkpoint.download import check_store, fetch_newest
+from distributed.checkpoint.download import download_newest, store_has_run
 from distributed.checkpoint.object_store import Store, StoreError
 from distributed.checkpoint.snapshot import write_checkpoint
-from distributed.checkpoint.upload import Uploads, tell_ending, upload_rest
+from distributed.checkpoint.upload import Uploader, log_upload_result, upload_remaining
 from distributed.config import TrainConfig, from_command_line
 from distributed.errors import InputError
 from distributed.run.checkpoint_layout import checkpoints, damage_of, name_of
@@ -78,12 +78,16 @@ def save(run: RunFolder, step: int, *, best: int | None = None, config: TrainCon
     return name
 
 
-def settled(writer: Uploads) -> Uploads:
-    writer.offer()
-    writer.begin_ending(20)
+def settled(writer: Uploader) -> Uploader:
+    writer.start()
+    writer.finish_within(20)
     while writer.is_busy():
         pass
     return writer
+
+
+def has_run(config: TrainConfig) -> bool:
+    return store_has_run(config, RunFolder(config.run_dir).newest_saved())
 
 
 def in_store(url: str) -> dict[int, set[str]]:
@@ -93,23 +97,23 @@ def in_store(url: str) -> dict[int, set[str]]:
 
 
 def fetched(run: ClaimedRun, url: str) -> str | None:
-    return fetch_newest(Store(url), run, run.commit)
+    return download_newest(Store(url), run, run.commit)
 
 
 # Up
 
 
-def test_what_is_in_the_run_folder_is_in_the_store_too(run, url):
+def test_the_store_has_what_the_run_folder_has(run, url):
     name = save(run, 1)
-    settled(Uploads(url, run, keep_last=2))
+    settled(Uploader(url, run, keep_last=2))
     assert in_store(url) == {1: THREE}
     assert damage_of(Path(url.removeprefix("file://")) / name) is None
     assert json.loads(run.upload_file.read_text())["newest"] == name
 
 
-def test_the_manifest_goes_up_last_and_comes_down_first(run, url, monkeypatch):
+def test_the_manifest_is_uploaded_last_and_removed_first(run, url, monkeypatch):
     done: list[str] = []
-    writer = Uploads(url, run, keep_last=1)
+    writer = Uploader(url, run, keep_last=1)
     fs = writer.store._fs
     for verb in ("put_file", "rm_file"):
         before = getattr(fs, verb)
@@ -131,7 +135,7 @@ def test_the_manifest_goes_up_last_and_comes_down_first(run, url, monkeypatch):
 
 
 def test_the_store_keeps_what_the_run_folder_keeps(run, url):
-    writer = Uploads(url, run, keep_last=2)
+    writer = Uploader(url, run, keep_last=2)
     for step in (1, 2, 3, 4):
         save(run, step, best=1)
         settled(writer)
@@ -141,42 +145,42 @@ def test_the_store_keeps_what_the_run_folder_keeps(run, url):
 def test_an_empty_run_folder_loses_nothing_in_the_store(run, url):
     for step in (1, 2):
         save(run, step)
-    settled(Uploads(url, run, keep_last=9))
+    settled(Uploader(url, run, keep_last=9))
     for path in checkpoints(run.checkpoints):
         shutil.rmtree(path)
-    settled(Uploads(url, run, keep_last=9))
+    settled(Uploader(url, run, keep_last=9))
     save(run, 3)
-    settled(Uploads(url, run, keep_last=9))
+    settled(Uploader(url, run, keep_last=9))
     assert list(in_store(url)) == [1, 2, 3]
 
 
-def test_what_a_killed_upload_left_is_completed_or_removed(run, url):
+def test_an_interrupted_upload_is_completed_or_removed(run, url):
     name = save(run, 7)
     root = Path(url.removeprefix("file://"))
     for left in (name, name_of(step=3, epoch=1)):
         (root / left).mkdir(parents=True)
         (root / left / "tensors.safetensors").write_bytes(b"half")
-    settled(Uploads(url, run, keep_last=2))
+    settled(Uploader(url, run, keep_last=2))
     assert in_store(url) == {7: THREE}
     assert damage_of(root / name) is None
 
 
-def test_other_bytes_of_the_same_name_and_cut_files_are_replaced(run, url):
+def test_different_or_truncated_files_are_replaced(run, url):
     name = save(run, 1)
-    settled(Uploads(url, run, keep_last=2))
+    settled(Uploader(url, run, keep_last=2))
     there = Path(url.removeprefix("file://")) / name
     (there / "tensors.safetensors").write_bytes(b"cut")
-    settled(Uploads(url, run, keep_last=2))
+    settled(Uploader(url, run, keep_last=2))
     assert damage_of(there) is None
     shutil.rmtree(run.checkpoints / name)
     save(run, 1, best=1)
-    settled(Uploads(url, run, keep_last=2))
+    settled(Uploader(url, run, keep_last=2))
     assert (there / "manifest.json").read_bytes() == (run.checkpoints / name / "manifest.json").read_bytes()
     assert damage_of(there) is None
 
 
-def test_a_failed_upload_is_a_warning_and_the_next_save_brings_up_all(run, url, said, monkeypatch):
-    writer = Uploads(url, run, keep_last=2)
+def test_a_failed_upload_is_retried_by_the_next_save(run, url, said, monkeypatch):
+    writer = Uploader(url, run, keep_last=2)
     fs, put = writer.store._fs, writer.store._fs.put_file
 
     def away(*_: object) -> None:
@@ -197,8 +201,8 @@ def test_a_failed_upload_is_a_warning_and_the_next_save_brings_up_all(run, url, 
     assert writer.problem == ""
 
 
-def test_an_old_checkpoint_that_the_store_keeps_is_a_warning(run, url, said, monkeypatch):
-    writer = Uploads(url, run, keep_last=1)
+def test_a_failed_removal_in_the_store_is_a_warning(run, url, said, monkeypatch):
+    writer = Uploader(url, run, keep_last=1)
     save(run, 1)
     settled(writer)
 
@@ -221,7 +225,7 @@ def test_an_old_checkpoint_that_the_store_keeps_is_a_warning(run, url, said, mon
 
 
 def test_a_superseded_attempt_uploads_nothing(run, url):
-    writer = Uploads(url, run, keep_last=1)
+    writer = Uploader(url, run, keep_last=1)
     save(run, 1)
     (run.path / "attempt.json").write_text('{"token": "another", "pid": 7, "host": "there"}')
     settled(writer)
@@ -230,7 +234,7 @@ def test_a_superseded_attempt_uploads_nothing(run, url):
     assert not run.upload_file.exists()
 
 
-def test_checkpoints_of_a_store_are_in_the_order_of_their_steps(url):
+def test_names_in_a_store_are_sorted_by_step(url):
     root = Path(url.removeprefix("file://"))
     for step in (99_999_999, 100_000_000, 7):
         (root / name_of(step=step, epoch=1)).mkdir(parents=True)
@@ -238,63 +242,63 @@ def test_checkpoints_of_a_store_are_in_the_order_of_their_steps(url):
     assert [int(name.split("-")[1]) for name in Store(url).names()] == [7, 99_999_999, 100_000_000]
 
 
-def test_the_rest_of_a_run_that_another_holds_is_not_uploaded(run, url, said, monkeypatch):
+def test_a_run_in_use_is_not_uploaded_by_another_process(run, url, said, monkeypatch):
     monkeypatch.setattr("distributed.run.claim.LOCK_WAIT_SECONDS", 0.05)
     save(run, 1)
-    upload_rest(config_of(run.path, url))
+    upload_remaining(config_of(run.path, url))
     assert in_store(url) == {}
     assert any("another run is writing there" in line for line in said)
 
 
-def test_a_store_that_hangs_holds_up_nothing_and_is_told_at_the_end(run, url, monkeypatch):
-    writer, go_on = Uploads(url, run, keep_last=2), threading.Event()
+def test_a_hanging_store_delays_nothing_and_is_reported(run, url, monkeypatch):
+    writer, go_on = Uploader(url, run, keep_last=2), threading.Event()
     monkeypatch.setattr(writer.store._fs, "put_file", lambda *_: go_on.wait(20))
     name = save(run, 1)
     began = time.monotonic()
-    writer.offer()
+    writer.start()
     assert time.monotonic() - began < 1
-    while not writer.holds:
+    while not writer.uploading:
         time.sleep(0.01)
-    assert writer.holds == name
-    writer.begin_ending(0.2)
+    assert writer.uploading == name
+    writer.finish_within(0.2)
     while writer.is_busy():
         pass
-    assert "not up in time" in json.loads(run.upload_file.read_text())["problem"]
+    assert "not uploaded in time" in json.loads(run.upload_file.read_text())["problem"]
     go_on.set()
 
 
-def test_of_two_runs_that_upload_to_one_place_the_later_goes_on_and_the_other_says_so(run, url, tmp_path):
-    first, second = Uploads(url, run, keep_last=1), ClaimedRun.claim(tmp_path / "other", world_size=1)
+def test_the_later_of_two_runs_takes_over_a_store(run, url, tmp_path):
+    first, second = Uploader(url, run, keep_last=1), ClaimedRun.claim(tmp_path / "other", world_size=1)
     save(run, 1)
     settled(first)
     save(second, 5)
-    settled(Uploads(url, second, keep_last=1))
+    settled(Uploader(url, second, keep_last=1))
     save(run, 2)
     settled(first)
     assert "taken over by the run in" in first.problem
     assert list(in_store(url)) == [5]
 
 
-def test_the_last_word_is_whether_the_newest_is_up(run, url, said):
+def test_the_last_log_line_says_whether_it_is_uploaded(run, url, said):
     config = config_of(run.path, url)
     name = save(run, 1)
-    tell_ending(config)
-    assert said[-1].startswith(f"ERROR NOT UPLOADED: {name} lies in {run.checkpoints} alone")
+    log_upload_result(config)
+    assert said[-1].startswith(f"ERROR NOT UPLOADED: {name} is only in {run.checkpoints}")
     run.release()
-    upload_rest(config)
+    upload_remaining(config)
     assert said[-1].startswith(f"INFO {name} is uploaded to {url}")
     save(run, 2)
-    tell_ending(config)
+    log_upload_result(config)
     assert said[-1].startswith("ERROR NOT UPLOADED")
 
 
 # Down
 
 
-def test_the_newest_and_the_best_are_fetched(run, url, tmp_path):
+def test_the_newest_and_the_best_are_downloaded(run, url, tmp_path):
     there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     names = [save(there, step, best=1) for step in (1, 2, 3)]
-    settled(Uploads(url, there, keep_last=2))
+    settled(Uploader(url, there, keep_last=2))
     assert fetched(run, url) == names[2]
     assert [path.name for path in checkpoints(run.checkpoints)] == [names[0], names[2]]
     assert [damage_of(path) for path in checkpoints(run.checkpoints)] == [None, None]
@@ -304,10 +308,10 @@ def test_the_newest_and_the_best_are_fetched(run, url, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "missing", "no manifest"])
-def test_a_damaged_one_is_refused_and_the_one_before_taken(run, url, tmp_path, said, how):
+def test_a_damaged_newest_is_skipped_for_the_previous(run, url, tmp_path, said, how):
     there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     names = [save(there, step) for step in (1, 2)]
-    settled(Uploads(url, there, keep_last=2))
+    settled(Uploader(url, there, keep_last=2))
     last = Path(url.removeprefix("file://")) / names[1]
     content = bytearray((last / "tensors.safetensors").read_bytes())
     content[-1] ^= 1
@@ -319,22 +323,22 @@ def test_a_damaged_one_is_refused_and_the_one_before_taken(run, url, tmp_path, s
         (last / "tensors.safetensors").write_bytes(content if how == "flipped" else content[:-3])
     assert fetched(run, url) == names[0]
     assert [path.name for path in checkpoints(run.checkpoints)] == names[:1]
-    assert not Store(url).is_whole(names[1])
+    assert not Store(url).is_committed(names[1])
     if how != "no manifest":
         assert any("ERROR" in line and f"{names[1]} is damaged" in line for line in said)
-        settled(Uploads(url, there, keep_last=2))
+        settled(Uploader(url, there, keep_last=2))
         assert damage_of(last) is None
 
 
-def test_an_empty_store_gives_nothing(run, url):
+def test_an_empty_store_has_nothing_to_download(run, url):
     assert fetched(run, url) is None
 
 
 # Before anything is begun
 
 
-def test_a_new_place_is_made_and_left_empty(tmp_path, url):
-    assert check_store(config_of(tmp_path / "run", url)) is False
+def test_probing_a_new_folder_creates_it_and_leaves_it_empty(tmp_path, url):
+    assert has_run(config_of(tmp_path / "run", url)) is False
     assert list(Path(url.removeprefix("file://")).iterdir()) == []
 
 
@@ -343,33 +347,33 @@ def test_a_store_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(
         InputError, match=r"^checkpoint\.upload_to = file://.*; fix permissions, free space, or name another"
     ):
-        check_store(config_of(tmp_path / "run", f"file://{tmp_path}/file/there"))
+        has_run(config_of(tmp_path / "run", f"file://{tmp_path}/file/there"))
 
 
-def test_a_run_that_has_begun_goes_on_without_its_store(tmp_path, capsys):
+def test_a_run_that_has_saved_resumes_without_its_store(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     config = config_of(tmp_path / "run", f"file://{tmp_path}/file/there")
     save(RunFolder(tmp_path / "run"), 1, config=config)
-    assert check_store(config) is False
+    assert has_run(config) is False
     assert capsys.readouterr().err.startswith("warning: checkpoint.upload_to = file://")
 
 
-def test_a_run_folder_that_lags_behind_the_store_is_gone_on_from_with_a_warning(tmp_path, url, capsys):
+def test_a_run_folder_behind_the_store_is_a_warning(tmp_path, url, capsys):
     config, there = config_of(tmp_path / "run", url), ClaimedRun.claim(tmp_path / "there", world_size=1)
     save(there, 9, config=config)
-    settled(Uploads(url, there, keep_last=2))
+    settled(Uploader(url, there, keep_last=2))
     save(RunFolder(tmp_path / "run"), 5, config=config)
-    assert check_store(config) is True
-    assert f"{url} has step 9, and the run goes on from step 5" in capsys.readouterr().err
-    settled(Uploads(url, ClaimedRun.claim(tmp_path / "run", world_size=1), keep_last=2))
+    assert has_run(config) is True
+    assert f"{url} has step 9, but the run resumes from step 5" in capsys.readouterr().err
+    settled(Uploader(url, ClaimedRun.claim(tmp_path / "run", world_size=1), keep_last=2))
     assert list(in_store(url)) == [5, 9]
 
 
-def test_another_experiment_in_the_store_is_refused_with_the_difference(tmp_path, url):
+def test_a_different_experiment_in_the_store_is_refused(tmp_path, url):
     there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     save(there, 1, config=config_of(there.path, url))
-    settled(Uploads(url, there, keep_last=2))
-    assert check_store(config_of(tmp_path / "run", url)) is True
+    settled(Uploader(url, there, keep_last=2))
+    assert has_run(config_of(tmp_path / "run", url)) is True
     with pytest.raises(InputError) as caught:
         checked_config(
             [
@@ -386,16 +390,16 @@ def test_another_experiment_in_the_store_is_refused_with_the_difference(tmp_path
         )
     assert caught.value.lines == (
         f"{url}: seed = 3: this run was begun with 0",
-        "a resumed run keeps its experiment: take these settings back, or give another --checkpoint.upload_to",
+        "a resumed run keeps its experiment: restore these settings, or give another --checkpoint.upload_to",
     )
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_comes_back_needs_not_what_it_was_started_from(tmp_path, url):
+def test_a_run_resumed_from_a_store_needs_no_init_from(tmp_path, url):
     there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     words = ["--init_from", str(tmp_path / "gone")]
     save(there, 1, config=config_of(there.path, url, *words))
-    settled(Uploads(url, there, keep_last=2))
+    settled(Uploader(url, there, keep_last=2))
     argv = ["--run_dir", str(tmp_path / "run"), "--data.name", "generated10", "--checkpoint.upload_to", url, *words]
     assert checked_config(argv, Topology())[1] is False
     assert checked_config(argv, Topology(rank=1, world_size=2))[1] is False
@@ -406,33 +410,33 @@ def test_a_missing_package_is_named_with_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     for url, package in (("s3://bucket/x", "s3fs"), ("gs://bucket", "gcsfs")):
         with pytest.raises(InputError, match=f"pip install {package}$"):
-            check_store(config_of(tmp_path / "run", url))
+            has_run(config_of(tmp_path / "run", url))
 
 
 def test_a_store_that_does_not_answer_is_refused_in_time(tmp_path, url, monkeypatch):
     monkeypatch.setattr(download, "PROBE_SECONDS", 0.1)
     monkeypatch.setattr(object_store.Store, "probe", lambda _: time.sleep(5))
     with pytest.raises(InputError, match=r"no answer within 0\.1 s; check the network"):
-        check_store(config_of(tmp_path / "run", url))
+        has_run(config_of(tmp_path / "run", url))
 
 
-def test_nothing_is_asked_where_no_store_is_named(tmp_path, monkeypatch):
+def test_without_upload_to_no_store_is_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(upload.Store, "__init__", None)
-    tell_ending(from_command_line(["--run_dir", str(tmp_path), "--data.name", "generated10"]).config)
-    upload_rest(from_command_line(["--run_dir", str(tmp_path), "--data.name", "generated10"]).config)
+    log_upload_result(from_command_line(["--run_dir", str(tmp_path), "--data.name", "generated10"]).config)
+    upload_remaining(from_command_line(["--run_dir", str(tmp_path), "--data.name", "generated10"]).config)
 
 
 @pytest.mark.parametrize(
     ("kind", "remedy"),
     [
-        (FileNotFoundError, "make it, or name another"),
+        (FileNotFoundError, "create it, or name another"),
         (PermissionError, "set other credentials"),
         (type("NoCredentialsError", (Exception,), {}), "set other credentials"),
         (OSError, "check the network"),
     ],
 )
-def test_each_failure_has_its_remedy_in_one_line(kind, remedy):
+def test_each_store_failure_has_its_remedy_in_one_line(kind, remedy):
     store = Store("s3://bucket/x")
-    with pytest.raises(StoreError, match=remedy) as caught, store._asked():
+    with pytest.raises(StoreError, match=remedy) as caught, store._store_errors():
         raise kind("what the store\nsaid")
     assert "\n" not in str(caught.value)

@@ -34,7 +34,7 @@ def test_totals_are_those_of_the_batch():
 
 
 @pytest.mark.parametrize("cut", [1, 2, 5, 10])
-def test_totals_of_whole_batches_do_not_depend_on_where_they_are_read(cut):
+def test_totals_do_not_depend_on_when_they_are_read(cut):
     batches = [batch_of(33, seed) for seed in range(10)]
     whole, parts, total = MetricAccumulator(CPU), MetricAccumulator(CPU), Totals()
     for index, batch in enumerate(batches):
@@ -57,7 +57,7 @@ def test_totals_do_not_depend_on_the_order_of_batches():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
-def test_totals_do_not_depend_on_how_the_samples_are_ordered_or_cut(dtype, scale):
+def test_totals_do_not_depend_on_order_and_grouping(dtype, scale):
     """Each loss becomes an integer by itself: sums of rounded floating-point numbers would differ here."""
     losses, logits, labels = batch_of(1000)
     losses = (losses * scale).to(dtype)
@@ -89,7 +89,7 @@ def test_a_loss_is_rounded_to_the_nearest_fraction():
         assert sums.read().loss == round(loss / step)
 
 
-def test_reading_starts_anew():
+def test_reading_resets_the_totals():
     sums = MetricAccumulator(CPU)
     sums.add(*batch_of(5), step=3)
     sums.add(*losses_alone(math.nan), step=4)
@@ -104,7 +104,7 @@ def test_an_empty_shard_adds_nothing():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_the_first_step_with_a_loss_that_is_no_number_is_kept(bad):
+def test_the_first_step_with_a_bad_loss_is_kept(bad):
     sums = MetricAccumulator(CPU)
     sums.add(*losses_alone(1.0, 2.0), step=6)
     sums.add(*losses_alone(1.0, bad), step=7)
@@ -119,14 +119,14 @@ def test_step_zero_can_be_the_bad_one():
     assert sums.read().first_bad_step == 0
 
 
-def test_a_mean_over_a_loss_that_is_no_number_is_none_either():
+def test_a_mean_over_a_bad_loss_is_nan():
     sums = MetricAccumulator(CPU)
     sums.add(*losses_alone(math.nan, 1.0))
     assert not math.isfinite(sums.read().mean_loss)
 
 
 @pytest.mark.parametrize("loss", [1e3, 1e5, 1e7, 1e30])
-def test_a_window_of_huge_losses_is_never_read_as_small_ones(loss):
+def test_huge_losses_do_not_wrap_around(loss):
     sums = MetricAccumulator(CPU)
     for step in range(100):
         sums.add(*losses_alone(*[loss] * 128), step=step)
@@ -134,23 +134,23 @@ def test_a_window_of_huge_losses_is_never_read_as_small_ones(loss):
     assert totals.first_bad_step is not None or totals.mean_loss == pytest.approx(loss, rel=1e-6)
 
 
-def test_the_first_bad_step_of_a_sum_is_the_earlier_ones():
+def test_adding_totals_keeps_the_earlier_bad_step():
     assert (Totals(first_bad_step=3) + Totals(first_bad_step=5)).first_bad_step == 3
     assert (Totals() + Totals(first_bad_step=0)).first_bad_step == 0
     assert (Totals(1, 2, 3, 4) + Totals(10, 20, 30, 40)) == Totals(11, 22, 33, 44)
 
 
-def test_no_samples_have_no_share_of_anything():
+def test_means_over_no_samples_are_zero():
     assert (Totals().mean_loss, Totals().accuracy, Totals().accuracy5) == (0, 0, 0)
 
 
-def test_of_three_classes_the_right_one_is_always_among_five():
+def test_with_three_classes_top5_is_always_correct():
     sums = MetricAccumulator(torch.device("cpu"))
     sums.add(torch.ones(4), torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
     assert sums.read().correct5 == 4
 
 
-def test_steps_whose_gradient_was_not_finite_are_counted_until_they_are_read():
+def test_skipped_steps_are_counted_until_they_are_read():
     sums = MetricAccumulator(CPU)
     for norm in (1.0, math.inf, 0.0, math.inf, math.nan):
         sums.add_step(torch.tensor(norm))

@@ -11,7 +11,7 @@ from distributed.config import TrainConfig
 from distributed.data.pipeline import DataPipeline
 from distributed.engine.protocol import Engine
 from distributed.topology import Topology
-from distributed.training.cuda_graph_step import CudaStep
+from distributed.training.cuda_graph_step import CudaGraphStep
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator, Totals
 
@@ -46,7 +46,7 @@ def after_two_epochs(config: TrainConfig, *, fixed: bool) -> tuple[dict[str, tor
     data, engine, sums = parts_of(config)
     step: Any = build_step(config, engine, sums, CPU)
     if fixed:
-        step = CudaStep(engine, sums, loss=config.loss, device=CPU, capture=False)
+        step = CudaGraphStep(engine, sums, loss=config.loss, device=CPU, capture=False)
     rates, norms = iter(RATES), []
     for epoch in (0, 1):
         for micro_batches in data.train_epoch(epoch):
@@ -55,7 +55,7 @@ def after_two_epochs(config: TrainConfig, *, fixed: bool) -> tuple[dict[str, tor
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_steps_in_fixed_memory_have_the_bits_of_plain_ones(case: str) -> None:
+def test_steps_in_fixed_memory_are_bit_identical(case: str) -> None:
     config = config_of(**CASES[case])
     plain, fixed = (after_two_epochs(config, fixed=fixed) for fixed in (False, True))
     assert len(plain[1]) == len(RATES)
@@ -63,7 +63,7 @@ def test_steps_in_fixed_memory_have_the_bits_of_plain_ones(case: str) -> None:
     assert [name for name, tensor in plain[0].items() if not torch.equal(fixed[0][name], tensor)] == []
 
 
-def test_an_average_with_the_step_on_the_device_is_the_same_average() -> None:
+def test_ema_with_the_step_on_the_device_is_bit_identical() -> None:
     config = config_of(optim={"name": "sgd", "ema_decay": 0.9, "lr": 0.1})
     plain, fixed = (after_two_epochs(config, fixed=fixed)[0] for fixed in (False, True))
     averages = [name for name in plain if name.startswith("ema.")]
@@ -76,7 +76,7 @@ def test_an_average_with_the_step_on_the_device_is_the_same_average() -> None:
 def test_a_loss_that_is_not_finite_names_its_step() -> None:
     config = config_of(model={"name": "improved_alexnet", "dropout": 0.0})
     data, engine, sums = parts_of(config)
-    step = CudaStep(engine, sums, loss=config.loss, device=CPU, capture=False)
+    step = CudaGraphStep(engine, sums, loss=config.loss, device=CPU, capture=False)
     for number, micro_batches in enumerate(data.train_epoch(0)):
         if number == 1:
             micro_batches[0].images.fill_(torch.inf)
@@ -87,7 +87,7 @@ def test_a_loss_that_is_not_finite_names_its_step() -> None:
 @pytest.mark.parametrize("augmented_at_once", [2, 3, 9])
 @pytest.mark.parametrize("case", ["sgd", "grad_accum_steps", "mixed"])
 @pytest.mark.parametrize("placement", ["device", "host"])
-def test_images_augmented_together_have_the_same_bits(augmented_at_once: int, case: str, placement: str) -> None:
+def test_images_augmented_together_are_bit_identical(augmented_at_once: int, case: str, placement: str) -> None:
     settings = dict(CASES[case])
     settings["data"] = {**settings.get("data", {}), "placement": placement}
     data = build_data(config_of(**settings), Topology(), CPU)
@@ -111,7 +111,7 @@ def test_images_augmented_together_have_the_same_bits(augmented_at_once: int, ca
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("case", CASES)
-def test_recorded_steps_have_the_bits_of_others(case: str) -> None:
+def test_captured_steps_are_bit_identical(case: str) -> None:
     from distributed.training.determinism import make_deterministic
 
     cuda, found = torch.device("cuda", 0), []
@@ -120,7 +120,7 @@ def test_recorded_steps_have_the_bits_of_others(case: str) -> None:
         config = config_of(**{"precision": "bfloat16", **CASES[case]}).model_copy(update={"device": "cuda"})
         data = build_data(config, Topology(), cuda)
         engine, sums = build_engine(config, Topology(), data, cuda), MetricAccumulator(cuda)
-        step = CudaStep(engine, sums, loss=config.loss, device=cuda, capture=capture)
+        step = CudaGraphStep(engine, sums, loss=config.loss, device=cuda, capture=capture)
         norms = []
         for epoch in range(5):
             for micro_batches in data.train_epoch(epoch):
@@ -131,7 +131,7 @@ def test_recorded_steps_have_the_bits_of_others(case: str) -> None:
     assert [name for name, tensor in eager[2].items() if not torch.equal(recorded[2][name], tensor)] == []
 
 
-def test_a_plain_step_is_taken_on_a_cpu() -> None:
+def test_a_cpu_uses_the_plain_step() -> None:
     config = config_of()
     _, engine, sums = parts_of(config)
     assert build_step(config, engine, sums, CPU).func is train_step  # type: ignore[attr-defined]
