@@ -10,25 +10,48 @@ unexport PYTHONDONTWRITEBYTECODE  # hundreds of processes would compile our modu
 INTEGRATION := $(wildcard tests/integration/test_*.py)
 ABUSE := $(filter tests/integration/test_abuse_%,$(INTEGRATION))
 CLUSTERS := $(patsubst %,tests/integration/test_%.py,ray slurm slurm_doctor slurm_submit hosts)
+CORE := $(patsubst %,core-%,multiprocess unit integration)
 # The longest first, so that the last end together.
 SUITES := test-clusters test-multiprocess test-integration test-unit test-abuse
+# Suites run three at a time (JOBS=1: one), as much of each is waiting. Each has a budget in seconds, scaled to this machine's speed;
+# at its end pytest is interrupted, not killed, so that it ends the clusters it started.
 TOGETHER = $(MAKE) --no-print-directory --jobs=$(or $(JOBS),3) --output-sync=target
-BUDGET := timeout --foreground --signal=INT --kill-after=60
-TIMES ?= /dev/null
+SLOWNESS = $$($(PYTHON) tests/kit/speed.py)
+BUDGET = timeout --foreground --signal=INT --kill-after=60 $$(awk "BEGIN { print int($(1) * $(SLOWNESS)) }")
+TIMES := .test-times
 timed = @begin=$$(date +%s); $(1); code=$$?; \
 	echo "$@: $$(($$(date +%s) - begin)) s, exit code $$code" | tee -a $(TIMES); exit $$code
-pytest = $(call timed,$(BUDGET) $(1) $(BIN)/python -m pytest -p no:cacheprovider $(2))
+pytest = $(call timed,$(call BUDGET,$(1)) $(BIN)/python -m pytest -p no:cacheprovider --skips=$(TIMES) $(2))
+# Run targets together, then list the seconds of each and why tests were skipped.
+summarized = @rm -f $(TIMES); begin=$$(date +%s); $(TOGETHER) $(1); code=$$?; \
+	echo "$@: $$(($$(date +%s) - begin)) s, of which, $(or $(JOBS),3) at a time:"; sort -u $(TIMES); exit $$code
 OLDEST := .venv-torch211
 
-.PHONY: train test $(SUITES) test-oldest dry-oldest dry-newest check lint bench gpu-check gpu-check-dry gpu-pack gpu-collect gpu-results clean
+.PHONY: train test test-all $(CORE) $(SUITES) test-oldest dry-oldest dry-newest lint bench \
+	gpu-check gpu-check-dry gpu-pack gpu-collect gpu-results clean
 
 train: $(READY)  ## train on CIFAR-10 in CIFAR_ROOT (or ./data), or on generated images, on 2 processes or one per GPU
 	$(BIN)/torchrun --nproc_per_node=$(RANKS) --standalone -m distributed.train $(if $(CIFAR_ROOT),--data.root $(CIFAR_ROOT)) $(ARGS)
 
-# Suites run three at a time (JOBS=1: one): much of each is waiting. Each has a budget in seconds, for a slow machine; at its end pytest is
-# interrupted, not killed, so that it ends the clusters it began. Tests on real CIFAR read CIFAR_ROOT and are skipped without it.
-test: $(READY)
-	$(TOGETHER) $(SUITES)
+# Tests on real CIFAR read CIFAR_ROOT and are skipped without it.
+test: $(READY)  ## unit tests, tests on two ranks, the core of integration, and the same bits after kills
+	@echo "make test: under 10 minutes on two cores. make test-all adds everything else and takes about 30."
+	$(call summarized,$(CORE))
+
+test-all: $(READY)  ## every test, a real Ray and Slurm, hostile inputs, lint, types and the oldest torch
+	@echo "make test-all: about 30 minutes on two cores"
+	$(MAKE) --no-print-directory lint
+	$(call summarized,$(SUITES) test-oldest dry-newest)
+	$(MAKE) --no-print-directory dry-oldest
+
+core-unit: $(READY)
+	$(call pytest,600,tests/unit)
+
+core-multiprocess: $(READY)
+	$(call pytest,600,tests/multiprocess --max-ranks=2 -m 'not slow')
+
+core-integration: $(READY)
+	$(call pytest,600,tests/golden $(patsubst %,tests/integration/test_%.py,command_line kills superseded))
 
 test-unit: $(READY)
 	$(call pytest,1200,tests/unit)
@@ -47,27 +70,22 @@ test-clusters: $(READY)  ## a real Ray, a real Slurm and several hosts, one afte
 
 # The lower bound of pyproject.toml: imports, two steps on two ranks, a resume. It is the rented GPU machine's torch too.
 test-oldest: $(OLDEST)/.ready
-	$(call timed,$(BUDGET) 400 $(OLDEST)/bin/python -m pytest -m smoke tests/integration)
+	$(call timed,$(call BUDGET,400) $(OLDEST)/bin/python -m pytest -m smoke tests/integration)
 
 # Both commands for that machine, at its torch; they are judged by the clock, so nothing runs beside them.
 dry-oldest: $(READY) $(OLDEST)/.ready
-	$(call timed,$(BUDGET) 400 $(BIN)/python -m distributed.gpu_pack dry-run --python $(OLDEST)/bin/python)
+	$(call timed,$(call BUDGET,400) $(BIN)/python -m distributed.gpu_pack dry-run --python $(OLDEST)/bin/python)
 
-# What is computed nowhere else, at the newest torch.
+# The steps that run nowhere else, at the newest torch.
 dry-newest: $(READY)
-	$(call timed,$(BUDGET) 400 $(BIN)/python -m distributed.gpu_pack dry-run --call 1 --only units networks invariance)
-
-check: $(READY)  ## all that .ci/run runs
-	$(MAKE) --no-print-directory lint
-	$(TOGETHER) $(SUITES) test-oldest dry-newest
-	$(MAKE) --no-print-directory dry-oldest
+	$(call timed,$(call BUDGET,400) $(BIN)/python -m distributed.gpu_pack dry-run --call 1 --only units networks invariance)
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## speed against the seeds' loop and against compute alone; needs CIFAR_ROOT
+bench: $(READY)  ## speed compared with the references' loop and with compute alone; needs CIFAR_ROOT
 	$(BIN)/python -m distributed.bench train --data.root $(CIFAR_ROOT)
 
 # Your own GPU: make gpu-check, then make gpu-results. A GPU rented by the minute, offline: make gpu-check-dry and make gpu-pack
@@ -76,12 +94,12 @@ GPU_CHECK := runs/gpu_check
 gpu-check: $(READY)  ## check correctness and speed on this GPU in under 5 minutes
 	$(BIN)/python -m distributed.gpu_check --out $(GPU_CHECK)
 
-gpu-results: $(READY)  ## the seeds' eight results on one GPU that passed the check (or UNCHECKED=1); needs CIFAR_ROOT
+gpu-results: $(READY)  ## the references' eight results on one GPU that passed the check (or UNCHECKED=1); needs CIFAR_ROOT
 	$(if $(UNCHECKED),,$(BIN)/python -m distributed.gpu_pack passed $(GPU_CHECK)/gpu_check.jsonl)
 	$(BIN)/python -m distributed.experiments --data.root $(CIFAR_ROOT) --device cuda --out results/experiments_gpu
 
 gpu-check-dry: $(READY)  ## run gpu-pack's commands on this CPU, offline, with few packages; ARGS="--python OTHER"
-	$(BUDGET) 240 $(BIN)/python -m distributed.gpu_pack dry-run $(ARGS)
+	$(call BUDGET,240) $(BIN)/python -m distributed.gpu_pack dry-run $(ARGS)
 
 gpu-pack: $(READY)  ## wheels and CIFAR-10 for a rented GPU, and the commands to run there; needs CIFAR_ROOT
 	$(BIN)/python -m distributed.gpu_pack pack $(if $(CIFAR_ROOT),--data.root $(CIFAR_ROOT))
@@ -104,5 +122,5 @@ $(OLDEST)/.ready: pyproject.toml
 	$(OLDEST)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
-clean:  ## everything that make made; runs/ and data/ stay
-	rm -rf $(VENV) .venv-* .whl .cifar-a .cifar-b *.egg-info .pytest_cache .mypy_cache .ruff_cache
+clean:  ## remove everything that make created; runs/ and data/ stay
+	rm -rf $(TIMES) $(VENV) .venv-* .whl .cifar-a .cifar-b *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -3,21 +3,55 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kit import devices
+from kit.speed import slowness
 
-# For this process and all that it starts: threads that wait for work must not take the cores from processes that have some.
+# For this process and its children: idle threads must not take cores from processes that have work.
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
 devices.check_started_commands()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--max-ranks", type=int, help="skip tests that start more ranks than this")
+    parser.addoption("--skips", type=Path, help="file to append a line to for each reason why tests were skipped")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if most := config.getoption("--max-ranks"):
+        from kit import ranks
+
+        ranks.MAX_RANKS = most
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Scale the time limit of each test with the machine's speed."""
+    default = float(config.getini("timeout") or 0)
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        seconds = float(marker.args[0] if marker else default)
+        item.add_marker(pytest.mark.timeout(seconds * slowness()), append=False)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    file: Path | None = config.getoption("--skips")
+    if not file:
+        return
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    with file.open("a") as lines:
+        for reason, count in reasons.most_common():
+            lines.write(f"skipped {count}: {reason}\n")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Hides GPUs from every test without the marker `gpu`, from its fixtures of any scope too."""
+    """Hide GPUs from every test without the marker `gpu`, and from its fixtures of any scope."""
     if item.get_closest_marker("gpu"):
         return (yield)
     with devices.no_gpus():
@@ -39,7 +73,7 @@ def a_process_left_as_it_was() -> Iterator[None]:
 
 @pytest.fixture
 def threads_and_log_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For tests that train in their own process."""
+    """Check the device and restore threads and log handlers, for tests that train in their own process."""
     import torch
     from loguru import logger
 
@@ -61,7 +95,7 @@ def threads_and_log_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    """The warnings that were logged."""
+    """Messages logged at WARNING and above."""
     from loguru import logger
 
     lines: list[str] = []
@@ -72,7 +106,7 @@ def said() -> Iterator[list[str]]:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB."""
+    """A folder on a file system of 2 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(

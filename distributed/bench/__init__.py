@@ -1,1 +1,1 @@
-"""Measurements that ship: whole processes side by side in interleaved rounds, so that a noisy machine hits all alike."""
+"""Benchmarks: workloads run as separate processes, in interleaved rounds, so that a noisy machine disturbs all of them."""

@@ -1,5 +1,5 @@
-"""`python -m distributed.bench train | exact | engines | startup | save | norm`: speed against what else could be run, in
-interleaved rounds. `memory`: what a rank holds under each engine."""
+"""`python -m distributed.bench train | exact | engines | startup | save | norm`: measures speed in interleaved rounds.
+`python -m distributed.bench memory`: measures the memory a rank needs under each engine."""
 
 import argparse
 import json
@@ -7,14 +7,16 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from distributed.bench import train
-from distributed.bench.kinds import KINDS, Kind, Round
-from distributed.bench.memory import table
-from distributed.bench.options import CONTENDERS, Options
-from distributed.bench.rounds import ContenderFailedError, machine
+from distributed.bench import training_speed
+from distributed.bench.benchmarks import BENCHMARKS, Benchmark, Figures
+from distributed.bench.machine import machine
+from distributed.bench.memory import measure_all
+from distributed.bench.options import WORKLOADS, Options
+from distributed.bench.workload import WorkloadFailedError
 from distributed.data.sources import cifar
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import check_writable, home_path, write_output
@@ -23,125 +25,152 @@ from distributed.process.streams import run_command
 
 
 def main() -> int:
-    """Run the rounds, print medians and ratios, write them as JSON if asked; 1 if a contender failed."""
-    given = _parser().parse_args()
-    if given.kind == "memory":
-        table(given.json)
+    """Run the rounds, print medians and ratios, and write them as JSON on request. Return 1 if a workload failed."""
+    arguments = _parser().parse_args()
+    if arguments.benchmark == "memory":
+        measure_all(arguments.json)
         return ExitCode.FINISHED
     try:
-        options = Options.of(given)
-        if given.kind != "norm":
+        options = Options.of(arguments)
+        if arguments.benchmark != "norm":
             cifar.check("cifar10", options.root)
-        if given.json:
-            check_writable("--json", given.json)
+        if arguments.json:
+            check_writable("--json", arguments.json)
     except InputError as error:
         error.tell()
         return ExitCode.BAD_INPUT
-    kind = KINDS[given.kind]
-    deadline = time.monotonic() + 60 * given.minutes
-    skipped = train.skipped(options) if given.kind == "train" else {}
-    for name, reason in skipped.items():
-        print(f"skipped: {name}: {reason}", file=sys.stderr, flush=True)
-    content: dict[str, Any] = {"command": _command(given, options), "machine": machine(options.device)}
-    content |= {"rounds": [], "ratios": [], "failed": [], "skipped": skipped}
-    outputs = ""
-    for number in range(given.rounds or (1 if options.gpus else 5)):
-        figures, errors = run_round(kind, options, deadline, label=f"round {number + 1}: ")
-        content["rounds"].append(figures)
-        content["ratios"].append(kind.ratios_of(figures))
-        content["failed"].append({name: str(error) for name, error in errors.items()})
-        outputs += "".join(f"{name}: {error}\n{error.output}\n\n" for name, error in errors.items())
-        if given.json:
-            with OptionalOutput(given.json):  # for now; the rounds are what takes long
-                _write(given.json, content, outputs)
-    print(summary(kind, content["rounds"]))
+    results = _run_rounds(arguments, options)
+    print(summary(BENCHMARKS[arguments.benchmark], results.rounds))
     try:
-        if given.json:
-            with requested_output("--json", given.json):
-                _write(given.json, content, outputs)
+        if arguments.json:
+            with requested_output("--json", arguments.json):
+                results.write(arguments.json)
     except StorageError as error:
         return error.tell()
-    return ExitCode.FAILED if outputs else ExitCode.FINISHED
+    return ExitCode.FAILED if results.outputs else ExitCode.FINISHED
 
 
-def _write(file: Path, content: dict[str, Any], outputs: str) -> None:
-    write_output(file, (json.dumps(content, indent=1) + "\n").encode())
-    if outputs:
-        write_output(file.with_suffix(".failed.txt"), outputs.encode())
+@dataclass
+class Results:
+    """What a benchmark found so far; all but `outputs` are written as JSON.
+
+    Attributes:
+        ratios, failed: for each of the `rounds`.
+        skipped: workloads that cannot run here, and why.
+        outputs: of workloads that failed.
+    """
+
+    command: str
+    machine: dict[str, Any]
+    rounds: list[Figures] = field(default_factory=list)
+    ratios: list[Figures] = field(default_factory=list)
+    failed: list[dict[str, str]] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    outputs: str = ""
+
+    def write(self, file: Path) -> None:
+        """Write the results to `file`, and the output of failed workloads beside it."""
+        content = {name: value for name, value in asdict(self).items() if name != "outputs"}
+        write_output(file, (json.dumps(content, indent=1) + "\n").encode())
+        if self.outputs:
+            write_output(file.with_suffix(".failed.txt"), self.outputs.encode())
+
+
+def _run_rounds(arguments: argparse.Namespace, options: Options) -> Results:
+    benchmark = BENCHMARKS[arguments.benchmark]
+    deadline = time.monotonic() + 60 * arguments.minutes
+    results = Results(_command(arguments, options), machine(options.device))
+    results.skipped = training_speed.skipped(options) if arguments.benchmark == "train" else {}
+    for name, reason in results.skipped.items():
+        print(f"skipped: {name}: {reason}", file=sys.stderr, flush=True)
+    for number in range(_rounds(arguments, options)):
+        figures, errors = run_round(benchmark, options, deadline, label=f"round {number + 1}: ")
+        results.rounds.append(figures)
+        results.ratios.append(benchmark.ratios_of(figures))
+        results.failed.append({name: str(error) for name, error in errors.items()})
+        results.outputs += "".join(f"{name}: {error}\n{error.output}\n\n" for name, error in errors.items())
+        if arguments.json:
+            with OptionalOutput(arguments.json):  # rounds take long: a failure to write now must not lose the next one
+                results.write(arguments.json)
+    return results
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m distributed.bench", description=__doc__)
-    parser.add_argument("kind", choices=[*KINDS, "memory"])
+    parser.add_argument("benchmark", choices=[*BENCHMARKS, "memory"])
     parser.add_argument("--data.root", dest="root", type=home_path, default=Path("data"), help="folder with CIFAR-10")
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
-        help="device of all contenders; auto: CUDA if available",
+        help="device of all workloads; auto: CUDA if available",
     )
     parser.add_argument("--rounds", type=int, help="default: 5, on CUDA 1")
-    parser.add_argument("--steps", type=int, help="steps per contender and round; default: 80, on CUDA 100")
+    parser.add_argument("--steps", type=int, help="steps per workload and round; default: 80, on CUDA 100")
     parser.add_argument("--batches", type=int, nargs="+", help="train: batch sizes; default: 128, on CUDA 128 512 2048")
-    names = "; ".join(f"{name}: {what}" for name, what in CONTENDERS.items())
+    names = "; ".join(f"{name}: {meaning}" for name, meaning in WORKLOADS.items())
     parser.add_argument(
-        "--contenders", nargs="+", choices=list(CONTENDERS), metavar="NAME", help=f"train: run only these. {names}"
-    )
+        "--workloads", "--contenders", nargs="+", choices=list(WORKLOADS), metavar="NAME",
+        help=f"train: run only these. {names}",
+    )  # fmt: skip
     parser.add_argument(
-        "--seconds", type=float, help="time limit per contender, startup included; default: none, on CUDA 40"
+        "--seconds", type=float, help="time limit per workload, startup included; default: none, on CUDA 40"
     )
     parser.add_argument(
         "--minutes",
         type=float,
         default=float("inf"),
-        help="total time limit; contenders that would start later are skipped",
+        help="total time limit; workloads that would start later are skipped",
     )
     parser.add_argument(
-        "--json", type=home_path, help="also write results here, and the output of failed contenders beside it"
+        "--json", type=home_path, help="also write results here, and the output of failed workloads beside it"
     )
     return parser
 
 
-def run_round(
-    kind: Kind, options: Options, deadline: float, *, label: str = ""
-) -> tuple[Round, dict[str, ContenderFailedError]]:
-    """Measure every contender once.
+class RoundResult(NamedTuple):
+    """The figures of a round, and the errors of the workloads that failed, by name."""
+
+    figures: Figures
+    errors: dict[str, WorkloadFailedError]
+
+
+def run_round(benchmark: Benchmark, options: Options, deadline: float, *, label: str = "") -> RoundResult:
+    """Measure each workload once.
 
     Args:
-        deadline: CLOCK_MONOTONIC at which the last one is ended and no other is started.
-
-    Returns:
-        The figures, and by name the errors of contenders that failed.
+        deadline: CLOCK_MONOTONIC in seconds at which the running workload is ended and no other is started.
+        label: prefix of the lines printed to stderr.
     """
-    figures: Round = {}
-    failed: dict[str, ContenderFailedError] = {}
+    figures: Figures = {}
+    failed: dict[str, WorkloadFailedError] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, contender in kind.contenders(options, folder).items():
+        for name, workload in benchmark.workloads(options, folder).items():
             start = time.monotonic()
             seconds = min(options.seconds or float("inf"), deadline - start)
             try:
                 if seconds <= 0:
-                    raise ContenderFailedError("not started: no time was left")
-                measured = contender.measure(None if seconds == float("inf") else seconds)
-                new = kind.figures_of(name, contender, measured)
-            except ContenderFailedError as error:
+                    raise WorkloadFailedError("not started: --minutes are over")
+                measured = workload.measure(None if seconds == float("inf") else seconds)
+                new = benchmark.figures_of(name, workload, measured)
+            except WorkloadFailedError as error:
                 failed[name] = error
                 print(f"{label}failed: {name}: {error}", file=sys.stderr, flush=True)
                 continue
             figures |= new
             values = ", ".join(f"{key} {value:,.4g}" for key, value in new.items())
             print(f"{label}{values} ({time.monotonic() - start:.0f} s)", file=sys.stderr, flush=True)
-    return figures, failed
+    return RoundResult(figures, failed)
 
 
-def summary(kind: Kind, rounds: list[Round]) -> str:
-    """Medians over the rounds, and of the ratios their range too; a line each."""
-    ratios = [kind.ratios_of(figures) for figures in rounds]
+def summary(benchmark: Benchmark, rounds: list[Figures]) -> str:
+    """Return a line per figure and per ratio: its median over the rounds, and the range of a ratio."""
+    ratios = [benchmark.ratios_of(figures) for figures in rounds]
     figures, compared = _by_name(rounds), _by_name(ratios)
     width = max(map(len, [*figures, *compared]), default=0)
     lines = []
     for name, values in figures.items():
-        unit = "" if name.endswith("]") else f" {kind.unit}"
+        unit = "" if name.endswith("]") else f" {benchmark.unit}"
         lines.append(f"{name:<{width}} {statistics.median(values):10,.4g}{unit} (median of {len(values)})")
     for name, values in compared.items():
         lines.append(
@@ -150,19 +179,24 @@ def summary(kind: Kind, rounds: list[Round]) -> str:
     return "\n".join(lines)
 
 
-def _by_name(rounds: list[Round]) -> dict[str, list[float]]:
-    """Values by name over the rounds that have it: a contender may fail in one."""
+def _by_name(rounds: list[Figures]) -> dict[str, list[float]]:
+    """Return each name's values in the rounds that have it. A workload may fail in some of them."""
     names = dict.fromkeys(name for figures in rounds for name in figures)
     return {name: [figures[name] for figures in rounds if name in figures] for name in names}
 
 
-def _command(given: argparse.Namespace, options: Options) -> str:
-    """The command that repeats this measurement, without --data.root and time limits."""
-    rounds = given.rounds or (1 if options.gpus else 5)
-    words: list[Any] = [given.kind, "--device", options.device, "--rounds", rounds, "--steps", options.steps]
-    if given.kind == "train":
-        words += ["--batches", *options.batches, "--contenders", *options.contenders]
-    return " ".join(map(str, ["python -m distributed.bench", *words]))
+def _rounds(arguments: argparse.Namespace, options: Options) -> int:
+    return int(arguments.rounds or (1 if options.gpus else 5))
+
+
+def _command(arguments: argparse.Namespace, options: Options) -> str:
+    """Return the command that repeats this measurement, without --data.root and time limits."""
+    repeated: list[Any] = [
+        arguments.benchmark, "--device", options.device, "--rounds", _rounds(arguments, options), "--steps", options.steps,
+    ]  # fmt: skip
+    if arguments.benchmark == "train":
+        repeated += ["--batches", *options.batches, "--workloads", *options.workloads]
+    return " ".join(map(str, ["python -m distributed.bench", *repeated]))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""`python -m distributed.bench.drift --data.root FOLDER PICTURE.png`: one epoch on 1 and on 3 processes, in fast and in exact
-mode, and the curves drawn over one another."""
+"""`python -m distributed.bench.drift --data.root FOLDER PICTURE.png`: draws how far loss curves drift apart.
+
+Trains one epoch on 1 and on 3 processes, in fast and in exact mode, and draws the curves over each other.
+"""
 
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from distributed.files import home_path
 from distributed.process.streams import run_command
+from distributed.process.torchrun import torchrun_command
 from distributed.run.folder import RunFolder
 
 RANKS = (1, 3)
@@ -17,19 +19,18 @@ MODES = {"fast mode": "0", "exact mode, 8 shards": "8"}
 
 
 def losses_of_run(root: Path, run_dir: Path, *, ranks: int, shards: str) -> list[float]:
-    """The logged loss of each step of an epoch of improved_alexnet on CIFAR-10."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone",
-        "-m", "distributed.train", "--data.name", "cifar10", "--data.root", str(root), "--run_dir", str(run_dir),
+    """Train improved_alexnet on CIFAR-10 for one epoch, and return the logged loss of each step."""
+    arguments = [
+        "--data.name", "cifar10", "--data.root", str(root), "--run_dir", str(run_dir),
         "--epochs", "1", "--exact.shards", shards, "--logging.every_steps", "1", "--logging.tensorboard", "false",
     ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(torchrun_command(ranks, "distributed.train", arguments), check=True, capture_output=True)
     lines = [json.loads(line) for line in RunFolder(run_dir).metrics_file.read_text().splitlines()]
     return [line["loss"] for line in lines if line["kind"] == "train"]
 
 
 def draw(curves: dict[str, list[list[float]]], target: Path) -> None:
-    """Above the losses of both runs of a mode, below how far they are apart."""
+    """Draw, for each mode, the losses of both runs above and their absolute difference below."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -41,26 +42,26 @@ def draw(curves: dict[str, list[list[float]]], target: Path) -> None:
         steps = range(1, len(first) + 1)
         above.plot(steps, first, color="tab:blue", linewidth=3.5, alpha=0.5, label=f"{RANKS[0]} process")
         above.plot(steps, second, color="tab:red", linewidth=1, label=f"{RANKS[1]} processes")
-        apart = [abs(a - b) for a, b in zip(first, second, strict=True)]
-        below.plot(steps, apart, color="black", linewidth=1)
+        differences = [abs(a - b) for a, b in zip(first, second, strict=True)]
+        below.plot(steps, differences, color="black", linewidth=1)
         below.set_yscale("symlog", linthresh=1e-7)
         below.set_ylim(bottom=-3e-8)
-        equal = sum(a == b for a, b in zip(first, second, strict=True))
         below.set_title(
-            f"{equal} of {len(first)} losses are equal to the last bit; at most {max(apart):.2g} apart", size=10
+            f"{differences.count(0.0)} of {len(first)} losses bit-identical; largest difference {max(differences):.2g}",
+            size=10,
         )
         above.set_title(mode)
         below.set_xlabel("step")
         for panel in (above, below):
             panel.grid(alpha=0.3)
         above.legend()
-    axes[0][0].set_ylabel("training loss of a step")
+    axes[0][0].set_ylabel("training loss")
     axes[1][0].set_ylabel("difference of the losses")
     figure.savefig(target, dpi=110)
 
 
 def main() -> int:
-    """Four runs, a picture, and the numbers in it."""
+    """Train four times, draw the curves and print the largest differences."""
     parser = argparse.ArgumentParser(prog="python -m distributed.bench.drift", description=__doc__)
     parser.add_argument("picture", type=home_path)
     parser.add_argument("--data.root", dest="root", type=home_path, default=Path("data"), help="folder with CIFAR-10")
@@ -70,9 +71,10 @@ def main() -> int:
         for mode, shards in MODES.items():
             runs = [(ranks, Path(folder) / f"{shards}-{ranks}") for ranks in RANKS]
             curves[mode] = [losses_of_run(arguments.root, run, ranks=ranks, shards=shards) for ranks, run in runs]
-            apart = max(abs(a - b) for a, b in zip(*curves[mode], strict=True))
+            largest = max(abs(a - b) for a, b in zip(*curves[mode], strict=True))
             print(
-                f"{mode}: {len(curves[mode][0])} losses on {RANKS[0]} and {RANKS[1]} processes at most {apart:.3g} apart"
+                f"{mode}: largest difference of {len(curves[mode][0])} losses between {RANKS[0]} process and "
+                f"{RANKS[1]} processes: {largest:.3g}"
             )
     draw(curves, arguments.picture)
     return 0

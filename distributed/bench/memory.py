@@ -1,6 +1,6 @@
-"""What a rank holds under each engine, beside what arithmetic says: `python -m distributed.bench memory`.
+"""`python -m distributed.bench memory`: measures the memory of a rank under each engine, beside the expected amount.
 
-As `python -m distributed.bench.memory JSON` on the ranks of one case it measures that case.
+`python -m distributed.bench.memory JSON_SETTINGS`, on the ranks of one case, measures that case.
 """
 
 import gc
@@ -12,21 +12,38 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distributed.bench.rounds import machine
+from distributed.bench.machine import machine
+from distributed.process.torchrun import torchrun_command
 
 MIB = 2**20
 MODEL, IMAGES, STEPS = "alexnet", 8, 3
 
 
+class Memory(NamedTuple):
+    """Memory in MiB, the maximum over the ranks.
+
+    Attributes:
+        tensors: all tensors after a backward pass, when weights, gradients and momentum exist.
+        peak: peak of resident memory while training, above what was resident before the model was built.
+        save: the same while saving, above what was resident before the save.
+        weights: the model's weights.
+    """
+
+    tensors: float
+    peak: float
+    save: float
+    weights: float
+
+
 class Case(NamedTuple):
-    """An engine's settings, and the copies of the weights that it holds: on every rank, and shared out over the ranks."""
+    """An engine's settings, and how many copies of the weights it holds: on every rank, and sharded over the ranks."""
 
     settings: dict[str, Any]
-    whole: int
-    shared: int
+    replicated: int
+    sharded: int
 
 
-# Weights, gradients and momentum are three; ZeRO 1 and 2, and 3 on a CPU, keep a copy of the weights to update.
+# Weights, gradients and momentum are three copies. ZeRO 1, 2, and on a CPU 3, keep another copy of the weights to update.
 CASES = {
     "ddp": Case({"engine": {"name": "ddp"}, "exact": {"shards": 0}}, 3, 0),
     "fsdp": Case({"engine": {"name": "fsdp"}, "exact": {"shards": 0}}, 0, 3),
@@ -39,114 +56,122 @@ CASES = {
 WORLD_SIZES = (1, 2, 4)
 
 
-def run(name: str, world_size: int) -> dict[str, float]:
-    """MiB of the rank that held most.
-
-    Raises:
-        RuntimeError: the case failed, with the end of what it printed.
-    """
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world_size}", "--standalone"]
-    command = [sys.executable, *launcher, "-m", "distributed.bench.memory", json.dumps(CASES[name].settings)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = [json.loads(line.removeprefix("HELD ")) for line in done.stdout.splitlines() if line.startswith("HELD ")]
-    if done.returncode or not found:
-        raise RuntimeError(f"{name} on {world_size}: exit code {done.returncode}\n{done.stderr[-3000:]}")
-    one: dict[str, float] = found[0]
-    return one
-
-
-def table(json_file: Path | None) -> None:
-    """Print each case as it is measured; write them all if a file is named."""
-    print(f"{MODEL}, {IMAGES} images a step, float32; MiB of the rank that holds most")
+def measure_all(json_file: Path | None) -> None:
+    """Print each case as it is measured, and write all of them to `json_file` if given."""
+    print(f"{MODEL}, {IMAGES} images per step, float32; MiB, maximum over the ranks")
     print(f"{'engine':<20} {'processes':>9} {'tensors':>9} {'arithmetic':>11} {'peak':>9} {'peak of a save':>15}")
     rows = []
     for name, case in CASES.items():
         for world_size in WORLD_SIZES if name == "ddp" else WORLD_SIZES[1:]:
-            held = run(name, world_size)
-            held["arithmetic"] = held["weights"] * (case.whole + case.shared / world_size)
-            rows.append({"engine": name, "processes": world_size, **held})
-            print(f"{name:<20} {world_size:>9} {held['tensors']:>9.0f} {held['arithmetic']:>11.0f} "
-                  f"{held['peak']:>9.0f} {held['save']:>15.0f}", flush=True)  # fmt: skip
+            found = run_case(name, world_size)
+            arithmetic = found.weights * (case.replicated + case.sharded / world_size)
+            rows.append({"engine": name, "processes": world_size, **found._asdict(), "arithmetic": arithmetic})
+            print(f"{name:<20} {world_size:>9} {found.tensors:>9.0f} {arithmetic:>11.0f} "
+                  f"{found.peak:>9.0f} {found.save:>15.0f}", flush=True)  # fmt: skip
     if json_file:
         content = {"command": "python -m distributed.bench memory", "machine": machine(), "rows": rows}
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def measure(settings: dict[str, Any]) -> dict[str, float]:
-    """Of this rank: bytes of tensors after a backward pass, when weights, gradients and momentum are all there; and the
-    most resident memory while training and while saving, above that before the model was built."""
+def run_case(name: str, world_size: int) -> Memory:
+    """Measure a case on `world_size` processes.
+
+    Raises:
+        RuntimeError: the case failed; the message has the end of its output.
+    """
+    command = torchrun_command(world_size, "distributed.bench.memory", [json.dumps(CASES[name].settings)])
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("MEMORY ")]
+    if done.returncode or not lines:
+        raise RuntimeError(f"{name} on {world_size} processes: exit code {done.returncode}\n{done.stderr[-3000:]}")
+    return Memory(**json.loads(lines[0].removeprefix("MEMORY ")))
+
+
+def measure(settings: dict[str, Any]) -> Memory:
+    """Train for a few steps and save, on this rank of a group."""
     import torch
 
     from distributed.build import build_data, build_engine
+    from distributed.comm.collectives import gather_objects
     from distributed.comm.process_group import process_group
-    from distributed.config import TrainConfig
     from distributed.topology import Topology
-    from distributed.training.steps import train_step
-    from distributed.training.totals import MetricAccumulator
 
-    data_settings = {"name": "generated10", "train_samples": IMAGES * STEPS, "test_samples": 10}
-    config = TrainConfig.model_validate(
-        {
-            "model": {"name": MODEL}, "data": data_settings | {"validation_fraction": 0.0}, "device": "cpu",
-            "global_batch_size": IMAGES, "precision": "float32", "schedule": {"name": "constant"}, **settings,
-        }
-    )  # fmt: skip
-    topology, device = Topology.from_environment(), torch.device("cpu")
+    config, topology, device = _config(settings), Topology.from_environment(), torch.device("cpu")
     torch.set_num_threads(1)
     with process_group(topology, device, timeout_seconds=120):
         data = build_data(config, topology, device)
         if config.engine.name == "deepspeed":
-            import deepspeed  # noqa: F401  # its import is no part of the model
-        _forget_peak()
+            import deepspeed  # noqa: F401  # imported before the measurement, of which it is no part
+        _reset_peak()
         before = _resident("VmRSS")
         engine: Any = build_engine(config, topology, data, device)
-        sums, step = MetricAccumulator(device), engine.step
-        held = {"tensors": 0.0}
-
-        def looked_at(lr: float, *, step_number: int) -> Any:
-            held["tensors"] = max(held["tensors"], sum(_storages(engine)) / MIB)
-            return step(lr, step=step_number)
-
-        engine.step = lambda lr, *, step: looked_at(lr, step_number=step)
-        for number, batches in enumerate(data.train_epoch(0)):
-            train_step(engine, batches, loss=config.loss, lr=1e-4, step=number, sums=sums)
-        held["peak"] = _resident("VmHWM") - before
-        _forget_peak()
-        resting = _resident("VmRSS")
+        tensors = _train(config, engine, data)
+        peak = _resident("VmHWM") - before
+        _reset_peak()
+        before = _resident("VmRSS")
         copies = [tensor.to("cpu", copy=True) for _, tensor in engine.state() if topology.is_main]
-        held["save"] = _resident("VmHWM") - resting
-        held["weights"] = sum(t.nbytes for name, t in engine.state() if name.startswith("model.")) / MIB
+        save = _resident("VmHWM") - before
+        weights = sum(t.nbytes for name, t in engine.state() if name.startswith("model.")) / MIB
         assert bool(copies) == topology.is_main
-        from distributed.comm.collectives import gather_objects
-
-        ranks: list[dict[str, float]] = gather_objects(held)
-        return {key: max(rank[key] for rank in ranks) for key in held}
+        ranks: list[tuple[float, ...]] = gather_objects((tensors, peak, save, weights))
+        return Memory(*map(max, zip(*ranks, strict=True)))
 
 
-def _storages(engine: Any) -> Iterator[int]:
-    """Bytes of every tensor's memory, each counted once."""
+def _config(settings: dict[str, Any]) -> Any:
+    from distributed.config import TrainConfig
+
+    data = {"name": "generated10", "train_samples": IMAGES * STEPS, "test_samples": 10, "validation_fraction": 0.0}
+    return TrainConfig.model_validate(
+        {
+            "model": {"name": MODEL}, "data": data, "device": "cpu", "global_batch_size": IMAGES,
+            "precision": "float32", "schedule": {"name": "constant"}, **settings,
+        }
+    )  # fmt: skip
+
+
+def _train(config: Any, engine: Any, data: Any) -> float:
+    """Take the steps of an epoch, and return the most MiB of tensors that existed before an update."""
+    from distributed.training.steps import train_step
+    from distributed.training.totals import MetricAccumulator
+
+    sums, update = MetricAccumulator(engine.device), engine.step
+    sizes = []
+
+    def step_and_measure(lr: float, *, step: int) -> Any:
+        sizes.append(sum(_storages()) / MIB)
+        return update(lr, step=step)
+
+    engine.step = step_and_measure
+    for number, batches in enumerate(data.train_epoch(0)):
+        train_step(engine, batches, loss=config.loss, lr=1e-4, step=number, metrics=sums)
+    return max(sizes)
+
+
+def _storages() -> Iterator[int]:
+    """Yield the size in bytes of the memory of every tensor in the process, each storage once."""
     import torch
 
     seen = set()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some objects of torch complain of being looked at
+        warnings.simplefilter("ignore")  # some of torch's objects warn when they are inspected
         found = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
     found += [thing.grad for thing in found if thing.is_leaf and thing.grad is not None]
     for tensor in found:
-        own = getattr(tensor, "_local_tensor", tensor)
-        storage = own.untyped_storage()
+        local = getattr(tensor, "_local_tensor", tensor)
+        storage = local.untyped_storage()
         if storage.nbytes() and storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             yield storage.nbytes()
 
 
-def _resident(kind: str) -> float:
+def _resident(field: str) -> float:
+    """Return resident memory in MiB: `VmRSS`, now, or `VmHWM`, the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:")) / 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
 
 
-def _forget_peak() -> None:
+def _reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -155,4 +180,4 @@ if __name__ == "__main__":
     from distributed.topology import Topology
 
     if Topology.from_environment().is_main:
-        print("HELD", json.dumps(outcome))
+        print("MEMORY", json.dumps(outcome._asdict()))

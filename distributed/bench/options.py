@@ -1,4 +1,4 @@
-"""What a benchmark was asked to measure, and on what."""
+"""The checked arguments of a benchmark."""
 
 from argparse import Namespace
 from dataclasses import dataclass
@@ -7,68 +7,71 @@ from pathlib import Path
 from distributed.errors import InputError
 from distributed.host.cpu_quota import available_cpus
 
-IMAGES = 50_000  # of CIFAR-10's training split
-CONTENDERS = {
+IMAGES = 50_000  # in CIFAR-10's training split
+WORKLOADS = {
     "compute": "forward, backward and update on one fixed batch",
     "graph": "the same, replayed as a CUDA graph",
-    "ours": "fast mode",
-    "exact": "exact mode, 8 shards",
-    "seeds": "the seeds' plain loop",
+    "ours": "this project in fast mode",
+    "exact": "this project in exact mode, 8 shards",
+    "seeds": "the training loop of the two reference implementations",
     "timm": "timm's training loop",
     "lightning": "Lightning's Trainer",
 }
+"""What `bench train` can compare, by the name that `--workloads` accepts."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """The checked arguments of a benchmark.
+    """What to measure, and on what.
 
     Args:
-        gpus: number of CUDA devices to be seen; 0 measures the CPU.
-        seconds: time limit of a contender, its start included; None: none.
-        contenders: keys of CONTENDERS.
+        root: folder with CIFAR-10.
+        steps: steps to measure per workload and round.
+        gpus: number of visible CUDA devices; 0: measure on the CPU.
+        batches: batch sizes of `bench train`.
+        workloads: keys of WORKLOADS.
+        seconds: time limit of a workload, including its startup; None: no limit.
     """
 
     root: Path
     steps: int
     gpus: int = 0
     batches: tuple[int, ...] = (128,)
-    contenders: tuple[str, ...] = tuple(CONTENDERS)
+    workloads: tuple[str, ...] = tuple(WORKLOADS)
     seconds: float | None = None
 
     @classmethod
-    def of(cls, given: Namespace) -> "Options":
-        """Check the command line's arguments and fill in what depends on the device.
+    def of(cls, arguments: Namespace) -> "Options":
+        """Check the command line's arguments, and fill in defaults, which depend on the device.
 
         Raises:
-            InputError: a value cannot be used, or there is no GPU for it.
+            InputError: a value is invalid, or a GPU is required and none is visible.
         """
-        gpus = _gpus(given.device)
-        chosen = tuple(given.contenders or (name for name in CONTENDERS if gpus or name != "graph"))
+        gpus = _visible_gpus(arguments.device)
+        chosen = tuple(arguments.workloads or (name for name in WORKLOADS if gpus or name != "graph"))
         options = cls(
-            root=given.root.resolve(),
-            steps=given.steps if given.steps is not None else (100 if gpus else 80),
+            root=arguments.root.resolve(),
+            steps=arguments.steps if arguments.steps is not None else (100 if gpus else 80),
             gpus=gpus,
-            batches=tuple(given.batches or ((128, 512, 2048) if gpus else (128,))),
-            contenders=tuple(dict.fromkeys(chosen)),
-            seconds=given.seconds if given.seconds is not None else (40.0 if gpus else None),
+            batches=tuple(arguments.batches or ((128, 512, 2048) if gpus else (128,))),
+            workloads=tuple(dict.fromkeys(chosen)),
+            seconds=arguments.seconds if arguments.seconds is not None else (40.0 if gpus else None),
         )
-        wrong = []
-        if options.steps < 8:
-            wrong.append(f"--steps {options.steps}: must be at least 8; the first quarter is warm-up")
-        if given.rounds is not None and given.rounds < 1:
-            wrong.append(f"--rounds {given.rounds}: at least 1")
-        if bad := [batch for batch in options.batches if not 1 <= batch <= IMAGES]:
-            wrong.append(f"--batches {' '.join(map(str, bad))}: each from 1 to the {IMAGES:,} training images")
-        if options.seconds is not None and not options.seconds > 0:
-            wrong.append(f"--seconds {options.seconds:g}: must be more than 0")
-        if given.kind != "train" and (given.batches or given.contenders):
-            wrong.append(f"--batches and --contenders: only for train, not for {given.kind}")
-        if "graph" in options.contenders and not gpus:
-            wrong.append("--contenders graph: CUDA graphs need --device cuda")
-        if wrong:
+        if wrong := [*options._invalid(), *_invalid(arguments)]:
             raise InputError(*wrong)
         return options
+
+    def _invalid(self) -> list[str]:
+        wrong = []
+        if self.steps < 8:
+            wrong.append(f"--steps {self.steps}: must be at least 8; the first quarter is warm-up")
+        if bad := [batch for batch in self.batches if not 1 <= batch <= IMAGES]:
+            wrong.append(f"--batches {' '.join(map(str, bad))}: each must be from 1 to {IMAGES:,}, the training images")
+        if self.seconds is not None and not self.seconds > 0:
+            wrong.append(f"--seconds {self.seconds:g}: must be greater than 0")
+        if "graph" in self.workloads and not self.gpus:
+            wrong.append("--workloads graph: CUDA graphs need --device cuda")
+        return wrong
 
     @property
     def device(self) -> str:
@@ -76,26 +79,38 @@ class Options:
 
     @property
     def workers(self) -> int:
-        """Loader processes of the peers: half of the cores, from 2 to 8."""
+        """Loader processes of the other frameworks: half of the cores, from 2 to 8."""
         return max(2, min(8, available_cpus() // 2))
 
     @property
     def threads(self) -> int:
-        """CPU threads of a single process; 0: its own choice."""
+        """CPU threads of a single process; 0: the framework's default."""
         return 0 if self.gpus else 2
 
     def block(self, batch: int) -> int:
-        """Steps between two readings of the clock: on a GPU up to 10, but few enough that an epoch's end falls into at most
-        one block of five, and that there are four blocks. The median leaves the ends out."""
+        """Return the number of steps between two readings of the clock.
+
+        On a GPU up to 10, but few enough for four blocks, and for the end of an epoch to fall into at most one block of five,
+        so that the median leaves those blocks out.
+        """
         return max(1, min(10, IMAGES // batch // 5, self.steps // 4)) if self.gpus else 1
 
 
-def _gpus(device: str) -> int:
+def _invalid(arguments: Namespace) -> list[str]:
+    wrong = []
+    if arguments.rounds is not None and arguments.rounds < 1:
+        wrong.append(f"--rounds {arguments.rounds}: must be at least 1")
+    if arguments.benchmark != "train" and (arguments.batches or arguments.workloads):
+        wrong.append(f"--batches and --workloads: apply to train only, not to {arguments.benchmark}")
+    return wrong
+
+
+def _visible_gpus(device: str) -> int:
     if device == "cpu":
         return 0
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and not count:
-        raise InputError("--device cuda: no CUDA device is to be seen; use --device cpu, or check nvidia-smi")
+        raise InputError("--device cuda: no CUDA device is visible; use --device cpu, or check nvidia-smi")
     return count

@@ -1,41 +1,134 @@
-"""The work that every contender of `bench train` does: this network, this optimizer, these images. Imports torch."""
+"""A workload of a benchmark, and how it is run and measured in a process of its own."""
 
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import nn
-
-from distributed.data.sources import cifar
-from distributed.models.alexnet import improved_alexnet
-
-MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
-LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
+from distributed.bench.measure import Readings
+from distributed.process.torchrun import torchrun_command
 
 
-def plain_model() -> nn.Module:
-    """Improved AlexNet of torch's own layers."""
-    hidden = [nn.Linear(1024, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 128), nn.ReLU(), nn.Dropout(0.5)]
-    return nn.Sequential(improved_alexnet(10, 0.5).conv, nn.Flatten(), *hidden, nn.Linear(128, 10))
+class Measurement(NamedTuple):
+    """What was measured of a workload.
+
+    Attributes:
+        start: CLOCK_MONOTONIC, in seconds, at which the process was started.
+        readings: the readings of its step clock.
+        memory_mib: rank 0's peak memory in MiB.
+    """
+
+    start: float
+    readings: Readings
+    memory_mib: float
 
 
-def plain_sgd(model: nn.Module, **options: Any) -> torch.optim.SGD:
-    """torch's SGD with Nesterov momentum."""
-    return torch.optim.SGD(
-        model.parameters(), lr=LR, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY, **options
-    )
+class WorkloadFailedError(RuntimeError):
+    """A workload failed or took too long. The message is one line; `output` is the end of what it printed."""
+
+    def __init__(self, line: str, output: str = "") -> None:
+        super().__init__(line)
+        self.output = output
 
 
-def training_images(root: str) -> tuple[NDArray[np.uint8], list[int]]:
-    """CIFAR-10's 50,000 training images, uint8 [n, 32, 32, 3], and their labels."""
-    source = cifar.read("cifar10", Path(root), "train")
-    return source.images, source.labels.tolist()
+@dataclass(frozen=True)
+class Workload:
+    """A function of `distributed/bench/workloads/` and how to run it.
+
+    Args:
+        function: MODULE:FUNCTION, called with a StepClock and `settings`.
+        settings: its keyword arguments, as JSON values.
+        steps: number of steps to measure.
+        block: steps between two readings of the clock.
+        batch: images per step.
+        ranks: processes, started by torchrun; 0: one process without torchrun.
+    """
+
+    function: str
+    settings: Mapping[str, Any]
+    steps: int
+    device: str = "cpu"
+    block: int = 1
+    batch: int = 128
+    ranks: int = 0
+
+    def measure(self, seconds: float | None = None) -> Measurement:
+        """Run the workload in a process of its own.
+
+        Args:
+            seconds: time limit; measuring stops after three quarters of it.
+
+        Raises:
+            WorkloadFailedError: the workload failed or reached the time limit.
+        """
+        start = time.monotonic()
+        clock: dict[str, Any] = {"device": self.device, "steps": self.steps, "block": self.block}
+        if seconds is not None:
+            clock["until"] = start + 0.75 * seconds
+        module, arguments = (
+            "distributed.bench.worker",
+            [self.function, json.dumps({"clock": clock, "settings": self.settings})],
+        )
+        command = [sys.executable, "-m", module, *arguments]
+        if self.ranks:
+            command = torchrun_command(self.ranks, module, arguments)
+        code, printed, errors = _run(command, seconds)
+        lines = [line for line in printed.splitlines() if line.startswith("CLOCK ")]
+        if lines and code in (0, None):  # the figures are complete even if the process hung after printing them
+            readings, memory_mib = json.loads(lines[0].removeprefix("CLOCK "))
+            return Measurement(start, [(step, at) for step, at in readings], memory_mib)
+        if code is None:
+            raise WorkloadFailedError(f"timed out after {seconds:.0f} s", printed[-1000:] + errors[-3000:])
+        raise WorkloadFailedError(_error_line(errors) or f"exit code {code}", printed[-1000:] + errors[-3000:])
 
 
-def prepare(device: str, threads: int) -> torch.device:
-    """The device, with CPU threads limited to `threads` (0: torch's choice)."""
-    if threads:
-        torch.set_num_threads(threads)
-    return torch.device(device)
+class _Completed(NamedTuple):
+    """Exit code (None: timed out), stdout and stderr of a process."""
+
+    code: int | None
+    printed: str
+    errors: str
+
+
+def _run(command: list[str], seconds: float | None) -> _Completed:
+    """Run `command` to its end or for at most `seconds`, and end every process it started."""
+    with tempfile.TemporaryDirectory() as folder:
+        stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
+        with stdout.open("wb") as printed, stderr.open("wb") as errors:
+            # A session of its own, so that ranks and loader workers can be ended too.
+            process = subprocess.Popen(command, stdout=printed, stderr=errors, start_new_session=True)
+            try:
+                code: int | None = process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                _end(process)
+        return _Completed(code, stdout.read_text(errors="replace"), stderr.read_text(errors="replace"))
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End the process and its group. SIGTERM first: torchrun's ranks have sessions of their own, which only it knows."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _error_line(errors: str) -> str:
+    """Return the last line that names an exception, since torchrun prints more after it; else the last line."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    raised = [line for line in lines if re.match(r"(\[\w+\]:\s*)?[\w.]+(Error|Exception|Interrupt)\b", line)]
+    return next(reversed(raised or lines), "")

@@ -1,16 +1,23 @@
-"""Settings of a run: the tree, where its values come from, and the messages when one is wrong. Imports no torch."""
+"""The settings of a run: their tree, where their values come from, and messages about invalid ones. Imports no torch."""
 
+from distributed import name_clash  # noqa: F401  (checks on import)
+from distributed.config.differences import changes_experiment, differences
 from distributed.config.help import help_text
-from distributed.config.load import as_toml, changes_experiment, differences, load, toml_value, with_values
+from distributed.config.load import CommandLine, from_command_line, from_saved, load, read_saved, with_values
+from distributed.config.toml_text import as_toml, toml_value
 from distributed.config.train_config import TrainConfig
 
 __all__ = [
+    "CommandLine",
     "TrainConfig",
     "as_toml",
     "changes_experiment",
     "differences",
+    "from_command_line",
+    "from_saved",
     "help_text",
     "load",
+    "read_saved",
     "toml_value",
     "with_values",
 ]

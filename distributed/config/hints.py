@@ -1,9 +1,10 @@
-"""What was probably meant by a setting that does not exist. Imports no torch."""
+"""What was probably meant by an unknown setting. Imports no torch."""
 
 import difflib
 from functools import cache
 
 from distributed.config.leaves import leaves
+from distributed.config.renamed import REMOVED, RENAMED
 
 _OTHER_NAMES = {
     "global_batch_size": "batch_size batch bs batchsize train_batch_size per_device_batch_size mini_batch_size",
@@ -29,13 +30,19 @@ _OTHER_NAMES = {
     "engine.name": "strategy backend parallelism",
     "exact.shards": "deterministic reproducible",
     "evaluation.batch_size": "eval_batch_size test_batch_size val_batch_size",
+    "evaluation.flip_tta": "tta",
     "logging.every_steps": "log_every log_interval log_steps logging_steps print_freq",
     "logging.level": "verbose log_level",
     "checkpoint.every_steps": "save_every save_freq save_steps save_interval",
     "timeout_seconds": "timeout",
     "init_from": "pretrained weights finetune load_from",
 }
-_MEANT = {name: setting for setting, names in _OTHER_NAMES.items() for name in names.split()}
+"""Setting -> names that other tools and earlier habits have for it."""
+
+_MEANT = {
+    **{old.rpartition(".")[2]: new for old, new in RENAMED.items()},
+    **{name: setting for setting, names in _OTHER_NAMES.items() for name in names.split()},
+}
 _PROCESSES = "the launcher sets the number of processes: torchrun --nproc_per_node=N -m distributed.train ..."
 _RESUME = "the same command in the same run_dir resumes; init_from starts from another run's weights"
 _ADVICE = {
@@ -50,17 +57,26 @@ _ADVICE = {
 
 @cache
 def known() -> frozenset[str]:
-    """The dotted path of every setting."""
+    """Return the dotted path of every setting."""
     return frozenset(leaf.path for leaf in leaves())
 
 
 @cache
-def _by_last_word() -> dict[str, str]:
+def _by_last_name() -> dict[str, str]:
     return {path.rpartition(".")[2]: path for path in sorted(known(), reverse=True)}
 
 
+def unknown(path: str) -> str:
+    """Return what is wrong with a setting that does not exist, and the remedy."""
+    if new := RENAMED.get(path.lower()):
+        return f"renamed to {new}"
+    if message := REMOVED.get(path.lower()):
+        return message
+    return f"unknown setting; {hint(path)}"
+
+
 def hint(path: str) -> str:
-    """Advice for an unknown dotted path: the setting probably meant, else where all of them are listed."""
+    """Return advice for an unknown dotted path: the setting probably meant, else where all are listed."""
     path = path.lower().replace("-", "_")
     if len(path) > 100:
         return "--help lists all of them"
@@ -70,14 +86,14 @@ def hint(path: str) -> str:
 
 
 def _meant(path: str) -> str | None:
-    """First by another tool's name for it, then by the path, then by its last word in any section."""
+    """Match by another tool's name, then by the full path, then by the last name in any section."""
     if path in _MEANT or path in _ADVICE:
         return _MEANT.get(path)
     if path in known():
         return path
-    last, words = path.rpartition(".")[2], _by_last_word()
+    last, by_last_name = path.rpartition(".")[2], _by_last_name()
     close = difflib.get_close_matches(path, sorted(known()), n=1, cutoff=0.8)
-    if close or last in words:
-        return close[0] if close else words[last]
-    near = difflib.get_close_matches(last, sorted(words), n=1, cutoff=0.7)
-    return _MEANT.get(last) or (words[near[0]] if near else None)
+    if close or last in by_last_name:
+        return close[0] if close else by_last_name[last]
+    near = difflib.get_close_matches(last, sorted(by_last_name), n=1, cutoff=0.7)
+    return _MEANT.get(last) or (by_last_name[near[0]] if near else None)

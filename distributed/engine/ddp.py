@@ -17,7 +17,6 @@ from distributed.config.engines import Ddp
 from distributed.config.sections import AdamW, Sgd
 from distributed.data.batch import Batch
 from distributed.engine.model_state import ModelState, autocast, cast
-from distributed.engine.powersgd import PREFIX, PowerSgd
 from distributed.engine.protocol import Loss, Outcome
 from distributed.models.fused_batch_norm import synchronize_batch_norm
 
@@ -59,7 +58,6 @@ class DdpEngine:
         model: float32 on the CPU, with its initial weights; taken over.
         example: some images, for the throwaway steps.
         compile: let torch.compile make the forward and backward pass.
-        seed: of PowerSGD's first factors.
     """
 
     def __init__(
@@ -74,7 +72,6 @@ class DdpEngine:
         example: Batch,
         timeout_seconds: float,
         compile: bool,
-        seed: int = 0,
     ) -> None:
         self.device, self.precision = device, precision
         model = cast(model, precision=precision, channels_last=channels_last, device=device)
@@ -86,13 +83,8 @@ class DdpEngine:
         self.model: nn.Module = model
         self.weights = ModelState(optim, model, precision=precision)
         self._sums = BucketSums(torch.bfloat16 if config.compression == "bfloat16" else None)
-        self._powersgd: PowerSgd | None = None
         self._untold = world_size() > 1
-        if config.compression == "powersgd":
-            # Over whole gradients after the backward pass: they shrink so far that to send them meanwhile gains nothing.
-            parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            self._powersgd = PowerSgd(parameters, columns=config.powersgd_rank or 1, seed=seed)
-        elif world_size() > 1:
+        if world_size() > 1:
             self._ddp = self._wrapped(model, config)
             self.model = self._ddp
             self._settle(example)
@@ -100,7 +92,7 @@ class DdpEngine:
     @property
     def reduced_bytes(self) -> int:
         """What of gradients this rank handed to all-reduces so far."""
-        return (self._powersgd or self._sums).reduced_bytes
+        return self._sums.reduced_bytes
 
     def _wrapped(self, model: nn.Module, config: Ddp) -> DistributedDataParallel:
         # 2.13 renamed the flag; either way buffers stay as they are, since synchronized statistics agree by themselves.
@@ -141,33 +133,22 @@ class DdpEngine:
         with exchange:
             with autocast(self.device, self.precision):
                 value, outcome = loss(self.model, batch)
-            self.weights.scaled(value).backward()  # type: ignore[no-untyped-call]
-        if last and self._powersgd:
-            self._powersgd.reduce()
+            self.weights.scale_loss(value).backward()  # type: ignore[no-untyped-call]
         return outcome
 
     def step(self, lr: float | Tensor, *, step: int | Tensor) -> Tensor:
         if self._untold:
             self._untold = False
             logger.debug("gradients: {:,} bytes all-reduced a step", self.reduced_bytes)
-        norm = self.weights.update(lr, step=step)
+        norm = self.weights.step(lr, step=step)
         self.weights.zero_grad()
         return norm
 
     def evaluating(self) -> AbstractContextManager[None]:
-        return self.weights.evaluated()
+        return self.weights.evaluating()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.weights.state()
-        if self._powersgd:
-            yield from self._powersgd.state()
+        return self.weights.state()
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        if self._powersgd is None:
-            self.weights.load(tensors)
-            return
-        own = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
-        if misfits := self._powersgd.misfits(own):
-            raise ValueError("the checkpoint does not fit engine.powersgd_rank or the model: " + "; ".join(misfits[:3]))
-        self.weights.load({name: tensor for name, tensor in tensors.items() if name not in own})
-        self._powersgd.load(own)
+        self.weights.load(tensors)

@@ -8,12 +8,11 @@ machines stay.
 import argparse
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distributed.config import load
+from distributed.config import from_command_line
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.experiments.results import (
     CONFIGS,
@@ -30,6 +29,7 @@ from distributed.files import home_path
 from distributed.process import logs
 from distributed.process.optional_output import OptionalOutput, requested_output
 from distributed.process.streams import run_command
+from distributed.process.torchrun import torchrun_command
 from distributed.run.folder import RunFolder
 
 
@@ -59,10 +59,10 @@ def main() -> int:
         for name in arguments.only:
             words = [str(CONFIGS / f"{name}.toml"), "--run_dir", str(arguments.runs / name), *settings]
             words += ["--data.root", arguments.root] if arguments.root else []
-            load(words)  # what the run would refuse: torchrun would hide its exit code
+            from_command_line(words)  # what the run would refuse: torchrun would hide its exit code
             run = RunFolder(arguments.runs / name)
             before = run.status()
-            code = _run(["--nproc_per_node", arguments.nproc_per_node], words, deadline)
+            code = _run(arguments.nproc_per_node, words, deadline)
             if code and (status := run.status()) != before:  # else it was refused before it began
                 code = code if status.exit_code is None else status.exit_code
             with OptionalOutput(arguments.out):  # for now; the runs are what takes hours
@@ -79,20 +79,11 @@ def main() -> int:
     return failed
 
 
-def _run(launch: Sequence[str], words: Sequence[str], deadline: float | None) -> int:
+def _run(processes: str, words: Sequence[str], deadline: float | None) -> int:
     """One run under torchrun up to the deadline; torchrun's exit code, or 75 where there was no time to begin."""
     if deadline and time.monotonic() >= deadline:
         return ExitCode.STOPPED
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        *launch,
-        "-m",
-        "distributed.train",
-        *words,
-    ]
+    command = torchrun_command(processes, "distributed.train", words)
     print("+", " ".join(command[1:]), flush=True)
     run = subprocess.Popen(command)
     try:

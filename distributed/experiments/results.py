@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from distributed.config import load
+from distributed.config import from_command_line
 from distributed.errors import InputError
 from distributed.files import check_writable, read_json, replace_json, replace_text
 from distributed.host.shipped import shipped
@@ -75,7 +75,7 @@ def result_of(name: str, run: RunFolder) -> Result | None:
     best = [line for line in epochs if line.is_best] if config.best_by else []
     line = (best or epochs)[-1]
     starts = [entry for entry in read_attempts(run.attempts_file) if entry.event == "started"]
-    recipe, _ = load([str(CONFIGS / f"{name}.toml")])
+    recipe = from_command_line([str(CONFIGS / f"{name}.toml")]).config
     finished = run.status().status == "finished"
     bits = starts[-1].bits or {}
     worlds = sorted({entry.world_size or 1 for entry in starts})

@@ -1,7 +1,7 @@
-"""`python -m distributed.export RUN [--format onnx ...] [--out FOLDER]`: a run's network in formats that others can run.
+"""`python -m distributed.export RUN [--format onnx ...] [--out FOLDER]`: export a run's network to portable formats.
 
-Each takes float32 images [n, 3, side, side] of pixels in [0, 1], for any n, and gives logits [n, classes]; normalization is
-inside. Each file is loaded again and must give the network's logits, within the tolerance.
+Every exported file takes float32 images [n, 3, size, size] with pixels in [0, 1], for any n, and returns logits [n, classes];
+it includes the normalization. Each file is loaded again, and its logits must match the network's within the tolerance.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import check_writable, home_path, write_output
-from distributed.inference.saved_run import checkpoint_of, config_of, unfetched, with_data_root
+from distributed.inference.saved_run import choose_checkpoint, read_config, with_data_root, without_download
 from distributed.process import gc_pause
 from distributed.process.optional_output import requested_output
 from distributed.process.streams import run_command
@@ -18,75 +18,77 @@ from distributed.process.streams import run_command
 if TYPE_CHECKING:
     from distributed.config import TrainConfig
     from distributed.data.pipeline import DataPipeline
-    from distributed.inference.classifier import Trained
+    from distributed.inference.trained_run import TrainedRun
 
 _NAMES = ("safetensors", "onnx", "torch.export")
 
 
 def main() -> int:
-    """The exit code: 1 where a file does not give the network's logits."""
-    parser = argparse.ArgumentParser(prog="python -m distributed.export", description=__doc__)
-    parser.add_argument("run", type=home_path, metavar="RUN", help="folder of the run")
-    parser.add_argument(
-        "--format",
-        nargs="+",
-        default=["all"],
-        metavar="FORMAT",
-        help=f"{', '.join(_NAMES)} or all, which is the default",
-    )
-    parser.add_argument("--out", type=home_path, metavar="FOLDER", help="where the files go; RUN/export if not given")
-    parser.add_argument("--checkpoint", default="auto", help="best, latest or a name; auto: best if there is one")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a logit (1e-4)")
-    parser.add_argument(
-        "--data.root", dest="root", type=home_path, help="where the data set is now, to compare on its images"
-    )
-    arguments = parser.parse_args()
+    """Return the exit code: 1 if a file's logits differ from the network's by more than the tolerance."""
+    arguments = _parser().parse_args()
     out = arguments.out or arguments.run / "export"
     try:
-        config = unfetched(with_data_root(config_of(arguments.run), arguments.root))
-        checkpoint = checkpoint_of(arguments.run, arguments.checkpoint)
+        config = without_download(with_data_root(read_config(arguments.run), arguments.root))
+        checkpoint = choose_checkpoint(arguments.run, arguments.checkpoint)
         names = _formats(arguments.format)
         for name in ("model.safetensors", "model.json", "model.onnx", "model.pt2"):
-            check_writable("--out", out / name, regular=True)  # each is read again
+            check_writable("--out", out / name, regular=True)  # each is read back
         return _export(config, checkpoint, names, out, tolerance=arguments.tolerance)
     except (InputError, StorageError) as error:
         return error.tell()
 
 
-def _formats(asked: list[str]) -> list[str]:
-    unknown = [name for name in asked if name not in (*_NAMES, "all")]
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m distributed.export", description=__doc__)
+    parser.add_argument("run", type=home_path, metavar="RUN", help="run folder")
+    parser.add_argument(
+        "--format", nargs="+", default=["all"], metavar="FORMAT", help=f"{', '.join(_NAMES)} or all; default: all"
+    )
+    parser.add_argument("--out", type=home_path, metavar="FOLDER", help="output folder; default: RUN/export")
+    parser.add_argument("--checkpoint", default="auto", help="best, latest or a name; auto: best if there is one")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="largest difference allowed between logits; default: 1e-4"
+    )
+    parser.add_argument(
+        "--data.root", dest="root", type=home_path, help="folder with the data set, to compare logits on its images"
+    )
+    return parser
+
+
+def _formats(requested: list[str]) -> list[str]:
+    unknown = [name for name in requested if name not in (*_NAMES, "all")]
     if unknown:
         raise InputError(*[f"--format {name}: should be one of {', '.join(_NAMES)}, all" for name in unknown])
-    return [name for name in _NAMES if name in asked or "all" in asked]
+    return [name for name in _NAMES if name in requested or "all" in requested]
 
 
 def _export(config: "TrainConfig", checkpoint: Path, names: list[str], out: Path, *, tolerance: float) -> int:
     with gc_pause.gc_paused():
-        from distributed.inference.classifier import load_trained
-    from distributed.build import read_data
+        from distributed.inference.trained_run import load_checkpoint
     from distributed.export.formats import FORMATS
-    from distributed.export.parity import difference, reference
+    from distributed.export.parity import largest_difference, reference
 
-    trained = load_trained(config, checkpoint, data=lambda: read_data(config))
+    trained = load_checkpoint(config, checkpoint)
     expected = reference(trained, _data_or_none(config))
-    facts = _facts(config, checkpoint, trained)
+    metadata = _metadata(trained)
     print(f"{config.model.name} of {checkpoint}; compared on {len(expected.images)} {expected.source}")
-    good = True
+    all_match = True
     for name in names:
-        file = out / FORMATS[name].file
-        for part, content in FORMATS[name].contents(trained, facts).items():
-            with requested_output("--out", out / part):
-                write_output(out / part, content)
-        off = difference(FORMATS[name].load(file), expected)
-        within = off <= tolerance
-        good &= within
-        verdict = "" if within else f", MORE THAN {tolerance:g}: do not use this file"
-        print(f"{name:12}  {file}  {file.stat().st_size:,} bytes, largest difference of a logit {off:.2e}{verdict}")
-    return ExitCode.FINISHED if good else ExitCode.FAILED
+        exported = out / FORMATS[name].file
+        for file, content in FORMATS[name].contents(trained, metadata).items():
+            with requested_output("--out", out / file):
+                write_output(out / file, content)
+        difference = largest_difference(FORMATS[name].load(exported), expected)
+        matches = difference <= tolerance
+        all_match &= matches
+        verdict = "" if matches else f", MORE THAN {tolerance:g}: do not use this file"
+        size = exported.stat().st_size
+        print(f"{name:12}  {exported}  {size:,} bytes, largest difference of a logit {difference:.2e}{verdict}")
+    return ExitCode.FINISHED if all_match else ExitCode.FAILED
 
 
 def _data_or_none(config: "TrainConfig") -> "DataPipeline | None":
-    """The run's images, or none where they do not lie where the config says."""
+    """Return the run's images, or None if they are not in the folder that the config names."""
     from distributed.build import read_data
 
     try:
@@ -95,16 +97,17 @@ def _data_or_none(config: "TrainConfig") -> "DataPipeline | None":
         return None
 
 
-def _facts(config: "TrainConfig", checkpoint: Path, trained: "Trained") -> dict[str, Any]:
-    """What a user of the files must know."""
+def _metadata(trained: "TrainedRun") -> dict[str, Any]:
+    """Return what a user of the exported files must know, as JSON."""
+    size = trained.image_size
     return {
-        "architecture": config.model.model_dump(mode="json"),
-        "classes": trained.classes,
+        "architecture": trained.config.model.model_dump(mode="json"),
+        "classes": trained.class_names,
         "normalization": trained.normalization._asdict(),
-        "input": {"images": ["n", 3, trained.side, trained.side], "type": "float32, RGB, pixels in [0, 1]"},
-        "output": {"logits": ["n", len(trained.classes)]},
-        "data": config.data.name,
-        "checkpoint": checkpoint.name,
+        "input": {"images": ["n", 3, size, size], "type": "float32, RGB, pixels in [0, 1]"},
+        "output": {"logits": ["n", len(trained.class_names)]},
+        "data": trained.config.data.name,
+        "checkpoint": trained.checkpoint.name,
     }
 
 

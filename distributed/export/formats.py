@@ -1,4 +1,4 @@
-"""How a classifier is written in each format, and run again from the file alone."""
+"""Writes a classifier in each export format, and loads it again from the file alone."""
 
 import io
 import json
@@ -12,48 +12,52 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from distributed.config.sections import Model
-from distributed.inference.classifier import Classifier, Trained
 from distributed.inference.saved_run import Normalization
+from distributed.inference.trained_run import Classifier, TrainedRun
 from distributed.models.build import build_model
 
 Run = Callable[[Tensor], Tensor]
-"""Images [n, 3, side, side] in [0, 1] to logits [n, classes], for any n."""
+"""Maps images [n, 3, size, size] in [0, 1] to logits [n, classes], for any n."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A file of an export: `contents` are the bytes of it and of those beside it, `load` gives what runs it.
+    """An export format.
 
-    Bytes, not files: on a full disk torch's writer ends the process, and a file that was there would be half replaced.
+    Attributes:
+        file: name of the exported file.
+        contents: returns the bytes of that file and of any file beside it, by name. Bytes, because torch's own writer ends
+            the process on a full disk and would leave an existing file half overwritten.
+        load: loads the file and returns a function that runs it.
     """
 
     file: str
-    contents: Callable[[Trained, dict[str, Any]], dict[str, bytes]]
+    contents: Callable[[TrainedRun, dict[str, Any]], dict[str, bytes]]
     load: Callable[[Path], Run]
 
 
-def _as_safetensors(trained: Trained, facts: dict[str, Any]) -> dict[str, bytes]:
-    """The weights by the network's own names, and beside them as JSON what is needed to use them."""
-    tensors = {name: tensor.contiguous() for name, tensor in trained.classifier.network.state_dict().items()}
-    metadata = {"format": "pt", "architecture": str(facts["architecture"]["name"])}
+def _as_safetensors(trained: TrainedRun, metadata: dict[str, Any]) -> dict[str, bytes]:
+    """Write the weights under the network's own names, and a JSON file with everything needed to use them."""
+    tensors = {name: tensor.contiguous() for name, tensor in trained.network.state_dict().items()}
+    header = {"format": "pt", "architecture": str(metadata["architecture"]["name"])}
     return {
-        "model.safetensors": save(tensors, metadata=metadata),
-        "model.json": (json.dumps(facts, indent=1) + "\n").encode(),
+        "model.safetensors": save(tensors, metadata=header),
+        "model.json": (json.dumps(metadata, indent=1) + "\n").encode(),
     }
 
 
 def _load_safetensors(file: Path) -> Run:
-    facts = json.loads(file.with_suffix(".json").read_text())
-    network = build_model(Model.model_validate(facts["architecture"]), num_classes=len(facts["classes"]), seed=0)
+    metadata = json.loads(file.with_suffix(".json").read_text())
+    network = build_model(Model.model_validate(metadata["architecture"]), num_classes=len(metadata["classes"]), seed=0)
     network.load_state_dict(load_file(file))
-    return Classifier(network, Normalization(**facts["normalization"])).requires_grad_(False)
+    return Classifier(network, Normalization(**metadata["normalization"])).requires_grad_(False)
 
 
-def _as_torch_export(trained: Trained, facts: dict[str, Any]) -> dict[str, bytes]:
+def _as_torch_export(trained: TrainedRun, metadata: dict[str, Any]) -> dict[str, bytes]:
     with torch.no_grad():
         program = torch.export.export(trained.classifier, (_example(trained),), dynamic_shapes=_any_batch())
     file = io.BytesIO()
-    torch.export.save(program, file, extra_files={"model.json": json.dumps(facts)})
+    torch.export.save(program, file, extra_files={"model.json": json.dumps(metadata)})
     return {"model.pt2": file.getvalue()}
 
 
@@ -68,13 +72,13 @@ def _load_torch_export(file: Path) -> Run:
     return run
 
 
-def _as_onnx(trained: Trained, facts: dict[str, Any]) -> dict[str, bytes]:
+def _as_onnx(trained: TrainedRun, metadata: dict[str, Any]) -> dict[str, bytes]:
     program = torch.onnx.export(
         trained.classifier, (_example(trained),), dynamo=True, verbose=False, external_data=False,
         input_names=["images"], output_names=["logits"], dynamic_shapes=_any_batch(),
     )  # fmt: skip
     assert program is not None
-    program.model.metadata_props.update({name: json.dumps(value) for name, value in facts.items()})
+    program.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
     return {"model.onnx": program.model_proto.SerializeToString()}
 
 
@@ -85,9 +89,9 @@ def _load_onnx(file: Path) -> Run:
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def _example(trained: Trained) -> Tensor:
-    # Two: a batch of one would be taken for a size that never changes.
-    return torch.zeros(2, 3, trained.side, trained.side)
+def _example(trained: TrainedRun) -> Tensor:
+    # A batch of two: torch.export would specialize on a batch of one.
+    return torch.zeros(2, 3, trained.image_size, trained.image_size)
 
 
 def _any_batch() -> dict[str, Any]:

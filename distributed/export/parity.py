@@ -1,4 +1,4 @@
-"""The images on which an export must say what the network says, and how far it is off."""
+"""Compares the logits of an exported file with those of the network."""
 
 from dataclasses import dataclass
 
@@ -8,41 +8,41 @@ from torch import Tensor
 from distributed import rng
 from distributed.data.pipeline import DataPipeline
 from distributed.export.formats import Run
-from distributed.inference.classifier import Trained
+from distributed.inference.trained_run import TrainedRun
 
 BATCH = 64
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Images [64, 3, side, side] in [0, 1], of where they are, and the network's own logits of them."""
+    """Images [64, 3, size, size] in [0, 1], a description of their source, and the network's logits for them."""
 
     images: Tensor
     source: str
     logits: Tensor
 
 
-def reference(trained: Trained, data: DataPipeline | None) -> Reference:
-    """The first test images, else random pixels, and what the network says of them once they are normalized.
+def reference(trained: TrainedRun, data: DataPipeline | None) -> Reference:
+    """Return the first test images, or random pixels if there is no data, with the network's logits.
 
-    It is given them as in training: by the pipeline, not by the normalization that is exported.
+    The logits are computed on images normalized by the pipeline, as in training, not by the exported normalization.
     """
     mean, deviation = (torch.tensor(values).view(-1, 1, 1) for values in trained.normalization)
     if data is None:
-        numbers = torch.arange(BATCH * 3 * trained.side**2)
-        shades = rng.integers(rng.sample_keys(numbers, seed=0, epoch=0), "parity", 256)
-        images = shades.view(BATCH, 3, trained.side, trained.side) / 255
+        size = trained.image_size
+        keys = rng.sample_keys(torch.arange(BATCH * 3 * size**2), seed=0, epoch=0)
+        images = rng.integers(keys, "parity", 256).view(BATCH, 3, size, size) / 255
         normalized, source = (images - mean) / deviation, "random pixels"
     else:
         normalized = next(data.evaluation("test")).images[:BATCH].contiguous().float()
         images, source = ((normalized * deviation + mean) * 255).round() / 255, "test images"
     with torch.no_grad():
-        return Reference(images.contiguous(), source, trained.classifier.network(normalized))
+        return Reference(images.contiguous(), source, trained.network(normalized))
 
 
-def difference(run: Run, to: Reference) -> float:
-    """The largest absolute difference of a logit, whether all images are given at once or one by itself."""
-    whole, one = run(to.images), run(to.images[:1])
-    if whole.shape != to.logits.shape or one.shape != to.logits[:1].shape:
+def largest_difference(run: Run, expected: Reference) -> float:
+    """Return the largest absolute difference between logits, over a batch and a single image; infinity for other shapes."""
+    batch, single = run(expected.images), run(expected.images[:1])
+    if batch.shape != expected.logits.shape or single.shape != expected.logits[:1].shape:
         return float("inf")
-    return max(float((whole - to.logits).abs().max()), float((one - to.logits[:1]).abs().max()))
+    return max(float((batch - expected.logits).abs().max()), float((single - expected.logits[:1]).abs().max()))

@@ -31,6 +31,20 @@ def _escape(record: Any) -> None:
 
 def terminal_logs(rank: int, *, level: str = "INFO") -> None:
     """Log to stderr: on rank 0 from `level` up, on other ranks warnings and errors."""
+    logger.remove()
+    _add_terminal(rank, level)
+    logging.basicConfig(handlers=[_ToLoguru()], level=logging.WARNING, force=True)
+    logging.captureWarnings(True)
+
+
+def replace_default_logs(rank: int, *, level: str) -> None:
+    """As `terminal_logs`, for a program that has not configured loguru, whose default prints DEBUG messages, or logging."""
+    with suppress(ValueError):  # the default handler has been removed: the program has its own
+        logger.remove(0)
+        _add_terminal(rank, level)
+
+
+def _add_terminal(rank: int, level: str) -> None:
     from tqdm import tqdm  # for its lock on the terminal, so that a message does not break a progress bar
 
     def write(message: str) -> None:
@@ -38,7 +52,6 @@ def terminal_logs(rank: int, *, level: str = "INFO") -> None:
             if sys.stderr is not None:
                 tqdm.write(message, file=sys.stderr, end="")
 
-    logger.remove()
     logger.configure(patcher=_escape)
     own = level if rank == 0 else "WARNING"
     logger.add(
@@ -49,8 +62,6 @@ def terminal_logs(rank: int, *, level: str = "INFO") -> None:
         diagnose=False,
         backtrace=False,
     )
-    logging.basicConfig(handlers=[_ToLoguru()], level=logging.WARNING, force=True)
-    logging.captureWarnings(True)
 
 
 class _LogFile:

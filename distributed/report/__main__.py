@@ -12,7 +12,7 @@ from pathlib import Path
 
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import check_writable, home_path, write_output
-from distributed.inference.saved_run import has_data_root, unfetched, with_data_root
+from distributed.inference.saved_run import has_data_root, with_data_root, without_download
 from distributed.process import logs
 from distributed.process.optional_output import requested_output
 from distributed.process.streams import run_command
@@ -51,7 +51,7 @@ def main() -> int:
 def _with_root(run: History, root: Path | None) -> History:
     """With its data where it lies now; of several runs some may be on generated images."""
     config = with_data_root(run.config, root) if has_data_root(run.config) else run.config
-    return replace(run, config=unfetched(config))
+    return replace(run, config=without_download(config))
 
 
 def _told_apart(runs: Sequence[History]) -> list[History]:

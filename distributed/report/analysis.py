@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from distributed.build import build_data, build_engine
-from distributed.checkpoint.snapshot import load
-from distributed.checkpoint.warm_start import evaluated_weights
+from distributed.checkpoint.snapshot import load_checkpoint
+from distributed.checkpoint.warm_start import evaluation_weights
 from distributed.comm.process_group import choose_device
 from distributed.config import TrainConfig
 from distributed.data.batch import Batch
@@ -19,11 +19,11 @@ from distributed.errors import InputError
 from distributed.inference.confusion import ConfusionSums, Counts
 from distributed.inference.saved_run import (
     Normalization,
-    check_whole,
-    classes_of,
-    content_of,
-    normalization_of,
-    on_device,
+    check_complete,
+    for_device,
+    read_class_names,
+    read_content,
+    read_normalization,
 )
 from distributed.topology import Topology
 from distributed.training.determinism import make_deterministic
@@ -76,11 +76,11 @@ class Checked:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config, self.topology = on_device(config, "auto"), Topology()
+        self.config, self.topology = for_device(config, "auto"), Topology()
         self.device = choose_device("auto", self.topology)
         make_deterministic(self.device, precision=self.config.precision)
         self.data: DataPipeline = build_data(self.config, self.topology, self.device)
-        self.normalization = Normalization(**self.data.facts()["normalization"])
+        self.normalization = Normalization(**self.data.metadata()["normalization"])
 
     def augmented(self, count: int) -> list[bytes]:
         """The first training images of the first epoch as PNG, changed as the network was given them."""
@@ -93,12 +93,12 @@ class Checked:
         Raises:
             InputError: the checkpoint is damaged, of another network, or of other classes than the data.
         """
-        check_whole(checkpoint)
-        content = content_of(checkpoint)
+        check_complete(checkpoint)
+        content = read_content(checkpoint)
         check_evaluated(content, self.config, self.data, "test")
         engine = build_engine(self.config, self.topology, self.data, self.device)
         try:
-            load(checkpoint, engine)
+            load_checkpoint(checkpoint, engine)
         except ValueError as error:
             raise InputError(f"{checkpoint}: {error}") from None
         confusion, worst = ConfusionSums(self.data.num_classes, self.device), _Worst(mistakes)
@@ -106,7 +106,7 @@ class Checked:
         totals = evaluate(
             engine, self.data, "test", flip_tta=flip_tta, device=self.device, observers=[confusion, worst]
         )
-        names, normalization = classes_of(content, self.config), normalization_of(content) or self.normalization
+        names, normalization = read_class_names(content, self.config), read_normalization(content) or self.normalization
         found = [
             Mistake(as_png(image, normalization), names[true], names[predicted], probability)
             for probability, true, predicted, image in worst.found
@@ -121,8 +121,8 @@ def first_filters(checkpoint: Path, *, most: int = 96) -> list[bytes] | None:
     Raises:
         InputError: the checkpoint is damaged.
     """
-    check_whole(checkpoint)
-    filters = next((t for t in evaluated_weights(checkpoint).values() if t.dim() == 4 and t.shape[1] == 3), None)
+    check_complete(checkpoint)
+    filters = next((t for t in evaluation_weights(checkpoint).values() if t.dim() == 4 and t.shape[1] == 3), None)
     if filters is None:
         return None
     scaled = filters[:most] / filters[:most].abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)

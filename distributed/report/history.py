@@ -5,7 +5,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from distributed.config import TrainConfig
-from distributed.inference.saved_run import config_of
+from distributed.inference.saved_run import read_config
 from distributed.run.folder import RunFolder
 from distributed.run.records import (
     AttemptRecord,
@@ -90,7 +90,7 @@ def read_history(run: Path) -> History:
     Raises:
         InputError: it is no run's folder.
     """
-    folder, config = RunFolder(run), config_of(run)
+    folder, config = RunFolder(run), read_config(run)
     return History(
         run.resolve().name,
         folder,

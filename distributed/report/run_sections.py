@@ -10,7 +10,7 @@ from loguru import logger
 
 from distributed.config import as_toml
 from distributed.errors import InputError, NotFiniteError
-from distributed.inference.saved_run import checkpoint_of
+from distributed.inference.saved_run import choose_checkpoint
 from distributed.process.optional_output import one_line
 from distributed.report.curves import run_curves, throughput
 from distributed.report.history import History
@@ -28,6 +28,7 @@ from distributed.report.page import (
     table,
     text,
 )
+from distributed.run.checkpoint_layout import committed_names
 
 if TYPE_CHECKING:
     from distributed.report.analysis import Checked, Findings
@@ -75,9 +76,9 @@ class _Look:
 
     def path(self) -> Path:
         """The checkpoint's folder."""
-        if not any(self.run.folder.checkpoints.glob("*/manifest.json")):
+        if not committed_names(self.run.folder.checkpoints):
             raise Absent("The run has saved no checkpoint yet, so there are no weights to look at.")
-        return checkpoint_of(self.run.folder.path, self.name)
+        return choose_checkpoint(self.run.folder.path, self.name)
 
     def _checked(self) -> "Checked":
         from distributed.report.analysis import Checked

@@ -3,16 +3,12 @@
 docs/run-folder.md describes every file. `ClaimedRun` writes them.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from distributed.config import TrainConfig
+from distributed.config import TrainConfig, from_saved
 from distributed.errors import InputError
-from distributed.files import digest_of, read_object
-from distributed.run.checkpoint_layout import MANIFEST, checkpoints, traces
+from distributed.run import checkpoint_layout
 from distributed.run.records import Status, read_saves
 
 
@@ -42,26 +38,19 @@ class RunFolder:
         """Read status.json. All fields are None if there is no such file."""
         return Status.read(self.status_file)
 
-    def newest_saved(self) -> tuple[Path, dict[str, Any]] | None:
-        """Return the newest checkpoint with an intact state.json, and the content of that file."""
-        for checkpoint in reversed(checkpoints(self.checkpoints)):
-            path = checkpoint / "state.json"
-            files, content = read_object(checkpoint / MANIFEST).get("files"), read_object(path)
-            expected = files.get("state.json") if isinstance(files, dict) else None
-            if not all(isinstance(content.get(key), dict) for key in ("config", "bits")):
-                continue
-            if expected == list(digest_of(path)):
-                return checkpoint, content
-        return None
+    def newest_saved(self) -> checkpoint_layout.SavedState | None:
+        """Find the newest checkpoint whose state.json is intact."""
+        return checkpoint_layout.newest_saved(self.checkpoints)
 
     def newest_state(self) -> dict[str, Any] | None:
         """Return the content of the newest intact state.json."""
-        found = self.newest_saved()
-        return found and found[1]
+        saved = self.newest_saved()
+        return saved and saved.content
 
     def has_saved(self) -> bool:
-        """Whether a checkpoint was ever committed here, even if none is left."""
-        return bool(self.saved_step() or traces(self.checkpoints) or read_saves(self.digests_file))
+        """Whether a checkpoint was ever committed here, although none may be left."""
+        damaged_too = checkpoint_layout.saved_or_damaged(self.checkpoints)
+        return bool(self.saved_step() or damaged_too or read_saves(self.digests_file))
 
     def saved_step(self) -> int:
         """Return the step of the newest checkpoint that was ever committed according to status.json."""
@@ -92,23 +81,9 @@ class RunFolder:
 def config_in(state: dict[str, Any], *, where: Path | str, option: str) -> TrainConfig:
     """Return the config in a checkpoint's state.json. Raises InputError if this version cannot read it."""
     try:
-        return TrainConfig.model_validate_json(json.dumps(state["config"]))
-    except ValidationError as error:
-        first = error.errors()[0]
+        return from_saved(state["config"])
+    except InputError as error:
         raise InputError(
-            f"{where}: the newest checkpoint has a config that this version cannot read "
-            f"({'.'.join(map(str, first['loc']))}: {first['msg']}); give another {option}, or the version that wrote it"
+            f"{where}: the newest was saved under a config that this version cannot read ({error.lines[0]}); "
+            f"give another {option}, or use the version it is of"
         ) from None
-
-
-def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that a path names: itself, or for a run folder the best one, or else the newest.
-
-    Raises:
-        InputError: no checkpoint was found.
-    """
-    folder = path / "checkpoints"
-    for candidate in (path, folder / "best", folder / "latest", *reversed(checkpoints(folder))):
-        if (candidate / MANIFEST).is_file():
-            return candidate.resolve()
-    raise InputError(f"init_from = {path}: no checkpoint there; name a run folder with checkpoints, or a checkpoint")

@@ -6,36 +6,50 @@ from pathlib import Path
 from typing import Any
 
 from distributed.config import TrainConfig, changes_experiment, differences
+from distributed.config.differences import Difference
 from distributed.config.layers import shown
 from distributed.errors import InputError
 from distributed.files import read_object
-from distributed.run.checkpoint_layout import check_format, checkpoints, newest_whole
-from distributed.run.folder import RunFolder, config_in, find_checkpoint
+from distributed.run.checkpoint_layout import (
+    STATE,
+    SavedState,
+    check_format,
+    checkpoints,
+    find_checkpoint,
+    newest_complete,
+)
+from distributed.run.folder import RunFolder, config_in
 from distributed.run.saved_state import check_state, is_at_end, trained_epochs
 
 
-def is_finished(config: TrainConfig) -> bool:
-    """Check that the config can resume the run in its folder, and return whether that run is finished.
+def check_run_folder(config: TrainConfig) -> SavedState | None:
+    """Check that the config may start or resume the run in its folder.
 
-    A run is finished if its status says so and its newest checkpoint is complete and at the end of the run.
+    Returns:
+        The newest saved state, or None if the run has not saved yet.
 
     Raises:
-        InputError: the folder holds another experiment, a longer run, only damaged checkpoints, or something else.
+        InputError: the run there is a different experiment, has trained for more epochs than configured or is damaged
+            beyond use, or the folder is not a run folder.
     """
     run = RunFolder(config.run_dir)
     _check_file_types(run)
     for path in checkpoints(run.checkpoints):
         check_format(path)
-    newest = run.newest_saved()
-    if newest is None:
-        if not config.checkpoint.upload_to:  # otherwise the object store may still have it
-            run.check_not_lost()
+    saved = run.newest_saved()
+    if saved:
+        check_saved(saved.content, saved.checkpoint, config=config)
+    elif not config.checkpoint.upload_to:  # the store may have what is lost here
+        run.check_not_lost()
+    return saved
+
+
+def is_finished(config: TrainConfig, saved: SavedState | None) -> bool:
+    """Whether the run in the config's folder has finished: its newest saved state, also complete, is that of its end."""
+    run = RunFolder(config.run_dir)
+    if saved is None or run.status().status != "finished" or not is_at_end(saved.content, config):
         return False
-    path, content = newest
-    check_saved(content, path, config=config)
-    if run.status().status != "finished" or not is_at_end(content, config):
-        return False
-    return newest_whole(run.checkpoints)[0] == path
+    return newest_complete(run.checkpoints).checkpoint == saved.checkpoint
 
 
 def _check_file_types(run: RunFolder) -> None:
@@ -69,9 +83,7 @@ def check_saved(content: dict[str, Any], checkpoint: Path, *, config: TrainConfi
     """
     run, remedy = checkpoint.parent.parent, "move it away, or give another --run_dir"
     if missing := [key for key in ("config", "bits") if not isinstance(content.get(key), dict)]:
-        raise InputError(
-            f"{checkpoint}: {' and '.join(missing)} in state.json: missing or from another version; {remedy}"
-        )
+        raise InputError(f"{checkpoint}: {' and '.join(missing)} in state.json: of another version; {remedy}")
     changed_settings(config, content, where=run, option="--run_dir")
     saved = config_in(content, where=run, option="--run_dir")
     try:
@@ -88,17 +100,17 @@ def check_saved(content: dict[str, Any], checkpoint: Path, *, config: TrainConfi
 
 
 def changed_settings(config: TrainConfig, state: dict[str, Any], *, where: Path | str, option: str) -> set[str]:
-    """Return the settings that differ from a checkpoint's state.json.
+    """Return the settings that differ from those in a checkpoint's state.json.
 
     Raises:
-        InputError: some of them would make it another experiment.
+        InputError: a changed setting makes it a different experiment.
     """
     saved = config_in(state, where=where, option=option)
     changed = differences(saved, config)
     refused = [change for change in changed if changes_experiment(change[0], config)]
     shards = state["bits"].get("shards", 0)
     if config.exact.shards not in ("auto", shards) and saved.exact.shards == "auto":
-        refused.append(("exact.shards", shards, config.exact.shards))
+        refused.append(Difference("exact.shards", shards, config.exact.shards))
     if refused:
         raise InputError(
             *[f"{where}: {path} = {shown(new)}: this run was begun with {shown(old)}" for path, old, new in refused],
@@ -107,13 +119,13 @@ def changed_settings(config: TrainConfig, state: dict[str, Any], *, where: Path 
     return {path for path, _, _ in changed}
 
 
-def check_start(config: TrainConfig) -> None:
-    """Raise InputError if `init_from` names no checkpoint, or one of another network. Ignored once the run has saved."""
-    if config.init_from is None or RunFolder(config.run_dir).newest_state():
+def check_init_from(config: TrainConfig) -> None:
+    """Raise InputError if `init_from` names no checkpoint or one of a different network. Only for runs yet to start."""
+    if config.init_from is None:
         return
     checkpoint = find_checkpoint(config.init_from)
     check_format(checkpoint)
-    model: Any = read_object(checkpoint / "state.json")
+    model: Any = read_object(checkpoint / STATE)
     for key in ("config", "model", "name"):
         model = model.get(key) if isinstance(model, dict) else None
     if model != config.model.name:

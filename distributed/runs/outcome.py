@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from distributed.config.layers import from_file
+from distributed.config.toml_file import from_file
 from distributed.errors import InputError
 from distributed.files import read_object
 from distributed.run.folder import RunFolder

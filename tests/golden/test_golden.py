@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from distributed.config import load
+from distributed.config import from_command_line
 from distributed.metrics.records import EpochMetrics, TrainMetrics
 from distributed.recipe import train
 
@@ -25,10 +25,10 @@ class Losses:
     def __init__(self) -> None:
         self.losses: list[float] = []
 
-    def train(self, metrics: TrainMetrics) -> None:
+    def log_step(self, metrics: TrainMetrics) -> None:
         self.losses.append(metrics.loss)
 
-    def epoch(self, metrics: EpochMetrics) -> None:
+    def log_epoch(self, metrics: EpochMetrics) -> None:
         assert metrics.validation is not None
         self.losses.append(metrics.validation.loss)
 
@@ -38,7 +38,8 @@ class Losses:
 
 def losses(run_dir: Path, shards: str = "auto") -> list[float]:
     root = Path(__file__).parents[2]
-    config, _ = load([str(root / SETTINGS[0]), *SETTINGS[1:], "--exact.shards", shards, "--run_dir", str(run_dir)])
+    arguments = [str(root / SETTINGS[0]), *SETTINGS[1:], "--exact.shards", shards, "--run_dir", str(run_dir)]
+    config = from_command_line(arguments).config
     sink = Losses()
     train(config, sinks=[sink])
     return sink.losses

@@ -23,9 +23,9 @@ from kit.trained_runs import (
 from PIL import Image
 from unit.test_report import assert_stands_alone
 
+from distributed import load
 from distributed.build import read_data
-from distributed.inference.classifier import load_trained
-from distributed.inference.saved_run import checkpoint_of, config_of
+from distributed.inference.saved_run import read_config
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -42,10 +42,8 @@ def no_data(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logits_of(run: Path, images: torch.Tensor) -> torch.Tensor:
-    config = config_of(run)
-    trained = load_trained(config, checkpoint_of(run, "auto"), data=lambda: read_data(config))
     with torch.no_grad():
-        return trained.classifier(images)
+        return load(run).classifier(images)
 
 
 def test_evaluate_counts_every_class_the_same_on_one_process_and_on_two(run: Path, tmp_path: Path) -> None:
@@ -84,14 +82,14 @@ def test_predict_says_what_the_network_says(run: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     told = json.loads(result.stdout)
     # The network's answers on the same images as the pipeline gives them.
-    config = config_of(run)
-    trained = load_trained(config, checkpoint_of(run, "auto"), data=lambda: read_data(config))
+    config = read_config(run)
+    trained = load(run)
     with torch.no_grad():
-        expected = trained.classifier.network(next(read_data(config).evaluation("test")).images[:3]).softmax(1)
+        expected = trained.network(next(read_data(config).evaluation("test")).images[:3]).softmax(1)
     for one, path, row in zip(told["images"], paths, expected, strict=True):
         assert one["image"] == str(path)
         probabilities, classes = row.topk(5)
-        assert [top["class"] for top in one["top"]] == [trained.classes[c] for c in classes.tolist()]
+        assert [top["class"] for top in one["top"]] == [trained.class_names[c] for c in classes.tolist()]
         assert [top["probability"] for top in one["top"]] == pytest.approx(probabilities.tolist(), rel=1e-4)
     assert Image.open(picture).size[0] > 500
 
@@ -195,7 +193,7 @@ def test_wrong_input_is_one_line_with_the_remedy(run: Path, no_data: Path, tmp_p
     notes, image = tmp_path / "notes.txt", tmp_path / "image.png"
     notes.write_text("no image")
     Image.new("RGB", (32, 32)).save(image)
-    assert "there are: best, latest, step-" in refused(command("predict", run, image, "--checkpoint", "other"))
+    assert "choose one of: best, latest, step-" in refused(command("predict", run, image, "--checkpoint", "other"))
     assert f"{tmp_path}/cat.png: no such file" in refused(command("predict", run, tmp_path / "cat.png"))
     assert f"{notes}: no image that can be decoded" in refused(command("predict", run, notes))
     assert "--picture" in refused(command("predict", run, image, "--picture", notes / "out.png"))

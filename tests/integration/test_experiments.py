@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distributed.config import load
+from distributed.config import from_command_line
 from distributed.experiments.results import CONFIGS, SEEDS
 
 SHORT = (
@@ -27,7 +27,7 @@ def experiments(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]
 def test_every_result_of_the_seeds_has_its_config_with_a_header(name):
     path = ROOT / CONFIGS / f"{name}.toml"
     header = path.read_text()
-    config, _ = load([str(path)])
+    config = from_command_line([str(path)]).config
     assert header.startswith(f"# {name}: {config.model.name} on CIFAR-{name.split('-')[1] if name[0] == 'S' else 10}")
     assert f"configs/seeds/{name}.toml --data.root" in header
     assert f"test {SEEDS[name].test:g}" in header or f"test {SEEDS[name].test:.2f}" in header

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from kit import hosts as several
-from kit.commands import TORCHRUN, Command, assert_same_bits, attempts, status, torchrun
+from kit.commands import Command, assert_same_bits, attempts, status, torchrun
 from kit.hosts import Hosts
 
 pytestmark = [
@@ -37,13 +37,13 @@ def on_each(
     """The commands of docs/slurm.md, one a host; the first hosts the rendezvous."""
     commands = []
     for host in hosts.names:
-        arguments = [
-            "env", "GLOO_SOCKET_IFNAME=eth0", *TORCHRUN, "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=test",
-            f"--rdzv-endpoint={hosts.address('n1')}:29400", f"--local-addr={hosts.address(host)}",
-            f"--rdzv-conf=is_host={int(host == 'n1')},{conf}", *options,
-            "-m", "distributed.train", *map(str, settings), "--run_dir", str(run),
-        ]  # fmt: skip
-        commands.append(Command(hosts.on(host, arguments), output=run.parent / host))
+        rendezvous = (
+            "--rdzv-backend=c10d", "--rdzv-id=test", f"--rdzv-endpoint={hosts.address('n1')}:29400",
+            f"--local-addr={hosts.address(host)}", f"--rdzv-conf=is_host={int(host == 'n1')},{conf}",
+        )  # fmt: skip
+        command = torchrun(1, *settings, "--run_dir", run, options=(*rendezvous, *options))
+        environment = ["env", "GLOO_SOCKET_IFNAME=eth0"]
+        commands.append(Command(hosts.on(host, [*environment, *command]), output=run.parent / host))
     return commands
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,16 +12,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from distributed.process.torchrun import torchrun_command
+from kit.speed import slowness
+
 ROOT = Path(__file__).parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+_FREE_PORT = ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
 
 
 def torchrun(
-    ranks: int, *arguments: object, module: str = "distributed.train", options: Sequence[str] = ()
+    ranks: int, *arguments: object, module: str = "distributed.train", options: Sequence[str] = _FREE_PORT
 ) -> list[str]:
-    """`torchrun --nproc_per_node=RANKS -m distributed.train ARGUMENTS`, on a port of its own."""
-    own = options or ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
-    return [*TORCHRUN, f"--nproc_per_node={ranks}", *own, "-m", module, *map(str, arguments)]
+    """Return `torchrun --nproc_per_node=RANKS OPTIONS -m MODULE ARGUMENTS`; by default, it meets on a free port."""
+    return torchrun_command(ranks, module, [str(argument) for argument in arguments], options=options)
 
 
 class Command:
@@ -64,13 +65,13 @@ class Command:
     def wait(self, seconds: float = 120) -> int:
         """The exit code; the end of the output is shown where it does not come in time."""
         try:
-            return self.process.wait(seconds)
+            return self.process.wait(seconds * slowness())
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {seconds} s:\n{self.text[-4000:]}") from None
 
     def wait_for(self, condition: Any, *, seconds: float = 90, what: str = "condition") -> None:
         """Poll until it holds or the command has ended."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds * slowness()
         while not condition():
             if self.process.poll() is not None:
                 return

@@ -1,7 +1,7 @@
-"""Which device a test trains on: tests mean the CPU unless they are marked `gpu`, on a machine with a GPU too.
+"""Keeps tests on the CPU unless they are marked `gpu`, also on a machine with a GPU.
 
-There `device = auto` is CUDA: fast mode instead of exact mode, and other bits. So GPUs are hidden from what a test starts,
-and a test that trains without naming the device fails on every machine.
+On such a machine `device = auto` means CUDA: fast mode instead of exact mode, and other bits. So GPUs are hidden from the
+processes that tests start, and a test that trains without naming its device fails on every machine.
 """
 
 import os
@@ -17,7 +17,7 @@ _LINES = {'device = "cpu"', 'device = "cuda"'}
 
 @contextmanager
 def no_gpus() -> Iterator[None]:
-    """Hide all GPUs from processes that are started meanwhile, and from this one if it has not asked for them before."""
+    """Hide all GPUs from processes started inside the context, and from this process unless it has already used CUDA."""
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
@@ -29,40 +29,40 @@ def no_gpus() -> Iterator[None]:
             os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
-def check_command(words: Sequence[object]) -> None:
-    """Raise AssertionError for a command that trains and names its device neither by `--device` nor in its config file."""
-    said = [os.fsdecode(word) if isinstance(word, bytes | os.PathLike) else str(word) for word in words]
-    if _trains(said) and not {"-h", "--help"} & set(said):
-        assert _names_device(said), f"add --device cpu, or cuda in a test marked gpu: {' '.join(said)}"
+def check_command(command: Sequence[object]) -> None:
+    """Raise AssertionError for a command that trains without a device in `--device` or in its config file."""
+    arguments = [os.fsdecode(each) if isinstance(each, bytes | os.PathLike) else str(each) for each in command]
+    if _trains(arguments) and not {"-h", "--help"} & set(arguments):
+        assert _names_device(arguments), f"add --device cpu, or cuda in a test marked gpu: {' '.join(arguments)}"
 
 
 def check_setting(device: str) -> None:
-    """Raise AssertionError if the device setting of a training in a test's own process is auto."""
+    """Raise AssertionError if a run inside the test's own process has device = auto."""
     assert device != "auto", "add --device cpu, or cuda in a test marked gpu"
 
 
 def check_started_commands() -> None:
-    """Call `check_command` on every command that this process starts from now on, by whatever function."""
+    """Call `check_command` on every command that this process starts from now on."""
 
-    def heard(event: str, arguments: tuple[Any, ...]) -> None:
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "subprocess.Popen" and not isinstance(arguments[1], str | bytes):
             check_command(arguments[1])
 
-    sys.addaudithook(heard)
+    sys.addaudithook(hook)
 
 
-def _trains(words: list[str]) -> bool:
-    scripts = [word for word in words if word.endswith(".sh") and Path(word).parent.name == "slurm"]
+def _trains(arguments: list[str]) -> bool:
+    scripts = [each for each in arguments if each.endswith(".sh") and Path(each).parent.name == "slurm"]
     return (
-        bool(_TRAINING & set(words))
-        or (words[0] == "sbatch" and bool(scripts))
-        or Path(words[0]).name == "distributed-train"
+        bool(_TRAINING & set(arguments))
+        or (arguments[0] == "sbatch" and bool(scripts))
+        or Path(arguments[0]).name == "distributed-train"
     )
 
 
-def _names_device(words: list[str]) -> bool:
-    given = " ".join(words).replace("--device=", "--device ")
+def _names_device(arguments: list[str]) -> bool:
+    given = " ".join(arguments).replace("--device=", "--device ")
     if "--device " in given:
         return "--device auto" not in given
-    files = [Path(word) for word in words if word.endswith(".toml") and Path(word).is_file()]
+    files = [Path(each) for each in arguments if each.endswith(".toml") and Path(each).is_file()]
     return any(line in _LINES for file in files for line in file.read_text().splitlines())

@@ -1,4 +1,4 @@
-"""A program that is no rank, listening at a port where ranks want to meet."""
+"""A foreign program that listens on the port where ranks try to meet."""
 
 import socket
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from threading import Thread
 
 @contextmanager
 def other_program(answer: bytes | None, *, address: str = "127.0.0.1") -> Iterator[int]:
-    """Its port. It answers anything with that and closes; None: it accepts and says nothing."""
+    """Yield its port. It replies to anything with `answer` and closes; None: it accepts and stays silent."""
     with socket.create_server((address, 0)) as server:
         kept = []
 

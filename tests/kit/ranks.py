@@ -1,58 +1,72 @@
-"""Runs a function on several ranks: `run_ranks(fn, world_size, *args)`, each rank a fresh process on this machine.
+"""Runs a function on several ranks: `run_ranks(fn, world_size, *args)`, each rank a new process on this machine.
 
-Ranks are forked from processes that have imported torch. Four of those: ranks 0 to 3 differ in the hashes of strings, and with
-them in the order of sets, as processes that were started one by one do.
+Ranks are forked from multiprocessing's fork server, which has imported torch: importing it takes longer than most tests.
 """
 
 import functools
+import multiprocessing
 import os
 import pickle
+import random
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.util import find_spec
 from multiprocessing.connection import Connection, wait
-from typing import Any, ParamSpec, TypeVar
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+import pytest
 import torch
 from torch.distributed import TCPStore
 
-from kit.nursery import Nursery
+from kit.speed import slowness
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+MAX_RANKS: int | None = None
+"""Tests that start more ranks are skipped; set by pytest's option --max-ranks."""
+
 _LEFT = 42
-_NURSERIES = 4
-_PRELOAD = ("pytest", "distributed.recipe", "torch._dynamo")
-_DEEPSPEED = "deepspeed.runtime.zero.muon.original_muon"  # it brings the rest; left to the ranks, it takes them seconds
-_GRACE_SECONDS = 0.3  # the reason of a failure may come just behind a peer's complaint of it
+_GRACE_SECONDS = 0.3  # a rank's own failure may arrive just after a peer's complaint about it
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["kit.preload"])
+_READ_AT_START = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    # Do not return memory to the system after each step; requesting it again takes time.
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+}
 
 
 class RankFailed(AssertionError):
-    """A rank raised, died or did not end in time; the message is its traceback."""
+    """A rank raised, died or timed out; the message is its traceback."""
+
+
+class _Rank(NamedTuple):
+    process: BaseProcess
+    answer: Connection
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 60) -> list[Any]:
-    """What fn(*args) returns on each rank, in order of rank; None for a rank that called `leave`.
+    """Return fn(*args) of each rank, in order of rank; None for a rank that called `leave`.
 
     Args:
         fn: a function at the top level of its module; args and result must be picklable.
 
     Raises:
-        RankFailed: with the traceback of the rank that failed first; all processes have been ended.
+        RankFailed: with the traceback of the rank that failed first; all processes have ended.
     """
+    if MAX_RANKS and world_size > MAX_RANKS:
+        pytest.skip(f"starts more than {MAX_RANKS} ranks")
     task = pickle.dumps((fn, args))
-    store = TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False
-    )  # of this process, as torchrun's agent has it
+    # In this process, as torchrun's agent keeps it in its own.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks: list[_Rank] = []
-    nurseries = [_nursery(rank % _NURSERIES) for rank in range(world_size)]
-    for nursery in nurseries:  # on a busy machine the first rank would wait for the last one's in vain
-        nursery.get_ready()
     try:
-        for rank, nursery in enumerate(nurseries):
+        for rank in range(world_size):
             environment = os.environ | {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
@@ -64,12 +78,14 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_secon
                 "OMP_NUM_THREADS": "1",
                 "MKL_NUM_THREADS": "1",
             }
-            ranks.append(_Rank(nursery, *nursery.bear((environment, task))))
-        return _results(ranks, deadline=time.monotonic() + timeout_seconds, timeout_seconds=timeout_seconds)
+            ranks.append(_started(environment, task))
+        return _results(ranks, timeout_seconds=timeout_seconds * slowness())
     finally:
-        for each in ranks:
-            each.nursery.kill(each.number)
-            each.connection.close()
+        for rank in ranks:
+            rank.process.kill()
+            rank.answer.close()
+        for rank in ranks:
+            rank.process.join()
 
 
 def in_group(fn: Callable[P, R]) -> Callable[P, R]:
@@ -90,7 +106,7 @@ def _in_group_on(device: str, fn: Callable[P, R], *, timeout_seconds: float) -> 
         from distributed.topology import Topology
         from distributed.training.determinism import make_deterministic
 
-        vars(attempt)["draw_curves"] = lambda *_, **__: None  # which takes longer than a small run
+        vars(attempt)["draw_curves"] = lambda *_, **__: None  # drawing takes longer than a small run
         topology = Topology.from_environment()
         own = choose_device(device, topology)
         make_deterministic(own, precision="float32")
@@ -101,7 +117,7 @@ def _in_group_on(device: str, fn: Callable[P, R], *, timeout_seconds: float) -> 
 
 
 def once(fn: Callable[P, R]) -> Callable[P, R]:
-    """`functools.cache` that remembers failures too: ranks that fail are not started again by every test of a fixture."""
+    """`functools.cache` that also remembers failures: failing ranks are not started again by every test of a fixture."""
 
     @functools.cache
     def outcome(*args: P.args, **kwargs: P.kwargs) -> tuple[R | None, RankFailed | None]:
@@ -120,60 +136,52 @@ def once(fn: Callable[P, R]) -> Callable[P, R]:
 
 
 def leave() -> None:
-    """End this rank at once, as a kill would: nothing is closed, nobody is told."""
+    """End this rank at once, as a kill would: nothing is closed, no peer is notified."""
     os._exit(_LEFT)
 
 
-@dataclass(frozen=True)
-class _Rank:
-    nursery: Nursery
-    number: int
-    connection: Connection
+def _started(environment: dict[str, str], task: bytes) -> _Rank:
+    answer, there = _FORKS.Pipe(duplex=False)
+    process = _FORKS.Process(target=_be_rank, args=(environment, task, there), daemon=True)
+    before = dict(os.environ)
+    os.environ.update(_READ_AT_START)  # for the server, which the first process starts
+    try:
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        there.close()
+    return _Rank(process, answer)
 
 
-_nurseries: dict[int, Nursery] = {}
-
-
-def _nursery(index: int) -> Nursery:
-    if index not in _nurseries or not _nurseries[index].is_alive:
-        # DeepSpeed looks for a GPU when it is imported, after which there is no forking.
-        without = torch.cuda.is_available() or find_spec("deepspeed") is None
-        _nurseries[index] = Nursery(_be_rank, _PRELOAD if without else (*_PRELOAD, _DEEPSPEED))
-    return _nurseries[index]
-
-
-def _be_rank(environment_and_task: tuple[dict[str, str], bytes], connection: Connection) -> None:
-    environment, task = environment_and_task
+def _be_rank(environment: dict[str, str], task: bytes, connection: Connection) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    random.seed()  # otherwise every rank continues the server's sequence
     try:
-        fn, args = pickle.loads(task)  # the function's module comes in here
+        fn, args = pickle.loads(task)  # imports the function's module
         torch.set_num_threads(1)
-        # A plain pickle, not multiprocessing's own: that one leaves tensors in memory which goes away with this process.
+        # A plain pickle: multiprocessing's own shares tensors in memory that disappears with this process.
         answer = pickle.dumps((True, fn(*args)))
     except BaseException:
         answer = pickle.dumps((False, traceback.format_exc()))
     connection.send_bytes(answer)
     connection.close()
+    os._exit(0)  # no finalizers: some of them wait for threads of a process group that is still open
 
 
-def _results(ranks: list[_Rank], *, deadline: float, timeout_seconds: float) -> list[Any]:
+def _results(ranks: list[_Rank], *, timeout_seconds: float) -> list[Any]:
+    deadline = time.monotonic() + timeout_seconds
     results: dict[int, Any] = {}
     failures: list[str] = []
-    waiting = {each.connection: rank for rank, each in enumerate(ranks)}
+    waiting = {each.answer: rank for rank, each in enumerate(ranks)}
     while waiting:
         ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
         if not ready:
             break
         for connection in ready:
             rank = waiting.pop(connection)  # type: ignore[index]
-            try:
-                good, result = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
-            except EOFError:
-                exit_code = ranks[rank].nursery.exit_code(ranks[rank].number)
-                good, result = exit_code == _LEFT, None
-                if not good:
-                    result = f"it ended with exit code {exit_code} and said nothing"
+            good, result = _answer_of(ranks[rank])
             if good:
                 results[rank] = result
                 continue
@@ -183,8 +191,19 @@ def _results(ranks: list[_Rank], *, deadline: float, timeout_seconds: float) -> 
         raise RankFailed("\n".join(failures[:1] + [f"(then {_last_line(failure)})" for failure in failures[1:]]))
     if waiting:
         late = ", ".join(map(str, sorted(waiting.values())))
-        raise RankFailed(f"no word from rank {late} of {len(ranks)} within {timeout_seconds:g} s")
+        raise RankFailed(f"no answer from rank {late} of {len(ranks)} within {timeout_seconds:.0f} s")
     return [results[rank] for rank in range(len(ranks))]
+
+
+def _answer_of(rank: _Rank) -> tuple[bool, Any]:
+    """Whether the rank ended well, and its result or traceback."""
+    try:
+        return pickle.loads(rank.answer.recv_bytes())  # type: ignore[no-any-return]
+    except EOFError:
+        rank.process.join()
+        if rank.process.exitcode == _LEFT:
+            return True, None
+        return False, f"it ended with exit code {rank.process.exitcode} and no answer"
 
 
 def _last_line(failure: str) -> str:

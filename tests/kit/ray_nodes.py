@@ -122,7 +122,7 @@ class RayCluster:
     def ask(self, *words: object, fails: bool = False) -> str:
         """What `ray WORDS` says."""
         done = subprocess.run([_RAY, *map(str, words)], env=os.environ | self.environment, cwd=ROOT, capture_output=True,
-                              text=True, timeout=90, check=False)  # fmt: skip
+                              text=True, timeout=240, check=False)  # fmt: skip
         assert (done.returncode != 0) == fails, f"ray {words}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout + (done.stderr if fails else "")
 

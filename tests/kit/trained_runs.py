@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from distributed.config import as_toml, load
+from distributed.config import as_toml, from_command_line
 from distributed.data.sources import synthetic
 from distributed.data.sources.image_file import png_of
 from distributed.files import digest_of, replace_json
@@ -62,7 +62,7 @@ def copy_of(run: Path, to: Path) -> Path:
 def without_data(run: Path, to: Path, **content: Any) -> Path:
     """A copy whose data set is CIFAR-10 that is not there, its newest checkpoint saying this too; None takes a key away."""
     copy_of(run, to)
-    config, _ = load([str(run / "config.toml")])
+    config = from_command_line([str(run / "config.toml")]).config
     values = config.model_dump(mode="json")
     values["data"] = {"name": "cifar10", "root": str(to / "nowhere")}
     (to / "config.toml").write_text(as_toml(type(config).model_validate_json(json.dumps(values))))

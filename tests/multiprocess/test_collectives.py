@@ -139,7 +139,7 @@ def fail_in_rank_1(how: str) -> str:
     [
         ("raise", r"(?s)rank 1 of 2 failed:.*fail_in_rank_1.*ValueError: as it was told"),
         ("die", "rank 1 of 2 failed:\nit ended with exit code 3"),
-        ("hang", "no word from rank (0, )?1 of 2 within 5 s"),
+        ("hang", r"no answer from rank (0, )?1 of 2 within \d+ s"),
     ],
 )
 def test_run_ranks_names_the_failed_rank_and_error(how: str, said: str) -> None:

@@ -38,7 +38,7 @@ def counted(keys: list[tuple[int, int]]) -> dict[tuple[int, int], tuple[Counts, 
 
 
 @pytest.mark.timeout(120)
-def test_three_ranks_count_what_one_counts() -> None:
+def test_three_ranks_count_the_same_as_one() -> None:
     alone, together = run_ranks(counted, 1, KEYS)[0], run_ranks(counted, 3, KEYS)
     for key in KEYS:
         counts, correct = alone[key]

@@ -88,7 +88,7 @@ def wait_for_rank_1(how: str) -> None:
 
 @pytest.mark.parametrize(("how", "code"), [("before the rendezvous", 2), ("in the group", 4)])
 def test_rank_blocked_in_c_exits(how: str, code: int) -> None:
-    with pytest.raises(RankFailed, match=f"^rank 0 of 2 failed:\nit ended with exit code {code} and said nothing"):
+    with pytest.raises(RankFailed, match=f"^rank 0 of 2 failed:\nit ended with exit code {code} and no answer"):
         run_ranks(wait_for_rank_1, 2, how, timeout_seconds=20)
 
 

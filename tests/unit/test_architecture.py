@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).parents[2] / "distributed"
 # A folder, or a file at the root, may import those in rows above its own. A folder's own files import each other, one way.
 LAYERS = [
-    "errors rng scripts",
+    "name_clash errors rng",
     "host files",
     "topology config",
     "process data.sources",
@@ -16,7 +16,8 @@ LAYERS = [
     "exact",
     "engine",
     "training",
-    "build attempt checkpoint",
+    "checkpoint",
+    "build attempt",
     "metrics inference",
     "recipe runs",
     "run_process",
@@ -24,6 +25,7 @@ LAYERS = [
     "report gpu_pack",
 ]
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row.split()}
+LEVEL["__init__"] = len(LAYERS)  # the public interface, for type checkers
 SLOW = {
     "torch",
     "torchvision",
@@ -90,7 +92,7 @@ def own(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def test_every_module_has_its_place():
-    assert {room_of(name_of(path)) for path in FILES} - {"__init__"} == LEVEL.keys()
+    assert {room_of(name_of(path)) for path in FILES} == LEVEL.keys()
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -132,10 +134,11 @@ def test_only_the_topology_reads_the_environment(path):
         f"{path}:{node.lineno}"
         for node in ast.walk(TREES[path])
         if (isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb"))
-        and not (name_of(path) in ("training.determinism", "engine.deepspeed") and id(node) in writes)
+        and not (name_of(path) in ("training.determinism", "engine.deepspeed_compat") and id(node) in writes)
     ]
     wrong += [f"{path}:{n.lineno}" for n in ast.walk(TREES[path]) if isinstance(n, ast.ImportFrom) and n.module == "os"]
-    assert name_of(path) == "topology" or wrong == []
+    # name_clash has to work when dask has overwritten other files.
+    assert name_of(path) in ("topology", "name_clash") or wrong == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -173,7 +176,7 @@ def test_files_and_functions_are_short_enough_to_read(path):
 
 
 INNER_COMMANDS = {
-    "bench.contenders",
+    "bench.worker",
     "bench.memory",
     "gpu_check.gloo_latency",
     "gpu_check.rank_runs",

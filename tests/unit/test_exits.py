@@ -35,7 +35,7 @@ def attempt(config: TrainConfig) -> Iterator[Attempt]:
 
 def begin(attempt: Attempt, config: TrainConfig) -> None:
     state = TrainState(build_schedule(config, steps_per_epoch=3), build_early_stopping(config.early_stopping))
-    attempt.begin(state, resumed_from=None, facts=attempt.facts(torch.device("cpu")) | {"images": {}})
+    attempt.begin(state, resumed_from=None, metadata=attempt.metadata(torch.device("cpu")) | {"images": {}})
 
 
 def run_exit_hooks(code: ExitCode, reason: str) -> None:

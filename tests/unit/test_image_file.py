@@ -7,7 +7,6 @@ from PIL import Image
 
 from distributed.data.sources.image_file import png_of, read_image
 from distributed.errors import InputError
-from distributed.predict import _input
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
 
@@ -62,21 +61,3 @@ def test_what_is_no_image_is_one_line_that_says_so(tmp_path: Path, content: byte
         read_image(path)
     assert len(error.value.lines) == 1
     assert str(error.value).startswith(f"{path}: no image that can be decoded (")
-
-
-def test_the_largest_centered_square_is_scaled_to_the_side() -> None:
-    image = torch.zeros(3, 40, 60)
-    image[:, :, 10:50] = 1  # the square; outside of it nothing may count
-    found = _input(image, 32)
-    assert found.shape == (1, 3, 32, 32)
-    torch.testing.assert_close(found[..., 1:-1], torch.ones(1, 3, 32, 30))  # at the border the filter reaches beyond
-
-
-def test_an_image_of_the_right_size_is_left_as_it_is() -> None:
-    image = torch.randint(256, (3, 32, 32)) / 255
-    assert torch.equal(_input(image, 32)[0], image)
-
-
-def test_scaling_down_averages_what_scaling_without_antialiasing_would_skip() -> None:
-    stripes = (torch.arange(256) % 2).float().expand(3, 256, 256)
-    assert (_input(stripes, 32) - 0.5).abs().max() < 0.05

@@ -7,10 +7,10 @@ from distributed.errors import InputError
 from distributed.files import check_writable
 from distributed.inference.saved_run import (
     Normalization,
-    checkpoint_of,
-    classes_of,
-    config_of,
-    normalization_of,
+    choose_checkpoint,
+    read_class_names,
+    read_config,
+    read_normalization,
     with_data_root,
 )
 
@@ -27,39 +27,39 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_the_config_is_the_one_in_the_folder(run: Path) -> None:
-    assert config_of(run).epochs == 7
+    assert read_config(run).epochs == 7
 
 
 def test_a_folder_of_no_run_is_named_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nothing: no config.toml there; RUN is the folder that a training run wrote"):
-        config_of(tmp_path / "nothing")
+        read_config(tmp_path / "nothing")
 
 
 def test_auto_is_best_where_there_is_one_else_latest(run: Path) -> None:
-    assert checkpoint_of(run, "auto").name == "step-00000020-epoch-002"
+    assert choose_checkpoint(run, "auto").name == "step-00000020-epoch-002"
     (run / "checkpoints" / "best").symlink_to("step-00000010-epoch-001")
-    assert checkpoint_of(run, "auto").name == "step-00000010-epoch-001"
-    assert checkpoint_of(run, "latest").name == "step-00000020-epoch-002"
+    assert choose_checkpoint(run, "auto").name == "step-00000010-epoch-001"
+    assert choose_checkpoint(run, "latest").name == "step-00000020-epoch-002"
 
 
 def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
-        checkpoint_of(run, "half")
+        choose_checkpoint(run, "half")
     assert str(error.value) == (
-        f"--checkpoint half: not in {run}/checkpoints; there are: "
+        f"--checkpoint half: not in {run}/checkpoints; choose one of: "
         "latest, step-00000010-epoch-001, step-00000020-epoch-002"
     )
-    with pytest.raises(InputError, match="there are: none"):
-        checkpoint_of(tmp_path / "other", "auto")
+    with pytest.raises(InputError, match="choose one of: none yet"):
+        choose_checkpoint(tmp_path / "other", "auto")
 
 
 def test_names_and_normalization_come_from_the_checkpoint_else_from_the_data_set_and_nowhere() -> None:
     config = TrainConfig()
-    assert classes_of({}, config)[:3] == ["airplane", "automobile", "bird"]
-    assert classes_of({"classes": ["cat", "dog"]}, config) == ["cat", "dog"]
-    assert normalization_of({}) is None
+    assert read_class_names({}, config)[:3] == ["airplane", "automobile", "bird"]
+    assert read_class_names({"classes": ["cat", "dog"]}, config) == ["cat", "dog"]
+    assert read_normalization({}) is None
     saved = {"normalization": {"mean": [0.5] * 3, "deviation": [0.25] * 3}}
-    assert normalization_of(saved) == Normalization([0.5] * 3, [0.25] * 3)
+    assert read_normalization(saved) == Normalization([0.5] * 3, [0.25] * 3)
 
 
 def test_data_can_lie_elsewhere_now() -> None:
@@ -67,7 +67,7 @@ def test_data_can_lie_elsewhere_now() -> None:
     generated = TrainConfig.model_validate({"data": {"name": "generated10"}})
     assert with_data_root(generated, None) == generated
     with pytest.raises(
-        InputError, match=r"--data\.root elsewhere: this run was on data\.name = generated10; leave it out"
+        InputError, match=r"--data\.root elsewhere: this run used data\.name = generated10; leave it out"
     ):
         with_data_root(generated, Path("elsewhere"))
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from distributed.config import TrainConfig, load
+from distributed.config import TrainConfig, from_command_line
 from distributed.optim.schedules import build_early_stopping, build_schedule
 from distributed.run.saved_state import check_state, is_at_end
 from distributed.training.state import TrainState
@@ -18,7 +18,7 @@ STOPPING = ("--early_stopping.patience", "3")
 
 def config_of(*words: str) -> TrainConfig:
     common = "--data.name generated10 --epochs 5 --global_batch_size 16 --checkpoint.best_by accuracy"
-    return load([*common.split(), "--data.validation_fraction", "0.1", *words])[0]
+    return from_command_line([*common.split(), "--data.validation_fraction", "0.1", *words]).config
 
 
 def trained(config: TrainConfig, *, epochs: int, steps: int = 0) -> dict[str, Any]:
@@ -27,14 +27,14 @@ def trained(config: TrainConfig, *, epochs: int, steps: int = 0) -> dict[str, An
     for epoch in range(epochs + 1):
         for step in range(STEPS if epoch < epochs else steps):
             samples = min(BATCH, IMAGES - step * BATCH)
-            state.step_done(samples)
-            state.take(Totals(loss=samples << 40, correct=samples // 2, correct5=samples, count=samples))
+            state.finish_step(samples)
+            state.add(Totals(loss=samples << 40, correct=samples // 2, correct5=samples, count=samples))
             if step % 2:
-                state.close_window()
+                state.pop_window()
         if epoch < epochs:
-            state.close_window()
+            state.pop_window()
             state.observe(Totals(loss=10 << 40, correct=(3, 5, 4, 4, 5)[epoch], count=10), best_by="accuracy")
-            state.epoch_done()
+            state.finish_epoch()
     return {"state": json.loads(json.dumps(state.state_dict()))}
 
 

@@ -1,0 +1,57 @@
+"""Describes the machine a measurement ran on. Imports torch only to describe a GPU."""
+
+import platform
+import subprocess
+import time
+from contextlib import suppress
+from importlib import metadata
+from typing import Any
+
+from distributed.host.cpu_quota import available_cpus
+from distributed.host.hardware import processor
+from distributed.host.versions import git_state, versions
+
+OTHER_FRAMEWORKS = ("timm", "pytorch-lightning", "lightning")  # names of distributions
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Return the processor and the versions of all packages involved; for `cuda` also the card, its driver and cuDNN."""
+    found: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": processor(),
+        "cores": available_cpus(),
+        "system": platform.system(),
+        "versions": {**versions(), **_other_frameworks()},
+        "git": git_state(),
+    }
+    return found | ({"gpu": _gpu()} if device == "cuda" else {})
+
+
+def _other_frameworks() -> dict[str, str]:
+    found = {}
+    for package in OTHER_FRAMEWORKS:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def _gpu() -> dict[str, Any]:
+    """Describe the first card. The driver's version comes from nvidia-smi, since torch does not know it."""
+    import torch
+
+    card = torch.cuda.get_device_properties(0)
+    query = ["nvidia-smi", "--id=0", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
+    driver = clock = "unknown"
+    with suppress(OSError, subprocess.TimeoutExpired, ValueError):
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False).stdout
+        driver, clock = (field.strip() for field in answer.strip().split(","))
+    return {
+        "card": card.name,
+        "count": torch.cuda.device_count(),
+        "multiprocessors": card.multi_processor_count,
+        "memory_gib": round(card.total_memory / 2**30, 1),
+        "driver": driver,
+        "highest_clock": clock,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+    }

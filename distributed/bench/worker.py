@@ -1,0 +1,31 @@
+"""Runs one workload in this process: `python -m distributed.bench.worker MODULE:FUNCTION JSON_ARGUMENTS`.
+
+Rank 0 prints one JSON line: the clock's readings and the peak memory in MiB, which on CUDA is the device's (torch's count)
+and otherwise the process's. CLOCK_MONOTONIC is the same for all processes, so readings compare with the parent's clock.
+"""
+
+import json
+import pkgutil
+import resource
+import sys
+
+from distributed.bench.measure import StepClock
+
+
+def main() -> None:
+    from distributed.topology import Topology
+
+    arguments = json.loads(sys.argv[2])
+    clock = StepClock(**arguments["clock"])
+    pkgutil.resolve_name(sys.argv[1])(clock, **arguments["settings"])
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    if clock.device == "cuda":
+        import torch
+
+        memory = torch.cuda.max_memory_allocated() / 2**20
+    if Topology.from_environment().is_main:
+        print("CLOCK", json.dumps([clock.readings, memory]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

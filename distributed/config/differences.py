@@ -1,0 +1,40 @@
+"""The settings in which two configs differ, and which of them a run may change when it resumes. Imports no torch."""
+
+from typing import Any, NamedTuple
+
+from distributed.config.leaves import leaves
+from distributed.config.train_config import TrainConfig
+
+
+class Difference(NamedTuple):
+    """A setting with another value in a second config; None stands for no such setting too."""
+
+    path: str
+    old: Any
+    new: Any
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> list[Difference]:
+    """Return every setting that differs, except `exact.shards` if either is auto, which only the run resolves."""
+    flat_old, flat_new = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    paths = dict.fromkeys([*flat_old, *flat_new])
+    found = [Difference(path, flat_old.get(path), flat_new.get(path)) for path in paths]
+    return [
+        change
+        for change in found
+        if change.old != change.new and not (change.path == "exact.shards" and "auto" in (change.old, change.new))
+    ]
+
+
+def changes_experiment(path: str, config: TrainConfig) -> bool:
+    """Return whether a run that resumes with another value of this setting would be another experiment."""
+    if path == "epochs":  # the learning rate depends on it only if the schedule spans the entire run
+        return config.schedule.name not in ("constant", "plateau")
+    return not any(leaf.path == path and leaf.operational for leaf in leaves())
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

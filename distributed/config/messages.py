@@ -1,0 +1,97 @@
+"""Pydantic's errors as lines for the user: `place: setting = value: what is wrong; remedy`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic_core import ErrorDetails
+
+from distributed.config.hints import known, unknown
+from distributed.config.layers import Settings, shown
+from distributed.config.leaves import leaves
+from distributed.config.renamed import REMOVED_VALUES
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """One invalid value: its dotted path, the variant of its section if there are several, and pydantic's message."""
+
+    path: str
+    value: Any
+    variants: list[str]
+    message: str
+
+
+def explain(detail: ErrorDetails, settings: Settings) -> list[str]:
+    """Return the lines for one of pydantic's errors; a conflict brings lines of its own."""
+    if detail["type"] == "conflict":
+        return str(detail["msg"]).splitlines()
+    path, variants = dotted_path(detail["loc"], settings.values)
+    value = detail["input"]
+    if detail["type"] == "union_tag_invalid":
+        path = f"{path}.name"
+        value = value["name"] if isinstance(value, dict) else value
+    reason = _REASONS.get(detail["type"], _invalid)(_Problem(path, value, variants, str(detail["msg"])))
+    given = f" = {shown(value)}" if not isinstance(value, dict) or value else ""
+    return [f"{_place(path, settings.places)}: {shown(path)}{given}: {reason}"]
+
+
+def dotted_path(location: tuple[int | str, ...], values: Any) -> tuple[str, list[str]]:
+    """Return the dotted path of an error's location, and apart from it the tags that pydantic puts after a union's name."""
+    path: list[str] = []
+    tags: list[str] = []
+    for index, name in enumerate(location):
+        last = index == len(location) - 1
+        if isinstance(values, dict) and name not in values and not last:
+            tags.append(str(name))
+            continue
+        path.append(str(name))
+        values = values.get(name) if isinstance(values, dict) else None
+    return ".".join(path), tags
+
+
+def _place(path: str, places: dict[str, str]) -> str:
+    """Return where a setting was set: itself, a setting inside it, or its section."""
+    inside = next((key for key in places if key.startswith(f"{path}.")), "")
+    return next((places[key] for key in (path, inside, path.rpartition(".")[0]) if key in places), "config")
+
+
+def _unknown(problem: _Problem) -> str:
+    path = problem.path
+    owners = sorted({leaf.variant for leaf in leaves() if leaf.path == path and leaf.variant})
+    if owners and problem.variants:
+        section = path.rpartition(".")[0]
+        here = ", ".join(problem.variants)
+        return f"belongs to {section}.name = {' or '.join(owners)}, and here it is {here}; remove one of them"
+    if path in known():
+        return "unknown setting; write a dotted name without quotes"
+    return unknown(path)
+
+
+def _unknown_name(problem: _Problem) -> str:
+    return f"should be one of {' | '.join(leaf.choices for leaf in leaves() if leaf.path == problem.path)}"
+
+
+def _not_a_section(problem: _Problem) -> str:
+    example = next(leaf.path for leaf in leaves() if leaf.path.startswith(problem.path.removesuffix("name")))
+    return f"is a section; set its fields, e.g. --{example} VALUE"
+
+
+def _invalid(problem: _Problem) -> str:
+    message = problem.message.removeprefix("Input ").removeprefix("should ")
+    return f"should {message[:1].lower()}{message[1:]}" if "should" in problem.message else message
+
+
+def _no_choice(problem: _Problem) -> str:
+    key = (problem.path, problem.value) if isinstance(problem.value, str) else ("", "")
+    return REMOVED_VALUES.get(key) or _invalid(problem)
+
+
+_REASONS: dict[str, Callable[[_Problem], str]] = {
+    "extra_forbidden": _unknown,
+    "union_tag_invalid": _unknown_name,
+    "model_type": _not_a_section,
+    "model_attributes_type": _not_a_section,
+    "literal_error": _no_choice,
+}
+"""Pydantic's error type -> what is wrong and the remedy; `_invalid` for the others."""

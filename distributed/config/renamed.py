@@ -1,0 +1,67 @@
+"""Settings that earlier versions spelled differently or had and lost. Imports no torch.
+
+The config that a run has saved is read under both spellings, so that old runs resume, evaluate and compare. On the command
+line and in a user's file an old key is an error that names the new one.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+RENAMED = {
+    "accumulation": "grad_accum_steps",
+    "evaluation.flips": "evaluation.flip_tta",
+    "model.initial_weights": "model.init",
+    "optim.clip_norm": "optim.max_grad_norm",
+    "schedule.return_to_best": "schedule.restore_best_on_drop",
+}
+"""Old dotted path -> new one, in the same section."""
+
+REMOVED = {"engine.powersgd_rank": "PowerSGD was removed; remove this setting"}
+"""Dotted path of a removed setting, whose default was none -> what to tell a user who sets it."""
+
+REMOVED_VALUES = {
+    ("engine.compression", "powersgd"): "PowerSGD was removed; set engine.compression = bfloat16 or remove this setting"
+}
+"""(dotted path, removed value of it) -> what to tell a user who sets it."""
+
+
+def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a saved config with every old key under its new name and removed settings dropped.
+
+    Raises:
+        ValueError: a setting is there under both names, or the run used something that was removed.
+    """
+    upgraded = copy.deepcopy(values)
+    for old, new in RENAMED.items():
+        section, key = _section_of(upgraded, old)
+        if key not in section:
+            continue
+        new_key = new.rpartition(".")[2]
+        if new_key in section:
+            raise ValueError(f"{old} and {new} are one setting, given twice; remove {old}")
+        section[new_key] = section.pop(key)
+    for (path, value), message in REMOVED_VALUES.items():
+        section, key = _section_of(upgraded, path)
+        if section.get(key) == value:
+            what = message.partition(";")[0]
+            raise ValueError(f"{path} = {value}: {what}; use the version that began this run")
+    for path in REMOVED:
+        section, key = _section_of(upgraded, path)
+        if section.get(key) is None:
+            section.pop(key, None)
+    return upgraded
+
+
+def is_saved_by_a_run(file: Path) -> bool:
+    """Return whether a config file is the one that a run wrote into its own folder."""
+    return file.name == "config.toml" and (file.parent / "status.json").is_file()
+
+
+def _section_of(values: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """Return the section that holds a dotted path, empty if there is none, and the last key."""
+    *sections, key = path.split(".")
+    section: Any = values
+    for name in sections:
+        section = section.get(name) if isinstance(section, dict) else None
+    return section if isinstance(section, dict) else {}, key

@@ -1,0 +1,158 @@
+"""A trained network with its preprocessing: images in, class probabilities or logits out."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from distributed.build import read_data
+from distributed.checkpoint.warm_start import evaluation_weights
+from distributed.config import TrainConfig
+from distributed.config.data import MAX_PIXELS
+from distributed.data.sources.decode import to_square
+from distributed.errors import InputError
+from distributed.files import home_path
+from distributed.inference.saved_run import (
+    Normalization,
+    check_complete,
+    choose_checkpoint,
+    read_class_names,
+    read_config,
+    read_content,
+    read_normalization,
+    with_data_root,
+    without_download,
+)
+from distributed.models.build import build_model
+
+
+class Classifier(nn.Module):
+    """Maps float32 images [n, 3, size, size] with pixels in [0, 1] to logits [n, classes]; includes the normalization."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, network: nn.Module, normalization: Normalization) -> None:
+        super().__init__()
+        self.network = network
+        for name, values in normalization._asdict().items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))
+        self.eval()
+
+    def normalize(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.deviation
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(self.normalize(images))
+        return logits
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run's network with the weights of one checkpoint, in evaluation mode, and everything needed to use it.
+
+    Attributes:
+        config: the run's resolved config.
+        checkpoint: the folder of the checkpoint.
+        classifier: the network behind its normalization.
+        class_names: the name of each class, in the order of the logits.
+        normalization: mean and standard deviation of each channel of the training images.
+    """
+
+    config: TrainConfig
+    checkpoint: Path
+    classifier: Classifier
+    class_names: list[str]
+    normalization: Normalization
+
+    @property
+    def network(self) -> nn.Module:
+        """The trained network: preprocessed images [n, 3, size, size] to logits [n, classes]."""
+        return self.classifier.network
+
+    @property
+    def image_size(self) -> int:
+        """Height and width, in pixels, of the network's input."""
+        return self.config.model.input_side
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Resize, crop and normalize images as for training; `resize` says what they may be.
+
+        Returns:
+            float32 [n, 3, image_size, image_size] on the network's device.
+        """
+        return self.classifier.normalize(resize(images, self.image_size).to(self.classifier.mean.device))
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Return the class probabilities of images, float32 [n, classes]; `resize` says what they may be."""
+        with torch.no_grad():
+            logits: Tensor = self.network(self.preprocess(images))
+            return logits.softmax(1)
+
+
+def resize(images: Tensor, size: int, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Scale the shorter side to `size` with antialiasing, crop the centre and return pixels in [0, 1].
+
+    Args:
+        images: uint8 [n, 3, height, width], or a single image [3, height, width].
+        max_pixels: limit for an image between scaling and cropping.
+
+    Returns:
+        float32 [n, 3, size, size]; n is 1 for a single image.
+
+    Raises:
+        ValueError: the images have another type or shape, or one exceeds `max_pixels`.
+    """
+    batch = images[None] if images.dim() == 3 else images
+    if images.dtype != torch.uint8 or batch.dim() != 4 or batch.shape[1] != 3:
+        found = f"{images.dtype} {list(images.shape)}"
+        raise ValueError(f"images: {found}; should be torch.uint8 [n, 3, height, width] or [3, height, width]")
+    return torch.stack([to_square(image, size, max_pixels).permute(2, 0, 1) for image in batch]) / 255
+
+
+def load(
+    run: str | os.PathLike[str],
+    *,
+    checkpoint: str = "auto",
+    data_root: str | os.PathLike[str] | None = None,
+    device: str | torch.device = "cpu",
+) -> TrainedRun:
+    """Load the trained network of a run.
+
+    Args:
+        run: the run folder, e.g. `runs/cifar10`.
+        checkpoint: `best`, `latest` or the name of a checkpoint; `auto`: best if there is one, otherwise latest.
+        data_root: the folder with the data set; needed only for checkpoints that lack the images' normalization.
+        device: where the network goes.
+
+    Raises:
+        InputError: not a run folder, no such checkpoint, or a damaged one.
+    """
+    folder = home_path(os.fspath(run))
+    if folder.suffix == ".toml":
+        raise InputError(f"{run}: a config file, not a run folder; read it with load_config")
+    root = None if data_root is None else home_path(os.fspath(data_root))
+    config = without_download(with_data_root(read_config(folder), root))
+    return load_checkpoint(config, choose_checkpoint(folder, checkpoint), device=device)
+
+
+def load_checkpoint(config: TrainConfig, checkpoint: Path, *, device: str | torch.device = "cpu") -> TrainedRun:
+    """Load the network of a checkpoint. Reads the run's data only if the checkpoint lacks the images' normalization.
+
+    Raises:
+        InputError: the checkpoint is damaged or does not fit the run's config, or that data is missing.
+    """
+    check_complete(checkpoint)
+    content = read_content(checkpoint)
+    class_names = read_class_names(content, config)
+    network = build_model(config.model, num_classes=len(class_names), seed=config.seed)
+    try:
+        network.load_state_dict(evaluation_weights(checkpoint))  # float64 becomes float32
+    except RuntimeError as error:
+        raise InputError(f"{checkpoint}: does not fit the run's config.toml: {' '.join(str(error).split())}") from None
+    normalization = read_normalization(content) or read_normalization(read_data(config).metadata())
+    assert normalization is not None
+    classifier = Classifier(network.requires_grad_(False), normalization).to(device)
+    return TrainedRun(config, checkpoint, classifier, class_names, normalization)
