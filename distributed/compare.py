@@ -129,7 +129,7 @@ def main() -> int:
     try:
         return _tell(a, b)
     except InputError as error:
-        error.tell()
+        error.report()
         return ExitCode.BAD_INPUT
 
 

@@ -32,7 +32,7 @@ def main() -> int:
     try:
         _run(given)
     except InputError as error:
-        error.tell()
+        error.report()
         return ExitCode.BAD_INPUT
     return ExitCode.FINISHED
 

@@ -56,7 +56,7 @@ def main() -> int:
                 file.unlink(missing_ok=True)
         states = _states(allocation.node_list) if in_job() else {}
     except InputError as error:
-        error.tell()
+        error.report()
         return ExitCode.BAD_INPUT
     silent = answers.silent
     if in_job():

@@ -42,7 +42,7 @@ def main() -> int:
         address = reachable(sys.argv[1], nodes=allocation.nodes)
         port = free_port(allocation.job)
     except InputError as error:
-        error.tell()
+        error.report()
         return ExitCode.BAD_INPUT
     if not config.threads:  # the cores of the job, which need not be all that the process may use
         arguments += ["--threads", str(max(1, within_quota(allocation.cpus) // allocation.ranks))]

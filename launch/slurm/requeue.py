@@ -154,7 +154,7 @@ def main() -> int:
             return ExitCode.FINISHED
         decision = journal.end(given.signal, Allocation.from_environment())
     except InputError as error:
-        error.tell()
+        error.report()
         return ExitCode.BAD_INPUT
     except OSError as error:
         print(f"error: {given.run}: {error}; the job is not requeued", file=sys.stderr)
