@@ -84,8 +84,8 @@ CIFAR: dict[str, tuple[Callable[[Path], object], str]] = {
     "a file missing": (instead("data_batch_3.bin", lambda path: None), "data_batch_3.bin: No such file"),
     "the test file missing": (instead("test_batch.bin", lambda path: None), "test_batch.bin: No such file"),
     "an empty file": (instead("data_batch_2.bin", Path.touch), "0 bytes, expected 30,730,000"),
-    "a file cut": (instead("data_batch_5.bin", lambda p: sparse(p, SIZE - 1)), "30,729,999 bytes where 30,730,000"),
-    "a file too long": (instead("test_batch.bin", lambda p: sparse(p, SIZE + 3073)), "30,733,073 bytes where"),
+    "a file cut": (instead("data_batch_5.bin", lambda p: sparse(p, SIZE - 1)), "30,729,999 bytes, expected 30,730,000"),
+    "a file too long": (instead("test_batch.bin", lambda p: sparse(p, SIZE + 3073)), "30,733,073 bytes, expected"),
     "a folder for a file": (instead("data_batch_1.bin", Path.mkdir), "Is a directory"),
     "a pipe for a file": (instead("data_batch_1.bin", os.mkfifo), "not a regular file"),
     "a pipe for the test file": (instead("test_batch.bin", os.mkfifo), "not a regular file"),
@@ -99,7 +99,7 @@ CIFAR: dict[str, tuple[Callable[[Path], object], str]] = {
     "an archive of zip": (written("cifar-10-binary.tar.gz", b"PK\3\4" + b"0" * 99), "not a gzip archive"),
     "a folder for the archive": (lambda root: (root / "cifar-10-binary.tar.gz").mkdir(parents=True), "No such file"),
     "the Python folder cut": (
-        lambda root: sparse(root / "cifar-10-batches-py" / "data_batch_1", 99), "99 bytes where at least 30,720,000"),
+        lambda root: sparse(root / "cifar-10-batches-py" / "data_batch_1", 99), "99 bytes, expected at least 30,720,000"),
 }  # fmt: skip
 
 READ: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -115,9 +115,9 @@ HUNDRED: dict[str, tuple[Callable[[Path], object], str]] = {
     "CIFAR-10 in its place": (cifar10, "cifar-100-binary/train.bin: No such file"),
     "train and test swapped": (
         lambda root: (sparse(root / "cifar-100-binary/train.bin", 30_740_000),
-                      sparse(root / "cifar-100-binary/test.bin", 153_700_000)), "30,740,000 bytes where 153,700,000"),
+                      sparse(root / "cifar-100-binary/test.bin", 153_700_000)), "30,740,000 bytes, expected 153,700,000"),
     "the coarse labels alone": (
-        lambda root: sparse(root / "cifar-100-binary/train.bin", 50_000 * 3073), "153,650,000 bytes where 153,700,000"),
+        lambda root: sparse(root / "cifar-100-binary/train.bin", 50_000 * 3073), "153,650,000 bytes, expected 153,700,000"),
 }  # fmt: skip
 
 
@@ -172,7 +172,7 @@ IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a class in the test alone": (lambda root: (root / "test/cow").mkdir(), "this class has no folder in"),
     "a class of nothing": (lambda root: (root / "train/eel").mkdir(), "a class without images"),
     "a text": (lambda root: (root / "train/cat/notes.txt").write_text(""), "of a kind that is not read"),
-    "a folder in a class": (lambda root: (root / "train/cat/more").mkdir(), "a folder; a class folder holds"),
+    "a folder in a class": (lambda root: (root / "train/cat/more").mkdir(), "a folder; a class folder may hold only"),
     "a pipe": (lambda root: os.mkfifo(root / "train/cat/9.png"), "of a kind that is not read"),
     "a link to nothing": (lambda root: (root / "train/cat/9.png").symlink_to("gone"), "of a kind that is not read"),
     "a link in a circle": (lambda root: (root / "train/cat/9.png").symlink_to("9.png"), "of a kind that is not read"),
