@@ -1,4 +1,4 @@
-"""From the config to the parts of a run, and the lines that say what was built."""
+"""Builds the components of a run from its config, and logs what was built."""
 
 import hashlib
 from functools import partial
@@ -8,6 +8,8 @@ import torch
 from loguru import logger
 from torch import Tensor
 
+from distributed.checkpoint.checkpointer import Checkpointer
+from distributed.checkpoint.save_budget import SaveBudget
 from distributed.comm import collectives
 from distributed.comm.process_group import check_own_gpu
 from distributed.config import TrainConfig, as_toml
@@ -21,37 +23,39 @@ from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.host.cpu_quota import quota_note
 from distributed.models.build import build_model
+from distributed.run.claim import ClaimedRun
+from distributed.run.folder import RunFolder
 from distributed.topology import Topology
-from distributed.training.cuda_graph_step import CudaStep
+from distributed.training.cuda_graph_step import CudaGraphStep
 from distributed.training.state import TrainState
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator
 
 
-class Step(Protocol):
-    """Takes one optimizer step with these micro-batches; returns the gradient's norm, a scalar on the device."""
+class StepFunction(Protocol):
+    """Takes one optimizer step on these micro-batches and returns the gradient's norm, a scalar on the device."""
 
     def __call__(self, micro_batches: list[Batch], *, lr: float, step: int) -> Tensor: ...
 
 
 def config_digest(config: TrainConfig) -> str:
-    """A digest of all settings, the same for all ranks of a job."""
+    """Return a digest of all settings, which must be the same on all ranks."""
     return hashlib.blake2b(as_toml(config).encode(), digest_size=8).hexdigest()
 
 
 def check_same_config(config: TrainConfig) -> None:
-    """Raises InputError where the ranks were not all given the same config."""
+    """Raise InputError if the ranks do not all have the same config. A collective."""
     digests = collectives.gather_objects(config_digest(config))
     different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if different:
         raise InputError(
-            f"config: rank {', '.join(map(str, different))} was given other settings than rank 0; "
+            f"config: rank {', '.join(map(str, different))} has different settings than rank 0; "
             "start every node with the same command and the same files"
         )
 
 
 def build_data(config: TrainConfig, topology: Topology, device: torch.device) -> DataPipeline:
-    """The images, fetched and decoded if need be: to be called before any process group waits for this node."""
+    """Build the data pipeline, downloading and decoding if necessary, so call it before peers wait in a process group."""
     config.check_world_size(topology.world_size, device.type)
     registry.fetch_missing(config.data)
     return DataPipeline(
@@ -73,7 +77,7 @@ def build_data(config: TrainConfig, topology: Topology, device: torch.device) ->
 
 
 def read_data(config: TrainConfig) -> DataPipeline:
-    """The run's images for a single process on the CPU, in float32: for what is done with a finished network."""
+    """Build the run's data pipeline for a single process on the CPU in float32, e.g. for analyzing a trained network."""
     return build_data(config.model_copy(update={"precision": "float32"}), Topology(), torch.device("cpu"))
 
 
@@ -98,8 +102,8 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
         logger.info("engine deepspeed: one process, so there is nothing to be shared out")
         engine = Ddp()
     if shards := config.shards_on(device.type):
-        lanes = lanes_on(device, threads=topology.threads(config.threads))
-        return ExactEngine(engine, model, shards=shards, lanes=lanes, **common)
+        workers = shard_workers(device, threads=topology.threads(config.threads))
+        return ExactEngine(engine, model, shards=shards, workers=workers, **common)
     if isinstance(engine, Fsdp):
         if topology.world_size > 1:
             check_own_gpu(device, "engine.name = fsdp in fast mode")
@@ -111,69 +115,95 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
     return DdpEngine(engine, model, example=data.example(), compile=config.compile, **common)
 
 
-def lanes_on(device: torch.device, *, threads: int) -> int:
-    """Number of worker threads of exact mode. One on CUDA: autograd runs all backward passes on one thread per device, and
-    more workers would only contend for the GIL."""
+def shard_workers(device: torch.device, *, threads: int) -> int:
+    """Return the number of worker threads in exact mode.
+
+    One on CUDA: autograd runs all backward passes on one thread per device, and more workers would only contend for the GIL.
+    """
     return 1 if device.type == "cuda" else threads
 
 
-def build_step(config: TrainConfig, engine: Engine, sums: MetricAccumulator, device: torch.device) -> Step:
-    """`train_step` for this engine; on CUDA with its inputs in fixed memory and, on a single GPU, captured."""
+def build_checkpointer(config: TrainConfig, run: ClaimedRun | None, metadata: dict[str, Any]) -> Checkpointer:
+    """Build the checkpointer of a run; `run` is its claimed folder on rank 0 and None on the other ranks."""
+    return Checkpointer(
+        RunFolder(config.run_dir).checkpoints,
+        run,
+        keep_last=config.checkpoint.keep_last,
+        metadata=metadata,
+        upload_to=config.checkpoint.upload_to,
+        budget=SaveBudget(config.checkpoint.max_overhead),
+    )
+
+
+def build_step(config: TrainConfig, engine: Engine, metrics: MetricAccumulator, device: torch.device) -> StepFunction:
+    """Build the step function: `train_step`, on CUDA with inputs in fixed memory and, on a single GPU, as a CUDA graph."""
     if device.type != "cuda" or (isinstance(config.engine, DeepSpeed) and collectives.world_size() > 1):
-        return partial(train_step, engine, loss=config.loss, sums=sums)
+        return partial(train_step, engine, loss=config.loss, metrics=metrics)
     capture = config.cuda_graphs and collectives.world_size() == 1
-    return CudaStep(engine, sums, loss=config.loss, device=device, capture=capture)
+    return CudaGraphStep(engine, metrics, loss=config.loss, device=device, capture=capture)
 
 
 def log_plan(
     config: TrainConfig, data: DataPipeline, topology: Topology, state: TrainState, device: torch.device
 ) -> None:
-    """Say once what is trained on what, the batch's arithmetic, and where the run starts. Rank 0 is heard."""
+    """Log the model and data, the batch arithmetic, the mode and the starting point, on rank 0."""
     if not topology.is_main:
         return
     for line in as_toml(config).splitlines():
         logger.debug("config: {}", line)
-    micro = -(-config.global_batch_size // config.grad_accum_steps)
-    threads = topology.threads(config.threads)
     logger.info(
-        "{} on {}: {:,} training images, {:,} validation, {:,} test; {} steps an epoch, {} epochs",
+        "{} on {}: {:,} training images, {:,} validation, {:,} test; {} per epoch, {}",
         config.model.name, config.data.name, data.size("train"), data.size("validation"), data.size("test"),
-        data.steps_per_epoch, config.epochs,
+        _counted(data.steps_per_epoch, "step"), _counted(config.epochs, "epoch"),
     )  # fmt: skip
-    shards, alone = config.shards_on(device.type), topology.world_size == 1
-    each = f"{shards} shards, {_spread(shards, topology.world_size)}" if shards else _spread(micro, topology.world_size)
-    logger.info(
-        "global batch {} = {} micro-batch{} of {}, {} a rank; {} rank{} x {} thread{}, {}, peak lr {:g}",
-        config.global_batch_size, config.grad_accum_steps, "es" if config.grad_accum_steps > 1 else "", micro, each,
-        topology.world_size, "s" if topology.world_size > 1 else "", threads, "s" if threads > 1 else "",
-        config.precision, config.peak_lr,
-    )  # fmt: skip
-    if note := quota_note():
-        logger.info(note)
-    stage = f" at stage {config.engine.zero_stage}" if isinstance(config.engine, DeepSpeed) else ""
-    logger.info(
-        "engine {}{}; {}", config.engine.name, stage,
-        f"exact mode, {shards} shards: the same bits on up to {shards} processes" if shards
-        else "fast mode: bits depend on the ranks",
-    )  # fmt: skip
-    if config.precision == "float16" and device.type == "cpu":
-        logger.warning(
-            "precision = float16 is many times slower than bfloat16 on a CPU, which computes it piece by piece"
-        )
-    if config.compression:
-        logger.info(
-            "engine.compression = {}: gradients are approximate, and no other number of processes gives the same bits{}",
-            config.compression,
-            "; one process sends nothing and rounds nothing" if alone else "",
-        )
-    if device.type == "cpu" and 0 < (most := -(-shards // topology.world_size)) < threads:
-        logger.warning(
-            "{} of {} threads a rank have nothing to compute: a shard takes one; a run begun with more exact.shards uses more",
-            threads - most, threads,
-        )  # fmt: skip
+    _log_batch(config, topology, device)
+    _log_mode(config, topology, device)
     logger.info("run folder {}", config.run_dir)
     if state.step:
         logger.info("resuming at step {}: epoch {}, step {} of it", state.step, state.epoch + 1, state.step_in_epoch)
+
+
+def _log_batch(config: TrainConfig, topology: Topology, device: torch.device) -> None:
+    """Log how the global batch is divided, and warn about threads without work."""
+    world_size, threads = topology.world_size, topology.threads(config.threads)
+    micro = -(-config.global_batch_size // config.grad_accum_steps)
+    shards = config.shards_on(device.type)
+    per_rank = f"{shards} shards, {_spread(shards, world_size)}" if shards else _spread(micro, world_size)
+    logger.info(
+        "global batch {} = {} of {}, {} per rank; {} x {}, {}, peak lr {:g}",
+        config.global_batch_size, _counted(config.grad_accum_steps, "micro-batch", "es"), micro, per_rank,
+        _counted(world_size, "rank"), _counted(threads, "thread"), config.precision, config.peak_lr,
+    )  # fmt: skip
+    if note := quota_note():
+        logger.info(note)
+    if device.type == "cpu" and 0 < (busy := -(-shards // world_size)) < threads:
+        logger.warning(
+            "{} of {} threads per rank are idle: a shard uses one; start a run with more exact.shards to use more",
+            threads - busy, threads,
+        )  # fmt: skip
+
+
+def _log_mode(config: TrainConfig, topology: Topology, device: torch.device) -> None:
+    """Log the engine and what the results depend on."""
+    shards = config.shards_on(device.type)
+    stage = f" at stage {config.engine.zero_stage}" if isinstance(config.engine, DeepSpeed) else ""
+    logger.info(
+        "engine {}{}; {}", config.engine.name, stage,
+        f"exact mode, {shards} shards: bit-identical on up to {shards} processes" if shards
+        else "fast mode: results depend on the number of processes",
+    )  # fmt: skip
+    if config.precision == "float16" and device.type == "cpu":
+        logger.warning("precision = float16 is many times slower than bfloat16 on a CPU; use bfloat16")
+    if config.compression:
+        sends_nothing = topology.world_size == 1
+        logger.info(
+            "engine.compression = {}: gradients are approximate, and the bits depend on the number of processes{}",
+            config.compression, "; one process sends nothing and rounds nothing" if sends_nothing else "",
+        )  # fmt: skip
+
+
+def _counted(count: int, noun: str, plural: str = "s") -> str:
+    return f"{count} {noun}{plural if count != 1 else ''}"
 
 
 def _spread(count: int, world_size: int) -> str:

@@ -1,6 +1,6 @@
-"""`python -m distributed.evaluate RUN [--split test] [--checkpoint best]`: how good a checkpoint is, at which classes.
+"""`python -m distributed.evaluate RUN [--split test] [--checkpoint best]`: evaluates a checkpoint.
 
-Prints loss, top-1 and top-5, then each class; draws which classes are taken for which.
+Prints loss, top-1 and top-5, then the results per class, and draws the confusion matrix.
 """
 
 import argparse
@@ -8,7 +8,7 @@ import json
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distributed.config import TrainConfig
 from distributed.data.sources import registry
@@ -36,24 +36,24 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    """The exit code; prints on rank 0 where torchrun started several."""
+    """Return the exit code. Under torchrun only rank 0 prints."""
     parser = argparse.ArgumentParser(prog="python -m distributed.evaluate", description=__doc__)
     parser.add_argument("run", type=home_path, metavar="RUN", help="folder of the run")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
     parser.add_argument(
-        "--checkpoint", default="auto", help="best, latest, step-00000313-epoch-001; auto: best if there is one"
+        "--checkpoint", default="auto", help="best, latest or e.g. step-00000313-epoch-001; auto: best if there is one"
     )
-    parser.add_argument("--data.root", dest="root", type=home_path, help="folder with the data set now")
+    parser.add_argument("--data.root", dest="root", type=home_path, help="folder of the data set, if it has moved")
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
-        help="default: the run's device; the CPU if the run used CUDA and there is none here",
+        help="default: the run's device, or the CPU if the run used CUDA and this machine has no GPU",
     )
     parser.add_argument(
         "--confusion",
         type=home_path,
         metavar="FILE",
-        help="the drawn confusion matrix; RUN/confusion-SPLIT.png if not given",
+        help="file for the confusion matrix (default: RUN/confusion-SPLIT.png)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     arguments = parser.parse_args()
@@ -75,7 +75,7 @@ def main() -> int:
 
 
 def _notify_waiting_peers(error: InputError | StorageError) -> None:
-    """Let ranks that have met no error, and wait for this one, know of it."""
+    """Send the error to ranks that wait for this one."""
     with suppress(InputError):
         topology = Topology.from_environment()
         if topology.has_waiting_peers:
@@ -95,10 +95,10 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
         import torch
 
     from distributed.build import build_data, build_engine
-    from distributed.checkpoint.snapshot import load as load_checkpoint
+    from distributed.checkpoint.snapshot import load_checkpoint
     from distributed.comm.process_group import choose_device, process_group
     from distributed.data.checks import check_evaluated
-    from distributed.inference.confusion import ConfusionSums
+    from distributed.inference.confusion import ConfusionMatrix
     from distributed.process import logs
     from distributed.training.determinism import make_deterministic
     from distributed.training.steps import evaluate
@@ -111,7 +111,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     make_deterministic(device, precision=config.precision)
     check_complete(checkpoint)
     content = read_content(checkpoint)
-    data = build_data(config, topology, device)  # before the group: a peer may be decoding for long
+    data = build_data(config, topology, device)  # before the process group, because decoding may take long
     with process_group(topology, device, timeout_seconds=config.timeout_seconds):
         check_evaluated(content, config, data, split)
         engine = build_engine(config, topology, data, device)
@@ -119,59 +119,62 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
             load_checkpoint(checkpoint, engine)
         except ValueError as error:
             raise InputError(f"{checkpoint}: {error}; name another with --checkpoint") from None
-        confusion = ConfusionSums(data.num_classes, device)
+        confusion = ConfusionMatrix(data.num_classes, device)
         flip_tta = config.evaluation.flip_tta
         totals = evaluate(engine, data, split, flip_tta=flip_tta, device=device, observers=[confusion])
         counts = confusion.read()
     if topology.is_main:
-        facts = {"model": config.model.name, "data": config.data.name, "split": split, "checkpoint": checkpoint.name}
-        names, picture = (
-            read_class_names(content, config),
-            arguments.confusion or arguments.run / f"confusion-{split}.png",
-        )
-        failure = _draw(facts, totals, counts, names, picture)
-        # The numbers come first: they may have taken long.
-        _tell(facts, totals, counts, names, None if failure else picture, as_json=arguments.json)
+        labels = Labels(config.model.name, config.data.name, split, checkpoint.name, read_class_names(content, config))
+        picture = arguments.confusion or arguments.run / f"confusion-{split}.png"
+        failure = _draw(labels, totals, counts, picture)
+        # Print the results before raising the failure: they may have taken long to compute.
+        _print(labels, totals, counts, None if failure else picture, as_json=arguments.json)
         with requested_output("--confusion", picture) if arguments.confusion else OptionalOutput(picture):
             if failure:
                 raise failure
     return ExitCode.FINISHED
 
 
-def _draw(
-    facts: dict[str, str], totals: "Totals", counts: "Counts", names: list[str], picture: Path
-) -> Exception | None:
-    """The error, if it was not drawn."""
-    title = (
-        f"{facts['model']} on {facts['data']}, {facts['split']} split: {totals.accuracy:.2%} of {totals.count:,} right"
-    )
+class Labels(NamedTuple):
+    """The names that describe an evaluation."""
+
+    model: str
+    data: str
+    split: str
+    checkpoint: str
+    classes: list[str]
+
+
+def _draw(labels: Labels, totals: "Totals", counts: "Counts", picture: Path) -> Exception | None:
+    """Draw the confusion matrix and return the error if that failed."""
+    correct = f"{totals.accuracy:.2%} of {totals.count:,} correct"
+    title = f"{labels.model} on {labels.data}, {labels.split} split: {correct}"
     try:
         from distributed.figures.confusion import confusion_figure
         from distributed.figures.style import as_png
 
-        with confusion_figure(counts, names, title=title) as figure:
+        with confusion_figure(counts, labels.classes, title=title) as figure:
             write_output(picture, as_png(figure))
-    except Exception as error:  # matplotlib's own too
+    except Exception as error:  # matplotlib raises errors of its own
         return error
     return None
 
 
-def _tell(
-    facts: dict[str, str], totals: "Totals", counts: "Counts", names: list[str], picture: Path | None, *, as_json: bool
-) -> None:
+def _print(labels: Labels, totals: "Totals", counts: "Counts", picture: Path | None, *, as_json: bool) -> None:
     from distributed.inference.confusion import as_lines, by_class
 
-    results = by_class(counts, names)
+    results = by_class(counts, labels.classes)
     if as_json:
-        figures: dict[str, Any] = {
-            "images": totals.count, "loss": totals.mean_loss, "top1": totals.accuracy, "top5": totals.accuracy5,
-        }  # fmt: skip
         classes = [asdict(result) | {"confused_with": _pair(result.confused_with)} for result in results]
-        figures |= {"classes": classes, "confusion": counts, "picture": picture and str(picture)}
-        print(json.dumps({**facts, **figures}))
+        content = {
+            "model": labels.model, "data": labels.data, "split": labels.split, "checkpoint": labels.checkpoint,
+            "images": totals.count, "loss": totals.mean_loss, "top1": totals.accuracy, "top5": totals.accuracy5,
+            "classes": classes, "confusion": counts, "picture": picture and str(picture),
+        }  # fmt: skip
+        print(json.dumps(content))
         return
     print(
-        f"{facts['model']} on {facts['data']}, {facts['split']} split ({totals.count:,} images), {facts['checkpoint']}: "
+        f"{labels.model} on {labels.data}, {labels.split} split ({totals.count:,} images), {labels.checkpoint}: "
         f"loss {totals.mean_loss:.4f}, top-1 {totals.accuracy:.2%}, top-5 {totals.accuracy5:.2%}"
     )
     print("", *as_lines(results), *(["", f"confusion matrix: {picture}"] if picture else []), sep="\n")

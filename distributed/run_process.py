@@ -1,11 +1,11 @@
-"""The edge of a training process: the recipe in, an exit code out, and what went wrong in words."""
+"""Runs the recipe in a training process and turns every ending into an exit code and a one-line message."""
 
 import signal
 
 from loguru import logger
 
 from distributed.build import config_digest
-from distributed.checkpoint.upload import tell_ending
+from distributed.checkpoint.upload import log_upload_result
 from distributed.comm.agent_store import ForeignJobError, find_agent_store
 from distributed.comm.peers import failure_message, notify_waiting_peers
 from distributed.config import TrainConfig
@@ -19,7 +19,7 @@ from distributed.training.stop import StopSource
 
 
 def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource) -> int:
-    """Train; every way to end has its exit code and, under torchrun, its line in torchrun's summary."""
+    """Train and return the exit code. Under torchrun, also report the reason of a failure or stop to its summary."""
     logs.terminal_logs(topology.rank, level=config.logging.level)
     agents = find_agent_store(topology)
     try:
@@ -28,7 +28,7 @@ def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource) 
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         state = train(config, stop=stop)
     except Exception as error:
-        _log(error, topology)
+        _log_error(error, topology)
         code = getattr(error, "exit_code", ExitCode.FAILED)
         exits.write_error_file(failure_message(error), is_cause=not isinstance(error, PeerError))
         if agents and isinstance(error, ForeignJobError):
@@ -37,36 +37,38 @@ def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource) 
             notify_waiting_peers(topology, code, failure_message(error))
         return int(code)
     if topology.is_main:
-        _say_ending(config, state)
-        tell_ending(config)
+        _log_result(config, state)
+        log_upload_result(config)
     if not state.stop_reason:
         return ExitCode.FINISHED
-    exits.write_error_file(_stopped(state), is_cause=False)
+    exits.write_error_file(_stop_message(state), is_cause=False)
     return ExitCode.STOPPED
 
 
-def _log(error: Exception, topology: Topology) -> None:
+def _log_error(error: Exception, topology: Topology) -> None:
+    """Log expected errors in their own words, all others with a traceback."""
     if not isinstance(error, InputError | NotFiniteError | StorageError | PeerError):
         logger.opt(exception=True).error("rank {} failed", topology.rank)
         return
     for line in str(error).splitlines():
         logger.error("{}", line)
     if error.__cause__:
-        logger.opt(exception=error.__cause__).debug("what the process group said")
+        logger.opt(exception=error.__cause__).debug("caused by")
 
 
-def _stopped(state: TrainState) -> str:
+def _stop_message(state: TrainState) -> str:
     return f"stopped by {state.stop_reason} at step {state.step}, everything saved; the same command resumes"
 
 
-def _say_ending(config: TrainConfig, state: TrainState) -> None:
-    run = RunFolder(config.run_dir)
+def _log_result(config: TrainConfig, state: TrainState) -> None:
     if state.stop_reason:
-        logger.warning("{}", _stopped(state))
+        logger.warning("{}", _stop_message(state))
         return
+    run = RunFolder(config.run_dir)
+    epochs = f"{state.epoch} epoch{'s' if state.epoch != 1 else ''}"
     early = ", stopped early" if state.stopped_early else ""
     best = f"; best validation epoch {state.best.epoch + 1} ({state.best.value:.4f})" if state.best else ""
-    logger.info("finished after {} epochs, {} steps{}{}", state.epoch, state.step, early, best)
+    logger.info("finished after {}, {} steps{}{}", epochs, state.step, early, best)
     board = f", TensorBoard: tensorboard --logdir {run.path}" if config.logging.tensorboard else ""
     logger.info("curves {}, checkpoints {}{}", run.curves, run.checkpoints, board)
     if config.data.name.startswith("generated"):

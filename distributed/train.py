@@ -1,12 +1,13 @@
-"""`python -m distributed.train [CONFIG.toml] [--SETTING VALUE ...]`: a wrong input ends here before torch is imported."""
+"""`python -m distributed.train [CONFIG.toml] [--SETTING VALUE ...]`: rejects bad input before importing torch."""
 
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from distributed.checkpoint.download import check_store
-from distributed.checkpoint.upload import upload_rest
+from distributed.checkpoint.download import store_has_run
+from distributed.checkpoint.upload import upload_remaining
 from distributed.config import TrainConfig, from_command_line, help_text
 from distributed.data.sources import cifar, registry
 from distributed.errors import ExitCode, InputError
@@ -15,7 +16,7 @@ from distributed.process import exits, gc_pause
 from distributed.process.signals import SignalStop
 from distributed.process.streams import run_command
 from distributed.run.folder import RunFolder
-from distributed.run.resume_checks import check_resume, check_start
+from distributed.run.resume_checks import check_init_from, check_run_folder, is_finished
 from distributed.topology import Topology, cluster_job, has_launcher, is_elastic
 
 _BANNER = """\
@@ -27,12 +28,19 @@ _BANNER = """\
 """
 
 
+class CheckedRun(NamedTuple):
+    """A config whose data and run folder were checked."""
+
+    config: TrainConfig
+    is_finished: bool
+
+
 def main() -> int:
-    """The exit code; `ExitCode` says what each means."""
+    """Return the exit code; `ExitCode` says what each means."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return ExitCode.FINISHED
-    if is_elastic():  # until agent_store.py has published what the next round needs
+    if is_elastic():  # blocked until agent_store.py has published what torchrun's next round needs
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     with SignalStop(launched=has_launcher(), exit_before_first_step=True) as stop:
         return _run(stop)
@@ -52,9 +60,9 @@ def _run(stop: SignalStop) -> int:
             folder = RunFolder(config.run_dir)
             print(f"{folder.path}: this run is finished; evaluate it with python -m distributed.evaluate {folder.path}, "
                   f"or start another with --run_dir", file=sys.stderr)  # fmt: skip
-            upload_rest(config)
+            upload_remaining(config)
         return ExitCode.FINISHED
-    with gc_pause.gc_paused():  # torch comes in here, after all that could be wrong was checked
+    with gc_pause.gc_paused():  # imports torch, now that all input has been checked
         from distributed.run_process import run_to_exit_code
 
     return run_to_exit_code(config, topology, stop)
@@ -62,29 +70,19 @@ def _run(stop: SignalStop) -> int:
 
 def checked_config(
     arguments: Sequence[str], topology: Topology, adapt: Callable[[TrainConfig], TrainConfig] | None = None
-) -> tuple[TrainConfig, bool]:
-    """The config of these arguments with its data and run folder looked at, and whether that run is finished.
+) -> CheckedRun:
+    """Build the config from command-line arguments and check it with its data and run folder.
 
-    `adapt` is a launcher's own part: it takes out the section that is meant for it, and may raise InputError.
+    If the arguments name neither a config file nor data, CIFAR-10 is used if present, otherwise generated images,
+    under a banner. In a cluster job, whose terminal nobody watches, missing data is an error instead.
 
-    Where the user named neither a config file nor data, CIFAR-10 is taken if it is there, else generated images, under
-    a banner; in a cluster's job, whose terminal nobody watches, that is an error.
+    Args:
+        adapt: a launcher's hook that removes its own section from the config. May raise InputError.
 
     Raises:
-        InputError: anything that cannot be used, all of it that could be found out at once.
+        InputError: something cannot be used. Reports together as many errors as could be found.
     """
-    command = from_command_line(arguments)
-    config = command.config
-    if not command.names_data and config.data.name == "cifar10" and not cifar.is_there("cifar10", config.data.root):
-        root = config.data.root.resolve()
-        if job := cluster_job():
-            raise InputError(
-                f"data.root = {root}: CIFAR-10 is not there, and {job} names neither a config nor a data set; give a config "
-                "first (configs/cifar10.toml), --data.root FOLDER, or --data.name generated10 for generated images"
-            )
-        config = from_command_line(arguments, default_data="generated10").config
-        if topology.is_main:
-            print(_BANNER.format(root=root), file=sys.stderr)
+    config = _config_with_data(arguments, topology)
     if adapt:
         config = adapt(config)
     if config.scaling:
@@ -92,29 +90,47 @@ def checked_config(
             f"scaling.num_workers = {config.scaling.num_workers}: scaling is for python -m launch.ray_train, and would be "
             "ignored here; remove that section"
         )
-    if config.device != "auto" or config.exact.shards != "auto":  # else it depends on what torch will find
+    if config.device != "auto" or config.exact.shards != "auto":  # otherwise it depends on the GPUs that torch finds
         config.check_world_size(topology.world_size, config.device)
     if config.engine.name == "deepspeed":
         require("deepspeed", at_least=(0, 19), needed_by="engine.name = deepspeed")
-    finished = check_resume(config)
-    # Rank 0 alone asks the store, which may have what makes init_from needless.
-    begun = config.checkpoint.upload_to and (not topology.is_main or check_store(config))
-    if not begun:
-        check_start(config)
+    saved = check_run_folder(config)
+    finished = is_finished(config, saved)
+    # Only rank 0 queries the store. The other ranks leave it to rank 0 to check init_from.
+    in_store = config.checkpoint.upload_to and (not topology.is_main or store_has_run(config, saved))
+    if saved is None and not in_store:
+        check_init_from(config)
     if not finished:
         registry.prepare(config.data)
-    return config, finished
+    return CheckedRun(config, finished)
+
+
+def _config_with_data(arguments: Sequence[str], topology: Topology) -> TrainConfig:
+    command = from_command_line(arguments)
+    config = command.config
+    if command.names_data or config.data.name != "cifar10" or cifar.is_there("cifar10", config.data.root):
+        return config
+    root = config.data.root.resolve()
+    if job := cluster_job():
+        raise InputError(
+            f"data.root = {root}: CIFAR-10 is not there, and {job} names neither a config nor a data set; give a config "
+            "first (configs/cifar10.toml), --data.root FOLDER, or --data.name generated10 for generated images"
+        )
+    config = from_command_line(arguments, default_data="generated10").config
+    if topology.is_main:
+        print(_BANNER.format(root=root), file=sys.stderr)
+    return config
 
 
 def refuse(error: InputError, topology: Topology) -> int:
-    """Local rank 0 says what is wrong; the others wait, so that torchrun does not end it before it has spoken."""
+    """Print the error on local rank 0 only. Other ranks wait, so that torchrun does not end rank 0 before it has printed."""
     reason = "\n".join(error.lines)
     exits.write_error_file(reason, is_cause=True)
     if topology.local_rank == 0:
         error.report()
     if topology.has_waiting_peers:
         from distributed.comm.peers import (
-            notify_waiting_peers,  # with torch: others may have found nothing wrong, and wait
+            notify_waiting_peers,  # imports torch: other ranks may have found no error and wait
         )
 
         notify_waiting_peers(topology, error.exit_code, reason)
@@ -124,5 +140,4 @@ def refuse(error: InputError, topology: Topology) -> int:
 
 
 if __name__ == "__main__":
-    # Threads of gloo or NCCL that wait for a dead peer must not keep the process.
-    run_command(main, skip_cleanup=True)
+    run_command(main, skip_cleanup=True)  # threads of gloo or NCCL may wait for a dead peer for ever

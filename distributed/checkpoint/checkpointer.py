@@ -1,14 +1,8 @@
-"""Checkpoints that are complete or absent.
+"""Saves and resumes a run. A checkpoint is complete or absent, whenever the process dies.
 
-    checkpoints/step-00000313-epoch-001/    after 313 steps and one finished epoch
-        tensors.safetensors                 every tensor by its canonical name
-        state.json                          counters, schedule, config, versions
-        manifest.json                       sizes and digests; written last
-    checkpoints/latest, best                links for people; a restore never trusts them
-
-A checkpoint is written aside by a thread while training goes on, flushed to the disk, its manifest last, and renamed
-into place. Which one is best stands in the newest state itself, so no pointer can be out of date. `uploads` copies what
-is in place to a store, if the config names one.
+A checkpoint is written by a background thread in a temporary folder, flushed to disk with its manifest last, then
+renamed into place; `run.checkpoint_layout` describes the files. The newest state names the best checkpoint, so no
+pointer can be out of date. `upload` copies committed checkpoints to a store if the config names one.
 """
 
 import os
@@ -23,28 +17,27 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from distributed.checkpoint.resume_point import Check, find_resume_point, not_ours, tensors_at
+from distributed.checkpoint.resume_point import Validate, find_resume_point, load_tensors, mismatch
 from distributed.checkpoint.save_budget import SaveBudget
-from distributed.checkpoint.snapshot import Snapshot, to_host, write_checkpoint
-from distributed.checkpoint.tensor_file import digest_of_tensor
-from distributed.checkpoint.upload import AT_END_SECONDS, AT_STOP_SECONDS, Uploads
+from distributed.checkpoint.snapshot import Snapshot, copy_to_host, load_weights, write_checkpoint
+from distributed.checkpoint.tensor_file import tensor_digest
+from distributed.checkpoint.upload import AT_END_SECONDS, AT_STOP_SECONDS, Uploader
 from distributed.comm import collectives
 from distributed.data.sources.identity import check_resumed
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError, StorageError
-from distributed.files import read_object
-from distributed.run.checkpoint_layout import FORMAT, best_in, damage_of, name_of, point, retain, set_aside
+from distributed.run import checkpoint_layout as layout
 from distributed.run.claim import ClaimedRun
 from distributed.training.state import TrainState
 
 
 class Checkpointer:
-    """Saves and restores a run. All ranks call it alike; rank 0, which has `run`, writes.
+    """Saves and resumes a run. All ranks call its methods in the same order; only rank 0, which has `run`, writes.
 
     Args:
-        facts: what else `state.json` should hold: the config, versions, what bits depend on.
-        upload_to: URL of a store that gets each checkpoint too, in the background.
-        budget: what saves at the ends of epochs may take; every save if not given.
+        metadata: stored in state.json beside the training state: the config, versions and everything the bits depend on.
+        upload_to: URL of a store to which each checkpoint is copied in the background.
+        budget: limits the time spent on saves at the ends of epochs. Unlimited by default.
     """
 
     def __init__(
@@ -53,139 +46,153 @@ class Checkpointer:
         run: ClaimedRun | None,
         *,
         keep_last: int,
-        facts: dict[str, Any],
+        metadata: dict[str, Any],
         upload_to: str | None = None,
         budget: SaveBudget | None = None,
     ) -> None:
-        self.folder, self.run, self.keep_last, self.facts = folder, run, keep_last, facts
+        self.folder, self.run, self.keep_last, self.metadata = folder, run, keep_last, metadata
         self.upload_to, self._budget = upload_to, budget or SaveBudget(1.0)
-        self._uploads = Uploads(upload_to, run, keep_last=keep_last) if upload_to and run else None
+        self._uploader = Uploader(upload_to, run, keep_last=keep_last) if upload_to and run else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._newest = ""
-        self._best: Snapshot | None = None
-        """The best epoch, kept in host memory until the next save: its own was not affordable."""
+        self._unsaved_best: Snapshot | None = None
+        """The best epoch, kept in host memory until the next save because the budget did not allow its own."""
 
-    def restore(self, engine: Engine, state: TrainState, *, check: Check = lambda *_: None) -> dict[str, Any] | None:
-        """Load the newest complete checkpoint; the content of its state.json, None if the run has saved none yet.
-        All ranks raise the same error, so that none waits for another.
+    def resume(
+        self, engine: Engine, state: TrainState, *, validate: Validate = lambda *_: None
+    ) -> dict[str, Any] | None:
+        """Load the newest complete checkpoint into the engine and the state. A collective.
+
+        Args:
+            validate: called on rank 0 with the content of state.json and the checkpoint's path; raises InputError if
+                the checkpoint is not this run's.
+
+        Returns:
+            The content of its state.json, or None if the run has not saved yet.
 
         Raises:
-            StorageError, InputError: as `find_resume_point`, it was trained on other data, or a rank cannot read it.
+            InputError: the checkpoint does not fit this run, its data or its network. All ranks raise the same error.
+            StorageError: a rank cannot read the checkpoint, or the store cannot be read.
         """
 
-        def fits(content: dict[str, Any], path: Path) -> None:
-            check_resumed(content, self.facts, where=path)
-            check(content, path)
+        def validate_all(content: dict[str, Any], path: Path) -> None:
+            check_resumed(content, self.metadata, where=path)
+            validate(content, path)
 
-        store = self._uploads.store if self._uploads else None
-        found = collectives.run_on_main(lambda: find_resume_point(self.run, store, fits) if self.run else None)
+        store = self._uploader.store if self._uploader else None
+        found = collectives.run_on_main(lambda: find_resume_point(self.run, store, validate_all) if self.run else None)
         if found is None:
             return None
-        name, content = found
-        path = self.folder / name
-        tensors = collectives.run_on_all(lambda: tensors_at(path))
+        path = self.folder / found.name
+        tensors = collectives.run_on_all(lambda: load_tensors(path))
         try:
             engine.load_state(tensors)
         except ValueError as error:
-            raise InputError(not_ours(path, error)) from None
-        state.load_state_dict(content["state"])
-        self._newest = name
-        if self._uploads:
-            self._uploads.offer()
-        return content
+            raise InputError(mismatch(path, error)) from None
+        state.load_state_dict(found.content["state"])
+        self._newest = found.name
+        if self._uploader:
+            self._uploader.start()
+        return found.content
 
     def restore_best(self, engine: Engine, state: TrainState) -> None:
-        """Put the best epoch's weights and buffers in place, the optimizer as at the start; a collective.
+        """Load the best epoch's weights, buffers and EMA, and reset the optimizer. A collective.
 
         Raises:
-            StorageError: that checkpoint is not there any more, or damaged.
+            StorageError: the best checkpoint is missing or damaged.
         """
         assert state.best is not None
-        if state.best.epoch == state.epoch:  # better than all before, though not by min_delta
+        if state.best.epoch == state.epoch:  # this epoch is the best, though not by the schedule's min_delta
             tensors = dict(engine.state())
         else:
-            self._written()  # it may be the one that is being written
-            if self._best:
+            self._wait_for_save()  # it may be the one that is being written
+            if self._unsaved_best:
                 self._submit()
-            self._written()
-            path = self.folder / name_of(step=state.best.step, epoch=state.best.epoch + 1)
-            if damage := collectives.broadcast_object(damage_of(path) if self.run else None):
-                raise StorageError(f"{path}: the best checkpoint, to return to at a drop, is damaged: {damage}")
-            tensors = collectives.run_on_all(lambda: tensors_at(path))
-        engine.load_state({name: tensor for name, tensor in tensors.items() if name.startswith(("model.", "ema."))})
-        logger.info("weights and buffers are those of epoch {}, the optimizer begins anew", state.best.epoch + 1)
+            self._wait_for_save()
+            path = self.folder / layout.name_of(step=state.best.step, epoch=state.best.epoch + 1)
+            if damage := collectives.broadcast_object(layout.damage_of(path) if self.run else None):
+                raise StorageError(f"{path}: schedule.restore_best_on_drop needs this checkpoint: {damage}")
+            tensors = collectives.run_on_all(lambda: load_tensors(path))
+        load_weights(engine, tensors)
+        logger.info("restored the weights and buffers of epoch {} and reset the optimizer", state.best.epoch + 1)
 
     def save(self, engine: Engine, state: TrainState) -> None:
-        """Copy the state now and write it in the background once the previous save is done. A collective.
+        """Copy the state to host memory, then write it in the background. A collective.
+
+        Waits for the previous save first.
 
         Raises:
-            StorageError: that one could not be written.
+            StorageError: the previous save failed.
         """
-        name = name_of(step=state.step, epoch=state.epoch)
+        name = layout.name_of(step=state.step, epoch=state.epoch)
         if name == self._newest:
             return
         self._newest = name
-        self._written()
-        tensors = to_host(self._on_main(engine.state()))
+        self._wait_for_save()
+        tensors = copy_to_host(self._on_main(engine.state()))
         if self.run:
             self._submit(self._snapshot(name, tensors, state))
 
-    def save_epoch(self, engine: Engine, state: TrainState, *, is_best: bool, ends: bool) -> bool:
-        """Save at the end of an epoch if the run ends or the budget allows it; whether it did. A collective.
+    def save_epoch(self, engine: Engine, state: TrainState, *, is_best: bool, is_last: bool) -> bool:
+        """Save at the end of an epoch if it is the last one or the budget allows it. A collective.
 
-        Otherwise a new best is kept in host memory, for the next save to write.
+        Otherwise a new best epoch is kept in host memory, to be written by the next save.
+
+        Returns:
+            Whether it saved.
         """
-        idle = self._pending is None or self._pending.done()
-        if ends or collectives.broadcast_object(self._budget.unlimited or (idle and self._budget.allows())):
+        is_idle = self._pending is None or self._pending.done()
+        if is_last or collectives.broadcast_object(self._budget.unlimited or (is_idle and self._budget.allows())):
             self.save(engine, state)
             return True
         if is_best:
-            tensors = to_host(self._on_main(engine.state()))
+            tensors = copy_to_host(self._on_main(engine.state()))
             if self.run:
-                self._best = self._snapshot(name_of(step=state.step, epoch=state.epoch), tensors, state)
+                self._unsaved_best = self._snapshot(layout.name_of(step=state.step, epoch=state.epoch), tensors, state)
         return False
 
+    def wait(self, *, stopping: bool = False) -> None:
+        """Wait until all saves are on disk and, up to a time limit, in the store. A collective.
+
+        It is a collective because a launcher would end rank 0 once another rank has exited.
+
+        Raises:
+            StorageError: a save failed. Earlier checkpoints are intact.
+        """
+        self._wait_for_save()
+        if self._uploader:
+            self._uploader.finish_within(AT_STOP_SECONDS if stopping else AT_END_SECONDS)
+        while self.upload_to and collectives.broadcast_object(self._uploader and self._uploader.is_busy()):
+            pass
+        if self._uploader and self._newest:  # delete what was kept only for its upload
+            self._delete_old(self._newest, layout.best_known_to(self.folder / self._newest))
+
     def _on_main(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Iterates on all ranks, since a sharded engine gathers on access; only rank 0 yields tensors."""
+        """Iterate on all ranks, because a sharded engine gathers during iteration, but yield only on rank 0."""
         for name, tensor in tensors:
             if self.run:
                 yield name, tensor
 
     def _snapshot(self, name: str, tensors: dict[str, Tensor], state: TrainState) -> Snapshot:
-        best = name_of(step=state.best.step, epoch=state.best.epoch + 1) if state.best else None
-        return Snapshot(name, tensors, {"format": FORMAT, "state": state.state_dict(), **self.facts}, best)
+        best = layout.name_of(step=state.best.step, epoch=state.best.epoch + 1) if state.best else None
+        return Snapshot(name, tensors, {"format": layout.FORMAT, "state": state.state_dict(), **self.metadata}, best)
 
     def _submit(self, *snapshots: Snapshot) -> None:
-        """Write these in the background, after the best epoch if that is still waiting."""
-        best, self._best = self._best, None
+        """Write these in the background, after the unsaved best epoch if there is one."""
+        best, self._unsaved_best = self._unsaved_best, None
         if best:
             snapshots = (best, *snapshots)
         copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         self._pending = self._thread.submit(self._write, snapshots, copied)
 
-    def wait(self, *, stopping: bool = False) -> None:
-        """Return once everything handed to `save` is on the disk, and in the store if that does not take too long. A
-        collective: a peer that left earlier would have its launcher end rank 0.
-
-        Raises:
-            StorageError: it could not be written, with the reason; earlier checkpoints are intact.
-        """
-        self._written()
-        if self._uploads:
-            self._uploads.begin_ending(AT_STOP_SECONDS if stopping else AT_END_SECONDS)
-        while self.upload_to and collectives.broadcast_object(self._uploads and self._uploads.is_busy()):
-            pass
-        if self._uploads and self._newest:  # what an upload had held back may go
-            self._retain(self._newest, best_in(read_object(self.folder / self._newest / "state.json")))
-
-    def _written(self) -> None:
-        """Wait until the previous save is on disk. A collective on the host, so that peers do not wait in NCCL."""
-        if failure := collectives.broadcast_object(self._failure()):
+    def _wait_for_save(self) -> None:
+        """Wait until the previous save is on disk. Ranks wait on the host, because a wait in NCCL could time out."""
+        if failure := collectives.broadcast_object(self._save_failure()):
             raise StorageError(failure)
 
-    def _failure(self) -> str | None:
-        """Why the previous save failed, after waiting for it; None if it did not."""
+    def _save_failure(self) -> str | None:
+        """Wait for the previous save and return why it failed, or None."""
         pending, self._pending = self._pending, None
         try:
             if pending:
@@ -208,30 +215,32 @@ class Checkpointer:
 
     def _write_one(self, snapshot: Snapshot) -> None:
         assert self.run is not None
-        name, tensors = snapshot.name, snapshot.tensors
-        aside = self.folder / f".writing-{name}-{self.run.token[:8]}"  # a superseded attempt must not write into ours
+        name, tensors, path = snapshot.name, snapshot.tensors, self.folder / snapshot.name
+        aside = layout.unfinished(self.folder, name, token=self.run.token)
         try:
-            self.run.check_ours()
+            self.run.check_token()
             write_checkpoint(aside, tensors, snapshot.content)
-            if os.path.lexists(self.folder / name):  # e.g. a copy made meanwhile
-                set_aside(self.folder / name, "not written by this attempt")
-            self.run.commit(aside, self.folder / name)
+            if os.path.lexists(path):  # e.g. a copy made in the meantime
+                layout.set_aside(path, "not written by this attempt")
+            self.run.commit(aside, path)
         except OSError:
             shutil.rmtree(aside, ignore_errors=True)
-            self.run.check_ours()  # of a folder that was removed this says more
+            self.run.check_token()  # its message says more if the run folder was removed
             raise
-        digests = {tensor: digest_of_tensor(value) for tensor, value in tensors.items()}
+        digests = {tensor: tensor_digest(value) for tensor, value in tensors.items()}
         self.run.append(self.run.digests_file, {"name": name, "tensors": digests})
-        self.run.tidy("the link latest was not set", partial(point, self.folder, "latest", name))
+        self.run.try_cleanup("the link latest was not set", partial(layout.set_link, self.folder, layout.LATEST, name))
         if snapshot.best is not None:
-            self.run.tidy("the link best was not set", partial(point, self.folder, "best", snapshot.best))
-        self._retain(name, snapshot.best)
-        if self._uploads:
-            self._uploads.offer()
+            self.run.try_cleanup(
+                "the link best was not set", partial(layout.set_link, self.folder, layout.BEST, snapshot.best)
+            )
+        self._delete_old(name, snapshot.best)
+        if self._uploader:
+            self._uploader.start()
         self.run.saved(step=snapshot.content["state"]["step"], epoch=snapshot.content["state"]["epoch"])
 
-    def _retain(self, newest: str, best: str | None) -> None:
+    def _delete_old(self, newest: str, best: str | None) -> None:
         assert self.run is not None
-        kept = {best, self._uploads.holds if self._uploads else None}
-        delete = partial(retain, self.folder, newest=newest, keep_last=self.keep_last, kept=kept)
-        self.run.tidy("an old checkpoint was not deleted", delete)
+        keep = {best, self._uploader.uploading if self._uploader else None}
+        delete = partial(layout.delete_old, self.folder, newest=newest, keep_last=self.keep_last, keep=keep)
+        self.run.try_cleanup("an old checkpoint was not deleted", delete)

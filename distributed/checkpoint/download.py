@@ -1,4 +1,4 @@
-"""How a run whose folder has no checkpoint comes back from the store that has them. Imports no torch."""
+"""Resumes a run whose folder has no checkpoint from the store. Imports no torch."""
 
 import shutil
 import sys
@@ -10,90 +10,103 @@ from typing import Any
 
 from loguru import logger
 
-from distributed.checkpoint.object_store import Store, StoreError, within
+from distributed.checkpoint.object_store import Store, StoreError, call_with_timeout
 from distributed.config import TrainConfig
 from distributed.errors import InputError
-from distributed.files import read_object
-from distributed.run.checkpoint_layout import best_in, check_format, damage_of, point
+from distributed.run.checkpoint_layout import (
+    BEST,
+    DAMAGED_MANIFEST,
+    LATEST,
+    SavedState,
+    best_known_to,
+    check_format,
+    damage_of,
+    set_link,
+    unfinished,
+)
 from distributed.run.claim import ClaimedRun
-from distributed.run.folder import RunFolder
-from distributed.run.resume_checks import check_experiment
+from distributed.run.resume_checks import changed_settings
 
 PROBE_SECONDS = 60.0  # s3fs gives up on a refused connection after ten
 
 
-def check_store(config: TrainConfig) -> bool:
-    """Look at the store before anything is begun: whether it has a checkpoint to go on from.
+def store_has_run(config: TrainConfig, saved: SavedState | None) -> bool:
+    """Probe the store before anything starts, and return whether it has a checkpoint to resume from.
 
-    A run that has begun goes on without a store that is away: it only copies.
+    If the run has saved locally, an unavailable store is only a warning, because the run only copies to it.
+
+    Args:
+        saved: the run folder's newest saved state.
 
     Raises:
-        InputError: it cannot be used, or holds another experiment.
+        InputError: the store cannot be used, or holds a different experiment.
     """
-    store, states = Store(str(config.checkpoint.upload_to)), list[dict[str, Any] | None]()
-    here = RunFolder(config.run_dir).newest_state()
+    store = Store(str(config.checkpoint.upload_to))
 
-    def look() -> None:
+    def probe() -> dict[str, Any] | None:
         store.probe()
-        states.append(store.newest_state())
+        return store.newest_state()
 
     try:
-        within(PROBE_SECONDS, look, store)
+        remote = call_with_timeout(PROBE_SECONDS, probe, store)
     except StoreError as error:
-        if here is None:
+        if saved is None:
             raise InputError(f"checkpoint.upload_to = {error}") from None
-        print(f"warning: checkpoint.upload_to = {error}; the run goes on, and each save tries again", file=sys.stderr)
+        print(f"warning: checkpoint.upload_to = {error}; the run continues, and each save tries again", file=sys.stderr)
         return False
-    if states[0] is None:
+    if remote is None:
         return False
-    check_experiment(config, states[0], where=store.url, option="--checkpoint.upload_to")
-    if here and _step(states[0]) > _step(here):
+    changed_settings(config, remote, where=store.url, option="--checkpoint.upload_to")
+    if saved and _step(remote) > _step(saved.content):
         print(
-            f"warning: {store.url} has step {_step(states[0])}, and the run goes on from step {_step(here)}, the newest in "
-            f"{config.run_dir}; to go on from the other, give an empty --run_dir", file=sys.stderr,
+            f"warning: {store.url} has step {_step(remote)}, but the run resumes from step {_step(saved.content)}, the newest "
+            f"in {config.run_dir}; to resume from the store, give an empty --run_dir", file=sys.stderr,
         )  # fmt: skip
     return True
 
 
-def _step(state: dict[str, Any]) -> int:
-    counters = state.get("state")
+def _step(content: dict[str, Any]) -> int:
+    counters = content.get("state")
     step = counters.get("step") if isinstance(counters, dict) else None
     return step if isinstance(step, int) else 0
 
 
-def fetch_newest(store: Store, run: ClaimedRun, commit: Callable[[Path, Path], None]) -> str | None:
-    """Bring the newest complete checkpoint into the run folder, and the best that it knows of; its name.
+def download_newest(store: Store, run: ClaimedRun, commit: Callable[[Path, Path], None]) -> str | None:
+    """Download the newest complete checkpoint, and the best one it knows of, into the run folder.
 
     Args:
-        commit: renames a folder into its place.
+        commit: renames a folder to its final path.
+
+    Returns:
+        The name of the newest complete checkpoint, or None if the store has none.
 
     Raises:
-        StoreError, InputError: the store did not give it.
+        StoreError, InputError: the store failed.
     """
     folder = run.checkpoints
     for name in reversed(store.names()):
-        if (aside := _fetched(store, folder, name)) is None:
+        if (aside := _download(store, folder, name)) is None:
             continue
-        best = best_in(read_object(aside / "state.json"))
+        best = best_known_to(aside)
         if best is not None and best != name:
-            if (aside_best := _fetched(store, folder, best)) is not None:
+            if (aside_best := _download(store, folder, best)) is not None:
                 commit(aside_best, folder / best)
-                run.tidy("the link best was not set", partial(point, folder, "best", best))
+                run.try_cleanup("the link best was not set", partial(set_link, folder, BEST, best))
             else:
-                logger.warning("{} has no whole {}, the best checkpoint so far", store.url, best)
-        commit(aside, folder / name)  # not flushed to the disk: what a power cut damages is fetched again
-        run.tidy("the link latest was not set", partial(point, folder, "latest", name))
+                logger.warning("{} has no complete {}, the best checkpoint so far", store.url, best)
+        commit(aside, folder / name)  # not flushed to disk: after a power cut it is downloaded again
+        run.try_cleanup("the link latest was not set", partial(set_link, folder, LATEST, name))
         return name
     return None
 
 
-def _fetched(store: Store, folder: Path, name: str) -> Path | None:
-    """A whole checkpoint of the store, in a folder that is swept away where nobody renames it."""
-    if not store.is_whole(name):
+def _download(store: Store, folder: Path, name: str) -> Path | None:
+    """Download a checkpoint into a temporary folder and return that, or None if the checkpoint is incomplete or damaged."""
+    if not store.is_committed(name):
         return None
-    logger.info("fetching {}/{}", store.url, name)
-    aside = folder / f".writing-{name}"
-    store.fetch(name, aside)
+    logger.info("downloading {}/{}", store.url, name)
+    aside = unfinished(folder, name)
+    store.download(name, aside)
     try:
         check_format(aside)
     except InputError as error:
@@ -102,7 +115,7 @@ def _fetched(store: Store, folder: Path, name: str) -> Path | None:
     if damage is None:
         return aside
     shutil.rmtree(aside, ignore_errors=True)
-    logger.error("{}/{} is damaged ({}): its manifest is set aside as manifest.json.damaged", store.url, name, damage)
+    logger.error("{}/{} is damaged ({}): its manifest is set aside as {}", store.url, name, damage, DAMAGED_MANIFEST)
     with suppress(StoreError):
         store.set_aside(name)
     return None

@@ -1,10 +1,10 @@
-"""Checkpoints in an object store, or wherever else fsspec reaches by a URL. Imports no torch.
+"""Checkpoints in an object store, or anywhere else that fsspec reaches by URL. Imports no torch.
 
-    URL/step-00000313-epoch-001/    the files of a checkpoint as they lie in a run folder
+    URL/step-00000313-epoch-001/    the same files as in a run folder
     URL/attempt.json                the attempt that may write
 
-A checkpoint without a manifest does not exist: the manifest goes up last, and comes down first. Nothing here knows when
-to do what; that is for `uploads`.
+A checkpoint without a manifest does not exist: the manifest is uploaded last and removed first. This module only
+implements the operations; `upload` and `download` decide when to use them.
 """
 
 import json
@@ -14,38 +14,39 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from distributed.errors import InputError
 from distributed.files import digest_of_bytes
 from distributed.process.deadline import call_within
-from distributed.run.checkpoint_layout import FILES, MANIFEST, in_order
+from distributed.run.checkpoint_layout import DAMAGED_MANIFEST, FILES, MANIFEST, STATE, is_intact, sort_names
 
+T = TypeVar("T")
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
 
 
 class StoreError(Exception):
-    """What a store refused or did not answer: one line, with the URL and the remedy."""
+    """A request to a store failed. The message is one line with the URL and the remedy."""
 
 
 class Store:
-    """What lies under a URL. Every method but the first raises StoreError where the store does not do as it is asked."""
+    """The checkpoints under a URL. Every method raises StoreError if the store fails."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
 
     @cached_property
     def _fs(self) -> Any:
-        """The file system of the URL's scheme.
+        """The file system for the URL's scheme.
 
         Raises:
-            InputError: a package for it is missing.
+            InputError: its package is not installed.
         """
         scheme = self.url.partition(":")[0]
         try:
-            import fsspec.core  # a third of a second, and only for those who asked
+            import fsspec.core  # takes a third of a second, so only when a store is used
 
-            # No memory of what lay there, nor of the environment under which it was asked before.
+            # Without caches: neither listings nor credentials of an earlier environment may be remembered.
             options = {"use_listings_cache": False, "skip_instance_cache": True}
             if scheme == "file":
                 options["auto_mkdir"] = True
@@ -56,146 +57,144 @@ class Store:
                 f"checkpoint.upload_to = {self.url}: {scheme}:// needs the package {package} ({error}): pip install {package}"
             ) from None
         except Exception as error:
-            raise StoreError(f"{self.url}: {self._in_words(error)}") from error
+            raise StoreError(f"{self.url}: {self._explain(error)}") from error
 
     def probe(self) -> None:
         """Write, read and remove a tiny object."""
         path, content = self._path(f".probe-{uuid.uuid4().hex}"), b"probe"
-        with self._asked():
+        with self._store_errors():
             self._fs.pipe_file(path, content)
             found = self._fs.cat_file(path)
             self._fs.rm_file(path)
         if found != content:
-            raise StoreError(f"{self.url}: gives back something else than was written; name another store")
+            raise StoreError(f"{self.url}: returned other bytes than were written; name another store")
 
     def names(self) -> list[str]:
-        """All checkpoints that were ever begun there and not removed, oldest first."""
-        with self._asked():
+        """Return the names of all checkpoints whose upload began and that were not removed, oldest first."""
+        with self._store_errors():
             try:
                 entries = self._fs.ls(self._path(), detail=False)
             except FileNotFoundError:
                 return []
-        return in_order(Path(entry).name for entry in entries)
+        return sort_names(Path(entry).name for entry in entries)
 
-    def is_whole(self, name: str) -> bool:
-        """Whether it was finished; what its files hold is not looked at."""
+    def is_committed(self, name: str) -> bool:
+        """Whether its upload finished. Does not check its files."""
         return self._read(name, MANIFEST) is not None
 
     def has(self, checkpoint: Path) -> bool:
-        """Whether this checkpoint of a run folder is there: the same manifest, and files of the sizes that it names."""
+        """Whether the store has this local checkpoint: an identical manifest, and files of the sizes in it."""
         manifest = (checkpoint / MANIFEST).read_bytes()
         if self._read(checkpoint.name, MANIFEST) != manifest:
             return False
-        with self._asked():
+        with self._store_errors():
             entries = self._fs.ls(self._path(checkpoint.name), detail=True)
         sizes = {Path(entry["name"]).name: entry["size"] for entry in entries}
         return all(sizes.get(name) == size for name, (size, _) in json.loads(manifest)["files"].items())
 
     def newest_state(self) -> dict[str, Any] | None:
-        """The state.json of the newest checkpoint whose own is whole."""
+        """Return the content of the newest intact state.json."""
         for name in reversed(self.names()):
-            files = _object(self._read(name, MANIFEST)).get("files")
-            content = self._read(name, "state.json") or b""
-            expected = files.get("state.json") if isinstance(files, dict) else None
-            state = _object(content)
-            if expected == list(digest_of_bytes(content)) and all(
-                isinstance(state.get(key), dict) for key in ("config", "bits")
-            ):
-                return state
+            manifest, state = self._read(name, MANIFEST), self._read(name, STATE) or b""
+            content = _json_object(state)
+            if is_intact(_json_object(manifest), content, digest_of_bytes(state)):
+                return content
         return None
 
     def upload(self, checkpoint: Path) -> None:
-        """All files, the manifest last; what lay there of that name is no checkpoint from the first byte on."""
+        """Upload all files, the manifest last. An earlier checkpoint of this name is invalid from the first byte on."""
         name = checkpoint.name
-        with self._asked():
+        with self._store_errors():
             self._remove_file(name, MANIFEST)
             for file in (*FILES, MANIFEST):
                 self._fs.put_file(str(checkpoint / file), self._path(name, file))
 
-    def fetch(self, name: str, folder: Path) -> None:
-        """Bring its files into a new folder; whether they are whole is for the caller to look at."""
+    def download(self, name: str, folder: Path) -> None:
+        """Download a checkpoint's files into a new folder, without checking them."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        with self._asked():
+        with self._store_errors():
             for file in (*FILES, MANIFEST):
                 with suppress(FileNotFoundError):
                     self._fs.get_file(self._path(name, file), str(folder / file))
 
     def set_aside(self, name: str) -> None:
-        """Let a damaged checkpoint be none: its manifest gets another name."""
+        """Invalidate a damaged checkpoint by renaming its manifest."""
         manifest = self._read(name, MANIFEST)
-        with self._asked():
-            self._fs.pipe_file(self._path(name, f"{MANIFEST}.damaged"), manifest or b"")
+        with self._store_errors():
+            self._fs.pipe_file(self._path(name, DAMAGED_MANIFEST), manifest or b"")
             self._remove_file(name, MANIFEST)
 
     def remove(self, name: str) -> None:
-        """The manifest first, so that a checkpoint is never half there."""
-        with self._asked():
+        """Remove a checkpoint, its manifest first, so that an interrupted removal leaves no valid checkpoint."""
+        with self._store_errors():
             self._remove_file(name, MANIFEST)
             for entry in self._fs.ls(self._path(name), detail=False):
                 self._remove_file(name, Path(entry).name)
-            if self.url.startswith("file:"):  # elsewhere a folder is there as long as something is in it
+            if self.url.startswith("file:"):  # elsewhere an empty folder does not exist
                 self._fs.rmdir(self._path(name))
 
     def claim(self, holder: dict[str, Any]) -> None:
-        """Say which attempt may write from now on."""
-        with self._asked():
+        """Record which attempt may write from now on."""
+        with self._store_errors():
             self._fs.pipe_file(self._path("attempt.json"), json.dumps(holder, indent=1).encode())
 
     def holder(self) -> dict[str, Any]:
-        """The attempt that claimed it last; empty where none did."""
-        return _object(self._read("attempt.json"))
+        """Return the record of the attempt that claimed the store last; empty if there is none."""
+        return _json_object(self._read("attempt.json"))
 
-    def _path(self, *parts: str) -> str:
-        return "/".join((str(self._fs._strip_protocol(self.url)), *parts))
+    def _path(self, *names: str) -> str:
+        return "/".join((str(self._fs._strip_protocol(self.url)), *names))
 
-    def _read(self, *parts: str) -> bytes | None:
-        with self._asked():
+    def _read(self, *names: str) -> bytes | None:
+        with self._store_errors():
             try:
-                return bytes(self._fs.cat_file(self._path(*parts)))
+                return bytes(self._fs.cat_file(self._path(*names)))
             except FileNotFoundError:
                 return None
 
-    def _remove_file(self, *parts: str) -> None:
+    def _remove_file(self, *names: str) -> None:
         with suppress(FileNotFoundError):
-            self._fs.rm_file(self._path(*parts))
+            self._fs.rm_file(self._path(*names))
 
     @contextmanager
-    def _asked(self) -> Iterator[None]:
+    def _store_errors(self) -> Iterator[None]:
+        """Turn all errors into StoreError, because each file system raises its own kinds."""
         try:
             yield
         except (InputError, StoreError):
             raise
-        except Exception as error:  # each store has its own kinds
-            raise StoreError(f"{self.url}: {self._in_words(error)}") from error
+        except Exception as error:
+            raise StoreError(f"{self.url}: {self._explain(error)}") from error
 
-    def _in_words(self, error: Exception) -> str:
+    def _explain(self, error: Exception) -> str:
         kind, first = type(error).__name__, next(iter(str(error).splitlines()), "")
-        said = f"{kind}: {first}" if first not in ("", "None") else kind
+        detail = f"{kind}: {first}" if first not in ("", "None") else kind
         if self.url.startswith("file:"):
-            return f"{getattr(error, 'strerror', None) or said}; fix permissions, free space, or name another folder"
+            return f"{getattr(error, 'strerror', None) or detail}; fix permissions, free space, or name another folder"
         if isinstance(error, FileNotFoundError):
-            return f"there is no such bucket ({said}); make it, or name another with --checkpoint.upload_to"
+            return f"no such bucket ({detail}); create it, or name another with --checkpoint.upload_to"
         if isinstance(error, PermissionError) or "credential" in kind.lower():
-            return f"no right to read, write and remove there ({said}); set other credentials, as docs/storage.md says"
-        return f"{said}; check the network and the store's endpoint"
+            return f"no permission to read, write and remove ({detail}); set other credentials, see docs/storage.md"
+        return f"{detail}; check the network and the store's endpoint"
 
 
-def within(seconds: float, work: Callable[[], None], store: Store) -> None:
-    """Run `work`, which accesses the store, with a time limit.
+def call_with_timeout(seconds: float, work: Callable[[], T], store: Store) -> T:
+    """Return the result of `work`, which accesses the store and may hang.
 
     Raises:
-        StoreError: it took longer.
+        StoreError: it took longer than `seconds`.
     """
     try:
-        call_within(seconds, work)
+        return call_within(seconds, work)
     except TimeoutError:
         raise StoreError(
             f"{store.url}: no answer within {seconds:g} s; check the network and the store's endpoint"
         ) from None
 
 
-def _object(content: bytes | None) -> dict[str, Any]:
+def _json_object(content: bytes | None) -> dict[str, Any]:
+    """Parse a JSON object; anything else is empty."""
     try:
         found = json.loads(content or b"")
     except (ValueError, RecursionError):

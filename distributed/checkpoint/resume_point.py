@@ -2,63 +2,74 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from distributed.checkpoint.download import fetch_newest
+from distributed.checkpoint.download import download_newest
 from distributed.checkpoint.object_store import Store, StoreError
-from distributed.checkpoint.snapshot import state_of
-from distributed.checkpoint.tensor_file import tensors_of
+from distributed.checkpoint.snapshot import read_state
+from distributed.checkpoint.tensor_file import read_tensors
 from distributed.comm import collectives
 from distributed.errors import InputError, StorageError
 from distributed.files import storing
-from distributed.run.checkpoint_layout import newest_whole, set_aside, sweep
+from distributed.run.checkpoint_layout import delete_unfinished, newest_complete, set_aside
 from distributed.run.claim import ClaimedRun
 
-Check = Callable[[dict[str, Any], Path], None]
-"""Raises InputError if the state.json of that checkpoint is not of this run."""
+Validate = Callable[[dict[str, Any], Path], None]
+"""Raises InputError if the content of this checkpoint's state.json does not belong to the run."""
 
 
-def find_resume_point(run: ClaimedRun, store: Store | None, check: Check) -> tuple[str, dict[str, Any]] | None:
-    """Name and state.json of the newest complete checkpoint, or of the store's; None if the run has saved none yet.
+class ResumePoint(NamedTuple):
+    """The name of a checkpoint and the content of its state.json."""
 
-    Newer ones that are damaged are set aside, loudly, but only once the found one is known to fit.
+    name: str
+    content: dict[str, Any]
+
+
+def find_resume_point(run: ClaimedRun, store: Store | None, validate: Validate) -> ResumePoint | None:
+    """Find the newest complete checkpoint, downloading it if only the store has one.
+
+    Newer damaged checkpoints are set aside, but only after the found one has passed `validate`.
+
+    Returns:
+        None if the run has not saved yet.
 
     Raises:
-        StorageError: the store does not give what it has, or a damaged one cannot be renamed.
-        InputError: it is complete, but not of this run; or none is left of those that the run has saved.
+        StorageError: the store cannot be read, or a damaged checkpoint cannot be renamed.
+        InputError: the checkpoint is complete but not this run's, or the run has saved and no checkpoint is left.
     """
     with storing(run.checkpoints):
-        sweep(run.checkpoints)
-        path, damaged = newest_whole(run.checkpoints)
-        if path is None and store and _fetched(run, store, dict(damaged)):
-            path, damaged = newest_whole(run.checkpoints)
+        delete_unfinished(run.checkpoints)
+        newest = newest_complete(run.checkpoints)
+        if newest.checkpoint is None and store and _download(run, store, newest.damaged):
+            newest = newest_complete(run.checkpoints)
+        path = newest.checkpoint
         if path is None:
             run.check_not_lost()
             return None
         try:
-            content = state_of(path)
+            content = read_state(path)
         except ValueError as error:
-            raise InputError(not_ours(path, error)) from None
-        check(content, path)
-        run.check_ours()
-        for other, damage in damaged:
+            raise InputError(mismatch(path, error)) from None
+        validate(content, path)
+        run.check_token()
+        for other, damage in newest.damaged.items():
             set_aside(other, damage)
-        return path.name, content
+        return ResumePoint(path.name, content)
 
 
-def tensors_at(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that rank 0 has found complete.
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint that rank 0 has found complete.
 
     Raises:
         StorageError: this rank cannot read them.
-        InputError: they are none.
+        InputError: the file is not in safetensors format.
     """
     try:
-        return tensors_of(path)
+        return read_tensors(path)
     except ValueError as error:
-        raise InputError(not_ours(path, error)) from None
+        raise InputError(mismatch(path, error)) from None
     except OSError as error:
         raise StorageError(
             f"{path}: rank {collectives.rank()} cannot read this checkpoint, which rank 0 found ({error.strerror or error}); "
@@ -66,20 +77,20 @@ def tensors_at(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def not_ours(path: Path, error: ValueError) -> str:
-    """One line on a checkpoint that is complete and does not fit."""
+def mismatch(path: Path, error: ValueError) -> str:
+    """Return the one-line message about a checkpoint that is complete and does not fit the run."""
     return f"{path}: {error}; move it away, or give another --run_dir"
 
 
-def _fetched(run: ClaimedRun, store: Store, damaged: dict[Path, str]) -> bool:
-    """Whether the store gave a checkpoint; it takes the place of a damaged one of its name."""
+def _download(run: ClaimedRun, store: Store, damaged: dict[Path, str]) -> bool:
+    """Download the store's newest checkpoint, replacing a damaged one of the same name. Returns whether there was one."""
 
-    def put(aside: Path, path: Path) -> None:
+    def commit(aside: Path, path: Path) -> None:
         if path in damaged:
             set_aside(path, damaged[path])
         run.commit(aside, path)
 
     try:
-        return fetch_newest(store, run, put) is not None
+        return download_newest(store, run, commit) is not None
     except StoreError as error:
-        raise StorageError(f"{error}; nothing was begun: then give the same command again") from error
+        raise StorageError(f"{error}; the run has not started: then rerun the same command") from error

@@ -1,4 +1,4 @@
-"""Whether a save is affordable: on a fast GPU an epoch can take less time than writing its checkpoint."""
+"""Limits the time spent on saves: on a fast GPU an epoch can take less time than writing its checkpoint."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ class SaveBudget:
 
     Args:
         fraction: in (0, 1]; 1 allows every save.
-        clock: seconds that only grow.
+        clock: a monotonic clock in seconds.
     """
 
     def __init__(self, fraction: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -19,7 +19,7 @@ class SaveBudget:
 
     @contextmanager
     def spending(self) -> Iterator[None]:
-        """Count the time that a save takes, in any thread."""
+        """Count the duration of a save, in any thread."""
         start = self._clock()
         try:
             yield
@@ -29,7 +29,7 @@ class SaveBudget:
 
     @property
     def unlimited(self) -> bool:
-        """Whether every save is allowed, even one that has to wait for the save before."""
+        """Whether every save is allowed, even one that has to wait for the previous save."""
         return self._fraction == 1
 
     def allows(self) -> bool:

@@ -1,7 +1,7 @@
-"""A run's state at one moment: written as a checkpoint, and read back."""
+"""A snapshot of a run: written as a checkpoint, and read back."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distributed.checkpoint.tensor_file import tensors_of, write_tensors
+from distributed.checkpoint.tensor_file import read_tensors, write_tensors
 from distributed.engine.protocol import Engine
 from distributed.files import digest_of, read_json, replace_json
-from distributed.run.checkpoint_layout import FORMAT
+from distributed.run.checkpoint_layout import FORMAT, MANIFEST, STATE, TENSORS
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The tensors and the state.json of the checkpoint `name`; `best` names the best epoch's checkpoint, if there is one."""
+    """The tensors and the content of state.json of the checkpoint `name`. `best` is the best epoch's checkpoint, if any."""
 
     name: str
     tensors: dict[str, Tensor]
@@ -25,8 +25,8 @@ class Snapshot:
     best: str | None
 
 
-def to_host(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Host copies. Copies from a GPU complete when its current stream gets here; does not synchronize."""
+def copy_to_host(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Copy tensors to host memory. Copies from a GPU are asynchronous, on its current stream."""
     copies: dict[str, Tensor] = {}
     for name, tensor in tensors:
         if tensor.is_cuda:
@@ -38,35 +38,40 @@ def to_host(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def write_checkpoint(aside: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
-    """All files of a checkpoint, the manifest last, each on the disk before the next."""
+    """Write all files of a checkpoint into a new folder, the manifest last. Each is flushed to disk before the next."""
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    files = {"tensors.safetensors": write_tensors(aside / "tensors.safetensors", tensors)}
-    replace_json(aside / "state.json", content)
-    files["state.json"] = digest_of(aside / "state.json")
-    replace_json(aside / "manifest.json", {"format": FORMAT, "files": files})
+    files = {TENSORS: write_tensors(aside / TENSORS, tensors)}
+    replace_json(aside / STATE, content)
+    files[STATE] = digest_of(aside / STATE)
+    replace_json(aside / MANIFEST, {"format": FORMAT, "files": files})
 
 
-def state_of(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint's state.json.
+def read_state(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint's state.json.
 
     Raises:
-        ValueError: it is not that of a checkpoint.
+        ValueError: it is not a JSON object with the expected keys.
     """
-    content = read_json(path / "state.json")
+    content = read_json(path / STATE)
     if not isinstance(content, dict):
-        raise ValueError("state.json is no object")
+        raise ValueError(f"{STATE} is no object")
     if odd := [name for name in ("state", "config", "bits") if not isinstance(content.get(name, {}), dict)]:
-        raise ValueError(f"{' and '.join(odd)} in state.json: of another version")
+        raise ValueError(f"{' and '.join(odd)} in {STATE}: of another version")
     return content
 
 
-def load(path: Path, engine: Engine) -> dict[str, Any]:
-    """Put a checkpoint's tensors into the engine; the content of its state.json.
+def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
+    """Load a checkpoint's tensors into the engine and return the content of its state.json.
 
     Raises:
-        ValueError: the files do not fit this network, or are not a checkpoint.
+        ValueError: the tensors do not fit this network, or the files are not a checkpoint's.
     """
-    content = state_of(path)
-    engine.load_state(tensors_of(path))
+    content = read_state(path)
+    engine.load_state(read_tensors(path))
     return content
+
+
+def load_weights(engine: Engine, tensors: Mapping[str, Tensor]) -> None:
+    """Load weights, buffers and EMA, and reset the optimizer: `Engine.load_state` does so without the optimizer's tensors."""
+    engine.load_state({name: tensor for name, tensor in tensors.items() if name.startswith(("model.", "ema."))})

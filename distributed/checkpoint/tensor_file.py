@@ -1,6 +1,6 @@
-"""A checkpoint's tensors: written tensor by tensor, with a digest, so that nothing is held twice in memory.
+"""A checkpoint's tensors in safetensors format, written one tensor at a time so that none is copied in memory.
 
-The library's own writer wants all bytes at once and gives no digest; reading is the library's.
+The library's own writer needs all bytes at once and computes no digest. Its reader is used as it is.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -17,15 +17,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distributed.files import Written
+from distributed.run.checkpoint_layout import TENSORS
 
-_NAMES = {
+_DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
-    """Write CPU tensors of any layout; on the disk when this returns."""
+    """Write CPU tensors of any memory layout and flush them to disk."""
     with path.open("wb") as file:
         digest = hashlib.blake2b(digest_size=16)
         size = 0
@@ -38,16 +39,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
     return Written(size, digest.hexdigest())
 
 
-def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint; a ValueError where their file is none."""
+def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Read all tensors of a checkpoint. Raises ValueError if its file is not in safetensors format."""
     try:
-        return load_file(checkpoint / "tensors.safetensors")
+        return load_file(checkpoint / TENSORS)
     except SafetensorError as error:
-        raise ValueError(f"tensors.safetensors: {error}") from None
+        raise ValueError(f"{TENSORS}: {error}") from None
 
 
-def digest_of_tensor(tensor: Tensor) -> str:
-    """Of its numbers in row-major order, whatever its layout."""
+def tensor_digest(tensor: Tensor) -> str:
+    """Return a digest of the values in row-major order, independent of the memory layout."""
     return hashlib.blake2b(_bytes_of(tensor), digest_size=8).hexdigest()
 
 
@@ -55,14 +56,18 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
     entries, offset = {}, 0
     for name, tensor in tensors.items():
         end = offset + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        entries[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight
+    text += b" " * (-len(text) % 8)  # aligns the tensors to eight bytes
     return len(text).to_bytes(8, "little") + text
 
 
 def _bytes_of(tensor: Tensor) -> Any:
-    """The tensor's bytes in row-major order, as a buffer over its own memory where it lies so already."""
+    """Return the bytes in row-major order, as a buffer over the tensor's own memory if it is contiguous."""
     flat = tensor.contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""

@@ -1,7 +1,7 @@
-"""When a run's checkpoints go to the store that `checkpoint.upload_to` names. Imports no torch.
+"""Uploads a run's checkpoints to the store that `checkpoint.upload_to` names. Imports no torch.
 
-A thread of its own beside the one that writes them: a slow store or one that is away delays no step and no save. What it
-lacks of what retention keeps goes up, the newest first; what failed is tried again at the next save.
+Uploads run in their own thread, so a slow or unavailable store delays neither steps nor saves. The thread uploads the
+checkpoints that retention keeps and the store lacks, newest first. The next save retries what failed.
 """
 
 import json
@@ -18,7 +18,7 @@ from distributed.checkpoint.object_store import Store, StoreError
 from distributed.config import TrainConfig
 from distributed.errors import InputError, StorageError
 from distributed.files import read_object
-from distributed.run.checkpoint_layout import best_in, checkpoints
+from distributed.run.checkpoint_layout import best_known_to, checkpoints
 from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
 from distributed.topology import host
@@ -27,121 +27,124 @@ AT_STOP_SECONDS = 60.0  # of the 120 between Slurm's warning and its time limit
 AT_END_SECONDS = 600.0
 
 
-class Uploads:
-    """The upload of one run's checkpoints; rank 0 has it.
+class Uploader:
+    """Uploads the checkpoints of one run. Only rank 0 has one.
 
     Attributes:
-        store: where they go.
-        holds: the checkpoint that is being read, which must stay until it is up.
-        problem: why the store lacks the newest, in a line; empty where it has it.
+        store: the destination.
+        uploading: name of the checkpoint being read, which retention must keep; empty if there is none.
+        problem: why the store lacks the newest checkpoint, in one line; empty if it has it.
     """
 
     def __init__(self, url: str, run: ClaimedRun, *, keep_last: int) -> None:
         self.run, self.keep_last = run, keep_last
-        self.holds = self.problem = ""
+        self.uploading = self.problem = ""
         self.store = Store(url)
         self._token = ""
         self._lock = threading.Lock()
-        self._asked = False
+        self._requested = False
         self._thread: threading.Thread | None = None
         self._deadline = 0.0
 
-    def offer(self) -> None:
-        """Have the thread look at what the store lacks. Returns at once."""
+    def start(self) -> None:
+        """Upload in the background what the store lacks."""
         with self._lock:
-            self._asked = True
+            self._requested = True
             if self._thread is None:
-                # Nobody waits for a daemon at the exit: a store that hangs holds no process.
+                # A daemon, so that a hanging store does not keep the process alive.
                 self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
                 self._thread.start()
 
-    def begin_ending(self, seconds: float) -> None:
-        """The run ends: try once more what failed, for so long at most."""
+    def finish_within(self, seconds: float) -> None:
+        """Set the deadline for the last uploads of this attempt, and retry what failed."""
         self._deadline = time.monotonic() + seconds
         if self.problem:
-            self.offer()
+            self.start()
 
     def is_busy(self) -> bool:
-        """Wait a second at most; whether something is still going up and the time of `begin_ending` not over."""
+        """Wait up to a second. Returns whether an upload is still running before the deadline of `finish_within`."""
         thread = self._thread
         if thread is None:
             return False
         thread.join(max(0.0, min(1.0, self._deadline - time.monotonic())))
         if thread.is_alive() and time.monotonic() >= self._deadline:
-            self._tell(f"{self.store.url}: the newest checkpoint was not up in time")
+            self._report(f"{self.store.url}: the newest checkpoint was not uploaded in time")
             return False
         return thread.is_alive()
 
     def _work(self) -> None:
         while True:
             with self._lock:
-                if not self._asked:
+                if not self._requested:
                     self._thread = None
                     return
-                self._asked = False
+                self._requested = False
             try:
-                self._bring_up()
+                self._upload_missing()
             except (StoreError, InputError, StorageError) as error:
-                self._tell(str(error))
-            except Exception as error:  # never training's
-                self._tell(f"{self.store.url}: {type(error).__name__}: {error}")
+                self._report(str(error))
+            except Exception as error:  # an upload must never end training
+                self._report(f"{self.store.url}: {type(error).__name__}: {error}")
             else:
-                self._tell("")
+                self._report("")
 
-    def _bring_up(self) -> None:
+    def _upload_missing(self) -> None:
         tried: set[str] = set()
-        while (path := next(self._lacking(tried), None)) is not None:
+        while (path := next(self._missing(tried), None)) is not None:
             tried.add(path.name)
             self._upload(path)
         try:
-            self._retain()
-        except StoreError as error:  # what is wanted is up
+            self._remove_old()
+        except StoreError as error:  # all uploads succeeded
             logger.warning("an old checkpoint was not deleted: {}; the next save tries again", error)
 
-    def _wanted(self) -> list[Path]:
-        """What retention keeps here, the newest first."""
-        there = checkpoints(self.run.checkpoints)[::-1]
-        best = best_in(read_object(there[0] / "state.json")) if there else None
-        return [path for index, path in enumerate(there) if index < self.keep_last or path.name == best]
+    def _retained(self) -> list[Path]:
+        """Return the local checkpoints that retention keeps, newest first."""
+        paths = checkpoints(self.run.checkpoints)[::-1]
+        best = best_known_to(paths[0]) if paths else None
+        return [path for index, path in enumerate(paths) if index < self.keep_last or path.name == best]
 
-    def _lacking(self, tried: set[str]) -> Iterator[Path]:
-        for path in self._wanted():
-            with suppress(FileNotFoundError):  # retention was here
+    def _missing(self, tried: set[str]) -> Iterator[Path]:
+        for path in self._retained():
+            with suppress(FileNotFoundError):  # deleted by retention in the meantime
                 if path.name not in tried and not self.store.has(path):
                     yield path
 
     def _upload(self, path: Path) -> None:
-        self._check_ours()
-        self.holds = path.name
-        began = time.monotonic()
+        self._check_token()
+        self.uploading = path.name
+        start = time.monotonic()
         try:
             self.store.upload(path)
             if not self.store.has(path):
-                raise StoreError(f"{self.store.url}: {path.name} arrived with other sizes; look at the store's space")
+                raise StoreError(
+                    f"{self.store.url}: {path.name} has other sizes after its upload; check the store's space"
+                )
         except (StoreError, FileNotFoundError):
             if path.is_dir():
                 raise
-            return  # retention was faster than `holds`; a newer one is there
+            return  # retention deleted it before `uploading` was set, so there is a newer one
         finally:
-            self.holds = ""
-        logger.debug("{} is up at {} after {:.1f} s", path.name, self.store.url, time.monotonic() - began)
+            self.uploading = ""
+        logger.debug("uploaded {} to {} in {:.1f} s", path.name, self.store.url, time.monotonic() - start)
 
-    def _retain(self) -> None:
-        """Remove what the rule of the run folder would remove, and what a killed upload left."""
-        wanted = self._wanted()
-        if not wanted:
+    def _remove_old(self) -> None:
+        """Remove what retention would delete in the run folder, and the remains of interrupted uploads."""
+        retained = self._retained()
+        if not retained:
             return
         names = self.store.names()
-        newest = [name for name in names if self.store.is_whole(name)][-self.keep_last :]
-        best = best_in(read_object(wanted[0] / "state.json"))
-        gone = [name for name in names if name not in (*newest, best) and name not in [path.name for path in wanted]]
-        if gone:
-            self._check_ours()
-        for name in gone:
+        newest = [name for name in names if self.store.is_committed(name)][-self.keep_last :]
+        keep = {*newest, best_known_to(retained[0]), *(path.name for path in retained)}
+        old = [name for name in names if name not in keep]
+        if old:
+            self._check_token()
+        for name in old:
             self.store.remove(name)
 
-    def _check_ours(self) -> None:
-        self.run.check_ours()
+    def _check_token(self) -> None:
+        """Claim the store at the first call; later raise StoreError if another run has claimed it since."""
+        self.run.check_token()
         if not self._token:
             token = uuid.uuid4().hex
             self.store.claim({"token": token, "host": host(), "run_dir": str(self.run.path.absolute())})
@@ -150,14 +153,15 @@ class Uploads:
         holder = self.store.holder()
         if holder and holder.get("token") != self._token:
             raise StoreError(
-                f"{self.store.url}: taken over by the run in {holder.get('run_dir')} on {holder.get('host')}, which began "
+                f"{self.store.url}: taken over by the run in {holder.get('run_dir')} on {holder.get('host')}, which started "
                 "later; give each run its own --checkpoint.upload_to"
             )
 
-    def _tell(self, problem: str) -> None:
+    def _report(self, problem: str) -> None:
+        """Log the problem, if any, and write upload.json."""
         self.problem = problem
         if problem:
-            logger.warning("not uploaded: {}; training does not wait for it, and the next save tries again", problem)
+            logger.warning("not uploaded: {}; training continues, and the next save tries again", problem)
         newest = checkpoints(self.run.checkpoints)[-1:]
         with suppress(OSError):
             content = {"to": self.store.url, "newest": newest[0].name if newest else "", "problem": problem}
@@ -165,8 +169,8 @@ class Uploads:
             self.run.replace(self.run.upload_file, json.dumps(content, indent=1) + "\n")
 
 
-def upload_rest(config: TrainConfig) -> None:
-    """Bring up what the store still lacks of a run that is finished."""
+def upload_remaining(config: TrainConfig) -> None:
+    """Upload what the store still lacks of a finished run."""
     if not config.checkpoint.upload_to:
         return
     try:
@@ -174,26 +178,26 @@ def upload_rest(config: TrainConfig) -> None:
     except InputError as error:
         logger.warning("not uploaded: {}", error)
     else:
-        rest = Uploads(config.checkpoint.upload_to, run, keep_last=config.checkpoint.keep_last)
-        rest.offer()
-        rest.begin_ending(AT_END_SECONDS)
-        while rest.is_busy():
+        uploader = Uploader(config.checkpoint.upload_to, run, keep_last=config.checkpoint.keep_last)
+        uploader.start()
+        uploader.finish_within(AT_END_SECONDS)
+        while uploader.is_busy():
             pass
         run.release()
-    tell_ending(config)
+    log_upload_result(config)
 
 
-def tell_ending(config: TrainConfig) -> None:
-    """The last word on a run's uploads: that the newest checkpoint is up, or loudly that it is not."""
+def log_upload_result(config: TrainConfig) -> None:
+    """Log whether the newest checkpoint was uploaded; an error if it was not."""
     run, url = RunFolder(config.run_dir), config.checkpoint.upload_to
     if url is None:
         return
-    said = read_object(run.upload_file)
+    uploaded = read_object(run.upload_file)
     newest = next((path.name for path in checkpoints(run.checkpoints)[::-1]), "none")
-    if said.get("to") == url.rstrip("/") and said.get("newest") == newest and not said.get("problem"):
+    if uploaded.get("to") == url.rstrip("/") and uploaded.get("newest") == newest and not uploaded.get("problem"):
         logger.info("{} is uploaded to {}", newest, url)
     else:
         logger.error(
-            "NOT UPLOADED: {} lies in {} alone: {}; fix that, and the same command uploads it",
-            newest, run.checkpoints, said.get("problem") or f"{url} was not reached",
+            "NOT UPLOADED: {} is only in {}: {}; fix that, and the same command uploads it",
+            newest, run.checkpoints, uploaded.get("problem") or f"{url} was not reached",
         )  # fmt: skip

@@ -1,39 +1,39 @@
-"""Weights of another run: those it evaluates with, and beginning a run with them."""
+"""Weights of another run: those it is evaluated with, and starting a new run from them."""
 
 from pathlib import Path
 
 from loguru import logger
 from torch import Tensor
 
-from distributed.checkpoint.tensor_file import tensors_of
+from distributed.checkpoint.snapshot import load_weights
+from distributed.checkpoint.tensor_file import read_tensors
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
-from distributed.run.checkpoint_layout import check_format, damage_of
-from distributed.run.folder import find_checkpoint
+from distributed.run.checkpoint_layout import check_format, damage_of, find_checkpoint
 
 
-def evaluated_weights(path: Path) -> dict[str, Tensor]:
-    """The weights and buffers that a run evaluates with, by the model's names: the averages where it has them.
+def evaluation_weights(path: Path) -> dict[str, Tensor]:
+    """Read the weights and buffers that a checkpoint is evaluated with, by the model's names: the EMA where it has one.
 
     Raises:
-        InputError: it holds no tensors.
+        InputError: its tensors cannot be read.
     """
     try:
-        tensors = tensors_of(path)
+        tensors = read_tensors(path)
     except ValueError as error:
         raise InputError(f"{path}: {error}; name another checkpoint") from None
-    found = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    averages = {name.removeprefix("ema."): tensor for name, tensor in tensors.items() if name.startswith("ema.")}
-    return found | averages
+    weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    ema = {name.removeprefix("ema."): tensor for name, tensor in tensors.items() if name.startswith("ema.")}
+    return weights | ema
 
 
-def start_from(path: Path, engine: Engine) -> None:
-    """Begin with the weights of another run, or of one of its checkpoints; everything else is as at the start.
+def load_initial_weights(path: Path, engine: Engine) -> None:
+    """Start from the weights of another run or of one of its checkpoints; nothing else is loaded.
 
-    A last layer of another number of classes keeps its initial weights.
+    A last layer with a different number of classes keeps its random initialization.
 
     Raises:
-        InputError: no whole checkpoint there, or one of another model.
+        InputError: there is no complete checkpoint, or it is one of another model.
     """
     checkpoint = find_checkpoint(path)
     check_format(checkpoint)
@@ -41,16 +41,13 @@ def start_from(path: Path, engine: Engine) -> None:
         raise InputError(
             f"init_from = {path}: {checkpoint.name} is damaged: {damage}; name another checkpoint of that run"
         )
-    found = {f"model.{name}": tensor for name, tensor in evaluated_weights(checkpoint).items()}
+    found = {f"model.{name}": tensor for name, tensor in evaluation_weights(checkpoint).items()}
     own = {name: tensor for name, tensor in engine.state() if name.startswith("model.")}
     last = list(own)[-1].rpartition(".")[0]
-    afresh = [name for name in own if name in found and name.startswith(last) and own[name].shape != found[name].shape]
+    resized = [name for name in own if name in found and name.startswith(last) and own[name].shape != found[name].shape]
     try:
-        engine.load_state(found | {name: own[name] for name in afresh})
+        load_weights(engine, found | {name: own[name] for name in resized})
     except ValueError as error:
         raise InputError(f"init_from = {path}: {error}; name a run of the same network") from None
-    logger.info(
-        "starting from the weights of {}{}",
-        checkpoint,
-        f"; {last.removeprefix('model.')} starts afresh" if afresh else "",
-    )
+    kept = f"; {last.removeprefix('model.')} keeps its random initialization" if resized else ""
+    logger.info("starting from the weights of {}{}", checkpoint, kept)

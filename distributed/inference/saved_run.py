@@ -9,7 +9,7 @@ from distributed.config.layers import shown
 from distributed.data.sources import registry
 from distributed.errors import InputError
 from distributed.files import read_object
-from distributed.run.checkpoint_layout import check_format, checkpoints, damage_of
+from distributed.run.checkpoint_layout import check_format, committed_names, damage_of, is_committed, preferred
 from distributed.run.folder import RunFolder
 
 
@@ -72,17 +72,17 @@ def choose_checkpoint(run: Path, name: str) -> Path:
         InputError: no such checkpoint.
     """
     folder = RunFolder(run).checkpoints
-    newest = [path.name for path in checkpoints(folder)[-1:]]  # the links may be broken
-    for candidate in ("best", "latest", *newest) if name == "auto" else (name,):
-        if os.path.isfile(folder / candidate / "manifest.json"):
-            found = (folder / candidate).resolve()
+    # Not all of them: without a usable newest checkpoint an older one must be asked for by name.
+    for candidate in preferred(folder)[:3] if name == "auto" else [folder / name]:
+        if is_committed(candidate):
+            found = candidate.resolve()
             if found.parent != folder.resolve():
                 raise InputError(
-                    f"--checkpoint {candidate}: leads to {found}, outside {folder}; name one inside it, or its own run"
+                    f"--checkpoint {candidate.name}: leads to {found}, outside {folder}; name one inside it, or its own run"
                 )
             return found
-    names = sorted(path.name for path in folder.glob("[!.]*") if (path / "manifest.json").is_file())
-    raise InputError(f"--checkpoint {shown(name)}: not in {folder}; choose one of: {', '.join(names) or 'none yet'}")
+    names = ", ".join(committed_names(folder)) or "none yet"
+    raise InputError(f"--checkpoint {shown(name)}: not in {folder}; choose one of: {names}")
 
 
 def check_complete(checkpoint: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed.build import read_data
-from distributed.checkpoint.warm_start import evaluated_weights
+from distributed.checkpoint.warm_start import evaluation_weights
 from distributed.config import TrainConfig
 from distributed.config.data import MAX_PIXELS
 from distributed.data.sources.decode import to_square
@@ -149,7 +149,7 @@ def load_checkpoint(config: TrainConfig, checkpoint: Path, *, device: str | torc
     class_names = read_class_names(content, config)
     network = build_model(config.model, num_classes=len(class_names), seed=config.seed)
     try:
-        network.load_state_dict(evaluated_weights(checkpoint))  # float64 becomes float32
+        network.load_state_dict(evaluation_weights(checkpoint))  # float64 becomes float32
     except RuntimeError as error:
         raise InputError(f"{checkpoint}: does not fit the run's config.toml: {' '.join(str(error).split())}") from None
     normalization = read_normalization(content) or read_normalization(read_data(config).metadata())

@@ -1,6 +1,6 @@
-"""A file of scalars for TensorBoard, written by the caller's thread: an error is raised where it can be caught.
+"""A TensorBoard event file of scalars, written by the calling thread so that errors can be caught.
 
-torch's SummaryWriter writes in a thread of its own. On a full disk that thread prints a traceback, and every later call raises.
+torch's SummaryWriter writes in its own thread. On a full disk that thread prints a traceback, and every later call raises.
 """
 
 import os
@@ -13,20 +13,20 @@ from distributed.topology import host
 
 
 class EventFile:
-    """A new file in `folder`. TensorBoard hides what earlier files hold from `purge_step` on."""
+    """A new event file in `folder`. TensorBoard hides the contents of earlier files from `purge_step` on."""
 
     def __init__(self, folder: Path, *, purge_step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{int(time.time()):010}.{host()}.{os.getpid()}.0"  # TensorBoard reads in this order
-        # Unbuffered: Python would write a buffer that failed once more when it is freed, and print that error.
+        name = f"events.out.tfevents.{int(time.time()):010}.{host()}.{os.getpid()}.0"  # TensorBoard reads them sorted
+        # Unbuffered: after a failed write Python would retry the buffer when it is freed and print the error.
         self._file = (folder / name).open("xb", buffering=0)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Write values of one step."""
+        """Write the values of one step."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -39,7 +39,7 @@ class EventFile:
         RecordWriter(self).write(event.SerializeToString())
 
     def write(self, record: bytes) -> None:
-        """Write a record completely: on a disk that is almost full, the system takes a part of it."""
+        """Write the complete record. On an almost full disk one system call may write only some of it."""
         rest = memoryview(record)
         while rest:
             rest = rest[self._file.write(rest) :]

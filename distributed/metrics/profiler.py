@@ -1,4 +1,4 @@
-"""A few steps of an attempt under torch's profiler: a trace for https://ui.perfetto.dev and a table of what took longest."""
+"""Profiles a few training steps: a trace for https://ui.perfetto.dev and a table of the slowest operations."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,16 +9,16 @@ from loguru import logger
 
 from distributed.process.optional_output import OptionalOutput
 
-_FIRST = 10  # steps left alone before: caches fill, libraries choose their kernels
+_WARM_UP_STEPS = 10  # not profiled: caches fill and libraries choose kernels
 
 
 class StepProfiler:
-    """Counts steps, and profiles so many of them after the first ten.
+    """Profiles some steps of an attempt after ten warm-up steps. Context manager.
 
     Args:
-        steps: 0 for none at all.
-        folder: where `trace.json` and `table.txt` go.
-        check: asked before they are written; an OSError if the folder is not this attempt's any more.
+        steps: number of steps to profile; 0 disables the profiler.
+        folder: receives `trace.json` and `table.txt`.
+        check: called before they are written; raises OSError if the folder no longer belongs to this attempt.
     """
 
     def __init__(self, steps: int, folder: Path, check: Callable[[], None]) -> None:
@@ -30,18 +30,18 @@ class StepProfiler:
     def __enter__(self) -> Self:
         return self
 
-    def step_done(self) -> None:
-        """Tell of each step, on the thread that took it."""
+    def step(self) -> None:
+        """Call after each step, on the thread that ran it."""
         if not self.steps:
             return
         self._done += 1
-        if self._done == _FIRST:
+        if self._done == _WARM_UP_STEPS:
             self._output.run(self._begin)
-        elif self._done == _FIRST + self.steps:
+        elif self._done == _WARM_UP_STEPS + self.steps:
             self._output.run(self._end)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._output.run(self._end)  # an attempt that was shorter
+        self._output.run(self._end)  # the attempt ended before the last profiled step
 
     def _begin(self) -> None:
         from torch.profiler import profile  # slow to import

@@ -1,10 +1,10 @@
-"""What a run has to tell, and how it is measured. Where it is told is a `Sink`'s part."""
+"""The metrics of a run, how they are measured, and the `Sink` protocol of their destinations."""
 
 import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -22,10 +22,10 @@ class TrainMetrics:
     lr: float
     grad_norm: float
     images_per_second: float
-    data_wait: float  # part of the time spent waiting for batches
-    memory_mib: float  # the most that this rank held: of its GPU's memory, or resident
+    data_wait: float  # fraction of the time spent waiting for batches
+    memory_mib: float  # this rank's peak: allocated on its GPU, or resident on the CPU
     eta_seconds: float
-    skipped_steps: int = 0  # of these steps, in float16: a gradient overflowed, so that the weights stayed as they were
+    skipped_steps: int = 0  # in float16: steps whose gradient overflowed, so that the weights were not updated
 
 
 @dataclass(frozen=True)
@@ -53,46 +53,54 @@ class EpochMetrics:
 
 
 class Sink(Protocol):
-    """Where metrics are announced; every rank calls its sinks with the same numbers at the same steps."""
+    """A destination of metrics. Every rank calls its sinks with the same numbers at the same steps."""
 
-    def train(self, metrics: TrainMetrics) -> None: ...
+    def log_step(self, metrics: TrainMetrics) -> None: ...
 
-    def epoch(self, metrics: EpochMetrics) -> None: ...
+    def log_epoch(self, metrics: EpochMetrics) -> None: ...
 
     def close(self) -> None: ...
 
 
-class Meter:
-    """Images a second and the wait for data, between two readings."""
+class Elapsed(NamedTuple):
+    """The time between two readings of a `SpeedMeter`."""
+
+    seconds: float
+    data_wait: float
+    """Fraction of the seconds spent waiting for data."""
+
+
+class SpeedMeter:
+    """Measures elapsed time and the wait for data between two readings."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """Forget the time since the last reading: an evaluation, say."""
+        """Discard the time since the last reading, e.g. that of an evaluation."""
         self._start, self._waited = time.perf_counter(), 0.0
 
-    def waiting(self, batches: Iterator[T]) -> Iterator[T]:
-        """The same items, the time that each took to come counted."""
+    def time_waits(self, batches: Iterator[T]) -> Iterator[T]:
+        """Yield the items unchanged and measure how long each one took to arrive."""
         while True:
-            asked = time.perf_counter()
+            start = time.perf_counter()
             try:
                 item = next(batches)
             except StopIteration:
                 return
-            self._waited += time.perf_counter() - asked
+            self._waited += time.perf_counter() - start
             yield item
 
-    def read(self) -> tuple[float, float]:
-        """(seconds since the last reading, part of them spent waiting for data)."""
+    def read(self) -> Elapsed:
+        """Return the time since the last reading and restart."""
         seconds = time.perf_counter() - self._start
         waited = self._waited
         self.restart()
-        return seconds, waited / seconds
+        return Elapsed(seconds, waited / seconds)
 
 
-def memory_mib(device: torch.device) -> float:
-    """The most memory this process held so far: on its GPU, or resident on the CPU."""
+def peak_memory_mib(device: torch.device) -> float:
+    """Return this process's peak memory so far: allocated on its GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

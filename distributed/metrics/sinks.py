@@ -1,4 +1,4 @@
-"""Where metrics are told: metrics.jsonl first, TensorBoard and the terminal beside it."""
+"""The sinks of a run: metrics.jsonl, TensorBoard and the terminal."""
 
 import json
 import math
@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from loguru import logger
 
@@ -17,60 +16,64 @@ from distributed.metrics.event_file import EventFile
 from distributed.metrics.records import EpochMetrics, Sink, TrainMetrics
 from distributed.process.optional_output import OptionalOutput
 from distributed.run.claim import ClaimedRun
+from distributed.run.records import EpochRecord, Record, TrainRecord
 
 
 class JsonLines:
-    """One JSON object a line, `kind` train or epoch; null is a number that is not finite, as the norm of a gradient that
-    overflowed. Lines after the step that a resumed run starts from are taken back. The first of a run's sinks: once another
-    attempt has the folder it raises, and the others write no more."""
+    """Writes metrics.jsonl: one JSON object per line, `kind` train or epoch.
+
+    Numbers that are not finite, e.g. the norm of an overflowed gradient, are null. A resumed run deletes the lines after
+    the step it resumes from. This is the first of a run's sinks: once another attempt has claimed the folder it raises,
+    so the sinks after it write nothing either.
+    """
 
     def __init__(self, run: ClaimedRun, *, start_step: int, start_epoch: int, data: str) -> None:
         self.run, self.data = run, data
         with storing(run.metrics_file):
             lines = lines_of(run.metrics_file)
-            kept = [line for line in lines if _is_of_the_past(line, step=start_step, epoch=start_epoch)]
+            kept = [line for line in lines if _is_before(line, step=start_step, epoch=start_epoch)]
         run.replace(run.metrics_file, "".join(f"{line}\n" for line in kept))
 
-    def train(self, metrics: TrainMetrics) -> None:
-        self._append({"kind": "train", "data": self.data} | asdict(metrics))
+    def log_step(self, metrics: TrainMetrics) -> None:
+        self._append(TrainRecord(kind="train", data=self.data, **asdict(metrics)))
         self.run.progress(step=metrics.step, epoch=metrics.epoch)
 
-    def epoch(self, metrics: EpochMetrics) -> None:
-        self._append({"kind": "epoch", "data": self.data} | asdict(metrics))
+    def log_epoch(self, metrics: EpochMetrics) -> None:
+        self._append(EpochRecord(kind="epoch", data=self.data, **asdict(metrics)))
 
-    def _append(self, line: dict[str, Any]) -> None:
-        strict = {name: None if value in (math.inf, -math.inf) else value for name, value in line.items()}
+    def _append(self, record: Record) -> None:
+        strict = {name: None if value in (math.inf, -math.inf) else value for name, value in record.as_json().items()}
         self.run.append(self.run.metrics_file, strict)
 
     def close(self) -> None:
         pass
 
 
-def _is_of_the_past(text: str, *, step: int, epoch: int) -> bool:
-    """Whether a run that goes on from there will not write this line again."""
+def _is_before(text: str, *, step: int, epoch: int) -> bool:
+    """Whether a run resumed at this step and epoch will not write the line again."""
     try:
         line = json.loads(text)
         return bool(line["step"] <= step and (line["kind"] != "epoch" or line["epoch"] < epoch))
     except (ValueError, KeyError, TypeError, RecursionError):
-        return False  # half a line, of a kill
+        return False  # incomplete: the process was killed while writing it
 
 
 class TensorBoard:
-    """The same as scalars: training, validation and test curves in one folder."""
+    """Writes TensorBoard scalars: training, validation and test curves in one folder."""
 
     def __init__(self, folder: Path, *, start_step: int) -> None:
         self._folder, self._start_step = folder, start_step
 
     @cached_property
     def _events(self) -> EventFile:
-        # Slow to import, so not before there is something to write. Curves beyond the resumed step are taken back.
+        # Created on first use because its imports are slow. TensorBoard hides the earlier curves after the resumed step.
         return EventFile(self._folder, purge_step=self._start_step + 1)
 
-    def train(self, metrics: TrainMetrics) -> None:
+    def log_step(self, metrics: TrainMetrics) -> None:
         names = ("loss", "accuracy", "lr", "grad_norm", "images_per_second", "data_wait", "memory_mib", "skipped_steps")
         self._events.scalars({f"train/{name}": getattr(metrics, name) for name in names}, metrics.step)
 
-    def epoch(self, metrics: EpochMetrics) -> None:
+    def log_epoch(self, metrics: EpochMetrics) -> None:
         values = {"epoch/train_loss": metrics.train_loss, "epoch/train_accuracy": metrics.train_accuracy}
         for split in ("validation", "test"):
             measured = getattr(metrics, split)
@@ -82,53 +85,53 @@ class TensorBoard:
             self._events.close()
 
 
-class BestEffort:
-    """A sink whose first error is a warning, and its end: nothing that the run is made of."""
+class OptionalSink:
+    """A sink that the run does not depend on: its first error is logged as a warning and disables it."""
 
     def __init__(self, name: str, make: Callable[[], Sink]) -> None:
-        self._made: Sink | None = None
+        self._sink: Sink | None = None
         self._output = OptionalOutput(name)
-        self._output.run(lambda: setattr(self, "_made", make()))
+        self._output.run(lambda: setattr(self, "_sink", make()))
 
-    def train(self, metrics: TrainMetrics) -> None:
-        self._tell(lambda sink: sink.train(metrics))
+    def log_step(self, metrics: TrainMetrics) -> None:
+        self._call(lambda sink: sink.log_step(metrics))
 
-    def epoch(self, metrics: EpochMetrics) -> None:
-        self._tell(lambda sink: sink.epoch(metrics))
+    def log_epoch(self, metrics: EpochMetrics) -> None:
+        self._call(lambda sink: sink.log_epoch(metrics))
 
     def close(self) -> None:
-        self._tell(lambda sink: sink.close())
+        self._call(lambda sink: sink.close())
 
-    def _tell(self, call: Callable[[Sink], None]) -> None:
-        if (made := self._made) is not None:
-            self._output.run(lambda: call(made))
+    def _call(self, method: Callable[[Sink], None]) -> None:
+        if (sink := self._sink) is not None:
+            self._output.run(lambda: method(sink))
 
 
 class Terminal:
-    """A progress bar on a terminal, plain lines elsewhere; a line an epoch on both."""
+    """Shows a progress bar on a terminal and log lines elsewhere, and one log line per epoch on both."""
 
     def __init__(self, *, epochs: int, total_steps: int, start_step: int, step: Callable[[], int]) -> None:
         self.epochs, self.total_steps = epochs, total_steps
         self._bar = _Bar(epochs, total_steps, start_step, step) if sys.stderr.isatty() else None
 
-    def train(self, m: TrainMetrics) -> None:
+    def log_step(self, m: TrainMetrics) -> None:
         if self._bar is not None:
             self._bar.show(f"loss {m.loss:.3f}, {m.accuracy:.1%}, {m.images_per_second:,.0f} img/s")
             return
         logger.info(
             "epoch {}/{} step {}/{}: loss {:.4f}, accuracy {:.2%}, lr {:.3g}, {:,.0f} images/s, ETA {}{}",
             m.epoch + 1, self.epochs, m.step, self.total_steps, m.loss, m.accuracy, m.lr, m.images_per_second,
-            duration(m.eta_seconds), f"; {m.skipped_steps} steps skipped" if m.skipped_steps else "",
+            format_duration(m.eta_seconds), f"; {m.skipped_steps} steps skipped" if m.skipped_steps else "",
         )  # fmt: skip
 
-    def epoch(self, m: EpochMetrics) -> None:
+    def log_epoch(self, m: EpochMetrics) -> None:
         parts = [f"train loss {m.train_loss:.4f}, accuracy {m.train_accuracy:.2%}"]
         for name, split in (("validation", m.validation), ("test", m.test)):
             if split:
                 parts.append(f"{name} loss {split.loss:.4f}, accuracy {split.accuracy:.2%}")
         best = ", best so far" if m.is_best else ""
         logger.info(
-            "epoch {}/{} done in {}: {}{}", m.epoch + 1, self.epochs, duration(m.seconds), "; ".join(parts), best
+            "epoch {}/{} done in {}: {}{}", m.epoch + 1, self.epochs, format_duration(m.seconds), "; ".join(parts), best
         )
 
     def close(self) -> None:
@@ -137,9 +140,9 @@ class Terminal:
 
 
 class _Bar:
-    """A progress bar that a thread of its own moves, so that a step costs nothing and a slow step is no standstill."""
+    """A progress bar advanced by its own thread, so that it costs the training thread nothing."""
 
-    _SECONDS = 0.2  # between looks at the counter of steps
+    _REFRESH_SECONDS = 0.2
 
     def __init__(self, epochs: int, total_steps: int, start_step: int, step: Callable[[], int]) -> None:
         from tqdm import tqdm
@@ -154,9 +157,9 @@ class _Bar:
         self._advance()
         self._thread.start()
 
-    def show(self, figures: str) -> None:
-        """Figures to stand behind the bar from now on."""
-        self._bar.set_postfix_str(figures, refresh=False)
+    def show(self, text: str) -> None:
+        """Set the text behind the bar."""
+        self._bar.set_postfix_str(text, refresh=False)
 
     def close(self) -> None:
         self._closed.set()
@@ -164,7 +167,7 @@ class _Bar:
         self._bar.close()
 
     def _run(self) -> None:
-        while not self._closed.wait(self._SECONDS):
+        while not self._closed.wait(self._REFRESH_SECONDS):
             self._advance()
 
     def _advance(self) -> None:
@@ -174,8 +177,8 @@ class _Bar:
         self._bar.update(done - self._bar.n)
 
 
-def duration(seconds: float) -> str:
-    """`4:05`, `1:02:03`."""
+def format_duration(seconds: float) -> str:
+    """Format as minutes or hours, e.g. `4:05` or `1:02:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,44 +1,80 @@
-"""A checkpoint as it lies on the disk: its name, its files, whether it is whole. Imports no torch."""
+"""The layout of checkpoints on disk: their names and files, and whether one is complete. Imports no torch.
+
+    checkpoints/step-00000313-epoch-001/    after 313 steps and one finished epoch
+        tensors.safetensors                 every tensor by its canonical name
+        state.json                          counters, schedule, config, versions
+        manifest.json                       sizes and digests of the other files; written last
+    checkpoints/latest, best                links for people; resuming never relies on them
+    checkpoints/.writing-*, .deleting-*     unfinished saves and deletions
+    checkpoints/step-*.damaged              set aside, never resumed from
+
+No other module spells these names.
+"""
 
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from loguru import logger
 
 from distributed.errors import InputError
-from distributed.files import digest_of, read_object
+from distributed.files import Written, digest_of, read_object
 
 FORMAT = 1
-FILES = ("tensors.safetensors", "state.json")
+TENSORS = "tensors.safetensors"
+STATE = "state.json"
 MANIFEST = "manifest.json"
+FILES = (TENSORS, STATE)
+DAMAGED_MANIFEST = f"{MANIFEST}.damaged"
+BEST, LATEST = "best", "latest"
 _NAME = re.compile(r"step-(\d{8,})-epoch-(\d{3,})", re.ASCII)
+_WRITING, _DELETING, _DAMAGED = ".writing-", ".deleting-", ".damaged"
+
+
+class SavedState(NamedTuple):
+    """A checkpoint whose state.json is intact, and the content of that file."""
+
+    checkpoint: Path
+    content: dict[str, Any]
+
+
+class NewestComplete(NamedTuple):
+    """The newest complete checkpoint, if any, and the newer damaged ones, each with its damage."""
+
+    checkpoint: Path | None
+    damaged: dict[Path, str]
 
 
 def name_of(*, step: int, epoch: int) -> str:
-    """After so many steps and finished epochs. An epoch's end has the steps of its last step, but knows more."""
+    """Return the name of a checkpoint after this many steps and finished epochs.
+
+    The epoch is part of the name because a save after an epoch's last step and one after its evaluation have the same
+    step.
+    """
     return f"step-{step:08d}-epoch-{epoch:03d}"
 
 
-def place_of(name: str) -> tuple[int, int] | None:
-    """(step, epoch) of a checkpoint's name, to sort by; None if `name_of` does not give that name, e.g. in another width."""
-    found = _NAME.fullmatch(name)
-    place = (int(found[1]), int(found[2])) if found else None
-    return place if place and name_of(step=place[0], epoch=place[1]) == name else None
+def parse_name(name: str) -> tuple[int, int] | None:
+    """Return (step, epoch), or None if `name_of` does not produce this name, e.g. because its numbers are wider."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    step, epoch = int(match[1]), int(match[2])
+    return (step, epoch) if name_of(step=step, epoch=epoch) == name else None
 
 
-def in_order(names: Iterable[str]) -> list[str]:
-    """Those that are names of checkpoints, oldest first."""
-    places = {place: name for name in names if (place := place_of(name))}
-    return [places[place] for place in sorted(places)]
+def sort_names(names: Iterable[str]) -> list[str]:
+    """Return those that are names of checkpoints, oldest first."""
+    parsed = {place: name for name in names if (place := parse_name(name))}
+    return [parsed[place] for place in sorted(parsed)]
 
 
-def best_in(state: dict[str, Any]) -> str | None:
-    """The name of the best epoch's checkpoint, by a state.json."""
+def best_name(state: Mapping[str, Any]) -> str | None:
+    """Return the name of the best epoch's checkpoint according to the content of a state.json."""
     try:
         best = state["state"]["best"]
         return name_of(step=best["step"], epoch=best["epoch"] + 1) if best else None
@@ -46,22 +82,54 @@ def best_in(state: dict[str, Any]) -> str | None:
         return None
 
 
+def best_known_to(checkpoint: Path) -> str | None:
+    """Return the name of the best epoch's checkpoint according to this one."""
+    return best_name(read_object(checkpoint / STATE))
+
+
 def checkpoints(folder: Path) -> list[Path]:
-    """The committed checkpoints of a run, oldest first; any other name is somebody else's, e.g. that of a copy."""
-    names = in_order(path.name for path in folder.glob("step-*"))
+    """Return the committed checkpoints of a run, oldest first. Folders with other names, e.g. copies, are ignored."""
+    names = sort_names(path.name for path in folder.glob("step-*"))
     return [folder / name for name in names if (folder / name).is_dir()]
 
 
-def traces(folder: Path) -> list[Path]:
-    """Checkpoints that are there and those that were set aside as damaged: a run has saved here."""
-    return [
-        *checkpoints(folder),
-        *(path for path in folder.glob("step-*.damaged*") if place_of(path.name.partition(".")[0])),
-    ]
+def is_committed(checkpoint: Path) -> bool:
+    """Whether the folder has a manifest. Its files may have been damaged since."""
+    return os.path.isfile(checkpoint / MANIFEST)  # unlike Path.is_file, False for a name that is too long
+
+
+def committed_names(folder: Path) -> list[str]:
+    """Return the names of all folders and links with a manifest, copies under other names included."""
+    return sorted(path.name for path in folder.glob("[!.]*") if is_committed(path))
+
+
+def preferred(folder: Path) -> list[Path]:
+    """Return the checkpoints that a run as a whole may mean, in order of preference: best, latest, then newest first."""
+    return [folder / BEST, folder / LATEST, *reversed(checkpoints(folder))]
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint that `init_from` names: the path itself, or the run's best, or its newest.
+
+    Raises:
+        InputError: there is none.
+    """
+    for candidate in (path, *preferred(path / "checkpoints")):
+        if is_committed(candidate):
+            return candidate.resolve()
+    raise InputError(
+        f"init_from = {path}: no checkpoint there; name the folder of a run that has saved, or a checkpoint's"
+    )
+
+
+def saved_or_damaged(folder: Path) -> list[Path]:
+    """Return the committed checkpoints and those set aside as damaged. If there is any, the run has saved."""
+    damaged = [path for path in folder.glob(f"step-*{_DAMAGED}*") if parse_name(path.name.partition(".")[0])]
+    return [*checkpoints(folder), *damaged]
 
 
 def check_format(path: Path) -> None:
-    """Raises InputError if a newer version of this code wrote the checkpoint, which this one would call damaged."""
+    """Raise InputError if a newer version of this code wrote the checkpoint. This version would call it damaged."""
     form = read_object(path / MANIFEST).get("format")
     if type(form) is int and form > FORMAT:
         raise InputError(
@@ -71,7 +139,7 @@ def check_format(path: Path) -> None:
 
 
 def damage_of(path: Path) -> str | None:
-    """What is wrong with a checkpoint, by its manifest; None where it is whole."""
+    """Return how a checkpoint disagrees with its manifest, or None if it is complete."""
     manifest = read_object(path / MANIFEST)
     files = manifest.get("files")
     if not isinstance(files, dict) or manifest.get("format") != FORMAT or set(files) != set(FILES):
@@ -86,56 +154,80 @@ def damage_of(path: Path) -> str | None:
     return None
 
 
-def foreign_name(path: Path) -> str | None:
-    """Why a checkpoint is not the one that its name says, e.g. a copy under a later step's name; None if it is."""
-    state = read_object(path / "state.json").get("state")
+def misnamed(path: Path) -> str | None:
+    """Return why a checkpoint is not the one that its name says, e.g. a copy under a later step's name; None if it is."""
+    state = read_object(path / STATE).get("state")
     step, epoch = (state.get("step"), state.get("epoch")) if isinstance(state, dict) else (None, None)
     if type(step) is not int or type(epoch) is not int or name_of(step=step, epoch=epoch) == path.name:
-        return None  # what is no number there has its own message
+        return None  # counters that are not integers are reported elsewhere
     return f"it holds step {step} after {epoch} epochs"
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest complete checkpoint, and the newer ones that are damaged, each with its damage."""
-    damaged: list[tuple[Path, str]] = []
+def newest_complete(folder: Path) -> NewestComplete:
+    """Find the newest complete checkpoint by checking every file of it and of the newer, damaged ones."""
+    damaged: dict[Path, str] = {}
     for path in reversed(checkpoints(folder)):
-        damage = damage_of(path) or foreign_name(path)
+        damage = damage_of(path) or misnamed(path)
         if damage is None:
-            return path, damaged
-        damaged.append((path, damage))
-    return None, damaged
+            return NewestComplete(path, damaged)
+        damaged[path] = damage
+    return NewestComplete(None, damaged)
+
+
+def newest_saved(folder: Path) -> SavedState | None:
+    """Find the newest checkpoint whose state.json is intact. Fast, because it does not read the tensors."""
+    for path in reversed(checkpoints(folder)):
+        content = read_object(path / STATE)
+        if content and is_intact(read_object(path / MANIFEST), content, digest_of(path / STATE)):
+            return SavedState(path, content)
+    return None
+
+
+def is_intact(manifest: Mapping[str, Any], content: Mapping[str, Any], written: Written) -> bool:
+    """Whether a state.json with this content, size and digest matches its manifest and has a config and `bits`."""
+    files = manifest.get("files")
+    expected = files.get(STATE) if isinstance(files, dict) else None
+    return expected == list(written) and all(isinstance(content.get(key), dict) for key in ("config", "bits"))
+
+
+def unfinished(folder: Path, name: str, *, token: str = "") -> Path:
+    """Return the path under which a checkpoint is written before it is committed. Attempts with other tokens differ."""
+    return folder / f"{_WRITING}{name}{'-' if token else ''}{token[:8]}"
 
 
 def set_aside(path: Path, damage: str) -> None:
-    """Give a damaged or foreign checkpoint a name that nobody resumes from, loudly; what has that name already is kept."""
-    names = (path.with_name(f"{path.name}.damaged{number}") for number in ("", *(f"-{n}" for n in range(2, 1000))))
+    """Rename a damaged or misnamed checkpoint so that it is never resumed from, and log an error. Overwrites nothing."""
+    numbers = ("", *(f"-{number}" for number in range(2, 1000)))
+    names = (path.with_name(f"{path.name}{_DAMAGED}{number}") for number in numbers)
     aside = next(name for name in names if not os.path.lexists(name))
     path.rename(aside)
     logger.error("{} is damaged ({}): set aside as {}", path, damage, aside.name)
 
 
-def point(folder: Path, link: str, name: str) -> None:
-    """Let a link lead to the checkpoint of that name."""
+def set_link(folder: Path, link: str, name: str) -> None:
+    """Make the link `latest` or `best` point to the checkpoint of this name."""
     aside = folder / f".{link}"
     aside.unlink(missing_ok=True)
     aside.symlink_to(name)
     os.replace(aside, folder / link)
 
 
-def retain(folder: Path, *, newest: str, keep_last: int, kept: Collection[str | None]) -> None:
-    """Delete all but the last few up to the newest, and those named. One that goes is renamed first, so none is ever half
-    there. What stands under a later name than the newest is not this run's, and stays.
+def delete_old(folder: Path, *, newest: str, keep_last: int, keep: Collection[str | None]) -> None:
+    """Delete all but the last `keep_last` checkpoints up to `newest`, and those named in `keep`.
+
+    Each is renamed before it is deleted, so none is ever incomplete under its own name. Checkpoints later than `newest`
+    are not this run's and stay.
 
     Raises:
-        OSError: something could not be deleted, after trying all; the next call tries again.
+        OSError: something could not be deleted. All others are; the next call tries again.
     """
     failures: list[OSError] = []
-    there = [path for path in checkpoints(folder) if place_of(path.name) <= place_of(newest)]  # type: ignore[operator]
-    going = [path for path in there[:-keep_last] if path.name not in kept]
-    for path in (*folder.glob(".deleting-*"), *going):
+    own = [path for path in checkpoints(folder) if parse_name(path.name) <= parse_name(newest)]  # type: ignore[operator]
+    old = [path for path in own[:-keep_last] if path.name not in keep]
+    for path in (*folder.glob(f"{_DELETING}*"), *old):
         try:
-            if path in going:
-                path = path.rename(path.with_name(f".deleting-{path.name}"))
+            if path in old:
+                path = path.rename(path.with_name(f"{_DELETING}{path.name}"))
             _delete(path)
         except OSError as error:
             failures.append(error)
@@ -143,15 +235,15 @@ def retain(folder: Path, *, newest: str, keep_last: int, kept: Collection[str | 
         raise failures[0]
 
 
-def sweep(folder: Path) -> None:
-    """Delete what a killed attempt left unfinished, if that can be deleted."""
-    for path in (*folder.glob(".writing-*"), *folder.glob(".deleting-*")):
+def delete_unfinished(folder: Path) -> None:
+    """Delete what a killed attempt left unfinished. Errors are ignored."""
+    for path in (*folder.glob(f"{_WRITING}*"), *folder.glob(f"{_DELETING}*")):
         with suppress(OSError):
             _delete(path)
 
 
 def _delete(path: Path) -> None:
-    """A folder and all in it; of a link only the link, and not what it leads to."""
+    """Delete a folder with its contents. Of a link, delete only the link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

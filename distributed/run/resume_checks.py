@@ -1,4 +1,4 @@
-"""What must agree between a config and the run in its folder before anything starts. Imports no torch."""
+"""Checks that a config fits the run in its folder, before anything starts. Imports no torch."""
 
 import os
 import stat
@@ -10,38 +10,53 @@ from distributed.config.differences import Difference
 from distributed.config.layers import shown
 from distributed.errors import InputError
 from distributed.files import read_object
-from distributed.run.checkpoint_layout import check_format, checkpoints, newest_whole
-from distributed.run.folder import RunFolder, config_in, find_checkpoint
+from distributed.run.checkpoint_layout import (
+    STATE,
+    SavedState,
+    check_format,
+    checkpoints,
+    find_checkpoint,
+    newest_complete,
+)
+from distributed.run.folder import RunFolder, config_in
 from distributed.run.saved_state import check_state, is_at_end, trained_epochs
 
 
-def check_resume(config: TrainConfig) -> bool:
-    """Whether the run in the config's folder is finished already: its newest complete checkpoint is that of its end.
+def check_run_folder(config: TrainConfig) -> SavedState | None:
+    """Check that the config may start or resume the run in its folder.
+
+    Returns:
+        The newest saved state, or None if the run has not saved yet.
 
     Raises:
-        InputError: the run there is another experiment, longer than asked for, damaged beyond use, or no run.
+        InputError: the run there is a different experiment, has trained for more epochs than configured or is damaged
+            beyond use, or the folder is not a run folder.
     """
     run = RunFolder(config.run_dir)
-    _check_kinds(run)
+    _check_file_types(run)
     for path in checkpoints(run.checkpoints):
         check_format(path)
-    newest = run.newest_saved()
-    if newest is None:
-        if not config.checkpoint.upload_to:  # a store may have what is lost here
-            run.check_not_lost()
-        return False
-    path, content = newest
-    check_saved(content, path, config=config)
-    if run.status().get("status") != "finished" or not is_at_end(content, config):
-        return False
-    return newest_whole(run.checkpoints)[0] == path
+    saved = run.newest_saved()
+    if saved:
+        check_saved(saved.content, saved.checkpoint, config=config)
+    elif not config.checkpoint.upload_to:  # the store may have what is lost here
+        run.check_not_lost()
+    return saved
 
 
-def _check_kinds(run: RunFolder) -> None:
-    """Raises InputError if something else stands in place of a folder or file of the run: a pipe would be waited for."""
+def is_finished(config: TrainConfig, saved: SavedState | None) -> bool:
+    """Whether the run in the config's folder has finished: its newest saved state, also complete, is that of its end."""
+    run = RunFolder(config.run_dir)
+    if saved is None or run.status().status != "finished" or not is_at_end(saved.content, config):
+        return False
+    return newest_complete(run.checkpoints).checkpoint == saved.checkpoint
+
+
+def _check_file_types(run: RunFolder) -> None:
+    """Raise InputError if a path of the run has another file type, e.g. a pipe, on which opening would block."""
     for path in run.logs, run.checkpoints:
         if not (there := next(p for p in (path, *path.parents) if os.path.lexists(p))).is_dir():
-            raise InputError(f"run_dir = {run.path}: {there} is no folder; move it, or give another with --run_dir")
+            raise InputError(f"run_dir = {run.path}: {there} is not a folder; move it, or give another with --run_dir")
     for path in (*run.shared_files, run.path / ".lock"):
         if os.path.lexists(path) and not _is_file(path):
             raise InputError(
@@ -50,7 +65,7 @@ def _check_kinds(run: RunFolder) -> None:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is a regular file, or a link to one that can be made."""
+    """Whether it is a regular file, or a link to one that can be created."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError as error:
@@ -58,18 +73,18 @@ def _is_file(path: Path) -> bool:
 
 
 def check_saved(content: dict[str, Any], checkpoint: Path, *, config: TrainConfig, images: int | None = None) -> None:
-    """Check what a checkpoint's state.json says against the config that is to resume from it.
+    """Check a checkpoint's state.json against the config that is to resume from it.
 
     Args:
-        images: number of training images if it is known already.
+        images: number of training images, if known.
 
     Raises:
-        InputError: it is another experiment's, its counters are none of this run, or it is past the config's end.
+        InputError: it belongs to another experiment, its counters are inconsistent, or it is beyond the config's epochs.
     """
     run, remedy = checkpoint.parent.parent, "move it away, or give another --run_dir"
     if missing := [key for key in ("config", "bits") if not isinstance(content.get(key), dict)]:
         raise InputError(f"{checkpoint}: {' and '.join(missing)} in state.json: of another version; {remedy}")
-    check_experiment(config, content, where=run, option="--run_dir")
+    changed_settings(config, content, where=run, option="--run_dir")
     saved = config_in(content, where=run, option="--run_dir")
     try:
         check_state(content, saved, images=images)
@@ -84,8 +99,12 @@ def check_saved(content: dict[str, Any], checkpoint: Path, *, config: TrainConfi
         )
 
 
-def check_experiment(config: TrainConfig, state: dict[str, Any], *, where: Path | str, option: str) -> set[str]:
-    """The settings that differ from a checkpoint's state.json; an InputError where they make it another experiment."""
+def changed_settings(config: TrainConfig, state: dict[str, Any], *, where: Path | str, option: str) -> set[str]:
+    """Return the settings that differ from those in a checkpoint's state.json.
+
+    Raises:
+        InputError: a changed setting makes it a different experiment.
+    """
     saved = config_in(state, where=where, option=option)
     changed = differences(saved, config)
     refused = [change for change in changed if changes_experiment(change[0], config)]
@@ -95,23 +114,22 @@ def check_experiment(config: TrainConfig, state: dict[str, Any], *, where: Path 
     if refused:
         raise InputError(
             *[f"{where}: {path} = {shown(new)}: this run was begun with {shown(old)}" for path, old, new in refused],
-            f"a resumed run keeps its experiment: take these settings back, or give another {option}",
+            f"a resumed run keeps its experiment: restore these settings, or give another {option}",
         )
     return {path for path, _, _ in changed}
 
 
-def check_start(config: TrainConfig) -> None:
-    """Raises InputError where `init_from` names no checkpoint, or that of another network. A run that has begun needs it
-    no more."""
-    if config.init_from is None or RunFolder(config.run_dir).newest_state():
+def check_init_from(config: TrainConfig) -> None:
+    """Raise InputError if `init_from` names no checkpoint or one of a different network. Only for runs yet to start."""
+    if config.init_from is None:
         return
     checkpoint = find_checkpoint(config.init_from)
     check_format(checkpoint)
-    there: Any = read_object(checkpoint / "state.json")
+    model: Any = read_object(checkpoint / STATE)
     for key in ("config", "model", "name"):
-        there = there.get(key) if isinstance(there, dict) else None
-    if there != config.model.name:
+        model = model.get(key) if isinstance(model, dict) else None
+    if model != config.model.name:
         raise InputError(
-            f"init_from = {config.init_from}: holds weights of {there or 'an unreadable run'}, and model.name = "
-            f"{config.model.name}; name another run, or set model.name = {there}"
+            f"init_from = {config.init_from}: holds weights of {model or 'an unreadable run'}, and model.name = "
+            f"{config.model.name}; name another run, or set model.name = {model}"
         )

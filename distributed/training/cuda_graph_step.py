@@ -1,7 +1,8 @@
 """A training step on CUDA, captured once per batch shape and replayed as one CUDA graph.
 
 At small batch sizes the GPU waits for Python to launch some hundreds of kernels per step; a replay launches them all at once.
-What is captured is `train_step` itself, with its inputs in fixed memory, so a replayed step has the bits of an eager one.
+The captured function is `train_step` itself with its inputs in fixed memory, so a replayed step is bit-identical to an
+eager one.
 """
 
 from dataclasses import replace
@@ -16,81 +17,81 @@ from distributed.engine.protocol import Engine
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator
 
-_STEPS_BEFORE = 2
+_WARM_UP_STEPS = 2
 """Eager steps per shape before capture, in which libraries choose kernels and allocate workspaces."""
 
 
-class CudaStep:
+class CudaGraphStep:
     """Runs training steps whose inputs are in fixed device memory.
 
     Args:
-        capture: whether to capture steps and replay them; they must not contain collectives.
+        capture: whether to capture and replay steps, which must not contain collectives.
     """
 
     def __init__(
-        self, engine: Engine, sums: MetricAccumulator, *, loss: Loss, device: torch.device, capture: bool
+        self, engine: Engine, metrics: MetricAccumulator, *, loss: Loss, device: torch.device, capture: bool
     ) -> None:
-        self._engine, self._sums, self._loss, self._capture = engine, sums, loss, capture
+        self._engine, self._metrics, self._loss, self._capture = engine, metrics, loss, capture
         # Always a tensor: CUDA's optimizers compute in double with a Python number, in float32 with a tensor.
         self._lr = torch.zeros((), device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._norm = torch.zeros((), device=device)
-        self._shapes: dict[Any, _Shape] = {}
+        self._inputs: dict[Any, _StaticInputs] = {}
         self._pool: Any = None
 
     def __call__(self, micro_batches: list[Batch], *, lr: float, step: int) -> Tensor:
-        """One optimizer step; the gradient's norm, a scalar on the device that the next step overwrites."""
+        """Take one optimizer step. Returns the gradient's norm, a scalar on the device that the next step overwrites."""
         self._lr.fill_(lr)
         self._step.fill_(step)
         key = tuple((batch.global_count, batch.shard_sizes, batch.mixed is not None) for batch in micro_batches)
-        shape = self._shapes.get(key)
-        if shape is None:
-            shape = self._shapes[key] = _Shape([_copy_of(batch) for batch in micro_batches])
+        inputs = self._inputs.get(key)
+        if inputs is None:
+            inputs = self._inputs[key] = _StaticInputs([_clone(batch) for batch in micro_batches])
         else:
-            shape.fill(micro_batches)
-        if self._capture and shape.graph is None and shape.steps == _STEPS_BEFORE:
-            shape.graph = self._captured(shape)
-        if shape.graph:
-            shape.graph.replay()
+            inputs.copy_from(micro_batches)
+        if self._capture and inputs.graph is None and inputs.eager_steps == _WARM_UP_STEPS:
+            inputs.graph = self._capture_graph(inputs)
+        if inputs.graph:
+            inputs.graph.replay()
         else:
-            self._take(shape)
-            shape.steps += 1
+            self._run(inputs)
+            inputs.eager_steps += 1
         return self._norm
 
-    def _take(self, shape: "_Shape") -> None:
+    def _run(self, inputs: "_StaticInputs") -> None:
         norm = train_step(
-            self._engine, shape.micro_batches, loss=self._loss, lr=self._lr, step=self._step, sums=self._sums
+            self._engine, inputs.micro_batches, loss=self._loss, lr=self._lr, step=self._step, metrics=self._metrics
         )
-        self._norm = self._norm.to(norm.dtype)  # of float64 weights, once
+        self._norm = self._norm.to(norm.dtype)  # changes once, if the weights are float64
         self._norm.copy_(norm)
 
-    def _captured(self, shape: "_Shape") -> torch.cuda.CUDAGraph:
-        """The step as a graph; nothing is computed yet."""
+    def _capture_graph(self, inputs: "_StaticInputs") -> torch.cuda.CUDAGraph:
+        """Capture the step without executing it."""
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # Thread-local: the checkpoint writer and the prefetching thread may synchronize during capture.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._take(shape)
+            self._run(inputs)
         return graph
 
 
-class _Shape:
-    """The fixed memory of a step's micro-batches, how many steps were taken there, and the graph once captured."""
+class _StaticInputs:
+    """Micro-batches of one shape in fixed memory, the number of eager steps taken on them and, once captured, the graph."""
 
     def __init__(self, micro_batches: list[Batch]) -> None:
-        self.micro_batches, self.steps = micro_batches, 0
+        self.micro_batches, self.eager_steps = micro_batches, 0
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def fill(self, micro_batches: list[Batch]) -> None:
-        here = [tensor for batch in self.micro_batches for tensor in _tensors_of(batch)]
-        torch._foreach_copy_(here, [tensor for batch in micro_batches for tensor in _tensors_of(batch)])
+    def copy_from(self, micro_batches: list[Batch]) -> None:
+        own = [tensor for batch in self.micro_batches for tensor in _tensors_of(batch)]
+        torch._foreach_copy_(own, [tensor for batch in micro_batches for tensor in _tensors_of(batch)])
 
 
 def _tensors_of(batch: Batch) -> list[Tensor]:
     return [batch.images, batch.labels, batch.sample_ids, batch.sample_keys, *(batch.mixed or ())]
 
 
-def _copy_of(batch: Batch) -> Batch:
+def _clone(batch: Batch) -> Batch:
     images, labels, ids, keys, *mixed = [tensor.clone() for tensor in _tensors_of(batch)]
     return replace(
         batch, images=images, labels=labels, sample_ids=ids, sample_keys=keys, mixed=Mixed(*mixed) if mixed else None

@@ -1,8 +1,9 @@
-"""Determinism: switches that make results reproducible, and the metadata that selects kernels."""
+"""Determinism: the switches for reproducible results, and the metadata of a machine that selects its kernels."""
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -14,10 +15,10 @@ _DRIVER = Path("/sys/module/nvidia/version")
 
 
 def make_deterministic(device: torch.device, *, precision: str, compile: bool = False) -> None:
-    """Let the same inputs give the same bits on one kind of device, and float32 mean float32.
+    """Make results bit-reproducible on one kind of device, and forbid TF32 unless `precision` asks for it.
 
     Raises:
-        InputError: TF32 was asked for on a device that does not have it.
+        InputError: `precision` is tf32 and the device is not a GPU.
     """
     if device.type != "cuda":
         if precision == "tf32":
@@ -28,17 +29,17 @@ def make_deterministic(device: torch.device, *, precision: str, compile: bool = 
     os.environ.setdefault("NCCL_ALGO", "Ring")
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    # torch allows TF32, with 10 bits of mantissa, in float32 convolutions unless it is forbidden.
+    # By default torch computes float32 convolutions in TF32, whose mantissa has 10 bits.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     if compile:
         from torch._inductor import config as inductor  # slow to import
 
-        # Else each process times several ways to sum, and takes the one that was fastest there.
+        # Otherwise each process autotunes its reductions by timing them.
         inductor.deterministic = True
 
 
-def kernels(device: torch.device) -> dict[str, str]:
-    """What selects this rank's kernels, by readable names: hardware, libraries, environment variables."""
+def kernel_metadata(device: torch.device) -> dict[str, str]:
+    """Return the hardware, libraries and environment variables that select this rank's kernels, by readable names."""
     if device.type != "cuda":
         return {
             "device": processor(),
@@ -61,18 +62,27 @@ def kernels(device: torch.device) -> dict[str, str]:
     } | kernel_variables()
 
 
-def joined(of_ranks: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], list[str]]:
-    """The kernel metadata of all ranks merged, and one line per key in which ranks differ."""
-    together, differences = {}, []
-    for name in sorted({name for facts in of_ranks for name in facts}):
-        values = [facts.get(name, "not set") for facts in of_ranks]
-        together[name] = " / ".join(sorted(set(values)))
+class MergedMetadata(NamedTuple):
+    """The kernel metadata of all ranks."""
+
+    values: dict[str, str]
+    """Per key the ranks' values; several are joined by " / "."""
+    differences: list[str]
+    """One line per key whose value differs between ranks."""
+
+
+def merge_metadata(ranks: Sequence[Mapping[str, str]]) -> MergedMetadata:
+    """Merge the kernel metadata of all ranks, given in order of rank."""
+    merged, differences = dict[str, str](), list[str]()
+    for name in sorted({name for metadata in ranks for name in metadata}):
+        values = [metadata.get(name, "not set") for metadata in ranks]
+        merged[name] = " / ".join(sorted(set(values)))
         if len(set(values)) > 1:
-            who = "; ".join(f"{value} on rank {_ranks(values, value)}" for value in dict.fromkeys(values))
-            differences.append(f"{name}: {who}")
-    return together, differences
+            each = "; ".join(f"{value} on rank {_ranks_with(value, values)}" for value in dict.fromkeys(values))
+            differences.append(f"{name}: {each}")
+    return MergedMetadata(merged, differences)
 
 
-def _ranks(values: Sequence[str], wanted: str) -> str:
-    found = [str(rank) for rank, value in enumerate(values) if value == wanted]
-    return ", ".join(found[:8]) + (f" and {len(found) - 8} more" if found[8:] else "")
+def _ranks_with(value: str, values: Sequence[str]) -> str:
+    ranks = [str(rank) for rank, other in enumerate(values) if other == value]
+    return ", ".join(ranks[:8]) + (f" and {len(ranks) - 8} more" if ranks[8:] else "")

@@ -1,8 +1,8 @@
-"""Where a run stands: its counters, schedule and the sums of the epoch so far. JSON in and out."""
+"""The state of a run: its counters, schedule and the totals of the current epoch. Saved as JSON."""
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from distributed.errors import NotFiniteError
 from distributed.optim.schedules import EarlyStopping, Metric, Schedule
@@ -18,9 +18,17 @@ class Best:
     value: float
 
 
+class Observed(NamedTuple):
+    """The outcome of an epoch's validation."""
+
+    is_best: bool
+    decisions: list[str]
+    """One log line per decision of the schedule and of early stopping."""
+
+
 @dataclass
 class TrainState:
-    """All that a run must know besides tensors to go on as if nothing had happened."""
+    """Everything except tensors that a run needs to resume exactly."""
 
     schedule: Schedule
     early_stopping: EarlyStopping | None = None
@@ -31,57 +39,55 @@ class TrainState:
     samples_seen: int = 0
     best: Best | None = None
     window: Totals = field(default_factory=Totals)
-    """Training sums since the last logging step."""
+    """Training totals since the last logging step."""
     epoch_totals: Totals = field(default_factory=Totals)
-    """Training sums of the epoch up to the last logging step."""
+    """Training totals of the current epoch up to the last logging step."""
     stop_reason: str | None = None
-    """Why this attempt ended before the run did. Not saved: the next attempt has its own fate."""
+    """Why this attempt stopped before the end of the run. Not saved, because the next attempt starts without one."""
 
-    def step_done(self, samples: int) -> None:
+    def finish_step(self, samples: int) -> None:
         self.step += 1
         self.step_in_epoch += 1
         self.samples_seen += samples
 
-    def take(self, totals: Totals) -> None:
-        """Add sums read from the device to the window.
+    def add(self, totals: Totals) -> None:
+        """Add totals read from the device to the window. Called before every save, so no checkpoint has a bad loss.
 
         Raises:
-            NotFiniteError: a loss among them was infinite or no number. So no checkpoint can be made of such weights.
+            NotFiniteError: one of the losses was infinite or NaN.
         """
         if totals.first_bad_step is not None:
-            wider = "" if self.precision in ("float32", "float64") else ", or use precision = float32"
+            float32 = "" if self.precision in ("float32", "float64") else ", or use precision = float32"
             raise NotFiniteError(
                 f"the loss was not finite at step {totals.first_bad_step + 1}: "  # counted from 1, as in the log
-                f"lower optim.lr, or set optim.max_grad_norm{wider}; no checkpoint holds it"
+                f"lower optim.lr, or set optim.max_grad_norm{float32}; no checkpoint includes this step"
             )
         self.window += totals
 
-    def close_window(self) -> Totals:
-        """The sums since the last logging step, which go into the epoch's."""
+    def pop_window(self) -> Totals:
+        """Return the totals since the last logging step and move them into the epoch's."""
         window, self.window = self.window, Totals()
         self.epoch_totals += window
         return window
 
-    def observe(self, validation: Totals | None, *, best_by: Metric | None) -> tuple[bool, list[str]]:
-        """Take an epoch's validation: whether it is the best so far, and what schedule and early stopping decided."""
+    def observe(self, validation: Totals | None, *, best_by: Metric | None) -> Observed:
+        """Update the best epoch, the schedule and early stopping from an epoch's validation totals."""
         if validation is None:
-            return False, []
+            return Observed(is_best=False, decisions=[])
         metrics: dict[Metric, float] = {"accuracy": validation.accuracy, "loss": validation.mean_loss}
-        is_best = bool(best_by) and self._is_best(best_by, metrics)
+        is_best = best_by is not None and self._update_best(best_by, metrics[best_by])
         decisions = [self.schedule.observe(metrics), self.early_stopping and self.early_stopping.observe(metrics)]
-        return is_best, [decision for decision in decisions if decision]
+        return Observed(is_best, [decision for decision in decisions if decision])
 
-    def _is_best(self, best_by: Metric | None, metrics: dict[Metric, float]) -> bool:
-        assert best_by is not None
-        value = metrics[best_by]
+    def _update_best(self, metric: Metric, value: float) -> bool:
         if math.isnan(value):
             return False
-        if self.best and (value <= self.best.value if best_by == "accuracy" else value >= self.best.value):
+        if self.best and (value <= self.best.value if metric == "accuracy" else value >= self.best.value):
             return False
         self.best = Best(self.epoch, self.step, value)
         return True
 
-    def epoch_done(self) -> None:
+    def finish_epoch(self) -> None:
         self.epoch += 1
         self.step_in_epoch = 0
         self.epoch_totals = Totals()

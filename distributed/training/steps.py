@@ -1,4 +1,4 @@
-"""One training step and one evaluation: the only code that touches losses and gradients."""
+"""A training step and an evaluation: the only code that computes losses."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,24 +23,27 @@ def train_step(
     loss: sections.Loss,
     lr: float | Tensor,
     step: int | Tensor,
-    sums: MetricAccumulator,
+    metrics: MetricAccumulator,
 ) -> Tensor:
-    """One optimizer step over this rank's shards of the global batch; the gradient's norm, a scalar on the device.
+    """Take one optimizer step on this rank's shards of the global batch.
 
-    The gradient is that of the mean loss over the whole step: each shard's sum is divided by the global count, so
-    shards and micro-batches of any size weigh right.
+    Computes the gradient of the mean loss over the global batch. Each shard's summed loss is divided by the global
+    sample count, so shards and micro-batches may differ in size.
+
+    Returns:
+        The gradient's norm before clipping, a scalar on the device.
     """
-    of_shard = partial(_loss, loss.label_smoothing)
+    shard_loss = partial(_shard_loss, loss.label_smoothing)
     for index, batch in enumerate(micro_batches):
-        losses, logits = engine.micro_step(of_shard, batch, last=index == len(micro_batches) - 1)
-        sums.add(losses, logits, batch.labels, step=step)
+        losses, logits = engine.micro_step(shard_loss, batch, last=index == len(micro_batches) - 1)
+        metrics.add(losses, logits, batch.labels, step=step)
     norm = engine.step(lr, step=step)
-    sums.add_step(norm)
+    metrics.add_step(norm)
     return norm
 
 
-def _loss(label_smoothing: float, model: nn.Module, batch: Batch) -> tuple[Tensor, Outcome]:
-    logits = _wide(model(batch.images, batch.sample_keys))
+def _shard_loss(label_smoothing: float, model: nn.Module, batch: Batch) -> tuple[Tensor, Outcome]:
+    logits = _at_least_float32(model(batch.images, batch.sample_keys))
     cross_entropy = partial(F.cross_entropy, logits, reduction="none", label_smoothing=label_smoothing)
     losses = cross_entropy(batch.labels)
     if batch.mixed:
@@ -58,26 +61,27 @@ def evaluate(
     device: torch.device,
     observers: Sequence[Callable[[Tensor, Batch], None]] = (),
 ) -> Totals:
-    """Loss, top-1 and top-5 over a split, each image counted once, on all ranks together.
+    """Compute loss, top-1 and top-5 over a split, counting each image once over all ranks. A collective.
 
     Args:
-        flip_tta: take the mean of each image's logits and those of its mirror image.
-        observers: each is called with the logits [n, classes] of every batch of this rank, and the batch.
+        flip_tta: average the logits of each image and of its horizontal flip.
+        observers: called for every batch of this rank with its logits [n, classes] and the batch.
 
     Raises:
-        NotFiniteError: the loss is infinite or no number.
-        RuntimeError: the count over all ranks is not the size of the split.
+        NotFiniteError: the loss is infinite or NaN.
+        RuntimeError: the images counted over all ranks are not the size of the split.
     """
-    sums = MetricAccumulator(device)
+    metrics = MetricAccumulator(device)
     with engine.evaluating():
         for batch in data.evaluation(split):
-            logits = _wide(engine.predict(batch))
+            logits = _at_least_float32(engine.predict(batch))
             if flip_tta:
-                logits = (logits + _wide(engine.predict(replace(batch, images=batch.images.flip(3))))) / 2
-            sums.add(F.cross_entropy(logits, batch.labels, reduction="none"), logits, batch.labels)
+                flipped = engine.predict(replace(batch, images=batch.images.flip(3)))
+                logits = (logits + _at_least_float32(flipped)) / 2
+            metrics.add(F.cross_entropy(logits, batch.labels, reduction="none"), logits, batch.labels)
             for observe in observers:
                 observe(logits, batch)
-    totals = sums.read()
+    totals = metrics.read()
     if totals.first_bad_step is not None:
         raise NotFiniteError(f"the {split} loss is not finite: lower optim.lr, or set optim.max_grad_norm")
     if totals.count != data.size(split):
@@ -85,6 +89,6 @@ def evaluate(
     return totals
 
 
-def _wide(logits: Tensor) -> Tensor:
-    """At least float32: a loss in bfloat16 has two digits."""
+def _at_least_float32(logits: Tensor) -> Tensor:
+    """Widen logits for the loss: in bfloat16 it would have two significant digits."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,32 +1,39 @@
-"""Requests to stop: where they come from, and how all ranks agree on the step at which they do."""
+"""Stop requests: where they come from, and how all ranks agree on the step at which to stop."""
 
 import time
 from types import TracebackType
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 from distributed.comm.collectives import DelayedMax
 
 
 class StopSource(Protocol):
-    """Where a request to stop comes from: a signal, a drain notice, a file."""
+    """A source of stop requests, e.g. a signal, a drain notice or a file."""
 
     def requested(self) -> str | None:
-        """The reason in words once this rank should stop, else None. Asked after every step, so it must be cheap."""
+        """Return the reason if this rank should stop, else None. Called after every step, so it must be cheap."""
         ...
 
 
-class Never:
-    """No request ever comes."""
+class NeverStop:
+    """A `StopSource` without requests."""
 
     def requested(self) -> str | None:
         return None
 
 
+class Decision(NamedTuple):
+    """What all ranks do after a step."""
+
+    stop: bool
+    save: bool
+
+
 class StepAgreement:
-    """What all ranks do after a step: stop, save, or go on. Decided alike, one step late, at no wait. A context.
+    """Lets all ranks reach the same decision after each step, one step late, without blocking. Context manager.
 
     Args:
-        save_every_seconds: by rank 0's clock; 0: never.
+        save_every_seconds: time between saves by rank 0's clock; 0: never.
     """
 
     def __init__(self, source: StopSource, *, is_main: bool, save_every_seconds: float) -> None:
@@ -36,27 +43,24 @@ class StepAgreement:
         self._saved_at = time.monotonic()
         self.reason: str | None = None
 
-    def after_step(self) -> tuple[bool, bool]:
-        """(stop now, save now); a collective."""
-        late = time.monotonic() - self._saved_at > self._save_every_seconds
-        due = bool(self._save_every_seconds) and self._is_main and late
-        if due:
-            self.saved()
-        return self._decided(self._flags.exchange(self._source.requested() is not None, due))
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
-        if kind is None:
-            self._flags.drain()  # what was handed in last, where no step follows; not with peers in an unknown state
+        if kind is None:  # completes the last exchange; after an error the peers may never answer
+            self._flags.drain()
 
-    def saved(self) -> None:
-        """A checkpoint was made; the clock starts anew."""
-        self._saved_at = time.monotonic()
-
-    def _decided(self, flags: list[int]) -> tuple[bool, bool]:
-        stop, save = flags
+    def after_step(self) -> Decision:
+        """Exchange this step's requests and return the decision on the previous step's. A collective."""
+        elapsed = time.monotonic() - self._saved_at
+        save_due = self._is_main and 0 < self._save_every_seconds < elapsed
+        if save_due:
+            self.restart_save_timer()
+        stop, save = self._flags.exchange(self._source.requested() is not None, save_due)
         if stop:
             self.reason = self._source.requested() or "a request to another rank"
-        return bool(stop), bool(save)
+        return Decision(bool(stop), bool(save))
+
+    def restart_save_timer(self) -> None:
+        """Start counting `save_every_seconds` anew after a save."""
+        self._saved_at = time.monotonic()

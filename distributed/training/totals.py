@@ -1,7 +1,7 @@
-"""Totals of loss, correct answers and samples as integers: exact in any order, over any cut of the work.
+"""Totals of loss, correct predictions and samples as integers: exact whatever the order and grouping of the samples.
 
-Losses are added up in fixed point, so that a window of steps has the same sum to the last bit however it was cut by a
-stop, a save or the ranks' shards.
+Losses are summed in fixed point, so a window of steps has a bit-identical total however a stop, a save or the ranks'
+shards divided it.
 """
 
 import math
@@ -13,13 +13,14 @@ from torch import Tensor
 
 from distributed.comm import collectives
 
-_FRACTION_BITS = 40  # resolves 1e-12; whole losses are added up apart
+_FRACTION_BITS = 40  # resolves 1e-12; the integer parts of losses are summed separately
 _SCALE = 2.0**_FRACTION_BITS
+_NO_BAD_STEP = 2**62
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over some samples, on the host; `loss` in fixed point. Means are 0 where there was no sample."""
+    """Totals over some samples, on the host; `loss` in fixed point. Means over no samples are 0."""
 
     loss: int = 0
     correct: int = 0
@@ -53,54 +54,53 @@ class Totals:
         )
 
 
-_NEVER = 2**62
-
-
 class MetricAccumulator:
-    """Sums on the device that nobody has to wait for until they are read."""
+    """Accumulates totals on the device. Only `read` synchronizes."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(5, dtype=torch.int64, device=device)
-        self._bad_step = torch.full((1,), _NEVER, dtype=torch.int64, device=device)
+        self._bad_step = torch.full((1,), _NO_BAD_STEP, dtype=torch.int64, device=device)
         self._skipped = torch.zeros(1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def add(self, losses: Tensor, logits: Tensor, labels: Tensor, *, step: int | Tensor = 0) -> None:
-        """Take in a batch: per-sample losses [n], logits [n, classes], labels [n]. A loss that is no number marks the step.
-        Of fewer than five classes, the right one is always among the first five."""
-        # Each loss is made an integer before any are added up, so that it does not matter which stand in one batch.
+        """Add a batch: per-sample losses [n], logits [n, classes], labels [n].
+
+        A loss that is not finite marks the step as bad. With fewer than five classes every top-5 prediction is correct.
+        """
+        # Each loss becomes an integer before it is summed, so the grouping into batches does not matter.
         exact = losses.double()
-        finite = exact.abs() < 2.0**53  # beyond, a double has no fraction left; no number at all fails it too
+        finite = exact.abs() < 2.0**53  # a larger double has no fraction bits; NaN fails this comparison too
         exact = torch.where(finite, exact, 0.0)
-        whole = exact.floor()
-        fraction = ((exact - whole) * _SCALE).round()
-        answers = logits.argmax(1)
+        integer = exact.floor()
+        fraction = ((exact - integer) * _SCALE).round()
+        predicted = logits.argmax(1)
         top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         self._sums += torch.stack(
             [
-                whole.long().sum(),
+                integer.long().sum(),
                 fraction.long().sum(),
-                (answers == labels).sum(),
+                (predicted == labels).sum(),
                 top5.sum(),
-                torch.full((), len(labels), dtype=torch.int64, device=labels.device),  # a copy from the host would wait
+                torch.full((), len(labels), dtype=torch.int64, device=labels.device),  # torch.tensor would synchronize
             ]
         )
-        self._bad_step.clamp_(max=torch.where(finite.all(), _NEVER, step))
+        self._bad_step.clamp_(max=torch.where(finite.all(), _NO_BAD_STEP, step))
 
     @torch.no_grad()
     def add_step(self, grad_norm: Tensor) -> None:
-        """Count a step whose gradient was not finite, which float16 skips; all ranks have its norm alike."""
+        """Count a step that float16 skipped because its gradient was not finite. All ranks have the same norm."""
         self._skipped += ~grad_norm.isfinite()
 
     def read(self) -> Totals:
-        """The sums over all ranks since the last reading; a collective, and on a GPU a wait."""
-        whole, fraction, correct, correct5, count = collectives.sum_over_ranks_(self._sums).tolist()
+        """Return the totals over all ranks since the last call and reset them. A collective that synchronizes."""
+        integer, fraction, correct, correct5, count = collectives.sum_over_ranks_(self._sums).tolist()
         minus_first_bad, skipped = collectives.max_over_ranks_(torch.cat([-self._bad_step, self._skipped])).tolist()
         first_bad = -minus_first_bad
         self._sums.zero_()
-        self._bad_step.fill_(_NEVER)
+        self._bad_step.fill_(_NO_BAD_STEP)
         self._skipped.zero_()
         return Totals(
-            (whole << _FRACTION_BITS) + fraction, correct, correct5, count,
-            None if first_bad == _NEVER else first_bad, skipped,
+            (integer << _FRACTION_BITS) + fraction, correct, correct5, count,
+            None if first_bad == _NO_BAD_STEP else first_bad, skipped,
         )  # fmt: skip

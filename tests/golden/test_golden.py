@@ -25,10 +25,10 @@ class Losses:
     def __init__(self) -> None:
         self.losses: list[float] = []
 
-    def train(self, metrics: TrainMetrics) -> None:
+    def log_step(self, metrics: TrainMetrics) -> None:
         self.losses.append(metrics.loss)
 
-    def epoch(self, metrics: EpochMetrics) -> None:
+    def log_epoch(self, metrics: EpochMetrics) -> None:
         assert metrics.validation is not None
         self.losses.append(metrics.validation.loss)
 

@@ -94,7 +94,9 @@ def longer(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def warnings(found: Outcome) -> list[str]:
     """What it said of another machine."""
-    return [line.partition("resuming with another ")[2] for line in found.err.splitlines() if "resuming with" in line]
+    return [
+        line.partition("resuming with a different ")[2] for line in found.err.splitlines() if "resuming with" in line
+    ]
 
 
 def parted(run: Path) -> None:
@@ -132,8 +134,8 @@ def test_resume_without_the_variable_warns(run: Path, tmp_path: Path) -> None:
 
 KERNELS = """
 import json, torch
-from distributed.training.determinism import kernels
-print(json.dumps(kernels(torch.device("cpu"))))
+from distributed.training.determinism import kernel_metadata
+print(json.dumps(kernel_metadata(torch.device("cpu"))))
 """
 
 

@@ -26,7 +26,7 @@ from distributed.experiments import __main__ as experiments
 from distributed.figures.curves import draw_curves
 from distributed.metrics.profiler import StepProfiler
 from distributed.metrics.reporter import Reporter
-from distributed.metrics.sinks import BestEffort, JsonLines, TensorBoard
+from distributed.metrics.sinks import JsonLines, OptionalSink, TensorBoard
 from distributed.process.logs import file_logs
 from distributed.run.claim import ClaimedRun
 
@@ -157,10 +157,10 @@ def test_unwritable_final_status_is_exit_4(tmp_path: Path, monkeypatch: pytest.M
 # TensorBoard, profile, curves and log by themselves
 
 
-def fed(sink: BestEffort, times: int = 4) -> None:
+def fed(sink: OptionalSink, times: int = 4) -> None:
     for _ in range(times):
-        sink.train(TRAIN)
-        sink.epoch(EPOCH)
+        sink.log_step(TRAIN)
+        sink.log_epoch(EPOCH)
     sink.close()
 
 
@@ -184,7 +184,7 @@ def test_tensorboard_in_a_bad_folder_is_one_warning(
 ) -> None:
     folder = broken_folder(tmp_path / "tensorboard", how)
     with warnings_of_the_log() as lines:
-        fed(BestEffort("tensorboard", lambda: TensorBoard(folder, start_step=0)))
+        fed(OptionalSink("tensorboard", lambda: TensorBoard(folder, start_step=0)))
     assert len(lines) == 1
     assert lines[0].startswith("tensorboard: ")
     assert "Traceback" not in capfd.readouterr().err
@@ -195,7 +195,7 @@ def test_tensorboard_on_a_filling_disk_is_one_warning(
     at: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with warnings_of_the_log() as lines, files_up_to(at):
-        fed(BestEffort("tensorboard", lambda: TensorBoard(tmp_path, start_step=0)), times=50)
+        fed(OptionalSink("tensorboard", lambda: TensorBoard(tmp_path, start_step=0)), times=50)
     assert lines == ["tensorboard: File too large; continuing without it\n"]
     assert "Traceback" not in capfd.readouterr().err
     (file,) = tmp_path.iterdir()
@@ -204,7 +204,7 @@ def test_tensorboard_on_a_filling_disk_is_one_warning(
 
 def test_tensorboard_on_a_full_disk_is_one_warning(full_disk: Path) -> None:
     with warnings_of_the_log() as lines:
-        fed(BestEffort("tensorboard", lambda: TensorBoard(full_disk / "a", start_step=0)))
+        fed(OptionalSink("tensorboard", lambda: TensorBoard(full_disk / "a", start_step=0)))
     assert [line for line in lines if "No space left on device" in line] == lines
     assert len(lines) == 1
 
@@ -216,7 +216,7 @@ def test_broken_protobuf_is_one_warning(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", Broken())
     with warnings_of_the_log() as lines:
-        fed(BestEffort("tensorboard", lambda: TensorBoard(tmp_path, start_step=0)))
+        fed(OptionalSink("tensorboard", lambda: TensorBoard(tmp_path, start_step=0)))
     assert lines == ["tensorboard: TypeError: Descriptors cannot be created directly.; continuing without it\n"]
 
 
@@ -226,8 +226,8 @@ def test_non_finite_numbers_reach_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     sink = TensorBoard(tmp_path, start_step=2)
-    sink.train(replace(TRAIN, loss=1e308, grad_norm=math.inf, lr=math.nan, accuracy=-0.0))
-    sink.epoch(EPOCH)
+    sink.log_step(replace(TRAIN, loss=1e308, grad_norm=math.inf, lr=math.nan, accuracy=-0.0))
+    sink.log_epoch(EPOCH)
     sink.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Scalars("train/loss")[0].value == math.inf
@@ -241,9 +241,9 @@ def test_metrics_on_a_full_disk_are_an_error(tmp_path: Path) -> None:
 
     run = ClaimedRun.claim(tmp_path / "run", world_size=1)
     lines = JsonLines(run, start_step=0, start_epoch=0, data="generated10")
-    lines.train(TRAIN)
+    lines.log_step(TRAIN)
     with files_up_to(run.metrics_file.stat().st_size), pytest.raises(StorageError, match="File too large"):
-        lines.train(TRAIN)
+        lines.log_step(TRAIN)
     run.release()
 
 
@@ -260,7 +260,7 @@ def test_failed_profile_is_one_warning(how: str, tmp_path: Path) -> None:
             other.start()
         for _ in range(14):
             torch.ones(3).add_(1)
-            profiler.step_done()
+            profiler.step()
         if other:
             other.stop()
     assert len(lines) <= 1 if how == "another profiler" else len(lines) == 1
@@ -425,8 +425,8 @@ def test_report_without_matplotlib_has_its_numbers(run: Path, tmp_path: Path, mo
     found = call("report.__main__", run, "--out", tmp_path / "report.html")
     assert (found.code, found.errors) == (0, []), found.err
     page = (tmp_path / "report.html").read_text()
-    assert "This part could not be made: ModuleNotFoundError" in page
-    assert "Its settings" in page
+    assert "This section could not be made: ModuleNotFoundError" in page
+    assert "Settings" in page
 
 
 def test_unwritable_table_does_not_end_the_experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

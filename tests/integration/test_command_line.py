@@ -28,7 +28,7 @@ def run(arguments: list[str], cwd: Path = ROOT, seconds: float = 60) -> subproce
     )
 
 
-def test_all_mistakes_are_told_at_once_before_torch_is_imported(tmp_path: Path) -> None:
+def test_all_errors_are_reported_before_importing_torch(tmp_path: Path) -> None:
     config = tmp_path / "mine.toml"
     config.write_text('epochs = 3\n\n[optim]\nlrr = 0.05\n\n[data]\nname = "generated10"\n')
     start = time.monotonic()
@@ -47,7 +47,7 @@ def test_all_mistakes_are_told_at_once_before_torch_is_imported(tmp_path: Path) 
     assert seconds < 10  # about one; this only catches an import of everything
 
 
-def test_under_torchrun_a_mistake_is_the_last_thing_above_its_banner(tmp_path: Path) -> None:
+def test_torchrun_prints_an_error_last_above_its_banner(tmp_path: Path) -> None:
     result = run(torchrun(2, "configs/debug.toml", "--optim.lrr", "1", *CPU, "--run_dir", tmp_path / "run"))
     lines = result.stderr.splitlines()
     said = [number for number, line in enumerate(lines) if line.startswith("error: ")]
@@ -60,7 +60,7 @@ def test_under_torchrun_a_mistake_is_the_last_thing_above_its_banner(tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
-def test_data_that_is_not_there_is_named_with_the_remedy(tmp_path: Path) -> None:
+def test_missing_data_is_named_with_the_remedy(tmp_path: Path) -> None:
     result = run(python("configs/cifar10.toml", *CPU, "--data.root", tmp_path, "--run_dir", tmp_path / "run"))
     assert result.returncode == 2
     assert f"{tmp_path}/cifar-10-batches-bin/data_batch_1.bin: No such file" in result.stderr
@@ -68,7 +68,7 @@ def test_data_that_is_not_there_is_named_with_the_remedy(tmp_path: Path) -> None
     assert "Traceback" not in result.stderr
 
 
-def test_help_comes_without_torch_and_names_every_section() -> None:
+def test_help_lists_every_section_without_importing_torch() -> None:
     result = run(python("--help"))
     assert result.returncode == 0
     for option in ("--optim.lr ", "--schedule.patience", "--data.augment.crop", "--checkpoint.every_minutes"):
@@ -80,7 +80,7 @@ def shell(command: list[str], behind: str) -> subprocess.CompletedProcess[str]:
     return run(["bash", "-c", f'"$@" {behind}; exit ${{PIPESTATUS[0]}}', "bash", *command])
 
 
-def test_the_head_of_the_help_is_quiet() -> None:
+def test_help_piped_to_head_prints_no_error() -> None:
     result = shell(python("--help"), "| head -n 1")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("usage:")
@@ -106,7 +106,7 @@ def test_a_run_outlives_its_terminal(behind: str, tmp_path: Path) -> None:
 
 @pytest.mark.smoke
 @pytest.mark.timeout(200)
-def test_without_a_config_generated_images_are_used_under_a_banner_and_marked(tmp_path: Path) -> None:
+def test_generated_images_are_announced_and_marked(tmp_path: Path) -> None:
     settings = (
         *CPU,
         "--epochs",
@@ -132,7 +132,7 @@ def test_without_a_config_generated_images_are_used_under_a_banner_and_marked(tm
 
 @pytest.mark.smoke
 @pytest.mark.timeout(200)
-def test_a_finished_run_says_so_and_a_changed_experiment_is_refused(tmp_path: Path) -> None:
+def test_a_finished_run_says_so_and_refuses_changes(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert run(python(*TINY, "--run_dir", folder)).returncode == 0
     again = run(python(*TINY, "--run_dir", folder))
@@ -153,11 +153,11 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     result = run(python(*TINY, "--run_dir", tmp_path / "file" / "run"))
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
-    assert f"{tmp_path / 'file'} is no folder" in result.stderr
+    assert f"{tmp_path / 'file'} is not a folder" in result.stderr
 
 
 @pytest.mark.timeout(200)
-def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     first = python(*SMALL, "--epochs", 5000, "--run_dir", folder)
     with Command(first, output=tmp_path / "first") as running:
@@ -169,7 +169,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_pa
 
 
 @pytest.mark.timeout(200)
-def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert run(python(*TINY, "--schedule.name", "constant", "--run_dir", folder)).returncode == 0
     before = final_tensors(folder)
@@ -191,7 +191,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(tmp_path: 
 
 
 @pytest.mark.timeout(200)
-def test_one_interrupt_saves_and_a_second_ends_at_once(tmp_path: Path) -> None:
+def test_one_interrupt_saves_and_a_second_exits_at_once(tmp_path: Path) -> None:
     settings = ("configs/debug.toml", *CPU, "--epochs", 200, "--run_dir", tmp_path / "run")
     with Command(python(*settings), output=tmp_path / "once") as command:
         command.wait_for(lambda: "step 10/" in command.text, what="step 10")
@@ -211,7 +211,7 @@ def test_one_interrupt_saves_and_a_second_ends_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(200)
-def test_a_loss_that_is_not_finite_ends_the_run_without_a_bad_checkpoint(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result = run(python(*SMALL, "--optim.lr", 100, "--run_dir", folder, "--checkpoint.every_steps", 1, "--epochs", 9))
     assert result.returncode == 3

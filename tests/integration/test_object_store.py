@@ -92,7 +92,7 @@ def assert_same_ending(run: Path, reference: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_elsewhere_with_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_elsewhere_with_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
     """Without a server: to a file:// URL. What was saved at the stop is up before the processes leave."""
     url = f"file://{tmp_path}/store"
     arguments = torchrun(2, *SETTINGS, "--run_dir", tmp_path / "stopped", "--checkpoint.upload_to", url)
@@ -110,7 +110,7 @@ def test_a_stopped_run_goes_on_elsewhere_with_the_same_bits(undisturbed: Path, t
 
 
 @pytest.mark.slow
-def test_killed_in_mid_upload_a_run_goes_on_elsewhere_with_the_same_bits(
+def test_a_run_killed_during_an_upload_resumes_elsewhere(
     server: int, relay: Relay, bucket: str, undisturbed: Path, tmp_path: Path
 ) -> None:
     """Two processes on one machine, killed before the second manifest; one process in an empty folder goes on."""
@@ -132,7 +132,7 @@ def test_killed_in_mid_upload_a_run_goes_on_elsewhere_with_the_same_bits(
     relay.cut, relay.on_put = False, lambda _: None
     shutil.rmtree(tmp_path / "lost")
     said = train(tmp_path / "run", "--checkpoint.upload_to", bucket)
-    assert f"fetching {bucket}/{kept}" in said
+    assert f"downloading {bucket}/{kept}" in said
     assert f"resuming at step {int(kept[5:13])}: " in said
     ours = assert_same_ending(tmp_path / "run", undisturbed)
     assert whole(server, bucket) == sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*"))
@@ -142,7 +142,7 @@ def test_killed_in_mid_upload_a_run_goes_on_elsewhere_with_the_same_bits(
 
 
 @pytest.mark.slow
-def test_a_store_that_goes_away_does_not_stop_training(
+def test_a_store_outage_does_not_stop_training(
     server: int, relay: Relay, bucket: str, undisturbed: Path, tmp_path: Path
 ) -> None:
     run, seen = tmp_path / "run", list[str]()
@@ -167,13 +167,13 @@ def test_a_store_that_goes_away_does_not_stop_training(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({}, "there is no such bucket"),
-        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "no right to read, write and remove"),
+        ({}, "no such bucket"),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "no permission to read, write and remove"),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "check the network and the store's endpoint"),
     ],
     ids=["no bucket", "wrong key", "nobody there"],
 )
-def test_a_store_that_cannot_be_used_is_refused(
+def test_an_unusable_store_is_refused(
     change: dict[str, str], said: str, relay: Relay, bucket: str, tmp_path: Path
 ) -> None:
     if "AWS_SECRET_ACCESS_KEY" in change and "S3_ENDPOINT" not in os.environ:

@@ -4,6 +4,7 @@ python -m kit.killed_in_save POINT STEP [arguments of distributed.train]
 """
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed.checkpoint import checkpointer, snapshot, tensor_file
-from distributed.run import claim
+from distributed.run import checkpoint_layout, claim
 
 POINTS = ("after 5 tensors", "before the manifest", "before the rename", "before the pointer", "during retention")
 
@@ -34,15 +35,15 @@ def arm(point: str) -> None:
         replace_json = snapshot.replace_json
 
         def replace(path: Path, value: Any) -> None:
-            die() if path.name == "manifest.json" else replace_json(path, value)
+            die() if path.name == checkpoint_layout.MANIFEST else replace_json(path, value)
 
         snapshot.replace_json = replace
     elif point == "before the rename":
         claim.ClaimedRun.commit = die  # type: ignore[method-assign]
     elif point == "before the pointer":
-        checkpointer.point = die
+        checkpoint_layout.set_link = die
     elif point == "during retention":
-        checkpointer.shutil.rmtree = lambda path, **_: die() if ".deleting-" in str(path) else None
+        shutil.rmtree = lambda path, **_: die() if ".deleting-" in str(path) else None
     else:
         raise ValueError(f"no point {point!r}; there are {POINTS}")
 

@@ -48,10 +48,10 @@ class Recorder:
     steps: list[TrainMetrics] = field(default_factory=list)
     epochs: list[EpochMetrics] = field(default_factory=list)
 
-    def train(self, metrics: TrainMetrics) -> None:
+    def log_step(self, metrics: TrainMetrics) -> None:
         self.steps.append(metrics)
 
-    def epoch(self, metrics: EpochMetrics) -> None:
+    def log_epoch(self, metrics: EpochMetrics) -> None:
         self.epochs.append(metrics)
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from distributed.run.claim import ClaimedRun
 def return_to_the_best(folder: Path) -> list[float]:
     """The weights after epochs with weights 1, 2, 3, of which the second was the best and no epoch was saved but the first."""
     run = ClaimedRun.claim(folder, world_size=2) if collectives.rank() == 0 else None
-    writer = Checkpointer(folder / "checkpoints", run, keep_last=1, facts={}, budget=SaveBudget(1e-9))
+    writer = Checkpointer(folder / "checkpoints", run, keep_last=1, metadata={}, budget=SaveBudget(1e-9))
     state = three_epochs(writer)
     engine = PlainEngine(9)
     writer.restore_best(engine, state)  # type: ignore[arg-type]
@@ -26,5 +26,5 @@ def return_to_the_best(folder: Path) -> list[float]:
 
 
 @pytest.mark.timeout(120)
-def test_all_ranks_return_to_a_best_epoch_not_saved(tmp_path):
+def test_all_ranks_restore_an_unsaved_best_epoch(tmp_path):
     assert run_ranks(return_to_the_best, 2, tmp_path / "run") == [[2.0], [2.0]]

@@ -13,7 +13,7 @@ from loguru import logger
 from torch import Tensor
 
 from distributed.build import build_data, build_engine
-from distributed.checkpoint.snapshot import load
+from distributed.checkpoint.snapshot import load_checkpoint
 from distributed.comm import collectives
 from distributed.config import TrainConfig
 from distributed.run.folder import RunFolder
@@ -111,10 +111,10 @@ def loaded_elsewhere(run_dir: Path, others: list[dict[str, Any]]) -> list[bool]:
     for settings in others:
         config = small_config(Path("unused"), **settings)
         made, batches = built(config)
-        load(newest_checkpoint(run_dir), made)
+        load_checkpoint(newest_checkpoint(run_dir), made)
         own = {name: tensor.clone() for name, tensor in made.state()}
         same = all(torch.equal(tensor, saved[name]) for name, tensor in own.items())
-        norm = train_step(made, next(batches), loss=config.loss, lr=0.01, step=0, sums=MetricAccumulator(CPU))
+        norm = train_step(made, next(batches), loss=config.loss, lr=0.01, step=0, metrics=MetricAccumulator(CPU))
         found.append(same and bool(torch.isfinite(norm)))
     return found
 

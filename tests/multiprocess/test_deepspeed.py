@@ -10,7 +10,7 @@ from kit.ranks import in_group, run_ranks
 from kit.small_runs import newest_checkpoint, state_of
 from kit.traces import Trace, digest_of, tensors_of, traced
 
-from distributed.checkpoint.snapshot import load
+from distributed.checkpoint.snapshot import load_checkpoint
 from distributed.run.folder import RunFolder
 
 STAGES = ["zero 1", "zero 2", "zero 3"]
@@ -33,13 +33,13 @@ def bytes_held() -> dict[str, dict[str, int]]:
         zero = engine._deepspeed.optimizer
         gradients = [part for parts in zero.averaged_gradients.values() for part in parts or ()]
         engine.step(0.01, step=0)  # after which no layer is left gathered
-        parameters, held = list(engine.model.parameters()), engine._held()
+        parameters, held = list(engine.model.parameters()), engine.local_tensors()
         optimizer = [held for key, held in held.items() if key.startswith("optimizer.")]
         found[name] = {
-            "optimizer": sum(held.part.nbytes for held in optimizer),
+            "optimizer": sum(held.local.nbytes for held in optimizer),
             "gradients": sum(gradient.nbytes for gradient in gradients),
             "weights": sum(p.nbytes + getattr(p, "ds_tensor", p[:0]).nbytes for p in parameters),
-            "whole": sum(held.place.shape.numel() * 4 for held in optimizer),
+            "whole": sum(held.placement.shape.numel() * 4 for held in optimizer),
         }
     return found
 
@@ -121,7 +121,7 @@ def next_attempt(run_dir: Path, name: str, stop_after: int | None) -> tuple[Trac
     config, held = config_with(name, run_dir, **PLATEAU), dict[str, str]()
     if RunFolder(run_dir).newest_state():
         fresh, _ = built(config)
-        load(newest_checkpoint(run_dir), fresh)
+        load_checkpoint(newest_checkpoint(run_dir), fresh)
         held = {key: digest_of(tensor) for key, tensor in fresh.state()}
         torch.set_num_threads(1)
     return traced(config, stop_after), held

@@ -108,13 +108,13 @@ def test_three_ranks_have_the_totals_of_one(evaluated, key: Key) -> None:
 
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize("key", EXACT, ids=str)
-def test_in_exact_mode_they_are_the_same_to_the_last_bit(evaluated, key: Key) -> None:
+def test_exact_mode_totals_are_bit_identical(evaluated, key: Key) -> None:
     assert evaluated(3)[0][key].totals == evaluated(1)[0][key].totals
 
 
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize("key", FAST + EXACT, ids=str)
-def test_each_image_is_on_one_rank_and_all_ranks_make_as_many_passes(evaluated, key: Key) -> None:
+def test_each_image_is_evaluated_on_exactly_one_rank(evaluated, key: Key) -> None:
     ranks, count = [rank[key] for rank in evaluated(3)], SPLITS[key[2]]
     ids = sorted(sample for rank in ranks for sample in rank.ids)
     assert ids == sorted(evaluated(1)[0][key].ids)
@@ -130,7 +130,7 @@ def test_each_image_is_on_one_rank_and_all_ranks_make_as_many_passes(evaluated, 
 
 
 @pytest.mark.timeout(90)
-def test_the_model_evaluates_in_evaluation_mode_and_trains_on_after_it(evaluated) -> None:
+def test_evaluation_mode_ends_with_the_evaluation(evaluated) -> None:
     modes = [rank[key].modes for world_size in (1, 3) for rank in evaluated(world_size) for key in rank]
     assert all(mode == ({False}, True) for mode in modes)
 
@@ -160,7 +160,7 @@ def _without_first(batch):
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("shards", [0, 4], ids=["fast", "exact"])
-def test_an_image_that_is_not_counted_is_an_error_on_every_rank(shards: int) -> None:
+def test_an_uncounted_image_is_an_error_on_every_rank(shards: int) -> None:
     assert (
         run_ranks(evaluate_a_split_that_lacks_an_image, 2, shards)
         == ["evaluation counted 10 images of the test split's 11"] * 2

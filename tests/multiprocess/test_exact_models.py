@@ -38,7 +38,7 @@ def run_model(name: str, topology: Topology) -> dict[str, Any]:
     engine = build_engine(config, topology, data, CPU)
     sums, told = MetricAccumulator(CPU), []
     for step, micro_batches in enumerate(data.train_epoch(0)):
-        norm = train_step(engine, micro_batches, loss=config.loss, lr=0.01, step=step, sums=sums)
+        norm = train_step(engine, micro_batches, loss=config.loss, lr=0.01, step=step, metrics=sums)
         told.append((float(norm), sums.read()))
     test = evaluate(engine, data, "test", flip_tta=False, device=CPU)
     return {"told": told, "test": test, "tensors": {n: digest_of(tensor) for n, tensor in engine.state()}}

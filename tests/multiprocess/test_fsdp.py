@@ -11,7 +11,7 @@ from kit.small_runs import FAST, newest_checkpoint, small_config
 from kit.traces import Trace, digest_of, digests_of, tensors_of, traced
 
 from distributed.build import build_data, build_engine
-from distributed.checkpoint.snapshot import load
+from distributed.checkpoint.snapshot import load_checkpoint
 from distributed.comm import collectives
 from distributed.config import TrainConfig
 from distributed.run.folder import RunFolder
@@ -161,7 +161,7 @@ def next_attempt(run_dir: Path, engine: dict[str, str], stop_after: int | None) 
     if RunFolder(run_dir).newest_state():
         topology = Topology(collectives.rank(), collectives.world_size())
         fresh = build_engine(config, topology, build_data(config, topology, CPU), CPU)
-        load(newest_checkpoint(run_dir), fresh)
+        load_checkpoint(newest_checkpoint(run_dir), fresh)
         held = {name: digest_of(tensor) for name, tensor in fresh.state()}
         torch.set_num_threads(1)
     return traced(config, stop_after), held
@@ -207,7 +207,7 @@ def losses_in_bfloat16(engine: dict[str, str]) -> list[float]:
     data = build_data(config, topology, CPU)
     built, sums, found = build_engine(config, topology, data, CPU), MetricAccumulator(CPU), []
     for step, micro_batches in enumerate(data.train_epoch(0)):
-        train_step(built, micro_batches, loss=config.loss, lr=0.001, step=step, sums=sums)
+        train_step(built, micro_batches, loss=config.loss, lr=0.001, step=step, metrics=sums)
         found.append(sums.read().mean_loss)
     assert {tensor.dtype for name, tensor in built.state() if "num_batches" not in name} == {torch.float32}
     return found

@@ -155,14 +155,14 @@ def damage(path: Path) -> None:
 pytestmark = pytest.mark.timeout(320)
 
 
-def test_the_run_was_stopped_where_it_was_asked_to(story: Story) -> None:
+def test_the_run_stopped_at_the_requested_step(story: Story) -> None:
     assert [rank.step for rank in story.attempts["undisturbed"]] == [STEPS] * 3
     assert [rank.step for rank in story.attempts["stopped"]] == [story.stopped_at] * 3
     assert newest_checkpoint(story.run("stopped").path).name.startswith(f"step-{story.stopped_at:08d}-")
 
 
 @pytest.mark.parametrize("name", ["resumed", "damaged"])
-def test_a_resumed_run_on_three_ranks_ends_with_the_bits_of_the_undisturbed_one(story: Story, name: str) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(story: Story, name: str) -> None:
     """In fast mode plain DDP would not: it sums the first gradients after a start in another order."""
     ended, expected = (newest_checkpoint(story.run(each).path) for each in (name, "undisturbed"))
     assert ended.name == expected.name == f"step-{STEPS:08d}-epoch-002"
@@ -172,7 +172,7 @@ def test_a_resumed_run_on_three_ranks_ends_with_the_bits_of_the_undisturbed_one(
 
 
 @pytest.mark.parametrize("name", ["resumed", "damaged"])
-def test_its_metrics_are_those_of_the_undisturbed_run(story: Story, name: str) -> None:
+def test_a_resumed_run_has_the_same_metrics(story: Story, name: str) -> None:
     expected = lines(story.run("undisturbed"), "train")
     assert [line["step"] for line in expected] == list(range(1, STEPS + 1))
     assert lines(story.run(name), "train") == expected
@@ -180,7 +180,7 @@ def test_its_metrics_are_those_of_the_undisturbed_run(story: Story, name: str) -
     assert len(lines(story.run(name), "epoch")) == 2
 
 
-def test_with_its_newest_checkpoint_damaged_a_run_goes_on_from_the_one_before(story: Story) -> None:
+def test_a_run_resumes_from_before_a_damaged_newest(story: Story) -> None:
     run = story.run("damaged")
     before = max(step for step in range(story.stopped_at) if step % 3 == 0 or step == STEPS_PER_EPOCH)
     starts = [json.loads(line) for line in (run.path / "attempts.jsonl").read_text().splitlines()]
@@ -190,7 +190,7 @@ def test_with_its_newest_checkpoint_damaged_a_run_goes_on_from_the_one_before(st
 
 
 @pytest.mark.parametrize("way", ["resumed", "on-two"])
-def test_every_image_of_an_epoch_is_trained_on_once_over_a_stop(story: Story, way: str) -> None:
+def test_every_image_is_trained_on_once_across_a_stop(story: Story, way: str) -> None:
     """Sample ids as the recipe was handed them, over all ranks of both attempts."""
     undisturbed = sum((rank.seen for rank in story.attempts["undisturbed"]), Counter())
     both = [rank.seen for name in ("stopped", way) for rank in story.attempts[name]]
@@ -202,14 +202,14 @@ def test_every_image_of_an_epoch_is_trained_on_once_over_a_stop(story: Story, wa
 def test_a_run_stopped_on_three_ranks_finishes_on_two(story: Story) -> None:
     run = story.run("on-two")
     assert [(rank.step, rank.stop_reason) for rank in story.attempts["on-two"]] == [(STEPS, None)] * 2
-    assert run.status()["status"] == "finished"
+    assert run.status().status == "finished"
     expected = lines(story.run("undisturbed"), "train")
     found = lines(run, "train")
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     assert found[: story.stopped_at] == expected[: story.stopped_at]
 
 
-def test_in_exact_mode_it_ends_with_the_bits_of_the_undisturbed_one_and_nothing_is_said(
+def test_exact_mode_on_two_ranks_ends_with_the_same_bits(
     stories: dict[str, Story],
 ) -> None:
     story = stories["exact"]
@@ -221,12 +221,12 @@ def test_in_exact_mode_it_ends_with_the_bits_of_the_undisturbed_one_and_nothing_
     )
     assert state_of(run) == state_of(undisturbed)
     log = (run.logs / "rank-0000.log").read_text()
-    assert "exact mode, 8 shards: the same bits on up to 8 processes" in log
+    assert "exact mode, 8 shards: bit-identical on up to 8 processes" in log
     assert "2 ranks x 1 thread" in log
     assert "bits may differ" not in log
 
 
-def test_in_fast_mode_its_bits_are_others_and_that_is_told(stories: dict[str, Story]) -> None:
+def test_fast_mode_warns_that_bits_may_differ(stories: dict[str, Story]) -> None:
     story = stories["fast"]
     run = story.run("on-two")
     # The first step on two ranks begins at the weights of three: it is the same but for the order of sums.
@@ -238,9 +238,9 @@ def test_in_fast_mode_its_bits_are_others_and_that_is_told(stories: dict[str, St
         newest_checkpoint(story.run("undisturbed").path) / "tensors.safetensors"
     )
     log = (run.logs / "rank-0000.log").read_text()
-    assert "resuming with another world_size: 3 before, 2 now; bits may differ" in log
-    assert "2 micro-batches of 12, 6 a rank; 2 ranks" in log
-    assert "fast mode: bits depend on the ranks" in log
+    assert "resuming with a different world_size: 3 before, 2 now; bits may differ" in log
+    assert "2 micro-batches of 12, 6 per rank; 2 ranks" in log
+    assert "fast mode: results depend on the number of processes" in log
 
 
 PATIENT = {"name": "plateau", "metric": "loss", "factor": 0.5, "patience": 1, "min_delta": 50.0, "max_drops": 2}
@@ -294,7 +294,7 @@ def patience(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[De
     return run_ranks(wait_for_improvement, 2, tmp_path_factory.mktemp("plateau"))
 
 
-def test_plateau_drops_the_rate_when_patience_is_spent_and_the_run_ends_early(
+def test_plateau_drops_the_rate_and_stops_the_run_early(
     patience: list[dict[str, list[Decisions]]],
 ) -> None:
     (whole,) = patience[0]["undisturbed"]
@@ -309,7 +309,7 @@ def test_plateau_drops_the_rate_when_patience_is_spent_and_the_run_ends_early(
     assert whole.said[-1].endswith("bad epoch 6 of 6; the run ends")
 
 
-def test_a_restart_inside_the_patience_window_changes_no_decision(patience: list[dict[str, list[Decisions]]]) -> None:
+def test_a_restart_inside_the_patience_changes_no_decision(patience: list[dict[str, list[Decisions]]]) -> None:
     (whole,) = patience[0]["undisturbed"]
     parts = patience[0]["stopped twice"]
     assert [part.ended[0] for part in parts] == [2, 5, EPOCHS]
@@ -318,7 +318,7 @@ def test_a_restart_inside_the_patience_window_changes_no_decision(patience: list
     assert [line for part in parts for line in part.said] == whole.said
 
 
-def test_all_ranks_decide_alike(patience: list[dict[str, list[Decisions]]]) -> None:
+def test_all_ranks_make_the_same_decisions(patience: list[dict[str, list[Decisions]]]) -> None:
     def without_reason(ranks: dict[str, list[Decisions]]) -> dict[str, list[tuple[Any, ...]]]:
         return {name: [(part.lrs, part.said, part.ended[:2]) for part in parts] for name, parts in ranks.items()}
 
@@ -349,7 +349,7 @@ def end_of_epoch(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[d
 
 
 @pytest.mark.parametrize("name", ["stopped", "saved"])
-def test_a_stop_or_a_save_on_the_last_step_of_an_epoch_changes_nothing(
+def test_a_stop_or_save_on_an_epochs_last_step_is_harmless(
     end_of_epoch: tuple[Path, list[dict[str, tuple[int, int]]]], name: str
 ) -> None:
     folder, ranks = end_of_epoch

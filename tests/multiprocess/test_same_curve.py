@@ -110,7 +110,7 @@ def steps_from_given_weights(config: TrainConfig, weights_of: Callable[[int], di
     for step, micro_batches in enumerate(steps):
         before = {**(weights_of(step) or model_of(engine.state()))}
         engine.load_state(before)
-        train_step(engine, micro_batches, loss=config.loss, lr=config.peak_lr, step=step, sums=sums)
+        train_step(engine, micro_batches, loss=config.loss, lr=config.peak_lr, step=step, metrics=sums)
         state = {name: tensor.clone() for name, tensor in engine.state()}
         gradients = {name: tensor for name, tensor in state.items() if name.endswith("momentum_buffer")}
         yield before, sums.read().mean_loss, gradients, model_of(state.items())

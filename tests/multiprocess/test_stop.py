@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from distributed.comm import collectives
 from distributed.recipe import train
 from distributed.run.folder import RunFolder
-from distributed.training.stop import Never, StepAgreement
+from distributed.training.stop import NeverStop, StepAgreement
 
 ASKED = 4
 SAVE_EVERY = 0.2
@@ -40,19 +40,19 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
 
 
 @pytest.mark.timeout(120)
-def test_all_ranks_stop_one_step_after_a_single_one_was_asked(stopped: Stopped) -> None:
+def test_all_ranks_stop_one_step_after_the_request(stopped: Stopped) -> None:
     assert [rank["position"] for rank in stopped.ranks] == [(0, ASKED + 1)] * 3
     assert [rank["state"] for rank in stopped.ranks] == [stopped.ranks[0]["state"]] * 3
 
 
 @pytest.mark.timeout(120)
-def test_the_rank_that_was_asked_gives_the_reason_and_the_others_say_it_was_not_theirs(stopped: Stopped) -> None:
+def test_the_requested_rank_gives_the_reason(stopped: Stopped) -> None:
     other = "a request to another rank"
     assert [rank["reason"] for rank in stopped.ranks] == [other, "the test", other]
 
 
 @pytest.mark.timeout(120)
-def test_the_step_they_stopped_at_is_saved_with_the_state_of_all(stopped: Stopped) -> None:
+def test_the_step_of_the_stop_is_saved(stopped: Stopped) -> None:
     path = newest_checkpoint(stopped.run.path)
     assert path.name == f"step-{ASKED + 1:08d}-epoch-000"
     assert json.loads((path / "state.json").read_text())["state"] == stopped.ranks[0]["state"]
@@ -62,16 +62,16 @@ def test_the_step_they_stopped_at_is_saved_with_the_state_of_all(stopped: Stoppe
 
 
 @pytest.mark.timeout(120)
-def test_the_run_folder_says_stopped_and_how_far_it_came(stopped: Stopped) -> None:
+def test_the_status_says_stopped_with_its_progress(stopped: Stopped) -> None:
     status = stopped.run.status()
-    assert (status["status"], status["exit_code"], status["step"]) == ("stopped", 75, ASKED + 1)
+    assert (status.status, status.exit_code, status.step) == ("stopped", 75, ASKED + 1)
 
 
 @pytest.mark.timeout(120)
-def test_every_rank_has_a_log_file_of_its_own_and_rank_0_says_there_what_is_trained(stopped: Stopped) -> None:
+def test_every_rank_has_a_log_file_and_rank_0_logs_the_plan(stopped: Stopped) -> None:
     logs = sorted(stopped.run.logs.glob("rank-*.log"))
     assert [log.name for log in logs] == [f"rank-{rank:04d}.log" for rank in range(3)]
-    assert "batch 24 = 1 micro-batch of 24, 8 shards, 2 to 3 a rank; 3 ranks" in logs[0].read_text()
+    assert "batch 24 = 1 micro-batch of 24, 8 shards, 2 to 3 per rank; 3 ranks" in logs[0].read_text()
 
 
 @in_group
@@ -79,11 +79,11 @@ def agree_on_steps() -> tuple[float, dict[str, list[tuple[bool, bool]]]]:
     """Returns how many seconds saves were asked about for, and at each step whether to stop and to save."""
     rank = collectives.rank()
     found = {}
-    agreement = StepAgreement(StopAfter(3) if rank == 2 else Never(), is_main=rank == 0, save_every_seconds=0)
+    agreement = StepAgreement(StopAfter(3) if rank == 2 else NeverStop(), is_main=rank == 0, save_every_seconds=0)
     found["stop"] = [agreement.after_step() for _ in range(5)]
     begin = time.monotonic()
     # Only rank 0's clock counts: by the others' it would be time to save after every step.
-    agreement = StepAgreement(Never(), is_main=rank == 0, save_every_seconds=SAVE_EVERY if rank == 0 else 1e-9)
+    agreement = StepAgreement(NeverStop(), is_main=rank == 0, save_every_seconds=SAVE_EVERY if rank == 0 else 1e-9)
     found["save"] = []
     for _ in range(12):
         time.sleep(0.05)
@@ -92,7 +92,7 @@ def agree_on_steps() -> tuple[float, dict[str, list[tuple[bool, bool]]]]:
 
 
 @pytest.mark.timeout(120)
-def test_stops_and_timed_saves_are_agreed_one_step_late_on_all_ranks() -> None:
+def test_stops_and_timed_saves_are_agreed_one_step_late() -> None:
     (seconds, *_), ranks = zip(*run_ranks(agree_on_steps, 3), strict=True)
     assert list(ranks) == [ranks[0]] * 3
     assert [stop for stop, _ in ranks[0]["stop"]] == [False, False, False, True, True]

@@ -1,4 +1,4 @@
-"""What is set so that bits repeat, and what is written down of all that they depend on. Needs no GPU: flags and facts only."""
+"""The switches for reproducible results, and the metadata that the bits depend on. Needs no GPU."""
 
 import subprocess
 import sys
@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed.build import lanes_on
+from distributed.build import shard_workers
 from distributed.config import from_command_line
 from distributed.errors import InputError
 from distributed.exact.bucket_layout import ReplicatedBucket
-from distributed.exact.partition import ALIGNED
-from distributed.training.determinism import joined, kernels, make_deterministic
+from distributed.exact.partition import ALIGNMENT
+from distributed.training.determinism import kernel_metadata, make_deterministic, merge_metadata
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ print(*flags)
 
 
 def flags(precision: str, *, compile: bool = False) -> list[bool]:
-    """TF32 in convolutions and in matrix products, cuDNN deterministic and, if compiled, inductor too; in a fresh process."""
+    """Return, from a new process, whether TF32 is on in convolutions and matmuls and cuDNN (and inductor) deterministic."""
     program = FLAGS.replace("PRECISION", repr(precision)).replace("COMPILE", repr(compile))
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     return [word == "True" for word in done.stdout.split()]
@@ -40,11 +40,11 @@ def test_float32_is_not_tf32(precision: str) -> None:
     assert flags(precision) == [False, False, True]
 
 
-def test_tf32_is_a_precision_of_its_own() -> None:
+def test_tf32_is_allowed_if_chosen() -> None:
     assert flags("tf32") == [True, True, True]
 
 
-def test_compiled_kernels_are_not_chosen_by_the_clock() -> None:
+def test_compiled_kernels_are_not_autotuned() -> None:
     assert flags("bfloat16", compile=True) == [False, False, True, True]
 
 
@@ -55,37 +55,37 @@ def test_tf32_is_refused_on_a_cpu() -> None:
         from_command_line(["--precision", "tf32", "--device", "cpu"])
 
 
-def test_variables_that_choose_kernels_are_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_that_select_kernels_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     monkeypatch.setenv("SOMETHING_ELSE", "1")
-    facts = kernels(CPU)
-    assert facts["ONEDNN_MAX_CPU_ISA"] == "AVX2"
-    assert "SOMETHING_ELSE" not in facts
-    assert facts["device"]
+    metadata = kernel_metadata(CPU)
+    assert metadata["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+    assert "SOMETHING_ELSE" not in metadata
+    assert metadata["device"]
 
 
-def test_facts_in_which_ranks_differ_are_named_with_the_ranks() -> None:
+def test_differences_between_ranks_name_the_ranks() -> None:
     big, small = (
         {"device": "H100", "multiprocessors": "132"},
         {"device": "H100", "multiprocessors": "114", "NCCL_ALGO": "Tree"},
     )
-    together, differences = joined([big, big, small])
-    assert together == {"device": "H100", "multiprocessors": "114 / 132", "NCCL_ALGO": "Tree / not set"}
+    merged, differences = merge_metadata([big, big, small])
+    assert merged == {"device": "H100", "multiprocessors": "114 / 132", "NCCL_ALGO": "Tree / not set"}
     assert differences == [
         "NCCL_ALGO: not set on rank 0, 1; Tree on rank 2",
         "multiprocessors: 132 on rank 0, 1; 114 on rank 2",
     ]
-    assert joined([big, big]) == (big, [])
+    assert merge_metadata([big, big]) == (big, [])
 
 
-def test_one_thread_carries_all_shards_on_cuda() -> None:
-    assert (lanes_on(CPU, threads=6), lanes_on(CUDA, threads=6)) == (6, 1)
+def test_one_worker_runs_all_shards_on_cuda() -> None:
+    assert (shard_workers(CPU, threads=6), shard_workers(CUDA, threads=6)) == (6, 1)
 
 
-def test_gradients_side_by_side_are_aligned() -> None:
+def test_gradients_in_a_bucket_are_aligned() -> None:
     parameters = {index: torch.zeros(shape) for index, shape in enumerate([(3,), (5, 7), (1,), (2, 3, 3, 3)])}
-    lie = ReplicatedBucket(parameters)
-    views = lie.gradients(torch.zeros(lie.length))
-    assert [view.storage_offset() % ALIGNED for view in views.values()] == [0] * 4
+    layout = ReplicatedBucket(parameters)
+    views = layout.gradients(torch.zeros(layout.length))
+    assert [view.storage_offset() % ALIGNMENT for view in views.values()] == [0] * 4
     assert [view.shape for view in views.values()] == [p.shape for p in parameters.values()]
-    assert lie.chunks[-1].stop == lie.length
+    assert layout.chunks[-1].stop == layout.length

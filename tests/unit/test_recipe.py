@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit.small_runs import Recorder, StopAfter
 
 from distributed.config import TrainConfig, from_command_line
 from distributed.errors import InputError, StorageError
-from distributed.metrics.records import EpochMetrics, TrainMetrics
+from distributed.metrics.records import TrainMetrics
 from distributed.recipe import train
 from distributed.run import claim
 from distributed.run.checkpoint_layout import checkpoints
@@ -18,45 +19,17 @@ from distributed.training.state import TrainState
 STEPS_PER_EPOCH = 2
 
 
-class AfterStep:
-    """Asks to stop so that the run does after `step` more steps: the ranks agree one step late."""
-
-    def __init__(self, step: int) -> None:
-        self.left = step - 1
-
-    def requested(self) -> str | None:
-        self.left -= 1
-        return "a test" if self.left <= 0 else None
-
-
-class Told:
-    """A sink that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-        self.epochs: list[int] = []
-
-    def train(self, metrics: TrainMetrics) -> None:
-        self.steps.append(metrics.step)
-
-    def epoch(self, metrics: EpochMetrics) -> None:
-        self.epochs.append(metrics.epoch)
-
-    def close(self) -> None:
-        pass
-
-
 pytestmark = pytest.mark.usefixtures("threads_and_log_as_they_were")
 
 
 @pytest.fixture
 def config(tmp_path) -> TrainConfig:
-    words = (
+    arguments = (
         "--data.name generated10 --data.train_samples 40 --data.test_samples 10 --global_batch_size 16 --epochs 4 "
         "--precision float32 --threads 1 --device cpu --logging.tensorboard false --logging.every_steps 1 "
         "--schedule.name constant --model.dropout 0.5"
     )
-    return from_command_line([*words.split(), "--run_dir", str(tmp_path / "run")]).config
+    return from_command_line([*arguments.split(), "--run_dir", str(tmp_path / "run")]).config
 
 
 def newest(config: TrainConfig) -> dict:
@@ -64,28 +37,29 @@ def newest(config: TrainConfig) -> dict:
 
 
 def lines(config: TrainConfig, kind: str) -> list[int]:
-    told = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
-    return [line["step"] for line in told if line["kind"] == kind]
+    found = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in found if line["kind"] == kind]
 
 
-def stopped(config: TrainConfig, after: int, told: Told | None = None) -> TrainState:
-    return train(config, stop=AfterStep(after), sinks=[told] if told else [])
+def stopped(config: TrainConfig, after: int, recorder: Recorder | None = None) -> TrainState:
+    """Train `after` steps. The request comes one step earlier, because the ranks agree one step late."""
+    return train(config, stop=StopAfter(after - 1), sinks=[recorder] if recorder else [])
 
 
 @pytest.mark.parametrize("first", [2, 3, 4, 5])
-def test_a_run_stopped_after_any_step_goes_on(config, first):
-    told = Told()
-    state = stopped(config, first, told)
-    assert (state.step, state.stop_reason) == (first, "a test")
-    assert RunFolder(config.run_dir).status()["status"] == "stopped"
-    state = stopped(config, 7 - first, told)
+def test_a_run_stopped_after_any_step_resumes(config, first):
+    recorder = Recorder()
+    state = stopped(config, first, recorder)
+    assert (state.step, state.stop_reason) == (first, "the test")
+    assert RunFolder(config.run_dir).status().status == "stopped"
+    state = stopped(config, 7 - first, recorder)
     assert state.step == 7
-    assert told.steps == lines(config, "train") == [1, 2, 3, 4, 5, 6, 7]
-    assert told.epochs == [0, 1, 2]
+    assert [metrics.step for metrics in recorder.steps] == lines(config, "train") == [1, 2, 3, 4, 5, 6, 7]
+    assert [metrics.epoch for metrics in recorder.epochs] == [0, 1, 2]
     assert lines(config, "epoch") == [2, 4, 6]
 
 
-def test_a_save_at_the_last_step_of_an_epoch_does_not_keep_the_epochs_end_from_being_saved(config):
+def test_an_epochs_last_step_and_its_end_are_both_saved(config):
     every_second = config.checkpoint.model_copy(update={"every_steps": STEPS_PER_EPOCH})
     config = config.model_copy(update={"epochs": 1, "checkpoint": every_second})
     train(config)
@@ -95,7 +69,7 @@ def test_a_save_at_the_last_step_of_an_epoch_does_not_keep_the_epochs_end_from_b
     assert (RunFolder(config.run_dir).checkpoints / "best").exists()
 
 
-def test_logging_to_files_needs_no_terminal_log_first(config, capsys):
+def test_file_logs_work_without_terminal_logs(config, capsys):
     stopped(config, 2)
     assert "Logging error" not in capsys.readouterr().err
     log = (RunFolder(config.run_dir).logs / "rank-0000.log").read_text()
@@ -107,7 +81,7 @@ def with_shards(config: TrainConfig, shards: int) -> TrainConfig:
 
 
 def bits(config: TrainConfig) -> dict:
-    """What the last attempt said that its bits depend on."""
+    """The recorded metadata that the last attempt's bits depend on."""
     lines = (Path(config.run_dir) / "attempts.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines if json.loads(line)["event"] == "started"][-1]["bits"]
 
@@ -116,7 +90,7 @@ def log_of(config: TrainConfig) -> str:
     return (RunFolder(config.run_dir).logs / "rank-0000.log").read_text()
 
 
-def test_a_run_goes_on_only_with_as_many_shards_as_it_was_begun_with(config):
+def test_resuming_needs_the_same_number_of_shards(config):
     stopped(config, 2)
     assert bits(config)["shards"] == 8
     for shards in (4, 0):
@@ -126,9 +100,9 @@ def test_a_run_goes_on_only_with_as_many_shards_as_it_was_begun_with(config):
     assert stopped(with_shards(config, 8), 2).step == 4
 
 
-def test_what_the_bits_depend_on_is_written_down_and_in_exact_mode_processes_and_threads_are_not_among_it(config):
+def test_exact_bits_do_not_depend_on_processes_and_threads(config):
     stopped(config, 2)
-    kernels = determinism.kernels(torch.device("cpu"))
+    kernels = determinism.kernel_metadata(torch.device("cpu"))
     assert kernels.keys() >= {"device", "instructions", "ATen's CPU capability"}
     assert bits(config).keys() == {"shards", "versions", *kernels}
     fast = with_shards(config, 0).model_copy(update={"run_dir": config.run_dir / "fast"})
@@ -137,26 +111,26 @@ def test_what_the_bits_depend_on_is_written_down_and_in_exact_mode_processes_and
     assert (bits(fast)["shards"], bits(fast)["world_size"], bits(fast)["threads"]) == (0, 1, 1)
 
 
-def test_a_variable_that_selects_kernels_is_reported_when_it_comes_and_goes(config, monkeypatch):
+def test_a_changed_kernel_variable_is_reported(config, monkeypatch):
     stopped(config, 2)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     stopped(config, 2)
-    assert "resuming with another ONEDNN_MAX_CPU_ISA: not set before, AVX2 now; bits may differ" in log_of(config)
+    assert "resuming with a different ONEDNN_MAX_CPU_ISA: not set before, AVX2 now; bits may differ" in log_of(config)
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
     stopped(config, 2)
-    assert "resuming with another ONEDNN_MAX_CPU_ISA: AVX2 before, not set now; bits may differ" in log_of(config)
+    assert "resuming with a different ONEDNN_MAX_CPU_ISA: AVX2 before, not set now; bits may differ" in log_of(config)
 
 
-def test_another_number_of_threads_is_told_in_fast_mode_and_is_nothing_in_exact_mode(config):
+def test_a_changed_number_of_threads_matters_in_fast_mode_only(config):
     fast = with_shards(config, 0).model_copy(update={"run_dir": config.run_dir / "fast"})
     for each in (config, fast):
         stopped(each, 2)
         stopped(each.model_copy(update={"threads": 2}), 2)
-    assert "resuming with another threads: 1 before, 2 now; bits may differ" in log_of(fast)
+    assert "resuming with a different threads: 1 before, 2 now; bits may differ" in log_of(fast)
     assert "bits may differ" not in log_of(config)
 
 
-def test_a_run_ends_with_the_same_bits_whatever_the_number_of_threads(config):
+def test_the_number_of_threads_does_not_change_the_bits(config):
     ended = []
     for threads in (1, 2, 3, 8):
         each = config.model_copy(update={"threads": threads, "epochs": 1, "run_dir": config.run_dir / str(threads)})
@@ -167,54 +141,51 @@ def test_a_run_ends_with_the_same_bits_whatever_the_number_of_threads(config):
     assert ended == [ended[0]] * 4
 
 
-def test_threads_that_have_nothing_to_compute_are_told_of(config):
+def test_idle_threads_are_reported(config):
     few = with_shards(config, 2)
     stopped(few.model_copy(update={"threads": 5}), 2)
-    assert "3 of 5 threads a rank have nothing to compute" in log_of(few)
+    assert "3 of 5 threads per rank are idle" in log_of(few)
     enough = few.model_copy(update={"threads": 2, "run_dir": config.run_dir / "enough"})
     stopped(enough, 2)
-    assert "nothing to compute" not in log_of(enough)
-
-
-# Attempts that lose their folder
+    assert "are idle" not in log_of(enough)
 
 
 @pytest.mark.parametrize("how", ["superseded", "removed"])
 def test_an_attempt_without_its_folder_ends_at_the_next_line(config, how):
     run = RunFolder(config.run_dir)
 
-    class AtTwelve(Told):
-        def train(self, metrics: TrainMetrics) -> None:
-            super().train(metrics)
+    class AtTwelve(Recorder):
+        def log_step(self, metrics: TrainMetrics) -> None:
+            super().log_step(metrics)
             if metrics.step == 12 and how == "removed":
                 shutil.rmtree(run.path)
             elif metrics.step == 12:
                 (run.path / "attempt.json").write_text('{"token": "another", "pid": 7, "host": "there"}')
 
     profiled = config.logging.model_copy(update={"profile_steps": 100})
-    config, told = config.model_copy(update={"logging": profiled, "epochs": 20}), AtTwelve()
-    said = "was taken over by process 7 on there" if how == "superseded" else "the run folder was removed"
-    with pytest.raises(StorageError, match=said):
-        train(config, sinks=[told])
-    assert told.steps == list(range(1, 13))
+    config, recorder = config.model_copy(update={"logging": profiled, "epochs": 20}), AtTwelve()
+    message = "was taken over by process 7 on there" if how == "superseded" else "the run folder was removed"
+    with pytest.raises(StorageError, match=message):
+        train(config, sinks=[recorder])
+    assert [metrics.step for metrics in recorder.steps] == list(range(1, 13))
     if how == "superseded":
         assert lines(config, "train") == list(range(1, 13))
         assert not run.profile.exists()
-        assert run.status()["status"] == "running"
+        assert run.status().status == "running"
     else:
         assert not run.path.exists()
 
 
-def test_a_running_status_says_where_training_is(config, monkeypatch):
+def test_the_status_of_a_running_attempt_shows_its_progress(config, monkeypatch):
     monkeypatch.setattr(claim, "PROGRESS_SECONDS", 0.0)
     run, shown = RunFolder(config.run_dir), list[int]()
 
-    class Looking(Told):
-        def train(self, metrics: TrainMetrics) -> None:
-            assert run.status()["status"] == "running"
-            shown.append(run.status()["step"])
+    class StatusReader(Recorder):
+        def log_step(self, metrics: TrainMetrics) -> None:
+            assert run.status().status == "running"
+            shown.append(run.status().step)
 
-    train(config, sinks=[Looking()])
+    train(config, sinks=[StatusReader()])
     assert shown[0] == 1
     assert shown == sorted(shown)
-    assert len(set(shown)) > 2  # not all: it does not wait while a save writes the status
+    assert len(set(shown)) > 2  # not every step: `progress` does not wait while a save writes the status

@@ -1,4 +1,4 @@
-"""What a run may be asked for besides: another's weights, a return to the best ones, a profile, compiled kernels, losses."""
+"""Options of a run: initial weights, restoring the best epoch, losses, a profile, compiled kernels."""
 
 import json
 import re
@@ -13,16 +13,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distributed.build import build_data, build_engine
-from distributed.checkpoint.warm_start import evaluated_weights, start_from
+from distributed.checkpoint.warm_start import evaluation_weights, load_initial_weights
 from distributed.config import TrainConfig, from_command_line
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.recipe import train
 from distributed.run.checkpoint_layout import checkpoints
 from distributed.run.folder import RunFolder
-from distributed.run.resume_checks import check_start
+from distributed.run.resume_checks import check_init_from
 from distributed.topology import Topology
-from distributed.training.steps import _loss, evaluate
+from distributed.train import checked_config
+from distributed.training.steps import _shard_loss, evaluate
 
 CPU = torch.device("cpu")
 WORDS = (
@@ -36,15 +37,19 @@ SMALL = WORDS.split()
 pytestmark = pytest.mark.usefixtures("threads_and_log_as_they_were")
 
 
-def config_of(run_dir: Path, *words: str) -> TrainConfig:
-    replaced = {word for word in words if word.startswith("--")}
+def arguments_of(run_dir: Path, *arguments: str) -> list[str]:
+    replaced = {argument for argument in arguments if argument.startswith("--")}
     kept = [w for pair in zip(SMALL[::2], SMALL[1::2], strict=True) if pair[0] not in replaced for w in pair]
-    return from_command_line([*kept, *words, "--run_dir", str(run_dir)]).config
+    return [*kept, *arguments, "--run_dir", str(run_dir)]
+
+
+def config_of(run_dir: Path, *arguments: str) -> TrainConfig:
+    return from_command_line(arguments_of(run_dir, *arguments)).config
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with averaged weights; its folder."""
+    """The folder of a run with EMA."""
     run_dir = tmp_path_factory.mktemp("trained") / "run"
     train(config_of(run_dir, "--optim.ema_decay", "0.8"))
     return run_dir
@@ -54,17 +59,17 @@ def tensors_of(run_dir: Path, index: int = -1) -> dict[str, Tensor]:
     return load_file(checkpoints(RunFolder(run_dir).checkpoints)[index] / "tensors.safetensors")
 
 
-def fresh_engine(tmp_path: Path, *words: str) -> Engine:
-    config, topology = config_of(tmp_path / "fresh", *words), Topology()
+def fresh_engine(tmp_path: Path, *arguments: str) -> Engine:
+    config, topology = config_of(tmp_path / "fresh", *arguments), Topology()
     return build_engine(config, topology, build_data(config, topology, CPU), CPU)
 
 
 # Weights of another run
 
 
-def test_a_run_starts_from_the_weights_that_another_evaluates_with(trained, tmp_path):
+def test_a_run_starts_from_anothers_evaluation_weights(trained, tmp_path):
     engine = fresh_engine(tmp_path, "--optim.ema_decay", "0.5")
-    start_from(trained, engine)
+    load_initial_weights(trained, engine)
     expected, found = tensors_of(trained), dict(engine.state())
     assert torch.equal(found["model.fc1.weight"], expected["ema.fc1.weight"])
     assert torch.equal(found["model.conv.1.running_mean"], expected["ema.conv.1.running_mean"])
@@ -73,32 +78,31 @@ def test_a_run_starts_from_the_weights_that_another_evaluates_with(trained, tmp_
     assert not torch.equal(expected["ema.fc1.weight"], expected["model.fc1.weight"])
 
 
-def test_a_last_layer_of_other_classes_starts_afresh(trained, tmp_path):
+def test_a_last_layer_of_other_classes_is_not_loaded(trained, tmp_path):
     engine = fresh_engine(tmp_path, "--data.name", "generated100")
     before = {name: tensor.clone() for name, tensor in engine.state()}
-    start_from(trained, engine)
+    load_initial_weights(trained, engine)
     found = dict(engine.state())
     assert torch.equal(found["model.fc3.weight"], before["model.fc3.weight"])
     assert torch.equal(found["model.fc3.bias"], before["model.fc3.bias"])
     assert torch.equal(
-        found["model.fc2.weight"], evaluated_weights(checkpoints(trained / "checkpoints")[-1])["fc2.weight"]
+        found["model.fc2.weight"], evaluation_weights(checkpoints(trained / "checkpoints")[-1])["fc2.weight"]
     )
 
 
-def test_a_run_that_has_begun_needs_the_other_no_more(trained, tmp_path):
+def test_a_run_that_has_saved_needs_no_init_from(trained, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(trained, other, symlinks=True)
     config = config_of(tmp_path / "run", "--init_from", str(other), "--epochs", "1")
-    check_start(config)
+    check_init_from(config)
     train(config)
     shutil.rmtree(other)
-    again = config_of(tmp_path / "run", "--init_from", str(other), "--epochs", "2")
-    check_start(again)
-    assert train(again).epoch == 2
+    again = arguments_of(tmp_path / "run", "--init_from", str(other), "--epochs", "2")
+    assert train(checked_config(again, Topology()).config).epoch == 2
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--init_from", "nowhere"], r"init_from = nowhere: no checkpoint there"),
         (
@@ -108,13 +112,13 @@ def test_a_run_that_has_begun_needs_the_other_no_more(trained, tmp_path):
         (["--init_from", "RUN/checkpoints"], r"no checkpoint there"),
     ],
 )
-def test_what_cannot_be_started_from_is_told_before_anything_begins(trained, tmp_path, words, message):
-    words = [word.replace("RUN", str(trained)) for word in words]
+def test_an_unusable_init_from_is_refused_before_training(trained, tmp_path, arguments, message):
+    arguments = [word.replace("RUN", str(trained)) for word in arguments]
     with pytest.raises(InputError, match=message):
-        check_start(config_of(tmp_path / "run", *words))
+        check_init_from(config_of(tmp_path / "run", *arguments))
 
 
-def test_a_damaged_checkpoint_is_not_started_from(trained, tmp_path):
+def test_a_damaged_init_from_is_refused(trained, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy, symlinks=True)
     tensors = checkpoints(copy / "checkpoints")[-1] / "tensors.safetensors"
@@ -122,15 +126,15 @@ def test_a_damaged_checkpoint_is_not_started_from(trained, tmp_path):
     content[-5] ^= 1
     tensors.write_bytes(content)
     with pytest.raises(InputError, match=r"is damaged: tensors\.safetensors"):
-        start_from(copy, fresh_engine(tmp_path))
+        load_initial_weights(copy, fresh_engine(tmp_path))
 
 
-# A return to the best weights at a drop
+# Restoring the best weights at a drop
 
 
-def test_at_a_drop_the_best_epochs_weights_come_back_and_momentum_is_zero(tmp_path):
-    said: list[str] = []
-    logger.add(lambda message: said.append(message.record["message"]))
+def test_a_drop_restores_the_best_weights_and_zeroes_momentum(tmp_path):
+    log: list[str] = []
+    logger.add(lambda message: log.append(message.record["message"]))
     config = config_of(
         tmp_path / "run", "--epochs", "6", "--data.validation_fraction", "0.5", "--schedule.name", "plateau",
         "--schedule.metric", "loss", "--checkpoint.best_by", "loss", "--schedule.patience", "0",
@@ -138,8 +142,8 @@ def test_at_a_drop_the_best_epochs_weights_come_back_and_momentum_is_zero(tmp_pa
         "--checkpoint.keep_last", "10", "--optim.lr", "0.3", "--exact.shards", "2", "--checkpoint.max_overhead", "1",
     )  # fmt: skip
     train(config)
-    returns = [int(match[1]) for line in said if (match := re.search(r"are those of epoch (\d+),", line))]
-    drops = [index for index, line in enumerate(said) if "(drop" in line]
+    returns = [int(match[1]) for line in log if (match := re.search(r"buffers of epoch (\d+) and reset", line))]
+    drops = [index for index, line in enumerate(log) if "(drop" in line]
     assert len(returns) == len(drops) > 0
     epochs = [json.loads(line) for line in RunFolder(tmp_path / "run").metrics_file.read_text().splitlines()]
     losses = [line["validation"]["loss"] for line in epochs if line["kind"] == "epoch"]
@@ -152,21 +156,21 @@ def test_at_a_drop_the_best_epochs_weights_come_back_and_momentum_is_zero(tmp_pa
             assert not tensor.any() if name.startswith("optimizer.") else torch.equal(tensor, there[name]), name
 
 
-def test_the_best_must_be_the_best_by_what_the_schedule_watches(tmp_path):
-    words = ("--schedule.name", "plateau", "--schedule.metric", "loss", "--schedule.restore_best_on_drop")
+def test_restore_best_needs_best_by_of_the_same_metric(tmp_path):
+    arguments = ("--schedule.name", "plateau", "--schedule.metric", "loss", "--schedule.restore_best_on_drop")
     with pytest.raises(InputError, match=r"set checkpoint\.best_by = loss"):
-        config_of(tmp_path, *words, "--data.validation_fraction", "0.5")
+        config_of(tmp_path, *arguments, "--data.validation_fraction", "0.5")
 
 
 # Losses and evaluation
 
 
-def test_the_loss_is_smoothed_and_mixed_as_the_papers_say(tmp_path):
+def test_label_smoothing_and_mixing_follow_the_papers(tmp_path):
     config = config_of(tmp_path, "--data.augment.mixup", "0.5")
     data = build_data(config, Topology(), CPU)
     (batch,) = next(data.train_epoch(0))
     logits = torch.randn(len(batch.labels), 10)
-    value, outcome = _loss(0.2, lambda images, keys: logits, batch)
+    value, outcome = _shard_loss(0.2, lambda images, keys: logits, batch)
     assert batch.mixed is not None
     part = batch.mixed.own_weight[:, None]
     targets = part * F.one_hot(batch.labels, 10) + (1 - part) * F.one_hot(batch.mixed.labels, 10)
@@ -175,7 +179,7 @@ def test_the_loss_is_smoothed_and_mixed_as_the_papers_say(tmp_path):
     assert float(value) == pytest.approx(float(expected.mean()), rel=1e-5)
 
 
-def test_a_partner_is_the_image_before_and_mixed_as_it_is_augmented_itself(tmp_path):
+def test_an_image_is_mixed_with_the_augmented_previous_one(tmp_path):
     plain = build_data(config_of(tmp_path), Topology(), CPU)
     mixing = build_data(config_of(tmp_path, "--data.augment.cutmix", "1"), Topology(), CPU)
     (alone,), (mixed,) = next(plain.train_epoch(3)), next(mixing.train_epoch(3))
@@ -189,11 +193,11 @@ def test_a_partner_is_the_image_before_and_mixed_as_it_is_augmented_itself(tmp_p
     assert torch.equal(torch.cat([shard.mixed.labels for shard in shards]), mixed.mixed.labels)
 
 
-def test_mixing_goes_with_fast_mode_too(tmp_path):
+def test_mixing_works_in_fast_mode(tmp_path):
     assert train(config_of(tmp_path / "run", "--data.augment.mixup", "0.5", "--exact.shards", "0")).epoch == 2
 
 
-def test_with_flips_logits_are_the_mean_of_image_and_mirror_image(tmp_path):
+def test_flip_tta_averages_the_logits_of_image_and_flip(tmp_path):
     config = config_of(tmp_path)
     data = build_data(config, Topology(), CPU)
     engine = build_engine(config, Topology(), data, CPU)
@@ -210,7 +214,7 @@ def test_with_flips_logits_are_the_mean_of_image_and_mirror_image(tmp_path):
 # A profile, compiled kernels
 
 
-def test_a_profile_of_some_steps_lies_in_the_run_folder(tmp_path):
+def test_a_profile_is_written_to_the_run_folder(tmp_path):
     config = config_of(tmp_path / "run", "--epochs", "5", "--logging.profile_steps", "3")
     train(config)
     folder = RunFolder(tmp_path / "run").profile
@@ -219,25 +223,25 @@ def test_a_profile_of_some_steps_lies_in_the_run_folder(tmp_path):
     assert sum(event.get("name") == "aten::cross_entropy_loss" for event in events) >= 3
 
 
-def test_an_attempt_shorter_than_the_profile_leaves_what_there_was(tmp_path):
+def test_a_short_attempt_still_writes_its_profile(tmp_path):
     train(config_of(tmp_path / "run", "--epochs", "4", "--logging.profile_steps", "1000"))
     assert (RunFolder(tmp_path / "run").profile / "table.txt").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_compiled_it_learns_the_same(tmp_path):
+def test_a_compiled_run_learns_the_same(tmp_path):
     losses = []
-    for words in (["--exact.shards", "0"], ["--compile"]):
-        run_dir = tmp_path / words[0]
-        train(config_of(run_dir, *words, "--precision", "float64", "--epochs", "1"))
+    for arguments in (["--exact.shards", "0"], ["--compile"]):
+        run_dir = tmp_path / arguments[0]
+        train(config_of(run_dir, *arguments, "--precision", "float64", "--epochs", "1"))
         lines = [json.loads(line) for line in RunFolder(run_dir).metrics_file.read_text().splitlines()]
         losses.append([line["loss"] for line in lines if line["kind"] == "train"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
     assert len(losses[0]) == 3
 
 
-def test_compiled_graphs_and_exact_mode_do_not_go_together(tmp_path):
+def test_compile_is_refused_in_exact_mode(tmp_path):
     with pytest.raises(InputError, match=r"set exact\.shards = 0"):
         config_of(tmp_path, "--compile", "--exact.shards", "4")
     assert config_of(tmp_path, "--compile").shards_on("cpu") == 0

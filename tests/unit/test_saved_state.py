@@ -27,14 +27,14 @@ def trained(config: TrainConfig, *, epochs: int, steps: int = 0) -> dict[str, An
     for epoch in range(epochs + 1):
         for step in range(STEPS if epoch < epochs else steps):
             samples = min(BATCH, IMAGES - step * BATCH)
-            state.step_done(samples)
-            state.take(Totals(loss=samples << 40, correct=samples // 2, correct5=samples, count=samples))
+            state.finish_step(samples)
+            state.add(Totals(loss=samples << 40, correct=samples // 2, correct5=samples, count=samples))
             if step % 2:
-                state.close_window()
+                state.pop_window()
         if epoch < epochs:
-            state.close_window()
+            state.pop_window()
             state.observe(Totals(loss=10 << 40, correct=(3, 5, 4, 4, 5)[epoch], count=10), best_by="accuracy")
-            state.epoch_done()
+            state.finish_epoch()
     return {"state": json.loads(json.dumps(state.state_dict()))}
 
 

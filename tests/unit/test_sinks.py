@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from distributed.metrics.records import EpochMetrics, SplitMetrics, TrainMetrics
-from distributed.metrics.sinks import JsonLines, Terminal, duration
+from distributed.metrics.sinks import JsonLines, Terminal, format_duration
 from distributed.run.claim import ClaimedRun
 
 TRAIN = TrainMetrics(
@@ -40,10 +40,10 @@ def run(tmp_path: Path) -> Iterator[ClaimedRun]:
     claimed.release()
 
 
-def told(run: ClaimedRun, *steps: int, start_step: int = 0) -> None:
+def log_steps(run: ClaimedRun, *steps: int, start_step: int = 0) -> None:
     sink = JsonLines(run, start_step=start_step, start_epoch=1, data="generated10")
     for step in steps:
-        sink.train(replace(TRAIN, step=step))
+        sink.log_step(replace(TRAIN, step=step))
     sink.close()
 
 
@@ -51,73 +51,73 @@ def steps_of(file: Path) -> list[int]:
     return [line["step"] for line in lines_of(file)]
 
 
-def test_each_metric_is_a_line_that_names_its_kind_and_data(run):
+def test_each_line_names_its_kind_and_data(run):
     sink = JsonLines(run, start_step=0, start_epoch=0, data="generated10")
-    sink.train(TRAIN)
-    sink.epoch(EPOCH)
+    sink.log_step(TRAIN)
+    sink.log_epoch(EPOCH)
     train, epoch = lines_of(run.metrics_file)
     assert train == {"kind": "train", "data": "generated10"} | asdict(TRAIN)
     assert epoch == {"kind": "epoch", "data": "generated10"} | asdict(EPOCH)
     assert epoch["validation"] == {"loss": 1.3, "accuracy": 0.6, "accuracy5": 0.9}
 
 
-def test_an_overflow_leaves_a_line_that_any_reader_of_json_takes(run):
+def test_an_overflow_is_written_as_valid_json(run):
     sink = JsonLines(run, start_step=0, start_epoch=0, data="generated10")
-    sink.train(replace(TRAIN, grad_norm=math.inf, skipped_steps=1))
+    sink.log_step(replace(TRAIN, grad_norm=math.inf, skipped_steps=1))
     line = json.loads(run.metrics_file.read_text(), parse_constant=pytest.fail)
     assert (line["grad_norm"], line["skipped_steps"]) == (None, 1)
 
 
 @pytest.mark.parametrize(("start_step", "kept"), [(0, []), (4, []), (5, [5]), (12, [5, 10]), (15, [5, 10, 15])])
-def test_a_resume_takes_back_the_lines_after_its_step(run, start_step, kept):
-    told(run, 5, 10, 15)
-    told(run, start_step=start_step)
+def test_a_resume_deletes_the_lines_after_its_step(run, start_step, kept):
+    log_steps(run, 5, 10, 15)
+    log_steps(run, start_step=start_step)
     assert steps_of(run.metrics_file) == kept
 
 
 def test_a_resumed_run_leaves_the_lines_of_an_undisturbed_one(run):
-    told(run, 5, 10, 15, 20)
+    log_steps(run, 5, 10, 15, 20)
     undisturbed = lines_of(run.metrics_file)
-    told(run, 5, 10, 15)
-    told(run, 15, 20, start_step=12)
+    log_steps(run, 5, 10, 15)
+    log_steps(run, 15, 20, start_step=12)
     assert lines_of(run.metrics_file) == undisturbed
 
 
-def test_an_epoch_that_was_not_saved_is_told_again(run):
+def test_an_epoch_that_was_not_saved_is_logged_again(run):
     for start_epoch, kept in ((1, [0]), (0, [])):
         sink = JsonLines(run, start_step=0, start_epoch=0, data="generated10")
-        sink.epoch(EPOCH)
+        sink.log_epoch(EPOCH)
         JsonLines(run, start_step=EPOCH.step, start_epoch=start_epoch, data="generated10")
         assert [line["epoch"] for line in lines_of(run.metrics_file)] == kept
 
 
-@pytest.mark.parametrize("cut", [1, 20, 100])
-def test_half_a_line_of_a_kill_is_dropped(run, cut):
+@pytest.mark.parametrize("missing", [1, 20, 100])
+def test_an_incomplete_line_is_dropped(run, missing):
     file = run.metrics_file
-    told(run, 5, 10)
-    file.write_bytes(file.read_bytes()[:-cut])
-    told(run, 15, start_step=10)
-    assert steps_of(file) == ([5, 10, 15] if cut == 1 else [5, 15])
+    log_steps(run, 5, 10)
+    file.write_bytes(file.read_bytes()[:-missing])
+    log_steps(run, 15, start_step=10)
+    assert steps_of(file) == ([5, 10, 15] if missing == 1 else [5, 15])
 
 
 @pytest.mark.parametrize("garbage", ["\0\0\0", '{"step": "x"}', "{}", '{"step": 3'])
-def test_a_line_that_tells_no_step_is_dropped(run, garbage):
+def test_a_line_without_a_step_is_dropped(run, garbage):
     file = run.metrics_file
-    told(run, 5)
+    log_steps(run, 5)
     file.write_text(f"{garbage}\n{file.read_text()}")
-    told(run, start_step=10)
+    log_steps(run, start_step=10)
     assert steps_of(file) == [5]
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (245, "4:05"), (3599.7, "1:00:00"), (3723, "1:02:03")]
 )
-def test_durations_read_like_a_clock(seconds, text):
-    assert duration(seconds) == text
+def test_durations_are_formatted_like_a_clock(seconds, text):
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_the_bar_moves_at_every_step_and_is_legible(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bar_advances_at_every_step_and_is_legible(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     reading, writing = pty.openpty()
     fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     step = 0
@@ -126,7 +126,7 @@ def test_the_bar_moves_at_every_step_and_is_legible(columns: int, monkeypatch: p
         bar = Terminal(epochs=10, total_steps=4000, start_step=0, step=lambda: step)
         for step in (3, 8, 9):
             if step == 8:
-                bar.train(replace(TRAIN, step=8, images_per_second=12345.6))
+                bar.log_step(replace(TRAIN, step=8, images_per_second=12345.6))
             time.sleep(0.3)
         bar.close()
         drawn = os.read(reading, 2**16).decode()

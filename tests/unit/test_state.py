@@ -20,47 +20,47 @@ def validation(correct: int, loss: float = 1.0) -> Totals:
 def used() -> TrainState:
     state = fresh()
     for correct in (50, 60, 55, 55):
-        state.step_done(16)
+        state.finish_step(16)
         state.observe(validation(correct), best_by="accuracy")
-        state.epoch_done()
-    state.step_done(16)
-    state.take(Totals(5, 4, 5, 16))
-    state.close_window()
-    state.take(Totals(7, 1, 2, 16))
+        state.finish_epoch()
+    state.finish_step(16)
+    state.add(Totals(5, 4, 5, 16))
+    state.pop_window()
+    state.add(Totals(7, 1, 2, 16))
     return state
 
 
-def test_the_state_goes_through_json_and_back():
-    state, restored = used(), fresh()
-    restored.load_state_dict(json.loads(json.dumps(state.state_dict())))
-    assert restored == state
-    assert (restored.epoch, restored.step, restored.step_in_epoch, restored.samples_seen) == (4, 5, 1, 80)
-    assert restored.best == Best(epoch=1, step=2, value=0.6)
-    assert restored.window == Totals(7, 1, 2, 16)
-    assert restored.epoch_totals == Totals(5, 4, 5, 16)
+def test_the_state_survives_json():
+    state, resumed = used(), fresh()
+    resumed.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert resumed == state
+    assert (resumed.epoch, resumed.step, resumed.step_in_epoch, resumed.samples_seen) == (4, 5, 1, 80)
+    assert resumed.best == Best(epoch=1, step=2, value=0.6)
+    assert resumed.window == Totals(7, 1, 2, 16)
+    assert resumed.epoch_totals == Totals(5, 4, 5, 16)
 
 
-def test_a_state_without_best_or_early_stopping_goes_through_json_and_back():
-    state, restored = TrainState(Constant(1.0)), TrainState(Constant(1.0))
-    state.step_done(3)
-    restored.load_state_dict(json.loads(json.dumps(state.state_dict())))
-    assert restored == state
+def test_a_state_without_best_or_early_stopping_survives_json():
+    state, resumed = TrainState(Constant(1.0)), TrainState(Constant(1.0))
+    state.finish_step(3)
+    resumed.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert resumed == state
 
 
-def test_why_an_attempt_ended_is_not_handed_on():
-    state, restored = used(), fresh()
+def test_the_stop_reason_is_not_saved():
+    state, resumed = used(), fresh()
     state.stop_reason = "SIGTERM"
-    restored.load_state_dict(json.loads(json.dumps(state.state_dict())))
-    assert restored.stop_reason is None
+    resumed.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert resumed.stop_reason is None
 
 
-def test_a_restored_state_decides_as_the_one_that_went_on():
-    state, restored = used(), fresh()
-    restored.load_state_dict(json.loads(json.dumps(state.state_dict())))
+def test_a_resumed_state_makes_the_same_decisions():
+    state, resumed = used(), fresh()
+    resumed.load_state_dict(json.loads(json.dumps(state.state_dict())))
     for correct in (55, 55, 61):
-        both = [s.observe(validation(correct), best_by="accuracy") for s in (state, restored)]
+        both = [s.observe(validation(correct), best_by="accuracy") for s in (state, resumed)]
         assert both[0] == both[1]
-    assert restored == state
+    assert resumed == state
 
 
 def test_the_best_epoch_is_the_first_with_the_highest_accuracy():
@@ -72,13 +72,13 @@ def test_the_best_epoch_is_the_first_with_the_highest_accuracy():
 
 def test_the_best_epoch_by_loss_is_the_lowest():
     state = fresh()
-    said = [state.observe(validation(50, loss), best_by="loss")[0] for loss in (2.0, 1.5, 1.5, 1.6, 1.4)]
-    assert said == [True, True, False, False, True]
+    is_best = [state.observe(validation(50, loss), best_by="loss")[0] for loss in (2.0, 1.5, 1.5, 1.6, 1.4)]
+    assert is_best == [True, True, False, False, True]
     assert state.best is not None
     assert state.best.value == pytest.approx(1.4)
 
 
-def test_no_epoch_is_best_where_none_is_asked_for():
+def test_without_best_by_no_epoch_is_best():
     state = fresh()
     assert state.observe(validation(50), best_by=None)[0] is False
     assert state.best is None
@@ -89,7 +89,7 @@ def test_without_validation_nothing_is_decided():
     assert state.observe(None, best_by=None) == (False, [])
 
 
-def test_decisions_of_schedule_and_early_stopping_come_together():
+def test_schedule_and_early_stopping_both_decide():
     state = fresh()
     assert state.observe(validation(50), best_by="accuracy") == (True, [])
     _, decisions = state.observe(validation(40), best_by="accuracy")
@@ -104,15 +104,15 @@ def test_early_stopping_ends_the_run():
     assert state.stopped_early
 
 
-def test_a_loss_that_was_not_finite_is_an_error_that_names_its_step():
+def test_a_loss_that_is_not_finite_names_its_step():
     state = fresh()
     with pytest.raises(NotFiniteError, match="at step 1: lower") as caught:
-        state.take(Totals(count=16, first_bad_step=0))
+        state.add(Totals(count=16, first_bad_step=0))
     assert caught.value.exit_code == ExitCode.NOT_FINITE
     assert state.window == Totals()
 
 
-def test_a_validation_that_was_not_finite_is_never_the_best():
+def test_a_validation_loss_that_is_not_finite_is_never_best():
     state = fresh()
     state.observe(validation(50), best_by="loss")
     with suppress(NotFiniteError):  # to say so is as good
@@ -121,9 +121,9 @@ def test_a_validation_that_was_not_finite_is_never_the_best():
     assert state.best.value == pytest.approx(1.0)
 
 
-def test_an_epoch_starts_its_sums_anew():
+def test_a_new_epoch_resets_its_totals():
     state = used()
-    state.close_window()
+    state.pop_window()
     assert state.epoch_totals == Totals(12, 5, 7, 32)
-    state.epoch_done()
+    state.finish_epoch()
     assert (state.epoch, state.step_in_epoch, state.epoch_totals) == (5, 0, Totals())

@@ -1,8 +1,8 @@
 from distributed.comm.collectives import DelayedMax
-from distributed.training.stop import Never, StepAgreement
+from distributed.training.stop import NeverStop, StepAgreement
 
 
-class Asked:
+class RequestedStop:
     def __init__(self) -> None:
         self.reason: str | None = None
 
@@ -10,7 +10,7 @@ class Asked:
         return self.reason
 
 
-def test_a_late_maximum_is_that_of_the_call_before():
+def test_a_delayed_maximum_is_that_of_the_previous_call():
     late = DelayedMax(2)
     assert late.exchange(1, 0) == [0, 0]
     assert late.exchange(0, 1) == [1, 0]
@@ -19,7 +19,7 @@ def test_a_late_maximum_is_that_of_the_call_before():
 
 
 def test_a_request_takes_effect_one_step_late():
-    source = Asked()
+    source = RequestedStop()
     agreement = StepAgreement(source, is_main=True, save_every_seconds=0)
     assert agreement.after_step() == (False, False)
     source.reason = "SIGTERM"
@@ -29,31 +29,31 @@ def test_a_request_takes_effect_one_step_late():
     assert agreement.reason == "SIGTERM"
 
 
-def test_nobody_asks_where_no_request_can_come():
-    agreement = StepAgreement(Never(), is_main=True, save_every_seconds=0)
+def test_without_requests_nothing_stops():
+    agreement = StepAgreement(NeverStop(), is_main=True, save_every_seconds=0)
     assert [agreement.after_step() for _ in range(3)] == [(False, False)] * 3
 
 
-def test_a_save_is_due_by_the_clock_once_a_period(monkeypatch):
+def test_a_timed_save_is_due_once_per_period(monkeypatch):
     now = 0.0
     monkeypatch.setattr("distributed.training.stop.time.monotonic", lambda: now)
-    agreement = StepAgreement(Never(), is_main=True, save_every_seconds=10)
+    agreement = StepAgreement(NeverStop(), is_main=True, save_every_seconds=10)
     decided = []
     for now in (4.0, 11.0, 12.0, 20.0, 22.0, 23.0):  # noqa: B007  read by the clock
         decided.append(agreement.after_step()[1])
     assert decided == [False, False, True, False, False, True]
 
 
-def test_a_checkpoint_starts_the_clock_anew(monkeypatch):
+def test_a_save_restarts_the_timer(monkeypatch):
     now = 0.0
     monkeypatch.setattr("distributed.training.stop.time.monotonic", lambda: now)
-    agreement = StepAgreement(Never(), is_main=True, save_every_seconds=10)
+    agreement = StepAgreement(NeverStop(), is_main=True, save_every_seconds=10)
     now = 9.0
-    agreement.saved()
+    agreement.restart_save_timer()
     now = 15.0
     assert [agreement.after_step() for _ in range(2)] == [(False, False)] * 2
 
 
-def test_only_rank_0_looks_at_the_clock(monkeypatch):
-    agreement = StepAgreement(Never(), is_main=False, save_every_seconds=1e-9)
+def test_only_rank_0_reads_the_clock(monkeypatch):
+    agreement = StepAgreement(NeverStop(), is_main=False, save_every_seconds=1e-9)
     assert [agreement.after_step() for _ in range(3)] == [(False, False)] * 3

@@ -14,7 +14,7 @@ def _empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_without_config_and_cifar_the_run_is_on_generated_images_under_a_banner(capsys):
+def test_without_config_and_cifar_images_are_generated(capsys):
     config, finished = checked_config([], Topology())
     assert config.data.name == "generated10"
     assert config.run_dir == Path("runs/improved_alexnet-generated10")
@@ -22,47 +22,47 @@ def test_without_config_and_cifar_the_run_is_on_generated_images_under_a_banner(
     assert "NOT ON CIFAR-10" in capsys.readouterr().err
 
 
-def test_only_the_rank_that_speaks_shows_the_banner(capsys):
+def test_only_rank_0_shows_the_banner(capsys):
     assert checked_config([], Topology(rank=1, world_size=2))[0].data.name == "generated10"
     assert capsys.readouterr().err == ""
 
 
-def test_other_settings_do_not_name_the_data():
+def test_settings_of_other_sections_do_not_name_the_data():
     assert checked_config(["--epochs", "3"], Topology(rank=1, world_size=2))[0].data.name == "generated10"
 
 
-@pytest.mark.parametrize("words", [["--data.name", "cifar10"], ["--data.root", "elsewhere"], ["some.toml"]])
-def test_data_that_was_named_must_be_there(words):
+@pytest.mark.parametrize("arguments", [["--data.name", "cifar10"], ["--data.root", "elsewhere"], ["some.toml"]])
+def test_named_data_must_exist(arguments):
     Path("some.toml").write_text("epochs = 3\n")
     with pytest.raises(InputError, match=r"--data\.root") as caught:
-        checked_config(words, Topology())
+        checked_config(arguments, Topology())
     assert "No such file" in caught.value.lines[0]
 
 
-def test_a_folder_of_cifar_that_is_damaged_is_no_reason_to_train_on_generated_images():
+def test_damaged_cifar_is_not_replaced_by_generated_images():
     Path("data/cifar-10-batches-bin").mkdir(parents=True)
     with pytest.raises(InputError, match=r"data_batch_1\.bin"):
         checked_config([], Topology())
 
 
-def test_local_rank_0_says_what_is_wrong(capsys):
+def test_local_rank_0_prints_the_error(capsys):
     assert refuse(InputError("one", "two"), Topology()) == ExitCode.BAD_INPUT
     assert capsys.readouterr().err == "error: one\nerror: two\n"
 
 
-def test_a_wrong_config_ends_with_exit_code_2_and_no_traceback():
-    said = subprocess.run(
+def test_a_wrong_config_exits_with_2_and_no_traceback():
+    result = subprocess.run(
         [sys.executable, "-m", "distributed.train", "--device", "cpu", "--epochs", "0"],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert said.returncode == 2
-    assert said.stderr == "error: command line: epochs = 0: should be greater than 0\n"
+    assert result.returncode == 2
+    assert result.stderr == "error: command line: epochs = 0: should be greater than 0\n"
 
 
 @pytest.mark.parametrize(
-    ("words", "processes"),
+    ("arguments", "processes"),
     [
         (["--exact.shards", "2"], 3),
         (["--exact.shards", "2", "--device", "cuda"], 3),
@@ -70,22 +70,22 @@ def test_a_wrong_config_ends_with_exit_code_2_and_no_traceback():
         (["--device", "cpu"], 9),
     ],
 )
-def test_more_processes_than_shards_are_refused_before_torch_comes_in_where_the_config_alone_says_so(words, processes):
-    enough = checked_config(words, Topology(world_size=processes // 2))[0]
+def test_too_many_processes_fail_before_importing_torch(arguments, processes):
+    enough = checked_config(arguments, Topology(world_size=processes // 2))[0]
     assert enough.data.name == "generated10"
     for rank in (0, processes - 1):
         with pytest.raises(InputError, match=rf"is less than the {processes} processes"):
-            checked_config(words, Topology(rank=rank, world_size=processes))
+            checked_config(arguments, Topology(rank=rank, world_size=processes))
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["--exact.shards", "0"], ["--device", "cuda"], ["--exact.shards", "16", "--device", "cpu"]]
+    "arguments", [[], ["--exact.shards", "0"], ["--device", "cuda"], ["--exact.shards", "16", "--device", "cpu"]]
 )
-def test_where_the_device_is_not_known_or_there_are_shards_enough_or_none_nothing_is_refused(words):
-    assert checked_config(words, Topology(world_size=9))[0].data.name == "generated10"
+def test_world_sizes_that_may_work_are_not_refused(arguments):
+    assert checked_config(arguments, Topology(world_size=9))[0].data.name == "generated10"
 
 
-# Where the data lies
+# Data
 
 
 def lay_out(*paths: str) -> None:
@@ -95,13 +95,13 @@ def lay_out(*paths: str) -> None:
 
 
 @pytest.mark.parametrize("archive", ["cifar-10-binary.tar.gz", "cifar-10-python.tar.gz"])
-def test_an_archive_in_the_data_folder_is_taken_without_a_banner(archive, capsys):
+def test_an_archive_in_the_data_folder_is_used(archive, capsys):
     lay_out(f"data/{archive}")
     assert checked_config([], Topology())[0].data.name == "cifar10"
     assert capsys.readouterr().err == ""
 
 
-def test_an_image_folder_is_looked_at_before_torch():
+def test_an_image_folder_is_checked_before_importing_torch():
     lay_out("data/train/ant/1.png", "data/train/cow/1.png", "data/test/ant/1.png")
     assert checked_config(["--data.name", "image_folder"], Topology())[0].data.name == "image_folder"
     lay_out("data/test/bee/1.png")
@@ -109,28 +109,28 @@ def test_an_image_folder_is_looked_at_before_torch():
         checked_config(["--data.name", "image_folder"], Topology())
 
 
-def test_a_download_is_asked_for_after_all_else_was_found_right():
-    asked = ["--data.download", "--data.urls", '["http://127.0.0.1:9/cifar-10-binary.tar.gz"]']
+def test_a_download_starts_after_all_other_checks():
+    download = ["--data.download", "--data.urls", '["http://127.0.0.1:9/cifar-10-binary.tar.gz"]']
     with pytest.raises(InputError, match="is less than the 9 processes"):
-        checked_config([*asked, "--device", "cpu"], Topology(world_size=9))
+        checked_config([*download, "--device", "cpu"], Topology(world_size=9))
     assert not Path("data").exists()
 
 
-def test_offline_a_download_is_refused_with_the_remedy_before_torch_is_imported(tmp_path):
+def test_a_failed_download_is_one_line_before_importing_torch(tmp_path):
     archive = "cifar-10-binary.tar.gz"
-    words = ["--data.download", "--data.urls", f'["http://127.0.0.1:9/{archive}"]', "--data.root", str(tmp_path)]
+    arguments = ["--data.download", "--data.urls", f'["http://127.0.0.1:9/{archive}"]', "--data.root", str(tmp_path)]
     code = (
         "import sys, distributed.data.sources.download as fetch\n"
         "fetch.time.sleep = lambda _: None\n"
         "from distributed import train\n"
-        f"sys.argv[1:] = {words!r}\n"
+        f"sys.argv[1:] = {arguments!r}\n"
         "code = train.main()\n"
         "assert 'torch' not in sys.modules\n"
         "sys.exit(code)\n"
     )
     root = Path(__file__).parents[2]
-    said = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
-    assert said.returncode == 2
-    refused, remedy = said.stderr.splitlines()
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    refused, remedy = result.stderr.splitlines()
     assert refused == f"error: download of {archive}: http://127.0.0.1:9/{archive}: [Errno 111] Connection refused"
     assert remedy.startswith(f"error: download of {archive}: go online")

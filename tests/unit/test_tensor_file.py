@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distributed.checkpoint.tensor_file import digest_of_tensor, write_tensors
+from distributed.checkpoint.tensor_file import tensor_digest, write_tensors
 from distributed.files import Written, digest_of
 
 DTYPES = [
@@ -21,13 +21,13 @@ def assert_same(read: dict[str, torch.Tensor], written: dict[str, torch.Tensor])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_library_reads_every_type(tmp_path, dtype):
+def test_the_library_reads_every_dtype(tmp_path, dtype):
     tensors = {"a": torch.arange(24).view(2, 3, 4).to(dtype), "b": torch.tensor([1, 0, 1]).to(dtype)}
     write_tensors(tmp_path / "t", tensors)
     assert_same(load_file(tmp_path / "t"), tensors)
 
 
-def test_tensors_of_any_layout_are_written_in_their_logical_order(tmp_path):
+def test_tensors_of_any_layout_are_written_in_row_major_order(tmp_path):
     images = torch.randn(2, 3, 4, 5)
     tensors = {
         "channels_last": images.to(memory_format=torch.channels_last),
@@ -46,12 +46,12 @@ def test_empty_tensors_and_scalars_are_written(tmp_path):
     assert_same(load_file(tmp_path / "t"), tensors)
 
 
-def test_no_tensors_make_a_file_that_can_be_read(tmp_path):
+def test_a_file_without_tensors_is_valid(tmp_path):
     write_tensors(tmp_path / "t", {})
     assert load_file(tmp_path / "t") == {}
 
 
-def test_odd_sizes_and_names_are_no_trouble(tmp_path):
+def test_odd_sizes_and_names_are_written(tmp_path):
     tensors = {
         "bytes": torch.arange(3, dtype=torch.uint8),
         'ä "quoted" 名': torch.randn(5),
@@ -61,7 +61,7 @@ def test_odd_sizes_and_names_are_no_trouble(tmp_path):
     assert_same(load_file(tmp_path / "t"), tensors)
 
 
-def test_bits_that_are_no_numbers_stay(tmp_path):
+def test_nan_bits_are_preserved(tmp_path):
     tensors = {"a": torch.tensor([float("nan"), float("inf"), -0.0])}
     write_tensors(tmp_path / "t", tensors)
     assert torch.equal(load_file(tmp_path / "t")["a"].view(torch.int32), tensors["a"].view(torch.int32))
@@ -74,14 +74,14 @@ def test_size_and_digest_are_those_of_the_file(tmp_path):
     assert digest_of(tmp_path / "t") == written
 
 
-def test_the_same_tensors_make_the_same_bytes(tmp_path):
+def test_equal_tensors_produce_equal_bytes(tmp_path):
     tensors = {"b": torch.randn(5), "a": torch.randn(5)}
     assert write_tensors(tmp_path / "one", tensors) == write_tensors(tmp_path / "other", dict(tensors))
 
 
-def test_a_tensors_digest_is_of_its_numbers_not_of_their_layout():
+def test_a_digest_does_not_depend_on_the_layout():
     numbers = torch.randn(4, 3, 5, 5)
-    assert digest_of_tensor(numbers) == digest_of_tensor(numbers.contiguous(memory_format=torch.channels_last))
-    assert digest_of_tensor(numbers) != digest_of_tensor(-numbers)
-    assert digest_of_tensor(torch.tensor(0.0)) != digest_of_tensor(torch.tensor(-0.0)), "bits, not values"
-    assert digest_of_tensor(torch.ones(3).bfloat16()) == digest_of_tensor(torch.ones(3).bfloat16())
+    assert tensor_digest(numbers) == tensor_digest(numbers.contiguous(memory_format=torch.channels_last))
+    assert tensor_digest(numbers) != tensor_digest(-numbers)
+    assert tensor_digest(torch.tensor(0.0)) != tensor_digest(torch.tensor(-0.0)), "bits, not values"
+    assert tensor_digest(torch.ones(3).bfloat16()) == tensor_digest(torch.ones(3).bfloat16())
