@@ -142,7 +142,7 @@ def main() -> int:
     try:
         return _print_comparison(a, b)
     except InputError as error:
-        error.tell()
+        error.report()
         return ExitCode.BAD_INPUT
 
 

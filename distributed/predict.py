@@ -63,7 +63,7 @@ def main() -> int:
             with requested_output("--picture", arguments.picture):
                 _draw(pixels, predictions, arguments.picture)
     except (InputError, StorageError) as error:
-        return error.tell()
+        return error.report()
     return ExitCode.FINISHED
 
 

@@ -75,7 +75,7 @@ def main() -> int:
         folder = home_path(sys.argv[1])
         text = summary(folder)
     except InputError as error:
-        error.tell()
+        error.report()
         return ExitCode.BAD_INPUT
     except OSError as error:
         print(f"error: {error}; fix access to {sys.argv[1]}", file=sys.stderr)

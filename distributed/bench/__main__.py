@@ -37,7 +37,7 @@ def main() -> int:
         if arguments.json:
             check_writable("--json", arguments.json)
     except InputError as error:
-        error.tell()
+        error.report()
         return ExitCode.BAD_INPUT
     results = _run_rounds(arguments, options)
     print(summary(BENCHMARKS[arguments.benchmark], results.rounds))
@@ -46,7 +46,7 @@ def main() -> int:
             with requested_output("--json", arguments.json):
                 results.write(arguments.json)
     except StorageError as error:
-        return error.tell()
+        return error.report()
     return ExitCode.FAILED if results.outputs else ExitCode.FINISHED
 
 

@@ -75,7 +75,7 @@ def main() -> int:
         with requested_output("--out", arguments.out):
             write_table(results, arguments.out)
     except (InputError, StorageError) as error:
-        return error.tell()
+        return error.report()
     return failed
 
 

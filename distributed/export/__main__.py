@@ -35,7 +35,7 @@ def main() -> int:
             check_writable("--out", out / name, regular=True)  # each is read back
         return _export(config, checkpoint, names, out, tolerance=arguments.tolerance)
     except (InputError, StorageError) as error:
-        return error.tell()
+        return error.report()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -34,7 +34,7 @@ def main() -> int:
     try:
         _run(arguments)
     except InputError as error:
-        error.tell()
+        error.report()
         return ExitCode.BAD_INPUT
     return ExitCode.FINISHED
 

@@ -37,14 +37,14 @@ def main() -> int:
         runs = [read_history(run) for run in arguments.runs]
         check_writable("--out", out)
     except InputError as error:
-        return error.tell()
+        return error.report()
     runs = _with_unique_names([_with_root(run, arguments.root) for run in runs])
     try:
         content = _page(runs, checkpoint=arguments.checkpoint).encode()
         with requested_output("--out", out):
             write_output(out, content)
     except (InputError, StorageError) as error:
-        return error.tell()
+        return error.report()
     print(f"{out} ({len(content) / 2**20:.1f} MiB)")
     return ExitCode.FINISHED
 

@@ -24,7 +24,7 @@ def main() -> int:
     try:
         runs = _find_runs(folder)
     except InputError as error:
-        error.tell()
+        error.report()
         return ExitCode.BAD_INPUT
     rows = [[_name(run, folder), *cells(outcome_of(run))] for run in runs]
     print(*in_columns([["run", *HEADINGS], *rows]), sep="\n")

@@ -55,7 +55,7 @@ def main() -> int:
                 arguments = _probe_arguments("127.0.0.1", port, token, options.seconds, settings)
                 answers = report_of_this_machine(arguments, expected[0], seconds=options.seconds)
     except InputError as error:
-        error.tell()
+        error.report()
         return ExitCode.BAD_INPUT
     reports = list(answers.reports.values())
     failures = diagnose(

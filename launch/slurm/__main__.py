@@ -70,7 +70,7 @@ def main() -> int:
             file.parent.mkdir(parents=True, exist_ok=True)
             replace_text(file, "".join(shlex.join(one) + "\n" for one in trainings))
     except InputError as error:
-        error.tell()
+        error.report()
         return ExitCode.BAD_INPUT
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}; give another --run_dir", file=sys.stderr)

@@ -42,7 +42,7 @@ def main() -> int:
         address = resolve_address(sys.argv[1], nodes=allocation.nodes)
         port = free_port(allocation.job)
     except InputError as error:
-        error.tell()
+        error.report()
         return ExitCode.BAD_INPUT
     if not config.threads:  # share the job's cores; the process itself may be allowed more of them
         arguments += ["--threads", str(max(1, within_quota(allocation.cpus) // allocation.ranks))]

@@ -97,7 +97,7 @@ def main() -> int:
             return ExitCode.FINISHED
         decision = journal.end(options.signal, Allocation.from_environment())
     except InputError as error:
-        error.tell()
+        error.report()
         return ExitCode.BAD_INPUT
     except OSError as error:
         print(f"error: {options.run}: {error}; the job is not requeued", file=sys.stderr)

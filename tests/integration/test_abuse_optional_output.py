@@ -707,4 +707,4 @@ def test_predict_accepts_max_pixels(run: Path, image: Path) -> None:
 
 def test_predict_runs_no_external_program_on_an_image(run: Path, tmp_path: Path) -> None:
     (tmp_path / "a.eps").write_bytes(saved("EPS"))
-    assert_told(call("predict", run, tmp_path / "a.eps"), "a.eps: no image that can be decoded")
+    assert_told(call("predict", run, tmp_path / "a.eps"), "a.eps: not an image that can be decoded")
