@@ -48,10 +48,10 @@ class Attempt:
                 exit_code=ending.code, reason=ending.reason, step=self._state.step, epoch=self._state.epoch,
             )  # fmt: skip
 
-    def check_ours(self) -> None:
+    def check_token(self) -> None:
         """Raise StorageError on rank 0 if the run folder now belongs to another attempt."""
         if self.run:
-            self.run.check_ours()
+            self.run.check_token()
 
     def open_log(self) -> None:
         """Open this rank's log file. Call it after rank 0 has created the run folder."""
@@ -97,8 +97,7 @@ class Attempt:
         if resumed_from:
             self._compare_bits(resumed_from.get("bits", {}), metadata["bits"])
         if self.run:
-            details = {"bits": metadata["bits"], "images": metadata["images"]}
-            self.run.begin(self.config, start_step=state.step, details=details)
+            self.run.begin(self.config, start_step=state.step, bits=metadata["bits"], images=metadata["images"])
 
     def _compare_bits(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         """Raise if the number of shards changed; warn about every other change that the bits depend on."""

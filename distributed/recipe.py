@@ -60,7 +60,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         engine = build_engine(config, topology, data, device)
         schedule = build_schedule(config, steps_per_epoch=data.steps_per_epoch)
         state = TrainState(schedule, build_early_stopping(config.early_stopping), config.precision)
-        metadata = attempt.metadata(device) | data.facts()
+        metadata = attempt.metadata(device) | data.metadata()
         checkpoints = build_checkpointer(config, attempt.run, metadata)
         validate = partial(check_saved, config=config, images=data.size("train"))
         resumed_from = checkpoints.resume(engine, state, validate=validate)
@@ -78,7 +78,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
             StepAgreement(stop or NeverStop(), is_main=topology.is_main, save_every_seconds=save_every_seconds)
         )
         profiled_steps = config.logging.profile_steps if topology.is_main else 0
-        profiler = stack.enter_context(StepProfiler(profiled_steps, attempt.folder.profile, attempt.check_ours))
+        profiler = stack.enter_context(StepProfiler(profiled_steps, attempt.folder.profile, attempt.check_token))
         metrics = MetricAccumulator(device)
         train_step = build_step(config, engine, metrics, device)
         evaluate_split = partial(evaluate, engine, data, flip_tta=config.evaluation.flip_tta, device=device)
@@ -89,7 +89,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
             for micro_batches in report.meter.time_waits(batches):
                 lr = schedule.lr(state.step)
                 grad_norm = train_step(micro_batches, lr=lr, step=state.step)
-                state.finish_step(micro_batches[0].step_size)
+                state.finish_step(micro_batches[0].global_count)
                 profiler.step()
                 stop_now, save_now = agreement.after_step()
                 if state.step % config.logging.every_steps == 0:

@@ -218,20 +218,20 @@ class Checkpointer:
         name, tensors, path = snapshot.name, snapshot.tensors, self.folder / snapshot.name
         aside = layout.unfinished(self.folder, name, token=self.run.token)
         try:
-            self.run.check_ours()
+            self.run.check_token()
             write_checkpoint(aside, tensors, snapshot.content)
             if os.path.lexists(path):  # e.g. a copy made in the meantime
                 layout.set_aside(path, "not written by this attempt")
             self.run.commit(aside, path)
         except OSError:
             shutil.rmtree(aside, ignore_errors=True)
-            self.run.check_ours()  # its message says more if the run folder was removed
+            self.run.check_token()  # its message says more if the run folder was removed
             raise
         digests = {tensor: tensor_digest(value) for tensor, value in tensors.items()}
         self.run.append(self.run.digests_file, {"name": name, "tensors": digests})
-        self.run.tidy("the link latest was not set", partial(layout.set_link, self.folder, layout.LATEST, name))
+        self.run.try_cleanup("the link latest was not set", partial(layout.set_link, self.folder, layout.LATEST, name))
         if snapshot.best is not None:
-            self.run.tidy(
+            self.run.try_cleanup(
                 "the link best was not set", partial(layout.set_link, self.folder, layout.BEST, snapshot.best)
             )
         self._delete_old(name, snapshot.best)
@@ -243,4 +243,4 @@ class Checkpointer:
         assert self.run is not None
         keep = {best, self._uploader.uploading if self._uploader else None}
         delete = partial(layout.delete_old, self.folder, newest=newest, keep_last=self.keep_last, keep=keep)
-        self.run.tidy("an old checkpoint was not deleted", delete)
+        self.run.try_cleanup("an old checkpoint was not deleted", delete)

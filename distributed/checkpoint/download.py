@@ -91,11 +91,11 @@ def download_newest(store: Store, run: ClaimedRun, commit: Callable[[Path, Path]
         if best is not None and best != name:
             if (aside_best := _download(store, folder, best)) is not None:
                 commit(aside_best, folder / best)
-                run.tidy("the link best was not set", partial(set_link, folder, BEST, best))
+                run.try_cleanup("the link best was not set", partial(set_link, folder, BEST, best))
             else:
                 logger.warning("{} has no complete {}, the best checkpoint so far", store.url, best)
         commit(aside, folder / name)  # not flushed to disk: after a power cut it is downloaded again
-        run.tidy("the link latest was not set", partial(set_link, folder, LATEST, name))
+        run.try_cleanup("the link latest was not set", partial(set_link, folder, LATEST, name))
         return name
     return None
 

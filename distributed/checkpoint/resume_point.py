@@ -53,7 +53,7 @@ def find_resume_point(run: ClaimedRun, store: Store | None, validate: Validate) 
         except ValueError as error:
             raise InputError(mismatch(path, error)) from None
         validate(content, path)
-        run.check_ours()
+        run.check_token()
         for other, damage in newest.damaged.items():
             set_aside(other, damage)
         return ResumePoint(path.name, content)

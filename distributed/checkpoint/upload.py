@@ -111,7 +111,7 @@ class Uploader:
                     yield path
 
     def _upload(self, path: Path) -> None:
-        self._check_ours()
+        self._check_token()
         self.uploading = path.name
         start = time.monotonic()
         try:
@@ -138,13 +138,13 @@ class Uploader:
         keep = {*newest, best_known_to(retained[0]), *(path.name for path in retained)}
         old = [name for name in names if name not in keep]
         if old:
-            self._check_ours()
+            self._check_token()
         for name in old:
             self.store.remove(name)
 
-    def _check_ours(self) -> None:
+    def _check_token(self) -> None:
         """Claim the store at the first call; later raise StoreError if another run has claimed it since."""
-        self.run.check_ours()
+        self.run.check_token()
         if not self._token:
             token = uuid.uuid4().hex
             self.store.claim({"token": token, "host": host(), "run_dir": str(self.run.path.absolute())})

@@ -1,8 +1,8 @@
-"""Sums in one fixed binary tree over S leaves, S a power of two: the same bits whoever holds which leaves.
+"""Sums in one fixed binary tree over S leaves, S a power of two: bit-identical however the leaves are split over ranks.
 
-A sum of floating-point numbers depends on its order. Here the order is that of the tree alone: leaf 2i with leaf 2i + 1,
-the results again in pairs, up to the root. Who holds a run of leaves adds up the largest whole subtrees inside it; whoever
-has all of those finishes the tree.
+The result of a floating-point sum depends on its order. Here the tree alone defines the order: leaf 2i is added to leaf
+2i + 1, the results are added in pairs, and so on up to the root. A rank with a contiguous range of leaves sums the largest
+complete subtrees inside it; a rank that has received all of those finishes the tree.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Node(NamedTuple):
-    """A subtree: leaves `first` to `first + size`, `size` a power of two that divides `first`."""
+    """The subtree of leaves `first` to `first + size`, where `size` is a power of two that divides `first`."""
 
     first: int
     size: int
@@ -27,17 +27,17 @@ class Node(NamedTuple):
         return Node(self.first & ~self.size, 2 * self.size)
 
 
-def shard_range(rank: int, world_size: int, leaves: int) -> range:
-    """The leaves that a rank holds: a run of them, none for nobody while world_size <= leaves."""
-    return range(rank * leaves // world_size, (rank + 1) * leaves // world_size)
+def shard_range(rank: int, world_size: int, shards: int) -> range:
+    """Return the contiguous shards of a rank; never empty while world_size <= shards."""
+    return range(rank * shards // world_size, (rank + 1) * shards // world_size)
 
 
-def covering_subtrees(held: range) -> list[Node]:
-    """The fewest subtrees that make up a run of leaves: one where an aligned power of two is held, a few otherwise."""
-    nodes, first = [], held.start
-    while first < held.stop:
-        size = first & -first or 1 << (held.stop - first).bit_length()
-        while first + size > held.stop:
+def covering_subtrees(leaves: range) -> list[Node]:
+    """Return the fewest subtrees that make up a range of leaves: one if it is an aligned power of two, else a few."""
+    nodes, first = [], leaves.start
+    while first < leaves.stop:
+        size = first & -first or 1 << (leaves.stop - first).bit_length()
+        while first + size > leaves.stop:
             size //= 2
         nodes.append(Node(first, size))
         first += size
@@ -45,17 +45,17 @@ def covering_subtrees(held: range) -> list[Node]:
 
 
 def reduce_to_root(sums: Mapping[Node, Tensor]) -> Tensor:
-    """The whole tree's sum from the sums of subtrees that make it up."""
-    waiting = dict(sums)
-    while len(waiting) > 1:
-        least = min(node.size for node in waiting)
-        for node in [node for node in waiting if node.size == least and not node.first & least]:
-            waiting[node.parent] = waiting.pop(node) + waiting.pop(node.sibling)
-    return next(iter(waiting.values()))
+    """Return the sum over the entire tree, given the sums of subtrees that cover it."""
+    remaining = dict(sums)
+    while len(remaining) > 1:
+        smallest = min(node.size for node in remaining)
+        for node in [node for node in remaining if node.size == smallest and not node.first & smallest]:
+            remaining[node.parent] = remaining.pop(node) + remaining.pop(node.sibling)
+    return next(iter(remaining.values()))
 
 
 def tree_sum(rows: Tensor) -> Tensor:
-    """The sum of rows [n, ...] -> [...] in the tree; where n is no power of two, an odd one is carried up."""
+    """Sum rows [n, ...] -> [...] in the tree. If n is odd at some level, the last row moves up unchanged."""
     while len(rows) > 1:
         even = len(rows) // 2 * 2
         paired = rows[0:even:2] + rows[1:even:2]

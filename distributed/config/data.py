@@ -1,4 +1,4 @@
-"""The settings of the images: where they come from, what is held out, how they are changed. Imports no torch."""
+"""Settings of the images: their source, the validation split and the augmentation. Imports no torch."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,24 +9,24 @@ from pydantic_core import PydanticCustomError
 from distributed.config.schema import AnyPath, Section, operational, setting
 
 MAX_PIXELS = 100_000_000
-"""Four times a usual camera's. A file of some megabytes may hold a thousand times as many, and fill the memory."""
+"""Four times the pixels of a typical camera. A file of a few megabytes can hold a thousand times more and exhaust memory."""
 
 
 class Augment(Section):
     crop: int = setting(
-        4, "zero padding in pixels around the image before a random crop back to its size; 0: none", ge=0, le=16
+        4, "pixels of zero padding around the image before a random crop back to its size; 0: no crop", ge=0, le=16
     )
-    flip: bool = setting(True, "mirror each training image with probability one half")
+    flip: bool = setting(True, "mirror each training image with probability 1/2")
     mixup: float = setting(
-        0.0, "mix each image and label with another's, its part drawn from Beta(mixup, mixup); 0: off", ge=0, le=1
+        0.0, "blend each image and label with another's, by a weight drawn from Beta(mixup, mixup); 0: off", ge=0, le=1
     )
     cutmix: float = setting(
         0.0, "paste a box of another image, of an area drawn from Beta(cutmix, cutmix), and mix the labels; 0: off; "
-        "with mixup too, each image has one of them", ge=0, le=1,
+        "with mixup too, each image gets one of them", ge=0, le=1,
     )  # fmt: skip
     cutout: int = setting(
         0,
-        "side in pixels of the square set to the mean (normalize = unit: black) at a random place; 0: none",
+        "side in pixels of a square at a random position that is set to the mean (black if normalize = unit); 0: off",
         ge=0,
         le=32,
     )
@@ -39,42 +39,49 @@ class Augment(Section):
 
 class _Data(Section):
     validation_fraction: float = setting(
-        0.2, "part of the training images held out by a fixed stratified shuffle; 0: none, train on all", ge=0, le=0.9
+        0.2,
+        "fraction of the training images held out by a fixed stratified shuffle; 0: train on all of them",
+        ge=0,
+        le=0.9,
     )
-    split_seed: int = setting(0, "key of that shuffle; apart from `seed`, so that runs with other seeds share it", ge=0)
+    split_seed: int = setting(
+        0, "seed of that shuffle, apart from `seed`, so that runs with other seeds share the split", ge=0
+    )
     normalize: Literal["mean_std", "unit"] = setting(
-        "mean_std", "mean_std: each channel to mean 0 and deviation 1 over the training images; unit: to [0, 1] only"
+        "mean_std",
+        "mean_std: scale each channel to mean 0 and deviation 1 over the training images; unit: to [0, 1] only",
     )
     placement: Literal["auto", "device", "host"] = operational(
-        "auto", "where the images lie; auto: on the device if they take less than a third of its free memory, else host"
-    )
+        "auto", "where the images are kept; auto: on the device if they take less than a third of its free memory, else on "
+        "the host"
+    )  # fmt: skip
     augment: Augment = setting(Augment(), "random changes of the training images")
 
     def conflicts(self) -> list[str]:
-        """Settings of this section that cannot stand together, a line each."""
+        """Return one line per conflict within the section."""
         return []
 
 
-def _addresses(value: Any) -> tuple[str, ...]:
-    fine = isinstance(value, list | tuple) and all(
-        isinstance(one, str) and one.startswith(("http://", "https://")) for one in value
+def _http_urls(value: Any) -> tuple[str, ...]:
+    valid = isinstance(value, list | tuple) and all(
+        isinstance(url, str) and url.startswith(("http://", "https://")) for url in value
     )
-    if not fine:
+    if not valid:
         raise PydanticCustomError(
-            "urls", 'should be a list of http or https addresses, as ["https://HOST/FILE.tar.gz"]'
+            "urls", 'should be a list of http or https addresses, e.g. ["https://HOST/FILE.tar.gz"]'
         )
     return tuple(value)
 
 
 class CifarData(_Data):
-    name: Literal["cifar10", "cifar100"] = setting("cifar10", "the data set")
+    name: Literal["cifar10", "cifar100"] = setting("cifar10", "the data set, from its official files")
     root: AnyPath = operational(
-        Path("data"), "folder with the official files, unpacked or as archive, binary or Python layout"
+        Path("data"), "folder with the official files, unpacked or as an archive, in the binary or the Python layout"
     )
     download: bool = operational(
-        False, "fetch the official binary archive into root where no files are there, once a node"
+        False, "download the official binary archive into root, once per node, if no files are there"
     )
-    urls: Annotated[tuple[str, ...], BeforeValidator(_addresses)] = operational(
+    urls: Annotated[tuple[str, ...], BeforeValidator(_http_urls)] = operational(
         (), "mirrors of an official archive, tried in turn; only with download; []: the official server"
     )
 
@@ -85,8 +92,8 @@ class CifarData(_Data):
 
 
 class GeneratedData(_Data):
-    name: Literal["generated10", "generated100"] = setting("generated10", "procedural images in CIFAR's place")
-    train_samples: int = setting(50_000, "number of training images, validation included", ge=10, le=1_000_000)
+    name: Literal["generated10", "generated100"] = setting("generated10", "procedural images in CIFAR's format")
+    train_samples: int = setting(50_000, "number of training images, including validation", ge=10, le=1_000_000)
     test_samples: int = setting(10_000, "number of test images", ge=10, le=1_000_000)
 
     @property
@@ -95,13 +102,13 @@ class GeneratedData(_Data):
 
 
 class ImageFolderData(_Data):
-    name: Literal["image_folder"] = setting("image_folder", "PNG and JPEG files, a folder a class")
+    name: Literal["image_folder"] = setting("image_folder", "PNG and JPEG files, one folder per class")
     root: AnyPath = operational(Path("data"), "folder with train/CLASS/*.png|jpg|jpeg and test/CLASS/*")
     cache: AnyPath | None = operational(
-        None, "folder of the decoded images; none: .decoded in root, or the user's cache folder where that is read-only"
+        None, "folder for the decoded images; none: .decoded in root, or the user's cache folder if root is read-only"
     )
     max_pixels: int = operational(
-        MAX_PIXELS, "largest image, width times height, that is decoded; decoding takes about 16 bytes a pixel", ge=1
+        MAX_PIXELS, "largest image to decode, width times height; decoding takes about 16 bytes per pixel", ge=1
     )
 
 
@@ -109,5 +116,5 @@ AnyData = CifarData | GeneratedData | ImageFolderData
 
 
 def max_pixels_of(data: AnyData) -> int:
-    """The largest image that is decoded for a run on this data, e.g. to predict its class."""
+    """Return the largest image that is decoded for a run on this data, e.g. to predict its class."""
     return data.max_pixels if isinstance(data, ImageFolderData) else MAX_PIXELS

@@ -1,4 +1,4 @@
-"""The text of --help: every setting with its type, default and a line of doc."""
+"""The text of --help: every setting with its type, default and description."""
 
 import shutil
 import textwrap
@@ -11,12 +11,12 @@ HEAD = """\
 usage: python -m distributed.train [CONFIG.toml] [--SETTING VALUE ...]
        torchrun --nproc_per_node=N -m distributed.train [CONFIG.toml] [--SETTING VALUE ...]
 
-Trains an AlexNet variant on CIFAR or a folder of images. CONFIG.toml may be the name of a config that ships: cifar10,
-seeds/I-10 (an unknown name lists all). Without arguments: improved_alexnet on CIFAR-10 if it is in ./data; else on
-generated images, except in a cluster's job. The same command goes on where a stopped or killed run ended. Settings
-marked * may change then.
+Train an AlexNet variant on CIFAR or on a folder of images. CONFIG.toml is a file or the name of a shipped config, e.g.
+cifar10 or seeds/I-10 (an unknown name lists all of them). Without arguments it trains improved_alexnet on CIFAR-10 if
+that is in ./data, else on generated images; a cluster job must name its data. The same command resumes a stopped or
+killed run; settings marked * may then change.
 """
-_COLUMN = 39  # of the descriptions
+_COLUMN = 39  # where descriptions begin
 _UNBOUND = 10_000
 
 
@@ -33,11 +33,11 @@ def _variants(path: str) -> list[Leaf]:
 
 
 def _group(leaf: Leaf) -> str:
-    """The heading a setting stands under: its section, and the variants that have it where not all do."""
+    """Return a setting's heading: its section, and the variants that have it if not all do."""
     section = leaf.path.rpartition(".")[0]
-    having = [variant.variant for variant in _variants(leaf.path) if variant.variant]
+    owners = [variant.variant for variant in _variants(leaf.path) if variant.variant]
     everywhere = {variant.variant for variant in _variants(f"{section.partition('.')[0]}.name") if variant.variant}
-    return section if set(having) == everywhere else f"{section}, with name = {' or '.join(having)}"
+    return section if set(owners) == everywhere else f"{section}, with name = {' or '.join(owners)}"
 
 
 def _lines(leaf: Leaf, width: int) -> str:
@@ -53,9 +53,9 @@ def _lines(leaf: Leaf, width: int) -> str:
     option = f"--{leaf.path}{' *' if leaf.operational else ''}"
     column = " " * _COLUMN
     lines = [
-        part
+        wrapped
         for line in lines
-        for part in textwrap.wrap(line, max(40, width - _COLUMN), subsequent_indent="  ", break_on_hyphens=False)
+        for wrapped in textwrap.wrap(line, max(40, width - _COLUMN), subsequent_indent="  ", break_on_hyphens=False)
     ]
     return f"    {option:<34} " + f"\n{column}".join(lines)
 
@@ -65,11 +65,10 @@ def _described(leaf: Leaf) -> str:
 
 
 def help_text(width: int | None = None) -> str:
-    """All settings, grouped by section, with type and default.
+    """Return all settings, grouped by section, with type and default.
 
     Args:
-        width: in characters; that of the terminal if not given, and no bound where there is none, so that a search in a
-            pipe finds whole lines.
+        width: in characters; by default the terminal's, and unlimited without a terminal, so that grep finds entire lines.
     """
     width = width or shutil.get_terminal_size((_UNBOUND, 0)).columns
     groups: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""What was probably meant by a setting that does not exist. Imports no torch."""
+"""What was probably meant by an unknown setting. Imports no torch."""
 
 import difflib
 from functools import cache
@@ -30,12 +30,15 @@ _OTHER_NAMES = {
     "engine.name": "strategy backend parallelism",
     "exact.shards": "deterministic reproducible",
     "evaluation.batch_size": "eval_batch_size test_batch_size val_batch_size",
+    "evaluation.flip_tta": "tta",
     "logging.every_steps": "log_every log_interval log_steps logging_steps print_freq",
     "logging.level": "verbose log_level",
     "checkpoint.every_steps": "save_every save_freq save_steps save_interval",
     "timeout_seconds": "timeout",
     "init_from": "pretrained weights finetune load_from",
 }
+"""Setting -> names that other tools and earlier habits have for it."""
+
 _MEANT = {
     **{old.rpartition(".")[2]: new for old, new in RENAMED.items()},
     **{name: setting for setting, names in _OTHER_NAMES.items() for name in names.split()},
@@ -54,12 +57,12 @@ _ADVICE = {
 
 @cache
 def known() -> frozenset[str]:
-    """The dotted path of every setting."""
+    """Return the dotted path of every setting."""
     return frozenset(leaf.path for leaf in leaves())
 
 
 @cache
-def _by_last_word() -> dict[str, str]:
+def _by_last_name() -> dict[str, str]:
     return {path.rpartition(".")[2]: path for path in sorted(known(), reverse=True)}
 
 
@@ -73,7 +76,7 @@ def unknown(path: str) -> str:
 
 
 def hint(path: str) -> str:
-    """Advice for an unknown dotted path: the setting probably meant, else where all of them are listed."""
+    """Return advice for an unknown dotted path: the setting probably meant, else where all are listed."""
     path = path.lower().replace("-", "_")
     if len(path) > 100:
         return "--help lists all of them"
@@ -83,14 +86,14 @@ def hint(path: str) -> str:
 
 
 def _meant(path: str) -> str | None:
-    """First by another tool's name for it, then by the path, then by its last word in any section."""
+    """Match by another tool's name, then by the full path, then by the last name in any section."""
     if path in _MEANT or path in _ADVICE:
         return _MEANT.get(path)
     if path in known():
         return path
-    last, words = path.rpartition(".")[2], _by_last_word()
+    last, by_last_name = path.rpartition(".")[2], _by_last_name()
     close = difflib.get_close_matches(path, sorted(known()), n=1, cutoff=0.8)
-    if close or last in words:
-        return close[0] if close else words[last]
-    near = difflib.get_close_matches(last, sorted(words), n=1, cutoff=0.7)
-    return _MEANT.get(last) or (words[near[0]] if near else None)
+    if close or last in by_last_name:
+        return close[0] if close else by_last_name[last]
+    near = difflib.get_close_matches(last, sorted(by_last_name), n=1, cutoff=0.7)
+    return _MEANT.get(last) or (by_last_name[near[0]] if near else None)

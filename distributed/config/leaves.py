@@ -1,4 +1,4 @@
-"""The settings as a flat list of dotted paths, read off the tree: what the command line and the messages are made of."""
+"""All settings as a flat list of dotted paths, derived from the tree, for the command line, --help and messages."""
 
 import types
 from collections.abc import Iterator
@@ -14,7 +14,10 @@ from distributed.config.train_config import TrainConfig
 
 @dataclass(frozen=True)
 class Leaf:
-    """One setting: `path` as in `optim.lr`; `variant` is the `name` of the section that it needs, where there are several."""
+    """One setting.
+
+    `path` is dotted, e.g. `optim.lr`; `variant` is the `name` of the section that has it, if there are several.
+    """
 
     path: str
     annotation: Any
@@ -25,7 +28,7 @@ class Leaf:
 
     @property
     def takes_text(self) -> bool:
-        """Whether a value on the command line is meant as it stands, `123` included."""
+        """Whether a value on the command line is text as it stands, even `123`."""
         if get_origin(self.annotation) is tuple:
             return False
         alternatives = get_args(self.annotation) or (self.annotation,)
@@ -35,7 +38,7 @@ class Leaf:
 
     @property
     def choices(self) -> str:
-        """The type in words, for --help: `int`, `true | false`, `sgd | adamw`."""
+        """The type for --help: `int`, `true | false`, `sgd | adamw`."""
         if get_origin(self.annotation) is Literal:
             return " | ".join(map(str, get_args(self.annotation)))
         if get_origin(self.annotation) is tuple:
@@ -43,12 +46,12 @@ class Leaf:
         names = {bool: "true | false", type(None): "none"}
         alternatives = [a for a in get_args(self.annotation) or (self.annotation,) if not hasattr(a, "strict")]
         alternatives = [get_args(a)[0] if get_origin(a) is Annotated else a for a in alternatives]
-        words = [get_args(a) if get_origin(a) is Literal else [names.get(a, a.__name__.lower())] for a in alternatives]
-        return " | ".join(str(word) for some in words for word in some)
+        texts = [get_args(a) if get_origin(a) is Literal else [names.get(a, a.__name__.lower())] for a in alternatives]
+        return " | ".join(str(text) for some in texts for text in some)
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:
-    """The section classes that a field may hold: none for a plain value, several for a union told apart by `name`."""
+    """Return the section classes that a field may hold: none for a plain value, several for a union selected by `name`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if get_origin(annotation) in (Union, types.UnionType, Annotated):
@@ -57,7 +60,7 @@ def sections_of(annotation: Any) -> list[type[BaseModel]]:
 
 
 def variant_name(section: type[BaseModel]) -> str:
-    """What selects this section among others: the choices of its `name`."""
+    """Return the choices of `name` that select this section among others."""
     return " | ".join(get_args(section.model_fields["name"].annotation))
 
 
@@ -79,5 +82,5 @@ def _leaf(path: str, field: FieldInfo, variant: str | None) -> Leaf:
 
 @cache
 def leaves() -> tuple[Leaf, ...]:
-    """Every setting; one that several variants of a section share comes once a variant."""
+    """Return every setting; one that several variants of a section share appears once per variant."""
     return tuple(_walk(TrainConfig, "", None))

@@ -1,4 +1,4 @@
-"""Configs by name: `cifar10` and `seeds/I-10` mean files that ship with the package, from any folder."""
+"""Configs by name: `cifar10` and `seeds/I-10` are files that ship with the package, found from any folder."""
 
 import difflib
 import os
@@ -10,15 +10,15 @@ from distributed.host.shipped import shipped
 
 
 def names() -> dict[str, Path]:
-    """The shipped configs by their names, which have no suffix."""
+    """Return the shipped configs by their names, which have no suffix."""
     folder = shipped("configs")
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.toml"))}
 
 
 def config_file(given: str, *, beside: Path = Path()) -> Path:
-    """The file that a first argument or `extends` means: a path, or the name of a shipped config.
+    """Return the file that a first argument or `extends` refers to: a path, or the name of a shipped config.
 
-    A file of exactly that name in the folder `beside` comes first; what ends in .toml is always a path.
+    A file of exactly that name in the folder `beside` has precedence; a name that ends in .toml is always a path.
 
     Raises:
         InputError: it looks like a name, and neither a file nor a shipped config has it.
@@ -43,6 +43,6 @@ def config_file(given: str, *, beside: Path = Path()) -> Path:
 
 
 def _nearest(name: str, known: dict[str, Path]) -> str:
-    by_word = {one.rpartition("/")[2].lower(): one for one in known}
-    found = difflib.get_close_matches(name.rpartition("/")[2].lower(), by_word, n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(by_word[word] for word in found)}?" if found else ""
+    by_last_name = {shipped_name.rpartition("/")[2].lower(): shipped_name for shipped_name in known}
+    found = difflib.get_close_matches(name.rpartition("/")[2].lower(), by_last_name, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(by_last_name[last] for last in found)}?" if found else ""

@@ -1,1 +1,1 @@
-"""How a model is spread over the ranks: one protocol, an engine a file."""
+"""How a model is distributed over the ranks: one protocol, one engine per file."""

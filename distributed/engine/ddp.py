@@ -133,19 +133,19 @@ class DdpEngine:
         with exchange:
             with autocast(self.device, self.precision):
                 value, outcome = loss(self.model, batch)
-            self.weights.scaled(value).backward()  # type: ignore[no-untyped-call]
+            self.weights.scale_loss(value).backward()  # type: ignore[no-untyped-call]
         return outcome
 
     def step(self, lr: float | Tensor, *, step: int | Tensor) -> Tensor:
         if self._untold:
             self._untold = False
             logger.debug("gradients: {:,} bytes all-reduced a step", self.reduced_bytes)
-        norm = self.weights.update(lr, step=step)
+        norm = self.weights.step(lr, step=step)
         self.weights.zero_grad()
         return norm
 
     def evaluating(self) -> AbstractContextManager[None]:
-        return self.weights.evaluated()
+        return self.weights.evaluating()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         return self.weights.state()

@@ -1,7 +1,7 @@
-"""Every sum is taken in one fixed tree: the same bits on any number of ranks, with weights replicated or shared out.
+"""Exact mode: bit-identical results on any number of ranks, with replicated or sharded weights.
 
-The batch is cut into a fixed number of shards, each of which goes through a replica of the model by itself, on one
-thread. What is summed over the batch, gradients and batch norm's statistics, is summed over shards in a tree.
+The batch is split into a fixed number of shards. Each passes through its own replica of the model, on one thread. Everything
+that is summed over the batch, i.e. gradients and batch-norm statistics, is summed over shards in a fixed tree.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ from distributed.data.batch import Batch
 from distributed.engine.exact_layout import BlockReplicatedLayout, BlockShardedLayout
 from distributed.engine.model_state import Layout, ModelState, autocast, cast, low_type
 from distributed.engine.protocol import Loss, Outcome
-from distributed.exact.batch_norm import Cut, CuttingBatchNorm, backward
+from distributed.exact.batch_norm import GraphSplit, SplittingBatchNorm, backward
 from distributed.exact.bucket_reduce import BucketReduceOpener
 from distributed.exact.gather_statistics import StatisticsGather
 from distributed.exact.gradient_reducer import GradientReducer
@@ -34,9 +34,9 @@ class ExactEngine:
     """An `Engine` in exact mode.
 
     Args:
-        model: float32 on the CPU, with its initial weights; taken over.
-        shards: of the whole batch, a power of two, at least world_size.
-        lanes: shards of this rank that compute at the same time.
+        model: float32 on the CPU, with its initial weights; the engine takes ownership.
+        shards: number of shards of the global batch, a power of two, at least world_size.
+        workers: number of this rank's shards that compute at the same time.
 
     Raises:
         ValueError: a layer of the model cannot be computed shard by shard.
@@ -52,7 +52,7 @@ class ExactEngine:
         channels_last: bool,
         device: torch.device,
         shards: int,
-        lanes: int,
+        workers: int,
         timeout_seconds: float,
     ) -> None:
         self.device, self.precision = device, precision
@@ -65,105 +65,111 @@ class ExactEngine:
         if isinstance(config, Fsdp) and world_size() > 1:
             reshard = config.reshard_after_forward
             self._sharded = ShardedWeights(self._plain, shards=shards, low=low, reshard_after_forward=reshard)
-        self._reduction = GradientReducer(
+        self._reducer = GradientReducer(
             parameters,
             shards=shards,
             bucket_bytes=config.bucket_mib * 2**20 if isinstance(config, Ddp) else 2**20,
-            open_exchange=BucketReduceOpener(timeout_seconds=timeout_seconds),
-            parts=list(self._sharded.parts.values()) if self._sharded else None,
+            open_bucket_reduce=BucketReduceOpener(timeout_seconds=timeout_seconds),
+            local=list(self._sharded.local.values()) if self._sharded else None,
         )
-        own = self._reduction.own
-        rows = StatisticsGather(gather, shards=shards)
-        # Weights are gathered on the first shard's stream; the other streams would not wait for it.
-        self._lanes = ShardExecutor(
-            len(own), lanes=lanes, gather=partial(_meet, self._reduction, rows), device=device,
-            side_by_side=self._sharded is None,
+        own_shards = self._reducer.own_shards
+        gather_rows = StatisticsGather(gather, shards=shards)
+        # Sharded weights are gathered on the first shard's stream, and other streams would not wait for it.
+        self._executor = ShardExecutor(
+            len(own_shards), workers=workers, gather=partial(_synchronize, self._reducer, gather_rows), device=device,
+            own_streams=self._sharded is None,
         )  # fmt: skip
         self._replicas = Replicas(
-            self._plain, len(own), low=low, computed=self._sharded.computed if self._sharded else None
+            self._plain, len(own_shards), low=low, gathered=self._sharded.gathered if self._sharded else None
         )
-        self._cuts: list[list[Cut]] = [[] for _ in own]
-        for place, replica in enumerate(self._replicas.models):
-            meet = partial(self._lanes.meet, place)
-            convert_batch_norm(replica, partial(CuttingBatchNorm.cutting, exchange=meet, cuts=self._cuts[place]))
+        self._splits: list[list[GraphSplit]] = [[] for _ in own_shards]
+        for local_shard, replica in enumerate(self._replicas.models):
+            all_gather_rows = partial(self._executor.all_gather_rows, local_shard)
+            splits = self._splits[local_shard]
+            convert_batch_norm(
+                replica, partial(SplittingBatchNorm.splitting, all_gather_rows=all_gather_rows, splits=splits)
+            )
             for index, parameter in enumerate(p for p in replica.parameters() if p.requires_grad):
-                hand_over = partial(_hand_over, self._reduction, own[place], index)
-                parameter.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
+                hook = partial(_hand_over_gradient, self._reducer, own_shards[local_shard], index)
+                parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             if self._sharded:
-                self._sharded.attach(replica, len(own))
+                self._sharded.attach(replica, len(own_shards))
         self.model: nn.Module = self._replicas.models
         layout: Layout = BlockReplicatedLayout(self._plain, shards=shards)
         if self._sharded:
             layout = BlockShardedLayout(self._sharded, self._plain, shards=shards)
         self.weights = ModelState(optim, self._plain, precision=precision, layout=layout)
-        # What runs on the whole part of a rank must not depend on its threads either.
+        # Operations on all of a rank's weights, e.g. norms, must not depend on its number of threads either.
         torch.set_num_threads(1)
 
     def predict(self, batch: Batch) -> Tensor:
-        parts = batch.shards()
+        shards = batch.shards()
 
-        def forward(place: int) -> Tensor:
-            with torch.no_grad(), autocast(self.device, self.precision):  # these are set by thread
-                logits: Tensor = self._replicas.models[place](parts[place].images, parts[place].sample_keys)
+        def forward(local_shard: int) -> Tensor:
+            shard = shards[local_shard]
+            with torch.no_grad(), autocast(self.device, self.precision):  # both are set per thread
+                logits: Tensor = self._replicas.models[local_shard](shard.images, shard.sample_keys)
                 return logits
 
         with self._computing():
-            return torch.cat(self._lanes.run(forward))
+            return torch.cat(self._executor.run(forward))
 
     def micro_step(self, loss: Loss, batch: Batch, *, last: bool) -> Outcome:
-        parts = batch.shards()
+        shards = batch.shards()
 
-        def forward_backward(place: int) -> Outcome:
+        def forward_backward(local_shard: int) -> Outcome:
             with autocast(self.device, self.precision):
-                value, outcome = loss(self._replicas.models[place], parts[place])
-            if self._sharded:  # nobody goes back through a layer before all are through it
-                self._lanes.meet(place, value.detach().view(1), lambda rows: None)
-            backward(self.weights.scaled(value), self._cuts[place])
+                value, outcome = loss(self._replicas.models[local_shard], shards[local_shard])
+            if self._sharded:  # a barrier: no backward pass starts before all forward passes have finished
+                self._executor.all_gather_rows(local_shard, value.detach().view(1), lambda rows: None)
+            backward(self.weights.scale_loss(value), self._splits[local_shard])
             return outcome
 
         with self._computing():
-            outcomes = self._lanes.run(forward_backward)
-        self._reduction.finish(last=last)
+            outcomes = self._executor.run(forward_backward)
+        self._reducer.finish_micro_step(last=last)
         return Outcome(*[torch.cat(tensors) for tensors in zip(*outcomes, strict=True)])
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """Weights are there to compute with."""
+        """Make the weights available to the replicas. Context manager."""
         self._replicas.refresh()
         if self._sharded:
-            self._sharded.open()
+            self._sharded.gather_other_parameters()
         yield
         if self._sharded:
-            self._sharded.close()
+            self._sharded.free()
 
     def step(self, lr: float | Tensor, *, step: int | Tensor) -> Tensor:
-        self._replicas.weights_changed()
-        return self.weights.update(lr, step=step)
+        self._replicas.mark_stale()
+        return self.weights.step(lr, step=step)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         self._replicas.models.eval()
-        with self.weights.evaluated():
-            self._replicas.weights_changed()
-            yield
-        self._replicas.models.train()
-        self._replicas.weights_changed()
+        try:
+            with self.weights.evaluating():
+                self._replicas.mark_stale()
+                yield
+        finally:
+            self._replicas.models.train()
+            self._replicas.mark_stale()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.weights.state()
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        self._replicas.weights_changed()
+        self._replicas.mark_stale()
         self.weights.load(tensors)
 
 
-def _meet(reduction: GradientReducer, rows: StatisticsGather, own: list[Tensor]) -> Tensor:
-    """Barrier of all shards: starts the exchange of full gradient buckets, then gathers the rows."""
-    reduction.send_full()
-    return rows(own)
+def _synchronize(reducer: GradientReducer, gather_rows: StatisticsGather, own_rows: list[Tensor]) -> Tensor:
+    """Run at a barrier of all shards: start the reduction of full gradient buckets, then gather the rows."""
+    reducer.start_full_buckets()
+    return gather_rows(own_rows)
 
 
-def _hand_over(reduction: GradientReducer, shard: int, index: int, parameter: Tensor) -> None:
+def _hand_over_gradient(reducer: GradientReducer, shard: int, index: int, parameter: Tensor) -> None:
     gradient, parameter.grad = parameter.grad, None
     assert gradient is not None
-    reduction.take(shard, index, gradient)
+    reducer.add_gradient(shard, index, gradient)

@@ -1,4 +1,4 @@
-"""What engines share: precision, the update, tensors under canonical names, however they lie on the ranks."""
+"""The state that all engines share: weights, optimizer tensors, EMA and loss scale, however they are sharded."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from distributed.config.sections import AdamW, Sgd
 from distributed.engine.sharding import LocalTensor, Replicated, load
 from distributed.optim import loss_scale
+from distributed.optim.ema import WeightEMA
 from distributed.optim.loss_scale import LossScale
-from distributed.optim.optimizer import Optimizer, WeightEMA
+from distributed.optim.optimizer import Optimizer
 
 
 def cast(model: nn.Module, *, precision: str, channels_last: bool, device: torch.device) -> nn.Module:
@@ -33,121 +34,133 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
 
 
 class Layout(Protocol):
-    """How tensors of a model lie on the ranks."""
+    """How the tensors of a model are distributed over the ranks."""
 
-    def held(self, name: str, tensor: Tensor) -> LocalTensor:
-        """This rank's part of the parameter or buffer of this name: the same memory, a plain tensor."""
+    def local_tensor(self, name: str, tensor: Tensor) -> LocalTensor:
+        """Return this rank's part of the parameter or buffer `name`: a plain tensor that shares its memory."""
         ...
 
-    def gradient(self, name: str, parameter: Tensor) -> Tensor:
-        """This rank's part of the parameter's gradient, a plain tensor."""
+    def local_gradient(self, name: str, parameter: Tensor) -> Tensor:
+        """Return this rank's part of the parameter's gradient, a plain tensor."""
         ...
 
-    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The L2 norm of all parts on all ranks, a scalar; a collective."""
+    def global_norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Return the L2 norm over the local gradients of all ranks, a scalar on the device; a collective."""
         ...
 
 
 class ReplicatedLayout:
-    """Every rank has everything."""
+    """Every rank has all tensors: a `Layout`."""
 
-    def held(self, name: str, tensor: Tensor) -> LocalTensor:
+    def local_tensor(self, name: str, tensor: Tensor) -> LocalTensor:
         return LocalTensor(tensor, Replicated(tensor.shape))
 
-    def gradient(self, name: str, parameter: Tensor) -> Tensor:
+    def local_gradient(self, name: str, parameter: Tensor) -> Tensor:
         assert parameter.grad is not None
         return parameter.grad
 
-    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+    def global_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         return torch.nn.utils.get_total_norm(gradients)
 
 
 class ModelState:
-    """A model's weights with all that learning keeps of them: the optimizer's tensors, the moving average, and in float16
-    the scale of the loss."""
+    """A model's weights and everything that training keeps for them: optimizer tensors, EMA and, in float16, the loss scale."""
 
     def __init__(
         self, config: Sgd | AdamW, model: nn.Module, *, precision: str = "float32", layout: Layout | None = None
     ) -> None:
         self.model, self.max_grad_norm, self.layout = model, config.max_grad_norm, layout or ReplicatedLayout()
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._own = {name: self.layout.held(name, tensor) for name, tensor in model.state_dict().items()}
-        # The parameters themselves where they are whole: gradients come into `.grad` of those.
-        parts = {name: self.layout.held(name, p).part for name, p in self._parameters.items()}
-        self.optimizer = Optimizer(config, list(parts.values()), dims=[p.dim() for p in self._parameters.values()])
-        self._kept = {name: self.optimizer.state.get(part, {}) for name, part in parts.items()}
-        live = {name: held.part for name, held in self._own.items()}
-        self.average = WeightEMA(live, decay=config.ema_decay) if config.ema_decay else None
-        self._scale = LossScale(next(model.parameters()).device) if precision == "float16" else None
+        self._model_tensors = {name: self.layout.local_tensor(name, t) for name, t in model.state_dict().items()}
+        # Asked for by parameter, not by state_dict entry: where weights are replicated, gradients are in `.grad` of these.
+        local = {name: self.layout.local_tensor(name, p).local for name, p in self._parameters.items()}
+        self.optimizer = Optimizer(config, list(local.values()), dims=[p.dim() for p in self._parameters.values()])
+        self._optimizer_tensors = {name: self.optimizer.state.get(tensor, {}) for name, tensor in local.items()}
+        live = {name: tensor.local for name, tensor in self._model_tensors.items()}
+        self.ema = WeightEMA(live, decay=config.ema_decay) if config.ema_decay else None
+        self._loss_scale = LossScale(next(model.parameters()).device) if precision == "float16" else None
 
-    def scaled(self, loss: Tensor) -> Tensor:
-        """The loss as it goes into the backward pass."""
-        return loss if self._scale is None else loss * self._scale.scale
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """Return the loss to backpropagate: in float16 multiplied by the loss scale."""
+        return loss if self._loss_scale is None else loss * self._loss_scale.scale
 
-    def update(self, lr: float | Tensor, *, step: int | Tensor) -> Tensor:
-        """Scale the gradients down to the norm where they are larger, and take a step; their norm before that.
+    def step(self, lr: float | Tensor, *, step: int | Tensor) -> Tensor:
+        """Clip the gradients to `max_grad_norm` and update the weights. Return the gradient norm before clipping.
 
-        In float16 a step whose gradients are not all finite changes nothing, and the norm is infinite.
+        In float16 gradients are divided by the loss scale first. If one of them is not finite, only the loss scale changes, and
+        the norm is infinite.
         """
-        parameters = self.optimizer.parameters
-        gradients = [self.layout.gradient(name, p) for name, p in self._parameters.items()]
-        norm = self.layout.norm(gradients)
-        factor = overflow = None
-        if self._scale:
-            # All ranks have this norm alike, and it is finite just where all gradients are.
-            norm = norm / self._scale.scale
-            overflow = (~norm.isfinite()).float()
-            norm = torch.where(overflow != 0, torch.inf, norm)
-            factor = 1 / self._scale.scale
-            self._scale.update(overflow)
+        gradients = [self.layout.local_gradient(name, p) for name, p in self._parameters.items()]
+        norm, factors = self.layout.global_norm(gradients), list[Tensor]()
+        overflow: Tensor | None = None
+        if self._loss_scale:
+            norm, unscale, overflow = _unscaled(norm, self._loss_scale)
+            factors.append(unscale)
         if self.max_grad_norm is not None:
-            clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            factor = clip if factor is None else factor * clip
-        if factor is not None:
-            # Not in place, nor by the optimizer, which would be: these may lie in memory that all ranks share.
-            gradients = list(torch._foreach_mul(gradients, factor))
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+            factors.append((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        if factors:
+            # Not in place, nor by the optimizer, which would work in place: gradients may be in memory shared by all ranks.
+            gradients = list(
+                torch._foreach_mul(gradients, factors[0] if len(factors) == 1 else factors[0] * factors[1])
+            )
+        for parameter, gradient in zip(self.optimizer.parameters, gradients, strict=True):
             parameter.grad = gradient
         self.optimizer.step(lr, skip=overflow)
-        if self.average:
-            self.average.update(step, skip=overflow)
+        if self.ema:
+            self.ema.update(step, skip=overflow)
         return norm
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         self.optimizer.zero_grad()
-        for parameter in self._parameters.values():  # others than the optimizer's where those are parts
+        for parameter in self._parameters.values():  # not the optimizer's parameters if weights are sharded
             parameter.grad = None
 
     @contextmanager
-    def evaluated(self) -> Iterator[None]:
-        """The model in evaluation, with the averaged weights if there are any; in training again after that."""
+    def evaluating(self) -> Iterator[None]:
+        """Put the model into evaluation mode, with the EMA weights if there are any; undo both on exit. Context manager."""
         self.model.eval()
-        with self.average.in_place() if self.average else nullcontext():
-            yield
-        self.model.train()
+        try:
+            with self.ema.in_place() if self.ema else nullcontext():
+                yield
+        finally:
+            self.model.train()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """`model.NAME` for parameters and persistent buffers, `optimizer.NAME.KEY` for what the optimizer keeps of a
-        parameter, `ema.NAME` for averages, `scaler.scale` and its count; each whole, one at a time. All ranks go through
-        it alike."""
-        for name, (part, place) in self.held().items():
-            yield name, place.whole(part)
-        yield from self._scale.state() if self._scale else ()
+        """Yield every full tensor needed to resume, one at a time; a collective.
 
-    def held(self) -> dict[str, LocalTensor]:
-        """This rank's parts of all that, by canonical name."""
-        found = {f"model.{name}": held for name, held in self._own.items()}
-        for name, kept in self._kept.items():
-            for key, part in kept.items():
-                place = self._own[name].place if part.dim() else Replicated(part.shape)
-                found[f"optimizer.{name}.{key}"] = LocalTensor(part, place)
-        for name, part in self.average.tensors.items() if self.average else ():
-            found[f"ema.{name}"] = LocalTensor(part, self._own[name].place)
-        return found
+        Names are `model.NAME` for parameters and persistent buffers, `optimizer.NAME.KEY` for the optimizer's tensors,
+        `ema.NAME` for averages, `scaler.scale` and `scaler.good_steps` for the loss scale.
+        """
+        for name, (local, placement) in self.local_tensors().items():
+            yield name, placement.gather(local)
+        yield from self._loss_scale.state() if self._loss_scale else ()
+
+    def local_tensors(self) -> dict[str, LocalTensor]:
+        """Return this rank's parts of the tensors that `state` yields, without the loss scale, by the same names."""
+        tensors = {f"model.{name}": tensor for name, tensor in self._model_tensors.items()}
+        for name, by_key in self._optimizer_tensors.items():
+            for key, local in by_key.items():
+                placement = self._model_tensors[name].placement if local.dim() else Replicated(local.shape)
+                tensors[f"optimizer.{name}.{key}"] = LocalTensor(local, placement)
+        for name, local in self.ema.tensors.items() if self.ema else ():
+            tensors[f"ema.{name}"] = LocalTensor(local, self._model_tensors[name].placement)
+        return tensors
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave; see `placement.load`. The scale, where it is not given, is its first."""
-        load(self.held(), tensors, apart=loss_scale.PREFIX if self._scale else "")
-        if self._scale:
-            self._scale.load(tensors)
+        """Restore what `state` yielded; see `sharding.load`. A missing loss scale becomes the initial one."""
+        load(self.local_tensors(), tensors, loaded_by_caller=loss_scale.PREFIX if self._loss_scale else "")
+        if self._loss_scale:
+            self._loss_scale.load(tensors)
+
+
+def _unscaled(norm: Tensor, loss_scale: LossScale) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the unscaled gradient norm, the factor that unscales gradients, and 1.0 if one overflowed, else 0.0.
+
+    All ranks have the same norm, and it is finite exactly if all gradients are. Adjusts the scale for the next step.
+    """
+    norm = norm / loss_scale.scale
+    overflow = (~norm.isfinite()).float()
+    unscale = 1 / loss_scale.scale
+    loss_scale.update(overflow)
+    return torch.where(overflow != 0, torch.inf, norm), unscale, overflow

@@ -1,4 +1,4 @@
-"""The verbs that the training loop needs of an engine."""
+"""The operations that the training loop needs of an engine."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -10,48 +10,51 @@ from distributed.data.batch import Batch
 
 
 class Outcome(NamedTuple):
-    """Of each sample, without gradients: losses [n] and logits [n, classes], at least float32."""
+    """Per-sample losses [n] and logits [n, classes], detached, in float32 or wider."""
 
     losses: Tensor
     logits: Tensor
 
 
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, Outcome]]
-"""The forward pass of a shard: (the shard's part of the step's mean loss, which has gradients; what is told of it)."""
+"""Runs the forward pass of a shard. Returns the shard's contribution to the mean loss of the step, with gradients, and its
+`Outcome`."""
 
 
 class Engine(Protocol):
-    """A model with its optimizer, spread over the ranks in some way that the loop need not know."""
+    """A model with its optimizer, distributed over the ranks in a way that the training loop need not know."""
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """For as long as this lasts the model evaluates: no dropout, running statistics, averaged weights if it has them."""
+        """Put the model into evaluation mode: no dropout, running statistics, EMA weights if there are any. Context manager."""
         ...
 
     def predict(self, batch: Batch) -> Tensor:
-        """This rank's logits, [n, classes], in the precision of a forward pass, without gradients."""
+        """Return this rank's logits [n, classes], without gradients, in the dtype of the forward pass."""
         ...
 
     def micro_step(self, loss: Loss, batch: Batch, *, last: bool) -> Outcome:
-        """Forward and backward over this rank's part of a micro-batch, `loss` called once a shard.
+        """Run forward and backward over this rank's part of a micro-batch; `loss` is called once per shard.
 
-        Gradients of all ranks and of a step's micro-batches are added up: after the `last` of them `step` may come.
+        Gradients are summed over ranks and over the micro-batches of a step. `step` may be called after the `last` of them.
         """
         ...
 
     def step(self, lr: float | Tensor, *, step: int | Tensor) -> Tensor:
-        """Update the weights with the summed gradients, for the step of this number, counted from 0; the gradients' L2
-        norm before clipping, a scalar on the device. Both numbers may be scalars on the device."""
+        """Update the weights with the summed gradients of step number `step`, counted from 0.
+
+        Return the gradients' L2 norm before clipping, a scalar on the device. lr and step may be scalars on the device.
+        """
         ...
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor that training goes on from, by a canonical name: `model.fc1.weight`,
-        `optimizer.fc1.weight.momentum_buffer`, `ema.fc1.weight`."""
+        """Yield every tensor needed to resume, by canonical name, e.g. `model.fc1.weight`,
+        `optimizer.fc1.weight.momentum_buffer`, `ema.fc1.weight`; a collective."""
         ...
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave, or its `model.` part alone: the rest is then as at the start.
+        """Restore what `state` yielded. If only `model.` tensors are given, all others are reset to their initial values.
 
         Raises:
-            ValueError: names or shapes do not fit, naming them.
+            ValueError: names or shapes do not fit the model; names them.
         """
         ...

@@ -1,4 +1,4 @@
-"""Tensors under canonical names, whole or in parts on the ranks: put together to be saved, cut to be loaded."""
+"""Tensors under canonical names, replicated or sharded over ranks: gathered to be saved, split to be loaded."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
@@ -10,100 +10,112 @@ from torch import Tensor
 
 
 class Placement(Protocol):
-    """How one tensor lies on the ranks."""
+    """How one tensor is distributed over the ranks."""
 
     shape: torch.Size
-    """Of all parts together."""
+    """Shape of the full tensor."""
 
-    def whole(self, part: Tensor) -> Tensor:
-        """All ranks' parts as one plain tensor; a collective."""
+    def gather(self, local: Tensor) -> Tensor:
+        """Return the full tensor from every rank's local part; a collective."""
         ...
 
-    def cut(self, whole: Tensor) -> Tensor:
-        """What of the whole tensor is this rank's."""
+    def local_part(self, full: Tensor) -> Tensor:
+        """Return this rank's part of the full tensor."""
         ...
 
 
 class LocalTensor(NamedTuple):
-    """A tensor of this rank, a plain one, and what it is a part of."""
+    """This rank's part of a tensor, itself a plain tensor, and how the full tensor is placed."""
 
-    part: Tensor
-    place: Placement
+    local: Tensor
+    placement: Placement
 
 
 class Replicated:
-    """On every rank alike."""
+    """Every rank has the full tensor: a `Placement`."""
 
     def __init__(self, shape: torch.Size) -> None:
         self.shape = shape
 
-    def whole(self, part: Tensor) -> Tensor:
-        return part
+    def gather(self, local: Tensor) -> Tensor:
+        return local
 
-    def cut(self, whole: Tensor) -> Tensor:
-        return whole
+    def local_part(self, full: Tensor) -> Tensor:
+        return full
 
 
 class FlatShard:
-    """A run of the tensor's numbers, in the order of its indices, that begins at `start`; no number on two ranks."""
+    """This rank has elements `start` to `start + length` of the flattened tensor: a `Placement`. Shards do not overlap."""
 
     def __init__(self, shape: torch.Size, start: int, length: int) -> None:
-        self.shape, self._own = shape, slice(start, start + length)
+        self.shape, self.length, self._range = shape, length, slice(start, start + length)
 
-    def whole(self, part: Tensor) -> Tensor:
-        numbers = part.new_zeros(self.shape.numel())
-        numbers[self._own] = part
-        # Summed as integers: 0.0 added to -0.0 is 0.0, another number by its bits.
-        dist.all_reduce(numbers.view(torch.int32))
-        return numbers.view(self.shape)
+    def gather(self, local: Tensor) -> Tensor:
+        full = local.new_zeros(self.shape.numel())
+        full[self._range] = local
+        # Summed as integers, since -0.0 + 0.0 is 0.0, which has other bits than -0.0.
+        dist.all_reduce(full.view(torch.int32))
+        return full.view(self.shape)
 
-    def cut(self, whole: Tensor) -> Tensor:
-        return whole.reshape(-1)[self._own]
+    def local_part(self, full: Tensor) -> Tensor:
+        return full.reshape(-1)[self._range]
 
 
-FOREIGN = {
+OPTIONAL_TENSORS = {
     "compression.": "error feedback of PowerSGD, which this version does not have",
     "scaler.": "float16's loss scale",
 }
-"""What only some engines and precisions go on from, by how its names begin."""
+"""Name prefixes of tensors that only some engines or precisions need to resume, with a description."""
 
 
 @torch.no_grad()
-def load(held: Mapping[str, LocalTensor], tensors: Mapping[str, Tensor], *, apart: str = "") -> None:
-    """Copy whole tensors in. What the optimizer keeps and is not given becomes zero and averages become the weights, as
-    at the start. What only another engine or precision goes on from is left out, and told.
+def load(
+    local_tensors: Mapping[str, LocalTensor], tensors: Mapping[str, Tensor], *, loaded_by_caller: str = ""
+) -> None:
+    """Copy full tensors into this rank's local tensors.
+
+    Optimizer tensors that are missing become zero, and a missing EMA becomes the weights, as at the start of training. Tensors
+    that only another engine or precision needs are ignored with a log line.
 
     Args:
-        apart: how names begin that are loaded by others.
+        loaded_by_caller: a name prefix of tensors that the caller loads.
 
     Raises:
-        ValueError: a tensor of the model is missing, has another shape, or one is left over.
+        ValueError: a tensor of the model is missing or of another shape, or a tensor is unknown.
     """
-    tensors = _without_foreign(tensors, apart=apart)
-    wrong = [
-        f"{name}: here {tuple(place.shape)}, there {tuple(tensors[name].shape) if name in tensors else 'nothing'}"
-        for name, (_, place) in held.items()
-        if (name not in tensors and name.startswith("model."))
-        or (name in tensors and tensors[name].shape != place.shape)
-    ]
-    wrong += [f"{name}: not known here" for name in tensors if name not in held]
-    if wrong:
-        more = f"; and {len(wrong) - 3} more" if wrong[3:] else ""
-        raise ValueError("the checkpoint does not fit the model: " + "; ".join(wrong[:3]) + more)
-    for name, (part, place) in held.items():
+    tensors = _without_optional(tensors, loaded_by_caller=loaded_by_caller)
+    _check_fit(local_tensors, tensors)
+    for name, (local, placement) in local_tensors.items():
         kind, _, rest = name.partition(".")
         source = f"model.{rest}" if kind == "ema" and name not in tensors else name
         if source in tensors:
-            part.copy_(place.cut(tensors[source]))
+            local.copy_(placement.local_part(tensors[source]))
         else:
-            part.zero_()
+            local.zero_()
 
 
-def _without_foreign(tensors: Mapping[str, Tensor], *, apart: str) -> dict[str, Tensor]:
-    found = dict(tensors)
-    for prefix, what in FOREIGN.items():
-        kept = {name: tensor for name, tensor in found.items() if not name.startswith(prefix)}
-        if len(kept) < len(found) and prefix != apart:
-            logger.info("the checkpoint's {} tensors {}* are not needed here: {}", len(found) - len(kept), prefix, what)
-        found = kept
-    return found
+def _check_fit(local_tensors: Mapping[str, LocalTensor], tensors: Mapping[str, Tensor]) -> None:
+    misfits = []
+    for name, (_, placement) in local_tensors.items():
+        expected = tuple(placement.shape)
+        if name in tensors and tensors[name].shape != placement.shape:
+            misfits.append(f"{name} has shape {tuple(tensors[name].shape)}, the model needs {expected}")
+        elif name not in tensors and name.startswith("model."):
+            misfits.append(f"{name} {expected} is missing")
+    misfits += [f"{name} is unknown" for name in tensors if name not in local_tensors]
+    if misfits:
+        more = f"; and {len(misfits) - 3} more" if misfits[3:] else ""
+        raise ValueError("the checkpoint does not fit the model: " + "; ".join(misfits[:3]) + more)
+
+
+def _without_optional(tensors: Mapping[str, Tensor], *, loaded_by_caller: str) -> dict[str, Tensor]:
+    remaining = dict(tensors)
+    for prefix, description in OPTIONAL_TENSORS.items():
+        kept = {name: tensor for name, tensor in remaining.items() if not name.startswith(prefix)}
+        ignored = len(remaining) - len(kept)
+        if ignored and prefix != loaded_by_caller:
+            logger.info(
+                "checkpoint: ignoring {} tensors {}* ({}), which this run does not use", ignored, prefix, description
+            )
+        remaining = kept
+    return remaining

@@ -1,1 +1,1 @@
-"""The same bits on any number of processes: a fixed number of shards, each computed alike anywhere, sums in one tree."""
+"""Exact mode: bit-identical results at any world size, from a fixed number of shards whose sums follow one tree."""

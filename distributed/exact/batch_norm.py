@@ -1,6 +1,6 @@
-"""Batch norm that cuts the autograd graph: what comes before it and what comes after are differentiated one by one.
+"""Batch norm that splits the autograd graph: the parts before and after it run separate backward passes.
 
-So the backward pass, like the forward pass, is at rest wherever the shards meet, and one thread can carry many of them.
+The backward pass, like the forward pass, thus stops at every synchronization point, so one thread can run many shards.
 """
 
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from distributed.models.sync_batch_norm import BucketReduce, Statistics, SyncBatchNorm, gradients
+from distributed.models.sync_batch_norm import AllGatherRows, Statistics, SyncBatchNorm, gradients
 
 
-class _Seed(torch.autograd.Function):
-    """A scalar whose backward pass hands each of some tensors a given gradient.
+class _Root(torch.autograd.Function):
+    """A scalar whose backward pass starts from given gradients of some tensors.
 
-    As `torch.autograd.backward(tensors, gradients)` does, which imports sympy first, for half a second.
+    Equivalent to `torch.autograd.backward(tensors, gradients)`, which imports sympy first and takes half a second for it.
     """
 
     @staticmethod
@@ -29,53 +29,58 @@ class _Seed(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Cut:
-    """One pass of a shard through a layer."""
+class GraphSplit:
+    """One forward pass of a shard through a batch norm; where its backward pass continues."""
 
-    layer: "CuttingBatchNorm"
+    layer: "SplittingBatchNorm"
     x: Tensor
-    result: Tensor
+    output: Tensor
     statistics: Statistics
 
     def backward(self) -> None:
-        """From the result's gradient, which must be whole, to those of all that lies before, up to the next cut."""
-        layer, grad = self.layer, self.result.grad
+        """Backpropagate from the output's gradient, which must be complete, to the previous split or the inputs."""
+        layer, grad = self.layer, self.output.grad
         assert grad is not None
         weight = layer.weight.detach()
-        found = gradients(grad, self.x.detach(), weight, self.statistics, layer.eps, layer.exchange)
-        _Seed.apply(found, self.x, layer.weight, layer.bias).backward()
+        found = gradients(grad, self.x.detach(), weight, self.statistics, layer.eps, layer.all_gather_rows)
+        _Root.apply(found, self.x, layer.weight, layer.bias).backward()
 
 
-class CuttingBatchNorm(SyncBatchNorm):
-    """Its result in training is a leaf of the graph; the way on is written to `cuts`."""
+class SplittingBatchNorm(SyncBatchNorm):
+    """In training, its output is a leaf of the autograd graph, and the split is appended to `splits`."""
 
-    cuts: list[Cut]
+    splits: list[GraphSplit]
 
     @classmethod
-    def cutting(cls, layer: nn.modules.batchnorm._BatchNorm, exchange: BucketReduce, cuts: list[Cut]) -> Self:
-        """In place of `layer`, with its parameters and buffers."""
-        made = cls.of(layer, exchange)
-        made.cuts = cuts
+    def splitting(
+        cls, layer: nn.modules.batchnorm._BatchNorm, all_gather_rows: AllGatherRows, splits: list[GraphSplit]
+    ) -> Self:
+        """Return a replacement for `layer` with the same parameters and buffers."""
+        made = cls.of(layer, all_gather_rows)
+        made.splits = splits
         return made
 
     def normalized(self, x: Tensor, statistics: Statistics) -> Tensor:
         with torch.no_grad():
-            result = self.apply_statistics(x, statistics)
-        self.cuts.append(Cut(self, x, result.requires_grad_(), statistics))
-        return result
+            output = self.apply_statistics(x, statistics)
+        self.splits.append(GraphSplit(self, x, output.requires_grad_(), statistics))
+        return output
 
 
-def backward(loss: Tensor, cuts: list[Cut]) -> None:
-    """The backward pass of a shard. A layer that ran later never depends on one that ran before, so last comes first.
+def backward(loss: Tensor, splits: list[GraphSplit]) -> None:
+    """Run the backward pass of a shard, which consumes `splits`, last first: no layer depends on one that ran after it.
 
     Raises:
-        RuntimeError: a connection goes around a layer, so that what lies before it would be passed through twice.
+        RuntimeError: a skip connection bypasses a batch norm, so the graph before it would be traversed twice.
     """
     try:
         loss.backward()  # type: ignore[no-untyped-call]
-        while cuts:
-            cuts.pop().backward()
+        while splits:
+            splits.pop().backward()
     except RuntimeError as error:
         if "second time" not in str(error):
             raise
-        raise RuntimeError("exact mode: no connection may go around a batch norm, as in a residual network") from error
+        raise RuntimeError(
+            "exact mode: a skip connection bypasses a batch norm, as in residual networks, which is not supported; use fast "
+            "mode: exact.shards = 0"
+        ) from error

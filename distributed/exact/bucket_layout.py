@@ -1,4 +1,4 @@
-"""How the gradients of a bucket lie in one flat run of numbers that the ranks sum up chunk by chunk."""
+"""How the gradients of a bucket are laid out in one flat buffer, which the ranks sum chunk by chunk."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -7,28 +7,32 @@ import torch
 from torch import Tensor
 
 from distributed.comm.collectives import rank, world_size
-from distributed.exact.partition import ALIGNED, BlockPartition
+from distributed.exact.partition import ALIGNMENT, BlockPartition
 
 
 class BucketLayout(Protocol):
-    length: int
-    chunks: list[slice]
-    """What each rank sums up to the root."""
+    """Where each gradient of a bucket is in its flat buffer."""
 
-    def put(self, flat: Tensor, index: int, gradient: Tensor) -> None:
-        """Write the gradient of parameter `index` into its place."""
+    length: int
+    """Elements of the buffer."""
+    chunks: list[slice]
+    """The elements that each rank sums up to the root of the tree."""
+
+    def write(self, flat: Tensor, index: int, gradient: Tensor) -> None:
+        """Write the gradient of parameter `index`."""
 
     def write_sum(self, flat: Tensor, index: int, a: Tensor, b: Tensor) -> None:
-        """Write a + b there; a may be used up."""
+        """Write a + b as the gradient of parameter `index`; may overwrite a."""
 
     def gradients(self, total: Tensor) -> Mapping[int, Tensor]:
-        """What the optimizer of this rank is given, by the parameters' indices: parts of the sums' memory."""
+        """Return the gradients that this rank's optimizer needs, by parameter index: views of the summed buffer."""
 
 
 class ReplicatedBucket:
-    """Whole gradients, each in its parameter's memory layout; every rank is given all.
+    """Full gradients, each in its parameter's memory layout; every rank receives all of them.
 
-    Each begins at a multiple of `ALIGNED` numbers, as in `ByRank`: CUDA's norms take another path where memory is not aligned.
+    Each begins at a multiple of `ALIGNMENT` elements, as in `ShardedBucket`: CUDA's norm kernels take another code path for
+    unaligned memory, which changes bits.
     """
 
     def __init__(self, parameters: Mapping[int, Tensor]) -> None:
@@ -36,9 +40,9 @@ class ReplicatedBucket:
         self.length = sum(map(_aligned, map(torch.numel, parameters.values())))
         size = world_size()
         self.chunks = [slice(r * self.length // size, (r + 1) * self.length // size) for r in range(size)]
-        self._seen: dict[int, Mapping[int, Tensor]] = {}
+        self._views_of_buffer: dict[int, Mapping[int, Tensor]] = {}
 
-    def put(self, flat: Tensor, index: int, gradient: Tensor) -> None:
+    def write(self, flat: Tensor, index: int, gradient: Tensor) -> None:
         self._views(flat)[index].copy_(gradient)
 
     def write_sum(self, flat: Tensor, index: int, a: Tensor, b: Tensor) -> None:
@@ -48,68 +52,68 @@ class ReplicatedBucket:
         return self._views(total)
 
     def _views(self, flat: Tensor) -> Mapping[int, Tensor]:
-        """Made once for each of the few runs of numbers that there are."""
-        if flat.data_ptr() not in self._seen:
+        """Return one view per parameter; cached, since there are only a few buffers."""
+        if flat.data_ptr() not in self._views_of_buffer:
             views, offset = {}, flat.storage_offset()
             for index, parameter in self._parameters.items():
                 views[index] = flat.as_strided(parameter.shape, parameter.stride(), offset)
                 offset += _aligned(parameter.numel())
-            self._seen[flat.data_ptr()] = views
-        return self._seen[flat.data_ptr()]
+            self._views_of_buffer[flat.data_ptr()] = views
+        return self._views_of_buffer[flat.data_ptr()]
 
 
 class ShardedBucket:
-    """First all that is rank 0's of each gradient, then all of rank 1, and so on; a rank is given what is its own."""
+    """Rank 0's part of every gradient, then rank 1's, and so on; each rank receives its own chunk."""
 
-    def __init__(self, blocks: Mapping[int, BlockPartition]) -> None:
-        self._blocks = blocks
-        self._places: list[dict[int, slice]] = []
+    def __init__(self, partitions: Mapping[int, BlockPartition]) -> None:
+        self._partitions = partitions
+        self._slices_of_rank: list[dict[int, slice]] = []
         self.chunks: list[slice] = []
         offset = 0
         for r in range(world_size()):
-            first, places = offset, {}
-            for index, cut in blocks.items():
-                length = cut.runs[r].stop - cut.runs[r].start
-                places[index] = slice(offset, offset + length)
+            first, slices = offset, {}
+            for index, partition in partitions.items():
+                length = partition.ranges[r].stop - partition.ranges[r].start
+                slices[index] = slice(offset, offset + length)
                 offset += _aligned(length)
-            self._places.append(places)
+            self._slices_of_rank.append(slices)
             self.chunks.append(slice(first, offset))
         self.length = offset
 
-    def put(self, flat: Tensor, index: int, gradient: Tensor) -> None:
-        cut = self._blocks[index]
-        numbers = cut.flat(gradient)
-        for places, run in zip(self._places, cut.runs, strict=True):
-            flat[places[index]] = numbers[run]
+    def write(self, flat: Tensor, index: int, gradient: Tensor) -> None:
+        partition = self._partitions[index]
+        elements = partition.flat(gradient)
+        for slices, elements_of_rank in zip(self._slices_of_rank, partition.ranges, strict=True):
+            flat[slices[index]] = elements[elements_of_rank]
 
     def write_sum(self, flat: Tensor, index: int, a: Tensor, b: Tensor) -> None:
-        self.put(flat, index, add(a, b, a if a.dtype == flat.dtype else torch.empty_like(a, dtype=flat.dtype)))
+        self.write(flat, index, add(a, b, a if a.dtype == flat.dtype else torch.empty_like(a, dtype=flat.dtype)))
 
     def gradients(self, total: Tensor) -> Mapping[int, Tensor]:
-        """`total` has this rank's chunk alone."""
+        """Return this rank's gradients; `total` is this rank's chunk only."""
         first = self.chunks[rank()].start
-        own = self._places[rank()]
-        return {index: total[place.start - first : place.stop - first] for index, place in own.items()}
+        slices = self._slices_of_rank[rank()]
+        return {index: total[place.start - first : place.stop - first] for index, place in slices.items()}
 
 
 def _aligned(length: int) -> int:
-    """The next multiple of `ALIGNED`."""
-    return -(-length // ALIGNED) * ALIGNED
+    """Round up to a multiple of `ALIGNMENT`."""
+    return -(-length // ALIGNMENT) * ALIGNMENT
 
 
 def add(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a + b in the type of `out`, which may be a: gradients of low precision are added up in that of the weights."""
+    """Compute a + b in the dtype of `out`, which may be a: low-precision gradients are summed in the weights' dtype."""
     return torch.add(a, b, out=out) if a.dtype == out.dtype else out.copy_(a).add_(b)
 
 
 def buckets_of(parameters: Sequence[Tensor], bucket_bytes: int, *, first_bucket_bytes: int) -> list[list[int]]:
-    """The parameters of each bucket, last first: gradients come in the opposite order of the parameters."""
+    """Group parameter indices into buckets, last parameter first: the backward pass yields gradients in reverse order."""
     buckets: list[list[int]] = [[]]
-    held, limit = 0, first_bucket_bytes
+    filled, limit = 0, first_bucket_bytes
     for index in reversed(range(len(parameters))):
-        if held >= limit:
+        if filled >= limit:
             buckets.append([])
-            held, limit = 0, bucket_bytes
+            filled, limit = 0, bucket_bytes
         buckets[-1].append(index)
-        held += parameters[index].nbytes
+        filled += parameters[index].nbytes
     return buckets

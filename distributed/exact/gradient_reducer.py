@@ -1,8 +1,8 @@
-"""Gradients of all shards summed in one tree, with no more traffic than a ring all-reduce.
+"""Sums the gradients of all shards in one tree, with no more traffic than a ring all-reduce.
 
-Each rank adds up its own shards' gradients as they come, as far as the tree lets it; every rank gets its chunk of
-everybody's sums and finishes the tree over it; then all get all chunks. How the numbers are cut into buckets and chunks
-does not touch the sums.
+Each rank sums its own shards' gradients as they arrive, as far up the tree as it can. Every rank then receives its chunk of
+all ranks' partial sums and finishes the tree for it; finally all ranks gather all chunks. How gradients are grouped into
+buckets and chunks does not affect the sums.
 """
 
 import threading
@@ -18,43 +18,43 @@ from distributed.comm.reduction_tree import Node, covering_subtrees, shard_range
 from distributed.exact.bucket_layout import BucketLayout, ReplicatedBucket, ShardedBucket, add, buckets_of
 from distributed.exact.partition import BlockPartition
 
-_FIRST_BUCKET_BYTES = 2**20  # small, so that the exchange begins early, as in DistributedDataParallel
+_FIRST_BUCKET_BYTES = 2**20  # small, so that communication starts early, as in DistributedDataParallel
 
 
 class BucketReduce(Protocol):
-    """A flat run of numbers on its way from each rank's sums over some subtrees to the root's, on all ranks alike.
+    """Reduces one flat buffer from each rank's subtree sums to the sum over all shards; a collective.
 
-    Calls come in this order, a micro-step: `send` once `sums` are written, `reduce`, and `complete` after the last.
+    Per micro-step, all ranks call `start` once the subtree sums are written, then `reduce`, then `wait`.
     """
 
-    def sums(self, slot: int) -> Tensor:
-        """[length] of a subtree of this rank, to be written."""
-
     total: Tensor
-    """What this rank has after `complete`: the sum over micro-steps of the tree's sums, [length] or its chunk of it."""
+    """After the last `wait`: the tree's sum, added up over micro-steps; [length], or this rank's chunk of it."""
 
-    def send(self) -> None:
-        """Start the exchange. All ranks do so at the same point of the pass, in the same order."""
+    def subtree_sum(self, slot: int) -> Tensor:
+        """Return the buffer [length] to which the sum of this rank's subtree number `slot` is to be written."""
+
+    def start(self) -> None:
+        """Start the communication. All ranks must start their buckets in the same order, at the same point of the pass."""
 
     def reduce(self, *, first: bool) -> None:
-        """Finish the tree over a part of the numbers; take in place of the total where this is a step's first."""
+        """Finish the tree for this rank's chunk and add it to the total; if `first` in a step, overwrite the total."""
 
-    def complete(self, *, last: bool) -> None:
-        """After this `sums` may be written again, and after the last micro-step `total` is whole."""
+    def wait(self, *, last: bool) -> None:
+        """Wait until subtree sums may be written again and, after the `last` micro-step, until `total` is complete."""
 
 
-Nodes = list[list[Node]]
-"""The subtrees that each rank adds up by itself."""
+SubtreesOfRanks = list[list[Node]]
+"""The subtrees that each rank sums on its own, by rank."""
 
 
 class GradientReducer:
-    """The sum over `shards` shards of the gradients of some parameters; collective, all ranks alike.
+    """Sums gradients over `shards` shards. All methods that communicate are collectives.
 
     Args:
         parameters: all of one dtype and device.
-        shards: of all ranks together; this rank holds `own`.
-        open_exchange: (which subtrees each rank has, how gradients lie, a tensor of the dtype and device) -> an `Exchange`.
-        parts: where weights are sharded, this rank's of each parameter: they get the gradients, each its part.
+        shards: total number of shards on all ranks; this rank has the range `own_shards`.
+        open_bucket_reduce: called with the subtrees of each rank, the layout of a bucket, and a tensor of its dtype and device.
+        local: for sharded weights, this rank's part of each parameter, whose `.grad` is set instead.
     """
 
     def __init__(
@@ -63,104 +63,111 @@ class GradientReducer:
         *,
         shards: int,
         bucket_bytes: int,
-        open_exchange: Callable[[Nodes, BucketLayout, Tensor], BucketReduce],
-        parts: Sequence[Tensor] | None = None,
+        open_bucket_reduce: Callable[[SubtreesOfRanks, BucketLayout, Tensor], BucketReduce],
+        local: Sequence[Tensor] | None = None,
     ) -> None:
-        self.parameters = parts or parameters
-        held = [shard_range(r, world_size(), shards) for r in range(world_size())]
-        nodes = [covering_subtrees(leaves) for leaves in held]
-        self.own = held[rank()]
+        self.parameters = local or parameters
+        ranges = [shard_range(r, world_size(), shards) for r in range(world_size())]
+        subtrees = [covering_subtrees(own) for own in ranges]
+        self.own_shards = ranges[rank()]
         self._dtype = parameters[0].dtype
-        self._slots = {node: slot for slot, node in enumerate(nodes[rank()])}
+        self._slots = {node: slot for slot, node in enumerate(subtrees[rank()])}
         self._lock = threading.Lock()
         self._partial: dict[tuple[int, Node], tuple[Tensor, torch.cuda.Event | None]] = {}
         self._buckets = []
-        for chosen in buckets_of(parameters, bucket_bytes, first_bucket_bytes=_FIRST_BUCKET_BYTES):
-            lie: BucketLayout = ReplicatedBucket({index: parameters[index] for index in chosen})
-            if parts:
-                lie = ShardedBucket({index: BlockPartition(parameters[index], shards=shards) for index in chosen})
-            exchange = open_exchange(nodes, lie, parameters[0])
-            self._buckets.append(_Bucket(chosen, lie, exchange, expected=len(chosen) * len(nodes[rank()])))
-        self._bucket_of = {index: bucket for bucket in self._buckets for index in bucket.chosen}
-        self._taken: set[tuple[int, int]] = set()
-        self._full = self._sent = self._micro_step = 0
+        for indices in buckets_of(parameters, bucket_bytes, first_bucket_bytes=_FIRST_BUCKET_BYTES):
+            layout: BucketLayout = ReplicatedBucket({index: parameters[index] for index in indices})
+            if local:
+                layout = ShardedBucket({index: BlockPartition(parameters[index], shards=shards) for index in indices})
+            bucket_reduce = open_bucket_reduce(subtrees, layout, parameters[0])
+            self._buckets.append(_Bucket(indices, layout, bucket_reduce, expected=len(indices) * len(self._slots)))
+        self._bucket_of = {index: bucket for bucket in self._buckets for index in bucket.indices}
+        self._received: set[tuple[int, int]] = set()
+        self._full = self._started = self._micro_step = 0
 
-    def take(self, shard: int, index: int, gradient: Tensor) -> None:
-        """Shard `shard` of all has this gradient of parameter `index`; used up. From any thread, once a micro-step each."""
+    def add_gradient(self, shard: int, index: int, gradient: Tensor) -> None:
+        """Add shard `shard`'s gradient of parameter `index` and take ownership of the tensor.
+
+        Thread-safe. Called once per micro-step for each own shard and parameter.
+
+        Raises:
+            RuntimeError: the gradient arrived in several parts.
+        """
         with self._lock:
-            if (shard, index) in self._taken:
+            if (shard, index) in self._received:
                 raise RuntimeError(
-                    f"exact mode: parameter {index} of the model got its gradient in several parts; no layer may be used both "
-                    f"before and after a batch norm, and no connection may go around one"
+                    f"exact mode: parameter {index} of the model received several gradients in one backward pass; use no layer "
+                    f"both before and after a batch norm, and no skip connection around one"
                 )
-            self._taken.add((shard, index))
+            self._received.add((shard, index))
         bucket = self._bucket_of[index]
         node, total = Node(shard, 1), gradient
         while node not in self._slots:
             with self._lock:
-                found = self._partial.pop((index, node.sibling), None)
-                if found is None:
-                    # The sibling may be summed with it on another stream.
+                sibling = self._partial.pop((index, node.sibling), None)
+                if sibling is None:
+                    # Its sibling may be added to it on another stream.
                     written = torch.cuda.current_stream().record_event() if total.is_cuda else None
                     self._partial[index, node] = total, written
                     return
-            other, written = found
+            other, written = sibling
             if written:
                 torch.cuda.current_stream().wait_event(written)
             node = node.parent
             if node in self._slots:
-                bucket.lie.write_sum(bucket.exchange.sums(self._slots[node]), index, total, other)
+                bucket.layout.write_sum(bucket.reduce.subtree_sum(self._slots[node]), index, total, other)
             else:
-                own = total if total.dtype == self._dtype else torch.empty_like(total, dtype=self._dtype)
-                total = add(total, other, own)
+                out = total if total.dtype == self._dtype else torch.empty_like(total, dtype=self._dtype)
+                total = add(total, other, out)
         if node.size == 1:
-            bucket.lie.put(bucket.exchange.sums(self._slots[node]), index, gradient)
+            bucket.layout.write(bucket.reduce.subtree_sum(self._slots[node]), index, gradient)
         with self._lock:
-            bucket.missing -= 1
-            while self._full < len(self._buckets) and not self._buckets[self._full].missing:
+            bucket.pending -= 1
+            while self._full < len(self._buckets) and not self._buckets[self._full].pending:
                 self._full += 1
 
-    def send_full(self) -> None:
-        """Start the exchange of every full bucket. Call it only at a barrier of all shards on all ranks: thread timing
+    def start_full_buckets(self) -> None:
+        """Start the communication of every full bucket. Call it only at a barrier of all shards on all ranks: thread timing
         decides when a bucket fills, but collectives need the same order on all ranks."""
-        for bucket in self._buckets[self._sent : self._full]:
-            bucket.exchange.send()
-        self._sent = self._full
+        for bucket in self._buckets[self._started : self._full]:
+            bucket.reduce.start()
+        self._started = self._full
 
-    def finish(self, *, last: bool) -> None:
-        """After the backward pass of a micro-step; after the last of a step every `grad` is the sum over shards, and of the
-        micro-steps in their order.
+    def finish_micro_step(self, *, last: bool) -> None:
+        """Complete the sums after the backward pass of a micro-step.
+
+        After the `last` micro-step of a step, every `.grad` is the sum over shards and over micro-steps, in their order.
 
         Raises:
-            RuntimeError: a parameter had no gradient; or a rank was lost.
+            RuntimeError: a parameter received no gradient, or a rank was lost.
         """
         if self._full < len(self._buckets):
-            count = sum(bucket.missing for bucket in self._buckets)
+            count = sum(bucket.pending for bucket in self._buckets)
             raise RuntimeError(
-                f"{count} gradients did not come: exact mode needs every parameter in every forward pass"
+                f"exact mode: {count} gradients are missing; every forward pass must use every parameter of the model"
             )
-        self.send_full()
+        self.start_full_buckets()
         for bucket in self._buckets:
-            bucket.exchange.reduce(first=not self._micro_step)
+            bucket.reduce.reduce(first=not self._micro_step)
         for bucket in self._buckets:
-            bucket.exchange.complete(last=last)
-            bucket.missing = bucket.expected
+            bucket.reduce.wait(last=last)
+            bucket.pending = bucket.expected
             if last:
-                for index, gradient in bucket.lie.gradients(bucket.exchange.total).items():
+                for index, gradient in bucket.layout.gradients(bucket.reduce.total).items():
                     self.parameters[index].grad = gradient
-        self._taken.clear()
-        self._full = self._sent = 0
+        self._received.clear()
+        self._full = self._started = 0
         self._micro_step = 0 if last else self._micro_step + 1
 
 
 @dataclass
 class _Bucket:
-    """Some parameters' gradients; `missing` counts those of this rank's subtrees that have not come yet."""
+    """The gradients of some parameters; `pending` counts the sums over this rank's subtrees that are not written yet."""
 
-    chosen: list[int]
-    lie: BucketLayout
-    exchange: BucketReduce
+    indices: list[int]
+    layout: BucketLayout
+    reduce: BucketReduce
     expected: int
 
     def __post_init__(self) -> None:
-        self.missing = self.expected
+        self.pending = self.expected

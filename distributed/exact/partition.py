@@ -1,5 +1,4 @@
-"""Weights cut into as many blocks as there are shards, so that what is computed block by block has the same bits on any
-number of ranks, whether a rank has all blocks or some."""
+"""Weights in as many blocks as there are shards: results computed block by block are bit-identical at any world size."""
 
 from collections.abc import Sequence
 
@@ -9,59 +8,65 @@ from torch import Tensor
 from distributed.comm.collectives import all_gather, rank, world_size
 from distributed.comm.reduction_tree import shard_range
 
-ALIGNED = 16
-"""Every block but a tensor's last is a multiple of this: vector instructions and their leftovers fall on the same numbers."""
+ALIGNMENT = 16
+"""Block lengths are multiples of this, except for a tensor's last block, so that vectorized loops and their scalar remainders
+cover the same elements everywhere."""
 
 
 class BlockPartition:
-    """How a tensor is cut: its numbers in the order of memory, in `shards` blocks, of which a rank holds a run.
+    """Partition of a tensor's elements, in memory order, into `shards` blocks; each rank has a contiguous range of them.
 
-    Has what `engine.placement.Placement` asks for.
+    Implements `engine.sharding.Placement`.
     """
 
     def __init__(self, like: Tensor, *, shards: int) -> None:
         self.shape, self.stride, self.numel = like.shape, like.stride(), like.numel()
-        self.length = -(-self.numel // (shards * ALIGNED)) * ALIGNED
-        held = [shard_range(r, world_size(), shards) for r in range(world_size())]
-        self.runs = [slice(*(min(block * self.length, self.numel) for block in (own.start, own.stop))) for own in held]
-        self.most = max(map(len, held)) * self.length
-        self.own = self.runs[rank()]
+        self.block_length = -(-self.numel // (shards * ALIGNMENT)) * ALIGNMENT
+        blocks = [shard_range(r, world_size(), shards) for r in range(world_size())]
+        self.ranges = [
+            slice(*(min(block * self.block_length, self.numel) for block in (own.start, own.stop))) for own in blocks
+        ]
+        """The elements of each rank, in memory order."""
+        self.max_length = max(map(len, blocks)) * self.block_length
+        self.local_range = self.ranges[rank()]
 
-    def cut(self, whole: Tensor) -> Tensor:
-        return self.flat(whole)[self.own]
+    def local_part(self, full: Tensor) -> Tensor:
+        return self.flat(full)[self.local_range]
 
-    def whole(self, part: Tensor) -> Tensor:
-        sent = part.new_zeros(self.most)
-        sent[: len(part)] = part
-        received = part.new_empty(world_size(), self.most)
+    def gather(self, local: Tensor) -> Tensor:
+        sent = local.new_zeros(self.max_length)
+        sent[: len(local)] = local
+        received = local.new_empty(world_size(), self.max_length)
         all_gather(received.view(-1), sent)
-        flat = torch.cat([row[: run.stop - run.start] for row, run in zip(received, self.runs, strict=True)])
+        flat = torch.cat([row[: own.stop - own.start] for row, own in zip(received, self.ranges, strict=True)])
         return flat.as_strided(self.shape, self.stride)
 
-    def flat(self, whole: Tensor) -> Tensor:
-        """A tensor of this shape in the order of memory."""
-        if whole.stride() != self.stride:
-            whole = whole.new_empty_strided(self.shape, self.stride).copy_(whole)
-        return whole.as_strided((self.numel,), (1,))
+    def flat(self, full: Tensor) -> Tensor:
+        """Return the elements of a tensor of this shape in memory order, [numel]."""
+        if full.stride() != self.stride:
+            full = full.new_empty_strided(self.shape, self.stride).copy_(full)
+        return full.as_strided((self.numel,), (1,))
 
 
-def squares_of_blocks(parts: Sequence[Tensor], blocks: Sequence[BlockPartition], *, shards: int, first: int) -> Tensor:
-    """The squared L2 norm of each block, [tensors, shards]; zero where it is not here.
+def squared_norms_of_blocks(
+    tensors: Sequence[Tensor], partitions: Sequence[BlockPartition], *, shards: int, first: int
+) -> Tensor:
+    """Return the squared L2 norm of each block, [tensors, shards]; zero for blocks that this rank does not have.
 
     Args:
-        parts: of each tensor, in the order of memory, all of it or a run of blocks.
-        first: the block that each part begins with.
+        tensors: flat, in memory order; all blocks of each tensor or a contiguous range of them.
+        first: the index of the first block present.
     """
     found = [
-        (tensor, first + place, block)
-        for tensor, (part, cut) in enumerate(zip(parts, blocks, strict=True))
-        for place, block in enumerate(torch.split(part, cut.length) if len(part) else ())
+        (index, first + offset, block)
+        for index, (tensor, partition) in enumerate(zip(tensors, partitions, strict=True))
+        for offset, block in enumerate(torch.split(tensor, partition.block_length) if len(tensor) else ())
     ]
     if not found:
-        return parts[0].new_zeros(len(parts), shards)
-    tensors, places, numbers = zip(*found, strict=True)
-    norms = dict(zip(zip(tensors, places, strict=True), torch._foreach_norm(numbers), strict=True))
-    # Stacked in order, not written by index: indices would come from the host, and the device would be waited for.
-    nothing = parts[0].new_zeros(())
-    cells = [norms.get((tensor, block), nothing) for tensor in range(len(parts)) for block in range(shards)]
-    return torch.stack(cells).square().view(len(parts), shards)
+        return tensors[0].new_zeros(len(tensors), shards)
+    indices, block_indices, blocks = zip(*found, strict=True)
+    norms = dict(zip(zip(indices, block_indices, strict=True), torch._foreach_norm(blocks), strict=True))
+    # Stacked in order instead of written by index: indices would be copied from the host, which waits for the device.
+    zero = tensors[0].new_zeros(())
+    cells = [norms.get((index, block), zero) for index in range(len(tensors)) for block in range(shards)]
+    return torch.stack(cells).square().view(len(tensors), shards)

@@ -1,8 +1,8 @@
-"""The shards of a rank, carried by a few threads, that meet where the whole batch is summed over.
+"""Runs the shards of a rank on a few worker threads, with barriers where a sum over the entire batch is needed.
 
-A shard goes through the model by itself, in kernels of one thread, so it computes the same whatever the number of
-processes and cores. A lane is one thread that carries several shards, each as a greenlet: where a shard meets the others
-it steps aside and the lane takes up the next, for a microsecond, where handing on to another thread takes a hundred.
+A shard passes through the model alone, in single-threaded kernels, so its results do not depend on the number of processes or
+cores. Each worker runs several shards, each in a greenlet: at a synchronization point a shard yields and its worker resumes
+the next one. A greenlet switch costs about 1 us, a thread switch about 100.
 """
 
 import threading
@@ -20,96 +20,100 @@ from distributed.exact.streams import ShardStreams
 
 T = TypeVar("T")
 Gather = Callable[[list[Tensor]], Tensor]
-"""Takes a row of each shard of this rank, returns those of all shards of all ranks: [shards, len(row)]."""
+"""Takes one row per shard of this rank and returns those of all shards of all ranks, [shards, length]."""
 
 
 class ShardExecutor:
-    """Runs the shards of this rank; the calling thread is one of the lanes.
+    """Runs a function for every shard of this rank. The calling thread is one of the workers.
 
     Args:
-        lanes: how many shards compute at the same time, at the most.
-        gather: the exchange with the other ranks; called once a meeting, in any of the lanes' threads.
-        side_by_side: on CUDA, run each shard on its own stream; needs a single lane.
+        workers: maximum number of shards that compute at the same time.
+        gather: communication with the other ranks; called once per synchronization point, by any of the workers.
+        own_streams: on CUDA, run each shard on its own stream; requires a single worker.
     """
 
     def __init__(
-        self, shards: int, *, lanes: int, gather: Gather, device: torch.device, side_by_side: bool = False
+        self, shards: int, *, workers: int, gather: Gather, device: torch.device, own_streams: bool = False
     ) -> None:
-        lanes = min(lanes, shards)
-        self._streams = ShardStreams(shards if side_by_side and lanes == 1 else 0, device)
+        workers = min(workers, shards)
+        self._streams = ShardStreams(shards if own_streams and workers == 1 else 0, device)
         self._gather, self._device = gather, device
-        self._carried = [shard_range(lane, lanes, shards) for lane in range(lanes)]
-        self._helpers = ThreadPoolExecutor(max(1, lanes - 1), "lane", prepare_thread, (device,))
+        self._shards_of_worker = [shard_range(worker, workers, shards) for worker in range(workers)]
+        self._threads = ThreadPoolExecutor(max(1, workers - 1), "shard-worker", initialize_thread, (device,))
         self._rows: list[Tensor] = [torch.empty(0)] * shards
-        self._combine: Callable[[Tensor], Any] | None = None
-        self._outcome: Any = None
-        self._together = threading.Barrier(lanes, self._exchange)
+        self._reduce_fn: Callable[[Tensor], Any] | None = None
+        self._result: Any = None
+        self._barrier = threading.Barrier(workers, self._gather_and_reduce)
 
     def run(self, compute: Callable[[int], T]) -> list[T]:
-        """`compute(shard)` of every shard; all of them meet equally often.
+        """Return `compute(shard)` for every shard. All shards must reach the same number of synchronization points.
 
         Raises:
-            Exception: what a shard raised; the others are given up.
+            Exception: raised by a shard; the other shards are abandoned.
         """
         results: dict[int, T] = {}
-        others = [self._helpers.submit(self._carry, own, compute, results) for own in self._carried[1:]]
+        others = [self._threads.submit(self._run_shards, own, compute, results) for own in self._shards_of_worker[1:]]
         failures: list[BaseException] = []
         try:
-            self._carry(self._carried[0], compute, results)
+            self._run_shards(self._shards_of_worker[0], compute, results)
         except BaseException as error:
             failures.append(error)
         failures += [failed for other in others if (failed := other.exception()) is not None]
         if failures:
-            self._together.reset()
+            self._barrier.reset()
             raise next((f for f in failures if not isinstance(f, threading.BrokenBarrierError)), failures[0])
         return [results[shard] for shard in sorted(results)]
 
-    def meet(self, shard: int, row: Tensor, combine: Callable[[Tensor], T]) -> T:
-        """Called by each shard with its row: `combine` of all shards' rows, computed once and given to everybody."""
-        self._rows[shard], self._combine = row, combine
-        # Autocast belongs to the thread; the shard that comes next has its own.
-        kind = self._device.type
-        autocast = torch.is_autocast_enabled(kind)
-        torch.set_autocast_enabled(kind, False)
-        lane = greenlet.getcurrent().parent
-        assert lane is not None
-        lane.switch()
-        torch.set_autocast_enabled(kind, autocast)
-        outcome: T = self._outcome
-        return outcome
+    def all_gather_rows(self, shard: int, row: Tensor, reduce_fn: Callable[[Tensor], T]) -> T:
+        """Synchronize all shards. Return `reduce_fn` of all shards' rows, computed once and shared by all of them.
 
-    def _carry(self, shards: range, compute: Callable[[int], T], results: dict[int, T]) -> None:
-        waiting = [(shard, greenlet.greenlet(compute)) for shard in shards]
+        To be called by every shard, with its row, from inside `run`.
+        """
+        self._rows[shard], self._reduce_fn = row, reduce_fn
+        # Autocast is a property of the thread, and the shard that runs next has its own setting.
+        device_type = self._device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        torch.set_autocast_enabled(device_type, False)
+        worker = greenlet.getcurrent().parent
+        assert worker is not None
+        worker.switch()
+        torch.set_autocast_enabled(device_type, autocast)
+        result: T = self._result
+        return result
+
+    def _run_shards(self, shards: range, compute: Callable[[int], T], results: dict[int, T]) -> None:
+        """Run this worker's shards from one synchronization point to the next until all have returned."""
+        running = [(shard, greenlet.greenlet(compute)) for shard in shards]
         try:
             arguments: dict[int, tuple[int, ...]] = {shard: (shard,) for shard in shards}
-            while waiting:
-                met = []
+            while running:
+                synchronizing = []
                 self._streams.fork()
-                for shard, carried in waiting:
-                    with self._streams.of(shard):
-                        result = carried.switch(*arguments.pop(shard, ()))
-                    if carried.dead:
+                for shard, coroutine in running:
+                    with self._streams.use(shard):
+                        result = coroutine.switch(*arguments.pop(shard, ()))
+                    if coroutine.dead:
                         results[shard] = result
                     else:
-                        met.append((shard, carried))
+                        synchronizing.append((shard, coroutine))
                 self._streams.join()
-                if met:
-                    self._together.wait()
-                waiting = met[::-1]  # what was in the cache last comes first
+                if synchronizing:
+                    self._barrier.wait()
+                running = synchronizing[::-1]  # the shard whose data is still in the cache resumes first
         except BaseException:
-            self._together.abort()
-            for _, carried in waiting:
+            self._barrier.abort()
+            for _, coroutine in running:
                 with suppress(BaseException):
-                    carried.throw()  # here, in its own thread: it leaves the contexts that it is in
+                    coroutine.throw()  # in its own thread, so that it leaves its context managers
             raise
 
-    def _exchange(self) -> None:
-        assert self._combine is not None
-        self._outcome, self._combine = self._combine(self._gather(self._rows)), None
+    def _gather_and_reduce(self) -> None:
+        assert self._reduce_fn is not None
+        self._result, self._reduce_fn = self._reduce_fn(self._gather(self._rows)), None
 
 
-def prepare_thread(device: torch.device) -> None:
-    """For this thread: it computes alone, on this device. OpenMP keeps its number of threads by thread."""
+def initialize_thread(device: torch.device) -> None:
+    """Make the current thread compute alone and on this device. OpenMP keeps its number of threads per thread."""
     torch.set_num_threads(1)
     if device.type == "cuda":
         torch.cuda.set_device(device)

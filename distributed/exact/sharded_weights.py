@@ -1,8 +1,8 @@
-"""A model's weights shared out over the ranks, a layer's gathered from all of them for as long as its shards compute.
+"""Weights sharded over the ranks; a layer's are gathered from all of them while its shards compute.
 
-Every shard goes through the layers in one order, so whichever of a rank's shards comes to a layer first gathers it, and
-the order of gathers is the same on all ranks. It needs that no shard begins its backward pass before all are through the
-forward one.
+All shards pass through the layers in the same order, so a layer is gathered by whichever of the rank's shards reaches it first,
+and the order of gathers is the same on all ranks. This requires that no shard starts its backward pass before all have finished
+the forward pass.
 """
 
 import threading
@@ -19,20 +19,22 @@ from distributed.exact.replicas import LAYERS
 
 
 class ShardedWeights:
-    """Keeps `parts` of all parameters, which are taken away from the model but for their shapes.
+    """Keeps this rank's part of every parameter in `local` and frees the model's own memory; the model keeps only shapes.
 
     Args:
-        low: what convolutions and linear layers compute in, if not in the type of their weights; cast before it is sent.
-        reshard_after_forward: free a layer after the last shard's forward pass and gather it anew for the backward one.
+        low: the dtype in which convolutions and linear layers compute, if it is not that of their weights; cast before sending.
+        reshard_after_forward: free a layer after the last shard's forward pass and gather it again for the backward pass.
     """
 
     def __init__(self, model: nn.Module, *, shards: int, low: torch.dtype | None, reshard_after_forward: bool) -> None:
         self._reshard = reshard_after_forward
         self._lock = threading.Lock()
-        self.blocks = {name: BlockPartition(p, shards=shards) for name, p in model.named_parameters()}
-        self.parts = {name: self.blocks[name].cut(p.detach()).clone() for name, p in model.named_parameters()}
-        self.computed: dict[int, Tensor] = {}
-        """What a parameter, by its id, is computed with: memory that is there while its layer is gathered."""
+        self.partitions = {name: BlockPartition(p, shards=shards) for name, p in model.named_parameters()}
+        self.local = {
+            name: self.partitions[name].local_part(p.detach()).clone() for name, p in model.named_parameters()
+        }
+        self.gathered: dict[int, Tensor] = {}
+        """The tensor to compute with, by the parameter's id; it has memory only while its layer is gathered."""
         self._layers: dict[str, _Layer] = {}
         names = {id(p): name for name, p in model.named_parameters()}
         for prefix, layer in [*_layers(model), ("", model)]:
@@ -41,95 +43,95 @@ class ShardedWeights:
             targets = {
                 name: p.detach() if dtype is None else torch.empty_like(p, dtype=dtype) for name, p in own.items()
             }
-            self.computed |= {id(p): targets[name] for name, p in own.items()}
+            self.gathered |= {id(p): targets[name] for name, p in own.items()}
             self._layers[prefix] = _Layer(self, targets)
         for parameter in model.parameters():
             parameter.untyped_storage().resize_(0)
 
-    def attach(self, replica: nn.Module, copies: int) -> None:
-        """Let a copy of the model, one of so many of this rank, gather and free as it computes."""
-        for prefix, layer in _layers(replica):
-            own = self._layers[prefix]
-            layer.register_forward_pre_hook(partial(self._before, own))
-            layer.register_forward_hook(partial(self._after, own, copies))
-            for parameter in layer.parameters(recurse=False):
-                expected = copies * len(own.targets)
-                hook: Any = partial(self._taken, own, expected)
+    def attach(self, replica: nn.Module, replicas: int) -> None:
+        """Make a replica of the model, one of `replicas` on this rank, gather and free layers as it computes."""
+        for prefix, module in _layers(replica):
+            layer = self._layers[prefix]
+            module.register_forward_pre_hook(partial(self._before_forward, layer))
+            module.register_forward_hook(partial(self._after_forward, layer, replicas))
+            for parameter in module.parameters(recurse=False):
+                expected = replicas * len(layer.targets)
+                hook: Any = partial(self._after_gradient, layer, expected)
                 parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
-    def open(self) -> None:
-        """Before a pass over the model: gather what belongs to no convolution or linear layer."""
-        self._need(self._layers[""])
+    def gather_other_parameters(self) -> None:
+        """Gather the parameters outside convolutions and linear layers. Call before a pass over the model."""
+        self._gather(self._layers[""])
 
-    def close(self) -> None:
-        """After a pass over the model, and before the weights change."""
+    def free(self) -> None:
+        """Free all layers. Call after a pass over the model, before the weights change."""
         for layer in self._layers.values():
             layer.free()
 
-    def _need(self, layer: "_Layer", _: Any = None) -> None:
-        with self._lock:  # the shard that comes first gathers, the others wait for it
+    def _gather(self, layer: "_Layer", _: Any = None) -> None:
+        with self._lock:  # the first shard gathers, the others wait for it
             layer.gather()
 
-    def _before(self, layer: "_Layer", _module: nn.Module, _inputs: Any) -> None:
-        self._need(layer)
+    def _before_forward(self, layer: "_Layer", _module: nn.Module, _inputs: Any) -> None:
+        self._gather(layer)
 
-    def _after(self, layer: "_Layer", copies: int, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    def _after_forward(self, layer: "_Layer", replicas: int, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         if output.requires_grad:
-            gather: Any = partial(self._need, layer)
-            output.register_hook(gather)  # type: ignore[no-untyped-call]  # just before the layer's own backward pass
+            gather: Any = partial(self._gather, layer)
+            output.register_hook(gather)  # type: ignore[no-untyped-call]  # runs right before the layer's backward pass
         with self._lock:
-            layer.passed += 1
-            if layer.passed % copies == 0 and (self._reshard or not output.requires_grad):
+            layer.forwards += 1
+            if layer.forwards % replicas == 0 and (self._reshard or not output.requires_grad):
                 layer.free()
 
-    def _taken(self, layer: "_Layer", expected: int, _: Tensor) -> None:
+    def _after_gradient(self, layer: "_Layer", expected: int, _: Tensor) -> None:
         with self._lock:
-            layer.taken += 1
-            if layer.taken % expected == 0:
+            layer.gradients += 1
+            if layer.gradients % expected == 0:
                 layer.free()
 
 
 class _Layer:
-    """The parameters of one layer, gathered in one exchange."""
+    """The parameters of one layer, gathered together."""
 
     def __init__(self, weights: ShardedWeights, targets: Mapping[str, Tensor]) -> None:
         self.targets, self._weights = targets, weights
         self._bytes = {name: target.untyped_storage().nbytes() for name, target in targets.items()}
-        self._there, self.passed, self.taken = True, 0, 0
+        self._is_gathered, self.forwards, self.gradients = True, 0, 0
         self.free()
 
     def free(self) -> None:
         for target in self.targets.values():
             target.untyped_storage().resize_(0)
-        self._there = False
+        self._is_gathered = False
 
     @torch.no_grad()
     def gather(self) -> None:
-        if self._there:
+        if self._is_gathered:
             return
         for dtype in {target.dtype for target in self.targets.values()}:
-            self._gather({name: target for name, target in self.targets.items() if target.dtype == dtype})
-        self._there = True
+            self._gather_dtype({name: target for name, target in self.targets.items() if target.dtype == dtype})
+        self._is_gathered = True
 
-    def _gather(self, targets: Mapping[str, Tensor]) -> None:
-        blocks, parts = self._weights.blocks, self._weights.parts
+    def _gather_dtype(self, targets: Mapping[str, Tensor]) -> None:
+        partitions, local = self._weights.partitions, self._weights.local
         like = next(iter(targets.values()))
-        sent = like.new_zeros(sum(blocks[name].most for name in targets))
+        sent = like.new_zeros(sum(partitions[name].max_length for name in targets))
         offset = 0
         for name in targets:
-            sent[offset : offset + len(parts[name])] = parts[name]
-            offset += blocks[name].most
+            sent[offset : offset + len(local[name])] = local[name]
+            offset += partitions[name].max_length
         received = like.new_empty(world_size(), len(sent))
         all_gather(received.view(-1), sent)
         offset = 0
         for name, target in targets.items():
             storage = target.untyped_storage()
             storage.resize_(self._bytes[name])
-            # A tensor of its own, with a version of its own: autograd would take what it saved for overwritten.
+            # A new tensor has a version counter of its own; otherwise autograd would consider its saved tensors overwritten.
             flat = target.new_empty(0).set_(storage, 0, (target.numel(),), (1,))
-            for row, run in zip(received, blocks[name].runs, strict=True):
-                flat[run] = row[offset : offset + run.stop - run.start]
-            offset += blocks[name].most
+            for row, elements in zip(received, partitions[name].ranges, strict=True):
+                flat[elements] = row[offset : offset + elements.stop - elements.start]
+            offset += partitions[name].max_length
 
 
 def _layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:

@@ -64,7 +64,7 @@ def main() -> int:
             before = run.status()
             code = _run(arguments.nproc_per_node, words, deadline)
             if code and (status := run.status()) != before:  # else it was refused before it began
-                code = int(status.get("exit_code", code))
+                code = code if status.exit_code is None else status.exit_code
             with OptionalOutput(arguments.out):  # for now; the runs are what takes hours
                 write_results(arguments.runs, arguments.out)
             if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED):

@@ -10,7 +10,7 @@ from distributed.errors import InputError
 from distributed.files import check_writable, read_json, replace_json, replace_text
 from distributed.host.shipped import shipped
 from distributed.run.folder import RunFolder
-from distributed.run.records import attempt_lines, metrics_lines
+from distributed.run.records import SplitRecord, read_attempts, read_epochs
 
 CONFIGS = shipped("configs/seeds")
 
@@ -69,26 +69,30 @@ class Result:
 def result_of(name: str, run: RunFolder) -> Result | None:
     """None where the run has finished no epoch yet."""
     config = run.saved_config()
-    epochs = [line for line in metrics_lines(run.metrics_file) if line["kind"] == "epoch"]
+    epochs = read_epochs(run.metrics_file)
     if config is None or not epochs:
         return None
-    best = [line for line in epochs if line["is_best"]] if config.best_by else []
+    best = [line for line in epochs if line.is_best] if config.best_by else []
     line = (best or epochs)[-1]
-    starts = [entry for entry in attempt_lines(run.attempts_file) if entry["event"] == "started"]
+    starts = [entry for entry in read_attempts(run.attempts_file) if entry.event == "started"]
     recipe = from_command_line([str(CONFIGS / f"{name}.toml")]).config
-    finished = run.status().get("status") == "finished"
-    bits = starts[-1]["bits"]
-    worlds = sorted({entry["world_size"] for entry in starts})
+    finished = run.status().status == "finished"
+    bits = starts[-1].bits or {}
+    worlds = sorted({entry.world_size or 1 for entry in starts})
     return Result(
         name=name, model=config.model.name, data=config.data.name, epochs=len(epochs), of_epochs=recipe.epochs,
-        ended_early=finished and len(epochs) < config.epochs, at_epoch=line["epoch"] + 1, train=100 * line["train_accuracy"],
-        validation=line["validation"] and 100 * line["validation"]["accuracy"],
-        test=line["test"] and 100 * line["test"]["accuracy"], test_loss=line["test"] and line["test"]["loss"],
-        minutes=sum(entry["seconds"] for entry in epochs) / 60, attempts=len(starts),
+        ended_early=finished and len(epochs) < config.epochs, at_epoch=line.epoch + 1, train=100 * (line.train_accuracy or 0.0),
+        validation=_accuracy(line.validation),
+        test=_accuracy(line.test), test_loss=line.test.loss if line.test else None,
+        minutes=sum(entry.seconds or 0.0 for entry in epochs) / 60, attempts=len(starts),
         processes=" then ".join(map(str, worlds)), device=bits["device"], precision=config.precision,
-        exact_shards=bits["shards"], versions=bits["versions"], date=starts[-1]["time"][:10],
+        exact_shards=bits["shards"], versions=bits["versions"], date=(starts[-1].time or "")[:10],
         command=f"python -m distributed.experiments --only {name}",
     )  # fmt: skip
+
+
+def _accuracy(measured: SplitRecord | None) -> float | None:
+    return None if measured is None or measured.accuracy is None else 100 * measured.accuracy
 
 
 def table(results: Sequence[Result]) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from loguru import logger
 
@@ -17,6 +16,7 @@ from distributed.metrics.event_file import EventFile
 from distributed.metrics.records import EpochMetrics, Sink, TrainMetrics
 from distributed.process.optional_output import OptionalOutput
 from distributed.run.claim import ClaimedRun
+from distributed.run.records import EpochRecord, Record, TrainRecord
 
 
 class JsonLines:
@@ -35,14 +35,14 @@ class JsonLines:
         run.replace(run.metrics_file, "".join(f"{line}\n" for line in kept))
 
     def log_step(self, metrics: TrainMetrics) -> None:
-        self._append({"kind": "train", "data": self.data} | asdict(metrics))
+        self._append(TrainRecord(kind="train", data=self.data, **asdict(metrics)))
         self.run.progress(step=metrics.step, epoch=metrics.epoch)
 
     def log_epoch(self, metrics: EpochMetrics) -> None:
-        self._append({"kind": "epoch", "data": self.data} | asdict(metrics))
+        self._append(EpochRecord(kind="epoch", data=self.data, **asdict(metrics)))
 
-    def _append(self, line: dict[str, Any]) -> None:
-        strict = {name: None if value in (math.inf, -math.inf) else value for name, value in line.items()}
+    def _append(self, record: Record) -> None:
+        strict = {name: None if value in (math.inf, -math.inf) else value for name, value in record.as_json().items()}
         self.run.append(self.run.metrics_file, strict)
 
     def close(self) -> None:

@@ -1,1 +1,1 @@
-"""The networks. They know no ranks: what depends on them is done to a model from outside."""
+"""The networks. Models know nothing about ranks: engines wrap or convert them from outside."""

@@ -1,4 +1,4 @@
-"""The AlexNet variants of the seeds, to be read beside their table. Images [n, 3, h, w] in, logits [n, num_classes] out."""
+"""AlexNet variants of the two reference implementations. Images [n, 3, h, w] in, logits [n, num_classes] out."""
 
 from collections.abc import Sequence
 
@@ -14,9 +14,9 @@ class AlexNet(nn.Module):
     """Convolutions, then three linear layers with dropout between them.
 
     Args:
-        conv: layers from images to [n, channels, h, w]; flattened that is `features[0]` numbers.
-        features: inputs of the three linear layers.
-        side: images of another height and width are resized to it first.
+        conv: layers from images to [n, channels, h, w], which has `features[0]` values per image when flattened.
+        features: input sizes of the three linear layers.
+        side: height and width of the input; images of another size are resized.
     """
 
     def __init__(
@@ -32,8 +32,12 @@ class AlexNet(nn.Module):
         self.fc3 = nn.Linear(features[2], num_classes)
 
     def forward(self, images: Tensor, sample_keys: Tensor | None = None) -> Tensor:
-        """sample_keys: int64 [n, 2], needed in training, for dropout."""
-        x = self.conv(_resized(images, self.side)).flatten(1)
+        """Return logits [n, num_classes].
+
+        Args:
+            sample_keys: int64 [n, 2], from which dropout masks are computed; required in training.
+        """
+        x = self.conv(_resize(images, self.side)).flatten(1)
         x = self.dropout1(self.fc1(x).relu(), sample_keys)
         x = self.dropout2(self.fc2(x).relu(), sample_keys)
         logits: Tensor = self.fc3(x)
@@ -41,7 +45,7 @@ class AlexNet(nn.Module):
 
 
 def alexnet(num_classes: int, dropout: float) -> AlexNet:
-    """Seed 002's "AlexNet": 58,322,314 parameters at 10 classes, 2,262 MFLOP forward an image."""
+    """Build reference 002's "AlexNet": 58,322,314 parameters for 10 classes, 2,262 MFLOP per forward pass and image."""
     layers = [
         nn.Conv2d(3, 96, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
         nn.Conv2d(96, 256, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
@@ -53,7 +57,7 @@ def alexnet(num_classes: int, dropout: float) -> AlexNet:
 
 
 def improved_alexnet(num_classes: int, dropout: float) -> AlexNet:
-    """Seed 002's "Improved AlexNet": 907,210 parameters at 10 classes, 50 MFLOP forward an image."""
+    """Build reference 002's "Improved AlexNet": 907,210 parameters for 10 classes, 50 MFLOP per forward pass and image."""
     layers = [
         nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.LeakyReLU(0.1), nn.MaxPool2d(2),
         nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
@@ -65,7 +69,7 @@ def improved_alexnet(num_classes: int, dropout: float) -> AlexNet:
 
 
 def cifar_alexnet(num_classes: int, dropout: float) -> AlexNet:
-    """Seed 000's AlexNet with 5x5 filters first: 24,740,234 parameters at 10 classes, 484 MFLOP forward an image."""
+    """Build reference 000's AlexNet, whose first filters are 5x5: 24,740,234 parameters for 10 classes, 484 MFLOP per image."""
     layers = [
         nn.Conv2d(3, 96, 5), nn.ReLU(), _lrn(), nn.MaxPool2d(3, 2),
         nn.Conv2d(96, 256, 5, padding=2), nn.ReLU(), _lrn(), nn.MaxPool2d(3, 2),
@@ -77,7 +81,7 @@ def cifar_alexnet(num_classes: int, dropout: float) -> AlexNet:
 
 
 def cifar_alexnet_bn(num_classes: int, dropout: float) -> AlexNet:
-    """`cifar_alexnet` with batch norm before each ReLU in place of local response norm."""
+    """Build `cifar_alexnet` with batch norm before each ReLU instead of local response norm."""
     layers = [
         nn.Conv2d(3, 96, 5), nn.BatchNorm2d(96), nn.ReLU(), nn.MaxPool2d(3, 2),
         nn.Conv2d(96, 256, 5, padding=2), nn.BatchNorm2d(256), nn.ReLU(), nn.MaxPool2d(3, 2),
@@ -92,16 +96,16 @@ def _lrn() -> nn.Module:
     return LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2.0)
 
 
-def _resized(images: Tensor, side: int) -> Tensor:
-    """Bilinear and antialiased, as torchvision's Resize does."""
+def _resize(images: Tensor, side: int) -> Tensor:
+    """Resize images bilinearly with antialiasing, like torchvision's Resize."""
     if images.shape[2:] == (side, side):
         return images
-    if not len(images):  # an empty shard, which interpolate refuses
+    if not len(images):  # an empty shard, which interpolate rejects
         return images.new_empty(0, images.shape[1], side, side)
     resized = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
-    return resized.contiguous(memory_format=_layout(images))
+    return resized.contiguous(memory_format=_memory_format(images))
 
 
-def _layout(images: Tensor) -> torch.memory_format:
+def _memory_format(images: Tensor) -> torch.memory_format:
     channels_last = images.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if channels_last else torch.contiguous_format

@@ -1,7 +1,7 @@
-"""Synchronized batch norm on CUDA in a dozen launches, by the kernels that `torch.nn.SyncBatchNorm` is made of.
+"""Synchronized batch norm on CUDA in a dozen kernel launches, built from the kernels of `torch.nn.SyncBatchNorm`.
 
-That layer waits for the device in every forward pass (it drops the rows of empty shards by a mask), and its rows have another
-type where a shard is empty under autocast. This one does neither.
+torch's layer waits for the device in every forward pass, since it drops the rows of empty shards with a mask, and under
+autocast an empty shard's row has another dtype. This layer avoids both.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distributed.models.sync_batch_norm import SyncBatchNorm, by_ranks, convert_batch_norm
+from distributed.models.sync_batch_norm import SyncBatchNorm, convert_batch_norm, one_shard_per_rank
 
 
 class _FusedBatchNorm(torch.autograd.Function):
@@ -23,9 +23,9 @@ class _FusedBatchNorm(torch.autograd.Function):
             torch.batch_norm_stats(x, layer.eps) if count else (weight.new_zeros(channels), weight.new_ones(channels))
         )
         row = torch.cat([mean, inverse, torch.full((1,), count, dtype=mean.dtype, device=mean.device)])
-        mean, inverse, counts = layer.exchange(row, lambda rows: layer.combined(x, rows))
+        mean, inverse, counts = layer.all_gather_rows(row, lambda rows: layer.combine_and_track(x, rows))
         ctx.save_for_backward(x, weight, mean, inverse, counts)
-        ctx.exchange = layer.exchange
+        ctx.all_gather_rows = layer.all_gather_rows
         return torch.batch_norm_elemt(x, weight, bias, mean, inverse, layer.eps) if count else torch.empty_like(x)
 
     @staticmethod
@@ -40,7 +40,7 @@ class _FusedBatchNorm(torch.autograd.Function):
         else:
             sums = [torch.zeros_like(mean)] * 2
             grad_weight = grad_bias = torch.zeros_like(weight)
-        total: Tensor = ctx.exchange(torch.cat(sums), lambda rows: rows.sum(0))
+        total: Tensor = ctx.all_gather_rows(torch.cat(sums), lambda rows: rows.sum(0))
         sum_grad, sum_product = total.chunk(2)
         if not x.numel():
             return torch.empty_like(x), grad_weight, grad_bias, None
@@ -49,22 +49,24 @@ class _FusedBatchNorm(torch.autograd.Function):
 
 
 class FusedSyncBatchNorm(SyncBatchNorm):
-    """A `SyncBatchNorm` for CUDA whose sums over shards are in no particular order: for fast mode.
+    """A `SyncBatchNorm` for CUDA in fast mode: its sums over shards have no fixed order.
 
-    The last of the exchange's rows must be of a shard that is not empty.
+    The last gathered row must be that of a shard that is not empty.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [n, channels, ...], a shard."""
+        """Normalize a shard, x [n, channels, ...]."""
         if not self.training:
             return super().forward(x)
         result: Tensor = _FusedBatchNorm.apply(x, self.weight, self.bias, self)
         return result
 
-    def combined(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and inverse deviation [channels] of the whole batch, which also go into the running statistics, and each
-        shard's count, int32 [shards]."""
-        # From the last to the first: the kernel divides by the count so far, and only the last is sure to have one.
+    def combine_and_track(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Combine the shards' rows and update the running statistics.
+
+        Return mean and inverse standard deviation [channels] of the entire batch, and each shard's count, int32 [shards].
+        """
+        # In reverse order: the kernel divides by the count so far, and only the last shard is certain not to be empty.
         means, inverses, counts = torch.split(rows.flip(0), [x.shape[1], x.shape[1], 1], dim=1)
         assert self.running_mean is not None
         assert self.running_var is not None
@@ -78,7 +80,7 @@ class FusedSyncBatchNorm(SyncBatchNorm):
 
 
 def _dense(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """x in channels-last layout if `like`, or x itself, has it, else contiguous: the layouts that the kernels take."""
+    """Return x in a layout that the kernels accept: channels-last if `like` (default: x) has it, else contiguous."""
     like = x if like is None else like
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(like.dim())
     if channels_last and like.is_contiguous(memory_format=channels_last):
@@ -87,15 +89,15 @@ def _dense(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def synchronize_batch_norm(model: nn.Module, gather: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Let every batch norm of the model see the batch of all ranks, each rank being one shard: for fast mode.
+    """Synchronize every batch norm of the model over all ranks, one shard per rank: for fast mode.
 
     Args:
-        gather: every rank's row in order of rank, [world_size, length]. The last rank's shard is never empty.
+        gather: all-gather of one row per rank, [world_size, length], ordered by rank. The last rank's shard is never empty.
     """
-    exchange = by_ranks(gather)
+    all_gather_rows = one_shard_per_rank(gather)
 
     def synchronized(layer: nn.modules.batchnorm._BatchNorm) -> nn.Module:
         on_cuda = layer.running_mean is not None and layer.running_mean.is_cuda
-        return (FusedSyncBatchNorm if on_cuda else SyncBatchNorm).of(layer, exchange)
+        return (FusedSyncBatchNorm if on_cuda else SyncBatchNorm).of(layer, all_gather_rows)
 
     return convert_batch_norm(model, synchronized)

@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of (seed, epoch, sample id, layer), the same on any rank, device and attempt."""
+"""Dropout with a mask computed from (seed, epoch, sample id, layer): the same on any rank, device and attempt."""
 
 from torch import Tensor, nn
 
@@ -6,12 +6,12 @@ from distributed import rng
 
 
 class KeyedDropout(nn.Module):
-    """Zeroes a unit with probability `p` (in steps of 1/65536) and scales the others by 1 / (1 - p), in training only.
+    """In training, zeroes each unit with probability `p` and scales the others by 1 / (1 - p).
 
     Args:
-        p: probability of dropping a unit, in [0, 1).
-        features: units a sample.
-        name: tells the masks of several layers apart.
+        p: dropout probability in [0, 1), rounded to a multiple of 1/65536.
+        features: units per sample.
+        name: distinguishes the masks of several layers.
     """
 
     units: Tensor
@@ -24,15 +24,22 @@ class KeyedDropout(nn.Module):
         self.register_buffer("units", rng.unit_keys(name, features), persistent=False)
 
     def kept(self, sample_keys: Tensor) -> Tensor:
-        """The mask of kept units: bool [n, features], from keys int64 [n, 2]."""
+        """Return the mask of kept units, bool [n, features], for sample keys int64 [n, 2]."""
         return rng.uniform16(sample_keys, self.units)[:, : self.features] >= self.threshold
 
     def forward(self, x: Tensor, sample_keys: Tensor | None) -> Tensor:
-        """x: [n, features]; sample_keys: int64 [n, 2] of `keyed.sample_keys`, needed in training."""
+        """Apply dropout to x [n, features].
+
+        Args:
+            sample_keys: int64 [n, 2] from `rng.sample_keys`; required in training.
+
+        Raises:
+            ValueError: training without sample_keys.
+        """
         if not self.training or not self.threshold:
             return x
         if sample_keys is None:
-            raise ValueError("dropout in training needs sample_keys, by which its mask is computed")
+            raise ValueError("KeyedDropout: training needs sample_keys, from which the mask is computed")
         return x * self.scale * self.kept(sample_keys)
 
     def extra_repr(self) -> str:

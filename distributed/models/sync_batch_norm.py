@@ -1,7 +1,7 @@
-"""Batch norm over a batch that is cut into shards, on CUDA and on CPU alike: torch's own refuses CPU tensors in training.
+"""Batch norm over a batch that is split into shards, on CUDA and on CPU. torch's own SyncBatchNorm rejects CPU tensors.
 
-Each shard takes its statistics with torch's native kernel; one exchange of small rows and a pairwise combination (Chan,
-Golub, LeVeque 1983) give everybody those of the whole batch, from any shards, empty ones too.
+Each shard computes its statistics with torch's native kernel. One all-gather of short rows and a pairwise combination (Chan,
+Golub, LeVeque 1983) then give every shard the statistics of the entire batch. Shards may differ in size and may be empty.
 """
 
 from collections.abc import Callable
@@ -16,72 +16,74 @@ from distributed.comm.reduction_tree import tree_sum
 T = TypeVar("T")
 
 
-class BucketReduce(Protocol):
-    """Called by every shard of the batch with its row; returns `combine` of all rows [shards, len(row)], to each alike."""
+class AllGatherRows(Protocol):
+    """Gathers one row per shard and reduces them; called by every shard of the batch."""
 
-    def __call__(self, row: Tensor, combine: Callable[[Tensor], T]) -> T: ...
+    def __call__(self, row: Tensor, reduce_fn: Callable[[Tensor], T]) -> T:
+        """Return `reduce_fn` of all shards' rows [shards, length], the same result for every shard."""
+        ...
 
 
-def by_ranks(gather: Callable[[Tensor], Tensor]) -> BucketReduce:
-    """The exchange where each rank is one shard, from a gather of every rank's row in order of rank."""
+def one_shard_per_rank(gather: Callable[[Tensor], Tensor]) -> AllGatherRows:
+    """Return an `AllGatherRows` for one shard per rank, given an all-gather of rows ordered by rank."""
 
-    def exchange(row: Tensor, combine: Callable[[Tensor], T]) -> T:
-        return combine(gather(row))
+    def all_gather_rows(row: Tensor, reduce_fn: Callable[[Tensor], T]) -> T:
+        return reduce_fn(gather(row))
 
-    return exchange
+    return all_gather_rows
 
 
 class Statistics(NamedTuple):
-    """Of the whole batch: mean and biased variance [channels], how many numbers a channel []."""
+    """Mean and biased variance [channels] of the entire batch, and the number of elements per channel []."""
 
     mean: Tensor
     variance: Tensor
     total: Tensor
 
 
-def _row_of(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Mean, biased variance and count of x [n, channels, ...], side by side."""
+def _statistics_row(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return mean, biased variance and count of x [n, channels, ...], concatenated: [2 * channels + 1]."""
     channels = x.shape[1]
     count = x.numel() // channels
     mean = variance = torch.zeros(channels, dtype=dtype, device=x.device)
     if count:
-        # The kernel gives statistics in the type of the running ones; without these it would round them to bfloat16.
+        # The kernel returns statistics in the dtype of the running ones; without those it would round them to bfloat16.
         mean, variance = torch.batch_norm_update_stats(x, mean, variance, 0.0)
     return torch.cat([mean.to(dtype), variance.to(dtype), torch.full((1,), count, dtype=dtype, device=x.device)])
 
 
 def _combined(rows: Tensor) -> Statistics:
-    """The whole batch's statistics from the shards' rows."""
+    """Combine the shards' rows into the statistics of the entire batch."""
     channels = rows.shape[1] // 2
     means, variances, counts = rows[:, :channels], rows[:, channels:-1], rows[:, -1:]
     total = tree_sum(counts)
-    parts = counts / total
-    mean = tree_sum(means * parts)
-    # Deviations of the shards' means from the whole's, not a difference of squares: nothing cancels.
-    variance = tree_sum((variances + (means - mean).square()) * parts)
+    fractions = counts / total
+    mean = tree_sum(means * fractions)
+    # Squared deviations of the shards' means from the batch's instead of a difference of squares, which would cancel.
+    variance = tree_sum((variances + (means - mean).square()) * fractions)
     return Statistics(mean, variance, total[0])
 
 
 def gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, statistics: Statistics, eps: float, exchange: BucketReduce
+    grad: Tensor, x: Tensor, weight: Tensor, statistics: Statistics, eps: float, all_gather_rows: AllGatherRows
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A shard's gradients of x [n, channels, ...], of weight and of bias, from that of its result; meets all other shards.
+    """Return a shard's gradients of x [n, channels, ...], weight and bias, given the gradient of its output.
 
-    Those of weight and bias are this shard's sums.
+    Synchronizes with all other shards. The gradients of weight and bias are this shard's sums.
     """
     mean, variance, total = statistics
     grad_weight = grad_bias = torch.zeros_like(mean)
     if x.numel():  # the kernel divides by the number of elements
-        # With nothing saved it takes the statistics passed as running ones; on CUDA that is an empty tensor, not None.
+        # Without saved statistics the kernel uses those passed as running ones. On CUDA "none" is an empty tensor, not None.
         unsaved = mean.new_empty(0)
         _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, mean, variance, unsaved, unsaved, False, eps, [False, True, True]
         )
 
-    def combine(rows: Tensor) -> tuple[Tensor, ...]:
-        # (grad - mean_bias - x_hat * mean_weight) * weight * inverse, written per channel as scale * grad + offset, one
-        # pass of the kernel that evaluation uses, and slope * x on top of it. The slope is rounded to x's type before
-        # the offset is made of it, so that the rounding meets x - mean, not x.
+    def reduce_fn(rows: Tensor) -> tuple[Tensor, ...]:
+        # grad_x = (grad - mean_bias - x_hat * mean_weight) * weight * inverse, written per channel as
+        # scale * grad + offset, one pass of the kernel that evaluation uses, plus slope * x. The slope is rounded to
+        # x's dtype before the offset is computed from it, so that its rounding error multiplies x - mean instead of x.
         mean_weight, mean_bias = (tree_sum(rows) / total).chunk(2)
         inverse = torch.rsqrt(variance + eps)
         scale = weight * inverse
@@ -89,8 +91,8 @@ def gradients(
         offset = -mean_bias * scale - slope.to(mean.dtype) * mean
         return scale, offset, slope.view(1, -1, *(1,) * (x.dim() - 2)), torch.zeros_like(mean), torch.ones_like(mean)
 
-    scale, offset, slope, zeros, ones = exchange(torch.cat([grad_weight, grad_bias]), combine)
-    # Not functional.batch_norm: in torch 2.11 that refuses an eps of 0.
+    scale, offset, slope, zeros, ones = all_gather_rows(torch.cat([grad_weight, grad_bias]), reduce_fn)
+    # Not functional.batch_norm, which rejects an eps of 0 in torch 2.11.
     grad_x = torch.batch_norm(
         grad, scale, offset, zeros, ones, training=False, momentum=0.0, eps=0.0, cudnn_enabled=False
     ).addcmul_(x, slope)
@@ -103,60 +105,62 @@ class _Normalized(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, total: Tensor, layer: Any
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, variance, total)
-        ctx.eps, ctx.exchange = layer.eps, layer.exchange
+        ctx.eps, ctx.all_gather_rows = layer.eps, layer.all_gather_rows
         return layer.apply_statistics(x, Statistics(mean, variance, total))  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *statistics = ctx.saved_tensors
-        return *gradients(grad, x, weight, Statistics(*statistics), ctx.eps, ctx.exchange), None, None, None, None
+        found = gradients(grad, x, weight, Statistics(*statistics), ctx.eps, ctx.all_gather_rows)
+        return *found, None, None, None, None
 
 
 class SyncBatchNorm(nn.modules.batchnorm._NormBase):
-    """`BatchNorm1d/2d/3d` over all shards in training; in evaluation the same as theirs. The state is theirs too.
+    """`BatchNorm1d/2d/3d` over all shards in training. Evaluation and state are the same as theirs.
 
-    Gradients of weight and bias are this shard's sums: adding them up over shards is the engine's part, as for any weight.
+    Gradients of weight and bias are this shard's sums; the engine sums them over shards, as for any other parameter.
     """
 
-    exchange: BucketReduce
+    all_gather_rows: AllGatherRows
 
     @classmethod
-    def of(cls, layer: nn.modules.batchnorm._BatchNorm, exchange: BucketReduce) -> Self:
-        """The synchronized layer with the same parameters and buffers (the very tensors).
+    def of(cls, layer: nn.modules.batchnorm._BatchNorm, all_gather_rows: AllGatherRows) -> Self:
+        """Return a synchronized replacement for `layer` that shares its parameters and buffers.
 
         Raises:
-            ValueError: a layer without affine parameters or running statistics.
+            ValueError: the layer has no affine parameters or no running statistics.
         """
         if not layer.affine or not layer.track_running_stats:
             raise ValueError(f"{layer}: synchronized batch norm needs affine=True and track_running_stats=True")
         sync = cls(layer.num_features, eps=layer.eps, momentum=layer.momentum, device="meta")
-        sync.exchange = exchange
+        sync.all_gather_rows = all_gather_rows
         sync._parameters, sync._buffers, sync.training = layer._parameters, layer._buffers, layer.training
         return sync
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [n, channels, ...], a shard."""
+        """Normalize a shard, x [n, channels, ...]."""
         if not self.training:
             assert self.running_mean is not None
             assert self.running_var is not None
             return self.apply_statistics(x, Statistics(self.running_mean, self.running_var, x.new_empty(0)))
-        return self.normalized(x, self.exchange(_row_of(x.detach(), self.weight.dtype), self._combined))
+        row = _statistics_row(x.detach(), self.weight.dtype)
+        return self.normalized(x, self.all_gather_rows(row, self._combine_and_track))
 
     def normalized(self, x: Tensor, statistics: Statistics) -> Tensor:
-        """x by the statistics of the batch that it is a part of."""
+        """Normalize x by the statistics of its batch. The gradient of x includes their dependence on it."""
         result: Tensor = _Normalized.apply(x, self.weight, self.bias, *statistics, self)
         return result
 
     def apply_statistics(self, x: Tensor, statistics: Statistics) -> Tensor:
-        """x by given statistics, which are taken as constants."""
+        """Normalize x by given statistics, which are treated as constants."""
         return torch.nn.functional.batch_norm(
             x, statistics.mean, statistics.variance, self.weight, self.bias, training=False, eps=self.eps
         )
 
     @torch.no_grad()
-    def _combined(self, rows: Tensor) -> Statistics:
-        """The whole batch's statistics, taken into the running ones: once, where several shards share these."""
+    def _combine_and_track(self, rows: Tensor) -> Statistics:
+        """Combine rows into the batch's statistics and update the running ones; once if several shards share them."""
         statistics = _combined(rows)
         mean, variance, total = statistics
         assert self.running_mean is not None
@@ -169,11 +173,11 @@ class SyncBatchNorm(nn.modules.batchnorm._NormBase):
         return statistics
 
 
-def convert_batch_norm(model: nn.Module, into: Callable[[nn.modules.batchnorm._BatchNorm], nn.Module]) -> nn.Module:
-    """Put another layer in place of every `BatchNorm1d/2d/3d` inside the model."""
+def convert_batch_norm(model: nn.Module, convert: Callable[[nn.modules.batchnorm._BatchNorm], nn.Module]) -> nn.Module:
+    """Replace every `BatchNorm1d/2d/3d` inside the model by the layer that `convert` returns for it; return the model."""
     for name, child in model.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            setattr(model, name, into(child))
+            setattr(model, name, convert(child))
         else:
-            convert_batch_norm(child, into)
+            convert_batch_norm(child, convert)
     return model

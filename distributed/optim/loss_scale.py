@@ -1,8 +1,8 @@
-"""Loss scaling for float16, whose smallest numbers are larger than many gradients (Micikevicius et al. 2018, arXiv 1710.03740).
+"""Dynamic loss scaling for float16, in which small gradients would underflow (Micikevicius et al. 2018, arXiv 1710.03740).
 
-The loss is multiplied by a power of two before the backward pass and gradients are divided by it after their sum over ranks.
-Where one of them is not finite the step is skipped and the scale halved; after many good steps it is doubled. Everything is
-decided on the device, from numbers that all ranks have alike.
+The loss is multiplied by a power of two before the backward pass, and gradients are divided by it after their sum over ranks.
+If a gradient is not finite, the step is skipped and the scale is halved; after many finite steps in a row it is doubled. All
+decisions are made on the device from values that are identical on all ranks.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,24 +11,24 @@ import torch
 from torch import Tensor
 
 PREFIX = "scaler."
-START, GOOD_STEPS = 2.0**16, 2000
-LEAST, MOST = 2.0**-24, 2.0**64  # so that neither end is ever reached from which a factor leads back no more
+INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 2000
+MIN_SCALE, MAX_SCALE = 2.0**-24, 2.0**64  # well inside float32's range: at 0 or inf no factor could recover the scale
 
 
 class LossScale:
-    """The scale, a float32 scalar, and how many steps in a row were good since it was changed."""
+    """The scale, a float32 scalar on the device, and the number of finite steps in a row since it last changed."""
 
     def __init__(self, device: torch.device) -> None:
-        self.scale = torch.full((), START, device=device)
+        self.scale = torch.full((), INITIAL_SCALE, device=device)
         self.good_steps = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def update(self, overflow: Tensor) -> None:
-        """After a step: 1.0 where its gradient was not finite, else 0.0."""
+        """Adjust the scale after a step. `overflow` is 1.0 if a gradient was not finite, else 0.0."""
         good = (self.good_steps + 1) * (overflow == 0)
-        grows = good == GOOD_STEPS
+        grows = good == GROWTH_INTERVAL
         factor = torch.where(overflow != 0, 0.5, torch.where(grows, 2.0, 1.0))
-        self.scale.mul_(factor).clamp_(LEAST, MOST)
+        self.scale.mul_(factor).clamp_(MIN_SCALE, MAX_SCALE)
         self.good_steps.copy_(good * ~grows)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
@@ -37,6 +37,6 @@ class LossScale:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave; without it, as at the start."""
-        self.scale.copy_(tensors.get(f"{PREFIX}scale", torch.tensor(START)))
+        """Restore what `state` yielded; tensors that are missing return to their initial values."""
+        self.scale.copy_(tensors.get(f"{PREFIX}scale", torch.tensor(INITIAL_SCALE)))
         self.good_steps.copy_(tensors.get(f"{PREFIX}good_steps", torch.tensor(0)))

@@ -1,7 +1,7 @@
-"""The learning rate over time, and when to stop early: plain dataclasses whose whole state is a few numbers.
+"""Learning-rate schedules and early stopping: plain dataclasses whose state is a few numbers.
 
-Every rank observes the same reduced numbers, so all decide alike; the state is in each checkpoint, so a restart inside
-the patience window changes nothing.
+Every rank observes the same reduced metrics, so all ranks make the same decisions. The state is saved in every checkpoint, so
+a restart within the patience window changes nothing.
 """
 
 import math
@@ -14,15 +14,17 @@ Metric = Literal["accuracy", "loss"]
 
 
 class Schedule(Protocol):
-    """lr(step): the learning rate of a step, counted from 0 over the whole run."""
+    """The learning rate as a function of the step and of past validation metrics."""
 
     restore_best_now: bool
-    """Whether what was observed last sends the run back to its best weights."""
+    """Whether the last observation asks for the run's best weights to be restored."""
 
-    def lr(self, step: int) -> float: ...
+    def lr(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0 over the entire run."""
+        ...
 
     def observe(self, metrics: dict[Metric, float]) -> str | None:
-        """Take an epoch's validation metrics; the decision in words, where there was one to take."""
+        """Record an epoch's validation metrics. Return a log line if they led to a decision, else None."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -41,12 +43,14 @@ class _Stateless:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            raise ValueError(f"this schedule has no state, and the checkpoint holds {sorted(state)}")
+            raise ValueError(
+                f"schedule: {type(self).__name__} has no state, but the checkpoint contains {sorted(state)}"
+            )
 
 
 @dataclass
 class Constant(_Stateless):
-    """The same rate throughout, after a linear warm-up."""
+    """A constant rate after a linear warm-up."""
 
     peak: float
     warmup_steps: int = 0
@@ -57,7 +61,7 @@ class Constant(_Stateless):
 
 @dataclass
 class Cosine(_Stateless):
-    """Linear warm-up, then half a cosine from `peak` down to `final` (Loshchilov and Hutter 2017, arXiv 1608.03983)."""
+    """Linear warm-up, then cosine decay from `peak` to `final` (Loshchilov and Hutter 2017, arXiv 1608.03983)."""
 
     peak: float
     total_steps: int
@@ -72,7 +76,7 @@ class Cosine(_Stateless):
 
 @dataclass
 class OneCycle(_Stateless):
-    """Half a cosine up from `start` to `peak`, then half a cosine down to `final` (Smith and Topin 2018, arXiv 1708.07120)."""
+    """Half-cosine rise from `start` to `peak`, then half-cosine decay to `final` (Smith and Topin 2018, arXiv 1708.07120)."""
 
     peak: float
     total_steps: int
@@ -93,7 +97,7 @@ def _half_cosine(start: float, end: float, step: int, steps: int) -> float:
 
 @dataclass
 class Patience:
-    """Counts the observations in a row that were no better than the best by more than `min_delta`."""
+    """Counts consecutive epochs that did not improve on the best value by more than `min_delta`."""
 
     metric: Metric
     limit: int
@@ -102,7 +106,7 @@ class Patience:
     bad_epochs: int = 0
 
     def improved(self, value: float) -> bool:
-        """Whether this value is a new best, which it then becomes."""
+        """Return whether `value` is a new best; if so, record it and reset the count."""
         higher = self.metric == "accuracy"
         better = self.best is None or (
             value > self.best + self.min_delta if higher else value < self.best - self.min_delta
@@ -111,8 +115,8 @@ class Patience:
             self.best, self.bad_epochs = value, 0
         return better
 
-    def verdict(self, value: float) -> str:
-        """`val accuracy 78.10 % not above 78.40 % + 0.00 %`"""
+    def comparison(self, value: float) -> str:
+        """Return e.g. `val accuracy 78.10% not above 78.40% + 0.00%`."""
         assert self.best is not None
         if self.metric == "accuracy":
             return f"val accuracy {value:.2%} not above {self.best:.2%} + {self.min_delta:.2%}"
@@ -121,9 +125,10 @@ class Patience:
 
 @dataclass
 class Plateau:
-    """Multiplies the rate by `factor` after more than `patience` epochs in a row without improvement, `max_drops` times.
+    """Multiplies the rate by `factor` after more than `patience` consecutive epochs without improvement.
 
-    The rule of torch's ReduceLROnPlateau with an absolute threshold; epochs of the cooldown after a drop are not bad.
+    Follows torch's ReduceLROnPlateau with an absolute threshold: bad epochs are not counted during the cooldown after a drop.
+    Drops at most `max_drops` times.
     """
 
     peak: float
@@ -140,33 +145,33 @@ class Plateau:
         return self.peak * self.factor**self.drops
 
     def observe(self, metrics: dict[Metric, float]) -> str | None:
-        value, watch = metrics[self.patience.metric], self.patience
+        value, patience = metrics[self.patience.metric], self.patience
         self.restore_best_now = False
-        if watch.improved(value):
+        if patience.improved(value):
             self.cooldown_left = max(0, self.cooldown_left - 1)
             return None
-        said = f"plateau: {watch.verdict(value)}; "
+        line = f"plateau: {patience.comparison(value)}; "
         if self.cooldown_left:
             self.cooldown_left -= 1
-            return said + f"cooling down, {self.cooldown_left} more epochs"
+            return line + f"cooldown, epochs left: {self.cooldown_left}"
         if self.max_drops is not None and self.drops >= self.max_drops:
-            return said + f"all {self.max_drops} drops are spent, lr stays {self.lr(0):.3g}"
-        watch.bad_epochs += 1
-        said += f"bad epoch {watch.bad_epochs} of {watch.limit}"
-        if watch.bad_epochs <= watch.limit:
-            return said
+            return line + f"max_drops = {self.max_drops} reached, lr stays {self.lr(0):.3g}"
+        patience.bad_epochs += 1
+        line += f"bad epoch {patience.bad_epochs} of {patience.limit}"
+        return line if patience.bad_epochs <= patience.limit else line + self._drop()
+
+    def _drop(self) -> str:
         old = self.lr(0)
         self.drops += 1
-        watch.bad_epochs, self.cooldown_left = 0, self.cooldown
+        self.patience.bad_epochs, self.cooldown_left = 0, self.cooldown
         self.restore_best_now = self.restore_best_on_drop
         drop = f"drop {self.drops}" + (f" of {self.max_drops}" if self.max_drops is not None else "")
-        return said + f": lr {old:.3g} -> {self.lr(0):.3g} ({drop})"
+        return f": lr {old:.3g} -> {self.lr(0):.3g} ({drop})"
 
     def state_dict(self) -> dict[str, Any]:
-        watch = self.patience
         return {
-            "best": watch.best,
-            "bad_epochs": watch.bad_epochs,
+            "best": self.patience.best,
+            "bad_epochs": self.patience.bad_epochs,
             "drops": self.drops,
             "cooldown_left": self.cooldown_left,
         }
@@ -178,20 +183,23 @@ class Plateau:
 
 @dataclass
 class EarlyStopping:
-    """Ends the run after `patience.limit` epochs in a row without improvement."""
+    """Ends the run after `patience.limit` consecutive epochs without improvement."""
 
     patience: Patience
     stopped: bool = field(default=False)
 
     def observe(self, metrics: dict[Metric, float]) -> str | None:
-        """The decision in words, where there was one to take; `stopped` is set where the run should end."""
-        value, watch = metrics[self.patience.metric], self.patience
-        if watch.improved(value):
+        """Record an epoch's validation metrics and set `stopped` if the run should end.
+
+        Return a log line if there was no improvement, else None.
+        """
+        value, patience = metrics[self.patience.metric], self.patience
+        if patience.improved(value):
             return None
-        watch.bad_epochs += 1
-        self.stopped = watch.bad_epochs >= watch.limit
-        ends = "; the run ends" if self.stopped else ""
-        return f"early stopping: {watch.verdict(value)}; bad epoch {watch.bad_epochs} of {watch.limit}{ends}"
+        patience.bad_epochs += 1
+        self.stopped = patience.bad_epochs >= patience.limit
+        end = "; the run ends" if self.stopped else ""
+        return f"early stopping: {patience.comparison(value)}; bad epoch {patience.bad_epochs} of {patience.limit}{end}"
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.patience.best, "bad_epochs": self.patience.bad_epochs, "stopped": self.stopped}
@@ -202,7 +210,7 @@ class EarlyStopping:
 
 
 def build_schedule(config: TrainConfig, *, steps_per_epoch: int) -> Schedule:
-    """The schedule of the config's section, laid out over the run's steps."""
+    """Build the schedule of the config's section; epochs become steps of this run."""
     section, peak, total = config.schedule, config.peak_lr, config.epochs * steps_per_epoch
     if isinstance(section, schedules.Constant):
         return Constant(peak, round(section.warmup_epochs * steps_per_epoch))
@@ -216,7 +224,7 @@ def build_schedule(config: TrainConfig, *, steps_per_epoch: int) -> Schedule:
 
 
 def build_early_stopping(section: schedules.EarlyStopping | None) -> EarlyStopping | None:
-    """The rule of the config's section, if it has one."""
+    """Build the early-stopping rule of the config's section, if there is one."""
     if section is None:
         return None
     return EarlyStopping(Patience(section.metric, section.patience, section.min_delta))

@@ -1,1 +1,1 @@
-"""A run folder: its files, its lock and the checks before a resume. Imports no torch."""
+"""The run folder: its files, its lock, and the checks before a resume. Imports no torch."""

@@ -1,7 +1,7 @@
-"""A run folder held by one process: the lock, the token, and all writing in the folder. Imports no torch.
+"""The lock and token of a run folder, and all writing in it by a training process. Imports no torch.
 
-Nothing else in a training process writes a shared file of the run folder. So a superseded attempt cannot: each method here
-asks for the token first.
+A training process writes the shared files of its run folder only through `ClaimedRun`. Every method first checks the token, so
+a superseded attempt cannot write.
 """
 
 import json
@@ -21,7 +21,8 @@ from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import open_regular, read_object, replace_json, replace_text, storing, sync_folder
 from distributed.host.versions import git_state, versions
 from distributed.run.folder import RunFolder
-from distributed.run.lock_holder import holder_record, take_lock
+from distributed.run.lock_holder import acquire_lock, holder_record
+from distributed.run.records import AttemptRecord, Record, Status
 from distributed.topology import host
 
 LOCK_WAIT_SECONDS = 30.0
@@ -29,10 +30,10 @@ PROGRESS_SECONDS = 5.0
 
 
 class ClaimedRun(RunFolder):
-    """A run folder held by this process until `release` or its death.
+    """A run folder that this process may write, until `release` or the end of the process.
 
-    The lock keeps a second run out. The token keeps out the orphan of an attempt that was given up: on a file system
-    whose locks were lost with a node, it may still breathe, and finds at its next commit that another has taken over.
+    The lock keeps other runs out. The token keeps out a superseded attempt: if the file system lost its locks together with a
+    node, such a process may still be alive; its next commit fails because the token has changed.
     """
 
     def __init__(self, path: Path, *, world_size: int) -> None:
@@ -47,16 +48,16 @@ class ClaimedRun(RunFolder):
 
     @classmethod
     def claim(cls, path: Path, *, world_size: int) -> Self:
-        """Take the folder, waiting a little for a dying predecessor to let go of it.
+        """Acquire the folder's lock, waiting a while for a predecessor that is shutting down, and set a new token.
 
         Raises:
-            InputError: it cannot be written, or another run holds it.
+            InputError: the folder cannot be written, or another run holds it.
         """
         run = cls(path, world_size=world_size)
         try:
             run.logs.mkdir(parents=True, exist_ok=True)
             run.checkpoints.mkdir(exist_ok=True)
-            take_lock(run._lock, record=run._attempt_file, seconds=LOCK_WAIT_SECONDS)
+            acquire_lock(run._lock, record=run._attempt_file, seconds=LOCK_WAIT_SECONDS)
             run._progress["saved_step"] = run.saved_step()
             replace_json(run._attempt_file, {"token": run.token} | holder_record())
         except OSError as error:
@@ -66,10 +67,10 @@ class ClaimedRun(RunFolder):
             ) from None
         return run
 
-    def check_ours(self) -> None:
-        """Raises StorageError once another attempt has taken the folder, or somebody has removed it."""
+    def check_token(self) -> None:
+        """Raise StorageError if another attempt has claimed the folder, or the folder was removed."""
         holder = read_object(self._attempt_file)
-        if "token" not in holder:  # perhaps only for a moment, on a network file system
+        if "token" not in holder:  # on a network file system perhaps only for a moment
             time.sleep(0.1)
             holder = read_object(self._attempt_file)
         if holder.get("token") == self.token:
@@ -83,50 +84,63 @@ class ClaimedRun(RunFolder):
                 f"{self.path}: the run folder was removed while the run was writing there; this attempt ends"
             )
         raise StorageError(
-            f"{self._attempt_file}: removed or damaged while the run was writing there, so that nothing shows whose the folder "
-            "is; this attempt ends, and the same command resumes from the newest checkpoint"
+            f"{self._attempt_file}: removed or damaged during the run, so the owner of the folder is unknown; this attempt "
+            "ends, and the same command resumes from the newest checkpoint"
         )
 
-    def append(self, file: Path, line: dict[str, Any]) -> None:
-        """Append a line of JSON to a file of the run, in one write.
+    def append(self, file: Path, record: Record | dict[str, Any]) -> None:
+        """Append a line of JSON to a file of the run, in a single write.
 
         Raises:
-            StorageError: it could not be written, or the folder is not ours any more; so for all methods below.
+            StorageError: it could not be written, or another attempt has claimed the folder. Also raised by all methods below.
         """
-        self.check_ours()
+        line = record.as_json() if isinstance(record, Record) else record
+        self.check_token()
         with storing(file), open(file, "ab", buffering=0, opener=open_regular) as opened:
-            # Once more: who takes the folder over from here on replaces metrics.jsonl, and this write goes to the old one.
-            self.check_ours()
+            # Check again: an attempt that claims the folder later replaces metrics.jsonl, and this write goes to the old file.
+            self.check_token()
             opened.write(json.dumps(line).encode() + b"\n")
 
     def replace(self, file: Path, text: str) -> None:
-        """Give a file of the run another content, at once."""
-        self.check_ours()
+        """Replace the content of a file of the run atomically."""
+        self.check_token()
         with storing(file):
             replace_text(file, text)
 
-    def commit(self, aside: Path, path: Path) -> None:
-        """Rename a folder into its place in the run folder; on the disk when this returns."""
-        self.check_ours()
-        os.rename(aside, path)
+    def commit(self, temporary: Path, path: Path) -> None:
+        """Rename a folder to its final name in the run folder, durably."""
+        self.check_token()
+        os.rename(temporary, path)
         sync_folder(path.parent)
 
-    def tidy(self, name: str, work: Callable[[], object]) -> None:
-        """Do work in the run folder that the run does not need: a failure is a warning, once each."""
-        self.check_ours()
+    def try_cleanup(self, failure: str, work: Callable[[], object]) -> None:
+        """Run work in the folder that training does not depend on. An error is logged as a warning, each only once.
+
+        Args:
+            failure: what has failed, for the warning.
+        """
+        self.check_token()
         try:
             work()
         except OSError as error:
-            said = f"{error.filename2 or error.filename or self.path}: {error.strerror or error}"
-            if said not in self._warned:
-                self._warned.add(said)
-                logger.warning("{}: {}; training continues, and the next save tries again", name, said)
+            cause = f"{error.filename2 or error.filename or self.path}: {error.strerror or error}"
+            if cause not in self._warned:
+                self._warned.add(cause)
+                logger.warning("{}: {}; training continues, and the next save tries again", failure, cause)
 
-    def begin(self, config: TrainConfig, *, start_step: int, details: dict[str, Any]) -> None:
-        """Write down the config, where this attempt starts and what it runs on.
+    def begin(
+        self,
+        config: TrainConfig,
+        *,
+        start_step: int,
+        bits: dict[str, Any],
+        images: dict[str, dict[str, Any]],
+    ) -> None:
+        """Record the config and the start of this attempt.
 
-        Raises:
-            StorageError: it could not be written.
+        Args:
+            bits: everything that the results depend on.
+            images: identity of each split's images.
         """
         self.replace(self.config_file, as_toml(config))
         git = git_state()
@@ -135,12 +149,18 @@ class ClaimedRun(RunFolder):
                 return
             self._progress = {"step": start_step, "saved_step": start_step}
             self._write_status("running")
-            self._attempt(
-                "started", step=start_step, world_size=self.world_size, versions=versions(), git=git, **details
+            self._append_attempt(
+                "started",
+                step=start_step,
+                world_size=self.world_size,
+                versions=versions(),
+                git=git,
+                bits=bits,
+                images=images,
             )
 
     def progress(self, *, step: int, epoch: int) -> None:
-        """Note where training is; in status.json every few seconds, without a wait for the disk or for a save's thread."""
+        """Record the current step in status.json, every few seconds. Waits neither for the disk nor for a save."""
         if time.monotonic() >= self._next_progress and self._status_lock.acquire(blocking=False):
             try:
                 self._next_progress = time.monotonic() + PROGRESS_SECONDS
@@ -151,7 +171,7 @@ class ClaimedRun(RunFolder):
                 self._status_lock.release()
 
     def saved(self, *, step: int, epoch: int) -> None:
-        """Note how far the newest checkpoint goes; called by the thread that wrote it, and ignored after the end."""
+        """Record the step of the newest checkpoint. Called by the thread that wrote it; ignored after `end`."""
         with self._status_lock:
             if not self._ended:
                 self._progress["saved_step"] = step
@@ -160,25 +180,26 @@ class ClaimedRun(RunFolder):
                 self._write_status("running")
 
     def end(self, status: str, *, exit_code: ExitCode, reason: str = "", **progress: int) -> None:
-        """Write down how this attempt ended: finished, stopped or failed."""
+        """Record how this attempt ended: finished, stopped or failed."""
         with self._status_lock:
             self._ended = True
             self._progress |= progress
             self._write_status(status, reason=reason, exit_code=int(exit_code))
-            self._attempt(status, reason=reason, exit_code=int(exit_code), **progress)
+            self._append_attempt(status, reason=reason, exit_code=int(exit_code), **progress)
 
     def release(self) -> None:
         self._lock.release()
 
-    def _write_status(self, status: str, *, synced: bool = True, **facts: Any) -> None:
-        self.check_ours()
+    def _write_status(self, status: str, *, synced: bool = True, **fields: Any) -> None:
+        self.check_token()
         common = {"status": status, "time": _now(), "pid": os.getpid(), "host": host(), "world_size": self.world_size}
+        record = Status.model_validate(common | fields | self._progress)
         with storing(self.status_file):
-            replace_json(self.status_file, common | facts | self._progress, synced=synced)
+            replace_json(self.status_file, record.as_json(), synced=synced)
 
-    def _attempt(self, event: str, **facts: Any) -> None:
-        line = {"event": event, "time": _now(), "token": self.token, "pid": os.getpid(), "host": host()} | facts
-        self.append(self.attempts_file, line)
+    def _append_attempt(self, event: str, **fields: Any) -> None:
+        record = AttemptRecord(event=event, time=_now(), token=self.token, pid=os.getpid(), host=host(), **fields)
+        self.append(self.attempts_file, record)
 
 
 def _now() -> str:

@@ -1,13 +1,6 @@
-"""The folder of a run: its files, its status and its newest state. Imports no torch.
+"""Paths in a run folder, its status and its newest state. Imports no torch.
 
-RUN/config.toml       the resolved config; can be passed back in
-RUN/status.json       running | finished | stopped | failed, with the reason, exit code and progress
-RUN/attempts.jsonl    a line at the start and at the end of each attempt: when, where, versions, why it ended
-RUN/attempt.json      the token of the attempt that may write
-RUN/digests.jsonl     a line a save: a digest of every tensor, kept when the checkpoint goes
-RUN/upload.json       the newest checkpoint that `checkpoint.upload_to` has, and what went wrong there last
-RUN/metrics.jsonl     RUN/tensorboard/   RUN/curves.png   RUN/logs/rank-0000.log   RUN/checkpoints/
-RUN/confusion-*.png  RUN/export/  RUN/report.html  made by commands, which do not claim the folder
+docs/run-folder.md describes every file. `ClaimedRun` writes them.
 """
 
 from pathlib import Path
@@ -15,13 +8,12 @@ from typing import Any
 
 from distributed.config import TrainConfig, from_saved
 from distributed.errors import InputError
-from distributed.files import read_object
 from distributed.run import checkpoint_layout
-from distributed.run.records import save_lines
+from distributed.run.records import Status, read_saves
 
 
 class RunFolder:
-    """Paths of a run, for anybody; `claim` makes this process its one writer."""
+    """Paths of a run folder, for reading. `ClaimedRun.claim` makes this process its only writer."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,9 +34,9 @@ class RunFolder:
             self._attempt_file,
         )  # fmt: skip
 
-    def status(self) -> dict[str, Any]:
-        """What the last attempt said of itself; empty where there was none."""
-        return read_object(self.status_file)
+    def status(self) -> Status:
+        """Read status.json. All fields are None if there is no such file."""
+        return Status.read(self.status_file)
 
     def newest_saved(self) -> checkpoint_layout.SavedState | None:
         """Find the newest checkpoint whose state.json is intact."""
@@ -58,25 +50,26 @@ class RunFolder:
     def has_saved(self) -> bool:
         """Whether a checkpoint was ever committed here, although none may be left."""
         damaged_too = checkpoint_layout.saved_or_damaged(self.checkpoints)
-        return bool(self.saved_step() or damaged_too or save_lines(self.digests_file))
+        return bool(self.saved_step() or damaged_too or read_saves(self.digests_file))
 
     def saved_step(self) -> int:
-        """The step of the newest checkpoint that was ever committed, as far as status.json says."""
+        """Return the step of the newest checkpoint that was ever committed according to status.json."""
         status = self.status()
-        # Older versions said no more than where the run was; only one that ended well had saved that.
-        step = status.get("saved_step", status.get("step") if status.get("status") in ("finished", "stopped") else 0)
-        return step if isinstance(step, int) else 0
+        if status.saved_step is not None:
+            return status.saved_step
+        # Older versions recorded only the current step, which is saved if the run ended well.
+        return status.step or 0 if status.status in ("finished", "stopped") else 0
 
     def check_not_lost(self) -> None:
-        """Raises InputError if this run has saved and nothing complete is left of that: it never begins again at step 0."""
+        """Raise InputError if this run has saved checkpoints and no complete one is left: it must not restart at step 0."""
         if self.has_saved():
             raise InputError(
                 f"run_dir = {self.path}: this run has saved checkpoints, and no complete one is left in {self.checkpoints}; "
-                "put one back from a copy, or give another --run_dir to begin again"
+                "restore one from a copy, or give another --run_dir to start over"
             )
 
     def saved_config(self) -> TrainConfig | None:
-        """The config that the newest checkpoint was made under.
+        """Return the config that the newest checkpoint was saved under.
 
         Raises:
             InputError: this version cannot read it.
@@ -86,7 +79,7 @@ class RunFolder:
 
 
 def config_in(state: dict[str, Any], *, where: Path | str, option: str) -> TrainConfig:
-    """The config in a checkpoint's state.json; an InputError where this version cannot read it."""
+    """Return the config in a checkpoint's state.json. Raises InputError if this version cannot read it."""
     try:
         return from_saved(state["config"])
     except InputError as error:

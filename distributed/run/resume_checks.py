@@ -1,4 +1,4 @@
-"""What must agree between a config and the run in its folder before anything starts. Imports no torch."""
+"""Checks that a config fits the run in its folder, before anything starts. Imports no torch."""
 
 import os
 import stat
@@ -33,7 +33,7 @@ def check_run_folder(config: TrainConfig) -> SavedState | None:
             beyond use, or the folder is not a run folder.
     """
     run = RunFolder(config.run_dir)
-    _check_kinds(run)
+    _check_file_types(run)
     for path in checkpoints(run.checkpoints):
         check_format(path)
     saved = run.newest_saved()
@@ -47,16 +47,16 @@ def check_run_folder(config: TrainConfig) -> SavedState | None:
 def is_finished(config: TrainConfig, saved: SavedState | None) -> bool:
     """Whether the run in the config's folder has finished: its newest saved state, also complete, is that of its end."""
     run = RunFolder(config.run_dir)
-    if saved is None or run.status().get("status") != "finished" or not is_at_end(saved.content, config):
+    if saved is None or run.status().status != "finished" or not is_at_end(saved.content, config):
         return False
     return newest_complete(run.checkpoints).checkpoint == saved.checkpoint
 
 
-def _check_kinds(run: RunFolder) -> None:
-    """Raises InputError if something else stands in place of a folder or file of the run: a pipe would be waited for."""
+def _check_file_types(run: RunFolder) -> None:
+    """Raise InputError if a path of the run has another file type, e.g. a pipe, on which opening would block."""
     for path in run.logs, run.checkpoints:
         if not (there := next(p for p in (path, *path.parents) if os.path.lexists(p))).is_dir():
-            raise InputError(f"run_dir = {run.path}: {there} is no folder; move it, or give another with --run_dir")
+            raise InputError(f"run_dir = {run.path}: {there} is not a folder; move it, or give another with --run_dir")
     for path in (*run.shared_files, run.path / ".lock"):
         if os.path.lexists(path) and not _is_file(path):
             raise InputError(
@@ -65,7 +65,7 @@ def _check_kinds(run: RunFolder) -> None:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is a regular file, or a link to one that can be made."""
+    """Whether it is a regular file, or a link to one that can be created."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError as error:
@@ -73,13 +73,13 @@ def _is_file(path: Path) -> bool:
 
 
 def check_saved(content: dict[str, Any], checkpoint: Path, *, config: TrainConfig, images: int | None = None) -> None:
-    """Check what a checkpoint's state.json says against the config that is to resume from it.
+    """Check a checkpoint's state.json against the config that is to resume from it.
 
     Args:
-        images: number of training images if it is known already.
+        images: number of training images, if known.
 
     Raises:
-        InputError: it is another experiment's, its counters are none of this run, or it is past the config's end.
+        InputError: it belongs to another experiment, its counters are inconsistent, or it is beyond the config's epochs.
     """
     run, remedy = checkpoint.parent.parent, "move it away, or give another --run_dir"
     if missing := [key for key in ("config", "bits") if not isinstance(content.get(key), dict)]:
@@ -114,7 +114,7 @@ def changed_settings(config: TrainConfig, state: dict[str, Any], *, where: Path 
     if refused:
         raise InputError(
             *[f"{where}: {path} = {shown(new)}: this run was begun with {shown(old)}" for path, old, new in refused],
-            f"a resumed run keeps its experiment: take these settings back, or give another {option}",
+            f"a resumed run keeps its experiment: restore these settings, or give another {option}",
         )
     return {path for path, _, _ in changed}
 
@@ -125,11 +125,11 @@ def check_init_from(config: TrainConfig) -> None:
         return
     checkpoint = find_checkpoint(config.init_from)
     check_format(checkpoint)
-    there: Any = read_object(checkpoint / STATE)
+    model: Any = read_object(checkpoint / STATE)
     for key in ("config", "model", "name"):
-        there = there.get(key) if isinstance(there, dict) else None
-    if there != config.model.name:
+        model = model.get(key) if isinstance(model, dict) else None
+    if model != config.model.name:
         raise InputError(
-            f"init_from = {config.init_from}: holds weights of {there or 'an unreadable run'}, and model.name = "
-            f"{config.model.name}; name another run, or set model.name = {there}"
+            f"init_from = {config.init_from}: holds weights of {model or 'an unreadable run'}, and model.name = "
+            f"{config.model.name}; name another run, or set model.name = {model}"
         )

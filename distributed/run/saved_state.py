@@ -1,7 +1,7 @@
-"""The check of a checkpoint's state.json before a run resumes from it. Imports no torch.
+"""Validation of a checkpoint's state.json before a run resumes from it. Imports no torch.
 
-Digests only prove that a file is as it was written. These checks prove that its counters are numbers of this run: each in
-its range, and all in agreement.
+Digests only prove that a file is unchanged since it was written. These checks prove that its counters belong to this run:
+each is in range, and all are consistent.
 """
 
 from typing import Annotated, Any
@@ -24,7 +24,7 @@ class _Best(_Record):
     value: Number
 
 
-class _Sums(_Record):
+class _Totals(_Record):
     loss: int
     correct: Count
     correct5: Count
@@ -33,17 +33,17 @@ class _Sums(_Record):
     skipped_steps: Count = 0
 
 
-class _Watch(_Record):
+class _Patience(_Record):
     best: Number | None
     bad_epochs: Count
 
 
-class _Plateau(_Watch):
+class _Plateau(_Patience):
     drops: Count
     cooldown_left: Count
 
 
-class _Stopping(_Watch):
+class _EarlyStopping(_Patience):
     stopped: bool
 
 
@@ -53,60 +53,62 @@ class _Counters(_Record):
     step_in_epoch: Count
     samples_seen: Count
     best: _Best | None
-    window: _Sums
-    epoch_totals: _Sums
+    window: _Totals
+    epoch_totals: _Totals
     schedule: dict[str, Any]
-    early_stopping: _Stopping | None
+    early_stopping: _EarlyStopping | None
 
 
 def check_state(content: dict[str, Any], config: TrainConfig, *, images: int | None = None) -> None:
-    """Check the counters in a state.json against the config that it was saved under.
+    """Check the counters of a state.json against the config that it was saved under.
 
     Args:
-        images: number of training images if it is known already; the checks are exact then.
+        images: number of training images, if known; the checks are exact then.
 
     Raises:
-        ValueError: a counter is no number, out of range, or disagrees with another; one line.
+        ValueError: a counter is not a number, out of range, or inconsistent with another. A one-line message.
     """
     if not isinstance(content.get("state"), dict):
-        raise ValueError("state in state.json: of another version")
+        raise ValueError("state.json: state is missing or from another version")
     try:
         counters = _Counters.model_validate(content["state"])
-        plateau = isinstance(config.schedule, schedules.Plateau)
-        schedule = _Plateau.model_validate(counters.schedule) if plateau else None
+        is_plateau = isinstance(config.schedule, schedules.Plateau)
+        schedule = _Plateau.model_validate(counters.schedule) if is_plateau else None
     except ValidationError as error:
         first = error.errors()[0]
         name, found = ".".join(map(str, first["loc"])), repr(first["input"])
-        said = "is missing" if first["type"] == "missing" else f"= {found[:60]}: {first['msg'].lower()}"
-        raise ValueError(f"state.json: {name} {said}") from None
+        problem = "is missing" if first["type"] == "missing" else f"= {found[:60]}: {first['msg'].lower()}"
+        raise ValueError(f"state.json: {name} {problem}") from None
     if schedule is None and counters.schedule:
         raise ValueError(
-            f"state.json: {config.schedule.name} has no state, and there is {sorted(counters.schedule)[:5]}"
+            f"state.json: schedule {config.schedule.name} has no state, but found {sorted(counters.schedule)[:5]}"
         )
-    for problem in (
-        _of_place(counters, config, images),
-        _of_sums(counters, config, images),
-        _of_best(counters, config),
-        _of_watches(counters, schedule, config),
+    for mismatch in (
+        _check_position(counters, config, images),
+        _check_totals(counters, config, images),
+        _check_best(counters, config),
+        _check_schedule(counters, schedule, config),
+        _check_early_stopping(counters, config),
     ):
-        if problem:
-            raise ValueError(f"state.json: {problem}")
+        if mismatch:
+            raise ValueError(f"state.json: {mismatch}")
 
 
 def trained_epochs(content: dict[str, Any]) -> tuple[int, int]:
-    """The number of finished epochs, and of steps in the next, by a state.json that was checked."""
+    """Return the number of finished epochs, and of steps in the next one. Requires a checked state.json."""
     return content["state"]["epoch"], content["state"]["step_in_epoch"]
 
 
 def is_at_end(content: dict[str, Any], config: TrainConfig) -> bool:
-    """Whether a state.json that was checked is that of the end of the run."""
+    """Whether the run has no steps left: all epochs are done, or it stopped early. Requires a checked state.json."""
     stopping = content["state"]["early_stopping"]
     return trained_epochs(content) == (config.epochs, 0) or bool(stopping and stopping["stopped"])
 
 
-def _of_place(found: _Counters, config: TrainConfig, images: int | None) -> str | None:
+def _check_position(found: _Counters, config: TrainConfig, images: int | None) -> str | None:
+    """Return how epoch, step, step_in_epoch and samples_seen are inconsistent; None if they are not. So do all below."""
     epoch, in_epoch, batch = found.epoch, found.step_in_epoch, config.global_batch_size
-    before = found.step - in_epoch
+    before = found.step - in_epoch  # steps in finished epochs
     if epoch > config.epochs:
         return f"epoch = {epoch} is beyond the {config.epochs} of the run"
     if epoch == config.epochs and in_epoch:
@@ -121,14 +123,14 @@ def _of_place(found: _Counters, config: TrainConfig, images: int | None) -> str 
         steps = before // epoch if epoch else in_epoch
     if in_epoch > steps:
         return f"step_in_epoch = {in_epoch} is beyond the {steps} steps of an epoch"
-    least, most = _samples(epoch, in_epoch, steps, batch, images)
+    least, most = _sample_range(epoch, in_epoch, steps, batch, images)
     if not least <= found.samples_seen <= most:
         return f"samples_seen = {found.samples_seen} does not agree with step = {found.step}"
     return None
 
 
-def _samples(epoch: int, in_epoch: int, steps: int, batch: int, images: int | None) -> tuple[int, int]:
-    """Minimum and maximum number of samples after these epochs and steps; the last step of an epoch may be smaller."""
+def _sample_range(epoch: int, in_epoch: int, steps: int, batch: int, images: int | None) -> tuple[int, int]:
+    """Return the least and greatest number of samples after these epochs and steps. An epoch's last step may be smaller."""
     if images is not None:
         exact = epoch * images + min(in_epoch * batch, images)
         return exact, exact
@@ -136,50 +138,57 @@ def _samples(epoch: int, in_epoch: int, steps: int, batch: int, images: int | No
     return most - (epoch + (in_epoch == steps > 0)) * (batch - 1), most
 
 
-def _of_sums(found: _Counters, config: TrainConfig, images: int | None) -> str | None:
-    steps, sums = found.step_in_epoch, {"window": found.window, "epoch_totals": found.epoch_totals}
-    for name, part in sums.items():
-        # Rounding may take the loss of a certain answer just below zero.
-        in_range = -part.count << 30 <= part.loss <= part.count << 93
-        if not in_range or max(part.correct, part.correct5) > part.count or part.skipped_steps > steps:
-            return f"{name} = {str(part)[:120]}: not the sums of {part.count} samples"
-    least, most = _samples(0, steps, steps, config.global_batch_size, images)
+def _check_totals(found: _Counters, config: TrainConfig, images: int | None) -> str | None:
+    steps, both = found.step_in_epoch, {"window": found.window, "epoch_totals": found.epoch_totals}
+    for name, totals in both.items():
+        # Rounding may make the loss of a confident prediction slightly negative.
+        in_range = -totals.count << 30 <= totals.loss <= totals.count << 93
+        if not in_range or max(totals.correct, totals.correct5) > totals.count or totals.skipped_steps > steps:
+            return f"{name} = {str(totals)[:120]}: impossible for {totals.count} samples"
+    least, most = _sample_range(0, steps, steps, config.global_batch_size, images)
     if not least <= (count := found.window.count + found.epoch_totals.count) <= most:
-        return f"window and epoch_totals hold {count} samples, and step_in_epoch = {steps}"
+        return f"window and epoch_totals count {count} samples, but step_in_epoch = {steps}"
     return None
 
 
-def _of_best(found: _Counters, config: TrainConfig) -> str | None:
+def _check_best(found: _Counters, config: TrainConfig) -> str | None:
     best, by = found.best, config.best_by
     if best is None:
         return None
     if by is None:
-        return f"best is epoch {best.epoch}, and checkpoint.best_by = none"
+        return f"best is epoch {best.epoch}, but checkpoint.best_by = none"
     if best.epoch >= found.epoch or best.step * found.epoch != (best.epoch + 1) * (found.step - found.step_in_epoch):
-        return f"best.epoch = {best.epoch} and best.step = {best.step} are no end of the {found.epoch} epochs so far"
-    return None if _is_metric(best.value, by) else f"best.value = {best.value} is no {by}"
+        return f"best.epoch = {best.epoch} and best.step = {best.step} are not the end of one of {found.epoch} epochs"
+    return None if _is_metric(best.value, by) else f"best.value = {best.value} is not a possible {by}"
 
 
-def _of_watches(found: _Counters, schedule: _Plateau | None, config: TrainConfig) -> str | None:
-    watches: list[tuple[str, _Watch, Any]] = []
-    if schedule and isinstance(config.schedule, schedules.Plateau):
-        most = found.epoch if config.schedule.max_drops is None else min(found.epoch, config.schedule.max_drops)
-        if schedule.drops > most:
-            return f"schedule.drops = {schedule.drops} is more than the {most} that there can be"
-        if schedule.cooldown_left > config.schedule.cooldown:
-            return f"schedule.cooldown_left = {schedule.cooldown_left} is more than {config.schedule.cooldown}"
-        watches.append(("schedule", schedule, config.schedule))
-    if (found.early_stopping is None) != (config.early_stopping is None):
-        return f"early_stopping = {found.early_stopping}, and the run's is {config.early_stopping}"[:200]
-    if found.early_stopping and config.early_stopping:
-        watches.append(("early_stopping", found.early_stopping, config.early_stopping))
-        if found.early_stopping.stopped != (found.early_stopping.bad_epochs >= config.early_stopping.patience):
-            return f"early_stopping.stopped = {found.early_stopping.stopped} does not agree with bad_epochs"
-    for name, watch, section in watches:
-        if watch.bad_epochs > (most := min(found.epoch, section.patience)):
-            return f"{name}.bad_epochs = {watch.bad_epochs} is more than the {most} that there can be"
-        if watch.best is not None and not _is_metric(watch.best, section.metric):
-            return f"{name}.best = {watch.best} is no {section.metric}"
+def _check_schedule(found: _Counters, schedule: _Plateau | None, config: TrainConfig) -> str | None:
+    if schedule is None or not isinstance(config.schedule, schedules.Plateau):
+        return None
+    most = found.epoch if config.schedule.max_drops is None else min(found.epoch, config.schedule.max_drops)
+    if schedule.drops > most:
+        return f"schedule.drops = {schedule.drops} is more than the possible {most}"
+    if schedule.cooldown_left > config.schedule.cooldown:
+        return f"schedule.cooldown_left = {schedule.cooldown_left} is more than {config.schedule.cooldown}"
+    return _check_patience("schedule", schedule, found, config.schedule)
+
+
+def _check_early_stopping(found: _Counters, config: TrainConfig) -> str | None:
+    state, section = found.early_stopping, config.early_stopping
+    if (state is None) != (section is None):
+        return f"early_stopping = {state}, but the config has {section}"[:200]
+    if state is None or section is None:
+        return None
+    if state.stopped != (state.bad_epochs >= section.patience):
+        return f"early_stopping.stopped = {state.stopped} does not agree with bad_epochs"
+    return _check_patience("early_stopping", state, found, section)
+
+
+def _check_patience(name: str, state: _Patience, found: _Counters, section: Any) -> str | None:
+    if state.bad_epochs > (most := min(found.epoch, section.patience)):
+        return f"{name}.bad_epochs = {state.bad_epochs} is more than the possible {most}"
+    if state.best is not None and not _is_metric(state.best, section.metric):
+        return f"{name}.best = {state.best} is not a possible {section.metric}"
     return None
 
 

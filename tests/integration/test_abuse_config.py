@@ -19,7 +19,7 @@ HUGE = str(10**30)
 # Setting -> a bad value and a part of what is said of it; on the command line, with data.name and the like before it.
 VALUES: list[tuple[str, str, str]] = [
     ("run_dir", "", "should be a path"),
-    ("run_dir", "x" * 300, "at most 255 bytes a name"),
+    ("run_dir", "x" * 300, "at most 255 bytes per name"),
     ("seed", "-1", "greater than or equal to 0"),
     ("seed", str(2**63), "less than"),
     ("epochs", "0", "greater than 0"),
@@ -123,10 +123,10 @@ VALUES: list[tuple[str, str, str]] = [
     ("checkpoint.max_overhead", "5%", "number"),
     ("cuda_graphs", "maybe", "valid boolean"),
     ("checkpoint.keep_last", "0", "greater than or equal to 1"),
-    ("checkpoint.upload_to", "bucket/prefix", "should be a URL as s3://BUCKET/PREFIX"),
-    ("checkpoint.upload_to", "ftp://host/prefix", "should be a URL as s3://BUCKET/PREFIX"),
-    ("checkpoint.upload_to", "s3://", "should be a URL as s3://BUCKET/PREFIX"),
-    ("checkpoint.upload_to", "s3://key:secret@bucket/prefix", "should be a URL as s3://BUCKET/PREFIX"),
+    ("checkpoint.upload_to", "bucket/prefix", "should be a URL such as s3://BUCKET/PREFIX"),
+    ("checkpoint.upload_to", "ftp://host/prefix", "should be a URL such as s3://BUCKET/PREFIX"),
+    ("checkpoint.upload_to", "s3://", "should be a URL such as s3://BUCKET/PREFIX"),
+    ("checkpoint.upload_to", "s3://key:secret@bucket/prefix", "should be a URL such as s3://BUCKET/PREFIX"),
     ("checkpoint.upload_to", "s3://bucket/step-*", "without spaces, ?, *, # and brackets"),
     ("checkpoint.upload_to", "file://folder", "file:///FOLDER"),
     ("checkpoint.upload_to", "file:///a\nb", "upload_to = 'file:///a\\nb': should be a URL"),
@@ -236,26 +236,26 @@ WORDS: dict[str, tuple[list[str], str]] = {
     "an end in a dot": (["--optim.", "3"], "unknown setting"),
     "momentum missing": (["--optim.momentum", "0"], "optim.nesterov = true needs momentum"),
     "scaling without base": (["--optim.lr_scaling", "sqrt"], "needs optim.lr_base_batch"),
-    "compiled and exact": (["--compile", "--exact.shards", "8"], "compile = true cannot go with exact.shards = 8"),
+    "compiled and exact": (["--compile", "--exact.shards", "8"], "compile = true cannot be combined with exact.shards = 8"),
     "compressed and exact": (
         ["--engine.compression", "bfloat16", "--exact.shards", "4"],
-        "engine.compression = bfloat16 cannot go with exact.shards = 4",
+        "engine.compression = bfloat16 cannot be combined with exact.shards = 4",
     ),
     "deepspeed and exact": (
         ["--engine.name", "deepspeed", "--exact.shards", "4"],
-        "exact.shards = 4 cannot go with engine.name = deepspeed",
+        "exact.shards = 4 cannot be combined with engine.name = deepspeed",
     ),
     "deepspeed in float64": (
         ["--engine.name", "deepspeed", "--precision", "float64"],
-        "precision = float64 cannot go with engine.name = deepspeed",
+        "precision = float64 cannot be combined with engine.name = deepspeed",
     ),
     "deepspeed in float16": (
         ["--engine.name", "deepspeed", "--precision", "float16"],
-        "precision = float16 cannot go with engine.name = deepspeed",
+        "precision = float16 cannot be combined with engine.name = deepspeed",
     ),
     "deepspeed compiled": (
         ["--engine.name", "deepspeed", "--compile"],
-        "compile = true cannot go with engine.name = deepspeed",
+        "compile = true cannot be combined with engine.name = deepspeed",
     ),
     "overlap at stage 0": (
         ["--engine.name", "deepspeed", "--engine.zero_stage", "0", "--engine.overlap_comm"],

@@ -153,7 +153,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     result = run(python(*TINY, "--run_dir", tmp_path / "file" / "run"))
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
-    assert f"{tmp_path / 'file'} is no folder" in result.stderr
+    assert f"{tmp_path / 'file'} is not a folder" in result.stderr
 
 
 @pytest.mark.timeout(200)

@@ -16,12 +16,12 @@ pytestmark = pytest.mark.skipif(bool(TRIED.returncode), reason=f"no namespaces h
 RANK = """
 import os, time, torch
 from distributed.comm.process_group import process_group
-from distributed.comm.all_gather import open_row_gather
+from distributed.comm.all_gather import open_all_gather
 from distributed.topology import Topology
 
 topology, device = Topology.from_environment(), torch.device("cpu")
 with process_group(topology, device, timeout_seconds=30):
-    gather = open_row_gather(device, timeout_seconds=30)
+    gather = open_all_gather(device, timeout_seconds=30)
     print(type(gather).__name__)
     time.sleep(topology.rank)
     print(gather(torch.tensor([topology.rank])).flatten().tolist())
@@ -36,8 +36,8 @@ with process_group(topology, device, timeout_seconds=30):
 """
 ALONE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts", "sh", "-c"]
 CONTAINERS = {
-    "the same name": (['exec "$@"'] * 2, "SharedMemoryGather"),
-    "other names": (['hostname first; exec "$@"', 'hostname second; exec "$@"'], "SharedMemoryGather"),
+    "the same name": (['exec "$@"'] * 2, "SharedMemoryAllGather"),
+    "other names": (['hostname first; exec "$@"', 'hostname second; exec "$@"'], "SharedMemoryAllGather"),
     "own memory": (['mount -t tmpfs x /dev/shm; exec "$@"'] * 2, "function"),
 }
 

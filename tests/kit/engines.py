@@ -1,4 +1,4 @@
-"""All engines side by side in one process group."""
+"""Builds every engine in one process group, takes steps with it and compares the results."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -30,7 +30,7 @@ SHARDED = [name for name in ENGINES if name not in ("ddp", "zero 0")]
 
 
 def config_with(engine: str, run_dir: Path = Path("unused"), **settings: Any) -> TrainConfig:
-    """In fast mode and, so that all compute with the same kernels, in the one memory layout that all have."""
+    """Return a config for fast mode in contiguous memory, the one layout in which all engines use the same kernels."""
     return small_config(run_dir, engine=ENGINES[engine], exact=FAST, channels_last=False, **settings)
 
 
@@ -50,7 +50,7 @@ def steps(
     count: int = 1,
     device: torch.device = CPU,
 ) -> tuple[list[float], list[float]]:
-    """(mean losses, gradient norms) of some steps of the first epoch."""
+    """Take `count` steps of the first epoch from step `first`; return their mean losses and gradient norms."""
     sums, losses, norms = MetricAccumulator(device), list[float](), list[float]()
     batches = data.train_epoch(0, start_step=first)
     for step, micro_batches in zip(range(first, first + count), batches, strict=False):
@@ -63,9 +63,11 @@ def copied(engine: Engine) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in engine.state()}
 
 
-def difference(found: dict[str, Tensor], expected: dict[str, Tensor], kind: str, *, but: Collection[str] = ()) -> float:
-    """The norm of what tensors of a kind, as `model`, differ by, as a part of their norm."""
+def difference(
+    found: dict[str, Tensor], expected: dict[str, Tensor], kind: str, *, ignore: Collection[str] = ()
+) -> float:
+    """Return the norm of the difference of all tensors of a kind, e.g. `model`, relative to their norm."""
     names = [name for name in expected if name.startswith(f"{kind}.") and expected[name].is_floating_point()]
-    names = [name for name in names if name not in but]
-    apart = torch.stack([(found[name].double() - expected[name].double()).square().sum() for name in names]).sum()
-    return float((apart / torch.stack([expected[name].double().square().sum() for name in names]).sum()).sqrt())
+    names = [name for name in names if name not in ignore]
+    squares = torch.stack([(found[name].double() - expected[name].double()).square().sum() for name in names]).sum()
+    return float((squares / torch.stack([expected[name].double().square().sum() for name in names]).sum()).sqrt())

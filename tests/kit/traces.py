@@ -1,4 +1,4 @@
-"""Everything that a run tells and leaves, to be compared to the last bit."""
+"""Everything that a run reports and writes, for bit-exact comparison."""
 
 import hashlib
 import json
@@ -21,15 +21,19 @@ from kit.small_runs import Recorder, StopAfter, lines, newest_checkpoint, state_
 
 @dataclass(frozen=True)
 class Trace:
-    """All that a rank knows of a run: what its sinks were told, what was decided, a digest of every tensor at the end, and
-    by which ways gradients and batch norm's rows went."""
+    """Everything that one rank knows about a run."""
 
     steps: list[dict[str, Any]]
+    """Metrics of each logged step, without those of the clock and the machine."""
     epochs: list[dict[str, Any]]
     decisions: list[str]
+    """Log lines of the plateau schedule and early stopping."""
     tensors: dict[str, str]
+    """Digests of the final state, by name."""
     ended: tuple[int, int, bool]
-    ways: frozenset[str]
+    """Final epoch and step, and whether the run was stopped."""
+    transports: frozenset[str]
+    """The classes that carried gradients and statistics rows in exact mode; in fast mode, {"fast"}."""
 
 
 def traced(config: TrainConfig, stop_after: int | None = None) -> Trace:
@@ -57,7 +61,7 @@ def traced(config: TrainConfig, stop_after: int | None = None) -> Trace:
         decisions,
         {name: digest_of(tensor) for name, tensor in engines[0].state()},
         (state.epoch, state.step, state.stop_reason is not None),
-        ways_of(engines[0]),
+        transports_of(engines[0]),
     )
 
 
@@ -65,12 +69,12 @@ def digest_of(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def ways_of(engine: Engine) -> frozenset[str]:
+def transports_of(engine: Engine) -> frozenset[str]:
     if not isinstance(engine, ExactEngine):
         return frozenset({"fast"})
-    rows = engine._lanes._gather.args[1]._gather
-    of_rows = getattr(rows, "__name__", type(rows).__name__)
-    return frozenset({of_rows, *(type(bucket.exchange).__name__ for bucket in engine._reduction._buckets)})
+    gather = engine._executor._gather.args[1]._gather
+    gather_name = getattr(gather, "__name__", type(gather).__name__)
+    return frozenset({gather_name, *(type(bucket.reduce).__name__ for bucket in engine._reducer._buckets)})
 
 
 def tensors_of(run: RunFolder) -> dict[str, Tensor]:
@@ -78,17 +82,17 @@ def tensors_of(run: RunFolder) -> dict[str, Tensor]:
 
 
 def digests_of(run: RunFolder) -> dict[str, dict[str, str]]:
-    """The digests of the tensors at every save, by the name of its checkpoint."""
+    """Return the digests of the tensors of every save, by checkpoint name."""
     return {line["name"]: line["tensors"] for line in map(json.loads, run.digests_file.read_text().splitlines())}
 
 
 def assert_same_run(found: RunFolder, expected: RunFolder) -> None:
-    """All that is written down of two runs: every logged figure, the tensors of every save, the state at the end."""
+    """Compare all that two runs have written: every logged metric, the tensors of every save, the final state."""
     for kind in ("train", "epoch"):
         assert lines(found, kind) == lines(expected, kind)
-    here, there = digests_of(found), digests_of(expected)
-    assert there.keys() <= here.keys(), "a stop saves besides the ends of epochs"
-    assert {name: here[name] for name in there} == there
+    digests, expected_digests = digests_of(found), digests_of(expected)
+    assert expected_digests.keys() <= digests.keys(), "a stop saves in addition to the ends of epochs"
+    assert {name: digests[name] for name in expected_digests} == expected_digests
     assert newest_checkpoint(found.path).name == newest_checkpoint(expected.path).name
     tensors = tensors_of(found)
     assert tensors.keys() == tensors_of(expected).keys()

@@ -33,13 +33,13 @@ def bytes_held() -> dict[str, dict[str, int]]:
         zero = engine._deepspeed.optimizer
         gradients = [part for parts in zero.averaged_gradients.values() for part in parts or ()]
         engine.step(0.01, step=0)  # after which no layer is left gathered
-        parameters, held = list(engine.model.parameters()), engine._held()
+        parameters, held = list(engine.model.parameters()), engine.local_tensors()
         optimizer = [held for key, held in held.items() if key.startswith("optimizer.")]
         found[name] = {
-            "optimizer": sum(held.part.nbytes for held in optimizer),
+            "optimizer": sum(held.local.nbytes for held in optimizer),
             "gradients": sum(gradient.nbytes for gradient in gradients),
             "weights": sum(p.nbytes + getattr(p, "ds_tensor", p[:0]).nbytes for p in parameters),
-            "whole": sum(held.place.shape.numel() * 4 for held in optimizer),
+            "whole": sum(held.placement.shape.numel() * 4 for held in optimizer),
         }
     return found
 

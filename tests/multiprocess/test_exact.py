@@ -167,7 +167,7 @@ def test_a_run_has_the_same_bits_on_any_number_of_processes_and_threads(
         assert trace.decisions == alone.decisions
         assert trace.ended == alone.ended
         assert trace.tensors == alone.tensors
-        assert "fast" not in trace.ways
+        assert "fast" not in trace.transports
     assert_same_run(everything.run(name, world_size, threads), everything.run(name, *REFERENCE))
 
 
@@ -194,8 +194,8 @@ def test_what_goes_over_the_process_group_has_the_bits_of_what_goes_through_memo
     for by_group, in_memory in zip(
         everything.traces(name, 3, "by group"), everything.traces(name, 3, 3, 1), strict=True
     ):
-        assert by_group.ways == {"gather_by_process_group", "OverGroup"}
-        assert in_memory.ways == {"SharedMemoryGather", "ThroughMemory"}
+        assert by_group.transports == {"process_group_all_gather", "AllReduce"}
+        assert in_memory.transports == {"SharedMemoryAllGather", "SharedMemoryReduce"}
         assert by_group.steps == in_memory.steps
         assert by_group.tensors == in_memory.tensors
     assert_same_run(everything.run(name, "by group"), everything.run(name, *REFERENCE))
@@ -204,7 +204,7 @@ def test_what_goes_over_the_process_group_has_the_bits_of_what_goes_through_memo
 def test_in_fast_mode_the_bits_depend_on_the_number_of_processes(everything: Everything) -> None:
     """Were it not so, nothing here could fail."""
     (alone,), others = (everything.traces("fast, float32", world_size, world_size) for world_size in (1, 3))
-    assert alone.ways == {"fast"}
+    assert alone.transports == {"fast"}
     for trace in others:
         assert [step["step"] for step in trace.steps] == [step["step"] for step in alone.steps]
         assert trace.steps != alone.steps

@@ -63,7 +63,8 @@ def test_on_a_gpu_a_run_has_the_same_bits_on_any_number_of_processes(
     assert len(alone.steps) == 6
     for rank in ranks[world_size]:
         trace = rank[name, threads]
-        assert trace.ways == ({"Alone", "NoneType"} if world_size == 1 else {"OverGroup", "gather_by_process_group"})
+        local, over_group = {"LocalReduce", "NoneType"}, {"AllReduce", "process_group_all_gather"}
+        assert trace.transports == (local if world_size == 1 else over_group)
         assert trace.steps == alone.steps
         assert trace.epochs == alone.epochs
         assert trace.tensors == alone.tensors

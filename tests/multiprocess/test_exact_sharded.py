@@ -55,7 +55,7 @@ def test_shared_out_weights_have_the_bits_of_whole_ones(alone: dict[str, Trace],
     threads, engine, names = SHARDED[world_size]
     for rank in run_ranks(run_cases, world_size, folder, names, engine, threads, timeout_seconds=300):
         for name, trace in rank.items():
-            assert "Scattered" in trace.ways
+            assert "ReduceScatter" in trace.transports
             assert trace.steps == alone[name].steps, name
             assert trace.epochs == alone[name].epochs, name
             assert trace.decisions == alone[name].decisions, name
@@ -102,15 +102,15 @@ def bytes_at_rest(engine: dict[str, Any], precision: str) -> dict[str, int]:
         layer.register_forward_hook(there)
     built.micro_step(loss, next(data.train_epoch(0))[0], last=True)
     built.step(0.01, step=0)
-    held = built.weights.held()
+    held = built.weights.local_tensors()
     return {
         "whole": sum(p.numel() * 4 for p in replica.parameters()),
         "gathered": sum(p.untyped_storage().nbytes() for p in (*replica.parameters(), *built._plain.parameters())),
         "most": max(seen),
         "weights": sum(part.nbytes for name, (part, _) in held.items() if name.endswith((".weight", ".bias"))),
         "optimizer": sum(part.nbytes for name, (part, _) in held.items() if name.startswith("optimizer.")),
-        "gradients": sum(bucket.exchange.total.nbytes for bucket in built._reduction._buckets),
-        "unsent": sum(bucket.exchange._sums is not None for bucket in built._reduction._buckets),
+        "gradients": sum(bucket.reduce.total.nbytes for bucket in built._reducer._buckets),
+        "unsent": sum(bucket.reduce._sums is not None for bucket in built._reducer._buckets),
     }
 
 

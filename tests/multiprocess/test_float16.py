@@ -43,7 +43,7 @@ def config_of(run_dir: Path, engine: str, precision: str = "float16", **settings
 @in_group
 def steps_of(engine: str, precision: str) -> tuple[list[float], list[bool]]:
     """(the mean loss of each step, whether it was skipped); a skipped one must change nothing that training goes on from."""
-    loss_scale.START = TOO_MUCH
+    loss_scale.INITIAL_SCALE = TOO_MUCH
     config = config_of(Path("unused"), engine, precision)
     topology = Topology(collectives.rank(), collectives.world_size())
     data = build_data(config, topology, CPU)
@@ -106,7 +106,7 @@ def test_the_engines_go_the_same_way() -> None:
 
 @in_group
 def undisturbed_and_stopped(folder: Path, engine: str) -> list[Trace]:
-    loss_scale.START = TOO_MUCH
+    loss_scale.INITIAL_SCALE = TOO_MUCH
     name = f"{engine} {world_size()}"
     traces = [traced(config_of(folder / name / "undisturbed", engine))]
     for stop_after in (1, 3, None):  # a step later: amid the skipped ones, and after them

@@ -32,7 +32,7 @@ def config_of(run_dir: Path, precision: str, **settings: Any) -> TrainConfig:
 
 @in_group  # of gloo: NCCL lets no two ranks share a GPU
 def run_all(folder: Path) -> dict[str, Trace]:
-    loss_scale.START = TOO_MUCH
+    loss_scale.INITIAL_SCALE = TOO_MUCH
     size = collectives.world_size()
     fast, exact = {"exact": FAST}, {"exact": {"shards": 4}}
     traces = {

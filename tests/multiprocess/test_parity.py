@@ -44,7 +44,7 @@ def compared() -> dict[tuple[str, str], dict[str, float]]:
             losses, _ = steps(engine, data, config, lr=lr, count=3)
             worst = {
                 "free losses": max(abs(a - b) / b for a, b in zip(losses, free[0], strict=True)),
-                "free weights": difference(copied(engine), free_end, "model", but=NO_GRADIENT),
+                "free weights": difference(copied(engine), free_end, "model", ignore=NO_GRADIENT),
             }
             before = start
             for step in range(3):
@@ -56,7 +56,7 @@ def compared() -> dict[tuple[str, str], dict[str, float]]:
                 apart = {
                     "loss": abs(loss - expected_loss) / expected_loss,
                     "norm": abs(norm - expected_norm) / expected_norm,
-                    "weights": difference(after, expected, "model", but=NO_GRADIENT),
+                    "weights": difference(after, expected, "model", ignore=NO_GRADIENT),
                     "optimizer": difference(after, expected, "optimizer"),
                 }
                 worst |= {key: max(worst.get(key, 0.0), value) for key, value in apart.items()}

@@ -202,7 +202,7 @@ def test_every_image_is_trained_on_once_across_a_stop(story: Story, way: str) ->
 def test_a_run_stopped_on_three_ranks_finishes_on_two(story: Story) -> None:
     run = story.run("on-two")
     assert [(rank.step, rank.stop_reason) for rank in story.attempts["on-two"]] == [(STEPS, None)] * 2
-    assert run.status()["status"] == "finished"
+    assert run.status().status == "finished"
     expected = lines(story.run("undisturbed"), "train")
     found = lines(run, "train")
     assert [line["step"] for line in found] == [line["step"] for line in expected]

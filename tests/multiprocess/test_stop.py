@@ -64,7 +64,7 @@ def test_the_step_of_the_stop_is_saved(stopped: Stopped) -> None:
 @pytest.mark.timeout(120)
 def test_the_status_says_stopped_with_its_progress(stopped: Stopped) -> None:
     status = stopped.run.status()
-    assert (status["status"], status["exit_code"], status["step"]) == ("stopped", 75, ASKED + 1)
+    assert (status.status, status.exit_code, status.step) == ("stopped", 75, ASKED + 1)
 
 
 @pytest.mark.timeout(120)

@@ -47,7 +47,7 @@ class PlainEngine:
 
     def step(self) -> None:
         self.model(torch.randn(4, 3)).square().sum().backward()
-        self.weights.update(0.1, step=0)
+        self.weights.step(0.1, step=0)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.weights.state()

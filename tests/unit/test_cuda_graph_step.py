@@ -99,7 +99,7 @@ def test_images_augmented_together_are_bit_identical(augmented_at_once: int, cas
     for one, other in zip(found, expected, strict=True):
         assert len(one) == len(other)
         for ours, theirs in zip(one, other, strict=True):
-            assert (ours.step_size, ours.shard_sizes) == (theirs.step_size, theirs.shard_sizes)
+            assert (ours.global_count, ours.shard_sizes) == (theirs.global_count, theirs.shard_sizes)
             for name in ("images", "labels", "sample_ids", "sample_keys"):
                 assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
             assert (ours.mixed is None) == (theirs.mixed is None)

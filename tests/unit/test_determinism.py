@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed.build import lanes_on
+from distributed.build import shard_workers
 from distributed.config import from_command_line
 from distributed.errors import InputError
 from distributed.exact.bucket_layout import ReplicatedBucket
-from distributed.exact.partition import ALIGNED
+from distributed.exact.partition import ALIGNMENT
 from distributed.training.determinism import kernel_metadata, make_deterministic, merge_metadata
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -79,13 +79,13 @@ def test_differences_between_ranks_name_the_ranks() -> None:
 
 
 def test_one_worker_runs_all_shards_on_cuda() -> None:
-    assert (lanes_on(CPU, threads=6), lanes_on(CUDA, threads=6)) == (6, 1)
+    assert (shard_workers(CPU, threads=6), shard_workers(CUDA, threads=6)) == (6, 1)
 
 
 def test_gradients_in_a_bucket_are_aligned() -> None:
     parameters = {index: torch.zeros(shape) for index, shape in enumerate([(3,), (5, 7), (1,), (2, 3, 3, 3)])}
-    lie = ReplicatedBucket(parameters)
-    views = lie.gradients(torch.zeros(lie.length))
-    assert [view.storage_offset() % ALIGNED for view in views.values()] == [0] * 4
+    layout = ReplicatedBucket(parameters)
+    views = layout.gradients(torch.zeros(layout.length))
+    assert [view.storage_offset() % ALIGNMENT for view in views.values()] == [0] * 4
     assert [view.shape for view in views.values()] == [p.shape for p in parameters.values()]
-    assert lie.chunks[-1].stop == lie.length
+    assert layout.chunks[-1].stop == layout.length

@@ -54,10 +54,10 @@ def run_exit_hooks(code: ExitCode, reason: str) -> None:
 )
 def test_exit_is_recorded_in_status_and_attempts(attempt: Attempt, config: TrainConfig, code: ExitCode, status: str):
     begin(attempt, config)
-    assert attempt.folder.status()["status"] == "running"
+    assert attempt.folder.status().status == "running"
     run_exit_hooks(code, "the reason")
     found = attempt.folder.status()
-    assert (found["status"], found["exit_code"], found["reason"], found["step"]) == (status, code, "the reason", 0)
+    assert (found.status, found.exit_code, found.reason, found.step) == (status, code, "the reason", 0)
     lines = [json.loads(line) for line in attempt.folder.attempts_file.read_text().splitlines()]
     assert [line["event"] for line in lines] == ["started", status]
 

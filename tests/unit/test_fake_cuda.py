@@ -1,7 +1,7 @@
-"""A training step copies nothing from ordinary host memory to a GPU and never waits for it: audited without a GPU.
+"""A training step copies nothing from pageable host memory to a GPU and never waits for it: audited without a GPU.
 
-Tensors are fake: operations are dispatched, nothing is computed. Their device is `cpu:0`, which torch keeps apart from `cpu`;
-it stands for the GPU. Fake tensors on `cuda` have no backward pass without a driver: autograd asks it for the streams.
+Tensors are fake: operations are dispatched, but nothing is computed. Their device is `cpu:0`, which torch distinguishes from
+`cpu`; it stands in for the GPU. Fake tensors on `cuda` have no backward pass without a driver, since autograd queries streams.
 """
 
 import traceback
@@ -24,7 +24,7 @@ from distributed.data import pipeline
 from distributed.data.batch import Batch
 from distributed.engine import ddp, exact
 from distributed.exact import gather_statistics
-from distributed.inference.confusion import ConfusionSums
+from distributed.inference.confusion import ConfusionMatrix
 from distributed.models import build as models
 from distributed.topology import Topology
 from distributed.training.steps import train_step
@@ -44,7 +44,7 @@ INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 
 
 class Audit(TorchDispatchMode):
-    """Collects the operations that copy from the host or wait for the device, with the line of the project behind each."""
+    """Collects operations that copy from the host or wait for the device, with the project's line that runs them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Audit(TorchDispatchMode):
         self.operations: Counter[Any] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # what `.device` of a fake tensor is
+        if func is torch.ops.prim.device.default:  # `.device` of a fake tensor
             return func(*args)
         self.operations[func.overloadpacket] += 1
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -62,7 +62,7 @@ class Audit(TorchDispatchMode):
             return _without_data(func, *args)
         result = func(*args, **(kwargs or {}))
         if inputs and any(_elsewhere(x) for x in tree_leaves(result)):
-            self.found[f"{_line_of_project()}: {func}: its result is on the host"] += 1
+            self.found[f"{_line_of_project()}: {func}: returns a tensor on the host"] += 1
         return result
 
     def assert_nothing_found(self) -> None:
@@ -72,13 +72,13 @@ class Audit(TorchDispatchMode):
 
 def _complaint(operation: Any, inputs: list[Tensor]) -> str | None:
     if operation in FROM_HOST:
-        return "made from numbers on the host"
+        return "created from values on the host"
     if operation in WAITS:
         return "waits for the device"
     if operation in INDEXING and any(x.dtype == torch.bool for x in inputs[1:]):
-        return "a mask as an index is counted on the host"
+        return "a boolean index is counted on the host"
     if any(map(_elsewhere, inputs)):
-        return "takes a tensor that is on the host"
+        return "reads a tensor on the host"
     return None
 
 
@@ -87,7 +87,7 @@ def _elsewhere(x: object) -> bool:
 
 
 def _without_data(func: Any, *args: Any) -> Any:
-    """The results of two operations that torch cannot do on fake tensors: an update in place, and a batch's statistics."""
+    """Return results for two operations that fake tensors do not support: an in-place update, and a batch's statistics."""
     return None if func is aten._fused_sgd_.default else (torch.empty_like(args[1]), torch.empty_like(args[2]))
 
 
@@ -95,11 +95,11 @@ def _line_of_project() -> str:
     for frame in reversed(traceback.extract_stack()):
         if ROOT in Path(frame.filename).parents:
             return f"{Path(frame.filename).relative_to(ROOT.parent)}:{frame.lineno}"
-    return "outside of the project"
+    return "outside the project"
 
 
 def _on_device(model: nn.Module, *, device: torch.device, **_: object) -> nn.Module:
-    """`Module.to` refuses fake parameters."""
+    """Move a model to a device; `Module.to` rejects fake parameters."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(parameter.detach().to(device)))
@@ -112,8 +112,8 @@ def _on_device(model: nn.Module, *, device: torch.device, **_: object) -> nn.Mod
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     for engine in (ddp, exact):
         monkeypatch.setattr(engine, "cast", _on_device)
-    monkeypatch.setattr(models, "initialize", lambda model, **_: None)  # thousands of operations before the first step
-    # The split is computed by torch and read by numpy, which sees no fake tensor.
+    monkeypatch.setattr(models, "initialize", lambda model, **_: None)  # it takes thousands of operations
+    # The split is computed by torch and read by numpy, which cannot read fake tensors.
     monkeypatch.setattr(pipeline, "validation_mask", lambda labels, **_: np.zeros(len(labels), np.bool_))
     return FAKE
 
@@ -122,7 +122,7 @@ def audited_step(*arguments: str) -> Audit:
     images = "--data.name generated10 --data.train_samples 20 --data.test_samples 10 --data.placement device"
     config = from_command_line([*f"{images} --threads 1 --global_batch_size 20".split(), *arguments]).config
     data = build.build_data(config, Topology(), DEVICE)
-    data.example()  # what is made once for a device
+    data.example()  # creates what is cached per device
     engine = build.build_engine(config, Topology(), data, DEVICE)
     sums = MetricAccumulator(DEVICE)
     audit, batches = Audit(), data.train_epoch(0)
@@ -146,10 +146,10 @@ CASES = [
 ]
 
 
-# torch warns of addresses of fake tensors, by which exact mode keeps its views.
+# torch warns about data pointers of fake tensors, by which exact mode caches its views.
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("case", CASES, ids=[" ".join(case.split()[:4]) for case in CASES])
-def test_a_step_copies_nothing_from_the_host_and_waits_for_nothing(case: str, fake: FakeTensorMode) -> None:
+def test_a_step_neither_copies_from_the_host_nor_waits(case: str, fake: FakeTensorMode) -> None:
     model, optim, precision, shards, *options = case.split()
     with fake:
         audit = audited_step(
@@ -161,23 +161,25 @@ def test_a_step_copies_nothing_from_the_host_and_waits_for_nothing(case: str, fa
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_rows_of_uneven_ranks_are_put_together_on_the_device(
+def test_statistics_rows_are_assembled_on_the_device(
     world_size: int, fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gather_statistics, "world_size", lambda: world_size)
     with fake:
-        of_shards = gather_statistics.StatisticsGather(lambda sent: sent.new_empty(world_size, sent.numel()), shards=8)
+        gather_rows = gather_statistics.StatisticsGather(
+            lambda sent: sent.new_empty(world_size, sent.numel()), shards=8
+        )
         own = [torch.zeros(5, device=DEVICE) for _ in range(8 // world_size)]
         audit = Audit()
         with audit:
-            assert of_shards(own).shape == (8, 5)
+            assert gather_rows(own).shape == (8, 5)
     audit.assert_nothing_found()
 
 
-def test_counting_confusions_waits_for_nothing(fake: FakeTensorMode) -> None:
+def test_counting_confusions_does_not_wait(fake: FakeTensorMode) -> None:
     with fake:
         labels, logits = torch.zeros(8, dtype=torch.int64, device=DEVICE), torch.zeros(8, 10, device=DEVICE)
-        sums = ConfusionSums(10, DEVICE)
+        sums = ConfusionMatrix(10, DEVICE)
         audit = Audit()
         with audit:
             sums(logits, Batch(logits, labels, labels, labels, 8, (8,)))
@@ -187,22 +189,22 @@ def test_counting_confusions_waits_for_nothing(fake: FakeTensorMode) -> None:
 @pytest.mark.parametrize(
     ("defect", "complaint"),
     [
-        (lambda x: torch.tensor(3, device=DEVICE), "made from numbers on the host"),
-        (lambda x: x[[0, 1]], "made from numbers on the host"),
-        (lambda x: x + torch.zeros(4, device=HOST).to(DEVICE), "takes a tensor that is on the host"),
-        (lambda x: x * torch.ones((), device=HOST), "takes a tensor that is on the host"),
-        (lambda x: x.cpu(), "its result is on the host"),
+        (lambda x: torch.tensor(3, device=DEVICE), "created from values on the host"),
+        (lambda x: x[[0, 1]], "created from values on the host"),
+        (lambda x: x + torch.zeros(4, device=HOST).to(DEVICE), "reads a tensor on the host"),
+        (lambda x: x * torch.ones((), device=HOST), "reads a tensor on the host"),
+        (lambda x: x.cpu(), "returns a tensor on the host"),
         (lambda x: x.sum().item(), "waits for the device"),
         (lambda x: bool(x.isfinite().all()), "waits for the device"),
-        (lambda x: x[x > 0], "a mask as an index"),
+        (lambda x: x[x > 0], "a boolean index"),
         (lambda x: x.nonzero(), "waits for the device"),
     ],
     ids=["torch.tensor", "list as index", "copy", "scalar on the host", "cpu", "item", "bool", "mask", "nonzero"],
 )
-def test_the_audit_finds(defect: Any, complaint: str) -> None:
+def test_audit_finds_each_kind_of_defect(defect: Any, complaint: str) -> None:
     audit = Audit()
     with FAKE:
         x = torch.zeros(4, device=DEVICE)
-        with suppress(Exception), audit:  # where the device would be waited for, a fake tensor has no value to give
+        with suppress(Exception), audit:  # reading a value raises, since fake tensors have none
             defect(x)
     assert any(complaint in line for line in audit.found), audit.found

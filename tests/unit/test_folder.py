@@ -81,7 +81,7 @@ def test_claim_creates_the_folder(run, path):
     assert (path / "logs").is_dir()
     assert (path / "checkpoints").is_dir()
     assert read_json(path / "attempt.json")["token"] == run.token
-    run.check_ours()
+    run.check_token()
 
 
 def test_second_run_is_refused_naming_the_lock_holder(run, path, monkeypatch):
@@ -90,25 +90,25 @@ def test_second_run_is_refused_naming_the_lock_holder(run, path, monkeypatch):
         ClaimedRun.claim(path, world_size=1)
     assert f"process {read_json(path / 'attempt.json')['pid']} on" in str(caught.value)
     assert "--run_dir" in str(caught.value)
-    run.check_ours()
+    run.check_token()
 
 
 def test_released_folder_can_be_claimed_again(path):
     first = ClaimedRun.claim(path, world_size=1)
     first.release()
     second = ClaimedRun.claim(path, world_size=1)
-    second.check_ours()
+    second.check_token()
     with pytest.raises(StorageError, match="taken over"):
-        first.check_ours()
+        first.check_token()
     second.release()
 
 
 def test_superseded_attempt_cannot_write_its_end(run, path):
-    run.begin(config_of(path), start_step=0, details={})
+    run.begin(config_of(path), start_step=0, bits={}, images={})
     (path / "attempt.json").write_text('{"token": "another", "pid": 7, "host": "there"}')
     with pytest.raises(StorageError, match="taken over by process 7 on there"):
         run.end("finished", exit_code=ExitCode.FINISHED)
-    assert run.status()["status"] == "running"
+    assert run.status().status == "running"
     assert [line["event"] for line in lines_of(path / "attempts.jsonl")] == ["started"]
 
 
@@ -121,8 +121,8 @@ def test_folder_that_cannot_be_created_is_bad_input(tmp_path, below):
 
 def test_status_and_attempts_record_how_an_attempt_ended(run, path):
     config = config_of(path, "--epochs", "3")
-    run.begin(config, start_step=5, details={"bits": {"threads": 1}})
-    assert (run.status()["status"], run.status()["step"], run.status()["world_size"]) == ("running", 5, 2)
+    run.begin(config, start_step=5, bits={"threads": 1}, images={})
+    assert (run.status().status, run.status().step, run.status().world_size) == ("running", 5, 2)
     run.end("stopped", exit_code=ExitCode.STOPPED, reason="SIGTERM", step=9, epoch=1)
     assert {
         "status": "stopped",
@@ -130,7 +130,7 @@ def test_status_and_attempts_record_how_an_attempt_ended(run, path):
         "exit_code": 75,
         "step": 9,
         "epoch": 1,
-    }.items() <= run.status().items()
+    }.items() <= run.status().as_json().items()
     started, stopped = lines_of(path / "attempts.jsonl")
     assert started["event"] == "started"
     assert started["bits"] == {"threads": 1}
@@ -140,12 +140,12 @@ def test_status_and_attempts_record_how_an_attempt_ended(run, path):
 
 def test_saved_config_can_be_passed_back_in(run, path):
     config = config_of(path, "--schedule.name", "plateau", "--early_stopping.patience", "3")
-    run.begin(config, start_step=0, details={})
+    run.begin(config, start_step=0, bits={}, images={})
     assert from_command_line([str(path / "config.toml")]).config == config
 
 
 def test_empty_folder_has_no_status_and_no_config(path):
-    assert RunFolder(path).status() == {}
+    assert RunFolder(path).status().as_json() == {}
     assert RunFolder(path).saved_config() is None
     assert is_finished(config_of(path)) is False
 
@@ -178,7 +178,7 @@ def test_changed_experiment_is_refused_listing_every_change(path):
     assert caught.value.lines == (
         f"{path}: seed = 1: this run was begun with 0",
         f"{path}: optim.lr = 0.2: this run was begun with 0.1",
-        "a resumed run keeps its experiment: take these settings back, or give another --run_dir",
+        "a resumed run keeps its experiment: restore these settings, or give another --run_dir",
     )
 
 
@@ -248,7 +248,7 @@ def test_moved_run_folder_resumes(path, tmp_path):
 
 def test_run_is_finished_once_its_status_says_so(run, path):
     config = config_of(path)
-    run.begin(config, start_step=0, details={})
+    run.begin(config, start_step=0, bits={}, images={})
     checkpointed(path, config, epoch=10)
     assert is_finished(config) is False
     run.end("finished", exit_code=ExitCode.FINISHED)
@@ -272,7 +272,7 @@ def finished(path: Path, *words: str) -> tuple[TrainConfig, Path]:
     claimed = ClaimedRun.claim(path, world_size=1)
     checkpointed(path, config, step=90, epoch=9)
     last = checkpointed(path, config, step=100, epoch=10)
-    claimed.begin(config, start_step=0, details={})
+    claimed.begin(config, start_step=0, bits={}, images={})
     claimed.saved(step=100, epoch=10)
     claimed.end("finished", exit_code=ExitCode.FINISHED, step=100, epoch=10)
     claimed.release()
@@ -307,7 +307,7 @@ def test_run_that_lost_all_checkpoints_is_refused(path, evidence):
         (path / "status.json").write_text('{"status": "stopped", "step": 100}')
     if evidence == "digests":
         (path / "digests.jsonl").write_text(json.dumps({"name": last.name, "tensors": {}}) + "\n")
-    with pytest.raises(InputError, match=r"no complete one is left in .*; put one back"):
+    with pytest.raises(InputError, match=r"no complete one is left in .*; restore one"):
         is_finished(config)
     assert is_finished(config_of(path, "--checkpoint.upload_to", f"file://{path}")) is False
 
@@ -358,8 +358,8 @@ WRITERS: dict[str, Callable[[ClaimedRun], object]] = {
     "a line": lambda run: run.append(run.metrics_file, {"step": 1}),
     "a file": lambda run: run.replace(run.config_file, "x"),
     "a checkpoint": lambda run: run.commit(run.logs, run.checkpoints / name_of(step=1, epoch=0)),
-    "a by-product": lambda run: run.tidy("links", lambda: pytest.fail("done")),
-    "the beginning": lambda run: run.begin(config_of(run.path), start_step=0, details={}),
+    "a cleanup": lambda run: run.try_cleanup("links", lambda: pytest.fail("done")),
+    "the beginning": lambda run: run.begin(config_of(run.path), start_step=0, bits={}, images={}),
     "the progress": lambda run: run.progress(step=1, epoch=0),
     "a save": lambda run: run.saved(step=1, epoch=0),
     "the ending": lambda run: run.end("finished", exit_code=ExitCode.FINISHED),
@@ -398,7 +398,7 @@ def test_briefly_unreadable_token_is_read_again(run, monkeypatch):
     answers = iter([{}])
     read = claim.read_object
     monkeypatch.setattr(claim, "read_object", lambda path: next(answers, None) or read(path))
-    run.check_ours()
+    run.check_token()
 
 
 def test_only_the_claimed_run_writes_shared_files():
@@ -419,35 +419,35 @@ def test_only_the_claimed_run_writes_shared_files():
 def test_status_shows_progress_during_training(run, path, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(claim.time, "monotonic", lambda: now[0])
-    run.begin(config_of(path), start_step=0, details={})
+    run.begin(config_of(path), start_step=0, bits={}, images={})
     steps = []
     for step in range(1, 31):
         run.progress(step=step, epoch=step // 10)
         now[0] += 1
-        steps.append(run.status()["step"])
+        steps.append(run.status().step)
     assert steps[0] == 1
     assert all(step - shown < 10 for step, shown in enumerate(steps, start=1))
     assert len(set(steps)) < 10
-    assert (run.status()["status"], run.status()["saved_step"]) == ("running", 0)
+    assert (run.status().status, run.status().saved_step) == ("running", 0)
 
 
 def test_earlier_save_does_not_lower_the_progress(run, path):
-    run.begin(config_of(path), start_step=0, details={})
+    run.begin(config_of(path), start_step=0, bits={}, images={})
     run.progress(step=12, epoch=1)
     run.saved(step=10, epoch=1)
-    assert (run.status()["step"], run.status()["saved_step"]) == (12, 10)
+    assert (run.status().step, run.status().saved_step) == (12, 10)
     run.saved(step=20, epoch=2)
-    assert (run.status()["step"], run.status()["saved_step"], run.status()["epoch"]) == (20, 20, 2)
+    assert (run.status().step, run.status().saved_step, run.status().epoch) == (20, 20, 2)
 
 
 def test_progress_waits_for_neither_disk_nor_save(run, path, monkeypatch):
-    run.begin(config_of(path), start_step=0, details={})
+    run.begin(config_of(path), start_step=0, bits={}, images={})
     monkeypatch.setattr("os.fsync", lambda _: pytest.fail("waited"))
     run.progress(step=1, epoch=0)
     with run._status_lock:
         run._next_progress = 0.0
         run.progress(step=2, epoch=0)
-    assert run.status()["step"] == 1
+    assert run.status().step == 1
 
 
 def test_failed_cleanup_warns_once(run, said):
@@ -455,7 +455,7 @@ def test_failed_cleanup_warns_once(run, said):
         raise OSError(39, "Directory not empty", "/there")
 
     for _ in range(3):
-        run.tidy("an old checkpoint was not deleted", fail)
+        run.try_cleanup("an old checkpoint was not deleted", fail)
     assert [line.strip() for line in said] == [
         "WARNING an old checkpoint was not deleted: /there: Directory not empty; training continues, and the next save "
         "tries again"
@@ -466,8 +466,8 @@ def test_end_of_attempt_is_not_overwritten(path, tmp_path):
     """Another thread writes the ending at a signal, while the main thread may still begin, or log a step."""
     run = ClaimedRun.claim(path, world_size=1)
     run.end("stopped", exit_code=ExitCode.STOPPED, reason="SIGTERM")
-    run.begin(TrainConfig(run_dir=path), start_step=0, details={})
+    run.begin(TrainConfig(run_dir=path), start_step=0, bits={}, images={})
     run.progress(step=5, epoch=1)
     run.saved(step=5, epoch=1)
     run.release()
-    assert run.status()["status"] == "stopped"
+    assert run.status().status == "stopped"

@@ -1,4 +1,4 @@
-"""A lock that outlives its holder, and one whose holder lives."""
+"""A lock is taken over from a holder that has ended, and not from one that may be running."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from distributed.errors import InputError
 from distributed.files import read_object, replace_json
 from distributed.run import lock_holder
 from distributed.run.claim import ClaimedRun
-from distributed.run.lock_holder import gone, holder_record, read_answer, take_lock
+from distributed.run.lock_holder import acquire_lock, holder_record, parse_scontrol, why_ended
 
 OURS = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "SLURM_CLUSTER_NAME": "one"}
 HOLD = """
@@ -32,7 +32,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def ended() -> dict[str, Any]:
-    """The record of a process that is no more."""
+    """The record of a process that has ended."""
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
     return holder_record() | {"pid": process.pid}
@@ -40,7 +40,7 @@ def ended() -> dict[str, Any]:
 
 @pytest.fixture
 def held(tmp_path: Path) -> Iterator[Path]:
-    """A run folder whose lock is held by another process, e.g. the child of the holder."""
+    """A run folder whose lock another process holds, e.g. a child of the recorded holder."""
     command = [sys.executable, "-c", HOLD, tmp_path / ".lock"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -49,23 +49,23 @@ def held(tmp_path: Path) -> Iterator[Path]:
         process.kill()
 
 
-def take(folder: Path, lock: Any = FileLock, *, seconds: float = 0.6) -> None:
+def acquire(folder: Path, lock: Any = FileLock, *, seconds: float = 0.6) -> None:
     lock = lock(folder / ".lock")
-    take_lock(lock, record=folder / "attempt.json", seconds=seconds)
+    acquire_lock(lock, record=folder / "attempt.json", seconds=seconds)
     lock.release()
 
 
 def test_lock_of_an_ended_process_is_taken_over(held: Path, ended: dict[str, Any]) -> None:
     replace_json(held / "attempt.json", ended)
-    take(held)
+    acquire(held)
     assert {path.name for path in held.iterdir()} <= {".lock", "attempt.json"}
 
 
 def test_soft_lock_of_an_ended_process_is_taken_over(tmp_path: Path, ended: dict[str, Any]) -> None:
-    """On a file system without flock, a file is the lock."""
+    """On a file system without flock, the existence of the file is the lock."""
     (tmp_path / ".lock").write_text("1\nelsewhere\n")
     replace_json(tmp_path / "attempt.json", ended)
-    take(tmp_path, SoftFileLock)
+    acquire(tmp_path, SoftFileLock)
 
 
 @pytest.mark.parametrize(
@@ -89,12 +89,12 @@ def test_soft_lock_of_an_ended_process_is_taken_over(tmp_path: Path, ended: dict
 )
 def test_holder_that_may_be_alive_keeps_the_lock(held: Path, ended: dict[str, Any], changed: dict[str, Any]) -> None:
     if changed == {"pid": os.getppid()}:
-        changed = changed | {"began": lock_holder._began(os.getppid())}
+        changed = changed | {"began": lock_holder._start_time(os.getppid())}
     replace_json(held / "attempt.json", ended | changed)
     with pytest.raises(InputError) as caught:
-        take(held, seconds=0.2)
+        acquire(held, seconds=0.2)
     (line,) = caught.value.lines
-    assert f"if that process is gone for certain, remove {held / '.lock'}" in line
+    assert f"if that process has certainly ended, remove {held / '.lock'}" in line
     assert f"process {changed.get('pid', ended['pid'])} on {changed.get('host', ended['host'])}" in line
 
 
@@ -102,18 +102,20 @@ def test_holder_that_may_be_alive_keeps_the_lock(held: Path, ended: dict[str, An
 def test_invalid_holder_record_keeps_the_lock(held: Path, content: str) -> None:
     (held / "attempt.json").write_text(content)
     with pytest.raises(InputError, match="another run is writing there"):
-        take(held, seconds=0.2)
+        acquire(held, seconds=0.2)
 
 
 def test_new_holder_has_time_to_write_its_record(held: Path, ended: dict[str, Any]) -> None:
-    """The record changes while we look: whoever took the lock lives."""
+    """The record changes while we wait, so the new holder is alive."""
     replace_json(held / "attempt.json", ended)
     before = lock_holder.read_object
-    reads = iter([ended, *[holder_record() | {"pid": os.getppid(), "began": lock_holder._began(os.getppid())}] * 9])
+    reads = iter(
+        [ended, *[holder_record() | {"pid": os.getppid(), "began": lock_holder._start_time(os.getppid())}] * 9]
+    )
     lock_holder.read_object = lambda _: next(reads)
     try:
         with pytest.raises(InputError, match=f"process {os.getppid()} on"):
-            take(held, seconds=0.3)
+            acquire(held, seconds=0.3)
     finally:
         lock_holder.read_object = before
 
@@ -134,7 +136,7 @@ def test_lock_is_acquired_when_the_predecessor_ends(held: Path) -> None:
     ):
         lock = FileLock(held / "other")
         start = time.monotonic()
-        take_lock(lock, record=held / "attempt.json", seconds=30)
+        acquire_lock(lock, record=held / "attempt.json", seconds=30)
         assert time.monotonic() - start < 25
         lock.release()
 
@@ -146,14 +148,14 @@ def test_holder_record_includes_the_slurm_job(tmp_path: Path, monkeypatch: pytes
     record = read_object(tmp_path / "attempt.json")
     assert record["slurm"] == {"job": "7", "restarts": 2, "cluster": "one"}
     assert record.items() >= holder_record().items()
-    assert not gone(record)
+    assert not why_ended(record)
 
 
 @pytest.mark.parametrize(
     ("job", "restarts", "cluster", "why"),
     [
-        ("7", 1, "one", "Slurm has begun job 7 anew"),
-        ("7", 0, "one", "Slurm has begun job 7 anew"),
+        ("7", 1, "one", "Slurm has restarted job 7"),
+        ("7", 0, "one", "Slurm has restarted job 7"),
         ("7", 2, "one", ""),
         ("7", 3, "one", ""),
         ("7", 1, "two", ""),
@@ -166,7 +168,7 @@ def test_earlier_start_of_the_same_slurm_job_is_gone(
     for name, value in OURS.items():
         monkeypatch.setenv(name, value)
     holder = holder_record() | {"host": "lost", "slurm": {"job": job, "restarts": restarts, "cluster": cluster}}
-    assert gone(holder) == why
+    assert why_ended(holder) == why
 
 
 @pytest.mark.parametrize(
@@ -181,7 +183,7 @@ def test_earlier_start_of_the_same_slurm_job_is_gone(
     ],
 )  # fmt: skip
 def test_scontrol_output_is_parsed(out: str, error: str, answer: tuple[str, int]) -> None:
-    assert read_answer(out, error) == answer
+    assert parse_scontrol(out, error) == answer
 
 
 @pytest.mark.parametrize(
@@ -191,11 +193,11 @@ def test_scontrol_output_is_parsed(out: str, error: str, answer: tuple[str, int]
         (("COMPLETING", 0), ""),
         (("SUSPENDED", 0), ""),
         (("", 0), ""),
-        (("RUNNING", 1), "Slurm has begun job 9 anew"),
+        (("RUNNING", 1), "Slurm has restarted job 9"),
         (("PENDING", 1), "Slurm says that job 9 is PENDING"),
         (("NODE_FAIL", 0), "Slurm says that job 9 is NODE_FAIL"),
         (("CANCELLED", 0), "Slurm says that job 9 is CANCELLED"),
-        (("NONE", 0), "Slurm does not know job 9 any more"),
+        (("NONE", 0), "Slurm no longer knows job 9"),
     ],
 )
 def test_slurm_decides_whether_another_job_is_gone(
@@ -203,8 +205,8 @@ def test_slurm_decides_whether_another_job_is_gone(
 ) -> None:
     for name, value in OURS.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(lock_holder, "_ask_slurm", lambda number: answer if number == "9" else None)
-    assert gone(holder_record() | {"host": "lost", "slurm": {"job": "9", "restarts": 0, "cluster": "one"}}) == why
+    monkeypatch.setattr(lock_holder, "_query_slurm", lambda number: answer if number == "9" else None)
+    assert why_ended(holder_record() | {"host": "lost", "slurm": {"job": "9", "restarts": 0, "cluster": "one"}}) == why
 
 
 def test_blocked_work_names_its_lock_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

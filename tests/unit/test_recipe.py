@@ -51,7 +51,7 @@ def test_a_run_stopped_after_any_step_resumes(config, first):
     recorder = Recorder()
     state = stopped(config, first, recorder)
     assert (state.step, state.stop_reason) == (first, "the test")
-    assert RunFolder(config.run_dir).status()["status"] == "stopped"
+    assert RunFolder(config.run_dir).status().status == "stopped"
     state = stopped(config, 7 - first, recorder)
     assert state.step == 7
     assert [metrics.step for metrics in recorder.steps] == lines(config, "train") == [1, 2, 3, 4, 5, 6, 7]
@@ -171,7 +171,7 @@ def test_an_attempt_without_its_folder_ends_at_the_next_line(config, how):
     if how == "superseded":
         assert lines(config, "train") == list(range(1, 13))
         assert not run.profile.exists()
-        assert run.status()["status"] == "running"
+        assert run.status().status == "running"
     else:
         assert not run.path.exists()
 
@@ -182,8 +182,8 @@ def test_the_status_of_a_running_attempt_shows_its_progress(config, monkeypatch)
 
     class StatusReader(Recorder):
         def log_step(self, metrics: TrainMetrics) -> None:
-            assert run.status()["status"] == "running"
-            shown.append(run.status()["step"])
+            assert run.status().status == "running"
+            shown.append(run.status().step)
 
     train(config, sinks=[StatusReader()])
     assert shown[0] == 1

@@ -172,7 +172,7 @@ def test_label_smoothing_and_mixing_follow_the_papers(tmp_path):
     logits = torch.randn(len(batch.labels), 10)
     value, outcome = _shard_loss(0.2, lambda images, keys: logits, batch)
     assert batch.mixed is not None
-    part = batch.mixed.own_part[:, None]
+    part = batch.mixed.own_weight[:, None]
     targets = part * F.one_hot(batch.labels, 10) + (1 - part) * F.one_hot(batch.mixed.labels, 10)
     expected = -((0.8 * targets + 0.02) * logits.log_softmax(1)).sum(1)
     assert torch.allclose(outcome.losses, expected, atol=1e-5)
@@ -189,7 +189,7 @@ def test_an_image_is_mixed_with_the_augmented_previous_one(tmp_path):
     assert bool((own | partner).all())
     assert not bool(own.all())
     shards = mixed.shards()
-    assert torch.equal(torch.cat([shard.mixed.own_part for shard in shards]), mixed.mixed.own_part)
+    assert torch.equal(torch.cat([shard.mixed.own_weight for shard in shards]), mixed.mixed.own_weight)
     assert torch.equal(torch.cat([shard.mixed.labels for shard in shards]), mixed.mixed.labels)
 
 

@@ -213,9 +213,7 @@ def test_a_saved_run_without_powersgd_is_read(old_file: Path) -> None:
 
 def test_a_saved_run_with_powersgd_is_refused(old_file: Path) -> None:
     old_file.write_text('[engine]\ncompression = "powersgd"\npowersgd_rank = 2\n')
-    reason = (
-        "engine.compression = powersgd: PowerSGD was removed; use the version that began this run, or begin another"
-    )
+    reason = "engine.compression = powersgd: PowerSGD was removed; use the version that began this run"
     with pytest.raises(InputError) as caught:
         read_saved(old_file)
     assert caught.value.lines == (f"{old_file}: {reason}",)

@@ -1,4 +1,4 @@
-"""Copies of a model that see each other's weights, and weights of low precision that follow those of high."""
+"""Replicas share the model's weights, and low-precision weights follow the model's."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ class Net(nn.Module):
         super().__init__()
         self.conv, self.norm, self.out = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5, bias=False)
         self.scale = nn.Parameter(torch.ones(5))
-        self.register_buffer("words", torch.arange(3), persistent=False)
+        self.register_buffer("constants", torch.arange(3), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.out(self.norm(self.conv(images)).mean((2, 3))) * self.scale
@@ -35,7 +35,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("low", [None, LOW])
-def test_what_is_not_cast_is_the_models_own_memory(low: torch.dtype | None) -> None:
+def test_tensors_that_are_not_cast_share_memory(low: torch.dtype | None) -> None:
     model = net()
     one, other = Replicas(model, 2, low=low).models
     own = tensors_of(model)
@@ -55,7 +55,7 @@ def test_what_is_not_cast_is_the_models_own_memory(low: torch.dtype | None) -> N
 
 
 @pytest.mark.parametrize("low", [None, LOW])
-def test_each_has_gradients_of_its_own(low: torch.dtype | None) -> None:
+def test_each_replica_has_its_own_gradients(low: torch.dtype | None) -> None:
     model = net()
     one, other = Replicas(model, 2, low=low).models
     with torch.autocast("cpu", LOW, enabled=bool(low)):
@@ -66,14 +66,14 @@ def test_each_has_gradients_of_its_own(low: torch.dtype | None) -> None:
     assert all(p.grad is None for each in (model, other) for p in each.parameters())
 
 
-def test_weights_that_are_cast_follow_the_models_when_they_are_refreshed() -> None:
+def test_refresh_casts_changed_weights_again() -> None:
     model = net()
     replicas = Replicas(model, 3, low=LOW)
     for _ in range(2):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.25)
-        replicas.weights_changed()
+        replicas.mark_stale()
         replicas.refresh()
         for copy in replicas.models:
             for name, parameter in copy.named_parameters():
@@ -81,12 +81,12 @@ def test_weights_that_are_cast_follow_the_models_when_they_are_refreshed() -> No
                 assert torch.equal(parameter, expected.to(LOW) if name in CAST else expected), name
 
 
-def test_the_weights_of_low_precision_are_held_once() -> None:
+def test_replicas_share_low_precision_weights() -> None:
     one, other = Replicas(net(), 2, low=LOW).models
     assert one.conv.weight.data_ptr() == other.conv.weight.data_ptr()
 
 
-def test_a_forward_pass_has_the_bits_of_one_that_autocast_casts_for() -> None:
+def test_passes_are_bit_identical_to_autocast() -> None:
     model, images = net(), torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     (replica,) = Replicas(model, 1, low=LOW).models
     with torch.autocast("cpu", LOW):

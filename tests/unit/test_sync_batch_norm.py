@@ -1,3 +1,5 @@
+"""Synchronized batch norm against torch's layers, with threads standing in for ranks."""
+
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -9,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed.models.fused_batch_norm import FusedSyncBatchNorm, synchronize_batch_norm
-from distributed.models.sync_batch_norm import BucketReduce, SyncBatchNorm, by_ranks, convert_batch_norm
+from distributed.models.sync_batch_norm import AllGatherRows, SyncBatchNorm, convert_batch_norm, one_shard_per_rank
 
 LAYERS = {
     "2d": (nn.BatchNorm2d, (5, 4)),
@@ -19,17 +21,16 @@ LAYERS = {
 }
 CHANNELS = 6
 
-
-alone: BucketReduce = by_ranks(lambda row: row[None])
+alone: AllGatherRows = one_shard_per_rank(lambda row: row[None])
 
 
 class Threads:
-    """Exchanges of threads that stand for ranks."""
+    """Gathers rows over threads that stand in for ranks."""
 
     def __init__(self, count: int) -> None:
         self.barrier, self.rows = threading.Barrier(count, timeout=20), [torch.empty(0)] * count
 
-    def of(self, rank: int) -> BucketReduce:
+    def of(self, rank: int) -> AllGatherRows:
         def gather(row: Tensor) -> Tensor:
             self.rows[rank] = row
             self.barrier.wait()
@@ -37,7 +38,7 @@ class Threads:
             self.barrier.wait()
             return rows
 
-        return by_ranks(gather)
+        return one_shard_per_rank(gather)
 
 
 def layer_of(kind: str, **options: object) -> nn.Module:
@@ -59,7 +60,7 @@ def batch_of(kind: str, count: int = 9, *, channels_last: bool = False) -> tuple
 
 
 def passed(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """Everything that a training step makes of a batch."""
+    """Return the output and all gradients of one training step."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     out = layer(x)
     out.backward(grad)
@@ -78,7 +79,7 @@ def assert_same_buffers(found: nn.Module, expected: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_one_shard_equals_torchs_layer(kind):
+def test_one_shard_matches_torch(kind):
     plain, sync = layer_of(kind), SyncBatchNorm.of(layer_of(kind), alone)
     for count in (9, 4):
         expected, found = (passed(layer, *batch_of(kind, count)) for layer in (plain, sync))
@@ -87,7 +88,7 @@ def test_one_shard_equals_torchs_layer(kind):
     assert_same_buffers(sync, plain)
 
 
-def test_one_shard_in_channels_last_equals_torchs_layer_and_keeps_the_layout():
+def test_one_shard_in_channels_last_matches_torch():
     plain, sync = layer_of("2d"), SyncBatchNorm.of(layer_of("2d"), alone)
     x, grad = batch_of("2d", channels_last=True)
     expected, found = passed(plain, x, grad), passed(sync, x, grad)
@@ -111,15 +112,15 @@ def test_running_statistics_follow_the_momentum(momentum):
 
 @pytest.mark.parametrize("shards", [[3, 3, 3], [5, 1, 3], [4, 0, 5], [0, 9, 0]])
 @pytest.mark.parametrize("kind", ["2d", "flat"])
-def test_shards_of_any_size_equal_torchs_layer_over_the_whole_batch(kind, shards):
+def test_shards_of_any_size_match_torch_on_the_full_batch(kind, shards):
     plain = layer_of(kind)
     x, grad = batch_of(kind)
     expected = passed(plain, x, grad)
     threads = Threads(len(shards))
     layers = [SyncBatchNorm.of(layer_of(kind), threads.of(rank)) for rank in range(len(shards))]
-    parts = zip(layers, x.split(shards), grad.split(shards), strict=True)
+    arguments = zip(layers, x.split(shards), grad.split(shards), strict=True)
     with ThreadPoolExecutor(len(shards)) as pool:
-        results = [work.result() for work in [pool.submit(passed, *part) for part in parts]]
+        results = [work.result() for work in [pool.submit(passed, *each) for each in arguments]]
     for name in ("out", "grad_x"):
         assert_close(torch.cat([result[name] for result in results]), expected[name], name)
     for name in ("grad_weight", "grad_bias"):
@@ -128,17 +129,17 @@ def test_shards_of_any_size_equal_torchs_layer_over_the_whole_batch(kind, shards
         assert_same_buffers(layer, plain)
 
 
-def test_evaluation_uses_the_running_statistics_and_asks_nobody():
-    def nobody(row: Tensor) -> Tensor:
-        raise AssertionError("a gather in evaluation")
+def test_evaluation_does_not_synchronize():
+    def no_gather(row: Tensor) -> Tensor:
+        raise AssertionError("evaluation synchronized")
 
-    plain, sync = layer_of("2d").eval(), SyncBatchNorm.of(layer_of("2d"), by_ranks(nobody)).eval()
+    plain, sync = layer_of("2d").eval(), SyncBatchNorm.of(layer_of("2d"), one_shard_per_rank(no_gather)).eval()
     x, _ = batch_of("2d")
     assert torch.equal(sync(x), plain(x))
     assert sync(x[:0]).shape == (0, CHANNELS, 5, 4)
 
 
-def test_a_mean_far_from_zero_cancels_nothing():
+def test_a_mean_far_from_zero_loses_no_precision():
     plain, sync = layer_of("2d"), SyncBatchNorm.of(layer_of("2d"), alone)
     x, grad = batch_of("2d")
     x = x + 1e6
@@ -146,7 +147,7 @@ def test_a_mean_far_from_zero_cancels_nothing():
     assert (found["out"] - expected["out"]).abs().max() < 1e-8
 
 
-def test_statistics_of_bfloat16_images_are_kept_in_float32():
+def test_bfloat16_images_have_float32_statistics():
     plain, sync = layer_of("2d").float(), SyncBatchNorm.of(layer_of("2d").float(), alone)
     x = batch_of("2d")[0].bfloat16()
     out = sync(x)
@@ -157,11 +158,11 @@ def test_statistics_of_bfloat16_images_are_kept_in_float32():
     assert torch.allclose(sync.running_var, plain.running_var, rtol=1e-4)
 
 
-def test_a_conversion_keeps_names_and_the_very_parameters():
+def test_conversion_keeps_names_and_tensors():
     inner = nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU())
     model = nn.Sequential(nn.Conv2d(3, CHANNELS, 1), inner, nn.BatchNorm2d(CHANNELS))
     before = dict(model.named_parameters()) | dict(model.named_buffers())
-    converted = convert_batch_norm(model.eval(), partial(SyncBatchNorm.of, exchange=alone))
+    converted = convert_batch_norm(model.eval(), partial(SyncBatchNorm.of, all_gather_rows=alone))
     after = dict(converted.named_parameters()) | dict(converted.named_buffers())
     assert list(after) == list(before)
     assert all(after[name] is before[name] for name in before)
@@ -171,13 +172,13 @@ def test_a_conversion_keeps_names_and_the_very_parameters():
 
 
 @pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}])
-def test_a_layer_without_weights_or_statistics_is_refused(options):
+def test_layers_without_weights_or_statistics_are_rejected(options):
     with pytest.raises(ValueError, match="needs affine=True"):
         SyncBatchNorm.of(nn.BatchNorm2d(3, **options), alone)
 
 
 class Nones(TorchDispatchMode):
-    """Counts the arguments of the native backward pass that are None where CUDA's kernel insists on a tensor."""
+    """Counts arguments of the native backward pass that are None although CUDA's kernel requires a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,7 +191,7 @@ class Nones(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_cuda_backward_gets_a_tensor_for_every_statistic():
+def test_backward_passes_a_tensor_for_every_statistic():
     layer = SyncBatchNorm.of(layer_of("2d"), alone)
     x, grad = batch_of("2d")
     with Nones() as nones:
@@ -199,7 +200,7 @@ def test_cuda_backward_gets_a_tensor_for_every_statistic():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_fast_mode_uses_the_fused_layer_on_cuda(device):
+def test_fast_mode_uses_the_fused_layer_on_cuda_only(device):
     with FakeTensorMode():
         layer = nn.BatchNorm2d(CHANNELS, device=device)
     model = synchronize_batch_norm(nn.Sequential(layer), lambda row: row[None])

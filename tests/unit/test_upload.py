@@ -390,7 +390,7 @@ def test_a_different_experiment_in_the_store_is_refused(tmp_path, url):
         )
     assert caught.value.lines == (
         f"{url}: seed = 3: this run was begun with 0",
-        "a resumed run keeps its experiment: take these settings back, or give another --checkpoint.upload_to",
+        "a resumed run keeps its experiment: restore these settings, or give another --checkpoint.upload_to",
     )
     assert not (tmp_path / "run").exists()
 

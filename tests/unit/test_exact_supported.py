@@ -1,3 +1,5 @@
+"""Which models exact mode supports, and how it names the layers that it does not."""
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from distributed.models.build import build_model
 from distributed.models.keyed_dropout import KeyedDropout
 
 
-class Remembering(nn.Module):
+class Stateful(nn.Module):
     def __init__(self, *, persistent: bool, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.register_buffer("average", torch.zeros(3, dtype=dtype), persistent=persistent)
@@ -30,12 +32,12 @@ class Remembering(nn.Module):
         nn.Embedding(3, 4),
         nn.PReLU(),
         KeyedDropout(0.5, features=4, name="dropout"),
-        Remembering(persistent=False),
-        Remembering(persistent=True, dtype=torch.int64),
+        Stateful(persistent=False),
+        Stateful(persistent=True, dtype=torch.int64),
     ],
     ids=lambda layer: type(layer).__name__,
 )
-def test_layers_that_look_at_one_sample_and_batch_norm_will_do(layer: nn.Module) -> None:
+def test_per_sample_layers_and_batch_norm_are_supported(layer: nn.Module) -> None:
     check_exact(nn.Sequential(layer))
 
 
@@ -43,7 +45,7 @@ def test_layers_that_look_at_one_sample_and_batch_norm_will_do(layer: nn.Module)
     ("layer", "reason"),
     [
         *[
-            (layer, "draws from a generator, .*; use KeyedDropout")
+            (layer, "draws from a random generator, .*; use KeyedDropout")
             for layer in (
                 nn.Dropout(0.5),
                 nn.Dropout2d(0.5),
@@ -52,25 +54,25 @@ def test_layers_that_look_at_one_sample_and_batch_norm_will_do(layer: nn.Module)
                 nn.FractionalMaxPool2d(2, 3),
             )
         ],
-        (Remembering(persistent=True), "keeps average from batch to batch"),
-        (nn.InstanceNorm2d(4, track_running_stats=True), "keeps running_mean from batch to batch"),
+        (Stateful(persistent=True), "has the persistent buffer average"),
+        (nn.InstanceNorm2d(4, track_running_stats=True), "has the persistent buffer running_mean"),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_layer_that_draws_or_remembers_is_refused_by_its_name_in_the_model(layer: nn.Module, reason: str) -> None:
+def test_random_and_stateful_layers_are_named(layer: nn.Module, reason: str) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.ReLU(), layer))
-    with pytest.raises(ValueError, match=rf"cannot compute this model: 1\.1 \({type(layer).__name__}\) {reason}"):
+    with pytest.raises(ValueError, match=rf"does not support this model: 1\.1 \({type(layer).__name__}\) {reason}"):
         check_exact(model)
 
 
-def test_all_of_them_are_told_at_once_and_by_the_engine_too() -> None:
-    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 3), Remembering(persistent=True))
-    with pytest.raises(ValueError, match=r"exact\.shards > 0.*0 \(Dropout\).*; 2 \(Remembering\)"):
+def test_the_engine_names_all_unsupported_layers_at_once() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 3), Stateful(persistent=True))
+    with pytest.raises(ValueError, match=r"exact\.shards > 0.*0 \(Dropout\).*; 2 \(Stateful\)"):
         ExactEngine(
             Ddp(), model, optim=Sgd(), precision="float32", channels_last=False, device=torch.device("cpu"), shards=2,
-            lanes=1, timeout_seconds=10,
+            workers=1, timeout_seconds=10,
         )  # fmt: skip
 
 
-def test_our_models_will_do() -> None:
+def test_the_default_model_is_supported() -> None:
     check_exact(build_model(Model(), num_classes=10, seed=0))

@@ -1,4 +1,4 @@
-"""The gather through shared memory does what the process group's does, whatever the ranks' pace, and tells of a dead peer."""
+"""The shared-memory all-gather matches the process group's with any timing, and detects dead peers."""
 
 import errno
 import os
@@ -19,15 +19,15 @@ from distributed.comm.all_gather import AllGather, SharedMemoryAllGather, open_a
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
-EXCHANGES = 600
+GATHERS = 600
 SLOT_BYTES = 64 * 1024
 
 
-def rows_of(seed: int, exchange: int, rank: int) -> Tensor:
-    """A row whose length and type all ranks agree on, with content of the rank's own: any bits, also those of NaN."""
-    shared = random.Random(f"{seed} {exchange}")
+def row_of(seed: int, gather: int, rank: int) -> Tensor:
+    """Return a row of the same random length and dtype on all ranks, with random bits, including NaN, that differ per rank."""
+    shared = random.Random(f"{seed} {gather}")
     dtype, length = shared.choice(DTYPES), shared.choice((1, 3, 64, 129, 257, 1000))
-    own = torch.Generator().manual_seed(1000 * exchange + rank)
+    own = torch.Generator().manual_seed(1000 * gather + rank)
     return torch.randint(0, 256, (length * dtype.itemsize,), generator=own, dtype=torch.uint8).view(dtype)
 
 
@@ -40,7 +40,7 @@ def files() -> set[str]:
 
 
 def left_behind(before: set[str]) -> set[str]:
-    """Files that stay; another run on this machine has one for a moment too."""
+    """Return files that stay. Other runs on this machine have such files for a moment, too."""
     new, deadline = files() - before, time.monotonic() + 10
     while new and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -49,24 +49,24 @@ def left_behind(before: set[str]) -> set[str]:
 
 
 @in_group
-def exchange_rows(seed: int) -> dict[str, Any]:
+def gather_rows(seed: int) -> dict[str, Any]:
     rank, world_size = collectives.rank(), collectives.world_size()
     before = files()
     dist.barrier()
     gather = open_all_gather(CPU, timeout_seconds=30)
-    own_pace = random.Random(rank)
+    timing = random.Random(rank)
     wrong = []
-    for exchange in range(EXCHANGES):
-        if own_pace.random() < 0.03:
-            time.sleep(own_pace.choice((0.0002, 0.001, 0.008)))
-        expected = torch.stack([rows_of(seed, exchange, peer) for peer in range(world_size)])
-        if not torch.equal(bits(gather(rows_of(seed, exchange, rank))), bits(expected)):
-            wrong.append(exchange)
-    by_group = [
+    for index in range(GATHERS):
+        if timing.random() < 0.03:
+            time.sleep(timing.choice((0.0002, 0.001, 0.008)))
+        expected = torch.stack([row_of(seed, index, peer) for peer in range(world_size)])
+        if not torch.equal(bits(gather(row_of(seed, index, rank))), bits(expected)):
+            wrong.append(index)
+    like_group = [
         torch.equal(bits(process_group_all_gather(row)), bits(gather(row)))
-        for row in (rows_of(seed, exchange, rank) for exchange in range(60))
+        for row in (row_of(seed, index, rank) for index in range(60))
     ]
-    # The first of these fills a slot to its last byte, the second is one number too long for it.
+    # The first row fills a slot exactly, the second is one element too long for it.
     kept, lengths = [], (SLOT_BYTES // 8, SLOT_BYTES // 8 + 1, 3, 50_000, 1, SLOT_BYTES // 8)
     for length in lengths:
         rows = gather(torch.arange(length, dtype=torch.float64) + 1e6 * rank)
@@ -80,7 +80,7 @@ def exchange_rows(seed: int) -> dict[str, Any]:
     return {
         "kind": type(gather),
         "wrong": wrong,
-        "by group": by_group,
+        "like group": like_group,
         "long": [torch.equal(rows, expected) for rows, expected in kept],
         "late": (late.flatten().tolist(), waited),
         "left behind": left_behind(before),
@@ -89,15 +89,15 @@ def exchange_rows(seed: int) -> dict[str, Any]:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_shared_memory_gathers_what_the_process_group_gathers_at_any_pace(world_size: int) -> None:
-    for rank, found in enumerate(run_ranks(exchange_rows, world_size, 7)):
+def test_shared_memory_matches_the_process_group(world_size: int) -> None:
+    for rank, found in enumerate(run_ranks(gather_rows, world_size, 7)):
         assert found["kind"] is SharedMemoryAllGather
-        assert found["wrong"] == [], f"rank {rank}: exchanges that brought other rows than were sent"
-        assert found["by group"] == [True] * 60
-        assert found["long"] == [True] * 6, "rows that fill a slot, are too long for it, or come after such"
+        assert found["wrong"] == [], f"rank {rank}: gathers that returned wrong rows"
+        assert found["like group"] == [True] * 60
+        assert found["long"] == [True] * 6, "rows that fill a slot, are too long for it, or follow such rows"
         rows, waited = found["late"]
         assert rows == list(range(world_size))
-        assert waited > 0.9, "a rank did not wait for one that came late"
+        assert waited > 0.9, "a rank did not wait for a late one"
         assert found["left behind"] == set()
 
 
@@ -112,7 +112,7 @@ def lose_a_peer(loser: int) -> tuple[str, float] | None:
 
 
 def failure_of(gather: AllGather) -> tuple[str, float]:
-    """What the next exchange says, and after how many seconds."""
+    """Return the error message of the next gather, and after how many seconds it was raised."""
     start = time.monotonic()
     try:
         gather(torch.ones(64))
@@ -123,7 +123,7 @@ def failure_of(gather: AllGather) -> tuple[str, float]:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("loser", [1, 2])
-def test_a_dead_peer_is_told_within_two_seconds(loser: int) -> None:
+def test_a_dead_peer_is_detected_within_two_seconds(loser: int) -> None:
     found = run_ranks(lose_a_peer, 3, loser)
     assert found.pop(loser) is None
     for message, seconds in found:
@@ -132,17 +132,17 @@ def test_a_dead_peer_is_told_within_two_seconds(loser: int) -> None:
 
 
 @in_group
-def outwait_a_peer() -> tuple[str, float] | None:
+def wait_for_a_silent_peer() -> tuple[str, float] | None:
     gather = open_all_gather(CPU, timeout_seconds=0.5)
     gather(torch.ones(64))
     found = None if collectives.rank() == 1 else failure_of(gather)
-    dist.barrier()  # until then rank 1 lives and says nothing
+    dist.barrier()  # until then rank 1 is alive and silent
     return found
 
 
 @pytest.mark.timeout(120)
-def test_a_living_peer_that_never_comes_is_given_up_after_the_timeout() -> None:
-    found = run_ranks(outwait_a_peer, 2)
+def test_waiting_for_a_silent_peer_times_out() -> None:
+    found = run_ranks(wait_for_a_silent_peer, 2)
     assert found[1] is None
     message, seconds = found[0]
     assert "timed out waiting" in message
@@ -154,8 +154,8 @@ def no_such_file(path: str, *_: Any, **__: Any) -> None:
     raise FileNotFoundError(path)
 
 
-class Full:
-    """An operating system without room for another file's content."""
+class FullDisk:
+    """The `os` module, without space for another file's content."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(os, name)
@@ -164,21 +164,21 @@ class Full:
         raise OSError(errno.ENOSPC, "no space left on device")
 
 
-APART: dict[str, tuple[int, dict[str, Any]]] = {
+NOT_SHARED: dict[str, tuple[int, dict[str, Any]]] = {
     "another machine": (1, {"machine": lambda: "elsewhere"}),
     "no file": (1, {"open": no_such_file}),
-    "no room": (0, {"os": Full()}),
+    "no room": (0, {"os": FullDisk()}),
 }
-"""The rank to which it happens, and what it finds in place of the usual."""
+"""The affected rank, and names to replace in `shared_memory`."""
 
 
 @in_group
-def open_apart(how: str) -> tuple[str, list[list[float]], set[str]]:
-    """Rank 1 is on another host, or in a container that is named like rank 0's and does not see its file; or rank 0's has
-    little shared memory."""
+def open_without_shared_memory(how: str) -> tuple[str, list[list[float]], set[str]]:
+    """Rank 1 is on another host, or in a container with the same host name that does not see rank 0's file; or rank 0 has
+    too little shared memory."""
     before = files()
     dist.barrier()
-    rank, changed = APART[how]
+    rank, changed = NOT_SHARED[how]
     if collectives.rank() == rank:
         vars(shared_memory).update(changed)
     gather = open_all_gather(CPU, timeout_seconds=30)
@@ -188,6 +188,6 @@ def open_apart(how: str) -> tuple[str, list[list[float]], set[str]]:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("how", list(APART))
-def test_ranks_that_share_no_memory_gather_by_process_group(how: str) -> None:
-    assert run_ranks(open_apart, 2, how) == [("gather_by_process_group", [[1.0], [2.0]], set())] * 2
+@pytest.mark.parametrize("how", list(NOT_SHARED))
+def test_ranks_without_shared_memory_use_the_process_group(how: str) -> None:
+    assert run_ranks(open_without_shared_memory, 2, how) == [("process_group_all_gather", [[1.0], [2.0]], set())] * 2

@@ -1,3 +1,5 @@
+"""The AlexNet variants and their initial weights."""
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from distributed.models import alexnet
 from distributed.models.build import build_model, initialize
 from distributed.models.local_response_norm import LocalResponseNorm
 
-MODELS = {  # parameters at 10 and 100 classes, and MFLOP of one image's forward pass, of the seeds' table
+MODELS = {  # parameters for 10 and 100 classes, and MFLOP of one image's forward pass, from the references' table
     "alexnet": (58_322_314, 58_691_044, 2262),
     "improved_alexnet": (907_210, 918_820, 50),
     "cifar_alexnet": (24_740_234, 25_108_964, 484),
@@ -22,7 +24,7 @@ def model_of(name: str = "improved_alexnet", seed: int = 0, classes: int = 10) -
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_parameters_and_arithmetic_are_the_seeds(name):
+def test_parameters_and_flops_match_the_references(name):
     with torch.device("meta"):
         models = [getattr(alexnet, name)(classes, 0.5) for classes in (10, 100)]
     assert tuple(sum(p.numel() for p in model.parameters()) for model in models) == MODELS[name][:2]
@@ -37,7 +39,7 @@ def test_parameters_and_arithmetic_are_the_seeds(name):
 
 @pytest.mark.parametrize("classes", [10, 100])
 @pytest.mark.parametrize("name", [*MODELS, "cifar_alexnet_bn"])
-def test_images_become_logits(name, classes):
+def test_shape_of_logits(name, classes):
     model = model_of(name, classes=classes)
     keys = rng.sample_keys(torch.arange(3), seed=0, epoch=0)
     assert model(torch.randn(3, 3, 32, 32), keys).shape == (3, classes)
@@ -45,7 +47,7 @@ def test_images_become_logits(name, classes):
     assert model(torch.empty(0, 3, 32, 32)).shape == (0, classes)
 
 
-def test_batch_norm_takes_the_place_of_local_response_norm():
+def test_batch_norm_replaces_local_response_norm():
     assert [type(layer).__name__ for layer in model_of("cifar_alexnet").conv].count("LocalResponseNorm") == 3
     layers = [type(layer).__name__ for layer in model_of("cifar_alexnet_bn").conv]
     assert layers.count("BatchNorm2d") == 5
@@ -54,32 +56,32 @@ def test_batch_norm_takes_the_place_of_local_response_norm():
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("side", [32, 300])
-def test_images_of_another_size_are_resized_as_torchvision_does(memory_format, side):
+def test_resize_matches_torchvision(memory_format, side):
     images = torch.rand(2, 3, side, side).contiguous(memory_format=memory_format)
     expected = torchvision_resize(images, [224, 224], antialias=True)
-    found = alexnet._resized(images, 224)
+    found = alexnet._resize(images, 224)
     assert torch.equal(found, expected)
     assert found.is_contiguous(memory_format=memory_format)
     same = torch.rand(2, 3, 224, 224)
-    assert alexnet._resized(same, 224) is same
+    assert alexnet._resize(same, 224) is same
 
 
-def test_evaluation_of_no_images_gives_no_logits():
+def test_empty_batch_gives_empty_logits():
     assert model_of().eval()(torch.empty(0, 3, 32, 32)).shape == (0, 10)
 
 
-def test_the_probability_of_dropout_is_the_configs():
+def test_dropout_probability_comes_from_the_config():
     model = build_model(Model(dropout=0.25), num_classes=10, seed=0)
     assert [m.threshold for m in model.modules() if hasattr(m, "threshold")] == [16384, 16384]
 
 
-def test_the_two_dropout_layers_draw_apart():
+def test_the_two_dropout_layers_have_different_masks():
     model = alexnet.improved_alexnet(10, 0.5)
     keys = rng.sample_keys(torch.arange(20), seed=0, epoch=0)
     assert not torch.equal(model.dropout1.kept(keys)[:, :128], model.dropout2.kept(keys))
 
 
-def test_initial_weights_depend_on_the_seed_alone():
+def test_initial_weights_depend_on_the_seed_only():
     torch.manual_seed(1)
     first = model_of(seed=3).state_dict()
     torch.manual_seed(2)
@@ -88,7 +90,7 @@ def test_initial_weights_depend_on_the_seed_alone():
     assert not torch.equal(first["fc1.weight"], other["fc1.weight"])
 
 
-def test_a_layer_keeps_its_weights_beside_any_others():
+def test_initial_weights_do_not_depend_on_other_layers():
     small, large = nn.ModuleDict({"a": nn.Linear(4, 3)}), nn.ModuleDict({"z": nn.Linear(9, 9), "a": nn.Linear(4, 3)})
     initialize(small, seed=1)
     initialize(large, seed=1)
@@ -96,14 +98,14 @@ def test_a_layer_keeps_its_weights_beside_any_others():
     assert torch.equal(small["a"].bias, large["a"].bias)
 
 
-def test_layers_of_one_shape_start_with_different_weights():
+def test_layers_of_equal_shape_start_differently():
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 3))
     initialize(model, seed=1)
     assert not torch.equal(model[0].weight, model[1].weight)
 
 
 @torch.no_grad()
-def test_initial_weights_fill_torchs_bounds():
+def test_initial_weights_match_torchs_distribution():
     for module in model_of().modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             bound = torch.tensor(module.weight[0].numel() ** -0.5)
@@ -117,14 +119,14 @@ def test_initial_weights_fill_torchs_bounds():
 
 
 @torch.no_grad()
-def test_hes_weights_keep_the_size_of_what_goes_through():
+def test_he_initialization_preserves_activation_variance():
     images = torch.rand(8, 3, 32, 32)
     deviations = []
-    for how in ("torch", "he"):
-        model = build_model(Model(name="cifar_alexnet", init=how), num_classes=10, seed=0).eval()
+    for init in ("torch", "he"):
+        model = build_model(Model(name="cifar_alexnet", init=init), num_classes=10, seed=0).eval()
         deviations.append(float(model(images).std()))
         assert all(not module.bias.any() for module in model.modules() if isinstance(module, nn.Linear)) == (
-            how == "he"
+            init == "he"
         )
     bound = (6 / (3 * 25)) ** 0.5
     assert 0.99 * bound < float(model.conv[0].weight.abs().max()) <= bound

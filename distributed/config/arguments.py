@@ -1,0 +1,85 @@
+"""Reads settings from command-line arguments. Imports no torch."""
+
+import re
+import tomllib
+from collections import deque
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from distributed.config.hints import known, unknown
+from distributed.config.layers import MAX_DEPTH, Settings, Tree, is_deep, shown, text_settings
+from distributed.config.leaves import leaves
+
+
+def from_arguments(arguments: Sequence[str]) -> Settings:
+    """Return `--optim.lr 0.05`, `--optim.lr=0.05`, or a bare `--flag` for true, as settings.
+
+    Dashes in a name count as underscores. An argument that is no option, and an option that has no value or is given
+    twice, are among the mistakes.
+    """
+    settings, remaining = Settings(), deque(arguments)
+    while remaining:
+        if mistake := _read_option(settings, remaining):
+            settings.mistakes.append(f"command line: {mistake}")
+    return settings
+
+
+def _read_option(settings: Settings, remaining: deque[str]) -> str | None:
+    """Move one option from the arguments to the settings; return what is wrong with it, if anything."""
+    argument = remaining.popleft()
+    if not re.match(r"--\w", argument):
+        return f"{argument[:200]!r}: not an option; write settings as --name value"
+    name, equals, text = argument[2:].partition("=")
+    path = name.replace("-", "_")
+    if not equals:
+        if remaining and not re.match(r"--[a-zA-Z]", remaining[0]):
+            text = remaining.popleft()
+        elif path in _flags():
+            text = "true"
+        else:
+            return f"--{shown(name)}: {_without_value(path)}"
+    if path in settings.places:
+        return f"--{shown(path)}: given twice; remove one"
+    settings.places[path] = "command line"
+    if path.count(".") >= MAX_DEPTH:
+        return f"--{shown(path)}: {unknown(path)}"
+    _put(settings.values, path, _value(path, text))
+    return None
+
+
+@cache
+def _flags() -> frozenset[str]:
+    return frozenset(leaf.path for leaf in leaves() if leaf.annotation is bool)
+
+
+def _without_value(path: str) -> str:
+    """Return what is wrong with an option that no value follows."""
+    if path in known() or any(setting.startswith(f"{path}.") for setting in known()):
+        return f"a value is missing; write --{path} VALUE"
+    return unknown(path)
+
+
+def _put(tree: Tree, path: str, value: Any) -> None:
+    """Set a dotted path, whatever the order of the options; a section that was given a plain value keeps it."""
+    *sections, key = path.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            return
+    tree[key] = value
+
+
+def _value(path: str, text: str) -> Any:
+    """Return the text as TOML would read it (`0.05`, `true`, `[1, 2]`), None for `none`, else the text itself."""
+    if path in text_settings():
+        return text
+    if text.lower() == "none":
+        return None
+    if re.fullmatch(r"[+-]?(\d+\.|\.\d+)([eE][+-]?\d+)?", text):
+        return float(text)  # `.05` and `5.`, which TOML does not accept
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return text
+    return text if is_deep(value) else value

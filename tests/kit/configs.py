@@ -1,0 +1,19 @@
+"""Configs as a command line describes them."""
+
+from pathlib import Path
+
+import pytest
+
+from distributed.config import TrainConfig, from_command_line
+from distributed.errors import InputError
+
+
+def config_of(*arguments: str | Path) -> TrainConfig:
+    return from_command_line([str(argument) for argument in arguments]).config
+
+
+def mistakes(*arguments: str | Path) -> tuple[str, ...]:
+    """The lines with which these arguments are refused."""
+    with pytest.raises(InputError) as caught:
+        config_of(*arguments)
+    return caught.value.lines

@@ -1,0 +1,30 @@
+"""Exponential moving average of weights and batch-norm statistics."""
+
+import torch
+from torch import nn
+
+from distributed.optim.ema import WeightEMA
+
+
+def small_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+
+
+def test_averages_weights_and_statistics() -> None:
+    model = small_model()
+    ema = WeightEMA(model.state_dict(), decay=0.5)
+    names = ("0.weight", "1.running_mean")
+    expected = {name: model.state_dict()[name].double().clone() for name in names}
+    for step in range(9):
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                if tensor.is_floating_point():
+                    tensor.add_(torch.randn_like(tensor))
+        ema.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        for name in names:
+            expected[name] = decay * expected[name] + (1 - decay) * model.state_dict()[name]
+    for name in names:
+        assert torch.allclose(ema.tensors[name].double(), expected[name], rtol=1e-5, atol=1e-6)
+    assert "1.num_batches_tracked" not in ema.tensors
