@@ -1,7 +1,12 @@
 """The errors a user can meet and the exit code that stands for each. No torch here: bad input ends before its import."""
 
 import sys
+from collections.abc import Callable
 from enum import IntEnum
+from functools import wraps
+from typing import ParamSpec
+
+P = ParamSpec("P")
 
 
 class ExitCode(IntEnum):
@@ -21,19 +26,19 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-class _Explained:
-    """An error whose message is for the user, and the exit code that stands for it."""
+class _UserError:
+    """An error with a message for the user and its own exit code."""
 
     exit_code: ExitCode
 
-    def tell(self) -> ExitCode:
-        """Print the message to stderr, each line marked as an error; the exit code."""
+    def report(self) -> ExitCode:
+        """Print the message to stderr, each line marked as an error. Returns the exit code."""
         lines = [f"error: {line}" for line in str(self).splitlines()]
         print(*lines, sep="\n", file=sys.stderr, flush=True)
         return self.exit_code
 
 
-class InputError(_Explained, ValueError):
+class InputError(_UserError, ValueError):
     """What the user gave cannot be used. Each line names the thing, the value and the remedy.
 
     Raised before any process group or GPU is touched; ends the process with `ExitCode.BAD_INPUT` and no traceback.
@@ -52,16 +57,29 @@ class NotFiniteError(ArithmeticError):
     exit_code = ExitCode.NOT_FINITE
 
 
-class StorageError(_Explained, OSError):
+class StorageError(_UserError, OSError):
     """The run folder cannot be written, or belongs to a newer attempt; the last good checkpoint is intact."""
 
     exit_code = ExitCode.STORAGE
 
 
-class PeerError(_Explained, RuntimeError):
+class PeerError(_UserError, RuntimeError):
     """Another rank is missing, has failed or was lost; the message names it. Ends with the exit code of the rank that
     failed, if that is known."""
 
     def __init__(self, message: str, exit_code: ExitCode = ExitCode.FAILED) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def prints_errors(main: Callable[P, int]) -> Callable[P, int]:
+    """Decorate a command's `main` to print an InputError, StorageError or PeerError and return its exit code."""
+
+    @wraps(main)
+    def printing(*arguments: P.args, **options: P.kwargs) -> int:
+        try:
+            return main(*arguments, **options)
+        except (InputError, StorageError, PeerError) as error:
+            return error.report()
+
+    return printing
