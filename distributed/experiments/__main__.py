@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distributed.config import from_command_line
-from distributed.errors import ExitCode, InputError, StorageError
+from distributed.errors import ExitCode, prints_errors
 from distributed.experiments.results import (
     CONFIGS,
     SEEDS,
@@ -33,6 +33,7 @@ from distributed.process.torchrun import torchrun_command
 from distributed.run.folder import RunFolder
 
 
+@prints_errors
 def main() -> int:
     """0: all asked for are finished; 75: time was up, the same command goes on; else what the first failed run ended with.
 
@@ -53,29 +54,26 @@ def main() -> int:
     logs.terminal_logs(0, level="WARNING")
     deadline = time.monotonic() + 60 * arguments.minutes if arguments.minutes else None
     failed: int = ExitCode.FINISHED
-    try:
-        check_table(arguments.out)
-        read_table(arguments.out.with_suffix(".json"))  # refused now, not after hours
-        for name in arguments.only:
-            words = [str(CONFIGS / f"{name}.toml"), "--run_dir", str(arguments.runs / name), *settings]
-            words += ["--data.root", arguments.root] if arguments.root else []
-            from_command_line(words)  # what the run would refuse: torchrun would hide its exit code
-            run = RunFolder(arguments.runs / name)
-            before = run.status()
-            code = _run(arguments.nproc_per_node, words, deadline)
-            if code and (status := run.status()) != before:  # else it was refused before it began
-                code = code if status.exit_code is None else status.exit_code
-            with OptionalOutput(arguments.out):  # for now; the runs are what takes hours
-                write_results(arguments.runs, arguments.out)
-            if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED):
-                return code
-            failed = failed or code  # the next one may well work, and a rented machine is not for waiting
-        results = results_in(arguments.runs)
-        print(table(merged(results, arguments.out)))
-        with requested_output("--out", arguments.out):
-            write_table(results, arguments.out)
-    except (InputError, StorageError) as error:
-        return error.report()
+    check_table(arguments.out)
+    read_table(arguments.out.with_suffix(".json"))  # refused now, not after hours
+    for name in arguments.only:
+        words = [str(CONFIGS / f"{name}.toml"), "--run_dir", str(arguments.runs / name), *settings]
+        words += ["--data.root", arguments.root] if arguments.root else []
+        from_command_line(words)  # what the run would refuse: torchrun would hide its exit code
+        run = RunFolder(arguments.runs / name)
+        before = run.status()
+        code = _run(arguments.nproc_per_node, words, deadline)
+        if code and (status := run.status()) != before:  # else it was refused before it began
+            code = code if status.exit_code is None else status.exit_code
+        with OptionalOutput(arguments.out):  # for now; the runs are what takes hours
+            write_results(arguments.runs, arguments.out)
+        if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED):
+            return code
+        failed = failed or code  # the next one may well work, and a rented machine is not for waiting
+    results = results_in(arguments.runs)
+    print(table(merged(results, arguments.out)))
+    with requested_output("--out", arguments.out):
+        write_table(results, arguments.out)
     return failed
 
 

@@ -22,6 +22,7 @@ from distributed.data.pipeline import DataPipeline
 from distributed.engine.ddp import BucketSums, DdpEngine
 from distributed.engine.exact import ExactEngine
 from distributed.engine.fsdp import FsdpEngine
+from distributed.engine.prepare import Compute
 from distributed.engine.protocol import Engine
 from distributed.gpu_check import runs
 from distributed.gpu_check.checks import Checks
