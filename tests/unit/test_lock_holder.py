@@ -39,7 +39,7 @@ def ended() -> dict[str, Any]:
 
 
 @pytest.fixture
-def held(tmp_path: Path) -> Iterator[Path]:
+def locked(tmp_path: Path) -> Iterator[Path]:
     """A run folder whose lock another process holds, e.g. a child of the recorded holder."""
     command = [sys.executable, "-c", HOLD, tmp_path / ".lock"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -55,10 +55,10 @@ def acquire(folder: Path, lock: Any = FileLock, *, seconds: float = 0.6) -> None
     lock.release()
 
 
-def test_lock_of_an_ended_process_is_taken_over(held: Path, ended: dict[str, Any]) -> None:
-    replace_json(held / "attempt.json", ended)
-    acquire(held)
-    assert {path.name for path in held.iterdir()} <= {".lock", "attempt.json"}
+def test_lock_of_an_ended_process_is_taken_over(locked: Path, ended: dict[str, Any]) -> None:
+    replace_json(locked / "attempt.json", ended)
+    acquire(locked)
+    assert {path.name for path in locked.iterdir()} <= {".lock", "attempt.json"}
 
 
 def test_soft_lock_of_an_ended_process_is_taken_over(tmp_path: Path, ended: dict[str, Any]) -> None:
@@ -87,27 +87,27 @@ def test_soft_lock_of_an_ended_process_is_taken_over(tmp_path: Path, ended: dict
     ],
     ids=str,
 )
-def test_holder_that_may_be_alive_keeps_the_lock(held: Path, ended: dict[str, Any], changed: dict[str, Any]) -> None:
+def test_holder_that_may_be_alive_keeps_the_lock(locked: Path, ended: dict[str, Any], changed: dict[str, Any]) -> None:
     if changed == {"pid": os.getppid()}:
         changed = changed | {"began": lock_holder._start_time(os.getppid())}
-    replace_json(held / "attempt.json", ended | changed)
+    replace_json(locked / "attempt.json", ended | changed)
     with pytest.raises(InputError) as caught:
-        acquire(held, seconds=0.2)
+        acquire(locked, seconds=0.2)
     (line,) = caught.value.lines
-    assert f"if that process has certainly ended, remove {held / '.lock'}" in line
+    assert f"if that process has certainly ended, remove {locked / '.lock'}" in line
     assert f"process {changed.get('pid', ended['pid'])} on {changed.get('host', ended['host'])}" in line
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", "null", '{"pid": 1', '{"pid": 1, "host": "other", "token": "x"}'])
-def test_invalid_holder_record_keeps_the_lock(held: Path, content: str) -> None:
-    (held / "attempt.json").write_text(content)
+def test_invalid_holder_record_keeps_the_lock(locked: Path, content: str) -> None:
+    (locked / "attempt.json").write_text(content)
     with pytest.raises(InputError, match="another run is writing there"):
-        acquire(held, seconds=0.2)
+        acquire(locked, seconds=0.2)
 
 
-def test_new_holder_has_time_to_write_its_record(held: Path, ended: dict[str, Any]) -> None:
+def test_new_holder_has_time_to_write_its_record(locked: Path, ended: dict[str, Any]) -> None:
     """The record changes while we wait, so the new holder is alive."""
-    replace_json(held / "attempt.json", ended)
+    replace_json(locked / "attempt.json", ended)
     before = lock_holder.read_object
     reads = iter(
         [ended, *[holder_record() | {"pid": os.getppid(), "began": lock_holder._start_time(os.getppid())}] * 9]
@@ -115,7 +115,7 @@ def test_new_holder_has_time_to_write_its_record(held: Path, ended: dict[str, An
     lock_holder.read_object = lambda _: next(reads)
     try:
         with pytest.raises(InputError, match=f"process {os.getppid()} on"):
-            acquire(held, seconds=0.3)
+            acquire(locked, seconds=0.3)
     finally:
         lock_holder.read_object = before
 
@@ -130,13 +130,13 @@ def test_lock_file_of_a_new_holder_is_not_removed(tmp_path: Path) -> None:
     lock_holder._remove(file, inode=1)
 
 
-def test_lock_is_acquired_when_the_predecessor_ends(held: Path) -> None:
+def test_lock_is_acquired_when_the_predecessor_ends(locked: Path) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD, held / "other"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        [sys.executable, "-c", HOLD, locked / "other"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     ):
-        lock = FileLock(held / "other")
+        lock = FileLock(locked / "other")
         start = time.monotonic()
-        acquire_lock(lock, record=held / "attempt.json", seconds=30)
+        acquire_lock(lock, record=locked / "attempt.json", seconds=30)
         assert time.monotonic() - start < 25
         lock.release()
 
@@ -212,8 +212,8 @@ def test_slurm_decides_whether_another_job_is_gone(
 def test_blocked_work_names_its_lock_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(once_per_node, "_QUIET_SECONDS", 0.1)
     done: list[int] = []
-    said: list[str] = []
-    sink = logger.add(said.append, format="{message}")
+    messages: list[str] = []
+    sink = logger.add(messages.append, format="{message}")
     with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / ".data.lock"], stdin=subprocess.PIPE) as process:
         while not (tmp_path / ".data.lock").exists():
             time.sleep(0.01)
@@ -222,4 +222,4 @@ def test_blocked_work_names_its_lock_file(tmp_path: Path, monkeypatch: pytest.Mo
         once_per_node.once_per_node(tmp_path / "data", lambda: done.append(1), done=lambda: bool(done))
     assert done == [1]
     logger.remove(sink)
-    assert f"({tmp_path / '.data.lock'}); remove that file only if no such process is left" in said[0]
+    assert f"({tmp_path / '.data.lock'}); remove that file only if no such process is left" in messages[0]
