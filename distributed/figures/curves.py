@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 from distributed.files import replace_bytes
-from distributed.run.records import SplitRecord, read_epochs, read_steps
+from distributed.run.metrics_file import SplitRecord, read_epochs, read_steps
 
 
 def draw_curves(metrics_file: Path, target: Path, *, title: str) -> None:

@@ -7,15 +7,8 @@ from pathlib import Path
 from distributed.config import TrainConfig
 from distributed.inference.saved_run import read_config
 from distributed.run.folder import RunFolder
-from distributed.run.records import (
-    AttemptRecord,
-    EpochRecord,
-    Status,
-    TrainRecord,
-    read_attempts,
-    read_epochs,
-    read_steps,
-)
+from distributed.run.metrics_file import EpochRecord, TrainRecord, read_epochs, read_steps
+from distributed.run.records import AttemptRecord, Status, read_attempts
 
 _STEP = {"loss", "lr", "images_per_second", "data_wait"}
 _EPOCH = {"lr", "train_loss", "train_accuracy"}

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from distributed.config.toml_file import from_file
 from distributed.errors import InputError
-from distributed.files import read_object
 from distributed.run.folder import RunFolder
 from distributed.run.lock_holder import why_ended
-from distributed.run.records import EpochRecord, Status, read_epochs
+from distributed.run.metrics_file import EpochRecord, read_epochs
+from distributed.run.records import Holder, Status
 
 _MARKS = {"status.json", "attempts.jsonl", "config.toml"}
 _INNER = {"checkpoints", "tensorboard", "logs", "profile", "export", "ray", "slurm"}
@@ -77,7 +77,7 @@ def outcome_of(run: Path) -> Outcome:
 def _status(status: Status, run: Path) -> str:
     """As status.json has it; `interrupted` if the process that wrote `running` is known to have ended."""
     said = _text(status.status)
-    return "interrupted" if said == "running" and why_ended(read_object(run / "attempt.json")) else said or "unknown"
+    return "interrupted" if said == "running" and why_ended(Holder.read(run / "attempt.json")) else said or "unknown"
 
 
 def _planned_epochs(run: Path) -> int | None:

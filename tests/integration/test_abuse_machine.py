@@ -237,7 +237,7 @@ def test_lock_of_an_ended_holder_is_taken_over(run: Path, tmp_path: Path, monkey
     folder = copy_of(run, tmp_path / "run")
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
-    replace_json(folder / "attempt.json", lock_holder.holder_record() | {"pid": process.pid, "token": "x"})
+    replace_json(folder / "attempt.json", lock_holder.this_process().as_json() | {"pid": process.pid, "token": "x"})
     with locked(folder / ".lock"):
         found = train(folder, epochs=2)
     assert found.code == 0, found.err

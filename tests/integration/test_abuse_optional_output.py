@@ -123,7 +123,7 @@ def test_run_survives_missing_tensorboard_and_matplotlib(tmp_path: Path, monkeyp
 
 def test_disk_filling_up_during_training_is_exit_4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
-    real = Reporter.train
+    real = Reporter.log_step
 
     def on_a_full_disk(report: Reporter, *values: object, **named: object) -> None:
         if (step := values[0].step) == 1:
@@ -133,7 +133,7 @@ def test_disk_filling_up_during_training_is_exit_4(tmp_path: Path, monkeypatch: 
         resource.setrlimit(resource.RLIMIT_FSIZE, ((folder / "metrics.jsonl").stat().st_size, resource.RLIM_INFINITY))
         real(report, *values, **named)
 
-    monkeypatch.setattr(Reporter, "train", on_a_full_disk)
+    monkeypatch.setattr(Reporter, "log_step", on_a_full_disk)
     with files_up_to(resource.RLIM_INFINITY):
         found = call("train", *SETTINGS, "--run_dir", folder)
     assert_told(found, f"{folder}/metrics.jsonl: File too large", code=4)

@@ -17,6 +17,7 @@ from distributed.run import claim, resume_checks
 from distributed.run.checkpoint_layout import FORMAT, name_of
 from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
+from distributed.run.records import Holder
 from distributed.training.state import TrainState
 
 
@@ -395,9 +396,9 @@ def test_removed_run_folder_is_reported(run, path, writer):
 
 def test_briefly_unreadable_token_is_read_again(run, monkeypatch):
     """E.g. on NFS, where reading a file that was just replaced fails once."""
-    answers = iter([{}])
-    read = claim.read_object
-    monkeypatch.setattr(claim, "read_object", lambda path: next(answers, None) or read(path))
+    answers = iter([Holder()])
+    read = Holder.read
+    monkeypatch.setattr(Holder, "read", lambda path: next(answers, None) or read(path))
     run.check_token()
 
 

@@ -9,15 +9,8 @@ import pytest
 
 from distributed.errors import InputError
 from distributed.run import records
-from distributed.run.records import (
-    Status,
-    TrainRecord,
-    read_attempts,
-    read_epochs,
-    read_metrics,
-    read_saves,
-    read_steps,
-)
+from distributed.run.metrics_file import TrainRecord, read_epochs, read_metrics, read_steps
+from distributed.run.records import Status, read_attempts, read_saves
 
 TRAIN = {"kind": "train", "data": "generated10", "epoch": 0, "step": 5, "loss": 2.5, "grad_norm": None}
 EPOCH = {"kind": "epoch", "epoch": 0, "step": 10, "train_loss": 2.0, "validation": None, "test": {"accuracy": 0.25}}
