@@ -81,11 +81,6 @@ def read_metrics(file: Path) -> list[TrainRecord | EpochRecord]:
     return found
 
 
-def read_steps(file: Path) -> list[TrainRecord]:
-    """Read the lines of metrics.jsonl about training steps. Raises as `read_metrics`."""
-    return [record for record in read_metrics(file) if isinstance(record, TrainRecord)]
-
-
 def read_epochs(file: Path) -> list[EpochRecord]:
     """Read the lines of metrics.jsonl about epochs. Raises as `read_metrics`."""
     return [record for record in read_metrics(file) if isinstance(record, EpochRecord)]

@@ -22,7 +22,7 @@ from distributed.files import replace_bytes, replace_text
 from distributed.process import logs
 from distributed.process.optional_output import OptionalOutput
 from distributed.process.signals import SignalStop
-from distributed.report.curves import overlaid_picture
+from distributed.report.comparison import curves_as_png
 from distributed.report.history import read_history
 from distributed.training.stop import StopSource
 from launch.on_ray.capacity import CapacityError, capacity
@@ -114,11 +114,11 @@ def conclude(folder: Path, trainings: Sequence[Training]) -> None:
         replace_text(folder / "summary.txt", text)
     begun = [training.config.run_dir for training in trainings if (training.config.run_dir / "config.toml").is_file()]
     runs = [read_history(run_dir) for run_dir in begun]
-    measured = [(found[1], run) for run in runs if (found := run.best("validation"))]
+    measured = [(found.value, run) for run in runs if (found := run.log.best("validation"))]
     if not measured:
         return
     with OptionalOutput(folder / "sweep.png"):
-        replace_bytes(folder / "sweep.png", overlaid_picture(runs))
+        replace_bytes(folder / "sweep.png", curves_as_png(runs))
     accuracy, best = max(measured, key=lambda entry: entry[0])
     config = with_values(best.config, run_dir=folder / "best")
     with OptionalOutput(folder / "best.toml"):

@@ -56,7 +56,7 @@ def test_resume_on_4_3_1_and_4_processes_keeps_the_bits(undisturbed: Path, tmp_p
     assert begun == sorted(set(begun))
     assert_same_bits(run, undisturbed)
     code, output = compare(run, undisturbed)
-    assert (code, output.startswith("the same bits")) == (0, True), output
+    assert (code, output.startswith("bit-identical: ")) == (0, True), output
 
 
 @pytest.mark.slow
@@ -76,8 +76,8 @@ def test_compare_reports_where_runs_diverge_and_why(undisturbed: Path, tmp_path:
     code, output = compare(tmp_path / "run", undisturbed)
     print(output)
     assert code == 1
-    assert "not the same bits" in output
-    assert "parted by step 5: " in output
+    assert "not bit-identical: " in output
+    assert "diverged by step 5: " in output
     assert "config: optim.lr = 0.0999 | 0.1" in output
     assert "world_size: 2 | 4" in output
 
