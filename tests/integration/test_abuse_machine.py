@@ -24,12 +24,12 @@ SETTINGS = (
     ROOT / "configs/debug.toml", "--data.train_samples", 40, "--data.test_samples", 20, "--global_batch_size", 20,
     "--schedule.name", "constant", "--data.validation_fraction", 0, "--device", "cpu", "--evaluation.batch_size", 20,
 )  # fmt: skip
-CHOOSE = {
+SELECTING = {
     "ONEDNN_MAX_CPU_ISA": "SSE41",
     "ATEN_CPU_CAPABILITY": "default",
     "MKL_CBWR": "COMPATIBLE",
 }
-MORE = {
+ALSO_SELECTING = {
     "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA",
     "OMP_THREAD_LIMIT": "1",
     "DNNL_MAX_CPU_ISA": "AVX2",
@@ -56,7 +56,7 @@ MORE = {
     "TORCH_LINALG_PREFER_CUSOLVER": "1",
     "NVIDIA_TF32_OVERRIDE": "0",
 }
-REPORT_ONLY = {
+NOT_SELECTING = {
     "ONEDNN_VERBOSE": "1",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "9",
     "MKL_VERBOSE": "1",
@@ -108,16 +108,16 @@ def change_last_save(run: Path) -> None:
     file.write_text("\n".join([*lines, json.dumps(changed)]) + "\n")
 
 
-@pytest.mark.parametrize("name", CHOOSE)
+@pytest.mark.parametrize("name", SELECTING)
 def test_resume_under_a_new_variable_warns(run: Path, longer: Path, tmp_path: Path, name: str) -> None:
     resumed = copy_of(run, tmp_path / "resumed")
-    found = train(resumed, epochs=2, **{name: CHOOSE[name]})
+    found = train(resumed, epochs=2, **{name: SELECTING[name]})
     assert found.code == 0, found.err
-    assert warnings(found) == [f"{name}: not set before, {CHOOSE[name]} now; bits may differ"]
+    assert warnings(found) == [f"{name}: not set before, {SELECTING[name]} now; bits may differ"]
     change_last_save(resumed)
     compared = call("compare", longer, resumed)
     assert compared.code == 1, compared.out
-    assert f"  {name}: not set | not set, {CHOOSE[name]}" in compared.out.splitlines()
+    assert f"  {name}: not set | not set, {SELECTING[name]}" in compared.out.splitlines()
 
 
 def test_resume_without_the_variable_warns(run: Path, tmp_path: Path) -> None:
@@ -160,17 +160,17 @@ def test_preloaded_math_library_is_recorded() -> None:
     assert after["other math libraries"].startswith(found[0].resolve().name)
 
 
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("name", ALSO_SELECTING)
 def test_variable_that_selects_kernels_is_recorded(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.delenv(name, raising=False)
     assert name not in kernel_variables()
-    monkeypatch.setenv(name, MORE[name])
-    assert kernel_variables()[name] == MORE[name]
+    monkeypatch.setenv(name, ALSO_SELECTING[name])
+    assert kernel_variables()[name] == ALSO_SELECTING[name]
 
 
-@pytest.mark.parametrize("name", REPORT_ONLY)
+@pytest.mark.parametrize("name", NOT_SELECTING)
 def test_other_variables_are_not_recorded(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv(name, REPORT_ONLY[name])
+    monkeypatch.setenv(name, NOT_SELECTING[name])
     assert name not in kernel_variables()
 
 

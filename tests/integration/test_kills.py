@@ -77,7 +77,7 @@ def test_ten_kills_at_random_moments_keep_the_bits(undisturbed: tuple[Mode, Path
                 break
             # Ranks orphaned by the agent detect its death, save and exit.
     print(f"{kills} kills; attempts began at steps {[a['step'] for a in attempts(run, 'started')]} of {last_step}")
-    assert kills >= 8, "the run ended before it was hit often enough: make it longer"
+    assert kills >= 8, "the run ended before it was killed often enough: make it longer"
     assert_same_bits(run, reference)
 
 
