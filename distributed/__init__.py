@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from distributed import name_clash  # noqa: F401  (checks on import)
 
 if TYPE_CHECKING:
-    from distributed.config import TrainConfig
-    from distributed.config.load import load as load_config
+    from distributed.config import TrainConfig, load_config
     from distributed.engine.protocol import Engine
     from distributed.inference.trained_run import TrainedRun, load
     from distributed.metrics.records import EpochMetrics, Sink, TrainMetrics
@@ -28,24 +27,23 @@ __all__ = [
     "load",
     "load_config",
 ]
-_PLACES = {
-    "Engine": ("distributed.engine.protocol", "Engine"),
-    "EpochMetrics": ("distributed.metrics.records", "EpochMetrics"),
-    "Sink": ("distributed.metrics.records", "Sink"),
-    "StopSource": ("distributed.training.stop", "StopSource"),
-    "TrainConfig": ("distributed.config", "TrainConfig"),
-    "TrainMetrics": ("distributed.metrics.records", "TrainMetrics"),
-    "TrainedRun": ("distributed.inference.trained_run", "TrainedRun"),
-    "load": ("distributed.inference.trained_run", "load"),
-    "load_config": ("distributed.config.load", "load"),
+_MODULES = {
+    "Engine": "distributed.engine.protocol",
+    "EpochMetrics": "distributed.metrics.records",
+    "Sink": "distributed.metrics.records",
+    "StopSource": "distributed.training.stop",
+    "TrainConfig": "distributed.config",
+    "TrainMetrics": "distributed.metrics.records",
+    "TrainedRun": "distributed.inference.trained_run",
+    "load": "distributed.inference.trained_run",
+    "load_config": "distributed.config",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _PLACES[name]
-    value = globals()[name] = getattr(import_module(module), attribute)
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
     return value
 
 

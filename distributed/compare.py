@@ -1,6 +1,6 @@
-"""`python -m distributed.compare RUN RUN`: whether two runs are the same bits, else where they part and what differed.
+"""`python -m distributed.compare RUN RUN`: whether two runs are bit-identical; if not, where they diverge and what differed.
 
-Compared are all logged figures and the digests of every tensor at every save that both runs made. Imports no torch.
+Compares every logged metric, and the digest of every tensor at every step that both runs saved. Imports no torch.
 """
 
 import argparse
@@ -18,90 +18,103 @@ from distributed.run.records import TrainRecord, read_attempts, read_metrics, re
 from distributed.runs.outcome import outcome_of
 from distributed.runs.table import HEADINGS, cells, in_columns
 
-_OF_THE_MACHINE = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
+_MACHINE_METRICS = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
 
 
 @dataclass(frozen=True, order=True)
-class Parting:
-    """Where two runs are found to differ: at the latest after `step` steps; in words."""
+class Divergence:
+    """A difference between two runs, which arose within the first `step` steps."""
 
     step: int
-    where: str
+    description: str
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The first difference of each kind, if any; how much was compared."""
+    """The first divergence in the logs and the first in the saved tensors, earlier step first.
 
-    partings: list[Parting]
-    figures: int
+    `logged` and `saves` count the lines of metrics and the saved states that both runs have.
+    """
+
+    divergences: list[Divergence]
+    logged: int
     saves: int
+
+    @property
+    def extent(self) -> str:
+        """Describe how much was compared."""
+        lines, states = _plural(self.logged, "logged line"), _plural(self.saves, "saved state")
+        return f"{lines} and {states} in common"
 
 
 def compare(a: RunFolder, b: RunFolder) -> Comparison:
-    """Logged figures and saved tensors that both runs have, from the first step on."""
+    """Compare the logged metrics and saved tensors that both runs have."""
     logged_a, logged_b = _logged(a), _logged(b)
-    both = [key for key in logged_a if key in logged_b]
-    found = [parting for key in both if (parting := _parting_of_lines(key, logged_a[key], logged_b[key]))][:1]
+    common = [key for key in logged_a if key in logged_b]
+    found = [different for key in common if (different := _compare_lines(key, logged_a[key], logged_b[key]))][:1]
     saved_a, saved_b = _saved(a), _saved(b)
     saves = [name for name in saved_a if name in saved_b]
-    found += [parting for name in saves if (parting := _parting_of_saves(name, saved_a[name], saved_b[name]))][:1]
-    return Comparison(sorted(found), len(both), len(saves))
+    found += [different for name in saves if (different := _compare_saves(name, saved_a[name], saved_b[name]))][:1]
+    return Comparison(sorted(found), len(common), len(saves))
 
 
 def _logged(run: RunFolder) -> dict[tuple[int, str], dict[str, Any]]:
-    """(step, kind) -> the figures of that line. A window of steps is compared with the same window only."""
+    """Return the metrics of each line by (step, place). A mean over steps is comparable only to one over the same steps."""
     lines, before = {}, 0
     for record in read_metrics(run.metrics_file):
-        kind = f"steps {before + 1} to {record.step}" if isinstance(record, TrainRecord) else record.kind
+        place = f"steps {before + 1} to {record.step}" if isinstance(record, TrainRecord) else record.kind
         before = record.step
-        lines[record.step, kind] = record.model_dump(exclude_unset=True, exclude=_OF_THE_MACHINE)
+        lines[record.step, place] = record.model_dump(exclude_unset=True, exclude=_MACHINE_METRICS)
     return dict(sorted(lines.items()))
 
 
 def _saved(run: RunFolder) -> dict[str, dict[str, str]]:
-    saved = {
-        record.name: record.tensors for record in read_saves(run.digests_file)
-    }  # of one made twice the last counts
+    """Return the tensors' digests by the name of the save; of repeated saves the last counts."""
+    saved = {record.name: record.tensors for record in read_saves(run.digests_file)}
     return {name: saved[name] for name in sorted(saved)}
 
 
-def _parting_of_lines(key: tuple[int, str], a: dict[str, Any], b: dict[str, Any]) -> Parting | None:
-    step, kind = key
+def _compare_lines(key: tuple[int, str], a: dict[str, Any], b: dict[str, Any]) -> Divergence | None:
+    step, place = key
     for name in a:
-        if name in b and a[name] != b[name]:  # versions differ in what they log
-            place = f"epoch {a['epoch'] + 1}" if kind == "epoch" else kind
-            return Parting(step, f"logged of {place}: {name} {a[name]} | {b[name]}")
+        if name in b and a[name] != b[name]:  # versions differ in which metrics they log
+            where = f"epoch {a['epoch'] + 1}" if place == "epoch" else place
+            return Divergence(step, f"logged for {where}: {name} {a[name]} | {b[name]}")
     return None
 
 
-def _parting_of_saves(name: str, a: dict[str, str], b: dict[str, str]) -> Parting | None:
+def _compare_saves(name: str, a: dict[str, str], b: dict[str, str]) -> Divergence | None:
     different = [tensor for tensor in {**a, **b} if a.get(tensor) != b.get(tensor)]
     if not different:
         return None
-    others = f" and {len(different) - 1} other tensors of {len(a)}" if different[1:] else ""
-    return Parting(int(name.split("-")[1]), f"saved after step {int(name.split('-')[1])}: {different[0]}{others}")
+    step = int(name.split("-")[1])
+    others = f" and {_plural(len(different) - 1, 'other tensor')} of {len(a)}" if different[1:] else ""
+    return Divergence(step, f"saved after step {step}: {different[0]}{others}")
 
 
-def circumstances(a: RunFolder, b: RunFolder) -> list[str]:
-    """What differed between the runs besides their bits, a line each: config, then what each attempt ran on."""
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def differing_conditions(a: RunFolder, b: RunFolder) -> list[str]:
+    """Return a line per setting, version, variable or machine property that differs between two runs."""
     config_a, config_b = a.saved_config(), b.saved_config()
     lines = []
     if config_a and config_b:
         changed = [change for change in differences(config_a, config_b) if change[0] != "run_dir"]
         lines += [f"config: {path} = {toml_value(old)} | {toml_value(new)}" for path, old, new in changed]
-    facts_a, facts_b = _facts(a), _facts(b)
-    for name in {**facts_a, **facts_b}:
-        absent = ["not set"] if name.isupper() else []  # a variable of the environment
-        old, new = facts_a.get(name, absent), facts_b.get(name, absent)
+    conditions_a, conditions_b = _conditions(a), _conditions(b)
+    for name in {**conditions_a, **conditions_b}:
+        absent = ["not set"] if name.isupper() else []  # an environment variable
+        old, new = conditions_a.get(name, absent), conditions_b.get(name, absent)
         if old != new:
             lines.append(f"{name}: {', '.join(old) or '?'} | {', '.join(new) or '?'}")
     return lines
 
 
-def _facts(run: RunFolder) -> dict[str, list[str]]:
-    """What each attempt that was begun ran on, in their order; what stayed the same is named once."""
-    facts: dict[str, list[str]] = {}
+def _conditions(run: RunFolder) -> dict[str, list[str]]:
+    """Return the values of each condition over the attempts that started, in order, without repetitions."""
+    conditions: dict[str, list[str]] = {}
     lines = [line for line in read_attempts(run.attempts_file) if line.event == "started"]
     lines = [line for line in lines if line.bits is not None and line.world_size is not None]
     variables = {name for line in lines for name in line.bits or {} if name.isupper()}
@@ -109,54 +122,55 @@ def _facts(run: RunFolder) -> dict[str, list[str]]:
         bits = dict.fromkeys(sorted(variables), "not set") | (line.bits or {})
         versions = {f"version of {package}": version for package, version in bits.pop("versions", {}).items()}
         code = {"commit": line.git} if line.git else {}
-        data = {f"{split} images": _in_words(identity) for split, identity in (line.images or {}).items()}
+        data = {f"{split} images": _format_identity(images) for split, images in (line.images or {}).items()}
         for name, value in {"world_size": line.world_size, **bits, **versions, **code, **data}.items():
-            told = facts.setdefault(name, [])
-            if str(value) not in told[-1:]:
-                told.append(str(value))
-    return facts
+            values = conditions.setdefault(name, [])
+            if str(value) not in values[-1:]:
+                values.append(str(value))
+    return conditions
 
 
-def _in_words(identity: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in identity.items() if value != "")
+def _format_identity(images: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in images.items() if value != "")
 
 
 def main() -> int:
-    """0: the same bits; 1: not; 2: nothing to compare."""
+    """Return the exit code: 0 if the runs are bit-identical, 1 if not, 2 if there is nothing to compare."""
     parser = argparse.ArgumentParser(prog="python -m distributed.compare", description=__doc__)
-    parser.add_argument("runs", nargs=2, type=home_path, metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", nargs=2, type=home_path, metavar="RUN", help="run folder")
     a, b = (RunFolder(path) for path in parser.parse_args().runs)
     try:
-        return _tell(a, b)
+        return _print_comparison(a, b)
     except InputError as error:
         error.tell()
         return ExitCode.BAD_INPUT
 
 
-def _tell(a: RunFolder, b: RunFolder) -> int:
+def _print_comparison(a: RunFolder, b: RunFolder) -> int:
     for run in (a, b):
         if not os.path.isfile(run.config_file):
             raise InputError(
                 f"{run.path}: no config.toml there; RUN is the folder that a training run wrote (its --run_dir)"
             )
     found = compare(a, b)
-    if not found.saves and not found.figures:
-        raise InputError(f"{a.path} and {b.path} have no save and no logged step in common; train both for longer")
-    extent = f"{found.figures} logged lines and {found.saves} saved states in common"
-    if not found.partings:
-        print(f"the same bits: {a.path} and {b.path}, {extent}", *_results(a, b), sep="\n")
+    if not found.saves and not found.logged:
+        raise InputError(
+            f"{a.path} and {b.path} have no saved state and no logged step in common; train both for longer"
+        )
+    if not found.divergences:
+        print(f"bit-identical: {a.path} and {b.path}, {found.extent}", *_results(a, b), sep="\n")
         return ExitCode.FINISHED
-    print(f"not the same bits: {a.path} and {b.path}, {extent}")
-    for parting in found.partings:
-        print(f"  parted by step {parting.step}: {parting.where}")
-    for line in circumstances(a, b) or ["nothing differed in config, versions and machine"]:
+    print(f"not bit-identical: {a.path} and {b.path}, {found.extent}")
+    for divergence in found.divergences:
+        print(f"  diverged by step {divergence.step}: {divergence.description}")
+    for line in differing_conditions(a, b) or ["no difference in config, versions and machine"]:
         print(f"  {line}")
     print(*_results(a, b), sep="\n")
     return ExitCode.FAILED
 
 
 def _results(a: RunFolder, b: RunFolder) -> list[str]:
-    """What each run reached, side by side."""
+    """Return a table of both runs' results."""
     columns = [[shown(run.path), *cells(outcome_of(run.path))] for run in (a, b)]
     return ["", *in_columns(list(zip(("", *HEADINGS), *columns, strict=True)))]
 

@@ -98,7 +98,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     from distributed.checkpoint.snapshot import load_checkpoint
     from distributed.comm.process_group import choose_device, process_group
     from distributed.data.checks import check_evaluated
-    from distributed.inference.confusion import ConfusionSums
+    from distributed.inference.confusion import ConfusionMatrix
     from distributed.process import logs
     from distributed.training.determinism import make_deterministic
     from distributed.training.steps import evaluate
@@ -119,7 +119,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
             load_checkpoint(checkpoint, engine)
         except ValueError as error:
             raise InputError(f"{checkpoint}: {error}; name another with --checkpoint") from None
-        confusion = ConfusionSums(data.num_classes, device)
+        confusion = ConfusionMatrix(data.num_classes, device)
         flip_tta = config.evaluation.flip_tta
         totals = evaluate(engine, data, split, flip_tta=flip_tta, device=device, observers=[confusion])
         counts = confusion.read()

@@ -1,1 +1,1 @@
-"""How ranks meet, exchange tensors and notice that one of them is gone."""
+"""Communication between ranks: rendezvous, collectives, and detection of lost ranks."""

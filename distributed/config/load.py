@@ -48,8 +48,8 @@ def from_command_line(arguments: Sequence[str], *, default_data: str = "cifar10"
     return CommandLine(config, names_data=bool(file or _NAMES_DATA & given.places.keys()))
 
 
-def load(config: str | Path | None = None, /, **settings: Any) -> TrainConfig:
-    """Return a config as on the command line: `load("cifar10", epochs=3, optim={"lr": 0.1})`.
+def load_config(config: str | Path | None = None, /, **settings: Any) -> TrainConfig:
+    """Return a config as on the command line: `load_config("cifar10", epochs=3, optim={"lr": 0.1})`.
 
     Args:
         config: a TOML file or the name of a shipped config; without one, the defaults apply.
@@ -60,7 +60,7 @@ def load(config: str | Path | None = None, /, **settings: Any) -> TrainConfig:
     """
     file = None if config is None else config_file(with_home(str(config)))
     values = {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in settings.items()}
-    given = Settings(values, dict.fromkeys(dotted_paths(values), "load()"))
+    given = Settings(values, dict.fromkeys(dotted_paths(values), "load_config()"))
     return _resolved(file, given, default_data="cifar10")
 
 

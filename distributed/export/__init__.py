@@ -1,1 +1,1 @@
-"""A trained network in formats that run without this code, each reloaded and compared before it is called done."""
+"""Exports a trained network to formats that run without this package."""

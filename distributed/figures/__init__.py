@@ -1,1 +1,1 @@
-"""Figures in one quiet style, as PNG files or as SVG that takes on the colours of the page. Imports no torch."""
+"""Figures in one style, as PNG files or as SVG that adopts a page's colours. Imports no torch."""

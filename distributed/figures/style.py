@@ -1,6 +1,6 @@
-"""How every figure looks: its colours (Okabe and Ito 2008, told apart by colour-blind readers too), axes and file types.
+"""The style of all figures: colours (Okabe and Ito 2008, safe for colour-blind readers), axes, and file formats.
 
-A figure is made without pyplot, so nothing global is left behind and no display is needed.
+Figures are created without pyplot: they need no display and leave no global state behind.
 """
 
 import io
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#1b2028"
-"""Text and axes. In an SVG it becomes the colour of the text around the figure."""
+"""Colour of text and axes. In an SVG it becomes the colour of the text around the figure."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 SPLITS = {"train": COLOURS[0], "validation": COLOURS[1], "test": COLOURS[2]}
 
@@ -35,7 +35,7 @@ _STYLE: Any = {
     "grid.alpha": 0.13,
     "grid.linewidth": 0.6,
     "text.color": INK,
-    "text.parse_math": False,  # names of files and classes are no formulas
+    "text.parse_math": False,  # names of files and classes are not formulas
     "xtick.color": INK,
     "ytick.color": INK,
     "xtick.labelsize": 8,
@@ -53,7 +53,7 @@ _STYLE: Any = {
 
 @contextmanager
 def figure(width: float, height: float, *, columns: int = 1) -> Iterator[tuple["Figure", list["Axes"]]]:
-    """A figure of so many inches with axes side by side; to be drawn and saved inside the context."""
+    """Yield a figure of this size in inches, with axes side by side; draw and save it inside the context."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -63,25 +63,25 @@ def figure(width: float, height: float, *, columns: int = 1) -> Iterator[tuple["
 
 
 def as_png(made: "Figure") -> bytes:
-    """The figure on white."""
+    """Return the figure as PNG on a white background."""
     file = io.BytesIO()
     made.savefig(file, format="png", facecolor="white")
     return file.getvalue()
 
 
 def as_svg(made: "Figure", *, label: str, shrinks: bool = True) -> str:
-    """The figure as an element of a page, on its background, in its text's colour and font.
+    """Return the figure as an SVG element that adopts the page's background, text colour and font.
 
     Args:
-        label: what the figure shows, for those who cannot see it.
-        shrinks: whether it may become narrower than it is, so as to fit the page.
+        label: a description for screen readers.
+        shrinks: whether the figure may be scaled down to fit the page.
     """
     file = io.StringIO()
     made.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg ") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
-    # Several figures share a page: names of groups, which nothing refers to, would stand there more than once.
+    # Several figures share a page, where ids must be unique; nothing refers to those of groups.
     svg = re.sub(r'<g id="[a-zA-Z0-9_.]+">', "<g>", svg)
     svg = re.sub(r"(font: [^;\"]*?[0-9.]+px) [^;\"]+", r"\1 system-ui, sans-serif", svg)
     svg = svg.replace(INK, "currentColor")

@@ -6,7 +6,7 @@ from torch import Tensor
 from distributed import rng
 from distributed.config.data import Augment, GeneratedData
 from distributed.data.augment import augment, crop, cut_out
-from distributed.data.batch import Batch
+from distributed.data.batch import Batch, Batching, InputFormat, Shards
 from distributed.data.mixup import beta, mix
 from distributed.data.pipeline import DataPipeline
 from distributed.gpu_check import unit_layers, unit_updates
@@ -103,9 +103,12 @@ def _pipeline(checks: Checks, device: torch.device, placement: str) -> DataPipel
         {"train_samples": samples, "test_samples": samples // 2, "placement": placement, "augment": augmentation}
     )
     return DataPipeline(
-        config, side=32, seed=5, global_batch_size=48, grad_accum_steps=2, evaluation_batch_size=70, rank=0, world_size=1,
-        shards=4, device=device, dtype=torch.float32, channels_last=True,
-    )  # fmt: skip
+        config,
+        Batching(seed=5, global_batch_size=48, grad_accum_steps=2, evaluation_batch_size=70),
+        Shards.of_rank(0, 1, 4),
+        InputFormat(device, torch.float32, channels_last=True),
+        side=32,
+    )
 
 
 def _batches(data: DataPipeline) -> list[Batch]:
@@ -117,7 +120,7 @@ def _contents(batch: Batch) -> dict[str, Tensor]:
     found = {
         "images": batch.images, "labels": batch.labels, "sample_ids": batch.sample_ids, "sample_keys": batch.sample_keys
     }  # fmt: skip
-    return found | ({"mixed labels": batch.mixed.labels, "own part": batch.mixed.own_part} if batch.mixed else {})
+    return found | ({"mixed labels": batch.mixed.labels, "own weight": batch.mixed.own_weight} if batch.mixed else {})
 
 
 def _placements(checks: Checks) -> None:
@@ -129,7 +132,7 @@ def _placements(checks: Checks) -> None:
             different = differing(_contents(one), _contents(other))
             assert not different, f"batch {index}: {different}"
     with checks.check("batches equal the CPU's") as figures:
-        figures["images"] = figures["own part"] = 0.0
+        figures["images"] = figures["own weight"] = 0.0
         for one, other in zip(on_device, _batches(_pipeline(checks, _CPU, "device")), strict=True):
             found, expected = _contents(one), _contents(other)
             for name in expected:

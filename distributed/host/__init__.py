@@ -1,1 +1,1 @@
-"""This machine and this installation: CPU quota, hardware, package versions, shipped files. Imports no torch."""
+"""The host and the installation: CPU quota, hardware, package versions, shipped files. Imports no torch."""

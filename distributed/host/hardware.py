@@ -1,4 +1,4 @@
-"""Processor and libraries of this host: they select kernels, and so determine the bits. Imports no torch."""
+"""Processor and math libraries of this host, which select kernels and so determine the bits. Imports no torch."""
 
 import platform
 import re
@@ -9,45 +9,47 @@ from pathlib import Path
 _VECTOR_FLAGS = ("avx", "amx", "fma", "f16c", "sse4", "asimd", "sve", "bf16", "i8mm")
 _MODEL_FIELDS = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-# Libraries that compute or distribute work. The C library's own mathematics is recorded by its version.
-_COMPUTES = re.compile(
+# Libraries for math or threads. Those of the C library are recorded by its version.
+_MATH_LIBRARY = re.compile(
     r"lib(mkl_\w+|openblas\w*|blis\w*|c?blas|i?omp5?|gomp|amdlibm|alm|svml|imf|m|dnnl|sleef\w*)[-.].*so.*"
 )
-_OF_PACKAGES = re.compile(r"/(torch|numpy|scipy|\w+\.libs)/")
+_IN_PACKAGE = re.compile(r"/(torch|numpy|scipy|\w+\.libs)/")
 
 
 def processor() -> str:
-    """The name of the processor, which may be a virtual machine's."""
+    """Return the processor's name, which a virtual machine may have set."""
     return _cpuinfo().get("model name", "") or platform.processor()
 
 
 def processor_model(caches: Path = _CACHES) -> str:
-    """Maker, family and model of the processor, and the sizes of its caches, for which libraries cut their blocks."""
+    """Describe vendor, family, model and cache sizes of the processor: libraries choose block sizes by them."""
     fields = [f"{name} {_cpuinfo()[name]}" for name in _MODEL_FIELDS if name in _cpuinfo()]
     sizes = [size for index in sorted(caches.glob("index*")) if (size := _text(index / "size").strip())]
     return ", ".join([*fields, *([f"caches {' '.join(sizes)}"] if sizes else [])])
 
 
 def instructions() -> str:
-    """The processor's vector instructions."""
+    """Return the processor's vector instruction sets."""
     flags = (_cpuinfo().get("flags") or _cpuinfo().get("Features", "")).split()
     return " ".join(sorted(flag for flag in flags if flag.startswith(_VECTOR_FLAGS)))
 
 
 def c_library() -> str:
-    """Name and version of the C library, with its logarithm and cosine."""
+    """Return name and version of the C library, which provides log and cos."""
     return " ".join(platform.libc_ver())
 
 
 def math_libraries(maps: Path = Path("/proc/self/maps")) -> str:
-    """Names and sizes of the libraries of mathematics and threads in use that are not part of a Python package, e.g. of
-    LD_PRELOAD; empty as a rule."""
+    """Return names and sizes of the loaded math and thread libraries that no Python package contains, e.g. from LD_PRELOAD.
+
+    Usually empty.
+    """
     files = {Path(line.split(maxsplit=5)[5]) for line in _text(maps).splitlines() if line.count("/") and ".so" in line}
     system = {file.parent for file in files if file.name.startswith("libc.so.")}
     found = [
         f"{file.name} ({_size(file)} bytes)"
         for file in files
-        if _COMPUTES.fullmatch(file.name) and not _OF_PACKAGES.search(str(file))
+        if _MATH_LIBRARY.fullmatch(file.name) and not _IN_PACKAGE.search(str(file))
         if not (file.parent in system and file.name.startswith("libm.so."))
     ]
     return ", ".join(sorted(found))

@@ -1,4 +1,4 @@
-"""What computes: versions of Python, of packages and of this code. Imports no torch."""
+"""Versions of Python, of packages and of this code. Imports no torch."""
 
 import platform
 import re
@@ -14,7 +14,7 @@ _PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "distributed-alexne
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that numbers depend on."""
+    """Return the versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -25,23 +25,26 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> str:
-    """The commit of this code, with `+changes` where files differ from it; empty outside a checkout."""
+    """Return the commit of this code, with `+changes` if files were modified; empty outside a checkout."""
     here = Path(__file__).parents[1]
     try:
-        asked = subprocess.run(
+        done = subprocess.run(
             ["git", "describe", "--always", "--dirty=+changes", "--abbrev=12"],
             cwd=here, capture_output=True, text=True, timeout=5, check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return asked.stdout.strip()
+    return done.stdout.strip()
 
 
 def require(package: str, *, at_least: tuple[int, int], needed_by: str) -> None:
-    """Look, without importing it, whether a package is there that only some runs need.
+    """Check that an optional package is installed, without importing it.
+
+    Args:
+        needed_by: the option or setting that needs it, for the message.
 
     Raises:
-        InputError: it is not, or too old.
+        InputError: it is missing or too old.
     """
     wanted = ".".join(map(str, at_least))
     try:
@@ -50,5 +53,5 @@ def require(package: str, *, at_least: tuple[int, int], needed_by: str) -> None:
         raise InputError(f"{needed_by} needs the package {package}: pip install '{package}>={wanted}'") from None
     if tuple(map(int, re.findall(r"\d+", found)[:2])) < at_least:
         raise InputError(
-            f"{needed_by} needs {package} {wanted}, and {found} is there: pip install '{package}>={wanted}'"
+            f"{needed_by} needs {package} {wanted} or later, but {found} is installed: pip install '{package}>={wanted}'"
         )

@@ -1,1 +1,1 @@
-"""A trained run in use: its network, its preprocessing and its confusion matrix."""
+"""Uses trained runs: the network with its preprocessing, and confusion matrices."""

@@ -1,4 +1,4 @@
-"""Which classes are taken for which: counts over all ranks, and what they say of each class."""
+"""Confusion matrices: counts of true and predicted classes over all ranks, and the results per class."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,30 +11,30 @@ from distributed.comm import collectives
 from distributed.data.batch import Batch
 
 Counts = list[list[int]]
-"""[true class][predicted class] images."""
+"""Number of images [true class][predicted class]."""
 
 
-class ConfusionSums:
-    """Counts on the device, taken in batch by batch: an observer for `loop.evaluate`. Integers: exact on any ranks."""
+class ConfusionMatrix:
+    """Counts predictions on the device, batch by batch; an observer for `evaluate`. Integer counts are exact on any ranks."""
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self._counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def __call__(self, logits: Tensor, batch: Batch) -> None:
-        """Take in logits [n, classes] and the batch's labels."""
+        """Count the predictions of logits [n, classes] for a batch."""
         classes = len(self._counts)
         cells = batch.labels * classes + logits.argmax(1)
-        # Not bincount, which on a GPU waits for its input's largest value.
+        # Not bincount: on a GPU it synchronizes to read the largest value of its input.
         self._counts.view(-1).index_add_(0, cells, torch.ones_like(cells))
 
     def read(self) -> Counts:
-        """The counts over all ranks; a collective, to be called once."""
+        """Return the counts over all ranks. A collective; call it once."""
         counts: Counts = collectives.sum_over_ranks_(self._counts).tolist()
         return counts
 
 
 class Pair(NamedTuple):
-    """So many images of one class were taken for another."""
+    """The number of images of class `true` that were predicted as class `predicted`."""
 
     true: str
     predicted: str
@@ -43,9 +43,13 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassResult:
-    """One class: its images, how many of them were found, and how many of those taken for it are of it.
+    """The results of one class.
 
-    `recall` and `precision` are None where there is nothing to divide by; `confused_with` where nothing was confused.
+    Attributes:
+        count: number of images of the class.
+        recall: fraction of them that were predicted correctly; None without images.
+        precision: fraction of the class's predictions that are correct; None without predictions.
+        confused_with: the wrong class predicted most often; None if every prediction is correct.
     """
 
     name: str
@@ -56,7 +60,7 @@ class ClassResult:
 
 
 def by_class(counts: Counts, names: Sequence[str]) -> list[ClassResult]:
-    """What the counts say of each class, in order of class."""
+    """Return the results of each class, in the order of classes."""
     predicted = [sum(column) for column in zip(*counts, strict=True)]
     pairs = {pair.true: pair for pair in reversed(most_confused(counts, names))}
     return [
@@ -72,7 +76,7 @@ def by_class(counts: Counts, names: Sequence[str]) -> list[ClassResult]:
 
 
 def most_confused(counts: Counts, names: Sequence[str]) -> list[Pair]:
-    """All pairs of different classes of which images were confused, the most frequent first, then by class."""
+    """Return all confused pairs of classes, most frequent first, then in the order of classes."""
     pairs = [
         Pair(names[true], names[predicted], count)
         for true, row in enumerate(counts)
@@ -83,7 +87,7 @@ def most_confused(counts: Counts, names: Sequence[str]) -> list[Pair]:
 
 
 def as_lines(results: Sequence[ClassResult]) -> list[str]:
-    """A table for a terminal, a line a class, under a line of headings."""
+    """Format a table for the terminal: headings, then a line per class."""
     width = max(len("class"), *(len(result.name) for result in results))
     lines = [f"{'class':{width}}  {'n':>6}  {'recall':>8}  {'precision':>9}  most confused with"]
     for result in results:
@@ -96,5 +100,5 @@ def as_lines(results: Sequence[ClassResult]) -> list[str]:
     return lines
 
 
-def _percent(part: float | None) -> str:
-    return "-" if part is None else f"{part:.2%}"
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{fraction:.2%}"

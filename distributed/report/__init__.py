@@ -1,1 +1,1 @@
-"""One page on one run or several, for somebody who was not there."""
+"""A single HTML page on one run or several, for readers who were not there."""

@@ -1,6 +1,6 @@
-"""`python -m distributed.report RUN [RUN ...] [--out report.html]`: one page on runs, for somebody who was not there.
+"""`python -m distributed.report RUN [RUN ...] [--out report.html]`: write one page on one run or several.
 
-The page is a single file that needs nothing else. What cannot be shown (no checkpoint yet, data not there) is said.
+The page is a single self-contained file. Anything that cannot be shown, e.g. without a checkpoint or the data, is named there.
 """
 
 import argparse
@@ -17,18 +17,19 @@ from distributed.process import logs
 from distributed.process.optional_output import requested_output
 from distributed.process.streams import run_command
 from distributed.report.history import History, read_history
+from distributed.report.narrative import dataset_name
 from distributed.report.page import Html, page, text
 
 
 def main() -> int:
-    """The exit code; prints where the page lies."""
+    """Write the page, print its path and size, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m distributed.report", description=__doc__)
-    parser.add_argument("runs", type=home_path, nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", type=home_path, nargs="+", metavar="RUN", help="run folder")
     parser.add_argument(
-        "--out", type=home_path, metavar="FILE", help="RUN/report.html of one run, else report.html, if not given"
+        "--out", type=home_path, metavar="FILE", help="default: RUN/report.html for one run, report.html for several"
     )
     parser.add_argument("--checkpoint", default="auto", help="best, latest or a name; auto: best if there is one")
-    parser.add_argument("--data.root", dest="root", type=home_path, help="where the data set is now")
+    parser.add_argument("--data.root", dest="root", type=home_path, help="folder with the data set, if it has moved")
     arguments = parser.parse_args()
     logs.terminal_logs(0, level="WARNING")
     out = arguments.out or (arguments.runs[0] / "report.html" if len(arguments.runs) == 1 else Path("report.html"))
@@ -37,7 +38,7 @@ def main() -> int:
         check_writable("--out", out)
     except InputError as error:
         return error.tell()
-    runs = _told_apart([_with_root(run, arguments.root) for run in runs])
+    runs = _with_unique_names([_with_root(run, arguments.root) for run in runs])
     try:
         content = _page(runs, checkpoint=arguments.checkpoint).encode()
         with requested_output("--out", out):
@@ -49,33 +50,33 @@ def main() -> int:
 
 
 def _with_root(run: History, root: Path | None) -> History:
-    """With its data where it lies now; of several runs some may be on generated images."""
+    """Return the run with its data in folder `root`, unless its images are generated."""
     config = with_data_root(run.config, root) if has_data_root(run.config) else run.config
     return replace(run, config=without_download(config))
 
 
-def _told_apart(runs: Sequence[History]) -> list[History]:
-    """Runs whose folders have the same name go by their paths."""
+def _with_unique_names(runs: Sequence[History]) -> list[History]:
+    """Name runs by their paths if their folders have the same name."""
     names = [run.name for run in runs]
     return [replace(run, name=str(run.folder.path)) if names.count(run.name) > 1 else run for run in runs]
 
 
 def _page(runs: Sequence[History], *, checkpoint: str) -> str:
-    from distributed.report.comparison import together
-    from distributed.report.run_sections import run_parts
+    from distributed.report.comparison import comparison_sections
+    from distributed.report.run_sections import run_sections
 
-    what = ", ".join(dict.fromkeys(f"{run.config.model.name} on {run.config.data.name}" for run in runs))
-    title = f"{what}: {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs of {what}"
-    parts: list[Html] = [
+    subjects = ", ".join(dict.fromkeys(f"{run.config.model.name} on {dataset_name(run)}" for run in runs))
+    title = f"{subjects}: {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs of {subjects}"
+    sections: list[Html] = [
         f"<h1>{escape(title)}</h1>",
-        text(f"Made {time.strftime('%Y-%m-%d %H:%M %Z')} from what the run folders held then.", quiet=True),
+        text(f"Made from the run folder{'s' if runs[1:] else ''} on {time.strftime('%Y-%m-%d %H:%M %Z')}.", quiet=True),
     ]
     if len(runs) > 1:
         links = "".join(f'<a href="#run-{place}">{escape(run.name)}</a>' for place, run in enumerate(runs))
-        parts += [f"<nav>{links}</nav>", *together(runs)]
+        sections += [f"<nav>{links}</nav>", *comparison_sections(runs)]
     for place, run in enumerate(runs):
-        parts += run_parts(run, checkpoint=checkpoint, anchor=f"run-{place}")
-    return page(title, parts)
+        sections += run_sections(run, checkpoint=checkpoint, anchor=f"run-{place}")
+    return page(title, sections)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a checkpoint shows of itself: its results on the test images, its worst mistakes, its first layer; and its data."""
+"""Analyses a checkpoint and its data: test results, most confident mistakes, first-layer filters, augmented images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from distributed.data.checks import check_evaluated
 from distributed.data.pipeline import DataPipeline
 from distributed.data.sources.image_file import png_of
 from distributed.errors import InputError
-from distributed.inference.confusion import ConfusionSums, Counts
+from distributed.inference.confusion import ConfusionMatrix, Counts
 from distributed.inference.saved_run import (
     Normalization,
     check_complete,
@@ -33,7 +33,7 @@ from distributed.training.totals import Totals
 
 @dataclass(frozen=True)
 class Mistake:
-    """A test image as PNG that was taken, with a probability, for another class than its own."""
+    """A test image, as PNG, whose predicted class is wrong; `probability` is that of the prediction."""
 
     png: bytes
     true: str
@@ -43,36 +43,46 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Findings:
-    """Of a checkpoint on the test split."""
+    """Results of a checkpoint on the test split."""
 
     totals: Totals
     counts: Counts
-    classes: list[str]
+    class_names: list[str]
     mistakes: list[Mistake]
 
 
-class _Worst:
-    """Keeps the wrong answers of the highest probability: an observer for `evaluate`, in a single process."""
+@dataclass(frozen=True)
+class _Wrong:
+    """A wrong prediction: probability, class indices, and the normalized image [3, height, width]."""
+
+    probability: float
+    true: int
+    predicted: int
+    image: Tensor
+
+
+class _MostConfidentMistakes:
+    """Keeps the wrong predictions of the highest probability. An observer for `evaluate` in a single process."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.found: list[tuple[float, int, int, Tensor]] = []
+        self.found: list[_Wrong] = []
 
     def __call__(self, logits: Tensor, batch: Batch) -> None:
         probabilities, predicted = logits.softmax(1).max(1)
         wrong = torch.where(predicted != batch.labels, probabilities, -1.0)
         for place in wrong.topk(min(self.count, len(wrong))).indices.tolist():
             if wrong[place] >= 0:
-                facts = float(wrong[place]), int(batch.labels[place]), int(predicted[place])
-                self.found.append((*facts, batch.images[place].float().cpu()))
-        self.found = sorted(self.found, key=lambda one: -one[0])[: self.count]
+                image = batch.images[place].float().cpu()
+                self.found.append(_Wrong(float(wrong[place]), int(batch.labels[place]), int(predicted[place]), image))
+        self.found = sorted(self.found, key=lambda mistake: -mistake.probability)[: self.count]
 
 
-class Checked:
-    """A run's data and, where there is one, its checkpoint, read once for all that is shown of them.
+class Analysis:
+    """Analyses a run's data and checkpoints; the data is read once.
 
     Raises:
-        InputError: the data is not there.
+        InputError: the data is missing.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -80,18 +90,18 @@ class Checked:
         self.device = choose_device("auto", self.topology)
         make_deterministic(self.device, precision=self.config.precision)
         self.data: DataPipeline = build_data(self.config, self.topology, self.device)
-        self.normalization = Normalization(**self.data.facts()["normalization"])
+        self.normalization = Normalization(**self.data.metadata()["normalization"])
 
     def augmented(self, count: int) -> list[bytes]:
-        """The first training images of the first epoch as PNG, changed as the network was given them."""
+        """Return the first training images of the first epoch as PNG, after augmentation."""
         images = next(self.data.train_epoch(0))[0].images[:count]
         return [as_png(image, self.normalization) for image in images.float().cpu()]
 
     def findings(self, checkpoint: Path, *, mistakes: int) -> Findings:
-        """What `evaluate` finds, and the most confidently wrong answers.
+        """Evaluate a checkpoint on the test split and keep its most confident mistakes.
 
         Raises:
-            InputError: the checkpoint is damaged, of another network, or of other classes than the data.
+            InputError: the checkpoint is damaged, or its network or classes do not match the run's config and data.
         """
         check_complete(checkpoint)
         content = read_content(checkpoint)
@@ -101,22 +111,24 @@ class Checked:
             load_checkpoint(checkpoint, engine)
         except ValueError as error:
             raise InputError(f"{checkpoint}: {error}") from None
-        confusion, worst = ConfusionSums(self.data.num_classes, self.device), _Worst(mistakes)
+        confusion, confident = ConfusionMatrix(self.data.num_classes, self.device), _MostConfidentMistakes(mistakes)
         flip_tta = self.config.evaluation.flip_tta
         totals = evaluate(
-            engine, self.data, "test", flip_tta=flip_tta, device=self.device, observers=[confusion, worst]
+            engine, self.data, "test", flip_tta=flip_tta, device=self.device, observers=[confusion, confident]
         )
-        names, normalization = read_class_names(content, self.config), read_normalization(content) or self.normalization
+        names = read_class_names(content, self.config)
+        normalization = read_normalization(content) or self.normalization
         found = [
-            Mistake(as_png(image, normalization), names[true], names[predicted], probability)
-            for probability, true, predicted, image in worst.found
+            Mistake(as_png(each.image, normalization), names[each.true], names[each.predicted], each.probability)
+            for each in confident.found
         ]
         return Findings(totals, confusion.read(), names, found)
 
 
-def first_filters(checkpoint: Path, *, most: int = 96) -> list[bytes] | None:
-    """The first convolution's filters as PNG, mid-grey where a weight is 0, each scaled to its own largest weight; None where
-    no convolution looks at three channels.
+def first_filters(checkpoint: Path, *, limit: int = 96) -> list[bytes] | None:
+    """Return the first convolution's filters as PNG: mid-grey for a weight of 0, each scaled to its own largest weight.
+
+    None if no convolution has three input channels.
 
     Raises:
         InputError: the checkpoint is damaged.
@@ -125,11 +137,11 @@ def first_filters(checkpoint: Path, *, most: int = 96) -> list[bytes] | None:
     filters = next((t for t in evaluation_weights(checkpoint).values() if t.dim() == 4 and t.shape[1] == 3), None)
     if filters is None:
         return None
-    scaled = filters[:most] / filters[:most].abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
-    return [png_of(0.5 + 0.5 * one) for one in scaled]
+    scaled = filters[:limit] / filters[:limit].abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
+    return [png_of(0.5 + 0.5 * each) for each in scaled]
 
 
 def as_png(image: Tensor, normalization: Normalization) -> bytes:
-    """A normalized image [3, h, w] as it looked before."""
+    """Undo the normalization of an image [3, height, width] and return it as PNG."""
     mean, deviation = (torch.tensor(values).view(-1, 1, 1) for values in normalization)
     return png_of(image * deviation + mean)

@@ -1,53 +1,78 @@
-"""What the page says of several runs beside each other. Imports no torch."""
+"""The sections of the page that compare several runs. Imports no torch."""
 
 from collections.abc import Sequence
 from itertools import combinations
 
-from distributed.compare import circumstances, compare
+from distributed.compare import compare, differing_conditions
 from distributed.config import differences, toml_value
-from distributed.report.curves import overlaid_curves
+from distributed.figures.curves import overlaid_curves
+from distributed.figures.style import as_png, as_svg
 from distributed.report.history import History
-from distributed.report.narrative import clock
-from distributed.report.page import Absent, Html, missing, part, table, text
+from distributed.report.narrative import clock, dataset_name
+from distributed.report.page import Absent, Html, missing, section, table, text
 
 
-def together(runs: Sequence[History]) -> list[Html]:
-    """Results, curves, differing settings, and whether bits are the same."""
+def comparison_sections(runs: Sequence[History]) -> list[Html]:
+    """Return results, curves, differing settings, and whether the runs are bit-identical."""
     try:
-        curves = part("Their curves", overlaid_curves(runs))
+        curves = section("Curves", curves_as_svg(runs))
     except Absent as reason:
-        curves = missing("Their curves", str(reason))
+        curves = missing("Curves", str(reason))
     return [
-        "<h2>The runs beside each other</h2>",
-        part("Results", _results(runs)),
+        "<h2>Comparison</h2>",
+        section("Results", _results(runs)),
         curves,
         _settings(runs),
         _bits(runs),
     ]
 
 
+def curves_as_svg(runs: Sequence[History]) -> Html:
+    """Draw the runs' curves over each other.
+
+    Raises:
+        Absent: no run has finished an epoch.
+    """
+    split = _split_to_draw(runs)
+    with overlaid_curves([run.to_draw for run in runs], split=split) as made:
+        return as_svg(made, label=f"training loss, {split} accuracy and learning rate of {len(runs)} runs over epochs")
+
+
+def curves_as_png(runs: Sequence[History]) -> bytes:
+    """Draw the runs' curves over each other; errors as for `curves_as_svg`."""
+    with overlaid_curves([run.to_draw for run in runs], split=_split_to_draw(runs)) as made:
+        return as_png(made)
+
+
+def _split_to_draw(runs: Sequence[History]) -> str:
+    logs = [run.log for run in runs if run.log.epochs]
+    if not logs:
+        raise Absent("No run has finished an epoch yet, so there is nothing to draw.")
+    return "validation" if all(log.best("validation") for log in logs) else "test"
+
+
 def _results(runs: Sequence[History]) -> Html:
     rows = []
     for run in runs:
-        best, (_, tests), (time, whole) = run.best("validation"), run.curve("test", "accuracy"), run.wall_time
+        best, test, time = run.log.best("validation"), run.log.last("test"), run.wall_time
         rows.append(
             [
                 run.name,
                 run.config.model.name,
-                run.config.data.name,
-                f"{len(run.epochs)} of {run.config.epochs}",
-                f"{best[1]:.2%} (epoch {best[0]})" if best else "–",
-                f"{tests[-1]:.2%}" if tests else "–",
-                clock(time) if whole else f"more than {clock(time)}",
+                dataset_name(run),
+                f"{len(run.log.epochs)} of {run.config.epochs}",
+                f"{best.value:.2%} (epoch {best.epoch})" if best else "–",
+                f"{test.value:.2%}" if test else "–",
+                clock(time.total) if time.complete else f"more than {clock(time.total)}",
                 run.status.status or "unknown",
             ]
         )
-    headings = ["run", "network", "data", "epochs", "best validation", "last test", "wall time", "status"]
+    headings = ["run", "model", "data", "epochs", "best validation", "last test", "wall time", "status"]
     return table(headings, rows, numbers=[4, 5])
 
 
 def _settings(runs: Sequence[History]) -> Html:
-    """Every setting that is not the same in all runs."""
+    """List every setting that differs between the runs."""
     found: dict[str, list[str]] = {}
     first = runs[0].config
     for place, run in enumerate(runs[1:], 1):
@@ -55,24 +80,24 @@ def _settings(runs: Sequence[History]) -> Html:
             if path != "run_dir":
                 found.setdefault(path, [toml_value(old)] * len(runs))[place] = toml_value(new)
     if not found:
-        return part("What was set differently", text("Nothing: all settings are the same."))
+        return section("Differing settings", text("None: all settings are equal."))
     rows = [[path, *values] for path, values in found.items()]
-    return part("What was set differently", table(["setting", *(run.name for run in runs)], rows))
+    return section("Differing settings", table(["setting", *(run.name for run in runs)], rows))
 
 
 def _bits(runs: Sequence[History]) -> Html:
-    said = []
+    sentences = []
     for a, b in combinations(runs, 2):
         found, names = compare(a.folder, b.folder), f"{a.name} and {b.name}"
-        extent = f"{found.figures} logged lines and {found.saves} saved states in common"
-        if not found.figures and not found.saves:
-            said.append(f"{names} have no logged step and no saved state in common, so nothing can be said.")
-        elif not found.partings:
-            said.append(f"{names} are the same bits: {extent}.")
+        if not found.logged and not found.saves:
+            sentences.append(f"{names} cannot be compared: they have no logged step and no saved state in common.")
+        elif not found.divergences:
+            sentences.append(f"{names} are bit-identical: {found.extent}.")
         else:
-            why = circumstances(a.folder, b.folder) or ["nothing differed in config, versions and machine"]
-            said.append(
-                f"{names} are not the same bits ({extent}). Parted by step {found.partings[0].step}: "
-                f"{found.partings[0].where}. What differed: {'; '.join(why)}."
+            first = found.divergences[0]
+            why = differing_conditions(a.folder, b.folder) or ["none in config, versions and machine"]
+            sentences.append(
+                f"{names} are not bit-identical ({found.extent}). They diverged by step {first.step}: {first.description}. "
+                f"Differences: {'; '.join(why)}."
             )
-    return part("Whether they are the same bits", text(*said))
+    return section("Bit-identical?", text(*sentences))

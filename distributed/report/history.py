@@ -1,94 +1,81 @@
-"""A run as its folder tells it: what was logged, how each attempt went, how it stands. Imports no torch."""
+"""The history of a run, read from its folder: metrics, attempts and status. Imports no torch."""
 
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 from distributed.config import TrainConfig
+from distributed.figures.curves import NamedLog
 from distributed.inference.saved_run import read_config
 from distributed.run.folder import RunFolder
-from distributed.run.records import (
-    AttemptRecord,
-    EpochRecord,
-    Status,
-    TrainRecord,
-    read_attempts,
-    read_epochs,
-    read_steps,
-)
-
-_STEP = {"loss", "lr", "images_per_second", "data_wait"}
-_EPOCH = {"lr", "train_loss", "train_accuracy"}
+from distributed.run.metrics_log import MetricsLog
+from distributed.run.records import AttemptRecord, Status, read_attempts
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt: `started` and `ended` are lines of attempts.jsonl; without the latter it runs, or was killed."""
+    """One attempt: its lines of attempts.jsonl. `ended` is None while it runs, and if it was killed."""
 
     started: AttemptRecord
     ended: AttemptRecord | None
 
     @property
     def duration(self) -> timedelta | None:
-        """From start to end; None where no end was written."""
+        """None if no end was recorded."""
         return self.ended.moment - self.started.moment if self.ended else None
 
     @property
     def hardware(self) -> str:
-        """`2 processes x 1 thread, AMD EPYC`, as far as it is known."""
+        """Describe processes, threads and device as far as recorded, e.g. `2 processes × 1 thread, AMD EPYC`."""
         if self.started.event != "started":
-            return "ended before it began"
+            return "ended before training started"
         bits = self.started.bits or {}
-        ranks, threads = self.started.world_size or 1, bits.get("threads")
-        said = f"{ranks} process{'es' if ranks > 1 else ''}"
+        processes, threads = self.started.world_size or 1, bits.get("threads")
+        text = f"{processes} process{'es' if processes > 1 else ''}"
         if threads:
-            said += f" × {threads} thread{'s' if threads > 1 else ''}"
-        return f"{said}, {bits['device']}" if bits.get("device") else said
+            text += f" × {threads} thread{'s' if threads > 1 else ''}"
+        return f"{text}, {bits['device']}" if bits.get("device") else text
+
+
+@dataclass(frozen=True)
+class WallTime:
+    """The total duration of a run's attempts; not `complete` if one of them recorded no end."""
+
+    total: timedelta
+    complete: bool
 
 
 @dataclass(frozen=True)
 class History:
-    """All of a run but its tensors. `steps` and `epochs` are the lines of metrics.jsonl of their kind."""
+    """Everything that a run recorded, except its checkpoints."""
 
     name: str
     folder: RunFolder
     config: TrainConfig
     status: Status
     attempts: list[Attempt]
-    steps: list[TrainRecord]
-    epochs: list[EpochRecord]
+    log: MetricsLog
 
     @property
-    def steps_per_epoch(self) -> float | None:
-        """None before the first epoch's end."""
-        return self.epochs[0].step / (self.epochs[0].epoch + 1) if self.epochs else None
+    def progress(self) -> str:
+        """Format finished and planned epochs, e.g. `3 of 10 epochs`."""
+        return f"{len(self.log.epochs)} of {self.config.epochs} epochs"
 
     @property
-    def wall_time(self) -> tuple[timedelta, bool]:
-        """The time that the attempts took, and whether that is all: of a killed one the end is not known."""
+    def wall_time(self) -> WallTime:
         durations = [attempt.duration for attempt in self.attempts]
-        return sum((d for d in durations if d), timedelta()), None not in durations
+        return WallTime(sum((d for d in durations if d), timedelta()), None not in durations)
 
-    def curve(self, split: str, figure: str) -> tuple[list[int], list[float]]:
-        """(epochs counted from 1, values) of `loss` or `accuracy` on `train`, `validation` or `test`."""
-        if split == "train":
-            points = [(line.epoch + 1, getattr(line, f"train_{figure}")) for line in self.epochs]
-        else:
-            measured = [(line.epoch + 1, getattr(line, split)) for line in self.epochs]
-            points = [(epoch, getattr(record, figure)) for epoch, record in measured if record]
-        return [epoch for epoch, _ in points], [value for _, value in points]
-
-    def best(self, split: str) -> tuple[int, float] | None:
-        """(epoch, accuracy) of the first epoch with the highest accuracy on a split; None where it was never measured."""
-        epochs, values = self.curve(split, "accuracy")
-        return max(zip(epochs, values, strict=True), key=lambda point: point[1]) if epochs else None
+    @property
+    def to_draw(self) -> NamedLog:
+        return NamedLog(self.name, self.log, plateau=self.config.schedule.name == "plateau")
 
 
 def read_history(run: Path) -> History:
-    """What the folder holds now; the run may still be going on.
+    """Read a run folder; the run may still be in progress.
 
     Raises:
-        InputError: it is no run's folder.
+        InputError: not a run folder.
     """
     folder, config = RunFolder(run), read_config(run)
     return History(
@@ -97,13 +84,12 @@ def read_history(run: Path) -> History:
         config,
         folder.status(),
         _attempts([line for line in read_attempts(folder.attempts_file) if line.time]),
-        [line for line in read_steps(folder.metrics_file) if line.model_fields_set >= _STEP],
-        [line for line in read_epochs(folder.metrics_file) if line.model_fields_set >= _EPOCH],
+        MetricsLog.read(folder.metrics_file).without_gaps(),
     )
 
 
 def _attempts(lines: list[AttemptRecord]) -> list[Attempt]:
-    """Each start with the end of the same attempt, by its token. One that failed before it began has its end as start too."""
+    """Pair each start with the end of the same token. An attempt that failed before starting has its end as its start."""
     ends = {line.token: line for line in lines if line.event != "started"}
     starts = {line.token: line for line in reversed(lines) if line.event == "started"}
     tokens = dict.fromkeys(line.token for line in lines)

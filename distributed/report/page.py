@@ -1,11 +1,12 @@
-"""The pieces that a page is made of. Everything is inside the one file: styles, drawings, pictures. Imports no torch."""
+"""Builds a page from its elements. Styles, drawings and images are all inside the one file. Imports no torch."""
 
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import NamedTuple
 
 Html = str
-"""Markup; every text in it is escaped."""
+"""Markup in which all text is escaped."""
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #ffffff; --ink: #1b2028; --quiet: #5d6673; --line: #e2e4e8;
@@ -23,7 +24,7 @@ h3 { font-size: 16px; margin: 0 0 8px; }
 p { margin: 0 0 10px; max-width: 78ch; }
 a { color: var(--accent); }
 .quiet { color: var(--quiet); }
-.part { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 20px 22px; margin: 16px 0; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 20px 22px; margin: 16px 0; }
 .missing { color: var(--warn); background: var(--warn-page); border-radius: 6px; padding: 8px 12px; margin: 0; }
 .scroll { overflow-x: auto; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 16px 0; }
@@ -43,7 +44,7 @@ tr:last-child td { border-bottom: 0; }
 pre { font: 12.5px/1.5 ui-monospace, monospace; overflow-x: auto; margin: 8px 0 0; }
 summary { cursor: pointer; font-weight: 600; }
 svg { display: block; }
-.part > :last-child, .part > :last-child p { margin-bottom: 0; }
+.card > :last-child, .card > :last-child p { margin-bottom: 0; }
 .beside { display: flex; flex-wrap: wrap; gap: 24px 40px; align-items: flex-start; }
 .beside > :first-child { flex: 1 1 480px; min-width: 0; }
 nav { margin: 16px 0 0; }
@@ -52,42 +53,42 @@ nav a { margin-right: 16px; }
 
 
 class Absent(Exception):
-    """No error: why a part cannot be shown, in a sentence."""
+    """A section has nothing to show; the message says why in a sentence."""
 
 
-def page(title: str, parts: Iterable[Html]) -> str:
-    """A whole document."""
+def page(title: str, sections: Iterable[Html]) -> str:
+    """Return the complete document."""
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n"
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
     )
 
 
-def part(title: str, *content: Html) -> Html:
-    """A framed part of the page under its own heading."""
-    return f'<section class="part">\n<h3>{escape(title)}</h3>\n' + "\n".join(content) + "\n</section>"
+def section(title: str, *content: Html) -> Html:
+    """Return a framed section of the page under its own heading."""
+    return f'<section class="card">\n<h3>{escape(title)}</h3>\n' + "\n".join(content) + "\n</section>"
 
 
 def missing(title: str, why: str) -> Html:
-    """The part that could not be made, with the reason."""
-    return part(title, f'<p class="missing">{escape(why)}</p>')
+    """Return a section that says why its content could not be made."""
+    return section(title, f'<p class="missing">{escape(why)}</p>')
 
 
 def text(*sentences: str, quiet: bool = False) -> Html:
-    """Paragraphs."""
+    """Return a paragraph for each text."""
     attribute = ' class="quiet"' if quiet else ""
     return "\n".join(f"<p{attribute}>{escape(sentence)}</p>" for sentence in sentences)
 
 
 def key_figures(figures: Sequence[tuple[str, str]]) -> Html:
-    """(what, value) as a row of cards."""
-    cards = "".join(f"<div><b>{escape(value)}</b><span>{escape(what)}</span></div>" for what, value in figures)
+    """Return a row of cards from (label, value)."""
+    cards = "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for label, value in figures)
     return f'<div class="figures">{cards}</div>'
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[int] = ()) -> Html:
-    """Rows of text under headings; `numbers` are the columns aligned to the right."""
+    """Return a table; `numbers` are the columns to align to the right."""
 
     def cells(tag: str, row: Sequence[str]) -> str:
         return "".join(
@@ -99,25 +100,33 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Se
     return f'<div class="scroll"><table><thead><tr>{cells("th", headings)}</tr></thead>\n<tbody>\n{body}</tbody></table></div>'
 
 
-def pictures(images: Iterable[tuple[bytes, str, Html]], *, wide: bool = False) -> Html:
-    """A grid of PNG images, each with what it shows in words and with a caption."""
+class Picture(NamedTuple):
+    """A PNG image with a description for screen readers and, optionally, a visible caption."""
+
+    png: bytes
+    alt: str
+    caption: Html = ""
+
+
+def pictures(images: Iterable[Picture], *, wide: bool = False) -> Html:
+    """Return a grid of images."""
     figures = "\n".join(
-        f'<figure><img alt="{escape(shows)}" src="data:image/png;base64,{b64encode(png).decode()}">{caption}</figure>'
-        for png, shows, caption in images
+        f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{b64encode(png).decode()}">{caption}</figure>'
+        for png, alt, caption in images
     )
     return f'<div class="images{" wide" if wide else ""}">\n{figures}\n</div>'
 
 
 def beside(*content: Html) -> Html:
-    """Side by side where the page is wide enough, else below each other."""
+    """Put elements side by side if the page is wide enough, otherwise below each other."""
     return '<div class="beside">' + "".join(f"<div>{each}</div>" for each in content) + "</div>"
 
 
 def scrolled(content: Html) -> Html:
-    """What is wider than the page."""
+    """Let content that is wider than the page scroll."""
     return f'<div class="scroll">{content}</div>'
 
 
 def folded(title: str, content: str) -> Html:
-    """Plain text that is shown on demand."""
+    """Return plain text that unfolds on demand."""
     return f"<details><summary>{escape(title)}</summary><pre>{escape(content)}</pre></details>"

@@ -1,4 +1,4 @@
-"""What the page says of one run, part by part; a part that cannot be made says why. Torch comes in only where it is needed."""
+"""The sections of the page on one run. A section that cannot be made says why. Imports torch only where needed."""
 
 from collections.abc import Callable
 from functools import cache
@@ -10,105 +10,96 @@ from loguru import logger
 
 from distributed.config import as_toml
 from distributed.errors import InputError, NotFiniteError
+from distributed.figures.curves import run_curves, speed_curve
+from distributed.figures.style import as_svg
 from distributed.inference.saved_run import choose_checkpoint
 from distributed.process.optional_output import one_line
-from distributed.report.curves import run_curves, throughput
+from distributed.report import checkpoint_sections
 from distributed.report.history import History
-from distributed.report.narrative import clock, how_it_ended, how_it_stands, learning_rate, what_it_is
-from distributed.report.page import (
-    Absent,
-    Html,
-    beside,
-    folded,
-    key_figures,
-    missing,
-    part,
-    pictures,
-    scrolled,
-    table,
-    text,
-)
+from distributed.report.narrative import clock, describe, describe_end, describe_learning_rate, describe_status
+from distributed.report.page import Absent, Html, folded, key_figures, missing, section, table, text
 from distributed.run.checkpoint_layout import committed_names
 
 if TYPE_CHECKING:
-    from distributed.report.analysis import Checked, Findings
+    from distributed.report.analysis import Analysis, Findings
 
-_AUGMENTED, _MISTAKES, _PAIRS = 24, 24, 10
-_FOLDED_FROM = 25  # classes of a table that is not shown unasked
+_MISTAKES = 24
 
 
-def run_parts(run: History, *, checkpoint: str, anchor: str) -> list[Html]:
-    """All parts on a run.
+def run_sections(run: History, *, checkpoint: str, anchor: str) -> list[Html]:
+    """Return all sections on a run.
 
     Args:
-        anchor: by which the page's own links find it.
-        checkpoint: the name of the one that is looked at.
+        checkpoint: name of the checkpoint to analyse.
+        anchor: id by which the page links to this run.
     """
-    look = _Look(run, checkpoint)
-    tried: list[tuple[str, Callable[[], list[Html]]]] = [
-        ("How it learned", lambda: [run_curves(run), text(*learning_rate(run))]),
-        ("How fast", lambda: _speed(run)),
-        ("What it gets right and wrong", lambda: _results(look.findings(), look.path())),
-        ("Each class", lambda: _classes(look.findings())),
-        ("Where it is wrong and most sure", lambda: _mistakes(look.findings())),
-        ("What it is shown", lambda: _shown(run, look.checked())),
-        ("What its first layer looks for", lambda: _filters(look.path())),
-    ]
-    head = [
-        f'<h2 id="{escape(anchor)}">{escape(run.name)}</h2>',
-        text(what_it_is(run)),
-        key_figures(_figures(run)),
-        _attempts(run),
+    saved = _Saved(run, checkpoint)
+    sections: list[tuple[str, Callable[[], list[Html]]]] = [
+        ("Learning curves", lambda: [curves_as_svg(run), text(*describe_learning_rate(run))]),
+        ("Speed", lambda: [text(_speed(run)), speed_as_svg(run)]),
+        ("Test results", lambda: checkpoint_sections.results(saved.findings(), saved.path().name)),
+        ("Classes", lambda: checkpoint_sections.classes(saved.findings())),
+        ("Most confident mistakes", lambda: checkpoint_sections.mistakes(saved.findings())),
+        ("Augmented training images", lambda: checkpoint_sections.augmented(run.config, saved.analysis())),
+        ("First-layer filters", lambda: checkpoint_sections.filters(saved.path())),
     ]
     return [
-        *head,
-        *(_part(title, make) for title, make in tried),
-        part("Its settings", folded("config.toml", as_toml(run.config))),
+        f'<h2 id="{escape(anchor)}">{escape(run.name)}</h2>',
+        text(describe(run)),
+        key_figures(_figures(run)),
+        _attempts(run),
+        *(_section(title, make) for title, make in sections),
+        section("Settings", folded("config.toml", as_toml(run.config))),
     ]
 
 
-class _Look:
-    """What is read of a run's data and checkpoint, once for all parts."""
+class _Saved:
+    """A run's data and checkpoint, each read once for all sections."""
 
     def __init__(self, run: History, name: str) -> None:
         self.run, self.name = run, name
-        self.checked, self.findings = cache(self._checked), cache(self._findings)
+        self.analysis, self.findings = cache(self._analysis), cache(self._findings)
 
     def path(self) -> Path:
-        """The checkpoint's folder."""
+        """Return the checkpoint's folder.
+
+        Raises:
+            Absent: the run has saved no checkpoint.
+        """
         if not committed_names(self.run.folder.checkpoints):
-            raise Absent("The run has saved no checkpoint yet, so there are no weights to look at.")
+            raise Absent("The run has not saved a checkpoint yet, so there are no weights to analyse.")
         return choose_checkpoint(self.run.folder.path, self.name)
 
-    def _checked(self) -> "Checked":
-        from distributed.report.analysis import Checked
+    def _analysis(self) -> "Analysis":
+        from distributed.report.analysis import Analysis
 
-        return Checked(self.run.config)
+        return Analysis(self.run.config)
 
     def _findings(self) -> "Findings":
-        return self.checked().findings(self.path(), mistakes=_MISTAKES)
+        return self.analysis().findings(self.path(), mistakes=_MISTAKES)
 
 
-def _part(title: str, make: Callable[[], list[Html]]) -> Html:
+def _section(title: str, make: Callable[[], list[Html]]) -> Html:
     try:
-        return part(title, *make())
+        return section(title, *make())
     except (Absent, InputError, NotFiniteError) as error:
-        return missing(title, f"This part could not be made. {error}")
-    except Exception as error:  # e.g. no matplotlib; or a run that continues deletes a checkpoint while it is read
+        return missing(title, f"This section could not be made. {error}")
+    except Exception as error:  # e.g. no matplotlib; or a run in progress deletes the checkpoint being read
         logger.warning("{}: {}; continuing without it", title, one_line(error))
-        return missing(title, f"This part could not be made: {one_line(error)}.")
+        return missing(title, f"This section could not be made: {one_line(error)}.")
 
 
 def _figures(run: History) -> list[tuple[str, str]]:
     figures = []
-    if best := run.best("validation"):
-        figures.append((f"best validation accuracy, epoch {best[0]}", f"{best[1]:.2%}"))
-    epochs, accuracies = run.curve("test", "accuracy")
-    if epochs:
-        figures.append((f"test accuracy, epoch {epochs[-1]}", f"{accuracies[-1]:.2%}"))
-    time, whole = run.wall_time
-    figures.append(("epochs", f"{len(run.epochs)} of {run.config.epochs}"))
-    figures.append(("wall time" if whole else "wall time of the attempts that were ended", clock(time)))
+    if best := run.log.best("validation"):
+        figures.append((f"best validation accuracy, epoch {best.epoch}", f"{best.value:.2%}"))
+    if test := run.log.last("test"):
+        figures.append((f"test accuracy, epoch {test.epoch}", f"{test.value:.2%}"))
+    time = run.wall_time
+    figures.append(("epochs", f"{len(run.log.epochs)} of {run.config.epochs}"))
+    figures.append(
+        ("wall time" if time.complete else "wall time of the attempts whose end is recorded", clock(time.total))
+    )
     return [*figures, ("status", run.status.status or "unknown")]
 
 
@@ -120,118 +111,56 @@ def _attempts(run: History) -> Html:
             f"{attempt.started.step or 0:,}",
             attempt.hardware,
             clock(attempt.duration) if attempt.duration is not None else "unknown",
-            how_it_ended(attempt, last=place == len(run.attempts)),
+            describe_end(attempt, last=place == len(run.attempts)),
             attempt.started.git or "",
         ]
         for place, attempt in enumerate(run.attempts, 1)
     ]
-    headings = ["", "started", "from step", "on", "took", "ended", "code"]
-    several = f"It took {len(rows)} attempts, each of which went on where the one before had saved." if rows[1:] else ""
+    headings = ["", "started", "from step", "hardware", "duration", "end", "commit"]
+    resumed = (
+        f" It took {len(rows)} attempts; each resumed from the last checkpoint of the one before." if rows[1:] else ""
+    )
     versions = run.attempts[-1].started.versions or {} if run.attempts else {}
-    said = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return part(
-        "How it went",
-        text(f"{how_it_stands(run)} {several}".strip()),
+    return section(
+        "Attempts",
+        text(describe_status(run) + resumed),
         table(headings, rows, numbers=[2]),
-        text(f"Versions: {said}." if said else "", quiet=True),
+        text("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".", quiet=True)
+        if versions
+        else "",
     )
 
 
-def _speed(run: History) -> list[Html]:
-    drawn = throughput(run)
-    rates = sorted(line.images_per_second or 0.0 for line in run.steps)
-    waits = sorted(line.data_wait or 0.0 for line in run.steps)
-    return [
-        text(
-            f"Half of the time it trained on more than {rates[len(rates) // 2]:,.0f} images a second, over all processes; "
-            f"{waits[len(waits) // 2]:.1%} of the time went by waiting for images."
-        ),
-        drawn,
-    ]
+def curves_as_svg(run: History) -> Html:
+    """Draw loss, accuracy and learning rate.
+
+    Raises:
+        Absent: no epoch has finished.
+    """
+    if not run.log.epochs:
+        raise Absent("No epoch has finished yet, so there is nothing to draw.")
+    with run_curves(run.to_draw) as made:
+        return as_svg(made, label=f"loss, accuracy and learning rate of {run.name} over epochs")
 
 
-def _results(found: "Findings", checkpoint: Path) -> list[Html]:
-    from distributed.figures.confusion import confusion_figure
-    from distributed.figures.style import as_svg
-    from distributed.inference.confusion import most_confused
+def speed_as_svg(run: History) -> Html:
+    """Draw images per second at each logging step."""
+    restarts = [attempt.started.step or 0 for attempt in run.attempts[1:]]
+    with speed_curve(run.log, restarts=restarts) as made:
+        return as_svg(made, label=f"training speed of {run.name} over steps")
 
-    totals, names = found.totals, found.classes
-    with confusion_figure(
-        found.counts, names, title="test images by their class and what they are taken for"
-    ) as figure:
-        large = len(names) >= _FOLDED_FROM
-        matrix = as_svg(figure, label="confusion matrix of the test images", shrinks=not large)
-    counts = dict(zip(names, map(sum, found.counts), strict=True))
-    pairs = [
-        [pair.true, pair.predicted, f"{pair.images:,}", f"{pair.images / counts[pair.true]:.1%} of the class"]
-        for pair in most_confused(found.counts, names)[:_PAIRS]
-    ]
-    said = text(
-        f"The checkpoint {checkpoint.name} on the {totals.count:,} test images: {totals.accuracy:.2%} right, the right "
-        f"class among the first five of {totals.accuracy5:.2%}, loss {totals.mean_loss:.4f}."
+
+def _speed(run: History) -> str:
+    """Describe the medians of speed and of the wait for data.
+
+    Raises:
+        Absent: no step was logged.
+    """
+    if not run.log.steps:
+        raise Absent("No training step was logged, so the speed is unknown.")
+    speeds = sorted(line.images_per_second or 0.0 for line in run.log.steps)
+    waits = sorted(line.data_wait or 0.0 for line in run.log.steps)
+    return (
+        f"Median speed: {speeds[len(speeds) // 2]:,.0f} images/s over all processes, with {waits[len(waits) // 2]:.1%} of "
+        "the time spent waiting for data."
     )
-    worst = table(["most confused", "taken for", "images", ""], pairs, numbers=[2]) if pairs else ""
-    return [said, worst, scrolled(matrix)] if large else [said, beside(matrix, worst)]
-
-
-def _classes(found: "Findings") -> list[Html]:
-    from distributed.inference.confusion import by_class
-
-    rows = []
-    for one in by_class(found.counts, found.classes):
-        parts = ["–" if part is None else f"{part:.1%}" for part in (one.recall, one.precision)]
-        pair = one.confused_with
-        rows.append([one.name, f"{one.count:,}", *parts, f"{pair.predicted} ({pair.images})" if pair else "–"])
-    rows.sort(key=lambda row: -float(row[2].rstrip("%")) if row[2] != "–" else 1.0)
-    drawn = table(["class", "images", "recall", "precision", "most confused with"], rows, numbers=[1, 2, 3])
-    if len(rows) >= _FOLDED_FROM:
-        drawn = f"<details><summary>All {len(rows)} classes</summary>{drawn}</details>"
-    return [
-        text(
-            "Recall: which part of a class was recognized. Precision: which part of what was taken for it is of it. "
-            "Best recognized first.",
-            quiet=True,
-        ),
-        drawn,
-    ]
-
-
-def _mistakes(found: "Findings") -> list[Html]:
-    if not found.mistakes:
-        raise Absent("No test image was taken for another class than its own.")
-    images = [
-        (
-            one.png,
-            f"an image of {one.true} taken for {one.predicted}",
-            f"<figcaption>is <b>{escape(one.true)}</b><br>taken for <b>{escape(one.predicted)}</b><br>"
-            f"{min(one.probability, 0.9994):.1%} sure</figcaption>",
-        )
-        for one in found.mistakes
-    ]
-    return [text("Test images it took for something else, the surest first.", quiet=True), pictures(images, wide=True)]
-
-
-def _shown(run: History, checked: "Checked") -> list[Html]:
-    augment = run.config.data.augment.model_dump()
-    said = ", ".join(f"{name} {str(value).lower()}" for name, value in augment.items())
-    images = [(png, "a training image as changed at random", "") for png in checked.augmented(_AUGMENTED)]
-    return [
-        text(f"The first training images of the first epoch, after their random changes ({said}).", quiet=True),
-        pictures(images),
-    ]
-
-
-def _filters(checkpoint: Path) -> list[Html]:
-    from distributed.report.analysis import first_filters
-
-    filters = first_filters(checkpoint)
-    if filters is None:
-        raise Absent("The network has no convolution over the three colours.")
-    images = [(png, f"filter {place}", "") for place, png in enumerate(filters, 1)]
-    return [
-        text(
-            "The first convolution's filters: grey is no weight, a colour is what raises the filter's answer.",
-            quiet=True,
-        ),
-        pictures(images),
-    ]

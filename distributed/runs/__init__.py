@@ -1,1 +1,1 @@
-"""Several runs at a glance: where they are, how they stand and what they reached. Imports no torch."""
+"""Status and results of all runs in a folder. Imports no torch."""

@@ -1,6 +1,6 @@
-"""`python -m distributed.runs [FOLDER]`: all runs in a folder and below, each with its status and results.
+"""`python -m distributed.runs [FOLDER]`: list all runs in a folder and its subfolders, with status and results.
 
-A run whose process is gone although it never wrote its end is `interrupted`: the same command resumes it.
+A run whose process ended without recording its end is `interrupted`: the same command resumes it.
 """
 
 import argparse
@@ -15,14 +15,14 @@ from distributed.runs.table import HEADINGS, cells, in_columns
 
 
 def main() -> int:
-    """0, or 2 if there is no run."""
+    """Return the exit code: 0, or 2 if the folder holds no runs."""
     parser = argparse.ArgumentParser(prog="python -m distributed.runs", description=__doc__)
     parser.add_argument(
-        "folder", nargs="?", type=home_path, default=Path("runs"), metavar="FOLDER", help="runs if not given"
+        "folder", nargs="?", type=home_path, default=Path("runs"), metavar="FOLDER", help="default: runs"
     )
     folder = parser.parse_args().folder
     try:
-        runs = _runs(folder)
+        runs = _find_runs(folder)
     except InputError as error:
         error.tell()
         return ExitCode.BAD_INPUT
@@ -31,7 +31,7 @@ def main() -> int:
     return ExitCode.FINISHED
 
 
-def _runs(folder: Path) -> list[Path]:
+def _find_runs(folder: Path) -> list[Path]:
     try:
         next(folder.iterdir(), None)
     except OSError as error:

@@ -1,14 +1,15 @@
-"""Rows of text in columns."""
+"""Formats outcomes of runs as a table of text."""
 
 from collections.abc import Sequence
 
+from distributed.run.metrics_log import Point
 from distributed.runs.outcome import Outcome
 
 HEADINGS = ("status", "epochs", "best validation", "test", "when", "minutes")
 
 
 def cells(outcome: Outcome) -> list[str]:
-    """An outcome under `HEADINGS`."""
+    """Return an outcome's cells under `HEADINGS`."""
     return [
         outcome.status,
         outcome.progress,
@@ -19,12 +20,12 @@ def cells(outcome: Outcome) -> list[str]:
     ]
 
 
-def accuracy(point: tuple[int, float] | None) -> str:
-    """`83.73% (epoch 10)`, or a dash."""
-    return f"{point[1]:.2%} (epoch {point[0]})" if point else "-"
+def accuracy(point: Point | None) -> str:
+    """Format an accuracy as `83.73% (epoch 10)`, or `-` if there is none."""
+    return f"{point.value:.2%} (epoch {point.epoch})" if point else "-"
 
 
 def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A line a row, each column as wide as its widest text."""
+    """Return a line per row, each column as wide as its widest cell."""
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -425,8 +425,8 @@ def test_report_without_matplotlib_has_its_numbers(run: Path, tmp_path: Path, mo
     found = call("report.__main__", run, "--out", tmp_path / "report.html")
     assert (found.code, found.errors) == (0, []), found.err
     page = (tmp_path / "report.html").read_text()
-    assert "This part could not be made: ModuleNotFoundError" in page
-    assert "Its settings" in page
+    assert "This section could not be made: ModuleNotFoundError" in page
+    assert "Settings" in page
 
 
 def test_unwritable_table_does_not_end_the_experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

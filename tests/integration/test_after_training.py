@@ -1,4 +1,4 @@
-"""What can be done with a run once it is trained, as users type it: evaluate, predict, export, report."""
+"""The commands for a trained run, as users type them: evaluate, predict, export, report."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from kit.trained_runs import (
     write_test_images,
 )
 from PIL import Image
-from unit.test_report import assert_stands_alone
+from unit.test_report import assert_self_contained
 
 from distributed import load
 from distributed.build import read_data
@@ -46,26 +46,30 @@ def logits_of(run: Path, images: torch.Tensor) -> torch.Tensor:
         return load(run).classifier(images)
 
 
-def test_evaluate_counts_every_class_the_same_on_one_process_and_on_two(run: Path, tmp_path: Path) -> None:
+def test_evaluate_is_equal_on_one_process_and_on_two(run: Path, tmp_path: Path) -> None:
     alone = command("evaluate", run, "--checkpoint", "latest", "--json")
     assert alone.returncode == 0, alone.stderr
-    told = json.loads(alone.stdout)
+    printed = json.loads(alone.stdout)
     logged = metrics(run)[-1]["test"]
-    assert (told["loss"], told["top1"], told["top5"]) == (logged["loss"], logged["accuracy"], logged["accuracy5"])
-    assert [sum(row) for row in told["confusion"]] == [11, 11, 11, *[10] * 7]
-    assert sum(told["confusion"][label][label] for label in range(10)) == round(103 * told["top1"])
-    assert [one["count"] for one in told["classes"]] == [11, 11, 11, *[10] * 7]
+    assert (printed["loss"], printed["top1"], printed["top5"]) == (
+        logged["loss"],
+        logged["accuracy"],
+        logged["accuracy5"],
+    )
+    assert [sum(row) for row in printed["confusion"]] == [11, 11, 11, *[10] * 7]
+    assert sum(printed["confusion"][label][label] for label in range(10)) == round(103 * printed["top1"])
+    assert [one["count"] for one in printed["classes"]] == [11, 11, 11, *[10] * 7]
     assert Image.open(run / "confusion-test.png").size[0] > 500
 
     words = ("--checkpoint", "latest", "--json", "--confusion", tmp_path / "two.png")
     with Command(torchrun(2, run, *words, module="distributed.evaluate"), output=tmp_path / "out") as two:
         assert two.wait() == 0, two.text
     line = next(line for line in two.text.splitlines() if line.startswith("{"))
-    assert json.loads(line) == told | {"picture": str(tmp_path / "two.png")}
+    assert json.loads(line) == printed | {"picture": str(tmp_path / "two.png")}
     assert (tmp_path / "two.png").is_file()
 
 
-def test_evaluate_tells_each_class_in_a_table(run: Path, tmp_path: Path) -> None:
+def test_evaluate_prints_a_table_of_classes(run: Path, tmp_path: Path) -> None:
     named = copy_of(run, tmp_path / "run")
     say_in(newest(named), classes=CLASSES)
     result = command("evaluate", named, "--split", "validation", "--checkpoint", "latest")
@@ -75,18 +79,18 @@ def test_evaluate_tells_each_class_in_a_table(run: Path, tmp_path: Path) -> None
     assert lines[-1] == f"confusion matrix: {named}/confusion-validation.png"
 
 
-def test_predict_says_what_the_network_says(run: Path, tmp_path: Path) -> None:
+def test_predict_matches_the_network(run: Path, tmp_path: Path) -> None:
     paths = write_test_images(tmp_path / "images", 3)
     picture = tmp_path / "picture.png"
     result = command("predict", run, *paths, "--json", "--picture", picture)
     assert result.returncode == 0, result.stderr
-    told = json.loads(result.stdout)
+    printed = json.loads(result.stdout)
     # The network's answers on the same images as the pipeline gives them.
     config = read_config(run)
     trained = load(run)
     with torch.no_grad():
         expected = trained.network(next(read_data(config).evaluation("test")).images[:3]).softmax(1)
-    for one, path, row in zip(told["images"], paths, expected, strict=True):
+    for one, path, row in zip(printed["images"], paths, expected, strict=True):
         assert one["image"] == str(path)
         probabilities, classes = row.topk(5)
         assert [top["class"] for top in one["top"]] == [trained.class_names[c] for c in classes.tolist()]
@@ -94,7 +98,7 @@ def test_predict_says_what_the_network_says(run: Path, tmp_path: Path) -> None:
     assert Image.open(picture).size[0] > 500
 
 
-def test_predict_needs_no_data_and_takes_images_of_any_size(no_data: Path, tmp_path: Path) -> None:
+def test_predict_needs_no_data_and_accepts_any_image_size(no_data: Path, tmp_path: Path) -> None:
     Image.effect_noise((300, 200), 80).convert("RGB").save(tmp_path / "photo.jpg")
     result = command("predict", no_data, tmp_path / "photo.jpg")
     assert (result.returncode, result.stderr) == (0, "")
@@ -103,7 +107,7 @@ def test_predict_needs_no_data_and_takes_images_of_any_size(no_data: Path, tmp_p
     assert line.count("%") == 5
 
 
-def test_export_writes_files_that_say_what_the_network_says(no_data: Path, tmp_path: Path) -> None:
+def test_exported_files_match_the_network(no_data: Path, tmp_path: Path) -> None:
     import onnxruntime
 
     result = command("export", no_data, "--out", tmp_path / "out")
@@ -126,7 +130,7 @@ def test_export_writes_files_that_say_what_the_network_says(no_data: Path, tmp_p
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == CLASSES
 
 
-def test_an_export_that_is_off_by_more_than_the_tolerance_fails(run: Path) -> None:
+def test_an_export_beyond_the_tolerance_fails(run: Path) -> None:
     result = command("export", run, "--format", "safetensors", "--tolerance", "-1")
     assert result.returncode == 1
     assert "compared on 64 test images" in result.stdout
@@ -134,29 +138,27 @@ def test_an_export_that_is_off_by_more_than_the_tolerance_fails(run: Path) -> No
     assert sorted(path.name for path in (run / "export").iterdir()) == ["model.json", "model.safetensors"]
 
 
-def test_the_report_of_one_run_has_every_part(run: Path, tmp_path: Path) -> None:
+def test_the_report_of_one_run_has_every_section(run: Path, tmp_path: Path) -> None:
     named = copy_of(run, tmp_path / "run <1>")
     say_in(newest(named), classes=CLASSES)
     result = command("report", named, "--checkpoint", "latest")
     assert result.returncode == 0, result.stderr
     document = (named / "report.html").read_text()
     assert result.stdout.startswith(f"{named}/report.html (")
-    assert_stands_alone(document)
+    assert_self_contained(document)
     assert "could not be made" not in document
     for heading in (
-        "How it went", "How it learned", "How fast", "What it gets right and wrong", "Each class",
-        "Where it is wrong and most sure", "What it is shown", "What its first layer looks for", "Its settings",
+        "Attempts", "Learning curves", "Speed", "Test results", "Classes", "Most confident mistakes",
+        "Augmented training images", "First-layer filters", "Settings",
     ):  # fmt: skip
         assert f"<h3>{heading}</h3>" in document
-    assert document.count('alt="a training image') == 24
+    assert document.count('alt="an augmented training image') == 24
     assert document.count('alt="an image of class &lt;') == 24
     assert document.count('alt="filter ') == 32
     assert "global_batch_size = 32" in document
 
 
-def test_the_report_of_two_runs_compares_them_and_says_what_it_cannot_show(
-    run: Path, no_data: Path, tmp_path: Path
-) -> None:
+def test_the_report_of_several_runs_compares_them(run: Path, no_data: Path, tmp_path: Path) -> None:
     bare = copy_of(run, tmp_path / "bare")
     shutil.rmtree(bare / "checkpoints")
     (bare / "metrics.jsonl").unlink()
@@ -164,17 +166,17 @@ def test_the_report_of_two_runs_compares_them_and_says_what_it_cannot_show(
     result = command("report", no_data, bare, damage(copy_of(run, tmp_path / "other" / "run")), "--out", out)
     assert result.returncode == 0, result.stderr
     document = out.read_text()
-    assert_stands_alone(document)
+    assert_self_contained(document)
     for said in (
         f">{no_data}<", f">{tmp_path}/other/run<", ">bare<",  # of folders with the same name the paths
-        "The runs beside each other", "data.name", "Whether they are the same bits", "are the same bits:",
-        "No epoch was finished yet", "has saved no checkpoint yet", "point --data.root at the folder", ": damaged: tensors",
+        "Comparison", "data.name", "Bit-identical?", "are bit-identical:",
+        "No epoch has finished yet", "has not saved a checkpoint yet", "point --data.root at the folder", ": damaged: tensors",
     ):  # fmt: skip
         assert said in document
 
 
 @pytest.mark.parametrize("module", ["evaluate", "predict", "export", "report"])
-def test_a_run_that_is_not_there_is_one_line(module: str, tmp_path: Path) -> None:
+def test_a_missing_run_is_reported_in_one_line(module: str, tmp_path: Path) -> None:
     result = command(module, tmp_path / "none", *(["image.png"] if module == "predict" else []))
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (
@@ -216,7 +218,7 @@ def test_a_damaged_checkpoint_is_never_used(run: Path, tmp_path: Path) -> None:
         assert "name another with --checkpoint" in said
 
 
-def test_without_normalization_and_without_data_the_data_is_asked_for(run: Path, tmp_path: Path) -> None:
+def test_without_saved_normalization_data_is_required(run: Path, tmp_path: Path) -> None:
     older = without_data(run, tmp_path / "run", normalization=None)
     Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
     assert "point --data.root at the folder" in refused(command("predict", older, tmp_path / "image.png"))
@@ -249,7 +251,7 @@ def trained_on_cuda(run: Path, there: Path, precision: str) -> Path:
 
 
 @pytest.mark.parametrize(("precision", "words"), [("float32", []), ("tf32", []), ("tf32", ["--device", "cpu"])])
-def test_a_run_trained_on_cuda_is_evaluated_without_a_gpu(
+def test_a_cuda_run_is_evaluated_without_a_gpu(
     run: Path, confusion: object, tmp_path: Path, precision: str, words: list[str]
 ) -> None:
     result = command("evaluate", trained_on_cuda(run, tmp_path / "run", precision), "--json", *words)
@@ -257,7 +259,7 @@ def test_a_run_trained_on_cuda_is_evaluated_without_a_gpu(
     assert json.loads(result.stdout)["confusion"] == confusion
 
 
-def test_a_run_trained_on_cuda_is_used_without_a_gpu(run: Path, tmp_path: Path) -> None:
+def test_a_cuda_run_is_used_without_a_gpu(run: Path, tmp_path: Path) -> None:
     there = trained_on_cuda(run, tmp_path / "run", "tf32")
     Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
     assert "no CUDA device" in refused(command("evaluate", there, "--device", "cuda"))
@@ -283,10 +285,10 @@ def test_a_hundred_classes_of_real_images(tmp_path: Path) -> None:
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
     result = command("evaluate", run, "--json")
-    told = json.loads(result.stdout)
-    assert [sum(row) for row in told["confusion"]] == [100] * 100
-    assert len({one["name"] for one in told["classes"]}) == 100
-    assert 0.015 < told["top1"] < 0.5
+    printed = json.loads(result.stdout)
+    assert [sum(row) for row in printed["confusion"]] == [100] * 100
+    assert len({one["name"] for one in printed["classes"]}) == 100
+    assert 0.015 < printed["top1"] < 0.5
     assert Image.open(run / "confusion-test.png").size[0] > 2000  # 100 names of a size that can be read
     exported = command("export", run, "--format", "onnx", "--tolerance", 1e-4)
     assert exported.returncode == 0, exported.stdout + exported.stderr
@@ -294,6 +296,6 @@ def test_a_hundred_classes_of_real_images(tmp_path: Path) -> None:
     reported = command("report", run)
     assert reported.returncode == 0, reported.stderr
     document = (run / "report.html").read_text()
-    assert_stands_alone(document)
+    assert_self_contained(document)
     assert "could not be made" not in document
     assert "All 100 classes" in document

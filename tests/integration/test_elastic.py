@@ -56,7 +56,7 @@ def test_resume_on_4_3_1_and_4_processes_keeps_the_bits(undisturbed: Path, tmp_p
     assert begun == sorted(set(begun))
     assert_same_bits(run, undisturbed)
     code, said = compare(run, undisturbed)
-    assert (code, said.startswith("the same bits")) == (0, True), said
+    assert (code, said.startswith("bit-identical: ")) == (0, True), said
 
 
 @pytest.mark.slow
@@ -76,8 +76,8 @@ def test_compare_reports_where_runs_diverge_and_why(undisturbed: Path, tmp_path:
     code, said = compare(tmp_path / "run", undisturbed)
     print(said)
     assert code == 1
-    assert "not the same bits" in said
-    assert "parted by step 5: " in said
+    assert "not bit-identical: " in said
+    assert "diverged by step 5: " in said
     assert "config: optim.lr = 0.0999 | 0.1" in said
     assert "world_size: 2 | 4" in said
 

@@ -73,7 +73,7 @@ def test_a_deepspeed_that_will_not_do_is_one_line(found: str | None, tmp_path: P
         metadata.mkdir()
         (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: deepspeed\nVersion: {found}\n")
         paths.insert(0, str(tmp_path))
-        said = "engine.name = deepspeed needs deepspeed 0.19, and 0.14.2 is there: pip install 'deepspeed>=0.19'"
+        said = "engine.name = deepspeed needs deepspeed 0.19 or later, but 0.14.2 is installed: pip install 'deepspeed>=0.19'"
     else:
         (tmp_path / "sitecustomize.py").write_text(HIDDEN)
         paths.insert(0, str(tmp_path))

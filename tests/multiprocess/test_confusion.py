@@ -1,4 +1,4 @@
-"""Which class is taken for which is counted exactly, however unevenly the ranks share the images."""
+"""The confusion matrix is exact, however unevenly the images are sharded."""
 
 from pathlib import Path
 
@@ -9,19 +9,19 @@ from kit.small_runs import small_config
 
 from distributed.build import build_data, build_engine
 from distributed.comm import collectives
-from distributed.inference.confusion import ConfusionSums, Counts
+from distributed.inference.confusion import ConfusionMatrix, Counts
 from distributed.topology import Topology
 from distributed.training.steps import evaluate
 
 CPU = torch.device("cpu")
 TEST = 23
-# Shards, 0 for fast mode; images a pass: of 9 the last pass is uneven, of 2 over three ranks one always has none.
+# Shards (0 for fast mode) and batch size: with 9 the last batch is uneven; with 2 one of three ranks has no images.
 KEYS = [(0, 9), (0, 2), (8, 9), (8, 2)]
 
 
 @in_group
 def counted(keys: list[tuple[int, int]]) -> dict[tuple[int, int], tuple[Counts, int]]:
-    """By key the counts, and the right answers as the totals have them."""
+    """Return the confusion matrix and the number of correct predictions by key."""
     found = {}
     topology = Topology(collectives.rank(), collectives.world_size())
     for shards, batch_size in keys:
@@ -31,7 +31,7 @@ def counted(keys: list[tuple[int, int]]) -> dict[tuple[int, int], tuple[Counts, 
         )  # fmt: skip
         data = build_data(config, topology, CPU)
         engine = build_engine(config, topology, data, CPU)
-        confusion = ConfusionSums(data.num_classes, CPU)
+        confusion = ConfusionMatrix(data.num_classes, CPU)
         totals = evaluate(engine, data, "test", flip_tta=False, device=CPU, observers=[confusion])
         found[shards, batch_size] = confusion.read(), totals.correct
     return found
@@ -42,6 +42,6 @@ def test_three_ranks_count_the_same_as_one() -> None:
     alone, together = run_ranks(counted, 1, KEYS)[0], run_ranks(counted, 3, KEYS)
     for key in KEYS:
         counts, correct = alone[key]
-        assert [sum(row) for row in counts] == [3, 3, 3, 2, 2, 2, 2, 2, 2, 2]  # 23 images, class after class in turn
+        assert [sum(row) for row in counts] == [3, 3, 3, 2, 2, 2, 2, 2, 2, 2]  # 23 images, classes in turn
         assert sum(counts[label][label] for label in range(10)) == correct
         assert [rank[key] for rank in together] == [(counts, correct)] * 3

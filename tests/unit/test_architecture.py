@@ -44,6 +44,7 @@ WITHOUT_TORCH = [
     "export.__main__ report.__main__ experiments.__main__ gpu_check.__main__",
     "checkpoint.object_store checkpoint.upload checkpoint.download inference.saved_run",
     "figures.style figures.confusion figures.curves data.sources.cifar data.sources.registry",
+    "report.comparison report.run_sections",
 ]
 
 FILES = sorted(ROOT.rglob("*.py"))

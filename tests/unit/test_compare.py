@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from kit.abuse import call
 
-from distributed.compare import Comparison, Parting, circumstances, compare
+from distributed.compare import Comparison, Divergence, compare, differing_conditions
 from distributed.config import TrainConfig, as_toml
 from distributed.run.folder import RunFolder
 
@@ -27,69 +27,69 @@ def run(tmp_path: Path) -> RunFolder:
     return run_of(tmp_path / "a", [*STEPS, EPOCH], SAVES)
 
 
-def test_what_the_clock_says_is_no_difference(run: RunFolder, tmp_path: Path) -> None:
+def test_timings_are_not_compared(run: RunFolder, tmp_path: Path) -> None:
     faster = [{**line, "images_per_second": 8.0, "seconds": 1.0, "memory_mib": 5.0} for line in (*STEPS, EPOCH)]
-    assert compare(run, run_of(tmp_path / "b", faster, SAVES)) == Comparison([], figures=4, saves=2)
+    assert compare(run, run_of(tmp_path / "b", faster, SAVES)) == Comparison([], logged=4, saves=2)
 
 
 def test_only_what_both_runs_have_is_compared(run: RunFolder, tmp_path: Path) -> None:
     shorter = run_of(tmp_path / "b", STEPS[:2], SAVES[:1])
-    assert compare(run, shorter) == compare(shorter, run) == Comparison([], figures=2, saves=1)
+    assert compare(run, shorter) == compare(shorter, run) == Comparison([], logged=2, saves=1)
 
 
-def test_means_over_other_windows_of_steps_are_not_compared(run: RunFolder, tmp_path: Path) -> None:
-    """The mean over steps 3 and 4 says nothing of that over 2 to 4."""
+def test_means_over_different_steps_are_not_compared(run: RunFolder, tmp_path: Path) -> None:
+    """The mean over steps 3 and 4 is not comparable to the mean over steps 2 to 4."""
     other = run_of(tmp_path / "b", [STEPS[0], {**STEPS[2], "loss": 0.75}], [])
-    assert compare(run, other) == Comparison([], figures=1, saves=0)
+    assert compare(run, other) == Comparison([], logged=1, saves=0)
 
 
 @pytest.mark.parametrize(
-    ("place", "change", "said"),
+    ("place", "change", "expected"),
     [
-        (1, {"loss": 0.25}, Parting(2, "logged of steps 2 to 2: loss 0.5 | 0.25")),
-        (2, {"loss": 0.125}, Parting(4, "logged of steps 3 to 4: loss 0.25 | 0.125")),
-        (3, {"train_loss": 0.75}, Parting(4, "logged of epoch 1: train_loss 0.5 | 0.75")),
+        (1, {"loss": 0.25}, Divergence(2, "logged for steps 2 to 2: loss 0.5 | 0.25")),
+        (2, {"loss": 0.125}, Divergence(4, "logged for steps 3 to 4: loss 0.25 | 0.125")),
+        (3, {"train_loss": 0.75}, Divergence(4, "logged for epoch 1: train_loss 0.5 | 0.75")),
     ],
 )
-def test_the_first_figure_that_differs_is_told(
-    run: RunFolder, tmp_path: Path, place: int, change: dict[str, float], said: Parting
+def test_the_first_differing_metric_is_reported(
+    run: RunFolder, tmp_path: Path, place: int, change: dict[str, float], expected: Divergence
 ) -> None:
     lines = [*STEPS, EPOCH]
     lines[place] = {**lines[place], **change}
-    assert compare(run, run_of(tmp_path / "b", lines, SAVES)).partings == [said]
+    assert compare(run, run_of(tmp_path / "b", lines, SAVES)).divergences == [expected]
 
 
-def test_the_first_save_that_differs_is_told_with_how_many_tensors(run: RunFolder, tmp_path: Path) -> None:
+def test_the_first_differing_save_is_reported(run: RunFolder, tmp_path: Path) -> None:
     one = [SAVES[0], {**SAVES[1], "tensors": {"a": "4a", "b": "another"}}]
     both = [{**save, "tensors": {"a": "x", "b": "y"}} for save in SAVES]
     found = compare(run, run_of(tmp_path / "b", STEPS, one))
-    assert found.partings == [Parting(4, "saved after step 4: b")]
+    assert found.divergences == [Divergence(4, "saved after step 4: b")]
     found = compare(run, run_of(tmp_path / "c", STEPS, both))
-    assert found.partings == [Parting(2, "saved after step 2: a and 1 other tensors of 2")]
+    assert found.divergences == [Divergence(2, "saved after step 2: a and 1 other tensor of 2")]
 
 
-def test_a_tensor_that_one_run_lacks_is_a_difference(run: RunFolder, tmp_path: Path) -> None:
+def test_a_missing_tensor_is_a_difference(run: RunFolder, tmp_path: Path) -> None:
     lacking = [{**save, "tensors": {"a": save["tensors"]["a"]}} for save in SAVES]
     other = run_of(tmp_path / "b", STEPS, lacking)
     for found in (compare(run, other), compare(other, run)):
-        assert found.partings == [Parting(2, "saved after step 2: b")]
+        assert found.divergences == [Divergence(2, "saved after step 2: b")]
 
 
-def test_a_line_that_was_cut_off_by_a_kill_is_left_out(run: RunFolder, tmp_path: Path) -> None:
+def test_truncated_lines_are_skipped(run: RunFolder, tmp_path: Path) -> None:
     other = run_of(tmp_path / "b", [*STEPS, EPOCH], SAVES)
     for file in (other.metrics_file, other.digests_file):
         with file.open("a") as lines:
             lines.write('{"kind": "train", "na')
-    assert compare(run, other) == Comparison([], figures=4, saves=2)
+    assert compare(run, other) == Comparison([], logged=4, saves=2)
 
 
-def test_a_save_that_was_made_again_after_a_damaged_one_counts_as_it_was_last(run: RunFolder, tmp_path: Path) -> None:
+def test_the_last_of_repeated_saves_counts(run: RunFolder, tmp_path: Path) -> None:
     other = run_of(tmp_path / "b", [*STEPS, EPOCH], [{**SAVES[0], "tensors": {"a": "z", "b": "z"}}, *SAVES])
-    assert compare(run, other) == Comparison([], figures=4, saves=2)
+    assert compare(run, other) == Comparison([], logged=4, saves=2)
 
 
-def test_without_files_there_is_nothing_in_common(run: RunFolder, tmp_path: Path) -> None:
-    assert compare(run, RunFolder(tmp_path / "none")) == Comparison([], figures=0, saves=0)
+def test_without_files_nothing_is_in_common(run: RunFolder, tmp_path: Path) -> None:
+    assert compare(run, RunFolder(tmp_path / "none")) == Comparison([], logged=0, saves=0)
 
 
 def attempt(world_size: int, shards: int, torch: str) -> str:
@@ -97,16 +97,14 @@ def attempt(world_size: int, shards: int, torch: str) -> str:
     return json.dumps({"event": "started", "world_size": world_size, "bits": bits, "git": None}) + "\n"
 
 
-def test_what_differed_besides_the_bits_is_told_once_each_as_it_changed_over_the_attempts(
-    run: RunFolder, tmp_path: Path
-) -> None:
+def test_differing_conditions_list_each_value_once(run: RunFolder, tmp_path: Path) -> None:
     other = run_of(tmp_path / "b", STEPS, SAVES)
     run.attempts_file.write_text(
         attempt(2, 8, "2.15") + attempt(2, 8, "2.15") + json.dumps({"event": "finished"}) + "\n"
     )
     other.attempts_file.write_text(attempt(3, 8, "2.15") + attempt(1, 8, "2.16"))
-    assert circumstances(run, other) == ["world_size: 2 | 3, 1", "version of torch: 2.15 | 2.15, 2.16"]
-    assert circumstances(run, run) == []
+    assert differing_conditions(run, other) == ["world_size: 2 | 3, 1", "version of torch: 2.15 | 2.15, 2.16"]
+    assert differing_conditions(run, run) == []
 
 
 def test_results_are_shown_side_by_side(run: RunFolder, tmp_path: Path) -> None:
@@ -121,28 +119,30 @@ def test_results_are_shown_side_by_side(run: RunFolder, tmp_path: Path) -> None:
     assert rows["test"][1:] == ["-", "50.00%", "(epoch", "1)"]
 
 
-def test_settings_are_spelt_as_in_a_config(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_are_written_as_in_a_config_file(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = run_of(tmp_path / "b", STEPS, SAVES)
     configs = {run: TrainConfig(), other: TrainConfig(channels_last=False, precision="float32", early_stopping={})}
     monkeypatch.setattr(RunFolder, "saved_config", lambda run: configs[run])
-    assert circumstances(run, other)[:2] == [
+    assert differing_conditions(run, other)[:2] == [
         'config: precision = "bfloat16" | "float32"',
         "config: channels_last = true | false",
     ]
-    assert 'config: early_stopping.metric = "none" | "accuracy"' in circumstances(run, other)
+    assert 'config: early_stopping.metric = "none" | "accuracy"' in differing_conditions(run, other)
 
 
-def test_other_images_are_a_difference(run: RunFolder, tmp_path: Path) -> None:
+def test_different_images_are_a_difference(run: RunFolder, tmp_path: Path) -> None:
     other = run_of(tmp_path / "b", STEPS, SAVES)
     for one, digest in ((run, "aa"), (other, "bb")):
         line = json.loads(attempt(2, 8, "2.15"))
         line["images"] = {"train": {"size": 9, "digest": digest, "order": "01"}, "test": {"size": 3, "digest": "dd"}}
         one.attempts_file.write_text(json.dumps(line) + "\n")
-    (line,) = circumstances(run, other)
+    (line,) = differing_conditions(run, other)
     assert line == "train images: size 9, digest aa, order 01 | size 9, digest bb, order 01"
 
 
 @pytest.mark.parametrize("images", [None, 3, [1], {"train": 3}, {"train": None}])
-def test_a_line_with_damaged_images_is_left_out(run: RunFolder, images: object) -> None:
+def test_lines_with_damaged_images_are_skipped(run: RunFolder, images: object) -> None:
     run.attempts_file.write_text(json.dumps(json.loads(attempt(2, 8, "2.15")) | {"images": images}) + "\n")
-    assert circumstances(run, run) == []
+    assert differing_conditions(run, run) == []

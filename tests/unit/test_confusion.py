@@ -6,7 +6,7 @@ import torch
 from distributed.data.batch import Batch
 from distributed.figures.confusion import confusion_figure
 from distributed.figures.style import as_png, as_svg
-from distributed.inference.confusion import ConfusionSums, Pair, as_lines, by_class, most_confused
+from distributed.inference.confusion import ConfusionMatrix, Pair, as_lines, by_class, most_confused
 
 NAMES = ["cat", "dog", "ship"]
 COUNTS = [[6, 3, 1], [4, 5, 0], [0, 0, 0]]
@@ -17,31 +17,31 @@ def batch_of(labels: list[int]) -> Batch:
     return Batch(nothing, torch.tensor(labels, dtype=torch.int64), nothing, nothing, len(labels), (len(labels),))
 
 
-def test_counts_are_by_true_class_then_by_predicted_over_all_batches() -> None:
-    sums = ConfusionSums(3, torch.device("cpu"))
-    sums(torch.tensor([[0.0, 1, 0], [2, 1, 0]]), batch_of([0, 0]))
-    sums(torch.empty(0, 3), batch_of([]))
-    sums(torch.tensor([[0.0, 1, 9]]), batch_of([1]))
-    assert sums.read() == [[1, 1, 0], [0, 0, 1], [0, 0, 0]]
+def test_counts_are_by_true_and_predicted_class() -> None:
+    matrix = ConfusionMatrix(3, torch.device("cpu"))
+    matrix(torch.tensor([[0.0, 1, 0], [2, 1, 0]]), batch_of([0, 0]))
+    matrix(torch.empty(0, 3), batch_of([]))
+    matrix(torch.tensor([[0.0, 1, 9]]), batch_of([1]))
+    assert matrix.read() == [[1, 1, 0], [0, 0, 1], [0, 0, 0]]
 
 
-def test_recall_precision_and_the_most_frequent_confusion_of_each_class() -> None:
+def test_results_of_each_class() -> None:
     cat, dog, ship = by_class(COUNTS, NAMES)
     assert (cat.count, cat.recall, cat.precision, cat.confused_with) == (10, 0.6, 0.6, Pair("cat", "dog", 3))
     assert (dog.recall, dog.precision, dog.confused_with) == (5 / 9, 5 / 8, Pair("dog", "cat", 4))
-    # Taken for once, and there was none: nothing of what was taken for it is of it, and there was nothing to find.
+    # Predicted once, but there are no images of it.
     assert (ship.count, ship.recall, ship.precision, ship.confused_with) == (0, None, 0.0, None)
 
 
-def test_a_class_that_nothing_was_taken_for_has_no_precision() -> None:
+def test_a_class_that_is_never_predicted_has_no_precision() -> None:
     assert by_class([[0, 2], [0, 3]], ["a", "b"])[0].precision is None
 
 
-def test_pairs_are_told_from_the_most_frequent_on() -> None:
+def test_confused_pairs_are_sorted_by_frequency() -> None:
     assert most_confused(COUNTS, NAMES) == [Pair("dog", "cat", 4), Pair("cat", "dog", 3), Pair("cat", "ship", 1)]
 
 
-def test_the_table_has_a_line_a_class() -> None:
+def test_the_table_has_a_line_per_class() -> None:
     assert as_lines(by_class(COUNTS, NAMES)) == [
         "class       n    recall  precision  most confused with",
         "cat        10    60.00%     60.00%  dog (3)",
@@ -51,18 +51,20 @@ def test_the_table_has_a_line_a_class() -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100])
-def test_a_matrix_of_any_size_is_drawn_with_every_class_named(classes: int) -> None:
+def test_every_class_of_a_matrix_is_labelled(classes: int) -> None:
     names = [f"class number {c}" for c in range(classes)]
-    counts = [[7 if true == taken else (true + taken) % 3 for taken in range(classes)] for true in range(classes)]
+    counts = [
+        [7 if true == predicted else (true + predicted) % 3 for predicted in range(classes)] for true in range(classes)
+    ]
     with confusion_figure(counts, names, title="a matrix") as figure:
         axes = figure.axes[0]
         assert [label.get_text() for label in axes.get_yticklabels()] == names
         assert as_png(figure).startswith(b"\x89PNG")
         boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
-        assert all(a.y0 >= b.y1 - 1 for a, b in pairwise(boxes)), "names lie over each other"
+        assert all(a.y0 >= b.y1 - 1 for a, b in pairwise(boxes)), "labels overlap"
 
 
-def test_an_svg_takes_on_the_colours_of_its_page_and_is_the_same_each_time() -> None:
+def test_an_svg_is_deterministic_and_adopts_the_pages_colours() -> None:
     drawn = []
     for _ in range(2):
         with confusion_figure(COUNTS, NAMES, title="<a & b>") as figure:

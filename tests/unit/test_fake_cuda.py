@@ -24,7 +24,7 @@ from distributed.data import pipeline
 from distributed.data.batch import Batch
 from distributed.engine import ddp, exact
 from distributed.exact import gather_statistics
-from distributed.inference.confusion import ConfusionSums
+from distributed.inference.confusion import ConfusionMatrix
 from distributed.models import build as models
 from distributed.topology import Topology
 from distributed.training.steps import train_step
@@ -179,7 +179,7 @@ def test_statistics_rows_are_assembled_on_the_device(
 def test_counting_confusions_does_not_wait(fake: FakeTensorMode) -> None:
     with fake:
         labels, logits = torch.zeros(8, dtype=torch.int64, device=DEVICE), torch.zeros(8, 10, device=DEVICE)
-        sums = ConfusionSums(10, DEVICE)
+        sums = ConfusionMatrix(10, DEVICE)
         audit = Audit()
         with audit:
             sums(logits, Batch(logits, labels, labels, labels, 8, (8,)))

@@ -307,7 +307,7 @@ def test_run_that_lost_all_checkpoints_is_refused(path, evidence):
         (path / "status.json").write_text('{"status": "stopped", "step": 100}')
     if evidence == "digests":
         (path / "digests.jsonl").write_text(json.dumps({"name": last.name, "tensors": {}}) + "\n")
-    with pytest.raises(InputError, match=r"no complete one is left in .*; put one back"):
+    with pytest.raises(InputError, match=r"no complete one is left in .*; restore one"):
         is_finished(config)
     assert is_finished(config_of(path, "--checkpoint.upload_to", f"file://{path}")) is False
 

@@ -4,55 +4,57 @@ from pathlib import Path
 
 import pytest
 
-from distributed.config import TrainConfig, from_command_line, load
+from distributed.config import TrainConfig, from_command_line, load_config
 from distributed.config.sections import AdamW
 from distributed.errors import InputError
 
 
-def test_load_without_arguments_gives_the_defaults() -> None:
-    assert load() == from_command_line([]).config
+def test_load_config_without_arguments_gives_the_defaults() -> None:
+    assert load_config() == from_command_line([]).config
 
 
-def test_load_finds_a_shipped_config_and_replaces_single_settings() -> None:
-    config = load("cifar10", epochs=3, optim={"lr": 0.2})
+def test_load_config_overrides_a_shipped_config() -> None:
+    config = load_config("cifar10", epochs=3, optim={"lr": 0.2})
     assert config == from_command_line(["cifar10", "--epochs", "3", "--optim.lr", "0.2"]).config
     assert config.run_dir == Path("runs/cifar10")
 
 
-def test_load_reads_a_file_by_path_or_text(tmp_path: Path) -> None:
+def test_load_config_reads_a_file_by_path_or_text(tmp_path: Path) -> None:
     file = tmp_path / "short.toml"
     file.write_text("epochs = 3\n[optim]\nmomentum = 0.5\n")
-    assert load(file) == load(str(file)) == from_command_line([str(file)]).config
-    assert load(file, optim={"lr": 0.2}).optim == TrainConfig.model_validate(
+    assert load_config(file) == load_config(str(file)) == from_command_line([str(file)]).config
+    assert load_config(file, optim={"lr": 0.2}).optim == TrainConfig.model_validate(
         {"optim": {"name": "sgd", "lr": 0.2, "momentum": 0.5}}
     ).optim  # fmt: skip
 
 
-def test_load_takes_paths_none_and_sections() -> None:
-    config = load(run_dir=Path("here"), checkpoint={"upload_to": None}, optim=AdamW(beta1=0.8), data={"root": "there"})
+def test_load_config_takes_paths_none_and_sections() -> None:
+    config = load_config(
+        run_dir=Path("here"), checkpoint={"upload_to": None}, optim=AdamW(beta1=0.8), data={"root": "there"}
+    )
     assert (config.run_dir, config.checkpoint.upload_to, config.data.root) == (Path("here"), None, Path("there"))
     assert config.optim == AdamW(beta1=0.8)
-    assert load(run_dir="here").run_dir == Path("here")
+    assert load_config(run_dir="here").run_dir == Path("here")
 
 
-def test_load_reports_all_errors_as_the_command_line_does() -> None:
+def test_load_config_reports_all_errors_as_the_command_line_does() -> None:
     with pytest.raises(InputError) as caught:
-        load("cifar10", epochs=0, optim={"lrr": 1}, clip_norm=1, optimizer="sgd")
+        load_config("cifar10", epochs=0, optim={"lrr": 1}, clip_norm=1, optimizer="sgd")
     assert caught.value.lines == (
-        "load(): epochs = 0: should be greater than 0",
-        "load(): optim.lrr = 1: unknown setting; did you mean optim.lr?",
-        "load(): clip_norm = 1: unknown setting; did you mean optim.max_grad_norm?",
-        "load(): optimizer = sgd: unknown setting; did you mean optim.name?",
+        "load_config(): epochs = 0: should be greater than 0",
+        "load_config(): optim.lrr = 1: unknown setting; did you mean optim.lr?",
+        "load_config(): clip_norm = 1: unknown setting; did you mean optim.max_grad_norm?",
+        "load_config(): optimizer = sgd: unknown setting; did you mean optim.name?",
     )
 
 
-def test_load_refuses_a_renamed_setting() -> None:
-    with pytest.raises(InputError, match=r"^load\(\): optim.clip_norm = 1: renamed to optim.max_grad_norm$"):
-        load(optim={"clip_norm": 1})
+def test_load_config_refuses_a_renamed_setting() -> None:
+    with pytest.raises(InputError, match=r"^load_config\(\): optim.clip_norm = 1: renamed to optim.max_grad_norm$"):
+        load_config(optim={"clip_norm": 1})
 
 
-def test_load_reports_conflicts_and_missing_files() -> None:
+def test_load_config_reports_conflicts_and_missing_files() -> None:
     with pytest.raises(InputError, match=r"^optim.nesterov = true needs momentum"):
-        load(optim={"momentum": 0.0})
+        load_config(optim={"momentum": 0.0})
     with pytest.raises(InputError, match=r"did you mean cifar10"):
-        load("cifar1")
+        load_config("cifar1")

@@ -28,7 +28,7 @@ def a_run(folder: Path, epochs: int = 0, **status: Any) -> Path:
 
 
 def listed(folder: Path) -> list[list[str]]:
-    """The cells of each row, split at two blanks or more."""
+    """Return the cells of each row, split at two or more blanks."""
     found = call("runs.__main__", folder)
     assert found.code == 0, found.err
     return [line.replace("  ", "\t").split("\t") for line in found.out.splitlines()]
@@ -47,7 +47,7 @@ def test_all_runs_are_listed_with_their_results(tmp_path: Path) -> None:
     assert [row[0].strip() for row in rest] == ["sweep/seed-2", "sweep/seed-10"]
 
 
-def test_a_folder_that_is_a_run_lists_itself(tmp_path: Path) -> None:
+def test_a_run_folder_lists_itself(tmp_path: Path) -> None:
     a_run(tmp_path / "one", status="finished")
     assert listed(tmp_path / "one")[1][0] == "one"
 
@@ -59,28 +59,28 @@ def test_the_default_folder_is_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def a_running_run(folder: Path, **holder: Any) -> Path:
-    """A run whose attempt was begun by this process, or as given."""
+    """A run whose attempt was started by this process, or by `holder`."""
     run = a_run(folder, status="running")
     (run / "attempt.json").write_text(json.dumps(holder_record() | holder))
     return run
 
 
-def test_a_run_whose_process_lives_is_running(tmp_path: Path) -> None:
+def test_a_run_with_a_live_process_is_running(tmp_path: Path) -> None:
     assert outcome_of(a_running_run(tmp_path / "a")).status == "running"
 
 
-def test_a_run_whose_process_is_gone_is_interrupted(tmp_path: Path) -> None:
+def test_a_run_without_its_process_is_interrupted(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
     assert outcome_of(a_running_run(tmp_path / "a", pid=process.pid)).status == "interrupted"
 
 
-def test_a_later_process_of_the_same_number_is_no_sign_of_life(tmp_path: Path) -> None:
+def test_a_recycled_pid_does_not_count_as_alive(tmp_path: Path) -> None:
     assert outcome_of(a_running_run(tmp_path / "a", began="1")).status == "interrupted"
 
 
 @pytest.mark.parametrize("place", [{"host": "another"}, {"machine": "another"}, {"pid_namespace": 1}], ids=str)
-def test_a_run_in_another_place_counts_as_running(tmp_path: Path, place: dict[str, Any]) -> None:
+def test_a_run_on_another_machine_counts_as_running(tmp_path: Path, place: dict[str, Any]) -> None:
     assert outcome_of(a_running_run(tmp_path / "a", pid=2**22, **place)).status == "running"
 
 
@@ -99,7 +99,7 @@ BROKEN: dict[str, dict[str, bytes | None]] = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_run_does_not_break_the_list(tmp_path: Path, kind: str) -> None:
+def test_a_damaged_run_does_not_break_the_list(tmp_path: Path, kind: str) -> None:
     a_run(tmp_path / "good", status="finished")
     broken = a_run(tmp_path / "broken", status="finished")
     for name, content in BROKEN[kind].items():
@@ -113,14 +113,14 @@ def test_a_broken_run_does_not_break_the_list(tmp_path: Path, kind: str) -> None
     assert "unknown" in " ".join(first)
 
 
-def test_a_name_cannot_steer_the_terminal(tmp_path: Path) -> None:
+def test_names_cannot_send_terminal_escapes(tmp_path: Path) -> None:
     a_run(tmp_path / "a\n\x1b[2Jb", status="\x1b[2J")
     found = call("runs.__main__", tmp_path)
     assert (len(found.out.splitlines()), "\x1b" in found.out) == (2, False)
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "a file"])
-def test_a_folder_without_runs_is_told(tmp_path: Path, kind: str) -> None:
+def test_a_folder_without_runs_is_reported(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "runs"
     if kind == "empty":
         folder.mkdir()
@@ -129,7 +129,7 @@ def test_a_folder_without_runs_is_told(tmp_path: Path, kind: str) -> None:
     assert_told(call("runs.__main__", folder), str(folder), "name the folder that holds runs")
 
 
-def test_links_in_a_circle_end(tmp_path: Path) -> None:
+def test_circular_links_are_not_followed(tmp_path: Path) -> None:
     a_run(tmp_path / "a", status="finished")
     (tmp_path / "a" / "again").symlink_to(tmp_path)
     assert runs_below(tmp_path) == [tmp_path / "a"]

@@ -26,23 +26,23 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_config_is_the_one_in_the_folder(run: Path) -> None:
+def test_the_config_is_read_from_the_run_folder(run: Path) -> None:
     assert read_config(run).epochs == 7
 
 
-def test_a_folder_of_no_run_is_named_with_the_remedy(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nothing: no config.toml there; RUN is the folder that a training run wrote"):
         read_config(tmp_path / "nothing")
 
 
-def test_auto_is_best_where_there_is_one_else_latest(run: Path) -> None:
+def test_auto_is_best_if_it_exists_otherwise_latest(run: Path) -> None:
     assert choose_checkpoint(run, "auto").name == "step-00000020-epoch-002"
     (run / "checkpoints" / "best").symlink_to("step-00000010-epoch-001")
     assert choose_checkpoint(run, "auto").name == "step-00000010-epoch-001"
     assert choose_checkpoint(run, "latest").name == "step-00000020-epoch-002"
 
 
-def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(run: Path, tmp_path: Path) -> None:
+def test_a_missing_checkpoint_lists_the_existing_ones(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         choose_checkpoint(run, "half")
     assert str(error.value) == (
@@ -53,7 +53,7 @@ def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(run: Path, t
         choose_checkpoint(tmp_path / "other", "auto")
 
 
-def test_names_and_normalization_come_from_the_checkpoint_else_from_the_data_set_and_nowhere() -> None:
+def test_class_names_fall_back_to_those_of_the_data_set() -> None:
     config = TrainConfig()
     assert read_class_names({}, config)[:3] == ["airplane", "automobile", "bird"]
     assert read_class_names({"classes": ["cat", "dog"]}, config) == ["cat", "dog"]
@@ -62,7 +62,7 @@ def test_names_and_normalization_come_from_the_checkpoint_else_from_the_data_set
     assert read_normalization(saved) == Normalization([0.5] * 3, [0.25] * 3)
 
 
-def test_data_can_lie_elsewhere_now() -> None:
+def test_the_data_may_have_moved() -> None:
     assert with_data_root(TrainConfig(), Path("elsewhere")).data.root == Path("elsewhere")
     generated = TrainConfig.model_validate({"data": {"name": "generated10"}})
     assert with_data_root(generated, None) == generated
@@ -72,7 +72,7 @@ def test_data_can_lie_elsewhere_now() -> None:
         with_data_root(generated, Path("elsewhere"))
 
 
-def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+def test_output_files_are_checked_before_the_work(tmp_path: Path) -> None:
     check_writable("--out", tmp_path / "new" / "file.html")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--out .*file/report.html: (Not a directory|File exists); name a file that"):
