@@ -16,7 +16,7 @@ SETTING = re.compile(r"--((?:sweep\.)?[a-z_]+(?:\.[a-z_0-9]+)+)")
 TARGET = re.compile(r"(?:^|`)make (?:[A-Z]+=\S+ )*([a-z][\w-]*|\.venv/\.ready)", re.MULTILINE)
 # Pages that are still being written, and pages that are still being wrapped at 100.
 COMING = {"run-folder.md", "api.md"}
-WIDE = {"data.md", "engines.md", "exact.md", "gpu.md", "ray.md", "signals.md", "slurm.md", "storage.md"}
+WIDE = {"ray.md", "signals.md", "slurm.md", "storage.md"}
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
