@@ -85,7 +85,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## speed against the seeds' loop and against compute alone; needs CIFAR_ROOT
+bench: $(READY)  ## speed compared with the references' loop and with compute alone; needs CIFAR_ROOT
 	$(BIN)/python -m distributed.bench train --data.root $(CIFAR_ROOT)
 
 # Your own GPU: make gpu-check, then make gpu-results. A GPU rented by the minute, offline: make gpu-check-dry and make gpu-pack
@@ -94,7 +94,7 @@ GPU_CHECK := runs/gpu_check
 gpu-check: $(READY)  ## check correctness and speed on this GPU in under 5 minutes
 	$(BIN)/python -m distributed.gpu_check --out $(GPU_CHECK)
 
-gpu-results: $(READY)  ## the seeds' eight results on one GPU that passed the check (or UNCHECKED=1); needs CIFAR_ROOT
+gpu-results: $(READY)  ## the references' eight results on one GPU that passed the check (or UNCHECKED=1); needs CIFAR_ROOT
 	$(if $(UNCHECKED),,$(BIN)/python -m distributed.gpu_pack passed $(GPU_CHECK)/gpu_check.jsonl)
 	$(BIN)/python -m distributed.experiments --data.root $(CIFAR_ROOT) --device cuda --out results/experiments_gpu
 
@@ -122,5 +122,5 @@ $(OLDEST)/.ready: pyproject.toml
 	$(OLDEST)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
-clean:  ## everything that make made; runs/ and data/ stay
+clean:  ## remove everything that make created; runs/ and data/ stay
 	rm -rf $(TIMES) $(VENV) .venv-* .whl .cifar-a .cifar-b *.egg-info .pytest_cache .mypy_cache .ruff_cache

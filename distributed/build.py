@@ -14,7 +14,7 @@ from distributed.comm import collectives
 from distributed.comm.process_group import check_own_gpu
 from distributed.config import TrainConfig, as_toml
 from distributed.config.engines import Ddp, DeepSpeed, Fsdp
-from distributed.data.batch import Batch
+from distributed.data.batch import Batch, Batching, InputFormat, Shards
 from distributed.data.pipeline import DataPipeline
 from distributed.data.sources import registry
 from distributed.engine.ddp import DdpEngine
@@ -60,17 +60,19 @@ def build_data(config: TrainConfig, topology: Topology, device: torch.device) ->
     registry.fetch_missing(config.data)
     return DataPipeline(
         config.data,
+        Batching(
+            seed=config.seed,
+            global_batch_size=config.global_batch_size,
+            grad_accum_steps=config.grad_accum_steps,
+            evaluation_batch_size=config.evaluation.batch_size,
+        ),
+        Shards.of_rank(topology.rank, topology.world_size, config.shards_on(device.type) or topology.world_size),
+        InputFormat(
+            device,
+            dtype=torch.float64 if config.precision == "float64" else torch.float32,
+            channels_last=config.channels_last,
+        ),
         side=config.model.input_side,
-        seed=config.seed,
-        global_batch_size=config.global_batch_size,
-        grad_accum_steps=config.grad_accum_steps,
-        evaluation_batch_size=config.evaluation.batch_size,
-        rank=topology.rank,
-        world_size=topology.world_size,
-        shards=config.shards_on(device.type) or topology.world_size,
-        device=device,
-        dtype=torch.float64 if config.precision == "float64" else torch.float32,
-        channels_last=config.channels_last,
     )
 
 

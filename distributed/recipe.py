@@ -60,7 +60,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         engine = build_engine(config, topology, data, device)
         schedule = build_schedule(config, steps_per_epoch=data.steps_per_epoch)
         state = TrainState(schedule, build_early_stopping(config.early_stopping), config.precision)
-        metadata = attempt.metadata(device) | data.facts()
+        metadata = attempt.metadata(device) | data.metadata()
         checkpoints = build_checkpointer(config, attempt.run, metadata)
         validate = partial(check_saved, config=config, images=data.size("train"))
         resumed_from = checkpoints.resume(engine, state, validate=validate)
@@ -89,7 +89,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
             for micro_batches in report.meter.time_waits(batches):
                 lr = schedule.lr(state.step)
                 grad_norm = train_step(micro_batches, lr=lr, step=state.step)
-                state.finish_step(micro_batches[0].step_size)
+                state.finish_step(micro_batches[0].global_count)
                 profiler.step()
                 stop_now, save_now = agreement.after_step()
                 if state.step % config.logging.every_steps == 0:

@@ -1,6 +1,7 @@
-"""Where the nodes of a job meet: the first node's address, and a port of the job's own. Imports no torch.
+"""Rendezvous address and port of a job. Imports no torch.
 
-`python -m launch.address ADDRESS` prints, a line each, by which own address and interface this machine reaches that one.
+`python -m launch.address ADDRESS` prints this machine's own address and its network interface on the route to ADDRESS,
+one per line.
 """
 
 import fcntl
@@ -8,37 +9,47 @@ import ipaddress
 import socket
 import struct
 import sys
+from typing import NamedTuple
 
 from distributed.errors import InputError
 
-_LOWEST_PORT, _PORTS = 15_000, 15_000  # below the ports that systems hand out by themselves, from 32768
+_FIRST_PORT, _PORTS = 15_000, 15_000  # below the ephemeral ports, which begin at 32768
+_ATTEMPTS, _STRIDE = 100, 997
+_GET_ADDRESS = 0x8915  # SIOCGIFADDR of <linux/sockios.h>
 
 
-def reachable(host: str, *, nodes: int) -> str:
-    """The numeric address of a host name or address.
+class Route(NamedTuple):
+    """This machine's end of the route to another one; empty strings if none was found."""
+
+    address: str
+    interface: str
+
+
+def resolve_address(host: str, *, nodes: int) -> str:
+    """Return the numeric address of a host name or address.
 
     Raises:
-        InputError: it has none, or one of loopback where several nodes are to meet.
+        InputError: it cannot be resolved, or several nodes would meet on a loopback address.
     """
     remedy = (
         "fix NodeAddr in slurm.conf or the name in /etc/hosts, or give another: sbatch --export=ALL,RDZV_ADDRESS=..."
     )
     try:
-        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+        resolved = [str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
     except (OSError, UnicodeError) as error:
         raise InputError(f"rendezvous address = {host!r}: {error}; {remedy}") from None
-    outside = [one for one in found if not is_loopback(one)]
-    if nodes > 1 and not outside:
+    routable = [address for address in resolved if not is_loopback(address)]
+    if nodes > 1 and not routable:
         raise InputError(
-            f"rendezvous address = {host}: leads to {found[0]}, loopback, where each of the {nodes} nodes meets only itself; "
-            f"{remedy}"
+            f"rendezvous address = {host}: resolves to {resolved[0]}, a loopback address, where the {nodes} nodes cannot "
+            f"reach each other; {remedy}"
         )
-    usable = outside or found
-    return next((one for one in usable if "." in one), usable[0])
+    usable = routable or resolved
+    return next((address for address in usable if "." in address), usable[0])
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a numeric address is one of loopback."""
+    """Whether a numeric address is a loopback address."""
     try:
         return ipaddress.ip_address(host.strip("[]").partition("%")[0]).is_loopback
     except ValueError:
@@ -46,46 +57,47 @@ def is_loopback(host: str) -> bool:
 
 
 def free_port(job: int) -> int:
-    """A port from the job's number, the next candidate where somebody has it; jobs with neighbouring numbers never meet.
+    """Return a free port derived from the job's number, so that jobs with neighboring numbers use different ports.
 
     Raises:
-        InputError: a hundred candidates are taken.
+        InputError: a hundred candidates are in use.
     """
-    for attempt in range(100):
-        port = _LOWEST_PORT + (job + attempt * 997) % _PORTS
-        with socket.socket() as tried:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store that is going to listen there
+    for attempt in range(_ATTEMPTS):
+        port = _FIRST_PORT + (job + attempt * _STRIDE) % _PORTS
+        with socket.socket() as candidate:
+            candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # like the store that will listen there
             try:
-                tried.bind(("", port))
+                candidate.bind(("", port))
             except OSError:
                 continue
             return port
     raise InputError(
-        f"ports {_LOWEST_PORT} to {_LOWEST_PORT + _PORTS - 1}: a hundred were tried, all are taken; see ss -ltn"
+        f"ports {_FIRST_PORT} to {_FIRST_PORT + _PORTS - 1}: {_ATTEMPTS} were tried and all are in use; see ss -ltn"
     )
 
 
-def way_to(address: str) -> tuple[str, str]:
-    """The own address and interface by which this machine reaches an address; empty where there is no way."""
+def local_route(address: str) -> Route:
+    """Return this machine's own address and interface on the route to `address`."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as tried:
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            tried.connect((address, 9))  # of a datagram socket: chooses the way, sends nothing
-            own = str(tried.getsockname()[0])
+            probe.connect((address, 9))  # on a datagram socket, this chooses the route and sends nothing
         except OSError:
-            return "", ""
+            return Route("", "")
+        own = str(probe.getsockname()[0])
         names = [name for _, name in socket.if_nameindex()] if family == socket.AF_INET else []
-        return own, next((name for name in names if _address_of(tried, name) == own), "")
+        return Route(own, next((name for name in names if _interface_address(probe, name) == own), ""))
 
 
-def _address_of(asked: socket.socket, interface: str) -> str:
-    get_address = 0x8915  # SIOCGIFADDR of <linux/sockios.h>
+def _interface_address(open_socket: socket.socket, interface: str) -> str:
+    """Return the IPv4 address of an interface; empty if it has none."""
+    request = struct.pack("256s", interface.encode()[:15])
     try:
-        told = fcntl.ioctl(asked.fileno(), get_address, struct.pack("256s", interface.encode()[:15]))
+        reply = fcntl.ioctl(open_socket.fileno(), _GET_ADDRESS, request)
     except OSError:
-        return ""  # an interface without an address
-    return socket.inet_ntoa(told[20:24])
+        return ""
+    return socket.inet_ntoa(reply[20:24])
 
 
 if __name__ == "__main__":
-    print(*way_to(sys.argv[1]), sep="\n")
+    print(*local_route(sys.argv[1]), sep="\n")

@@ -1,5 +1,4 @@
-"""What Slurm gave to this job, and which Ray cluster is meant, read from the environment. The only module of `launch` that
-reads it; imports no torch."""
+"""Reads Slurm's and Ray's environment variables; no other module of `launch` does. Imports no torch."""
 
 import os
 import re
@@ -11,38 +10,42 @@ from distributed.errors import InputError
 
 @dataclass(frozen=True)
 class Allocation:
-    """A job's nodes and what each of them has."""
+    """The nodes of a Slurm job and their resources."""
 
     job: int
     nodes: int
     cpus: int
-    """Of the node that was given the fewest."""
+    """CPUs of the node with the fewest."""
     gpus: int
-    """Of the node that the batch script runs on."""
+    """GPUs of the node that runs the batch script."""
     ranks: int
-    """Processes a node: RANKS_PER_NODE, else one a GPU, else one."""
+    """Processes per node: RANKS_PER_NODE, else one per GPU, else one."""
     array_task: int | None
     restarts: int
     max_requeues: int
     node_list: str = ""
-    """The nodes' names, as Slurm abbreviates them."""
+    """Node names in Slurm's compact notation, e.g. `n[1-4]`."""
     missing_folder: str = ""
-    """The folder that the job was submitted from, if it is not there on this node, so that the job began elsewhere."""
+    """The folder that the job was submitted from, if this node does not have it and the job started elsewhere."""
 
     @classmethod
     def from_environment(cls) -> Self:
-        """Raises InputError outside a job, or where a number that was set is none."""
+        """Read the allocation of this job.
+
+        Raises:
+            InputError: this is no job, or a variable holds no number.
+        """
         if "SLURM_JOB_ID" not in os.environ:
             raise InputError(
-                "environment: SLURM_JOB_ID is not set; this runs inside a Slurm job: sbatch slurm/train.sh CONFIG"
+                "environment: SLURM_JOB_ID is not set; run this in a Slurm job: sbatch slurm/train.sh CONFIG"
             )
         gpus = _number("SLURM_GPUS_ON_NODE", 0)
         return cls(
             job=_number("SLURM_JOB_ID", 0),
-            nodes=_number("SLURM_JOB_NUM_NODES", 1, least=1),
+            nodes=_number("SLURM_JOB_NUM_NODES", 1, minimum=1),
             cpus=fewest_cpus(os.environ.get("SLURM_JOB_CPUS_PER_NODE", "1")),
             gpus=gpus,
-            ranks=_number("RANKS_PER_NODE", gpus or 1, least=1),
+            ranks=_number("RANKS_PER_NODE", gpus or 1, minimum=1),
             array_task=_number("SLURM_ARRAY_TASK_ID", 0) if os.environ.get("SLURM_ARRAY_TASK_ID") else None,
             restarts=_number("SLURM_RESTART_COUNT", 0),
             max_requeues=_number("MAX_REQUEUES", 20),
@@ -51,39 +54,48 @@ class Allocation:
         )
 
 
+@dataclass(frozen=True)
+class StepNode:
+    """The node of this process within its job step."""
+
+    index: int
+    count: int
+    name: str
+
+
 def in_job() -> bool:
     """Whether this process runs in a Slurm job with nodes."""
     return "SLURM_JOB_ID" in os.environ and "SLURM_JOB_NUM_NODES" in os.environ
 
 
-def place() -> tuple[int, int, str]:
-    """Which node of the job's step this process stands for, among how many, and its name."""
-    node = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
+def step_node() -> StepNode:
+    """Return this node's index in the job step, the number of nodes, and its name; outside a step, the only node."""
+    name = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
     if "SLURM_STEP_ID" not in os.environ or "SLURM_PROCID" not in os.environ:
-        return 0, 1, node
-    return _number("SLURM_PROCID", 0), _number("SLURM_NTASKS", 1, least=1), node
+        return StepNode(0, 1, name)
+    return StepNode(_number("SLURM_PROCID", 0), _number("SLURM_NTASKS", 1, minimum=1), name)
 
 
 def names_environment() -> bool:
-    """Whether the user names the environment that batch scripts activate."""
+    """Whether the user named an environment for the batch scripts to activate."""
     return any(os.environ.get(name) for name in ("VENV", "CONDA_ENV", "CONTAINER"))
 
 
 def ray_address() -> str:
-    """Of the Ray cluster that is meant; empty where none is named."""
+    """Return the address of the Ray cluster to join; empty if none is set."""
     return os.environ.get("RAY_ADDRESS", "")
 
 
-def fewest_cpus(listed: str) -> int:
-    """Of `4(x2),2`, as Slurm writes it: 2."""
-    found = [int(number) for number in re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", listed)]
-    return min(found, default=1)
+def fewest_cpus(cpus_per_node: str) -> int:
+    """Return the smallest count in Slurm's notation, e.g. 2 for `4(x2),2`."""
+    counts = [int(count) for count in re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", cpus_per_node)]
+    return min(counts, default=1)
 
 
-def _number(name: str, default: int, *, least: int = 0) -> int:
+def _number(name: str, default: int, *, minimum: int = 0) -> int:
     text = os.environ.get(name) or str(default)
-    if not text.isascii() or not text.isdecimal() or len(text) > 9 or int(text) < least:
+    if not text.isascii() or not text.isdecimal() or len(text) > 9 or int(text) < minimum:
         raise InputError(
-            f"environment: {name} = {text[:80]!r}: should be a whole number of at least {least}; correct or unset it"
+            f"environment: {name} = {text[:80]!r}: should be a whole number of at least {minimum}; correct or unset it"
         )
     return int(text)

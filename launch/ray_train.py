@@ -1,7 +1,7 @@
-"""`python -m launch.ray_train [CONFIG.toml] [--SETTING VALUE ...]`: the same recipe on the workers of a Ray cluster.
+"""`python -m launch.ray_train [CONFIG.toml] [--SETTING VALUE ...]`: runs the same recipe on the workers of a Ray cluster.
 
-The section `scaling` says how many workers of what. What is wrong with the input ends here, before ray or torch is imported
-or anything is scheduled. Ctrl-C, SIGTERM and `ray job stop` save at the next step; the same command goes on from there.
+The section `scaling` sets number and kind of workers. Input errors end here, before ray or torch is imported or anything is
+scheduled. On Ctrl-C, SIGTERM and `ray job stop` the run saves at the next step; the same command resumes it.
 """
 
 import sys
@@ -15,36 +15,40 @@ from distributed.topology import Topology
 from distributed.train import refuse
 from launch.environment import ray_address
 from launch.on_ray.environment import set_environment
-from launch.on_ray.settings import check_address, checked, swept, without_sweep
+from launch.on_ray.settings import NOT_SWEPT, check_address, check_training, sweep_trainings
+from launch.sweep_arguments import split_sweep
 
 _USAGE = """\
 usage: python -m launch.ray_train [CONFIG] [--SETTING VALUE ...]
        ray job submit --runtime-env {job} --working-dir . -- python -m launch.ray_train ...
 
-Trains on a Ray cluster: the one that RAY_ADDRESS names, else the one that runs on this machine, else one of its own. How
-many workers, of what: the settings scaling.*. Paths are absolute; run_dir is on storage that all nodes share.
---sweep.SETTING A,B trains once for each value, as many at once as there is room for, and tells which is the best by
-validation. The other settings are those of python -m distributed.train:
+Trains on a Ray cluster: the one that RAY_ADDRESS names, else the one that runs on this machine, else a new one on this
+machine. The settings scaling.* choose the workers. Paths are absolute; run_dir is on storage that all nodes share.
+
+  --sweep.SETTING A,B    train once per value, as many at once as fit, and report the best by validation accuracy
+  --seeds N              the same for seeds 0 to N - 1
+
+The other settings are those of python -m distributed.train:
 
 """
 
 
 def main() -> int:
-    """The exit code; `ExitCode` says what each means."""
-    words = sys.argv[1:]
-    if {"-h", "--help"} & set(words):
+    """Return the exit code; `ExitCode` says what each means."""
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
         print(_USAGE.format(job=shipped("launch/ray_job.yaml")) + help_text())
         return ExitCode.FINISHED
     try:
         require("ray", at_least=(2, 60), needed_by="launch.ray_train")
-        words, sweep = without_sweep(words)
-        trainings = swept(words, sweep) if sweep else [checked(words)]
+        common, sweep = split_sweep(arguments, not_swept=NOT_SWEPT)
+        trainings = sweep_trainings(common, sweep) if sweep else [check_training(common)]
         check_address(ray_address())
     except InputError as error:
         return refuse(error, Topology())
     set_environment()
     if sweep:
-        from launch.on_ray import sweep as ray_sweep  # ray comes in here, after all that could be wrong was checked
+        from launch.on_ray import sweep as ray_sweep  # imports ray, now that the input is checked
 
         return ray_sweep.run(trainings)
     [training] = trainings
@@ -57,7 +61,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # Under its own name, so that what goes to the workers is found there by name.
+    # Imported under its own name, so that workers find by name what they are sent.
     from launch.ray_train import main as run
 
     run_command(run)

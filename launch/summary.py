@@ -1,9 +1,9 @@
-"""`python -m launch.summary RUN`: the runs in a folder (RUN/seed-0, ...) side by side, and over the seeds mean and deviation.
+"""`python -m launch.summary FOLDER`: a table of the runs in a folder, with mean and standard deviation over their seeds.
 
-Each task of an array calls it when it ends, so that the last one's table is whole; it also lies in RUN/summary.txt.
-Imports no torch.
+Each task of an array writes it to FOLDER/summary.txt when it ends, so that the last one's is complete. Imports no torch.
 """
 
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -17,57 +17,61 @@ from distributed.run.records import read_epochs
 from distributed.runs.outcome import outcome_of, runs_below
 from distributed.runs.table import HEADINGS, cells, in_columns
 
+# The end of a run's name that tells the seeds of one setting apart: `lr=0.1/seed-0` of Slurm, `lr=0.1,seed=0` of Ray.
+_SEED = re.compile(r"(?:^|[/,])seed[-=]\d+$")
+
 
 def summary(folder: Path) -> str:
-    """The table of `distributed.runs`, then mean and standard deviation over the finished seeds of each setting.
+    """Return the table of `distributed.runs`, then mean and standard deviation over the finished seeds of each setting.
 
     Raises:
-        InputError: no runs there.
+        InputError: the folder holds no runs.
     """
     runs = [run for run in runs_below(folder) if run != folder]
     if not runs:
         raise InputError(f"{folder}: no runs in it; name the folder that holds seed-0, seed-1, ...")
-    outcomes = {run.relative_to(folder): outcome_of(run) for run in runs}
+    outcomes = {str(run.relative_to(folder)): outcome_of(run) for run in runs}
     lines = in_columns([["run", *HEADINGS], *([shown(name), *cells(outcome)] for name, outcome in outcomes.items())])
-    finished_runs = [name for name, outcome in outcomes.items() if outcome.status == "finished"]
-    groups: dict[str, list[dict[str, float]]] = {}
-    for name in finished_runs:
-        if name.name.startswith("seed-"):  # a mean over different settings would mean nothing
-            groups.setdefault(str(name.parent), []).append(_last_figures(folder / name))
-    for sweep, finished in groups.items():
-        over = f"{'over' if sweep == '.' else f'{sweep}: over'} {len(finished)} finished seeds"
-        lines.append(f"{over}: {_spread(finished)}")
-    if waiting := len(runs) - len(finished_runs):
-        lines.append(f"{waiting} of {len(runs)} runs that have begun are not finished")
+    finished = [name for name, outcome in outcomes.items() if outcome.status == "finished"]
+    settings: dict[str, list[dict[str, float]]] = {}
+    for name in finished:
+        if seed := _SEED.search(name):  # a mean over different settings would mean nothing
+            settings.setdefault(name[: seed.start()], []).append(_last_metrics(folder / name))
+    for setting, metrics in settings.items():
+        prefix = f"{shown(setting)}: " if setting else ""
+        seeds = f"{len(metrics)} finished seed{'s' if len(metrics) > 1 else ''}"
+        lines.append(f"{prefix}over {seeds}: {_mean_and_deviation(metrics)}")
+    if unfinished := len(runs) - len(finished):
+        lines.append(f"{unfinished} of {len(runs)} runs that have begun are not finished")
     return "\n".join(lines) + "\n"
 
 
-def _last_figures(run: Path) -> dict[str, float]:
-    """The newest accuracy and loss of each split."""
-    figures: dict[str, float] = {}
+def _last_metrics(run: Path) -> dict[str, float]:
+    """Return the newest accuracy and loss of each split."""
+    found: dict[str, float] = {}
     for record in read_epochs(run / "metrics.jsonl"):
-        for split, measured in (("validation", record.validation), ("test", record.test)):
-            for figure in ("accuracy", "loss"):
-                if (value := getattr(measured, figure, None)) is not None:
-                    figures[f"{split} {figure}"] = float(value)
-    return figures
+        for split, metrics in (("validation", record.validation), ("test", record.test)):
+            for name in ("accuracy", "loss"):
+                if (value := getattr(metrics, name, None)) is not None:
+                    found[f"{split} {name}"] = float(value)
+    return found
 
 
-def _spread(finished: list[dict[str, float]]) -> str:
-    """Mean and sample standard deviation of each figure that all have."""
-    told = []
-    for name in finished[0]:
-        values = [figures[name] for figures in finished if name in figures]
+def _mean_and_deviation(metrics: list[dict[str, float]]) -> str:
+    """Format mean and sample standard deviation of each metric, over the runs that have it."""
+    formatted = []
+    for name in metrics[0]:
+        values = [run[name] for run in metrics if name in run]
         deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        told.append(f"{name} {statistics.fmean(values):.4f}{deviation}")
-    return ", ".join(told)
+        formatted.append(f"{name} {statistics.fmean(values):.4f}{deviation}")
+    return ", ".join(formatted)
 
 
 def main() -> int:
-    """The exit code: 0, or 2 where there is nothing."""
+    """Return the exit code: 0, or 2 if the folder holds no runs."""
     try:
         if len(sys.argv) != 2:
-            raise InputError("command line: give one folder: python -m launch.summary RUN")
+            raise InputError("command line: give one folder: python -m launch.summary FOLDER")
         folder = home_path(sys.argv[1])
         text = summary(folder)
     except InputError as error:

@@ -1,9 +1,9 @@
 #!/bin/bash
-# CIFAR-10: improved_alexnet, 10 epochs (configs/cifar10.toml)
+# Trains improved_alexnet on CIFAR-10 for 10 epochs (configs/cifar10.toml).
 #
 #   sbatch [--nodes=2] [--gpus-per-node=8] [--cpus-per-task=8] slurm/cifar10.sh [--SETTING VALUE ...]
 #
-# Options of sbatch win over the lines below; hooks for venv, conda and containers: slurm/body.sh, docs/slurm.md.
+# Options of sbatch override the lines below. Hooks for venv, conda and containers: slurm/body.sh and docs/slurm.md.
 #SBATCH --job-name=cifar10
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -12,14 +12,13 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
 
-# Slurm runs a copy of this file from its spool folder; the job's Command says where the file itself is.
+# Slurm runs a copy of this file from its spool folder; the job's Command names the original.
 project=${PROJECT:-$(dirname "$(dirname "$(readlink -f "$0")")")}
 if [ -z "${PROJECT:-}" ] && [ ! -f "$project/slurm/body.sh" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
-    command=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/^ *Command=//p' | head -n 1)
-    project=${command%%/slurm/cifar10.sh*}
+    project=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's|/slurm/[^/ ]*\.sh\( .*\)\{0,1\}$||; s|^ *Command=||p')
 fi
 if [ ! -f "$project/slurm/body.sh" ]; then
-    echo "error: PROJECT = '$project': no slurm/body.sh there; submit with sbatch --export=ALL,PROJECT=FOLDER slurm/cifar10.sh" >&2
+    echo "error: PROJECT = '$project': no slurm/body.sh there; name the checkout: sbatch --export=ALL,PROJECT=FOLDER ..." >&2
     exit 2
 fi
 . "$project/slurm/body.sh" "$project/configs/cifar10.toml" "$@"

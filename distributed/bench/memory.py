@@ -19,6 +19,22 @@ MIB = 2**20
 MODEL, IMAGES, STEPS = "alexnet", 8, 3
 
 
+class Memory(NamedTuple):
+    """Memory in MiB, the maximum over the ranks.
+
+    Attributes:
+        tensors: all tensors after a backward pass, when weights, gradients and momentum exist.
+        peak: peak of resident memory while training, above what was resident before the model was built.
+        save: the same while saving, above what was resident before the save.
+        weights: the model's weights.
+    """
+
+    tensors: float
+    peak: float
+    save: float
+    weights: float
+
+
 class Case(NamedTuple):
     """An engine's settings, and how many copies of the weights it holds: on every rank, and sharded over the ranks."""
 
@@ -47,19 +63,19 @@ def measure_all(json_file: Path | None) -> None:
     rows = []
     for name, case in CASES.items():
         for world_size in WORLD_SIZES if name == "ddp" else WORLD_SIZES[1:]:
-            row = run_case(name, world_size)
-            row["arithmetic"] = row["weights"] * (case.replicated + case.sharded / world_size)
-            rows.append({"engine": name, "processes": world_size, **row})
-            print(f"{name:<20} {world_size:>9} {row['tensors']:>9.0f} {row['arithmetic']:>11.0f} "
-                  f"{row['peak']:>9.0f} {row['save']:>15.0f}", flush=True)  # fmt: skip
+            found = run_case(name, world_size)
+            arithmetic = found.weights * (case.replicated + case.sharded / world_size)
+            rows.append({"engine": name, "processes": world_size, **found._asdict(), "arithmetic": arithmetic})
+            print(f"{name:<20} {world_size:>9} {found.tensors:>9.0f} {arithmetic:>11.0f} "
+                  f"{found.peak:>9.0f} {found.save:>15.0f}", flush=True)  # fmt: skip
     if json_file:
         content = {"command": "python -m distributed.bench memory", "machine": machine(), "rows": rows}
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def run_case(name: str, world_size: int) -> dict[str, float]:
-    """Measure a case on `world_size` processes and return its figures in MiB, the maximum over the ranks.
+def run_case(name: str, world_size: int) -> Memory:
+    """Measure a case on `world_size` processes.
 
     Raises:
         RuntimeError: the case failed; the message has the end of its output.
@@ -69,17 +85,11 @@ def run_case(name: str, world_size: int) -> dict[str, float]:
     lines = [line for line in done.stdout.splitlines() if line.startswith("MEMORY ")]
     if done.returncode or not lines:
         raise RuntimeError(f"{name} on {world_size} processes: exit code {done.returncode}\n{done.stderr[-3000:]}")
-    figures: dict[str, float] = json.loads(lines[0].removeprefix("MEMORY "))
-    return figures
+    return Memory(**json.loads(lines[0].removeprefix("MEMORY ")))
 
 
-def measure(settings: dict[str, Any]) -> dict[str, float]:
-    """Train for a few steps and save, and return figures in MiB, the maximum over the ranks.
-
-    `tensors`: all tensors after a backward pass, when weights, gradients and momentum exist. `peak`: the peak of resident
-    memory while training, above what was resident before the model was built. `save`: the same while saving, above what was
-    resident before it. `weights`: the model's weights.
-    """
+def measure(settings: dict[str, Any]) -> Memory:
+    """Train for a few steps and save, on this rank of a group."""
     import torch
 
     from distributed.build import build_data, build_engine
@@ -96,16 +106,16 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
         _reset_peak()
         before = _resident("VmRSS")
         engine: Any = build_engine(config, topology, data, device)
-        figures = {"tensors": _train(config, engine, data)}
-        figures["peak"] = _resident("VmHWM") - before
+        tensors = _train(config, engine, data)
+        peak = _resident("VmHWM") - before
         _reset_peak()
         before = _resident("VmRSS")
         copies = [tensor.to("cpu", copy=True) for _, tensor in engine.state() if topology.is_main]
-        figures["save"] = _resident("VmHWM") - before
-        figures["weights"] = sum(t.nbytes for name, t in engine.state() if name.startswith("model.")) / MIB
+        save = _resident("VmHWM") - before
+        weights = sum(t.nbytes for name, t in engine.state() if name.startswith("model.")) / MIB
         assert bool(copies) == topology.is_main
-        ranks: list[dict[str, float]] = gather_objects(figures)
-        return {name: max(rank[name] for rank in ranks) for name in figures}
+        ranks: list[tuple[float, ...]] = gather_objects((tensors, peak, save, weights))
+        return Memory(*map(max, zip(*ranks, strict=True)))
 
 
 def _config(settings: dict[str, Any]) -> Any:
@@ -170,4 +180,4 @@ if __name__ == "__main__":
     from distributed.topology import Topology
 
     if Topology.from_environment().is_main:
-        print("MEMORY", json.dumps(outcome))
+        print("MEMORY", json.dumps(outcome._asdict()))

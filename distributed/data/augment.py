@@ -1,4 +1,4 @@
-"""Random changes of a whole batch at once, on its device, each sample by its own draws."""
+"""Random changes to an entire batch at once, on its device, each sample by its own draws."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from distributed.config.data import Augment
 
 
 def augment(images: Tensor, sample_keys: Tensor, config: Augment) -> Tensor:
-    """Crop and mirror uint8 images [n, h, w, c] by the samples' keys int64 [n, 2]; same shape, contiguous."""
+    """Crop and mirror uint8 images [n, h, w, c] by the samples' keys int64 [n, 2]; the result is contiguous."""
     if not len(images):
         return images
     if config.crop:
@@ -23,10 +23,10 @@ def augment(images: Tensor, sample_keys: Tensor, config: Augment) -> Tensor:
 
 
 def crop(images: Tensor, padding: int, down: Tensor, across: Tensor) -> Tensor:
-    """The window at (down, across), int64 [n] each, of every zero-padded image [n, h, w, c]; as large as the image.
+    """Return the window at (down, across), int64 [n] each, of every zero-padded image [n, h, w, c], in the image's size.
 
-    A window's row is one run of w * c bytes: rows are picked from a view of the padded batch in which a row begins at
-    every pixel, five times faster than indexing pixels.
+    A row of a window is one run of w * c bytes. Rows are selected from a view of the padded batch in which a row begins at
+    every pixel, which is five times faster than indexing pixels.
     """
     count, height, width, channels = images.shape
     padded = F.pad(images, (0, 0, padding, padding, padding, padding))
@@ -38,16 +38,20 @@ def crop(images: Tensor, padding: int, down: Tensor, across: Tensor) -> Tensor:
 
 
 def choose(chosen: Tensor, these: Tensor, others: Tensor) -> Tensor:
-    """`these[i]` where `chosen[i]`, else `others[i]`: bool [n] over uint8 [n, ...], eight bytes at a time where they fit."""
-    lanes = torch.int64 if others[:1].numel() % 8 == 0 else torch.uint8
-    these64, others64 = these.flatten(1).view(lanes), others.flatten(1).view(lanes)
+    """Return `these[i]` if `chosen[i]`, else `others[i]`: bool [n] over uint8 [n, ...].
+
+    Images of a multiple of 8 bytes are processed as int64.
+    """
+    dtype = torch.int64 if others[:1].numel() % 8 == 0 else torch.uint8
+    these64, others64 = these.flatten(1).view(dtype), others.flatten(1).view(dtype)
     return torch.where(chosen[:, None], these64, others64).view(torch.uint8).view(others.shape)
 
 
 def cut_out(images: Tensor, sample_keys: Tensor, side: int) -> Tensor:
-    """Zero a square around a random pixel, cut off at the border (DeVries and Taylor 2017, arXiv 1708.04552).
+    """Zero a square around a random pixel, clipped at the border (DeVries and Taylor 2017, arXiv 1708.04552).
 
-    images: normalized, [n, h, w, c], so that zero is the mean.
+    Args:
+        images: normalized, [n, h, w, c], so that zero is the mean.
     """
     height, width = images.shape[1:3]
 

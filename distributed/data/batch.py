@@ -1,46 +1,123 @@
-"""What the pipeline hands to the training loop."""
+"""The batches that the pipeline hands to the training loop, and how they are sized and sharded."""
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from distributed.comm.reduction_tree import shard_range
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How many images make up a batch, over all ranks, and the seed of their order and augmentation."""
+
+    seed: int
+    global_batch_size: int
+    grad_accum_steps: int
+    evaluation_batch_size: int
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The number of shards of each micro-batch, and which of them this rank has."""
+
+    total: int
+    own: range
+
+    @classmethod
+    def of_rank(cls, rank: int, world_size: int, shards: int) -> "Shards":
+        """Return a rank's share of the shards."""
+        return cls(shards, shard_range(rank, world_size, shards))
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """The device, type and memory layout of the images in a batch."""
+
+    device: torch.device
+    dtype: torch.dtype
+    channels_last: bool
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The layout as torch names it."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+class MicroBatch(NamedTuple):
+    """A slice of an epoch's order, and this rank's shards of it.
+
+    `start` and `stop` are positions in the order; `local` is relative to `start`. `global_count` is the number of images
+    in the entire step, over all of its micro-batches and ranks.
+    """
+
+    start: int
+    stop: int
+    local: slice
+    shard_sizes: tuple[int, ...]
+    global_count: int
+
+    @classmethod
+    def of(cls, start: int, stop: int, shards: Shards, *, global_count: int) -> "MicroBatch":
+        """Divide a slice of the order into shards whose sizes differ by at most one."""
+        count, own = stop - start, shards.own
+        bounds = [shard * count // shards.total for shard in range(own.start, own.stop + 1)]
+        sizes = tuple(last - first for first, last in pairwise(bounds))
+        return cls(start, stop, slice(bounds[0], bounds[-1]), sizes, global_count)
+
+    def ids(self, order: Tensor) -> Tensor:
+        """Return the ids of this rank's images, int64 [n]."""
+        return order[self.start : self.stop][self.local]
+
+    def partners(self, order: Tensor) -> Tensor:
+        """Return the ids of the images to mix them with, int64 [n]: each one's predecessor in the micro-batch, on any rank."""
+        return order[self.start : self.stop].roll(1)[self.local]
 
 
 class Mixed(NamedTuple):
-    """The second labels of mixed images, int64 [n], and the part of the first that they kept, in [0, 1], [n]."""
+    """The second labels of mixed images, int64 [n], and the weight in [0, 1] of their own labels, [n]."""
 
     labels: Tensor
-    own_part: Tensor
+    own_weight: Tensor
 
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's part of a micro-batch: one shard of it or several, any of which may be empty.
+    """This rank's shards of a micro-batch, any of which may be empty.
 
-    images: [n, 3, 32, 32], normalized; labels: int64 [n]; sample_ids: int64 [n], numbers in the training set;
-    sample_keys: int64 [n, 2], by which dropout draws; step_size: images of the whole step, over all of its
-    micro-batches and ranks, by which a sum of losses becomes the step's mean; shard_sizes: images of each shard; mixed:
-    what of other images is in these.
+    images: [n, 3, 32, 32], normalized.
+    labels: int64 [n].
+    sample_ids: int64 [n], positions in the training set.
+    sample_keys: int64 [n, 2], keys of the samples' random draws, e.g. for dropout.
+    global_count: number of images in the entire step, over all of its micro-batches and ranks. Dividing the sum of the losses
+        by it gives the step's mean.
+    shard_sizes: number of images in each shard.
+    mixed: the labels of the images that these are mixed with, if they are.
     """
 
     images: Tensor
     labels: Tensor
     sample_ids: Tensor
     sample_keys: Tensor
-    step_size: int
+    global_count: int
     shard_sizes: tuple[int, ...]
     mixed: Mixed | None = None
 
     def shards(self) -> list["Batch"]:
-        """Each shard as a batch of its own, its images in memory of its own: some libraries' sums depend on how their input
-        is aligned, and a part's place in the whole depends on the ranks."""
+        """Return each shard as a batch with its images copied.
+
+        The sums of some libraries depend on the alignment of their input, and a shard's offset in this batch depends on the
+        number of ranks.
+        """
         ends = list(accumulate(self.shard_sizes))
-        parts = [slice(end - size, end) for end, size in zip(ends, self.shard_sizes, strict=True)]
+        slices = [slice(end - size, end) for end, size in zip(ends, self.shard_sizes, strict=True)]
         return [
             Batch(
-                self.images[part].clone(), self.labels[part], self.sample_ids[part], self.sample_keys[part],
-                self.step_size, (part.stop - part.start,), self.mixed and Mixed(*[tensor[part] for tensor in self.mixed]),
+                self.images[own].clone(), self.labels[own], self.sample_ids[own], self.sample_keys[own],
+                self.global_count, (own.stop - own.start,), self.mixed and Mixed(*[tensor[own] for tensor in self.mixed]),
             )
-            for part in parts
+            for own in slices
         ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Where images lie, on the device or in host memory, and how those of a batch come to the device: the same bits."""
+"""Keeps a data set's images on the device or in host memory, and gathers batches from there: bit-identical either way."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -10,56 +10,64 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Placement = Literal["auto", "device", "host"]
+Residency = Literal["device", "host"]
 
 
 @dataclass(frozen=True)
 class ResidentSplit:
-    """A split's images and labels; those of several splits may be cut from the same memory.
+    """The images and labels of a split; several splits may share the same memory.
 
-    images: uint8 [all, h, w, 3] of the file, on the device or, where `ahead`, in host memory, from which a batch is
-    gathered and copied while the one before is computed on; labels: int64 [all] and ids: int64 [n], which of them
-    belong to this split, both on the device.
+    images: uint8 [all, h, w, 3], on the device, or in host memory if `prefetched`: then a batch is gathered and copied
+        while the previous one is in use.
+    labels: int64 [all], on the device.
+    ids: int64 [n], on the device: which of the images are in this split.
     """
 
     images: Tensor
     labels: Tensor
     ids: Tensor
-    ahead: bool
+    prefetched: bool
 
-    def chosen(self, wanted: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The images of each of `wanted`, int64 [n] on the device or in host memory; they come on the device."""
-        if self.ahead:
-            return _one_ahead(self.images, wanted, self.ids.device)
-        return (self.images.index_select(0, ids) for ids in wanted)
+    def gather(self, ids: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield, on the device, the images of each int64 [n] of `ids`, which may be on the device or the host."""
+        if self.prefetched:
+            return _prefetched(self.images, ids, self.ids.device)
+        return (self.images.index_select(0, own) for own in ids)
+
+    def near_images(self, ids: Tensor) -> Tensor:
+        """Return ids on the images' device: copied once per epoch, because a copy per batch would wait for the device."""
+        return ids.cpu() if self.prefetched else ids
 
 
-def place(placement: Placement, bytes_in_all: int, device: torch.device) -> Literal["device", "host"]:
-    """`placement` with auto resolved."""
+def residency(placement: Residency | Literal["auto"], total_bytes: int, device: torch.device) -> Residency:
+    """Return `placement` with auto resolved."""
     if placement != "auto":
         return placement
     if device.type != "cuda":
-        return "device"  # the device's memory is the host's
+        return "device"  # whose memory is the host's
     free, _ = torch.cuda.mem_get_info(device)
-    return "device" if 3 * bytes_in_all < free else "host"
+    return "device" if 3 * total_bytes < free else "host"
 
 
 @cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all copies to a device. Of high priority, whose pool of streams is not the one that shards take theirs
-    from; and one for all, since the allocator keeps memory by stream."""
+    """Return the one stream for all copies to a device.
+
+    Its high priority keeps it out of the pool from which shards take their streams. There is only one because the allocator
+    keeps memory per stream.
+    """
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
-def _one_ahead(images: Tensor, wanted: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """A thread gathers and copies the next batch while the caller computes on this one; on CUDA in a stream of its own."""
+def _prefetched(images: Tensor, wanted: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Gather and copy the next batch on a thread, on CUDA in a stream of its own, while the caller uses this one."""
     side = _copy_stream(device) if device.type == "cuda" else None
 
     def fetch(ids: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         if side is None:
             return images.index_select(0, ids), None
-        # Pinned memory comes from torch's cache, which gives it out again only when the copy from it is over.
-        with torch.cuda.stream(side):  # and its device: a thread begins on the first one
+        # Pinned memory comes from torch's cache, which does not reuse it before the copy from it has ended.
+        with torch.cuda.stream(side):  # also sets the device: a new thread starts on the first one
             staging = torch.empty((len(ids), *images.shape[1:]), dtype=torch.uint8, pin_memory=True)
             torch.index_select(images, 0, ids, out=staging)
             copy = staging.to(device, non_blocking=True)
@@ -70,7 +78,7 @@ def _one_ahead(images: Tensor, wanted: Iterable[Tensor], device: torch.device) -
         if event is not None:
             current = torch.cuda.current_stream(device)
             current.wait_event(event)
-            copy.record_stream(current)  # else its memory could be given out again in `side` while still read here
+            copy.record_stream(current)  # else `side` could reuse its memory while it is still read here
         return copy
 
     with ThreadPoolExecutor(1, thread_name_prefix="images") as thread:

@@ -10,13 +10,12 @@ from distributed.errors import InputError
 
 
 def validation_mask(labels: NDArray[np.integer[Any]], *, fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which training images are held out: the same part of every class, a function of (labels, fraction, seed) alone.
+    """Return which training images are held out, bool [n]: round(m * fraction) of each class with m images.
 
-    Returns:
-        bool [n]; of a class with m images, round(m * fraction) are marked.
+    The result depends on (labels, fraction, seed) only.
 
     Raises:
-        InputError: that is every image, and none is left to train on.
+        InputError: all images are held out, so that none is left to train on.
     """
     mask = np.zeros(len(labels), np.bool_)
     order = rng.permutation(len(labels), seed=seed, epoch=-1).numpy()

@@ -1,1 +1,1 @@
-"""One command that checks this code on a GPU in under five minutes; each step in a process of its own."""
+"""Checks this code on a GPU in less than five minutes, each step in a process of its own."""

@@ -1,4 +1,4 @@
-"""Step 1: what this card and host can do at best, so that the speed of training can be judged by it."""
+"""Step 1: measures the limits of this card and host, against which the speed of training can be judged."""
 
 import json
 from functools import partial
@@ -31,7 +31,7 @@ def _copy(checks: Checks) -> None:
         source = torch.randint(256, (2**20 if checks.tiny else 2**30,), dtype=torch.uint8, device=checks.device)
         target = torch.zeros_like(source)
         seconds = device_seconds(lambda: target.copy_(source), checks, repeats=10)
-        figures["gb_a_second"] = 2 * source.nbytes / seconds / 1e9
+        figures["gb_per_second"] = 2 * source.nbytes / seconds / 1e9
         assert torch.equal(source, target)
 
 
@@ -45,7 +45,7 @@ def _matrix_product(checks: Checks) -> None:
         expected = a[:8].double() @ b.double()
         error = float((product[:8].double() - expected).norm() / expected.norm())
         figures["relative_error"] = error
-        assert error < 5e-3  # the result is rounded to 8 bits
+        assert error < 5e-3  # the result has 8 significant bits
 
 
 def _launches(checks: Checks) -> None:
@@ -53,7 +53,7 @@ def _launches(checks: Checks) -> None:
         number = torch.zeros(1, device=checks.device)
         calls, repeats = (100, 3) if checks.tiny else (2000, 7)
         one = partial(number.add_, 1)
-        figures["microseconds_each"] = host_seconds(one, checks, repeats=repeats, calls=calls) * 1e6
+        figures["microseconds_per_launch"] = host_seconds(one, checks, repeats=repeats, calls=calls) * 1e6
         assert number.item() == calls * (1 + repeats)
 
 
@@ -69,20 +69,20 @@ def _graph_nodes(checks: Checks) -> None:
             graph = captured(chain, warm_up=1)
             number.zero_()
             seconds = device_seconds(graph.replay, checks, repeats=10, calls=20)
-            figures[f"microseconds_a_replay_of_{nodes}"] = seconds * 1e6
+            figures[f"microseconds_per_replay_of_{nodes}"] = seconds * 1e6
             assert number.item() == nodes * 20 * 11
-        replays = [figures[f"microseconds_a_replay_of_{nodes}"] for nodes in (1, 500)]
-        figures["microseconds_a_node"] = (replays[1] - replays[0]) / 499
+        replays = [figures[f"microseconds_per_replay_of_{nodes}"] for nodes in (1, 500)]
+        figures["microseconds_per_node"] = (replays[1] - replays[0]) / 499
 
 
 def _host_copies(checks: Checks) -> None:
-    for kind in ("pinned", "pageable"):
-        with checks.check(f"copies to and from {kind} host memory, GB/s") as figures:
+    for memory in ("pinned", "pageable"):
+        with checks.check(f"copies to and from {memory} host memory, GB/s") as figures:
             host = torch.randint(256, (2**20 if checks.tiny else 2**28,), dtype=torch.uint8)
-            host = host.pin_memory() if kind == "pinned" else host
-            there, back = torch.empty_like(host, device=checks.device), torch.zeros_like(host)
-            back = back.pin_memory() if kind == "pinned" else back
-            for name, target, source in (("to_device", there, host), ("from_device", back, there)):
-                copy = partial(target.copy_, source, non_blocking=kind == "pinned")
+            host = host.pin_memory() if memory == "pinned" else host
+            on_device, back = torch.empty_like(host, device=checks.device), torch.zeros_like(host)
+            back = back.pin_memory() if memory == "pinned" else back
+            for name, target, source in (("to_device", on_device, host), ("from_device", back, on_device)):
+                copy = partial(target.copy_, source, non_blocking=memory == "pinned")
                 figures[name] = host.nbytes / host_seconds(copy, checks, repeats=5) / 1e9
             assert torch.equal(host, back)

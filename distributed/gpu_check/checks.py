@@ -1,6 +1,5 @@
-"""The checks of one step: each has a verdict of its own and is printed at once, so that a crash loses none before it."""
+"""The checks of a step. Each has its own verdict and is printed at once, so a crash loses no earlier check."""
 
-import json
 import sys
 import time
 import traceback
@@ -8,19 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-PREFIX = "CHECK "
-"""How a line begins that holds a check's result as JSON, for the process that started the step."""
+from distributed.gpu_check.records import CheckResult
 
 
 @dataclass(frozen=True)
 class Checks:
-    """What a step is given: the device, the sizes, a folder that is removed afterwards, and one for what is to be kept.
+    """The context a step runs in.
 
-    `tiny` asks for shapes so small that every step ends within seconds on two CPU cores.
+    Args:
+        tiny: use shapes so small that every step takes seconds on two CPU cores.
+        scratch: folder that is removed after the step.
+        out: folder for files to keep.
     """
 
     device: torch.device
@@ -34,13 +35,14 @@ class Checks:
 
     @contextmanager
     def check(self, name: str) -> Iterator[dict[str, Any]]:
-        """Run the body as one check; it fills in figures and fails by `assert`. A failure never ends the step.
+        """Run the body as one check, which fails by `assert`. A failure does not end the step.
 
         Yields:
-            A dict for figures, JSON values only, that are recorded whatever the verdict.
+            A dict for the body to fill with figures (JSON values), which are recorded whatever the verdict.
         """
         figures: dict[str, Any] = {}
-        verdict, message = "pass", ""
+        verdict: Literal["pass", "fail", "error"] = "pass"
+        message = ""
         start = time.monotonic()
         try:
             yield figures
@@ -48,14 +50,12 @@ class Checks:
             verdict, message = "fail", str(error) or traceback.format_exc(limit=-2)
         except Exception:
             verdict, message = "error", traceback.format_exc(limit=-6)
-        record = {"check": name, "verdict": verdict, "seconds": round(time.monotonic() - start, 2), "figures": figures}
-        if message:
-            record["message"] = message[-2000:]
-        print(PREFIX + json.dumps(record), flush=True)
+        seconds = round(time.monotonic() - start, 2)
+        print(CheckResult(name, verdict, seconds, figures, message[-2000:]).to_line(), flush=True)
         if message:
             print(message, file=sys.stderr, flush=True)
 
     def synchronize(self) -> None:
-        """Wait for the device, so that a clock may be read."""
+        """Wait for the device, so that the clock can be read."""
         if self.is_cuda:
             torch.cuda.synchronize(self.device)

@@ -1,4 +1,4 @@
-"""Step 0: what this machine is, and whether everything that is needed can be imported."""
+"""Step 0: describes this machine, and checks that every required package can be imported."""
 
 import importlib
 import os
@@ -29,13 +29,13 @@ def run(checks: Checks) -> None:
             figures["memory_gib"] = round(properties.total_memory / 2**30, 1)
             figures["cudnn"], figures["cuda"] = torch.backends.cudnn.version(), torch.version.cuda  # type: ignore[no-untyped-call]
             figures["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
-            asked = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm", "--format=csv,noheader"]
-            said = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False)
-            figures["driver, clock, highest clock"] = said.stdout.strip()
+            query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm", "--format=csv,noheader"]
+            answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+            figures["driver, clock, maximum clock"] = answer.stdout.strip()
     with checks.check("disk") as figures:
         start = time.monotonic()
         with (checks.scratch / "file").open("wb") as file:
             file.write(os.urandom(2**20) * (1 if checks.tiny else 64))
             file.flush()
             os.fsync(file.fileno())
-        figures["mib_a_second"] = (1 if checks.tiny else 64) / (time.monotonic() - start)
+        figures["mib_per_second"] = (1 if checks.tiny else 64) / (time.monotonic() - start)

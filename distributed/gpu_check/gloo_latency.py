@@ -1,4 +1,4 @@
-"""Run on two ranks: how long they wait for an all-reduce over gloo on one host. Rank 0 prints microseconds as JSON."""
+"""Measures, on two ranks of one host, how long an all-reduce over gloo takes. Rank 0 prints microseconds as JSON."""
 
 import json
 import time
@@ -11,11 +11,11 @@ from distributed.comm.process_group import process_group
 from distributed.topology import Topology
 
 SIZES = {"16 bytes": 4, "64 KiB": 2**14, "1 MiB": 2**18}
-"""Numbers of float32 that are reduced."""
+"""Sizes of the reduced tensors, as counts of float32 numbers."""
 
 
 def main() -> None:
-    """Print {size: median microseconds}."""
+    """Print {size: median time in microseconds}."""
     topology = Topology.from_environment()
     torch.set_num_threads(1)
     with process_group(topology, torch.device("cpu"), timeout_seconds=15):

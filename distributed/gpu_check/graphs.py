@@ -1,4 +1,4 @@
-"""Capture of a function into a CUDA graph."""
+"""Captures a function as a CUDA graph."""
 
 from collections.abc import Callable
 
@@ -6,11 +6,11 @@ import torch
 
 
 def captured(call: Callable[[], object], *, warm_up: int = 3) -> torch.cuda.CUDAGraph:
-    """The graph of one call, which itself computes nothing. Its inputs and results must stay at fixed addresses.
+    """Return the graph of one call. Capturing computes nothing; inputs and results must stay at fixed addresses.
 
     Args:
-        warm_up: calls before that, on the stream of the capture: libraries choose their kernels and take their
-            workspaces, communicators and optimizer states come into being.
+        warm_up: calls before the capture, on the same stream, in which libraries choose kernels and allocate workspaces,
+            and communicators and optimizer states are created.
     """
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
@@ -20,7 +20,7 @@ def captured(call: Callable[[], object], *, warm_up: int = 3) -> torch.cuda.CUDA
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    # Thread-local: a watchdog of NCCL that queries an event meanwhile must not end the capture.
+    # Thread-local: NCCL's watchdog may query an event meanwhile, which must not end the capture.
     with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         call()
     return graph

@@ -1,7 +1,7 @@
-"""Step 7: which kernels give a shard's rows the same bits whatever is beside them, and what shards in parallel cost.
+"""Step 7: finds kernels that give a shard's rows the same bits whatever rows are beside them, and times shards in parallel.
 
-Exact mode relies on one promise: the same kernel on the same shapes in fresh memory gives the same bits. That is asserted.
-The other checks measure what faster ways of computing shards could rely on, and record true or false.
+Exact mode relies on one property: the same kernel on the same shapes gives the same bits in any memory. That is asserted.
+The other checks, marked "measured", record as true or false what faster ways of computing shards could rely on.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from distributed.training.determinism import make_deterministic
 
 
 class _Layer(NamedTuple):
-    """A convolution (kernel > 0) or a linear layer over images of this side."""
+    """A convolution (kernel > 0) over images of `side` x `side`, or a linear layer."""
 
     name: str
     inputs: int
@@ -47,7 +47,7 @@ _TYPES = (torch.bfloat16, torch.float32)
 
 
 class Passes(NamedTuple):
-    """The result of a layer and the gradients of its input and of its weight."""
+    """A layer's result, and the gradients of its input (dgrad) and its weight (wgrad)."""
 
     forward: Tensor
     dgrad: Tensor
@@ -55,7 +55,7 @@ class Passes(NamedTuple):
 
 
 def run(checks: Checks) -> None:
-    """Assert what exact mode relies on; measure what else holds."""
+    """Assert what exact mode relies on, and measure what else holds."""
     make_deterministic(checks.device, precision="float32")
     layers = _TINY if checks.tiny else _LAYERS
     for layer in layers:
@@ -64,13 +64,18 @@ def run(checks: Checks) -> None:
     run_shard_graph(checks)
     if checks.is_cuda:
         _triton(checks)
-    for dtype in _TYPES:  # last: a kernel that cannot read such memory takes the device's context with it
+    for dtype in _TYPES:  # last: a kernel that cannot read such memory destroys the CUDA context
         if not all(_moved_in_memory(checks, layer, dtype) for layer in layers):
             break
 
 
 def passes(x: Tensor, weight: Tensor, grad: Tensor) -> Passes:
-    """Compute a layer without autograd: x [n, inputs(, h, w)], weight as torch has it, grad of the result."""
+    """Compute a layer and its gradients without autograd.
+
+    Args:
+        x: [n, inputs] of a linear layer, [n, inputs, h, w] of a convolution.
+        grad: gradient of the result.
+    """
     if x.dim() == 2:
         return Passes(F.linear(x, weight), grad @ weight, grad.t() @ x)
     padding = weight.shape[2] // 2
@@ -81,8 +86,16 @@ def passes(x: Tensor, weight: Tensor, grad: Tensor) -> Passes:
     return Passes(F.conv2d(x, weight, padding=padding), dgrad, wgrad)
 
 
-def operands(layer: _Layer, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Random x, weight and grad; images and filters in channels_last."""
+class _Operands(NamedTuple):
+    """A layer's input and weight, and the gradient of its result."""
+
+    x: Tensor
+    weight: Tensor
+    grad: Tensor
+
+
+def _operands(layer: _Layer, rows: int, dtype: torch.dtype, device: torch.device) -> _Operands:
+    """Return random operands, images and filters in channels_last."""
     generator = torch.Generator().manual_seed(rows)
     image = (layer.side, layer.side) if layer.kernel else ()
     kernel = (layer.kernel, layer.kernel) if layer.kernel else ()
@@ -90,7 +103,7 @@ def operands(layer: _Layer, rows: int, dtype: torch.dtype, device: torch.device)
     x, weight, grad = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     if layer.kernel:
         x, weight, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, grad))
-    return x, weight, grad
+    return _Operands(x, weight, grad)
 
 
 def _name(layer: _Layer, dtype: torch.dtype) -> str:
@@ -98,43 +111,43 @@ def _name(layer: _Layer, dtype: torch.dtype) -> str:
 
 
 def _rows(checks: Checks) -> tuple[int, int]:
-    """Images of a shard and of the whole batch."""
+    """Return the images of a shard and of the entire batch."""
     return (4, 16) if checks.tiny else (16, 128)
 
 
 def _layer(checks: Checks, layer: _Layer, dtype: torch.dtype) -> None:
-    own, rows = _rows(checks)
-    x, weight, grad = operands(layer, rows, dtype, checks.device)
+    shard, rows = _rows(checks)
+    x, weight, grad = _operands(layer, rows, dtype, checks.device)
 
-    def alone(start: int = 0) -> Passes:
-        part = slice(start, start + own)
-        return passes(x[part].clone(), weight.clone(), grad[part].clone())
+    def shard_alone(start: int = 0) -> Passes:
+        rows_of_shard = slice(start, start + shard)
+        return passes(x[rows_of_shard].clone(), weight.clone(), grad[rows_of_shard].clone())
 
-    with checks.check(f"{_name(layer, dtype)}: fresh memory, same bits") as figures:
-        first = alone()
-        kept = []
+    with checks.check(f"{_name(layer, dtype)}: same bits in other memory") as figures:
+        first = shard_alone()
+        occupied = []
         for _ in range(3):
-            kept.append(torch.empty(1 << 20, device=checks.device))  # so that the next clones are elsewhere
-            for kind, again, before in zip(Passes._fields, alone(), first, strict=True):
+            occupied.append(torch.empty(1 << 20, device=checks.device))  # moves the next clones elsewhere
+            for kind, again, before in zip(Passes._fields, shard_alone(), first, strict=True):
                 assert same_bits(again, before), kind
-        wide = passes(x[:own].double(), weight.double(), grad[:own].double())
-        figures |= {kind: error(a, b) for kind, a, b in zip(Passes._fields, first, wide, strict=True)}
+        expected = passes(x[:shard].double(), weight.double(), grad[:shard].double())
+        figures |= {kind: error(a, b) for kind, a, b in zip(Passes._fields, first, expected, strict=True)}
         assert max(figures.values()) < 2e-2
-    with checks.check(f"{_name(layer, dtype)}: {own} rows within {rows}, measured") as figures:
-        whole = passes(x, weight, grad)
-        part = slice(rows // 2, rows // 2 + own)
-        inside = alone(part.start)
-        figures["forward"] = same_bits(whole.forward[part], inside.forward)
-        figures["dgrad"] = same_bits(whole.dgrad[part], inside.dgrad)
-        only = torch.zeros_like(grad)
-        only[part] = grad[part]
-        figures["wgrad, other rows zero"] = same_bits(passes(x, weight, only).wgrad, inside.wgrad)
+    with checks.check(f"{_name(layer, dtype)}: {shard} rows of {rows} as on their own, measured") as figures:
+        batch = passes(x, weight, grad)
+        own = slice(rows // 2, rows // 2 + shard)
+        alone = shard_alone(own.start)
+        figures["forward"] = same_bits(batch.forward[own], alone.forward)
+        figures["dgrad"] = same_bits(batch.dgrad[own], alone.dgrad)
+        others_zero = torch.zeros_like(grad)
+        others_zero[own] = grad[own]
+        figures["wgrad, other rows zero"] = same_bits(passes(x, weight, others_zero).wgrad, alone.wgrad)
 
 
 def _moved_in_memory(checks: Checks, layer: _Layer, dtype: torch.dtype) -> bool:
-    """Measure whether the bits depend on where the operands are in memory; False if the device can do no more."""
-    x, weight, grad = operands(layer, _rows(checks)[0], dtype, checks.device)
-    with checks.check(f"{_name(layer, dtype)}: offsets of 1 to 8 elements with other bits, measured") as figures:
+    """Measure whether the bits depend on the operands' alignment in memory. Return False if that broke the CUDA context."""
+    x, weight, grad = _operands(layer, _rows(checks)[0], dtype, checks.device)
+    with checks.check(f"{_name(layer, dtype)}: offsets of 1 to 8 elements that change bits, measured") as figures:
         aligned = passes(x, weight, grad)
         figures |= {kind: [] for kind in Passes._fields}
         for offset in range(1, 9):
@@ -150,7 +163,7 @@ def _moved_in_memory(checks: Checks, layer: _Layer, dtype: torch.dtype) -> bool:
 
 
 def _moved(tensor: Tensor, offset: int) -> Tensor:
-    """A copy in the same memory format whose first element is `offset` elements into its memory."""
+    """Return a copy in the same memory format whose data starts `offset` elements into its memory."""
     memory = torch.empty(tensor.numel() + offset, dtype=tensor.dtype, device=tensor.device)
     return memory.as_strided(tensor.shape, tensor.stride(), offset).copy_(tensor)
 
@@ -162,8 +175,8 @@ def _triton(checks: Checks) -> None:
     for outputs, inputs in ((512, 1024), (10, 128), (1000, 200)):
         for dtype in (torch.bfloat16, torch.float32):
             layer = _Layer("", inputs, outputs, 0, 0)
-            x, _, grad = operands(layer, sum(sizes), dtype, checks.device)
-            name = f"Triton, {outputs} x {inputs}, {str(dtype).removeprefix('torch.')}: 8 shards in one launch as alone"
+            x, _, grad = _operands(layer, sum(sizes), dtype, checks.device)
+            name = f"Triton, {outputs} x {inputs}, {str(dtype).removeprefix('torch.')}: 8 shards in one launch, each as alone"
             with checks.check(name) as figures:
                 ends = shard_ends(sizes, checks.device)
                 together = weight_gradients(grad, x, ends)

@@ -1,4 +1,4 @@
-"""Step 6: NCCL in a group of one rank: the recipe and each engine, DDP's hook, collectives inside a CUDA graph."""
+"""Step 6: checks NCCL in a group of one rank: the recipe, each engine, DDP's hook, collectives inside a CUDA graph."""
 
 import sys
 from collections.abc import Callable
@@ -58,7 +58,7 @@ def run(checks: Checks) -> None:
 
 
 def _run_as_rank(checks: Checks) -> None:
-    """Run this step again as a launched rank, and hand on the checks that it prints."""
+    """Run this step again as a launched rank, and print its checks."""
     with Processes(checks.scratch, seconds=_SECONDS) as processes:
         step = [
             "distributed.gpu_check.steps",
@@ -73,7 +73,7 @@ def _run_as_rank(checks: Checks) -> None:
         finally:
             sys.stdout.write(rank.text)
         if code != 0:
-            raise RuntimeError(f"the rank ended with exit code {code}")
+            raise RuntimeError(f"the rank exited with code {code}")
 
 
 def _group(checks: Checks) -> None:
@@ -110,8 +110,8 @@ def _recipe(checks: Checks, name: str, **settings: object) -> None:
 
 
 def _engines(checks: Checks, precision: str) -> None:
-    """Each engine itself, since `build_engine` shards nothing for one process: the losses of DDP."""
-    with checks.check(f"engines, {precision}: the losses of one process") as figures:
+    """Compare the losses of each engine with DDP's. `build_engine` would choose DDP for a single process."""
+    with checks.check(f"engines, {precision}: equal losses") as figures:
         builders: dict[str, tuple[int, Callable[..., Engine]]] = {
             "ddp": (0, partial(DdpEngine, Ddp(), compile=False)),
             "exact": (4, partial(ExactEngine, Ddp(), shards=4, workers=1)),
@@ -120,22 +120,22 @@ def _engines(checks: Checks, precision: str) -> None:
         for name, (shards, build) in builders.items():
             config = _config(checks, "engines", precision=precision, exact__shards=shards)
             data = build_data(config, Topology(), checks.device)
-            more: dict[str, Any] = {"example": data.example()} if name == "ddp" else {}
+            example: dict[str, Any] = {"example": data.example()} if name == "ddp" else {}
             model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
             engine = build(
                 model=model, optim=config.optim, precision=precision, channels_last=False, device=checks.device,
-                timeout_seconds=20.0, **more,
+                timeout_seconds=20.0, **example,
             )  # fmt: skip
             figures[name] = _losses(engine, data, config)
         bound = 1e-9 if precision == "float64" else 2e-2
         for name in ("exact", "fsdp"):
             worst = max(abs(a / b - 1) for a, b in zip(figures[name], figures["ddp"], strict=True))
-            assert worst < bound, f"{name}: {worst} from ddp"
+            assert worst < bound, f"{name}: relative difference {worst} from ddp"
 
 
 def _losses(engine: Engine, data: DataPipeline, config: TrainConfig) -> list[float]:
-    """Loss of each step of an epoch."""
-    sums, found = MetricAccumulator(data.device), list[float]()
+    """Return the loss of each step of an epoch."""
+    sums, found = MetricAccumulator(data.input_format.device), list[float]()
     for step, batches in enumerate(data.train_epoch(0)):
         train_step(engine, batches, loss=config.loss, lr=0.01, step=step, metrics=sums)
         found.append(sums.read().mean_loss)
@@ -143,7 +143,7 @@ def _losses(engine: Engine, data: DataPipeline, config: TrainConfig) -> list[flo
 
 
 def _wrapped_by_ddp(checks: Checks) -> None:
-    """torch's DDP with this project's hook, which `DdpEngine` uses from two ranks up: gradients as without it."""
+    """Check that torch's DDP with this project's hook, which `DdpEngine` uses on several ranks, leaves gradients unchanged."""
     config = _config(checks, "ddp", precision="float32", exact__shards=0)
     data = build_data(config, Topology(), checks.device)
     (batch,) = next(data.train_epoch(0))
@@ -160,20 +160,20 @@ def _wrapped_by_ddp(checks: Checks) -> None:
             ddp = DistributedDataParallel(model, device_ids=ids, bucket_cap_mb=1, gradient_as_bucket_view=True)
             ddp.register_comm_hook(None, sums.hook)
             called = ddp
-        for _ in range(2):  # DDP lays its buckets out anew after the first
+        for _ in range(2):  # DDP rebuilds its buckets after the first
             _mean_loss(called, batch).backward()  # type: ignore[no-untyped-call]
         found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         assert len(found) == len(list(model.parameters()))
         return found, sums.reduced_bytes
 
-    with checks.check("DDP with the hook: the gradients without it") as figures:
-        alone, _ = gradients(low=None, wrapped=False)
+    with checks.check("DDP with the hook: the same gradients as without") as figures:
+        plain, _ = gradients(low=None, wrapped=False)
         summed, figures["bytes_reduced"] = gradients(low=None, wrapped=True)
-        assert figures["bytes_reduced"] == 2 * sum(p.nbytes for p in alone)
-        assert all(torch.equal(a, b) for a, b in zip(alone, summed, strict=True))
-    with checks.check("DDP with the hook, sent as bfloat16") as figures:
+        assert figures["bytes_reduced"] == 2 * sum(p.nbytes for p in plain)
+        assert all(torch.equal(a, b) for a, b in zip(plain, summed, strict=True))
+    with checks.check("DDP with the hook, summed in bfloat16") as figures:
         rounded, figures["bytes_reduced"] = gradients(low=torch.bfloat16, wrapped=True)
-        figures["relative_error"] = max(float((a - b).norm() / b.norm()) for a, b in zip(rounded, alone, strict=True))
+        figures["relative_error"] = max(float((a - b).norm() / b.norm()) for a, b in zip(rounded, plain, strict=True))
         assert 0 < figures["relative_error"] < 1e-2
 
 
@@ -182,7 +182,7 @@ def _mean_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _collectives_in_a_graph(checks: Checks) -> None:
-    """All that exact mode sends, captured and replayed; eager collectives between replays on the same communicator."""
+    """Capture and replay every kind of collective of exact mode, with eager ones on the same communicator between replays."""
     with checks.check("collectives in a CUDA graph") as figures:
         numbers = torch.zeros(1000, device=checks.device)
         gathered, exchanged = torch.zeros_like(numbers), torch.zeros_like(numbers)

@@ -1,4 +1,4 @@
-"""Training steps for step `networks`: engines, repeated steps, detection of synchronizations."""
+"""Training steps for the step `networks`: repeatable, and observed for synchronizations and nondeterminism."""
 
 import copy
 import warnings
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ _LR = {"sgd": 0.02, "adamw": 1e-3}
 
 
 def config_of(network: str, precision: str, batch: int, *options: str, shards: int = 0) -> TrainConfig:
-    """A run, in exact mode if there are shards, on generated images that are on the device, with a few steps an epoch."""
+    """Return the config of a run on generated images held on the device, a few steps per epoch; exact mode if `shards` > 0."""
     return from_command_line(
         [
             "--data.name", "generated10", "--data.train_samples", str(max(10, 4 * batch)), "--data.test_samples", "10",
@@ -39,18 +40,25 @@ def config_of(network: str, precision: str, batch: int, *options: str, shards: i
 
 @dataclass(frozen=True)
 class Steps:
-    """The loss and the gradient's norm of each step, and every tensor of the engine after the last."""
+    """The loss and gradient norm of each step, and every tensor of the engine after the last."""
 
     losses: list[float]
     norms: list[float]
     tensors: dict[str, Tensor]
 
 
+class DeterministicSteps(NamedTuple):
+    """Steps in torch's deterministic mode, and the operations that it reports as nondeterministic."""
+
+    steps: Steps
+    nondeterministic: list[str]
+
+
 class Run:
-    """An engine that can take the same steps from the same weights again.
+    """An engine that can repeat the same steps from the same weights.
 
     Args:
-        model: float32 on the CPU, copied; none: the config's network with its keyed weights, which take 20 s for alexnet.
+        model: float32 on the CPU, copied; None: the config's network and initial weights, which takes 20 s for alexnet.
     """
 
     def __init__(
@@ -77,50 +85,50 @@ class Run:
         )  # fmt: skip
 
     def warm_up(self, steps: int) -> None:
-        """Take throwaway steps. Afterwards float16's scale of the loss is so small that no step will be skipped."""
+        """Take throwaway steps. Afterwards float16's loss scale is so small that no step will be skipped."""
         self.steps(count=steps)
         scale = {name: tensor.clone() for name, tensor in self.engine.state() if name == "scaler.scale"}
         self._start |= {name: tensor / 16 for name, tensor in scale.items()}
 
     def steps(self, count: int = STEPS) -> Steps:
-        """Take the first steps of an epoch from the first weights, images and totals included; read nothing before the end."""
+        """Take the first `count` steps of an epoch from the initial weights. Reads nothing from the device before the end."""
         self.engine.load_state(self._start)
         sums = [MetricAccumulator(self.device) for _ in range(count)]
         norms = []
         for step, batches in enumerate(islice(self.data.train_epoch(0), count)):
-            norms.append(self._take(batches, step, sums[step]))
+            norms.append(self._step(batches, step, sums[step]))
         return Steps([one.read().mean_loss for one in sums], [float(norm) for norm in norms], copied(self.engine))
 
     def waits(self) -> list[str]:
-        """Each line of code at which the host waited for the device in a step; none on a CPU."""
+        """Return each line of code at which the host waited for the device during steps; none on a CPU."""
         self.engine.load_state(self._start)
         sums = MetricAccumulator(self.device)
         batches = self.data.train_epoch(0)
         with _waits(self.device) as lines:
             for step, micro_batches in enumerate(islice(batches, STEPS)):
-                self._take(micro_batches, step, sums)
+                self._step(micro_batches, step, sums)
         return lines
 
-    def _take(self, micro_batches: list[Batch], step: int, sums: MetricAccumulator) -> Tensor:
-        """One step as in a run on this device, but not captured."""
+    def _step(self, micro_batches: list[Batch], step: int, sums: MetricAccumulator) -> Tensor:
+        """Take one step as a run on this device does, but not captured."""
         config = self.config.model_copy(update={"cuda_graphs": False})
         lr = _LR[config.optim.name]
         return build_step(config, self.engine, sums, self.device)(micro_batches, lr=lr, step=step).clone()
 
-    def nondeterministic(self) -> tuple[list[str], Steps]:
-        """Operations that torch reports as nondeterministic; and the steps in its deterministic mode."""
+    def deterministic_steps(self) -> DeterministicSteps:
+        """Take steps in torch's deterministic mode."""
         with _nondeterministic() as operations:
             steps = self.steps()
-        return operations, steps
+        return DeterministicSteps(steps, operations)
 
 
 def copied(engine: Engine) -> dict[str, Tensor]:
-    """Copies of all tensors of the training state."""
+    """Return copies of all tensors of the training state."""
     return {name: tensor.detach().clone() for name, tensor in engine.state()}
 
 
 def initial_model(network: str) -> nn.Module:
-    """The network with torch's random weights, always the same ones, which are made faster than keyed ones."""
+    """Return the network with torch's random weights from a fixed seed, which are faster to create than the project's."""
     torch.manual_seed(0)
     model: nn.Module = getattr(alexnet, network)(10, 0.5)
     return model
@@ -128,7 +136,7 @@ def initial_model(network: str) -> nn.Module:
 
 @contextmanager
 def _waits(device: torch.device) -> Iterator[list[str]]:
-    """Lists each line at which the host waits for the device. Torch's error mode would name the first one only."""
+    """Collect each line at which the host waits for the device. torch's error mode would name only the first."""
     lines: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -139,12 +147,12 @@ def _waits(device: torch.device) -> Iterator[list[str]]:
         finally:
             if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-    lines += _places(caught, "synchronizing CUDA operation")
+    lines += _lines(caught, "synchronizing CUDA operation")
 
 
 @contextmanager
 def _nondeterministic() -> Iterator[list[str]]:
-    """Lists each operation that has no deterministic implementation; those that have one use it."""
+    """Use deterministic implementations, and collect the operations that have none."""
     found: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -157,10 +165,10 @@ def _nondeterministic() -> Iterator[list[str]]:
     found += sorted({message[:160] for message in messages if "deterministic" in message})
 
 
-def _places(caught: list[warnings.WarningMessage], words: str) -> list[str]:
+def _lines(caught: list[warnings.WarningMessage], phrase: str) -> list[str]:
     found: Mapping[str, None] = {
         f"{Path(warning.filename).parent.name}/{Path(warning.filename).name}:{warning.lineno}": None
         for warning in caught
-        if words in str(warning.message)
+        if phrase in str(warning.message)
     }
     return list(found)

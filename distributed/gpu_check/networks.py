@@ -1,4 +1,4 @@
-"""Step 3: each network in each precision takes steps that never wait for the device, are repeatable and close to float64."""
+"""Step 3: checks that steps of every network and precision never wait for the device, repeat and are close to float64."""
 
 import time
 from typing import Any
@@ -9,14 +9,14 @@ from distributed.comm.process_group import choose_device
 from distributed.config import TrainConfig
 from distributed.data.pipeline import DataPipeline
 from distributed.gpu_check.checks import Checks
-from distributed.gpu_check.differences import unlike
+from distributed.gpu_check.differences import differing
 from distributed.gpu_check.network_runs import Run, Steps, config_of, initial_model
 from distributed.topology import Topology
 from distributed.training.determinism import make_deterministic
 
 _NETWORKS = ("improved_alexnet", "cifar_alexnet", "cifar_alexnet_bn", "alexnet")
 _BOUNDS = {"float64": (1e-9, 1e-8), "float32": (5e-6, 1e-3), "bfloat16": (1e-2, 5e-2), "float16": (2e-3, 1e-2)}
-"""Relative errors of the first step's loss and of its gradient's norm; ten times as much in the second step."""
+"""Bounds on the relative errors of loss and gradient norm in the first step; ten times as large in the second."""
 _EVERYTHING = (
     "--data.augment.mixup", "0.4", "--data.augment.cutmix", "1", "--data.augment.cutout", "8",
     "--loss.label_smoothing", "0.1", "--optim.name", "adamw", "--optim.max_grad_norm", "0.5", "--optim.ema_decay", "0.99",
@@ -25,7 +25,7 @@ _CPU = torch.device("cpu")
 
 
 def run(checks: Checks) -> None:
-    """Check fast mode in all networks and precisions, then everything at once, exact mode and compiled graphs."""
+    """Check fast mode with all networks and precisions, then all options together, exact mode and compiled models."""
     device = choose_device(checks.device.type, Topology())
     make_deterministic(device, precision="float32")
     for network in _NETWORKS[:2] if checks.tiny else _NETWORKS:  # the others take a CPU too long
@@ -37,14 +37,14 @@ def run(checks: Checks) -> None:
 
 
 def _batch(checks: Checks, network: str) -> int:
-    """Images a step, few where the reference in float64 on the CPU would take long."""
+    """Return the batch size, small if the float64 reference on the CPU would be slow."""
     if checks.tiny:
         return 8
     return {"improved_alexnet": 128, "alexnet": 16}.get(network, 64)
 
 
 def _precisions(checks: Checks, network: str) -> list[str]:
-    if network == "improved_alexnet":  # a CPU takes a hundred times as long in float16
+    if network == "improved_alexnet":  # float16 takes a CPU a hundred times as long
         return ["float64", "float32", "bfloat16"] + ([] if checks.tiny else ["float16"])
     return ["bfloat16"] if checks.tiny else ["float32", "bfloat16", "float16"]
 
@@ -66,41 +66,43 @@ def _network(checks: Checks, device: torch.device, network: str) -> None:
             _tf32(checks, network, run, expected)
 
 
-def _built(checks: Checks, name: str, config: TrainConfig, device: torch.device, **given: Any) -> Run | None:
-    """The engine after its throwaway steps, in float16 enough of them for the scale of the loss; none if that failed."""
+def _built(checks: Checks, name: str, config: TrainConfig, device: torch.device, **arguments: Any) -> Run | None:
+    """Build an engine and take throwaway steps, in float16 enough to settle the loss scale. Return None if that failed."""
     with checks.check(f"{name}: built and warmed up"):
-        run = Run(config, device, **given)
+        run = Run(config, device, **arguments)
         run.warm_up(4 if config.precision == "float16" else 1)
         return run
     return None
 
 
 def _check(checks: Checks, name: str, run: Run, expected: Steps, *, reference: str = "float64 on the CPU") -> None:
-    """Check an engine's first steps; `expected` are those of the reference."""
+    """Check an engine's first steps against `expected`, those of the reference."""
     found: Steps | None = None
-    with checks.check(f"{name}: the same bits again"):
+    with checks.check(f"{name}: repeatable bit for bit"):
         found = run.steps()
         _assert_same(run.steps(), found)
     with checks.check(f"{name}: never waits for the device"):
         lines = run.waits()
         assert not lines, f"waits at {', '.join(lines)}"
     with checks.check(f"{name}: deterministic") as figures:
-        operations, careful = run.nondeterministic()
-        figures["same bits in torch's deterministic mode"] = bool(found) and not unlike(careful.tensors, found.tensors)
+        deterministic, operations = run.deterministic_steps()
+        figures["same bits in torch's deterministic mode"] = bool(found) and not differing(
+            deterministic.tensors, found.tensors
+        )
         assert not operations, "; ".join(operations)
     with checks.check(f"{name}: close to {reference}") as figures:
-        assert found, "no steps to compare"
+        assert found, "no steps to compare: the earlier check failed"
         _assert_close(figures, found, expected, run.config.precision)
 
 
 def _assert_same(found: Steps, expected: Steps) -> None:
-    different = unlike(found.tensors, expected.tensors)
-    assert not different, f"{len(different)} of {len(expected.tensors)} tensors differ, among them {different[:4]}"
+    different = differing(found.tensors, expected.tensors)
+    assert not different, f"{len(different)} of {len(expected.tensors)} tensors differ, e.g. {different[:4]}"
     assert (found.losses, found.norms) == (expected.losses, expected.norms), (found.losses, expected.losses)
 
 
 def _errors(found: Steps, expected: Steps) -> tuple[list[float], list[float]]:
-    """Relative errors of the losses and of the norms, one a step."""
+    """Return the relative errors of the losses and of the gradient norms, one per step."""
     pairs = ((found.losses, expected.losses), (found.norms, expected.norms))
     losses, norms = ([abs(a / b - 1) for a, b in zip(one, other, strict=True)] for one, other in pairs)
     return losses, norms
@@ -115,7 +117,7 @@ def _assert_close(figures: dict[str, Any], found: Steps, expected: Steps, precis
 
 
 def _tf32(checks: Checks, network: str, run: Run, expected: Steps) -> None:
-    """Report how much TF32 in convolutions changes; float32 must be float32 without being asked."""
+    """Measure the effect of TF32 in convolutions, and check that float32 does not use it by default."""
     with checks.check(f"{network}: float32 is not TF32") as figures:
         convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
         before = convolutions.fp32_precision
@@ -125,10 +127,10 @@ def _tf32(checks: Checks, network: str, run: Run, expected: Steps) -> None:
                 convolutions.fp32_precision = mode
                 other = run.steps()
                 figures[f"loss, {mode}"], figures[f"norm, {mode}"] = _errors(other, expected)
-                figures[f"same bits as {mode}"] = not unlike(found.tensors, other.tensors)
+                figures[f"same bits as {mode}"] = not differing(found.tensors, other.tensors)
         finally:
             convolutions.fp32_precision = before
-        assert figures["same bits as ieee"], "convolutions in float32 are not computed in float32"
+        assert figures["same bits as ieee"], "float32 convolutions are not computed in float32"
 
 
 def _everything(checks: Checks, device: torch.device) -> None:
@@ -136,8 +138,8 @@ def _everything(checks: Checks, device: torch.device) -> None:
     batch, model = _batch(checks, network), initial_model(network)
     expected = Run(config_of(network, "float64", batch, *_EVERYTHING), _CPU, model=model).steps()
     config = config_of(network, "bfloat16" if checks.tiny else "float16", batch, *_EVERYTHING)
-    if run := _built(checks, "everything at once", config, device, model=model):
-        _check(checks, "everything at once", run, expected)
+    if run := _built(checks, "all options together", config, device, model=model):
+        _check(checks, "all options together", run, expected)
 
 
 def _exact(checks: Checks, device: torch.device) -> None:
@@ -154,12 +156,12 @@ def _exact(checks: Checks, device: torch.device) -> None:
             config = config_of(network, precision, batch, shards=shards)
             if run := _built(checks, name, config, device):
                 _check(checks, name, run, expected, reference="fast mode")
-        torch.set_num_threads(threads)  # exact mode computes on one
+        torch.set_num_threads(threads)  # exact mode sets it to one
 
 
 def _compiled(checks: Checks, device: torch.device) -> None:
     config = config_of("improved_alexnet", "bfloat16", _batch(checks, "improved_alexnet"), "--compile", "true")
-    with checks.check("compiled: the same bits in two fresh engines") as figures:
+    with checks.check("compiled: two new engines give the same bits") as figures:
         outcomes = []
         for kind in ("first", "second"):
             start = time.monotonic()

@@ -1,4 +1,4 @@
-"""Commands and ranks that a step starts, each with its output in a file; none outlives the step."""
+"""Commands and ranks started by a step. Their output goes to files, and none outlives the step."""
 
 import socket
 import subprocess
@@ -11,36 +11,36 @@ from types import TracebackType
 from typing import Self
 
 PYTHON = [sys.executable, "-m"]
-"""How a module is run as a command."""
+"""Start of a command that runs a module."""
 
 
 class Process:
-    """A started process. `deadline` (of `time.monotonic`) bounds every wait for it."""
+    """A started process. `deadline` (of `time.monotonic`) bounds each wait for it."""
 
     def __init__(self, popen: "subprocess.Popen[bytes]", log: Path, deadline: float) -> None:
         self.popen, self._log, self._deadline = popen, log, deadline
 
     @property
     def text(self) -> str:
-        """Its stdout and stderr so far."""
+        """stdout and stderr so far."""
         return self._log.read_text(errors="replace")
 
     def wait(self) -> int:
-        """The exit code.
+        """Wait for the end of the process and return its exit code.
 
         Raises:
-            AssertionError: the process is still running at the deadline.
+            AssertionError: it is still running at the deadline.
         """
         try:
             return self.popen.wait(max(0.0, self._deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"out of time: {self._log.name} is still running\n{self.text[-1500:]}") from None
+            raise AssertionError(f"timeout: {self._log.name} is still running\n{self.text[-1500:]}") from None
 
     def succeed(self) -> str:
-        """Its output, once it has ended with exit code 0.
+        """Wait for exit code 0 and return the output.
 
         Raises:
-            AssertionError: another exit code, or out of time.
+            AssertionError: the exit code is another, or the process is still running at the deadline.
         """
         code = self.wait()
         assert code == 0, f"{self._log.name}: exit code {code}\n{self.text[-1500:]}"
@@ -48,11 +48,11 @@ class Process:
 
 
 class Processes:
-    """Starts processes in the step's own process group; leaving the context ends those that still run.
+    """Starts processes in the step's own process group. Leaving the context ends those that still run.
 
     Args:
-        folder: for the files with their output.
-        seconds: no wait for any of them lasts longer than until then.
+        folder: for files with their output.
+        seconds: time limit for all of them together.
     """
 
     def __init__(self, folder: Path, *, seconds: float) -> None:
@@ -64,22 +64,22 @@ class Processes:
         return self
 
     def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
-        # Asked first: torchrun puts its ranks into sessions of their own and ends them if it is asked to end.
+        # SIGTERM first: torchrun puts its ranks into sessions of their own, and ends them when it is terminated.
         for popen in self._started:
             popen.terminate()
-        patience = time.monotonic() + 3
+        kill_at = time.monotonic() + 3
         for popen in self._started:
             with suppress(subprocess.TimeoutExpired):
-                popen.wait(max(0.0, patience - time.monotonic()))
+                popen.wait(max(0.0, kill_at - time.monotonic()))
             popen.kill()
             popen.wait()
 
     def start(
         self, name: str, arguments: Sequence[object], *, environment: Mapping[str, object] | None = None
     ) -> Process:
-        """Start a command; `environment` is set on top of this process's own."""
+        """Start a command, with `environment` added to this process's."""
         log = self._folder / f"{name}.log"
-        # By env(1), which becomes the command: the environment is for topology.py alone to read.
+        # Through env(1), which becomes the command: only topology.py may read os.environ.
         variables = [f"{key}={value}" for key, value in (environment or {}).items()]
         with log.open("wb") as file:
             popen = subprocess.Popen(
@@ -90,7 +90,7 @@ class Processes:
         return Process(popen, log, self._deadline)
 
     def start_ranks(self, name: str, count: int, module: str, *arguments: object) -> list[Process]:
-        """Start a module once for each rank of a group on this host, as torchrun would, but in the step's process group."""
+        """Start a module on each rank of a group on this host, as torchrun would, but in the step's own process group."""
         port = free_port()
         return [
             self.start(
@@ -106,7 +106,7 @@ class Processes:
 
 
 def free_port() -> int:
-    """A TCP port of this host that nobody listens on at the moment."""
+    """Return a TCP port of this host that is free at the moment."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

@@ -1,5 +1,7 @@
-"""Run on every rank of a group: trains one run after another with the recipe. `rank_runs DEVICE FILE`, FILE being a JSON
-list of lists of arguments of `distributed.train`. A run that fails does not keep the next ones from being tried."""
+"""Trains one run after another with the recipe, on each rank of a group: `rank_runs DEVICE FILE`.
+
+FILE is a JSON list with the arguments of `distributed.train` for each run. After a failed run the next ones still start.
+"""
 
 import json
 import os
@@ -15,7 +17,7 @@ from distributed.topology import Topology
 
 
 def main() -> int:
-    """Returns 0 if all runs finished, else 1."""
+    """Return 0 if all runs finished, else 1."""
     device_name, file = sys.argv[1:]
     topology = Topology.from_environment()
     logs.terminal_logs(topology.rank, level="WARNING")
@@ -35,4 +37,4 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # threads of gloo that wait for a lost peer must not keep the process
+    os._exit(code)  # gloo threads that wait for a lost peer must not keep the process alive

@@ -1,4 +1,4 @@
-"""Step 5: one, two and four ranks that share a GPU over gloo: fast mode agrees closely, exact mode bit for bit."""
+"""Step 5: trains on one, two and four ranks that share a GPU, over gloo: fast mode agrees closely, exact mode bit for bit."""
 
 import json
 import math
@@ -19,7 +19,7 @@ _CLIPPED: dict[str, object] = {**_EXACT, "precision": "float32", "optim__max_gra
 
 
 class _Case(NamedTuple):
-    """Settings that are trained at several world sizes."""
+    """Settings of a run that is trained at several world sizes."""
 
     name: str
     world_sizes: tuple[int, ...]
@@ -49,20 +49,20 @@ def run(checks: Checks) -> None:
         _check_groups(checks, groups)
         for case in (FLOAT32, BFLOAT16):
             _check_exact(checks, case)
-        with checks.check("exact mode, clipping, 2 ranks: fsdp has the bits of ddp") as figures:
+        with checks.check("exact mode, clipping, 2 ranks: fsdp bit-identical to ddp") as figures:
             figures["tensors"] = runs.assert_same_bits(FSDP.run(checks, 2), FLOAT32.run(checks, 2))
         _check_fast(checks)
-        with checks.check("torchrun, 2 ranks, exact mode: the bits of one process") as figures:
+        with checks.check("torchrun, 2 ranks, exact mode: bit-identical to one process") as figures:
             torchrun.succeed()
             figures["tensors"] = runs.assert_same_bits(_torchrun_run(checks), BFLOAT16.run(checks, 1))
 
 
 def _arguments(checks: Checks, run: Path, settings: dict[str, object]) -> list[str]:
-    """Some steps, every one logged, the last of them of fewer images."""
+    """Return arguments for a run of a few steps, all of them logged, the last with fewer images."""
     batch, steps = (16, 2) if checks.tiny else (48, 6)
     if settings["exact__shards"] == 0:
         steps = 4 if checks.tiny else 20
-    if checks.tiny and settings.get("precision") == "float16":  # which a CPU computes piece by piece
+    if checks.tiny and settings.get("precision") == "float16":  # which is very slow on a CPU
         batch = 6
     sizes: dict[str, object] = {
         "global_batch_size": batch, "data__train_samples": steps * batch - 3, "data__test_samples": 20,
@@ -75,7 +75,7 @@ def _arguments(checks: Checks, run: Path, settings: dict[str, object]) -> list[s
 
 
 def _start_group(checks: Checks, processes: Processes, world_size: int) -> list[Process]:
-    """Ranks that train all cases of this world size, one after the other."""
+    """Start ranks that train all cases of this world size, one after the other."""
     cases = [case for case in _CASES if world_size in case.world_sizes]
     file = checks.scratch / f"runs-{world_size}.json"
     file.write_text(json.dumps([_arguments(checks, case.run(checks, world_size), case.settings) for case in cases]))
@@ -88,7 +88,7 @@ def _torchrun_run(checks: Checks) -> Path:
 
 
 def _start_torchrun(checks: Checks, processes: Processes) -> Process:
-    """`torchrun --nproc_per_node=2 -m distributed.train`, as a user types it."""
+    """Start `torchrun --nproc_per_node=2 -m distributed.train` as a user would."""
     options = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
     arguments = _arguments(checks, _torchrun_run(checks), BFLOAT16.settings)
     return processes.start("torchrun", torchrun_command(2, "distributed.train", arguments, options=options))
@@ -104,13 +104,13 @@ def _check_refused(ranks: list[Process]) -> None:
     assert codes == [ExitCode.BAD_INPUT] * 2, f"exit codes {codes}\n{ranks[0].text[-1500:]}"
     for rank in ranks:
         assert "Traceback" not in rank.text, rank.text[-1500:]
-    said = [line for line in ranks[0].text.splitlines() if "fsdp" in line]
-    assert len(said) == 1, f"{len(said)} lines name fsdp:\n{ranks[0].text[-1500:]}"
+    messages = [line for line in ranks[0].text.splitlines() if "fsdp" in line]
+    assert len(messages) == 1, f"{len(messages)} lines name fsdp:\n{ranks[0].text[-1500:]}"
 
 
 def _check_groups(checks: Checks, groups: dict[int, list[Process]]) -> None:
     for world_size, ranks in sorted(groups.items()):
-        with checks.check(f"{world_size} rank{'s' if world_size > 1 else ''}: every run came to its end"):
+        with checks.check(f"{world_size} rank{'s' if world_size > 1 else ''}: every run finished"):
             for rank in ranks:
                 rank.succeed()
 
@@ -118,7 +118,7 @@ def _check_groups(checks: Checks, groups: dict[int, list[Process]]) -> None:
 def _check_exact(checks: Checks, case: _Case) -> None:
     alone = case.run(checks, 1)
     for world_size in case.world_sizes[1:]:
-        name = f"{case.name.replace('-', ' mode, ')}: {world_size} ranks have the bits of one process"
+        name = f"{case.name.replace('-', ' mode, ')}: {world_size} ranks, bit-identical to one process"
         with checks.check(name) as figures:
             figures["tensors"] = runs.assert_same_bits(case.run(checks, world_size), alone)
             figures["steps"] = runs.step_logged(alone)
@@ -133,7 +133,7 @@ def _check_fast(checks: Checks) -> None:
             figures["steps"] = len(alone)
             for name in ("loss", "grad_norm"):
                 worst = max(abs(a[name] / b[name] - 1) for a, b in zip(ours, alone, strict=True))
-                figures[f"largest_relative_difference_of_{name}"] = worst
+                figures[f"largest relative difference of {name}"] = worst
                 assert worst < 1e-10, f"{name} differs by {worst}"
     with checks.check("fast mode, float16 with loss scaling, 2 ranks") as figures:
         run = FLOAT16.run(checks, 2)

@@ -1,4 +1,4 @@
-"""Step 4: runs that were stopped or killed end with the bits of an uninterrupted one; evaluates a GPU checkpoint on the CPU."""
+"""Step 4: checks that stopped and killed runs resume bit for bit, and evaluates a GPU checkpoint on the CPU."""
 
 import json
 import signal
@@ -27,28 +27,28 @@ _EXIT_CODES = {signal.SIGTERM: int(ExitCode.STOPPED), signal.SIGKILL: -int(signa
 
 @dataclass
 class Interrupted:
-    """A run that gets a signal once it has logged `at_step`, and is started again when it has ended."""
+    """A run that receives a signal once it has logged `at_step`, and is started again once it has ended."""
 
     run: Path
     command: list[str]
-    number: signal.Signals
+    signum: signal.Signals
     at_step: int
     first: Process
     sent: bool = False
     exit_code: int | None = None
     saved: dict[str, Any] = field(default_factory=dict)
-    """The state in the newest checkpoint when the run was started again."""
+    """The newest checkpoint's state when the run was started again."""
     again: Process | None = None
 
     def advance(self, processes: Processes) -> bool:
-        """Send the signal or start the run again if it is time for that; whether both are done."""
+        """Send the signal or start the run again once it is time. Return whether both are done."""
         if self.again is None:
             self.exit_code = self.first.popen.poll()
             if self.exit_code is not None:
                 self.saved = runs.saved_state(self.run)
                 self.again = processes.start(f"{self.run.name}-again", self.command)
             elif not self.sent and runs.step_logged(self.run) >= self.at_step:
-                self.first.popen.send_signal(self.number)
+                self.first.popen.send_signal(self.signum)
                 self.sent = True
         return self.again is not None
 
@@ -59,12 +59,12 @@ def run(checks: Checks) -> None:
         modes["exact"] = {"exact__shards": 8, "data__train_samples": 1610, "epochs": 5}
     with Processes(checks.scratch / "logs", seconds=_SECONDS) as processes:
         references = {
-            mode: _start(checks, processes, f"{mode}-undisturbed", settings) for mode, settings in modes.items()
+            mode: _start(checks, processes, f"{mode}-uninterrupted", settings) for mode, settings in modes.items()
         }
         interrupted = {
-            (mode, number): _interrupted(checks, processes, mode, settings, number)
+            (mode, signum): _interrupted(checks, processes, mode, settings, signum)
             for mode, settings in modes.items()
-            for number in _EXIT_CODES
+            for signum in _EXIT_CODES
         }
         deadline = time.monotonic() + 0.75 * _SECONDS
         pending = list(interrupted.values())
@@ -72,13 +72,13 @@ def run(checks: Checks) -> None:
             pending = [one for one in pending if not one.advance(processes)]
             time.sleep(0.005)
         for mode, (reference, process) in references.items():
-            with checks.check(f"{mode} mode: undisturbed") as figures:
+            with checks.check(f"{mode} mode: uninterrupted") as figures:
                 process.succeed()
                 runs.assert_finished(reference)
                 figures["steps"], figures["last_loss"] = runs.step_logged(reference), runs.losses(reference)[-1]
         evaluations = _start_evaluations(checks, processes, references["fast"][0])
-        for (mode, number), one in interrupted.items():
-            with checks.check(f"{mode} mode: {number.name}, then resumed") as figures:
+        for (mode, signum), one in interrupted.items():
+            with checks.check(f"{mode} mode: {signum.name}, then resumed") as figures:
                 _check_resumed(one, references[mode][0], figures)
         _check_evaluations(checks, evaluations, references["fast"][0])
     _save(checks)
@@ -103,30 +103,32 @@ def _start(checks: Checks, processes: Processes, name: str, settings: dict[str, 
 
 
 def _interrupted(
-    checks: Checks, processes: Processes, mode: str, settings: dict[str, object], number: signal.Signals
+    checks: Checks, processes: Processes, mode: str, settings: dict[str, object], signum: signal.Signals
 ) -> Interrupted:
-    run = checks.scratch / f"{mode}-{number.name}"
+    run = checks.scratch / f"{mode}-{signum.name}"
     command = _command(checks, run, settings)
     # In the middle of an epoch, which has 13 steps if tiny, 21 in exact mode, else 51.
     early, late = (5, 18) if checks.tiny else (30, 50) if mode == "exact" else (75, 130)
-    at_step = early if number == signal.SIGTERM else late
-    return Interrupted(run, command, number, at_step, processes.start(run.name, command))
+    at_step = early if signum == signal.SIGTERM else late
+    return Interrupted(run, command, signum, at_step, processes.start(run.name, command))
 
 
 def _check_resumed(one: Interrupted, reference: Path, figures: dict[str, Any]) -> None:
     assert one.sent, f"{one.run.name} ended with {one.exit_code} before step {one.at_step}\n{one.first.text[-1500:]}"
-    assert one.exit_code == _EXIT_CODES[one.number], f"exit code {one.exit_code}\n{one.first.text[-1500:]}"
+    assert one.exit_code == _EXIT_CODES[one.signum], f"exit code {one.exit_code}\n{one.first.text[-1500:]}"
     figures["resumed_at_step"], figures["of_an_epoch"] = one.saved.get("step"), one.saved.get("step_in_epoch")
     assert one.again is not None
     one.again.succeed()
-    assert 0 < figures["resumed_at_step"] < runs.saved_state(reference)["step"], "the signal came too late or too early"
+    assert 0 < figures["resumed_at_step"] < runs.saved_state(reference)["step"], (
+        "the signal arrived too late or too early"
+    )
     figures["tensors"] = runs.assert_same_bits(one.run, reference)
 
 
 def _start_evaluations(checks: Checks, processes: Processes, run: Path) -> dict[str, Process]:
-    def start(name: str, *more: str, environment: dict[str, object] | None = None) -> Process:
+    def start(name: str, *device: str, environment: dict[str, object] | None = None) -> Process:
         picture = checks.scratch / f"{name}.png"
-        options = ["--checkpoint", "latest", "--json", "--confusion", picture, *more]
+        options = ["--checkpoint", "latest", "--json", "--confusion", picture, *device]
         return processes.start(
             f"evaluate-{name}", [*PYTHON, "distributed.evaluate", run, *options], environment=environment
         )
@@ -136,14 +138,14 @@ def _start_evaluations(checks: Checks, processes: Processes, run: Path) -> dict[
 
 
 def _check_evaluations(checks: Checks, evaluations: dict[str, Process], run: Path) -> None:
-    """On its own device an evaluation has the figures of the run's last epoch, elsewhere nearly as many correct images."""
+    """Check that figures equal those of the run's last epoch on the same device, and accuracy nearly does on another."""
     for name, process in evaluations.items():
         with checks.check(f"the run evaluated on {name}") as figures:
             lines = process.succeed().splitlines()
             found = json.loads(next(line for line in reversed(lines) if line.startswith("{")))
             in_training = [line for line in runs.logged(run) if line["kind"] == "epoch"][-1]["test"]
             figures |= {key: found[key] for key in ("images", "loss", "top1")}
-            figures["more_correct_than_in_training"] = round(
+            figures["correct images relative to training"] = round(
                 (found["top1"] - in_training["accuracy"]) * found["images"]
             )
             if name == checks.device.type:
@@ -152,7 +154,7 @@ def _check_evaluations(checks: Checks, evaluations: dict[str, Process], run: Pat
 
 
 def _save(checks: Checks) -> None:
-    """The price of a save: what the training loop waits for, and what the thread that writes takes."""
+    """Time a save: how long the training loop waits, and how long writing takes in the background."""
     name = "improved_alexnet" if checks.tiny else "cifar_alexnet"
     with checks.check(f"a save of {name}") as figures:
         settings = partial(runs.arguments, checks.scratch / "saves", checks.device, model__name=name)
@@ -163,7 +165,7 @@ def _save(checks: Checks) -> None:
         state = TrainState(build_schedule(config, steps_per_epoch=data.steps_per_epoch))
         folder = ClaimedRun.claim(config.run_dir, world_size=1)
         saver = Checkpointer(folder.checkpoints, folder, keep_last=2, metadata={})
-        for state.step in (1, 2):  # the second is timed: the first takes its memory for the first time
+        for state.step in (1, 2):  # the second save counts: the first allocates memory
             checks.synchronize()
             start = time.perf_counter()
             saver.save(engine, state)

@@ -1,4 +1,4 @@
-"""Training runs of a step: their command lines, what they logged, whether two have the same bits."""
+"""Training runs started by a step: their command lines, what they logged, and whether two of them are bit-identical."""
 
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,15 @@ from distributed.run.checkpoint_layout import checkpoints
 from distributed.run.folder import RunFolder
 from distributed.run.records import read_metrics
 
-_OF_THE_MACHINE = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
+_TIMINGS = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
 
 
 def arguments(run: Path, device: torch.device, **settings: object) -> list[str]:
-    """Arguments of `python -m distributed.train` for improved_alexnet on generated images; a setting's dots are written as
-    two underscores, e.g. `exact__shards=8`."""
+    """Return arguments of `python -m distributed.train` for improved_alexnet on generated images.
+
+    Args:
+        settings: further settings; two underscores stand for a dot, e.g. `exact__shards=8`.
+    """
     values: dict[str, object] = {
         "run_dir": run, "device": device.type, "timeout_seconds": 20, "data__name": "generated10",
         "logging__tensorboard": "false", "checkpoint__every_minutes": 0,
@@ -26,49 +29,49 @@ def arguments(run: Path, device: torch.device, **settings: object) -> list[str]:
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what the clock and the machine say."""
+    """Return the lines of metrics.jsonl without timings and memory."""
     records = read_metrics(RunFolder(run).metrics_file)
-    return [record.model_dump(exclude_unset=True, exclude=_OF_THE_MACHINE) for record in records]
+    return [record.model_dump(exclude_unset=True, exclude=_TIMINGS) for record in records]
 
 
 def training_steps(run: Path) -> list[dict[str, Any]]:
-    """Those of `logged` that are of training steps."""
+    """Return the lines of `logged` that belong to training steps."""
     return [line for line in logged(run) if line["kind"] == "train"]
 
 
 def losses(run: Path) -> list[float]:
-    """The training losses logged, in order of steps."""
+    """Return the logged training losses in order of steps."""
     return [line["loss"] for line in training_steps(run)]
 
 
 def step_logged(run: Path) -> int:
-    """The last step that the run has logged; 0 before the first."""
+    """Return the last logged step, 0 before the first."""
     return max((record.step for record in read_metrics(RunFolder(run).metrics_file)), default=0)
 
 
 def saved_state(run: Path) -> dict[str, Any]:
-    """Counters, schedule and sums in the newest checkpoint; empty where there is none."""
+    """Return counters, schedule and metric sums of the newest checkpoint; empty if there is none."""
     saved = checkpoints(RunFolder(run).checkpoints)
     return dict(read_object(saved[-1] / "state.json")["state"]) if saved else {}
 
 
 def saved_digests(run: Path) -> dict[str, str]:
-    """A digest of each tensor in the newest checkpoint: weights, buffers, momentum."""
+    """Return a digest of each tensor in the newest checkpoint: weights, buffers, momentum."""
     newest = checkpoints(RunFolder(run).checkpoints)[-1]
     return {name: tensor_digest(tensor) for name, tensor in read_tensors(newest).items()}
 
 
 def assert_finished(run: Path) -> None:
-    """Raises AssertionError if the run has not trained to its end."""
+    """Raise AssertionError unless the run has finished."""
     status = RunFolder(run).status()
-    assert status.status == "finished", f"{run.name}: {status.as_json() or 'never began'}"
+    assert status.status == "finished", f"{run.name}: {status.as_json() or 'never started'}"
 
 
 def assert_same_bits(run: Path, reference: Path) -> int:
-    """How many tensors were compared.
+    """Compare two runs' logged figures and final tensors bit for bit, and return the number of tensors.
 
     Raises:
-        AssertionError: a run is not finished; its logged figures or final tensors are not those of the other, bit for bit.
+        AssertionError: a run is unfinished, or the two differ.
     """
     assert_finished(run)
     assert_finished(reference)

@@ -1,4 +1,4 @@
-"""Eight shards as parallel branches of one CUDA graph: the bits of each alone, and the time of a replay."""
+"""Captures eight shards as parallel branches of one CUDA graph, compares each with its own bits alone, and times a replay."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ SHARDS = 8
 
 
 def run(checks: Checks) -> None:
-    """Assert that captured shards have the bits they have alone; measure replays against eager calls."""
+    """Assert that captured shards have the same bits as alone; time replays and eager calls."""
     rows, channels, side = (2, 8, 8) if checks.tiny else (16, 64, 16)
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
@@ -29,18 +29,20 @@ def run(checks: Checks) -> None:
                 assert all(map(same_bits, shard(index), before)), f"shard {index}"
             figures["ms"] = milliseconds(checks, lambda shard=shard: [shard(i) for i in range(SHARDS)])  # type: ignore[misc]
         if checks.is_cuda:
-            for kind, streams in (("one after the other", 1), ("on 8 streams", SHARDS)):
-                with checks.check(f"8 shards in one CUDA graph {kind}, {name}") as figures, torch.no_grad():
+            for order, streams in (("one after the other", 1), ("on 8 streams", SHARDS)):
+                with checks.check(f"8 shards in one CUDA graph {order}, {name}") as figures, torch.no_grad():
                     graph, results = _captured(checks.device, shard, streams)
-                    figures["ms a replay"] = milliseconds(checks, graph.replay)
+                    figures["ms per replay"] = milliseconds(checks, graph.replay)
                     for index, before in enumerate(alone):
-                        assert all(map(same_bits, results[index], before)), f"shard {index}: other bits than alone"
+                        assert all(map(same_bits, results[index], before)), (
+                            f"shard {index}: differs from the shard alone"
+                        )
 
 
 def _inputs(
     rows: int, channels: int, side: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Images of each shard and the filters of two convolutions, in channels_last, and the weight of a linear layer."""
+    """Return each shard's images, and the weights of two convolutions and a linear layer, all in channels_last."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -53,7 +55,10 @@ def _inputs(
 
 
 def _forward_backward(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
-    """Result and all gradients of two convolutions, a pooling and a linear layer, without autograd: it has its own threads."""
+    """Return the result and all gradients of two convolutions, a pooling and a linear layer.
+
+    Without autograd, which has threads of its own.
+    """
     first, second, linear = weights
     a = F.conv2d(x, first, padding=1)
     hidden = a.relu()
@@ -80,7 +85,7 @@ def _forward_backward(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
 def _captured(
     device: torch.device, shard: Callable[[int], list[Tensor]], streams: int
 ) -> tuple[torch.cuda.CUDAGraph, list[list[Tensor]]]:
-    """A graph of all shards, distributed over the streams, and the tensors that a replay fills."""
+    """Return a graph of all shards, distributed over the streams, and the tensors that a replay writes."""
     branches = [torch.cuda.Stream(device) for _ in range(streams)]  # type: ignore[no-untyped-call]
     results: list[list[Tensor]] = []
 
@@ -94,7 +99,7 @@ def _captured(
         for branch in branches:
             main.wait_stream(branch)
 
-    # Handles and workspaces of cuBLAS and cuDNN belong to a stream, so the first calls on these streams are not captured.
+    # cuBLAS and cuDNN create handles and workspaces per stream, so the first calls on these streams are not captured.
     warm = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     warm.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(warm):
@@ -106,6 +111,6 @@ def _captured(
     with torch.cuda.graph(graph):
         fork_and_join()
     for result in (tensor for shard_results in results for tensor in shard_results):
-        result.zero_()  # whatever is in them afterwards came from a replay
+        result.zero_()  # so that only a replay can fill them
     torch.cuda.synchronize(device)
     return graph, results

@@ -1,7 +1,7 @@
-"""A Triton kernel for the weight gradients of a linear layer, with the shard in the grid. Imported on CUDA only.
+"""A Triton kernel for the weight gradients of a linear layer, with the shard as a grid dimension. Imported on CUDA only.
 
-What a program computes depends on its shard's rows and its tile of the weight alone: the rows come in blocks from the shard's
-first one on, and no sum is split over programs. So a shard's sum has the same bits however many shards are in the launch.
+A program's result depends only on its shard's rows and its tile of the weight: it reads the rows in blocks from the shard's
+first row on, and no sum is split over programs. So a shard's sum has the same bits however many shards are in the launch.
 """
 
 import torch
@@ -14,7 +14,7 @@ _TILE, _ROWS = 64, 32
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _kernel(grad, x, ends, out, M: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """out[shard] = grad[rows].T @ x[rows] in float32; grad [n, M], x [n, K], out [shards, M, K]; rows by `ends`."""
+    """out[shard] = grad[rows].T @ x[rows] in float32; grad [n, M], x [n, K], out [shards, M, K]; rows from `ends`."""
     tile, shard = tl.program_id(0), tl.program_id(1)
     m = (tile // tl.cdiv(K, TILE)) * TILE + tl.arange(0, TILE)
     k = (tile % tl.cdiv(K, TILE)) * TILE + tl.arange(0, TILE)
@@ -22,22 +22,22 @@ def _kernel(grad, x, ends, out, M: tl.constexpr, K: tl.constexpr, TILE: tl.const
     total = tl.zeros((TILE, TILE), tl.float32)
     for start in range(first, last, ROWS):
         rows = start + tl.arange(0, ROWS)
-        here = rows < last
-        a = tl.load(grad + rows[None, :] * M + m[:, None], mask=here[None, :] & (m < M)[:, None], other=0.0)
-        b = tl.load(x + rows[:, None] * K + k[None, :], mask=here[:, None] & (k < K)[None, :], other=0.0)
+        valid = rows < last
+        a = tl.load(grad + rows[None, :] * M + m[:, None], mask=valid[None, :] & (m < M)[:, None], other=0.0)
+        b = tl.load(x + rows[:, None] * K + k[None, :], mask=valid[:, None] & (k < K)[None, :], other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
-    place = shard * M * K + m[:, None] * K + k[None, :]
-    tl.store(out + place, total, mask=(m < M)[:, None] & (k < K)[None, :])
+    offsets = shard * M * K + m[:, None] * K + k[None, :]
+    tl.store(out + offsets, total, mask=(m < M)[:, None] & (k < K)[None, :])
 
 
 def shard_ends(sizes: list[int], device: torch.device) -> Tensor:
-    """Where each shard begins and the last one ends: int32 [shards + 1]."""
+    """Return the first row of each shard, then the end of the last: int32 [shards + 1]."""
     ends = [sum(sizes[:shard]) for shard in range(len(sizes) + 1)]
     return torch.tensor(ends, dtype=torch.int32, device=device)
 
 
 def weight_gradients(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    """The weight gradient of each shard, float32 [shards, m, k], from contiguous grad [n, m] and x [n, k] in one launch."""
+    """Return each shard's weight gradient, float32 [shards, m, k], from contiguous grad [n, m] and x [n, k], in one launch."""
     m, k = grad.shape[1], x.shape[1]
     out = torch.empty(len(ends) - 1, m, k, dtype=torch.float32, device=x.device)
     tiles = triton.cdiv(m, _TILE) * triton.cdiv(k, _TILE)

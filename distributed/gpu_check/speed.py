@@ -1,6 +1,6 @@
-"""Step 8: training speed: milliseconds per step by network, batch and mode, kernel launches, a profile.
+"""Step 8: measures training speed by network, batch size and mode, counts kernel launches and profiles.
 
-All figures are written to gpu_speed.json too, after every check; the profiler's tables to profile.txt.
+After every check all figures are also written to gpu_speed.json. The profiler's tables go to profile.txt.
 """
 
 import math
@@ -30,13 +30,13 @@ WORKLOADS = (
     ("improved_alexnet", 128), ("improved_alexnet", 512), ("improved_alexnet", 2048), ("cifar_alexnet", 128),
     ("alexnet", 128),
 )  # fmt: skip
-_PRICED = (("improved_alexnet", 128), ("improved_alexnet", 2048), ("cifar_alexnet", 128))
+_DETERMINISM = (("improved_alexnet", 128), ("improved_alexnet", 2048), ("cifar_alexnet", 128))
 """Workloads for which the cost of determinism is measured."""
 
 
 @dataclass
 class Speed:
-    """The checks of this step, whose figures are kept in one file as well."""
+    """The checks of this step, whose figures also go to one file."""
 
     checks: Checks
     device: torch.device
@@ -44,35 +44,35 @@ class Speed:
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """How many blocks of how many steps are timed."""
+        """Number of timed blocks, and steps per block."""
         return (1, 2) if self.checks.tiny else (6, 10)
 
     @property
     def warm_up(self) -> int:
-        """Steps that are not timed."""
+        """Number of steps before the timed ones."""
         return 0 if self.checks.tiny else 5
 
     @contextmanager
     def check(self, name: str) -> Iterator[dict[str, Any]]:
-        """`Checks.check`, then the file is written anew."""
+        """Run `Checks.check`, then rewrite the file."""
         with self.checks.check(name) as figures:
             yield figures
         self.found[name] = figures
         card = torch.cuda.get_device_name(self.device) if self.checks.is_cuda else "cpu"
-        facts = {"card": card, "versions": versions(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        replace_json(self.checks.out / "gpu_speed.json", facts | {"tiny": self.checks.tiny, "figures": self.found})
+        metadata = {"card": card, "versions": versions(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        replace_json(self.checks.out / "gpu_speed.json", metadata | {"tiny": self.checks.tiny, "figures": self.found})
 
     def milliseconds(self, call: Callable[[], object]) -> float:
-        """Milliseconds per call, the median over blocks."""
+        """Return milliseconds per call, the median over blocks."""
         for _ in range(self.warm_up):
             call()
         repeats, calls = self.blocks
         return host_seconds(call, self.checks, repeats=repeats, calls=calls) * 1000
 
-    def training(self, model: str, batch: int, *, record: bool = False, **settings: object) -> Training:
-        """Steps of the engine that this config gives; an epoch of at least a dozen whole batches."""
+    def training(self, model: str, batch: int, *, capture: bool = False, **settings: object) -> Training:
+        """Return training steps of the engine these settings select, in epochs of at least twelve full batches."""
         batches = 3 if self.checks.tiny else max(12, 6144 // batch)
-        return Training(self.device, model, batch, batches=batches, record=record, **settings)
+        return Training(self.device, model, batch, batches=batches, capture=capture, **settings)
 
 
 def run(checks: Checks) -> None:
@@ -80,7 +80,7 @@ def run(checks: Checks) -> None:
     speed = Speed(checks, choose_device(checks.device.type, Topology()))
     workloads = [("improved_alexnet", 16)] if checks.tiny else list(WORKLOADS)
     model, batch = workloads[0]
-    _recipe(speed, model, batch)  # first: it makes kernels deterministic before any is chosen
+    _recipe(speed, model, batch)  # first, since it requires deterministic kernels before any is chosen
     for name, size in workloads:
         _training(speed, f"{name}, batch {size}", name, size)
     (checks.out / "profile.txt").unlink(missing_ok=True)
@@ -95,7 +95,7 @@ def run(checks: Checks) -> None:
 
 
 def _recipe(speed: Speed, model: str, batch: int) -> None:
-    """The whole loop as `python -m distributed.train` runs it, logs and all."""
+    """Time the complete loop as `python -m distributed.train` runs it, logging included."""
     with speed.check(f"the recipe, {model}, batch {batch}") as figures:
         steps = 4 if speed.checks.tiny else 400
         settings: dict[str, object] = {
@@ -108,11 +108,11 @@ def _recipe(speed: Speed, model: str, batch: int) -> None:
         train(config, stop=clock)
         first = len(clock.times) // 5
         seconds = (clock.times[-1] - clock.times[first]) / (len(clock.times) - 1 - first)
-        figures |= {"ms_a_step": seconds * 1000, "images_a_second": batch / seconds}
+        figures |= {"ms_per_step": seconds * 1000, "images_per_second": batch / seconds}
 
 
 class _Clock:
-    """A stop source: asked after every step, so it reads the clock there; it stops the run before an epoch ends."""
+    """A stop source that reads the clock, since the loop queries it after every step. It stops the run before an epoch ends."""
 
     def __init__(self, *, last: int) -> None:
         self.times, self._last = list[float](), last
@@ -123,28 +123,34 @@ class _Clock:
 
 
 def _training(speed: Speed, name: str, model: str, batch: int, **settings: Any) -> None:
-    """Eager steps and, on CUDA, steps replayed as a graph: the same bits."""
+    """Time eager steps and, on CUDA, steps replayed as a graph, which must have the same bits."""
     with speed.check(name) as figures:
         eager = speed.training(model, batch, **settings)
-        _taken(speed, figures, "eager", eager, batch)
-        figures["ms_data_alone"] = speed.milliseconds(eager.next_batches)
+        _time(speed, figures, "eager", eager, batch)
+        figures["ms_data_alone"] = speed.milliseconds(eager.next_micro_batches)
         if speed.checks.is_cuda:
-            recorded = speed.training(model, batch, record=True, **settings)
-            _taken(speed, figures, "recorded", recorded, batch)
+            captured_run = speed.training(model, batch, capture=True, **settings)
+            _time(speed, figures, "captured", captured_run, batch)
             figures["memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
             torch.cuda.reset_peak_memory_stats()
             before = dict(eager.engine.state())
-            different = [n for n, tensor in recorded.engine.state() if not torch.equal(tensor, before[n])]
-            assert not different, f"{len(different)} of {len(before)} tensors differ once recorded: {different[:3]}"
+            different = [n for n, tensor in captured_run.engine.state() if not torch.equal(tensor, before[n])]
+            assert not different, (
+                f"{len(different)} of {len(before)} tensors differ in the captured run: {different[:3]}"
+            )
 
 
-def _taken(speed: Speed, figures: dict[str, Any], kind: str, training: Training, batch: int) -> None:
+def _time(speed: Speed, figures: dict[str, Any], mode: str, training: Training, batch: int) -> None:
     ms = speed.milliseconds(training.step)
-    figures |= {f"ms_{kind}": ms, f"images_a_second_{kind}": batch / ms * 1000, "mean_loss": training.check_sums()}
+    figures |= {
+        f"ms_{mode}": ms,
+        f"images_per_second_{mode}": batch / ms * 1000,
+        "mean_loss": training.checked_mean_loss(),
+    }
 
 
 def _modes(speed: Speed, model: str, batch: int) -> None:
-    """What settings cost: exact mode, images in host memory, mixed images."""
+    """Time the cost of settings: exact mode, images in host memory, CutMix."""
     modes: dict[str, dict[str, object]] = {
         "exact mode, 1 shard": {"exact__shards": 1}, "exact mode, 8 shards": {"exact__shards": 8},
         "images in host memory": {"data__placement": "host"}, "cutmix": {"data__augment__cutmix": 1.0},
@@ -155,7 +161,7 @@ def _modes(speed: Speed, model: str, batch: int) -> None:
 
 def _profile(speed: Speed, model: str, batch: int) -> None:
     with speed.check(f"profile of {model}, batch {batch}") as figures:
-        training = speed.training(model, batch, record=False)
+        training = speed.training(model, batch, capture=False)
         steps = 2 if speed.checks.tiny else 20
         for _ in range(speed.warm_up):
             training.step()
@@ -167,24 +173,24 @@ def _profile(speed: Speed, model: str, batch: int) -> None:
             file=speed.checks.out / "profile.txt",
         )
         if speed.checks.is_cuda:
-            assert figures["kernel_launches_a_step"] > 0
+            assert figures["kernel_launches_per_step"] > 0
 
 
 def _compute_alone(speed: Speed, model: str, batch: int) -> None:
-    """Eager and in a graph, and what determinism costs."""
+    """Time compute alone, eager and in a graph, and the cost of deterministic kernels."""
     flags = torch.backends.cudnn
     before = flags.deterministic, flags.benchmark
     for kind, deterministic, benchmark in (
         ("deterministic", True, False), ("any kernels", False, False), ("any kernels, benchmarked", False, True),
     ):  # fmt: skip
-        if kind != "deterministic" and (model, batch) not in _PRICED:
+        if kind != "deterministic" and (model, batch) not in _DETERMINISM:
             continue
         with speed.check(f"compute alone, {kind}, {model}, batch {batch}") as figures:
             flags.deterministic, flags.benchmark = deterministic, benchmark
             try:
                 alone = ComputeAlone(speed.device, model, batch)
                 figures["ms_eager"] = speed.milliseconds(alone.step)
-                figures["images_a_second_eager"] = batch / figures["ms_eager"] * 1000
+                figures["images_per_second_eager"] = batch / figures["ms_eager"] * 1000
                 if speed.checks.is_cuda:
                     figures |= _replayed(speed, alone)
             finally:
@@ -193,13 +199,13 @@ def _compute_alone(speed: Speed, model: str, batch: int) -> None:
 
 
 def _replayed(speed: Speed, alone: ComputeAlone) -> dict[str, float]:
-    """Milliseconds a step in a graph; fails if replays train nothing."""
+    """Return the time and speed of replayed steps, having checked that a replay changes the weights."""
     graph = captured(alone.step)
-    # Not biases: batch norm takes away those before it, whose gradients are nothing but rounding.
+    # Not biases: batch norm cancels the biases before it, so their gradients are only rounding errors.
     weights = [p for p in alone.optimizer.parameters if p.dim() > 1]
     before = [p.detach().clone() for p in weights]
     graph.replay()
     unchanged = sum(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
-    assert not unchanged, f"a replay left {unchanged} of {len(weights)} weights as they were"
+    assert not unchanged, f"a replay left {unchanged} of {len(weights)} weights unchanged"
     ms = speed.milliseconds(graph.replay)
-    return {"ms_in_a_graph": ms, "images_a_second_in_a_graph": alone.images.shape[0] / ms * 1000}
+    return {"ms_in_a_graph": ms, "images_per_second_in_a_graph": alone.images.shape[0] / ms * 1000}

@@ -1,4 +1,4 @@
-"""torch's profiler over some steps: tables for people, launches and waits for the record."""
+"""Profiles some steps with torch's profiler: tables to read, counts of launches and waits to record."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +14,10 @@ _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchroniz
 
 
 def profile(step: Callable[[], object], checks: Checks, *, steps: int, title: str, file: Path) -> dict[str, float]:
-    """Profile `steps` calls; append tables by device and by host time to the file.
+    """Profile `steps` calls, and append tables sorted by device and by host time to the file.
 
     Returns:
-        On CUDA, per step: kernel launches, copies, waits for the device, milliseconds in which the device computes.
+        On CUDA, per step: kernel launches, copies, waits for the device, and milliseconds of device time.
     """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if checks.is_cuda else [])]
     checks.synchronize()
@@ -38,13 +38,13 @@ def profile(step: Callable[[], object], checks: Checks, *, steps: int, title: st
         return float(sum(row.count for row in averages if row.key.startswith(prefixes))) / steps
 
     return {
-        "kernel_launches_a_step": calls(*_LAUNCHES),
-        "copies_and_fills_a_step": calls("cudaMemcpyAsync", "cudaMemsetAsync"),
-        "waits_a_step": calls(*_WAITS),
-        "ms_of_the_device_a_step": _device_microseconds(averages) / steps / 1000,
+        "kernel_launches_per_step": calls(*_LAUNCHES),
+        "copies_and_fills_per_step": calls("cudaMemcpyAsync", "cudaMemsetAsync"),
+        "waits_per_step": calls(*_WAITS),
+        "ms_of_device_time_per_step": _device_microseconds(averages) / steps / 1000,
     }
 
 
 def _device_microseconds(averages: Any) -> float:
-    """Device time of all kernels, copies and fills."""
+    """Return the device time of all kernels, copies and fills."""
     return float(sum(row.self_device_time_total for row in averages if str(row.device_type).endswith("CUDA")))

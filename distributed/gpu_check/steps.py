@@ -1,4 +1,4 @@
-"""The steps in the order they run and the seconds each may take; run as a module, one step in this process."""
+"""Lists the steps in the order they run, with their time limits. Run as a module, it runs one step in this process."""
 
 import importlib
 import sys
@@ -9,7 +9,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Step:
-    """A module with a function `run(checks)`, by default that of its name in this package; ended after `seconds`."""
+    """A module with a function `run(checks)`; the default is the module of this package with the step's name.
+
+    Args:
+        seconds: time limit.
+        proves: what the step shows, in a phrase.
+    """
 
     name: str
     seconds: int
@@ -22,14 +27,14 @@ class Step:
 
 STEPS = (
     Step("environment", 30, "versions, card, packages, disk"),
-    Step("ceilings", 30, "copy bandwidth, matrix products, microseconds a launch, gloo latency"),
+    Step("ceilings", 30, "copy bandwidth, matrix products, launch times, gloo latency"),
     Step("units", 60, "tensor functions equal the CPU's; batch norm, response norm and totals against float64"),
-    Step("networks", 70, "one step of each network and precision: no wait, deterministic, close to float64"),
+    Step("networks", 70, "steps of each network and precision: no waits, deterministic, close to float64"),
     Step("resume", 60, "stop, kill -9 and resume to the same bits; a GPU checkpoint evaluated on the CPU"),
     Step("ranks", 90, "several ranks on one GPU over gloo: fast mode, exact mode, ddp and fsdp"),
     Step("nccl", 45, "NCCL with one rank: ddp, fsdp and exact mode; collectives inside a CUDA graph"),
-    Step("invariance", 45, "which kernels give a shard the same bits regardless of the other rows"),
-    Step("speed", 130, "steps a second by batch, network and mode; a profile"),
+    Step("invariance", 45, "kernels that give a shard the same bits whatever the other rows are"),
+    Step("speed", 130, "step times by batch size, network and mode; a profile"),
 )
 
 

@@ -1,4 +1,4 @@
-"""Median times of repeated calls, by CUDA events on a GPU and by the host's clock elsewhere."""
+"""Times repeated calls, with CUDA events or with the host's clock."""
 
 import time
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from distributed.gpu_check.checks import Checks
 
 
 def device_seconds(call: Callable[[], object], checks: Checks, *, repeats: int, calls: int = 1) -> float:
-    """Seconds a call: the median over `repeats` blocks of `calls`, after one block that does not count.
+    """Return seconds per call: the median over `repeats` blocks of `calls`, after one block of warm-up.
 
-    On CUDA a block is timed by events: from when the device reaches it to when the device is through it.
+    On CUDA a block is timed by events, from when the device starts it to when the device finishes it.
     """
     found = [_block(call, checks, calls) for _ in range(1 + repeats)]
     return median(found[1:]) / calls
@@ -33,8 +33,10 @@ def _block(call: Callable[[], object], checks: Checks, calls: int) -> float:
 
 
 def host_seconds(call: Callable[[], object], checks: Checks, *, repeats: int, calls: int = 1) -> float:
-    """Seconds a call by the host's clock, the device waited for at both ends of a block of `calls`: the median over
-    `repeats` blocks, after one that does not count."""
+    """Return seconds per call by the host's clock: the median over `repeats` blocks of `calls`, after one block of warm-up.
+
+    The host synchronizes with the device before and after each block.
+    """
     found = [_on_host(call, checks, calls) for _ in range(1 + repeats)]
     return median(found[1:]) / calls
 
@@ -49,7 +51,7 @@ def _on_host(call: Callable[[], object], checks: Checks, calls: int) -> float:
 
 
 def milliseconds(checks: Checks, call: Callable[[], object]) -> float:
-    """Milliseconds a call: the mean of some dozen, after a few that do not count; the host waits once, at the end."""
+    """Return milliseconds per call: the mean of 50 calls (tiny: 3) in one block, after a few of warm-up."""
     for _ in range(3):
         call()
     return _on_host(call, checks, repeats := 3 if checks.tiny else 50) / repeats * 1e3

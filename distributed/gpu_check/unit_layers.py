@@ -1,4 +1,4 @@
-"""Checks of step `units` on layers: dropout, response norm, batch norm over shards, and batches of no images."""
+"""Checks layers for the step `units`: dropout, response norm, batch norm over shards, empty batches."""
 
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from distributed import rng
 from distributed.exact.batch_norm import GraphSplit, SplittingBatchNorm, backward
 from distributed.exact.shard_executor import ShardExecutor
 from distributed.gpu_check.checks import Checks
-from distributed.gpu_check.differences import error, same_bits, unlike
+from distributed.gpu_check.differences import differing, error, same_bits
 from distributed.models import alexnet
 from distributed.models.keyed_dropout import KeyedDropout
 from distributed.models.local_response_norm import LocalResponseNorm
@@ -62,7 +62,7 @@ def _empty_batches(checks: Checks) -> None:
         if checks.tiny and name == "alexnet":
             continue  # 58 million weights
         for precision in (torch.float32, torch.bfloat16):
-            with checks.check(f"no images through {name} in {_name(precision)}"):
+            with checks.check(f"an empty batch through {name} in {_name(precision)}"):
                 model: nn.Module = getattr(alexnet, name)(10, 0.5).to(checks.device)
                 convert_batch_norm(model, partial(SyncBatchNorm.of, all_gather_rows=one_shard_per_rank(other_rank)))
                 model.to(memory_format=torch.channels_last)
@@ -79,8 +79,8 @@ def _empty_batches(checks: Checks) -> None:
                     assert not parameter.grad.any(), path
 
 
-def _passed(layer: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The layer's result and the gradient of x."""
+def _forward_backward(layer: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the layer's result and the gradient of x."""
     leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     y = layer(leaf)
     y.backward(grad)
@@ -93,9 +93,9 @@ def _response_norm(checks: Checks, dtype: torch.dtype, layout: str, bound: float
         x, grad = (_random(2, 6, 96, 9, 11, seed=2) * torch.tensor([20.0, 1.0]).view(2, 1, 1, 1, 1)).to(dtype)
         for size, beta in ((5, 0.75), (4, 0.5)):
             options = {"alpha": 1e-2, "beta": beta, "k": 2.0}
-            there = [t.to(checks.device, memory_format=_FORMATS[layout]) for t in (x, grad)]
-            found = _passed(LocalResponseNorm(size, **options), *there)
-            expected = _passed(nn.LocalResponseNorm(size, **options), x.double(), grad.double())
+            inputs = [t.to(checks.device, memory_format=_FORMATS[layout]) for t in (x, grad)]
+            found = _forward_backward(LocalResponseNorm(size, **options), *inputs)
+            expected = _forward_backward(nn.LocalResponseNorm(size, **options), x.double(), grad.double())
             assert found[0].dtype == found[1].dtype == dtype
             figures[f"size {size}: y"], figures[f"size {size}: gradient"] = map(error, found, expected)
         assert max(figures.values()) < bound, f"bound {bound}"
@@ -118,15 +118,15 @@ def _state(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def _by_shards(layer: nn.BatchNorm2d, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Exact mode's batch norm over shards of this batch; weights, their gradients and statistics are the layer's."""
+    """Run exact mode's batch norm over shards of this batch, with the layer's own weights, gradients and statistics."""
     executor = ShardExecutor(len(_SHARDS), workers=1, gather=torch.stack, device=x.device)
     splits: list[list[GraphSplit]] = [[] for _ in _SHARDS]
     xs, grads = (torch.split(tensor, list(_SHARDS)) for tensor in (x, grad))
 
     def compute(shard: int) -> tuple[Tensor, Tensor]:
-        own = SplittingBatchNorm.splitting(layer, partial(executor.all_gather_rows, shard), splits[shard])
+        norm = SplittingBatchNorm.splitting(layer, partial(executor.all_gather_rows, shard), splits[shard])
         leaf = xs[shard].clone(memory_format=torch.preserve_format).requires_grad_()
-        y = own(leaf)
+        y = norm(leaf)
         backward((y * grads[shard]).sum(), splits[shard])
         assert leaf.grad is not None
         return y.detach(), leaf.grad
@@ -137,31 +137,34 @@ def _by_shards(layer: nn.BatchNorm2d, x: Tensor, grad: Tensor) -> tuple[Tensor, 
 
 def _batch_norm(checks: Checks, dtype: torch.dtype, layout: str, bound: float) -> None:
     channels = 32
-    wide = dtype if dtype == torch.float64 else torch.float32  # of weights and statistics
+    weight_dtype = dtype if dtype == torch.float64 else torch.float32  # of statistics too
     x, grad = _random(2, sum(_SHARDS), channels, 7, 5, seed=3)
     x, grad = (x * 3 + 2).to(dtype), grad.to(dtype)
-    right = _layer(wide, channels).double()
-    expected = dict(zip(("y", "gradient"), _passed(right, x.double(), grad.double()), strict=True)) | _state(right)
-    there = [t.to(checks.device, memory_format=_FORMATS[layout]) for t in (x, grad)]
+    reference = _layer(weight_dtype, channels).double()
+    passed = _forward_backward(reference, x.double(), grad.double())
+    expected = dict(zip(("y", "gradient"), passed, strict=True)) | _state(reference)
+    inputs = [t.to(checks.device, memory_format=_FORMATS[layout]) for t in (x, grad)]
 
     def compare(figures: dict[str, Any], layer: nn.Module, found: tuple[Tensor, Tensor]) -> None:
         outcome = dict(zip(("y", "gradient"), found, strict=True)) | _state(layer)
-        figures |= {part: error(outcome[part], expected[part]) for part in expected}
+        figures |= {name: error(outcome[name], expected[name]) for name in expected}
         assert outcome["y"].dtype == outcome["gradient"].dtype == dtype
-        # Statistics are never rounded to bfloat16, and gradients of weights only by CUDA's kernel for NCHW.
+        # Statistics are never rounded to bfloat16, and weight gradients only by CUDA's NCHW kernel.
         rounded = {"y", "gradient"}
         if checks.is_cuda and layout == "NCHW":
             rounded |= {"weight.grad", "bias.grad"}
-        for part, found_error in figures.items():
-            limit = bound if part in rounded else min(bound, 2e-5)
-            assert found_error < limit, f"{part}: bound {limit}"
+        for name, found_error in figures.items():
+            limit = bound if name in rounded else min(bound, 2e-5)
+            assert found_error < limit, f"{name}: bound {limit}"
 
     with checks.check(f"batch norm, one process, in {_name(dtype)} {layout}") as figures:
-        layer = SyncBatchNorm.of(_layer(wide, channels).to(checks.device), one_shard_per_rank(lambda row: row[None]))
-        compare(figures, layer, _passed(layer, *there))
+        layer = SyncBatchNorm.of(
+            _layer(weight_dtype, channels).to(checks.device), one_shard_per_rank(lambda row: row[None])
+        )
+        compare(figures, layer, _forward_backward(layer, *inputs))
     with checks.check(f"batch norm, shards of {_SHARDS}, in {_name(dtype)} {layout}") as figures:
-        shared, again = (_layer(wide, channels).to(checks.device) for _ in range(2))
-        found = _by_shards(shared, *there)
-        compare(figures, shared, found)
-        assert all(map(same_bits, _by_shards(again, *there), found)), "not repeatable"
-        assert not unlike(_state(again), _state(shared)), "not repeatable"
+        sharded, again = (_layer(weight_dtype, channels).to(checks.device) for _ in range(2))
+        found = _by_shards(sharded, *inputs)
+        compare(figures, sharded, found)
+        assert all(map(same_bits, _by_shards(again, *inputs), found)), "not repeatable"
+        assert not differing(_state(again), _state(sharded)), "not repeatable"

@@ -1,11 +1,11 @@
-"""Checks of step `units` on updates: optimizers, averaged weights and the scale of the loss."""
+"""Checks updates for the step `units`: optimizers, EMA and loss scale."""
 
 import torch
 from torch import Tensor
 
 from distributed.config.sections import AdamW, Sgd
 from distributed.gpu_check.checks import Checks
-from distributed.gpu_check.differences import error, unlike
+from distributed.gpu_check.differences import differing, error
 from distributed.optim.ema import WeightEMA
 from distributed.optim.loss_scale import GROWTH_INTERVAL, PREFIX, LossScale
 from distributed.optim.optimizer import Optimizer
@@ -22,12 +22,12 @@ def run(checks: Checks) -> None:
     """Compare updates on the device with those in float64 on the CPU."""
     for name in _OPTIMIZERS:
         _optimizer(checks, name)
-    _average(checks)
+    _ema(checks)
     _loss_scale(checks)
 
 
 def _tensors(seed: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Random tensors, the same numbers in any type and on any device; filters are in channels_last."""
+    """Return random tensors, the same numbers for any dtype and device, filters in channels_last."""
     generator = torch.Generator().manual_seed(seed)
     made = [torch.randn(shape, generator=generator).to(device, dtype) for shape in _SHAPES]
     return [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in made]
@@ -36,19 +36,19 @@ def _tensors(seed: int, device: torch.device, dtype: torch.dtype) -> list[Tensor
 def _updated(
     name: str, device: torch.device, dtype: torch.dtype, skips: list[float | None]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and the optimizer's tensors after a step for each of `skips`, and after all but the last one."""
+    """Take one step per element of `skips`. Return weights and optimizer tensors after the last step, and before it."""
     optimizer = Optimizer(_OPTIMIZERS[name], _tensors(0, device, dtype))
     before: dict[str, Tensor] = {}
     for step, skip in enumerate(skips):
-        before = {path: tensor.clone() for path, tensor in _held(optimizer).items()}
+        before = {path: tensor.clone() for path, tensor in _tensors_of(optimizer).items()}
         for parameter, gradient in zip(optimizer.parameters, _tensors(step + 1, device, dtype), strict=True):
             parameter.grad = gradient
         optimizer.step(0.05, skip=None if skip is None else torch.tensor(skip, device=device))
         optimizer.zero_grad()
-    return _held(optimizer), before
+    return _tensors_of(optimizer), before
 
 
-def _held(optimizer: Optimizer) -> dict[str, Tensor]:
+def _tensors_of(optimizer: Optimizer) -> dict[str, Tensor]:
     found = {f"weight {index}": p for index, p in enumerate(optimizer.parameters)}
     for index, p in enumerate(optimizer.parameters):
         found |= {f"{key} {index}": tensor for key, tensor in optimizer.state.get(p, {}).items()}
@@ -58,40 +58,40 @@ def _held(optimizer: Optimizer) -> dict[str, Tensor]:
 def _optimizer(checks: Checks, name: str) -> None:
     with checks.check(f"{name} is close to float64 on the CPU") as figures:
         for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-12)):
-            for kind, skips in (("plain", [None] * 5), ("with skip", [0.0] * 5)):
+            for variant, skips in (("plain", [None] * 5), ("with skip", [0.0] * 5)):
                 found, _ = _updated(name, checks.device, dtype, list(skips))
                 expected, _ = _updated(name, torch.device("cpu"), torch.float64, [None] * 5)
                 worst = max(error(found[path], expected[path]) for path in expected)
-                figures[f"{str(dtype).removeprefix('torch.')} {kind}"] = worst
+                figures[f"{str(dtype).removeprefix('torch.')} {variant}"] = worst
                 assert worst < bound, f"bound {bound}"
     with checks.check(f"{name}: a skipped step changes nothing"):
         after, before = _updated(name, checks.device, torch.float32, [0.0, 0.0, 1.0])
-        different = unlike(after, before)
+        different = differing(after, before)
         assert not different, different
 
 
-def _average(checks: Checks) -> None:
-    with checks.check("averaged weights are close to float64 on the CPU") as figures:
+def _ema(checks: Checks) -> None:
+    with checks.check("EMA weights are close to float64 on the CPU") as figures:
         outcomes = []
         for device, dtype in ((checks.device, torch.float32), (torch.device("cpu"), torch.float64)):
             live = {str(index): tensor for index, tensor in enumerate(_tensors(0, device, dtype))}
-            average = WeightEMA(live, decay=0.9)
+            ema = WeightEMA(live, decay=0.9)
             for step, skip in enumerate((None, 0.0, 1.0, None)):
-                for tensor, newer in zip(live.values(), _tensors(step + 1, device, dtype), strict=True):
-                    tensor.copy_(newer)
-                average.update(step, skip=None if skip is None else torch.tensor(skip, device=device))
-            outcomes.append(average.tensors)
+                for tensor, new in zip(live.values(), _tensors(step + 1, device, dtype), strict=True):
+                    tensor.copy_(new)
+                ema.update(step, skip=None if skip is None else torch.tensor(skip, device=device))
+            outcomes.append(ema.tensors)
             weights = {name: tensor.clone() for name, tensor in live.items()}
-            with average.in_place():
-                assert not unlike(live, average.tensors), "in place"
-            assert not unlike(live, weights), "put back"
+            with ema.in_place():
+                assert not differing(live, ema.tensors), "in place"
+            assert not differing(live, weights), "put back"
         found, expected = outcomes
         figures["error"] = max(error(found[name], expected[name]) for name in expected)
         assert figures["error"] < 1e-6
 
 
 def _loss_scale(checks: Checks) -> None:
-    with checks.check("the scale of the loss follows the CPU's"):
+    with checks.check("the loss scale equals the CPU's"):
         histories = []
         for device in (checks.device, torch.device("cpu")):
             scale = LossScale(device)

@@ -1,4 +1,4 @@
-"""Training steps to be timed: the whole step with its data, and compute alone on one fixed batch."""
+"""Training steps to time: complete steps with their data, and compute alone on one fixed batch."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -22,47 +22,47 @@ LR = 1e-3
 
 
 class Training:
-    """Steps as the recipe takes them, on generated images that are enough for whole batches only.
+    """Steps as the recipe takes them, on generated images that fill complete batches.
 
     Args:
-        batches: of an epoch.
-        record: replay steps as CUDA graphs.
-        settings: of the config, as in `runs.arguments`.
+        batches: batches per epoch.
+        capture: replay steps as CUDA graphs.
+        settings: further settings, as in `runs.arguments`.
     """
 
     def __init__(
-        self, device: torch.device, model: str, batch: int, *, batches: int, record: bool = False, **settings: object
+        self, device: torch.device, model: str, batch: int, *, batches: int, capture: bool = False, **settings: object
     ) -> None:
         values: dict[str, object] = {
             "model__name": model, "global_batch_size": batch, "data__train_samples": batches * batch,
-            "data__test_samples": 10, "data__validation_fraction": 0, "exact__shards": 0, "cuda_graphs": str(record).lower(),
+            "data__test_samples": 10, "data__validation_fraction": 0, "exact__shards": 0, "cuda_graphs": str(capture).lower(),
         }  # fmt: skip
         self.config = from_command_line(runs.arguments(Path("unused"), device, **(values | settings))).config
         self.data = build_data(self.config, Topology(), device)
         self.engine = build_engine(self.config, Topology(), self.data, device)
         self.sums = MetricAccumulator(device)
-        self._take = build_step(self.config, self.engine, self.sums, device)
+        self._train_step = build_step(self.config, self.engine, self.sums, device)
         self.done = 0
-        self._batches = self._endless()
+        self._batches = self._micro_batches()
 
-    def _endless(self) -> Iterator[list[Batch]]:
+    def _micro_batches(self) -> Iterator[list[Batch]]:
         for epoch in count():
             yield from self.data.train_epoch(epoch)
 
-    def next_batches(self) -> list[Batch]:
-        """The micro-batches of the next step: the data part alone."""
+    def next_micro_batches(self) -> list[Batch]:
+        """Return the micro-batches of the next step. Timed alone, this is the cost of data."""
         return next(self._batches)
 
     def step(self) -> None:
-        """One step on the next batch."""
-        self._take(self.next_batches(), lr=LR, step=self.done)
+        """Take a step on the next batch."""
+        self._train_step(self.next_micro_batches(), lr=LR, step=self.done)
         self.done += 1
 
-    def check_sums(self) -> float:
-        """The mean loss of all steps so far.
+    def checked_mean_loss(self) -> float:
+        """Return the mean loss of all steps so far.
 
         Raises:
-            AssertionError: a loss was not finite, or the image count does not match the steps taken.
+            AssertionError: a loss is not finite, or the number of images does not match the steps.
         """
         totals = self.sums.read()
         assert totals.first_bad_step is None, f"the loss of step {totals.first_bad_step} is not finite"
@@ -71,8 +71,9 @@ class Training:
 
 
 class ComputeAlone:
-    """Forward, backward and update on one fixed batch in bfloat16 and channels last, of torch's own batch norm and dropout,
-    with a fused SGD: what a network costs without this project's data, sums and checks. It may be captured.
+    """Forward, backward and update on one fixed batch: the cost of a network without this project's data, metrics and checks.
+
+    In bfloat16 and channels last, with torch's batch norm and dropout and a fused SGD. Can be captured.
     """
 
     def __init__(self, device: torch.device, model: str, batch: int) -> None:
@@ -86,8 +87,8 @@ class ComputeAlone:
         self.loss = torch.zeros((), device=device)
 
     def step(self) -> None:
-        """One step; `loss` is that before it."""
-        self.optimizer.zero_grad()  # to None: in a graph the backward pass then writes, and need not add
+        """Take a step. `loss` is then the loss before the update."""
+        self.optimizer.zero_grad()  # to None: within a graph the backward pass then writes instead of adding
         with torch.autocast(self.device.type, torch.bfloat16):
             logits: Tensor = self.forward(self.images)
         loss = F.cross_entropy(logits.float(), self.labels)
@@ -97,7 +98,7 @@ class ComputeAlone:
 
 
 def _plain(name: str) -> nn.Module:
-    """The network with torch's dropout."""
+    """Return the network with torch's dropout."""
     network = getattr(alexnet, name)(10, 0.5)
     return nn.Sequential(
         network.conv, nn.Flatten(),

@@ -1,1 +1,1 @@
-"""What a machine with a GPU and no network needs: wheels, CIFAR-10 and two commands; what it gives back."""
+"""Prepares what a machine with a GPU and no network needs (wheels, CIFAR-10, two commands), and collects its results."""

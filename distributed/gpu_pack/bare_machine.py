@@ -1,16 +1,17 @@
-"""`python -m distributed.gpu_pack.bare_machine SITE NAME ...`: make this interpreter look like one with few packages.
+"""`python -m distributed.gpu_pack.bare_machine SITE NAME ...`: makes this interpreter look like one with few packages.
 
-Writes SITE/sitecustomize.py. Every Python started with SITE on PYTHONPATH then finds no module and no metadata of an
-installed distribution that is not among the names. Imports the standard library only: any interpreter can run it.
+Writes SITE/sitecustomize.py. Every Python started with SITE on PYTHONPATH then finds neither modules nor metadata of installed
+distributions other than those named. Imports only the standard library, so that any interpreter can run it.
 """
 
 import re
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 _SITECUSTOMIZE = '''\
-"""Hides installed distributions, as if they were not there."""
+"""Hides installed distributions."""
 
 import re
 import sys
@@ -20,7 +21,7 @@ DISTRIBUTIONS = frozenset({distributions!r})
 
 
 class Finder:
-    """Another finder, without the modules and distributions hidden."""
+    """Wraps a finder, and leaves out hidden modules and distributions."""
 
     def __init__(self, finder):
         self._finder = finder
@@ -42,8 +43,15 @@ sys.meta_path[:] = [Finder(finder) for finder in sys.meta_path]
 '''
 
 
-def hidden(shown: set[str], checkout: Path) -> tuple[set[str], set[str]]:
-    """Top-level modules and normalized distributions of this interpreter outside `shown`; the checkout's modules stay."""
+class Hidden(NamedTuple):
+    """Top-level modules, and normalized names of distributions."""
+
+    modules: set[str]
+    distributions: set[str]
+
+
+def hidden(shown: set[str], checkout: Path) -> Hidden:
+    """Return what this interpreter has besides the distributions `shown` and the modules of the checkout."""
     names = {re.sub(r"[-_.]+", "-", found.metadata["Name"] or "").lower() for found in metadata.distributions()}
     modules = {
         module
@@ -51,16 +59,16 @@ def hidden(shown: set[str], checkout: Path) -> tuple[set[str], set[str]]:
         if not any(re.sub(r"[-_.]+", "-", owner).lower() in shown for owner in owners)
         and not (checkout / module).is_dir()
     }
-    return modules, names - shown
+    return Hidden(modules, names - shown)
 
 
 def main() -> None:
-    """Write the file; print how many distributions are hidden."""
+    """Write the file, and print the number of hidden distributions."""
     site, *shown = sys.argv[1:]
     modules, distributions = hidden(set(shown), Path.cwd())
     text = _SITECUSTOMIZE.format(modules=sorted(modules), distributions=sorted(distributions))
     (Path(site) / "sitecustomize.py").write_text(text)
-    print(f"{len(distributions)} installed packages are hidden, as the rented machine lacks them")
+    print(f"{len(distributions)} installed packages are hidden, since the rented machine lacks them")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """The two calls to a rented machine with one GPU and no network, one after the other within one rental.
 
-The machine gets the checkout and a few ignored paths, runs one shell command in the checkout's root and gives back what the
-command wrote to the folder $OUT. Files outside the checkout stay between the calls, so the wheels go to $D/site and CIFAR to
-$D. CHECK_DEVICE and CHECK_MORE are unset there: `gpu_pack dry-run` sets them to try the very same text out on a CPU.
+The machine receives the checkout and a few ignored paths, runs one shell command in the root of the checkout, and returns what
+the command wrote to the folder $OUT. Files outside the checkout persist between the calls, so wheels go to $D/site and CIFAR
+to $D. CHECK_DEVICE and CHECK_MORE are unset there; `gpu_pack dry-run` sets them to run the same text on a CPU.
 """
 
 from dataclasses import dataclass
 
 from distributed.errors import InputError
 
-MAX_BYTES = 64 * 2**20  # of the checkout and the carried paths, in one call
-MAX_CHARACTERS = 2_000  # of a command
+MAX_BYTES = 64 * 2**20  # per call: the checkout and the carried paths
+MAX_CHARACTERS = 2_000  # per command
 MAX_FILES_BACK = 8
-MAX_BYTES_BACK = 16 * 2**20  # of each
+MAX_BYTES_BACK = 16 * 2**20  # per file
 PARTS = (".cifar-a", ".cifar-b")
 WHEELS = ".whl"
 
@@ -22,7 +22,7 @@ python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upg
 export PYTHONPATH=$D/site
 """
 
-# Eight files at most come back, so the steps' logs travel as one.
+# At most eight files are returned, so the logs of all steps are in one archive.
 _CHECK = """\
 if [ -d .cifar-a ]; then rm -rf $D/cifar-a; mv .cifar-a $D/cifar-a; fi
 timeout -k 9 315 python3 -m distributed.gpu_check --seconds 300 --out $D/check \
@@ -49,7 +49,12 @@ exit $code
 
 @dataclass(frozen=True)
 class Call:
-    """A shell command, the ignored paths that travel with it, and the seconds after which it may be ended."""
+    """A shell command.
+
+    Args:
+        carried: ignored paths to upload with the checkout.
+        seconds: time limit.
+    """
 
     name: str
     carried: tuple[str, ...]
@@ -64,10 +69,10 @@ CALLS = (
 
 
 def check_size(call: Call, sizes: dict[str, int]) -> int:
-    """The bytes that travel, by path in `sizes`.
+    """Return the sum of `sizes`, the bytes to upload by path.
 
     Raises:
-        InputError: they or the command's characters exceed what one call takes.
+        InputError: the sum or the length of the command exceeds the limit of a call.
     """
     total = sum(sizes.values())
     if total > MAX_BYTES:

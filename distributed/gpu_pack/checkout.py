@@ -1,4 +1,4 @@
-"""The files of this checkout that travel: tracked ones, and untracked ones that git does not ignore."""
+"""The files of this checkout to upload: tracked files, and untracked files that git does not ignore."""
 
 import shutil
 import subprocess
@@ -8,7 +8,7 @@ from distributed.errors import InputError
 
 
 def files(root: Path) -> list[Path]:
-    """Their paths, relative to `root`.
+    """Return the paths to upload, relative to `root`.
 
     Raises:
         InputError: `root` is not the root of a git checkout.
@@ -24,17 +24,17 @@ def files(root: Path) -> list[Path]:
 
 
 def copy(root: Path, to: Path) -> None:
-    """Copy them, and nothing else, to a new folder."""
+    """Copy the files to upload, and nothing else, to a new folder."""
     for path in files(root):
         (to / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root / path, to / path, follow_symlinks=False)
 
 
 def size_of(root: Path) -> int:
-    """Bytes of all of them."""
+    """Return the total size in bytes of the files to upload."""
     return sum((root / path).lstat().st_size for path in files(root))
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files in a folder."""
+    """Return the total size in bytes of all files in a folder."""
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())

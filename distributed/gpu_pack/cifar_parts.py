@@ -1,7 +1,8 @@
-"""CIFAR-10 in parts small enough to travel: lossless WebP mosaics of 2,500 images, and back to the official binary layout.
+"""Packs CIFAR-10 into parts small enough to upload, lossless WebP mosaics of 2,500 images, and unpacks the official files.
 
-A part is a folder of mosaics named FILE.START.webp, e.g. data_batch_1.bin.02500.webp: the pixels of 2,500 records of that
-file. The first part also holds each file's labels (FILE.labels) and index.json: records and BLAKE2b digest of each file.
+A part is a folder of mosaics named FILE.START.webp, e.g. data_batch_1.bin.02500.webp, each with the pixels of 2,500 records of
+that file. The first part also has each file's labels (FILE.labels), and index.json with each file's number of records and
+BLAKE2b digest.
 """
 
 import json
@@ -23,17 +24,17 @@ from distributed.host.cpu_quota import available_cpus
 
 Bytes = NDArray[np.uint8]
 COLUMNS = 50
-IMAGES = COLUMNS * COLUMNS  # of a whole mosaic
+IMAGES = COLUMNS * COLUMNS  # in a full mosaic
 _PIXELS = 3 * 32 * 32
-# The fastest lossless setting: 0.2 s and 4.26 MiB a mosaic. The slowest takes 49 s and saves six per cent.
+# The fastest lossless setting: 0.2 s and 4.26 MiB per mosaic. The slowest takes 49 s and is 6 % smaller.
 _WEBP: dict[str, Any] = {"format": "WEBP", "lossless": True, "method": 0, "quality": 0}
 
 
 def pack(root: Path, parts: Sequence[Path]) -> None:
-    """Pack the CIFAR-10 in `root`, in its order, into part folders made anew.
+    """Pack the CIFAR-10 in `root` into part folders, which are recreated. Keeps the order of images.
 
     Raises:
-        InputError: there is none, or it is damaged.
+        InputError: CIFAR-10 is missing or damaged.
     """
     train, test = cifar.read_splits("cifar10", root)
     form = CIFAR10.forms[0]
@@ -42,7 +43,7 @@ def pack(root: Path, parts: Sequence[Path]) -> None:
 
 
 def pack_files(records: Mapping[str, Bytes], parts: Sequence[Path]) -> None:
-    """Pack official files given as records uint8 [n, 1 + 3072]: one label, then channel-major pixels."""
+    """Pack official files, given by name as records uint8 [n, 1 + 3072]: a label, then channel-major pixels."""
     for part in parts:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -58,78 +59,76 @@ def pack_files(records: Mapping[str, Bytes], parts: Sequence[Path]) -> None:
             for name, start in (mosaics[i] for i in own):
                 pixels = records[name][start : start + IMAGES, 1:]
                 work.append(pool.submit(_write_mosaic, pixels, part / _mosaic_name(name, start)))
-        for one in work:
-            one.result()
+        for task in work:
+            task.result()
 
 
 def unpack(parts: Sequence[Path], to: Path) -> Path:
-    """Write the official binary files to the folder of their name in `to`, and return it; it is complete or absent.
+    """Write the official binary files to their folder in `to` and return that folder, complete or not at all.
 
     Raises:
         InputError: a part is missing or damaged.
     """
     index: dict[str, Any] = next((found for part in parts if (found := read_object(part / "index.json"))), {})
     folder = to / CIFAR10.forms[0].folder
-    aside = to / f".{folder.name}.{os.getpid()}"
-    aside.mkdir(parents=True)
+    temporary = to / f".{folder.name}.{os.getpid()}"
+    temporary.mkdir(parents=True)
     try:
         if not index:
-            raise InputError(
-                f"no index.json in {', '.join(map(str, parts))}: give the part that the first call carried"
-            )
-        _write_files(index, parts, aside)
+            raise InputError(f"{', '.join(map(str, parts))}: no index.json; add the part that the first call carried")
+        _write_files(index, parts, temporary)
         shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+        temporary.rename(folder)
     except (KeyError, TypeError, ValueError, OSError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{', '.join(map(str, parts))}: damaged: {error}; pack them again") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
 def _write_files(index: dict[str, Any], parts: Sequence[Path], folder: Path) -> None:
-    there = {path.name: path for part in parts for path in part.iterdir()}
-    wanted = [(name, start) for name, of in index.items() for start in range(0, of["records"], IMAGES)]
+    found = {path.name: path for part in parts for path in part.iterdir()}
+    wanted = [(name, start) for name, entry in index.items() for start in range(0, entry["records"], IMAGES)]
     files = [*(_mosaic_name(name, start) for name, start in wanted), *(f"{name}.labels" for name in index)]
-    if missing := [file for file in files if file not in there]:
-        raise InputError(f"{len(missing)} files are missing, the first {missing[0]}: give all parts")
+    if missing := [file for file in files if file not in found]:
+        raise InputError(f"{len(missing)} files are missing, the first {missing[0]}; name all parts")
     with _pool(len(wanted)) as pool:
         work = []
-        for name, of in index.items():
-            labels = np.fromfile(there[f"{name}.labels"], np.uint8)
+        for name, entry in index.items():
+            labels = np.fromfile(found[f"{name}.labels"], np.uint8)
             (folder / name).write_bytes(b"")
-            os.truncate(folder / name, of["records"] * (1 + _PIXELS))
-            for start in range(0, of["records"], IMAGES):
+            os.truncate(folder / name, entry["records"] * (1 + _PIXELS))
+            for start in range(0, entry["records"], IMAGES):
                 own = labels[start : start + IMAGES]
-                work.append(pool.submit(_write_records, there[_mosaic_name(name, start)], own, folder / name, start))
-        for one in work:
-            one.result()
+                work.append(pool.submit(_write_records, found[_mosaic_name(name, start)], own, folder / name, start))
+        for task in work:
+            task.result()
         digests = pool.map(digest_of, [folder / name for name in index])
         damaged = [
-            name for (name, of), found in zip(index.items(), digests, strict=True) if found.digest != of["digest"]
+            name for (name, entry), file in zip(index.items(), digests, strict=True) if file.digest != entry["digest"]
         ]
     if damaged:
-        raise InputError(f"{', '.join(damaged)}: not the packed bytes; pack the parts again")
+        raise InputError(f"{', '.join(damaged)}: unpacked bytes differ from the packed ones; pack the parts again")
 
 
 def records_of(images: Bytes, labels: NDArray[Any]) -> Bytes:
-    """Official records uint8 [n, 1 + 3072] of images uint8 [n, 32, 32, 3]."""
+    """Return official records uint8 [n, 1 + 3072] of images uint8 [n, 32, 32, 3]."""
     planes = images.transpose(0, 3, 1, 2).reshape(len(images), _PIXELS)
     return np.hstack([labels.astype(np.uint8)[:, None], planes])
 
 
 def mosaic_of(pixels: Bytes) -> Bytes:
-    """Channel-major pixels uint8 [n, 3072] as one picture [32 * rows, 32 * 50, 3]; black where the last row ends early."""
+    """Arrange channel-major pixels uint8 [n, 3072] as one picture [32 * rows, 32 * 50, 3], padded with black images."""
     rows = -(-len(pixels) // COLUMNS)
-    whole = np.zeros((rows * COLUMNS, _PIXELS), np.uint8)
-    whole[: len(pixels)] = pixels
-    return whole.reshape(rows, COLUMNS, 3, 32, 32).transpose(0, 3, 1, 4, 2).reshape(rows * 32, COLUMNS * 32, 3)
+    padded = np.zeros((rows * COLUMNS, _PIXELS), np.uint8)
+    padded[: len(pixels)] = pixels
+    return padded.reshape(rows, COLUMNS, 3, 32, 32).transpose(0, 3, 1, 4, 2).reshape(rows * 32, COLUMNS * 32, 3)
 
 
 def pixels_of(mosaic: Bytes, count: int) -> Bytes:
-    """The inverse of `mosaic_of`: the first `count` images as uint8 [count, 3072]."""
+    """Return the first `count` images of a mosaic as uint8 [count, 3072]; inverse of `mosaic_of`."""
     rows = len(mosaic) // 32
     return mosaic.reshape(rows, 32, COLUMNS, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, _PIXELS)[:count]
 
@@ -145,7 +144,7 @@ def _write_mosaic(pixels: Bytes, path: Path) -> None:
 
 
 def _write_records(mosaic: Path, labels: Bytes, file: Path, start: int) -> None:
-    """Decode one mosaic and put its records at their place in a file of full length."""
+    """Decode one mosaic, and write its records at their offset in a file of full length."""
     from PIL import Image
 
     with Image.open(mosaic) as picture:

@@ -1,4 +1,4 @@
-"""What a rented machine gave back, put into the results folder beside earlier rentals' results."""
+"""Merges the files that a rented machine returned into the results folder, beside the results of earlier rentals."""
 
 import json
 import shutil
@@ -10,11 +10,11 @@ from distributed.experiments.table import read_table, write_table
 from distributed.files import read_json, replace_json
 from distributed.gpu_check.steps import STEPS
 
-_MAX_PROFILE_BYTES = 64 * 2**10  # a larger one is no text to commit
+_MAX_PROFILE_BYTES = 64 * 2**10  # a larger one is not worth committing
 
 
 def newest_steps(lines: Path) -> dict[str, dict[str, Any]]:
-    """The newest GPU line of each step in a gpu_check.jsonl, in the steps' order; a line cut short is passed over."""
+    """Return each step's newest GPU result in a gpu_check.jsonl, in the order of steps. Truncated lines are ignored."""
     found: dict[str, dict[str, Any]] = {}
     for text in lines.read_text(errors="replace").splitlines() if lines.is_file() else ():
         try:
@@ -27,19 +27,19 @@ def newest_steps(lines: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_passed(lines: Path) -> None:
-    """Raises InputError unless every step passed on a GPU when it last ran."""
+    """Raise InputError unless every step passed on a GPU when it last ran."""
     found = newest_steps(lines)
-    bad = [f"{step.name} ({found[step.name]['verdict'] if step.name in found else 'not run'})" for step in STEPS
+    failed = [f"{step.name} ({found[step.name]['verdict'] if step.name in found else 'not run'})" for step in STEPS
            if step.name not in found or found[step.name]["verdict"] != "pass"]  # fmt: skip
-    if bad:
-        raise InputError(f"{lines}: not passed: {', '.join(bad)}; run make gpu-check, or set UNCHECKED=1")
+    if failed:
+        raise InputError(f"{lines}: not passed: {', '.join(failed)}; run make gpu-check, or set UNCHECKED=1")
 
 
 def collect(source: Path, results: Path) -> list[Path]:
-    """Copy or merge the results in `source` into `results`; the files written.
+    """Copy or merge the results in `source` into `results`, and return the files written.
 
     Raises:
-        InputError: there are no results.
+        InputError: `source` has no results.
     """
     results.mkdir(parents=True, exist_ok=True)
     written = []
@@ -65,7 +65,7 @@ def collect(source: Path, results: Path) -> list[Path]:
 
 
 def _without_paths(line: dict[str, Any]) -> dict[str, Any]:
-    """The line with the last line of each message only: tracebacks name files of the machine that ran it."""
+    """Return the result with only the last line of each message, since tracebacks name files of the machine."""
     short = {key: value for key, value in line.items() if key not in ("message", "checks")}
     if "message" in line:
         short["message"] = _last(line["message"])

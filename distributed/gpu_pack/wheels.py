@@ -1,4 +1,4 @@
-"""The packages that a run imports and the rented machine lacks, as wheels."""
+"""Downloads wheels of the packages that a run imports and the rented machine lacks."""
 
 import re
 import shutil
@@ -10,31 +10,31 @@ from pathlib import Path
 
 from distributed.errors import InputError
 
-ROOTS = ("pydantic", "loguru", "tomli-w", "greenlet")  # pip adds what these require
+ROOTS = ("pydantic", "loguru", "tomli-w", "greenlet")  # pip adds their requirements
 MACHINE_PYTHON = "3.12"
-# pip takes a platform at its word: a wheel for glibc 2.24 is not found under manylinux_2_28.
+# pip matches platforms literally: it finds no wheel for glibc 2.24 under manylinux_2_28.
 _PLATFORMS = ["manylinux2014_x86_64", *(f"manylinux_2_{minor}_x86_64" for minor in range(28, 16, -1))]
 
 
 def normalized(name: str) -> str:
-    """The name as package indexes compare it."""
+    """Return the name in the form in which package indexes compare names."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def machine_packages() -> frozenset[str]:
-    """Normalized names of the packages of machine.txt."""
+    """Return the normalized names of the packages in machine.txt."""
     lines = Path(__file__).with_name("machine.txt").read_text().splitlines()
     return frozenset(normalized(line) for line in lines if line and not line.startswith("#"))
 
 
 def download(folder: Path, *, for_python: Path | None = None) -> list[Path]:
-    """Fill `folder` anew with wheels from the index that pip is configured with.
+    """Replace `folder` by one with wheels from the index that pip is configured with.
 
     Args:
-        for_python: an interpreter of this machine whose version they are to fit; none: the rented machine's.
+        for_python: interpreter of this machine whose version the wheels must fit; None: the rented machine's version.
 
     Raises:
-        InputError: pip cannot get them, or one requires what neither the machine nor another wheel has.
+        InputError: pip cannot download them, or a wheel requires a package that neither the machine nor another wheel has.
     """
     shutil.rmtree(folder, ignore_errors=True)
     command = [str(for_python or sys.executable), "-m", "pip", "download", "--quiet", "--only-binary=:all:"]
@@ -43,21 +43,23 @@ def download(folder: Path, *, for_python: Path | None = None) -> list[Path]:
         command += [word for platform in _PLATFORMS for word in ("--platform", platform)]
     pip = subprocess.run([*command, "--dest", str(folder), *ROOTS], capture_output=True, text=True, check=False)
     if pip.returncode:
-        reason = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")] or ["it gives no reason"]
+        reason = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")] or ["pip gives no reason"]
         raise InputError(f"pip cannot download the wheels: {reason[-1].removeprefix('ERROR: ')}")
     wheels = sorted(folder.glob("*.whl"))
     if lacking := unmet(wheels, machine_packages()):
-        raise InputError(f"the rented machine has no {', '.join(sorted(lacking))}, which a carried wheel requires")
+        raise InputError(
+            f"{', '.join(sorted(lacking))}: required by a carried wheel, but missing on the rented machine"
+        )
     return wheels
 
 
 def package_of(wheel: Path) -> str:
-    """The normalized name of the package in a wheel file."""
+    """Return the normalized name of a wheel's package."""
     return normalized(wheel.name.partition("-")[0])
 
 
 def unmet(wheels: list[Path], machine: frozenset[str]) -> set[str]:
-    """Normalized names of packages that these wheels require on Linux and that nobody provides."""
+    """Return normalized names of packages that these wheels require on Linux, and that neither they nor the machine have."""
     provided = machine | {package_of(wheel) for wheel in wheels}
     return {name for wheel in wheels for name in _requirements(wheel)} - provided
 

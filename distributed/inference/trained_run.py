@@ -152,7 +152,7 @@ def load_checkpoint(config: TrainConfig, checkpoint: Path, *, device: str | torc
         network.load_state_dict(evaluation_weights(checkpoint))  # float64 becomes float32
     except RuntimeError as error:
         raise InputError(f"{checkpoint}: does not fit the run's config.toml: {' '.join(str(error).split())}") from None
-    normalization = read_normalization(content) or read_normalization(read_data(config).facts())
+    normalization = read_normalization(content) or read_normalization(read_data(config).metadata())
     assert normalization is not None
     classifier = Classifier(network.requires_grad_(False), normalization).to(device)
     return TrainedRun(config, checkpoint, classifier, class_names, normalization)

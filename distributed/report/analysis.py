@@ -90,7 +90,7 @@ class Analysis:
         self.device = choose_device("auto", self.topology)
         make_deterministic(self.device, precision=self.config.precision)
         self.data: DataPipeline = build_data(self.config, self.topology, self.device)
-        self.normalization = Normalization(**self.data.facts()["normalization"])
+        self.normalization = Normalization(**self.data.metadata()["normalization"])
 
     def augmented(self, count: int) -> list[bytes]:
         """Return the first training images of the first epoch as PNG, after augmentation."""

@@ -47,8 +47,8 @@ def _shard_loss(label_smoothing: float, model: nn.Module, batch: Batch) -> tuple
     cross_entropy = partial(F.cross_entropy, logits, reduction="none", label_smoothing=label_smoothing)
     losses = cross_entropy(batch.labels)
     if batch.mixed:
-        losses = torch.lerp(cross_entropy(batch.mixed.labels), losses, batch.mixed.own_part)
-    return losses.sum() / batch.step_size, Outcome(losses.detach(), logits.detach())
+        losses = torch.lerp(cross_entropy(batch.mixed.labels), losses, batch.mixed.own_weight)
+    return losses.sum() / batch.global_count, Outcome(losses.detach(), logits.detach())
 
 
 @torch.no_grad()

@@ -1,1 +1,1 @@
-"""`python -m launch.doctor`: checks the nodes of a job before it trains."""
+"""`python -m launch.doctor` checks the nodes of a job before it trains."""

@@ -1,72 +1,70 @@
-"""`python -m launch.doctor [CONFIG.toml] [--SETTING VALUE ...]`: go, or no go and which node is bad; alone or in a Slurm job.
+"""`python -m launch.doctor [CONFIG.toml] [--SETTING VALUE ...]`: checks this machine, or every node of a Slurm job.
 
-Each node of the job runs `launch.doctor.probe`, in parallel; the reports come back through srun, not over the network that is
-being tried. A node that does not answer is asked again alone, and Slurm is asked for its state. Options: --address and
---port where nodes meet, --seconds to wait, --gpus a node, --free-gib of disk.
+Prints a table and `go`, or `no go` with the bad node and the remedy. Each node runs `launch.doctor.probe`, in parallel; the
+reports come back through srun instead of over the network under test. A node that does not answer is tried again alone.
 """
 
 import argparse
 import math
-import re
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from distributed.config import from_command_line
 from distributed.errors import ExitCode, InputError
 from distributed.process.streams import run_command
-from launch.address import free_port, reachable
-from launch.doctor.diagnosis import table, wrong
-from launch.doctor.reports import bounded, of_nodes, of_this_machine
-from launch.environment import Allocation, in_job, place
+from launch.address import free_port, resolve_address
+from launch.doctor.collect import report_of_this_machine, reports_of_job
+from launch.doctor.diagnosis import diagnose, table
+from launch.doctor.reports import Answers
+from launch.doctor.slurm_nodes import job_nodes, node_address, node_states
+from launch.environment import Allocation, in_job, step_node
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of this command's options; every other argument is a setting."""
+    options = argparse.ArgumentParser(prog="python -m launch.doctor", description=__doc__)
+    options.add_argument("--address", default="", help="rendezvous address; default: the first node's")
+    options.add_argument("--port", type=int, default=0, help="rendezvous port; default: derived from the job's number")
+    options.add_argument("--seconds", type=float, default=20.0, help="how long to wait for all nodes")
+    options.add_argument("--gpus", type=int, default=0, help="GPUs that each node should have; default: as the others")
+    options.add_argument(
+        "--free-gib", type=float, default=1.0, help="free space that the run folder's disk should have"
+    )
+    return options
 
 
 def main() -> int:
-    """0: go; 1: no go; 2: bad input."""
-    parser = argparse.ArgumentParser(prog="python -m launch.doctor", description=__doc__)
-    parser.add_argument("--address", default="", help="where nodes meet; the first node's if not given")
-    parser.add_argument("--port", type=int, default=0, help="from the job's number if not given")
-    parser.add_argument("--seconds", type=float, default=20.0, help="wait for all nodes")
-    parser.add_argument(
-        "--gpus", type=int, default=0, help="that each node should have; as many as the others if not given"
-    )
-    parser.add_argument("--free-gib", type=float, default=1.0, help="that the disk of the run folder should have")
-    given, words = parser.parse_known_args()
+    """Return the exit code: 0 for go, 1 for no go, 2 for bad input."""
+    options, settings = parser().parse_known_args()
     try:
-        if not (math.isfinite(given.seconds) and 0 < given.seconds <= 3600):
-            raise InputError(f"command line: --seconds {given.seconds:g}: should be above 0, at most 3600")
-        if not 0 <= given.port < 2**16:
-            raise InputError(f"command line: --port {given.port}: should be from 1 to 65535")
-        run_dir = from_command_line(words).config.run_dir
+        _check_options(options)
+        run_dir = from_command_line(settings).config.run_dir
+        expected, states, gpus = [step_node().name], dict[str, str](), options.gpus
         if in_job():
             allocation = Allocation.from_environment()
-            expected = _nodes(allocation)
-            address = reachable(given.address or _address_of(expected[0]), nodes=len(expected))
-            port, gpus = given.port or free_port(allocation.job), given.gpus or allocation.gpus
+            expected, gpus = job_nodes(allocation), options.gpus or allocation.gpus
+            answers = _examine_job(options, settings, run_dir, allocation.job, expected)
+            states = node_states(allocation.node_list)
+            for node, reason in answers.silent.items():
+                answers.silent[node] = f"{reason}; its state in Slurm is {states.get(node, 'unknown')}"
         else:
-            expected, address, port, gpus = [place()[2]], "127.0.0.1", given.port or free_port(0), given.gpus
-        token = _lay_token(run_dir)
-        words = ["--address", address, "--port", str(port), "--token", token, "--seconds", str(given.seconds), *words]
-        try:
-            if in_job():
-                answers = of_nodes(words, expected, seconds=given.seconds)
-            else:
-                answers = of_this_machine(words, expected[0], seconds=given.seconds)
-        finally:
-            for file in run_dir.glob(f"{token}*"):
-                file.unlink(missing_ok=True)
-        states = _states(allocation.node_list) if in_job() else {}
+            port = options.port or free_port(0)
+            with _token(run_dir) as token:
+                arguments = _probe_arguments("127.0.0.1", port, token, options.seconds, settings)
+                answers = report_of_this_machine(arguments, expected[0], seconds=options.seconds)
     except InputError as error:
         error.tell()
         return ExitCode.BAD_INPUT
-    silent = answers.silent
-    if in_job():
-        silent = {node: f"{why}; Slurm has it as {states.get(node, 'unknown')}" for node, why in silent.items()}
     reports = list(answers.reports.values())
-    failures = wrong(reports, expected, token=len(expected) > 1, gpus=gpus, free_gib=given.free_gib, silent=silent)
+    failures = diagnose(
+        reports, expected, several=len(expected) > 1, gpus=gpus, free_gib=options.free_gib, silent=answers.silent
+    )
     print(table(reports))
     for node, state in states.items():
         if "DRAIN" in state:
-            print(f"note: {node} is draining ({state}): it keeps this job, and gets no new one")
+            print(f"note: {node} is draining ({state}): it keeps this job and gets no new one")
     for line in failures:
         print(f"no go: {line}")
     if not failures:
@@ -74,57 +72,41 @@ def main() -> int:
     return ExitCode.FAILED if failures else ExitCode.FINISHED
 
 
-def _lay_token(run_dir: Path) -> str:
-    """Write a file into the run folder that every node should see."""
+def _check_options(options: argparse.Namespace) -> None:
+    if not (math.isfinite(options.seconds) and 0 < options.seconds <= 3600):
+        raise InputError(f"command line: --seconds {options.seconds:g}: should be above 0, at most 3600")
+    if not 0 <= options.port < 2**16:
+        raise InputError(f"command line: --port {options.port}: should be from 1 to 65535")
+
+
+def _examine_job(
+    options: argparse.Namespace, settings: list[str], run_dir: Path, job: int, nodes: list[str]
+) -> Answers:
+    address = resolve_address(options.address or node_address(nodes[0]), nodes=len(nodes))
+    port = options.port or free_port(job)
+    with _token(run_dir) as token:
+        arguments = _probe_arguments(address, port, token, options.seconds, settings)
+        return reports_of_job(arguments, nodes, seconds=options.seconds)
+
+
+def _probe_arguments(address: str, port: int, token: str, seconds: float, settings: list[str]) -> list[str]:
+    return ["--address", address, "--port", str(port), "--token", token, "--seconds", str(seconds), *settings]
+
+
+@contextmanager
+def _token(run_dir: Path) -> Iterator[str]:
+    """Write a file into the run folder that every node should see, and yield its name; removed with the nodes' own."""
     token = f".doctor-{uuid.uuid4().hex[:12]}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / token).write_text("")
     except OSError as error:
         raise InputError(f"run_dir = {run_dir}: {error.strerror}; give another with --run_dir") from None
-    return token
-
-
-def _nodes(allocation: Allocation) -> list[str]:
-    """The names of the job's nodes.
-
-    Raises:
-        InputError: they are not as many as the job has.
-    """
-    names = _ask("scontrol", "show", "hostnames", allocation.node_list).split() if allocation.node_list else []
-    if len(names) != allocation.nodes:
-        raise InputError(
-            f"environment: SLURM_JOB_NUM_NODES = {allocation.nodes}, and SLURM_JOB_NODELIST has {', '.join(names) or 'none'}; "
-            "run this inside the intended job, with the variables that Slurm set"
-        )
-    return names
-
-
-def _ask(*command: str) -> str:
-    printed, problem = bounded(command, 30)
-    if problem:
-        said = " ".join(printed.split())[:200]  # scontrol says on stdout that a node is unknown
-        raise InputError(
-            f"{' '.join(command)}: {said or problem}; start this on a node of the job, where Slurm answers"
-        )
-    return printed
-
-
-def _address_of(node: str) -> str:
-    told = _ask("scontrol", "-o", "show", "node", node).split()
-    return next((word.partition("=")[2] for word in told if word.startswith("NodeAddr=")), "") or node
-
-
-def _states(node_list: str) -> dict[str, str]:
-    """What Slurm has of each node, e.g. `IDLE+DRAIN (disk errors)`, without those that it does not know."""
-    told, _ = bounded(["scontrol", "-o", "show", "node", node_list], 30)
-    found = {}
-    for line in told.splitlines():
-        name, state = (re.search(rf"\b{field}=(\S+)", line) for field in ("NodeName", "State"))
-        reason = re.search(r"\bReason=(.*?)(?: \[|$)", line)
-        if name and state:
-            found[name[1]] = state[1] + (f" ({reason[1]})" if reason else "")
-    return found
+    try:
+        yield token
+    finally:
+        for file in run_dir.glob(f"{token}*"):
+            file.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,171 +1,199 @@
-"""Nodes' reports side by side: the table, and a line for each thing that is wrong, with the node and the remedy."""
+"""Compares the nodes' reports: a table, and a line with the remedy for each thing that is wrong on a node."""
 
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
-Report = dict[str, Any]
+from launch.doctor.reports import NodeReport
+
 _CLOCK_SECONDS = 1.0
-_SLOW = 0.25  # of the median of all pairs
+_SLOW = 0.25  # of the median pair's speed
+_SMALLER_GPU = 0.95  # of the usual memory; below, it is another kind of GPU
+_HEADINGS = ("node", "torch", "code", "GPUs", "cores", "memory", "free disk", "data", "slowest pair", "clock")
+
+T = TypeVar("T")
 
 
-def wrong(
-    reports: Sequence[Report],
+def diagnose(
+    reports: Sequence[NodeReport],
     expected: Sequence[str],
     *,
-    token: bool,
+    several: bool,
     gpus: int,
     free_gib: float,
     silent: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """A line for each failure; none: go.
+    """Return a line for each failure; none means go.
 
     Args:
-        expected: names of the nodes that were asked.
-        token: whether a token was laid into the run folder.
-        gpus: how many each node should have; 0: as many as the others.
-        free_gib: that the run folder's disk should have.
-        silent: why there is no report of a node, by its name.
+        expected: names of the nodes that were examined.
+        several: whether the run folder must be shared between nodes.
+        gpus: GPUs that each node should have; 0: as many as the other nodes.
+        free_gib: free space that the run folder's disk should have.
+        silent: the reason for each node without a report, by name.
     """
-    reports = sorted(
-        reports, key=lambda report: int(report["index"])
-    )  # where two disagree, the first node is the measure
-    answered = {report["node"] for report in reports}
-    found = [
-        f"{node}: no answer{f': {reason}' if reason else ''}; see sinfo -N -n {node} and systemctl status slurmd there, or "
-        f"leave it out: --exclude={node}"
-        for node in expected
-        for reason in [(silent or {}).get(node, "")]
-        if node not in answered
-    ]
-    found += unlike_versions(reports)
+    reports = sorted(reports, key=lambda report: report.index)  # without a majority, the first node is the reference
+    found = [*_silent_nodes(reports, expected, silent or {}), *version_differences(reports)]
     for report in reports:
-        found += _devices(report, reports, gpus) + folder_faults(report, token=token, free_gib=free_gib)
-        if error := error_of(report["data"]):
-            found.append(f"{report['node']}: data: {error}")
-    return found + _network(reports)
+        found += [*_device_faults(report, reports, gpus), *folder_faults(report, shared=several, free_gib=free_gib)]
+        found += _section_error(report, "data", "data")
+    for report in reports:
+        found += _network_faults(report)
+    return [*found, *_pair_faults(reports)]
 
 
-def error_of(part: Any) -> str:
-    return str(part.get("error", "")) if isinstance(part, dict) else ""
+def _silent_nodes(reports: Sequence[NodeReport], expected: Sequence[str], reasons: Mapping[str, str]) -> Iterator[str]:
+    answered = {report.node for report in reports}
+    for node in expected:
+        if node not in answered:
+            reason = f": {reasons[node]}" if reasons.get(node) else ""
+            yield (
+                f"{node}: no answer{reason}; see sinfo -N -n {node} and systemctl status slurmd there, or leave it out: "
+                f"--exclude={node}"
+            )
 
 
-def unlike_versions(reports: Sequence[Report]) -> list[str]:
-    """What differs from what most nodes have, or from the first where there is no majority."""
-    found = [f"{report['node']}: versions: {error_of(report['versions'])}" for report in reports
-             if error_of(report["versions"])]  # fmt: skip
-    found += [f"{report['node']}: its files of the project: {error_of(report['code'])}" for report in reports
-              if error_of(report["code"])]  # fmt: skip
-    reports = [report for report in reports if not error_of(report["versions"]) and not error_of(report["code"])]
-    if not reports:
-        return found
-    packages = {name for report in reports for name in report["versions"]}
-    for name in sorted(packages):
-        usual = _usual([report["versions"].get(name, "none") for report in reports])
+def _section_error(report: NodeReport, section: str, name: str) -> list[str]:
+    error = report.error(section)
+    return [f"{report.node}: {name}: {error}"] if error else []
+
+
+def version_differences(reports: Sequence[NodeReport]) -> list[str]:
+    """Return a line for each package or copy of the project that differs from that of most nodes."""
+    found = [line for report in reports for line in _section_error(report, "versions", "versions")]
+    found += [line for report in reports for line in _section_error(report, "code", "its copy of the project")]
+    versions = {report.node: report.versions for report in reports if report.versions is not None}
+    for package in sorted({package for one in versions.values() for package in one}):
+        installed = {node: one.get(package, "none") for node, one in versions.items()}
+        usual = _most_common(list(installed.values()))
         found += [
-            f"{report['node']}: {name} {report['versions'].get(name, 'none')}, and the others have {usual}; install the same "
-            "there, or put the environment on shared storage"
-            for report in reports
-            if report["versions"].get(name, "none") != usual
+            f"{node}: {package} {version}, but the others have {usual}; install that version there, or put the environment on "
+            "shared storage"
+            for node, version in installed.items()
+            if version != usual
         ]
-    usual = _usual([str(report["code"]) for report in reports])
-    found += [
-        f"{report['node']}: its files of the project differ from the others' ({report['code']}, not {usual}); update the "
-        "checkout there, or put it on shared storage"
-        for report in reports
-        if str(report["code"]) != usual
-    ]
+    digests = {report.node: report.code for report in reports if report.code is not None}
+    if digests:
+        usual = _most_common(list(digests.values()))
+        found += [
+            f"{node}: its copy of the project differs from the others' ({digest}, not {usual}); update the checkout there, or "
+            "put it on shared storage"
+            for node, digest in digests.items()
+            if digest != usual
+        ]
     return found
 
 
-def _usual(values: Sequence[Any]) -> Any:
+def _most_common(values: Sequence[T]) -> T:
     return Counter(values).most_common(1)[0][0]
 
 
-def _devices(report: Report, reports: Sequence[Report], gpus: int) -> list[str]:
-    node, own = report["node"], report["devices"]
-    if error := error_of(own):
-        return [f"{node}: devices: {error}; try python -c 'import torch; torch.cuda.init()' there"]
-    others = [other["devices"] for other in reports if not error_of(other["devices"])]
-    wanted = gpus or _usual([other["gpus"] for other in others])
-    if own["gpus"] != wanted:
-        return [f"{node}: {own['gpus']} GPUs, and {wanted} are expected; see nvidia-smi there, or --exclude={node}"]
-    usual = _usual([other["gpu_memory_gib"] for other in others])
-    if own["gpu_memory_gib"] < 0.95 * usual:
+def _device_faults(report: NodeReport, reports: Sequence[NodeReport], gpus: int) -> list[str]:
+    node, devices = report.node, report.devices
+    if devices is None:
+        return [f"{node}: devices: {report.error('devices')}; try python -c 'import torch; torch.cuda.init()' there"]
+    all_devices = [other.devices for other in reports if other.devices is not None]
+    wanted = gpus or _most_common([other.gpus for other in all_devices])
+    if devices.gpus != wanted:
+        return [f"{node}: {devices.gpus} GPUs instead of {wanted}; see nvidia-smi there, or --exclude={node}"]
+    usual = _most_common([other.gpu_memory_gib for other in all_devices])
+    if devices.gpu_memory_gib < _SMALLER_GPU * usual:
         return [
-            f"{node}: GPUs of {own['gpu_memory_gib']} GiB, and the others have {usual}; ask for one kind with --constraint"
+            f"{node}: GPUs of {devices.gpu_memory_gib} GiB, but the others have {usual} GiB; request one kind with --constraint"
         ]
     return []
 
 
-def folder_faults(report: Report, *, token: bool, free_gib: float) -> list[str]:
-    node, own = report["node"], report["folder"]
-    if error := error_of(own):
-        return [f"{node}: run folder: {error}"]
-    if token and not own["sees_token"]:
-        return [f"{node}: run_dir = {own['path']} is not shared: it does not see what another node wrote; mount the shared "
-                "storage, or give a --run_dir on it"]  # fmt: skip
-    if not own["writable"]:
-        return [f"{node}: run_dir = {own['path']} cannot be written there; fix its mount or permissions"]
-    if own["free_gib"] < free_gib:
-        return [f"{node}: run_dir = {own['path']} has {own['free_gib']} GiB free, less than {free_gib}; make room"]
+def folder_faults(report: NodeReport, *, shared: bool, free_gib: float) -> list[str]:
+    """Return a line if this node cannot use the run folder.
+
+    Args:
+        shared: whether it must see what another node wrote there.
+        free_gib: free space that its disk should have.
+    """
+    node, folder = report.node, report.folder
+    if folder is None:
+        return [f"{node}: run folder: {report.error('folder')}"]
+    setting = f"{node}: run_dir = {folder.path}"
+    if shared and not folder.sees_token:
+        return [
+            f"{setting} is not shared: this node does not see a file that another one wrote; mount the shared storage, or give "
+            "a --run_dir on it"
+        ]
+    if not folder.writable:
+        return [f"{setting} is not writable there; fix its mount or permissions"]
+    if folder.free_gib < free_gib:
+        return [f"{setting} has {folder.free_gib} GiB free, less than {free_gib}; free disk space"]
     return []
 
 
-def _network(reports: Sequence[Report]) -> list[str]:
-    names = {report["index"]: report["node"] for report in reports}
-    found, speeds = [], dict[tuple[str, str], float]()
+def _network_faults(report: NodeReport) -> list[str]:
+    node, network = report.node, report.network
+    if error := report.errors.get("network"):
+        return [f"{node}: network: {error}; see the firewall, the route (ip route get ADDRESS) and GLOO_SOCKET_IFNAME"]
+    if network is None:  # the only node
+        return []
+    found = []
+    if report.index not in network.present:
+        found.append(f"{node}: it reached the rendezvous too late; give --seconds 60, or see what slows it down")
+    elif not network.sum_is_right:
+        found.append(f"{node}: an all-reduce gave a wrong sum; check its network card and memory, or --exclude={node}")
+    if abs(network.clock_seconds or 0) > _CLOCK_SECONDS:
+        found.append(
+            f"{node}: its clock is {network.clock_seconds:+.1f} s off the first node's; start chronyd or ntpd there"
+        )
+    return found
+
+
+def _pair_faults(reports: Sequence[NodeReport]) -> list[str]:
+    """Return a line for each pair of nodes that is slow or garbles data; of the two measurements, the lower counts."""
+    names = {report.index: report.node for report in reports}
+    speeds: dict[tuple[str, str], float] = {}
     for report in reports:
-        node, own = report["node"], report.get("network", {})
-        if error := error_of(own):
-            found.append(
-                f"{node}: network: {error}; see the firewall, the route (ip route get ADDRESS) and GLOO_SOCKET_IFNAME"
-            )
-        elif own and report["index"] not in own["met"]:
-            found.append(f"{node}: it came too late to meet the others; give --seconds 60, or see what slows it")
-        elif own and not own.get("sum_is_right", True):
-            found.append(
-                f"{node}: an all-reduce gave a wrong sum; check its network card and memory, or --exclude={node}"
-            )
-        if abs(own.get("clock_seconds", 0)) > _CLOCK_SECONDS:
-            found.append(
-                f"{node}: its clock is {own['clock_seconds']:+.1f} s off the first node's; start chronyd or ntpd there"
-            )
-        for other, speed in own.get("gib_per_second", {}).items():
-            if speed and int(other) in names:
-                one, two = sorted((node, names[int(other)]))
-                speeds[one, two] = min(speed, speeds.get((one, two), speed))
+        for other, speed in (report.network.gib_per_second if report.network else {}).items():
+            if speed and other in names:
+                first, second = sorted((report.node, names[other]))
+                speeds[first, second] = min(speed, speeds.get((first, second), speed))
     usual = statistics.median(speeds.values()) if speeds else 0.0
-    for (one, two), speed in speeds.items():
+    found = []
+    for (first, second), speed in speeds.items():
         if speed < 0:
-            found.append(f"{one} and {two}: wrong bytes came over; check cables and cards, or leave one of them out")
+            found.append(f"{first} and {second}: wrong bytes arrived; check cables and cards, or leave one of them out")
         elif speed < _SLOW * usual:
             found.append(
-                f"{one} and {two}: {speed:.2f} GiB/s, and the median pair has {usual:.2f}; check link speed (ethtool)"
+                f"{first} and {second}: {speed:.2f} GiB/s, but the median pair has {usual:.2f}; check link speed (ethtool)"
             )
     return found
 
 
-def table(reports: Sequence[Report]) -> str:
-    """A row a node."""
-    rows = [("node", "torch", "code", "GPUs", "cores", "memory", "free disk", "data", "slowest pair", "clock")]
-    for report in sorted(reports, key=lambda one: one["index"]):
-        devices, folder, network = (
-            part if isinstance(part := report.get(name, {}), dict) and not error_of(part) else {}
-            for name in ("devices", "folder", "network")
-        )
-        speeds = [speed for speed in network.get("gib_per_second", {}).values() if speed]
-        gpus = f"{devices.get('gpus', '?')}" + (f" x {devices['gpu_memory_gib']} GiB" if devices.get("gpus") else "")
-        rows.append((
-            report["node"], report["versions"].get("torch", "none"),
-            "bad" if error_of(report["code"]) else str(report["code"])[:12], gpus,
-            str(devices.get("cores", "?")), f"{devices.get('memory_gib', '?')} GiB", f"{folder.get('free_gib', '?')} GiB",
-            "bad" if error_of(report["data"]) else str(report["data"]),
-            f"{min(speeds):.2f} GiB/s" if speeds else "-",
-            f"{network['clock_seconds'] * 1000:+.0f} ms" if "clock_seconds" in network else "-",
-        ))  # fmt: skip
+def table(reports: Sequence[NodeReport]) -> str:
+    """Return a table with one row per node."""
+    rows: list[tuple[str, ...]] = [
+        ("node", "torch", "code", "GPUs", "cores", "memory", "free disk", "data", "slowest pair", "clock")
+    ]
+    rows += [_row(report) for report in sorted(reports, key=lambda report: report.index)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _row(report: NodeReport) -> tuple[str, ...]:
+    devices, folder, network = report.devices, report.folder, report.network
+    speeds = [speed for speed in network.gib_per_second.values() if speed] if network else []
+    gpus = "?"
+    if devices:
+        gpus = f"{devices.gpus} x {devices.gpu_memory_gib} GiB" if devices.gpus else "0"
+    return (
+        report.node,
+        (report.versions or {}).get("torch", "none"),
+        "bad" if report.code is None else report.code[:12],
+        gpus,
+        f"{devices.cores if devices else '?'}",
+        f"{devices.memory_gib if devices else '?'} GiB",
+        f"{folder.free_gib if folder else '?'} GiB",
+        report.data or "bad",
+        f"{min(speeds):.2f} GiB/s" if speeds else "-",
+        f"{network.clock_seconds * 1000:+.0f} ms" if network and network.clock_seconds is not None else "-",
     )

@@ -1,7 +1,7 @@
-"""`python -m launch.doctor.probe`: what one node finds out about itself and its peers, in lines for `launch.doctor.reports`.
+"""`python -m launch.doctor.probe`: one node examines itself and its network, and prints its report.
 
-Whatever goes wrong on a node is a finding of that node, so nothing here ends in an exception. torch is imported late: a node
-without it can say so.
+Any failure is a finding of that node, so nothing here ends in an exception. torch is imported late: a node without it can
+report so.
 """
 
 import argparse
@@ -12,55 +12,68 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from distributed.config import TrainConfig, from_command_line
+from distributed.config import CommandLine, TrainConfig, from_command_line
 from distributed.data.sources import registry
 from distributed.errors import InputError
 from distributed.host.cpu_quota import available_cpus
 from distributed.host.versions import versions
 from distributed.topology import cluster_job
-from launch.doctor.reports import Report, lines_of
-from launch.environment import place
+from launch.doctor.reports import Devices, Folder, NodeReport, to_lines
+from launch.environment import step_node
+
+_TOKEN_SECONDS = 5.0  # network file systems show a new file late
 
 
 def main() -> int:
-    """Prints the report; always 0, the verdict is the doctor's."""
+    """Print the report; the exit code is always 0, since the doctor decides."""
     parser = argparse.ArgumentParser(prog="python -m launch.doctor.probe", description=__doc__)
     parser.add_argument("--address", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--token", default="", help="name of the file that the doctor wrote into the run folder")
-    parser.add_argument("--seconds", type=float, default=20.0, help="wait for the other nodes")
-    given, words = parser.parse_known_args()
-    index, count, node = place()
-    report: Report = {"node": node, "index": index}
-    find(report, "versions", versions)
-    find(report, "code", digest_of_code)
-    find(report, "devices", devices)
-    find(report, "folder", lambda: folder(from_command_line(words).config.run_dir, given.token, node))
-    find(report, "data", lambda: data_of(words))
-    if count > 1:
+    parser.add_argument("--seconds", type=float, default=20.0, help="how long to wait for the other nodes")
+    options, settings = parser.parse_known_args()
+    node = step_node()
+
+    def command() -> CommandLine:
+        return from_command_line(settings)
+
+    sections: dict[str, Callable[[], Any]] = {
+        "versions": versions,
+        "code": code_digest,
+        "devices": find_devices,
+        "folder": lambda: examine_folder(command().config.run_dir, options.token, node.name),
+        "data": lambda: check_data(command().config, names_data=command().names_data),
+    }
+    if node.count > 1:
         network = importlib.import_module("launch.doctor.network")
-        find(report, "network", lambda: network.measure(given.address, given.port, index, count, given.seconds))
-    sys.stdout.write(lines_of(report))
+        sections["network"] = lambda: network.measure(
+            options.address, options.port, node.index, node.count, options.seconds
+        )
+    sys.stdout.write(to_lines(examine(node.name, node.index, sections)))
     sys.stdout.flush()
-    os._exit(0)  # threads of gloo that wait for a dead peer must not keep the process
+    os._exit(0)  # threads of gloo that wait for a dead peer must not keep the process alive
 
 
-def find(report: Report, name: str, ask: Callable[[], Any]) -> None:
-    """Put into the report what `ask` returns, or the error that it ended in."""
-    try:
-        report[name] = ask()
-    except InputError as error:
-        report[name] = {"error": " ".join(str(error).splitlines())}
-    except Exception as error:  # of a node in any state
-        report[name] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+def examine(node: str, index: int, sections: Mapping[str, Callable[[], Any]]) -> NodeReport:
+    """Call the function of each section, and return the report of their results and errors."""
+    found: dict[str, Any] = {}
+    errors: dict[str, str] = {}
+    for section, measure in sections.items():
+        try:
+            found[section] = measure()
+        except InputError as error:
+            errors[section] = " ".join(str(error).splitlines())
+        except Exception as error:  # whatever state the node is in
+            errors[section] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return NodeReport(node=node, index=index, errors=errors, **found)
 
 
-def digest_of_code() -> str:
-    """Of all source files of the project that this node runs."""
+def code_digest() -> str:
+    """Return a digest of all source files of the project that this node runs."""
     digest = hashlib.blake2b(digest_size=6)
     for package in ("distributed", "launch"):
         root = Path(importlib.import_module(package).__file__ or "").parent
@@ -69,44 +82,48 @@ def digest_of_code() -> str:
     return digest.hexdigest()
 
 
-def devices() -> Report:
-    """Number, name and memory of GPUs; cores and memory of the host."""
+def find_devices() -> Devices:
+    """Return the GPUs, cores and memory of this node."""
     import torch
 
     cuda = torch.cuda
     gpus = [cuda.get_device_properties(index) for index in range(cuda.device_count())] if cuda.is_available() else []
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "gpus": len(gpus),
-        "gpu": gpus[0].name if gpus else "",
-        "gpu_memory_gib": round(min(gpu.total_memory for gpu in gpus) / 2**30, 1) if gpus else 0.0,
-        "cores": available_cpus(),
-        "memory_gib": round(pages / 2**30, 1),
-    }
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Devices(
+        gpus=len(gpus),
+        gpu=gpus[0].name if gpus else "",
+        gpu_memory_gib=round(min(gpu.total_memory for gpu in gpus) / 2**30, 1) if gpus else 0.0,
+        cores=available_cpus(),
+        memory_gib=round(memory / 2**30, 1),
+    )
 
 
-def folder(run_dir: Path, token: str, node: str) -> Report:
-    """Whether this node sees the doctor's file in the run folder and can put its own beside it; free space there."""
-    found: Report = {"path": str(run_dir.absolute()), "sees_token": True}
+def examine_folder(run_dir: Path, token: str, node: str) -> Folder:
+    """Examine the run folder: whether this node sees the doctor's file there, can write beside it, and the free space.
+
+    Args:
+        token: name of the doctor's file; empty if there is none to look for.
+    """
+    sees_token = True
     if token:
-        deadline = time.monotonic() + 5  # network file systems show a new file late
+        deadline = time.monotonic() + _TOKEN_SECONDS
         while not (run_dir / token).exists() and time.monotonic() < deadline:
             time.sleep(0.2)
-        found["sees_token"] = (run_dir / token).exists()
-        if found["sees_token"]:
+        sees_token = (run_dir / token).exists()
+        if sees_token:
             (run_dir / f"{token}.{node}").write_text(socket.gethostname())
-    there = next(one for one in (run_dir.absolute(), *run_dir.absolute().parents) if one.exists())
-    return found | {"free_gib": round(shutil.disk_usage(there).free / 2**30, 1), "writable": os.access(there, os.W_OK)}
+    path = run_dir.absolute()
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    free_gib = round(shutil.disk_usage(existing).free / 2**30, 1)
+    return Folder(path=str(path), sees_token=sees_token, writable=os.access(existing, os.W_OK), free_gib=free_gib)
 
 
-def data_of(arguments: Sequence[str]) -> str:
-    """As `data`, for the config that a command line describes."""
-    command = from_command_line(arguments)
-    return data(command.config, names_data=command.names_data)
+def check_data(config: TrainConfig, *, names_data: bool = True) -> str:
+    """Check that the data set is there and its files have the right sizes, and return its name.
 
-
-def data(config: TrainConfig, *, names_data: bool = True) -> str:
-    """Check that the data set is there and its files have the right sizes; outside a job, generated images may replace it."""
+    Args:
+        names_data: whether the user named a config or data set; if not, generated images may replace CIFAR-10 outside a job.
+    """
     if not names_data and not cluster_job():
         return "none named"
     registry.prepare(config.data)

@@ -1,1 +1,1 @@
-"""Training on a Ray cluster. Only this folder imports ray."""
+"""Training on a Ray cluster: driver, workers, and sweeps with Ray Tune. Ray is imported nowhere else."""

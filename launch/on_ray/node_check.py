@@ -1,37 +1,42 @@
-"""What a node of a Ray cluster is asked before it is given a worker.
+"""Checks a node of a Ray cluster before it gets a worker.
 
-Apart from `launch.on_ray.cluster`, so that a node that is asked does not import torch first: seconds.
+Separate from `launch.on_ray.cluster`, so that a node under test does not first import torch for seconds.
 """
 
 from pathlib import Path
-from typing import Any
 
 import ray
 
 from distributed.config import TrainConfig
 from distributed.host.versions import versions
 from launch.doctor import probe
+from launch.doctor.reports import NodeReport
 
 
 @ray.remote(num_cpus=0, max_retries=1)
-def look_around(name: str, config: str, token: str) -> dict[str, Any]:
-    """`about`, on another node.
+def remote_report(name: str, config: str, token: str) -> NodeReport:
+    """Run `node_report` on another node.
 
     Args:
         config: a `TrainConfig` as JSON.
     """
-    return about(name, TrainConfig.model_validate_json(config), token, index=0)
+    return node_report(name, TrainConfig.model_validate_json(config), token, index=0)
 
 
-def about(name: str, config: TrainConfig, token: str, *, index: int) -> dict[str, Any]:
-    """The report of this node, as `launch.doctor.diagnosis` reads it.
+def node_report(name: str, config: TrainConfig, token: str, *, index: int) -> NodeReport:
+    """Return the report of this node, without devices and network.
 
     Args:
-        token: name of a file in the run folder that the driver wrote there; "" on the driver's own node.
+        token: name of the file that the driver wrote into the run folder; empty on the driver's own node.
+        index: the node with the lowest index is the reference for versions.
     """
-    report: dict[str, Any] = {"node": name, "index": index}
-    probe.find(report, "versions", versions)
-    probe.find(report, "code", probe.digest_of_code)
-    probe.find(report, "folder", lambda: probe.folder(Path(config.run_dir), token, name))
-    probe.find(report, "data", lambda: probe.data(config))
-    return report
+    return probe.examine(
+        name,
+        index,
+        {
+            "versions": versions,
+            "code": probe.code_digest,
+            "folder": lambda: probe.examine_folder(Path(config.run_dir), token, name),
+            "data": lambda: probe.check_data(config),
+        },
+    )

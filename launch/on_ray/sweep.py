@@ -1,7 +1,7 @@
-"""Several trainings at once through Ray Tune, each the same recipe in a folder of its own; then which is the best.
+"""Runs several trainings at once through Ray Tune, each in a folder of its own, and names the best.
 
-In the sweep's folder: a folder a training (`optim.lr=0.1`), `summary.txt`, `sweep.png` with their curves, `best.toml`, and
-Tune's own record in `tune/`. The same command again goes on with those that are not finished.
+The sweep's folder holds a run folder per training (`optim.lr=0.1`), `summary.txt`, `sweep.png` with their curves,
+`best.toml`, and Tune's own files in `tune/`. The same command resumes the trainings that are not finished.
 """
 
 import uuid
@@ -25,25 +25,28 @@ from distributed.process.signals import SignalStop
 from distributed.report.comparison import curves_as_png
 from distributed.report.history import read_history
 from distributed.training.stop import StopSource
-from launch.on_ray.cluster import NoRoom, room
-from launch.on_ray.driver import attempts, connected
+from launch.on_ray.capacity import CapacityError, capacity
+from launch.on_ray.driver import connected, run_attempts
 from launch.on_ray.environment import set_environment
 from launch.on_ray.settings import Training
-from launch.on_ray.worker import ClusterStop, ask_to_stop, forget
+from launch.on_ray.worker import ClusterStop, clear_stop, request_stop
 from launch.summary import summary
 
-_BESIDE_THE_DRIVER = {"node:__internal_head__": 0.001}  # Tune wants something reserved, and a core would miss a worker
+_TRIAL_RESOURCES = {
+    "node:__internal_head__": 0.001
+}  # Tune requires a reservation; a whole core would be one worker less
+_POLL_SECONDS = 0.25
 
 
 def run(trainings: Sequence[Training]) -> ExitCode:
-    """Train all that are not finished, as many at once as the cluster has room for; then tell which is the best."""
+    """Run all trainings that are not finished, as many at once as fit on the cluster, then name the best."""
     folder = trainings[0].config.run_dir.parent
-    left = [training for training in trainings if not training.finished]
+    unfinished = [training for training in trainings if not training.finished]
     code = ExitCode.FINISHED
-    if left:
+    if unfinished:
         try:
-            with connected(left[0].config.logging.level), SignalStop(launched=False) as stop:
-                code = _train(folder, left, stop)
+            with connected(unfinished[0].config.logging.level), SignalStop(launched=False) as stop:
+                code = _train(folder, unfinished, stop)
         except InputError as error:
             for line in error.lines:
                 logger.error("{}", line)
@@ -54,49 +57,49 @@ def run(trainings: Sequence[Training]) -> ExitCode:
 
 def _train(folder: Path, trainings: Sequence[Training], stop: StopSource) -> ExitCode:
     scaling = trainings[0].scaling
-    found = room(scaling)
-    if found.if_empty < scaling.least_workers:
-        raise NoRoom(
-            f"{scaling.least_workers} workers are asked for each training, and the cluster has room for {found.if_empty}: "
-            f"{found.words}; lower scaling.num_workers, or add nodes"
+    found = capacity(scaling)
+    if found.when_idle < scaling.least_workers:
+        raise CapacityError(
+            f"scaling.num_workers = {scaling.num_workers}: each training needs {scaling.least_workers} workers, but the "
+            f"cluster has capacity for {found.when_idle}: {found.description}; lower scaling.num_workers, or add nodes"
         )
-    at_once = max(1, found.if_empty // scaling.num_workers)
-    logger.info("{} trainings of {} workers, {} at once", len(trainings), scaling.num_workers, at_once)
+    concurrent = max(1, found.when_idle // scaling.num_workers)
+    logger.info("{} trainings of {} workers, {} at once", len(trainings), scaling.num_workers, concurrent)
     key = uuid.uuid4().hex
-    # Tune starts no more than fit, so each may wait for what another one is about to leave.
+    # Tune starts no more trainings than fit, so each can wait for the workers that another one is about to release.
     patient = scaling.model_copy(update={"wait_seconds": 1e7})
     tuner = tune.Tuner(
-        tune.with_resources(partial(_trial, trainings=trainings, scaling=patient, stop_key=key), _BESIDE_THE_DRIVER),
+        tune.with_resources(partial(_trial, trainings=trainings, scaling=patient, stop_key=key), _TRIAL_RESOURCES),
         param_space={"training": tune.grid_search([training.name for training in trainings])},
-        tune_config=tune.TuneConfig(max_concurrent_trials=at_once),
+        tune_config=tune.TuneConfig(max_concurrent_trials=concurrent),
         run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=0),
     )
-    with ThreadPoolExecutor(1) as thread:  # not the main thread, where Tune would take Ctrl-C for itself
-        results, asked = thread.submit(tuner.fit), False
-        while not wait([results], timeout=0.25).done:
-            if not asked and (reason := stop.requested()):
-                ask_to_stop(key, reason)
-                asked = True
-    forget(key)
-    codes = [_code_of(one) for one in cast(Iterable[Any], results.result())]
-    if asked and ExitCode.STOPPED in codes:
-        logger.warning("stopped by {}, everything saved; the same command goes on from here", stop.requested())
+    reason: str | None = None
+    with ThreadPoolExecutor(1) as thread:  # in the main thread, Tune would handle Ctrl-C itself
+        results = thread.submit(tuner.fit)
+        while not wait([results], timeout=_POLL_SECONDS).done:
+            if not reason and (reason := stop.requested()):
+                request_stop(key, reason)
+    clear_stop(key)
+    codes = [_exit_code(result) for result in cast(Iterable[Any], results.result())]
+    if reason and ExitCode.STOPPED in codes:
+        logger.warning("stopped by {}, everything saved; the same command resumes", reason)
     return max(codes)
 
 
 def _trial(space: dict[str, Any], *, trainings: Sequence[Training], scaling: Scaling, stop_key: str) -> None:
-    """The driver of one training, as Tune runs it."""
+    """Drive one training, as a trial of Tune."""
     set_environment()
     training = next(one for one in trainings if one.name == space["training"])
     logs.terminal_logs(0, level=training.config.logging.level)
-    logger.info("{} begins", training.name)
-    tells_tune: Any = TuneReportCallback
+    logger.info("starting {}", training.name)
+    report_to_tune: Any = TuneReportCallback
     with ClusterStop(stop_key, nodes={}) as stop:
-        code = attempts(training.config, scaling, stop, callbacks=[tells_tune()])
+        code = run_attempts(training.config, scaling, stop, callbacks=[report_to_tune()])
     tune.report({"exit_code": int(code)})
 
 
-def _code_of(result: Any) -> ExitCode:
+def _exit_code(result: Any) -> ExitCode:
     if result.error is not None or not result.metrics:
         logger.error("{}: {}", result.path, str(result.error).strip().splitlines()[-1])
         return ExitCode.FAILED
@@ -104,24 +107,24 @@ def _code_of(result: Any) -> ExitCode:
 
 
 def conclude(folder: Path, trainings: Sequence[Training]) -> None:
-    """Write and print the table, draw the curves, and write the settings of the best by its best validation accuracy."""
+    """Write and print the table, draw the curves, and write the settings with the best validation accuracy."""
     text = summary(folder)
     print(text, end="", flush=True)
     with OptionalOutput(folder / "summary.txt"):
         replace_text(folder / "summary.txt", text)
-    runs = [read_history(training.config.run_dir) for training in trainings if _has_begun(training)]
-    measured = [(found.value, one) for one in runs if (found := one.log.best("validation"))]
+    begun = [training.config.run_dir for training in trainings if (training.config.run_dir / "config.toml").is_file()]
+    runs = [read_history(run_dir) for run_dir in begun]
+    measured = [(found.value, run) for run in runs if (found := run.log.best("validation"))]
     if not measured:
         return
     with OptionalOutput(folder / "sweep.png"):
         replace_bytes(folder / "sweep.png", curves_as_png(runs))
-    accuracy, best = max(measured, key=lambda one: one[0])
+    accuracy, best = max(measured, key=lambda entry: entry[0])
     config = with_values(best.config, run_dir=folder / "best")
     with OptionalOutput(folder / "best.toml"):
-        replace_text(folder / "best.toml", f"# {best.name}: {accuracy:.2%} of the validation images\n{as_toml(config)}")
-    print(f"best: {best.name}, {accuracy:.2%} of the validation images; its settings: {folder / 'best.toml'}, "
-          f"curves: {folder / 'sweep.png'}", flush=True)  # fmt: skip
-
-
-def _has_begun(training: Training) -> bool:
-    return (training.config.run_dir / "config.toml").is_file()
+        replace_text(folder / "best.toml", f"# {best.name}: {accuracy:.2%} validation accuracy\n{as_toml(config)}")
+    print(
+        f"best: {best.name}, {accuracy:.2%} validation accuracy; its settings: {folder / 'best.toml'}, "
+        f"curves: {folder / 'sweep.png'}",
+        flush=True,
+    )

@@ -1,4 +1,4 @@
-"""What each Ray worker runs: the recipe, with Ray as a source of requests to stop and a place where metrics are told."""
+"""Runs the recipe on a Ray worker, with Ray as a source of stop requests and a sink of metrics."""
 
 import json
 import os
@@ -10,13 +10,11 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import ray
-import ray._private.state
 import ray.train
 from loguru import logger
-from ray.experimental import internal_kv
 from ray.util.metrics import Gauge
 
 from distributed.comm import collectives
@@ -26,71 +24,74 @@ from distributed.process import logs
 from distributed.process.optional_output import OptionalOutput
 from distributed.recipe import train
 from distributed.topology import Topology, host
+from launch.on_ray import compat
 
-_NAMESPACE = b"distributed"
-_LOOK_SECONDS = 1.0
-
-
-def ask_to_stop(key: str, reason: str) -> None:
-    """Ask all workers that look at this key to save at their next step and return."""
-    internal_kv._internal_kv_put(key, reason, namespace=_NAMESPACE)
+_POLL_SECONDS = 1.0
 
 
-def forget(key: str) -> None:
-    """Take the request back, once nobody looks any more."""
-    internal_kv._internal_kv_del(key, namespace=_NAMESPACE)
+class WorkerResult(NamedTuple):
+    """Where the run stands when a worker returns."""
+
+    stopped_by: str | None
+    """Why the run was stopped; None if it is finished."""
+    step: int
+    epoch: int
 
 
-def draining_nodes() -> set[str]:
-    """Ids of nodes that are about to be taken away: no new work goes there."""
-    return set(ray._private.state.state.get_draining_nodes())
+def request_stop(key: str, reason: str) -> None:
+    """Ask all workers that watch this key to save at their next step and return."""
+    compat.put_value(key, reason)
+
+
+def clear_stop(key: str) -> None:
+    """Remove the request, once no worker watches the key any more."""
+    compat.delete_value(key)
 
 
 class ClusterStop:
-    """A request under a key, or the notice that a node is about to go. A context; also a `StopSource`.
+    """A `StopSource` that watches a key and draining nodes. Context manager.
 
-    A thread looks, since each look is a call over the network and the loop asks after every step. Ray's own
+    A thread does so, because each look is a call over the network while the loop asks after every step. Ray's own
     `get_preemption_info` would be a barrier of all workers.
 
     Args:
-        nodes: names of the nodes that matter, by their ids.
+        nodes: names of the nodes to watch, by their ids.
     """
 
     def __init__(self, key: str, nodes: Mapping[str, str]) -> None:
         self._key, self._nodes = key, nodes
         self._reason: str | None = None
-        self._left = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="stop", daemon=True)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="stop", daemon=True)
 
     def requested(self) -> str | None:
         return self._reason
 
-    def _look(self) -> None:
-        while self._reason is None and not self._left.wait(_LOOK_SECONDS):
+    def _watch(self) -> None:
+        while self._reason is None and not self._done.wait(_POLL_SECONDS):
             try:
-                asked = internal_kv._internal_kv_get(self._key, namespace=_NAMESPACE)
-                drained = draining_nodes() & self._nodes.keys()
-            except Exception as error:  # the head is away for a moment; a worker that it gives up is ended by Ray
+                self._reason = compat.get_value(self._key)
+                draining = compat.draining_nodes() & self._nodes.keys()
+            except Exception as error:  # the head may be away for a moment; Ray ends a worker that it gives up
                 logger.debug("no answer from the cluster: {}", error)
                 continue
-            self._reason = (
-                asked.decode() if asked else f"the drain of node {self._nodes[drained.pop()]}" if drained else None
-            )
+            if draining and self._reason is None:
+                self._reason = f"the drain of node {self._nodes[draining.pop()]}"
 
     def __enter__(self) -> Self:
         self._thread.start()
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._left.set()
+        self._done.set()
         self._thread.join()
 
 
 class RayReport:
-    """Logging steps become gauges of Ray's metrics, rank 0's; epochs are reported to Ray Train, so that its `Result` has
-    them.
+    """A `Sink`: rank 0's training metrics become gauges of Ray's metrics, epochs are reported to Ray Train.
 
-    Ray keeps metrics only of checkpoints. Ours stay in the run folder; Ray's is a note that says where.
+    Ray keeps metrics only together with a checkpoint. The run's checkpoints stay in the run folder; Ray's is a note of where
+    that is.
     """
 
     def __init__(self, run_dir: Path, *, is_main: bool) -> None:
@@ -107,38 +108,39 @@ class RayReport:
             self._gauges[name].set(getattr(metrics, name))
 
     def log_epoch(self, metrics: EpochMetrics) -> None:
-        told: dict[str, Any] = {name: value for name, value in asdict(metrics).items() if not isinstance(value, dict)}
+        report: dict[str, Any] = {name: value for name, value in asdict(metrics).items() if not isinstance(value, dict)}
         for split in ("validation", "test"):
             if values := getattr(metrics, split):
-                told |= {f"{split}_{name}": value for name, value in asdict(values).items()}
-            told.pop(split, None)
-        told["world_size"] = ray.train.get_context().get_world_size()
+                report |= {f"{split}_{name}": value for name, value in asdict(values).items()}
+            report.pop(split, None)
+        report["world_size"] = ray.train.get_context().get_world_size()
         note = {"run_dir": str(self._run_dir), "step": metrics.step, "epoch": metrics.epoch}
         checkpoint = None
         with ExitStack() as stack:
             if self._is_main:
-                with OptionalOutput(
-                    "Ray's note of the epoch"
-                ):  # alone, this rank must come to the barrier all the same
+                with OptionalOutput("Ray's note of the epoch"):  # if it fails, this rank must still come to the barrier
                     folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
                     Path(folder, "where.json").write_text(json.dumps(note), encoding="utf-8")
                     checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(told, checkpoint=checkpoint)  # of all workers, a barrier
+            ray.train.report(report, checkpoint=checkpoint)  # a barrier of all workers
 
     def close(self) -> None:
         pass
 
 
-def train_on_worker(given: dict[str, str]) -> dict[str, Any]:
-    """Train; what is returned on rank 0 is where the run stands and, if it was stopped, why."""
-    config = TrainConfig.model_validate_json(given["config"])
+def train_on_worker(arguments: dict[str, str]) -> WorkerResult:
+    """Train, and return where the run stands; the driver reads rank 0's result.
+
+    Args:
+        arguments: `config`, a `TrainConfig` as JSON, and `stop_key`, the key to watch for stop requests.
+    """
+    config = TrainConfig.model_validate_json(arguments["config"])
     topology = Topology.from_environment()
     logs.terminal_logs(topology.rank, level=config.logging.level)
-    print(
-        f"rank {topology.rank} of {topology.world_size}: process {os.getpid()} on {host()}", file=sys.stderr, flush=True
-    )
-    # Of all workers, so that rank 0 can say which it was.
+    place = f"rank {topology.rank} of {topology.world_size}: process {os.getpid()} on {host()}"
+    print(place, file=sys.stderr, flush=True)
+    # All workers' nodes, so that rank 0 can name the one that is draining.
     nodes = dict(collectives.gather_objects((ray.get_runtime_context().get_node_id(), host())))
-    with ClusterStop(given["stop_key"], nodes) as stop:
+    with ClusterStop(arguments["stop_key"], nodes) as stop:
         state = train(config, stop=stop, sinks=[RayReport(config.run_dir, is_main=topology.is_main)])
-    return {"stopped_by": state.stop_reason, "step": state.step, "epoch": state.epoch}
+    return WorkerResult(state.stop_reason, state.step, state.epoch)

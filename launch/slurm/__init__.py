@@ -1,1 +1,1 @@
-"""`python -m launch.slurm`: submits jobs to Slurm, and decides for the batch scripts."""
+"""`python -m launch.slurm` submits jobs; `plan` and `requeue` make the decisions of the batch scripts."""

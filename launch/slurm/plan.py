@@ -1,7 +1,7 @@
-"""`python -m launch.slurm.plan ADDRESS [CONFIG] [--SETTING VALUE ...]`: what a job is about to run, for the batch script.
+"""`python -m launch.slurm.plan ADDRESS [CONFIG] [--SETTING VALUE ...]`: checks a job and tells the batch script what to run.
 
-Written to stdout, each ended by a zero byte: run folder, address, port, ranks a node, CPUs a node, then the arguments of
-`distributed.train`. Nothing for a run that is finished. Whatever is wrong ends here, in a second. Imports no torch.
+Prints, each ended by a zero byte: run folder, rendezvous address, port, ranks per node, CPUs per node, then the arguments
+of `distributed.train`. Prints nothing for a finished run. Reports every input error within a second. Imports no torch.
 """
 
 import sys
@@ -14,14 +14,14 @@ from distributed.errors import ExitCode, InputError
 from distributed.host.cpu_quota import within_quota
 from distributed.topology import Topology
 from distributed.train import checked_config
-from launch.address import free_port, reachable
+from launch.address import free_port, resolve_address
 from launch.environment import Allocation
-from launch.sweep_arguments import of_task
+from launch.sweep_arguments import task_arguments
 
 
 def main() -> int:
-    """The exit code: 0, or 2 where the input is wrong."""
-    words = sys.argv[2:]
+    """Return the exit code: 0, or 2 for bad input."""
+    given = sys.argv[2:]
     try:
         if len(sys.argv) < 2:
             raise InputError(
@@ -29,38 +29,46 @@ def main() -> int:
             )
         allocation = Allocation.from_environment()
         if allocation.missing_folder:
-            check_file(words, allocation.missing_folder)
-        arguments = of_task(words, allocation.array_task)
+            check_config_path(given, allocation.missing_folder)
+        arguments = task_arguments(given, allocation.array_task)
         if allocation.missing_folder:
-            check_paths(arguments, allocation.missing_folder)
+            check_setting_paths(arguments, allocation.missing_folder)
         world_size = allocation.nodes * allocation.ranks
         config, finished = checked_config(arguments, Topology(world_size=world_size))
         if finished:
             print(f"{config.run_dir}: this run is finished; nothing is left to do", file=sys.stderr)
             return ExitCode.FINISHED
         check_batch(config, world_size)
-        address = reachable(sys.argv[1], nodes=allocation.nodes)
+        address = resolve_address(sys.argv[1], nodes=allocation.nodes)
         port = free_port(allocation.job)
     except InputError as error:
         error.tell()
         return ExitCode.BAD_INPUT
-    if not config.threads:  # the cores of the job, which need not be all that the process may use
+    if not config.threads:  # share the job's cores; the process itself may be allowed more of them
         arguments += ["--threads", str(max(1, within_quota(allocation.cpus) // allocation.ranks))]
-    facts = (config.run_dir.absolute(), address, port, allocation.ranks, allocation.cpus)
-    sys.stdout.write("".join(f"{one}\0" for one in (*facts, *arguments)))
+    fields = (config.run_dir.absolute(), address, port, allocation.ranks, allocation.cpus, *arguments)
+    sys.stdout.write("".join(f"{field}\0" for field in fields))
     return ExitCode.FINISHED
 
 
-def check_file(words: Sequence[str], folder: str) -> None:
-    """Raises InputError if the config or sweep file is relative to the job's folder, which is not there."""
-    given = "" if not words or words[0].startswith("-") else words[0]
-    named = given.removeprefix("@") if given.startswith("@") else given and str(config_file(given))
-    if given and not Path(named).is_absolute():
-        raise InputError(_relative(given, folder))
+def check_config_path(arguments: Sequence[str], folder: str) -> None:
+    """Check that the config or sweep file does not depend on the job's folder, which this node does not have.
+
+    Raises:
+        InputError: its path is relative.
+    """
+    first = arguments[0] if arguments and not arguments[0].startswith("-") else ""
+    path = first.removeprefix("@") if first.startswith("@") else first and str(config_file(first))
+    if first and not Path(path).is_absolute():
+        raise InputError(_relative_to_missing(first, folder))
 
 
-def check_paths(arguments: Sequence[str], folder: str) -> None:
-    """Raises InputError if a setting is relative to the job's folder, which is not there: it would mean another place."""
+def check_setting_paths(arguments: Sequence[str], folder: str) -> None:
+    """Check that no setting depends on the job's folder, which this node does not have.
+
+    Raises:
+        InputError: a path is relative, so that it would name another place here.
+    """
     config = from_command_line(arguments).config
     paths = {
         "run_dir": config.run_dir,
@@ -70,17 +78,19 @@ def check_paths(arguments: Sequence[str], folder: str) -> None:
     }
     relative = [f"{name} = {path}" for name, path in paths.items() if path and not path.is_absolute()]
     if relative:
-        raise InputError(*(_relative(one, folder) for one in relative))
+        raise InputError(*(_relative_to_missing(setting, folder) for setting in relative))
 
 
-def _relative(given: str, folder: str) -> str:
-    return (
-        f"{given}: relative to {folder}, which is not there on this node; make it again, or give the path from the root"
-    )
+def _relative_to_missing(path: str, folder: str) -> str:
+    return f"{path}: relative to {folder}, which this node does not have; create it again, or give an absolute path"
 
 
 def check_batch(config: TrainConfig, world_size: int) -> None:
-    """Raises InputError where some ranks would have no image of a micro-batch."""
+    """Check that every rank gets an image of each micro-batch.
+
+    Raises:
+        InputError: a micro-batch has fewer images than there are ranks.
+    """
     micro_batch = config.global_batch_size // config.grad_accum_steps
     if world_size > micro_batch:
         raise InputError(

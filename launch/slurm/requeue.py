@@ -1,14 +1,13 @@
-"""`python -m launch.slurm.requeue begin|end RUN JOB`: why each attempt of a job ended, and whether it is to be requeued.
+"""`python -m launch.slurm.requeue begin|end RUN JOB`: records why each attempt of a job ended, and decides on a requeue.
 
-Between the two, RUN/slurm/JOB.json holds what the next attempt must know of this one; attempts.jsonl gets a line an
-attempt, beside the trainer's own, which a killed attempt has not written. Imports no torch.
+RUN/slurm/JOB.json carries state from one attempt to the next. attempts.jsonl gets one line per attempt, beside the
+trainer's own lines, which a killed attempt did not write. Imports no torch.
 """
 
 import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from distributed.errors import ExitCode, InputError
@@ -16,65 +15,11 @@ from distributed.files import append_line, home_path, read_object, replace_json
 from distributed.run.folder import RunFolder
 from distributed.run.records import AttemptRecord, read_attempts
 from launch.environment import Allocation
-
-_WILL_REPEAT = {
-    ExitCode.BAD_INPUT: "bad input",
-    ExitCode.NOT_FINITE: "a loss that is not finite",
-    ExitCode.STORAGE: "a run folder that cannot be written or belongs to another attempt",
-}
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What becomes of the job: `requeue`, `leave` (Slurm decides) or `end`, with the exit code and why."""
-
-    verdict: str
-    exit_code: int
-    reason: str
-
-
-def decide(
-    lines: list[AttemptRecord], *, finished: bool, saved_step: int, signal: str, restarts: int, max_requeues: int
-) -> Decision:
-    """The decision after an attempt.
-
-    Args:
-        lines: of attempts.jsonl, those of this attempt.
-        finished: whether the run is.
-        saved_step: the step of the newest checkpoint.
-        signal: what the batch script was sent: USR1, Slurm's warning; TERM, by scancel or requeue; or nothing.
-    """
-    ended = next((line for line in reversed(lines) if line.event in ("finished", "stopped", "failed")), None)
-    started = next((line for line in reversed(lines) if line.event == "started"), None)
-    code, said = (ended.exit_code, ended.reason or "") if ended else (None, "")
-    if finished:
-        return Decision("end", ExitCode.FINISHED, "finished")
-    if code in _WILL_REPEAT:
-        return Decision("end", code, f"failed with {_WILL_REPEAT[ExitCode(code)]}, which would repeat: {said}")
-    at_step = saved_step if ended is None or ended.step is None else ended.step
-    at = f" at step {at_step}" if started else " before it began"
-    stopped = ended is not None and ended.event == "stopped"
-    if signal == "TERM":
-        saved = "saved" if stopped else "ended"
-        return Decision(
-            "leave", ExitCode.STOPPED, f"{saved}{at} when Slurm ended the job (requeue, preemption or scancel)"
-        )
-    if signal:
-        reason = f"{'saved' if stopped else 'ended'}{at} on Slurm's warning (SIG{signal}: time limit or preemption)"
-    elif stopped:
-        reason = f"saved{at} on {said}"
-    elif started and saved_step > (started.step or 0):
-        reason = f"failed after step {saved_step} was saved: {said or 'killed, or another process was lost'}"
-    else:
-        reason = f"failed without having saved anything new, which would repeat: {said or 'see the log of each node'}"
-        return Decision("end", int(code or ExitCode.FAILED), reason)
-    if restarts >= max_requeues:
-        return Decision("end", ExitCode.STOPPED, f"{reason}; not requeued: MAX_REQUEUES = {max_requeues} is reached")
-    return Decision("requeue", ExitCode.STOPPED, f"{reason}; requeue {restarts + 1} of {max_requeues}")
+from launch.slurm.decision import AttemptEnd, Decision, Verdict, decide
 
 
 class Journal:
-    """RUN/slurm/JOB.json: the endings so far, and where the lines of the attempt in progress begin."""
+    """RUN/slurm/JOB.json: how the attempts so far ended, and where the lines of the current attempt begin."""
 
     def __init__(self, run: Path, job: str) -> None:
         self.run = RunFolder(run)
@@ -85,40 +30,40 @@ class Journal:
         self._begun: int | None = content.get("begun")
 
     def begin(self) -> None:
-        """An attempt begins; one that has no ending was killed with its batch script."""
+        """Record that an attempt begins. One that never ended was killed together with its batch script."""
         if self._begun is not None:
-            self._tell("lost", "lost without a word: its node was, or it was killed")
+            self._record("lost", "lost without a report: its node failed, or it was killed")
         self._write(begun=len(read_attempts(self.run.attempts_file)))
 
     def end(self, signal: str, allocation: Allocation) -> Decision:
-        """The decision on the attempt that just ended; it is written down."""
-        newest = self.run.newest_state() or {}
-        state = newest.get("state")
+        """Decide on the attempt that just ended, and record the decision."""
+        state = (self.run.newest_state() or {}).get("state")
         step = state.get("step") if isinstance(state, dict) else None
-        lines = self._lines()
         decision = decide(
-            lines,
-            finished=any(line.event == "finished" for line in lines),  # status.json may be an earlier attempt's
-            saved_step=step if isinstance(step, int) else 0,
-            signal=signal,
-            restarts=allocation.restarts,
-            max_requeues=allocation.max_requeues,
+            AttemptEnd(
+                lines=self._lines(),
+                saved_step=step if isinstance(step, int) else 0,
+                signal=signal,
+                restarts=allocation.restarts,
+                max_requeues=allocation.max_requeues,
+            )
         )
-        self._tell({"requeue": "requeued", "leave": "left to Slurm", "end": "ended"}[decision.verdict], decision.reason)
+        event = {Verdict.REQUEUE: "requeued", Verdict.LEAVE: "left to Slurm", Verdict.END: "ended"}[decision.verdict]
+        self._record(event, decision.reason)
         self._write(begun=None)
         return decision
 
     @property
     def comment(self) -> str:
-        """For the job: its last endings."""
-        shown = list(enumerate(self._endings, start=1))[-3:]
-        return " | ".join(f"attempt {number}: {reason}" for number, reason in shown)
+        """The last endings, for the job's comment."""
+        last = list(enumerate(self._endings, start=1))[-3:]
+        return " | ".join(f"attempt {number}: {reason}" for number, reason in last)
 
     def _lines(self) -> list[AttemptRecord]:
         return read_attempts(self.run.attempts_file)[self._begun or 0 :]
 
-    def _tell(self, event: str, reason: str) -> None:
-        """Under the token of the attempt that it is about, so that readers put it with that."""
+    def _record(self, event: str, reason: str) -> None:
+        """Append an ending, under the token of its attempt so that readers can match them."""
         self._endings.append(reason[:300])
         tokens = [line.token for line in self._lines() if line.token]
         record = AttemptRecord(
@@ -137,28 +82,28 @@ class Journal:
 
 
 def main() -> int:
-    """To stdout, a line each: verdict, exit code, reason, comment."""
+    """Print verdict, exit code, reason and comment, one per line."""
     parser = argparse.ArgumentParser(prog="python -m launch.slurm.requeue", description=__doc__)
-    parser.add_argument("what", choices=("begin", "end"))
+    parser.add_argument("moment", choices=("begin", "end"))
     parser.add_argument("run", type=home_path, metavar="RUN")
     parser.add_argument("job", metavar="JOB")
-    parser.add_argument("--signal", default="", metavar="NAME", help="what the batch script was sent")
-    given = parser.parse_args()
+    parser.add_argument("--signal", default="", metavar="NAME", help="the signal that the batch script got")
+    options = parser.parse_args()
     try:
-        journal = Journal(given.run, given.job)
-        if given.what == "begin":
+        journal = Journal(options.run, options.job)
+        if options.moment == "begin":
             journal.begin()
             print(journal.comment)
             return ExitCode.FINISHED
-        decision = journal.end(given.signal, Allocation.from_environment())
+        decision = journal.end(options.signal, Allocation.from_environment())
     except InputError as error:
         error.tell()
         return ExitCode.BAD_INPUT
     except OSError as error:
-        print(f"error: {given.run}: {error}; the job is not requeued", file=sys.stderr)
+        print(f"error: {options.run}: {error}; the job is not requeued", file=sys.stderr)
         return ExitCode.STORAGE
-    one_line = " ".join(decision.reason.split())
-    print(decision.verdict, int(decision.exit_code), one_line, " ".join(journal.comment.split()), sep="\n")
+    reason, comment = (" ".join(text.split()) for text in (decision.reason, journal.comment))
+    print(decision.verdict, decision.exit_code, reason, comment, sep="\n")
     return ExitCode.FINISHED
 
 

@@ -13,13 +13,13 @@ SHORT = ("debug", "--device", "cpu", "--run_dir", "run")
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "RAY_ADDRESS", *RAY_JOB):
         monkeypatch.delenv(name, raising=False)
 
 
-STAND_IN = [
+NO_DATA = [
     ("train in a Slurm job", "train", (), JOB, "Slurm job 7 names neither a config nor a data set"),
     ("train in a Ray job", "train", (), RAY_JOB, "a Ray job names neither"),
     ("ray_train in a Ray job", "launch.ray_train", ("--run_dir", "/tmp/r"), RAY_JOB, "a Ray job names neither"),
@@ -34,12 +34,14 @@ STAND_IN = [
 ]
 
 
-@pytest.mark.parametrize(("module", "words", "job", "said"), [c[1:] for c in STAND_IN], ids=[c[0] for c in STAND_IN])
-def test_in_a_cluster_job_nothing_stands_in_for_cifar(
-    module: str, words: tuple[str, ...], job: dict[str, str], said: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("module", "arguments", "job", "message"), [case[1:] for case in NO_DATA], ids=[case[0] for case in NO_DATA]
+)
+def test_generated_images_never_replace_cifar_in_a_job(
+    module: str, arguments: tuple[str, ...], job: dict[str, str], message: str, tmp_path: Path
 ):
     with untouched(tmp_path):
-        assert_told(call(module, *words, **job), "CIFAR-10 is not there", said)
+        assert_told(call(module, *arguments, **job), "CIFAR-10 is not there", message)
 
 
 ENVIRONMENT = [
@@ -48,26 +50,29 @@ ENVIRONMENT = [
     ("a negative job", {"SLURM_JOB_ID": "-7"}, "should be a whole number of at least 0"),
     ("other digits", {"SLURM_JOB_ID": "٧"}, "SLURM_JOB_ID = '٧'"),
     ("endless digits", {"SLURM_JOB_ID": "9" * 5000}, "SLURM_JOB_ID"),
-    ("no nodes", {"SLURM_JOB_NUM_NODES": "2-4"}, "SLURM_JOB_NUM_NODES = '2-4'"),
+    ("a range of nodes", {"SLURM_JOB_NUM_NODES": "2-4"}, "SLURM_JOB_NUM_NODES = '2-4'"),
     ("no ranks", {"RANKS_PER_NODE": "0"}, "RANKS_PER_NODE = '0': should be a whole number of at least 1"),
     ("a word as task", {"SLURM_ARRAY_TASK_ID": "first"}, "SLURM_ARRAY_TASK_ID = 'first'"),
     ("a word as limit", {"MAX_REQUEUES": "many"}, "MAX_REQUEUES = 'many'"),
     ("a fraction of a restart", {"SLURM_RESTART_COUNT": "1.5"}, "SLURM_RESTART_COUNT = '1.5'"),
-    ("several nodes on loopback", {"SLURM_JOB_NUM_NODES": "2"}, "leads to 127.0.0.1, loopback"),
+    ("several nodes on loopback", {"SLURM_JOB_NUM_NODES": "2"}, "resolves to 127.0.0.1, a loopback address"),
     ("more ranks than images", {"RANKS_PER_NODE": "64"}, "64 processes"),
     ("the job's folder is gone", {"JOB_FOLDER_MISSING": "/gone"}, "run_dir = run: relative to /gone"),
 ]
 
 
-@pytest.mark.parametrize(("changed", "said"), [c[1:] for c in ENVIRONMENT], ids=[c[0] for c in ENVIRONMENT])
-def test_a_plan_of_no_usable_job_is_refused(changed: dict[str, str], said: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("changed", "message"), [case[1:] for case in ENVIRONMENT], ids=[case[0] for case in ENVIRONMENT]
+)
+def test_a_plan_for_an_unusable_job_is_refused(changed: dict[str, str], message: str, tmp_path: Path):
     with untouched(tmp_path):
-        found = call("launch.slurm.plan", "127.0.0.1", *SHORT, **{k: v for k, v in (JOB | changed).items() if v})
-        assert_told(found, said)
+        environment = {name: value for name, value in (JOB | changed).items() if value}
+        found = call("launch.slurm.plan", "127.0.0.1", *SHORT, **environment)
+        assert_told(found, message)
     assert found.out == "", "the batch script reads it"
 
 
-WORDS = [
+ARGUMENTS = [
     ("plan without an address", "launch.slurm.plan", (), "the address is missing"),
     (
         "plan at no host",
@@ -81,16 +86,23 @@ WORDS = [
     ("plan of an open quote", "launch.slurm.plan", ("127.0.0.1", "@quote"), "No closing quotation"),
     ("plan of an empty sweep", "launch.slurm.plan", ("127.0.0.1", "@empty"), "@empty"),
     ("plan of a binary sweep", "launch.slurm.plan", ("127.0.0.1", "@binary"), "binary"),
-    ("slurm without a config", "launch.slurm", ("--epochs", 3), "the first word names the config"),
+    ("slurm without a config", "launch.slurm", ("--epochs", 3), "the first argument names the config"),
     ("slurm with an unknown name", "launch.slurm", ("cifar11", "--dry-run"), "did you mean cifar10"),
     ("slurm with a folder", "launch.slurm", (".", "--dry-run"), "Is a directory"),
     (
         "slurm with a sweep of nothing",
         "launch.slurm",
         (*SHORT, "--sweep", "optim.lr="),
-        "should be SETTING=VALUE,VALUE",
+        "should be --sweep.SETTING VALUE,VALUE",
     ),
-    ("slurm with an unknown sweep", "launch.slurm", (*SHORT, "--sweep", "optim.lrr=1"), "did you mean optim.lr?"),
+    ("slurm with an unknown sweep", "launch.slurm", (*SHORT, "--sweep.optim.lrr", "1"), "did you mean optim.lr?"),
+    ("slurm with an unknown old sweep", "launch.slurm", (*SHORT, "--sweep", "optim.lrr=1"), "did you mean optim.lr?"),
+    (
+        "slurm with no seeds",
+        "launch.slurm",
+        (*SHORT, "--seeds", 0),
+        "--seeds 0: should be a whole number of at least 1",
+    ),
     ("slurm with too many ranks", "launch.slurm", (*SHORT, "--ranks-per-node", 9, "--dry-run"), "9 processes"),
     ("slurm with a file as run folder", "launch.slurm", ("debug", "--run_dir", "empty/x", "--dry-run"), "empty"),
     ("doctor for no time", "launch.doctor", (*SHORT, "--seconds", 0), "--seconds 0"),
@@ -106,30 +118,36 @@ WORDS = [
     ("ray with a relative run folder", "launch.ray_train", SHORT, "run_dir = run: relative"),
     ("ray with a sweep of nothing", "launch.ray_train", ("debug", "--sweep.optim.lr"), "--sweep.optim.lr"),
     ("ray with a sweep of folders", "launch.ray_train", ("debug", "--sweep.run_dir", "/a,/b"), "cannot be swept"),
-    ("ray with a value twice", "launch.ray_train", ("debug", "--sweep.seed=1,1"), "--sweep.seed=1,1"),
+    ("ray with a sweep of epochs", "launch.ray_train", ("debug", "--sweep", "epochs=1,2"), "cannot be swept"),
+    ("ray with a value twice", "launch.ray_train", ("debug", "--sweep.seed=1,1"), "--sweep.seed 1,1"),
+    ("ray with no seeds", "launch.ray_train", ("debug", "--seeds", "none"), "--seeds none"),
 ]
 
 
-@pytest.mark.parametrize(("module", "words", "said"), [c[1:] for c in WORDS], ids=[c[0] for c in WORDS])
-def test_wrong_words_of_a_launcher_are_one_line(module: str, words: tuple[object, ...], said: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"), [case[1:] for case in ARGUMENTS], ids=[case[0] for case in ARGUMENTS]
+)
+def test_wrong_arguments_of_a_launcher_are_one_line(
+    module: str, arguments: tuple[object, ...], message: str, tmp_path: Path
+):
     (tmp_path / "quote").write_text("debug --run_dir 'a\n")
     (tmp_path / "empty").write_text("")
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     with untouched(tmp_path):
-        assert_told(call(module, *words, **(JOB if module == "launch.slurm.plan" else {})), said)
+        assert_told(call(module, *arguments, **(JOB if module == "launch.slurm.plan" else {})), message)
 
 
 ADDRESSES = [
     ("no port", "host"),
     ("a URL", "http://127.0.0.1:8265"),
-    ("a port beyond all", "127.0.0.1:99999"),
+    ("a port out of range", "127.0.0.1:99999"),
     ("no host", ":6379"),
     ("a port of letters", "127.0.0.1:ray"),
     ("a closed port", "127.0.0.1:1"),
 ]
 
 
-@pytest.mark.parametrize("address", [c[1] for c in ADDRESSES], ids=[c[0] for c in ADDRESSES])
+@pytest.mark.parametrize("address", [case[1] for case in ADDRESSES], ids=[case[0] for case in ADDRESSES])
 def test_an_address_without_a_ray_is_refused_at_once(address: str, tmp_path: Path):
     found = call("launch.ray_train", *SHORT[:-1], tmp_path / "run", RAY_ADDRESS=address)
     assert_told(found, f"RAY_ADDRESS = {address}")
@@ -138,6 +156,12 @@ def test_an_address_without_a_ray_is_refused_at_once(address: str, tmp_path: Pat
 def test_a_doctor_in_a_job_without_slurm_is_refused(tmp_path: Path):
     found = call("launch.doctor", *SHORT, **JOB, SLURM_JOB_NODELIST="n1", PATH=str(tmp_path))
     assert_told(found, "scontrol: No such file or directory; start this on a node of the job")
+
+
+@pytest.mark.parametrize("count", ["2", "0"])
+def test_a_doctor_in_a_job_without_its_nodes_is_refused(count: str):
+    found = call("launch.doctor", *SHORT, SLURM_JOB_ID="7", SLURM_JOB_NUM_NODES=count, SLURM_JOB_NODELIST="")
+    assert_told(found, "SLURM_JOB_NUM_NODES = ", count)
 
 
 NAMED = [
@@ -160,16 +184,16 @@ NAMED = [
 ]
 
 
-@pytest.mark.parametrize(("given", "said"), [c[1:] for c in NAMED], ids=[c[0] for c in NAMED])
-def test_a_name_without_a_config_says_which_there_are(given: str, said: str, tmp_path: Path):
+@pytest.mark.parametrize(("given", "message"), [case[1:] for case in NAMED], ids=[case[0] for case in NAMED])
+def test_an_unknown_config_name_lists_the_known_ones(given: str, message: str, tmp_path: Path):
     (tmp_path / "plain").write_text("no TOML\n")
     (tmp_path / "folder").mkdir()
     with untouched(tmp_path):
-        assert_told(call("train", given), said)
+        assert_told(call("train", given), message)
 
 
 @pytest.mark.parametrize("base", ["cifar11", "cifar10.toml", "folder"])
-def test_a_base_without_a_config_says_which_there_are(base: str, tmp_path: Path):
+def test_an_unknown_base_config_is_named(base: str, tmp_path: Path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "mine.toml").write_text(f'extends = "{base}"\n')
     assert_told(call("train", "mine.toml"), base)
@@ -189,9 +213,3 @@ def test_a_local_file_comes_before_a_shipped_config(tmp_path: Path):
     assert_told(call("train", "debug"), "debug:1: epochs = 0")
     (tmp_path / "mine.toml").write_text('extends = "debug"\n')
     assert_told(call("train", "mine.toml"), "debug:1: epochs = 0")
-
-
-@pytest.mark.parametrize(("count", "listed"), [("2", ""), ("0", "")])
-def test_a_doctor_in_a_job_without_its_nodes_is_refused(count: str, listed: str):
-    found = call("launch.doctor", *SHORT, SLURM_JOB_ID="7", SLURM_JOB_NUM_NODES=count, SLURM_JOB_NODELIST=listed)
-    assert_told(found, "SLURM_JOB_NUM_NODES = ", count)

@@ -31,7 +31,8 @@ class Outcome:
 
 def call(module: str, *words: object, **environment: str) -> Outcome:
     """`python -m distributed.MODULE WORDS`, or `launch.MODULE`; a test fails where that raises anything or hangs."""
-    main = importlib.import_module(module if module.startswith("launch.") else f"distributed.{module}").main
+    found = importlib.import_module(module if module.startswith("launch.") else f"distributed.{module}")
+    main = importlib.import_module(f"{found.__name__}.__main__" if hasattr(found, "__path__") else found.__name__).main
     out, err, before = io.StringIO(), io.StringIO(), (sys.argv, dict(os.environ))
     sys.argv = [module, *map(str, words)]
     os.environ.update(environment)

@@ -53,7 +53,7 @@ def gradients_of_first_step(engine: dict[str, Any]) -> tuple[dict[str, Tensor], 
 
     def loss(model: Any, part: Any) -> Any:
         losses = torch.nn.functional.cross_entropy(model(part.images, part.sample_keys), part.labels, reduction="none")
-        return losses.sum() / part.step_size, None
+        return losses.sum() / part.global_count, None
 
     made.micro_step(loss, batch, last=True)
     # Clones, since an engine's gradients may be views of one buffer.

@@ -53,7 +53,7 @@ def evaluate_splits(keys: list[Key]) -> dict[Key, Evaluated]:
         engine = build_engine(config, topology, data, CPU)
         for key in keys:
             if key[:2] == (shards, precision):
-                data.evaluation_batch_size = key[3]
+                data.batching = replace(data.batching, evaluation_batch_size=key[3])
                 found[key] = evaluate_split(engine, data, key[2])
     return found
 

@@ -1,4 +1,4 @@
-"""Fast mode in bfloat16 on one GPU: a run that is stopped and resumed, and its checkpoint on the CPU."""
+"""Fast mode in bfloat16 on one GPU: a run that stops and resumes, and its checkpoint on the CPU."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from kit.ranks import in_group, run_ranks
 from kit.small_runs import FAST, newest_checkpoint, small_config
 from kit.traces import Trace, assert_same_run, tensors_of, traced
 
-from distributed.checkpoint import checkpointer
+from distributed.checkpoint.snapshot import load
 from distributed.config import TrainConfig
 from distributed.run.folder import RunFolder
 from distributed.training.steps import evaluate
@@ -32,7 +32,7 @@ def config_of(run_dir: Path, device: str) -> TrainConfig:
 def run_all(folder: Path) -> dict[str, Trace]:
     stopped = config_of(folder / "stopped", DEVICE)
     return {
-        "undisturbed": traced(config_of(folder / "undisturbed", DEVICE)),
+        "uninterrupted": traced(config_of(folder / "uninterrupted", DEVICE)),
         "stopped": traced(stopped, 2),
         "resumed": traced(stopped),
     }
@@ -40,9 +40,9 @@ def run_all(folder: Path) -> dict[str, Trace]:
 
 @in_group
 def on_the_cpu(run_dir: Path) -> tuple[float, list[str]]:
-    """(test loss, the names of tensors that are not those in the checkpoint's file)"""
+    """Return the test loss, and the names of tensors that differ from the checkpoint's file."""
     engine, data = built(config_of(run_dir, "cpu"))
-    checkpointer.load(newest_checkpoint(run_dir), engine)
+    load(newest_checkpoint(run_dir), engine)
     expected = tensors_of(RunFolder(run_dir))
     different = [name for name, tensor in engine.state() if not torch.equal(tensor, expected[name])]
     return evaluate(engine, data, "test", flip_tta=False, device=CPU).mean_loss, different
@@ -57,14 +57,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tra
 
 def test_a_stopped_run_ends_with_the_same_bits(found: tuple[Path, dict[str, Trace]]) -> None:
     folder, traces = found
-    assert 0 < len(traces["stopped"].steps) < len(traces["undisturbed"].steps)
-    assert [*traces["stopped"].steps, *traces["resumed"].steps] == traces["undisturbed"].steps
-    assert traces["resumed"].tensors == traces["undisturbed"].tensors
-    assert_same_run(RunFolder(folder / "stopped"), RunFolder(folder / "undisturbed"))
+    assert 0 < len(traces["stopped"].steps) < len(traces["uninterrupted"].steps)
+    assert [*traces["stopped"].steps, *traces["resumed"].steps] == traces["uninterrupted"].steps
+    assert traces["resumed"].tensors == traces["uninterrupted"].tensors
+    assert_same_run(RunFolder(folder / "stopped"), RunFolder(folder / "uninterrupted"))
 
 
-def test_a_checkpoint_saved_on_cuda_is_loaded_and_evaluated_on_the_cpu(found: tuple[Path, dict[str, Trace]]) -> None:
+def test_a_checkpoint_from_cuda_is_evaluated_on_the_cpu(found: tuple[Path, dict[str, Trace]]) -> None:
     folder, traces = found
-    ((loss, different),) = run_ranks(on_the_cpu, 1, folder / "undisturbed", timeout_seconds=60)
+    ((loss, different),) = run_ranks(on_the_cpu, 1, folder / "uninterrupted", timeout_seconds=60)
     assert different == []
-    assert loss == pytest.approx(traces["undisturbed"].epochs[-1]["test"]["loss"], rel=2e-2)
+    assert loss == pytest.approx(traces["uninterrupted"].epochs[-1]["test"]["loss"], rel=2e-2)

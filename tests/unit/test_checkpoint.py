@@ -36,7 +36,7 @@ from distributed.training.state import Best, TrainState
 
 
 class PlainEngine:
-    """As much of an engine as a checkpoint needs."""
+    """The part of an engine that checkpoints use."""
 
     def __init__(self, fill: float) -> None:
         self.model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
@@ -61,7 +61,7 @@ def at_step(step: int, best: int | None = None) -> TrainState:
 
 
 def three_epochs(writer: Checkpointer) -> TrainState:
-    """Epochs whose weights are 1, 2 and 3; the second is the best."""
+    """Save epochs whose weights are 1, 2 and 3; the second is the best."""
     for epoch in (1, 2, 3):
         state = TrainState(Constant(1.0), epoch=epoch, step=epoch, best=Best(1, 2, 0.5) if epoch > 1 else None)
         writer.save_epoch(PlainEngine(epoch), state, is_best=epoch == 2, is_last=False)  # type: ignore[arg-type]
@@ -77,7 +77,7 @@ def run(tmp_path) -> Iterator[ClaimedRun]:
 
 
 @pytest.fixture
-def said() -> Iterator[list[str]]:
+def log() -> Iterator[list[str]]:
     messages: list[str] = []
     handle = logger.add(lambda message: messages.append(str(message)), format="{level} {message}")
     yield messages
@@ -89,7 +89,7 @@ def checkpointer(run: ClaimedRun, keep_last: int = 9) -> Checkpointer:
 
 
 def saved(run: ClaimedRun, *steps: int) -> list[Path]:
-    """Checkpoints of these steps, whose weights are the step's number."""
+    """Save checkpoints at these steps, with weights equal to the step."""
     writer = checkpointer(run)
     for step in steps:
         writer.save(PlainEngine(step), at_step(step))  # type: ignore[arg-type]
@@ -97,7 +97,7 @@ def saved(run: ClaimedRun, *steps: int) -> list[Path]:
     return checkpoints(run.checkpoints)
 
 
-def restored(run: ClaimedRun) -> tuple[PlainEngine, TrainState, dict | None]:
+def resumed(run: ClaimedRun) -> tuple[PlainEngine, TrainState, dict | None]:
     engine, state = PlainEngine(-1), at_step(0)
     return engine, state, checkpointer(run).resume(engine, state)  # type: ignore[arg-type]
 
@@ -112,7 +112,7 @@ def test_resuming_loads_every_tensor_and_the_counters(run):
     engine.model.to(torch.float32)
     writer.save(engine, at_step(7, best=7))  # type: ignore[arg-type]
     writer.wait()
-    again, state, content = restored(run)
+    again, state, content = resumed(run)
     assert content is not None
     assert content["bits"] == {"threads": 1}
     assert state == at_step(7, best=7)
@@ -130,15 +130,15 @@ def test_digests_outlive_their_checkpoints(run):
         if step == 2:
             engine.step()
     assert len(checkpoints(run.checkpoints)) == 1
-    told = [json.loads(line) for line in run.digests_file.read_text().splitlines()]
-    assert [line["name"] for line in told] == [f"step-{step:08d}-epoch-001" for step in (1, 2, 3)]
-    assert told[0]["tensors"] == told[1]["tensors"]
-    assert told[2]["tensors"].keys() == told[1]["tensors"].keys() == dict(engine.state()).keys()
-    assert told[2]["tensors"]["model.0.weight"] != told[1]["tensors"]["model.0.weight"]
+    lines = [json.loads(line) for line in run.digests_file.read_text().splitlines()]
+    assert [line["name"] for line in lines] == [f"step-{step:08d}-epoch-001" for step in (1, 2, 3)]
+    assert lines[0]["tensors"] == lines[1]["tensors"]
+    assert lines[2]["tensors"].keys() == lines[1]["tensors"].keys() == dict(engine.state()).keys()
+    assert lines[2]["tensors"]["model.0.weight"] != lines[1]["tensors"]["model.0.weight"]
 
 
 def test_resuming_from_an_empty_folder_loads_nothing(run):
-    _, state, content = restored(run)
+    _, state, content = resumed(run)
     assert content is None
     assert state == at_step(0)
 
@@ -160,7 +160,7 @@ def test_a_save_copies_the_state_at_the_time_of_the_call(run):
         engine.model[0].weight.fill_(2.0)
     state.finish_step(5)
     writer.wait()
-    again, restored_state, _ = restored(run)
+    again, restored_state, _ = resumed(run)
     assert bool((again.model[0].weight == 1).all())
     assert restored_state.step == 1
 
@@ -216,14 +216,14 @@ def test_a_manifest_of_an_unknown_format_is_damage(run, form):
     assert damage_of(path) == "no manifest of a known format"
 
 
-def test_a_damaged_newest_is_set_aside_and_the_previous_resumed(run, said):
+def test_a_damaged_newest_is_set_aside_and_the_previous_resumed(run, log):
     *_, last = saved(run, 1, 2, 3)
     (last / "tensors.safetensors").write_bytes(b"garbage")
-    engine, state, _ = restored(run)
+    engine, state, _ = resumed(run)
     assert state.step == 2
     assert bool((engine.model[0].weight == 2).all())
-    assert [line.split()[0] for line in said] == ["ERROR"]
-    assert "step-00000003-epoch-001 is damaged" in said[0]
+    assert [line.split()[0] for line in log] == ["ERROR"]
+    assert "step-00000003-epoch-001 is damaged" in log[0]
     assert [path.name for path in checkpoints(run.checkpoints)] == [
         "step-00000001-epoch-001",
         "step-00000002-epoch-001",
@@ -235,8 +235,8 @@ def test_a_damaged_step_can_be_saved_and_damaged_again(run):
     for _ in range(2):
         *_, last = saved(run, 1, 2) if not checkpoints(run.checkpoints) else saved(run, 2)
         (last / "manifest.json").unlink()
-        assert restored(run)[1].step == 1
-    assert restored(run)[1].step == 1
+        assert resumed(run)[1].step == 1
+    assert resumed(run)[1].step == 1
 
 
 def test_a_run_without_a_complete_checkpoint_never_restarts(run):
@@ -244,7 +244,7 @@ def test_a_run_without_a_complete_checkpoint_never_restarts(run):
         (path / "manifest.json").write_text("{")
     before = names(run.checkpoints)
     with pytest.raises(InputError, match="no complete one is left"):
-        restored(run)
+        resumed(run)
     assert names(run.checkpoints) == before
 
 
@@ -252,14 +252,14 @@ def test_unfinished_saves_of_a_killed_attempt_are_deleted(run):
     saved(run, 1)
     write_checkpoint(run.checkpoints / ".writing-00000002", {"a": torch.ones(1)}, {})
     (run.checkpoints / ".deleting-step-00000000").mkdir()
-    assert restored(run)[1].step == 1
+    assert resumed(run)[1].step == 1
     assert names(run.checkpoints) == ["latest", "step-00000001-epoch-001"]
 
 
 def test_resuming_ignores_the_links(run):
     saved(run, 1, 2)
     set_link(run.checkpoints, "latest", "step-00000077-epoch-001")
-    assert restored(run)[1].step == 2
+    assert resumed(run)[1].step == 2
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(run):
@@ -320,7 +320,7 @@ def test_a_full_disk_is_one_line_and_keeps_earlier_checkpoints(run, monkeypatch)
         writer.wait()
     assert "\n" not in str(caught.value)
     assert names(run.checkpoints) == ["latest", "step-00000001-epoch-001"]
-    assert restored(run)[1].step == 1
+    assert resumed(run)[1].step == 1
 
 
 def test_a_checkpoint_of_another_model_is_refused(run):
@@ -359,10 +359,10 @@ def test_saves_are_uploaded_and_resumed_from_the_store(run, tmp_path):
 def test_a_checkpoint_is_kept_during_its_upload(run, tmp_path, monkeypatch):
     writer = Checkpointer(run.checkpoints, run, keep_last=1, metadata={}, upload_to=f"file://{tmp_path}/store")
     assert writer._uploader is not None
-    go_on, put = threading.Event(), writer._uploader.store._fs.put_file
+    resume_uploads, put = threading.Event(), writer._uploader.store._fs.put_file
 
     def slow(*paths: str) -> None:
-        go_on.wait(20)
+        resume_uploads.wait(20)
         put(*paths)
 
     monkeypatch.setattr(writer._uploader.store._fs, "put_file", slow)
@@ -373,7 +373,7 @@ def test_a_checkpoint_is_kept_during_its_upload(run, tmp_path, monkeypatch):
         writer.save(PlainEngine(step), at_step(step))  # type: ignore[arg-type]
     writer._wait_for_save()
     assert [path.name[12] for path in checkpoints(run.checkpoints)] == ["1", "4"]
-    go_on.set()
+    resume_uploads.set()
     writer.wait()
     assert [path.name[12] for path in checkpoints(run.checkpoints)] == ["4"]
     assert names(tmp_path / "store") == ["attempt.json", "step-00000004-epoch-001"]
@@ -387,7 +387,7 @@ def test_a_failing_store_ends_the_attempt_before_it_begins(run, tmp_path):
 
 
 class Clock:
-    """A clock that moves only when advanced; each save takes `save_seconds`."""
+    """A clock that advances by `save_seconds` per save, and otherwise only on demand."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, save_seconds: float) -> None:
         self.now = 0.0
@@ -404,7 +404,7 @@ class Clock:
 
 
 def epochs(run: ClaimedRun, clock: Clock, *, seconds: float, count: int, best: int) -> list[int]:
-    """Train `count` epochs of `seconds` each, `best` being the best; returns the epochs that were saved."""
+    """Train `count` epochs of `seconds` each, of which `best` is the best. Returns the epochs that were saved."""
     writer = Checkpointer(run.checkpoints, run, keep_last=99, metadata={}, budget=SaveBudget(0.05, clock))
     found = []
     for epoch in range(1, count + 1):
@@ -421,7 +421,7 @@ def epochs(run: ClaimedRun, clock: Clock, *, seconds: float, count: int, best: i
 def test_saves_take_at_most_a_twentieth_of_the_time(run, monkeypatch):
     clock = Clock(monkeypatch, save_seconds=2.0)
     found = epochs(run, clock, seconds=1.0, count=400, best=1)
-    # A save of 2 s is affordable every 40 s; the first is free, the last is always made.
+    # A save of 2 s is allowed every 40 s. The first is free and the last always happens.
     assert found[:2] == [1, 78]
     assert found[-1] == 400
     assert 2.0 * (len(found) - 1) <= 0.05 * clock.now
@@ -439,7 +439,7 @@ def test_an_unsaved_best_epoch_is_written_by_the_next_save(run, monkeypatch):
     assert damage_of(best) is None
     assert snapshot.read_tensors(best)["model.0.weight"].unique().tolist() == [3.0]
     assert json.loads((best / "state.json").read_text())["state"]["epoch"] == 3
-    engine, state, _ = restored(run)
+    engine, state, _ = resumed(run)
     assert (state.epoch, state.best) == (7, Best(2, 30, 0.5))
     assert engine.model[0].weight.unique().tolist() == [7.0]
 
@@ -502,7 +502,7 @@ def test_without_a_limit_every_epoch_is_saved(run, monkeypatch):
     assert [path.name[-3:] for path in checkpoints(run.checkpoints)] == ["001", "002", "003"]
 
 
-# What stands beside the run's own checkpoints, and what cannot be deleted
+# Foreign files beside the run's own checkpoints, and failing deletions
 
 
 def save(run: ClaimedRun, *steps: int, keep_last: int = 1) -> Checkpointer:
@@ -513,7 +513,7 @@ def save(run: ClaimedRun, *steps: int, keep_last: int = 1) -> Checkpointer:
     return writer
 
 
-def test_a_copy_with_a_later_name_does_not_displace_others(run, said):
+def test_a_copy_with_a_later_name_does_not_displace_others(run, log):
     writer = save(run, 1, 2)
     copy = run.checkpoints / name_of(step=99, epoch=9)
     shutil.copytree(run.checkpoints / name_of(step=2, epoch=1), copy)
@@ -521,9 +521,9 @@ def test_a_copy_with_a_later_name_does_not_displace_others(run, said):
     writer.wait()
     assert names(run.checkpoints) == ["latest", name_of(step=3, epoch=1), copy.name]
     assert (run.checkpoints / "latest").resolve().name == name_of(step=3, epoch=1)
-    assert restored(run)[1].step == 3
+    assert resumed(run)[1].step == 3
     assert copy.with_name(f"{copy.name}.damaged").is_dir()
-    assert "it holds step 2 after 1 epochs" in said[-1]
+    assert "it holds step 2 after 1 epochs" in log[-1]
 
 
 def test_a_copy_with_the_next_saves_name_is_set_aside(run):
@@ -533,14 +533,14 @@ def test_a_copy_with_the_next_saves_name_is_set_aside(run):
     writer.save(PlainEngine(2), at_step(2))  # type: ignore[arg-type]
     writer.wait()
     assert names(run.checkpoints) == ["latest", name, f"{name}.damaged"]
-    assert restored(run)[1].step == 2
+    assert resumed(run)[1].step == 2
 
 
 def test_setting_aside_overwrites_nothing(run):
     for content in ("first", "second", "third"):
         *_, last = saved(run, 1, 2) if content == "first" else saved(run, 2)
         (last / "manifest.json").write_text(content)
-        restored(run)
+        resumed(run)
     found = [
         (run.checkpoints / f"{last.name}.damaged{more}" / "manifest.json").read_text() for more in ("", "-2", "-3")
     ]
@@ -551,9 +551,9 @@ def test_setting_aside_overwrites_nothing(run):
 def test_setting_aside_when_the_name_exists(run, kind):
     *_, last = saved(run, 1, 2)
     (last / "manifest.json").unlink()
-    taken = last.with_name(f"{last.name}.damaged")
-    taken.write_text("precious") if kind == "a file" else taken.symlink_to("nothing")
-    assert restored(run)[1].step == 1
+    aside = last.with_name(f"{last.name}.damaged")
+    aside.write_text("precious") if kind == "a file" else aside.symlink_to("nothing")
+    assert resumed(run)[1].step == 1
     assert last.with_name(f"{last.name}.damaged-2").is_dir()
 
 
@@ -571,14 +571,14 @@ def test_deleting_a_linked_checkpoint_keeps_its_target(run, tmp_path):
     moved = tmp_path / "elsewhere"
     (run.checkpoints / name_of(step=1, epoch=1)).rename(moved)
     (run.checkpoints / name_of(step=1, epoch=1)).symlink_to(moved)
-    assert restored(run)[1].step == 1
+    assert resumed(run)[1].step == 1
     save(run, 2)
     assert names(run.checkpoints) == ["latest", name_of(step=2, epoch=1)]
     assert damage_of(moved) is None
 
 
-def test_a_failed_deletion_is_retried_by_the_next_save(run, said, monkeypatch):
-    """As on NFS while another client has one of its files open."""
+def test_a_failed_deletion_is_retried_by_the_next_save(run, log, monkeypatch):
+    """E.g. on NFS while another client has one of its files open."""
     rmtree = shutil.rmtree
 
     def busy(path: Path, **_: object) -> None:
@@ -589,8 +589,8 @@ def test_a_failed_deletion_is_retried_by_the_next_save(run, said, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", busy)
     writer = save(run, 1, 2)
     assert names(run.checkpoints) == [f".deleting-{name_of(step=1, epoch=1)}", "latest", name_of(step=2, epoch=1)]
-    assert [line.split()[0] for line in said] == ["WARNING"]
-    assert "Directory not empty; training continues, and the next save tries again" in said[0]
+    assert [line.split()[0] for line in log] == ["WARNING"]
+    assert "Directory not empty; training continues, and the next save tries again" in log[0]
     monkeypatch.undo()
     writer.save(PlainEngine(3), at_step(3))  # type: ignore[arg-type]
     writer.wait()
@@ -598,7 +598,7 @@ def test_a_failed_deletion_is_retried_by_the_next_save(run, said, monkeypatch):
 
 
 def test_one_failed_deletion_does_not_prevent_others(run, monkeypatch):
-    """As of a folder under `chattr +i`, which cannot be renamed either."""
+    """E.g. a folder under `chattr +i`, which cannot be renamed either."""
     rename = Path.rename
 
     def immutable(self: Path, target: Path) -> Path:
@@ -612,15 +612,15 @@ def test_one_failed_deletion_does_not_prevent_others(run, monkeypatch):
 
 
 @pytest.mark.parametrize("link", ["latest", ".latest", "best"])
-def test_a_link_that_cannot_be_set_is_a_warning(run, said, link):
+def test_a_link_that_cannot_be_set_is_a_warning(run, log, link):
     (run.checkpoints / link / "precious").mkdir(parents=True)
     writer = checkpointer(run)
     for step in (1, 2):
         writer.save(PlainEngine(step), at_step(step, best=1))  # type: ignore[arg-type]
         writer.wait()
-    assert [line.split(":")[0] for line in said] == [f"WARNING the link {link.removeprefix('.')} was not set"]
+    assert [line.split(":")[0] for line in log] == [f"WARNING the link {link.removeprefix('.')} was not set"]
     assert (run.checkpoints / link / "precious").is_dir()
-    assert restored(run)[1].step == 2
+    assert resumed(run)[1].step == 2
 
 
 def test_nothing_is_set_aside_if_the_resume_is_refused(run):
@@ -646,7 +646,7 @@ def test_a_failure_to_set_aside_is_one_line(run, monkeypatch):
 
     monkeypatch.setattr(Path, "rename", denied)
     with pytest.raises(StorageError, match=f"{last.name}: Permission denied"):
-        restored(run)
+        resumed(run)
 
 
 def test_an_attempt_superseded_after_its_commit_sets_no_links(run, monkeypatch):

@@ -1,4 +1,4 @@
-"""A step with its inputs in fixed memory, as a CUDA graph holds it, has the bits of a plain step; tried without a GPU."""
+"""A step with its inputs in fixed memory, as in a CUDA graph, is bit-identical to a plain step. Mostly without a GPU."""
 
 from pathlib import Path
 from typing import Any
@@ -42,16 +42,16 @@ def parts_of(config: TrainConfig) -> tuple[DataPipeline, Engine, MetricAccumulat
 
 
 def after_two_epochs(config: TrainConfig, *, fixed: bool) -> tuple[dict[str, torch.Tensor], list[float], Totals]:
-    """The state, the norm of each step's gradient, and the sums; the last step of an epoch has 8 images."""
-    data, engine, sums = parts_of(config)
-    step: Any = build_step(config, engine, sums, CPU)
+    """The final state, the gradient norm of each step and the totals. The last step of an epoch has 8 images."""
+    data, engine, metrics = parts_of(config)
+    step: Any = build_step(config, engine, metrics, CPU)
     if fixed:
-        step = CudaGraphStep(engine, sums, loss=config.loss, device=CPU, capture=False)
+        step = CudaGraphStep(engine, metrics, loss=config.loss, device=CPU, capture=False)
     rates, norms = iter(RATES), []
     for epoch in (0, 1):
         for micro_batches in data.train_epoch(epoch):
             norms.append(float(step(micro_batches, lr=next(rates) / 8, step=len(norms))))
-    return {name: tensor.clone() for name, tensor in engine.state()}, norms, sums.read()
+    return {name: tensor.clone() for name, tensor in engine.state()}, norms, metrics.read()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -75,13 +75,13 @@ def test_ema_with_the_step_on_the_device_is_bit_identical() -> None:
 
 def test_a_loss_that_is_not_finite_names_its_step() -> None:
     config = config_of(model={"name": "improved_alexnet", "dropout": 0.0})
-    data, engine, sums = parts_of(config)
-    step = CudaGraphStep(engine, sums, loss=config.loss, device=CPU, capture=False)
+    data, engine, metrics = parts_of(config)
+    step = CudaGraphStep(engine, metrics, loss=config.loss, device=CPU, capture=False)
     for number, micro_batches in enumerate(data.train_epoch(0)):
         if number == 1:
             micro_batches[0].images.fill_(torch.inf)
         step(micro_batches, lr=0.1, step=7 + number)
-    assert sums.read().first_bad_step == 8
+    assert metrics.read().first_bad_step == 8
 
 
 @pytest.mark.parametrize("augmented_at_once", [2, 3, 9])
@@ -99,7 +99,7 @@ def test_images_augmented_together_are_bit_identical(augmented_at_once: int, cas
     for one, other in zip(found, expected, strict=True):
         assert len(one) == len(other)
         for ours, theirs in zip(one, other, strict=True):
-            assert (ours.step_size, ours.shard_sizes) == (theirs.step_size, theirs.shard_sizes)
+            assert (ours.global_count, ours.shard_sizes) == (theirs.global_count, theirs.shard_sizes)
             for name in ("images", "labels", "sample_ids", "sample_keys"):
                 assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
             assert (ours.mixed is None) == (theirs.mixed is None)
@@ -119,13 +119,13 @@ def test_captured_steps_are_bit_identical(case: str) -> None:
     for capture in (False, True):
         config = config_of(**{"precision": "bfloat16", **CASES[case]}).model_copy(update={"device": "cuda"})
         data = build_data(config, Topology(), cuda)
-        engine, sums = build_engine(config, Topology(), data, cuda), MetricAccumulator(cuda)
-        step = CudaGraphStep(engine, sums, loss=config.loss, device=cuda, capture=capture)
+        engine, metrics = build_engine(config, Topology(), data, cuda), MetricAccumulator(cuda)
+        step = CudaGraphStep(engine, metrics, loss=config.loss, device=cuda, capture=capture)
         norms = []
         for epoch in range(5):
             for micro_batches in data.train_epoch(epoch):
                 norms.append(float(step(micro_batches, lr=0.01, step=len(norms))))
-        found.append((norms, sums.read(), {name: tensor.cpu() for name, tensor in engine.state()}))
+        found.append((norms, metrics.read(), {name: tensor.cpu() for name, tensor in engine.state()}))
     eager, recorded = found
     assert recorded[:2] == eager[:2]
     assert [name for name, tensor in eager[2].items() if not torch.equal(recorded[2][name], tensor)] == []
@@ -133,5 +133,5 @@ def test_captured_steps_are_bit_identical(case: str) -> None:
 
 def test_a_cpu_uses_the_plain_step() -> None:
     config = config_of()
-    _, engine, sums = parts_of(config)
-    assert build_step(config, engine, sums, CPU).func is train_step  # type: ignore[attr-defined]
+    _, engine, metrics = parts_of(config)
+    assert build_step(config, engine, metrics, CPU).func is train_step  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What is set so that bits repeat, and what is written down of all that they depend on. Needs no GPU: flags and facts only."""
+"""The switches for reproducible results, and the metadata that the bits depend on. Needs no GPU."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ print(*flags)
 
 
 def flags(precision: str, *, compile: bool = False) -> list[bool]:
-    """TF32 in convolutions and in matrix products, cuDNN deterministic and, if compiled, inductor too; in a fresh process."""
+    """Return, from a new process, whether TF32 is on in convolutions and matmuls and cuDNN (and inductor) deterministic."""
     program = FLAGS.replace("PRECISION", repr(precision)).replace("COMPILE", repr(compile))
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     return [word == "True" for word in done.stdout.split()]
@@ -58,10 +58,10 @@ def test_tf32_is_refused_on_a_cpu() -> None:
 def test_variables_that_select_kernels_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     monkeypatch.setenv("SOMETHING_ELSE", "1")
-    facts = kernel_metadata(CPU)
-    assert facts["ONEDNN_MAX_CPU_ISA"] == "AVX2"
-    assert "SOMETHING_ELSE" not in facts
-    assert facts["device"]
+    metadata = kernel_metadata(CPU)
+    assert metadata["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+    assert "SOMETHING_ELSE" not in metadata
+    assert metadata["device"]
 
 
 def test_differences_between_ranks_name_the_ranks() -> None:
@@ -69,8 +69,8 @@ def test_differences_between_ranks_name_the_ranks() -> None:
         {"device": "H100", "multiprocessors": "132"},
         {"device": "H100", "multiprocessors": "114", "NCCL_ALGO": "Tree"},
     )
-    together, differences = merge_metadata([big, big, small])
-    assert together == {"device": "H100", "multiprocessors": "114 / 132", "NCCL_ALGO": "Tree / not set"}
+    merged, differences = merge_metadata([big, big, small])
+    assert merged == {"device": "H100", "multiprocessors": "114 / 132", "NCCL_ALGO": "Tree / not set"}
     assert differences == [
         "NCCL_ALGO: not set on rank 0, 1; Tree on rank 2",
         "multiprocessors: 132 on rank 0, 1; 114 on rank 2",

@@ -61,12 +61,12 @@ def engine_of(request: pytest.FixtureRequest) -> Callable[..., Engine]:
     return request.param
 
 
-def batch_of(count: int, step_size: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Batch:
+def batch_of(count: int, global_count: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(count, 3, 6, 6, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 10, (count,), generator=generator)
     keys = torch.zeros(count, 2, dtype=torch.int64)
-    return in_shards(Batch(images.to(dtype), labels, torch.arange(count), keys, step_size, (count,)))
+    return in_shards(Batch(images.to(dtype), labels, torch.arange(count), keys, global_count, (count,)))
 
 
 def in_shards(batch: Batch, start: int = 0, stop: int | None = None) -> Batch:
@@ -76,7 +76,7 @@ def in_shards(batch: Batch, start: int = 0, stop: int | None = None) -> Batch:
     bounds = [shard * count // SHARDS for shard in range(SHARDS + 1)]
     sizes = tuple(end - begin for begin, end in pairwise(bounds))
     tensors = (batch.images, batch.labels, batch.sample_ids, batch.sample_keys)
-    return Batch(*[tensor[selected] for tensor in tensors], batch.step_size, sizes)
+    return Batch(*[tensor[selected] for tensor in tensors], batch.global_count, sizes)
 
 
 def stepped(engine: Engine, batches: list[Batch], lr: float = 0.1) -> Tensor:

@@ -1,4 +1,4 @@
-"""The frame of `distributed.gpu_check`, with steps that go wrong in every way, each in a real process."""
+"""How `distributed.gpu_check` runs steps: steps that fail in every way, each in a real process."""
 
 import json
 import os
@@ -46,7 +46,7 @@ SOURCES = {
 
 
 def running(pid: int) -> bool:
-    """Whether the process is there and not a zombie that nobody has waited for yet."""
+    """Return whether the process exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -55,7 +55,7 @@ def running(pid: int) -> bool:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder whose modules the steps' processes can import."""
+    """Return a folder with the steps' modules, importable by their processes."""
     for name, body in SOURCES.items():
         text = f"import os, subprocess, sys, time\n\n\ndef run(checks):{body.rstrip()}\n"
         (tmp_path / f"{name}.py").write_text(text.replace("\n        ", "\n    "))
@@ -68,8 +68,10 @@ def results(out: Path) -> dict[str, dict]:
     return {line["step"]: line for line in lines}
 
 
-def started(folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str, seconds: int = 60, within: float = 300) -> int:
-    """The exit code of a check of these steps, each ended after `seconds`."""
+def exit_code_of(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str, seconds: int = 60, within: float = 300
+) -> int:
+    """Run these steps with a time limit of `seconds` each, and return the exit code."""
     steps = [Step(name.removeprefix("step_"), seconds, "a test", module=name) for name in names]
     out = ["--out", str(folder / "out"), "--seconds", str(within)]
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--device", "cpu", "--tiny", *out])
@@ -77,9 +79,9 @@ def started(folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str, seconds:
 
 
 @pytest.mark.slow
-def test_no_step_that_goes_wrong_stops_the_next(folder, monkeypatch, capsys):
+def test_a_failing_step_does_not_stop_the_next(folder, monkeypatch, capsys):
     names = ("step_fails", "step_aborts", "step_leaves", "step_is_fine")
-    assert started(folder, monkeypatch, *names) == 1
+    assert exit_code_of(folder, monkeypatch, *names) == 1
     found = results(folder / "out")
     assert {step: line["verdict"] for step, line in found.items()} == {
         "fails": "fail", "aborts": "error", "leaves": "pass", "is_fine": "pass"
@@ -93,14 +95,14 @@ def test_no_step_that_goes_wrong_stops_the_next(folder, monkeypatch, capsys):
     assert found["aborts"]["exit_code"] == -6
     assert found["is_fine"]["checks"][0]["figures"] == {"device": "cpu", "tiny": True, "folder": True}
     assert not any(map(running, found["leaves"]["checks"][0]["figures"]["pids"]))
-    said = capsys.readouterr().out
-    assert "2 of 4 steps passed; see fails, aborts" in said
-    assert "two, not three" in said
+    printed = capsys.readouterr().out
+    assert "2 of 4 steps passed; see fails, aborts" in printed
+    assert "two, not three" in printed
 
 
 @pytest.mark.slow
-def test_a_step_out_of_time_ends_with_all_that_it_started(folder, monkeypatch):
-    assert started(folder, monkeypatch, "step_hangs", "step_is_fine", seconds=15) == 1
+def test_a_step_past_its_limit_ends_with_its_children(folder, monkeypatch):
+    assert exit_code_of(folder, monkeypatch, "step_hangs", "step_is_fine", seconds=15) == 1
     found = results(folder / "out")
     assert found["hangs"]["verdict"] == "timeout"
     (check,) = found["hangs"]["checks"]
@@ -109,13 +111,13 @@ def test_a_step_out_of_time_ends_with_all_that_it_started(folder, monkeypatch):
     assert found["is_fine"]["verdict"] == "pass"
 
 
-def test_no_step_is_started_after_the_time_for_all(folder, monkeypatch):
-    assert started(folder, monkeypatch, "step_is_fine", within=0) == 1
+def test_no_step_starts_after_the_total_time_limit(folder, monkeypatch):
+    assert exit_code_of(folder, monkeypatch, "step_is_fine", within=0) == 1
     line = results(folder / "out")["is_fine"]
     assert (line["verdict"], line["checks"]) == ("timeout", [])
 
 
-def test_every_step_has_a_limit_and_a_name_of_its_own():
+def test_steps_have_unique_names_and_time_limits():
     names = [step.name for step in STEPS]
     assert len(set(names)) == len(names)
     assert all(10 <= step.seconds <= 130 for step in STEPS)

@@ -1,4 +1,4 @@
-"""The way to a rented GPU and back: parts of CIFAR-10, wheels, commands, the bare machine, what is collected."""
+"""Renting a GPU: packed CIFAR-10, wheels, commands, the bare machine, collected results."""
 
 import json
 import os
@@ -16,15 +16,15 @@ from distributed.gpu_pack import bare_machine, calls, checkout, cifar_parts, col
 ROOT = Path(__file__).parents[2]
 
 
-def gpu_pack(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "distributed.gpu_pack", *map(str, words)]
+def gpu_pack(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "distributed.gpu_pack", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100, check=False)
 
 
 @pytest.fixture
 def records() -> dict[str, np.ndarray]:
-    """Official files of few records: one mosaic that is not full, several, one that ends with a row."""
+    """Return small official files: a partial mosaic, several mosaics, and one that ends with a full row."""
     drawn = np.random.default_rng(3)
     counts = {"data_batch_1.bin": 37, "data_batch_2.bin": cifar_parts.IMAGES + 5, "test_batch.bin": 100}
     return {name: drawn.integers(0, 256, (count, 3073), dtype=np.uint8) for name, count in counts.items()}
@@ -47,7 +47,7 @@ def test_unpacked_files_are_the_packed_bytes(records, parts, tmp_path):
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_official_records_are_those_of_the_binary_layout():
+def test_records_have_the_official_binary_layout():
     images = np.arange(2 * 32 * 32 * 3, dtype=np.uint32).astype(np.uint8).reshape(2, 32, 32, 3)
     records = cifar_parts.records_of(images, np.array([7, 9]))
     assert records[:, 0].tolist() == [7, 9]
@@ -58,11 +58,14 @@ def test_official_records_are_those_of_the_binary_layout():
     ("damage", "message"),
     [
         (lambda a, b: (a / "index.json").unlink(), "no index.json"),
-        (lambda a, b: next(b.glob("*.webp")).unlink(), "give all parts"),
+        (lambda a, b: next(b.glob("*.webp")).unlink(), "name all parts"),
         (lambda a, b: next(b.glob("*.webp")).write_bytes(b"RIFF"), "damaged"),
         (lambda a, b: (a / "index.json").write_text('{"data_batch_1.bin": 3}'), "damaged"),
-        (lambda a, b: (a / "test_batch.bin.labels").write_bytes(bytes(100)), "not the packed bytes"),
-        (lambda a, b: (a / "test_batch.bin.labels").unlink(), "the first test_batch.bin.labels: give all parts"),
+        (
+            lambda a, b: (a / "test_batch.bin.labels").write_bytes(bytes(100)),
+            "unpacked bytes differ from the packed ones",
+        ),
+        (lambda a, b: (a / "test_batch.bin.labels").unlink(), "the first test_batch.bin.labels; name all parts"),
     ],
 )
 def test_a_damaged_part_is_one_line_and_leaves_nothing(parts, tmp_path, damage, message):
@@ -75,18 +78,18 @@ def test_a_damaged_part_is_one_line_and_leaves_nothing(parts, tmp_path, damage, 
 
 
 @pytest.mark.skipif("CIFAR_ROOT" not in os.environ, reason="CIFAR_ROOT names no folder with CIFAR")
-def test_the_real_cifar_survives_the_way_in_its_order(tmp_path):
+def test_real_cifar_survives_packing_in_order(tmp_path):
     from distributed.data.sources import cifar
 
     root = Path(os.environ["CIFAR_ROOT"])
     folders = [tmp_path / "a", tmp_path / "b"]
     cifar_parts.pack(root, folders)
     cifar_parts.unpack(folders, tmp_path / "data")
-    for there, here in zip(
+    for unpacked, original in zip(
         cifar.read_splits("cifar10", tmp_path / "data"), cifar.read_splits("cifar10", root), strict=True
     ):
-        assert (there.images == here.images).all()
-        assert (there.labels == here.labels).all()
+        assert (unpacked.images == original.images).all()
+        assert (unpacked.labels == original.labels).all()
     assert all(checkout.folder_size(folder) < 56 * 2**20 for folder in folders)
 
 
@@ -98,20 +101,20 @@ def test_a_call_that_is_too_large_is_refused():
 
 
 @pytest.mark.parametrize("call", calls.CALLS, ids=lambda call: call.name)
-def test_the_commands_keep_to_the_limits_and_are_shell(call):
+def test_commands_are_valid_shell_within_the_limits(call):
     assert calls.check_size(call, {}) == 0
-    read = subprocess.run(["bash", "-n", "-c", call.text], capture_output=True, text=True, check=False)
-    assert (read.returncode, read.stderr) == (0, "")
+    parsed = subprocess.run(["bash", "-n", "-c", call.text], capture_output=True, text=True, check=False)
+    assert (parsed.returncode, parsed.stderr) == (0, "")
 
 
 def test_carried_folders_are_ignored_by_git(tmp_path):
     names = [calls.WHEELS, *calls.PARTS]
-    asked = ["git", "check-ignore", *(f"{name}/file" for name in names)]
-    found = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["git", "check-ignore", *(f"{name}/file" for name in names)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.stdout.split() == [f"{name}/file" for name in names]
 
 
-def test_what_travels_is_what_git_tracks_or_does_not_ignore(tmp_path):
+def test_uploaded_files_are_those_git_does_not_ignore(tmp_path):
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
     (tmp_path / ".gitignore").write_text("build/\n")
     (tmp_path / "build").mkdir()
@@ -122,7 +125,7 @@ def test_what_travels_is_what_git_tracks_or_does_not_ignore(tmp_path):
     assert checkout.size_of(tmp_path) == len("build/\n") + 4
 
 
-def test_outside_a_checkout_the_dry_run_is_one_line(tmp_path):
+def test_a_dry_run_outside_a_checkout_fails_in_one_line(tmp_path):
     refused = gpu_pack("dry-run", cwd=tmp_path)
     assert refused.returncode == 2
     assert refused.stderr == f"error: {tmp_path}: not the root of a git checkout; run this in the root of one\n"
@@ -136,7 +139,7 @@ def wheel(folder: Path, name: str, *requirements: str) -> Path:
     return path
 
 
-def test_a_wheel_that_requires_what_nobody_has_is_found_before_the_machine_is_rented(tmp_path):
+def test_an_unmet_requirement_of_a_wheel_is_found(tmp_path):
     carried = [
         wheel(tmp_path, "first", "numpy>=2", "Second_One", "colorama; sys_platform == 'win32'", "third; extra == 'x'"),
         wheel(tmp_path, "second_one", "nowhere>1; python_version >= '3.12'", "ancient; python_version < '3.8'"),
@@ -144,17 +147,17 @@ def test_a_wheel_that_requires_what_nobody_has_is_found_before_the_machine_is_re
     assert wheels.unmet(carried, frozenset({"numpy"})) == {"nowhere"}
 
 
-def test_the_rented_machine_lacks_what_the_wheels_bring():
+def test_the_rented_machine_lacks_the_carried_packages():
     machine = wheels.machine_packages()
     assert machine.isdisjoint(wheels.ROOTS)
     assert {"torch", "numpy", "pillow", "safetensors", "nvidia-cudnn-cu13"} <= machine
 
 
-def test_on_the_bare_machine_only_its_packages_are_found(tmp_path):
+def test_the_bare_machine_finds_only_its_packages(tmp_path):
     shown = wheels.machine_packages()
     command = [sys.executable, "-m", "distributed.gpu_pack.bare_machine", tmp_path, *sorted(shown)]
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-    ask = """if True:
+    code = """if True:
         import importlib.util, json
         from importlib import metadata
         names = "pydantic loguru tomli_w greenlet deepspeed ray numpy torch PIL json distributed".split()
@@ -167,8 +170,8 @@ def test_on_the_bare_machine_only_its_packages_are_found(tmp_path):
             print(json.dumps(error.name))
     """
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    asked = [sys.executable, "-c", ask]
-    found = subprocess.run(asked, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert [json.loads(line) for line in found.stdout.splitlines()] == [
         ["numpy", "torch", "PIL", "json", "distributed"],
         ["numpy"],
@@ -183,8 +186,8 @@ def test_carried_packages_are_not_hidden():
     assert modules.isdisjoint({"pydantic", "numpy", "torch", "distributed"})
 
 
-def check_line(step: str, verdict: str = "pass", device: str = "cuda", **facts: object) -> str:
-    return json.dumps({"step": step, "device": device, "verdict": verdict, "checks": [], **facts})
+def check_line(step: str, verdict: str = "pass", device: str = "cuda", **fields: object) -> str:
+    return json.dumps({"step": step, "device": device, "verdict": verdict, "checks": [], **fields})
 
 
 def all_steps(**verdicts: str) -> str:
@@ -200,7 +203,7 @@ def all_steps(**verdicts: str) -> str:
         (all_steps().replace("cuda", "cpu"), "speed (not run)"),
     ],
 )
-def test_without_a_passed_check_the_results_are_refused(tmp_path, text, message):
+def test_results_need_a_passed_check(tmp_path, text, message):
     (tmp_path / "gpu_check.jsonl").write_text(text)
     refused = gpu_pack("passed", tmp_path / "gpu_check.jsonl")
     assert refused.returncode == 2
@@ -208,14 +211,14 @@ def test_without_a_passed_check_the_results_are_refused(tmp_path, text, message)
     assert refused.stderr.count("\n") == 1
 
 
-def test_the_newest_line_of_a_step_counts(tmp_path):
+def test_the_newest_result_of_a_step_counts(tmp_path):
     file = tmp_path / "gpu_check.jsonl"
     file.write_text(all_steps(ranks="fail") + check_line("ranks") + "\n" + check_line("ranks", "fail")[:-9])
     collect.check_passed(file)
 
 
-def test_collected_results_are_added_to_those_of_earlier_rentals(tmp_path):
-    source, results = tmp_path / "back", tmp_path / "results"
+def test_results_are_merged_with_those_of_earlier_rentals(tmp_path):
+    source, results = tmp_path / "returned", tmp_path / "results"
     source.mkdir()
     (source / "gpu_check.jsonl").write_text(check_line("units", seconds=1) + "\n" + check_line("speed", seconds=2))
     (source / "gpu_speed.json").write_text("{}\n")
@@ -239,8 +242,8 @@ def test_collected_results_are_added_to_those_of_earlier_rentals(tmp_path):
     assert steps[0]["checks"][0]["message"] == "AssertionError: 1 is not 2"
 
 
-def test_a_collected_table_is_merged(tmp_path):
-    source = tmp_path / "back"
+def test_a_returned_table_is_merged(tmp_path):
+    source = tmp_path / "returned"
     source.mkdir()
     rows = json.loads((ROOT / "results" / "experiments.json").read_text())
     for row in rows[:2]:
@@ -249,7 +252,7 @@ def test_a_collected_table_is_merged(tmp_path):
     assert json.loads((tmp_path / "results" / "experiments_gpu.json").read_text()) == rows[:2]
 
 
-def test_nothing_to_collect_is_one_line(tmp_path):
+def test_nothing_to_collect_fails_in_one_line(tmp_path):
     refused = gpu_pack("collect", tmp_path, "--results", tmp_path / "results")
     assert refused.returncode == 2
     assert "no gpu_check.jsonl" in refused.stderr

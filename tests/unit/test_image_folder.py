@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from distributed.config.data import ImageFolderData
+from distributed.data.batch import Batching, InputFormat, Shards
 from distributed.data.pipeline import DataPipeline
 from distributed.data.sources import decode, image_folder
 from distributed.errors import InputError
@@ -230,10 +231,12 @@ def test_of_four_processes_one_decodes(root, tmp_path):
 
 def test_a_pipeline_trains_on_it_with_a_stratified_validation_split(root):
     data = DataPipeline(
-        ImageFolderData(root=root, validation_fraction=0.34), side=16, seed=1, global_batch_size=4, grad_accum_steps=1,
-        evaluation_batch_size=5, rank=0, world_size=1, shards=1, device=torch.device("cpu"), dtype=torch.float32,
-        channels_last=True,
-    )  # fmt: skip
+        ImageFolderData(root=root, validation_fraction=0.34),
+        Batching(seed=1, global_batch_size=4, grad_accum_steps=1, evaluation_batch_size=5),
+        Shards.of_rank(0, 1, 1),
+        InputFormat(torch.device("cpu"), torch.float32, channels_last=True),
+        side=16,
+    )
     assert data.class_names == ("ant", "bee", "cow")
     assert data.num_classes == 3
     assert (data.size("train"), data.size("validation"), data.size("test")) == (12, 6, 6)
@@ -241,6 +244,6 @@ def test_a_pipeline_trains_on_it_with_a_stratified_validation_split(root):
     assert torch.bincount(held_out).tolist() == [2, 2, 2]
     (batch,) = next(data.train_epoch(0))
     assert batch.images.shape == (4, 3, 16, 16)
-    facts = data.facts()
-    assert facts["classes"] == ["ant", "bee", "cow"]
-    assert len(facts["normalization"]["mean"]) == len(facts["normalization"]["deviation"]) == 3
+    metadata = data.metadata()
+    assert metadata["classes"] == ["ant", "bee", "cow"]
+    assert len(metadata["normalization"]["mean"]) == len(metadata["normalization"]["deviation"]) == 3

@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -7,24 +8,26 @@ import pytest
 import torch
 
 from distributed import rng
-from distributed.comm.reduction_tree import shard_range
 from distributed.config.data import Augment, GeneratedData
-from distributed.data.batch import Batch
+from distributed.data.batch import Batch, Batching, InputFormat, Shards
 from distributed.data.pipeline import DataPipeline
 from distributed.data.sources import synthetic
 
 CPU = torch.device("cpu")
+BATCHING = Batching(seed=3, global_batch_size=16, grad_accum_steps=1, evaluation_batch_size=6)
 
 
 @cache
-def _whole(samples: int, test_samples: int, validation_fraction: float, augment: Augment, dtype: torch.dtype):
+def _generated(samples: int, test_samples: int, validation_fraction: float, augment: Augment, dtype: torch.dtype):
     return DataPipeline(
         GeneratedData(
             train_samples=samples, test_samples=test_samples, validation_fraction=validation_fraction, augment=augment
         ),
-        side=32, seed=3, global_batch_size=16, grad_accum_steps=1, evaluation_batch_size=6, rank=0, world_size=1, shards=1,
-        device=CPU, dtype=dtype, channels_last=True,
-    )  # fmt: skip
+        BATCHING,
+        Shards.of_rank(0, 1, 1),
+        InputFormat(CPU, dtype, channels_last=True),
+        side=32,
+    )
 
 
 def pipeline(
@@ -36,12 +39,14 @@ def pipeline(
     rank: int = 0,
     world_size: int = 1,
     shards: int = 0,
-    **changed: object,
+    channels_last: bool = True,
+    **batching: int,
 ) -> DataPipeline:
-    """Generating takes a while, so one data set serves pipelines of any rank and batch. A shard a rank by default."""
-    made = copy.copy(_whole(samples, test_samples, validation_fraction, augment, dtype))
-    shards = shards or world_size
-    vars(made).update(changed, shards=shards, own_shards=shard_range(rank, world_size, shards))
+    """One data set serves pipelines of any rank and batch, because generating takes a while. One shard per rank by default."""
+    made = copy.copy(_generated(samples, test_samples, validation_fraction, augment, dtype))
+    made.batching = replace(BATCHING, **batching)
+    made.shards = Shards.of_rank(rank, world_size, shards or world_size)
+    made.input_format = InputFormat(CPU, dtype, channels_last=channels_last)
     return made
 
 
@@ -55,11 +60,11 @@ TENSORS = ("images", "labels", "sample_ids", "sample_keys")
 def joined(shards: list[Batch]) -> Batch:
     """As one shard."""
     images, *others = [torch.cat([getattr(shard, name) for shard in shards]) for name in TENSORS]
-    return Batch(images, *others, shards[0].step_size, (len(images),))
+    return Batch(images, *others, shards[0].global_count, (len(images),))
 
 
 def assert_equal(one: Batch, other: Batch) -> None:
-    assert (one.step_size, one.shard_sizes) == (other.step_size, other.shard_sizes)
+    assert (one.global_count, one.shard_sizes) == (other.global_count, other.shard_sizes)
     for name in TENSORS:
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
@@ -84,7 +89,7 @@ def test_the_last_step_takes_what_is_left():
     steps = list(data.train_epoch(0))
     assert data.steps_per_epoch == len(steps) == 4
     assert [len(ids(step)) for step in steps] == [16, 16, 16, 2]
-    assert [step[0].step_size for step in steps] == [16, 16, 16, 2]
+    assert [step[0].global_count for step in steps] == [16, 16, 16, 2]
 
 
 def test_a_batch_has_the_images_labels_and_keys_of_its_ids():
@@ -105,7 +110,7 @@ def test_a_batch_has_the_images_labels_and_keys_of_its_ids():
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_images_have_the_asked_type_and_layout(dtype, channels_last):
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    data = pipeline(dtype=dtype, memory_format=memory_format)
+    data = pipeline(dtype=dtype, channels_last=channels_last)
     (batch,) = next(data.train_epoch(0))
     assert batch.images.dtype == dtype
     assert batch.images.is_contiguous(memory_format=memory_format)
@@ -136,18 +141,18 @@ def test_a_pixel_is_normalized_to_the_same_bits_wherever_it_lies(dtype):
     """Vectors and their remainders, and one thread's part and another's, must not differ: all 256 values, all channels."""
     data = pipeline(dtype=dtype)
     shades = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1).expand(256, 32, 32, 3).contiguous()
-    everywhere = data._normalized(shades)
+    everywhere = data.normalizer(shades)
     table = everywhere[:, 0, 0]
     assert torch.equal(everywhere, table[:, None, None].expand_as(everywhere))
-    assert torch.equal(table, torch.cat([data._normalized(shades[n : n + 1, :1, :1])[0, 0] for n in range(256)]))
-    exact = torch.arange(256)[:, None] * data._scale.double() + data._shift.double()
+    assert torch.equal(table, torch.cat([data.normalizer(shades[n : n + 1, :1, :1])[0, 0] for n in range(256)]))
+    exact = torch.arange(256)[:, None] * data.normalizer.scale.double() + data.normalizer.shift.double()
     assert (table - exact).abs().max() <= 2 * torch.finfo(dtype).eps * exact.abs().max()
     generator = torch.Generator().manual_seed(1)
     for count in COUNTS:
         images = torch.randint(0, 256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8)
         expected = torch.stack([table[images[..., channel].long(), channel] for channel in range(3)], -1)
-        assert torch.equal(data._normalized(images), expected), f"{count} images"
-        assert torch.equal(data._input(data._normalized(images)), expected.permute(0, 3, 1, 2))
+        assert torch.equal(data.normalizer(images), expected), f"{count} images"
+        assert torch.equal(data._model_input(data.normalizer(images)), expected.permute(0, 3, 1, 2))
 
 
 def test_cut_out_sets_a_square_to_the_mean():
@@ -260,7 +265,7 @@ def test_an_evaluation_covers_a_split_once_in_as_many_batches_on_each_rank(world
     ranks = [list(pipeline(rank=r, world_size=world_size, **settings).evaluation(split)) for r in range(world_size)]
     size = pipeline(**settings).size(split)
     assert {len(batches) for batches in ranks} == {-(-size // 6)}
-    assert {batch.step_size for batches in ranks for batch in batches} == {size}
+    assert {batch.global_count for batches in ranks for batch in batches} == {size}
     seen = sorted(number for batches in ranks for batch in batches for number in batch.sample_ids.tolist())
     expected = [number for batch in pipeline(**settings).evaluation(split) for number in batch.sample_ids.tolist()]
     assert seen == expected == sorted(set(expected))
@@ -283,7 +288,7 @@ def test_an_empty_split_has_no_batches():
 def test_the_example_is_the_same_on_every_rank():
     examples = [pipeline(rank=rank, world_size=3).example() for rank in range(3)]
     assert examples[0].images.shape == (8, 3, 32, 32)
-    assert examples[0].step_size == 8
+    assert examples[0].global_count == 8
     for example in examples[1:]:
         assert_equal(example, examples[0])
 

@@ -1,3 +1,5 @@
+"""From a command line to trainings on Ray workers."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -5,34 +7,34 @@ from pathlib import Path
 import pytest
 
 from distributed.errors import InputError
-from launch.on_ray.settings import check_address, checked, swept, without_sweep
+from launch.on_ray.settings import NOT_SWEPT, check_address, check_training, sweep_trainings
+from launch.sweep_arguments import split_sweep
 
 ROOT = Path(__file__).parents[2]
 DEBUG = str(ROOT / "configs/debug.toml")
 
 
-def test_workers_are_given_the_config_without_the_section_and_with_the_threads_of_their_cores(tmp_path):
-    training = checked(
-        [DEBUG, "--run_dir", str(tmp_path / "run"), "--scaling.num_workers", "3", "--scaling.cpus_per_worker", "2"]
-    )
+def test_a_worker_gets_a_thread_per_core_and_no_scaling(tmp_path):
+    run = ["--run_dir", str(tmp_path / "run")]
+    training = check_training([DEBUG, *run, "--scaling.num_workers", "3", "--scaling.cpus_per_worker", "2"])
     assert (training.scaling.num_workers, training.scaling.least_workers) == (3, 3)
     assert (training.config.scaling, training.config.threads) == (None, 2)
-    own = checked([DEBUG, "--run_dir", str(tmp_path / "run"), "--threads", "5"])
+    own = check_training([DEBUG, *run, "--threads", "5"])
     assert (own.scaling.num_workers, own.config.threads) == (2, 5)
 
 
-def test_a_section_of_a_file_and_a_relative_run_folder_in_the_shared_one(tmp_path):
+def test_storage_path_holds_a_relative_run_folder(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text(f'extends = "{DEBUG}"\n[scaling]\nmin_workers = 1\nstorage_path = "{tmp_path}"\n')
-    training = checked([str(file)])
+    training = check_training([str(file)])
     assert training.config.run_dir == tmp_path / "runs/mine"
     assert (training.scaling.least_workers, training.scaling.num_workers) == (1, 2)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
-        ([], "run_dir = runs/debug: relative, and a worker runs in a folder of its own"),
+        ([], "run_dir = runs/debug: relative, but a worker runs in a folder of its own"),
         (["--run_dir", "here"], "run_dir = here: relative"),
         (["--data.name", "cifar10", "--data.root", "data"], "data.root = data: relative"),
         (["--init_from", "runs/other", "--run_dir", "/tmp/x"], "init_from = runs/other: relative"),
@@ -45,16 +47,20 @@ def test_a_section_of_a_file_and_a_relative_run_folder_in_the_shared_one(tmp_pat
         (["--run_dir", "/tmp/x", "--scaling.num_worker", "1"], "did you mean scaling.num_workers?"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_meant_is_refused(words, said):
-    with pytest.raises(InputError, match=said.replace("?", r"\?").replace("(", r"\(")):
-        checked([DEBUG, *words])
+def test_settings_that_cannot_work_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message.replace("?", r"\?").replace("(", r"\(")):
+        check_training([DEBUG, *arguments])
 
 
-def test_a_sweep_is_every_combination_each_in_its_folder(tmp_path):
-    words, sweep = without_sweep(
-        [DEBUG, "--sweep.optim.lr", "0.1,0.01", "--epochs", "3", "--sweep.seed=1,2", "--run_dir", str(tmp_path / "run")]
+def swept(*arguments: str):
+    common, sweep = split_sweep([DEBUG, *arguments], not_swept=NOT_SWEPT)
+    return sweep_trainings(common, sweep)
+
+
+def test_a_sweep_has_a_folder_per_combination(tmp_path):
+    trainings = swept(
+        "--sweep.optim.lr", "0.1,0.01", "--epochs", "3", "--sweep.seed=1,2", "--run_dir", str(tmp_path / "run")
     )
-    trainings = swept(words, sweep)
     assert [training.name for training in trainings] == [
         "optim.lr=0.1,seed=1", "optim.lr=0.1,seed=2", "optim.lr=0.01,seed=1", "optim.lr=0.01,seed=2",
     ]  # fmt: skip
@@ -63,43 +69,32 @@ def test_a_sweep_is_every_combination_each_in_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
-        (["--sweep.optim.lr"], "--sweep.optim.lr : should be --sweep.SETTING VALUE,VALUE"),
-        (["--sweep.optim.lr", "1,1"], "should be --sweep.SETTING VALUE,VALUE"),
-        (["--sweep.", "1"], "should be --sweep.SETTING VALUE,VALUE"),
         (["--sweep.scaling.num_workers", "1,2"], "cannot be swept"),
-        (["--sweep.optim.lr", "1,2", "--sweep.optim.lr", "3"], "given twice"),
+        (["--sweep.epochs", "1,2"], "cannot be swept"),
         (["--sweep.optim.lrr", "1,2"], "optim.lrr = 1: unknown setting; did you mean optim.lr"),
         (["--sweep.optim.lr", "0.1,200"], "optim.lr = 200: should be less than or equal to 100"),
         (["--sweep.optim.lr", "0.1", "--optim.lr", "0.2"], "--optim.lr: given twice"),
         (["--sweep.optim.lr", "0.1", "--data.validation_fraction", "0"], "never by test images"),
     ],
 )
-def test_a_sweep_that_cannot_be_is_refused(words, said, tmp_path):
-    with pytest.raises(InputError, match=said):
-        swept(*without_sweep([DEBUG, "--run_dir", str(tmp_path / "run"), *words]))
+def test_a_sweep_that_cannot_work_is_refused(arguments, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        swept("--run_dir", str(tmp_path / "run"), *arguments)
 
 
-def test_bad_input_is_told_before_ray_or_torch_is_imported():
+def test_bad_input_is_reported_before_ray_or_torch_is_imported():
     command = [sys.executable, "-X", "importtime", "-m", "launch.ray_train", DEBUG, "--device", "cpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    told = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
-    assert (done.returncode, len(told)) == (2, 1), told
-    assert told[0].startswith("error: run_dir = runs/debug: relative")
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert (done.returncode, len(lines)) == (2, 1), lines
+    assert lines[0].startswith("error: run_dir = runs/debug: relative")
     imported = {line.split("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert not {"torch", "ray"} & imported
 
 
-def test_ray_is_imported_by_the_modules_of_its_launcher_alone():
-    files = [file for package in ("distributed", "launch") for file in (ROOT / package).rglob("*.py")]
-    importing = {
-        file.relative_to(ROOT) for file in files if "import ray\n" in file.read_text() or "from ray" in file.read_text()
-    }
-    assert importing == {Path("launch") / f"ray_{part}.py" for part in ("cluster", "driver", "node", "sweep", "worker")}
-
-
-def test_a_node_that_is_asked_does_not_import_torch_first():
+def test_a_node_check_does_not_import_torch_first():
     code = "import sys, launch.on_ray.node_check; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
@@ -108,6 +103,6 @@ def test_a_node_that_is_asked_does_not_import_torch_first():
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://host:10001", "nowhere", "127.0.0.1:70000"])
-def test_an_address_where_nobody_answers_is_told_at_once(address):
+def test_an_address_without_a_cluster_fails_at_once(address):
     with pytest.raises(InputError, match=f"environment: RAY_ADDRESS = {address}: "):
         check_address(address)

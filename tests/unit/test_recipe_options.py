@@ -1,4 +1,4 @@
-"""What a run may be asked for besides: another's weights, a return to the best ones, a profile, compiled kernels, losses."""
+"""Options of a run: initial weights, restoring the best epoch, losses, a profile, compiled kernels."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def config_of(run_dir: Path, *arguments: str) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with averaged weights; its folder."""
+    """The folder of a run with EMA."""
     run_dir = tmp_path_factory.mktemp("trained") / "run"
     train(config_of(run_dir, "--optim.ema_decay", "0.8"))
     return run_dir
@@ -59,8 +59,8 @@ def tensors_of(run_dir: Path, index: int = -1) -> dict[str, Tensor]:
     return load_file(checkpoints(RunFolder(run_dir).checkpoints)[index] / "tensors.safetensors")
 
 
-def fresh_engine(tmp_path: Path, *words: str) -> Engine:
-    config, topology = config_of(tmp_path / "fresh", *words), Topology()
+def fresh_engine(tmp_path: Path, *arguments: str) -> Engine:
+    config, topology = config_of(tmp_path / "fresh", *arguments), Topology()
     return build_engine(config, topology, build_data(config, topology, CPU), CPU)
 
 
@@ -102,7 +102,7 @@ def test_a_run_that_has_saved_needs_no_init_from(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--init_from", "nowhere"], r"init_from = nowhere: no checkpoint there"),
         (
@@ -112,10 +112,10 @@ def test_a_run_that_has_saved_needs_no_init_from(trained, tmp_path):
         (["--init_from", "RUN/checkpoints"], r"no checkpoint there"),
     ],
 )
-def test_an_unusable_init_from_is_refused_before_training(trained, tmp_path, words, message):
-    words = [word.replace("RUN", str(trained)) for word in words]
+def test_an_unusable_init_from_is_refused_before_training(trained, tmp_path, arguments, message):
+    arguments = [word.replace("RUN", str(trained)) for word in arguments]
     with pytest.raises(InputError, match=message):
-        check_init_from(config_of(tmp_path / "run", *words))
+        check_init_from(config_of(tmp_path / "run", *arguments))
 
 
 def test_a_damaged_init_from_is_refused(trained, tmp_path):
@@ -129,12 +129,12 @@ def test_a_damaged_init_from_is_refused(trained, tmp_path):
         load_initial_weights(copy, fresh_engine(tmp_path))
 
 
-# A return to the best weights at a drop
+# Restoring the best weights at a drop
 
 
 def test_a_drop_restores_the_best_weights_and_zeroes_momentum(tmp_path):
-    said: list[str] = []
-    logger.add(lambda message: said.append(message.record["message"]))
+    log: list[str] = []
+    logger.add(lambda message: log.append(message.record["message"]))
     config = config_of(
         tmp_path / "run", "--epochs", "6", "--data.validation_fraction", "0.5", "--schedule.name", "plateau",
         "--schedule.metric", "loss", "--checkpoint.best_by", "loss", "--schedule.patience", "0",
@@ -142,8 +142,8 @@ def test_a_drop_restores_the_best_weights_and_zeroes_momentum(tmp_path):
         "--checkpoint.keep_last", "10", "--optim.lr", "0.3", "--exact.shards", "2", "--checkpoint.max_overhead", "1",
     )  # fmt: skip
     train(config)
-    returns = [int(match[1]) for line in said if (match := re.search(r"buffers of epoch (\d+) and reset", line))]
-    drops = [index for index, line in enumerate(said) if "(drop" in line]
+    returns = [int(match[1]) for line in log if (match := re.search(r"buffers of epoch (\d+) and reset", line))]
+    drops = [index for index, line in enumerate(log) if "(drop" in line]
     assert len(returns) == len(drops) > 0
     epochs = [json.loads(line) for line in RunFolder(tmp_path / "run").metrics_file.read_text().splitlines()]
     losses = [line["validation"]["loss"] for line in epochs if line["kind"] == "epoch"]
@@ -157,9 +157,9 @@ def test_a_drop_restores_the_best_weights_and_zeroes_momentum(tmp_path):
 
 
 def test_restore_best_needs_best_by_of_the_same_metric(tmp_path):
-    words = ("--schedule.name", "plateau", "--schedule.metric", "loss", "--schedule.restore_best_on_drop")
+    arguments = ("--schedule.name", "plateau", "--schedule.metric", "loss", "--schedule.restore_best_on_drop")
     with pytest.raises(InputError, match=r"set checkpoint\.best_by = loss"):
-        config_of(tmp_path, *words, "--data.validation_fraction", "0.5")
+        config_of(tmp_path, *arguments, "--data.validation_fraction", "0.5")
 
 
 # Losses and evaluation
@@ -172,7 +172,7 @@ def test_label_smoothing_and_mixing_follow_the_papers(tmp_path):
     logits = torch.randn(len(batch.labels), 10)
     value, outcome = _shard_loss(0.2, lambda images, keys: logits, batch)
     assert batch.mixed is not None
-    part = batch.mixed.own_part[:, None]
+    part = batch.mixed.own_weight[:, None]
     targets = part * F.one_hot(batch.labels, 10) + (1 - part) * F.one_hot(batch.mixed.labels, 10)
     expected = -((0.8 * targets + 0.02) * logits.log_softmax(1)).sum(1)
     assert torch.allclose(outcome.losses, expected, atol=1e-5)
@@ -189,7 +189,7 @@ def test_an_image_is_mixed_with_the_augmented_previous_one(tmp_path):
     assert bool((own | partner).all())
     assert not bool(own.all())
     shards = mixed.shards()
-    assert torch.equal(torch.cat([shard.mixed.own_part for shard in shards]), mixed.mixed.own_part)
+    assert torch.equal(torch.cat([shard.mixed.own_weight for shard in shards]), mixed.mixed.own_weight)
     assert torch.equal(torch.cat([shard.mixed.labels for shard in shards]), mixed.mixed.labels)
 
 
@@ -232,9 +232,9 @@ def test_a_short_attempt_still_writes_its_profile(tmp_path):
 @pytest.mark.timeout(400)
 def test_a_compiled_run_learns_the_same(tmp_path):
     losses = []
-    for words in (["--exact.shards", "0"], ["--compile"]):
-        run_dir = tmp_path / words[0]
-        train(config_of(run_dir, *words, "--precision", "float64", "--epochs", "1"))
+    for arguments in (["--exact.shards", "0"], ["--compile"]):
+        run_dir = tmp_path / arguments[0]
+        train(config_of(run_dir, *arguments, "--precision", "float64", "--epochs", "1"))
         lines = [json.loads(line) for line in RunFolder(run_dir).metrics_file.read_text().splitlines()]
         losses.append([line["loss"] for line in lines if line["kind"] == "train"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)

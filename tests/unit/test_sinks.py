@@ -40,7 +40,7 @@ def run(tmp_path: Path) -> Iterator[ClaimedRun]:
     claimed.release()
 
 
-def told(run: ClaimedRun, *steps: int, start_step: int = 0) -> None:
+def log_steps(run: ClaimedRun, *steps: int, start_step: int = 0) -> None:
     sink = JsonLines(run, start_step=start_step, start_epoch=1, data="generated10")
     for step in steps:
         sink.log_step(replace(TRAIN, step=step))
@@ -70,16 +70,16 @@ def test_an_overflow_is_written_as_valid_json(run):
 
 @pytest.mark.parametrize(("start_step", "kept"), [(0, []), (4, []), (5, [5]), (12, [5, 10]), (15, [5, 10, 15])])
 def test_a_resume_deletes_the_lines_after_its_step(run, start_step, kept):
-    told(run, 5, 10, 15)
-    told(run, start_step=start_step)
+    log_steps(run, 5, 10, 15)
+    log_steps(run, start_step=start_step)
     assert steps_of(run.metrics_file) == kept
 
 
 def test_a_resumed_run_leaves_the_lines_of_an_undisturbed_one(run):
-    told(run, 5, 10, 15, 20)
+    log_steps(run, 5, 10, 15, 20)
     undisturbed = lines_of(run.metrics_file)
-    told(run, 5, 10, 15)
-    told(run, 15, 20, start_step=12)
+    log_steps(run, 5, 10, 15)
+    log_steps(run, 15, 20, start_step=12)
     assert lines_of(run.metrics_file) == undisturbed
 
 
@@ -91,21 +91,21 @@ def test_an_epoch_that_was_not_saved_is_logged_again(run):
         assert [line["epoch"] for line in lines_of(run.metrics_file)] == kept
 
 
-@pytest.mark.parametrize("cut", [1, 20, 100])
-def test_an_incomplete_line_is_dropped(run, cut):
+@pytest.mark.parametrize("missing", [1, 20, 100])
+def test_an_incomplete_line_is_dropped(run, missing):
     file = run.metrics_file
-    told(run, 5, 10)
-    file.write_bytes(file.read_bytes()[:-cut])
-    told(run, 15, start_step=10)
-    assert steps_of(file) == ([5, 10, 15] if cut == 1 else [5, 15])
+    log_steps(run, 5, 10)
+    file.write_bytes(file.read_bytes()[:-missing])
+    log_steps(run, 15, start_step=10)
+    assert steps_of(file) == ([5, 10, 15] if missing == 1 else [5, 15])
 
 
 @pytest.mark.parametrize("garbage", ["\0\0\0", '{"step": "x"}', "{}", '{"step": 3'])
 def test_a_line_without_a_step_is_dropped(run, garbage):
     file = run.metrics_file
-    told(run, 5)
+    log_steps(run, 5)
     file.write_text(f"{garbage}\n{file.read_text()}")
-    told(run, start_step=10)
+    log_steps(run, start_step=10)
     assert steps_of(file) == [5]
 
 

@@ -31,36 +31,36 @@ def used() -> TrainState:
 
 
 def test_the_state_survives_json():
-    state, restored = used(), fresh()
-    restored.load_state_dict(json.loads(json.dumps(state.state_dict())))
-    assert restored == state
-    assert (restored.epoch, restored.step, restored.step_in_epoch, restored.samples_seen) == (4, 5, 1, 80)
-    assert restored.best == Best(epoch=1, step=2, value=0.6)
-    assert restored.window == Totals(7, 1, 2, 16)
-    assert restored.epoch_totals == Totals(5, 4, 5, 16)
+    state, resumed = used(), fresh()
+    resumed.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert resumed == state
+    assert (resumed.epoch, resumed.step, resumed.step_in_epoch, resumed.samples_seen) == (4, 5, 1, 80)
+    assert resumed.best == Best(epoch=1, step=2, value=0.6)
+    assert resumed.window == Totals(7, 1, 2, 16)
+    assert resumed.epoch_totals == Totals(5, 4, 5, 16)
 
 
 def test_a_state_without_best_or_early_stopping_survives_json():
-    state, restored = TrainState(Constant(1.0)), TrainState(Constant(1.0))
+    state, resumed = TrainState(Constant(1.0)), TrainState(Constant(1.0))
     state.finish_step(3)
-    restored.load_state_dict(json.loads(json.dumps(state.state_dict())))
-    assert restored == state
+    resumed.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert resumed == state
 
 
 def test_the_stop_reason_is_not_saved():
-    state, restored = used(), fresh()
+    state, resumed = used(), fresh()
     state.stop_reason = "SIGTERM"
-    restored.load_state_dict(json.loads(json.dumps(state.state_dict())))
-    assert restored.stop_reason is None
+    resumed.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert resumed.stop_reason is None
 
 
 def test_a_resumed_state_makes_the_same_decisions():
-    state, restored = used(), fresh()
-    restored.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    state, resumed = used(), fresh()
+    resumed.load_state_dict(json.loads(json.dumps(state.state_dict())))
     for correct in (55, 55, 61):
-        both = [s.observe(validation(correct), best_by="accuracy") for s in (state, restored)]
+        both = [s.observe(validation(correct), best_by="accuracy") for s in (state, resumed)]
         assert both[0] == both[1]
-    assert restored == state
+    assert resumed == state
 
 
 def test_the_best_epoch_is_the_first_with_the_highest_accuracy():
@@ -72,8 +72,8 @@ def test_the_best_epoch_is_the_first_with_the_highest_accuracy():
 
 def test_the_best_epoch_by_loss_is_the_lowest():
     state = fresh()
-    said = [state.observe(validation(50, loss), best_by="loss")[0] for loss in (2.0, 1.5, 1.5, 1.6, 1.4)]
-    assert said == [True, True, False, False, True]
+    is_best = [state.observe(validation(50, loss), best_by="loss")[0] for loss in (2.0, 1.5, 1.5, 1.6, 1.4)]
+    assert is_best == [True, True, False, False, True]
     assert state.best is not None
     assert state.best.value == pytest.approx(1.4)
 

@@ -2,7 +2,7 @@ from distributed.comm.collectives import DelayedMax
 from distributed.training.stop import NeverStop, StepAgreement
 
 
-class Asked:
+class RequestedStop:
     def __init__(self) -> None:
         self.reason: str | None = None
 
@@ -19,7 +19,7 @@ def test_a_delayed_maximum_is_that_of_the_previous_call():
 
 
 def test_a_request_takes_effect_one_step_late():
-    source = Asked()
+    source = RequestedStop()
     agreement = StepAgreement(source, is_main=True, save_every_seconds=0)
     assert agreement.after_step() == (False, False)
     source.reason = "SIGTERM"

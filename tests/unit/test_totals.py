@@ -22,9 +22,9 @@ def losses_alone(*losses: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 def test_totals_are_those_of_the_batch():
     losses, logits, labels = batch_of(500)
-    sums = MetricAccumulator(CPU)
-    sums.add(losses, logits, labels)
-    totals = sums.read()
+    metrics = MetricAccumulator(CPU)
+    metrics.add(losses, logits, labels)
+    totals = metrics.read()
     ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
     assert totals.count == 500
     assert totals.mean_loss == pytest.approx(float(losses.mean()), rel=1e-12)
@@ -33,16 +33,16 @@ def test_totals_are_those_of_the_batch():
     assert totals.first_bad_step is None
 
 
-@pytest.mark.parametrize("cut", [1, 2, 5, 10])
-def test_totals_do_not_depend_on_when_they_are_read(cut):
+@pytest.mark.parametrize("every", [1, 2, 5, 10])
+def test_totals_do_not_depend_on_when_they_are_read(every):
     batches = [batch_of(33, seed) for seed in range(10)]
-    whole, parts, total = MetricAccumulator(CPU), MetricAccumulator(CPU), Totals()
+    complete, parts, total = MetricAccumulator(CPU), MetricAccumulator(CPU), Totals()
     for index, batch in enumerate(batches):
-        whole.add(*batch)
+        complete.add(*batch)
         parts.add(*batch)
-        if (index + 1) % cut == 0:
+        if (index + 1) % every == 0:
             total += parts.read()
-    assert total == whole.read()
+    assert total == complete.read()
 
 
 def test_totals_do_not_depend_on_the_order_of_batches():
@@ -58,24 +58,24 @@ def test_totals_do_not_depend_on_the_order_of_batches():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
 def test_totals_do_not_depend_on_order_and_grouping(dtype, scale):
-    """Each loss becomes an integer by itself: sums of rounded floating-point numbers would differ here."""
+    """Each loss becomes an integer before summing. Sums of rounded floating-point numbers would differ here."""
     losses, logits, labels = batch_of(1000)
     losses = (losses * scale).to(dtype)
     generator = torch.Generator().manual_seed(1)
-    whole = MetricAccumulator(CPU)
-    whole.add(losses, logits, labels)
-    expected = whole.read()
+    complete = MetricAccumulator(CPU)
+    complete.add(losses, logits, labels)
+    expected = complete.read()
     plain = set()
     for _ in range(20):
         order = torch.randperm(1000, generator=generator)
         ends = sorted(torch.randint(0, 1001, (7,), generator=generator).tolist())
-        sums, total = MetricAccumulator(CPU), Totals()
+        metrics, total = MetricAccumulator(CPU), Totals()
         for start, end in pairwise([0, *ends, 1000]):
             part = order[start:end]
-            sums.add(losses[part], logits[part], labels[part])
+            metrics.add(losses[part], logits[part], labels[part])
             if start % 2:
-                total += sums.read()
-        assert total + sums.read() == expected
+                total += metrics.read()
+        assert total + metrics.read() == expected
         plain.add(float(torch.stack([losses[part].sum() for part in order.split(ends[0] or 1)]).sum()))
     assert len(plain) > 1, "the cuts and orders of this test make no difference to any sum"
     assert expected.mean_loss == pytest.approx(math.fsum(losses.tolist()) / 1000, rel=1e-12, abs=2**-40)
@@ -83,54 +83,54 @@ def test_totals_do_not_depend_on_order_and_grouping(dtype, scale):
 
 def test_a_loss_is_rounded_to_the_nearest_fraction():
     step = 2.0**-40
-    sums = MetricAccumulator(CPU)
+    metrics = MetricAccumulator(CPU)
     for loss in (3 * step, 5.25 * step, 5.75 * step, 1 - step / 4, 7 + 0.5):
-        sums.add(torch.tensor([loss], dtype=torch.float64), torch.zeros(1, 10), torch.zeros(1, dtype=torch.int64))
-        assert sums.read().loss == round(loss / step)
+        metrics.add(torch.tensor([loss], dtype=torch.float64), torch.zeros(1, 10), torch.zeros(1, dtype=torch.int64))
+        assert metrics.read().loss == round(loss / step)
 
 
 def test_reading_resets_the_totals():
-    sums = MetricAccumulator(CPU)
-    sums.add(*batch_of(5), step=3)
-    sums.add(*losses_alone(math.nan), step=4)
-    sums.read()
-    assert sums.read() == Totals()
+    metrics = MetricAccumulator(CPU)
+    metrics.add(*batch_of(5), step=3)
+    metrics.add(*losses_alone(math.nan), step=4)
+    metrics.read()
+    assert metrics.read() == Totals()
 
 
 def test_an_empty_shard_adds_nothing():
-    sums = MetricAccumulator(CPU)
-    sums.add(*batch_of(0))
-    assert sums.read() == Totals()
+    metrics = MetricAccumulator(CPU)
+    metrics.add(*batch_of(0))
+    assert metrics.read() == Totals()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_the_first_step_with_a_bad_loss_is_kept(bad):
-    sums = MetricAccumulator(CPU)
-    sums.add(*losses_alone(1.0, 2.0), step=6)
-    sums.add(*losses_alone(1.0, bad), step=7)
-    sums.add(*losses_alone(bad), step=8)
-    sums.add(*losses_alone(1.0), step=9)
-    assert sums.read().first_bad_step == 7
+    metrics = MetricAccumulator(CPU)
+    metrics.add(*losses_alone(1.0, 2.0), step=6)
+    metrics.add(*losses_alone(1.0, bad), step=7)
+    metrics.add(*losses_alone(bad), step=8)
+    metrics.add(*losses_alone(1.0), step=9)
+    assert metrics.read().first_bad_step == 7
 
 
 def test_step_zero_can_be_the_bad_one():
-    sums = MetricAccumulator(CPU)
-    sums.add(*losses_alone(math.nan), step=0)
-    assert sums.read().first_bad_step == 0
+    metrics = MetricAccumulator(CPU)
+    metrics.add(*losses_alone(math.nan), step=0)
+    assert metrics.read().first_bad_step == 0
 
 
 def test_a_mean_over_a_bad_loss_is_nan():
-    sums = MetricAccumulator(CPU)
-    sums.add(*losses_alone(math.nan, 1.0))
-    assert not math.isfinite(sums.read().mean_loss)
+    metrics = MetricAccumulator(CPU)
+    metrics.add(*losses_alone(math.nan, 1.0))
+    assert not math.isfinite(metrics.read().mean_loss)
 
 
 @pytest.mark.parametrize("loss", [1e3, 1e5, 1e7, 1e30])
 def test_huge_losses_do_not_wrap_around(loss):
-    sums = MetricAccumulator(CPU)
+    metrics = MetricAccumulator(CPU)
     for step in range(100):
-        sums.add(*losses_alone(*[loss] * 128), step=step)
-    totals = sums.read()
+        metrics.add(*losses_alone(*[loss] * 128), step=step)
+    totals = metrics.read()
     assert totals.first_bad_step is not None or totals.mean_loss == pytest.approx(loss, rel=1e-6)
 
 
@@ -145,17 +145,17 @@ def test_means_over_no_samples_are_zero():
 
 
 def test_with_three_classes_top5_is_always_correct():
-    sums = MetricAccumulator(torch.device("cpu"))
-    sums.add(torch.ones(4), torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
-    assert sums.read().correct5 == 4
+    metrics = MetricAccumulator(torch.device("cpu"))
+    metrics.add(torch.ones(4), torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+    assert metrics.read().correct5 == 4
 
 
 def test_skipped_steps_are_counted_until_they_are_read():
-    sums = MetricAccumulator(CPU)
+    metrics = MetricAccumulator(CPU)
     for norm in (1.0, math.inf, 0.0, math.inf, math.nan):
-        sums.add_step(torch.tensor(norm))
-    first = sums.read()
+        metrics.add_step(torch.tensor(norm))
+    first = metrics.read()
     assert (first.skipped_steps, first.first_bad_step) == (3, None)
-    sums.add_step(torch.tensor(math.inf))
-    assert (first + sums.read()).skipped_steps == 4
-    assert sums.read() == Totals()
+    metrics.add_step(torch.tensor(math.inf))
+    assert (first + metrics.read()).skipped_steps == 4
+    assert metrics.read() == Totals()

@@ -31,11 +31,11 @@ def test_settings_of_other_sections_do_not_name_the_data():
     assert checked_config(["--epochs", "3"], Topology(rank=1, world_size=2))[0].data.name == "generated10"
 
 
-@pytest.mark.parametrize("words", [["--data.name", "cifar10"], ["--data.root", "elsewhere"], ["some.toml"]])
-def test_named_data_must_exist(words):
+@pytest.mark.parametrize("arguments", [["--data.name", "cifar10"], ["--data.root", "elsewhere"], ["some.toml"]])
+def test_named_data_must_exist(arguments):
     Path("some.toml").write_text("epochs = 3\n")
     with pytest.raises(InputError, match=r"--data\.root") as caught:
-        checked_config(words, Topology())
+        checked_config(arguments, Topology())
     assert "No such file" in caught.value.lines[0]
 
 
@@ -51,18 +51,18 @@ def test_local_rank_0_prints_the_error(capsys):
 
 
 def test_a_wrong_config_exits_with_2_and_no_traceback():
-    said = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "distributed.train", "--device", "cpu", "--epochs", "0"],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert said.returncode == 2
-    assert said.stderr == "error: command line: epochs = 0: should be greater than 0\n"
+    assert result.returncode == 2
+    assert result.stderr == "error: command line: epochs = 0: should be greater than 0\n"
 
 
 @pytest.mark.parametrize(
-    ("words", "processes"),
+    ("arguments", "processes"),
     [
         (["--exact.shards", "2"], 3),
         (["--exact.shards", "2", "--device", "cuda"], 3),
@@ -70,22 +70,22 @@ def test_a_wrong_config_exits_with_2_and_no_traceback():
         (["--device", "cpu"], 9),
     ],
 )
-def test_too_many_processes_fail_before_importing_torch(words, processes):
-    enough = checked_config(words, Topology(world_size=processes // 2))[0]
+def test_too_many_processes_fail_before_importing_torch(arguments, processes):
+    enough = checked_config(arguments, Topology(world_size=processes // 2))[0]
     assert enough.data.name == "generated10"
     for rank in (0, processes - 1):
         with pytest.raises(InputError, match=rf"is less than the {processes} processes"):
-            checked_config(words, Topology(rank=rank, world_size=processes))
+            checked_config(arguments, Topology(rank=rank, world_size=processes))
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["--exact.shards", "0"], ["--device", "cuda"], ["--exact.shards", "16", "--device", "cpu"]]
+    "arguments", [[], ["--exact.shards", "0"], ["--device", "cuda"], ["--exact.shards", "16", "--device", "cpu"]]
 )
-def test_world_sizes_that_may_work_are_not_refused(words):
-    assert checked_config(words, Topology(world_size=9))[0].data.name == "generated10"
+def test_world_sizes_that_may_work_are_not_refused(arguments):
+    assert checked_config(arguments, Topology(world_size=9))[0].data.name == "generated10"
 
 
-# Where the data lies
+# Data
 
 
 def lay_out(*paths: str) -> None:
@@ -110,27 +110,27 @@ def test_an_image_folder_is_checked_before_importing_torch():
 
 
 def test_a_download_starts_after_all_other_checks():
-    asked = ["--data.download", "--data.urls", '["http://127.0.0.1:9/cifar-10-binary.tar.gz"]']
+    download = ["--data.download", "--data.urls", '["http://127.0.0.1:9/cifar-10-binary.tar.gz"]']
     with pytest.raises(InputError, match="is less than the 9 processes"):
-        checked_config([*asked, "--device", "cpu"], Topology(world_size=9))
+        checked_config([*download, "--device", "cpu"], Topology(world_size=9))
     assert not Path("data").exists()
 
 
 def test_a_failed_download_is_one_line_before_importing_torch(tmp_path):
     archive = "cifar-10-binary.tar.gz"
-    words = ["--data.download", "--data.urls", f'["http://127.0.0.1:9/{archive}"]', "--data.root", str(tmp_path)]
+    arguments = ["--data.download", "--data.urls", f'["http://127.0.0.1:9/{archive}"]', "--data.root", str(tmp_path)]
     code = (
         "import sys, distributed.data.sources.download as fetch\n"
         "fetch.time.sleep = lambda _: None\n"
         "from distributed import train\n"
-        f"sys.argv[1:] = {words!r}\n"
+        f"sys.argv[1:] = {arguments!r}\n"
         "code = train.main()\n"
         "assert 'torch' not in sys.modules\n"
         "sys.exit(code)\n"
     )
     root = Path(__file__).parents[2]
-    said = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
-    assert said.returncode == 2
-    refused, remedy = said.stderr.splitlines()
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    refused, remedy = result.stderr.splitlines()
     assert refused == f"error: download of {archive}: http://127.0.0.1:9/{archive}: [Errno 111] Connection refused"
     assert remedy.startswith(f"error: download of {archive}: go online")

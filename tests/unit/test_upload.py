@@ -25,7 +25,7 @@ from distributed.run.folder import RunFolder
 from distributed.topology import Topology
 from distributed.train import checked_config
 
-THREE = {"manifest.json", "state.json", "tensors.safetensors"}
+ALL_FILES = {"manifest.json", "state.json", "tensors.safetensors"}
 
 
 @pytest.fixture
@@ -41,29 +41,29 @@ def url(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def said() -> Iterator[list[str]]:
+def log() -> Iterator[list[str]]:
     messages: list[str] = []
     handle = logger.add(lambda message: messages.append(str(message)), format="{level} {message}")
     yield messages
     logger.remove(handle)
 
 
-def config_of(run_dir: Path, url: str, *words: str) -> TrainConfig:
+def config_of(run_dir: Path, url: str, *arguments: str) -> TrainConfig:
     common = ["--run_dir", str(run_dir), "--checkpoint.upload_to", url, "--data.name", "generated10"]
-    return from_command_line([*common, *words]).config
+    return from_command_line([*common, *arguments]).config
 
 
 def save(run: RunFolder, step: int, *, best: int | None = None, config: TrainConfig | None = None) -> str:
-    """A checkpoint whose one tensor is the step's number."""
-    sums = {"loss": 0, "correct": 0, "correct5": 0, "count": 0}
+    """Save a checkpoint whose only tensor is the step."""
+    totals = {"loss": 0, "correct": 0, "correct5": 0, "count": 0}
     content = {
         "state": {
             "step": step,
             "epoch": 1,
             "step_in_epoch": 0,
             "samples_seen": step,
-            "window": sums,
-            "epoch_totals": sums,
+            "window": totals,
+            "epoch_totals": totals,
             "best": None if best is None else {"epoch": 0, "step": best, "value": 0.5},
             "schedule": {},
             "early_stopping": None,
@@ -78,12 +78,12 @@ def save(run: RunFolder, step: int, *, best: int | None = None, config: TrainCon
     return name
 
 
-def settled(writer: Uploader) -> Uploader:
-    writer.start()
-    writer.finish_within(20)
-    while writer.is_busy():
+def upload_all(uploader: Uploader) -> Uploader:
+    uploader.start()
+    uploader.finish_within(20)
+    while uploader.is_busy():
         pass
-    return writer
+    return uploader
 
 
 def has_run(config: TrainConfig) -> bool:
@@ -91,30 +91,30 @@ def has_run(config: TrainConfig) -> bool:
 
 
 def in_store(url: str) -> dict[int, set[str]]:
-    """Step -> names of the files of each checkpoint there."""
+    """The names of the files of each checkpoint in the store, by step."""
     root = Path(url.removeprefix("file://"))
     return {int(path.name[5:13]): {file.name for file in path.iterdir()} for path in sorted(root.glob("step-*"))}
 
 
-def fetched(run: ClaimedRun, url: str) -> str | None:
+def downloaded(run: ClaimedRun, url: str) -> str | None:
     return download_newest(Store(url), run, run.commit)
 
 
-# Up
+# Uploading
 
 
 def test_the_store_has_what_the_run_folder_has(run, url):
     name = save(run, 1)
-    settled(Uploader(url, run, keep_last=2))
-    assert in_store(url) == {1: THREE}
+    upload_all(Uploader(url, run, keep_last=2))
+    assert in_store(url) == {1: ALL_FILES}
     assert damage_of(Path(url.removeprefix("file://")) / name) is None
     assert json.loads(run.upload_file.read_text())["newest"] == name
 
 
 def test_the_manifest_is_uploaded_last_and_removed_first(run, url, monkeypatch):
     done: list[str] = []
-    writer = Uploader(url, run, keep_last=1)
-    fs = writer.store._fs
+    uploader = Uploader(url, run, keep_last=1)
+    fs = uploader.store._fs
     for verb in ("put_file", "rm_file"):
         before = getattr(fs, verb)
         monkeypatch.setattr(
@@ -123,34 +123,34 @@ def test_the_manifest_is_uploaded_last_and_removed_first(run, url, monkeypatch):
             lambda *paths, verb=verb, before=before: (done.append(f"{verb} {paths[-1][-20:]}"), before(*paths)),
         )
     save(run, 1)
-    settled(writer)
+    upload_all(uploader)
     assert [one.rpartition("/")[2].split("-")[-1] for one in done if one.startswith("put_file")][-1] == "manifest.json"
     done.clear()
     save(run, 2)
     shutil.rmtree(checkpoints(run.checkpoints)[0])
-    settled(writer)
-    assert in_store(url) == {2: THREE}
+    upload_all(uploader)
+    assert in_store(url) == {2: ALL_FILES}
     removed = [one for one in done if one.startswith("rm_file")]
     assert [one.rpartition("/")[2] for one in removed][-3] == "manifest.json"
 
 
 def test_the_store_keeps_what_the_run_folder_keeps(run, url):
-    writer = Uploader(url, run, keep_last=2)
+    uploader = Uploader(url, run, keep_last=2)
     for step in (1, 2, 3, 4):
         save(run, step, best=1)
-        settled(writer)
+        upload_all(uploader)
     assert list(in_store(url)) == [1, 3, 4]
 
 
 def test_an_empty_run_folder_loses_nothing_in_the_store(run, url):
     for step in (1, 2):
         save(run, step)
-    settled(Uploader(url, run, keep_last=9))
+    upload_all(Uploader(url, run, keep_last=9))
     for path in checkpoints(run.checkpoints):
         shutil.rmtree(path)
-    settled(Uploader(url, run, keep_last=9))
+    upload_all(Uploader(url, run, keep_last=9))
     save(run, 3)
-    settled(Uploader(url, run, keep_last=9))
+    upload_all(Uploader(url, run, keep_last=9))
     assert list(in_store(url)) == [1, 2, 3]
 
 
@@ -160,51 +160,51 @@ def test_an_interrupted_upload_is_completed_or_removed(run, url):
     for left in (name, name_of(step=3, epoch=1)):
         (root / left).mkdir(parents=True)
         (root / left / "tensors.safetensors").write_bytes(b"half")
-    settled(Uploader(url, run, keep_last=2))
-    assert in_store(url) == {7: THREE}
+    upload_all(Uploader(url, run, keep_last=2))
+    assert in_store(url) == {7: ALL_FILES}
     assert damage_of(root / name) is None
 
 
 def test_different_or_truncated_files_are_replaced(run, url):
     name = save(run, 1)
-    settled(Uploader(url, run, keep_last=2))
+    upload_all(Uploader(url, run, keep_last=2))
     there = Path(url.removeprefix("file://")) / name
     (there / "tensors.safetensors").write_bytes(b"cut")
-    settled(Uploader(url, run, keep_last=2))
+    upload_all(Uploader(url, run, keep_last=2))
     assert damage_of(there) is None
     shutil.rmtree(run.checkpoints / name)
     save(run, 1, best=1)
-    settled(Uploader(url, run, keep_last=2))
+    upload_all(Uploader(url, run, keep_last=2))
     assert (there / "manifest.json").read_bytes() == (run.checkpoints / name / "manifest.json").read_bytes()
     assert damage_of(there) is None
 
 
-def test_a_failed_upload_is_retried_by_the_next_save(run, url, said, monkeypatch):
-    writer = Uploader(url, run, keep_last=2)
-    fs, put = writer.store._fs, writer.store._fs.put_file
+def test_a_failed_upload_is_retried_by_the_next_save(run, url, log, monkeypatch):
+    uploader = Uploader(url, run, keep_last=2)
+    fs, put = uploader.store._fs, uploader.store._fs.put_file
 
     def away(*_: object) -> None:
         raise ConnectionError("Could not connect")
 
     monkeypatch.setattr(fs, "put_file", away)
     save(run, 1)
-    settled(writer)
-    assert "WARNING" in said[0]
-    assert "Could not connect" in said[0]
-    assert "the next save tries again" in said[0]
+    upload_all(uploader)
+    assert "WARNING" in log[0]
+    assert "Could not connect" in log[0]
+    assert "the next save tries again" in log[0]
     assert "Could not connect" in json.loads(run.upload_file.read_text())["problem"]
     assert all("manifest.json" not in files for files in in_store(url).values())
     monkeypatch.setattr(fs, "put_file", put)
     save(run, 2)
-    settled(writer)
-    assert in_store(url) == {1: THREE, 2: THREE}
-    assert writer.problem == ""
+    upload_all(uploader)
+    assert in_store(url) == {1: ALL_FILES, 2: ALL_FILES}
+    assert uploader.problem == ""
 
 
-def test_a_failed_removal_in_the_store_is_a_warning(run, url, said, monkeypatch):
-    writer = Uploader(url, run, keep_last=1)
+def test_a_failed_removal_in_the_store_is_a_warning(run, url, log, monkeypatch):
+    uploader = Uploader(url, run, keep_last=1)
     save(run, 1)
-    settled(writer)
+    upload_all(uploader)
 
     def kept(*_: object) -> None:
         raise StoreError("no right to delete")
@@ -213,23 +213,23 @@ def test_a_failed_removal_in_the_store_is_a_warning(run, url, said, monkeypatch)
     monkeypatch.setattr(Store, "remove", kept)
     newest = save(run, 2)
     shutil.rmtree(checkpoints(run.checkpoints)[0])
-    settled(writer)
-    assert writer.problem == ""
+    upload_all(uploader)
+    assert uploader.problem == ""
     assert json.loads(run.upload_file.read_text())["newest"] == newest
-    assert [line for line in said if "WARNING" in line] == [
+    assert [line for line in log if "WARNING" in line] == [
         "WARNING an old checkpoint was not deleted: no right to delete; the next save tries again\n"
     ]
     monkeypatch.setattr(Store, "remove", remove)
-    settled(writer)
+    upload_all(uploader)
     assert list(in_store(url)) == [2]
 
 
 def test_a_superseded_attempt_uploads_nothing(run, url):
-    writer = Uploader(url, run, keep_last=1)
+    uploader = Uploader(url, run, keep_last=1)
     save(run, 1)
     (run.path / "attempt.json").write_text('{"token": "another", "pid": 7, "host": "there"}')
-    settled(writer)
-    assert "taken over by process 7 on there" in writer.problem
+    upload_all(uploader)
+    assert "taken over by process 7 on there" in uploader.problem
     assert in_store(url) == {}
     assert not run.upload_file.exists()
 
@@ -242,64 +242,64 @@ def test_names_in_a_store_are_sorted_by_step(url):
     assert [int(name.split("-")[1]) for name in Store(url).names()] == [7, 99_999_999, 100_000_000]
 
 
-def test_a_run_in_use_is_not_uploaded_by_another_process(run, url, said, monkeypatch):
+def test_a_run_in_use_is_not_uploaded_by_another_process(run, url, log, monkeypatch):
     monkeypatch.setattr("distributed.run.claim.LOCK_WAIT_SECONDS", 0.05)
     save(run, 1)
     upload_remaining(config_of(run.path, url))
     assert in_store(url) == {}
-    assert any("another run is writing there" in line for line in said)
+    assert any("another run is writing there" in line for line in log)
 
 
 def test_a_hanging_store_delays_nothing_and_is_reported(run, url, monkeypatch):
-    writer, go_on = Uploader(url, run, keep_last=2), threading.Event()
-    monkeypatch.setattr(writer.store._fs, "put_file", lambda *_: go_on.wait(20))
+    uploader, resume_uploads = Uploader(url, run, keep_last=2), threading.Event()
+    monkeypatch.setattr(uploader.store._fs, "put_file", lambda *_: resume_uploads.wait(20))
     name = save(run, 1)
     began = time.monotonic()
-    writer.start()
+    uploader.start()
     assert time.monotonic() - began < 1
-    while not writer.uploading:
+    while not uploader.uploading:
         time.sleep(0.01)
-    assert writer.uploading == name
-    writer.finish_within(0.2)
-    while writer.is_busy():
+    assert uploader.uploading == name
+    uploader.finish_within(0.2)
+    while uploader.is_busy():
         pass
     assert "not uploaded in time" in json.loads(run.upload_file.read_text())["problem"]
-    go_on.set()
+    resume_uploads.set()
 
 
 def test_the_later_of_two_runs_takes_over_a_store(run, url, tmp_path):
     first, second = Uploader(url, run, keep_last=1), ClaimedRun.claim(tmp_path / "other", world_size=1)
     save(run, 1)
-    settled(first)
+    upload_all(first)
     save(second, 5)
-    settled(Uploader(url, second, keep_last=1))
+    upload_all(Uploader(url, second, keep_last=1))
     save(run, 2)
-    settled(first)
+    upload_all(first)
     assert "taken over by the run in" in first.problem
     assert list(in_store(url)) == [5]
 
 
-def test_the_last_log_line_says_whether_it_is_uploaded(run, url, said):
+def test_the_last_log_line_says_whether_it_is_uploaded(run, url, log):
     config = config_of(run.path, url)
     name = save(run, 1)
     log_upload_result(config)
-    assert said[-1].startswith(f"ERROR NOT UPLOADED: {name} is only in {run.checkpoints}")
+    assert log[-1].startswith(f"ERROR NOT UPLOADED: {name} is only in {run.checkpoints}")
     run.release()
     upload_remaining(config)
-    assert said[-1].startswith(f"INFO {name} is uploaded to {url}")
+    assert log[-1].startswith(f"INFO {name} is uploaded to {url}")
     save(run, 2)
     log_upload_result(config)
-    assert said[-1].startswith("ERROR NOT UPLOADED")
+    assert log[-1].startswith("ERROR NOT UPLOADED")
 
 
-# Down
+# Downloading
 
 
 def test_the_newest_and_the_best_are_downloaded(run, url, tmp_path):
     there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     names = [save(there, step, best=1) for step in (1, 2, 3)]
-    settled(Uploader(url, there, keep_last=2))
-    assert fetched(run, url) == names[2]
+    upload_all(Uploader(url, there, keep_last=2))
+    assert downloaded(run, url) == names[2]
     assert [path.name for path in checkpoints(run.checkpoints)] == [names[0], names[2]]
     assert [damage_of(path) for path in checkpoints(run.checkpoints)] == [None, None]
     assert (run.checkpoints / "latest").resolve().name == names[2]
@@ -307,11 +307,11 @@ def test_the_newest_and_the_best_are_downloaded(run, url, tmp_path):
     assert list(run.checkpoints.glob(".*")) == []
 
 
-@pytest.mark.parametrize("how", ["flipped", "cut", "missing", "no manifest"])
-def test_a_damaged_newest_is_skipped_for_the_previous(run, url, tmp_path, said, how):
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "no manifest"])
+def test_a_damaged_newest_is_skipped_for_the_previous(run, url, tmp_path, log, how):
     there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     names = [save(there, step) for step in (1, 2)]
-    settled(Uploader(url, there, keep_last=2))
+    upload_all(Uploader(url, there, keep_last=2))
     last = Path(url.removeprefix("file://")) / names[1]
     content = bytearray((last / "tensors.safetensors").read_bytes())
     content[-1] ^= 1
@@ -321,20 +321,20 @@ def test_a_damaged_newest_is_skipped_for_the_previous(run, url, tmp_path, said, 
         (last / "manifest.json").unlink()
     else:
         (last / "tensors.safetensors").write_bytes(content if how == "flipped" else content[:-3])
-    assert fetched(run, url) == names[0]
+    assert downloaded(run, url) == names[0]
     assert [path.name for path in checkpoints(run.checkpoints)] == names[:1]
     assert not Store(url).is_committed(names[1])
     if how != "no manifest":
-        assert any("ERROR" in line and f"{names[1]} is damaged" in line for line in said)
-        settled(Uploader(url, there, keep_last=2))
+        assert any("ERROR" in line and f"{names[1]} is damaged" in line for line in log)
+        upload_all(Uploader(url, there, keep_last=2))
         assert damage_of(last) is None
 
 
 def test_an_empty_store_has_nothing_to_download(run, url):
-    assert fetched(run, url) is None
+    assert downloaded(run, url) is None
 
 
-# Before anything is begun
+# Before training
 
 
 def test_probing_a_new_folder_creates_it_and_leaves_it_empty(tmp_path, url):
@@ -361,18 +361,18 @@ def test_a_run_that_has_saved_resumes_without_its_store(tmp_path, capsys):
 def test_a_run_folder_behind_the_store_is_a_warning(tmp_path, url, capsys):
     config, there = config_of(tmp_path / "run", url), ClaimedRun.claim(tmp_path / "there", world_size=1)
     save(there, 9, config=config)
-    settled(Uploader(url, there, keep_last=2))
+    upload_all(Uploader(url, there, keep_last=2))
     save(RunFolder(tmp_path / "run"), 5, config=config)
     assert has_run(config) is True
     assert f"{url} has step 9, but the run resumes from step 5" in capsys.readouterr().err
-    settled(Uploader(url, ClaimedRun.claim(tmp_path / "run", world_size=1), keep_last=2))
+    upload_all(Uploader(url, ClaimedRun.claim(tmp_path / "run", world_size=1), keep_last=2))
     assert list(in_store(url)) == [5, 9]
 
 
 def test_a_different_experiment_in_the_store_is_refused(tmp_path, url):
     there = ClaimedRun.claim(tmp_path / "there", world_size=1)
     save(there, 1, config=config_of(there.path, url))
-    settled(Uploader(url, there, keep_last=2))
+    upload_all(Uploader(url, there, keep_last=2))
     assert has_run(config_of(tmp_path / "run", url)) is True
     with pytest.raises(InputError) as caught:
         checked_config(
@@ -397,12 +397,20 @@ def test_a_different_experiment_in_the_store_is_refused(tmp_path, url):
 
 def test_a_run_resumed_from_a_store_needs_no_init_from(tmp_path, url):
     there = ClaimedRun.claim(tmp_path / "there", world_size=1)
-    words = ["--init_from", str(tmp_path / "gone")]
-    save(there, 1, config=config_of(there.path, url, *words))
-    settled(Uploader(url, there, keep_last=2))
-    argv = ["--run_dir", str(tmp_path / "run"), "--data.name", "generated10", "--checkpoint.upload_to", url, *words]
-    assert checked_config(argv, Topology())[1] is False
-    assert checked_config(argv, Topology(rank=1, world_size=2))[1] is False
+    arguments = ["--init_from", str(tmp_path / "gone")]
+    save(there, 1, config=config_of(there.path, url, *arguments))
+    upload_all(Uploader(url, there, keep_last=2))
+    command = [
+        "--run_dir",
+        str(tmp_path / "run"),
+        "--data.name",
+        "generated10",
+        "--checkpoint.upload_to",
+        url,
+        *arguments,
+    ]
+    assert checked_config(command, Topology())[1] is False
+    assert checked_config(command, Topology(rank=1, world_size=2))[1] is False
 
 
 def test_a_missing_package_is_named_with_the_command(tmp_path, monkeypatch):

@@ -9,8 +9,9 @@ import torch
 
 from distributed.config.data import Augment, GeneratedData
 from distributed.data import residency
-from distributed.data.batch import Batch
-from distributed.data.pipeline import DataPipeline, _mean_and_deviation
+from distributed.data.batch import Batch, Batching, InputFormat, Shards
+from distributed.data.normalize import channel_statistics
+from distributed.data.pipeline import DataPipeline
 from distributed.data.sources import synthetic
 
 TENSORS = ("images", "labels", "sample_ids", "sample_keys")
@@ -23,13 +24,16 @@ def pipeline(device: str = "cpu", *, normalize: str = "mean_std", augment: Augme
     )  # fmt: skip
     values = {"grad_accum_steps": 3, "rank": 1, "world_size": 2, "shards": 4} | settings
     return DataPipeline(
-        config, side=32, seed=3, global_batch_size=16, evaluation_batch_size=6, device=torch.device(device),
-        dtype=torch.float32, channels_last=True, **values,
-    )  # fmt: skip
+        config,
+        Batching(seed=3, global_batch_size=16, grad_accum_steps=values["grad_accum_steps"], evaluation_batch_size=6),
+        Shards.of_rank(values["rank"], values["world_size"], values["shards"]),
+        InputFormat(torch.device(device), torch.float32, channels_last=True),
+        side=32,
+    )
 
 
 def assert_equal(one: Batch, other: Batch) -> None:
-    assert (one.step_size, one.shard_sizes) == (other.step_size, other.shard_sizes)
+    assert (one.global_count, one.shard_sizes) == (other.global_count, other.shard_sizes)
     for name in TENSORS:
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
@@ -51,8 +55,8 @@ def assert_all_equal(on_host: DataPipeline, on_device: DataPipeline) -> None:
 )
 def test_host_equals_device(settings):
     on_host, on_device = (pipeline(placement=place, **settings) for place in ("host", "device"))
-    assert on_host._splits["train"].ahead
-    assert not on_device._splits["train"].ahead
+    assert on_host._splits["train"].prefetched
+    assert not on_device._splits["train"].prefetched
     assert_all_equal(on_host, on_device)
 
 
@@ -67,20 +71,20 @@ def test_host_equals_device_on_cuda():
 
 def test_one_batch_is_gathered_ahead_by_a_thread_and_none_is_left_when_an_epoch_is_left():
     data = pipeline(placement="host", grad_accum_steps=1)
-    asked = []
+    requested = []
 
     def wanted():
         for number in range(5):
-            asked.append(number)
+            requested.append(number)
             yield torch.tensor([number])
 
-    chosen = data._splits["train"].chosen(wanted())
-    assert asked == []
-    first = next(chosen)
-    assert asked == [0, 1]
+    gathered = data._splits["train"].gather(wanted())
+    assert requested == []
+    first = next(gathered)
+    assert requested == [0, 1]
     assert torch.equal(first[0], data._splits["train"].images[0])
     assert any(thread.name.startswith("images") for thread in threading.enumerate())
-    chosen.close()
+    gathered.close()
     assert not any(thread.name.startswith("images") for thread in threading.enumerate())
     steps = data.train_epoch(0)
     list(islice(steps, 2))
@@ -91,15 +95,15 @@ def test_one_batch_is_gathered_ahead_by_a_thread_and_none_is_left_when_an_epoch_
 
 @pytest.mark.parametrize("placement", ["device", "host"])
 def test_a_placement_that_was_named_is_taken(placement):
-    assert residency.place(placement, 1 << 60, torch.device("cpu")) == placement
-    assert residency.place(placement, 1 << 60, torch.device("cuda")) == placement
+    assert residency.residency(placement, 1 << 60, torch.device("cpu")) == placement
+    assert residency.residency(placement, 1 << 60, torch.device("cuda")) == placement
 
 
 def test_auto_is_the_device_where_a_third_of_its_free_memory_is_enough(monkeypatch):
-    assert residency.place("auto", 1 << 60, torch.device("cpu")) == "device"
+    assert residency.residency("auto", 1 << 60, torch.device("cpu")) == "device"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3000, 10_000))
-    assert residency.place("auto", 999, torch.device("cuda")) == "device"
-    assert residency.place("auto", 1000, torch.device("cuda")) == "host"
+    assert residency.residency("auto", 999, torch.device("cuda")) == "device"
+    assert residency.residency("auto", 1000, torch.device("cuda")) == "host"
 
 
 def test_unit_scales_to_zero_and_one_and_nothing_else():
@@ -108,13 +112,13 @@ def test_unit_scales_to_zero_and_one_and_nothing_else():
     source = synthetic.read("generated10", 60, "train").images[batch.sample_ids.numpy()]
     expected = torch.from_numpy(source.transpose(0, 3, 1, 2).astype(np.float32)) / 255
     assert torch.allclose(batch.images, expected, rtol=2e-7, atol=0)
-    assert data.facts()["normalization"] == {"mean": [0.0] * 3, "deviation": [1.0] * 3}
+    assert data.metadata()["normalization"] == {"mean": [0.0] * 3, "deviation": [1.0] * 3}
 
 
 def test_the_facts_are_what_was_used():
     data = pipeline(augment=Augment(crop=0, flip=False), grad_accum_steps=1, rank=0, world_size=1)
-    assert data.facts()["classes"] == [f"class {label}" for label in range(10)]
-    mean, deviation = (torch.tensor(data.facts()["normalization"][name]) for name in ("mean", "deviation"))
+    assert data.metadata()["classes"] == [f"class {label}" for label in range(10)]
+    mean, deviation = (torch.tensor(data.metadata()["normalization"][name]) for name in ("mean", "deviation"))
     (batch,) = next(data.train_epoch(0))
     source = torch.from_numpy(synthetic.read("generated10", 60, "train").images[batch.sample_ids.numpy()])
     expected = ((source / 255 - mean) / deviation).permute(0, 3, 1, 2)
@@ -122,5 +126,5 @@ def test_the_facts_are_what_was_used():
 
 
 def test_a_channel_of_one_shade_is_not_divided_by_zero():
-    mean, deviation = _mean_and_deviation(np.zeros((2, 4, 4, 3), np.uint8))
+    mean, deviation = channel_statistics(np.zeros((2, 4, 4, 3), np.uint8))
     assert (mean.tolist(), deviation.tolist()) == ([0.0] * 3, [1.0] * 3)

@@ -1,0 +1,118 @@
+"""How many workers fit on a Ray cluster, and waiting until enough of them do."""
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from loguru import logger
+from ray.autoscaler.sdk import request_resources
+
+from distributed.config.sections import Scaling
+from distributed.errors import InputError
+from launch.on_ray import compat
+from launch.on_ray.compat import ClusterNode
+
+_SETTLE_SECONDS = 5.0  # until the resources of a lost attempt are free again
+_POLL_SECONDS = 0.5
+
+
+class CapacityError(InputError):
+    """The cluster had too few resources for as long as the config allows to wait."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How many workers fit on the cluster."""
+
+    now: int
+    when_idle: int
+    """With nothing else running."""
+    description: str
+    """Each node's resources, for a message."""
+
+
+def usable_nodes(excluded: Collection[str] = ()) -> list[ClusterNode]:
+    """Return the nodes that are alive, not draining and not `excluded`, by their ids."""
+    unusable = {*compat.draining_nodes(), *excluded}
+    return [node for node in compat.cluster_nodes() if node.alive and node.id not in unusable]
+
+
+def capacity(scaling: Scaling, excluded: Collection[str] = ()) -> Capacity:
+    """Return how many workers fit on the usable nodes."""
+    free, nodes = compat.free_resources(), usable_nodes(excluded)
+    hidden = [(len(compat.draining_nodes()), "draining"), (len(excluded), "excluded")]
+    described = [_describe(node, free.get(node.id, {})) for node in nodes]
+    described += [f"{count} more {state}" for count, state in hidden if count]
+    return Capacity(
+        now=workers_on_cluster(scaling, [workers_on_node(scaling, free.get(node.id, {})) for node in nodes]),
+        when_idle=workers_on_cluster(scaling, [workers_on_node(scaling, node.resources) for node in nodes]),
+        description="; ".join(described) or "no node",
+    )
+
+
+def _describe(node: ClusterNode, free: dict[str, float]) -> str:
+    resources = [
+        f"{free.get(name, 0):g} of {node.resources[name]:g} {name}s free"
+        for name in ("CPU", "GPU")
+        if node.resources.get(name)
+    ]
+    return f"{node.hostname} ({node.address}): {', '.join(resources) or 'no CPUs'}"
+
+
+def workers_on_node(scaling: Scaling, resources: dict[str, float]) -> int:
+    """Return how many workers fit into a node's resources."""
+    count = int(resources.get("CPU", 0) // scaling.cpus_per_worker)
+    return min(count, int(resources.get("GPU", 0) // scaling.gpus_per_worker)) if scaling.gpus_per_worker else count
+
+
+def workers_on_cluster(scaling: Scaling, per_node: Sequence[int]) -> int:
+    """Return how many workers fit on the nodes together, as `scaling.placement` allows."""
+    if scaling.placement == "strict_pack":
+        return max(per_node, default=0)
+    return sum(min(1, count) for count in per_node) if scaling.placement == "strict_spread" else sum(per_node)
+
+
+def wait_for_capacity(scaling: Scaling, stop_requested: Callable[[], str | None], excluded: Collection[str]) -> int:
+    """Return how many workers to start; 0 if a stop was requested meanwhile.
+
+    That is `num_workers` as soon as they fit, or as many as fit once it is clear that there will not be more.
+
+    Raises:
+        CapacityError: fewer than `min_workers` fit after `wait_seconds`.
+    """
+    start, announced = time.monotonic(), False
+    fewest, most = scaling.least_workers, scaling.num_workers
+    while not stop_requested():
+        found, waited = capacity(scaling, excluded), time.monotonic() - start
+        settled = waited > _SETTLE_SECONDS or found.now >= min(found.when_idle, most)
+        if found.now >= most or (found.now >= fewest and settled):
+            if announced:
+                _request_nodes(scaling, 0)
+            return min(found.now, most)
+        if waited > scaling.wait_seconds:
+            _request_nodes(scaling, 0)
+            raise CapacityError(
+                f"{_shortage(scaling, found)}; lower scaling.num_workers, set scaling.min_workers, add nodes, or raise "
+                "scaling.wait_seconds"
+            )
+        if not announced and waited > min(_SETTLE_SECONDS, scaling.wait_seconds):
+            logger.warning("{}; waiting up to {:g} s for more", _shortage(scaling, found), scaling.wait_seconds)
+            _request_nodes(scaling, most)
+            announced = True
+        time.sleep(_POLL_SECONDS)
+    return 0
+
+
+def _shortage(scaling: Scaling, found: Capacity) -> str:
+    worker = f"{scaling.cpus_per_worker} CPU" + (", 1 GPU" if scaling.gpus_per_worker else "")
+    minimum = f" (scaling.min_workers = {scaling.min_workers})" if scaling.min_workers else ""
+    return (
+        f"scaling.num_workers = {scaling.num_workers}{minimum}: the cluster has capacity for {found.now} workers of {worker} "
+        f"each ({scaling.placement}), {found.when_idle} when idle: {found.description}"
+    )
+
+
+def _request_nodes(scaling: Scaling, workers: int) -> None:
+    """Ask the autoscaler for nodes for so many workers; on a cluster without one, nothing happens."""
+    worker = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.gpus_per_worker else {})
+    request_resources(bundles=[worker] * workers)

@@ -1,0 +1,147 @@
+"""Decides whether a Slurm job is requeued after an attempt: the first of `RULES` that applies. Imports no torch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import NamedTuple
+
+from distributed.errors import ExitCode
+from distributed.run.records import AttemptRecord
+
+_PERMANENT = {
+    ExitCode.BAD_INPUT: "bad input",
+    ExitCode.NOT_FINITE: "a loss that is not finite",
+    ExitCode.STORAGE: "a run folder that cannot be written or belongs to another attempt",
+}
+
+
+class Verdict(StrEnum):
+    """What happens to the job; the batch script reads these words."""
+
+    REQUEUE = "requeue"
+    LEAVE = "leave"
+    """Slurm requeues or ends it."""
+    END = "end"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to the job, its exit code, and the reason."""
+
+    verdict: Verdict
+    exit_code: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class AttemptEnd:
+    """What is known when an attempt has ended."""
+
+    lines: Sequence[AttemptRecord]
+    """The attempt's lines of attempts.jsonl."""
+    saved_step: int
+    """Step of the newest checkpoint."""
+    signal: str
+    """The signal that the batch script got: USR1, Slurm's warning; TERM, from scancel or requeue; or empty."""
+    restarts: int
+    max_requeues: int
+
+    @cached_property
+    def _started(self) -> AttemptRecord | None:
+        return self._newest("started")
+
+    @cached_property
+    def _last(self) -> AttemptRecord | None:
+        """The line that says how the attempt ended; None if the trainer wrote none."""
+        return self._newest("finished", "stopped", "failed")
+
+    def _newest(self, *events: str) -> AttemptRecord | None:
+        return next((line for line in reversed(self.lines) if line.event in events), None)
+
+    @property
+    def finished(self) -> bool:
+        """Whether this attempt finished the run; status.json may still be an earlier attempt's."""
+        return any(line.event == "finished" for line in self.lines)
+
+    @property
+    def exit_code(self) -> int | None:
+        """The trainer's exit code; None if it was killed."""
+        return self._last.exit_code if self._last else None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the trainer saved and stopped on request."""
+        return self._last is not None and self._last.event == "stopped"
+
+    @property
+    def progressed(self) -> bool:
+        """Whether a checkpoint was saved after the attempt's first step."""
+        return self._started is not None and self.saved_step > (self._started.step or 0)
+
+    @property
+    def trainer_reason(self) -> str:
+        """The trainer's own words; empty if it was killed."""
+        return (self._last and self._last.reason) or ""
+
+    @property
+    def saved_or_ended(self) -> str:
+        """`saved at step N`, `ended at step N` or `ended before it began`."""
+        step = self.saved_step if self._last is None or self._last.step is None else self._last.step
+        where = f"at step {step}" if self._started else "before it began"
+        return f"{'saved' if self.stopped else 'ended'} {where}"
+
+
+class Rule(NamedTuple):
+    """A condition on the attempt, and what follows if no earlier rule applies."""
+
+    applies: Callable[[AttemptEnd], bool]
+    verdict: Verdict
+    exit_code: Callable[[AttemptEnd], int | None]
+    reason: Callable[[AttemptEnd], str]
+
+
+def _stopped(_: AttemptEnd) -> int:
+    return ExitCode.STOPPED
+
+
+RULES = (
+    Rule(lambda end: end.finished, Verdict.END, lambda _: ExitCode.FINISHED, lambda _: "finished"),
+    Rule(
+        lambda end: end.exit_code in _PERMANENT, Verdict.END, lambda end: end.exit_code,
+        lambda end: f"failed with {_PERMANENT[ExitCode(end.exit_code or 0)]}, which would repeat: {end.trainer_reason}",
+    ),
+    Rule(
+        lambda end: end.signal == "TERM", Verdict.LEAVE, _stopped,
+        lambda end: f"{end.saved_or_ended} when Slurm ended the job (requeue, preemption or scancel)",
+    ),
+    Rule(
+        lambda end: bool(end.signal), Verdict.REQUEUE, _stopped,
+        lambda end: f"{end.saved_or_ended} on Slurm's warning (SIG{end.signal}: time limit or preemption)",
+    ),
+    Rule(
+        lambda end: end.stopped, Verdict.REQUEUE, _stopped,
+        lambda end: f"{end.saved_or_ended} on {end.trainer_reason}",
+    ),
+    Rule(
+        lambda end: end.progressed, Verdict.REQUEUE, _stopped,
+        lambda end: f"failed after step {end.saved_step} was saved: "
+        f"{end.trainer_reason or 'killed, or another process was lost'}",
+    ),
+    Rule(
+        lambda _: True, Verdict.END, lambda end: end.exit_code or ExitCode.FAILED,
+        lambda end: "failed without saving anything new, which would repeat: "
+        f"{end.trainer_reason or 'see the log of each node'}",
+    ),
+)  # fmt: skip
+
+
+def decide(end: AttemptEnd) -> Decision:
+    """Apply the first rule whose condition holds, then the limit on requeues."""
+    rule = next(rule for rule in RULES if rule.applies(end))
+    code, reason = int(rule.exit_code(end) or 0), rule.reason(end)
+    if rule.verdict is not Verdict.REQUEUE:
+        return Decision(rule.verdict, code, reason)
+    if end.restarts >= end.max_requeues:
+        return Decision(Verdict.END, code, f"{reason}; not requeued: MAX_REQUEUES = {end.max_requeues} is reached")
+    return Decision(Verdict.REQUEUE, code, f"{reason}; requeue {end.restarts + 1} of {end.max_requeues}")

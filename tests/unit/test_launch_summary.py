@@ -1,0 +1,43 @@
+from pathlib import Path
+
+import pytest
+
+from distributed.errors import InputError
+from launch.summary import summary
+
+
+def make_run(path: Path, *, status: str = "finished", accuracy: float = 0.5) -> None:
+    path.mkdir(parents=True)
+    (path / "config.toml").write_text("")
+    (path / "status.json").write_text(f'{{"status": "{status}", "step": 3}}')
+    (path / "metrics.jsonl").write_text(
+        f'{{"kind": "epoch", "step": 3, "epoch": 0, "test": {{"accuracy": {accuracy}}}}}\n'
+    )
+
+
+def test_finished_seeds_have_mean_and_deviation(tmp_path: Path):
+    make_run(tmp_path / "seed-0", accuracy=0.5)
+    make_run(tmp_path / "seed-1", accuracy=0.7)
+    make_run(tmp_path / "seed-2", status="stopped", accuracy=0.1)
+    _, *runs, spread, unfinished = summary(tmp_path).splitlines()
+    assert [line.split()[0] for line in runs] == ["seed-0", "seed-1", "seed-2"]
+    assert spread == "over 2 finished seeds: test accuracy 0.6000 ± 0.1414"
+    assert unfinished == "1 of 3 runs that have begun are not finished"
+    with pytest.raises(InputError, match="no runs"):
+        summary(tmp_path / "seed-0")
+
+
+@pytest.mark.parametrize("name", ["optim.lr={}/seed-{}", "optim.lr={},seed={}"], ids=["Slurm", "Ray"])
+def test_each_setting_has_a_mean_over_its_seeds(name: str, tmp_path: Path):
+    for lr, seed, accuracy in ((0.1, 0, 0.5), (0.1, 1, 0.7), (0.2, 0, 0.9)):
+        make_run(tmp_path / name.format(lr, seed), accuracy=accuracy)
+    assert summary(tmp_path).splitlines()[4:] == [
+        "optim.lr=0.1: over 2 finished seeds: test accuracy 0.6000 ± 0.1414",
+        "optim.lr=0.2: over 1 finished seed: test accuracy 0.9000",
+    ]
+
+
+def test_different_settings_have_no_mean(tmp_path: Path):
+    for lr in ("0.1", "0.01"):
+        make_run(tmp_path / f"optim.lr={lr}")
+    assert [line.split()[0] for line in summary(tmp_path).splitlines()[1:]] == ["optim.lr=0.01", "optim.lr=0.1"]
