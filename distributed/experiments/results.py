@@ -59,7 +59,7 @@ class Result:
 
     @property
     def progress(self) -> int:
-        """Finished epochs, or all planned ones after early stopping: what decides between two runs of the same id."""
+        """Finished epochs, or all planned ones after early stopping. Decides between two runs of the same id."""
         return self.of_epochs if self.ended_early else self.epochs
 
 
