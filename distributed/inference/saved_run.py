@@ -72,7 +72,7 @@ def choose_checkpoint(run: Path, name: str) -> Path:
         InputError: no such checkpoint.
     """
     folder = RunFolder(run).checkpoints
-    # Not all of them: without a usable newest checkpoint an older one must be asked for by name.
+    # At most three: an older checkpoint must be named explicitly.
     for candidate in preferred(folder)[:3] if name == "auto" else [folder / name]:
         if is_committed(candidate):
             found = candidate.resolve()
