@@ -14,7 +14,8 @@ from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.files import home_path
 from distributed.process.streams import run_command
 from distributed.run.folder import RunFolder
-from distributed.run.records import TrainRecord, read_attempts, read_metrics, read_saves
+from distributed.run.metrics_file import TrainRecord, read_metrics
+from distributed.run.records import read_attempts, read_saves
 from distributed.runs.outcome import outcome_of
 from distributed.runs.table import HEADINGS, cells, in_columns
 

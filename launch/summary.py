@@ -13,7 +13,7 @@ from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.files import home_path, replace_text
 from distributed.process.optional_output import OptionalOutput
 from distributed.process.streams import run_command
-from distributed.run.records import read_epochs
+from distributed.run.metrics_file import read_epochs
 from distributed.runs.outcome import outcome_of, runs_below
 from distributed.runs.table import HEADINGS, cells, in_columns
 

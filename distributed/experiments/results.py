@@ -10,7 +10,8 @@ from distributed.errors import InputError
 from distributed.files import check_writable, read_json, replace_json, replace_text
 from distributed.host.shipped import shipped
 from distributed.run.folder import RunFolder
-from distributed.run.records import SplitRecord, read_attempts, read_epochs
+from distributed.run.metrics_file import SplitRecord, read_epochs
+from distributed.run.records import read_attempts
 
 CONFIGS = shipped("configs/seeds")
 
