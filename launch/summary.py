@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 
 from distributed.config.layers import shown
-from distributed.errors import ExitCode, InputError
+from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.files import home_path, replace_text
 from distributed.process.optional_output import OptionalOutput
 from distributed.process.streams import run_command
@@ -64,6 +64,7 @@ def _mean_and_deviation(metrics: list[dict[str, float]]) -> str:
     return ", ".join(formatted)
 
 
+@prints_errors
 def main() -> int:
     """Return the exit code: 0, or 2 if the folder holds no runs."""
     try:
@@ -71,9 +72,6 @@ def main() -> int:
             raise InputError("command line: give one folder: python -m launch.summary FOLDER")
         folder = home_path(sys.argv[1])
         text = summary(folder)
-    except InputError as error:
-        error.tell()
-        return ExitCode.BAD_INPUT
     except OSError as error:
         print(f"error: {error}; fix access to {sys.argv[1]}", file=sys.stderr)
         return ExitCode.STORAGE

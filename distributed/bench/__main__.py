@@ -18,35 +18,29 @@ from distributed.bench.memory import measure_all
 from distributed.bench.options import WORKLOADS, Options
 from distributed.bench.workload import WorkloadFailedError
 from distributed.data.sources import cifar
-from distributed.errors import ExitCode, InputError, StorageError
+from distributed.errors import ExitCode, prints_errors
 from distributed.files import check_writable, home_path, write_output
 from distributed.process.optional_output import OptionalOutput, requested_output
 from distributed.process.streams import run_command
 
 
+@prints_errors
 def main() -> int:
     """Run the rounds, print medians and ratios, and write them as JSON on request. Return 1 if a workload failed."""
     arguments = _parser().parse_args()
     if arguments.benchmark == "memory":
         measure_all(arguments.json)
         return ExitCode.FINISHED
-    try:
-        options = Options.of(arguments)
-        if arguments.benchmark != "norm":
-            cifar.check("cifar10", options.root)
-        if arguments.json:
-            check_writable("--json", arguments.json)
-    except InputError as error:
-        error.tell()
-        return ExitCode.BAD_INPUT
+    options = Options.of(arguments)
+    if arguments.benchmark != "norm":
+        cifar.check("cifar10", options.root)
+    if arguments.json:
+        check_writable("--json", arguments.json)
     results = _run_rounds(arguments, options)
     print(summary(BENCHMARKS[arguments.benchmark], results.rounds))
-    try:
-        if arguments.json:
-            with requested_output("--json", arguments.json):
-                results.write(arguments.json)
-    except StorageError as error:
-        return error.tell()
+    if arguments.json:
+        with requested_output("--json", arguments.json):
+            results.write(arguments.json)
     return ExitCode.FAILED if results.outputs else ExitCode.FINISHED
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distributed.config import from_command_line
-from distributed.errors import ExitCode, InputError, StorageError
+from distributed.errors import ExitCode, prints_errors
 from distributed.experiments.results import CONFIGS, REFERENCES, read_results
 from distributed.experiments.table import check_table, format_table, merge, write_table
 from distributed.files import home_path
@@ -23,6 +23,7 @@ from distributed.process.torchrun import torchrun_command
 from distributed.run.folder import RunFolder
 
 
+@prints_errors
 def main() -> int:
     """Return 0 if all runs finished, 75 if time was up, otherwise the exit code of the first run that failed.
 
@@ -34,21 +35,18 @@ def main() -> int:
     logs.terminal_logs(0, level="WARNING")
     deadline = time.monotonic() + 60 * arguments.minutes if arguments.minutes else None
     failed: int = ExitCode.FINISHED
-    try:
-        check_table(arguments.out)  # before the runs, which take hours
-        for name in arguments.only:
-            code = _run(RunFolder(arguments.runs / name), name, settings, arguments.nproc_per_node, deadline)
-            with OptionalOutput(arguments.out):  # interim results must not end the runs
-                write_table(read_results(arguments.runs), arguments.out)
-            if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED):
-                return code
-            failed = failed or code  # the next run may still succeed
-        results = read_results(arguments.runs)
-        print(format_table(merge(results, arguments.out)))
-        with requested_output("--out", arguments.out):
-            write_table(results, arguments.out)
-    except (InputError, StorageError) as error:
-        return error.tell()
+    check_table(arguments.out)  # before the runs, which take hours
+    for name in arguments.only:
+        code = _run(RunFolder(arguments.runs / name), name, settings, arguments.nproc_per_node, deadline)
+        with OptionalOutput(arguments.out):  # interim results must not end the runs
+            write_table(read_results(arguments.runs), arguments.out)
+        if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED):
+            return code
+        failed = failed or code  # the next run may still succeed
+    results = read_results(arguments.runs)
+    print(format_table(merge(results, arguments.out)))
+    with requested_output("--out", arguments.out):
+        write_table(results, arguments.out)
     return failed
 
 

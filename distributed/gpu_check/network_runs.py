@@ -18,6 +18,7 @@ from distributed.config.engines import Ddp
 from distributed.data.batch import Batch
 from distributed.data.pipeline import DataPipeline
 from distributed.engine.ddp import DdpEngine
+from distributed.engine.prepare import Compute
 from distributed.engine.protocol import Engine
 from distributed.models import alexnet
 from distributed.topology import Topology
@@ -78,11 +79,9 @@ class Run:
         if model is None:
             return build_engine(self.config, Topology(), self.data, self.device)
         config = self.config
-        return DdpEngine(
-            Ddp(), copy.deepcopy(model), optim=config.optim, precision=config.precision,
-            channels_last=config.channels_last, device=self.device, example=self.data.example(),
-            timeout_seconds=config.timeout_seconds, compile=config.compile,
-        )  # fmt: skip
+        compute = Compute(config.precision, config.channels_last, self.device, config.timeout_seconds)
+        model, example = copy.deepcopy(model), self.data.example()
+        return DdpEngine(Ddp(), model, optim=config.optim, compute=compute, example=example, compile=config.compile)
 
     def warm_up(self, steps: int) -> None:
         """Take throwaway steps. Afterwards float16's loss scale is so small that no step will be skipped."""

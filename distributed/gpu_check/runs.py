@@ -9,7 +9,7 @@ from distributed.checkpoint.tensor_file import read_tensors, tensor_digest
 from distributed.files import read_object
 from distributed.run.checkpoint_layout import checkpoints
 from distributed.run.folder import RunFolder
-from distributed.run.records import read_metrics
+from distributed.run.metrics_file import read_metrics
 
 _TIMINGS = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
 

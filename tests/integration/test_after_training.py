@@ -197,7 +197,7 @@ def test_wrong_input_is_one_line_with_the_remedy(run: Path, no_data: Path, tmp_p
     Image.new("RGB", (32, 32)).save(image)
     assert "choose one of: best, latest, step-" in refused(command("predict", run, image, "--checkpoint", "other"))
     assert f"{tmp_path}/cat.png: no such file" in refused(command("predict", run, tmp_path / "cat.png"))
-    assert f"{notes}: no image that can be decoded" in refused(command("predict", run, notes))
+    assert f"{notes}: not an image that can be decoded" in refused(command("predict", run, notes))
     assert "--picture" in refused(command("predict", run, image, "--picture", notes / "out.png"))
     assert "--format pickle: should be one of safetensors, onnx, torch.export, all" in refused(
         command("export", run, "--format", "pickle")

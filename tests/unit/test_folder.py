@@ -17,6 +17,7 @@ from distributed.run import claim, resume_checks
 from distributed.run.checkpoint_layout import FORMAT, name_of
 from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
+from distributed.run.records import Holder
 from distributed.training.state import TrainState
 
 
@@ -33,15 +34,15 @@ def run(path) -> Iterator[ClaimedRun]:
 
 
 @pytest.fixture
-def said() -> Iterator[list[str]]:
+def log_lines() -> Iterator[list[str]]:
     messages: list[str] = []
     handle = logger.add(lambda message: messages.append(str(message)), format="{level} {message}")
     yield messages
     logger.remove(handle)
 
 
-def config_of(path: Path, *words: str) -> TrainConfig:
-    return from_command_line(["--run_dir", str(path), *words]).config
+def config_of(path: Path, *arguments: str) -> TrainConfig:
+    return from_command_line(["--run_dir", str(path), *arguments]).config
 
 
 def is_finished(config: TrainConfig) -> bool:
@@ -49,7 +50,7 @@ def is_finished(config: TrainConfig) -> bool:
 
 
 def checkpointed(path: Path, config: TrainConfig, step: int = 10, epoch: int = 1, **bits: Any) -> Path:
-    """A complete checkpoint at the end of an epoch, all but its tensors as a run would have saved it."""
+    """Create a complete checkpoint at the end of an epoch, as a run would save it, but without tensors."""
     folder = path / "checkpoints" / name_of(step=step, epoch=epoch)
     folder.mkdir(parents=True)
     state = TrainState(
@@ -68,7 +69,7 @@ def checkpointed(path: Path, config: TrainConfig, step: int = 10, epoch: int = 1
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest of the files as they are."""
+    """Write a manifest that matches the files."""
     files = {name: digest_of(folder / name) for name in ("tensors.safetensors", "state.json")}
     (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}))
 
@@ -183,7 +184,7 @@ def test_changed_experiment_is_refused_listing_every_change(path):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ["--data.name", "generated10"],
         ["--schedule.name", "plateau"],
@@ -191,19 +192,19 @@ def test_changed_experiment_is_refused_listing_every_change(path):
         ["--epochs", "20"],
     ],
 )
-def test_changed_data_schedule_or_length_is_refused(path, words):
+def test_changed_data_schedule_or_length_is_refused(path, arguments):
     checkpointed(path, config_of(path))
     with pytest.raises(InputError, match="this run was begun with"):
-        is_finished(config_of(path, *words))
+        is_finished(config_of(path, *arguments))
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [["--logging.every_steps", "1"], ["--checkpoint.every_steps", "5"], ["--threads", "2"], ["--device", "cpu"]],
 )
-def test_settings_that_leave_the_curve_alone_may_change(path, words):
+def test_settings_that_leave_the_curve_alone_may_change(path, arguments):
     checkpointed(path, config_of(path))
-    assert is_finished(config_of(path, *words)) is False
+    assert is_finished(config_of(path, *arguments)) is False
 
 
 SHARDS = "--exact.shards"
@@ -263,12 +264,12 @@ def test_more_epochs_resume_a_run_with_constant_schedule(run, path):
     assert is_finished(config_of(path, "--schedule.name", "constant", "--epochs", "20")) is False
 
 
-# Whether a run is finished is for its checkpoints to say
+# A run is finished only if its checkpoints say so
 
 
-def finished(path: Path, *words: str) -> tuple[TrainConfig, Path]:
-    """The config and the last checkpoint of a run of ten epochs whose status says that it is finished."""
-    config = config_of(path, "--schedule.name", "constant", *words)
+def finished(path: Path, *arguments: str) -> tuple[TrainConfig, Path]:
+    """Create a finished run of ten epochs. Return its config and last checkpoint."""
+    config = config_of(path, "--schedule.name", "constant", *arguments)
     claimed = ClaimedRun.claim(path, world_size=1)
     checkpointed(path, config, step=90, epoch=9)
     last = checkpointed(path, config, step=100, epoch=10)
@@ -321,7 +322,7 @@ def test_run_that_died_before_its_first_save_starts_over(path, status):
 
 
 def test_failed_start_keeps_the_saved_step(path):
-    """A start that ends before it has begun writes down its failure, and not that nothing was saved."""
+    """An attempt that fails before it starts records its failure, but does not reset saved_step."""
     finished(path)
     claimed = ClaimedRun.claim(path, world_size=1)
     claimed.end("failed", exit_code=ExitCode.BAD_INPUT, reason="something")
@@ -343,10 +344,10 @@ def test_run_is_finished_at_its_number_of_epochs(path, epochs, found):
 
 @pytest.mark.parametrize("schedule", ["constant", "plateau"])
 def test_fewer_epochs_than_trained_are_refused(path, schedule):
-    words = ["--schedule.name", schedule, "--data.validation_fraction", "0.1"]
-    checkpointed(path, config_of(path, *words), step=100, epoch=10)
+    arguments = ["--schedule.name", schedule, "--data.validation_fraction", "0.1"]
+    checkpointed(path, config_of(path, *arguments), step=100, epoch=10)
     with pytest.raises(InputError) as caught:
-        is_finished(config_of(path, *words, "--epochs", "9"))
+        is_finished(config_of(path, *arguments, "--epochs", "9"))
     assert caught.value.lines == (
         f"epochs = 9: the run in {path} has trained 10 epochs already; give --epochs 10 or more, or another --run_dir",
     )
@@ -359,10 +360,10 @@ WRITERS: dict[str, Callable[[ClaimedRun], object]] = {
     "a file": lambda run: run.replace(run.config_file, "x"),
     "a checkpoint": lambda run: run.commit(run.logs, run.checkpoints / name_of(step=1, epoch=0)),
     "a cleanup": lambda run: run.try_cleanup("links", lambda: pytest.fail("done")),
-    "the beginning": lambda run: run.begin(config_of(run.path), start_step=0, bits={}, images={}),
+    "the start": lambda run: run.begin(config_of(run.path), start_step=0, bits={}, images={}),
     "the progress": lambda run: run.progress(step=1, epoch=0),
     "a save": lambda run: run.saved(step=1, epoch=0),
-    "the ending": lambda run: run.end("finished", exit_code=ExitCode.FINISHED),
+    "the end": lambda run: run.end("finished", exit_code=ExitCode.FINISHED),
     "an upload": lambda run: run.replace(run.upload_file, "{}"),
 }
 
@@ -378,8 +379,8 @@ def test_only_the_token_holder_writes(run, path, writer, by):
     else:
         token.unlink()
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
-    said = "taken over by process 7 on there" if by == "another" else r"attempt\.json: removed or damaged"
-    with pytest.raises(StorageError, match=said):
+    message = "taken over by process 7 on there" if by == "another" else r"attempt\.json: removed or damaged"
+    with pytest.raises(StorageError, match=message):
         WRITERS[writer](run)
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
 
@@ -394,10 +395,10 @@ def test_removed_run_folder_is_reported(run, path, writer):
 
 
 def test_briefly_unreadable_token_is_read_again(run, monkeypatch):
-    """E.g. on NFS, where a file that was just replaced is stale once."""
-    answers = iter([{}])
-    read = claim.read_object
-    monkeypatch.setattr(claim, "read_object", lambda path: next(answers, None) or read(path))
+    """E.g. on NFS, where reading a file that was just replaced fails once."""
+    answers = iter([Holder()])
+    read = Holder.read
+    monkeypatch.setattr(Holder, "read", lambda path: next(answers, None) or read(path))
     run.check_token()
 
 
@@ -450,20 +451,20 @@ def test_progress_waits_for_neither_disk_nor_save(run, path, monkeypatch):
     assert run.status().step == 1
 
 
-def test_failed_cleanup_warns_once(run, said):
+def test_failed_cleanup_warns_once(run, log_lines):
     def fail() -> None:
         raise OSError(39, "Directory not empty", "/there")
 
     for _ in range(3):
         run.try_cleanup("an old checkpoint was not deleted", fail)
-    assert [line.strip() for line in said] == [
+    assert [line.strip() for line in log_lines] == [
         "WARNING an old checkpoint was not deleted: /there: Directory not empty; training continues, and the next save "
         "tries again"
     ]
 
 
 def test_end_of_attempt_is_not_overwritten(path, tmp_path):
-    """Another thread writes the ending at a signal, while the main thread may still begin, or log a step."""
+    """On a signal another thread records the end, while the main thread may still begin or log a step."""
     run = ClaimedRun.claim(path, world_size=1)
     run.end("stopped", exit_code=ExitCode.STOPPED, reason="SIGTERM")
     run.begin(TrainConfig(run_dir=path), start_step=0, bits={}, images={})
