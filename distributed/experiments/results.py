@@ -6,8 +6,8 @@ from pathlib import Path
 from distributed.config import from_command_line
 from distributed.host.shipped import shipped
 from distributed.run.folder import RunFolder
-from distributed.run.metrics_log import MetricsLog
 from distributed.run.metrics_file import SplitRecord
+from distributed.run.metrics_log import MetricsLog
 from distributed.run.records import read_attempts
 
 CONFIGS = shipped("configs/seeds")
