@@ -162,7 +162,10 @@ def log_plan(
     _log_mode(config, topology, device)
     logger.info("run folder {}", config.run_dir)
     if state.step:
-        logger.info("resuming at step {}: epoch {}, step {} of it", state.step, state.epoch + 1, state.step_in_epoch)
+        logger.info(
+            "resuming at step {}: epoch {}, step {} of {}",
+            state.step, state.epoch + 1, state.step_in_epoch, data.steps_per_epoch,
+        )  # fmt: skip
 
 
 def _log_batch(config: TrainConfig, topology: Topology, device: torch.device) -> None:

@@ -1,67 +1,87 @@
-"""The errors a user can meet and the exit code that stands for each. No torch here: bad input ends before its import."""
+"""The errors that users may see, and the exit code of each. Imports no torch: bad input is refused before that import."""
 
 import sys
+from collections.abc import Callable
 from enum import IntEnum
+from functools import wraps
+from typing import ParamSpec
+
+P = ParamSpec("P")
 
 
 class ExitCode(IntEnum):
-    """What a finished process says to whoever started it; `status.json` holds the same, because torchrun flattens it."""
+    """The exit code of a process; `status.json` holds it too, because torchrun replaces every failure by 1."""
 
     FINISHED = 0
     FAILED = 1
     BAD_INPUT = 2
     NOT_FINITE = 3
     STORAGE = 4
-    STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again; the same command goes on where this one stopped
+    STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again; the same command resumes
     INTERRUPTED = 130
 
 
 def plain(text: str) -> str:
-    """The text with everything that a terminal would obey or that cannot be encoded escaped; line ends stay."""
+    """Return the text with terminal control characters and unencodable characters escaped, except line ends."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-class _Explained:
-    """An error whose message is for the user, and the exit code that stands for it."""
+class _UserError:
+    """An error whose message is for the user, and its exit code."""
 
     exit_code: ExitCode
 
-    def tell(self) -> ExitCode:
-        """Print the message to stderr, each line marked as an error; the exit code."""
+    def report(self) -> ExitCode:
+        """Print the message to stderr, each line marked as an error, and return the exit code."""
         lines = [f"error: {line}" for line in str(self).splitlines()]
         print(*lines, sep="\n", file=sys.stderr, flush=True)
         return self.exit_code
 
 
-class InputError(_Explained, ValueError):
-    """What the user gave cannot be used. Each line names the thing, the value and the remedy.
+class InputError(_UserError, ValueError):
+    """The user's input cannot be used. Each line names the thing, its value and the remedy.
 
-    Raised before any process group or GPU is touched; ends the process with `ExitCode.BAD_INPUT` and no traceback.
+    Raised before any process group or GPU is used; ends the process with `ExitCode.BAD_INPUT`, without a traceback.
     """
 
     exit_code = ExitCode.BAD_INPUT
 
     def __init__(self, *lines: str) -> None:
         super().__init__(plain("\n".join(lines)))
-        self.lines = tuple(str(self).splitlines())  # of a pickled one too, whose lines come as one text
+        self.lines = tuple(str(self).splitlines())  # not `lines`: unpickling passes them as one text
 
 
 class NotFiniteError(ArithmeticError):
-    """The loss became infinite or not a number; the message names the first bad step."""
+    """The loss became infinite or NaN; the message names the first bad step."""
 
     exit_code = ExitCode.NOT_FINITE
 
 
-class StorageError(_Explained, OSError):
+class StorageError(_UserError, OSError):
     """The run folder cannot be written, or belongs to a newer attempt; the last good checkpoint is intact."""
 
     exit_code = ExitCode.STORAGE
 
 
-class PeerError(_Explained, RuntimeError):
-    """Another rank is missing, has failed or was lost; the message names it. Ends with the exit code of the rank that
-    failed, if that is known."""
+class PeerError(_UserError, RuntimeError):
+    """Another rank is missing, has failed or was lost; the message names it.
+
+    Its exit code is that of the failed rank, if known.
+    """
 
     def __init__(self, message: str, exit_code: ExitCode = ExitCode.FAILED) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def prints_errors(main: Callable[P, int]) -> Callable[P, int]:
+    """Decorate a command's `main` to print an InputError, StorageError or PeerError and return its exit code."""
+
+    @wraps(main)
+    def printing(*arguments: P.args, **options: P.kwargs) -> int:
+        try:
+            return main(*arguments, **options)
+        except (InputError, StorageError, PeerError) as error:
+            return error.report()
+
+    return printing

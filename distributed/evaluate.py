@@ -67,9 +67,9 @@ def main() -> int:
             check_writable("--confusion", arguments.confusion)
         return _evaluate(config, checkpoint, arguments)
     except PeerError as error:
-        return error.tell()
+        return error.report()
     except (InputError, StorageError) as error:
-        code = error.tell()
+        code = error.report()
         _notify_waiting_peers(error)
         return code
 

@@ -1,4 +1,4 @@
-"""Files that are either as they were or complete, whatever dies in between."""
+"""Reads and writes files; a write is atomic: whatever dies in between, the file is either unchanged or complete."""
 
 import errno
 import hashlib
@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from distributed.errors import InputError, StorageError
 
-_LONGEST_LINE = 2**24
-_LONGEST_JSON = 2**26
-_LONGEST_OUTPUT = 230  # bytes of a name; it is written under a longer one first
+_MAX_LINE_BYTES = 2**24
+_MAX_JSON_BYTES = 2**26
+_MAX_NAME_BYTES = 230  # of an output file, which is first written under a longer name
 
 
 class Written(NamedTuple):
@@ -26,24 +26,24 @@ class Written(NamedTuple):
 
 
 def home_path(text: str | Path) -> Path:
-    """The path that `with_home` gives."""
+    """Return the path that `with_home` returns as text."""
     return Path(with_home(text))
 
 
 def with_home(text: str | Path) -> str:
-    """A path with `~` and `~user` expanded as a shell does it: a user that does not exist leaves the name as it is.
+    """Return a path with `~` and `~user` expanded as a shell does; the name of an unknown user is left unchanged.
 
     Raises:
-        InputError: `~` or `~/...`, and nobody knows the home folder.
+        InputError: it begins with `~` or `~/`, and the home folder is unknown.
     """
     path = os.fspath(os.path.expanduser(text))
     if path.split("/", 1)[0] == "~":
-        raise InputError(f"{text}: the home folder is not known here; give a full path")
+        raise InputError(f"{text}: the home folder is unknown here; give a full path")
     return path
 
 
 def open_regular(path: str | Path, flags: int) -> int:
-    """`os.open` of a regular file; a pipe, device or socket is an OSError, and not waited for. An `opener` for `open`."""
+    """Open a regular file as `os.open` does; a pipe, device or socket is an OSError, without blocking. An `opener`."""
     handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     mode = os.fstat(handle).st_mode
     if stat.S_ISREG(mode):
@@ -55,12 +55,12 @@ def open_regular(path: str | Path, flags: int) -> int:
 
 
 def opened(path: Path) -> BufferedReader:
-    """A regular file to read."""
+    """Open a regular file for reading."""
     return open(open_regular(path, os.O_RDONLY), "rb")
 
 
 def read_at_most(path: Path, limit: int) -> bytes:
-    """The content of a regular file; one of more bytes than `limit` is an OSError, before it takes memory."""
+    """Return the content of a regular file; more bytes than `limit` are an OSError, raised before they take memory."""
     with opened(path) as file:
         if os.fstat(file.fileno()).st_size <= limit and len(content := file.read(limit + 1)) <= limit:
             return content
@@ -68,45 +68,45 @@ def read_at_most(path: Path, limit: int) -> bytes:
 
 
 def lines_of(path: Path) -> Iterator[str]:
-    """The lines of a text without their ends, up to one of 16 MiB; none if there is no regular file."""
+    """Yield the lines of a text file without their ends, up to a line of 16 MiB; none if it is not a regular file."""
     if not os.path.isfile(path):
         return
     with opened(path) as file:
-        while line := file.readline(_LONGEST_LINE):
-            if len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
-                return  # no writer of ours makes such a line
+        while line := file.readline(_MAX_LINE_BYTES):
+            if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
+                return  # we never write such a line
             yield line.rstrip(b"\r\n").decode(errors="replace")
 
 
 def digest_of(path: Path) -> Written:
-    """Size and digest of a file as it is on the disk."""
+    """Return size and digest of a file on the disk."""
     with opened(path) as file:
         digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
         return Written(file.tell(), digest.hexdigest())
 
 
 def digest_of_bytes(content: bytes) -> Written:
-    """Size and digest of what would be a file's content."""
+    """Return size and digest of what would be a file's content."""
     return Written(len(content), hashlib.blake2b(content, digest_size=16).hexdigest())
 
 
 def read_json(path: Path) -> Any:
-    """The file's content, or None where there is no such file or it is no JSON."""
+    """Return the file's content, or None if it does not exist or is not JSON."""
     try:
-        return json.loads(read_at_most(path, _LONGEST_JSON))
+        return json.loads(read_at_most(path, _MAX_JSON_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """`read_json` of an object; empty where it is anything else."""
+    """Return the JSON object in a file, or an empty one if it holds anything else."""
     content = read_json(path)
     return content if isinstance(content, dict) else {}
 
 
 @contextmanager
 def storing(folder: Path) -> Iterator[None]:
-    """What the system refuses to write is a StorageError."""
+    """Turn an OSError from writing into a StorageError that says the remedy."""
     try:
         yield
     except StorageError:
@@ -119,12 +119,12 @@ def storing(folder: Path) -> Iterator[None]:
 
 
 def replace_text(path: Path, text: str, *, synced: bool = True) -> None:
-    """`replace_bytes` of the text in UTF-8."""
+    """Replace a file's content by the text in UTF-8, as `replace_bytes` does."""
     replace_bytes(path, text.encode(), synced=synced)
 
 
 def replace_bytes(path: Path, content: bytes, *, synced: bool = True) -> None:
-    """Write aside, flush to the disk if `synced`, then rename into place."""
+    """Write a temporary file, flush it to the disk if `synced`, and rename it into place."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if synced:
@@ -141,7 +141,7 @@ def replace_bytes(path: Path, content: bytes, *, synced: bool = True) -> None:
 
 
 def replace_json(path: Path, value: Any, *, synced: bool = True) -> None:
-    """`replace_text` of the value as JSON."""
+    """Replace a file's content by the value as JSON, as `replace_bytes` does."""
     replace_text(path, json.dumps(value, indent=1) + "\n", synced=synced)
 
 
@@ -154,13 +154,13 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append in one write, so that a reader never sees half a line."""
+    """Append a line in one write, so that a reader never sees a partial line."""
     with open(path, "ab", buffering=0, opener=open_regular) as file:
         file.write(line.encode() + b"\n")
 
 
 def sync_folder(path: Path) -> None:
-    """Make a rename in this folder survive a power cut."""
+    """Make renames in this folder survive a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -169,19 +169,19 @@ def sync_folder(path: Path) -> None:
 
 
 def check_writable(option: str, path: Path, *, regular: bool = False) -> None:
-    """Make the folder of a file that a command will write.
+    """Create the folder of a file that a command is about to write, and check that the file can be written.
 
     Args:
         regular: refuse devices and pipes too.
 
     Raises:
-        InputError: it cannot be made or written, or the path is a folder.
+        InputError: the folder cannot be created, the file cannot be written, or the path is a folder.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         mode = _mode_of(path)
         if mode is None:
-            if len(os.fsencode(path.name)) > _LONGEST_OUTPUT:
+            if len(os.fsencode(path.name)) > _MAX_NAME_BYTES:
                 raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
             os.stat(folder := os.path.dirname(os.path.realpath(path)))  # a link may lead to a missing folder
         elif stat.S_ISDIR(mode):
@@ -195,23 +195,23 @@ def check_writable(option: str, path: Path, *, regular: bool = False) -> None:
 
 
 def write_output(path: Path, content: bytes) -> None:
-    """Replace a regular file, or the one that a link leads to; write straight into a device or a pipe.
+    """Replace a regular file, or the target of a link; write into a device or a pipe directly.
 
     Raises:
-        OSError: it cannot be written, or nobody reads the pipe.
+        OSError: it cannot be written, or the pipe has no reader.
     """
     mode, target = _mode_of(path), Path(os.path.realpath(path))
     if (mode is None or stat.S_ISREG(mode)) and os.access(target.parent, os.W_OK):
         replace_bytes(target, content)
         return
-    handle = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC)  # ENXIO if nobody reads a pipe
+    handle = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC)  # ENXIO if a pipe has no reader
     os.set_blocking(handle, True)
     with open(handle, "wb") as file:
         file.write(content)
 
 
 def _mode_of(path: Path) -> int | None:
-    """The type of a file, or of what a link leads to; None if there is none."""
+    """Return the mode of a file or of a link's target; None if it does not exist."""
     try:
         return path.stat().st_mode
     except FileNotFoundError:

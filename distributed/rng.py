@@ -1,7 +1,7 @@
-"""Randomness that is computed, not stored: a counter-based hash of (seed, epoch, sample id) or (seed, parameter name).
+"""A counter-based random number generator: draws are hashes of (seed, epoch, sample id) or (seed, parameter name).
 
-Whoever asks, on any rank, device or attempt, gets the same draw. All arithmetic is on int64 lanes that hold 32-bit
-values: a product of one with a constant below 2**31 in size never overflows, so eager and compiled code agree.
+Any rank, device or attempt computes the same draw, so there is no generator state to save. All arithmetic is on int64 tensors
+that hold 32-bit values: a product with a constant of magnitude below 2**31 never overflows, so eager and compiled code agree.
 """
 
 import hashlib
@@ -12,28 +12,28 @@ import torch
 from torch import Tensor
 
 _LOW = 0xFFFFFFFF
-# The two multipliers of lowbias32 (Wellons, https://nullprogram.com/blog/2018/07/31/), the second less 2**32.
+# The two multipliers of lowbias32 (Wellons, https://nullprogram.com/blog/2018/07/31/), the second one minus 2**32.
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32
 
 
 def _mix_(x: Tensor, between: Tensor | int = 0) -> Tensor:
-    """lowbias32 in place on int64 values in [0, 2**32); `between` is a second key, put in between its two rounds."""
+    """Apply lowbias32 in place to int64 values in [0, 2**32); `between` is a second key, mixed in between the two rounds."""
     x.bitwise_xor_(x >> 16).mul_(_FIRST).bitwise_and_(_LOW).bitwise_xor_(between)
     x.bitwise_xor_(x >> 15).mul_(_SECOND).bitwise_and_(_LOW)
     return x.bitwise_xor_(x >> 16)
 
 
 def key_words(*parts: int | str) -> tuple[int, int]:
-    """Two 32-bit words that stand for these parts: the way a seed, an epoch or a name enters the hash."""
+    """Return two 32-bit words that represent these parts, e.g. a seed, an epoch and a name, in the hash."""
     digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
 def sample_keys(ids: Tensor, *, seed: int, epoch: int) -> Tensor:
-    """One key per sample and epoch, from which all of its draws follow.
+    """Return one key per sample, which determines all of its draws in an epoch.
 
     Args:
-        ids: int64 [n], numbers of the samples in the training set.
+        ids: int64 [n], positions of the samples in the training set.
 
     Returns:
         int64 [n, 2], each value in [0, 2**32).
@@ -43,54 +43,54 @@ def sample_keys(ids: Tensor, *, seed: int, epoch: int) -> Tensor:
 
 
 def draws(keys: Tensor, purpose: str) -> Tensor:
-    """One number a sample, uniform in [0, 2**32), for one purpose (`crop_y`, `flip`): int64 [n]."""
+    """Draw one number per sample, uniform in [0, 2**32), for one purpose (`crop_y`, `flip`): int64 [n]."""
     first, second = key_words(purpose)
     return _mix_(keys[:, 0] ^ first, keys[:, 1] ^ second)
 
 
 def integers(keys: Tensor, purpose: str, below: int) -> Tensor:
-    """One integer a sample, uniform in [0, below): int64 [n]; `below` is at most 2**31."""
+    """Draw one integer per sample, uniform in [0, below), `below` at most 2**31: int64 [n]."""
     return (draws(keys, purpose) * below) >> 32
 
 
 def unit(keys: Tensor, purpose: str) -> Tensor:
-    """One number a sample, uniform in (0, 1): float64 [n]."""
+    """Draw one number per sample, uniform in (0, 1): float64 [n]."""
     return (draws(keys, purpose).to(torch.float64) + 0.5) * 2.0**-32
 
 
 def unit_of_each(keys: Tensor, purposes: tuple[str, ...]) -> Tensor:
-    """`unit` for several purposes in one batch of operations: float64 [len(purposes), n]."""
+    """Draw what `unit` does for several purposes in one batch of operations: float64 [len(purposes), n]."""
     first, second = _key_words_of_each(purposes, keys.device)
     return (_mix_(keys[:, 0] ^ first, keys[:, 1] ^ second).to(torch.float64) + 0.5) * 2.0**-32
 
 
 @lru_cache
 def _key_words_of_each(purposes: tuple[str, ...], device: torch.device) -> Tensor:
-    """The words of purposes, int64 [2, len(purposes), 1]. Cached: copying them to a GPU in each step would wait for it."""
+    """Return the key words of purposes, int64 [2, len(purposes), 1]; cached, because a copy to a GPU in each step blocks."""
     return torch.tensor([key_words(purpose) for purpose in purposes], dtype=torch.int64).T[:, :, None].to(device)
 
 
 def permutation(count: int, *, seed: int, epoch: int, device: torch.device | None = None) -> Tensor:
-    """The order of an epoch: int64 [count]. Sorting 63-bit hashes of the ids; equal ones keep their order."""
+    """Return the order of an epoch, int64 [count]: the ids sorted by 63-bit hashes, stably."""
     keys = sample_keys(torch.arange(count, device=device), seed=seed, epoch=epoch)
     first, second = draws(keys, "order_high"), draws(keys, "order_low")
     return torch.argsort((first << 31) | (second >> 1), stable=True)
 
 
 def unit_keys(name: str, count: int) -> Tensor:
-    """One word for every two units of a layer, for `dropped`: int64 [ceil(count / 2)]."""
+    """Return one key per two units of a layer, for `uniform16`: int64 [ceil(count / 2)]."""
     first, second = key_words("units", name)
     return _mix_(torch.arange((count + 1) // 2) ^ first, second)
 
 
 def uniform16(keys: Tensor, units: Tensor) -> Tensor:
-    """A 16-bit number for each sample and unit: int64 [n, 2 * len(units)]. One hash serves two units, half of it each."""
+    """Draw a 16-bit number per sample and unit: int64 [n, 2 * len(units)]. Each hash serves two units."""
     mixed = _mix_(keys[:, :1] ^ units, keys[:, 1:])
     return torch.cat([mixed & 0xFFFF, mixed >> 16], dim=1)
 
 
 def fill_uniform_(tensor: Tensor, bound: float, *, seed: int, name: str) -> None:
-    """Fill with numbers uniform in [-bound, bound), a function of (seed, name, position in the tensor) alone."""
+    """Fill a tensor with numbers uniform in [-bound, bound) that depend only on (seed, name, position in the tensor)."""
     flat = tensor.detach().view(-1)
     for start, stop in _chunks(flat.numel()):
         keys = sample_keys(torch.arange(start, stop), seed=seed, epoch=0)

@@ -127,7 +127,7 @@ def refuse(error: InputError, topology: Topology) -> int:
     reason = "\n".join(error.lines)
     exits.write_error_file(reason, is_cause=True)
     if topology.local_rank == 0:
-        error.tell()
+        error.report()
     if topology.has_waiting_peers:
         from distributed.comm.peers import (
             notify_waiting_peers,  # imports torch: other ranks may have found no error and wait

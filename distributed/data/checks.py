@@ -1,4 +1,4 @@
-"""Checks of the data that was read, by all ranks together: one data set, the official one, and splits that can be used."""
+"""Checks by all ranks together that they read the same data, that it is the official one, and that the splits are usable."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,17 +10,17 @@ from distributed.config import TrainConfig
 from distributed.config.schedules import Plateau
 from distributed.data.pipeline import DataPipeline, Split
 from distributed.data.sources.cifar_spec import SETS
-from distributed.data.sources.identity import class_difference, differences, image_difference
+from distributed.data.sources.identity import Difference, class_difference, differences, image_difference
 from distributed.errors import InputError
 
 _SHOWN = 5
 
 
 def check_data(config: TrainConfig, data: DataPipeline) -> None:
-    """Compare what the ranks read, and warn about data that is valid but probably not intended. A collective.
+    """Compare what the ranks have read, and warn about data that is valid but probably unintended. A collective.
 
     Raises:
-        InputError: ranks read different data, or a setting needs validation images and there are none; on all ranks.
+        InputError: on all ranks, if they read different data, or if a setting needs validation images and there are none.
     """
     check_same_data(config, data)
     warnings = _unofficial(config, data) + _small_splits(config, data)
@@ -29,29 +29,31 @@ def check_data(config: TrainConfig, data: DataPipeline) -> None:
 
 
 def check_same_data(config: TrainConfig, data: DataPipeline) -> None:
-    """Raises InputError on all ranks if one of them read other data than rank 0. A collective."""
+    """Raise InputError on all ranks if one of them read other data than rank 0. A collective."""
     own: dict[str, Any] | InputError
     try:
         own = data.identity()
-    except InputError as error:  # for all ranks to see: one that left alone would leave its peers waiting
+    except (
+        InputError
+    ) as error:  # gathered, so that all ranks raise it: one that left alone would leave its peers waiting
         own = error
-    of_ranks = collectives.gather_objects(own)
-    if unreadable := [line for one in of_ranks if isinstance(one, InputError) for line in one.lines]:
+    gathered = collectives.gather_objects(own)
+    if unreadable := [line for found in gathered if isinstance(found, InputError) for line in found.lines]:
         raise InputError(*dict.fromkeys(unreadable))
-    ranks: dict[tuple[str, str, str], list[int]] = {}
-    for rank, found in enumerate(of_ranks):
-        for difference in differences(of_ranks[0], found):
+    ranks: dict[Difference, list[int]] = {}
+    for rank, found in enumerate(gathered):
+        for difference in differences(gathered[0], found):
             ranks.setdefault(difference, []).append(rank)
     if ranks:
         lines = [
-            f"data.name = {config.data.name}: {thing} is {theirs} on rank {_some(map(str, where))}, and {ours} on rank 0"
-            for (thing, ours, theirs), where in list(ranks.items())[:_SHOWN]
+            f"data.name = {config.data.name}: {thing} is {theirs} on rank {_some(map(str, differing))}, and {ours} on rank 0"
+            for (thing, ours, theirs), differing in list(ranks.items())[:_SHOWN]
         ]
         raise InputError(*lines, "every node needs the same files in data.root: copy them from one node to the others")
 
 
 def _unofficial(config: TrainConfig, data: DataPipeline) -> list[str]:
-    """A warning if the images are not those of the CIFAR that the config names."""
+    """Return a warning if the images are not those of the CIFAR data set that the config names."""
     if config.data.name not in SETS:
         return []
     official, images = SETS[config.data.name].digests, data.identity()["images"]
@@ -62,15 +64,15 @@ def _unofficial(config: TrainConfig, data: DataPipeline) -> list[str]:
         return []
     return [
         f"data.name = {config.data.name}: not the official data set (digest of the {', of the '.join(unknown)}): pixels or "
-        "labels were changed; unless that is intended, unpack the official archive anew"
+        "labels were changed; unless that is intended, unpack the official archive again"
     ]
 
 
 def _small_splits(config: TrainConfig, data: DataPipeline) -> list[str]:
-    """Warnings about splits without images, or too small for the batch.
+    """Return warnings about splits without images, or with fewer than a batch.
 
     Raises:
-        InputError: there are no validation images, and a setting watches them.
+        InputError: a setting needs validation images, and there are none.
     """
     train, warnings, fraction = data.size("train"), [], config.data.validation_fraction
     if fraction and not data.size("validation"):
@@ -78,18 +80,18 @@ def _small_splits(config: TrainConfig, data: DataPipeline) -> list[str]:
         needed_by += ["early_stopping"] if config.early_stopping else []
         if config.checkpoint.best_by in ("accuracy", "loss"):
             needed_by.append(f"checkpoint.best_by = {config.checkpoint.best_by}")
-        what = f"data.validation_fraction = {fraction:g} holds out none of the {train:,} training images"
+        cause = f"data.validation_fraction = {fraction:g} holds out none of the {train:,} training images"
         if needed_by:
             raise InputError(
-                f"{what}, and {' and '.join(needed_by)} need{'' if needed_by[1:] else 's'} some: raise it, or add images"
+                f"{cause}, and {' and '.join(needed_by)} need{'' if needed_by[1:] else 's'} some: raise it, or add images"
             )
         warnings.append(
-            f"{what}: the classes are too small, so no epoch is marked as the best; raise it, or set it to 0"
+            f"{cause}: the classes are too small, so no epoch is marked as the best; raise it, or set it to 0"
         )
     if absent := [data.class_names[label] for label in data.untrained_classes()]:
         warnings.append(
-            f"{len(absent):,} of {data.num_classes:,} classes have no training image: {_some(absent)}; nothing can be "
-            "learnt about them"
+            f"{len(absent):,} of {data.num_classes:,} classes have no training image: {_some(absent)}; the network "
+            "cannot learn them"
         )
     if config.global_batch_size > train:
         warnings.append(
@@ -100,7 +102,7 @@ def _small_splits(config: TrainConfig, data: DataPipeline) -> list[str]:
 
 
 def check_evaluated(trained_on: Mapping[str, Any], config: TrainConfig, data: DataPipeline, split: Split) -> None:
-    """Warn if a split differs from the one in training, as a checkpoint's state.json has it. A collective.
+    """Warn if a split differs from the training run's, as recorded in a checkpoint's state.json. A collective.
 
     Raises:
         InputError: ranks read different data, the classes are not those of training, or the split has no images.
@@ -110,18 +112,18 @@ def check_evaluated(trained_on: Mapping[str, Any], config: TrainConfig, data: Da
     if config.data.name == "image_folder" and (other := class_difference(trained_on, here)):
         thing, before, now = other
         raise InputError(
-            f"{thing} is {now} here, and was {before} in training: point --data.root at images of the classes that the "
-            "network knows"
+            f"{thing} is {now} here, but was {before} in training: point --data.root at images of the classes that the "
+            "network was trained on"
         )
     if not data.size(split):
         raise InputError(f"--split {split}: this split has no images; use another")
-    of = "test" if split == "test" else "train"
-    changed = image_difference(trained_on, here, of, ordered=False)
+    files = "test" if split == "test" else "train"
+    changed = image_difference(trained_on, here, files, ordered=False)
     # Which images are held out depends on their order.
-    held_out = of == "train" and config.data.validation_fraction and image_difference(trained_on, here, of)
+    held_out = files == "train" and config.data.validation_fraction and image_difference(trained_on, here, files)
     if (found := changed or held_out) and collectives.rank() == 0:
         meaning = "these are other images" if changed else "other images are held out for validation"
-        logger.warning("{} is {} here, and was {} in training: {}", found[0], found[2], found[1], meaning)
+        logger.warning("{} is {} here, but was {} in training: {}", found.thing, found.other, found.one, meaning)
 
 
 def _some(names: Iterable[str]) -> str:

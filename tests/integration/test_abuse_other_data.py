@@ -113,10 +113,10 @@ IMPOSSIBLE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a test label changed": (TEN, into("test_batch.bin", next_label(3, 0, 10)), "its test files hold"),
     "all labels zero": (TEN, into("data_batch_1.bin", put(ALL, 0, 0)), "of airplane, "),
     "labels from 1 to 10": (TEN, into("test_batch.bin", lambda r: np.hstack([r[:, :1] + 1, r[:, 1:]])), "label 10"),
-    "records shifted by a byte": (TEN, into("data_batch_2.bin", lambda r: np.roll(r, 1)), "where the highest is 9"),
+    "records shifted by a byte": (TEN, into("data_batch_2.bin", lambda r: np.roll(r, 1)), "but the highest is 9"),
     "coarse and fine swapped": (HUNDRED, into("train.bin", lambda r: r[:, [1, 0, *range(2, 3074)]]), "label bytes"),
     "swapped in one record": (
-        HUNDRED, into("test.bin", put(5, slice(0, 2), [10, 3])), "record 5: fine label 3, coarse label 10, 8 belongs"),
+        HUNDRED, into("test.bin", put(5, slice(0, 2), [10, 3])), "record 5: fine label 3, coarse label 10, expected 8"),
     "a coarse label changed": (HUNDRED, into("train.bin", next_label(9, 0, 20)), "1 of its 200 records"),
     "all coarse labels zero": (HUNDRED, into("test.bin", put(ALL, 0, 0)), "95 of its 100 records"),
     "fine labels in another order": (HUNDRED, into("train.bin", fine_labels_rolled), "label bytes are swapped or damaged"),
@@ -134,7 +134,7 @@ def test_impossible_cifar_is_refused(case: str, tmp_path: Path) -> None:
     how(write_cifar(tmp_path / "data", name))
     with untouched(tmp_path / "data"):
         found = train(name, tmp_path / "data", tmp_path / "run")
-    assert_told(found, said, str(tmp_path / "data" / folder), "anew, or point --data.root")
+    assert_told(found, said, str(tmp_path / "data" / folder), "again, or point --data.root")
     assert not list((tmp_path / "run").rglob("step-*"))
 
 
@@ -318,11 +318,11 @@ EVALUATED: dict[str, tuple[str, str, Callable[[Path], object], int, str]] = {
     "other test images": ("image_folder", "test", lambda root: one_pixel(root / "test/cat/1.png"), 0,
                           "the digest of the test images is"),
     "fewer test images": ("image_folder", "test", lambda root: (root / "test/cat/1.png").unlink(), 0,
-                          "the number of the test images is 5 here, and was 6 in training"),
+                          "the number of the test images is 5 here, but was 6 in training"),
     "other training images": ("image_folder", "test", lambda root: one_pixel(root / "train/cat/1.png"), 0, ""),
     "a class renamed": ("image_folder", "test", renamed_class, 2,
-                        "the name of class 0 is bat here, and was cat in training"),
-    "a class more": ("image_folder", "test", with_class, 2, "the number of classes is 3 here, and was 2 in training"),
+                        "the name of class 0 is bat here, but was cat in training"),
+    "a class more": ("image_folder", "test", with_class, 2, "the number of classes is 3 here, but was 2 in training"),
     "a flipped bit": ("cifar10", "test", lambda root: change(root / TEN / "test_batch.bin", flip), 0,
                       "the digest of the test images is"),
     "test images in another order": (

@@ -78,7 +78,7 @@ def test_a_file_of_another_size_is_refused_with_both_sizes(tmp_path, name, chang
     expected = file.stat().st_size
     with file.open("r+b") as handle:
         handle.truncate(expected + change)
-    assert f"{file}: {expected + change:,} bytes where {expected:,} belong" in complaint(name, tmp_path)
+    assert f"{file}: {expected + change:,} bytes, expected {expected:,}" in complaint(name, tmp_path)
 
 
 def test_an_empty_file_is_refused(tmp_path, name):
@@ -104,7 +104,7 @@ def test_a_label_out_of_range_means_a_damaged_file(tmp_path, name):
     change(file, last_label)
     cifar.check(name, tmp_path)
     line = complaint(name, tmp_path)
-    assert f"{file}: label {classes} where the highest is {classes - 1}" in line
+    assert f"{file}: label {classes}, but the highest is {classes - 1}" in line
     assert "unpack" in line
 
 

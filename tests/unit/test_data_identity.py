@@ -170,7 +170,7 @@ def test_of_large_folders_a_thousand_files_are_read(tmp_path, monkeypatch):
     root = folder(tmp_path / "a")
     before = identities(root)["train"].digest
     changed = 0
-    for file in image_folder.list_folder(root)[1]["train"].files:
+    for file in image_folder.list_folder(root).listings["train"].files:
         last_byte(root / file)
         changed += identities(root)["train"].digest != before
         last_byte(root / file)

@@ -113,11 +113,11 @@ def test_a_server_that_sends_another_part_than_asked_for_is_not_believed(server,
         ("404", "HTTP 404 Not Found", 1),
         ("500", "HTTP 500 Internal Server Error", 3),
         ("503", "HTTP 503 Service Unavailable", 3),
-        ("breaks", f"it broke off after {HALF:,} of {len(CONTENT):,} bytes", 4),
+        ("breaks", f"the connection broke after {HALF:,} of {len(CONTENT):,} bytes", 4),
         ("stalls", "it sent nothing for 0.3 s", 4),
         (
             "wrong",
-            f"what it gave has MD5 {hashlib.md5(b'<html>another file</html>').hexdigest()}, and {MD5} belongs",
+            f"the file it sent has MD5 {hashlib.md5(b'<html>another file</html>').hexdigest()}, expected {MD5}",
             1,
         ),
     ],
@@ -185,7 +185,7 @@ def test_a_full_disk_is_not_taken_for_the_servers_fault(server, target, monkeypa
             pass
 
     monkeypatch.setattr(download, "_opened", lambda *_: Full())
-    with pytest.raises(InputError, match=r"the part: No space left on device; free space"):
+    with pytest.raises(InputError, match=r"the part: No space left on device; free disk space"):
         get([server.url("good")], target)
     assert len(server.asked) == 1
 

@@ -32,7 +32,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def pixels(root: Path, cache: Path | None = None, side: int = 8) -> np.ndarray:
-    return np.array(decode.read(root, side, cache)[1][0].images)
+    return np.array(decode.read(root, side, cache)[0].images)
 
 
 def the_file(folder: Path) -> Path:
@@ -133,7 +133,7 @@ def test_a_folder_in_its_place_leaves_the_images_in_memory(root: Path, said: lis
     file.mkdir()
     assert np.array_equal(pixels(root, root / ".decoded"), expected)
     assert "Is a directory" in said[-1]
-    assert "each process decodes them at each start" in said[-1]
+    assert "each process decodes them at every start" in said[-1]
 
 
 def paths(root: Path, named: Path | None) -> list[Path]:

@@ -60,4 +60,4 @@ def test_what_is_no_image_is_one_line_that_says_so(tmp_path: Path, content: byte
     with pytest.raises(InputError) as error:
         read_image(path)
     assert len(error.value.lines) == 1
-    assert str(error.value).startswith(f"{path}: no image that can be decoded (")
+    assert str(error.value).startswith(f"{path}: not an image that can be decoded (")

@@ -50,24 +50,24 @@ def test_classes_are_the_folders_in_order_and_each_image_has_its_own(root):
 
 
 def test_the_images_are_mixed_in_an_order_that_depends_on_names_alone(root):
-    before = image_folder.list_folder(root)[1]["train"]
+    before = image_folder.list_folder(root).listings["train"]
     assert list(before.labels) != sorted(before.labels)
     root.rename(root.with_name("moved"))
-    assert image_folder.list_folder(root.with_name("moved"))[1]["train"].files == before.files
+    assert image_folder.list_folder(root.with_name("moved")).listings["train"].files == before.files
 
 
 def test_a_changed_file_changes_the_digest(root):
-    digest = image_folder.list_folder(root)[1]["train"].digest
-    assert image_folder.list_folder(root)[1]["train"].digest == digest
+    digest = image_folder.list_folder(root).listings["train"].digest
+    assert image_folder.list_folder(root).listings["train"].digest == digest
     os.utime(root / "train" / "ant" / "0.png", (1, 1))
-    assert image_folder.list_folder(root)[1]["train"].digest != digest
+    assert image_folder.list_folder(root).listings["train"].digest != digest
 
 
 def test_hidden_files_are_passed_over_and_capital_suffixes_read(root):
     (root / "train" / ".DS_Store").write_text("")
     (root / "train" / "ant" / ".thumbs").write_text("")
     (root / "train" / "ant" / "0.png").rename(root / "train" / "ant" / "0.PNG")
-    assert len(image_folder.list_folder(root)[1]["train"].files) == 18
+    assert len(image_folder.list_folder(root).listings["train"].files) == 18
 
 
 def test_a_class_of_the_test_images_alone_is_told(root):
@@ -107,11 +107,11 @@ def test_no_images_no_folders_and_no_root_are_told(root, tmp_path):
 
 
 def test_an_image_of_the_right_size_keeps_its_pixels(root):
-    names, (train, test) = decode.read(root, 16)
-    assert names == ("ant", "bee", "cow")
+    train, test = decode.read(root, 16)
+    assert image_folder.list_folder(root).class_names == ("ant", "bee", "cow")
     assert train.images.shape == (18, 16, 16, 3)
     assert test.images.shape == (6, 16, 16, 3)
-    listing = image_folder.list_folder(root)[1]["train"]
+    listing = image_folder.list_folder(root).listings["train"]
     for image, file in zip(train.images, listing.files, strict=True):
         assert np.array_equal(image, np.asarray(Image.open(root / file)))
     assert train.labels.tolist() == listing.labels.tolist()
@@ -192,15 +192,15 @@ def test_what_was_decoded_is_not_decoded_again_until_a_file_or_the_size_changes(
     counts: list[Path] = []
     real = decode.decode
     monkeypatch.setattr(decode, "decode", lambda path, **most: counts.append(path) or real(path, **most))
-    first = decode.read(root, 16)[1][0]
+    first = decode.read(root, 16)[0]
     assert len(counts) == 24
-    again = decode.read(root, 16)[1][0]
+    again = decode.read(root, 16)[0]
     assert len(counts) == 24
     assert np.array_equal(first.images, again.images)
     decode.read(root, 8)
     assert len(counts) == 48
     picture(root / "train" / "ant" / "0.png", seed=55)
-    changed = decode.read(root, 16)[1][0]
+    changed = decode.read(root, 16)[0]
     assert len(counts) == 48 + 18, "the test images have not changed"
     assert not np.array_equal(first.images, changed.images)
 

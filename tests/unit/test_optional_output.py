@@ -57,7 +57,7 @@ def test_steps_after_a_failure_are_skipped(said):
 def test_requested_output_on_a_full_disk_is_an_error(tmp_path, capsys):
     with pytest.raises(StorageError) as caught, requested_output("--out", tmp_path):
         raise OSError(28, "No space left on device")
-    assert caught.value.tell() == ExitCode.STORAGE
+    assert caught.value.report() == ExitCode.STORAGE
     expected = f"error: --out {tmp_path}: not written: No space left on device; free disk space, or name another file\n"
     assert capsys.readouterr().err == expected
 

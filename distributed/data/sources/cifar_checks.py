@@ -1,7 +1,7 @@
-"""What no copy of CIFAR can hold, whatever the order of its records: found by hashes and labels. Imports no torch.
+"""Finds what no copy of CIFAR can hold, whatever the order of its records, by hashes and labels. Imports no torch.
 
-Data that differs in some pixels is not refused: nobody can tell a flipped bit from images that were changed on purpose.
-Its digest is not the official one, which is a warning.
+Data that differs in some pixels is accepted: a flipped bit cannot be told from images that were changed on purpose. Its digest
+is not the official one, which is a warning.
 """
 
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ from distributed.data.sources.identity import Hashes, image_hashes
 
 Labels = NDArray[np.integer[Any]]
 _BLACK = image_hashes(np.zeros((1, 3072), np.uint8))[0]
-_MOST_REPEATED = 0.01
-"""Part of the images that may be there twice: CIFAR-100 has 26 such pairs in 60,000, CIFAR-10 none."""
+_MAX_REPEATED = 0.01
+"""Fraction of the images that may occur twice: CIFAR-100 has 26 such pairs in 60,000, CIFAR-10 none."""
 
 
 class FileContent(NamedTuple):
@@ -27,12 +27,12 @@ class FileContent(NamedTuple):
 
 
 def wrong_file(files: Mapping[str, FileContent]) -> tuple[str, str] | None:
-    """(file, complaint) for the first file with black or repeated images; None if there is none."""
+    """Return (file, complaint) for the first file with black or repeated images; None if there is none."""
     for name, (hashes, _) in files.items():
         if black := np.count_nonzero(hashes == _BLACK):
             return name, f"{black:,} of its {len(hashes):,} images are black: a copy or download was cut short"
     hashes = np.concatenate([content.hashes for content in files.values()])
-    if len(hashes) - len(np.unique(hashes)) <= _MOST_REPEATED * len(hashes):
+    if len(hashes) - len(np.unique(hashes)) <= _MAX_REPEATED * len(hashes):
         return None
     found = [(len(own) - len(np.unique(own)), name, "it more than once") for name, (own, _) in files.items()]
     names = list(files)
@@ -46,7 +46,7 @@ def wrong_file(files: Mapping[str, FileContent]) -> tuple[str, str] | None:
 
 
 def wrong_counts(cifar: CifarSet, split: str, labels: Labels) -> str | None:
-    """A complaint if a split of the official size does not have the official number of images of each class."""
+    """Return a complaint if a split of the official size has not the official number of images of each class."""
     expected = cifar.per_class[split]
     if len(labels) != expected * cifar.classes:
         return None
@@ -59,7 +59,10 @@ def wrong_counts(cifar: CifarSet, split: str, labels: Labels) -> str | None:
 
 
 def wrong_coarse(coarse: Labels, fine: Labels) -> str | None:
-    """A complaint if records of CIFAR-100 have a coarse label that is not their class's; others' labels may be out of range."""
+    """Return a complaint if records of CIFAR-100 have a coarse label that does not belong to their fine label.
+
+    Fine labels that are out of range are left to other checks.
+    """
     in_range = fine < len(COARSE_OF_FINE)
     expected = np.array(COARSE_OF_FINE)[np.where(in_range, fine, 0)]
     wrong = np.flatnonzero(in_range & (coarse != expected))
@@ -68,5 +71,5 @@ def wrong_coarse(coarse: Labels, fine: Labels) -> str | None:
     first = wrong[0]
     return (
         f"{len(wrong):,} of its {len(fine):,} records have the coarse label of another class (record {first}: fine label "
-        f"{fine[first]}, coarse label {coarse[first]}, {expected[first]} belongs): label bytes are swapped or damaged"
+        f"{fine[first]}, coarse label {coarse[first]}, expected {expected[first]}): label bytes are swapped or damaged"
     )

@@ -1,6 +1,6 @@
-"""What the official CIFAR files are: folders, archives, files, their MD5, classes and digests. Imports no torch.
+"""The official CIFAR files: folders, archives, files, their MD5s, classes and digests. Imports no torch.
 
-https://www.cs.toronto.edu/~kriz/cifar.html gives the MD5 of the Python and binary archives.
+The MD5s of the archives are from https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ _CIFAR100_CLASSES = (
     "trout tulip turtle wardrobe whale willow_tree wolf woman worm"
 )
 
-# The coarse label of each fine label of CIFAR-100, as all 60,000 records have it.
+# The coarse label of each fine label of CIFAR-100, verified on all 60,000 records.
 COARSE_OF_FINE = (
     4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7, 6, 13, 15, 3, 15, 0, 11, 1, 10, 12,
     14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10, 16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16, 12, 1,
@@ -28,7 +28,7 @@ OFFICIAL_SERVER = "https://www.cs.toronto.edu/~kriz/"
 
 @dataclass(frozen=True)
 class Form:
-    """One of the layouts that a data set comes in. `md5` holds each file's, for pickles alone: bytes need no trust."""
+    """One of the layouts in which a data set is published. `md5` is per file, for pickles only: plain bytes are harmless."""
 
     folder: str
     archive: str
@@ -44,7 +44,7 @@ class Form:
 
 @dataclass(frozen=True)
 class CifarSet:
-    """A data set and its forms, the first preferred. A binary record is `label_bytes` and 3,072 pixels.
+    """A data set and its forms, the preferred one first. A binary record is `label_bytes` and 3,072 pixels.
 
     `digests` are those of `identity_of` over all records of a split; every copy of the images has them, in any order.
     """
@@ -63,7 +63,7 @@ class CifarSet:
         return len(self.class_names)
 
     def records(self, form: Form, split: str) -> dict[str, int]:
-        """Names of the files of a split and the records that each must hold."""
+        """Return file name -> number of records, for the files of a split."""
         return dict.fromkeys(form.train, self.train_records) if split == "train" else {form.test: self.test_records}
 
 
@@ -132,7 +132,7 @@ SETS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
 def official_name(md5: str) -> str | None:
-    """Which official archive or pickle has this MD5: to tell files that were swapped."""
+    """Return the official archive or pickle with this MD5, to recognize files that were swapped."""
     forms = [form for one in SETS.values() for form in one.forms]
     known = {form.archive_md5: form.archive for form in forms}
     known |= {digest: f"{form.folder}/{file}" for form in forms for file, digest in form.md5.items()}

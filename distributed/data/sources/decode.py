@@ -1,4 +1,4 @@
-"""Decodes the files of an image folder once a node, into a file that every process maps."""
+"""Decodes the files of an image folder once per node, into a file that every process maps."""
 
 import io
 from collections.abc import Callable, Iterator, Mapping
@@ -22,25 +22,22 @@ from distributed.data.sources.progress import progress
 from distributed.errors import InputError
 
 Store = Callable[[int, Pixels], None]
-"""Takes the index of a block's first image, and the block."""
+"""Stores a block of images, given the index of its first one."""
 
 
-def read(
-    root: Path, side: int, cache: Path | None = None, *, max_pixels: int = MAX_PIXELS
-) -> tuple[tuple[str, ...], list[Images]]:
-    """Names of the classes; training and test images, uint8 [n, side, side, 3], mapped from the cache if it can be written.
+def read(root: Path, side: int, cache: Path | None = None, *, max_pixels: int = MAX_PIXELS) -> list[Images]:
+    """Return training and test images, uint8 [n, side, side, 3], mapped from the cache if it can be written.
 
     Raises:
-        InputError: the folder is not as it should be, or a file is no image or too large; each such file is a line.
+        InputError: errors in the folder, or files that are not images or too large, one line each.
     """
-    names, listings = list_folder(root)
-    return names, read_listed(root, listings, side, cache, max_pixels=max_pixels)
+    return read_listed(root, list_folder(root).listings, side, cache, max_pixels=max_pixels)
 
 
 def read_listed(
     root: Path, listings: Mapping[str, Listing], side: int, cache: Path | None, *, max_pixels: int
 ) -> list[Images]:
-    """`read` of a folder whose files were listed already."""
+    """Do what `read` does for a folder whose files are listed already."""
     if cache and next(folders(root, cache), None) is None:
         raise InputError(f"data.cache: cannot write to {cache}, or others can; name another folder with --data.cache")
     found = []
@@ -59,7 +56,7 @@ def read_listed(
 def _decoded(
     files: Iterator[CacheFile], shape: tuple[int, int, int, int], decode_all: Callable[[Store], None]
 ) -> Pixels:
-    """From the first cache file that can be written, else in memory: a cache only saves time."""
+    """Return the images from the first cache file that can be written, else from memory: a cache only saves time."""
     reasons = []
     for file in files:
         try:
@@ -72,7 +69,7 @@ def _decoded(
             f"({', '.join(reasons)}); free disk space, or name a folder with --data.cache"
         )
     logger.warning(
-        "data.cache: decoded images are not kept ({}); each process decodes them at each start",
+        "data.cache: decoded images are not kept ({}); each process decodes them at every start",
         ", ".join(reasons) or "no folder that can be written",
     )
     images = np.empty(shape, np.uint8)
@@ -85,7 +82,7 @@ def _decoded(
 
 
 def _from_cache(file: CacheFile, decode_all: Callable[[Store], None]) -> Pixels:
-    """The images of a cache file, which is written if it is not there or not to be trusted.
+    """Return the images of a cache file, which is written if it is missing or not trusted.
 
     Raises:
         OSError: it cannot be written.
@@ -109,13 +106,13 @@ def _from_cache(file: CacheFile, decode_all: Callable[[Store], None]) -> Pixels:
 
     once_per_node(file.path, work, done=done)
     if images is None and not done():
-        raise doubt or Untrusted("it is gone")
+        raise doubt or Untrusted("it has disappeared")
     assert images is not None
     return images
 
 
 def _available_memory() -> float:
-    """Bytes that this machine could still give to processes."""
+    """Return how many bytes this machine can still give to processes."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -124,7 +121,11 @@ def _available_memory() -> float:
 
 
 def _decode_all(root: Path, listing: Listing, split: str, side: int, max_pixels: int, store: Store) -> None:
-    """Decode in threads, block after block."""
+    """Decode all images of a split on threads and store them block by block.
+
+    Raises:
+        InputError: files that are not images or too large, one line each.
+    """
     errors: list[str] = []
 
     def decode_block(first: int) -> tuple[int, list[str]]:
@@ -141,41 +142,41 @@ def _decode_all(root: Path, listing: Listing, split: str, side: int, max_pixels:
             store(first, images)
         return len(files), wrong
 
-    steps = progress(f"decoding {split} images", len(listing.files), unit="images")
-    with at_most(max_pixels), steps as advance:
+    bar = progress(f"decoding {split} images", len(listing.files), unit="images")
+    with at_most(max_pixels), bar as advance:
         for count, wrong in in_threads(decode_block, len(listing.files)):
             advance(count)
             errors += wrong
     if errors:
-        more = [f"and {len(errors) - 20:,} more of the kind"] if len(errors) > 20 else []
+        more = [f"and {len(errors) - 20:,} more files like these"] if len(errors) > 20 else []
         raise InputError(*[f"data.name = image_folder: {error}" for error in [*errors[:20], *more]])
 
 
 def decode(path: Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """The image as uint8 [3, h, w] as a viewer shows it: RGB, turned as its EXIF data says, transparency left out.
+    """Return the image as a viewer shows it, uint8 [3, h, w]: RGB, in its EXIF orientation, without transparency.
 
     Raises:
-        TooLarge: its header, or the file's own size, says more than `max_pixels`.
-        ValueError: it is no PNG or JPEG, or broken.
+        TooLarge: by its header or its file size it has more than `max_pixels`.
+        ValueError: it is not a PNG or JPEG, or is broken.
         OSError: it cannot be read.
     """
-    # No image has more bytes than its pixels, of at most 8, and some metadata.
-    if (bytes_in_all := path.stat().st_size) > 8 * max_pixels + 2**26:
-        raise TooLarge(too_large(f"{bytes_in_all:,} bytes", max_pixels))
+    # No file has more bytes than 8 per pixel and some metadata.
+    if (total_bytes := path.stat().st_size) > 8 * max_pixels + 2**26:
+        raise TooLarge(too_large(f"{total_bytes:,} bytes", max_pixels))
     content = path.read_bytes()
     width, height = size_of(content)
     if width * height > max_pixels:
         raise TooLarge(too_large(f"{width:,} x {height:,} pixels", max_pixels))
     check_sums(content)
-    # Not torchvision's decoder: it ends the process at some damaged files.
+    # Not torchvision's decoder, which ends the process on some damaged files.
     return torch.from_numpy(pixels_of(io.BytesIO(content), ["PNG", "JPEG"])).permute(2, 0, 1)
 
 
 def to_square(image: Tensor, side: int, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """uint8 [3, h, w] as [side, side, 3]: the shorter side to `side`, bilinear with antialiasing, then the centre.
+    """Resize the shorter side of uint8 [3, h, w] to `side`, bilinear with antialiasing, and crop the center: [side, side, 3].
 
     Raises:
-        TooLarge: before the centre is taken it would have more than `max_pixels`, e.g. if it is one pixel high.
+        TooLarge: before cropping it would have more than `max_pixels`, e.g. if it is one pixel high.
     """
     _, height, width = image.shape
     short = min(height, width)

@@ -1,4 +1,4 @@
-"""Fetches a file over HTTP: resumed where it broke off, its MD5 checked, complete or absent. Imports no torch."""
+"""Downloads a file over HTTP: resumed after an interruption, its MD5 checked, complete or absent. Imports no torch."""
 
 import errno
 import hashlib
@@ -7,7 +7,8 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import IO, Any
@@ -17,16 +18,17 @@ from distributed.data.sources.progress import progress
 from distributed.errors import InputError
 from distributed.files import sync_folder
 
-_FOR_GOOD = range(400, 500)  # answers that another try does not change
-_BUT_NOT = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE}
+_BLOCK_BYTES = 1 << 16
+_PERMANENT = range(400, 500)  # statuses that another try does not change
+_TEMPORARY = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE}
 
 
 class _Failed(Exception):
-    """One try at one address failed; `for_good` where another try there is of no use."""
+    """One try at one address failed; if `permanent`, another try at it would fail too."""
 
-    def __init__(self, why: str, *, for_good: bool = False) -> None:
-        super().__init__(why)
-        self.for_good = for_good
+    def __init__(self, reason: str, *, permanent: bool = False) -> None:
+        super().__init__(reason)
+        self.permanent = permanent
 
 
 def fetch(
@@ -38,17 +40,17 @@ def fetch(
     rounds: int = 3,
     pause_seconds: float = 2.0,
 ) -> None:
-    """Fetch `target` from the first of `urls` that has it whole; nothing where it is there. One process a node does it.
+    """Download `target` from the first of `urls` that has all of it, in one process per node; do nothing if it exists.
 
-    What has come lies in `target`.part, and a later try goes on behind it. The addresses are tried in turn, until `rounds`
-    times none of them got any further.
+    Partial downloads are kept in `target`.part and resumed. The addresses are tried in turn until none of them has made
+    progress in `rounds` consecutive rounds.
 
     Args:
         stall_seconds: how long a server may send nothing.
         pause_seconds: between two rounds, doubled each time.
 
     Raises:
-        InputError: no address gave the file; a line each with what it gave instead, then the remedy.
+        InputError: no address gave the file; one line per address with the reason, then the remedy.
     """
 
     def work() -> None:
@@ -58,7 +60,7 @@ def fetch(
         once_per_node(target, work, done=target.is_file, request=f"{md5} {' '.join(urls)}")
     except OSError as error:
         raise InputError(
-            f"{target.parent}: {error.strerror or error}; free space, make it writable, or name another folder"
+            f"{target.parent}: {error.strerror or error}; free disk space, make it writable, or name another folder"
         ) from None
 
 
@@ -66,7 +68,7 @@ def _fetch_in_turn(
     urls: list[str], target: Path, md5: str, stall_seconds: float, rounds: int, pause_seconds: float
 ) -> None:
     part = target.with_name(f"{target.name}.part")
-    whys: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     if part.is_file() and _md5_of(part) == md5:  # a process died between the last byte and the rename
         _commit(part, target)
         return
@@ -78,8 +80,8 @@ def _fetch_in_turn(
             try:
                 _fetch_from(url, part, md5, stall_seconds)
             except _Failed as failure:
-                whys[url] = str(failure)
-                if failure.for_good:
+                reasons[url] = str(failure)
+                if failure.permanent:
                     urls.remove(url)
                 continue
             _commit(part, target)
@@ -87,14 +89,14 @@ def _fetch_in_turn(
         reached = part.stat().st_size if part.is_file() else 0
         furthest, idle = (reached, 0) if reached > furthest else (furthest, idle + 1)
     raise InputError(
-        *[f"download of {target.name}: {url}: {why}" for url, why in whys.items()],
-        f"download of {target.name}: go online and give the same command again (it goes on where it broke off), name a "
-        f"mirror with --data.urls, or put the file into {target.parent} yourself",
+        *[f"download of {target.name}: {url}: {reason}" for url, reason in reasons.items()],
+        f"download of {target.name}: go online and rerun the same command (the download resumes), name a mirror with "
+        f"--data.urls, or put the file into {target.parent} yourself",
     )
 
 
 def _fetch_from(url: str, part: Path, md5: str, stall_seconds: float) -> None:
-    """Complete the part from here. One that was begun elsewhere and turns out wrong is fetched anew once."""
+    """Complete the partial file from this address; if the result is wrong and was begun elsewhere, download it anew once."""
     begun = part.stat().st_size if part.is_file() else 0
     _receive(url, part, begun, stall_seconds)
     if (found := _md5_of(part)) != md5 and begun:
@@ -103,39 +105,62 @@ def _fetch_from(url: str, part: Path, md5: str, stall_seconds: float) -> None:
         found = _md5_of(part)
     if found != md5:
         part.unlink()
-        raise _Failed(f"what it gave has MD5 {found}, and {md5} belongs; it was removed", for_good=True)
+        raise _Failed(f"the file it sent has MD5 {found}, expected {md5}; the file was removed", permanent=True)
 
 
 def _receive(url: str, part: Path, begun: int, stall_seconds: float) -> None:
-    """Append to the part what comes behind its first `begun` bytes, or write it anew where the server cannot do that."""
+    """Append what follows the first `begun` bytes, or start over if the server ignores ranges."""
+    with _server_errors(part, stall_seconds), _response(url, begun, stall_seconds) as response:
+        start = _first_byte(response, part, begun)
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length and length.isdigit() else None
+        received = _append(response, part, start, total)
+    if total is not None and received < total:
+        raise _Failed(f"the connection broke after {received:,} of {total:,} bytes")
+
+
+def _response(url: str, begun: int, stall_seconds: float) -> Any:
+    """Request the file from byte `begun` on."""
     headers = {"User-Agent": "distributed-alexnet"} | ({"Range": f"bytes={begun}-"} if begun else {})
+    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=stall_seconds)
+
+
+def _first_byte(response: Any, part: Path, begun: int) -> int:
+    """Return the position of the response's first byte: `begun`, or 0 if the server sends the entire file."""
+    if response.status != HTTPStatus.PARTIAL_CONTENT:
+        return 0
+    if not str(response.headers.get("Content-Range", "")).startswith(f"bytes {begun}-"):
+        part.unlink()
+        raise _Failed("it sent another range than the one requested")
+    return begun
+
+
+def _append(response: Any, part: Path, start: int, total: int | None) -> int:
+    """Write the response to the file from `start` on; return the file's size after it."""
+    received = start
+    with (
+        _opened(part, "ab" if start else "wb") as file,
+        progress(part.stem, total, unit="B", start=start) as advance,
+    ):
+        while block := response.read1(_BLOCK_BYTES):
+            _write(file, block)
+            received += len(block)
+            advance(len(block))
+    return received
+
+
+@contextmanager
+def _server_errors(part: Path, stall_seconds: float) -> Iterator[None]:
+    """Turn every error of the server or the network into `_Failed`; errors of the disk, as InputError, pass through."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=stall_seconds) as answer:
-            resumed = answer.status == HTTPStatus.PARTIAL_CONTENT
-            if resumed and not str(answer.headers.get("Content-Range", "")).startswith(f"bytes {begun}-"):
-                part.unlink()
-                raise _Failed("it sent another part than the one asked for")
-            length = answer.headers.get("Content-Length")
-            start = begun if resumed else 0
-            total = start + int(length) if length and length.isdigit() else None
-            with (
-                _opened(part, "ab" if resumed else "wb") as file,
-                progress(part.stem, total, unit="B", start=start) as advance,
-            ):
-                got = start
-                while block := answer.read1(1 << 16):
-                    _write(file, block)
-                    got += len(block)
-                    advance(len(block))
-        if total is not None and got < total:
-            raise _Failed(f"it broke off after {got:,} of {total:,} bytes")
-    except InputError:  # a ValueError, and not the server's
+        yield
+    except InputError:  # also a ValueError
         raise
     except urllib.error.HTTPError as error:
-        if error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # longer than the file: no beginning of it
+        if error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # the partial file is longer than the file
             part.unlink(missing_ok=True)
-        for_good = error.code in _FOR_GOOD and error.code not in _BUT_NOT
-        raise _Failed(f"HTTP {error.code} {error.reason}", for_good=for_good) from None
+        permanent = error.code in _PERMANENT and error.code not in _TEMPORARY
+        raise _Failed(f"HTTP {error.code} {error.reason}", permanent=permanent) from None
     except TimeoutError:
         raise _Failed(f"it sent nothing for {stall_seconds:g} s") from None
     except urllib.error.URLError as error:
@@ -148,7 +173,7 @@ def _receive(url: str, part: Path, begun: int, stall_seconds: float) -> None:
 def _opened(part: Path, mode: str) -> IO[Any]:
     try:
         if part.exists() and not part.is_file():
-            raise OSError(errno.EINVAL, "not a regular file")  # a pipe would be waited for
+            raise OSError(errno.EINVAL, "not a regular file")  # opening a pipe would block
         return part.open(mode)
     except OSError as error:
         raise InputError(
@@ -160,9 +185,9 @@ def _write(file: IO[Any], block: bytes) -> None:
     try:
         file.write(block)
         file.flush()
-    except OSError as error:  # not to be taken for the server's
+    except OSError as error:  # not an error of the server
         raise InputError(
-            f"{file.name}: {error.strerror}; free space, or name another folder with --data.root"
+            f"{file.name}: {error.strerror}; free disk space, or name another folder with --data.root"
         ) from None
 
 
@@ -172,6 +197,7 @@ def _md5_of(path: Path) -> str:
 
 
 def _commit(part: Path, target: Path) -> None:
+    """Rename the complete file into place, durably."""
     with part.open("rb") as file:
         os.fsync(file.fileno())
     part.replace(target)

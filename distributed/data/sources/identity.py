@@ -1,7 +1,7 @@
 """Fingerprints of a split: a digest of all records that ignores their order, and one of the order. Imports no torch.
 
-Ranks compare theirs before the first step, a resume compares its own with that in the checkpoint. The order counts too:
-the validation split and each rank's share of a batch are computed from places in it.
+Ranks compare theirs before the first step, and a resumed run compares its own with the checkpoint's. The order matters
+because the validation split and each rank's shards are computed from positions in it.
 """
 
 import hashlib
@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from distributed.errors import InputError
 
 Hashes = NDArray[np.uint64]
-_BLOCK = 1024  # images: a few MB, which stay in the cache, and few enough calls to leave Python's lock to others
+_BLOCK = 1024  # images: a few MB, which fit the cache, in few calls, so that other threads get the GIL
 
 
 class Identity(NamedTuple):
-    """Fingerprint of a split. `digest` ignores the order of the records; `order` covers it, and is empty if `digest` already
-    does."""
+    """Fingerprint of a split.
+
+    `digest` ignores the order of the records; `order` covers it, and is empty if `digest` already does.
+    """
 
     size: int
     digest: str
@@ -27,9 +29,9 @@ class Identity(NamedTuple):
 
 
 def image_hashes(images: NDArray[np.uint8]) -> Hashes:
-    """A 64-bit hash of each image of uint8 [n, ...], of a multiple of 8 bytes each.
+    """Return a 64-bit hash of each image of uint8 [n, ...], each a multiple of 8 bytes.
 
-    Sums up 64-bit words times an odd key for each place, so that any one changed word changes the sum.
+    The sum of 64-bit words, each times an odd key for its position, so that changing any single word changes the sum.
     """
     words = np.ascontiguousarray(images).reshape(len(images), -1).view("<u8")
     keys = _mix(np.arange(1, words.shape[1] + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
@@ -37,13 +39,13 @@ def image_hashes(images: NDArray[np.uint8]) -> Hashes:
     for start in range(0, len(words), _BLOCK):
         block = words[start : start + _BLOCK]
         folded = block >> np.uint64(32)
-        folded ^= block  # without it, changes in top bits reach only the sum's top bit, and two of them cancel
+        folded ^= block  # else changes of top bits reach only the sum's top bit, and two of them cancel
         sums[start : start + _BLOCK] = np.einsum("ij,j->i", folded, keys)
     return _mix(sums)
 
 
 def identity_of(hashes: Hashes, labels: NDArray[np.integer[Any]]) -> Identity:
-    """The identity of images with these hashes and labels."""
+    """Return the fingerprint of images with these hashes and labels."""
     records = _mix(hashes + (labels.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD1342543DE82EF95))
     total = int(_mix(records).sum(dtype=np.uint64))
     order = hashlib.blake2b(records.astype("<u8").data, digest_size=8).hexdigest()
@@ -51,50 +53,54 @@ def identity_of(hashes: Hashes, labels: NDArray[np.integer[Any]]) -> Identity:
 
 
 def _mix(x: Hashes) -> Hashes:
-    """splitmix64's finalizer (https://prng.di.unimi.it/splitmix64.c): one to one, each bit depends on all."""
+    """Apply splitmix64's finalizer (https://prng.di.unimi.it/splitmix64.c): one to one, each bit depends on all bits."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-Difference = tuple[str, str, str]
-"""What differs between two pipelines' facts, one's and the other's, in words."""
+class Difference(NamedTuple):
+    """What differs between the metadata of two pipelines, and the value of each, for a message."""
+
+    thing: str
+    one: str
+    other: str
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[Difference]:
-    """All that differs between two pipelines' facts. Those in checkpoints of older versions hold less."""
+    """Return all differences between two pipelines' metadata; that of older checkpoints has less to compare."""
     classes = class_difference(one, other)
     found = [classes] if classes else []
-    return found + [d for split in _WORDS if (d := image_difference(one, other, split))]
+    return found + [d for split in _SPLIT_NAMES if (d := image_difference(one, other, split))]
 
 
 def class_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> Difference | None:
-    """How the classes differ, whose order counts."""
+    """Return how the classes or their order differ."""
     a, b = one.get("classes"), other.get("classes")
     if not isinstance(a, list) or not isinstance(b, list) or a == b:
         return None
     if len(a) != len(b):
-        return "the number of classes", f"{len(a):,}", f"{len(b):,}"
+        return Difference("the number of classes", f"{len(a):,}", f"{len(b):,}")
     place = next(place for place in range(len(a)) if a[place] != b[place])
-    return f"the name of class {place}", str(a[place]), str(b[place])
+    return Difference(f"the name of class {place}", str(a[place]), str(b[place]))
 
 
 def image_difference(
     one: Mapping[str, Any], other: Mapping[str, Any], split: str, *, ordered: bool = True
 ) -> Difference | None:
-    """How the images of a split differ: in number, else in content, else in their order."""
+    """Return how the images of a split differ: in number, else in content, else in order."""
     x, y = _of_split(one, split), _of_split(other, split)
     for key, thing in (("size", "number"), ("digest", "digest"), *([("order", "order")] if ordered else [])):
         if key in x and key in y and x[key] != y[key]:
-            return f"the {thing} of the {_WORDS[split]} images", _shown(x[key]), _shown(y[key])
+            return Difference(f"the {thing} of the {_SPLIT_NAMES[split]} images", _shown(x[key]), _shown(y[key]))
     return None
 
 
-_WORDS = {"train": "training", "test": "test"}
+_SPLIT_NAMES = {"train": "training", "test": "test"}
 
 
-def _of_split(facts: Mapping[str, Any], split: str) -> dict[str, Any]:
-    images = facts.get("images")
+def _of_split(metadata: Mapping[str, Any], split: str) -> dict[str, Any]:
+    images = metadata.get("images")
     found = images.get(split) if isinstance(images, dict) else None
     return found if isinstance(found, dict) else {}
 
@@ -104,9 +110,15 @@ def _shown(value: Any) -> str:
 
 
 def check_resumed(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: object) -> None:
-    """Raises InputError if a run would be resumed on other data than its state.json, `saved`, was made with."""
-    found = [d for split in _WORDS if (d := image_difference(saved, now, split))]
-    # The classes of other data sets are named by the code, and another version may spell them otherwise.
+    """Raise InputError if a run would resume on other data than it began with.
+
+    Args:
+        saved: the content of the checkpoint's state.json.
+        now: the metadata of the data as it is read now.
+        where: the checkpoint, for the message.
+    """
+    found = [d for split in _SPLIT_NAMES if (d := image_difference(saved, now, split))]
+    # The class names of other data sets are in the code, and another version may spell them differently.
     if now.get("data") == "image_folder" and (classes := class_difference(saved, now)):
         found.insert(0, classes)
     if found:

@@ -1,4 +1,4 @@
-"""Cache files of decoded images, with checks of their owner and content. Imports no torch."""
+"""Cache files of decoded images, whose owner and content are verified. Imports no torch."""
 
 import errno
 import fcntl
@@ -22,28 +22,28 @@ from distributed.host.cpu_quota import available_cpus
 T = TypeVar("T")
 Pixels = NDArray[np.uint8]
 
-_FORMAT = 2  # of the file, and of the pixels: to be raised when `to_square` or the decoder's options change
-_HEADER = 4096  # bytes, a page: the pixels behind it can be mapped
-BLOCK = 64  # images that are decoded, written and checked at once
+_FORMAT = 2  # of the file and of the pixels: increase it when `to_square` or the decoder's options change
+_HEADER = 4096  # bytes, one page, so that the pixels after it can be mapped
+BLOCK = 64  # images that are decoded, written and verified at once
 _ASIDE = ".writing"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class Untrusted(Exception):
-    """A cache file is there and is not used, for the reason given."""
+    """A cache file exists but is not used; the message says why."""
 
 
 class Folder(NamedTuple):
-    """A folder in which this user alone can write, and the user's number there."""
+    """A folder that only this user can write to, and the user's id there."""
 
     path: Path
     owner: int
 
 
 def folders(root: Path, named: Path | None) -> Iterator[Folder]:
-    """Where decoded images may be kept, best first: as named, else in the data's folder, the user's, the temporary one.
+    """Yield the folders for decoded images, best first: the named one, else in the data's, the user's and the temporary one.
 
-    If others can write in one of them, a folder of the user's own is made inside.
+    If others can write to one of them, a private folder is created inside.
     """
     private = f"distributed-decoded-{os.geteuid()}"
     for folder in [named] if named else [root / ".decoded", *_of_the_user(private)]:
@@ -61,14 +61,14 @@ def _of_the_user(private: str) -> Iterator[Path]:
 
 
 def _own(folder: Path, *, may_be_link: bool) -> Folder | None:
-    """The folder, made if it is not there; None if it cannot be written, or others can write in it."""
+    """Return the folder, created if it is missing; None if it cannot be written, or others can write to it."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
         found = folder.stat() if may_be_link else folder.lstat()
         with tempfile.TemporaryFile(dir=folder) as file:
-            owner = os.fstat(file.fileno()).st_uid  # a file server may know this user by another number than here
+            owner = os.fstat(file.fileno()).st_uid  # a file server may map this user to another id
     except OSError:
         return None
     is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == owner and not found.st_mode & _OTHERS_WRITE
@@ -77,11 +77,11 @@ def _own(folder: Path, *, may_be_link: bool) -> Folder | None:
 
 @dataclass(frozen=True)
 class CacheFile:
-    """The decoded images of one split: a header of JSON, then uint8 [n, side, side, 3].
+    """The decoded images of one split: a JSON header, then uint8 [n, side, side, 3].
 
     Args:
-        owner: the only user whose file is used.
-        source: identifies the files that were decoded, and their order.
+        owner: the id of the only user whose file is used.
+        source: identifies the decoded files and their order.
     """
 
     path: Path
@@ -90,17 +90,17 @@ class CacheFile:
     source: str
 
     def load(self) -> Pixels | None:
-        """The images, mapped; None if there is no such file.
+        """Return the images, mapped; None if the file does not exist.
 
         Raises:
-            Untrusted: it is another user's, of another source, or damaged.
+            Untrusted: it is another user's, from another source, or damaged.
         """
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             with open(os.open(self.path, flags), "rb") as file:
                 self._check_owner(os.fstat(file.fileno()))
                 header = file.read(_HEADER)
-                # "c": torch does not take read-only memory without a warning.
+                # "c", copy on write: torch warns about read-only memory.
                 images = np.memmap(file, np.uint8, "c", _HEADER, self.shape)
         except FileNotFoundError:
             return None
@@ -119,24 +119,24 @@ class CacheFile:
             raise Untrusted("its size is wrong")
 
     def _header(self, digest: str) -> bytes:
-        said = {"format": _FORMAT, "shape": self.shape, "source": self.source, "digest": digest}
-        return json.dumps(said).encode().ljust(_HEADER, b"\n")
+        content = {"format": _FORMAT, "shape": self.shape, "source": self.source, "digest": digest}
+        return json.dumps(content).encode().ljust(_HEADER, b"\n")
 
     def write(self, blocks: Callable[[Callable[[int, Pixels], None]], None]) -> None:
-        """Write the file aside, and rename it when it is complete.
+        """Write a temporary file and rename it once it is complete.
 
         Args:
-            blocks: calls its argument, from any threads, with the index of each block's first image and the block.
+            blocks: calls its argument, from any thread, with the index of each block's first image and the block.
 
         Raises:
-            OSError: there is no space, or the folder cannot be written.
+            OSError: the disk is full, or the folder cannot be written.
         """
         self._remove_left_over()
         handle, aside = tempfile.mkstemp(_ASIDE, f".{self.path.name}.", self.path.parent)
         digests: dict[int, bytes] = {}
 
         def store(first: int, images: Pixels) -> None:
-            # Not into mapped memory: on a full disk that would kill the process.
+            # Not into mapped memory: on a full disk that kills the process.
             _write_at(handle, images.tobytes(), _HEADER + first * images[0].nbytes)
             digests[first] = _digest_of_block(images)
 
@@ -153,7 +153,7 @@ class CacheFile:
             os.close(handle)
 
     def _reserve(self, handle: int) -> None:
-        """Find out that the disk is too small before hours of decoding, where the file system can say so."""
+        """Reserve the disk space before hours of decoding, if the file system can."""
         try:
             os.posix_fallocate(handle, 0, _HEADER + int(np.prod(self.shape, dtype=np.int64)))
         except OSError as error:
@@ -161,7 +161,7 @@ class CacheFile:
                 raise
 
     def _remove_left_over(self) -> None:
-        """Remove what killed processes left; a living one has locked its own."""
+        """Remove the temporary files of killed processes; a running one has locked its own."""
         for path in self.path.parent.glob(f".{self.path.name}.*{_ASIDE}"):
             with suppress(OSError), path.open("r+b") as file:  # NFS locks only a file opened for writing
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -169,7 +169,7 @@ class CacheFile:
 
 
 def in_threads(work: Callable[[int], T], count: int) -> Iterator[T]:
-    """`work` of the index of each block's first image, in order; it runs outside Python's lock."""
+    """Yield, in order, the result of `work` for the index of each block's first image; `work` should release the GIL."""
     with ThreadPoolExecutor(available_cpus(), thread_name_prefix="images") as threads:
         yield from threads.map(work, range(0, count, BLOCK))
 

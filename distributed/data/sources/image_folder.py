@@ -1,14 +1,15 @@
-"""A folder of PNG and JPEG files, train/CLASS/* and test/CLASS/*: what is there, and what is wrong with it. No torch.
+"""Lists a folder of PNG and JPEG files, train/CLASS/* and test/CLASS/*, and reports all errors in it. Imports no torch.
 
-The order of the images is that of a digest of their paths: mixed, and the same wherever the folder lies.
+The images are ordered by a digest of their paths: shuffled, and in the same order wherever the folder is.
 """
 
 import hashlib
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +24,10 @@ _SAMPLES, _SAMPLED_BYTES, _THREADS = 1000, 2**20, 8
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a split, relative to the root, with their classes; `digest` changes when a file does. `outline` covers
-    names, sizes and labels, and so is the same for another copy of the files."""
+    """The files of a split, relative to the root, and their labels.
+
+    `digest` changes if a file changes. `outline` covers names, sizes and labels, so a copy of the files has the same.
+    """
 
     files: tuple[str, ...]
     labels: NDArray[np.integer[Any]]
@@ -32,39 +35,58 @@ class Listing:
     outline: str
 
 
-def list_folder(root: Path) -> tuple[tuple[str, ...], dict[str, Listing]]:
-    """Names of the classes, in order, and the files of `train` and `test`. Hidden files are passed over.
+class FolderListing(NamedTuple):
+    """Class names, in the order of their labels, and the listing of each split."""
+
+    class_names: tuple[str, ...]
+    listings: dict[str, Listing]
+
+
+class _File(NamedTuple):
+    path: str  # relative to the root
+    label: int
+    stat: os.stat_result
+
+
+def list_folder(root: Path) -> FolderListing:
+    """Return the classes and the files of `train` and `test`; hidden files are ignored.
 
     Raises:
-        InputError: all that is wrong, a line each.
+        InputError: all errors in the folder, one line each.
     """
-    folders = {split: _classes(root, split) for split in SPLITS}
+    folders = {split: _class_folders(root, split) for split in SPLITS}
     names = tuple(folders["train"])
     errors = [
         f"{root / 'test' / name}: this class has no folder in {root / 'train'}; add it there, or remove it here"
         for name in folders["test"]
         if name not in names
     ]
-    found: dict[str, list[tuple[str, int, os.stat_result]]] = {split: [] for split in SPLITS}
+    found: dict[str, list[_File]] = {}
     for split in SPLITS:
+        found[split] = []
         for name, folder in folders[split].items():
-            if name not in names:
-                continue
-            for entry in _visible(folder):
-                if os.path.isfile(entry.path) and entry.name.lower().endswith(KINDS):
-                    found[split].append((f"{split}/{name}/{entry.name}", names.index(name), entry.stat()))
-                else:
-                    what = "a folder" if os.path.isdir(entry.path) else "of a kind that is not read"
+            if name in names:
+                files = list(_files(folder, f"{split}/{name}", names.index(name), errors))
+                found[split] += files
+                if split == "train" and not files:
                     errors.append(
-                        f"{entry.path}: {what}; a class folder holds {', '.join(KINDS)} alone: move or convert it"
+                        f"{folder}: a class without images; add some ({', '.join(KINDS)}), or remove the folder"
                     )
-            if split == "train" and not any(label == names.index(name) for _, label, _ in found[split][-1:]):
-                errors.append(f"{folder}: a class without images; add some ({', '.join(KINDS)}), or remove the folder")
         if not found[split] and not errors:
             errors.append(f"{root / split}: no images; it should hold CLASS/*.png, .jpg or .jpeg")
     if errors:
         raise InputError(*[f"data.name = image_folder: {error}" for error in errors])
-    return names, {split: _listing(found[split]) for split in SPLITS}
+    return FolderListing(names, {split: _listing(found[split]) for split in SPLITS})
+
+
+def _files(folder: Path, relative: str, label: int, errors: list[str]) -> Iterator[_File]:
+    """Yield the images in a class folder; add a line to `errors` for anything else in it."""
+    for entry in _visible(folder):
+        if os.path.isfile(entry.path) and entry.name.lower().endswith(KINDS):
+            yield _File(f"{relative}/{entry.name}", label, entry.stat())
+        else:
+            kind = "a folder" if os.path.isdir(entry.path) else "of a kind that is not read"
+            errors.append(f"{entry.path}: {kind}; a class folder may hold only {', '.join(KINDS)}: move or convert it")
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
@@ -72,8 +94,8 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
         return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
 
-def _classes(root: Path, split: str) -> dict[str, Path]:
-    """Class name -> its folder, in order of names."""
+def _class_folders(root: Path, split: str) -> dict[str, Path]:
+    """Return class name -> folder, ordered by name."""
     try:
         folders = {entry.name: Path(entry.path) for entry in _visible(root / split) if entry.is_dir()}
     except OSError as error:
@@ -82,27 +104,28 @@ def _classes(root: Path, split: str) -> dict[str, Path]:
             "train/CLASS/ and test/CLASS/ with the images"
         ) from None
     if len(folders) == 1 and split == "train":
-        raise InputError(f"data.name = image_folder: {root / split}: one class folder; there is nothing to tell apart")
-    if not folders:
         raise InputError(
-            f"data.name = image_folder: {root / split}: no class folders; the images lie in {split}/CLASS/"
+            f"data.name = image_folder: {root / split}: only one class folder; classification needs two or more"
         )
+    if not folders:
+        raise InputError(f"data.name = image_folder: {root / split}: no class folders; images belong in {split}/CLASS/")
     return folders
 
 
-def _listing(found: list[tuple[str, int, os.stat_result]]) -> Listing:
-    found = sorted(found, key=lambda one: hashlib.blake2b(os.fsencode(one[0]), digest_size=16).digest())
+def _listing(files: list[_File]) -> Listing:
+    files = sorted(files, key=lambda file: hashlib.blake2b(os.fsencode(file.path), digest_size=16).digest())
     digest, outline = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=8)
-    for path, label, stat in found:
+    for path, label, stat in files:
         digest.update(os.fsencode(f"{path}\0{label}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
         outline.update(os.fsencode(f"{path}\0{label}\0{stat.st_size}\n"))
-    labels = np.array([label for _, label, _ in found], np.int64)
-    return Listing(tuple(path for path, _, _ in found), labels, digest.hexdigest(), outline.hexdigest())
+    labels = np.array([file.label for file in files], np.int64)
+    return Listing(tuple(file.path for file in files), labels, digest.hexdigest(), outline.hexdigest())
 
 
 def identity(root: Path, listing: Listing) -> Identity:
-    """Covers names, sizes and labels of all files, and of the first 1,000 the content, up to a MiB each. Those are a random
-    sample: the order of a listing is that of a hash.
+    """Return a fingerprint of the names, sizes and labels of all files, and of up to 1 MiB of each of the first 1,000.
+
+    The first files are a random sample, because a listing is ordered by a hash.
 
     Raises:
         InputError: a file cannot be read.
@@ -114,9 +137,9 @@ def identity(root: Path, listing: Listing) -> Identity:
 
     digest = hashlib.blake2b(listing.outline.encode(), digest_size=8)
     try:
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="hashes") as threads:  # a network's files come slowly
-            for part in threads.map(content, listing.files[:_SAMPLES]):
-                digest.update(part)
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="hashes") as threads:  # hides the latency of network files
+            for found in threads.map(content, listing.files[:_SAMPLES]):
+                digest.update(found)
     except OSError as error:
         raise InputError(
             f"data.name = image_folder: {error.filename}: {error.strerror}; the folder changed while it was read: start again"

@@ -1,17 +1,17 @@
-"""Reads the size of a PNG or JPEG, and checks a PNG's checksums, before it is decoded. Imports no torch."""
+"""Reads the size of a PNG or JPEG, and verifies a PNG's checksums, before it is decoded. Imports no torch."""
 
 import re
 import zlib
 
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # JPEG's markers of a frame, which begins with its size
-_ALONE = {0x00, 0x01, *range(0xD0, 0xD9)}  # no length follows
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # JPEG's frame markers; a frame begins with its size
+_WITHOUT_LENGTH = {0x00, 0x01, *range(0xD0, 0xD9)}
 _SCAN, _END = 0xDA, 0xD9
 _NAME = re.compile(rb"[^\xff]")
 
 
 def size_of(content: bytes) -> tuple[int, int]:
-    """(width, height) as the file says.
+    """Return (width, height) from the file's header.
 
     Raises:
         ValueError: it is neither PNG nor JPEG, or its header is broken.
@@ -29,9 +29,9 @@ def size_of(content: bytes) -> tuple[int, int]:
 
 
 def _size_of_jpeg(content: bytes) -> tuple[int, int] | None:
-    """The first frame's size; segments before it, e.g. a thumbnail, are passed over by their lengths."""
+    """Return the size of the first frame; segments before it, e.g. a thumbnail, are skipped by their lengths."""
     at = 2
-    # A marker is any number of 0xFF, then another byte.
+    # A marker is one or more bytes 0xFF, then another byte.
     while (at := content.find(b"\xff", at)) >= 0 and (found := _NAME.search(content, at)):
         marker, at = found[0][0], found.end()
         if marker in (_SCAN, _END):
@@ -39,22 +39,21 @@ def _size_of_jpeg(content: bytes) -> tuple[int, int] | None:
         if marker in _FRAMES:
             frame = content[at : at + 7]
             return (int.from_bytes(frame[5:7], "big"), int.from_bytes(frame[3:5], "big")) if len(frame) == 7 else None
-        if marker not in _ALONE:
+        if marker not in _WITHOUT_LENGTH:
             at += int.from_bytes(content[at : at + 2], "big")
     return None
 
 
 def check_sums(content: bytes) -> None:
-    """Raises ValueError if a PNG is truncated, or a critical chunk fails its CRC. JPEG has no checksums."""
+    """Raise ValueError if a PNG is truncated or a critical chunk fails its CRC. JPEG has no checksums."""
     at = len(PNG)
     while content.startswith(PNG):
         length, name = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]
         end = at + 8 + length
         if end + 4 > len(content):
             raise ValueError("broken: cut off")
-        if name[:1].isupper() and zlib.crc32(memoryview(content)[at + 4 : end]) != int.from_bytes(
-            content[end : end + 4], "big"
-        ):
+        checksum = int.from_bytes(content[end : end + 4], "big")
+        if name[:1].isupper() and zlib.crc32(memoryview(content)[at + 4 : end]) != checksum:
             raise ValueError(f"broken: wrong checksum of {name.decode('ascii', 'replace')}")
         if name == b"IEND":
             return
@@ -62,9 +61,9 @@ def check_sums(content: bytes) -> None:
 
 
 class TooLarge(ValueError):
-    """An image of more than `data.max_pixels`; the message has the remedy."""
+    """An image has more than `data.max_pixels`; the message says the remedy."""
 
 
 def too_large(size: str, max_pixels: int) -> str:
-    """What is said of an image beyond `data.max_pixels`."""
+    """Return the message about an image with more than `data.max_pixels`."""
     return f"{size}, more than data.max_pixels = {max_pixels:,} allows; scale or crop it, or raise --data.max_pixels"

@@ -1,4 +1,4 @@
-"""Work that one process of a node does while the others wait for it: fetching, decoding. Imports no torch."""
+"""Work that one process of a node does while the others wait for it: downloading, decoding. Imports no torch."""
 
 import errno
 import uuid
@@ -16,17 +16,18 @@ _QUIET_SECONDS = 60.0
 
 
 def once_per_node(target: Path, work: Callable[[], None], *, done: Callable[[], bool], request: str = "") -> None:
-    """Call `work` unless it is `done`, in one process at a time; the lock lies beside `target`, whose folder is made.
+    """Call `work` in one process at a time, unless it is `done`; the lock is beside `target`, whose folder is created.
 
-    A failure ends every process that waited for the same work, with the same message; else each would try and fail in turn.
-    A new failure is recognized by its number, not by its time: a file server's clock may differ from this machine's.
+    A failure ends every process that waited for the same work, with the same message; otherwise each would try and fail in
+    turn. A new failure is recognized by its number and not by its time, because a file server's clock may differ from this
+    machine's.
 
     Args:
         request: what `work` depends on besides `target`; the failure of another request is not shared.
 
     Raises:
-        InputError: of the work.
-        OSError: the folder cannot be written, or has no locks.
+        InputError: raised by the work, here or in another process.
+        OSError: the folder cannot be written, or does not support locks.
     """
     if done():
         return
@@ -42,11 +43,11 @@ def once_per_node(target: Path, work: Callable[[], None], *, done: Callable[[], 
             return
         failure = read_object(note)
         if failure.get("number") != before and failure.get("request") == request:
-            raise InputError(*map(str, failure.get("lines", ["it failed in another process"])))
+            raise InputError(*map(str, failure.get("lines", ["failed in another process"])))
         try:
             work()
         except InputError as error:
-            with suppress(OSError):  # a full disk: the others try for themselves
+            with suppress(OSError):  # on a full disk each process tries for itself
                 replace_json(note, {"number": uuid.uuid4().hex, "request": request, "lines": list(error.lines)})
             raise
         with suppress(OSError):
@@ -54,7 +55,7 @@ def once_per_node(target: Path, work: Callable[[], None], *, done: Callable[[], 
 
 
 def _acquired(lock: BaseFileLock) -> AbstractContextManager[BaseFileLock]:
-    """The lock, however long its holder works; a lock file that a dead host left is named."""
+    """Acquire the lock, however long its holder works; after a while warn, in case a dead host left the lock file."""
     try:
         return lock.acquire(timeout=_QUIET_SECONDS)
     except Timeout:

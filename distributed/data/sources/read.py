@@ -1,4 +1,4 @@
-"""Reads the data set that a config names, and finds out which one it is while other things are done."""
+"""Reads the data set that a config names; an image folder's fingerprints are computed in the background."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +10,8 @@ from distributed.data.sources.cifar import Images
 from distributed.data.sources.identity import Identity
 
 
-class Read(NamedTuple):
-    """Names of the classes, training and test images; `identities` waits until those of both splits are known."""
+class DataSet(NamedTuple):
+    """Class names, training and test images; `identities` waits until the fingerprints of both splits are known."""
 
     class_names: tuple[str, ...]
     train: Images
@@ -19,27 +19,29 @@ class Read(NamedTuple):
     identities: Callable[[], dict[str, Identity]]
 
 
-def read(config: AnyData, side: int) -> Read:
-    """All images of the data set.
+def read(config: AnyData, side: int) -> DataSet:
+    """Return all images of the data set; those of an image folder in `side` x `side` pixels.
 
     Raises:
-        InputError: the files are not there or damaged.
+        InputError: the files are missing or damaged.
     """
     if isinstance(config, ImageFolderData):
         return _read_folder(config, side)
     names = registry.class_names(config)
     if isinstance(config, CifarData):
         (train, test), identities = cifar.read_identified(config.name, config.root, ("train", "test"))
-        return Read(names, train, test, lambda: identities)
+        return DataSet(names, train, test, lambda: identities)
     counts = {"train": config.train_samples, "test": config.test_samples}
     train, test = (synthetic.read(config.name, count, split) for split, count in counts.items())
-    return Read(names, train, test, lambda: {s: synthetic.identity(config.name, n, s) for s, n in counts.items()})
+    return DataSet(names, train, test, lambda: {s: synthetic.identity(config.name, n, s) for s, n in counts.items()})
 
 
-def _read_folder(config: ImageFolderData, side: int) -> Read:
-    names, listings = image_folder.list_folder(config.root)
+def _read_folder(config: ImageFolderData, side: int) -> DataSet:
+    folder = image_folder.list_folder(config.root)
     thread = ThreadPoolExecutor(1, thread_name_prefix="identity")
-    pending = thread.submit(lambda: {split: image_folder.identity(config.root, listings[split]) for split in listings})
-    thread.shutdown(wait=False)  # it ends with its work
-    train, test = decode.read_listed(config.root, listings, side, config.cache, max_pixels=config.max_pixels)
-    return Read(names, train, test, pending.result)
+    pending = thread.submit(
+        lambda: {split: image_folder.identity(config.root, listing) for split, listing in folder.listings.items()}
+    )
+    thread.shutdown(wait=False)  # the thread ends with its work
+    train, test = decode.read_listed(config.root, folder.listings, side, config.cache, max_pixels=config.max_pixels)
+    return DataSet(folder.class_names, train, test, pending.result)

@@ -1,4 +1,4 @@
-"""The data set that a config names: fetched where that was asked for, checked, its classes. Imports no torch."""
+"""The data set that a config names: downloaded if requested, checked, and its classes. Imports no torch."""
 
 from distributed.config.data import AnyData, CifarData, ImageFolderData
 from distributed.data.sources import cifar, download, image_folder
@@ -6,23 +6,23 @@ from distributed.data.sources.cifar_spec import SETS
 
 
 def fetch_missing(config: AnyData) -> None:
-    """Fetch the archive if the config says so and nothing is there; the processes of a node wait for the one that does it.
+    """Download the archive if the config asks for it and no files are there; one process per node does it, others wait.
 
-    To be called before any process group exists.
+    Call this before creating a process group.
 
     Raises:
-        InputError: it could not be fetched.
+        InputError: the download failed.
     """
     if isinstance(config, CifarData) and config.download and not cifar.is_there(config.name, config.root):
-        archive, md5, urls = cifar.archive_to_fetch(config.name, config.urls)
-        download.fetch(urls, config.root / archive, md5=md5)
+        archive = cifar.archive_to_fetch(config.name, config.urls)
+        download.fetch(archive.urls, config.root / archive.name, md5=archive.md5)
 
 
 def prepare(config: AnyData) -> None:
-    """`fetch_missing`; then look at what can be looked at without reading everything.
+    """Do what `fetch_missing` does, then check the data as far as possible without reading all of it.
 
     Raises:
-        InputError: data is missing or damaged, or could not be fetched.
+        InputError: data is missing or damaged, or the download failed.
     """
     fetch_missing(config)
     if isinstance(config, CifarData):
@@ -32,13 +32,13 @@ def prepare(config: AnyData) -> None:
 
 
 def class_names(config: AnyData) -> tuple[str, ...]:
-    """Names of the classes, in the order of their labels.
+    """Return the names of the classes, in the order of their labels.
 
     Raises:
-        InputError: of image folders, that are not there.
+        InputError: an image folder is missing.
     """
     if isinstance(config, CifarData):
         return SETS[config.name].class_names
     if isinstance(config, ImageFolderData):
-        return image_folder.list_folder(config.root)[0]
+        return image_folder.list_folder(config.root).class_names
     return tuple(f"class {label}" for label in range(config.num_classes))

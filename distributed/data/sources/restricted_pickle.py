@@ -1,4 +1,4 @@
-"""Reads a pickle of plain values and numpy arrays, and nothing that could run code. Imports no torch."""
+"""Reads pickles of plain values and numpy arrays, and refuses all that could run code. Imports no torch."""
 
 import io
 import pickle
@@ -6,33 +6,31 @@ from typing import Any
 
 import numpy as np
 
-_ADMITTED = {("numpy", "ndarray"), ("numpy", "dtype")} | {
+_ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype")} | {
     (module, "_reconstruct") for module in ("numpy.core.multiarray", "numpy._core.multiarray")
 }
 
 
 class _Plain(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ADMITTED:
-            raise pickle.UnpicklingError(
-                f"it asks for {module}.{name}, and only plain values and numpy arrays are read"
-            )
-        # By hand, not by import: a pickle of Python 2 names a module that numpy has moved.
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it needs {module}.{name}, but only plain values and numpy arrays are read")
+        # Not imported by name: a pickle of Python 2 names a module that numpy has moved.
         return _empty_array if name == "_reconstruct" else getattr(np, name)
 
 
 def _empty_array(kind: Any, shape: Any, letter: Any) -> Any:
-    """What numpy's own `_reconstruct` makes, of plain arrays alone; the pickle fills it."""
+    """Return what numpy's own `_reconstruct` does, for plain arrays only; the pickle fills it."""
     if kind is not np.ndarray or shape != (0,):
-        raise pickle.UnpicklingError("an array of another kind than numpy's own")
+        raise pickle.UnpicklingError("its array is not a plain numpy array")
     return np.ndarray(shape, np.uint8)
 
 
 def load(content: bytes | memoryview) -> Any:
-    """The value of a pickle: lists, dicts, text, bytes, numbers and numpy arrays. Text of Python 2 comes as bytes.
+    """Return the value of a pickle: lists, dicts, text, bytes, numbers and numpy arrays. Text from Python 2 becomes bytes.
 
     Raises:
-        ValueError: it is no pickle, or asks for anything else; nothing of it was run.
+        ValueError: it is not a pickle, or needs anything else; none of its code was run.
     """
     try:
         return _Plain(io.BytesIO(content), encoding="bytes").load()

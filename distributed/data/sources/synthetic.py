@@ -1,9 +1,9 @@
-"""Procedural images in CIFAR's place: nothing to fetch, the same bytes everywhere.
+"""Procedural images in CIFAR's format: nothing to download, the same bytes everywhere.
 
-A class is a pair of spatial frequencies, vertical and horizontal, of a woven pattern whose phases, colours and contrast
-are the image's own, under noise and a distracting patch; a hundred classes are 25 colours of the background times
-four weaves. Random phases hide the weave from a linear model; neither a shift nor a mirror image changes a
-class. Triangle waves and integer hashes are exact in floating point, so no cosine's last bit can differ between machines.
+A class is a pair of spatial frequencies, vertical and horizontal, of a woven pattern. Each image has its own phases, colours
+and contrast, noise and a distracting patch. A hundred classes are 25 background colours times four weaves. Random phases
+hide the weave from a linear model; neither shifting nor mirroring changes the class. Triangle waves and integer hashes are
+exact in floating point, unlike a cosine, whose last bit may differ between machines.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ Floats = NDArray[np.float32]
 
 _WEAVES = np.array(
     [(2, 2), (2, 3.2), (3.2, 2), (3.2, 3.2), (2, 5), (5, 2), (5, 5), (3.2, 5), (5, 3.2), (7, 7)], np.float32
-)  # periods down and across
+)  # periods per image, vertical and horizontal
 _FOUR_WEAVES = np.array([(4, 4), (4, 10), (10, 4), (10, 10)], np.float32)
 _LEVELS = np.array([70, 128, 185], np.float32)  # of red, green and blue: 27 colours, of which 25 are used
 
 
 def read(name: str, count: int, split: str) -> Images:
-    """`count` images of `generated10` or `generated100`: uint8 [count, 32, 32, 3] and labels uint8 [count], balanced."""
+    """Return `count` images of `generated10` or `generated100`, uint8 [count, 32, 32, 3], and balanced labels uint8 [count]."""
     classes = 100 if name.endswith("100") else 10
     first = 0 if split == "train" else 1 << 30
     images = np.empty((count, _SIDE, _SIDE, 3), np.uint8)
@@ -41,20 +41,20 @@ def read(name: str, count: int, split: str) -> Images:
 
 
 def identity(name: str, count: int, split: str) -> Identity:
-    """Of the images that `read` gives: a digest of these words, which determine them."""
+    """Return the fingerprint of the images that `read` returns: a digest of its arguments, which determine them."""
     return Identity(count, hashlib.blake2b(f"{name} {split} {count}".encode(), digest_size=8).hexdigest())
 
 
 def _draw(ids: NDArray[np.uint32], labels: NDArray[np.uint8], classes: int, noise: Floats) -> NDArray[np.uint8]:
     def uniform(purpose: int, *shape: int) -> Floats:
-        lanes = np.arange(np.prod(shape, dtype=int), dtype=np.uint32) * np.uint32(0x9E3779B9)
-        mixed = _mix(_mix(ids ^ np.uint32(purpose * 0x85EBCA6B & 0xFFFFFFFF))[:, None] ^ lanes)
+        offsets = np.arange(np.prod(shape, dtype=int), dtype=np.uint32) * np.uint32(0x9E3779B9)
+        mixed = _mix(_mix(ids ^ np.uint32(purpose * 0x85EBCA6B & 0xFFFFFFFF))[:, None] ^ offsets)
         return ((mixed >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)).reshape(len(ids), *shape)
 
     down, across = _frequencies(labels, classes)
-    where = np.arange(_SIDE, dtype=np.float32) / _SIDE
-    rows = _triangle(where * down[:, None] + uniform(1, 1))
-    columns = _triangle(where * across[:, None] + uniform(2, 1))
+    position = np.arange(_SIDE, dtype=np.float32) / _SIDE
+    rows = _triangle(position * down[:, None] + uniform(1, 1))
+    columns = _triangle(position * across[:, None] + uniform(2, 1))
     weave = rows[:, :, None] * columns[:, None, :]
     colour = (uniform(3, 3) - 0.5) * 2
     contrast = (40 if classes == 100 else 20) + 110 * uniform(4, 1)
@@ -74,19 +74,19 @@ def _draw(ids: NDArray[np.uint32], labels: NDArray[np.uint8], classes: int, nois
 
 
 def _frequencies(labels: NDArray[np.uint8], classes: int) -> tuple[Floats, Floats]:
-    """Periods an image, down and across, of each label's weave."""
+    """Return the periods per image, vertical and horizontal, of each label's weave."""
     periods = _FOUR_WEAVES[labels // 25] if classes == 100 else _WEAVES[labels]
     return periods[:, 0], periods[:, 1]
 
 
 def _triangle(x: NDArray[Any]) -> Floats:
-    """A wave of period 1 between -1 and 1."""
+    """Return a triangle wave of period 1 between -1 and 1."""
     wave: Floats = (4 * np.abs(x - np.floor(x) - np.float32(0.5)) - 1).astype(np.float32)
     return wave
 
 
 def _noise_tiles(tiles: int = 512) -> Floats:
-    """Noise images [tiles, 3, 32, 32], about normal with a deviation of 17, shared out among the images."""
+    """Return noise [tiles, 3, 32, 32], approximately normal with a deviation of 17; each image uses one tile."""
     count = tiles * 3 * _SIDE * _SIDE
     total = np.zeros(count, np.float32)
     for term in range(4):
@@ -97,7 +97,7 @@ def _noise_tiles(tiles: int = 512) -> Floats:
 
 
 def _mix(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """lowbias32 (Wellons, https://nullprogram.com/blog/2018/07/31/)."""
+    """Apply lowbias32 (Wellons, https://nullprogram.com/blog/2018/07/31/)."""
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
     return x ^ (x >> np.uint32(16))
