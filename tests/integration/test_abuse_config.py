@@ -338,7 +338,9 @@ NO_FILES = [
 
 @pytest.mark.parametrize("extended", [False, True], ids=["named", "extended"])
 @pytest.mark.parametrize("kind", NO_FILES)
-def test_a_file_that_is_none(kind: str, extended: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_that_is_no_regular_file(
+    kind: str, extended: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)  # the path of a socket is short
     file = tmp_path / ("x" * 5000 if kind == "long" else "bad.toml")
     if kind == "folder":
@@ -377,7 +379,7 @@ def many_words(count: int) -> list[str]:
 
 @pytest.mark.parametrize("count", [21, 5000, 20_000])
 @pytest.mark.parametrize("place", ["file", "section", "words", "strays"])
-def test_thousands_of_mistakes_are_twenty_lines(place: str, count: int, tmp_path: Path) -> None:
+def test_thousands_of_mistakes_are_reported_in_twenty_lines(place: str, count: int, tmp_path: Path) -> None:
     lines = "".join(f"optim_lr{number} = {number}\n" for number in range(count))
     (tmp_path / "bad.toml").write_text(f"[nonsense]\n{lines}" if place == "section" else lines)
     words: list[object] = [tmp_path / "bad.toml"]
@@ -393,7 +395,7 @@ RUN_FILES = ("config.toml", "metrics.jsonl", "digests.jsonl", "status.json", "at
 
 
 @pytest.mark.parametrize("name", RUN_FILES)
-def test_a_pipe_in_place_of_a_file_of_the_run(name: str, tmp_path: Path) -> None:
+def test_a_pipe_instead_of_a_file_of_the_run(name: str, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     os.mkfifo(tmp_path / "run" / name)
     with untouched(tmp_path):
@@ -405,7 +407,7 @@ COMMANDS = ("compare", "report.__main__", "runs.__main__", "evaluate", "predict"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_pipe_in_place_of_the_config_of_a_run(command: str, tmp_path: Path) -> None:
+def test_a_pipe_instead_of_the_config_of_a_run(command: str, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     os.mkfifo(tmp_path / "run" / "config.toml")
     more = {"compare": [tmp_path / "run"], "predict": ["image.png"]}.get(command, [])
@@ -429,7 +431,7 @@ def test_a_table_of_experiments_that_cannot_be_written(out: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", WORDS)
-def test_bad_words(name: str, tmp_path: Path) -> None:
+def test_bad_arguments(name: str, tmp_path: Path) -> None:
     words, said = WORDS[name]
     data = [] if "--data.name=cifar10" in words else ["--data.name=generated10"]
     with untouched(tmp_path):
@@ -444,7 +446,7 @@ def test_a_bad_environment(name: str, tmp_path: Path) -> None:
         assert_told(call("train", *words, **environment), said)
 
 
-def test_many_mistakes_are_as_many_lines(tmp_path: Path) -> None:
+def test_each_mistake_is_a_line(tmp_path: Path) -> None:
     wrong = ("--epochs=0", "--seed=x", "--optim.lr=nan", "--data.augment.crop=99", "--nonsense=1")
     assert_told(call("train", "--data.name=generated10", "--run_dir", tmp_path / "run", *wrong), "epochs", lines=5)
 

@@ -137,7 +137,7 @@ def train(name: str, root: Path, run: Path) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("case", CIFAR)
-def test_bad_files_of_cifar_10_are_told_before_anything_is_touched(case: str, tmp_path: Path) -> None:
+def test_bad_files_of_cifar_10_are_refused_untouched(case: str, tmp_path: Path) -> None:
     make, said = CIFAR[case]
     make(tmp_path / "data")
     with untouched(tmp_path):
@@ -154,7 +154,7 @@ def test_bad_files_of_cifar_100(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", READ)
-def test_what_only_reading_tells(case: str, tmp_path: Path) -> None:
+def test_damage_that_only_reading_finds(case: str, tmp_path: Path) -> None:
     make, said = READ[case]
     make(tmp_path / "data")
     with untouched(tmp_path / "data"):

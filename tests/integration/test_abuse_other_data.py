@@ -263,7 +263,7 @@ def test_a_resume_on_other_data_is_refused(case: str, runs: dict[str, Begun], tm
 
 
 @pytest.mark.parametrize("name", ["image_folder", "cifar10"])
-def test_a_copy_of_the_data_is_the_same(name: str, runs: dict[str, Begun], tmp_path: Path) -> None:
+def test_a_run_resumes_on_a_copy_of_its_data(name: str, runs: dict[str, Begun], tmp_path: Path) -> None:
     run = copied(runs[name], tmp_path)
     for path in run.root.rglob("*"):
         os.utime(path, (1, 1))
@@ -283,7 +283,7 @@ SAVED: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("case", SAVED)
-def test_a_checkpoint_that_says_less_of_its_data(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
+def test_a_checkpoint_with_less_metadata_resumes(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
     run = copied(runs["image_folder"], tmp_path)
     with_state(run, SAVED[case])
     found = resume(run)
@@ -294,7 +294,7 @@ DAMAGED: dict[str, Any] = {"a text": "x", "negative": -6, "a fraction": 6.5, "ne
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_a_size_of_the_data_that_cannot_be(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
+def test_an_impossible_size_of_the_data_is_refused(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
     run = copied(runs["image_folder"], tmp_path)
     with_state(run, lambda state: state["images"]["train"].update(size=DAMAGED[case]))
     refused(run, f"{NUMBER} 6 here")
@@ -334,7 +334,7 @@ EVALUATED: dict[str, tuple[str, str, Callable[[Path], object], int, str]] = {
 
 
 @pytest.mark.parametrize("case", EVALUATED)
-def test_an_evaluation_says_that_the_data_is_other(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
+def test_an_evaluation_on_other_data_is_reported(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
     name, split, how, code, said = EVALUATED[case]
     run = copied(runs[name], tmp_path)
     how(run.root / TEN if case == "impossible images" else run.root)
@@ -367,7 +367,7 @@ TOO_SMALL: dict[str, tuple[tuple[object, ...], str]] = {
 
 
 @pytest.mark.parametrize("case", TOO_SMALL)
-def test_a_fraction_of_no_or_all_images_is_refused(case: str, tmp_path: Path) -> None:
+def test_a_fraction_that_holds_out_none_or_all_is_refused(case: str, tmp_path: Path) -> None:
     words, said = TOO_SMALL[case]
     found = call("train", *SHORT, "--data.name", "generated10", *TINY, *words, "--run_dir", tmp_path / "run")
     assert_told(found, said, "data.validation_fraction = ")
@@ -390,7 +390,7 @@ SMALL: dict[str, tuple[tuple[object, ...], str]] = {
 
 
 @pytest.mark.parametrize("case", SMALL)
-def test_small_data_is_at_most_one_warning(case: str, tmp_path: Path) -> None:
+def test_small_data_causes_at_most_one_warning(case: str, tmp_path: Path) -> None:
     words, said = SMALL[case]
     replaced = {**dict(zip(SHORT[::2], SHORT[1::2], strict=True)), "--data.name": "generated10", "--epochs": 1}
     replaced |= dict(zip(TINY[::2], TINY[1::2], strict=True)) | dict(zip(words[::2], words[1::2], strict=True))
@@ -428,7 +428,7 @@ FEW: dict[str, tuple[dict[str, int], float, int, str]] = {
 
 
 @pytest.mark.parametrize("case", FEW)
-def test_image_folders_of_few_images(case: str, tmp_path: Path) -> None:
+def test_image_folders_with_few_images(case: str, tmp_path: Path) -> None:
     counts, fraction, code, said = FEW[case]
     few(counts)(tmp_path / "data")
     words = ("--data.name", "image_folder", "--data.root", tmp_path / "data", "--data.cache", tmp_path / "cache",

@@ -31,9 +31,7 @@ def small_archive() -> bytes:
 
 
 @pytest.mark.timeout(150)
-def test_two_processes_fetch_an_archive_once_from_the_second_mirror_and_train_on_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_download_once_and_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = small_archive()
     monkeypatch.setenv("SMALL_CIFAR_MD5", hashlib.md5(content).hexdigest())
     with serving(content) as server:
@@ -61,7 +59,7 @@ def test_two_processes_fetch_an_archive_once_from_the_second_mirror_and_train_on
 
 
 @pytest.mark.timeout(150)
-def test_a_failed_download_is_told_once_by_the_rank_that_speaks(tmp_path: Path) -> None:
+def test_a_failed_download_is_reported_once(tmp_path: Path) -> None:
     with serving() as server:
         urls = json.dumps([server.url("404", ARCHIVE)])
         words = (

@@ -32,9 +32,7 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.mark.timeout(240)
-def test_two_processes_train_on_it_wherever_the_images_lie_and_evaluate_finds_the_same(
-    root: Path, tmp_path: Path
-) -> None:
+def test_placement_does_not_change_training_and_evaluation(root: Path, tmp_path: Path) -> None:
     for placement in ("host", "device"):
         folder = tmp_path / placement
         words = (*SETTINGS, "--data.root", root, "--data.placement", placement, "--run_dir", folder)
@@ -55,7 +53,7 @@ def test_two_processes_train_on_it_wherever_the_images_lie_and_evaluate_finds_th
     assert moved.stdout == evaluated.stdout
 
 
-def test_a_broken_image_is_one_line_and_exit_code_2(root: Path, tmp_path: Path) -> None:
+def test_a_broken_image_ends_with_exit_code_2(root: Path, tmp_path: Path) -> None:
     file = root / "train" / "red" / "1.png"
     file.write_bytes(file.read_bytes()[:500])
     result = run(python(*SETTINGS, "--data.root", root, "--run_dir", tmp_path / "run"))

@@ -98,7 +98,7 @@ def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.timeout(240)
-def test_ranks_with_different_data_refuse_alike(roots: Path) -> None:
+def test_ranks_with_different_data_all_refuse(roots: Path) -> None:
     first, second = run_ranks(outcomes, 2, roots, timeout_seconds=180)
     assert first == second
     for (error, steps), (_, _, said) in zip(first, CASES.values(), strict=True):
@@ -124,7 +124,7 @@ def unreadable_on_one(root: Path) -> str:
 
 
 @pytest.mark.timeout(240)
-def test_a_rank_that_cannot_read_its_images_ends_all(roots: Path) -> None:
+def test_a_rank_that_cannot_read_its_images_ends_all_ranks(roots: Path) -> None:
     first, second = run_ranks(unreadable_on_one, 2, roots, timeout_seconds=180)
     assert first == second
     assert "No such file or directory; the folder changed while it was read" in first

@@ -44,7 +44,7 @@ def test_a_complete_folder_passes_the_check(tmp_path, name):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_labels_and_channel_major_pixels_are_read_from_their_places(tmp_path, name, split):
+def test_labels_and_channel_major_pixels_are_read(tmp_path, name, split):
     folder = write_cifar(tmp_path, name)
     files = TRAIN_FILES[name] if split == "train" else [TEST_FILES[name]]
     records = np.concatenate([records_of(folder / file) for file in files])
@@ -54,7 +54,7 @@ def test_labels_and_channel_major_pixels_are_read_from_their_places(tmp_path, na
     assert np.array_equal(images, records[:, -3072:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
 
 
-def test_it_is_known_whether_the_data_set_is_there(tmp_path, name):
+def test_is_there_finds_the_data_set(tmp_path, name):
     assert not cifar.is_there(name, tmp_path)
     write_cifar(tmp_path, name)
     assert cifar.is_there(name, tmp_path)
@@ -87,14 +87,14 @@ def test_an_empty_file_is_refused(tmp_path, name):
     assert f"{file}: 0 bytes" in complaint(name, tmp_path)
 
 
-def test_a_folder_in_a_files_place_is_refused(tmp_path, name):
+def test_a_folder_instead_of_a_file_is_refused(tmp_path, name):
     file = write_cifar(tmp_path, name) / TEST_FILES[name]
     file.unlink()
     file.mkdir()
     assert str(file) in complaint(name, tmp_path)
 
 
-def test_a_label_out_of_range_means_a_damaged_file(tmp_path, name):
+def test_a_label_out_of_range_is_refused(tmp_path, name):
     file = write_cifar(tmp_path, name) / TEST_FILES[name]
     classes = 100 if name == "cifar100" else 10
 
@@ -155,7 +155,7 @@ def coarse_of_one(records):
 
 
 @pytest.mark.parametrize(("how", "said"), [(swapped, "of its 200 records"), (coarse_of_one, "1 of its 200 records")])
-def test_label_bytes_of_cifar_100_that_do_not_belong_together(tmp_path, how, said):
+def test_mismatched_label_bytes_of_cifar_100_are_refused(tmp_path, how, said):
     change(write_cifar(tmp_path, "cifar100") / "train.bin", how)
     line = complaint("cifar100", tmp_path)
     assert said in line

@@ -124,7 +124,7 @@ def test_every_form_gives_the_same_bytes_as_the_binary_folder(tmp_path, name, co
 
 
 @pytest.mark.parametrize("which", FORMS)
-def test_a_root_may_name_the_folder_or_archive_itself(tmp_path, name, contents, which, monkeypatch):
+def test_the_root_may_be_the_folder_or_archive_itself(tmp_path, name, contents, which, monkeypatch):
     lay(tmp_path, contents, of_form(name, which))
     expected = cifar.read_splits(name, tmp_path)
     itself = tmp_path / of_form(name, which)
@@ -139,22 +139,20 @@ def test_a_root_may_name_the_folder_or_archive_itself(tmp_path, name, contents, 
             assert np.array_equal(mine.images, theirs.images)
 
 
-def test_a_folder_of_another_name_is_not_taken_for_the_data(tmp_path, name, contents):
+def test_a_folder_with_another_name_is_ignored(tmp_path, name, contents):
     lay(tmp_path, contents, of_form(name, FORMS[0]))
     other = (tmp_path / of_form(name, FORMS[0])).rename(tmp_path / "other")
     assert not cifar.is_there(name, other)
 
 
-def test_the_first_form_in_order_is_taken(tmp_path, name, contents):
+def test_the_first_form_in_order_is_used(tmp_path, name, contents):
     for which in reversed(FORMS):
         lay(tmp_path, contents, of_form(name, which))
         assert str(tmp_path / of_form(name, which)).startswith(str(cifar_files.files_in(name, tmp_path).path))
 
 
 @pytest.mark.parametrize("which", FORMS[1:])
-def test_a_changed_byte_is_refused_with_both_digests_before_anything_is_unpickled(
-    tmp_path, name, contents, which, monkeypatch
-):
+def test_a_changed_byte_is_refused_before_unpickling(tmp_path, name, contents, which, monkeypatch):
     lay(tmp_path, contents, of_form(name, which))
     file = max(path for path in tmp_path.rglob("*") if path.is_file())
     content = bytearray(file.read_bytes())
@@ -178,7 +176,7 @@ def test_a_truncated_file_is_refused(tmp_path, name, contents, which):
     assert str(file) in complaint(name, tmp_path)
 
 
-def test_a_missing_file_of_the_python_folder_is_named_before_reading(tmp_path, name, contents):
+def test_a_missing_file_is_named_before_reading(tmp_path, name, contents):
     lay(tmp_path, contents, of_form(name, "python folder"))
     missing = tmp_path / cifar_spec.SETS[name].forms[1].folder / cifar_spec.SETS[name].forms[1].test
     missing.unlink()
@@ -186,20 +184,20 @@ def test_a_missing_file_of_the_python_folder_is_named_before_reading(tmp_path, n
         cifar.check(name, tmp_path)
 
 
-def test_swapped_files_are_told_apart(tmp_path, contents, name):
+def test_swapped_files_are_recognized(tmp_path, contents, name):
     form = cifar_spec.SETS[name].forms[1]
     lay(tmp_path, contents, f"{form.folder}/")
     (tmp_path / form.folder / form.train[-1]).write_bytes(contents[f"{form.folder}/{form.test}"])
     assert f"that of {form.folder}/{form.test}" in complaint(name, tmp_path)
 
 
-def test_another_archive_under_this_name_is_told(tmp_path, contents, name):
+def test_another_archive_under_this_name_is_recognized(tmp_path, contents, name):
     binary, python = cifar_spec.SETS[name].forms
     (tmp_path / binary.archive).write_bytes(contents[python.archive])
     assert f"that of {python.archive}" in complaint(name, tmp_path)
 
 
-def test_what_is_no_archive_is_told_before_reading(tmp_path, contents, name):
+def test_a_file_that_is_no_archive_is_refused_before_reading(tmp_path, contents, name):
     (tmp_path / cifar_spec.SETS[name].forms[1].archive).write_text("<html>not found</html>")
     with pytest.raises(InputError, match="not a gzip archive"):
         cifar.check(name, tmp_path)
@@ -244,7 +242,7 @@ def test_a_malicious_pickle_runs_nothing(tmp_path, which):
     assert not (tmp_path / "made").exists()
 
 
-def test_a_malicious_pickle_even_of_the_right_md5_is_one_line(tmp_path, name, contents, monkeypatch):
+def test_a_malicious_pickle_with_the_right_md5_is_refused(tmp_path, name, contents, monkeypatch):
     small = cifar_spec.SETS[name]
     python = small.forms[1]
     evil = pickle.dumps([Evil(str(tmp_path / "made")), bytes(RECORDS * 3072)], protocol=2)
@@ -268,7 +266,7 @@ def test_a_malicious_pickle_even_of_the_right_md5_is_one_line(tmp_path, name, co
         ({"labels": [100] * RECORDS}, "label 100"),
     ],
 )
-def test_a_pickle_of_other_content_is_refused(tmp_path, name, contents, monkeypatch, change, told):
+def test_a_pickle_with_other_content_is_refused(tmp_path, name, contents, monkeypatch, change, told):
     small = cifar_spec.SETS[name]
     python = small.forms[1]
     value = {small.label_key: [0] * RECORDS, b"data": np.zeros((RECORDS, 3072), np.uint8), b"padding": bytes(20_000)}
@@ -282,12 +280,12 @@ def test_a_pickle_of_other_content_is_refused(tmp_path, name, contents, monkeypa
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x02}q\x00", pickle.dumps(3)[:-1]])
-def test_what_is_no_pickle_is_a_value_error(content):
+def test_bytes_that_are_no_pickle_are_a_value_error(content):
     with pytest.raises(ValueError, match=r"\w"):
         restricted_pickle.load(content)
 
 
-def test_plain_values_and_arrays_come_back():
+def test_plain_values_and_arrays_are_read():
     value = {b"a": [1, 2.5, b"x", None, True], b"b": np.arange(6, dtype=np.uint8).reshape(2, 3)}
     found = restricted_pickle.load(python2_pickle(value))
     assert found[b"a"] == value[b"a"]
@@ -295,7 +293,7 @@ def test_plain_values_and_arrays_come_back():
     assert restricted_pickle.load(pickle.dumps({"a": [1, b"x"]})) == {"a": [1, b"x"]}
 
 
-def test_the_archive_to_fetch_is_the_binary_one_unless_all_addresses_name_the_other():
+def test_the_binary_archive_is_fetched_unless_urls_differ():
     binary, python = cifar_spec.CIFAR10.forms
     official = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",)
     assert cifar.archive_to_fetch("cifar10", ()) == (binary.archive, binary.archive_md5, official)
@@ -310,12 +308,12 @@ def test_the_archive_to_fetch_is_the_binary_one_unless_all_addresses_name_the_ot
     ("of", "file"),
     [("cifar10", "cifar-10-batches-bin/batches.meta.txt"), ("cifar100", "cifar-100-binary/fine_label_names.txt")],
 )
-def test_the_names_of_the_classes_are_the_official_ones(of, file):
+def test_the_class_names_are_official(of, file):
     told = (Path(os.environ["CIFAR_ROOT"]) / file).read_text().split()
     assert list(cifar_spec.SETS[of].class_names) == told
 
 
-def test_the_digests_of_the_pickles_are_those_that_torchvision_has():
+def test_the_digests_of_the_pickles_equal_torchvisions():
     from torchvision.datasets import CIFAR10, CIFAR100
 
     for theirs, ours in ((CIFAR10, cifar_spec.CIFAR10), (CIFAR100, cifar_spec.CIFAR100)):

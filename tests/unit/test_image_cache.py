@@ -78,7 +78,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_a_cache_file_that_is_not_ours_is_made_again(case: str, root: Path, said: list[str]) -> None:
+def test_an_untrusted_cache_file_is_replaced(case: str, root: Path, said: list[str]) -> None:
     change, why = DAMAGE[case]
     expected = pixels(root)
     file = the_file(root / ".decoded")
@@ -91,14 +91,14 @@ def test_a_cache_file_that_is_not_ours_is_made_again(case: str, root: Path, said
 
 
 @needs_root
-def test_another_users_cache_file_is_not_used(root: Path, said: list[str]) -> None:
+def test_another_users_cache_file_is_ignored(root: Path, said: list[str]) -> None:
     expected = pixels(root)
     os.chown(the_file(root / ".decoded"), NOBODY, NOBODY)
     assert np.array_equal(pixels(root), expected)
     assert "another user can write it" in said[0]
 
 
-def test_a_cache_file_of_another_size_or_source_is_not_used(root: Path, said: list[str]) -> None:
+def test_a_cache_file_of_another_size_or_source_is_ignored(root: Path, said: list[str]) -> None:
     expected = pixels(root, side=4)
     small = the_file(root / ".decoded")
     content = small.read_bytes()
@@ -114,7 +114,7 @@ def test_a_cache_file_of_another_size_or_source_is_not_used(root: Path, said: li
     assert not np.array_equal(found, expected)
 
 
-def test_a_cache_file_moved_to_another_name_is_not_used(root: Path, said: list[str]) -> None:
+def test_a_renamed_cache_file_is_ignored(root: Path, said: list[str]) -> None:
     pixels(root)
     old = the_file(root / ".decoded")
     content = old.read_bytes()
@@ -126,7 +126,7 @@ def test_a_cache_file_moved_to_another_name_is_not_used(root: Path, said: list[s
     assert len(said) == 1
 
 
-def test_a_folder_in_its_place_leaves_the_images_in_memory(root: Path, said: list[str]) -> None:
+def test_a_folder_as_cache_file_keeps_the_images_in_memory(root: Path, said: list[str]) -> None:
     expected = pixels(root)
     file = the_file(root / ".decoded")
     file.unlink()
@@ -140,7 +140,7 @@ def paths(root: Path, named: Path | None) -> list[Path]:
     return [folder.path for folder in folders(root, named)]
 
 
-def test_the_cache_is_with_the_data_else_with_the_user(root: Path, tmp_path: Path, monkeypatch) -> None:
+def test_the_cache_is_with_the_data_else_in_the_users_folder(root: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     home = tmp_path / "home" / ".cache" / "distributed" / "decoded"
     assert paths(root, None)[:2] == [root / ".decoded", home]
@@ -153,7 +153,7 @@ def test_the_cache_is_with_the_data_else_with_the_user(root: Path, tmp_path: Pat
         decode.read(root, 8, tmp_path / "file" / "below")
 
 
-def test_no_other_folder_is_made_if_the_first_can_be_written(root: Path, tmp_path: Path, monkeypatch) -> None:
+def test_no_second_folder_is_created_if_the_first_is_writable(root: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     pixels(root)
@@ -196,7 +196,7 @@ OTHERS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("case", OTHERS)
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
-def test_in_a_folder_of_others_a_private_one_is_made(case: str, tmp_path: Path) -> None:
+def test_a_private_folder_is_created_in_a_shared_one(case: str, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
     OTHERS[case](shared)
@@ -207,7 +207,7 @@ def test_in_a_folder_of_others_a_private_one_is_made(case: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("case", ["a link", "writable by all", "another user's"])
 @needs_root
-def test_a_private_folder_made_beforehand_by_others_is_not_used(case: str, root: Path, tmp_path: Path) -> None:
+def test_a_private_folder_created_by_others_is_ignored(case: str, root: Path, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o1777)
@@ -226,7 +226,7 @@ def test_a_private_folder_made_beforehand_by_others_is_not_used(case: str, root:
     assert [*private.glob("*"), *(tmp_path.glob("elsewhere/*"))] == []
 
 
-def test_a_dead_process_file_is_removed_and_a_living_ones_kept(root: Path, tmp_path: Path) -> None:
+def test_temporary_files_of_dead_processes_are_removed(root: Path, tmp_path: Path) -> None:
     import fcntl
 
     pixels(root)
@@ -240,7 +240,7 @@ def test_a_dead_process_file_is_removed_and_a_living_ones_kept(root: Path, tmp_p
     assert (dead.exists(), living.exists()) == (False, True)
 
 
-def test_two_that_write_at_once_leave_one_valid_file(tmp_path: Path) -> None:
+def test_two_concurrent_writers_leave_one_valid_file(tmp_path: Path) -> None:
     file = CacheFile(tmp_path / "a.images", os.geteuid(), (130, 2, 2, 3), "source")
     images = np.arange(130 * 12, dtype=np.uint32).astype(np.uint8).reshape(file.shape)
 
@@ -281,7 +281,7 @@ def test_a_full_first_folder_leads_to_the_next(root: Path, said: list[str], monk
     assert said == []
 
 
-def test_images_that_neither_disk_nor_memory_hold_are_an_error(root: Path, monkeypatch) -> None:
+def test_images_too_large_for_disk_and_memory_are_refused(root: Path, monkeypatch) -> None:
     monkeypatch.setattr(decode, "_available_memory", lambda: 1000.0)
     monkeypatch.setattr(CacheFile, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(InputError, match=r"data\.cache: no room for .* No space left on device"):

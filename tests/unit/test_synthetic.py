@@ -30,14 +30,14 @@ def test_labels_are_balanced(name, classes):
     assert np.bincount(labels, minlength=classes).tolist() == [300 // classes] * classes
 
 
-def test_a_smaller_set_is_the_beginning_of_a_larger_one_over_chunks_too(monkeypatch):
+def test_a_smaller_set_is_a_prefix_of_a_larger_one(monkeypatch):
     whole = synthetic.read("generated10", 50, "train").images
     monkeypatch.setattr(synthetic, "_CHUNK", 16)
     assert np.array_equal(synthetic.read("generated10", 50, "train").images, whole)
     assert np.array_equal(synthetic.read("generated10", 21, "train").images, whole[:21])
 
 
-def test_no_image_comes_twice_over_training_and_test():
+def test_all_images_of_both_splits_differ():
     both = [synthetic.read("generated10", 200, split).images for split in ("train", "test")]
     assert len(np.unique(np.concatenate(both).reshape(400, -1), axis=0)) == 400
 
