@@ -16,7 +16,7 @@ from distributed.config.leaves import leaves
 
 HUGE = str(10**30)
 
-# Setting -> a bad value and a part of what is said of it; on the command line, with data.name and the like before it.
+# Setting -> a bad value and a part of what is message of it; on the command line, with data.name and the like before it.
 VALUES: list[tuple[str, str, str]] = [
     ("run_dir", "", "should be a path"),
     ("run_dir", "x" * 300, "at most 255 bytes per name"),
@@ -302,7 +302,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def variant_of(path: str) -> list[str]:
-    """The words that choose the section in which this setting is; generated images otherwise."""
+    """The arguments that choose the section in which this setting is; generated images otherwise."""
     section, _, name = path.partition(".")
     [*variants] = [leaf.variant for leaf in leaves() if path.startswith(leaf.path)]
     chosen = [] if name == "name" else ["--data.name", "generated10"]
@@ -311,11 +311,11 @@ def variant_of(path: str) -> list[str]:
     return chosen
 
 
-@pytest.mark.parametrize(("path", "value", "said"), VALUES, ids=[f"{p}={v[:12]!a}" for p, v, _ in VALUES])
-def test_a_bad_value(path: str, value: str, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("path", "value", "message"), VALUES, ids=[f"{p}={v[:12]!a}" for p, v, _ in VALUES])
+def test_a_bad_value(path: str, value: str, message: str, tmp_path: Path) -> None:
     with untouched(tmp_path):
-        words = [] if path == "run_dir" else ["--run_dir", tmp_path / "run"]
-        assert_told(call("train", *variant_of(path), *words, f"--{path}={value}"), path, said)
+        arguments = [] if path == "run_dir" else ["--run_dir", tmp_path / "run"]
+        assert_told(call("train", *variant_of(path), *arguments, f"--{path}={value}"), path, message)
 
 
 def test_every_setting_has_a_bad_value() -> None:
@@ -324,11 +324,11 @@ def test_every_setting_has_a_bad_value() -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_bad_file(name: str, tmp_path: Path) -> None:
-    content, said = FILES[name]
+    content, message = FILES[name]
     file = tmp_path / "bad.toml"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with untouched(tmp_path):
-        assert_told(call("train", file), said, str(tmp_path))
+        assert_told(call("train", file), message, str(tmp_path))
 
 
 NO_FILES = [
@@ -362,8 +362,8 @@ def test_a_config_that_is_no_regular_file(
     if extended:
         (tmp_path / "good.toml").write_text(f'extends = "{file}"')
     with untouched(tmp_path):
-        said = call("train", tmp_path / "good.toml" if extended else file)
-        assert_told(said, str(tmp_path)[:40], "the first argument names a TOML file")
+        message = call("train", tmp_path / "good.toml" if extended else file)
+        assert_told(message, str(tmp_path)[:40], "the first argument names a TOML file")
 
 
 @pytest.mark.parametrize("length", [33, 2000])
@@ -378,15 +378,15 @@ def many_words(count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("count", [21, 5000, 20_000])
-@pytest.mark.parametrize("place", ["file", "section", "words", "strays"])
+@pytest.mark.parametrize("place", ["file", "section", "arguments", "strays"])
 def test_thousands_of_mistakes_are_reported_in_twenty_lines(place: str, count: int, tmp_path: Path) -> None:
     lines = "".join(f"optim_lr{number} = {number}\n" for number in range(count))
     (tmp_path / "bad.toml").write_text(f"[nonsense]\n{lines}" if place == "section" else lines)
-    words: list[object] = [tmp_path / "bad.toml"]
-    if place in ("words", "strays"):
-        words = [*many_words(count)] if place == "words" else ["--seed=1", *["stray"] * count]
+    arguments: list[object] = [tmp_path / "bad.toml"]
+    if place in ("arguments", "strays"):
+        arguments = [*many_words(count)] if place == "arguments" else ["--seed=1", *["stray"] * count]
     before = time.monotonic()
-    found = call("train", *words)
+    found = call("train", *arguments)
     assert time.monotonic() - before < 20  # one or two; it was minutes
     assert_told(found, f"and {count - 20:,} more mistake", lines=21)
 
@@ -426,24 +426,24 @@ def test_commands_know_the_home_folder(command: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("out", ["/dev/null", "", "x" * 300, "/dev/null/table"])
 def test_a_table_of_experiments_that_cannot_be_written(out: str, tmp_path: Path) -> None:
-    words = ("--only", "I-10", "--data.root", tmp_path, "--runs", tmp_path / "runs")
-    assert_told(call("experiments.__main__", *words, "--out", out), "--out")
+    arguments = ("--only", "I-10", "--data.root", tmp_path, "--runs", tmp_path / "runs")
+    assert_told(call("experiments.__main__", *arguments, "--out", out), "--out")
 
 
 @pytest.mark.parametrize("name", WORDS)
 def test_bad_arguments(name: str, tmp_path: Path) -> None:
-    words, said = WORDS[name]
-    data = [] if "--data.name=cifar10" in words else ["--data.name=generated10"]
+    arguments, message = WORDS[name]
+    data = [] if "--data.name=cifar10" in arguments else ["--data.name=generated10"]
     with untouched(tmp_path):
-        assert_told(call("train", "--run_dir", tmp_path / "run", *data, *words), said)
+        assert_told(call("train", "--run_dir", tmp_path / "run", *data, *arguments), message)
 
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_a_bad_environment(name: str, tmp_path: Path) -> None:
-    environment, said = ENVIRONMENTS[name]
-    words = ("--data.name=generated10", "--exact.shards=8", "--run_dir", tmp_path / "run")
+    environment, message = ENVIRONMENTS[name]
+    arguments = ("--data.name=generated10", "--exact.shards=8", "--run_dir", tmp_path / "run")
     with untouched(tmp_path):
-        assert_told(call("train", *words, **environment), said)
+        assert_told(call("train", *arguments, **environment), message)
 
 
 def test_each_mistake_is_a_line(tmp_path: Path) -> None:
@@ -451,10 +451,12 @@ def test_each_mistake_is_a_line(tmp_path: Path) -> None:
     assert_told(call("train", "--data.name=generated10", "--run_dir", tmp_path / "run", *wrong), "epochs", lines=5)
 
 
-@pytest.mark.parametrize("words", [["--epochs=" + "9" * 5000], ["--precision=a\nb"], ["/dev/null/x.toml"]], ids=repr)
-def test_the_real_command(words: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments", [["--epochs=" + "9" * 5000], ["--precision=a\nb"], ["/dev/null/x.toml"]], ids=repr
+)
+def test_the_real_command(arguments: list[str], tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "distributed.train", *words, "--device=cpu"],
+        [sys.executable, "-m", "distributed.train", *arguments, "--device=cpu"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -138,28 +138,28 @@ def train(name: str, root: Path, run: Path) -> tuple[object, ...]:
 
 @pytest.mark.parametrize("case", CIFAR)
 def test_bad_files_of_cifar_10_are_refused_untouched(case: str, tmp_path: Path) -> None:
-    make, said = CIFAR[case]
+    make, message = CIFAR[case]
     make(tmp_path / "data")
     with untouched(tmp_path):
         found = call("train", *train("cifar10", tmp_path / "data", tmp_path / "run"))
-    assert_told(found, said, str(tmp_path / "data"), "--data.root")
+    assert_told(found, message, str(tmp_path / "data"), "--data.root")
 
 
 @pytest.mark.parametrize("case", HUNDRED)
 def test_bad_files_of_cifar_100(case: str, tmp_path: Path) -> None:
-    make, said = HUNDRED[case]
+    make, message = HUNDRED[case]
     make(tmp_path / "data")
     with untouched(tmp_path):
-        assert_told(call("train", *train("cifar100", tmp_path / "data", tmp_path / "run")), said, "--data.root")
+        assert_told(call("train", *train("cifar100", tmp_path / "data", tmp_path / "run")), message, "--data.root")
 
 
 @pytest.mark.parametrize("case", READ)
 def test_damage_that_only_reading_finds(case: str, tmp_path: Path) -> None:
-    make, said = READ[case]
+    make, message = READ[case]
     make(tmp_path / "data")
     with untouched(tmp_path / "data"):
         found = call("train", *train("cifar10", tmp_path / "data", tmp_path / "run"))
-    assert_told(found, said, str(tmp_path / "data"), "again, or point --data.root")
+    assert_told(found, message, str(tmp_path / "data"), "again, or point --data.root")
     assert not list((tmp_path / "run").rglob("step-*"))
 
 
@@ -186,17 +186,17 @@ IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("case", IMAGES)
 def test_bad_image_folders(case: str, tmp_path: Path) -> None:
-    make, said = IMAGES[case]
+    make, message = IMAGES[case]
     make(image_folder(tmp_path / "data"))
-    words = train("image_folder", tmp_path / "data", tmp_path / "run")
+    arguments = train("image_folder", tmp_path / "data", tmp_path / "run")
     with untouched(tmp_path / "data"):
-        found = call("train", *words, "--data.cache", tmp_path / "cache")
-    assert_told(found, said, "data.name = image_folder: ")
+        found = call("train", *arguments, "--data.cache", tmp_path / "cache")
+    assert_told(found, message, "data.name = image_folder: ")
 
 
 def test_a_cache_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("x")
-    words = train("image_folder", image_folder(tmp_path / "data"), tmp_path / "run")
+    arguments = train("image_folder", image_folder(tmp_path / "data"), tmp_path / "run")
     with untouched(tmp_path / "data"):
-        found = call("train", *words, "--data.cache", tmp_path / "cache")
+        found = call("train", *arguments, "--data.cache", tmp_path / "cache")
     assert_told(found, f"data.cache: cannot write to {tmp_path}/cache")

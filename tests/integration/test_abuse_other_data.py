@@ -31,11 +31,11 @@ def small() -> Iterator[None]:
         yield
 
 
-def train(name: str, root: Path, run: Path, *words: object, epochs: int = 1) -> Outcome:
+def train(name: str, root: Path, run: Path, *arguments: object, epochs: int = 1) -> Outcome:
     of_data = ("--data.name", name, "--data.root", root, "--data.validation_fraction", 0)
     if name == "image_folder":
         of_data += ("--data.cache", run.parent / "cache")
-    return call("train", *SHORT, *of_data, "--run_dir", run, "--epochs", epochs, "--global_batch_size", 100, *words)
+    return call("train", *SHORT, *of_data, "--run_dir", run, "--epochs", epochs, "--global_batch_size", 100, *arguments)
 
 
 def warned(found: Outcome) -> list[str]:
@@ -129,12 +129,12 @@ IMPOSSIBLE: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)
 def test_impossible_cifar_is_refused(case: str, tmp_path: Path) -> None:
-    folder, how, said = IMPOSSIBLE[case]
+    folder, how, message = IMPOSSIBLE[case]
     name = "cifar10" if folder == TEN else "cifar100"
     how(write_cifar(tmp_path / "data", name))
     with untouched(tmp_path / "data"):
         found = train(name, tmp_path / "data", tmp_path / "run")
-    assert_told(found, said, str(tmp_path / "data" / folder), "again, or point --data.root")
+    assert_told(found, message, str(tmp_path / "data" / folder), "again, or point --data.root")
     assert not list((tmp_path / "run").rglob("step-*"))
 
 
@@ -180,8 +180,8 @@ def copied(run: Begun, to: Path) -> Begun:
     return Begun(run.name, to / "data", to / "run")
 
 
-def resume(run: Begun, *words: object) -> Outcome:
-    return train(run.name, run.root, run.run, "--schedule.name", "constant", *words, epochs=2)
+def resume(run: Begun, *arguments: object) -> Outcome:
+    return train(run.name, run.root, run.run, "--schedule.name", "constant", *arguments, epochs=2)
 
 
 def with_class(root: Path) -> None:
@@ -242,24 +242,24 @@ OTHER: dict[str, tuple[str, Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
-def refused(run: Begun, said: str) -> None:
+def refused(run: Begun, message: str) -> None:
     """A resume ends before its first step and leaves checkpoints, metrics and data as they are."""
     before = {file: (run.run / file).read_bytes() for file in ("metrics.jsonl", "config.toml", "digests.jsonl")}
     with untouched(run.root, run.run / "checkpoints"):
         found = resume(run)
     assert found.code == 2, found.err
     assert "Traceback" not in found.err
-    assert any(said in line and str(run.run) in line for line in found.errors), found.err
+    assert any(message in line and str(run.run) in line for line in found.errors), found.err
     assert any("a resumed run keeps its data" in line for line in found.errors), found.err
     assert {file: (run.run / file).read_bytes() for file in before} == before
 
 
 @pytest.mark.parametrize("case", OTHER)
 def test_a_resume_on_other_data_is_refused(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
-    name, how, said = OTHER[case]
+    name, how, message = OTHER[case]
     run = copied(runs[name], tmp_path)
     how(run.root)
-    refused(run, said)
+    refused(run, message)
 
 
 @pytest.mark.parametrize("name", ["image_folder", "cifar10"])
@@ -335,17 +335,17 @@ EVALUATED: dict[str, tuple[str, str, Callable[[Path], object], int, str]] = {
 
 @pytest.mark.parametrize("case", EVALUATED)
 def test_an_evaluation_on_other_data_is_reported(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
-    name, split, how, code, said = EVALUATED[case]
+    name, split, how, code, message = EVALUATED[case]
     run = copied(runs[name], tmp_path)
     how(run.root / TEN if case == "impossible images" else run.root)
     found = call("evaluate", run.run, "--split", split, "--data.root", run.root, "--device", "cpu")
     if code:
-        assert_told(found, said)
+        assert_told(found, message)
         return
     assert found.code == 0, found.err
     warnings = warned(found)
-    assert len(warnings) == bool(said), warnings
-    assert all(said in line for line in warnings)
+    assert len(warnings) == bool(message), warnings
+    assert all(message in line for line in warnings)
 
 
 # Splits that are too small
@@ -368,9 +368,9 @@ TOO_SMALL: dict[str, tuple[tuple[object, ...], str]] = {
 
 @pytest.mark.parametrize("case", TOO_SMALL)
 def test_a_fraction_that_holds_out_none_or_all_is_refused(case: str, tmp_path: Path) -> None:
-    words, said = TOO_SMALL[case]
-    found = call("train", *SHORT, "--data.name", "generated10", *TINY, *words, "--run_dir", tmp_path / "run")
-    assert_told(found, said, "data.validation_fraction = ")
+    arguments, message = TOO_SMALL[case]
+    found = call("train", *SHORT, "--data.name", "generated10", *TINY, *arguments, "--run_dir", tmp_path / "run")
+    assert_told(found, message, "data.validation_fraction = ")
     assert not list((tmp_path / "run").rglob("step-*"))
 
 
@@ -391,19 +391,19 @@ SMALL: dict[str, tuple[tuple[object, ...], str]] = {
 
 @pytest.mark.parametrize("case", SMALL)
 def test_small_data_causes_at_most_one_warning(case: str, tmp_path: Path) -> None:
-    words, said = SMALL[case]
+    arguments, message = SMALL[case]
     replaced = {**dict(zip(SHORT[::2], SHORT[1::2], strict=True)), "--data.name": "generated10", "--epochs": 1}
-    replaced |= dict(zip(TINY[::2], TINY[1::2], strict=True)) | dict(zip(words[::2], words[1::2], strict=True))
+    replaced |= dict(zip(TINY[::2], TINY[1::2], strict=True)) | dict(zip(arguments[::2], arguments[1::2], strict=True))
     found = call("train", *(word for pair in replaced.items() for word in pair), "--run_dir", tmp_path / "run")
     assert found.code == 0, found.err
     warnings = warned(found)
-    assert len(warnings) == bool(said), warnings
-    assert all(said in line for line in warnings)
+    assert len(warnings) == bool(message), warnings
+    assert all(message in line for line in warnings)
 
 
 def test_a_validation_split_without_images_is_not_evaluated(tmp_path: Path) -> None:
-    words = ("--data.name", "generated10", "--epochs", 1, *TINY, *NONE, "--run_dir", tmp_path / "run")
-    assert call("train", *SHORT, *words).code == 0
+    arguments = ("--data.name", "generated10", "--epochs", 1, *TINY, *NONE, "--run_dir", tmp_path / "run")
+    assert call("train", *SHORT, *arguments).code == 0
     found = call("evaluate", tmp_path / "run", "--split", "validation", "--device", "cpu")
     assert_told(found, "--split validation: this split has no images; use another")
 
@@ -429,12 +429,12 @@ FEW: dict[str, tuple[dict[str, int], float, int, str]] = {
 
 @pytest.mark.parametrize("case", FEW)
 def test_image_folders_with_few_images(case: str, tmp_path: Path) -> None:
-    counts, fraction, code, said = FEW[case]
+    counts, fraction, code, message = FEW[case]
     few(counts)(tmp_path / "data")
-    words = ("--data.name", "image_folder", "--data.root", tmp_path / "data", "--data.cache", tmp_path / "cache",
+    arguments = ("--data.name", "image_folder", "--data.root", tmp_path / "data", "--data.cache", tmp_path / "cache",
              "--data.validation_fraction", fraction, "--run_dir", tmp_path / "run", "--epochs", 1,
              "--global_batch_size", 1)  # fmt: skip
-    found = call("train", *SHORT, *words)
+    found = call("train", *SHORT, *arguments)
     assert found.code == code, found.err
     (line,) = [*warned(found), *found.errors]
-    assert said in line
+    assert message in line

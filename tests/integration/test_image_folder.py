@@ -35,11 +35,11 @@ def root(tmp_path: Path) -> Path:
 def test_placement_does_not_change_training_and_evaluation(root: Path, tmp_path: Path) -> None:
     for placement in ("host", "device"):
         folder = tmp_path / placement
-        words = (*SETTINGS, "--data.root", root, "--data.placement", placement, "--run_dir", folder)
-        with Command(torchrun(2, *words), output=tmp_path / f"{placement}.txt", cwd=ROOT) as command:
+        arguments = (*SETTINGS, "--data.root", root, "--data.placement", placement, "--run_dir", folder)
+        with Command(torchrun(2, *arguments), output=tmp_path / f"{placement}.txt", cwd=ROOT) as command:
             assert command.wait(100) == 0, command.text
-        told = command.text.count("decoding train images: 24 images\n")
-        assert told == (1 if placement == "host" else 0), "by one process, once"
+        message = command.text.count("decoding train images: 24 images\n")
+        assert message == (1 if placement == "host" else 0), "by one process, once"
     assert_same_bits(tmp_path / "host", tmp_path / "device")
     state = json.loads((tmp_path / "host" / "checkpoints" / "latest" / "state.json").read_text())
     assert state["classes"] == ["blue", "red"]

@@ -16,7 +16,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, content: bytes) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.asked: list[tuple[str, str | None]] = []
+        self.requests: list[tuple[str, str | None]] = []
         """(path, Range) of every request."""
         self.over = threading.Event()
         self.content, self.step = content, 0
@@ -25,11 +25,11 @@ class Server(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/{manner}/{file}"
 
     def manners(self) -> list[str]:
-        return [path.split("/")[1] for path, _ in self.asked]
+        return [path.split("/")[1] for path, _ in self.requests]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """What it does is said by the first part of the path."""
+    """What it does is message by the first part of the path."""
 
     server: Server
 
@@ -37,28 +37,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        manner, asked = self.path.split("/")[1], self.headers.get("Range")
+        manner, requests = self.path.split("/")[1], self.headers.get("Range")
         before = self.server.manners().count(manner)
-        self.server.asked.append((self.path, asked))
+        self.server.requests.append((self.path, requests))
         content = self.server.content
         if manner in ("404", "500", "503"):
             self.send_error(int(manner))
             return
         if manner == "wrong":
-            content, asked = b"<html>another file</html>", None
+            content, requests = b"<html>another file</html>", None
         if manner == "redirect":
             self.send_response(302)
             self.send_header("Location", self.server.url("good"))
             self.end_headers()
             return
         if manner in ("norange", "unsized"):
-            asked = None
-        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0
-        if asked and start >= len(content):
+            requests = None
+        start = int(re.fullmatch(r"bytes=(\d+)-", requests)[1]) if requests else 0
+        if requests and start >= len(content):
             self.send_error(416)
             return
-        self.send_response(206 if asked else 200)
-        if asked:
+        self.send_response(206 if requests else 200)
+        if requests:
             shift = 1 if manner == "otherpart" else 0
             self.send_header("Content-Range", f"bytes {start + shift}-{len(content) - 1}/{len(content)}")
         if manner != "unsized":

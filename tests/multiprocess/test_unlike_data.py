@@ -101,8 +101,8 @@ def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_ranks_with_different_data_all_refuse(roots: Path) -> None:
     first, second = run_ranks(outcomes, 2, roots, timeout_seconds=180)
     assert first == second
-    for (error, steps), (_, _, said) in zip(first, CASES.values(), strict=True):
-        assert said in error
+    for (error, steps), (_, _, message) in zip(first, CASES.values(), strict=True):
+        assert message in error
         assert steps == 0
     assert not [path for path in roots.glob("*/run/checkpoints/*") if path.name.startswith("step-")]
 

@@ -128,9 +128,9 @@ IMPOSSIBLE = {
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)
 def test_what_cifar_10_cannot_hold_is_refused(tmp_path, case):
-    how, said = IMPOSSIBLE[case]
+    how, message = IMPOSSIBLE[case]
     change(write_cifar(tmp_path, "cifar10") / "data_batch_3.bin", how)
-    assert said in complaint("cifar10", tmp_path)
+    assert message in complaint("cifar10", tmp_path)
 
 
 @pytest.mark.parametrize("part", [20, 4])
@@ -154,11 +154,11 @@ def coarse_of_one(records):
     records[7, 0] = (records[7, 0] + 1) % 20
 
 
-@pytest.mark.parametrize(("how", "said"), [(swapped, "of its 200 records"), (coarse_of_one, "1 of its 200 records")])
-def test_mismatched_label_bytes_of_cifar_100_are_refused(tmp_path, how, said):
+@pytest.mark.parametrize(("how", "message"), [(swapped, "of its 200 records"), (coarse_of_one, "1 of its 200 records")])
+def test_mismatched_label_bytes_of_cifar_100_are_refused(tmp_path, how, message):
     change(write_cifar(tmp_path, "cifar100") / "train.bin", how)
     line = complaint("cifar100", tmp_path)
-    assert said in line
+    assert message in line
     assert "label bytes are swapped or damaged" in line
 
 

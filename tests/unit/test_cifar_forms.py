@@ -74,7 +74,7 @@ def archive(files: dict[str, bytes]) -> bytes:
     return packed.getvalue()
 
 
-def lay(root: Path, contents: dict[str, bytes], *prefixes: str) -> None:
+def write_form(root: Path, contents: dict[str, bytes], *prefixes: str) -> None:
     for path, content in contents.items():
         if path.startswith(prefixes):
             (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -109,8 +109,8 @@ def complaint(name: str, root: Path) -> str:
 
 @pytest.mark.parametrize("which", FORMS[1:])
 def test_every_form_gives_the_same_bytes_as_the_binary_folder(tmp_path, name, contents, which):
-    lay(tmp_path / "one", contents, of_form(name, FORMS[0]))
-    lay(tmp_path / "other", contents, of_form(name, which))
+    write_form(tmp_path / "one", contents, of_form(name, FORMS[0]))
+    write_form(tmp_path / "other", contents, of_form(name, which))
     assert cifar.is_there(name, tmp_path / "other")
     cifar.check(name, tmp_path / "other")
     before = sorted(tmp_path.rglob("*"))
@@ -125,7 +125,7 @@ def test_every_form_gives_the_same_bytes_as_the_binary_folder(tmp_path, name, co
 
 @pytest.mark.parametrize("which", FORMS)
 def test_the_root_may_be_the_folder_or_archive_itself(tmp_path, name, contents, which, monkeypatch):
-    lay(tmp_path, contents, of_form(name, which))
+    write_form(tmp_path, contents, of_form(name, which))
     expected = cifar.read_splits(name, tmp_path)
     itself = tmp_path / of_form(name, which)
     roots = [itself]
@@ -140,20 +140,20 @@ def test_the_root_may_be_the_folder_or_archive_itself(tmp_path, name, contents, 
 
 
 def test_a_folder_with_another_name_is_ignored(tmp_path, name, contents):
-    lay(tmp_path, contents, of_form(name, FORMS[0]))
+    write_form(tmp_path, contents, of_form(name, FORMS[0]))
     other = (tmp_path / of_form(name, FORMS[0])).rename(tmp_path / "other")
     assert not cifar.is_there(name, other)
 
 
 def test_the_first_form_in_order_is_used(tmp_path, name, contents):
     for which in reversed(FORMS):
-        lay(tmp_path, contents, of_form(name, which))
+        write_form(tmp_path, contents, of_form(name, which))
         assert str(tmp_path / of_form(name, which)).startswith(str(cifar_files.files_in(name, tmp_path).path))
 
 
 @pytest.mark.parametrize("which", FORMS[1:])
 def test_a_changed_byte_is_refused_before_unpickling(tmp_path, name, contents, which, monkeypatch):
-    lay(tmp_path, contents, of_form(name, which))
+    write_form(tmp_path, contents, of_form(name, which))
     file = max(path for path in tmp_path.rglob("*") if path.is_file())
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -170,14 +170,14 @@ def test_a_changed_byte_is_refused_before_unpickling(tmp_path, name, contents, w
 
 @pytest.mark.parametrize("which", FORMS[1:])
 def test_a_truncated_file_is_refused(tmp_path, name, contents, which):
-    lay(tmp_path, contents, of_form(name, which))
+    write_form(tmp_path, contents, of_form(name, which))
     file = max(path for path in tmp_path.rglob("*") if path.is_file())
     file.write_bytes(file.read_bytes()[:1000])
     assert str(file) in complaint(name, tmp_path)
 
 
 def test_a_missing_file_is_named_before_reading(tmp_path, name, contents):
-    lay(tmp_path, contents, of_form(name, "python folder"))
+    write_form(tmp_path, contents, of_form(name, "python folder"))
     missing = tmp_path / cifar_spec.SETS[name].forms[1].folder / cifar_spec.SETS[name].forms[1].test
     missing.unlink()
     with pytest.raises(InputError, match="No such file"):
@@ -186,7 +186,7 @@ def test_a_missing_file_is_named_before_reading(tmp_path, name, contents):
 
 def test_swapped_files_are_recognized(tmp_path, contents, name):
     form = cifar_spec.SETS[name].forms[1]
-    lay(tmp_path, contents, f"{form.folder}/")
+    write_form(tmp_path, contents, f"{form.folder}/")
     (tmp_path / form.folder / form.train[-1]).write_bytes(contents[f"{form.folder}/{form.test}"])
     assert f"that of {form.folder}/{form.test}" in complaint(name, tmp_path)
 
@@ -248,14 +248,14 @@ def test_a_malicious_pickle_with_the_right_md5_is_refused(tmp_path, name, conten
     evil = pickle.dumps([Evil(str(tmp_path / "made")), bytes(RECORDS * 3072)], protocol=2)
     md5 = python.md5 | {python.test: hashlib.md5(evil).hexdigest()}
     monkeypatch.setitem(cifar_spec.SETS, name, replace(small, forms=(small.forms[0], replace(python, md5=md5))))
-    lay(tmp_path, contents, f"{python.folder}/")
+    write_form(tmp_path, contents, f"{python.folder}/")
     (tmp_path / python.folder / python.test).write_bytes(evil)
     assert "not CIFAR's pickle: it needs" in complaint(name, tmp_path)
     assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"data": np.zeros((RECORDS, 3071), np.uint8)}, "no uint8 array of 6 x 3072"),
         ({"data": np.zeros((RECORDS, 3072))}, "no uint8 array"),
@@ -266,7 +266,7 @@ def test_a_malicious_pickle_with_the_right_md5_is_refused(tmp_path, name, conten
         ({"labels": [100] * RECORDS}, "label 100"),
     ],
 )
-def test_a_pickle_with_other_content_is_refused(tmp_path, name, contents, monkeypatch, change, told):
+def test_a_pickle_with_other_content_is_refused(tmp_path, name, contents, monkeypatch, change, message):
     small = cifar_spec.SETS[name]
     python = small.forms[1]
     value = {small.label_key: [0] * RECORDS, b"data": np.zeros((RECORDS, 3072), np.uint8), b"padding": bytes(20_000)}
@@ -274,9 +274,9 @@ def test_a_pickle_with_other_content_is_refused(tmp_path, name, contents, monkey
     packed = python2_pickle(value)
     md5 = python.md5 | {python.test: hashlib.md5(packed).hexdigest()}
     monkeypatch.setitem(cifar_spec.SETS, name, replace(small, forms=(small.forms[0], replace(python, md5=md5))))
-    lay(tmp_path, contents, f"{python.folder}/")
+    write_form(tmp_path, contents, f"{python.folder}/")
     (tmp_path / python.folder / python.test).write_bytes(packed)
-    assert told in complaint(name, tmp_path)
+    assert message in complaint(name, tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x02}q\x00", pickle.dumps(3)[:-1]])
@@ -309,8 +309,8 @@ def test_the_binary_archive_is_fetched_unless_urls_differ():
     [("cifar10", "cifar-10-batches-bin/batches.meta.txt"), ("cifar100", "cifar-100-binary/fine_label_names.txt")],
 )
 def test_the_class_names_are_official(of, file):
-    told = (Path(os.environ["CIFAR_ROOT"]) / file).read_text().split()
-    assert list(cifar_spec.SETS[of].class_names) == told
+    message = (Path(os.environ["CIFAR_ROOT"]) / file).read_text().split()
+    assert list(cifar_spec.SETS[of].class_names) == message
 
 
 def test_the_digests_of_the_pickles_equal_torchvisions():

@@ -108,7 +108,7 @@ def test_the_real_data_sets_have_the_official_digests(name):
 
 
 def test_generated_images_differ_by_their_settings():
-    made = {synthetic.identity(*words) for words in (("generated10", 50, "train"), ("generated100", 50, "train"),
+    made = {synthetic.identity(*arguments) for arguments in (("generated10", 50, "train"), ("generated100", 50, "train"),
             ("generated10", 60, "train"), ("generated10", 50, "test"))}  # fmt: skip
     assert len({one.digest for one in made}) == 4
 
@@ -177,7 +177,7 @@ def test_a_thousand_files_of_a_large_folder_are_read(tmp_path, monkeypatch):
     assert changed == 3
 
 
-# What differs, in words
+# What differs, in arguments
 
 FACTS = {
     "classes": ["cat", "dog"],
@@ -225,13 +225,13 @@ def warnings(data: dict[str, object], **settings: object) -> list[str]:
     """What `check_data` says of this data."""
     values = {"model": {"name": "improved_alexnet"}, "device": "cpu", "global_batch_size": 4, "exact": {"shards": 1}}
     config = TrainConfig.model_validate(values | {"data": {"validation_fraction": 0.0} | data} | settings)
-    told: list[str] = []
-    handle = logger.add(lambda message: told.append(message.record["message"]), level="WARNING")
+    text: list[str] = []
+    handle = logger.add(lambda message: text.append(message.record["message"]), level="WARNING")
     try:
         check_data(config, build_data(config, Topology(), torch.device("cpu")))
     finally:
         logger.remove(handle)
-    return told
+    return text
 
 
 def small_cifar(monkeypatch: pytest.MonkeyPatch, root: Path, name: str) -> dict[str, object]:

@@ -50,10 +50,10 @@ def test_a_file_is_downloaded_once(server, target, capsys):
     assert target.read_bytes() == CONTENT
     assert not target.with_name("file.tar.gz.part").exists()
     get([server.url("good")], target)
-    assert server.asked == [("/good/file.tar.gz", None)]
-    said = capsys.readouterr().err.splitlines()
-    assert said[0] == "file.tar.gz: 1.0 MB"
-    assert re.fullmatch(r"file\.tar\.gz: 1\.0 MB after \d+ s", said[-1])
+    assert server.requests == [("/good/file.tar.gz", None)]
+    message = capsys.readouterr().err.splitlines()
+    assert message[0] == "file.tar.gz: 1.0 MB"
+    assert re.fullmatch(r"file\.tar\.gz: 1\.0 MB after \d+ s", message[-1])
 
 
 @pytest.mark.parametrize("manner", ["redirect", "unsized", "slow"])
@@ -66,7 +66,7 @@ def test_redirected_unsized_and_slow_responses_are_accepted(server, target, mann
 def test_a_broken_download_resumes_at_the_same_byte(server, target, manner):
     get([server.url(manner)], target)
     assert target.read_bytes() == CONTENT
-    assert [asked for _, asked in server.asked] == [None, f"bytes={HALF}-"]
+    assert [requests for _, requests in server.requests] == [None, f"bytes={HALF}-"]
 
 
 def test_a_process_resumes_the_download_of_a_killed_one(server, target):
@@ -74,7 +74,7 @@ def test_a_process_resumes_the_download_of_a_killed_one(server, target):
     target.with_name("file.tar.gz.part").write_bytes(CONTENT[:1000])
     get([server.url("good")], target)
     assert target.read_bytes() == CONTENT
-    assert server.asked[0][1] == "bytes=1000-"
+    assert server.requests[0][1] == "bytes=1000-"
 
 
 def test_a_complete_partial_file_needs_no_server(target):
@@ -104,11 +104,11 @@ def test_a_response_with_another_range_is_rejected(server, target):
     target.with_name("file.tar.gz.part").write_bytes(CONTENT[:1000])
     get([server.url("otherpart")], target)
     assert target.read_bytes() == CONTENT
-    assert [asked for _, asked in server.asked] == ["bytes=1000-", None]
+    assert [requests for _, requests in server.requests] == ["bytes=1000-", None]
 
 
 @pytest.mark.parametrize(
-    ("manner", "told", "times"),
+    ("manner", "text", "times"),
     [
         ("404", "HTTP 404 Not Found", 1),
         ("500", "HTTP 500 Internal Server Error", 3),
@@ -122,10 +122,10 @@ def test_a_response_with_another_range_is_rejected(server, target):
         ),
     ],
 )
-def test_a_server_error_is_reported_and_retried_if_temporary(server, target, manner, told, times):
+def test_a_server_error_is_reported_and_retried_if_temporary(server, target, manner, text, times):
     (line,) = complaint([server.url(manner)], target)
     assert line.startswith(f"{server.url(manner)}: ")
-    assert told in line
+    assert text in line
     assert server.manners() == [manner] * times
     assert target.with_name("file.tar.gz.part").exists() == (manner in ("breaks", "stalls"))
 
@@ -134,7 +134,7 @@ def test_a_server_error_is_reported_and_retried_if_temporary(server, target, man
 def test_the_next_mirror_is_tried_at_once(server, target, manner):
     get([server.url(manner), server.url("good")], target)
     assert target.read_bytes() == CONTENT
-    assert len(server.asked) == (1 if manner in ("unsized", "norange") else 2)
+    assert len(server.requests) == (1 if manner in ("unsized", "norange") else 2)
 
 
 def test_each_mirror_is_reported_on_its_own_line(server, target):
@@ -148,7 +148,7 @@ def test_a_download_that_makes_progress_is_never_given_up(server, target):
     server.step = 100_000
     get([server.url("bits")], target, rounds=1)
     assert target.read_bytes() == CONTENT
-    assert len(server.asked) == 11
+    assert len(server.requests) == 11
 
 
 def test_an_unknown_host_is_reported(target):
@@ -160,7 +160,7 @@ def test_a_folder_that_cannot_be_written_is_reported(server, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="make it writable"):
         get([server.url("good")], tmp_path / "file" / "file.tar.gz")
-    assert server.asked == []
+    assert server.requests == []
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/null")])
@@ -187,7 +187,7 @@ def test_a_full_disk_is_not_blamed_on_the_server(server, target, monkeypatch):
     monkeypatch.setattr(download, "_opened", lambda *_: Full())
     with pytest.raises(InputError, match=r"the part: No space left on device; free disk space"):
         get([server.url("good")], target)
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 def _in_a_process(urls: list[str], target: Path, start: float, answers: "multiprocessing.Queue[object]") -> None:
@@ -214,13 +214,13 @@ def four_processes(urls: list[str], target: Path) -> list[object]:
 
 def test_one_of_four_processes_downloads_for_all(server, target):
     assert four_processes([server.url("slow")], target) == ["there"] * 4
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 def test_all_of_four_processes_report_the_failure_of_one(server, target):
     """The others do not wait for the same stall, one after the other."""
     answers = four_processes([server.url("stalls")], target)
-    assert [asked for _, asked in server.asked] == [None, f"bytes={HALF}-"]
+    assert [requests for _, requests in server.requests] == [None, f"bytes={HALF}-"]
     assert "it sent nothing for 0.3 s" in answers[0][0]
     assert [list(answer) for answer in answers] == [list(answers[0])] * 4
 
@@ -248,7 +248,7 @@ def test_a_mirror_is_tried_while_the_file_fails_elsewhere(server, target):
     first = multiprocessing.get_context("fork").Process(target=download.fetch, args=arguments, kwargs=options)
     first.start()
     deadline = time.monotonic() + 20
-    while not server.asked:
+    while not server.requests:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     get([server.url("good")], target)
@@ -295,13 +295,13 @@ def test_a_killed_download_is_resumed_by_the_next_process(server, target):
     process.join()
     get([server.url("good")], target)
     assert target.read_bytes() == CONTENT
-    assert server.asked[-1][1] == f"bytes={HALF}-"
+    assert server.requests[-1][1] == f"bytes={HALF}-"
 
 
 def test_the_progress_line_estimates_the_remaining_time():
     megabyte = 1_000_000
-    said = progress.line("x", 34 * megabyte, 170 * megabyte, "B", 55_000)
-    assert said == "x: 34.0 MB of 170.0 MB, 55 kB/s, 41 min left"
+    message = progress.line("x", 34 * megabyte, 170 * megabyte, "B", 55_000)
+    assert message == "x: 34.0 MB of 170.0 MB, 55 kB/s, 41 min left"
     assert progress.line("x", 5, 10, "images", 2.5) == "x: 5 images of 10 images, 2 images/s, 2 s left"
     assert progress.line("x", 0, 10, "images", 0).endswith("stalled")
     assert progress.line("x", 2000, None, "B", 1000) == "x: 2 kB, 1 kB/s"
@@ -334,9 +334,9 @@ def test_a_missing_data_set_is_downloaded_only_on_request(server, tmp_path, monk
     config = CifarData(root=tmp_path / "data")
     with pytest.raises(InputError, match=r"--data\.download"):
         registry.prepare(config)
-    asked = config.model_copy(update={"download": True, "urls": (server.url("good"),)})
-    registry.prepare(asked)
+    requests = config.model_copy(update={"download": True, "urls": (server.url("good"),)})
+    registry.prepare(requests)
     assert (tmp_path / "data" / official.archive).read_bytes() == packed
-    registry.prepare(asked)
-    assert len(server.asked) == 1
+    registry.prepare(requests)
+    assert len(server.requests) == 1
     assert not list((tmp_path / "data").glob("*.part"))

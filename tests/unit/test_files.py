@@ -168,12 +168,12 @@ def test_a_device_stays_a_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [("folder", "is a folder"), ("socket", "is not a regular file"), ("x" * 300, "File name too long"),
      ("x" * 240, "File name too long"), ("file/x", "File exists"), ("lost", "No such file"), ("circle", "symbolic links")],
 )  # fmt: skip
 def test_an_output_that_cannot_be_written_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
@@ -182,6 +182,6 @@ def test_an_output_that_cannot_be_written_is_refused(
     Path("circle").symlink_to("circle")
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind("socket")
-        with pytest.raises(InputError, match=said) as found:
+        with pytest.raises(InputError, match=message) as found:
             check_writable("--out", Path(name))
     assert "name a file that can be written" in str(found.value)

@@ -161,7 +161,7 @@ def test_resizing_is_close_to_pillows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "empty"),
         (b"GIF89a....", "neither PNG nor JPEG"),
@@ -170,14 +170,14 @@ def test_resizing_is_close_to_pillows(tmp_path):
         (b"\xff\xd8\xff....", "broken"),
     ],
 )
-def test_a_broken_image_is_reported_with_its_path(root, content, told):
+def test_a_broken_image_is_reported_with_its_path(root, content, message):
     (root / "train" / "bee" / "0.png").write_bytes(content)
     (root / "train" / "cow" / "1.png").write_bytes(content)
     with pytest.raises(InputError) as caught:
         decode.read(root, 16)
     lines = sorted(caught.value.lines)
     assert [line.split(": ")[1] for line in lines] == [str(root / "train" / f) for f in ("bee/0.png", "cow/1.png")]
-    assert all(told in line and "\n" not in line for line in lines)
+    assert all(message in line and "\n" not in line for line in lines)
     assert not list((root / ".decoded").glob("*.images"))
 
 
