@@ -19,6 +19,7 @@ from distributed.data.pipeline import DataPipeline
 from distributed.data.sources import registry
 from distributed.engine.ddp import DdpEngine
 from distributed.engine.exact import ExactEngine
+from distributed.engine.prepare import Compute
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.host.cpu_quota import quota_note
@@ -82,37 +83,38 @@ def read_data(config: TrainConfig) -> DataPipeline:
 
 
 def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device) -> Engine:
+    """Build the model and its engine. A single process has nothing to shard and uses `DdpEngine` in fast mode."""
     model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
-    common: dict[str, Any] = {
-        "optim": config.optim,
-        "precision": config.precision,
-        "channels_last": config.channels_last,
-        "device": device,
-        "timeout_seconds": config.timeout_seconds,
-    }
-    engine = config.engine
-    if isinstance(engine, DeepSpeed):
-        if topology.world_size > 1:
-            check_own_gpu(device, "engine.name = deepspeed")
-            from distributed.engine.deepspeed import DeepSpeedEngine  # slow to import, as FSDP2 is
+    compute = Compute(config.precision, config.channels_last, device, config.timeout_seconds)
+    engine, optim, several = config.engine, config.optim, topology.world_size > 1
+    if isinstance(engine, DeepSpeed) and several:
+        check_own_gpu(device, "engine.name = deepspeed")
+        from distributed.engine.deepspeed import DeepSpeedEngine  # slow to import, like FSDP2
 
-            return DeepSpeedEngine(engine, model, grad_accum_steps=config.grad_accum_steps, **common)
-        if engine.offload_optimizer:
-            raise InputError("engine.offload_optimizer = true needs several processes: start more, or leave it out")
-        logger.info("engine deepspeed: one process, so there is nothing to be shared out")
-        engine = Ddp()
+        accumulate = config.grad_accum_steps
+        return DeepSpeedEngine(engine, model, optim=optim, compute=compute, grad_accum_steps=accumulate)
+    if isinstance(engine, DeepSpeed):
+        engine = _without_sharding(engine)
     if shards := config.shards_on(device.type):
         workers = shard_workers(device, threads=topology.threads(config.threads))
-        return ExactEngine(engine, model, shards=shards, workers=workers, **common)
-    if isinstance(engine, Fsdp):
-        if topology.world_size > 1:
-            check_own_gpu(device, "engine.name = fsdp in fast mode")
-            from distributed.engine.fsdp import FsdpEngine
+        return ExactEngine(engine, model, optim=optim, compute=compute, shards=shards, workers=workers)
+    if isinstance(engine, Fsdp) and several:
+        check_own_gpu(device, "engine.name = fsdp in fast mode")
+        from distributed.engine.fsdp import FsdpEngine
 
-            return FsdpEngine(engine, model, **common)
-        logger.info("engine fsdp: one process, so there is nothing to be shared out")
-        engine = Ddp()
-    return DdpEngine(engine, model, example=data.example(), compile=config.compile, **common)
+        return FsdpEngine(engine, model, optim=optim, compute=compute)
+    if isinstance(engine, Fsdp):
+        engine = _without_sharding(engine)
+    example = data.example()
+    return DdpEngine(engine, model, optim=optim, compute=compute, example=example, compile=config.compile)
+
+
+def _without_sharding(engine: DeepSpeed | Fsdp) -> Ddp:
+    """Return the engine config for a single process, which has nothing to shard."""
+    if isinstance(engine, DeepSpeed) and engine.offload_optimizer:
+        raise InputError("engine.offload_optimizer = true needs several processes; start more, or remove it")
+    logger.info("engine {}: not sharded, because there is only one process", engine.name)
+    return Ddp()
 
 
 def shard_workers(device: torch.device, *, threads: int) -> int:
@@ -160,7 +162,10 @@ def log_plan(
     _log_mode(config, topology, device)
     logger.info("run folder {}", config.run_dir)
     if state.step:
-        logger.info("resuming at step {}: epoch {}, step {} of it", state.step, state.epoch + 1, state.step_in_epoch)
+        logger.info(
+            "resuming at step {}: epoch {}, step {} of {}",
+            state.step, state.epoch + 1, state.step_in_epoch, data.steps_per_epoch,
+        )  # fmt: skip
 
 
 def _log_batch(config: TrainConfig, topology: Topology, device: torch.device) -> None:

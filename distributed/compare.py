@@ -1,4 +1,4 @@
-"""`python -m distributed.compare RUN RUN`: whether two runs are bit-identical; if not, where they diverge and what differed.
+"""`python -m distributed.compare RUN RUN`: bit-identical? If not, where two runs diverge, and which conditions differed.
 
 Compares every logged metric, and the digest of every tensor at every step that both runs saved. Imports no torch.
 """
@@ -10,11 +10,12 @@ from typing import Any
 
 from distributed.config import differences, toml_value
 from distributed.config.layers import shown
-from distributed.errors import ExitCode, InputError
+from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.files import home_path
 from distributed.process.streams import run_command
 from distributed.run.folder import RunFolder
-from distributed.run.records import TrainRecord, read_attempts, read_metrics, read_saves
+from distributed.run.metrics_file import TrainRecord, read_metrics
+from distributed.run.records import read_attempts, read_saves
 from distributed.runs.outcome import outcome_of
 from distributed.runs.table import HEADINGS, cells, in_columns
 
@@ -134,16 +135,13 @@ def _format_identity(images: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in images.items() if value != "")
 
 
+@prints_errors
 def main() -> int:
     """Return the exit code: 0 if the runs are bit-identical, 1 if not, 2 if there is nothing to compare."""
     parser = argparse.ArgumentParser(prog="python -m distributed.compare", description=__doc__)
     parser.add_argument("runs", nargs=2, type=home_path, metavar="RUN", help="run folder")
     a, b = (RunFolder(path) for path in parser.parse_args().runs)
-    try:
-        return _print_comparison(a, b)
-    except InputError as error:
-        error.report()
-        return ExitCode.BAD_INPUT
+    return _print_comparison(a, b)
 
 
 def _print_comparison(a: RunFolder, b: RunFolder) -> int:

@@ -1,7 +1,12 @@
 """The errors that users may see, and the exit code of each. Imports no torch: bad input is refused before that import."""
 
 import sys
+from collections.abc import Callable
 from enum import IntEnum
+from functools import wraps
+from typing import ParamSpec
+
+P = ParamSpec("P")
 
 
 class ExitCode(IntEnum):
@@ -67,3 +72,16 @@ class PeerError(_UserError, RuntimeError):
     def __init__(self, message: str, exit_code: ExitCode = ExitCode.FAILED) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def prints_errors(main: Callable[P, int]) -> Callable[P, int]:
+    """Decorate a command's `main` to print an InputError, StorageError or PeerError and return its exit code."""
+
+    @wraps(main)
+    def printing(*arguments: P.args, **options: P.kwargs) -> int:
+        try:
+            return main(*arguments, **options)
+        except (InputError, StorageError, PeerError) as error:
+            return error.report()
+
+    return printing

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed.config.data import max_pixels_of
-from distributed.errors import ExitCode, InputError, StorageError
+from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.files import check_writable, home_path, write_output
 from distributed.host.versions import require
 from distributed.inference.saved_run import choose_checkpoint, read_config, with_data_root, without_download
@@ -39,31 +39,29 @@ class Prediction:
         return asdict(self) | {"top": [{"class": name, "probability": p} for name, p in self.top]}
 
 
+@prints_errors
 def main() -> int:
     """Print a line per image; return the exit code."""
     arguments = _parser().parse_args()
-    try:
-        config = without_download(with_data_root(read_config(arguments.run), arguments.root))
-        checkpoint = choose_checkpoint(arguments.run, arguments.checkpoint)
-        if missing := [path for path in arguments.images if not os.path.isfile(path)]:
-            raise InputError(*[f"{path}: no such file; name existing images" for path in missing])
-        if arguments.picture:
-            require("matplotlib", at_least=(3, 9), needed_by="--picture")
-            check_writable("--picture", arguments.picture)
-        max_pixels = max_pixels_of(config.data) if arguments.max_pixels is None else arguments.max_pixels
-        if max_pixels < 1:
-            raise InputError(f"--data.max_pixels {max_pixels}: should be at least 1")
-        predictions, pixels = _predict(config, checkpoint, arguments.images, max_pixels)
-        if arguments.json:
-            images = [prediction.as_json() for prediction in predictions]
-            print(json.dumps({"run": str(arguments.run), "checkpoint": checkpoint.name, "images": images}))
-        else:
-            print(*_table(predictions), sep="\n")
-        if arguments.picture:
-            with requested_output("--picture", arguments.picture):
-                _draw(pixels, predictions, arguments.picture)
-    except (InputError, StorageError) as error:
-        return error.report()
+    config = without_download(with_data_root(read_config(arguments.run), arguments.root))
+    checkpoint = choose_checkpoint(arguments.run, arguments.checkpoint)
+    if missing := [path for path in arguments.images if not os.path.isfile(path)]:
+        raise InputError(*[f"{path}: no such file; name existing images" for path in missing])
+    if arguments.picture:
+        require("matplotlib", at_least=(3, 9), needed_by="--picture")
+        check_writable("--picture", arguments.picture)
+    max_pixels = max_pixels_of(config.data) if arguments.max_pixels is None else arguments.max_pixels
+    if max_pixels < 1:
+        raise InputError(f"--data.max_pixels {max_pixels}: should be at least 1")
+    predictions, pixels = _predict(config, checkpoint, arguments.images, max_pixels)
+    if arguments.json:
+        images = [prediction.as_json() for prediction in predictions]
+        print(json.dumps({"run": str(arguments.run), "checkpoint": checkpoint.name, "images": images}))
+    else:
+        print(*_table(predictions), sep="\n")
+    if arguments.picture:
+        with requested_output("--picture", arguments.picture):
+            _draw(pixels, predictions, arguments.picture)
     return ExitCode.FINISHED
 
 

@@ -18,35 +18,29 @@ from distributed.bench.memory import measure_all
 from distributed.bench.options import WORKLOADS, Options
 from distributed.bench.workload import WorkloadFailedError
 from distributed.data.sources import cifar
-from distributed.errors import ExitCode, InputError, StorageError
+from distributed.errors import ExitCode, prints_errors
 from distributed.files import check_writable, home_path, write_output
 from distributed.process.optional_output import OptionalOutput, requested_output
 from distributed.process.streams import run_command
 
 
+@prints_errors
 def main() -> int:
     """Run the rounds, print medians and ratios, and write them as JSON on request. Return 1 if a workload failed."""
     arguments = _parser().parse_args()
     if arguments.benchmark == "memory":
         measure_all(arguments.json)
         return ExitCode.FINISHED
-    try:
-        options = Options.of(arguments)
-        if arguments.benchmark != "norm":
-            cifar.check("cifar10", options.root)
-        if arguments.json:
-            check_writable("--json", arguments.json)
-    except InputError as error:
-        error.report()
-        return ExitCode.BAD_INPUT
+    options = Options.of(arguments)
+    if arguments.benchmark != "norm":
+        cifar.check("cifar10", options.root)
+    if arguments.json:
+        check_writable("--json", arguments.json)
     results = _run_rounds(arguments, options)
     print(summary(BENCHMARKS[arguments.benchmark], results.rounds))
-    try:
-        if arguments.json:
-            with requested_output("--json", arguments.json):
-                results.write(arguments.json)
-    except StorageError as error:
-        return error.report()
+    if arguments.json:
+        with requested_output("--json", arguments.json):
+            results.write(arguments.json)
     return ExitCode.FAILED if results.outputs else ExitCode.FINISHED
 
 
@@ -158,7 +152,7 @@ def run_round(benchmark: Benchmark, options: Options, deadline: float, *, label:
                 print(f"{label}failed: {name}: {error}", file=sys.stderr, flush=True)
                 continue
             figures |= new
-            values = ", ".join(f"{key} {value:,.4g}" for key, value in new.items())
+            values = ", ".join(f"{key}: {value:,.4g}{_unit(key, benchmark)}" for key, value in new.items())
             print(f"{label}{values} ({time.monotonic() - start:.0f} s)", file=sys.stderr, flush=True)
     return RoundResult(figures, failed)
 
@@ -170,13 +164,18 @@ def summary(benchmark: Benchmark, rounds: list[Figures]) -> str:
     width = max(map(len, [*figures, *compared]), default=0)
     lines = []
     for name, values in figures.items():
-        unit = "" if name.endswith("]") else f" {benchmark.unit}"
-        lines.append(f"{name:<{width}} {statistics.median(values):10,.4g}{unit} (median of {len(values)})")
+        median = f"{statistics.median(values):10,.4g}{_unit(name, benchmark)}"
+        lines.append(f"{name:<{width}} {median} (median of {len(values)})")
     for name, values in compared.items():
         lines.append(
             f"{name:<{width}} {statistics.median(values):10.3f} (median; {min(values):.3f} to {max(values):.3f})"
         )
     return "\n".join(lines)
+
+
+def _unit(name: str, benchmark: Benchmark) -> str:
+    """Return the unit to print after a figure; empty if its name ends in one, e.g. `[MiB]`."""
+    return "" if name.endswith("]") else f" {benchmark.unit}"
 
 
 def _by_name(rounds: list[Figures]) -> dict[str, list[float]]:

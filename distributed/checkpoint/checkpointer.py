@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distributed.checkpoint.resume_point import Validate, find_resume_point, load_tensors, mismatch
 from distributed.checkpoint.save_budget import SaveBudget
-from distributed.checkpoint.snapshot import Snapshot, copy_to_host, load_weights, write_checkpoint
+from distributed.checkpoint.snapshot import Snapshot, copy_to_host, load_weights_and_reset_optimizer, write_checkpoint
 from distributed.checkpoint.tensor_file import tensor_digest
 from distributed.checkpoint.upload import AT_END_SECONDS, AT_STOP_SECONDS, Uploader
 from distributed.comm import collectives
@@ -114,7 +114,7 @@ class Checkpointer:
             if damage := collectives.broadcast_object(layout.damage_of(path) if self.run else None):
                 raise StorageError(f"{path}: schedule.restore_best_on_drop needs this checkpoint: {damage}")
             tensors = collectives.run_on_all(lambda: load_tensors(path))
-        load_weights(engine, tensors)
+        load_weights_and_reset_optimizer(engine, tensors)
         logger.info("restored the weights and buffers of epoch {} and reset the optimizer", state.best.epoch + 1)
 
     def save(self, engine: Engine, state: TrainState) -> None:

@@ -36,8 +36,8 @@ class Store:
         self.url = url.rstrip("/")
 
     @cached_property
-    def _fs(self) -> Any:
-        """The file system for the URL's scheme.
+    def _opened(self) -> tuple[Any, str]:
+        """The fsspec file system for the URL's scheme, and the URL as a path in it.
 
         Raises:
             InputError: its package is not installed.
@@ -50,7 +50,8 @@ class Store:
             options = {"use_listings_cache": False, "skip_instance_cache": True}
             if scheme == "file":
                 options["auto_mkdir"] = True
-            return fsspec.core.url_to_fs(self.url, **options)[0]
+            file_system, path = fsspec.core.url_to_fs(self.url, **options)
+            return file_system, str(path)
         except ImportError as error:
             package = _PACKAGES.get(scheme, "fsspec")
             raise InputError(
@@ -58,6 +59,10 @@ class Store:
             ) from None
         except Exception as error:
             raise StoreError(f"{self.url}: {self._explain(error)}") from error
+
+    @property
+    def _fs(self) -> Any:
+        return self._opened[0]
 
     def probe(self) -> None:
         """Write, read and remove a tiny object."""
@@ -144,7 +149,7 @@ class Store:
         return _json_object(self._read("attempt.json"))
 
     def _path(self, *names: str) -> str:
-        return "/".join((str(self._fs._strip_protocol(self.url)), *names))
+        return "/".join((self._opened[1], *names))
 
     def _read(self, *names: str) -> bytes | None:
         with self._store_errors():

@@ -72,6 +72,6 @@ def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
     return content
 
 
-def load_weights(engine: Engine, tensors: Mapping[str, Tensor]) -> None:
+def load_weights_and_reset_optimizer(engine: Engine, tensors: Mapping[str, Tensor]) -> None:
     """Load weights, buffers and EMA, and reset the optimizer: `Engine.load_state` does so without the optimizer's tensors."""
     engine.load_state({name: tensor for name, tensor in tensors.items() if name.startswith(("model.", "ema."))})

@@ -5,7 +5,7 @@ from pathlib import Path
 from loguru import logger
 from torch import Tensor
 
-from distributed.checkpoint.snapshot import load_weights
+from distributed.checkpoint.snapshot import load_weights_and_reset_optimizer
 from distributed.checkpoint.tensor_file import read_tensors
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
@@ -46,7 +46,7 @@ def load_initial_weights(path: Path, engine: Engine) -> None:
     last = list(own)[-1].rpartition(".")[0]
     resized = [name for name in own if name in found and name.startswith(last) and own[name].shape != found[name].shape]
     try:
-        load_weights(engine, found | {name: own[name] for name in resized})
+        load_weights_and_reset_optimizer(engine, found | {name: own[name] for name in resized})
     except ValueError as error:
         raise InputError(f"init_from = {path}: {error}; name a run of the same network") from None
     kept = f"; {last.removeprefix('model.')} keeps its random initialization" if resized else ""

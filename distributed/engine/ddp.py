@@ -1,4 +1,4 @@
-"""Replicated weights: torch's DistributedDataParallel finds the gradients, this engine says how they are summed."""
+"""Replicated weights: torch's DistributedDataParallel computes gradients, and this engine sums them over the ranks."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -11,20 +11,19 @@ from loguru import logger
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed.comm.all_gather import open_all_gather
 from distributed.comm.collectives import world_size
 from distributed.config.engines import Ddp
 from distributed.config.sections import AdamW, Sgd
 from distributed.data.batch import Batch
-from distributed.engine.model_state import ModelState, autocast, cast
+from distributed.engine.model_state import ModelState
+from distributed.engine.prepare import Compute, prepare
 from distributed.engine.protocol import Loss, Outcome
-from distributed.models.fused_batch_norm import synchronize_batch_norm
 
 
 class BucketSums:
-    """How a bucket of gradients is summed over ranks: in its own type or, rounded, in a lower one.
+    """Sums buckets of gradients over the ranks: in their own dtype or rounded to a lower one.
 
-    `reduced_bytes` is what was all-reduced so far.
+    `reduced_bytes` counts the bytes all-reduced so far.
     """
 
     def __init__(self, low: torch.dtype | None) -> None:
@@ -33,9 +32,9 @@ class BucketSums:
     def hook(
         self,
         _: object,
-        bucket: dist.GradBucket,  # type: ignore[name-defined]  # DDP insists on this annotation
+        bucket: dist.GradBucket,  # type: ignore[name-defined]  # DDP requires this annotation
     ) -> torch.futures.Future[Tensor]:
-        """The plain sum over ranks. DDP's own hooks divide by their number, and a division by three rounds."""
+        """Sum a bucket over the ranks. DDP's own hooks average: they divide by world_size, and dividing by 3 rounds."""
         buffer = bucket.buffer()
         sent = buffer.to(self.low or buffer.dtype)
         self.reduced_bytes += sent.nbytes
@@ -52,12 +51,12 @@ def _any_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Outcome]:
 
 
 class DdpEngine:
-    """An `Engine` whose ranks each hold the whole model; a single process goes without DDP.
+    """An `Engine` in which every rank has all weights. A single process runs without DDP.
 
     Args:
-        model: float32 on the CPU, with its initial weights; taken over.
-        example: some images, for the throwaway steps.
-        compile: let torch.compile make the forward and backward pass.
+        model: float32 on the CPU, with its initial weights; the engine takes ownership.
+        example: some images, for two steps whose results are discarded.
+        compile: compile the forward and backward pass with torch.compile.
     """
 
     def __init__(
@@ -66,42 +65,36 @@ class DdpEngine:
         model: nn.Module,
         *,
         optim: Sgd | AdamW,
-        precision: str,
-        channels_last: bool,
-        device: torch.device,
+        compute: Compute,
         example: Batch,
-        timeout_seconds: float,
         compile: bool,
     ) -> None:
-        self.device, self.precision = device, precision
-        model = cast(model, precision=precision, channels_last=channels_last, device=device)
-        if world_size() > 1:
-            model = synchronize_batch_norm(model, open_all_gather(device, timeout_seconds=timeout_seconds))
+        self.compute = compute
+        self._plain = prepare(model, compute)
         if compile:
-            model.compile()  # in place: names stay as they are
-        self._plain = model
-        self.model: nn.Module = model
-        self.weights = ModelState(optim, model, precision=precision)
+            self._plain.compile()  # in place, so that parameters keep their names
+        self.model = self._plain
+        self.weights = ModelState(optim, self._plain, precision=compute.precision)
         self._sums = BucketSums(torch.bfloat16 if config.compression == "bfloat16" else None)
-        self._untold = world_size() > 1
+        self._log_bytes = world_size() > 1
         if world_size() > 1:
-            self._ddp = self._wrapped(model, config)
+            self._ddp = self._wrap(config)
             self.model = self._ddp
-            self._settle(example)
+            self._settle_buckets(example)
 
     @property
     def reduced_bytes(self) -> int:
-        """What of gradients this rank handed to all-reduces so far."""
+        """Bytes of gradients that this rank has all-reduced so far."""
         return self._sums.reduced_bytes
 
-    def _wrapped(self, model: nn.Module, config: Ddp) -> DistributedDataParallel:
-        # 2.13 renamed the flag; either way buffers stay as they are, since synchronized statistics agree by themselves.
+    def _wrap(self, config: Ddp) -> DistributedDataParallel:
+        # torch 2.13 renamed the flag. Buffers need no broadcast, since synchronized statistics are the same on all ranks.
         known = inspect.signature(DistributedDataParallel.__init__).parameters
-        no_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        options: dict[str, Any] = {no_buffers: False}
+        no_broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {no_broadcast: False}
         ddp = DistributedDataParallel(
-            model,
-            device_ids=[self.device] if self.device.type == "cuda" else None,
+            self._plain,
+            device_ids=[self.compute.device] if self.compute.device.type == "cuda" else None,
             bucket_cap_mb=config.bucket_mib,
             gradient_as_bucket_view=True,
             **options,
@@ -109,11 +102,11 @@ class DdpEngine:
         ddp.register_comm_hook(None, self._sums.hook)
         return ddp
 
-    def _settle(self, example: Batch) -> None:
-        """Two throwaway steps, then everything as before.
+    def _settle_buckets(self, example: Batch) -> None:
+        """Take two steps without updates, then restore the model's buffers.
 
-        DDP lays out its buckets anew after the first step, in the order gradients came in, and from three ranks up
-        another layout is another order of sums. A resumed run must not take its first step with the first layout.
+        After its first step DDP rebuilds its buckets in the order in which gradients arrived. From three ranks up, other
+        buckets mean another order of summation, so a resumed run must not take its first step with the initial buckets.
         """
         before = {name: tensor.clone() for name, tensor in self._plain.state_dict().items()}
         for _ in range(2):
@@ -124,22 +117,22 @@ class DdpEngine:
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
-        with autocast(self.device, self.precision):
+        with self.compute.autocast():
             logits: Tensor = self._plain(batch.images, batch.sample_keys)
             return logits
 
     def micro_step(self, loss: Loss, batch: Batch, *, last: bool) -> Outcome:
-        exchange = nullcontext() if last or self.model is self._plain else self._ddp.no_sync()
-        with exchange:
-            with autocast(self.device, self.precision):
+        all_reduce = nullcontext() if last or self.model is self._plain else self._ddp.no_sync()
+        with all_reduce:
+            with self.compute.autocast():
                 value, outcome = loss(self.model, batch)
             self.weights.scale_loss(value).backward()  # type: ignore[no-untyped-call]
         return outcome
 
     def step(self, lr: float | Tensor, *, step: int | Tensor) -> Tensor:
-        if self._untold:
-            self._untold = False
-            logger.debug("gradients: {:,} bytes all-reduced a step", self.reduced_bytes)
+        if self._log_bytes:
+            self._log_bytes = False
+            logger.debug("gradients: {:,} bytes all-reduced per step", self.reduced_bytes)
         norm = self.weights.step(lr, step=step)
         self.weights.zero_grad()
         return norm

@@ -7,22 +7,21 @@ loads at another world size. Instead, this engine reads and writes tensors where
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distributed.comm.all_gather import open_all_gather
 from distributed.comm.collectives import world_size
 from distributed.config.engines import DeepSpeed
 from distributed.config.sections import AdamW, Sgd
 from distributed.data.batch import Batch
 from distributed.engine import deepspeed_compat
-from distributed.engine.model_state import cast
+from distributed.engine.prepare import Compute, prepare
 from distributed.engine.protocol import Loss, Outcome
 from distributed.engine.sharding import LocalTensor, Replicated, load
 from distributed.errors import InputError
-from distributed.models.fused_batch_norm import synchronize_batch_norm
 from distributed.optim.ema import WeightEMA
 from distributed.optim.optimizer import decay_groups, initial_state
 
@@ -43,12 +42,10 @@ class DeepSpeedEngine:
         model: nn.Module,
         *,
         optim: Sgd | AdamW,
-        precision: str,
-        channels_last: bool,
-        device: torch.device,
+        compute: Compute,
         grad_accum_steps: int,
-        timeout_seconds: float,
     ) -> None:
+        device = compute.device
         for name in ("overlap_comm", "offload_optimizer"):
             if getattr(config, name) and device.type != "cuda":
                 raise InputError(
@@ -56,12 +53,12 @@ class DeepSpeedEngine:
                 )
         self.stage = config.zero_stage
         # DeepSpeed flattens parameters in the order of their indices, so they keep no other memory layout.
-        self.model = cast(model, precision=precision, channels_last=False, device=device)
-        if world_size() > 1:
-            self.model = synchronize_batch_norm(self.model, open_all_gather(device, timeout_seconds=timeout_seconds))
+        self.model = prepare(model, replace(compute, channels_last=False))
         self._parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         shapes = {name: p.shape for name, p in self._parameters.items()}  # stage 3 empties the parameters
-        settings = _settings(config, self.model, optim=optim, precision=precision, grad_accum_steps=grad_accum_steps)
+        settings = _settings(
+            config, self.model, optim=optim, precision=compute.precision, grad_accum_steps=grad_accum_steps
+        )
         optimizer = _optimizer(optim, self._parameters)
         self._deepspeed = deepspeed_compat.initialize(self.model, optimizer, settings, device)
         self._model_tensors = self._find_model_tensors(shapes)

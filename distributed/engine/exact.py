@@ -17,7 +17,8 @@ from distributed.config.engines import Ddp, Fsdp
 from distributed.config.sections import AdamW, Sgd
 from distributed.data.batch import Batch
 from distributed.engine.exact_layout import BlockReplicatedLayout, BlockShardedLayout
-from distributed.engine.model_state import Layout, ModelState, autocast, cast, low_type
+from distributed.engine.model_state import Layout, ModelState
+from distributed.engine.prepare import Compute, cast
 from distributed.engine.protocol import Loss, Outcome
 from distributed.exact.batch_norm import GraphSplit, SplittingBatchNorm, backward
 from distributed.exact.bucket_reduce import BucketReduceOpener
@@ -48,19 +49,16 @@ class ExactEngine:
         model: nn.Module,
         *,
         optim: Sgd | AdamW,
-        precision: str,
-        channels_last: bool,
-        device: torch.device,
+        compute: Compute,
         shards: int,
         workers: int,
-        timeout_seconds: float,
     ) -> None:
-        self.device, self.precision = device, precision
+        self.compute, timeout = compute, compute.timeout_seconds
         check_exact(model)
-        self._plain = cast(model, precision=precision, channels_last=channels_last, device=device)
-        gather = open_all_gather(device, timeout_seconds=timeout_seconds) if world_size() > 1 else None
+        self._plain = cast(model, compute)
+        gather = open_all_gather(compute.device, timeout_seconds=timeout) if world_size() > 1 else None
         parameters = [p for p in self._plain.parameters() if p.requires_grad]
-        low = low_type(precision)
+        low = compute.low_dtype
         self._sharded: ShardedWeights | None = None
         if isinstance(config, Fsdp) and world_size() > 1:
             reshard = config.reshard_after_forward
@@ -69,15 +67,15 @@ class ExactEngine:
             parameters,
             shards=shards,
             bucket_bytes=config.bucket_mib * 2**20 if isinstance(config, Ddp) else 2**20,
-            open_bucket_reduce=BucketReduceOpener(timeout_seconds=timeout_seconds),
+            open_bucket_reduce=BucketReduceOpener(timeout_seconds=timeout),
             local=list(self._sharded.local.values()) if self._sharded else None,
         )
         own_shards = self._reducer.own_shards
         gather_rows = StatisticsGather(gather, shards=shards)
         # Sharded weights are gathered on the first shard's stream, and other streams would not wait for it.
         self._executor = ShardExecutor(
-            len(own_shards), workers=workers, gather=partial(_synchronize, self._reducer, gather_rows), device=device,
-            own_streams=self._sharded is None,
+            len(own_shards), workers=workers, gather=partial(_synchronize, self._reducer, gather_rows),
+            device=compute.device, own_streams=self._sharded is None,
         )  # fmt: skip
         self._replicas = Replicas(
             self._plain, len(own_shards), low=low, gathered=self._sharded.gathered if self._sharded else None
@@ -98,7 +96,7 @@ class ExactEngine:
         layout: Layout = BlockReplicatedLayout(self._plain, shards=shards)
         if self._sharded:
             layout = BlockShardedLayout(self._sharded, self._plain, shards=shards)
-        self.weights = ModelState(optim, self._plain, precision=precision, layout=layout)
+        self.weights = ModelState(optim, self._plain, precision=compute.precision, layout=layout)
         # Operations on all of a rank's weights, e.g. norms, must not depend on its number of threads either.
         torch.set_num_threads(1)
 
@@ -107,7 +105,7 @@ class ExactEngine:
 
         def forward(local_shard: int) -> Tensor:
             shard = shards[local_shard]
-            with torch.no_grad(), autocast(self.device, self.precision):  # both are set per thread
+            with torch.no_grad(), self.compute.autocast():  # both are set per thread
                 logits: Tensor = self._replicas.models[local_shard](shard.images, shard.sample_keys)
                 return logits
 
@@ -118,7 +116,7 @@ class ExactEngine:
         shards = batch.shards()
 
         def forward_backward(local_shard: int) -> Outcome:
-            with autocast(self.device, self.precision):
+            with self.compute.autocast():
                 value, outcome = loss(self._replicas.models[local_shard], shards[local_shard])
             if self._sharded:  # a barrier: no backward pass starts before all forward passes have finished
                 self._executor.all_gather_rows(local_shard, value.detach().view(1), lambda rows: None)

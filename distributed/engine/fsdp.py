@@ -5,6 +5,7 @@ The optimizer works on this rank's local tensors only, which are plain tensors.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,15 +15,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from distributed.comm.all_gather import open_all_gather
 from distributed.comm.collectives import world_size
 from distributed.config.engines import Fsdp
 from distributed.config.sections import AdamW, Sgd
 from distributed.data.batch import Batch
-from distributed.engine.model_state import ModelState, autocast, cast, low_type
+from distributed.engine.model_state import ModelState
+from distributed.engine.prepare import Compute, prepare
 from distributed.engine.protocol import Loss, Outcome
 from distributed.engine.sharding import LocalTensor, Replicated
-from distributed.models.fused_batch_norm import synchronize_batch_norm
 
 
 class FsdpEngine:
@@ -38,18 +38,14 @@ class FsdpEngine:
         model: nn.Module,
         *,
         optim: Sgd | AdamW,
-        precision: str,
-        channels_last: bool,
-        device: torch.device,
-        timeout_seconds: float,
+        compute: Compute,
     ) -> None:
-        self.device, self.precision = device, precision
+        self.compute = compute
         # FSDP2 accepts contiguous parameters only, whatever the layout of the images.
-        model = cast(model, precision=precision, channels_last=False, device=device)
-        model = synchronize_batch_norm(model, open_all_gather(device, timeout_seconds=timeout_seconds))
-        mesh = init_device_mesh(device.type, (world_size(),))
+        model = prepare(model, replace(compute, channels_last=False))
+        mesh = init_device_mesh(compute.device.type, (world_size(),))
         # Weights are cast before they are gathered, instead of by autocast at each use. Gradients are summed in float32.
-        low = low_type(precision)
+        low = compute.low_dtype
         mixed_precision = MixedPrecisionPolicy(
             param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False
         )
@@ -61,16 +57,16 @@ class FsdpEngine:
             # A sum over ranks, not a mean: each rank's loss is already its contribution to the global mean.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-        self.weights = ModelState(optim, model, precision=precision, layout=FsdpLayout())
+        self.weights = ModelState(optim, model, precision=compute.precision, layout=FsdpLayout())
 
     def predict(self, batch: Batch) -> Tensor:
-        with torch.no_grad(), autocast(self.device, self.precision):
+        with torch.no_grad(), self.compute.autocast():
             logits: Tensor = self.model(batch.images, batch.sample_keys)
             return logits
 
     def micro_step(self, loss: Loss, batch: Batch, *, last: bool) -> Outcome:
         self.model.set_requires_gradient_sync(last)
-        with autocast(self.device, self.precision):
+        with self.compute.autocast():
             value, outcome = loss(self.model, batch)
         self.weights.scale_loss(value).backward()  # type: ignore[no-untyped-call]
         return outcome

@@ -1,7 +1,7 @@
 """The state that all engines share: weights, optimizer tensors, EMA and loss scale, however they are sharded."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -13,24 +13,6 @@ from distributed.optim import loss_scale
 from distributed.optim.ema import WeightEMA
 from distributed.optim.loss_scale import LossScale
 from distributed.optim.optimizer import Optimizer
-
-
-def cast(model: nn.Module, *, precision: str, channels_last: bool, device: torch.device) -> nn.Module:
-    """The model on its device, in the type and memory layout of its weights."""
-    dtype = torch.float64 if precision == "float64" else torch.float32
-    memory_format = torch.channels_last if channels_last else torch.preserve_format
-    return model.to(device, dtype).to(memory_format=memory_format)
-
-
-def low_type(precision: str) -> torch.dtype | None:
-    """What autocast casts to; None where nothing is cast."""
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """The precision of a forward pass."""
-    low = low_type(precision)
-    return torch.autocast(device.type, low) if low else nullcontext()
 
 
 class Layout(Protocol):

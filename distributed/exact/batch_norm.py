@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distributed.models.sync_batch_norm import AllGatherRows, Statistics, SyncBatchNorm, gradients
+from distributed.models.torch_compat import AnyBatchNorm
 
 
 class _Root(torch.autograd.Function):
@@ -52,9 +53,7 @@ class SplittingBatchNorm(SyncBatchNorm):
     splits: list[GraphSplit]
 
     @classmethod
-    def splitting(
-        cls, layer: nn.modules.batchnorm._BatchNorm, all_gather_rows: AllGatherRows, splits: list[GraphSplit]
-    ) -> Self:
+    def splitting(cls, layer: AnyBatchNorm, all_gather_rows: AllGatherRows, splits: list[GraphSplit]) -> Self:
         """Return a replacement for `layer` with the same parameters and buffers."""
         made = cls.of(layer, all_gather_rows)
         made.splits = splits

@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from distributed.models.torch_compat import AnyBatchNorm, AnyDropout, is_persistent
+
 
 def check_exact(model: nn.Module) -> None:
     """Check every layer of the model.
@@ -15,12 +17,12 @@ def check_exact(model: nn.Module) -> None:
 
 
 def _reason(module: nn.Module) -> str:
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if isinstance(module, AnyBatchNorm):
         return ""
-    if isinstance(module, nn.modules.dropout._DropoutNd | nn.RReLU | nn.FractionalMaxPool2d | nn.FractionalMaxPool3d):
+    if isinstance(module, AnyDropout | nn.RReLU | nn.FractionalMaxPool2d | nn.FractionalMaxPool3d):
         return "draws from a random generator, whose state depends on the processes; use KeyedDropout"
     buffers = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_floating_point()}
-    persistent = [name for name in buffers if name not in module._non_persistent_buffers_set]
+    persistent = [name for name in buffers if is_persistent(module, name)]
     if persistent:
         return (
             f"has the persistent buffer {persistent[0]}, which every shard would change; register it with "

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distributed.errors import ExitCode, InputError, StorageError
+from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.files import check_writable, home_path, write_output
 from distributed.inference.saved_run import choose_checkpoint, read_config, with_data_root, without_download
 from distributed.process import gc_pause
@@ -23,19 +23,17 @@ if TYPE_CHECKING:
 _NAMES = ("safetensors", "onnx", "torch.export")
 
 
+@prints_errors
 def main() -> int:
     """Return the exit code: 1 if a file's logits differ from the network's by more than the tolerance."""
     arguments = _parser().parse_args()
     out = arguments.out or arguments.run / "export"
-    try:
-        config = without_download(with_data_root(read_config(arguments.run), arguments.root))
-        checkpoint = choose_checkpoint(arguments.run, arguments.checkpoint)
-        names = _formats(arguments.format)
-        for name in ("model.safetensors", "model.json", "model.onnx", "model.pt2"):
-            check_writable("--out", out / name, regular=True)  # each is read back
-        return _export(config, checkpoint, names, out, tolerance=arguments.tolerance)
-    except (InputError, StorageError) as error:
-        return error.report()
+    config = without_download(with_data_root(read_config(arguments.run), arguments.root))
+    checkpoint = choose_checkpoint(arguments.run, arguments.checkpoint)
+    names = _formats(arguments.format)
+    for name in ("model.safetensors", "model.json", "model.onnx", "model.pt2"):
+        check_writable("--out", out / name, regular=True)  # each is read back
+    return _export(config, checkpoint, names, out, tolerance=arguments.tolerance)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,7 +96,7 @@ def _data_or_none(config: "TrainConfig") -> "DataPipeline | None":
 
 
 def _metadata(trained: "TrainedRun") -> dict[str, Any]:
-    """Return what a user of the exported files must know, as JSON."""
+    """Return the metadata stored with the exported files."""
     size = trained.image_size
     return {
         "architecture": trained.config.model.model_dump(mode="json"),

@@ -22,6 +22,7 @@ from distributed.data.pipeline import DataPipeline
 from distributed.engine.ddp import BucketSums, DdpEngine
 from distributed.engine.exact import ExactEngine
 from distributed.engine.fsdp import FsdpEngine
+from distributed.engine.prepare import Compute
 from distributed.engine.protocol import Engine
 from distributed.gpu_check import runs
 from distributed.gpu_check.checks import Checks
@@ -122,10 +123,8 @@ def _engines(checks: Checks, precision: str) -> None:
             data = build_data(config, Topology(), checks.device)
             example: dict[str, Any] = {"example": data.example()} if name == "ddp" else {}
             model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
-            engine = build(
-                model=model, optim=config.optim, precision=precision, channels_last=False, device=checks.device,
-                timeout_seconds=20.0, **example,
-            )  # fmt: skip
+            compute = Compute(precision, channels_last=False, device=checks.device, timeout_seconds=20.0)
+            engine = build(model=model, optim=config.optim, compute=compute, **example)
             figures[name] = _losses(engine, data, config)
         bound = 1e-9 if precision == "float64" else 2e-2
         for name in ("exact", "fsdp"):

@@ -5,11 +5,12 @@ import sys
 import time
 from pathlib import Path
 
-from distributed.errors import ExitCode, InputError
+from distributed.errors import ExitCode, prints_errors
 from distributed.files import home_path
 from distributed.process.streams import run_command
 
 
+@prints_errors
 def main() -> int:
     """Run one subcommand. For bad input print one line to stderr and return 2."""
     parser = argparse.ArgumentParser(prog="python -m distributed.gpu_pack", description=__doc__)
@@ -31,11 +32,7 @@ def main() -> int:
     passed = commands.add_parser("passed", help="exit with code 2 unless every step of a check passed on a GPU")
     passed.add_argument("lines", type=home_path, help="gpu_check.jsonl of the check")
     arguments = parser.parse_args()
-    try:
-        _run(arguments)
-    except InputError as error:
-        error.report()
-        return ExitCode.BAD_INPUT
+    _run(arguments)
     return ExitCode.FINISHED
 
 

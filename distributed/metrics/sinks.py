@@ -16,7 +16,8 @@ from distributed.metrics.event_file import EventFile
 from distributed.metrics.records import EpochMetrics, Sink, TrainMetrics
 from distributed.process.optional_output import OptionalOutput
 from distributed.run.claim import ClaimedRun
-from distributed.run.records import EpochRecord, Record, TrainRecord
+from distributed.run.metrics_file import EpochRecord, TrainRecord
+from distributed.run.records import Record
 
 
 class JsonLines:

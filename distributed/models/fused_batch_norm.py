@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from distributed.models.sync_batch_norm import SyncBatchNorm, convert_batch_norm, one_shard_per_rank
+from distributed.models.torch_compat import AnyBatchNorm
 
 
 class _FusedBatchNorm(torch.autograd.Function):
@@ -96,7 +97,7 @@ def synchronize_batch_norm(model: nn.Module, gather: Callable[[Tensor], Tensor])
     """
     all_gather_rows = one_shard_per_rank(gather)
 
-    def synchronized(layer: nn.modules.batchnorm._BatchNorm) -> nn.Module:
+    def synchronized(layer: AnyBatchNorm) -> nn.Module:
         on_cuda = layer.running_mean is not None and layer.running_mean.is_cuda
         return (FusedSyncBatchNorm if on_cuda else SyncBatchNorm).of(layer, all_gather_rows)
 

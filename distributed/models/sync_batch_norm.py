@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from distributed.comm.reduction_tree import tree_sum
+from distributed.models.torch_compat import AnyBatchNorm, NormBase, share_tensors
 
 T = TypeVar("T")
 
@@ -116,7 +117,7 @@ class _Normalized(torch.autograd.Function):
         return *found, None, None, None, None
 
 
-class SyncBatchNorm(nn.modules.batchnorm._NormBase):
+class SyncBatchNorm(NormBase):
     """`BatchNorm1d/2d/3d` over all shards in training. Evaluation and state are the same as theirs.
 
     Gradients of weight and bias are this shard's sums; the engine sums them over shards, as for any other parameter.
@@ -125,7 +126,7 @@ class SyncBatchNorm(nn.modules.batchnorm._NormBase):
     all_gather_rows: AllGatherRows
 
     @classmethod
-    def of(cls, layer: nn.modules.batchnorm._BatchNorm, all_gather_rows: AllGatherRows) -> Self:
+    def of(cls, layer: AnyBatchNorm, all_gather_rows: AllGatherRows) -> Self:
         """Return a synchronized replacement for `layer` that shares its parameters and buffers.
 
         Raises:
@@ -135,7 +136,8 @@ class SyncBatchNorm(nn.modules.batchnorm._NormBase):
             raise ValueError(f"{layer}: synchronized batch norm needs affine=True and track_running_stats=True")
         sync = cls(layer.num_features, eps=layer.eps, momentum=layer.momentum, device="meta")
         sync.all_gather_rows = all_gather_rows
-        sync._parameters, sync._buffers, sync.training = layer._parameters, layer._buffers, layer.training
+        sync.training = layer.training
+        share_tensors(layer, sync)
         return sync
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,10 +175,10 @@ class SyncBatchNorm(nn.modules.batchnorm._NormBase):
         return statistics
 
 
-def convert_batch_norm(model: nn.Module, convert: Callable[[nn.modules.batchnorm._BatchNorm], nn.Module]) -> nn.Module:
+def convert_batch_norm(model: nn.Module, convert: Callable[[AnyBatchNorm], nn.Module]) -> nn.Module:
     """Replace every `BatchNorm1d/2d/3d` inside the model by the layer that `convert` returns for it; return the model."""
     for name, child in model.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+        if isinstance(child, AnyBatchNorm):
             setattr(model, name, convert(child))
         else:
             convert_batch_norm(child, convert)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 
-from distributed.errors import ExitCode, InputError, StorageError
+from distributed.errors import ExitCode, prints_errors
 from distributed.files import check_writable, home_path, write_output
 from distributed.inference.saved_run import has_data_root, with_data_root, without_download
 from distributed.process import logs
@@ -21,6 +21,7 @@ from distributed.report.narrative import dataset_name
 from distributed.report.page import Html, page, text
 
 
+@prints_errors
 def main() -> int:
     """Write the page, print its path and size, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m distributed.report", description=__doc__)
@@ -33,18 +34,12 @@ def main() -> int:
     arguments = parser.parse_args()
     logs.terminal_logs(0, level="WARNING")
     out = arguments.out or (arguments.runs[0] / "report.html" if len(arguments.runs) == 1 else Path("report.html"))
-    try:
-        runs = [read_history(run) for run in arguments.runs]
-        check_writable("--out", out)
-    except InputError as error:
-        return error.report()
+    runs = [read_history(run) for run in arguments.runs]
+    check_writable("--out", out)
     runs = _with_unique_names([_with_root(run, arguments.root) for run in runs])
-    try:
-        content = _page(runs, checkpoint=arguments.checkpoint).encode()
-        with requested_output("--out", out):
-            write_output(out, content)
-    except (InputError, StorageError) as error:
-        return error.report()
+    content = _page(runs, checkpoint=arguments.checkpoint).encode()
+    with requested_output("--out", out):
+        write_output(out, content)
     print(f"{out} ({len(content) / 2**20:.1f} MiB)")
     return ExitCode.FINISHED
 

@@ -18,11 +18,11 @@ from loguru import logger
 
 from distributed.config import TrainConfig, as_toml
 from distributed.errors import ExitCode, InputError, StorageError
-from distributed.files import open_regular, read_object, replace_json, replace_text, storing, sync_folder
+from distributed.files import open_regular, replace_json, replace_text, storing, sync_folder
 from distributed.host.versions import git_state, versions
 from distributed.run.folder import RunFolder
-from distributed.run.lock_holder import acquire_lock, holder_record
-from distributed.run.records import AttemptRecord, Record, Status
+from distributed.run.lock_holder import acquire_lock, this_process
+from distributed.run.records import AttemptRecord, Holder, Record, Status
 from distributed.topology import host
 
 LOCK_WAIT_SECONDS = 30.0
@@ -59,7 +59,7 @@ class ClaimedRun(RunFolder):
             run.checkpoints.mkdir(exist_ok=True)
             acquire_lock(run._lock, record=run._attempt_file, seconds=LOCK_WAIT_SECONDS)
             run._progress["saved_step"] = run.saved_step()
-            replace_json(run._attempt_file, {"token": run.token} | holder_record())
+            replace_json(run._attempt_file, this_process(run.token).as_json())
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             raise InputError(
@@ -69,16 +69,14 @@ class ClaimedRun(RunFolder):
 
     def check_token(self) -> None:
         """Raise StorageError if another attempt has claimed the folder, or the folder was removed."""
-        holder = read_object(self._attempt_file)
-        if "token" not in holder:  # on a network file system perhaps only for a moment
+        holder = Holder.read(self._attempt_file)
+        if holder.token is None:  # on a network file system perhaps only for a moment
             time.sleep(0.1)
-            holder = read_object(self._attempt_file)
-        if holder.get("token") == self.token:
+            holder = Holder.read(self._attempt_file)
+        if holder.token == self.token:
             return
-        if "token" in holder:
-            raise StorageError(
-                f"{self.path} was taken over by process {holder.get('pid')} on {holder.get('host')}; this attempt ends"
-            )
+        if holder.token is not None:
+            raise StorageError(f"{self.path} was taken over by {holder}; this attempt ends")
         if not self.path.is_dir():
             raise StorageError(
                 f"{self.path}: the run folder was removed while the run was writing there; this attempt ends"

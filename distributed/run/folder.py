@@ -48,7 +48,7 @@ class RunFolder:
         return saved and saved.content
 
     def has_saved(self) -> bool:
-        """Whether a checkpoint was ever committed here, although none may be left."""
+        """Whether a checkpoint was ever committed here, even if none is left."""
         damaged_too = checkpoint_layout.saved_or_damaged(self.checkpoints)
         return bool(self.saved_step() or damaged_too or read_saves(self.digests_file))
 
@@ -84,6 +84,6 @@ def config_in(state: dict[str, Any], *, where: Path | str, option: str) -> Train
         return from_saved(state["config"])
     except InputError as error:
         raise InputError(
-            f"{where}: the newest was saved under a config that this version cannot read ({error.lines[0]}); "
-            f"give another {option}, or use the version it is of"
+            f"{where}: the newest checkpoint has a config that this version cannot read ({error.lines[0]}); "
+            f"give another {option}, or use the version that wrote it"
         ) from None

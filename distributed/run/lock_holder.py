@@ -10,13 +10,13 @@ import re
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from filelock import BaseFileLock, Timeout
 from loguru import logger
 
 from distributed.errors import InputError
-from distributed.files import read_object
+from distributed.run.records import Holder, SlurmRecord
 from distributed.topology import boot_id, host, slurm_job
 
 _RECORD_SECONDS = 10.0  # a new holder writes its record some time after it has acquired the lock
@@ -26,18 +26,25 @@ _ACTIVE_STATES = {
 }  # fmt: skip
 
 
-def holder_record() -> dict[str, Any]:
+def this_process(token: str | None = None) -> Holder:
     """Describe this process, so that a later process can find out whether it has ended."""
-    pid, (name, machine, namespace) = os.getpid(), _location()
-    process = {"pid": pid, "host": name, "machine": machine, "pid_namespace": namespace, "began": _start_time(pid)}
-    return process | {"slurm": job._asdict() if (job := slurm_job()) else {}}
+    pid, (name, machine, namespace), job = os.getpid(), _location(), slurm_job()
+    return Holder(
+        **({"token": token} if token else {}),
+        pid=pid,
+        host=name,
+        machine=machine,
+        pid_namespace=namespace,
+        began=_start_time(pid),
+        slurm=SlurmRecord(**job._asdict()) if job else SlurmRecord(),
+    )
 
 
 def acquire_lock(lock: BaseFileLock, *, record: Path, seconds: float) -> None:
     """Acquire the lock, waiting a while for a holder that is shutting down.
 
     Args:
-        record: file with the holder's record, in the folder of the lock.
+        record: attempt.json, in the folder of the lock.
 
     Raises:
         InputError: another process holds the lock, and is not known to have ended.
@@ -46,51 +53,47 @@ def acquire_lock(lock: BaseFileLock, *, record: Path, seconds: float) -> None:
         lock.acquire(timeout=0)
         return
     except Timeout:
-        holder = read_object(record)
-    logger.warning("{} is held by {}; waiting {:.0f} s for it to end", record.parent, _describe(holder), seconds)
+        holder = Holder.read(record)
+    logger.warning("{} is held by {}; waiting {:.0f} s for it to end", record.parent, holder, seconds)
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         inode = _inode(lock.lock_file)
         if _try_acquire(lock, min(left, _RECORD_SECONDS, seconds / 3)):
             return
-        previous, holder = holder, read_object(record)
+        previous, holder = holder, Holder.read(record)
         if holder == previous and (why := why_ended(holder)):
-            logger.warning("{}: taken over from {}: {}", lock.lock_file, _describe(holder), why)
+            logger.warning("{}: taken over from {}: {}", lock.lock_file, holder, why)
             _remove(Path(lock.lock_file), inode)
             if _try_acquire(lock, 0):
                 return
     raise InputError(
-        f"run_dir = {record.parent}: another run is writing there ({_describe(holder)}); wait for it, end it, or give "
+        f"run_dir = {record.parent}: another run is writing there ({holder}); wait for it, end it, or give "
         f"another --run_dir; if that process has certainly ended, remove {lock.lock_file}"
     )
 
 
-def why_ended(holder: dict[str, Any]) -> str:
-    """Return how it is known that the process of this record has ended; empty if it may be running."""
-    pid, slurm, location = holder.get("pid"), holder.get("slurm"), ("host", "machine", "pid_namespace")
-    if (
-        isinstance(pid, int)
-        and 0 < pid < 2**31
-        and all(holder.get(key) == own for key, own in zip(location, _location(), strict=True))
-    ):
-        return f"process {pid} has ended" if _has_ended(pid, holder.get("began")) else ""
-    return _why_slurm_job_ended(slurm) if isinstance(slurm, dict) else ""
+def why_ended(holder: Holder) -> str:
+    """Return how it is known that this process has ended; empty if it may be running."""
+    pid = holder.pid
+    if pid is not None and 0 < pid < 2**31 and (holder.host, holder.machine, holder.pid_namespace) == _location():
+        return f"process {pid} has ended" if _has_ended(pid, holder.began) else ""
+    return _why_slurm_job_ended(holder.slurm) if holder.slurm else ""
 
 
-def _why_slurm_job_ended(job: dict[str, Any]) -> str:
-    number, restarts, ours = str(job.get("job", "")), job.get("restarts"), slurm_job()
-    if not number.isdecimal() or not isinstance(restarts, int):
+def _why_slurm_job_ended(job: SlurmRecord) -> str:
+    ours = slurm_job()
+    if job.job is None or not job.job.isdecimal() or job.restarts is None:
         return ""
-    if (ours.cluster if ours else "") != job.get("cluster", ""):
+    if (ours.cluster if ours else "") != (job.cluster or ""):
         return ""  # job ids of another cluster mean other jobs
-    if ours and ours.job == number:
-        return f"Slurm has restarted job {number}" if restarts < ours.restarts else ""
-    state, restarts_now = _query_slurm(number)
+    if ours and ours.job == job.job:
+        return f"Slurm has restarted job {job.job}" if job.restarts < ours.restarts else ""
+    state, restarts = _query_slurm(job.job)
     if state == "NONE":
-        return f"Slurm no longer knows job {number}"
+        return f"Slurm no longer knows job {job.job}"
     if state and state not in _ACTIVE_STATES:
-        return f"Slurm says that job {number} is {state}"
-    return f"Slurm has restarted job {number}" if state and restarts_now > restarts else ""
+        return f"Slurm says that job {job.job} is {state}"
+    return f"Slurm has restarted job {job.job}" if state and restarts > job.restarts else ""
 
 
 class JobState(NamedTuple):
@@ -146,12 +149,6 @@ def _inode(file: str | Path) -> int:
         return os.stat(file).st_ino
     except OSError:
         return 0
-
-
-def _describe(holder: dict[str, Any]) -> str:
-    slurm = holder.get("slurm")
-    job = f" in Slurm job {slurm['job']}" if isinstance(slurm, dict) and slurm.get("job") else ""
-    return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}{job}"
 
 
 def _location() -> tuple[str, str, int]:

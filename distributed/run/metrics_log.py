@@ -5,11 +5,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
-from distributed.run.records import EpochRecord, TrainRecord, read_metrics
+from distributed.run.metrics_file import EpochRecord, TrainRecord, read_metrics
 
 MAX_EPOCHS = 10**9  # a larger number is damage
 
 Figure = Literal["accuracy", "loss"]
+FIGURES: tuple[Figure, ...] = ("accuracy", "loss")
 
 
 class Point(NamedTuple):

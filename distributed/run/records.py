@@ -1,4 +1,4 @@
-"""Records in the files of a run folder: status.json, attempts.jsonl, metrics.jsonl, digests.jsonl. Imports no torch.
+"""Records in the files of a run folder: status.json, attempt.json, attempts.jsonl, digests.jsonl. Imports no torch.
 
 Readers skip damaged lines, e.g. the incomplete last line of a killed run. Fields that older versions did not write are None.
 """
@@ -6,16 +6,22 @@ Readers skip damaged lines, e.g. the incomplete last line of a killed run. Field
 import json
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+)
 
 from distributed.errors import InputError
 from distributed.files import lines_of, read_object
 
 _TIME = "%Y-%m-%dT%H:%M:%S%z"
 
-# Fields that no reader relies on: a value of another type is read as None, and does not invalidate the record.
+# Lenient fields: a value of another type is read as None, and does not invalidate the record.
 Text = Annotated[str | None, PlainValidator(lambda value: value if isinstance(value, str) else None)]
 Integer = Annotated[int | None, PlainValidator(lambda value: value if isinstance(value, int) else None)]
 Number = Annotated[float | None, PlainValidator(lambda value: value if isinstance(value, int | float) else None)]
@@ -31,8 +37,16 @@ class Record(BaseModel):
         return self.model_dump(exclude_unset=True)
 
 
-class Status(Record):
-    """status.json: state and progress of the latest attempt. All fields are None if there was none."""
+class FileRecord(Record):
+    """The content of a JSON file. All fields are lenient, so they are None if the file is missing or damaged."""
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        return cls.model_validate(read_object(file))
+
+
+class Status(FileRecord):
+    """status.json: state and progress of the latest attempt."""
 
     status: Text = None  # running, finished, stopped or failed
     time: Text = None
@@ -45,9 +59,35 @@ class Status(Record):
     saved_step: Integer = None
     epoch: Integer = None
 
+
+class SlurmRecord(Record):
+    """The Slurm job of a process."""
+
+    job: Text = None
+    restarts: Integer = None
+    cluster: Text = None
+
+
+class Holder(FileRecord):
+    """attempt.json: the process that may write, and the data to tell whether it has ended."""
+
+    token: Text = None
+    pid: Integer = None
+    host: Text = None
+    machine: Text = None  # boot id
+    pid_namespace: Integer = None
+    began: Text = None  # kernel ticks
+    slurm: SlurmRecord | None = None
+
+    @field_validator("slurm", mode="before")
     @classmethod
-    def read(cls, file: Path) -> Self:
-        return cls.model_validate(read_object(file))
+    def _check_slurm(cls, slurm: Any) -> Any:
+        return slurm if isinstance(slurm, dict | SlurmRecord) else None
+
+    def __str__(self) -> str:
+        job = f" in Slurm job {self.slurm.job}" if self.slurm and self.slurm.job else ""
+        pid, host = "?" if self.pid is None else self.pid, self.host or "?"
+        return f"process {pid} on {host}{job}"
 
 
 class AttemptRecord(Record):
@@ -89,65 +129,6 @@ class AttemptRecord(Record):
         return bits
 
 
-class SplitRecord(Record):
-    """Metrics of one evaluated split."""
-
-    loss: Number = None
-    accuracy: Number = None
-    accuracy5: Number = None
-
-
-def _split_or_none(value: Any) -> Any:
-    return value if isinstance(value, dict | SplitRecord) else None
-
-
-class TrainRecord(Record):
-    """A line of metrics.jsonl: means over the training steps since the previous such line."""
-
-    kind: Literal["train"]
-    data: Text = None
-    epoch: int
-    step: int
-    loss: Number = None
-    accuracy: Number = None
-    lr: Number = None
-    grad_norm: Number = None
-    images_per_second: Number = None
-    data_wait: Number = None
-    memory_mib: Number = None
-    eta_seconds: Number = None
-    skipped_steps: Integer = None
-
-
-class EpochRecord(Record):
-    """A line of metrics.jsonl: means over the training steps of an epoch, and the evaluated splits."""
-
-    kind: Literal["epoch"]
-    data: Text = None
-    epoch: int
-    step: int
-    lr: Number = None
-    train_loss: Number = None
-    train_accuracy: Number = None
-    validation: SplitRecord | None = None
-    test: SplitRecord | None = None
-    is_best: bool = False
-    seconds: Number = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _nest_splits(cls, content: Any) -> Any:
-        """Read `validation_accuracy`, as older versions wrote it, as `validation.accuracy`; a damaged split as None."""
-        if not isinstance(content, dict):
-            return content
-        nested = dict(content)
-        for split in ("validation", "test"):
-            flat = {name: content[f"{split}_{name}"] for name in ("accuracy", "loss") if f"{split}_{name}" in content}
-            if not isinstance(content.get(split), dict | SplitRecord) and (split in content or flat):
-                nested[split] = flat or None
-        return nested
-
-
 class SaveRecord(Record):
     """A line of digests.jsonl: the digest of each tensor of a checkpoint, by name."""
 
@@ -169,49 +150,34 @@ class SaveRecord(Record):
 R = TypeVar("R", bound=Record)
 
 
-def read_metrics(file: Path) -> list[TrainRecord | EpochRecord]:
-    """Read metrics.jsonl.
+def read_attempts(file: Path) -> list[AttemptRecord]:
+    """Read attempts.jsonl.
 
     Raises:
-        InputError: the file exists and cannot be read; also below.
+        InputError: the file exists and cannot be read.
     """
-    found: list[TrainRecord | EpochRecord] = []
-    for line in _objects(file):
-        record = _parse(line, EpochRecord) if line.get("kind") == "epoch" else _parse(line, TrainRecord)
-        if record:
-            found.append(record)
-    return found
-
-
-def read_steps(file: Path) -> list[TrainRecord]:
-    """Read the lines of training steps of metrics.jsonl."""
-    return [record for record in read_metrics(file) if isinstance(record, TrainRecord)]
-
-
-def read_epochs(file: Path) -> list[EpochRecord]:
-    """Read the lines of epochs of metrics.jsonl."""
-    return [record for record in read_metrics(file) if isinstance(record, EpochRecord)]
-
-
-def read_attempts(file: Path) -> list[AttemptRecord]:
-    """Read attempts.jsonl."""
-    return [record for line in _objects(file) if (record := _parse(line, AttemptRecord))]
+    return [record for line in read_objects(file) if (record := parse(line, AttemptRecord))]
 
 
 def read_saves(file: Path) -> list[SaveRecord]:
-    """Read digests.jsonl."""
-    return [record for line in _objects(file) if (record := _parse(line, SaveRecord))]
+    """Read digests.jsonl. Raises as `read_attempts`."""
+    return [record for line in read_objects(file) if (record := parse(line, SaveRecord))]
 
 
-def _parse(line: dict[str, Any], kind: type[R]) -> R | None:
+def parse(line: dict[str, Any], kind: type[R]) -> R | None:
+    """Return the line as a record of this type; None if it is damaged."""
     try:
         return kind.model_validate(line)
     except ValidationError:
         return None
 
 
-def _objects(file: Path) -> list[dict[str, Any]]:
-    """The lines of a file that are JSON objects."""
+def read_objects(file: Path) -> list[dict[str, Any]]:
+    """Return the lines of a file that are JSON objects.
+
+    Raises:
+        InputError: the file exists and cannot be read.
+    """
     try:
         texts = list(lines_of(file))
     except OSError as error:

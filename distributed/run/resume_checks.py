@@ -19,7 +19,7 @@ from distributed.run.checkpoint_layout import (
     newest_complete,
 )
 from distributed.run.folder import RunFolder, config_in
-from distributed.run.saved_state import check_state, is_at_end, trained_epochs
+from distributed.run.saved_state import check_state, is_at_end, trained_so_far
 
 
 def check_run_folder(config: TrainConfig) -> SavedState | None:
@@ -39,13 +39,13 @@ def check_run_folder(config: TrainConfig) -> SavedState | None:
     saved = run.newest_saved()
     if saved:
         check_saved(saved.content, saved.checkpoint, config=config)
-    elif not config.checkpoint.upload_to:  # the store may have what is lost here
+    elif not config.checkpoint.upload_to:  # otherwise the object store may still have one
         run.check_not_lost()
     return saved
 
 
 def is_finished(config: TrainConfig, saved: SavedState | None) -> bool:
-    """Whether the run in the config's folder has finished: its newest saved state, also complete, is that of its end."""
+    """Whether the run in the config's folder has finished: its newest checkpoint is complete and at the end of the run."""
     run = RunFolder(config.run_dir)
     if saved is None or run.status().status != "finished" or not is_at_end(saved.content, config):
         return False
@@ -90,7 +90,7 @@ def check_saved(content: dict[str, Any], checkpoint: Path, *, config: TrainConfi
         check_state(content, saved, images=images)
     except ValueError as error:
         raise InputError(f"{checkpoint}: {error}; {remedy}") from None
-    epochs, steps = trained_epochs(content)
+    epochs, steps = trained_so_far(content)
     if (epochs, steps) > (config.epochs, 0):
         trained = f"{epochs} epoch{'s' if epochs != 1 else ''}" + (f" and {steps} steps" if steps else "")
         raise InputError(

@@ -7,13 +7,14 @@ import argparse
 from pathlib import Path
 
 from distributed.config.layers import shown
-from distributed.errors import ExitCode, InputError
+from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.files import home_path
 from distributed.process.streams import run_command
 from distributed.runs.outcome import outcome_of, runs_below
 from distributed.runs.table import HEADINGS, cells, in_columns
 
 
+@prints_errors
 def main() -> int:
     """Return the exit code: 0, or 2 if the folder holds no runs."""
     parser = argparse.ArgumentParser(prog="python -m distributed.runs", description=__doc__)
@@ -21,11 +22,7 @@ def main() -> int:
         "folder", nargs="?", type=home_path, default=Path("runs"), metavar="FOLDER", help="default: runs"
     )
     folder = parser.parse_args().folder
-    try:
-        runs = _find_runs(folder)
-    except InputError as error:
-        error.report()
-        return ExitCode.BAD_INPUT
+    runs = _find_runs(folder)
     rows = [[_name(run, folder), *cells(outcome_of(run))] for run in runs]
     print(*in_columns([["run", *HEADINGS], *rows]), sep="\n")
     return ExitCode.FINISHED

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from distributed.config.toml_file import from_file
 from distributed.errors import InputError
-from distributed.files import read_object
 from distributed.run.folder import RunFolder
 from distributed.run.lock_holder import why_ended
 from distributed.run.metrics_log import MAX_EPOCHS, MetricsLog, Point
-from distributed.run.records import Status
+from distributed.run.records import Holder, Status
 
 _MARKS = {"status.json", "attempts.jsonl", "config.toml"}
 _INNER = {"checkpoints", "tensorboard", "logs", "profile", "export", "ray", "slurm"}
@@ -76,7 +75,7 @@ def _status(status: Status, run: Path) -> str:
     recorded = _printable(status.status)
     return (
         "interrupted"
-        if recorded == "running" and why_ended(read_object(run / "attempt.json"))
+        if recorded == "running" and why_ended(Holder.read(run / "attempt.json"))
         else recorded or "unknown"
     )
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from distributed.config import from_command_line
-from distributed.errors import ExitCode, InputError
+from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.process.streams import run_command
 from launch.address import free_port, resolve_address
 from launch.doctor.collect import report_of_this_machine, reports_of_job
@@ -35,28 +35,25 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
+@prints_errors
 def main() -> int:
     """Return the exit code: 0 for go, 1 for no go, 2 for bad input."""
     options, settings = parser().parse_known_args()
-    try:
-        _check_options(options)
-        run_dir = from_command_line(settings).config.run_dir
-        expected, states, gpus = [step_node().name], dict[str, str](), options.gpus
-        if in_job():
-            allocation = Allocation.from_environment()
-            expected, gpus = job_nodes(allocation), options.gpus or allocation.gpus
-            answers = _examine_job(options, settings, run_dir, allocation.job, expected)
-            states = node_states(allocation.node_list)
-            for node, reason in answers.silent.items():
-                answers.silent[node] = f"{reason}; its state in Slurm is {states.get(node, 'unknown')}"
-        else:
-            port = options.port or free_port(0)
-            with _token(run_dir) as token:
-                arguments = _probe_arguments("127.0.0.1", port, token, options.seconds, settings)
-                answers = report_of_this_machine(arguments, expected[0], seconds=options.seconds)
-    except InputError as error:
-        error.report()
-        return ExitCode.BAD_INPUT
+    _check_options(options)
+    run_dir = from_command_line(settings).config.run_dir
+    expected, states, gpus = [step_node().name], dict[str, str](), options.gpus
+    if in_job():
+        allocation = Allocation.from_environment()
+        expected, gpus = job_nodes(allocation), options.gpus or allocation.gpus
+        answers = _examine_job(options, settings, run_dir, allocation.job, expected)
+        states = node_states(allocation.node_list)
+        for node, reason in answers.silent.items():
+            answers.silent[node] = f"{reason}; its state in Slurm is {states.get(node, 'unknown')}"
+    else:
+        port = options.port or free_port(0)
+        with _token(run_dir) as token:
+            arguments = _probe_arguments("127.0.0.1", port, token, options.seconds, settings)
+            answers = report_of_this_machine(arguments, expected[0], seconds=options.seconds)
     reports = list(answers.reports.values())
     failures = diagnose(
         reports, expected, several=len(expected) > 1, gpus=gpus, free_gib=options.free_gib, silent=answers.silent

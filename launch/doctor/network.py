@@ -7,8 +7,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from distributed.comm.torch_compat import PrefixStore, Store, TCPStore
 from distributed.errors import InputError
 from launch.address import local_route
 from launch.doctor.reports import Network

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distributed.errors import ExitCode, InputError
+from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.files import replace_text
 from distributed.host.shipped import shipped
 from distributed.process.streams import run_command
@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
+@prints_errors
 def main() -> int:
     """Return the exit code: 0 if submitted or printed, 2 for bad input, else that of sbatch."""
     arguments = sys.argv[1:]
@@ -69,9 +70,6 @@ def main() -> int:
         if file and not options.dry_run:
             file.parent.mkdir(parents=True, exist_ok=True)
             replace_text(file, "".join(shlex.join(one) + "\n" for one in trainings))
-    except InputError as error:
-        error.report()
-        return ExitCode.BAD_INPUT
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}; give another --run_dir", file=sys.stderr)
         return ExitCode.BAD_INPUT

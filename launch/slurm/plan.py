@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distributed.config import TrainConfig, from_command_line
 from distributed.config.named import config_file
-from distributed.errors import ExitCode, InputError
+from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.host.cpu_quota import within_quota
 from distributed.topology import Topology
 from distributed.train import checked_config
@@ -19,31 +19,28 @@ from launch.environment import Allocation
 from launch.sweep_arguments import task_arguments
 
 
+@prints_errors
 def main() -> int:
     """Return the exit code: 0, or 2 for bad input."""
     given = sys.argv[2:]
-    try:
-        if len(sys.argv) < 2:
-            raise InputError(
-                "command line: the address is missing; the batch script gives it: sbatch slurm/train.sh CONFIG"
-            )
-        allocation = Allocation.from_environment()
-        if allocation.missing_folder:
-            check_config_path(given, allocation.missing_folder)
-        arguments = task_arguments(given, allocation.array_task)
-        if allocation.missing_folder:
-            check_setting_paths(arguments, allocation.missing_folder)
-        world_size = allocation.nodes * allocation.ranks
-        config, finished = checked_config(arguments, Topology(world_size=world_size))
-        if finished:
-            print(f"{config.run_dir}: this run is finished; nothing is left to do", file=sys.stderr)
-            return ExitCode.FINISHED
-        check_batch(config, world_size)
-        address = resolve_address(sys.argv[1], nodes=allocation.nodes)
-        port = free_port(allocation.job)
-    except InputError as error:
-        error.report()
-        return ExitCode.BAD_INPUT
+    if len(sys.argv) < 2:
+        raise InputError(
+            "command line: the address is missing; the batch script gives it: sbatch slurm/train.sh CONFIG"
+        )
+    allocation = Allocation.from_environment()
+    if allocation.missing_folder:
+        check_config_path(given, allocation.missing_folder)
+    arguments = task_arguments(given, allocation.array_task)
+    if allocation.missing_folder:
+        check_setting_paths(arguments, allocation.missing_folder)
+    world_size = allocation.nodes * allocation.ranks
+    config, finished = checked_config(arguments, Topology(world_size=world_size))
+    if finished:
+        print(f"{config.run_dir}: this run is finished; nothing is left to do", file=sys.stderr)
+        return ExitCode.FINISHED
+    check_batch(config, world_size)
+    address = resolve_address(sys.argv[1], nodes=allocation.nodes)
+    port = free_port(allocation.job)
     if not config.threads:  # share the job's cores; the process itself may be allowed more of them
         arguments += ["--threads", str(max(1, within_quota(allocation.cpus) // allocation.ranks))]
     fields = (config.run_dir.absolute(), address, port, allocation.ranks, allocation.cpus, *arguments)
@@ -95,7 +92,7 @@ def check_batch(config: TrainConfig, world_size: int) -> None:
     if world_size > micro_batch:
         raise InputError(
             f"global_batch_size = {config.global_batch_size} with grad_accum_steps = {config.grad_accum_steps} gives "
-            f"micro-batches of {micro_batch} images, fewer than the {world_size} processes; raise it, or ask for fewer nodes "
+            f"micro-batches of {micro_batch} images, fewer than the {world_size} processes; raise it, or request fewer nodes "
             "or GPUs"
         )
 

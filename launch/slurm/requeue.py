@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from distributed.errors import ExitCode, InputError
+from distributed.errors import ExitCode, prints_errors
 from distributed.files import append_line, home_path, read_object, replace_json
 from distributed.run.folder import RunFolder
 from distributed.run.records import AttemptRecord, read_attempts
@@ -81,6 +81,7 @@ class Journal:
         replace_json(self._file, {"begun": begun, "endings": self._endings})
 
 
+@prints_errors
 def main() -> int:
     """Print verdict, exit code, reason and comment, one per line."""
     parser = argparse.ArgumentParser(prog="python -m launch.slurm.requeue", description=__doc__)
@@ -96,9 +97,6 @@ def main() -> int:
             print(journal.comment)
             return ExitCode.FINISHED
         decision = journal.end(options.signal, Allocation.from_environment())
-    except InputError as error:
-        error.report()
-        return ExitCode.BAD_INPUT
     except OSError as error:
         print(f"error: {options.run}: {error}; the job is not requeued", file=sys.stderr)
         return ExitCode.STORAGE

@@ -1,4 +1,4 @@
-"""Damaged run folders and checkpoints, each with a name: a clear line, the right exit code, nothing lost."""
+"""Damaged run folders and checkpoints: each gives one clear line and the right exit code, and nothing is lost."""
 
 import json
 import os
@@ -23,21 +23,21 @@ SETTINGS = (
 )  # fmt: skip
 KINDS = {
     "empty": b"",
-    "cut": b'{"status": "fin',
+    "truncated": b'{"status": "fin',
     "a list": b"[]",
     "null": b"null",
     "a number": b"5",
     "a text": b'"x"',
     "no UTF-8": b"\xff\xfe\x00\x01",
-    "nested without end": b"[" * 5000,
+    "deeply nested": b"[" * 5000,
     "an empty object": b"{}",
-    "an object of others": b'{"status": 3, "kind": "epoch", "event": [], "name": 1, "step": "x", "time": 0}',
+    "an object with other values": b'{"status": 3, "kind": "epoch", "event": [], "name": 1, "step": "x", "time": 0}',
 }
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One epoch of three steps, with a checkpoint a step."""
+    """One epoch of three steps, with a checkpoint per step."""
     folder = tmp_path_factory.mktemp("abuse") / "run"
     found = call("train", *SETTINGS, "--run_dir", folder, "--epochs", 1)
     assert found.code == 0, found.err
@@ -53,18 +53,18 @@ def newest(run: Path) -> Path:
     return max((run / "checkpoints").glob("step-????????-epoch-???"))
 
 
-def train(run: Path, *words: object, epochs: int = 1) -> Outcome:
-    return call("train", *SETTINGS, "--run_dir", run, "--epochs", epochs, *words)
+def train(run: Path, *arguments: object, epochs: int = 1) -> Outcome:
+    return call("train", *SETTINGS, "--run_dir", run, "--epochs", epochs, *arguments)
 
 
-def look(module: str, run: Path, image: Path) -> Outcome:
-    """A command on a run, as short as it goes."""
-    words: dict[str, tuple[object, ...]] = {"predict": (image,), "export.__main__": ("--format", "safetensors")}
-    return call(module, run, *words.get(module, ()))
+def inspect(module: str, run: Path, image: Path) -> Outcome:
+    """Run a command on a run, with as little work as possible."""
+    arguments: dict[str, tuple[object, ...]] = {"predict": (image,), "export.__main__": ("--format", "safetensors")}
+    return call(module, run, *arguments.get(module, ()))
 
 
-def sealed(checkpoint: Path) -> None:
-    """A manifest that agrees with the files as they are now; both links lead there."""
+def update_manifest(checkpoint: Path) -> None:
+    """Make the manifest match the current files, and both links point to the checkpoint."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["files"] = {name: list(digest_of(checkpoint / name)) for name in manifest["files"]}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
@@ -73,30 +73,32 @@ def sealed(checkpoint: Path) -> None:
         (checkpoint.parent / link).symlink_to(checkpoint.name)
 
 
-# What stands beside the checkpoints
+# Files beside the checkpoints
 
-# Two of them at a time would leave nothing to compare.
-BESIDE = {
+# Damaging all at once would leave nothing to compare.
+OTHER_FILES = {
     "all but digests": ["status.json", "attempts.jsonl", "metrics.jsonl", "attempt.json"],
     "digests": ["digests.jsonl"],
 }
 
 
-@pytest.mark.parametrize("files", BESIDE)
+@pytest.mark.parametrize("files", OTHER_FILES)
 @pytest.mark.parametrize("kind", [*KINDS, "a folder", "missing"])
 def test_commands_do_not_need_a_runs_other_files(
     files: str, kind: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare = tmp_path / "run"
     shutil.copytree(run, bare, ignore=shutil.ignore_patterns("step-*", "latest", "best"))
-    for file in BESIDE[files]:
+    for file in OTHER_FILES[files]:
         (bare / file).unlink()
         if kind == "a folder":
             (bare / file).mkdir()
         elif kind != "missing":
             (bare / file).write_bytes(KINDS[kind])
-    monkeypatch.setattr("distributed.report.run_sections._shown", lambda *_: [])  # slow, and of the data alone
-    monkeypatch.setattr("distributed.report.analysis.Checked.__init__", lambda *_: None)
+    monkeypatch.setattr(
+        "distributed.report.checkpoint_sections.augmented", lambda *_: []
+    )  # slow, and depends on the data only
+    monkeypatch.setattr("distributed.report.analysis.Analysis.__init__", lambda *_: None)
     with untouched(run, bare):
         reported = call("report.__main__", bare, run, "--out", tmp_path / "report.html", "--checkpoint", "none")
         assert_told(reported, code=0, lines=0)
@@ -105,7 +107,7 @@ def test_commands_do_not_need_a_runs_other_files(
         assert compared.out.startswith("bit-identical: ")
 
 
-@pytest.mark.parametrize("kind", ["nested without end", "a number"])
+@pytest.mark.parametrize("kind", ["deeply nested", "a number"])
 def test_a_finished_run_with_a_damaged_status_keeps_its_bits(kind: str, run: Path, tmp_path: Path) -> None:
     copy = copy_of(run, tmp_path / "run")
     (copy / "status.json").write_bytes(KINDS[kind])
@@ -122,20 +124,20 @@ SHARED = [
     "status.json",
     "upload.json",
 ]
-NO_FILES: dict[str, Callable[[Path], object]] = {
+NOT_REGULAR: dict[str, Callable[[Path], object]] = {
     "a folder": Path.mkdir,
     "a pipe": os.mkfifo,
     "an endless device": lambda path: path.symlink_to("/dev/zero"),
-    "a circle": lambda path: path.symlink_to(path),
+    "a circular link": lambda path: path.symlink_to(path),
 }
 
 
 @pytest.mark.parametrize("file", SHARED)
-@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize("kind", NOT_REGULAR)
 def test_a_run_that_cannot_write_a_file_is_refused(file: str, kind: str, run: Path, tmp_path: Path) -> None:
     copy = copy_of(run, tmp_path / "run")
     (copy / file).unlink(missing_ok=True)
-    NO_FILES[kind](copy / file)
+    NOT_REGULAR[kind](copy / file)
     with untouched(copy):
         assert_told(
             train(copy, epochs=2), f"{copy}/{file} is not a regular file; move it, or give another with --run_dir"
@@ -144,16 +146,16 @@ def test_a_run_that_cannot_write_a_file_is_refused(file: str, kind: str, run: Pa
 
 @pytest.mark.parametrize("file", ["digests.jsonl", "metrics.jsonl", "status.json", "attempts.jsonl"])
 @pytest.mark.parametrize("kind", ["a pipe", "an endless device"])
-def test_a_command_that_cannot_read_a_file_is_refused(file: str, kind: str, run: Path, tmp_path: Path) -> None:
+def test_commands_ignore_files_that_are_not_regular(file: str, kind: str, run: Path, tmp_path: Path) -> None:
     copy = copy_of(run, tmp_path / "run")
     (copy / file).unlink()
-    NO_FILES[kind](copy / file)
+    NOT_REGULAR[kind](copy / file)
     assert_told(call("compare", copy, run), code=0, lines=0)
 
 
 @pytest.mark.parametrize("file", ["config.toml"])
 @pytest.mark.parametrize(
-    "kind", ["missing", "a folder", "cut", "a list", "no UTF-8", "a number", "of another data set"]
+    "kind", ["missing", "a folder", "truncated", "a list", "no UTF-8", "a number", "of another data set"]
 )
 @pytest.mark.parametrize("module", ["predict", "report.__main__"])
 def test_a_damaged_config_is_refused(file: str, kind: str, module: str, run: Path, image: Path, tmp_path: Path) -> None:
@@ -167,15 +169,15 @@ def test_a_damaged_config_is_refused(file: str, kind: str, module: str, run: Pat
         (copy / file).write_bytes(KINDS[kind])
     with untouched(copy):
         assert_told(
-            look(module, copy, image), f"{copy}", ".toml" if kind != "of another data set" else "data.name = cifar1"
+            inspect(module, copy, image), f"{copy}", ".toml" if kind != "of another data set" else "data.name = cifar1"
         )
 
 
-# A run folder that is none, or another's
+# Run folders that are invalid or another experiment's
 
 
 @pytest.mark.parametrize(
-    "kind", ["a file", "below a file", "a link to nothing", "a circle", "logs a file", "saves a file"]
+    "kind", ["a file", "below a file", "a link to nothing", "a circular link", "logs a file", "saves a file"]
 )
 def test_a_run_folder_that_is_none_is_refused(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "run"
@@ -184,7 +186,7 @@ def test_a_run_folder_that_is_none_is_refused(kind: str, tmp_path: Path) -> None
     elif kind == "below a file":
         (tmp_path / "text").write_text("precious")
         path = tmp_path / "text" / "run"
-    elif kind in ("a link to nothing", "a circle"):
+    elif kind in ("a link to nothing", "a circular link"):
         path.symlink_to(tmp_path / ("nothing" if "nothing" in kind else "run"))
     else:
         path.mkdir()
@@ -194,7 +196,7 @@ def test_a_run_folder_that_is_none_is_refused(kind: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (["--seed", 1], "seed = 1: this run was begun with 0"),
         (["--model.name", "cifar_alexnet"], "model.name = cifar_alexnet: this run was begun with improved_alexnet"),
@@ -202,12 +204,12 @@ def test_a_run_folder_that_is_none_is_refused(kind: str, tmp_path: Path) -> None
         (["--exact.shards", 4], "exact.shards = 4: this run was begun with 8"),
     ],
 )
-def test_a_run_folder_of_another_experiment_is_refused(words: list[object], said: str, run: Path) -> None:
+def test_a_run_folder_of_another_experiment_is_refused(arguments: list[object], message: str, run: Path) -> None:
     with untouched(run):
-        assert_told(train(run, *words), said, "give another --run_dir", lines=2)
+        assert_told(train(run, *arguments), message, "give another --run_dir", lines=2)
 
 
-# Checkpoints that are damaged: a run goes back to the one before; a look at it is refused
+# Damaged checkpoints: a run resumes from the previous one, other commands refuse them
 
 
 def flip(name: str) -> Callable[[Path], None]:
@@ -219,23 +221,23 @@ def flip(name: str) -> Callable[[Path], None]:
     return change
 
 
-def cut(name: str) -> Callable[[Path], None]:
+def truncate(name: str) -> Callable[[Path], None]:
     return lambda checkpoint: os.truncate(checkpoint / name, (checkpoint / name).stat().st_size - 9)
 
 
-def emptied(name: str) -> Callable[[Path], None]:
+def empty(name: str) -> Callable[[Path], None]:
     return lambda checkpoint: os.truncate(checkpoint / name, 0)
 
 
-def gone(name: str) -> Callable[[Path], None]:
+def delete(name: str) -> Callable[[Path], None]:
     return lambda checkpoint: (checkpoint / name).unlink()
 
 
-def swapped(name: str) -> Callable[[Path], object]:
+def swap(name: str) -> Callable[[Path], object]:
     return lambda checkpoint: shutil.copy(min(checkpoint.parent.glob("step-*")) / name, checkpoint / name)
 
 
-def replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+def replace(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
     def change(checkpoint: Path) -> None:
         (checkpoint / name).unlink()
         make(checkpoint / name)
@@ -254,22 +256,22 @@ def in_manifest(**values: Any) -> Callable[[Path], object]:
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 DAMAGES: dict[str, Callable[[Path], object]] = {
     **{f"{name} flipped": flip(name) for name in (TENSORS, STATE)},
-    **{f"{name} cut": cut(name) for name in (TENSORS, STATE, MANIFEST)},
-    **{f"{name} empty": emptied(name) for name in (TENSORS, STATE, MANIFEST)},
-    **{f"{name} gone": gone(name) for name in (TENSORS, STATE)},
-    **{f"{name} of another": swapped(name) for name in (TENSORS, STATE, MANIFEST)},
-    **{f"{name} a folder": replaced(name, Path.mkdir) for name in (TENSORS, STATE, MANIFEST)},
-    **{f"{name} a pipe": replaced(name, os.mkfifo) for name in (TENSORS, STATE)},
-    f"{TENSORS} a circle": replaced(TENSORS, lambda path: path.symlink_to(path)),
+    **{f"{name} truncated": truncate(name) for name in (TENSORS, STATE, MANIFEST)},
+    **{f"{name} empty": empty(name) for name in (TENSORS, STATE, MANIFEST)},
+    **{f"{name} missing": delete(name) for name in (TENSORS, STATE)},
+    **{f"{name} of another": swap(name) for name in (TENSORS, STATE, MANIFEST)},
+    **{f"{name} a folder": replace(name, Path.mkdir) for name in (TENSORS, STATE, MANIFEST)},
+    **{f"{name} a pipe": replace(name, os.mkfifo) for name in (TENSORS, STATE)},
+    f"{TENSORS} a circular link": replace(TENSORS, lambda path: path.symlink_to(path)),
     "a manifest of another format": in_manifest(format=2),
     "a manifest without files": in_manifest(files={}),
     "a manifest with files as a list": in_manifest(files=[]),
     "a manifest with other files": in_manifest(files={"model.pt": [1, "x"]}),
     "a manifest with wrong digests": in_manifest(files={TENSORS: None, STATE: 5}),
 }
-GONE_ON_WITH = [
+RESUMED_FROM = [
     "tensors.safetensors flipped",
-    "state.json cut",
+    "state.json truncated",
     "manifest.json of another",
     "tensors.safetensors a pipe",
 ]
@@ -281,13 +283,13 @@ def test_commands_refuse_a_damaged_checkpoint(case: str, run: Path, image: Path,
     DAMAGES[case](newest(copy))
     with untouched(copy):
         assert_told(
-            look("predict", copy, image),
+            inspect("predict", copy, image),
             str(copy),
-            *_said_of(case),
+            *_message_of(case),
         )
 
 
-def _said_of(case: str) -> tuple[str, ...]:
+def _message_of(case: str) -> tuple[str, ...]:
     if case == "a manifest of another format":
         return ("written by a newer version",)
     return ("--checkpoint",) if "manifest.json a folder" in case else ("damaged: ", "--checkpoint")
@@ -302,7 +304,7 @@ def test_a_run_of_a_newer_version_is_not_touched(run: Path, tmp_path: Path) -> N
         assert_told(train(copy), "written by a newer version of this code, in format 2 (this one reads up to 1)")
 
 
-@pytest.mark.parametrize("case", GONE_ON_WITH)
+@pytest.mark.parametrize("case", RESUMED_FROM)
 def test_a_run_resumes_from_before_a_damaged_checkpoint(case: str, run: Path, tmp_path: Path) -> None:
     copy = copy_of(run, tmp_path / "run")
     name = newest(copy).name
@@ -313,7 +315,7 @@ def test_a_run_resumes_from_before_a_damaged_checkpoint(case: str, run: Path, tm
     assert_same_bits(copy, run)
 
 
-# Checkpoints that are whole by their digests, and not of this run or version
+# Checkpoints that are complete by their digests, but of another run or version
 
 
 def in_tensors(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
@@ -353,7 +355,7 @@ OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no bytes of tensors": (lambda checkpoint: (checkpoint / TENSORS).write_bytes(b""), "tensors.safetensors"),
 }
 STATES: dict[str, tuple[Callable[[Path], object], str]] = {
-    **{f"a state that is {kind}": (as_state(KINDS[kind]), "state") for kind in ("empty", "a list", "nested without end")},
+    **{f"a state that is {kind}": (as_state(KINDS[kind]), "state") for kind in ("empty", "a list", "deeply nested")},
     "counters as a list": (in_state(state=[]), "state.json: state is missing or from another version"),
     "no counters": (in_state(state={}), "state.json: epoch is missing"),
     "a config of a later version": (in_state(config={"lookahead": 3}), "a config that this version cannot read ("),
@@ -362,17 +364,17 @@ STATES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("case", [*OTHERS, *STATES])
 def test_a_complete_foreign_checkpoint_is_not_resumed(case: str, run: Path, tmp_path: Path) -> None:
-    change, said = (OTHERS | STATES)[case]
+    change, message = (OTHERS | STATES)[case]
     copy = copy_of(run, tmp_path / "run")
     change(newest(copy))
-    sealed(newest(copy))
+    update_manifest(newest(copy))
     with untouched(copy / "checkpoints"):
         found = train(copy, epochs=2)
-    assert_told(found, said, str(copy), "give another --run_dir")
+    assert_told(found, message, str(copy), "give another --run_dir")
 
 
-def counting(*path: str, value: Any) -> Callable[[Path], object]:
-    """A change of one number in the counters of state.json."""
+def in_counters(*path: str, value: Any) -> Callable[[Path], object]:
+    """Change one of the counters in state.json."""
 
     def change(checkpoint: Path) -> None:
         content = json.loads((checkpoint / STATE).read_text())
@@ -387,32 +389,32 @@ def counting(*path: str, value: Any) -> Callable[[Path], object]:
 
 
 NUMBERS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "an epoch as text": (counting("epoch", value="1"), "epoch = '1': input should be a valid integer"),
-    "half an epoch": (counting("epoch", value=0.5), "epoch = 0.5: input should be a valid integer"),
-    "an epoch as a list": (counting("epoch", value=[1]), "epoch = [1]: input should be a valid integer"),
-    "a negative epoch": (counting("epoch", value=-1), "epoch = -1: input should be greater than or equal to 0"),
-    "an epoch that is NaN": (counting("epoch", value=float("nan")), "epoch = nan: input should be a valid integer"),
-    "an epoch beyond the run": (counting("epoch", value=5), "epoch = 5 is beyond the 1 of the run"),
-    "an epoch too few": (counting("epoch", value=0), "step = 3 does not agree with epoch = 0 and step_in_epoch = 0"),
-    "a step that is missing": (counting("step", value=None), "step = None: input should be a valid integer"),
-    "a step without an end": (counting("step", value=float("inf")), "step = inf: input should be a valid integer"),
-    "a step beyond all numbers": (counting("step", value=10**300), "step = 1000"),
-    "a negative step": (counting("step", value=-3), "step = -3: input"),
-    "steps after the last epoch": (counting("step_in_epoch", value=2), "step_in_epoch = 2 is beyond the 1 epochs"),
-    "negative steps of an epoch": (counting("step_in_epoch", value=-1), "step_in_epoch = -1: input"),
-    "samples as a truth value": (counting("samples_seen", value=True), "samples_seen = True: input"),
-    "samples of another run": (counting("samples_seen", value=61), "samples_seen = 61 does not agree with step = 3"),
+    "an epoch as text": (in_counters("epoch", value="1"), "epoch = '1': input should be a valid integer"),
+    "half an epoch": (in_counters("epoch", value=0.5), "epoch = 0.5: input should be a valid integer"),
+    "an epoch as a list": (in_counters("epoch", value=[1]), "epoch = [1]: input should be a valid integer"),
+    "a negative epoch": (in_counters("epoch", value=-1), "epoch = -1: input should be greater than or equal to 0"),
+    "an epoch that is NaN": (in_counters("epoch", value=float("nan")), "epoch = nan: input should be a valid integer"),
+    "an epoch beyond the run": (in_counters("epoch", value=5), "epoch = 5 is beyond the 1 of the run"),
+    "an epoch too few": (in_counters("epoch", value=0), "step = 3 does not agree with epoch = 0 and step_in_epoch = 0"),
+    "a step that is missing": (in_counters("step", value=None), "step = None: input should be a valid integer"),
+    "a step without an end": (in_counters("step", value=float("inf")), "step = inf: input should be a valid integer"),
+    "a step beyond all numbers": (in_counters("step", value=10**300), "step = 1000"),
+    "a negative step": (in_counters("step", value=-3), "step = -3: input"),
+    "steps after the last epoch": (in_counters("step_in_epoch", value=2), "step_in_epoch = 2 is beyond the 1 epochs"),
+    "negative steps of an epoch": (in_counters("step_in_epoch", value=-1), "step_in_epoch = -1: input"),
+    "samples as a truth value": (in_counters("samples_seen", value=True), "samples_seen = True: input"),
+    "samples of another run": (in_counters("samples_seen", value=61), "samples_seen = 61 does not agree with step = 3"),
     "a best epoch where none is wanted": (
-        counting("best", value={"epoch": 0, "step": 3, "value": 0.5}), "best is epoch 0, but checkpoint.best_by = none",
+        in_counters("best", value={"epoch": 0, "step": 3, "value": 0.5}), "best is epoch 0, but checkpoint.best_by = none",
     ),
-    "a best epoch that is a number": (counting("best", value=3), "best = 3: input should be"),
-    "a window that is a list": (counting("window", value=[]), "window = []: input should be"),
-    "a window of samples to come": (counting("window", "count", value=20), "window and epoch_totals count 20 samples"),
-    "a window's loss that is NaN": (counting("window", "loss", value=float("nan")), "window.loss = nan: input"),
-    "negative right answers": (counting("epoch_totals", "correct", value=-1), "epoch_totals.correct = -1: input"),
-    "a schedule's drops": (counting("schedule", value={"drops": 3}), "constant has no state, but found ['drops']"),
+    "a best epoch that is a number": (in_counters("best", value=3), "best = 3: input should be"),
+    "a window that is a list": (in_counters("window", value=[]), "window = []: input should be"),
+    "a window of samples to come": (in_counters("window", "count", value=20), "window and epoch_totals count 20 samples"),
+    "a window's loss that is NaN": (in_counters("window", "loss", value=float("nan")), "window.loss = nan: input"),
+    "negative right answers": (in_counters("epoch_totals", "correct", value=-1), "epoch_totals.correct = -1: input"),
+    "a schedule's drops": (in_counters("schedule", value={"drops": 3}), "schedule constant has no state, but found ['drops']"),
     "an early stop": (
-        counting("early_stopping", value={"best": 0.5, "bad_epochs": 0, "stopped": True}), "early_stopping = ",
+        in_counters("early_stopping", value={"best": 0.5, "bad_epochs": 0, "stopped": True}), "early_stopping = ",
     ),
 }  # fmt: skip
 
@@ -420,32 +422,32 @@ NUMBERS: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("case", NUMBERS)
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_counters_of_another_run_are_refused(case: str, epochs: int, run: Path, tmp_path: Path) -> None:
-    change, said = NUMBERS[case]
+    change, message = NUMBERS[case]
     copy = copy_of(run, tmp_path / "run")
     change(newest(copy))
-    sealed(newest(copy))
+    update_manifest(newest(copy))
     with untouched(copy):
         found = train(copy, epochs=epochs)
-    assert_told(found, f"{newest(copy)}: state.json: {said}", "; move it away, or give another --run_dir")
+    assert_told(found, f"{newest(copy)}: state.json: {message}", "; move it away, or give another --run_dir")
 
 
 @pytest.mark.parametrize("module", ["evaluate", "predict", "export.__main__"])
 def test_commands_ignore_training_counters(module: str, run: Path, image: Path, tmp_path: Path) -> None:
     copy = copy_of(run, tmp_path / "run")
     NUMBERS["an epoch as text"][0](newest(copy))
-    sealed(newest(copy))
-    assert_told(look(module, copy, image), code=0, lines=0)
+    update_manifest(newest(copy))
+    assert_told(inspect(module, copy, image), code=0, lines=0)
 
 
 def test_more_steps_than_an_epoch_has_are_refused(run: Path, tmp_path: Path) -> None:
-    """Known once the data is: state.json alone does not say how many steps an epoch has."""
+    """Detected once the data is known: state.json alone does not say how many steps an epoch has."""
     copy = copy_of(run, tmp_path / "run")
     shutil.rmtree(newest(copy))
     last = newest(copy).rename(copy / "checkpoints" / "step-00000004-epoch-000")
     for key, value in {"step": 4, "step_in_epoch": 4, "samples_seen": 80}.items():
-        counting(key, value=value)(last)
-    counting("window", "count", value=80)(last)
-    sealed(last)
+        in_counters(key, value=value)(last)
+    in_counters("window", "count", value=80)(last)
+    update_manifest(last)
     with untouched(copy / "checkpoints"):
         assert_told(train(copy), f"{last}: state.json: step_in_epoch = 4 is beyond the 3 steps of an epoch")
 
@@ -453,7 +455,7 @@ def test_more_steps_than_an_epoch_has_are_refused(run: Path, tmp_path: Path) -> 
 # A finished run
 
 
-@pytest.mark.parametrize("how", ["deleted", *GONE_ON_WITH])
+@pytest.mark.parametrize("how", ["deleted", *RESUMED_FROM])
 def test_a_finished_run_without_its_last_checkpoint_redoes_it(how: str, run: Path, tmp_path: Path) -> None:
     copy = copy_of(run, tmp_path / "run")
     name = newest(copy).name
@@ -466,14 +468,14 @@ def test_a_finished_run_without_its_last_checkpoint_redoes_it(how: str, run: Pat
     assert_same_bits(copy, run)
 
 
-@pytest.mark.parametrize("how", ["deleted", "manifest.json gone", "set aside", "emptied", "a folder of files"])
+@pytest.mark.parametrize("how", ["deleted", "manifest.json missing", "set aside", "emptied", "a folder of files"])
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_a_run_without_any_checkpoint_does_not_restart(how: str, epochs: int, run: Path, tmp_path: Path) -> None:
     copy = copy_of(run, tmp_path / "run")
     for path in (copy / "checkpoints").glob("step-*"):
         if how == "set aside":
             path.rename(path.with_name(f"{path.name}.damaged"))
-        elif how == "manifest.json gone":
+        elif how == "manifest.json missing":
             (path / MANIFEST).unlink()
         else:
             shutil.rmtree(path)
@@ -489,7 +491,7 @@ def test_a_run_without_any_checkpoint_does_not_restart(how: str, epochs: int, ru
 
 
 def test_damaged_tensors_in_all_checkpoints_are_refused(run: Path, tmp_path: Path) -> None:
-    """Found when the run begins: the digests of all tensors take too long before that."""
+    """Detected when the run begins, because the digests of all tensors take too long before that."""
     copy = copy_of(run, tmp_path / "run")
     for path in (copy / "checkpoints").glob("step-*"):
         flip(TENSORS)(path)
@@ -516,13 +518,14 @@ def test_a_status_alone_does_not_finish_a_run(run: Path, tmp_path: Path) -> None
     assert_same_bits(copy, run)
 
 
-@pytest.mark.parametrize("words", [(), ("--logging.every_steps", 1)])
-def test_fewer_epochs_than_trained_are_refused(words: tuple[object, ...], run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [(), ("--logging.every_steps", 1)])
+def test_fewer_epochs_than_trained_are_refused(arguments: tuple[object, ...], run: Path, tmp_path: Path) -> None:
     copy = copy_of(run, tmp_path / "run")
     assert train(copy, epochs=2).code == 0
     with untouched(copy):
         assert_told(
-            train(copy, *words), f"epochs = 1: the run in {copy} has trained 2 epochs already; give --epochs 2 or more"
+            train(copy, *arguments),
+            f"epochs = 1: the run in {copy} has trained 2 epochs already; give --epochs 2 or more",
         )
 
 
@@ -547,7 +550,7 @@ def test_a_copy_with_a_later_name_is_set_aside(name: str, run: Path, tmp_path: P
 
 
 def test_an_earlier_checkpoint_of_another_run_is_refused(run: Path, tmp_path: Path) -> None:
-    """The newest is damaged, and the one before is not of this run: nothing is trained on, nothing renamed."""
+    """The newest is damaged and the previous one is of another run: nothing is trained or renamed."""
     copy, other = copy_of(run, tmp_path / "run"), tmp_path / "other"
     assert train(other, "--seed", 1).code == 0
     last = newest(copy)
@@ -576,12 +579,12 @@ def test_a_checkpoint_that_is_a_link_is_resumed(run: Path, tmp_path: Path) -> No
 def test_commands_refuse_a_complete_foreign_checkpoint(
     case: str, module: str, run: Path, image: Path, tmp_path: Path
 ) -> None:
-    change, said = OTHERS[case]
+    change, message = OTHERS[case]
     copy = copy_of(run, tmp_path / "run")
     change(newest(copy))
-    sealed(newest(copy))
+    update_manifest(newest(copy))
     with untouched(copy / "checkpoints"):
-        assert_told(look(module, copy, image), said, str(newest(copy)))
+        assert_told(inspect(module, copy, image), message, str(newest(copy)))
 
 
 @pytest.mark.parametrize(
@@ -592,9 +595,9 @@ def test_invalid_metadata_in_a_checkpoint_is_refused(
 ) -> None:
     copy = copy_of(run, tmp_path / "run")
     in_state(**values)(newest(copy))
-    sealed(newest(copy))
+    update_manifest(newest(copy))
     with untouched(copy):
-        assert_told(look("predict", copy, image), "state.json: its classes or normalization are of another version")
+        assert_told(inspect("predict", copy, image), "state.json: classes or normalization from another version")
 
 
 # Links and names
@@ -607,29 +610,29 @@ def test_broken_links_are_ignored(link: str, to: str, run: Path, image: Path, tm
     (copy / "checkpoints" / link).unlink(missing_ok=True)
     (copy / "checkpoints" / link).symlink_to(link if to == "itself" else to)
     with untouched(copy):
-        assert_told(look("predict", copy, image), code=0, lines=0)
+        assert_told(inspect("predict", copy, image), code=0, lines=0)
 
 
 def test_a_link_out_of_the_run_is_refused(run: Path, image: Path, tmp_path: Path) -> None:
     copy = copy_of(run, tmp_path / "run")
     (copy / "checkpoints/best").unlink(missing_ok=True)
     (copy / "checkpoints/best").symlink_to(newest(run))
-    assert_told(look("predict", copy, image), "--checkpoint best: leads to", "name one inside it")
+    assert_told(inspect("predict", copy, image), "--checkpoint best: leads to", "name one inside it")
 
 
 @pytest.mark.parametrize("name", ["", "..", "/etc", "best.pt", "x" * 300, "a\nb"])
 @pytest.mark.parametrize("module", ["evaluate", "predict", "export.__main__"])
 def test_an_unknown_checkpoint_name_is_refused(name: str, module: str, run: Path, image: Path) -> None:
-    words = [image] if module == "predict" else []
+    arguments = [image] if module == "predict" else []
     with untouched(run):
-        assert_told(call(module, run, *words, "--checkpoint", name), "--checkpoint", "choose one of: ")
+        assert_told(call(module, run, *arguments, "--checkpoint", name), "--checkpoint", "choose one of: ")
 
 
 @pytest.mark.parametrize("run_name", ["/dev/null", "/etc/passwd", "none", "x" * 300])
 @pytest.mark.parametrize("module", ["evaluate", "predict", "export.__main__", "report.__main__", "compare"])
 def test_a_folder_that_is_no_run_is_refused(run_name: str, module: str, image: Path) -> None:
-    words = [image] if module == "predict" else ["other"] if module == "compare" else []
-    assert_told(call(module, run_name, *words), f"{run_name}: no config.toml there; RUN is the folder")
+    arguments = [image] if module == "predict" else ["other"] if module == "compare" else []
+    assert_told(call(module, run_name, *arguments), f"{run_name}: no config.toml there; RUN is the folder")
 
 
 # Starting from another run's weights
@@ -648,13 +651,19 @@ def test_init_from_a_folder_that_is_no_run_is_refused(kind: str, tmp_path: Path)
 
 @pytest.mark.parametrize(
     "case",
-    ["tensors.safetensors flipped", "state.json cut", "tensors.safetensors gone", "a state that is a list", *OTHERS],
+    [
+        "tensors.safetensors flipped",
+        "state.json truncated",
+        "tensors.safetensors missing",
+        "a state that is a list",
+        *OTHERS,
+    ],
 )
 def test_init_from_a_damaged_run_is_refused(case: str, run: Path, tmp_path: Path) -> None:
     copy = copy_of(run, tmp_path / "run")
     (DAMAGES[case] if case in DAMAGES else (OTHERS | STATES)[case][0])(newest(copy))
     if case not in DAMAGES:
-        sealed(newest(copy))
+        update_manifest(newest(copy))
     with untouched(copy):
         assert_told(train(tmp_path / "new", "--init_from", newest(copy)), str(newest(copy)), "; name")
 
@@ -689,7 +698,7 @@ def test_links_that_are_folders_are_ignored(link: str, module: str, run: Path, i
     copy = copy_of(run, tmp_path / "run")
     (copy / "checkpoints" / link).unlink(missing_ok=True)
     (copy / "checkpoints" / link).mkdir()
-    assert_told(look(module, copy, image), code=0, lines=0)
+    assert_told(inspect(module, copy, image), code=0, lines=0)
 
 
 def test_links_that_cannot_be_set_do_not_change_the_bits(run: Path, tmp_path: Path) -> None:
@@ -712,9 +721,9 @@ def test_init_from_another_model_is_refused(run: Path, tmp_path: Path) -> None:
 def test_two_ranks_report_a_checkpoint_that_does_not_fit(run: Path, tmp_path: Path) -> None:
     copy = copy_of(run, tmp_path / "run")
     in_tensors(reshaped)(newest(copy))
-    sealed(newest(copy))
-    words = [*SETTINGS, "--run_dir", copy, "--epochs", 2]
-    with untouched(copy / "checkpoints"), Command(torchrun(2, *words), output=tmp_path / "out") as command:
+    update_manifest(newest(copy))
+    arguments = [*SETTINGS, "--run_dir", copy, "--epochs", 2]
+    with untouched(copy / "checkpoints"), Command(torchrun(2, *arguments), output=tmp_path / "out") as command:
         assert command.wait(90) == 1  # torchrun's own
     before = command.text.partition("torch/distributed/elastic")[0]
     assert "Traceback" not in before

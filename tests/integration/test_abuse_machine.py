@@ -1,4 +1,4 @@
-"""Machines that change under a run: variables that choose kernels, quotas, locks that were left. What is said of them."""
+"""Runs on a changed machine: variables that select kernels, CPU quotas and leftover locks are reported."""
 
 import contextlib
 import json
@@ -24,12 +24,12 @@ SETTINGS = (
     ROOT / "configs/debug.toml", "--data.train_samples", 40, "--data.test_samples", 20, "--global_batch_size", 20,
     "--schedule.name", "constant", "--data.validation_fraction", 0, "--device", "cpu", "--evaluation.batch_size", 20,
 )  # fmt: skip
-CHOOSE = {
+SELECTING = {
     "ONEDNN_MAX_CPU_ISA": "SSE41",
     "ATEN_CPU_CAPABILITY": "default",
     "MKL_CBWR": "COMPATIBLE",
 }
-MORE = {
+ALSO_SELECTING = {
     "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA",
     "OMP_THREAD_LIMIT": "1",
     "DNNL_MAX_CPU_ISA": "AVX2",
@@ -56,7 +56,7 @@ MORE = {
     "TORCH_LINALG_PREFER_CUSOLVER": "1",
     "NVIDIA_TF32_OVERRIDE": "0",
 }
-REPORT_ONLY = {
+NOT_SELECTING = {
     "ONEDNN_VERBOSE": "1",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "9",
     "MKL_VERBOSE": "1",
@@ -71,8 +71,8 @@ REPORT_ONLY = {
 }
 
 
-def train(run: Path, *words: object, epochs: int = 1, **environment: str) -> Outcome:
-    return call("train", *SETTINGS, "--run_dir", run, "--epochs", epochs, *words, **environment)
+def train(run: Path, *arguments: object, epochs: int = 1, **environment: str) -> Outcome:
+    return call("train", *SETTINGS, "--run_dir", run, "--epochs", epochs, *arguments, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def longer(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, resumed on the same machine."""
+    """The same run, resumed on the same machine."""
     folder = copy_of(run, tmp_path_factory.mktemp("machine") / "longer")
     found = train(folder, epochs=2)
     assert (found.code, warnings(found)) == (0, []), found.err
@@ -93,14 +93,14 @@ def longer(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def warnings(found: Outcome) -> list[str]:
-    """What it said of another machine."""
+    """Return its warnings about a changed machine."""
     return [
         line.partition("resuming with a different ")[2] for line in found.err.splitlines() if "resuming with" in line
     ]
 
 
-def parted(run: Path) -> None:
-    """Let the last save of a run have other bits, as another kernel would."""
+def change_last_save(run: Path) -> None:
+    """Change the last save of a run, as another kernel would."""
     file = run / "digests.jsonl"
     *lines, last = file.read_text().splitlines()
     changed = json.loads(last)
@@ -108,16 +108,16 @@ def parted(run: Path) -> None:
     file.write_text("\n".join([*lines, json.dumps(changed)]) + "\n")
 
 
-@pytest.mark.parametrize("name", CHOOSE)
+@pytest.mark.parametrize("name", SELECTING)
 def test_resume_under_a_new_variable_warns(run: Path, longer: Path, tmp_path: Path, name: str) -> None:
     resumed = copy_of(run, tmp_path / "resumed")
-    found = train(resumed, epochs=2, **{name: CHOOSE[name]})
+    found = train(resumed, epochs=2, **{name: SELECTING[name]})
     assert found.code == 0, found.err
-    assert warnings(found) == [f"{name}: not set before, {CHOOSE[name]} now; bits may differ"]
-    parted(resumed)
+    assert warnings(found) == [f"{name}: not set before, {SELECTING[name]} now; bits may differ"]
+    change_last_save(resumed)
     compared = call("compare", longer, resumed)
     assert compared.code == 1, compared.out
-    assert f"  {name}: not set | not set, {CHOOSE[name]}" in compared.out.splitlines()
+    assert f"  {name}: not set | not set, {SELECTING[name]}" in compared.out.splitlines()
 
 
 def test_resume_without_the_variable_warns(run: Path, tmp_path: Path) -> None:
@@ -127,9 +127,9 @@ def test_resume_without_the_variable_warns(run: Path, tmp_path: Path) -> None:
     second = copy_of(first, tmp_path / "second")
     assert warnings(train(first, epochs=3, **given)) == []
     assert warnings(train(second, epochs=3)) == ["MKL_CBWR: COMPATIBLE before, not set now; bits may differ"]
-    parted(second)
-    said = call("compare", first, second).out
-    assert "  MKL_CBWR: not set, COMPATIBLE | not set, COMPATIBLE, not set" in said.splitlines()
+    change_last_save(second)
+    out = call("compare", first, second).out
+    assert "  MKL_CBWR: not set, COMPATIBLE | not set, COMPATIBLE, not set" in out.splitlines()
 
 
 KERNELS = """
@@ -153,24 +153,24 @@ def test_aten_cpu_capability_is_recorded() -> None:
 def test_preloaded_math_library_is_recorded() -> None:
     found = sorted(Path("/usr/lib").glob("*/libgomp.so.1")) or sorted(Path("/usr/lib").glob("*/lib*blas*.so.*"))
     if not found:
-        pytest.skip("no library of mathematics or threads beside torch's")
+        pytest.skip("no math or thread library besides torch's")
     before, after = kernels_in_a_new_process(), kernels_in_a_new_process(LD_PRELOAD=str(found[0]))
     different = {name for name in after if after[name] != before.get(name)}
     assert different == {"other math libraries"}
     assert after["other math libraries"].startswith(found[0].resolve().name)
 
 
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("name", ALSO_SELECTING)
 def test_variable_that_selects_kernels_is_recorded(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.delenv(name, raising=False)
     assert name not in kernel_variables()
-    monkeypatch.setenv(name, MORE[name])
-    assert kernel_variables()[name] == MORE[name]
+    monkeypatch.setenv(name, ALSO_SELECTING[name])
+    assert kernel_variables()[name] == ALSO_SELECTING[name]
 
 
-@pytest.mark.parametrize("name", REPORT_ONLY)
+@pytest.mark.parametrize("name", NOT_SELECTING)
 def test_other_variables_are_not_recorded(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv(name, REPORT_ONLY[name])
+    monkeypatch.setenv(name, NOT_SELECTING[name])
     assert name not in kernel_variables()
 
 
@@ -198,7 +198,7 @@ sys.stdin.read()
 
 @contextlib.contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Another process holds the lock; of this one filelock would say that it is a deadlock."""
+    """Let another process hold the lock; in this one, filelock would report a deadlock."""
     with subprocess.Popen([sys.executable, "-c", HOLD, file], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -209,11 +209,11 @@ def locked(file: Path) -> Iterator[None]:
 RECORDS: dict[str, Any] = {
     "of another host": {"pid": 1, "host": "elsewhere", "token": "x"},
     "of an older version": {"pid": 1, "host": "vm"},
-    "of a job of a cluster that is not there": {"host": "x", "slurm": {"job": "1", "restarts": 0, "cluster": "gone"}},
-    "of a job that is no number": {"host": "x", "slurm": {"job": "$(true)", "restarts": 0}},
+    "of a job on an unknown cluster": {"host": "x", "slurm": {"job": "1", "restarts": 0, "cluster": "gone"}},
+    "of a job id that is not a number": {"host": "x", "slurm": {"job": "$(true)", "restarts": 0}},
     "of a job without restarts": {"host": "x", "slurm": {"job": "1"}},
     "of a job that is a list": {"host": "x", "slurm": [1]},
-    "whose pid is a text": {"pid": "1"},
+    "whose pid is a string": {"pid": "1"},
     "whose pid is huge": {"pid": 2**70},
     "whose pid is true": {"pid": True},
     "that is empty": {},
@@ -237,7 +237,7 @@ def test_lock_of_an_ended_holder_is_taken_over(run: Path, tmp_path: Path, monkey
     folder = copy_of(run, tmp_path / "run")
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
-    replace_json(folder / "attempt.json", lock_holder.holder_record() | {"pid": process.pid, "token": "x"})
+    replace_json(folder / "attempt.json", lock_holder.this_process().as_json() | {"pid": process.pid, "token": "x"})
     with locked(folder / ".lock"):
         found = train(folder, epochs=2)
     assert found.code == 0, found.err

@@ -1,4 +1,4 @@
-"""Full disks, missing packages and odd files where by-products and asked-for files go; images that fill the memory."""
+"""Full disks, missing packages and odd files in place of optional and requested outputs; images that would fill memory."""
 
 import json
 import math
@@ -41,7 +41,7 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("byproducts") / "run"
+    folder = tmp_path_factory.mktemp("outputs") / "run"
     found = call("train", *SETTINGS, "--run_dir", folder)
     assert found.code == 0, found.err
     return folder
@@ -61,16 +61,16 @@ def full_disk(small_disk: Path) -> Path:
 
 
 def warned(found: Outcome) -> list[str]:
-    """Its warnings but the one on generated images."""
+    """Return its warnings, except the one about generated images."""
     return [line for line in found.err.splitlines() if " WARNING " in line and "generated images" not in line]
 
 
 def assert_fine(found: Outcome, *named: str) -> None:
-    """It ended well, with one warning that names each of these, and no others."""
-    said = found.out + found.err
-    assert "Traceback" not in said, said
-    assert (found.code, found.errors) == (0, []), said
-    assert len(warned(found)) == len(named), said
+    """Assert that it succeeded, with one warning per name and no others."""
+    output = found.out + found.err
+    assert "Traceback" not in output, output
+    assert (found.code, found.errors) == (0, []), output
+    assert len(warned(found)) == len(named), output
     for name in named:
         (line,) = [line for line in warned(found) if f" {name}" in line]
         assert "continuing without it" in line
@@ -78,7 +78,7 @@ def assert_fine(found: Outcome, *named: str) -> None:
 
 @contextmanager
 def files_up_to(size: int) -> Iterator[None]:
-    """As on a full disk, a write beyond that many bytes of a file fails."""
+    """Make writes beyond this file size fail, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -123,7 +123,7 @@ def test_run_survives_missing_tensorboard_and_matplotlib(tmp_path: Path, monkeyp
 
 def test_disk_filling_up_during_training_is_exit_4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
-    real = Reporter.train
+    real = Reporter.log_step
 
     def on_a_full_disk(report: Reporter, *values: object, **named: object) -> None:
         if (step := values[0].step) == 1:
@@ -133,7 +133,7 @@ def test_disk_filling_up_during_training_is_exit_4(tmp_path: Path, monkeypatch: 
         resource.setrlimit(resource.RLIMIT_FSIZE, ((folder / "metrics.jsonl").stat().st_size, resource.RLIM_INFINITY))
         real(report, *values, **named)
 
-    monkeypatch.setattr(Reporter, "train", on_a_full_disk)
+    monkeypatch.setattr(Reporter, "log_step", on_a_full_disk)
     with files_up_to(resource.RLIM_INFINITY):
         found = call("train", *SETTINGS, "--run_dir", folder)
     assert_told(found, f"{folder}/metrics.jsonl: File too large", code=4)
@@ -154,7 +154,7 @@ def test_unwritable_final_status_is_exit_4(tmp_path: Path, monkeypatch: pytest.M
     assert_told(found, f"{folder}/status.json: File too large", code=4)
 
 
-# TensorBoard, profile, curves and log by themselves
+# TensorBoard, profile, curves and log on their own
 
 
 def fed(sink: OptionalSink, times: int = 4) -> None:
@@ -348,8 +348,7 @@ def test_curves_on_a_full_disk_keep_the_old_file(tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").read_text() == "before"
 
 
-# Commands: a picture beside the numbers
-
+# Commands: numbers with a picture
 
 PICTURES: dict[str, Callable[[Path], object]] = {
     "a folder": Path.mkdir,
@@ -364,8 +363,8 @@ def test_evaluate_prints_numbers_without_the_picture(case: str, run: Path, tmp_p
     PICTURES[case](copy / "confusion-test.png")
     found = call("evaluate", copy, "--json")
     assert_fine(found, f"{copy}/confusion-test.png")
-    said = json.loads(found.out)
-    assert (said["images"], said["picture"]) == (20, None)
+    result = json.loads(found.out)
+    assert (result["images"], result["picture"]) == (20, None)
 
 
 def test_evaluate_without_matplotlib_prints_numbers(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,7 +430,7 @@ def test_report_without_matplotlib_has_its_numbers(run: Path, tmp_path: Path, mo
 
 def test_unwritable_table_does_not_end_the_experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
-    monkeypatch.setattr(experiments, "_run", lambda launch, words, deadline: started.append(words[0]) or 0)
+    monkeypatch.setattr(experiments, "_torchrun", lambda processes, words, deadline: started.append(words[0]) or 0)
     words = ("--only", "I-10", "I-50", "--runs", tmp_path / "runs", "--out", tmp_path / "table")
     with files_up_to(10):
         found = call("experiments.__main__", *words)
@@ -504,7 +503,7 @@ def test_broken_terminal_does_not_stop_logging(case: str, monkeypatch: pytest.Mo
             stream.close()
 
 
-# Images that are small on the disk and large in memory
+# Images that are small on disk and large in memory
 
 
 def chunk(name: bytes, content: bytes) -> bytes:
@@ -532,7 +531,7 @@ def jpeg(width: int, height: int, **options: object) -> bytes:
 
 
 def with_thumbnail(content: bytes) -> bytes:
-    """A segment before the frame that holds a small JPEG: its size is not the image's."""
+    """Insert a segment with a small JPEG before the frame; its size is not the image's."""
     small = saved("JPEG")
     return content[:2] + b"\xff\xe2" + struct.pack(">H", len(small) + 2) + small + content[2:]
 
@@ -587,16 +586,16 @@ PREDICTED = {
 
 
 @contextmanager
-def memory_kept(mib: int) -> Iterator[None]:
-    """The process's peak does not grow by more than that."""
+def peak_memory_within(mib: int) -> Iterator[None]:
+    """Assert that the peak memory of the process grows by at most this much."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < mib * 1024
 
 
-def trained_on(root: Path, run: Path, *words: object) -> Outcome:
+def trained_on(root: Path, run: Path, *arguments: object) -> Outcome:
     return call(
-        "train", "--data.name", "image_folder", "--data.root", root, "--run_dir", run, "--device", "cpu", *words
+        "train", "--data.name", "image_folder", "--data.root", root, "--run_dir", run, "--device", "cpu", *arguments
     )
 
 
@@ -608,7 +607,7 @@ def test_image_too_large_to_train_on_is_one_line(case: str, tmp_path: Path) -> N
         Image.new("L", (900_000, 1)).save(file)
     else:
         file.write_bytes(content)
-    with memory_kept(300):
+    with peak_memory_within(300):
         found = trained_on(tmp_path / "data", tmp_path / "run")
     assert_told(found, f"{file}: {size}", "more than data.max_pixels = 100,000,000 allows", "raise --data.max_pixels")
 
@@ -633,7 +632,7 @@ def test_image_header_without_a_size_is_one_line(content: bytes, why: str, tmp_p
 
 
 def flipped(at: int) -> bytes:
-    """A PNG of noise with one bit changed."""
+    """Return a PNG of noise with one bit flipped."""
     import io
 
     file = io.BytesIO()
@@ -645,7 +644,7 @@ def flipped(at: int) -> bytes:
 
 @pytest.mark.parametrize("at", [19, 35, 43, 60, 200, -20, -14])
 def test_flipped_bit_in_a_png_is_one_line(at: int, tmp_path: Path) -> None:
-    """torchvision's decoder ended the process at some of them, without a word."""
+    """torchvision's decoder crashed the process on some of them, without a message."""
     file = image_folder(tmp_path / "data") / "train" / "cat" / "0.png"
     file.write_bytes(flipped(at))
     assert_told(trained_on(tmp_path / "data", tmp_path / "run"), f"{file}: broken: ", "replace or remove it")
@@ -688,7 +687,7 @@ def test_max_pixels_is_a_setting(tmp_path: Path) -> None:
 def test_image_too_large_to_predict_is_one_line(case: str, run: Path, tmp_path: Path) -> None:
     content, size = PREDICTED[case]
     (tmp_path / "image").write_bytes(content)
-    with memory_kept(300), untouched(run):
+    with peak_memory_within(300), untouched(run):
         found = call("predict", run, tmp_path / "image")
     assert_told(found, f"{tmp_path}/image: {size}, more than data.max_pixels = 100,000,000 allows")
 

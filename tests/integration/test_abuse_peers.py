@@ -34,7 +34,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 PLACES: dict[str, tuple[dict[str, str], str]] = {
     "an empty rank": ({"RANK": ""}, "RANK = '': should be a whole number"),
-    "a rank in words": ({"RANK": "first"}, "RANK = 'first'"),
+    "a spelled-out rank": ({"RANK": "first"}, "RANK = 'first'"),
     "a rank with an underscore": ({"RANK": "0_0"}, "RANK = '0_0'"),
     "a rank in Arabic digits": ({"RANK": "\u0661"}, "RANK = '\u0661'"),
     "a fractional rank": ({"RANK": "0.0"}, "RANK = '0.0'"),
@@ -47,8 +47,8 @@ PLACES: dict[str, tuple[dict[str, str], str]] = {
     "a negative local rank": ({"LOCAL_RANK": "-1"}, "LOCAL_RANK = -1"),
     "a local rank beyond": ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK = 1"),
     "no local ranks": ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE = 0"),
-    "local ranks in words": ({"LOCAL_WORLD_SIZE": "all"}, "LOCAL_WORLD_SIZE = 'all'"),
-    "a node in words": ({"GROUP_RANK": "node-1"}, "GROUP_RANK = 'node-1'"),
+    "spelled-out local ranks": ({"LOCAL_WORLD_SIZE": "all"}, "LOCAL_WORLD_SIZE = 'all'"),
+    "a node name": ({"GROUP_RANK": "node-1"}, "GROUP_RANK = 'node-1'"),
     "an empty node": ({"NODE_RANK": ""}, "NODE_RANK = ''"),
     "no address": ({"MASTER_ADDR": ""}, "MASTER_ADDR = ''"),
     "an unknown host": ({"MASTER_ADDR": "no-such-host.invalid"}, "MASTER_ADDR = 'no-such-host.invalid'"),
@@ -67,9 +67,9 @@ PLACES: dict[str, tuple[dict[str, str], str]] = {
 }
 
 
-@pytest.mark.parametrize(("environment", "said"), PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize(("environment", "message"), PLACES.values(), ids=PLACES)
 def test_invalid_environment_is_one_line(
-    environment: dict[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    environment: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process = ModuleType("distributed.run_process")
     process.run_to_exit_code = lambda *_: 99  # type: ignore[attr-defined]
@@ -79,7 +79,7 @@ def test_invalid_environment_is_one_line(
     given = {**FIRST, **environment, "TORCHELASTIC_ERROR_FILE": str(error_file)}
     with untouched(tmp_path / "run"):
         found = call("train", DEBUG, "--device", "cpu", "--run_dir", tmp_path / "run", **given)
-    assert_told(found, said)
+    assert_told(found, message)
     (line,) = found.errors
     assert f"error: {json.loads(error_file.read_text())['message']['message']}" == line
 
@@ -92,10 +92,10 @@ def free_port() -> str:
         return str(server.getsockname()[1])
 
 
-def train(run: Path, place: dict[str, str], port: str, *, seconds: float = 0.5) -> tuple[object, float]:
+def train(run: Path, environment: dict[str, str], port: str, *, seconds: float = 0.5) -> tuple[object, float]:
     begin = time.monotonic()
-    words = ("--device", "cpu", "--threads", 1, "--timeout_seconds", seconds, "--run_dir", run)
-    return call("train", DEBUG, *words, **(place | {"MASTER_PORT": port})), time.monotonic() - begin
+    arguments = ("--device", "cpu", "--threads", 1, "--timeout_seconds", seconds, "--run_dir", run)
+    return call("train", DEBUG, *arguments, **(environment | {"MASTER_PORT": port})), time.monotonic() - begin
 
 
 FOREIGN: dict[str, bytes] = {
@@ -117,8 +117,8 @@ def test_foreign_program_at_the_endpoint(answer: bytes, tmp_path: Path, monkeypa
 def test_silent_program_at_the_endpoint(tmp_path: Path) -> None:
     with other_program(None) as port:
         found, _ = train(tmp_path / "run", SECOND, str(port))
-    said = f"rank 0 of 2 did not arrive at 127.0.0.1:{port} within 0.5 s (what listens there does not answer)"
-    assert_told(found, said, code=1)
+    message = f"rank 0 of 2 did not arrive at 127.0.0.1:{port} within 0.5 s (what listens there does not answer)"
+    assert_told(found, message, code=1)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
@@ -148,9 +148,9 @@ def test_missing_ranks_are_named(place: dict[str, str], missing: str, tmp_path: 
 # Real processes
 
 
-def started(place: dict[str, str], port: str, output: Path, *words: object) -> Command:
+def started(environment: dict[str, str], port: str, output: Path, *arguments: object) -> Command:
     command = [sys.executable, "-m", "distributed.train", str(DEBUG), "--device", "cpu", "--threads", "1"]
-    return Command([*command, *map(str, words)], output=output, more={**place, "MASTER_PORT": port})
+    return Command([*command, *map(str, arguments)], output=output, more={**environment, "MASTER_PORT": port})
 
 
 @pytest.mark.timeout(200)
@@ -220,9 +220,9 @@ def test_closed_terminal_requests_a_stop(tmp_path: Path) -> None:
         "os.close(terminal)\n"
         "sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
     )
-    words = [str(DEBUG), "--device", "cpu", "--threads", "1", "--epochs", "200", "--run_dir", str(tmp_path / "run")]
+    arguments = [str(DEBUG), "--device", "cpu", "--threads", "1", "--epochs", "200", "--run_dir", str(tmp_path / "run")]
     done = subprocess.run(
-        [sys.executable, "-c", program, *words], cwd=ROOT, timeout=150, check=False, capture_output=True, text=True,
+        [sys.executable, "-c", program, *arguments], cwd=ROOT, timeout=150, check=False, capture_output=True, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL), env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 75, done.stderr

@@ -1,4 +1,4 @@
-"""The command as users type it, right and wrong."""
+"""The command line as users type it, right and wrong."""
 
 import json
 import os
@@ -36,9 +36,9 @@ def test_all_errors_are_reported_before_importing_torch(tmp_path: Path) -> None:
         [sys.executable, "-X", "importtime", "-m", "distributed.train", str(config), "--precision", "fp4", *CPU]
     )
     seconds = time.monotonic() - start
-    told = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
     assert result.returncode == 2
-    assert told == [
+    assert errors == [
         "error: command line: precision = fp4: should be 'float32', 'tf32', 'bfloat16', 'float16' or 'float64'",
         f"error: {config}:4: optim.lrr = 0.05: unknown setting; did you mean optim.lr?",
     ]
@@ -50,12 +50,12 @@ def test_all_errors_are_reported_before_importing_torch(tmp_path: Path) -> None:
 def test_torchrun_prints_an_error_last_above_its_banner(tmp_path: Path) -> None:
     result = run(torchrun(2, "configs/debug.toml", "--optim.lrr", "1", *CPU, "--run_dir", tmp_path / "run"))
     lines = result.stderr.splitlines()
-    said = [number for number, line in enumerate(lines) if line.startswith("error: ")]
-    assert [lines[number] for number in said] == [
+    errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    assert [lines[number] for number in errors] == [
         "error: command line: optim.lrr = 1: unknown setting; did you mean optim.lr?"
     ]
-    assert "Traceback" not in "\n".join(lines[: said[0]])
-    assert "torch/distributed/elastic" in lines[said[0] + 1]  # torchrun's own words from here on
+    assert "Traceback" not in "\n".join(lines[: errors[0]])
+    assert "torch/distributed/elastic" in lines[errors[0] + 1]  # torchrun's own output from here on
     assert "failed (exitcode: 2)" in result.stderr
     assert not (tmp_path / "run").exists()
 
@@ -75,9 +75,9 @@ def test_help_lists_every_section_without_importing_torch() -> None:
         assert option in result.stdout
 
 
-def shell(command: list[str], behind: str) -> subprocess.CompletedProcess[str]:
-    """The command in bash, with more words behind it."""
-    return run(["bash", "-c", f'"$@" {behind}; exit ${{PIPESTATUS[0]}}', "bash", *command])
+def shell(command: list[str], redirection: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in bash, followed by redirections or a pipe."""
+    return run(["bash", "-c", f'"$@" {redirection}; exit ${{PIPESTATUS[0]}}', "bash", *command])
 
 
 def test_help_piped_to_head_prints_no_error() -> None:
@@ -89,15 +89,15 @@ def test_help_piped_to_head_prints_no_error() -> None:
 @pytest.mark.parametrize("module", ["train", "compare"])
 def test_a_closed_terminal_changes_no_exit_code(module: str, tmp_path: Path) -> None:
     wrong = {"train": [*CPU, "--nonsense"]}
-    words = wrong.get(module, [tmp_path / "none", tmp_path])
-    assert shell(python(*words, module=f"distributed.{module}"), ">&- 2>&-").returncode == 2
+    arguments = wrong.get(module, [tmp_path / "none", tmp_path])
+    assert shell(python(*arguments, module=f"distributed.{module}"), ">&- 2>&-").returncode == 2
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("behind", [">&- 2>&-", "2>&1 | head -n 1"])
-def test_a_run_outlives_its_terminal(behind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("redirection", [">&- 2>&-", "2>&1 | head -n 1"])
+def test_a_run_outlives_its_terminal(redirection: str, tmp_path: Path) -> None:
     folder = tmp_path / "{x} {time} <red> %s"
-    result = shell(python(*TINY, "--run_dir", folder, "--logging.tensorboard", "false"), behind)
+    result = shell(python(*TINY, "--run_dir", folder, "--logging.tensorboard", "false"), redirection)
     assert (result.returncode, result.stderr) == (0, "")
     assert status(folder)["status"] == "finished"
     assert "epoch 1/1 done" in (folder / "logs" / "rank-0000.log").read_text()
@@ -111,7 +111,7 @@ def test_generated_images_are_announced_and_marked(tmp_path: Path) -> None:
         *CPU,
         "--epochs",
         1,
-        "--data.validation_fraction",  # an image costs less there than in training
+        "--data.validation_fraction",  # evaluating an image costs less than training on it
         0.9,
         "--global_batch_size",
         2500,
@@ -181,9 +181,9 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path: Path) -
 
     with Command(longer, output=tmp_path / "output", preexec_fn=no_large_files) as command:
         assert command.wait() == 4, command.text
-    told = [line for line in command.text.splitlines() if "ERROR" in line]
-    assert len(told) == 1
-    assert "checkpoint not written: File too large" in told[0]
+    errors = [line for line in command.text.splitlines() if "ERROR" in line]
+    assert len(errors) == 1
+    assert "checkpoint not written: File too large" in errors[0]
     assert "Traceback" not in command.text
     assert status(folder)["exit_code"] == 4
     assert all((final_tensors(folder)[name] == tensor).all() for name, tensor in before.items())
@@ -201,7 +201,7 @@ def test_one_interrupt_saves_and_a_second_exits_at_once(tmp_path: Path) -> None:
     assert (stopped["status"], stopped["reason"]) == ("stopped", "SIGINT")
     with Command(python(*settings), output=tmp_path / "twice") as command:
         command.wait_for(lambda: "resuming at step" in command.text, what="the resume")
-        command.process.send_signal(signal.SIGSTOP)  # so that both signals are there before it can come to a step
+        command.process.send_signal(signal.SIGSTOP)  # so that both signals are pending before its next step
         command.process.send_signal(signal.SIGINT)
         command.process.send_signal(signal.SIGCONT)
         time.sleep(0.001)

@@ -1,4 +1,4 @@
-"""Ranks in containers of one machine: namespaces of their own for processes, names and shared memory."""
+"""Ranks in containers on one machine, with separate namespaces for processes, host names and shared memory."""
 
 import os
 import random
@@ -12,7 +12,7 @@ TRIED = subprocess.run(["unshare", "--pid", "--fork", "--uts", "--mount-proc", "
                        capture_output=True, text=True, check=False)  # fmt: skip
 pytestmark = pytest.mark.skipif(bool(TRIED.returncode), reason=f"no namespaces here: {TRIED.stderr.strip()}")
 
-# Rank 1 comes late, so that rank 0 asks whether it lives; then it ends.
+# Rank 1 is late, so that rank 0 checks whether it is alive; then it exits.
 RANK = """
 import os, time, torch
 from distributed.comm.process_group import process_group
@@ -45,8 +45,8 @@ CONTAINERS = {
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", CONTAINERS)
 def test_ranks_in_containers_see_each_other_alive(kind: str) -> None:
-    """Each is process 1 or so in a namespace of its own."""
-    starts, way = CONTAINERS[kind]
+    """In its own namespace, each rank has a process id near 1."""
+    starts, kind_of_gather = CONTAINERS[kind]
     port = 29000 + random.randrange(900)
     common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
@@ -61,11 +61,11 @@ def test_ranks_in_containers_see_each_other_alive(kind: str) -> None:
         for rank, start in enumerate(starts)
     ]
     try:
-        said = [process.communicate(timeout=90) for process in ranks]
+        outputs = [process.communicate(timeout=90) for process in ranks]
     finally:
         for process in ranks:
             process.kill()
-    first = said[0][0].split("\n")
-    assert first[:2] == [way, "[0, 1]"], said
-    assert first[2].startswith("True"), said
-    assert said[1][0].split("\n")[:2] == [way, "[0, 1]"], said
+    first = outputs[0][0].split("\n")
+    assert first[:2] == [kind_of_gather, "[0, 1]"], outputs
+    assert first[2].startswith("True"), outputs
+    assert outputs[1][0].split("\n")[:2] == [kind_of_gather, "[0, 1]"], outputs

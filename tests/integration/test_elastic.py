@@ -1,4 +1,4 @@
-"""A run that loses processes and gets them back ends with the bits of the run that nobody disturbed."""
+"""A run that loses processes and gets them back ends with the same bits as an undisturbed run."""
 
 import random
 import subprocess
@@ -14,7 +14,7 @@ SETTINGS = (
 
 
 def compare(a: Path, b: Path) -> tuple[int, str]:
-    """Exit code and output of `python -m distributed.compare A B`."""
+    """Return exit code and output of `python -m distributed.compare A B`."""
     command = [sys.executable, "-m", "distributed.compare", str(a), str(b)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     return done.returncode, done.stdout + done.stderr
@@ -44,7 +44,7 @@ def test_resume_on_4_3_1_and_4_processes_keeps_the_bits(undisturbed: Path, tmp_p
     for ranks in (4, 3, 1):
         before = saves(run)
         with Command(torchrun(ranks, *SETTINGS, "--run_dir", run), output=tmp_path / "output") as command:
-            # Two saves further and between two saves: the steps since the last are done again on other ranks.
+            # After two more saves, between two saves: the steps since the last one are repeated on other ranks.
             command.wait_for(lambda: saves(run) >= before + 2, what="two saves")  # noqa: B023
             kill(dice.choice(command.ranks()))
             assert command.wait() != 0
@@ -55,8 +55,8 @@ def test_resume_on_4_3_1_and_4_processes_keeps_the_bits(undisturbed: Path, tmp_p
     assert sizes == [4, 3, 1, 4]
     assert begun == sorted(set(begun))
     assert_same_bits(run, undisturbed)
-    code, said = compare(run, undisturbed)
-    assert (code, said.startswith("bit-identical: ")) == (0, True), said
+    code, output = compare(run, undisturbed)
+    assert (code, output.startswith("bit-identical: ")) == (0, True), output
 
 
 @pytest.mark.slow
@@ -73,13 +73,13 @@ def test_plain_python_is_bit_identical_to_torchrun(undisturbed: Path, tmp_path: 
 @pytest.mark.timeout(200)
 def test_compare_reports_where_runs_diverge_and_why(undisturbed: Path, tmp_path: Path) -> None:
     finish(2, tmp_path / "run", "--optim.lr", 0.0999)
-    code, said = compare(tmp_path / "run", undisturbed)
-    print(said)
+    code, output = compare(tmp_path / "run", undisturbed)
+    print(output)
     assert code == 1
-    assert "not bit-identical: " in said
-    assert "diverged by step 5: " in said
-    assert "config: optim.lr = 0.0999 | 0.1" in said
-    assert "world_size: 2 | 4" in said
+    assert "not bit-identical: " in output
+    assert "diverged by step 5: " in output
+    assert "config: optim.lr = 0.0999 | 0.1" in output
+    assert "world_size: 2 | 4" in output
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_more_processes_than_shards_are_refused(tmp_path: Path) -> None:
         assert command.wait() != 0
     assert "exact.shards = 2 is less than the 3 processes" in command.text
     assert "exact.shards = 4" in command.text
-    assert "distributed/train.py" not in command.text, "a traceback of ours"
+    assert "distributed/train.py" not in command.text, "a traceback of this package"
     assert not (tmp_path / "run").exists()
 
 

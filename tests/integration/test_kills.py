@@ -1,4 +1,4 @@
-"""Whatever is killed, whenever: the run that goes on ends with the bits of the undisturbed one."""
+"""Whatever is killed, and whenever: the resumed run ends with the bits of an undisturbed one."""
 
 import random
 import signal
@@ -19,7 +19,7 @@ KINDS = ("kill -9 a rank", "kill -9 the agent", "kill -9 everything", "SIGTERM t
 
 @dataclass(frozen=True)
 class Mode:
-    """How a run is started, and on how many ranks its attempts may be."""
+    """Settings of a run, and the numbers of ranks of its attempts."""
 
     name: str
     settings: tuple[object, ...]
@@ -41,7 +41,7 @@ def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     return request.param, run
 
 
-def strike(command: Command, kind: str, dice: random.Random) -> None:
+def kill_something(command: Command, kind: str, dice: random.Random) -> None:
     agent, ranks = command.process.pid, command.ranks()
     if kind == "kill -9 a rank":
         kill(dice.choice(ranks))
@@ -58,26 +58,26 @@ def strike(command: Command, kind: str, dice: random.Random) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ten_kills_at_random_moments_keep_the_bits(undisturbed: tuple[Mode, Path], tmp_path: Path) -> None:
-    """In exact mode every attempt is on another number of ranks."""
+    """In exact mode the number of ranks changes with every attempt."""
     mode, reference = undisturbed
-    run, dice, strikes = tmp_path / "run", random.Random(mode.name), 0
+    run, dice, kills = tmp_path / "run", random.Random(mode.name), 0
     last_step = status(reference)["step"]
     for attempt in range(30):
         ranks = mode.ranks[attempt % len(mode.ranks)]
         with Command(torchrun(ranks, *mode.settings, "--run_dir", run), output=tmp_path / "output") as command:
             begun = len(attempts(run, "started"))
-            if strikes < 10:
+            if kills < 10:
                 command.wait_for(lambda: len(attempts(run, "started")) > begun, what="the start")  # noqa: B023
                 time.sleep(dice.uniform(0, 0.8))
                 if command.process.poll() is None:
-                    strike(command, KINDS[attempt % len(KINDS)], dice)
-                    strikes += 1
+                    kill_something(command, KINDS[attempt % len(KINDS)], dice)
+                    kills += 1
             command.wait()
             if status(run).get("status") == "finished":
                 break
-            # What the agent left behind notices its death by itself, saves and goes.
-    print(f"{strikes} strikes; attempts began at steps {[a['step'] for a in attempts(run, 'started')]} of {last_step}")
-    assert strikes >= 8, "the run ended before it was hit often enough: make it longer"
+            # Ranks orphaned by the agent detect its death, save and exit.
+    print(f"{kills} kills; attempts began at steps {[a['step'] for a in attempts(run, 'started')]} of {last_step}")
+    assert kills >= 8, "the run ended before it was killed often enough: make it longer"
     assert_same_bits(run, reference)
 
 

@@ -1,4 +1,4 @@
-"""Runs that upload to a store over HTTP, through kills and outages. Which store: `object_store.py`."""
+"""Runs that upload to a store over HTTP, through kills and outages. `kit/object_store.py` says which store."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ import pytest
 import torch
 from kit.abuse import assert_told, call, untouched
 from kit.commands import Command, assert_same_bits, kill, metrics, status, torchrun
-from kit.object_store import KEYS, NO_PATIENCE, Relay, running
+from kit.object_store import KEYS, NO_RETRIES, Relay, running
 from safetensors.torch import load_file
 
 SETTINGS = (
@@ -38,7 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 @pytest.fixture
 def relay(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Relay]:
     relay = Relay(server)
-    for name, value in {**KEYS, **NO_PATIENCE, "AWS_ENDPOINT_URL": relay.endpoint}.items():
+    for name, value in {**KEYS, **NO_RETRIES, "AWS_ENDPOINT_URL": relay.endpoint}.items():
         monkeypatch.setenv(name, value)
     yield relay
     relay.close()
@@ -46,7 +46,7 @@ def relay(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Relay]:
 
 @pytest.fixture
 def bucket(server: int, relay: Relay) -> str:
-    """The URL of a new, empty place."""
+    """The URL of a new, empty prefix."""
     name = f"bucket-{uuid.uuid4().hex[:12]}"
     files(server).mkdir(name)
     return f"s3://{name}/runs/one"
@@ -60,7 +60,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files(port: int) -> Any:
-    """The store, past the relay."""
+    """The store, accessed without the relay."""
     import s3fs
 
     keys = {"key": KEYS["AWS_ACCESS_KEY_ID"], "secret": KEYS["AWS_SECRET_ACCESS_KEY"]}
@@ -74,13 +74,13 @@ def train(run: Path, *more: object) -> str:
         return command.text
 
 
-def whole(port: int, url: str) -> list[str]:
-    """Names of the checkpoints there that have a manifest."""
+def complete(port: int, url: str) -> list[str]:
+    """The names of the checkpoints in the store that have a manifest."""
     return [path.split("/")[-2] for path in sorted(files(port).glob(f"{url}/step-*/manifest.json"))]
 
 
 def assert_same_ending(run: Path, reference: Path) -> Path:
-    """The bits of the whole run, though its folder has only the lines since it came back; the newest checkpoint."""
+    """Compare the final tensors, and the metrics since the resume. Returns the newest checkpoint."""
     ours, theirs = (max((folder / "checkpoints").glob("step-*")) for folder in (run, reference))
     assert ours.name == theirs.name
     found, expected = load_file(ours / "tensors.safetensors"), load_file(theirs / "tensors.safetensors")
@@ -93,7 +93,7 @@ def assert_same_ending(run: Path, reference: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_stopped_run_resumes_elsewhere_with_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
-    """Without a server: to a file:// URL. What was saved at the stop is up before the processes leave."""
+    """Without a server: to a file:// URL. The last save is uploaded before the processes exit."""
     url = f"file://{tmp_path}/store"
     arguments = torchrun(2, *SETTINGS, "--run_dir", tmp_path / "stopped", "--checkpoint.upload_to", url)
     with Command(arguments, output=tmp_path / "output") as command:
@@ -104,8 +104,8 @@ def test_a_stopped_run_resumes_elsewhere_with_the_same_bits(undisturbed: Path, t
     name = f"step-{status(tmp_path / 'stopped')['step']:08d}"
     assert [path.name for path in (tmp_path / "store").glob(f"{name}-*/manifest.json")] == ["manifest.json"]
     shutil.rmtree(tmp_path / "stopped")
-    said = train(tmp_path / "run", "--checkpoint.upload_to", url)
-    assert f"resuming at step {int(name[5:])}: " in said
+    log = train(tmp_path / "run", "--checkpoint.upload_to", url)
+    assert f"resuming at step {int(name[5:])}: " in log
     assert_same_ending(tmp_path / "run", undisturbed)
 
 
@@ -113,30 +113,30 @@ def test_a_stopped_run_resumes_elsewhere_with_the_same_bits(undisturbed: Path, t
 def test_a_run_killed_during_an_upload_resumes_elsewhere(
     server: int, relay: Relay, bucket: str, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Two processes on one machine, killed before the second manifest; one process in an empty folder goes on."""
+    """Two processes are killed before the second manifest; one process resumes in an empty folder."""
     arguments = torchrun(2, *SETTINGS, "--run_dir", tmp_path / "lost", "--checkpoint.upload_to", bucket)
     manifests: list[str] = []
     with Command(arguments, output=tmp_path / "output") as command:
 
-        def strike(path: str) -> None:
+        def kill_at_second_manifest(path: str) -> None:
             manifests.extend([path] if path.endswith("/manifest.json") else [])
             if len(manifests) == 2:
-                relay.cut = True
+                relay.is_cut = True
                 kill(*command.ranks(), command.process.pid)
 
-        relay.on_put = strike
+        relay.on_put = kill_at_second_manifest
         command.wait()
-    begun, (kept,) = manifests[1].split("/")[-2], whole(server, bucket)
-    assert files(server).exists(f"{bucket}/{begun}/tensors.safetensors")
-    assert kept < begun
-    relay.cut, relay.on_put = False, lambda _: None
+    incomplete, (kept,) = manifests[1].split("/")[-2], complete(server, bucket)
+    assert files(server).exists(f"{bucket}/{incomplete}/tensors.safetensors")
+    assert kept < incomplete
+    relay.is_cut, relay.on_put = False, lambda _: None
     shutil.rmtree(tmp_path / "lost")
-    said = train(tmp_path / "run", "--checkpoint.upload_to", bucket)
-    assert f"downloading {bucket}/{kept}" in said
-    assert f"resuming at step {int(kept[5:13])}: " in said
+    log = train(tmp_path / "run", "--checkpoint.upload_to", bucket)
+    assert f"downloading {bucket}/{kept}" in log
+    assert f"resuming at step {int(kept[5:13])}: " in log
     ours = assert_same_ending(tmp_path / "run", undisturbed)
-    assert whole(server, bucket) == sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*"))
-    assert f"{ours.name} is uploaded to {bucket}" in said.splitlines()[-1]
+    assert complete(server, bucket) == sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*"))
+    assert f"{ours.name} is uploaded to {bucket}" in log.splitlines()[-1]
     for file in ours.iterdir():
         assert files(server).cat_file(f"{bucket}/{ours.name}/{file.name}") == file.read_bytes()
 
@@ -147,38 +147,45 @@ def test_a_store_outage_does_not_stop_training(
 ) -> None:
     run, seen = tmp_path / "run", list[str]()
 
-    def cut(path: str) -> None:
+    def cut_after_first_upload(path: str) -> None:
         seen.append(path)
-        relay.cut = sum(one.endswith("/manifest.json") for one in seen) > 1
+        relay.is_cut = sum(path.endswith("/manifest.json") for path in seen) > 1
 
-    relay.on_put = cut
-    said = train(run, "--checkpoint.upload_to", bucket)
+    relay.on_put = cut_after_first_upload
+    log = train(run, "--checkpoint.upload_to", bucket)
     assert_same_bits(run, undisturbed)
-    assert len(whole(server, bucket)) == 1
-    assert "WARNING not uploaded: " in said
-    assert f"NOT UPLOADED: {status(run)['step']:08d}".replace(": ", ": step-") in said.splitlines()[-1]
-    relay.cut, relay.on_put = False, lambda _: None
-    said = train(run, "--checkpoint.upload_to", bucket)
-    assert "this run is finished" in said
-    assert whole(server, bucket) == sorted(path.name for path in (run / "checkpoints").glob("step-*"))
-    assert "is uploaded to" in said.splitlines()[-1]
+    assert len(complete(server, bucket)) == 1
+    assert "WARNING not uploaded: " in log
+    assert f"NOT UPLOADED: {status(run)['step']:08d}".replace(": ", ": step-") in log.splitlines()[-1]
+    relay.is_cut, relay.on_put = False, lambda _: None
+    log = train(run, "--checkpoint.upload_to", bucket)
+    assert "this run is finished" in log
+    assert complete(server, bucket) == sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    assert "is uploaded to" in log.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({}, "no such bucket"),
         ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "no permission to read, write and remove"),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "check the network and the store's endpoint"),
     ],
-    ids=["no bucket", "wrong key", "nobody there"],
+    ids=["no bucket", "wrong key", "no server"],
 )
 def test_an_unusable_store_is_refused(
-    change: dict[str, str], said: str, relay: Relay, bucket: str, tmp_path: Path
+    change: dict[str, str], message: str, relay: Relay, bucket: str, tmp_path: Path
 ) -> None:
     if "AWS_SECRET_ACCESS_KEY" in change and "S3_ENDPOINT" not in os.environ:
-        pytest.skip("moto's server takes any key; name a store with S3_ENDPOINT")
+        pytest.skip("moto's server accepts any key; name a store with S3_ENDPOINT")
     url = bucket if change else "s3://no-such-bucket-here/x"
-    words = ("--data.name=generated10", "--device=cpu", "--run_dir", tmp_path / "run", "--checkpoint.upload_to", url)
+    arguments = (
+        "--data.name=generated10",
+        "--device=cpu",
+        "--run_dir",
+        tmp_path / "run",
+        "--checkpoint.upload_to",
+        url,
+    )
     with untouched(tmp_path):
-        assert_told(call("train", *words, **change), f"checkpoint.upload_to = {url}: ", said)
+        assert_told(call("train", *arguments, **change), f"checkpoint.upload_to = {url}: ", message)

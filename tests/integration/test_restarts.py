@@ -1,4 +1,4 @@
-"""torchrun's own restarts: a killed worker is replaced, the run goes on by itself and ends with the same bits."""
+"""torchrun's own restarts: a killed worker is replaced, the run resumes and ends with the same bits."""
 
 import random
 import time
@@ -34,7 +34,7 @@ def test_max_restarts_replaces_killed_workers(reference: Path, tmp_path: Path) -
 
 
 def elastic(port: int, run: Path, *, node: int = 1, more: tuple[object, ...] = ()) -> list[str]:
-    """The README's elastic command on a node whose address is 127.0.0.NODE; the lowest address has rank 0."""
+    """Return the README's elastic command on a node with address 127.0.0.NODE; the lowest address gets rank 0."""
     options = (
         "--nnodes=1:2", "--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}",
         f"--local-addr=127.0.0.{node}", "--monitor-interval=0.1",
@@ -46,7 +46,7 @@ def elastic(port: int, run: Path, *, node: int = 1, more: tuple[object, ...] = (
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_joining_and_leaving_nodes_keep_the_bits(reference: Path, tmp_path: Path) -> None:
-    """A second node joins in mid-run and takes over rank 0, is lost, and one comes back in its place."""
+    """A second node joins during the run and takes over rank 0, is lost, and is replaced by a third."""
     run, port = tmp_path / "run", 29000 + random.randrange(900)
 
     def started(first: Command, number: int, world_size: int) -> None:
@@ -70,15 +70,15 @@ def test_joining_and_leaving_nodes_keep_the_bits(reference: Path, tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_foreign_job_at_the_endpoint_is_refused(reference: Path, tmp_path: Path) -> None:
-    """Without --rdzv-id torchrun takes it for a node of the first job, which goes on and ends with its own bits."""
+    """Without --rdzv-id torchrun mistakes it for a node of the first job, which continues and keeps its bits."""
     run, other, port = tmp_path / "run", tmp_path / "other", 29000 + random.randrange(900)
     with Command(elastic(port, run, node=2), output=tmp_path / "first") as first:
         first.wait_for(lambda: attempts(run, "started"), what="the first job")
         with Command(elastic(port, other, more=("--seed", 7)), output=tmp_path / "second") as second:
             second.wait()
-        said = [line for line in second.text.splitlines() if " ERROR " in line]
-        assert len(said) == 1, second.text
-        assert "give each job its own --rdzv-id" in said[0]
+        errors = [line for line in second.text.splitlines() if " ERROR " in line]
+        assert len(errors) == 1, second.text
+        assert "give each job its own --rdzv-id" in errors[0]
         assert not other.exists()
         assert first.wait() == 0, first.text[-5000:]
     assert_same_bits(run, reference)

@@ -1,4 +1,4 @@
-"""An attempt that was given up while it slept wakes beside the one that took over: it writes nothing more, and ends."""
+"""A suspended attempt that wakes up after another took over writes nothing more, and exits."""
 
 import json
 import signal
@@ -28,7 +28,7 @@ def test_superseded_attempt_writes_nothing_and_exits(tmp_path: Path) -> None:
     with Command(arguments, output=tmp_path / "first") as first:
         first.wait_for(lambda: len(lines(run)) > 16, what="the first lines")
         kill(first.process.pid, number=signal.SIGSTOP)
-        (run / ".lock").unlink()  # as a file server does that has lost sight of the node
+        (run / ".lock").unlink()  # like a file server that has lost contact with the node
         reached = lines(run)[-1][1]
         with Command(arguments, output=tmp_path / "second") as second:
             second.wait_for(
@@ -40,9 +40,9 @@ def test_superseded_attempt_writes_nothing_and_exits(tmp_path: Path) -> None:
             second.wait_for(lambda: lines(run)[-1][1] > last + 5, what="steps of the second alone")
             kill(second.process.pid, number=signal.SIGTERM)
             assert second.wait(60) == 75, second.text
-    said = [line for line in first.text.splitlines() if " ERROR " in line]
-    assert len(said) == 1, first.text
-    assert f"was taken over by process {second.process.pid} on " in said[0]
+    errors = [line for line in first.text.splitlines() if " ERROR " in line]
+    assert len(errors) == 1, first.text
+    assert f"was taken over by process {second.process.pid} on " in errors[0]
     assert "Traceback" not in first.text
     assert [line for line, count in Counter(lines(run)).items() if count > 1] == []
     assert [json.loads(line)["event"] for line in (run / "attempts.jsonl").read_text().splitlines()] == [

@@ -1,4 +1,4 @@
-"""`distributed.train`, killed by itself (kill -9) at a named point of rank 0's first save after step N.
+"""`distributed.train`, which kills itself (kill -9) at a given point of rank 0's first save after step N.
 
 python -m kit.killed_in_save POINT STEP [arguments of distributed.train]
 """
@@ -22,7 +22,7 @@ def die(*_: object, **__: object) -> None:
 
 
 def arm(point: str) -> None:
-    """Replace the function that comes next at this point by death."""
+    """Replace the function that runs next at this point by `die`."""
     if point == "after 5 tensors":
         original = tensor_file._bytes_of
         written = iter(range(5))
@@ -45,7 +45,7 @@ def arm(point: str) -> None:
     elif point == "during retention":
         shutil.rmtree = lambda path, **_: die() if ".deleting-" in str(path) else None
     else:
-        raise ValueError(f"no point {point!r}; there are {POINTS}")
+        raise ValueError(f"unknown point {point!r}; choose one of {POINTS}")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""A server that speaks S3 over HTTP on this machine, and a relay before it that can watch, cut and heal the connection.
+"""A local server that speaks S3 over HTTP, and a relay in front of it that can watch, cut and restore the connection.
 
-S3_ENDPOINT names a running store whose keys are in the environment (shown so with Ceph's RADOS gateway). Without it the
-server is moto's: it answers as S3 does, over real HTTP, but nobody keeps data in it.
+S3_ENDPOINT names a running store whose keys are in the environment (tested with Ceph's RADOS gateway). By default the
+server is moto's, which answers like S3 over real HTTP but is not a production store.
 """
 
 import os
@@ -18,12 +18,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_DEFAULT_REGION": "us-east-1"}
-NO_PATIENCE = {"AWS_MAX_ATTEMPTS": "1"}  # of botocore, below the tries of s3fs
+NO_RETRIES = {"AWS_MAX_ATTEMPTS": "1"}  # of botocore; s3fs retries on top of it
 
 
 @contextmanager
 def running(folder: Path) -> Iterator[int]:
-    """The port of a server; ended by its pid."""
+    """Start a server if S3_ENDPOINT names none, and yield its port."""
     if "S3_ENDPOINT" in os.environ:
         yield int(os.environ["S3_ENDPOINT"].rpartition(":")[2].strip("/"))
         return
@@ -55,23 +55,23 @@ def _wait_for(url: str) -> None:
 
 
 class Relay:
-    """Hands bytes on between a port of its own and the server's.
+    """Forwards bytes between its own port and the server's.
 
     Attributes:
-        cut: while set, every connection is refused or broken.
-        on_put: called with an object's path before a request that begins to write it is handed on.
+        is_cut: while set, every connection is refused or broken.
+        on_put: called with an object's path before a request that writes it is forwarded.
     """
 
     def __init__(self, port: int) -> None:
         self._target = port
-        self.cut = False
+        self.is_cut = False
         self.on_put: Callable[[str], None] = lambda _: None
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
-        self.cut = True
+        self.is_cut = True
         self._listener.close()
 
     def _accept(self) -> None:
@@ -80,22 +80,22 @@ class Relay:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            if self.cut:
+            if self.is_cut:
                 client.close()
                 continue
             server = socket.create_connection(("127.0.0.1", self._target))
             for pair in ((client, server, True), (server, client, False)):
-                threading.Thread(target=self._hand_on, args=pair, daemon=True).start()
+                threading.Thread(target=self._forward, args=pair, daemon=True).start()
 
-    def _hand_on(self, source: socket.socket, sink: socket.socket, asks: bool) -> None:
+    def _forward(self, source: socket.socket, sink: socket.socket, is_request: bool) -> None:
         with suppress(OSError):
             while block := source.recv(1 << 16):
-                if asks and (found := re.match(rb"PUT (/[^ ?]*)", block)):
+                if is_request and (found := re.match(rb"PUT (/[^ ?]*)", block)):
                     self.on_put(found[1].decode())
-                if self.cut:
+                if self.is_cut:
                     break
                 sink.sendall(block)
-        for one in (source, sink):
+        for end in (source, sink):
             with suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()

@@ -1,4 +1,4 @@
-"""Small training runs for the tests of this folder: a config of seconds, a sink that remembers, a request to stop."""
+"""Small training runs for tests: a config that trains in seconds, a recording sink, a stop source."""
 
 import hashlib
 import json
@@ -12,11 +12,11 @@ from distributed.run.checkpoint_layout import checkpoints
 from distributed.run.folder import RunFolder
 
 FAST = {"shards": 0}
-"""`exact` for runs in fast mode; left out it is auto, which gives eight shards."""
+"""The `exact` section for fast mode. The default, auto, uses eight shards."""
 
 
 def small_config(run_dir: Path, **settings: Any) -> TrainConfig:
-    """improved_alexnet on a few generated images, every step logged. `data` is laid over the data section."""
+    """improved_alexnet on a few generated images, with every step logged. Dict settings are merged into their sections."""
     data = {
         "name": "generated10",
         "train_samples": 200,
@@ -43,7 +43,7 @@ def small_config(run_dir: Path, **settings: Any) -> TrainConfig:
 
 @dataclass
 class Recorder:
-    """A sink that remembers all it was told."""
+    """A sink that records all metrics."""
 
     steps: list[TrainMetrics] = field(default_factory=list)
     epochs: list[EpochMetrics] = field(default_factory=list)
@@ -60,33 +60,33 @@ class Recorder:
 
 @dataclass
 class StopAfter:
-    """A request to stop that comes after so many steps of this attempt; agreed on, it stops the ranks one step later."""
+    """A stop source that requests a stop after this many steps of an attempt. The ranks stop one step later."""
 
     steps: int
-    asked: int = 0
+    calls: int = 0
 
     def requested(self) -> str | None:
-        self.asked += 1
-        return "the test" if self.asked >= self.steps else None
+        self.calls += 1
+        return "the test" if self.calls >= self.steps else None
 
 
 CLOCK = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
-"""What metrics say of the machine, not of the run."""
+"""Metrics that depend on the machine, not on the run."""
 
 
 def without_clock(metrics: TrainMetrics | EpochMetrics | dict[str, Any]) -> dict[str, Any]:
-    told = metrics if isinstance(metrics, dict) else asdict(metrics)
-    return {key: value for key, value in told.items() if key not in CLOCK}
+    values = metrics if isinstance(metrics, dict) else asdict(metrics)
+    return {key: value for key, value in values.items() if key not in CLOCK}
 
 
 def lines(run: RunFolder, kind: str) -> list[dict[str, Any]]:
-    """The run's metrics of one kind, without what the clock and the machine say."""
+    """The run's metrics of one kind, without those that depend on the machine."""
     found = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
     return [without_clock(line) for line in found if line["kind"] == kind]
 
 
 def state_of(run: RunFolder) -> dict[str, Any]:
-    """Counters, schedule and sums, as the newest checkpoint has them."""
+    """The training state in the newest checkpoint: counters, schedule and totals."""
     content: dict[str, Any] = json.loads((newest_checkpoint(run.path) / "state.json").read_text())["state"]
     return content
 

@@ -165,7 +165,7 @@ class FullDisk:
 
 
 NOT_SHARED: dict[str, tuple[int, dict[str, Any]]] = {
-    "another machine": (1, {"machine": lambda: "elsewhere"}),
+    "another machine": (1, {"boot_id": lambda: "elsewhere"}),
     "no file": (1, {"open": no_such_file}),
     "no room": (0, {"os": FullDisk()}),
 }

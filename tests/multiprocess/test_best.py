@@ -1,4 +1,4 @@
-"""A return to the best epoch, whose save was not affordable, by several ranks."""
+"""Several ranks restore the best epoch, which the budget did not allow to save."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from distributed.run.claim import ClaimedRun
 
 
 @in_group
-def return_to_the_best(folder: Path) -> list[float]:
-    """The weights after epochs with weights 1, 2, 3, of which the second was the best and no epoch was saved but the first."""
+def restore_the_best(folder: Path) -> list[float]:
+    """Return the weights after epochs with weights 1, 2, 3. The second is the best, and only the first was saved."""
     run = ClaimedRun.claim(folder, world_size=2) if collectives.rank() == 0 else None
     writer = Checkpointer(folder / "checkpoints", run, keep_last=1, metadata={}, budget=SaveBudget(1e-9))
     state = three_epochs(writer)
@@ -27,4 +27,4 @@ def return_to_the_best(folder: Path) -> list[float]:
 
 @pytest.mark.timeout(120)
 def test_all_ranks_restore_an_unsaved_best_epoch(tmp_path):
-    assert run_ranks(return_to_the_best, 2, tmp_path / "run") == [[2.0], [2.0]]
+    assert run_ranks(restore_the_best, 2, tmp_path / "run") == [[2.0], [2.0]]

@@ -1,4 +1,4 @@
-"""In exact mode all ranks start their collectives in one order over all groups: NCCL may hang where they do not."""
+"""In exact mode all ranks start their collectives in the same order over all groups; otherwise NCCL may hang."""
 
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ COLLECTIVES = (GATHER, "all_to_all_single", "all_reduce")
 
 @in_group
 def order_of(settings: dict[str, Any], run_dir: Path) -> list[tuple[str, str]]:
-    """The name and the group of each collective of a run, in the order of their calls."""
-    for module in (bucket_reduce, all_gather):  # as on GPUs or several hosts
+    """Return name and group of each collective of a run, in call order."""
+    for module in (bucket_reduce, all_gather):  # as on GPUs or on several hosts
         vars(module)["open_shared_memory"] = lambda *_: None
     calls: list[tuple[str, str]] = []
 
@@ -48,5 +48,5 @@ def test_all_ranks_start_collectives_in_the_same_order(engine: str, tmp_path: Pa
     assert {name for name, _ in first} >= {GATHER, "all_to_all_single"}
     for other in others:
         assert other == first
-    # The flags of a stop are host numbers in a gloo group of their own; all else has one communicator.
+    # Only the stop flags, which are host numbers, have another group (gloo); everything else uses one communicator.
     assert {name for name, group in first if group == "another"} <= {"all_reduce"}

@@ -1,4 +1,4 @@
-"""Sums and agreements over ranks, and that a single process needs no group for them."""
+"""Collectives over ranks, and without a process group in a single process."""
 
 import os
 import time
@@ -18,7 +18,7 @@ from distributed.topology import Topology
 
 
 def fails_on(rank: int, error: Exception) -> Callable[[], str]:
-    """Work that fails on one rank."""
+    """Return work that fails on one rank."""
 
     def work() -> str:
         if collectives.rank() == rank:
@@ -42,7 +42,7 @@ def try_everything() -> dict[str, Any]:
     exchanged = [late.exchange(int(rank == 1 and call == 1), 10 * call + rank) for call in range(4)]
     drained = [late.drain(), late.drain()]
     return {
-        "place": (rank, collectives.world_size()),
+        "rank and size": (rank, collectives.world_size()),
         "sum": collectives.sum_over_ranks_(torch.tensor([rank, 2**60 + rank])).tolist(),
         "max": collectives.max_over_ranks_(torch.tensor([rank, -rank, 2 * (rank == 1)])).tolist(),
         "from main": collectives.broadcast_object({"rank": rank, "path": None}),
@@ -62,12 +62,12 @@ def found(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 
 @pytest.mark.timeout(120)
 def test_ranks_and_world_size(found: list[dict[str, Any]]) -> None:
-    assert [rank["place"] for rank in found] == [(rank, len(found)) for rank in range(len(found))]
+    assert [rank["rank and size"] for rank in found] == [(rank, len(found)) for rank in range(len(found))]
 
 
 @pytest.mark.timeout(120)
 def test_result_or_error_of_rank_0_reaches_all_ranks(found: list[dict[str, Any]]) -> None:
-    """What another rank would have found does not matter: it is not asked."""
+    """The work is not run on the other ranks, so their errors do not occur."""
     assert [rank["decided"] for rank in found] == [["done by 0", "InputError 2: a\nb", "done by 0"]] * len(found)
 
 
@@ -124,7 +124,7 @@ def test_single_process_needs_no_group() -> None:
 def fail_in_rank_1(how: str) -> str:
     if os.environ["RANK"] == "1":
         if how == "raise":
-            raise ValueError("as it was told")
+            raise ValueError("as requested")
         if how == "die":
             os._exit(3)
         if how == "leave":
@@ -135,15 +135,15 @@ def fail_in_rank_1(how: str) -> str:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "message"),
     [
-        ("raise", r"(?s)rank 1 of 2 failed:.*fail_in_rank_1.*ValueError: as it was told"),
+        ("raise", r"(?s)rank 1 of 2 failed:.*fail_in_rank_1.*ValueError: as requested"),
         ("die", "rank 1 of 2 failed:\nit ended with exit code 3"),
         ("hang", r"no answer from rank (0, )?1 of 2 within \d+ s"),
     ],
 )
-def test_run_ranks_names_the_failed_rank_and_error(how: str, said: str) -> None:
-    with pytest.raises(RankFailed, match=said):
+def test_run_ranks_names_the_failed_rank_and_error(how: str, message: str) -> None:
+    with pytest.raises(RankFailed, match=message):
         run_ranks(fail_in_rank_1, 2, how, timeout_seconds=5 if how == "hang" else 60)
 
 
@@ -153,7 +153,7 @@ def test_run_ranks_returns_none_for_a_rank_that_left() -> None:
 
 
 def wait_for_a_silent_rank() -> float:
-    """Seconds that rank 0 waited for rank 1 in a group made after the first one; -1 on rank 1."""
+    """Return how long rank 0 waited for rank 1 in a group created later, in seconds; -1 on rank 1."""
     with process_group(Topology.from_environment(), torch.device("cpu"), timeout_seconds=2):
         group = dist.new_group()
         if dist.get_rank() == 1:
@@ -167,5 +167,5 @@ def wait_for_a_silent_rank() -> float:
 
 @pytest.mark.timeout(120)
 def test_timeout_applies_to_groups_created_later() -> None:
-    """FSDP2 and DeepSpeed make such, and exact mode; torch would wait for 30 minutes there."""
+    """FSDP2, DeepSpeed and exact mode create such groups; torch would wait for 30 minutes there."""
     assert 2 <= run_ranks(wait_for_a_silent_rank, 2)[0] < 8

@@ -1,4 +1,4 @@
-"""Runs under DeepSpeed: parts that are parts, stops that leave no trace, the recipe whole, evaluation on uneven shards."""
+"""DeepSpeed: memory per rank, complete runs that match DDP, resuming, evaluation on uneven shards."""
 
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ STAGES = ["zero 1", "zero 2", "zero 3"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
 
-# What is shared out
+# Memory per rank
 
 
 @in_group
-def bytes_held() -> dict[str, dict[str, int]]:
-    """By stage, of what this rank holds after a backward pass: optimizer, gradients, weights; and the whole's."""
+def local_bytes() -> dict[str, dict[str, int]]:
+    """Return, by stage, this rank's bytes of optimizer, gradients and weights after a backward pass, and those of all ranks."""
     found = {}
     for name in STAGES:
         engine: Any
@@ -31,28 +31,28 @@ def bytes_held() -> dict[str, dict[str, int]]:
             lambda m, b: (m(b.images, b.sample_keys).sum(), None), next(data.train_epoch(0))[0], last=True
         )
         zero = engine._deepspeed.optimizer
-        gradients = [part for parts in zero.averaged_gradients.values() for part in parts or ()]
-        engine.step(0.01, step=0)  # after which no layer is left gathered
-        parameters, held = list(engine.model.parameters()), engine.local_tensors()
-        optimizer = [held for key, held in held.items() if key.startswith("optimizer.")]
+        gradients = [gradient for group in zero.averaged_gradients.values() for gradient in group or ()]
+        engine.step(0.01, step=0)  # frees all gathered layers
+        parameters = list(engine.model.parameters())
+        optimizer = [tensor for key, tensor in engine.local_tensors().items() if key.startswith("optimizer.")]
         found[name] = {
-            "optimizer": sum(held.local.nbytes for held in optimizer),
+            "optimizer": sum(tensor.local.nbytes for tensor in optimizer),
             "gradients": sum(gradient.nbytes for gradient in gradients),
             "weights": sum(p.nbytes + getattr(p, "ds_tensor", p[:0]).nbytes for p in parameters),
-            "whole": sum(held.placement.shape.numel() * 4 for held in optimizer),
+            "full": sum(tensor.placement.shape.numel() * 4 for tensor in optimizer),
         }
     return found
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_a_rank_holds_its_part_of_what_the_stage_shards(world_size: int) -> None:
-    for rank in run_ranks(bytes_held, world_size, timeout_seconds=150):
-        for name, held in rank.items():
-            part = pytest.approx(held["whole"] / world_size, rel=0.35)  # of each rank; parts end within parameters
-            assert held["optimizer"] == part, name
-            assert held["weights"] == (part if name == "zero 3" else held["whole"]), name
+def test_a_rank_keeps_only_the_shards_of_its_stage(world_size: int) -> None:
+    for rank in run_ranks(local_bytes, world_size, timeout_seconds=150):
+        for name, found in rank.items():
+            shard = pytest.approx(found["full"] / world_size, rel=0.35)  # DeepSpeed's shards differ in size
+            assert found["optimizer"] == shard, name
+            assert found["weights"] == (shard if name == "zero 3" else found["full"]), name
             if name != "zero 1":
-                assert held["gradients"] == part, name
+                assert found["gradients"] == shard, name
 
 
 # Runs
@@ -70,13 +70,13 @@ PLATEAU: dict[str, Any] = {
 
 
 @in_group
-def whole_runs(folder: Path, names: list[str]) -> list[Trace]:
+def complete_runs(folder: Path, names: list[str]) -> list[Trace]:
     return [traced(config_with(name, folder / name, **PLATEAU)) for name in names]
 
 
-def test_a_run_with_all_its_parts_is_that_of_ddp(tmp_path: Path) -> None:
-    """Plateau and return to the best epoch, averaged weights, accumulation, clipping, evaluation where ranks have none."""
-    ranks = run_ranks(whole_runs, 3, tmp_path, ["ddp", *STAGES], timeout_seconds=240)
+def test_a_complete_run_matches_ddp(tmp_path: Path) -> None:
+    """With plateau and restored best epoch, EMA, accumulation, clipping, and evaluation with empty ranks."""
+    ranks = run_ranks(complete_runs, 3, tmp_path, ["ddp", *STAGES], timeout_seconds=240)
     for ddp, *others in ranks:
         for name, found in zip(STAGES, others, strict=True):
             for step, expected in zip(found.steps, ddp.steps, strict=True):
@@ -85,7 +85,7 @@ def test_a_run_with_all_its_parts_is_that_of_ddp(tmp_path: Path) -> None:
                 for split in ("validation", "test"):
                     assert epoch[split]["loss"] == pytest.approx(expected[split]["loss"], rel=1e-4), (name, epoch)
             assert found.decisions == ddp.decisions
-            assert found.decisions, "the plateau came to nothing, so nothing was tested"
+            assert found.decisions, "the plateau made no decision, so it was not tested"
             assert found.tensors.keys() == ddp.tensors.keys()
     assert all([trace.steps for trace in rank] == [trace.steps for trace in ranks[0]] for rank in ranks)
     assert all([trace.tensors for trace in rank] == [trace.tensors for trace in ranks[0]] for rank in ranks)
@@ -103,50 +103,50 @@ def undisturbed_and_stopped(folder: Path) -> dict[str, list[Trace]]:
     }
 
 
-def test_at_the_same_number_of_processes_a_stopped_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_resuming_at_the_same_world_size_is_bit_identical(tmp_path: Path) -> None:
     for rank in run_ranks(undisturbed_and_stopped, 3, tmp_path, timeout_seconds=240):
-        for name, (undisturbed, *parts) in rank.items():
-            assert [part.ended[2] for part in parts] == [True, True, False]
-            assert [step for part in parts for step in part.steps] == undisturbed.steps, name
-            assert parts[-1].tensors == undisturbed.tensors, name
+        for name, (undisturbed, *attempts) in rank.items():
+            assert [attempt.ended[2] for attempt in attempts] == [True, True, False]
+            assert [step for attempt in attempts for step in attempt.steps] == undisturbed.steps, name
+            assert attempts[-1].tensors == undisturbed.tensors, name
 
 
 ATTEMPTS = [("zero 3", 3), ("ddp", 2), ("zero 1", 4), ("fsdp", 3), ("zero 2", 2), ("ddp", 1)]
-"""One run goes through all of these, two steps at a time."""
+"""One run is resumed under each of these for two steps."""
 
 
 @in_group
 def next_attempt(run_dir: Path, name: str, stop_after: int | None) -> tuple[Trace, dict[str, str]]:
-    """The next steps of a run, and before them what an engine holds that the newest checkpoint was loaded into."""
-    config, held = config_with(name, run_dir, **PLATEAU), dict[str, str]()
+    """Take the next steps of a run; also return digests of an engine into which its newest checkpoint was loaded."""
+    config, loaded = config_with(name, run_dir, **PLATEAU), dict[str, str]()
     if RunFolder(run_dir).newest_state():
         fresh, _ = built(config)
         load_checkpoint(newest_checkpoint(run_dir), fresh)
-        held = {key: digest_of(tensor) for key, tensor in fresh.state()}
+        loaded = {key: digest_of(tensor) for key, tensor in fresh.state()}
         torch.set_num_threads(1)
-    return traced(config, stop_after), held
+    return traced(config, stop_after), loaded
 
 
-def test_a_run_goes_on_under_any_engine_at_any_number_of_processes(tmp_path: Path) -> None:
+def test_resuming_under_any_engine_at_any_world_size(tmp_path: Path) -> None:
     run, undisturbed = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "ddp")
-    (expected,) = run_ranks(whole_runs, 1, tmp_path, ["ddp"], timeout_seconds=100)[0]
+    (expected,) = run_ranks(complete_runs, 1, tmp_path, ["ddp"], timeout_seconds=100)[0]
     losses: list[float] = []
     decisions: list[str] = []
     for name, world_size in ATTEMPTS:
         last = (name, world_size) == ATTEMPTS[-1]
         before = {key: digest_of(tensor) for key, tensor in tensors_of(run).items()} if losses else {}
         ranks = run_ranks(next_attempt, world_size, run.path, name, None if last else 1, timeout_seconds=120)
-        for _, held in ranks:
-            assert held == before, f"{name}: every tensor as it was saved"
+        for _, loaded in ranks:
+            assert loaded == before, f"{name}: a loaded tensor differs from the saved one"
         losses += [step["loss"] for step in ranks[0][0].steps]
         decisions += ranks[0][0].decisions
     assert losses == pytest.approx([step["loss"] for step in expected.steps], rel=1e-4)
     assert decisions == expected.decisions
-    found, wanted = state_of(run), state_of(undisturbed)
+    found, reference = state_of(run), state_of(undisturbed)
     for key in ("epoch", "step", "samples_seen"):
-        assert found[key] == wanted[key]
-    assert found["schedule"].keys() == wanted["schedule"].keys()
-    assert found["best"]["epoch"] == wanted["best"]["epoch"]
+        assert found[key] == reference[key]
+    assert found["schedule"].keys() == reference["schedule"].keys()
+    assert found["best"]["epoch"] == reference["best"]["epoch"]
 
 
 def losses_in_bfloat16(name: str) -> list[float]:
@@ -162,13 +162,13 @@ def curves_in_bfloat16() -> dict[str, list[float]]:
     return {name: losses_in_bfloat16(name) for name in ("ddp", *STAGES)}
 
 
-def test_in_bfloat16_the_curve_is_that_of_autocast_and_all_that_is_kept_is_float32() -> None:
-    """The first loss to the last bit: the same casts."""
+def test_bfloat16_curve_matches_autocast() -> None:
+    """The first loss is bit-identical, since the casts are the same; the state is float32."""
     for rank in run_ranks(curves_in_bfloat16, 2, timeout_seconds=120):
         for name in STAGES:
             assert rank[name][0] == rank["ddp"][0], name
             assert rank[name] == pytest.approx(rank["ddp"], rel=2e-3), name
 
 
-def test_the_stages_are_what_these_tests_mean() -> None:
+def test_names_of_the_stages() -> None:
     assert [ENGINES[name]["zero_stage"] for name in STAGES] == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""Sharded engines on CUDA over NCCL. One process: NCCL takes no two of them on one GPU, and one GPU is what is lent."""
+"""Sharded engines on CUDA over NCCL, in a single process, since NCCL does not support two ranks on one GPU."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +15,7 @@ from distributed.comm.process_group import choose_device, process_group
 from distributed.config.engines import DeepSpeed
 from distributed.engine.deepspeed import DeepSpeedEngine
 from distributed.engine.fsdp import FsdpEngine
+from distributed.engine.prepare import Compute
 from distributed.engine.protocol import Engine
 from distributed.models.build import build_model
 from distributed.topology import Topology
@@ -33,7 +34,7 @@ def needs(name: str) -> list[pytest.MarkDecorator]:
 
 
 def on_cuda(name: str, precision: str) -> tuple[list[float], dict[str, Any]]:
-    """(losses, state after three steps), the engine itself being made even where there is nothing to be shared out"""
+    """Return losses and state after three steps; sharded engines are built directly, although there is nothing to shard."""
     topology = Topology.from_environment()
     device = choose_device("cuda", topology)
     make_deterministic(device, precision="float32")
@@ -42,15 +43,12 @@ def on_cuda(name: str, precision: str) -> tuple[list[float], dict[str, Any]]:
     with process_group(topology, device, timeout_seconds=60):
         data = build_data(config, topology, device)
         model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
-        common: dict[str, Any] = {
-            "optim": config.optim, "precision": precision, "channels_last": False, "device": device,
-            "timeout_seconds": 60.0,
-        }  # fmt: skip
+        compute = Compute(precision, channels_last=False, device=device, timeout_seconds=60.0)
         engine: Engine
         if isinstance(config.engine, DeepSpeed):
-            engine = DeepSpeedEngine(config.engine, model, grad_accum_steps=1, **common)
+            engine = DeepSpeedEngine(config.engine, model, optim=config.optim, compute=compute, grad_accum_steps=1)
         elif config.engine.name == "fsdp":
-            engine = FsdpEngine(config.engine, model, **common)
+            engine = FsdpEngine(config.engine, model, optim=config.optim, compute=compute)
         else:
             engine = build_engine(config, topology, data, device)
         losses, _ = steps(engine, data, config, lr=0.01, count=3, device=device)
@@ -59,7 +57,7 @@ def on_cuda(name: str, precision: str) -> tuple[list[float], dict[str, Any]]:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", [pytest.param(name, marks=needs(name)) for name in ENGINES if name != "ddp"])
-def test_three_steps_are_those_of_ddp(name: str, precision: str) -> None:
+def test_three_steps_match_ddp(name: str, precision: str) -> None:
     ((expected, there),) = run_ranks(on_cuda, 1, "ddp", precision, timeout_seconds=150)
     ((losses, here),) = run_ranks(on_cuda, 1, name, precision, timeout_seconds=150)
     bound = 1e-5 if precision == "float32" else 2e-3

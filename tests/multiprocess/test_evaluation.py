@@ -1,4 +1,4 @@
-"""Evaluation counts every image once, however unevenly the ranks share them, and all ranks know the totals."""
+"""Evaluation counts every image once, however unevenly the images are sharded, and all ranks have the totals."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,8 +24,11 @@ TEST, TRAIN, VALIDATION = 23, 60, 20
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One split, passed over in batches of one size: the totals, how many images this rank saw of each and in which
-    shards, the modes in which the model made its passes, and its mode afterwards."""
+    """The evaluation of one split in batches of one size on one rank.
+
+    `images` and `shards` have an entry per batch. `modes` holds the values of `training` that the layers had during the
+    evaluation, and the model's afterwards.
+    """
 
     totals: Totals
     images: list[int]
@@ -35,7 +38,7 @@ class Evaluated:
 
 
 Key = tuple[int, str, str, int]
-"""Shards, 0 for fast mode; precision, split, images a pass."""
+"""Shards (0 for fast mode), precision, split, batch size."""
 
 
 @in_group
@@ -78,7 +81,7 @@ def evaluate_split(engine: Engine, data: DataPipeline, split: str) -> Evaluated:
     )
 
 
-# Of batches of 9 the last is uneven; of 2 over three ranks always one rank has none; 1000 is more than there are.
+# With 9 the last batch is uneven; with 2 one of three ranks has no images; 1000 is more than a split has.
 SIZES = [9, 2, 1000]
 
 
@@ -119,14 +122,14 @@ def test_each_image_is_evaluated_on_exactly_one_rank(evaluated, key: Key) -> Non
     ids = sorted(sample for rank in ranks for sample in rank.ids)
     assert ids == sorted(evaluated(1)[0][key].ids)
     assert len(set(ids)) == count
-    passes = -(-count // key[3])
-    assert [len(rank.images) for rank in ranks] == [passes] * 3
-    for of_a_pass in zip(*(rank.shards for rank in ranks), strict=True):
-        shards = [size for own in of_a_pass for size in own]
+    batches = -(-count // key[3])
+    assert [len(rank.images) for rank in ranks] == [batches] * 3
+    for per_rank in zip(*(rank.shards for rank in ranks), strict=True):
+        shards = [size for own in per_rank for size in own]
         assert len(shards) == (key[0] or 3)
         assert max(shards) - min(shards) <= 1
     if key[3] == 2:
-        assert all(min(of_a_pass) == 0 for of_a_pass in zip(*(rank.images for rank in ranks), strict=True))
+        assert all(min(per_rank) == 0 for per_rank in zip(*(rank.images for rank in ranks), strict=True))
 
 
 @pytest.mark.timeout(90)
@@ -136,7 +139,7 @@ def test_evaluation_mode_ends_with_the_evaluation(evaluated) -> None:
 
 
 @in_group
-def evaluate_a_split_that_lacks_an_image(shards: int) -> str:
+def evaluate_with_a_missing_image(shards: int) -> str:
     config = small_config(
         Path("unused"), data={"train_samples": 20, "test_samples": 11}, exact={"shards": shards}, global_batch_size=8
     )
@@ -144,8 +147,8 @@ def evaluate_a_split_that_lacks_an_image(shards: int) -> str:
     data = build_data(config, topology, CPU)
     engine = build_engine(config, topology, data, CPU)
     if collectives.rank() == 1:
-        whole = data.evaluation
-        data.evaluation = lambda split: (_without_first(batch) for batch in whole(split))  # type: ignore[method-assign]
+        complete = data.evaluation
+        data.evaluation = lambda split: (_without_first(batch) for batch in complete(split))  # type: ignore[method-assign]
     try:
         evaluate(engine, data, "test", flip_tta=False, device=CPU)
     except RuntimeError as error:
@@ -162,6 +165,6 @@ def _without_first(batch):
 @pytest.mark.parametrize("shards", [0, 4], ids=["fast", "exact"])
 def test_an_uncounted_image_is_an_error_on_every_rank(shards: int) -> None:
     assert (
-        run_ranks(evaluate_a_split_that_lacks_an_image, 2, shards)
+        run_ranks(evaluate_with_a_missing_image, 2, shards)
         == ["evaluation counted 10 images of the test split's 11"] * 2
     )

@@ -1,4 +1,4 @@
-"""Exact mode: one config, one set of bits, on any number of processes and threads, stopped and gone on with anywhere."""
+"""Exact mode is bit-identical on any number of processes and threads, also when a run is stopped and resumed on others."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,13 @@ from distributed.run.folder import RunFolder
 
 CASES: dict[str, dict[str, Any]] = {
     "float32": {
-        # 60 images are trained on: two steps of 24 and one of 12, three images a shard and one or two.
+        # 60 training images: two steps of 24 with three images per shard, and one of 12 with one or two per shard.
         "optim": {"lr": 0.05, "max_grad_norm": 0.8},
         "schedule": {"name": "one_cycle"},
         "data": {"train_samples": 80, "validation_fraction": 0.25},
     },
     "bfloat16, 3 micro-batches, plateau": {
-        # One image a shard; of the last step's 12 images each micro-batch has four, so that four shards have none.
+        # One image per shard; in the last step of 12 images each micro-batch has four, so four shards are empty.
         "precision": "bfloat16",
         "grad_accum_steps": 3,
         "optim": {"lr": 0.05, "max_grad_norm": 0.8},
@@ -38,8 +38,8 @@ CASES: dict[str, dict[str, Any]] = {
         "epochs": 4,
         "data": {"train_samples": 80, "validation_fraction": 0.25},
     },
-    "float64, 3 micro-batches, hardly an image": {
-        # Of the last step's two images two micro-batches have one each, and seven shards of eight none.
+    "float64, 3 micro-batches, few images": {
+        # In the last step of two images, two micro-batches have one image each, and seven of eight shards are empty.
         "precision": "float64",
         "grad_accum_steps": 3,
         "optim": {"lr": 0.05},
@@ -60,7 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
         "evaluation": {"batch_size": 7},
         "data": {"train_samples": 46, "augment": {"cutout": 8}},
     },
-    "bfloat16, AdamW, averaged weights, mixed images": {
+    "bfloat16, AdamW, EMA, mixup": {
         "precision": "bfloat16",
         "grad_accum_steps": 2,
         "optim": {"name": "adamw", "lr": 0.002, "ema_decay": 0.9},
@@ -70,11 +70,11 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 THREADS = {3: (1,), 1: (1, 2), 8: (1,), 5: (1,), 2: (2,), 4: (1,)}
-"""World size -> the numbers of threads a rank. In this order a run that is stopped goes from one world size to the next."""
+"""World size -> numbers of threads per rank. A stopped run resumes at the next world size in this order."""
 REFERENCE = (1, 1)
-FLOAT32, PLATEAU, FLOAT64, MICRO_BATCHES, CONTIGUOUS, AVERAGED, *_ = CASES
+FLOAT32, PLATEAU, FLOAT64, MICRO_BATCHES, CONTIGUOUS, EMA, *_ = CASES
 ON_MANY = {4: (PLATEAU, CONTIGUOUS), 5: (FLOAT64, MICRO_BATCHES), 8: (FLOAT32, CONTIGUOUS)}
-"""World sizes beyond what two cores can carry run some of the cases, each case at one of them or two."""
+"""World sizes too large for two cores run only some of the cases."""
 
 
 STOPPED = BY_GROUP = (FLOAT32, PLATEAU)
@@ -102,53 +102,53 @@ def config_of(name: str, run_dir: Path, *, threads: int, exact: dict[str, int] |
 
 @in_group
 def run_all(folder: Path, stop_after: int | None) -> dict[str, Trace]:
-    """Every case from its start to its end, and the next part of those that are stopped."""
+    """Run every case to its end, and continue the runs that are stopped."""
     world_size, traces = collectives.world_size(), {}
     for threads in THREADS[world_size]:
         for name in cases_on(world_size):
-            key = place(name, world_size, threads)
+            key = run_name(name, world_size, threads)
             traces[key] = traced(config_of(name, folder / key, threads=threads))
     for name in STOPPED:
-        key = place(name, "stopped")
+        key = run_name(name, "stopped")
         traces[key] = traced(config_of(name, folder / key, threads=THREADS[world_size][0]), stop_after)
     if world_size in (1, 3):
         for name in BOTH_MODES:
-            key = place(name, world_size)
+            key = run_name(name, world_size)
             traces[key] = traced(config_of(name, folder / key, threads=1))
     if world_size == 3:
         for module in (bucket_reduce, all_gather):
             vars(module)["open_shared_memory"] = lambda size, device: None
         for name in BY_GROUP:
-            key = place(name, "by group")
+            key = run_name(name, "by group")
             traces[key] = traced(config_of(name, folder / key, threads=2))
     return traces
 
 
-def place(name: str, *how: object) -> str:
+def run_name(name: str, *how: object) -> str:
     return ", ".join([name, *map(str, how)])
 
 
 @dataclass(frozen=True)
 class Everything:
-    """world size -> of each rank, run -> its trace; the run's folder lies in `folder`."""
+    """All runs and their traces: by world size, by rank, by run. The run folders are in `folder`."""
 
     folder: Path
     ranks: dict[int, list[dict[str, Trace]]]
 
     def traces(self, name: str, world_size: int, *how: object) -> list[Trace]:
-        return [rank[place(name, *how)] for rank in self.ranks[world_size]]
+        return [rank[run_name(name, *how)] for rank in self.ranks[world_size]]
 
     def run(self, name: str, *how: object) -> RunFolder:
-        return RunFolder(self.folder / place(name, *how))
+        return RunFolder(self.folder / run_name(name, *how))
 
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Everything:
-    """Each world size starts its processes once; that takes longer than most of the runs."""
+    """Start the processes of each world size once, which takes longer than most runs."""
     folder, ranks = tmp_path_factory.mktemp("exact"), {}
     last = list(THREADS)[-1]
     for world_size in THREADS:
-        stop_after = None if world_size == last else 1  # agreed on one step late
+        stop_after = None if world_size == last else 1  # takes effect one step later
         ranks[world_size] = run_ranks(run_all, world_size, folder, stop_after, timeout_seconds=200)
     return Everything(folder, ranks)
 
@@ -157,7 +157,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]
 
 
 @pytest.mark.parametrize(("world_size", "threads", "name"), OTHERS)
-def test_a_run_has_the_same_bits_on_any_number_of_processes_and_threads(
+def test_any_world_size_and_threads_are_bit_identical(
     everything: Everything, world_size: int, threads: int, name: str
 ) -> None:
     (alone,) = everything.traces(name, 1, *REFERENCE)
@@ -172,25 +172,21 @@ def test_a_run_has_the_same_bits_on_any_number_of_processes_and_threads(
 
 
 @pytest.mark.parametrize("name", STOPPED)
-def test_a_run_that_was_stopped_at_one_world_size_after_another_has_the_bits_of_the_undisturbed_one(
-    everything: Everything, name: str
-) -> None:
+def test_resuming_at_other_world_sizes_is_bit_identical(everything: Everything, name: str) -> None:
     (alone,) = everything.traces(name, 1, *REFERENCE)
-    parts = [everything.traces(name, world_size, "stopped")[0] for world_size in THREADS]
-    assert sum(part.ended[2] for part in parts) >= 3, "so often it was stopped"
-    assert [step for part in parts for step in part.steps] == alone.steps
-    assert [epoch for part in parts for epoch in part.epochs] == alone.epochs
-    assert [decision for part in parts for decision in part.decisions] == alone.decisions
-    assert parts[-1].ended == alone.ended
+    attempts = [everything.traces(name, world_size, "stopped")[0] for world_size in THREADS]
+    assert sum(attempt.ended[2] for attempt in attempts) >= 3, "number of stops"
+    assert [step for attempt in attempts for step in attempt.steps] == alone.steps
+    assert [epoch for attempt in attempts for epoch in attempt.epochs] == alone.epochs
+    assert [decision for attempt in attempts for decision in attempt.decisions] == alone.decisions
+    assert attempts[-1].ended == alone.ended
     for trace in everything.traces(name, list(THREADS)[-1], "stopped"):
         assert trace.tensors == alone.tensors
     assert_same_run(everything.run(name, "stopped"), everything.run(name, *REFERENCE))
 
 
 @pytest.mark.parametrize("name", BY_GROUP)
-def test_what_goes_over_the_process_group_has_the_bits_of_what_goes_through_memory(
-    everything: Everything, name: str
-) -> None:
+def test_process_group_and_shared_memory_are_bit_identical(everything: Everything, name: str) -> None:
     for by_group, in_memory in zip(
         everything.traces(name, 3, "by group"), everything.traces(name, 3, 3, 1), strict=True
     ):
@@ -201,8 +197,8 @@ def test_what_goes_over_the_process_group_has_the_bits_of_what_goes_through_memo
     assert_same_run(everything.run(name, "by group"), everything.run(name, *REFERENCE))
 
 
-def test_in_fast_mode_the_bits_depend_on_the_number_of_processes(everything: Everything) -> None:
-    """Were it not so, nothing here could fail."""
+def test_fast_mode_depends_on_the_world_size(everything: Everything) -> None:
+    """Negative control: otherwise no test in this file could fail."""
     (alone,), others = (everything.traces("fast, float32", world_size, world_size) for world_size in (1, 3))
     assert alone.transports == {"fast"}
     for trace in others:
@@ -215,7 +211,7 @@ def test_in_fast_mode_the_bits_depend_on_the_number_of_processes(everything: Eve
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_in_float64_fast_mode_computes_what_exact_mode_does(everything: Everything, world_size: int) -> None:
+def test_fast_mode_in_float64_agrees_with_exact_mode(everything: Everything, world_size: int) -> None:
     fast = everything.traces("fast, float64", world_size, world_size)[0]
     (exact,) = everything.traces(FLOAT64, 1, *REFERENCE)
     assert len(fast.steps) == len(exact.steps) == 4
@@ -226,25 +222,25 @@ def test_in_float64_fast_mode_computes_what_exact_mode_does(everything: Everythi
             assert found[name] == expected[name]
     tensors = tensors_of(everything.run(FLOAT64, *REFERENCE))
     for name, tensor in tensors_of(everything.run("fast, float64", world_size)).items():
-        # The gradient of a bias before a batch norm is nothing but rounding.
+        # The gradient of a bias before a batch norm is rounding error only.
         scale = max(1e-3, float(tensors[name].abs().max()))
         assert (tensor - tensors[name]).abs().max() <= 1e-12 * scale, name
 
 
-def test_the_cases_are_what_they_say(everything: Everything) -> None:
-    """That gradients were scaled down, that rates dropped, and that no step was like another."""
+def test_the_cases_cover_what_they_should(everything: Everything) -> None:
+    """Gradients were clipped, the plateau dropped the rate, and all steps differ."""
     alone = {name: everything.traces(name, 1, *REFERENCE)[0] for name in CASES}
     assert [len(trace.steps) for trace in alone.values()] == [6, 12, 4, 6, 6, 6]
     for name, trace in alone.items():
         assert len({step["loss"] for step in trace.steps}) == len(trace.steps)
         max_grad_norm = CASES[name].get("optim", {}).get("max_grad_norm", 0)
         assert not max_grad_norm or sum(step["grad_norm"] > max_grad_norm for step in trace.steps) >= 3
-        # The plateau's run ends with a return to its best epoch, all momentum the same zeros.
+        # The plateau's run ends by restoring its best epoch, where all momentum buffers are zero.
         assert len(set(trace.tensors.values())) > (40 if name == PLATEAU else 60)
     plateau = alone[PLATEAU]
     assert sorted({step["lr"] for step in plateau.steps}) == [0.0125, 0.025, 0.05]
     assert sum("lr 0.0" in decision for decision in plateau.decisions) == 3
     assert [epoch["validation"] is None for epoch in plateau.epochs] == [False] * 4
-    averaged = alone[AVERAGED].tensors
-    assert averaged["ema.fc1.weight"] != averaged["model.fc1.weight"]
-    assert "optimizer.fc1.weight.exp_avg_sq" in averaged
+    tensors = alone[EMA].tensors
+    assert tensors["ema.fc1.weight"] != tensors["model.fc1.weight"]
+    assert "optimizer.fc1.weight.exp_avg_sq" in tensors

@@ -1,4 +1,4 @@
-"""Exact mode on a GPU: the same bits whether one process, two or four share it, over gloo."""
+"""Exact mode on a GPU: bit-identical for one, two and four processes that share it, over gloo."""
 
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ CASES: dict[str, dict[str, Any]] = {
     "float64, contiguous": {"precision": "float64", "channels_last": False, "optim": {"lr": 0.05}},
 }
 THREADS = {1: (1, 2), 2: (1,), 4: (2,)}
-"""World size -> the numbers of threads a rank: shards on their way to the GPU at the same time."""
+"""World size -> numbers of threads per rank."""
 PLACES = [(world_size, threads) for world_size, numbers in THREADS.items() for threads in numbers]
 
 
-@in_group  # of gloo: NCCL lets no two ranks share a GPU
+@in_group  # uses gloo, since NCCL does not support two ranks on one GPU
 def run_all(folder: Path) -> dict[tuple[str, int], Trace]:
     world_size, traces = collectives.world_size(), {}
     for threads in THREADS[world_size]:
@@ -55,7 +55,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, lis
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("world_size", "threads"), PLACES[1:])
-def test_on_a_gpu_a_run_has_the_same_bits_on_any_number_of_processes(
+def test_any_world_size_is_bit_identical_on_a_gpu(
     found: tuple[Path, dict[int, list[dict[tuple[str, int], Trace]]]], name: str, world_size: int, threads: int
 ) -> None:
     folder, ranks = found

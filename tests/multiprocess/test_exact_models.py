@@ -1,4 +1,4 @@
-"""The large models in exact mode: two steps and an evaluation have the same bits on 1, 2 and 3 processes."""
+"""The large models in exact mode: two steps and an evaluation are bit-identical on 1, 2 and 3 processes."""
 
 from pathlib import Path
 from typing import Any
@@ -36,21 +36,21 @@ def run_model(name: str, topology: Topology) -> dict[str, Any]:
     )
     data = build_data(config, topology, CPU)
     engine = build_engine(config, topology, data, CPU)
-    sums, told = MetricAccumulator(CPU), []
+    sums, steps = MetricAccumulator(CPU), []
     for step, micro_batches in enumerate(data.train_epoch(0)):
         norm = train_step(engine, micro_batches, loss=config.loss, lr=0.01, step=step, metrics=sums)
-        told.append((float(norm), sums.read()))
+        steps.append((float(norm), sums.read()))
     test = evaluate(engine, data, "test", flip_tta=False, device=CPU)
-    return {"told": told, "test": test, "tensors": {n: digest_of(tensor) for n, tensor in engine.state()}}
+    return {"steps": steps, "test": test, "tensors": {n: digest_of(tensor) for n, tensor in engine.state()}}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_the_large_models_have_the_same_bits_on_any_number_of_processes() -> None:
+def test_large_models_are_bit_identical_at_any_world_size() -> None:
     (alone,) = run_ranks(run_models, 1, timeout_seconds=120)
     for name in MODELS:
-        assert len(alone[name]["told"]) == 2
-        assert alone[name]["told"][0] != alone[name]["told"][1]
+        assert len(alone[name]["steps"]) == 2
+        assert alone[name]["steps"][0] != alone[name]["steps"][1]
     for world_size in (2, 3):
         for rank in run_ranks(run_models, world_size, timeout_seconds=120):
             for name in MODELS:

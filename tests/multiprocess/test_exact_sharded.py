@@ -1,4 +1,4 @@
-"""Exact mode with weights shared out: the bits of replicated weights on one process, and no more memory than a part."""
+"""Exact mode with sharded weights: bit-identical to replicated weights on one process, and memory per rank."""
 
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ SHARDED: dict[int, tuple[int, dict[str, Any], tuple[str, ...]]] = {
     3: (1, GATHERED_ONCE, tuple(CASES)),
     4: (1, FSDP, (FLOAT32, PLATEAU)),
 }
-"""World size -> threads a rank, engine, cases."""
+"""World size -> threads per rank, engine, cases."""
 STOPPED = ((FSDP, 3), (DDP, 1), (FSDP, 4), (GATHERED_ONCE, 2), (DDP, 3), (FSDP, 2))
-"""One run goes through all of these, two steps at a time."""
+"""One run is resumed under each of these for two steps."""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
 
@@ -51,7 +51,9 @@ def alone(folder: Path) -> dict[str, Trace]:
 
 
 @pytest.mark.parametrize("world_size", SHARDED)
-def test_shared_out_weights_have_the_bits_of_whole_ones(alone: dict[str, Trace], folder: Path, world_size: int) -> None:
+def test_sharded_weights_are_bit_identical_to_replicated(
+    alone: dict[str, Trace], folder: Path, world_size: int
+) -> None:
     threads, engine, names = SHARDED[world_size]
     for rank in run_ranks(run_cases, world_size, folder, names, engine, threads, timeout_seconds=300):
         for name, trace in rank.items():
@@ -69,9 +71,7 @@ def next_steps(run_dir: Path, name: str, engine: dict[str, Any], stop_after: int
     return traced(config_of(name, run_dir, engine), stop_after)
 
 
-def test_a_run_goes_on_shared_out_or_not_at_any_number_of_processes_with_the_same_bits(
-    alone: dict[str, Trace], folder: Path, tmp_path: Path
-) -> None:
+def test_resuming_sharded_or_not_is_bit_identical(alone: dict[str, Trace], folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for attempt, (engine, world_size) in enumerate(STOPPED):
         stop_after = 1 if attempt < len(STOPPED) - 1 else None
@@ -83,42 +83,42 @@ def test_a_run_goes_on_shared_out_or_not_at_any_number_of_processes_with_the_sam
 
 @in_group
 def bytes_at_rest(engine: dict[str, Any], precision: str) -> dict[str, int]:
-    """What this rank keeps between steps; and the most weights that are there when a layer has computed."""
+    """Return the bytes that this rank keeps between steps, and the maximum of gathered weights during a micro-step."""
     config = small_config(Path("unused"), exact={"shards": 8}, engine=engine, precision=precision)
     topology = Topology(collectives.rank(), collectives.world_size())
     device = choose_device("cpu", topology)
     data = build_data(config, topology, device)
     built: Any = build_engine(config, topology, data, device)
-    replica, seen = built.model[0], [0]
+    replica, gathered = built.model[0], [0]
 
-    def there(*_: Any) -> None:
-        seen.append(sum(p.untyped_storage().nbytes() for p in replica.parameters()))
+    def measure(*_: Any) -> None:
+        gathered.append(sum(p.untyped_storage().nbytes() for p in replica.parameters()))
 
     def loss(model: Any, batch: Batch) -> tuple[Any, Any]:
         logits = model(batch.images, batch.sample_keys)
         return logits.sum(), (logits.detach().sum(1), logits.detach())
 
     for layer in replica.modules():
-        layer.register_forward_hook(there)
+        layer.register_forward_hook(measure)
     built.micro_step(loss, next(data.train_epoch(0))[0], last=True)
     built.step(0.01, step=0)
-    held = built.weights.local_tensors()
+    tensors = built.weights.local_tensors()
     return {
-        "whole": sum(p.numel() * 4 for p in replica.parameters()),
+        "full": sum(p.numel() * 4 for p in replica.parameters()),
         "gathered": sum(p.untyped_storage().nbytes() for p in (*replica.parameters(), *built._plain.parameters())),
-        "most": max(seen),
-        "weights": sum(part.nbytes for name, (part, _) in held.items() if name.endswith((".weight", ".bias"))),
-        "optimizer": sum(part.nbytes for name, (part, _) in held.items() if name.startswith("optimizer.")),
+        "maximum": max(gathered),
+        "weights": sum(local.nbytes for name, (local, _) in tensors.items() if name.endswith((".weight", ".bias"))),
+        "optimizer": sum(local.nbytes for name, (local, _) in tensors.items() if name.startswith("optimizer.")),
         "gradients": sum(bucket.reduce.total.nbytes for bucket in built._reducer._buckets),
         "unsent": sum(bucket.reduce._sums is not None for bucket in built._reducer._buckets),
     }
 
 
 @pytest.mark.parametrize(("world_size", "precision"), [(2, "bfloat16"), (4, "float32")])
-def test_a_rank_keeps_its_part_of_weights_momentum_and_gradients(world_size: int, precision: str) -> None:
-    for held in run_ranks(bytes_at_rest, world_size, FSDP, precision, timeout_seconds=100):
+def test_a_rank_keeps_only_its_shards(world_size: int, precision: str) -> None:
+    for rank in run_ranks(bytes_at_rest, world_size, FSDP, precision, timeout_seconds=100):
         for kind in ("weights", "optimizer", "gradients"):
-            assert held[kind] == pytest.approx(held["whole"] / world_size, rel=0.03), kind
-        assert (held["gathered"], held["unsent"]) == (0, 0)
+            assert rank[kind] == pytest.approx(rank["full"] / world_size, rel=0.03), kind
+        assert (rank["gathered"], rank["unsent"]) == (0, 0)
         largest_layer = 1024 * 512 * (2 if precision == "bfloat16" else 4)
-        assert largest_layer < held["most"] < 1.2 * largest_layer < 0.8 * held["whole"]
+        assert largest_layer < rank["maximum"] < 1.2 * largest_layer < 0.8 * rank["full"]

@@ -1,4 +1,4 @@
-"""float16 with loss scaling under every engine: overflows skip a step alike everywhere, and a resume knows of them."""
+"""float16 with loss scaling under every engine: overflows skip the same steps on all ranks, also after resuming."""
 
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,14 @@ ENGINES: dict[str, dict[str, Any]] = {
     "exact": {"exact": {"shards": 2}},
     "bfloat16 sums": {"engine": {"name": "ddp", "compression": "bfloat16"}, "exact": FAST},
 }
-TOO_MUCH = 2.0**21
-"""A first scale by which gradients within the network overflow in the first three steps or so."""
+OVERFLOWING_SCALE = 2.0**21
+"""An initial scale with which gradients overflow in the first three steps or so."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def config_of(run_dir: Path, engine: str, precision: str = "float16", **settings: Any) -> TrainConfig:
-    """8 steps of two micro-batches, averaged weights, a line every third step."""
+    """8 steps of two micro-batches, EMA, a log line every third step."""
     return small_config(
         run_dir, precision=precision, epochs=1, global_batch_size=8, grad_accum_steps=2, **ENGINES[engine],
         optim={"lr": 0.01, "ema_decay": 0.9, "max_grad_norm": 1.0}, data={"train_samples": 64, "test_samples": 10},
@@ -42,8 +42,8 @@ def config_of(run_dir: Path, engine: str, precision: str = "float16", **settings
 
 @in_group
 def steps_of(engine: str, precision: str) -> tuple[list[float], list[bool]]:
-    """(the mean loss of each step, whether it was skipped); a skipped one must change nothing that training goes on from."""
-    loss_scale.INITIAL_SCALE = TOO_MUCH
+    """Return each step's mean loss and whether it was skipped; check that a skipped step changes only the loss scale."""
+    loss_scale.INITIAL_SCALE = OVERFLOWING_SCALE
     config = config_of(Path("unused"), engine, precision)
     topology = Topology(collectives.rank(), collectives.world_size())
     data = build_data(config, topology, CPU)
@@ -58,7 +58,7 @@ def steps_of(engine: str, precision: str) -> tuple[list[float], list[bool]]:
         assert skipped[-1] == (not norm.isfinite())
         changed = {name for name, tensor in made.state() if not torch.equal(before[name], tensor)}
         if skipped[-1]:
-            # Batch norm's statistics saw the batch; their averages, which are weights', did not.
+            # The forward pass has updated batch-norm statistics, but not their EMA.
             assert {name for name in changed if "running_" not in name and "num_batches" not in name} == {
                 "scaler.scale"
             }
@@ -76,16 +76,14 @@ def on_all_ranks(engine: str, size: int) -> list[tuple[list[float], list[bool]]]
 
 @pytest.fixture(scope="module")
 def in_float32() -> float:
-    """The first step's loss."""
+    """Return the loss of the first step."""
     losses, skipped = run_ranks(steps_of, 1, "ddp", "float32")[0]
     assert not any(skipped)
     return losses[0]  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(("engine", "size"), [("ddp", 1), ("ddp", 3), ("fsdp", 2), ("exact", 2), ("bfloat16 sums", 2)])
-def test_overflows_skip_the_same_steps_on_all_ranks_under_every_engine(
-    in_float32: float, engine: str, size: int
-) -> None:
+def test_overflows_skip_the_same_steps_on_all_ranks(in_float32: float, engine: str, size: int) -> None:
     ranks = on_all_ranks(engine, size)
     losses, skipped = ranks[0]
     assert ranks == [ranks[0]] * size
@@ -96,7 +94,7 @@ def test_overflows_skip_the_same_steps_on_all_ranks_under_every_engine(
     assert losses[0] == pytest.approx(in_float32, rel=1e-3)
 
 
-def test_the_engines_go_the_same_way() -> None:
+def test_all_engines_skip_the_same_steps() -> None:
     replicated = on_all_ranks("ddp", 3)[0]
     for name in ("fsdp", "exact"):
         losses, skipped = on_all_ranks(name, 2)[0]
@@ -106,20 +104,20 @@ def test_the_engines_go_the_same_way() -> None:
 
 @in_group
 def undisturbed_and_stopped(folder: Path, engine: str) -> list[Trace]:
-    loss_scale.INITIAL_SCALE = TOO_MUCH
+    loss_scale.INITIAL_SCALE = OVERFLOWING_SCALE
     name = f"{engine} {world_size()}"
     traces = [traced(config_of(folder / name / "undisturbed", engine))]
-    for stop_after in (1, 3, None):  # a step later: amid the skipped ones, and after them
+    for stop_after in (1, 3, None):  # takes effect one step later: amid skipped steps, and after them
         traces.append(traced(config_of(folder / name / "stopped", engine), stop_after))
     return traces
 
 
-def resumed_to_the_bit(folder: Path, engine: str, size: int) -> Trace:
+def check_resuming(folder: Path, engine: str, size: int) -> Trace:
     ranks = run_ranks(undisturbed_and_stopped, size, folder, engine, timeout_seconds=200)
-    for undisturbed, *parts in ranks:
-        assert [part.ended[2] for part in parts] == [True, True, False]
-        assert [step for part in parts for step in part.steps] == undisturbed.steps
-        assert parts[-1].tensors == undisturbed.tensors
+    for undisturbed, *attempts in ranks:
+        assert [attempt.ended[2] for attempt in attempts] == [True, True, False]
+        assert [step for attempt in attempts for step in attempt.steps] == undisturbed.steps
+        assert attempts[-1].tensors == undisturbed.tensors
         assert {"scaler.scale", "scaler.good_steps"} <= undisturbed.tensors.keys()
         counts = [step["skipped_steps"] for step in undisturbed.steps]
         assert sum(counts) >= 2
@@ -128,12 +126,12 @@ def resumed_to_the_bit(folder: Path, engine: str, size: int) -> Trace:
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_a_run_that_is_stopped_amid_overflows_ends_with_the_same_bits(tmp_path: Path, engine: str) -> None:
-    resumed_to_the_bit(tmp_path, engine, 2)
+def test_resuming_amid_overflows_is_bit_identical(tmp_path: Path, engine: str) -> None:
+    check_resuming(tmp_path, engine, 2)
 
 
-def test_in_exact_mode_it_does_so_on_one_process_and_on_two_alike(tmp_path: Path) -> None:
-    alone, both = (resumed_to_the_bit(tmp_path, "exact", size) for size in (1, 2))
+def test_exact_mode_is_bit_identical_on_one_and_two_ranks(tmp_path: Path) -> None:
+    alone, both = (check_resuming(tmp_path, "exact", size) for size in (1, 2))
     assert both.steps == alone.steps
     assert both.epochs == alone.epochs
     assert both.tensors == alone.tensors

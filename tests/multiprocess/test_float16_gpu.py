@@ -1,4 +1,4 @@
-"""float16 with loss scaling on a GPU: one process or two that share it over gloo; what is skipped, resumed and compiled."""
+"""float16 with loss scaling on a GPU, for one process and for two that share it over gloo: skipping, resuming, compiling."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
-TOO_MUCH = 2.0**24
+OVERFLOWING_SCALE = 2.0**24
 
 
 def config_of(run_dir: Path, precision: str, **settings: Any) -> TrainConfig:
@@ -30,9 +30,9 @@ def config_of(run_dir: Path, precision: str, **settings: Any) -> TrainConfig:
     )  # fmt: skip
 
 
-@in_group  # of gloo: NCCL lets no two ranks share a GPU
+@in_group  # uses gloo, since NCCL does not support two ranks on one GPU
 def run_all(folder: Path) -> dict[str, Trace]:
-    loss_scale.INITIAL_SCALE = TOO_MUCH
+    loss_scale.INITIAL_SCALE = OVERFLOWING_SCALE
     size = collectives.world_size()
     fast, exact = {"exact": FAST}, {"exact": {"shards": 4}}
     traces = {
@@ -58,9 +58,7 @@ def skipped(trace: Trace) -> list[int]:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_overflows_are_skipped_and_the_curve_is_that_of_float32_but_for_those(
-    found: dict[int, list[dict[str, Trace]]], size: int
-) -> None:
+def test_overflows_are_skipped_and_the_curve_is_float32s(found: dict[int, list[dict[str, Trace]]], size: int) -> None:
     for rank in found[size]:
         low, wide = rank["float16"], rank["float32"]
         first_good = skipped(low).index(0)
@@ -73,19 +71,19 @@ def test_overflows_are_skipped_and_the_curve_is_that_of_float32_but_for_those(
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_stopped_run_ends_with_the_same_bits(found: dict[int, list[dict[str, Trace]]], size: int) -> None:
+def test_resuming_is_bit_identical(found: dict[int, list[dict[str, Trace]]], size: int) -> None:
     for rank in found[size]:
         assert [*rank["stopped"].steps, *rank["resumed"].steps] == rank["float16"].steps
         assert rank["resumed"].tensors == rank["float16"].tensors
 
 
-def test_in_exact_mode_one_process_and_two_have_the_same_bits(found: dict[int, list[dict[str, Trace]]]) -> None:
+def test_exact_mode_is_bit_identical_on_one_and_two_ranks(found: dict[int, list[dict[str, Trace]]]) -> None:
     for rank in found[2]:
         assert rank["exact"].steps == found[1][0]["exact"].steps
         assert rank["exact"].tensors == found[1][0]["exact"].tensors
 
 
-def test_a_compiled_network_scales_alike(found: dict[int, list[dict[str, Trace]]]) -> None:
+def test_a_compiled_network_skips_about_the_same_steps(found: dict[int, list[dict[str, Trace]]]) -> None:
     compiled, plain = found[1][0]["compiled"], found[1][0]["float16"]
     assert abs(sum(skipped(compiled)) - sum(skipped(plain))) <= 1
     assert compiled.steps[0]["loss"] == pytest.approx(plain.steps[0]["loss"], rel=1e-3)

@@ -1,4 +1,4 @@
-"""Sharded weights (FSDP2): the curve of DDP, parts that are parts, checkpoints that every engine at every size goes on from."""
+"""Sharded weights (FSDP2): the curve of DDP, memory per rank, and resuming under any engine at any world size."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from distributed.training.totals import MetricAccumulator
 CPU = torch.device("cpu")
 FSDP, DDP = {"name": "fsdp"}, {"name": "ddp"}
 CASES: dict[str, dict[str, Any]] = {
-    # 19 steps an epoch; of the last step's two images some ranks and micro-batches have none.
+    # 19 steps per epoch; in the last step of two images some ranks and micro-batches are empty.
     "two micro-batches, clipping": {
         "epochs": 3,
         "global_batch_size": 11,
@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
         },
         "checkpoint": {"every_minutes": 0.0, "best_by": "loss"},
     },
-    "AdamW, averaged weights, mixed images": {
+    "AdamW, EMA, cutmix": {
         "optim": {"name": "adamw", "lr": 1e-4, "ema_decay": 0.9},
         "loss": {"label_smoothing": 0.1},
         "data": {"train_samples": 100, "augment": {"cutmix": 1.0}},
@@ -89,31 +89,29 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("name", CASES)
-def test_in_float64_every_figure_is_that_of_whole_weights_on_one_process(
-    runs: Runs, name: str, world_size: int
-) -> None:
+def test_float64_metrics_match_ddp_on_one_process(runs: Runs, name: str, world_size: int) -> None:
     alone, ranks = runs.alone[name], [rank[name] for rank in runs.sharded[world_size]]
     assert all(rank.steps == ranks[0].steps and rank.epochs == ranks[0].epochs for rank in ranks)
-    # Under AdamW the rounding that is a convolution's bias before batch norm has for a gradient becomes steps of lr.
-    accuracy = 1e-9 if name == ADAMW else 1e-12
+    # The gradient of a bias before batch norm is rounding error only, which AdamW scales up to steps of size lr.
+    tolerance = 1e-9 if name == ADAMW else 1e-12
     worst = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(ranks[0].steps, alone.steps, strict=True))
     norms = max(
         abs(a["grad_norm"] - b["grad_norm"]) / b["grad_norm"] for a, b in zip(ranks[0].steps, alone.steps, strict=True)
     )
     print(f"{name}, {world_size} ranks, {len(alone.steps)} steps: losses within {worst:.1e}, norms within {norms:.1e}")
-    assert worst < accuracy
-    assert norms < 10 * accuracy
+    assert worst < tolerance
+    assert norms < 10 * tolerance
     for found, expected in zip(ranks[0].epochs, alone.epochs, strict=True):
         for split in ("validation", "test"):
             if expected[split] is not None:
                 assert found[split]["accuracy"] == expected[split]["accuracy"]
-                assert found[split]["loss"] == pytest.approx(expected[split]["loss"], rel=100 * accuracy)
+                assert found[split]["loss"] == pytest.approx(expected[split]["loss"], rel=100 * tolerance)
     assert ranks[0].decisions == alone.decisions
     assert ranks[0].tensors.keys() == alone.tensors.keys()
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_what_is_saved_is_whole_and_what_all_ranks_hold(runs: Runs, world_size: int) -> None:
+def test_saved_tensors_are_full_and_the_same_on_all_ranks(runs: Runs, world_size: int) -> None:
     for name in CASES:
         run = runs.run(name, "fsdp", world_size)
         shapes = {key: tensor.shape for key, tensor in tensors_of(runs.run(name, "ddp", 1)).items()}
@@ -126,8 +124,8 @@ def test_what_is_saved_is_whole_and_what_all_ranks_hold(runs: Runs, world_size: 
 
 
 @in_group
-def bytes_held(model: str) -> tuple[int, int]:
-    """(of this rank's parts of parameters, momentum and gradients; of all that in whole)"""
+def local_and_full_bytes(model: str) -> tuple[int, int]:
+    """Return the bytes of this rank's parameters, momentum and gradients, and of those of all ranks together."""
     config = small_config(Path("unused"), model={"name": model}, engine=FSDP, exact=FAST, global_batch_size=6)
     topology = Topology(collectives.rank(), collectives.world_size())
     data = build_data(config, topology, CPU)
@@ -136,46 +134,46 @@ def bytes_held(model: str) -> tuple[int, int]:
         assert not parameter.requires_grad
     engine.micro_step(lambda m, b: (m(b.images, b.sample_keys).sum(), None), next(data.train_epoch(0))[0], last=True)
     gradients = [p.grad.to_local().nbytes for p in engine.model.parameters()]
-    parts = [p.nbytes for p in engine.weights.optimizer.parameters]
-    kept = [t.nbytes for state in engine.weights.optimizer.state.values() for t in state.values()]
-    whole = sum(p.numel() * p.element_size() for p in engine.model.parameters())
-    return sum(parts) + sum(kept) + sum(gradients), 3 * whole
+    weights = [p.nbytes for p in engine.weights.optimizer.parameters]
+    momentum = [t.nbytes for state in engine.weights.optimizer.state.values() for t in state.values()]
+    full = sum(p.numel() * p.element_size() for p in engine.model.parameters())
+    return sum(weights) + sum(momentum) + sum(gradients), 3 * full
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_a_rank_holds_its_part_of_parameters_momentum_and_gradients(world_size: int) -> None:
-    for held, whole in run_ranks(bytes_held, world_size, "improved_alexnet", timeout_seconds=120):
-        assert held == pytest.approx(whole / world_size, rel=0.02)
+def test_a_rank_keeps_only_its_shards(world_size: int) -> None:
+    for local, full in run_ranks(local_and_full_bytes, world_size, "improved_alexnet", timeout_seconds=120):
+        assert local == pytest.approx(full / world_size, rel=0.02)
 
 
 # Checkpoints
 
 ATTEMPTS = [(DDP, 2), (FSDP, 3), (DDP, 1), (FSDP, 4), (FSDP, 2), (DDP, 3)]
-"""One run goes through all of these, two steps at a time."""
+"""One run is resumed under each of these for two steps."""
 
 
 @in_group
 def next_attempt(run_dir: Path, engine: dict[str, str], stop_after: int | None) -> tuple[Trace, dict[str, str]]:
-    """The next steps of a run, and before them what an engine holds that the newest checkpoint was loaded into."""
-    config, held = config_of(FIRST, run_dir, engine), dict[str, str]()
+    """Take the next steps of a run; also return digests of an engine into which its newest checkpoint was loaded."""
+    config, loaded = config_of(FIRST, run_dir, engine), dict[str, str]()
     if RunFolder(run_dir).newest_state():
         topology = Topology(collectives.rank(), collectives.world_size())
         fresh = build_engine(config, topology, build_data(config, topology, CPU), CPU)
         load_checkpoint(newest_checkpoint(run_dir), fresh)
-        held = {name: digest_of(tensor) for name, tensor in fresh.state()}
+        loaded = {name: digest_of(tensor) for name, tensor in fresh.state()}
         torch.set_num_threads(1)
-    return traced(config, stop_after), held
+    return traced(config, stop_after), loaded
 
 
-def test_a_run_goes_on_under_any_engine_at_any_number_of_processes(runs: Runs, tmp_path: Path) -> None:
+def test_resuming_under_any_engine_at_any_world_size(runs: Runs, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     steps: list[dict[str, Any]] = []
     for engine, world_size in ATTEMPTS:
         last = (engine, world_size) == ATTEMPTS[-1]
         before = {name: digest_of(tensor) for name, tensor in tensors_of(run).items()} if steps else {}
         ranks = run_ranks(next_attempt, world_size, run.path, engine, None if last else 1, timeout_seconds=120)
-        for trace, held in ranks:
-            assert held == before, "every tensor as it was saved"
+        for trace, loaded in ranks:
+            assert loaded == before, "a loaded tensor differs from the saved one"
             assert trace.steps == ranks[0][0].steps
         steps += ranks[0][0].steps
     expected = runs.alone[FIRST].steps
@@ -193,11 +191,11 @@ def undisturbed_and_stopped(folder: Path) -> list[Trace]:
     return traces
 
 
-def test_at_the_same_number_of_processes_a_stopped_run_ends_with_the_same_bits(tmp_path: Path) -> None:
-    for undisturbed, *parts in run_ranks(undisturbed_and_stopped, 3, tmp_path, timeout_seconds=150):
-        assert [part.ended[2] for part in parts] == [True, True, False]
-        assert [step for part in parts for step in part.steps] == undisturbed.steps
-        assert parts[-1].tensors == undisturbed.tensors
+def test_resuming_at_the_same_world_size_is_bit_identical(tmp_path: Path) -> None:
+    for undisturbed, *attempts in run_ranks(undisturbed_and_stopped, 3, tmp_path, timeout_seconds=150):
+        assert [attempt.ended[2] for attempt in attempts] == [True, True, False]
+        assert [step for attempt in attempts for step in attempt.steps] == undisturbed.steps
+        assert attempts[-1].tensors == undisturbed.tensors
 
 
 @in_group
@@ -213,8 +211,8 @@ def losses_in_bfloat16(engine: dict[str, str]) -> list[float]:
     return found
 
 
-def test_in_bfloat16_the_curve_is_that_of_autocast() -> None:
-    """The first loss to the last bit: the same casts, taken earlier."""
+def test_bfloat16_curve_matches_autocast() -> None:
+    """The first loss is bit-identical: the same casts, only earlier."""
     (sharded, *_), (replicated, *_) = (
         run_ranks(losses_in_bfloat16, 2, engine, timeout_seconds=90) for engine in (FSDP, DDP)
     )

@@ -1,4 +1,4 @@
-"""Several GPUs over NCCL, one for each rank: fast mode and exact mode on one and on two, FSDP2, and a rank that comes late."""
+"""Several GPUs over NCCL, one per rank: fast and exact mode on one and two, FSDP2, and a rank that starts late."""
 
 import os
 import time
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
     pytest.mark.timeout(500),
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices: NCCL takes no two ranks on one"),
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
 DEVICE, BACKEND = "cuda", "nccl"
 RUNS: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ def run_all(folder: Path, names: list[str]) -> dict[str, Trace]:
 
 
 def run_late(folder: Path) -> dict[str, Trace]:
-    """Rank 0, which the others wait for, comes last."""
+    """Start rank 0, for which the others wait, last."""
     if os.environ["RANK"] == "0":
         time.sleep(3)
     return run_all(folder, ["ddp"])
@@ -65,19 +65,19 @@ def assert_close(folder: Path, found: Trace, run: str, expected: Trace, referenc
     assert difference(weights, expected_weights, "model") < 1e-9
 
 
-def test_fast_mode_agrees_on_one_gpu_and_on_two(found: Found) -> None:
+def test_fast_mode_agrees_on_one_and_two_gpus(found: Found) -> None:
     folder, traces = found
     for rank in traces["two"]:
         assert_close(folder, rank["ddp"], "two/ddp", traces["one"][0]["ddp"], "one/ddp")
 
 
-def test_fsdp_agrees_with_ddp(found: Found) -> None:
+def test_fsdp_matches_ddp(found: Found) -> None:
     folder, traces = found
     for rank in traces["two"]:
         assert_close(folder, rank["fsdp"], "two/fsdp", rank["ddp"], "two/ddp")
 
 
-def test_exact_mode_has_the_same_bits_on_one_gpu_and_on_two(found: Found) -> None:
+def test_exact_mode_is_bit_identical_on_one_and_two_gpus(found: Found) -> None:
     folder, traces = found
     for rank in traces["two"]:
         assert rank["exact"].steps == traces["one"][0]["exact"].steps
@@ -85,7 +85,7 @@ def test_exact_mode_has_the_same_bits_on_one_gpu_and_on_two(found: Found) -> Non
     assert_same_run(RunFolder(folder / "two/exact"), RunFolder(folder / "one/exact"))
 
 
-def test_the_order_in_which_ranks_start_changes_no_bit(found: Found) -> None:
+def test_start_order_of_ranks_changes_no_bit(found: Found) -> None:
     _, traces = found
     for late, rank in zip(traces["late"], traces["two"], strict=True):
         assert late["ddp"].steps == rank["ddp"].steps

@@ -1,4 +1,4 @@
-"""Every engine takes the same step: from equal weights, in float32, whatever is shared out. `pytest -s` prints the table."""
+"""Every engine takes the same step from equal weights in float32, whatever it shards. `pytest -s` prints the table."""
 
 from typing import Any
 
@@ -15,22 +15,22 @@ CASES: dict[str, dict[str, Any]] = {
 }
 OTHERS = [name for name in ENGINES if name != "ddp"]
 CASES_ON = {2: tuple(CASES), 3: tuple(CASES), 4: ("SGD, 4 micro-batches",)}
-"""World size -> cases; four processes are slow to start on two cores."""
+"""World size -> cases; only one for four processes, which start slowly on two cores."""
 RATES = {"sgd": 0.01, "adamw": 1e-4}
-NO_GRADIENT = [f"model.conv.{place}.bias" for place in (0, 4, 8, 11, 14)]
-"""Of convolutions before batch norm, which takes it off again: AdamW makes steps of its rounding."""
+NO_GRADIENT = [f"model.conv.{layer}.bias" for layer in (0, 4, 8, 11, 14)]
+"""Biases before batch norm, which cancels them: their gradients are rounding error, which AdamW scales up to full steps."""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
 
 def settings(case: str) -> dict[str, Any]:
-    """13 images a step: uneven shards; of the third step's four, in four micro-batches, most ranks have none."""
+    """13 images per step, so shards are uneven; in the third step, four images in four micro-batches leave most ranks empty."""
     return {"global_batch_size": 13, "data": {"train_samples": 13 * 2 + 4}} | CASES[case]
 
 
 @in_group
 def compared() -> dict[tuple[str, str], dict[str, float]]:
-    """(case, engine) -> largest difference from DDP of weights and optimizer after a step each, of losses and norms; and
-    of losses, weights after three free-running ones."""
+    """Return the largest differences from DDP by (case, engine): of loss, norm, weights and optimizer after single steps from
+    DDP's weights, and of losses and weights after three steps without synchronizing weights."""
     found = {}
     for case in CASES_ON[world_size()]:
         ddp_config = config_with("ddp", **settings(case))
@@ -53,13 +53,13 @@ def compared() -> dict[tuple[str, str], dict[str, float]]:
                 (loss,), (norm,) = steps(engine, data, config, lr=lr, first=step)
                 (expected_loss,), (expected_norm,) = steps(ddp, data, ddp_config, lr=lr, first=step)
                 after, expected = copied(engine), copied(ddp)
-                apart = {
+                differences = {
                     "loss": abs(loss - expected_loss) / expected_loss,
                     "norm": abs(norm - expected_norm) / expected_norm,
                     "weights": difference(after, expected, "model", ignore=NO_GRADIENT),
                     "optimizer": difference(after, expected, "optimizer"),
                 }
-                worst |= {key: max(worst.get(key, 0.0), value) for key, value in apart.items()}
+                worst |= {key: max(worst.get(key, 0.0), value) for key, value in differences.items()}
                 before = expected
             found[case, name] = worst
     return found
@@ -77,7 +77,7 @@ def compared_on(size: int) -> dict[tuple[str, str], dict[str, float]]:
 
 @pytest.mark.parametrize("engine", OTHERS)
 @pytest.mark.parametrize(("world_size", "case"), [(size, case) for size, cases in CASES_ON.items() for case in cases])
-def test_a_step_from_equal_weights_ends_with_equal_weights(case: str, engine: str, world_size: int) -> None:
+def test_a_step_from_equal_weights_matches_ddp(case: str, engine: str, world_size: int) -> None:
     worst = compared_on(world_size)[case, engine]
     assert worst["weights"] < 1e-6
     assert worst["loss"] < 1e-6
@@ -90,12 +90,12 @@ def test_a_step_from_equal_weights_ends_with_equal_weights(case: str, engine: st
 # Large models
 
 LARGE = {"alexnet": "zero 3", "cifar_alexnet_bn": "zero 2"}
-"""Each beside FSDP2 and one stage: every engine has held tens of millions of parameters."""
+"""Each is trained with FSDP2 and one ZeRO stage: tens of millions of parameters."""
 
 
 @in_group
 def large_compared(model: str) -> dict[str, tuple[list[float], float]]:
-    """engine -> (losses of three steps with eight images each, difference of the weights from DDP's)"""
+    """Return, by engine, the losses of three steps of eight images, and the difference of the weights from DDP's."""
     found, expected = {}, {}
     for name in ("ddp", "fsdp", LARGE[model]):
         settings = {"model": {"name": model}, "global_batch_size": 8}
@@ -108,7 +108,7 @@ def large_compared(model: str) -> dict[str, tuple[list[float], float]]:
 
 
 @pytest.mark.parametrize("model", LARGE)
-def test_large_models_take_the_same_three_steps(model: str) -> None:
+def test_three_steps_of_large_models_match_ddp(model: str) -> None:
     found, other = run_ranks(large_compared, 2, model, timeout_seconds=300)
     assert found == other
     (expected, _), *others = found.values()

@@ -55,7 +55,7 @@ def _end(how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "said", "code"),
+    ("how", "expected", "code"),
     [
         ("storage", "rank 1: the disk is full", ExitCode.STORAGE),
         ("input", "rank 1: one thing; and another", ExitCode.BAD_INPUT),
@@ -65,9 +65,9 @@ def _end(how: str) -> None:
         ("freeze", "rank 1 (process PID on ", ExitCode.FAILED),
     ],
 )
-def test_failed_rank_is_named(how: str, said: str, code: ExitCode) -> None:
+def test_failed_rank_is_named(how: str, expected: str, code: ExitCode) -> None:
     message, found, seconds = run_ranks(end_of_rank_1, 2, how, timeout_seconds=180)[0]
-    assert message.startswith(said)
+    assert message.startswith(expected)
     assert found == code
     assert seconds < (8 if how == "freeze" else 4)
     assert ("shows no sign of life" in message) == (how in ("kill", "freeze"))

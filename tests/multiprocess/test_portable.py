@@ -1,4 +1,4 @@
-"""A checkpoint of any engine at any number of processes is gone on from by any other at any other, to the last bit of it."""
+"""Any engine, at any world size, resumes any other engine's checkpoint, with bit-identical tensors."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from distributed.engine.protocol import Engine
 ENGINES = ["ddp", "fsdp", "zero 1", "zero 2", "zero 3"]
 WORLD_SIZES = [1, 2, 4]
 SETTINGS: dict[str, Any] = {
-    # 10 classes: the last layer's bias, and momentum, divides by none but 1 and 2.
+    # 10 classes: the size of the last layer's bias and of its momentum is divisible by 2, but not by 4.
     "sgd": {"global_batch_size": 6, "optim": {"max_grad_norm": 0.5}, "data": {"train_samples": 30}},
     "adamw": {
         "global_batch_size": 6,
@@ -28,9 +28,9 @@ SETTINGS: dict[str, Any] = {
 }
 LR = {"sgd": 0.01, "adamw": 1e-6}
 SOURCES = {"sgd": [4], "adamw": WORLD_SIZES}
-"""Of which world sizes the checkpoints are."""
+"""World sizes that save the checkpoints."""
 SAVED_AFTER = FOLLOWED = 2
-"""Steps: the first loss after a load is of the weights, the second of what the optimizer had too."""
+"""Steps: the first loss after a load depends on the weights only, the second also on the optimizer's tensors."""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
@@ -49,7 +49,7 @@ def digests(engine: Engine) -> dict[str, str]:
 
 @in_group
 def save_all(folder: Path) -> None:
-    """With every engine: two steps, a save, and the losses of the next two."""
+    """With every engine: take two steps, save, and write the losses of the next two."""
     for optim, settings in SETTINGS.items():
         for name in ENGINES if collectives.world_size() in SOURCES[optim] else ():
             config = config_with(name, **settings)
@@ -65,18 +65,20 @@ def save_all(folder: Path) -> None:
 
 @in_group
 def load_all(folder: Path) -> dict[tuple[str, str, str], tuple[list[str], list[float]]]:
-    """(optimizer, engine, saved as) -> (tensors that are not what was saved, the next two losses)"""
+    """Return, by (optimizer, engine, checkpoint), the tensors that differ from the saved ones and the next two losses."""
     found = {}
     for optim, settings in SETTINGS.items():
         saved = {path: load_file(path) for path in sources(folder, optim)}
-        wanted = {path: {key: digest_of(tensor) for key, tensor in tensors.items()} for path, tensors in saved.items()}
+        expected = {
+            path: {key: digest_of(tensor) for key, tensor in tensors.items()} for path, tensors in saved.items()
+        }
         for name in ENGINES:
             config = config_with(name, **settings)
             engine, data = built(config)
             for path, tensors in saved.items():
                 engine.load_state(tensors)
-                held = digests(engine)
-                wrong = [key for key in held.keys() | tensors.keys() if held.get(key) != wanted[path].get(key)]
+                loaded = digests(engine)
+                wrong = [key for key in loaded.keys() | tensors.keys() if loaded.get(key) != expected[path].get(key)]
                 losses, _ = steps(engine, data, config, lr=LR[optim], first=SAVED_AFTER, count=FOLLOWED)
                 found[optim, name, path.stem] = wrong, losses
     return found
@@ -91,7 +93,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_every_engine_goes_on_from_what_every_engine_saved(saved: Path, world_size: int) -> None:
+def test_every_engine_resumes_every_engines_checkpoint(saved: Path, world_size: int) -> None:
     first, *others = run_ranks(load_all, world_size, saved, timeout_seconds=500)
     assert all(other == first for other in others)
     assert len(first) == len(ENGINES) * len(ENGINES) * sum(map(len, SOURCES.values()))
@@ -100,20 +102,20 @@ def test_every_engine_goes_on_from_what_every_engine_saved(saved: Path, world_si
         assert not wrong, f"{source} in {engine} on {world_size}: {wrong}"
         expected = json.loads((saved / f"{source}.json").read_text())
         if source == name_of(optim, engine, world_size):
-            assert losses == expected, "nothing changed, so not a bit may"
+            assert losses == expected, "same engine and world size, but the losses differ"
         worst = max(worst, *(abs(a - b) / b for a, b in zip(losses, expected, strict=True)))
     print(f"\nin {len(first)} pairs on {world_size} processes the next losses are within {worst:.1e}")
     assert worst < 1e-5
 
 
-def test_negative_zeros_come_back(tmp_path: Path) -> None:
+def test_negative_zeros_survive_a_save(tmp_path: Path) -> None:
     for tensors in run_ranks(with_negative_zeros, 2, timeout_seconds=120):
         assert tensors == [], tensors
 
 
 @in_group
 def with_negative_zeros() -> list[str]:
-    """Of tensors that are all -0.0, those that are not after being cut and put together."""
+    """Load tensors that are all -0.0; return the names of those that are not when gathered again."""
     wrong = []
     for name in ENGINES:
         engine, _ = built(config_with(name))

@@ -155,11 +155,11 @@ def test_rank_0_is_replaced_while_the_others_wait() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "said"), [(0, "^rank 1, 2 of 3 did not arrive"), (2, "^rank 0, 1 of 3 did not arrive")]
+    ("rank", "message"), [(0, "^rank 1, 2 of 3 did not arrive"), (2, "^rank 0, 1 of 3 did not arrive")]
 )
-def test_waiting_rank_names_the_missing_ranks(rank: int, said: str) -> None:
+def test_waiting_rank_names_the_missing_ranks(rank: int, message: str) -> None:
     start = time.monotonic()
-    with pytest.raises(PeerError, match=said):
+    with pytest.raises(PeerError, match=message):
         agree_on_token(HashStore(), rank=rank, world_size=3, timeout=timedelta(seconds=0.3))
     assert 0.3 <= time.monotonic() - start < 3
 

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on as if it had not been: the same bits, every image once, the same decisions."""
+"""A stopped run resumes as if it had not stopped: the same bits, every image once, the same decisions."""
 
 import json
 import random
@@ -30,8 +30,10 @@ MODES: dict[str, dict[str, int]] = {"fast": FAST, "exact": {"shards": 8}}
 
 
 def config_of(run_dir: Path, **settings: Any) -> TrainConfig:
-    """160 images in batches of 24, the last of 16, two micro-batches a step; a save every three steps besides. The mode is
-    the name of the folder that the run's lies in."""
+    """160 images in batches of 24, the last of 16, two micro-batches per step, and a save every three steps.
+
+    The mode is the name of the run folder's parent.
+    """
     return small_config(
         run_dir,
         grad_accum_steps=2,
@@ -45,11 +47,11 @@ def config_of(run_dir: Path, **settings: Any) -> TrainConfig:
 
 
 Seen = Counter[tuple[int, int]]
-"""How often each (epoch, sample id) was trained on."""
+"""Number of times each (epoch, sample id) was trained on."""
 
 
 class RecordingIds:
-    """While it is open, the pipeline's training batches are counted as they are handed to the recipe."""
+    """Context manager that counts the samples in the training batches passed to the recipe."""
 
     def __enter__(self) -> Seen:
         seen: Seen = Counter()
@@ -69,7 +71,7 @@ class RecordingIds:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What one rank knows of one attempt."""
+    """The result of one attempt on one rank."""
 
     step: int
     stop_reason: str | None
@@ -101,9 +103,10 @@ def run_to_their_end(folder: Path, *names: str) -> dict[str, dict[str, Attempt]]
 
 @dataclass(frozen=True)
 class Story:
-    """Of one mode, a run without and one with a stop at 3 ranks; copies of the stopped one were gone on with in three ways.
+    """In one mode on 3 ranks, an undisturbed run and a stopped one, of which copies were resumed in three ways.
 
-    attempts: of each rank, by the name of the run; "stopped" is the first part of the three others."""
+    attempts: the attempts of all ranks by the name of the run. "stopped" is the first attempt of the three others.
+    """
 
     folder: Path
     stopped_at: int
@@ -116,9 +119,9 @@ class Story:
 @pytest.fixture(scope="module")
 def stories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Story]:
     folder = tmp_path_factory.mktemp("resume")
-    # Agreed on one step late; so early that two checkpoints lie there, so late that some steps are left.
+    # Late enough for two checkpoints, and early enough that some steps remain; the ranks agree one step late.
     stop_after = random.SystemRandom().randrange(5, STEPS - 2)
-    print(f"asked to stop after step {stop_after} of {STEPS}")
+    print(f"stop requested after step {stop_after} of {STEPS}")
     first = run_ranks(run_undisturbed_and_stopped, 3, folder, stop_after, timeout_seconds=100)
     for mode in MODES:
         for name in ("resumed", "damaged", "on-two"):
@@ -146,7 +149,7 @@ def story(stories: dict[str, Story], request: pytest.FixtureRequest) -> Story:
 
 
 def damage(path: Path) -> None:
-    """Turn one bit over in the middle of a file."""
+    """Flip one bit in the middle of a file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -163,7 +166,7 @@ def test_the_run_stopped_at_the_requested_step(story: Story) -> None:
 
 @pytest.mark.parametrize("name", ["resumed", "damaged"])
 def test_a_resumed_run_ends_with_the_same_bits(story: Story, name: str) -> None:
-    """In fast mode plain DDP would not: it sums the first gradients after a start in another order."""
+    """In fast mode plain DDP would not: after a start it sums the first gradients in a different order."""
     ended, expected = (newest_checkpoint(story.run(each).path) for each in (name, "undisturbed"))
     assert ended.name == expected.name == f"step-{STEPS:08d}-epoch-002"
     same = digest(ended / "tensors.safetensors") == digest(expected / "tensors.safetensors")
@@ -182,18 +185,18 @@ def test_a_resumed_run_has_the_same_metrics(story: Story, name: str) -> None:
 
 def test_a_run_resumes_from_before_a_damaged_newest(story: Story) -> None:
     run = story.run("damaged")
-    before = max(step for step in range(story.stopped_at) if step % 3 == 0 or step == STEPS_PER_EPOCH)
+    previous = max(step for step in range(story.stopped_at) if step % 3 == 0 or step == STEPS_PER_EPOCH)
     starts = [json.loads(line) for line in (run.path / "attempts.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in starts if line["event"] == "started"] == [0, before]
+    assert [line["step"] for line in starts if line["event"] == "started"] == [0, previous]
     (set_aside,) = run.checkpoints.glob("*.damaged")
     assert set_aside.stem == newest_checkpoint(story.run("stopped").path).name
 
 
-@pytest.mark.parametrize("way", ["resumed", "on-two"])
-def test_every_image_is_trained_on_once_across_a_stop(story: Story, way: str) -> None:
-    """Sample ids as the recipe was handed them, over all ranks of both attempts."""
+@pytest.mark.parametrize("name", ["resumed", "on-two"])
+def test_every_image_is_trained_on_once_across_a_stop(story: Story, name: str) -> None:
+    """Sample ids in the recipe's batches, over all ranks of both attempts."""
     undisturbed = sum((rank.seen for rank in story.attempts["undisturbed"]), Counter())
-    both = [rank.seen for name in ("stopped", way) for rank in story.attempts[name]]
+    both = [rank.seen for each in ("stopped", name) for rank in story.attempts[each]]
     assert len(undisturbed) == 2 * (IMAGES - HELD_OUT)
     assert set(undisturbed.values()) == {1}
     assert sum(both, Counter()) == undisturbed, f"stopped at step {story.stopped_at}"
@@ -229,7 +232,7 @@ def test_exact_mode_on_two_ranks_ends_with_the_same_bits(
 def test_fast_mode_warns_that_bits_may_differ(stories: dict[str, Story]) -> None:
     story = stories["fast"]
     run = story.run("on-two")
-    # The first step on two ranks begins at the weights of three: it is the same but for the order of sums.
+    # The first step on two ranks starts from the weights of three ranks: only the order of sums differs.
     first = story.stopped_at
     expected, found = (lines(story.run(name), "train") for name in ("undisturbed", "on-two"))
     assert found[first]["loss"] == pytest.approx(expected[first]["loss"], rel=1e-6)
@@ -244,35 +247,35 @@ def test_fast_mode_warns_that_bits_may_differ(stories: dict[str, Story]) -> None
 
 
 PATIENT = {"name": "plateau", "metric": "loss", "factor": 0.5, "patience": 1, "min_delta": 50.0, "max_drops": 2}
-"""Nothing is an improvement but the first epoch: bad epochs 1 and 2, a drop, 1 and 2, a drop, and no more."""
+"""Only the first epoch is an improvement: bad epochs 1 and 2, a drop, bad epochs 1 and 2, a drop, and no more."""
 EPOCHS = 7
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a rank decided: the learning rate of each step, and each decision in words."""
+    """The decisions on a rank: the learning rate of each step, and the log line of each decision."""
 
     lrs: list[tuple[int, float]]
-    said: list[str]
+    log: list[str]
     ended: tuple[int, bool, str | None]
 
 
 def decide(config: TrainConfig, stop_after: int | None = None) -> Decisions:
-    recorder, said = Recorder(), []
+    recorder, log = Recorder(), []
     sink = logger.add(
-        lambda message: said.append(message.record["message"]),
+        lambda message: log.append(message.record["message"]),
         filter=lambda record: record["message"].startswith(("plateau:", "early stopping:")),
     )
     stop = StopAfter(stop_after) if stop_after and collectives.rank() == 1 else None
     state = train(config, stop=stop, sinks=[recorder])
     logger.remove(sink)
     lrs = [(metrics.step, metrics.lr) for metrics in recorder.steps]
-    return Decisions(lrs, said, (state.epoch, state.stopped_early, state.stop_reason))
+    return Decisions(lrs, log, (state.epoch, state.stopped_early, state.stop_reason))
 
 
 @in_group
 def wait_for_improvement(folder: Path) -> dict[str, list[Decisions]]:
-    """Two steps an epoch. The second run is stopped inside epoch 3, after its first bad epoch, and inside epoch 6."""
+    """Two steps per epoch. The second run stops within epoch 3, after its first bad epoch, and within epoch 6."""
 
     def config(name: str) -> TrainConfig:
         return small_config(
@@ -297,37 +300,37 @@ def patience(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[De
 def test_plateau_drops_the_rate_and_stops_the_run_early(
     patience: list[dict[str, list[Decisions]]],
 ) -> None:
-    (whole,) = patience[0]["undisturbed"]
+    (undisturbed,) = patience[0]["undisturbed"]
     lr = 0.01
     by_epoch = [lr, lr, lr, lr / 2, lr / 2, lr / 4, lr / 4]
-    assert whole.lrs == [(step + 1, by_epoch[step // 2]) for step in range(2 * EPOCHS)]
-    assert whole.ended == (EPOCHS, True, None)
-    plateau = [line for line in whole.said if line.startswith("plateau")]
+    assert undisturbed.lrs == [(step + 1, by_epoch[step // 2]) for step in range(2 * EPOCHS)]
+    assert undisturbed.ended == (EPOCHS, True, None)
+    plateau = [line for line in undisturbed.log if line.startswith("plateau")]
     assert ["bad epoch 1 of 1" in line for line in plateau] == [True, False, True, False, False, False]
     assert "bad epoch 2 of 1: lr 0.01 -> 0.005 (drop 1 of 2)" in plateau[1]
     assert "bad epoch 2 of 1: lr 0.005 -> 0.0025 (drop 2 of 2)" in plateau[3]
-    assert whole.said[-1].endswith("bad epoch 6 of 6; the run ends")
+    assert undisturbed.log[-1].endswith("bad epoch 6 of 6; the run ends")
 
 
 def test_a_restart_inside_the_patience_changes_no_decision(patience: list[dict[str, list[Decisions]]]) -> None:
-    (whole,) = patience[0]["undisturbed"]
+    (undisturbed,) = patience[0]["undisturbed"]
     parts = patience[0]["stopped twice"]
     assert [part.ended[0] for part in parts] == [2, 5, EPOCHS]
     assert [bool(part.ended[2]) for part in parts] == [True, True, False]
-    assert [lr for part in parts for lr in part.lrs] == whole.lrs
-    assert [line for part in parts for line in part.said] == whole.said
+    assert [lr for part in parts for lr in part.lrs] == undisturbed.lrs
+    assert [line for part in parts for line in part.log] == undisturbed.log
 
 
 def test_all_ranks_make_the_same_decisions(patience: list[dict[str, list[Decisions]]]) -> None:
     def without_reason(ranks: dict[str, list[Decisions]]) -> dict[str, list[tuple[Any, ...]]]:
-        return {name: [(part.lrs, part.said, part.ended[:2]) for part in parts] for name, parts in ranks.items()}
+        return {name: [(part.lrs, part.log, part.ended[:2]) for part in parts] for name, parts in ranks.items()}
 
     assert without_reason(patience[1]) == without_reason(patience[0])
 
 
 @in_group
 def run_to_the_end_of_an_epoch(folder: Path) -> dict[str, tuple[int, int]]:
-    """A stop and a periodic save that fall on the last step of the first epoch."""
+    """Stop, and in another run save, on the last step of the first epoch."""
 
     def config(name: str, **settings: Any) -> TrainConfig:
         return small_config(folder / name, data={"train_samples": 50, "validation_fraction": 0.2}, **settings)

@@ -1,6 +1,6 @@
-"""Fast mode: one config, one curve up to rounding, whatever the number of processes; and it is exact mode's curve.
+"""Fast mode: a config has the same loss curve at any world size, up to rounding, and it is exact mode's curve.
 
-That exact mode's is the same to the last bit on any number of processes is in `test_exact.py`.
+`test_exact.py` checks that exact mode's curve is bit-identical at any world size.
 """
 
 import tempfile
@@ -26,14 +26,14 @@ from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator
 
 STEPS = 50
-# 25 steps an epoch; the last has three images, so that with two micro-batches some ranks have none at all.
+# 25 steps per epoch; the last has three images, so that with two micro-batches some ranks are empty.
 SETTINGS: dict[str, Any] = {"epochs": 2, "global_batch_size": 11, "data": {"train_samples": 267}}
 CPU = torch.device("cpu")
 
 
 @in_group
 def losses_of_runs(folder: Path, shards: int) -> dict[int, list[float]]:
-    """The losses that this rank's sink was told, for one and for two micro-batches a step."""
+    """Return the losses that this rank's sink received, for one and for two micro-batches per step."""
     found = {}
     for grad_accum_steps in (1, 2):
         recorder = Recorder()
@@ -47,7 +47,7 @@ def losses_of_runs(folder: Path, shards: int) -> dict[int, list[float]]:
 
 class Losses(Protocol):
     def __call__(self, world_size: int, *, shards: int = 0) -> list[dict[int, list[float]]]:
-        """What each rank saw; runs once."""
+        """Return the losses that each rank saw; cached."""
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> Losses:
 @pytest.mark.timeout(320)
 @pytest.mark.parametrize("grad_accum_steps", [1, 2])
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_in_float64_every_loss_equals_that_of_one_process(
-    losses: Losses, world_size: int, grad_accum_steps: int
-) -> None:
+def test_float64_losses_match_one_process(losses: Losses, world_size: int, grad_accum_steps: int) -> None:
     expected = losses(1)[0][grad_accum_steps]
     found = losses(world_size)
     assert len(expected) == STEPS
@@ -73,14 +71,14 @@ def test_in_float64_every_loss_equals_that_of_one_process(
     worst = max(abs(a - b) / b for a, b in zip(found[0][grad_accum_steps], expected, strict=True))
     print(f"{world_size} ranks, accumulation {grad_accum_steps}: {len(expected)} losses within {worst:.1e}")
     assert worst < 1e-12
-    assert all(rank == found[0] for rank in found), "the ranks' sinks were told different numbers"
+    assert all(rank == found[0] for rank in found), "the ranks' sinks received different losses"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(320)
 @pytest.mark.parametrize("grad_accum_steps", [1, 2])
-def test_in_float64_every_loss_of_exact_mode_equals_that_of_fast_mode(losses: Losses, grad_accum_steps: int) -> None:
-    """Five or eleven images in four shards; three in the last step, and one or two a micro-batch of it."""
+def test_float64_losses_of_exact_and_fast_mode_match(losses: Losses, grad_accum_steps: int) -> None:
+    """Five or eleven images in four shards; three in the last step, i.e. one or two per micro-batch."""
     expected, found = losses(1)[0][grad_accum_steps], losses(1, shards=4)[0][grad_accum_steps]
     assert len(found) == STEPS
     worst = max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
@@ -89,20 +87,20 @@ def test_in_float64_every_loss_of_exact_mode_equals_that_of_fast_mode(losses: Lo
 
 
 @pytest.mark.timeout(160)
-def test_two_micro_batches_are_another_experiment(losses: Losses) -> None:
-    """Batch norm sees half as many images; were the curves equal, the test above would not tell one from two."""
+def test_two_micro_batches_have_another_curve(losses: Losses) -> None:
+    """Negative control: batch norm sees half as many images, so the tests above distinguish one micro-batch from two."""
     one, two = losses(1)[0].values()
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) > 0.01
 
 
 def float32_config(folder: Path) -> TrainConfig:
-    """Without decay, momentum that starts from nothing is the gradient itself after a step."""
+    """Without weight decay, momentum that starts at zero equals the gradient after a step."""
     return small_config(folder / "unused", optim={"lr": 0.01, "weight_decay": 0.0}, exact=FAST, **SETTINGS)
 
 
 def steps_from_given_weights(config: TrainConfig, weights_of: Callable[[int], dict[str, Tensor]]) -> Iterator[Any]:
-    """(weights before, loss, gradients, weights after) of each step, begun from the given weights, or from the initial
-    ones where none are given, and no momentum."""
+    """Yield (weights before, loss, gradients, weights after) per step, starting from the given weights without momentum; from
+    the initial weights if none are given."""
     topology = Topology(collectives.rank(), collectives.world_size())
     data = build_data(config, topology, CPU)
     engine, sums = build_engine(config, topology, data, CPU), MetricAccumulator(CPU)
@@ -122,7 +120,7 @@ def model_of(state: Any) -> dict[str, Tensor]:
 
 @in_group
 def write_trajectory(folder: Path) -> int:
-    """One process's steps, each from where the one before ended: a file a step with all that belongs to it."""
+    """Take one process's steps, each from the previous one's weights; write one file per step. Return the number of steps."""
     config = float32_config(folder)
     last: dict[str, Tensor] = {}
     count = 0
@@ -134,14 +132,14 @@ def write_trajectory(folder: Path) -> int:
 
 
 def conv_biases() -> set[str]:
-    """Batch norm takes their effect away: the true gradient is zero, what is found is rounding."""
+    """Return the names of biases before batch norm, which cancels them: their gradients are rounding error only."""
     modules = improved_alexnet(10, 0.5).named_modules()
     return {f"optimizer.{name}.bias.momentum_buffer" for name, module in modules if isinstance(module, nn.Conv2d)}
 
 
 @dataclass(frozen=True)
 class Differences:
-    """Of one step, relative: of the loss; the median over all elements of the gradient, and over each parameter's."""
+    """Relative differences of one step: of the loss; the median over all gradient elements; the median per parameter."""
 
     loss: float
     gradient: float
@@ -150,16 +148,16 @@ class Differences:
 
 @in_group
 def compare_with_trajectory(folder: Path) -> list[Differences]:
-    """How far each step, begun from the trajectory's weights, is from the trajectory's."""
+    """Compare each step, taken from the trajectory's weights, with the trajectory's step."""
     files = [torch.load(folder / f"{step}.pt", mmap=True) for step in range(STEPS)]
     steps = steps_from_given_weights(float32_config(folder), lambda step: files[step]["before"])
-    left_out = conv_biases()
+    ignored = conv_biases()
     found = []
     for expected, (_, loss, gradients, _) in zip(files, steps, strict=True):
         by_name = {
             name: relative_differences(gradients[name], gradient)
             for name, gradient in expected["gradients"].items()
-            if name not in left_out
+            if name not in ignored
         }
         medians = {name: differences.median().item() for name, differences in by_name.items()}
         everywhere = torch.cat(list(by_name.values())).median().item()
@@ -168,13 +166,13 @@ def compare_with_trajectory(folder: Path) -> list[Differences]:
 
 
 def relative_differences(found: Tensor, expected: Tensor) -> Tensor:
-    """Elementwise; zero where both are zero."""
+    """Return elementwise relative differences, flattened; zero where both are zero."""
     return torch.where(found == expected, 0.0, (found - expected).abs() / expected.abs()).flatten()
 
 
 @pytest.fixture(scope="module")
 def trajectory() -> Iterator[Path]:
-    """Some 400 MB for as long as this module's tests run."""
+    """Write the trajectory, some 400 MB, for the tests of this module."""
     with tempfile.TemporaryDirectory(prefix="trajectory-") as name:
         assert run_ranks(write_trajectory, 1, Path(name)) == [STEPS]
         yield Path(name)
@@ -183,27 +181,26 @@ def trajectory() -> Iterator[Path]:
 @pytest.mark.slow
 @pytest.mark.timeout(320)
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_in_float32_every_step_from_equal_weights_has_the_loss_and_gradient_of_one_process(
-    trajectory: Path, world_size: int
-) -> None:
-    """Each step's loss and the median over its whole gradient; each parameter's median over the steps. Not every
-    parameter at every step: where rounding turns a ReLU or a maximum over, all gradients before it change by a little.
+def test_float32_steps_match_one_process(trajectory: Path, world_size: int) -> None:
+    """Bounds each step's loss, the median over its entire gradient, and each parameter's median over the steps.
+
+    Not every parameter at every step: if rounding flips a ReLU or a maximum, all gradients before it change a little.
     """
     ranks = run_ranks(compare_with_trajectory, world_size, trajectory, timeout_seconds=150)
     steps = ranks[0]
     loss = max(step.loss for step in steps)
-    whole = max(step.gradient for step in steps)
+    gradient = max(step.gradient for step in steps)
     of_parameters = {name: median(step.parameters[name] for step in steps) for name in steps[0].parameters}
     worst = max(of_parameters, key=lambda name: of_parameters[name])
     calm = sum(max(step.parameters.values()) < 1e-5 for step in steps)
     print(
-        f"{world_size} ranks, {len(steps)} steps: loss within {loss:.1e}, median of the gradient within {whole:.1e}, "
+        f"{world_size} ranks, {len(steps)} steps: loss within {loss:.1e}, median of the gradient within {gradient:.1e}, "
         f"of a parameter within {of_parameters[worst]:.1e} ({worst}); in {calm} steps all parameters below 1e-5"
     )
     assert len(steps) == STEPS
     assert len(of_parameters) == 21, "26 parameters, five of them biases before batch norm"
     assert loss < 1e-6
-    assert whole < 1e-5
+    assert gradient < 1e-5
     assert of_parameters[worst] < 1e-5, worst
     assert calm > STEPS / 2
-    assert all(rank == steps for rank in ranks), "the ranks hold different losses or gradients"
+    assert all(rank == steps for rank in ranks), "the ranks have different losses or gradients"

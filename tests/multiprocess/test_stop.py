@@ -1,4 +1,4 @@
-"""A request to stop that reaches one rank stops all of them at one step, with everything saved."""
+"""A stop request to one rank stops all ranks at the same step, with everything saved."""
 
 import json
 import time
@@ -16,14 +16,14 @@ from distributed.recipe import train
 from distributed.run.folder import RunFolder
 from distributed.training.stop import NeverStop, StepAgreement
 
-ASKED = 4
+REQUEST_STEP = 4
 SAVE_EVERY = 0.2
 
 
 @in_group
-def train_until_a_rank_is_asked(run_dir: Path, asked_rank: int) -> dict[str, Any]:
+def train_until_a_request(run_dir: Path, requested_rank: int) -> dict[str, Any]:
     rank = collectives.rank()
-    state = train(small_config(run_dir), stop=StopAfter(ASKED) if rank == asked_rank else None)
+    state = train(small_config(run_dir), stop=StopAfter(REQUEST_STEP) if rank == requested_rank else None)
     return {"reason": state.stop_reason, "state": state.state_dict(), "position": (state.epoch, state.step)}
 
 
@@ -36,12 +36,12 @@ class Stopped:
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
     run_dir = tmp_path_factory.mktemp("stopped") / "run"
-    return Stopped(RunFolder(run_dir), run_ranks(train_until_a_rank_is_asked, 3, run_dir, 1))
+    return Stopped(RunFolder(run_dir), run_ranks(train_until_a_request, 3, run_dir, 1))
 
 
 @pytest.mark.timeout(120)
 def test_all_ranks_stop_one_step_after_the_request(stopped: Stopped) -> None:
-    assert [rank["position"] for rank in stopped.ranks] == [(0, ASKED + 1)] * 3
+    assert [rank["position"] for rank in stopped.ranks] == [(0, REQUEST_STEP + 1)] * 3
     assert [rank["state"] for rank in stopped.ranks] == [stopped.ranks[0]["state"]] * 3
 
 
@@ -54,17 +54,17 @@ def test_the_requested_rank_gives_the_reason(stopped: Stopped) -> None:
 @pytest.mark.timeout(120)
 def test_the_step_of_the_stop_is_saved(stopped: Stopped) -> None:
     path = newest_checkpoint(stopped.run.path)
-    assert path.name == f"step-{ASKED + 1:08d}-epoch-000"
+    assert path.name == f"step-{REQUEST_STEP + 1:08d}-epoch-000"
     assert json.loads((path / "state.json").read_text())["state"] == stopped.ranks[0]["state"]
     tensors = load_file(path / "tensors.safetensors")
-    assert tensors["model.conv.1.num_batches_tracked"] == ASKED + 1
+    assert tensors["model.conv.1.num_batches_tracked"] == REQUEST_STEP + 1
     assert any(name.endswith("momentum_buffer") for name in tensors)
 
 
 @pytest.mark.timeout(120)
 def test_the_status_says_stopped_with_its_progress(stopped: Stopped) -> None:
     status = stopped.run.status()
-    assert (status.status, status.exit_code, status.step) == ("stopped", 75, ASKED + 1)
+    assert (status.status, status.exit_code, status.step) == ("stopped", 75, REQUEST_STEP + 1)
 
 
 @pytest.mark.timeout(120)
@@ -76,19 +76,19 @@ def test_every_rank_has_a_log_file_and_rank_0_logs_the_plan(stopped: Stopped) ->
 
 @in_group
 def agree_on_steps() -> tuple[float, dict[str, list[tuple[bool, bool]]]]:
-    """Returns how many seconds saves were asked about for, and at each step whether to stop and to save."""
+    """Return the duration of the second agreement in seconds, and both agreements' decisions at each step."""
     rank = collectives.rank()
     found = {}
     agreement = StepAgreement(StopAfter(3) if rank == 2 else NeverStop(), is_main=rank == 0, save_every_seconds=0)
     found["stop"] = [agreement.after_step() for _ in range(5)]
-    begin = time.monotonic()
-    # Only rank 0's clock counts: by the others' it would be time to save after every step.
+    start = time.monotonic()
+    # Only rank 0's clock counts: by those of the other ranks every step would save.
     agreement = StepAgreement(NeverStop(), is_main=rank == 0, save_every_seconds=SAVE_EVERY if rank == 0 else 1e-9)
     found["save"] = []
     for _ in range(12):
         time.sleep(0.05)
         found["save"].append(agreement.after_step())
-    return time.monotonic() - begin, found
+    return time.monotonic() - start, found
 
 
 @pytest.mark.timeout(120)

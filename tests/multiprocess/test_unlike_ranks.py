@@ -16,7 +16,7 @@ from distributed.errors import InputError
 
 @in_group
 def outcome(run_dir: Path, shards: int | str) -> str:
-    """The error of training when rank 1 has another environment; without an error, rank 0's log."""
+    """Train while rank 1 has another environment. Return the error message, or rank 0's log if there is none."""
     if collectives.rank() == 1:
         os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
     try:
@@ -46,5 +46,5 @@ def refused() -> str:
 
 
 def test_engines_that_need_nccl_refuse_a_shared_gpu() -> None:
-    (said,) = set(run_ranks(refused, 2, timeout_seconds=180))
-    assert said.startswith("engine.name = fsdp in fast mode needs one GPU per process")
+    (message,) = set(run_ranks(refused, 2, timeout_seconds=180))
+    assert message.startswith("engine.name = fsdp in fast mode needs one GPU per process")

@@ -15,7 +15,8 @@ from torch.distributed.elastic.rendezvous.api import RendezvousHandler, Rendezvo
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
-from distributed.comm.agent_store import AgentStore, ForeignJobError
+from distributed.comm import agent_store
+from distributed.comm.agent_store import AgentStore, ForeignJobError, find_agent_store
 from distributed.comm.rendezvous import agree_on_token
 from distributed.comm.torch_compat import c10d_endpoint, rendezvous_round
 from distributed.topology import Topology
@@ -176,3 +177,11 @@ def test_torchrun_is_found_among_the_parents(shells: int, tmp_path: Any) -> None
 
 def test_without_torchrun_there_is_no_agent_store() -> None:
     assert AgentStore.find(Topology(launched=True)) is None
+
+
+def test_agent_store_is_found_once_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    (member,), calls = members(1), []
+    monkeypatch.setattr(agent_store, "_found", {})
+    monkeypatch.setattr(AgentStore, "find", lambda topology: calls.append(topology) or member)
+    assert find_agent_store(member.topology) is find_agent_store(member.topology) is member
+    assert len(calls) == 1

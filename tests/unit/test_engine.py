@@ -13,6 +13,7 @@ from distributed.config.sections import Loss, Sgd
 from distributed.data.batch import Batch
 from distributed.engine.ddp import DdpEngine
 from distributed.engine.exact import ExactEngine
+from distributed.engine.prepare import Compute
 from distributed.engine.protocol import Engine, Outcome
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator
@@ -40,20 +41,16 @@ def _restore_number_of_threads() -> Iterator[None]:
 
 def fast(precision: str = "float64", model: Callable[[], nn.Module] = Small, **optim: object) -> DdpEngine:
     torch.manual_seed(0)
-    return DdpEngine(
-        Ddp(), model(), optim=Sgd(**optim), precision=precision, channels_last=True, device=CPU, example=batch_of(2, 2),
-        timeout_seconds=10, compile=False,
-    )  # fmt: skip
+    compute = Compute(precision, channels_last=True, device=CPU, timeout_seconds=10)
+    return DdpEngine(Ddp(), model(), optim=Sgd(**optim), compute=compute, example=batch_of(2, 2), compile=False)
 
 
 def exact(
     precision: str = "float64", model: Callable[[], nn.Module] = Small, *, workers: int = 2, **optim: object
 ) -> ExactEngine:
     torch.manual_seed(0)
-    return ExactEngine(
-        Ddp(), model(), optim=Sgd(**optim), precision=precision, channels_last=True, device=CPU, shards=SHARDS,
-        workers=workers, timeout_seconds=10,
-    )  # fmt: skip
+    compute = Compute(precision, channels_last=True, device=CPU, timeout_seconds=10)
+    return ExactEngine(Ddp(), model(), optim=Sgd(**optim), compute=compute, shards=SHARDS, workers=workers)
 
 
 @pytest.fixture(params=[fast, exact], ids=["fast", "exact"])
@@ -279,6 +276,16 @@ def test_dtypes_of_weights_and_forward_pass(engine_of, precision, dtype):
     assert engine.predict(batch).dtype == of_forward
     assert {tensor.dtype for _, tensor in engine.state() if tensor.is_floating_point()} == {dtype}
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_evaluation_that_raises_restores_training_mode(engine_of):
+    engine = engine_of(ema_decay=0.5)
+    stepped(engine, [batch_of(9, 9)])
+    before = weights(engine)
+    with pytest.raises(KeyError), engine.evaluating():
+        raise KeyError
+    assert all(module.training for module in engine.model.modules())
+    assert torch.equal(weights(engine), before)
 
 
 @pytest.mark.parametrize("count", [9, 3, 0])

@@ -7,6 +7,7 @@ from torch import nn
 from distributed.config.engines import Ddp
 from distributed.config.sections import Model, Sgd
 from distributed.engine.exact import ExactEngine
+from distributed.engine.prepare import Compute
 from distributed.exact.supported import check_exact
 from distributed.models.build import build_model
 from distributed.models.keyed_dropout import KeyedDropout
@@ -67,11 +68,9 @@ def test_random_and_stateful_layers_are_named(layer: nn.Module, reason: str) -> 
 
 def test_the_engine_names_all_unsupported_layers_at_once() -> None:
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 3), Stateful(persistent=True))
+    compute = Compute("float32", channels_last=False, device=torch.device("cpu"), timeout_seconds=10)
     with pytest.raises(ValueError, match=r"exact\.shards > 0.*0 \(Dropout\).*; 2 \(Stateful\)"):
-        ExactEngine(
-            Ddp(), model, optim=Sgd(), precision="float32", channels_last=False, device=torch.device("cpu"), shards=2,
-            workers=1, timeout_seconds=10,
-        )  # fmt: skip
+        ExactEngine(Ddp(), model, optim=Sgd(), compute=compute, shards=2, workers=1)
 
 
 def test_the_default_model_is_supported() -> None:

@@ -98,7 +98,7 @@ def test_unwritable_error_file_is_ignored(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
+    ("error", "message"),
     [
         (InputError("one", "two"), "one; two"),
         (ValueError("a bug"), "ValueError: a bug"),
@@ -106,8 +106,8 @@ def test_unwritable_error_file_is_ignored(monkeypatch: pytest.MonkeyPatch):
         (MemoryError(), "MemoryError: "),
     ],
 )
-def test_failure_message_is_one_line(error: Exception, words: str):
-    assert failure_message(error) == words
+def test_failure_message_is_one_line(error: Exception, message: str):
+    assert failure_message(error) == message
 
 
 class Ask:

@@ -22,7 +22,8 @@ from distributed import build
 from distributed.config import from_command_line
 from distributed.data import pipeline
 from distributed.data.batch import Batch
-from distributed.engine import ddp, exact
+from distributed.engine import exact, prepare
+from distributed.engine.prepare import Compute
 from distributed.exact import gather_statistics
 from distributed.inference.confusion import ConfusionMatrix
 from distributed.models import build as models
@@ -98,20 +99,20 @@ def _line_of_project() -> str:
     return "outside the project"
 
 
-def _on_device(model: nn.Module, *, device: torch.device, **_: object) -> nn.Module:
+def _cast(model: nn.Module, compute: Compute) -> nn.Module:
     """Move a model to a device; `Module.to` rejects fake parameters."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(parameter.detach().to(device)))
+            setattr(module, name, nn.Parameter(parameter.detach().to(compute.device)))
         for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=compute.device))
     return model
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
-    for engine in (ddp, exact):
-        monkeypatch.setattr(engine, "cast", _on_device)
+    for module in (prepare, exact):
+        monkeypatch.setattr(module, "cast", _cast)
     monkeypatch.setattr(models, "initialize", lambda model, **_: None)  # it takes thousands of operations
     # The split is computed by torch and read by numpy, which cannot read fake tensors.
     monkeypatch.setattr(pipeline, "validation_mask", lambda labels, **_: np.zeros(len(labels), np.bool_))

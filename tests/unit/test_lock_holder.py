@@ -18,7 +18,8 @@ from distributed.errors import InputError
 from distributed.files import read_object, replace_json
 from distributed.run import lock_holder
 from distributed.run.claim import ClaimedRun
-from distributed.run.lock_holder import acquire_lock, holder_record, parse_scontrol, why_ended
+from distributed.run.lock_holder import acquire_lock, parse_scontrol, this_process, why_ended
+from distributed.run.records import Holder
 
 OURS = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "SLURM_CLUSTER_NAME": "one"}
 HOLD = """
@@ -35,11 +36,11 @@ def ended() -> dict[str, Any]:
     """The record of a process that has ended."""
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
-    return holder_record() | {"pid": process.pid}
+    return this_process().as_json() | {"pid": process.pid}
 
 
 @pytest.fixture
-def held(tmp_path: Path) -> Iterator[Path]:
+def locked(tmp_path: Path) -> Iterator[Path]:
     """A run folder whose lock another process holds, e.g. a child of the recorded holder."""
     command = [sys.executable, "-c", HOLD, tmp_path / ".lock"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -55,10 +56,10 @@ def acquire(folder: Path, lock: Any = FileLock, *, seconds: float = 0.6) -> None
     lock.release()
 
 
-def test_lock_of_an_ended_process_is_taken_over(held: Path, ended: dict[str, Any]) -> None:
-    replace_json(held / "attempt.json", ended)
-    acquire(held)
-    assert {path.name for path in held.iterdir()} <= {".lock", "attempt.json"}
+def test_lock_of_an_ended_process_is_taken_over(locked: Path, ended: dict[str, Any]) -> None:
+    replace_json(locked / "attempt.json", ended)
+    acquire(locked)
+    assert {path.name for path in locked.iterdir()} <= {".lock", "attempt.json"}
 
 
 def test_soft_lock_of_an_ended_process_is_taken_over(tmp_path: Path, ended: dict[str, Any]) -> None:
@@ -87,37 +88,38 @@ def test_soft_lock_of_an_ended_process_is_taken_over(tmp_path: Path, ended: dict
     ],
     ids=str,
 )
-def test_holder_that_may_be_alive_keeps_the_lock(held: Path, ended: dict[str, Any], changed: dict[str, Any]) -> None:
+def test_holder_that_may_be_alive_keeps_the_lock(locked: Path, ended: dict[str, Any], changed: dict[str, Any]) -> None:
     if changed == {"pid": os.getppid()}:
         changed = changed | {"began": lock_holder._start_time(os.getppid())}
-    replace_json(held / "attempt.json", ended | changed)
+    replace_json(locked / "attempt.json", ended | changed)
     with pytest.raises(InputError) as caught:
-        acquire(held, seconds=0.2)
+        acquire(locked, seconds=0.2)
     (line,) = caught.value.lines
-    assert f"if that process has certainly ended, remove {held / '.lock'}" in line
-    assert f"process {changed.get('pid', ended['pid'])} on {changed.get('host', ended['host'])}" in line
+    assert f"if that process has certainly ended, remove {locked / '.lock'}" in line
+    pid = changed.get("pid", ended["pid"])
+    assert f"process {pid if isinstance(pid, int) else '?'} on {changed.get('host', ended['host'])}" in line
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", "null", '{"pid": 1', '{"pid": 1, "host": "other", "token": "x"}'])
-def test_invalid_holder_record_keeps_the_lock(held: Path, content: str) -> None:
-    (held / "attempt.json").write_text(content)
+def test_invalid_this_process_keeps_the_lock(locked: Path, content: str) -> None:
+    (locked / "attempt.json").write_text(content)
     with pytest.raises(InputError, match="another run is writing there"):
-        acquire(held, seconds=0.2)
+        acquire(locked, seconds=0.2)
 
 
-def test_new_holder_has_time_to_write_its_record(held: Path, ended: dict[str, Any]) -> None:
+def test_new_holder_has_time_to_write_its_record(locked: Path, ended: dict[str, Any]) -> None:
     """The record changes while we wait, so the new holder is alive."""
-    replace_json(held / "attempt.json", ended)
-    before = lock_holder.read_object
+    replace_json(locked / "attempt.json", ended)
+    before = Holder.read
     reads = iter(
-        [ended, *[holder_record() | {"pid": os.getppid(), "began": lock_holder._start_time(os.getppid())}] * 9]
+        [ended, *[this_process().as_json() | {"pid": os.getppid(), "began": lock_holder._start_time(os.getppid())}] * 9]
     )
-    lock_holder.read_object = lambda _: next(reads)
+    Holder.read = lambda _: Holder.model_validate(next(reads))
     try:
         with pytest.raises(InputError, match=f"process {os.getppid()} on"):
-            acquire(held, seconds=0.3)
+            acquire(locked, seconds=0.3)
     finally:
-        lock_holder.read_object = before
+        Holder.read = before
 
 
 def test_lock_file_of_a_new_holder_is_not_removed(tmp_path: Path) -> None:
@@ -130,25 +132,25 @@ def test_lock_file_of_a_new_holder_is_not_removed(tmp_path: Path) -> None:
     lock_holder._remove(file, inode=1)
 
 
-def test_lock_is_acquired_when_the_predecessor_ends(held: Path) -> None:
+def test_lock_is_acquired_when_the_predecessor_ends(locked: Path) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD, held / "other"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        [sys.executable, "-c", HOLD, locked / "other"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     ):
-        lock = FileLock(held / "other")
+        lock = FileLock(locked / "other")
         start = time.monotonic()
-        acquire_lock(lock, record=held / "attempt.json", seconds=30)
+        acquire_lock(lock, record=locked / "attempt.json", seconds=30)
         assert time.monotonic() - start < 25
         lock.release()
 
 
-def test_holder_record_includes_the_slurm_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attempt_file_includes_the_slurm_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in OURS.items():
         monkeypatch.setenv(name, value)
     ClaimedRun.claim(tmp_path, world_size=1).release()
     record = read_object(tmp_path / "attempt.json")
     assert record["slurm"] == {"job": "7", "restarts": 2, "cluster": "one"}
-    assert record.items() >= holder_record().items()
-    assert not why_ended(record)
+    assert record.items() >= this_process().as_json().items()
+    assert not why_ended(Holder.model_validate(record))
 
 
 @pytest.mark.parametrize(
@@ -167,8 +169,11 @@ def test_earlier_start_of_the_same_slurm_job_is_gone(
 ) -> None:
     for name, value in OURS.items():
         monkeypatch.setenv(name, value)
-    holder = holder_record() | {"host": "lost", "slurm": {"job": job, "restarts": restarts, "cluster": cluster}}
-    assert why_ended(holder) == why
+    holder = this_process().as_json() | {
+        "host": "lost",
+        "slurm": {"job": job, "restarts": restarts, "cluster": cluster},
+    }
+    assert why_ended(Holder.model_validate(holder)) == why
 
 
 @pytest.mark.parametrize(
@@ -206,14 +211,15 @@ def test_slurm_decides_whether_another_job_is_gone(
     for name, value in OURS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(lock_holder, "_query_slurm", lambda number: answer if number == "9" else None)
-    assert why_ended(holder_record() | {"host": "lost", "slurm": {"job": "9", "restarts": 0, "cluster": "one"}}) == why
+    holder = this_process().as_json() | {"host": "lost", "slurm": {"job": "9", "restarts": 0, "cluster": "one"}}
+    assert why_ended(Holder.model_validate(holder)) == why
 
 
 def test_blocked_work_names_its_lock_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(once_per_node, "_QUIET_SECONDS", 0.1)
     done: list[int] = []
-    said: list[str] = []
-    sink = logger.add(said.append, format="{message}")
+    messages: list[str] = []
+    sink = logger.add(messages.append, format="{message}")
     with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / ".data.lock"], stdin=subprocess.PIPE) as process:
         while not (tmp_path / ".data.lock").exists():
             time.sleep(0.01)
@@ -222,4 +228,4 @@ def test_blocked_work_names_its_lock_file(tmp_path: Path, monkeypatch: pytest.Mo
         once_per_node.once_per_node(tmp_path / "data", lambda: done.append(1), done=lambda: bool(done))
     assert done == [1]
     logger.remove(sink)
-    assert f"({tmp_path / '.data.lock'}); remove that file only if no such process is left" in said[0]
+    assert f"({tmp_path / '.data.lock'}); remove that file only if no such process is left" in messages[0]

@@ -9,15 +9,8 @@ import pytest
 
 from distributed.errors import InputError
 from distributed.run import records
-from distributed.run.records import (
-    Status,
-    TrainRecord,
-    read_attempts,
-    read_epochs,
-    read_metrics,
-    read_saves,
-    read_steps,
-)
+from distributed.run.metrics_file import EpochRecord, TrainRecord, read_epochs, read_metrics
+from distributed.run.records import Status, read_attempts, read_saves
 
 TRAIN = {"kind": "train", "data": "generated10", "epoch": 0, "step": 5, "loss": 2.5, "grad_norm": None}
 EPOCH = {"kind": "epoch", "epoch": 0, "step": 10, "train_loss": 2.0, "validation": None, "test": {"accuracy": 0.25}}
@@ -35,7 +28,6 @@ def write(file: Path, *lines: Any) -> None:
 def test_metrics_are_read_in_order_as_written(file: Path) -> None:
     write(file, TRAIN, EPOCH, TRAIN | {"step": 15})
     assert [record.as_json() for record in read_metrics(file)] == [TRAIN, EPOCH, TRAIN | {"step": 15}]
-    assert [record.step for record in read_steps(file)] == [5, 15]
     (epoch,) = read_epochs(file)
     assert epoch.test is not None
     assert (epoch.test.accuracy, epoch.test.loss, epoch.validation) == (0.25, None, None)
@@ -54,7 +46,9 @@ def test_damaged_metrics_lines_are_skipped(file: Path, damaged: Any) -> None:
 
 def test_damaged_figures_are_none(file: Path) -> None:
     write(file, TRAIN | {"loss": "x", "lr": [1], "data": 5}, EPOCH | {"validation": 3, "test": {"accuracy": "x"}})
-    (train,), (epoch,) = read_steps(file), read_epochs(file)
+    train, epoch = read_metrics(file)
+    assert isinstance(train, TrainRecord)
+    assert isinstance(epoch, EpochRecord)
     assert (train.loss, train.lr, train.data) == (None, None, None)
     assert epoch.validation is None
     assert epoch.test is not None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from kit.abuse import assert_told, call
 
-from distributed.run.lock_holder import holder_record
+from distributed.run.lock_holder import this_process
 from distributed.runs.outcome import outcome_of, runs_below
 
 PAST = "2001-01-01T00:00:00+0000"
@@ -61,7 +61,7 @@ def test_the_default_folder_is_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def a_running_run(folder: Path, **holder: Any) -> Path:
     """A run whose attempt was started by this process, or by `holder`."""
     run = a_run(folder, status="running")
-    (run / "attempt.json").write_text(json.dumps(holder_record() | holder))
+    (run / "attempt.json").write_text(json.dumps(this_process().as_json() | holder))
     return run
 
 

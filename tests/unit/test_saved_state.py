@@ -16,13 +16,13 @@ PLATEAU = ("--schedule.name", "plateau", "--schedule.patience", "2", "--schedule
 STOPPING = ("--early_stopping.patience", "3")
 
 
-def config_of(*words: str) -> TrainConfig:
+def config_of(*arguments: str) -> TrainConfig:
     common = "--data.name generated10 --epochs 5 --global_batch_size 16 --checkpoint.best_by accuracy"
-    return from_command_line([*common.split(), "--data.validation_fraction", "0.1", *words]).config
+    return from_command_line([*common.split(), "--data.validation_fraction", "0.1", *arguments]).config
 
 
 def trained(config: TrainConfig, *, epochs: int, steps: int = 0) -> dict[str, Any]:
-    """The state.json of a run after so many epochs and steps, its windows of two steps."""
+    """Return the state.json of a run after so many epochs and steps, with a window of two steps."""
     state = TrainState(build_schedule(config, steps_per_epoch=STEPS), build_early_stopping(config.early_stopping))
     for epoch in range(epochs + 1):
         for step in range(STEPS if epoch < epochs else steps):
@@ -39,10 +39,10 @@ def trained(config: TrainConfig, *, epochs: int, steps: int = 0) -> dict[str, An
 
 
 @pytest.mark.parametrize("images", [None, IMAGES])
-@pytest.mark.parametrize("words", [(), PLATEAU, STOPPING, (*PLATEAU, *STOPPING)])
+@pytest.mark.parametrize("arguments", [(), PLATEAU, STOPPING, (*PLATEAU, *STOPPING)])
 @pytest.mark.parametrize(("epochs", "steps"), [(0, 0), (0, 1), (0, 4), (1, 0), (2, 3), (3, 4), (4, 2), (5, 0)])
-def test_every_state_of_a_run_is_accepted(words, epochs, steps, images):
-    config = config_of(*words)
+def test_every_state_of_a_run_is_accepted(arguments, epochs, steps, images):
+    config = config_of(*arguments)
     check_state(trained(config, epochs=epochs, steps=steps), config, images=images)
 
 
@@ -59,7 +59,7 @@ def test_early_stop_is_at_the_end():
     assert is_at_end(found, config)
 
 
-def put(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+def set_value(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     def change(state: dict[str, Any]) -> None:
         *parents, last = path
         for key in parents:
@@ -69,49 +69,49 @@ def put(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def moved(**by: int) -> Callable[[dict[str, Any]], None]:
+def add_to(**by: int) -> Callable[[dict[str, Any]], None]:
     return lambda state: state.update({key: state[key] + step for key, step in by.items()})
 
 
 ODD = ["7", -1, 1.5, 3.0, True, math.nan, math.inf, [], {}, None, 2**70]
 COUNTERS = ("epoch", "step", "step_in_epoch", "samples_seen")
 OTHERS: dict[str, Callable[[dict[str, Any]], None]] = {
-    "an epoch beyond the run": put("epoch", value=6),
-    "steps after the last epoch": moved(epoch=2, step=2 * STEPS),
-    "an epoch too many": moved(epoch=1),
-    "an epoch too few": moved(epoch=-1),
-    "a step too many": moved(step=1),
-    "a step too few": moved(step=-1),
-    "a step of the epoch too many": moved(step_in_epoch=1),
-    "steps beyond the epoch": moved(step=3, step_in_epoch=3),
-    "a sample too many": moved(samples_seen=1),
-    "a sample too few": moved(samples_seen=-1),
-    "no samples": put("samples_seen", value=0),
-    "a best epoch to come": put("best", "epoch", value=3),
-    "a best epoch at another step": put("best", "step", value=3),
-    "a best value that is no accuracy": put("best", "value", value=78.4),
-    "a best value that is NaN": put("best", "value", value=math.nan),
-    "a best epoch without a value": put("best", value={"epoch": 0, "step": 4}),
-    "a window of other samples": put("window", "count", value=1),
-    "epoch totals of other samples": put("epoch_totals", "count", value=99),
-    "more right answers than samples": put("window", "correct", value=17),
-    "a negative number of right answers": put("window", "correct5", value=-1),
-    "a negative loss": put("window", "loss", value=-(1 << 60)),
-    "a loss beyond any": put("window", "loss", value=1 << 200),
-    "a loss that is NaN": put("window", "loss", value=math.nan),
-    "a step that was not finite": put("window", "first_bad_step", value=3),
-    "more skipped steps than steps": put("epoch_totals", "skipped_steps", value=4),
-    "a state of another schedule": put("schedule", value={}),
-    "a schedule that is none": put("schedule", value=None),
-    "bad epochs beyond the patience": put("schedule", "bad_epochs", value=3),
-    "more drops than epochs": put("schedule", "drops", value=4),
-    "a negative number of drops": put("schedule", "drops", value=-1),
-    "a cooldown beyond the setting": put("schedule", "cooldown_left", value=2),
-    "a plateau's best that is no accuracy": put("schedule", "best", value=1.5),
-    "no early stopping": put("early_stopping", value=None),
-    "bad epochs beyond early stopping": put("early_stopping", "bad_epochs", value=4),
-    "a stop without bad epochs": put("early_stopping", "stopped", value=True),
-    "a stop that is no truth value": put("early_stopping", "stopped", value=0),
+    "an epoch beyond the run": set_value("epoch", value=6),
+    "steps after the last epoch": add_to(epoch=2, step=2 * STEPS),
+    "an epoch too many": add_to(epoch=1),
+    "an epoch too few": add_to(epoch=-1),
+    "a step too many": add_to(step=1),
+    "a step too few": add_to(step=-1),
+    "a step of the epoch too many": add_to(step_in_epoch=1),
+    "steps beyond the epoch": add_to(step=3, step_in_epoch=3),
+    "a sample too many": add_to(samples_seen=1),
+    "a sample too few": add_to(samples_seen=-1),
+    "no samples": set_value("samples_seen", value=0),
+    "a best epoch to come": set_value("best", "epoch", value=3),
+    "a best epoch at another step": set_value("best", "step", value=3),
+    "a best value that is not an accuracy": set_value("best", "value", value=78.4),
+    "a best value that is NaN": set_value("best", "value", value=math.nan),
+    "a best epoch without a value": set_value("best", value={"epoch": 0, "step": 4}),
+    "a window with another sample count": set_value("window", "count", value=1),
+    "epoch totals with another sample count": set_value("epoch_totals", "count", value=99),
+    "more right answers than samples": set_value("window", "correct", value=17),
+    "a negative number of right answers": set_value("window", "correct5", value=-1),
+    "a negative loss": set_value("window", "loss", value=-(1 << 60)),
+    "a loss beyond any possible": set_value("window", "loss", value=1 << 200),
+    "a loss that is NaN": set_value("window", "loss", value=math.nan),
+    "a step that was not finite": set_value("window", "first_bad_step", value=3),
+    "more skipped steps than steps": set_value("epoch_totals", "skipped_steps", value=4),
+    "a state of another schedule": set_value("schedule", value={}),
+    "a schedule that is null": set_value("schedule", value=None),
+    "bad epochs beyond the patience": set_value("schedule", "bad_epochs", value=3),
+    "more drops than epochs": set_value("schedule", "drops", value=4),
+    "a negative number of drops": set_value("schedule", "drops", value=-1),
+    "a cooldown beyond the setting": set_value("schedule", "cooldown_left", value=2),
+    "a plateau's best that is not an accuracy": set_value("schedule", "best", value=1.5),
+    "missing early stopping": set_value("early_stopping", value=None),
+    "bad epochs beyond early stopping": set_value("early_stopping", "bad_epochs", value=4),
+    "a stop without bad epochs": set_value("early_stopping", "stopped", value=True),
+    "a stop that is not a boolean": set_value("early_stopping", "stopped", value=0),
 }  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def test_impossible_counters_are_a_one_line_error(case, images):
         name, _, shown = case.partition(" = ")
         content["state"][name] = next(value for value in ODD if f"{value!r:.9}" == shown)
     if images is None and case in ("a sample too many", "a sample too few"):
-        check_state(content, config)  # not known before the data is
+        check_state(content, config)  # detected only once the number of images is known
         return
     with pytest.raises(ValueError, match=r"^state\.json: ") as caught:
         check_state(content, config, images=images)
@@ -145,9 +145,9 @@ def test_missing_counter_is_named(key):
 
 def test_best_epoch_without_best_by_is_refused():
     config = config_of()
-    unasked = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"best_by": "none"})})
+    without_best = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"best_by": "none"})})
     with pytest.raises(ValueError, match="best_by = none"):
-        check_state(trained(config, epochs=2), unasked)
+        check_state(trained(config, epochs=2), without_best)
 
 
 def test_state_of_a_stateless_schedule_is_refused():

@@ -192,9 +192,9 @@ def test_signal_before_the_first_step_exits_immediately(number, tmp_path):
         process.send_signal(number)
         assert process.wait(10) == code
         assert time.monotonic() - begin < 2
-        said = f"stopped by {number.name} before the first step; nothing to save"
-        assert process.communicate() == (f"{code!r}|{said}\n".replace(repr(code), str(int(code))), f"{said}\n")
-    assert json.loads((tmp_path / "0" / "error.json").read_text())["message"]["message"] == said
+        message = f"stopped by {number.name} before the first step; nothing to save"
+        assert process.communicate() == (f"{code!r}|{message}\n".replace(repr(code), str(int(code))), f"{message}\n")
+    assert json.loads((tmp_path / "0" / "error.json").read_text())["message"]["message"] == message
 
 
 def test_hanging_exit_hook_does_not_delay_the_exit_long():

@@ -135,7 +135,7 @@ def test_host_has_a_name():
 
 
 @pytest.mark.parametrize(
-    ("job", "at_terminal", "said"),
+    ("job", "at_terminal", "description"),
     [
         ({}, False, ""),
         ({"SLURM_JOB_ID": "7"}, False, "Slurm job 7"),
@@ -143,7 +143,7 @@ def test_host_has_a_name():
         ({"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}, True, "a Ray job"),
     ],
 )
-def test_salloc_shell_counts_as_terminal_not_as_job(job: dict[str, str], at_terminal: bool, said: str):
+def test_salloc_shell_counts_as_terminal_not_as_job(job: dict[str, str], at_terminal: bool, description: str):
     terminal, ours = os.openpty()
     found = subprocess.run(
         [sys.executable, "-c", "from distributed.topology import cluster_job; print(cluster_job())"],
@@ -152,4 +152,4 @@ def test_salloc_shell_counts_as_terminal_not_as_job(job: dict[str, str], at_term
     )  # fmt: skip
     os.close(terminal)
     os.close(ours)
-    assert found.stdout.strip() == said
+    assert found.stdout.strip() == description

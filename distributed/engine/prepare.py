@@ -1,0 +1,51 @@
+"""How an engine computes, and the preparation of a model that engines share."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from distributed.comm.all_gather import open_all_gather
+from distributed.comm.collectives import world_size
+from distributed.models.fused_batch_norm import synchronize_batch_norm
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Precision, memory layout and device of an engine.
+
+    Args:
+        precision: one of config.precision.
+        channels_last: keep weights in channels-last memory, if the engine supports it.
+        timeout_seconds: how long to wait for another rank.
+    """
+
+    precision: str
+    channels_last: bool
+    device: torch.device
+    timeout_seconds: float
+
+    @property
+    def low_dtype(self) -> torch.dtype | None:
+        """The dtype to which autocast casts; None without autocast."""
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.precision)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Run a forward pass in this precision. Context manager."""
+        return torch.autocast(self.device.type, self.low_dtype) if self.low_dtype else nullcontext()
+
+
+def cast(model: nn.Module, compute: Compute) -> nn.Module:
+    """Move the model to its device, dtype and memory layout, and return it."""
+    dtype = torch.float64 if compute.precision == "float64" else torch.float32
+    memory_format = torch.channels_last if compute.channels_last else torch.preserve_format
+    return model.to(compute.device, dtype).to(memory_format=memory_format)
+
+
+def prepare(model: nn.Module, compute: Compute) -> nn.Module:
+    """Cast the model and, with several ranks, synchronize its batch norm: for fast mode. A collective."""
+    model = cast(model, compute)
+    if world_size() == 1:
+        return model
+    return synchronize_batch_norm(model, open_all_gather(compute.device, timeout_seconds=compute.timeout_seconds))

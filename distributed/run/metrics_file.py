@@ -1,0 +1,86 @@
+"""Records of metrics.jsonl: training steps and epochs. Imports no torch."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from distributed.run.records import Integer, Number, Record, Text, parse, read_objects
+
+
+class SplitRecord(Record):
+    """Metrics of one evaluated split."""
+
+    loss: Number = None
+    accuracy: Number = None
+    accuracy5: Number = None
+
+
+def _split_or_none(value: Any) -> Any:
+    return value if isinstance(value, dict | SplitRecord) else None
+
+
+class TrainRecord(Record):
+    """A line of metrics.jsonl: means over the training steps since the previous such line."""
+
+    kind: Literal["train"]
+    data: Text = None
+    epoch: int
+    step: int
+    loss: Number = None
+    accuracy: Number = None
+    lr: Number = None
+    grad_norm: Number = None
+    images_per_second: Number = None
+    data_wait: Number = None
+    memory_mib: Number = None
+    eta_seconds: Number = None
+    skipped_steps: Integer = None
+
+
+class EpochRecord(Record):
+    """A line of metrics.jsonl: means over the training steps of an epoch, and the evaluated splits."""
+
+    kind: Literal["epoch"]
+    data: Text = None
+    epoch: int
+    step: int
+    lr: Number = None
+    train_loss: Number = None
+    train_accuracy: Number = None
+    validation: SplitRecord | None = None
+    test: SplitRecord | None = None
+    is_best: bool = False
+    seconds: Number = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nest_splits(cls, content: Any) -> Any:
+        """Read `validation_accuracy`, as older versions wrote it, as `validation.accuracy`; a damaged split as None."""
+        if not isinstance(content, dict):
+            return content
+        nested = dict(content)
+        for split in ("validation", "test"):
+            flat = {name: content[f"{split}_{name}"] for name in ("accuracy", "loss") if f"{split}_{name}" in content}
+            if not isinstance(content.get(split), dict | SplitRecord) and (split in content or flat):
+                nested[split] = flat or None
+        return nested
+
+
+def read_metrics(file: Path) -> list[TrainRecord | EpochRecord]:
+    """Read metrics.jsonl.
+
+    Raises:
+        InputError: the file exists and cannot be read.
+    """
+    found: list[TrainRecord | EpochRecord] = []
+    for line in read_objects(file):
+        record = parse(line, EpochRecord) if line.get("kind") == "epoch" else parse(line, TrainRecord)
+        if record:
+            found.append(record)
+    return found
+
+
+def read_epochs(file: Path) -> list[EpochRecord]:
+    """Read the lines of metrics.jsonl about epochs. Raises as `read_metrics`."""
+    return [record for record in read_metrics(file) if isinstance(record, EpochRecord)]

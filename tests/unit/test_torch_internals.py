@@ -1,0 +1,46 @@
+"""The installed torch has the private and undocumented names that models, engines and optimizers use."""
+
+import pytest
+import torch
+from torch import nn
+
+from distributed.models.torch_compat import AnyBatchNorm, AnyDropout, NormBase, is_persistent, share_tensors
+
+FOREACH = ["add_", "copy_", "lerp_", "mul", "mul_", "norm", "sub"]
+KERNELS = [
+    "batch_norm_backward_elemt",
+    "batch_norm_backward_reduce",
+    "batch_norm_elemt",
+    "batch_norm_gather_stats_with_counts",
+    "batch_norm_stats",
+    "batch_norm_update_stats",
+]
+
+
+@pytest.mark.parametrize("name", [*(f"_foreach_{name}" for name in FOREACH), *KERNELS])
+def test_torch_has_the_function(name: str) -> None:
+    assert callable(getattr(torch, name))
+
+
+def test_torch_has_the_batch_norm_backward_kernel() -> None:
+    assert torch.ops.aten.native_batch_norm_backward.default is not None
+
+
+def test_base_classes_cover_all_dimensions() -> None:
+    assert all(issubclass(layer, AnyBatchNorm) for layer in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
+    assert issubclass(AnyBatchNorm, NormBase)
+    assert all(issubclass(layer, AnyDropout) for layer in (nn.Dropout, nn.Dropout2d, nn.AlphaDropout))
+
+
+def test_is_persistent() -> None:
+    module = nn.Module()
+    module.register_buffer("saved", torch.zeros(1))
+    module.register_buffer("constant", torch.zeros(1), persistent=False)
+    assert (is_persistent(module, "saved"), is_persistent(module, "constant")) == (True, False)
+
+
+def test_share_tensors() -> None:
+    source, target = nn.BatchNorm1d(3), nn.BatchNorm1d(3, device="meta")
+    share_tensors(source, target)
+    assert target.weight is source.weight
+    assert target.running_mean is source.running_mean
