@@ -1,4 +1,4 @@
-"""Bad settings, each with a name: one clear line each, exit code 2, and nothing of the run folder touched."""
+"""Bad settings, each named: one clear line each, exit code 2, and an untouched run folder."""
 
 import os
 import socket
@@ -16,7 +16,7 @@ from distributed.config.leaves import leaves
 
 HUGE = str(10**30)
 
-# Setting -> a bad value and a part of what is message of it; on the command line, with data.name and the like before it.
+# (setting, bad value, substring of the message); on the command line, after the data.name or the like that it needs.
 VALUES: list[tuple[str, str, str]] = [
     ("run_dir", "", "should be a path"),
     ("run_dir", "x" * 300, "at most 255 bytes per name"),
@@ -292,7 +292,7 @@ ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
 
 @pytest.fixture(autouse=True)
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is not refused would train: it ends with 99 instead."""
+    """Input that is not refused ends with 99 instead of training."""
     process = ModuleType("distributed.run_process")
     process.run_to_exit_code = lambda *_: 99  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "distributed.run_process", process)
@@ -302,7 +302,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def variant_of(path: str) -> list[str]:
-    """The arguments that choose the section in which this setting is; generated images otherwise."""
+    """Return the arguments that choose the section with this setting; generated images otherwise."""
     section, _, name = path.partition(".")
     [*variants] = [leaf.variant for leaf in leaves() if path.startswith(leaf.path)]
     chosen = [] if name == "name" else ["--data.name", "generated10"]
@@ -341,7 +341,7 @@ NO_FILES = [
 def test_a_config_that_is_no_regular_file(
     kind: str, extended: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # the path of a socket is short
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
     file = tmp_path / ("x" * 5000 if kind == "long" else "bad.toml")
     if kind == "folder":
         file.mkdir()
@@ -387,7 +387,7 @@ def test_thousands_of_mistakes_are_reported_in_twenty_lines(place: str, count: i
         arguments = [*many_words(count)] if place == "arguments" else ["--seed=1", *["stray"] * count]
     before = time.monotonic()
     found = call("train", *arguments)
-    assert time.monotonic() - before < 20  # one or two; it was minutes
+    assert time.monotonic() - before < 20  # takes one or two; once took minutes
     assert_told(found, f"and {count - 20:,} more mistake", lines=21)
 
 
@@ -412,7 +412,7 @@ def test_a_pipe_instead_of_the_config_of_a_run(command: str, tmp_path: Path) -> 
     os.mkfifo(tmp_path / "run" / "config.toml")
     more = {"compare": [tmp_path / "run"], "predict": ["image.png"]}.get(command, [])
     found = call(command, tmp_path / "run", *more)
-    if command == "runs.__main__":  # a list of runs leaves none out
+    if command == "runs.__main__":  # a list of runs omits none
         assert (found.code, "unknown" in found.out) == (0, True)
     else:
         assert_told(found, str(tmp_path / "run"))

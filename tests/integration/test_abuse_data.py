@@ -1,4 +1,4 @@
-"""Bad data, each with a name: a clear line, exit code 2, and the data as it was. Small stand-ins, no real images."""
+"""Bad data, each named: one clear line, exit code 2, and unchanged data. Small files instead of real images."""
 
 import gzip
 import os
@@ -18,7 +18,7 @@ BATCHES = [f"data_batch_{place}.bin" for place in range(1, 6)]
 
 
 def sparse(path: Path, size: int) -> None:
-    """Zeros that take no space: label 0 and black pixels."""
+    """Write a sparse file of zeros: label 0 and black pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.truncate(size)
@@ -31,7 +31,7 @@ def cifar10(root: Path) -> Path:
 
 
 def instead(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
-    """Another thing in the place of a file of CIFAR-10."""
+    """Replace a file of CIFAR-10."""
 
     def change(root: Path) -> None:
         path = cifar10(root) / BIN / name

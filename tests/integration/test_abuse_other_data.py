@@ -1,4 +1,4 @@
-"""Data that cannot be, that differs from what a run began with, or that is too little: exit code 2, or one warning."""
+"""Data that is impossible, differs from the run's, or is too small: exit code 2, or one warning."""
 
 import json
 import os
@@ -39,12 +39,12 @@ def train(name: str, root: Path, run: Path, *arguments: object, epochs: int = 1)
 
 
 def warned(found: Outcome) -> list[str]:
-    """Warnings about the data; others are of generated images and of torchvision."""
+    """Return the warnings about the data, without those about generated images and torchvision."""
     lines = [line for line in found.err.splitlines() if " WARNING " in line]
     return [line for line in lines if "generated images" not in line and "py.warnings" not in line]
 
 
-# What CIFAR cannot hold
+# Data that CIFAR cannot hold
 
 
 def put(rows: Any, columns: Any, value: Any) -> Callable[[Records], None]:
@@ -59,7 +59,7 @@ def into(name: str, how: Callable[[Records], Records | None]) -> Callable[[Path]
 
 
 def copy_of(source: str, to: str, how: Callable[[Records], Records] = np.copy) -> Callable[[Path], None]:
-    """The first records of a file replaced by those of another."""
+    """Replace the first records of a file by those of another."""
 
     def copy(folder: Path) -> None:
         taken = how(records_of(folder / source))
@@ -138,7 +138,7 @@ def test_impossible_cifar_is_refused(case: str, tmp_path: Path) -> None:
     assert not list((tmp_path / "run").rglob("step-*"))
 
 
-# A resume on other data
+# Resuming on other data
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def renamed_class(root: Path) -> None:
 
 
 def one_pixel(path: Path) -> None:
-    """Another image of the same size in bytes, with right checksums: they are not compressed."""
+    """Write another image with the same number of bytes and valid checksums: uncompressed."""
     before = path.stat().st_size
     with Image.open(path) as image:
         image.load()
@@ -243,7 +243,7 @@ OTHER: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 
 def refused(run: Begun, message: str) -> None:
-    """A resume ends before its first step and leaves checkpoints, metrics and data as they are."""
+    """Check that resuming fails before the first step and leaves checkpoints, metrics and data unchanged."""
     before = {file: (run.run / file).read_bytes() for file in ("metrics.jsonl", "config.toml", "digests.jsonl")}
     with untouched(run.root, run.run / "checkpoints"):
         found = resume(run)
@@ -301,7 +301,7 @@ def test_an_impossible_size_of_the_data_is_refused(case: str, runs: dict[str, Be
 
 
 def with_state(run: Begun, how: Callable[[dict[str, Any]], object]) -> None:
-    """Change each checkpoint's state.json, and its manifest with it."""
+    """Change the state.json of each checkpoint, and its manifest accordingly."""
     for checkpoint in (run.run / "checkpoints").glob("step-*"):
         state = json.loads((checkpoint / "state.json").read_text())
         how(state)
@@ -311,7 +311,7 @@ def with_state(run: Begun, how: Callable[[dict[str, Any]], object]) -> None:
         (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
-# An evaluation on other data
+# Evaluating on other data
 
 EVALUATED: dict[str, tuple[str, str, Callable[[Path], object], int, str]] = {
     "a copy": ("image_folder", "test", lambda root: None, 0, ""),
@@ -409,7 +409,7 @@ def test_a_validation_split_without_images_is_not_evaluated(tmp_path: Path) -> N
 
 
 def few(counts: dict[str, int]) -> Callable[[Path], None]:
-    """An image folder with so many training images of each class."""
+    """Create an image folder with these numbers of training images per class."""
 
     def make(root: Path) -> None:
         images(root)

@@ -1,4 +1,4 @@
-"""A download as users ask for it, with two processes."""
+"""A download requested on the command line, with two processes."""
 
 import hashlib
 import io

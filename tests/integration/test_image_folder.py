@@ -1,4 +1,4 @@
-"""An image folder as users train on it: on two processes, images on the device or in host memory, then evaluated."""
+"""Training on an image folder with two processes, images on the device or in host memory, then evaluating."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ SETTINGS = (
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two classes, red and blue, of odd sizes: 12 training and 4 test images each."""
+    """Two classes, red and blue, with 12 training and 4 test images each, of odd sizes."""
     drawn = np.random.default_rng(1)
     for split, count in (("train", 12), ("test", 4)):
         for channel, name in ((0, "red"), (2, "blue")):

@@ -1,4 +1,4 @@
-"""A real HTTP server in a thread, one that also stalls, breaks off, refuses and ignores ranges, as the path says."""
+"""A real HTTP server on a thread; the path selects whether it stalls, breaks, returns errors or ignores ranges."""
 
 import http.server
 import re
@@ -29,7 +29,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """What it does is message by the first part of the path."""
+    """Behaves as the first component of the path says."""
 
     server: Server
 
@@ -37,28 +37,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        manner, requests = self.path.split("/")[1], self.headers.get("Range")
+        manner, byte_range = self.path.split("/")[1], self.headers.get("Range")
         before = self.server.manners().count(manner)
-        self.server.requests.append((self.path, requests))
+        self.server.requests.append((self.path, byte_range))
         content = self.server.content
         if manner in ("404", "500", "503"):
             self.send_error(int(manner))
             return
         if manner == "wrong":
-            content, requests = b"<html>another file</html>", None
+            content, byte_range = b"<html>another file</html>", None
         if manner == "redirect":
             self.send_response(302)
             self.send_header("Location", self.server.url("good"))
             self.end_headers()
             return
         if manner in ("norange", "unsized"):
-            requests = None
-        start = int(re.fullmatch(r"bytes=(\d+)-", requests)[1]) if requests else 0
-        if requests and start >= len(content):
+            byte_range = None
+        start = int(re.fullmatch(r"bytes=(\d+)-", byte_range)[1]) if byte_range else 0
+        if byte_range and start >= len(content):
             self.send_error(416)
             return
-        self.send_response(206 if requests else 200)
-        if requests:
+        self.send_response(206 if byte_range else 200)
+        if byte_range:
             shift = 1 if manner == "otherpart" else 0
             self.send_header("Content-Range", f"bytes {start + shift}-{len(content) - 1}/{len(content)}")
         if manner != "unsized":
@@ -76,7 +76,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(content: bytes = CONTENT) -> Iterator[Server]:
-    """A server of this content until the context is left."""
+    """Serve this content until the context ends."""
     server = Server(content)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:

@@ -50,7 +50,7 @@ def test_labels_and_channel_major_pixels_are_read(tmp_path, name, split):
     records = np.concatenate([records_of(folder / file) for file in files])
     images, labels = cifar.read(name, tmp_path, split)
     assert images.dtype == labels.dtype == np.uint8
-    assert np.array_equal(labels, records[:, -3073])  # the fine one of CIFAR-100
+    assert np.array_equal(labels, records[:, -3073])  # of CIFAR-100 the fine label
     assert np.array_equal(images, records[:, -3072:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
 
 

@@ -1,4 +1,4 @@
-"""The Python layout and the archives: the same bytes as the binary layout, nothing unpickled that was not checked."""
+"""The Python layout and the archives give the same bytes as the binary layout; unverified pickles are never loaded."""
 
 import hashlib
 import io
@@ -19,7 +19,7 @@ RECORDS = 6
 
 
 def python2_pickle(value: object) -> bytes:
-    """As Python 2's cPickle wrote the official files: text as BINSTRING, numpy under its old name."""
+    """Pickle a value as Python 2's cPickle wrote the official files: text as BINSTRING, numpy under its old name."""
 
     class Pickler(pickle._Pickler):  # type: ignore[name-defined]
         dispatch: ClassVar = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
@@ -42,7 +42,7 @@ def name(request):
 
 @pytest.fixture
 def contents(name, monkeypatch) -> dict[str, bytes]:
-    """Small stand-ins of all four forms under official names, with the sizes and MD5 that belong to them."""
+    """Small versions of all four forms under the official names, with their sizes and MD5s registered."""
     drawn = np.random.default_rng(7)
     official = cifar_spec.SETS[name]
     binary, python = official.forms
@@ -222,7 +222,7 @@ class Evil:
 
 
 def pickles(path: Path) -> list[bytes]:
-    """Each would make the file at `path`, or something else that is no plain value."""
+    """Pickles that would create the file at `path`, or another value that is not plain."""
     return [
         pickle.dumps(Evil(str(path)), protocol=2),
         pickle.dumps(Evil(str(path))),

@@ -1,4 +1,4 @@
-"""The digest of a data set, what it notices, and what ranks and resumes make of it."""
+"""The fingerprint of a data set: what changes it, and how ranks and resumed runs compare it."""
 
 import os
 import shutil
@@ -53,7 +53,7 @@ def test_two_flipped_highest_bits_do_not_cancel_out():
 
 def test_two_images_that_exchange_pixels():
     changed = IMAGES.copy()
-    changed[[0, 10], 3, 4] = changed[[10, 0], 3, 4]  # of one class
+    changed[[0, 10], 3, 4] = changed[[10, 0], 3, 4]  # both of one class
     assert of(changed, LABELS).digest != of(IMAGES, LABELS).digest
 
 
@@ -177,7 +177,7 @@ def test_a_thousand_files_of_a_large_folder_are_read(tmp_path, monkeypatch):
     assert changed == 3
 
 
-# What differs, in arguments
+# Differences
 
 FACTS = {
     "classes": ["cat", "dog"],
@@ -218,11 +218,11 @@ def test_another_spelling_of_cifars_classes_is_accepted():
     check_resumed(FACTS, DIFFERENT["a name"][0] | {"data": "cifar10"}, where="runs/a")
 
 
-# Warnings and splits that cannot be used
+# Warnings and unusable splits
 
 
 def warnings(data: dict[str, object], **settings: object) -> list[str]:
-    """What `check_data` says of this data."""
+    """Return the warnings of `check_data` about this data."""
     values = {"model": {"name": "improved_alexnet"}, "device": "cpu", "global_batch_size": 4, "exact": {"shards": 1}}
     config = TrainConfig.model_validate(values | {"data": {"validation_fraction": 0.0} | data} | settings)
     text: list[str] = []
@@ -235,7 +235,7 @@ def warnings(data: dict[str, object], **settings: object) -> list[str]:
 
 
 def small_cifar(monkeypatch: pytest.MonkeyPatch, root: Path, name: str) -> dict[str, object]:
-    """The data section of a small CIFAR that has the digests of the official one."""
+    """Return the data section of a small CIFAR whose digests are registered as official."""
     small_official(monkeypatch, name)
     write_cifar(root, name)
     _, found = cifar.read_identified(name, root, ("train", "test"))

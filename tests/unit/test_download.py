@@ -1,4 +1,4 @@
-"""Downloads from a real server on this machine, one that also stalls, breaks off, refuses and ignores ranges."""
+"""Downloads from a real local server that can stall, break the connection, return errors and ignore ranges."""
 
 import hashlib
 import multiprocessing
@@ -66,7 +66,7 @@ def test_redirected_unsized_and_slow_responses_are_accepted(server, target, mann
 def test_a_broken_download_resumes_at_the_same_byte(server, target, manner):
     get([server.url(manner)], target)
     assert target.read_bytes() == CONTENT
-    assert [requests for _, requests in server.requests] == [None, f"bytes={HALF}-"]
+    assert [byte_range for _, byte_range in server.requests] == [None, f"bytes={HALF}-"]
 
 
 def test_a_process_resumes_the_download_of_a_killed_one(server, target):
@@ -104,7 +104,7 @@ def test_a_response_with_another_range_is_rejected(server, target):
     target.with_name("file.tar.gz.part").write_bytes(CONTENT[:1000])
     get([server.url("otherpart")], target)
     assert target.read_bytes() == CONTENT
-    assert [requests for _, requests in server.requests] == ["bytes=1000-", None]
+    assert [byte_range for _, byte_range in server.requests] == ["bytes=1000-", None]
 
 
 @pytest.mark.parametrize(
@@ -218,9 +218,9 @@ def test_one_of_four_processes_downloads_for_all(server, target):
 
 
 def test_all_of_four_processes_report_the_failure_of_one(server, target):
-    """The others do not wait for the same stall, one after the other."""
+    """The others do not each wait for the same stalled server."""
     answers = four_processes([server.url("stalls")], target)
-    assert [requests for _, requests in server.requests] == [None, f"bytes={HALF}-"]
+    assert [byte_range for _, byte_range in server.requests] == [None, f"bytes={HALF}-"]
     assert "it sent nothing for 0.3 s" in answers[0][0]
     assert [list(answer) for answer in answers] == [list(answers[0])] * 4
 
@@ -232,7 +232,7 @@ def test_another_attempt_after_a_failure_tries_again(server, target):
 
 
 def test_the_age_of_a_failure_does_not_depend_on_clocks(server, target):
-    """A file server's clock may be ahead of this machine's, and the note of an old failure seem to come from the future."""
+    """If a file server's clock is ahead, the note of an old failure has a time in the future."""
     complaint([server.url("404")], target)
     (note,) = target.parent.glob("*.failed")
     ahead = time.time() + 300
@@ -242,7 +242,7 @@ def test_the_age_of_a_failure_does_not_depend_on_clocks(server, target):
 
 
 def test_a_mirror_is_tried_while_the_file_fails_elsewhere(server, target):
-    """Two commands wait for one file; the first one's address has stalled."""
+    """Two commands need the same file, and the first one's server has stalled."""
     arguments = ([server.url("stalls")], target)
     options = {"md5": MD5, "stall_seconds": 1.0, "rounds": 1}
     first = multiprocessing.get_context("fork").Process(target=download.fetch, args=arguments, kwargs=options)
@@ -334,9 +334,9 @@ def test_a_missing_data_set_is_downloaded_only_on_request(server, tmp_path, monk
     config = CifarData(root=tmp_path / "data")
     with pytest.raises(InputError, match=r"--data\.download"):
         registry.prepare(config)
-    requests = config.model_copy(update={"download": True, "urls": (server.url("good"),)})
-    registry.prepare(requests)
+    downloading = config.model_copy(update={"download": True, "urls": (server.url("good"),)})
+    registry.prepare(downloading)
     assert (tmp_path / "data" / official.archive).read_bytes() == packed
-    registry.prepare(requests)
+    registry.prepare(downloading)
     assert len(server.requests) == 1
     assert not list((tmp_path / "data").glob("*.part"))

@@ -74,7 +74,7 @@ def test_a_tilde_is_expanded_as_in_a_shell(text: str, path: str, monkeypatch: py
     assert home_path(text) == Path(path)
 
 
-# What is no regular file
+# Files that are not regular
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_lines_are_read_with_any_end_and_any_bytes(tmp_path: Path) -> None:
     assert list(lines_of(tmp_path / "missing")) == []
 
 
-# What commands write where the user says
+# Output files of commands
 
 
 def test_an_output_follows_a_link_to_a_file(tmp_path: Path) -> None:

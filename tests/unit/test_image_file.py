@@ -48,7 +48,7 @@ def test_a_written_image_reads_back_equal(tmp_path: Path) -> None:
 
 def test_the_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     Image.fromarray(PIXELS).save(tmp_path / "image.jpg", exif=exif)
     assert read_image(tmp_path / "image.jpg").shape == (3, 40, 24)
 

@@ -1,4 +1,4 @@
-"""Folders of images: what is listed, what is refused, what the pixels become, and that they are decoded once."""
+"""Image folders: what is listed and refused, how pixels are converted, and that each image is decoded once."""
 
 import multiprocessing
 import os
@@ -135,7 +135,7 @@ def test_sixteen_bits_per_channel_become_eight(tmp_path):
 
 def test_a_photo_is_rotated_by_its_exif_orientation(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     picture(tmp_path / "a.jpg", 8, 24, exif=exif)
     assert decode.decode(tmp_path / "a.jpg").shape == (3, 24, 8)
 

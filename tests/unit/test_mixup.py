@@ -92,7 +92,7 @@ def test_an_empty_batch_can_be_mixed():
 
 
 def one_try_after_the_other(keys: Tensor, purpose: str, alpha: float) -> Tensor:
-    """The definition of the draw: `beta` takes all tries at once and must give the same bits."""
+    """`beta`, which draws all tries at once, gives the same bits as this sequential definition."""
     count = len(keys)
     keys = torch.cat([keys, keys_of(-count % 64)])  # in full vectors: pow rounds the tail of a row differently
     found = torch.full((len(keys),), 0.5, dtype=torch.float64)
@@ -130,7 +130,7 @@ def test_a_sample_without_an_accepted_try_gets_one_half() -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is dispatched."""
+    """Counts the dispatched operations."""
 
     count = 0
 

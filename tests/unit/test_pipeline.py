@@ -58,7 +58,7 @@ TENSORS = ("images", "labels", "sample_ids", "sample_keys")
 
 
 def joined(shards: list[Batch]) -> Batch:
-    """As one shard."""
+    """Join shards into one."""
     images, *others = [torch.cat([getattr(shard, name) for shard in shards]) for name in TENSORS]
     return Batch(images, *others, shards[0].global_count, (len(images),))
 
@@ -70,7 +70,7 @@ def assert_equal(one: Batch, other: Batch) -> None:
 
 
 def over_ranks(world_size: int, epoch: int, **changed: object) -> Iterator[list[list[Batch]]]:
-    """Of each step, of each micro-batch, the shards of all ranks."""
+    """Yield, per step and micro-batch, the shards of all ranks."""
     ranks = [pipeline(rank=r, world_size=world_size, **changed).train_epoch(epoch) for r in range(world_size)]
     for step in zip(*ranks, strict=True):
         yield [list(shards) for shards in zip(*step, strict=True)]
@@ -138,7 +138,7 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_normalization_does_not_depend_on_a_pixels_position(dtype):
-    """Vectors and their remainders, and one thread's part and another's, must not differ: all 256 values, all channels."""
+    """Vectors, their remainders and the chunks of each thread agree, for all 256 values and all channels."""
     data = pipeline(dtype=dtype)
     shades = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1).expand(256, 32, 32, 3).contiguous()
     everywhere = data.normalizer(shades)
@@ -179,7 +179,7 @@ def test_shards_of_any_world_size_form_the_same_micro_batches(world_size, grad_a
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("grad_accum_steps", [1, 3])
 def test_a_shard_does_not_depend_on_its_rank(shards, world_size, grad_accum_steps):
-    """In exact mode: 5 or 6, or 16, or 2 images in up to 64 shards."""
+    """Micro-batches of 2, 5, 6 and 16 images in up to 64 shards."""
     alone = pipeline(grad_accum_steps=grad_accum_steps, shards=shards).train_epoch(1)
     for whole, step in zip(
         alone, over_ranks(world_size, 1, grad_accum_steps=grad_accum_steps, shards=shards), strict=True

@@ -1,4 +1,4 @@
-"""Images in host memory give the batches that images on the device give, bit for bit; what pixels are scaled to."""
+"""Images in host memory give bit-identical batches to images on the device; normalization of pixels."""
 
 import threading
 from itertools import islice

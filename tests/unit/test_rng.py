@@ -5,7 +5,7 @@ from distributed import rng
 from distributed.models.keyed_dropout import KeyedDropout
 
 IDS = torch.tensor([0, 1, 2, 49_999, 2**31])
-# Stored vectors: if one of these changes, every checkpoint resumes into another experiment.
+# Stored vectors: if one of them changes, checkpoints no longer resume the same experiment.
 KEYS = [
     [1186766407, 1988905049],
     [1653349795, 753638323],
@@ -78,7 +78,7 @@ def test_hashes_equal_those_of_unbounded_integers():
     assert rng.sample_keys(torch.tensor(ids), seed=1, epoch=2).tolist() == expected
 
 
-@pytest.mark.slow  # the compiler takes its time
+@pytest.mark.slow  # the compiler is slow
 @pytest.mark.timeout(600)
 def test_the_compiled_mask_equals_the_eager_one():
     layer = KeyedDropout(0.5, features=13, name="dropout1")
@@ -109,7 +109,7 @@ def test_permutations_of_other_epochs_and_seeds_differ():
     orders = [rng.permutation(1000, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
     for i, one in enumerate(orders):
         for other in orders[:i]:
-            assert (one == other).sum() < 10  # about one place agrees by chance
+            assert (one == other).sum() < 10  # about one position agrees by chance
 
 
 def test_a_permutation_is_uniform():
