@@ -151,10 +151,10 @@ def test_a_users_file_with_old_names_is_refused(old_file: Path) -> None:
 
 @pytest.mark.parametrize("old", RENAMED)
 def test_an_old_name_on_the_command_line_ends_with_exit_code_2(old: str, tmp_path: Path) -> None:
-    words = [f"--{old.replace('_', '-')}", VALUES[old], "--run_dir", tmp_path / "run"]
+    arguments = [f"--{old.replace('_', '-')}", VALUES[old], "--run_dir", tmp_path / "run"]
     if old.startswith("schedule."):
-        words += ["--schedule.name", "plateau"]
-    found = call("train", *words)
+        arguments += ["--schedule.name", "plateau"]
+    found = call("train", *arguments)
     assert found.code == 2
     assert found.errors == [f"error: command line: {old} = {VALUES[old]}: renamed to {RENAMED[old]}"]
     assert not (tmp_path / "run").exists()
