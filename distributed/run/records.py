@@ -4,6 +4,7 @@ Readers skip damaged lines, e.g. the incomplete last line of a killed run. Field
 """
 
 import json
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
@@ -35,6 +36,11 @@ class Record(BaseModel):
     def as_json(self) -> dict[str, Any]:
         """Return the fields that were set, in the order of their declaration."""
         return self.model_dump(exclude_unset=True)
+
+
+def timestamp() -> str:
+    """Return the current time in the format of all records."""
+    return time.strftime(_TIME)
 
 
 class FileRecord(Record):
@@ -116,10 +122,10 @@ class AttemptRecord(Record):
 
     @field_validator("time")
     @classmethod
-    def _check_time(cls, time: str | None) -> str | None:
-        if time is not None:
-            datetime.strptime(time, _TIME)
-        return time
+    def _check_time(cls, text: str | None) -> str | None:
+        if text is not None:
+            datetime.strptime(text, _TIME)
+        return text
 
     @field_validator("bits")
     @classmethod
