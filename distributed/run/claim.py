@@ -86,18 +86,17 @@ class ClaimedRun(RunFolder):
             "ends, and the same command resumes from the newest checkpoint"
         )
 
-    def append(self, file: Path, record: Record | dict[str, Any]) -> None:
-        """Append a line of JSON to a file of the run, in a single write.
+    def append(self, file: Path, record: Record) -> None:
+        """Append a record as a line of JSON to a file of the run, in a single write.
 
         Raises:
             StorageError: it could not be written, or another attempt has claimed the folder. Also raised by all methods below.
         """
-        line = record.as_json() if isinstance(record, Record) else record
         self.check_token()
         with storing(file), open(file, "ab", buffering=0, opener=open_regular) as opened:
             # Check again: an attempt that claims the folder later replaces metrics.jsonl, and this write goes to the old file.
             self.check_token()
-            opened.write(json.dumps(line).encode() + b"\n")
+            opened.write(json.dumps(record.as_json()).encode() + b"\n")
 
     def replace(self, file: Path, text: str) -> None:
         """Replace the content of a file of the run atomically."""

@@ -4,6 +4,7 @@ Readers skip damaged lines, e.g. the incomplete last line of a killed run. Field
 """
 
 import json
+import math
 import time
 from datetime import datetime
 from pathlib import Path
@@ -34,8 +35,9 @@ class Record(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="allow", defer_build=True)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields that were set, in the order of their declaration."""
-        return self.model_dump(exclude_unset=True)
+        """Return the fields that were set, in the order of their declaration. JSON has no infinities: they become None."""
+        fields = self.model_dump(exclude_unset=True)
+        return {name: None if value in (math.inf, -math.inf) else value for name, value in fields.items()}
 
 
 def timestamp() -> str:
