@@ -14,8 +14,7 @@ FILE = re.compile(r"`((?:tests|distributed|launch|configs|slurm|docs|results)/[\
 MODULE = re.compile(r"(?:python|torchrun[^`\n]*) -m ((?:distributed|launch)[\w.]*)")
 SETTING = re.compile(r"--((?:sweep\.)?[a-z_]+(?:\.[a-z_0-9]+)+)")
 TARGET = re.compile(r"(?:^|`)make (?:[A-Z]+=\S+ )*([a-z][\w-]*|\.venv/\.ready)", re.MULTILINE)
-# Pages that are still being wrapped at 100.
-WIDE = {"api.md", "ray.md", "slurm.md", "storage.md"}
+WIDE = {"api.md"}
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
