@@ -1,4 +1,4 @@
-"""`python -m distributed.compare RUN RUN`: whether two runs are bit-identical; if not, where they diverge and what differed.
+"""`python -m distributed.compare RUN RUN`: bit-identical? If not, where two runs diverge, and which conditions differed.
 
 Compares every logged metric, and the digest of every tensor at every step that both runs saved. Imports no torch.
 """

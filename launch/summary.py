@@ -6,6 +6,7 @@ Each task of an array writes it to FOLDER/summary.txt when it ends, so that the 
 import re
 import statistics
 import sys
+from itertools import product
 from pathlib import Path
 
 from distributed.config.layers import shown
@@ -13,7 +14,7 @@ from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.files import home_path, replace_text
 from distributed.process.optional_output import OptionalOutput
 from distributed.process.streams import run_command
-from distributed.run.metrics_file import read_epochs
+from distributed.run.metrics_log import FIGURES, MetricsLog
 from distributed.runs.outcome import outcome_of, runs_below
 from distributed.runs.table import HEADINGS, cells, in_columns
 
@@ -48,13 +49,9 @@ def summary(folder: Path) -> str:
 
 def _last_metrics(run: Path) -> dict[str, float]:
     """Return the newest accuracy and loss of each split."""
-    found: dict[str, float] = {}
-    for record in read_epochs(run / "metrics.jsonl"):
-        for split, metrics in (("validation", record.validation), ("test", record.test)):
-            for name in ("accuracy", "loss"):
-                if (value := getattr(metrics, name, None)) is not None:
-                    found[f"{split} {name}"] = float(value)
-    return found
+    log = MetricsLog.read(run / "metrics.jsonl")
+    last = {f"{split} {figure}": log.last(split, figure) for split, figure in product(("validation", "test"), FIGURES)}
+    return {name: point.value for name, point in last.items() if point}
 
 
 def _mean_and_deviation(metrics: list[dict[str, float]]) -> str:

@@ -1,1 +1,1 @@
-"""The seeds' eight results, reproduced."""
+"""Reproduces the eight results of the two reference implementations."""

@@ -96,7 +96,7 @@ def _data_or_none(config: "TrainConfig") -> "DataPipeline | None":
 
 
 def _metadata(trained: "TrainedRun") -> dict[str, Any]:
-    """Return what a user of the exported files must know, as JSON."""
+    """Return the metadata stored with the exported files."""
     size = trained.image_size
     return {
         "architecture": trained.config.model.model_dump(mode="json"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed.errors import InputError
-from distributed.experiments import results as experiments
+from distributed.experiments.table import read_table, write_table
 from distributed.files import read_json, replace_json
 from distributed.gpu_check.steps import STEPS
 
@@ -55,7 +55,7 @@ def collect(source: Path, results: Path) -> list[Path]:
     if (profile := source / "profile.txt").is_file() and profile.stat().st_size <= _MAX_PROFILE_BYTES:
         written.append(Path(shutil.copyfile(profile, results / "gpu_profile.txt")))
     if (table := source / "experiments_gpu.json").is_file():
-        experiments.write_table(experiments.read_table(table), results / "experiments_gpu")
+        write_table(read_table(table), results / "experiments_gpu")
         written += [results / "experiments_gpu.json", results / "experiments_gpu.md"]
     if not written:
         raise InputError(

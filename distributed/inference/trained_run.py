@@ -78,7 +78,7 @@ class TrainedRun:
         return self.config.model.input_side
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Resize, crop and normalize images as for training; `resize` says what they may be.
+        """Resize, crop and normalize images as for training. Accepts the images that `resize` accepts.
 
         Returns:
             float32 [n, 3, image_size, image_size] on the network's device.
@@ -86,7 +86,7 @@ class TrainedRun:
         return self.classifier.normalize(resize(images, self.image_size).to(self.classifier.mean.device))
 
     def predict(self, images: Tensor) -> Tensor:
-        """Return the class probabilities of images, float32 [n, classes]; `resize` says what they may be."""
+        """Return class probabilities, float32 [n, classes]. Accepts the images that `resize` accepts."""
         with torch.no_grad():
             logits: Tensor = self.network(self.preprocess(images))
             return logits.softmax(1)
@@ -125,7 +125,7 @@ def load(
         run: the run folder, e.g. `runs/cifar10`.
         checkpoint: `best`, `latest` or the name of a checkpoint; `auto`: best if there is one, otherwise latest.
         data_root: the folder with the data set; needed only for checkpoints that lack the images' normalization.
-        device: where the network goes.
+        device: device of the network and of the preprocessed images.
 
     Raises:
         InputError: not a run folder, no such checkpoint, or a damaged one.

@@ -1,4 +1,4 @@
-"""The sections of the page on a checkpoint: results, classes, mistakes, images and filters. Imports torch only where needed."""
+"""The sections of the page on a checkpoint: results, classes, mistakes, images and filters. Imports torch only on demand."""
 
 from html import escape
 from pathlib import Path

@@ -95,9 +95,12 @@ def _bits(runs: Sequence[History]) -> Html:
             sentences.append(f"{names} are bit-identical: {found.extent}.")
         else:
             first = found.divergences[0]
-            why = differing_conditions(a.folder, b.folder) or ["none in config, versions and machine"]
+            conditions = differing_conditions(a.folder, b.folder)
+            others = [
+                line for line in conditions if not line.startswith("config: ")
+            ]  # settings have a section of their own
             sentences.append(
                 f"{names} are not bit-identical ({found.extent}). They diverged by step {first.step}: {first.description}. "
-                f"Differences: {'; '.join(why)}."
+                f"Besides settings, {'; '.join(others) or 'nothing differs in versions and machine'}."
             )
     return section("Bit-identical?", text(*sentences))

@@ -1,4 +1,4 @@
-"""The sections of the page on one run. A section that cannot be made says why. Imports torch only where needed."""
+"""The sections of the page on one run. A section that cannot be made says why. Imports torch only on demand."""
 
 from collections.abc import Callable
 from functools import cache

@@ -10,6 +10,7 @@ from distributed.run.metrics_file import EpochRecord, TrainRecord, read_metrics
 MAX_EPOCHS = 10**9  # a larger number is damage
 
 Figure = Literal["accuracy", "loss"]
+FIGURES: tuple[Figure, ...] = ("accuracy", "loss")
 
 
 class Point(NamedTuple):

@@ -430,7 +430,7 @@ def test_report_without_matplotlib_has_its_numbers(run: Path, tmp_path: Path, mo
 
 def test_unwritable_table_does_not_end_the_experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
-    monkeypatch.setattr(experiments, "_run", lambda launch, words, deadline: started.append(words[0]) or 0)
+    monkeypatch.setattr(experiments, "_torchrun", lambda processes, words, deadline: started.append(words[0]) or 0)
     words = ("--only", "I-10", "I-50", "--runs", tmp_path / "runs", "--out", tmp_path / "table")
     with files_up_to(10):
         found = call("experiments.__main__", *words)

@@ -14,8 +14,8 @@ from kit.trained_runs import (
     command,
     copy_of,
     damage,
+    edit_state,
     newest,
-    say_in,
     train_small,
     without_data,
     write_test_images,
@@ -71,7 +71,7 @@ def test_evaluate_is_equal_on_one_process_and_on_two(run: Path, tmp_path: Path) 
 
 def test_evaluate_prints_a_table_of_classes(run: Path, tmp_path: Path) -> None:
     named = copy_of(run, tmp_path / "run")
-    say_in(newest(named), classes=CLASSES)
+    edit_state(newest(named), classes=CLASSES)
     result = command("evaluate", named, "--split", "validation", "--checkpoint", "latest")
     lines = result.stdout.splitlines()
     assert lines[0].startswith("improved_alexnet on generated10, validation split (80 images), step-")
@@ -140,7 +140,7 @@ def test_an_export_beyond_the_tolerance_fails(run: Path) -> None:
 
 def test_the_report_of_one_run_has_every_section(run: Path, tmp_path: Path) -> None:
     named = copy_of(run, tmp_path / "run <1>")
-    say_in(newest(named), classes=CLASSES)
+    edit_state(newest(named), classes=CLASSES)
     result = command("report", named, "--checkpoint", "latest")
     assert result.returncode == 0, result.stderr
     document = (named / "report.html").read_text()
@@ -227,7 +227,7 @@ def test_without_saved_normalization_data_is_required(run: Path, tmp_path: Path)
 def test_a_checkpoint_of_another_network_is_one_line(run: Path, tmp_path: Path) -> None:
     other = copy_of(run, tmp_path / "run")
     for checkpoint in (other / "checkpoints").glob("step-*"):
-        say_in(checkpoint, classes=["cat", "dog"])
+        edit_state(checkpoint, classes=["cat", "dog"])
     said = refused(command("export", other, "--format", "safetensors"))
     assert "does not fit the run's config.toml" in said
     assert "fc3.weight" in said

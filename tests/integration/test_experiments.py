@@ -1,4 +1,4 @@
-"""The seeds' experiments as a user starts them, cut short on generated images."""
+"""The command that reproduces the references' results, shortened, on generated images."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distributed.config import from_command_line
-from distributed.experiments.results import CONFIGS, SEEDS
+from distributed.experiments.results import CONFIGS, REFERENCES
 
 SHORT = (
     "--data.name generated10 --data.train_samples 300 --data.test_samples 50 --threads 1 --device cpu "
@@ -23,20 +23,20 @@ def experiments(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
 
 
-@pytest.mark.parametrize("name", SEEDS)
-def test_every_result_of_the_seeds_has_its_config_with_a_header(name):
+@pytest.mark.parametrize("name", REFERENCES)
+def test_every_reference_result_has_a_config_with_a_header(name):
     path = ROOT / CONFIGS / f"{name}.toml"
     header = path.read_text()
     config = from_command_line([str(path)]).config
     assert header.startswith(f"# {name}: {config.model.name} on CIFAR-{name.split('-')[1] if name[0] == 'S' else 10}")
     assert f"configs/seeds/{name}.toml --data.root" in header
-    assert f"test {SEEDS[name].test:g}" in header or f"test {SEEDS[name].test:.2f}" in header
+    assert f"test {REFERENCES[name].test:g}" in header or f"test {REFERENCES[name].test:.2f}" in header
     assert config.data.name == ("cifar100" if name.endswith("-100") else "cifar10")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_experiments_end_in_a_table_and_what_is_finished_is_not_run_again(tmp_path):
+def test_experiments_write_a_table_and_skip_finished_runs(tmp_path):
     words = ["--only", "I-10", "I-50", *SHORT.split(), "--epochs", "2"]
     done = experiments(tmp_path, *words)
     assert done.returncode == 0, done.stderr
@@ -54,8 +54,8 @@ def test_experiments_end_in_a_table_and_what_is_finished_is_not_run_again(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_when_time_is_up_the_run_saves_and_the_same_command_goes_on(tmp_path):
-    """The first slice is long enough to begin on a loaded machine, and too short to finish on a fast one."""
+def test_a_run_out_of_time_saves_and_resumes(tmp_path):
+    """The first slice lasts long enough to start on a loaded machine, but not to finish on a fast one."""
     words = ["--only", "I-10", *SHORT.split(), "--epochs", "160"]
     slices = [experiments(tmp_path, *words, "--minutes", "0.4")]
     assert slices[0].returncode == 75, slices[0].stderr
@@ -69,7 +69,7 @@ def test_when_time_is_up_the_run_saves_and_the_same_command_goes_on(tmp_path):
     assert starts[-1] > 0
 
 
-def test_what_a_run_would_refuse_is_told_before_it_is_started(tmp_path):
+def test_invalid_settings_are_refused_before_the_first_run(tmp_path):
     refused = experiments(tmp_path, "--only", "I-10", "--optim.lr", "fast")
     assert refused.returncode == 2
     assert refused.stderr == "error: command line: optim.lr = fast: should be a valid number\n"
@@ -78,7 +78,7 @@ def test_what_a_run_would_refuse_is_told_before_it_is_started(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_after_a_run_that_fails_the_next_is_still_tried(tmp_path):
+def test_the_next_run_starts_after_a_failed_one(tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "I-10").write_text("a file where the run folder belongs")
     failed = experiments(tmp_path, "--only", "I-10", "I-50", *SHORT.split(), "--epochs", "1")
@@ -87,7 +87,7 @@ def test_after_a_run_that_fails_the_next_is_still_tried(tmp_path):
     assert [row["name"] for row in json.loads((tmp_path / "results.json").read_text())] == ["I-50"]
 
 
-def test_a_table_that_is_damaged_is_refused_before_anything_is_run(tmp_path):
+def test_a_damaged_table_is_refused_before_the_first_run(tmp_path):
     (tmp_path / "results.json").write_text("[{}]")
     refused = experiments(tmp_path, "--only", "I-10", *SHORT.split())
     assert refused.returncode == 2

@@ -1,4 +1,4 @@
-"""Does it learn: on the generated stand-in, and on real CIFAR where CIFAR_ROOT names it."""
+"""Training learns: on generated images, and on real CIFAR if CIFAR_ROOT names it."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from kit.commands import Command, metrics, torchrun
 
 CIFAR_ROOT = os.environ.get("CIFAR_ROOT")
-needs_cifar = pytest.mark.skipif(not CIFAR_ROOT, reason="CIFAR_ROOT names no folder with CIFAR")
+needs_cifar = pytest.mark.skipif(not CIFAR_ROOT, reason="CIFAR_ROOT is not set")
 
 
 def accuracy_after(tmp_path: Path, epochs: int, *settings: object) -> float:
@@ -23,7 +23,7 @@ def accuracy_after(tmp_path: Path, epochs: int, *settings: object) -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(420)
-def test_the_generated_images_are_neither_trivial_nor_hopeless(tmp_path: Path) -> None:
+def test_generated_images_are_neither_trivial_nor_hopeless(tmp_path: Path) -> None:
     half = ("--data.train_samples", 25_000, "--data.validation_fraction", 0)
     accuracy = accuracy_after(tmp_path, 2, "--data.name", "generated10", *half)
     assert 0.60 <= accuracy <= 0.95
@@ -32,7 +32,7 @@ def test_the_generated_images_are_neither_trivial_nor_hopeless(tmp_path: Path) -
 @needs_cifar
 @pytest.mark.slow
 @pytest.mark.timeout(420)
-def test_one_epoch_of_real_cifar10_is_well_above_chance(tmp_path: Path) -> None:
+def test_one_epoch_of_cifar10_is_well_above_chance(tmp_path: Path) -> None:
     settings = ("--data.name", "cifar10", "--data.root", CIFAR_ROOT, "--data.validation_fraction", 0)
     assert accuracy_after(tmp_path, 1, *settings) > 0.45
 
@@ -40,6 +40,6 @@ def test_one_epoch_of_real_cifar10_is_well_above_chance(tmp_path: Path) -> None:
 @needs_cifar
 @pytest.mark.slow
 @pytest.mark.timeout(420)
-def test_one_epoch_of_real_cifar100_is_well_above_chance(tmp_path: Path) -> None:
+def test_one_epoch_of_cifar100_is_well_above_chance(tmp_path: Path) -> None:
     settings = ("--data.name", "cifar100", "--data.root", CIFAR_ROOT, "--data.validation_fraction", 0)
     assert accuracy_after(tmp_path, 1, *settings) > 0.05

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from kit.abuse import call
-from kit.trained_runs import copy_of, say_in
+from kit.trained_runs import copy_of, edit_state
 
 from distributed.config import as_toml, read_saved, renamed
 from distributed.run.checkpoint_layout import checkpoints
@@ -42,7 +42,7 @@ def made_old(run: Path) -> Path:
         text = text.replace(f"\n{new_key} = ", f"\n{old_key} = ")
     (run / "config.toml").write_text(text)
     for checkpoint in checkpoints(run / "checkpoints"):
-        say_in(checkpoint, config=with_old_names(config.model_dump(mode="json")))
+        edit_state(checkpoint, config=with_old_names(config.model_dump(mode="json")))
     return run
 
 

@@ -1,4 +1,4 @@
-"""A small finished run, copies of it as they may be met later, and the commands that look at them."""
+"""A small finished run, altered copies of it, and the commands that read them."""
 
 import json
 import os
@@ -21,7 +21,7 @@ CLASSES = [f"class <{letter}>" for letter in "abcdefghij"]
 
 
 def image_folder(root: Path) -> Path:
-    """Two classes with three images each, in both splits."""
+    """Write an image folder: two classes with three images each, in both splits."""
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             (root / split / name).mkdir(parents=True)
@@ -31,7 +31,7 @@ def image_folder(root: Path) -> Path:
 
 
 def command(module: str, *arguments: object, seconds: float = 120) -> subprocess.CompletedProcess[str]:
-    """`python -m distributed.MODULE ARGUMENTS`."""
+    """Run `python -m distributed.MODULE ARGUMENTS`."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     return subprocess.run(
         [sys.executable, "-m", f"distributed.{module}", *map(str, arguments)],
@@ -40,7 +40,7 @@ def command(module: str, *arguments: object, seconds: float = 120) -> subprocess
 
 
 def train_small(folder: Path) -> Path:
-    """Two epochs on 300 generated images, of which a quarter is held out; 103 test images."""
+    """Train two epochs on 300 generated images, a quarter of them held out for validation; 103 test images."""
     result = command(
         "train", "configs/debug.toml", "--device", "cpu", "--run_dir", folder,
         "--data.train_samples", 300, "--data.test_samples", 103,
@@ -60,19 +60,19 @@ def copy_of(run: Path, to: Path) -> Path:
 
 
 def without_data(run: Path, to: Path, **content: Any) -> Path:
-    """A copy whose data set is CIFAR-10 that is not there, its newest checkpoint saying this too; None takes a key away."""
+    """Copy a run, with a missing CIFAR-10 as its data set and `content` in its checkpoints; see `edit_state`."""
     copy_of(run, to)
     config = from_command_line([str(run / "config.toml")]).config
     values = config.model_dump(mode="json")
     values["data"] = {"name": "cifar10", "root": str(to / "nowhere")}
     (to / "config.toml").write_text(as_toml(type(config).model_validate_json(json.dumps(values))))
     for checkpoint in (to / "checkpoints").glob("step-*"):
-        say_in(checkpoint, **content)
+        edit_state(checkpoint, **content)
     return to
 
 
-def say_in(checkpoint: Path, **content: Any) -> None:
-    """Put content into a checkpoint's state.json as if it had been saved so."""
+def edit_state(checkpoint: Path, **content: Any) -> None:
+    """Set keys of a checkpoint's state.json and update its manifest; None removes a key."""
     state = json.loads((checkpoint / "state.json").read_text()) | content
     replace_json(checkpoint / "state.json", {name: value for name, value in state.items() if value is not None})
     manifest = json.loads((checkpoint / "manifest.json").read_text())
@@ -90,7 +90,7 @@ def damage(run: Path) -> Path:
 
 
 def write_test_images(folder: Path, count: int) -> list[Path]:
-    """The first test images as PNG files."""
+    """Write the first test images as PNG files."""
     import torch
 
     folder.mkdir()

@@ -187,6 +187,7 @@ def test_curves_are_self_contained(run: History) -> None:
     for drawn in (curves_as_svg(run), speed_as_svg(run), comparison.curves_as_svg([run, run])):
         assert_self_contained(drawn)
         assert "currentColor" in drawn
+        assert "mathdefault" not in drawn
     for label in (">train<", ">validation<", ">test<", ">epoch<", ">learning rate<", ">best validation<"):
         assert label in curves_as_svg(run)
     assert ">new attempt<" in speed_as_svg(run)
