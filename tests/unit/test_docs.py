@@ -14,8 +14,6 @@ FILE = re.compile(r"`((?:tests|distributed|launch|configs|slurm|docs|results)/[\
 MODULE = re.compile(r"(?:python|torchrun[^`\n]*) -m ((?:distributed|launch)[\w.]*)")
 SETTING = re.compile(r"--((?:sweep\.)?[a-z_]+(?:\.[a-z_0-9]+)+)")
 TARGET = re.compile(r"(?:^|`)make (?:[A-Z]+=\S+ )*([a-z][\w-]*|\.venv/\.ready)", re.MULTILINE)
-# Pages that are still being wrapped at 100.
-WIDE = {"api.md", "ray.md", "slurm.md", "storage.md"}
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
@@ -79,7 +77,7 @@ def lines_that_wrap(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_lines_are_at_most_100_wide(page):
-    assert page.name in WIDE or [line for line in lines_that_wrap(page) if len(line) > 100] == []
+    assert [line for line in lines_that_wrap(page) if len(line) > 100] == []
 
 
 def test_the_readme_is_short():
