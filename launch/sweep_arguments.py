@@ -1,4 +1,4 @@
-"""Arguments of several trainings: sweeps, on Slurm and on Ray alike, and the tasks of a Slurm array. Imports no torch."""
+"""Arguments of several trainings: sweeps on Slurm and Ray, and the tasks of a Slurm array. Imports no torch."""
 
 import itertools
 import re

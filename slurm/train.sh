@@ -12,10 +12,11 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
 
-# Slurm runs a copy of this file from its spool folder; the job's Command names the original.
+# Slurm runs a copy of this file from its spool folder; the job's Command names the original, once per task of an array.
 project=${PROJECT:-$(dirname "$(dirname "$(readlink -f "$0")")")}
 if [ -z "${PROJECT:-}" ] && [ ! -f "$project/slurm/body.sh" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
-    project=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's|/slurm/[^/ ]*\.sh\( .*\)\{0,1\}$||; s|^ *Command=||p')
+    project=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's|^ *Command=||p' | head -n 1 |
+        sed 's|/slurm/[^/ ]*\.sh\( .*\)\{0,1\}$||')
 fi
 if [ ! -f "$project/slurm/body.sh" ]; then
     echo "error: PROJECT = '$project': no slurm/body.sh there; name the checkout: sbatch --export=ALL,PROJECT=FOLDER ..." >&2

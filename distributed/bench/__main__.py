@@ -152,7 +152,7 @@ def run_round(benchmark: Benchmark, options: Options, deadline: float, *, label:
                 print(f"{label}failed: {name}: {error}", file=sys.stderr, flush=True)
                 continue
             figures |= new
-            values = ", ".join(f"{key} {value:,.4g}" for key, value in new.items())
+            values = ", ".join(f"{key}: {value:,.4g}{_unit(key, benchmark)}" for key, value in new.items())
             print(f"{label}{values} ({time.monotonic() - start:.0f} s)", file=sys.stderr, flush=True)
     return RoundResult(figures, failed)
 
@@ -164,13 +164,18 @@ def summary(benchmark: Benchmark, rounds: list[Figures]) -> str:
     width = max(map(len, [*figures, *compared]), default=0)
     lines = []
     for name, values in figures.items():
-        unit = "" if name.endswith("]") else f" {benchmark.unit}"
-        lines.append(f"{name:<{width}} {statistics.median(values):10,.4g}{unit} (median of {len(values)})")
+        median = f"{statistics.median(values):10,.4g}{_unit(name, benchmark)}"
+        lines.append(f"{name:<{width}} {median} (median of {len(values)})")
     for name, values in compared.items():
         lines.append(
             f"{name:<{width}} {statistics.median(values):10.3f} (median; {min(values):.3f} to {max(values):.3f})"
         )
     return "\n".join(lines)
+
+
+def _unit(name: str, benchmark: Benchmark) -> str:
+    """Return the unit to print after a figure; empty if its name ends in one, e.g. `[MiB]`."""
+    return "" if name.endswith("]") else f" {benchmark.unit}"
 
 
 def _by_name(rounds: list[Figures]) -> dict[str, list[float]]:

@@ -62,7 +62,7 @@ class FlatShard:
 
 
 OPTIONAL_TENSORS = {
-    "compression.": "error feedback of PowerSGD, which this version does not have",
+    "compression.": "error feedback of PowerSGD, which was removed",
     "scaler.": "float16's loss scale",
 }
 """Name prefixes of tensors that only some engines or precisions need to resume, with a description."""

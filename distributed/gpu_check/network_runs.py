@@ -40,18 +40,18 @@ def config_of(network: str, precision: str, batch: int, *options: str, shards: i
 
 
 @dataclass(frozen=True)
-class Steps:
-    """The loss and gradient norm of each step, and every tensor of the engine after the last."""
+class Trajectory:
+    """The loss and gradient norm of some steps, and every tensor of the engine after the last."""
 
     losses: list[float]
     norms: list[float]
     tensors: dict[str, Tensor]
 
 
-class DeterministicSteps(NamedTuple):
-    """Steps in torch's deterministic mode, and the operations that it reports as nondeterministic."""
+class DeterministicTrajectory(NamedTuple):
+    """A trajectory in torch's deterministic mode, and the operations that it reports as nondeterministic."""
 
-    steps: Steps
+    trajectory: Trajectory
     nondeterministic: list[str]
 
 
@@ -85,18 +85,18 @@ class Run:
 
     def warm_up(self, steps: int) -> None:
         """Take throwaway steps. Afterwards float16's loss scale is so small that no step will be skipped."""
-        self.steps(count=steps)
+        self.trajectory(count=steps)
         scale = {name: tensor.clone() for name, tensor in self.engine.state() if name == "scaler.scale"}
         self._start |= {name: tensor / 16 for name, tensor in scale.items()}
 
-    def steps(self, count: int = STEPS) -> Steps:
+    def trajectory(self, count: int = STEPS) -> Trajectory:
         """Take the first `count` steps of an epoch from the initial weights. Reads nothing from the device before the end."""
         self.engine.load_state(self._start)
         sums = [MetricAccumulator(self.device) for _ in range(count)]
         norms = []
         for step, batches in enumerate(islice(self.data.train_epoch(0), count)):
             norms.append(self._step(batches, step, sums[step]))
-        return Steps([one.read().mean_loss for one in sums], [float(norm) for norm in norms], copied(self.engine))
+        return Trajectory([one.read().mean_loss for one in sums], [float(norm) for norm in norms], copied(self.engine))
 
     def waits(self) -> list[str]:
         """Return each line of code at which the host waited for the device during steps; none on a CPU."""
@@ -114,11 +114,11 @@ class Run:
         lr = _LR[config.optim.name]
         return build_step(config, self.engine, sums, self.device)(micro_batches, lr=lr, step=step).clone()
 
-    def deterministic_steps(self) -> DeterministicSteps:
+    def deterministic_trajectory(self) -> DeterministicTrajectory:
         """Take steps in torch's deterministic mode."""
         with _nondeterministic() as operations:
-            steps = self.steps()
-        return DeterministicSteps(steps, operations)
+            trajectory = self.trajectory()
+        return DeterministicTrajectory(trajectory, operations)
 
 
 def copied(engine: Engine) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from distributed.config import TrainConfig
 from distributed.data.pipeline import DataPipeline
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.differences import differing
-from distributed.gpu_check.network_runs import Run, Steps, config_of, initial_model
+from distributed.gpu_check.network_runs import Run, Trajectory, config_of, initial_model
 from distributed.topology import Topology
 from distributed.training.determinism import make_deterministic
 
@@ -51,7 +51,7 @@ def _precisions(checks: Checks, network: str) -> list[str]:
 
 def _network(checks: Checks, device: torch.device, network: str) -> None:
     batch, model = _batch(checks, network), initial_model(network)
-    expected = Run(config_of(network, "float64", batch), _CPU, model=model).steps()
+    expected = Run(config_of(network, "float64", batch), _CPU, model=model).trajectory()
     data: DataPipeline | None = None
     for precision in _precisions(checks, network):
         name = f"{network} {precision}"
@@ -75,17 +75,17 @@ def _built(checks: Checks, name: str, config: TrainConfig, device: torch.device,
     return None
 
 
-def _check(checks: Checks, name: str, run: Run, expected: Steps, *, reference: str = "float64 on the CPU") -> None:
+def _check(checks: Checks, name: str, run: Run, expected: Trajectory, *, reference: str = "float64 on the CPU") -> None:
     """Check an engine's first steps against `expected`, those of the reference."""
-    found: Steps | None = None
+    found: Trajectory | None = None
     with checks.check(f"{name}: repeatable bit for bit"):
-        found = run.steps()
-        _assert_same(run.steps(), found)
+        found = run.trajectory()
+        _assert_same(run.trajectory(), found)
     with checks.check(f"{name}: never waits for the device"):
         lines = run.waits()
         assert not lines, f"waits at {', '.join(lines)}"
     with checks.check(f"{name}: deterministic") as figures:
-        deterministic, operations = run.deterministic_steps()
+        deterministic, operations = run.deterministic_trajectory()
         figures["same bits in torch's deterministic mode"] = bool(found) and not differing(
             deterministic.tensors, found.tensors
         )
@@ -95,20 +95,20 @@ def _check(checks: Checks, name: str, run: Run, expected: Steps, *, reference: s
         _assert_close(figures, found, expected, run.config.precision)
 
 
-def _assert_same(found: Steps, expected: Steps) -> None:
+def _assert_same(found: Trajectory, expected: Trajectory) -> None:
     different = differing(found.tensors, expected.tensors)
     assert not different, f"{len(different)} of {len(expected.tensors)} tensors differ, e.g. {different[:4]}"
     assert (found.losses, found.norms) == (expected.losses, expected.norms), (found.losses, expected.losses)
 
 
-def _errors(found: Steps, expected: Steps) -> tuple[list[float], list[float]]:
+def _errors(found: Trajectory, expected: Trajectory) -> tuple[list[float], list[float]]:
     """Return the relative errors of the losses and of the gradient norms, one per step."""
     pairs = ((found.losses, expected.losses), (found.norms, expected.norms))
     losses, norms = ([abs(a / b - 1) for a, b in zip(one, other, strict=True)] for one, other in pairs)
     return losses, norms
 
 
-def _assert_close(figures: dict[str, Any], found: Steps, expected: Steps, precision: str) -> None:
+def _assert_close(figures: dict[str, Any], found: Trajectory, expected: Trajectory, precision: str) -> None:
     figures["loss"], figures["norm"] = _errors(found, expected)
     for name, bound in zip(("loss", "norm"), _BOUNDS[precision], strict=True):
         first, second = figures[name]
@@ -116,16 +116,16 @@ def _assert_close(figures: dict[str, Any], found: Steps, expected: Steps, precis
         assert second < 10 * bound, f"{name} of the second step: bound {10 * bound}"
 
 
-def _tf32(checks: Checks, network: str, run: Run, expected: Steps) -> None:
+def _tf32(checks: Checks, network: str, run: Run, expected: Trajectory) -> None:
     """Measure the effect of TF32 in convolutions, and check that float32 does not use it by default."""
     with checks.check(f"{network}: float32 is not TF32") as figures:
         convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
         before = convolutions.fp32_precision
-        found = run.steps()
+        found = run.trajectory()
         try:
             for mode in ("tf32", "ieee"):
                 convolutions.fp32_precision = mode
-                other = run.steps()
+                other = run.trajectory()
                 figures[f"loss, {mode}"], figures[f"norm, {mode}"] = _errors(other, expected)
                 figures[f"same bits as {mode}"] = not differing(found.tensors, other.tensors)
         finally:
@@ -136,7 +136,7 @@ def _tf32(checks: Checks, network: str, run: Run, expected: Steps) -> None:
 def _everything(checks: Checks, device: torch.device) -> None:
     network = "improved_alexnet"
     batch, model = _batch(checks, network), initial_model(network)
-    expected = Run(config_of(network, "float64", batch, *_EVERYTHING), _CPU, model=model).steps()
+    expected = Run(config_of(network, "float64", batch, *_EVERYTHING), _CPU, model=model).trajectory()
     config = config_of(network, "bfloat16" if checks.tiny else "float16", batch, *_EVERYTHING)
     if run := _built(checks, "all options together", config, device, model=model):
         _check(checks, "all options together", run, expected)
@@ -150,7 +150,7 @@ def _exact(checks: Checks, device: torch.device) -> None:
         fast = _built(checks, f"fast mode, {precision}", config_of(network, precision, batch), device)
         if fast is None:
             continue
-        expected = fast.steps()
+        expected = fast.trajectory()
         for shards in (1, 8):
             name = f"exact mode, {shards} shards, {precision}"
             config = config_of(network, precision, batch, shards=shards)
@@ -166,6 +166,6 @@ def _compiled(checks: Checks, device: torch.device) -> None:
         for kind in ("first", "second"):
             start = time.monotonic()
             torch.compiler.reset()
-            outcomes.append(Run(config, device).steps())
+            outcomes.append(Run(config, device).trajectory())
             figures[f"seconds, {kind}"] = time.monotonic() - start
         _assert_same(*outcomes)

@@ -74,7 +74,7 @@ class StepResult:
             figures = ", ".join(f"{name} {_short(value)}" for name, value in check.figures.items())
             rows.append(f"  {check.verdict:7} {check.check} ({check.seconds} s) {figures}")
             rows += [f"          {line}" for line in check.message.strip().splitlines()[-4:]]
-        rows += [f"    {line}" for line in self.message.strip().splitlines()[-6:]]
+        rows += [f"    {line}" for line in self.message.strip().splitlines()[-6:] if _PREFIX not in line]
         return "\n".join(rows)
 
 

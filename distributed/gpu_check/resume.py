@@ -38,19 +38,19 @@ class Interrupted:
     exit_code: int | None = None
     saved: dict[str, Any] = field(default_factory=dict)
     """The newest checkpoint's state when the run was started again."""
-    again: Process | None = None
+    restarted: Process | None = None
 
     def advance(self, processes: Processes) -> bool:
         """Send the signal or start the run again once it is time. Return whether both are done."""
-        if self.again is None:
+        if self.restarted is None:
             self.exit_code = self.first.popen.poll()
             if self.exit_code is not None:
                 self.saved = runs.saved_state(self.run)
-                self.again = processes.start(f"{self.run.name}-again", self.command)
+                self.restarted = processes.start(f"{self.run.name}-again", self.command)
             elif not self.sent and runs.step_logged(self.run) >= self.at_step:
                 self.first.popen.send_signal(self.signum)
                 self.sent = True
-        return self.again is not None
+        return self.restarted is not None
 
 
 def run(checks: Checks) -> None:
@@ -116,9 +116,12 @@ def _interrupted(
 def _check_resumed(one: Interrupted, reference: Path, figures: dict[str, Any]) -> None:
     assert one.sent, f"{one.run.name} ended with {one.exit_code} before step {one.at_step}\n{one.first.text[-1500:]}"
     assert one.exit_code == _EXIT_CODES[one.signum], f"exit code {one.exit_code}\n{one.first.text[-1500:]}"
-    figures["resumed_at_step"], figures["of_an_epoch"] = one.saved.get("step"), one.saved.get("step_in_epoch")
-    assert one.again is not None
-    one.again.succeed()
+    figures["resumed_at_step"], figures["resumed_at_step_in_epoch"] = (
+        one.saved.get("step"),
+        one.saved.get("step_in_epoch"),
+    )
+    assert one.restarted is not None
+    one.restarted.succeed()
     assert 0 < figures["resumed_at_step"] < runs.saved_state(reference)["step"], (
         "the signal arrived too late or too early"
     )

@@ -7,7 +7,7 @@ import torch
 
 from distributed.checkpoint.tensor_file import read_tensors, tensor_digest
 from distributed.files import read_object
-from distributed.run.checkpoint_layout import checkpoints
+from distributed.run.checkpoint_layout import STATE, checkpoints
 from distributed.run.folder import RunFolder
 from distributed.run.metrics_file import read_metrics
 
@@ -52,7 +52,7 @@ def step_logged(run: Path) -> int:
 def saved_state(run: Path) -> dict[str, Any]:
     """Return counters, schedule and metric sums of the newest checkpoint; empty if there is none."""
     saved = checkpoints(RunFolder(run).checkpoints)
-    return dict(read_object(saved[-1] / "state.json")["state"]) if saved else {}
+    return dict(read_object(saved[-1] / STATE)["state"]) if saved else {}
 
 
 def saved_digests(run: Path) -> dict[str, str]:

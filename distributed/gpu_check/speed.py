@@ -19,19 +19,19 @@ from distributed.gpu_check import runs
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.graphs import captured
 from distributed.gpu_check.step_profile import profile
+from distributed.gpu_check.timed_steps import ComputeAlone, Training
 from distributed.gpu_check.timing import host_seconds
-from distributed.gpu_check.workloads import ComputeAlone, Training
 from distributed.host.versions import versions
 from distributed.process import logs
 from distributed.recipe import train
 from distributed.topology import Topology
 
-WORKLOADS = (
+_SIZES = (
     ("improved_alexnet", 128), ("improved_alexnet", 512), ("improved_alexnet", 2048), ("cifar_alexnet", 128),
     ("alexnet", 128),
 )  # fmt: skip
 _DETERMINISM = (("improved_alexnet", 128), ("improved_alexnet", 2048), ("cifar_alexnet", 128))
-"""Workloads for which the cost of determinism is measured."""
+"""Networks and batch sizes for which the cost of deterministic kernels is measured."""
 
 
 @dataclass
@@ -78,16 +78,16 @@ class Speed:
 def run(checks: Checks) -> None:
     logs.terminal_logs(0, level="WARNING")
     speed = Speed(checks, choose_device(checks.device.type, Topology()))
-    workloads = [("improved_alexnet", 16)] if checks.tiny else list(WORKLOADS)
-    model, batch = workloads[0]
+    sizes = [("improved_alexnet", 16)] if checks.tiny else list(_SIZES)
+    model, batch = sizes[0]
     _recipe(speed, model, batch)  # first, since it requires deterministic kernels before any is chosen
-    for name, size in workloads:
+    for name, size in sizes:
         _training(speed, f"{name}, batch {size}", name, size)
     (checks.out / "profile.txt").unlink(missing_ok=True)
-    for name, size in dict.fromkeys([(model, batch), workloads[-2 % len(workloads)]]):
+    for name, size in dict.fromkeys([(model, batch), sizes[-2 % len(sizes)]]):
         _profile(speed, name, size)
     _modes(speed, model, batch)
-    for name, size in workloads:
+    for name, size in sizes:
         _compute_alone(speed, name, size)
     if checks.is_cuda:
         # Last: compilation takes long.

@@ -9,7 +9,7 @@ from distributed.config.layers import shown
 from distributed.data.sources import registry
 from distributed.errors import InputError
 from distributed.files import read_object
-from distributed.run.checkpoint_layout import check_format, committed_names, damage_of, is_committed, preferred
+from distributed.run.checkpoint_layout import STATE, check_format, committed_names, damage_of, is_committed, preferred
 from distributed.run.folder import RunFolder
 
 
@@ -98,7 +98,7 @@ def read_content(checkpoint: Path) -> dict[str, Any]:
     Raises:
         InputError: its class names or normalization have the wrong type.
     """
-    content = read_object(checkpoint / "state.json")
+    content = read_object(checkpoint / STATE)
     names, normalization = content.get("classes") or [], content.get("normalization") or {"mean": [], "deviation": []}
     try:
         numbers = [*normalization["mean"], *normalization["deviation"]]

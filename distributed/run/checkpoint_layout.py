@@ -8,7 +8,7 @@
     checkpoints/.writing-*, .deleting-*     unfinished saves and deletions
     checkpoints/step-*.damaged              set aside, never resumed from
 
-No other module spells these names.
+No other module spells these file names.
 """
 
 import os

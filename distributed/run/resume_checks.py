@@ -19,7 +19,7 @@ from distributed.run.checkpoint_layout import (
     newest_complete,
 )
 from distributed.run.folder import RunFolder, config_in
-from distributed.run.saved_state import check_state, is_at_end, trained_epochs
+from distributed.run.saved_state import check_state, is_at_end, trained_so_far
 
 
 def check_run_folder(config: TrainConfig) -> SavedState | None:
@@ -90,7 +90,7 @@ def check_saved(content: dict[str, Any], checkpoint: Path, *, config: TrainConfi
         check_state(content, saved, images=images)
     except ValueError as error:
         raise InputError(f"{checkpoint}: {error}; {remedy}") from None
-    epochs, steps = trained_epochs(content)
+    epochs, steps = trained_so_far(content)
     if (epochs, steps) > (config.epochs, 0):
         trained = f"{epochs} epoch{'s' if epochs != 1 else ''}" + (f" and {steps} steps" if steps else "")
         raise InputError(

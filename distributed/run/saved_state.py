@@ -4,7 +4,7 @@ Digests only prove that a file is unchanged since it was written. These checks p
 each is in range, and all are consistent.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -94,15 +94,22 @@ def check_state(content: dict[str, Any], config: TrainConfig, *, images: int | N
             raise ValueError(f"state.json: {mismatch}")
 
 
-def trained_epochs(content: dict[str, Any]) -> tuple[int, int]:
-    """Return the number of finished epochs, and of steps in the next one. Requires a checked state.json."""
-    return content["state"]["epoch"], content["state"]["step_in_epoch"]
+class Trained(NamedTuple):
+    """Number of finished epochs, and of steps in the next one."""
+
+    epochs: int
+    steps: int
+
+
+def trained_so_far(content: dict[str, Any]) -> Trained:
+    """Return how far a run was trained according to its state.json, which must be checked already."""
+    return Trained(content["state"]["epoch"], content["state"]["step_in_epoch"])
 
 
 def is_at_end(content: dict[str, Any], config: TrainConfig) -> bool:
-    """Whether the run has no steps left: all epochs are done, or it stopped early. Requires a checked state.json."""
+    """Whether the run has no steps left: all epochs are done, or it stopped early. The state.json must be checked already."""
     stopping = content["state"]["early_stopping"]
-    return trained_epochs(content) == (config.epochs, 0) or bool(stopping and stopping["stopped"])
+    return trained_so_far(content) == Trained(config.epochs, 0) or bool(stopping and stopping["stopped"])
 
 
 def _check_position(found: _Counters, config: TrainConfig, images: int | None) -> str | None:

@@ -198,7 +198,7 @@ def _outcome(config: TrainConfig, result: "Future[Any]", *, stopped: bool) -> Ou
     """Log how an attempt ended, and return its outcome.
 
     Args:
-        stopped: whether the driver itself was asked to stop.
+        stopped: whether the driver itself got a stop request.
     """
     error = result.exception()
     if error is None:

@@ -32,9 +32,8 @@ from launch.on_ray.settings import Training
 from launch.on_ray.worker import ClusterStop, clear_stop, request_stop
 from launch.summary import summary
 
-_TRIAL_RESOURCES = {
-    "node:__internal_head__": 0.001
-}  # Tune requires a reservation; a whole core would be one worker less
+# Tune requires a reservation for each trial; a core would take the place of a worker.
+_TRIAL_RESOURCES = {"node:__internal_head__": 0.001}
 _POLL_SECONDS = 0.25
 
 

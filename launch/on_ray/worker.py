@@ -90,8 +90,8 @@ class ClusterStop:
 class RayReport:
     """A `Sink`: rank 0's training metrics become gauges of Ray's metrics, epochs are reported to Ray Train.
 
-    Ray keeps metrics only together with a checkpoint. The run's checkpoints stay in the run folder; Ray's is a note of where
-    that is.
+    Ray keeps metrics only together with a checkpoint. The run's checkpoints stay in the run folder; Ray's is a note with
+    its path.
     """
 
     def __init__(self, run_dir: Path, *, is_main: bool) -> None:

@@ -17,7 +17,7 @@ _PERMANENT = {
 
 
 class Verdict(StrEnum):
-    """What happens to the job; the batch script reads these words."""
+    """What happens to the job; the batch script reads these values."""
 
     REQUEUE = "requeue"
     LEAVE = "leave"
@@ -81,15 +81,30 @@ class AttemptEnd:
 
     @property
     def trainer_reason(self) -> str:
-        """The trainer's own words; empty if it was killed."""
+        """The reason that the trainer gave; empty if it was killed."""
         return (self._last and self._last.reason) or ""
+
+    @property
+    def reason_or_loss(self) -> str:
+        """The trainer's reason; if it was killed, what may have happened."""
+        return self.trainer_reason or "killed, or another process was lost"
+
+    @property
+    def reason_or_hint(self) -> str:
+        """The trainer's reason; if it was killed, where to look."""
+        return self.trainer_reason or "see the log of each node"
+
+    @property
+    def permanent_failure(self) -> str:
+        """The kind of failure that would repeat; empty if there is none."""
+        return next((kind for code, kind in _PERMANENT.items() if code == self.exit_code), "")
 
     @property
     def saved_or_ended(self) -> str:
         """`saved at step N`, `ended at step N` or `ended before it began`."""
         step = self.saved_step if self._last is None or self._last.step is None else self._last.step
-        where = f"at step {step}" if self._started else "before it began"
-        return f"{'saved' if self.stopped else 'ended'} {where}"
+        place = f"at step {step}" if self._started else "before it began"
+        return f"{'saved' if self.stopped else 'ended'} {place}"
 
 
 class Rule(NamedTuple):
@@ -97,41 +112,34 @@ class Rule(NamedTuple):
 
     applies: Callable[[AttemptEnd], bool]
     verdict: Verdict
-    exit_code: Callable[[AttemptEnd], int | None]
-    reason: Callable[[AttemptEnd], str]
-
-
-def _stopped(_: AttemptEnd) -> int:
-    return ExitCode.STOPPED
+    exit_code: ExitCode | None
+    """None: the trainer's own."""
+    reason: str
+    """A format string with the `AttemptEnd` as `end`."""
 
 
 RULES = (
-    Rule(lambda end: end.finished, Verdict.END, lambda _: ExitCode.FINISHED, lambda _: "finished"),
+    Rule(lambda end: end.finished, Verdict.END, ExitCode.FINISHED, "finished"),
     Rule(
-        lambda end: end.exit_code in _PERMANENT, Verdict.END, lambda end: end.exit_code,
-        lambda end: f"failed with {_PERMANENT[ExitCode(end.exit_code or 0)]}, which would repeat: {end.trainer_reason}",
+        lambda end: bool(end.permanent_failure), Verdict.END, None,
+        "failed with {end.permanent_failure}, which would repeat: {end.trainer_reason}",
     ),
     Rule(
-        lambda end: end.signal == "TERM", Verdict.LEAVE, _stopped,
-        lambda end: f"{end.saved_or_ended} when Slurm ended the job (requeue, preemption or scancel)",
+        lambda end: end.signal == "TERM", Verdict.LEAVE, ExitCode.STOPPED,
+        "{end.saved_or_ended} when Slurm ended the job (requeue, preemption or scancel)",
     ),
     Rule(
-        lambda end: bool(end.signal), Verdict.REQUEUE, _stopped,
-        lambda end: f"{end.saved_or_ended} on Slurm's warning (SIG{end.signal}: time limit or preemption)",
+        lambda end: bool(end.signal), Verdict.REQUEUE, ExitCode.STOPPED,
+        "{end.saved_or_ended} on Slurm's warning (SIG{end.signal}: time limit or preemption)",
+    ),
+    Rule(lambda end: end.stopped, Verdict.REQUEUE, ExitCode.STOPPED, "{end.saved_or_ended} on {end.trainer_reason}"),
+    Rule(
+        lambda end: end.progressed, Verdict.REQUEUE, ExitCode.STOPPED,
+        "failed after step {end.saved_step} was saved: {end.reason_or_loss}",
     ),
     Rule(
-        lambda end: end.stopped, Verdict.REQUEUE, _stopped,
-        lambda end: f"{end.saved_or_ended} on {end.trainer_reason}",
-    ),
-    Rule(
-        lambda end: end.progressed, Verdict.REQUEUE, _stopped,
-        lambda end: f"failed after step {end.saved_step} was saved: "
-        f"{end.trainer_reason or 'killed, or another process was lost'}",
-    ),
-    Rule(
-        lambda _: True, Verdict.END, lambda end: end.exit_code or ExitCode.FAILED,
-        lambda end: "failed without saving anything new, which would repeat: "
-        f"{end.trainer_reason or 'see the log of each node'}",
+        lambda _: True, Verdict.END, None,
+        "failed without saving anything new, which would repeat: {end.reason_or_hint}",
     ),
 )  # fmt: skip
 
@@ -139,7 +147,8 @@ RULES = (
 def decide(end: AttemptEnd) -> Decision:
     """Apply the first rule whose condition holds, then the limit on requeues."""
     rule = next(rule for rule in RULES if rule.applies(end))
-    code, reason = int(rule.exit_code(end) or 0), rule.reason(end)
+    code = int(end.exit_code or ExitCode.FAILED) if rule.exit_code is None else int(rule.exit_code)
+    reason = rule.reason.format(end=end)
     if rule.verdict is not Verdict.REQUEUE:
         return Decision(rule.verdict, code, reason)
     if end.restarts >= end.max_requeues:

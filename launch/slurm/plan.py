@@ -92,7 +92,7 @@ def check_batch(config: TrainConfig, world_size: int) -> None:
     if world_size > micro_batch:
         raise InputError(
             f"global_batch_size = {config.global_batch_size} with grad_accum_steps = {config.grad_accum_steps} gives "
-            f"micro-batches of {micro_batch} images, fewer than the {world_size} processes; raise it, or ask for fewer nodes "
+            f"micro-batches of {micro_batch} images, fewer than the {world_size} processes; raise it, or request fewer nodes "
             "or GPUs"
         )
 

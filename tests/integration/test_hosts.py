@@ -1,18 +1,17 @@
-"""Several nodes under torchrun without Slurm: hosts of their own, a link that is cut and mended, a host that is lost."""
+"""Several hosts under torchrun without Slurm: a link that is cut and restored, and a host that is lost."""
 
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kit import hosts as several
 from kit.commands import Command, assert_same_bits, attempts, status, torchrun
-from kit.hosts import Hosts
+from kit.hosts import Hosts, hosts_unavailable
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(400),
-    pytest.mark.skipif(bool(several.why_none()), reason=f"no hosts here: {several.why_none()}"),
+    pytest.mark.skipif(bool(hosts_unavailable()), reason=f"no hosts here: {hosts_unavailable()}"),
 ]
 SETTINGS = ("configs/debug.toml", "--epochs", 8, "--checkpoint.every_steps", 5, "--threads", 1, "--device", "cpu")
 
@@ -34,7 +33,7 @@ def hosts() -> Iterator[Hosts]:
 def on_each(
     hosts: Hosts, run: Path, conf: str, *options: str, settings: tuple[object, ...] = SETTINGS
 ) -> list[Command]:
-    """The commands of docs/slurm.md, one a host; the first hosts the rendezvous."""
+    """Start the command of docs/slurm.md on each host; the first one hosts the rendezvous."""
     commands = []
     for host in hosts.names:
         rendezvous = (
@@ -47,37 +46,37 @@ def on_each(
     return commands
 
 
-def saved(run: Path, command: Command) -> None:
+def wait_for_save(run: Path, command: Command) -> None:
     """Wait until the run has saved in mid-epoch."""
     command.wait_for(lambda: bool(attempts(run, "started")) and status(run)["step"] >= 5, what="a save")
 
 
-def test_a_link_that_is_cut_for_20_seconds_costs_20_seconds(hosts: Hosts, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_link_cut_for_20_seconds_costs_20_seconds(hosts: Hosts, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first, second = on_each(hosts, run, "keep_alive_interval=5,keep_alive_max_attempt=12", "--nnodes=2")
     with first, second:
-        saved(run, first)
+        wait_for_save(run, first)
         hosts.cut("n2")
         time.sleep(1)
         at = status(run)["step"]
         time.sleep(19)
-        assert status(run)["step"] == at, "nobody can have taken a step alone"
+        assert status(run)["step"] == at, "no rank takes a step alone"
         assert status(run)["status"] == "running"
-        hosts.mend("n2")
+        hosts.restore("n2")
         assert first.wait() == 0, first.text[-4000:]
         assert second.wait() == 0, second.text[-4000:]
     assert len(attempts(run, "started")) == 1
     assert_same_bits(run, undisturbed)
 
 
-def test_a_lost_host_leaves_the_other_to_go_on_alone(hosts: Hosts, undisturbed: Path, tmp_path: Path) -> None:
-    """A power failure: no packet tells the other, whose rank waits for `timeout_seconds`; then torchrun restarts it."""
+def test_after_a_host_is_lost_the_other_resumes_alone(hosts: Hosts, undisturbed: Path, tmp_path: Path) -> None:
+    """A power failure sends no packet: the other host's rank waits for `timeout_seconds`, then torchrun restarts it."""
     run = tmp_path / "run"
     conf = "last_call_timeout=5,keep_alive_interval=2,keep_alive_max_attempt=3"
     options = ("--nnodes=1:2", "--max-restarts=3", "--monitor-interval=0.5")
     first, second = on_each(hosts, run, conf, *options, settings=(*SETTINGS, "--timeout_seconds", 15))
     with first, second:
-        saved(run, first)
+        wait_for_save(run, first)
         assert status(run)["world_size"] == 2
         hosts.lose("n2")
         assert first.wait(150) == 0, first.text[-4000:]

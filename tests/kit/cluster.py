@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine: own munge key, ports, addresses and folders; ended by pid."""
+"""A real Slurm of two nodes on this machine, with its own munge key, ports, addresses and folders; ended by pid."""
 
 import os
 import re
@@ -12,8 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kit.commands import ROOT, kill
-from kit.hosts import Hosts
-from kit.hosts import why_none as why_no_hosts
+from kit.hosts import Hosts, hosts_unavailable
 
 _NEEDED = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged")
 _CONF = """\
@@ -43,18 +42,18 @@ MpiDefault=none
 {nodes}
 PartitionName=test Nodes=n1,n2 Default=YES DefaultTime=60 State=UP OverSubscribe=NO
 """
-_CPUS = 8  # a node; more than this machine has, so that several jobs fit on one
+_CPUS = 8  # per node; more than this machine has, so that several jobs fit on one
 
 
-def why_none() -> str | None:
-    """Why no Slurm can be started on this machine, in words; None where it can."""
+def slurm_unavailable() -> str | None:
+    """Return why no Slurm can be started on this machine; None if it can."""
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     missing = [program for program in _NEEDED if shutil.which(program, path=path) is None]
-    return f"{', '.join(missing)} not installed (slurm-wlm, munge)" if missing else why_no_hosts()
+    return f"{', '.join(missing)} not installed (slurm-wlm, munge)" if missing else hosts_unavailable()
 
 
 class Cluster:
-    """Nodes n1 and n2, each a host of its own. A context; its end ends every daemon and job."""
+    """Nodes n1 and n2, each a host of its own. Context manager; leaving it ends every daemon and job."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -81,7 +80,7 @@ class Cluster:
             self._start("slurmctld", ["slurmctld", "-D"])
             for node in self.hosts.names:
                 self.start_node(node)
-            wait_for(self.is_idle, seconds=30, what="2 idle nodes")
+            wait_for(self.is_idle, seconds=30, description="2 idle nodes")
         except BaseException:
             self.__exit__()
             raise
@@ -107,47 +106,48 @@ class Cluster:
             )
 
     def is_idle(self) -> bool:
-        """Whether both nodes are there and have nothing to do."""
-        return self.ask("sinfo", "-h", "-o", "%T %D").strip() == "idle 2"
+        """Whether both nodes are up and have no job."""
+        return self.run("sinfo", "-h", "-o", "%T %D").strip() == "idle 2"
 
     def start_node(self, node: str) -> None:
-        """Its slurmd; again after `kill_node`."""
+        """Start slurmd on a node, also after `kill_node`."""
         self._start(node, self.hosts.on(node, ["slurmd", "-D", "-N", node]))
 
     def kill_node(self, node: str) -> None:
-        """kill -9 of its slurmd: Slurm loses the node, what ran there lives on."""
+        """Kill a node's slurmd with SIGKILL: Slurm loses the node, but the processes of its jobs live on."""
         kill(self._daemons[node].pid)
         self._daemons.pop(node).wait()
 
     def node_pid(self, node: str) -> int:
         return self._daemons[node].pid
 
-    def ask(self, *command: object, fails: bool = False, cwd: Path = ROOT, **environment: str) -> str:
-        """What a command of Slurm, started on the machine, has to say: stdout, and stderr where it is to fail."""
+    def run(self, *command: object, fails: bool = False, cwd: Path = ROOT, **environment: str) -> str:
+        """Run a command on the machine with access to Slurm, and return its stdout; if it should fail, stderr as well."""
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=cwd, timeout=60,
                               env=self._environment | environment)  # fmt: skip
         assert (done.returncode != 0) == fails, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout + done.stderr if fails else done.stdout
 
-    def sbatch(self, *words: object, cwd: Path = ROOT, **environment: str) -> str:
-        """The number of the job."""
-        return self.ask("sbatch", "--parsable", *map(str, words), cwd=cwd, **environment).strip().partition(";")[0]
+    def sbatch(self, *arguments: object, cwd: Path = ROOT, **environment: str) -> str:
+        """Submit a job, and return its number."""
+        printed = self.run("sbatch", "--parsable", *map(str, arguments), cwd=cwd, **environment)
+        return printed.strip().partition(";")[0]
 
     def job(self, number: str) -> dict[str, str]:
-        """What scontrol says of it."""
-        told = self.ask("scontrol", "show", "job", number)
-        fields = dict(re.findall(r"(\w+)=(\S*)", told))
-        if comment := re.search(r"^ *Comment=(.*)$", told, re.M):
+        """Return the fields of `scontrol show job`."""
+        printed = self.run("scontrol", "show", "job", number)
+        fields = dict(re.findall(r"(\w+)=(\S*)", printed))
+        if comment := re.search(r"^ *Comment=(.*)$", printed, re.M):
             fields["Comment"] = comment[1].strip()
         return fields
 
     def wait_for_state(self, number: str, *states: str, seconds: float = 90) -> str:
-        """The state the job came to, one of these."""
+        """Wait until the job is in one of these states, and return it."""
 
-        def there() -> bool:
+        def arrived() -> bool:
             return self.job(number)["JobState"] in states
 
-        wait_for(there, seconds=seconds, what=lambda: f"job {number} in {states}; it is {self.job(number)}")
+        wait_for(arrived, seconds=seconds, description=lambda: f"job {number} in {states}; it is {self.job(number)}")
         return self.job(number)["JobState"]
 
     def __exit__(self, *_: object) -> None:
@@ -161,6 +161,7 @@ class Cluster:
 
 
 def free_ports(count: int) -> list[int]:
+    """Return ports that are free now."""
     sockets = [socket.create_server(("", 0)) for _ in range(count)]
     ports = [int(one.getsockname()[1]) for one in sockets]
     for one in sockets:
@@ -168,8 +169,12 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_for(condition: Callable[[], bool], *, seconds: float, what: str | Callable[[], str]) -> None:
+def wait_for(condition: Callable[[], bool], *, seconds: float, description: str | Callable[[], str]) -> None:
+    """Poll until the condition holds; fail after so many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"not in {seconds} s: {what if isinstance(what, str) else what()}"
+        if time.monotonic() > deadline:
+            raise AssertionError(
+                f"not in {seconds} s: {description if isinstance(description, str) else description()}"
+            )
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network namespaces with own addresses and names, on a bridge whose links can be cut."""
+"""Several hosts on one machine: network namespaces with their own addresses and names, on a bridge whose links can be cut."""
 
 import itertools
 import os
@@ -9,31 +9,31 @@ from collections.abc import Sequence
 from kit.commands import kill
 
 _NEEDED = ("ip", "unshare", "nsenter")
-# The kernel ends a namespace, and the link into it, some time after `ip netns del` has returned: no name is used twice.
-_MADE = itertools.count(1)
+# The kernel removes a namespace and its link some time after `ip netns del` has returned, so no name is used twice.
+_NUMBERS = itertools.count(1)
 
 
-def why_none() -> str | None:
-    """Why this machine cannot make such hosts, in words; None where it can."""
+def hosts_unavailable() -> str | None:
+    """Return why this machine cannot make such hosts; None if it can."""
     missing = [program for program in _NEEDED if shutil.which(program) is None]
     if missing:
         return f"{', '.join(missing)} not installed (iproute2, util-linux)"
     if os.geteuid() != 0:
         return "network namespaces need root"
-    tried = f"dt-try-{os.getpid()}"
-    asked = subprocess.run(["ip", "netns", "add", tried], capture_output=True, text=True, check=False)
-    if asked.returncode:
-        return f"network namespaces are not allowed here: {asked.stderr.strip()}"
-    _ip("netns", "del", tried)
+    name = f"dt-try-{os.getpid()}"
+    attempt = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
+    if attempt.returncode:
+        return f"network namespaces are not allowed here: {attempt.stderr.strip()}"
+    _ip("netns", "del", name)
     return None
 
 
 class Hosts:
-    """Hosts n1, n2, ... with the addresses 10.X.Y.1, 10.X.Y.2; the machine itself is 10.X.Y.254. A context."""
+    """Hosts n1, n2, ... with the addresses 10.X.Y.1, 10.X.Y.2; the machine itself is 10.X.Y.254. Context manager."""
 
     def __init__(self, count: int) -> None:
         number = os.getpid()
-        self._bridge = f"dt{number}x{next(_MADE)}"
+        self._bridge = f"dt{number}x{next(_NUMBERS)}"
         self._net = f"10.{200 + number // 256 % 50}.{number % 256}"
         self.names = [f"n{index + 1}" for index in range(count)]
         self.machine = f"{self._net}.254"
@@ -63,24 +63,26 @@ class Hosts:
         _ip("-n", space, "link", "set", "eth0", "up")
 
     def on(self, host: str, command: Sequence[str]) -> list[str]:
-        """The command as it is to be started on that host: with its network, name, mounts and shared memory. One process."""
-        # Not `ip netns exec`, which mounts another /sys, without the cgroups that slurmd looks for.
+        """Return the command that runs `command` on a host, with its network, name, mounts and shared memory."""
+        # Not `ip netns exec`: it mounts another /sys without the cgroups that slurmd looks for.
         return ["nsenter", f"--net=/run/netns/{self._space(host)}", "unshare", "--uts", "--mount", "sh", "-c",
                 'mount -t tmpfs tmpfs /dev/shm && hostname "$1" && shift && exec "$@"', "sh", host, *command]  # fmt: skip
 
     def cut(self, host: str) -> None:
-        """Packets of the host go nowhere; nobody is told."""
+        """Drop all packets of the host without an error to anyone."""
         _ip("link", "set", self._link(host), "nomaster")
 
-    def mend(self, host: str) -> None:
+    def restore(self, host: str) -> None:
+        """Undo `cut`."""
         _ip("link", "set", self._link(host), "master", self._bridge)
 
     def processes(self, host: str) -> list[int]:
+        """Return the pids of all processes on a host."""
         listed = subprocess.run(["ip", "netns", "pids", self._space(host)], capture_output=True, text=True, check=False)
         return [int(pid) for pid in listed.stdout.split()]
 
     def lose(self, host: str) -> None:
-        """The host is gone with all that ran on it, as when its power fails: its peers get no word."""
+        """Simulate a power failure: all processes of the host are gone, and its peers get no packet about it."""
         self.cut(host)
         kill(*self.processes(host))
 
@@ -98,7 +100,7 @@ class Hosts:
         return f"{self._bridge}{host}"
 
 
-def _ip(*words: str) -> None:
-    done = subprocess.run(["ip", *words], check=False, capture_output=True, text=True)
+def _ip(*arguments: str) -> None:
+    done = subprocess.run(["ip", *arguments], check=False, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+        raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")

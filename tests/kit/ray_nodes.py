@@ -1,4 +1,4 @@
-"""A real Ray cluster of several nodes on this machine, each a `ray start` of its own; ended by pid, never by `ray stop`."""
+"""A real Ray cluster of several nodes on this machine, one `ray start` per node; ended by pid, never by `ray stop`."""
 
 import json
 import os
@@ -18,7 +18,7 @@ _RAY = str(Path(sys.executable).with_name("ray"))
 
 
 class RayCluster:
-    """A head without CPUs for workers, and nodes that come and go. A context; its end ends every process and file of it."""
+    """A head without CPUs for workers, and nodes that come and go. Context manager; leaving it removes processes and files."""
 
     def __enter__(self) -> "RayCluster":
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a socket's path must be short
@@ -29,7 +29,7 @@ class RayCluster:
             "PATH": f"{Path(_RAY).parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"), "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0",
             "RAY_ADDRESS": self.address, "RAY_API_SERVER_ADDRESS": self.dashboard,
-            # A node that was killed is given up after seconds.
+            # The cluster notices a killed node within seconds.
             "RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4",
         }  # fmt: skip
         self._nodes: dict[str, Command] = {}
@@ -38,21 +38,19 @@ class RayCluster:
             self._start("head", "--head", f"--port={port}", f"--ray-client-server-port={client}",
                         f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--temp-dir={self.folder / 't'}",
                         cpus=0)  # fmt: skip
-            wait_for(self._is_up, seconds=60, what=lambda: self._nodes["head"].text)
+            wait_for(self._is_up, seconds=60, description=lambda: self._nodes["head"].text)
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def _start(self, name: str, *options: str, cpus: int, hidden: Path | None = None) -> None:
-        blind = (
-            []
-            if hidden is None
-            else ["unshare", "--mount", "sh", "-c", f"mount -t tmpfs none '{hidden}' && exec \"$@\"", "sh"]
-        )
-        command = [*blind, _RAY, "start", "--block", "--disable-usage-stats", f"--num-cpus={cpus}", "--num-gpus=0",
+        hide = ["unshare", "--mount", "sh", "-c", f"mount -t tmpfs none '{hidden}' && exec \"$@\"", "sh"]
+        command = [_RAY, "start", "--block", "--disable-usage-stats", f"--num-cpus={cpus}", "--num-gpus=0",
                    "--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={100 * 2**20}", *options]  # fmt: skip
-        self._nodes[name] = Command(command, output=self.folder / f"{name}.out", more=self.environment)
+        self._nodes[name] = Command(
+            [*(hide if hidden else []), *command], output=self.folder / f"{name}.out", more=self.environment
+        )
 
     def _is_up(self) -> bool:
         try:
@@ -60,22 +58,23 @@ class RayCluster:
         except OSError:
             return False
 
-    def have(self, *names: str) -> None:
-        """Exactly these nodes beside the head, with one CPU each; those that are there stay."""
+    def set_nodes(self, *names: str) -> None:
+        """Add and kill nodes until there are exactly these beside the head, with one CPU each."""
         for name in (self._nodes.keys() - {"head", *names}) | self._drained:
             self.kill(name)
         for name in names:
             if name not in self._nodes:
                 self.add(name)
-        wait_for(lambda: self.count() == 1 + len(names), seconds=60, what=lambda: str(self.nodes()))
+        wait_for(lambda: self.count() == 1 + len(names), seconds=60, description=lambda: str(self.nodes()))
 
     def add(self, name: str, *, cpus: int = 1, hidden: Path | None = None, wait: bool = True) -> None:
-        """A node more, with a label of its name; it has a folder of its own where the others have `hidden`.
+        """Start a node, with its name as a label.
 
         Args:
-            wait: until it has joined.
+            hidden: a folder that the node does not share with the others.
+            wait: whether to wait until it has joined.
         """
-        # The head's monitor reads the logs of all nodes of this machine; a second one would tell each line twice.
+        # The head's monitor reads the logs of all nodes on this machine; a second one would repeat each line.
         self._start(
             name,
             f"--address={self.address}",
@@ -85,51 +84,51 @@ class RayCluster:
             hidden=hidden,
         )
         if wait:
-            wait_for(lambda: self.node_id(name) != "", seconds=60, what=lambda: self._nodes[name].text)
+            wait_for(lambda: self.node_id(name) != "", seconds=60, description=lambda: self._nodes[name].text)
 
     def count(self) -> int:
-        """Nodes that are alive, the head among them."""
+        """Return the number of nodes that are alive, with the head."""
         return sum(node["state"] == "ALIVE" for node in self.nodes())
 
     def nodes(self) -> list[dict[str, Any]]:
-        """What the dashboard says of each node; `ray list nodes` asks the same, and takes seconds to start."""
-        asked = urllib.request.Request(
+        """Return the dashboard's entry of each node; `ray list nodes` shows the same but takes seconds to start."""
+        request = urllib.request.Request(
             f"{self.dashboard}/api/v0/nodes?detail=1", headers={"Authorization": f"Bearer {_TOKEN}"}
         )
-        with urllib.request.urlopen(asked, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=10) as answer:
             return list(json.load(answer)["data"]["result"]["result"])
 
     def node_id(self, name: str) -> str:
-        """Of the node of that name; "" where it is not alive."""
+        """Return the id of a node by its name; empty if it is not alive."""
         alive = [node for node in self.nodes() if node["state"] == "ALIVE"]
         return next((str(node["node_id"]) for node in alive if node["labels"].get("name") == name), "")
 
     def is_used(self, name: str) -> bool:
-        """Whether a worker runs there."""
+        """Whether a worker runs on the node."""
         return any("RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_text() for pid in self._nodes[name].ranks())
 
     def kill(self, name: str) -> None:
-        """kill -9 of all processes of the node, workers too."""
+        """Kill all processes of the node with SIGKILL, workers too."""
         self._drained.discard(name)
         self._nodes.pop(name).__exit__()
 
     def drain(self, name: str, *, seconds: int = 60) -> None:
-        """Tell the cluster that the node is going to be taken away."""
+        """Announce to the cluster that the node will be taken away."""
         self._drained.add(name)
-        self.ask("drain-node", f"--address={self.address}", f"--node-id={self.node_id(name)}", "--reason-message=test",
+        self.run("drain-node", f"--address={self.address}", f"--node-id={self.node_id(name)}", "--reason-message=test",
                  "--reason=DRAIN_NODE_REASON_PREEMPTION", f"--deadline-remaining-seconds={seconds}")  # fmt: skip
 
-    def ask(self, *words: object, fails: bool = False) -> str:
-        """What `ray WORDS` says."""
-        done = subprocess.run([_RAY, *map(str, words)], env=os.environ | self.environment, cwd=ROOT, capture_output=True,
+    def run(self, *arguments: object, fails: bool = False) -> str:
+        """Run `ray ARGUMENTS`, and return its stdout; if it should fail, stderr as well."""
+        done = subprocess.run([_RAY, *map(str, arguments)], env=os.environ | self.environment, cwd=ROOT, capture_output=True,
                               text=True, timeout=240, check=False)  # fmt: skip
-        assert (done.returncode != 0) == fails, f"ray {words}: {done.returncode}\n{done.stdout}{done.stderr}"
+        assert (done.returncode != 0) == fails, f"ray {arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout + (done.stderr if fails else "")
 
-    def train(self, *words: object, output: Path, more: dict[str, str] | None = None) -> Command:
-        """`python -m launch.ray_train WORDS` on this cluster."""
-        command = [sys.executable, "-m", "launch.ray_train", *map(str, words)]
-        return Command(command, output=output, more=self.environment | (more or {}))
+    def train(self, *arguments: object, output: Path) -> Command:
+        """Start `python -m launch.ray_train ARGUMENTS` on this cluster."""
+        command = [sys.executable, "-m", "launch.ray_train", *map(str, arguments)]
+        return Command(command, output=output, more=self.environment)
 
     def __exit__(self, *_: object) -> None:
         for name in reversed(list(self._nodes)):

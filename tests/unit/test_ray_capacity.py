@@ -1,11 +1,14 @@
 """How many workers fit where; against a real cluster: tests/integration/test_ray.py."""
 
+import re
+
 import pytest
 
 from distributed.config.sections import Scaling
 
 pytest.importorskip("ray", reason="ray is not installed")
-from launch.on_ray.capacity import workers_on_cluster, workers_on_node
+from launch.on_ray import capacity
+from launch.on_ray.capacity import Capacity, CapacityError, wait_for_capacity, workers_on_cluster, workers_on_node
 from launch.on_ray.cluster import open_cluster_warning
 
 
@@ -41,3 +44,51 @@ def test_strict_placements_count_nodes_or_the_largest(placement, count):
 def test_an_open_cluster_on_a_network_is_warned_about(addresses, token, message):
     assert open_cluster_warning(addresses, token=token).startswith(message)
     assert bool(message) == bool(open_cluster_warning(addresses, token=token))
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Capacities (now, when idle), one per look, the last of them for good; no pauses between looks."""
+    looks: list[tuple[int, int]] = []
+
+    def look(*_: object) -> Capacity:
+        now, when_idle = looks.pop(0) if len(looks) > 1 else looks[0]
+        return Capacity(now, when_idle, "a node")
+
+    monkeypatch.setattr(capacity, "capacity", look)
+    monkeypatch.setattr(capacity, "request_resources", lambda bundles: None)
+    monkeypatch.setattr(capacity, "_POLL_SECONDS", 0.0)
+    return looks
+
+
+ELASTIC = Scaling(num_workers=3, min_workers=1, wait_seconds=0)
+
+
+@pytest.mark.parametrize(
+    ("looks", "scaling", "workers"),
+    [
+        ([(3, 3)], ELASTIC, 3),
+        ([(9, 9)], ELASTIC, 3),
+        ([(2, 2)], ELASTIC, 2),
+        ([(1, 3), (3, 3)], ELASTIC.model_copy(update={"wait_seconds": 60}), 3),
+        ([(0, 2), (2, 2)], ELASTIC.model_copy(update={"wait_seconds": 60}), 2),
+    ],
+)
+def test_as_many_workers_start_as_will_fit(cluster, looks, scaling, workers):
+    cluster += looks
+    assert wait_for_capacity(scaling, lambda: None, ()) == workers
+
+
+def test_a_stop_ends_the_wait(cluster):
+    cluster += [(0, 0)]
+    assert wait_for_capacity(ELASTIC, lambda: "SIGTERM", ()) == 0
+
+
+def test_too_small_a_cluster_is_an_error_with_its_nodes(cluster):
+    cluster += [(0, 2)]
+    message = re.escape(
+        "scaling.num_workers = 3 (scaling.min_workers = 1): the cluster has capacity for 0 workers of 1 CPU each (pack), "
+        "2 when idle: a node; lower scaling.num_workers"
+    )
+    with pytest.raises(CapacityError, match=message):
+        wait_for_capacity(ELASTIC, lambda: None, ())
