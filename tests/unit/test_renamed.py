@@ -182,14 +182,14 @@ def test_an_old_name_beside_the_new_one_is_refused(old_file: Path) -> None:
     )
 
 
-def test_an_old_name_is_refused_where_another_variant_replaces_its_section(tmp_path: Path) -> None:
+def test_an_old_name_is_refused_in_a_replaced_section(tmp_path: Path) -> None:
     file = tmp_path / "user.toml"
     file.write_text("[optim]\nclip_norm = 1.5\n")
     with pytest.raises(InputError, match=r"user.toml:2: optim.clip_norm = 1.5: renamed to optim.max_grad_norm$"):
         from_command_line([str(file), "--optim.name", "adamw"])
 
 
-def test_a_setting_of_no_version_stays_an_error_in_a_runs_config(old_file: Path) -> None:
+def test_an_unknown_setting_in_a_saved_config_is_an_error(old_file: Path) -> None:
     old_file.write_text("[optim]\nclip_norm = 1.5\nlookahead = 3\n")
     with pytest.raises(InputError) as caught:
         read_saved(old_file)
