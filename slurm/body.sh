@@ -112,7 +112,7 @@ main() {
     logs=$run/slurm
     mkdir -p "$logs" || exit_with 2 "error: run_dir = $run: not writable; give another with --run_dir"
     set_comment "$(in_container python -m launch.slurm.requeue begin "$run" "$SLURM_JOB_ID")"
-    log "attempt $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, $ranks processes per node, rendezvous at" \
+    log "attempt $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, processes per node: $ranks, rendezvous at" \
         "$address:$port; run folder $run, logs $logs/$SLURM_JOB_ID-*.log"
 
     if [ "${PREFLIGHT:-$((SLURM_JOB_NUM_NODES > 1))}" != 0 ]; then

@@ -104,11 +104,12 @@ def wait_for_capacity(scaling: Scaling, stop_requested: Callable[[], str | None]
 
 
 def _shortage(scaling: Scaling, found: Capacity) -> str:
-    worker = f"{scaling.cpus_per_worker} CPU" + (", 1 GPU" if scaling.gpus_per_worker else "")
+    size = f"{scaling.cpus_per_worker} CPU" + (", 1 GPU" if scaling.gpus_per_worker else "")
     minimum = f" (scaling.min_workers = {scaling.min_workers})" if scaling.min_workers else ""
+    workers = f"{found.now} worker{'s' if found.now != 1 else ''}"
     return (
-        f"scaling.num_workers = {scaling.num_workers}{minimum}: the cluster has capacity for {found.now} workers of {worker} "
-        f"each ({scaling.placement}), {found.when_idle} when idle: {found.description}"
+        f"scaling.num_workers = {scaling.num_workers}{minimum}: the cluster has capacity for {workers} of {size} each "
+        f"({scaling.placement}), {found.when_idle} when idle: {found.description}"
     )
 
 

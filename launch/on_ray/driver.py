@@ -220,7 +220,7 @@ def _outcome(config: TrainConfig, result: "Future[Any]", *, stopped: bool) -> Ou
 
 def _outcome_of_return(config: TrainConfig, result: WorkerResult, *, stopped: bool) -> Outcome:
     if not result.stopped_by:
-        logger.info("finished after {} epochs, {} steps; run folder {}", result.epoch, result.step, config.run_dir)
+        logger.info("finished at epoch {}, step {}; run folder {}", result.epoch, result.step, config.run_dir)
         return Outcome(ExitCode.FINISHED)
     logger.info("stopped by {} at step {}, everything saved", result.stopped_by, result.step)
     if not stopped:

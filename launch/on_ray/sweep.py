@@ -63,7 +63,12 @@ def _train(folder: Path, trainings: Sequence[Training], stop: StopSource) -> Exi
             f"cluster has capacity for {found.when_idle}: {found.description}; lower scaling.num_workers, or add nodes"
         )
     concurrent = max(1, found.when_idle // scaling.num_workers)
-    logger.info("{} trainings of {} workers, {} at once", len(trainings), scaling.num_workers, concurrent)
+    logger.info(
+        "trainings: {}, workers per training: {}, trainings at once: {}",
+        len(trainings),
+        scaling.num_workers,
+        concurrent,
+    )
     key = uuid.uuid4().hex
     # Tune starts no more trainings than fit, so each can wait for the workers that another one is about to release.
     patient = scaling.model_copy(update={"wait_seconds": 1e7})
