@@ -94,7 +94,7 @@ def threads_and_log_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 
 @pytest.fixture
-def said() -> Iterator[list[str]]:
+def log_messages() -> Iterator[list[str]]:
     """Messages logged at WARNING and above."""
     from loguru import logger
 

@@ -28,6 +28,7 @@ from distributed.engine.protocol import Engine
 from distributed.errors import InputError, StorageError
 from distributed.run import checkpoint_layout as layout
 from distributed.run.claim import ClaimedRun
+from distributed.run.records import SaveRecord
 from distributed.training.state import TrainState
 
 
@@ -228,7 +229,7 @@ class Checkpointer:
             self.run.check_token()  # its message says more if the run folder was removed
             raise
         digests = {tensor: tensor_digest(value) for tensor, value in tensors.items()}
-        self.run.append(self.run.digests_file, {"name": name, "tensors": digests})
+        self.run.append(self.run.digests_file, SaveRecord(name=name, tensors=digests))
         self.run.try_cleanup("the link latest was not set", partial(layout.set_link, self.folder, layout.LATEST, name))
         if snapshot.best is not None:
             self.run.try_cleanup(

@@ -18,7 +18,7 @@ from distributed.errors import InputError
 from distributed.files import with_home
 
 _NAMES_DATA = {"data", "data.name", "data.root", "data.download", "data.urls"}
-"""Whoever sets one of these has chosen a data set."""
+"""Settings of which each one counts as choosing a data set."""
 
 
 @dataclass(frozen=True)

@@ -163,9 +163,9 @@ class Scaling(Section):
     max_failures: int = operational(
         3, "consecutive failures, with no checkpoint in between, to survive; drained nodes do not count", ge=0
     )
-    wait_seconds: float = operational(60.0, "wait this long for room on the cluster before giving up", ge=0, le=1e7)
+    wait_seconds: float = operational(60.0, "wait this long for capacity on the cluster before giving up", ge=0, le=1e7)
     resize_seconds: float = operational(
-        30.0, "seconds between checks for room to grow while there are fewer than num_workers", gt=0, le=1e7
+        30.0, "seconds between checks for capacity while there are fewer than num_workers", gt=0, le=1e7
     )
     storage_path: OptionalPath = operational(None, "folder shared by all nodes, which a relative run_dir is put in")
 
@@ -184,7 +184,7 @@ class Scaling(Section):
         if self.min_workers and self.placement.startswith("strict"):
             found.append(
                 f"scaling.placement = {self.placement} cannot be combined with scaling.min_workers, under which a run grows "
-                f"wherever there is room: set {self.placement.removeprefix('strict_')}, or remove min_workers"
+                f"wherever it fits: set {self.placement.removeprefix('strict_')}, or remove min_workers"
             )
         if device == "cuda" and not self.gpus_per_worker:
             found.append("device = cuda needs scaling.gpus_per_worker = 1: with 0 Ray would hide the GPUs")

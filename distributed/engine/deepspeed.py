@@ -143,9 +143,9 @@ class DeepSpeedEngine:
 def _optimizer(config: Sgd | AdamW, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
     own = list(parameters.values())
     groups = [
-        {"params": members, "weight_decay": weight_decay}
-        for members, weight_decay in decay_groups(config, own, [p.dim() for p in own])
-        if members
+        {"params": group.parameters, "weight_decay": group.weight_decay}
+        for group in decay_groups(config, own, [p.dim() for p in own])
+        if group.parameters
     ]
     if isinstance(config, AdamW):
         betas = (config.beta1, config.beta2)

@@ -1,7 +1,6 @@
 """The sinks of a run: metrics.jsonl, TensorBoard and the terminal."""
 
 import json
-import math
 import sys
 import threading
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from distributed.metrics.records import EpochMetrics, Sink, TrainMetrics
 from distributed.process.optional_output import OptionalOutput
 from distributed.run.claim import ClaimedRun
 from distributed.run.metrics_file import EpochRecord, TrainRecord
-from distributed.run.records import Record
 
 
 class JsonLines:
@@ -36,15 +34,11 @@ class JsonLines:
         run.replace(run.metrics_file, "".join(f"{line}\n" for line in kept))
 
     def log_step(self, metrics: TrainMetrics) -> None:
-        self._append(TrainRecord(kind="train", data=self.data, **asdict(metrics)))
+        self.run.append(self.run.metrics_file, TrainRecord(kind="train", data=self.data, **asdict(metrics)))
         self.run.progress(step=metrics.step, epoch=metrics.epoch)
 
     def log_epoch(self, metrics: EpochMetrics) -> None:
-        self._append(EpochRecord(kind="epoch", data=self.data, **asdict(metrics)))
-
-    def _append(self, record: Record) -> None:
-        strict = {name: None if value in (math.inf, -math.inf) else value for name, value in record.as_json().items()}
-        self.run.append(self.run.metrics_file, strict)
+        self.run.append(self.run.metrics_file, EpochRecord(kind="epoch", data=self.data, **asdict(metrics)))
 
     def close(self) -> None:
         pass

@@ -4,7 +4,7 @@ Built on torch's functional optimizers: constructing a torch.optim class imports
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,14 +69,19 @@ class Optimizer:
             parameter.grad = None
 
 
-def decay_groups(
-    config: Sgd | AdamW, parameters: Iterable[Tensor], dims: Iterable[int]
-) -> list[tuple[list[Tensor], float]]:
-    """Split parameters into those with and those without weight decay; return each group with its decay."""
+class DecayGroup(NamedTuple):
+    """Parameters with the same weight decay."""
+
+    parameters: list[Tensor]
+    weight_decay: float
+
+
+def decay_groups(config: Sgd | AdamW, parameters: Iterable[Tensor], dims: Iterable[int]) -> list[DecayGroup]:
+    """Split parameters into those with and those without weight decay; either group may be empty."""
     decaying, others = list[Tensor](), list[Tensor]()
     for parameter, dimensions in zip(parameters, dims, strict=True):
         (decaying if dimensions > 1 or config.decay_norm_and_bias else others).append(parameter)
-    return [(decaying, config.weight_decay), (others, 0.0)]
+    return [DecayGroup(decaying, config.weight_decay), DecayGroup(others, 0.0)]
 
 
 def initial_state(config: Sgd | AdamW, parameter: Tensor) -> dict[str, Tensor]:

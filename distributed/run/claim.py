@@ -22,7 +22,7 @@ from distributed.files import open_regular, replace_json, replace_text, storing,
 from distributed.host.versions import git_state, versions
 from distributed.run.folder import RunFolder
 from distributed.run.lock_holder import acquire_lock, this_process
-from distributed.run.records import AttemptRecord, Holder, Record, Status
+from distributed.run.records import AttemptRecord, Holder, Record, Status, timestamp
 from distributed.topology import host
 
 LOCK_WAIT_SECONDS = 30.0
@@ -86,18 +86,17 @@ class ClaimedRun(RunFolder):
             "ends, and the same command resumes from the newest checkpoint"
         )
 
-    def append(self, file: Path, record: Record | dict[str, Any]) -> None:
-        """Append a line of JSON to a file of the run, in a single write.
+    def append(self, file: Path, record: Record) -> None:
+        """Append a record as a line of JSON to a file of the run, in a single write.
 
         Raises:
             StorageError: it could not be written, or another attempt has claimed the folder. Also raised by all methods below.
         """
-        line = record.as_json() if isinstance(record, Record) else record
         self.check_token()
         with storing(file), open(file, "ab", buffering=0, opener=open_regular) as opened:
             # Check again: an attempt that claims the folder later replaces metrics.jsonl, and this write goes to the old file.
             self.check_token()
-            opened.write(json.dumps(line).encode() + b"\n")
+            opened.write(json.dumps(record.as_json()).encode() + b"\n")
 
     def replace(self, file: Path, text: str) -> None:
         """Replace the content of a file of the run atomically."""
@@ -190,15 +189,17 @@ class ClaimedRun(RunFolder):
 
     def _write_status(self, status: str, *, synced: bool = True, **fields: Any) -> None:
         self.check_token()
-        common = {"status": status, "time": _now(), "pid": os.getpid(), "host": host(), "world_size": self.world_size}
+        common = {
+            "status": status,
+            "time": timestamp(),
+            "pid": os.getpid(),
+            "host": host(),
+            "world_size": self.world_size,
+        }
         record = Status.model_validate(common | fields | self._progress)
         with storing(self.status_file):
             replace_json(self.status_file, record.as_json(), synced=synced)
 
     def _append_attempt(self, event: str, **fields: Any) -> None:
-        record = AttemptRecord(event=event, time=_now(), token=self.token, pid=os.getpid(), host=host(), **fields)
+        record = AttemptRecord(event=event, time=timestamp(), token=self.token, pid=os.getpid(), host=host(), **fields)
         self.append(self.attempts_file, record)
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -4,6 +4,8 @@ Readers skip damaged lines, e.g. the incomplete last line of a killed run. Field
 """
 
 import json
+import math
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
@@ -33,8 +35,14 @@ class Record(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="allow", defer_build=True)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields that were set, in the order of their declaration."""
-        return self.model_dump(exclude_unset=True)
+        """Return the fields that were set, in the order of their declaration. JSON has no infinities: they become None."""
+        fields = self.model_dump(exclude_unset=True)
+        return {name: None if value in (math.inf, -math.inf) else value for name, value in fields.items()}
+
+
+def timestamp() -> str:
+    """Return the current time in the format of all records."""
+    return time.strftime(_TIME)
 
 
 class FileRecord(Record):
@@ -116,10 +124,10 @@ class AttemptRecord(Record):
 
     @field_validator("time")
     @classmethod
-    def _check_time(cls, time: str | None) -> str | None:
-        if time is not None:
-            datetime.strptime(time, _TIME)
-        return time
+    def _check_time(cls, text: str | None) -> str | None:
+        if text is not None:
+            datetime.strptime(text, _TIME)
+        return text
 
     @field_validator("bits")
     @classmethod

@@ -7,13 +7,12 @@ trainer's own lines, which a killed attempt did not write. Imports no torch.
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 from distributed.errors import ExitCode, prints_errors
 from distributed.files import append_line, home_path, read_object, replace_json
 from distributed.run.folder import RunFolder
-from distributed.run.records import AttemptRecord, read_attempts
+from distributed.run.records import AttemptRecord, read_attempts, timestamp
 from launch.environment import Allocation
 from launch.slurm.decision import AttemptEnd, Decision, Verdict, decide
 
@@ -68,7 +67,7 @@ class Journal:
         tokens = [line.token for line in self._lines() if line.token]
         record = AttemptRecord(
             event=event,
-            time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            time=timestamp(),
             token=tokens[-1] if tokens else f"{self._job}-{len(self._endings)}",
             job=self._job,
             reason=reason,

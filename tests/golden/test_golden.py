@@ -1,6 +1,6 @@
-"""A recorded loss curve: a change that is meant to leave the numbers alone must leave them alone.
+"""A recorded loss curve, which changes only when a change is meant to alter the numbers.
 
-After a change that is meant to alter them: python tests/golden/test_golden.py
+Record it again after such a change: python tests/golden/test_golden.py
 """
 
 import json
@@ -22,6 +22,8 @@ SETTINGS = (
 
 
 class Losses:
+    """A sink that records the training and validation losses in order."""
+
     def __init__(self) -> None:
         self.losses: list[float] = []
 
@@ -49,14 +51,14 @@ def losses(run_dir: Path, shards: str = "auto") -> list[float]:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("shards", ["0", "auto", "2"])
 def test_the_loss_curve_is_the_recorded_one(tmp_path: Path, shards: str) -> None:
-    """In fast mode and in exact mode: the same mathematics."""
+    """Fast mode and exact mode compute the same mathematics."""
     recorded = json.loads(RECORDED.read_text())
     found = losses(tmp_path / "run", shards)
     assert len(found) == len(recorded)
-    parted = [
+    differing = [
         step for step, (a, b) in enumerate(zip(found, recorded, strict=True)) if not math.isclose(a, b, rel_tol=1e-9)
     ]
-    assert parted == []
+    assert differing == []
 
 
 if __name__ == "__main__":

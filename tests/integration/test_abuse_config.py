@@ -1,4 +1,4 @@
-"""Bad settings, each with a name: one clear line each, exit code 2, and nothing of the run folder touched."""
+"""Bad settings, each named: one clear line each, exit code 2, and an untouched run folder."""
 
 import os
 import socket
@@ -16,7 +16,7 @@ from distributed.config.leaves import leaves
 
 HUGE = str(10**30)
 
-# Setting -> a bad value and a part of what is said of it; on the command line, with data.name and the like before it.
+# (setting, bad value, substring of the message); on the command line, after the data.name or the like that it needs.
 VALUES: list[tuple[str, str, str]] = [
     ("run_dir", "", "should be a path"),
     ("run_dir", "x" * 300, "at most 255 bytes per name"),
@@ -292,7 +292,7 @@ ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
 
 @pytest.fixture(autouse=True)
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is not refused would train: it ends with 99 instead."""
+    """Input that is not refused ends with 99 instead of training."""
     process = ModuleType("distributed.run_process")
     process.run_to_exit_code = lambda *_: 99  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "distributed.run_process", process)
@@ -302,7 +302,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def variant_of(path: str) -> list[str]:
-    """The words that choose the section in which this setting is; generated images otherwise."""
+    """Return the arguments that choose the section with this setting; generated images otherwise."""
     section, _, name = path.partition(".")
     [*variants] = [leaf.variant for leaf in leaves() if path.startswith(leaf.path)]
     chosen = [] if name == "name" else ["--data.name", "generated10"]
@@ -311,11 +311,11 @@ def variant_of(path: str) -> list[str]:
     return chosen
 
 
-@pytest.mark.parametrize(("path", "value", "said"), VALUES, ids=[f"{p}={v[:12]!a}" for p, v, _ in VALUES])
-def test_a_bad_value(path: str, value: str, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("path", "value", "message"), VALUES, ids=[f"{p}={v[:12]!a}" for p, v, _ in VALUES])
+def test_a_bad_value(path: str, value: str, message: str, tmp_path: Path) -> None:
     with untouched(tmp_path):
-        words = [] if path == "run_dir" else ["--run_dir", tmp_path / "run"]
-        assert_told(call("train", *variant_of(path), *words, f"--{path}={value}"), path, said)
+        arguments = [] if path == "run_dir" else ["--run_dir", tmp_path / "run"]
+        assert_told(call("train", *variant_of(path), *arguments, f"--{path}={value}"), path, message)
 
 
 def test_every_setting_has_a_bad_value() -> None:
@@ -324,11 +324,11 @@ def test_every_setting_has_a_bad_value() -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_bad_file(name: str, tmp_path: Path) -> None:
-    content, said = FILES[name]
+    content, message = FILES[name]
     file = tmp_path / "bad.toml"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with untouched(tmp_path):
-        assert_told(call("train", file), said, str(tmp_path))
+        assert_told(call("train", file), message, str(tmp_path))
 
 
 NO_FILES = [
@@ -338,8 +338,10 @@ NO_FILES = [
 
 @pytest.mark.parametrize("extended", [False, True], ids=["named", "extended"])
 @pytest.mark.parametrize("kind", NO_FILES)
-def test_a_file_that_is_none(kind: str, extended: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # the path of a socket is short
+def test_a_config_that_is_no_regular_file(
+    kind: str, extended: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
     file = tmp_path / ("x" * 5000 if kind == "long" else "bad.toml")
     if kind == "folder":
         file.mkdir()
@@ -360,8 +362,8 @@ def test_a_file_that_is_none(kind: str, extended: bool, tmp_path: Path, monkeypa
     if extended:
         (tmp_path / "good.toml").write_text(f'extends = "{file}"')
     with untouched(tmp_path):
-        said = call("train", tmp_path / "good.toml" if extended else file)
-        assert_told(said, str(tmp_path)[:40], "the first argument names a TOML file")
+        message = call("train", tmp_path / "good.toml" if extended else file)
+        assert_told(message, str(tmp_path)[:40], "the first argument names a TOML file")
 
 
 @pytest.mark.parametrize("length", [33, 2000])
@@ -376,16 +378,16 @@ def many_words(count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("count", [21, 5000, 20_000])
-@pytest.mark.parametrize("place", ["file", "section", "words", "strays"])
-def test_thousands_of_mistakes_are_twenty_lines(place: str, count: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["file", "section", "arguments", "strays"])
+def test_thousands_of_mistakes_are_reported_in_twenty_lines(place: str, count: int, tmp_path: Path) -> None:
     lines = "".join(f"optim_lr{number} = {number}\n" for number in range(count))
     (tmp_path / "bad.toml").write_text(f"[nonsense]\n{lines}" if place == "section" else lines)
-    words: list[object] = [tmp_path / "bad.toml"]
-    if place in ("words", "strays"):
-        words = [*many_words(count)] if place == "words" else ["--seed=1", *["stray"] * count]
+    arguments: list[object] = [tmp_path / "bad.toml"]
+    if place in ("arguments", "strays"):
+        arguments = [*many_words(count)] if place == "arguments" else ["--seed=1", *["stray"] * count]
     before = time.monotonic()
-    found = call("train", *words)
-    assert time.monotonic() - before < 20  # one or two; it was minutes
+    found = call("train", *arguments)
+    assert time.monotonic() - before < 20  # takes one or two; once took minutes
     assert_told(found, f"and {count - 20:,} more mistake", lines=21)
 
 
@@ -393,7 +395,7 @@ RUN_FILES = ("config.toml", "metrics.jsonl", "digests.jsonl", "status.json", "at
 
 
 @pytest.mark.parametrize("name", RUN_FILES)
-def test_a_pipe_in_place_of_a_file_of_the_run(name: str, tmp_path: Path) -> None:
+def test_a_pipe_instead_of_a_file_of_the_run(name: str, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     os.mkfifo(tmp_path / "run" / name)
     with untouched(tmp_path):
@@ -405,12 +407,12 @@ COMMANDS = ("compare", "report.__main__", "runs.__main__", "evaluate", "predict"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_pipe_in_place_of_the_config_of_a_run(command: str, tmp_path: Path) -> None:
+def test_a_pipe_instead_of_the_config_of_a_run(command: str, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     os.mkfifo(tmp_path / "run" / "config.toml")
     more = {"compare": [tmp_path / "run"], "predict": ["image.png"]}.get(command, [])
     found = call(command, tmp_path / "run", *more)
-    if command == "runs.__main__":  # a list of runs leaves none out
+    if command == "runs.__main__":  # a list of runs omits none
         assert (found.code, "unknown" in found.out) == (0, True)
     else:
         assert_told(found, str(tmp_path / "run"))
@@ -424,35 +426,37 @@ def test_commands_know_the_home_folder(command: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("out", ["/dev/null", "", "x" * 300, "/dev/null/table"])
 def test_a_table_of_experiments_that_cannot_be_written(out: str, tmp_path: Path) -> None:
-    words = ("--only", "I-10", "--data.root", tmp_path, "--runs", tmp_path / "runs")
-    assert_told(call("experiments.__main__", *words, "--out", out), "--out")
+    arguments = ("--only", "I-10", "--data.root", tmp_path, "--runs", tmp_path / "runs")
+    assert_told(call("experiments.__main__", *arguments, "--out", out), "--out")
 
 
 @pytest.mark.parametrize("name", WORDS)
-def test_bad_words(name: str, tmp_path: Path) -> None:
-    words, said = WORDS[name]
-    data = [] if "--data.name=cifar10" in words else ["--data.name=generated10"]
+def test_bad_arguments(name: str, tmp_path: Path) -> None:
+    arguments, message = WORDS[name]
+    data = [] if "--data.name=cifar10" in arguments else ["--data.name=generated10"]
     with untouched(tmp_path):
-        assert_told(call("train", "--run_dir", tmp_path / "run", *data, *words), said)
+        assert_told(call("train", "--run_dir", tmp_path / "run", *data, *arguments), message)
 
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_a_bad_environment(name: str, tmp_path: Path) -> None:
-    environment, said = ENVIRONMENTS[name]
-    words = ("--data.name=generated10", "--exact.shards=8", "--run_dir", tmp_path / "run")
+    environment, message = ENVIRONMENTS[name]
+    arguments = ("--data.name=generated10", "--exact.shards=8", "--run_dir", tmp_path / "run")
     with untouched(tmp_path):
-        assert_told(call("train", *words, **environment), said)
+        assert_told(call("train", *arguments, **environment), message)
 
 
-def test_many_mistakes_are_as_many_lines(tmp_path: Path) -> None:
+def test_each_mistake_is_a_line(tmp_path: Path) -> None:
     wrong = ("--epochs=0", "--seed=x", "--optim.lr=nan", "--data.augment.crop=99", "--nonsense=1")
     assert_told(call("train", "--data.name=generated10", "--run_dir", tmp_path / "run", *wrong), "epochs", lines=5)
 
 
-@pytest.mark.parametrize("words", [["--epochs=" + "9" * 5000], ["--precision=a\nb"], ["/dev/null/x.toml"]], ids=repr)
-def test_the_real_command(words: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments", [["--epochs=" + "9" * 5000], ["--precision=a\nb"], ["/dev/null/x.toml"]], ids=repr
+)
+def test_the_real_command(arguments: list[str], tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "distributed.train", *words, "--device=cpu"],
+        [sys.executable, "-m", "distributed.train", *arguments, "--device=cpu"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""Bad data, each with a name: a clear line, exit code 2, and the data as it was. Small stand-ins, no real images."""
+"""Bad data, each named: one clear line, exit code 2, and unchanged data. Small files instead of real images."""
 
 import gzip
 import os
@@ -18,7 +18,7 @@ BATCHES = [f"data_batch_{place}.bin" for place in range(1, 6)]
 
 
 def sparse(path: Path, size: int) -> None:
-    """Zeros that take no space: label 0 and black pixels."""
+    """Write a sparse file of zeros: label 0 and black pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.truncate(size)
@@ -31,7 +31,7 @@ def cifar10(root: Path) -> Path:
 
 
 def instead(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
-    """Another thing in the place of a file of CIFAR-10."""
+    """Replace a file of CIFAR-10."""
 
     def change(root: Path) -> None:
         path = cifar10(root) / BIN / name
@@ -137,29 +137,29 @@ def train(name: str, root: Path, run: Path) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("case", CIFAR)
-def test_bad_files_of_cifar_10_are_told_before_anything_is_touched(case: str, tmp_path: Path) -> None:
-    make, said = CIFAR[case]
+def test_bad_files_of_cifar_10_are_refused_untouched(case: str, tmp_path: Path) -> None:
+    make, message = CIFAR[case]
     make(tmp_path / "data")
     with untouched(tmp_path):
         found = call("train", *train("cifar10", tmp_path / "data", tmp_path / "run"))
-    assert_told(found, said, str(tmp_path / "data"), "--data.root")
+    assert_told(found, message, str(tmp_path / "data"), "--data.root")
 
 
 @pytest.mark.parametrize("case", HUNDRED)
 def test_bad_files_of_cifar_100(case: str, tmp_path: Path) -> None:
-    make, said = HUNDRED[case]
+    make, message = HUNDRED[case]
     make(tmp_path / "data")
     with untouched(tmp_path):
-        assert_told(call("train", *train("cifar100", tmp_path / "data", tmp_path / "run")), said, "--data.root")
+        assert_told(call("train", *train("cifar100", tmp_path / "data", tmp_path / "run")), message, "--data.root")
 
 
 @pytest.mark.parametrize("case", READ)
-def test_what_only_reading_tells(case: str, tmp_path: Path) -> None:
-    make, said = READ[case]
+def test_damage_that_only_reading_finds(case: str, tmp_path: Path) -> None:
+    make, message = READ[case]
     make(tmp_path / "data")
     with untouched(tmp_path / "data"):
         found = call("train", *train("cifar10", tmp_path / "data", tmp_path / "run"))
-    assert_told(found, said, str(tmp_path / "data"), "again, or point --data.root")
+    assert_told(found, message, str(tmp_path / "data"), "again, or point --data.root")
     assert not list((tmp_path / "run").rglob("step-*"))
 
 
@@ -186,17 +186,17 @@ IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("case", IMAGES)
 def test_bad_image_folders(case: str, tmp_path: Path) -> None:
-    make, said = IMAGES[case]
+    make, message = IMAGES[case]
     make(image_folder(tmp_path / "data"))
-    words = train("image_folder", tmp_path / "data", tmp_path / "run")
+    arguments = train("image_folder", tmp_path / "data", tmp_path / "run")
     with untouched(tmp_path / "data"):
-        found = call("train", *words, "--data.cache", tmp_path / "cache")
-    assert_told(found, said, "data.name = image_folder: ")
+        found = call("train", *arguments, "--data.cache", tmp_path / "cache")
+    assert_told(found, message, "data.name = image_folder: ")
 
 
 def test_a_cache_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("x")
-    words = train("image_folder", image_folder(tmp_path / "data"), tmp_path / "run")
+    arguments = train("image_folder", image_folder(tmp_path / "data"), tmp_path / "run")
     with untouched(tmp_path / "data"):
-        found = call("train", *words, "--data.cache", tmp_path / "cache")
+        found = call("train", *arguments, "--data.cache", tmp_path / "cache")
     assert_told(found, f"data.cache: cannot write to {tmp_path}/cache")

@@ -1,4 +1,4 @@
-"""Data that cannot be, that differs from what a run began with, or that is too little: exit code 2, or one warning."""
+"""Data that is impossible, differs from the run's, or is too small: exit code 2, or one warning."""
 
 import json
 import os
@@ -31,20 +31,20 @@ def small() -> Iterator[None]:
         yield
 
 
-def train(name: str, root: Path, run: Path, *words: object, epochs: int = 1) -> Outcome:
+def train(name: str, root: Path, run: Path, *arguments: object, epochs: int = 1) -> Outcome:
     of_data = ("--data.name", name, "--data.root", root, "--data.validation_fraction", 0)
     if name == "image_folder":
         of_data += ("--data.cache", run.parent / "cache")
-    return call("train", *SHORT, *of_data, "--run_dir", run, "--epochs", epochs, "--global_batch_size", 100, *words)
+    return call("train", *SHORT, *of_data, "--run_dir", run, "--epochs", epochs, "--global_batch_size", 100, *arguments)
 
 
 def warned(found: Outcome) -> list[str]:
-    """Warnings about the data; others are of generated images and of torchvision."""
+    """Return the warnings about the data, without those about generated images and torchvision."""
     lines = [line for line in found.err.splitlines() if " WARNING " in line]
     return [line for line in lines if "generated images" not in line and "py.warnings" not in line]
 
 
-# What CIFAR cannot hold
+# Data that CIFAR cannot hold
 
 
 def put(rows: Any, columns: Any, value: Any) -> Callable[[Records], None]:
@@ -59,7 +59,7 @@ def into(name: str, how: Callable[[Records], Records | None]) -> Callable[[Path]
 
 
 def copy_of(source: str, to: str, how: Callable[[Records], Records] = np.copy) -> Callable[[Path], None]:
-    """The first records of a file replaced by those of another."""
+    """Replace the first records of a file by those of another."""
 
     def copy(folder: Path) -> None:
         taken = how(records_of(folder / source))
@@ -129,16 +129,16 @@ IMPOSSIBLE: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)
 def test_impossible_cifar_is_refused(case: str, tmp_path: Path) -> None:
-    folder, how, said = IMPOSSIBLE[case]
+    folder, how, message = IMPOSSIBLE[case]
     name = "cifar10" if folder == TEN else "cifar100"
     how(write_cifar(tmp_path / "data", name))
     with untouched(tmp_path / "data"):
         found = train(name, tmp_path / "data", tmp_path / "run")
-    assert_told(found, said, str(tmp_path / "data" / folder), "again, or point --data.root")
+    assert_told(found, message, str(tmp_path / "data" / folder), "again, or point --data.root")
     assert not list((tmp_path / "run").rglob("step-*"))
 
 
-# A resume on other data
+# Resuming on other data
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,8 @@ def copied(run: Begun, to: Path) -> Begun:
     return Begun(run.name, to / "data", to / "run")
 
 
-def resume(run: Begun, *words: object) -> Outcome:
-    return train(run.name, run.root, run.run, "--schedule.name", "constant", *words, epochs=2)
+def resume(run: Begun, *arguments: object) -> Outcome:
+    return train(run.name, run.root, run.run, "--schedule.name", "constant", *arguments, epochs=2)
 
 
 def with_class(root: Path) -> None:
@@ -195,7 +195,7 @@ def renamed_class(root: Path) -> None:
 
 
 def one_pixel(path: Path) -> None:
-    """Another image of the same size in bytes, with right checksums: they are not compressed."""
+    """Write another image with the same number of bytes and valid checksums: uncompressed."""
     before = path.stat().st_size
     with Image.open(path) as image:
         image.load()
@@ -242,28 +242,28 @@ OTHER: dict[str, tuple[str, Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
-def refused(run: Begun, said: str) -> None:
-    """A resume ends before its first step and leaves checkpoints, metrics and data as they are."""
+def refused(run: Begun, message: str) -> None:
+    """Check that resuming fails before the first step and leaves checkpoints, metrics and data unchanged."""
     before = {file: (run.run / file).read_bytes() for file in ("metrics.jsonl", "config.toml", "digests.jsonl")}
     with untouched(run.root, run.run / "checkpoints"):
         found = resume(run)
     assert found.code == 2, found.err
     assert "Traceback" not in found.err
-    assert any(said in line and str(run.run) in line for line in found.errors), found.err
+    assert any(message in line and str(run.run) in line for line in found.errors), found.err
     assert any("a resumed run keeps its data" in line for line in found.errors), found.err
     assert {file: (run.run / file).read_bytes() for file in before} == before
 
 
 @pytest.mark.parametrize("case", OTHER)
 def test_a_resume_on_other_data_is_refused(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
-    name, how, said = OTHER[case]
+    name, how, message = OTHER[case]
     run = copied(runs[name], tmp_path)
     how(run.root)
-    refused(run, said)
+    refused(run, message)
 
 
 @pytest.mark.parametrize("name", ["image_folder", "cifar10"])
-def test_a_copy_of_the_data_is_the_same(name: str, runs: dict[str, Begun], tmp_path: Path) -> None:
+def test_a_run_resumes_on_a_copy_of_its_data(name: str, runs: dict[str, Begun], tmp_path: Path) -> None:
     run = copied(runs[name], tmp_path)
     for path in run.root.rglob("*"):
         os.utime(path, (1, 1))
@@ -283,7 +283,7 @@ SAVED: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("case", SAVED)
-def test_a_checkpoint_that_says_less_of_its_data(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
+def test_a_checkpoint_with_less_metadata_resumes(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
     run = copied(runs["image_folder"], tmp_path)
     with_state(run, SAVED[case])
     found = resume(run)
@@ -294,14 +294,14 @@ DAMAGED: dict[str, Any] = {"a text": "x", "negative": -6, "a fraction": 6.5, "ne
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_a_size_of_the_data_that_cannot_be(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
+def test_an_impossible_size_of_the_data_is_refused(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
     run = copied(runs["image_folder"], tmp_path)
     with_state(run, lambda state: state["images"]["train"].update(size=DAMAGED[case]))
     refused(run, f"{NUMBER} 6 here")
 
 
 def with_state(run: Begun, how: Callable[[dict[str, Any]], object]) -> None:
-    """Change each checkpoint's state.json, and its manifest with it."""
+    """Change the state.json of each checkpoint, and its manifest accordingly."""
     for checkpoint in (run.run / "checkpoints").glob("step-*"):
         state = json.loads((checkpoint / "state.json").read_text())
         how(state)
@@ -311,7 +311,7 @@ def with_state(run: Begun, how: Callable[[dict[str, Any]], object]) -> None:
         (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
-# An evaluation on other data
+# Evaluating on other data
 
 EVALUATED: dict[str, tuple[str, str, Callable[[Path], object], int, str]] = {
     "a copy": ("image_folder", "test", lambda root: None, 0, ""),
@@ -334,18 +334,18 @@ EVALUATED: dict[str, tuple[str, str, Callable[[Path], object], int, str]] = {
 
 
 @pytest.mark.parametrize("case", EVALUATED)
-def test_an_evaluation_says_that_the_data_is_other(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
-    name, split, how, code, said = EVALUATED[case]
+def test_an_evaluation_on_other_data_is_reported(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
+    name, split, how, code, message = EVALUATED[case]
     run = copied(runs[name], tmp_path)
     how(run.root / TEN if case == "impossible images" else run.root)
     found = call("evaluate", run.run, "--split", split, "--data.root", run.root, "--device", "cpu")
     if code:
-        assert_told(found, said)
+        assert_told(found, message)
         return
     assert found.code == 0, found.err
     warnings = warned(found)
-    assert len(warnings) == bool(said), warnings
-    assert all(said in line for line in warnings)
+    assert len(warnings) == bool(message), warnings
+    assert all(message in line for line in warnings)
 
 
 # Splits that are too small
@@ -367,10 +367,10 @@ TOO_SMALL: dict[str, tuple[tuple[object, ...], str]] = {
 
 
 @pytest.mark.parametrize("case", TOO_SMALL)
-def test_a_fraction_of_no_or_all_images_is_refused(case: str, tmp_path: Path) -> None:
-    words, said = TOO_SMALL[case]
-    found = call("train", *SHORT, "--data.name", "generated10", *TINY, *words, "--run_dir", tmp_path / "run")
-    assert_told(found, said, "data.validation_fraction = ")
+def test_a_fraction_that_holds_out_none_or_all_is_refused(case: str, tmp_path: Path) -> None:
+    arguments, message = TOO_SMALL[case]
+    found = call("train", *SHORT, "--data.name", "generated10", *TINY, *arguments, "--run_dir", tmp_path / "run")
+    assert_told(found, message, "data.validation_fraction = ")
     assert not list((tmp_path / "run").rglob("step-*"))
 
 
@@ -390,26 +390,26 @@ SMALL: dict[str, tuple[tuple[object, ...], str]] = {
 
 
 @pytest.mark.parametrize("case", SMALL)
-def test_small_data_is_at_most_one_warning(case: str, tmp_path: Path) -> None:
-    words, said = SMALL[case]
+def test_small_data_causes_at_most_one_warning(case: str, tmp_path: Path) -> None:
+    arguments, message = SMALL[case]
     replaced = {**dict(zip(SHORT[::2], SHORT[1::2], strict=True)), "--data.name": "generated10", "--epochs": 1}
-    replaced |= dict(zip(TINY[::2], TINY[1::2], strict=True)) | dict(zip(words[::2], words[1::2], strict=True))
+    replaced |= dict(zip(TINY[::2], TINY[1::2], strict=True)) | dict(zip(arguments[::2], arguments[1::2], strict=True))
     found = call("train", *(word for pair in replaced.items() for word in pair), "--run_dir", tmp_path / "run")
     assert found.code == 0, found.err
     warnings = warned(found)
-    assert len(warnings) == bool(said), warnings
-    assert all(said in line for line in warnings)
+    assert len(warnings) == bool(message), warnings
+    assert all(message in line for line in warnings)
 
 
 def test_a_validation_split_without_images_is_not_evaluated(tmp_path: Path) -> None:
-    words = ("--data.name", "generated10", "--epochs", 1, *TINY, *NONE, "--run_dir", tmp_path / "run")
-    assert call("train", *SHORT, *words).code == 0
+    arguments = ("--data.name", "generated10", "--epochs", 1, *TINY, *NONE, "--run_dir", tmp_path / "run")
+    assert call("train", *SHORT, *arguments).code == 0
     found = call("evaluate", tmp_path / "run", "--split", "validation", "--device", "cpu")
     assert_told(found, "--split validation: this split has no images; use another")
 
 
 def few(counts: dict[str, int]) -> Callable[[Path], None]:
-    """An image folder with so many training images of each class."""
+    """Create an image folder with these numbers of training images per class."""
 
     def make(root: Path) -> None:
         images(root)
@@ -428,13 +428,13 @@ FEW: dict[str, tuple[dict[str, int], float, int, str]] = {
 
 
 @pytest.mark.parametrize("case", FEW)
-def test_image_folders_of_few_images(case: str, tmp_path: Path) -> None:
-    counts, fraction, code, said = FEW[case]
+def test_image_folders_with_few_images(case: str, tmp_path: Path) -> None:
+    counts, fraction, code, message = FEW[case]
     few(counts)(tmp_path / "data")
-    words = ("--data.name", "image_folder", "--data.root", tmp_path / "data", "--data.cache", tmp_path / "cache",
+    arguments = ("--data.name", "image_folder", "--data.root", tmp_path / "data", "--data.cache", tmp_path / "cache",
              "--data.validation_fraction", fraction, "--run_dir", tmp_path / "run", "--epochs", 1,
              "--global_batch_size", 1)  # fmt: skip
-    found = call("train", *SHORT, *words)
+    found = call("train", *SHORT, *arguments)
     assert found.code == code, found.err
     (line,) = [*warned(found), *found.errors]
-    assert said in line
+    assert message in line

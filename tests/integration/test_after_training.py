@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def no_data(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run with names of classes and normalization in its checkpoints, its images being nowhere."""
+    """The run with class names and normalization in its checkpoints, and with missing data."""
     return without_data(run, tmp_path_factory.mktemp("no_data") / "run", classes=CLASSES, normalization=NORMALIZATION)
 
 
@@ -167,12 +167,12 @@ def test_the_report_of_several_runs_compares_them(run: Path, no_data: Path, tmp_
     assert result.returncode == 0, result.stderr
     document = out.read_text()
     assert_self_contained(document)
-    for said in (
+    for expected in (
         f">{no_data}<", f">{tmp_path}/other/run<", ">bare<",  # of folders with the same name the paths
         "Comparison", "data.name", "Bit-identical?", "are bit-identical:",
         "No epoch has finished yet", "has not saved a checkpoint yet", "point --data.root at the folder", ": damaged: tensors",
     ):  # fmt: skip
-        assert said in document
+        assert expected in document
 
 
 @pytest.mark.parametrize("module", ["evaluate", "predict", "export", "report"])
@@ -185,7 +185,7 @@ def test_a_missing_run_is_reported_in_one_line(module: str, tmp_path: Path) -> N
 
 
 def refused(result) -> str:  # type: ignore[no-untyped-def]
-    """The one line of an input that was refused."""
+    """Return the one line of a command that was refused."""
     assert (result.returncode, result.stdout) == (2, ""), result.stderr
     assert len(result.stderr.splitlines()) == 1, result.stderr
     return str(result.stderr)
@@ -212,10 +212,10 @@ def test_a_damaged_checkpoint_is_never_used(run: Path, tmp_path: Path) -> None:
     damaged, image = damage(copy_of(run, tmp_path / "run")), tmp_path / "image.png"
     Image.new("RGB", (32, 32)).save(image)
     for module, words in (("evaluate", []), ("predict", [image]), ("export", [])):
-        said = refused(command(module, damaged, *words))
-        assert "tensors.safetensors" in said
-        assert "damaged" in said
-        assert "name another with --checkpoint" in said
+        message = refused(command(module, damaged, *words))
+        assert "tensors.safetensors" in message
+        assert "damaged" in message
+        assert "name another with --checkpoint" in message
 
 
 def test_without_saved_normalization_data_is_required(run: Path, tmp_path: Path) -> None:
@@ -228,21 +228,21 @@ def test_a_checkpoint_of_another_network_is_one_line(run: Path, tmp_path: Path) 
     other = copy_of(run, tmp_path / "run")
     for checkpoint in (other / "checkpoints").glob("step-*"):
         edit_state(checkpoint, classes=["cat", "dog"])
-    said = refused(command("export", other, "--format", "safetensors"))
-    assert "does not fit the run's config.toml" in said
-    assert "fc3.weight" in said
+    message = refused(command("export", other, "--format", "safetensors"))
+    assert "does not fit the run's config.toml" in message
+    assert "fc3.weight" in message
 
 
 @pytest.fixture(scope="module")
 def confusion(run: Path) -> object:
-    """The confusion matrix of the run as it was trained, on the CPU."""
+    """The run's confusion matrix, evaluated on the CPU as it was trained."""
     result = command("evaluate", run, "--json")
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)["confusion"]
 
 
 def trained_on_cuda(run: Path, there: Path, precision: str) -> Path:
-    """A copy of the run whose config names a GPU and this precision."""
+    """Copy the run with CUDA and this precision in its config."""
     config = (copy_of(run, there) / "config.toml").read_text()
     assert 'device = "cpu"' in config
     config = config.replace('device = "cpu"', 'device = "cuda"')
@@ -275,7 +275,7 @@ def test_a_cuda_run_is_used_without_a_gpu(run: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif("CIFAR_ROOT" not in os.environ, reason="CIFAR_ROOT names no folder with CIFAR")
 def test_a_hundred_classes_of_real_images(tmp_path: Path) -> None:
-    """A tenth of CIFAR-100 is enough to have something to say of each class."""
+    """A tenth of CIFAR-100 is enough for results in every class."""
     run, root = tmp_path / "run", os.environ["CIFAR_ROOT"]
     trained = command(
         "train", "--device", "cpu", "--data.name", "cifar100", "--data.root", root,

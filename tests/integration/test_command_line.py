@@ -148,7 +148,7 @@ def test_a_finished_run_says_so_and_refuses_changes(tmp_path: Path) -> None:
     assert f"loss {test['loss']:.4f}, top-1 {test['accuracy']:.2%}, top-5 {test['accuracy5']:.2%}" in evaluated.stdout
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = run(python(*TINY, "--run_dir", tmp_path / "file" / "run"))
     assert result.returncode == 2

@@ -1,4 +1,4 @@
-"""A download as users ask for it, with two processes."""
+"""A download requested on the command line, with two processes."""
 
 import hashlib
 import io
@@ -31,14 +31,12 @@ def small_archive() -> bytes:
 
 
 @pytest.mark.timeout(150)
-def test_two_processes_fetch_an_archive_once_from_the_second_mirror_and_train_on_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_download_once_and_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = small_archive()
     monkeypatch.setenv("SMALL_CIFAR_MD5", hashlib.md5(content).hexdigest())
     with serving(content) as server:
         urls = json.dumps([server.url(manner, ARCHIVE) for manner in ("404", "slow")])
-        words = ("--data.download", "--data.urls", urls, "--data.root", tmp_path / "data", "--epochs", 1)
+        arguments = ("--data.download", "--data.urls", urls, "--data.root", tmp_path / "data", "--epochs", 1)
         more = (
             "--device",
             "cpu",
@@ -49,7 +47,7 @@ def test_two_processes_fetch_an_archive_once_from_the_second_mirror_and_train_on
             "--run_dir",
             tmp_path / "run",
         )
-        started = torchrun(2, *words, *more, module="kit.small_cifar")
+        started = torchrun(2, *arguments, *more, module="kit.small_cifar")
         with Command(started, output=tmp_path / "output") as command:
             assert command.wait(100) == 0, command.text
         assert server.manners() == ["404", "slow"]
@@ -61,10 +59,10 @@ def test_two_processes_fetch_an_archive_once_from_the_second_mirror_and_train_on
 
 
 @pytest.mark.timeout(150)
-def test_a_failed_download_is_told_once_by_the_rank_that_speaks(tmp_path: Path) -> None:
+def test_a_failed_download_is_reported_once(tmp_path: Path) -> None:
     with serving() as server:
         urls = json.dumps([server.url("404", ARCHIVE)])
-        words = (
+        arguments = (
             "--data.download",
             "--data.urls",
             urls,
@@ -75,7 +73,7 @@ def test_a_failed_download_is_told_once_by_the_rank_that_speaks(tmp_path: Path) 
             "--device",
             "cpu",
         )
-        with Command(torchrun(2, *words), output=tmp_path / "output") as command:
+        with Command(torchrun(2, *arguments), output=tmp_path / "output") as command:
             assert command.wait(100) != 0
     assert command.text.count(f"error: download of {ARCHIVE}: {server.url('404', ARCHIVE)}: HTTP 404") == 1
     assert "failed (exitcode: 2)" in command.text

@@ -32,7 +32,7 @@ def saves(run: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ENGINES)
-def test_a_rank_is_killed_and_the_bits_are_those_of_the_undisturbed_run(name: str, tmp_path: Path) -> None:
+def test_a_killed_rank_leaves_the_bits_unchanged(name: str, tmp_path: Path) -> None:
     run, undisturbed, dice = tmp_path / "run", tmp_path / "undisturbed", random.Random(name)
     finish(2, undisturbed, *ENGINES[name])
     with Command(torchrun(2, *SETTINGS, *ENGINES[name], "--run_dir", run), output=tmp_path / "output") as command:

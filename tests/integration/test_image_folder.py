@@ -1,4 +1,4 @@
-"""An image folder as users train on it: on two processes, images on the device or in host memory, then evaluated."""
+"""Training on an image folder with two processes, images on the device or in host memory, then evaluating."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ SETTINGS = (
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two classes, red and blue, of odd sizes: 12 training and 4 test images each."""
+    """Two classes, red and blue, with 12 training and 4 test images each, of odd sizes."""
     drawn = np.random.default_rng(1)
     for split, count in (("train", 12), ("test", 4)):
         for channel, name in ((0, "red"), (2, "blue")):
@@ -32,16 +32,14 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.mark.timeout(240)
-def test_two_processes_train_on_it_wherever_the_images_lie_and_evaluate_finds_the_same(
-    root: Path, tmp_path: Path
-) -> None:
+def test_placement_does_not_change_training_and_evaluation(root: Path, tmp_path: Path) -> None:
     for placement in ("host", "device"):
         folder = tmp_path / placement
-        words = (*SETTINGS, "--data.root", root, "--data.placement", placement, "--run_dir", folder)
-        with Command(torchrun(2, *words), output=tmp_path / f"{placement}.txt", cwd=ROOT) as command:
+        arguments = (*SETTINGS, "--data.root", root, "--data.placement", placement, "--run_dir", folder)
+        with Command(torchrun(2, *arguments), output=tmp_path / f"{placement}.txt", cwd=ROOT) as command:
             assert command.wait(100) == 0, command.text
-        told = command.text.count("decoding train images: 24 images\n")
-        assert told == (1 if placement == "host" else 0), "by one process, once"
+        message = command.text.count("decoding train images: 24 images\n")
+        assert message == (1 if placement == "host" else 0), "by one process, once"
     assert_same_bits(tmp_path / "host", tmp_path / "device")
     state = json.loads((tmp_path / "host" / "checkpoints" / "latest" / "state.json").read_text())
     assert state["classes"] == ["blue", "red"]
@@ -55,7 +53,7 @@ def test_two_processes_train_on_it_wherever_the_images_lie_and_evaluate_finds_th
     assert moved.stdout == evaluated.stdout
 
 
-def test_a_broken_image_is_one_line_and_exit_code_2(root: Path, tmp_path: Path) -> None:
+def test_a_broken_image_ends_with_exit_code_2(root: Path, tmp_path: Path) -> None:
     file = root / "train" / "red" / "1.png"
     file.write_bytes(file.read_bytes()[:500])
     result = run(python(*SETTINGS, "--data.root", root, "--run_dir", tmp_path / "run"))

@@ -113,7 +113,9 @@ def test_dask_before_the_checkout_on_the_path_is_refused(tmp_path: Path, module:
 def test_the_check_costs_less_than_five_milliseconds(site: Path) -> None:
     for place in range(500):  # the packages of a large environment
         (site / f"package{place}-1.0.dist-info").mkdir()
-    done = run(site, sys.executable, "-X", "importtime", "-c", "import distributed.name_clash")
-    lines = [line for line in done.stderr.splitlines() if line.endswith("distributed.name_clash")]
-    assert lines
-    assert sum(int(line.split("|")[0].removeprefix("import time:")) for line in lines) < 5000
+    measured = []
+    for _ in range(5):  # the smallest: another process may use the CPU meanwhile
+        done = run(site, sys.executable, "-X", "importtime", "-c", "import distributed.name_clash")
+        lines = [line for line in done.stderr.splitlines() if line.endswith("distributed.name_clash")]
+        measured.append(sum(int(line.split("|")[0].removeprefix("import time:")) for line in lines))
+    assert 0 < min(measured) < 5000

@@ -1,4 +1,4 @@
-"""The wheel, installed into a folder of its own and used from another: configs by name, scripts, batch scripts."""
+"""The installed wheel, used outside a checkout: configs by name, console scripts, batch scripts."""
 
 import os
 import shlex
@@ -22,7 +22,7 @@ SHIPPED = sorted(
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a build reads: a build leaves files in its source."""
+    """A copy of the files that a build reads, since building writes into its source folder."""
     copy = tmp_path_factory.mktemp("source")
     for name in ("configs", "distributed", "launch", "slurm"):
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -33,7 +33,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def site(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the wheel is installed into."""
+    """The folder with the installed wheel."""
     target = tmp_path_factory.mktemp("site packages")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps", "--no-index",
            "--no-build-isolation", "--target", str(target), str(source)]  # fmt: skip
@@ -43,14 +43,14 @@ def site(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(site: Path, cwd: Path, *command: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command with the installed package, from a folder that is no checkout."""
+    """Run a command with the installed package, outside a checkout."""
     return subprocess.run(
         list(map(str, command)), cwd=cwd, capture_output=True, text=True, check=False, timeout=100,
         env={name: value for name, value in os.environ.items() if name != "VENV"} | {"PYTHONPATH": str(site)} | environment,
     )  # fmt: skip
 
 
-def test_the_package_has_every_file_that_ships(site: Path) -> None:
+def test_the_wheel_contains_every_shipped_file(site: Path) -> None:
     share = site / "distributed/share"
     assert sorted(str(file.relative_to(share)) for file in share.rglob("*") if file.is_file()) == SHIPPED
     assert [name for name in SHIPPED if (share / name).read_bytes() != (ROOT / name).read_bytes()] == []
@@ -79,7 +79,7 @@ def test_configs_are_found_by_name_from_any_folder(site: Path, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == [tmp_path / "mine.toml"]
 
 
-def test_launch_slurm_submits_the_script_of_the_package(site: Path, tmp_path: Path) -> None:
+def test_launch_slurm_submits_the_packaged_script(site: Path, tmp_path: Path) -> None:
     words = ("debug", "--device", "cpu", "--nodes", 2, "--dry-run", "--run_dir", tmp_path / "run")
     done = run(site, tmp_path, sys.executable, "-m", "launch.slurm", *words)
     assert done.returncode == 0, done.stderr
@@ -96,13 +96,13 @@ def test_launch_slurm_submits_the_script_of_the_package(site: Path, tmp_path: Pa
     )
 
 
-def test_ray_train_names_the_job_file_of_the_package(site: Path, tmp_path: Path) -> None:
+def test_ray_train_names_the_packaged_job_file(site: Path, tmp_path: Path) -> None:
     text = run(site, tmp_path, sys.executable, "-m", "launch.ray_train", "--help").stdout
     assert f"--runtime-env {site}/distributed/share/launch/ray_job.yaml " in text
 
 
 @pytest.mark.parametrize(
-    ("script", "words", "code", "said"),
+    ("script", "words", "code", "expected"),
     [
         ("distributed-train", ("--help",), 0, "--optim.lr "),
         ("distributed-train", ("cifar10", "--optim.lrr", "1", "--device", "cpu"), 2, "did you mean optim.lr?"),
@@ -111,15 +111,15 @@ def test_ray_train_names_the_job_file_of_the_package(site: Path, tmp_path: Path)
     ],
 )
 def test_console_scripts_run_their_modules(
-    site: Path, tmp_path: Path, script: str, words: tuple[str, ...], code: int, said: str
+    site: Path, tmp_path: Path, script: str, words: tuple[str, ...], code: int, expected: str
 ) -> None:
     done = run(site, tmp_path, site / "bin" / script, *words)
     assert done.returncode == code, done.stderr
-    assert said in done.stdout + done.stderr
+    assert expected in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_source_package_has_every_file_and_builds_are_quiet(source: Path, tmp_path: Path) -> None:
+def test_a_source_package_is_complete_and_builds_quietly(source: Path, tmp_path: Path) -> None:
     build = f"from setuptools import build_meta as b; b.build_sdist('{tmp_path}'); b.build_editable('{tmp_path}')"
     done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=True)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as packed:

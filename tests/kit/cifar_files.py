@@ -1,4 +1,4 @@
-"""CIFAR's binary files with a few random images, for tests that change something in them."""
+"""CIFAR's binary files with a few random images, for tests that modify them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +19,7 @@ PER_CLASS = {"cifar10": (10, 2), "cifar100": (2, 1)}
 
 
 def small_official(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Make the official data set as small as `write_cifar` writes it."""
+    """Register the data set with the small size that `write_cifar` writes."""
     official, (train, test) = cifar_spec.SETS[name], PER_CLASS[name]
     small = replace(
         official,
@@ -31,7 +31,7 @@ def small_official(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 def write_cifar(root: Path, name: str, seed: int = 1) -> Path:
-    """All files of a `small_official` data set; their folder."""
+    """Write all files of a `small_official` data set; return their folder."""
     official, drawn = cifar_spec.SETS[name], np.random.default_rng(seed)
     form = official.forms[0]
     folder = root / form.folder
@@ -41,8 +41,8 @@ def write_cifar(root: Path, name: str, seed: int = 1) -> Path:
         pixels = drawn.integers(0, 256, (len(labels), 3072), np.uint8)
         coarse = np.array(COARSE_OF_FINE, np.uint8)[labels][:, None] if official.label_bytes == 2 else pixels[:, :0]
         records = np.hstack([coarse, labels[:, None], pixels])
-        for file, part in zip(files, np.split(records, len(files)), strict=True):
-            part.tofile(folder / file)
+        for file, own in zip(files, np.split(records, len(files)), strict=True):
+            own.tofile(folder / file)
     return folder
 
 
@@ -52,7 +52,7 @@ def records_of(file: Path) -> Records:
 
 
 def change(file: Path, how: Callable[[Records], Records | None]) -> None:
-    """Write the file again after `how` has changed its records in place, or with those that it returns."""
+    """Rewrite a file with its records changed in place by `how`, or with those that it returns."""
     records = records_of(file)
     changed = how(records)
     (records if changed is None else changed).tofile(file)

@@ -1,4 +1,4 @@
-"""A real HTTP server in a thread, one that also stalls, breaks off, refuses and ignores ranges, as the path says."""
+"""A real HTTP server on a thread; the path selects whether it stalls, breaks, returns errors or ignores ranges."""
 
 import http.server
 import re
@@ -16,7 +16,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, content: bytes) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.asked: list[tuple[str, str | None]] = []
+        self.requests: list[tuple[str, str | None]] = []
         """(path, Range) of every request."""
         self.over = threading.Event()
         self.content, self.step = content, 0
@@ -25,11 +25,11 @@ class Server(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/{manner}/{file}"
 
     def manners(self) -> list[str]:
-        return [path.split("/")[1] for path, _ in self.asked]
+        return [path.split("/")[1] for path, _ in self.requests]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """What it does is said by the first part of the path."""
+    """Behaves as the first component of the path says."""
 
     server: Server
 
@@ -37,28 +37,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        manner, asked = self.path.split("/")[1], self.headers.get("Range")
+        manner, byte_range = self.path.split("/")[1], self.headers.get("Range")
         before = self.server.manners().count(manner)
-        self.server.asked.append((self.path, asked))
+        self.server.requests.append((self.path, byte_range))
         content = self.server.content
         if manner in ("404", "500", "503"):
             self.send_error(int(manner))
             return
         if manner == "wrong":
-            content, asked = b"<html>another file</html>", None
+            content, byte_range = b"<html>another file</html>", None
         if manner == "redirect":
             self.send_response(302)
             self.send_header("Location", self.server.url("good"))
             self.end_headers()
             return
         if manner in ("norange", "unsized"):
-            asked = None
-        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0
-        if asked and start >= len(content):
+            byte_range = None
+        start = int(re.fullmatch(r"bytes=(\d+)-", byte_range)[1]) if byte_range else 0
+        if byte_range and start >= len(content):
             self.send_error(416)
             return
-        self.send_response(206 if asked else 200)
-        if asked:
+        self.send_response(206 if byte_range else 200)
+        if byte_range:
             shift = 1 if manner == "otherpart" else 0
             self.send_header("Content-Range", f"bytes {start + shift}-{len(content) - 1}/{len(content)}")
         if manner != "unsized":
@@ -76,7 +76,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(content: bytes = CONTENT) -> Iterator[Server]:
-    """A server of this content until the context is left."""
+    """Serve this content until the context ends."""
     server = Server(content)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:

@@ -30,8 +30,10 @@ class Trace:
     """Log lines of the plateau schedule and early stopping."""
     tensors: dict[str, str]
     """Digests of the final state, by name."""
-    ended: tuple[int, int, bool]
-    """Final epoch and step, and whether the run was stopped."""
+    final_epoch: int
+    final_step: int
+    stopped: bool
+    """Whether the run was stopped before its last epoch."""
     transports: frozenset[str]
     """The classes that carried gradients and statistics rows in exact mode; in fast mode, {"fast"}."""
 
@@ -60,7 +62,9 @@ def traced(config: TrainConfig, stop_after: int | None = None) -> Trace:
         [without_clock(metrics) for metrics in recorder.epochs],
         decisions,
         {name: digest_of(tensor) for name, tensor in engines[0].state()},
-        (state.epoch, state.step, state.stop_reason is not None),
+        state.epoch,
+        state.step,
+        state.stop_reason is not None,
         transports_of(engines[0]),
     )
 

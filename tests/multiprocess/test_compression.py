@@ -91,7 +91,7 @@ def uninterrupted_and_stopped(folder: Path) -> list[Trace]:
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     for uninterrupted, *attempts in run_ranks(uninterrupted_and_stopped, 3, tmp_path, timeout_seconds=200):
         assert len(uninterrupted.steps) == 10
-        assert [attempt.ended[2] for attempt in attempts] == [True, True, False]
+        assert [attempt.stopped for attempt in attempts] == [True, True, False]
         assert [step for attempt in attempts for step in attempt.steps] == uninterrupted.steps
         assert attempts[-1].tensors == uninterrupted.tensors
 

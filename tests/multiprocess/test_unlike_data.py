@@ -1,4 +1,4 @@
-"""Ranks that read different data under one path, as nodes with their own disks do: all refuse before the first step."""
+"""Ranks that read different data under one path, e.g. on nodes with their own disks, all refuse before the first step."""
 
 import os
 import shutil
@@ -72,7 +72,7 @@ def config_of(run_dir: Path, name: str) -> TrainConfig:
 
 @in_group
 def outcomes(root: Path) -> list[tuple[str, int]]:
-    """The error of training and the number of steps taken, per case."""
+    """Return, per case, the error of training and the number of steps taken."""
     found = []
     small_official(pytest.MonkeyPatch(), "cifar10")
     for case, (name, _, _) in CASES.items():
@@ -98,18 +98,18 @@ def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.timeout(240)
-def test_ranks_with_different_data_refuse_alike(roots: Path) -> None:
+def test_ranks_with_different_data_all_refuse(roots: Path) -> None:
     first, second = run_ranks(outcomes, 2, roots, timeout_seconds=180)
     assert first == second
-    for (error, steps), (_, _, said) in zip(first, CASES.values(), strict=True):
-        assert said in error
+    for (error, steps), (_, _, message) in zip(first, CASES.values(), strict=True):
+        assert message in error
         assert steps == 0
     assert not [path for path in roots.glob("*/run/checkpoints/*") if path.name.startswith("step-")]
 
 
 @in_group
 def unreadable_on_one(root: Path) -> str:
-    """The error that all ranks raise if a file goes away while rank 1 reads it."""
+    """Return the error that all ranks raise if a file disappears while rank 1 reads it."""
     os.chdir(root / "an image more" / "0")
     config = config_of(root / "run", "image_folder")
     data = build_data(config, Topology.from_environment(), torch.device("cpu"))
@@ -124,7 +124,7 @@ def unreadable_on_one(root: Path) -> str:
 
 
 @pytest.mark.timeout(240)
-def test_a_rank_that_cannot_read_its_images_ends_all(roots: Path) -> None:
+def test_a_rank_that_cannot_read_its_images_ends_all_ranks(roots: Path) -> None:
     first, second = run_ranks(unreadable_on_one, 2, roots, timeout_seconds=180)
     assert first == second
     assert "No such file or directory; the folder changed while it was read" in first

@@ -62,7 +62,7 @@ def room_of(module: str) -> str:
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    """(dotted module, line) of every import, those inside functions too; `from package import module` as the module."""
+    """Yield (dotted module, line) of every import, also inside functions; `from package import module` yields the module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
@@ -75,7 +75,7 @@ def imported(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def imported_at_top(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """Those that run when the module is imported: not inside a function, not for type checkers alone."""
+    """Yield the imports that run when the module is imported: not inside a function, not for type checkers only."""
     later = {
         found
         for node in ast.walk(tree)
@@ -92,7 +92,7 @@ def own(tree: ast.AST) -> Iterator[tuple[str, int]]:
             yield module.removeprefix("distributed."), line
 
 
-def test_every_module_has_its_place():
+def test_every_folder_has_a_row():
     assert {room_of(name_of(path)) for path in FILES} == LEVEL.keys()
 
 
@@ -107,7 +107,7 @@ def test_imports_run_one_way(path):
     assert wrong == []
 
 
-def test_modules_of_one_package_do_not_import_each_other_in_circles():
+def test_modules_do_not_import_each_other_in_circles():
     graph = {name_of(path): {other for other, _ in own(TREES[path])} for path in FILES}
 
     def reached_from(start: str) -> set[str]:
@@ -143,7 +143,7 @@ def test_only_the_topology_reads_the_environment(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_what_is_slow_to_import_is_imported_where_it_is_used(path):
+def test_slow_packages_are_imported_where_they_are_used(path):
     late = SLOW - {"torch", "torchvision"}
     top = imported_at_top(TREES[path])
     wrong = [f"{path}:{line}: {name}" for name, line in top if late & set(name.split("."))]
@@ -151,7 +151,7 @@ def test_what_is_slow_to_import_is_imported_where_it_is_used(path):
 
 
 @pytest.mark.parametrize("name", [name for row in WITHOUT_TORCH for name in row.split()])
-def test_what_runs_before_torch_is_needed_does_not_import_it(name):
+def test_code_that_runs_before_torch_does_not_import_it(name):
     paths = {name_of(path): path for path in FILES}
     waiting, seen = [name] if name in paths else [n for n in paths if n.startswith(f"{name}.")], set()
     assert waiting
@@ -173,7 +173,7 @@ def test_files_and_functions_are_short_enough_to_read(path):
         for node in ast.walk(TREES[path])
         if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > 60
     ]
-    assert [said for said in long if (name_of(path), said.partition(":")[0]) != ("recipe", "train")] == []
+    assert [text for text in long if (name_of(path), text.partition(":")[0]) != ("recipe", "train")] == []
 
 
 INNER_COMMANDS = {
@@ -197,5 +197,15 @@ def test_a_path_on_the_command_line_may_begin_with_a_tilde(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_every_module_says_what_it_is(path):
+def test_every_module_has_a_docstring(path):
     assert ast.get_docstring(TREES[path])
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.parent.glob("tests/**/test_*.py")), ids=lambda path: path.stem)
+def test_names_of_tests_are_short(path):
+    names = [node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    assert [name for name in names if name.startswith("test_") and len(name) >= 60] == []
+
+
+def test_few_modules_are_at_the_root():
+    assert len(list(ROOT.glob("*.py"))) <= 16

@@ -16,7 +16,7 @@ def keys_of(count: int, *, epoch: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("padding", [0, 1, 4, 16])
-def test_a_crop_equals_the_one_cut_sample_by_sample(padding):
+def test_crops_equal_those_made_one_by_one(padding):
     images = images_of(20)
     generator = torch.Generator().manual_seed(0)
     down, across = torch.randint(0, 2 * padding + 1, (2, 20), generator=generator)
@@ -38,7 +38,7 @@ def test_a_crop_of_the_last_window_stays_inside_the_batch():
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (3, 3, 3)])
-def test_choose_takes_whole_images(shape):
+def test_choose_selects_entire_images(shape):
     these, others = images_of(6, *shape), images_of(6, *shape) ^ 255
     chosen = torch.tensor([True, False, True, True, False, False])
     result = choose(chosen, these, others)
@@ -53,7 +53,7 @@ def test_choose_reads_images_of_any_layout():
     assert torch.equal(result[1], images[1])
 
 
-def test_about_half_of_the_images_are_mirrored_and_the_others_stay():
+def test_about_half_of_the_images_are_mirrored():
     images = images_of(200)
     result = augment(images, keys_of(200), Augment(crop=0))
     mirrored = [torch.equal(result[i], images[i].flip(1)) for i in range(200)]
@@ -68,19 +68,19 @@ def test_crop_and_flip_are_drawn_from_the_keys():
     assert torch.equal(augment(images, keys, Augment()), expected)
 
 
-def test_without_augmentation_the_images_stay():
+def test_without_augmentation_images_are_unchanged():
     images = images_of(5)
     assert torch.equal(augment(images, keys_of(5), Augment(crop=0, flip=False)), images)
 
 
-def test_an_image_is_changed_alike_in_any_batch_and_otherwise_in_another_epoch():
+def test_augmentation_depends_on_sample_and_epoch_only():
     images = images_of(30)
     whole = augment(images, keys_of(30), Augment())
     assert torch.equal(augment(images[11:14], keys_of(30)[11:14], Augment()), whole[11:14])
     assert not torch.equal(augment(images, keys_of(30, epoch=1), Augment()), whole)
 
 
-def test_augmentation_leaves_its_input_as_it_was():
+def test_augmentation_does_not_modify_its_input():
     images = images_of(10)
     before = images.clone()
     augment(images, keys_of(10), Augment())
@@ -88,7 +88,7 @@ def test_augmentation_leaves_its_input_as_it_was():
 
 
 @pytest.mark.parametrize("side", [1, 4, 7, 32])
-def test_a_cut_out_equals_the_one_made_sample_by_sample(side):
+def test_cutouts_equal_those_made_one_by_one(side):
     images, keys = torch.randn(30, 32, 32, 3), keys_of(30)
     rows, columns = (rng.integers(keys, purpose, 32).tolist() for purpose in ("cutout_y", "cutout_x"))
     expected = images.clone()

@@ -44,17 +44,17 @@ def test_a_complete_folder_passes_the_check(tmp_path, name):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_labels_and_channel_major_pixels_are_read_from_their_places(tmp_path, name, split):
+def test_labels_and_channel_major_pixels_are_read(tmp_path, name, split):
     folder = write_cifar(tmp_path, name)
     files = TRAIN_FILES[name] if split == "train" else [TEST_FILES[name]]
     records = np.concatenate([records_of(folder / file) for file in files])
     images, labels = cifar.read(name, tmp_path, split)
     assert images.dtype == labels.dtype == np.uint8
-    assert np.array_equal(labels, records[:, -3073])  # the fine one of CIFAR-100
+    assert np.array_equal(labels, records[:, -3073])  # of CIFAR-100 the fine label
     assert np.array_equal(images, records[:, -3072:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
 
 
-def test_it_is_known_whether_the_data_set_is_there(tmp_path, name):
+def test_is_there_finds_the_data_set(tmp_path, name):
     assert not cifar.is_there(name, tmp_path)
     write_cifar(tmp_path, name)
     assert cifar.is_there(name, tmp_path)
@@ -87,14 +87,14 @@ def test_an_empty_file_is_refused(tmp_path, name):
     assert f"{file}: 0 bytes" in complaint(name, tmp_path)
 
 
-def test_a_folder_in_a_files_place_is_refused(tmp_path, name):
+def test_a_folder_instead_of_a_file_is_refused(tmp_path, name):
     file = write_cifar(tmp_path, name) / TEST_FILES[name]
     file.unlink()
     file.mkdir()
     assert str(file) in complaint(name, tmp_path)
 
 
-def test_a_label_out_of_range_means_a_damaged_file(tmp_path, name):
+def test_a_label_out_of_range_is_refused(tmp_path, name):
     file = write_cifar(tmp_path, name) / TEST_FILES[name]
     classes = 100 if name == "cifar100" else 10
 
@@ -128,9 +128,9 @@ IMPOSSIBLE = {
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)
 def test_what_cifar_10_cannot_hold_is_refused(tmp_path, case):
-    how, said = IMPOSSIBLE[case]
+    how, message = IMPOSSIBLE[case]
     change(write_cifar(tmp_path, "cifar10") / "data_batch_3.bin", how)
-    assert said in complaint("cifar10", tmp_path)
+    assert message in complaint("cifar10", tmp_path)
 
 
 @pytest.mark.parametrize("part", [20, 4])
@@ -154,11 +154,11 @@ def coarse_of_one(records):
     records[7, 0] = (records[7, 0] + 1) % 20
 
 
-@pytest.mark.parametrize(("how", "said"), [(swapped, "of its 200 records"), (coarse_of_one, "1 of its 200 records")])
-def test_label_bytes_of_cifar_100_that_do_not_belong_together(tmp_path, how, said):
+@pytest.mark.parametrize(("how", "message"), [(swapped, "of its 200 records"), (coarse_of_one, "1 of its 200 records")])
+def test_mismatched_label_bytes_of_cifar_100_are_refused(tmp_path, how, message):
     change(write_cifar(tmp_path, "cifar100") / "train.bin", how)
     line = complaint("cifar100", tmp_path)
-    assert said in line
+    assert message in line
     assert "label bytes are swapped or damaged" in line
 
 

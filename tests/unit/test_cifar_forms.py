@@ -1,4 +1,4 @@
-"""The Python layout and the archives: the same bytes as the binary layout, nothing unpickled that was not checked."""
+"""The Python layout and the archives give the same bytes as the binary layout; unverified pickles are never loaded."""
 
 import hashlib
 import io
@@ -19,7 +19,7 @@ RECORDS = 6
 
 
 def python2_pickle(value: object) -> bytes:
-    """As Python 2's cPickle wrote the official files: text as BINSTRING, numpy under its old name."""
+    """Pickle a value as Python 2's cPickle wrote the official files: text as BINSTRING, numpy under its old name."""
 
     class Pickler(pickle._Pickler):  # type: ignore[name-defined]
         dispatch: ClassVar = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
@@ -42,7 +42,7 @@ def name(request):
 
 @pytest.fixture
 def contents(name, monkeypatch) -> dict[str, bytes]:
-    """Small stand-ins of all four forms under official names, with the sizes and MD5 that belong to them."""
+    """Small versions of all four forms under the official names, with their sizes and MD5s registered."""
     drawn = np.random.default_rng(7)
     official = cifar_spec.SETS[name]
     binary, python = official.forms
@@ -74,7 +74,7 @@ def archive(files: dict[str, bytes]) -> bytes:
     return packed.getvalue()
 
 
-def lay(root: Path, contents: dict[str, bytes], *prefixes: str) -> None:
+def write_form(root: Path, contents: dict[str, bytes], *prefixes: str) -> None:
     for path, content in contents.items():
         if path.startswith(prefixes):
             (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -109,8 +109,8 @@ def complaint(name: str, root: Path) -> str:
 
 @pytest.mark.parametrize("which", FORMS[1:])
 def test_every_form_gives_the_same_bytes_as_the_binary_folder(tmp_path, name, contents, which):
-    lay(tmp_path / "one", contents, of_form(name, FORMS[0]))
-    lay(tmp_path / "other", contents, of_form(name, which))
+    write_form(tmp_path / "one", contents, of_form(name, FORMS[0]))
+    write_form(tmp_path / "other", contents, of_form(name, which))
     assert cifar.is_there(name, tmp_path / "other")
     cifar.check(name, tmp_path / "other")
     before = sorted(tmp_path.rglob("*"))
@@ -124,8 +124,8 @@ def test_every_form_gives_the_same_bytes_as_the_binary_folder(tmp_path, name, co
 
 
 @pytest.mark.parametrize("which", FORMS)
-def test_a_root_may_name_the_folder_or_archive_itself(tmp_path, name, contents, which, monkeypatch):
-    lay(tmp_path, contents, of_form(name, which))
+def test_the_root_may_be_the_folder_or_archive_itself(tmp_path, name, contents, which, monkeypatch):
+    write_form(tmp_path, contents, of_form(name, which))
     expected = cifar.read_splits(name, tmp_path)
     itself = tmp_path / of_form(name, which)
     roots = [itself]
@@ -139,23 +139,21 @@ def test_a_root_may_name_the_folder_or_archive_itself(tmp_path, name, contents, 
             assert np.array_equal(mine.images, theirs.images)
 
 
-def test_a_folder_of_another_name_is_not_taken_for_the_data(tmp_path, name, contents):
-    lay(tmp_path, contents, of_form(name, FORMS[0]))
+def test_a_folder_with_another_name_is_ignored(tmp_path, name, contents):
+    write_form(tmp_path, contents, of_form(name, FORMS[0]))
     other = (tmp_path / of_form(name, FORMS[0])).rename(tmp_path / "other")
     assert not cifar.is_there(name, other)
 
 
-def test_the_first_form_in_order_is_taken(tmp_path, name, contents):
+def test_the_first_form_in_order_is_used(tmp_path, name, contents):
     for which in reversed(FORMS):
-        lay(tmp_path, contents, of_form(name, which))
+        write_form(tmp_path, contents, of_form(name, which))
         assert str(tmp_path / of_form(name, which)).startswith(str(cifar_files.files_in(name, tmp_path).path))
 
 
 @pytest.mark.parametrize("which", FORMS[1:])
-def test_a_changed_byte_is_refused_with_both_digests_before_anything_is_unpickled(
-    tmp_path, name, contents, which, monkeypatch
-):
-    lay(tmp_path, contents, of_form(name, which))
+def test_a_changed_byte_is_refused_before_unpickling(tmp_path, name, contents, which, monkeypatch):
+    write_form(tmp_path, contents, of_form(name, which))
     file = max(path for path in tmp_path.rglob("*") if path.is_file())
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -172,34 +170,34 @@ def test_a_changed_byte_is_refused_with_both_digests_before_anything_is_unpickle
 
 @pytest.mark.parametrize("which", FORMS[1:])
 def test_a_truncated_file_is_refused(tmp_path, name, contents, which):
-    lay(tmp_path, contents, of_form(name, which))
+    write_form(tmp_path, contents, of_form(name, which))
     file = max(path for path in tmp_path.rglob("*") if path.is_file())
     file.write_bytes(file.read_bytes()[:1000])
     assert str(file) in complaint(name, tmp_path)
 
 
-def test_a_missing_file_of_the_python_folder_is_named_before_reading(tmp_path, name, contents):
-    lay(tmp_path, contents, of_form(name, "python folder"))
+def test_a_missing_file_is_named_before_reading(tmp_path, name, contents):
+    write_form(tmp_path, contents, of_form(name, "python folder"))
     missing = tmp_path / cifar_spec.SETS[name].forms[1].folder / cifar_spec.SETS[name].forms[1].test
     missing.unlink()
     with pytest.raises(InputError, match="No such file"):
         cifar.check(name, tmp_path)
 
 
-def test_swapped_files_are_told_apart(tmp_path, contents, name):
+def test_swapped_files_are_recognized(tmp_path, contents, name):
     form = cifar_spec.SETS[name].forms[1]
-    lay(tmp_path, contents, f"{form.folder}/")
+    write_form(tmp_path, contents, f"{form.folder}/")
     (tmp_path / form.folder / form.train[-1]).write_bytes(contents[f"{form.folder}/{form.test}"])
     assert f"that of {form.folder}/{form.test}" in complaint(name, tmp_path)
 
 
-def test_another_archive_under_this_name_is_told(tmp_path, contents, name):
+def test_another_archive_under_this_name_is_recognized(tmp_path, contents, name):
     binary, python = cifar_spec.SETS[name].forms
     (tmp_path / binary.archive).write_bytes(contents[python.archive])
     assert f"that of {python.archive}" in complaint(name, tmp_path)
 
 
-def test_what_is_no_archive_is_told_before_reading(tmp_path, contents, name):
+def test_a_file_that_is_no_archive_is_refused_before_reading(tmp_path, contents, name):
     (tmp_path / cifar_spec.SETS[name].forms[1].archive).write_text("<html>not found</html>")
     with pytest.raises(InputError, match="not a gzip archive"):
         cifar.check(name, tmp_path)
@@ -224,7 +222,7 @@ class Evil:
 
 
 def pickles(path: Path) -> list[bytes]:
-    """Each would make the file at `path`, or something else that is no plain value."""
+    """Pickles that would create the file at `path`, or another value that is not plain."""
     return [
         pickle.dumps(Evil(str(path)), protocol=2),
         pickle.dumps(Evil(str(path))),
@@ -244,20 +242,20 @@ def test_a_malicious_pickle_runs_nothing(tmp_path, which):
     assert not (tmp_path / "made").exists()
 
 
-def test_a_malicious_pickle_even_of_the_right_md5_is_one_line(tmp_path, name, contents, monkeypatch):
+def test_a_malicious_pickle_with_the_right_md5_is_refused(tmp_path, name, contents, monkeypatch):
     small = cifar_spec.SETS[name]
     python = small.forms[1]
     evil = pickle.dumps([Evil(str(tmp_path / "made")), bytes(RECORDS * 3072)], protocol=2)
     md5 = python.md5 | {python.test: hashlib.md5(evil).hexdigest()}
     monkeypatch.setitem(cifar_spec.SETS, name, replace(small, forms=(small.forms[0], replace(python, md5=md5))))
-    lay(tmp_path, contents, f"{python.folder}/")
+    write_form(tmp_path, contents, f"{python.folder}/")
     (tmp_path / python.folder / python.test).write_bytes(evil)
     assert "not CIFAR's pickle: it needs" in complaint(name, tmp_path)
     assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"data": np.zeros((RECORDS, 3071), np.uint8)}, "no uint8 array of 6 x 3072"),
         ({"data": np.zeros((RECORDS, 3072))}, "no uint8 array"),
@@ -268,7 +266,7 @@ def test_a_malicious_pickle_even_of_the_right_md5_is_one_line(tmp_path, name, co
         ({"labels": [100] * RECORDS}, "label 100"),
     ],
 )
-def test_a_pickle_of_other_content_is_refused(tmp_path, name, contents, monkeypatch, change, told):
+def test_a_pickle_with_other_content_is_refused(tmp_path, name, contents, monkeypatch, change, message):
     small = cifar_spec.SETS[name]
     python = small.forms[1]
     value = {small.label_key: [0] * RECORDS, b"data": np.zeros((RECORDS, 3072), np.uint8), b"padding": bytes(20_000)}
@@ -276,18 +274,18 @@ def test_a_pickle_of_other_content_is_refused(tmp_path, name, contents, monkeypa
     packed = python2_pickle(value)
     md5 = python.md5 | {python.test: hashlib.md5(packed).hexdigest()}
     monkeypatch.setitem(cifar_spec.SETS, name, replace(small, forms=(small.forms[0], replace(python, md5=md5))))
-    lay(tmp_path, contents, f"{python.folder}/")
+    write_form(tmp_path, contents, f"{python.folder}/")
     (tmp_path / python.folder / python.test).write_bytes(packed)
-    assert told in complaint(name, tmp_path)
+    assert message in complaint(name, tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x02}q\x00", pickle.dumps(3)[:-1]])
-def test_what_is_no_pickle_is_a_value_error(content):
+def test_bytes_that_are_no_pickle_are_a_value_error(content):
     with pytest.raises(ValueError, match=r"\w"):
         restricted_pickle.load(content)
 
 
-def test_plain_values_and_arrays_come_back():
+def test_plain_values_and_arrays_are_read():
     value = {b"a": [1, 2.5, b"x", None, True], b"b": np.arange(6, dtype=np.uint8).reshape(2, 3)}
     found = restricted_pickle.load(python2_pickle(value))
     assert found[b"a"] == value[b"a"]
@@ -295,7 +293,7 @@ def test_plain_values_and_arrays_come_back():
     assert restricted_pickle.load(pickle.dumps({"a": [1, b"x"]})) == {"a": [1, b"x"]}
 
 
-def test_the_archive_to_fetch_is_the_binary_one_unless_all_addresses_name_the_other():
+def test_the_binary_archive_is_fetched_unless_urls_differ():
     binary, python = cifar_spec.CIFAR10.forms
     official = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",)
     assert cifar.archive_to_fetch("cifar10", ()) == (binary.archive, binary.archive_md5, official)
@@ -310,12 +308,12 @@ def test_the_archive_to_fetch_is_the_binary_one_unless_all_addresses_name_the_ot
     ("of", "file"),
     [("cifar10", "cifar-10-batches-bin/batches.meta.txt"), ("cifar100", "cifar-100-binary/fine_label_names.txt")],
 )
-def test_the_names_of_the_classes_are_the_official_ones(of, file):
-    told = (Path(os.environ["CIFAR_ROOT"]) / file).read_text().split()
-    assert list(cifar_spec.SETS[of].class_names) == told
+def test_the_class_names_are_official(of, file):
+    message = (Path(os.environ["CIFAR_ROOT"]) / file).read_text().split()
+    assert list(cifar_spec.SETS[of].class_names) == message
 
 
-def test_the_digests_of_the_pickles_are_those_that_torchvision_has():
+def test_the_digests_of_the_pickles_equal_torchvisions():
     from torchvision.datasets import CIFAR10, CIFAR100
 
     for theirs, ours in ((CIFAR10, cifar_spec.CIFAR10), (CIFAR100, cifar_spec.CIFAR100)):

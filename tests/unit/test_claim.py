@@ -19,7 +19,7 @@ from distributed.run import claim
 from distributed.run.checkpoint_layout import name_of
 from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
-from distributed.run.records import Holder
+from distributed.run.records import Holder, SaveRecord
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_saved_config_can_be_passed_back_in(run, path):
 
 
 WRITERS: dict[str, Callable[[ClaimedRun], object]] = {
-    "a line": lambda run: run.append(run.metrics_file, {"step": 1}),
+    "a line": lambda run: run.append(run.digests_file, SaveRecord(name=name_of(step=1, epoch=0), tensors={})),
     "a file": lambda run: run.replace(run.config_file, "x"),
     "a checkpoint": lambda run: run.commit(run.logs, run.checkpoints / name_of(step=1, epoch=0)),
     "a cleanup": lambda run: run.try_cleanup("links", lambda: pytest.fail("done")),

@@ -42,9 +42,9 @@ def test_the_default_data_set_can_be_changed():
     assert not command.names_data
 
 
-@pytest.mark.parametrize("words", [["--data.name", "cifar100"], ["--data.root", "elsewhere"]])
-def test_data_on_the_command_line_counts_as_named(words):
-    assert from_command_line(words).names_data
+@pytest.mark.parametrize("arguments", [["--data.name", "cifar100"], ["--data.root", "elsewhere"]])
+def test_data_on_the_command_line_counts_as_named(arguments):
+    assert from_command_line(arguments).names_data
 
 
 def test_a_config_file_names_the_data_and_the_run_dir(write):
@@ -68,20 +68,20 @@ def test_the_data_set_determines_the_number_of_classes():
 
 
 @pytest.mark.parametrize(
-    "words", [["--optim.lr", "0.05"], ["--optim.lr=0.05"], ["--optim.lr=5e-2"], ["--optim.lr", ".05"]]
+    "arguments", [["--optim.lr", "0.05"], ["--optim.lr=0.05"], ["--optim.lr=5e-2"], ["--optim.lr", ".05"]]
 )
-def test_numbers_are_accepted_in_every_usual_form(words):
-    assert config_of(*words).optim.lr == 0.05
+def test_numbers_are_accepted_in_every_usual_form(arguments):
+    assert config_of(*arguments).optim.lr == 0.05
 
 
 def test_an_integer_is_accepted_for_a_float():
     assert config_of("--optim.lr", "1").optim.lr == 1.0
 
 
-@pytest.mark.parametrize("words", [["--optim.decay_norm_and_bias"], ["--optim.decay-norm-and-bias"]])
-def test_a_bare_flag_is_true_and_dashes_are_underscores(words):
-    assert config_of(*words).optim.decay_norm_and_bias is True
-    assert config_of(*words, "--epochs", "3").epochs == 3
+@pytest.mark.parametrize("arguments", [["--optim.decay_norm_and_bias"], ["--optim.decay-norm-and-bias"]])
+def test_a_bare_flag_is_true_and_dashes_are_underscores(arguments):
+    assert config_of(*arguments).optim.decay_norm_and_bias is True
+    assert config_of(*arguments, "--epochs", "3").epochs == 3
 
 
 def test_a_flag_can_be_switched_off():
@@ -114,7 +114,7 @@ def test_the_command_line_overrides_the_file(write):
 
 
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("arguments", "line"),
     [
         (["--epochs", "3", "stray"], "command line: 'stray': not an option; write settings as --name value"),
         (["--epochs"], "command line: --epochs: a value is missing; write --epochs VALUE"),
@@ -124,8 +124,8 @@ def test_the_command_line_overrides_the_file(write):
         (["--schedule", "5"], "command line: schedule = 5: is a section; set its fields, e.g. --schedule.name VALUE"),
     ],
 )
-def test_arguments_that_are_no_setting_are_explained(words, line):
-    assert mistakes(*words) == (line,)
+def test_arguments_that_are_no_setting_are_explained(arguments, line):
+    assert mistakes(*arguments) == (line,)
 
 
 def test_all_wrong_arguments_are_reported_together():
@@ -181,7 +181,7 @@ def test_another_variants_setting_is_reported_with_its_line(write):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         [],
         ["--data.name", "generated100", "--data.train_samples", "20", "--run_dir", "a b"],
@@ -195,8 +195,8 @@ def test_another_variants_setting_is_reported_with_its_line(write):
         ["--exact.shards", "auto"],
     ],
 )
-def test_the_resolved_config_reads_back_equal(words, write):
-    config = config_of(*words)
+def test_the_resolved_config_reads_back_equal(arguments, write):
+    config = config_of(*arguments)
     file = write(as_toml(config), "config.toml")
     assert config_of(file) == config
     write('extends = "config.toml"\n', "more.toml")
@@ -227,8 +227,8 @@ URLS = ("https://one/cifar-10-binary.tar.gz", "http://two/cifar-10-binary.tar.gz
 def test_addresses_are_a_list_on_the_command_line_and_in_files(write):
     text = json.dumps(URLS)
     file = write(f'[data]\nname = "cifar10"\ndownload = true\nurls = {text}\n')
-    for words in (["--data.download", "--data.urls", text], [file]):
-        config = config_of(*words)
+    for arguments in (["--data.download", "--data.urls", text], [file]):
+        config = config_of(*arguments)
         assert config.data.urls == URLS
         assert config_of(write(as_toml(config))).data.urls == URLS
         assert TrainConfig.model_validate_json(config.model_dump_json()) == config
@@ -253,9 +253,9 @@ def test_only_cifar_is_downloaded(name):
     assert "belongs to data.name = cifar10 | cifar100" in line
 
 
-@pytest.mark.parametrize("words", [["--data.download"], ["--data.download", "--data.urls", '["http://one/x"]']])
-def test_download_counts_as_naming_the_data(words):
-    assert from_command_line(words).names_data
+@pytest.mark.parametrize("arguments", [["--data.download"], ["--data.download", "--data.urls", '["http://one/x"]']])
+def test_download_counts_as_naming_the_data(arguments):
+    assert from_command_line(arguments).names_data
 
 
 def test_the_cache_folder_is_a_path_or_none():
@@ -268,5 +268,5 @@ def test_the_config_and_the_command_do_not_import_torch():
         "import sys, distributed.config, distributed.train, distributed.run.folder; "
         "print(*{'torch', 'ray', 'deepspeed', 'matplotlib', 'tensorboard', 'torchvision'} & set(sys.modules))"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout.split() == []
+    message = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert message.stdout.split() == []

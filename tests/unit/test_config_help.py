@@ -19,7 +19,7 @@ def _all_paths() -> set[str]:
     variants += [["--data.name", "generated10"], ["--data.name", "image_folder"], ["--early_stopping.patience", "3"]]
     variants += [["--optim.name", "adamw"]]
     variants += [["--engine.name", "fsdp"], ["--engine.name", "deepspeed"], ["--scaling.num_workers", "3"]]
-    found = {path for words in variants for path in _paths(config_of(*words).model_dump())}
+    found = {path for arguments in variants for path in _paths(config_of(*arguments).model_dump())}
     return found - {"early_stopping", "scaling"}
 
 
@@ -28,7 +28,9 @@ WIDE = 10_000
 
 def test_help_shows_every_setting_with_its_default():
     lines = {
-        words[0]: line for line in help_text(WIDE).splitlines() if (words := line.split()) and words[0][:2] == "--"
+        arguments[0]: line
+        for line in help_text(WIDE).splitlines()
+        if (arguments := line.split()) and arguments[0][:2] == "--"
     }
     assert set(lines) == {f"--{path}" for path in _all_paths()}
     assert "(default 0.1)" in lines["--optim.lr"]

@@ -35,7 +35,7 @@ def test_the_place_is_where_the_value_was_last_set(write):
 
 
 @pytest.mark.parametrize(
-    ("words", "complaint"),
+    ("arguments", "complaint"),
     [
         (["--epochs", "true"], "epochs = true: should be a valid integer"),
         (["--epochs", "1.5"], "epochs = 1.5: should be a valid integer"),
@@ -61,8 +61,8 @@ def test_the_place_is_where_the_value_was_last_set(write):
         ],
     ],
 )
-def test_a_wrong_value_says_what_it_should_be(words, complaint):
-    assert mistakes(*words) == (f"command line: {complaint}",)
+def test_a_wrong_value_says_what_it_should_be(arguments, complaint):
+    assert mistakes(*arguments) == (f"command line: {complaint}",)
 
 
 def test_all_errors_are_reported_together_one_per_line(write):
@@ -128,7 +128,7 @@ def test_a_number_of_processes_is_left_to_the_launcher(option):
 
 
 @pytest.mark.parametrize(
-    ("words", "others"),
+    ("arguments", "others"),
     [
         (["--optim.name", "lion", "--optim.lr", "-1"], ["optim.lr = -1"]),
         (["--optim.name", "lion", "--optim.beta1", "2"], ["optim.beta1 = 2"]),
@@ -142,8 +142,8 @@ def test_a_number_of_processes_is_left_to_the_launcher(option):
         (["--epochs", "--optim.lr", "-1"], ["optim.lr = -1"]),
     ],
 )  # fmt: skip
-def test_one_mistake_hides_no_other(words, others):
-    lines = mistakes(*words)[1:]
+def test_one_mistake_hides_no_other(arguments, others):
+    lines = mistakes(*arguments)[1:]
     assert len(lines) == len(others)
     assert all(other in line for other, line in zip(others, lines, strict=True))
 
@@ -176,7 +176,7 @@ def test_a_misspelled_section_is_reported_with_its_line(write):
 
 
 @pytest.mark.parametrize(
-    ("words", "parts"),
+    ("arguments", "parts"),
     [
         (
             ["--grad_accum_steps", "9", "--global_batch_size", "8"],
@@ -199,8 +199,8 @@ def test_a_misspelled_section_is_reported_with_its_line(write):
         ),
     ],
 )
-def test_conflicts_are_explained(words, parts):
-    (line,) = mistakes(*words)
+def test_conflicts_are_explained(arguments, parts):
+    (line,) = mistakes(*arguments)
     assert [part for part in parts if part not in line] == []
 
 

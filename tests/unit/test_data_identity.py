@@ -1,4 +1,4 @@
-"""The digest of a data set, what it notices, and what ranks and resumes make of it."""
+"""The fingerprint of a data set: what changes it, and how ranks and resumed runs compare it."""
 
 import os
 import shutil
@@ -53,7 +53,7 @@ def test_two_flipped_highest_bits_do_not_cancel_out():
 
 def test_two_images_that_exchange_pixels():
     changed = IMAGES.copy()
-    changed[[0, 10], 3, 4] = changed[[10, 0], 3, 4]  # of one class
+    changed[[0, 10], 3, 4] = changed[[10, 0], 3, 4]  # both of one class
     assert of(changed, LABELS).digest != of(IMAGES, LABELS).digest
 
 
@@ -108,7 +108,7 @@ def test_the_real_data_sets_have_the_official_digests(name):
 
 
 def test_generated_images_differ_by_their_settings():
-    made = {synthetic.identity(*words) for words in (("generated10", 50, "train"), ("generated100", 50, "train"),
+    made = {synthetic.identity(*arguments) for arguments in (("generated10", 50, "train"), ("generated100", 50, "train"),
             ("generated10", 60, "train"), ("generated10", 50, "test"))}  # fmt: skip
     assert len({one.digest for one in made}) == 4
 
@@ -131,7 +131,7 @@ def identities(root: Path):
     return {split: image_folder.identity(root, listing) for split, listing in listings.items()}
 
 
-def test_a_copy_of_an_image_folder_is_the_same(tmp_path):
+def test_a_copy_of_an_image_folder_has_the_same_identity(tmp_path):
     before = identities(folder(tmp_path / "a"))
     shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
     os.utime(tmp_path / "b/train/cat/0.png", (1, 1))
@@ -157,7 +157,7 @@ FOLDER_CHANGES = {
 
 
 @pytest.mark.parametrize("case", FOLDER_CHANGES)
-def test_a_changed_image_folder_is_another(tmp_path, case):
+def test_a_changed_image_folder_has_another_identity(tmp_path, case):
     before = identities(folder(tmp_path / "a"))
     FOLDER_CHANGES[case](tmp_path / "a")
     after = identities(tmp_path / "a")
@@ -165,7 +165,7 @@ def test_a_changed_image_folder_is_another(tmp_path, case):
     assert after["test"] == before["test"]
 
 
-def test_of_large_folders_a_thousand_files_are_read(tmp_path, monkeypatch):
+def test_a_thousand_files_of_a_large_folder_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(image_folder, "_SAMPLES", 3)
     root = folder(tmp_path / "a")
     before = identities(root)["train"].digest
@@ -177,7 +177,7 @@ def test_of_large_folders_a_thousand_files_are_read(tmp_path, monkeypatch):
     assert changed == 3
 
 
-# What differs, in words
+# Differences
 
 FACTS = {
     "classes": ["cat", "dog"],
@@ -200,7 +200,7 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("case", DIFFERENT)
-def test_the_most_telling_difference_is_named(case):
+def test_the_most_informative_difference_is_named(case):
     facts, difference = DIFFERENT[case]
     assert differences(FACTS, facts) == [difference]
     with pytest.raises(InputError, match=f"{difference[0]} is {difference[2]} here, but this run was begun with"):
@@ -209,33 +209,33 @@ def test_the_most_telling_difference_is_named(case):
 
 @pytest.mark.parametrize("saved", [{}, {"classes": ["cat", "dog"]}, {"images": None}, {"images": {"train": 3}},
                                    {"images": []}, {"classes": "cat"}, {"images": {"train": {}}}])  # fmt: skip
-def test_checkpoints_that_say_less_are_resumed(saved):
+def test_older_checkpoints_with_less_metadata_resume(saved):
     assert differences(saved, FACTS) == []
     check_resumed(saved, FACTS, where="runs/a")
 
 
-def test_another_spelling_of_cifars_classes_is_no_other_data():
+def test_another_spelling_of_cifars_classes_is_accepted():
     check_resumed(FACTS, DIFFERENT["a name"][0] | {"data": "cifar10"}, where="runs/a")
 
 
-# Warnings and splits that cannot be used
+# Warnings and unusable splits
 
 
 def warnings(data: dict[str, object], **settings: object) -> list[str]:
-    """What `check_data` says of this data."""
+    """Return the warnings of `check_data` about this data."""
     values = {"model": {"name": "improved_alexnet"}, "device": "cpu", "global_batch_size": 4, "exact": {"shards": 1}}
     config = TrainConfig.model_validate(values | {"data": {"validation_fraction": 0.0} | data} | settings)
-    told: list[str] = []
-    handle = logger.add(lambda message: told.append(message.record["message"]), level="WARNING")
+    text: list[str] = []
+    handle = logger.add(lambda message: text.append(message.record["message"]), level="WARNING")
     try:
         check_data(config, build_data(config, Topology(), torch.device("cpu")))
     finally:
         logger.remove(handle)
-    return told
+    return text
 
 
 def small_cifar(monkeypatch: pytest.MonkeyPatch, root: Path, name: str) -> dict[str, object]:
-    """The data section of a small CIFAR that has the digests of the official one."""
+    """Return the data section of a small CIFAR whose digests are registered as official."""
     small_official(monkeypatch, name)
     write_cifar(root, name)
     _, found = cifar.read_identified(name, root, ("train", "test"))
@@ -245,7 +245,7 @@ def small_cifar(monkeypatch: pytest.MonkeyPatch, root: Path, name: str) -> dict[
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_the_official_digests_are_no_warning(tmp_path, monkeypatch, name):
+def test_the_official_data_set_causes_no_warning(tmp_path, monkeypatch, name):
     assert warnings(small_cifar(monkeypatch, tmp_path, name)) == []
 
 
@@ -267,7 +267,7 @@ def test_changed_records_of_cifar_are_one_warning(tmp_path, monkeypatch, how, fi
     assert line.startswith(f"data.name = cifar10: not the official data set (digest of the {split} images ")
 
 
-def test_records_in_another_order_are_the_official_ones(tmp_path, monkeypatch):
+def test_records_in_another_order_count_as_official(tmp_path, monkeypatch):
     data = small_cifar(monkeypatch, tmp_path, "cifar10")
     change(tmp_path / "cifar-10-batches-bin" / "data_batch_2.bin", lambda records: records[::-1])
     assert warnings(data) == []
@@ -276,7 +276,7 @@ def test_records_in_another_order_are_the_official_ones(tmp_path, monkeypatch):
 TINY = {"name": "generated10", "train_samples": 20, "test_samples": 10, "validation_fraction": 0.2}
 
 
-def test_a_fraction_of_no_image_is_one_warning():
+def test_a_fraction_that_holds_out_nothing_is_a_warning():
     (line,) = warnings(TINY)
     assert line.startswith("data.validation_fraction = 0.2 holds out none of the 20 training images")
 
@@ -290,12 +290,12 @@ def test_a_fraction_of_no_image_is_one_warning():
         ({"schedule": {"name": "plateau"}, "early_stopping": {}}, "schedule.name = plateau and early_stopping need"),
     ],
 )
-def test_a_fraction_of_no_image_is_refused_if_it_is_needed(settings, needed_by):
+def test_a_fraction_that_holds_out_nothing_is_refused_if_needed(settings, needed_by):
     with pytest.raises(InputError, match=f"holds out none of the 20 training images, and {needed_by}"):
         warnings(TINY, **settings)
 
 
-def test_a_fraction_of_all_images_is_refused():
+def test_a_fraction_that_holds_out_all_images_is_refused():
     with pytest.raises(InputError, match=r"validation_fraction = 0\.9: holds out all 20 training images"):
         warnings(TINY | {"validation_fraction": 0.9})
 
@@ -312,5 +312,5 @@ def test_a_batch_larger_than_the_data_is_a_warning():
     assert line.startswith("global_batch_size = 21 is more than the 20 training images")
 
 
-def test_splits_that_are_large_enough_say_nothing():
+def test_large_enough_splits_cause_no_warning():
     assert warnings(TINY | {"validation_fraction": 0.5}, schedule={"name": "plateau"}) == []

@@ -1,4 +1,4 @@
-"""Downloads from a real server on this machine, one that also stalls, breaks off, refuses and ignores ranges."""
+"""Downloads from a real local server that can stall, break the connection, return errors and ignore ranges."""
 
 import hashlib
 import multiprocessing
@@ -45,46 +45,46 @@ def target(tmp_path) -> Path:
     return tmp_path / "data" / "file.tar.gz"
 
 
-def test_a_file_comes_whole_and_is_not_asked_for_again(server, target, capsys):
+def test_a_file_is_downloaded_once(server, target, capsys):
     get([server.url("good")], target)
     assert target.read_bytes() == CONTENT
     assert not target.with_name("file.tar.gz.part").exists()
     get([server.url("good")], target)
-    assert server.asked == [("/good/file.tar.gz", None)]
-    said = capsys.readouterr().err.splitlines()
-    assert said[0] == "file.tar.gz: 1.0 MB"
-    assert re.fullmatch(r"file\.tar\.gz: 1\.0 MB after \d+ s", said[-1])
+    assert server.requests == [("/good/file.tar.gz", None)]
+    message = capsys.readouterr().err.splitlines()
+    assert message[0] == "file.tar.gz: 1.0 MB"
+    assert re.fullmatch(r"file\.tar\.gz: 1\.0 MB after \d+ s", message[-1])
 
 
 @pytest.mark.parametrize("manner", ["redirect", "unsized", "slow"])
-def test_redirected_unsized_and_slow_answers_are_taken(server, target, manner):
+def test_redirected_unsized_and_slow_responses_are_accepted(server, target, manner):
     get([server.url(manner)], target, stall_seconds=2)
     assert target.read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("manner", ["breaksonce", "stallsonce"])
-def test_what_broke_off_is_gone_on_with_at_the_byte_where_it_did(server, target, manner):
+def test_a_broken_download_resumes_at_the_same_byte(server, target, manner):
     get([server.url(manner)], target)
     assert target.read_bytes() == CONTENT
-    assert [asked for _, asked in server.asked] == [None, f"bytes={HALF}-"]
+    assert [byte_range for _, byte_range in server.requests] == [None, f"bytes={HALF}-"]
 
 
-def test_another_process_goes_on_with_what_a_killed_one_left(server, target):
+def test_a_process_resumes_the_download_of_a_killed_one(server, target):
     target.parent.mkdir()
     target.with_name("file.tar.gz.part").write_bytes(CONTENT[:1000])
     get([server.url("good")], target)
     assert target.read_bytes() == CONTENT
-    assert server.asked[0][1] == "bytes=1000-"
+    assert server.requests[0][1] == "bytes=1000-"
 
 
-def test_a_part_that_is_whole_needs_no_server(target):
+def test_a_complete_partial_file_needs_no_server(target):
     target.parent.mkdir()
     target.with_name("file.tar.gz.part").write_bytes(CONTENT)
     get(["http://127.0.0.1:9/none"], target)
     assert target.read_bytes() == CONTENT
 
 
-def test_a_server_that_ignores_ranges_starts_anew(server, target):
+def test_a_server_that_ignores_ranges_starts_over(server, target):
     target.parent.mkdir()
     target.with_name("file.tar.gz.part").write_bytes(CONTENT[:1000])
     get([server.url("norange")], target)
@@ -92,23 +92,23 @@ def test_a_server_that_ignores_ranges_starts_anew(server, target):
 
 
 @pytest.mark.parametrize("part", [b"x" * 1000, CONTENT + b"more", b"x" * len(CONTENT)])
-def test_a_part_of_another_file_is_thrown_away_and_the_same_server_asked_anew(server, target, part):
+def test_a_part_of_another_file_is_downloaded_again(server, target, part):
     target.parent.mkdir()
     target.with_name("file.tar.gz.part").write_bytes(part)
     get([server.url("good")], target)
     assert target.read_bytes() == CONTENT
 
 
-def test_a_server_that_sends_another_part_than_asked_for_is_not_believed(server, target):
+def test_a_response_with_another_range_is_rejected(server, target):
     target.parent.mkdir()
     target.with_name("file.tar.gz.part").write_bytes(CONTENT[:1000])
     get([server.url("otherpart")], target)
     assert target.read_bytes() == CONTENT
-    assert [asked for _, asked in server.asked] == ["bytes=1000-", None]
+    assert [byte_range for _, byte_range in server.requests] == ["bytes=1000-", None]
 
 
 @pytest.mark.parametrize(
-    ("manner", "told", "times"),
+    ("manner", "text", "times"),
     [
         ("404", "HTTP 404 Not Found", 1),
         ("500", "HTTP 500 Internal Server Error", 3),
@@ -122,56 +122,56 @@ def test_a_server_that_sends_another_part_than_asked_for_is_not_believed(server,
         ),
     ],
 )
-def test_a_server_that_fails_is_told_and_asked_again_where_that_can_help(server, target, manner, told, times):
+def test_a_server_error_is_reported_and_retried_if_temporary(server, target, manner, text, times):
     (line,) = complaint([server.url(manner)], target)
     assert line.startswith(f"{server.url(manner)}: ")
-    assert told in line
+    assert text in line
     assert server.manners() == [manner] * times
     assert target.with_name("file.tar.gz.part").exists() == (manner in ("breaks", "stalls"))
 
 
 @pytest.mark.parametrize("manner", ["404", "500", "wrong", "breaks", "stalls", "unsized", "norange"])
-def test_the_next_mirror_is_asked_at_once(server, target, manner):
+def test_the_next_mirror_is_tried_at_once(server, target, manner):
     get([server.url(manner), server.url("good")], target)
     assert target.read_bytes() == CONTENT
-    assert len(server.asked) == (1 if manner in ("unsized", "norange") else 2)
+    assert len(server.requests) == (1 if manner in ("unsized", "norange") else 2)
 
 
-def test_each_mirror_has_its_line(server, target):
+def test_each_mirror_is_reported_on_its_own_line(server, target):
     lines = complaint([server.url("404"), server.url("500"), "http://127.0.0.1:9/none"], target, rounds=2)
     assert [line.split(": ")[0] for line in lines] == [server.url("404"), server.url("500"), "http://127.0.0.1:9/none"]
     assert "Connection refused" in lines[2]
     assert server.manners() == ["404", "500", "500"]
 
 
-def test_a_line_that_breaks_often_but_gets_on_is_not_given_up(server, target):
+def test_a_download_that_makes_progress_is_never_given_up(server, target):
     server.step = 100_000
     get([server.url("bits")], target, rounds=1)
     assert target.read_bytes() == CONTENT
-    assert len(server.asked) == 11
+    assert len(server.requests) == 11
 
 
-def test_a_host_that_is_not_known_is_told(target):
+def test_an_unknown_host_is_reported(target):
     (line,) = complaint(["http://nowhere.invalid/file"], target, rounds=1)
     assert "not known" in line or "resolution" in line or "No address" in line
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(server, tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported(server, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="make it writable"):
         get([server.url("good")], tmp_path / "file" / "file.tar.gz")
-    assert server.asked == []
+    assert server.requests == []
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/null")])
-def test_a_pipe_folder_or_device_for_the_part_is_one_line(server, target, make):
+def test_a_pipe_folder_or_device_as_partial_file_is_refused(server, target, make):
     target.parent.mkdir()
     make(target.with_name(f"{target.name}.part"))
     with pytest.raises(InputError, match="not a regular file; make the folder writable"):
         get([server.url("good")], target)
 
 
-def test_a_full_disk_is_not_taken_for_the_servers_fault(server, target, monkeypatch):
+def test_a_full_disk_is_not_blamed_on_the_server(server, target, monkeypatch):
     class Full:
         name = "the part"
 
@@ -187,7 +187,7 @@ def test_a_full_disk_is_not_taken_for_the_servers_fault(server, target, monkeypa
     monkeypatch.setattr(download, "_opened", lambda *_: Full())
     with pytest.raises(InputError, match=r"the part: No space left on device; free disk space"):
         get([server.url("good")], target)
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 def _in_a_process(urls: list[str], target: Path, start: float, answers: "multiprocessing.Queue[object]") -> None:
@@ -212,27 +212,27 @@ def four_processes(urls: list[str], target: Path) -> list[object]:
     return found
 
 
-def test_of_four_processes_one_downloads_and_all_have_the_file(server, target):
+def test_one_of_four_processes_downloads_for_all(server, target):
     assert four_processes([server.url("slow")], target) == ["there"] * 4
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
-def test_of_four_processes_one_fails_and_all_say_why(server, target):
-    """The others do not wait for the same stall, one after the other."""
+def test_all_of_four_processes_report_the_failure_of_one(server, target):
+    """The others do not each wait for the same stalled server."""
     answers = four_processes([server.url("stalls")], target)
-    assert [asked for _, asked in server.asked] == [None, f"bytes={HALF}-"]
+    assert [byte_range for _, byte_range in server.requests] == [None, f"bytes={HALF}-"]
     assert "it sent nothing for 0.3 s" in answers[0][0]
     assert [list(answer) for answer in answers] == [list(answers[0])] * 4
 
 
-def test_after_a_failure_another_attempt_tries_anew(server, target):
+def test_another_attempt_after_a_failure_tries_again(server, target):
     complaint([server.url("404")], target)
     get([server.url("good")], target)
     assert target.read_bytes() == CONTENT
 
 
-def test_no_clock_decides_whether_a_failure_is_old(server, target):
-    """A file server's clock may be ahead of this machine's, and the note of an old failure seem to come from the future."""
+def test_the_age_of_a_failure_does_not_depend_on_clocks(server, target):
+    """If a file server's clock is ahead, the note of an old failure has a time in the future."""
     complaint([server.url("404")], target)
     (note,) = target.parent.glob("*.failed")
     ahead = time.time() + 300
@@ -241,14 +241,14 @@ def test_no_clock_decides_whether_a_failure_is_old(server, target):
     assert target.read_bytes() == CONTENT
 
 
-def test_a_mirror_is_asked_though_the_same_file_fails_elsewhere(server, target):
-    """Two commands wait for one file; the first one's address has stalled."""
+def test_a_mirror_is_tried_while_the_file_fails_elsewhere(server, target):
+    """Two commands need the same file, and the first one's server has stalled."""
     arguments = ([server.url("stalls")], target)
     options = {"md5": MD5, "stall_seconds": 1.0, "rounds": 1}
     first = multiprocessing.get_context("fork").Process(target=download.fetch, args=arguments, kwargs=options)
     first.start()
     deadline = time.monotonic() + 20
-    while not server.asked:
+    while not server.requests:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     get([server.url("good")], target)
@@ -257,14 +257,14 @@ def test_a_mirror_is_asked_though_the_same_file_fails_elsewhere(server, target):
 
 
 @pytest.mark.parametrize("note", ["", "[]", "null", '{"number": []}', '{"number": 1, "lines": 3}', "[[[["])
-def test_a_damaged_note_of_a_failure_is_passed_over(server, target, note):
+def test_a_damaged_note_of_a_failure_is_ignored(server, target, note):
     target.parent.mkdir()
     target.with_name(f".{target.name}.failed").write_text(note)
     get([server.url("good")], target)
     assert target.read_bytes() == CONTENT
 
 
-def test_a_failure_that_cannot_be_noted_is_told(server, target, monkeypatch):
+def test_a_failure_is_reported_on_a_full_disk_too(server, target, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -272,7 +272,7 @@ def test_a_failure_that_cannot_be_noted_is_told(server, target, monkeypatch):
     assert "HTTP 404" in complaint([server.url("404")], target)[0]
 
 
-def test_a_file_system_without_locks_is_one_line(server, target, monkeypatch):
+def test_a_file_system_without_locks_is_reported(server, target, monkeypatch):
     def without(*_: object, **__: object) -> None:
         raise NotImplementedError("FileSystem does not appear to support flock")
 
@@ -281,7 +281,7 @@ def test_a_file_system_without_locks_is_one_line(server, target, monkeypatch):
         get([server.url("good")], target)
 
 
-def test_a_downloader_that_is_killed_leaves_its_part_to_the_next(server, target):
+def test_a_killed_download_is_resumed_by_the_next_process(server, target):
     waiting = {"md5": MD5, "stall_seconds": 20.0}
     arguments = ([server.url("stalls")], target)
     process = multiprocessing.get_context("fork").Process(target=download.fetch, args=arguments, kwargs=waiting)
@@ -295,19 +295,19 @@ def test_a_downloader_that_is_killed_leaves_its_part_to_the_next(server, target)
     process.join()
     get([server.url("good")], target)
     assert target.read_bytes() == CONTENT
-    assert server.asked[-1][1] == f"bytes={HALF}-"
+    assert server.requests[-1][1] == f"bytes={HALF}-"
 
 
-def test_the_plain_line_says_what_is_left():
+def test_the_progress_line_estimates_the_remaining_time():
     megabyte = 1_000_000
-    said = progress.line("x", 34 * megabyte, 170 * megabyte, "B", 55_000)
-    assert said == "x: 34.0 MB of 170.0 MB, 55 kB/s, 41 min left"
+    message = progress.line("x", 34 * megabyte, 170 * megabyte, "B", 55_000)
+    assert message == "x: 34.0 MB of 170.0 MB, 55 kB/s, 41 min left"
     assert progress.line("x", 5, 10, "images", 2.5) == "x: 5 images of 10 images, 2 images/s, 2 s left"
     assert progress.line("x", 0, 10, "images", 0).endswith("stalled")
     assert progress.line("x", 2000, None, "B", 1000) == "x: 2 kB, 1 kB/s"
 
 
-def test_without_a_terminal_a_line_comes_now_and_then(monkeypatch, capsys):
+def test_without_a_terminal_progress_is_printed_in_lines(monkeypatch, capsys):
     monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0.0)
     with progress.progress("decoding", 3, unit="images") as advance:
         for _ in range(3):
@@ -324,7 +324,7 @@ def test_on_a_terminal_a_bar_is_drawn(monkeypatch, capsys):
     assert "100%" in capsys.readouterr().err
 
 
-def test_a_missing_data_set_is_downloaded_where_that_was_asked_for_and_only_then(server, tmp_path, monkeypatch):
+def test_a_missing_data_set_is_downloaded_only_on_request(server, tmp_path, monkeypatch):
     packed = b"\x1f\x8b" + CONTENT
     server.content = packed
     official = cifar_spec.CIFAR10.forms[0]
@@ -334,9 +334,9 @@ def test_a_missing_data_set_is_downloaded_where_that_was_asked_for_and_only_then
     config = CifarData(root=tmp_path / "data")
     with pytest.raises(InputError, match=r"--data\.download"):
         registry.prepare(config)
-    asked = config.model_copy(update={"download": True, "urls": (server.url("good"),)})
-    registry.prepare(asked)
+    downloading = config.model_copy(update={"download": True, "urls": (server.url("good"),)})
+    registry.prepare(downloading)
     assert (tmp_path / "data" / official.archive).read_bytes() == packed
-    registry.prepare(asked)
-    assert len(server.asked) == 1
+    registry.prepare(downloading)
+    assert len(server.requests) == 1
     assert not list((tmp_path / "data").glob("*.part"))

@@ -21,19 +21,19 @@ from distributed.files import (
 )
 
 
-def test_json_goes_there_and_back(tmp_path):
+def test_json_reads_back_equal(tmp_path):
     replace_json(tmp_path / "a.json", {"a": [1, None, "ä"]})
     assert read_json(tmp_path / "a.json") == {"a": [1, None, "ä"]}
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff"])
-def test_what_is_no_json_reads_as_nothing(tmp_path, content):
+def test_a_file_that_is_not_json_reads_as_none(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     assert read_json(tmp_path / "a.json") is None
     assert read_json(tmp_path / "missing.json") is None
 
 
-def test_a_replacement_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+def test_a_failed_replacement_leaves_only_the_old_file(tmp_path, monkeypatch):
     replace_text(tmp_path / "a", "old")
 
     def full(handle: int) -> None:
@@ -46,7 +46,7 @@ def test_a_replacement_that_fails_leaves_the_old_file_and_nothing_else(tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_replacement_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+def test_a_replacement_is_synced_before_the_rename(tmp_path, monkeypatch):
     order = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(files.os, "fsync", lambda handle: (order.append("fsync"), fsync(handle)))
@@ -69,12 +69,12 @@ def test_lines_are_appended(tmp_path):
     [("~", "/home/me"), ("~/x", "/home/me/x"), ("a/~", "a/~"), ("~nobody-of-this-name/x", "~nobody-of-this-name/x"),
      ("~root", os.path.expanduser("~root")), ("./~", "~")],
 )  # fmt: skip
-def test_a_tilde_is_read_as_a_shell_does(text: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_expanded_as_in_a_shell(text: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert home_path(text) == Path(path)
 
 
-# What is no regular file
+# Files that are not regular
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_a_pipe_is_neither_read_nor_appended_to(pipe: Path) -> None:
         read_at_most(pipe, 10)
 
 
-def test_a_file_beyond_its_limit_takes_no_memory(tmp_path: Path) -> None:
+def test_a_file_beyond_the_limit_takes_no_memory(tmp_path: Path) -> None:
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(10 * 2**30)
     assert read_json(tmp_path / "sparse") is None
@@ -101,7 +101,7 @@ def test_a_file_beyond_its_limit_takes_no_memory(tmp_path: Path) -> None:
         read_at_most(tmp_path / "sparse", 10)
 
 
-def test_a_file_up_to_its_limit_is_read(tmp_path: Path) -> None:
+def test_a_file_up_to_the_limit_is_read(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"0123456789")
     assert read_at_most(tmp_path / "a", 10) == b"0123456789"
     with pytest.raises(OSError, match="more than 9 bytes"):
@@ -114,10 +114,10 @@ def test_lines_are_read_with_any_end_and_any_bytes(tmp_path: Path) -> None:
     assert list(lines_of(tmp_path / "missing")) == []
 
 
-# What commands write where the user says
+# Output files of commands
 
 
-def test_an_output_goes_through_a_link_to_a_file(tmp_path: Path) -> None:
+def test_an_output_follows_a_link_to_a_file(tmp_path: Path) -> None:
     (tmp_path / "target").write_text("old")
     (tmp_path / "link").symlink_to("target")
     write_output(tmp_path / "link", b"new")
@@ -125,14 +125,14 @@ def test_an_output_goes_through_a_link_to_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "target").read_text() == "new"
 
 
-def test_an_output_goes_through_a_link_to_nothing_yet(tmp_path: Path) -> None:
+def test_an_output_follows_a_link_to_a_missing_file(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("target")
     check_writable("--out", tmp_path / "link")
     write_output(tmp_path / "link", b"new")
     assert (tmp_path / "target").read_text() == "new"
 
 
-def test_an_output_goes_into_a_pipe_that_is_read(pipe: Path) -> None:
+def test_an_output_is_written_into_a_pipe(pipe: Path) -> None:
     found: list[bytes] = []
     reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()), daemon=True)
     reader.start()
@@ -148,7 +148,7 @@ def test_an_output_goes_into_a_pipe_that_is_read(pipe: Path) -> None:
     assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
-def test_an_output_into_a_pipe_that_nobody_reads_is_an_error(pipe: Path) -> None:
+def test_an_output_into_a_pipe_without_a_reader_is_an_error(pipe: Path) -> None:
     with pytest.raises(OSError, match="No such device or address"):
         write_output(pipe, b"x")
 
@@ -168,12 +168,12 @@ def test_a_device_stays_a_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [("folder", "is a folder"), ("socket", "is not a regular file"), ("x" * 300, "File name too long"),
      ("x" * 240, "File name too long"), ("file/x", "File exists"), ("lost", "No such file"), ("circle", "symbolic links")],
 )  # fmt: skip
-def test_an_output_that_cannot_be_written_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str
+def test_an_output_that_cannot_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
@@ -182,6 +182,6 @@ def test_an_output_that_cannot_be_written_is_told(
     Path("circle").symlink_to("circle")
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind("socket")
-        with pytest.raises(InputError, match=said) as found:
+        with pytest.raises(InputError, match=message) as found:
             check_writable("--out", Path(name))
     assert "name a file that can be written" in str(found.value)

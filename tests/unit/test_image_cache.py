@@ -1,4 +1,4 @@
-"""The decoded cache: where it is, whom it trusts, and that nothing but what was decoded comes out of it."""
+"""The cache of decoded images: its location, which files it trusts, and that it returns only decoded images."""
 
 import os
 import re
@@ -78,27 +78,27 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_a_cache_file_that_is_not_ours_is_made_again(case: str, root: Path, said: list[str]) -> None:
+def test_an_untrusted_cache_file_is_replaced(case: str, root: Path, log_messages: list[str]) -> None:
     change, why = DAMAGE[case]
     expected = pixels(root)
     file = the_file(root / ".decoded")
     change(file)
     assert np.array_equal(pixels(root), expected)
-    assert said == [f"{file}: {why}; decoding the images again\n"]
+    assert log_messages == [f"{file}: {why}; decoding the images again\n"]
     assert stat.S_ISREG(file.lstat().st_mode)
     assert np.array_equal(pixels(root), expected)
-    assert len(said) == 1
+    assert len(log_messages) == 1
 
 
 @needs_root
-def test_another_users_cache_file_is_not_used(root: Path, said: list[str]) -> None:
+def test_another_users_cache_file_is_ignored(root: Path, log_messages: list[str]) -> None:
     expected = pixels(root)
     os.chown(the_file(root / ".decoded"), NOBODY, NOBODY)
     assert np.array_equal(pixels(root), expected)
-    assert "another user can write it" in said[0]
+    assert "another user can write it" in log_messages[0]
 
 
-def test_a_cache_file_of_another_size_or_source_is_not_used(root: Path, said: list[str]) -> None:
+def test_a_cache_file_of_another_size_or_source_is_ignored(root: Path, log_messages: list[str]) -> None:
     expected = pixels(root, side=4)
     small = the_file(root / ".decoded")
     content = small.read_bytes()
@@ -107,14 +107,14 @@ def test_a_cache_file_of_another_size_or_source_is_not_used(root: Path, said: li
     large = the_file(root / ".decoded")
     large.write_bytes(content)
     assert pixels(root, side=8).shape[1] == 8
-    assert "its size is wrong" in said[0]
+    assert "its size is wrong" in log_messages[0]
     Image.new("RGB", (8, 8), (1, 2, 3)).save(root / "train" / "cat" / "0.png")
     small.write_bytes(content)
     found = pixels(root, side=4)
     assert not np.array_equal(found, expected)
 
 
-def test_a_cache_file_moved_to_another_name_is_not_used(root: Path, said: list[str]) -> None:
+def test_a_renamed_cache_file_is_ignored(root: Path, log_messages: list[str]) -> None:
     pixels(root)
     old = the_file(root / ".decoded")
     content = old.read_bytes()
@@ -123,37 +123,37 @@ def test_a_cache_file_moved_to_another_name_is_not_used(root: Path, said: list[s
     expected = pixels(root)
     the_file(root / ".decoded").write_bytes(content)
     assert np.array_equal(pixels(root), expected)
-    assert len(said) == 1
+    assert len(log_messages) == 1
 
 
-def test_a_folder_in_its_place_leaves_the_images_in_memory(root: Path, said: list[str]) -> None:
+def test_a_folder_as_cache_file_keeps_the_images_in_memory(root: Path, log_messages: list[str]) -> None:
     expected = pixels(root)
     file = the_file(root / ".decoded")
     file.unlink()
     file.mkdir()
     assert np.array_equal(pixels(root, root / ".decoded"), expected)
-    assert "Is a directory" in said[-1]
-    assert "each process decodes them at every start" in said[-1]
+    assert "Is a directory" in log_messages[-1]
+    assert "each process decodes them at every start" in log_messages[-1]
 
 
 def paths(root: Path, named: Path | None) -> list[Path]:
     return [folder.path for folder in folders(root, named)]
 
 
-def test_the_cache_is_with_the_data_else_with_the_user(root: Path, tmp_path: Path, monkeypatch) -> None:
+def test_the_cache_is_with_the_data_else_in_the_users_folder(root: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     home = tmp_path / "home" / ".cache" / "distributed" / "decoded"
     assert paths(root, None)[:2] == [root / ".decoded", home]
     assert paths(root, tmp_path / "named") == [tmp_path / "named"]
     assert stat.S_IMODE((tmp_path / "named").stat().st_mode) == 0o700
-    (tmp_path / "file").write_text("")  # cannot hold a folder, like one that is read-only
+    (tmp_path / "file").write_text("")  # no folder can be created in it, as in a read-only one
     assert paths(tmp_path / "file", None)[0] == home
     assert paths(root, tmp_path / "file" / "below") == []
     with pytest.raises(InputError, match=r"--data\.cache"):
         decode.read(root, 8, tmp_path / "file" / "below")
 
 
-def test_no_other_folder_is_made_if_the_first_can_be_written(root: Path, tmp_path: Path, monkeypatch) -> None:
+def test_no_second_folder_is_created_if_the_first_is_writable(root: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     pixels(root)
@@ -171,7 +171,7 @@ def test_without_a_home_the_cache_is_in_the_temporary_folder(root: Path, monkeyp
     assert paths(nowhere, None) == [root.parent / "tmp" / f"distributed-decoded-{os.geteuid()}"]
 
 
-def test_without_any_folder_the_images_are_in_memory(root: Path, said: list[str], monkeypatch) -> None:
+def test_without_any_folder_the_images_are_in_memory(root: Path, log_messages: list[str], monkeypatch) -> None:
     expected = pixels(root)
 
     def nowhere(*_: object) -> None:
@@ -182,7 +182,7 @@ def test_without_any_folder_the_images_are_in_memory(root: Path, said: list[str]
     shutil.rmtree(root / ".decoded")
     (root / ".decoded").write_text("")
     assert np.array_equal(pixels(root), expected)
-    (line, _) = said  # one a split
+    (line, _) = log_messages  # one per split
     assert "decoded images are not kept (no folder that can be written)" in line
 
 
@@ -196,7 +196,7 @@ OTHERS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("case", OTHERS)
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
-def test_in_a_folder_of_others_a_private_one_is_made(case: str, tmp_path: Path) -> None:
+def test_a_private_folder_is_created_in_a_shared_one(case: str, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
     OTHERS[case](shared)
@@ -207,7 +207,7 @@ def test_in_a_folder_of_others_a_private_one_is_made(case: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("case", ["a link", "writable by all", "another user's"])
 @needs_root
-def test_a_private_folder_made_beforehand_by_others_is_not_used(case: str, root: Path, tmp_path: Path) -> None:
+def test_a_private_folder_created_by_others_is_ignored(case: str, root: Path, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o1777)
@@ -226,7 +226,7 @@ def test_a_private_folder_made_beforehand_by_others_is_not_used(case: str, root:
     assert [*private.glob("*"), *(tmp_path.glob("elsewhere/*"))] == []
 
 
-def test_a_dead_process_file_is_removed_and_a_living_ones_kept(root: Path, tmp_path: Path) -> None:
+def test_temporary_files_of_dead_processes_are_removed(root: Path, tmp_path: Path) -> None:
     import fcntl
 
     pixels(root)
@@ -240,7 +240,7 @@ def test_a_dead_process_file_is_removed_and_a_living_ones_kept(root: Path, tmp_p
     assert (dead.exists(), living.exists()) == (False, True)
 
 
-def test_two_that_write_at_once_leave_one_valid_file(tmp_path: Path) -> None:
+def test_two_concurrent_writers_leave_one_valid_file(tmp_path: Path) -> None:
     file = CacheFile(tmp_path / "a.images", os.geteuid(), (130, 2, 2, 3), "source")
     images = np.arange(130 * 12, dtype=np.uint32).astype(np.uint8).reshape(file.shape)
 
@@ -249,7 +249,7 @@ def test_two_that_write_at_once_leave_one_valid_file(tmp_path: Path) -> None:
             store(first, images[first : first + image_cache.BLOCK])
 
     def inside(store: Callable[[int, np.ndarray], None]) -> None:
-        file.write(blocks)  # as a second process would: the lock may be blind between nodes
+        file.write(blocks)  # as a second process would: locks may not work between nodes
         blocks(store)
 
     file.write(inside)
@@ -257,16 +257,16 @@ def test_two_that_write_at_once_leave_one_valid_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.images"]
 
 
-def test_on_a_full_disk_the_images_are_in_memory(root: Path, said: list[str], small_disk: Path) -> None:
+def test_on_a_full_disk_the_images_are_in_memory(root: Path, log_messages: list[str], small_disk: Path) -> None:
     expected = pixels(root)
     shutil.rmtree(root / ".decoded")
     (small_disk / "filler").write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize))
     assert np.array_equal(pixels(root, small_disk / "cache"), expected)
-    assert re.search(r"data\.cache: decoded images are not kept \(.*No space left on device\)", said[0])
+    assert re.search(r"data\.cache: decoded images are not kept \(.*No space left on device\)", log_messages[0])
     assert not list((small_disk / "cache").glob("*.images"))
 
 
-def test_a_full_first_folder_leads_to_the_next(root: Path, said: list[str], monkeypatch) -> None:
+def test_a_full_first_folder_leads_to_the_next(root: Path, log_messages: list[str], monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(root.parent / "home"))
     real = CacheFile.write
 
@@ -278,10 +278,10 @@ def test_a_full_first_folder_leads_to_the_next(root: Path, said: list[str], monk
     monkeypatch.setattr(CacheFile, "write", write)
     pixels(root)
     assert len(list((root.parent / "home").rglob("*.images"))) == 2
-    assert said == []
+    assert log_messages == []
 
 
-def test_images_that_neither_disk_nor_memory_hold_are_an_error(root: Path, monkeypatch) -> None:
+def test_images_too_large_for_disk_and_memory_are_refused(root: Path, monkeypatch) -> None:
     monkeypatch.setattr(decode, "_available_memory", lambda: 1000.0)
     monkeypatch.setattr(CacheFile, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(InputError, match=r"data\.cache: no room for .* No space left on device"):

@@ -26,7 +26,7 @@ def test_every_common_format_is_read(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "1", "I;16"])
-def test_every_kind_of_png_is_three_channels_in_0_to_1(tmp_path: Path, mode: str) -> None:
+def test_every_kind_of_png_becomes_rgb_in_0_to_1(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "image.png"
     if mode == "I;16":
         Image.fromarray(np.full((24, 40), 65535, np.uint16)).save(path)
@@ -40,21 +40,21 @@ def test_every_kind_of_png_is_three_channels_in_0_to_1(tmp_path: Path, mode: str
         assert torch.equal(image, torch.ones(3, 24, 40))
 
 
-def test_an_image_that_was_written_is_read_as_it_was(tmp_path: Path) -> None:
+def test_a_written_image_reads_back_equal(tmp_path: Path) -> None:
     image = torch.from_numpy(PIXELS).permute(2, 0, 1) / 255
     (tmp_path / "image.png").write_bytes(png_of(image))
     assert torch.equal(read_image(tmp_path / "image.png"), image)
 
 
-def test_an_image_is_turned_as_its_camera_was_held(tmp_path: Path) -> None:
+def test_the_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     Image.fromarray(PIXELS).save(tmp_path / "image.jpg", exif=exif)
     assert read_image(tmp_path / "image.jpg").shape == (3, 40, 24)
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n cut off"])
-def test_what_is_no_image_is_one_line_that_says_so(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_an_image_is_reported(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
     with pytest.raises(InputError) as error:

@@ -1,4 +1,4 @@
-"""Folders of images: what is listed, what is refused, what the pixels become, and that they are decoded once."""
+"""Image folders: what is listed and refused, how pixels are converted, and that each image is decoded once."""
 
 import multiprocessing
 import os
@@ -41,7 +41,7 @@ def complaint(root: Path) -> list[str]:
     return [line.removeprefix("data.name = image_folder: ") for line in caught.value.lines]
 
 
-def test_classes_are_the_folders_in_order_and_each_image_has_its_own(root):
+def test_classes_are_the_folders_in_order(root):
     names, listings = image_folder.list_folder(root)
     assert names == ("ant", "bee", "cow")
     assert {split: len(listing.files) for split, listing in listings.items()} == {"train": 18, "test": 6}
@@ -49,7 +49,7 @@ def test_classes_are_the_folders_in_order_and_each_image_has_its_own(root):
         assert [f"{split}/{names[label]}" for label in listing.labels] == [str(Path(f).parent) for f in listing.files]
 
 
-def test_the_images_are_mixed_in_an_order_that_depends_on_names_alone(root):
+def test_the_shuffled_order_depends_on_names_only(root):
     before = image_folder.list_folder(root).listings["train"]
     assert list(before.labels) != sorted(before.labels)
     root.rename(root.with_name("moved"))
@@ -63,14 +63,14 @@ def test_a_changed_file_changes_the_digest(root):
     assert image_folder.list_folder(root).listings["train"].digest != digest
 
 
-def test_hidden_files_are_passed_over_and_capital_suffixes_read(root):
+def test_hidden_files_are_ignored_and_capital_suffixes_read(root):
     (root / "train" / ".DS_Store").write_text("")
     (root / "train" / "ant" / ".thumbs").write_text("")
     (root / "train" / "ant" / "0.png").rename(root / "train" / "ant" / "0.PNG")
     assert len(image_folder.list_folder(root).listings["train"].files) == 18
 
 
-def test_a_class_of_the_test_images_alone_is_told(root):
+def test_a_class_with_test_images_only_is_reported(root):
     picture(root / "test" / "dog" / "0.png")
     (line,) = complaint(root)
     assert (
@@ -79,7 +79,7 @@ def test_a_class_of_the_test_images_alone_is_told(root):
     )
 
 
-def test_files_of_another_kind_are_told_a_line_each(root):
+def test_files_of_another_kind_are_reported_one_per_line(root):
     (root / "train" / "ant" / "a.gif").write_bytes(b"GIF89a")
     (root / "test" / "bee" / "notes.txt").write_text("")
     (root / "train" / "cow" / "more").mkdir()
@@ -89,13 +89,13 @@ def test_files_of_another_kind_are_told_a_line_each(root):
     assert any(line.startswith(f"{root / 'train' / 'cow' / 'more'}: a folder;") for line in lines)
 
 
-def test_a_class_without_training_images_is_told(root):
+def test_a_class_without_training_images_is_reported(root):
     (root / "train" / "dog").mkdir()
     (line,) = complaint(root)
     assert line.startswith(f"{root / 'train' / 'dog'}: a class without images")
 
 
-def test_no_images_no_folders_and_no_root_are_told(root, tmp_path):
+def test_missing_images_folders_and_root_are_reported(root, tmp_path):
     assert "No such file or directory; point --data.root at" in complaint(tmp_path / "nothing")[0]
     (tmp_path / "bare" / "train").mkdir(parents=True)
     assert "no class folders" in complaint(tmp_path / "bare")[0]
@@ -125,7 +125,7 @@ def test_grey_and_transparent_images_become_rgb(tmp_path, mode):
     assert np.array_equal(decode.decode(tmp_path / "a.png").permute(1, 2, 0).numpy(), expected)
 
 
-def test_sixteen_bits_a_channel_become_eight(tmp_path):
+def test_sixteen_bits_per_channel_become_eight(tmp_path):
     shades = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
     Image.fromarray(shades).save(tmp_path / "a.png")
     image = decode.decode(tmp_path / "a.png")
@@ -133,15 +133,15 @@ def test_sixteen_bits_a_channel_become_eight(tmp_path):
     assert torch.equal(image, torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, 16, 16))
 
 
-def test_a_photo_is_turned_as_its_exif_data_says(tmp_path):
+def test_a_photo_is_rotated_by_its_exif_orientation(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     picture(tmp_path / "a.jpg", 8, 24, exif=exif)
     assert decode.decode(tmp_path / "a.jpg").shape == (3, 24, 8)
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 60), (60, 100), (40, 40), (17, 400), (20, 33), (16, 31), (7, 5)])
-def test_the_shorter_side_is_resized_and_the_centre_taken(height, width):
+def test_the_shorter_side_is_resized_and_the_center_cropped(height, width):
     across = torch.linspace(0, 255, width).round().byte().expand(3, height, width)
     square = decode.to_square(across, 16)
     assert square.shape == (16, 16, 3)
@@ -153,7 +153,7 @@ def test_the_shorter_side_is_resized_and_the_centre_taken(height, width):
     assert abs(float(square[8, -1, 0]) - float(square[8, 0, 0]) - covered * 15 / 16) < 0.12 * covered + 2
 
 
-def test_it_is_about_what_pillow_makes_of_it(tmp_path):
+def test_resizing_is_close_to_pillows(tmp_path):
     picture(tmp_path / "a.png", 50, 50, seed=3)
     expected = Image.open(tmp_path / "a.png").resize((16, 16), Image.Resampling.BILINEAR)
     found = decode.to_square(decode.decode(tmp_path / "a.png"), 16).numpy().astype(int)
@@ -161,7 +161,7 @@ def test_it_is_about_what_pillow_makes_of_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "empty"),
         (b"GIF89a....", "neither PNG nor JPEG"),
@@ -170,14 +170,14 @@ def test_it_is_about_what_pillow_makes_of_it(tmp_path):
         (b"\xff\xd8\xff....", "broken"),
     ],
 )
-def test_a_broken_image_is_one_line_with_its_path(root, content, told):
+def test_a_broken_image_is_reported_with_its_path(root, content, message):
     (root / "train" / "bee" / "0.png").write_bytes(content)
     (root / "train" / "cow" / "1.png").write_bytes(content)
     with pytest.raises(InputError) as caught:
         decode.read(root, 16)
     lines = sorted(caught.value.lines)
     assert [line.split(": ")[1] for line in lines] == [str(root / "train" / f) for f in ("bee/0.png", "cow/1.png")]
-    assert all(told in line and "\n" not in line for line in lines)
+    assert all(message in line and "\n" not in line for line in lines)
     assert not list((root / ".decoded").glob("*.images"))
 
 
@@ -188,7 +188,7 @@ def test_a_truncated_png_is_broken(root):
         decode.read(root, 16)
 
 
-def test_what_was_decoded_is_not_decoded_again_until_a_file_or_the_size_changes(root, monkeypatch):
+def test_images_are_decoded_again_only_after_a_change(root, monkeypatch):
     counts: list[Path] = []
     real = decode.decode
     monkeypatch.setattr(decode, "decode", lambda path, **most: counts.append(path) or real(path, **most))
@@ -217,7 +217,7 @@ def _read(root: str, log: str) -> None:
     decode.read(Path(root), 16)
 
 
-def test_of_four_processes_one_decodes(root, tmp_path):
+def test_one_of_four_processes_decodes(root, tmp_path):
     context = multiprocessing.get_context("fork")
     torch.set_num_threads(1)
     processes = [context.Process(target=_read, args=(str(root), str(tmp_path / "log"))) for _ in range(4)]
@@ -229,7 +229,7 @@ def test_of_four_processes_one_decodes(root, tmp_path):
     assert len((tmp_path / "log").read_text().splitlines()) == 24
 
 
-def test_a_pipeline_trains_on_it_with_a_stratified_validation_split(root):
+def test_a_pipeline_splits_an_image_folder_by_class(root):
     data = DataPipeline(
         ImageFolderData(root=root, validation_fraction=0.34),
         Batching(seed=1, global_batch_size=4, grad_accum_steps=1, evaluation_batch_size=5),

@@ -37,7 +37,7 @@ def test_load_config_takes_paths_none_and_sections() -> None:
     assert load_config(run_dir="here").run_dir == Path("here")
 
 
-def test_load_config_reports_all_errors_as_the_command_line_does() -> None:
+def test_load_reports_errors_as_the_command_line_does() -> None:
     with pytest.raises(InputError) as caught:
         load_config("cifar10", epochs=0, optim={"lrr": 1}, clip_norm=1, optimizer="sgd")
     assert caught.value.lines == (

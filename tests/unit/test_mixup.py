@@ -20,7 +20,7 @@ def pair(count: int = 64) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.4, 1.0])
-def test_draws_are_of_the_beta_distribution(alpha):
+def test_draws_follow_the_beta_distribution(alpha):
     found = beta(keys_of(40_000), "mixup", alpha).sort().values
     expected = torch.distributions.Beta(alpha, alpha)
     torch.manual_seed(0)
@@ -30,7 +30,7 @@ def test_draws_are_of_the_beta_distribution(alpha):
     assert float((found - drawn).abs().max()) < 0.03, "quantile by quantile"
 
 
-def test_mixup_adds_up_the_two_images_by_the_part_of_the_label():
+def test_mixup_blends_images_by_the_labels_weight():
     images, others = pair()
     mixed, part = mix(images, others, keys_of(64), Augment(mixup=1.0))
     weight = part[:, None, None, None]
@@ -42,7 +42,7 @@ def test_mixup_adds_up_the_two_images_by_the_part_of_the_label():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("config", [Augment(mixup=0.4), Augment(cutmix=1.0), Augment(mixup=0.4, cutmix=1.0)])
-def test_images_are_mixed_on_cuda_as_on_the_cpu(config):
+def test_mixing_on_cuda_equals_the_cpu(config):
     images, others = pair()
     mixed, part = mix(images.cuda(), others.cuda(), keys_of(64).cuda(), config)
     expected, expected_part = mix(images, others, keys_of(64), config)
@@ -50,7 +50,7 @@ def test_images_are_mixed_on_cuda_as_on_the_cpu(config):
     assert torch.allclose(part.cpu(), expected_part, atol=1e-6)
 
 
-def test_cutmix_pastes_one_box_and_the_label_keeps_what_is_left():
+def test_cutmix_pastes_one_box_and_weights_the_label():
     images, others = pair(256)
     mixed, part = mix(images, others, keys_of(256), Augment(cutmix=1.0))
     pasted = (mixed == others).all(3)
@@ -63,7 +63,7 @@ def test_cutmix_pastes_one_box_and_the_label_keeps_what_is_left():
     assert float(part.min()) < 0.2
 
 
-def test_with_both_each_image_has_one_of_them():
+def test_with_both_each_image_gets_one_of_them():
     images, others = pair(400)
     keys = keys_of(400)
     mixed, part = mix(images, others, keys, Augment(mixup=0.5, cutmix=1.0))
@@ -75,7 +75,7 @@ def test_with_both_each_image_has_one_of_them():
     assert 150 < sum(by_box) < 250
 
 
-def test_an_image_is_mixed_alike_in_whatever_company():
+def test_mixing_does_not_depend_on_the_rest_of_the_batch():
     images, others = pair()
     config = Augment(mixup=0.3, cutmix=0.7)
     whole, part = mix(images, others, keys_of(64), config)
@@ -86,13 +86,13 @@ def test_an_image_is_mixed_alike_in_whatever_company():
     assert not torch.equal(again, whole)
 
 
-def test_no_images_are_no_trouble():
+def test_an_empty_batch_can_be_mixed():
     images, part = mix(torch.empty(0, 32, 32, 3), torch.empty(0, 32, 32, 3), keys_of(0), Augment(mixup=1, cutmix=1))
     assert (images.shape, part.shape) == ((0, 32, 32, 3), (0,))
 
 
 def one_try_after_the_other(keys: Tensor, purpose: str, alpha: float) -> Tensor:
-    """The definition of the draw: `beta` takes all tries at once and must give the same bits."""
+    """`beta`, which draws all tries at once, gives the same bits as this sequential definition."""
     count = len(keys)
     keys = torch.cat([keys, keys_of(-count % 64)])  # in full vectors: pow rounds the tail of a row differently
     found = torch.full((len(keys),), 0.5, dtype=torch.float64)
@@ -107,7 +107,7 @@ def one_try_after_the_other(keys: Tensor, purpose: str, alpha: float) -> Tensor:
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.4, 0.7, 1.0])
-def test_a_draw_does_not_depend_on_the_samples_beside_it(alpha: float) -> None:
+def test_a_draw_does_not_depend_on_the_other_samples(alpha: float) -> None:
     keys = keys_of(1009)
     together = beta(keys, "mixup", alpha)
     for pieces in (2, 3, 5, 7, 200):
@@ -116,13 +116,13 @@ def test_a_draw_does_not_depend_on_the_samples_beside_it(alpha: float) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 13, 100, 128, 20_000])
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 0.4, 0.5, 0.7, 1.0])
-def test_draws_are_the_first_accepted_of_tries_one_after_the_other(count: int, alpha: float) -> None:
+def test_draws_are_the_first_accepted_try(count: int, alpha: float) -> None:
     keys = keys_of(count, seed=count)
     for purpose in ("mixup", "cutmix"):
         assert torch.equal(beta(keys, purpose, alpha), one_try_after_the_other(keys, purpose, alpha))
 
 
-def test_a_sample_without_an_accepted_try_takes_one_half() -> None:
+def test_a_sample_without_an_accepted_try_gets_one_half() -> None:
     keys = keys_of(100_000, seed=4)
     found = beta(keys, "mixup", 1.0)
     assert (found == 0.5).nonzero().flatten().tolist() == [19308, 51274, 69952]
@@ -130,7 +130,7 @@ def test_a_sample_without_an_accepted_try_takes_one_half() -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is dispatched."""
+    """Counts the dispatched operations."""
 
     count = 0
 
@@ -139,7 +139,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_all_tries_are_drawn_by_a_few_operations() -> None:
+def test_all_tries_are_drawn_in_a_few_operations() -> None:
     keys = keys_of(8)
     with Operations() as operations:
         beta(keys, "mixup", 0.4)

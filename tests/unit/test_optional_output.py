@@ -7,10 +7,10 @@ from distributed.files import write_output
 from distributed.process.optional_output import OptionalOutput, one_line, requested_output
 
 
-def test_successful_output_logs_nothing(said):
+def test_successful_output_logs_nothing(log_messages):
     with OptionalOutput("curves.png") as made:
         pass
-    assert (made.failed, said) == (False, [])
+    assert (made.failed, log_messages) == (False, [])
 
 
 @pytest.mark.parametrize(
@@ -25,21 +25,21 @@ def test_successful_output_logs_nothing(said):
         (StorageError("/run: full"), "StorageError: /run: full"),
     ],
 )
-def test_any_error_is_one_warning(said, error, why):
+def test_any_error_is_one_warning(log_messages, error, why):
     with OptionalOutput("curves.png") as made:
         raise error
     assert made.failed
-    assert said == [f"curves.png: {why}; continuing without it\n"]
+    assert log_messages == [f"curves.png: {why}; continuing without it\n"]
 
 
 @pytest.mark.parametrize("signal", [KeyboardInterrupt, SystemExit])
-def test_interrupt_and_exit_pass_through(said, signal):
+def test_interrupt_and_exit_pass_through(log_messages, signal):
     with pytest.raises(signal), OptionalOutput("curves.png"):
         raise signal
-    assert said == []
+    assert log_messages == []
 
 
-def test_steps_after_a_failure_are_skipped(said):
+def test_steps_after_a_failure_are_skipped(log_messages):
     ran: list[int] = []
 
     def step(number: int) -> None:
@@ -51,7 +51,7 @@ def test_steps_after_a_failure_are_skipped(said):
     for number in range(5):
         output.run(lambda number=number: step(number))
     assert ran == [0, 1, 2]
-    assert len(said) == 1
+    assert len(log_messages) == 1
 
 
 def test_requested_output_on_a_full_disk_is_an_error(tmp_path, capsys):

@@ -58,7 +58,7 @@ TENSORS = ("images", "labels", "sample_ids", "sample_keys")
 
 
 def joined(shards: list[Batch]) -> Batch:
-    """As one shard."""
+    """Join shards into one."""
     images, *others = [torch.cat([getattr(shard, name) for shard in shards]) for name in TENSORS]
     return Batch(images, *others, shards[0].global_count, (len(images),))
 
@@ -70,13 +70,13 @@ def assert_equal(one: Batch, other: Batch) -> None:
 
 
 def over_ranks(world_size: int, epoch: int, **changed: object) -> Iterator[list[list[Batch]]]:
-    """Of each step, of each micro-batch, the shards of all ranks."""
+    """Yield, per step and micro-batch, the shards of all ranks."""
     ranks = [pipeline(rank=r, world_size=world_size, **changed).train_epoch(epoch) for r in range(world_size)]
     for step in zip(*ranks, strict=True):
         yield [list(shards) for shards in zip(*step, strict=True)]
 
 
-def test_every_image_comes_once_an_epoch_in_another_order_each():
+def test_every_epoch_has_every_image_once_in_another_order():
     data = pipeline()
     epochs = [[number for step in data.train_epoch(epoch) for number in ids(step)] for epoch in (0, 1)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(50))] * 2
@@ -84,7 +84,7 @@ def test_every_image_comes_once_an_epoch_in_another_order_each():
     assert epochs[0] == rng.permutation(50, seed=3, epoch=0).tolist()
 
 
-def test_the_last_step_takes_what_is_left():
+def test_the_last_step_has_the_remaining_images():
     data = pipeline()
     steps = list(data.train_epoch(0))
     assert data.steps_per_epoch == len(steps) == 4
@@ -92,7 +92,7 @@ def test_the_last_step_takes_what_is_left():
     assert [step[0].global_count for step in steps] == [16, 16, 16, 2]
 
 
-def test_a_batch_has_the_images_labels_and_keys_of_its_ids():
+def test_images_labels_and_keys_match_the_ids():
     data = pipeline(augment=Augment(crop=0, flip=False))
     source = synthetic.read("generated10", 50, "train")
     pixels = source.images.transpose(0, 3, 1, 2) / 255
@@ -108,7 +108,7 @@ def test_a_batch_has_the_images_labels_and_keys_of_its_ids():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_images_have_the_asked_type_and_layout(dtype, channels_last):
+def test_images_have_the_requested_type_and_layout(dtype, channels_last):
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     data = pipeline(dtype=dtype, channels_last=channels_last)
     (batch,) = next(data.train_epoch(0))
@@ -117,7 +117,7 @@ def test_images_have_the_asked_type_and_layout(dtype, channels_last):
     assert next(data.evaluation("test")).images.is_contiguous(memory_format=memory_format)
 
 
-def test_images_are_normalized_by_the_training_images_alone():
+def test_normalization_uses_the_training_images_only():
     data = pipeline(samples=100, validation_fraction=0.5, augment=Augment(crop=0, flip=False), global_batch_size=50)
     (batch,) = next(data.train_epoch(0))
     assert batch.images.double().mean((0, 2, 3)).abs().max() < 1e-5
@@ -137,8 +137,8 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_pixel_is_normalized_to_the_same_bits_wherever_it_lies(dtype):
-    """Vectors and their remainders, and one thread's part and another's, must not differ: all 256 values, all channels."""
+def test_normalization_does_not_depend_on_a_pixels_position(dtype):
+    """Vectors, their remainders and the chunks of each thread agree, for all 256 values and all channels."""
     data = pipeline(dtype=dtype)
     shades = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1).expand(256, 32, 32, 3).contiguous()
     everywhere = data.normalizer(shades)
@@ -165,7 +165,7 @@ def test_cut_out_sets_a_square_to_the_mean():
 
 @pytest.mark.parametrize("world_size", [2, 3, 5, 20])
 @pytest.mark.parametrize("grad_accum_steps", [1, 3])
-def test_the_shards_of_any_world_size_make_up_the_same_micro_batches(world_size, grad_accum_steps):
+def test_shards_of_any_world_size_form_the_same_micro_batches(world_size, grad_accum_steps):
     alone = pipeline(grad_accum_steps=grad_accum_steps).train_epoch(1)
     for whole, step in zip(alone, over_ranks(world_size, 1, grad_accum_steps=grad_accum_steps), strict=True):
         assert len(whole) == len(step)
@@ -178,8 +178,8 @@ def test_the_shards_of_any_world_size_make_up_the_same_micro_batches(world_size,
 @pytest.mark.parametrize("shards", [8, 16, 64])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("grad_accum_steps", [1, 3])
-def test_each_shard_is_the_same_whatever_rank_has_it(shards, world_size, grad_accum_steps):
-    """In exact mode: 5 or 6, or 16, or 2 images in up to 64 shards."""
+def test_a_shard_does_not_depend_on_its_rank(shards, world_size, grad_accum_steps):
+    """Micro-batches of 2, 5, 6 and 16 images in up to 64 shards."""
     alone = pipeline(grad_accum_steps=grad_accum_steps, shards=shards).train_epoch(1)
     for whole, step in zip(
         alone, over_ranks(world_size, 1, grad_accum_steps=grad_accum_steps, shards=shards), strict=True
@@ -196,7 +196,7 @@ def test_each_shard_is_the_same_whatever_rank_has_it(shards, world_size, grad_ac
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
-def test_each_shard_of_an_evaluation_is_the_same_whatever_rank_has_it(world_size):
+def test_an_evaluation_shard_does_not_depend_on_its_rank(world_size):
     alone = pipeline(shards=8).evaluation("test")
     ranks = [pipeline(shards=8, rank=r, world_size=world_size).evaluation("test") for r in range(world_size)]
     for whole, *parts in zip(alone, *ranks, strict=True):
@@ -206,7 +206,7 @@ def test_each_shard_of_an_evaluation_is_the_same_whatever_rank_has_it(world_size
             assert torch.equal(one.sample_ids, other.sample_ids)
 
 
-def test_the_shards_of_a_batch_make_it_up():
+def test_the_shards_of_a_batch_form_the_batch():
     for (batch,) in pipeline(shards=8).train_epoch(0):
         shards = batch.shards()
         assert tuple(len(shard.labels) for shard in shards) == batch.shard_sizes
@@ -223,14 +223,14 @@ def test_micro_batches_are_slices_of_the_global_batch():
     assert [[len(batch.labels) for batch in step] for step in steps] == [[5, 5, 6]] * 3 + [[1, 1]]
 
 
-def test_a_micro_batch_of_no_images_is_left_out_on_all_ranks_alike():
+def test_an_empty_micro_batch_is_skipped_on_all_ranks():
     *_, last = over_ranks(3, 0, grad_accum_steps=4)
     assert len(last) == 2
     assert [[len(shard.labels) for shard in shards] for shards in last] == [[0, 0, 1]] * 2
 
 
 @pytest.mark.parametrize("start", [1, 3, 4])
-def test_an_epoch_goes_on_in_its_middle_as_if_it_had_not_stopped(start):
+def test_an_epoch_resumes_in_its_middle_with_the_same_batches(start):
     whole = list(pipeline(grad_accum_steps=2).train_epoch(2))[start:]
     rest = list(pipeline(grad_accum_steps=2).train_epoch(2, start_step=start))
     assert len(rest) == 4 - start
@@ -239,13 +239,13 @@ def test_an_epoch_goes_on_in_its_middle_as_if_it_had_not_stopped(start):
             assert_equal(one, other)
 
 
-def test_an_epoch_stopped_at_one_world_size_and_resumed_at_another_sees_every_image_once():
+def test_an_epoch_resumed_at_another_world_size_is_complete():
     before = [ids(batches) for step in list(over_ranks(3, 0))[:2] for batches in step]
     after = [ids(step) for rank in range(2) for step in pipeline(rank=rank, world_size=2).train_epoch(0, start_step=2)]
     assert sorted(number for part in before + after for number in part) == list(range(50))
 
 
-def test_another_seed_draws_another_epoch():
+def test_another_seed_gives_another_order():
     assert ids(next(pipeline().train_epoch(0))) != ids(next(pipeline(seed=4).train_epoch(0)))
 
 
@@ -260,7 +260,7 @@ def test_validation_images_are_never_trained_on():
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 9])
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_an_evaluation_covers_a_split_once_in_as_many_batches_on_each_rank(world_size, split):
+def test_an_evaluation_covers_a_split_once_over_all_ranks(world_size, split):
     settings = {"samples": 100, "validation_fraction": 0.2}
     ranks = [list(pipeline(rank=r, world_size=world_size, **settings).evaluation(split)) for r in range(world_size)]
     size = pipeline(**settings).size(split)
@@ -293,5 +293,5 @@ def test_the_example_is_the_same_on_every_rank():
         assert_equal(example, examples[0])
 
 
-def test_the_number_of_classes_is_the_data_sets():
+def test_the_number_of_classes_comes_from_the_data_set():
     assert pipeline().num_classes == 10

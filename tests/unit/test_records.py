@@ -55,8 +55,9 @@ def test_damaged_figures_are_none(file: Path) -> None:
     assert epoch.test.accuracy is None
 
 
-def test_non_finite_figures_are_kept() -> None:
-    assert TrainRecord(kind="train", epoch=0, step=1, loss=math.inf).as_json()["loss"] == math.inf
+def test_infinite_figures_are_written_as_null() -> None:
+    record = TrainRecord(kind="train", epoch=0, step=1, loss=math.inf, grad_norm=-math.inf, lr=0.5)
+    assert record.as_json() == {"kind": "train", "epoch": 0, "step": 1, "loss": None, "lr": 0.5, "grad_norm": None}
 
 
 def test_flat_splits_of_older_versions_are_nested(file: Path) -> None:

@@ -151,10 +151,10 @@ def test_a_users_file_with_old_names_is_refused(old_file: Path) -> None:
 
 @pytest.mark.parametrize("old", RENAMED)
 def test_an_old_name_on_the_command_line_ends_with_exit_code_2(old: str, tmp_path: Path) -> None:
-    words = [f"--{old.replace('_', '-')}", VALUES[old], "--run_dir", tmp_path / "run"]
+    arguments = [f"--{old.replace('_', '-')}", VALUES[old], "--run_dir", tmp_path / "run"]
     if old.startswith("schedule."):
-        words += ["--schedule.name", "plateau"]
-    found = call("train", *words)
+        arguments += ["--schedule.name", "plateau"]
+    found = call("train", *arguments)
     assert found.code == 2
     assert found.errors == [f"error: command line: {old} = {VALUES[old]}: renamed to {RENAMED[old]}"]
     assert not (tmp_path / "run").exists()
@@ -182,14 +182,14 @@ def test_an_old_name_beside_the_new_one_is_refused(old_file: Path) -> None:
     )
 
 
-def test_an_old_name_is_refused_where_another_variant_replaces_its_section(tmp_path: Path) -> None:
+def test_an_old_name_is_refused_in_a_replaced_section(tmp_path: Path) -> None:
     file = tmp_path / "user.toml"
     file.write_text("[optim]\nclip_norm = 1.5\n")
     with pytest.raises(InputError, match=r"user.toml:2: optim.clip_norm = 1.5: renamed to optim.max_grad_norm$"):
         from_command_line([str(file), "--optim.name", "adamw"])
 
 
-def test_a_setting_of_no_version_stays_an_error_in_a_runs_config(old_file: Path) -> None:
+def test_an_unknown_setting_in_a_saved_config_is_an_error(old_file: Path) -> None:
     old_file.write_text("[optim]\nclip_norm = 1.5\nlookahead = 3\n")
     with pytest.raises(InputError) as caught:
         read_saved(old_file)

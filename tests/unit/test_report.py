@@ -49,7 +49,7 @@ class Checker(HTMLParser):
 
 
 def assert_self_contained(document: str) -> None:
-    """Every element is closed, and nothing is fetched from anywhere."""
+    """Assert that every element is closed and nothing is loaded from outside."""
     checker = Checker(document)
     assert (checker.open, checker.outside) == ([], [])
     assert "@import" not in document

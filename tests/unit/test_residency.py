@@ -1,4 +1,4 @@
-"""Images in host memory give the batches that images on the device give, bit for bit; what pixels are scaled to."""
+"""Images in host memory give bit-identical batches to images on the device; normalization of pixels."""
 
 import threading
 from itertools import islice
@@ -69,7 +69,7 @@ def test_host_equals_device_on_cuda():
         assert_all_equal(on_host, on_device)
 
 
-def test_one_batch_is_gathered_ahead_by_a_thread_and_none_is_left_when_an_epoch_is_left():
+def test_one_batch_is_prefetched_and_the_thread_ends():
     data = pipeline(placement="host", grad_accum_steps=1)
     requested = []
 
@@ -94,19 +94,19 @@ def test_one_batch_is_gathered_ahead_by_a_thread_and_none_is_left_when_an_epoch_
 
 
 @pytest.mark.parametrize("placement", ["device", "host"])
-def test_a_placement_that_was_named_is_taken(placement):
+def test_an_explicit_placement_is_used(placement):
     assert residency.residency(placement, 1 << 60, torch.device("cpu")) == placement
     assert residency.residency(placement, 1 << 60, torch.device("cuda")) == placement
 
 
-def test_auto_is_the_device_where_a_third_of_its_free_memory_is_enough(monkeypatch):
+def test_auto_is_the_device_if_a_third_of_its_memory_suffices(monkeypatch):
     assert residency.residency("auto", 1 << 60, torch.device("cpu")) == "device"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3000, 10_000))
     assert residency.residency("auto", 999, torch.device("cuda")) == "device"
     assert residency.residency("auto", 1000, torch.device("cuda")) == "host"
 
 
-def test_unit_scales_to_zero_and_one_and_nothing_else():
+def test_unit_only_scales_to_zero_and_one():
     data = pipeline(normalize="unit", augment=Augment(crop=0, flip=False), grad_accum_steps=1, rank=0, world_size=1)
     (batch,) = next(data.train_epoch(0))
     source = synthetic.read("generated10", 60, "train").images[batch.sample_ids.numpy()]
@@ -115,7 +115,7 @@ def test_unit_scales_to_zero_and_one_and_nothing_else():
     assert data.metadata()["normalization"] == {"mean": [0.0] * 3, "deviation": [1.0] * 3}
 
 
-def test_the_facts_are_what_was_used():
+def test_the_metadata_has_the_normalization_in_use():
     data = pipeline(augment=Augment(crop=0, flip=False), grad_accum_steps=1, rank=0, world_size=1)
     assert data.metadata()["classes"] == [f"class {label}" for label in range(10)]
     mean, deviation = (torch.tensor(data.metadata()["normalization"][name]) for name in ("mean", "deviation"))
@@ -125,6 +125,6 @@ def test_the_facts_are_what_was_used():
     assert torch.allclose(batch.images, expected, atol=1e-5)
 
 
-def test_a_channel_of_one_shade_is_not_divided_by_zero():
+def test_a_constant_channel_is_not_divided_by_zero():
     mean, deviation = channel_statistics(np.zeros((2, 4, 4, 3), np.uint8))
     assert (mean.tolist(), deviation.tolist()) == ([0.0] * 3, [1.0] * 3)

@@ -5,7 +5,7 @@ from distributed import rng
 from distributed.models.keyed_dropout import KeyedDropout
 
 IDS = torch.tensor([0, 1, 2, 49_999, 2**31])
-# Stored vectors: if one of these changes, every checkpoint resumes into another experiment.
+# Stored vectors: if one of them changes, checkpoints no longer resume the same experiment.
 KEYS = [
     [1186766407, 1988905049],
     [1653349795, 753638323],
@@ -34,7 +34,7 @@ def test_sample_keys_equal_the_stored_vector():
     assert rng.sample_keys(IDS, seed=7, epoch=3).tolist() == KEYS
 
 
-def test_words_equal_the_stored_vector():
+def test_key_words_equal_the_stored_vector():
     assert rng.key_words("sample", 7, 3) == (2489059859, 1570916816)
 
 
@@ -44,7 +44,7 @@ def test_draws_equal_the_stored_vector():
     assert rng.integers(keys, "crop_y", 9).tolist() == [7, 2, 5, 1, 7]
 
 
-def test_draws_for_several_purposes_are_those_for_each():
+def test_draws_for_several_purposes_equal_those_for_each():
     keys = keys_of(100)
     purposes = ("a", "b", "mixup_0_x")
     together = rng.unit_of_each(keys, purposes)
@@ -71,14 +71,14 @@ def test_filled_weights_equal_the_stored_vector():
     ]
 
 
-def test_lanes_hold_what_unbounded_integers_would():
+def test_hashes_equal_those_of_unbounded_integers():
     ids = [*range(50), 2**31 - 1, 2**31, 2**32 - 1]
     first, second = rng.key_words("sample", 1, 2)
     expected = [[lowbias32(i ^ first, second), lowbias32(i ^ second, first)] for i in ids]
     assert rng.sample_keys(torch.tensor(ids), seed=1, epoch=2).tolist() == expected
 
 
-@pytest.mark.slow  # the compiler takes its time
+@pytest.mark.slow  # the compiler is slow
 @pytest.mark.timeout(600)
 def test_the_compiled_mask_equals_the_eager_one():
     layer = KeyedDropout(0.5, features=13, name="dropout1")
@@ -100,7 +100,7 @@ def test_a_gpu_draws_the_same_numbers():
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 1000])
-def test_a_permutation_holds_every_id_once(count):
+def test_a_permutation_has_every_id_once(count):
     order = rng.permutation(count, seed=3, epoch=4)
     assert order.sort().values.tolist() == list(range(count))
 
@@ -109,15 +109,15 @@ def test_permutations_of_other_epochs_and_seeds_differ():
     orders = [rng.permutation(1000, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
     for i, one in enumerate(orders):
         for other in orders[:i]:
-            assert (one == other).sum() < 10  # about one place agrees by chance
+            assert (one == other).sum() < 10  # about one position agrees by chance
 
 
-def test_a_permutation_favours_no_place():
+def test_a_permutation_is_uniform():
     mean_place = torch.stack([rng.permutation(100, seed=0, epoch=e).argsort() for e in range(400)]).double().mean(0)
     assert (mean_place - 49.5).abs().max() < 5 * 28.9 / 400**0.5
 
 
-def test_keys_of_a_sample_do_not_depend_on_who_is_asked_with_it():
+def test_a_samples_keys_do_not_depend_on_the_other_samples():
     keys = keys_of(100, seed=1, epoch=2)
     order = rng.permutation(100, seed=9, epoch=9)
     assert torch.equal(rng.sample_keys(order, seed=1, epoch=2), keys[order])
@@ -125,7 +125,7 @@ def test_keys_of_a_sample_do_not_depend_on_who_is_asked_with_it():
     assert torch.equal(rng.draws(keys[order[:7]], "flip"), rng.draws(keys, "flip")[order[:7]])
 
 
-def test_asking_leaves_ids_and_keys_as_they_were():
+def test_drawing_does_not_modify_ids_and_keys():
     ids, keys = torch.arange(10), keys_of(10)
     before = ids.clone(), keys.clone()
     rng.sample_keys(ids, seed=1, epoch=1)
@@ -150,7 +150,7 @@ def test_draws_are_uniform():
 
 
 @pytest.mark.parametrize("bit", range(0, 32, 5))
-def test_each_bit_of_a_draw_is_even(bit):
+def test_each_bit_of_a_draw_is_unbiased(bit):
     ones = (rng.draws(keys_of(40_000), "flip") >> bit & 1).double().mean()
     assert abs(ones - 0.5) < 4 * 0.5 / 200
 
@@ -172,7 +172,7 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(torch.corrcoef(torch.stack([a.double().view(-1), b.double().view(-1)]))[0, 1])
 
 
-def test_draws_for_different_purposes_epochs_and_seeds_are_independent():
+def test_draws_for_other_purposes_or_epochs_are_independent():
     keys = keys_of(20_000)
     one = rng.draws(keys, "crop_y")
     others = [
@@ -184,7 +184,7 @@ def test_draws_for_different_purposes_epochs_and_seeds_are_independent():
     assert [abs(correlation(one, other)) < 0.03 for other in others] == [True] * 4
 
 
-def test_mask_bits_of_units_samples_epochs_and_layers_are_independent():
+def test_dropout_mask_bits_are_independent():
     layer, other_layer = (KeyedDropout(0.5, features=64, name=name) for name in ("dropout1", "dropout2"))
     keys = keys_of(2000)
     mask = layer.kept(keys)
@@ -198,7 +198,7 @@ def test_mask_bits_of_units_samples_epochs_and_layers_are_independent():
     assert [abs(correlation(*pair)) < 0.015 for pair in pairs] == [True] * 5
 
 
-def test_filled_weights_depend_on_seed_and_name_alone():
+def test_filled_weights_depend_on_seed_and_name_only():
     def filled(seed: int, name: str) -> torch.Tensor:
         tensor = torch.full((40, 30), float("nan"))
         rng.fill_uniform_(tensor, 0.25, seed=seed, name=name)
@@ -213,7 +213,7 @@ def test_filled_weights_depend_on_seed_and_name_alone():
     assert float(weights.std()) == pytest.approx(0.25 / 3**0.5, rel=0.05)
 
 
-def test_a_large_tensor_is_filled_as_its_parts_would_be():
+def test_a_large_tensor_is_filled_like_its_chunks():
     large = torch.empty((1 << 18) + 5)
     rng.fill_uniform_(large, 1.0, seed=1, name="a")
     small = torch.empty(7)

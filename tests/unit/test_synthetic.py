@@ -30,14 +30,14 @@ def test_labels_are_balanced(name, classes):
     assert np.bincount(labels, minlength=classes).tolist() == [300 // classes] * classes
 
 
-def test_a_smaller_set_is_the_beginning_of_a_larger_one_over_chunks_too(monkeypatch):
+def test_a_smaller_set_is_a_prefix_of_a_larger_one(monkeypatch):
     whole = synthetic.read("generated10", 50, "train").images
     monkeypatch.setattr(synthetic, "_CHUNK", 16)
     assert np.array_equal(synthetic.read("generated10", 50, "train").images, whole)
     assert np.array_equal(synthetic.read("generated10", 21, "train").images, whole[:21])
 
 
-def test_no_image_comes_twice_over_training_and_test():
+def test_all_images_of_both_splits_differ():
     both = [synthetic.read("generated10", 200, split).images for split in ("train", "test")]
     assert len(np.unique(np.concatenate(both).reshape(400, -1), axis=0)) == 400
 
@@ -55,7 +55,7 @@ def test_a_linear_model_stays_under_40_percent():
     y = torch.nn.functional.one_hot(torch.from_numpy(train.labels).long(), 10).float()
     weights, residual = torch.zeros(3072, 10), x.T @ (y - 0.1)
     direction, best = residual, 0.0
-    for _ in range(8):  # conjugate gradients on the normal equations; each step on the way is a ridge of its own
+    for _ in range(8):  # conjugate gradients on the normal equations; each iterate is a regularized solution
         curved = x.T @ (x @ direction)
         step = residual.square().sum(0) / (direction * curved).sum(0)
         weights = weights + step * direction
@@ -65,5 +65,5 @@ def test_a_linear_model_stays_under_40_percent():
         answers = (held_out @ weights).argmax(1)
         best = max(best, float((answers == torch.from_numpy(test.labels)).double().mean()))
     trained = float(((x @ weights).argmax(1) == torch.from_numpy(train.labels)).double().mean())
-    assert trained > 0.3  # it did learn what a linear model can
+    assert trained > 0.3  # the linear model did learn something
     assert best < 0.4

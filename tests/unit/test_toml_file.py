@@ -75,8 +75,8 @@ def test_a_tilde_is_the_home_folder(setting, write, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     section, _, name = setting.rpartition(".")
     file = write(f"[{section}]\n" * bool(section) + f'{name} = "~/x"\n')
-    for words in ([f"--{setting}", "~/x"], [file]):
-        value = config_of(*words)
+    for arguments in ([f"--{setting}", "~/x"], [file]):
+        value = config_of(*arguments)
         for part in setting.split("."):
             value = getattr(value, part)
         assert value == Path("/home/me/x")

@@ -137,7 +137,7 @@ def test_more_processes_than_shards_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("words", "world_size", "device"),
+    ("arguments", "world_size", "device"),
     [
         ([], 8, "cpu"),
         ([], 100, "cuda"),
@@ -147,5 +147,5 @@ def test_more_processes_than_shards_are_refused():
         (["--exact.shards", "1"], 1, "cpu"),
     ],
 )
-def test_up_to_as_many_processes_as_shards_are_accepted(words, world_size, device):
-    config_of(*words).check_world_size(world_size, device)
+def test_up_to_as_many_processes_as_shards_are_accepted(arguments, world_size, device):
+    config_of(*arguments).check_world_size(world_size, device)

@@ -96,7 +96,7 @@ def _fetch_in_turn(
 
 
 def _fetch_from(url: str, part: Path, md5: str, stall_seconds: float) -> None:
-    """Complete the partial file from this address; if the result is wrong and was begun elsewhere, download it anew once."""
+    """Complete the partial file from this address; a wrong result that was begun elsewhere is discarded once."""
     begun = part.stat().st_size if part.is_file() else 0
     _receive(url, part, begun, stall_seconds)
     if (found := _md5_of(part)) != md5 and begun:
