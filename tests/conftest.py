@@ -59,7 +59,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def a_process_left_as_it_was() -> Iterator[None]:
+def restore_environment() -> Iterator[None]:
+    """Restore environment variables; fail the test if it left a process group initialized."""
     before = dict(os.environ)
     yield
     if os.environ != before:
@@ -68,11 +69,11 @@ def a_process_left_as_it_was() -> Iterator[None]:
     dist = sys.modules.get("torch.distributed")  # not imported here: most config tests need no torch
     if dist and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-        pytest.fail("the test left a process group initialised")
+        pytest.fail("the test left a process group initialized")
 
 
 @pytest.fixture
-def threads_and_log_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def restore_threads_and_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Check the device and restore threads and log handlers, for tests that train in their own process."""
     import torch
     from loguru import logger
@@ -81,9 +82,9 @@ def threads_and_log_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
     choose = recipe.choose_device
 
-    def choose_device(asked: str, topology: Any) -> torch.device:
-        devices.check_setting(asked)
-        return choose(asked, topology)
+    def choose_device(setting: str, topology: Any) -> torch.device:
+        devices.check_setting(setting)
+        return choose(setting, topology)
 
     monkeypatch.setattr(recipe, "choose_device", choose_device)
     threads = torch.get_num_threads()

@@ -72,7 +72,7 @@ class Store:
             found = self._fs.cat_file(path)
             self._fs.rm_file(path)
         if found != content:
-            raise StoreError(f"{self.url}: returned other bytes than were written; name another store")
+            raise StoreError(f"{self.url}: returned different bytes than were written; name another store")
 
     def names(self) -> list[str]:
         """Return the names of all checkpoints whose upload began and that were not removed, oldest first."""

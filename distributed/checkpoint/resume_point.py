@@ -78,7 +78,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def mismatch(path: Path, error: ValueError) -> str:
-    """Return the one-line message about a checkpoint that is complete and does not fit the run."""
+    """Return the one-line message about a checkpoint that is complete but does not fit the run."""
     return f"{path}: {error}; move it away, or give another --run_dir"
 
 
@@ -93,4 +93,4 @@ def _download(run: ClaimedRun, store: Store, damaged: dict[Path, str]) -> bool:
     try:
         return download_newest(store, run, commit) is not None
     except StoreError as error:
-        raise StorageError(f"{error}; the run has not started: then rerun the same command") from error
+        raise StorageError(f"{error}; then rerun the same command: the run has not started") from error

@@ -55,9 +55,9 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     content = read_json(path / STATE)
     if not isinstance(content, dict):
-        raise ValueError(f"{STATE} is no object")
+        raise ValueError(f"{STATE} is not a JSON object")
     if odd := [name for name in ("state", "config", "bits") if not isinstance(content.get(name, {}), dict)]:
-        raise ValueError(f"{' and '.join(odd)} in {STATE}: of another version")
+        raise ValueError(f"{' and '.join(odd)} in {STATE}: from another version")
     return content
 
 

@@ -1,6 +1,6 @@
 """A checkpoint's tensors in safetensors format, written one tensor at a time so that none is copied in memory.
 
-The library's own writer needs all bytes at once and computes no digest. Its reader is used as it is.
+The library's own writer needs all bytes at once and computes no digest. Its reader is used unchanged.
 Format: https://github.com/huggingface/safetensors#format
 """
 

@@ -118,7 +118,7 @@ class Uploader:
             self.store.upload(path)
             if not self.store.has(path):
                 raise StoreError(
-                    f"{self.store.url}: {path.name} has other sizes after its upload; check the store's space"
+                    f"{self.store.url}: {path.name} has the wrong size after its upload; check the store's free space"
                 )
         except (StoreError, FileNotFoundError):
             if path.is_dir():

@@ -1,4 +1,4 @@
-"""Weights of another run: those it is evaluated with, and starting a new run from them."""
+"""Reads the weights of another run, to evaluate them or to start a new run from them."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from distributed.run.checkpoint_layout import check_format, damage_of, find_chec
 
 
 def evaluation_weights(path: Path) -> dict[str, Tensor]:
-    """Read the weights and buffers that a checkpoint is evaluated with, by the model's names: the EMA where it has one.
+    """Read the weights and buffers that a checkpoint is evaluated with, by the model's names: the EMA if there is one.
 
     Raises:
         InputError: its tensors cannot be read.
@@ -33,7 +33,7 @@ def load_initial_weights(path: Path, engine: Engine) -> None:
     A last layer with a different number of classes keeps its random initialization.
 
     Raises:
-        InputError: there is no complete checkpoint, or it is one of another model.
+        InputError: there is no complete checkpoint, or it belongs to another model.
     """
     checkpoint = find_checkpoint(path)
     check_format(checkpoint)
@@ -49,5 +49,5 @@ def load_initial_weights(path: Path, engine: Engine) -> None:
         load_weights_and_reset_optimizer(engine, found | {name: own[name] for name in resized})
     except ValueError as error:
         raise InputError(f"init_from = {path}: {error}; name a run of the same network") from None
-    kept = f"; {last.removeprefix('model.')} keeps its random initialization" if resized else ""
-    logger.info("starting from the weights of {}{}", checkpoint, kept)
+    note = f"; {last.removeprefix('model.')} keeps its random initialization" if resized else ""
+    logger.info("starting from the weights of {}{}", checkpoint, note)

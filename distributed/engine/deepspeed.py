@@ -164,8 +164,8 @@ def _settings(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": _zero_settings(config, model),
-        # Not its bf16 block, which casts the weights that batch norm's kernels need in float32. With a list that is not
-        # empty, gradients would be summed in bfloat16.
+        # Not its bf16 block, which casts the weights that batch norm's kernels need in float32. With a non-empty
+        # list, gradients would be summed in bfloat16.
         "torch_autocast": {
             "enabled": precision == "bfloat16", "dtype": "bfloat16", "lower_precision_safe_modules": [],
         },

@@ -45,7 +45,6 @@ class BlockShardedLayout:
     def global_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         first = shard_range(rank(), world_size(), self._shards).start
         squares = squared_norms_of_blocks(gradients, self._partitions, shards=self._shards, first=first)
-        dist.all_reduce(
-            squares
-        )  # every element is zero on all ranks but one, so the order of summation does not matter
+        # Every element is zero on all ranks but one, so the order of summation does not matter.
+        dist.all_reduce(squares)
         return squares.sum().sqrt()

@@ -54,7 +54,7 @@ class ModelState:
         self.model, self.max_grad_norm, self.layout = model, config.max_grad_norm, layout or ReplicatedLayout()
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._model_tensors = {name: self.layout.local_tensor(name, t) for name, t in model.state_dict().items()}
-        # Asked for by parameter, not by state_dict entry: where weights are replicated, gradients are in `.grad` of these.
+        # By parameter, not by state_dict entry: replicated weights have their gradients in `.grad` of the parameters.
         local = {name: self.layout.local_tensor(name, p).local for name, p in self._parameters.items()}
         self.optimizer = Optimizer(config, list(local.values()), dims=[p.dim() for p in self._parameters.values()])
         self._optimizer_tensors = {name: self.optimizer.state.get(tensor, {}) for name, tensor in local.items()}

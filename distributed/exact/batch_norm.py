@@ -31,7 +31,7 @@ class _Root(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class GraphSplit:
-    """One forward pass of a shard through a batch norm; where its backward pass continues."""
+    """A shard's forward pass through a batch norm, from whose output its backward pass continues."""
 
     layer: "SplittingBatchNorm"
     x: Tensor

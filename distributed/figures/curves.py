@@ -112,9 +112,8 @@ def _plot_rates(axes: "Axes", run: NamedLog, **style: Any) -> None:
         points = [(line.epoch + 1, line.lr or 0.0) for line in run.log.epochs]
     if run.plateau:
         axes.set_yscale("log")  # its drops span orders of magnitude
-        axes.yaxis.set_major_formatter(
-            lambda rate, _: f"{rate:g}"
-        )  # the default writes formulas, which figures do not parse
+        # The default formatter writes formulas, which figures do not parse.
+        axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
         axes.yaxis.set_minor_formatter(lambda *_: "")
         style["drawstyle"] = "steps-pre"
     axes.plot([x for x, _ in points], [lr for _, lr in points], marker="o" if len(points) == 1 else None, **style)

@@ -15,7 +15,7 @@ Counts = list[list[int]]
 
 
 class ConfusionMatrix:
-    """Counts predictions on the device, batch by batch; an observer for `evaluate`. Integer counts are exact on any ranks."""
+    """Counts predictions on the device: an observer for `evaluate`. Integer counts are exact at any world size."""
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self._counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)

@@ -17,7 +17,7 @@ class Schedule(Protocol):
     """The learning rate as a function of the step and of past validation metrics."""
 
     restore_best_now: bool
-    """Whether the last observation asks for the run's best weights to be restored."""
+    """Whether the last observation requires restoring the run's best weights."""
 
     def lr(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0 over the entire run."""

@@ -15,7 +15,7 @@ _DRIVER = Path("/sys/module/nvidia/version")
 
 
 def make_deterministic(device: torch.device, *, precision: str, compile: bool = False) -> None:
-    """Make results bit-reproducible on one kind of device, and forbid TF32 unless `precision` asks for it.
+    """Make results bit-reproducible on one kind of device, and forbid TF32 unless `precision` is tf32.
 
     Raises:
         InputError: `precision` is tf32 and the device is not a GPU.

@@ -59,7 +59,9 @@ class StepAgreement:
         stop, save = self._flags.exchange(self._source.requested() is not None, save_due)
         if stop:
             # Ranks may hear of a request at different steps: record the reason of the lowest rank that knows one by now.
-            self.reason = next((reason for reason in gather_objects(self._source.requested()) if reason), "a stop request")
+            self.reason = next(
+                (reason for reason in gather_objects(self._source.requested()) if reason), "a stop request"
+            )
         return Decision(bool(stop), bool(save))
 
     def restart_save_timer(self) -> None:

@@ -47,7 +47,7 @@ def losses(run_dir: Path, shards: str = "auto") -> list[float]:
     return sink.losses
 
 
-@pytest.mark.usefixtures("threads_and_log_as_they_were")
+@pytest.mark.usefixtures("restore_threads_and_log")
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("shards", ["0", "auto", "2"])
 def test_the_loss_curve_is_the_recorded_one(tmp_path: Path, shards: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit.abuse import Outcome, assert_told, call, untouched
+from kit.abuse import Outcome, assert_outcome, call, untouched
 from kit.commands import ROOT, Command, assert_same_bits, torchrun
 from kit.trained_runs import copy_of, write_test_images
 from safetensors.torch import load_file, save_file
@@ -101,9 +101,9 @@ def test_commands_do_not_need_a_runs_other_files(
     monkeypatch.setattr("distributed.report.analysis.Analysis.__init__", lambda *_: None)
     with untouched(run, bare):
         reported = call("report.__main__", bare, run, "--out", tmp_path / "report.html", "--checkpoint", "none")
-        assert_told(reported, code=0, lines=0)
+        assert_outcome(reported, code=0, lines=0)
         compared = call("compare", bare, run)
-        assert_told(compared, code=0, lines=0)
+        assert_outcome(compared, code=0, lines=0)
         assert compared.out.startswith("bit-identical: ")
 
 
@@ -111,7 +111,7 @@ def test_commands_do_not_need_a_runs_other_files(
 def test_a_finished_run_with_a_damaged_status_keeps_its_bits(kind: str, run: Path, tmp_path: Path) -> None:
     copy = copy_of(run, tmp_path / "run")
     (copy / "status.json").write_bytes(KINDS[kind])
-    assert_told(train(copy), code=0, lines=0)
+    assert_outcome(train(copy), code=0, lines=0)
     assert_same_bits(copy, run)
 
 
@@ -139,7 +139,7 @@ def test_a_run_that_cannot_write_a_file_is_refused(file: str, kind: str, run: Pa
     (copy / file).unlink(missing_ok=True)
     NOT_REGULAR[kind](copy / file)
     with untouched(copy):
-        assert_told(
+        assert_outcome(
             train(copy, epochs=2), f"{copy}/{file} is not a regular file; move it, or give another with --run_dir"
         )
 
@@ -150,7 +150,7 @@ def test_commands_ignore_files_that_are_not_regular(file: str, kind: str, run: P
     copy = copy_of(run, tmp_path / "run")
     (copy / file).unlink()
     NOT_REGULAR[kind](copy / file)
-    assert_told(call("compare", copy, run), code=0, lines=0)
+    assert_outcome(call("compare", copy, run), code=0, lines=0)
 
 
 @pytest.mark.parametrize("file", ["config.toml"])
@@ -168,7 +168,7 @@ def test_a_damaged_config_is_refused(file: str, kind: str, module: str, run: Pat
     elif kind != "missing":
         (copy / file).write_bytes(KINDS[kind])
     with untouched(copy):
-        assert_told(
+        assert_outcome(
             inspect(module, copy, image), f"{copy}", ".toml" if kind != "of another data set" else "data.name = cifar1"
         )
 
@@ -192,7 +192,7 @@ def test_a_run_folder_that_is_none_is_refused(kind: str, tmp_path: Path) -> None
         path.mkdir()
         (path / ("logs" if "logs" in kind else "checkpoints")).write_text("precious")
     with untouched(tmp_path):
-        assert_told(train(path), f"run_dir = {path}: ", "is not a folder; move it, or give another with --run_dir")
+        assert_outcome(train(path), f"run_dir = {path}: ", "is not a folder; move it, or give another with --run_dir")
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_a_run_folder_that_is_none_is_refused(kind: str, tmp_path: Path) -> None
 )
 def test_a_run_folder_of_another_experiment_is_refused(arguments: list[object], message: str, run: Path) -> None:
     with untouched(run):
-        assert_told(train(run, *arguments), message, "give another --run_dir", lines=2)
+        assert_outcome(train(run, *arguments), message, "give another --run_dir", lines=2)
 
 
 # Damaged checkpoints: a run resumes from the previous one, other commands refuse them
@@ -282,7 +282,7 @@ def test_commands_refuse_a_damaged_checkpoint(case: str, run: Path, image: Path,
     copy = copy_of(run, tmp_path / "run")
     DAMAGES[case](newest(copy))
     with untouched(copy):
-        assert_told(
+        assert_outcome(
             inspect("predict", copy, image),
             str(copy),
             *_message_of(case),
@@ -301,7 +301,7 @@ def test_a_run_of_a_newer_version_is_not_touched(run: Path, tmp_path: Path) -> N
         DAMAGES["a manifest of another format"](checkpoint)
     (copy / "status.json").unlink()
     with untouched(copy):
-        assert_told(train(copy), "written by a newer version of this code, in format 2 (this one reads up to 1)")
+        assert_outcome(train(copy), "written by a newer version of this code, in format 2 (this one reads up to 1)")
 
 
 @pytest.mark.parametrize("case", RESUMED_FROM)
@@ -310,7 +310,7 @@ def test_a_run_resumes_from_before_a_damaged_checkpoint(case: str, run: Path, tm
     name = newest(copy).name
     DAMAGES[case](newest(copy))
     found = train(copy)
-    assert_told(found, f"{name} is damaged (", f"set aside as {name}.damaged", code=0)
+    assert_outcome(found, f"{name} is damaged (", f"set aside as {name}.damaged", code=0)
     shutil.rmtree(copy / "checkpoints" / f"{name}.damaged")
     assert_same_bits(copy, run)
 
@@ -370,7 +370,7 @@ def test_a_complete_foreign_checkpoint_is_not_resumed(case: str, run: Path, tmp_
     update_manifest(newest(copy))
     with untouched(copy / "checkpoints"):
         found = train(copy, epochs=2)
-    assert_told(found, message, str(copy), "give another --run_dir")
+    assert_outcome(found, message, str(copy), "give another --run_dir")
 
 
 def in_counters(*path: str, value: Any) -> Callable[[Path], object]:
@@ -428,7 +428,7 @@ def test_counters_of_another_run_are_refused(case: str, epochs: int, run: Path, 
     update_manifest(newest(copy))
     with untouched(copy):
         found = train(copy, epochs=epochs)
-    assert_told(found, f"{newest(copy)}: state.json: {message}", "; move it away, or give another --run_dir")
+    assert_outcome(found, f"{newest(copy)}: state.json: {message}", "; move it away, or give another --run_dir")
 
 
 @pytest.mark.parametrize("module", ["evaluate", "predict", "export.__main__"])
@@ -436,7 +436,7 @@ def test_commands_ignore_training_counters(module: str, run: Path, image: Path, 
     copy = copy_of(run, tmp_path / "run")
     NUMBERS["an epoch as text"][0](newest(copy))
     update_manifest(newest(copy))
-    assert_told(inspect(module, copy, image), code=0, lines=0)
+    assert_outcome(inspect(module, copy, image), code=0, lines=0)
 
 
 def test_more_steps_than_an_epoch_has_are_refused(run: Path, tmp_path: Path) -> None:
@@ -449,7 +449,7 @@ def test_more_steps_than_an_epoch_has_are_refused(run: Path, tmp_path: Path) -> 
     in_counters("window", "count", value=80)(last)
     update_manifest(last)
     with untouched(copy / "checkpoints"):
-        assert_told(train(copy), f"{last}: state.json: step_in_epoch = 4 is beyond the 3 steps of an epoch")
+        assert_outcome(train(copy), f"{last}: state.json: step_in_epoch = 4 is beyond the 3 steps of an epoch")
 
 
 # A finished run
@@ -462,7 +462,7 @@ def test_a_finished_run_without_its_last_checkpoint_redoes_it(how: str, run: Pat
     DAMAGES.get(how, shutil.rmtree)(newest(copy))
     found = train(copy)
     assert "this run is finished" not in found.err
-    assert_told(found, code=0, lines=0 if how == "deleted" else 1)
+    assert_outcome(found, code=0, lines=0 if how == "deleted" else 1)
     assert newest(copy).name == name
     shutil.rmtree(copy / "checkpoints" / f"{name}.damaged", ignore_errors=True)
     assert_same_bits(copy, run)
@@ -485,7 +485,7 @@ def test_a_run_without_any_checkpoint_does_not_restart(how: str, epochs: int, ru
         shutil.rmtree(copy / "checkpoints")
         (copy / "status.json").unlink()
     with untouched(copy):
-        assert_told(
+        assert_outcome(
             train(copy, epochs=epochs), f"run_dir = {copy}: this run has saved", "no complete one is left", "copy, or"
         )
 
@@ -496,7 +496,7 @@ def test_damaged_tensors_in_all_checkpoints_are_refused(run: Path, tmp_path: Pat
     for path in (copy / "checkpoints").glob("step-*"):
         flip(TENSORS)(path)
     with untouched(copy / "checkpoints"):
-        assert_told(train(copy, epochs=2), "this run has saved", "no complete one is left in")
+        assert_outcome(train(copy, epochs=2), "this run has saved", "no complete one is left in")
 
 
 @pytest.mark.parametrize("status", ["running", "failed", "stopped", "missing"])
@@ -506,7 +506,7 @@ def test_a_run_without_a_finished_status_trains_no_further(status: str, run: Pat
     (copy / "status.json").unlink()
     if status != "missing":
         (copy / "status.json").write_text(json.dumps(content | {"status": status}))
-    assert_told(train(copy), code=0, lines=0)
+    assert_outcome(train(copy), code=0, lines=0)
     assert_same_bits(copy, run)
 
 
@@ -514,7 +514,7 @@ def test_a_status_alone_does_not_finish_a_run(run: Path, tmp_path: Path) -> None
     copy = copy_of(run, tmp_path / "run")
     for path in (copy / "checkpoints").glob("step-00000003-*"):
         shutil.rmtree(path)
-    assert_told(train(copy), code=0, lines=0)
+    assert_outcome(train(copy), code=0, lines=0)
     assert_same_bits(copy, run)
 
 
@@ -523,7 +523,7 @@ def test_fewer_epochs_than_trained_are_refused(arguments: tuple[object, ...], ru
     copy = copy_of(run, tmp_path / "run")
     assert train(copy, epochs=2).code == 0
     with untouched(copy):
-        assert_told(
+        assert_outcome(
             train(copy, *arguments),
             f"epochs = 1: the run in {copy} has already trained 2 epochs; give --epochs 2 or more",
         )
@@ -534,7 +534,7 @@ def test_fewer_epochs_than_begun_are_refused(run: Path, tmp_path: Path) -> None:
     assert train(copy, epochs=2).code == 0
     shutil.rmtree(newest(copy))
     with untouched(copy):
-        assert_told(train(copy), "has already trained 1 epoch and 3 steps; give --epochs 2 or more")
+        assert_outcome(train(copy), "has already trained 1 epoch and 3 steps; give --epochs 2 or more")
 
 
 # Checkpoints of others
@@ -545,7 +545,7 @@ def test_a_copy_with_a_later_name_is_set_aside(name: str, run: Path, tmp_path: P
     copy = copy_of(run, tmp_path / "run")
     shutil.copytree(newest(copy), copy / "checkpoints" / name)
     found = train(copy, epochs=2)
-    assert_told(found, f"{name} is damaged (it holds step 3 after 1 epochs): set aside as {name}.damaged", code=0)
+    assert_outcome(found, f"{name} is damaged (it holds step 3 after 1 epochs): set aside as {name}.damaged", code=0)
     assert json.loads((copy / "status.json").read_text())["step"] == 6
 
 
@@ -561,7 +561,7 @@ def test_an_earlier_checkpoint_of_another_run_is_refused(run: Path, tmp_path: Pa
     flip(TENSORS)(last)
     with untouched(copy / "checkpoints"):
         found = train(copy, epochs=2)
-    assert_told(found, "seed = 0: this run was started with 1", "give another --run_dir", lines=2)
+    assert_outcome(found, "seed = 0: this run was started with 1", "give another --run_dir", lines=2)
 
 
 def test_a_checkpoint_that_is_a_link_is_resumed(run: Path, tmp_path: Path) -> None:
@@ -570,7 +570,7 @@ def test_a_checkpoint_that_is_a_link_is_resumed(run: Path, tmp_path: Path) -> No
     last.rename(moved)
     last.symlink_to(moved)
     with untouched(moved):
-        assert_told(train(copy, epochs=2), code=0, lines=0)
+        assert_outcome(train(copy, epochs=2), code=0, lines=0)
     assert not last.is_symlink()
 
 
@@ -584,7 +584,7 @@ def test_commands_refuse_a_complete_foreign_checkpoint(
     change(newest(copy))
     update_manifest(newest(copy))
     with untouched(copy / "checkpoints"):
-        assert_told(inspect(module, copy, image), message, str(newest(copy)))
+        assert_outcome(inspect(module, copy, image), message, str(newest(copy)))
 
 
 @pytest.mark.parametrize(
@@ -597,7 +597,7 @@ def test_invalid_metadata_in_a_checkpoint_is_refused(
     in_state(**values)(newest(copy))
     update_manifest(newest(copy))
     with untouched(copy):
-        assert_told(inspect("predict", copy, image), "state.json: classes or normalization from another version")
+        assert_outcome(inspect("predict", copy, image), "state.json: classes or normalization from another version")
 
 
 # Links and names
@@ -610,14 +610,14 @@ def test_broken_links_are_ignored(link: str, to: str, run: Path, image: Path, tm
     (copy / "checkpoints" / link).unlink(missing_ok=True)
     (copy / "checkpoints" / link).symlink_to(link if to == "itself" else to)
     with untouched(copy):
-        assert_told(inspect("predict", copy, image), code=0, lines=0)
+        assert_outcome(inspect("predict", copy, image), code=0, lines=0)
 
 
 def test_a_link_out_of_the_run_is_refused(run: Path, image: Path, tmp_path: Path) -> None:
     copy = copy_of(run, tmp_path / "run")
     (copy / "checkpoints/best").unlink(missing_ok=True)
     (copy / "checkpoints/best").symlink_to(newest(run))
-    assert_told(inspect("predict", copy, image), "--checkpoint best: leads to", "name one inside it")
+    assert_outcome(inspect("predict", copy, image), "--checkpoint best: leads to", "name one inside it")
 
 
 @pytest.mark.parametrize("name", ["", "..", "/etc", "best.pt", "x" * 300, "a\nb"])
@@ -625,14 +625,14 @@ def test_a_link_out_of_the_run_is_refused(run: Path, image: Path, tmp_path: Path
 def test_an_unknown_checkpoint_name_is_refused(name: str, module: str, run: Path, image: Path) -> None:
     arguments = [image] if module == "predict" else []
     with untouched(run):
-        assert_told(call(module, run, *arguments, "--checkpoint", name), "--checkpoint", "choose one of: ")
+        assert_outcome(call(module, run, *arguments, "--checkpoint", name), "--checkpoint", "choose one of: ")
 
 
 @pytest.mark.parametrize("run_name", ["/dev/null", "/etc/passwd", "none", "x" * 300])
 @pytest.mark.parametrize("module", ["evaluate", "predict", "export.__main__", "report.__main__", "compare"])
 def test_a_folder_that_is_no_run_is_refused(run_name: str, module: str, image: Path) -> None:
     arguments = [image] if module == "predict" else ["other"] if module == "compare" else []
-    assert_told(call(module, run_name, *arguments), f"{run_name}: no config.toml there; RUN is the folder")
+    assert_outcome(call(module, run_name, *arguments), f"{run_name}: no config.toml there; RUN is the folder")
 
 
 # Starting from another run's weights
@@ -646,7 +646,7 @@ def test_init_from_a_folder_that_is_no_run_is_refused(kind: str, tmp_path: Path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
     with untouched(tmp_path):
-        assert_told(train(tmp_path / "run", "--init_from", path), f"init_from = {path}: no checkpoint there; name")
+        assert_outcome(train(tmp_path / "run", "--init_from", path), f"init_from = {path}: no checkpoint there; name")
 
 
 @pytest.mark.parametrize(
@@ -665,7 +665,7 @@ def test_init_from_a_damaged_run_is_refused(case: str, run: Path, tmp_path: Path
     if case not in DAMAGES:
         update_manifest(newest(copy))
     with untouched(copy):
-        assert_told(train(tmp_path / "new", "--init_from", newest(copy)), str(newest(copy)), "; name")
+        assert_outcome(train(tmp_path / "new", "--init_from", newest(copy)), str(newest(copy)), "; name")
 
 
 @pytest.mark.parametrize("kind", ["links to nothing", "no links", "links that are folders", "the newest is a copy"])
@@ -680,14 +680,14 @@ def test_init_from_a_run_with_broken_links(kind: str, run: Path, tmp_path: Path)
     if kind == "the newest is a copy":
         shutil.copytree(newest(copy), copy / "checkpoints" / "step-backup")
     with untouched(copy):
-        assert_told(train(tmp_path / "new", "--init_from", copy), code=0, lines=0)
+        assert_outcome(train(tmp_path / "new", "--init_from", copy), code=0, lines=0)
 
 
 def test_init_from_a_newer_version_is_refused(run: Path, tmp_path: Path) -> None:
     copy = copy_of(run, tmp_path / "run")
     DAMAGES["a manifest of another format"](newest(copy))
     with untouched(tmp_path):
-        assert_told(
+        assert_outcome(
             train(tmp_path / "new", "--init_from", copy), "written by a newer version of this code, in format 2"
         )
 
@@ -698,7 +698,7 @@ def test_links_that_are_folders_are_ignored(link: str, module: str, run: Path, i
     copy = copy_of(run, tmp_path / "run")
     (copy / "checkpoints" / link).unlink(missing_ok=True)
     (copy / "checkpoints" / link).mkdir()
-    assert_told(inspect(module, copy, image), code=0, lines=0)
+    assert_outcome(inspect(module, copy, image), code=0, lines=0)
 
 
 def test_links_that_cannot_be_set_do_not_change_the_bits(run: Path, tmp_path: Path) -> None:
@@ -707,7 +707,7 @@ def test_links_that_cannot_be_set_do_not_change_the_bits(run: Path, tmp_path: Pa
     (copy / "checkpoints/latest").unlink()
     (copy / "checkpoints/latest/precious").mkdir(parents=True)
     found = train(copy)
-    assert_told(found, code=0, lines=0)
+    assert_outcome(found, code=0, lines=0)
     assert found.err.count("the link latest was not set") == 1
     assert_same_bits(copy, run)
 
@@ -715,7 +715,7 @@ def test_links_that_cannot_be_set_do_not_change_the_bits(run: Path, tmp_path: Pa
 def test_init_from_another_model_is_refused(run: Path, tmp_path: Path) -> None:
     with untouched(tmp_path, run):
         found = train(tmp_path / "new", "--init_from", run, "--model.name", "cifar_alexnet")
-    assert_told(found, "holds weights of improved_alexnet, but model.name = cifar_alexnet; name another run")
+    assert_outcome(found, "holds weights of improved_alexnet, but model.name = cifar_alexnet; name another run")
 
 
 def test_two_ranks_report_a_checkpoint_that_does_not_fit(run: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from kit.abuse import assert_told, call, untouched
+from kit.abuse import assert_outcome, call, untouched
 from kit.commands import ROOT
 
 from distributed.config.leaves import leaves
@@ -142,7 +142,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "syntax": ("epochs = = 3", "not valid TOML"),
     "a table twice": ("[optim]\nlr = 1\n[optim]\nlr = 2", "not valid TOML"),
     "a key twice": ("seed = 1\nseed = 2", "not valid TOML"),
-    "cut": ('[data]\nname = "gen', "not valid TOML"),
+    "truncated": ('[data]\nname = "gen', "not valid TOML"),
     "a number without end": ("epochs = " + "9" * 5000, "not valid TOML"),
     "nested without end": ("a = " + "[" * 3000, "not valid TOML"),
     "no UTF-8": (b"\xff\xfe\x00", "not UTF-8 text"),
@@ -223,7 +223,7 @@ WORDS: dict[str, tuple[list[str], str]] = {
     "a name of another tool": (["--batch-size", "64"], "batch_size = 64: unknown setting; did you mean global_batch_size?"),
     "processes": (["--gpus", "2"], "torchrun --nproc_per_node=N"),
     "a resume": (["--resume"], "the same command in the same run_dir resumes"),
-    "a word in another encoding": (["--precision", "\udce9"], "precision = '\\udce9'"),
+    "an argument in another encoding": (["--precision", "\udce9"], "precision = '\\udce9'"),
     "an option for a value": (["--epochs", "--seed=1"], "--epochs: a value is missing"),
     "twice": (["--epochs", "1", "--epochs=2"], "--epochs: given twice"),
     "twice, spelt otherwise": (["--data.train-samples=20", "--data.train_samples=20"], "given twice"),
@@ -274,18 +274,18 @@ ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
     "alone": ({"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK is missing"),
     "no number": ({"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0"}, "should be a whole number"),
     "empty": ({"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}, "should be a whole number"),
-    "a world of nobody": (
+    "an empty world": (
         {"RANK": "0", "WORLD_SIZE": "0", "LOCAL_RANK": "0"}, "RANK = 0: should be at least 0 and less than WORLD_SIZE"),
-    "a rank beyond": (
+    "a rank beyond the world": (
         {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK = 2: should be at least 0 and less than WORLD_SIZE = 2"),
     "a negative rank": ({"RANK": "-1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK = -1: should be at least 0"),
-    "a node of nobody": (
+    "an empty node": (
         {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE = 0: should be from 1"),
     "a node larger than the world": (
         {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE = 3: should be from 1"),
     "nowhere to meet": ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "MASTER_ADDR = '' and MASTER_PORT = ''"),
     "no port": ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **MEET, "MASTER_PORT": "x"}, "MASTER_PORT = 'x'"),
-    "a port beyond": ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **MEET, "MASTER_PORT": "70000"}, "'70000'"),
+    "a port beyond 65535": ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **MEET, "MASTER_PORT": "70000"}, "'70000'"),
     "too many": ({"RANK": "0", "WORLD_SIZE": "99", "LOCAL_RANK": "0", **MEET}, "less than the 99 processes"),
 }  # fmt: skip
 
@@ -315,7 +315,7 @@ def variant_of(path: str) -> list[str]:
 def test_a_bad_value(path: str, value: str, message: str, tmp_path: Path) -> None:
     with untouched(tmp_path):
         arguments = [] if path == "run_dir" else ["--run_dir", tmp_path / "run"]
-        assert_told(call("train", *variant_of(path), *arguments, f"--{path}={value}"), path, message)
+        assert_outcome(call("train", *variant_of(path), *arguments, f"--{path}={value}"), path, message)
 
 
 def test_every_setting_has_a_bad_value() -> None:
@@ -328,7 +328,7 @@ def test_a_bad_file(name: str, tmp_path: Path) -> None:
     file = tmp_path / "bad.toml"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with untouched(tmp_path):
-        assert_told(call("train", file), message, str(tmp_path))
+        assert_outcome(call("train", file), message, str(tmp_path))
 
 
 NO_FILES = [
@@ -363,18 +363,18 @@ def test_a_config_that_is_no_regular_file(
         (tmp_path / "good.toml").write_text(f'extends = "{file}"')
     with untouched(tmp_path):
         message = call("train", tmp_path / "good.toml" if extended else file)
-        assert_told(message, str(tmp_path)[:40], "the first argument names a TOML file")
+        assert_outcome(message, str(tmp_path)[:40], "the first argument names a TOML file")
 
 
 @pytest.mark.parametrize("length", [33, 2000])
 def test_a_long_chain_of_files_is_refused(length: int, tmp_path: Path) -> None:
     for number in range(length):
         (tmp_path / f"{number}.toml").write_text(f'extends = "{number + 1}.toml"')
-    assert_told(call("train", tmp_path / "0.toml"), "chain of more than 32 files")
+    assert_outcome(call("train", tmp_path / "0.toml"), "chain of more than 32 files")
 
 
-def many_words(count: int) -> list[str]:
-    return [word for number in range(count) for word in (f"--optim.x{number}", "1")]
+def many_arguments(count: int) -> list[str]:
+    return [argument for number in range(count) for argument in (f"--optim.x{number}", "1")]
 
 
 @pytest.mark.parametrize("count", [21, 5000, 20_000])
@@ -384,11 +384,11 @@ def test_thousands_of_mistakes_are_reported_in_twenty_lines(place: str, count: i
     (tmp_path / "bad.toml").write_text(f"[nonsense]\n{lines}" if place == "section" else lines)
     arguments: list[object] = [tmp_path / "bad.toml"]
     if place in ("arguments", "strays"):
-        arguments = [*many_words(count)] if place == "arguments" else ["--seed=1", *["stray"] * count]
+        arguments = [*many_arguments(count)] if place == "arguments" else ["--seed=1", *["stray"] * count]
     before = time.monotonic()
     found = call("train", *arguments)
-    assert time.monotonic() - before < 20  # takes one or two; once took minutes
-    assert_told(found, f"and {count - 20:,} more mistake", lines=21)
+    assert time.monotonic() - before < 20  # takes one or two; it once took minutes
+    assert_outcome(found, f"and {count - 20:,} more mistake", lines=21)
 
 
 RUN_FILES = ("config.toml", "metrics.jsonl", "digests.jsonl", "status.json", "attempts.jsonl", "attempt.json", ".lock")
@@ -400,7 +400,7 @@ def test_a_pipe_instead_of_a_file_of_the_run(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "run" / name)
     with untouched(tmp_path):
         found = call("train", "--data.name=generated10", "--run_dir", tmp_path / "run")
-        assert_told(found, f"{tmp_path / 'run' / name} is not a regular file")
+        assert_outcome(found, f"{tmp_path / 'run' / name} is not a regular file")
 
 
 COMMANDS = ("compare", "report.__main__", "runs.__main__", "evaluate", "predict", "export.__main__")
@@ -415,19 +415,19 @@ def test_a_pipe_instead_of_the_config_of_a_run(command: str, tmp_path: Path) -> 
     if command == "runs.__main__":  # a list of runs omits none
         assert (found.code, "unknown" in found.out) == (0, True)
     else:
-        assert_told(found, str(tmp_path / "run"))
+        assert_outcome(found, str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_know_the_home_folder(command: str, tmp_path: Path) -> None:
     more = {"compare": ["~/b"], "predict": ["image.png"]}.get(command, [])
-    assert_told(call(command, "~/a", *more, HOME=str(tmp_path)), f"{tmp_path}/a")
+    assert_outcome(call(command, "~/a", *more, HOME=str(tmp_path)), f"{tmp_path}/a")
 
 
 @pytest.mark.parametrize("out", ["/dev/null", "", "x" * 300, "/dev/null/table"])
 def test_a_table_of_experiments_that_cannot_be_written(out: str, tmp_path: Path) -> None:
     arguments = ("--only", "I-10", "--data.root", tmp_path, "--runs", tmp_path / "runs")
-    assert_told(call("experiments.__main__", *arguments, "--out", out), "--out")
+    assert_outcome(call("experiments.__main__", *arguments, "--out", out), "--out")
 
 
 @pytest.mark.parametrize("name", WORDS)
@@ -435,7 +435,7 @@ def test_bad_arguments(name: str, tmp_path: Path) -> None:
     arguments, message = WORDS[name]
     data = [] if "--data.name=cifar10" in arguments else ["--data.name=generated10"]
     with untouched(tmp_path):
-        assert_told(call("train", "--run_dir", tmp_path / "run", *data, *arguments), message)
+        assert_outcome(call("train", "--run_dir", tmp_path / "run", *data, *arguments), message)
 
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
@@ -443,12 +443,12 @@ def test_a_bad_environment(name: str, tmp_path: Path) -> None:
     environment, message = ENVIRONMENTS[name]
     arguments = ("--data.name=generated10", "--exact.shards=8", "--run_dir", tmp_path / "run")
     with untouched(tmp_path):
-        assert_told(call("train", *arguments, **environment), message)
+        assert_outcome(call("train", *arguments, **environment), message)
 
 
 def test_each_mistake_is_a_line(tmp_path: Path) -> None:
     wrong = ("--epochs=0", "--seed=x", "--optim.lr=nan", "--data.augment.crop=99", "--nonsense=1")
-    assert_told(call("train", "--data.name=generated10", "--run_dir", tmp_path / "run", *wrong), "epochs", lines=5)
+    assert_outcome(call("train", "--data.name=generated10", "--run_dir", tmp_path / "run", *wrong), "epochs", lines=5)
 
 
 @pytest.mark.parametrize(

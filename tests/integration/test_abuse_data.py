@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from kit.abuse import assert_told, call, untouched
+from kit.abuse import assert_outcome, call, untouched
 from kit.trained_runs import image_folder
 from PIL import Image
 
@@ -142,7 +142,7 @@ def test_bad_files_of_cifar_10_are_refused_untouched(case: str, tmp_path: Path) 
     make(tmp_path / "data")
     with untouched(tmp_path):
         found = call("train", *train("cifar10", tmp_path / "data", tmp_path / "run"))
-    assert_told(found, message, str(tmp_path / "data"), "--data.root")
+    assert_outcome(found, message, str(tmp_path / "data"), "--data.root")
 
 
 @pytest.mark.parametrize("case", HUNDRED)
@@ -150,7 +150,7 @@ def test_bad_files_of_cifar_100(case: str, tmp_path: Path) -> None:
     make, message = HUNDRED[case]
     make(tmp_path / "data")
     with untouched(tmp_path):
-        assert_told(call("train", *train("cifar100", tmp_path / "data", tmp_path / "run")), message, "--data.root")
+        assert_outcome(call("train", *train("cifar100", tmp_path / "data", tmp_path / "run")), message, "--data.root")
 
 
 @pytest.mark.parametrize("case", READ)
@@ -159,7 +159,7 @@ def test_damage_that_only_reading_finds(case: str, tmp_path: Path) -> None:
     make(tmp_path / "data")
     with untouched(tmp_path / "data"):
         found = call("train", *train("cifar10", tmp_path / "data", tmp_path / "run"))
-    assert_told(found, message, str(tmp_path / "data"), "again, or point --data.root")
+    assert_outcome(found, message, str(tmp_path / "data"), "again, or point --data.root")
     assert not list((tmp_path / "run").rglob("step-*"))
 
 
@@ -191,7 +191,7 @@ def test_bad_image_folders(case: str, tmp_path: Path) -> None:
     arguments = train("image_folder", tmp_path / "data", tmp_path / "run")
     with untouched(tmp_path / "data"):
         found = call("train", *arguments, "--data.cache", tmp_path / "cache")
-    assert_told(found, message, "data.name = image_folder: ")
+    assert_outcome(found, message, "data.name = image_folder: ")
 
 
 def test_a_cache_that_is_a_file(tmp_path: Path) -> None:
@@ -199,4 +199,4 @@ def test_a_cache_that_is_a_file(tmp_path: Path) -> None:
     arguments = train("image_folder", image_folder(tmp_path / "data"), tmp_path / "run")
     with untouched(tmp_path / "data"):
         found = call("train", *arguments, "--data.cache", tmp_path / "cache")
-    assert_told(found, f"data.cache: cannot write to {tmp_path}/cache")
+    assert_outcome(found, f"data.cache: cannot write to {tmp_path}/cache")

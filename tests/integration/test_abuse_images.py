@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from kit.abuse import Outcome, assert_told, call, untouched
+from kit.abuse import Outcome, assert_outcome, call, untouched
 from kit.commands import ROOT
 from kit.trained_runs import image_folder, write_test_images
 from PIL import Image
@@ -137,7 +137,9 @@ def test_image_too_large_to_train_on_is_one_line(case: str, tmp_path: Path) -> N
         file.write_bytes(content)
     with peak_memory_within(300):
         found = trained_on(tmp_path / "data", tmp_path / "run")
-    assert_told(found, f"{file}: {size}", "more than data.max_pixels = 100,000,000 allows", "raise --data.max_pixels")
+    assert_outcome(
+        found, f"{file}: {size}", "more than data.max_pixels = 100,000,000 allows", "raise --data.max_pixels"
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_image_too_large_to_train_on_is_one_line(case: str, tmp_path: Path) -> N
 def test_image_header_without_a_size_is_one_line(content: bytes, why: str, tmp_path: Path) -> None:
     file = image_folder(tmp_path / "data") / "train" / "cat" / "0.png"
     file.write_bytes(content)
-    assert_told(trained_on(tmp_path / "data", tmp_path / "run"), f"{file}: {why}", "replace or remove it")
+    assert_outcome(trained_on(tmp_path / "data", tmp_path / "run"), f"{file}: {why}", "replace or remove it")
 
 
 def flipped(at: int) -> bytes:
@@ -173,7 +175,7 @@ def test_flipped_bit_in_a_png_is_one_line(at: int, tmp_path: Path) -> None:
     """torchvision's decoder crashed the process on some of them, without a message."""
     file = image_folder(tmp_path / "data") / "train" / "cat" / "0.png"
     file.write_bytes(flipped(at))
-    assert_told(trained_on(tmp_path / "data", tmp_path / "run"), f"{file}: broken: ", "replace or remove it")
+    assert_outcome(trained_on(tmp_path / "data", tmp_path / "run"), f"{file}: broken: ", "replace or remove it")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO"])
@@ -199,14 +201,14 @@ def test_oversized_file_is_not_read(tmp_path: Path) -> None:
     with file.open("r+b") as opened:
         opened.truncate(10**12)
     found = trained_on(tmp_path / "data", tmp_path / "run")
-    assert_told(found, f"{file}: 1,000,000,000,000 bytes, more than data.max_pixels = 100,000,000 allows")
+    assert_outcome(found, f"{file}: 1,000,000,000,000 bytes, more than data.max_pixels = 100,000,000 allows")
 
 
 def test_max_pixels_is_a_setting(tmp_path: Path) -> None:
     found = trained_on(image_folder(tmp_path / "data"), tmp_path / "run", "--data.max_pixels", 63)
-    assert_told(found, "8 x 8 pixels, more than data.max_pixels = 63 allows", lines=12 - 6)
+    assert_outcome(found, "8 x 8 pixels, more than data.max_pixels = 63 allows", lines=12 - 6)
     found = trained_on(tmp_path / "data", tmp_path / "run", "--data.max_pixels", 0)
-    assert_told(found, "data.max_pixels")
+    assert_outcome(found, "data.max_pixels")
 
 
 @pytest.mark.parametrize("case", PREDICTED)
@@ -215,21 +217,21 @@ def test_image_too_large_to_predict_is_one_line(case: str, run: Path, tmp_path: 
     (tmp_path / "image").write_bytes(content)
     with peak_memory_within(300), untouched(run):
         found = call("predict", run, tmp_path / "image")
-    assert_told(found, f"{tmp_path}/image: {size}, more than data.max_pixels = 100,000,000 allows")
+    assert_outcome(found, f"{tmp_path}/image: {size}, more than data.max_pixels = 100,000,000 allows")
 
 
 def test_one_pixel_high_strip_is_too_large_to_predict(run: Path, tmp_path: Path) -> None:
     Image.new("L", (5_000_000, 1)).save(tmp_path / "strip.png")
-    assert_told(call("predict", run, tmp_path / "strip.png"), "5,000,000 x 1 pixels scaled to", "data.max_pixels")
+    assert_outcome(call("predict", run, tmp_path / "strip.png"), "5,000,000 x 1 pixels scaled to", "data.max_pixels")
 
 
 def test_predict_accepts_max_pixels(run: Path, image: Path) -> None:
     found = call("predict", run, image, "--data.max_pixels", 100)
-    assert_told(found, f"{image}: 1,024 pixels, more than data.max_pixels = 100 allows")
-    assert_told(call("predict", run, image, "--data.max_pixels", -5), "--data.max_pixels -5: should be at least 1")
+    assert_outcome(found, f"{image}: 1,024 pixels, more than data.max_pixels = 100 allows")
+    assert_outcome(call("predict", run, image, "--data.max_pixels", -5), "--data.max_pixels -5: should be at least 1")
     assert call("predict", run, image, "--data.max_pixels", 1024).code == 0
 
 
 def test_predict_runs_no_external_program_on_an_image(run: Path, tmp_path: Path) -> None:
     (tmp_path / "a.eps").write_bytes(saved("EPS"))
-    assert_told(call("predict", run, tmp_path / "a.eps"), "a.eps: not an image that can be decoded")
+    assert_outcome(call("predict", run, tmp_path / "a.eps"), "a.eps: not an image that can be decoded")

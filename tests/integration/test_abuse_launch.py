@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from kit.abuse import assert_told, call, untouched
+from kit.abuse import assert_outcome, call, untouched
 
 from distributed.config.named import names
 
@@ -41,19 +41,19 @@ def test_generated_images_never_replace_cifar_in_a_job(
     module: str, arguments: tuple[str, ...], job: dict[str, str], message: str, tmp_path: Path
 ):
     with untouched(tmp_path):
-        assert_told(call(module, *arguments, **job), "CIFAR-10 is not there", message)
+        assert_outcome(call(module, *arguments, **job), "CIFAR-10 is not there", message)
 
 
 ENVIRONMENT = [
     ("no job", {"SLURM_JOB_ID": ""}, "SLURM_JOB_ID is not set"),
-    ("a word as job", {"SLURM_JOB_ID": "seven"}, "SLURM_JOB_ID = 'seven'"),
+    ("a job that is no number", {"SLURM_JOB_ID": "seven"}, "SLURM_JOB_ID = 'seven'"),
     ("a negative job", {"SLURM_JOB_ID": "-7"}, "should be a whole number of at least 0"),
     ("other digits", {"SLURM_JOB_ID": "٧"}, "SLURM_JOB_ID = '٧'"),
     ("endless digits", {"SLURM_JOB_ID": "9" * 5000}, "SLURM_JOB_ID"),
     ("a range of nodes", {"SLURM_JOB_NUM_NODES": "2-4"}, "SLURM_JOB_NUM_NODES = '2-4'"),
     ("no ranks", {"RANKS_PER_NODE": "0"}, "RANKS_PER_NODE = '0': should be a whole number of at least 1"),
-    ("a word as task", {"SLURM_ARRAY_TASK_ID": "first"}, "SLURM_ARRAY_TASK_ID = 'first'"),
-    ("a word as limit", {"MAX_REQUEUES": "many"}, "MAX_REQUEUES = 'many'"),
+    ("a task that is no number", {"SLURM_ARRAY_TASK_ID": "first"}, "SLURM_ARRAY_TASK_ID = 'first'"),
+    ("a limit that is no number", {"MAX_REQUEUES": "many"}, "MAX_REQUEUES = 'many'"),
     ("a fraction of a restart", {"SLURM_RESTART_COUNT": "1.5"}, "SLURM_RESTART_COUNT = '1.5'"),
     ("several nodes on loopback", {"SLURM_JOB_NUM_NODES": "2"}, "resolves to 127.0.0.1, a loopback address"),
     ("more ranks than images", {"RANKS_PER_NODE": "64"}, "64 processes"),
@@ -68,7 +68,7 @@ def test_a_plan_for_an_unusable_job_is_refused(changed: dict[str, str], message:
     with untouched(tmp_path):
         environment = {name: value for name, value in (JOB | changed).items() if value}
         found = call("launch.slurm.plan", "127.0.0.1", *SHORT, **environment)
-        assert_told(found, message)
+        assert_outcome(found, message)
     assert found.out == "", "the batch script reads it"
 
 
@@ -134,7 +134,7 @@ def test_wrong_arguments_of_a_launcher_are_one_line(
     (tmp_path / "empty").write_text("")
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     with untouched(tmp_path):
-        assert_told(call(module, *arguments, **(JOB if module == "launch.slurm.plan" else {})), message)
+        assert_outcome(call(module, *arguments, **(JOB if module == "launch.slurm.plan" else {})), message)
 
 
 ADDRESSES = [
@@ -150,18 +150,18 @@ ADDRESSES = [
 @pytest.mark.parametrize("address", [case[1] for case in ADDRESSES], ids=[case[0] for case in ADDRESSES])
 def test_an_address_without_a_ray_is_refused_at_once(address: str, tmp_path: Path):
     found = call("launch.ray_train", *SHORT[:-1], tmp_path / "run", RAY_ADDRESS=address)
-    assert_told(found, f"RAY_ADDRESS = {address}")
+    assert_outcome(found, f"RAY_ADDRESS = {address}")
 
 
 def test_a_doctor_in_a_job_without_slurm_is_refused(tmp_path: Path):
     found = call("launch.doctor", *SHORT, **JOB, SLURM_JOB_NODELIST="n1", PATH=str(tmp_path))
-    assert_told(found, "scontrol: No such file or directory; start this on a node of the job")
+    assert_outcome(found, "scontrol: No such file or directory; start this on a node of the job")
 
 
 @pytest.mark.parametrize("count", ["2", "0"])
 def test_a_doctor_in_a_job_without_its_nodes_is_refused(count: str):
     found = call("launch.doctor", *SHORT, SLURM_JOB_ID="7", SLURM_JOB_NUM_NODES=count, SLURM_JOB_NODELIST="")
-    assert_told(found, "SLURM_JOB_NUM_NODES = ", count)
+    assert_outcome(found, "SLURM_JOB_NUM_NODES = ", count)
 
 
 NAMED = [
@@ -189,27 +189,27 @@ def test_an_unknown_config_name_lists_the_known_ones(given: str, message: str, t
     (tmp_path / "plain").write_text("no TOML\n")
     (tmp_path / "folder").mkdir()
     with untouched(tmp_path):
-        assert_told(call("train", given), message)
+        assert_outcome(call("train", given), message)
 
 
 @pytest.mark.parametrize("base", ["cifar11", "cifar10.toml", "folder"])
 def test_an_unknown_base_config_is_named(base: str, tmp_path: Path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "mine.toml").write_text(f'extends = "{base}"\n')
-    assert_told(call("train", "mine.toml"), base)
+    assert_outcome(call("train", "mine.toml"), base)
 
 
 def test_a_shipped_config_is_found_from_any_folder(tmp_path: Path):
     (tmp_path / "cifar10").mkdir()
     for name in names():
         found = call("train", name, "--optim.lrr", 1)
-        assert_told(found, "did you mean optim.lr?")
+        assert_outcome(found, "did you mean optim.lr?")
     (tmp_path / "mine.toml").write_text('extends = "seeds/I-10"\nepochs = 0\n')
-    assert_told(call("train", "mine.toml"), "mine.toml:2: epochs = 0")
+    assert_outcome(call("train", "mine.toml"), "mine.toml:2: epochs = 0")
 
 
 def test_a_local_file_comes_before_a_shipped_config(tmp_path: Path):
     (tmp_path / "debug").write_text("epochs = 0\n")
-    assert_told(call("train", "debug"), "debug:1: epochs = 0")
+    assert_outcome(call("train", "debug"), "debug:1: epochs = 0")
     (tmp_path / "mine.toml").write_text('extends = "debug"\n')
-    assert_told(call("train", "mine.toml"), "debug:1: epochs = 0")
+    assert_outcome(call("train", "mine.toml"), "debug:1: epochs = 0")

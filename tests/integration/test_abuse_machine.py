@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit.abuse import Outcome, assert_told, call, untouched
+from kit.abuse import Outcome, assert_outcome, call, untouched
 from kit.commands import ROOT
 from kit.trained_runs import copy_of
 
@@ -229,7 +229,7 @@ def test_lock_of_a_possibly_living_holder_is_named(
     replace_json(folder / "attempt.json", RECORDS[which])
     with locked(folder / ".lock"), untouched(folder / "checkpoints"):
         found = train(folder, epochs=2)
-    assert_told(found, "another run is writing there", f"remove {folder / '.lock'}")
+    assert_outcome(found, "another run is writing there", f"remove {folder / '.lock'}")
 
 
 def test_lock_of_an_ended_holder_is_taken_over(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kit.abuse import Outcome, assert_told, call, untouched
+from kit.abuse import Outcome, assert_outcome, call, untouched
 from kit.commands import ROOT, metrics, status
 from kit.trained_runs import copy_of, write_test_images
 from loguru import logger
@@ -133,7 +133,7 @@ def test_disk_filling_up_during_training_is_exit_4(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Reporter, "log_step", on_a_full_disk)
     with files_up_to(resource.RLIM_INFINITY):
         found = call("train", *SETTINGS, "--run_dir", folder)
-    assert_told(found, f"{folder}/metrics.jsonl: File too large", code=4)
+    assert_outcome(found, f"{folder}/metrics.jsonl: File too large", code=4)
     assert len(metrics(folder)) == 1
 
 
@@ -148,7 +148,7 @@ def test_unwritable_final_status_is_exit_4(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Checkpointer, "wait", then_full)
     with files_up_to(resource.RLIM_INFINITY):
         found = call("train", *SETTINGS, "--run_dir", folder)
-    assert_told(found, f"{folder}/status.json: File too large", code=4)
+    assert_outcome(found, f"{folder}/status.json: File too large", code=4)
 
 
 # TensorBoard, profile, curves and log on their own
@@ -267,7 +267,7 @@ def test_failed_profile_is_one_warning(how: str, tmp_path: Path) -> None:
 LOGS: dict[str, Callable[[Path], object]] = {
     "a full device": lambda path: path.symlink_to("/dev/full"),
     "a folder": Path.mkdir,
-    "a pipe that nobody reads": os.mkfifo,
+    "a pipe without a reader": os.mkfifo,
     "a link in a circle": lambda path: path.symlink_to(path),
     "a link to nothing": lambda path: path.symlink_to("gone/gone"),
 }
@@ -385,20 +385,20 @@ def test_evaluate_on_a_full_disk_prints_numbers(run: Path, tmp_path: Path) -> No
 def test_evaluate_fails_without_the_requested_picture(run: Path) -> None:
     with untouched(run):
         found = call("evaluate", run, "--confusion", "/dev/full")
-    assert_told(found, "--confusion /dev/full: not written: No space left on device", code=4)
+    assert_outcome(found, "--confusion /dev/full: not written: No space left on device", code=4)
     assert "top-1" in found.out
 
 
 def test_predict_prints_classes_before_the_picture_fails(run: Path, image: Path) -> None:
     found = call("predict", run, image, "--picture", "/dev/full")
-    assert_told(found, "--picture /dev/full: not written: No space left on device; free disk space", code=4)
+    assert_outcome(found, "--picture /dev/full: not written: No space left on device; free disk space", code=4)
     assert found.out.startswith(str(image))
 
 
 def test_predict_without_matplotlib_prints_classes(run: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     found = call("predict", run, image, "--picture", image.with_name("picture.png"))
-    assert_told(found, "--picture", "matplotlib", "repair that package's installation")
+    assert_outcome(found, "--picture", "matplotlib", "repair that package's installation")
     assert found.out.startswith(str(image))
 
 
@@ -406,13 +406,13 @@ def test_predict_without_matplotlib_prints_classes(run: Path, image: Path, monke
 def test_export_to_a_full_disk_is_exit_4(format: str, run: Path, tmp_path: Path) -> None:
     with files_up_to(2000):
         found = call("export.__main__", run, "--format", format, "--out", tmp_path / "out")
-    assert_told(found, f"--out {tmp_path}/out/model", "not written: File too large", code=4)
+    assert_outcome(found, f"--out {tmp_path}/out/model", "not written: File too large", code=4)
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_report_to_a_full_disk_is_exit_4(run: Path, full_disk: Path) -> None:
     found = call("report.__main__", run, "--out", full_disk / "report.html")
-    assert_told(found, f"--out {full_disk}/report.html: not written: No space left on device", code=4)
+    assert_outcome(found, f"--out {full_disk}/report.html: not written: No space left on device", code=4)
     assert [path.name for path in full_disk.iterdir()] == ["filler"]
 
 
@@ -427,11 +427,13 @@ def test_report_without_matplotlib_has_its_numbers(run: Path, tmp_path: Path, mo
 
 def test_unwritable_table_does_not_end_the_experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
-    monkeypatch.setattr(experiments, "_torchrun", lambda processes, words, deadline: started.append(words[0]) or 0)
-    words = ("--only", "I-10", "I-50", "--runs", tmp_path / "runs", "--out", tmp_path / "table")
+    monkeypatch.setattr(
+        experiments, "_torchrun", lambda processes, arguments, deadline: started.append(arguments[0]) or 0
+    )
+    arguments = ("--only", "I-10", "I-50", "--runs", tmp_path / "runs", "--out", tmp_path / "table")
     with files_up_to(10):
-        found = call("experiments.__main__", *words)
-    assert_told(found, f"--out {tmp_path}/table: not written: File too large", code=4)
+        found = call("experiments.__main__", *arguments)
+    assert_outcome(found, f"--out {tmp_path}/table: not written: File too large", code=4)
     assert len(started) == 2
     assert "| I-10 |" in found.out
 

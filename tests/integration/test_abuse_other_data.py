@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kit.abuse import Outcome, assert_told, call, untouched
+from kit.abuse import Outcome, assert_outcome, call, untouched
 from kit.cifar_files import Records, change, records_of, small_official, write_cifar
 from PIL import Image
 
@@ -100,7 +100,7 @@ IMPOSSIBLE: dict[str, tuple[str, Callable[[Path], object], str]] = {
         TEN, copy_of("data_batch_1.bin", "data_batch_2.bin", other_labels), "are in data_batch_1.bin too"),
     "a training batch for the test": (TEN, copy_of("data_batch_3.bin", "test_batch.bin"), "test_batch.bin: 20 of its 20"),
     "the test batch for training": (TEN, copy_of("test_batch.bin", "data_batch_3.bin"), "images are in data_batch_3"),
-    "all batches alike": (
+    "all batches identical": (
         TEN, lambda folder: [shutil.copy(folder / "test_batch.bin", folder / f"data_batch_{n}.bin") for n in range(1, 6)],
         "20 of its 20 images are in"),
     "one image everywhere": (TEN, into("data_batch_2.bin", lambda records: records[:1].repeat(20, 0)), "in it more than once"),
@@ -134,7 +134,7 @@ def test_impossible_cifar_is_refused(case: str, tmp_path: Path) -> None:
     how(write_cifar(tmp_path / "data", name))
     with untouched(tmp_path / "data"):
         found = train(name, tmp_path / "data", tmp_path / "run")
-    assert_told(found, message, str(tmp_path / "data" / folder), "again, or point --data.root")
+    assert_outcome(found, message, str(tmp_path / "data" / folder), "again, or point --data.root")
     assert not list((tmp_path / "run").rglob("step-*"))
 
 
@@ -142,7 +142,7 @@ def test_impossible_cifar_is_refused(case: str, tmp_path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Begun:
+class FinishedRun:
     """A run of one epoch and the data that it was trained on."""
 
     name: str
@@ -161,26 +161,26 @@ def images(root: Path) -> Path:
     return root
 
 
-def begun(name: str, folder: Path) -> Begun:
+def train_one_epoch(name: str, folder: Path) -> FinishedRun:
     root = folder / "data"
     _ = images(root) if name == "image_folder" else write_cifar(root, name)
     found = train(name, root, folder / "run", "--schedule.name", "constant")
     assert found.code == 0, found.err
-    return Begun(name, root, folder / "run")
+    return FinishedRun(name, root, folder / "run")
 
 
 @pytest.fixture(scope="module")
-def runs(small: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Begun]:
-    return {name: begun(name, tmp_path_factory.mktemp(name)) for name in ("image_folder", "cifar10")}
+def runs(small: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, FinishedRun]:
+    return {name: train_one_epoch(name, tmp_path_factory.mktemp(name)) for name in ("image_folder", "cifar10")}
 
 
-def copied(run: Begun, to: Path) -> Begun:
+def copied(run: FinishedRun, to: Path) -> FinishedRun:
     for source, target in ((run.root, to / "data"), (run.run, to / "run")):
         shutil.copytree(source, target, symlinks=True)
-    return Begun(run.name, to / "data", to / "run")
+    return FinishedRun(run.name, to / "data", to / "run")
 
 
-def resume(run: Begun, *arguments: object) -> Outcome:
+def resume(run: FinishedRun, *arguments: object) -> Outcome:
     return train(run.name, run.root, run.run, "--schedule.name", "constant", *arguments, epochs=2)
 
 
@@ -243,7 +243,7 @@ OTHER: dict[str, tuple[str, Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
-def refused(run: Begun, message: str) -> None:
+def refused(run: FinishedRun, message: str) -> None:
     """Check that resuming fails before the first step and leaves checkpoints, metrics and data unchanged."""
     before = {file: (run.run / file).read_bytes() for file in ("metrics.jsonl", "config.toml", "digests.jsonl")}
     with untouched(run.root, run.run / "checkpoints"):
@@ -256,7 +256,7 @@ def refused(run: Begun, message: str) -> None:
 
 
 @pytest.mark.parametrize("case", OTHER)
-def test_a_resume_on_other_data_is_refused(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
+def test_a_resume_on_other_data_is_refused(case: str, runs: dict[str, FinishedRun], tmp_path: Path) -> None:
     name, how, message = OTHER[case]
     run = copied(runs[name], tmp_path)
     how(run.root)
@@ -264,7 +264,7 @@ def test_a_resume_on_other_data_is_refused(case: str, runs: dict[str, Begun], tm
 
 
 @pytest.mark.parametrize("name", ["image_folder", "cifar10"])
-def test_a_run_resumes_on_a_copy_of_its_data(name: str, runs: dict[str, Begun], tmp_path: Path) -> None:
+def test_a_run_resumes_on_a_copy_of_its_data(name: str, runs: dict[str, FinishedRun], tmp_path: Path) -> None:
     run = copied(runs[name], tmp_path)
     for path in run.root.rglob("*"):
         os.utime(path, (1, 1))
@@ -284,7 +284,7 @@ SAVED: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("case", SAVED)
-def test_a_checkpoint_with_less_metadata_resumes(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
+def test_a_checkpoint_with_less_metadata_resumes(case: str, runs: dict[str, FinishedRun], tmp_path: Path) -> None:
     run = copied(runs["image_folder"], tmp_path)
     with_state(run, SAVED[case])
     found = resume(run)
@@ -295,13 +295,13 @@ DAMAGED: dict[str, Any] = {"a text": "x", "negative": -6, "a fraction": 6.5, "ne
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_an_impossible_size_of_the_data_is_refused(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
+def test_an_impossible_size_of_the_data_is_refused(case: str, runs: dict[str, FinishedRun], tmp_path: Path) -> None:
     run = copied(runs["image_folder"], tmp_path)
     with_state(run, lambda state: state["images"]["train"].update(size=DAMAGED[case]))
     refused(run, f"{NUMBER} 6 here")
 
 
-def with_state(run: Begun, how: Callable[[dict[str, Any]], object]) -> None:
+def with_state(run: FinishedRun, how: Callable[[dict[str, Any]], object]) -> None:
     """Change the state.json of each checkpoint, and its manifest accordingly."""
     for checkpoint in (run.run / "checkpoints").glob("step-*"):
         state = json.loads((checkpoint / "state.json").read_text())
@@ -335,13 +335,13 @@ EVALUATED: dict[str, tuple[str, str, Callable[[Path], object], int, str]] = {
 
 
 @pytest.mark.parametrize("case", EVALUATED)
-def test_an_evaluation_on_other_data_is_reported(case: str, runs: dict[str, Begun], tmp_path: Path) -> None:
+def test_an_evaluation_on_other_data_is_reported(case: str, runs: dict[str, FinishedRun], tmp_path: Path) -> None:
     name, split, how, code, message = EVALUATED[case]
     run = copied(runs[name], tmp_path)
     how(run.root / TEN if case == "impossible images" else run.root)
     found = call("evaluate", run.run, "--split", split, "--data.root", run.root, "--device", "cpu")
     if code:
-        assert_told(found, message)
+        assert_outcome(found, message)
         return
     assert found.code == 0, found.err
     warnings = warned(found)
@@ -371,7 +371,7 @@ TOO_SMALL: dict[str, tuple[tuple[object, ...], str]] = {
 def test_a_fraction_that_holds_out_none_or_all_is_refused(case: str, tmp_path: Path) -> None:
     arguments, message = TOO_SMALL[case]
     found = call("train", *SHORT, "--data.name", "generated10", *TINY, *arguments, "--run_dir", tmp_path / "run")
-    assert_told(found, message, "data.validation_fraction = ")
+    assert_outcome(found, message, "data.validation_fraction = ")
     assert not list((tmp_path / "run").rglob("step-*"))
 
 
@@ -395,7 +395,7 @@ def test_small_data_causes_at_most_one_warning(case: str, tmp_path: Path) -> Non
     arguments, message = SMALL[case]
     replaced = {**dict(zip(SHORT[::2], SHORT[1::2], strict=True)), "--data.name": "generated10", "--epochs": 1}
     replaced |= dict(zip(TINY[::2], TINY[1::2], strict=True)) | dict(zip(arguments[::2], arguments[1::2], strict=True))
-    found = call("train", *(word for pair in replaced.items() for word in pair), "--run_dir", tmp_path / "run")
+    found = call("train", *(argument for pair in replaced.items() for argument in pair), "--run_dir", tmp_path / "run")
     assert found.code == 0, found.err
     warnings = warned(found)
     assert len(warnings) == bool(message), warnings
@@ -406,7 +406,7 @@ def test_a_validation_split_without_images_is_not_evaluated(tmp_path: Path) -> N
     arguments = ("--data.name", "generated10", "--epochs", 1, *TINY, *NONE, "--run_dir", tmp_path / "run")
     assert call("train", *SHORT, *arguments).code == 0
     found = call("evaluate", tmp_path / "run", "--split", "validation", "--device", "cpu")
-    assert_told(found, "--split validation: this split has no images; use another")
+    assert_outcome(found, "--split validation: this split has no images; use another")
 
 
 def few(counts: dict[str, int]) -> Callable[[Path], None]:

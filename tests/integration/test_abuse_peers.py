@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from kit.abuse import assert_told, call, untouched
+from kit.abuse import assert_outcome, call, untouched
 from kit.commands import ROOT, Command, status, torchrun
 from kit.other_program import other_program
 
@@ -40,12 +40,12 @@ PLACES: dict[str, tuple[dict[str, str], str]] = {
     "a fractional rank": ({"RANK": "0.0"}, "RANK = '0.0'"),
     "a rank of 40 digits": ({"RANK": "1" * 40}, "should be a whole number"),
     "a negative rank": ({"RANK": "-1"}, "RANK = -1: should be at least 0"),
-    "a rank beyond": ({"RANK": "2"}, "RANK = 2: should be at least 0 and less than WORLD_SIZE = 2"),
+    "a rank beyond the world": ({"RANK": "2"}, "RANK = 2: should be at least 0 and less than WORLD_SIZE = 2"),
     "no ranks": ({"WORLD_SIZE": "0"}, "WORLD_SIZE = 0"),
     "a negative number of ranks": ({"WORLD_SIZE": "-2"}, "WORLD_SIZE = -2"),
     "a number of ranks with an exponent": ({"WORLD_SIZE": "2e0"}, "WORLD_SIZE = '2e0'"),
     "a negative local rank": ({"LOCAL_RANK": "-1"}, "LOCAL_RANK = -1"),
-    "a local rank beyond": ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK = 1"),
+    "a local rank beyond its node": ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK = 1"),
     "no local ranks": ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE = 0"),
     "spelled-out local ranks": ({"LOCAL_WORLD_SIZE": "all"}, "LOCAL_WORLD_SIZE = 'all'"),
     "a node name": ({"GROUP_RANK": "node-1"}, "GROUP_RANK = 'node-1'"),
@@ -59,7 +59,7 @@ PLACES: dict[str, tuple[dict[str, str], str]] = {
     "an address with an empty label": ({"MASTER_ADDR": "a..b"}, "MASTER_ADDR = 'a..b'"),
     "port 0": ({"MASTER_PORT": "0"}, "MASTER_PORT = '0'"),
     "a negative port": ({"MASTER_PORT": "-1"}, "MASTER_PORT = '-1'"),
-    "a port one beyond": ({"MASTER_PORT": "65536"}, "MASTER_PORT = '65536'"),
+    "a port beyond 65535": ({"MASTER_PORT": "65536"}, "MASTER_PORT = '65536'"),
     "a port with many zeros": ({"MASTER_PORT": "0000029500"}, "MASTER_PORT = '0000029500'"),
     "a superscript port": ({"MASTER_PORT": "\u00b2"}, "MASTER_PORT = '\u00b2'"),
     "a hexadecimal port": ({"MASTER_PORT": "0x733c"}, "MASTER_PORT = '0x733c'"),
@@ -79,7 +79,7 @@ def test_invalid_environment_is_one_line(
     given = {**FIRST, **environment, "TORCHELASTIC_ERROR_FILE": str(error_file)}
     with untouched(tmp_path / "run"):
         found = call("train", DEBUG, "--device", "cpu", "--run_dir", tmp_path / "run", **given)
-    assert_told(found, message)
+    assert_outcome(found, message)
     (line,) = found.errors
     assert f"error: {json.loads(error_file.read_text())['message']['message']}" == line
 
@@ -111,7 +111,7 @@ def test_foreign_program_at_the_endpoint(answer: bytes, tmp_path: Path, monkeypa
     monkeypatch.setattr("distributed.comm.peers._NOTIFY_SECONDS", 0.1)
     with other_program(answer) as port:
         found, _ = train(tmp_path / "run", SECOND, str(port), seconds=60)
-    assert_told(found, f"MASTER_PORT = {port}: another program listens there", "torchrun --master_port PORT")
+    assert_outcome(found, f"MASTER_PORT = {port}: another program listens there", "torchrun --master_port PORT")
 
 
 def test_silent_program_at_the_endpoint(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_silent_program_at_the_endpoint(tmp_path: Path) -> None:
     message = (
         f"rank 0 of 2 did not arrive at 127.0.0.1:{port} within 0.5 s (the program that listens there does not answer)"
     )
-    assert_told(found, message, code=1)
+    assert_outcome(found, message, code=1)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
@@ -128,7 +128,7 @@ def test_port_in_use(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("distributed.comm.peers._NOTIFY_SECONDS", 0.1)
     with other_program(None, address=address) as port:
         found, _ = train(tmp_path / "run", FIRST, str(port))
-    assert_told(found, f"MASTER_PORT = {port}: Address already in use", "--standalone")
+    assert_outcome(found, f"MASTER_PORT = {port}: Address already in use", "--standalone")
     assert (status(tmp_path / "run")["status"], status(tmp_path / "run")["exit_code"]) == ("failed", 2)
 
 
@@ -144,7 +144,7 @@ def test_port_in_use(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_missing_ranks_are_named(place: dict[str, str], missing: str, tmp_path: Path) -> None:
     port = free_port()
     found, _ = train(tmp_path / "run", place, port)
-    assert_told(found, f"{missing} did not arrive at 127.0.0.1:{port} within 0.5 s", code=1)
+    assert_outcome(found, f"{missing} did not arrive at 127.0.0.1:{port} within 0.5 s", code=1)
 
 
 # Real processes

@@ -61,8 +61,8 @@ def test_evaluate_is_equal_on_one_process_and_on_two(run: Path, tmp_path: Path) 
     assert [one["count"] for one in printed["classes"]] == [11, 11, 11, *[10] * 7]
     assert Image.open(run / "confusion-test.png").size[0] > 500
 
-    words = ("--checkpoint", "latest", "--json", "--confusion", tmp_path / "two.png")
-    with Command(torchrun(2, run, *words, module="distributed.evaluate"), output=tmp_path / "out") as two:
+    options = ("--checkpoint", "latest", "--json", "--confusion", tmp_path / "two.png")
+    with Command(torchrun(2, run, *options, module="distributed.evaluate"), output=tmp_path / "out") as two:
         assert two.wait() == 0, two.text
     line = next(line for line in two.text.splitlines() if line.startswith("{"))
     assert json.loads(line) == printed | {"picture": str(tmp_path / "two.png")}
@@ -85,7 +85,7 @@ def test_predict_matches_the_network(run: Path, tmp_path: Path) -> None:
     result = command("predict", run, *paths, "--json", "--picture", picture)
     assert result.returncode == 0, result.stderr
     printed = json.loads(result.stdout)
-    # The network's answers on the same images as the pipeline gives them.
+    # The network's outputs on the same images, as the data pipeline yields them.
     config = read_config(run)
     trained = load(run)
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_exported_files_match_the_network(no_data: Path, tmp_path: Path) -> None
     facts = json.loads((tmp_path / "out" / "model.json").read_text())
     assert (facts["classes"], facts["normalization"]) == (CLASSES, NORMALIZATION)
     assert facts["architecture"]["name"] == "improved_alexnet"
-    # By hand too, on a number of images that was never seen.
+    # Once more by hand, on a batch size that the export did not use.
     images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     expected = logits_of(no_data, images)
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
@@ -211,8 +211,8 @@ def test_wrong_input_is_one_line_with_the_remedy(run: Path, no_data: Path, tmp_p
 def test_a_damaged_checkpoint_is_never_used(run: Path, tmp_path: Path) -> None:
     damaged, image = damage(copy_of(run, tmp_path / "run")), tmp_path / "image.png"
     Image.new("RGB", (32, 32)).save(image)
-    for module, words in (("evaluate", []), ("predict", [image]), ("export", [])):
-        message = refused(command(module, damaged, *words))
+    for module, arguments in (("evaluate", []), ("predict", [image]), ("export", [])):
+        message = refused(command(module, damaged, *arguments))
         assert "tensors.safetensors" in message
         assert "damaged" in message
         assert "name another with --checkpoint" in message
@@ -250,11 +250,11 @@ def trained_on_cuda(run: Path, there: Path, precision: str) -> Path:
     return there
 
 
-@pytest.mark.parametrize(("precision", "words"), [("float32", []), ("tf32", []), ("tf32", ["--device", "cpu"])])
+@pytest.mark.parametrize(("precision", "arguments"), [("float32", []), ("tf32", []), ("tf32", ["--device", "cpu"])])
 def test_a_cuda_run_is_evaluated_without_a_gpu(
-    run: Path, confusion: object, tmp_path: Path, precision: str, words: list[str]
+    run: Path, confusion: object, tmp_path: Path, precision: str, arguments: list[str]
 ) -> None:
-    result = command("evaluate", trained_on_cuda(run, tmp_path / "run", precision), "--json", *words)
+    result = command("evaluate", trained_on_cuda(run, tmp_path / "run", precision), "--json", *arguments)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["confusion"] == confusion
 
@@ -263,12 +263,12 @@ def test_a_cuda_run_is_used_without_a_gpu(run: Path, tmp_path: Path) -> None:
     there = trained_on_cuda(run, tmp_path / "run", "tf32")
     Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
     assert "no CUDA device" in refused(command("evaluate", there, "--device", "cuda"))
-    for module, words in (
+    for module, arguments in (
         ("predict", [tmp_path / "image.png"]),
         ("export", ["--format", "safetensors"]),
         ("report", []),
     ):
-        result = command(module, there, *words)
+        result = command(module, there, *arguments)
         assert result.returncode == 0, (module, result.stderr)
 
 
@@ -289,7 +289,7 @@ def test_a_hundred_classes_of_real_images(tmp_path: Path) -> None:
     assert [sum(row) for row in printed["confusion"]] == [100] * 100
     assert len({one["name"] for one in printed["classes"]}) == 100
     assert 0.015 < printed["top1"] < 0.5
-    assert Image.open(run / "confusion-test.png").size[0] > 2000  # 100 names of a size that can be read
+    assert Image.open(run / "confusion-test.png").size[0] > 2000  # large enough for 100 legible names
     exported = command("export", run, "--format", "onnx", "--tolerance", 1e-4)
     assert exported.returncode == 0, exported.stdout + exported.stderr
     assert "compared on 64 test images" in exported.stdout

@@ -50,10 +50,10 @@ def test_resume_on_4_3_1_and_4_processes_keeps_the_bits(undisturbed: Path, tmp_p
             assert command.wait() != 0
     finish(4, run)
     sizes = [attempt["world_size"] for attempt in attempts(run, "started")]
-    begun = [attempt["step"] for attempt in attempts(run, "started")]
-    print(f"attempts on {sizes} processes began at steps {begun} of {status(run)['step']}")
+    steps = [attempt["step"] for attempt in attempts(run, "started")]
+    print(f"attempts on {sizes} processes began at steps {steps} of {status(run)['step']}")
     assert sizes == [4, 3, 1, 4]
-    assert begun == sorted(set(begun))
+    assert steps == sorted(set(steps))
     assert_same_bits(run, undisturbed)
     code, output = compare(run, undisturbed)
     assert (code, output.startswith("bit-identical: ")) == (0, True), output

@@ -1,4 +1,4 @@
-"""Sharded engines as a user starts them: killed and gone on with, without a compiler, with a DeepSpeed that will not do."""
+"""Sharded engines as a user starts them: killed and resumed, without a compiler, with a missing or outdated DeepSpeed."""
 
 import os
 import random
@@ -47,7 +47,7 @@ def test_a_killed_rank_leaves_the_bits_unchanged(name: str, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_deepspeed_needs_no_compiler(tmp_path: Path) -> None:
-    """Nor leaves what it compiled, behind a lock that a killed process would never give back."""
+    """It compiles no extension either: that happens behind a lock that a killed process would never release."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "env").symlink_to("/usr/bin/env")
     found = {"PATH": str(tmp_path / "bin"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "CXX": "", "CC": ""}
@@ -61,23 +61,23 @@ def test_deepspeed_needs_no_compiler(tmp_path: Path) -> None:
     assert status(run)["status"] == "finished"
     assert not (tmp_path / "extensions").exists()
     assert "DeepSpeed" not in done.stdout
-    assert done.stderr.count("WARNING") == 1, "that images are generated"
+    assert done.stderr.count("WARNING") == 1, "only the warning about generated images"
 
 
 @pytest.mark.parametrize("found", ["0.14.2", None], ids=["too old", "missing"])
-def test_a_deepspeed_that_will_not_do_is_one_line(found: str | None, tmp_path: Path) -> None:
-    """What is installed is looked up by its metadata, of which the first on the path counts."""
+def test_missing_or_outdated_deepspeed_is_one_line(found: str | None, tmp_path: Path) -> None:
+    """The installed version is read from package metadata, where the first match on the path wins."""
     paths = [str(ROOT)]
     if found:
         metadata = tmp_path / f"deepspeed-{found}.dist-info"
         metadata.mkdir()
         (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: deepspeed\nVersion: {found}\n")
         paths.insert(0, str(tmp_path))
-        said = "engine.name = deepspeed needs deepspeed 0.19 or later, but 0.14.2 is installed: pip install 'deepspeed>=0.19'"
+        need = "deepspeed 0.19 or later, but 0.14.2 is installed"
     else:
         (tmp_path / "sitecustomize.py").write_text(HIDDEN)
         paths.insert(0, str(tmp_path))
-        said = "engine.name = deepspeed needs the package deepspeed: pip install 'deepspeed>=0.19'"
+        need = "the package deepspeed"
     command = [sys.executable, "-m", "distributed.train", "--data.name", "generated10", "--engine.name", "deepspeed"]
     command += ["--device", "cpu"]
     done = subprocess.run(
@@ -90,7 +90,7 @@ def test_a_deepspeed_that_will_not_do_is_one_line(found: str | None, tmp_path: P
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines() == [f"error: {said}"]
+    assert done.stderr.splitlines() == [f"error: engine.name = deepspeed needs {need}: pip install 'deepspeed>=0.19'"]
     assert not (tmp_path / "run").exists()
 
 

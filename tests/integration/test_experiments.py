@@ -17,9 +17,9 @@ SHORT = (
 ROOT = Path(__file__).parents[2]
 
 
-def experiments(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def experiments(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "distributed.experiments", "--runs", str(tmp_path / "runs"),
-               "--out", str(tmp_path / "results"), *words]  # fmt: skip
+               "--out", str(tmp_path / "results"), *arguments]  # fmt: skip
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
 
 
@@ -37,10 +37,10 @@ def test_every_reference_result_has_a_config_with_a_header(name):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_experiments_write_a_table_and_skip_finished_runs(tmp_path):
-    words = ["--only", "I-10", "I-50", *SHORT.split(), "--epochs", "2"]
-    done = experiments(tmp_path, *words)
+    arguments = ["--only", "I-10", "I-50", *SHORT.split(), "--epochs", "2"]
+    done = experiments(tmp_path, *arguments)
     assert done.returncode == 0, done.stderr
-    again = experiments(tmp_path, *words)
+    again = experiments(tmp_path, *arguments)
     assert again.returncode == 0
     assert again.stderr.count("this run is finished") == 2
     assert again.stdout.split("| id |")[1] == done.stdout.split("| id |")[1]
@@ -56,11 +56,11 @@ def test_experiments_write_a_table_and_skip_finished_runs(tmp_path):
 @pytest.mark.timeout(600)
 def test_a_run_out_of_time_saves_and_resumes(tmp_path):
     """The first slice lasts long enough to start on a loaded machine, but not to finish on a fast one."""
-    words = ["--only", "I-10", *SHORT.split(), "--epochs", "160"]
-    slices = [experiments(tmp_path, *words, "--minutes", "0.4")]
+    arguments = ["--only", "I-10", *SHORT.split(), "--epochs", "160"]
+    slices = [experiments(tmp_path, *arguments, "--minutes", "0.4")]
     assert slices[0].returncode == 75, slices[0].stderr
     while slices[-1].returncode == 75 and len(slices) < 8:
-        slices.append(experiments(tmp_path, *words, "--minutes", "1"))
+        slices.append(experiments(tmp_path, *arguments, "--minutes", "1"))
     assert slices[-1].returncode == 0, slices[-1].stderr
     attempts = (tmp_path / "runs" / "I-10" / "attempts.jsonl").read_text().splitlines()
     starts = [entry["step"] for entry in map(json.loads, attempts) if entry["event"] == "started"]

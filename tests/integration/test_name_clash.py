@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from kit.commands import ROOT, torchrun
 
-DASK_INIT = "from distributed import config\nfrom distributed.metrics import time\n"  # as that of dask begins
+DASK_INIT = "from distributed import config\nfrom distributed.metrics import time\n"  # the first lines of dask's
 REMEDY = "pip uninstall distributed dask; pip install --force-reinstall --no-deps distributed-alexnet"
 
 
@@ -52,12 +52,12 @@ def python(*arguments: object) -> list[object]:
     return [sys.executable, "-m", *arguments]
 
 
-def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ")
-    for word in words:
-        assert word in line
+    for part in parts:
+        assert part in line
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["dask last", "dask first"])

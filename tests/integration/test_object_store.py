@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit.abuse import assert_told, call, untouched
+from kit.abuse import assert_outcome, call, untouched
 from kit.commands import Command, assert_same_bits, kill, metrics, status, torchrun
 from kit.object_store import KEYS, NO_RETRIES, Relay, running
 from safetensors.torch import load_file
@@ -188,4 +188,4 @@ def test_an_unusable_store_is_refused(
         url,
     )
     with untouched(tmp_path):
-        assert_told(call("train", *arguments, **change), f"checkpoint.upload_to = {url}: ", message)
+        assert_outcome(call("train", *arguments, **change), f"checkpoint.upload_to = {url}: ", message)

@@ -62,8 +62,8 @@ def test_the_wheel_contains_every_shipped_file(site: Path) -> None:
 
 
 def test_configs_are_found_by_name_from_any_folder(site: Path, tmp_path: Path) -> None:
-    def train(*words: str) -> str:
-        done = run(site, tmp_path, sys.executable, "-m", "distributed.train", *words, "--device", "cpu")
+    def train(*arguments: str) -> str:
+        done = run(site, tmp_path, sys.executable, "-m", "distributed.train", *arguments, "--device", "cpu")
         assert (done.returncode, done.stdout) == (2, ""), done.stderr
         assert "Traceback" not in done.stderr
         return done.stderr
@@ -80,15 +80,15 @@ def test_configs_are_found_by_name_from_any_folder(site: Path, tmp_path: Path) -
 
 
 def test_launch_slurm_submits_the_packaged_script(site: Path, tmp_path: Path) -> None:
-    words = ("debug", "--device", "cpu", "--nodes", 2, "--dry-run", "--run_dir", tmp_path / "run")
-    done = run(site, tmp_path, sys.executable, "-m", "launch.slurm", *words)
+    arguments = ("debug", "--device", "cpu", "--nodes", 2, "--dry-run", "--run_dir", tmp_path / "run")
+    done = run(site, tmp_path, sys.executable, "-m", "launch.slurm", *arguments)
     assert done.returncode == 0, done.stderr
     script = next(Path(word) for word in shlex.split(done.stdout) if word.endswith(".sh"))
     assert script == site / "distributed/share/slurm/train.sh"
     assert script.is_file()
     if (Path(sys.prefix) / "bin/activate").is_file():
         assert f",VENV={sys.prefix}" in done.stdout
-    assert "VENV=" not in run(site, tmp_path, sys.executable, "-m", "launch.slurm", *words, VENV="/other").stdout
+    assert "VENV=" not in run(site, tmp_path, sys.executable, "-m", "launch.slurm", *arguments, VENV="/other").stdout
     alone = run(site, tmp_path, "bash", script.with_name("cifar100.sh"), SLURM_JOB_ID="")
     assert (alone.returncode, alone.stderr) == (
         2,
@@ -102,7 +102,7 @@ def test_ray_train_names_the_packaged_job_file(site: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("script", "words", "code", "expected"),
+    ("script", "arguments", "code", "expected"),
     [
         ("distributed-train", ("--help",), 0, "--optim.lr "),
         ("distributed-train", ("cifar10", "--optim.lrr", "1", "--device", "cpu"), 2, "did you mean optim.lr?"),
@@ -111,9 +111,9 @@ def test_ray_train_names_the_packaged_job_file(site: Path, tmp_path: Path) -> No
     ],
 )
 def test_console_scripts_run_their_modules(
-    site: Path, tmp_path: Path, script: str, words: tuple[str, ...], code: int, expected: str
+    site: Path, tmp_path: Path, script: str, arguments: tuple[str, ...], code: int, expected: str
 ) -> None:
-    done = run(site, tmp_path, site / "bin" / script, *words)
+    done = run(site, tmp_path, site / "bin" / script, *arguments)
     assert done.returncode == code, done.stderr
     assert expected in done.stdout + done.stderr
     assert "Traceback" not in done.stderr

@@ -33,7 +33,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wait_for_attempt(command: Command, run: Path, *, count: int = 1) -> None:
-    """Wait until that many attempts have begun and the last of them has saved."""
+    """Wait until `count` attempts have started and the last one has saved."""
 
     def saved() -> bool:
         lines = attempts(run, "started")
@@ -43,7 +43,7 @@ def wait_for_attempt(command: Command, run: Path, *, count: int = 1) -> None:
 
 
 def pid_of(command: Command, rank: int) -> int:
-    """Return the pid of the newest worker of that rank."""
+    """Return the pid of the rank's newest worker."""
     command.wait_for(lambda: f"rank {rank} of " in command.text, what="the worker's first line")
     return int(re.findall(rf"rank {rank} of \d+: process (\d+)", command.text)[-1])
 

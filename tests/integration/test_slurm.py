@@ -75,11 +75,11 @@ def output_of(folder: Path) -> str:
 
 
 def wait_for_attempt(run: Path, *, count: int, saves: int = 1) -> None:
-    """Wait until that many attempts have begun and the last of them has saved that often."""
+    """Wait until `count` attempts have started and the last one has saved `saves` times."""
 
     def saved() -> bool:
-        begun = attempts(run, "started")
-        return len(begun) >= count and status(run)["step"] >= begun[-1]["step"] + 5 * saves
+        started = attempts(run, "started")
+        return len(started) >= count and status(run)["step"] >= started[-1]["step"] + 5 * saves
 
     wait_for(saved, seconds=90, description=lambda: f"attempt {count}\n{output_of(run.parent)}")
 
@@ -130,9 +130,9 @@ def test_the_time_limit_requeues_with_the_same_bits(cluster: Cluster, tmp_path: 
         wait_for(lambda: bool(attempts(run, "started")), seconds=90, description=output)
         with Command(torchrun(1, LONG[0], *slow, "--threads", 1, "--run_dir", unlimited), output=tmp_path / "output"):
             wait_for(lambda: bool(stopped()), seconds=150, description=output)
-            begun = len(attempts(run, "started"))
-            wait_for_attempt(run, count=begun + 1, saves=5)  # 25 steps, so both runs have saved at one of them
-            assert attempts(run, "started")[begun]["step"] == stopped()[0]
+            known = len(attempts(run, "started"))
+            wait_for_attempt(run, count=known + 1, saves=5)  # 25 steps, so both runs have saved at one of them
+            assert attempts(run, "started")[known]["step"] == stopped()[0]
             assert "SIGUSR1: time limit or preemption" in attempts(run, "requeued")[-1]["reason"]
             wait_for(lambda: bool(later_saves()), seconds=60,
                      description=lambda: f"{digests(run).keys()}, {digests(unlimited).keys()}")  # fmt: skip
@@ -163,7 +163,7 @@ def test_a_failure_that_would_repeat_is_not_requeued(cluster: Cluster, tmp_path:
 
 @concurrent
 def test_five_requeues_in_a_row_and_no_sixth(cluster: Cluster, tmp_path: Path) -> None:
-    """A job that is warned whenever it begins trains nothing, and ends at its limit."""
+    """A job that is warned at each start trains nothing, and ends at its limit of requeues."""
     run = tmp_path / "run"
     job = cluster.sbatch(*OUT, ROOT / "slurm/train.sh", ROOT / LONG[0], *LONG[1:], "--run_dir", run, cwd=tmp_path,
                          MAX_REQUEUES="5")  # fmt: skip
@@ -198,12 +198,12 @@ def test_preemption_and_fewer_nodes_keep_the_bits(cluster: Cluster, undisturbed:
     wait_for_attempt(run, count=3)
     cluster.run("scancel", "--signal=USR1", job)  # to the step alone: to torchrun, past the batch script
     wait_for_completion(cluster, job, tmp_path)
-    begun = attempts(run, "started")
-    assert [line["world_size"] for line in begun] == [2, 2, 1, 1], output_of(tmp_path)
+    started = attempts(run, "started")
+    assert [line["world_size"] for line in started] == [2, 2, 1, 1], output_of(tmp_path)
     assert [line["reason"] for line in attempts(run, "stopped")] == ["SIGTERM", "SIGUSR1", "SIGUSR1"], output_of(
         tmp_path
     )
-    assert all(line["step"] % 15 for line in begun[1:] if line["step"] % 5), "resumed in mid-epoch"
+    assert all(line["step"] % 15 for line in started[1:] if line["step"] % 5), "resumed in mid-epoch"
     assert "requeue 2 of 20" in attempts(run, "requeued")[0]["reason"]
     assert "when Slurm ended the job" in attempts(run, "left to Slurm")[0]["reason"]
     assert "attempt 4: finished" in cluster.job(job)["Comment"]
@@ -257,9 +257,9 @@ def test_after_a_node_is_lost_the_job_resumes_on_the_other(cluster: Cluster, und
         cluster.hosts.restore("n2")
         cluster.start_node("n2")
     wait_for_idle_nodes(cluster)
-    begun = attempts(run, "started")
-    assert [line["world_size"] for line in begun] == [2, 1], output_of(tmp_path)
-    assert begun[1]["step"] > 0
+    started = attempts(run, "started")
+    assert [line["world_size"] for line in started] == [2, 1], output_of(tmp_path)
+    assert started[1]["step"] > 0
     reasons = [*attempts(run, "left to Slurm"), *attempts(run, "lost")]
     assert len(reasons) == 1, "attempts.jsonl says why the first attempt ended"
     assert_same_bits(run, undisturbed)

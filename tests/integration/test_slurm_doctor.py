@@ -15,7 +15,7 @@ SETTINGS = ("configs/debug.toml", "--run_dir")
 needs_slurm = pytest.mark.skipif(bool(slurm_unavailable()), reason=f"no Slurm here: {slurm_unavailable()}")
 
 
-def test_alone_it_says_go_or_names_what_is_wrong(tmp_path: Path) -> None:
+def test_on_one_machine_it_prints_go_or_the_fault(tmp_path: Path) -> None:
     def examine(*arguments: object) -> tuple[int, str]:
         command = [sys.executable, "-m", "launch.doctor", *SETTINGS, tmp_path / "run", *arguments]
         done = subprocess.run(
@@ -42,7 +42,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def preflight(cluster: Cluster, run: Path) -> tuple[bool, str]:
-    """Submit a job on two nodes; return whether its preflight let it train, and all that it printed."""
+    """Submit a job on two nodes; return whether its preflight let it train, and its output."""
     job = cluster.sbatch("--nodes=2", "--output", run.parent / "batch.out", ROOT / "slurm/train.sh", ROOT / SETTINGS[0],
                          "--device", "cpu", "--epochs", 1, "--run_dir", run)  # fmt: skip
     state = cluster.wait_for_state(job, "COMPLETED", "FAILED")

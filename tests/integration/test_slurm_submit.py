@@ -37,7 +37,7 @@ def test_launch_slurm_checks_prints_and_submits(cluster: Cluster, tmp_path: Path
         fields = cluster.job(job)
         assert (fields["JobState"], fields["NumNodes"], fields["NumCPUs"]) == ("PENDING", "2-2", "4"), fields
         assert len((tmp_path / "run/sweep.txt").read_text().splitlines()) == 3
-        outside = cluster.run("bash", "slurm/cifar100.sh", fails=True)  # not the project of the job that waits
+        outside = cluster.run("bash", "slurm/cifar100.sh", fails=True)  # another project than the pending job's
         assert outside == f"error: this is a batch script; submit it: sbatch {ROOT}/slurm/cifar100.sh ...\n"
     finally:
         cluster.run("scancel", job)

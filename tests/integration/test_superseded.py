@@ -28,7 +28,7 @@ def test_superseded_attempt_writes_nothing_and_exits(tmp_path: Path) -> None:
     with Command(arguments, output=tmp_path / "first") as first:
         first.wait_for(lambda: len(lines(run)) > 16, what="the first lines")
         kill(first.process.pid, number=signal.SIGSTOP)
-        (run / ".lock").unlink()  # like a file server that has lost contact with the node
+        (run / ".lock").unlink()  # as on a file server that has lost contact with the node
         reached = lines(run)[-1][1]
         with Command(arguments, output=tmp_path / "second") as second:
             second.wait_for(

@@ -1,4 +1,4 @@
-"""Commands called within the test's process, which is fast, and what must hold however wrong their input is."""
+"""Calls commands inside the test's process, which is fast, and checks how they respond to bad input."""
 
 import contextlib
 import importlib
@@ -17,7 +17,7 @@ SECONDS = 60
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended. `code` is what the process would end with."""
+    """How a command ended. `code` is the exit code that its process would have."""
 
     code: int
     out: str
@@ -25,22 +25,22 @@ class Outcome:
 
     @property
     def errors(self) -> list[str]:
-        """What it said was wrong, before torch or after."""
+        """The lines that report errors: printed before torch is imported, logged after that."""
         return [line for line in self.err.splitlines() if line.startswith("error: ") or " ERROR " in line]
 
 
-def call(module: str, *words: object, **environment: str) -> Outcome:
-    """`python -m distributed.MODULE WORDS`, or `launch.MODULE`; a test fails where that raises anything or hangs."""
+def call(module: str, *arguments: object, **environment: str) -> Outcome:
+    """Run `python -m distributed.MODULE ARGUMENTS`, or `launch.MODULE`. Fails the test if it raises or hangs."""
     found = importlib.import_module(module if module.startswith("launch.") else f"distributed.{module}")
     main = importlib.import_module(f"{found.__name__}.__main__" if hasattr(found, "__path__") else found.__name__).main
     out, err, before = io.StringIO(), io.StringIO(), (sys.argv, dict(os.environ))
-    sys.argv = [module, *map(str, words)]
+    sys.argv = [module, *map(str, arguments)]
     os.environ.update(environment)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _at_most(SECONDS):
             code = main()
-    except SystemExit as ending:  # of argparse
-        code = ending.code
+    except SystemExit as exit:  # raised by argparse
+        code = exit.code
     finally:
         sys.argv = before[0]
         os.environ.clear()
@@ -49,19 +49,19 @@ def call(module: str, *words: object, **environment: str) -> Outcome:
     return Outcome(int(code), out.getvalue(), err.getvalue())
 
 
-def assert_told(found: Outcome, *parts: str, code: int = 2, lines: int = 1) -> None:
-    """It ended with that code and so many lines, each part in one of them, and without a traceback."""
-    said = found.out + found.err
-    assert "Traceback" not in said, said
-    assert (found.code, len(found.errors)) == (code, lines), said
+def assert_outcome(found: Outcome, *parts: str, code: int = 2, lines: int = 1) -> None:
+    """Check the exit code, the number of error lines, that each part is in one of them, and that there is no traceback."""
+    output = found.out + found.err
+    assert "Traceback" not in output, output
+    assert (found.code, len(found.errors)) == (code, lines), output
     missing = [part for part in parts if not any(part in line for line in found.errors)]
-    assert not missing, f"{missing} not in:\n{said}"
-    assert all(len(line) < 900 for line in found.errors), said
+    assert not missing, f"{missing} not in:\n{output}"
+    assert all(len(line) < 900 for line in found.errors), output
 
 
 @contextlib.contextmanager
 def untouched(*folders: Path) -> Iterator[None]:
-    """Every file, link and folder in there is as it was before, to the byte."""
+    """Check that every file, link and folder in these folders is unchanged, to the byte."""
     before = [_content(folder) for folder in folders]
     yield
     assert [_content(folder) for folder in folders] == before
@@ -82,7 +82,7 @@ def _content(folder: Path) -> dict[str, bytes | str]:
 @contextlib.contextmanager
 def _at_most(seconds: int) -> Iterator[None]:
     def ring(*_: object) -> None:
-        raise AssertionError(f"still there after {seconds} s")
+        raise AssertionError(f"still running after {seconds} s")
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.alarm(seconds)

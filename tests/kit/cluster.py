@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine, with its own munge key, ports, addresses and folders; ended by pid."""
+"""A real Slurm of two nodes on this machine, with its own munge key, ports, addresses and folders; killed by pid."""
 
 import os
 import re
@@ -110,7 +110,7 @@ class Cluster:
         return self.run("sinfo", "-h", "-o", "%T %D").strip() == "idle 2"
 
     def start_node(self, node: str) -> None:
-        """Start slurmd on a node, also after `kill_node`."""
+        """Start slurmd on a node, or restart it after `kill_node`."""
         self._start(node, self.hosts.on(node, ["slurmd", "-D", "-N", node]))
 
     def kill_node(self, node: str) -> None:
@@ -170,7 +170,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def wait_for(condition: Callable[[], bool], *, seconds: float, description: str | Callable[[], str]) -> None:
-    """Poll until the condition holds; fail after so many seconds."""
+    """Poll until the condition holds; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

@@ -1,11 +1,11 @@
-"""Starts the real commands as a user types them, watches them, and ends by pid what it started."""
+"""Starts the real commands as a user types them, watches them, and kills what it started by pid."""
 
 import json
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ _FREE_PORT = ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
 def torchrun(
     ranks: int, *arguments: object, module: str = "distributed.train", options: Sequence[str] = _FREE_PORT
 ) -> list[str]:
-    """Return `torchrun --nproc_per_node=RANKS OPTIONS -m MODULE ARGUMENTS`; by default, it meets on a free port."""
+    """Return `torchrun --nproc_per_node=RANKS OPTIONS -m MODULE ARGUMENTS`; by default, its rendezvous uses a free port."""
     return torchrun_command(ranks, module, [str(argument) for argument in arguments], options=options)
 
 
@@ -63,19 +63,19 @@ class Command:
         return found
 
     def wait(self, seconds: float = 120) -> int:
-        """The exit code; the end of the output is shown where it does not come in time."""
+        """Return the exit code. Fails with the end of the output if the command is still running after `seconds`."""
         try:
             return self.process.wait(seconds * slowness())
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {seconds} s:\n{self.text[-4000:]}") from None
 
-    def wait_for(self, condition: Any, *, seconds: float = 90, what: str = "condition") -> None:
-        """Poll until it holds or the command has ended."""
+    def wait_for(self, condition: Callable[[], bool], *, seconds: float = 90, what: str = "condition") -> None:
+        """Poll until the condition holds or the command has ended."""
         deadline = time.monotonic() + seconds * slowness()
         while not condition():
             if self.process.poll() is not None:
                 return
-            assert time.monotonic() < deadline, f"{what} did not come in {seconds} s:\n{self.text[-4000:]}"
+            assert time.monotonic() < deadline, f"no {what} within {seconds} s:\n{self.text[-4000:]}"
             time.sleep(0.02)
 
 
@@ -111,13 +111,13 @@ def status(run: Path) -> dict[str, Any]:
 
 
 def final_tensors(run: Path) -> dict[str, torch.Tensor]:
-    """What the newest checkpoint holds."""
+    """The tensors in the newest checkpoint."""
     newest = sorted((run / "checkpoints").glob("step-*/tensors.safetensors"))[-1]
     return load_file(newest)
 
 
 def assert_same_bits(run: Path, reference: Path) -> None:
-    """Weights, buffers, optimizer state and logged losses are those of the other run, bit for bit."""
+    """Check that weights, buffers, optimizer state and logged losses are bit-identical to the reference run's."""
     assert (status(run)["status"], status(run)["step"]) == ("finished", status(reference)["step"])
     ours, theirs = final_tensors(run), final_tensors(reference)
     assert ours.keys() == theirs.keys()
@@ -126,7 +126,7 @@ def assert_same_bits(run: Path, reference: Path) -> None:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what the clock and the machine say."""
+    """The lines of metrics.jsonl, without the values that depend on the clock or the machine."""
     clock = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]

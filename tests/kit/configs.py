@@ -1,4 +1,4 @@
-"""Configs as a command line describes them."""
+"""Builds configs from command-line arguments."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def config_of(*arguments: str | Path) -> TrainConfig:
 
 
 def mistakes(*arguments: str | Path) -> tuple[str, ...]:
-    """The lines with which these arguments are refused."""
+    """Return the lines of the error that refuses these arguments."""
     with pytest.raises(InputError) as caught:
         config_of(*arguments)
     return caught.value.lines

@@ -1,6 +1,6 @@
-"""Keeps tests on the CPU unless they are marked `gpu`, also on a machine with a GPU.
+"""Keeps tests on the CPU unless they are marked `gpu`, even on a machine with a GPU.
 
-On such a machine `device = auto` means CUDA: fast mode instead of exact mode, and other bits. So GPUs are hidden from the
+On such a machine `device = auto` means CUDA: fast mode instead of exact mode, and other bits. GPUs are therefore hidden from
 processes that tests start, and a test that trains without naming its device fails on every machine.
 """
 

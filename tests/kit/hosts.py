@@ -14,7 +14,7 @@ _NUMBERS = itertools.count(1)
 
 
 def hosts_unavailable() -> str | None:
-    """Return why this machine cannot make such hosts; None if it can."""
+    """Return why such hosts cannot be created here; None if they can."""
     missing = [program for program in _NEEDED if shutil.which(program) is None]
     if missing:
         return f"{', '.join(missing)} not installed (iproute2, util-linux)"
@@ -69,7 +69,7 @@ class Hosts:
                 'mount -t tmpfs tmpfs /dev/shm && hostname "$1" && shift && exec "$@"', "sh", host, *command]  # fmt: skip
 
     def cut(self, host: str) -> None:
-        """Drop all packets of the host without an error to anyone."""
+        """Drop all packets of the host; nobody gets an error."""
         _ip("link", "set", self._link(host), "nomaster")
 
     def restore(self, host: str) -> None:

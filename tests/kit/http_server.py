@@ -29,7 +29,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Behaves as the first component of the path says."""
+    """Behaves as the first component of the path specifies."""
 
     server: Server
 

@@ -1,4 +1,4 @@
-"""A local server that speaks S3 over HTTP, and a relay in front of it that can watch, cut and restore the connection.
+"""A local server that speaks S3 over HTTP, and a relay in front of it that can observe, cut and restore the connection.
 
 S3_ENDPOINT names a running store whose keys are in the environment (tested with Ceph's RADOS gateway). By default the
 server is moto's, which answers like S3 over real HTTP but is not a production store.

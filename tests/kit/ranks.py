@@ -62,7 +62,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_secon
     if MAX_RANKS and world_size > MAX_RANKS:
         pytest.skip(f"starts more than {MAX_RANKS} ranks")
     task = pickle.dumps((fn, args))
-    # In this process, as torchrun's agent keeps it in its own.
+    # In this process, like torchrun's agent, which has it in its own.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks: list[_Rank] = []
     try:
@@ -94,7 +94,7 @@ def in_group(fn: Callable[P, R]) -> Callable[P, R]:
 
 
 def in_group_on_gpus(fn: Callable[P, R]) -> Callable[P, R]:
-    """As `in_group`, on a GPU for each rank, over NCCL."""
+    """Like `in_group`, but with one GPU per rank, over NCCL."""
     return _in_group_on("cuda", fn, timeout_seconds=60)
 
 
@@ -196,7 +196,7 @@ def _results(ranks: list[_Rank], *, timeout_seconds: float) -> list[Any]:
 
 
 def _answer_of(rank: _Rank) -> tuple[bool, Any]:
-    """Whether the rank ended well, and its result or traceback."""
+    """Return whether the rank succeeded, and its result or traceback."""
     try:
         return pickle.loads(rank.answer.recv_bytes())  # type: ignore[no-any-return]
     except EOFError:

@@ -1,4 +1,4 @@
-"""A real Ray cluster of several nodes on this machine, one `ray start` per node; ended by pid, never by `ray stop`."""
+"""A real Ray cluster of several nodes on this machine, one `ray start` per node; killed by pid, never by `ray stop`."""
 
 import json
 import os
@@ -87,7 +87,7 @@ class RayCluster:
             wait_for(lambda: self.node_id(name) != "", seconds=60, description=lambda: self._nodes[name].text)
 
     def count(self) -> int:
-        """Return the number of nodes that are alive, with the head."""
+        """Return the number of nodes that are alive, including the head."""
         return sum(node["state"] == "ALIVE" for node in self.nodes())
 
     def nodes(self) -> list[dict[str, Any]]:
@@ -108,7 +108,7 @@ class RayCluster:
         return any("RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_text() for pid in self._nodes[name].ranks())
 
     def kill(self, name: str) -> None:
-        """Kill all processes of the node with SIGKILL, workers too."""
+        """Kill all processes of the node with SIGKILL, including workers."""
         self._drained.discard(name)
         self._nodes.pop(name).__exit__()
 

@@ -16,7 +16,7 @@ FAST = {"shards": 0}
 
 
 def small_config(run_dir: Path, **settings: Any) -> TrainConfig:
-    """improved_alexnet on a few generated images, with every step logged. Dict settings are merged into their sections."""
+    """improved_alexnet on a few generated images; logs every step. Dicts in `settings` are merged into their sections."""
     data = {
         "name": "generated10",
         "train_samples": 200,

@@ -1,4 +1,4 @@
-"""How much slower this machine is than the one the tests' time limits were set on. Printed by `python tests/kit/speed.py`."""
+"""How much slower this machine is than the one on which the time limits were set: `python tests/kit/speed.py` prints it."""
 
 import functools
 import time

@@ -18,7 +18,7 @@ from distributed.comm.process_group import process_group
 from distributed.errors import ExitCode, InputError, NotFiniteError, PeerError, StorageError
 from distributed.topology import Topology
 
-pytestmark = pytest.mark.timeout(200)  # the first test waits for the processes that ranks are forked from
+pytestmark = pytest.mark.timeout(200)  # the first test waits for the fork server to start
 CPU = torch.device("cpu")
 ERRORS: dict[str, Callable[[], Exception]] = {
     "storage": lambda: StorageError("the disk is full"),

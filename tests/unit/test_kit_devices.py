@@ -54,7 +54,7 @@ def test_training_without_a_device_is_not_started(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.usefixtures("threads_and_log_as_they_were")
+@pytest.mark.usefixtures("restore_threads_and_log")
 def test_training_in_process_without_a_device_is_refused(tmp_path):
     from distributed.config import from_command_line
     from distributed.recipe import train

@@ -19,7 +19,7 @@ from distributed.training.state import TrainState
 STEPS_PER_EPOCH = 2
 
 
-pytestmark = pytest.mark.usefixtures("threads_and_log_as_they_were")
+pytestmark = pytest.mark.usefixtures("restore_threads_and_log")
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ WORDS = (
 SMALL = WORDS.split()
 
 
-pytestmark = pytest.mark.usefixtures("threads_and_log_as_they_were")
+pytestmark = pytest.mark.usefixtures("restore_threads_and_log")
 
 
 def arguments_of(run_dir: Path, *arguments: str) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit.abuse import assert_told, call
+from kit.abuse import assert_outcome, call
 
 from distributed.run.lock_holder import this_process
 from distributed.runs.outcome import outcome_of, runs_below
@@ -126,7 +126,7 @@ def test_a_folder_without_runs_is_reported(tmp_path: Path, kind: str) -> None:
         folder.mkdir()
     elif kind == "a file":
         folder.write_text("")
-    assert_told(call("runs.__main__", folder), str(folder), "name the folder that holds runs")
+    assert_outcome(call("runs.__main__", folder), str(folder), "name the folder that holds runs")
 
 
 def test_circular_links_are_not_followed(tmp_path: Path) -> None:
