@@ -127,7 +127,7 @@ def test_first_job_does_not_wait_for_a_foreign_rank() -> None:
         agree_on_token(first.keys, rank=0, world_size=2, timeout=timedelta(seconds=20), check=first.check_jobs)
 
 
-def test_jobs_with_different_rdzv_ids_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_with_different_rdzv_ids_are_separate(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = members(2)
     first.register("first")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "own")

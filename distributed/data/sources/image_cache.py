@@ -41,7 +41,7 @@ class Folder(NamedTuple):
 
 
 def folders(root: Path, named: Path | None) -> Iterator[Folder]:
-    """Yield folders for decoded images, best first: the named one, else in the data's, the user's and the temporary folder.
+    """Yield folders for decoded images, best first: the named one, else in the data's, user's and temporary folders.
 
     If others can write to one of them, a private folder is created inside.
     """
