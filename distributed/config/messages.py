@@ -32,8 +32,8 @@ def explain(detail: ErrorDetails, settings: Settings) -> list[str]:
         path = f"{path}.name"
         value = value["name"] if isinstance(value, dict) else value
     reason = _REASONS.get(detail["type"], _invalid)(_Problem(path, value, variants, str(detail["msg"])))
-    given = f" = {shown(value)}" if not isinstance(value, dict) or value else ""
-    return [f"{_place(path, settings.places)}: {shown(path)}{given}: {reason}"]
+    value_text = f" = {shown(value)}" if not isinstance(value, dict) or value else ""
+    return [f"{_place(path, settings.places)}: {shown(path)}{value_text}: {reason}"]
 
 
 def dotted_path(location: tuple[int | str, ...], values: Any) -> tuple[str, list[str]]:

@@ -43,11 +43,11 @@ def pipeline(
     **batching: int,
 ) -> DataPipeline:
     """One data set serves pipelines of any rank and batch, because generating takes a while. One shard per rank by default."""
-    made = copy.copy(_generated(samples, test_samples, validation_fraction, augment, dtype))
-    made.batching = replace(BATCHING, **batching)
-    made.shards = Shards.of_rank(rank, world_size, shards or world_size)
-    made.input_format = InputFormat(CPU, dtype, channels_last=channels_last)
-    return made
+    data = copy.copy(_generated(samples, test_samples, validation_fraction, augment, dtype))
+    data.batching = replace(BATCHING, **batching)
+    data.shards = Shards.of_rank(rank, world_size, shards or world_size)
+    data.input_format = InputFormat(CPU, dtype, channels_last=channels_last)
+    return data
 
 
 def ids(step: list[Batch]) -> list[int]:

@@ -24,7 +24,7 @@ Pixels = NDArray[np.uint8]
 
 _FORMAT = 2  # of the file and of the pixels: increase it when `to_square` or the decoder's options change
 _HEADER = 4096  # bytes, one page, so that the pixels after it can be mapped
-BLOCK = 64  # images that are decoded, written and verified at once
+BLOCK = 64  # images that are decoded, written and verified together
 _ASIDE = ".writing"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
