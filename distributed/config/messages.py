@@ -37,7 +37,7 @@ def explain(detail: ErrorDetails, settings: Settings) -> list[str]:
 
 
 def dotted_path(location: tuple[int | str, ...], values: Any) -> tuple[str, list[str]]:
-    """Return the dotted path of an error's location, and separately the tags that pydantic adds after a union's name."""
+    """Return the dotted path of an error's location, and separately the tags that pydantic adds after a union."""
     path: list[str] = []
     tags: list[str] = []
     for index, name in enumerate(location):

@@ -36,8 +36,8 @@ def config_file(name_or_path: str, *, beside: Path = Path()) -> Path:
         raise InputError(f"config file {path}: no such file; did you mean the shipped config {name}?")
     if path.suffix != ".toml":
         raise InputError(
-            f"config {name_or_path}: no such file, and no config of this name ships with the package{_nearest(name, known)}; "
-            f"choose one of {', '.join(known)}, or name a TOML file"
+            f"config {name_or_path}: no such file, and no config of this name ships with the package"
+            f"{_nearest(name, known)}; choose one of {', '.join(known)}, or name a TOML file"
         )
     return path
 
