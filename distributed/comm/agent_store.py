@@ -1,10 +1,10 @@
 """The key-value store of torchrun's agents, in which the workers of a multi-node job rendezvous too.
 
-torchrun gives its workers another store, MASTER_ADDR:MASTER_PORT, whose address an agent publishes once in its lifetime. In a
-later rendezvous round a new agent waits for an address that nobody publishes, the other agents wait for the new one, and no
-worker starts: the job hangs when a node joins or returns (seen in torch 2.11 to 2.15). Therefore the workers of each round
-publish an address for the next rounds. That address may be stale by then, so the ranks rendezvous in the agents' own
-store, whose address never changes. If it cannot be found, they use MASTER_ADDR:MASTER_PORT.
+torchrun gives its workers another store, MASTER_ADDR:MASTER_PORT, whose address an agent publishes once in its lifetime. In
+a later rendezvous round a new agent waits for an address that is never published, the other agents wait for the new one,
+and no worker starts: the job hangs when a node joins or returns (seen in torch 2.11 to 2.15). Therefore the workers of each
+round publish an address for the next rounds. That address may be stale by then, so the ranks rendezvous in the agents'
+own store, whose address never changes. If it cannot be found, they use MASTER_ADDR:MASTER_PORT.
 """
 
 import os

@@ -99,9 +99,9 @@ def _propose(store: Store, *, rank: int, nonce: str, world_size: int, poll: _Pol
             proposal = {"token": token, "world_size": world_size, "nonces": {str(rank): nonce, **nonces}}
             store.set("proposal", json.dumps(proposal))
         answers = {other: _read(store, f"acknowledged/{other}").split() for other in others}
-        for other, (answered, *size) in ((other, answer) for other, answer in answers.items() if answer):
-            if size and answered == token:
-                raise _unequal_world_sizes(other, int(size[0]), world_size)
+        for other, answer in answers.items():
+            if len(answer) > 1 and answer[0] == token:  # a token with a world size is a refusal
+                raise _unequal_world_sizes(other, int(answer[1]), world_size)
         missing = [other for other in others if not token or answers[other] != [token]]
         if token and not missing:
             store.set("go", token)

@@ -35,15 +35,15 @@ class Settings:
 def _merged(older: Tree, newer: Tree) -> Tree:
     result = dict(older)
     for key, value in newer.items():
-        below = older.get(key)
-        if not (isinstance(value, dict) and isinstance(below, dict)):
+        previous = older.get(key)
+        if not (isinstance(value, dict) and isinstance(previous, dict)):
             result[key] = value
             continue
-        if "name" in value and value["name"] != below.get("name", _default_name(key)):
+        if "name" in value and value["name"] != previous.get("name", _default_name(key)):
             shared = _fields_of_variant(key, value["name"])
             # An old name stays, so that it is reported and not silently dropped.
-            below = {k: v for k, v in below.items() if k in shared or f"{key}.{k}" in RENAMED}
-        result[key] = _merged(below, value)
+            previous = {k: v for k, v in previous.items() if k in shared or f"{key}.{k}" in RENAMED}
+        result[key] = _merged(previous, value)
     return result
 
 

@@ -43,9 +43,9 @@ def from_command_line(arguments: Sequence[str], *, default_data: str = "cifar10"
     """
     options = list(arguments)
     file = config_file(with_home(options.pop(0))) if options and not options[0].startswith("-") else None
-    given = from_arguments(options)
-    config = _resolved(file, given, default_data=default_data)
-    return CommandLine(config, names_data=bool(file or _NAMES_DATA & given.places.keys()))
+    overrides = from_arguments(options)
+    config = _resolved(file, overrides, default_data=default_data)
+    return CommandLine(config, names_data=bool(file or _NAMES_DATA & overrides.places.keys()))
 
 
 def load_config(config: str | Path | None = None, /, **settings: Any) -> TrainConfig:
@@ -60,16 +60,16 @@ def load_config(config: str | Path | None = None, /, **settings: Any) -> TrainCo
     """
     file = None if config is None else config_file(with_home(str(config)))
     values = {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in settings.items()}
-    given = Settings(values, dict.fromkeys(dotted_paths(values), "load_config()"))
-    return _resolved(file, given, default_data="cifar10")
+    overrides = Settings(values, dict.fromkeys(dotted_paths(values), "load_config()"))
+    return _resolved(file, overrides, default_data="cifar10")
 
 
-def _resolved(file: Path | None, given: Settings, *, default_data: str) -> TrainConfig:
+def _resolved(file: Path | None, overrides: Settings, *, default_data: str) -> TrainConfig:
     """Return the validated config, in which these settings override those of the file."""
     settings = Settings({"data": {"name": default_data}})
     if file:
         settings.override(from_file(file, saved=is_saved_by_a_run(file)))
-    settings.override(given)
+    settings.override(overrides)
     config = validated(settings)
     if "run_dir" in settings.values:
         return config

@@ -32,12 +32,12 @@ def explain(detail: ErrorDetails, settings: Settings) -> list[str]:
         path = f"{path}.name"
         value = value["name"] if isinstance(value, dict) else value
     reason = _REASONS.get(detail["type"], _invalid)(_Problem(path, value, variants, str(detail["msg"])))
-    given = f" = {shown(value)}" if not isinstance(value, dict) or value else ""
-    return [f"{_place(path, settings.places)}: {shown(path)}{given}: {reason}"]
+    value_text = f" = {shown(value)}" if not isinstance(value, dict) or value else ""
+    return [f"{_place(path, settings.places)}: {shown(path)}{value_text}: {reason}"]
 
 
 def dotted_path(location: tuple[int | str, ...], values: Any) -> tuple[str, list[str]]:
-    """Return the dotted path of an error's location, and separately any tags that pydantic puts after a union's name."""
+    """Return the dotted path of an error's location, and separately the tags that pydantic adds after a union."""
     path: list[str] = []
     tags: list[str] = []
     for index, name in enumerate(location):

@@ -79,7 +79,7 @@ class _LogFile:
         self._file = os.open(path, flags, 0o666)
 
     def accepts(self, _: object) -> bool:
-        """Loguru's filter: False after a failure, so that the warning about it does not come back here."""
+        """Loguru's filter: False after a failure, so that the warning about it is not written here."""
         return not self._output.failed
 
     def write(self, message: str) -> None:

@@ -68,7 +68,7 @@ def parse_name(name: str) -> tuple[int, int] | None:
 
 
 def sort_names(names: Iterable[str]) -> list[str]:
-    """Return the names that are checkpoints', oldest first."""
+    """Return the names of checkpoints among `names`, oldest first."""
     parsed = {place: name for name in names if (place := parse_name(name))}
     return [parsed[place] for place in sorted(parsed)]
 

@@ -124,7 +124,7 @@ def test_the_command_line_overrides_the_file(write):
         (["--schedule", "5"], "command line: schedule = 5: is a section; set its fields, e.g. --schedule.name VALUE"),
     ],
 )
-def test_arguments_that_are_no_setting_are_explained(arguments, line):
+def test_arguments_that_are_not_settings_are_explained(arguments, line):
     assert mistakes(*arguments) == (line,)
 
 
@@ -268,5 +268,5 @@ def test_the_config_and_the_command_do_not_import_torch():
         "import sys, distributed.config, distributed.train, distributed.run.folder; "
         "print(*{'torch', 'ray', 'deepspeed', 'matplotlib', 'tensorboard', 'torchvision'} & set(sys.modules))"
     )
-    message = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert message.stdout.split() == []
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []

@@ -67,7 +67,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "the first pixel changed": (changed(4096, b"\x77"), "its content does not match its header"),
     "the header changed": (changed(3, b"\x77"), "its content does not match its header"),
     "zeros": (lambda file: file.write_bytes(bytes(file.stat().st_size)), "its content does not match its header"),
-    "cut": (lambda file: os.truncate(file, 300), "its size is wrong"),
+    "truncated": (lambda file: os.truncate(file, 300), "its size is wrong"),
     "empty": (lambda file: os.truncate(file, 0), "its size is wrong"),
     "longer": (lambda file: os.truncate(file, 10**6), "its size is wrong"),
     "a link": (linked_to_a_copy, "Too many levels of symbolic links"),
@@ -234,8 +234,8 @@ def test_temporary_files_of_dead_processes_are_removed(root: Path, tmp_path: Pat
     file.unlink()
     dead, living = (file.with_name(f".{file.name}.{name}.writing") for name in ("dead", "living"))
     dead.write_text("half")
-    with living.open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with living.open("w") as locked:
+        fcntl.flock(locked, fcntl.LOCK_EX)
         pixels(root)
     assert (dead.exists(), living.exists()) == (False, True)
 

@@ -42,7 +42,7 @@ def lines(config: TrainConfig, kind: str) -> list[int]:
 
 
 def stopped(config: TrainConfig, after: int, recorder: Recorder | None = None) -> TrainState:
-    """Train `after` steps. The request comes one step earlier, because the ranks agree one step late."""
+    """Train `after` steps. The stop is requested one step earlier, because the ranks agree one step late."""
     return train(config, stop=StopAfter(after - 1), sinks=[recorder] if recorder else [])
 
 
@@ -151,7 +151,7 @@ def test_idle_threads_are_reported(config):
 
 
 @pytest.mark.parametrize("how", ["superseded", "removed"])
-def test_an_attempt_without_its_folder_ends_at_the_next_line(config, how):
+def test_an_attempt_that_lost_its_folder_ends_at_the_next_line(config, how):
     run = RunFolder(config.run_dir)
 
     class AtTwelve(Recorder):

@@ -79,23 +79,23 @@ SHARDS = "--exact.shards"
 
 
 @pytest.mark.parametrize(
-    ("begun", "now"),
+    ("before", "now"),
     [([], [SHARDS, "8"]), ([SHARDS, "8"], []), ([SHARDS, "4"], [SHARDS, "4"]), ([SHARDS, "0"], [SHARDS, "0"])],
 )
-def test_same_number_of_shards_resumes(path, begun, now):
-    checkpointed(path, config_of(path, *begun))
+def test_same_number_of_shards_resumes(path, before, now):
+    checkpointed(path, config_of(path, *before))
     assert is_finished(config_of(path, *now)) is False
 
 
 @pytest.mark.parametrize(
-    ("begun", "now", "before"),
+    ("before", "now", "shards_before"),
     [([], "4", 8), ([], "0", 8), ([SHARDS, "4"], "8", 4), ([SHARDS, "0"], "8", 0), ([SHARDS, "8"], "0", 8)],
 )
-def test_changed_number_of_shards_is_refused_once(path, begun, now, before):
-    checkpointed(path, config_of(path, *begun))
+def test_changed_number_of_shards_is_refused_once(path, before, now, shards_before):
+    checkpointed(path, config_of(path, *before))
     with pytest.raises(InputError) as caught:
         is_finished(config_of(path, SHARDS, now))
-    assert caught.value.lines[:-1] == (f"{path}: exact.shards = {now}: this run was started with {before}",)
+    assert caught.value.lines[:-1] == (f"{path}: exact.shards = {now}: this run was started with {shards_before}",)
 
 
 def test_checkpoint_without_shards_counts_as_fast_mode(path):

@@ -1,8 +1,8 @@
 """CIFAR-10 and CIFAR-100 from the official files. Imports numpy but not torch, so that it can check them before torch.
 
 All forms of the files yield the same arrays. A record of the binary layout is its label bytes (CIFAR-100: coarse, fine)
-and 3,072 pixel bytes, channel-major (https://www.cs.toronto.edu/~kriz/cifar.html). Pickles are read only after their MD5
-was verified. A thread hashes the images of one file while the next file is read.
+and 3,072 pixel bytes, channel-major (https://www.cs.toronto.edu/~kriz/cifar.html). Pickles are read only after
+their MD5 was verified. A thread hashes the images of one file while the next file is read.
 """
 
 from collections.abc import Sequence

@@ -91,24 +91,24 @@ def _from_cache(file: CacheFile, decode_all: Callable[[Store], None]) -> Pixels:
         Untrusted: the file just written does not read back intact.
     """
     images: Pixels | None = None
-    doubt: Untrusted | None = None
+    untrusted: Untrusted | None = None
 
     def done() -> bool:
-        nonlocal images, doubt
+        nonlocal images, untrusted
         try:
-            images, doubt = file.load(), None
+            images, untrusted = file.load(), None
         except Untrusted as reason:
-            doubt = reason
+            untrusted = reason
         return images is not None
 
     def work() -> None:
-        if doubt:
-            logger.warning("{}: {}; decoding the images again", file.path, doubt)
+        if untrusted:
+            logger.warning("{}: {}; decoding the images again", file.path, untrusted)
         file.write(decode_all)
 
     once_per_node(file.path, work, done=done)
     if images is None and not done():
-        raise doubt or Untrusted("it has disappeared")
+        raise untrusted or Untrusted("it has disappeared")
     assert images is not None
     return images
 

@@ -24,7 +24,7 @@ Pixels = NDArray[np.uint8]
 
 _FORMAT = 2  # of the file and of the pixels: increase it when `to_square` or the decoder's options change
 _HEADER = 4096  # bytes, one page, so that the pixels after it can be mapped
-BLOCK = 64  # images that are decoded, written and verified at once
+BLOCK = 64  # images that are decoded, written and verified together
 _ASIDE = ".writing"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -41,7 +41,7 @@ class Folder(NamedTuple):
 
 
 def folders(root: Path, named: Path | None) -> Iterator[Folder]:
-    """Yield folders for decoded images, best first: the named one, else in the data's, the user's and the temporary folder.
+    """Yield folders for decoded images, best first: the named one, else in the data's, user's and temporary folders.
 
     If others can write to one of them, a private folder is created inside.
     """
