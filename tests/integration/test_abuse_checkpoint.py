@@ -27,8 +27,8 @@ KINDS = {
     "a list": b"[]",
     "null": b"null",
     "a number": b"5",
-    "a text": b'"x"',
-    "no UTF-8": b"\xff\xfe\x00\x01",
+    "a string": b'"x"',
+    "not UTF-8": b"\xff\xfe\x00\x01",
     "deeply nested": b"[" * 5000,
     "an empty object": b"{}",
     "an object with other values": b'{"status": 3, "kind": "epoch", "event": [], "name": 1, "step": "x", "time": 0}',
@@ -77,7 +77,7 @@ def update_manifest(checkpoint: Path) -> None:
 
 # Damaging all at once would leave nothing to compare.
 OTHER_FILES = {
-    "all but digests": ["status.json", "attempts.jsonl", "metrics.jsonl", "attempt.json"],
+    "all files but digests": ["status.json", "attempts.jsonl", "metrics.jsonl", "attempt.json"],
     "digests": ["digests.jsonl"],
 }
 
@@ -155,7 +155,7 @@ def test_commands_ignore_files_that_are_not_regular(file: str, kind: str, run: P
 
 @pytest.mark.parametrize("file", ["config.toml"])
 @pytest.mark.parametrize(
-    "kind", ["missing", "a folder", "truncated", "a list", "no UTF-8", "a number", "of another data set"]
+    "kind", ["missing", "a folder", "truncated", "a list", "not UTF-8", "a number", "of another data set"]
 )
 @pytest.mark.parametrize("module", ["predict", "report.__main__"])
 def test_a_damaged_config_is_refused(file: str, kind: str, module: str, run: Path, image: Path, tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_damaged_config_is_refused(file: str, kind: str, module: str, run: Pat
 @pytest.mark.parametrize(
     "kind", ["a file", "below a file", "a link to nothing", "a circular link", "logs a file", "saves a file"]
 )
-def test_a_run_folder_that_is_none_is_refused(kind: str, tmp_path: Path) -> None:
+def test_a_run_folder_that_is_not_a_folder_is_refused(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "run"
     if kind == "a file":
         path.write_text("precious")
@@ -346,13 +346,13 @@ def reshaped(tensors: dict[str, Any]) -> None:
 OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "tensors of another shape": (in_tensors(reshaped), "fc2.weight"),
     "no tensors": (in_tensors(dict.clear), "conv.0.weight"),
-    "a tensor too many": (in_tensors(lambda t: t.update({"model.more": t["model.fc3.bias"].clone()})), "more"),
-    "a tensor missing": (in_tensors(lambda t: t.pop("model.fc3.bias")), "fc3.bias"),
-    "tensors that are none": (
+    "an extra tensor": (in_tensors(lambda t: t.update({"model.more": t["model.fc3.bias"].clone()})), "more"),
+    "a missing tensor": (in_tensors(lambda t: t.pop("model.fc3.bias")), "fc3.bias"),
+    "tensors in another format": (
         lambda checkpoint: (checkpoint / TENSORS).write_bytes(b"junk" * 99),
         "tensors.safetensors",
     ),
-    "no bytes of tensors": (lambda checkpoint: (checkpoint / TENSORS).write_bytes(b""), "tensors.safetensors"),
+    "an empty tensor file": (lambda checkpoint: (checkpoint / TENSORS).write_bytes(b""), "tensors.safetensors"),
 }
 STATES: dict[str, tuple[Callable[[Path], object], str]] = {
     **{f"a state that is {kind}": (as_state(KINDS[kind]), "state") for kind in ("empty", "a list", "deeply nested")},
@@ -395,23 +395,23 @@ NUMBERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a negative epoch": (in_counters("epoch", value=-1), "epoch = -1: input should be greater than or equal to 0"),
     "an epoch that is NaN": (in_counters("epoch", value=float("nan")), "epoch = nan: input should be a valid integer"),
     "an epoch beyond the run": (in_counters("epoch", value=5), "epoch = 5 is beyond the 1 of the run"),
-    "an epoch too few": (in_counters("epoch", value=0), "step = 3 does not agree with epoch = 0 and step_in_epoch = 0"),
-    "a step that is missing": (in_counters("step", value=None), "step = None: input should be a valid integer"),
-    "a step without an end": (in_counters("step", value=float("inf")), "step = inf: input should be a valid integer"),
-    "a step beyond all numbers": (in_counters("step", value=10**300), "step = 1000"),
+    "an epoch too low": (in_counters("epoch", value=0), "step = 3 does not agree with epoch = 0 and step_in_epoch = 0"),
+    "a missing step": (in_counters("step", value=None), "step = None: input should be a valid integer"),
+    "an infinite step": (in_counters("step", value=float("inf")), "step = inf: input should be a valid integer"),
+    "a huge step": (in_counters("step", value=10**300), "step = 1000"),
     "a negative step": (in_counters("step", value=-3), "step = -3: input"),
     "steps after the last epoch": (in_counters("step_in_epoch", value=2), "step_in_epoch = 2 is beyond the 1 epochs"),
     "negative steps of an epoch": (in_counters("step_in_epoch", value=-1), "step_in_epoch = -1: input"),
-    "samples as a truth value": (in_counters("samples_seen", value=True), "samples_seen = True: input"),
+    "samples as a boolean": (in_counters("samples_seen", value=True), "samples_seen = True: input"),
     "samples of another run": (in_counters("samples_seen", value=61), "samples_seen = 61 does not agree with step = 3"),
-    "a best epoch where none is wanted": (
+    "an unwanted best epoch": (
         in_counters("best", value={"epoch": 0, "step": 3, "value": 0.5}), "best is epoch 0, but checkpoint.best_by = none",
     ),
     "a best epoch that is a number": (in_counters("best", value=3), "best = 3: input should be"),
     "a window that is a list": (in_counters("window", value=[]), "window = []: input should be"),
-    "a window of samples to come": (in_counters("window", "count", value=20), "window and epoch_totals count 20 samples"),
+    "a window of samples not yet seen": (in_counters("window", "count", value=20), "window and epoch_totals count 20 samples"),
     "a window's loss that is NaN": (in_counters("window", "loss", value=float("nan")), "window.loss = nan: input"),
-    "negative right answers": (in_counters("epoch_totals", "correct", value=-1), "epoch_totals.correct = -1: input"),
+    "negative correct predictions": (in_counters("epoch_totals", "correct", value=-1), "epoch_totals.correct = -1: input"),
     "a schedule's drops": (in_counters("schedule", value={"drops": 3}), "schedule constant has no state, but found ['drops']"),
     "an early stop": (
         in_counters("early_stopping", value={"best": 0.5, "bad_epochs": 0, "stopped": True}), "early_stopping = ",
@@ -491,7 +491,7 @@ def test_a_run_without_any_checkpoint_does_not_restart(how: str, epochs: int, ru
 
 
 def test_damaged_tensors_in_all_checkpoints_are_refused(run: Path, tmp_path: Path) -> None:
-    """Detected when the run begins, because the digests of all tensors take too long before that."""
+    """Detected when the run starts: computing the digests of all tensors before that would take too long."""
     copy = copy_of(run, tmp_path / "run")
     for path in (copy / "checkpoints").glob("step-*"):
         flip(TENSORS)(path)
@@ -529,7 +529,7 @@ def test_fewer_epochs_than_trained_are_refused(arguments: tuple[object, ...], ru
         )
 
 
-def test_fewer_epochs_than_begun_are_refused(run: Path, tmp_path: Path) -> None:
+def test_fewer_epochs_than_started_are_refused(run: Path, tmp_path: Path) -> None:
     copy = copy_of(run, tmp_path / "run")
     assert train(copy, epochs=2).code == 0
     shutil.rmtree(newest(copy))
@@ -537,7 +537,7 @@ def test_fewer_epochs_than_begun_are_refused(run: Path, tmp_path: Path) -> None:
         assert_outcome(train(copy), "has already trained 1 epoch and 3 steps; give --epochs 2 or more")
 
 
-# Checkpoints of others
+# Other runs' checkpoints
 
 
 @pytest.mark.parametrize("name", ["step-00000009-epoch-003", "step-00000003-epoch-002", "step-99999999-epoch-001"])
@@ -630,7 +630,7 @@ def test_an_unknown_checkpoint_name_is_refused(name: str, module: str, run: Path
 
 @pytest.mark.parametrize("run_name", ["/dev/null", "/etc/passwd", "none", "x" * 300])
 @pytest.mark.parametrize("module", ["evaluate", "predict", "export.__main__", "report.__main__", "compare"])
-def test_a_folder_that_is_no_run_is_refused(run_name: str, module: str, image: Path) -> None:
+def test_a_folder_that_is_not_a_run_is_refused(run_name: str, module: str, image: Path) -> None:
     arguments = [image] if module == "predict" else ["other"] if module == "compare" else []
     assert_outcome(call(module, run_name, *arguments), f"{run_name}: no config.toml there; RUN is the folder")
 
@@ -639,7 +639,7 @@ def test_a_folder_that_is_no_run_is_refused(run_name: str, module: str, image: P
 
 
 @pytest.mark.parametrize("kind", ["nothing", "a file", "an empty folder", "/dev/null", "x" * 200])
-def test_init_from_a_folder_that_is_no_run_is_refused(kind: str, tmp_path: Path) -> None:
+def test_init_from_a_folder_that_is_not_a_run_is_refused(kind: str, tmp_path: Path) -> None:
     path = {"nothing": tmp_path / "none", "a file": tmp_path / "file", "an empty folder": tmp_path / "empty"}.get(
         kind, kind
     )
@@ -724,7 +724,7 @@ def test_two_ranks_report_a_checkpoint_that_does_not_fit(run: Path, tmp_path: Pa
     update_manifest(newest(copy))
     arguments = [*SETTINGS, "--run_dir", copy, "--epochs", 2]
     with untouched(copy / "checkpoints"), Command(torchrun(2, *arguments), output=tmp_path / "out") as command:
-        assert command.wait(90) == 1  # torchrun's own
+        assert command.wait(90) == 1  # torchrun's own exit code
     before = command.text.partition("torch/distributed/elastic")[0]
     assert "Traceback" not in before
     assert "the checkpoint does not fit the model: model.fc2.weight" in before

@@ -16,7 +16,7 @@ from distributed.config.leaves import leaves
 
 HUGE = str(10**30)
 
-# (setting, bad value, substring of the message); on the command line, after the data.name or the like that it needs.
+# (setting, bad value, substring of the message); on the command line, after e.g. the data.name that it needs.
 VALUES: list[tuple[str, str, str]] = [
     ("run_dir", "", "should be a path"),
     ("run_dir", "x" * 300, "at most 255 bytes per name"),
@@ -140,12 +140,12 @@ VALUES: list[tuple[str, str, str]] = [
 
 FILES: dict[str, tuple[str | bytes, str]] = {
     "syntax": ("epochs = = 3", "not valid TOML"),
-    "a table twice": ("[optim]\nlr = 1\n[optim]\nlr = 2", "not valid TOML"),
-    "a key twice": ("seed = 1\nseed = 2", "not valid TOML"),
+    "a duplicate table": ("[optim]\nlr = 1\n[optim]\nlr = 2", "not valid TOML"),
+    "a duplicate key": ("seed = 1\nseed = 2", "not valid TOML"),
     "truncated": ('[data]\nname = "gen', "not valid TOML"),
-    "a number without end": ("epochs = " + "9" * 5000, "not valid TOML"),
-    "nested without end": ("a = " + "[" * 3000, "not valid TOML"),
-    "no UTF-8": (b"\xff\xfe\x00", "not UTF-8 text"),
+    "an endless number": ("epochs = " + "9" * 5000, "not valid TOML"),
+    "endless nesting": ("a = " + "[" * 3000, "not valid TOML"),
+    "not UTF-8": (b"\xff\xfe\x00", "not UTF-8 text"),
     "a PNG": (b"\x89PNG\r\n\x1a\n", "not UTF-8 text"),
     "UTF-16": ("epochs = 3".encode("utf-16"), "not UTF-8 text"),
     "Latin-1": ('run_dir = "caf\u00e9"'.encode("latin-1"), "not UTF-8 text"),
@@ -154,16 +154,16 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "a control character": ("epochs = 3 # \x07", "not valid TOML"),
     "an escape in a key": ('"\\u001b[2J" = 1', "'\\x1b[2J' = 1: unknown setting"),
     "an escape in a value": ('precision = "\\u001b[31m"', "precision = '\\x1b[31m': should be"),
-    "a line end in a key": ('"a\\nerror: b" = 1', "'a\\nerror: b' = 1: unknown setting"),
-    "a text that runs backwards": ('precision = "\\u202e"', "precision = '\\u202e'"),
+    "a newline in a key": ('"a\\nerror: b" = 1', "'a\\nerror: b' = 1: unknown setting"),
+    "right-to-left text": ('precision = "\\u202e"', "precision = '\\u202e'"),
     "an escape in extends": ('extends = "\\u001b[31m.toml"', "x1b[31m.toml': No such file"),
     "tables nested 900 deep": ("[" + ".".join(["a"] * 900) + "]\nx = 1", "nested more than 8 deep"),
     "keys nested 900 deep": (".".join(["a"] * 900) + " = 1", "nested more than 8 deep"),
     "lists nested 300 deep": ("epochs = " + "[" * 300 + "]" * 300, "nested more than 8 deep"),
     "inline tables nested 30 deep": ("epochs = " + "{a = " * 30 + "1" + "}" * 30, "nested more than 8 deep"),
-    "a hexadecimal number without end": ("epochs = 0x" + "f" * 5000, "too large to show"),
+    "an endless hexadecimal number": ("epochs = 0x" + "f" * 5000, "too large to show"),
     "a large number for a fraction": ("[optim]\nlr = 1" + "0" * 400, "optim.lr = 1000"),
-    "a large number for a text": ("precision = 0x" + "f" * 5000, "too large to show"),
+    "a large number for a string": ("precision = 0x" + "f" * 5000, "too large to show"),
     "a long value": ('precision = "' + "x" * 100_000 + '"', "(100,000 characters)"),
     "a long key": ("x" * 100_000 + " = 1", "(100,000 characters) = 1: unknown setting"),
     "more than a mebibyte": ("#" * (2**20 + 1), "more than 1,048,576 bytes"),
@@ -178,70 +178,70 @@ FILES: dict[str, tuple[str | bytes, str]] = {
         '"optim.lr" = 1',
         ":1: optim.lr = 1: unknown setting; write a dotted name without quotes",
     ),
-    "a section as number": ("optim = 3", "is a section"),
-    "a section as list": ("[[optim]]\nlr = 1", "is a section"),
-    "the data as text": ('data = "cifar10"', "is a section"),
-    "a name as number": ("[data]\nname = 5", "data.name = 5: should be one of"),
-    "a name as list": ("[schedule]\nname = []", "schedule.name = []: should be one of"),
-    "a name as table": ("[optim.name]", "optim.name: should be one of"),
-    "a value as table": ("epochs = {a = 1}", "epochs = {'a': 1}: should be a valid integer"),
-    "a value as list": ("epochs = [1]", "epochs = [1]: should be a valid integer"),
+    "a section as a number": ("optim = 3", "is a section"),
+    "a section as a list": ("[[optim]]\nlr = 1", "is a section"),
+    "the data as a string": ('data = "cifar10"', "is a section"),
+    "a name as a number": ("[data]\nname = 5", "data.name = 5: should be one of"),
+    "a name as a list": ("[schedule]\nname = []", "schedule.name = []: should be one of"),
+    "a name as a table": ("[optim.name]", "optim.name: should be one of"),
+    "a value as a table": ("epochs = {a = 1}", "epochs = {'a': 1}: should be a valid integer"),
+    "a value as a list": ("epochs = [1]", "epochs = [1]: should be a valid integer"),
     "a date": ("epochs = 2024-01-01", "epochs = 2024-01-01: should be a valid integer"),
     "not a number": ("[optim]\nlr = nan", ":2: optim.lr = nan: should be a finite number"),
     "infinite": ("timeout_seconds = inf", ":1: timeout_seconds = inf: should be a finite number"),
     "true for 1": ("epochs = true", "epochs = true: should be a valid integer"),
-    "text for a number": ('epochs = "3"', "epochs = 3: should be a valid integer"),
-    "lines in a value": ('precision = """a\nerror: b"""', "precision = 'a\\nerror: b'"),
+    "a string for a number": ('epochs = "3"', "epochs = 3: should be a valid integer"),
+    "newlines in a value": ('precision = """a\nerror: b"""', "precision = 'a\\nerror: b'"),
     "a zero byte in a path": ('run_dir = "a\\u0000b"', "should be a path"),
     "a zero byte in the root": ('[data]\nname = "cifar10"\nroot = "a\\u0000b"', "should be a path"),
     "a number for a path": ("run_dir = 5", "run_dir = 5: "),
     "another variant's setting": ('[schedule]\nname = "constant"\npatience = 3', "belongs to schedule.name = plateau"),
     "extends itself": ('extends = "bad.toml"', "extends leads back"),
-    "extends nothing": ('extends = "none.toml"', "none.toml: No such file"),
+    "extends a missing file": ('extends = "none.toml"', "none.toml: No such file"),
     "extends a folder": ('extends = "."', "Is a directory"),
     "extends a number": ("extends = 3", "must be the name of one file"),
-    "extends no name": ('extends = ""', "must be the name of one file"),
+    "extends an empty name": ('extends = ""', "must be the name of one file"),
     "extends a zero byte": ('extends = "a\\u0000"', "must be the name of one file"),
     "extends a list": ('extends = ["a.toml", "b.toml"]', "must be the name of one file"),
 }
 
 WORDS: dict[str, tuple[list[str], str]] = {
-    "no option": (["--seed", "1", "stray"], "'stray': not an option"),
+    "not an option": (["--seed", "1", "stray"], "'stray': not an option"),
     "a short option": (["-x"], "'-x': not an option"),
     "no name": (["--=3"], "'--=3': not an option"),
     "no value": (["--epochs"], "--epochs: a value is missing"),
     "an empty value": (["--epochs="], "epochs = '': should be a valid integer"),
     "an unknown flag": (["--dry-run"], "--dry-run: unknown setting; --help lists all of them"),
     "an unknown flag of many dashes": (["--no-cuda"], "--no-cuda: unknown setting; did you mean device?"),
-    "an unknown flag with a line in it": (["--a\nb"], "--'a\\nb': unknown setting"),
+    "an unknown flag with a newline": (["--a\nb"], "--'a\\nb': unknown setting"),
     "an unknown flag with an escape": (["--a\x1b[2J"], "--'a\\x1b[2J': unknown setting"),
     "a stray escape": (["\x1b[2J"], "'\\x1b[2J': not an option"),
     "a name nested 900 deep": (["--" + ".".join(["a"] * 900), "1"], "unknown setting"),
     "a value nested 30 deep": (["--epochs", "{a=" * 30 + "1" + "}" * 30], "should be a valid integer"),
-    "a hexadecimal number without end": (["--epochs", "0x" + "f" * 5000], "too large to show"),
+    "an endless hexadecimal number": (["--epochs", "0x" + "f" * 5000], "too large to show"),
     "a section without a value": (["--optim"], "--optim: a value is missing"),
     "a name of another tool": (["--batch-size", "64"], "batch_size = 64: unknown setting; did you mean global_batch_size?"),
     "processes": (["--gpus", "2"], "torchrun --nproc_per_node=N"),
     "a resume": (["--resume"], "the same command in the same run_dir resumes"),
     "an argument in another encoding": (["--precision", "\udce9"], "precision = '\\udce9'"),
     "an option for a value": (["--epochs", "--seed=1"], "--epochs: a value is missing"),
-    "twice": (["--epochs", "1", "--epochs=2"], "--epochs: given twice"),
-    "twice, spelt otherwise": (["--data.train-samples=20", "--data.train_samples=20"], "given twice"),
+    "a duplicate option": (["--epochs", "1", "--epochs=2"], "--epochs: given twice"),
+    "a duplicate option, spelled differently": (["--data.train-samples=20", "--data.train_samples=20"], "given twice"),
     "a section": (["--optim", "3"], "is a section"),
-    "a section below": (["--data.augment", "3"], "is a section"),
-    "below a value": (["--data.augment.crop.x", "3"], "data.augment.crop = {'x': 3}: should be a valid integer"),
-    "unknown": (["--xyzzy", "3"], "unknown setting; --help lists all"),
-    "unknown with a line in it": (["--a\nb", "3"], "'a\\nb' = 3: unknown setting"),
-    "dots": (["--a..b", "3"], "a..b = 3: unknown setting"),
-    "an end in a dot": (["--optim.", "3"], "unknown setting"),
+    "a nested section": (["--data.augment", "3"], "is a section"),
+    "a setting below a value": (["--data.augment.crop.x", "3"], "data.augment.crop = {'x': 3}: should be a valid integer"),
+    "an unknown option": (["--xyzzy", "3"], "unknown setting; --help lists all"),
+    "an unknown option with a newline": (["--a\nb", "3"], "'a\\nb' = 3: unknown setting"),
+    "two dots": (["--a..b", "3"], "a..b = 3: unknown setting"),
+    "a trailing dot": (["--optim.", "3"], "unknown setting"),
     "momentum missing": (["--optim.momentum", "0"], "optim.nesterov = true needs momentum"),
     "scaling without base": (["--optim.lr_scaling", "sqrt"], "needs optim.lr_base_batch"),
-    "compiled and exact": (["--compile", "--exact.shards", "8"], "compile = true cannot be combined with exact.shards = 8"),
-    "compressed and exact": (
+    "compiled in exact mode": (["--compile", "--exact.shards", "8"], "compile = true cannot be combined with exact.shards = 8"),
+    "compressed in exact mode": (
         ["--engine.compression", "bfloat16", "--exact.shards", "4"],
         "engine.compression = bfloat16 cannot be combined with exact.shards = 4",
     ),
-    "deepspeed and exact": (
+    "deepspeed and exact mode": (
         ["--engine.name", "deepspeed", "--exact.shards", "4"],
         "exact.shards = 4 cannot be combined with engine.name = deepspeed",
     ),
@@ -271,7 +271,7 @@ WORDS: dict[str, tuple[list[str], str]] = {
 
 MEET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
-    "alone": ({"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK is missing"),
+    "RANK alone": ({"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK is missing"),
     "no number": ({"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0"}, "should be a whole number"),
     "empty": ({"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}, "should be a whole number"),
     "an empty world": (
@@ -283,10 +283,10 @@ ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
         {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE = 0: should be from 1"),
     "a node larger than the world": (
         {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE = 3: should be from 1"),
-    "nowhere to meet": ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "MASTER_ADDR = '' and MASTER_PORT = ''"),
+    "no rendezvous address": ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "MASTER_ADDR = '' and MASTER_PORT = ''"),
     "no port": ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **MEET, "MASTER_PORT": "x"}, "MASTER_PORT = 'x'"),
     "a port beyond 65535": ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **MEET, "MASTER_PORT": "70000"}, "'70000'"),
-    "too many": ({"RANK": "0", "WORLD_SIZE": "99", "LOCAL_RANK": "0", **MEET}, "less than the 99 processes"),
+    "too many ranks": ({"RANK": "0", "WORLD_SIZE": "99", "LOCAL_RANK": "0", **MEET}, "less than the 99 processes"),
 }  # fmt: skip
 
 
@@ -331,14 +331,14 @@ def test_a_bad_file(name: str, tmp_path: Path) -> None:
         assert_outcome(call("train", file), message, str(tmp_path))
 
 
-NO_FILES = [
-    "missing", "folder", "link in a circle", "link to nothing", "below a file", "long", "pipe", "socket", "device", "sparse",
+NOT_REGULAR = [
+    "missing", "folder", "circular link", "link to nothing", "below a file", "long", "pipe", "socket", "device", "sparse",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("extended", [False, True], ids=["named", "extended"])
-@pytest.mark.parametrize("kind", NO_FILES)
-def test_a_config_that_is_no_regular_file(
+@pytest.mark.parametrize("kind", NOT_REGULAR)
+def test_a_config_that_is_not_a_regular_file(
     kind: str, extended: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # a socket's path must be short
@@ -355,7 +355,7 @@ def test_a_config_that_is_no_regular_file(
         with file.open("wb") as content:
             content.truncate(10 * 2**30)
     elif "link" in kind:
-        file.symlink_to(file if "circle" in kind else tmp_path / "nothing")
+        file.symlink_to(file if "circular" in kind else tmp_path / "nothing")
     elif kind == "below a file":
         (tmp_path / "text").write_text("")
         file = tmp_path / "text" / "bad.toml"

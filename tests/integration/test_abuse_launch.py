@@ -46,14 +46,14 @@ def test_generated_images_never_replace_cifar_in_a_job(
 
 ENVIRONMENT = [
     ("no job", {"SLURM_JOB_ID": ""}, "SLURM_JOB_ID is not set"),
-    ("a job that is no number", {"SLURM_JOB_ID": "seven"}, "SLURM_JOB_ID = 'seven'"),
+    ("a job that is not a number", {"SLURM_JOB_ID": "seven"}, "SLURM_JOB_ID = 'seven'"),
     ("a negative job", {"SLURM_JOB_ID": "-7"}, "should be a whole number of at least 0"),
     ("other digits", {"SLURM_JOB_ID": "٧"}, "SLURM_JOB_ID = '٧'"),
     ("endless digits", {"SLURM_JOB_ID": "9" * 5000}, "SLURM_JOB_ID"),
     ("a range of nodes", {"SLURM_JOB_NUM_NODES": "2-4"}, "SLURM_JOB_NUM_NODES = '2-4'"),
     ("no ranks", {"RANKS_PER_NODE": "0"}, "RANKS_PER_NODE = '0': should be a whole number of at least 1"),
-    ("a task that is no number", {"SLURM_ARRAY_TASK_ID": "first"}, "SLURM_ARRAY_TASK_ID = 'first'"),
-    ("a limit that is no number", {"MAX_REQUEUES": "many"}, "MAX_REQUEUES = 'many'"),
+    ("a task that is not a number", {"SLURM_ARRAY_TASK_ID": "first"}, "SLURM_ARRAY_TASK_ID = 'first'"),
+    ("a limit that is not a number", {"MAX_REQUEUES": "many"}, "MAX_REQUEUES = 'many'"),
     ("a fraction of a restart", {"SLURM_RESTART_COUNT": "1.5"}, "SLURM_RESTART_COUNT = '1.5'"),
     ("several nodes on loopback", {"SLURM_JOB_NUM_NODES": "2"}, "resolves to 127.0.0.1, a loopback address"),
     ("more ranks than images", {"RANKS_PER_NODE": "64"}, "64 processes"),
@@ -75,13 +75,13 @@ def test_a_plan_for_an_unusable_job_is_refused(changed: dict[str, str], message:
 ARGUMENTS = [
     ("plan without an address", "launch.slurm.plan", (), "the address is missing"),
     (
-        "plan at no host",
+        "plan at an unknown host",
         "launch.slurm.plan",
         ("no-such-host.invalid", *SHORT),
         "rendezvous address = 'no-such-host.invalid'",
     ),
     ("plan at an address with a zero byte", "launch.slurm.plan", ("a\0b", *SHORT), "rendezvous address"),
-    ("plan of no sweep", "launch.slurm.plan", ("127.0.0.1", "@none"), "sweep file none: "),
+    ("plan of a missing sweep", "launch.slurm.plan", ("127.0.0.1", "@none"), "sweep file none: "),
     ("plan of a folder as sweep", "launch.slurm.plan", ("127.0.0.1", "@."), "Is a directory"),
     ("plan of an open quote", "launch.slurm.plan", ("127.0.0.1", "@quote"), "No closing quotation"),
     ("plan of an empty sweep", "launch.slurm.plan", ("127.0.0.1", "@empty"), "@empty"),
@@ -90,7 +90,7 @@ ARGUMENTS = [
     ("slurm with an unknown name", "launch.slurm", ("cifar11", "--dry-run"), "did you mean cifar10"),
     ("slurm with a folder", "launch.slurm", (".", "--dry-run"), "Is a directory"),
     (
-        "slurm with a sweep of nothing",
+        "slurm with an empty sweep",
         "launch.slurm",
         (*SHORT, "--sweep", "optim.lr="),
         "should be --sweep.SETTING VALUE,VALUE",
@@ -105,21 +105,21 @@ ARGUMENTS = [
     ),
     ("slurm with too many ranks", "launch.slurm", (*SHORT, "--ranks-per-node", 9, "--dry-run"), "9 processes"),
     ("slurm with a file as run folder", "launch.slurm", ("debug", "--run_dir", "empty/x", "--dry-run"), "empty"),
-    ("doctor for no time", "launch.doctor", (*SHORT, "--seconds", 0), "--seconds 0"),
-    ("doctor for ever", "launch.doctor", (*SHORT, "--seconds", "inf"), "--seconds inf"),
-    ("doctor for no number", "launch.doctor", (*SHORT, "--seconds", "nan"), "--seconds nan"),
-    ("doctor at no port", "launch.doctor", (*SHORT, "--port", 65536), "--port 65536"),
+    ("doctor for zero seconds", "launch.doctor", (*SHORT, "--seconds", 0), "--seconds 0"),
+    ("doctor forever", "launch.doctor", (*SHORT, "--seconds", "inf"), "--seconds inf"),
+    ("doctor for NaN seconds", "launch.doctor", (*SHORT, "--seconds", "nan"), "--seconds nan"),
+    ("doctor at an invalid port", "launch.doctor", (*SHORT, "--port", 65536), "--port 65536"),
     ("doctor at a negative port", "launch.doctor", (*SHORT, "--port", -1), "--port -1"),
-    ("doctor of no config", "launch.doctor", ("none.toml",), "No such file"),
+    ("doctor of a missing config", "launch.doctor", ("none.toml",), "No such file"),
     ("doctor with an option of sbatch", "launch.doctor", (*SHORT, "--nodes", 2), "nodes = 2: unknown setting"),
     ("doctor of a file as run folder", "launch.doctor", ("debug", "--run_dir", "empty"), "run_dir = empty"),
-    ("summary of nothing", "launch.summary", (), "give one folder"),
+    ("summary without a folder", "launch.summary", (), "give one folder"),
     ("summary of a folder without runs", "launch.summary", (".",), "no runs in it"),
     ("ray with a relative run folder", "launch.ray_train", SHORT, "run_dir = run: relative"),
-    ("ray with a sweep of nothing", "launch.ray_train", ("debug", "--sweep.optim.lr"), "--sweep.optim.lr"),
+    ("ray with an empty sweep", "launch.ray_train", ("debug", "--sweep.optim.lr"), "--sweep.optim.lr"),
     ("ray with a sweep of folders", "launch.ray_train", ("debug", "--sweep.run_dir", "/a,/b"), "cannot be swept"),
     ("ray with a sweep of epochs", "launch.ray_train", ("debug", "--sweep", "epochs=1,2"), "cannot be swept"),
-    ("ray with a value twice", "launch.ray_train", ("debug", "--sweep.seed=1,1"), "--sweep.seed 1,1"),
+    ("ray with a duplicate value", "launch.ray_train", ("debug", "--sweep.seed=1,1"), "--sweep.seed 1,1"),
     ("ray with no seeds", "launch.ray_train", ("debug", "--seeds", "none"), "--seeds none"),
 ]
 
@@ -127,7 +127,7 @@ ARGUMENTS = [
 @pytest.mark.parametrize(
     ("module", "arguments", "message"), [case[1:] for case in ARGUMENTS], ids=[case[0] for case in ARGUMENTS]
 )
-def test_wrong_arguments_of_a_launcher_are_one_line(
+def test_wrong_launcher_arguments_are_one_line(
     module: str, arguments: tuple[object, ...], message: str, tmp_path: Path
 ):
     (tmp_path / "quote").write_text("debug --run_dir 'a\n")
@@ -148,18 +148,18 @@ ADDRESSES = [
 
 
 @pytest.mark.parametrize("address", [case[1] for case in ADDRESSES], ids=[case[0] for case in ADDRESSES])
-def test_an_address_without_a_ray_is_refused_at_once(address: str, tmp_path: Path):
+def test_an_address_without_ray_is_refused_at_once(address: str, tmp_path: Path):
     found = call("launch.ray_train", *SHORT[:-1], tmp_path / "run", RAY_ADDRESS=address)
     assert_outcome(found, f"RAY_ADDRESS = {address}")
 
 
-def test_a_doctor_in_a_job_without_slurm_is_refused(tmp_path: Path):
+def test_doctor_in_a_job_without_slurm_is_refused(tmp_path: Path):
     found = call("launch.doctor", *SHORT, **JOB, SLURM_JOB_NODELIST="n1", PATH=str(tmp_path))
     assert_outcome(found, "scontrol: No such file or directory; start this on a node of the job")
 
 
 @pytest.mark.parametrize("count", ["2", "0"])
-def test_a_doctor_in_a_job_without_its_nodes_is_refused(count: str):
+def test_doctor_in_a_job_without_its_nodes_is_refused(count: str):
     found = call("launch.doctor", *SHORT, SLURM_JOB_ID="7", SLURM_JOB_NUM_NODES=count, SLURM_JOB_NODELIST="")
     assert_outcome(found, "SLURM_JOB_NUM_NODES = ", count)
 
@@ -178,8 +178,8 @@ NAMED = [
     ("nothing", "", "config file"),
     ("a space", " ", "config file"),
     ("a line break", "cifar10\n", "config file"),
-    ("endless", "x" * 5000, "File name too long"),
-    ("a file that is no TOML, by a name without suffix", "plain", "plain: not valid TOML"),
+    ("endless name", "x" * 5000, "File name too long"),
+    ("a file without suffix that is not TOML", "plain", "plain: not valid TOML"),
     ("a folder by the name of a config", "folder", "config file folder: Is a directory"),
 ]
 

@@ -164,9 +164,9 @@ def fed(sink: OptionalSink, times: int = 4) -> None:
 def broken_folder(path: Path, how: str) -> Path:
     if how == "a file":
         path.write_text("")
-    elif how == "a link in a circle":
+    elif how == "a circular link":
         path.symlink_to(path)
-    elif how == "a link to nothing":
+    elif how == "a broken link":
         path.symlink_to(path.with_name("gone") / "gone")
     elif how == "a device":
         path.symlink_to("/dev/null")
@@ -175,7 +175,7 @@ def broken_folder(path: Path, how: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("how", ["a file", "a link in a circle", "a link to nothing", "a device", "a name too long"])
+@pytest.mark.parametrize("how", ["a file", "a circular link", "a broken link", "a device", "a name too long"])
 def test_tensorboard_in_a_bad_folder_is_one_warning(
     how: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -268,8 +268,8 @@ LOGS: dict[str, Callable[[Path], object]] = {
     "a full device": lambda path: path.symlink_to("/dev/full"),
     "a folder": Path.mkdir,
     "a pipe without a reader": os.mkfifo,
-    "a link in a circle": lambda path: path.symlink_to(path),
-    "a link to nothing": lambda path: path.symlink_to("gone/gone"),
+    "a circular link": lambda path: path.symlink_to(path),
+    "a broken link": lambda path: path.symlink_to("gone/gone"),
 }
 
 
@@ -310,15 +310,15 @@ def epochs(*losses: object) -> str:
 
 
 METRICS = {
-    "no number": epochs(1.0, math.nan, 0.5),
+    "not a number": epochs(1.0, math.nan, 0.5),
     "infinite": epochs(math.inf, 1.0),
     "null": epochs(None, 1.0),
     "huge": epochs(1e308, -1e308, 1e-320),
-    "a text": epochs("x", 1.0),
+    "a string": epochs("x", 1.0),
     "one point": epochs(1.0),
-    "half a line": epochs(1.0, 2.0)[:-20],
+    "a truncated line": epochs(1.0, 2.0)[:-20],
     "a damaged line between": epochs(1.0, 2.0).replace("\n", "\n{]\0\n"),
-    "nothing": "",
+    "an empty file": "",
 }
 
 
@@ -332,8 +332,8 @@ def test_curves_of_odd_metrics_are_drawn_or_one_warning(case: str, tmp_path: Pat
         draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", title="$\\broken{ formula")
     drawn = (tmp_path / "curves.png").exists()
     assert len(lines) == made.failed
-    assert drawn != (made.failed or case == "nothing")
-    assert case in ("a text", "huge", "nothing") or drawn
+    assert drawn != (made.failed or case == "an empty file")
+    assert case in ("a string", "huge", "an empty file") or drawn
 
 
 def test_curves_on_a_full_disk_keep_the_old_file(tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_curves_on_a_full_disk_keep_the_old_file(tmp_path: Path) -> None:
 PICTURES: dict[str, Callable[[Path], object]] = {
     "a folder": Path.mkdir,
     "a full device": lambda path: path.symlink_to("/dev/full"),
-    "a link to nothing": lambda path: path.symlink_to("gone/gone"),
+    "a broken link": lambda path: path.symlink_to("gone/gone"),
 }
 
 

@@ -98,8 +98,8 @@ IMPOSSIBLE: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "data_batch_4.bin: 10 of its 20 images are in data_batch_3.bin too"),
     "a batch copied, with other labels": (
         TEN, copy_of("data_batch_1.bin", "data_batch_2.bin", other_labels), "are in data_batch_1.bin too"),
-    "a training batch for the test": (TEN, copy_of("data_batch_3.bin", "test_batch.bin"), "test_batch.bin: 20 of its 20"),
-    "the test batch for training": (TEN, copy_of("test_batch.bin", "data_batch_3.bin"), "images are in data_batch_3"),
+    "a training batch as the test batch": (TEN, copy_of("data_batch_3.bin", "test_batch.bin"), "test_batch.bin: 20 of its 20"),
+    "the test batch as a training batch": (TEN, copy_of("test_batch.bin", "data_batch_3.bin"), "images are in data_batch_3"),
     "all batches identical": (
         TEN, lambda folder: [shutil.copy(folder / "test_batch.bin", folder / f"data_batch_{n}.bin") for n in range(1, 6)],
         "20 of its 20 images are in"),
@@ -121,9 +121,9 @@ IMPOSSIBLE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "all coarse labels zero": (HUNDRED, into("test.bin", put(ALL, 0, 0)), "95 of its 100 records"),
     "fine labels in another order": (HUNDRED, into("train.bin", fine_labels_rolled), "label bytes are swapped or damaged"),
     "a fine label of the same coarse one": (HUNDRED, into("train.bin", dolphins_for_beavers), "0 of beaver, 4 of dolphin"),
-    "training images in the test": (
+    "training images in the test file": (
         HUNDRED, copy_of("train.bin", "test.bin", lambda records: records[:100]), "are in train.bin too"),
-    "half a set twice": (HUNDRED, into("train.bin", lambda r: np.concatenate([r[:100], r[:100]])), "100 of its 200"),
+    "half of a set twice": (HUNDRED, into("train.bin", lambda r: np.concatenate([r[:100], r[:100]])), "100 of its 200"),
 }  # fmt: skip
 
 
@@ -216,19 +216,18 @@ def swap_labels(records: Records) -> None:
 NUMBER, CONTENT = "the number of the training images is", "the digest of the training images is"
 OTHER: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "an image renamed": ("image_folder", lambda root: (root / "train/cat/0.png").rename(root / "train/cat/9.png"), CONTENT),
-    "an image more": ("image_folder", lambda root: shutil.copy(root / "train/cat/0.png", root / "train/cat/9.png"),
+    "an extra image": ("image_folder", lambda root: shutil.copy(root / "train/cat/0.png", root / "train/cat/9.png"),
                       f"{NUMBER} 7 here, but this run was started with 6"),
-    "an image less": ("image_folder", lambda root: (root / "train/cat/0.png").unlink(), f"{NUMBER} 5 here"),
+    "a missing image": ("image_folder", lambda root: (root / "train/cat/0.png").unlink(), f"{NUMBER} 5 here"),
     "an image in another class": (
         "image_folder", lambda root: (root / "train/cat/0.png").rename(root / "train/dog/9.png"), CONTENT),
-    "a pixel in an image": ("image_folder", lambda root: one_pixel(root / "train/cat/0.png"), CONTENT),
-    "a test image more": ("image_folder", lambda root: shutil.copy(root / "test/cat/0.png", root / "test/cat/9.png"),
+    "a changed pixel": ("image_folder", lambda root: one_pixel(root / "train/cat/0.png"), CONTENT),
+    "an extra test image": ("image_folder", lambda root: shutil.copy(root / "test/cat/0.png", root / "test/cat/9.png"),
                           "the number of the test images is 7 here"),
     "a test image changed": ("image_folder", lambda root: one_pixel(root / "test/cat/1.png"),
                              "the digest of the test images is"),
-    "a class more": ("image_folder", with_class, "the number of classes is 3 here, but this run was started with 2"),
-    "a class renamed": ("image_folder", renamed_class,
-                        "the name of class 0 is bat here, but this run was started with cat"),
+    "an extra class": ("image_folder", with_class, "the number of classes is 3 here, but this run was started with 2"),
+    "a class renamed": ("image_folder", renamed_class, "the name of class 0 is bat here, but this run was started with cat"),
     "a flipped bit": ("cifar10", lambda root: change(root / TEN / "data_batch_2.bin", flip), CONTENT),
     "two labels swapped": ("cifar10", lambda root: change(root / TEN / "data_batch_2.bin", swap_labels), CONTENT),
     "a flipped bit in the test": (
@@ -274,12 +273,12 @@ def test_a_run_resumes_on_a_copy_of_its_data(name: str, runs: dict[str, Finished
 
 
 SAVED: dict[str, Callable[[dict[str, Any]], object]] = {
-    "no digest, as of an older version": lambda state: state.pop("images"),
+    "no digest, as in an older version": lambda state: state.pop("images"),
     "no order": lambda state: state["images"]["train"].pop("order"),
     "null": lambda state: state.update(images=None),
     "a list": lambda state: state.update(images=[1]),
     "a number for a split": lambda state: state["images"].update(train=3),
-    "a split more": lambda state: state["images"].update(extra={"size": 3}),
+    "an extra split": lambda state: state["images"].update(extra={"size": 3}),
 }
 
 
@@ -323,7 +322,7 @@ EVALUATED: dict[str, tuple[str, str, Callable[[Path], object], int, str]] = {
     "other training images": ("image_folder", "test", lambda root: one_pixel(root / "train/cat/1.png"), 0, ""),
     "a class renamed": ("image_folder", "test", renamed_class, 2,
                         "the name of class 0 is bat here, but was cat in training"),
-    "a class more": ("image_folder", "test", with_class, 2, "the number of classes is 3 here, but was 2 in training"),
+    "an extra class": ("image_folder", "test", with_class, 2, "the number of classes is 3 here, but was 2 in training"),
     "a flipped bit": ("cifar10", "test", lambda root: change(root / TEN / "test_batch.bin", flip), 0,
                       "the digest of the test images is"),
     "test images in another order": (
@@ -376,7 +375,7 @@ def test_a_fraction_that_holds_out_none_or_all_is_refused(case: str, tmp_path: P
 
 
 SMALL: dict[str, tuple[tuple[object, ...], str]] = {
-    "no validation image": (NONE, "holds out none of the 20 training images: the classes are too small"),
+    "no validation images": (NONE, "holds out none of the 20 training images: the classes are too small"),
     "a batch larger than the data": (
         ("--data.validation_fraction", 0, "--global_batch_size", 64), "is more than the 20 training images"),
     "more micro-batches than images": (

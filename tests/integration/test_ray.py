@@ -165,7 +165,7 @@ def test_a_stopped_job_loses_nothing_and_resumes(cluster: RayCluster, undisturbe
     assert not {"'.venv'", "'runs'", "'data'", "'.git'"} & set(re.findall(r"'[^']*'", listed))
 
 
-def test_what_cannot_fit_or_would_fail_again_ends_at_once(cluster: RayCluster, tmp_path: Path) -> None:
+def test_failures_that_would_repeat_end_the_run_at_once(cluster: RayCluster, tmp_path: Path) -> None:
     cluster.set_nodes("n1", "n2")
     large = ("--scaling.num_workers", 3, "--scaling.wait_seconds", 0)
     with cluster.train(*SHORT, *large, "--run_dir", tmp_path / "large", output=tmp_path / "large.out") as command:

@@ -232,7 +232,7 @@ def test_fast_mode_in_float64_agrees_with_exact_mode(everything: Everything, wor
         assert (tensor - tensors[name]).abs().max() <= 1e-12 * scale, name
 
 
-def test_the_cases_cover_what_they_should(everything: Everything) -> None:
+def test_the_cases_exercise_their_features(everything: Everything) -> None:
     """Gradients were clipped, the plateau dropped the rate, and all steps differ."""
     alone = {name: everything.traces(name, 1, *REFERENCE)[0] for name in CASES}
     assert [len(trace.steps) for trace in alone.values()] == [6, 12, 4, 6, 6, 6]

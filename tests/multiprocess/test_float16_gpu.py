@@ -58,7 +58,9 @@ def skipped(trace: Trace) -> list[int]:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_overflows_are_skipped_and_the_curve_is_float32s(found: dict[int, list[dict[str, Trace]]], size: int) -> None:
+def test_overflows_are_skipped_and_the_curve_matches_float32(
+    found: dict[int, list[dict[str, Trace]]], size: int
+) -> None:
     for rank in found[size]:
         low, wide = rank["float16"], rank["float32"]
         first_good = skipped(low).index(0)

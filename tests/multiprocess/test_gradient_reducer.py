@@ -282,7 +282,7 @@ def test_every_rank_reports_a_missing_gradient(found: Finder, world_size: int, t
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_another_order_of_summation_has_other_bits(case: Case) -> None:
+def test_a_different_summation_order_changes_bits(case: Case) -> None:
     """Negative control for test_sums_are_bit_identical_to_the_tree."""
     index = max(range(len(case.shapes)), key=lambda i: torch.Size(case.shapes[i]).numel())
     different = 0

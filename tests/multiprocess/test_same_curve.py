@@ -87,7 +87,7 @@ def test_float64_losses_of_exact_and_fast_mode_match(losses: Losses, grad_accum_
 
 
 @pytest.mark.timeout(160)
-def test_two_micro_batches_have_another_curve(losses: Losses) -> None:
+def test_two_micro_batches_have_a_different_curve(losses: Losses) -> None:
     """Negative control: batch norm sees half as many images, so the tests above distinguish one micro-batch from two."""
     one, two = losses(1)[0].values()
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) > 0.01
