@@ -47,7 +47,7 @@ def free_resources() -> dict[str, dict[str, float]]:
 
 
 def draining_nodes() -> set[str]:
-    """Return the ids of the nodes that are about to be taken away; no new work goes there."""
+    """Return the ids of the nodes that are about to be removed and get no new work."""
     return set(_state().get_draining_nodes())
 
 
