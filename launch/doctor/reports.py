@@ -86,7 +86,7 @@ class NodeReport(_Section):
 
 
 def _malformed_sections(error: ValidationError) -> dict[str, str]:
-    """Return what is wrong with each section, by name."""
+    """Return the error of each malformed section, by name."""
     fields: dict[str, list[str]] = {}
     values: dict[str, Any] = {}
     for mistake in error.errors():
