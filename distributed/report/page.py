@@ -71,7 +71,7 @@ def section(title: str, *content: Html) -> Html:
 
 
 def missing(title: str, why: str) -> Html:
-    """Return a section that says why its content could not be made."""
+    """Return a section that says why its content could not be created."""
     return section(title, f'<p class="missing">{escape(why)}</p>')
 
 

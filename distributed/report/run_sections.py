@@ -1,4 +1,4 @@
-"""The sections of the page on one run. A section that cannot be made says why. Imports torch only on demand."""
+"""The sections of the page on one run. A section that cannot be created says why. Imports torch only on demand."""
 
 from collections.abc import Callable
 from functools import cache
@@ -83,10 +83,10 @@ def _section(title: str, make: Callable[[], list[Html]]) -> Html:
     try:
         return section(title, *make())
     except (Absent, InputError, NotFiniteError) as error:
-        return missing(title, f"This section could not be made. {error}")
+        return missing(title, f"This section could not be created. {error}")
     except Exception as error:  # e.g. no matplotlib; or a run in progress deletes the checkpoint being read
         logger.warning("{}: {}; continuing without it", title, one_line(error))
-        return missing(title, f"This section could not be made: {one_line(error)}.")
+        return missing(title, f"This section could not be created: {one_line(error)}.")
 
 
 def _key_figures(run: History) -> list[tuple[str, str]]:

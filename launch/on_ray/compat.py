@@ -1,4 +1,4 @@
-"""Private parts of Ray, as in version 2.60: its public API lacks free resources per node, draining nodes and a key-value store.
+"""Private APIs of Ray 2.60: the public one lacks free resources per node, draining nodes and a key-value store.
 
 `tests/unit/test_ray_compat.py` fails if a later version no longer has one of them.
 """

@@ -171,7 +171,7 @@ def make_trainer(
     return TorchTrainer(
         worker,
         train_loop_config={"config": config.model_dump_json(), "stop_key": stop_key},
-        # Ray creates the process group; gloo is needed beside NCCL because flags and counters are on the host.
+        # Ray creates the process group; gloo is needed in addition to NCCL, for flags and counters on the host.
         torch_config=TorchConfig(
             backend="cpu:gloo,cuda:nccl" if scaling.gpus_per_worker else "gloo",
             timeout_s=max(1, int(config.timeout_seconds)),

@@ -30,7 +30,7 @@ _POLL_SECONDS = 1.0
 
 
 class WorkerResult(NamedTuple):
-    """Where the run stands when a worker returns."""
+    """The state of the run when a worker returns."""
 
     stopped_by: str | None
     """Why the run was stopped; None if it is finished."""
@@ -131,7 +131,7 @@ class RayReport:
 
 
 def train_on_worker(arguments: dict[str, str]) -> WorkerResult:
-    """Train, and return where the run stands; the driver reads rank 0's result.
+    """Train, and return the state of the run; the driver reads rank 0's result.
 
     Args:
         arguments: `config`, a `TrainConfig` as JSON, and `stop_key`, the key to watch for stop requests.
