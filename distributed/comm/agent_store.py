@@ -23,7 +23,7 @@ _ROUNDS_AHEAD = 16  # a round may pass without any worker, e.g. if a node is los
 
 
 class ForeignJobError(InputError):
-    """Another job was first at this job's rendezvous."""
+    """Another job already uses this job's rendezvous."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,14 @@ class AgentStore:
         foreign = [str(rank) for rank, job in jobs.items() if own and job != own]
         if foreign:
             raise PeerError(
-                f"rank {', '.join(foreign)} is of another job, started with the same "
+                f"rank {', '.join(foreign)} belongs to another job, started with the same "
                 f"--rdzv-endpoint {self.endpoint} and --rdzv-id {elastic_run_id()}; give each job its own --rdzv-id and port"
             )
 
     def stop_agent(self) -> None:
         """Terminate this node's agent; a no-op on all but local rank 0.
 
-        Otherwise the agent's restarts would disturb the job that was first, and its failure would close the rendezvous.
+        Otherwise the agent's restarts would disturb the other job, and its failure would close the rendezvous.
         """
         if self.topology.local_rank == 0:
             os.kill(self.agent_pid, signal.SIGTERM)

@@ -88,7 +88,7 @@ class _Poll:
 
 
 def _propose(store: Store, *, rank: int, nonce: str, world_size: int, poll: _Poll) -> str:
-    """Rank 0's part of `agree_on_token`."""
+    """Run rank 0's side of `agree_on_token`."""
     proposed: dict[str, str] = {}
     token = ""
     others = range(1, world_size)
@@ -110,7 +110,7 @@ def _propose(store: Store, *, rank: int, nonce: str, world_size: int, poll: _Pol
 
 
 def _follow(store: Store, *, rank: int, nonce: str, world_size: int, poll: _Poll) -> str:
-    """The part of all other ranks in `agree_on_token`."""
+    """Run the other ranks' side of `agree_on_token`."""
 
     def missing() -> list[int]:
         return [other for other in range(world_size) if not store.check([f"hello/{other}"])] or [0]
@@ -143,5 +143,5 @@ def _unequal_world_sizes(rank: int, size: int, size_on_rank_0: int) -> InputErro
 
 
 def _read(store: Store, key: str) -> str:
-    """The value of a key; empty if it is not set."""
+    """Return the value of a key; empty if it is not set."""
     return store.get(key).decode() if store.check([key]) else ""

@@ -18,7 +18,7 @@ def names() -> dict[str, Path]:
 def config_file(given: str, *, beside: Path = Path()) -> Path:
     """Return the file that a first argument or `extends` refers to: a path, or the name of a shipped config.
 
-    A file of exactly that name in the folder `beside` has precedence; a name that ends in .toml is always a path.
+    A file of exactly that name in the folder `beside` takes precedence; a name that ends in .toml is always a path.
 
     Raises:
         InputError: it looks like a name, and neither a file nor a shipped config has it.

@@ -82,5 +82,5 @@ def read_metrics(file: Path) -> list[TrainRecord | EpochRecord]:
 
 
 def read_epochs(file: Path) -> list[EpochRecord]:
-    """Read the lines of metrics.jsonl about epochs. Raises as `read_metrics`."""
+    """Read the lines of metrics.jsonl about epochs. Raises InputError as `read_metrics` does."""
     return [record for record in read_metrics(file) if isinstance(record, EpochRecord)]

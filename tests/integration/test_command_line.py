@@ -141,8 +141,8 @@ def test_a_finished_run_says_so_and_refuses_changes(tmp_path: Path) -> None:
     assert (from_resolved.returncode, "this run is finished" in from_resolved.stderr) == (0, True)
     changed = run(python(*TINY, "--run_dir", folder, "--optim.lr", "0.05", "--seed", "1"))
     assert changed.returncode == 2
-    assert "optim.lr = 0.05: this run was begun with 0.1" in changed.stderr
-    assert "seed = 1: this run was begun with 0" in changed.stderr
+    assert "optim.lr = 0.05: this run was started with 0.1" in changed.stderr
+    assert "seed = 1: this run was started with 0" in changed.stderr
     evaluated = run(python(folder, "--split", "test", module="distributed.evaluate"))
     test = metrics(folder)[-1]["test"]
     assert f"loss {test['loss']:.4f}, top-1 {test['accuracy']:.2%}, top-5 {test['accuracy5']:.2%}" in evaluated.stdout

@@ -123,7 +123,7 @@ def test_first_job_does_not_wait_for_a_foreign_rank() -> None:
     first.register("first")
     with pytest.raises(ForeignJobError):
         second.register("second")
-    with pytest.raises(RuntimeError, match="rank 1 is of another job"):
+    with pytest.raises(RuntimeError, match="rank 1 belongs to another job"):
         agree_on_token(first.keys, rank=0, world_size=2, timeout=timedelta(seconds=20), check=first.check_jobs)
 
 

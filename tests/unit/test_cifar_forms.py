@@ -257,9 +257,9 @@ def test_a_malicious_pickle_with_the_right_md5_is_refused(tmp_path, name, conten
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": np.zeros((RECORDS, 3071), np.uint8)}, "no uint8 array of 6 x 3072"),
-        ({"data": np.zeros((RECORDS, 3072))}, "no uint8 array"),
-        ({"data": "text"}, "no uint8 array"),
+        ({"data": np.zeros((RECORDS, 3071), np.uint8)}, "not a uint8 array of 6 x 3072"),
+        ({"data": np.zeros((RECORDS, 3072))}, "not a uint8 array"),
+        ({"data": "text"}, "not a uint8 array"),
         ({"labels": [0]}, "are not 6 numbers"),
         ({"labels": ["a"] * RECORDS}, "are not 6 numbers"),
         ({"labels": [-1] * RECORDS}, "label -1"),

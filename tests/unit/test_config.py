@@ -161,7 +161,7 @@ def test_a_setting_of_the_default_variant_needs_no_name():
 def test_a_setting_of_another_variant_is_refused(order):
     pairs = [("--schedule.name", "plateau"), ("--schedule.start_factor", "0")][::order]
     assert mistakes(*[word for pair in pairs for word in pair]) == (
-        "command line: schedule.start_factor = 0: belongs to schedule.name = one_cycle, and here it is plateau; "
+        "command line: schedule.start_factor = 0: belongs to schedule.name = one_cycle, but here it is plateau; "
         "remove one of them",
     )
 
@@ -176,7 +176,7 @@ def test_another_variants_setting_is_reported_with_its_line(write):
     file = write('[schedule]\nname = "constant"\npatience = 3\n')
     (line,) = mistakes(file)
     assert line.startswith(
-        f"{file}:3: schedule.patience = 3: belongs to schedule.name = plateau, and here it is constant"
+        f"{file}:3: schedule.patience = 3: belongs to schedule.name = plateau, but here it is constant"
     )
 
 

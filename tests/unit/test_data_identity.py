@@ -203,7 +203,7 @@ DIFFERENT = {
 def test_the_most_informative_difference_is_named(case):
     facts, difference = DIFFERENT[case]
     assert differences(FACTS, facts) == [difference]
-    with pytest.raises(InputError, match=f"{difference[0]} is {difference[2]} here, but this run was begun with"):
+    with pytest.raises(InputError, match=f"{difference[0]} is {difference[2]} here, but this run was started with"):
         check_resumed(FACTS, facts | {"data": "image_folder"}, where="runs/a")
 
 

@@ -94,7 +94,7 @@ def test_resuming_needs_the_same_number_of_shards(config):
     stopped(config, 2)
     assert bits(config)["shards"] == 8
     for shards in (4, 0):
-        with pytest.raises(InputError, match=rf"exact\.shards = {shards}: this run was begun with 8"):
+        with pytest.raises(InputError, match=rf"exact\.shards = {shards}: this run was started with 8"):
             stopped(with_shards(config, shards), 2)
     assert newest(config)["step"] == 2
     assert stopped(with_shards(config, 8), 2).step == 4

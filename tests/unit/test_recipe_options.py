@@ -107,7 +107,7 @@ def test_a_run_that_has_saved_needs_no_init_from(trained, tmp_path):
         (["--init_from", "nowhere"], r"init_from = nowhere: no checkpoint there"),
         (
             ["--init_from", "RUN", "--model.name", "cifar_alexnet"],
-            r"holds weights of improved_alexnet, and model\.name",
+            r"holds weights of improved_alexnet, but model\.name",
         ),
         (["--init_from", "RUN/checkpoints"], r"no checkpoint there"),
     ],

@@ -51,7 +51,7 @@ def test_missing_variables_are_named(environment, missing):
     given = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     del given[missing]
     environment(**given)
-    with pytest.raises(InputError, match=f"{missing} is missing beside {', '.join(given)}"):
+    with pytest.raises(InputError, match=f"environment: {', '.join(given)} set without {missing};"):
         Topology.from_environment()
 
 

@@ -1,7 +1,7 @@
-"""Finds what no copy of CIFAR can hold, whatever the order of its records, by hashes and labels. Imports no torch.
+"""Finds content that no copy of CIFAR can have, in any order of records, from hashes and labels. Imports no torch.
 
-Data that differs in some pixels is accepted: a flipped bit cannot be told from images that were changed on purpose. Its digest
-is not the official one, which is a warning.
+Data that differs in some pixels is accepted: a flipped bit cannot be distinguished from a deliberate change. Its digest
+differs from the official one, which causes a warning.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ def wrong_file(files: Mapping[str, FileContent]) -> tuple[str, str] | None:
     """Return (file, complaint) for the first file with black or repeated images; None if there is none."""
     for name, (hashes, _) in files.items():
         if black := np.count_nonzero(hashes == _BLACK):
-            return name, f"{black:,} of its {len(hashes):,} images are black: a copy or download was cut short"
+            return name, f"{black:,} of its {len(hashes):,} images are black: a copy or download is incomplete"
     hashes = np.concatenate([content.hashes for content in files.values()])
     if len(hashes) - len(np.unique(hashes)) <= _MAX_REPEATED * len(hashes):
         return None
@@ -46,7 +46,7 @@ def wrong_file(files: Mapping[str, FileContent]) -> tuple[str, str] | None:
 
 
 def wrong_counts(cifar: CifarSet, split: str, labels: Labels) -> str | None:
-    """Return a complaint if a split of the official size has not the official number of images of each class."""
+    """Return a complaint if a split has the official size, but not the official number of images per class."""
     expected = cifar.per_class[split]
     if len(labels) != expected * cifar.classes:
         return None

@@ -1,4 +1,4 @@
-"""Downloads a file over HTTP: resumed after an interruption, its MD5 checked, complete or absent. Imports no torch."""
+"""Downloads a file over HTTP, resuming after interruptions and verifying the MD5. Imports no torch."""
 
 import errno
 import hashlib
@@ -19,12 +19,12 @@ from distributed.errors import InputError
 from distributed.files import sync_folder
 
 _BLOCK_BYTES = 1 << 16
-_PERMANENT = range(400, 500)  # statuses that another try does not change
+_PERMANENT = range(400, 500)  # statuses that a retry does not change
 _TEMPORARY = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE}
 
 
 class _Failed(Exception):
-    """One try at one address failed; if `permanent`, another try at it would fail too."""
+    """A try at an address failed; if `permanent`, a retry would fail too."""
 
     def __init__(self, reason: str, *, permanent: bool = False) -> None:
         super().__init__(reason)
@@ -40,17 +40,17 @@ def fetch(
     rounds: int = 3,
     pause_seconds: float = 2.0,
 ) -> None:
-    """Download `target` from the first of `urls` that has all of it, in one process per node; do nothing if it exists.
+    """Download `target` from the first of `urls` that serves it completely, in one process per node, unless it exists.
 
     Partial downloads are kept in `target`.part and resumed. The addresses are tried in turn until none of them has made
     progress in `rounds` consecutive rounds.
 
     Args:
-        stall_seconds: how long a server may send nothing.
-        pause_seconds: between two rounds, doubled each time.
+        stall_seconds: timeout while a server sends nothing.
+        pause_seconds: pause between two rounds, doubled each time.
 
     Raises:
-        InputError: no address gave the file; one line per address with the reason, then the remedy.
+        InputError: no address served the file; one line per address with the reason, then the remedy.
     """
 
     def work() -> None:
@@ -96,10 +96,10 @@ def _fetch_in_turn(
 
 
 def _fetch_from(url: str, part: Path, md5: str, stall_seconds: float) -> None:
-    """Complete the partial file from this address; a wrong result that was begun elsewhere is discarded once."""
-    begun = part.stat().st_size if part.is_file() else 0
-    _receive(url, part, begun, stall_seconds)
-    if (found := _md5_of(part)) != md5 and begun:
+    """Complete the partial file from this address. If its MD5 is wrong, start over once without the earlier bytes."""
+    offset = part.stat().st_size if part.is_file() else 0
+    _receive(url, part, offset, stall_seconds)
+    if (found := _md5_of(part)) != md5 and offset:
         part.unlink()
         _receive(url, part, 0, stall_seconds)
         found = _md5_of(part)
@@ -108,10 +108,10 @@ def _fetch_from(url: str, part: Path, md5: str, stall_seconds: float) -> None:
         raise _Failed(f"the file it sent has MD5 {found}, expected {md5}; the file was removed", permanent=True)
 
 
-def _receive(url: str, part: Path, begun: int, stall_seconds: float) -> None:
-    """Append what follows the first `begun` bytes, or start over if the server ignores ranges."""
-    with _server_errors(part, stall_seconds), _response(url, begun, stall_seconds) as response:
-        start = _first_byte(response, part, begun)
+def _receive(url: str, part: Path, offset: int, stall_seconds: float) -> None:
+    """Append the bytes from `offset` on, or start over if the server ignores ranges."""
+    with _server_errors(part, stall_seconds), _response(url, offset, stall_seconds) as response:
+        start = _first_byte(response, part, offset)
         length = response.headers.get("Content-Length")
         total = start + int(length) if length and length.isdigit() else None
         received = _append(response, part, start, total)
@@ -119,20 +119,20 @@ def _receive(url: str, part: Path, begun: int, stall_seconds: float) -> None:
         raise _Failed(f"the connection broke after {received:,} of {total:,} bytes")
 
 
-def _response(url: str, begun: int, stall_seconds: float) -> Any:
-    """Request the file from byte `begun` on."""
-    headers = {"User-Agent": "distributed-alexnet"} | ({"Range": f"bytes={begun}-"} if begun else {})
+def _response(url: str, offset: int, stall_seconds: float) -> Any:
+    """Request the file from byte `offset` on."""
+    headers = {"User-Agent": "distributed-alexnet"} | ({"Range": f"bytes={offset}-"} if offset else {})
     return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=stall_seconds)
 
 
-def _first_byte(response: Any, part: Path, begun: int) -> int:
-    """Return the position of the response's first byte: `begun`, or 0 if the server sends the entire file."""
+def _first_byte(response: Any, part: Path, offset: int) -> int:
+    """Return the position of the response's first byte: `offset`, or 0 if the server sends the entire file."""
     if response.status != HTTPStatus.PARTIAL_CONTENT:
         return 0
-    if not str(response.headers.get("Content-Range", "")).startswith(f"bytes {begun}-"):
+    if not str(response.headers.get("Content-Range", "")).startswith(f"bytes {offset}-"):
         part.unlink()
-        raise _Failed("it sent another range than the one requested")
-    return begun
+        raise _Failed("it sent a different range from the one requested")
+    return offset
 
 
 def _append(response: Any, part: Path, start: int, total: int | None) -> int:
