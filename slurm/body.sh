@@ -101,7 +101,7 @@ main() {
     address=${RDZV_ADDRESS:-$(scontrol -o show node "$head" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')}
 
     # Input errors end the job here, before it uses any node. They would repeat, so it is not requeued.
-    plan=$(mktemp) || exit_with 1 "error: no temporary file could be made; see df"
+    plan=$(mktemp) || exit_with 1 "error: no temporary file could be created; see df"
     in_container python -m launch.slurm.plan "${address:-$head}" "$@" >"$plan" ||
         { rm -f "$plan"; exit_with 2 "not started, see above"; }
     mapfile -d '' -t fields <"$plan"
