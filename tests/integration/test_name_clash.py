@@ -102,7 +102,7 @@ def test_a_checkout_works_beside_dask(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", ["launch.slurm", "launch.ray_train", "launch.doctor"])
 def test_dask_before_the_checkout_on_the_path_is_refused(tmp_path: Path, module: str) -> None:
-    """As an editable installation, whose folder comes last on the path."""
+    """Like an editable installation, whose folder is last on the path."""
     install_dask(tmp_path / "site")
     done = run(tmp_path, *python(module, "--device", "cpu"), more={"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"})
     assert_refused(

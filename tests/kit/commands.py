@@ -75,7 +75,7 @@ class Command:
         while not condition():
             if self.process.poll() is not None:
                 return
-            assert time.monotonic() < deadline, f"no {what} within {seconds} s:\n{self.text[-4000:]}"
+            assert time.monotonic() < deadline, f"timed out after {seconds} s waiting for {what}:\n{self.text[-4000:]}"
             time.sleep(0.02)
 
 

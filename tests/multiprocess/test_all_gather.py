@@ -40,7 +40,7 @@ def files() -> set[str]:
 
 
 def left_behind(before: set[str]) -> set[str]:
-    """Return files that stay. Other runs on this machine have such files for a moment, too."""
+    """Return new files that persist. Other runs on this machine create such files briefly, too."""
     new, deadline = files() - before, time.monotonic() + 10
     while new and time.monotonic() < deadline:
         time.sleep(0.01)

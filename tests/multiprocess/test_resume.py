@@ -97,15 +97,16 @@ def run_undisturbed_and_stopped(folder: Path, stop_after: int) -> dict[str, dict
 
 
 @in_group
-def run_to_their_end(folder: Path, *names: str) -> dict[str, dict[str, Attempt]]:
+def run_to_the_end(folder: Path, *names: str) -> dict[str, dict[str, Attempt]]:
     return {mode: {name: attempt(config_of(folder / mode / name)) for name in names} for mode in MODES}
 
 
 @dataclass(frozen=True)
-class Story:
-    """In one mode on 3 ranks, an undisturbed run and a stopped one, of which copies were resumed in three ways.
+class Scenario:
+    """An undisturbed run and a stopped run on 3 ranks in one mode; copies of the stopped run are resumed in three ways.
 
-    attempts: the attempts of all ranks by the name of the run. "stopped" is the first attempt of the three others.
+    Attributes:
+        attempts: each rank's attempt, by the name of the run. "stopped" is the first attempt of the three copies.
     """
 
     folder: Path
@@ -117,7 +118,7 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def stories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Story]:
+def scenarios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
     folder = tmp_path_factory.mktemp("resume")
     # Late enough for two checkpoints, and early enough that some steps remain; the ranks agree one step late.
     stop_after = random.SystemRandom().randrange(5, STEPS - 2)
@@ -127,10 +128,10 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Story]:
         for name in ("resumed", "damaged", "on-two"):
             shutil.copytree(folder / mode / "stopped", folder / mode / name, symlinks=True)
         damage(newest_checkpoint(folder / mode / "damaged") / "tensors.safetensors")
-    on_three = run_ranks(run_to_their_end, 3, folder, "resumed", "damaged", timeout_seconds=100)
-    on_two = run_ranks(run_to_their_end, 2, folder, "on-two", timeout_seconds=100)
+    on_three = run_ranks(run_to_the_end, 3, folder, "resumed", "damaged", timeout_seconds=100)
+    on_two = run_ranks(run_to_the_end, 2, folder, "on-two", timeout_seconds=100)
     return {
-        mode: Story(
+        mode: Scenario(
             folder / mode,
             stop_after + 1,
             {
@@ -144,8 +145,8 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Story]:
 
 
 @pytest.fixture(params=list(MODES))
-def story(stories: dict[str, Story], request: pytest.FixtureRequest) -> Story:
-    return stories[request.param]
+def scenario(scenarios: dict[str, Scenario], request: pytest.FixtureRequest) -> Scenario:
+    return scenarios[request.param]
 
 
 def damage(path: Path) -> None:
@@ -158,65 +159,63 @@ def damage(path: Path) -> None:
 pytestmark = pytest.mark.timeout(320)
 
 
-def test_the_run_stopped_at_the_requested_step(story: Story) -> None:
-    assert [rank.step for rank in story.attempts["undisturbed"]] == [STEPS] * 3
-    assert [rank.step for rank in story.attempts["stopped"]] == [story.stopped_at] * 3
-    assert newest_checkpoint(story.run("stopped").path).name.startswith(f"step-{story.stopped_at:08d}-")
+def test_the_run_stopped_at_the_requested_step(scenario: Scenario) -> None:
+    assert [rank.step for rank in scenario.attempts["undisturbed"]] == [STEPS] * 3
+    assert [rank.step for rank in scenario.attempts["stopped"]] == [scenario.stopped_at] * 3
+    assert newest_checkpoint(scenario.run("stopped").path).name.startswith(f"step-{scenario.stopped_at:08d}-")
 
 
 @pytest.mark.parametrize("name", ["resumed", "damaged"])
-def test_a_resumed_run_ends_with_the_same_bits(story: Story, name: str) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(scenario: Scenario, name: str) -> None:
     """In fast mode plain DDP would not: after a start it sums the first gradients in a different order."""
-    ended, expected = (newest_checkpoint(story.run(each).path) for each in (name, "undisturbed"))
+    ended, expected = (newest_checkpoint(scenario.run(each).path) for each in (name, "undisturbed"))
     assert ended.name == expected.name == f"step-{STEPS:08d}-epoch-002"
     same = digest(ended / "tensors.safetensors") == digest(expected / "tensors.safetensors")
-    assert same, f"stopped at step {story.stopped_at}"
-    assert state_of(story.run(name)) == state_of(story.run("undisturbed"))
+    assert same, f"stopped at step {scenario.stopped_at}"
+    assert state_of(scenario.run(name)) == state_of(scenario.run("undisturbed"))
 
 
 @pytest.mark.parametrize("name", ["resumed", "damaged"])
-def test_a_resumed_run_has_the_same_metrics(story: Story, name: str) -> None:
-    expected = lines(story.run("undisturbed"), "train")
+def test_a_resumed_run_has_the_same_metrics(scenario: Scenario, name: str) -> None:
+    expected = lines(scenario.run("undisturbed"), "train")
     assert [line["step"] for line in expected] == list(range(1, STEPS + 1))
-    assert lines(story.run(name), "train") == expected
-    assert lines(story.run(name), "epoch") == lines(story.run("undisturbed"), "epoch")
-    assert len(lines(story.run(name), "epoch")) == 2
+    assert lines(scenario.run(name), "train") == expected
+    assert lines(scenario.run(name), "epoch") == lines(scenario.run("undisturbed"), "epoch")
+    assert len(lines(scenario.run(name), "epoch")) == 2
 
 
-def test_a_run_resumes_from_before_a_damaged_newest(story: Story) -> None:
-    run = story.run("damaged")
-    previous = max(step for step in range(story.stopped_at) if step % 3 == 0 or step == STEPS_PER_EPOCH)
+def test_a_run_resumes_from_before_a_damaged_newest(scenario: Scenario) -> None:
+    run = scenario.run("damaged")
+    previous = max(step for step in range(scenario.stopped_at) if step % 3 == 0 or step == STEPS_PER_EPOCH)
     starts = [json.loads(line) for line in (run.path / "attempts.jsonl").read_text().splitlines()]
     assert [line["step"] for line in starts if line["event"] == "started"] == [0, previous]
     (set_aside,) = run.checkpoints.glob("*.damaged")
-    assert set_aside.stem == newest_checkpoint(story.run("stopped").path).name
+    assert set_aside.stem == newest_checkpoint(scenario.run("stopped").path).name
 
 
 @pytest.mark.parametrize("name", ["resumed", "on-two"])
-def test_every_image_is_trained_on_once_across_a_stop(story: Story, name: str) -> None:
+def test_every_image_is_trained_on_once_across_a_stop(scenario: Scenario, name: str) -> None:
     """Sample ids in the recipe's batches, over all ranks of both attempts."""
-    undisturbed = sum((rank.seen for rank in story.attempts["undisturbed"]), Counter())
-    both = [rank.seen for each in ("stopped", name) for rank in story.attempts[each]]
+    undisturbed = sum((rank.seen for rank in scenario.attempts["undisturbed"]), Counter())
+    both = [rank.seen for each in ("stopped", name) for rank in scenario.attempts[each]]
     assert len(undisturbed) == 2 * (IMAGES - HELD_OUT)
     assert set(undisturbed.values()) == {1}
-    assert sum(both, Counter()) == undisturbed, f"stopped at step {story.stopped_at}"
+    assert sum(both, Counter()) == undisturbed, f"stopped at step {scenario.stopped_at}"
 
 
-def test_a_run_stopped_on_three_ranks_finishes_on_two(story: Story) -> None:
-    run = story.run("on-two")
-    assert [(rank.step, rank.stop_reason) for rank in story.attempts["on-two"]] == [(STEPS, None)] * 2
+def test_a_run_stopped_on_three_ranks_finishes_on_two(scenario: Scenario) -> None:
+    run = scenario.run("on-two")
+    assert [(rank.step, rank.stop_reason) for rank in scenario.attempts["on-two"]] == [(STEPS, None)] * 2
     assert run.status().status == "finished"
-    expected = lines(story.run("undisturbed"), "train")
+    expected = lines(scenario.run("undisturbed"), "train")
     found = lines(run, "train")
     assert [line["step"] for line in found] == [line["step"] for line in expected]
-    assert found[: story.stopped_at] == expected[: story.stopped_at]
+    assert found[: scenario.stopped_at] == expected[: scenario.stopped_at]
 
 
-def test_exact_mode_on_two_ranks_ends_with_the_same_bits(
-    stories: dict[str, Story],
-) -> None:
-    story = stories["exact"]
-    run, undisturbed = story.run("on-two"), story.run("undisturbed")
+def test_exact_mode_on_two_ranks_ends_with_the_same_bits(scenarios: dict[str, Scenario]) -> None:
+    scenario = scenarios["exact"]
+    run, undisturbed = scenario.run("on-two"), scenario.run("undisturbed")
     for kind in ("train", "epoch"):
         assert lines(run, kind) == lines(undisturbed, kind)
     assert digest(newest_checkpoint(run.path) / "tensors.safetensors") == digest(
@@ -229,16 +228,16 @@ def test_exact_mode_on_two_ranks_ends_with_the_same_bits(
     assert "bits may differ" not in log
 
 
-def test_fast_mode_warns_that_bits_may_differ(stories: dict[str, Story]) -> None:
-    story = stories["fast"]
-    run = story.run("on-two")
+def test_fast_mode_warns_that_bits_may_differ(scenarios: dict[str, Scenario]) -> None:
+    scenario = scenarios["fast"]
+    run = scenario.run("on-two")
     # The first step on two ranks starts from the weights of three ranks: only the order of sums differs.
-    first = story.stopped_at
-    expected, found = (lines(story.run(name), "train") for name in ("undisturbed", "on-two"))
+    first = scenario.stopped_at
+    expected, found = (lines(scenario.run(name), "train") for name in ("undisturbed", "on-two"))
     assert found[first]["loss"] == pytest.approx(expected[first]["loss"], rel=1e-6)
     assert found[first]["lr"] == expected[first]["lr"]
     assert digest(newest_checkpoint(run.path) / "tensors.safetensors") != digest(
-        newest_checkpoint(story.run("undisturbed").path) / "tensors.safetensors"
+        newest_checkpoint(scenario.run("undisturbed").path) / "tensors.safetensors"
     )
     log = (run.logs / "rank-0000.log").read_text()
     assert "resuming with a different world_size: 3 before, 2 now; bits may differ" in log
