@@ -78,10 +78,17 @@ def _saved(run: RunFolder) -> dict[str, dict[str, str]]:
 def _compare_lines(key: tuple[int, str], a: dict[str, Any], b: dict[str, Any]) -> Divergence | None:
     step, place = key
     for name in a:
-        if name in b and a[name] != b[name]:  # versions differ in which metrics they log
+        if name in b and not _is_equal(a[name], b[name]):  # versions differ in which metrics they log
             where = f"epoch {a['epoch'] + 1}" if place == "epoch" else place
             return Divergence(step, f"logged for {where}: {name} {a[name]} | {b[name]}")
     return None
+
+
+def _is_equal(a: Any, b: Any) -> bool:
+    """Whether a metric is equal in two runs; of a split's metrics, those that both runs logged."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return all(a[name] == b[name] for name in a.keys() & b.keys())
+    return bool(a == b)
 
 
 def _compare_saves(name: str, a: dict[str, str], b: dict[str, str]) -> Divergence | None:

@@ -81,15 +81,15 @@ class Peers:
                 connection=connection,
                 check=agents.check_jobs if agents else None,
             )
+            _has_connected = True
+            server = "torchrun's agent" if endpoint.has_agent else "rank 0"
+            return cls(PrefixStore(token, store), connection, rank=rank, world_size=world_size, server=server)
         except PeerError:
             raise
         except RuntimeError:  # from the store
             time.sleep(_CLOSING_SECONDS)
             check_server(connection, str(endpoint), world_size)
             raise
-        _has_connected = True
-        server = "torchrun's agent" if endpoint.has_agent else "rank 0"
-        return cls(PrefixStore(token, store), connection, rank=rank, world_size=world_size, server=server)
 
     def __enter__(self) -> Self:
         self._send_heartbeat(0)

@@ -16,10 +16,6 @@ class SplitRecord(Record):
     accuracy5: Number = None
 
 
-def _split_or_none(value: Any) -> Any:
-    return value if isinstance(value, dict | SplitRecord) else None
-
-
 class TrainRecord(Record):
     """A line of metrics.jsonl: means over the training steps since the previous such line."""
 
