@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from kit.commands import ROOT, Command, attempts, final_tensors, metrics, status, torchrun
+from kit.speed import slowness
 
 CPU = ("--device", "cpu")
 SMALL = ("configs/debug.toml", *CPU, "--data.train_samples", "200", "--data.test_samples", "40")
@@ -24,7 +25,7 @@ def python(*arguments: object, module: str = "distributed.train") -> list[str]:
 def run(arguments: list[str], cwd: Path = ROOT, seconds: float = 60) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     return subprocess.run(
-        arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+        arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=seconds * slowness(), check=False
     )
 
 
