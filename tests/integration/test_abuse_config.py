@@ -271,7 +271,7 @@ WORDS: dict[str, tuple[list[str], str]] = {
 
 MEET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
-    "RANK alone": ({"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK is missing"),
+    "RANK alone": ({"RANK": "0"}, "RANK set without WORLD_SIZE, LOCAL_RANK"),
     "no number": ({"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0"}, "should be a whole number"),
     "empty": ({"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}, "should be a whole number"),
     "an empty world": (

@@ -141,7 +141,7 @@ def test_a_photo_is_rotated_by_its_exif_orientation(tmp_path):
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 60), (60, 100), (40, 40), (17, 400), (20, 33), (16, 31), (7, 5)])
-def test_the_shorter_side_is_resized_and_the_center_cropped(height, width):
+def test_the_shorter_side_is_resized_and_the_centre_cropped(height, width):
     across = torch.linspace(0, 255, width).round().byte().expand(3, height, width)
     square = decode.to_square(across, 16)
     assert square.shape == (16, 16, 3)

@@ -175,7 +175,7 @@ def decode(path: Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 
 def to_square(image: Tensor, side: int, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Resize the shorter side of uint8 [3, h, w] to `side`, bilinear with antialiasing, and crop the center: [side, side, 3].
+    """Resize the shorter side of uint8 [3, h, w] to `side`, bilinear with antialiasing, and crop the centre: [side, side, 3].
 
     Raises:
         TooLarge: before cropping it would have more than `max_pixels`, e.g. if it is one pixel high.
