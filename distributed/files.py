@@ -26,7 +26,7 @@ class Written(NamedTuple):
 
 
 def home_path(text: str | Path) -> Path:
-    """As `with_home`, but return a Path."""
+    """Like `with_home`, but return a Path."""
     return Path(with_home(text))
 
 
@@ -43,7 +43,7 @@ def with_home(text: str | Path) -> str:
 
 
 def open_regular(path: str | Path, flags: int) -> int:
-    """As `os.open`, but raise OSError, without blocking, for a pipe, device or socket. Usable as `opener` of `open`."""
+    """Like `os.open`, but raise OSError, without blocking, for a pipe, device or socket. An `opener` for `open`."""
     handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     mode = os.fstat(handle).st_mode
     if stat.S_ISREG(mode):

@@ -59,7 +59,7 @@ def unit(keys: Tensor, purpose: str) -> Tensor:
 
 
 def unit_of_each(keys: Tensor, purposes: tuple[str, ...]) -> Tensor:
-    """As `unit`, for several purposes in one batch of operations: float64 [len(purposes), n]."""
+    """Like `unit`, for several purposes in one batch of operations: float64 [len(purposes), n]."""
     first, second = _key_words_of_each(purposes, keys.device)
     return (_mix_(keys[:, 0] ^ first, keys[:, 1] ^ second).to(torch.float64) + 0.5) * 2.0**-32
 

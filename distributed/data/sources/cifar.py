@@ -66,12 +66,12 @@ def read(name: str, root: Path, split: str) -> Images:
 
 
 def read_splits(name: str, root: Path, splits: Sequence[str] = ("train", "test")) -> list[Images]:
-    """As `read`, for several splits in one pass over an archive."""
+    """Like `read`, for several splits in one pass over an archive."""
     return read_identified(name, root, splits).splits
 
 
 def read_identified(name: str, root: Path, splits: Sequence[str]) -> Identified:
-    """As `read_splits`, and compute each split's fingerprint."""
+    """Like `read_splits`, and compute each split's fingerprint."""
     files = files_in(name, root)
     records = {split: files.spec.records(files.form, split) for split in splits}
     read = {split: _empty(sum(counts.values())) for split, counts in records.items()}

@@ -37,7 +37,7 @@ def read(root: Path, side: int, cache: Path | None = None, *, max_pixels: int = 
 def read_listed(
     root: Path, listings: Mapping[str, Listing], side: int, cache: Path | None, *, max_pixels: int
 ) -> list[Images]:
-    """As `read`, for a folder whose files are already listed."""
+    """Like `read`, for a folder whose files are already listed."""
     if cache and next(folders(root, cache), None) is None:
         raise InputError(
             f"data.cache: cannot write to {cache}, or other users can; name another folder with --data.cache"

@@ -20,7 +20,7 @@ class _Plain(pickle.Unpickler):
 
 
 def _empty_array(kind: Any, shape: Any, letter: Any) -> Any:
-    """As numpy's `_reconstruct`, for plain arrays only: return an empty array, which the pickle fills."""
+    """Like numpy's `_reconstruct`, for plain arrays only: return an empty array, which the pickle fills."""
     if kind is not np.ndarray or shape != (0,):
         raise pickle.UnpicklingError("its array is not a plain numpy array")
     return np.ndarray(shape, np.uint8)
