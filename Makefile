@@ -1,20 +1,20 @@
-# make train, make test: each sets up all it needs in .venv, then runs. Needs Python 3.11+, make and a C++ compiler.
+# make train, make test: each first installs what it needs in .venv. Requires Python 3.11+, make and a C++ compiler.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
-unexport PYTHONDONTWRITEBYTECODE  # hundreds of processes would compile our modules anew
+unexport PYTHONDONTWRITEBYTECODE  # hundreds of processes would recompile our modules
 
 INTEGRATION := $(wildcard tests/integration/test_*.py)
 ABUSE := $(filter tests/integration/test_abuse_%,$(INTEGRATION))
 CLUSTERS := $(patsubst %,tests/integration/test_%.py,ray slurm slurm_doctor slurm_submit hosts)
 CORE := $(patsubst %,core-%,multiprocess unit integration)
-# The longest first, so that the last end together.
+# Longest first, so that the last ones finish at about the same time.
 SUITES := test-clusters test-multiprocess test-integration test-unit test-abuse
-# Suites run three at a time (JOBS=1: one), as much of each is waiting. Each has a budget in seconds, scaled to this machine's speed;
-# at its end pytest is interrupted, not killed, so that it ends the clusters it started.
+# Suites run three at a time (JOBS=1: one), since each mostly waits. Each has a budget in seconds, scaled to this machine's
+# speed; when it is used up, pytest is interrupted, not killed, so that it shuts down the clusters it started.
 TOGETHER = $(MAKE) --no-print-directory --jobs=$(or $(JOBS),3) --output-sync=target
 SLOWNESS = $$($(PYTHON) tests/kit/speed.py)
 BUDGET = timeout --foreground --signal=INT --kill-after=60 $$(awk "BEGIN { print int($(1) * $(SLOWNESS)) }")
@@ -22,7 +22,7 @@ TIMES := .test-times
 timed = @begin=$$(date +%s); $(1); code=$$?; \
 	echo "$@: $$(($$(date +%s) - begin)) s, exit code $$code" | tee -a $(TIMES); exit $$code
 pytest = $(call timed,$(call BUDGET,$(1)) $(BIN)/python -m pytest -p no:cacheprovider --skips=$(TIMES) $(2))
-# Run targets together, then list the seconds of each and why tests were skipped.
+# Run targets in parallel, then list the time that each took, and why tests were skipped.
 summarized = @rm -f $(TIMES); begin=$$(date +%s); $(TOGETHER) $(1); code=$$?; \
 	echo "$@: $$(($$(date +%s) - begin)) s, of which, $(or $(JOBS),3) at a time:"; sort -u $(TIMES); exit $$code
 OLDEST := .venv-torch211
@@ -34,7 +34,7 @@ train: $(READY)  ## train on CIFAR-10 in CIFAR_ROOT (or ./data), or on generated
 	$(BIN)/torchrun --nproc_per_node=$(RANKS) --standalone -m distributed.train $(if $(CIFAR_ROOT),--data.root $(CIFAR_ROOT)) $(ARGS)
 
 # Tests on real CIFAR read CIFAR_ROOT and are skipped without it.
-test: $(READY)  ## unit tests, tests on two ranks, the core of integration, and the same bits after kills
+test: $(READY)  ## unit tests, tests on two ranks, core integration tests, bit-identical resume after kills
 	@echo "make test: under 10 minutes on two cores. make test-all adds everything else and takes about 30."
 	$(call summarized,$(CORE))
 
@@ -68,15 +68,15 @@ test-abuse: $(READY)
 test-clusters: $(READY)  ## a real Ray, a real Slurm and several hosts, one after the other
 	$(call pytest,2700,$(CLUSTERS))
 
-# The lower bound of pyproject.toml: imports, two steps on two ranks, a resume. It is the rented GPU machine's torch too.
+# The oldest torch that pyproject.toml allows, which is also the rented GPU machine's: imports, two steps on two ranks, a resume.
 test-oldest: $(OLDEST)/.ready
 	$(call timed,$(call BUDGET,400) $(OLDEST)/bin/python -m pytest -m smoke tests/integration)
 
-# Both commands for that machine, at its torch; they are judged by the clock, so nothing runs beside them.
+# The two commands for that machine, with its torch. They have time limits, so nothing else runs meanwhile.
 dry-oldest: $(READY) $(OLDEST)/.ready
 	$(call timed,$(call BUDGET,400) $(BIN)/python -m distributed.gpu_pack dry-run --python $(OLDEST)/bin/python)
 
-# The steps that run nowhere else, at the newest torch.
+# The steps of the GPU check that no other test runs, with the newest torch.
 dry-newest: $(READY)
 	$(call timed,$(call BUDGET,400) $(BIN)/python -m distributed.gpu_pack dry-run --call 1 --only units networks invariance)
 

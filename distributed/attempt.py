@@ -1,4 +1,4 @@
-"""One attempt at a run: claims the run folder, records what the attempt runs on and what changed, and how it ended."""
+"""One attempt at a run: claims the run folder and records the environment, changes to it, and how the attempt ended."""
 
 import json
 from importlib.metadata import version
@@ -41,7 +41,7 @@ class Attempt:
         return self
 
     def _record_sudden_ending(self, ending: exits.Exit) -> None:
-        """Record the ending of a process that exits without returning here, if the attempt has begun."""
+        """Record the ending of a process that exits without returning here, if the attempt has started."""
         if self.run is not None and self._state is not None:
             self.run.end(
                 "stopped" if ending.is_stop else "failed",
@@ -78,11 +78,11 @@ class Attempt:
         return {"data": self.config.data.name, "config": json.loads(self.config.model_dump_json()), "bits": bits}
 
     def _check_differences(self, differences: list[str]) -> None:
-        """Raise or warn if the ranks differ in what selects their kernels."""
+        """Raise or warn if the ranks differ in hardware, libraries or variables that select kernels."""
         if differences and self.config.exact.shards not in ("auto", 0):
             raise InputError(
                 *[f"exact.shards = {self.config.exact.shards}, but ranks differ in {line}" for line in differences],
-                "exact mode needs identical nodes: use such nodes, or set --exact.shards 0",
+                "exact mode needs identical nodes: use nodes of one type, or set --exact.shards 0",
             )
         for line in differences if self.topology.is_main else ():
             logger.warning("ranks differ in {}; results depend on which rank runs where", line)
@@ -107,7 +107,7 @@ class Attempt:
             )
             raise InputError(
                 f"{self.folder.path}: exact.shards = {now['shards']} here (auto depends on device and engine), and this run "
-                f"was begun with {shards}; {remedy}, or another --run_dir"
+                f"was started with {shards}; {remedy}, or another --run_dir"
             )
         # Checkpoints of older versions record fewer keys, and a variable that was not set has none.
         records_variables = "instructions" in before or "compute capability" in before

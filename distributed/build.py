@@ -50,7 +50,7 @@ def check_same_config(config: TrainConfig) -> None:
     different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if different:
         raise InputError(
-            f"config: rank {', '.join(map(str, different))} has different settings than rank 0; "
+            f"config: rank {', '.join(map(str, different))} has different settings from rank 0; "
             "start every node with the same command and the same files"
         )
 
@@ -86,8 +86,8 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
     """Build the model and its engine. A single process has nothing to shard and uses `DdpEngine` in fast mode."""
     model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
     compute = Compute(config.precision, config.channels_last, device, config.timeout_seconds)
-    engine, optim, several = config.engine, config.optim, topology.world_size > 1
-    if isinstance(engine, DeepSpeed) and several:
+    engine, optim, multiple_ranks = config.engine, config.optim, topology.world_size > 1
+    if isinstance(engine, DeepSpeed) and multiple_ranks:
         check_own_gpu(device, "engine.name = deepspeed")
         from distributed.engine.deepspeed import DeepSpeedEngine  # slow to import, like FSDP2
 
@@ -98,7 +98,7 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
     if shards := config.shards_on(device.type):
         workers = shard_workers(device, threads=topology.threads(config.threads))
         return ExactEngine(engine, model, optim=optim, compute=compute, shards=shards, workers=workers)
-    if isinstance(engine, Fsdp) and several:
+    if isinstance(engine, Fsdp) and multiple_ranks:
         check_own_gpu(device, "engine.name = fsdp in fast mode")
         from distributed.engine.fsdp import FsdpEngine
 
@@ -183,7 +183,7 @@ def _log_batch(config: TrainConfig, topology: Topology, device: torch.device) ->
         logger.info(note)
     if device.type == "cpu" and 0 < (busy := -(-shards // world_size)) < threads:
         logger.warning(
-            "{} of {} threads per rank are idle: a shard uses one; start a run with more exact.shards to use more",
+            "{} of {} threads per rank are idle: each shard uses one; a new run with more exact.shards would use more",
             threads - busy, threads,
         )  # fmt: skip
 
@@ -203,7 +203,7 @@ def _log_mode(config: TrainConfig, topology: Topology, device: torch.device) -> 
         sends_nothing = topology.world_size == 1
         logger.info(
             "engine.compression = {}: gradients are approximate, and the bits depend on the number of processes{}",
-            config.compression, "; one process sends nothing and rounds nothing" if sends_nothing else "",
+            config.compression, "; a single process sends and rounds nothing" if sends_nothing else "",
         )  # fmt: skip
 
 

@@ -52,10 +52,10 @@ def compare(a: RunFolder, b: RunFolder) -> Comparison:
     """Compare the logged metrics and saved tensors that both runs have."""
     logged_a, logged_b = _logged(a), _logged(b)
     common = [key for key in logged_a if key in logged_b]
-    found = [different for key in common if (different := _compare_lines(key, logged_a[key], logged_b[key]))][:1]
+    found = [divergence for key in common if (divergence := _compare_lines(key, logged_a[key], logged_b[key]))][:1]
     saved_a, saved_b = _saved(a), _saved(b)
     saves = [name for name in saved_a if name in saved_b]
-    found += [different for name in saves if (different := _compare_saves(name, saved_a[name], saved_b[name]))][:1]
+    found += [divergence for name in saves if (divergence := _compare_saves(name, saved_a[name], saved_b[name]))][:1]
     return Comparison(sorted(found), len(common), len(saves))
 
 
@@ -70,7 +70,7 @@ def _logged(run: RunFolder) -> dict[tuple[int, str], dict[str, Any]]:
 
 
 def _saved(run: RunFolder) -> dict[str, dict[str, str]]:
-    """Return the tensors' digests by the name of the save; of repeated saves the last counts."""
+    """Return the tensors' digests by the name of the save. If a save is repeated, the last one counts."""
     saved = {record.name: record.tensors for record in read_saves(run.digests_file)}
     return {name: saved[name] for name in sorted(saved)}
 
@@ -78,10 +78,17 @@ def _saved(run: RunFolder) -> dict[str, dict[str, str]]:
 def _compare_lines(key: tuple[int, str], a: dict[str, Any], b: dict[str, Any]) -> Divergence | None:
     step, place = key
     for name in a:
-        if name in b and a[name] != b[name]:  # versions differ in which metrics they log
+        if name in b and not _is_equal(a[name], b[name]):  # versions differ in which metrics they log
             where = f"epoch {a['epoch'] + 1}" if place == "epoch" else place
             return Divergence(step, f"logged for {where}: {name} {a[name]} | {b[name]}")
     return None
+
+
+def _is_equal(a: Any, b: Any) -> bool:
+    """Whether a metric is equal in two runs; of a split's metrics, those that both runs logged."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return all(a[name] == b[name] for name in a.keys() & b.keys())
+    return bool(a == b)
 
 
 def _compare_saves(name: str, a: dict[str, str], b: dict[str, str]) -> Divergence | None:

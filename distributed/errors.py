@@ -39,7 +39,7 @@ class _UserError:
 
 
 class InputError(_UserError, ValueError):
-    """The user's input cannot be used. Each line names the thing, its value and the remedy.
+    """The user's input cannot be used. Each line names a setting or file, its value and the remedy.
 
     Raised before any process group or GPU is used; ends the process with `ExitCode.BAD_INPUT`, without a traceback.
     """

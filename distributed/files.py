@@ -1,4 +1,4 @@
-"""Reads and writes files; a write is atomic: whatever dies in between, the file is either unchanged or complete."""
+"""Reads and writes files. Writes are atomic: after a crash at any point the file is either unchanged or complete."""
 
 import errno
 import hashlib
@@ -26,7 +26,7 @@ class Written(NamedTuple):
 
 
 def home_path(text: str | Path) -> Path:
-    """Return the path that `with_home` returns as text."""
+    """Like `with_home`, but return a Path."""
     return Path(with_home(text))
 
 
@@ -43,7 +43,7 @@ def with_home(text: str | Path) -> str:
 
 
 def open_regular(path: str | Path, flags: int) -> int:
-    """Open a regular file as `os.open` does; a pipe, device or socket is an OSError, without blocking. An `opener`."""
+    """Like `os.open`, but raise OSError, without blocking, for a pipe, device or socket. An `opener` for `open`."""
     handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     mode = os.fstat(handle).st_mode
     if stat.S_ISREG(mode):
@@ -60,7 +60,7 @@ def opened(path: Path) -> BufferedReader:
 
 
 def read_at_most(path: Path, limit: int) -> bytes:
-    """Return the content of a regular file; more bytes than `limit` are an OSError, raised before they take memory."""
+    """Return the content of a regular file. Raise OSError if it has more than `limit` bytes, without reading all."""
     with opened(path) as file:
         if os.fstat(file.fileno()).st_size <= limit and len(content := file.read(limit + 1)) <= limit:
             return content
@@ -68,7 +68,7 @@ def read_at_most(path: Path, limit: int) -> bytes:
 
 
 def lines_of(path: Path) -> Iterator[str]:
-    """Yield the lines of a text file without their ends, up to a line of 16 MiB; none if it is not a regular file."""
+    """Yield the lines of a text file without line endings, up to a line of 16 MiB; none if it is not a regular file."""
     if not os.path.isfile(path):
         return
     with opened(path) as file:
@@ -79,14 +79,14 @@ def lines_of(path: Path) -> Iterator[str]:
 
 
 def digest_of(path: Path) -> Written:
-    """Return size and digest of a file on the disk."""
+    """Return size and digest of a file."""
     with opened(path) as file:
         digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
         return Written(file.tell(), digest.hexdigest())
 
 
 def digest_of_bytes(content: bytes) -> Written:
-    """Return size and digest of what would be a file's content."""
+    """Return size and digest of a file with this content."""
     return Written(len(content), hashlib.blake2b(content, digest_size=16).hexdigest())
 
 
@@ -106,7 +106,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def storing(folder: Path) -> Iterator[None]:
-    """Turn an OSError from writing into a StorageError that says the remedy."""
+    """Turn an OSError from writing into a StorageError that names the remedy."""
     try:
         yield
     except StorageError:
@@ -125,15 +125,15 @@ def replace_text(path: Path, text: str, *, synced: bool = True) -> None:
 
 def replace_bytes(path: Path, content: bytes, *, synced: bool = True) -> None:
     """Write a temporary file, flush it to the disk if `synced`, and rename it into place."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if synced:
-            write_synced(aside, content)
+            write_synced(temporary, content)
         else:
-            aside.write_bytes(content)
-        os.replace(aside, path)
+            temporary.write_bytes(content)
+        os.replace(temporary, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         error.filename, error.filename2 = str(path), None  # a failed write names no file
         raise
     if synced:

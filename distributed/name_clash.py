@@ -1,7 +1,7 @@
 """Refuses to run, when imported, if dask's package `distributed` is installed into the same folder. Imports no torch.
 
 pip installs both packages into site-packages/distributed/ and overwrites files without a warning. If dask's `__init__.py` has
-replaced ours, its first statement imports `distributed.config`, which is our folder: so that one imports this module, too.
+replaced ours, its first statement imports `distributed.config`. That is our folder, so it imports this module too.
 """
 
 import os
@@ -27,7 +27,7 @@ def _check() -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {reason}", file=sys.stderr, flush=True)
     else:
-        time.sleep(3)  # torchrun ends all ranks once one has ended; the one that prints needs to come first
+        time.sleep(3)  # torchrun ends all ranks as soon as one exits: let local rank 0 print first
     os._exit(2)
 
 

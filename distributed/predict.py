@@ -68,7 +68,7 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m distributed.predict", description=__doc__)
     parser.add_argument("run", type=home_path, metavar="RUN", help="run folder")
-    parser.add_argument("images", type=home_path, nargs="+", metavar="IMAGE", help="image files of any common format")
+    parser.add_argument("images", type=home_path, nargs="+", metavar="IMAGE", help="image files in any common format")
     parser.add_argument("--checkpoint", default="auto", help="best, latest or a name; auto: best if there is one")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument(
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="max_pixels",
         type=int,
         metavar="N",
-        help="largest image to decode; default: the run's",
+        help="maximum number of pixels of an image; default: the run's",
     )
     parser.add_argument(
         "--data.root",

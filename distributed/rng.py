@@ -59,14 +59,14 @@ def unit(keys: Tensor, purpose: str) -> Tensor:
 
 
 def unit_of_each(keys: Tensor, purposes: tuple[str, ...]) -> Tensor:
-    """Draw what `unit` does for several purposes in one batch of operations: float64 [len(purposes), n]."""
+    """Like `unit`, for several purposes in one batch of operations: float64 [len(purposes), n]."""
     first, second = _key_words_of_each(purposes, keys.device)
     return (_mix_(keys[:, 0] ^ first, keys[:, 1] ^ second).to(torch.float64) + 0.5) * 2.0**-32
 
 
 @lru_cache
 def _key_words_of_each(purposes: tuple[str, ...], device: torch.device) -> Tensor:
-    """Return the key words of purposes, int64 [2, len(purposes), 1]; cached, because a copy to a GPU in each step blocks."""
+    """Return the key words of purposes, int64 [2, len(purposes), 1]. Cached: copying them to a GPU blocks."""
     return torch.tensor([key_words(purpose) for purpose in purposes], dtype=torch.int64).T[:, :, None].to(device)
 
 

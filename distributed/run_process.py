@@ -19,7 +19,7 @@ from distributed.training.stop import StopSource
 
 
 def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource) -> int:
-    """Train and return the exit code. Under torchrun, also report the reason of a failure or stop to its summary."""
+    """Train and return the exit code. Under torchrun, also report the reason for a failure or stop to its summary."""
     logs.terminal_logs(topology.rank, level=config.logging.level)
     agents = find_agent_store(topology)
     try:
@@ -46,7 +46,7 @@ def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource) 
 
 
 def _log_error(error: Exception, topology: Topology) -> None:
-    """Log expected errors in their own words, all others with a traceback."""
+    """Log expected errors by their message, all others with a traceback."""
     if not isinstance(error, InputError | NotFiniteError | StorageError | PeerError):
         logger.opt(exception=True).error("rank {} failed", topology.rank)
         return

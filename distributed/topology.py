@@ -34,7 +34,7 @@ class Topology:
 
     @classmethod
     def from_environment(cls) -> Self:
-        """Read what the launcher set; a single process if it set nothing.
+        """Read the variables that the launcher set. Without any, return a single process.
 
         Raises:
             InputError: RANK, WORLD_SIZE or LOCAL_RANK is set without the others, or is not a number in range.
@@ -46,7 +46,7 @@ class Topology:
         if len(present) < len(names):
             missing = ", ".join(name for name in names if name not in present)
             raise InputError(
-                f"environment: {missing} is missing beside {', '.join(present)}; start with torchrun, or unset them"
+                f"environment: {', '.join(present)} set without {missing}; start with torchrun, or unset all of them"
             )
         try:
             rank, world_size, local_rank = (_integer(name) for name in names)
@@ -176,7 +176,7 @@ def is_elastic() -> bool:
 
 
 def has_launcher() -> bool:
-    """Whether the parent is torchrun or a Slurm step, whose death ends the job. A shell may exit and leave its command."""
+    """Whether the parent is torchrun or a Slurm step, whose death ends the job. A shell's death need not."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_STEP_ID" in os.environ
 
 
@@ -192,7 +192,7 @@ def error_file() -> Path | None:
 
 
 class SlurmJob(NamedTuple):
-    """Id of a Slurm job, how often it was restarted, and its cluster."""
+    """Id of a Slurm job, its number of restarts, and its cluster."""
 
     job: str
     restarts: int
@@ -219,12 +219,12 @@ def cluster_job() -> str:
 
 
 def host() -> str:
-    """Return the host name, for people: it need not be unique, and a container has its own."""
+    """Return the host name, for messages only: it need not be unique, and a container has its own."""
     return socket.gethostname()
 
 
 def boot_id() -> str:
-    """Return an id of the running operating system: unique to this machine, and the same in all of its containers."""
+    """Return an id of the running operating system: unique to this machine, and the same in all its containers."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() or host()
     except OSError:

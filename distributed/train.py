@@ -74,13 +74,13 @@ def checked_config(
     """Build the config from command-line arguments and check it with its data and run folder.
 
     If the arguments name neither a config file nor data, CIFAR-10 is used if present, otherwise generated images,
-    under a banner. In a cluster job, whose terminal nobody watches, missing data is an error instead.
+    under a banner. In a cluster job, where a banner would go unnoticed, missing data is an error instead.
 
     Args:
         adapt: a launcher's hook that removes its own section from the config. May raise InputError.
 
     Raises:
-        InputError: something cannot be used. Reports together as many errors as could be found.
+        InputError: the config, data or run folder cannot be used. Reports as many errors as possible together.
     """
     config = _config_with_data(arguments, topology)
     if adapt:
@@ -129,9 +129,8 @@ def refuse(error: InputError, topology: Topology) -> int:
     if topology.local_rank == 0:
         error.report()
     if topology.has_waiting_peers:
-        from distributed.comm.peers import (
-            notify_waiting_peers,  # imports torch: other ranks may have found no error and wait
-        )
+        # Imports torch, because the other ranks may have found no error and be waiting in the rendezvous.
+        from distributed.comm.peers import notify_waiting_peers
 
         notify_waiting_peers(topology, error.exit_code, reason)
     elif topology.local_rank:
@@ -140,4 +139,4 @@ def refuse(error: InputError, topology: Topology) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main, skip_cleanup=True)  # threads of gloo or NCCL may wait for a dead peer for ever
+    run_command(main, skip_cleanup=True)  # threads of gloo or NCCL may wait for a dead peer forever

@@ -8,11 +8,11 @@ from pathlib import Path
 def _check_distributed() -> None:
     """End a command with exit code 2, or raise ImportError in a program, if `distributed` is another package, e.g. dask's."""
     spec = find_spec("distributed")
-    places = [Path(place) for place in (spec and spec.submodule_search_locations) or ()]
-    if not places or any((place / "name_clash.py").is_file() for place in places):
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+    if not folders or any((folder / "name_clash.py").is_file() for folder in folders):
         return
     reason = (
-        f"{places[0]}: this package is not distributed-alexnet, but another of the same name (dask's?), which comes first on "
+        f"{folders[0]}: this package is not distributed-alexnet, but another of the same name (dask's?), which comes first on "
         "the path; use a separate environment, or: pip uninstall distributed dask"
     )
     # As in distributed/name_clash.py, which cannot be imported from here.

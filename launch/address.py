@@ -29,7 +29,7 @@ def resolve_address(host: str, *, nodes: int) -> str:
     """Return the numeric address of a host name or address.
 
     Raises:
-        InputError: it cannot be resolved, or several nodes would meet on a loopback address.
+        InputError: it cannot be resolved, or it is a loopback address and there are several nodes.
     """
     remedy = (
         "fix NodeAddr in slurm.conf or the name in /etc/hosts, or give another: sbatch --export=ALL,RDZV_ADDRESS=..."
@@ -41,8 +41,8 @@ def resolve_address(host: str, *, nodes: int) -> str:
     routable = [address for address in resolved if not is_loopback(address)]
     if nodes > 1 and not routable:
         raise InputError(
-            f"rendezvous address = {host}: resolves to {resolved[0]}, a loopback address, where the {nodes} nodes cannot "
-            f"reach each other; {remedy}"
+            f"rendezvous address = {host}: resolves to {resolved[0]}, a loopback address, which the other nodes cannot "
+            f"reach; {remedy}"
         )
     usable = routable or resolved
     return next((address for address in usable if "." in address), usable[0])
@@ -65,7 +65,7 @@ def free_port(job: int) -> int:
     for attempt in range(_ATTEMPTS):
         port = _FIRST_PORT + (job + attempt * _STRIDE) % _PORTS
         with socket.socket() as candidate:
-            candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # like the store that will listen there
+            candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # like the store that will use the port
             try:
                 candidate.bind(("", port))
             except OSError:

@@ -26,14 +26,14 @@ class Allocation:
     node_list: str = ""
     """Node names in Slurm's compact notation, e.g. `n[1-4]`."""
     missing_folder: str = ""
-    """The folder that the job was submitted from, if this node does not have it and the job started elsewhere."""
+    """The folder that the job was submitted from, if this node does not have it, so that the job started elsewhere."""
 
     @classmethod
     def from_environment(cls) -> Self:
         """Read the allocation of this job.
 
         Raises:
-            InputError: this is no job, or a variable holds no number.
+            InputError: this is not a job, or a variable is not a number.
         """
         if "SLURM_JOB_ID" not in os.environ:
             raise InputError(

@@ -1,7 +1,7 @@
 """`python -m launch.ray_train [CONFIG.toml] [--SETTING VALUE ...]`: runs the same recipe on the workers of a Ray cluster.
 
-The section `scaling` sets number and kind of workers. Input errors end here, before ray or torch is imported or anything is
-scheduled. On Ctrl-C, SIGTERM and `ray job stop` the run saves at the next step; the same command resumes it.
+The section `scaling` sets number and kind of workers. Input errors are reported here, before ray or torch is imported or
+anything is scheduled. On Ctrl-C, SIGTERM and `ray job stop` the run saves at the next step; the same command resumes it.
 """
 
 import sys
@@ -34,7 +34,7 @@ The other settings are those of python -m distributed.train:
 
 
 def main() -> int:
-    """Return the exit code; `ExitCode` says what each means."""
+    """Return the exit code, see `ExitCode`."""
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         print(_USAGE.format(job=shipped("launch/ray_job.yaml")) + help_text())
@@ -61,7 +61,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # Imported under its own name, so that workers find by name what they are sent.
+    # Imported under its own name instead of `__main__`, so that workers can import by name what they are sent.
     from launch.ray_train import main as run
 
     run_command(run)

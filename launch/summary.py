@@ -1,6 +1,7 @@
 """`python -m launch.summary FOLDER`: a table of the runs in a folder, with mean and standard deviation over their seeds.
 
-Each task of an array writes it to FOLDER/summary.txt when it ends, so that the last one's is complete. Imports no torch.
+Also writes it to FOLDER/summary.txt. Each task of an array does so when it ends, so the last one writes the complete
+table. Imports no torch.
 """
 
 import re
@@ -18,7 +19,7 @@ from distributed.run.metrics_log import FIGURES, MetricsLog
 from distributed.runs.outcome import outcome_of, runs_below
 from distributed.runs.table import HEADINGS, cells, in_columns
 
-# The end of a run's name that tells the seeds of one setting apart: `lr=0.1/seed-0` of Slurm, `lr=0.1,seed=0` of Ray.
+# The end of a run's name that distinguishes the seeds of one setting: `lr=0.1/seed-0` on Slurm, `lr=0.1,seed=0` on Ray.
 _SEED = re.compile(r"(?:^|[/,])seed[-=]\d+$")
 
 
@@ -36,14 +37,14 @@ def summary(folder: Path) -> str:
     finished = [name for name, outcome in outcomes.items() if outcome.status == "finished"]
     settings: dict[str, list[dict[str, float]]] = {}
     for name in finished:
-        if seed := _SEED.search(name):  # a mean over different settings would mean nothing
+        if seed := _SEED.search(name):  # a mean over different settings would be meaningless
             settings.setdefault(name[: seed.start()], []).append(_last_metrics(folder / name))
     for setting, metrics in settings.items():
         prefix = f"{shown(setting)}: " if setting else ""
         seeds = f"{len(metrics)} finished seed{'s' if len(metrics) > 1 else ''}"
         lines.append(f"{prefix}over {seeds}: {_mean_and_deviation(metrics)}")
     if unfinished := len(runs) - len(finished):
-        lines.append(f"{unfinished} of {len(runs)} runs that have begun are not finished")
+        lines.append(f"unfinished runs: {unfinished} of {len(runs)}")
     return "\n".join(lines) + "\n"
 
 

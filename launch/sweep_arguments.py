@@ -15,7 +15,7 @@ from distributed.errors import InputError
 
 
 class SweepArguments(NamedTuple):
-    """A command line taken apart: the arguments common to all trainings, and the values to sweep for each setting."""
+    """A parsed command line: the arguments common to all trainings, and the values to sweep for each setting."""
 
     common: list[str]
     sweep: dict[str, list[str]]
@@ -34,7 +34,7 @@ class Combination:
 
     @property
     def label(self) -> str:
-        """The settings in one word, e.g. `optim.lr=0.1,seed=1`."""
+        """The settings as one word, e.g. `optim.lr=0.1,seed=1`."""
         return ",".join(f"{name}={value}" for name, value in self.settings)
 
     @property
@@ -50,7 +50,7 @@ def split_sweep(arguments: Sequence[str], *, not_swept: Collection[str] = ()) ->
         not_swept: settings that this launcher cannot sweep, and prefixes of such settings, each ending in a dot.
 
     Raises:
-        InputError: no values, a setting given twice, or one that cannot be swept.
+        InputError: a setting without values, one given twice, or one that cannot be swept.
     """
     common, sweep, seeds = list[str](), dict[str, list[str]](), list[str]()
     remaining = deque(arguments)
@@ -117,7 +117,7 @@ def task_arguments(arguments: Sequence[str], task: int | None) -> list[str]:
     if arguments and arguments[0].startswith("@"):
         lines = read_sweep_file(Path(arguments[0][1:]))
         if task is None or not 0 <= task < len(lines):
-            reason = "this job is no array" if task is None else f"it has no line for task {task}"
+            reason = "this job is not an array" if task is None else f"it has no line for task {task}"
             raise InputError(f"{arguments[0]}: {reason}; submit it with --array=0-{len(lines) - 1}")
         return [*lines[task], *arguments[1:]]
     if task is None:
@@ -131,21 +131,21 @@ def task_arguments(arguments: Sequence[str], task: int | None) -> list[str]:
 
 
 def in_subfolder(arguments: Sequence[str], name: str, *more: str) -> list[str]:
-    """Return the arguments and more, with the run folder, and the upload URL if any, replaced by a subfolder `name`."""
+    """Return the arguments and `more`, with the run folder, and the upload URL if any, replaced by a subfolder `name`."""
     config = from_command_line(arguments).config
-    places = {"run_dir": str(config.run_dir / name)}
+    replaced = {"run_dir": str(config.run_dir / name)}
     if url := config.checkpoint.upload_to:
-        places["checkpoint.upload_to"] = f"{url.rstrip('/')}/{name}"
-    kept = list[str]()
+        replaced["checkpoint.upload_to"] = f"{url.rstrip('/')}/{name}"
+    others = list[str]()
     remaining = deque(arguments)
     while remaining:
         argument = remaining.popleft()
         setting, equals, _ = argument.removeprefix("--").replace("-", "_").partition("=")
-        if not argument.startswith("--") or setting not in places:
-            kept.append(argument)
+        if not argument.startswith("--") or setting not in replaced:
+            others.append(argument)
         elif not equals and remaining:
             remaining.popleft()  # its value
-    return [*kept, *more, *(part for setting, place in places.items() for part in (f"--{setting}", place))]
+    return [*others, *more, *(word for setting, value in replaced.items() for word in (f"--{setting}", value))]
 
 
 def read_sweep_file(file: Path) -> list[list[str]]:

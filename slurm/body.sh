@@ -5,12 +5,12 @@
 #   SETUP=FILE            sourced first: `module load`, proxies, ...
 #   VENV=FOLDER           a venv to activate; default: the project's .venv, if no other environment is named
 #   CONDA_ENV=NAME        or a conda environment
-#   CONTAINER="COMMAND"   or a prefix that runs a command in a container: apptainer exec --nv image.sif
+#   CONTAINER="COMMAND"   or a prefix that runs a command in a container, e.g. apptainer exec --nv image.sif
 #   RANKS_PER_NODE=N      processes per node; default: one per GPU, or one without GPUs
 #   RDZV_ADDRESS=ADDRESS  rendezvous address; default: the first node's NodeAddr
 #   MAX_REQUEUES=N        how often this script may requeue its job; default: 20
 #   PREFLIGHT=0|1         run python -m launch.doctor first; default: on several nodes
-#   TORCHRUN="OPTIONS"    further options of torchrun: --max-restarts=2
+#   TORCHRUN="OPTIONS"    further options of torchrun, e.g. --max-restarts=2
 set -uo pipefail
 : "${project:?is set by the script that sources this}"
 
@@ -53,14 +53,14 @@ in_container() {
     ${CONTAINER:-} "$@"
 }
 
-# bash runs a trap only after the foreground child has ended, so every long command runs in the background and is waited for.
+# bash delays a trap until the foreground child has ended, so every long command runs in the background under `wait`.
 child="" signal="" child_start=0
 # shellcheck disable=SC2317 # called by traps
 forward() {
     [ "$signal" = TERM ] || signal=$1
     [ -n "$child" ] || return 0
     kill -s "$1" "$child" 2>/dev/null
-    # srun drops signals that arrive before its tasks run, so a young step gets the signal again, if it still runs.
+    # srun drops signals that arrive before its tasks run, so a step younger than five seconds gets the signal twice.
     if [ $((SECONDS - child_start)) -lt 5 ]; then
         (sleep 5; kill -s "$1" "$child" 2>/dev/null) &
     fi
@@ -84,7 +84,7 @@ run_on_every_node() {
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$cpus" \
         --kill-on-bad-exit=0 --wait=300 --open-mode=append --output="${logs//%/%%}/%j-%N.log" "$@" &
     child=$!
-    [ -z "$signal" ] || forward "$signal" # it arrived before the child was known
+    [ -z "$signal" ] || forward "$signal" # it arrived before `child` was set
     wait_for_child
 }
 
@@ -101,7 +101,7 @@ main() {
     address=${RDZV_ADDRESS:-$(scontrol -o show node "$head" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')}
 
     # Input errors end the job here, before it uses any node. They would repeat, so it is not requeued.
-    plan=$(mktemp) || exit_with 1 "error: no temporary file could be made; see df"
+    plan=$(mktemp) || exit_with 1 "error: no temporary file could be created; see df"
     in_container python -m launch.slurm.plan "${address:-$head}" "$@" >"$plan" ||
         { rm -f "$plan"; exit_with 2 "not started, see above"; }
     mapfile -d '' -t fields <"$plan"
@@ -126,7 +126,7 @@ preflight() {
     local address=$1 port=$2 code
     shift 2
     if [ -n "${CONTAINER:-}" ]; then
-        log "no preflight: it calls srun, which CONTAINER does not have; try: srun $CONTAINER python -m launch.doctor.probe"
+        log "no preflight: it calls srun, which CONTAINER lacks; try: srun $CONTAINER python -m launch.doctor.probe"
         return
     fi
     python -m launch.doctor --address "$address" --port "$port" "$@" >>"$logs/$SLURM_JOB_ID.log" 2>&1 &
@@ -139,7 +139,7 @@ preflight() {
     fi
 }
 
-# When Slurm loses a node, it restarts the job while the node's old script may live on. That one must not write or requeue.
+# After losing a node, Slurm restarts the job, but the old script may still run there. It must not write or requeue.
 is_superseded() {
     local job
     job=$(scontrol -o show job "$SLURM_JOB_ID") || return 0
@@ -149,7 +149,7 @@ is_superseded() {
 finish() {
     local run=$1 verdict code reason comment
     if is_superseded; then
-        exit_with 75 "another attempt of this job has begun, or Slurm does not answer; this one ends"
+        exit_with 75 "another attempt of this job has started, or Slurm does not answer; this one ends"
     fi
     { read -r verdict; read -r code; read -r reason; read -r comment; } < <(
         in_container python -m launch.slurm.requeue end "$run" "$SLURM_JOB_ID" --signal "$signal"

@@ -12,7 +12,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
 
-# Slurm runs a copy of this file from its spool folder; the job's Command names the original, once per task of an array.
+# Slurm runs a copy of this file from its spool folder; scontrol shows the original as Command, one line per array task.
 project=${PROJECT:-$(dirname "$(dirname "$(readlink -f "$0")")")}
 if [ -z "${PROJECT:-}" ] && [ ! -f "$project/slurm/body.sh" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
     project=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's|^ *Command=||p' | head -n 1 |

@@ -4,17 +4,18 @@ set -uo pipefail
 address=$1 port=$2 ranks=$3
 shift 3
 
-# Gloo uses the address of the host's name, which many systems map to loopback, and torchrun publishes that name too. So both
-# get the address from which this node reaches the first one.
+# By default Gloo uses the address of the host's name, which many systems map to loopback, and torchrun publishes that
+# name. Both get the address from which this node reaches the first one instead.
 # shellcheck disable=SC2086
 { read -r own; read -r interface; } < <(${CONTAINER:-} python -m launch.address "$address")
 [ -z "${interface:-}" ] || export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}"
 
-# How long a save may take after a warning; torchrun reads it from version 2.15 on, older ones wait 30 s.
+# How long a save may take after a warning. torchrun reads this variable since version 2.15; before, it waits 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
 
-# A SIGUSR1 that torchrun does not handle would kill it and leave its workers behind. The first node hosts the rendezvous:
-# torchrun compares host names to find out, which fails if a node has several. CONTAINER and TORCHRUN are split into words.
+# A SIGUSR1 that torchrun does not handle would kill it and orphan its workers. is_host: the first node hosts the
+# rendezvous; otherwise torchrun compares host names, which fails if a node has several. CONTAINER and TORCHRUN are split
+# into words on purpose.
 # shellcheck disable=SC2086
 exec ${CONTAINER:-} python -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$ranks" \
     --rdzv-backend=c10d --rdzv-endpoint="$address:$port" --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \

@@ -46,12 +46,12 @@ def main() -> int:
 
 @dataclass
 class Results:
-    """What a benchmark found so far; all but `outputs` are written as JSON.
+    """A benchmark's results so far; all but `outputs` are written as JSON.
 
     Attributes:
-        ratios, failed: for each of the `rounds`.
-        skipped: workloads that cannot run here, and why.
-        outputs: of workloads that failed.
+        ratios, failed: one entry per round.
+        skipped: workloads that cannot run here, each with the reason.
+        outputs: output of the workloads that failed.
     """
 
     command: str
@@ -84,7 +84,7 @@ def _run_rounds(arguments: argparse.Namespace, options: Options) -> Results:
         results.failed.append({name: str(error) for name, error in errors.items()})
         results.outputs += "".join(f"{name}: {error}\n{error.output}\n\n" for name, error in errors.items())
         if arguments.json:
-            with OptionalOutput(arguments.json):  # rounds take long: a failure to write now must not lose the next one
+            with OptionalOutput(arguments.json):  # rounds take long: a failed write must not end the benchmark
                 results.write(arguments.json)
     return results
 
@@ -133,7 +133,7 @@ def run_round(benchmark: Benchmark, options: Options, deadline: float, *, label:
     """Measure each workload once.
 
     Args:
-        deadline: CLOCK_MONOTONIC in seconds at which the running workload is ended and no other is started.
+        deadline: CLOCK_MONOTONIC in seconds at which the running workload is killed and no other is started.
         label: prefix of the lines printed to stderr.
     """
     figures: Figures = {}
@@ -144,7 +144,7 @@ def run_round(benchmark: Benchmark, options: Options, deadline: float, *, label:
             seconds = min(options.seconds or float("inf"), deadline - start)
             try:
                 if seconds <= 0:
-                    raise WorkloadFailedError("not started: --minutes are over")
+                    raise WorkloadFailedError("not started: the time limit --minutes is reached")
                 measured = workload.measure(None if seconds == float("inf") else seconds)
                 new = benchmark.figures_of(name, workload, measured)
             except WorkloadFailedError as error:

@@ -9,7 +9,7 @@ from distributed.bench.options import Options
 from distributed.bench.workload import Measurement, Workload
 
 Figures = dict[str, float]
-"""Figures of a round by name: a workload's, with what was measured appended if that is not the benchmark's main figure."""
+"""A round's figures by name: the workload's name, followed by the quantity unless it is the benchmark's main figure."""
 Workloads = dict[str, Workload]
 
 

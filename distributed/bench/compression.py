@@ -55,7 +55,7 @@ def accuracy_and_bytes(root: Path, run_dir: Path, *, epochs: int, compression: s
 def step_times(root: Path, *, steps: int) -> dict[str, float]:
     """Measure one round, and return each compression's step time in ms: the tenth percentile of its steps.
 
-    The two ranks wait for each other, so other users of the machine move the median by far more than compression does.
+    The two ranks wait for each other, so other load on the machine shifts the median by far more than compression does.
     """
     found = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -52,8 +52,8 @@ class StepClock:
 
 def step_seconds(readings: Readings) -> list[float]:
     """Return the mean step time of each block, in seconds, without the first quarter of the readings (warm-up)."""
-    kept = readings[len(readings) // 4 :]
-    return [(after - before) / (last - first) for (first, before), (last, after) in pairwise(kept)]
+    measured = readings[len(readings) // 4 :]
+    return [(after - before) / (last - first) for (first, before), (last, after) in pairwise(measured)]
 
 
 def median_step_seconds(readings: Readings) -> float:

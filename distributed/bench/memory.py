@@ -1,4 +1,4 @@
-"""`python -m distributed.bench memory`: measures the memory of a rank under each engine, beside the expected amount.
+"""`python -m distributed.bench memory`: compares the memory of a rank under each engine with the expected amount.
 
 `python -m distributed.bench.memory JSON_SETTINGS`, on the ranks of one case, measures that case.
 """
@@ -36,14 +36,14 @@ class Memory(NamedTuple):
 
 
 class Case(NamedTuple):
-    """An engine's settings, and how many copies of the weights it holds: on every rank, and sharded over the ranks."""
+    """An engine's settings, and how many copies of the weights it stores: on every rank, and sharded over the ranks."""
 
     settings: dict[str, Any]
     replicated: int
     sharded: int
 
 
-# Weights, gradients and momentum are three copies. ZeRO 1, 2, and on a CPU 3, keep another copy of the weights to update.
+# Weights, gradients and momentum are three copies. ZeRO stages 1 and 2, on a CPU also 3, update another copy of the weights.
 CASES = {
     "ddp": Case({"engine": {"name": "ddp"}, "exact": {"shards": 0}}, 3, 0),
     "fsdp": Case({"engine": {"name": "fsdp"}, "exact": {"shards": 0}}, 0, 3),
@@ -102,7 +102,7 @@ def measure(settings: dict[str, Any]) -> Memory:
     with process_group(topology, device, timeout_seconds=120):
         data = build_data(config, topology, device)
         if config.engine.name == "deepspeed":
-            import deepspeed  # noqa: F401  # imported before the measurement, of which it is no part
+            import deepspeed  # noqa: F401  # first, so that its own memory is not measured
         _reset_peak()
         before = _resident("VmRSS")
         engine: Any = build_engine(config, topology, data, device)
@@ -131,11 +131,11 @@ def _config(settings: dict[str, Any]) -> Any:
 
 
 def _train(config: Any, engine: Any, data: Any) -> float:
-    """Take the steps of an epoch, and return the most MiB of tensors that existed before an update."""
+    """Train for an epoch, and return the largest size of all tensors just before an update, in MiB."""
     from distributed.training.steps import train_step
     from distributed.training.totals import MetricAccumulator
 
-    sums, update = MetricAccumulator(engine.device), engine.step
+    metrics, update = MetricAccumulator(engine.device), engine.step
     sizes = []
 
     def step_and_measure(lr: float, *, step: int) -> Any:
@@ -144,7 +144,7 @@ def _train(config: Any, engine: Any, data: Any) -> float:
 
     engine.step = step_and_measure
     for number, batches in enumerate(data.train_epoch(0)):
-        train_step(engine, batches, loss=config.loss, lr=1e-4, step=number, metrics=sums)
+        train_step(engine, batches, loss=config.loss, lr=1e-4, step=number, metrics=metrics)
     return max(sizes)
 
 

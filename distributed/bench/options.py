@@ -17,12 +17,12 @@ WORKLOADS = {
     "timm": "timm's training loop",
     "lightning": "Lightning's Trainer",
 }
-"""What `bench train` can compare, by the name that `--workloads` accepts."""
+"""The workloads of `bench train`, by the names that `--workloads` accepts."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure, and on what.
+    """The options of a benchmark, with defaults filled in.
 
     Args:
         root: folder with CIFAR-10.
@@ -90,8 +90,8 @@ class Options:
     def block(self, batch: int) -> int:
         """Return the number of steps between two readings of the clock.
 
-        On a GPU up to 10, but few enough for four blocks, and for the end of an epoch to fall into at most one block of five,
-        so that the median leaves those blocks out.
+        1 on a CPU. On a GPU at most 10, with at least four blocks in all, and few enough that at most one block in five
+        contains the end of an epoch: the median then ignores those.
         """
         return max(1, min(10, IMAGES // batch // 5, self.steps // 4)) if self.gpus else 1
 

@@ -32,7 +32,7 @@ def ours(options: Options, run_dir: str, *settings: str, **fields: Any) -> Workl
     """
     batch, steps = fields.setdefault("batch", 128), fields.setdefault("steps", options.steps)
     threads = fields.pop("threads", options.threads)
-    epochs = max(20, 2 + steps * batch // IMAGES)  # more than are measured, since the end of a run tests and saves
+    epochs = max(20, 2 + steps * batch // IMAGES)  # never reached: the end of a run would evaluate and save
     values = {
         "data.name": "cifar10", "data.root": options.root, "data.validation_fraction": 0, "run_dir": run_dir,
         "epochs": epochs, "global_batch_size": batch, "device": options.device, "threads": threads,

@@ -1,7 +1,7 @@
 """Runs one workload in this process: `python -m distributed.bench.worker MODULE:FUNCTION JSON_ARGUMENTS`.
 
 Rank 0 prints one JSON line: the clock's readings and the peak memory in MiB, which on CUDA is the device's (torch's count)
-and otherwise the process's. CLOCK_MONOTONIC is the same for all processes, so readings compare with the parent's clock.
+and otherwise the process's. All processes share CLOCK_MONOTONIC, so the parent can compare the readings with its own clock.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A workload of a benchmark, and how it is run and measured in a process of its own."""
+"""A workload of a benchmark, which is run and measured in a process of its own."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from distributed.process.torchrun import torchrun_command
 
 
 class Measurement(NamedTuple):
-    """What was measured of a workload.
+    """The measurement of one workload.
 
     Attributes:
         start: CLOCK_MONOTONIC, in seconds, at which the process was started.
@@ -33,7 +33,7 @@ class Measurement(NamedTuple):
 
 
 class WorkloadFailedError(RuntimeError):
-    """A workload failed or took too long. The message is one line; `output` is the end of what it printed."""
+    """A workload failed or took too long. The message is one line; `output` is the end of the workload's output."""
 
     def __init__(self, line: str, output: str = "") -> None:
         super().__init__(line)

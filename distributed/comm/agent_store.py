@@ -1,10 +1,10 @@
 """The key-value store of torchrun's agents, in which the workers of a multi-node job rendezvous too.
 
-torchrun gives its workers another store, MASTER_ADDR:MASTER_PORT, whose address an agent publishes once in its lifetime. In a
-later rendezvous round a new agent waits for an address that nobody publishes, the other agents wait for the new one, and no
-worker starts: the job hangs when a node joins or returns (seen in torch 2.11 to 2.15). Therefore the workers of each round
-publish an address for the next rounds. That address may be stale by then, so the ranks rendezvous in the agents' own
-store, whose address never changes. If it cannot be found, they use MASTER_ADDR:MASTER_PORT.
+torchrun gives its workers another store, MASTER_ADDR:MASTER_PORT, whose address an agent publishes once in its lifetime. In
+a later rendezvous round a new agent waits for an address that is never published, the other agents wait for the new one,
+and no worker starts: the job hangs when a node joins or returns (seen in torch 2.11 to 2.15). Therefore the workers of each
+round publish an address for the next rounds. That address may be stale by then, so the ranks rendezvous in the agents'
+own store, whose address never changes. If it cannot be found, they use MASTER_ADDR:MASTER_PORT.
 """
 
 import os
@@ -23,7 +23,7 @@ _ROUNDS_AHEAD = 16  # a round may pass without any worker, e.g. if a node is los
 
 
 class ForeignJobError(InputError):
-    """Another job was first at this job's rendezvous."""
+    """Another job already uses this job's rendezvous."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,14 @@ class AgentStore:
         foreign = [str(rank) for rank, job in jobs.items() if own and job != own]
         if foreign:
             raise PeerError(
-                f"rank {', '.join(foreign)} is of another job, started with the same "
+                f"rank {', '.join(foreign)} belongs to another job, started with the same "
                 f"--rdzv-endpoint {self.endpoint} and --rdzv-id {elastic_run_id()}; give each job its own --rdzv-id and port"
             )
 
     def stop_agent(self) -> None:
         """Terminate this node's agent; a no-op on all but local rank 0.
 
-        Otherwise the agent's restarts would disturb the job that was first, and its failure would close the rendezvous.
+        Otherwise the agent's restarts would disturb the other job, and its failure would close the rendezvous.
         """
         if self.topology.local_rank == 0:
             os.kill(self.agent_pid, signal.SIGTERM)

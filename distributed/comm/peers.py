@@ -81,15 +81,15 @@ class Peers:
                 connection=connection,
                 check=agents.check_jobs if agents else None,
             )
+            _has_connected = True
+            server = "torchrun's agent" if endpoint.has_agent else "rank 0"
+            return cls(PrefixStore(token, store), connection, rank=rank, world_size=world_size, server=server)
         except PeerError:
             raise
         except RuntimeError:  # from the store
             time.sleep(_CLOSING_SECONDS)
             check_server(connection, str(endpoint), world_size)
             raise
-        _has_connected = True
-        server = "torchrun's agent" if endpoint.has_agent else "rank 0"
-        return cls(PrefixStore(token, store), connection, rank=rank, world_size=world_size, server=server)
 
     def __enter__(self) -> Self:
         self._send_heartbeat(0)
@@ -126,7 +126,7 @@ class Peers:
         return dict(json.loads(self._watch_store.compare_set("end", "", mine)))
 
     def _published_failure(self) -> PeerError | None:
-        """The failure that another rank has published, if any."""
+        """Return the failure that another rank has published, if any."""
         if not is_connected(self._connection) or not self._watch_store.check(["end"]):
             return None
         return _as_error(json.loads(self._watch_store.get("end")))
@@ -182,7 +182,7 @@ class Peers:
         return lost
 
     def _silent_ranks(self) -> list[str]:
-        """Descriptions of the ranks that send no heartbeat for a while."""
+        """Return descriptions of the ranks that have stopped sending heartbeats."""
         before = self._heartbeats()
         time.sleep(4 * self._poll_seconds)
         return [
@@ -192,7 +192,7 @@ class Peers:
         ]
 
     def _heartbeats(self) -> dict[int, str]:
-        """The latest heartbeat of every other rank; empty if it has sent none."""
+        """Return the latest heartbeat of every other rank; empty if it has sent none."""
         keys = {rank: f"heartbeat/{rank}" for rank in range(self.world_size) if rank != self.rank}
         store = self._watch_store
         return {rank: store.get(key).decode() if store.check([key]) else "" for rank, key in keys.items()}
@@ -225,7 +225,7 @@ def _lost_contact(message: str) -> PeerError:
 
 
 def _as_error(end: dict[str, Any]) -> PeerError:
-    """The error to raise for a published failure."""
+    """Return the error to raise for a published failure."""
     by = "" if end["rank"] is None else f"rank {end['rank']}: "
     return PeerError(f"{by}{end['reason']}", ExitCode(end["code"]))
 

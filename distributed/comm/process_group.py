@@ -111,5 +111,5 @@ def _uses_nccl(device: torch.device) -> bool:
 
 
 def _shorten_nccl_timeout(device: torch.device, timeout: timedelta) -> None:
-    """Limit NCCL's timeout: only it ends a thread that waits for the GPU, neither a lost peer nor a signal does."""
+    """Limit NCCL's timeout, because nothing else, e.g. a signal, ends a thread that waits for the GPU."""
     torch_compat.set_nccl_timeout(device, min(timeout, timedelta(seconds=_NCCL_SECONDS)))

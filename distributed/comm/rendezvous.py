@@ -88,7 +88,7 @@ class _Poll:
 
 
 def _propose(store: Store, *, rank: int, nonce: str, world_size: int, poll: _Poll) -> str:
-    """Rank 0's part of `agree_on_token`."""
+    """Run rank 0's side of `agree_on_token`."""
     proposed: dict[str, str] = {}
     token = ""
     others = range(1, world_size)
@@ -99,9 +99,9 @@ def _propose(store: Store, *, rank: int, nonce: str, world_size: int, poll: _Pol
             proposal = {"token": token, "world_size": world_size, "nonces": {str(rank): nonce, **nonces}}
             store.set("proposal", json.dumps(proposal))
         answers = {other: _read(store, f"acknowledged/{other}").split() for other in others}
-        for other, (answered, *size) in ((other, answer) for other, answer in answers.items() if answer):
-            if size and answered == token:
-                raise _unequal_world_sizes(other, int(size[0]), world_size)
+        for other, answer in answers.items():
+            if len(answer) > 1 and answer[0] == token:  # a token with a world size is a refusal
+                raise _unequal_world_sizes(other, int(answer[1]), world_size)
         missing = [other for other in others if not token or answers[other] != [token]]
         if token and not missing:
             store.set("go", token)
@@ -110,7 +110,7 @@ def _propose(store: Store, *, rank: int, nonce: str, world_size: int, poll: _Pol
 
 
 def _follow(store: Store, *, rank: int, nonce: str, world_size: int, poll: _Poll) -> str:
-    """The part of all other ranks in `agree_on_token`."""
+    """Run the other ranks' side of `agree_on_token`."""
 
     def missing() -> list[int]:
         return [other for other in range(world_size) if not store.check([f"hello/{other}"])] or [0]
@@ -143,5 +143,5 @@ def _unequal_world_sizes(rank: int, size: int, size_on_rank_0: int) -> InputErro
 
 
 def _read(store: Store, key: str) -> str:
-    """The value of a key; empty if it is not set."""
+    """Return the value of a key; empty if it is not set."""
     return store.get(key).decode() if store.check([key]) else ""

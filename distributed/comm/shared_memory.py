@@ -30,10 +30,10 @@ _NAME_BYTES = 16
 
 
 class SharedMemory:
-    """`size` bytes that all ranks map, and a check which ranks are alive. Created by `open_shared_memory`.
+    """`size` bytes that all ranks map, and a check of which ranks are alive. Created by `open_shared_memory`.
 
-    Each rank locks one byte of the file; the kernel releases the lock when the process ends. Process ids would not do:
-    processes in different containers may have the same one, or may not see each other's.
+    Each rank locks one byte of the file; the kernel releases the lock when the process ends. Process ids would not
+    work: processes in different containers may have the same one, or may not see each other's.
     """
 
     def __init__(self, path: str, size: int) -> None:
@@ -111,7 +111,7 @@ class SharedCounters:
 
     @staticmethod
     def size(count: int) -> int:
-        """Number of bytes for `count` counters per rank."""
+        """Return the number of bytes for `count` counters per rank."""
         return count * collectives.world_size() * _CACHE_LINE
 
     def publish(self, index: int, value: int) -> None:

@@ -110,7 +110,7 @@ def _connect(endpoint: Endpoint, deadline: float, timeout_message: str) -> socke
             return connection
         connection.close()
         if is_store is None:
-            foreign_since, problem = 0.0, "what listens there does not answer"
+            foreign_since, problem = 0.0, "the program that listens there does not answer"
             continue
         foreign_since = foreign_since or time.monotonic()
         if time.monotonic() - foreign_since > _FOREIGN_SECONDS:

@@ -13,10 +13,10 @@ from distributed.config.leaves import leaves
 
 
 def from_arguments(arguments: Sequence[str]) -> Settings:
-    """Return `--optim.lr 0.05`, `--optim.lr=0.05`, or a bare `--flag` for true, as settings.
+    """Parse options into settings: `--optim.lr 0.05`, `--optim.lr=0.05`, or a bare `--flag` for true.
 
-    Dashes in a name count as underscores. An argument that is no option, and an option that has no value or is given
-    twice, are among the mistakes.
+    Dashes in a name count as underscores. Stray arguments, repeated options and options without a value are added to
+    the mistakes.
     """
     settings, remaining = Settings(), deque(arguments)
     while remaining:
@@ -54,14 +54,14 @@ def _flags() -> frozenset[str]:
 
 
 def _without_value(path: str) -> str:
-    """Return what is wrong with an option that no value follows."""
+    """Return the error message for an option without a value."""
     if path in known() or any(setting.startswith(f"{path}.") for setting in known()):
         return f"a value is missing; write --{path} VALUE"
     return unknown(path)
 
 
 def _put(tree: Tree, path: str, value: Any) -> None:
-    """Set a dotted path, whatever the order of the options; a section that was given a plain value keeps it."""
+    """Set a dotted path, whatever the order of the options; a section that was set to a plain value keeps it."""
     *sections, key = path.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})

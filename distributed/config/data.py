@@ -45,15 +45,15 @@ class _Data(Section):
         le=0.9,
     )
     split_seed: int = setting(
-        0, "seed of that shuffle, apart from `seed`, so that runs with other seeds share the split", ge=0
+        0, "seed of that shuffle, separate from `seed`, so that runs with different seeds share the split", ge=0
     )
     normalize: Literal["mean_std", "unit"] = setting(
         "mean_std",
         "mean_std: scale each channel to mean 0 and deviation 1 over the training images; unit: to [0, 1] only",
     )
     placement: Literal["auto", "device", "host"] = operational(
-        "auto", "where the images are kept; auto: on the device if they take less than a third of its free memory, else on "
-        "the host"
+        "auto", "where the images are stored; auto: on the device if they take less than a third of its free memory, "
+        "else on the host"
     )  # fmt: skip
     augment: Augment = setting(Augment(), "random changes of the training images")
 
@@ -116,5 +116,5 @@ AnyData = CifarData | GeneratedData | ImageFolderData
 
 
 def max_pixels_of(data: AnyData) -> int:
-    """Return the largest image that is decoded for a run on this data, e.g. to predict its class."""
+    """Return the maximum number of pixels of an image to decode for a run on this data, e.g. in a prediction."""
     return data.max_pixels if isinstance(data, ImageFolderData) else MAX_PIXELS

@@ -7,7 +7,7 @@ from distributed.config.train_config import TrainConfig
 
 
 class Difference(NamedTuple):
-    """A setting with another value in a second config; None stands for no such setting too."""
+    """A setting that differs between two configs. None also stands for a missing setting."""
 
     path: str
     old: Any
@@ -27,7 +27,7 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[Difference]:
 
 
 def changes_experiment(path: str, config: TrainConfig) -> bool:
-    """Return whether a run that resumes with another value of this setting would be another experiment."""
+    """Return whether a run that resumes with another value of this setting would be a different experiment."""
     if path == "epochs":  # the learning rate depends on it only if the schedule spans the entire run
         return config.schedule.name not in ("constant", "plateau")
     return not any(leaf.path == path and leaf.operational for leaf in leaves())

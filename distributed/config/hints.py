@@ -1,4 +1,4 @@
-"""What was probably meant by an unknown setting. Imports no torch."""
+"""Suggestions for unknown settings. Imports no torch."""
 
 import difflib
 from functools import cache
@@ -37,7 +37,7 @@ _OTHER_NAMES = {
     "timeout_seconds": "timeout",
     "init_from": "pretrained weights finetune load_from",
 }
-"""Setting -> names that other tools and earlier habits have for it."""
+"""Setting -> names for it in other tools, and likely guesses."""
 
 _MEANT = {
     **{old.rpartition(".")[2]: new for old, new in RENAMED.items()},
@@ -67,7 +67,7 @@ def _by_last_name() -> dict[str, str]:
 
 
 def unknown(path: str) -> str:
-    """Return what is wrong with a setting that does not exist, and the remedy."""
+    """Return the error message for a setting that does not exist, with the remedy."""
     if new := RENAMED.get(path.lower()):
         return f"renamed to {new}"
     if message := REMOVED.get(path.lower()):
@@ -76,7 +76,7 @@ def unknown(path: str) -> str:
 
 
 def hint(path: str) -> str:
-    """Return advice for an unknown dotted path: the setting probably meant, else where all are listed."""
+    """Return advice for an unknown dotted path: the setting probably meant, or else where all settings are listed."""
     path = path.lower().replace("-", "_")
     if len(path) > 100:
         return "--help lists all of them"

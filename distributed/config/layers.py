@@ -1,4 +1,4 @@
-"""Settings with the place where each was set, and laying newer ones over older ones. Imports no torch."""
+"""Settings with the place where each was set. Newer settings override older ones. Imports no torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ MAX_DEPTH = 8
 class Settings:
     """Values as a nested dict, and where each dotted path was last set (`configs/cifar10.toml:7`, `command line`).
 
-    `mistakes` are lines about input that is no setting at all.
+    `mistakes` has a line for each input that is not a setting.
     """
 
     values: Tree = field(default_factory=dict)
@@ -26,7 +26,7 @@ class Settings:
     mistakes: list[str] = field(default_factory=list)
 
     def override(self, newer: "Settings") -> None:
-        """Lay `newer` over these. A section that changes its `name` keeps only what the new variant has too."""
+        """Override these with `newer`. A section that changes its `name` keeps only what the new variant shares."""
         self.values = _merged(self.values, newer.values)
         self.places |= newer.places
         self.mistakes += newer.mistakes
@@ -35,15 +35,15 @@ class Settings:
 def _merged(older: Tree, newer: Tree) -> Tree:
     result = dict(older)
     for key, value in newer.items():
-        below = older.get(key)
-        if not (isinstance(value, dict) and isinstance(below, dict)):
+        previous = older.get(key)
+        if not (isinstance(value, dict) and isinstance(previous, dict)):
             result[key] = value
             continue
-        if "name" in value and value["name"] != below.get("name", _default_name(key)):
-            kept = _fields_of_variant(key, value["name"])
+        if "name" in value and value["name"] != previous.get("name", _default_name(key)):
+            shared = _fields_of_variant(key, value["name"])
             # An old name stays, so that it is reported and not silently dropped.
-            below = {k: v for k, v in below.items() if k in kept or f"{key}.{k}" in RENAMED}
-        result[key] = _merged(below, value)
+            previous = {k: v for k, v in previous.items() if k in shared or f"{key}.{k}" in RENAMED}
+        result[key] = _merged(previous, value)
     return result
 
 
@@ -68,7 +68,7 @@ def dotted_paths(tree: Tree, prefix: str = "") -> Iterator[str]:
 
 
 def is_deep(value: Any) -> bool:
-    """Return whether tables and lists are nested deeper than any setting; not recursive, whatever the depth."""
+    """Return whether tables and lists are nested deeper than any setting. Iterative, so it works at any depth."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [

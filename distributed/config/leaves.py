@@ -28,7 +28,7 @@ class Leaf:
 
     @property
     def takes_text(self) -> bool:
-        """Whether a value on the command line is text as it stands, even `123`."""
+        """Whether any value on the command line is taken as text, even `123`."""
         if get_origin(self.annotation) is tuple:
             return False
         alternatives = get_args(self.annotation) or (self.annotation,)
@@ -47,7 +47,7 @@ class Leaf:
         alternatives = [a for a in get_args(self.annotation) or (self.annotation,) if not hasattr(a, "strict")]
         alternatives = [get_args(a)[0] if get_origin(a) is Annotated else a for a in alternatives]
         texts = [get_args(a) if get_origin(a) is Literal else [names.get(a, a.__name__.lower())] for a in alternatives]
-        return " | ".join(str(text) for some in texts for text in some)
+        return " | ".join(str(text) for group in texts for text in group)
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:

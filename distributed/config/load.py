@@ -1,4 +1,4 @@
-"""From a command line, from Python or from a run folder to a checked `TrainConfig`. Imports no torch."""
+"""Builds a validated `TrainConfig` from a command line, from Python or from a run folder. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from distributed.errors import InputError
 from distributed.files import with_home
 
 _NAMES_DATA = {"data", "data.name", "data.root", "data.download", "data.urls"}
-"""Settings of which each one counts as choosing a data set."""
+"""Settings that count as choosing a data set."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class CommandLine:
 
     config: TrainConfig
     names_data: bool
-    """Whether it names a config file or a data set, so that no other data may stand in."""
+    """Whether it names a config file or a data set, so that generated images must not replace missing data."""
 
 
 def from_command_line(arguments: Sequence[str], *, default_data: str = "cifar10") -> CommandLine:
@@ -43,9 +43,9 @@ def from_command_line(arguments: Sequence[str], *, default_data: str = "cifar10"
     """
     options = list(arguments)
     file = config_file(with_home(options.pop(0))) if options and not options[0].startswith("-") else None
-    given = from_arguments(options)
-    config = _resolved(file, given, default_data=default_data)
-    return CommandLine(config, names_data=bool(file or _NAMES_DATA & given.places.keys()))
+    overrides = from_arguments(options)
+    config = _resolved(file, overrides, default_data=default_data)
+    return CommandLine(config, names_data=bool(file or _NAMES_DATA & overrides.places.keys()))
 
 
 def load_config(config: str | Path | None = None, /, **settings: Any) -> TrainConfig:
@@ -60,16 +60,16 @@ def load_config(config: str | Path | None = None, /, **settings: Any) -> TrainCo
     """
     file = None if config is None else config_file(with_home(str(config)))
     values = {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in settings.items()}
-    given = Settings(values, dict.fromkeys(dotted_paths(values), "load_config()"))
-    return _resolved(file, given, default_data="cifar10")
+    overrides = Settings(values, dict.fromkeys(dotted_paths(values), "load_config()"))
+    return _resolved(file, overrides, default_data="cifar10")
 
 
-def _resolved(file: Path | None, given: Settings, *, default_data: str) -> TrainConfig:
-    """Return the checked config of these settings over those of the file."""
+def _resolved(file: Path | None, overrides: Settings, *, default_data: str) -> TrainConfig:
+    """Return the validated config, in which these settings override those of the file."""
     settings = Settings({"data": {"name": default_data}})
     if file:
         settings.override(from_file(file, saved=is_saved_by_a_run(file)))
-    settings.override(given)
+    settings.override(overrides)
     config = validated(settings)
     if "run_dir" in settings.values:
         return config
@@ -100,5 +100,5 @@ def from_saved(values: dict[str, Any]) -> TrainConfig:
 
 
 def with_values(config: TrainConfig, **values: Any) -> TrainConfig:
-    """Return a copy with some top-level values replaced, checked like any other."""
+    """Return a copy with some top-level values replaced, and validate it."""
     return TrainConfig.model_validate({**dict(config), **values})

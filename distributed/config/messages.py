@@ -23,7 +23,7 @@ class _Problem:
 
 
 def explain(detail: ErrorDetails, settings: Settings) -> list[str]:
-    """Return the lines for one of pydantic's errors; a conflict brings lines of its own."""
+    """Return the lines for one of pydantic's errors; a conflict has its own lines."""
     if detail["type"] == "conflict":
         return str(detail["msg"]).splitlines()
     path, variants = dotted_path(detail["loc"], settings.values)
@@ -32,12 +32,12 @@ def explain(detail: ErrorDetails, settings: Settings) -> list[str]:
         path = f"{path}.name"
         value = value["name"] if isinstance(value, dict) else value
     reason = _REASONS.get(detail["type"], _invalid)(_Problem(path, value, variants, str(detail["msg"])))
-    given = f" = {shown(value)}" if not isinstance(value, dict) or value else ""
-    return [f"{_place(path, settings.places)}: {shown(path)}{given}: {reason}"]
+    value_text = f" = {shown(value)}" if not isinstance(value, dict) or value else ""
+    return [f"{_place(path, settings.places)}: {shown(path)}{value_text}: {reason}"]
 
 
 def dotted_path(location: tuple[int | str, ...], values: Any) -> tuple[str, list[str]]:
-    """Return the dotted path of an error's location, and apart from it the tags that pydantic puts after a union's name."""
+    """Return the dotted path of an error's location, and separately the tags that pydantic adds after a union."""
     path: list[str] = []
     tags: list[str] = []
     for index, name in enumerate(location):
@@ -62,7 +62,7 @@ def _unknown(problem: _Problem) -> str:
     if owners and problem.variants:
         section = path.rpartition(".")[0]
         here = ", ".join(problem.variants)
-        return f"belongs to {section}.name = {' or '.join(owners)}, and here it is {here}; remove one of them"
+        return f"belongs to {section}.name = {' or '.join(owners)}, but here it is {here}; remove one of them"
     if path in known():
         return "unknown setting; write a dotted name without quotes"
     return unknown(path)

@@ -15,29 +15,29 @@ def names() -> dict[str, Path]:
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.toml"))}
 
 
-def config_file(given: str, *, beside: Path = Path()) -> Path:
+def config_file(name_or_path: str, *, beside: Path = Path()) -> Path:
     """Return the file that a first argument or `extends` refers to: a path, or the name of a shipped config.
 
-    A file of exactly that name in the folder `beside` has precedence; a name that ends in .toml is always a path.
+    A file of exactly that name in the folder `beside` takes precedence; a name that ends in .toml is always a path.
 
     Raises:
         InputError: it looks like a name, and neither a file nor a shipped config has it.
     """
-    path = beside / given
-    if os.path.isfile(path) or len(given) > 200 or not re.fullmatch(r"[\w.+/-]+", given):
+    path = beside / name_or_path
+    if os.path.isfile(path) or len(name_or_path) > 200 or not re.fullmatch(r"[\w.+/-]+", name_or_path):
         return path
     known = names()
-    if given in known:
-        return known[given]
+    if name_or_path in known:
+        return known[name_or_path]
     if os.path.lexists(path):
         return path
-    name = given.removesuffix(".toml").removeprefix("configs/")
+    name = name_or_path.removesuffix(".toml").removeprefix("configs/")
     if name in known:
         raise InputError(f"config file {path}: no such file; did you mean the shipped config {name}?")
     if path.suffix != ".toml":
         raise InputError(
-            f"config {given}: no such file, and no config of this name ships with the package{_nearest(name, known)}; "
-            f"choose one of {', '.join(known)}, or name a TOML file"
+            f"config {name_or_path}: no such file, and no config of this name ships with the package"
+            f"{_nearest(name, known)}; choose one of {', '.join(known)}, or name a TOML file"
         )
     return path
 

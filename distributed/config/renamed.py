@@ -1,7 +1,7 @@
-"""Settings that earlier versions spelled differently or had and lost. Imports no torch.
+"""Settings of earlier versions that were renamed or removed. Imports no torch.
 
-The config that a run has saved is read under both spellings, so that old runs resume, evaluate and compare. On the command
-line and in a user's file an old key is an error that names the new one.
+In the config that a run has saved, both names are accepted, so that old runs can be resumed, evaluated and compared.
+On the command line and in a user's file an old name is an error that names the new one.
 """
 
 import copy
@@ -18,19 +18,19 @@ RENAMED = {
 """Old dotted path -> new one, in the same section."""
 
 REMOVED = {"engine.powersgd_rank": "PowerSGD was removed; remove this setting"}
-"""Dotted path of a removed setting, whose default was none -> what to tell a user who sets it."""
+"""Dotted path of a removed setting, whose default was none -> message for a user who sets it."""
 
 REMOVED_VALUES = {
     ("engine.compression", "powersgd"): "PowerSGD was removed; set engine.compression = bfloat16 or remove this setting"
 }
-"""(dotted path, removed value of it) -> what to tell a user who sets it."""
+"""(dotted path, removed value) -> message for a user who sets it."""
 
 
 def upgraded(values: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a saved config with every old key under its new name and removed settings dropped.
 
     Raises:
-        ValueError: a setting is there under both names, or the run used something that was removed.
+        ValueError: a setting appears under both names, or has a value that was removed.
     """
     upgraded = copy.deepcopy(values)
     for old, new in RENAMED.items():
@@ -39,13 +39,13 @@ def upgraded(values: dict[str, Any]) -> dict[str, Any]:
             continue
         new_key = new.rpartition(".")[2]
         if new_key in section:
-            raise ValueError(f"{old} and {new} are one setting, given twice; remove {old}")
+            raise ValueError(f"{old} and {new} are the same setting; remove {old}")
         section[new_key] = section.pop(key)
     for (path, value), message in REMOVED_VALUES.items():
         section, key = _section_of(upgraded, path)
         if section.get(key) == value:
-            what = message.partition(";")[0]
-            raise ValueError(f"{path} = {value}: {what}; use the version that began this run")
+            reason = message.partition(";")[0]
+            raise ValueError(f"{path} = {value}: {reason}; use the version that started this run")
     for path in REMOVED:
         section, key = _section_of(upgraded, path)
         if section.get(key) is None:

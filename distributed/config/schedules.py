@@ -18,7 +18,7 @@ class _WithWarmup(_Schedule):
     def conflicts(self, *, epochs: int) -> list[str]:
         if self.warmup_epochs < epochs:
             return []
-        return [f"schedule.warmup_epochs = {self.warmup_epochs} leaves nothing of epochs = {epochs}: lower it"]
+        return [f"schedule.warmup_epochs = {self.warmup_epochs} must be less than epochs = {epochs}: lower it"]
 
 
 class Constant(_WithWarmup):

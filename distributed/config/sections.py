@@ -132,7 +132,7 @@ class Checkpoint(Section):
     )
 
     def is_due(self, step: int) -> bool:
-        """Return whether `every_steps` asks for a save after this many steps."""
+        """Return whether `every_steps` requires a save after this many steps."""
         return bool(self.every_steps) and step % self.every_steps == 0
 
 
@@ -161,13 +161,13 @@ class Scaling(Section):
         "pack", "pack: workers on few nodes; spread: on many; strict_pack: on one node; strict_spread: one per node"
     )
     max_failures: int = operational(
-        3, "consecutive failures, with no checkpoint in between, to survive; drained nodes do not count", ge=0
+        3, "consecutive failures to survive, without a checkpoint in between; drained nodes do not count", ge=0
     )
     wait_seconds: float = operational(60.0, "wait this long for capacity on the cluster before giving up", ge=0, le=1e7)
     resize_seconds: float = operational(
         30.0, "seconds between checks for capacity while there are fewer than num_workers", gt=0, le=1e7
     )
-    storage_path: OptionalPath = operational(None, "folder shared by all nodes, which a relative run_dir is put in")
+    storage_path: OptionalPath = operational(None, "folder shared by all nodes, in which a relative run_dir is created")
 
     @property
     def least_workers(self) -> int:
@@ -189,5 +189,7 @@ class Scaling(Section):
         if device == "cuda" and not self.gpus_per_worker:
             found.append("device = cuda needs scaling.gpus_per_worker = 1: with 0 Ray would hide the GPUs")
         if device == "cpu" and self.gpus_per_worker:
-            found.append("device = cpu with scaling.gpus_per_worker = 1 reserves GPUs for nothing: set it to 0")
+            found.append(
+                "device = cpu with scaling.gpus_per_worker = 1 reserves GPUs that it does not use: set it to 0"
+            )
         return found

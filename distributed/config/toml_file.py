@@ -49,7 +49,7 @@ def from_file(path: Path, *, saved: bool = False, extended_by: tuple[str, ...] =
 
 
 def _parsed(path: Path, name: str) -> tuple[str, Tree]:
-    """Return the text of a TOML file and its content."""
+    """Return the text of a TOML file and its parsed content."""
     try:
         text = read_at_most(path, _MAX_BYTES).decode("utf-8-sig")
     except (OSError, ValueError) as error:
@@ -61,7 +61,7 @@ def _parsed(path: Path, name: str) -> tuple[str, Tree]:
         raise InputError(f"{name}: not valid TOML: {error}; correct that line, or name another file") from None
     if is_deep(values):
         raise InputError(
-            f"{name}: sections or values are nested more than {MAX_DEPTH} deep, and no setting is; remove them"
+            f"{name}: sections or values are nested more than {MAX_DEPTH} deep, but no setting is; remove them"
         )
     return text, values
 

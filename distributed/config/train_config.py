@@ -31,7 +31,7 @@ ScheduleSection = Annotated[Constant | Cosine | OneCycle | Plateau, Field(discri
 
 
 class TrainConfig(Section):
-    """All settings of a run. The loss curve depends on `global_batch_size` and `grad_accum_steps`, not on the ranks."""
+    """All settings of a run. Its curve depends on `global_batch_size` and `grad_accum_steps`, not on the world size."""
 
     run_dir: AnyPath = operational(
         Path("runs/default"), "run folder; if not given, runs/<config file> or runs/<model>-<data>"
@@ -50,11 +50,12 @@ class TrainConfig(Section):
     threads: int = operational(
         0, "CPU threads per rank; 0: the machine's available CPUs divided among its ranks", ge=0, le=4096
     )
-    timeout_seconds: float = operational(600.0, "fail after waiting this long for a silent rank", gt=0, le=1e7)
+    timeout_seconds: float = operational(600.0, "fail after waiting this long for an unresponsive rank", gt=0, le=1e7)
     data: DataSection = setting(CifarData(), "the images")
     model: Model = setting(Model(), "the network")
     init_from: OptionalPath = setting(
-        None, "run folder or checkpoint whose weights to start from; a last layer of another size is initialized afresh"
+        None,
+        "run folder or checkpoint whose weights to start from; a last layer of another size is initialized randomly",
     )
     cuda_graphs: bool = operational(
         True, "on one GPU, replay training steps as CUDA graphs: bit-identical, several times faster at small batches"
@@ -86,7 +87,7 @@ class TrainConfig(Section):
             enough = 1 << (world_size - 1).bit_length()
             raise InputError(
                 f"exact.shards = {shards}{' (auto)' if self.exact.shards == 'auto' else ''} is less than the {world_size} "
-                f"processes: start at most {shards}, or begin another run with exact.shards = {enough}, or 0 for fast mode"
+                f"processes: start at most {shards}, or a new run with exact.shards = {enough}, or 0 for fast mode"
             )
 
     @property

@@ -1,4 +1,4 @@
-"""From settings to the checked tree, or to every mistake in them at once. Imports no torch."""
+"""Validates settings, and reports all mistakes in them together. Imports no torch."""
 
 from collections.abc import Iterator
 from typing import Any, cast
@@ -13,11 +13,11 @@ from distributed.config.messages import dotted_path, explain
 from distributed.config.train_config import TrainConfig
 from distributed.errors import InputError
 
-_MOST_LINES = 20
+_MAX_LINES = 20
 
 
 def validated(settings: Settings) -> TrainConfig:
-    """Return the tree of these settings.
+    """Return the config with these settings.
 
     Raises:
         InputError: one line per invalid value, at most twenty.
@@ -25,17 +25,17 @@ def validated(settings: Settings) -> TrainConfig:
     config, problems = _checked(_with_names(settings.values))
     if config and not settings.mistakes:
         return config
-    if settings.mistakes:  # a setting that was not read may be the cause of a conflict between others
+    if settings.mistakes:  # a setting that was not read may have caused the conflict
         problems = [problem for problem in problems if problem["type"] != "conflict"]
-    lines = settings.mistakes[:_MOST_LINES]
-    for problem in problems[: _MOST_LINES - len(lines)]:
+    lines = settings.mistakes[:_MAX_LINES]
+    for problem in problems[: _MAX_LINES - len(lines)]:
         lines += explain(problem, settings)
-    more = len(settings.mistakes) + len(problems) - _MOST_LINES
+    more = len(settings.mistakes) + len(problems) - _MAX_LINES
     raise InputError(*lines, *([f"and {more:,} more mistake{'s' if more > 1 else ''}"] if more > 0 else []))
 
 
 def _checked(values: dict[str, Any]) -> tuple[TrainConfig | None, list[ErrorDetails]]:
-    """Return the tree, or every problem of the values."""
+    """Return the config, or every problem of the values."""
     try:
         return TrainConfig.model_validate(values), []
     except ValidationError as error:
@@ -75,7 +75,7 @@ def _under_best_name(section: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_names(values: dict[str, Any]) -> dict[str, Any]:
-    """Give a section with several variants and no name the default's, so that `--schedule.start_factor 0` is enough."""
+    """Add the default name to sections with variants but no name, so that `--schedule.start_factor 0` is enough."""
     named = dict(values)
     for key, value in values.items():
         field = TrainConfig.model_fields.get(key)

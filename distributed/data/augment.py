@@ -1,4 +1,4 @@
-"""Random changes to an entire batch at once, on its device, each sample by its own draws."""
+"""Random augmentation of an entire batch at once, on its device. Each sample has its own draws."""
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ def augment(images: Tensor, sample_keys: Tensor, config: Augment) -> Tensor:
 def crop(images: Tensor, padding: int, down: Tensor, across: Tensor) -> Tensor:
     """Return the window at (down, across), int64 [n] each, of every zero-padded image [n, h, w, c], in the image's size.
 
-    A row of a window is one run of w * c bytes. Rows are selected from a view of the padded batch in which a row begins at
-    every pixel, which is five times faster than indexing pixels.
+    A row of a window is a contiguous run of w * c bytes. Rows are selected from a view of the padded batch in which a
+    row begins at every pixel, which is five times faster than indexing pixels.
     """
     count, height, width, channels = images.shape
     padded = F.pad(images, (0, 0, padding, padding, padding, padding))

@@ -1,4 +1,4 @@
-"""Checks by all ranks together that they read the same data, that it is the official one, and that the splits are usable."""
+"""Collective checks: all ranks read the same data, it is the official data set, and its splits are usable."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -29,14 +29,12 @@ def check_data(config: TrainConfig, data: DataPipeline) -> None:
 
 
 def check_same_data(config: TrainConfig, data: DataPipeline) -> None:
-    """Raise InputError on all ranks if one of them read other data than rank 0. A collective."""
+    """Raise InputError on all ranks if one of them read different data from rank 0. A collective."""
     own: dict[str, Any] | InputError
     try:
         own = data.identity()
-    except (
-        InputError
-    ) as error:  # gathered, so that all ranks raise it: one that left alone would leave its peers waiting
-        own = error
+    except InputError as error:
+        own = error  # gathered, so that all ranks raise it: if one rank left alone, its peers would keep waiting
     gathered = collectives.gather_objects(own)
     if unreadable := [line for found in gathered if isinstance(found, InputError) for line in found.lines]:
         raise InputError(*dict.fromkeys(unreadable))
@@ -46,7 +44,8 @@ def check_same_data(config: TrainConfig, data: DataPipeline) -> None:
             ranks.setdefault(difference, []).append(rank)
     if ranks:
         lines = [
-            f"data.name = {config.data.name}: {thing} is {theirs} on rank {_some(map(str, differing))}, and {ours} on rank 0"
+            f"data.name = {config.data.name}: {thing} is {theirs} on rank {_first_few(map(str, differing))}, "
+            f"but {ours} on rank 0"
             for (thing, ours, theirs), differing in list(ranks.items())[:_SHOWN]
         ]
         raise InputError(*lines, "every node needs the same files in data.root: copy them from one node to the others")
@@ -90,8 +89,8 @@ def _small_splits(config: TrainConfig, data: DataPipeline) -> list[str]:
         )
     if absent := [data.class_names[label] for label in data.untrained_classes()]:
         warnings.append(
-            f"{len(absent):,} of {data.num_classes:,} classes have no training image: {_some(absent)}; the network "
-            "cannot learn them"
+            f"{len(absent):,} of {data.num_classes:,} classes have no training image: {_first_few(absent)}; the "
+            "network cannot learn them"
         )
     if config.global_batch_size > train:
         warnings.append(
@@ -126,6 +125,6 @@ def check_evaluated(trained_on: Mapping[str, Any], config: TrainConfig, data: Da
         logger.warning("{} is {} here, but was {} in training: {}", found.thing, found.other, found.one, meaning)
 
 
-def _some(names: Iterable[str]) -> str:
+def _first_few(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN:,} more" if names[_SHOWN:] else "")

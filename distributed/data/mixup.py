@@ -56,16 +56,16 @@ def _cutmix(images: Tensor, partners: Tensor, keys: Tensor, alpha: float) -> tup
         return (line >= centre - half) & (line < centre + half)
 
     box = inside("cutmix_y", height)[:, :, None] & inside("cutmix_x", width)[:, None, :]
-    kept = 1 - box.sum((1, 2)) / (height * width)
-    return torch.where(box[:, :, :, None], partners, images), kept.to(images.dtype)
+    own_weight = 1 - box.sum((1, 2)) / (height * width)
+    return torch.where(box[:, :, :, None], partners, images), own_weight.to(images.dtype)
 
 
 def beta(keys: Tensor, purpose: str, alpha: float) -> Tensor:
     """Draw from Beta(alpha, alpha), alpha in (0, 1], once per sample: float64 [n].
 
-    Jöhnk's rejection method (1964): returns the first accepted one of a fixed number of tries. At least half of all tries are
-    accepted, so one sample in 65,536 has none and gets one half. All tries are drawn at once, because one after the other
-    would be hundreds of small kernels on a GPU.
+    Jöhnk's rejection method (1964), with a fixed number of tries, of which the first accepted one counts. At least half
+    of all tries are accepted, so at most one sample in 65,536 has none; it gets 0.5. All tries are drawn at once,
+    because drawing one by one would launch hundreds of small kernels on a GPU.
     """
     units = rng.unit_of_each(keys, _purposes(purpose))
     # On a CPU pow rounds the tail of a row, which fills no vector, differently. With full vectors only, a sample's draw does

@@ -16,7 +16,7 @@ class ChannelStatistics(NamedTuple):
 
 
 def channel_statistics(images: NDArray[np.uint8]) -> ChannelStatistics:
-    """Return the statistics of images [n, h, w, c]; the deviation of a channel with one value only is 1.
+    """Return the statistics of images [n, h, w, c]; the deviation of a constant channel is 1.
 
     Computed from histograms, which is five times faster than from the pixels.
     """

@@ -1,4 +1,4 @@
-"""The batches of an epoch as a function of (seed, epoch, step), so that there is nothing to save."""
+"""The batches of an epoch as a pure function of (seed, epoch, step), so that there is no state to save."""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -84,7 +84,7 @@ class DataPipeline:
         return len(self.class_names)
 
     def identity(self) -> dict[str, Any]:
-        """Return which images and classes these are, as JSON; included in `metadata`.
+        """Return fingerprints of the images and the class names, as JSON; included in `metadata`.
 
         Raises:
             InputError: a file of an image folder can no longer be read.
@@ -93,7 +93,7 @@ class DataPipeline:
         return {"classes": list(self.class_names), "images": images}
 
     def metadata(self) -> dict[str, Any]:
-        """Return what a checkpoint records about the images: enough to predict with it and to recognize the data."""
+        """Return the images' metadata for a checkpoint: enough to predict with it and to recognize the data."""
         normalization = {"mean": self.normalizer.mean.tolist(), "deviation": self.normalizer.deviation.tolist()}
         return self.identity() | {"normalization": normalization}
 
@@ -112,7 +112,7 @@ class DataPipeline:
         return [label for label, count in enumerate(counts.tolist()) if not count]
 
     def example(self) -> Batch:
-        """Return the first few training images, the same on every rank, to try a model on."""
+        """Return the first few training images, the same on every rank, as example input for a model."""
         order = self._splits["train"].ids[:8]
         entire = MicroBatch(0, len(order), slice(0, 8), (8,), 8)
         return next(self._augmented([entire], order, epoch=0))
@@ -121,7 +121,7 @@ class DataPipeline:
         """Yield, per step from `start_step` on, this rank's shards of each micro-batch.
 
         Micro-batch j is a fixed slice of the global batch, so the input of batch norm does not depend on the ranks. The last
-        step of an epoch may be smaller; micro-batches without images are left out, on all ranks.
+        step of an epoch may be smaller; micro-batches without images are skipped, on all ranks.
         """
         train, seed = self._splits["train"], self.batching.seed
         order = train.ids[rng.permutation(len(train.ids), seed=seed, epoch=epoch, device=self.input_format.device)]
@@ -134,8 +134,8 @@ class DataPipeline:
         """Return the micro-batches of a step of the epoch that have images."""
         start = step * self.batching.global_batch_size
         count = min(self.batching.global_batch_size, self.size("train") - start)
-        parts = self.batching.grad_accum_steps
-        bounds = [(start + j * count // parts, start + (j + 1) * count // parts) for j in range(parts)]
+        accum = self.batching.grad_accum_steps
+        bounds = [(start + j * count // accum, start + (j + 1) * count // accum) for j in range(accum)]
         return [MicroBatch.of(first, last, self.shards, global_count=count) for first, last in bounds if last > first]
 
     def _augmented(self, micro_batches: list[MicroBatch], order: Tensor, *, epoch: int) -> Iterator[Batch]:
@@ -152,8 +152,8 @@ class DataPipeline:
             ids = torch.cat([micro_batch.ids(order) for micro_batch in run])
             return ids, torch.cat([micro_batch.partners(order) for micro_batch in run]) if mixes else ids[:0]
 
-        near = train.near_images(order)
-        gathered = train.gather(torch.cat(ids_and_partners(run, near)) for run in runs)
+        gather_order = train.ids_for_gather(order)
+        gathered = train.gather(torch.cat(ids_and_partners(run, gather_order)) for run in runs)
         for run, images in zip(runs, gathered, strict=True):
             ids, partners = ids_and_partners(run, order)
             keys = rng.sample_keys(torch.cat([ids, partners]), seed=self.batching.seed, epoch=epoch)
@@ -169,7 +169,7 @@ class DataPipeline:
                 )  # fmt: skip
 
     def _transformed(self, images: Tensor, keys: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
-        """Augment and normalize `count` images, and mix them with their partners if those follow them.
+        """Augment and normalize `count` images, and mix them with their partners if `images` has those too.
 
         Args:
             images: uint8 [n, h, w, c], n being `count`, or twice that with partners.
@@ -187,15 +187,18 @@ class DataPipeline:
         return self._model_input(images), own_weight
 
     def evaluation(self, split: Split) -> Iterator[Batch]:
-        """Yield every image of a split once over all ranks, unpadded; each rank gets as many batches, some maybe empty."""
+        """Yield every image of a split once over all ranks, unpadded.
+
+        All ranks get the same number of batches, some of which may be empty.
+        """
         resident, size, step = self._splits[split], self.size(split), self.batching.evaluation_batch_size
         keys = torch.empty(0, 2, dtype=torch.int64, device=self.input_format.device)
         micro_batches = [
             MicroBatch.of(start, min(start + step, size), self.shards, global_count=size)
             for start in range(0, size, step)
         ]
-        near = resident.near_images(resident.ids)
-        gathered = resident.gather(micro_batch.ids(near) for micro_batch in micro_batches)
+        gather_ids = resident.ids_for_gather(resident.ids)
+        gathered = resident.gather(micro_batch.ids(gather_ids) for micro_batch in micro_batches)
         for micro_batch, images in zip(micro_batches, gathered, strict=True):
             ids = micro_batch.ids(resident.ids)
             images = self._model_input(self.normalizer(images))

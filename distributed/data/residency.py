@@ -34,7 +34,7 @@ class ResidentSplit:
             return _prefetched(self.images, ids, self.ids.device)
         return (self.images.index_select(0, own) for own in ids)
 
-    def near_images(self, ids: Tensor) -> Tensor:
+    def ids_for_gather(self, ids: Tensor) -> Tensor:
         """Return ids on the images' device: copied once per epoch, because a copy per batch would wait for the device."""
         return ids.cpu() if self.prefetched else ids
 
@@ -54,7 +54,7 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     """Return the one stream for all copies to a device.
 
     Its high priority keeps it out of the pool from which shards take their streams. There is only one because the allocator
-    keeps memory per stream.
+    caches memory per stream.
     """
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 

@@ -10,7 +10,7 @@ from distributed.errors import InputError
 
 
 def validation_mask(labels: NDArray[np.integer[Any]], *, fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Return which training images are held out, bool [n]: round(m * fraction) of each class with m images.
+    """Return a mask of the held-out training images, bool [n]: round(m * fraction) of each class with m images.
 
     The result depends on (labels, fraction, seed) only.
 

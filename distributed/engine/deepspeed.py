@@ -94,10 +94,8 @@ class DeepSpeedEngine:
         self._deepspeed.eval()
         try:
             with self._ema.in_place() if self._ema else nullcontext():
-                try:
-                    yield
-                finally:
-                    self._free_gathered_weights()
+                yield
+                self._free_gathered_weights()  # not after an error: it waits for gathers under way, and peers may be gone
         finally:
             self._deepspeed.train()
 

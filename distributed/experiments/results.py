@@ -60,12 +60,12 @@ class Result:
 
     @property
     def progress(self) -> int:
-        """Finished epochs, or all planned ones after early stopping. Decides between two runs of the same id."""
+        """Finished epochs, or all planned ones after early stopping. Of runs with the same id, the highest counts."""
         return self.of_epochs if self.ended_early else self.epochs
 
 
 def read_results(runs: Path) -> list[Result]:
-    """Read every run in a folder that has finished an epoch."""
+    """Read the runs in a folder, except those that have not finished an epoch."""
     return [result for name in REFERENCES if (result := read_result(name, RunFolder(runs / name)))]
 
 

@@ -16,7 +16,7 @@ from distributed.inference.saved_run import Normalization
 from distributed.inference.trained_run import Classifier, TrainedRun
 from distributed.models.build import build_model
 
-Run = Callable[[Tensor], Tensor]
+ExportedModel = Callable[[Tensor], Tensor]
 """Maps images [n, 3, size, size] in [0, 1] to logits [n, classes], for any n."""
 
 
@@ -26,14 +26,14 @@ class Format:
 
     Attributes:
         file: name of the exported file.
-        contents: returns the bytes of that file and of any file beside it, by name. Bytes, because torch's own writer ends
-            the process on a full disk and would leave an existing file half overwritten.
-        load: loads the file and returns a function that runs it.
+        contents: returns the bytes of that file and of any file beside it, by name. Bytes, because torch's own writer
+            aborts the process on a full disk and would leave an existing file half overwritten.
+        load: loads the file and returns a function that runs the model.
     """
 
     file: str
     contents: Callable[[TrainedRun, dict[str, Any]], dict[str, bytes]]
-    load: Callable[[Path], Run]
+    load: Callable[[Path], ExportedModel]
 
 
 def _as_safetensors(trained: TrainedRun, metadata: dict[str, Any]) -> dict[str, bytes]:
@@ -46,7 +46,7 @@ def _as_safetensors(trained: TrainedRun, metadata: dict[str, Any]) -> dict[str, 
     }
 
 
-def _load_safetensors(file: Path) -> Run:
+def _load_safetensors(file: Path) -> ExportedModel:
     metadata = json.loads(file.with_suffix(".json").read_text())
     network = build_model(Model.model_validate(metadata["architecture"]), num_classes=len(metadata["classes"]), seed=0)
     network.load_state_dict(load_file(file))
@@ -61,7 +61,7 @@ def _as_torch_export(trained: TrainedRun, metadata: dict[str, Any]) -> dict[str,
     return {"model.pt2": file.getvalue()}
 
 
-def _load_torch_export(file: Path) -> Run:
+def _load_torch_export(file: Path) -> ExportedModel:
     module = torch.export.load(file).module()
 
     def run(images: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def _as_onnx(trained: TrainedRun, metadata: dict[str, Any]) -> dict[str, bytes]:
     return {"model.onnx": program.model_proto.SerializeToString()}
 
 
-def _load_onnx(file: Path) -> Run:
+def _load_onnx(file: Path) -> ExportedModel:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -90,7 +90,7 @@ def _load_onnx(file: Path) -> Run:
 
 
 def _example(trained: TrainedRun) -> Tensor:
-    # A batch of two: torch.export would specialize on a batch of one.
+    # A batch of two, since torch.export would specialize on a batch of one.
     return torch.zeros(2, 3, trained.image_size, trained.image_size)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distributed import rng
 from distributed.data.pipeline import DataPipeline
-from distributed.export.formats import Run
+from distributed.export.formats import ExportedModel
 from distributed.inference.trained_run import TrainedRun
 
 BATCH = 64
@@ -40,9 +40,9 @@ def reference(trained: TrainedRun, data: DataPipeline | None) -> Reference:
         return Reference(images.contiguous(), source, trained.network(normalized))
 
 
-def largest_difference(run: Run, expected: Reference) -> float:
-    """Return the largest absolute difference between logits, over a batch and a single image; infinity for other shapes."""
-    batch, single = run(expected.images), run(expected.images[:1])
+def largest_difference(model: ExportedModel, expected: Reference) -> float:
+    """Return the largest absolute difference between logits, over a batch and a single image; infinity if shapes differ."""
+    batch, single = model(expected.images), model(expected.images[:1])
     if batch.shape != expected.logits.shape or single.shape != expected.logits[:1].shape:
         return float("inf")
     return max(float((batch - expected.logits).abs().max()), float((single - expected.logits[:1]).abs().max()))

@@ -26,7 +26,9 @@ def main(steps: Sequence[Step] = STEPS) -> int:
     parser = argparse.ArgumentParser(prog="python -m distributed.gpu_check", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="use small shapes, to test the checks themselves on a CPU")
-    parser.add_argument("--seconds", type=float, default=300, help="total time limit; a step that still runs is killed")
+    parser.add_argument(
+        "--seconds", type=float, default=300, help="total time limit; a step still running then is killed"
+    )
     parser.add_argument(
         "--out", type=home_path, default=Path("runs/gpu_check"), help="folder for gpu_check.jsonl and logs"
     )
@@ -58,12 +60,12 @@ def run_step(step: Step, device: str, *, tiny: bool, out: Path, deadline: float)
 
     Args:
         out: folder for its log.
-        deadline: of `time.monotonic`, at which it is killed.
+        deadline: `time.monotonic()` value at which it is killed.
     """
     start, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%S")
     limit = min(step.seconds, deadline - start)
     if limit <= 0:
-        message = "not started: --seconds are over"
+        message = "not started: the time limit --seconds is reached"
         return StepResult(step.name, device, started, "timeout", 0, exit_code=None, message=message)
     command = [
         sys.executable, "-m", "distributed.gpu_check.steps", step.module, device, str(int(tiny)), str(out.resolve()),

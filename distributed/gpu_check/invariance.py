@@ -1,7 +1,7 @@
-"""Step 7: finds kernels that give a shard's rows the same bits whatever rows are beside them, and times shards in parallel.
+"""Step 7: finds kernels that give a shard's rows the same bits regardless of other rows, and times shards in parallel.
 
-Exact mode relies on one property: the same kernel on the same shapes gives the same bits in any memory. That is asserted.
-The other checks, marked "measured", record as true or false what faster ways of computing shards could rely on.
+Exact mode relies on one property, which is asserted: the same kernel on the same shapes gives the same bits in any memory.
+Checks marked "measured" record, as true or false, further properties that faster ways of computing shards could rely on.
 """
 
 from collections.abc import Callable
@@ -55,7 +55,7 @@ class Passes(NamedTuple):
 
 
 def run(checks: Checks) -> None:
-    """Assert what exact mode relies on, and measure what else holds."""
+    """Assert the property that exact mode relies on, and measure further ones."""
     make_deterministic(checks.device, precision="float32")
     layers = _TINY if checks.tiny else _LAYERS
     for layer in layers:
@@ -111,7 +111,7 @@ def _name(layer: _Layer, dtype: torch.dtype) -> str:
 
 
 def _rows(checks: Checks) -> tuple[int, int]:
-    """Return the images of a shard and of the entire batch."""
+    """Return the number of images in a shard and in the entire batch."""
     return (4, 16) if checks.tiny else (16, 128)
 
 

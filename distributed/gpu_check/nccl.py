@@ -134,10 +134,10 @@ def _engines(checks: Checks, precision: str) -> None:
 
 def _losses(engine: Engine, data: DataPipeline, config: TrainConfig) -> list[float]:
     """Return the loss of each step of an epoch."""
-    sums, found = MetricAccumulator(data.input_format.device), list[float]()
+    metrics, found = MetricAccumulator(data.input_format.device), list[float]()
     for step, batches in enumerate(data.train_epoch(0)):
-        train_step(engine, batches, loss=config.loss, lr=0.01, step=step, metrics=sums)
-        found.append(sums.read().mean_loss)
+        train_step(engine, batches, loss=config.loss, lr=0.01, step=step, metrics=metrics)
+        found.append(metrics.read().mean_loss)
     return found
 
 

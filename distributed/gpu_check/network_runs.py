@@ -29,7 +29,7 @@ _LR = {"sgd": 0.02, "adamw": 1e-3}
 
 
 def config_of(network: str, precision: str, batch: int, *options: str, shards: int = 0) -> TrainConfig:
-    """Return the config of a run on generated images held on the device, a few steps per epoch; exact mode if `shards` > 0."""
+    """Return the config of a run on generated images in device memory, a few steps per epoch; exact mode if `shards` > 0."""
     return from_command_line(
         [
             "--data.name", "generated10", "--data.train_samples", str(max(10, 4 * batch)), "--data.test_samples", "10",
@@ -92,27 +92,28 @@ class Run:
     def trajectory(self, count: int = STEPS) -> Trajectory:
         """Take the first `count` steps of an epoch from the initial weights. Reads nothing from the device before the end."""
         self.engine.load_state(self._start)
-        sums = [MetricAccumulator(self.device) for _ in range(count)]
+        metrics = [MetricAccumulator(self.device) for _ in range(count)]
         norms = []
         for step, batches in enumerate(islice(self.data.train_epoch(0), count)):
-            norms.append(self._step(batches, step, sums[step]))
-        return Trajectory([one.read().mean_loss for one in sums], [float(norm) for norm in norms], copied(self.engine))
+            norms.append(self._step(batches, step, metrics[step]))
+        losses = [of_step.read().mean_loss for of_step in metrics]
+        return Trajectory(losses, [float(norm) for norm in norms], copied(self.engine))
 
     def waits(self) -> list[str]:
         """Return each line of code at which the host waited for the device during steps; none on a CPU."""
         self.engine.load_state(self._start)
-        sums = MetricAccumulator(self.device)
+        metrics = MetricAccumulator(self.device)
         batches = self.data.train_epoch(0)
         with _waits(self.device) as lines:
             for step, micro_batches in enumerate(islice(batches, STEPS)):
-                self._step(micro_batches, step, sums)
+                self._step(micro_batches, step, metrics)
         return lines
 
-    def _step(self, micro_batches: list[Batch], step: int, sums: MetricAccumulator) -> Tensor:
+    def _step(self, micro_batches: list[Batch], step: int, metrics: MetricAccumulator) -> Tensor:
         """Take one step as a run on this device does, but not captured."""
         config = self.config.model_copy(update={"cuda_graphs": False})
         lr = _LR[config.optim.name]
-        return build_step(config, self.engine, sums, self.device)(micro_batches, lr=lr, step=step).clone()
+        return build_step(config, self.engine, metrics, self.device)(micro_batches, lr=lr, step=step).clone()
 
     def deterministic_trajectory(self) -> DeterministicTrajectory:
         """Take steps in torch's deterministic mode."""

@@ -28,7 +28,7 @@ def run(checks: Checks) -> None:
     """Check fast mode with all networks and precisions, then all options together, exact mode and compiled models."""
     device = choose_device(checks.device.type, Topology())
     make_deterministic(device, precision="float32")
-    for network in _NETWORKS[:2] if checks.tiny else _NETWORKS:  # the others take a CPU too long
+    for network in _NETWORKS[:2] if checks.tiny else _NETWORKS:  # the others are too slow on a CPU
         _network(checks, device, network)
     _everything(checks, device)
     _exact(checks, device)
@@ -44,7 +44,7 @@ def _batch(checks: Checks, network: str) -> int:
 
 
 def _precisions(checks: Checks, network: str) -> list[str]:
-    if network == "improved_alexnet":  # float16 takes a CPU a hundred times as long
+    if network == "improved_alexnet":  # float16 is a hundred times as slow on a CPU
         return ["float64", "float32", "bfloat16"] + ([] if checks.tiny else ["float16"])
     return ["bfloat16"] if checks.tiny else ["float32", "bfloat16", "float16"]
 

@@ -15,7 +15,7 @@ PYTHON = [sys.executable, "-m"]
 
 
 class Process:
-    """A started process. `deadline` (of `time.monotonic`) bounds each wait for it."""
+    """A started process. `deadline` (a `time.monotonic()` value) limits each wait for it."""
 
     def __init__(self, popen: "subprocess.Popen[bytes]", log: Path, deadline: float) -> None:
         self.popen, self._log, self._deadline = popen, log, deadline
@@ -40,7 +40,7 @@ class Process:
         """Wait for exit code 0 and return the output.
 
         Raises:
-            AssertionError: the exit code is another, or the process is still running at the deadline.
+            AssertionError: the exit code is not 0, or the process is still running at the deadline.
         """
         code = self.wait()
         assert code == 0, f"{self._log.name}: exit code {code}\n{self.text[-1500:]}"
@@ -48,7 +48,7 @@ class Process:
 
 
 class Processes:
-    """Starts processes in the step's own process group. Leaving the context ends those that still run.
+    """Starts processes in the step's own process group. Leaving the context ends those still running.
 
     Args:
         folder: for files with their output.

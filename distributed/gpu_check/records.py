@@ -1,4 +1,4 @@
-"""The results of checks and steps, and the JSON lines that hold them. Imports no torch."""
+"""The results of checks and steps, and how they are written as JSON lines. Imports no torch."""
 
 import json
 from contextlib import suppress
@@ -31,7 +31,7 @@ class CheckResult:
 
 
 def checks_in(output: str) -> list[CheckResult]:
-    """Return the checks that a step printed. A dying process may cut a line short, or print other text before a check."""
+    """Return the checks that a step printed. A dying process may truncate a line, or print other text before a check."""
     found = []
     for line in output.splitlines():
         _, prefix, record = line.partition(_PREFIX)

@@ -141,7 +141,7 @@ def _start_evaluations(checks: Checks, processes: Processes, run: Path) -> dict[
 
 
 def _check_evaluations(checks: Checks, evaluations: dict[str, Process], run: Path) -> None:
-    """Check that figures equal those of the run's last epoch on the same device, and accuracy nearly does on another."""
+    """Compare with the figures of the run's last epoch: equal on the same device, nearly equal accuracy on another."""
     for name, process in evaluations.items():
         with checks.check(f"the run evaluated on {name}") as figures:
             lines = process.succeed().splitlines()

@@ -1,4 +1,4 @@
-"""Captures eight shards as parallel branches of one CUDA graph, compares each with its own bits alone, and times a replay."""
+"""Captures eight shards as branches of one CUDA graph, compares each shard's bits with those alone, and times a replay."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ SHARDS = 8
 
 
 def run(checks: Checks) -> None:
-    """Assert that captured shards have the same bits as alone; time replays and eager calls."""
+    """Assert that captured shards give the same bits as shards computed alone; time replays and eager calls."""
     rows, channels, side = (2, 8, 8) if checks.tiny else (16, 64, 16)
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")

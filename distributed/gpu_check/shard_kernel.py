@@ -1,7 +1,8 @@
 """A Triton kernel for the weight gradients of a linear layer, with the shard as a grid dimension. Imported on CUDA only.
 
-A program's result depends only on its shard's rows and its tile of the weight: it reads the rows in blocks from the shard's
-first row on, and no sum is split over programs. So a shard's sum has the same bits however many shards are in the launch.
+A program's result depends only on its shard's rows and its tile of the weight: it reads the rows in blocks that start at the
+shard's first row, and no sum is split over programs. So a shard's sum has the same bits for any number of shards in the
+launch.
 """
 
 import torch

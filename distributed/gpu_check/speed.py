@@ -199,7 +199,7 @@ def _compute_alone(speed: Speed, model: str, batch: int) -> None:
 
 
 def _replayed(speed: Speed, alone: ComputeAlone) -> dict[str, float]:
-    """Return the time and speed of replayed steps, having checked that a replay changes the weights."""
+    """Return the time and speed of replayed steps, after checking that a replay changes the weights."""
     graph = captured(alone.step)
     # Not biases: batch norm cancels the biases before it, so their gradients are only rounding errors.
     weights = [p for p in alone.optimizer.parameters if p.dim() > 1]

@@ -13,7 +13,7 @@ class Step:
 
     Args:
         seconds: time limit.
-        proves: what the step shows, in a phrase.
+        proves: a phrase on what the step shows.
     """
 
     name: str
@@ -33,7 +33,7 @@ STEPS = (
     Step("resume", 60, "stop, kill -9 and resume to the same bits; a GPU checkpoint evaluated on the CPU"),
     Step("ranks", 90, "several ranks on one GPU over gloo: fast mode, exact mode, ddp and fsdp"),
     Step("nccl", 45, "NCCL with one rank: ddp, fsdp and exact mode; collectives inside a CUDA graph"),
-    Step("invariance", 45, "kernels that give a shard the same bits whatever the other rows are"),
+    Step("invariance", 45, "kernels that give a shard the same bits regardless of the other rows"),
     Step("speed", 130, "step times by batch size, network and mode; a profile"),
 )
 

@@ -40,8 +40,8 @@ class Training:
         self.config = from_command_line(runs.arguments(Path("unused"), device, **(values | settings))).config
         self.data = build_data(self.config, Topology(), device)
         self.engine = build_engine(self.config, Topology(), self.data, device)
-        self.sums = MetricAccumulator(device)
-        self._train_step = build_step(self.config, self.engine, self.sums, device)
+        self.metrics = MetricAccumulator(device)
+        self._train_step = build_step(self.config, self.engine, self.metrics, device)
         self.done = 0
         self._batches = self._micro_batches()
 
@@ -64,7 +64,7 @@ class Training:
         Raises:
             AssertionError: a loss is not finite, or the number of images does not match the steps.
         """
-        totals = self.sums.read()
+        totals = self.metrics.read()
         assert totals.first_bad_step is None, f"the loss of step {totals.first_bad_step} is not finite"
         assert totals.count == self.done * self.config.global_batch_size, f"{totals.count} images in {self.done} steps"
         return totals.mean_loss

@@ -10,7 +10,7 @@ from distributed.gpu_check.checks import Checks
 
 
 def device_seconds(call: Callable[[], object], checks: Checks, *, repeats: int, calls: int = 1) -> float:
-    """Return seconds per call: the median over `repeats` blocks of `calls`, after one block of warm-up.
+    """Return seconds per call: the median over `repeats` blocks of `calls`, after one warm-up block.
 
     On CUDA a block is timed by events, from when the device starts it to when the device finishes it.
     """
@@ -33,7 +33,7 @@ def _block(call: Callable[[], object], checks: Checks, calls: int) -> float:
 
 
 def host_seconds(call: Callable[[], object], checks: Checks, *, repeats: int, calls: int = 1) -> float:
-    """Return seconds per call by the host's clock: the median over `repeats` blocks of `calls`, after one block of warm-up.
+    """Return seconds per call by the host's clock: the median over `repeats` blocks of `calls`, after one warm-up block.
 
     The host synchronizes with the device before and after each block.
     """
@@ -51,7 +51,7 @@ def _on_host(call: Callable[[], object], checks: Checks, calls: int) -> float:
 
 
 def milliseconds(checks: Checks, call: Callable[[], object]) -> float:
-    """Return milliseconds per call: the mean of 50 calls (tiny: 3) in one block, after a few of warm-up."""
+    """Return milliseconds per call: the mean of 50 calls (tiny: 3) in one block, after three warm-up calls."""
     for _ in range(3):
         call()
     return _on_host(call, checks, repeats := 3 if checks.tiny else 50) / repeats * 1e3

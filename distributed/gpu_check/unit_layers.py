@@ -137,7 +137,7 @@ def _by_shards(layer: nn.BatchNorm2d, x: Tensor, grad: Tensor) -> tuple[Tensor, 
 
 def _batch_norm(checks: Checks, dtype: torch.dtype, layout: str, bound: float) -> None:
     channels = 32
-    weight_dtype = dtype if dtype == torch.float64 else torch.float32  # of statistics too
+    weight_dtype = dtype if dtype == torch.float64 else torch.float32  # statistics have it too
     x, grad = _random(2, sum(_SHARDS), channels, 7, 5, seed=3)
     x, grad = (x * 3 + 2).to(dtype), grad.to(dtype)
     reference = _layer(weight_dtype, channels).double()

@@ -19,7 +19,7 @@ _CPU = torch.device("cpu")
 
 
 def run(checks: Checks) -> None:
-    """Compare each function on the device with the same on the CPU."""
+    """Compare the results of each function on the device with those on the CPU."""
     make_deterministic(checks.device, precision="float32")
     _keyed(checks)
     _augmentation(checks)
@@ -155,12 +155,12 @@ def _outcomes(count: int, *, ties: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _read(device: torch.device, *batches: tuple[Tensor, Tensor, Tensor]) -> Totals:
-    sums = MetricAccumulator(device)
+    metrics = MetricAccumulator(device)
     for step, batch in enumerate(batches):
         losses, logits, labels = (tensor.to(device) for tensor in batch)
-        sums.add(losses, logits, labels, step=step)
-        sums.add_step(losses.sum())
-    return sums.read()
+        metrics.add(losses, logits, labels, step=step)
+        metrics.add_step(losses.sum())
+    return metrics.read()
 
 
 def _totals(checks: Checks) -> None:

@@ -1,1 +1,1 @@
-"""Prepares what a machine with a GPU and no network needs (wheels, CIFAR-10, two commands), and collects its results."""
+"""Packs wheels, CIFAR-10 and two commands for a machine with a GPU and no network, and collects its results."""

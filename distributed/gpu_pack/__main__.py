@@ -58,7 +58,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _pack(root: Path) -> None:
-    """Create the folders to carry, check the limits, and print sizes and commands."""
+    """Create the folders to upload, check the limits, and print sizes and commands."""
     from distributed.gpu_pack import checkout, cifar_parts, wheels
     from distributed.gpu_pack.calls import CALLS, PARTS, WHEELS, check_size
 

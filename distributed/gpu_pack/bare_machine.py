@@ -51,7 +51,7 @@ class Hidden(NamedTuple):
 
 
 def hidden(shown: set[str], checkout: Path) -> Hidden:
-    """Return what this interpreter has besides the distributions `shown` and the modules of the checkout."""
+    """Return everything that this interpreter has, except the distributions `shown` and the modules of the checkout."""
     names = {re.sub(r"[-_.]+", "-", found.metadata["Name"] or "").lower() for found in metadata.distributions()}
     modules = {
         module

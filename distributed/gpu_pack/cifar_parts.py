@@ -64,7 +64,7 @@ def pack_files(records: Mapping[str, Bytes], parts: Sequence[Path]) -> None:
 
 
 def unpack(parts: Sequence[Path], to: Path) -> Path:
-    """Write the official binary files to their folder in `to` and return that folder, complete or not at all.
+    """Rebuild the official binary files in their folder within `to`, all of them or none, and return that folder.
 
     Raises:
         InputError: a part is missing or damaged.

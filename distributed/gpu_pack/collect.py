@@ -1,4 +1,4 @@
-"""Merges the files that a rented machine returned into the results folder, beside the results of earlier rentals."""
+"""Merges the files that a rented machine returned with earlier results in the results folder."""
 
 import json
 import shutil

@@ -14,7 +14,7 @@ from distributed.errors import InputError
 from distributed.gpu_pack import checkout, cifar_parts, wheels
 from distributed.gpu_pack.calls import CALLS, MAX_BYTES_BACK, MAX_FILES_BACK, PARTS, WHEELS, Call
 
-# For call 2, on generated images. The last --only counts; I-50 is the run whose checkpoint is returned.
+# For call 2, on generated images. The last --only wins; I-50 is the run whose checkpoint is returned.
 _TRY_EXPERIMENTS = (
     "--only I-50 --data.name generated10 --data.train_samples 256 --data.test_samples 64 --epochs 1 --threads 1"
 )
@@ -78,7 +78,7 @@ def _pack_blank(parts: Sequence[Path]) -> None:
 
 
 def _offline() -> list[str]:
-    """Return the prefix of a command that leaves it no network but loopback. Empty, with a warning, if not permitted."""
+    """Return a command prefix that cuts off every network but loopback; empty, with a warning, if not permitted."""
     loopback = ["sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
     for unshare in (["unshare", "--net"], ["unshare", "--map-root-user", "--net"]):
         try:

@@ -28,13 +28,13 @@ def machine_packages() -> frozenset[str]:
 
 
 def download(folder: Path, *, for_python: Path | None = None) -> list[Path]:
-    """Replace `folder` by one with wheels from the index that pip is configured with.
+    """Replace the content of `folder` with wheels from the index that pip is configured with.
 
     Args:
         for_python: interpreter of this machine whose version the wheels must fit; None: the rented machine's version.
 
     Raises:
-        InputError: pip cannot download them, or a wheel requires a package that neither the machine nor another wheel has.
+        InputError: pip cannot download them, or a wheel needs a package that neither the machine nor another wheel has.
     """
     shutil.rmtree(folder, ignore_errors=True)
     command = [str(for_python or sys.executable), "-m", "pip", "download", "--quiet", "--only-binary=:all:"]

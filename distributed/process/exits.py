@@ -1,4 +1,4 @@
-"""Immediate exit from any thread, and the error file that torchrun's summary is printed from. Imports no torch."""
+"""Immediate exit from any thread, and the error file from which torchrun prints its summary. Imports no torch."""
 
 import json
 import os

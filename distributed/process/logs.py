@@ -1,4 +1,4 @@
-"""Logging: rank 0 logs to the terminal, every rank to a file of its own. Records of the standard library join in."""
+"""Logging: rank 0 logs to the terminal, every rank to its own file. The standard library's records are included."""
 
 import logging
 import os
@@ -38,7 +38,7 @@ def terminal_logs(rank: int, *, level: str = "INFO") -> None:
 
 
 def replace_default_logs(rank: int, *, level: str) -> None:
-    """As `terminal_logs`, for a program that has not configured loguru, whose default prints DEBUG messages, or logging."""
+    """Log to the terminal in place of loguru's default handler, which prints DEBUG messages. A no-op if it is gone."""
     with suppress(ValueError):  # the default handler has been removed: the program has its own
         logger.remove(0)
         _add_terminal(rank, level)
@@ -79,7 +79,7 @@ class _LogFile:
         self._file = os.open(path, flags, 0o666)
 
     def accepts(self, _: object) -> bool:
-        """Loguru's filter: False after a failure, so that the warning about it does not come back here."""
+        """Loguru's filter: False after a failure, so that the warning about it is not written here."""
         return not self._output.failed
 
     def write(self, message: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line of torchrun, for commands that start ranks of their own. Imports no torch."""
+"""The command line of torchrun, for commands that start their own ranks. Imports no torch."""
 
 import sys
 from collections.abc import Sequence

@@ -64,13 +64,16 @@ def _page(runs: Sequence[History], *, checkpoint: str) -> str:
     title = f"{subjects}: {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs of {subjects}"
     sections: list[Html] = [
         f"<h1>{escape(title)}</h1>",
-        text(f"Made from the run folder{'s' if runs[1:] else ''} on {time.strftime('%Y-%m-%d %H:%M %Z')}.", quiet=True),
+        text(
+            f"Generated from the run folder{'s' if runs[1:] else ''} on {time.strftime('%Y-%m-%d %H:%M %Z')}.",
+            quiet=True,
+        ),
     ]
     if len(runs) > 1:
-        links = "".join(f'<a href="#run-{place}">{escape(run.name)}</a>' for place, run in enumerate(runs))
+        links = "".join(f'<a href="#run-{index}">{escape(run.name)}</a>' for index, run in enumerate(runs))
         sections += [f"<nav>{links}</nav>", *comparison_sections(runs)]
-    for place, run in enumerate(runs):
-        sections += run_sections(run, checkpoint=checkpoint, anchor=f"run-{place}")
+    for index, run in enumerate(runs):
+        sections += run_sections(run, checkpoint=checkpoint, anchor=f"run-{index}")
     return page(title, sections)
 
 

@@ -33,7 +33,7 @@ from distributed.training.totals import Totals
 
 @dataclass(frozen=True)
 class Mistake:
-    """A test image, as PNG, whose predicted class is wrong; `probability` is that of the prediction."""
+    """A misclassified test image as PNG; `probability` is that of the predicted class."""
 
     png: bytes
     true: str
@@ -62,7 +62,7 @@ class _Wrong:
 
 
 class _MostConfidentMistakes:
-    """Keeps the wrong predictions of the highest probability. An observer for `evaluate` in a single process."""
+    """Keeps the wrong predictions with the highest probability. An observer for `evaluate` in a single process."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -71,10 +71,10 @@ class _MostConfidentMistakes:
     def __call__(self, logits: Tensor, batch: Batch) -> None:
         probabilities, predicted = logits.softmax(1).max(1)
         wrong = torch.where(predicted != batch.labels, probabilities, -1.0)
-        for place in wrong.topk(min(self.count, len(wrong))).indices.tolist():
-            if wrong[place] >= 0:
-                image = batch.images[place].float().cpu()
-                self.found.append(_Wrong(float(wrong[place]), int(batch.labels[place]), int(predicted[place]), image))
+        for index in wrong.topk(min(self.count, len(wrong))).indices.tolist():
+            if wrong[index] >= 0:
+                image = batch.images[index].float().cpu()
+                self.found.append(_Wrong(float(wrong[index]), int(batch.labels[index]), int(predicted[index]), image))
         self.found = sorted(self.found, key=lambda mistake: -mistake.probability)[: self.count]
 
 

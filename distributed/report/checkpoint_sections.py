@@ -100,5 +100,5 @@ def filters(checkpoint: Path) -> list[Html]:
             "Filters of the first convolution: grey is a weight of 0; colours that match the filter activate it.",
             quiet=True,
         ),
-        pictures(Picture(png, f"filter {place}") for place, png in enumerate(found, 1)),
+        pictures(Picture(png, f"filter {number}") for number, png in enumerate(found, 1)),
     ]

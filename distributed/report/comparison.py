@@ -34,14 +34,16 @@ def curves_as_svg(runs: Sequence[History]) -> Html:
         Absent: no run has finished an epoch.
     """
     split = _split_to_draw(runs)
-    with overlaid_curves([run.to_draw for run in runs], split=split) as made:
-        return as_svg(made, label=f"training loss, {split} accuracy and learning rate of {len(runs)} runs over epochs")
+    with overlaid_curves([run.to_draw for run in runs], split=split) as figure:
+        return as_svg(
+            figure, label=f"training loss, {split} accuracy and learning rate of {len(runs)} runs over epochs"
+        )
 
 
 def curves_as_png(runs: Sequence[History]) -> bytes:
-    """Draw the runs' curves over each other; errors as for `curves_as_svg`."""
-    with overlaid_curves([run.to_draw for run in runs], split=_split_to_draw(runs)) as made:
-        return as_png(made)
+    """Draw the runs' curves over each other. Raises Absent like `curves_as_svg`."""
+    with overlaid_curves([run.to_draw for run in runs], split=_split_to_draw(runs)) as figure:
+        return as_png(figure)
 
 
 def _split_to_draw(runs: Sequence[History]) -> str:
@@ -75,10 +77,10 @@ def _settings(runs: Sequence[History]) -> Html:
     """List every setting that differs between the runs."""
     found: dict[str, list[str]] = {}
     first = runs[0].config
-    for place, run in enumerate(runs[1:], 1):
+    for column, run in enumerate(runs[1:], 1):
         for path, old, new in differences(first, run.config):
             if path != "run_dir":
-                found.setdefault(path, [toml_value(old)] * len(runs))[place] = toml_value(new)
+                found.setdefault(path, [toml_value(old)] * len(runs))[column] = toml_value(new)
     if not found:
         return section("Differing settings", text("None: all settings are equal."))
     rows = [[path, *values] for path, values in found.items()]
@@ -95,10 +97,8 @@ def _bits(runs: Sequence[History]) -> Html:
             sentences.append(f"{names} are bit-identical: {found.extent}.")
         else:
             first = found.divergences[0]
-            conditions = differing_conditions(a.folder, b.folder)
-            others = [
-                line for line in conditions if not line.startswith("config: ")
-            ]  # settings have a section of their own
+            # Differing settings have a section of their own.
+            others = [line for line in differing_conditions(a.folder, b.folder) if not line.startswith("config: ")]
             sentences.append(
                 f"{names} are not bit-identical ({found.extent}). They diverged by step {first.step}: {first.description}. "
                 f"Besides settings, {'; '.join(others) or 'nothing differs in versions and machine'}."

@@ -48,9 +48,7 @@ def describe_status(run: History) -> str:
             return f"The run failed{at}{reason}. The same command resumes it from its last checkpoint."
         case "running":
             newest = f"is{at}" if at else "has not been written yet"
-            return (
-                f"When this page was made, the run was in progress or had been killed; its newest checkpoint {newest}."
-            )
+            return f"When this page was generated, the run was in progress or killed; its newest checkpoint {newest}."
         case _:
             return "The run folder does not record a status."
 

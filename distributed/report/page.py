@@ -1,4 +1,4 @@
-"""Builds a page from its elements. Styles, drawings and images are all inside the one file. Imports no torch."""
+"""Builds a page from its elements. Styles, drawings and images are embedded in the one file. Imports no torch."""
 
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
@@ -71,7 +71,7 @@ def section(title: str, *content: Html) -> Html:
 
 
 def missing(title: str, why: str) -> Html:
-    """Return a section that says why its content could not be made."""
+    """Return a section that says why its content could not be created."""
     return section(title, f'<p class="missing">{escape(why)}</p>')
 
 
@@ -82,7 +82,7 @@ def text(*sentences: str, quiet: bool = False) -> Html:
 
 
 def key_figures(figures: Sequence[tuple[str, str]]) -> Html:
-    """Return a row of cards from (label, value)."""
+    """Return a row of cards from (label, value) pairs."""
     cards = "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for label, value in figures)
     return f'<div class="figures">{cards}</div>'
 
@@ -92,8 +92,8 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Se
 
     def cells(tag: str, row: Sequence[str]) -> str:
         return "".join(
-            f"<{tag}{' class=number' if place in numbers else ''}>{escape(cell)}</{tag}>"
-            for place, cell in enumerate(row)
+            f"<{tag}{' class=number' if column in numbers else ''}>{escape(cell)}</{tag}>"
+            for column, cell in enumerate(row)
         )
 
     body = "".join(f"<tr>{cells('td', row)}</tr>\n" for row in rows)

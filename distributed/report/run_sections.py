@@ -1,4 +1,4 @@
-"""The sections of the page on one run. A section that cannot be made says why. Imports torch only on demand."""
+"""The sections of the page on one run. A section that cannot be created says why. Imports torch only on demand."""
 
 from collections.abc import Callable
 from functools import cache
@@ -46,7 +46,7 @@ def run_sections(run: History, *, checkpoint: str, anchor: str) -> list[Html]:
     return [
         f'<h2 id="{escape(anchor)}">{escape(run.name)}</h2>',
         text(describe(run)),
-        key_figures(_figures(run)),
+        key_figures(_key_figures(run)),
         _attempts(run),
         *(_section(title, make) for title, make in sections),
         section("Settings", folded("config.toml", as_toml(run.config))),
@@ -83,13 +83,13 @@ def _section(title: str, make: Callable[[], list[Html]]) -> Html:
     try:
         return section(title, *make())
     except (Absent, InputError, NotFiniteError) as error:
-        return missing(title, f"This section could not be made. {error}")
+        return missing(title, f"This section could not be created. {error}")
     except Exception as error:  # e.g. no matplotlib; or a run in progress deletes the checkpoint being read
         logger.warning("{}: {}; continuing without it", title, one_line(error))
-        return missing(title, f"This section could not be made: {one_line(error)}.")
+        return missing(title, f"This section could not be created: {one_line(error)}.")
 
 
-def _figures(run: History) -> list[tuple[str, str]]:
+def _key_figures(run: History) -> list[tuple[str, str]]:
     figures = []
     if best := run.log.best("validation"):
         figures.append((f"best validation accuracy, epoch {best.epoch}", f"{best.value:.2%}"))
@@ -106,15 +106,15 @@ def _figures(run: History) -> list[tuple[str, str]]:
 def _attempts(run: History) -> Html:
     rows = [
         [
-            str(place),
+            str(number),
             (attempt.started.time or "").replace("T", " ").replace("+0000", " UTC"),
             f"{attempt.started.step or 0:,}",
             attempt.hardware,
             clock(attempt.duration) if attempt.duration is not None else "unknown",
-            describe_end(attempt, last=place == len(run.attempts)),
+            describe_end(attempt, last=number == len(run.attempts)),
             attempt.started.git or "",
         ]
-        for place, attempt in enumerate(run.attempts, 1)
+        for number, attempt in enumerate(run.attempts, 1)
     ]
     headings = ["", "started", "from step", "hardware", "duration", "end", "commit"]
     resumed = (
@@ -139,19 +139,19 @@ def curves_as_svg(run: History) -> Html:
     """
     if not run.log.epochs:
         raise Absent("No epoch has finished yet, so there is nothing to draw.")
-    with run_curves(run.to_draw) as made:
-        return as_svg(made, label=f"loss, accuracy and learning rate of {run.name} over epochs")
+    with run_curves(run.to_draw) as figure:
+        return as_svg(figure, label=f"loss, accuracy and learning rate of {run.name} over epochs")
 
 
 def speed_as_svg(run: History) -> Html:
     """Draw images per second at each logging step."""
     restarts = [attempt.started.step or 0 for attempt in run.attempts[1:]]
-    with speed_curve(run.log, restarts=restarts) as made:
-        return as_svg(made, label=f"training speed of {run.name} over steps")
+    with speed_curve(run.log, restarts=restarts) as figure:
+        return as_svg(figure, label=f"training speed of {run.name} over steps")
 
 
 def _speed(run: History) -> str:
-    """Describe the medians of speed and of the wait for data.
+    """Describe the median speed and the median wait for data.
 
     Raises:
         Absent: no step was logged.

@@ -68,7 +68,7 @@ def parse_name(name: str) -> tuple[int, int] | None:
 
 
 def sort_names(names: Iterable[str]) -> list[str]:
-    """Return those that are names of checkpoints, oldest first."""
+    """Return the names of checkpoints among `names`, oldest first."""
     parsed = {place: name for name in names if (place := parse_name(name))}
     return [parsed[place] for place in sorted(parsed)]
 
@@ -104,7 +104,7 @@ def committed_names(folder: Path) -> list[str]:
 
 
 def preferred(folder: Path) -> list[Path]:
-    """Return the checkpoints that a run as a whole may mean, in order of preference: best, latest, then newest first."""
+    """Return the checkpoints that a run folder may refer to, by preference: best, latest, then newest first."""
     return [folder / BEST, folder / LATEST, *reversed(checkpoints(folder))]
 
 
@@ -112,7 +112,7 @@ def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint that `init_from` names: the path itself, or the run's best, or its newest.
 
     Raises:
-        InputError: there is none.
+        InputError: no checkpoint is there.
     """
     for candidate in (path, *preferred(path / "checkpoints")):
         if is_committed(candidate):
@@ -123,13 +123,13 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def saved_or_damaged(folder: Path) -> list[Path]:
-    """Return the committed checkpoints and those set aside as damaged. If there is any, the run has saved."""
+    """Return the committed checkpoints and those set aside as damaged. If any exists, the run has saved."""
     damaged = [path for path in folder.glob(f"step-*{_DAMAGED}*") if parse_name(path.name.partition(".")[0])]
     return [*checkpoints(folder), *damaged]
 
 
 def check_format(path: Path) -> None:
-    """Raise InputError if a newer version of this code wrote the checkpoint. This version would call it damaged."""
+    """Raise InputError if a newer version of this code wrote the checkpoint. This version would treat it as damaged."""
     form = read_object(path / MANIFEST).get("format")
     if type(form) is int and form > FORMAT:
         raise InputError(
@@ -155,7 +155,7 @@ def damage_of(path: Path) -> str | None:
 
 
 def misnamed(path: Path) -> str | None:
-    """Return why a checkpoint is not the one that its name says, e.g. a copy under a later step's name; None if it is."""
+    """Return how a checkpoint contradicts its name, e.g. if it is a copy under a later step's name; else None."""
     state = read_object(path / STATE).get("state")
     step, epoch = (state.get("step"), state.get("epoch")) if isinstance(state, dict) else (None, None)
     if type(step) is not int or type(epoch) is not int or name_of(step=step, epoch=epoch) == path.name:
@@ -191,7 +191,7 @@ def is_intact(manifest: Mapping[str, Any], content: Mapping[str, Any], written: 
 
 
 def unfinished(folder: Path, name: str, *, token: str = "") -> Path:
-    """Return the path under which a checkpoint is written before it is committed. Attempts with other tokens differ."""
+    """Return the path under which a checkpoint is written before it is committed. Each token has its own path."""
     return folder / f"{_WRITING}{name}{'-' if token else ''}{token[:8]}"
 
 
@@ -206,10 +206,10 @@ def set_aside(path: Path, damage: str) -> None:
 
 def set_link(folder: Path, link: str, name: str) -> None:
     """Make the link `latest` or `best` point to the checkpoint of this name."""
-    aside = folder / f".{link}"
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(name)
-    os.replace(aside, folder / link)
+    temporary = folder / f".{link}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(name)
+    os.replace(temporary, folder / link)
 
 
 def delete_old(folder: Path, *, newest: str, keep_last: int, keep: Collection[str | None]) -> None:
@@ -219,7 +219,7 @@ def delete_old(folder: Path, *, newest: str, keep_last: int, keep: Collection[st
     are not this run's and stay.
 
     Raises:
-        OSError: something could not be deleted. All others are; the next call tries again.
+        OSError: something could not be deleted. Everything else is; the next call tries again.
     """
     failures: list[OSError] = []
     own = [path for path in checkpoints(folder) if parse_name(path.name) <= parse_name(newest)]  # type: ignore[operator]
@@ -243,7 +243,7 @@ def delete_unfinished(folder: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Delete a folder with its contents. Of a link, delete only the link."""
+    """Delete a folder with its contents, or a link without its target."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,4 +1,4 @@
-"""The lock and token of a run folder, and all writing in it by a training process. Imports no torch.
+"""The lock and token of a run folder, and all writes to it by a training process. Imports no torch.
 
 A training process writes the shared files of its run folder only through `ClaimedRun`. Every method first checks the token, so
 a superseded attempt cannot write.
@@ -70,7 +70,7 @@ class ClaimedRun(RunFolder):
     def check_token(self) -> None:
         """Raise StorageError if another attempt has claimed the folder, or the folder was removed."""
         holder = Holder.read(self._attempt_file)
-        if holder.token is None:  # on a network file system perhaps only for a moment
+        if holder.token is None:  # on a network file system, possibly only for a moment
             time.sleep(0.1)
             holder = Holder.read(self._attempt_file)
         if holder.token == self.token:
@@ -111,10 +111,10 @@ class ClaimedRun(RunFolder):
         sync_folder(path.parent)
 
     def try_cleanup(self, failure: str, work: Callable[[], object]) -> None:
-        """Run work in the folder that training does not depend on. An error is logged as a warning, each only once.
+        """Run work in the folder that training does not depend on. Log each error once, as a warning.
 
         Args:
-            failure: what has failed, for the warning.
+            failure: description of the failure, for the warning.
         """
         self.check_token()
         try:
@@ -157,7 +157,7 @@ class ClaimedRun(RunFolder):
             )
 
     def progress(self, *, step: int, epoch: int) -> None:
-        """Record the current step in status.json, every few seconds. Waits neither for the disk nor for a save."""
+        """Record the current step in status.json, every few seconds. Waits for neither the disk nor a save."""
         if time.monotonic() >= self._next_progress and self._status_lock.acquire(blocking=False):
             try:
                 self._next_progress = time.monotonic() + PROGRESS_SECONDS

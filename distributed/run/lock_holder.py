@@ -56,9 +56,9 @@ def acquire_lock(lock: BaseFileLock, *, record: Path, seconds: float) -> None:
         holder = Holder.read(record)
     logger.warning("{} is held by {}; waiting {:.0f} s for it to end", record.parent, holder, seconds)
     deadline = time.monotonic() + seconds
-    while (left := deadline - time.monotonic()) > 0:
+    while (remaining := deadline - time.monotonic()) > 0:
         inode = _inode(lock.lock_file)
-        if _try_acquire(lock, min(left, _RECORD_SECONDS, seconds / 3)):
+        if _try_acquire(lock, min(remaining, _RECORD_SECONDS, seconds / 3)):
             return
         previous, holder = holder, Holder.read(record)
         if holder == previous and (why := why_ended(holder)):
@@ -97,7 +97,7 @@ def _why_slurm_job_ended(job: SlurmRecord) -> str:
 
 
 class JobState(NamedTuple):
-    """State and number of restarts of a Slurm job. The state is NONE for an unknown job, and empty if Slurm does not say."""
+    """State and number of restarts of a Slurm job. The state is NONE for an unknown job, empty without an answer."""
 
     state: str
     restarts: int
@@ -152,7 +152,7 @@ def _inode(file: str | Path) -> int:
 
 
 def _location() -> tuple[str, str, int]:
-    """Host name, boot id and pid namespace: where a process id is meaningful. Cloned machines may differ in name only."""
+    """Return host name, boot id and pid namespace: a pid's scope. Cloned machines may differ in name only."""
     return host(), boot_id(), _inode("/proc/self/ns/pid")
 
 

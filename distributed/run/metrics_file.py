@@ -16,10 +16,6 @@ class SplitRecord(Record):
     accuracy5: Number = None
 
 
-def _split_or_none(value: Any) -> Any:
-    return value if isinstance(value, dict | SplitRecord) else None
-
-
 class TrainRecord(Record):
     """A line of metrics.jsonl: means over the training steps since the previous such line."""
 
@@ -82,5 +78,5 @@ def read_metrics(file: Path) -> list[TrainRecord | EpochRecord]:
 
 
 def read_epochs(file: Path) -> list[EpochRecord]:
-    """Read the lines of metrics.jsonl about epochs. Raises as `read_metrics`."""
+    """Read the lines of metrics.jsonl about epochs. Raises InputError as `read_metrics` does."""
     return [record for record in read_metrics(file) if isinstance(record, EpochRecord)]

@@ -1,4 +1,4 @@
-"""The logged steps and epochs of a run, and the curves they make. Imports no torch."""
+"""The logged steps and epochs of a run, and curves through them. Imports no torch."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,7 +30,7 @@ class LrDrop(NamedTuple):
 
 @dataclass(frozen=True)
 class MetricsLog:
-    """The records of metrics.jsonl: `steps` those of logging steps, `epochs` those of finished epochs."""
+    """The records of metrics.jsonl: `steps` for logged steps, `epochs` for finished epochs."""
 
     steps: list[TrainRecord]
     epochs: list[EpochRecord]

@@ -30,7 +30,7 @@ Number = Annotated[float | None, PlainValidator(lambda value: value if isinstanc
 
 
 class Record(BaseModel):
-    """A JSON object in a file of a run. Unknown fields, of other versions, are kept."""
+    """A JSON object in a file of a run. Unknown fields, e.g. of other versions, are preserved."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow", defer_build=True)
 
@@ -77,7 +77,7 @@ class SlurmRecord(Record):
 
 
 class Holder(FileRecord):
-    """attempt.json: the process that may write, and the data to tell whether it has ended."""
+    """attempt.json: the process that may write, and the data that shows whether it has ended."""
 
     token: Text = None
     pid: Integer = None
@@ -168,7 +168,7 @@ def read_attempts(file: Path) -> list[AttemptRecord]:
 
 
 def read_saves(file: Path) -> list[SaveRecord]:
-    """Read digests.jsonl. Raises as `read_attempts`."""
+    """Read digests.jsonl. Raises InputError as `read_attempts` does."""
     return [record for line in read_objects(file) if (record := parse(line, SaveRecord))]
 
 

@@ -65,7 +65,7 @@ def _check_file_types(run: RunFolder) -> None:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is a regular file, or a link to one that can be created."""
+    """Whether it is a regular file, or a link whose target does not exist yet."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError as error:
@@ -83,7 +83,9 @@ def check_saved(content: dict[str, Any], checkpoint: Path, *, config: TrainConfi
     """
     run, remedy = checkpoint.parent.parent, "move it away, or give another --run_dir"
     if missing := [key for key in ("config", "bits") if not isinstance(content.get(key), dict)]:
-        raise InputError(f"{checkpoint}: {' and '.join(missing)} in state.json: of another version; {remedy}")
+        raise InputError(
+            f"{checkpoint}: state.json lacks {' and '.join(missing)}: written by another version; {remedy}"
+        )
     changed_settings(config, content, where=run, option="--run_dir")
     saved = config_in(content, where=run, option="--run_dir")
     try:
@@ -94,7 +96,7 @@ def check_saved(content: dict[str, Any], checkpoint: Path, *, config: TrainConfi
     if (epochs, steps) > (config.epochs, 0):
         trained = f"{epochs} epoch{'s' if epochs != 1 else ''}" + (f" and {steps} steps" if steps else "")
         raise InputError(
-            f"epochs = {config.epochs}: the run in {run} has trained {trained} already; give --epochs "
+            f"epochs = {config.epochs}: the run in {run} has already trained {trained}; give --epochs "
             f"{epochs + bool(steps)} or more, or another --run_dir"
         )
 
@@ -113,7 +115,7 @@ def changed_settings(config: TrainConfig, state: dict[str, Any], *, where: Path 
         refused.append(Difference("exact.shards", shards, config.exact.shards))
     if refused:
         raise InputError(
-            *[f"{where}: {path} = {shown(new)}: this run was begun with {shown(old)}" for path, old, new in refused],
+            *[f"{where}: {path} = {shown(new)}: this run was started with {shown(old)}" for path, old, new in refused],
             f"a resumed run keeps its experiment: restore these settings, or give another {option}",
         )
     return {path for path, _, _ in changed}
@@ -130,6 +132,6 @@ def check_init_from(config: TrainConfig) -> None:
         model = model.get(key) if isinstance(model, dict) else None
     if model != config.model.name:
         raise InputError(
-            f"init_from = {config.init_from}: holds weights of {model or 'an unreadable run'}, and model.name = "
+            f"init_from = {config.init_from}: holds weights of {model or 'an unreadable run'}, but model.name = "
             f"{config.model.name}; name another run, or set model.name = {model}"
         )

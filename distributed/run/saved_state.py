@@ -63,7 +63,7 @@ def check_state(content: dict[str, Any], config: TrainConfig, *, images: int | N
     """Check the counters of a state.json against the config that it was saved under.
 
     Args:
-        images: number of training images, if known; the checks are exact then.
+        images: number of training images, if known, which makes the checks exact.
 
     Raises:
         ValueError: a counter is not a number, out of range, or inconsistent with another. A one-line message.
@@ -113,7 +113,7 @@ def is_at_end(content: dict[str, Any], config: TrainConfig) -> bool:
 
 
 def _check_position(found: _Counters, config: TrainConfig, images: int | None) -> str | None:
-    """Return how epoch, step, step_in_epoch and samples_seen are inconsistent; None if they are not. So do all below."""
+    """Return how epoch, step, step_in_epoch and samples_seen disagree, or None, like all checks below."""
     epoch, in_epoch, batch = found.epoch, found.step_in_epoch, config.global_batch_size
     before = found.step - in_epoch  # steps in finished epochs
     if epoch > config.epochs:

@@ -11,8 +11,8 @@ from distributed.run.lock_holder import why_ended
 from distributed.run.metrics_log import MAX_EPOCHS, MetricsLog, Point
 from distributed.run.records import Holder, Status
 
-_MARKS = {"status.json", "attempts.jsonl", "config.toml"}
-_INNER = {"checkpoints", "tensorboard", "logs", "profile", "export", "ray", "slurm"}
+_MARKS = {"status.json", "attempts.jsonl", "config.toml"}  # a folder with one of these files is a run
+_INNER = {"checkpoints", "tensorboard", "logs", "profile", "export", "ray", "slurm"}  # a run's own subfolders
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _natural_order(path: Path) -> list[tuple[int, str]]:
 
 
 def outcome_of(run: Path) -> Outcome:
-    """Return everything that can be read of a run; damaged files count as missing."""
+    """Read a run's outcome as far as possible; damaged files count as missing."""
     status = RunFolder(run).status()
     try:
         log = MetricsLog.read(RunFolder(run).metrics_file)
@@ -89,5 +89,5 @@ def _planned_epochs(run: Path) -> int | None:
 
 
 def _printable(text: str | None) -> str:
-    """Return a short text that fits on one line; an empty one for any other."""
+    """Return `text` if it is short and fits on one line, otherwise an empty string."""
     return text if text and text.isprintable() and len(text) <= 40 else ""

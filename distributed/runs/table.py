@@ -27,5 +27,5 @@ def accuracy(point: Point | None) -> str:
 
 def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return a line per row, each column as wide as its widest cell."""
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]

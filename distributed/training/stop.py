@@ -4,7 +4,7 @@ import time
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
-from distributed.comm.collectives import DelayedMax
+from distributed.comm.collectives import DelayedMax, gather_objects
 
 
 class StopSource(Protocol):
@@ -58,7 +58,10 @@ class StepAgreement:
             self.restart_save_timer()
         stop, save = self._flags.exchange(self._source.requested() is not None, save_due)
         if stop:
-            self.reason = self._source.requested() or "a request to another rank"
+            # Ranks may hear of a request at different steps: record the reason of the lowest rank that knows one by now.
+            self.reason = next(
+                (reason for reason in gather_objects(self._source.requested()) if reason), "a stop request"
+            )
         return Decision(bool(stop), bool(save))
 
     def restart_save_timer(self) -> None:

@@ -1,7 +1,7 @@
 """`python -m launch.doctor [CONFIG.toml] [--SETTING VALUE ...]`: checks this machine, or every node of a Slurm job.
 
 Prints a table and `go`, or `no go` with the bad node and the remedy. Each node runs `launch.doctor.probe`, in parallel; the
-reports come back through srun instead of over the network under test. A node that does not answer is tried again alone.
+reports come back through srun instead of over the network under test. A node that does not answer is retried alone.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--address", default="", help="rendezvous address; default: the first node's")
     options.add_argument("--port", type=int, default=0, help="rendezvous port; default: derived from the job's number")
     options.add_argument("--seconds", type=float, default=20.0, help="how long to wait for all nodes")
-    options.add_argument("--gpus", type=int, default=0, help="GPUs that each node should have; default: as the others")
+    options.add_argument("--gpus", type=int, default=0, help="GPUs per node; default: the job's, or most nodes'")
     options.add_argument(
         "--free-gib", type=float, default=1.0, help="free space that the run folder's disk should have"
     )
@@ -92,7 +92,7 @@ def _probe_arguments(address: str, port: int, token: str, seconds: float, settin
 
 @contextmanager
 def _token(run_dir: Path) -> Iterator[str]:
-    """Write a file into the run folder that every node should see, and yield its name; removed with the nodes' own."""
+    """Write a file into the run folder that every node should see, and yield its name. Removes it, and the nodes', on exit."""
     token = f".doctor-{uuid.uuid4().hex[:12]}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -9,14 +9,14 @@ from distributed.errors import InputError
 
 
 class Finished(NamedTuple):
-    """What a command printed to stdout, and in one line why it failed; empty if it did not."""
+    """The stdout of a command, and a line on why it failed; empty if it did not."""
 
     printed: str
     problem: str
 
 
 def run_bounded(command: Sequence[str], seconds: float) -> Finished:
-    """Run a command for at most so many seconds, then end it.
+    """Run a command, and end it if it is still running after `seconds`.
 
     Raises:
         InputError: it cannot be started.
@@ -31,7 +31,7 @@ def run_bounded(command: Sequence[str], seconds: float) -> Finished:
     lines = [line.strip() for line in complaints.splitlines() if line.strip()]
     reason = next((line for mark in (" failed on node ", "error:", "") for line in lines if mark in line), "")[:300]
     if timed_out:
-        return Finished(printed, f"no end after {seconds:g} s{f': {reason}' if reason else ''}")
+        return Finished(printed, f"still running after {seconds:g} s{f': {reason}' if reason else ''}")
     return Finished(printed, (reason or f"exit code {process.returncode}") if process.returncode else "")
 
 

@@ -20,7 +20,7 @@ def report_of_this_machine(arguments: Iterable[str], node: str, *, seconds: floa
 def reports_of_job(arguments: Sequence[str], nodes: Sequence[str], *, seconds: float) -> Answers:
     """Run the probe on all nodes of the job at once, so that they can measure the network between them.
 
-    If one node cannot be reached, srun starts nothing on any node: silent nodes are tried again, each alone.
+    If one node cannot be reached, srun starts nothing on any node, so silent nodes are retried, each alone.
     """
     options = [f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", f"--wait={2 * seconds + 10:.0f}"]
     answers = _answers([*_STEP, *options, *_probe(arguments)], nodes, 3 * seconds + _START_SECONDS)
@@ -43,7 +43,7 @@ def _retry_alone(answers: Answers, arguments: Sequence[str], nodes: Sequence[str
             answers.reports[node] = report.model_copy(update={"index": nodes.index(node)})
             del answers.silent[node]
         answers.silent |= retry.silent
-    if not answers.silent:  # each node answers alone, so the joint test is what failed
+    if not answers.silent:  # each node answers alone, so only the joint test failed
         for node, reason in reasons.items():
             error = f"no answer when all nodes were tested together: {reason}"
             report = answers.reports[node]

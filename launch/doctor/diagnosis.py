@@ -1,4 +1,4 @@
-"""Compares the nodes' reports: a table, and a line with the remedy for each thing that is wrong on a node."""
+"""Compares the nodes' reports: a table, and a line with the remedy for each fault of a node."""
 
 import statistics
 from collections import Counter
@@ -9,7 +9,7 @@ from launch.doctor.reports import NodeReport
 
 _CLOCK_SECONDS = 1.0
 _SLOW = 0.25  # of the median pair's speed
-_SMALLER_GPU = 0.95  # of the usual memory; below, it is another kind of GPU
+_SMALLER_GPU = 0.95  # of the usual memory; less means another kind of GPU
 _HEADINGS = ("node", "torch", "code", "GPUs", "cores", "memory", "free disk", "data", "slowest pair", "clock")
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ def diagnose(
     Args:
         expected: names of the nodes that were examined.
         several: whether the run folder must be shared between nodes.
-        gpus: GPUs that each node should have; 0: as many as the other nodes.
+        gpus: GPUs that each node should have; 0: the most common number.
         free_gib: free space that the run folder's disk should have.
         silent: the reason for each node without a report, by name.
     """
@@ -60,7 +60,7 @@ def _section_error(report: NodeReport, section: str, name: str) -> list[str]:
 
 
 def version_differences(reports: Sequence[NodeReport]) -> list[str]:
-    """Return a line for each package or copy of the project that differs from that of most nodes."""
+    """Return a line for each package, and each copy of the project, that differs from most nodes'."""
     found = [line for report in reports for line in _section_error(report, "versions", "versions")]
     found += [line for report in reports for line in _section_error(report, "code", "its copy of the project")]
     versions = {report.node: report.versions for report in reports if report.versions is not None}
@@ -136,7 +136,7 @@ def _network_faults(report: NodeReport) -> list[str]:
         return []
     found = []
     if report.index not in network.present:
-        found.append(f"{node}: it reached the rendezvous too late; give --seconds 60, or see what slows it down")
+        found.append(f"{node}: reached the rendezvous too late; give --seconds 60, or find out why the node is slow")
     elif not network.sum_is_right:
         found.append(f"{node}: an all-reduce gave a wrong sum; check its network card and memory, or --exclude={node}")
     if abs(network.clock_seconds or 0) > _CLOCK_SECONDS:
@@ -147,7 +147,7 @@ def _network_faults(report: NodeReport) -> list[str]:
 
 
 def _pair_faults(reports: Sequence[NodeReport]) -> list[str]:
-    """Return a line for each pair of nodes that is slow or garbles data; of the two measurements, the lower counts."""
+    """Return a line for each pair of nodes that is slow or corrupts data; of the two measurements, the lower counts."""
     names = {report.index: report.node for report in reports}
     speeds: dict[tuple[str, str], float] = {}
     for report in reports:
@@ -169,10 +169,7 @@ def _pair_faults(reports: Sequence[NodeReport]) -> list[str]:
 
 def table(reports: Sequence[NodeReport]) -> str:
     """Return a table with one row per node."""
-    rows: list[tuple[str, ...]] = [
-        ("node", "torch", "code", "GPUs", "cores", "memory", "free disk", "data", "slowest pair", "clock")
-    ]
-    rows += [_row(report) for report in sorted(reports, key=lambda report: report.index)]
+    rows = [_HEADINGS, *(_row(report) for report in sorted(reports, key=lambda report: report.index))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -19,7 +19,7 @@ _SAMPLED_ABOVE, _SAMPLED_ROUNDS = 32, 8
 
 
 def measure(address: str, port: int, index: int, count: int, seconds: float) -> Network:
-    """Meet the other nodes at an address, then sum, exchange data in pairs and compare clocks with all that came.
+    """Join the other nodes at an address; then sum, exchange data in pairs and compare clocks with those present.
 
     Args:
         index: this node's index among `count` nodes; node 0 hosts the rendezvous.
@@ -41,7 +41,7 @@ def measure(address: str, port: int, index: int, count: int, seconds: float) -> 
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if has_gpu else torch.device("cpu")
     rank = present.index(index)
-    # The group has the nodes that are present: with those of the environment, it would wait for an absent one.
+    # The group consists of the nodes that are present; with the environment's ranks, it would wait for absent ones.
     dist.init_process_group(
         "nccl" if has_gpu else "gloo", store=PrefixStore("group", store), rank=rank, world_size=len(present),
         timeout=timeout, device_id=device if has_gpu else None,
@@ -82,7 +82,7 @@ def _sum_is_right(device: torch.device) -> bool:
 def rounds(size: int) -> list[dict[int, int]]:
     """Return rounds of disjoint pairs that cover every pair once (the circle method); above 32 nodes, some of the rounds.
 
-    Each round maps a rank to its partner. With an odd number of ranks, one is missing from each round.
+    Each round maps a rank to its partner. With an odd number of ranks, one sits out each round.
     """
     circle = list(range(size + size % 2))
     found = []

@@ -1,7 +1,7 @@
 """`python -m launch.doctor.probe`: one node examines itself and its network, and prints its report.
 
-Any failure is a finding of that node, so nothing here ends in an exception. torch is imported late: a node without it can
-report so.
+Any failure is a finding about the node, so nothing here raises. torch is imported late, so that a node without it can
+report that.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def examine_folder(run_dir: Path, token: str, node: str) -> Folder:
 
 
 def check_data(config: TrainConfig, *, names_data: bool = True) -> str:
-    """Check that the data set is there and its files have the right sizes, and return its name.
+    """Check that the data set is present and its files have the right sizes, and return its name.
 
     Args:
         names_data: whether the user named a config or data set; if not, generated images may replace CIFAR-10 outside a job.

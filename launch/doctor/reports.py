@@ -1,4 +1,4 @@
-"""The report of one node, and its way through srun's output. Imports no torch."""
+"""The report of one node, and how it is passed through srun's output. Imports no torch."""
 
 import json
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Strict, ValidationError
 
 _MARK = "doctor-report:"
-_FRAGMENT = 600  # characters; srun passes on at most 1,024 bytes at a time, those of several nodes in any order
+_FRAGMENT = 600  # characters; srun forwards at most 1,024 bytes at a time, and interleaves nodes
 
 
 class _Section(BaseModel):
@@ -49,7 +49,7 @@ class Network(_Section):
 
 
 class NodeReport(_Section):
-    """Everything that one node found out; a section that failed is None and has an entry in `errors`."""
+    """Everything that one node measured; a section that failed is None and has an entry in `errors`."""
 
     node: str
     index: int
@@ -63,7 +63,7 @@ class NodeReport(_Section):
     errors: dict[str, str] = {}
 
     def error(self, section: str) -> str:
-        """Return why there is no such section; empty if there is one."""
+        """Return why a section is missing; empty if it is not."""
         return self.errors.get(section, "" if getattr(self, section) is not None else "it is missing from its report")
 
     @classmethod
@@ -71,7 +71,7 @@ class NodeReport(_Section):
         """Read a report from JSON. A malformed section becomes an error of that section.
 
         Raises:
-            ValueError: it is no report at all.
+            ValueError: the text is not a report at all.
         """
         report = json.loads(text)
         if not isinstance(report, dict):
@@ -86,7 +86,7 @@ class NodeReport(_Section):
 
 
 def _malformed_sections(error: ValidationError) -> dict[str, str]:
-    """Return what is wrong with each section, by name."""
+    """Return the error of each malformed section, by name."""
     fields: dict[str, list[str]] = {}
     values: dict[str, Any] = {}
     for mistake in error.errors():

@@ -1,4 +1,4 @@
-"""What Slurm knows about the nodes of a job. Imports no torch."""
+"""Queries Slurm about the nodes of a job. Imports no torch."""
 
 import re
 
@@ -13,7 +13,7 @@ def job_nodes(allocation: Allocation) -> list[str]:
     """Return the names of the job's nodes.
 
     Raises:
-        InputError: their number is not that of the job, or Slurm does not answer.
+        InputError: their number differs from the job's, or Slurm does not answer.
     """
     names = _scontrol("show", "hostnames", allocation.node_list).split() if allocation.node_list else []
     if len(names) != allocation.nodes:

@@ -17,7 +17,7 @@ _POLL_SECONDS = 0.5
 
 
 class CapacityError(InputError):
-    """The cluster had too few resources for as long as the config allows to wait."""
+    """The cluster did not have enough resources within `scaling.wait_seconds`."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Capacity:
 
     now: int
     when_idle: int
-    """With nothing else running."""
+    """The same if nothing else ran."""
     description: str
     """Each node's resources, for a message."""
 
 
 def usable_nodes(excluded: Collection[str] = ()) -> list[ClusterNode]:
-    """Return the nodes that are alive, not draining and not `excluded`, by their ids."""
+    """Return the nodes that are alive and not draining, except those whose ids are `excluded`."""
     unusable = {*compat.draining_nodes(), *excluded}
     return [node for node in compat.cluster_nodes() if node.alive and node.id not in unusable]
 
@@ -75,7 +75,7 @@ def workers_on_cluster(scaling: Scaling, per_node: Sequence[int]) -> int:
 def wait_for_capacity(scaling: Scaling, stop_requested: Callable[[], str | None], excluded: Collection[str]) -> int:
     """Return how many workers to start; 0 if a stop was requested meanwhile.
 
-    That is `num_workers` as soon as they fit, or as many as fit once it is clear that there will not be more.
+    That is `num_workers` as soon as they fit, or fewer once no more capacity is expected.
 
     Raises:
         CapacityError: fewer than `min_workers` fit after `wait_seconds`.
@@ -114,6 +114,6 @@ def _shortage(scaling: Scaling, found: Capacity) -> str:
 
 
 def _request_nodes(scaling: Scaling, workers: int) -> None:
-    """Ask the autoscaler for nodes for so many workers; on a cluster without one, nothing happens."""
+    """Request nodes for this number of workers from the autoscaler. A no-op on a cluster without one."""
     worker = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.gpus_per_worker else {})
     request_resources(bundles=[worker] * workers)

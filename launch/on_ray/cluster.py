@@ -1,4 +1,4 @@
-"""Whether the nodes of a Ray cluster can take part in a run."""
+"""Checks whether the nodes of a Ray cluster can take part in a run."""
 
 import time
 import uuid
@@ -27,10 +27,10 @@ _LOSS_SECONDS = 30.0  # after which the cluster knows that a node is lost
 
 @dataclass
 class CheckedNodes:
-    """The nodes that the driver has checked, by their ids; a node that joins again has another id."""
+    """The ids of the nodes that the driver has checked; a node that rejoins has a new id."""
 
     usable: set[str] = field(default_factory=set)
-    """Nodes that can take part; workers go to no other."""
+    """Nodes that can take part; workers run only there."""
     excluded: set[str] = field(default_factory=set)
     """Nodes that joined during the run and cannot take part."""
 
@@ -42,24 +42,24 @@ def warn_if_open() -> None:
 
 
 def open_cluster_warning(addresses: Sequence[str], *, token: bool) -> str:
-    """Return the warning about a cluster whose nodes have these addresses; empty if it needs none."""
+    """Return the warning about a cluster whose nodes have these addresses; empty if there is nothing to warn about."""
     exposed = [] if token else [address for address in addresses if not is_loopback(address)]
     if not exposed:
         return ""
     return (
-        f"the Ray cluster on {exposed[0]} requires no token: whoever reaches it over the network can run any program there; "
+        f"the Ray cluster on {exposed[0]} requires no token: anyone who reaches it over the network can run programs there; "
         "run `ray get-auth-token --generate` before `ray start --head`, see docs/ray.md"
     )
 
 
-def check_nodes(config: TrainConfig, scaling: Scaling, checked: CheckedNodes, *, begun: bool) -> bool:
+def check_nodes(config: TrainConfig, scaling: Scaling, checked: CheckedNodes, *, started: bool) -> bool:
     """Check each new node that may get workers: whether it shares the run folder, has the data and runs the same code.
 
     If workers can only go to this machine, no check is needed.
 
     Args:
-        checked: gets the results.
-        begun: whether the run has had an attempt; if so, a node that cannot take part is excluded instead of an error.
+        checked: updated with the results.
+        started: whether the run has had an attempt; if so, a node that cannot take part is excluded without an error.
 
     Returns:
         Whether the capacity is unchanged: there is a usable node, and none was lost or excluded meanwhile.
@@ -77,7 +77,7 @@ def check_nodes(config: TrainConfig, scaling: Scaling, checked: CheckedNodes, *,
         return bool(checked.usable)
     failures = _failures_with_token(nodes, config)
     bad = {node for node, lines in failures.items() if lines}
-    if bad and not begun:
+    if bad and not started:
         raise InputError(*(line for lines in failures.values() for line in lines))
     for node in bad:
         logger.warning("excluded until Ray is restarted there: {}", "; ".join(failures[node]))
@@ -139,7 +139,7 @@ def _faults(own: NodeReport, report: NodeReport, config: TrainConfig, token: str
         ]
     if error := report.error("data"):
         found.append(f"{node}: data: {error}")
-    return found + version_differences([own, report])  # of two that differ, the first is the reference
+    return found + version_differences([own, report])  # if they differ, the first is the reference
 
 
 def _is_lost(node: str) -> bool:

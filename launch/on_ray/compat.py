@@ -1,4 +1,4 @@
-"""Private parts of Ray, as in version 2.60: its public API lacks free resources per node, draining nodes and a key-value store.
+"""Private APIs of Ray 2.60: the public one lacks free resources per node, draining nodes and a key-value store.
 
 `tests/unit/test_ray_compat.py` fails if a later version no longer has one of them.
 """
@@ -47,7 +47,7 @@ def free_resources() -> dict[str, dict[str, float]]:
 
 
 def draining_nodes() -> set[str]:
-    """Return the ids of the nodes that are about to be taken away; no new work goes there."""
+    """Return the ids of the nodes that are about to be removed and get no new work."""
     return set(_state().get_draining_nodes())
 
 

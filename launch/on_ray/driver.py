@@ -1,7 +1,7 @@
 """The driver of a run on a Ray cluster: one `TorchTrainer` per attempt, until the run is finished or must not be retried.
 
-Ray Train's own elasticity would kill the workers to grow a run, and its retries would repeat bad input. This driver asks the
-workers to save and return first, and repeats only what can succeed.
+Ray Train's own elasticity would kill the workers to grow a run, and its retries would repeat bad input. This driver
+first requests that the workers save and return, and retries only if the next attempt can succeed.
 """
 
 import logging
@@ -58,7 +58,7 @@ def run(training: Training) -> ExitCode:
 
 @contextmanager
 def connected(level: str) -> Iterator[None]:
-    """Join the cluster that RAY_ADDRESS names or that runs on this machine; without one, start one until the context ends."""
+    """Join the cluster that RAY_ADDRESS names or that runs on this machine; otherwise start one until the context ends."""
     logs.terminal_logs(0, level=level)
     ray.init(logging_level=logging.WARNING, log_to_driver=True)
     try:
@@ -77,13 +77,13 @@ def run_attempts(config: TrainConfig, scaling: Scaling, stop: StopSource, callba
     Raises:
         InputError: the first attempt does not fit on the cluster, or a node cannot take part.
     """
-    failures, begun, saved = 0, False, _saved_step(config)
+    failures, started, saved = 0, False, _saved_step(config)
     nodes = CheckedNodes()
     while True:
         try:
             workers = wait_for_capacity(scaling, stop.requested, nodes.excluded)
         except CapacityError as error:
-            if not begun:
+            if not started:
                 raise
             logger.error("{}", error)
             logger.error("stopped at step {}, everything saved; the same command resumes", _saved_step(config))
@@ -91,9 +91,9 @@ def run_attempts(config: TrainConfig, scaling: Scaling, stop: StopSource, callba
         if not workers:
             logger.warning("stopped by {} between two attempts; the same command resumes", stop.requested())
             return ExitCode.STOPPED
-        if not check_nodes(config, scaling, nodes, begun=begun):
+        if not check_nodes(config, scaling, nodes, started=started):
             continue
-        begun = True
+        started = True
         outcome = run_attempt(config, scaling, workers, nodes, stop, callbacks)
         if outcome.code is not None:
             return outcome.code
@@ -115,7 +115,7 @@ def run_attempt(
     stop: StopSource,
     callbacks: Sequence[Any],
 ) -> Outcome:
-    """Run one attempt with that many workers on the usable nodes."""
+    """Run one attempt with `workers` workers on the usable nodes."""
     key = uuid.uuid4().hex
     logger.info("starting {} worker{}", workers, "s" if workers > 1 else "")
     growth = GrowthMonitor(config, scaling, workers, nodes.excluded)
@@ -141,15 +141,15 @@ class GrowthMonitor:
     def stop_reason(self) -> str | None:
         """Return the reason to stop once two checks in a row found capacity.
 
-        A single check is no proof: a dead node counts as free for a while, and so do resources that workers are about to
-        claim.
+        A single check is not enough: a dead node counts as free for a while, and so do resources that workers are about
+        to claim.
         """
         if not self._can_grow or time.monotonic() - self._checked_at < self._scaling.resize_seconds:
             return None
         before = self._had_capacity
         self._checked_at = time.monotonic()
-        has_begun = self._started_attempts() > self._attempts_before
-        self._had_capacity = has_begun and capacity(self._scaling, self._excluded).now > 0
+        has_started = self._started_attempts() > self._attempts_before
+        self._had_capacity = has_started and capacity(self._scaling, self._excluded).now > 0
         return _GROWTH if before and self._had_capacity else None
 
     def _started_attempts(self) -> int:
@@ -171,7 +171,7 @@ def make_trainer(
     return TorchTrainer(
         worker,
         train_loop_config={"config": config.model_dump_json(), "stop_key": stop_key},
-        # Ray creates the process group; gloo is needed beside NCCL because flags and counters are on the host.
+        # Ray creates the process group; gloo is needed in addition to NCCL, for flags and counters on the host.
         torch_config=TorchConfig(
             backend="cpu:gloo,cuda:nccl" if scaling.gpus_per_worker else "gloo",
             timeout_s=max(1, int(config.timeout_seconds)),
@@ -181,7 +181,7 @@ def make_trainer(
             use_gpu=bool(scaling.gpus_per_worker),
             resources_per_worker=resources,
             placement_strategy=scaling.placement.upper(),
-            # No space after the comma: Ray 2.60 accepts one, but then takes it for a part of the id.
+            # No space after the comma: Ray 2.60 accepts one, but then treats it as part of the id.
             label_selector={"ray.io/node-id": f"in({','.join(sorted(nodes.usable))})"},
         ),
         run_config=v2.RunConfig(
@@ -230,7 +230,7 @@ def _outcome_of_return(config: TrainConfig, result: WorkerResult, *, stopped: bo
 
 
 def _causes(error: BaseException) -> dict[int, BaseException]:
-    """Return each rank's error, those about lost peers last: they say least."""
+    """Return each rank's error, those about lost peers last, since they are the least informative."""
     causes = dict(getattr(error, "worker_failures", {}))
     return dict(sorted(causes.items(), key=lambda entry: isinstance(entry[1], RuntimeError)))
 

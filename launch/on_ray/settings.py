@@ -13,7 +13,7 @@ from distributed.train import checked_config
 from launch.sweep_arguments import combinations, in_subfolder
 
 _CONNECT_SECONDS = 10
-NOT_SWEPT = ("epochs", "scaling.")  # split_sweep's; trainings of different length or size cannot be compared
+NOT_SWEPT = ("epochs", "scaling.")  # for split_sweep: trainings of different length or size cannot be compared
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Training:
     scaling: Scaling
     finished: bool
     name: str = ""
-    """Its place in a sweep, e.g. `optim.lr=0.1`."""
+    """Its label within a sweep, e.g. `optim.lr=0.1`."""
 
 
 def check_training(arguments: Sequence[str], *, name: str = "") -> Training:
     """Return the training that `[CONFIG.toml] [--SETTING VALUE ...]` describes.
 
     Raises:
-        InputError: anything that cannot be used.
+        InputError: the arguments are invalid.
     """
     scaling = Scaling()
 
@@ -54,7 +54,7 @@ def worker_config(config: TrainConfig, scaling: Scaling) -> TrainConfig:
     """Return the config for a worker: absolute paths, one thread per reserved core, no `scaling`.
 
     Raises:
-        InputError: a relative path, which would name another place in a worker.
+        InputError: a path is relative, so that it would point elsewhere in a worker.
     """
     run_dir, shared = config.run_dir, scaling.storage_path
     if shared and run_dir.is_absolute():
@@ -85,7 +85,7 @@ def sweep_trainings(arguments: Sequence[str], sweep: dict[str, list[str]]) -> li
     """Return a training for each combination of values, each in a folder of its own within run_dir.
 
     Raises:
-        InputError: one of them cannot be used, or has no validation images to compare by.
+        InputError: one of them is invalid, or has no validation images to compare by.
     """
     trainings = []
     for combination in combinations(sweep):
@@ -103,7 +103,7 @@ def check_address(address: str) -> None:
     """Check that something listens at the address of a Ray cluster; Ray itself would try for minutes.
 
     Raises:
-        InputError: nothing does, or it is no address.
+        InputError: nothing listens there, or it is not an address.
     """
     if address in ("", "auto", "local"):
         return

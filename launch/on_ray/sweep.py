@@ -1,4 +1,4 @@
-"""Runs several trainings at once through Ray Tune, each in a folder of its own, and names the best.
+"""Runs several trainings at once through Ray Tune, each in a folder of its own, and reports the best.
 
 The sweep's folder holds a run folder per training (`optim.lr=0.1`), `summary.txt`, `sweep.png` with their curves,
 `best.toml`, and Tune's own files in `tune/`. The same command resumes the trainings that are not finished.
@@ -32,13 +32,13 @@ from launch.on_ray.settings import Training
 from launch.on_ray.worker import ClusterStop, clear_stop, request_stop
 from launch.summary import summary
 
-# Tune requires a reservation for each trial; a core would take the place of a worker.
+# Tune requires a reservation for each trial; a reserved core would be missing for a worker.
 _TRIAL_RESOURCES = {"node:__internal_head__": 0.001}
 _POLL_SECONDS = 0.25
 
 
 def run(trainings: Sequence[Training]) -> ExitCode:
-    """Run all trainings that are not finished, as many at once as fit on the cluster, then name the best."""
+    """Run all unfinished trainings, as many at once as fit on the cluster, then report the best."""
     folder = trainings[0].config.run_dir.parent
     unfinished = [training for training in trainings if not training.finished]
     code = ExitCode.FINISHED
@@ -116,8 +116,8 @@ def conclude(folder: Path, trainings: Sequence[Training]) -> None:
     print(text, end="", flush=True)
     with OptionalOutput(folder / "summary.txt"):
         replace_text(folder / "summary.txt", text)
-    begun = [training.config.run_dir for training in trainings if (training.config.run_dir / "config.toml").is_file()]
-    runs = [read_history(run_dir) for run_dir in begun]
+    started = [training.config.run_dir for training in trainings if (training.config.run_dir / "config.toml").is_file()]
+    runs = [read_history(run_dir) for run_dir in started]
     measured = [(found.value, run) for run in runs if (found := run.log.best("validation"))]
     if not measured:
         return

@@ -30,7 +30,7 @@ _POLL_SECONDS = 1.0
 
 
 class WorkerResult(NamedTuple):
-    """Where the run stands when a worker returns."""
+    """The state of the run when a worker returns."""
 
     stopped_by: str | None
     """Why the run was stopped; None if it is finished."""
@@ -39,7 +39,7 @@ class WorkerResult(NamedTuple):
 
 
 def request_stop(key: str, reason: str) -> None:
-    """Ask all workers that watch this key to save at their next step and return."""
+    """Make all workers that watch this key save at their next step and return."""
     compat.put_value(key, reason)
 
 
@@ -51,8 +51,8 @@ def clear_stop(key: str) -> None:
 class ClusterStop:
     """A `StopSource` that watches a key and draining nodes. Context manager.
 
-    A thread does so, because each look is a call over the network while the loop asks after every step. Ray's own
-    `get_preemption_info` would be a barrier of all workers.
+    A thread polls the cluster, because each poll is a call over the network, while the training loop queries this after
+    every step. Ray's own `get_preemption_info` would be a barrier of all workers.
 
     Args:
         nodes: names of the nodes to watch, by their ids.
@@ -72,7 +72,9 @@ class ClusterStop:
             try:
                 self._reason = compat.get_value(self._key)
                 draining = compat.draining_nodes() & self._nodes.keys()
-            except Exception as error:  # the head may be away for a moment; Ray ends a worker that it gives up
+            except (
+                Exception
+            ) as error:  # the head may be unreachable for a moment; Ray kills workers that it gives up on
                 logger.debug("no answer from the cluster: {}", error)
                 continue
             if draining and self._reason is None:
@@ -118,7 +120,7 @@ class RayReport:
         checkpoint = None
         with ExitStack() as stack:
             if self._is_main:
-                with OptionalOutput("Ray's note of the epoch"):  # if it fails, this rank must still come to the barrier
+                with OptionalOutput("Ray's note of the epoch"):  # if it fails, this rank must still reach the barrier
                     folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
                     Path(folder, "where.json").write_text(json.dumps(note), encoding="utf-8")
                     checkpoint = ray.train.Checkpoint.from_directory(folder)
@@ -129,7 +131,7 @@ class RayReport:
 
 
 def train_on_worker(arguments: dict[str, str]) -> WorkerResult:
-    """Train, and return where the run stands; the driver reads rank 0's result.
+    """Train, and return the state of the run; the driver reads rank 0's result.
 
     Args:
         arguments: `config`, a `TrainConfig` as JSON, and `stop_key`, the key to watch for stop requests.
@@ -137,8 +139,9 @@ def train_on_worker(arguments: dict[str, str]) -> WorkerResult:
     config = TrainConfig.model_validate_json(arguments["config"])
     topology = Topology.from_environment()
     logs.terminal_logs(topology.rank, level=config.logging.level)
-    place = f"rank {topology.rank} of {topology.world_size}: process {os.getpid()} on {host()}"
-    print(place, file=sys.stderr, flush=True)
+    print(
+        f"rank {topology.rank} of {topology.world_size}: process {os.getpid()} on {host()}", file=sys.stderr, flush=True
+    )
     # All workers' nodes, so that rank 0 can name the one that is draining.
     nodes = dict(collectives.gather_objects((ray.get_runtime_context().get_node_id(), host())))
     with ClusterStop(arguments["stop_key"], nodes) as stop:

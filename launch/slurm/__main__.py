@@ -32,8 +32,10 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     options.add_argument("--nodes", type=_count, default=1)
-    options.add_argument("--gpus-per-node", type=_count, default=0, help="also the number of processes; default: CPUs")
-    options.add_argument("--ranks-per-node", type=_count, default=0, help="processes per node, if not one per GPU")
+    options.add_argument("--gpus-per-node", type=_count, default=0, help="default: none, train on CPUs")
+    options.add_argument(
+        "--ranks-per-node", type=_count, default=0, help="processes per node; default: one per GPU, or one without GPUs"
+    )
     for name in _SBATCH_OPTIONS:
         options.add_argument(f"--{name.replace('_', '-')}", default="", help="passed on to sbatch")
     options.add_argument("--sbatch", action="append", default=[], metavar="=OPTION", help="any other option of sbatch")
@@ -50,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 @prints_errors
 def main() -> int:
-    """Return the exit code: 0 if submitted or printed, 2 for bad input, else that of sbatch."""
+    """Return the exit code: 0 if submitted or printed, 2 for bad input, otherwise sbatch's."""
     arguments = sys.argv[1:]
     if not arguments or {"-h", "--help"} & set(arguments):
         parser().print_help()

@@ -17,7 +17,7 @@ _PERMANENT = {
 
 
 class Verdict(StrEnum):
-    """What happens to the job; the batch script reads these values."""
+    """The action on the job; the batch script reads these values."""
 
     REQUEUE = "requeue"
     LEAVE = "leave"
@@ -27,7 +27,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to the job, its exit code, and the reason."""
+    """The action on the job, the job's exit code, and the reason."""
 
     verdict: Verdict
     exit_code: int
@@ -36,14 +36,14 @@ class Decision:
 
 @dataclass(frozen=True)
 class AttemptEnd:
-    """What is known when an attempt has ended."""
+    """Everything known about an attempt that has ended."""
 
     lines: Sequence[AttemptRecord]
     """The attempt's lines of attempts.jsonl."""
     saved_step: int
     """Step of the newest checkpoint."""
     signal: str
-    """The signal that the batch script got: USR1, Slurm's warning; TERM, from scancel or requeue; or empty."""
+    """The signal that the batch script received: USR1, Slurm's warning; TERM, from scancel or requeue; or empty."""
     restarts: int
     max_requeues: int
 
@@ -53,7 +53,7 @@ class AttemptEnd:
 
     @cached_property
     def _last(self) -> AttemptRecord | None:
-        """The line that says how the attempt ended; None if the trainer wrote none."""
+        """The line that records how the attempt ended; None if the trainer wrote none."""
         return self._newest("finished", "stopped", "failed")
 
     def _newest(self, *events: str) -> AttemptRecord | None:
@@ -81,17 +81,17 @@ class AttemptEnd:
 
     @property
     def trainer_reason(self) -> str:
-        """The reason that the trainer gave; empty if it was killed."""
+        """The reason that the trainer recorded; empty if it was killed."""
         return (self._last and self._last.reason) or ""
 
     @property
     def reason_or_loss(self) -> str:
-        """The trainer's reason; if it was killed, what may have happened."""
+        """The trainer's reason; if it was killed, the likely cause."""
         return self.trainer_reason or "killed, or another process was lost"
 
     @property
     def reason_or_hint(self) -> str:
-        """The trainer's reason; if it was killed, where to look."""
+        """The trainer's reason; if it was killed, a hint where to look."""
         return self.trainer_reason or "see the log of each node"
 
     @property
@@ -101,14 +101,14 @@ class AttemptEnd:
 
     @property
     def saved_or_ended(self) -> str:
-        """`saved at step N`, `ended at step N` or `ended before it began`."""
+        """`saved at step N`, `ended at step N` or `ended before training started`."""
         step = self.saved_step if self._last is None or self._last.step is None else self._last.step
-        place = f"at step {step}" if self._started else "before it began"
-        return f"{'saved' if self.stopped else 'ended'} {place}"
+        when = f"at step {step}" if self._started else "before training started"
+        return f"{'saved' if self.stopped else 'ended'} {when}"
 
 
 class Rule(NamedTuple):
-    """A condition on the attempt, and what follows if no earlier rule applies."""
+    """A condition on the attempt, and the decision if no earlier rule applies."""
 
     applies: Callable[[AttemptEnd], bool]
     verdict: Verdict

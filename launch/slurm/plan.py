@@ -1,7 +1,8 @@
-"""`python -m launch.slurm.plan ADDRESS [CONFIG] [--SETTING VALUE ...]`: checks a job and tells the batch script what to run.
+"""`python -m launch.slurm.plan ADDRESS [CONFIG] [--SETTING VALUE ...]`: checks a job, and prints its plan for the batch script.
 
-Prints, each ended by a zero byte: run folder, rendezvous address, port, ranks per node, CPUs per node, then the arguments
-of `distributed.train`. Prints nothing for a finished run. Reports every input error within a second. Imports no torch.
+Prints, each terminated by a zero byte: run folder, rendezvous address, port, ranks per node, CPUs per node, then the
+arguments of `distributed.train`. Prints nothing for a finished run. Reports every input error within a second. Imports no
+torch.
 """
 
 import sys
@@ -41,7 +42,7 @@ def main() -> int:
     check_batch(config, world_size)
     address = resolve_address(sys.argv[1], nodes=allocation.nodes)
     port = free_port(allocation.job)
-    if not config.threads:  # share the job's cores; the process itself may be allowed more of them
+    if not config.threads:  # divide the job's cores; this process itself may be allowed to use more
         arguments += ["--threads", str(max(1, within_quota(allocation.cpus) // allocation.ranks))]
     fields = (config.run_dir.absolute(), address, port, allocation.ranks, allocation.cpus, *arguments)
     sys.stdout.write("".join(f"{field}\0" for field in fields))
@@ -64,7 +65,7 @@ def check_setting_paths(arguments: Sequence[str], folder: str) -> None:
     """Check that no setting depends on the job's folder, which this node does not have.
 
     Raises:
-        InputError: a path is relative, so that it would name another place here.
+        InputError: a path is relative, so that it would point elsewhere here.
     """
     config = from_command_line(arguments).config
     paths = {

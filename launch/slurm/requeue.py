@@ -1,7 +1,7 @@
 """`python -m launch.slurm.requeue begin|end RUN JOB`: records why each attempt of a job ended, and decides on a requeue.
 
-RUN/slurm/JOB.json carries state from one attempt to the next. attempts.jsonl gets one line per attempt, beside the
-trainer's own lines, which a killed attempt did not write. Imports no torch.
+RUN/slurm/JOB.json carries state from one attempt to the next. attempts.jsonl gets one line per attempt, in addition to the
+trainer's own lines, since a killed trainer writes none. Imports no torch.
 """
 
 import argparse
@@ -26,13 +26,13 @@ class Journal:
         self._job = job
         content = read_object(self._file)
         self._endings: list[str] = content.get("endings", [])
-        self._begun: int | None = content.get("begun")
+        self._first_line: int | None = content.get("begun")
 
     def begin(self) -> None:
-        """Record that an attempt begins. One that never ended was killed together with its batch script."""
-        if self._begun is not None:
+        """Record that an attempt begins. A previous one without an end was killed together with its batch script."""
+        if self._first_line is not None:
             self._record("lost", "lost without a report: its node failed, or it was killed")
-        self._write(begun=len(read_attempts(self.run.attempts_file)))
+        self._write(first_line=len(read_attempts(self.run.attempts_file)))
 
     def end(self, signal: str, allocation: Allocation) -> Decision:
         """Decide on the attempt that just ended, and record the decision."""
@@ -49,7 +49,7 @@ class Journal:
         )
         event = {Verdict.REQUEUE: "requeued", Verdict.LEAVE: "left to Slurm", Verdict.END: "ended"}[decision.verdict]
         self._record(event, decision.reason)
-        self._write(begun=None)
+        self._write(first_line=None)
         return decision
 
     @property
@@ -59,7 +59,7 @@ class Journal:
         return " | ".join(f"attempt {number}: {reason}" for number, reason in last)
 
     def _lines(self) -> list[AttemptRecord]:
-        return read_attempts(self.run.attempts_file)[self._begun or 0 :]
+        return read_attempts(self.run.attempts_file)[self._first_line or 0 :]
 
     def _record(self, event: str, reason: str) -> None:
         """Append an ending, under the token of its attempt so that readers can match them."""
@@ -75,9 +75,9 @@ class Journal:
         if event != "ended" or reason != "finished":
             append_line(self.run.attempts_file, json.dumps(record.as_json()))
 
-    def _write(self, *, begun: int | None) -> None:
+    def _write(self, *, first_line: int | None) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        replace_json(self._file, {"begun": begun, "endings": self._endings})
+        replace_json(self._file, {"begun": first_line, "endings": self._endings})
 
 
 @prints_errors
@@ -87,7 +87,7 @@ def main() -> int:
     parser.add_argument("moment", choices=("begin", "end"))
     parser.add_argument("run", type=home_path, metavar="RUN")
     parser.add_argument("job", metavar="JOB")
-    parser.add_argument("--signal", default="", metavar="NAME", help="the signal that the batch script got")
+    parser.add_argument("--signal", default="", metavar="NAME", help="the signal that the batch script received")
     options = parser.parse_args()
     try:
         journal = Journal(options.run, options.job)

@@ -198,10 +198,10 @@ def test_a_run_folder_that_is_not_a_folder_is_refused(kind: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seed", 1], "seed = 1: this run was begun with 0"),
-        (["--model.name", "cifar_alexnet"], "model.name = cifar_alexnet: this run was begun with improved_alexnet"),
-        (["--optim.lr", 0.5], "optim.lr = 0.5: this run was begun with 0.1"),
-        (["--exact.shards", 4], "exact.shards = 4: this run was begun with 8"),
+        (["--seed", 1], "seed = 1: this run was started with 0"),
+        (["--model.name", "cifar_alexnet"], "model.name = cifar_alexnet: this run was started with improved_alexnet"),
+        (["--optim.lr", 0.5], "optim.lr = 0.5: this run was started with 0.1"),
+        (["--exact.shards", 4], "exact.shards = 4: this run was started with 8"),
     ],
 )
 def test_a_run_folder_of_another_experiment_is_refused(arguments: list[object], message: str, run: Path) -> None:
@@ -525,7 +525,7 @@ def test_fewer_epochs_than_trained_are_refused(arguments: tuple[object, ...], ru
     with untouched(copy):
         assert_outcome(
             train(copy, *arguments),
-            f"epochs = 1: the run in {copy} has trained 2 epochs already; give --epochs 2 or more",
+            f"epochs = 1: the run in {copy} has already trained 2 epochs; give --epochs 2 or more",
         )
 
 
@@ -534,7 +534,7 @@ def test_fewer_epochs_than_started_are_refused(run: Path, tmp_path: Path) -> Non
     assert train(copy, epochs=2).code == 0
     shutil.rmtree(newest(copy))
     with untouched(copy):
-        assert_outcome(train(copy), "has trained 1 epoch and 3 steps already; give --epochs 2 or more")
+        assert_outcome(train(copy), "has already trained 1 epoch and 3 steps; give --epochs 2 or more")
 
 
 # Other runs' checkpoints
@@ -561,7 +561,7 @@ def test_an_earlier_checkpoint_of_another_run_is_refused(run: Path, tmp_path: Pa
     flip(TENSORS)(last)
     with untouched(copy / "checkpoints"):
         found = train(copy, epochs=2)
-    assert_outcome(found, "seed = 0: this run was begun with 1", "give another --run_dir", lines=2)
+    assert_outcome(found, "seed = 0: this run was started with 1", "give another --run_dir", lines=2)
 
 
 def test_a_checkpoint_that_is_a_link_is_resumed(run: Path, tmp_path: Path) -> None:
@@ -715,7 +715,7 @@ def test_links_that_cannot_be_set_do_not_change_the_bits(run: Path, tmp_path: Pa
 def test_init_from_another_model_is_refused(run: Path, tmp_path: Path) -> None:
     with untouched(tmp_path, run):
         found = train(tmp_path / "new", "--init_from", run, "--model.name", "cifar_alexnet")
-    assert_outcome(found, "holds weights of improved_alexnet, and model.name = cifar_alexnet; name another run")
+    assert_outcome(found, "holds weights of improved_alexnet, but model.name = cifar_alexnet; name another run")
 
 
 def test_two_ranks_report_a_checkpoint_that_does_not_fit(run: Path, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ VALUES: list[tuple[str, str, str]] = [
     ("optim.beta2", "x", "valid number"),
     ("optim.eps", "0", "greater than 0"),
     ("schedule.name", "step", "should be one of constant | cosine | one_cycle | plateau"),
-    ("schedule.warmup_epochs", "10", "leaves nothing of epochs = 10"),
+    ("schedule.warmup_epochs", "10", "must be less than epochs = 10"),
     ("schedule.final_factor", "1", "less than 1"),
     ("schedule.warmup_fraction", "0", "greater than 0"),
     ("schedule.start_factor", "true", "valid number"),
@@ -271,7 +271,7 @@ WORDS: dict[str, tuple[list[str], str]] = {
 
 MEET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
-    "RANK alone": ({"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK is missing"),
+    "RANK alone": ({"RANK": "0"}, "RANK set without WORLD_SIZE, LOCAL_RANK"),
     "no number": ({"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0"}, "should be a whole number"),
     "empty": ({"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}, "should be a whole number"),
     "an empty world": (

@@ -421,7 +421,7 @@ def test_report_without_matplotlib_has_its_numbers(run: Path, tmp_path: Path, mo
     found = call("report.__main__", run, "--out", tmp_path / "report.html")
     assert (found.code, found.errors) == (0, []), found.err
     page = (tmp_path / "report.html").read_text()
-    assert "This section could not be made: ModuleNotFoundError" in page
+    assert "This section could not be created: ModuleNotFoundError" in page
     assert "Settings" in page
 
 

@@ -217,7 +217,7 @@ NUMBER, CONTENT = "the number of the training images is", "the digest of the tra
 OTHER: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "an image renamed": ("image_folder", lambda root: (root / "train/cat/0.png").rename(root / "train/cat/9.png"), CONTENT),
     "an extra image": ("image_folder", lambda root: shutil.copy(root / "train/cat/0.png", root / "train/cat/9.png"),
-                      f"{NUMBER} 7 here, but this run was begun with 6"),
+                      f"{NUMBER} 7 here, but this run was started with 6"),
     "a missing image": ("image_folder", lambda root: (root / "train/cat/0.png").unlink(), f"{NUMBER} 5 here"),
     "an image in another class": (
         "image_folder", lambda root: (root / "train/cat/0.png").rename(root / "train/dog/9.png"), CONTENT),
@@ -226,8 +226,8 @@ OTHER: dict[str, tuple[str, Callable[[Path], object], str]] = {
                           "the number of the test images is 7 here"),
     "a test image changed": ("image_folder", lambda root: one_pixel(root / "test/cat/1.png"),
                              "the digest of the test images is"),
-    "an extra class": ("image_folder", with_class, "the number of classes is 3 here, but this run was begun with 2"),
-    "a class renamed": ("image_folder", renamed_class, "the name of class 0 is bat here, but this run was begun with cat"),
+    "an extra class": ("image_folder", with_class, "the number of classes is 3 here, but this run was started with 2"),
+    "a class renamed": ("image_folder", renamed_class, "the name of class 0 is bat here, but this run was started with cat"),
     "a flipped bit": ("cifar10", lambda root: change(root / TEN / "data_batch_2.bin", flip), CONTENT),
     "two labels swapped": ("cifar10", lambda root: change(root / TEN / "data_batch_2.bin", swap_labels), CONTENT),
     "a flipped bit in the test": (

@@ -117,7 +117,9 @@ def test_foreign_program_at_the_endpoint(answer: bytes, tmp_path: Path, monkeypa
 def test_silent_program_at_the_endpoint(tmp_path: Path) -> None:
     with other_program(None) as port:
         found, _ = train(tmp_path / "run", SECOND, str(port))
-    message = f"rank 0 of 2 did not arrive at 127.0.0.1:{port} within 0.5 s (what listens there does not answer)"
+    message = (
+        f"rank 0 of 2 did not arrive at 127.0.0.1:{port} within 0.5 s (the program that listens there does not answer)"
+    )
     assert_outcome(found, message, code=1)
 
 

@@ -146,7 +146,7 @@ def test_the_report_of_one_run_has_every_section(run: Path, tmp_path: Path) -> N
     document = (named / "report.html").read_text()
     assert result.stdout.startswith(f"{named}/report.html (")
     assert_self_contained(document)
-    assert "could not be made" not in document
+    assert "could not be created" not in document
     for heading in (
         "Attempts", "Learning curves", "Speed", "Test results", "Classes", "Most confident mistakes",
         "Augmented training images", "First-layer filters", "Settings",
@@ -297,5 +297,5 @@ def test_a_hundred_classes_of_real_images(tmp_path: Path) -> None:
     assert reported.returncode == 0, reported.stderr
     document = (run / "report.html").read_text()
     assert_self_contained(document)
-    assert "could not be made" not in document
+    assert "could not be created" not in document
     assert "All 100 classes" in document

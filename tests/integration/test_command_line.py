@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from kit.commands import ROOT, Command, attempts, final_tensors, metrics, status, torchrun
+from kit.speed import slowness
 
 CPU = ("--device", "cpu")
 SMALL = ("configs/debug.toml", *CPU, "--data.train_samples", "200", "--data.test_samples", "40")
@@ -24,7 +25,7 @@ def python(*arguments: object, module: str = "distributed.train") -> list[str]:
 def run(arguments: list[str], cwd: Path = ROOT, seconds: float = 60) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     return subprocess.run(
-        arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+        arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=seconds * slowness(), check=False
     )
 
 
@@ -141,8 +142,8 @@ def test_a_finished_run_says_so_and_refuses_changes(tmp_path: Path) -> None:
     assert (from_resolved.returncode, "this run is finished" in from_resolved.stderr) == (0, True)
     changed = run(python(*TINY, "--run_dir", folder, "--optim.lr", "0.05", "--seed", "1"))
     assert changed.returncode == 2
-    assert "optim.lr = 0.05: this run was begun with 0.1" in changed.stderr
-    assert "seed = 1: this run was begun with 0" in changed.stderr
+    assert "optim.lr = 0.05: this run was started with 0.1" in changed.stderr
+    assert "seed = 1: this run was started with 0" in changed.stderr
     evaluated = run(python(folder, "--split", "test", module="distributed.evaluate"))
     test = metrics(folder)[-1]["test"]
     assert f"loss {test['loss']:.4f}, top-1 {test['accuracy']:.2%}, top-5 {test['accuracy5']:.2%}" in evaluated.stdout

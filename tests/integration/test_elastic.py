@@ -101,4 +101,4 @@ def test_resume_with_another_number_of_shards_is_refused(undisturbed: Path, tmp_
     with Command(arguments, output=tmp_path / "output") as command:
         assert command.wait() != 0
     assert "exact.shards = 4" in command.text
-    assert "begun with 8" in command.text
+    assert "started with 8" in command.text

@@ -68,4 +68,4 @@ def test_an_old_run_is_evaluated_compared_and_resumed(tmp_path: Path) -> None:
     changed = [2.5 if value == 1.5 else value for value in SETTINGS]
     refused = call("train", *changed, "--epochs", 3, "--run_dir", made_old(old))
     assert refused.code == 2
-    assert f"error: {old}: optim.max_grad_norm = 2.5: this run was begun with 1.5" in refused.errors
+    assert f"error: {old}: optim.max_grad_norm = 2.5: this run was started with 1.5" in refused.errors

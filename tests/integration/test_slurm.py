@@ -276,7 +276,7 @@ def test_the_script_of_a_lost_node_does_nothing_more(cluster: Cluster, tmp_path:
         cluster.kill_node("n1")
         wait_for_restart(cluster, job, 1)
         use_one_node(cluster, job)
-        wait_for(lambda: "another attempt of this job has begun" in output_of(tmp_path), seconds=60,
+        wait_for(lambda: "another attempt of this job has started" in output_of(tmp_path), seconds=60,
                  description=lambda: output_of(tmp_path))  # fmt: skip
         wait_for_attempt(run, count=2)
         assert cluster.job(job)["Restarts"] == "1"

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from loguru import logger
 
+from kit.speed import slowness
+
 SECONDS = 60
 
 
@@ -37,7 +39,7 @@ def call(module: str, *arguments: object, **environment: str) -> Outcome:
     sys.argv = [module, *map(str, arguments)]
     os.environ.update(environment)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _at_most(SECONDS):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _at_most(round(SECONDS * slowness())):
             code = main()
     except SystemExit as exit:  # raised by argparse
         code = exit.code

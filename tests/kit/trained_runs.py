@@ -15,6 +15,7 @@ from distributed.data.sources import synthetic
 from distributed.data.sources.image_file import png_of
 from distributed.files import digest_of, replace_json
 from kit.commands import ROOT
+from kit.speed import slowness
 
 NORMALIZATION = {"mean": [0.5, 0.4, 0.3], "deviation": [0.2, 0.25, 0.3]}
 CLASSES = [f"class <{letter}>" for letter in "abcdefghij"]
@@ -30,12 +31,12 @@ def image_folder(root: Path) -> Path:
     return root
 
 
-def command(module: str, *arguments: object, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+def command(module: str, *arguments: object, seconds: float = 200) -> subprocess.CompletedProcess[str]:
     """Run `python -m distributed.MODULE ARGUMENTS`."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     return subprocess.run(
         [sys.executable, "-m", f"distributed.{module}", *map(str, arguments)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds * slowness(), check=False,
     )  # fmt: skip
 
 

@@ -51,11 +51,11 @@ def flipped(root: Path) -> None:
 CASES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "an image more": (
         "image_folder", lambda root: shutil.copy(root / "train/dog/0.png", root / "train/dog/8.png"),
-        "the number of the training images is 7 on rank 1, and 6 on rank 0"),
-    "a class renamed": ("image_folder", renamed_class, "the name of class 1 is cow on rank 1, and dog on rank 0"),
+        "the number of the training images is 7 on rank 1, but 6 on rank 0"),
+    "a class renamed": ("image_folder", renamed_class, "the name of class 1 is cow on rank 1, but dog on rank 0"),
     "a class more": (
         "image_folder", lambda root: shutil.copytree(root / "train/dog", root / "train/eel"),
-        "the number of classes is 3 on rank 1, and 2 on rank 0"),
+        "the number of classes is 3 on rank 1, but 2 on rank 0"),
     "another image": (
         "image_folder", lambda root: Image.new("RGB", (32, 32)).save(root / "test/dog/1.png"),
         "the digest of the test images is"),

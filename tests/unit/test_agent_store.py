@@ -37,7 +37,7 @@ class Agents:
     def __init__(self) -> None:
         self._host = self._backend(port=0, is_host=True)
         self.store = self._host[1]
-        self.made: list[RendezvousHandler] = []
+        self.created: list[RendezvousHandler] = []
 
     def _backend(self, *, port: int, is_host: bool) -> tuple[Any, Any, RendezvousParameters]:
         parameters = RendezvousParameters(
@@ -48,8 +48,8 @@ class Agents:
 
     def add(self) -> RendezvousHandler:
         backend, store, parameters = self._backend(port=self.store.port, is_host=False)
-        self.made.append(create_handler(store, backend, parameters))
-        return self.made[-1]
+        self.created.append(create_handler(store, backend, parameters))
+        return self.created[-1]
 
     def worker(self, node_rank: int) -> AgentStore:
         """The store as a worker of the agent with this rank sees it in the current round."""
@@ -63,7 +63,7 @@ class Agents:
 def agents() -> Iterator[Agents]:
     agents = Agents()
     yield agents
-    for one in agents.made:
+    for one in agents.created:
         one._stop_heartbeats()  # type: ignore[attr-defined]
 
 
@@ -123,11 +123,11 @@ def test_first_job_does_not_wait_for_a_foreign_rank() -> None:
     first.register("first")
     with pytest.raises(ForeignJobError):
         second.register("second")
-    with pytest.raises(RuntimeError, match="rank 1 is of another job"):
+    with pytest.raises(RuntimeError, match="rank 1 belongs to another job"):
         agree_on_token(first.keys, rank=0, world_size=2, timeout=timedelta(seconds=20), check=first.check_jobs)
 
 
-def test_jobs_with_different_rdzv_ids_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_with_different_rdzv_ids_are_separate(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = members(2)
     first.register("first")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "own")

@@ -55,7 +55,7 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def room_of(module: str) -> str:
+def folder_of(module: str) -> str:
     """The folder that a module is in, or the module itself at the root."""
     first, _, rest = module.partition(".")
     return "data.sources" if rest.split(".")[0] == "sources" else first
@@ -93,16 +93,16 @@ def own(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def test_every_folder_has_a_row():
-    assert {room_of(name_of(path)) for path in FILES} == LEVEL.keys()
+    assert {folder_of(name_of(path)) for path in FILES} == LEVEL.keys()
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_run_one_way(path):
-    room = room_of(name_of(path))
+    folder = folder_of(name_of(path))
     wrong = [
-        f"{path}:{line}: {room} imports {other}"
+        f"{path}:{line}: {folder} imports {other}"
         for other, line in own(TREES[path])
-        if room_of(other) != room and LEVEL[room_of(other)] >= LEVEL[room]
+        if folder_of(other) != folder and LEVEL[folder_of(other)] >= LEVEL[folder]
     ]
     assert wrong == []
 

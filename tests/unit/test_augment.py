@@ -75,9 +75,9 @@ def test_without_augmentation_images_are_unchanged():
 
 def test_augmentation_depends_on_sample_and_epoch_only():
     images = images_of(30)
-    whole = augment(images, keys_of(30), Augment())
-    assert torch.equal(augment(images[11:14], keys_of(30)[11:14], Augment()), whole[11:14])
-    assert not torch.equal(augment(images, keys_of(30, epoch=1), Augment()), whole)
+    full = augment(images, keys_of(30), Augment())
+    assert torch.equal(augment(images[11:14], keys_of(30)[11:14], Augment()), full[11:14])
+    assert not torch.equal(augment(images, keys_of(30, epoch=1), Augment()), full)
 
 
 def test_augmentation_does_not_modify_its_input():

@@ -188,7 +188,7 @@ def test_no_workload_starts_after_the_deadline():
     benchmark = BENCHMARKS["train"]._replace(workloads=lambda options, folder: {"late": COMPUTE})
     figures, failed = run_round(benchmark, CPU, time.monotonic() - 1)
     assert figures == {}
-    assert str(failed["late"]) == "not started: --minutes are over"
+    assert str(failed["late"]) == "not started: the time limit --minutes is reached"
 
 
 def test_a_workload_that_takes_too_long_is_ended():

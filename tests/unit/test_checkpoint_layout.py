@@ -26,7 +26,7 @@ def test_a_name_is_parsed_back(step, epoch):
 @pytest.mark.parametrize(
     "name", ["", "best", "step-1-epoch-1", "step-00000001-epoch-001.damaged", "step-000000001-epoch-001"]
 )
-def test_other_names_are_no_checkpoints(name):
+def test_other_names_are_not_checkpoints(name):
     assert parse_name(name) is None
 
 

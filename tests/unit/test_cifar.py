@@ -127,23 +127,23 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)
-def test_what_cifar_10_cannot_hold_is_refused(tmp_path, case):
+def test_impossible_cifar_10_content_is_refused(tmp_path, case):
     how, message = IMPOSSIBLE[case]
     change(write_cifar(tmp_path, "cifar10") / "data_batch_3.bin", how)
     assert message in complaint("cifar10", tmp_path)
 
 
-@pytest.mark.parametrize("part", [20, 4])
+@pytest.mark.parametrize("count", [20, 4])
 @pytest.mark.parametrize("file", ["data_batch_4.bin", "test_batch.bin"])
-def test_records_of_another_file_are_refused_in_any_order(tmp_path, file, part):
+def test_records_of_another_file_are_refused_in_any_order(tmp_path, file, count):
     folder = write_cifar(tmp_path, "cifar10")
     other = records_of(folder / "data_batch_2.bin")[::-1]
 
     def copy(records):
-        records[:part] = other[:part]
+        records[:count] = other[:count]
 
     change(folder / file, copy)
-    assert f"{folder / file}: {part} of its 20 images are in data_batch_2.bin too" in complaint("cifar10", tmp_path)
+    assert f"{folder / file}: {count} of its 20 images are in data_batch_2.bin too" in complaint("cifar10", tmp_path)
 
 
 def swapped(records):

@@ -197,7 +197,7 @@ def test_another_archive_under_this_name_is_recognized(tmp_path, contents, name)
     assert f"that of {python.archive}" in complaint(name, tmp_path)
 
 
-def test_a_file_that_is_no_archive_is_refused_before_reading(tmp_path, contents, name):
+def test_a_file_that_is_not_an_archive_is_refused_early(tmp_path, contents, name):
     (tmp_path / cifar_spec.SETS[name].forms[1].archive).write_text("<html>not found</html>")
     with pytest.raises(InputError, match="not a gzip archive"):
         cifar.check(name, tmp_path)
@@ -257,9 +257,9 @@ def test_a_malicious_pickle_with_the_right_md5_is_refused(tmp_path, name, conten
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": np.zeros((RECORDS, 3071), np.uint8)}, "no uint8 array of 6 x 3072"),
-        ({"data": np.zeros((RECORDS, 3072))}, "no uint8 array"),
-        ({"data": "text"}, "no uint8 array"),
+        ({"data": np.zeros((RECORDS, 3071), np.uint8)}, "not a uint8 array of 6 x 3072"),
+        ({"data": np.zeros((RECORDS, 3072))}, "not a uint8 array"),
+        ({"data": "text"}, "not a uint8 array"),
         ({"labels": [0]}, "are not 6 numbers"),
         ({"labels": ["a"] * RECORDS}, "are not 6 numbers"),
         ({"labels": [-1] * RECORDS}, "label -1"),
@@ -280,7 +280,7 @@ def test_a_pickle_with_other_content_is_refused(tmp_path, name, contents, monkey
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x02}q\x00", pickle.dumps(3)[:-1]])
-def test_bytes_that_are_no_pickle_are_a_value_error(content):
+def test_bytes_that_are_not_a_pickle_are_a_value_error(content):
     with pytest.raises(ValueError, match=r"\w"):
         restricted_pickle.load(content)
 
@@ -309,8 +309,8 @@ def test_the_binary_archive_is_fetched_unless_urls_differ():
     [("cifar10", "cifar-10-batches-bin/batches.meta.txt"), ("cifar100", "cifar-100-binary/fine_label_names.txt")],
 )
 def test_the_class_names_are_official(of, file):
-    message = (Path(os.environ["CIFAR_ROOT"]) / file).read_text().split()
-    assert list(cifar_spec.SETS[of].class_names) == message
+    names = (Path(os.environ["CIFAR_ROOT"]) / file).read_text().split()
+    assert list(cifar_spec.SETS[of].class_names) == names
 
 
 def test_the_digests_of_the_pickles_equal_torchvisions():

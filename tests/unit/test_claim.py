@@ -127,7 +127,7 @@ WRITERS: dict[str, Callable[[ClaimedRun], object]] = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-@pytest.mark.parametrize("by", ["another", "nobody", "garbage"])
+@pytest.mark.parametrize("by", ["another", "missing file", "garbage"])
 def test_only_the_token_holder_writes(run, path, writer, by):
     token = path / "attempt.json"
     if by == "another":

@@ -124,7 +124,7 @@ def test_the_command_line_overrides_the_file(write):
         (["--schedule", "5"], "command line: schedule = 5: is a section; set its fields, e.g. --schedule.name VALUE"),
     ],
 )
-def test_arguments_that_are_no_setting_are_explained(arguments, line):
+def test_arguments_that_are_not_settings_are_explained(arguments, line):
     assert mistakes(*arguments) == (line,)
 
 
@@ -161,7 +161,7 @@ def test_a_setting_of_the_default_variant_needs_no_name():
 def test_a_setting_of_another_variant_is_refused(order):
     pairs = [("--schedule.name", "plateau"), ("--schedule.start_factor", "0")][::order]
     assert mistakes(*[word for pair in pairs for word in pair]) == (
-        "command line: schedule.start_factor = 0: belongs to schedule.name = one_cycle, and here it is plateau; "
+        "command line: schedule.start_factor = 0: belongs to schedule.name = one_cycle, but here it is plateau; "
         "remove one of them",
     )
 
@@ -176,7 +176,7 @@ def test_another_variants_setting_is_reported_with_its_line(write):
     file = write('[schedule]\nname = "constant"\npatience = 3\n')
     (line,) = mistakes(file)
     assert line.startswith(
-        f"{file}:3: schedule.patience = 3: belongs to schedule.name = plateau, and here it is constant"
+        f"{file}:3: schedule.patience = 3: belongs to schedule.name = plateau, but here it is constant"
     )
 
 
@@ -268,5 +268,5 @@ def test_the_config_and_the_command_do_not_import_torch():
         "import sys, distributed.config, distributed.train, distributed.run.folder; "
         "print(*{'torch', 'ray', 'deepspeed', 'matplotlib', 'tensorboard', 'torchvision'} & set(sys.modules))"
     )
-    message = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert message.stdout.split() == []
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []

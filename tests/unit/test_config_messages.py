@@ -123,7 +123,7 @@ def test_every_hint_names_a_setting():
 
 
 @pytest.mark.parametrize("option", ["gpus", "nproc_per_node", "world_size"])
-def test_a_number_of_processes_is_left_to_the_launcher(option):
+def test_the_number_of_processes_belongs_to_the_launcher(option):
     assert "torchrun --nproc_per_node=N" in mistakes(f"--{option}", "3")[0]
 
 

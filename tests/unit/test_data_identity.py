@@ -51,7 +51,7 @@ def test_two_flipped_highest_bits_do_not_cancel_out():
     assert of(changed, LABELS).digest != of(IMAGES, LABELS).digest
 
 
-def test_two_images_that_exchange_pixels():
+def test_exchanged_pixels_change_the_digest():
     changed = IMAGES.copy()
     changed[[0, 10], 3, 4] = changed[[10, 0], 3, 4]  # both of one class
     assert of(changed, LABELS).digest != of(IMAGES, LABELS).digest
@@ -80,7 +80,7 @@ def test_dropped_and_repeated_records_change_the_digest():
     assert len(digests) == 121
 
 
-def test_the_kind_of_labels_does_not_matter():
+def test_the_integer_type_of_labels_does_not_matter():
     assert of(IMAGES, LABELS.astype(np.int64)) == of(IMAGES, LABELS)
 
 
@@ -179,20 +179,20 @@ def test_a_thousand_files_of_a_large_folder_are_read(tmp_path, monkeypatch):
 
 # Differences
 
-FACTS = {
+METADATA = {
     "classes": ["cat", "dog"],
     "images": {"train": {"size": 5000, "digest": "aa", "order": "01"}, "test": {"size": 10, "digest": "bb"}},
 }
 
 
 def other_train(**train: object):
-    return FACTS | {"images": FACTS["images"] | {"train": FACTS["images"]["train"] | train}}
+    return METADATA | {"images": METADATA["images"] | {"train": METADATA["images"]["train"] | train}}
 
 
 DIFFERENT = {
-    "classes": (FACTS | {"classes": ["cat", "dog", "eel"]}, ("the number of classes", "2", "3")),
-    "a name": (FACTS | {"classes": ["cat", "cow"]}, ("the name of class 1", "dog", "cow")),
-    "the order of the names": (FACTS | {"classes": ["dog", "cat"]}, ("the name of class 0", "cat", "dog")),
+    "classes": (METADATA | {"classes": ["cat", "dog", "eel"]}, ("the number of classes", "2", "3")),
+    "a name": (METADATA | {"classes": ["cat", "cow"]}, ("the name of class 1", "dog", "cow")),
+    "the order of the names": (METADATA | {"classes": ["dog", "cat"]}, ("the name of class 0", "cat", "dog")),
     "images": (other_train(size=6000, digest="cc"), ("the number of the training images", "5,000", "6,000")),
     "content": (other_train(digest="cc", order="02"), ("the digest of the training images", "aa", "cc")),
     "order": (other_train(order="02"), ("the order of the training images", "01", "02")),
@@ -201,21 +201,21 @@ DIFFERENT = {
 
 @pytest.mark.parametrize("case", DIFFERENT)
 def test_the_most_informative_difference_is_named(case):
-    facts, difference = DIFFERENT[case]
-    assert differences(FACTS, facts) == [difference]
-    with pytest.raises(InputError, match=f"{difference[0]} is {difference[2]} here, but this run was begun with"):
-        check_resumed(FACTS, facts | {"data": "image_folder"}, where="runs/a")
+    metadata, difference = DIFFERENT[case]
+    assert differences(METADATA, metadata) == [difference]
+    with pytest.raises(InputError, match=f"{difference[0]} is {difference[2]} here, but this run was started with"):
+        check_resumed(METADATA, metadata | {"data": "image_folder"}, where="runs/a")
 
 
 @pytest.mark.parametrize("saved", [{}, {"classes": ["cat", "dog"]}, {"images": None}, {"images": {"train": 3}},
                                    {"images": []}, {"classes": "cat"}, {"images": {"train": {}}}])  # fmt: skip
 def test_older_checkpoints_with_less_metadata_resume(saved):
-    assert differences(saved, FACTS) == []
-    check_resumed(saved, FACTS, where="runs/a")
+    assert differences(saved, METADATA) == []
+    check_resumed(saved, METADATA, where="runs/a")
 
 
 def test_another_spelling_of_cifars_classes_is_accepted():
-    check_resumed(FACTS, DIFFERENT["a name"][0] | {"data": "cifar10"}, where="runs/a")
+    check_resumed(METADATA, DIFFERENT["a name"][0] | {"data": "cifar10"}, where="runs/a")
 
 
 # Warnings and unusable splits

@@ -109,7 +109,7 @@ def test_commands_that_fail_or_hang_have_a_reason():
     )
     assert run_bounded(["sh", "-c", "exit 3"], 30)[1] == "exit code 3"
     printed, problem = run_bounded(["sh", "-c", "echo begun; echo waiting for resources >&2; exec sleep 60"], 0.3)
-    assert (printed, problem) == ("begun\n", "no end after 0.3 s: waiting for resources")
+    assert (printed, problem) == ("begun\n", "still running after 0.3 s: waiting for resources")
     with pytest.raises(InputError, match="no-such-srun: No such file"):
         run_bounded(["no-such-srun"], 1)
 

@@ -51,9 +51,9 @@ def test_a_file_is_downloaded_once(server, target, capsys):
     assert not target.with_name("file.tar.gz.part").exists()
     get([server.url("good")], target)
     assert server.requests == [("/good/file.tar.gz", None)]
-    message = capsys.readouterr().err.splitlines()
-    assert message[0] == "file.tar.gz: 1.0 MB"
-    assert re.fullmatch(r"file\.tar\.gz: 1\.0 MB after \d+ s", message[-1])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "file.tar.gz: 1.0 MB"
+    assert re.fullmatch(r"file\.tar\.gz: 1\.0 MB after \d+ s", lines[-1])
 
 
 @pytest.mark.parametrize("manner", ["redirect", "unsized", "slow"])
@@ -92,7 +92,7 @@ def test_a_server_that_ignores_ranges_starts_over(server, target):
 
 
 @pytest.mark.parametrize("part", [b"x" * 1000, CONTENT + b"more", b"x" * len(CONTENT)])
-def test_a_part_of_another_file_is_downloaded_again(server, target, part):
+def test_a_partial_file_of_another_is_downloaded_again(server, target, part):
     target.parent.mkdir()
     target.with_name("file.tar.gz.part").write_bytes(part)
     get([server.url("good")], target)

@@ -12,6 +12,7 @@ from distributed.config.engines import Ddp
 from distributed.config.sections import Loss, Sgd
 from distributed.data.batch import Batch
 from distributed.engine.ddp import DdpEngine
+from distributed.engine.deepspeed import DeepSpeedEngine
 from distributed.engine.exact import ExactEngine
 from distributed.engine.prepare import Compute
 from distributed.engine.protocol import Engine, Outcome
@@ -286,6 +287,26 @@ def test_evaluation_that_raises_restores_training_mode(engine_of):
         raise KeyError
     assert all(module.training for module in engine.model.modules())
     assert torch.equal(weights(engine), before)
+
+
+def test_failed_deepspeed_evaluation_waits_for_no_gather():
+    class Stage3:
+        training = True
+
+        def train(self):
+            self.training = True
+
+        def eval(self):
+            self.training = False
+
+        def empty_partition_cache(self):
+            raise RuntimeError("a gather that peers never joined")
+
+    engine = DeepSpeedEngine.__new__(DeepSpeedEngine)
+    engine.stage, engine._ema, engine._deepspeed = 3, None, Stage3()
+    with pytest.raises(KeyError), engine.evaluating():
+        raise KeyError
+    assert engine._deepspeed.training
 
 
 @pytest.mark.parametrize("count", [9, 3, 0])

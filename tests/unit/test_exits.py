@@ -110,7 +110,7 @@ def test_failure_message_is_one_line(error: Exception, message: str):
     assert failure_message(error) == message
 
 
-class Ask:
+class StopNow:
     def requested(self) -> str:
         return "SIGTERM"
 
@@ -123,7 +123,7 @@ class Fail:
 @pytest.mark.parametrize(
     ("stop", "code", "reason"),
     [
-        (Ask(), 75, "stopped by SIGTERM at step 2, everything saved; the same command resumes"),
+        (StopNow(), 75, "stopped by SIGTERM at step 2, everything saved; the same command resumes"),
         (Fail(), 1, "ValueError: a bug"),
     ],
 )

@@ -159,7 +159,7 @@ def test_a_device_stays_a_device(tmp_path: Path) -> None:
         os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
         device.open("wb").close()
     except OSError:
-        pytest.skip("devices can be made by root alone")
+        pytest.skip("only root can create devices")
     check_writable("--out", device)
     write_output(device, b"x")
     assert stat.S_ISCHR(device.stat().st_mode)

@@ -63,11 +63,11 @@ def linked_to_a_copy(file: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a pixel changed": (changed(-1, b"\x77"), "its content is not what was written"),
-    "the first pixel changed": (changed(4096, b"\x77"), "its content is not what was written"),
-    "the header changed": (changed(3, b"\x77"), "its content is not what was written"),
-    "zeros": (lambda file: file.write_bytes(bytes(file.stat().st_size)), "its content is not what was written"),
-    "cut": (lambda file: os.truncate(file, 300), "its size is wrong"),
+    "a pixel changed": (changed(-1, b"\x77"), "its content does not match its header"),
+    "the first pixel changed": (changed(4096, b"\x77"), "its content does not match its header"),
+    "the header changed": (changed(3, b"\x77"), "its content does not match its header"),
+    "zeros": (lambda file: file.write_bytes(bytes(file.stat().st_size)), "its content does not match its header"),
+    "truncated": (lambda file: os.truncate(file, 300), "its size is wrong"),
     "empty": (lambda file: os.truncate(file, 0), "its size is wrong"),
     "longer": (lambda file: os.truncate(file, 10**6), "its size is wrong"),
     "a link": (linked_to_a_copy, "Too many levels of symbolic links"),
@@ -183,7 +183,7 @@ def test_without_any_folder_the_images_are_in_memory(root: Path, log_messages: l
     (root / ".decoded").write_text("")
     assert np.array_equal(pixels(root), expected)
     (line, _) = log_messages  # one per split
-    assert "decoded images are not kept (no folder that can be written)" in line
+    assert "decoded images are not cached (no folder that can be written)" in line
 
 
 OTHERS: dict[str, Callable[[Path], object]] = {
@@ -221,7 +221,7 @@ def test_a_private_folder_created_by_others_is_ignored(case: str, root: Path, tm
     if case == "another user's":
         os.chown(private, NOBODY, NOBODY)
     assert paths(root, shared) == []
-    with pytest.raises(InputError, match=r"or others can; name another folder with --data\.cache"):
+    with pytest.raises(InputError, match=r"or other users can; name another folder with --data\.cache"):
         decode.read(root, 8, shared)
     assert [*private.glob("*"), *(tmp_path.glob("elsewhere/*"))] == []
 
@@ -234,8 +234,8 @@ def test_temporary_files_of_dead_processes_are_removed(root: Path, tmp_path: Pat
     file.unlink()
     dead, living = (file.with_name(f".{file.name}.{name}.writing") for name in ("dead", "living"))
     dead.write_text("half")
-    with living.open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with living.open("w") as locked:
+        fcntl.flock(locked, fcntl.LOCK_EX)
         pixels(root)
     assert (dead.exists(), living.exists()) == (False, True)
 
@@ -262,7 +262,7 @@ def test_on_a_full_disk_the_images_are_in_memory(root: Path, log_messages: list[
     shutil.rmtree(root / ".decoded")
     (small_disk / "filler").write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize))
     assert np.array_equal(pixels(root, small_disk / "cache"), expected)
-    assert re.search(r"data\.cache: decoded images are not kept \(.*No space left on device\)", log_messages[0])
+    assert re.search(r"data\.cache: decoded images are not cached \(.*No space left on device\)", log_messages[0])
     assert not list((small_disk / "cache").glob("*.images"))
 
 

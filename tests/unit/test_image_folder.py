@@ -85,7 +85,7 @@ def test_files_of_another_kind_are_reported_one_per_line(root):
     (root / "train" / "cow" / "more").mkdir()
     lines = complaint(root)
     assert len(lines) == 3
-    assert any(line.startswith(f"{root / 'train' / 'ant' / 'a.gif'}: of a kind that is not read;") for line in lines)
+    assert any(line.startswith(f"{root / 'train' / 'ant' / 'a.gif'}: not a supported image file;") for line in lines)
     assert any(line.startswith(f"{root / 'train' / 'cow' / 'more'}: a folder;") for line in lines)
 
 
@@ -141,7 +141,7 @@ def test_a_photo_is_rotated_by_its_exif_orientation(tmp_path):
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 60), (60, 100), (40, 40), (17, 400), (20, 33), (16, 31), (7, 5)])
-def test_the_shorter_side_is_resized_and_the_center_cropped(height, width):
+def test_the_shorter_side_is_resized_and_the_centre_cropped(height, width):
     across = torch.linspace(0, 255, width).round().byte().expand(3, height, width)
     square = decode.to_square(across, 16)
     assert square.shape == (16, 16, 3)

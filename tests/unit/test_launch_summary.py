@@ -22,7 +22,7 @@ def test_finished_seeds_have_mean_and_deviation(tmp_path: Path):
     _, *runs, spread, unfinished = summary(tmp_path).splitlines()
     assert [line.split()[0] for line in runs] == ["seed-0", "seed-1", "seed-2"]
     assert spread == "over 2 finished seeds: test accuracy 0.6000 ± 0.1414"
-    assert unfinished == "1 of 3 runs that have begun are not finished"
+    assert unfinished == "unfinished runs: 1 of 3"
     with pytest.raises(InputError, match="no runs"):
         summary(tmp_path / "seed-0")
 

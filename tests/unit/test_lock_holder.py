@@ -101,7 +101,7 @@ def test_holder_that_may_be_alive_keeps_the_lock(locked: Path, ended: dict[str, 
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", "null", '{"pid": 1', '{"pid": 1, "host": "other", "token": "x"}'])
-def test_invalid_this_process_keeps_the_lock(locked: Path, content: str) -> None:
+def test_invalid_record_keeps_the_lock(locked: Path, content: str) -> None:
     (locked / "attempt.json").write_text(content)
     with pytest.raises(InputError, match="another run is writing there"):
         acquire(locked, seconds=0.2)
@@ -164,7 +164,7 @@ def test_attempt_file_includes_the_slurm_job(tmp_path: Path, monkeypatch: pytest
         ("7", None, "one", ""),
     ],
 )
-def test_earlier_start_of_the_same_slurm_job_is_gone(
+def test_earlier_start_of_the_same_slurm_job_has_ended(
     monkeypatch: pytest.MonkeyPatch, job: str, restarts: int | None, cluster: str, why: str
 ) -> None:
     for name, value in OURS.items():
@@ -205,7 +205,7 @@ def test_scontrol_output_is_parsed(out: str, error: str, answer: tuple[str, int]
         (("NONE", 0), "Slurm no longer knows job 9"),
     ],
 )
-def test_slurm_decides_whether_another_job_is_gone(
+def test_slurm_decides_whether_another_job_has_ended(
     monkeypatch: pytest.MonkeyPatch, answer: tuple[str, int], why: str
 ) -> None:
     for name, value in OURS.items():

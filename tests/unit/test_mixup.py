@@ -32,11 +32,11 @@ def test_draws_follow_the_beta_distribution(alpha):
 
 def test_mixup_blends_images_by_the_labels_weight():
     images, others = pair()
-    mixed, part = mix(images, others, keys_of(64), Augment(mixup=1.0))
-    weight = part[:, None, None, None]
+    mixed, own_weight = mix(images, others, keys_of(64), Augment(mixup=1.0))
+    weight = own_weight[:, None, None, None]
     assert torch.allclose(mixed, weight * images + (1 - weight) * others, atol=1e-5)
-    assert 0 < float(part.min()) < 0.2
-    assert 0.8 < float(part.max()) < 1
+    assert 0 < float(own_weight.min()) < 0.2
+    assert 0.8 < float(own_weight.max()) < 1
 
 
 @pytest.mark.gpu
@@ -44,33 +44,33 @@ def test_mixup_blends_images_by_the_labels_weight():
 @pytest.mark.parametrize("config", [Augment(mixup=0.4), Augment(cutmix=1.0), Augment(mixup=0.4, cutmix=1.0)])
 def test_mixing_on_cuda_equals_the_cpu(config):
     images, others = pair()
-    mixed, part = mix(images.cuda(), others.cuda(), keys_of(64).cuda(), config)
-    expected, expected_part = mix(images, others, keys_of(64), config)
+    mixed, own_weight = mix(images.cuda(), others.cuda(), keys_of(64).cuda(), config)
+    expected, expected_weight = mix(images, others, keys_of(64), config)
     assert torch.allclose(mixed.cpu(), expected, atol=1e-5)
-    assert torch.allclose(part.cpu(), expected_part, atol=1e-6)
+    assert torch.allclose(own_weight.cpu(), expected_weight, atol=1e-6)
 
 
 def test_cutmix_pastes_one_box_and_weights_the_label():
     images, others = pair(256)
-    mixed, part = mix(images, others, keys_of(256), Augment(cutmix=1.0))
+    mixed, own_weight = mix(images, others, keys_of(256), Augment(cutmix=1.0))
     pasted = (mixed == others).all(3)
     assert torch.equal(mixed, torch.where(pasted[..., None], others, images))
-    assert torch.allclose(part, 1 - pasted.float().mean((1, 2)))
+    assert torch.allclose(own_weight, 1 - pasted.float().mean((1, 2)))
     for box in pasted:
         rows, columns = box.any(1), box.any(0)
         assert int(box.sum()) == int(rows.sum()) * int(columns.sum()), "a rectangle"
-    assert 0.3 < float(part.mean()) < 0.8
-    assert float(part.min()) < 0.2
+    assert 0.3 < float(own_weight.mean()) < 0.8
+    assert float(own_weight.min()) < 0.2
 
 
 def test_with_both_each_image_gets_one_of_them():
     images, others = pair(400)
     keys = keys_of(400)
-    mixed, part = mix(images, others, keys, Augment(mixup=0.5, cutmix=1.0))
+    mixed, own_weight = mix(images, others, keys, Augment(mixup=0.5, cutmix=1.0))
     blended = mix(images, others, keys, Augment(mixup=0.5))
     pasted = mix(images, others, keys, Augment(cutmix=1.0))
-    by_box = [torch.equal(mixed[i], pasted[0][i]) and bool(part[i] == pasted[1][i]) for i in range(400)]
-    by_blend = [torch.equal(mixed[i], blended[0][i]) and bool(part[i] == blended[1][i]) for i in range(400)]
+    by_box = [torch.equal(mixed[i], pasted[0][i]) and bool(own_weight[i] == pasted[1][i]) for i in range(400)]
+    by_blend = [torch.equal(mixed[i], blended[0][i]) and bool(own_weight[i] == blended[1][i]) for i in range(400)]
     assert all(a or b for a, b in zip(by_box, by_blend, strict=True))
     assert 150 < sum(by_box) < 250
 
@@ -78,17 +78,19 @@ def test_with_both_each_image_gets_one_of_them():
 def test_mixing_does_not_depend_on_the_rest_of_the_batch():
     images, others = pair()
     config = Augment(mixup=0.3, cutmix=0.7)
-    whole, part = mix(images, others, keys_of(64), config)
-    few, few_part = mix(images[5:8], others[5:8], keys_of(64)[5:8], config)
-    assert torch.equal(few, whole[5:8])
-    assert torch.equal(few_part, part[5:8])
+    full, own_weight = mix(images, others, keys_of(64), config)
+    few, few_weight = mix(images[5:8], others[5:8], keys_of(64)[5:8], config)
+    assert torch.equal(few, full[5:8])
+    assert torch.equal(few_weight, own_weight[5:8])
     again, _ = mix(images, others, keys_of(64, seed=1), config)
-    assert not torch.equal(again, whole)
+    assert not torch.equal(again, full)
 
 
 def test_an_empty_batch_can_be_mixed():
-    images, part = mix(torch.empty(0, 32, 32, 3), torch.empty(0, 32, 32, 3), keys_of(0), Augment(mixup=1, cutmix=1))
-    assert (images.shape, part.shape) == ((0, 32, 32, 3), (0,))
+    images, own_weight = mix(
+        torch.empty(0, 32, 32, 3), torch.empty(0, 32, 32, 3), keys_of(0), Augment(mixup=1, cutmix=1)
+    )
+    assert (images.shape, own_weight.shape) == ((0, 32, 32, 3), (0,))
 
 
 def one_try_after_the_other(keys: Tensor, purpose: str, alpha: float) -> Tensor:

@@ -8,9 +8,9 @@ from distributed.process.optional_output import OptionalOutput, one_line, reques
 
 
 def test_successful_output_logs_nothing(log_messages):
-    with OptionalOutput("curves.png") as made:
+    with OptionalOutput("curves.png") as output:
         pass
-    assert (made.failed, log_messages) == (False, [])
+    assert (output.failed, log_messages) == (False, [])
 
 
 @pytest.mark.parametrize(
@@ -26,9 +26,9 @@ def test_successful_output_logs_nothing(log_messages):
     ],
 )
 def test_any_error_is_one_warning(log_messages, error, why):
-    with OptionalOutput("curves.png") as made:
+    with OptionalOutput("curves.png") as output:
         raise error
-    assert made.failed
+    assert output.failed
     assert log_messages == [f"curves.png: {why}; continuing without it\n"]
 
 

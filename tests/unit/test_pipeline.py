@@ -43,11 +43,11 @@ def pipeline(
     **batching: int,
 ) -> DataPipeline:
     """One data set serves pipelines of any rank and batch, because generating takes a while. One shard per rank by default."""
-    made = copy.copy(_generated(samples, test_samples, validation_fraction, augment, dtype))
-    made.batching = replace(BATCHING, **batching)
-    made.shards = Shards.of_rank(rank, world_size, shards or world_size)
-    made.input_format = InputFormat(CPU, dtype, channels_last=channels_last)
-    return made
+    data = copy.copy(_generated(samples, test_samples, validation_fraction, augment, dtype))
+    data.batching = replace(BATCHING, **batching)
+    data.shards = Shards.of_rank(rank, world_size, shards or world_size)
+    data.input_format = InputFormat(CPU, dtype, channels_last=channels_last)
+    return data
 
 
 def ids(step: list[Batch]) -> list[int]:
@@ -157,9 +157,9 @@ def test_normalization_does_not_depend_on_a_pixels_position(dtype):
 
 def test_cut_out_sets_a_square_to_the_mean():
     plain = next(pipeline(augment=Augment(crop=0, flip=False)).train_epoch(0))[0]
-    cut = next(pipeline(augment=Augment(crop=0, flip=False, cutout=8)).train_epoch(0))[0]
-    hole = (cut.images != plain.images).any(1)
-    assert bool((cut.images.movedim(1, -1)[hole] == 0).all())
+    changed = next(pipeline(augment=Augment(crop=0, flip=False, cutout=8)).train_epoch(0))[0]
+    hole = (changed.images != plain.images).any(1)
+    assert bool((changed.images.movedim(1, -1)[hole] == 0).all())
     assert 16 <= int(hole.flatten(1).sum(1).min()) <= int(hole.flatten(1).sum(1).max()) <= 64
 
 
@@ -167,9 +167,9 @@ def test_cut_out_sets_a_square_to_the_mean():
 @pytest.mark.parametrize("grad_accum_steps", [1, 3])
 def test_shards_of_any_world_size_form_the_same_micro_batches(world_size, grad_accum_steps):
     alone = pipeline(grad_accum_steps=grad_accum_steps).train_epoch(1)
-    for whole, step in zip(alone, over_ranks(world_size, 1, grad_accum_steps=grad_accum_steps), strict=True):
-        assert len(whole) == len(step)
-        for micro_batch, shards in zip(whole, step, strict=True):
+    for expected_step, step in zip(alone, over_ranks(world_size, 1, grad_accum_steps=grad_accum_steps), strict=True):
+        assert len(expected_step) == len(step)
+        for micro_batch, shards in zip(expected_step, step, strict=True):
             assert_equal(joined(shards), micro_batch)
             sizes = [len(shard.labels) for shard in shards]
             assert max(sizes) - min(sizes) <= 1
@@ -181,13 +181,13 @@ def test_shards_of_any_world_size_form_the_same_micro_batches(world_size, grad_a
 def test_a_shard_does_not_depend_on_its_rank(shards, world_size, grad_accum_steps):
     """Micro-batches of 2, 5, 6 and 16 images in up to 64 shards."""
     alone = pipeline(grad_accum_steps=grad_accum_steps, shards=shards).train_epoch(1)
-    for whole, step in zip(
+    for expected_step, step in zip(
         alone, over_ranks(world_size, 1, grad_accum_steps=grad_accum_steps, shards=shards), strict=True
     ):
-        assert len(whole) == len(step)
-        for micro_batch, parts in zip(whole, step, strict=True):
-            assert sum((part.shard_sizes for part in parts), ()) == micro_batch.shard_sizes
-            found = [shard for part in parts for shard in part.shards()]
+        assert len(expected_step) == len(step)
+        for micro_batch, local_batches in zip(expected_step, step, strict=True):
+            assert sum((local.shard_sizes for local in local_batches), ()) == micro_batch.shard_sizes
+            found = [shard for local in local_batches for shard in local.shards()]
             expected = micro_batch.shards()
             assert len(found) == len(expected) == shards
             for one, other in zip(found, expected, strict=True):
@@ -199,9 +199,9 @@ def test_a_shard_does_not_depend_on_its_rank(shards, world_size, grad_accum_step
 def test_an_evaluation_shard_does_not_depend_on_its_rank(world_size):
     alone = pipeline(shards=8).evaluation("test")
     ranks = [pipeline(shards=8, rank=r, world_size=world_size).evaluation("test") for r in range(world_size)]
-    for whole, *parts in zip(alone, *ranks, strict=True):
-        found = [shard for part in parts for shard in part.shards()]
-        for one, other in zip(found, whole.shards(), strict=True):
+    for batch, *local_batches in zip(alone, *ranks, strict=True):
+        found = [shard for local in local_batches for shard in local.shards()]
+        for one, other in zip(found, batch.shards(), strict=True):
             assert torch.equal(one.images, other.images)
             assert torch.equal(one.sample_ids, other.sample_ids)
 
@@ -217,8 +217,10 @@ def test_the_shards_of_a_batch_form_the_batch():
 
 
 def test_micro_batches_are_slices_of_the_global_batch():
-    for whole, cut in zip(pipeline().train_epoch(0), pipeline(grad_accum_steps=3).train_epoch(0), strict=True):
-        assert_equal(joined(cut), whole[0])
+    for (batch,), micro_batches in zip(
+        pipeline().train_epoch(0), pipeline(grad_accum_steps=3).train_epoch(0), strict=True
+    ):
+        assert_equal(joined(micro_batches), batch)
     steps = list(pipeline(grad_accum_steps=3).train_epoch(0))
     assert [[len(batch.labels) for batch in step] for step in steps] == [[5, 5, 6]] * 3 + [[1, 1]]
 
@@ -231,10 +233,10 @@ def test_an_empty_micro_batch_is_skipped_on_all_ranks():
 
 @pytest.mark.parametrize("start", [1, 3, 4])
 def test_an_epoch_resumes_in_its_middle_with_the_same_batches(start):
-    whole = list(pipeline(grad_accum_steps=2).train_epoch(2))[start:]
+    complete = list(pipeline(grad_accum_steps=2).train_epoch(2))[start:]
     rest = list(pipeline(grad_accum_steps=2).train_epoch(2, start_step=start))
     assert len(rest) == 4 - start
-    for expected, step in zip(whole, rest, strict=True):
+    for expected, step in zip(complete, rest, strict=True):
         for one, other in zip(expected, step, strict=True):
             assert_equal(one, other)
 
@@ -242,7 +244,7 @@ def test_an_epoch_resumes_in_its_middle_with_the_same_batches(start):
 def test_an_epoch_resumed_at_another_world_size_is_complete():
     before = [ids(batches) for step in list(over_ranks(3, 0))[:2] for batches in step]
     after = [ids(step) for rank in range(2) for step in pipeline(rank=rank, world_size=2).train_epoch(0, start_step=2)]
-    assert sorted(number for part in before + after for number in part) == list(range(50))
+    assert sorted(number for step in before + after for number in step) == list(range(50))
 
 
 def test_another_seed_gives_another_order():
@@ -271,9 +273,9 @@ def test_an_evaluation_covers_a_split_once_over_all_ranks(world_size, split):
     assert seen == expected == sorted(set(expected))
     assert len(seen) == size
     alone = list(pipeline(**settings).evaluation(split))
-    for index, whole in enumerate(alone):
-        assert torch.equal(torch.cat([batches[index].images for batches in ranks]), whole.images)
-        assert torch.equal(torch.cat([batches[index].labels for batches in ranks]), whole.labels)
+    for index, batch in enumerate(alone):
+        assert torch.equal(torch.cat([batches[index].images for batches in ranks]), batch.images)
+        assert torch.equal(torch.cat([batches[index].labels for batches in ranks]), batch.labels)
 
 
 def test_evaluated_images_are_not_augmented():

@@ -42,7 +42,7 @@ def test_storage_path_holds_a_relative_run_folder(tmp_path):
         (["--scaling.storage_path", "/shared", "--run_dir", "/tmp/x"], "run_dir = /tmp/x is absolute already"),
         (["--run_dir", "/tmp/x", "--exact.shards", "2", "--scaling.num_workers", "3"], "is less than the 3 processes"),
         (["--run_dir", "/tmp/x", "--device", "cuda", "--scaling.num_workers", "1"], "Ray would hide the GPUs"),
-        (["--run_dir", "/tmp/x", "--device", "cpu", "--scaling.gpus_per_worker", "1"], "reserves GPUs for nothing"),
+        (["--run_dir", "/tmp/x", "--device", "cpu", "--scaling.gpus_per_worker", "1"], "reserves GPUs that"),
         (["--run_dir", "/tmp/x", "--scaling.min_workers", "1", "--scaling.placement", "strict_pack"], "set pack, or remove"),
         (["--run_dir", "/tmp/x", "--scaling.num_worker", "1"], "did you mean scaling.num_workers?"),
     ],

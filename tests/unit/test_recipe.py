@@ -42,7 +42,7 @@ def lines(config: TrainConfig, kind: str) -> list[int]:
 
 
 def stopped(config: TrainConfig, after: int, recorder: Recorder | None = None) -> TrainState:
-    """Train `after` steps. The request comes one step earlier, because the ranks agree one step late."""
+    """Train `after` steps. The stop is requested one step earlier, because the ranks agree one step late."""
     return train(config, stop=StopAfter(after - 1), sinks=[recorder] if recorder else [])
 
 
@@ -94,7 +94,7 @@ def test_resuming_needs_the_same_number_of_shards(config):
     stopped(config, 2)
     assert bits(config)["shards"] == 8
     for shards in (4, 0):
-        with pytest.raises(InputError, match=rf"exact\.shards = {shards}: this run was begun with 8"):
+        with pytest.raises(InputError, match=rf"exact\.shards = {shards}: this run was started with 8"):
             stopped(with_shards(config, shards), 2)
     assert newest(config)["step"] == 2
     assert stopped(with_shards(config, 8), 2).step == 4
@@ -151,7 +151,7 @@ def test_idle_threads_are_reported(config):
 
 
 @pytest.mark.parametrize("how", ["superseded", "removed"])
-def test_an_attempt_without_its_folder_ends_at_the_next_line(config, how):
+def test_an_attempt_that_lost_its_folder_ends_at_the_next_line(config, how):
     run = RunFolder(config.run_dir)
 
     class AtTwelve(Recorder):

@@ -26,12 +26,12 @@ from distributed.train import checked_config
 from distributed.training.steps import _shard_loss, evaluate
 
 CPU = torch.device("cpu")
-WORDS = (
+OPTIONS = (
     "--data.name generated10 --data.train_samples 40 --data.test_samples 10 --global_batch_size 16 --epochs 2 "
     "--precision float32 --device cpu --threads 1 --logging.every_steps 1 --logging.tensorboard false "
     "--logging.level WARNING --optim.lr 0.05 --schedule.name constant --data.validation_fraction 0"
 )
-SMALL = WORDS.split()
+SMALL = OPTIONS.split()
 
 
 pytestmark = pytest.mark.usefixtures("restore_threads_and_log")
@@ -107,7 +107,7 @@ def test_a_run_that_has_saved_needs_no_init_from(trained, tmp_path):
         (["--init_from", "nowhere"], r"init_from = nowhere: no checkpoint there"),
         (
             ["--init_from", "RUN", "--model.name", "cifar_alexnet"],
-            r"holds weights of improved_alexnet, and model\.name",
+            r"holds weights of improved_alexnet, but model\.name",
         ),
         (["--init_from", "RUN/checkpoints"], r"no checkpoint there"),
     ],
@@ -172,8 +172,8 @@ def test_label_smoothing_and_mixing_follow_the_papers(tmp_path):
     logits = torch.randn(len(batch.labels), 10)
     value, outcome = _shard_loss(0.2, lambda images, keys: logits, batch)
     assert batch.mixed is not None
-    part = batch.mixed.own_weight[:, None]
-    targets = part * F.one_hot(batch.labels, 10) + (1 - part) * F.one_hot(batch.mixed.labels, 10)
+    weight = batch.mixed.own_weight[:, None]
+    targets = weight * F.one_hot(batch.labels, 10) + (1 - weight) * F.one_hot(batch.mixed.labels, 10)
     expected = -((0.8 * targets + 0.02) * logits.log_softmax(1)).sum(1)
     assert torch.allclose(outcome.losses, expected, atol=1e-5)
     assert float(value) == pytest.approx(float(expected.mean()), rel=1e-5)
@@ -230,7 +230,7 @@ def test_a_short_attempt_still_writes_its_profile(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_compiled_run_learns_the_same(tmp_path):
+def test_a_compiled_run_has_the_same_losses(tmp_path):
     losses = []
     for arguments in (["--exact.shards", "0"], ["--compile"]):
         run_dir = tmp_path / arguments[0]

@@ -178,7 +178,7 @@ def test_an_old_name_beside_the_new_one_is_refused(old_file: Path) -> None:
     with pytest.raises(InputError) as caught:
         read_saved(old_file)
     assert caught.value.lines == (
-        f"{old_file}: accumulation and grad_accum_steps are one setting, given twice; remove accumulation",
+        f"{old_file}: accumulation and grad_accum_steps are the same setting; remove accumulation",
     )
 
 
@@ -213,7 +213,7 @@ def test_a_saved_run_without_powersgd_is_read(old_file: Path) -> None:
 
 def test_a_saved_run_with_powersgd_is_refused(old_file: Path) -> None:
     old_file.write_text('[engine]\ncompression = "powersgd"\npowersgd_rank = 2\n')
-    reason = "engine.compression = powersgd: PowerSGD was removed; use the version that began this run"
+    reason = "engine.compression = powersgd: PowerSGD was removed; use the version that started this run"
     with pytest.raises(InputError) as caught:
         read_saved(old_file)
     assert caught.value.lines == (f"{old_file}: {reason}",)
@@ -223,7 +223,7 @@ def test_a_saved_run_with_powersgd_is_refused(old_file: Path) -> None:
 
 
 def test_a_saved_config_under_both_names_is_refused() -> None:
-    with pytest.raises(InputError, match=r"^model.initial_weights and model.init are one setting, given twice"):
+    with pytest.raises(InputError, match=r"^model.initial_weights and model.init are the same setting"):
         from_saved({"model": {"init": "he", "initial_weights": "he"}})
 
 

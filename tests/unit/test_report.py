@@ -228,7 +228,7 @@ def test_a_page_without_checkpoint_and_data_says_so(
     run = read_history(run_of(tmp_path / "a <run>", logged=logged))
     document = page("a page", run_sections(run, checkpoint="auto", anchor="run-0"))
     assert_self_contained(document)
-    assert document.count("This section could not be made.") == (5 if logged is None else 7)
+    assert document.count("This section could not be created.") == (5 if logged is None else 7)
     assert "The run has not saved a checkpoint yet" in document
     assert "point --data.root at the folder" in document
     assert "a &lt;processor&gt;" in document

@@ -45,8 +45,8 @@ def test_changed_experiment_is_refused_listing_every_change(path):
     with pytest.raises(InputError) as caught:
         is_finished(config_of(path, "--seed", "1", "--optim.lr", "0.2", "--threads", "2"))
     assert caught.value.lines == (
-        f"{path}: seed = 1: this run was begun with 0",
-        f"{path}: optim.lr = 0.2: this run was begun with 0.1",
+        f"{path}: seed = 1: this run was started with 0",
+        f"{path}: optim.lr = 0.2: this run was started with 0.1",
         "a resumed run keeps its experiment: restore these settings, or give another --run_dir",
     )
 
@@ -62,7 +62,7 @@ def test_changed_experiment_is_refused_listing_every_change(path):
 )
 def test_changed_data_schedule_or_length_is_refused(path, arguments):
     checkpointed(path, config_of(path))
-    with pytest.raises(InputError, match="this run was begun with"):
+    with pytest.raises(InputError, match="this run was started with"):
         is_finished(config_of(path, *arguments))
 
 
@@ -79,23 +79,23 @@ SHARDS = "--exact.shards"
 
 
 @pytest.mark.parametrize(
-    ("begun", "now"),
+    ("before", "now"),
     [([], [SHARDS, "8"]), ([SHARDS, "8"], []), ([SHARDS, "4"], [SHARDS, "4"]), ([SHARDS, "0"], [SHARDS, "0"])],
 )
-def test_same_number_of_shards_resumes(path, begun, now):
-    checkpointed(path, config_of(path, *begun))
+def test_same_number_of_shards_resumes(path, before, now):
+    checkpointed(path, config_of(path, *before))
     assert is_finished(config_of(path, *now)) is False
 
 
 @pytest.mark.parametrize(
-    ("begun", "now", "before"),
+    ("before", "now", "shards_before"),
     [([], "4", 8), ([], "0", 8), ([SHARDS, "4"], "8", 4), ([SHARDS, "0"], "8", 0), ([SHARDS, "8"], "0", 8)],
 )
-def test_changed_number_of_shards_is_refused_once(path, begun, now, before):
-    checkpointed(path, config_of(path, *begun))
+def test_changed_number_of_shards_is_refused_once(path, before, now, shards_before):
+    checkpointed(path, config_of(path, *before))
     with pytest.raises(InputError) as caught:
         is_finished(config_of(path, SHARDS, now))
-    assert caught.value.lines[:-1] == (f"{path}: exact.shards = {now}: this run was begun with {before}",)
+    assert caught.value.lines[:-1] == (f"{path}: exact.shards = {now}: this run was started with {shards_before}",)
 
 
 def test_checkpoint_without_shards_counts_as_fast_mode(path):
@@ -106,7 +106,7 @@ def test_checkpoint_without_shards_counts_as_fast_mode(path):
     state.write_text(json.dumps(content))
     seal(state.parent)
     assert is_finished(config_of(path, SHARDS, "0")) is False
-    with pytest.raises(InputError, match="this run was begun with 0"):
+    with pytest.raises(InputError, match="this run was started with 0"):
         is_finished(config_of(path, SHARDS, "8"))
 
 
@@ -205,5 +205,5 @@ def test_fewer_epochs_than_trained_are_refused(path, schedule):
     with pytest.raises(InputError) as caught:
         is_finished(config_of(path, *arguments, "--epochs", "9"))
     assert caught.value.lines == (
-        f"epochs = 9: the run in {path} has trained 10 epochs already; give --epochs 10 or more, or another --run_dir",
+        f"epochs = 9: the run in {path} has already trained 10 epochs; give --epochs 10 or more, or another --run_dir",
     )

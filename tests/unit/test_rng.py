@@ -146,7 +146,9 @@ def test_draws_are_uniform():
     numbers = rng.draws(keys_of(64_000), "crop_x")
     assert 0 <= int(numbers.min()) <= int(numbers.max()) < 2**32
     counts = torch.bincount(numbers >> 26, minlength=64).double()
-    assert ((counts - 1000).square() / 1000).sum() < 120  # chi squared of 63 degrees: 1 in 10,000 above
+    assert (
+        (counts - 1000).square() / 1000
+    ).sum() < 120  # chi squared with 63 degrees of freedom exceeds this once in 10,000
 
 
 @pytest.mark.parametrize("bit", range(0, 32, 5))

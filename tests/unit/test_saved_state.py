@@ -22,7 +22,7 @@ def config_of(*arguments: str) -> TrainConfig:
 
 
 def trained(config: TrainConfig, *, epochs: int, steps: int = 0) -> dict[str, Any]:
-    """Return the state.json of a run after so many epochs and steps, with a window of two steps."""
+    """Return the state.json of a run after this many epochs and steps, with a window of two steps."""
     state = TrainState(build_schedule(config, steps_per_epoch=STEPS), build_early_stopping(config.early_stopping))
     for epoch in range(epochs + 1):
         for step in range(STEPS if epoch < epochs else steps):

@@ -26,7 +26,7 @@ def decided(*lines: dict[str, Any], saved: int = 10, signal: str = "", restarts:
     [
         ([STARTED, STOPPED], 14, "USR1", "saved at step 14 on Slurm's warning (SIGUSR1: time limit or preemption)"),
         ([STARTED, STOPPED], 14, "", "saved at step 14 on SIGUSR1"),
-        ([], 10, "USR1", "ended before it began on Slurm's warning (SIGUSR1: time limit or preemption)"),
+        ([], 10, "USR1", "ended before training started on Slurm's warning (SIGUSR1: time limit or preemption)"),
         ([STARTED], 15, "", "failed after step 15 was saved: killed, or another process was lost"),
     ],
 )
@@ -79,7 +79,7 @@ def test_the_journal_reports_an_attempt_that_was_killed(tmp_path: Path):
     journal = Journal(tmp_path, "7")
     assert journal.end("USR1", allocation(restarts=1)).verdict == "requeue"
     assert "attempt 1: lost without a report" in journal.comment
-    assert "attempt 2: ended before it began on Slurm's warning" in journal.comment
+    assert "attempt 2: ended before training started on Slurm's warning" in journal.comment
 
 
 def test_an_earlier_attempt_that_finished_does_not_count(tmp_path: Path):

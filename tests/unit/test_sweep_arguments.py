@@ -77,5 +77,5 @@ def test_an_array_task_gets_its_seed_or_its_line(tmp_path: Path):
     assert task_arguments([f"@{tmp_path}/sweep"], 0) == [DEBUG, "--run_dir", "a b"]
     with pytest.raises(InputError, match="it has no line for task 1"):
         task_arguments([f"@{tmp_path}/sweep"], 1)
-    with pytest.raises(InputError, match="this job is no array"):
+    with pytest.raises(InputError, match="this job is not an array"):
         task_arguments([f"@{tmp_path}/sweep"], None)

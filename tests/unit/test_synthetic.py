@@ -31,10 +31,10 @@ def test_labels_are_balanced(name, classes):
 
 
 def test_a_smaller_set_is_a_prefix_of_a_larger_one(monkeypatch):
-    whole = synthetic.read("generated10", 50, "train").images
+    full = synthetic.read("generated10", 50, "train").images
     monkeypatch.setattr(synthetic, "_CHUNK", 16)
-    assert np.array_equal(synthetic.read("generated10", 50, "train").images, whole)
-    assert np.array_equal(synthetic.read("generated10", 21, "train").images, whole[:21])
+    assert np.array_equal(synthetic.read("generated10", 50, "train").images, full)
+    assert np.array_equal(synthetic.read("generated10", 21, "train").images, full[:21])
 
 
 def test_all_images_of_both_splits_differ():
@@ -42,7 +42,7 @@ def test_all_images_of_both_splits_differ():
     assert len(np.unique(np.concatenate(both).reshape(400, -1), axis=0)) == 400
 
 
-def test_pixels_use_the_whole_range():
+def test_pixels_use_the_full_range():
     images = synthetic.read("generated10", 100, "train").images
     assert images.min() < 20
     assert images.max() > 235

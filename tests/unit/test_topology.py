@@ -51,7 +51,7 @@ def test_missing_variables_are_named(environment, missing):
     given = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     del given[missing]
     environment(**given)
-    with pytest.raises(InputError, match=f"{missing} is missing beside {', '.join(given)}"):
+    with pytest.raises(InputError, match=f"environment: {', '.join(given)} set without {missing};"):
         Topology.from_environment()
 
 
@@ -143,7 +143,7 @@ def test_host_has_a_name():
         ({"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}, True, "a Ray job"),
     ],
 )
-def test_salloc_shell_counts_as_terminal_not_as_job(job: dict[str, str], at_terminal: bool, description: str):
+def test_salloc_shell_is_a_terminal_and_not_a_job(job: dict[str, str], at_terminal: bool, description: str):
     terminal, ours = os.openpty()
     found = subprocess.run(
         [sys.executable, "-c", "from distributed.topology import cluster_job; print(cluster_job())"],

@@ -128,7 +128,7 @@ def refusal(config: TrainConfig, world_size: int, device: str = "cpu") -> str:
 
 def test_more_processes_than_shards_are_refused():
     assert refusal(config_of("--exact.shards", "4"), 5) == (
-        "exact.shards = 4 is less than the 5 processes: start at most 4, or begin another run with exact.shards = 8, "
+        "exact.shards = 4 is less than the 5 processes: start at most 4, or a new run with exact.shards = 8, "
         "or 0 for fast mode"
     )
     assert "exact.shards = 2 (auto) is less than the 3 processes" in refusal(config_of("--global_batch_size", "2"), 3)

@@ -389,7 +389,7 @@ def test_a_different_experiment_in_the_store_is_refused(tmp_path, url):
             Topology(),
         )
     assert caught.value.lines == (
-        f"{url}: seed = 3: this run was begun with 0",
+        f"{url}: seed = 3: this run was started with 0",
         "a resumed run keeps its experiment: restore these settings, or give another --checkpoint.upload_to",
     )
     assert not (tmp_path / "run").exists()

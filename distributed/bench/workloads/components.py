@@ -6,7 +6,7 @@ from distributed.bench.measure import StepClock
 
 
 def process_group_alone(clock: StepClock) -> None:
-    """Import torch and start a process group, the least that any distributed program does."""
+    """Import torch and start a process group, the minimum that any distributed program does."""
     import torch
     import torch.distributed as dist
 

@@ -71,7 +71,7 @@ def _epochs(root: str, batch: int, device: torch.device, workers: int) -> Any:
         dataset, input_size=(3, 32, 32), batch_size=batch, is_training=True, mean=MEAN, std=DEVIATION,
         num_workers=workers, pin_memory=device.type == "cuda", device=device, use_prefetcher=True,
     )  # fmt: skip
-    # timm would resize and jitter; a padded crop and a flip are what the other workloads do.
+    # Instead of timm's resizing and color jitter, the padded crop and flip of the other workloads.
     crop = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
     dataset.transform = transforms.Compose([*crop, ToNumpy()])
     for epoch in repeat(loader):

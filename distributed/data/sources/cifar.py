@@ -1,8 +1,8 @@
 """CIFAR-10 and CIFAR-100 from the official files. Imports numpy but not torch, so that it can check them before torch.
 
-All forms of the files give the same arrays. A record of the binary layout is its label bytes (CIFAR-100: coarse, fine) and
-3,072 pixel bytes, channel-major (https://www.cs.toronto.edu/~kriz/cifar.html). Pickles are read only after their MD5 was
-verified. A thread hashes the images of one file while the next file is read.
+All forms of the files yield the same arrays. A record of the binary layout is its label bytes (CIFAR-100: coarse, fine)
+and 3,072 pixel bytes, channel-major (https://www.cs.toronto.edu/~kriz/cifar.html). Pickles are read only after
+their MD5 was verified. A thread hashes the images of one file while the next file is read.
 """
 
 from collections.abc import Sequence
@@ -60,18 +60,18 @@ def read(name: str, root: Path, split: str) -> Images:
     """Return the 50,000 training or 10,000 test images.
 
     Raises:
-        InputError: a file is missing, has the wrong size or MD5, or holds what CIFAR cannot hold.
+        InputError: a file is missing, has the wrong size or MD5, or has content that CIFAR cannot have.
     """
     return read_splits(name, root, (split,))[0]
 
 
 def read_splits(name: str, root: Path, splits: Sequence[str] = ("train", "test")) -> list[Images]:
-    """Do what `read` does for each split, in one pass over an archive."""
+    """Like `read`, for several splits in one pass over an archive."""
     return read_identified(name, root, splits).splits
 
 
 def read_identified(name: str, root: Path, splits: Sequence[str]) -> Identified:
-    """Do what `read_splits` does, and compute each split's fingerprint."""
+    """Like `read_splits`, and compute each split's fingerprint."""
     files = files_in(name, root)
     records = {split: files.spec.records(files.form, split) for split in splits}
     read = {split: _empty(sum(counts.values())) for split, counts in records.items()}
@@ -109,7 +109,7 @@ def _read_files(files: CifarFiles, targets: dict[str, Images]) -> dict[str, File
 
 
 def archive_to_fetch(name: str, urls: Sequence[str]) -> Archive:
-    """Return the archive to download: the binary one, unless `urls` end in the name of the other.
+    """Return the archive to download: the binary one, unless `urls` end in the name of the Python one.
 
     Raises:
         InputError: they name both.
@@ -140,7 +140,7 @@ def _from_pickle(files: CifarFiles, file: str, content: Bytes, count: int) -> tu
         value = restricted_pickle.load(content.data)
         pixels, labels = value[b"data"], np.array(value[label_key])
         if not isinstance(pixels, np.ndarray) or (pixels.shape, pixels.dtype) != ((count, PIXEL_BYTES), np.uint8):
-            raise ValueError(f"its data is no uint8 array of {count:,} x {PIXEL_BYTES}")
+            raise ValueError(f"its data is not a uint8 array of {count:,} x {PIXEL_BYTES}")
         if labels.shape != (count,) or labels.dtype.kind not in "iu":
             raise ValueError(f"its {label_key.decode()} are not {count:,} numbers")
     except (ValueError, KeyError, TypeError, IndexError) as error:

@@ -1,10 +1,11 @@
-"""Finds what no copy of CIFAR can hold, whatever the order of its records, by hashes and labels. Imports no torch.
+"""Finds content that no copy of CIFAR can have, in any order of records, from hashes and labels. Imports no torch.
 
-Data that differs in some pixels is accepted: a flipped bit cannot be told from images that were changed on purpose. Its digest
-is not the official one, which is a warning.
+Data that differs in some pixels is accepted: a flipped bit cannot be distinguished from a deliberate change. Its digest
+differs from the official one, which causes a warning.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,23 +31,26 @@ def wrong_file(files: Mapping[str, FileContent]) -> tuple[str, str] | None:
     """Return (file, complaint) for the first file with black or repeated images; None if there is none."""
     for name, (hashes, _) in files.items():
         if black := np.count_nonzero(hashes == _BLACK):
-            return name, f"{black:,} of its {len(hashes):,} images are black: a copy or download was cut short"
+            return name, f"{black:,} of its {len(hashes):,} images are black: a copy or download is incomplete"
     hashes = np.concatenate([content.hashes for content in files.values()])
     if len(hashes) - len(np.unique(hashes)) <= _MAX_REPEATED * len(hashes):
         return None
-    found = [(len(own) - len(np.unique(own)), name, "it more than once") for name, (own, _) in files.items()]
+    count, name, where = max(_repetitions(files), key=itemgetter(0))
+    return name, f"{count:,} of its {len(files[name].hashes):,} images are in {where}"
+
+
+def _repetitions(files: Mapping[str, FileContent]) -> Iterator[tuple[int, str, str]]:
+    """Yield (number of repeated images, file, where else they are) for each file and each pair of files."""
+    for name, (hashes, _) in files.items():
+        yield len(hashes) - len(np.unique(hashes)), name, "it more than once"
     names = list(files)
-    for place, name in enumerate(names):
-        found += [
-            (int(np.isin(files[name].hashes, files[before].hashes).sum()), name, f"{before} too")
-            for before in names[:place]
-        ]
-    repeated, name, where = max(found, key=lambda one: one[0])
-    return name, f"{repeated:,} of its {len(files[name].hashes):,} images are in {where}"
+    for index, name in enumerate(names):
+        for before in names[:index]:
+            yield int(np.isin(files[name].hashes, files[before].hashes).sum()), name, f"{before} too"
 
 
 def wrong_counts(cifar: CifarSet, split: str, labels: Labels) -> str | None:
-    """Return a complaint if a split of the official size has not the official number of images of each class."""
+    """Return a complaint if a split has the official size, but not the official number of images per class."""
     expected = cifar.per_class[split]
     if len(labels) != expected * cifar.classes:
         return None

@@ -1,4 +1,4 @@
-"""Finds the official CIFAR files, checks and reads them as bytes. Imports no torch."""
+"""Finds the official CIFAR files, checks them, and reads them as bytes. Imports no torch."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from distributed.errors import InputError
 from distributed.files import opened
 
 Bytes = NDArray[np.uint8]
-PIXEL_BYTES = 3072  # of an image
+PIXEL_BYTES = 3072  # per image
 _GZIP = b"\x1f\x8b"
 
 
@@ -49,7 +49,7 @@ class CifarFiles:
         """Yield each file's name and bytes, after verifying its MD5 or its archive's.
 
         Args:
-            records: how many records each wanted file has.
+            records: number of records of each file to read.
         """
         yield from self._from_archive(set(records)) if self.is_archive else self._from_folder(records)
 
@@ -95,7 +95,7 @@ class CifarFiles:
         with self._opened(self.path / file_name) as file:
             size = file.seek(0, 2)
         expected = count * (self.spec.label_bytes + PIXEL_BYTES)
-        if self.form.is_python:  # which holds the labels as text too
+        if self.form.is_python:  # a pickle, which also has labels as text
             if size < count * PIXEL_BYTES:
                 raise self.damaged(file_name, f"{size:,} bytes, expected at least {count * PIXEL_BYTES:,}")
         elif size != expected:
@@ -107,7 +107,7 @@ class CifarFiles:
             raise self.error(f"{path}: its MD5 is {found}{other}, expected {expected}")
 
     def damaged(self, file_name: str, reason: str) -> InputError:
-        """Return the error for a file that is not as it should be."""
+        """Return the error for a damaged file."""
         return self.error(f"{self.path / file_name}: {reason}")
 
     def error(self, reason: str) -> InputError:

@@ -54,7 +54,7 @@ class CifarSet:
     label_key: bytes  # in a pickle
     train_records: int  # in each file of the training set
     test_records: int
-    per_class: dict[str, int]  # images of each class in a split
+    per_class: dict[str, int]  # images per class in a split
     forms: tuple[Form, Form]
     digests: dict[str, str]
 

@@ -37,9 +37,11 @@ def read(root: Path, side: int, cache: Path | None = None, *, max_pixels: int = 
 def read_listed(
     root: Path, listings: Mapping[str, Listing], side: int, cache: Path | None, *, max_pixels: int
 ) -> list[Images]:
-    """Do what `read` does for a folder whose files are listed already."""
+    """Like `read`, for a folder whose files are already listed."""
     if cache and next(folders(root, cache), None) is None:
-        raise InputError(f"data.cache: cannot write to {cache}, or others can; name another folder with --data.cache")
+        raise InputError(
+            f"data.cache: cannot write to {cache}, or other users can; name another folder with --data.cache"
+        )
     found = []
     for split in SPLITS:
         listing = listings[split]
@@ -65,11 +67,11 @@ def _decoded(
             reasons.append(f"{file.path.parent}: {getattr(error, 'strerror', None) or error}")
     if 4 * np.prod(shape) > _available_memory():
         raise InputError(
-            f"data.cache: no room for {np.prod(shape) / 1e9:,.1f} GB of decoded images, and too many for the memory "
+            f"data.cache: no room for {np.prod(shape) / 1e9:,.1f} GB of decoded images on disk or in memory "
             f"({', '.join(reasons)}); free disk space, or name a folder with --data.cache"
         )
     logger.warning(
-        "data.cache: decoded images are not kept ({}); each process decodes them at every start",
+        "data.cache: decoded images are not cached ({}); each process decodes them at every start",
         ", ".join(reasons) or "no folder that can be written",
     )
     images = np.empty(shape, np.uint8)
@@ -89,24 +91,24 @@ def _from_cache(file: CacheFile, decode_all: Callable[[Store], None]) -> Pixels:
         Untrusted: the file just written does not read back intact.
     """
     images: Pixels | None = None
-    doubt: Untrusted | None = None
+    untrusted: Untrusted | None = None
 
     def done() -> bool:
-        nonlocal images, doubt
+        nonlocal images, untrusted
         try:
-            images, doubt = file.load(), None
+            images, untrusted = file.load(), None
         except Untrusted as reason:
-            doubt = reason
+            untrusted = reason
         return images is not None
 
     def work() -> None:
-        if doubt:
-            logger.warning("{}: {}; decoding the images again", file.path, doubt)
+        if untrusted:
+            logger.warning("{}: {}; decoding the images again", file.path, untrusted)
         file.write(decode_all)
 
     once_per_node(file.path, work, done=done)
     if images is None and not done():
-        raise doubt or Untrusted("it has disappeared")
+        raise untrusted or Untrusted("it has disappeared")
     assert images is not None
     return images
 
@@ -156,11 +158,11 @@ def decode(path: Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Return the image as a viewer shows it, uint8 [3, h, w]: RGB, in its EXIF orientation, without transparency.
 
     Raises:
-        TooLarge: by its header or its file size it has more than `max_pixels`.
+        TooLarge: its header or its file size implies more than `max_pixels`.
         ValueError: it is not a PNG or JPEG, or is broken.
         OSError: it cannot be read.
     """
-    # No file has more bytes than 8 per pixel and some metadata.
+    # A file has at most 8 bytes per pixel, plus some metadata.
     if (total_bytes := path.stat().st_size) > 8 * max_pixels + 2**26:
         raise TooLarge(too_large(f"{total_bytes:,} bytes", max_pixels))
     content = path.read_bytes()
@@ -173,7 +175,7 @@ def decode(path: Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 
 def to_square(image: Tensor, side: int, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Resize the shorter side of uint8 [3, h, w] to `side`, bilinear with antialiasing, and crop the center: [side, side, 3].
+    """Resize the shorter side of uint8 [3, h, w] to `side`, bilinear with antialiasing, and crop the centre: [side, side, 3].
 
     Raises:
         TooLarge: before cropping it would have more than `max_pixels`, e.g. if it is one pixel high.

@@ -1,4 +1,4 @@
-"""Downloads a file over HTTP: resumed after an interruption, its MD5 checked, complete or absent. Imports no torch."""
+"""Downloads a file over HTTP, resuming after interruptions and verifying the MD5. Imports no torch."""
 
 import errno
 import hashlib
@@ -19,12 +19,12 @@ from distributed.errors import InputError
 from distributed.files import sync_folder
 
 _BLOCK_BYTES = 1 << 16
-_PERMANENT = range(400, 500)  # statuses that another try does not change
+_PERMANENT = range(400, 500)  # statuses that a retry does not change
 _TEMPORARY = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE}
 
 
 class _Failed(Exception):
-    """One try at one address failed; if `permanent`, another try at it would fail too."""
+    """A try at an address failed; if `permanent`, a retry would fail too."""
 
     def __init__(self, reason: str, *, permanent: bool = False) -> None:
         super().__init__(reason)
@@ -40,17 +40,17 @@ def fetch(
     rounds: int = 3,
     pause_seconds: float = 2.0,
 ) -> None:
-    """Download `target` from the first of `urls` that has all of it, in one process per node; do nothing if it exists.
+    """Download `target` from the first of `urls` that serves it completely, in one process per node, unless it exists.
 
     Partial downloads are kept in `target`.part and resumed. The addresses are tried in turn until none of them has made
     progress in `rounds` consecutive rounds.
 
     Args:
-        stall_seconds: how long a server may send nothing.
-        pause_seconds: between two rounds, doubled each time.
+        stall_seconds: timeout while a server sends nothing.
+        pause_seconds: pause between two rounds, doubled each time.
 
     Raises:
-        InputError: no address gave the file; one line per address with the reason, then the remedy.
+        InputError: no address served the file; one line per address with the reason, then the remedy.
     """
 
     def work() -> None:
@@ -67,10 +67,10 @@ def fetch(
 def _fetch_in_turn(
     urls: list[str], target: Path, md5: str, stall_seconds: float, rounds: int, pause_seconds: float
 ) -> None:
-    part = target.with_name(f"{target.name}.part")
+    partial = target.with_name(f"{target.name}.part")
     reasons: dict[str, str] = {}
-    if part.is_file() and _md5_of(part) == md5:  # a process died between the last byte and the rename
-        _commit(part, target)
+    if partial.is_file() and _md5_of(partial) == md5:  # a process died between the last byte and the rename
+        _commit(partial, target)
         return
     furthest, idle = 0, 0
     while urls and idle < rounds:
@@ -78,15 +78,15 @@ def _fetch_in_turn(
             time.sleep(pause_seconds * 2 ** (idle - 1))
         for url in list(urls):
             try:
-                _fetch_from(url, part, md5, stall_seconds)
+                _fetch_from(url, partial, md5, stall_seconds)
             except _Failed as failure:
                 reasons[url] = str(failure)
                 if failure.permanent:
                     urls.remove(url)
                 continue
-            _commit(part, target)
+            _commit(partial, target)
             return
-        reached = part.stat().st_size if part.is_file() else 0
+        reached = partial.stat().st_size if partial.is_file() else 0
         furthest, idle = (reached, 0) if reached > furthest else (furthest, idle + 1)
     raise InputError(
         *[f"download of {target.name}: {url}: {reason}" for url, reason in reasons.items()],
@@ -95,52 +95,52 @@ def _fetch_in_turn(
     )
 
 
-def _fetch_from(url: str, part: Path, md5: str, stall_seconds: float) -> None:
-    """Complete the partial file from this address; a wrong result that was begun elsewhere is discarded once."""
-    begun = part.stat().st_size if part.is_file() else 0
-    _receive(url, part, begun, stall_seconds)
-    if (found := _md5_of(part)) != md5 and begun:
-        part.unlink()
-        _receive(url, part, 0, stall_seconds)
-        found = _md5_of(part)
+def _fetch_from(url: str, partial: Path, md5: str, stall_seconds: float) -> None:
+    """Complete the partial file from this address. If its MD5 is wrong, start over once without the earlier bytes."""
+    offset = partial.stat().st_size if partial.is_file() else 0
+    _receive(url, partial, offset, stall_seconds)
+    if (found := _md5_of(partial)) != md5 and offset:
+        partial.unlink()
+        _receive(url, partial, 0, stall_seconds)
+        found = _md5_of(partial)
     if found != md5:
-        part.unlink()
+        partial.unlink()
         raise _Failed(f"the file it sent has MD5 {found}, expected {md5}; the file was removed", permanent=True)
 
 
-def _receive(url: str, part: Path, begun: int, stall_seconds: float) -> None:
-    """Append what follows the first `begun` bytes, or start over if the server ignores ranges."""
-    with _server_errors(part, stall_seconds), _response(url, begun, stall_seconds) as response:
-        start = _first_byte(response, part, begun)
+def _receive(url: str, partial: Path, offset: int, stall_seconds: float) -> None:
+    """Append the bytes from `offset` on, or start over if the server ignores ranges."""
+    with _server_errors(partial, stall_seconds), _response(url, offset, stall_seconds) as response:
+        start = _first_byte(response, partial, offset)
         length = response.headers.get("Content-Length")
         total = start + int(length) if length and length.isdigit() else None
-        received = _append(response, part, start, total)
+        received = _append(response, partial, start, total)
     if total is not None and received < total:
         raise _Failed(f"the connection broke after {received:,} of {total:,} bytes")
 
 
-def _response(url: str, begun: int, stall_seconds: float) -> Any:
-    """Request the file from byte `begun` on."""
-    headers = {"User-Agent": "distributed-alexnet"} | ({"Range": f"bytes={begun}-"} if begun else {})
+def _response(url: str, offset: int, stall_seconds: float) -> Any:
+    """Request the file from byte `offset` on."""
+    headers = {"User-Agent": "distributed-alexnet"} | ({"Range": f"bytes={offset}-"} if offset else {})
     return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=stall_seconds)
 
 
-def _first_byte(response: Any, part: Path, begun: int) -> int:
-    """Return the position of the response's first byte: `begun`, or 0 if the server sends the entire file."""
+def _first_byte(response: Any, partial: Path, offset: int) -> int:
+    """Return the position of the response's first byte: `offset`, or 0 if the server sends the entire file."""
     if response.status != HTTPStatus.PARTIAL_CONTENT:
         return 0
-    if not str(response.headers.get("Content-Range", "")).startswith(f"bytes {begun}-"):
-        part.unlink()
-        raise _Failed("it sent another range than the one requested")
-    return begun
+    if not str(response.headers.get("Content-Range", "")).startswith(f"bytes {offset}-"):
+        partial.unlink()
+        raise _Failed("it sent a different range from the one requested")
+    return offset
 
 
-def _append(response: Any, part: Path, start: int, total: int | None) -> int:
+def _append(response: Any, partial: Path, start: int, total: int | None) -> int:
     """Write the response to the file from `start` on; return the file's size after it."""
     received = start
     with (
-        _opened(part, "ab" if start else "wb") as file,
-        progress(part.stem, total, unit="B", start=start) as advance,
+        _opened(partial, "ab" if start else "wb") as file,
+        progress(partial.stem, total, unit="B", start=start) as advance,
     ):
         while block := response.read1(_BLOCK_BYTES):
             _write(file, block)
@@ -150,7 +150,7 @@ def _append(response: Any, part: Path, start: int, total: int | None) -> int:
 
 
 @contextmanager
-def _server_errors(part: Path, stall_seconds: float) -> Iterator[None]:
+def _server_errors(partial: Path, stall_seconds: float) -> Iterator[None]:
     """Turn every error of the server or the network into `_Failed`; errors of the disk, as InputError, pass through."""
     try:
         yield
@@ -158,7 +158,7 @@ def _server_errors(part: Path, stall_seconds: float) -> Iterator[None]:
         raise
     except urllib.error.HTTPError as error:
         if error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # the partial file is longer than the file
-            part.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
         permanent = error.code in _PERMANENT and error.code not in _TEMPORARY
         raise _Failed(f"HTTP {error.code} {error.reason}", permanent=permanent) from None
     except TimeoutError:
@@ -170,14 +170,14 @@ def _server_errors(part: Path, stall_seconds: float) -> Iterator[None]:
         raise _Failed(f"{type(error).__name__}: {error}") from None
 
 
-def _opened(part: Path, mode: str) -> IO[Any]:
+def _opened(partial: Path, mode: str) -> IO[Any]:
     try:
-        if part.exists() and not part.is_file():
+        if partial.exists() and not partial.is_file():
             raise OSError(errno.EINVAL, "not a regular file")  # opening a pipe would block
-        return part.open(mode)
+        return partial.open(mode)
     except OSError as error:
         raise InputError(
-            f"{part}: {error.strerror}; make the folder writable, or name another with --data.root"
+            f"{partial}: {error.strerror}; make the folder writable, or name another with --data.root"
         ) from None
 
 
@@ -196,9 +196,9 @@ def _md5_of(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def _commit(part: Path, target: Path) -> None:
+def _commit(partial: Path, target: Path) -> None:
     """Rename the complete file into place, durably."""
-    with part.open("rb") as file:
+    with partial.open("rb") as file:
         os.fsync(file.fileno())
-    part.replace(target)
+    partial.replace(target)
     sync_folder(target.parent)

@@ -1,7 +1,7 @@
 """Fingerprints of a split: a digest of all records that ignores their order, and one of the order. Imports no torch.
 
-Ranks compare theirs before the first step, and a resumed run compares its own with the checkpoint's. The order matters
-because the validation split and each rank's shards are computed from positions in it.
+Ranks compare fingerprints before the first step, and a resumed run compares its own with the checkpoint's. The order
+matters because the validation split and each rank's shards are computed from positions in it.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from distributed.errors import InputError
 
 Hashes = NDArray[np.uint64]
-_BLOCK = 1024  # images: a few MB, which fit the cache, in few calls, so that other threads get the GIL
+_BLOCK = 1024  # images: a few MB, which fit the cache; few calls, so that other threads get the GIL
 
 
 class Identity(NamedTuple):
@@ -60,7 +60,7 @@ def _mix(x: Hashes) -> Hashes:
 
 
 class Difference(NamedTuple):
-    """What differs between the metadata of two pipelines, and the value of each, for a message."""
+    """A difference between the metadata of two pipelines, for a message."""
 
     thing: str
     one: str
@@ -110,7 +110,7 @@ def _shown(value: Any) -> str:
 
 
 def check_resumed(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: object) -> None:
-    """Raise InputError if a run would resume on other data than it began with.
+    """Raise InputError if a run would resume with different data from what it started with.
 
     Args:
         saved: the content of the checkpoint's state.json.
@@ -123,7 +123,7 @@ def check_resumed(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: ob
         found.insert(0, classes)
     if found:
         raise InputError(
-            *[f"{where}: {thing} is {new} here, but this run was begun with {old}" for thing, old, new in found],
-            f"a resumed run keeps its data, {now.get('data', '')}: point --data.root at the files it began with, or give "
-            "another --run_dir",
+            *[f"{where}: {thing} is {new} here, but this run was started with {old}" for thing, old, new in found],
+            f"a resumed run keeps its data, {now.get('data', '')}: point --data.root at the files it started with, or "
+            "give another --run_dir",
         )

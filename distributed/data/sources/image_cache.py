@@ -24,7 +24,7 @@ Pixels = NDArray[np.uint8]
 
 _FORMAT = 2  # of the file and of the pixels: increase it when `to_square` or the decoder's options change
 _HEADER = 4096  # bytes, one page, so that the pixels after it can be mapped
-BLOCK = 64  # images that are decoded, written and verified at once
+BLOCK = 64  # images that are decoded, written and verified together
 _ASIDE = ".writing"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -41,7 +41,7 @@ class Folder(NamedTuple):
 
 
 def folders(root: Path, named: Path | None) -> Iterator[Folder]:
-    """Yield the folders for decoded images, best first: the named one, else in the data's, the user's and the temporary one.
+    """Yield folders for decoded images, best first: the named one, else in the data's, user's and temporary folders.
 
     If others can write to one of them, a private folder is created inside.
     """
@@ -56,7 +56,7 @@ def folders(root: Path, named: Path | None) -> Iterator[Folder]:
 def _of_the_user(private: str) -> Iterator[Path]:
     with suppress(RuntimeError):  # a container's user without a name
         yield Path.home() / ".cache" / "distributed" / "decoded"
-    with suppress(OSError):  # each folder for temporary files is full
+    with suppress(OSError):  # no folder for temporary files can be written
         yield Path(tempfile.gettempdir()) / private
 
 
@@ -80,7 +80,7 @@ class CacheFile:
     """The decoded images of one split: a JSON header, then uint8 [n, side, side, 3].
 
     Args:
-        owner: the id of the only user whose file is used.
+        owner: the id of the only user whose file is trusted.
         source: identifies the decoded files and their order.
     """
 
@@ -107,7 +107,7 @@ class CacheFile:
         except (OSError, ValueError) as error:
             raise Untrusted(getattr(error, "strerror", None) or str(error)) from None
         if header != self._header(_digest(images)):
-            raise Untrusted("its content is not what was written")
+            raise Untrusted("its content does not match its header")
         return images
 
     def _check_owner(self, found: os.stat_result) -> None:
@@ -131,7 +131,7 @@ class CacheFile:
         Raises:
             OSError: the disk is full, or the folder cannot be written.
         """
-        self._remove_left_over()
+        self._remove_leftovers()
         handle, aside = tempfile.mkstemp(_ASIDE, f".{self.path.name}.", self.path.parent)
         digests: dict[int, bytes] = {}
 
@@ -160,8 +160,8 @@ class CacheFile:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
 
-    def _remove_left_over(self) -> None:
-        """Remove the temporary files of killed processes; a running one has locked its own."""
+    def _remove_leftovers(self) -> None:
+        """Remove the temporary files of killed processes; a running process has locked its own."""
         for path in self.path.parent.glob(f".{self.path.name}.*{_ASIDE}"):
             with suppress(OSError), path.open("r+b") as file:  # NFS locks only a file opened for writing
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -27,7 +27,7 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     from PIL import Image
 
     Image.init()
-    formats = [name for name in Image.OPEN if name != "EPS"]  # which would run another program
+    formats = [name for name in Image.OPEN if name != "EPS"]  # EPS would run another program
     try:
         with path.open("rb") as file, at_most(max_pixels):
             pixels = pixels_of(file, formats, deep=True)

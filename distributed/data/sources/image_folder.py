@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from distributed.data.sources.identity import Identity
 from distributed.errors import InputError
 
-KINDS = (".png", ".jpg", ".jpeg")
+SUFFIXES = (".png", ".jpg", ".jpeg")
 SPLITS = ("train", "test")
 _SAMPLES, _SAMPLED_BYTES, _THREADS = 1000, 2**20, 8
 
@@ -70,7 +70,7 @@ def list_folder(root: Path) -> FolderListing:
                 found[split] += files
                 if split == "train" and not files:
                     errors.append(
-                        f"{folder}: a class without images; add some ({', '.join(KINDS)}), or remove the folder"
+                        f"{folder}: a class without images; add some ({', '.join(SUFFIXES)}), or remove the folder"
                     )
         if not found[split] and not errors:
             errors.append(f"{root / split}: no images; it should hold CLASS/*.png, .jpg or .jpeg")
@@ -82,11 +82,13 @@ def list_folder(root: Path) -> FolderListing:
 def _files(folder: Path, relative: str, label: int, errors: list[str]) -> Iterator[_File]:
     """Yield the images in a class folder; add a line to `errors` for anything else in it."""
     for entry in _visible(folder):
-        if os.path.isfile(entry.path) and entry.name.lower().endswith(KINDS):
+        if os.path.isfile(entry.path) and entry.name.lower().endswith(SUFFIXES):
             yield _File(f"{relative}/{entry.name}", label, entry.stat())
         else:
-            kind = "a folder" if os.path.isdir(entry.path) else "of a kind that is not read"
-            errors.append(f"{entry.path}: {kind}; a class folder may hold only {', '.join(KINDS)}: move or convert it")
+            kind = "a folder" if os.path.isdir(entry.path) else "not a supported image file"
+            errors.append(
+                f"{entry.path}: {kind}; a class folder may hold only {', '.join(SUFFIXES)}: move or convert it"
+            )
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:

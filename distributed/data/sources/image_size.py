@@ -51,7 +51,7 @@ def check_sums(content: bytes) -> None:
         length, name = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]
         end = at + 8 + length
         if end + 4 > len(content):
-            raise ValueError("broken: cut off")
+            raise ValueError("broken: truncated")
         checksum = int.from_bytes(content[end : end + 4], "big")
         if name[:1].isupper() and zlib.crc32(memoryview(content)[at + 4 : end]) != checksum:
             raise ValueError(f"broken: wrong checksum of {name.decode('ascii', 'replace')}")
@@ -61,7 +61,7 @@ def check_sums(content: bytes) -> None:
 
 
 class TooLarge(ValueError):
-    """An image has more than `data.max_pixels`; the message says the remedy."""
+    """An image has more than `data.max_pixels`; the message names the remedy."""
 
 
 def too_large(size: str, max_pixels: int) -> str:

@@ -1,4 +1,4 @@
-"""Work that one process of a node does while the others wait for it: downloading, decoding. Imports no torch."""
+"""Work that one process per node does while the others wait: downloading, decoding. Imports no torch."""
 
 import errno
 import uuid
@@ -23,7 +23,7 @@ def once_per_node(target: Path, work: Callable[[], None], *, done: Callable[[], 
     machine's.
 
     Args:
-        request: what `work` depends on besides `target`; the failure of another request is not shared.
+        request: everything that `work` depends on besides `target`; the failure of another request is not shared.
 
     Raises:
         InputError: raised by the work, here or in another process.
@@ -35,10 +35,10 @@ def once_per_node(target: Path, work: Callable[[], None], *, done: Callable[[], 
     note, lock = (target.with_name(f".{target.name}.{name}") for name in ("failed", "lock"))
     before = read_object(note).get("number")
     try:
-        held = _acquired(FileLock(lock))
+        acquired = _acquired(FileLock(lock))
     except NotImplementedError:
         raise OSError(errno.ENOLCK, "its file system has no locks", str(target.parent)) from None
-    with held:
+    with acquired:
         if done():
             return
         failure = read_object(note)
@@ -47,7 +47,7 @@ def once_per_node(target: Path, work: Callable[[], None], *, done: Callable[[], 
         try:
             work()
         except InputError as error:
-            with suppress(OSError):  # on a full disk each process tries for itself
+            with suppress(OSError):  # on a full disk each process tries on its own
                 replace_json(note, {"number": uuid.uuid4().hex, "request": request, "lines": list(error.lines)})
             raise
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Shows the progress of a long operation: a bar on a terminal, else a line now and then. Imports no torch."""
+"""Shows the progress of a long operation: a bar on a terminal, else a line every few seconds. Imports no torch."""
 
 import sys
 import time

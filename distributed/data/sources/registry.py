@@ -1,4 +1,4 @@
-"""The data set that a config names: downloaded if requested, checked, and its classes. Imports no torch."""
+"""The data set that a config names: its download, checks and class names. Imports no torch."""
 
 from distributed.config.data import AnyData, CifarData, ImageFolderData
 from distributed.data.sources import cifar, download, image_folder
@@ -6,7 +6,7 @@ from distributed.data.sources.cifar_spec import SETS
 
 
 def fetch_missing(config: AnyData) -> None:
-    """Download the archive if the config asks for it and no files are there; one process per node does it, others wait.
+    """Download the archive if the config requests it and no files are there, in one process per node.
 
     Call this before creating a process group.
 
@@ -19,7 +19,7 @@ def fetch_missing(config: AnyData) -> None:
 
 
 def prepare(config: AnyData) -> None:
-    """Do what `fetch_missing` does, then check the data as far as possible without reading all of it.
+    """Download missing data as `fetch_missing` does, then check the data as far as possible without reading all of it.
 
     Raises:
         InputError: data is missing or damaged, or the download failed.

@@ -1,4 +1,4 @@
-"""Reads pickles of plain values and numpy arrays, and refuses all that could run code. Imports no torch."""
+"""Reads pickles of plain values and numpy arrays, and refuses everything that could run code. Imports no torch."""
 
 import io
 import pickle
@@ -20,7 +20,7 @@ class _Plain(pickle.Unpickler):
 
 
 def _empty_array(kind: Any, shape: Any, letter: Any) -> Any:
-    """Return what numpy's own `_reconstruct` does, for plain arrays only; the pickle fills it."""
+    """Like numpy's `_reconstruct`, for plain arrays only: return an empty array, which the pickle fills."""
     if kind is not np.ndarray or shape != (0,):
         raise pickle.UnpicklingError("its array is not a plain numpy array")
     return np.ndarray(shape, np.uint8)
@@ -34,5 +34,5 @@ def load(content: bytes | memoryview) -> Any:
     """
     try:
         return _Plain(io.BytesIO(content), encoding="bytes").load()
-    except Exception as error:  # whatever damaged bytes make the unpickler or numpy raise
+    except Exception as error:  # damaged bytes make the unpickler or numpy raise errors of any type
         raise ValueError(str(error) or type(error).__name__) from None
