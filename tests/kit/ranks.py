@@ -8,11 +8,13 @@ import multiprocessing
 import os
 import pickle
 import random
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import pytest
@@ -38,6 +40,7 @@ _READ_AT_START = {
     # Do not return memory to the system after each step; requesting it again takes time.
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "PYTHONPATH": f"{Path(__file__).parents[2]}:{Path(__file__).parents[1]}",  # Python 3.11 preloads without the parent's path
 }
 
 
@@ -157,6 +160,7 @@ def _started(environment: dict[str, str], task: bytes) -> _Rank:
 def _be_rank(environment: dict[str, str], task: bytes, connection: Connection) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    assert "kit.preload" in sys.modules, "the fork server could not import kit.preload, and says nothing"
     random.seed()  # otherwise every rank continues the server's sequence
     try:
         fn, args = pickle.loads(task)  # imports the function's module
