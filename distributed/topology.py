@@ -169,7 +169,7 @@ def elastic_run_id() -> str:
 
 
 def is_elastic() -> bool:
-    """Whether torchrun started this process for several nodes, some of which may join later."""
+    """Whether torchrun was given a rendezvous endpoint. Nodes can join such a job later."""
     torchrun = find_torchrun() if elastic_run_id() else None
     options = ("--rdzv-endpoint", "--rdzv_endpoint")
     return torchrun is not None and any(word.startswith(options) for word in torchrun.arguments)

@@ -13,7 +13,7 @@ from distributed.bench.workload import Workload
 MODULES = "distributed.bench.workloads"
 MODES = {"ours": ("fast", "0"), "exact": ("exact, 8 shards", "8")}
 PACKAGES = {"timm": ("timm",), "lightning": ("pytorch_lightning", "lightning")}
-"""For each workload that needs a package, the modules of which at least one must be installed."""
+"""Modules that a workload needs; at least one of them must be installed."""
 
 
 class Layout(NamedTuple):

@@ -30,7 +30,7 @@ _NAME_BYTES = 16
 
 
 class SharedMemory:
-    """`size` bytes that all ranks map, and a check of which ranks are alive. Created by `open_shared_memory`.
+    """`size` bytes that all ranks map. Also detects ranks that have died. Created by `open_shared_memory`.
 
     Each rank locks one byte of the file; the kernel releases the lock when the process ends. Process ids would not
     work: processes in different containers may have the same one, or may not see each other's.

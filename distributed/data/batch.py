@@ -86,7 +86,7 @@ class Mixed(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's shards of a micro-batch, any of which may be empty.
+    """This rank's shards of a micro-batch. A shard may be empty.
 
     images: [n, 3, 32, 32], normalized.
     labels: int64 [n].

@@ -189,7 +189,7 @@ class DataPipeline:
     def evaluation(self, split: Split) -> Iterator[Batch]:
         """Yield every image of a split once over all ranks, unpadded.
 
-        All ranks get the same number of batches, some of which may be empty.
+        All ranks get the same number of batches. A batch may be empty.
         """
         resident, size, step = self._splits[split], self.size(split), self.batching.evaluation_batch_size
         keys = torch.empty(0, 2, dtype=torch.int64, device=self.input_format.device)

@@ -16,16 +16,6 @@ from distributed.config import (
 from distributed.data.sources.registry import class_names
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(text: str, name: str = "run.toml") -> Path:
-        path = tmp_path / name
-        path.write_text(text)
-        return path
-
-    return write
-
-
 def test_no_arguments_give_the_defaults():
     command = from_command_line([])
     config = command.config

@@ -1,19 +1,7 @@
-from pathlib import Path
-
 import pytest
 from kit.configs import config_of, mistakes
 
 from distributed.config import hints, toml_value
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(text: str, name: str = "run.toml") -> Path:
-        path = tmp_path / name
-        path.write_text(text)
-        return path
-
-    return write
 
 
 def test_a_wrong_value_is_reported_with_file_and_line(write):

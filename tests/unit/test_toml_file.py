@@ -4,16 +4,6 @@ import pytest
 from kit.configs import config_of, mistakes
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(text: str, name: str = "run.toml") -> Path:
-        path = tmp_path / name
-        path.write_text(text)
-        return path
-
-    return write
-
-
 def test_a_file_extends_another_relative_to_itself(tmp_path, write):
     (tmp_path / "base").mkdir()
     write("epochs = 3\nseed = 1\n[optim]\nlr = 0.5\nmomentum = 0.8\n", "base/one.toml")

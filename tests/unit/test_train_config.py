@@ -1,20 +1,8 @@
-from pathlib import Path
-
 import pytest
 from kit.configs import config_of, mistakes
 
 from distributed.config import TrainConfig, changes_experiment, differences
 from distributed.errors import InputError
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(text: str, name: str = "run.toml") -> Path:
-        path = tmp_path / name
-        path.write_text(text)
-        return path
-
-    return write
 
 
 @pytest.mark.parametrize(
