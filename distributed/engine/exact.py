@@ -82,7 +82,9 @@ class ExactEngine:
         self.model = convert_batch_norm(
             self._copy.model, partial(SyncBatchNorm.of, all_gather_rows=self._executor.all_gather_rows)
         )
-        self._index = {p: i for i, p in enumerate(p for p in self.model.parameters() if p.requires_grad)}
+        self._index: dict[Tensor, int] = {
+            p: i for i, p in enumerate(p for p in self.model.parameters() if p.requires_grad)
+        }
         layout: Layout = BlockReplicatedLayout(self._plain, shards=shards)
         if self._sharded:
             self._sharded.attach(self.model, len(self._reducer.own_shards))
