@@ -109,7 +109,7 @@ def _sum(first: Tensor, second: Tensor) -> Tensor:
 
 def _fit(gradient: Tensor, metadata: Any, node: Node) -> Tensor:
     """Sum over dimensions that the forward pass broadcast, and cast to the input's dtype."""
-    if gradient.shape != metadata.shape:
+    if list(gradient.shape) != metadata.shape:
         gradient = gradient.sum_to_size(metadata.shape)
     if gradient.dtype != metadata.dtype:
         if gradient.is_complex():
