@@ -95,7 +95,7 @@ class _Arriving:
             slots = self._slots[node] = metadata, [None] * len(metadata)
         metadata, gradients = slots
         gradient, before = _fit(gradient, metadata[index], node), gradients[index]
-        gradients[index] = gradient if before is None else before + gradient
+        gradients[index] = gradient if before is None else _sum(before, gradient)
 
     def is_complete(self, node: Node) -> bool:
         """Count one edge to the node as done, and return whether it was the last one."""
@@ -107,6 +107,15 @@ class _Arriving:
         del self._uses[node]
         slots = self._slots.pop(node, None)
         return [None] * len(input_metadata(node)) if slots is None else slots[1]
+
+
+def _sum(first: Tensor, second: Tensor) -> Tensor:
+    """Return the sum in the strides of the first gradient, like torch's engine, which adds in place.
+
+    Other strides, e.g. of images of one pixel, which are both NCHW and NHWC, would select other kernels further on.
+    """
+    out = torch.empty_like(first)
+    return torch.add(first, second, out=out) if out.stride() == first.stride() else first + second
 
 
 def _fit(gradient: Tensor, metadata: Any, node: Node) -> Tensor:
