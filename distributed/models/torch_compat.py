@@ -9,14 +9,9 @@ from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.dropout import _DropoutNd as AnyDropout
 
-__all__ = ["AnyBatchNorm", "AnyDropout", "NormBase", "is_persistent", "share_tensors"]
+__all__ = ["AnyBatchNorm", "AnyDropout", "NormBase", "is_persistent"]
 
 
 def is_persistent(module: nn.Module, buffer_name: str) -> bool:
     """Whether a buffer of the module is part of its state_dict."""
     return buffer_name not in module._non_persistent_buffers_set
-
-
-def share_tensors(source: nn.Module, target: nn.Module) -> None:
-    """Make `target` use the parameters and buffers of `source` instead of its own."""
-    target._parameters, target._buffers = source._parameters, source._buffers

@@ -6,6 +6,7 @@ from torch import nn
 
 from distributed.exact.torch_compat import input_metadata, is_leaf, is_python, sequence_number
 from distributed.models.torch_compat import AnyBatchNorm, AnyDropout, NormBase, is_persistent, share_tensors
+from distributed.models.torch_compat import AnyBatchNorm, AnyDropout, NormBase, is_persistent
 
 FOREACH = ["add_", "copy_", "lerp_", "mul", "mul_", "norm", "sub"]
 KERNELS = [
