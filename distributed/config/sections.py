@@ -3,17 +3,19 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, PlainValidator
+from pydantic import BeforeValidator, Discriminator, PlainValidator, Tag, TypeAdapter
 from pydantic_core import PydanticCustomError
 
+from distributed.config.networks import BUILT_IN, ImportPath, Options, is_import_path
 from distributed.config.schema import OptionalPath, Section, operational, setting
+from distributed.host.importable import check_module
 
 _STORE_URL = re.compile(r"(?:(?:s3|gs)://[a-zA-Z0-9][\w.-]*(?:/[^\s?*#\[\]{}]*)?|file:///[^\s?*#\[\]{}]+)", re.ASCII)
 
 
 class Model(Section):
     name: Literal["alexnet", "improved_alexnet", "cifar_alexnet", "cifar_alexnet_bn"] = setting(
-        "improved_alexnet", "the network"
+        "improved_alexnet", "a network of this package"
     )
     init: Literal["torch", "he"] = setting(
         "torch", "initial weights; torch: uniform up to 1 / sqrt(fan_in), biases too; he: uniform up to sqrt(6 / fan_in), "
@@ -22,9 +24,66 @@ class Model(Section):
     dropout: float = setting(0.5, "dropout probability of the hidden linear layers", ge=0, lt=1)
 
     @property
-    def input_side(self) -> int:
+    def short_name(self) -> str:
+        """The name in the default run folder."""
+        return self.name
+
+    @property
+    def input_side(self) -> int | None:
         """Height and width in pixels that the network computes on; it resizes smaller images itself."""
         return 224 if self.name == "alexnet" else 32
+
+    def check_importable(self) -> None:
+        """Do nothing: it is a part of this package."""
+
+
+class ImportedModel(Section):
+    """A network that a function outside this package builds, with its own initial weights."""
+
+    name: ImportPath = setting(
+        ..., "any other network: factory(num_classes=N, **options), e.g. torchvision.models:resnet18"
+    )
+    options: Options = setting({}, "further keyword arguments of the factory: --model.options.NAME VALUE")
+
+    @property
+    def short_name(self) -> str:
+        """The name in the default run folder."""
+        return self.name.rpartition(":")[2]
+
+    @property
+    def input_side(self) -> int | None:
+        """None: images go in as large as the data set has them."""
+        return None
+
+    def check_importable(self) -> None:
+        """Raise InputError if there is no such module; nothing is imported."""
+        check_module(self.name)
+
+
+def _model_variant(section: Any) -> str | None:
+    """Return the tag of the class that a model section is read as; its name if none fits; None if it is no section."""
+    if not isinstance(section, dict | Model | ImportedModel):
+        return None
+    name = section.get("name", BUILT_IN[0]) if isinstance(section, dict) else section.name
+    if name in BUILT_IN:
+        return "built_in"
+    return "imported" if is_import_path(name) else f"unknown name {name}"
+
+
+AnyModel = Annotated[
+    Annotated[Model, Tag("built_in")] | Annotated[ImportedModel, Tag("imported")], Discriminator(_model_variant)
+]
+"""The section `model`: its name selects the class."""
+
+
+def model_from(values: dict[str, Any]) -> Model | ImportedModel:
+    """Return the model section with these values, e.g. from an exported file's metadata.
+
+    Raises:
+        ValueError: they are not valid.
+    """
+    section: Model | ImportedModel = TypeAdapter(AnyModel).validate_python(values)
+    return section
 
 
 class _Optim(Section):
