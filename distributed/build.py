@@ -92,8 +92,9 @@ def build_network(config: TrainConfig, data: DataPipeline) -> nn.Module:
     """
     model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
     if isinstance(config.model, ImportedModel):
-        images = data.example().images[:2].cpu().float()
-        check_output(model, images, name=config.model.name, num_classes=data.num_classes, seed=config.seed)
+        example = data.example()
+        images, keys = example.images[:2].cpu().float(), example.sample_keys[:2].cpu()
+        check_output(model, images, keys, name=config.model.name, num_classes=data.num_classes, seed=config.seed)
     return model
 
 

@@ -9,20 +9,10 @@ from pydantic_core import PydanticCustomError
 
 from distributed.config.data import CIFAR_SIDE, AnyData, CifarData, ImageFolderData
 from distributed.config.engines import AnyEngine, Ddp
+from distributed.config.scaling import Scaling
 from distributed.config.schedules import Constant, Cosine, EarlyStopping, OneCycle, Plateau
 from distributed.config.schema import AnyPath, OptionalPath, Section, operational, setting
-from distributed.config.sections import (
-    AdamW,
-    AnyModel,
-    Checkpoint,
-    Evaluation,
-    Exact,
-    Logging,
-    Loss,
-    Model,
-    Scaling,
-    Sgd,
-)  # fmt: skip
+from distributed.config.sections import AdamW, AnyModel, Checkpoint, Evaluation, Exact, Logging, Loss, Model, Sgd
 from distributed.errors import InputError
 
 DataSection = Annotated[AnyData, Field(discriminator="name")]

@@ -21,6 +21,7 @@ from distributed import rng
 from distributed.config.layers import shown
 from distributed.config.sections import ImportedModel
 from distributed.errors import InputError
+from distributed.models.keyed_dropout import use_sample_keys
 
 _TORCH = Path(torch.__file__).parent
 
@@ -45,11 +46,14 @@ def build_imported(config: ImportedModel, *, num_classes: int, seed: int) -> nn.
     return model.train()
 
 
-def check_output(model: nn.Module, images: Tensor, *, name: str, num_classes: int, seed: int) -> None:
+def check_output(
+    model: nn.Module, images: Tensor, sample_keys: Tensor, *, name: str, num_classes: int, seed: int
+) -> None:
     """Check, on a copy of the model on the CPU, that it returns logits [n, num_classes] in evaluation and in training.
 
     Args:
         images: a few images of the data set, float32 [n, 3, side, side] on the CPU.
+        sample_keys: int64 [n, 2], for dropout masks.
 
     Raises:
         InputError: the model fails on such images or returns something else.
@@ -61,8 +65,10 @@ def check_output(model: nn.Module, images: Tensor, *, name: str, num_classes: in
         raise InputError(f"model.name = {name}: the network cannot be copied: {_described(error)}") from error
     for mode in ("evaluation", "training"):
         try:
-            with torch.no_grad(), _seeded(seed, "probe"):
+            with torch.no_grad(), _seeded(seed, "probe"), use_sample_keys(sample_keys):
                 output = probe.train(mode == "training")(images)
+        except InputError:  # of a dropout layer
+            raise
         except Exception as error:
             raise InputError(
                 f"model.name = {name}: the network fails in {mode} on images of shape {shape}: {_described(error)}"

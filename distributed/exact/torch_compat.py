@@ -1,0 +1,25 @@
+"""torch's private names for autograd nodes, as read from torch 2.14.1.
+
+tests/unit/test_torch_internals.py fails if the installed torch lacks one of them.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import BackwardCFunction as PythonNode
+
+__all__ = ["AccumulateGrad", "Node", "PythonNode", "input_metadata", "sequence_number"]
+
+Node = Any  # torch.autograd.graph.Node does not declare that nodes can be called
+AccumulateGrad: type = torch._C._functions.AccumulateGrad
+"""The node at which a leaf's gradient arrives."""
+
+
+def input_metadata(node: Node) -> list[Any]:
+    """Return the shape, dtype and device of each gradient that a node receives."""
+    return node._input_metadata  # type: ignore[no-any-return]
+
+
+def sequence_number(node: Node) -> int:
+    """Return a number that grows with each node that the forward pass creates on a thread."""
+    return node._sequence_nr()  # type: ignore[no-any-return]
