@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from distributed.exact.torch_compat import input_metadata, is_leaf, is_python, sequence_number
-from distributed.models.torch_compat import AnyBatchNorm, AnyDropout, NormBase, is_persistent, share_tensors
 from distributed.models.torch_compat import AnyBatchNorm, AnyDropout, NormBase, is_persistent
 
 FOREACH = ["add_", "copy_", "lerp_", "mul", "mul_", "norm", "sub"]
@@ -39,13 +38,6 @@ def test_is_persistent() -> None:
     module.register_buffer("saved", torch.zeros(1))
     module.register_buffer("constant", torch.zeros(1), persistent=False)
     assert (is_persistent(module, "saved"), is_persistent(module, "constant")) == (True, False)
-
-
-def test_share_tensors() -> None:
-    source, target = nn.BatchNorm1d(3), nn.BatchNorm1d(3, device="meta")
-    share_tensors(source, target)
-    assert target.weight is source.weight
-    assert target.running_mean is source.running_mean
 
 
 def test_autograd_nodes() -> None:
