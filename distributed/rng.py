@@ -14,6 +14,7 @@ from torch import Tensor
 _LOW = 0xFFFFFFFF
 # The two multipliers of lowbias32 (Wellons, https://nullprogram.com/blog/2018/07/31/), the second one minus 2**32.
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32
+_GOLDEN = 0x9E3779B9  # odd: its multiples differ modulo 2**32
 
 
 def _mix_(x: Tensor, between: Tensor | int = 0) -> Tensor:
@@ -77,10 +78,21 @@ def permutation(count: int, *, seed: int, epoch: int, device: torch.device | Non
     return torch.argsort((first << 31) | (second >> 1), stable=True)
 
 
-def unit_keys(name: str, count: int) -> Tensor:
-    """Return one key per two units of a layer, for `uniform16`: int64 [ceil(count / 2)]."""
-    first, second = key_words("units", name)
-    return _mix_(torch.arange((count + 1) // 2) ^ first, second)
+def layer_words(name: str) -> tuple[int, int]:
+    """Return the key words of a layer's units."""
+    return key_words("units", name)
+
+
+def unit_keys(words: tuple[int, int], count: int, *, use: int = 0, device: torch.device | None = None) -> Tensor:
+    """Return one key per two units of a layer, for `uniform16`: int64 [ceil(count / 2)].
+
+    Args:
+        words: from `layer_words`.
+        use: number of this call of the layer in a forward pass, from 0.
+    """
+    first, second = words
+    second ^= use * _GOLDEN & _LOW
+    return _mix_(torch.arange((count + 1) // 2, device=device) ^ first, second)
 
 
 def uniform16(keys: Tensor, units: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from distributed.data.batch import Batch
 from distributed.engine.model_state import ModelState
 from distributed.engine.prepare import Compute, prepare
 from distributed.engine.protocol import Loss, Outcome
+from distributed.models.keyed_dropout import use_sample_keys
 
 
 class BucketSums:
@@ -45,7 +46,8 @@ class BucketSums:
 
 
 def _any_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Outcome]:
-    logits = model(batch.images, batch.sample_keys).float()
+    with use_sample_keys(batch.sample_keys):
+        logits = model(batch.images).float()
     losses = logits.logsumexp(1)
     return losses.sum(), Outcome(losses.detach(), logits.detach())
 
@@ -118,7 +120,7 @@ class DdpEngine:
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
         with self.compute.autocast():
-            logits: Tensor = self._plain(batch.images, batch.sample_keys)
+            logits: Tensor = self._plain(batch.images)
             return logits
 
     def micro_step(self, loss: Loss, batch: Batch, *, last: bool) -> Outcome:

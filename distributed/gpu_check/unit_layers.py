@@ -13,7 +13,8 @@ from distributed.exact.shard_executor import ShardExecutor
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.differences import differing, error, same_bits
 from distributed.models import alexnet
-from distributed.models.keyed_dropout import KeyedDropout
+from distributed.models.convert_dropout import convert_dropout
+from distributed.models.keyed_dropout import KeyedDropout, use_sample_keys
 from distributed.models.local_response_norm import LocalResponseNorm
 from distributed.models.sync_batch_norm import SyncBatchNorm, convert_batch_norm, one_shard_per_rank
 
@@ -46,9 +47,10 @@ def _dropout(checks: Checks) -> None:
         for p in (0.5, 0.1):
             outcomes: list[tuple[Tensor, Tensor]] = []
             for device in (checks.device, torch.device("cpu")):
-                layer = KeyedDropout(p, features=513, name="dropout1").to(device)
+                layer = KeyedDropout(p, name="dropout1")
                 leaf = x.to(device).detach().requires_grad_()
-                y = layer(leaf, keys.to(device))
+                with use_sample_keys(keys.to(device)):
+                    y = layer(layer(leaf))
                 (gradient,) = torch.autograd.grad(y, leaf, grad.to(device))
                 outcomes.append((y, gradient))
             assert all(map(same_bits, *outcomes)), f"p = {p}"
@@ -63,14 +65,15 @@ def _empty_batches(checks: Checks) -> None:
             continue  # 58 million weights
         for precision in (torch.float32, torch.bfloat16):
             with checks.check(f"an empty batch through {name} in {_name(precision)}"):
-                model: nn.Module = getattr(alexnet, name)(10, 0.5).to(checks.device)
+                model: nn.Module = convert_dropout(getattr(alexnet, name)(10, 0.5)).to(checks.device)
                 convert_batch_norm(model, partial(SyncBatchNorm.of, all_gather_rows=one_shard_per_rank(other_rank)))
                 model.to(memory_format=torch.channels_last)
                 images = torch.empty(0, 3, 32, 32, device=checks.device).contiguous(memory_format=torch.channels_last)
                 keys = torch.empty(0, 2, dtype=torch.int64, device=checks.device)
                 labels = torch.empty(0, dtype=torch.int64, device=checks.device)
-                with torch.autocast(checks.device.type, precision, enabled=precision == torch.bfloat16):
-                    logits = model(images, keys).float()
+                autocast = torch.autocast(checks.device.type, precision, enabled=precision == torch.bfloat16)
+                with autocast, use_sample_keys(keys):
+                    logits = model(images).float()
                     losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
                 losses.sum().backward()  # type: ignore[no-untyped-call]
                 assert logits.shape == (0, 10)

@@ -40,7 +40,7 @@ def _images(checks: Checks) -> tuple[Tensor, Tensor]:
 
 def _draws(count: int, device: torch.device) -> dict[str, Tensor]:
     keys = rng.sample_keys(torch.arange(count, device=device), seed=2**40 + 5, epoch=7)
-    units = rng.unit_keys("dropout1", 513).to(device)
+    units = rng.unit_keys(rng.layer_words("dropout1"), 513, use=1, device=device)
     return {
         "sample_keys": keys,
         "draws": rng.draws(keys, "flip"),

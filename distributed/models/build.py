@@ -8,13 +8,14 @@ from torch import nn
 from distributed import rng
 from distributed.config.sections import Model
 from distributed.models import alexnet
+from distributed.models.convert_dropout import convert_dropout
 
 
 def build_model(config: Model, *, num_classes: int, seed: int) -> nn.Module:
-    """Build the config's network in float32 on the CPU; its initial weights depend on the seed alone."""
+    """Build the config's network in float32 on the CPU, with keyed dropout; its initial weights depend on the seed alone."""
     model: nn.Module = getattr(alexnet, config.name)(num_classes, config.dropout)
     initialize(model, seed=seed, init=config.init)
-    return model
+    return convert_dropout(model)
 
 
 def initialize(model: nn.Module, *, seed: int, init: Literal["torch", "he"] = "torch") -> None:

@@ -16,6 +16,7 @@ from distributed.build import build_data, build_engine
 from distributed.checkpoint.snapshot import load_checkpoint
 from distributed.comm import collectives
 from distributed.config import TrainConfig
+from distributed.models.keyed_dropout import use_sample_keys
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
 from distributed.training.steps import train_step
@@ -52,7 +53,8 @@ def gradients_of_first_step(engine: dict[str, Any]) -> tuple[dict[str, Tensor], 
     (batch,) = next(batches)
 
     def loss(model: Any, part: Any) -> Any:
-        losses = torch.nn.functional.cross_entropy(model(part.images, part.sample_keys), part.labels, reduction="none")
+        with use_sample_keys(part.sample_keys):
+            losses = torch.nn.functional.cross_entropy(model(part.images), part.labels, reduction="none")
         return losses.sum() / part.global_count, None
 
     made.micro_step(loss, batch, last=True)

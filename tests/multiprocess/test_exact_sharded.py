@@ -13,6 +13,7 @@ from distributed.comm import collectives
 from distributed.comm.process_group import choose_device
 from distributed.config import TrainConfig
 from distributed.data.batch import Batch
+from distributed.models.keyed_dropout import use_sample_keys
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
 from multiprocess.test_exact import CASES, FLOAT32, PLATEAU
@@ -95,7 +96,8 @@ def bytes_at_rest(engine: dict[str, Any], precision: str) -> dict[str, int]:
         gathered.append(sum(p.untyped_storage().nbytes() for p in replica.parameters()))
 
     def loss(model: Any, batch: Batch) -> tuple[Any, Any]:
-        logits = model(batch.images, batch.sample_keys)
+        with use_sample_keys(batch.sample_keys):
+            logits = model(batch.images)
         return logits.sum(), (logits.detach().sum(1), logits.detach())
 
     for layer in replica.modules():

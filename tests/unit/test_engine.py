@@ -29,7 +29,7 @@ class Small(nn.Module):
         super().__init__()
         self.conv, self.norm, self.out = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 10)
 
-    def forward(self, images: Tensor, sample_keys: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         return self.out(self.norm(self.conv(images)).relu().mean((2, 3)))
 
 
@@ -373,18 +373,18 @@ def test_frozen_parameters_stay_and_others_are_trained():
 class UsesAWeightTwice(Small):
     """Uses its convolution before and after its batch norm."""
 
-    def forward(self, images: Tensor, sample_keys: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         x = self.norm(self.conv(F.pad(images, (2, 2, 2, 2)))).relu()
         return self.out(self.conv(x[:, :3]).relu().mean((2, 3)))
 
 
 class UsesANormTwice(Small):
-    def forward(self, images: Tensor, sample_keys: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         return self.out(self.norm(self.norm(self.conv(images)).relu()).relu().mean((2, 3)))
 
 
 class SkipsItsNorm(Small):
-    def forward(self, images: Tensor, sample_keys: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         x = self.conv(images)
         return self.out((x + self.norm(x)).mean((2, 3)))
 

@@ -32,7 +32,7 @@ class Stateful(nn.Module):
         nn.MaxPool2d(2),
         nn.Embedding(3, 4),
         nn.PReLU(),
-        KeyedDropout(0.5, features=4, name="dropout"),
+        KeyedDropout(0.5, name="dropout"),
         Stateful(persistent=False),
         Stateful(persistent=True, dtype=torch.int64),
     ],
