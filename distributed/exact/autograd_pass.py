@@ -115,7 +115,9 @@ def _fit(gradient: Tensor, metadata: Any, node: Node) -> Tensor:
         gradient = gradient.sum_to_size(metadata.shape)
     if gradient.dtype != metadata.dtype:
         if gradient.is_complex():
-            raise RuntimeError(f"exact mode: {node.name()} received a complex gradient; use fast mode: exact.shards = 0")
+            raise RuntimeError(
+                f"exact mode: {node.name()} received a complex gradient; use fast mode: exact.shards = 0"
+            )
         gradient = gradient.to(metadata.dtype)
     return gradient
 

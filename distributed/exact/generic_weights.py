@@ -1,5 +1,7 @@
 """Weights that hide nothing: a network's initial ones may multiply a branch by zero, or overflow."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -36,4 +38,4 @@ def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
     draws = torch.rand(like.shape, generator=generator, dtype=like.dtype)
     if like.dim() < 2:
         return 0.1 + 0.2 * draws
-    return (2 * draws - 1) * (3 / like[0].numel()) ** 0.5
+    return (2 * draws - 1) * math.sqrt(3 / like[0].numel())

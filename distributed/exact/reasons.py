@@ -15,7 +15,7 @@ class Reason(NamedTuple):
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.where()} {self.problem}; {self.remedy}"
+        return f"{self.where()}: {self.problem}; {self.remedy}"
 
     def where(self) -> str:
         """Return the module's path and class, e.g. `layer1.0.bn1 (BatchNorm2d)`."""

@@ -42,16 +42,12 @@ def _of_module(module: nn.Module) -> Iterator[tuple[str, str]]:
         yield "is compiled, so that no shard can pause in it", "remove torch.compile or .compile()"
     if _lazy(module):
         yield "has no shapes before its first forward", "pass the number of input features instead of a lazy layer"
+        return  # its hook sets them
     for hook in hooks_of(module):
         yield _about_hook(hook)
     for name, parameter in module.named_parameters(recurse=False):
         if hooks_of_tensor(parameter):
             yield f"has a hook on its parameter {name}, which would not run", IN_FORWARD
-        if parameter.is_complex():
-            yield (
-                f"has the complex parameter {name}",
-                "store it as a real tensor [..., 2] and use torch.view_as_complex in forward",
-            )
 
 
 def _about_hook(hook: Any) -> tuple[str, str]:

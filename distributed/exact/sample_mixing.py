@@ -16,7 +16,7 @@ from distributed.exact.registered import can_run
 from distributed.exact.saved_model import SavedModel, same_bits, unchanged
 from distributed.models.keyed_dropout import use_sample_keys
 
-_MIXES = "mixes the samples of a batch: the output for one image depends on the others"
+MIXES = "mixes the samples of a batch: the output for one image depends on the others"
 _PER_SAMPLE = "compute it for each sample alone; nn.BatchNorm layers alone may combine samples"
 _VARIES = "does not repeat itself: two passes over the same images differ"
 _REPEAT = "draw from keys of the samples, and keep no state outside the network"
@@ -38,7 +38,7 @@ def mixes_samples(model: nn.Module, images: Tensor) -> str:
         model.train()
         with BatchNormConstants(model).recording() as constants:
             reason = find_mixing(model, images, keys, constants, recorded=False)
-    return f"{reason.where()} {reason.problem}; {reason.remedy}" if reason else ""
+    return str(reason) if reason and reason.problem == MIXES else ""
 
 
 def throwaway_batch(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,11 +80,11 @@ def find_mixing(
 
 
 class _Passes:
-    """Forward passes that start from the same state of the model and of the generators."""
+    """Forward passes that start from the same state of the model, parameters excepted, and of the generators."""
 
     def __init__(self, model: nn.Module, keys: Tensor) -> None:
         self.model = model
-        self._keys, self._saved, self._generators = keys, SavedModel(model), SavedGenerators()
+        self._keys, self._saved, self._generators = keys, SavedModel(model, parameters=False), SavedGenerators()
 
     def run(self, images: Tensor, calls: ModuleCalls | None = None, *, gradients: bool = False) -> Tensor:
         """Return the logits [n, classes] of images, which are not changed."""
@@ -98,16 +98,20 @@ class _Passes:
 
 def _mixing(passes: _Passes, images: Tensor) -> Reason | None:
     paths, samples = Paths(passes.model), len(images)
+    varies: Reason | None = None
+    logits = passes.run(images)
     for kept, others in _replaced(images):
-        if not same_bits(passes.run(images)[kept], passes.run(others)[kept]):
-            repeats = same_bits(passes.run(images), passes.run(images))
+        if not same_bits(logits[kept], passes.run(others)[kept]):
+            repeats = same_bits(logits, passes.run(images))
             calls = [ModuleCalls(samples, kept), ModuleCalls(samples, kept)]
             for batch, call in zip((images, others if repeats else images), calls, strict=True):
                 passes.run(batch, call)
-            path = first_difference(*calls)
-            return paths.reason(path, _MIXES, _PER_SAMPLE) if repeats else paths.reason(path, _VARIES, _REPEAT)
+            where = first_difference(*calls)
+            if repeats:
+                return paths.reason(where, MIXES, _PER_SAMPLE)
+            varies = paths.reason(where, _VARIES, _REPEAT)
     path = _mixing_by_gradient(passes, images)
-    return None if path is None else paths.reason(path, _MIXES, _PER_SAMPLE)
+    return varies if path is None else paths.reason(path, MIXES, _PER_SAMPLE)
 
 
 def _replaced(images: Tensor) -> Iterator[tuple[int, Tensor]]:

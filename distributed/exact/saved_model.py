@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed.exact.generator_states import SavedGenerators, access
-from distributed.exact.registered import is_batch_norm
+from distributed.models.torch_compat import AnyBatchNorm
 
 # Set by batch norm's forward, or by `train`.
 _OF_BATCH_NORM = {"running_mean", "running_var", "num_batches_tracked", "momentum", "track_running_stats"}
@@ -44,25 +44,37 @@ class _Saved:
 
 
 class SavedModel:
-    """The tensors, attributes, containers, generators and gradients of a network's modules."""
+    """The tensors, attributes, containers, generators and gradients of a network's modules.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        parameters: False leaves out the parameters, which are large.
+    """
+
+    def __init__(self, model: nn.Module, *, parameters: bool = True) -> None:
+        self._parameters = parameters
         self._paths = {id(module): path for path, module in model.named_modules()}
         packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
         self._packages = packages - {"torch", "builtins", _OWN_PACKAGE}
-        self._batch_norms = {path for path, module in model.named_modules() if is_batch_norm(module)}
+        self._batch_norms = {path for path, module in model.named_modules() if isinstance(module, AnyBatchNorm)}
         self._saved: dict[int, _Saved] = {}
         self._save(model)
 
-    def changes(self) -> list[tuple[str, str]]:
-        """Return what differs from the saved state, except batch norm's: (path of the module, name), in forward's order."""
-        found = [change for saved in self._saved.values() for change in self._changes(saved)]
-        return [(path, name) for path, name in found if path not in self._batch_norms or name not in _OF_BATCH_NORM]
+    def changes(self) -> dict[str, list[str]]:
+        """Return what differs from the saved state, except batch norm's: names of attributes by the path of their module."""
+        found: dict[str, list[str]] = {}
+        for saved in self._saved.values():
+            for path, name in self._changes(saved):
+                known = path in self._batch_norms and name in _OF_BATCH_NORM
+                if not known and name not in found.setdefault(path, []):
+                    found[path].append(name)
+        return {path: names for path, names in found.items() if names}
 
     def drawn(self) -> list[tuple[str, str]]:
         """Return the network's own generators that were drawn from: (path of the module, description)."""
         saved = [entry for entry in self._saved.values() if isinstance(entry.contents, SavedGenerators)]
-        return [(entry.owner, f"{name} in its attribute {entry.name}") for entry in saved for name in entry.contents.drawn()]
+        return [
+            (entry.owner, f"{name} in its attribute {entry.name}") for entry in saved for name in entry.contents.drawn()
+        ]
 
     def restore(self) -> None:
         """Restore everything."""
@@ -81,7 +93,8 @@ class SavedModel:
     def _contents(self, value: Any) -> Any:
         """Return a copy of what can change in an object, or None if nothing can."""
         if isinstance(value, Tensor):
-            return value.data, value.data.clone()
+            left_out = isinstance(value, nn.Parameter) and not self._parameters
+            return None if left_out else (value.data, value.data.clone())
         if isinstance(value, np.ndarray):
             return value.copy()
         if generator := access(value):

@@ -6,7 +6,7 @@ from distributed.errors import InputError
 from distributed.exact.batch_norm_constants import BatchNormConstants
 from distributed.exact.reasons import Reason, grouped
 from distributed.exact.registered import can_run, registered
-from distributed.exact.sample_mixing import find_mixing, throwaway_batch
+from distributed.exact.sample_mixing import MIXES, find_mixing, throwaway_batch
 from distributed.exact.saved_model import unchanged
 from distributed.exact.training_pass import observe
 
@@ -26,7 +26,7 @@ def check_exact(model: nn.Module, images: Tensor | None = None) -> None:
     reasons = registered(model)
     if images is not None and can_run(model):
         try:
-            reasons += _passes(model, images)
+            _add_from_passes(reasons, model, images)
         except Exception:
             if not reasons:  # otherwise what was found explains more than the failure of the pass
                 raise
@@ -34,13 +34,14 @@ def check_exact(model: nn.Module, images: Tensor | None = None) -> None:
         raise InputError(*(f"exact.shards > 0: {line}; or set exact.shards = 0" for line in grouped(reasons)))
 
 
-def _passes(model: nn.Module, images: Tensor) -> list[Reason]:
+def _add_from_passes(reasons: list[Reason], model: nn.Module, images: Tensor) -> None:
     images, keys = throwaway_batch(images)
     with unchanged(model) as saved:
         model.train()
         with BatchNormConstants(model).recording() as constants:
-            reasons = observe(model, images, keys, saved)
-            if reasons:
-                return reasons
+            for reason in observe(model, images, keys, saved):
+                reasons.append(reason)
             mixing = find_mixing(model, images, keys, constants, recorded=True)
-            return [mixing] if mixing else []
+            # Passes that differ are explained by any other reason.
+            if mixing and (mixing.problem == MIXES or not reasons):
+                reasons.append(mixing)

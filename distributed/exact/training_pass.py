@@ -19,11 +19,12 @@ KEYED = (
     "or draw from keys of the samples"
 )
 _STATE = "compute it in __init__, or anew in each forward; only batch norm may keep statistics"
+_WITH_DROPOUT = (nn.MultiheadAttention, nn.RNNBase)
 _HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad)
 
 
-def observe(model: nn.Module, images: Tensor, keys: Tensor, saved: SavedModel) -> list[Reason]:
-    """Run one forward and one backward pass in training mode, and return the reasons that they show.
+def observe(model: nn.Module, images: Tensor, keys: Tensor, saved: SavedModel) -> Iterator[Reason]:
+    """Run one forward and one backward pass in training mode, and yield the reasons that they show.
 
     Args:
         images: [n, 3, side, side].
@@ -37,24 +38,27 @@ def observe(model: nn.Module, images: Tensor, keys: Tensor, saved: SavedModel) -
     with use_sample_keys(keys), stack.watched(watch), _Calls(watch), torch.enable_grad():
         output = model(inputs.clone())
         watch.note_draws("")
-    found = [paths.reason(path, problem, remedy) for path, problem, remedy in watch.found]
+    for path, problem, remedy in watch.found:
+        inner = isinstance(model.get_submodule(path), _WITH_DROPOUT) and remedy == KEYED
+        yield paths.reason(path, problem, "set its dropout to 0" if inner else remedy)
     drawing = {path for path, problem, _ in watch.found if problem.startswith("draws")}
     for path, name in saved.drawn():
         if path not in drawing:
-            found.append(paths.reason(path, f"draws from {name}, which depends on the number of processes", KEYED))
-    for path, name in saved.changes():
-        found.append(paths.reason(path, f"keeps state: forward changes its {name}", _STATE))
+            yield paths.reason(path, f"draws from {name}, which depends on the number of processes", KEYED)
+    for path, names in saved.changes().items():
+        yield paths.reason(path, f"keeps state: forward changes its {', '.join(names)}", _STATE)
     if not isinstance(output, Tensor) or output.dim() < 1 or len(output) != len(images):
         what = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        return [
-            *found,
-            paths.reason("", f"returns {what} for {len(images)} images", "return one row of logits per image"),
-        ]
+        yield paths.reason("", f"returns {what} for {len(images)} images", "return one row of logits per image")
+        return
     watch.note_nodes("", [output])
-    if checkpoints := watch.checkpoints():
-        problem = "uses reentrant checkpointing, whose backward pass cannot pause"
-        return found + [paths.reason(path, problem, "pass use_reentrant=False") for path in checkpoints]
-    return found + list(_backward(model, inputs, output, stack))
+    checkpoints = watch.checkpoints()
+    for path in checkpoints:
+        yield paths.reason(
+            path, "uses reentrant checkpointing, whose backward pass cannot pause", "pass use_reentrant=False"
+        )
+    if not checkpoints:
+        yield from _backward(model, inputs, output, stack)
 
 
 class _Watch:
@@ -79,7 +83,9 @@ class _Watch:
         drawn = self._generators.drawn()
         if drawn:
             self._generators.save()
-            self.found += [(path, f"draws from {name}, which depends on the number of processes", KEYED) for name in drawn]
+            self.found += [
+                (path, f"draws from {name}, which depends on the number of processes", KEYED) for name in drawn
+            ]
 
     def note_nodes(self, path: str, results: list[Tensor]) -> None:
         """Attribute the new nodes in the graph of these tensors to the module at `path`."""
@@ -149,4 +155,5 @@ def _backward(model: nn.Module, inputs: Tensor, output: Tensor, stack: ModuleSta
         if gradient is not None and gradient.layout != torch.strided:
             yield paths.reason(path, f"has a sparse gradient of its {last}", "pass sparse=False")
         elif gradient is not None and gradient.is_complex():
-            yield paths.reason(path, f"has a complex gradient of its {last}", "use real parameters")
+            remedy = "store it as a real tensor [..., 2] and use torch.view_as_complex in forward"
+            yield paths.reason(path, f"has a complex gradient of its {last}", remedy)
