@@ -25,7 +25,7 @@ from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.host.cpu_quota import quota_note
 from distributed.models.build import build_model
-from distributed.models.imported import check_output
+from distributed.models.imported import check_output, check_same_weights
 from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
@@ -111,6 +111,8 @@ def build_engine(
         model: the result of `build_network`, if it was called before.
     """
     model = model or build_network(config, data)
+    if isinstance(config.model, ImportedModel):
+        check_same_weights(model, name=config.model.name)
     compute = Compute(config.precision, config.channels_last, device, config.timeout_seconds)
     engine, optim, multiple_ranks = config.engine, config.optim, topology.world_size > 1
     if isinstance(engine, DeepSpeed) and multiple_ranks:

@@ -24,10 +24,12 @@ def check_module(path: str) -> None:
         name = f"{spec.name}.{part}" if spec else part
         places = None if spec is None else spec.submodule_search_locations
         if spec is not None and places is None:
+            if _makes_its_modules(name):
+                return
             raise InputError(f"model.name = {path}: {spec.name} is a module, not a package; write {spec.name}:{part}")
         found = _find(name, places)
         if found is None:
-            if _makes_its_modules(name, is_inside=spec is not None):
+            if _makes_its_modules(name):
                 return
             raise InputError(f"model.name = {path}: there is no module {name}{_advice(name, factory, places)}")
         spec = found
@@ -44,15 +46,15 @@ def _find(name: str, places: Sequence[str] | None) -> ModuleSpec | None:
     return None
 
 
-def _makes_its_modules(name: str, *, is_inside: bool) -> bool:
-    """Return whether a package has a module that no folder has. This imports the package, so it is asked last."""
-    if not is_inside:
+def _makes_its_modules(name: str) -> bool:
+    """Return whether a package makes a module that is in no folder. This imports the package, so it is asked last."""
+    if name in sys.modules or "." not in name:
         return name in sys.modules
     try:
-        return importlib.util.find_spec(name) is not None
+        return importlib.util.find_spec(name) is not None or name in sys.modules
     except ModuleNotFoundError as error:
-        return error.name is None or not f"{name}.".startswith(f"{error.name}.")
-    except Exception:
+        return name in sys.modules or error.name is None or not f"{name}.".startswith(f"{error.name}.")
+    except (Exception, SystemExit):
         return True  # the import itself, later, says why
 
 
