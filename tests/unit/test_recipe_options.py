@@ -204,7 +204,7 @@ def test_flip_tta_averages_the_logits_of_image_and_flip(tmp_path):
     (batch,) = data.evaluation("test")
     with engine.evaluating():
         plain = engine.predict(batch)
-        mirrored = engine.model[0](batch.images.flip(3)).detach()  # one replica of exact mode's
+        mirrored = engine.model(batch.images.flip(3)).detach()
     expected = F.cross_entropy((plain + mirrored) / 2, batch.labels)
     found = evaluate(engine, data, "test", flip_tta=True, device=CPU)
     assert found.mean_loss == pytest.approx(float(expected), rel=1e-5)
