@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from distributed.comm.reduction_tree import tree_sum
-from distributed.models.batch_norm_constants import Sizes, filled, scratch, sizes_of
 from distributed.models.plain_batch_norm import unsupported_batch_norms
+from distributed.models.small_tensors import Sizes, filled, scratch, sizes_of
 from distributed.models.torch_compat import AnyBatchNorm, NormBase
 
 T = TypeVar("T")

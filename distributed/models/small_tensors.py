@@ -1,4 +1,4 @@
-"""What batch norm needs besides the images' values: sizes of the shards, and constant vectors.
+"""Small tensors that batch norm needs at every call besides its input: sizes of the shards, and constant vectors.
 
 On the CPU both are kept from one batch to the next, since making a small tensor takes as long as an operation on it. On CUDA
 they are made anew: reading sizes would make the host wait, and a CUDA graph fills what was made while it was captured only
