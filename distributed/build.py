@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from loguru import logger
-from torch import Tensor
+from torch import Tensor, nn
 
 from distributed.checkpoint.checkpointer import Checkpointer
 from distributed.checkpoint.save_budget import SaveBudget
@@ -14,6 +14,7 @@ from distributed.comm import collectives
 from distributed.comm.process_group import check_own_gpu
 from distributed.config import TrainConfig, as_toml
 from distributed.config.engines import Ddp, DeepSpeed, Fsdp
+from distributed.config.sections import ImportedModel
 from distributed.data.batch import Batch, Batching, InputFormat, Shards
 from distributed.data.pipeline import DataPipeline
 from distributed.data.sources import registry
@@ -24,6 +25,7 @@ from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.host.cpu_quota import quota_note
 from distributed.models.build import build_model
+from distributed.models.imported import check_output, check_same_weights
 from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
@@ -73,7 +75,7 @@ def build_data(config: TrainConfig, topology: Topology, device: torch.device) ->
             dtype=torch.float64 if config.precision == "float64" else torch.float32,
             channels_last=config.channels_last,
         ),
-        side=config.model.input_side,
+        side=config.input_side,
     )
 
 
@@ -82,9 +84,35 @@ def read_data(config: TrainConfig) -> DataPipeline:
     return build_data(config.model_copy(update={"precision": "float32"}), Topology(), torch.device("cpu"))
 
 
-def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device) -> Engine:
-    """Build the model and its engine. A single process has nothing to shard and uses `DdpEngine` in fast mode."""
+def build_network(config: TrainConfig, data: DataPipeline) -> nn.Module:
+    """Build the model on the CPU. An imported one is tried on a few images, so call it before peers wait in a process group.
+
+    Raises:
+        InputError: an imported network cannot be built or does not return logits.
+    """
     model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
+    if isinstance(config.model, ImportedModel):
+        example = data.example()
+        images, keys = example.images[:2].cpu().float(), example.sample_keys[:2].cpu()
+        check_output(model, images, keys, name=config.model.name, num_classes=data.num_classes, seed=config.seed)
+    return model
+
+
+def build_engine(
+    config: TrainConfig,
+    topology: Topology,
+    data: DataPipeline,
+    device: torch.device,
+    model: nn.Module | None = None,
+) -> Engine:
+    """Build the model's engine. A single process has nothing to shard and uses `DdpEngine` in fast mode.
+
+    Args:
+        model: the result of `build_network`, if it was called before.
+    """
+    model = model or build_network(config, data)
+    if isinstance(config.model, ImportedModel):
+        check_same_weights(model, name=config.model.name)
     compute = Compute(config.precision, config.channels_last, device, config.timeout_seconds)
     engine, optim, multiple_ranks = config.engine, config.optim, topology.world_size > 1
     if isinstance(engine, DeepSpeed) and multiple_ranks:

@@ -8,7 +8,15 @@ import torch
 from loguru import logger
 
 from distributed.attempt import Attempt
-from distributed.build import build_checkpointer, build_data, build_engine, build_step, check_same_config, log_plan
+from distributed.build import (
+    build_checkpointer,
+    build_data,
+    build_engine,
+    build_network,
+    build_step,
+    check_same_config,
+    log_plan,
+)
 from distributed.checkpoint.warm_start import load_initial_weights
 from distributed.comm.process_group import choose_device, process_group
 from distributed.config import TrainConfig
@@ -51,13 +59,15 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
     make_deterministic(device, precision=config.precision, compile=config.compile)
     with ExitStack() as stack:
         attempt = stack.enter_context(Attempt(config, topology))
-        data = build_data(config, topology, device)  # before the process group, so that bad data leaves no peer waiting
+        # Before the process group, so that bad data and networks leave no peer waiting.
+        data = build_data(config, topology, device)
+        network = build_network(config, data)
         stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
         check_same_config(config)
         attempt.open_log()
         check_data(config, data)
 
-        engine = build_engine(config, topology, data, device)
+        engine = build_engine(config, topology, data, device, network)
         schedule = build_schedule(config, steps_per_epoch=data.steps_per_epoch)
         state = TrainState(schedule, build_early_stopping(config.early_stopping), config.precision)
         metadata = attempt.metadata(device) | data.metadata()
