@@ -75,11 +75,11 @@ class _Calls:
         pass
 
 
-class _Uses(TorchDispatchMode):
+class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes in which modules' forward an operation reads or writes the memory of a parameter."""
 
     def __init__(self, stack: ModuleStack, owners: dict[int, set[str]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.users: dict[int, set[str]] = defaultdict(set)
         self._stack, self._owners = stack, owners
 
