@@ -24,8 +24,8 @@ from distributed.engine.prepare import Compute
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.host.cpu_quota import quota_note
-from distributed.models.build import build_model
-from distributed.models.imported import check_output, check_same_weights
+from distributed.models.imported import check_same_weights
+from distributed.network import build_network
 from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
@@ -84,20 +84,6 @@ def read_data(config: TrainConfig) -> DataPipeline:
     return build_data(config.model_copy(update={"precision": "float32"}), Topology(), torch.device("cpu"))
 
 
-def build_network(config: TrainConfig, data: DataPipeline) -> nn.Module:
-    """Build the model on the CPU. An imported one is tried on a few images, so call it before peers wait in a process group.
-
-    Raises:
-        InputError: an imported network cannot be built or does not return logits.
-    """
-    model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
-    if isinstance(config.model, ImportedModel):
-        example = data.example()
-        images, keys = example.images[:2].cpu().float(), example.sample_keys[:2].cpu()
-        check_output(model, images, keys, name=config.model.name, num_classes=data.num_classes, seed=config.seed)
-    return model
-
-
 def build_engine(
     config: TrainConfig,
     topology: Topology,
@@ -110,7 +96,7 @@ def build_engine(
     Args:
         model: the result of `build_network`, if it was called before.
     """
-    model = model or build_network(config, data)
+    model = model or build_network(config, topology, data)
     if isinstance(config.model, ImportedModel):
         check_same_weights(model, name=config.model.name)
     compute = Compute(config.precision, config.channels_last, device, config.timeout_seconds)

@@ -4,7 +4,7 @@ import difflib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -61,12 +61,11 @@ def _makes_its_modules(name: str) -> bool:
 def _advice(name: str, factory: str, places: Sequence[str] | None) -> str:
     *package, last = name.split(".")
     names = {found.name for found in pkgutil.iter_modules(None if places is None else list(places))}
-    if close := difflib.get_close_matches(last, sorted(names), n=1, cutoff=0.7):
-        return f"; did you mean {'.'.join([*package, close[0]])}?"
-    if package:
-        return f" in {_first(places or ())}; did you mean {'.'.join(package)}:{factory}?"
-    return f"; run the command in the folder of {name}.py (this is {Path.cwd()}), or install the package"
-
-
-def _first(places: Iterable[str]) -> str:
-    return next(iter(places), "its package")
+    if not package:
+        names -= sys.stdlib_module_names
+    close = difflib.get_close_matches(last, sorted(names), n=1, cutoff=0.7)
+    meant = f"; did you mean {'.'.join([*package, close[0]])}?" if close else ""
+    if not package:
+        advice = f"run the command in the folder of {name}.py (this is {Path.cwd()}), or install the package"
+        return f"{meant} Otherwise {advice}" if meant else f"; {advice}"
+    return meant or f" in {next(iter(places or ()), 'its package')}; did you mean {'.'.join(package)}:{factory}?"
