@@ -16,8 +16,8 @@ from distributed.data.checks import check_data
 from distributed.metrics.profiler import StepProfiler
 from distributed.metrics.records import Sink
 from distributed.metrics.reporter import Reporter, default_sinks
-from distributed.optim.schedules import build_early_stopping, build_schedule
 from distributed.network import build_network
+from distributed.optim.schedules import build_early_stopping, build_schedule
 from distributed.process.logs import replace_default_logs
 from distributed.run.resume_checks import check_saved
 from distributed.topology import Topology
