@@ -12,8 +12,11 @@ from pathlib import Path
 from distributed.errors import InputError
 
 
-def check_module(path: str) -> None:
+def check_module(path: str) -> Path | None:
     """Check that the module of the import path `package.module:factory` exists.
+
+    Returns:
+        Its file; None if it is unknown.
 
     Raises:
         InputError: there is no such module; the message names a similar one if there is one.
@@ -25,14 +28,15 @@ def check_module(path: str) -> None:
         places = None if spec is None else spec.submodule_search_locations
         if spec is not None and places is None:
             if _makes_its_modules(name):
-                return
+                return None
             raise InputError(f"model.name = {path}: {spec.name} is a module, not a package; write {spec.name}:{part}")
         found = _find(name, places)
         if found is None:
             if _makes_its_modules(name):
-                return
+                return None
             raise InputError(f"model.name = {path}: there is no module {name}{_advice(name, factory, places)}")
         spec = found
+    return Path(spec.origin) if spec and spec.has_location and spec.origin else None
 
 
 def _find(name: str, places: Sequence[str] | None) -> ModuleSpec | None:
