@@ -54,7 +54,11 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         attempt = stack.enter_context(Attempt(config, topology))
         # Before the process group, so that bad data and networks leave no peer waiting.
         data = build_data(config, topology, device)
+<<<<<<< HEAD
         network = build_network(config, data, topology, device)
+=======
+        network = build_network(config, topology, data)
+>>>>>>> h5
         stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
         check_same_config(config)
         attempt.open_log()

@@ -170,7 +170,7 @@ def test_label_smoothing_and_mixing_follow_the_papers(tmp_path):
     data = build_data(config, Topology(), CPU)
     (batch,) = next(data.train_epoch(0))
     logits = torch.randn(len(batch.labels), 10)
-    value, outcome = _shard_loss(0.2, lambda images, keys: logits, batch)
+    value, outcome = _shard_loss(0.2, lambda images: logits, batch)
     assert batch.mixed is not None
     weight = batch.mixed.own_weight[:, None]
     targets = weight * F.one_hot(batch.labels, 10) + (1 - weight) * F.one_hot(batch.mixed.labels, 10)
