@@ -16,6 +16,7 @@ from distributed.data.checks import check_data
 from distributed.metrics.profiler import StepProfiler
 from distributed.metrics.records import Sink
 from distributed.metrics.reporter import Reporter, default_sinks
+from distributed.network import build_network
 from distributed.optim.schedules import build_early_stopping, build_schedule
 from distributed.process.logs import replace_default_logs
 from distributed.run.resume_checks import check_saved
@@ -51,13 +52,15 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
     make_deterministic(device, precision=config.precision, compile=config.compile)
     with ExitStack() as stack:
         attempt = stack.enter_context(Attempt(config, topology))
-        data = build_data(config, topology, device)  # before the process group, so that bad data leaves no peer waiting
+        # Before the process group, so that bad data and networks leave no peer waiting.
+        data = build_data(config, topology, device)
+        network = build_network(config, data, topology, device)
         stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
         check_same_config(config)
         attempt.open_log()
         check_data(config, data)
 
-        engine = build_engine(config, topology, data, device)
+        engine = build_engine(config, topology, data, device, network)
         schedule = build_schedule(config, steps_per_epoch=data.steps_per_epoch)
         state = TrainState(schedule, build_early_stopping(config.early_stopping), config.precision)
         metadata = attempt.metadata(device) | data.metadata()

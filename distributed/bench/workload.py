@@ -51,6 +51,7 @@ class Workload:
         block: steps between two readings of the clock.
         batch: images per step.
         ranks: processes, started by torchrun; 0: one process without torchrun.
+        python: the interpreter that runs it.
     """
 
     function: str
@@ -60,6 +61,7 @@ class Workload:
     block: int = 1
     batch: int = 128
     ranks: int = 0
+    python: Path = Path(sys.executable)
 
     def measure(self, seconds: float | None = None) -> Measurement:
         """Run the workload in a process of its own.
@@ -78,7 +80,7 @@ class Workload:
             "distributed.bench.worker",
             [self.function, json.dumps({"clock": clock, "settings": self.settings})],
         )
-        command = [sys.executable, "-m", module, *arguments]
+        command = [str(self.python), "-m", module, *arguments]
         if self.ranks:
             command = torchrun_command(self.ranks, module, arguments)
         code, printed, errors = _run(command, seconds)

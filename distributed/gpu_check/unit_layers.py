@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distributed import rng
-from distributed.exact.batch_norm import GraphSplit, SplittingBatchNorm, backward
+from distributed.exact.autograd_pass import backward
 from distributed.exact.shard_executor import ShardExecutor
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.differences import differing, error, same_bits
@@ -123,18 +123,19 @@ def _state(layer: nn.Module) -> dict[str, Tensor]:
 def _by_shards(layer: nn.BatchNorm2d, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Run exact mode's batch norm over shards of this batch, with the layer's own weights, gradients and statistics."""
     executor = ShardExecutor(len(_SHARDS), workers=1, gather=torch.stack, device=x.device)
-    splits: list[list[GraphSplit]] = [[] for _ in _SHARDS]
+    norm = SyncBatchNorm.of(layer, executor.all_gather_rows)
     xs, grads = (torch.split(tensor, list(_SHARDS)) for tensor in (x, grad))
+    found: dict[tuple[Tensor, int], Tensor] = {}
 
     def compute(shard: int) -> tuple[Tensor, Tensor]:
-        norm = SplittingBatchNorm.splitting(layer, partial(executor.all_gather_rows, shard), splits[shard])
         leaf = xs[shard].clone(memory_format=torch.preserve_format).requires_grad_()
         y = norm(leaf)
-        backward((y * grads[shard]).sum(), splits[shard])
-        assert leaf.grad is not None
-        return y.detach(), leaf.grad
+        backward((y * grads[shard]).sum(), lambda tensor, gradient: found.__setitem__((tensor, shard), gradient), {})
+        return y.detach(), found.pop((leaf, shard))
 
     y, grad_x = zip(*executor.run(compute), strict=True)
+    for parameter in (layer.weight, layer.bias):
+        parameter.grad = torch.stack([found[parameter, shard] for shard in range(len(_SHARDS))]).sum(0)
     return torch.cat(y), torch.cat(grad_x)
 
 

@@ -21,18 +21,12 @@ __all__ = [
     "hooks_of_tensor",
     "is_compiled",
     "is_persistent",
-    "share_tensors",
 ]
 
 
 def is_persistent(module: nn.Module, buffer_name: str) -> bool:
     """Whether a buffer of the module is part of its state_dict."""
     return buffer_name not in module._non_persistent_buffers_set
-
-
-def share_tensors(source: nn.Module, target: nn.Module) -> None:
-    """Make `target` use the parameters and buffers of `source` instead of its own."""
-    target._parameters, target._buffers = source._parameters, source._buffers
 
 
 def hooks_of(module: nn.Module) -> list[Any]:

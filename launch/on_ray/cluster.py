@@ -11,7 +11,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distributed.config import TrainConfig
-from distributed.config.sections import Scaling
+from distributed.config.scaling import Scaling
 from distributed.errors import InputError
 from distributed.topology import host
 from launch.address import is_loopback

@@ -51,7 +51,7 @@ def exact(
 ) -> ExactEngine:
     torch.manual_seed(0)
     compute = Compute(precision, channels_last=True, device=CPU, timeout_seconds=10)
-    return ExactEngine(Ddp(), model(), optim=Sgd(**optim), compute=compute, shards=SHARDS, workers=workers)
+    return ExactEngine(Ddp(), model(), optim=Sgd(**optim), compute=compute, shards=SHARDS, workers=workers, layers={})
 
 
 @pytest.fixture(params=[fast, exact], ids=["fast", "exact"])

@@ -12,10 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from distributed.config.engines import Ddp
-from distributed.config.sections import Model, Sgd
-from distributed.engine.exact import ExactEngine
-from distributed.engine.prepare import Compute
+from distributed.config.sections import Model
 from distributed.errors import InputError
 from distributed.exact.supported import check_exact
 from distributed.models.build import build_model
@@ -423,9 +420,3 @@ def test_the_built_in_networks_are_supported() -> None:
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     for name in ("improved_alexnet", "cifar_alexnet_bn"):
         check_exact(build_model(Model(name=name), num_classes=10, seed=0), images)
-
-
-def test_the_engine_refuses_what_is_registered() -> None:
-    compute = Compute("float32", channels_last=False, device=torch.device("cpu"), timeout_seconds=10)
-    with pytest.raises(ValueError, match=r"exact\.shards > 0: 4.inner \(Linear\): has the hook"):
-        ExactEngine(Ddp(), around(hooked("register_forward_hook")), optim=Sgd(), compute=compute, shards=2, workers=1)
