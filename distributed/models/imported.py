@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import hashlib
 import importlib
 import inspect
 import random
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from distributed import rng
+from distributed.comm import collectives
 from distributed.config.layers import shown
 from distributed.config.sections import ImportedModel
 from distributed.errors import InputError
@@ -62,7 +64,9 @@ def check_output(
     try:
         probe = copy.deepcopy(model)
     except Exception as error:
-        raise InputError(f"model.name = {name}: the network cannot be copied: {_described(error)}") from error
+        raise InputError(
+            f"model.name = {name}: the network cannot be copied, as exact mode and its check do: {_described(error)}"
+        ) from error
     for mode in ("evaluation", "training"):
         try:
             with torch.no_grad(), _seeded(seed, "probe"), use_sample_keys(sample_keys):
@@ -81,6 +85,27 @@ def check_output(
             f"model.name = {name}: in {mode} the network returns {found} for images of shape {shape}; it should return "
             f"logits, a float tensor of shape {expected}"
         )
+
+
+def check_same_weights(model: nn.Module, *, name: str) -> None:
+    """Raise InputError on all ranks unless all of them have the same initial weights and buffers. A collective."""
+    if collectives.world_size() == 1:
+        return
+    digests = {
+        path: (str(tensor.dtype), list(tensor.shape), hashlib.blake2b(_bytes(tensor), digest_size=8).hexdigest())
+        for path, tensor in model.state_dict().items()
+    }
+    first, *others = collectives.gather_objects(digests)
+    for rank, other in enumerate(others, start=1):
+        if different := [path for path in {**first, **other} if first.get(path) != other.get(path)]:
+            raise InputError(
+                f"model.name = {name}: rank {rank} built another network than rank 0, with another {different[0]}; every node "
+                "needs the same module, and the factory should draw from the generators of torch, Python or NumPy only"
+            )
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 @contextmanager
