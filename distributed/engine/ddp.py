@@ -147,12 +147,8 @@ class DdpEngine:
             with self.compute.autocast():
                 value, outcome = loss(self.model, batch)
             self.weights.scale_loss(value).backward()  # type: ignore[no-untyped-call]
-        if last:
-            for parameter in self._trained:
-                if parameter.grad is None:  # the loss does not depend on it
-                    parameter.grad = torch.zeros_like(parameter)
-            if self._shared:
-                self._shared.sum()
+        if last and self._shared:
+            self._shared.sum()
         return outcome
 
     def step(self, lr: float | Tensor, *, step: int | Tensor) -> Tensor:

@@ -39,13 +39,14 @@ class SharedGradients:
         return cls(parameters, low, shared) if shared else None
 
     def sum(self) -> None:
-        """Replace every `.grad`, which all parameters have, by its sum over all ranks, valid until the next call. A collective.
+        """Replace every `.grad` by its sum over all ranks, valid until the next call. A collective.
 
         Raises:
             RuntimeError: a rank has died or timed out.
         """
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        torch._foreach_copy_(self._sent, gradients)
+        # The loss does not depend on a parameter without a gradient.
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        torch._foreach_copy_(self._sent, own)
         self._shared.sum()
         self.reduced_bytes += self._sent_bytes
         if self._widened is not None:

@@ -23,7 +23,7 @@ def layers_to_shard(model: nn.Module, images: Tensor) -> dict[str, int]:
 
     Args:
         model: float32 on the CPU; dropout layers are keyed.
-        images: [n, 3, side, side], n at least 2; at most 3 are used.
+        images: [n, 3, side, side], n at least 1; at most 3 are used.
     """
     images, keys = throwaway_batch(images)
     layers = {path: layer for path, layer in model.named_modules() if _has_plain_forward(layer)}
@@ -75,11 +75,11 @@ class _Calls:
         pass
 
 
-class _Uses(TorchDispatchMode):
+class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes in which modules' forward an operation reads or writes the memory of a parameter."""
 
     def __init__(self, stack: ModuleStack, owners: dict[int, set[str]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.users: dict[int, set[str]] = defaultdict(set)
         self._stack, self._owners = stack, owners
 
