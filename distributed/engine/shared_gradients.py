@@ -42,24 +42,17 @@ class SharedGradients:
         """Replace every `.grad` by its sum over all ranks, valid until the next call. A collective.
 
         Raises:
-            RuntimeError: a parameter has no gradient, or a rank was lost.
+            RuntimeError: a rank was lost.
         """
-        torch._foreach_copy_(self._sent, [self._gradient(name) for name in self._parameters])
+        # The loss does not depend on a parameter without a gradient.
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters.values()]
+        torch._foreach_copy_(self._sent, own)
         self._shared.sum()
         self.reduced_bytes += self._sent_bytes
         if self._widened is not None:
             self._widened.copy_(self._shared.total)
         for parameter, total in zip(self._parameters.values(), self._sums, strict=True):
             parameter.grad = total
-
-    def _gradient(self, name: str) -> Tensor:
-        gradient = self._parameters[name].grad
-        if gradient is None:
-            raise RuntimeError(
-                f"fast mode: parameter {name} received no gradient; the forward pass must use every parameter, or set its "
-                "requires_grad to False"
-            )
-        return gradient
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         """Return one view of the flat buffer per parameter, in its memory layout."""
