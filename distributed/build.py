@@ -25,11 +25,7 @@ from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.host.cpu_quota import quota_note
 from distributed.models.imported import check_same_weights
-<<<<<<< HEAD
 from distributed.network import Network, build_network
-=======
-from distributed.network import build_network
->>>>>>> h5
 from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
@@ -100,11 +96,7 @@ def build_engine(
     Args:
         network: the result of `build_network`, if it was called before.
     """
-<<<<<<< HEAD
-    model, layers = network or build_network(config, data, topology, device)
-=======
-    model = model or build_network(config, topology, data)
->>>>>>> h5
+    model, layers = network or build_network(config, topology, data, device)
     if isinstance(config.model, ImportedModel):
         check_same_weights(model, name=config.model.name)
     compute = Compute(config.precision, config.channels_last, device, config.timeout_seconds)

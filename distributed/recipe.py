@@ -54,11 +54,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         attempt = stack.enter_context(Attempt(config, topology))
         # Before the process group, so that bad data and networks leave no peer waiting.
         data = build_data(config, topology, device)
-<<<<<<< HEAD
-        network = build_network(config, data, topology, device)
-=======
-        network = build_network(config, topology, data)
->>>>>>> h5
+        network = build_network(config, topology, data, device)
         stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
         check_same_config(config)
         attempt.open_log()

@@ -38,6 +38,13 @@ def _of_module(module: nn.Module) -> Iterator[tuple[str, str]]:
             "is a batch norm with a forward of its own, whose statistics cannot be synchronized",
             "use nn.BatchNorm1d, nn.BatchNorm2d or nn.BatchNorm3d, followed by a layer with the rest of its forward",
         )
+    elif isinstance(module, AnyBatchNorm) and any(True for _ in module.children()):
+        yield "is a batch norm with parametrized weights", "remove its parametrization"
+    for name in _batch_norms_in_attributes(module):
+        yield (
+            f"refers to a batch norm by its attribute {name}, where it is not replaced by a synchronized one",
+            "use nn.ModuleList, nn.ModuleDict or getattr(self, name)",
+        )
     if is_compiled(module):
         yield "is compiled, so that no shard can pause in it", "remove torch.compile or .compile()"
     if _lazy(module):
@@ -48,6 +55,21 @@ def _of_module(module: nn.Module) -> Iterator[tuple[str, str]]:
     for name, parameter in module.named_parameters(recurse=False):
         if hooks_of_tensor(parameter):
             yield f"has a hook on its parameter {name}, which would not run", IN_FORWARD
+
+
+def _batch_norms_in_attributes(module: nn.Module) -> Iterator[str]:
+    """Yield the names of plain containers, e.g. a list, that hold a batch norm."""
+    for name, value in vars(module).items():
+        waiting = [value] if name != "_modules" else []
+        while waiting:
+            current = waiting.pop()
+            if isinstance(current, AnyBatchNorm):
+                yield name
+                break
+            if isinstance(current, dict):
+                waiting += current.values()
+            elif isinstance(current, list | tuple):
+                waiting += current
 
 
 def _about_hook(hook: Any) -> tuple[str, str]:

@@ -29,7 +29,7 @@ def mixes_samples(model: nn.Module, images: Tensor) -> str:
 
     Args:
         model: float32 on the CPU, before any conversion of its batch norm layers.
-        images: [n, 3, side, side], n at least 2; at most 3 are used.
+        images: [n, 3, side, side], n at least 1; at most 3 are used.
     """
     if not can_run(model):
         return ""
@@ -42,18 +42,12 @@ def mixes_samples(model: nn.Module, images: Tensor) -> str:
 
 
 def throwaway_batch(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return up to 3 different images, which the caller may keep, and their sample keys.
-
-    Raises:
-        ValueError: fewer than 2 images.
-    """
-    if len(images) < 2:
-        raise ValueError(f"{len(images)} images: whether a network mixes samples needs 2")
+    """Return 3 different images, made from the first of `images`, and their sample keys."""
     # An odd number, so that dimensions of other meanings, mostly even, are not mistaken for that of the samples.
-    images = images[:3].detach().float().clone()
+    images = images[torch.arange(3) % len(images)].detach().float()
     ramp = torch.linspace(0.9, 1.1, images[0].numel()).view_as(images[0])
     images = torch.stack([image * ramp**index + 0.01 * index for index, image in enumerate(images)])
-    return images, rng.sample_keys(torch.arange(len(images)), seed=0, epoch=0)
+    return images, rng.sample_keys(torch.arange(3), seed=0, epoch=0)
 
 
 def find_mixing(
@@ -74,9 +68,15 @@ def find_mixing(
             _Passes(model, keys).run(images)
         constants.use()
         passes = _Passes(model, keys)
-        if bool(passes.run(images)[[0, -1]].isfinite().any()):
+        if _shows_inputs(passes, images):
             return _mixing(passes, images)
-    return None  # nothing can be seen in a network whose outputs are not finite, and it cannot be trained
+    return None  # its outputs do not depend on its inputs, or are not finite
+
+
+def _shows_inputs(passes: "_Passes", images: Tensor) -> bool:
+    """Whether the logits are finite and change with the images: neither overflowed nor vanished on the way."""
+    logits, others = passes.run(images), passes.run(images.flip(-1) * 2.0)
+    return bool(logits[[0, -1]].isfinite().any()) and not same_bits(logits, others)
 
 
 class _Passes:

@@ -23,7 +23,7 @@ def layers_to_shard(model: nn.Module, images: Tensor) -> dict[str, int]:
 
     Args:
         model: float32 on the CPU; dropout layers are keyed.
-        images: [n, 3, side, side], n at least 2; at most 3 are used.
+        images: [n, 3, side, side], n at least 1; at most 3 are used.
     """
     images, keys = throwaway_batch(images)
     layers = {path: layer for path, layer in model.named_modules() if _has_plain_forward(layer)}

@@ -18,7 +18,7 @@ def check_exact(model: nn.Module, images: Tensor | None = None) -> None:
 
     Args:
         model: float32 on the CPU, before any conversion of its batch norm layers; dropout layers are keyed.
-        images: [n, 3, side, side], n at least 2; at most 3 are used. None: no passes.
+        images: [n, 3, side, side], n at least 1; at most 3 are used. None: no passes.
 
     Raises:
         InputError: exact mode does not support the network; one line for each problem, with its first module and remedy.

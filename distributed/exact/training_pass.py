@@ -12,6 +12,7 @@ from distributed.exact.generator_states import SavedGenerators
 from distributed.exact.reasons import Paths, Reason
 from distributed.exact.registered import IN_FORWARD, is_batch_norm
 from distributed.exact.saved_model import SavedModel
+from distributed.exact.torch_compat import has_hooks
 from distributed.models.keyed_dropout import KeyedDropout, use_sample_keys
 
 KEYED = (
@@ -20,6 +21,7 @@ KEYED = (
 )
 _STATE = "compute it in __init__, or anew in each forward; only batch norm may keep statistics"
 _WITH_DROPOUT = (nn.MultiheadAttention, nn.RNNBase)
+_DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 _HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad)
 
 
@@ -52,12 +54,9 @@ def observe(model: nn.Module, images: Tensor, keys: Tensor, saved: SavedModel) -
         yield paths.reason("", f"returns {what} for {len(images)} images", "return one row of logits per image")
         return
     watch.note_nodes("", [output])
-    checkpoints = watch.checkpoints()
-    for path in checkpoints:
-        yield paths.reason(
-            path, "uses reentrant checkpointing, whose backward pass cannot pause", "pass use_reentrant=False"
-        )
-    if not checkpoints:
+    graph = [paths.reason(path, problem, remedy) for path, problem, remedy in watch.in_graph()]
+    yield from graph
+    if not graph:
         yield from _backward(model, inputs, output, stack)
 
 
@@ -96,9 +95,16 @@ class _Watch:
                 self.nodes[node] = path
                 waiting += [target for target, _ in node.next_functions if target is not None]
 
-    def checkpoints(self) -> list[str]:
-        """Return the paths of the modules that use reentrant checkpointing."""
-        return sorted({path for node, path in self.nodes.items() if "CheckpointFunction" in node.name()})
+    def in_graph(self) -> Iterator[tuple[str, str, str]]:
+        """Yield (path, problem, remedy) of the nodes that a pass in Python cannot run."""
+        for node, path in self.nodes.items():
+            name = node.name()
+            if "CheckpointFunction" in name:
+                yield path, "uses reentrant checkpointing, whose backward pass cannot pause", "pass use_reentrant=False"
+            elif "CompiledFunction" in name:
+                yield path, "calls a compiled function, in which no shard can pause", "remove torch.compile"
+            elif has_hooks(node):
+                yield path, "registers a hook on a node of the graph, which would not run", IN_FORWARD
 
 
 class _Calls(TorchFunctionMode):
@@ -113,6 +119,8 @@ class _Calls(TorchFunctionMode):
         path = self._watch.stack.inside
         if func in _HOOKS:
             self._watch.found.append((path, "registers a hook on a tensor, which would not run", IN_FORWARD))
+        if func in _DERIVATIVES:
+            self._watch.found.append((path, "computes gradients in forward", "compute them in closed form"))
         if isinstance(kwargs.get("generator"), torch.Generator):
             problem = "draws from a torch.Generator of its own, which depends on the number of processes"
             self._watch.found.append((path, problem, KEYED))

@@ -83,6 +83,21 @@ def hook_activation(module: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
+def hook_node(module: nn.Module, x: Tensor) -> Tensor:
+    y = x * 2
+    y.grad_fn.register_prehook(lambda gradients: gradients)
+    return y
+
+
+def gradient_in_forward(module: nn.Module, x: Tensor) -> Tensor:
+    return torch.autograd.grad(x.square().sum(), x, create_graph=True)[0]
+
+
+def norm_in_list() -> nn.Module:
+    norm = nn.BatchNorm1d(12)
+    return Call(lambda m, x: m.layers[0](x), layers=[norm], registered=norm)
+
+
 def hooked(register: str) -> nn.Module:
     layer = nn.Linear(12, 12)
     getattr(layer, register)(lambda *_: None)
@@ -195,6 +210,18 @@ REFUSED = {
     },
     "a parameter's hook": (lambda: hooked_parameter(), "has a hook on its parameter weight", "compute in forward"),
     "an activation's hook": (lambda: Call(hook_activation), "registers a hook on a tensor", "compute in forward"),
+    "a node's hook": (lambda: Call(hook_node), "registers a hook on a node of the graph", "compute in forward"),
+    "a gradient": (lambda: Call(gradient_in_forward), "computes gradients in forward", "compute them in closed form"),
+    "a batch norm in a list": (
+        norm_in_list,
+        "4.inner (Call): refers to a batch norm by its attribute layers",
+        "use nn.ModuleList",
+    ),
+    "a parametrized batch norm": (
+        lambda: torch.nn.utils.parametrizations.weight_norm(nn.BatchNorm1d(12)),
+        "is a batch norm with parametrized weights",
+        "remove its parametrization",
+    ),
     "old weight norm": (
         lambda: torch.nn.utils.weight_norm(nn.Linear(12, 12)),
         "uses torch.nn.utils.weight_norm",
@@ -235,6 +262,19 @@ REFUSED = {
     "SyncBatchNorm": (lambda: nn.SyncBatchNorm(12), "is a batch norm with a forward of its own", "use nn.BatchNorm1d"),
     "torch.compile": (lambda: torch.compile(nn.Linear(12, 12)), "is compiled", "remove torch.compile"),
     "Module.compile": (lambda: compiled_in_place(), "is compiled", "remove torch.compile"),
+    "a compiled function": (
+        lambda: Call(lambda _, x: torch.compile(torch.sin, backend="aot_eager")(x)),
+        "calls a compiled function",
+        "remove torch.compile",
+    ),
+    "attention's dropout": (
+        lambda: Call(
+            lambda m, x: m.attend(*[x[:, None]] * 3)[0][:, 0],
+            attend=nn.MultiheadAttention(12, 2, 0.1, batch_first=True),
+        ),
+        "4.inner.attend (MultiheadAttention): draws from torch's generator",
+        "set its dropout to 0",
+    ),
     "lazy": (lambda: nn.LazyLinear(12), "has no shapes", "pass the number of input features"),
 }
 
