@@ -14,6 +14,7 @@ from distributed.comm import collectives
 from distributed.comm.process_group import check_own_gpu
 from distributed.config import TrainConfig, as_toml
 from distributed.config.engines import Ddp, DeepSpeed, Fsdp
+from distributed.config.sections import ImportedModel
 from distributed.data.batch import Batch, Batching, InputFormat, Shards
 from distributed.data.pipeline import DataPipeline
 from distributed.data.sources import registry
@@ -23,7 +24,12 @@ from distributed.engine.prepare import Compute
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.host.cpu_quota import quota_note
-from distributed.models.build import build_model
+from distributed.models.imported import check_same_weights
+<<<<<<< HEAD
+from distributed.network import Network, build_network
+=======
+from distributed.network import build_network
+>>>>>>> h5
 from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
@@ -73,7 +79,7 @@ def build_data(config: TrainConfig, topology: Topology, device: torch.device) ->
             dtype=torch.float64 if config.precision == "float64" else torch.float32,
             channels_last=config.channels_last,
         ),
-        side=config.model.input_side,
+        side=config.input_side,
     )
 
 
@@ -82,9 +88,25 @@ def read_data(config: TrainConfig) -> DataPipeline:
     return build_data(config.model_copy(update={"precision": "float32"}), Topology(), torch.device("cpu"))
 
 
-def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device) -> Engine:
-    """Build the model and its engine. A single process has nothing to shard and uses `DdpEngine` in fast mode."""
-    model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
+def build_engine(
+    config: TrainConfig,
+    topology: Topology,
+    data: DataPipeline,
+    device: torch.device,
+    network: Network | None = None,
+) -> Engine:
+    """Build the network's engine. A single process has nothing to shard and uses `DdpEngine` in fast mode.
+
+    Args:
+        network: the result of `build_network`, if it was called before.
+    """
+<<<<<<< HEAD
+    model, layers = network or build_network(config, data, topology, device)
+=======
+    model = model or build_network(config, topology, data)
+>>>>>>> h5
+    if isinstance(config.model, ImportedModel):
+        check_same_weights(model, name=config.model.name)
     compute = Compute(config.precision, config.channels_last, device, config.timeout_seconds)
     engine, optim, multiple_ranks = config.engine, config.optim, topology.world_size > 1
     if isinstance(engine, DeepSpeed) and multiple_ranks:
@@ -97,7 +119,7 @@ def build_engine(config: TrainConfig, topology: Topology, data: DataPipeline, de
         engine = _without_sharding(engine)
     if shards := config.shards_on(device.type):
         workers = shard_workers(device, threads=topology.threads(config.threads))
-        return ExactEngine(engine, model, optim=optim, compute=compute, shards=shards, workers=workers)
+        return ExactEngine(engine, model, optim=optim, compute=compute, shards=shards, workers=workers, layers=layers)
     if isinstance(engine, Fsdp) and multiple_ranks:
         check_own_gpu(device, "engine.name = fsdp in fast mode")
         from distributed.engine.fsdp import FsdpEngine

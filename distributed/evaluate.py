@@ -86,6 +86,7 @@ def _notify_waiting_peers(error: InputError | StorageError) -> None:
 
 def _config_of(run: Path, root: Path | None) -> TrainConfig:
     config = with_data_root(read_config(run), root)
+    config.model.check_importable()
     registry.prepare(config.data)
     return config
 
@@ -99,6 +100,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     from distributed.comm.process_group import choose_device, process_group
     from distributed.data.checks import check_evaluated
     from distributed.inference.confusion import ConfusionMatrix
+    from distributed.network import build_network
     from distributed.process import logs
     from distributed.training.determinism import make_deterministic
     from distributed.training.steps import evaluate
@@ -111,10 +113,16 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     make_deterministic(device, precision=config.precision)
     check_complete(checkpoint)
     content = read_content(checkpoint)
-    data = build_data(config, topology, device)  # before the process group, because decoding may take long
+    # Before the process group, because decoding may take long, and importing a network may fail.
+    data = build_data(config, topology, device)
+<<<<<<< HEAD
+    network = build_network(config, data, topology, device)
+=======
+    network = build_network(config, topology, data)
+>>>>>>> h5
     with process_group(topology, device, timeout_seconds=config.timeout_seconds):
         check_evaluated(content, config, data, split)
-        engine = build_engine(config, topology, data, device)
+        engine = build_engine(config, topology, data, device, network)
         try:
             load_checkpoint(checkpoint, engine)
         except ValueError as error:

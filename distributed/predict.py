@@ -44,6 +44,7 @@ def main() -> int:
     """Print a line per image; return the exit code."""
     arguments = _parser().parse_args()
     config = without_download(with_data_root(read_config(arguments.run), arguments.root))
+    config.model.check_importable()
     checkpoint = choose_checkpoint(arguments.run, arguments.checkpoint)
     if missing := [path for path in arguments.images if not os.path.isfile(path)]:
         raise InputError(*[f"{path}: no such file; name existing images" for path in missing])

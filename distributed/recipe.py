@@ -16,6 +16,7 @@ from distributed.data.checks import check_data
 from distributed.metrics.profiler import StepProfiler
 from distributed.metrics.records import Sink
 from distributed.metrics.reporter import Reporter, default_sinks
+from distributed.network import build_network
 from distributed.optim.schedules import build_early_stopping, build_schedule
 from distributed.process.logs import replace_default_logs
 from distributed.run.resume_checks import check_saved
@@ -51,13 +52,19 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
     make_deterministic(device, precision=config.precision, compile=config.compile)
     with ExitStack() as stack:
         attempt = stack.enter_context(Attempt(config, topology))
-        data = build_data(config, topology, device)  # before the process group, so that bad data leaves no peer waiting
+        # Before the process group, so that bad data and networks leave no peer waiting.
+        data = build_data(config, topology, device)
+<<<<<<< HEAD
+        network = build_network(config, data, topology, device)
+=======
+        network = build_network(config, topology, data)
+>>>>>>> h5
         stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
         check_same_config(config)
         attempt.open_log()
         check_data(config, data)
 
-        engine = build_engine(config, topology, data, device)
+        engine = build_engine(config, topology, data, device, network)
         schedule = build_schedule(config, steps_per_epoch=data.steps_per_epoch)
         state = TrainState(schedule, build_early_stopping(config.early_stopping), config.precision)
         metadata = attempt.metadata(device) | data.metadata()
@@ -73,10 +80,8 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         if attempt.run:
             sinks = [*default_sinks(config, attempt.run, state, total_steps=total_steps), *sinks]
         report = stack.enter_context(Reporter(sinks, total_steps=total_steps, device=device))
-        save_every_seconds = 60 * config.checkpoint.every_minutes
-        agreement = stack.enter_context(
-            StepAgreement(stop or NeverStop(), is_main=topology.is_main, save_every_seconds=save_every_seconds)
-        )
+        times = {"save_every_seconds": 60 * config.checkpoint.every_minutes, "timeout_seconds": config.timeout_seconds}
+        agreement = stack.enter_context(StepAgreement(stop or NeverStop(), is_main=topology.is_main, **times))
         profiled_steps = config.logging.profile_steps if topology.is_main else 0
         profiler = stack.enter_context(StepProfiler(profiled_steps, attempt.folder.profile, attempt.check_token))
         metrics = MetricAccumulator(device)

@@ -14,6 +14,7 @@ from torch import Tensor
 _LOW = 0xFFFFFFFF
 # The two multipliers of lowbias32 (Wellons, https://nullprogram.com/blog/2018/07/31/), the second one minus 2**32.
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32
+_GOLDEN = 0x9E3779B9  # odd: its multiples differ modulo 2**32
 
 
 def _mix_(x: Tensor, between: Tensor | int = 0) -> Tensor:
@@ -77,16 +78,38 @@ def permutation(count: int, *, seed: int, epoch: int, device: torch.device | Non
     return torch.argsort((first << 31) | (second >> 1), stable=True)
 
 
-def unit_keys(name: str, count: int) -> Tensor:
-    """Return one key per two units of a layer, for `uniform16`: int64 [ceil(count / 2)]."""
-    first, second = key_words("units", name)
-    return _mix_(torch.arange((count + 1) // 2) ^ first, second)
+def layer_words(name: str) -> tuple[int, int]:
+    """Return the key words of a layer's units."""
+    return key_words("units", name)
 
 
-def uniform16(keys: Tensor, units: Tensor) -> Tensor:
-    """Draw a 16-bit number per sample and unit: int64 [n, 2 * len(units)]. Each hash serves two units."""
+def unit_keys(words: tuple[int, int], count: int, *, use: int = 0, device: torch.device | None = None) -> Tensor:
+    """Return one key per two units of a layer, for `at_least16`: int64 [ceil(count / 2)].
+
+    Args:
+        words: from `layer_words`.
+        use: number of this call of the layer in a forward pass, from 0.
+    """
+    first, second = words
+    second ^= use * _GOLDEN & _LOW
+    return _mix_(torch.arange((count + 1) // 2, device=device) ^ first, second)
+
+
+def at_least16(keys: Tensor, units: Tensor, threshold: int) -> Tensor:
+    """Draw a number per sample and unit, uniform in [0, 65536), and compare it with a threshold in that range.
+
+    Each hash serves two units. Numbers of units are not stored: they would take eight bytes each.
+
+    Args:
+        keys: int64 [n, 2] from `sample_keys`.
+        units: from `unit_keys`.
+
+    Returns:
+        bool [n, 2 * len(units)].
+    """
     mixed = _mix_(keys[:, :1] ^ units, keys[:, 1:])
-    return torch.cat([mixed & 0xFFFF, mixed >> 16], dim=1)
+    high = mixed >= threshold << 16
+    return torch.cat([mixed.bitwise_and_(0xFFFF) >= threshold, high], dim=1)
 
 
 def fill_uniform_(tensor: Tensor, bound: float, *, seed: int, name: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from distributed.config.hints import known, unknown
 from distributed.config.layers import MAX_DEPTH, Settings, Tree, is_deep, shown, text_settings
-from distributed.config.leaves import leaves
+from distributed.config.leaves import leaves, table_around
 
 
 def from_arguments(arguments: Sequence[str]) -> Settings:
@@ -41,6 +41,8 @@ def _read_option(settings: Settings, remaining: deque[str]) -> str | None:
             return f"--{shown(name)}: {_without_value(path)}"
     if path in settings.places:
         return f"--{shown(path)}: given twice; remove one"
+    if other := _overlapping(path, settings.places):
+        return f"--{shown(path)}: given together with --{shown(other)}; remove one"
     settings.places[path] = "command line"
     if path.count(".") >= MAX_DEPTH:
         return f"--{shown(path)}: {unknown(path)}"
@@ -53,9 +55,24 @@ def _flags() -> frozenset[str]:
     return frozenset(leaf.path for leaf in leaves() if leaf.annotation is bool)
 
 
+def _overlapping(path: str, places: dict[str, str]) -> str | None:
+    """Return an option that sets an entire table while `path` sets something in it, or the reverse."""
+    for table in _tables():
+        if path.startswith(f"{table}.") and table in places:
+            return table
+        if path == table:
+            return next((other for other in places if other.startswith(f"{table}.")), None)
+    return None
+
+
+@cache
+def _tables() -> tuple[str, ...]:
+    return tuple(leaf.path for leaf in leaves() if leaf.is_table)
+
+
 def _without_value(path: str) -> str:
     """Return the error message for an option without a value."""
-    if path in known() or any(setting.startswith(f"{path}.") for setting in known()):
+    if path in known() or table_around(path) or any(setting.startswith(f"{path}.") for setting in known()):
         return f"a value is missing; write --{path} VALUE"
     return unknown(path)
 

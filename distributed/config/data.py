@@ -8,6 +8,9 @@ from pydantic_core import PydanticCustomError
 
 from distributed.config.schema import AnyPath, Section, operational, setting
 
+CIFAR_SIDE = 32
+"""Height and width in pixels of CIFAR's images and of generated ones."""
+
 MAX_PIXELS = 100_000_000
 """Four times the pixels of a typical camera. A file of a few megabytes can hold a thousand times more and exhaust memory."""
 
@@ -107,6 +110,10 @@ class ImageFolderData(_Data):
     cache: AnyPath | None = operational(
         None, "folder for the decoded images; none: .decoded in root, or the user's cache folder if root is read-only"
     )
+    side: int | None = setting(
+        None, "height and width in pixels that images are resized and cropped to, for a network by import path; the others "
+        "have their own", ge=8, le=4096,
+    )  # fmt: skip
     max_pixels: int = operational(
         MAX_PIXELS, "largest image to decode, width times height; decoding takes about 16 bytes per pixel", ge=1
     )

@@ -1,8 +1,9 @@
 """The settings in which two configs differ, and which of them a run may change when it resumes. Imports no torch."""
 
+import json
 from typing import Any, NamedTuple
 
-from distributed.config.leaves import leaves
+from distributed.config.leaves import leaves, table_around
 from distributed.config.train_config import TrainConfig
 
 
@@ -17,13 +18,19 @@ class Difference(NamedTuple):
 def differences(old: TrainConfig, new: TrainConfig) -> list[Difference]:
     """Return every setting that differs, except `exact.shards` if either is auto, which only the run resolves."""
     flat_old, flat_new = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    paths = dict.fromkeys([*flat_old, *flat_new])
-    found = [Difference(path, flat_old.get(path), flat_new.get(path)) for path in paths]
     return [
-        change
-        for change in found
-        if change.old != change.new and not (change.path == "exact.shards" and "auto" in (change.old, change.new))
+        Difference(path, flat_old.get(path), flat_new.get(path))
+        for path in dict.fromkeys([*flat_old, *flat_new])
+        if _differs(path, flat_old, flat_new)
     ]
+
+
+def _differs(path: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    before, now = old.get(path), new.get(path)
+    if table_around(path) and (path in old) != (path in new):  # a factory's argument may default to something else
+        return True
+    # As JSON, in which 1, 1.0 and true differ.
+    return json.dumps(before) != json.dumps(now) and not (path == "exact.shards" and "auto" in (before, now))
 
 
 def changes_experiment(path: str, config: TrainConfig) -> bool:
@@ -36,5 +43,6 @@ def changes_experiment(path: str, config: TrainConfig) -> bool:
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        is_group = isinstance(value, dict) and (value or prefix.count(".") < 2)  # deeper, {} is an option's value
+        flat |= _flat(value, f"{prefix}{key}.") if is_group else {prefix + key: value}
     return flat

@@ -11,10 +11,10 @@ HEAD = """\
 usage: python -m distributed.train [CONFIG.toml] [--SETTING VALUE ...]
        torchrun --nproc_per_node=N -m distributed.train [CONFIG.toml] [--SETTING VALUE ...]
 
-Train an AlexNet variant on CIFAR or on a folder of images. CONFIG.toml is a file or the name of a shipped config, e.g.
-cifar10 or seeds/I-10 (an unknown name lists all of them). Without arguments it trains improved_alexnet on CIFAR-10 if
-that is in ./data, else on generated images; a cluster job must name its data. The same command resumes a stopped or
-killed run; settings marked * may then change.
+Train an AlexNet variant, or a network of your own, on CIFAR or on a folder of images. CONFIG.toml is a file or the name
+of a shipped config, e.g. cifar10 or seeds/I-10 (an unknown name lists all of them). Without arguments it trains
+improved_alexnet on CIFAR-10 if that is in ./data, else on generated images; a cluster job must name its data. The same
+command resumes a stopped or killed run; settings marked * may then change.
 """
 _COLUMN = 39  # where descriptions begin
 _UNBOUND = 10_000
@@ -46,7 +46,7 @@ def _lines(leaf: Leaf, width: int) -> str:
         default = TrainConfig.model_fields[leaf.path.partition(".")[0]].default.name
         lines = [f"{variant.choices}: {variant.doc}" for variant in variants]
         lines[-1] += f"  (default {default})"
-    elif len({(variant.doc, variant.default) for variant in variants}) > 1:
+    elif len({(variant.doc, str(variant.default)) for variant in variants}) > 1:
         lines = [f"{variant.variant}: {_described(variant)}" for variant in variants]
     else:
         lines = [_described(leaf)]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from distributed.config.leaves import leaves, sections_of
+from distributed.config.leaves import has_name, leaves, sections_of
 from distributed.config.renamed import RENAMED
 from distributed.config.train_config import TrainConfig
 
@@ -32,18 +32,18 @@ class Settings:
         self.mistakes += newer.mistakes
 
 
-def _merged(older: Tree, newer: Tree) -> Tree:
+def _merged(older: Tree, newer: Tree, *, are_sections: bool = True) -> Tree:
     result = dict(older)
     for key, value in newer.items():
         previous = older.get(key)
         if not (isinstance(value, dict) and isinstance(previous, dict)):
             result[key] = value
             continue
-        if "name" in value and value["name"] != previous.get("name", _default_name(key)):
+        if are_sections and "name" in value and value["name"] != previous.get("name", _default_name(key)):
             shared = _fields_of_variant(key, value["name"])
             # An old name stays, so that it is reported and not silently dropped.
             previous = {k: v for k, v in previous.items() if k in shared or f"{key}.{k}" in RENAMED}
-        result[key] = _merged(previous, value)
+        result[key] = _merged(previous, value, are_sections=False)
     return result
 
 
@@ -52,10 +52,10 @@ def _default_name(section: str) -> str | None:
     return getattr(field_info.default, "name", None) if field_info else None
 
 
-def _fields_of_variant(section: str, name: str) -> set[str]:
+def _fields_of_variant(section: str, name: Any) -> set[str]:
     field_info = TrainConfig.model_fields.get(section)
     for variant in sections_of(field_info.annotation) if field_info else []:
-        if name in getattr(variant.model_fields["name"].annotation, "__args__", ()):
+        if "name" in variant.model_fields and has_name(variant, name):
             return set(variant.model_fields)
     return set()
 
@@ -63,7 +63,7 @@ def _fields_of_variant(section: str, name: str) -> set[str]:
 def dotted_paths(tree: Tree, prefix: str = "") -> Iterator[str]:
     """Yield the dotted path of every section and value."""
     for key, value in tree.items():
-        yield prefix + key
+        yield f"{prefix}{key}"
         yield from dotted_paths(value, f"{prefix}{key}.") if isinstance(value, dict) else ()
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from distributed.config.networks import IMPORT_PATH, is_import_path
 from distributed.config.train_config import TrainConfig
 
 
@@ -27,9 +28,14 @@ class Leaf:
     variant: str | None
 
     @property
+    def is_table(self) -> bool:
+        """Whether any settings may be inside it, e.g. `model.options.width` in `model.options`."""
+        return get_origin(self.annotation) is dict
+
+    @property
     def takes_text(self) -> bool:
         """Whether any value on the command line is taken as text, even `123`."""
-        if get_origin(self.annotation) is tuple:
+        if self.is_table or get_origin(self.annotation) is tuple:
             return False
         alternatives = get_args(self.annotation) or (self.annotation,)
         return get_origin(self.annotation) is Literal or any(
@@ -41,6 +47,10 @@ class Leaf:
         """The type for --help: `int`, `true | false`, `sgd | adamw`."""
         if get_origin(self.annotation) is Literal:
             return " | ".join(map(str, get_args(self.annotation)))
+        if self.is_table:
+            return "table"
+        if self.variant and self.path.endswith(".name"):
+            return self.variant
         if get_origin(self.annotation) is tuple:
             return f"list of {get_args(self.annotation)[0].__name__}"
         names = {bool: "true | false", type(None): "none"}
@@ -61,7 +71,13 @@ def sections_of(annotation: Any) -> list[type[BaseModel]]:
 
 def variant_name(section: type[BaseModel]) -> str:
     """Return the choices of `name` that select this section among others."""
-    return " | ".join(get_args(section.model_fields["name"].annotation))
+    return " | ".join(get_args(section.model_fields["name"].annotation)) or IMPORT_PATH
+
+
+def has_name(section: type[BaseModel], name: Any) -> bool:
+    """Return whether `name` selects this section among others."""
+    names = get_args(section.model_fields["name"].annotation)
+    return name in names if names else is_import_path(name)
 
 
 def _walk(model: type[BaseModel], prefix: str, variant: str | None) -> Iterator[Leaf]:
@@ -78,6 +94,11 @@ def _leaf(path: str, field: FieldInfo, variant: str | None) -> Leaf:
     extra = field.json_schema_extra
     operational = isinstance(extra, dict) and bool(extra.get("operational"))
     return Leaf(path, field.annotation, field.default, field.description or "", operational, variant)
+
+
+def table_around(path: str) -> Leaf | None:
+    """Return the table that a dotted path is inside of, e.g. `model.options` for `model.options.width`, if any."""
+    return next((leaf for leaf in leaves() if leaf.is_table and path.startswith(f"{leaf.path}.")), None)
 
 
 @cache

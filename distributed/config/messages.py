@@ -8,8 +8,11 @@ from pydantic_core import ErrorDetails
 
 from distributed.config.hints import known, unknown
 from distributed.config.layers import Settings, shown
-from distributed.config.leaves import leaves
+from distributed.config.leaves import leaves, table_around
+from distributed.config.networks import name_hint
 from distributed.config.renamed import REMOVED_VALUES
+
+_NAME_IN_TABLE = ("[key]",)  # pydantic's end of a location, after the name
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ def explain(detail: ErrorDetails, settings: Settings) -> list[str]:
         path = f"{path}.name"
         value = value["name"] if isinstance(value, dict) else value
     reason = _REASONS.get(detail["type"], _invalid)(_Problem(path, value, variants, str(detail["msg"])))
-    value_text = f" = {shown(value)}" if not isinstance(value, dict) or value else ""
+    is_name = detail["loc"][-1:] == _NAME_IN_TABLE
+    value_text = f" = {shown(value)}" if not is_name and (not isinstance(value, dict) or value) else ""
     return [f"{_place(path, settings.places)}: {shown(path)}{value_text}: {reason}"]
 
 
@@ -40,10 +44,11 @@ def dotted_path(location: tuple[int | str, ...], values: Any) -> tuple[str, list
     """Return the dotted path of an error's location, and separately the tags that pydantic adds after a union."""
     path: list[str] = []
     tags: list[str] = []
+    location = location[:-1] if location[-1:] == _NAME_IN_TABLE else location
     for index, name in enumerate(location):
         last = index == len(location) - 1
         if isinstance(values, dict) and name not in values and not last:
-            tags.append(str(name))
+            tags.append(str(values.get("name", name)))
             continue
         path.append(str(name))
         values = values.get(name) if isinstance(values, dict) else None
@@ -57,10 +62,10 @@ def _place(path: str, places: dict[str, str]) -> str:
 
 
 def _unknown(problem: _Problem) -> str:
-    path = problem.path
-    owners = sorted({leaf.variant for leaf in leaves() if leaf.path == path and leaf.variant})
+    path, table = problem.path, table_around(problem.path)
+    owners = sorted({leaf.variant for leaf in leaves() if leaf.path in (path, table and table.path) and leaf.variant})
     if owners and problem.variants:
-        section = path.rpartition(".")[0]
+        section = path.partition(".")[0]
         here = ", ".join(problem.variants)
         return f"belongs to {section}.name = {' or '.join(owners)}, but here it is {here}; remove one of them"
     if path in known():
@@ -69,12 +74,18 @@ def _unknown(problem: _Problem) -> str:
 
 
 def _unknown_name(problem: _Problem) -> str:
-    return f"should be one of {' | '.join(leaf.choices for leaf in leaves() if leaf.path == problem.path)}"
+    choices = " | ".join(leaf.choices for leaf in leaves() if leaf.path == problem.path)
+    hint = f"; {name_hint(problem.value)}" if problem.path == "model.name" else ""
+    return f"should be one of {choices}{hint}"
 
 
 def _not_a_section(problem: _Problem) -> str:
     example = next(leaf.path for leaf in leaves() if leaf.path.startswith(problem.path.removesuffix("name")))
     return f"is a section; set its fields, e.g. --{example} VALUE"
+
+
+def _not_a_table(problem: _Problem) -> str:
+    return f"is a table; set what is in it, e.g. --{problem.path}.NAME VALUE"
 
 
 def _invalid(problem: _Problem) -> str:
@@ -92,6 +103,8 @@ _REASONS: dict[str, Callable[[_Problem], str]] = {
     "union_tag_invalid": _unknown_name,
     "model_type": _not_a_section,
     "model_attributes_type": _not_a_section,
+    "union_tag_not_found": _not_a_section,
+    "dict_type": _not_a_table,
     "literal_error": _no_choice,
 }
 """Pydantic's error type -> what is wrong and the remedy; `_invalid` for the others."""

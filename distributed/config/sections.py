@@ -1,19 +1,22 @@
-"""Settings of the model, the optimizer, evaluation, checkpoints, logging and Ray. Imports no torch."""
+"""Settings of the model, the optimizer, evaluation, checkpoints and logging. Imports no torch."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, PlainValidator
+from pydantic import BeforeValidator, Discriminator, PlainValidator, Tag, TypeAdapter
 from pydantic_core import PydanticCustomError
 
-from distributed.config.schema import OptionalPath, Section, operational, setting
+from distributed.config.networks import BUILT_IN, ImportPath, Options, is_import_path
+from distributed.config.schema import Section, operational, setting
+from distributed.host.importable import check_module
 
 _STORE_URL = re.compile(r"(?:(?:s3|gs)://[a-zA-Z0-9][\w.-]*(?:/[^\s?*#\[\]{}]*)?|file:///[^\s?*#\[\]{}]+)", re.ASCII)
 
 
 class Model(Section):
     name: Literal["alexnet", "improved_alexnet", "cifar_alexnet", "cifar_alexnet_bn"] = setting(
-        "improved_alexnet", "the network"
+        "improved_alexnet", "a network of this package"
     )
     init: Literal["torch", "he"] = setting(
         "torch", "initial weights; torch: uniform up to 1 / sqrt(fan_in), biases too; he: uniform up to sqrt(6 / fan_in), "
@@ -22,9 +25,71 @@ class Model(Section):
     dropout: float = setting(0.5, "dropout probability of the hidden linear layers", ge=0, lt=1)
 
     @property
-    def input_side(self) -> int:
+    def short_name(self) -> str:
+        """The name in the default run folder."""
+        return self.name
+
+    @property
+    def input_side(self) -> int | None:
         """Height and width in pixels that the network computes on; it resizes smaller images itself."""
         return 224 if self.name == "alexnet" else 32
+
+    def check_importable(self) -> Path | None:
+        """Return the file of its module: None, because it is a part of this package."""
+        return None
+
+
+class ImportedModel(Section):
+    """A network that a function outside this package builds, with its own initial weights."""
+
+    name: ImportPath = setting(
+        ..., "any other network: factory(num_classes=N, **options), e.g. torchvision.models:resnet18"
+    )
+    options: Options = setting({}, "further keyword arguments of the factory: --model.options.NAME VALUE")
+
+    @property
+    def short_name(self) -> str:
+        """The name in the default run folder."""
+        return self.name.rpartition(":")[2]
+
+    @property
+    def input_side(self) -> int | None:
+        """None: images go in as large as the data set has them."""
+        return None
+
+    def check_importable(self) -> Path | None:
+        """Return the file of its module if it is known; nothing is imported.
+
+        Raises:
+            InputError: there is no such module.
+        """
+        return check_module(self.name)
+
+
+def _model_variant(section: Any) -> str | None:
+    """Return the tag of the class that a model section is read as; its name if none fits; None if it is no section."""
+    if not isinstance(section, dict | Model | ImportedModel):
+        return None
+    name = section.get("name", BUILT_IN[0]) if isinstance(section, dict) else section.name
+    if name in BUILT_IN:
+        return "built_in"
+    return "imported" if is_import_path(name) else f"unknown name {name}"
+
+
+AnyModel = Annotated[
+    Annotated[Model, Tag("built_in")] | Annotated[ImportedModel, Tag("imported")], Discriminator(_model_variant)
+]
+"""The section `model`: its name selects the class."""
+
+
+def model_from(values: dict[str, Any]) -> Model | ImportedModel:
+    """Return the model section with these values, e.g. from an exported file's metadata.
+
+    Raises:
+        ValueError: they are not valid.
+    """
+    section: Model | ImportedModel = TypeAdapter(AnyModel).validate_python(values)
+    return section
 
 
 class _Optim(Section):
@@ -143,53 +208,3 @@ class Logging(Section):
     profile_steps: int = operational(
         0, "profile N steps of rank 0, after the first ten of the attempt, into RUN/profile; 0: off", ge=0, le=1000
     )
-
-
-class Scaling(Section):
-    """What `launch.ray_train` requests from a Ray cluster; the other launchers have options of their own."""
-
-    num_workers: int = operational(2, "number of Ray workers, one process each", ge=1, le=65536)
-    min_workers: int | None = operational(
-        None, "continue with as few workers as this if the cluster has no more, and grow back; none: always num_workers",
-        ge=1,
-    )  # fmt: skip
-    cpus_per_worker: int = operational(
-        1, "CPU cores reserved per worker, and its number of threads unless `threads` is set", ge=1, le=4096
-    )
-    gpus_per_worker: int = operational(0, "GPUs reserved per worker", ge=0, le=1)
-    placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = operational(
-        "pack", "pack: workers on few nodes; spread: on many; strict_pack: on one node; strict_spread: one per node"
-    )
-    max_failures: int = operational(
-        3, "consecutive failures to survive, without a checkpoint in between; drained nodes do not count", ge=0
-    )
-    wait_seconds: float = operational(60.0, "wait this long for capacity on the cluster before giving up", ge=0, le=1e7)
-    resize_seconds: float = operational(
-        30.0, "seconds between checks for capacity while there are fewer than num_workers", gt=0, le=1e7
-    )
-    storage_path: OptionalPath = operational(None, "folder shared by all nodes, in which a relative run_dir is created")
-
-    @property
-    def least_workers(self) -> int:
-        """The fewest workers that the run may continue with."""
-        return self.min_workers or self.num_workers
-
-    def conflicts(self, device: str) -> list[str]:
-        """Return one line per conflict within the section or with `device`."""
-        found = []
-        if self.least_workers > self.num_workers:
-            found.append(
-                f"scaling.min_workers = {self.min_workers} is more than scaling.num_workers = {self.num_workers}: lower it"
-            )
-        if self.min_workers and self.placement.startswith("strict"):
-            found.append(
-                f"scaling.placement = {self.placement} cannot be combined with scaling.min_workers, under which a run grows "
-                f"wherever it fits: set {self.placement.removeprefix('strict_')}, or remove min_workers"
-            )
-        if device == "cuda" and not self.gpus_per_worker:
-            found.append("device = cuda needs scaling.gpus_per_worker = 1: with 0 Ray would hide the GPUs")
-        if device == "cpu" and self.gpus_per_worker:
-            found.append(
-                "device = cpu with scaling.gpus_per_worker = 1 reserves GPUs that it does not use: set it to 0"
-            )
-        return found

@@ -17,6 +17,8 @@ def toml_value(value: Any) -> str:
     """Return a setting's value as a config file spells it."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key} = {toml_value(item)}' for key, item in value.items())}}}"
     return tomli_w.dumps({"x": "none" if value is None else value}).removeprefix("x = ").strip()
 
 
@@ -28,6 +30,15 @@ def _without_none(section: BaseModel) -> dict[str, Any]:
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             tree[name] = _without_none(value)
+        elif isinstance(value, dict):
+            tree |= {name: _spelled(plain[name])} if value else {}
         elif value is not None or field.default is not None:
             tree[name] = "none" if value is None else plain[name]
     return tree
+
+
+def _spelled(value: Any) -> Any:
+    """Return a value with the word none in place of None, in tables too."""
+    if isinstance(value, dict):
+        return {key: _spelled(item) for key, item in value.items()}
+    return "none" if value is None else value

@@ -7,21 +7,12 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from distributed.config.data import AnyData, CifarData
+from distributed.config.data import CIFAR_SIDE, AnyData, CifarData, ImageFolderData
 from distributed.config.engines import AnyEngine, Ddp
+from distributed.config.scaling import Scaling
 from distributed.config.schedules import Constant, Cosine, EarlyStopping, OneCycle, Plateau
 from distributed.config.schema import AnyPath, OptionalPath, Section, operational, setting
-from distributed.config.sections import (
-    AdamW,
-    Checkpoint,
-    Evaluation,
-    Exact,
-    Logging,
-    Loss,
-    Model,
-    Scaling,
-    Sgd,
-)  # fmt: skip
+from distributed.config.sections import AdamW, AnyModel, Checkpoint, Evaluation, Exact, Logging, Loss, Model, Sgd
 from distributed.errors import InputError
 
 DataSection = Annotated[AnyData, Field(discriminator="name")]
@@ -52,7 +43,7 @@ class TrainConfig(Section):
     )
     timeout_seconds: float = operational(600.0, "fail after waiting this long for an unresponsive rank", gt=0, le=1e7)
     data: DataSection = setting(CifarData(), "the images")
-    model: Model = setting(Model(), "the network")
+    model: AnyModel = setting(Model(), "the network")
     init_from: OptionalPath = setting(
         None,
         "run folder or checkpoint whose weights to start from; a last layer of another size is initialized randomly",
@@ -91,6 +82,14 @@ class TrainConfig(Section):
             )
 
     @property
+    def input_side(self) -> int:
+        """Height and width in pixels of the network's input, which images of a folder are decoded to."""
+        own_side = self.data.side if isinstance(self.data, ImageFolderData) else CIFAR_SIDE
+        side = self.model.input_side or own_side
+        assert side is not None  # see _side_conflicts
+        return side
+
+    @property
     def compression(self) -> Literal["bfloat16"] | None:
         """The type that gradients are rounded to before they are summed over ranks, if any."""
         return self.engine.compression if isinstance(self.engine, Ddp) else None
@@ -126,6 +125,7 @@ class TrainConfig(Section):
             *(self.scaling.conflicts(self.device) if self.scaling else []),
             *self._device_conflicts(),
             *self.data.conflicts(),
+            *self._side_conflicts(),
             *self.engine.conflicts(self.exact.shards, self.precision),
             *self._batch_conflicts(),
             *self._compile_conflicts(),
@@ -137,6 +137,22 @@ class TrainConfig(Section):
     def _device_conflicts(self) -> list[str]:
         if self.precision == "tf32" and self.device == "cpu":
             return ["precision = tf32 needs CUDA, but device = cpu: set precision = float32, or device = cuda"]
+        return []
+
+    def _side_conflicts(self) -> list[str]:
+        if not isinstance(self.data, ImageFolderData):
+            return []
+        side, own = self.data.side, self.model.input_side
+        if side and own:
+            return [
+                f"data.side = {side} has no effect with model.name = {self.model.name}, which computes on {own} x {own} "
+                "pixels: remove it"
+            ]
+        if not side and not own:
+            return [
+                f"model.name = {self.model.name} needs data.side: set it to the height and width in pixels that the network "
+                "takes, e.g. data.side = 224"
+            ]
         return []
 
     def _batch_conflicts(self) -> list[str]:

@@ -1,6 +1,7 @@
 """Validates settings, and reports all mistakes in them together. Imports no torch."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 from pydantic import ValidationError
@@ -22,7 +23,8 @@ def validated(settings: Settings) -> TrainConfig:
     Raises:
         InputError: one line per invalid value, at most twenty.
     """
-    config, problems = _checked(_with_names(settings.values))
+    settings = replace(settings, values=_with_names(settings.values))
+    config, problems = _checked(settings.values)
     if config and not settings.mistakes:
         return config
     if settings.mistakes:  # a setting that was not read may have caused the conflict

@@ -68,7 +68,7 @@ class DeepSpeedEngine:
 
     def predict(self, batch: Batch) -> Tensor:
         with torch.no_grad():
-            logits: Tensor = self._deepspeed(batch.images, batch.sample_keys)
+            logits: Tensor = self._deepspeed(batch.images)
             return logits
 
     def micro_step(self, loss: Loss, batch: Batch, *, last: bool) -> Outcome:

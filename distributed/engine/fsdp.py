@@ -61,7 +61,7 @@ class FsdpEngine:
 
     def predict(self, batch: Batch) -> Tensor:
         with torch.no_grad(), self.compute.autocast():
-            logits: Tensor = self.model(batch.images, batch.sample_keys)
+            logits: Tensor = self.model(batch.images)
             return logits
 
     def micro_step(self, loss: Loss, batch: Batch, *, last: bool) -> Outcome:

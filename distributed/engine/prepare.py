@@ -31,9 +31,15 @@ class Compute:
         """The dtype to which autocast casts; None without autocast."""
         return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.precision)
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """Run a forward pass in this precision. Context manager."""
-        return torch.autocast(self.device.type, self.low_dtype) if self.low_dtype else nullcontext()
+    def autocast(self, *, cache: bool = True) -> AbstractContextManager[None]:
+        """Run a forward pass in this precision. Context manager.
+
+        Args:
+            cache: cast a weight only once, even if it is used several times.
+        """
+        if self.low_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.low_dtype, cache_enabled=cache)
 
 
 def cast(model: nn.Module, compute: Compute) -> nn.Module:

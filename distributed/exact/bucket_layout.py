@@ -22,7 +22,7 @@ class BucketLayout(Protocol):
         """Write the gradient of parameter `index`."""
 
     def write_sum(self, flat: Tensor, index: int, a: Tensor, b: Tensor) -> None:
-        """Write a + b as the gradient of parameter `index`; may overwrite a."""
+        """Write a + b as the gradient of parameter `index`."""
 
     def gradients(self, total: Tensor) -> Mapping[int, Tensor]:
         """Return the gradients that this rank's optimizer needs, by parameter index: views of the summed buffer."""
@@ -87,7 +87,7 @@ class ShardedBucket:
             flat[slices[index]] = elements[elements_of_rank]
 
     def write_sum(self, flat: Tensor, index: int, a: Tensor, b: Tensor) -> None:
-        self.write(flat, index, add(a, b, a if a.dtype == flat.dtype else torch.empty_like(a, dtype=flat.dtype)))
+        self.write(flat, index, add(a, b, torch.empty_like(a, dtype=flat.dtype)))
 
     def gradients(self, total: Tensor) -> Mapping[int, Tensor]:
         """Return this rank's gradients; `total` is this rank's chunk only."""
@@ -102,7 +102,7 @@ def _aligned(length: int) -> int:
 
 
 def add(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """Compute a + b in the dtype of `out`, which may be a: low-precision gradients are summed in the weights' dtype."""
+    """Compute a + b in the dtype of `out`: low-precision gradients are summed in the weights' dtype."""
     return torch.add(a, b, out=out) if a.dtype == out.dtype else out.copy_(a).add_(b)
 
 

@@ -82,24 +82,13 @@ class GradientReducer:
             bucket_reduce = open_bucket_reduce(subtrees, layout, parameters[0])
             self._buckets.append(_Bucket(indices, layout, bucket_reduce, expected=len(indices) * len(self._slots)))
         self._bucket_of = {index: bucket for bucket in self._buckets for index in bucket.indices}
-        self._received: set[tuple[int, int]] = set()
         self._full = self._started = self._micro_step = 0
 
     def add_gradient(self, shard: int, index: int, gradient: Tensor) -> None:
-        """Add shard `shard`'s gradient of parameter `index` and take ownership of the tensor.
+        """Add shard `shard`'s gradient of parameter `index`, which is not modified. Thread-safe.
 
-        Thread-safe. Called once per micro-step for each own shard and parameter.
-
-        Raises:
-            RuntimeError: the gradient arrived in several parts.
+        Call it once per micro-step for each own shard and parameter.
         """
-        with self._lock:
-            if (shard, index) in self._received:
-                raise RuntimeError(
-                    f"exact mode: parameter {index} of the model received several gradients in one backward pass; use no layer "
-                    f"both before and after a batch norm, and no skip connection around one"
-                )
-            self._received.add((shard, index))
         bucket = self._bucket_of[index]
         node, total = Node(shard, 1), gradient
         while node not in self._slots:
@@ -116,9 +105,10 @@ class GradientReducer:
             node = node.parent
             if node in self._slots:
                 bucket.layout.write_sum(bucket.reduce.subtree_sum(self._slots[node]), index, total, other)
+            elif node.size == 2:  # the shards' gradients are not ours to overwrite
+                total = add(total, other, torch.empty_like(total, dtype=self._dtype))
             else:
-                out = total if total.dtype == self._dtype else torch.empty_like(total, dtype=self._dtype)
-                total = add(total, other, out)
+                total += other
         if node.size == 1:
             bucket.layout.write(bucket.reduce.subtree_sum(self._slots[node]), index, gradient)
         with self._lock:
@@ -139,13 +129,9 @@ class GradientReducer:
         After the `last` micro-step of a step, every `.grad` is the sum over shards and over micro-steps, in their order.
 
         Raises:
-            RuntimeError: a parameter received no gradient, or a rank was lost.
+            RuntimeError: a rank was lost.
         """
-        if self._full < len(self._buckets):
-            count = sum(bucket.pending for bucket in self._buckets)
-            raise RuntimeError(
-                f"exact mode: {count} gradients are missing; every forward pass must use every parameter of the model"
-            )
+        assert self._full == len(self._buckets), "a gradient is missing"
         self.start_full_buckets()
         for bucket in self._buckets:
             bucket.reduce.reduce(first=not self._micro_step)
@@ -155,7 +141,6 @@ class GradientReducer:
             if last:
                 for index, gradient in bucket.layout.gradients(bucket.reduce.total).items():
                     self.parameters[index].grad = gradient
-        self._received.clear()
         self._full = self._started = 0
         self._micro_step = 0 if last else self._micro_step + 1
 

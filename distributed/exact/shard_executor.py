@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import greenlet
 import torch
@@ -21,6 +21,38 @@ from distributed.exact.streams import ShardStreams
 T = TypeVar("T")
 Gather = Callable[[list[Tensor]], Tensor]
 """Takes one row per shard of this rank and returns those of all shards of all ranks, [shards, length]."""
+
+
+class _ThreadModes(NamedTuple):
+    """Settings that torch keeps per thread, and that the shards of one thread must not share."""
+
+    grad: bool
+    autocast: bool
+    autocast_cache: bool
+    autocast_dtype: torch.dtype
+
+    @classmethod
+    def current(cls, device_type: str) -> Self:
+        return cls(
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled(device_type),
+            torch.is_autocast_cache_enabled(),
+            torch.get_autocast_dtype(device_type),
+        )
+
+    def set(self, device_type: str) -> None:
+        torch._C._set_grad_enabled(self.grad)
+        torch.set_autocast_enabled(device_type, self.autocast)
+        torch.set_autocast_cache_enabled(self.autocast_cache)
+        torch.set_autocast_dtype(device_type, self.autocast_dtype)
+
+
+class _Shard(greenlet.greenlet):
+    """A coroutine that computes one of this rank's shards."""
+
+    def __init__(self, compute: Callable[[int], Any], index: int, modes: _ThreadModes) -> None:
+        super().__init__(compute)
+        self.index, self.worker_modes = index, modes
 
 
 class ShardExecutor:
@@ -64,47 +96,48 @@ class ShardExecutor:
             raise next((f for f in failures if not isinstance(f, threading.BrokenBarrierError)), failures[0])
         return [results[shard] for shard in sorted(results)]
 
-    def all_gather_rows(self, shard: int, row: Tensor, reduce_fn: Callable[[Tensor], T]) -> T:
+    def all_gather_rows(self, row: Tensor, reduce_fn: Callable[[Tensor], T]) -> T:
         """Synchronize all shards. Return `reduce_fn` of all shards' rows, computed once and shared by all of them.
 
         To be called by every shard, with its row, from inside `run`.
         """
-        self._rows[shard], self._reduce_fn = row, reduce_fn
-        # Autocast is a property of the thread, and the shard that runs next has its own setting.
-        device_type = self._device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        torch.set_autocast_enabled(device_type, False)
-        worker = greenlet.getcurrent().parent
+        shard = greenlet.getcurrent()
+        assert isinstance(shard, _Shard), "called outside of `run`"
+        self._rows[shard.index], self._reduce_fn = row, reduce_fn
+        device_type, worker = self._device.type, shard.parent
         assert worker is not None
+        modes = _ThreadModes.current(device_type)
+        shard.worker_modes.set(device_type)
         worker.switch()
-        torch.set_autocast_enabled(device_type, autocast)
+        modes.set(device_type)
         result: T = self._result
         return result
 
     def _run_shards(self, shards: range, compute: Callable[[int], T], results: dict[int, T]) -> None:
         """Run this worker's shards from one synchronization point to the next until all have returned."""
-        running = [(shard, greenlet.greenlet(compute)) for shard in shards]
+        modes = _ThreadModes.current(self._device.type)
+        running = [_Shard(compute, shard, modes) for shard in shards]
         try:
             arguments: dict[int, tuple[int, ...]] = {shard: (shard,) for shard in shards}
             while running:
                 synchronizing = []
                 self._streams.fork()
-                for shard, coroutine in running:
-                    with self._streams.use(shard):
-                        result = coroutine.switch(*arguments.pop(shard, ()))
-                    if coroutine.dead:
-                        results[shard] = result
+                for shard in running:
+                    with self._streams.use(shard.index):
+                        result = shard.switch(*arguments.pop(shard.index, ()))
+                    if shard.dead:
+                        results[shard.index] = result
                     else:
-                        synchronizing.append((shard, coroutine))
+                        synchronizing.append(shard)
                 self._streams.join()
                 if synchronizing:
                     self._barrier.wait()
                 running = synchronizing[::-1]  # the shard whose data is still in the cache resumes first
         except BaseException:
             self._barrier.abort()
-            for _, coroutine in running:
+            for shard in running:
                 with suppress(BaseException):
-                    coroutine.throw()  # in its own thread, so that it leaves its context managers
+                    shard.throw()  # in its own thread, so that it leaves its context managers
             raise
 
     def _gather_and_reduce(self) -> None:

@@ -6,7 +6,7 @@ the forward pass.
 """
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,19 +15,29 @@ from torch import Tensor, nn
 
 from distributed.comm.collectives import all_gather, world_size
 from distributed.exact.partition import BlockPartition
-from distributed.exact.replicas import LAYERS
+from distributed.exact.torch_compat import Node
 
 
 class ShardedWeights:
     """Keeps this rank's part of every parameter in `local` and frees the model's own memory; the model keeps only shapes.
 
     Args:
-        low: the dtype in which convolutions and linear layers compute, if it is not that of their weights; cast before sending.
+        layers: names of the layers that are gathered one by one, each with the number of times a forward pass calls it. No
+            other code uses their parameters. All other parameters are gathered for the entire pass.
+        low: the dtype in which these layers compute, if it is not that of their weights; cast before sending.
         reshard_after_forward: free a layer after the last shard's forward pass and gather it again for the backward pass.
     """
 
-    def __init__(self, model: nn.Module, *, shards: int, low: torch.dtype | None, reshard_after_forward: bool) -> None:
-        self._reshard = reshard_after_forward
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: Mapping[str, int],
+        shards: int,
+        low: torch.dtype | None,
+        reshard_after_forward: bool,
+    ) -> None:
+        self._reshard, self._calls = reshard_after_forward, layers
         self._lock = threading.Lock()
         self.partitions = {name: BlockPartition(p, shards=shards) for name, p in model.named_parameters()}
         self.local = {
@@ -35,10 +45,14 @@ class ShardedWeights:
         }
         self.gathered: dict[int, Tensor] = {}
         """The tensor to compute with, by the parameter's id; it has memory only while its layer is gathered."""
+        self.before: dict[Node, Callable[[], None]] = {}
+        """Gathers the layer of an autograd node; to be called before the node runs."""
         self._layers: dict[str, _Layer] = {}
+        self._layer_of: dict[Tensor, _Layer] = {}
         names = {id(p): name for name, p in model.named_parameters()}
-        for prefix, layer in [*_layers(model), ("", model)]:
-            own = {names.pop(id(p)): p for p in layer.parameters(recurse=not prefix) if id(p) in names}
+        for prefix in [*layers, ""]:
+            module = model.get_submodule(prefix)
+            own = {names.pop(id(p)): p for p in module.parameters(recurse=not prefix) if id(p) in names}
             dtype = low if prefix else None
             targets = {
                 name: p.detach() if dtype is None else torch.empty_like(p, dtype=dtype) for name, p in own.items()
@@ -48,46 +62,48 @@ class ShardedWeights:
         for parameter in model.parameters():
             parameter.untyped_storage().resize_(0)
 
-    def attach(self, replica: nn.Module, replicas: int) -> None:
-        """Make a replica of the model, one of `replicas` on this rank, gather and free layers as it computes."""
-        for prefix, module in _layers(replica):
-            layer = self._layers[prefix]
+    def attach(self, model: nn.Module, shards: int) -> None:
+        """Make a copy of the model, with which `shards` shards compute on this rank, gather and free layers as it computes."""
+        for prefix, calls in self._calls.items():
+            module, layer = model.get_submodule(prefix), self._layers[prefix]
+            trainable = [p for p in module.parameters(recurse=False) if p.requires_grad]
+            self._layer_of |= dict.fromkeys(trainable, layer)
+            layer.expected_forwards, layer.expected_gradients = calls * shards, len(trainable) * shards
             module.register_forward_pre_hook(partial(self._before_forward, layer))
-            module.register_forward_hook(partial(self._after_forward, layer, replicas))
-            for parameter in module.parameters(recurse=False):
-                expected = replicas * len(layer.targets)
-                hook: Any = partial(self._after_gradient, layer, expected)
-                parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            module.register_forward_hook(partial(self._after_forward, layer))
 
     def gather_other_parameters(self) -> None:
-        """Gather the parameters outside convolutions and linear layers. Call before a pass over the model."""
+        """Gather the parameters outside `layers`. Call before a pass over the model."""
         self._gather(self._layers[""])
 
     def free(self) -> None:
         """Free all layers. Call after a pass over the model, before the weights change."""
+        self.before.clear()
         for layer in self._layers.values():
             layer.free()
+            layer.forwards = layer.gradients = 0
 
-    def _gather(self, layer: "_Layer", _: Any = None) -> None:
+    def after_gradient(self, parameter: Tensor) -> None:
+        """Count a shard's gradient of a parameter of the attached model; free the layer after the last one."""
+        if layer := self._layer_of.get(parameter):
+            with self._lock:
+                layer.gradients += 1
+                if layer.gradients == layer.expected_gradients:
+                    layer.free()
+
+    def _gather(self, layer: "_Layer") -> None:
         with self._lock:  # the first shard gathers, the others wait for it
             layer.gather()
 
     def _before_forward(self, layer: "_Layer", _module: nn.Module, _inputs: Any) -> None:
         self._gather(layer)
 
-    def _after_forward(self, layer: "_Layer", replicas: int, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        if output.requires_grad:
-            gather: Any = partial(self._gather, layer)
-            output.register_hook(gather)  # type: ignore[no-untyped-call]  # runs right before the layer's backward pass
+    def _after_forward(self, layer: "_Layer", _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        if output.grad_fn is not None:
+            self.before[output.grad_fn] = partial(self._gather, layer)
         with self._lock:
             layer.forwards += 1
-            if layer.forwards % replicas == 0 and (self._reshard or not output.requires_grad):
-                layer.free()
-
-    def _after_gradient(self, layer: "_Layer", expected: int, _: Tensor) -> None:
-        with self._lock:
-            layer.gradients += 1
-            if layer.gradients % expected == 0:
+            if layer.forwards == layer.expected_forwards and (self._reshard or output.grad_fn is None):
                 layer.free()
 
 
@@ -97,7 +113,8 @@ class _Layer:
     def __init__(self, weights: ShardedWeights, targets: Mapping[str, Tensor]) -> None:
         self.targets, self._weights = targets, weights
         self._bytes = {name: target.untyped_storage().nbytes() for name, target in targets.items()}
-        self._is_gathered, self.forwards, self.gradients = True, 0, 0
+        self._is_gathered = True
+        self.forwards = self.expected_forwards = self.gradients = self.expected_gradients = 0
         self.free()
 
     def free(self) -> None:
@@ -132,7 +149,3 @@ class _Layer:
             for row, elements in zip(received, partitions[name].ranges, strict=True):
                 flat[elements] = row[offset : offset + elements.stop - elements.start]
             offset += partitions[name].max_length
-
-
-def _layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LAYERS)]

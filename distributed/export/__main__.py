@@ -29,6 +29,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     out = arguments.out or arguments.run / "export"
     config = without_download(with_data_root(read_config(arguments.run), arguments.root))
+    config.model.check_importable()
     checkpoint = choose_checkpoint(arguments.run, arguments.checkpoint)
     names = _formats(arguments.format)
     for name in ("model.safetensors", "model.json", "model.onnx", "model.pt2"):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from distributed.config.sections import Model
+from distributed.config.sections import model_from
 from distributed.inference.saved_run import Normalization
 from distributed.inference.trained_run import Classifier, TrainedRun
 from distributed.models.build import build_model
@@ -48,7 +48,7 @@ def _as_safetensors(trained: TrainedRun, metadata: dict[str, Any]) -> dict[str, 
 
 def _load_safetensors(file: Path) -> ExportedModel:
     metadata = json.loads(file.with_suffix(".json").read_text())
-    network = build_model(Model.model_validate(metadata["architecture"]), num_classes=len(metadata["classes"]), seed=0)
+    network = build_model(model_from(metadata["architecture"]), num_classes=len(metadata["classes"]), seed=0)
     network.load_state_dict(load_file(file))
     return Classifier(network, Normalization(**metadata["normalization"])).requires_grad_(False)
 

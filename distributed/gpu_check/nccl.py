@@ -29,6 +29,7 @@ from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.graphs import captured
 from distributed.gpu_check.processes import Processes
 from distributed.models.build import build_model
+from distributed.models.keyed_dropout import use_sample_keys
 from distributed.models.sync_batch_norm import SyncBatchNorm, convert_batch_norm, one_shard_per_rank
 from distributed.process import logs
 from distributed.recipe import train
@@ -177,7 +178,8 @@ def _wrapped_by_ddp(checks: Checks) -> None:
 
 
 def _mean_loss(model: nn.Module, batch: Batch) -> Tensor:
-    return nn.functional.cross_entropy(model(batch.images, batch.sample_keys), batch.labels)
+    with use_sample_keys(batch.sample_keys):
+        return nn.functional.cross_entropy(model(batch.images), batch.labels)
 
 
 def _collectives_in_a_graph(checks: Checks) -> None:

@@ -21,6 +21,7 @@ from distributed.engine.ddp import DdpEngine
 from distributed.engine.prepare import Compute
 from distributed.engine.protocol import Engine
 from distributed.models import alexnet
+from distributed.models.convert_dropout import convert_dropout
 from distributed.topology import Topology
 from distributed.training.totals import MetricAccumulator
 
@@ -130,8 +131,7 @@ def copied(engine: Engine) -> dict[str, Tensor]:
 def initial_model(network: str) -> nn.Module:
     """Return the network with torch's random weights from a fixed seed, which are faster to create than the project's."""
     torch.manual_seed(0)
-    model: nn.Module = getattr(alexnet, network)(10, 0.5)
-    return model
+    return convert_dropout(getattr(alexnet, network)(10, 0.5))
 
 
 @contextmanager

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distributed import rng
-from distributed.exact.batch_norm import GraphSplit, SplittingBatchNorm, backward
+from distributed.exact.autograd_pass import backward
 from distributed.exact.shard_executor import ShardExecutor
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.differences import differing, error, same_bits
 from distributed.models import alexnet
-from distributed.models.keyed_dropout import KeyedDropout
+from distributed.models.convert_dropout import convert_dropout
+from distributed.models.keyed_dropout import KeyedDropout, use_sample_keys
 from distributed.models.local_response_norm import LocalResponseNorm
 from distributed.models.sync_batch_norm import SyncBatchNorm, convert_batch_norm, one_shard_per_rank
 
@@ -46,9 +47,10 @@ def _dropout(checks: Checks) -> None:
         for p in (0.5, 0.1):
             outcomes: list[tuple[Tensor, Tensor]] = []
             for device in (checks.device, torch.device("cpu")):
-                layer = KeyedDropout(p, features=513, name="dropout1").to(device)
+                layer = KeyedDropout(p, name="dropout1")
                 leaf = x.to(device).detach().requires_grad_()
-                y = layer(leaf, keys.to(device))
+                with use_sample_keys(keys.to(device)):
+                    y = layer(layer(leaf))
                 (gradient,) = torch.autograd.grad(y, leaf, grad.to(device))
                 outcomes.append((y, gradient))
             assert all(map(same_bits, *outcomes)), f"p = {p}"
@@ -63,14 +65,15 @@ def _empty_batches(checks: Checks) -> None:
             continue  # 58 million weights
         for precision in (torch.float32, torch.bfloat16):
             with checks.check(f"an empty batch through {name} in {_name(precision)}"):
-                model: nn.Module = getattr(alexnet, name)(10, 0.5).to(checks.device)
+                model: nn.Module = convert_dropout(getattr(alexnet, name)(10, 0.5)).to(checks.device)
                 convert_batch_norm(model, partial(SyncBatchNorm.of, all_gather_rows=one_shard_per_rank(other_rank)))
                 model.to(memory_format=torch.channels_last)
                 images = torch.empty(0, 3, 32, 32, device=checks.device).contiguous(memory_format=torch.channels_last)
                 keys = torch.empty(0, 2, dtype=torch.int64, device=checks.device)
                 labels = torch.empty(0, dtype=torch.int64, device=checks.device)
-                with torch.autocast(checks.device.type, precision, enabled=precision == torch.bfloat16):
-                    logits = model(images, keys).float()
+                autocast = torch.autocast(checks.device.type, precision, enabled=precision == torch.bfloat16)
+                with autocast, use_sample_keys(keys):
+                    logits = model(images).float()
                     losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
                 losses.sum().backward()  # type: ignore[no-untyped-call]
                 assert logits.shape == (0, 10)
@@ -120,18 +123,19 @@ def _state(layer: nn.Module) -> dict[str, Tensor]:
 def _by_shards(layer: nn.BatchNorm2d, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Run exact mode's batch norm over shards of this batch, with the layer's own weights, gradients and statistics."""
     executor = ShardExecutor(len(_SHARDS), workers=1, gather=torch.stack, device=x.device)
-    splits: list[list[GraphSplit]] = [[] for _ in _SHARDS]
+    norm = SyncBatchNorm.of(layer, executor.all_gather_rows)
     xs, grads = (torch.split(tensor, list(_SHARDS)) for tensor in (x, grad))
+    found: dict[tuple[Tensor, int], Tensor] = {}
 
     def compute(shard: int) -> tuple[Tensor, Tensor]:
-        norm = SplittingBatchNorm.splitting(layer, partial(executor.all_gather_rows, shard), splits[shard])
         leaf = xs[shard].clone(memory_format=torch.preserve_format).requires_grad_()
         y = norm(leaf)
-        backward((y * grads[shard]).sum(), splits[shard])
-        assert leaf.grad is not None
-        return y.detach(), leaf.grad
+        backward((y * grads[shard]).sum(), lambda tensor, gradient: found.__setitem__((tensor, shard), gradient), {})
+        return y.detach(), found.pop((leaf, shard))
 
     y, grad_x = zip(*executor.run(compute), strict=True)
+    for parameter in (layer.weight, layer.bias):
+        parameter.grad = torch.stack([found[parameter, shard] for shard in range(len(_SHARDS))]).sum(0)
     return torch.cat(y), torch.cat(grad_x)
 
 

@@ -40,13 +40,13 @@ def _images(checks: Checks) -> tuple[Tensor, Tensor]:
 
 def _draws(count: int, device: torch.device) -> dict[str, Tensor]:
     keys = rng.sample_keys(torch.arange(count, device=device), seed=2**40 + 5, epoch=7)
-    units = rng.unit_keys("dropout1", 513).to(device)
+    units = rng.unit_keys(rng.layer_words("dropout1"), 513, use=1, device=device)
     return {
         "sample_keys": keys,
         "draws": rng.draws(keys, "flip"),
         "integers": rng.integers(keys, "crop_y", 2**31),
         "unit": rng.unit(keys, "mixup_0_x"),
-        "uniform16": rng.uniform16(keys[:300], units),
+        "at_least16": rng.at_least16(keys[:300], units, 20_000),
         "permutation": rng.permutation(count, seed=1, epoch=2, device=device),
     }
 

@@ -75,7 +75,7 @@ class TrainedRun:
     @property
     def image_size(self) -> int:
         """Height and width, in pixels, of the network's input."""
-        return self.config.model.input_side
+        return self.config.input_side
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Resize, crop and normalize images as for training. Accepts the images that `resize` accepts.

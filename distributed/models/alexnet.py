@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distributed.models.keyed_dropout import KeyedDropout
 from distributed.models.local_response_norm import LocalResponseNorm
 
 
@@ -26,20 +25,16 @@ class AlexNet(nn.Module):
         self.side = side
         self.conv = nn.Sequential(*conv)
         self.fc1 = nn.Linear(features[0], features[1])
-        self.dropout1 = KeyedDropout(dropout, features=features[1], name="dropout1")
+        self.dropout1 = nn.Dropout(dropout)
         self.fc2 = nn.Linear(features[1], features[2])
-        self.dropout2 = KeyedDropout(dropout, features=features[2], name="dropout2")
+        self.dropout2 = nn.Dropout(dropout)
         self.fc3 = nn.Linear(features[2], num_classes)
 
-    def forward(self, images: Tensor, sample_keys: Tensor | None = None) -> Tensor:
-        """Return logits [n, num_classes].
-
-        Args:
-            sample_keys: int64 [n, 2], from which dropout masks are computed; required in training.
-        """
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits [n, num_classes]."""
         x = self.conv(_resize(images, self.side)).flatten(1)
-        x = self.dropout1(self.fc1(x).relu(), sample_keys)
-        x = self.dropout2(self.fc2(x).relu(), sample_keys)
+        x = self.dropout1(self.fc1(x).relu())
+        x = self.dropout2(self.fc2(x).relu())
         logits: Tensor = self.fc3(x)
         return logits
 

@@ -1,4 +1,4 @@
-"""Builds a model with its initial weights, which are keyed by (seed, parameter name)."""
+"""Builds a model with its initial weights: keyed by (seed, parameter name), or those of an imported network's factory."""
 
 import math
 from typing import Literal
@@ -6,15 +6,28 @@ from typing import Literal
 from torch import nn
 
 from distributed import rng
-from distributed.config.sections import Model
+from distributed.config.sections import ImportedModel, Model
 from distributed.models import alexnet
+from distributed.models.convert_dropout import convert_dropout
+from distributed.models.imported import build_imported
+from distributed.models.plain_batch_norm import make_batch_norm_local
 
 
-def build_model(config: Model, *, num_classes: int, seed: int) -> nn.Module:
-    """Build the config's network in float32 on the CPU; its initial weights depend on the seed alone."""
+def build_model(config: Model | ImportedModel, *, num_classes: int, seed: int) -> nn.Module:
+    """Build the config's network in float32 on the CPU, with keyed dropout; its initial weights depend on the seed alone.
+
+    Its batch norm sees the local batch only: engines synchronize it.
+
+    Raises:
+        InputError: the network is to be imported, and that fails.
+    """
+    if isinstance(config, ImportedModel):
+        imported = build_imported(config, num_classes=num_classes, seed=seed)
+        make_batch_norm_local(imported)
+        return convert_dropout(imported)
     model: nn.Module = getattr(alexnet, config.name)(num_classes, config.dropout)
     initialize(model, seed=seed, init=config.init)
-    return model
+    return convert_dropout(model)
 
 
 def initialize(model: nn.Module, *, seed: int, init: Literal["torch", "he"] = "torch") -> None:

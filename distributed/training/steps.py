@@ -13,6 +13,7 @@ from distributed.data.batch import Batch
 from distributed.data.pipeline import DataPipeline, Split
 from distributed.engine.protocol import Engine, Outcome
 from distributed.errors import NotFiniteError
+from distributed.models.keyed_dropout import use_sample_keys
 from distributed.training.totals import MetricAccumulator, Totals
 
 
@@ -43,7 +44,8 @@ def train_step(
 
 
 def _shard_loss(label_smoothing: float, model: nn.Module, batch: Batch) -> tuple[Tensor, Outcome]:
-    logits = _at_least_float32(model(batch.images, batch.sample_keys))
+    with use_sample_keys(batch.sample_keys):
+        logits = _at_least_float32(model(batch.images))
     cross_entropy = partial(F.cross_entropy, logits, reduction="none", label_smoothing=label_smoothing)
     losses = cross_entropy(batch.labels)
     if batch.mixed:

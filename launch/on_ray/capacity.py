@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from loguru import logger
 from ray.autoscaler.sdk import request_resources
 
-from distributed.config.sections import Scaling
+from distributed.config.scaling import Scaling
 from distributed.errors import InputError
 from launch.on_ray import compat
 from launch.on_ray.compat import ClusterNode

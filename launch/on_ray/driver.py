@@ -19,7 +19,7 @@ from loguru import logger
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from distributed.config import TrainConfig
-from distributed.config.sections import Scaling
+from distributed.config.scaling import Scaling
 from distributed.errors import ExitCode, InputError, NotFiniteError, StorageError
 from distributed.process import logs
 from distributed.process.signals import SignalStop

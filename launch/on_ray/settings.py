@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distributed.config import TrainConfig, with_values
-from distributed.config.sections import Scaling
+from distributed.config.scaling import Scaling
 from distributed.errors import InputError
 from distributed.topology import Topology
 from distributed.train import checked_config

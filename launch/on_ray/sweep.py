@@ -16,7 +16,7 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from distributed.config import as_toml, with_values
-from distributed.config.sections import Scaling
+from distributed.config.scaling import Scaling
 from distributed.errors import ExitCode, InputError
 from distributed.files import replace_bytes, replace_text
 from distributed.process import logs

@@ -11,6 +11,7 @@ from kit.small_runs import newest_checkpoint, state_of
 from kit.traces import Trace, digest_of, tensors_of, traced
 
 from distributed.checkpoint.snapshot import load_checkpoint
+from distributed.models.keyed_dropout import use_sample_keys
 from distributed.run.folder import RunFolder
 
 STAGES = ["zero 1", "zero 2", "zero 3"]
@@ -27,9 +28,9 @@ def local_bytes() -> dict[str, dict[str, int]]:
     for name in STAGES:
         engine: Any
         engine, data = built(config_with(name, global_batch_size=6))
-        engine.micro_step(
-            lambda m, b: (m(b.images, b.sample_keys).sum(), None), next(data.train_epoch(0))[0], last=True
-        )
+        (batch,) = next(data.train_epoch(0))
+        with use_sample_keys(batch.sample_keys):
+            engine.micro_step(lambda m, b: (m(b.images).sum(), None), batch, last=True)
         zero = engine._deepspeed.optimizer
         gradients = [gradient for group in zero.averaged_gradients.values() for gradient in group or ()]
         engine.step(0.01, step=0)  # frees all gathered layers

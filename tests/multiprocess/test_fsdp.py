@@ -14,6 +14,7 @@ from distributed.build import build_data, build_engine
 from distributed.checkpoint.snapshot import load_checkpoint
 from distributed.comm import collectives
 from distributed.config import TrainConfig
+from distributed.models.keyed_dropout import use_sample_keys
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
 from distributed.training.steps import train_step
@@ -132,7 +133,9 @@ def local_and_full_bytes(model: str) -> tuple[int, int]:
     engine: Any = build_engine(config, topology, data, CPU)
     for parameter in engine.weights.optimizer.parameters:
         assert not parameter.requires_grad
-    engine.micro_step(lambda m, b: (m(b.images, b.sample_keys).sum(), None), next(data.train_epoch(0))[0], last=True)
+    (batch,) = next(data.train_epoch(0))
+    with use_sample_keys(batch.sample_keys):
+        engine.micro_step(lambda m, b: (m(b.images).sum(), None), batch, last=True)
     gradients = [p.grad.to_local().nbytes for p in engine.model.parameters()]
     weights = [p.nbytes for p in engine.weights.optimizer.parameters]
     momentum = [t.nbytes for state in engine.weights.optimizer.state.values() for t in state.values()]

@@ -10,7 +10,7 @@ def _paths(tree: dict, prefix: str = "") -> set[str]:
     return {
         path
         for key, value in tree.items()
-        for path in (_paths(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key})
+        for path in (_paths(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key})
     }
 
 
@@ -19,6 +19,7 @@ def _all_paths() -> set[str]:
     variants += [["--data.name", "generated10"], ["--data.name", "image_folder"], ["--early_stopping.patience", "3"]]
     variants += [["--optim.name", "adamw"]]
     variants += [["--engine.name", "fsdp"], ["--engine.name", "deepspeed"], ["--scaling.num_workers", "3"]]
+    variants += [["--model.name", "package.module:factory"]]
     found = {path for arguments in variants for path in _paths(config_of(*arguments).model_dump())}
     return found - {"early_stopping", "scaling"}
 

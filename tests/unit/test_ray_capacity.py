@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from distributed.config.sections import Scaling
+from distributed.config.scaling import Scaling
 
 pytest.importorskip("ray", reason="ray is not installed")
 from launch.on_ray import capacity

@@ -58,8 +58,8 @@ def test_permutations_equal_the_stored_vectors():
 
 
 def test_the_dropout_mask_equals_the_stored_vector():
-    layer = KeyedDropout(0.5, features=13, name="dropout1")
-    assert bits(layer.kept(torch.tensor(KEYS))) == MASK
+    layer = KeyedDropout(0.5, name="dropout1")
+    assert bits(layer.kept(torch.tensor(KEYS), 13)) == MASK
 
 
 def test_filled_weights_equal_the_stored_vector():
@@ -81,11 +81,11 @@ def test_hashes_equal_those_of_unbounded_integers():
 @pytest.mark.slow  # the compiler is slow
 @pytest.mark.timeout(600)
 def test_the_compiled_mask_equals_the_eager_one():
-    layer = KeyedDropout(0.5, features=13, name="dropout1")
-    compiled = torch.compile(lambda keys: layer.kept(keys), fullgraph=True)
+    layer = KeyedDropout(0.5, name="dropout1")
+    compiled = torch.compile(lambda keys: layer.kept(keys, 13), fullgraph=True)
     assert bits(compiled(torch.tensor(KEYS))) == MASK
     many = keys_of(300, seed=5)
-    assert torch.equal(compiled(many), layer.kept(many))
+    assert torch.equal(compiled(many), layer.kept(many, 13))
 
 
 @pytest.mark.gpu
@@ -94,7 +94,7 @@ def test_a_gpu_draws_the_same_numbers():
     device = torch.device("cuda")
     keys = rng.sample_keys(IDS.to(device), seed=7, epoch=3)
     assert keys.tolist() == KEYS
-    assert bits(KeyedDropout(0.5, features=13, name="dropout1").to(device).kept(keys)) == MASK
+    assert bits(KeyedDropout(0.5, name="dropout1").kept(keys, 13)) == MASK
     on_gpu = rng.permutation(50_000, seed=0, epoch=0, device=device)
     assert torch.equal(on_gpu.cpu(), rng.permutation(50_000, seed=0, epoch=0))
 
@@ -130,16 +130,18 @@ def test_drawing_does_not_modify_ids_and_keys():
     before = ids.clone(), keys.clone()
     rng.sample_keys(ids, seed=1, epoch=1)
     rng.integers(keys, "flip", 2)
-    rng.uniform16(keys, rng.unit_keys("a", 8))
+    units = rng.unit_keys(rng.layer_words("a"), 8)
+    rng.at_least16(keys, units, 7)
     assert torch.equal(ids, before[0])
     assert torch.equal(keys, before[1])
+    assert torch.equal(units, rng.unit_keys(rng.layer_words("a"), 8))
 
 
 def test_no_samples_have_no_draws():
     keys = keys_of(0)
     assert keys.shape == (0, 2)
     assert rng.integers(keys, "flip", 2).shape == (0,)
-    assert KeyedDropout(0.5, features=6, name="a").kept(keys).shape == (0, 6)
+    assert KeyedDropout(0.5, name="a").kept(keys, 6).shape == (0, 6)
 
 
 def test_draws_are_uniform():
@@ -187,17 +189,19 @@ def test_draws_for_other_purposes_or_epochs_are_independent():
 
 
 def test_dropout_mask_bits_are_independent():
-    layer, other_layer = (KeyedDropout(0.5, features=64, name=name) for name in ("dropout1", "dropout2"))
+    layer, other_layer = (KeyedDropout(0.5, name=name) for name in ("dropout1", "dropout2"))
     keys = keys_of(2000)
-    mask = layer.kept(keys)
+    mask = layer.kept(keys, 64)
     pairs = [
         (mask[:, :32], mask[:, 32:]),  # the halves of the same hash
         (mask[:, :-1], mask[:, 1:]),
         (mask[:-1], mask[1:]),
-        (mask, layer.kept(keys_of(2000, epoch=1))),
-        (mask, other_layer.kept(keys)),
+        (mask, layer.kept(keys_of(2000, epoch=1), 64)),
+        (mask, other_layer.kept(keys, 64)),
+        (mask, layer.kept(keys, 64, use=1)),
+        (layer.kept(keys, 64, use=1), layer.kept(keys, 64, use=2)),
     ]
-    assert [abs(correlation(*pair)) < 0.015 for pair in pairs] == [True] * 5
+    assert [abs(correlation(*pair)) < 0.015 for pair in pairs] == [True] * 7
 
 
 def test_filled_weights_depend_on_seed_and_name_only():
@@ -223,3 +227,18 @@ def test_a_large_tensor_is_filled_like_its_chunks():
     assert torch.equal(large[:7], small)
     assert large[1 << 18 :].unique().numel() == 5
     assert not torch.equal(large[1 << 18 :], small[:5])
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 20_000, 65_535])
+def test_units_draw_the_halves_of_a_hash(threshold):
+    keys, units = keys_of(50), rng.unit_keys(rng.layer_words("a"), 12)
+    hashes = [[lowbias32(first ^ unit, second) for unit in units.tolist()] for first, second in keys.tolist()]
+    expected = [[h % 2**16 >= threshold for h in row] + [h >> 16 >= threshold for h in row] for row in hashes]
+    assert rng.at_least16(keys, units, threshold).tolist() == expected
+
+
+def test_each_use_of_a_layer_has_keys_of_its_own():
+    words = rng.layer_words("a")
+    assert torch.equal(rng.unit_keys(words, 9), rng.unit_keys(words, 9, use=0))
+    keys = torch.cat([rng.unit_keys(words, 2000, use=use) for use in range(50)])
+    assert len(keys.unique()) > 50_000 - 10  # about one collision by chance

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from distributed.models.torch_compat import AnyBatchNorm, AnyDropout, NormBase, is_persistent, share_tensors
+from distributed.exact.torch_compat import input_metadata, is_leaf, is_python, sequence_number
+from distributed.models.torch_compat import AnyBatchNorm, AnyDropout, NormBase, is_persistent
 
 FOREACH = ["add_", "copy_", "lerp_", "mul", "mul_", "norm", "sub"]
 KERNELS = [
@@ -39,8 +40,12 @@ def test_is_persistent() -> None:
     assert (is_persistent(module, "saved"), is_persistent(module, "constant")) == (True, False)
 
 
-def test_share_tensors() -> None:
-    source, target = nn.BatchNorm1d(3), nn.BatchNorm1d(3, device="meta")
-    share_tensors(source, target)
-    assert target.weight is source.weight
-    assert target.running_mean is source.running_mean
+def test_autograd_nodes() -> None:
+    leaf = torch.ones(2, requires_grad=True)
+    node = (leaf * 2).grad_fn
+    leaf_node = node.next_functions[0][0]
+    assert (is_leaf(node), is_leaf(leaf_node), is_python(node)) == (False, True, False)
+    assert leaf_node.variable is leaf
+    (metadata,) = input_metadata(node)
+    assert (metadata.shape, metadata.dtype, metadata.device) == ([2], leaf.dtype, leaf.device)
+    assert sequence_number(leaf.exp().grad_fn) > sequence_number(node)

@@ -1,4 +1,4 @@
-"""Batch norm that splits the autograd graph, over shards: in float64 it equals `nn.BatchNorm2d` over the full batch."""
+"""Shards that synchronize at batch norm: in float64 they equal a plain forward and backward pass over the full batch."""
 
 import copy
 import threading
@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distributed.exact.batch_norm import GraphSplit, SplittingBatchNorm, backward
-from distributed.exact.replicas import Replicas
+from distributed.exact.autograd_pass import backward
 from distributed.exact.shard_executor import ShardExecutor
 from distributed.models.sync_batch_norm import SyncBatchNorm, convert_batch_norm, one_shard_per_rank
 
@@ -92,28 +91,27 @@ def on_full_batch(model: nn.Module, steps: list[tuple[Tensor, Tensor]]) -> Resul
 def in_exact_mode(
     model: nn.Module, steps: list[tuple[Tensor, Tensor]], sizes: tuple[int, ...], workers: int = 2
 ) -> Results:
-    """Run shards of these sizes as in exact mode: in replicas that share weights and buffers, on worker threads."""
+    """Run shards of these sizes as in exact mode: through one model, on worker threads."""
     executor = ShardExecutor(len(sizes), workers=workers, gather=torch.stack, device=CPU)
-    replicas, splits = Replicas(model, len(sizes), low=None).models, [list[GraphSplit]() for _ in sizes]
-    for shard, replica in enumerate(replicas):
-        all_gather_rows = partial(executor.all_gather_rows, shard)
-        convert_batch_norm(
-            replica, partial(SplittingBatchNorm.splitting, all_gather_rows=all_gather_rows, splits=splits[shard])
-        )
+    convert_batch_norm(model, partial(SyncBatchNorm.of, all_gather_rows=executor.all_gather_rows))
+    names = {parameter: name for name, parameter in model.named_parameters()}
     for images, targets in steps:
         shards = list(zip(images.split(sizes), targets.split(sizes), strict=True))
+        gradients: list[dict[str, Tensor]] = [{} for _ in sizes]
 
-        def compute(shard: int, shards: list[tuple[Tensor, Tensor]] = shards) -> Tensor:
-            replicas[shard].zero_grad()
-            outputs = replicas[shard](shards[shard][0])
-            backward(loss_of(outputs, shards[shard][1]), splits[shard])
+        def compute(
+            shard: int,
+            shards: list[tuple[Tensor, Tensor]] = shards,
+            gradients: list[dict[str, Tensor]] = gradients,
+        ) -> Tensor:
+            outputs = model(shards[shard][0])
+            found = gradients[shard]
+            backward(loss_of(outputs, shards[shard][1]), lambda p, g: found.__setitem__(names[p], g), {})
             return outputs.detach()
 
         outputs = torch.cat(executor.run(compute))
-    assert splits == [[] for _ in sizes]
-    return Results(
-        outputs, summed([dict(replica.named_parameters()) for replica in replicas]), dict(model.named_buffers())
-    )
+    totals = {name: sum(shard[name] for shard in gradients) for name in gradients[0]}
+    return Results(outputs, totals, dict(model.named_buffers()))
 
 
 def in_fast_mode(model: nn.Module, steps: list[tuple[Tensor, Tensor]], sizes: tuple[int, ...]) -> Results:
@@ -138,12 +136,10 @@ def in_fast_mode(model: nn.Module, steps: list[tuple[Tensor, Tensor]], sizes: tu
 
     with ThreadPoolExecutor(len(sizes)) as pool:
         outputs = torch.cat(list(pool.map(compute, range(len(sizes)))))
-    return Results(outputs, summed([dict(m.named_parameters()) for m in models]), dict(models[0].named_buffers()))
-
-
-def summed(of_shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    trainable = {name for name, parameter in of_shards[0].items() if parameter.requires_grad}
-    return {name: sum(shard[name].grad for shard in of_shards) for name in trainable}
+    of_shards = [dict(m.named_parameters()) for m in models]
+    trainable = [name for name, parameter in of_shards[0].items() if parameter.requires_grad]
+    totals = {name: sum(shard[name].grad for shard in of_shards) for name in trainable}
+    return Results(outputs, totals, dict(models[0].named_buffers()))
 
 
 def assert_close(found: Results, expected: Results) -> None:
@@ -235,36 +231,62 @@ class PreActivation(Net):
         return self.out(x.relu().mean((2, 3)))
 
 
-@pytest.mark.parametrize("model", [Torchvisions, PreActivation])
-def test_skip_connections_around_a_batch_norm_are_rejected(model: type[Net]) -> None:
-    with pytest.raises(RuntimeError, match="a skip connection bypasses a batch norm"):
-        in_exact_mode(net(model=model), batches(9), (4, 5))
+class Dense(Net):
+    """Every layer sees all earlier results; batch norms and convolutions are used twice."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.first(images)
+        y = self.second(self.norm1(x).relu())
+        z = self.second(self.norm2(self.norm1(x + y)).relu())
+        return self.out((x + y + z + self.norm2(z)).mean((2, 3)))
 
 
-def test_evaluation_neither_synchronizes_nor_splits() -> None:
+class InPlace(Net):
+    """In-place operations on the results of batch norm."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.norm1(self.first(images)).relu_()
+        x = self.norm2(self.second(x)).mul_(2).add_(x).relu_()
+        return self.out(x.mean((2, 3)))
+
+
+class Unused(Net):
+    """A batch norm and a convolution whose results are dropped."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.norm1(self.first(images))
+        self.norm2(self.second(x))
+        return self.out(x.relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("model", [Torchvisions, PreActivation, Dense, InPlace, Unused])
+@pytest.mark.parametrize("sizes", [(4, 5), (7, 0, 1, 1)], ids=str)
+def test_connections_may_bypass_a_batch_norm(model: type[Net], sizes: tuple[int, ...]) -> None:
+    steps = batches(9)
+    found = in_exact_mode(net(model=model), steps, sizes)
+    assert_close(found, on_full_batch(net(model=model), steps))
+
+
+def test_evaluation_does_not_synchronize() -> None:
     def no_gather(row: Tensor, reduce_fn: object) -> None:
         raise AssertionError("evaluation synchronized")
 
-    plain, splits = net(), list[GraphSplit]()
+    plain = net()
     on_full_batch(plain, batches(9))
     model = copy.deepcopy(plain)
-    convert_batch_norm(model, partial(SplittingBatchNorm.splitting, all_gather_rows=no_gather, splits=splits))
+    convert_batch_norm(model, partial(SyncBatchNorm.of, all_gather_rows=no_gather))
     images = batches(9)[0][0]
     assert torch.equal(model.eval()(images), plain.eval()(images))
     assert model(images[:0]).shape == (0, 5)
-    assert splits == []
 
 
 def test_bfloat16_images_have_float32_statistics() -> None:
-    splits = list[GraphSplit]()
-    layer = SplittingBatchNorm.splitting(nn.BatchNorm2d(6), one_shard_per_rank(lambda row: row[None]), splits)
+    layer = SyncBatchNorm.of(nn.BatchNorm2d(6), one_shard_per_rank(lambda row: row[None]))
     x = torch.randn(8, 6, 5, 5, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     y = layer(x)
     assert y.dtype == torch.bfloat16
     assert layer.running_mean.dtype == torch.float32
-    y.grad = torch.ones_like(y)
-    (split,) = splits
-    split.backward()
+    y.backward(torch.ones_like(y))
     assert x.grad.dtype == torch.bfloat16
     assert layer.weight.grad.dtype == torch.float32
     assert torch.equal(layer.bias.grad, torch.full((6,), 200.0))
@@ -274,8 +296,8 @@ def test_conversion_keeps_names_and_tensors() -> None:
     model = net()
     before = dict(model.named_parameters()) | dict(model.named_buffers())
     all_gather_rows = one_shard_per_rank(lambda row: row[None])
-    convert_batch_norm(model, partial(SplittingBatchNorm.splitting, all_gather_rows=all_gather_rows, splits=[]))
+    convert_batch_norm(model, partial(SyncBatchNorm.of, all_gather_rows=all_gather_rows))
     after = dict(model.named_parameters()) | dict(model.named_buffers())
     assert list(after) == list(before)
     assert all(after[name] is before[name] for name in before)
-    assert [type(module) for module in model.modules()].count(SplittingBatchNorm) == 2
+    assert [type(module) for module in model.modules()].count(SyncBatchNorm) == 2

@@ -1,0 +1,34 @@
+"""torch's private names for autograd nodes, as read from torch 2.14.1.
+
+tests/unit/test_torch_internals.py fails if the installed torch lacks one of them.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import BackwardCFunction
+
+__all__ = ["Node", "input_metadata", "is_leaf", "is_python", "sequence_number"]
+
+Node = Any  # torch.autograd.graph.Node does not declare that nodes can be called
+_AccumulateGrad: type = torch._C._functions.AccumulateGrad
+
+
+def is_leaf(node: Node) -> bool:
+    """Whether the node is the one at which a leaf's gradient arrives; its `variable` is the leaf."""
+    return type(node) is _AccumulateGrad
+
+
+def is_python(node: Node) -> bool:
+    """Whether the node belongs to a `torch.autograd.Function`: it cannot be called, but has `apply`."""
+    return isinstance(node, BackwardCFunction)
+
+
+def input_metadata(node: Node) -> list[Any]:
+    """Return the shape, dtype and device of each gradient that a node receives."""
+    return node._input_metadata  # type: ignore[no-any-return]
+
+
+def sequence_number(node: Node) -> int:
+    """Return a number that grows with each node that the forward pass creates on a thread."""
+    return node._sequence_nr()  # type: ignore[no-any-return]

@@ -1,0 +1,75 @@
+"""Finds the module of an import path without running it or a package that it is in. Imports no torch."""
+
+import difflib
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+from distributed.errors import InputError
+
+
+def check_module(path: str) -> Path | None:
+    """Check that the module of the import path `package.module:factory` exists.
+
+    Returns:
+        Its file; None if it is unknown.
+
+    Raises:
+        InputError: there is no such module; the message names a similar one if there is one.
+    """
+    module, _, factory = path.partition(":")
+    spec: ModuleSpec | None = None
+    for part in module.split("."):
+        name = f"{spec.name}.{part}" if spec else part
+        places = None if spec is None else spec.submodule_search_locations
+        if spec is not None and places is None:
+            if _makes_its_modules(name):
+                return None
+            raise InputError(f"model.name = {path}: {spec.name} is a module, not a package; write {spec.name}:{part}")
+        found = _find(name, places)
+        if found is None:
+            if _makes_its_modules(name):
+                return None
+            raise InputError(f"model.name = {path}: there is no module {name}{_advice(name, factory, places)}")
+        spec = found
+    return Path(spec.origin) if spec and spec.has_location and spec.origin else None
+
+
+def _find(name: str, places: Sequence[str] | None) -> ModuleSpec | None:
+    """Return the spec of a module in these folders, or of one outside any package."""
+    with suppress(Exception):  # a finder of the user's, or a module without a spec
+        if places is None:
+            return importlib.util.find_spec(name)
+        for finder in sys.meta_path:
+            if spec := finder.find_spec(name, list(places)):
+                return spec
+    return None
+
+
+def _makes_its_modules(name: str) -> bool:
+    """Return whether a package makes a module that is in no folder. This imports the package, so it is asked last."""
+    if name in sys.modules or "." not in name:
+        return name in sys.modules
+    try:
+        return importlib.util.find_spec(name) is not None or name in sys.modules
+    except ModuleNotFoundError as error:
+        return name in sys.modules or error.name is None or not f"{name}.".startswith(f"{error.name}.")
+    except (Exception, SystemExit):
+        return True  # the import itself, later, says why
+
+
+def _advice(name: str, factory: str, places: Sequence[str] | None) -> str:
+    *package, last = name.split(".")
+    names = {found.name for found in pkgutil.iter_modules(None if places is None else list(places))}
+    if not package:
+        names -= sys.stdlib_module_names
+    close = difflib.get_close_matches(last, sorted(names), n=1, cutoff=0.7)
+    meant = f"; did you mean {'.'.join([*package, close[0]])}?" if close else ""
+    if not package:
+        advice = f"run the command in the folder of {name}.py (this is {Path.cwd()}), or install the package"
+        return f"{meant} Otherwise {advice}" if meant else f"; {advice}"
+    return meant or f" in {next(iter(places or ()), 'its package')}; did you mean {'.'.join(package)}:{factory}?"
