@@ -14,7 +14,7 @@ from distributed.bench import scaling
 from distributed.bench.benchmarks import BENCHMARKS
 from distributed.bench.machine import machine
 from distributed.bench.memory import measure_all
-from distributed.bench.options import WORKLOADS, Options
+from distributed.bench.options import NETWORK, WORKLOADS, Options
 from distributed.bench.peers import PEERS, peer_python
 from distributed.bench.rounds import Results, run_rounds, summary
 from distributed.bench.scaling_report import PREDICTED_CORES, report
@@ -115,6 +115,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     peers.add_argument("--no-peers", dest="peers", action="store_const", const=None, help="train: without them")
     parser.add_argument(
+        "--network", default=NETWORK, metavar="NAME",
+        help=f"exact: model.name, e.g. cifar_alexnet or torchvision.models:resnet18; default: {NETWORK}",
+    )  # fmt: skip
+    parser.add_argument(
         "--cores", type=int, nargs="+", help="scaling: predict steps on this many cores; default: 2 4 8"
     )
     parser.add_argument(
@@ -145,6 +149,8 @@ def _command(arguments: argparse.Namespace, options: Options) -> str:
     repeated: list[Any] = [
         arguments.benchmark, "--device", options.device, "--rounds", _rounds(arguments, options), "--steps", options.steps,
     ]  # fmt: skip
+    if arguments.benchmark == "exact":
+        repeated += ["--network", options.network]
     if arguments.benchmark == "train":
         repeated += [] if options.peers else ["--no-peers"]
         repeated += ["--batches", *options.batches, "--workloads", *options.workloads]
