@@ -1,6 +1,7 @@
 """`python -m distributed.bench train | exact | scaling | engines | startup | save | norm`: measures speed in rounds that
 interleave all workloads.
-`python -m distributed.bench memory`: measures the memory a rank needs under each engine."""
+`python -m distributed.bench memory`: measures the memory a rank needs under each engine.
+`python -m distributed.bench page`: writes the figures of docs/benchmarks.md from the files in results/."""
 
 import argparse
 import json
@@ -15,6 +16,7 @@ from distributed.bench.benchmarks import BENCHMARKS
 from distributed.bench.machine import machine
 from distributed.bench.memory import measure_all
 from distributed.bench.options import NETWORK, WORKLOADS, Options
+from distributed.bench.page import write_page
 from distributed.bench.peers import PEERS, peer_python
 from distributed.bench.rounds import Results, run_rounds, summary
 from distributed.bench.scaling_report import PREDICTED_CORES, report
@@ -29,6 +31,9 @@ from distributed.process.streams import run_command
 def main() -> int:
     """Run the rounds, print medians and ratios, and write them as JSON on request. Return 1 if a workload failed."""
     arguments = _parser().parse_args()
+    if arguments.benchmark == "page":
+        print(write_page())
+        return ExitCode.FINISHED
     if arguments.benchmark == "memory":
         measure_all(arguments.json)
         return ExitCode.FINISHED
@@ -91,7 +96,7 @@ def _measure(arguments: argparse.Namespace, options: Options) -> Results:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m distributed.bench", description=__doc__)
-    parser.add_argument("benchmark", choices=[*BENCHMARKS, "memory"])
+    parser.add_argument("benchmark", choices=[*BENCHMARKS, "memory", "page"])
     parser.add_argument("--data.root", dest="root", type=home_path, default=Path("data"), help="folder with CIFAR-10")
     parser.add_argument(
         "--device",
