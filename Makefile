@@ -85,7 +85,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## speed compared with the references' loop and with compute alone; needs CIFAR_ROOT
+bench: $(READY)  ## speed compared with timm, accelerate, Lightning, the references' loop and compute alone; needs CIFAR_ROOT
 	$(BIN)/python -m distributed.bench train --data.root $(CIFAR_ROOT)
 
 # Your own GPU: make gpu-check, then make gpu-results. A GPU rented by the minute, offline: make gpu-check-dry and make gpu-pack

@@ -1,26 +1,27 @@
-"""`python -m distributed.bench train | exact | engines | startup | save | norm`: measures speed in interleaved rounds.
+"""`python -m distributed.bench train | exact | scaling | engines | startup | save | norm`: measures speed in rounds that
+interleave all workloads.
 `python -m distributed.bench memory`: measures the memory a rank needs under each engine."""
 
 import argparse
 import json
-import statistics
-import sys
-import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from distributed.bench import training_speed
-from distributed.bench.benchmarks import BENCHMARKS, Benchmark, Figures
+from distributed.bench import scaling
+from distributed.bench.benchmarks import BENCHMARKS
 from distributed.bench.machine import machine
 from distributed.bench.memory import measure_all
 from distributed.bench.options import WORKLOADS, Options
-from distributed.bench.workload import WorkloadFailedError
+from distributed.bench.peers import PEERS, peer_python
+from distributed.bench.rounds import Results, run_rounds, summary
+from distributed.bench.scaling_report import PREDICTED_CORES, report
 from distributed.data.sources import cifar
-from distributed.errors import ExitCode, prints_errors
-from distributed.files import check_writable, home_path, write_output
-from distributed.process.optional_output import OptionalOutput, requested_output
+from distributed.errors import ExitCode, InputError, prints_errors
+from distributed.files import check_writable, home_path
+from distributed.process.optional_output import requested_output
 from distributed.process.streams import run_command
 
 
@@ -32,60 +33,59 @@ def main() -> int:
         measure_all(arguments.json)
         return ExitCode.FINISHED
     options = Options.of(arguments)
+    if arguments.from_file:
+        print(_report(_read(arguments.from_file), arguments.cores))
+        return ExitCode.FINISHED
     if arguments.benchmark != "norm":
         cifar.check("cifar10", options.root)
     if arguments.json:
         check_writable("--json", arguments.json)
-    results = _run_rounds(arguments, options)
-    print(summary(BENCHMARKS[arguments.benchmark], results.rounds))
+    if arguments.benchmark == "train" and options.peers and options.chosen_peers:
+        options = replace(options, peer_python=peer_python(options.peers, options.chosen_peers))
+    results = _measure(arguments, options)
+    if arguments.benchmark == "scaling":
+        cores = results.machine["cores"]
+        results.model = scaling.content(results.rounds, cores=cores, predicted_cores=arguments.cores or PREDICTED_CORES)
+        print(_report(asdict(results), arguments.cores))
+    else:
+        print(summary(BENCHMARKS[arguments.benchmark], results.rounds))
     if arguments.json:
         with requested_output("--json", arguments.json):
             results.write(arguments.json)
     return ExitCode.FAILED if results.outputs else ExitCode.FINISHED
 
 
-@dataclass
-class Results:
-    """A benchmark's results so far; all but `outputs` are written as JSON.
+def _read(file: Path) -> dict[str, Any]:
+    """Read what --json wrote.
 
-    Attributes:
-        ratios, failed: one entry per round.
-        skipped: workloads that cannot run here, each with the reason.
-        outputs: output of the workloads that failed.
+    Raises:
+        InputError: it is not such a file.
     """
-
-    command: str
-    machine: dict[str, Any]
-    rounds: list[Figures] = field(default_factory=list)
-    ratios: list[Figures] = field(default_factory=list)
-    failed: list[dict[str, str]] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    outputs: str = ""
-
-    def write(self, file: Path) -> None:
-        """Write the results to `file`, and the output of failed workloads beside it."""
-        content = {name: value for name, value in asdict(self).items() if name != "outputs"}
-        write_output(file, (json.dumps(content, indent=1) + "\n").encode())
-        if self.outputs:
-            write_output(file.with_suffix(".failed.txt"), self.outputs.encode())
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+        if any(scaling.name_of("fast", 1) in figures for figures in found["rounds"]):
+            return found
+    except OSError as error:
+        raise InputError(
+            f"--from {file}: cannot be read: {error.strerror}; name a file that scaling --json wrote"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"--from {file}: contains no figures of scaling; name a file that scaling --json wrote")
 
 
-def _run_rounds(arguments: argparse.Namespace, options: Options) -> Results:
-    benchmark = BENCHMARKS[arguments.benchmark]
+def _report(results: Mapping[str, Any], cores: Sequence[int] | None) -> str:
+    measured_cores = results["machine"]["cores"]
+    return report(results["rounds"], cores=measured_cores, predicted_cores=cores or PREDICTED_CORES)
+
+
+def _measure(arguments: argparse.Namespace, options: Options) -> Results:
+    results = Results(_command(arguments, options), machine(options.device, peer_python=options.peer_python))
+    if arguments.benchmark == "train" and not options.peers:
+        results.skipped = dict.fromkeys(PEERS, "--no-peers")
     deadline = time.monotonic() + 60 * arguments.minutes
-    results = Results(_command(arguments, options), machine(options.device))
-    results.skipped = training_speed.skipped(options) if arguments.benchmark == "train" else {}
-    for name, reason in results.skipped.items():
-        print(f"skipped: {name}: {reason}", file=sys.stderr, flush=True)
-    for number in range(_rounds(arguments, options)):
-        figures, errors = run_round(benchmark, options, deadline, label=f"round {number + 1}: ")
-        results.rounds.append(figures)
-        results.ratios.append(benchmark.ratios_of(figures))
-        results.failed.append({name: str(error) for name, error in errors.items()})
-        results.outputs += "".join(f"{name}: {error}\n{error.output}\n\n" for name, error in errors.items())
-        if arguments.json:
-            with OptionalOutput(arguments.json):  # rounds take long: a failed write must not end the benchmark
-                results.write(arguments.json)
+    rounds = _rounds(arguments, options)
+    run_rounds(BENCHMARKS[arguments.benchmark], options, results, rounds=rounds, deadline=deadline, file=arguments.json)
     return results
 
 
@@ -100,12 +100,26 @@ def _parser() -> argparse.ArgumentParser:
         help="device of all workloads; auto: CUDA if available",
     )
     parser.add_argument("--rounds", type=int, help="default: 5, on CUDA 1")
-    parser.add_argument("--steps", type=int, help="steps per workload and round; default: 80, on CUDA 100")
+    parser.add_argument("--steps", type=int, help="steps per workload and round; default: 80, on CUDA 100, scaling 40")
     parser.add_argument("--batches", type=int, nargs="+", help="train: batch sizes; default: 128, on CUDA 128 512 2048")
     names = "; ".join(f"{name}: {meaning}" for name, meaning in WORKLOADS.items())
     parser.add_argument(
         "--workloads", "--contenders", nargs="+", choices=list(WORKLOADS), metavar="NAME",
         help=f"train: run only these. {names}",
+    )  # fmt: skip
+    peers = parser.add_mutually_exclusive_group()
+    peers.add_argument(
+        "--peers", type=home_path, metavar="FOLDER", default=Path(".venv-bench"),
+        help="train: environment for timm, accelerate and Lightning unless they are installed here; made by the first run, "
+        "with pip; default: .venv-bench",
+    )  # fmt: skip
+    peers.add_argument("--no-peers", dest="peers", action="store_const", const=None, help="train: without them")
+    parser.add_argument(
+        "--cores", type=int, nargs="+", help="scaling: predict steps on this many cores; default: 2 4 8"
+    )
+    parser.add_argument(
+        "--from", dest="from_file", type=home_path, metavar="JSON",
+        help="scaling: measure nothing, and predict from this file, which --json wrote",
     )  # fmt: skip
     parser.add_argument(
         "--seconds", type=float, help="time limit per workload, startup included; default: none, on CUDA 40"
@@ -122,68 +136,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class RoundResult(NamedTuple):
-    """The figures of a round, and the errors of the workloads that failed, by name."""
-
-    figures: Figures
-    errors: dict[str, WorkloadFailedError]
-
-
-def run_round(benchmark: Benchmark, options: Options, deadline: float, *, label: str = "") -> RoundResult:
-    """Measure each workload once.
-
-    Args:
-        deadline: CLOCK_MONOTONIC in seconds at which the running workload is killed and no other is started.
-        label: prefix of the lines printed to stderr.
-    """
-    figures: Figures = {}
-    failed: dict[str, WorkloadFailedError] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, workload in benchmark.workloads(options, folder).items():
-            start = time.monotonic()
-            seconds = min(options.seconds or float("inf"), deadline - start)
-            try:
-                if seconds <= 0:
-                    raise WorkloadFailedError("not started: the time limit --minutes is reached")
-                measured = workload.measure(None if seconds == float("inf") else seconds)
-                new = benchmark.figures_of(name, workload, measured)
-            except WorkloadFailedError as error:
-                failed[name] = error
-                print(f"{label}failed: {name}: {error}", file=sys.stderr, flush=True)
-                continue
-            figures |= new
-            values = ", ".join(f"{key}: {value:,.4g}{_unit(key, benchmark)}" for key, value in new.items())
-            print(f"{label}{values} ({time.monotonic() - start:.0f} s)", file=sys.stderr, flush=True)
-    return RoundResult(figures, failed)
-
-
-def summary(benchmark: Benchmark, rounds: list[Figures]) -> str:
-    """Return a line per figure and per ratio: its median over the rounds, and the range of a ratio."""
-    ratios = [benchmark.ratios_of(figures) for figures in rounds]
-    figures, compared = _by_name(rounds), _by_name(ratios)
-    width = max(map(len, [*figures, *compared]), default=0)
-    lines = []
-    for name, values in figures.items():
-        median = f"{statistics.median(values):10,.4g}{_unit(name, benchmark)}"
-        lines.append(f"{name:<{width}} {median} (median of {len(values)})")
-    for name, values in compared.items():
-        lines.append(
-            f"{name:<{width}} {statistics.median(values):10.3f} (median; {min(values):.3f} to {max(values):.3f})"
-        )
-    return "\n".join(lines)
-
-
-def _unit(name: str, benchmark: Benchmark) -> str:
-    """Return the unit to print after a figure; empty if its name ends in one, e.g. `[MiB]`."""
-    return "" if name.endswith("]") else f" {benchmark.unit}"
-
-
-def _by_name(rounds: list[Figures]) -> dict[str, list[float]]:
-    """Return each name's values in the rounds that have it. A workload may fail in some of them."""
-    names = dict.fromkeys(name for figures in rounds for name in figures)
-    return {name: [figures[name] for figures in rounds if name in figures] for name in names}
-
-
 def _rounds(arguments: argparse.Namespace, options: Options) -> int:
     return int(arguments.rounds or (1 if options.gpus else 5))
 
@@ -194,6 +146,7 @@ def _command(arguments: argparse.Namespace, options: Options) -> str:
         arguments.benchmark, "--device", options.device, "--rounds", _rounds(arguments, options), "--steps", options.steps,
     ]  # fmt: skip
     if arguments.benchmark == "train":
+        repeated += [] if options.peers else ["--no-peers"]
         repeated += ["--batches", *options.batches, "--workloads", *options.workloads]
     return " ".join(map(str, ["python -m distributed.bench", *repeated]))
 

@@ -1,11 +1,13 @@
 """The benchmarks: the workloads each runs in a round, the figures it derives from a measurement, and the ratios of figures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
-from distributed.bench import training_speed
+from distributed.bench import scaling, training_speed
 from distributed.bench.measure import mean_step_seconds, median_step_seconds
 from distributed.bench.options import Options
+from distributed.bench.peers import PEERS
 from distributed.bench.workload import Measurement, Workload
 
 Figures = dict[str, float]
@@ -21,12 +23,14 @@ class Benchmark(NamedTuple):
         figures_of: returns the figures of one workload, given its name and its measurement.
         ratios_of: returns ratios of a round's figures, in which workloads that failed are missing.
         unit: unit of the main figure.
+        notes: what to print beside the figures whose name starts with the key.
     """
 
     workloads: Callable[[Options, str], Workloads]
     figures_of: Callable[[str, Workload, Measurement], Figures]
     ratios_of: Callable[[Figures], Figures]
     unit: str
+    notes: Mapping[str, str] = MappingProxyType({})
 
 
 def _images_per_second(name: str, workload: Workload, measured: Measurement) -> Figures:
@@ -171,8 +175,15 @@ def _norm_ratios(figures: Figures) -> Figures:
 
 
 BENCHMARKS = {
-    "train": Benchmark(training_speed.workloads, _images_per_second, training_speed.ratios, "images/s"),
+    "train": Benchmark(
+        training_speed.workloads,
+        _images_per_second,
+        training_speed.ratios,
+        "images/s",
+        {training_speed.PEER_NAMES[key]: ", ".join(peer.lacks) for key, peer in PEERS.items()},
+    ),
     "exact": Benchmark(_exact, _milliseconds_and_memory, _exact_ratios, "ms"),
+    "scaling": Benchmark(scaling.workloads, scaling.figures_of, scaling.ratios, "ms"),
     "startup": Benchmark(_startup, _seconds_to_first_step, _startup_ratios, "s"),
     "save": Benchmark(_save, _mean_seconds, _save_ratios, "s"),
     "engines": Benchmark(_engines, _milliseconds, _engines_ratios, "ms"),

@@ -35,7 +35,7 @@ def _settings(root: Path, run_dir: Path, epochs: int, compression: str) -> list[
 
 
 def accuracy_and_bytes(root: Path, run_dir: Path, *, epochs: int, compression: str) -> dict[str, float]:
-    """Train, and return the test accuracy after each epoch and the bytes all-reduced per step.
+    """Train, and return the test accuracy after each epoch and the bytes that a rank sent per step.
 
     Raises:
         RuntimeError: training failed; the message has the end of its output.
@@ -46,7 +46,7 @@ def accuracy_and_bytes(root: Path, run_dir: Path, *, epochs: int, compression: s
         raise RuntimeError(f"{compression}: exit code {done.returncode}\n{done.stderr[-3000:]}")
     lines = [json.loads(line) for line in RunFolder(run_dir).metrics_file.read_text().splitlines()]
     logged = "".join(path.read_text() for path in sorted(run_dir.rglob("*.log")))
-    reduced = re.search(r"gradients: ([\d,]+) bytes all-reduced", logged)
+    reduced = re.search(r"gradients: ([\d,]+) bytes summed", logged)
     assert reduced is not None
     found = {f"test accuracy, epoch {e['epoch'] + 1}": e["test"]["accuracy"] for e in lines if e["kind"] == "epoch"}
     return {**found, "bytes per step": int(reduced[1].replace(",", ""))}

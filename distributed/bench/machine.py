@@ -2,37 +2,33 @@
 
 import platform
 import subprocess
+import sys
 import time
 from contextlib import suppress
-from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+from distributed.bench.peers import installed_versions
 from distributed.host.cpu_quota import available_cpus
 from distributed.host.hardware import processor
 from distributed.host.versions import git_state, versions
 
-OTHER_FRAMEWORKS = ("timm", "pytorch-lightning", "lightning")  # names of distributions
 
+def machine(device: str = "cpu", *, peer_python: Path = Path(sys.executable)) -> dict[str, Any]:
+    """Return the processor and the versions of all packages involved; for `cuda` also the card, its driver and cuDNN.
 
-def machine(device: str = "cpu") -> dict[str, Any]:
-    """Return the processor and the versions of all packages involved; for `cuda` also the card, its driver and cuDNN."""
+    Args:
+        peer_python: the Python that runs other frameworks.
+    """
     found: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "processor": processor(),
         "cores": available_cpus(),
         "system": platform.system(),
-        "versions": {**versions(), **_other_frameworks()},
+        "versions": {**versions(), **installed_versions(peer_python)},
         "git": git_state(),
     }
     return found | ({"gpu": _gpu()} if device == "cuda" else {})
-
-
-def _other_frameworks() -> dict[str, str]:
-    found = {}
-    for package in OTHER_FRAMEWORKS:
-        with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
 
 
 def _gpu() -> dict[str, Any]:

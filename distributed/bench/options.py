@@ -1,9 +1,11 @@
 """The checked arguments of a benchmark."""
 
+import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+from distributed.bench.peers import PEERS
 from distributed.errors import InputError
 from distributed.host.cpu_quota import available_cpus
 
@@ -13,11 +15,14 @@ WORKLOADS = {
     "graph": "the same, replayed as a CUDA graph",
     "ours": "this project in fast mode",
     "exact": "this project in exact mode, 8 shards",
+    "default": "this project as `make train` runs it",
     "seeds": "the training loop of the two reference implementations",
     "timm": "timm's training loop",
+    "accelerate": "a loop with accelerate",
     "lightning": "Lightning's Trainer",
 }
 """The workloads of `bench train`, by the names that `--workloads` accepts."""
+GPU_ONLY, CPU_ONLY = ("graph",), ("default",)
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Options:
         batches: batch sizes of `bench train`.
         workloads: keys of WORKLOADS.
         seconds: time limit of a workload, including its startup; None: no limit.
+        peers: folder of the environment with the other frameworks; None: without them.
+        peer_python: the Python that runs them.
     """
 
     root: Path
@@ -39,6 +46,8 @@ class Options:
     batches: tuple[int, ...] = (128,)
     workloads: tuple[str, ...] = tuple(WORKLOADS)
     seconds: float | None = None
+    peers: Path | None = None
+    peer_python: Path = Path(sys.executable)
 
     @classmethod
     def of(cls, arguments: Namespace) -> "Options":
@@ -47,15 +56,20 @@ class Options:
         Raises:
             InputError: a value is invalid, or a GPU is required and none is visible.
         """
-        gpus = _visible_gpus(arguments.device)
-        chosen = tuple(arguments.workloads or (name for name in WORKLOADS if gpus or name != "graph"))
+        if arguments.benchmark == "scaling" and arguments.device == "cuda":
+            raise InputError("--device cuda: scaling measures processes on the CPU; use --device cpu")
+        gpus = _visible_gpus("cpu" if arguments.benchmark == "scaling" else arguments.device)
+        chosen = arguments.workloads or [name for name in WORKLOADS if name not in (CPU_ONLY if gpus else GPU_ONLY)]
+        if not (arguments.workloads or arguments.peers):
+            chosen = [name for name in chosen if name not in PEERS]
         options = cls(
             root=arguments.root.resolve(),
-            steps=arguments.steps if arguments.steps is not None else (100 if gpus else 80),
+            steps=arguments.steps if arguments.steps is not None else _default_steps(arguments.benchmark, gpus),
             gpus=gpus,
             batches=tuple(arguments.batches or ((128, 512, 2048) if gpus else (128,))),
             workloads=tuple(dict.fromkeys(chosen)),
             seconds=arguments.seconds if arguments.seconds is not None else (40.0 if gpus else None),
+            peers=arguments.peers,
         )
         if wrong := [*options._invalid(), *_invalid(arguments)]:
             raise InputError(*wrong)
@@ -71,7 +85,15 @@ class Options:
             wrong.append(f"--seconds {self.seconds:g}: must be greater than 0")
         if "graph" in self.workloads and not self.gpus:
             wrong.append("--workloads graph: CUDA graphs need --device cuda")
+        if "default" in self.workloads and self.gpus:
+            wrong.append("--workloads default: on CUDA the default is fast mode: --workloads ours")
+        if self.peers is None and (named := self.chosen_peers):
+            wrong.append(f"--no-peers: contradicts --workloads {' '.join(named)}")
         return wrong
+
+    @property
+    def chosen_peers(self) -> list[str]:
+        return [name for name in self.workloads if name in PEERS]
 
     @property
     def device(self) -> str:
@@ -100,9 +122,17 @@ def _invalid(arguments: Namespace) -> list[str]:
     wrong = []
     if arguments.rounds is not None and arguments.rounds < 1:
         wrong.append(f"--rounds {arguments.rounds}: must be at least 1")
+    if bad := [cores for cores in arguments.cores or () if cores < 1]:
+        wrong.append(f"--cores {' '.join(map(str, bad))}: each must be at least 1")
+    if arguments.benchmark != "scaling" and (arguments.cores or arguments.from_file):
+        wrong.append(f"--cores and --from: apply to scaling only, not to {arguments.benchmark}")
     if arguments.benchmark != "train" and (arguments.batches or arguments.workloads):
         wrong.append(f"--batches and --workloads: apply to train only, not to {arguments.benchmark}")
     return wrong
+
+
+def _default_steps(benchmark: str, gpus: int) -> int:
+    return 100 if gpus else 40 if benchmark == "scaling" else 80
 
 
 def _visible_gpus(device: str) -> int:

@@ -4,7 +4,7 @@ The task is improved AlexNet on CIFAR-10, SGD with Nesterov momentum, random cro
 same batch size for all.
 """
 
-from importlib.util import find_spec
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from distributed.bench.options import IMAGES, Options
@@ -12,8 +12,8 @@ from distributed.bench.workload import Workload
 
 MODULES = "distributed.bench.workloads"
 MODES = {"ours": ("fast", "0"), "exact": ("exact, 8 shards", "8")}
-PACKAGES = {"timm": ("timm",), "lightning": ("pytorch_lightning", "lightning")}
-"""Modules that a workload needs; at least one of them must be installed."""
+PEER_NAMES = {"timm": "timm (bfloat16)", "accelerate": "accelerate (bfloat16)", "lightning": "Lightning (bfloat16)"}
+DEFAULT = "ours (default)"
 
 
 class Layout(NamedTuple):
@@ -58,28 +58,17 @@ def layouts(options: Options) -> dict[str, Layout]:
 
 
 def workloads(options: Options, folder: str) -> dict[str, Workload]:
-    """Return the chosen workloads by name, batch size by batch size, without those whose package is not installed."""
+    """Return the chosen workloads by name, batch size by batch size."""
     found: dict[str, Workload] = {}
     for batch in options.batches:
         for key in options.workloads:
-            if key not in skipped(options):
-                named = _workloads_of(key, options, batch, f"{folder}/{key}-{batch}")
-                found |= {f"{name}, batch {batch}": workload for name, workload in named.items()}
+            named = _workloads_of(key, options, batch, f"{folder}/{key}-{batch}")
+            found |= {f"{name}, batch {batch}": workload for name, workload in named.items()}
     return found
-
-
-def skipped(options: Options) -> dict[str, str]:
-    """Return the chosen workloads that cannot run here, each with the reason."""
-    return {
-        key: "not installed"
-        for key, modules in PACKAGES.items()
-        if key in options.workloads and not any(map(find_spec, modules))
-    }
 
 
 def _workloads_of(key: str, options: Options, batch: int, folder: str) -> dict[str, Workload]:
     settings = {"root": str(options.root), "batch": batch, "device": options.device, "threads": options.threads}
-    with_workers = settings | {"workers": options.workers}
     match key:
         case "compute":
             return {"compute alone": compute_alone(options, batch)}
@@ -88,10 +77,11 @@ def _workloads_of(key: str, options: Options, batch: int, folder: str) -> dict[s
         case "seeds":
             precision = " (float32, TF32 off)" if options.gpus else ""
             return {f"references' plain loop{precision}": _other(options, "reference_loop:run", settings)}
-        case "timm":
-            return {"timm (bfloat16)": _other(options, "timm_loop:run", with_workers)}
-        case "lightning":
-            return {"Lightning (bfloat16)": _other(options, "lightning_loop:run", with_workers)}
+        case "timm" | "accelerate" | "lightning":
+            workload = _other(options, f"{key}_loop:run", settings | {"workers": options.workers})
+            return {PEER_NAMES[key]: replace(workload, python=options.peer_python)}
+        case "default":  # as `make train` runs it on a CPU: no setting for threads or shards
+            return {f"{DEFAULT}, 2 processes": ours(options, folder, batch=batch, ranks=2, threads=0)}
     mode, shards = MODES[key]
     return {
         f"ours ({mode}), {name}": ours(

@@ -1,4 +1,5 @@
-"""Replicated weights: torch's DistributedDataParallel computes gradients, and this engine sums them over the ranks."""
+"""Replicated weights. Gradients are summed over the ranks: through shared memory if they are on one host and compute on CPUs,
+else bucket by bucket in DistributedDataParallel."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from distributed.data.batch import Batch
 from distributed.engine.model_state import ModelState
 from distributed.engine.prepare import Compute, prepare
 from distributed.engine.protocol import Loss, Outcome
+from distributed.engine.shared_gradients import SharedGradients
 from distributed.models.keyed_dropout import use_sample_keys
 
 
@@ -53,11 +55,11 @@ def _any_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Outcome]:
 
 
 class DdpEngine:
-    """An `Engine` in which every rank has all weights. A single process runs without DDP.
+    """An `Engine` in which every rank has all weights. A single process, and ranks that share memory, run without DDP.
 
     Args:
         model: float32 on the CPU, with its initial weights; the engine takes ownership.
-        example: some images, for two steps whose results are discarded.
+        example: some images, for a few steps before DDP is used, whose results are discarded.
         compile: compile the forward and backward pass with torch.compile.
     """
 
@@ -77,19 +79,29 @@ class DdpEngine:
             self._plain.compile()  # in place, so that parameters keep their names
         self.model = self._plain
         self.weights = ModelState(optim, self._plain, precision=compute.precision)
-        self._sums = BucketSums(torch.bfloat16 if config.compression == "bfloat16" else None)
+        self._trained = [p for p in self._plain.parameters() if p.requires_grad]
         self._log_bytes = world_size() > 1
-        if world_size() > 1:
-            self._ddp = self._wrap(config)
-            self.model = self._ddp
+        low = torch.bfloat16 if config.compression == "bfloat16" else None
+        self._shared = self._open_shared_gradients(low) if world_size() > 1 else None
+        self._sums = self._shared or BucketSums(low)
+        self._ddp: DistributedDataParallel | None = None
+        if isinstance(self._sums, BucketSums) and world_size() > 1:
+            before = {name: tensor.clone() for name, tensor in self._plain.state_dict().items()}
+            self.model = self._ddp = self._wrap(config, self._sums, example)
             self._settle_buckets(example)
+            self._plain.load_state_dict(before)
+            self._sums.reduced_bytes = 0
 
     @property
     def reduced_bytes(self) -> int:
-        """Bytes of gradients that this rank has all-reduced so far."""
+        """Bytes of this rank's gradients that were summed over the ranks so far."""
         return self._sums.reduced_bytes
 
-    def _wrap(self, config: Ddp) -> DistributedDataParallel:
+    def _open_shared_gradients(self, low: torch.dtype | None) -> SharedGradients | None:
+        timeout = self.compute.timeout_seconds
+        return SharedGradients.open(self._trained, low, self.compute.device, timeout_seconds=timeout)
+
+    def _wrap(self, config: Ddp, sums: BucketSums, example: Batch) -> DistributedDataParallel:
         # torch 2.13 renamed the flag. Buffers need no broadcast, since synchronized statistics are the same on all ranks.
         known = inspect.signature(DistributedDataParallel.__init__).parameters
         no_broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -99,23 +111,30 @@ class DdpEngine:
             device_ids=[self.compute.device] if self.compute.device.type == "cuda" else None,
             bucket_cap_mb=config.bucket_mib,
             gradient_as_bucket_view=True,
+            find_unused_parameters=self._has_unused_parameters(example),
             **options,
         )
-        ddp.register_comm_hook(None, self._sums.hook)
+        ddp.register_comm_hook(None, sums.hook)
         return ddp
 
+    def _has_unused_parameters(self, example: Batch) -> bool:
+        """Return whether a parameter receives no gradient in a step without DDP. Updates the model's buffers."""
+        with self.compute.autocast():
+            value, _ = _any_loss(self._plain, example)
+        value.backward()  # type: ignore[no-untyped-call]
+        found = any(parameter.grad is None for parameter in self._trained)
+        self.weights.zero_grad()
+        return found
+
     def _settle_buckets(self, example: Batch) -> None:
-        """Take two steps without updates, then restore the model's buffers.
+        """Take two steps without updates, in which the model's buffers change.
 
         After its first step DDP rebuilds its buckets in the order in which gradients arrived. From three ranks up, other
         buckets mean another order of summation, so a resumed run must not take its first step with the initial buckets.
         """
-        before = {name: tensor.clone() for name, tensor in self._plain.state_dict().items()}
         for _ in range(2):
             self.micro_step(_any_loss, example, last=True)
             self.weights.zero_grad()
-        self._plain.load_state_dict(before)
-        self._sums.reduced_bytes = 0
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
@@ -124,17 +143,19 @@ class DdpEngine:
             return logits
 
     def micro_step(self, loss: Loss, batch: Batch, *, last: bool) -> Outcome:
-        all_reduce = nullcontext() if last or self.model is self._plain else self._ddp.no_sync()
-        with all_reduce:
+        with nullcontext() if last or self._ddp is None else self._ddp.no_sync():
             with self.compute.autocast():
                 value, outcome = loss(self.model, batch)
             self.weights.scale_loss(value).backward()  # type: ignore[no-untyped-call]
+        if last and self._shared:
+            self._shared.sum()
         return outcome
 
     def step(self, lr: float | Tensor, *, step: int | Tensor) -> Tensor:
         if self._log_bytes:
             self._log_bytes = False
-            logger.debug("gradients: {:,} bytes all-reduced per step", self.reduced_bytes)
+            how = "through shared memory" if self._shared else "in DistributedDataParallel"
+            logger.debug("gradients: {:,} bytes summed over ranks per step, {}", self.reduced_bytes, how)
         norm = self.weights.step(lr, step=step)
         self.weights.zero_grad()
         return norm

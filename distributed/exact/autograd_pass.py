@@ -10,12 +10,13 @@ Like torch's engine in one thread, it runs ready nodes latest first, and fits ea
 
 from collections.abc import Callable
 from heapq import heappop, heappush
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distributed.exact.torch_compat import AccumulateGrad, Node, PythonNode, input_metadata, sequence_number
+from distributed.exact.torch_compat import Node, input_metadata, is_leaf, is_python, sequence_number
 
 GradientSink = Callable[[Tensor, Tensor], None]
 """Takes a parameter and its gradient, complete within the shard; must not modify the gradient in place."""
@@ -38,37 +39,25 @@ def backward(loss: Tensor, sink: GradientSink, before: dict[Node, Callable[[], N
     arriving = _Arriving(start)
     arriving.add(start, 0, torch.ones_like(loss))
     loss.detach_()
-    ready = [(0, start)]
+    ready: list[tuple[int, Node]] = [(0, start)]
     del start
     while ready:
         node = heappop(ready)[1]
-        gradients = arriving.take(node)
         if prepare := before.pop(node, None):
             prepare()
-        edges = node.next_functions
-        if isinstance(node, PythonNode):
-            results = _run_python_node(node, gradients)
-            edges = [edge for edge in edges if edge[0] is not None]
-        else:
-            results = node(*gradients)
-        del node, gradients  # frees what the node saved, before the next one runs
-        if type(results) is not tuple:
-            results = (results,)
-        for (target, index), gradient in zip(edges, results, strict=False):
-            if target is None:
-                continue
+        results = _run(node, arriving.take(node))
+        del node  # frees what it saved, before the next one runs
+        for target, index, gradient in results:
             if gradient is not None:
                 arriving.add(target, index, gradient)
             if not arriving.is_complete(target):
                 continue
-            if type(target) is AccumulateGrad:
-                (total,) = arriving.take(target)
-                if total is not None:
-                    sink(target.variable, total)
-            else:
+            if not is_leaf(target):
                 heappush(ready, (-sequence_number(target), target))
-        del edges, results
-        target = gradient = None
+            elif (total := arriving.take(target)[0]) is not None:
+                sink(target.variable, total)
+        results.clear()
+        target = gradient = total = None
 
 
 class _Arriving:
@@ -120,7 +109,7 @@ def _sum(first: Tensor, second: Tensor) -> Tensor:
 
 def _fit(gradient: Tensor, metadata: Any, node: Node) -> Tensor:
     """Sum over dimensions that the forward pass broadcast, and cast to the input's dtype."""
-    if gradient.shape != metadata.shape:
+    if list(gradient.shape) != metadata.shape:
         gradient = gradient.sum_to_size(metadata.shape)
     if gradient.dtype != metadata.dtype:
         if gradient.is_complex():
@@ -131,15 +120,25 @@ def _fit(gradient: Tensor, metadata: Any, node: Node) -> Tensor:
     return gradient
 
 
-def _run_python_node(node: Node, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Run the backward of a `torch.autograd.Function`; return the gradients of the inputs that need one, in order.
+def _run(node: Node, gradients: list[Tensor | None]) -> list[tuple[Node, int, Tensor | None]]:
+    """Return (node, input index, gradient) for each edge from this node to one that needs a gradient."""
+    edges = node.next_functions
+    if is_python(node):
+        # One result per argument, tensor or not, but one edge per tensor.
+        results = zip(_as_tuple(node.apply(*_materialized(node, gradients))), node.needs_input_grad, strict=False)
+        of_edges = iter([gradient for gradient, needed in results if needed])
+        return [(*edge, next(of_edges)) for edge in edges if edge[0] is not None]
+    pairs = zip_longest(edges, _as_tuple(node(*gradients)))
+    return [(*edge, gradient) for edge, gradient in pairs if edge[0] is not None]
 
-    Undefined gradients become zeros, as in torch's engine.
-    """
-    for index, metadata in enumerate(input_metadata(node)):
-        if gradients[index] is None:
-            gradients[index] = torch.zeros(metadata.shape, dtype=metadata.dtype, device=metadata.device)
-    results = node.apply(*gradients)
-    if type(results) is not tuple:
-        results = (results,)
-    return tuple(gradient for gradient, needed in zip(results, node.needs_input_grad, strict=False) if needed)
+
+def _as_tuple(results: Any) -> tuple[Tensor | None, ...]:
+    return results if type(results) is tuple else (results,)
+
+
+def _materialized(node: Node, gradients: list[Tensor | None]) -> list[Tensor]:
+    """Replace undefined gradients by zeros, as torch's engine does for every `torch.autograd.Function`."""
+    return [
+        torch.zeros(metadata.shape, dtype=metadata.dtype, device=metadata.device) if gradient is None else gradient
+        for gradient, metadata in zip(gradients, input_metadata(node), strict=True)
+    ]

@@ -1,31 +1,47 @@
-"""Checks that a model can be computed shard by shard: only batch norm may depend on other samples of the batch."""
+"""Checks that a network can be trained in exact mode: only batch norm may depend on other samples of the batch."""
 
-from torch import nn
+from torch import Tensor, nn
 
-from distributed.models.torch_compat import AnyBatchNorm, AnyDropout, is_persistent
+from distributed.errors import InputError
+from distributed.exact.batch_norm_constants import BatchNormConstants
+from distributed.exact.reasons import Reason, grouped
+from distributed.exact.registered import can_run, registered
+from distributed.exact.sample_mixing import MIXES, find_mixing, throwaway_batch
+from distributed.exact.saved_model import unchanged
+from distributed.exact.training_pass import observe
 
 
-def check_exact(model: nn.Module) -> None:
-    """Check every layer of the model.
+def check_exact(model: nn.Module, images: Tensor | None = None) -> None:
+    """Check a network by what it registers and by throwaway passes over a few images.
+
+    Leaves the model and the global random generators unchanged, bit for bit.
+
+    Args:
+        model: float32 on the CPU, before any conversion of its batch norm layers; dropout layers are keyed.
+        images: [n, 3, side, side], n at least 1; at most 3 are used. None: no passes.
 
     Raises:
-        ValueError: the result of a layer depends on more than its shard; names each such layer and the remedy.
+        InputError: exact mode does not support the network; one line for each problem, with its first module and remedy.
     """
-    reasons = [f"{name} ({type(m).__name__}) {reason}" for name, m in model.named_modules() if (reason := _reason(m))]
+    reasons = registered(model)
+    if images is not None and can_run(model):
+        try:
+            _add_from_passes(reasons, model, images)
+        except Exception:
+            if not reasons:  # otherwise what was found explains more than the failure of the pass
+                raise
     if reasons:
-        raise ValueError("exact.shards > 0: exact mode does not support this model: " + "; ".join(reasons))
+        raise InputError(*(f"exact.shards > 0: {line}; or set exact.shards = 0" for line in grouped(reasons)))
 
 
-def _reason(module: nn.Module) -> str:
-    if isinstance(module, AnyBatchNorm):
-        return ""
-    if isinstance(module, AnyDropout | nn.RReLU | nn.FractionalMaxPool2d | nn.FractionalMaxPool3d):
-        return "draws from a random generator, whose state depends on the processes; use KeyedDropout"
-    buffers = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_floating_point()}
-    persistent = [name for name in buffers if is_persistent(module, name)]
-    if persistent:
-        return (
-            f"has the persistent buffer {persistent[0]}, which every shard would change; register it with "
-            "persistent=False if it is constant"
-        )
-    return ""
+def _add_from_passes(reasons: list[Reason], model: nn.Module, images: Tensor) -> None:
+    images, keys = throwaway_batch(images)
+    with unchanged(model) as saved:
+        model.train()
+        with BatchNormConstants(model).recording() as constants:
+            for reason in observe(model, images, keys, saved):
+                reasons.append(reason)
+            mixing = find_mixing(model, images, keys, constants, recorded=True)
+            # Passes that differ are explained by any other reason.
+            if mixing and (mixing.problem == MIXES or not reasons):
+                reasons.append(mixing)

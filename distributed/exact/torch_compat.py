@@ -6,13 +6,22 @@ tests/unit/test_torch_internals.py fails if the installed torch lacks one of the
 from typing import Any
 
 import torch
-from torch.autograd.function import BackwardCFunction as PythonNode
+from torch.autograd.function import BackwardCFunction
 
-__all__ = ["AccumulateGrad", "Node", "PythonNode", "input_metadata", "sequence_number"]
+__all__ = ["Node", "has_hooks", "input_metadata", "is_leaf", "is_python", "sequence_number"]
 
 Node = Any  # torch.autograd.graph.Node does not declare that nodes can be called
-AccumulateGrad: type = torch._C._functions.AccumulateGrad
-"""The node at which a leaf's gradient arrives."""
+_AccumulateGrad: type = torch._C._functions.AccumulateGrad
+
+
+def is_leaf(node: Node) -> bool:
+    """Whether the node is the one at which a leaf's gradient arrives; its `variable` is the leaf."""
+    return type(node) is _AccumulateGrad
+
+
+def is_python(node: Node) -> bool:
+    """Whether the node belongs to a `torch.autograd.Function`: it cannot be called, but has `apply`."""
+    return isinstance(node, BackwardCFunction)
 
 
 def input_metadata(node: Node) -> list[Any]:
@@ -23,3 +32,14 @@ def input_metadata(node: Node) -> list[Any]:
 def sequence_number(node: Node) -> int:
     """Return a number that grows with each node that the forward pass creates on a thread."""
     return node._sequence_nr()  # type: ignore[no-any-return]
+
+
+def has_hooks(node: Node) -> bool:
+    """Whether hooks are registered on a node itself; those of tensors are stored elsewhere."""
+    for register in (node.register_hook, node.register_prehook):
+        handle = register(lambda *_: None)
+        hooks = handle.hooks_dict_ref()  # the only access to the others
+        handle.remove()
+        if hooks:
+            return True
+    return False

@@ -5,6 +5,8 @@ autocast an empty shard's row has another dtype. This layer avoids both.
 """
 
 from collections.abc import Callable
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +14,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from distributed.models.sync_batch_norm import SyncBatchNorm, convert_batch_norm, one_shard_per_rank
-from distributed.models.torch_compat import AnyBatchNorm
 
 
 class _FusedBatchNorm(torch.autograd.Function):
@@ -33,34 +34,43 @@ class _FusedBatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse, counts = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         if x.numel():
             grad = _dense(grad, like=x)
-            *sums, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
-                grad, x, mean, inverse, weight, True, True, True
+            *sums, of_weight, of_bias = torch.batch_norm_backward_reduce(
+                grad, x, mean, inverse, weight, needs_x, needs_weight, needs_bias
             )
         else:
             sums = [torch.zeros_like(mean)] * 2
-            grad_weight = grad_bias = torch.zeros_like(weight)
+            of_weight = of_bias = torch.zeros_like(weight)
+        of_parameters = of_weight if needs_weight else None, of_bias if needs_bias else None
+        if not needs_x:  # on any rank
+            return None, *of_parameters, None
         total: Tensor = ctx.all_gather_rows(torch.cat(sums), lambda rows: rows.sum(0))
         sum_grad, sum_product = total.chunk(2)
         if not x.numel():
-            return torch.empty_like(x), grad_weight, grad_bias, None
+            return torch.empty_like(x), *of_parameters, None
         grad_x = torch.batch_norm_backward_elemt(grad, x, mean, inverse, weight, sum_grad, sum_product, counts)
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, *of_parameters, None
 
 
 class FusedSyncBatchNorm(SyncBatchNorm):
     """A `SyncBatchNorm` for CUDA in fast mode: its sums over shards have no fixed order.
 
-    The last gathered row must be that of a shard that is not empty.
+    The last gathered row must be that of a shard that is not empty. Its base class computes evaluations, and layers without
+    weight, bias or running statistics. It also computes cumulative running statistics, whose momentum is on the device.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize a shard, x [n, channels, ...]."""
-        if not self.training:
+        if not self._is_fused():
             return super().forward(x)
         result: Tensor = _FusedBatchNorm.apply(x, self.weight, self.bias, self)
         return result
+
+    def _is_fused(self) -> bool:
+        tracked = self.track_running_stats and self.running_mean is not None and self.momentum is not None
+        return self.training and tracked and self.weight is not None and self.bias is not None
 
     def combine_and_track(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Combine the shards' rows and update the running statistics.
@@ -69,13 +79,10 @@ class FusedSyncBatchNorm(SyncBatchNorm):
         """
         # In reverse order: the kernel divides by the count so far, and only the last shard is certain not to be empty.
         means, inverses, counts = torch.split(rows.flip(0), [x.shape[1], x.shape[1], 1], dim=1)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.count_batch()
+        assert self.momentum is not None
         mean, inverse = torch.batch_norm_gather_stats_with_counts(
-            x, means, inverses, self.running_mean, self.running_var, momentum, self.eps, counts.view(-1)
+            x, means, inverses, self.running_mean, self.running_var, self.momentum, self.eps, counts.view(-1)
         )
         return mean, inverse, counts.view(-1).to(torch.int32)
 
@@ -94,11 +101,12 @@ def synchronize_batch_norm(model: nn.Module, gather: Callable[[Tensor], Tensor])
 
     Args:
         gather: all-gather of one row per rank, [world_size, length], ordered by rank. The last rank's shard is never empty.
+
+    Raises:
+        ValueError: a batch norm of the model is more than torch's own.
     """
     all_gather_rows = one_shard_per_rank(gather)
-
-    def synchronized(layer: AnyBatchNorm) -> nn.Module:
-        on_cuda = layer.running_mean is not None and layer.running_mean.is_cuda
-        return (FusedSyncBatchNorm if on_cuda else SyncBatchNorm).of(layer, all_gather_rows)
-
-    return convert_batch_norm(model, synchronized)
+    # A layer may have no tensor of its own.
+    on_cuda = any(tensor.is_cuda for tensor in chain(model.parameters(), model.buffers()))
+    kind = FusedSyncBatchNorm if on_cuda else SyncBatchNorm
+    return convert_batch_norm(model, partial(kind.of, all_gather_rows=all_gather_rows))

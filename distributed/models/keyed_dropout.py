@@ -26,6 +26,8 @@ class _Samples:
 
 
 _samples: ContextVar[_Samples | None] = ContextVar("_samples", default=None)
+# The latest one for compiled code, which runs on one thread: torch 2.11's compiler cannot trace ContextVar.get.
+_for_compiled: list[_Samples | None] = [None]
 
 
 @contextmanager
@@ -35,11 +37,13 @@ def use_sample_keys(keys: Tensor) -> Iterator[None]:
     Args:
         keys: int64 [n, 2] from `rng.sample_keys`, on the model's device.
     """
-    token = _samples.set(_Samples(keys))
+    samples = _for_compiled[0] = _Samples(keys)
+    token = _samples.set(samples)
     try:
         yield
     finally:
         _samples.reset(token)
+        _for_compiled[0] = _samples.get()
 
 
 class KeyedDropout(nn.Module):
@@ -77,7 +81,7 @@ class KeyedDropout(nn.Module):
 
     def kept(self, keys: Tensor, count: int, *, use: int = 0) -> Tensor:
         """Return the mask of kept units, bool [n, count], for sample keys int64 [n, 2], at the layer's use number `use`."""
-        return rng.uniform16(keys, self._units.get(keys, count, use))[:, :count] >= self.threshold
+        return rng.at_least16(keys, self._units.get(keys, count, use), self.threshold)[:, :count]
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply dropout to x [n, ...].
@@ -99,7 +103,7 @@ class KeyedDropout(nn.Module):
 
     def _draw(self, x: Tensor) -> Tensor:
         """Return the mask of x [n, ...] for the samples of this forward pass, bool, of a shape that broadcasts to x's."""
-        samples = _samples.get()
+        samples = _for_compiled[0] if torch.compiler.is_compiling() else _samples.get()
         if samples is None:
             raise ValueError(
                 f"{self._label()}: training needs the keys of its samples; call the model inside use_sample_keys(keys), "

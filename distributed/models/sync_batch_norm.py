@@ -9,12 +9,14 @@ from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from distributed.comm.reduction_tree import tree_sum
-from distributed.models.torch_compat import AnyBatchNorm, NormBase, share_tensors
+from distributed.models.plain_batch_norm import unsupported_batch_norms
+from distributed.models.small_tensors import Sizes, filled, scratch, sizes_of
+from distributed.models.torch_compat import AnyBatchNorm, NormBase
 
 T = TypeVar("T")
+_backward_kernel = torch.ops.aten.native_batch_norm_backward.default
 
 
 class AllGatherRows(Protocol):
@@ -35,151 +37,180 @@ def one_shard_per_rank(gather: Callable[[Tensor], Tensor]) -> AllGatherRows:
 
 
 class Statistics(NamedTuple):
-    """Mean and biased variance [channels] of the entire batch, and the number of elements per channel []."""
+    """Mean and biased variance [channels] of the entire batch, and its sizes; shared by all shards."""
 
     mean: Tensor
     variance: Tensor
-    total: Tensor
+    sizes: Sizes
 
 
 def _statistics_row(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return mean, biased variance and count of x [n, channels, ...], concatenated: [2 * channels + 1]."""
-    channels = x.shape[1]
+    channels, device = x.shape[1], x.device
     count = x.numel() // channels
-    mean = variance = torch.zeros(channels, dtype=dtype, device=x.device)
     if count:
         # The kernel returns statistics in the dtype of the running ones; without those it would round them to bfloat16.
-        mean, variance = torch.batch_norm_update_stats(x, mean, variance, 0.0)
-    return torch.cat([mean.to(dtype), variance.to(dtype), torch.full((1,), count, dtype=dtype, device=x.device)])
+        unread = scratch(channels, dtype, device)
+        mean, variance = torch.batch_norm_update_stats(x, unread, unread, 0.0)
+    else:
+        mean = variance = filled(channels, 0.0, dtype, device)
+    return torch.cat((mean, variance, filled(1, count, dtype, device)))
 
 
 def _combined(rows: Tensor) -> Statistics:
     """Combine the shards' rows into the statistics of the entire batch."""
     channels = rows.shape[1] // 2
-    means, variances, counts = rows[:, :channels], rows[:, channels:-1], rows[:, -1:]
-    total = tree_sum(counts)
-    fractions = counts / total
-    mean = tree_sum(means * fractions)
+    means, variances, counts = torch.split(rows, [channels, channels, 1], dim=1)
+    sizes = sizes_of(counts)
+    mean = tree_sum(means * sizes.fractions)
     # Squared deviations of the shards' means from the batch's instead of a difference of squares, which would cancel.
-    variance = tree_sum((variances + (means - mean).square()) * fractions)
-    return Statistics(mean, variance, total[0])
+    variance = tree_sum((variances + (means - mean).square()) * sizes.fractions)
+    return Statistics(mean, variance, sizes)
 
 
-def gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, statistics: Statistics, eps: float, all_gather_rows: AllGatherRows
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a shard's gradients of x [n, channels, ...], weight and bias, given the gradient of its output.
+def _normalized(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """Normalize x by given statistics, which are treated as constants."""
+    # Not functional.batch_norm, which adds checks and rejects an eps of 0 in torch 2.11.
+    return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
 
-    Synchronizes with all other shards. The gradients of weight and bias are this shard's sums.
-    """
-    mean, variance, total = statistics
-    grad_weight = grad_bias = torch.zeros_like(mean)
-    if x.numel():  # the kernel divides by the number of elements
-        # Without saved statistics the kernel uses those passed as running ones. On CUDA "none" is an empty tensor, not None.
-        unsaved = mean.new_empty(0)
-        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, variance, unsaved, unsaved, False, eps, [False, True, True]
-        )
+
+def _grad_sums(grad: Tensor, x: Tensor, weight: Tensor | None, statistics: Statistics, eps: float) -> list[Tensor]:
+    """Return this shard's sums of grad * x_hat and of grad, [channels]: the gradients of weight and bias."""
+    mean, variance, _ = statistics
+    if not x.numel():  # the kernel divides by the number of elements
+        return [torch.zeros_like(mean), torch.zeros_like(mean)]
+    # CUDA's kernel needs a weight, of which it reads only the dtype: its values enter the gradient of x, computed later.
+    # Without saved statistics the kernel uses those passed as running ones. On CUDA "none" is an empty tensor, not None.
+    any_weight, unsaved = mean if weight is None else weight, filled(0, 0.0, mean.dtype, mean.device)
+    found = _backward_kernel(grad, x, any_weight, mean, variance, unsaved, unsaved, False, eps, [False, True, True])
+    return found[1:]  # type: ignore[no-any-return]
+
+
+def _input_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor | None, statistics: Statistics, sums: list[Tensor], layer: "SyncBatchNorm"
+) -> Tensor:
+    """Return the gradient of a shard x [n, channels, ...]. Synchronizes with all other shards."""
 
     def reduce_fn(rows: Tensor) -> tuple[Tensor, ...]:
         # grad_x = (grad - mean_bias - x_hat * mean_weight) * weight * inverse, written per channel as
         # scale * grad + offset, one pass of the kernel that evaluation uses, plus slope * x. The slope is rounded to
         # x's dtype before the offset is computed from it, so that its rounding error multiplies x - mean instead of x.
-        mean_weight, mean_bias = (tree_sum(rows) / total).chunk(2)
-        inverse = torch.rsqrt(variance + eps)
-        scale = weight * inverse
+        mean, variance, sizes = statistics
+        mean_weight, mean_bias = (tree_sum(rows) / sizes.total).chunk(2)
+        inverse = torch.rsqrt(variance + layer.eps)
+        scale = inverse if weight is None else weight * inverse
         slope = (-mean_weight * scale * inverse).to(x.dtype)
         offset = -mean_bias * scale - slope.to(mean.dtype) * mean
-        return scale, offset, slope.view(1, -1, *(1,) * (x.dim() - 2)), torch.zeros_like(mean), torch.ones_like(mean)
+        zeros, ones = (filled(len(mean), value, mean.dtype, mean.device) for value in (0.0, 1.0))
+        return scale, offset, slope.view(1, -1, *(1,) * (x.dim() - 2)), zeros, ones
 
-    scale, offset, slope, zeros, ones = all_gather_rows(torch.cat([grad_weight, grad_bias]), reduce_fn)
-    # Not functional.batch_norm, which rejects an eps of 0 in torch 2.11.
-    grad_x = torch.batch_norm(
-        grad, scale, offset, zeros, ones, training=False, momentum=0.0, eps=0.0, cudnn_enabled=False
-    ).addcmul_(x, slope)
-    return grad_x, grad_weight, grad_bias
+    scale, offset, slope, zeros, ones = layer.all_gather_rows(torch.cat(sums), reduce_fn)
+    return torch.batch_norm(grad, scale, offset, zeros, ones, False, 0.0, 0.0, False).addcmul_(x, slope)
 
 
-class _Normalized(torch.autograd.Function):
+class _BatchNormalized(torch.autograd.Function):
+    """Normalization by statistics of the batch, on which the gradient of x depends too."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, total: Tensor, layer: Any
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Statistics, layer: "SyncBatchNorm"
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, variance, total)
-        ctx.eps, ctx.all_gather_rows = layer.eps, layer.all_gather_rows
-        return layer.apply_statistics(x, Statistics(mean, variance, total))  # type: ignore[no-any-return]
+        ctx.save_for_backward(x, weight)
+        ctx.statistics, ctx.layer = statistics, layer
+        return _normalized(x, weight, bias, statistics.mean, statistics.variance, layer.eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *statistics = ctx.saved_tensors
-        found = gradients(grad, x, weight, Statistics(*statistics), ctx.eps, ctx.all_gather_rows)
-        return *found, None, None, None, None
+        if torch.is_grad_enabled():  # with create_graph=True; cheaper than once_differentiable
+            raise RuntimeError(
+                "synchronized batch norm has no second derivative: compute gradients without create_graph=True"
+            )
+        x, weight = ctx.saved_tensors
+        layer, statistics = ctx.layer, ctx.statistics
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        sums = _grad_sums(grad, x, weight, statistics, layer.eps)
+        # All shards have the same graph, so either all of them need this gradient and synchronize, or none.
+        grad_x = _input_gradient(grad, x, weight, statistics, sums, layer) if needs_x else None
+        return grad_x, sums[0] if needs_weight else None, sums[1] if needs_bias else None, None, None
 
 
 class SyncBatchNorm(NormBase):
-    """`BatchNorm1d/2d/3d` over all shards in training. Evaluation and state are the same as theirs.
+    """`BatchNorm1d/2d/3d` over all shards. State, options and results are the same as theirs on the entire batch.
 
-    Gradients of weight and bias are this shard's sums; the engine sums them over shards, as for any other parameter.
+    Without running statistics it normalizes by those of the batch in evaluation too, as torch does: then an evaluation
+    synchronizes as well, and its results depend on how it is divided into batches. Gradients of weight and bias are this
+    shard's sums; the engine sums them over shards, as for any other parameter.
     """
 
     all_gather_rows: AllGatherRows
 
     @classmethod
     def of(cls, layer: AnyBatchNorm, all_gather_rows: AllGatherRows) -> Self:
-        """Return a synchronized replacement for `layer` that shares its parameters and buffers.
-
-        Raises:
-            ValueError: the layer has no affine parameters or no running statistics.
-        """
-        if not layer.affine or not layer.track_running_stats:
-            raise ValueError(f"{layer}: synchronized batch norm needs affine=True and track_running_stats=True")
-        sync = cls(layer.num_features, eps=layer.eps, momentum=layer.momentum, device="meta")
+        """Return a synchronized replacement for `layer` that shares its parameters, buffers and hooks."""
+        sync = cls.__new__(cls)
+        vars(sync).update(vars(layer))
         sync.all_gather_rows = all_gather_rows
-        sync.training = layer.training
-        share_tensors(layer, sync)
         return sync
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize a shard, x [n, channels, ...]."""
-        if not self.training:
-            assert self.running_mean is not None
+        weight, bias = self.weight, self.bias
+        if not self.training and self.running_mean is not None:
             assert self.running_var is not None
-            return self.apply_statistics(x, Statistics(self.running_mean, self.running_var, x.new_empty(0)))
-        row = _statistics_row(x.detach(), self.weight.dtype)
-        return self.normalized(x, self.all_gather_rows(row, self._combine_and_track))
-
-    def normalized(self, x: Tensor, statistics: Statistics) -> Tensor:
-        """Normalize x by the statistics of its batch. The gradient of x includes their dependence on it."""
-        result: Tensor = _Normalized.apply(x, self.weight, self.bias, *statistics, self)
+            return _normalized(x, weight, bias, self.running_mean, self.running_var, self.eps)
+        known = self.running_mean if weight is None else weight
+        dtype = torch.promote_types(x.dtype, torch.float32) if known is None else known.dtype
+        statistics = self.all_gather_rows(_statistics_row(x.detach(), dtype), self._combine_and_track)
+        result: Tensor = _BatchNormalized.apply(x, weight, bias, statistics, self)
         return result
 
-    def apply_statistics(self, x: Tensor, statistics: Statistics) -> Tensor:
-        """Normalize x by given statistics, which are treated as constants."""
-        return torch.nn.functional.batch_norm(
-            x, statistics.mean, statistics.variance, self.weight, self.bias, training=False, eps=self.eps
-        )
+    def count_batch(self) -> Tensor | float | None:
+        """Count a batch; return the weight of its statistics in the running ones, or None if there are none to update."""
+        if not self.training or not self.track_running_stats:
+            return None
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        if self.running_mean is None:
+            return None
+        if self.momentum is not None:
+            return self.momentum
+        if self.num_batches_tracked is None:
+            return 0.0
+        # A tensor: reading the number would wait for the device.
+        return self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
 
     @torch.no_grad()
     def _combine_and_track(self, rows: Tensor) -> Statistics:
         """Combine rows into the batch's statistics and update the running ones; once if several shards share them."""
         statistics = _combined(rows)
-        mean, variance, total = statistics
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(variance * (total / (total - 1).clamp(min=1)), momentum)
+        momentum = self.count_batch()
+        if momentum is not None:
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            self.running_mean.lerp_(statistics.mean, momentum)
+            self.running_var.lerp_(statistics.variance * statistics.sizes.unbiased, momentum)
         return statistics
 
 
 def convert_batch_norm(model: nn.Module, convert: Callable[[AnyBatchNorm], nn.Module]) -> nn.Module:
-    """Replace every `BatchNorm1d/2d/3d` inside the model by the layer that `convert` returns for it; return the model."""
-    for name, child in model.named_children():
-        if isinstance(child, AnyBatchNorm):
-            setattr(model, name, convert(child))
-        else:
-            convert_batch_norm(child, convert)
+    """Replace every batch norm of the model, which may be one itself, by the layer that `convert` returns for it.
+
+    A layer that is in several places is converted once. torch's own SyncBatchNorm is replaced too.
+
+    Returns:
+        The model, or its replacement.
+
+    Raises:
+        ValueError: a layer cannot be replaced; names each of them and the remedy.
+    """
+    unsupported = unsupported_batch_norms(model)
+    if unsupported:
+        raise ValueError("synchronized batch norm does not support this model: " + "; ".join(unsupported))
+    found = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, AnyBatchNorm)]
+    converted = {layer: convert(layer) for layer in dict.fromkeys(layer for _, layer in found)}
+    if isinstance(model, AnyBatchNorm):
+        return converted[model]
+    for path, layer in found:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, converted[layer])
     return model

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from kit.engines import use_process_group
 from kit.ranks import in_group, run_ranks
 from kit.small_runs import FAST, newest_checkpoint, small_config
 from kit.traces import Trace, tensors_of, traced
@@ -25,6 +26,8 @@ from distributed.training.totals import MetricAccumulator
 CPU = torch.device("cpu")
 BFLOAT16: dict[str, Any] = {"name": "ddp", "compression": "bfloat16"}
 PLAIN: dict[str, Any] = {"name": "ddp"}
+TRANSPORTS = ("memory", "ddp")
+"""How gradients are summed: through shared memory, or in DistributedDataParallel, as on several hosts."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -47,8 +50,10 @@ def built(config: TrainConfig) -> tuple[Any, Iterator[Any]]:
 
 
 @in_group
-def gradients_of_first_step(engine: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
-    """Return each parameter's gradient in the first step, of one micro-batch, and the bytes all-reduced for it."""
+def gradients_of_first_step(transport: str, engine: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
+    """Return each parameter's gradient in the first step, of one micro-batch, and the bytes summed for it."""
+    if transport == "ddp":
+        use_process_group()
     made, batches = built(small_config(Path("unused"), engine=engine, exact=FAST))
     (batch,) = next(batches)
 
@@ -62,9 +67,10 @@ def gradients_of_first_step(engine: dict[str, Any]) -> tuple[dict[str, Tensor], 
     return {name: p.grad.clone() for name, p in made._plain.named_parameters()}, made.reduced_bytes
 
 
-def test_bfloat16_halves_the_bytes_and_rounds_the_sums() -> None:
-    plain = run_ranks(gradients_of_first_step, 3, PLAIN)
-    rounded = run_ranks(gradients_of_first_step, 3, BFLOAT16)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_bfloat16_halves_the_bytes_and_rounds_the_sums(transport: str) -> None:
+    plain = run_ranks(gradients_of_first_step, 3, transport, PLAIN)
+    rounded = run_ranks(gradients_of_first_step, 3, transport, BFLOAT16)
     expected, plain_bytes = plain[0]
     assert plain_bytes == sum(gradient.nbytes for gradient in expected.values())
     for gradients, rounded_bytes in rounded:
@@ -82,7 +88,9 @@ def test_bfloat16_halves_the_bytes_and_rounds_the_sums() -> None:
 
 
 @in_group
-def uninterrupted_and_stopped(folder: Path) -> list[Trace]:
+def uninterrupted_and_stopped(folder: Path, transport: str) -> list[Trace]:
+    if transport == "ddp":
+        use_process_group()
     uninterrupted = traced(config_of(folder / "uninterrupted", BFLOAT16))
     return [
         uninterrupted,
@@ -90,8 +98,9 @@ def uninterrupted_and_stopped(folder: Path) -> list[Trace]:
     ]
 
 
-def test_a_stopped_run_ends_with_the_same_bits(tmp_path: Path) -> None:
-    for uninterrupted, *attempts in run_ranks(uninterrupted_and_stopped, 3, tmp_path, timeout_seconds=200):
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_stopped_run_ends_with_the_same_bits(transport: str, tmp_path: Path) -> None:
+    for uninterrupted, *attempts in run_ranks(uninterrupted_and_stopped, 3, tmp_path, transport, timeout_seconds=200):
         assert len(uninterrupted.steps) == 10
         assert [attempt.stopped for attempt in attempts] == [True, True, False]
         assert [step for attempt in attempts for step in attempt.steps] == uninterrupted.steps

@@ -90,24 +90,24 @@ def bytes_at_rest(engine: dict[str, Any], precision: str) -> dict[str, int]:
     device = choose_device("cpu", topology)
     data = build_data(config, topology, device)
     built: Any = build_engine(config, topology, data, device)
-    replica, gathered = built.model[0], [0]
+    copy, gathered = built.model, [0]
 
     def measure(*_: Any) -> None:
-        gathered.append(sum(p.untyped_storage().nbytes() for p in replica.parameters()))
+        gathered.append(sum(p.untyped_storage().nbytes() for p in copy.parameters()))
 
     def loss(model: Any, batch: Batch) -> tuple[Any, Any]:
         with use_sample_keys(batch.sample_keys):
             logits = model(batch.images)
         return logits.sum(), (logits.detach().sum(1), logits.detach())
 
-    for layer in replica.modules():
+    for layer in copy.modules():
         layer.register_forward_hook(measure)
     built.micro_step(loss, next(data.train_epoch(0))[0], last=True)
     built.step(0.01, step=0)
     tensors = built.weights.local_tensors()
     return {
-        "full": sum(p.numel() * 4 for p in replica.parameters()),
-        "gathered": sum(p.untyped_storage().nbytes() for p in (*replica.parameters(), *built._plain.parameters())),
+        "full": sum(p.numel() * 4 for p in copy.parameters()),
+        "gathered": sum(p.untyped_storage().nbytes() for p in (*copy.parameters(), *built._plain.parameters())),
         "maximum": max(gathered),
         "weights": sum(local.nbytes for name, (local, _) in tensors.items() if name.endswith((".weight", ".bias"))),
         "optimizer": sum(local.nbytes for name, (local, _) in tensors.items() if name.startswith("optimizer.")),

@@ -8,24 +8,26 @@ import pytest
 import torch
 
 from distributed.bench import training_speed
-from distributed.bench.__main__ import main, run_round, summary
+from distributed.bench.__main__ import main
 from distributed.bench.benchmarks import BENCHMARKS
 from distributed.bench.machine import machine
 from distributed.bench.measure import StepClock, step_seconds
-from distributed.bench.options import WORKLOADS, Options
+from distributed.bench.options import CPU_ONLY, GPU_ONLY, WORKLOADS, Options
+from distributed.bench.rounds import run_round, summary
 from distributed.bench.workload import Workload, WorkloadFailedError
+from distributed.config import TrainConfig, from_command_line
 
-CPU = Options(root=Path("nowhere"), steps=80, workloads=tuple(name for name in WORKLOADS if name != "graph"))
-CUDA = Options(root=Path("nowhere"), steps=100, gpus=1, batches=(128, 512, 2048))
+CPU = Options(
+    root=Path("nowhere"), steps=80, workloads=tuple(name for name in WORKLOADS if name not in GPU_ONLY),
+    peers=Path("peers"), peer_python=Path("peers/bin/python"),
+)  # fmt: skip
+CUDA = Options(
+    root=Path("nowhere"), steps=100, gpus=1, batches=(128, 512, 2048),
+    workloads=tuple(name for name in WORKLOADS if name not in CPU_ONLY),
+)  # fmt: skip
 COMPUTE = Workload(
     "distributed.bench.workloads.bare_compute:eager", {"batch": 4, "device": "cpu", "threads": 1}, steps=8, batch=4
 )
-
-
-@pytest.fixture
-def frameworks_installed(monkeypatch):
-    """Simulates installed timm and Lightning packages: a module of the standard library stands in for each."""
-    monkeypatch.setattr(training_speed, "PACKAGES", {"timm": ("json",), "lightning": ("no_such_module", "json")})
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def devices_of(workload):
 # Workloads
 
 
-def test_on_a_gpu_every_workload_runs_at_every_batch_size(frameworks_installed):
+def test_on_a_gpu_every_workload_runs_at_every_batch_size():
     found = training_speed.workloads(CUDA, "runs")
     for batch in (128, 512, 2048):
         assert [name for name in found if name.endswith(f", batch {batch}")] == [
@@ -63,23 +65,26 @@ def test_on_a_gpu_every_workload_runs_at_every_batch_size(frameworks_installed):
             f"ours (exact, 8 shards), 1 GPU, batch {batch}",
             f"references' plain loop (float32, TF32 off), batch {batch}",
             f"timm (bfloat16), batch {batch}",
+            f"accelerate (bfloat16), batch {batch}",
             f"Lightning (bfloat16), batch {batch}",
         ]
-    assert len(found) == 21
+    assert len(found) == 24
     for name, workload in found.items():
         assert devices_of(workload) == {"cuda"}, name
         assert name.endswith(f", batch {workload.batch}")
 
 
-def test_on_a_cpu_one_and_two_processes_are_measured(frameworks_installed):
+def test_on_a_cpu_one_and_two_processes_are_measured():
     assert list(training_speed.workloads(CPU, "runs")) == [
         "compute alone, batch 128",
         "ours (fast), 1 process x 2 threads, batch 128",
         "ours (fast), 2 processes x 1 thread, batch 128",
         "ours (exact, 8 shards), 1 process x 2 threads, batch 128",
         "ours (exact, 8 shards), 2 processes x 1 thread, batch 128",
+        "ours (default), 2 processes, batch 128",
         "references' plain loop, batch 128",
         "timm (bfloat16), batch 128",
+        "accelerate (bfloat16), batch 128",
         "Lightning (bfloat16), batch 128",
     ]
     assert all(devices_of(workload) == {"cpu"} for workload in training_speed.workloads(CPU, "runs").values())
@@ -105,12 +110,41 @@ def test_only_the_chosen_workloads_run():
     ]
 
 
-def test_a_framework_that_is_not_installed_is_skipped(monkeypatch):
-    packages = {"timm": ("no_such_module",), "lightning": ("no_such_module", "json")}
-    monkeypatch.setattr(training_speed, "PACKAGES", packages)
-    options = replace(CPU, workloads=("timm", "lightning"))
-    assert training_speed.skipped(options) == {"timm": "not installed"}
-    assert list(training_speed.workloads(options, "runs")) == ["Lightning (bfloat16), batch 128"]
+def test_only_peers_run_in_their_environment():
+    found = training_speed.workloads(CPU, "runs")
+    elsewhere = [name.split()[0] for name, workload in found.items() if workload.python == CPU.peer_python]
+    assert elsewhere == ["timm", "accelerate", "Lightning"]
+    assert {workload.python for workload in found.values()} == {CPU.peer_python, Path(sys.executable)}
+
+
+def test_the_default_row_is_what_make_train_runs():
+    (workload,) = training_speed.workloads(replace(CPU, workloads=("default",)), "runs").values()
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    assert f"RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),{workload.ranks})" in makefile
+    measured, default = from_command_line(workload.settings["arguments"]).config, TrainConfig()
+    for name in (
+        "model",
+        "exact",
+        "engine",
+        "optim",
+        "loss",
+        "precision",
+        "channels_last",
+        "threads",
+        "seed",
+        "compile",
+    ):
+        assert getattr(measured, name) == getattr(default, name), name
+    assert measured.global_batch_size == default.global_batch_size
+    assert measured.shards_on("cpu") == 8
+
+
+def test_what_a_peer_lacks_is_printed_beside_its_figure():
+    figures = {"timm (bfloat16), batch 128": 2.0, "ours (default), 2 processes, batch 128": 6.0}
+    lines = summary(BENCHMARKS["train"], [figures]).splitlines()
+    assert lines[0].endswith("; no synchronized batch norm on a CPU, no bit-exact resume")
+    assert not any("resume" in line for line in lines[1:])
+    assert lines[2].split("/ timm (bfloat16)")[1].split()[0] == "3.000"
 
 
 # The clock and figures
@@ -247,6 +281,10 @@ def test_one_failure_means_exit_code_1_and_all_other_figures(cifar_root, tmp_pat
         (
             ("train", "--device", "cpu", "--steps", "4"),
             "error: --steps 4: must be at least 8; the first quarter is warm-up",
+        ),
+        (
+            ("train", "--device", "cpu", "--workloads", "compute", "timm", "--no-peers"),
+            "error: --no-peers: contradicts --workloads timm",
         ),
         (("train", "--device", "cpu", "--rounds", "0"), "error: --rounds 0: must be at least 1"),
         (("train", "--device", "cpu", "--seconds", "0"), "error: --seconds 0: must be greater than 0"),

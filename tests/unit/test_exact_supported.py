@@ -1,77 +1,422 @@
-"""Which models exact mode supports, and how it names the layers that it does not."""
+"""Which networks exact mode refuses, by which module and with which remedy."""
 
+import random
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
-from torch import nn
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
-from distributed.config.engines import Ddp
-from distributed.config.sections import Model, Sgd
-from distributed.engine.exact import ExactEngine
-from distributed.engine.prepare import Compute
+from distributed.config.sections import Model
+from distributed.errors import InputError
 from distributed.exact.supported import check_exact
 from distributed.models.build import build_model
-from distributed.models.keyed_dropout import KeyedDropout
+from distributed.models.convert_dropout import convert_dropout
+
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 
 
-class Stateful(nn.Module):
-    def __init__(self, *, persistent: bool, dtype: torch.dtype = torch.float32) -> None:
+class Call(nn.Module):
+    """Calls a function of (module, x) as its forward; x is [n, 12]."""
+
+    def __init__(self, function: Callable[[nn.Module, Tensor], Tensor], **attributes: object) -> None:
         super().__init__()
-        self.register_buffer("average", torch.zeros(3, dtype=dtype), persistent=persistent)
+        for name, value in attributes.items():
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv2d(3, 4, 3),
-        nn.BatchNorm1d(4),
-        nn.BatchNorm2d(4),
-        nn.BatchNorm3d(4),
-        nn.LayerNorm(4),
-        nn.GroupNorm(2, 4),
-        nn.InstanceNorm2d(4),
+def around(layer: nn.Module) -> nn.Module:
+    """Return a small network with the layer at 4.inner; it maps [n, 12] to [n, 12]."""
+    inner = nn.Sequential()
+    inner.add_module("inner", layer)
+    return nn.Sequential(
+        nn.Conv2d(3, 3, 3, stride=2, padding=1),
+        nn.BatchNorm2d(3),
         nn.MaxPool2d(2),
-        nn.Embedding(3, 4),
-        nn.PReLU(),
-        KeyedDropout(0.5, name="dropout"),
-        Stateful(persistent=False),
-        Stateful(persistent=True, dtype=torch.int64),
-    ],
-    ids=lambda layer: type(layer).__name__,
-)
-def test_per_sample_layers_and_batch_norm_are_supported(layer: nn.Module) -> None:
-    check_exact(nn.Sequential(layer))
+        nn.Flatten(),
+        inner,
+        nn.Linear(12, 5),
+    )
 
 
-@pytest.mark.parametrize(
-    ("layer", "reason"),
-    [
-        *[
-            (layer, "draws from a random generator, .*; use KeyedDropout")
-            for layer in (
-                nn.Dropout(0.5),
-                nn.Dropout2d(0.5),
-                nn.AlphaDropout(0.5),
-                nn.RReLU(),
-                nn.FractionalMaxPool2d(2, 3),
-            )
-        ],
-        (Stateful(persistent=True), "has the persistent buffer average"),
-        (nn.InstanceNorm2d(4, track_running_stats=True), "has the persistent buffer running_mean"),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_random_and_stateful_layers_are_named(layer: nn.Module, reason: str) -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.ReLU(), layer))
-    with pytest.raises(ValueError, match=rf"does not support this model: 1\.1 \({type(layer).__name__}\) {reason}"):
-        check_exact(model)
+def refusal(model: nn.Module) -> str:
+    with pytest.raises(InputError) as error:
+        check_exact(model, IMAGES)
+    return str(error.value)
 
 
-def test_the_engine_names_all_unsupported_layers_at_once() -> None:
-    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 3), Stateful(persistent=True))
-    compute = Compute("float32", channels_last=False, device=torch.device("cpu"), timeout_seconds=10)
-    with pytest.raises(ValueError, match=r"exact\.shards > 0.*0 \(Dropout\).*; 2 \(Stateful\)"):
-        ExactEngine(Ddp(), model, optim=Sgd(), compute=compute, shards=2, workers=1)
+def own_state(module: nn.Module, x: Tensor) -> Tensor:
+    module.average.lerp_(x.detach().mean(0), 0.1)
+    return x * 2
 
 
-def test_the_default_model_is_supported() -> None:
-    check_exact(build_model(Model(), num_classes=10, seed=0))
+def count(module: nn.Module, x: Tensor) -> Tensor:
+    module.calls += 1
+    return x
+
+
+def cache(module: nn.Module, x: Tensor) -> Tensor:
+    module.last = x.detach()
+    return x
+
+
+def cache_in_list(module: nn.Module, x: Tensor) -> Tensor:
+    module.cache.append(x.detach())
+    return x
+
+
+def hook_activation(module: nn.Module, x: Tensor) -> Tensor:
+    y = x * 2
+    y.register_hook(lambda gradient: gradient.clamp(-1, 1))
+    return y
+
+
+def hook_node(module: nn.Module, x: Tensor) -> Tensor:
+    y = x * 2
+    y.grad_fn.register_prehook(lambda gradients: gradients)
+    return y
+
+
+def gradient_in_forward(module: nn.Module, x: Tensor) -> Tensor:
+    return torch.autograd.grad(x.square().sum(), x, create_graph=True)[0]
+
+
+def norm_in_list() -> nn.Module:
+    norm = nn.BatchNorm1d(12)
+    return Call(lambda m, x: m.layers[0](x), layers=[norm], registered=norm)
+
+
+def hooked(register: str) -> nn.Module:
+    layer = nn.Linear(12, 12)
+    getattr(layer, register)(lambda *_: None)
+    return layer
+
+
+def hooked_parameter() -> nn.Module:
+    layer = nn.Linear(12, 12)
+    layer.weight.register_hook(lambda gradient: gradient * 2)
+    return layer
+
+
+def pruned() -> nn.Module:
+    return prune.l1_unstructured(nn.Linear(12, 12), "weight", 0.5)
+
+
+def checkpointed(reentrant: bool, *layers: nn.Module) -> nn.Module:
+    return Call(lambda module, x: checkpoint(module.body, x, use_reentrant=reentrant), body=nn.Sequential(*layers))
+
+
+def compiled_in_place() -> nn.Module:
+    layer = nn.Linear(12, 12)
+    layer.compile()
+    return layer
+
+
+class OwnBatchNorm(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+class SameBatchNorm(nn.BatchNorm1d):
+    """A subclass that computes the same."""
+
+
+def sparse_embedding(module: nn.Module, x: Tensor) -> Tensor:
+    return x + module.table((x > 0).long()).flatten(1)
+
+
+def complex_weight(module: nn.Module, x: Tensor) -> Tensor:
+    return (x * module.weight).real
+
+
+KEYED = "use dropout layers"
+REFUSED = {
+    "functional dropout": (lambda: Call(lambda _, x: F.dropout(x)), "draws from torch's generator", KEYED),
+    "nn.Dropout": (lambda: nn.Dropout(0.5), "draws from torch's generator", KEYED),
+    "RReLU": (lambda: nn.RReLU(), "draws from torch's generator", KEYED),
+    "Python's random": (lambda: Call(lambda _, x: x * random.random()), "draws from Python's generator", KEYED),
+    "numpy": (lambda: Call(lambda _, x: x * float(np.random.rand())), "draws from numpy's generator", KEYED),
+    "a torch.Generator": (
+        lambda: Call(lambda m, x: x * torch.rand(12, generator=m.own), own=torch.Generator()),
+        "draws from a torch.Generator of its own",
+        KEYED,
+    ),
+    "a numpy Generator": (
+        lambda: Call(lambda m, x: x * float(m.own.random()), own=np.random.default_rng(3)),
+        "draws from a numpy Generator in its attribute own",
+        KEYED,
+    ),
+    "a random.Random": (
+        lambda: Call(lambda m, x: x * m.own[0].random(), own=[random.Random(3)]),
+        "draws from a random.Random in its attribute own",
+        KEYED,
+    ),
+    "a buffer": (
+        lambda: Call(own_state, average=torch.zeros(12)),
+        "keeps state: forward changes its average",
+        "compute it in",
+    ),
+    "a parameter": (
+        lambda: Call(own_state, average=nn.Parameter(torch.zeros(12), requires_grad=False)),
+        "keeps state: forward changes its average",
+        "compute it in __init__",
+    ),
+    "instance norm": (
+        lambda: nn.Sequential(nn.Unflatten(1, (3, 4)), nn.InstanceNorm1d(3, track_running_stats=True), nn.Flatten()),
+        "4.inner.1 (InstanceNorm1d): keeps state: forward changes its running_mean",
+        "only batch norm may keep statistics",
+    ),
+    "a counter": (lambda: Call(count, calls=0), "keeps state: forward changes its calls", "compute it in __init__"),
+    "a cached tensor": (
+        lambda: Call(cache, last=None),
+        "keeps state: forward changes its last",
+        "compute it in __init__",
+    ),
+    "a new attribute": (lambda: Call(cache), "keeps state: forward changes its last", "compute it in __init__"),
+    "a list": (
+        lambda: Call(cache_in_list, cache=[]),
+        "keeps state: forward changes its cache",
+        "compute it in __init__",
+    ),
+    "spectral norm": (
+        lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Linear(12, 12)),
+        "4.inner.parametrizations.weight.0 (_SpectralNorm): keeps state: forward changes its _u, _v",
+        "compute it in __init__",
+    ),
+    **{
+        name: (
+            lambda name=name: hooked(name),
+            "has the hook hooked.<lambda>",
+            "compute in forward what the hook computes",
+        )
+        for name in (
+            "register_forward_hook",
+            "register_forward_pre_hook",
+            "register_full_backward_hook",
+            "register_full_backward_pre_hook",
+        )
+    },
+    "a parameter's hook": (lambda: hooked_parameter(), "has a hook on its parameter weight", "compute in forward"),
+    "an activation's hook": (lambda: Call(hook_activation), "registers a hook on a tensor", "compute in forward"),
+    "a node's hook": (lambda: Call(hook_node), "registers a hook on a node of the graph", "compute in forward"),
+    "a gradient": (lambda: Call(gradient_in_forward), "computes gradients in forward", "compute them in closed form"),
+    "a batch norm in a list": (
+        norm_in_list,
+        "4.inner (Call): refers to a batch norm by its attribute layers",
+        "use nn.ModuleList",
+    ),
+    "a parametrized batch norm": (
+        lambda: torch.nn.utils.parametrizations.weight_norm(nn.BatchNorm1d(12)),
+        "is a batch norm with parametrized weights",
+        "remove its parametrization",
+    ),
+    "old weight norm": (
+        lambda: torch.nn.utils.weight_norm(nn.Linear(12, 12)),
+        "uses torch.nn.utils.weight_norm",
+        "use torch.nn.utils.parametrizations.weight_norm",
+    ),
+    "old spectral norm": (
+        lambda: torch.nn.utils.spectral_norm(nn.Linear(12, 12)),
+        "uses torch.nn.utils.spectral_norm",
+        "remove it",
+    ),
+    "pruning": (lambda: pruned(), "is pruned", "call torch.nn.utils.prune.remove"),
+    "reentrant": (
+        lambda: checkpointed(True, nn.Linear(12, 12)),
+        "uses reentrant checkpointing",
+        "pass use_reentrant=False",
+    ),
+    "recomputed": (
+        lambda: checkpointed(False, nn.BatchNorm1d(12)),
+        "4.inner.body.0 (BatchNorm1d): is a batch norm that checkpointing would compute again",
+        "keep it outside the checkpointed part",
+    ),
+    "recomputed dropout": (
+        lambda: checkpointed(False, convert_dropout(nn.Sequential(nn.Dropout(0.5)))),
+        "4.inner.body.0.0 (KeyedDropout): is a dropout that checkpointing would compute again",
+        "keep it outside the checkpointed part",
+    ),
+    "sparse": (
+        lambda: Call(sparse_embedding, table=nn.Embedding(2, 1, sparse=True)),
+        "4.inner.table (Embedding): has a sparse gradient of its weight",
+        "pass sparse=False",
+    ),
+    "complex": (
+        lambda: Call(complex_weight, weight=nn.Parameter(torch.ones(12, dtype=torch.complex64))),
+        "has a complex gradient of its weight",
+        "use torch.view_as_complex",
+    ),
+    "OwnBatchNorm": (lambda: OwnBatchNorm(12), "is a batch norm with a forward of its own", "use nn.BatchNorm1d"),
+    "SyncBatchNorm": (lambda: nn.SyncBatchNorm(12), "is a batch norm with a forward of its own", "use nn.BatchNorm1d"),
+    "torch.compile": (lambda: torch.compile(nn.Linear(12, 12)), "is compiled", "remove torch.compile"),
+    "Module.compile": (lambda: compiled_in_place(), "is compiled", "remove torch.compile"),
+    "a compiled function": (
+        lambda: Call(lambda _, x: torch.compile(torch.sin, backend="aot_eager")(x)),
+        "calls a compiled function",
+        "remove torch.compile",
+    ),
+    "attention's dropout": (
+        lambda: Call(
+            lambda m, x: m.attend(*[x[:, None]] * 3)[0][:, 0],
+            attend=nn.MultiheadAttention(12, 2, 0.1, batch_first=True),
+        ),
+        "4.inner.attend (MultiheadAttention): draws from torch's generator",
+        "set its dropout to 0",
+    ),
+    "lazy": (lambda: nn.LazyLinear(12), "has no shapes", "pass the number of input features"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name_with_the_remedy(name: str) -> None:
+    layer, problem, remedy = REFUSED[name]
+    message = refusal(around(layer()))
+    assert message.startswith("exact.shards > 0: 4.inner")
+    assert problem in message.partition(";")[0]
+    assert remedy in message.partition(";")[2]
+    assert message.endswith("; or set exact.shards = 0")
+    assert len(message.splitlines()) == (2 if name == "old spectral norm" else 1), "one cause has one line"
+
+
+def test_all_problems_are_named_at_once() -> None:
+    first, second = message_lines = refusal(
+        around(nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.1), hooked("register_forward_hook")))
+    ).splitlines()
+    assert len(message_lines) == 2
+    assert first.startswith("exact.shards > 0: 4.inner.2 (Linear): has the hook")
+    assert second.startswith("exact.shards > 0: 4.inner.0 (Dropout) and 1 more: draws from torch's generator")
+
+
+def test_a_failing_pass_does_not_hide_reasons() -> None:
+    def fail(_: nn.Module, x: Tensor) -> Tensor:
+        raise RuntimeError("no forward")
+
+    with pytest.raises(RuntimeError, match="no forward"):
+        check_exact(around(Call(fail)), IMAGES)
+    assert "has the hook" in refusal(around(nn.Sequential(hooked("register_forward_hook"), Call(fail))))
+
+
+def test_outputs_other_than_logits_are_refused() -> None:
+    model = around(nn.Identity())
+    assert "(Call): returns tuple for 3 images; return one row" in refusal(
+        Call(lambda m, x: (m.body(x), x), body=model)
+    )
+    assert "(Call): returns [] for 3 images" in refusal(Call(lambda m, x: m.body(x).sum(), body=model))
+
+
+class Lstm(nn.Module):
+    """Reads an image row by row; time comes first, so that dimension 0 is not that of the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(24, 6, num_layers=2, bidirectional=True)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = images.permute(2, 0, 1, 3).flatten(2)
+        return self.head(self.lstm(rows)[0][-1])
+
+
+def tied() -> nn.Module:
+    layer, other = nn.Linear(12, 12), nn.Linear(12, 12)
+    other.weight = layer.weight
+    return nn.Sequential(layer, nn.ReLU(), other, layer)
+
+
+def vision_transformer() -> nn.Module:
+    return torchvision.models.VisionTransformer(
+        image_size=8,
+        patch_size=4,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=8,
+        mlp_dim=8,
+        dropout=0.1,
+    )
+
+
+def frozen(layer: nn.Module) -> nn.Module:
+    return layer.requires_grad_(False)
+
+
+SUPPORTED = {
+    "BatchNorm1d": lambda: nn.BatchNorm1d(12),
+    "SameBatchNorm": lambda: SameBatchNorm(12),
+    "BatchNorm without statistics": lambda: nn.BatchNorm1d(12, track_running_stats=False),
+    "BatchNorm without parameters": lambda: nn.BatchNorm1d(12, affine=False, momentum=None),
+    "frozen": lambda: frozen(nn.BatchNorm1d(12)),
+    "LayerNorm": lambda: nn.LayerNorm(12),
+    "GroupNorm": lambda: nn.GroupNorm(3, 12),
+    "InstanceNorm": lambda: nn.Sequential(nn.Unflatten(1, (3, 4)), nn.InstanceNorm1d(3, affine=True), nn.Flatten()),
+    "a constant buffer": lambda: Call(lambda m, x: x * m.scale, scale=torch.full((12,), 2.0)),
+    "a constant in a list": lambda: Call(lambda m, x: x * m.scales[0], scales=[torch.ones(12)]),
+    "in place": lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(12, 12), nn.ELU(inplace=True)),
+    "weight tying": lambda: tied(),
+    "weight norm": lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(12, 12)),
+    "an unused layer": lambda: Call(lambda _, x: x, unused=nn.Linear(3, 3)),
+    "checkpointing": lambda: checkpointed(False, nn.Linear(12, 12)),
+    "keyed dropout": lambda: convert_dropout(nn.Sequential(nn.Dropout(0.5), nn.AlphaDropout(0.1))),
+    "attention": lambda: Call(
+        lambda m, x: m.attend(*[x.view(len(x), 3, 4)] * 3)[0].flatten(1),
+        attend=nn.MultiheadAttention(4, 2, batch_first=True),
+    ),
+    "sorting within a sample": lambda: Call(lambda _, x: x.sort(1).values),
+    "a square root of zero": lambda: Call(lambda _, x: x + (x.relu() * 0).sqrt()),
+    "a head of zeros": lambda: Call(lambda m, x: m.head(x) * 0, head=nn.Linear(12, 12)),
+    "a logit of -inf": lambda: Call(lambda _, x: x.masked_fill(torch.arange(12) == 3, -1e30)),
+}
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_supported_layers(name: str) -> None:
+    check_exact(around(SUPPORTED[name]()), IMAGES)
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "lstm": (Lstm, 8),
+    "vit": (vision_transformer, 8),
+    **{
+        name: (getattr(torchvision.models, name), 32)
+        for name in (
+            "resnet18",
+            "densenet121",
+            "mobilenet_v3_small",
+            "efficientnet_b0",
+            "convnext_tiny",
+            "shufflenet_v2_x0_5",
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_supported_networks(name: str) -> None:
+    build, side = NETWORKS[name]
+    check_exact(convert_dropout(build()), torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(1)))
+
+
+def test_memory_efficient_densenet_is_refused() -> None:
+    model = torchvision.models.DenseNet(
+        growth_rate=4, block_config=(2, 2), num_init_features=8, memory_efficient=True, num_classes=5
+    )
+    message = refusal(Call(lambda m, x: m.body(F.interpolate(x, 32)), body=model))
+    assert "body.features.denseblock" in message
+    assert "is a batch norm that checkpointing would compute again" in message
+
+
+def test_the_built_in_networks_are_supported() -> None:
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    for name in ("improved_alexnet", "cifar_alexnet_bn"):
+        check_exact(build_model(Model(name=name), num_classes=10, seed=0), images)

@@ -1,13 +1,17 @@
 """Dropout computed from sample keys, by the definition of each kind."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
+import greenlet
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from distributed import rng
 from distributed.errors import InputError
+from distributed.models.convert_dropout import convert_dropout
 from distributed.models.keyed_dropout import KeyedAlphaDropout, KeyedDropout, use_sample_keys
 
 
@@ -201,3 +205,58 @@ def test_inputs_of_many_lengths_have_their_own_masks() -> None:
             x = torch.ones(5, length)
             assert torch.equal(applied(layer, x), applied(other, x))
     assert len(layer._units._stored) == 8
+
+
+def test_greenlets_have_keys_of_their_own() -> None:
+    layer, x = KeyedDropout(0.5, name="a"), torch.ones(4, 30)
+    main = greenlet.getcurrent()
+
+    def forward(keys: Tensor) -> Tensor:
+        with use_sample_keys(keys):
+            main.switch()
+            first = layer(x)
+            main.switch()
+            return torch.stack([first, layer(x)])
+
+    keys = keys_of(12).split(4)
+    shards = [greenlet.greenlet(forward) for _ in keys]
+    for shard, own in zip(shards, keys, strict=True):
+        shard.switch(own)
+    for shard in reversed(shards):
+        shard.switch()
+    found = [shard.switch() for shard in shards]
+    for both, own in zip(found, keys, strict=True):
+        with use_sample_keys(own):
+            assert torch.equal(both, torch.stack([layer(x), layer(x)]))
+    with pytest.raises(ValueError, match="training needs the keys"):
+        layer(x)
+
+
+def test_threads_have_keys_of_their_own() -> None:
+    layer, x = KeyedDropout(0.5, name="a"), torch.ones(4, 30)
+    with use_sample_keys(keys_of(4)), ThreadPoolExecutor(1) as pool:
+        assert isinstance(pool.submit(layer, x).exception(), ValueError)
+
+
+class Layers(nn.Module):
+    """Uses its first layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Dropout(0.5), nn.Dropout1d(0.25), nn.AlphaDropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(self.third(self.second(self.first(x))))
+
+
+def test_compiled_layers_draw_the_same_masks() -> None:
+    plain = convert_dropout(Layers())
+    compiled = copy.deepcopy(plain)
+    graphs = CompileCounter()
+    compiled.compile(fullgraph=True, backend=graphs)
+    for count, epoch in ((3, 0), (3, 1), (5, 0), (9, 2), (3, 0)):
+        x, keys = torch.randn(count, 4, 5), rng.sample_keys(torch.arange(count), seed=0, epoch=epoch)
+        for _ in range(2):
+            assert torch.equal(applied(compiled, x, keys), applied(plain, x, keys))
+    assert graphs.frame_count == 2  # for one size, and for any
+    assert torch.equal(compiled.eval()(x), plain.eval()(x))

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distributed.exact.autograd_pass import backward
+from distributed.exact.shard_executor import ShardExecutor
 from distributed.models.fused_batch_norm import FusedSyncBatchNorm, synchronize_batch_norm
+from distributed.models.plain_batch_norm import LocalBatchNorm, make_batch_norm_local, unsupported_batch_norms
 from distributed.models.sync_batch_norm import AllGatherRows, SyncBatchNorm, convert_batch_norm, one_shard_per_rank
 
 LAYERS = {
@@ -41,12 +44,15 @@ class Threads:
         return one_shard_per_rank(gather)
 
 
-def layer_of(kind: str, **options: object) -> nn.Module:
+def layer_of(kind: str, *, bias: bool = True, **options: object) -> nn.Module:
     torch.manual_seed(1)
     layer = LAYERS[kind][0](CHANNELS, **options).double()
+    if not bias:
+        layer.bias = None
     with torch.no_grad():
         for tensor in (layer.weight, layer.bias, layer.running_mean):
-            tensor.copy_(torch.randn(CHANNELS))
+            if tensor is not None:
+                tensor.copy_(torch.randn(CHANNELS))
     return layer
 
 
@@ -62,9 +68,27 @@ def batch_of(kind: str, count: int = 9, *, channels_last: bool = False) -> tuple
 def passed(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     """Return the output and all gradients of one training step."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    layer.zero_grad()
     out = layer(x)
     out.backward(grad)
-    return {"out": out.detach(), "grad_x": x.grad, "grad_weight": layer.weight.grad, "grad_bias": layer.bias.grad}
+    gradients = {f"grad_{name}": parameter.grad for name, parameter in layer.named_parameters()}
+    return {"out": out.detach(), "grad_x": x.grad} | gradients
+
+
+def in_shards(layers: list[nn.Module], x: Tensor, grad: Tensor, shards: list[int]) -> dict[str, Tensor]:
+    """Return what `passed` returns for the full batch, given one layer a shard; each runs on a thread of its own."""
+    arguments = zip(layers, x.split(shards), grad.split(shards), strict=True)
+    with ThreadPoolExecutor(len(shards)) as pool:
+        results = [work.result() for work in [pool.submit(passed, *each) for each in arguments]]
+    return {
+        name: torch.cat(values) if name in ("out", "grad_x") else sum(values)
+        for name, values in ((name, [result[name] for result in results]) for name in results[0])
+    }
+
+
+def sharded(kind: str, shards: list[int], **options: object) -> list[SyncBatchNorm]:
+    threads = Threads(len(shards))
+    return [SyncBatchNorm.of(layer_of(kind, **options), threads.of(rank)) for rank in range(len(shards))]
 
 
 def assert_close(found: Tensor, expected: Tensor, name: str) -> None:
@@ -111,22 +135,207 @@ def test_running_statistics_follow_the_momentum(momentum):
 
 
 @pytest.mark.parametrize("shards", [[3, 3, 3], [5, 1, 3], [4, 0, 5], [0, 9, 0]])
-@pytest.mark.parametrize("kind", ["2d", "flat"])
+@pytest.mark.parametrize("kind", LAYERS)
 def test_shards_of_any_size_match_torch_on_the_full_batch(kind, shards):
-    plain = layer_of(kind)
+    check_shards(layer_of(kind), sharded(kind, shards), kind, shards)
+
+
+def check_shards(plain: nn.Module, layers: list[nn.Module], kind: str, shards: list[int]) -> None:
+    """Check two training steps and an evaluation in shards against torch's layer on the full batch."""
     x, grad = batch_of(kind)
-    expected = passed(plain, x, grad)
-    threads = Threads(len(shards))
-    layers = [SyncBatchNorm.of(layer_of(kind), threads.of(rank)) for rank in range(len(shards))]
-    arguments = zip(layers, x.split(shards), grad.split(shards), strict=True)
-    with ThreadPoolExecutor(len(shards)) as pool:
-        results = [work.result() for work in [pool.submit(passed, *each) for each in arguments]]
-    for name in ("out", "grad_x"):
-        assert_close(torch.cat([result[name] for result in results]), expected[name], name)
-    for name in ("grad_weight", "grad_bias"):
-        assert_close(sum(result[name] for result in results), expected[name], name)
+    for training in (True, True, False):
+        for layer in (plain, *layers):
+            layer.train(training)
+        expected, found = passed(plain, x, grad), in_shards(layers, x, grad, shards)
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert_close(found[name], expected[name], name)
     for layer in layers:
         assert_same_buffers(layer, plain)
+
+
+OPTIONS = {
+    "no weight and bias": {"affine": False},
+    "no bias": {"bias": False},
+    "no statistics": {"track_running_stats": False},
+    "neither": {"affine": False, "track_running_stats": False},
+    "cumulative": {"momentum": None},
+    "momentum 0": {"momentum": 0.0},
+    "large eps": {"eps": 0.5},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_every_option_matches_torch(kind, options):
+    shards = [4, 0, 5]
+    check_shards(layer_of(kind, **OPTIONS[options]), sharded(kind, shards, **OPTIONS[options]), kind, shards)
+
+
+@pytest.mark.parametrize("names", [["track_running_stats"], ["running_mean", "running_var"], ["num_batches_tracked"]])
+def test_statistics_switched_off_later_match_torch(names):
+    """Code that exists sets these attributes of a layer after it was made."""
+
+    def switched_off(layer: nn.Module) -> nn.Module:
+        for name in names:
+            setattr(layer, name, None if name != "track_running_stats" else False)
+        return layer
+
+    shards = [4, 5]
+    check_shards(switched_off(layer_of("2d")), list(map(switched_off, sharded("2d", shards))), "2d", shards)
+
+
+def test_evaluation_without_statistics_needs_the_full_batch():
+    """Negative control: a shard alone gives another result."""
+    plain, alone_too = (layer_of("2d", track_running_stats=False).eval() for _ in range(2))
+    x, _ = batch_of("2d")
+    assert not torch.allclose(plain(x)[:4], SyncBatchNorm.of(alone_too, alone)(x[:4]))
+
+
+def test_an_eps_of_0_is_accepted():
+    layer = SyncBatchNorm.of(layer_of("2d", eps=0.0, affine=False), alone)
+    x, grad = batch_of("2d")
+    found = passed(layer, x, grad)
+    leaf = x.clone().requires_grad_()
+    expected = (leaf - leaf.mean((0, 2, 3), keepdim=True)) / leaf.std((0, 2, 3), correction=0, keepdim=True)
+    expected.backward(grad)
+    assert_close(found["out"], expected.detach(), "out")
+    assert_close(found["grad_x"], leaf.grad, "grad_x")
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_layer_used_twice_tracks_each_use_in_order(momentum):
+    plain, (sync,) = layer_of("2d", momentum=momentum), sharded("2d", [9], momentum=momentum)
+    x, grad = batch_of("2d")
+
+    def used_twice(layer: nn.Module) -> nn.Module:
+        class Twice(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = layer
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.layer(self.layer(x).relu() * 2 + x)
+
+        return Twice()
+
+    expected, found = (passed(used_twice(layer), x, grad) for layer in (plain, sync))
+    for name in expected:
+        assert_close(found[name], expected[name], name)
+    assert_same_buffers(sync, plain)
+    assert int(sync.num_batches_tracked) == 2
+
+
+class Gathers:
+    """Counts synchronization points of a batch in one shard."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, row: Tensor, reduce_fn):
+        self.count += 1
+        return alone(row, reduce_fn)
+
+
+@pytest.mark.parametrize("frozen", [["weight"], ["bias"], ["weight", "bias"], ["x"], ["x", "weight"]])
+def test_frozen_tensors_get_no_gradient(frozen):
+    gathers = Gathers()
+    plain, sync = layer_of("2d"), SyncBatchNorm.of(layer_of("2d"), gathers)
+    x, grad = batch_of("2d")
+    for layer in (plain, sync):
+        leaf = x.clone().requires_grad_("x" not in frozen)
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        layer(leaf).backward(grad)
+        layer.grad_x = leaf.grad
+    for name, expected, found in [
+        ("x", plain.grad_x, sync.grad_x),
+        *[(name, p.grad, dict(sync.named_parameters())[name].grad) for name, p in plain.named_parameters()],
+    ]:
+        assert (found is None) == (expected is None) == (name in frozen), name
+        if expected is not None:
+            assert_close(found, expected, name)
+    assert gathers.count == (1 if "x" in frozen else 2)
+
+
+def test_operations_in_place_after_it_are_supported():
+    x, grad = batch_of("2d")
+    plain, sync = layer_of("2d"), SyncBatchNorm.of(layer_of("2d"), alone)
+    expected, found = (
+        passed(nn.Sequential(plain, nn.ReLU()), x, grad),
+        passed(nn.Sequential(sync, nn.ReLU(True)), x, grad),
+    )
+    for name in expected:
+        assert_close(found[name], expected[name], name)
+
+
+def test_its_input_must_not_change_before_the_backward_pass():
+    sync = SyncBatchNorm.of(layer_of("2d"), alone)
+    x, grad = batch_of("2d")
+    activation = x.requires_grad_() * 1
+    out = sync(activation)
+    activation.relu_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward(grad)
+
+
+class HalfUsed(torch.autograd.Function):
+    """Passes no gradient back to its first input."""
+
+    @staticmethod
+    def forward(ctx, unused, used):
+        return used.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad
+
+
+def test_an_undefined_gradient_counts_as_zero():
+    sync = SyncBatchNorm.of(layer_of("2d"), alone)
+    x, grad = batch_of("2d")
+    leaf = x.clone().requires_grad_()
+    HalfUsed.apply(sync(leaf), leaf).backward(grad)
+    assert torch.equal(leaf.grad, grad)
+    assert not sync.weight.grad.any()
+
+
+def test_a_second_derivative_is_refused():
+    sync = SyncBatchNorm.of(layer_of("2d"), alone)
+    x = batch_of("2d")[0].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"no second derivative: .* without create_graph=True"):
+        torch.autograd.grad(sync(x).square().sum(), x, create_graph=True)
+
+
+def test_a_gradient_that_is_not_dense_is_supported():
+    plain, sync = layer_of("2d"), SyncBatchNorm.of(layer_of("2d"), alone)
+    x, _ = batch_of("2d", channels_last=True)
+    grad = torch.ones(1, dtype=torch.float64).expand(x.shape)
+    expected, found = passed(plain, x, grad), passed(sync, x, grad)
+    for name in expected:
+        assert_close(found[name], expected[name], name)
+
+
+class Reads(TorchDispatchMode):
+    """Counts numbers read from tensors, for which CUDA would make the host wait."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_no_number_is_read_from_the_device(options):
+    (layer,) = sharded("2d", [9], **OPTIONS[options])
+    x, grad = batch_of("2d")
+    with Reads() as reads:
+        layer(x.requires_grad_()).backward(grad)
+    assert reads.count == 0
+    with reads:
+        float(x.detach().sum())
+    assert reads.count == 1
 
 
 def test_evaluation_does_not_synchronize():
@@ -171,12 +380,6 @@ def test_conversion_keeps_names_and_tensors():
     assert not converted[1][0].training
 
 
-@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}])
-def test_layers_without_weights_or_statistics_are_rejected(options):
-    with pytest.raises(ValueError, match="needs affine=True"):
-        SyncBatchNorm.of(nn.BatchNorm2d(3, **options), alone)
-
-
 class Nones(TorchDispatchMode):
     """Counts arguments of the native backward pass that are None although CUDA's kernel requires a tensor."""
 
@@ -199,10 +402,190 @@ def test_backward_passes_a_tensor_for_every_statistic():
     assert (nones.calls, nones.missing) == (1, 0)
 
 
+def in_exact_mode(layer: nn.Module, x: Tensor, grad: Tensor, shards: list[int], workers: int) -> dict[str, Tensor]:
+    """Return the output and all gradients of one step of exact mode: one layer for all shards, in greenlets."""
+    executor = ShardExecutor(len(shards), workers=workers, gather=torch.stack, device=torch.device("cpu"))
+    sync = convert_batch_norm(layer, partial(SyncBatchNorm.of, all_gather_rows=executor.all_gather_rows))
+    leaves = [part.clone(memory_format=torch.preserve_format).requires_grad_() for part in x.split(shards)]
+    found: list[dict[Tensor, Tensor]] = [{} for _ in shards]
+
+    def compute(shard: int) -> Tensor:
+        out = sync(leaves[shard])
+        backward((out * grad.split(shards)[shard]).sum(), found[shard].__setitem__, {})
+        return out.detach()
+
+    outputs = executor.run(compute)
+    gradients = {f"grad_{n}": sum(of_shard[p] for of_shard in found) for n, p in sync.named_parameters()}
+    grad_x = torch.cat([of_shard[leaf] for of_shard, leaf in zip(found, leaves, strict=True)])
+    return {"out": torch.cat(outputs), "grad_x": grad_x} | gradients
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_exact_mode_has_every_option(options, training):
+    plain, x, grad = layer_of("2d", **OPTIONS[options]).train(training), *batch_of("2d")
+    expected = passed(plain, x, grad)
+    for workers in (1, 2):
+        layer = layer_of("2d", **OPTIONS[options]).train(training)
+        found = in_exact_mode(layer, x, grad, [4, 0, 2, 3], workers)
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert_close(found[name], expected[name], name)
+        assert_same_buffers(layer, plain)
+
+
+def test_statistics_survive_a_batch_that_is_not_finite():
+    """Kernels write to vectors that are kept from one batch to the next; nobody may read them."""
+    plain, sync = layer_of("2d"), SyncBatchNorm.of(layer_of("2d"), alone)
+    x, grad = batch_of("2d")
+    expected = passed(plain, x, grad)
+    passed(SyncBatchNorm.of(layer_of("2d"), alone), torch.full_like(x, torch.nan), grad)
+    for name, tensor in passed(sync, x, grad).items():
+        assert_close(tensor, expected[name], name)
+    assert_same_buffers(sync, plain)
+
+
+class WithRelu(nn.BatchNorm2d):
+    """A batch norm with a forward of its own, like timm's BatchNormAct2d."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class NeverTraining(nn.BatchNorm2d):
+    def train(self, mode: bool = True) -> nn.Module:
+        return super().train(False)
+
+
+class RenamedOnly(nn.BatchNorm2d):
+    """Computes what torch's layer computes."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-3)
+
+
+def patched() -> nn.Module:
+    layer = nn.BatchNorm2d(CHANNELS)
+    layer.forward = torch.relu
+    return layer
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def reparametrized() -> nn.Module:
+    return torch.nn.utils.parametrize.register_parametrization(nn.BatchNorm2d(CHANNELS), "weight", Doubled())
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (WithRelu(CHANNELS), r"\(WithRelu\) is a batch norm with its own forward"),
+        (NeverTraining(CHANNELS), "its own train"),
+        (patched(), "its own forward"),
+        (reparametrized(), "its own weight"),
+        (nn.LazyBatchNorm2d(), "does not know its number of channels yet"),
+        (nn.LazyBatchNorm2d(affine=False, track_running_stats=False), "does not know"),
+    ],
+)
+def test_layers_that_are_more_than_batch_norm_are_named(layer, reason):
+    model = nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ModuleDict({"norm": layer}), WithRelu(3))
+    with pytest.raises(ValueError, match=rf"1\.norm {reason}.*; 2 \(WithRelu\)" if "(" in reason else reason) as caught:
+        convert_batch_norm(model, partial(SyncBatchNorm.of, all_gather_rows=alone))
+    assert "\n" not in str(caught.value)
+    assert type(model[0]) is nn.BatchNorm2d, "a model that is refused stays as it was"
+    with pytest.raises(ValueError, match="the model"):
+        convert_batch_norm(layer, partial(SyncBatchNorm.of, all_gather_rows=alone))
+
+
+def materialized() -> nn.Module:
+    layer = nn.LazyBatchNorm2d()
+    layer(torch.zeros(2, CHANNELS, 1, 1))
+    return layer
+
+
+@pytest.mark.parametrize("layer", [RenamedOnly(CHANNELS), nn.SyncBatchNorm(CHANNELS), materialized()])
+def test_every_form_of_torch_layer_is_replaced(layer):
+    assert unsupported_batch_norms(nn.Sequential(layer)) == []
+    (found,) = convert_batch_norm(nn.Sequential(layer), partial(SyncBatchNorm.of, all_gather_rows=alone))
+    assert (type(found), found.eps, found.weight) == (SyncBatchNorm, layer.eps, layer.weight)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_torch_sync_batch_norm_becomes_local(kind):
+    plain, made = layer_of(kind), nn.Sequential(nn.SyncBatchNorm(CHANNELS).double(), WithRelu(CHANNELS))
+    made[0].load_state_dict(plain.state_dict())
+    make_batch_norm_local(made)
+    expected, found = passed(plain, *batch_of(kind)), passed(made[0], *batch_of(kind))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert_same_buffers(made[0], plain)
+    assert [type(layer) for layer in made] == [LocalBatchNorm, WithRelu]
+    assert unsupported_batch_norms(made[:1]) == []
+    with pytest.raises(ValueError, match="at least 2D"):
+        made[0](torch.zeros(CHANNELS))
+
+
+def test_other_norms_stay():
+    model = nn.Sequential(nn.InstanceNorm2d(CHANNELS), nn.GroupNorm(2, CHANNELS), nn.LayerNorm(CHANNELS))
+    before = list(model)
+    assert list(convert_batch_norm(model, partial(SyncBatchNorm.of, all_gather_rows=alone))) == before
+
+
+def test_a_model_that_is_a_batch_norm_is_replaced():
+    layer = nn.BatchNorm2d(CHANNELS)
+    found = convert_batch_norm(layer, partial(SyncBatchNorm.of, all_gather_rows=alone))
+    assert type(found) is SyncBatchNorm
+    assert found.weight is layer.weight
+
+
+def test_a_layer_in_several_places_is_replaced_by_one():
+    model, shared = nn.Module(), nn.BatchNorm2d(CHANNELS)
+    model.first, model.second, model.inner = shared, shared, nn.Sequential(nn.ReLU(), shared)
+    convert_batch_norm(model, partial(SyncBatchNorm.of, all_gather_rows=alone))
+    assert type(model.first) is SyncBatchNorm
+    assert model.first is model.second is model.inner[1]
+
+
+def test_hooks_and_attributes_of_a_layer_are_kept():
+    layer, seen = nn.BatchNorm2d(CHANNELS), []
+    layer.note = "from the user"
+    layer.register_forward_hook(lambda *_: seen.append("hook"))
+    sync = SyncBatchNorm.of(layer, alone)
+    sync(torch.randn(2, CHANNELS, 1, 1))
+    assert (sync.note, seen, repr(sync)) == (
+        "from the user",
+        ["hook"],
+        repr(layer).replace("BatchNorm2d", "SyncBatchNorm"),
+    )
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_fast_mode_uses_the_fused_layer_on_cuda_only(device):
     with FakeTensorMode():
-        layer = nn.BatchNorm2d(CHANNELS, device=device)
-    model = synchronize_batch_norm(nn.Sequential(layer), lambda row: row[None])
-    assert type(model[0]) is (FusedSyncBatchNorm if device == "cuda" else SyncBatchNorm)
+        layers = (
+            nn.BatchNorm2d(CHANNELS, device=device),
+            nn.BatchNorm2d(CHANNELS, affine=False, track_running_stats=False),
+        )
+    model = synchronize_batch_norm(nn.Sequential(*layers), lambda row: row[None])
+    assert {type(layer) for layer in model} == {FusedSyncBatchNorm if device == "cuda" else SyncBatchNorm}
     assert model[0].running_mean.device.type == device
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_fused_layer_leaves_the_rest_to_its_base(options):
+    """Its kernels run on CUDA only: a layer that equals torch's on the CPU has not called them."""
+    kernels_apply = options in ("momentum 0", "large eps")
+    layer = FusedSyncBatchNorm.of(layer_of("2d", **OPTIONS[options]), alone)
+    if kernels_apply:
+        with pytest.raises(NotImplementedError, match="CUDA"):
+            passed(layer, *batch_of("2d"))
+    else:
+        check_shards(layer_of("2d", **OPTIONS[options]), [layer], "2d", [9])
+
+
+def test_the_fused_layer_leaves_evaluation_to_its_base():
+    plain, fused = layer_of("2d").eval(), FusedSyncBatchNorm.of(layer_of("2d"), alone).eval()
+    x, _ = batch_of("2d")
+    assert torch.equal(fused(x), plain(x))

@@ -3,6 +3,7 @@ transforms; no logger, progress bar, checkpoint or validation."""
 
 from typing import Any
 
+import lightning.pytorch as pl  # type: ignore[import-not-found, unused-ignore]
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -10,11 +11,6 @@ from torchvision.transforms import v2
 
 from distributed.bench.measure import StepClock
 from distributed.bench.workloads.task import DEVIATION, MEAN, plain_model, plain_sgd, training_images, use_device
-
-try:
-    import pytorch_lightning as pl  # type: ignore[import-not-found, unused-ignore]
-except ModuleNotFoundError:  # newer releases have another package name
-    import lightning.pytorch as pl  # type: ignore[import-not-found, no-redef, unused-ignore]
 
 
 class Images(Dataset[tuple[Tensor, int]]):
