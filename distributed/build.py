@@ -96,7 +96,7 @@ def build_engine(
     Args:
         network: the result of `build_network`, if it was called before.
     """
-    model, layers = network or build_network(config, data, topology, device)
+    model, layers = network or build_network(config, topology, data, device)
     if isinstance(config.model, ImportedModel):
         check_same_weights(model, name=config.model.name)
     compute = Compute(config.precision, config.channels_last, device, config.timeout_seconds)

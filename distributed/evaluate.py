@@ -115,7 +115,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     content = read_content(checkpoint)
     # Before the process group, because decoding may take long, and importing a network may fail.
     data = build_data(config, topology, device)
-    network = build_network(config, data, topology, device)
+    network = build_network(config, topology, data, device)
     with process_group(topology, device, timeout_seconds=config.timeout_seconds):
         check_evaluated(content, config, data, split)
         engine = build_engine(config, topology, data, device, network)

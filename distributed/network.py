@@ -1,5 +1,6 @@
 """Builds a run's network and checks, before any process group exists, that it can be trained as configured."""
 
+import time
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from distributed.config import TrainConfig
 from distributed.config.sections import ImportedModel
 from distributed.data.pipeline import DataPipeline
+from distributed.errors import InputError
 from distributed.models.build import build_model
 from distributed.topology import Topology
 
@@ -21,22 +23,28 @@ class Network(NamedTuple):
     layers: dict[str, int]
 
 
-def build_network(config: TrainConfig, data: DataPipeline, topology: Topology, device: torch.device) -> Network:
+def build_network(config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device) -> Network:
     """Build the network. An imported one is tried on a few images, in throwaway passes that leave it unchanged.
+
+    Call this before creating a process group.
 
     Raises:
         InputError: the network cannot be imported, does not return logits, or exact mode does not support it.
     """
-    model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
-    if isinstance(config.model, ImportedModel):
-        layers = _check_imported(model, config, data, topology, device)
-    else:
-        layers = {name: 1 for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
-    return Network(model, layers)
+    if not isinstance(config.model, ImportedModel):
+        model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
+        return Network(model, {name: 1 for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)})
+    try:
+        model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
+        return Network(model, _check_imported(model, config, topology, data, device))
+    except InputError:
+        if topology.local_rank:
+            time.sleep(3)  # the first rank found the same: it reports that before torchrun ends all ranks
+        raise
 
 
 def _check_imported(
-    model: nn.Module, config: TrainConfig, data: DataPipeline, topology: Topology, device: torch.device
+    model: nn.Module, config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device
 ) -> dict[str, int]:
     """Raise InputError if an imported network cannot be trained as configured; return `Network.layers`."""
     from distributed.exact.check.supported import check_exact, mixes_samples  # only imported networks need these

@@ -54,7 +54,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         attempt = stack.enter_context(Attempt(config, topology))
         # Before the process group, so that bad data and networks leave no peer waiting.
         data = build_data(config, topology, device)
-        network = build_network(config, data, topology, device)
+        network = build_network(config, topology, data, device)
         stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
         check_same_config(config)
         attempt.open_log()
@@ -76,10 +76,8 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         if attempt.run:
             sinks = [*default_sinks(config, attempt.run, state, total_steps=total_steps), *sinks]
         report = stack.enter_context(Reporter(sinks, total_steps=total_steps, device=device))
-        save_every_seconds = 60 * config.checkpoint.every_minutes
-        agreement = stack.enter_context(
-            StepAgreement(stop or NeverStop(), is_main=topology.is_main, save_every_seconds=save_every_seconds)
-        )
+        times = {"save_every_seconds": 60 * config.checkpoint.every_minutes, "timeout_seconds": config.timeout_seconds}
+        agreement = stack.enter_context(StepAgreement(stop or NeverStop(), is_main=topology.is_main, **times))
         profiled_steps = config.logging.profile_steps if topology.is_main else 0
         profiler = stack.enter_context(StepProfiler(profiled_steps, attempt.folder.profile, attempt.check_token))
         metrics = MetricAccumulator(device)

@@ -10,16 +10,21 @@ from distributed.config.sections import ImportedModel, Model
 from distributed.models import alexnet
 from distributed.models.convert_dropout import convert_dropout
 from distributed.models.imported import build_imported
+from distributed.models.plain_batch_norm import make_batch_norm_local
 
 
 def build_model(config: Model | ImportedModel, *, num_classes: int, seed: int) -> nn.Module:
     """Build the config's network in float32 on the CPU, with keyed dropout; its initial weights depend on the seed alone.
 
+    Its batch norm sees the local batch only: engines synchronize it.
+
     Raises:
         InputError: the network is to be imported, and that fails.
     """
     if isinstance(config, ImportedModel):
-        return convert_dropout(build_imported(config, num_classes=num_classes, seed=seed))
+        imported = build_imported(config, num_classes=num_classes, seed=seed)
+        make_batch_norm_local(imported)
+        return convert_dropout(imported)
     model: nn.Module = getattr(alexnet, config.name)(num_classes, config.dropout)
     initialize(model, seed=seed, init=config.init)
     return convert_dropout(model)

@@ -1,12 +1,30 @@
-"""Names the batch norms of a model that a synchronized one cannot replace, since they are more than torch's own."""
+"""The batch norms of a model as its author made them: which of them a synchronized one cannot replace, and why."""
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from distributed.models.torch_compat import AnyBatchNorm
 
 # What decides how a layer computes. With torch.nn.utils.parametrize, weight and bias are properties of its class.
 _DECISIVE = ("forward", "__call__", "train", "eval", "weight", "bias")
+
+
+class LocalBatchNorm(AnyBatchNorm):
+    """`nn.SyncBatchNorm` without communication: batch norm of inputs with any number of dimensions."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+
+def make_batch_norm_local(model: nn.Module) -> None:
+    """Make every `nn.SyncBatchNorm` of the model a batch norm without communication, in place.
+
+    torch's layer rejects CPU tensors once there is a process group. The engines synchronize every batch norm themselves.
+    """
+    for layer in model.modules():
+        if type(layer) is nn.SyncBatchNorm:
+            layer.__class__ = LocalBatchNorm  # type: ignore[assignment]
 
 
 def unsupported_batch_norms(model: nn.Module) -> list[str]:

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from distributed.comm.reduction_tree import tree_sum
 from distributed.models.plain_batch_norm import unsupported_batch_norms
+from distributed.models.small_tensors import Sizes, filled, scratch, sizes_of
 from distributed.models.torch_compat import AnyBatchNorm, NormBase
 
 T = TypeVar("T")
+_backward_kernel = torch.ops.aten.native_batch_norm_backward.default
 
 
 class AllGatherRows(Protocol):
@@ -36,72 +37,57 @@ def one_shard_per_rank(gather: Callable[[Tensor], Tensor]) -> AllGatherRows:
 
 
 class Statistics(NamedTuple):
-    """Statistics of the entire batch, shared by all shards.
-
-    mean, variance: [channels], the variance biased.
-    total: number of elements per channel, [1].
-    unsaved: an empty tensor, which CUDA's backward kernel takes for statistics that were not saved; CPU's takes None too.
-    """
+    """Mean and biased variance [channels] of the entire batch, and its sizes; shared by all shards."""
 
     mean: Tensor
     variance: Tensor
-    total: Tensor
-    unsaved: Tensor
+    sizes: Sizes
 
 
 def _statistics_row(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return mean, biased variance and count of x [n, channels, ...], concatenated: [2 * channels + 1]."""
-    channels = x.shape[1]
+    channels, device = x.shape[1], x.device
     count = x.numel() // channels
-    mean = variance = torch.zeros(channels, dtype=dtype, device=x.device)
     if count:
         # The kernel returns statistics in the dtype of the running ones; without those it would round them to bfloat16.
-        mean, variance = torch.batch_norm_update_stats(x, mean, variance, 0.0)
-    return torch.cat((mean, variance, torch.full((1,), count, dtype=dtype, device=x.device)))
+        unread = scratch(channels, dtype, device)
+        mean, variance = torch.batch_norm_update_stats(x, unread, unread, 0.0)
+    else:
+        mean = variance = filled(channels, 0.0, dtype, device)
+    return torch.cat((mean, variance, filled(1, count, dtype, device)))
 
 
 def _combined(rows: Tensor) -> Statistics:
     """Combine the shards' rows into the statistics of the entire batch."""
     channels = rows.shape[1] // 2
-    means, variances, counts = rows[:, :channels], rows[:, channels:-1], rows[:, -1:]
-    total = tree_sum(counts)
-    fractions = counts / total
-    mean = tree_sum(means * fractions)
+    means, variances, counts = torch.split(rows, [channels, channels, 1], dim=1)
+    sizes = sizes_of(counts)
+    mean = tree_sum(means * sizes.fractions)
     # Squared deviations of the shards' means from the batch's instead of a difference of squares, which would cancel.
-    variance = tree_sum((variances + (means - mean).square()) * fractions)
-    return Statistics(mean, variance, total[0], mean.new_empty(0))
+    variance = tree_sum((variances + (means - mean).square()) * sizes.fractions)
+    return Statistics(mean, variance, sizes)
 
 
 def _normalized(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     """Normalize x by given statistics, which are treated as constants."""
-    # Not functional.batch_norm, which takes twice as long to reach the kernel and rejects an eps of 0 in torch 2.11.
+    # Not functional.batch_norm, which adds checks and rejects an eps of 0 in torch 2.11.
     return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
 
 
-def _grad_sums(
-    grad: Tensor, x: Tensor, weight: Tensor | None, statistics: Statistics, eps: float
-) -> tuple[Tensor, Tensor]:
+def _grad_sums(grad: Tensor, x: Tensor, weight: Tensor | None, statistics: Statistics, eps: float) -> list[Tensor]:
     """Return this shard's sums of grad * x_hat and of grad, [channels]: the gradients of weight and bias."""
-    mean, variance, _, unsaved = statistics
+    mean, variance, _ = statistics
     if not x.numel():  # the kernel divides by the number of elements
-        zeros = torch.zeros_like(mean)
-        return zeros, zeros
+        return [torch.zeros_like(mean), torch.zeros_like(mean)]
     # CUDA's kernel needs a weight, of which it reads only the dtype: its values enter the gradient of x, computed later.
-    any_weight = mean if weight is None else weight
-    # Without saved statistics the kernel uses those passed as running ones.
-    _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-        grad, x, any_weight, mean, variance, unsaved, unsaved, False, eps, [False, True, True]
-    )
-    return of_weight, of_bias
+    # Without saved statistics the kernel uses those passed as running ones. On CUDA "none" is an empty tensor, not None.
+    any_weight, unsaved = mean if weight is None else weight, filled(0, 0.0, mean.dtype, mean.device)
+    found = _backward_kernel(grad, x, any_weight, mean, variance, unsaved, unsaved, False, eps, [False, True, True])
+    return found[1:]  # type: ignore[no-any-return]
 
 
 def _input_gradient(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    statistics: Statistics,
-    sums: tuple[Tensor, Tensor],
-    layer: "SyncBatchNorm",
+    grad: Tensor, x: Tensor, weight: Tensor | None, statistics: Statistics, sums: list[Tensor], layer: "SyncBatchNorm"
 ) -> Tensor:
     """Return the gradient of a shard x [n, channels, ...]. Synchronizes with all other shards."""
 
@@ -109,13 +95,14 @@ def _input_gradient(
         # grad_x = (grad - mean_bias - x_hat * mean_weight) * weight * inverse, written per channel as
         # scale * grad + offset, one pass of the kernel that evaluation uses, plus slope * x. The slope is rounded to
         # x's dtype before the offset is computed from it, so that its rounding error multiplies x - mean instead of x.
-        mean, variance, total, _ = statistics
-        mean_weight, mean_bias = (tree_sum(rows) / total).chunk(2)
+        mean, variance, sizes = statistics
+        mean_weight, mean_bias = (tree_sum(rows) / sizes.total).chunk(2)
         inverse = torch.rsqrt(variance + layer.eps)
         scale = inverse if weight is None else weight * inverse
         slope = (-mean_weight * scale * inverse).to(x.dtype)
         offset = -mean_bias * scale - slope.to(mean.dtype) * mean
-        return scale, offset, slope.view(1, -1, *(1,) * (x.dim() - 2)), torch.zeros_like(mean), torch.ones_like(mean)
+        zeros, ones = (filled(len(mean), value, mean.dtype, mean.device) for value in (0.0, 1.0))
+        return scale, offset, slope.view(1, -1, *(1,) * (x.dim() - 2)), zeros, ones
 
     scale, offset, slope, zeros, ones = layer.all_gather_rows(torch.cat(sums), reduce_fn)
     return torch.batch_norm(grad, scale, offset, zeros, ones, False, 0.0, 0.0, False).addcmul_(x, slope)
@@ -133,8 +120,11 @@ class _BatchNormalized(torch.autograd.Function):
         return _normalized(x, weight, bias, statistics.mean, statistics.variance, layer.eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # with create_graph=True; cheaper than once_differentiable
+            raise RuntimeError(
+                "synchronized batch norm has no second derivative: compute gradients without create_graph=True"
+            )
         x, weight = ctx.saved_tensors
         layer, statistics = ctx.layer, ctx.statistics
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
@@ -164,21 +154,15 @@ class SyncBatchNorm(NormBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize a shard, x [n, channels, ...]."""
-        weight, bias, running_mean = self.weight, self.bias, self.running_mean
-        if not self.training and running_mean is not None:
+        weight, bias = self.weight, self.bias
+        if not self.training and self.running_mean is not None:
             assert self.running_var is not None
-            return _normalized(x, weight, bias, running_mean, self.running_var, self.eps)
-        row = _statistics_row(x.detach(), self.statistics_dtype(x))
-        statistics = self.all_gather_rows(row, self._combine_and_track)
+            return _normalized(x, weight, bias, self.running_mean, self.running_var, self.eps)
+        known = self.running_mean if weight is None else weight
+        dtype = torch.promote_types(x.dtype, torch.float32) if known is None else known.dtype
+        statistics = self.all_gather_rows(_statistics_row(x.detach(), dtype), self._combine_and_track)
         result: Tensor = _BatchNormalized.apply(x, weight, bias, statistics, self)
         return result
-
-    def statistics_dtype(self, x: Tensor) -> torch.dtype:
-        """Return the dtype of the statistics of x: that of the weights and running statistics, else float32 or wider."""
-        for tensor in (self.weight, self.running_mean):
-            if tensor is not None:
-                return tensor.dtype
-        return torch.promote_types(x.dtype, torch.float32)
 
     def count_batch(self) -> Tensor | float | None:
         """Count a batch; return the weight of its statistics in the running ones, or None if there are none to update."""
@@ -201,11 +185,10 @@ class SyncBatchNorm(NormBase):
         statistics = _combined(rows)
         momentum = self.count_batch()
         if momentum is not None:
-            mean, variance, total, _ = statistics
             assert self.running_mean is not None
             assert self.running_var is not None
-            self.running_mean.lerp_(mean, momentum)
-            self.running_var.lerp_(variance * (total / (total - 1).clamp(min=1)), momentum)
+            self.running_mean.lerp_(statistics.mean, momentum)
+            self.running_var.lerp_(statistics.variance * statistics.sizes.unbiased, momentum)
         return statistics
 
 

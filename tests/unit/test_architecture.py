@@ -13,7 +13,7 @@ LAYERS = [
     "process data.sources",
     "comm run optim",
     "data models figures",
-    "exact",
+    "exact network",
     "engine",
     "training",
     "checkpoint",
