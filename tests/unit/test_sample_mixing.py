@@ -70,6 +70,21 @@ def around(layer: nn.Module) -> nn.Module:
     )
 
 
+class Experts(nn.Module):
+    """Sends each sample to one of two layers, in batches of sizes that depend on the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.choice, self.experts = nn.Linear(12, 2), nn.ModuleList(nn.Linear(12, 12) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.choice(x).argmax(1)
+        y = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            y[chosen == index] = expert(x[chosen == index])
+        return y
+
+
 def replaced_by_best(x: Tensor) -> Tensor:
     return x + x[x.detach().sum(1).argmax()]
 
@@ -157,6 +172,10 @@ def test_infinite_logits_do_not_mislead() -> None:
     assert mixes_samples(nn.Sequential(around(nn.Identity()), Mixer(lambda x: x + mask)), IMAGES) == ""
     model = nn.Sequential(around(Mixer(lambda x: x - x.mean(0))), Mixer(lambda x: x + mask))
     assert "0.5.1 (Mixer)" in mixes_samples(model, IMAGES)
+
+
+def test_experts_do_not_mix_samples() -> None:
+    assert mixes_samples(around(Experts()), IMAGES) == ""
 
 
 def test_infinite_gradients_are_not_mixing() -> None:
