@@ -10,6 +10,7 @@ from kit.small_runs import FAST
 from kit.traces import Trace, assert_same_run, traced
 
 from distributed.comm import collectives
+from distributed.config import TrainConfig
 from distributed.run.folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -18,7 +19,8 @@ OTHERS = [name for name in NETWORKS if name != "resnet18"]
 PRECISIONS = ("float32", "bfloat16")
 STOPPED: dict[int, dict[str, Any]] = {3: DDP, 1: DDP, 4: FSDP, 2: FSDP}
 """World size -> engine under which a run of resnet18 continues; in this order."""
-Key = tuple[str, str, str]
+Resnet18 = dict[int, list[tuple[dict[tuple[str, str, str], Outcome], Trace]]]
+"""By world size and rank: outcomes by (engine, precision, case), and this rank's part of the stopped run."""
 
 
 def epoch_of(network: str, case: str, **settings: Any) -> Outcome:
@@ -26,7 +28,7 @@ def epoch_of(network: str, case: str, **settings: Any) -> Outcome:
 
 
 @in_group
-def run_resnet18(folder: Path) -> tuple[dict[Key, Outcome], Trace]:
+def run_resnet18(folder: Path) -> tuple[dict[tuple[str, str, str], Outcome], Trace]:
     """Run every case with every precision and engine, then continue the stopped run."""
     world_size, outcomes = collectives.world_size(), {}
     for engine in (DDP, FSDP) if world_size > 1 else (DDP,):
@@ -42,7 +44,7 @@ def run_resnet18(folder: Path) -> tuple[dict[Key, Outcome], Trace]:
     return outcomes, stopped
 
 
-def stopped_config(run_dir: Path, engine: dict[str, Any]) -> Any:
+def stopped_config(run_dir: Path, engine: dict[str, Any]) -> TrainConfig:
     return network_config("resnet18", run_dir, case=UNEVEN, precision="bfloat16", engine=engine, epochs=3)
 
 
@@ -52,14 +54,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def resnet18(folder: Path) -> dict[int, list[tuple[dict[Key, Outcome], Trace]]]:
+def resnet18(folder: Path) -> Resnet18:
     return {world_size: run_ranks(run_resnet18, world_size, folder, timeout_seconds=150) for world_size in STOPPED}
 
 
 @pytest.mark.parametrize("world_size", sorted(set(STOPPED) - {1}))
-def test_resnet18_is_bit_identical(
-    resnet18: dict[int, list[tuple[dict[Key, Outcome], Trace]]], world_size: int
-) -> None:
+def test_resnet18_is_bit_identical(resnet18: Resnet18, world_size: int) -> None:
     ((alone, _),) = resnet18[1]
     for outcomes, _ in resnet18[world_size]:
         assert len(outcomes) == 2 * len(alone) == 8
@@ -67,19 +67,17 @@ def test_resnet18_is_bit_identical(
             assert outcome == alone["ddp", precision, case], (engine, precision, case)
 
 
-def test_the_cases_exercise_their_features(resnet18: dict[int, list[tuple[dict[Key, Outcome], Trace]]]) -> None:
+def test_the_cases_exercise_their_features(resnet18: Resnet18) -> None:
     ((alone, _),) = resnet18[1]
     for outcome in alone.values():
         assert len(set(outcome.norms)) == 3
         assert min(outcome.norms) > CLIP
         assert outcome.test.first_bad_step is None
-    assert [totals.count for totals in alone["ddp", "float32", EVEN].train] == [8, 16, 24]
-    assert [totals.count for totals in alone["ddp", "float32", UNEVEN].train] == [11, 22, 27]
+    assert [totals.count for totals in alone["ddp", "float32", EVEN].train] == [8, 8, 8]
+    assert [totals.count for totals in alone["ddp", "float32", UNEVEN].train] == [11, 11, 5]
 
 
-def test_resnet18_resumed_at_other_world_sizes(
-    resnet18: dict[int, list[tuple[dict[Key, Outcome], Trace]]], folder: Path
-) -> None:
+def test_resnet18_resumed_at_other_world_sizes(resnet18: Resnet18, folder: Path) -> None:
     stops = [resnet18[world_size][0][1].stopped for world_size in STOPPED]
     assert stops == [True, True, True, False]
     assert_same_run(RunFolder(folder / "stopped"), RunFolder(folder / "undisturbed"))
@@ -116,7 +114,7 @@ def fast_epoch() -> Outcome:
     return epoch_of("resnet18", EVEN, exact=FAST)
 
 
-def test_fast_mode_differs_from_exact_mode(resnet18: dict[int, list[tuple[dict[Key, Outcome], Trace]]]) -> None:
+def test_fast_mode_differs_from_exact_mode(resnet18: Resnet18) -> None:
     """Negative control: an outcome of other roundings is another outcome."""
     ((exact, _),) = resnet18[1]
     for outcome in run_ranks(fast_epoch, 2):
