@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from loguru import logger
-from torch import Tensor, nn
+from torch import Tensor
 
 from distributed.checkpoint.checkpointer import Checkpointer
 from distributed.checkpoint.save_budget import SaveBudget
@@ -24,8 +24,8 @@ from distributed.engine.prepare import Compute
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.host.cpu_quota import quota_note
-from distributed.models.build import build_model
-from distributed.models.imported import check_output, check_same_weights
+from distributed.models.imported import check_same_weights
+from distributed.network import Network, build_network
 from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
@@ -84,33 +84,19 @@ def read_data(config: TrainConfig) -> DataPipeline:
     return build_data(config.model_copy(update={"precision": "float32"}), Topology(), torch.device("cpu"))
 
 
-def build_network(config: TrainConfig, data: DataPipeline) -> nn.Module:
-    """Build the model on the CPU. An imported one is tried on a few images, so call it before peers wait in a process group.
-
-    Raises:
-        InputError: an imported network cannot be built or does not return logits.
-    """
-    model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
-    if isinstance(config.model, ImportedModel):
-        example = data.example()
-        images, keys = example.images[:2].cpu().float(), example.sample_keys[:2].cpu()
-        check_output(model, images, keys, name=config.model.name, num_classes=data.num_classes, seed=config.seed)
-    return model
-
-
 def build_engine(
     config: TrainConfig,
     topology: Topology,
     data: DataPipeline,
     device: torch.device,
-    model: nn.Module | None = None,
+    network: Network | None = None,
 ) -> Engine:
-    """Build the model's engine. A single process has nothing to shard and uses `DdpEngine` in fast mode.
+    """Build the network's engine. A single process has nothing to shard and uses `DdpEngine` in fast mode.
 
     Args:
-        model: the result of `build_network`, if it was called before.
+        network: the result of `build_network`, if it was called before.
     """
-    model = model or build_network(config, data)
+    model, layers = network or build_network(config, topology, data, device)
     if isinstance(config.model, ImportedModel):
         check_same_weights(model, name=config.model.name)
     compute = Compute(config.precision, config.channels_last, device, config.timeout_seconds)
@@ -125,7 +111,7 @@ def build_engine(
         engine = _without_sharding(engine)
     if shards := config.shards_on(device.type):
         workers = shard_workers(device, threads=topology.threads(config.threads))
-        return ExactEngine(engine, model, optim=optim, compute=compute, shards=shards, workers=workers)
+        return ExactEngine(engine, model, optim=optim, compute=compute, shards=shards, workers=workers, layers=layers)
     if isinstance(engine, Fsdp) and multiple_ranks:
         check_own_gpu(device, "engine.name = fsdp in fast mode")
         from distributed.engine.fsdp import FsdpEngine

@@ -95,11 +95,12 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     with gc_pause.gc_paused():
         import torch
 
-    from distributed.build import build_data, build_engine, build_network
+    from distributed.build import build_data, build_engine
     from distributed.checkpoint.snapshot import load_checkpoint
     from distributed.comm.process_group import choose_device, process_group
     from distributed.data.checks import check_evaluated
     from distributed.inference.confusion import ConfusionMatrix
+    from distributed.network import build_network
     from distributed.process import logs
     from distributed.training.determinism import make_deterministic
     from distributed.training.steps import evaluate
@@ -114,7 +115,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     content = read_content(checkpoint)
     # Before the process group, because decoding may take long, and importing a network may fail.
     data = build_data(config, topology, device)
-    network = build_network(config, data)
+    network = build_network(config, topology, data, device)
     with process_group(topology, device, timeout_seconds=config.timeout_seconds):
         check_evaluated(content, config, data, split)
         engine = build_engine(config, topology, data, device, network)

@@ -8,15 +8,7 @@ import torch
 from loguru import logger
 
 from distributed.attempt import Attempt
-from distributed.build import (
-    build_checkpointer,
-    build_data,
-    build_engine,
-    build_network,
-    build_step,
-    check_same_config,
-    log_plan,
-)
+from distributed.build import build_checkpointer, build_data, build_engine, build_step, check_same_config, log_plan
 from distributed.checkpoint.warm_start import load_initial_weights
 from distributed.comm.process_group import choose_device, process_group
 from distributed.config import TrainConfig
@@ -24,6 +16,7 @@ from distributed.data.checks import check_data
 from distributed.metrics.profiler import StepProfiler
 from distributed.metrics.records import Sink
 from distributed.metrics.reporter import Reporter, default_sinks
+from distributed.network import build_network
 from distributed.optim.schedules import build_early_stopping, build_schedule
 from distributed.process.logs import replace_default_logs
 from distributed.run.resume_checks import check_saved
@@ -61,7 +54,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         attempt = stack.enter_context(Attempt(config, topology))
         # Before the process group, so that bad data and networks leave no peer waiting.
         data = build_data(config, topology, device)
-        network = build_network(config, data)
+        network = build_network(config, topology, data, device)
         stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
         check_same_config(config)
         attempt.open_log()
@@ -83,10 +76,8 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         if attempt.run:
             sinks = [*default_sinks(config, attempt.run, state, total_steps=total_steps), *sinks]
         report = stack.enter_context(Reporter(sinks, total_steps=total_steps, device=device))
-        save_every_seconds = 60 * config.checkpoint.every_minutes
-        agreement = stack.enter_context(
-            StepAgreement(stop or NeverStop(), is_main=topology.is_main, save_every_seconds=save_every_seconds)
-        )
+        times = {"save_every_seconds": 60 * config.checkpoint.every_minutes, "timeout_seconds": config.timeout_seconds}
+        agreement = stack.enter_context(StepAgreement(stop or NeverStop(), is_main=topology.is_main, **times))
         profiled_steps = config.logging.profile_steps if topology.is_main else 0
         profiler = stack.enter_context(StepProfiler(profiled_steps, attempt.folder.profile, attempt.check_token))
         metrics = MetricAccumulator(device)

@@ -84,7 +84,7 @@ def layer_words(name: str) -> tuple[int, int]:
 
 
 def unit_keys(words: tuple[int, int], count: int, *, use: int = 0, device: torch.device | None = None) -> Tensor:
-    """Return one key per two units of a layer, for `uniform16`: int64 [ceil(count / 2)].
+    """Return one key per two units of a layer, for `at_least16`: int64 [ceil(count / 2)].
 
     Args:
         words: from `layer_words`.
@@ -95,10 +95,21 @@ def unit_keys(words: tuple[int, int], count: int, *, use: int = 0, device: torch
     return _mix_(torch.arange((count + 1) // 2, device=device) ^ first, second)
 
 
-def uniform16(keys: Tensor, units: Tensor) -> Tensor:
-    """Draw a 16-bit number per sample and unit: int64 [n, 2 * len(units)]. Each hash serves two units."""
+def at_least16(keys: Tensor, units: Tensor, threshold: int) -> Tensor:
+    """Draw a number per sample and unit, uniform in [0, 65536), and compare it with a threshold in that range.
+
+    Each hash serves two units. Numbers of units are not stored: they would take eight bytes each.
+
+    Args:
+        keys: int64 [n, 2] from `sample_keys`.
+        units: from `unit_keys`.
+
+    Returns:
+        bool [n, 2 * len(units)].
+    """
     mixed = _mix_(keys[:, :1] ^ units, keys[:, 1:])
-    return torch.cat([mixed & 0xFFFF, mixed >> 16], dim=1)
+    high = mixed >= threshold << 16
+    return torch.cat([mixed.bitwise_and_(0xFFFF) >= threshold, high], dim=1)
 
 
 def fill_uniform_(tensor: Tensor, bound: float, *, seed: int, name: str) -> None:

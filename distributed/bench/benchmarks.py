@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from distributed.bench import training_speed
+from distributed.bench import scaling, training_speed
 from distributed.bench.measure import mean_step_seconds, median_step_seconds
 from distributed.bench.options import Options
 from distributed.bench.peers import PEERS
@@ -183,6 +183,7 @@ BENCHMARKS = {
         {training_speed.PEER_NAMES[key]: ", ".join(peer.lacks) for key, peer in PEERS.items()},
     ),
     "exact": Benchmark(_exact, _milliseconds_and_memory, _exact_ratios, "ms"),
+    "scaling": Benchmark(scaling.workloads, scaling.figures_of, scaling.ratios, "ms"),
     "startup": Benchmark(_startup, _seconds_to_first_step, _startup_ratios, "s"),
     "save": Benchmark(_save, _mean_seconds, _save_ratios, "s"),
     "engines": Benchmark(_engines, _milliseconds, _engines_ratios, "ms"),

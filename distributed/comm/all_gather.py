@@ -1,6 +1,6 @@
 """All-gather of short rows. Synchronized batch norm blocks on it twice per layer, so its latency counts."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,13 @@ def open_all_gather(device: torch.device, *, timeout_seconds: float) -> AllGathe
     return SharedMemoryAllGather(memory, timeout_seconds=timeout_seconds) if memory else process_group_all_gather
 
 
+class _Slots(NamedTuple):
+    """The rows of all ranks [world_size, length], and this rank's [length], in shared memory."""
+
+    all: Tensor
+    own: Tensor
+
+
 class SharedMemoryAllGather:
     """Gathers through memory shared by all ranks: an `AllGather`.
 
@@ -45,6 +52,7 @@ class SharedMemoryAllGather:
         self._counters = SharedCounters(memory, 0, count=2, timeout_seconds=timeout_seconds)
         self._rank, world_size = collectives.rank(), collectives.world_size()
         self._rows = tensor_in(memory, SharedCounters.size(2), (2, world_size, _MAX_ROW_BYTES), torch.uint8)
+        self._slots: dict[tuple[torch.dtype, int], list[_Slots]] = {}
         self._count = 0
 
     @staticmethod
@@ -58,8 +66,15 @@ class SharedMemoryAllGather:
             return process_group_all_gather(row)
         self._count += 1
         parity = self._count % 2
-        slots = self._rows[parity, :, :length]
-        slots[self._rank].copy_(row.view(torch.uint8))
+        slots = self._slots_for(row.dtype, length)[parity]
+        slots.own.copy_(row)
         self._counters.publish(parity, self._count)
         self._counters.wait(parity, self._count)
-        return slots.clone().view(row.dtype)
+        return slots.all.clone()
+
+    def _slots_for(self, dtype: torch.dtype, length: int) -> list[_Slots]:
+        """Return the two slots as rows of `length` bytes; cached, since a network has rows of a few lengths only."""
+        if (dtype, length) not in self._slots:
+            rows = [of_ranks[:, :length].view(dtype) for of_ranks in self._rows]
+            self._slots[dtype, length] = [_Slots(of_ranks, of_ranks[self._rank]) for of_ranks in rows]
+        return self._slots[dtype, length]

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -83,35 +82,3 @@ def _try(work: Callable[[], T]) -> tuple[T | None, InputError | StorageError | N
         return work(), None
     except (InputError, StorageError) as error:
         return None, error
-
-
-class DelayedMax:
-    """Elementwise maximum of a few flags over ranks, returned one call late, so that no rank waits for another.
-
-    Uses a gloo group of its own: flags are host numbers, and the group of the gradients stays free.
-    """
-
-    def __init__(self, flags: int) -> None:
-        self._zeros = torch.zeros(flags, dtype=torch.int32)
-        self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
-        self._pending: tuple[Tensor, Any] | None = None
-
-    def exchange(self, *flags: int) -> list[int]:
-        """Start reducing this rank's flags. Return the maxima of the previous call's flags, at first zeros."""
-        previous = self.drain()
-        mine = torch.tensor(flags, dtype=torch.int32)
-        work = (
-            dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self._group, async_op=True) if world_size() > 1 else None
-        )
-        self._pending = (mine, work)
-        return previous
-
-    def drain(self) -> list[int]:
-        """Wait for the last `exchange` and return its maxima; zeros if they were returned already."""
-        if self._pending is None:
-            return [int(flag) for flag in self._zeros]
-        flags, work = self._pending
-        if work is not None:
-            work.wait()
-        self._pending = None
-        return [int(flag) for flag in flags.tolist()]

@@ -1,6 +1,7 @@
 """Settings of the model, the optimizer, evaluation, checkpoints and logging. Imports no torch."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, PlainValidator, Tag, TypeAdapter
@@ -33,8 +34,9 @@ class Model(Section):
         """Height and width in pixels that the network computes on; it resizes smaller images itself."""
         return 224 if self.name == "alexnet" else 32
 
-    def check_importable(self) -> None:
-        """Do nothing: it is a part of this package."""
+    def check_importable(self) -> Path | None:
+        """Return the file of its module: None, because it is a part of this package."""
+        return None
 
 
 class ImportedModel(Section):
@@ -55,9 +57,13 @@ class ImportedModel(Section):
         """None: images go in as large as the data set has them."""
         return None
 
-    def check_importable(self) -> None:
-        """Raise InputError if there is no such module; nothing is imported."""
-        check_module(self.name)
+    def check_importable(self) -> Path | None:
+        """Return the file of its module if it is known; nothing is imported.
+
+        Raises:
+            InputError: there is no such module.
+        """
+        return check_module(self.name)
 
 
 def _model_variant(section: Any) -> str | None:

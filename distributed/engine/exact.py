@@ -27,7 +27,6 @@ from distributed.exact.gather_statistics import StatisticsGather
 from distributed.exact.gradient_reducer import GradientReducer
 from distributed.exact.shard_executor import ShardExecutor
 from distributed.exact.sharded_weights import ShardedWeights
-from distributed.exact.supported import check_exact
 from distributed.models.sync_batch_norm import SyncBatchNorm, convert_batch_norm
 
 
@@ -38,9 +37,7 @@ class ExactEngine:
         model: float32 on the CPU, with its initial weights; the engine takes ownership.
         shards: number of shards of the global batch, a power of two, at least world_size.
         workers: number of this rank's shards that compute at the same time.
-
-    Raises:
-        ValueError: the model cannot be computed shard by shard.
+        layers: the convolutions and linear layers that alone use their parameters, by name, each with its calls in one pass.
     """
 
     def __init__(
@@ -52,10 +49,9 @@ class ExactEngine:
         compute: Compute,
         shards: int,
         workers: int,
+        layers: Mapping[str, int],
     ) -> None:
         self.compute, timeout = compute, compute.timeout_seconds
-        check_exact(model)
-        layers = {name: 1 for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
         self._plain = cast(model, compute)
         low = compute.low_dtype
         self._sharded: ShardedWeights | None = None

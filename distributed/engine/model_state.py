@@ -38,8 +38,8 @@ class ReplicatedLayout:
         return LocalTensor(tensor, Replicated(tensor.shape))
 
     def local_gradient(self, name: str, parameter: Tensor) -> Tensor:
-        assert parameter.grad is not None
-        return parameter.grad
+        # The loss does not depend on a parameter without a gradient.
+        return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
     def global_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         return torch.nn.utils.get_total_norm(gradients)

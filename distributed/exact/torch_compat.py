@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import BackwardCFunction
 
-__all__ = ["Node", "input_metadata", "is_leaf", "is_python", "sequence_number"]
+__all__ = ["Node", "has_hooks", "input_metadata", "is_leaf", "is_python", "sequence_number"]
 
 Node = Any  # torch.autograd.graph.Node does not declare that nodes can be called
 _AccumulateGrad: type = torch._C._functions.AccumulateGrad
@@ -32,3 +32,14 @@ def input_metadata(node: Node) -> list[Any]:
 def sequence_number(node: Node) -> int:
     """Return a number that grows with each node that the forward pass creates on a thread."""
     return node._sequence_nr()  # type: ignore[no-any-return]
+
+
+def has_hooks(node: Node) -> bool:
+    """Whether hooks are registered on a node itself; those of tensors are stored elsewhere."""
+    for register in (node.register_hook, node.register_prehook):
+        handle = register(lambda *_: None)
+        hooks = handle.hooks_dict_ref()  # the only access to the others
+        handle.remove()
+        if hooks:
+            return True
+    return False

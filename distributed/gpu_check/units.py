@@ -46,7 +46,7 @@ def _draws(count: int, device: torch.device) -> dict[str, Tensor]:
         "draws": rng.draws(keys, "flip"),
         "integers": rng.integers(keys, "crop_y", 2**31),
         "unit": rng.unit(keys, "mixup_0_x"),
-        "uniform16": rng.uniform16(keys[:300], units),
+        "at_least16": rng.at_least16(keys[:300], units, 20_000),
         "permutation": rng.permutation(count, seed=1, epoch=2, device=device),
     }
 

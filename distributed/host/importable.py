@@ -4,7 +4,7 @@ import difflib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -12,8 +12,11 @@ from pathlib import Path
 from distributed.errors import InputError
 
 
-def check_module(path: str) -> None:
+def check_module(path: str) -> Path | None:
     """Check that the module of the import path `package.module:factory` exists.
+
+    Returns:
+        Its file; None if it is unknown.
 
     Raises:
         InputError: there is no such module; the message names a similar one if there is one.
@@ -25,14 +28,15 @@ def check_module(path: str) -> None:
         places = None if spec is None else spec.submodule_search_locations
         if spec is not None and places is None:
             if _makes_its_modules(name):
-                return
+                return None
             raise InputError(f"model.name = {path}: {spec.name} is a module, not a package; write {spec.name}:{part}")
         found = _find(name, places)
         if found is None:
             if _makes_its_modules(name):
-                return
+                return None
             raise InputError(f"model.name = {path}: there is no module {name}{_advice(name, factory, places)}")
         spec = found
+    return Path(spec.origin) if spec and spec.has_location and spec.origin else None
 
 
 def _find(name: str, places: Sequence[str] | None) -> ModuleSpec | None:
@@ -61,12 +65,11 @@ def _makes_its_modules(name: str) -> bool:
 def _advice(name: str, factory: str, places: Sequence[str] | None) -> str:
     *package, last = name.split(".")
     names = {found.name for found in pkgutil.iter_modules(None if places is None else list(places))}
-    if close := difflib.get_close_matches(last, sorted(names), n=1, cutoff=0.7):
-        return f"; did you mean {'.'.join([*package, close[0]])}?"
-    if package:
-        return f" in {_first(places or ())}; did you mean {'.'.join(package)}:{factory}?"
-    return f"; run the command in the folder of {name}.py (this is {Path.cwd()}), or install the package"
-
-
-def _first(places: Iterable[str]) -> str:
-    return next(iter(places), "its package")
+    if not package:
+        names -= sys.stdlib_module_names
+    close = difflib.get_close_matches(last, sorted(names), n=1, cutoff=0.7 if package else 0.8)
+    meant = f"; did you mean {'.'.join([*package, close[0]])}?" if close else ""
+    if not package:
+        advice = f"run the command in the folder of {name}.py (this is {Path.cwd()}), or install the package"
+        return f"{meant} Otherwise {advice}" if meant else f"; {advice}"
+    return meant or f" in {next(iter(places or ()), 'its package')}; did you mean {'.'.join(package)}:{factory}?"

@@ -81,7 +81,7 @@ class KeyedDropout(nn.Module):
 
     def kept(self, keys: Tensor, count: int, *, use: int = 0) -> Tensor:
         """Return the mask of kept units, bool [n, count], for sample keys int64 [n, 2], at the layer's use number `use`."""
-        return rng.uniform16(keys, self._units.get(keys, count, use))[:, :count] >= self.threshold
+        return rng.at_least16(keys, self._units.get(keys, count, use), self.threshold)[:, :count]
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply dropout to x [n, ...].

@@ -4,7 +4,8 @@ import time
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
-from distributed.comm.collectives import DelayedMax, gather_objects
+from distributed.comm.collectives import gather_objects
+from distributed.comm.delayed_max import open_delayed_max
 
 
 class StopSource(Protocol):
@@ -34,12 +35,13 @@ class StepAgreement:
 
     Args:
         save_every_seconds: time between saves by rank 0's clock; 0: never.
+        timeout_seconds: how long to wait for another rank.
     """
 
-    def __init__(self, source: StopSource, *, is_main: bool, save_every_seconds: float) -> None:
+    def __init__(self, source: StopSource, *, is_main: bool, save_every_seconds: float, timeout_seconds: float) -> None:
         self._source, self._is_main = source, is_main
         self._save_every_seconds = save_every_seconds
-        self._flags = DelayedMax(2)
+        self._flags = open_delayed_max(2, timeout_seconds=timeout_seconds)
         self._saved_at = time.monotonic()
         self.reason: str | None = None
 

@@ -35,6 +35,7 @@ def diagnose(
     """
     reports = sorted(reports, key=lambda report: report.index)  # without a majority, the first node is the reference
     found = [*_silent_nodes(reports, expected, silent or {}), *version_differences(reports)]
+    found += model_differences(reports)
     for report in reports:
         found += [*_device_faults(report, reports, gpus), *folder_faults(report, shared=several, free_gib=free_gib)]
         found += _section_error(report, "data", "data")
@@ -83,6 +84,19 @@ def version_differences(reports: Sequence[NodeReport]) -> list[str]:
             if digest != usual
         ]
     return found
+
+
+def model_differences(reports: Sequence[NodeReport]) -> list[str]:
+    """Return a line for each node that lacks the module of the network, or has another one than most nodes."""
+    found = [f"{report.node}: {report.errors['model']}" for report in reports if "model" in report.errors]
+    digests = {report.node: report.model for report in reports if report.model is not None}
+    usual = _most_common(list(digests.values())) if digests else None
+    return found + [
+        f"{node}: the file of the network's module differs from the others' ({digest}, not {usual}); copy it there, or put it "
+        "on shared storage"
+        for node, digest in digests.items()
+        if digest != usual
+    ]
 
 
 def _most_common(values: Sequence[T]) -> T:

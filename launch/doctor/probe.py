@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed.config import CommandLine, TrainConfig, from_command_line
+from distributed.config.sections import ImportedModel
 from distributed.data.sources import registry
 from distributed.errors import InputError
 from distributed.host.cpu_quota import available_cpus
@@ -46,6 +47,7 @@ def main() -> int:
         "code": code_digest,
         "devices": find_devices,
         "folder": lambda: examine_folder(command().config.run_dir, options.token, node.name),
+        "model": lambda: model_digest(command().config),
         "data": lambda: check_data(command().config, names_data=command().names_data),
     }
     if node.count > 1:
@@ -80,6 +82,14 @@ def code_digest() -> str:
         for file in sorted(root.rglob("*.py")):
             digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
+
+
+def model_digest(config: TrainConfig) -> str:
+    """Check that the network's module is there, and return a digest of its file."""
+    if not isinstance(config.model, ImportedModel):
+        return "built in"
+    file = config.model.check_importable()
+    return hashlib.blake2b(file.read_bytes(), digest_size=6).hexdigest() if file else "no file"
 
 
 def find_devices() -> Devices:

@@ -56,6 +56,8 @@ class NodeReport(_Section):
     versions: dict[str, str] | None = None
     code: str | None = None
     """Digest of the project's source files."""
+    model: str | None = None
+    """Digest of the file of the network's module; `built in` for a network of this project."""
     data: str | None = None
     devices: Devices | None = None
     folder: Folder | None = None

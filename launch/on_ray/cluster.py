@@ -15,7 +15,7 @@ from distributed.config.scaling import Scaling
 from distributed.errors import InputError
 from distributed.topology import host
 from launch.address import is_loopback
-from launch.doctor.diagnosis import folder_faults, version_differences
+from launch.doctor.diagnosis import folder_faults, model_differences, version_differences
 from launch.doctor.reports import NodeReport
 from launch.on_ray import compat
 from launch.on_ray.capacity import usable_nodes, workers_on_node
@@ -139,7 +139,8 @@ def _faults(own: NodeReport, report: NodeReport, config: TrainConfig, token: str
         ]
     if error := report.error("data"):
         found.append(f"{node}: data: {error}")
-    return found + version_differences([own, report])  # if they differ, the first is the reference
+    # If they differ, the first is the reference.
+    return found + version_differences([own, report]) + model_differences([own, report])
 
 
 def _is_lost(node: str) -> bool:

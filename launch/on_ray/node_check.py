@@ -37,6 +37,7 @@ def node_report(name: str, config: TrainConfig, token: str, *, index: int) -> No
             "versions": versions,
             "code": probe.code_digest,
             "folder": lambda: probe.examine_folder(Path(config.run_dir), token, name),
+            "model": lambda: probe.model_digest(config),
             "data": lambda: probe.check_data(config),
         },
     )

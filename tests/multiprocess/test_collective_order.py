@@ -9,7 +9,7 @@ from kit.ranks import in_group, run_ranks
 from kit.small_runs import small_config
 
 from distributed import recipe
-from distributed.comm import all_gather, collectives
+from distributed.comm import all_gather, collectives, delayed_max
 from distributed.exact import bucket_reduce
 
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -19,7 +19,7 @@ COLLECTIVES = (GATHER, "all_to_all_single", "all_reduce")
 @in_group
 def order_of(settings: dict[str, Any], run_dir: Path) -> list[tuple[str, str]]:
     """Return name and group of each collective of a run, in call order."""
-    for module in (bucket_reduce, all_gather):  # as on GPUs or on several hosts
+    for module in (bucket_reduce, all_gather, delayed_max):  # as on GPUs or on several hosts
         vars(module)["open_shared_memory"] = lambda *_: None
     calls: list[tuple[str, str]] = []
 

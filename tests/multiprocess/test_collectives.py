@@ -1,6 +1,7 @@
 """Collectives over ranks, and without a process group in a single process."""
 
 import os
+import random
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +12,12 @@ import torch.distributed as dist
 from kit.ranks import RankFailed, in_group, leave, run_ranks
 
 from distributed.comm import collectives
-from distributed.comm.collectives import DelayedMax
+from distributed.comm.delayed_max import DelayedMax, ProcessGroupMax, open_delayed_max
 from distributed.comm.process_group import process_group
 from distributed.errors import InputError, StorageError
 from distributed.topology import Topology
+
+EXCHANGES = 100
 
 
 def fails_on(rank: int, error: Exception) -> Callable[[], str]:
@@ -35,12 +38,20 @@ def outcome(do: Callable[[Callable[[], str]], str], work: Callable[[], str]) -> 
         return f"{type(error).__name__} {error.exit_code:d}: {error}"
 
 
+def exchange_flags(late: DelayedMax) -> tuple[str, list[list[int]]]:
+    """Return the kind of exchange and what each of its calls returned, over many steps with late ranks."""
+    rank, timing, returned = collectives.rank(), random.Random(collectives.rank()), []
+    for call in range(EXCHANGES):
+        if timing.random() < 0.05:
+            time.sleep(timing.choice((0.0002, 0.003)))
+        returned.append(late.exchange(int(rank == 1 and call == 1), 10 * call + rank))
+    return type(late).__name__, [*returned, late.drain(), late.drain()]
+
+
 @in_group
 def try_everything() -> dict[str, Any]:
     rank = collectives.rank()
-    late = DelayedMax(2)
-    exchanged = [late.exchange(int(rank == 1 and call == 1), 10 * call + rank) for call in range(4)]
-    drained = [late.drain(), late.drain()]
+    delayed = [exchange_flags(late) for late in (open_delayed_max(2, timeout_seconds=30), ProcessGroupMax(2))]
     return {
         "rank and size": (rank, collectives.world_size()),
         "sum": collectives.sum_over_ranks_(torch.tensor([rank, 2**60 + rank])).tolist(),
@@ -50,8 +61,7 @@ def try_everything() -> dict[str, Any]:
         "gathered": collectives.gather_objects(("rank", rank, "x" * (1000 * rank))),
         "decided": [outcome(collectives.run_on_main, fails_on(at, InputError("a", "b"))) for at in (-1, 0, 1)],
         "done": [outcome(collectives.run_on_all, fails_on(at, StorageError("full"))) for at in (-1, 0, 1)],
-        "exchanged": exchanged,
-        "drained": drained,
+        "delayed": delayed,
     }
 
 
@@ -102,16 +112,17 @@ def test_gathered_objects_are_in_rank_order(found: list[dict[str, Any]]) -> None
 
 
 @pytest.mark.timeout(120)
-def test_delayed_max_returns_the_previous_calls_maxima(found: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("kind", ["SharedMemoryMax", "ProcessGroupMax"])
+def test_delayed_max_returns_the_previous_calls_maxima(kind: str, found: list[dict[str, Any]]) -> None:
     last = len(found) - 1
-    expected = [[0, 0], [0, last], [1, 10 + last], [0, 20 + last]]
-    assert [rank["exchanged"] for rank in found] == [expected] * len(found)
-    assert [rank["drained"] for rank in found] == [[[0, 30 + last], [0, 0]]] * len(found)
+    expected = [[0, 0], *([int(call == 1), 10 * call + last] for call in range(EXCHANGES)), [0, 0]]
+    for rank in found:
+        assert dict(rank["delayed"])[kind] == expected
 
 
 def test_single_process_needs_no_group() -> None:
     assert not dist.is_initialized()
-    tensor, late, thing = torch.tensor([3, 4]), DelayedMax(2), object()
+    tensor, late, thing = torch.tensor([3, 4]), open_delayed_max(2, timeout_seconds=30), object()
     assert (collectives.rank(), collectives.world_size()) == (0, 1)
     assert collectives.sum_over_ranks_(tensor) is tensor
     assert collectives.max_over_ranks_(tensor) is tensor

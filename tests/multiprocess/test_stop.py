@@ -78,11 +78,12 @@ def agree_on_steps() -> tuple[float, dict[str, list[tuple[bool, bool]]]]:
     """Return the duration of the second agreement in seconds, and both agreements' decisions at each step."""
     rank = collectives.rank()
     found = {}
-    agreement = StepAgreement(StopAfter(3) if rank == 2 else NeverStop(), is_main=rank == 0, save_every_seconds=0)
+    options: Any = {"is_main": rank == 0, "timeout_seconds": 30}
+    agreement = StepAgreement(StopAfter(3) if rank == 2 else NeverStop(), save_every_seconds=0, **options)
     found["stop"] = [agreement.after_step() for _ in range(5)]
     start = time.monotonic()
     # Only rank 0's clock counts: by those of the other ranks every step would save.
-    agreement = StepAgreement(NeverStop(), is_main=rank == 0, save_every_seconds=SAVE_EVERY if rank == 0 else 1e-9)
+    agreement = StepAgreement(NeverStop(), save_every_seconds=SAVE_EVERY if rank == 0 else 1e-9, **options)
     found["save"] = []
     for _ in range(12):
         time.sleep(0.05)

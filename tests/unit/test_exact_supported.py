@@ -12,12 +12,9 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from distributed.config.engines import Ddp
-from distributed.config.sections import Model, Sgd
-from distributed.engine.exact import ExactEngine
-from distributed.engine.prepare import Compute
+from distributed.config.sections import Model
 from distributed.errors import InputError
-from distributed.exact.supported import check_exact
+from distributed.exact.check.supported import check_exact
 from distributed.models.build import build_model
 from distributed.models.convert_dropout import convert_dropout
 
@@ -86,6 +83,21 @@ def hook_activation(module: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
+def hook_node(module: nn.Module, x: Tensor) -> Tensor:
+    y = x * 2
+    y.grad_fn.register_prehook(lambda gradients: gradients)
+    return y
+
+
+def gradient_in_forward(module: nn.Module, x: Tensor) -> Tensor:
+    return torch.autograd.grad(x.square().sum(), x, create_graph=True)[0]
+
+
+def norm_in_list() -> nn.Module:
+    norm = nn.BatchNorm1d(12)
+    return Call(lambda m, x: m.layers[0](x), layers=[norm], registered=norm)
+
+
 def hooked(register: str) -> nn.Module:
     layer = nn.Linear(12, 12)
     getattr(layer, register)(lambda *_: None)
@@ -138,18 +150,18 @@ REFUSED = {
     "numpy": (lambda: Call(lambda _, x: x * float(np.random.rand())), "draws from numpy's generator", KEYED),
     "a torch.Generator": (
         lambda: Call(lambda m, x: x * torch.rand(12, generator=m.own), own=torch.Generator()),
-        "draws from a torch.Generator of its own",
+        "draws from a torch.Generator",
         KEYED,
     ),
     "a numpy Generator": (
         lambda: Call(lambda m, x: x * float(m.own.random()), own=np.random.default_rng(3)),
-        "draws from a numpy Generator in its attribute own",
-        KEYED,
+        "4.inner (Call): does not repeat itself",
+        "draw from keys of the samples",
     ),
     "a random.Random": (
         lambda: Call(lambda m, x: x * m.own[0].random(), own=[random.Random(3)]),
-        "draws from a random.Random in its attribute own",
-        KEYED,
+        "4.inner (Call): does not repeat itself",
+        "draw from keys of the samples",
     ),
     "a buffer": (
         lambda: Call(own_state, average=torch.zeros(12)),
@@ -186,7 +198,7 @@ REFUSED = {
     **{
         name: (
             lambda name=name: hooked(name),
-            "has the hook hooked.<lambda>",
+            "has the hook hooked.<locals>.<lambda>",
             "compute in forward what the hook computes",
         )
         for name in (
@@ -198,6 +210,18 @@ REFUSED = {
     },
     "a parameter's hook": (lambda: hooked_parameter(), "has a hook on its parameter weight", "compute in forward"),
     "an activation's hook": (lambda: Call(hook_activation), "registers a hook on a tensor", "compute in forward"),
+    "a node's hook": (lambda: Call(hook_node), "registers a hook on a node of the graph", "compute in forward"),
+    "a gradient": (lambda: Call(gradient_in_forward), "computes gradients in forward", "compute them in closed form"),
+    "a batch norm in a list": (
+        norm_in_list,
+        "4.inner (Call): refers to a batch norm by its attribute layers",
+        "use nn.ModuleList",
+    ),
+    "a parametrized batch norm": (
+        lambda: torch.nn.utils.parametrizations.weight_norm(nn.BatchNorm1d(12)),
+        "is a batch norm with parametrized weights",
+        "remove its parametrization",
+    ),
     "old weight norm": (
         lambda: torch.nn.utils.weight_norm(nn.Linear(12, 12)),
         "uses torch.nn.utils.weight_norm",
@@ -216,12 +240,12 @@ REFUSED = {
     ),
     "recomputed": (
         lambda: checkpointed(False, nn.BatchNorm1d(12)),
-        "4.inner.body.0 (BatchNorm1d): is a batch norm that checkpointing would compute again",
+        "4.inner.body.0 (BatchNorm1d): is a batch norm that checkpointing computes again",
         "keep it outside the checkpointed part",
     ),
     "recomputed dropout": (
         lambda: checkpointed(False, convert_dropout(nn.Sequential(nn.Dropout(0.5)))),
-        "4.inner.body.0.0 (KeyedDropout): is a dropout that checkpointing would compute again",
+        "4.inner.body.0.0 (KeyedDropout): is a dropout that checkpointing computes again",
         "keep it outside the checkpointed part",
     ),
     "sparse": (
@@ -238,6 +262,19 @@ REFUSED = {
     "SyncBatchNorm": (lambda: nn.SyncBatchNorm(12), "is a batch norm with a forward of its own", "use nn.BatchNorm1d"),
     "torch.compile": (lambda: torch.compile(nn.Linear(12, 12)), "is compiled", "remove torch.compile"),
     "Module.compile": (lambda: compiled_in_place(), "is compiled", "remove torch.compile"),
+    "a compiled function": (
+        lambda: Call(lambda _, x: torch.compile(torch.sin, backend="aot_eager")(x)),
+        "calls a compiled function",
+        "remove torch.compile",
+    ),
+    "attention's dropout": (
+        lambda: Call(
+            lambda m, x: m.attend(*[x[:, None]] * 3)[0][:, 0],
+            attend=nn.MultiheadAttention(12, 2, 0.1, batch_first=True),
+        ),
+        "4.inner.attend (MultiheadAttention): draws from torch's generator",
+        "set its dropout to 0",
+    ),
     "lazy": (lambda: nn.LazyLinear(12), "has no shapes", "pass the number of input features"),
 }
 
@@ -376,16 +413,10 @@ def test_memory_efficient_densenet_is_refused() -> None:
     )
     message = refusal(Call(lambda m, x: m.body(F.interpolate(x, 32)), body=model))
     assert "body.features.denseblock" in message
-    assert "is a batch norm that checkpointing would compute again" in message
+    assert "is a batch norm that checkpointing computes again" in message
 
 
 def test_the_built_in_networks_are_supported() -> None:
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     for name in ("improved_alexnet", "cifar_alexnet_bn"):
         check_exact(build_model(Model(name=name), num_classes=10, seed=0), images)
-
-
-def test_the_engine_refuses_what_is_registered() -> None:
-    compute = Compute("float32", channels_last=False, device=torch.device("cpu"), timeout_seconds=10)
-    with pytest.raises(ValueError, match=r"exact\.shards > 0: 4.inner \(Linear\): has the hook"):
-        ExactEngine(Ddp(), around(hooked("register_forward_hook")), optim=Sgd(), compute=compute, shards=2, workers=1)

@@ -170,7 +170,7 @@ def test_label_smoothing_and_mixing_follow_the_papers(tmp_path):
     data = build_data(config, Topology(), CPU)
     (batch,) = next(data.train_epoch(0))
     logits = torch.randn(len(batch.labels), 10)
-    value, outcome = _shard_loss(0.2, lambda images, keys: logits, batch)
+    value, outcome = _shard_loss(0.2, lambda images: logits, batch)
     assert batch.mixed is not None
     weight = batch.mixed.own_weight[:, None]
     targets = weight * F.one_hot(batch.labels, 10) + (1 - weight) * F.one_hot(batch.mixed.labels, 10)
@@ -204,7 +204,7 @@ def test_flip_tta_averages_the_logits_of_image_and_flip(tmp_path):
     (batch,) = data.evaluation("test")
     with engine.evaluating():
         plain = engine.predict(batch)
-        mirrored = engine.model[0](batch.images.flip(3)).detach()  # one replica of exact mode's
+        mirrored = engine.model(batch.images.flip(3)).detach()
     expected = F.cross_entropy((plain + mirrored) / 2, batch.labels)
     found = evaluate(engine, data, "test", flip_tta=True, device=CPU)
     assert found.mean_loss == pytest.approx(float(expected), rel=1e-5)

@@ -130,9 +130,11 @@ def test_drawing_does_not_modify_ids_and_keys():
     before = ids.clone(), keys.clone()
     rng.sample_keys(ids, seed=1, epoch=1)
     rng.integers(keys, "flip", 2)
-    rng.uniform16(keys, rng.unit_keys(rng.layer_words("a"), 8))
+    units = rng.unit_keys(rng.layer_words("a"), 8)
+    rng.at_least16(keys, units, 7)
     assert torch.equal(ids, before[0])
     assert torch.equal(keys, before[1])
+    assert torch.equal(units, rng.unit_keys(rng.layer_words("a"), 8))
 
 
 def test_no_samples_have_no_draws():
@@ -225,3 +227,18 @@ def test_a_large_tensor_is_filled_like_its_chunks():
     assert torch.equal(large[:7], small)
     assert large[1 << 18 :].unique().numel() == 5
     assert not torch.equal(large[1 << 18 :], small[:5])
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 20_000, 65_535])
+def test_units_draw_the_halves_of_a_hash(threshold):
+    keys, units = keys_of(50), rng.unit_keys(rng.layer_words("a"), 12)
+    hashes = [[lowbias32(first ^ unit, second) for unit in units.tolist()] for first, second in keys.tolist()]
+    expected = [[h % 2**16 >= threshold for h in row] + [h >> 16 >= threshold for h in row] for row in hashes]
+    assert rng.at_least16(keys, units, threshold).tolist() == expected
+
+
+def test_each_use_of_a_layer_has_keys_of_its_own():
+    words = rng.layer_words("a")
+    assert torch.equal(rng.unit_keys(words, 9), rng.unit_keys(words, 9, use=0))
+    keys = torch.cat([rng.unit_keys(words, 2000, use=use) for use in range(50)])
+    assert len(keys.unique()) > 50_000 - 10  # about one collision by chance

@@ -4,8 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from distributed.exact.torch_compat import input_metadata, is_leaf, is_python, sequence_number
-from distributed.models.torch_compat import AnyBatchNorm, AnyDropout, NormBase, is_persistent
+from distributed.exact.torch_compat import has_hooks, input_metadata, is_leaf, is_python, sequence_number
+from distributed.models.torch_compat import (
+    AnyBatchNorm,
+    AnyDropout,
+    NormBase,
+    TorchDispatchMode,
+    hooks_of,
+    hooks_of_tensor,
+    is_compiled,
+    is_persistent,
+)
 
 FOREACH = ["add_", "copy_", "lerp_", "mul", "mul_", "norm", "sub"]
 KERNELS = [
@@ -49,3 +58,62 @@ def test_autograd_nodes() -> None:
     (metadata,) = input_metadata(node)
     assert (metadata.shape, metadata.dtype, metadata.device) == ([2], leaf.dtype, leaf.device)
     assert sequence_number(leaf.exp().grad_fn) > sequence_number(node)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
+def test_hooks_of(name: str) -> None:
+    module = nn.Linear(2, 2)
+    assert hooks_of(module) == []
+    getattr(module, name)(print)
+    assert hooks_of(module) == [print]
+
+
+def test_hooks_of_tensor() -> None:
+    first, second = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    assert hooks_of_tensor(first) == []
+    first.register_hook(print)
+    second.register_post_accumulate_grad_hook(print)
+    assert hooks_of_tensor(first) == hooks_of_tensor(second) == [print]
+
+
+def test_has_hooks() -> None:
+    leaf = torch.ones(2, requires_grad=True)
+    node = (leaf * 2).grad_fn
+    assert not has_hooks(node)
+    handle = node.register_hook(print)
+    assert has_hooks(node)
+    handle.remove()
+    node.register_prehook(print)
+    assert has_hooks(node)
+    node.next_functions[0][0].register_hook(print)
+    assert has_hooks(node.next_functions[0][0])
+
+
+def test_is_compiled() -> None:
+    layer = nn.Linear(2, 2)
+    assert not is_compiled(layer)
+    assert is_compiled(torch.compile(layer))
+    layer.compile()
+    assert is_compiled(layer)
+
+
+def test_a_dispatch_mode_sees_parameters_themselves() -> None:
+    seen = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.extend(value for value in args if isinstance(value, nn.Parameter))
+            return func(*args, **kwargs or {})
+
+    layer = nn.Linear(2, 2)
+    with Seen():
+        layer(torch.ones(1, 2))
+    assert {id(value) for value in seen} == {id(layer.weight), id(layer.bias)}

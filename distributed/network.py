@@ -1,0 +1,64 @@
+"""Builds a run's network and checks, before any process group exists, that it can be trained as configured."""
+
+import time
+from typing import NamedTuple
+
+import torch
+from loguru import logger
+from torch import nn
+
+from distributed.config import TrainConfig
+from distributed.config.sections import ImportedModel
+from distributed.data.pipeline import DataPipeline
+from distributed.errors import InputError
+from distributed.models.build import build_model
+from distributed.topology import Topology
+
+
+class Network(NamedTuple):
+    """A model in float32 on the CPU with its initial weights, and its convolutions and linear layers that alone use their
+    parameters, by name, each with the number of its calls in one forward pass."""
+
+    model: nn.Module
+    layers: dict[str, int]
+
+
+def build_network(config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device) -> Network:
+    """Build the network. An imported one is tried on a few images, in throwaway passes that leave it unchanged.
+
+    Call this before creating a process group.
+
+    Raises:
+        InputError: the network cannot be imported, does not return logits, or exact mode does not support it.
+    """
+    if not isinstance(config.model, ImportedModel):
+        model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
+        return Network(model, {name: 1 for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)})
+    try:
+        model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
+        return Network(model, _check_imported(model, config, topology, data, device))
+    except InputError:
+        if topology.local_rank:
+            time.sleep(3)  # the first rank found the same: it reports that before torchrun ends all ranks
+        raise
+
+
+def _check_imported(
+    model: nn.Module, config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device
+) -> dict[str, int]:
+    """Raise InputError if an imported network cannot be trained as configured; return `Network.layers`."""
+    from distributed.exact.check.supported import check_exact, mixes_samples  # only imported networks need these
+    from distributed.exact.shardable_layers import layers_to_shard
+    from distributed.models.imported import check_output
+
+    example = data.example()
+    images, keys = example.images.cpu().float(), example.sample_keys.cpu()
+    name = config.model.name
+    check_output(model, images[:2], keys[:2], name=name, num_classes=data.num_classes, seed=config.seed)
+    images = images[torch.arange(3) % len(images)]  # the passes change the copies
+    if config.shards_on(device.type):
+        check_exact(model, images)
+        return layers_to_shard(model, images)
+    if topology.world_size > 1 and (reason := mixes_samples(model, images)) and topology.is_main:
+        logger.warning("model.name = {}: results depend on how the batch is split over the ranks: {}", name, reason)
+    return {}
