@@ -47,9 +47,8 @@ def _check_imported(
     model: nn.Module, config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device
 ) -> dict[str, int]:
     """Raise InputError if an imported network cannot be trained as configured; return `Network.layers`."""
-    from distributed.exact.sample_mixing import mixes_samples  # only imported networks need these
+    from distributed.exact.check.supported import check_exact, mixes_samples  # only imported networks need these
     from distributed.exact.shardable_layers import layers_to_shard
-    from distributed.exact.supported import check_exact
     from distributed.models.imported import check_output
 
     example = data.example()

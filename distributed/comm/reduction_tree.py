@@ -44,14 +44,20 @@ def covering_subtrees(leaves: range) -> list[Node]:
     return nodes
 
 
-def reduce_to_root(sums: Mapping[Node, Tensor]) -> Tensor:
-    """Return the sum over the entire tree, given the sums of subtrees that cover it."""
+def reduce_to_root(sums: Mapping[Node, Tensor], *, out: Tensor | None = None) -> Tensor:
+    """Return the sum over the entire tree, given the sums of subtrees that cover it.
+
+    Args:
+        out: where to write it, which saves a copy if there are several subtrees.
+    """
     remaining = dict(sums)
     while len(remaining) > 1:
         smallest = min(node.size for node in remaining)
         for node in [node for node in remaining if node.size == smallest and not node.first & smallest]:
-            remaining[node.parent] = remaining.pop(node) + remaining.pop(node.sibling)
-    return next(iter(remaining.values()))
+            of_root = out if len(remaining) == 2 else None
+            remaining[node.parent] = torch.add(remaining.pop(node), remaining.pop(node.sibling), out=of_root)
+    (root,) = remaining.values()
+    return root if out is None or root is out else out.copy_(root)
 
 
 def tree_sum(rows: Tensor) -> Tensor:

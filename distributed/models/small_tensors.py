@@ -18,12 +18,16 @@ T = TypeVar("T")
 _CPU = torch.device("cpu")
 
 
+def _keeps(device: torch.device) -> bool:
+    return device == _CPU and not torch.compiler.is_compiling()
+
+
 def _kept_on_cpu(make: Callable[..., T]) -> Callable[..., T]:
     """Decorate a function whose last argument is a device."""
     kept = lru_cache(maxsize=1024)(make)
 
     def get(*arguments: Any) -> T:
-        return kept(*arguments) if arguments[-1] == _CPU else make(*arguments)
+        return kept(*arguments) if _keeps(arguments[-1]) else make(*arguments)
 
     return get
 
@@ -55,7 +59,9 @@ class Sizes(NamedTuple):
 
 def sizes_of(counts: Tensor) -> Sizes:
     """Return the sizes, given the number of elements per channel of each shard [shards, 1]."""
-    return _kept_sizes(tuple(counts.flatten().tolist()), counts.dtype) if counts.device == _CPU else _sizes(counts)
+    if _keeps(counts.device):
+        return _kept_sizes(tuple(counts.flatten().tolist()), counts.dtype)
+    return _sizes(counts)
 
 
 @lru_cache(maxsize=1024)
