@@ -143,6 +143,14 @@ def test_equal_images_show_mixing_too() -> None:
     assert "mixes" in mixes_samples(around(Mixer(lambda x: x - x.mean(0))), IMAGES[:1].expand(3, -1, -1, -1))
 
 
+def test_models_in_evaluation_mode_are_checked_as_trained() -> None:
+    model = around(OnlyInTraining()).eval()
+    assert "5.1 (OnlyInTraining): mixes" in mixes_samples(model, IMAGES)
+    with pytest.raises(ValueError, match=r"5\.1 \(OnlyInTraining\): mixes"):
+        check_exact(model, IMAGES)
+    assert not any(module.training for module in model.modules())
+
+
 def deep(layer: nn.Module, *, gain: float) -> nn.Module:
     """Return 50 layers without normalization, whose activations overflow or vanish, and the layer in their middle."""
     torch.manual_seed(4)
@@ -185,6 +193,7 @@ def test_infinite_gradients_are_not_mixing() -> None:
 def test_hidden_state_is_not_taken_for_mixing() -> None:
     model = around(Mixer(lambda x: x * next(_calls)))
     assert mixes_samples(model, IMAGES) == ""
+    assert "mixes" in mixes_samples(around(Mixer(lambda x: x.cumsum(0) * next(_calls))), IMAGES)
     with pytest.raises(ValueError, match=r"5\.1 \(Mixer\): does not repeat itself"):
         check_exact(model, IMAGES)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from distributed.exact.check.module_stack import ModuleStack
 from distributed.exact.check.problems import Problem
-from distributed.exact.check.saved_model import SavedModel, same_bits
+from distributed.exact.check.saved_model import same_bits
 from distributed.exact.check.throwaway import SavedGenerators
 from distributed.models.keyed_dropout import use_sample_keys
 
@@ -36,10 +36,11 @@ def find_mixing(model: nn.Module, images: Tensor, keys: Tensor) -> Problem | Non
         others = images.flip(-1) * -1.5
         others[kept] = images[kept]
         differs = _differ(logits[kept], passes.run(others)[kept])
-        if differs and not same_bits(logits, passes.run(images)):
-            varies = Problem(passes.first_difference(images, images, kept), _VARIES, _REPEAT)
-        elif differs or _depends_on_others(with_graph, inputs, kept):
+        repeats = not differs or same_bits(logits, passes.run(images))
+        if (differs and repeats) or _depends_on_others(with_graph, inputs, kept):
             return Problem(passes.first_difference(images, others, kept), MIXES, _PER_SAMPLE)
+        if not repeats:
+            varies = Problem(passes.first_difference(images, images, kept), _VARIES, _REPEAT)
     return varies
 
 
@@ -50,16 +51,14 @@ class _Call(NamedTuple):
 
 
 class _Passes:
-    """Forward passes that start from the same state of the model, its parameters excepted, and of the generators."""
+    """Forward passes that start from the same states of the random generators."""
 
     def __init__(self, model: nn.Module, keys: Tensor) -> None:
-        self._model, self._keys = model, keys
-        self._saved, self._generators = SavedModel(model, parameters=False), SavedGenerators()
+        self._model, self._keys, self._generators = model, keys, SavedGenerators()
 
     def run(self, images: Tensor, stack: ModuleStack | None = None) -> Tensor:
         """Return the logits [n, classes] of images, which are not changed; with a graph if they require gradients."""
         self._generators.restore()
-        self._saved.restore()
         with (
             torch.set_grad_enabled(images.requires_grad),
             use_sample_keys(self._keys),
@@ -114,8 +113,7 @@ def _depends_on_others(logits: Tensor, inputs: Tensor, kept: int) -> bool:
     row = logits[kept]
     # Weights in general position: gradients of different logits do not cancel.
     weights = 0.5 + torch.rand(row.shape, generator=torch.Generator().manual_seed(0))
-    scalar = (torch.where(row.isfinite(), row, 0) * weights).sum()
-    (gradient,) = torch.autograd.grad(scalar, inputs, retain_graph=True, allow_unused=True)
+    (gradient,) = torch.autograd.grad((row * weights).sum(), inputs, retain_graph=True, allow_unused=True)
     if gradient is None:
         return False
     others = torch.cat([gradient[:kept], gradient[kept + 1 :]])
