@@ -47,9 +47,8 @@ def _check_imported(
     model: nn.Module, config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device
 ) -> dict[str, int]:
     """Raise InputError if an imported network cannot be trained as configured; return `Network.layers`."""
-    from distributed.exact.sample_mixing import mixes_samples  # only imported networks need these
+    from distributed.exact.check.supported import check_exact, mixes_samples  # only imported networks need these
     from distributed.exact.shardable_layers import layers_to_shard
-    from distributed.exact.supported import check_exact
     from distributed.models.imported import check_output
 
     example = data.example()
@@ -62,4 +61,5 @@ def _check_imported(
         return layers_to_shard(model, images)
     if topology.world_size > 1 and (reason := mixes_samples(model, images)) and topology.is_main:
         logger.warning("model.name = {}: results depend on how the batch is split over the ranks: {}", name, reason)
-    return {}
+    is_sharded = config.engine.name == "fsdp" and topology.world_size > 1
+    return layers_to_shard(model, images) if is_sharded else {}

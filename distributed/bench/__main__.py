@@ -1,20 +1,27 @@
-"""`python -m distributed.bench train | exact | engines | startup | save | norm`: measures speed in interleaved rounds.
-`python -m distributed.bench memory`: measures the memory a rank needs under each engine."""
+"""`python -m distributed.bench train | exact | scaling | engines | startup | save | norm`: measures speed in rounds that
+interleave all workloads.
+`python -m distributed.bench memory`: measures the memory a rank needs under each engine.
+`python -m distributed.bench page`: writes the figures of docs/benchmarks.md from the files in results/."""
 
 import argparse
+import json
 import time
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from distributed.bench import scaling
 from distributed.bench.benchmarks import BENCHMARKS
 from distributed.bench.machine import machine
 from distributed.bench.memory import measure_all
-from distributed.bench.options import WORKLOADS, Options
+from distributed.bench.options import NETWORK, WORKLOADS, Options
+from distributed.bench.page import write_page
 from distributed.bench.peers import PEERS, peer_python
 from distributed.bench.rounds import Results, run_rounds, summary
+from distributed.bench.scaling_report import PREDICTED_CORES, report
 from distributed.data.sources import cifar
-from distributed.errors import ExitCode, prints_errors
+from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.files import check_writable, home_path
 from distributed.process.optional_output import requested_output
 from distributed.process.streams import run_command
@@ -24,10 +31,16 @@ from distributed.process.streams import run_command
 def main() -> int:
     """Run the rounds, print medians and ratios, and write them as JSON on request. Return 1 if a workload failed."""
     arguments = _parser().parse_args()
+    if arguments.benchmark == "page":
+        print(write_page())
+        return ExitCode.FINISHED
     if arguments.benchmark == "memory":
         measure_all(arguments.json)
         return ExitCode.FINISHED
     options = Options.of(arguments)
+    if arguments.from_file:
+        print(_report(_read(arguments.from_file), arguments.cores))
+        return ExitCode.FINISHED
     if arguments.benchmark != "norm":
         cifar.check("cifar10", options.root)
     if arguments.json:
@@ -35,11 +48,40 @@ def main() -> int:
     if arguments.benchmark == "train" and options.peers and options.chosen_peers:
         options = replace(options, peer_python=peer_python(options.peers, options.chosen_peers))
     results = _measure(arguments, options)
-    print(summary(BENCHMARKS[arguments.benchmark], results.rounds))
+    if arguments.benchmark == "scaling":
+        cores = results.machine["cores"]
+        results.model = scaling.content(results.rounds, cores=cores, predicted_cores=arguments.cores or PREDICTED_CORES)
+        print(_report(asdict(results), arguments.cores))
+    else:
+        print(summary(BENCHMARKS[arguments.benchmark], results.rounds))
     if arguments.json:
         with requested_output("--json", arguments.json):
             results.write(arguments.json)
     return ExitCode.FAILED if results.outputs else ExitCode.FINISHED
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Read what --json wrote.
+
+    Raises:
+        InputError: it is not such a file.
+    """
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+        if any(scaling.name_of("fast", 1) in figures for figures in found["rounds"]):
+            return found
+    except OSError as error:
+        raise InputError(
+            f"--from {file}: cannot be read: {error.strerror}; name a file that scaling --json wrote"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"--from {file}: contains no figures of scaling; name a file that scaling --json wrote")
+
+
+def _report(results: Mapping[str, Any], cores: Sequence[int] | None) -> str:
+    measured_cores = results["machine"]["cores"]
+    return report(results["rounds"], cores=measured_cores, predicted_cores=cores or PREDICTED_CORES)
 
 
 def _measure(arguments: argparse.Namespace, options: Options) -> Results:
@@ -54,7 +96,7 @@ def _measure(arguments: argparse.Namespace, options: Options) -> Results:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m distributed.bench", description=__doc__)
-    parser.add_argument("benchmark", choices=[*BENCHMARKS, "memory"])
+    parser.add_argument("benchmark", choices=[*BENCHMARKS, "memory", "page"])
     parser.add_argument("--data.root", dest="root", type=home_path, default=Path("data"), help="folder with CIFAR-10")
     parser.add_argument(
         "--device",
@@ -63,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         help="device of all workloads; auto: CUDA if available",
     )
     parser.add_argument("--rounds", type=int, help="default: 5, on CUDA 1")
-    parser.add_argument("--steps", type=int, help="steps per workload and round; default: 80, on CUDA 100")
+    parser.add_argument("--steps", type=int, help="steps per workload and round; default: 80, on CUDA 100, scaling 40")
     parser.add_argument("--batches", type=int, nargs="+", help="train: batch sizes; default: 128, on CUDA 128 512 2048")
     names = "; ".join(f"{name}: {meaning}" for name, meaning in WORKLOADS.items())
     parser.add_argument(
@@ -77,6 +119,17 @@ def _parser() -> argparse.ArgumentParser:
         "with pip; default: .venv-bench",
     )  # fmt: skip
     peers.add_argument("--no-peers", dest="peers", action="store_const", const=None, help="train: without them")
+    parser.add_argument(
+        "--network", default=NETWORK, metavar="NAME",
+        help=f"exact: model.name, e.g. cifar_alexnet or torchvision.models:resnet18; default: {NETWORK}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cores", type=int, nargs="+", help="scaling: predict steps on this many cores; default: 2 4 8"
+    )
+    parser.add_argument(
+        "--from", dest="from_file", type=home_path, metavar="JSON",
+        help="scaling: measure nothing, and predict from this file, which --json wrote",
+    )  # fmt: skip
     parser.add_argument(
         "--seconds", type=float, help="time limit per workload, startup included; default: none, on CUDA 40"
     )
@@ -101,6 +154,8 @@ def _command(arguments: argparse.Namespace, options: Options) -> str:
     repeated: list[Any] = [
         arguments.benchmark, "--device", options.device, "--rounds", _rounds(arguments, options), "--steps", options.steps,
     ]  # fmt: skip
+    if arguments.benchmark == "exact":
+        repeated += ["--network", options.network]
     if arguments.benchmark == "train":
         repeated += [] if options.peers else ["--no-peers"]
         repeated += ["--batches", *options.batches, "--workloads", *options.workloads]

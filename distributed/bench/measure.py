@@ -20,11 +20,14 @@ class StepClock:
         steps: number of steps to measure.
         block: steps between two readings.
         until: CLOCK_MONOTONIC in seconds after which to stop early, once there are four readings.
+
+    `on_step` is called after each step that is measured.
     """
 
     def __init__(self, device: str, steps: int, *, block: int = 1, until: float = math.inf) -> None:
         self.device, self.steps, self.block, self.until = device, steps, block, until
         self.readings: Readings = []
+        self.on_step: Callable[[], object] = lambda: None
         self._done = 0
         self._synchronize: Callable[[], object] = lambda: None
         if device == "cuda":
@@ -37,6 +40,7 @@ class StepClock:
         if self.finished:
             return True
         self._done += 1
+        self.on_step()
         if self._done % self.block == 0 or self._done == self.steps:
             self._synchronize()
             self.readings.append((self._done, time.monotonic()))

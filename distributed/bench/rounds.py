@@ -23,6 +23,7 @@ class Results:
     Attributes:
         ratios, failed: one entry per round.
         skipped: workloads that cannot run here, each with the reason.
+        model: what was fitted to the figures.
         outputs: output of the workloads that failed.
     """
 
@@ -32,11 +33,14 @@ class Results:
     ratios: list[Figures] = field(default_factory=list)
     failed: list[dict[str, str]] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
     outputs: str = ""
 
     def write(self, file: Path) -> None:
         """Write the results to `file`, and the output of failed workloads beside it."""
-        content = {name: value for name, value in asdict(self).items() if name != "outputs"}
+        content = {
+            name: value for name, value in asdict(self).items() if name != "outputs" and (value or name != "model")
+        }
         write_output(file, (json.dumps(content, indent=1) + "\n").encode())
         if self.outputs:
             write_output(file.with_suffix(".failed.txt"), self.outputs.encode())
@@ -91,7 +95,9 @@ def run_round(benchmark: Benchmark, options: Options, deadline: float, *, label:
                 print(f"{label}failed: {name}: {error}", file=sys.stderr, flush=True)
                 continue
             figures |= new
-            values = ", ".join(f"{key}: {value:,.4g}{_unit(key, benchmark)}" for key, value in new.items())
+            values = ", ".join(
+                f"{key.removeprefix(f'{name}, ')}: {value:,.4g}{_unit(key, benchmark)}" for key, value in new.items()
+            )
             print(f"{label}{values} ({time.monotonic() - start:.0f} s)", file=sys.stderr, flush=True)
     return RoundResult(figures, failed)
 

@@ -25,11 +25,13 @@ class Measurement(NamedTuple):
         start: CLOCK_MONOTONIC, in seconds, at which the process was started.
         readings: the readings of its step clock.
         memory_mib: rank 0's peak memory in MiB.
+        figures: what its function returned, one entry per rank in any order.
     """
 
     start: float
     readings: Readings
     memory_mib: float
+    figures: list[dict[str, float]] = []  # noqa: RUF012 (never changed)
 
 
 class WorkloadFailedError(RuntimeError):
@@ -87,7 +89,8 @@ class Workload:
         lines = [line for line in printed.splitlines() if line.startswith("CLOCK ")]
         if lines and code in (0, None):  # the figures are complete even if the process hung after printing them
             readings, memory_mib = json.loads(lines[0].removeprefix("CLOCK "))
-            return Measurement(start, [(step, at) for step, at in readings], memory_mib)
+            figures = [json.loads(line[8:]) for line in printed.splitlines() if line.startswith("FIGURES ")]
+            return Measurement(start, [(step, at) for step, at in readings], memory_mib, figures)
         if code is None:
             raise WorkloadFailedError(f"timed out after {seconds:.0f} s", printed[-1000:] + errors[-3000:])
         raise WorkloadFailedError(_error_line(errors) or f"exit code {code}", printed[-1000:] + errors[-3000:])
@@ -130,7 +133,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _error_line(errors: str) -> str:
-    """Return the last line that names an exception, since torchrun prints more after it; else the last line."""
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    """Return the last line that names an exception of a rank, since torchrun prints more after it; else the last line."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip() and "ChildFailedError" not in line]
     raised = [line for line in lines if re.match(r"(\[\w+\]:\s*)?[\w.]+(Error|Exception|Interrupt)\b", line)]
     return next(reversed(raised or lines), "")

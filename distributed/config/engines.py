@@ -14,10 +14,11 @@ class _Engine(Section):
 
 
 class Ddp(_Engine):
-    name: Literal["ddp"] = operational(
-        "ddp", "weights replicated, gradients summed over ranks (DistributedDataParallel)"
-    )
-    bucket_mib: int = operational(25, "size in MiB of the buckets in which gradients are exchanged", gt=0, le=1024)
+    name: Literal["ddp"] = operational("ddp", "weights replicated, gradients summed over ranks")
+    bucket_mib: int = operational(
+        25, "size in MiB of the buckets in which gradients are exchanged, unless that is done through shared memory",
+        gt=0, le=1024,
+    )  # fmt: skip
     compression: Literal["bfloat16"] | None = setting(
         None,
         "bfloat16: round gradients to bfloat16 before summing them over ranks; none: sum them in their own precision",

@@ -59,7 +59,7 @@ class DdpEngine:
 
     Args:
         model: float32 on the CPU, with its initial weights; the engine takes ownership.
-        example: some images, for two steps of DDP whose results are discarded.
+        example: some images, for a few steps before DDP is used, whose results are discarded.
         compile: compile the forward and backward pass with torch.compile.
     """
 
@@ -79,14 +79,17 @@ class DdpEngine:
             self._plain.compile()  # in place, so that parameters keep their names
         self.model = self._plain
         self.weights = ModelState(optim, self._plain, precision=compute.precision)
+        self._trained = [p for p in self._plain.parameters() if p.requires_grad]
         self._log_bytes = world_size() > 1
         low = torch.bfloat16 if config.compression == "bfloat16" else None
         self._shared = self._open_shared_gradients(low) if world_size() > 1 else None
         self._sums = self._shared or BucketSums(low)
         self._ddp: DistributedDataParallel | None = None
         if isinstance(self._sums, BucketSums) and world_size() > 1:
-            self.model = self._ddp = self._wrap(config, self._sums)
+            before = {name: tensor.clone() for name, tensor in self._plain.state_dict().items()}
+            self.model = self._ddp = self._wrap(config, self._sums, example)
             self._settle_buckets(example)
+            self._plain.load_state_dict(before)
             self._sums.reduced_bytes = 0
 
     @property
@@ -95,11 +98,10 @@ class DdpEngine:
         return self._sums.reduced_bytes
 
     def _open_shared_gradients(self, low: torch.dtype | None) -> SharedGradients | None:
-        parameters = {name: p for name, p in self._plain.named_parameters() if p.requires_grad}
         timeout = self.compute.timeout_seconds
-        return SharedGradients.open(parameters, low, self.compute.device, timeout_seconds=timeout)
+        return SharedGradients.open(self._trained, low, self.compute.device, timeout_seconds=timeout)
 
-    def _wrap(self, config: Ddp, sums: BucketSums) -> DistributedDataParallel:
+    def _wrap(self, config: Ddp, sums: BucketSums, example: Batch) -> DistributedDataParallel:
         # torch 2.13 renamed the flag. Buffers need no broadcast, since synchronized statistics are the same on all ranks.
         known = inspect.signature(DistributedDataParallel.__init__).parameters
         no_broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -109,22 +111,30 @@ class DdpEngine:
             device_ids=[self.compute.device] if self.compute.device.type == "cuda" else None,
             bucket_cap_mb=config.bucket_mib,
             gradient_as_bucket_view=True,
+            find_unused_parameters=self._has_unused_parameters(example),
             **options,
         )
         ddp.register_comm_hook(None, sums.hook)
         return ddp
 
+    def _has_unused_parameters(self, example: Batch) -> bool:
+        """Return whether a parameter receives no gradient in a step without DDP. Updates the model's buffers."""
+        with self.compute.autocast():
+            value, _ = _any_loss(self._plain, example)
+        value.backward()  # type: ignore[no-untyped-call]
+        found = any(parameter.grad is None for parameter in self._trained)
+        self.weights.zero_grad()
+        return found
+
     def _settle_buckets(self, example: Batch) -> None:
-        """Take two steps without updates, then restore the model's buffers.
+        """Take two steps without updates, in which the model's buffers change.
 
         After its first step DDP rebuilds its buckets in the order in which gradients arrived. From three ranks up, other
         buckets mean another order of summation, so a resumed run must not take its first step with the initial buckets.
         """
-        before = {name: tensor.clone() for name, tensor in self._plain.state_dict().items()}
         for _ in range(2):
             self.micro_step(_any_loss, example, last=True)
             self.weights.zero_grad()
-        self._plain.load_state_dict(before)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distributed.exact.forward_trace import ModuleStack, tensors
-from distributed.exact.sample_mixing import throwaway_batch
-from distributed.exact.saved_model import unchanged
+from distributed.exact.check.module_stack import ModuleStack, tensors
+from distributed.exact.check.saved_model import unchanged
+from distributed.exact.check.throwaway import throwaway_batch
 from distributed.models.keyed_dropout import use_sample_keys
 from distributed.models.torch_compat import TorchDispatchMode
 
@@ -26,25 +26,22 @@ def layers_to_shard(model: nn.Module, images: Tensor) -> dict[str, int]:
         images: [n, 3, side, side], n at least 1; at most 3 are used.
     """
     images, keys = throwaway_batch(images)
-    layers = {path: layer for path, layer in model.named_modules() if _has_plain_forward(layer)}
-    stack = ModuleStack(model)
-    calls, again = _Calls(), _Calls()
-    with unchanged(model), torch.enable_grad():
+    layers = [path for path, layer in model.named_modules() if _has_plain_forward(layer)]
+    calls: Counter[str] = Counter()
+    recomputed: set[str] = set()
+    with unchanged(model), torch.enable_grad(), use_sample_keys(keys):
         model.train()
-        owners = _owners(model)
-        with use_sample_keys(keys), stack.watched(calls), _Uses(stack, owners) as uses:
+        with (
+            ModuleStack(model, before=lambda _, path, inputs: calls.update([path])) as stack,
+            _Uses(model, stack) as uses,
+        ):
             output = model(images.clone())
-        with use_sample_keys(keys), stack.watched(again):
+        with ModuleStack(model, before=lambda _, path, inputs: recomputed.add(path)):
             parameters = [p for p in model.parameters() if p.requires_grad]
             if output.requires_grad:
                 torch.autograd.grad(output.sum(), parameters, allow_unused=True)
-    elsewhere = {path for storage, users in uses.users.items() for path in owners[storage] if users != {path}}
-    elsewhere |= {path for paths in owners.values() if len(paths) > 1 for path in paths}
-    return {
-        path: calls.count[path]
-        for path in layers
-        if calls.count[path] and path not in elsewhere and not again.count[path]
-    }
+    excluded = recomputed | uses.shared_or_used_elsewhere()
+    return {path: calls[path] for path in layers if calls[path] and path not in excluded}
 
 
 def _has_plain_forward(layer: nn.Module) -> bool:
@@ -52,42 +49,29 @@ def _has_plain_forward(layer: nn.Module) -> bool:
     return plain and any(True for _ in layer.parameters(recurse=False))
 
 
-def _owners(model: nn.Module) -> dict[int, set[str]]:
-    """Return the paths of the modules that register a parameter, by the address of its memory."""
-    owners: dict[int, set[str]] = defaultdict(set)
-    for path, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.numel():
-                owners[parameter.untyped_storage().data_ptr()].add(path)
-    return dict(owners)
-
-
-class _Calls:
-    """Counts the calls of each module."""
-
-    def __init__(self) -> None:
-        self.count: Counter[str] = Counter()
-
-    def before(self, inside: str, module: nn.Module, path: str, inputs: list[Tensor]) -> None:
-        self.count[path] += 1
-
-    def after(self, module: nn.Module, path: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        pass
-
-
 class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes in which modules' forward an operation reads or writes the memory of a parameter."""
 
-    def __init__(self, stack: ModuleStack, owners: dict[int, set[str]]) -> None:
+    def __init__(self, model: nn.Module, stack: ModuleStack) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.users: dict[int, set[str]] = defaultdict(set)
-        self._stack, self._owners = stack, owners
+        self._stack = stack
+        self._owners: dict[int, set[str]] = defaultdict(set)  # paths, by the address of a parameter's memory
+        self._users: dict[int, set[str]] = defaultdict(set)
+        for path, module in model.named_modules():
+            for parameter in module.parameters(recurse=False):
+                if parameter.numel():
+                    self._owners[parameter.untyped_storage().data_ptr()].add(path)
+
+    def shared_or_used_elsewhere(self) -> set[str]:
+        """Return the paths of modules whose parameters also belong to others, or that others have computed with."""
+        found = [paths for key, paths in self._owners.items() if len(paths) > 1 or self._users[key] - paths]
+        return set().union(*found)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for tensor in tensors([args, kwargs]):
             if tensor.layout == torch.strided:
-                storage = tensor.untyped_storage().data_ptr()
-                if storage in self._owners:
-                    self.users[storage].add(self._stack.inside)
+                address = tensor.untyped_storage().data_ptr()
+                if address in self._owners:
+                    self._users[address].add(self._stack.inside)
         return func(*args, **kwargs)

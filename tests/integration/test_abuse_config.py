@@ -58,6 +58,7 @@ VALUES: list[tuple[str, str, str]] = [
     ("data.train_samples", "9", "greater than or equal to 10"),
     ("data.test_samples", HUGE, "less than or equal to 1000000"),
     ("data.cache", "", "should be a path"),
+    ("data.side", "7", "greater than or equal to 8"),
     ("data.max_pixels", "0", "greater than or equal to 1"),
     ("data.validation_fraction", "1", "less than or equal to 0.9"),
     ("data.split_seed", HUGE, "less than 2**63"),
@@ -68,7 +69,17 @@ VALUES: list[tuple[str, str, str]] = [
     ("data.augment.mixup", "2", "less than or equal to 1"),
     ("data.augment.cutmix", "nan", "finite number"),
     ("data.augment.cutout", "-3", "greater than or equal to 0"),
-    ("model.name", "resnet", "'alexnet', 'improved_alexnet'"),
+    (
+        "model.name",
+        "resnet",
+        "should be one of alexnet | improved_alexnet | cifar_alexnet | cifar_alexnet_bn | package.module",
+    ),
+    (
+        "model.name",
+        "no_such_module_anywhere:make",
+        "there is no module no_such_module_anywhere; run the command in the",
+    ),
+    ("model.options", "3", "is a table"),
     ("model.init", "zero", "'torch' or 'he'"),
     ("model.dropout", "1", "less than 1"),
     ("init_from", "\udcff", "UTF-8"),
@@ -452,7 +463,14 @@ def test_each_mistake_is_a_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--epochs=" + "9" * 5000], ["--precision=a\nb"], ["/dev/null/x.toml"]], ids=repr
+    "arguments",
+    [
+        ["--epochs=" + "9" * 5000],
+        ["--precision=a\nb"],
+        ["/dev/null/x.toml"],
+        ["--data.name=generated10", "--model.name=a:b"],
+    ],
+    ids=repr,
 )
 def test_the_real_command(arguments: list[str], tmp_path: Path) -> None:
     result = subprocess.run(

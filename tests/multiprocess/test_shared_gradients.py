@@ -171,38 +171,55 @@ def test_gradients_match_ddp(world_size: int, channels_last: bool) -> None:
 class Branches(nn.Module):
     """`unused` receives no gradient; `frozen` needs none."""
 
-    def __init__(self, *, freeze: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.used, self.unused = nn.Linear(12, 10), nn.Linear(2, 2, bias=False)
-        self.unused.requires_grad_(not freeze)
+        torch.manual_seed(0)
+        self.used, self.unused, self.frozen = nn.Linear(12, 10), nn.Linear(2, 2), nn.Linear(10, 10)
+        self.frozen.requires_grad_(False)
 
-    def forward(self, images: Tensor, *_: Tensor) -> Tensor:
-        logits: Tensor = self.used(images.flatten(1))
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.frozen(self.used(images.flatten(1)))
         return logits
 
 
-@in_group
-def step_of_branches(freeze: bool) -> str:
-    """Take a step of a network with a parameter that receives no gradient; return the error message, if any."""
+def batch_of_branches(rank: int, world_size: int) -> Batch:
+    """Return a rank's part of a batch of six images."""
+    own = slice(rank * 6 // world_size, (rank + 1) * 6 // world_size)
+    images = torch.rand(6, 3, 2, 2, generator=torch.Generator().manual_seed(0))[own]
+    ids, keys = torch.arange(6)[own], torch.zeros(len(images), 2, dtype=torch.int64)
+    return Batch(images, ids, ids, keys, global_count=6, shard_sizes=(len(images),))
+
+
+def steps_of_branches(transport: str) -> tuple[dict[str, Tensor], int]:
+    """Return the weights after two steps with weight decay, and the bytes exchanged for them."""
+    if transport == "ddp":
+        use_process_group()
     compute = Compute("float32", channels_last=False, device=CPU, timeout_seconds=5)
-    ids, keys = torch.arange(4), torch.zeros(4, 2, dtype=torch.int64)
-    batch = Batch(torch.rand(4, 3, 2, 2), ids % 10, ids, keys, global_count=8, shard_sizes=(4,))
-    engine = DdpEngine(Ddp(), Branches(freeze=freeze), optim=Sgd(), compute=compute, example=batch, compile=False)
-    try:
+    batch, optim = batch_of_branches(collectives.rank(), collectives.world_size()), Sgd(weight_decay=0.1)
+    engine = DdpEngine(Ddp(), Branches(), optim=optim, compute=compute, example=batch, compile=False)
+    for step in range(2):
         engine.micro_step(partial(_shard_loss, 0.0), batch, last=True)
-        engine.step(0.1, step=0)
-    except RuntimeError as error:
-        return str(error)
-    return ""
+        engine.step(0.1, step=step)
+    return {
+        name: parameter.detach().clone() for name, parameter in engine._plain.named_parameters()
+    }, engine.reduced_bytes
 
 
-def test_a_parameter_without_gradient_is_named() -> None:
-    for message in run_ranks(step_of_branches, 2, False):
-        assert message.startswith("fast mode: parameter unused.weight received no gradient")
+@in_group
+def steps_on_ranks(transport: str) -> tuple[dict[str, Tensor], int]:
+    return steps_of_branches(transport)
 
 
-def test_frozen_parameters_are_not_exchanged() -> None:
-    assert run_ranks(step_of_branches, 2, True) == ["", ""]
+@pytest.mark.parametrize("transport", ["memory", "ddp"])
+def test_unused_and_frozen_parameters(transport: str) -> None:
+    """Unused ones have gradients of zero, as in exact mode, so that they decay; frozen ones are neither sent nor changed."""
+    before, (alone, _) = dict(Branches().named_parameters()), steps_of_branches("memory")
+    trained_bytes = sum(parameter.nbytes for parameter in before.values() if parameter.requires_grad)
+    assert torch.equal(alone["frozen.weight"], before["frozen.weight"])
+    assert not torch.equal(alone["unused.weight"], before["unused.weight"])
+    for found, sent_bytes in run_ranks(steps_on_ranks, 2, transport):
+        assert sent_bytes == 2 * trained_bytes
+        torch.testing.assert_close(found, alone)
 
 
 @in_group

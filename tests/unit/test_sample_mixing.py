@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distributed.exact.sample_mixing import mixes_samples
-from distributed.exact.supported import check_exact
+from distributed.exact.check.supported import check_exact, mixes_samples
 from distributed.models.convert_dropout import convert_dropout
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -71,6 +70,21 @@ def around(layer: nn.Module) -> nn.Module:
     )
 
 
+class Experts(nn.Module):
+    """Sends each sample to one of two layers, in batches of sizes that depend on the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.choice, self.experts = nn.Linear(12, 2), nn.ModuleList(nn.Linear(12, 12) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.choice(x).argmax(1)
+        y = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            y[chosen == index] = expert(x[chosen == index])
+        return y
+
+
 def replaced_by_best(x: Tensor) -> Tensor:
     return x + x[x.detach().sum(1).argmax()]
 
@@ -95,10 +109,9 @@ MIXERS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", MIXERS)
 def test_functions_of_several_samples_are_refused(name: str) -> None:
     model = around(Mixer(MIXERS[name]))
-    with pytest.raises(
-        ValueError, match=r"5\.1 \(Mixer\): mixes the samples of a batch.*; compute it for each sample alone"
-    ):
+    with pytest.raises(ValueError, match=r"mixes the samples of a batch.*; compute it for each sample alone") as error:
         check_exact(model, IMAGES)
+    assert str(error.value).startswith("exact.shards > 0: 5.1 (Mixer): mixes")
 
 
 @pytest.mark.parametrize(
@@ -130,6 +143,14 @@ def test_equal_images_show_mixing_too() -> None:
     assert "mixes" in mixes_samples(around(Mixer(lambda x: x - x.mean(0))), IMAGES[:1].expand(3, -1, -1, -1))
 
 
+def test_models_in_evaluation_mode_are_checked_as_trained() -> None:
+    model = around(OnlyInTraining()).eval()
+    assert "5.1 (OnlyInTraining): mixes" in mixes_samples(model, IMAGES)
+    with pytest.raises(ValueError, match=r"5\.1 \(OnlyInTraining\): mixes"):
+        check_exact(model, IMAGES)
+    assert not any(module.training for module in model.modules())
+
+
 def deep(layer: nn.Module, *, gain: float) -> nn.Module:
     """Return 50 layers without normalization, whose activations overflow or vanish, and the layer in their middle."""
     torch.manual_seed(4)
@@ -139,10 +160,13 @@ def deep(layer: nn.Module, *, gain: float) -> nn.Module:
     return nn.Sequential(nn.Flatten(), *layers[:25], layer, *layers[25:], nn.Linear(192, 5))
 
 
-@pytest.mark.parametrize("gain", [0.02, 50.0])
-def test_extreme_activations_do_not_mislead(gain: float) -> None:
+@pytest.mark.parametrize("gain", [0.02, 1.0, 50.0])
+def test_extreme_activations_are_not_mixing(gain: float) -> None:
     assert mixes_samples(deep(nn.ReLU(), gain=gain), IMAGES) == ""
-    assert "26 (Mixer)" in mixes_samples(deep(Mixer(lambda x: x - x.mean(0)), gain=gain), IMAGES)
+
+
+def test_mixing_in_the_middle_of_a_deep_network() -> None:
+    assert "26 (Mixer)" in mixes_samples(deep(Mixer(lambda x: x - x.mean(0)), gain=1.0), IMAGES)
 
 
 def test_a_head_of_zeros_does_not_mislead() -> None:
@@ -158,6 +182,10 @@ def test_infinite_logits_do_not_mislead() -> None:
     assert "0.5.1 (Mixer)" in mixes_samples(model, IMAGES)
 
 
+def test_experts_do_not_mix_samples() -> None:
+    assert mixes_samples(around(Experts()), IMAGES) == ""
+
+
 def test_infinite_gradients_are_not_mixing() -> None:
     assert mixes_samples(around(Mixer(lambda x: x + (x.relu() * 0).sqrt())), IMAGES) == ""
 
@@ -165,6 +193,7 @@ def test_infinite_gradients_are_not_mixing() -> None:
 def test_hidden_state_is_not_taken_for_mixing() -> None:
     model = around(Mixer(lambda x: x * next(_calls)))
     assert mixes_samples(model, IMAGES) == ""
+    assert "mixes" in mixes_samples(around(Mixer(lambda x: x.cumsum(0) * next(_calls))), IMAGES)
     with pytest.raises(ValueError, match=r"5\.1 \(Mixer\): does not repeat itself"):
         check_exact(model, IMAGES)
 

@@ -1,0 +1,20 @@
+"""Training with this project, with the phases of each step measured on every rank."""
+
+import os
+
+from distributed.bench.measure import StepClock
+from distributed.bench.phases import EXCHANGES, WAITS, PhaseClock, typical_step
+from distributed.bench.workloads import this_project
+
+
+def run(clock: StepClock, *, arguments: list[str], cores: int) -> dict[str, float]:
+    """Train until the measurement is complete, on the first `cores` cores. Return this rank's `StepTimes` in ms."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    phases = PhaseClock()
+    for function in EXCHANGES:
+        phases.watch(function, "exchange")
+    for function in WAITS:
+        phases.watch(function, "wait")
+    clock.on_step = phases.end_step
+    this_project.run(clock, arguments=arguments)
+    return {name: 1000 * seconds for name, seconds in typical_step(phases.steps)._asdict().items()}

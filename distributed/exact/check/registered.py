@@ -1,0 +1,80 @@
+"""What a network registers that exact mode does not support, found without a forward pass."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from distributed.exact.check.problems import Problem
+from distributed.models.torch_compat import AnyBatchNorm, hooks_of, hooks_of_tensor, is_compiled
+
+INSTEAD_OF_HOOK = "compute in forward what the hook computes"
+
+
+def registered(model: nn.Module) -> list[Problem]:
+    """Return the problems that can be seen from the network's modules and parameters alone."""
+    return [
+        Problem(path, what, remedy) for path, module in model.named_modules() for what, remedy in _of_module(module)
+    ]
+
+
+def can_run(model: nn.Module) -> bool:
+    """Whether passes over the network can be watched: it is not compiled, and its parameters have shapes."""
+    return not any(is_compiled(module) or _is_lazy(module) for module in model.modules())
+
+
+def _of_module(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield (problem, remedy) of a module without its children."""
+    if is_compiled(module):
+        yield "is compiled, so that no shard can pause in it", "remove torch.compile or .compile()"
+    if _is_lazy(module):
+        yield "has no shapes before its first forward", "pass the number of input features instead of a lazy layer"
+        return  # its hook sets them
+    if isinstance(module, AnyBatchNorm):
+        yield from _of_batch_norm(module)
+    for name in _attributes_with_batch_norm(module):
+        problem = f"refers to a batch norm by its attribute {name}, where it is not replaced by a synchronized one"
+        yield problem, "use nn.ModuleList, nn.ModuleDict or getattr(self, name)"
+    for hook in hooks_of(module):
+        yield _of_hook(hook)
+    for name, parameter in module.named_parameters(recurse=False):
+        if hooks_of_tensor(parameter):
+            yield f"has a hook on its parameter {name}, which would not run", INSTEAD_OF_HOOK
+
+
+def _of_batch_norm(layer: nn.Module) -> Iterator[tuple[str, str]]:
+    if type(layer).forward is not AnyBatchNorm.forward or "forward" in vars(layer):
+        yield (
+            "is a batch norm with a forward of its own, whose statistics cannot be synchronized",
+            "use nn.BatchNorm1d, nn.BatchNorm2d or nn.BatchNorm3d, and a layer behind it for the rest of its forward",
+        )
+    elif any(True for _ in layer.children()):
+        yield "is a batch norm with parametrized weights", "remove its parametrization"
+
+
+def _of_hook(hook: Any) -> tuple[str, str]:
+    name = type(hook).__name__
+    if name == "WeightNorm":
+        return "uses torch.nn.utils.weight_norm, a hook", "use torch.nn.utils.parametrizations.weight_norm"
+    if name == "SpectralNorm":
+        return "uses torch.nn.utils.spectral_norm, a hook", "remove it, because spectral norm keeps state in forward"
+    if hasattr(hook, "compute_mask"):  # torch.nn.utils.prune
+        return "is pruned by a hook", "call torch.nn.utils.prune.remove for each of its pruned parameters"
+    return f"has the hook {getattr(hook, '__qualname__', name)}, which would not run", INSTEAD_OF_HOOK
+
+
+def _attributes_with_batch_norm(module: nn.Module) -> Iterator[str]:
+    """Yield the names of plain containers, e.g. a list, that hold a batch norm."""
+    for name, value in vars(module).items():
+        waiting = [value] if name != "_modules" else []
+        for current in waiting:  # grows
+            if isinstance(current, AnyBatchNorm):
+                yield name
+                break
+            if isinstance(current, dict | list | tuple):
+                waiting += current.values() if isinstance(current, dict) else current
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    return any(is_lazy(tensor) for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)])

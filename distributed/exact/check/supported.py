@@ -1,0 +1,72 @@
+"""Checks that only batch norm combines the samples of a batch, and that nothing else depends on the number of processes."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from distributed.errors import InputError
+from distributed.exact.check.batch_norm_constants import recorded_statistics
+from distributed.exact.check.problems import Problem, described
+from distributed.exact.check.registered import can_run, registered
+from distributed.exact.check.sample_mixing import MIXES, find_mixing
+from distributed.exact.check.saved_model import unchanged
+from distributed.exact.check.throwaway import throwaway_batch
+from distributed.exact.check.training_pass import watch_training
+from distributed.models.keyed_dropout import use_sample_keys
+
+
+def check_exact(model: nn.Module, images: Tensor) -> None:
+    """Check that exact mode supports a network. Leaves it and the global random generators unchanged, bit for bit.
+
+    Args:
+        model: float32 on the CPU, before any conversion of its batch norm layers; dropout layers are keyed.
+        images: [n, 3, side, side], n at least 1; at most 3 are used.
+
+    Raises:
+        InputError: it does not; one line for each kind of problem, with its first module and the remedy.
+    """
+    problems = registered(model)
+    if can_run(model):
+        try:
+            for problem in _in_passes(model, images):
+                problems.append(problem)
+        except Exception:
+            if not problems:  # which explain more than the failure of a pass
+                raise
+    if problems:
+        lines = described(model, problems)
+        raise InputError(*(f"exact.shards > 0: {line}; or set exact.shards = 0" for line in lines))
+
+
+def mixes_samples(model: nn.Module, images: Tensor) -> str:
+    """Return where a network mixes samples outside batch norm, and the remedy; "" if it does not.
+
+    Leaves the network and the global random generators unchanged, bit for bit. Arguments as for `check_exact`.
+    """
+    if not can_run(model):
+        return ""
+    images, keys = throwaway_batch(images)
+    with unchanged(model):
+        model.train()
+        with recorded_statistics(model) as use_recorded:
+            with torch.no_grad(), use_sample_keys(keys):
+                model(images.clone())
+            use_recorded()
+            problem = find_mixing(model, images, keys)
+    return described(model, [problem])[0] if problem and problem.what == MIXES else ""
+
+
+def _in_passes(model: nn.Module, images: Tensor) -> Iterator[Problem]:
+    images, keys = throwaway_batch(images)
+    with unchanged(model) as saved:
+        model.train()
+        with recorded_statistics(model) as use_recorded:
+            found = False
+            for problem in watch_training(model, images, keys, saved):
+                found = True
+                yield problem
+            use_recorded()
+            mixing = find_mixing(model, images, keys)
+            if mixing and (mixing.what == MIXES or not found):  # any other problem explains passes that differ
+                yield mixing

@@ -1,0 +1,163 @@
+"""Networks by import path: their weights, the generators, and a line for everything that a factory can do wrong."""
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kit.own_networks import NETWORKS, write_networks
+from torch import Tensor, nn
+
+from distributed.config.sections import ImportedModel
+from distributed.errors import InputError
+from distributed.models.build import build_model
+from distributed.models.imported import check_output
+from distributed.models.keyed_dropout import KeyedDropout
+
+IMAGES, KEYS = torch.zeros(2, 3, 32, 32), torch.zeros(2, 2, dtype=torch.int64)
+
+
+@pytest.fixture(autouse=True)
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    write_networks(tmp_path)
+    (tmp_path / "imports_nothing.py").write_text("\nimport nothing_of_this_name\n")
+    (tmp_path / "bad_syntax.py").write_text("x = 1\ndef f(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in ("own_networks", "imports_nothing", "bad_syntax"):
+        sys.modules.pop(name, None)
+
+
+def build(factory: str, *, seed: int = 0, **options: object) -> nn.Module:
+    name = factory if ":" in factory else f"own_networks:{factory}"
+    return build_model(ImportedModel(name=name, options=options), num_classes=10, seed=seed)
+
+
+def checked(factory: str, images: Tensor = IMAGES, **options: object) -> nn.Module:
+    model = build(factory, **options)
+    name = factory if ":" in factory else f"own_networks:{factory}"
+    check_output(model, images, KEYS, name=name, num_classes=10, seed=0)
+    return model
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def generators() -> tuple[object, ...]:
+    return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
+
+
+def test_the_seed_alone_decides_the_weights() -> None:
+    torch.manual_seed(1)
+    first = build("draws")
+    torch.manual_seed(2)
+    random.seed(2)
+    np.random.seed(2)
+    assert same(first, build("draws"))
+    for other in (build("draws", seed=1), build("draws", seed=2**63 - 1)):
+        assert not any(torch.equal(a, b) for a, b in zip(first.drawn, other.drawn, strict=True))
+        assert not torch.equal(first.conv.weight, other.conv.weight)
+
+
+def test_the_weights_of_the_module_itself_are_kept() -> None:
+    model = build("make", width=4)
+    assert model.conv.weight.shape == (4, 3, 3, 3)
+    assert torch.equal(model.conv.bias, torch.full((4,), 0.125))
+
+
+def test_generators_and_the_default_type_are_restored() -> None:
+    before = generators()
+    model = checked("draws")
+    assert generators() == before
+    assert torch.get_default_dtype() == torch.float32
+    assert model.training
+    with pytest.raises(InputError):
+        build("fails")
+    assert generators() == before
+
+
+def test_the_check_leaves_the_network_as_it_was() -> None:
+    model = build("make")
+    check_output(model, torch.rand(IMAGES.shape), KEYS, name="own_networks:make", num_classes=10, seed=0)
+    assert same(model, build("make"))
+    assert model.training
+
+
+def test_dropout_is_keyed() -> None:
+    assert isinstance(build("make").drop, KeyedDropout)
+
+
+def test_options_are_not_shared_with_the_factory(tmp_path: Path) -> None:
+    (tmp_path / "own_networks.py").write_text(
+        "import torch\ndef make(num_classes, sizes):\n    sizes.append(num_classes)\n    return torch.nn.Linear(*sizes)\n"
+    )
+    config = ImportedModel(name="own_networks:make", options={"sizes": [3]})
+    for _ in range(2):
+        assert build_model(config, num_classes=10, seed=0).weight.shape == (10, 3)
+    assert config.options == {"sizes": [3]}
+
+
+def line_of(text: str) -> int:
+    return next(number for number, line in enumerate(NETWORKS.splitlines(), start=1) if text in line)
+
+
+WRONG: dict[str, tuple[str, dict[str, object], str]] = {
+    "no such module": ("own_network:make", {}, "there is no module own_network; did you mean own_networks?"),
+    "no such attribute": ("mak", {}, "own_networks has no mak; did you mean make?"),
+    "no attribute like it": ("xyzzy", {}, "own_networks has no xyzzy; name a function or class"),
+    "no such method": ("Net.xyzzy", {}, "own_networks.Net has no xyzzy; "),
+    "a module that fails": (
+        "imports_nothing:make", {},
+        "imports_nothing cannot be imported: ModuleNotFoundError: No module named 'nothing_of_this_name' (",
+    ),
+    "the line that fails": ("imports_nothing:make", {}, "/imports_nothing.py:2)"),
+    "bad syntax": ("bad_syntax:f", {}, "/bad_syntax.py:2)"),
+    "not callable": ("number", {}, "own_networks.number is of type int; name a function or class"),
+    "no num_classes": ("without_classes", {"width": 3}, "the factory does not accept num_classes"),
+    "an unknown option": ("make", {"widht": 3}, "does not accept model.options.widht; did you mean width?"),
+    "another unknown option": ("make", {"q": 3}, "does not accept model.options.q; it accepts width, drop"),
+    "an unknown option, passed on": (
+        "passes_on", {"depth": 3}, "does not accept model.options.depth: TypeError: Net.__init__() got an unexpected",
+    ),
+    "a missing option": ("needs_width", {}, "the factory needs the argument width; set model.options.width"),
+    "an option of a wrong type": ("make", {"width": "a"}, "the factory failed: TypeError: "),
+    "an error": ("fails", {}, "the factory failed: ValueError: no way ("),
+    "the line of an error": ("fails", {}, f"/own_networks.py:{line_of('raise ValueError')})"),
+    "an exit": ("exits", {}, "the factory failed: SystemExit: 3 ("),
+    "nothing": ("nothing", {}, "the factory returned None; it should return a torch.nn.Module"),
+    "no parameters": ("empty", {}, "no parameters that require gradients"),
+    "frozen parameters": ("frozen", {}, "no parameters that require gradients"),
+    "float64": ("double", {}, "conv.weight is torch.float64; parameters should be torch.float32"),
+    "complex": ("complex_weight", {}, "phase is torch.complex64; parameters should be torch.float32"),
+    "lazy": ("lazy", {}, "1.weight has no size before the first forward pass"),
+    "on another device": ("on_meta", {}, "conv.weight is on meta; the factory should leave all tensors on the CPU"),
+    "state besides tensors": ("Extra", {}, "_extra_state is no tensor"),
+    "other classes": (
+        "other_classes", {},
+        "in evaluation the network returns torch.float32 [2, 11] for images of shape [2, 3, 32, 32]; it should return logits",
+    ),
+    "two outputs in training": ("Pair", {}, "in training the network returns tuple"),
+    "a forward that fails": ("NoForward", {}, "fails in evaluation on images of shape [2, 3, 32, 32]: RuntimeError: mat1"),
+    "the line of a forward that fails": ("NoForward", {}, f"/own_networks.py:{line_of('return self.last(images)')})"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_factory_is_one_clear_line(name: str) -> None:
+    factory, options, message = WRONG[name]
+    with pytest.raises(InputError) as caught:
+        checked(factory, **options)
+    [line] = caught.value.lines
+    assert line.startswith(f"model.name = {factory if ':' in factory else f'own_networks:{factory}'}: ")
+    assert message in line
+    assert len(line) < 500
+
+
+def test_images_too_small_for_the_network() -> None:
+    with pytest.raises(InputError, match=r"images of shape \[2, 3, 32, 32\]: RuntimeError: .*Output size is too small"):
+        checked("torchvision.models:alexnet")
