@@ -3,6 +3,7 @@
 Used by import path: `model.name = "kit.networks:FACTORY"` or "torchvision.models:FACTORY".
 """
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from distributed.build import build_data, build_engine
 from distributed.comm import collectives
 from distributed.config import TrainConfig
 from distributed.engine.protocol import Engine
+from distributed.network import Network, build_network
 from distributed.topology import Topology
 from distributed.training.steps import evaluate, train_step
 from distributed.training.totals import MetricAccumulator, Totals
@@ -43,6 +45,8 @@ CASES: dict[str, dict[str, Any]] = {
 """Three steps an epoch. Gradients are clipped: batch norm of so few images with one pixel each makes them large."""
 _LARGE = {"global_batch_size": 24, "data": {"train_samples": 48, "test_samples": 10}}
 """For comparisons of roundings, which batch norm of 8 images magnifies by 1e4 in resnet50."""
+_built: dict[tuple[str, bool], Network] = {}
+"""This process's networks by name and whether in exact mode: building and checking them takes longer than a run."""
 SHARDS = 4
 CLIP = 0.1
 
@@ -133,7 +137,10 @@ def fast_deviation(network: str) -> float:
 def _epoch(config: TrainConfig) -> tuple[Engine, list[float], list[Totals], Totals]:
     topology, device = Topology(collectives.rank(), collectives.world_size()), torch.device("cpu")
     data = build_data(config, topology, device)
-    engine = build_engine(config, topology, data, device)
+    key = config.model.name, bool(config.shards_on("cpu"))
+    if key not in _built:
+        _built[key] = build_network(config, topology, data, device)
+    engine = build_engine(config, topology, data, device, copy.deepcopy(_built[key]))
     sums, norms, train = MetricAccumulator(device), list[float](), list[Totals]()
     for step, micro_batches in enumerate(data.train_epoch(0)):
         norm = train_step(engine, micro_batches, loss=config.loss, lr=config.optim.lr, step=step, metrics=sums)
