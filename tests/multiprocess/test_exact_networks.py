@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit.backward_memory import compared
 from kit.networks import CASES, CLIP, EVEN, NETWORKS, UNEVEN, Outcome, fast_deviation, network_config, run_epoch
 from kit.ranks import in_group, run_ranks
 from kit.small_runs import FAST
@@ -122,3 +123,12 @@ def test_fast_mode_differs_from_exact_mode(resnet18: Resnet18) -> None:
         assert outcome.norms == pytest.approx(expected.norms, rel=1e-2)
         assert outcome.norms != expected.norms
         assert outcome.tensors != expected.tensors
+
+
+def test_the_backward_pass_needs_little_more_memory() -> None:
+    """Beyond what the process had before its forward pass, at most 1.1 of what torch's engine needs."""
+    peaks = compared("resnet18")
+    print(peaks)
+    added = {how: peak.backward - peak.before for how, peak in peaks.items()}
+    assert added["engine"] > 200
+    assert added["pass"] <= 1.1 * added["engine"]
