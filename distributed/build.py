@@ -116,7 +116,7 @@ def build_engine(
         check_own_gpu(device, "engine.name = fsdp in fast mode")
         from distributed.engine.fsdp import FsdpEngine
 
-        return FsdpEngine(engine, model, optim=optim, compute=compute)
+        return FsdpEngine(engine, model, optim=optim, compute=compute, layers=layers)
     if isinstance(engine, Fsdp):
         engine = _without_sharding(engine)
     example = data.example()

@@ -61,4 +61,5 @@ def _check_imported(
         return layers_to_shard(model, images)
     if topology.world_size > 1 and (reason := mixes_samples(model, images)) and topology.is_main:
         logger.warning("model.name = {}: results depend on how the batch is split over the ranks: {}", name, reason)
-    return {}
+    is_sharded = config.engine.name == "fsdp" and topology.world_size > 1
+    return layers_to_shard(model, images) if is_sharded else {}

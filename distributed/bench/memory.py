@@ -106,7 +106,7 @@ def measure(settings: dict[str, Any]) -> Memory:
         _reset_peak()
         before = _resident("VmRSS")
         engine: Any = build_engine(config, topology, data, device)
-        tensors = _train(config, engine, data)
+        tensors = _train(config, engine, data, device)
         peak = _resident("VmHWM") - before
         _reset_peak()
         before = _resident("VmRSS")
@@ -130,12 +130,12 @@ def _config(settings: dict[str, Any]) -> Any:
     )  # fmt: skip
 
 
-def _train(config: Any, engine: Any, data: Any) -> float:
+def _train(config: Any, engine: Any, data: Any, device: Any) -> float:
     """Train for an epoch, and return the largest size of all tensors just before an update, in MiB."""
     from distributed.training.steps import train_step
     from distributed.training.totals import MetricAccumulator
 
-    metrics, update = MetricAccumulator(engine.device), engine.step
+    metrics, update = MetricAccumulator(device), engine.step
     sizes = []
 
     def step_and_measure(lr: float, *, step: int) -> Any:

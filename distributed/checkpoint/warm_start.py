@@ -30,7 +30,7 @@ def evaluation_weights(path: Path) -> dict[str, Tensor]:
 def load_initial_weights(path: Path, engine: Engine) -> None:
     """Start from the weights of another run or of one of its checkpoints; nothing else is loaded.
 
-    A last layer with a different number of classes keeps its random initialization.
+    One layer with a different number of classes, usually the last, keeps its random initialization.
 
     Raises:
         InputError: there is no complete checkpoint, or it belongs to another model.
@@ -43,11 +43,18 @@ def load_initial_weights(path: Path, engine: Engine) -> None:
         )
     found = {f"model.{name}": tensor for name, tensor in evaluation_weights(checkpoint).items()}
     own = {name: tensor for name, tensor in engine.state() if name.startswith("model.")}
-    last = list(own)[-1].rpartition(".")[0]
-    resized = [name for name in own if name in found and name.startswith(last) and own[name].shape != found[name].shape]
+    resized = [name for name in own if name in found and _differs_in_rows(own[name], found[name])]
+    layers = {name.rpartition(".")[0].removeprefix("model.") for name in resized}
+    if len(layers) > 1:
+        resized = []  # not only the layer of the classes: loading fails and names the first tensor
     try:
         load_weights_and_reset_optimizer(engine, found | {name: own[name] for name in resized})
     except ValueError as error:
         raise InputError(f"init_from = {path}: {error}; name a run of the same network") from None
-    note = f"; {last.removeprefix('model.')} keeps its random initialization" if resized else ""
+    note = f"; {layers.pop()} keeps its random initialization" if resized else ""
     logger.info("starting from the weights of {}{}", checkpoint, note)
+
+
+def _differs_in_rows(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors differ in size, but in the first dimension only."""
+    return one.dim() == other.dim() > 0 and len(one) != len(other) and one.shape[1:] == other.shape[1:]

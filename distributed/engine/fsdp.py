@@ -3,7 +3,7 @@
 The optimizer works on this rank's local tensors only, which are plain tensors.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -30,6 +30,8 @@ class FsdpEngine:
 
     Args:
         model: float32 on the CPU, with its initial weights; the engine takes ownership.
+        layers: names of the layers that alone use their parameters, and only while they are called. Each is gathered for its
+            own computation; all other parameters are gathered for the entire pass.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class FsdpEngine:
         *,
         optim: Sgd | AdamW,
         compute: Compute,
+        layers: Collection[str],
     ) -> None:
         self.compute = compute
         # FSDP2 accepts contiguous parameters only, whatever the layout of the images.
@@ -49,7 +52,8 @@ class FsdpEngine:
         mixed_precision = MixedPrecisionPolicy(
             param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False
         )
-        for layer in [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]:
+        for name in layers:
+            layer = model.get_submodule(name)
             fully_shard(layer, mesh=mesh, mp_policy=mixed_precision, reshard_after_forward=config.reshard_after_forward)
         self.model: Any = fully_shard(model, mesh=mesh, reshard_after_forward=config.reshard_after_forward)
         self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -102,8 +106,10 @@ class FsdpLayout:
         return LocalTensor(tensor, Replicated(tensor.shape))
 
     def local_gradient(self, name: str, parameter: Tensor) -> Tensor:
-        assert isinstance(parameter.grad, DTensor)
-        return parameter.grad.to_local()
+        # The loss does not depend on a parameter without a gradient.
+        local = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert isinstance(local, DTensor)
+        return local.to_local()
 
     def global_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         squares = torch.stack(torch._foreach_norm(list(gradients))).square().sum()

@@ -1,6 +1,7 @@
 """Ways to reduce subtree sums to the root: within one process, through the memory of one host, over a process group."""
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,23 +35,32 @@ class BucketReduceOpener:
 
 
 class LocalReduce:
-    """For a single process, whose one subtree is the entire tree: a `BucketReduce`."""
+    """For a single process, whose one subtree is the entire tree: a `BucketReduce`.
+
+    The first micro-step of a step writes its sums to the total, without a copy.
+    """
 
     def __init__(self, length: int, like: Tensor) -> None:
-        self._sums = like.new_zeros(length)
         self.total = like.new_zeros(length)
+        self._later_sums: Tensor | None = None
+        self._is_first = True
 
     def subtree_sum(self, slot: int) -> Tensor:
-        return self._sums
+        if self._is_first:
+            return self.total
+        if self._later_sums is None:
+            self._later_sums = torch.zeros_like(self.total)
+        return self._later_sums
 
     def start(self) -> None:
         pass
 
     def reduce(self, *, first: bool) -> None:
-        _accumulate(self.total, self._sums, first=first)
+        if not first:
+            self.total += self.subtree_sum(0)
 
     def wait(self, *, last: bool) -> None:
-        pass
+        self._is_first = last
 
 
 class SharedMemoryReduce:
@@ -93,7 +103,7 @@ class SharedMemoryReduce:
 
     def reduce(self, *, first: bool) -> None:
         self._counters.wait(_WRITTEN, self._count)
-        _accumulate(self.total[self._chunk], reduce_to_root(self._chunk_of_node), first=first)
+        _accumulate(self.total[self._chunk], self._chunk_of_node, first=first)
         self._counters.publish(_REDUCED, self._count)
 
     def wait(self, *, last: bool) -> None:
@@ -140,7 +150,7 @@ class ReduceScatter:
     def reduce(self, *, first: bool) -> None:
         for work in self._works:
             work.wait()
-        _accumulate(self._own_total(), reduce_to_root(self._received), first=first)
+        _accumulate(self._own_total(), self._received, first=first)
         self._received, self._works = {}, []
 
     def wait(self, *, last: bool) -> None:
@@ -201,9 +211,9 @@ def _row_bytes(length: int, like: Tensor) -> int:
     return -(-length * like.element_size() // 64) * 64
 
 
-def _accumulate(total: Tensor, tree_sum: Tensor, *, first: bool) -> None:
-    """Add a micro-step's sum to the total. Micro-steps are added in their order."""
+def _accumulate(total: Tensor, sums: Mapping[Node, Tensor], *, first: bool) -> None:
+    """Add a micro-step's tree sum to the total; if `first`, overwrite it. Micro-steps are added in their order."""
     if first:
-        total.copy_(tree_sum)
+        reduce_to_root(sums, out=total)
     else:
-        total += tree_sum
+        total += reduce_to_root(sums)

@@ -38,7 +38,9 @@ class Format:
 
 def _as_safetensors(trained: TrainedRun, metadata: dict[str, Any]) -> dict[str, bytes]:
     """Write the weights under the network's own names, and a JSON file with everything needed to use them."""
-    tensors = {name: tensor.contiguous() for name, tensor in trained.network.state_dict().items()}
+    # Copies, because the format refuses tensors that share memory, e.g. tied weights.
+    state = trained.network.state_dict()
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     header = {"format": "pt", "architecture": str(metadata["architecture"]["name"])}
     return {
         "model.safetensors": save(tensors, metadata=header),

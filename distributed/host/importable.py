@@ -67,7 +67,7 @@ def _advice(name: str, factory: str, places: Sequence[str] | None) -> str:
     names = {found.name for found in pkgutil.iter_modules(None if places is None else list(places))}
     if not package:
         names -= sys.stdlib_module_names
-    close = difflib.get_close_matches(last, sorted(names), n=1, cutoff=0.7)
+    close = difflib.get_close_matches(last, sorted(names), n=1, cutoff=0.7 if package else 0.8)
     meant = f"; did you mean {'.'.join([*package, close[0]])}?" if close else ""
     if not package:
         advice = f"run the command in the folder of {name}.py (this is {Path.cwd()}), or install the package"

@@ -7,6 +7,7 @@ from torch import nn
 
 from distributed.errors import InputError
 from distributed.models.keyed_dropout import KeyedAlphaDropout, KeyedDropout
+from distributed.models.torch_compat import hooks_of
 
 Convert = Callable[[Any, dict[str, Any]], KeyedDropout]
 
@@ -14,8 +15,8 @@ Convert = Callable[[Any, dict[str, Any]], KeyedDropout]
 def convert_dropout(model: nn.Module) -> nn.Module:
     """Replace torch's dropout layers, torchvision's StochasticDepth and timm's DropPath; return the model.
 
-    A layer's masks are keyed by its path in the model. A layer that is registered at several paths stays one layer. A
-    subclass with a forward of its own is not replaced.
+    A layer's masks are keyed by its path in the model. A layer that is registered at several paths stays one layer. One
+    with a forward of its own or with hooks is not replaced.
 
     Raises:
         InputError: names each layer with one draw for the entire batch, which is not the same on other numbers of ranks.
@@ -40,7 +41,7 @@ def _keyed(path: str, layer: nn.Module) -> KeyedDropout | None:
     for cls in bases:
         convert = _KINDS.get(f"{cls.__module__}.{cls.__qualname__}")
         if convert:
-            if type(layer).forward is not cls.forward:
+            if type(layer).forward is not cls.forward or "forward" in vars(layer) or hooks_of(layer):
                 return None
             return convert(layer, {"name": path, "replaces": cls.__name__}).train(layer.training)
     return None

@@ -9,6 +9,7 @@ import torch
 from kit.engines import ENGINES, copied, difference, steps
 from kit.ranks import run_ranks
 from kit.small_runs import FAST, small_config
+from torch import nn
 
 from distributed.build import build_data, build_engine
 from distributed.comm.process_group import choose_device, process_group
@@ -48,7 +49,8 @@ def on_cuda(name: str, precision: str) -> tuple[list[float], dict[str, Any]]:
         if isinstance(config.engine, DeepSpeed):
             engine = DeepSpeedEngine(config.engine, model, optim=config.optim, compute=compute, grad_accum_steps=1)
         elif config.engine.name == "fsdp":
-            engine = FsdpEngine(config.engine, model, optim=config.optim, compute=compute)
+            layers = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+            engine = FsdpEngine(config.engine, model, optim=config.optim, compute=compute, layers=layers)
         else:
             engine = build_engine(config, topology, data, device)
         losses, _ = steps(engine, data, config, lr=0.01, count=3, device=device)

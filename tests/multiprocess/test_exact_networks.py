@@ -59,9 +59,7 @@ def resnet18(folder: Path) -> Resnet18:
 
 
 @pytest.mark.parametrize("world_size", sorted(set(STOPPED) - {1}))
-def test_resnet18_is_bit_identical(
-    resnet18: Resnet18, world_size: int
-) -> None:
+def test_resnet18_is_bit_identical(resnet18: Resnet18, world_size: int) -> None:
     ((alone, _),) = resnet18[1]
     for outcomes, _ in resnet18[world_size]:
         assert len(outcomes) == 2 * len(alone) == 8
@@ -79,9 +77,7 @@ def test_the_cases_exercise_their_features(resnet18: Resnet18) -> None:
     assert [totals.count for totals in alone["ddp", "float32", UNEVEN].train] == [11, 11, 5]
 
 
-def test_resnet18_resumed_at_other_world_sizes(
-    resnet18: Resnet18, folder: Path
-) -> None:
+def test_resnet18_resumed_at_other_world_sizes(resnet18: Resnet18, folder: Path) -> None:
     stops = [resnet18[world_size][0][1].stopped for world_size in STOPPED]
     assert stops == [True, True, True, False]
     assert_same_run(RunFolder(folder / "stopped"), RunFolder(folder / "undisturbed"))

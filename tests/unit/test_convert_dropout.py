@@ -125,6 +125,14 @@ def test_shared_layers_and_subclasses() -> None:
     assert applied(model, torch.ones(9, 4)).shape == (9, 4)
 
 
+def test_layers_with_hooks_or_a_replaced_forward_are_kept() -> None:
+    hooked, patched, plain = nn.Dropout(0.5), nn.Dropout(0.5), nn.Dropout(0.5)
+    hooked.register_forward_hook(lambda layer, inputs, output: output + 1)
+    patched.forward = lambda x: x + 1
+    model = convert_dropout(nn.Sequential(hooked, patched, plain))
+    assert [type(layer) for layer in model] == [nn.Dropout, nn.Dropout, KeyedDropout]
+
+
 def test_layers_keep_their_mode_and_place() -> None:
     model = nn.Sequential(nn.Dropout(0.5, inplace=True).eval(), nn.Dropout2d(0.25))
     converted = convert_dropout(model)

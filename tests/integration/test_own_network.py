@@ -1,0 +1,157 @@
+"""A network of the user's own, in the folder where the command runs: trained, resumed, evaluated, exported."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kit.abuse import assert_outcome, call
+from kit.commands import ROOT, Command, assert_same_bits, final_tensors, metrics, status, torchrun
+from kit.own_networks import write_networks
+from kit.speed import slowness
+from kit.trained_runs import write_test_images
+
+from distributed import load
+
+pytestmark = pytest.mark.timeout(300)
+SMALL = ("--data.name", "generated10", "--data.train_samples", 120, "--data.test_samples", 40, "--global_batch_size", 32,
+         "--schedule.name", "constant", "--exact.shards", 0, "--device", "cpu", "--threads", 1)  # fmt: skip
+OWN = ("--model.name", "own_networks:make", "--model.options.width", 6)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own")
+    write_networks(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    """Two epochs on two processes, without a stop."""
+    train(folder, *SMALL, *OWN, "--epochs", 2, "--run_dir", folder / "run")
+    return folder / "run"
+
+
+def train(folder: Path, *arguments: object, code: int = 0) -> str:
+    with Command(torchrun(2, *arguments), output=folder / "output", cwd=folder) as command:
+        assert command.wait() == code, command.text
+        return command.text
+
+
+def alone(folder: Path, *arguments: object, more: tuple[str, ...] = ()) -> "subprocess.CompletedProcess[str]":
+    """Run a Python file or module in the folder, with this project on the path but not in the current folder."""
+    return subprocess.run(
+        [sys.executable, *more, *map(str, arguments)], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=100 * slowness(), check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if the commands of this process had been started in the folder by `python -m`."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    sys.modules.pop("own_networks", None)
+
+
+def test_a_resumed_run_has_the_same_bits(folder: Path, run: Path) -> None:
+    for epochs in (1, 2):
+        train(folder, *SMALL, *OWN, "--epochs", epochs, "--run_dir", folder / "resumed")
+    assert_same_bits(folder / "resumed", run)
+    tensors = final_tensors(run)
+    assert tensors["model.conv.weight"].shape == (6, 3, 3, 3)
+    assert not torch.equal(tensors["model.norm.running_mean"], torch.zeros(6))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            ["--model.name", "own_networks:Net", *OWN[2:]],
+            "model.name = own_networks:Net: this run was started with own_net",
+        ),
+        ([*OWN[:3], 7], "model.options.width = 7: this run was started with 6"),
+        ([*OWN, "--model.options.drop", "none"], "model.options.drop = none: this run was started with none"),
+    ],
+)
+def test_another_network_or_option_is_refused(run: Path, here: None, changed: list[Any], message: str) -> None:
+    found = call("train", *SMALL, *changed, "--epochs", 3, "--run_dir", run)
+    assert_outcome(found, message, "a resumed run keeps its experiment", lines=2)
+
+
+def test_the_other_commands_know_the_network(run: Path, here: None, tmp_path: Path) -> None:
+    evaluated = json.loads(call("evaluate", run, "--json", "--checkpoint", "latest").out)
+    logged = metrics(run)[-1]["test"]
+    assert (evaluated["model"], evaluated["top1"]) == ("own_networks:make", logged["accuracy"])
+    assert evaluated["loss"] == pytest.approx(logged["loss"], rel=1e-5)
+    exported = call("export", run, "--out", tmp_path / "export")
+    assert exported.code == 0, exported.out + exported.err
+    described = json.loads((tmp_path / "export/model.json").read_text())
+    assert described["architecture"] == {"name": "own_networks:make", "options": {"width": 6}}
+    assert described["input"]["images"] == ["n", 3, 32, 32]
+    reported = call("report", run, "--out", tmp_path / "report.html")
+    assert reported.code == 0, reported.out + reported.err
+    page = (tmp_path / "report.html").read_text()
+    assert "own_networks:make on generated10" in page
+    assert "model.name = " not in page, "no section was left out"
+    [image, *_] = write_test_images(tmp_path / "images", 1)
+    predicted = json.loads(call("predict", run, image, "--json").out)
+    assert predicted["images"][0]["top"][0]["class"].startswith("class ")
+    assert load(run).image_size == 32
+
+
+def test_weights_start_another_run(folder: Path, run: Path) -> None:
+    more = ("--data.name", "generated100", *SMALL[2:], *OWN, "--epochs", 1)
+    text = train(folder, *more, "--run_dir", folder / "tuned", "--init_from", run)
+    assert "starting from the weights of" in text
+    assert "last keeps its random initialization" in text
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "export"])
+def test_elsewhere_the_module_is_missing(
+    command: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    more = ["image.png"] if command == "predict" else []
+    found = call(command, run, *more)
+    assert_outcome(
+        found,
+        "model.name = own_networks:make: there is no module own_networks; run the command in the folder of own_networks.py "
+        f"(this is {tmp_path}), or install the package",
+    )
+
+
+def test_a_bad_network_is_reported_once_and_before_training(folder: Path) -> None:
+    text = train(folder, *SMALL, "--run_dir", folder / "bad", "--model.name", "own_networks:other_classes", code=1)
+    assert text.count("ERROR") == 1, text
+    assert "in evaluation the network returns torch.float32 [2, 11]" in text
+    assert "exitcode  : 2" in text
+
+
+def test_console_scripts_find_the_module(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "distributed-train").write_text("import sys\nfrom launch.scripts import train\nsys.exit(train())\n")
+    options = (*SMALL, "--model.name", "own_networks:fails", "--run_dir", tmp_path / "run")
+    done = alone(folder, tmp_path / "distributed-train", *options)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert "model.name = own_networks:fails: the factory failed: ValueError: no way (" in line
+    safe = alone(folder, tmp_path / "distributed-train", *options, more=("-P",))
+    assert (safe.returncode, "there is no module own_networks" in safe.stderr) == (2, True), safe.stderr
+
+
+def test_a_network_of_torchvision_trains(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    name = ("--model.name", "torchvision.models:resnet18", "--model.options.weights", "none")
+    done = alone(tmp_path, "-m", "distributed.train", *SMALL, *name, "--epochs", 1, "--run_dir", run)
+    assert done.returncode == 0, done.stderr
+    assert status(run)["status"] == "finished"
+    assert 'weights = "none"' in (run / "config.toml").read_text()
