@@ -32,6 +32,16 @@ def without(report: NodeReport, section: str, error: str) -> NodeReport:
     return report.model_copy(update={section: None, "errors": {section: error}})
 
 
+def test_the_module_of_the_network_is_missing_or_differs():
+    reports = [report.model_copy(update={"model": "abc"}) for report in good_reports()]
+    assert diagnosed(reports) == []
+    reports[1] = reports[1].model_copy(update={"model": "def"})
+    reports[2] = without(reports[2], "model", "model.name = net:make: there is no module net")
+    missing, differs = diagnosed(reports)
+    assert missing == "n2: model.name = net:make: there is no module net"
+    assert differs.startswith("n1: the file of the network's module differs from the others' (def, not abc)")
+
+
 def test_good_reports_have_no_failures():
     assert diagnosed(good_reports()) == []
     assert len(table(good_reports()).splitlines()) == 4

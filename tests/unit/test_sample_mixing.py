@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from distributed.exact.check.supported import check_exact, mixes_samples
 from distributed.models.convert_dropout import convert_dropout
@@ -184,6 +185,16 @@ def test_infinite_logits_do_not_mislead() -> None:
 
 def test_experts_do_not_mix_samples() -> None:
     assert mixes_samples(around(Experts()), IMAGES) == ""
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_hides_nothing(reentrant: bool) -> None:
+    dropout = convert_dropout(nn.Sequential(nn.Dropout(0.2)))
+    for inner, found in ((nn.Tanh(), False), (Mixer(lambda x: x + 1e-12 * x.mean(0)), True)):
+        body = nn.Sequential(nn.Linear(12, 12), inner, dropout)
+        layer = Mixer(lambda x, body=body: checkpoint(body, x, use_reentrant=reentrant))
+        layer.body = body
+        assert ("mixes" in mixes_samples(around(layer), IMAGES)) == found
 
 
 def test_infinite_gradients_are_not_mixing() -> None:

@@ -37,7 +37,7 @@ def find_mixing(model: nn.Module, images: Tensor, keys: Tensor) -> Problem | Non
         others[kept] = images[kept]
         differs = _differ(logits[kept], passes.run(others)[kept])
         repeats = not differs or same_bits(logits, passes.run(images))
-        if (differs and repeats) or _depends_on_others(with_graph, inputs, kept):
+        if (differs and repeats) or passes.depends_on_others(with_graph, inputs, kept):
             return Problem(passes.first_difference(images, others, kept), MIXES, _PER_SAMPLE)
         if not repeats:
             varies = Problem(passes.first_difference(images, images, kept), _VARIES, _REPEAT)
@@ -66,6 +66,22 @@ class _Passes:
         ):
             output: Tensor = self._model(images.clone())
         return output
+
+    def depends_on_others(self, logits: Tensor, inputs: Tensor, kept: int) -> bool:
+        """Whether the gradient of the logits of sample `kept` by other samples' inputs is not zero.
+
+        A NaN says nothing: it is zero times infinity, e.g. behind the square root of zero. Changes all gradients.
+        """
+        row, inputs.grad = logits[kept], None
+        # Weights in general position: gradients of different logits do not cancel.
+        weights = 0.5 + torch.rand(row.shape, generator=torch.Generator().manual_seed(0))
+        if row.requires_grad:
+            with use_sample_keys(self._keys):  # not autograd.grad, which reentrant checkpointing rejects
+                (row * weights).sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        if inputs.grad is None:
+            return False
+        others = torch.cat([inputs.grad[:kept], inputs.grad[kept + 1 :]])
+        return bool(((others != 0) & ~others.isnan()).any())
 
     def first_difference(self, images: Tensor, others: Tensor, kept: int) -> str:
         """Return the path of the first module, inner before outer, that treats sample `kept` differently in two batches."""
@@ -101,23 +117,6 @@ def _differ(first: Tensor, second: Tensor) -> bool:
     if not torch.equal(first.isfinite(), second.isfinite()) or not bool(finite.any()):
         return bool(first.isfinite().any() or second.isfinite().any())
     return bool((first - second)[finite].abs().max() > 1e-4 * first[finite].abs().max())
-
-
-def _depends_on_others(logits: Tensor, inputs: Tensor, kept: int) -> bool:
-    """Whether the gradient of the logits of sample `kept` by other samples' inputs is not zero.
-
-    A NaN says nothing: it is zero times infinity, e.g. behind the square root of zero.
-    """
-    if not logits.requires_grad:
-        return False
-    row = logits[kept]
-    # Weights in general position: gradients of different logits do not cancel.
-    weights = 0.5 + torch.rand(row.shape, generator=torch.Generator().manual_seed(0))
-    (gradient,) = torch.autograd.grad((row * weights).sum(), inputs, retain_graph=True, allow_unused=True)
-    if gradient is None:
-        return False
-    others = torch.cat([gradient[:kept], gradient[kept + 1 :]])
-    return bool(((others != 0) & ~others.isnan()).any())
 
 
 def _fill_constant_weights(model: nn.Module) -> None:
