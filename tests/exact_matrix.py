@@ -169,6 +169,8 @@ def main() -> int:
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--out", type=Path, default=OUT, help="the JSON file to write")
     options = parser.parse_args()
+    os.environ.setdefault("LOGURU_LEVEL", "WARNING")  # of the ranks
+    here = machine()
     started, load, found = time.monotonic(), os.getloadavg()[0], dict[str, dict[str, Any]]()
     print(f"{'network':20}{'equal':>8}  {'killed, stopped, resumed':32}{'fast, 1 and 2':14}{'memory':>7}")
     for network in options.networks:
@@ -177,7 +179,7 @@ def main() -> int:
         print(row(network, found[network]), *found[network]["problems"], sep="\n  ", flush=True)
         content = {
             "command": shlex.join(["python", "tests/exact_matrix.py", *sys.argv[1:]]),
-            "machine": machine(),
+            "machine": here,
             "load_at_start": round(load, 1),
             "seconds": round(time.monotonic() - started),
             "conditions": {

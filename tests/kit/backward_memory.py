@@ -4,9 +4,9 @@ One process per measurement, because a peak never falls. `ratio` starts both and
 """
 
 import json
-import resource
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 from kit.commands import ROOT
@@ -71,7 +71,9 @@ def compared(network: str) -> dict[str, Memory]:
 
 
 def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not getrusage's ru_maxrss, which a new program inherits from the process that started it.
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) / 1024
 
 
 if __name__ == "__main__":
