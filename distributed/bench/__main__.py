@@ -1,6 +1,7 @@
 """`python -m distributed.bench train | exact | scaling | engines | startup | save | norm`: measures speed in rounds that
 interleave all workloads.
-`python -m distributed.bench memory`: measures the memory a rank needs under each engine."""
+`python -m distributed.bench memory`: measures the memory a rank needs under each engine.
+`python -m distributed.bench page`: writes the figures of docs/benchmarks.md from the files in results/."""
 
 import argparse
 import json
@@ -14,7 +15,8 @@ from distributed.bench import scaling
 from distributed.bench.benchmarks import BENCHMARKS
 from distributed.bench.machine import machine
 from distributed.bench.memory import measure_all
-from distributed.bench.options import WORKLOADS, Options
+from distributed.bench.options import NETWORK, WORKLOADS, Options
+from distributed.bench.page import write_page
 from distributed.bench.peers import PEERS, peer_python
 from distributed.bench.rounds import Results, run_rounds, summary
 from distributed.bench.scaling_report import PREDICTED_CORES, report
@@ -29,6 +31,9 @@ from distributed.process.streams import run_command
 def main() -> int:
     """Run the rounds, print medians and ratios, and write them as JSON on request. Return 1 if a workload failed."""
     arguments = _parser().parse_args()
+    if arguments.benchmark == "page":
+        print(write_page())
+        return ExitCode.FINISHED
     if arguments.benchmark == "memory":
         measure_all(arguments.json)
         return ExitCode.FINISHED
@@ -91,7 +96,7 @@ def _measure(arguments: argparse.Namespace, options: Options) -> Results:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m distributed.bench", description=__doc__)
-    parser.add_argument("benchmark", choices=[*BENCHMARKS, "memory"])
+    parser.add_argument("benchmark", choices=[*BENCHMARKS, "memory", "page"])
     parser.add_argument("--data.root", dest="root", type=home_path, default=Path("data"), help="folder with CIFAR-10")
     parser.add_argument(
         "--device",
@@ -114,6 +119,10 @@ def _parser() -> argparse.ArgumentParser:
         "with pip; default: .venv-bench",
     )  # fmt: skip
     peers.add_argument("--no-peers", dest="peers", action="store_const", const=None, help="train: without them")
+    parser.add_argument(
+        "--network", default=NETWORK, metavar="NAME",
+        help=f"exact: model.name, e.g. cifar_alexnet or torchvision.models:resnet18; default: {NETWORK}",
+    )  # fmt: skip
     parser.add_argument(
         "--cores", type=int, nargs="+", help="scaling: predict steps on this many cores; default: 2 4 8"
     )
@@ -145,6 +154,8 @@ def _command(arguments: argparse.Namespace, options: Options) -> str:
     repeated: list[Any] = [
         arguments.benchmark, "--device", options.device, "--rounds", _rounds(arguments, options), "--steps", options.steps,
     ]  # fmt: skip
+    if arguments.benchmark == "exact":
+        repeated += ["--network", options.network]
     if arguments.benchmark == "train":
         repeated += [] if options.peers else ["--no-peers"]
         repeated += ["--batches", *options.batches, "--workloads", *options.workloads]

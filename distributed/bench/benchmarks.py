@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from distributed.bench import scaling, training_speed
 from distributed.bench.measure import mean_step_seconds, median_step_seconds
-from distributed.bench.options import Options
+from distributed.bench.options import NETWORK, Options
 from distributed.bench.peers import PEERS
 from distributed.bench.workload import Measurement, Workload
 
@@ -48,10 +48,12 @@ _MEMORY = ", memory per process [MiB]"
 
 
 def _exact(options: Options, folder: str) -> Workloads:
-    found = {"compute alone": training_speed.compute_alone(options)}
+    found = {}
+    if options.network == NETWORK:
+        found["compute alone"] = training_speed.compute_alone(options)
     for layout, (ranks, threads) in training_speed.layouts(options).items():
         for mode, shards in {_FAST: 0, **{f"exact, {n} shards": n for n in (2, 4, 8)}}.items():
-            settings = ("--exact.shards", str(shards))
+            settings = ("--model.name", options.network, "--exact.shards", str(shards))
             found[f"{layout}: {mode}"] = training_speed.ours(
                 options, f"{folder}/{ranks}-{shards}", *settings, ranks=ranks, threads=threads
             )
@@ -71,6 +73,10 @@ def _exact_ratios(figures: Figures) -> Figures:
                 ratios[f"{name} / fast"] = value / fast
             if name.endswith("8 shards") and layout.startswith("1 ") and "compute alone" in figures:
                 ratios[f"{name} / compute alone"] = value / figures["compute alone"]
+    one, two = "1 process x 2 threads", "2 processes x 1 thread"
+    for mode, label in ((_FAST, "fast"), ("exact, 2 shards", "exact, 2 shards")):
+        if {f"{one}: {mode}", f"{two}: {mode}"} <= figures.keys():
+            ratios[f"{two}: {label}, speed relative to {one}"] = figures[f"{one}: {mode}"] / figures[f"{two}: {mode}"]
     return ratios
 
 

@@ -8,8 +8,8 @@ WIDTH = 100
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table, without a line break at its end."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines).replace("|  |", "| |")
+    lines = ["|".join(["", *(f" {cell} " if cell else " " for cell in cells), ""]) for cells in (header, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def paragraph(text: str) -> str:

@@ -10,6 +10,7 @@ from distributed.errors import InputError
 from distributed.host.cpu_quota import available_cpus
 
 IMAGES = 50_000  # in CIFAR-10's training split
+NETWORK = "improved_alexnet"
 WORKLOADS = {
     "compute": "forward, backward and update on one fixed batch",
     "graph": "the same, replayed as a CUDA graph",
@@ -36,6 +37,7 @@ class Options:
         batches: batch sizes of `bench train`.
         workloads: keys of WORKLOADS.
         seconds: time limit of a workload, including its startup; None: no limit.
+        network: the `model.name` of `bench exact`.
         peers: folder of the environment with the other frameworks; None: without them.
         peer_python: the Python that runs them.
     """
@@ -46,6 +48,7 @@ class Options:
     batches: tuple[int, ...] = (128,)
     workloads: tuple[str, ...] = tuple(WORKLOADS)
     seconds: float | None = None
+    network: str = NETWORK
     peers: Path | None = None
     peer_python: Path = Path(sys.executable)
 
@@ -69,6 +72,7 @@ class Options:
             batches=tuple(arguments.batches or ((128, 512, 2048) if gpus else (128,))),
             workloads=tuple(dict.fromkeys(chosen)),
             seconds=arguments.seconds if arguments.seconds is not None else (40.0 if gpus else None),
+            network=arguments.network,
             peers=arguments.peers,
         )
         if wrong := [*options._invalid(), *_invalid(arguments)]:
@@ -124,6 +128,8 @@ def _invalid(arguments: Namespace) -> list[str]:
         wrong.append(f"--rounds {arguments.rounds}: must be at least 1")
     if bad := [cores for cores in arguments.cores or () if cores < 1]:
         wrong.append(f"--cores {' '.join(map(str, bad))}: each must be at least 1")
+    if arguments.benchmark != "exact" and arguments.network != NETWORK:
+        wrong.append(f"--network: applies to exact only, not to {arguments.benchmark}")
     if arguments.benchmark != "scaling" and (arguments.cores or arguments.from_file):
         wrong.append(f"--cores and --from: apply to scaling only, not to {arguments.benchmark}")
     if arguments.benchmark != "train" and (arguments.batches or arguments.workloads):

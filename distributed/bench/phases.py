@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 EXCHANGES = (
     "distributed.comm.all_gather:SharedMemoryAllGather.__call__",
     "distributed.comm.all_gather:process_group_all_gather",
-    "distributed.comm.collectives:DelayedMax.exchange",
-    "distributed.comm.collectives:DelayedMax.drain",
+    *(f"distributed.comm.delayed_max:{name}Max.exchange" for name in ("Local", "SharedMemory", "ProcessGroup")),
+    *(f"distributed.comm.delayed_max:{name}Max.drain" for name in ("Local", "SharedMemory", "ProcessGroup")),
     "distributed.engine.ddp:BucketSums.hook",
+    "distributed.engine.shared_gradients:SharedGradients.sum",
     *(f"distributed.exact.bucket_reduce:SharedMemoryReduce.{name}" for name in ("start", "reduce", "wait")),
     *(f"distributed.exact.bucket_reduce:ReduceScatter.{name}" for name in ("start", "reduce", "wait")),
     "distributed.exact.bucket_reduce:AllReduce.wait",

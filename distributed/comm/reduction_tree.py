@@ -6,10 +6,14 @@ complete subtrees inside it; a rank that has received all of those finishes the 
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Rows = TypeVar("Rows", Tensor, NDArray[Any])
 
 
 class Node(NamedTuple):
@@ -60,14 +64,16 @@ def reduce_to_root(sums: Mapping[Node, Tensor], *, out: Tensor | None = None) ->
     return root if out is None or root is out else out.copy_(root)
 
 
-def tree_sum(rows: Tensor) -> Tensor:
+def tree_sum(rows: Rows) -> Rows:
     """Sum rows [n, ...] -> [...] in the tree. If n is odd at some level, the last row moves up unchanged."""
-    while len(rows) > 2:
-        pairs, odd = divmod(len(rows), 2)
-        paired = rows[:-1] if odd else rows
-        first, second = paired.view(pairs, 2, *rows.shape[1:]).unbind(1)  # half the time of two slices
-        rows = torch.cat([first + second, rows[-1:]]) if odd else first + second
-    if len(rows) == 1:
-        return rows[0]
-    first, second = rows.unbind()
-    return first + second
+    while (count := len(rows)) > 1:
+        paired = rows[: count - 1 : 2] + rows[1::2]
+        if count % 2:
+            paired = _joined(paired, rows[-1:])
+        rows = paired
+    root: Rows = rows[0]
+    return root
+
+
+def _joined(above: Rows, below: Rows) -> Rows:
+    return torch.cat([above, below]) if isinstance(above, Tensor) else np.concatenate([above, below])

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distributed.comm import collectives
+from distributed.host.cpu_quota import available_cpus
 from distributed.topology import boot_id, host
 
 _CACHE_LINE = 64  # bytes; each counter has a line of its own, so that writing one does not stall readers of another
@@ -103,6 +104,8 @@ class SharedCounters:
 
     def __init__(self, memory: SharedMemory, offset: int, *, count: int, timeout_seconds: float) -> None:
         self._rank, self._world_size, self._timeout = collectives.rank(), collectives.world_size(), timeout_seconds
+        has_own_cpus = self._world_size * torch.get_num_threads() <= available_cpus()
+        self._spins = _SPINS if has_own_cpus else 0  # a spinning rank would keep a late one from its CPU
         numbers = np.frombuffer(memory.bytes, np.int64, count=self.size(count) // 8, offset=offset)
         self._values = numbers.reshape(count, self._world_size, _CACHE_LINE // 8)[:, :, 0]
         self._fence = threading.Lock()
@@ -136,7 +139,7 @@ class SharedCounters:
 
     def _wait_for(self, values: "np.ndarray[tuple[int], np.dtype[np.int64]]", rank: int, value: int) -> None:
         """Spin, then yield the processor, then sleep."""
-        for _ in range(_SPINS):
+        for _ in range(self._spins):
             if values[rank] >= value:
                 return
         start = checked_at = time.monotonic()

@@ -105,7 +105,8 @@ def check_same_weights(model: nn.Module, *, name: str) -> None:
 
 
 def _bytes(tensor: Tensor) -> Any:
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
+    # Of a copy: memory that NumPy has seen cannot be resized, but sharded weights free theirs.
+    return tensor.detach().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8).numpy().data
 
 
 @contextmanager

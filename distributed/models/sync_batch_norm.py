@@ -5,14 +5,14 @@ Golub, LeVeque 1983) then give every shard the statistics of the entire batch. S
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from distributed.comm.reduction_tree import tree_sum
+from distributed.models.batch_statistics import Statistics, combined, gradient_terms
 from distributed.models.plain_batch_norm import unsupported_batch_norms
-from distributed.models.small_tensors import Sizes, filled, scratch, sizes_of
+from distributed.models.small_tensors import filled, scratch
 from distributed.models.torch_compat import AnyBatchNorm, NormBase
 
 T = TypeVar("T")
@@ -36,14 +36,6 @@ def one_shard_per_rank(gather: Callable[[Tensor], Tensor]) -> AllGatherRows:
     return all_gather_rows
 
 
-class Statistics(NamedTuple):
-    """Mean and biased variance [channels] of the entire batch, and its sizes; shared by all shards."""
-
-    mean: Tensor
-    variance: Tensor
-    sizes: Sizes
-
-
 def _statistics_row(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return mean, biased variance and count of x [n, channels, ...], concatenated: [2 * channels + 1]."""
     channels, device = x.shape[1], x.device
@@ -55,17 +47,6 @@ def _statistics_row(x: Tensor, dtype: torch.dtype) -> Tensor:
     else:
         mean = variance = filled(channels, 0.0, dtype, device)
     return torch.cat((mean, variance, filled(1, count, dtype, device)))
-
-
-def _combined(rows: Tensor) -> Statistics:
-    """Combine the shards' rows into the statistics of the entire batch."""
-    channels = rows.shape[1] // 2
-    means, variances, counts = torch.split(rows, [channels, channels, 1], dim=1)
-    sizes = sizes_of(counts)
-    mean = tree_sum(means * sizes.fractions)
-    # Squared deviations of the shards' means from the batch's instead of a difference of squares, which would cancel.
-    variance = tree_sum((variances + (means - mean).square()) * sizes.fractions)
-    return Statistics(mean, variance, sizes)
 
 
 def _normalized(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
@@ -92,19 +73,12 @@ def _input_gradient(
     """Return the gradient of a shard x [n, channels, ...]. Synchronizes with all other shards."""
 
     def reduce_fn(rows: Tensor) -> tuple[Tensor, ...]:
-        # grad_x = (grad - mean_bias - x_hat * mean_weight) * weight * inverse, written per channel as
-        # scale * grad + offset, one pass of the kernel that evaluation uses, plus slope * x. The slope is rounded to
-        # x's dtype before the offset is computed from it, so that its rounding error multiplies x - mean instead of x.
-        mean, variance, sizes = statistics
-        mean_weight, mean_bias = (tree_sum(rows) / sizes.total).chunk(2)
-        inverse = torch.rsqrt(variance + layer.eps)
-        scale = inverse if weight is None else weight * inverse
-        slope = (-mean_weight * scale * inverse).to(x.dtype)
-        offset = -mean_bias * scale - slope.to(mean.dtype) * mean
-        zeros, ones = (filled(len(mean), value, mean.dtype, mean.device) for value in (0.0, 1.0))
+        scale, offset, slope = gradient_terms(rows, weight, statistics, layer.eps, x.dtype)
+        zeros, ones = (filled(len(scale), value, scale.dtype, scale.device) for value in (0.0, 1.0))
         return scale, offset, slope.view(1, -1, *(1,) * (x.dim() - 2)), zeros, ones
 
     scale, offset, slope, zeros, ones = layer.all_gather_rows(torch.cat(sums), reduce_fn)
+    # scale * grad + offset is one pass of the kernel that evaluation uses.
     return torch.batch_norm(grad, scale, offset, zeros, ones, False, 0.0, 0.0, False).addcmul_(x, slope)
 
 
@@ -182,7 +156,7 @@ class SyncBatchNorm(NormBase):
     @torch.no_grad()
     def _combine_and_track(self, rows: Tensor) -> Statistics:
         """Combine rows into the batch's statistics and update the running ones; once if several shards share them."""
-        statistics = _combined(rows)
+        statistics = combined(rows)
         momentum = self.count_batch()
         if momentum is not None:
             assert self.running_mean is not None

@@ -27,6 +27,8 @@ class Case:
     dtype: torch.dtype = torch.float64
     momentum: float | None = 0.1
     shared_memory: bool = True
+    affine: bool = True
+    tracked: bool = True
 
     def __str__(self) -> str:
         sizes = "+".join(map(str, self.shards))
@@ -34,7 +36,9 @@ class Case:
         transport = "shared_memory" if self.shared_memory else "process_group"
         shape = "x".join(map(str, self.shape)) or "flat"
         average = "" if self.momentum else "-cumulative"
-        return f"{sizes}-{shape}-{layout}-{str(self.dtype)[6:]}-{transport}{average}"
+        without = "" if self.affine else "-no_weight"
+        without += "" if self.tracked else "-no_statistics"
+        return f"{sizes}-{shape}-{layout}-{str(self.dtype)[6:]}-{transport}{average}{without}"
 
 
 SIZES = [(7, 2), (7, 0), (0, 7), (4, 4), (5, 3, 1), (0, 5, 3), (4, 0, 0)]
@@ -46,10 +50,12 @@ FLOAT64 = [
 ]
 FLOAT64 += [Case(sizes, shape) for sizes in SIZES for shape in ((), (3,))]  # BatchNorm1d: [n, c] and [n, c, length]
 FLOAT64 += [Case((5, 2), momentum=None), Case((5, 3, 1), momentum=None)]
+FLOAT64 += [Case((5, 0, 2), (2, 3, 2)), Case((5, 2), affine=False), Case((0, 5, 3), (3,), affine=False)]
+FLOAT64 += [Case(sizes, affine=affine, tracked=False) for sizes in ((5, 2), (0, 5, 3)) for affine in (True, False)]
 BFLOAT16 = [
     replace(case, dtype=torch.bfloat16)
     for case in FLOAT64
-    if len(case.shape) == 2 and case.shared_memory and case.momentum
+    if len(case.shape) == 2 and case.shared_memory and case.momentum and case.tracked
 ]
 CASES = FLOAT64 + BFLOAT16
 
@@ -64,11 +70,12 @@ def compare_cases(cases: list[Case]) -> dict[Case, dict[str, float]]:
 def differences(case: Case, gather: AllGather) -> dict[str, float]:
     """Return the largest difference of each quantity over all elements of this rank and several steps with changing weights,
     relative to the largest expected element."""
-    layer_type = nn.BatchNorm2d if len(case.shape) == 2 else nn.BatchNorm1d
+    layer_type = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}.get(len(case.shape), nn.BatchNorm1d)
+    options = {"momentum": case.momentum, "affine": case.affine, "track_running_stats": case.tracked}
     # With bfloat16 images weights are float32, as under autocast; expected values are always computed in float64.
     weight_dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
-    full = layer_type(CHANNELS, momentum=case.momentum).double()
-    sync = SyncBatchNorm.of(layer_type(CHANNELS, momentum=case.momentum).to(weight_dtype), one_shard_per_rank(gather))
+    full = layer_type(CHANNELS, **options).double()
+    sync = SyncBatchNorm.of(layer_type(CHANNELS, **options).to(weight_dtype), one_shard_per_rank(gather))
     random = torch.Generator().manual_seed(1)
     start = sum(case.shards[: collectives.rank()])
     own = slice(start, start + case.shards[collectives.rank()])
@@ -80,10 +87,10 @@ def differences(case: Case, gather: AllGather) -> dict[str, float]:
             found[quantity] = max(found[quantity], ((value.double() - expected).abs().max() / scale).item())
 
     for _ in range(STEPS):
-        weight, bias = (torch.randn(CHANNELS, generator=random) for _ in range(2))
+        weights = torch.randn(2, CHANNELS, generator=random)
         for layer in (full, sync):
-            layer.weight.data.copy_(weight)
-            layer.bias.data.copy_(bias)
+            for parameter, values in zip(layer.parameters(), weights, strict=False):
+                parameter.data.copy_(values)
             layer.zero_grad()
         size = (sum(case.shards), CHANNELS, *case.shape)
         memory_format = torch.channels_last if case.channels_last else torch.contiguous_format
@@ -102,14 +109,17 @@ def differences(case: Case, gather: AllGather) -> dict[str, float]:
         assert y.is_contiguous(memory_format=memory_format)
         compare("output", y.detach(), y_full.detach()[own])
         compare("input gradient", x.grad, x_full.grad[own])
-        compare("weight gradient", collectives.sum_over_ranks_(sync.weight.grad), full.weight.grad)
-        compare("bias gradient", collectives.sum_over_ranks_(sync.bias.grad), full.bias.grad)
-        compare("running mean", sync.running_mean, full.running_mean)
-        compare("running variance", sync.running_var, full.running_var)
-        assert sync.num_batches_tracked == full.num_batches_tracked
+        if case.affine:
+            compare("weight gradient", collectives.sum_over_ranks_(sync.weight.grad), full.weight.grad)
+            compare("bias gradient", collectives.sum_over_ranks_(sync.bias.grad), full.bias.grad)
+        if case.tracked:
+            compare("running mean", sync.running_mean, full.running_mean)
+            compare("running variance", sync.running_var, full.running_var)
+            assert sync.num_batches_tracked == full.num_batches_tracked
     for layer in (full, sync):
         layer.eval()
-    compare("output", sync(images[own]).detach(), full(images[own].double()).detach())
+    # Without running statistics an evaluation is synchronized too.
+    compare("output", sync(images[own]).detach(), full(images.double()).detach()[own])
     return found
 
 

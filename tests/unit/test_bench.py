@@ -196,6 +196,28 @@ def test_ratios_of_exact_mode_are_to_fast_mode_and_compute():
     }
 
 
+def test_two_processes_are_compared_with_two_threads():
+    fast = "fast (plain on one process, else with synchronized batch norm)"
+    one, two = "1 process x 2 threads", "2 processes x 1 thread"
+    figures = {
+        f"{one}: {fast}": 4.0,
+        f"{two}: {fast}": 5.0,
+        f"{one}: exact, 2 shards": 9.0,
+        f"{two}: exact, 2 shards": 6.0,
+    }
+    ratios = BENCHMARKS["exact"].ratios_of(figures)
+    assert ratios[f"{two}: fast, speed relative to {one}"] == 0.8
+    assert ratios[f"{two}: exact, 2 shards, speed relative to {one}"] == 1.5
+
+
+def test_another_network_is_measured_without_compute_alone():
+    found = BENCHMARKS["exact"].workloads(replace(CPU, network="torchvision.models:resnet18"), "runs")
+    assert "compute alone" not in found
+    for workload in found.values():
+        arguments = workload.settings["arguments"]
+        assert arguments[arguments.index("--model.name") + 1] == "torchvision.models:resnet18"
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_round_in_which_everything_failed_has_no_ratios(name):
     assert BENCHMARKS[name].ratios_of({}) == {}
@@ -286,6 +308,7 @@ def test_one_failure_means_exit_code_1_and_all_other_figures(cifar_root, tmp_pat
             ("train", "--device", "cpu", "--workloads", "compute", "timm", "--no-peers"),
             "error: --no-peers: contradicts --workloads timm",
         ),
+        (("norm", "--network", "alexnet"), "error: --network: applies to exact only, not to norm"),
         (("train", "--device", "cpu", "--rounds", "0"), "error: --rounds 0: must be at least 1"),
         (("train", "--device", "cpu", "--seconds", "0"), "error: --seconds 0: must be greater than 0"),
         (

@@ -124,6 +124,8 @@ def test_tree_sum_matches_the_oracle(leaves: int) -> None:
     assert torch.equal(tree_sum(rows), oracles(rows))
     assert torch.equal(rows, before)
     assert torch.equal(tree_sum(rows.view(leaves, 4, 25)), oracles(rows).view(4, 25))
+    assert torch.equal(torch.from_numpy(tree_sum(rows.numpy())), oracles(rows))
+    assert torch.equal(rows, before)
 
 
 @pytest.mark.parametrize("count", [3, 5, 6, 7, 11])
@@ -135,7 +137,9 @@ def test_an_odd_row_moves_up_unchanged(count: int) -> None:
         return numbers[0]
 
     rows = rows_of(count)
-    assert torch.equal(tree_sum(rows), torch.tensor([sum_in_pairs(list(column)) for column in rows.numpy().T]))
+    expected = torch.tensor([sum_in_pairs(list(column)) for column in rows.numpy().T])
+    assert torch.equal(tree_sum(rows), expected)
+    assert torch.equal(torch.from_numpy(tree_sum(rows.numpy())), expected)
 
 
 @pytest.mark.parametrize("leaves", SIZES)

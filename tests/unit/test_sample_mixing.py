@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from distributed.exact.check.supported import check_exact, mixes_samples
 from distributed.models.convert_dropout import convert_dropout
@@ -143,6 +144,14 @@ def test_equal_images_show_mixing_too() -> None:
     assert "mixes" in mixes_samples(around(Mixer(lambda x: x - x.mean(0))), IMAGES[:1].expand(3, -1, -1, -1))
 
 
+def test_models_in_evaluation_mode_are_checked_as_trained() -> None:
+    model = around(OnlyInTraining()).eval()
+    assert "5.1 (OnlyInTraining): mixes" in mixes_samples(model, IMAGES)
+    with pytest.raises(ValueError, match=r"5\.1 \(OnlyInTraining\): mixes"):
+        check_exact(model, IMAGES)
+    assert not any(module.training for module in model.modules())
+
+
 def deep(layer: nn.Module, *, gain: float) -> nn.Module:
     """Return 50 layers without normalization, whose activations overflow or vanish, and the layer in their middle."""
     torch.manual_seed(4)
@@ -178,6 +187,16 @@ def test_experts_do_not_mix_samples() -> None:
     assert mixes_samples(around(Experts()), IMAGES) == ""
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_hides_nothing(reentrant: bool) -> None:
+    dropout = convert_dropout(nn.Sequential(nn.Dropout(0.2)))
+    for inner, found in ((nn.Tanh(), False), (Mixer(lambda x: x + 1e-12 * x.mean(0)), True)):
+        body = nn.Sequential(nn.Linear(12, 12), inner, dropout)
+        layer = Mixer(lambda x, body=body: checkpoint(body, x, use_reentrant=reentrant))
+        layer.body = body
+        assert ("mixes" in mixes_samples(around(layer), IMAGES)) == found
+
+
 def test_infinite_gradients_are_not_mixing() -> None:
     assert mixes_samples(around(Mixer(lambda x: x + (x.relu() * 0).sqrt())), IMAGES) == ""
 
@@ -185,6 +204,7 @@ def test_infinite_gradients_are_not_mixing() -> None:
 def test_hidden_state_is_not_taken_for_mixing() -> None:
     model = around(Mixer(lambda x: x * next(_calls)))
     assert mixes_samples(model, IMAGES) == ""
+    assert "mixes" in mixes_samples(around(Mixer(lambda x: x.cumsum(0) * next(_calls))), IMAGES)
     with pytest.raises(ValueError, match=r"5\.1 \(Mixer\): does not repeat itself"):
         check_exact(model, IMAGES)
 

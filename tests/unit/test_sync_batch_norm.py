@@ -1,5 +1,6 @@
 """Synchronized batch norm against torch's layers, with threads standing in for ranks."""
 
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -443,6 +444,17 @@ def test_statistics_survive_a_batch_that_is_not_finite():
     for name, tensor in passed(sync, x, grad).items():
         assert_close(tensor, expected[name], name)
     assert_same_buffers(sync, plain)
+
+
+@pytest.mark.parametrize("value", [0.0, math.inf, 1e308])
+@pytest.mark.filterwarnings("error")
+def test_extreme_values_are_as_silent_as_in_torch(value):
+    plain, sync = layer_of("2d", affine=False), SyncBatchNorm.of(layer_of("2d", affine=False), alone)
+    x, grad = batch_of("2d")
+    x = torch.full_like(x, value) + x * (value != 0)
+    expected, found = passed(plain, x, grad * 1e300), passed(sync, x, grad * 1e300)
+    for name in expected:
+        assert torch.equal(found[name].isnan(), expected[name].isnan()), name
 
 
 class WithRelu(nn.BatchNorm2d):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from distributed.exact.check.module_stack import ModuleStack
 from distributed.exact.check.problems import Problem
-from distributed.exact.check.saved_model import SavedModel, same_bits
+from distributed.exact.check.saved_model import same_bits
 from distributed.exact.check.throwaway import SavedGenerators
 from distributed.models.keyed_dropout import use_sample_keys
 
@@ -36,10 +36,11 @@ def find_mixing(model: nn.Module, images: Tensor, keys: Tensor) -> Problem | Non
         others = images.flip(-1) * -1.5
         others[kept] = images[kept]
         differs = _differ(logits[kept], passes.run(others)[kept])
-        if differs and not same_bits(logits, passes.run(images)):
-            varies = Problem(passes.first_difference(images, images, kept), _VARIES, _REPEAT)
-        elif differs or _depends_on_others(with_graph, inputs, kept):
+        repeats = not differs or same_bits(logits, passes.run(images))
+        if (differs and repeats) or passes.depends_on_others(with_graph, inputs, kept):
             return Problem(passes.first_difference(images, others, kept), MIXES, _PER_SAMPLE)
+        if not repeats:
+            varies = Problem(passes.first_difference(images, images, kept), _VARIES, _REPEAT)
     return varies
 
 
@@ -50,16 +51,14 @@ class _Call(NamedTuple):
 
 
 class _Passes:
-    """Forward passes that start from the same state of the model, its parameters excepted, and of the generators."""
+    """Forward passes that start from the same states of the random generators."""
 
     def __init__(self, model: nn.Module, keys: Tensor) -> None:
-        self._model, self._keys = model, keys
-        self._saved, self._generators = SavedModel(model, parameters=False), SavedGenerators()
+        self._model, self._keys, self._generators = model, keys, SavedGenerators()
 
     def run(self, images: Tensor, stack: ModuleStack | None = None) -> Tensor:
         """Return the logits [n, classes] of images, which are not changed; with a graph if they require gradients."""
         self._generators.restore()
-        self._saved.restore()
         with (
             torch.set_grad_enabled(images.requires_grad),
             use_sample_keys(self._keys),
@@ -67,6 +66,22 @@ class _Passes:
         ):
             output: Tensor = self._model(images.clone())
         return output
+
+    def depends_on_others(self, logits: Tensor, inputs: Tensor, kept: int) -> bool:
+        """Whether the gradient of the logits of sample `kept` by other samples' inputs is not zero.
+
+        A NaN says nothing: it is zero times infinity, e.g. behind the square root of zero. Changes all gradients.
+        """
+        row, inputs.grad = logits[kept], None
+        # Weights in general position: gradients of different logits do not cancel.
+        weights = 0.5 + torch.rand(row.shape, generator=torch.Generator().manual_seed(0))
+        if row.requires_grad:
+            with use_sample_keys(self._keys):  # not autograd.grad, which reentrant checkpointing rejects
+                (row * weights).sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        if inputs.grad is None:
+            return False
+        others = torch.cat([inputs.grad[:kept], inputs.grad[kept + 1 :]])
+        return bool(((others != 0) & ~others.isnan()).any())
 
     def first_difference(self, images: Tensor, others: Tensor, kept: int) -> str:
         """Return the path of the first module, inner before outer, that treats sample `kept` differently in two batches."""
@@ -102,24 +117,6 @@ def _differ(first: Tensor, second: Tensor) -> bool:
     if not torch.equal(first.isfinite(), second.isfinite()) or not bool(finite.any()):
         return bool(first.isfinite().any() or second.isfinite().any())
     return bool((first - second)[finite].abs().max() > 1e-4 * first[finite].abs().max())
-
-
-def _depends_on_others(logits: Tensor, inputs: Tensor, kept: int) -> bool:
-    """Whether the gradient of the logits of sample `kept` by other samples' inputs is not zero.
-
-    A NaN says nothing: it is zero times infinity, e.g. behind the square root of zero.
-    """
-    if not logits.requires_grad:
-        return False
-    row = logits[kept]
-    # Weights in general position: gradients of different logits do not cancel.
-    weights = 0.5 + torch.rand(row.shape, generator=torch.Generator().manual_seed(0))
-    scalar = (torch.where(row.isfinite(), row, 0) * weights).sum()
-    (gradient,) = torch.autograd.grad(scalar, inputs, retain_graph=True, allow_unused=True)
-    if gradient is None:
-        return False
-    others = torch.cat([gradient[:kept], gradient[kept + 1 :]])
-    return bool(((others != 0) & ~others.isnan()).any())
 
 
 def _fill_constant_weights(model: nn.Module) -> None:

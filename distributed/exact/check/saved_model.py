@@ -38,14 +38,9 @@ class _Saved(NamedTuple):
 
 
 class SavedModel:
-    """Tensors, gradients and attributes of a network's modules, also in lists, dictionaries and objects of its package.
+    """Tensors, gradients and attributes of a network's modules, also in lists, dictionaries and objects of its package."""
 
-    Args:
-        parameters: False leaves out the parameters, which are large.
-    """
-
-    def __init__(self, model: nn.Module, *, parameters: bool = True) -> None:
-        self._parameters = parameters
+    def __init__(self, model: nn.Module) -> None:
         self._paths = {id(module): path for path, module in model.named_modules()}
         packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
         self._packages = packages - {"torch", "builtins", _OWN_PACKAGE}
@@ -82,10 +77,9 @@ class SavedModel:
         if id(value) in self._saved:
             return
         if isinstance(value, Tensor):
-            if self._parameters or not isinstance(value, nn.Parameter):
-                gradient = value.grad if value.is_leaf else None
-                self._saved[id(value)] = _Saved(value, path, name, (value.data, value.data.clone(), gradient))
-                self._save(gradient, path, f"{name}.grad")
+            gradient = value.grad if value.is_leaf else None
+            self._saved[id(value)] = _Saved(value, path, name, (value.data, value.data.clone(), gradient))
+            self._save(gradient, path, f"{name}.grad")
         elif isinstance(value, list | tuple):
             if isinstance(value, list):
                 self._saved[id(value)] = _Saved(value, path, name, list(value))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed.errors import InputError
-from distributed.exact.check.batch_norm_constants import recorded_statistics
+from distributed.exact.check.batch_norm_constants import record_statistics, use_recorded
 from distributed.exact.check.problems import Problem, described
 from distributed.exact.check.registered import can_run, registered
 from distributed.exact.check.sample_mixing import MIXES, find_mixing
@@ -49,11 +49,11 @@ def mixes_samples(model: nn.Module, images: Tensor) -> str:
     images, keys = throwaway_batch(images)
     with unchanged(model):
         model.train()
-        with recorded_statistics(model) as use_recorded:
-            with torch.no_grad(), use_sample_keys(keys):
-                model(images.clone())
-            use_recorded()
-            problem = find_mixing(model, images, keys)
+        layers = record_statistics(model)
+        with torch.no_grad(), use_sample_keys(keys):
+            model(images.clone())
+        use_recorded(layers)
+        problem = find_mixing(model, images, keys)
     return described(model, [problem])[0] if problem and problem.what == MIXES else ""
 
 
@@ -61,12 +61,12 @@ def _in_passes(model: nn.Module, images: Tensor) -> Iterator[Problem]:
     images, keys = throwaway_batch(images)
     with unchanged(model) as saved:
         model.train()
-        with recorded_statistics(model) as use_recorded:
-            found = False
-            for problem in watch_training(model, images, keys, saved):
-                found = True
-                yield problem
-            use_recorded()
-            mixing = find_mixing(model, images, keys)
-            if mixing and (mixing.what == MIXES or not found):  # any other problem explains passes that differ
-                yield mixing
+        layers = record_statistics(model)
+        found = False
+        for problem in watch_training(model, images, keys, saved):
+            found = True
+            yield problem
+        use_recorded(layers)
+        mixing = find_mixing(model, images, keys)
+        if mixing and (mixing.what == MIXES or not found):  # any other problem explains passes that differ
+            yield mixing

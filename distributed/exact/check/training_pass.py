@@ -128,8 +128,7 @@ def _watch_backward(model: nn.Module, inputs: Tensor, output: Tensor) -> Iterato
     gradients: tuple[Tensor | None, ...] = ()
     try:
         with ModuleStack(model, before):
-            scalar = torch.where(output.isfinite(), output, 0).sum()
-            gradients = torch.autograd.grad(scalar, [*named.values(), inputs], allow_unused=True)
+            gradients = torch.autograd.grad(output.sum(), [*named.values(), inputs], allow_unused=True)
     except Exception:
         if not recomputed:  # which is the cause
             raise
