@@ -86,7 +86,8 @@ def gradient_terms(
         slope = exact_slope.to(dtype)
         return GradientTerms(scale, _offset(mean_bias, scale, slope.to(mean.dtype), mean), slope)
     with np.errstate(all="ignore"):
-        weight_array = None if weight is None else weight.detach().numpy()
+        # Of a copy: memory that NumPy has seen cannot be resized, as sharded weights are.
+        weight_array = None if weight is None else weight.detach().clone().numpy()
         inverse_array = 1 / np.sqrt(variance.numpy() + eps)
         scale, exact_slope, mean_bias = _scale_and_slope(rows.numpy(), weight_array, inverse_array, sizes.total.numpy())
         slope = torch.from_numpy(exact_slope).to(dtype)

@@ -601,3 +601,10 @@ def test_the_fused_layer_leaves_evaluation_to_its_base():
     plain, fused = layer_of("2d").eval(), FusedSyncBatchNorm.of(layer_of("2d"), alone).eval()
     x, _ = batch_of("2d")
     assert torch.equal(fused(x), plain(x))
+
+
+def test_weights_stay_resizable() -> None:
+    """Sharded weights free and allocate their memory by resizing it."""
+    layers = sharded("2d", [4, 5], affine=True)
+    in_shards(list(layers), *batch_of("2d"), [4, 5])
+    assert all(p.untyped_storage().resizable() for layer in layers for p in layer.parameters())
