@@ -113,7 +113,7 @@ def test_weights_start_another_run(folder: Path, run: Path) -> None:
     more = ("--data.name", "generated100", *SMALL[2:], *OWN, "--epochs", 1)
     text = train(folder, *more, "--run_dir", folder / "tuned", "--init_from", run)
     assert "starting from the weights of" in text
-    assert "last keeps its random initialization" in text
+    assert "head keeps its random initialization" in text
 
 
 @pytest.mark.parametrize("command", ["evaluate", "predict", "export"])

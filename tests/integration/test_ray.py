@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from kit.cluster import Cluster, slurm_unavailable, wait_for
-from kit.commands import ROOT, Command, assert_same_bits, attempts, kill, metrics, status, torchrun
+from kit.commands import ROOT, Command, assert_same_bits, attempts, final_tensors, kill, metrics, status, torchrun
+from kit.own_networks import write_networks
 from kit.ray_nodes import RayCluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
@@ -75,6 +76,18 @@ def test_every_engine_trains_with_the_usual_run_folder(cluster: RayCluster, tmp_
     epoch = [line for line in metrics(reference) if line["kind"] == "epoch"][-1]
     assert reported[-1]["metrics"]["test_loss"] == epoch["test"]["loss"]
     assert reported[-1]["metrics"]["world_size"] == 2
+
+
+def test_a_network_is_found_in_the_folder_of_the_driver(cluster: RayCluster, tmp_path: Path) -> None:
+    cluster.set_nodes("n1", "n2")
+    write_networks(tmp_path)
+    run, settings = tmp_path / "run", (ROOT / SHORT[0], *SHORT[1:], "--exact.shards", 0)
+    network = ("--model.name", "own_networks:make", "--model.options.width", 4)
+    output = tmp_path / "output"
+    with cluster.train(*settings, *network, "--run_dir", run, output=output, cwd=tmp_path) as command:
+        assert command.wait(200) == 0, command.text
+    assert (status(run)["status"], status(run)["world_size"]) == ("finished", 2)
+    assert final_tensors(run)["model.conv.weight"].shape == (4, 3, 3, 3)
 
 
 def test_an_elastic_run_survives_lost_and_new_nodes(cluster: RayCluster, undisturbed: Path, tmp_path: Path) -> None:

@@ -13,15 +13,15 @@ from torch import nn
 class Net(nn.Module):
     def __init__(self, num_classes, width=8, drop=0.25):
         super().__init__()
+        self.head = nn.Linear(width, num_classes)
         self.conv = nn.Conv2d(3, width, 3, padding=1)
         self.norm = nn.BatchNorm2d(width)
         self.drop = nn.Dropout(drop)
-        self.last = nn.Linear(width, num_classes)
         nn.init.constant_(self.conv.bias, 0.125)
 
     def forward(self, images):
         x = self.norm(self.conv(images)).relu()
-        return self.last(self.drop(x.mean((2, 3))))
+        return self.head(self.drop(x.mean((2, 3))))
 
 
 def make(num_classes, width=8, drop=0.25):
@@ -98,7 +98,7 @@ class Pair(Net):
 
 class NoForward(Net):
     def forward(self, images):
-        return self.last(images)
+        return self.head(images)
 
 
 class Extra(Net):

@@ -125,10 +125,10 @@ class RayCluster:
         assert (done.returncode != 0) == fails, f"ray {arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout + (done.stderr if fails else "")
 
-    def train(self, *arguments: object, output: Path) -> Command:
+    def train(self, *arguments: object, output: Path, cwd: Path = ROOT) -> Command:
         """Start `python -m launch.ray_train ARGUMENTS` on this cluster."""
         command = [sys.executable, "-m", "launch.ray_train", *map(str, arguments)]
-        return Command(command, output=output, more=self.environment)
+        return Command(command, output=output, cwd=cwd, more=self.environment)
 
     def __exit__(self, *_: object) -> None:
         for name in reversed(list(self._nodes)):

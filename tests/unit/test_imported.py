@@ -132,10 +132,10 @@ WRONG: dict[str, tuple[str, dict[str, object], str]] = {
     "nothing": ("nothing", {}, "the factory returned None; it should return a torch.nn.Module"),
     "no parameters": ("empty", {}, "no parameters that require gradients"),
     "frozen parameters": ("frozen", {}, "no parameters that require gradients"),
-    "float64": ("double", {}, "conv.weight is torch.float64; parameters should be torch.float32"),
+    "float64": ("double", {}, "head.weight is torch.float64; parameters should be torch.float32"),
     "complex": ("complex_weight", {}, "phase is torch.complex64; parameters should be torch.float32"),
     "lazy": ("lazy", {}, "1.weight has no size before the first forward pass"),
-    "on another device": ("on_meta", {}, "conv.weight is on meta; the factory should leave all tensors on the CPU"),
+    "on another device": ("on_meta", {}, "head.weight is on meta; the factory should leave all tensors on the CPU"),
     "state besides tensors": ("Extra", {}, "_extra_state is no tensor"),
     "other classes": (
         "other_classes", {},
@@ -143,7 +143,7 @@ WRONG: dict[str, tuple[str, dict[str, object], str]] = {
     ),
     "two outputs in training": ("Pair", {}, "in training the network returns tuple"),
     "a forward that fails": ("NoForward", {}, "fails in evaluation on images of shape [2, 3, 32, 32]: RuntimeError: mat1"),
-    "the line of a forward that fails": ("NoForward", {}, f"/own_networks.py:{line_of('return self.last(images)')})"),
+    "the line of a forward that fails": ("NoForward", {}, f"/own_networks.py:{line_of('return self.head(images)')})"),
 }  # fmt: skip
 
 
