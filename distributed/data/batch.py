@@ -112,12 +112,13 @@ class Batch:
         The sums of some libraries depend on the alignment of their input, and a shard's offset in this batch depends on the
         number of ranks.
         """
-        ends = list(accumulate(self.shard_sizes))
-        slices = [slice(end - size, end) for end, size in zip(ends, self.shard_sizes, strict=True)]
-        return [
-            Batch(
-                self.images[own].clone(), self.labels[own], self.sample_ids[own], self.sample_keys[own],
-                self.global_count, (own.stop - own.start,), self.mixed and Mixed(*[tensor[own] for tensor in self.mixed]),
-            )
-            for own in slices
-        ]  # fmt: skip
+        return [self.group(range(shard, shard + 1)) for shard in range(len(self.shard_sizes))]
+
+    def group(self, shards: range) -> "Batch":
+        """Return some consecutive shards as a batch, with its images copied."""
+        ends = [0, *accumulate(self.shard_sizes)]
+        own = slice(ends[shards.start], ends[shards.stop])
+        return Batch(
+            self.images[own].clone(), self.labels[own], self.sample_ids[own], self.sample_keys[own], self.global_count,
+            self.shard_sizes[shards.start : shards.stop], self.mixed and Mixed(*[tensor[own] for tensor in self.mixed]),
+        )  # fmt: skip

@@ -4,7 +4,7 @@ The batch is split into a fixed number of shards. Each passes through the model 
 over the batch, i.e. gradients and batch-norm statistics, is summed over shards in a fixed tree.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
@@ -25,8 +25,12 @@ from distributed.exact.bucket_reduce import BucketReduceOpener
 from distributed.exact.compute_copy import ComputeCopy
 from distributed.exact.gather_statistics import StatisticsGather
 from distributed.exact.gradient_reducer import GradientReducer
+from distributed.exact.group_trials import GroupTrials
 from distributed.exact.shard_executor import ShardExecutor
+from distributed.exact.shard_gradients import AddGradient, ShardGradients
+from distributed.exact.shard_group import ShardGroup, use_group
 from distributed.exact.sharded_weights import ShardedWeights
+from distributed.exact.torch_compat import Node
 from distributed.models.sync_batch_norm import SyncBatchNorm, convert_batch_norm
 
 
@@ -81,9 +85,14 @@ class ExactEngine:
         self._index: dict[Tensor, int] = {
             p: i for i, p in enumerate(p for p in self.model.parameters() if p.requires_grad)
         }
+        self._groups = GroupTrials(
+            self.model, self._executor, possible=compute.device.type == "cpu" and self._sharded is None
+        )
         layout: Layout = BlockReplicatedLayout(self._plain, shards=shards)
+        self._before: dict[Node, Callable[[], None]] = {}
         if self._sharded:
             self._sharded.attach(self.model, len(self._reducer.own_shards))
+            self._before = self._sharded.before
             layout = BlockShardedLayout(self._sharded, self._plain, shards=shards)
         self.weights = ModelState(optim, self._plain, precision=compute.precision, layout=layout)
         # Operations on all of a rank's weights, e.g. norms, must not depend on its number of threads either.
@@ -101,34 +110,40 @@ class ExactEngine:
             return torch.cat(self._executor.run(forward))
 
     def micro_step(self, loss: Loss, batch: Batch, *, last: bool) -> Outcome:
-        shards = batch.shards()
+        with self._computing():
+            passes = partial(self._pass, loss, batch)
+            outcome = passes(self._reducer.add_gradient, grouped=self._groups.allowed(batch.shard_sizes, passes))
+        self._reducer.finish_micro_step(last=last)
+        return outcome
 
-        def forward_backward(local_shard: int) -> Outcome:
-            with self._autocast():
-                value, outcome = loss(self.model, shards[local_shard])
+    def _pass(self, loss: Loss, batch: Batch, add_gradient: AddGradient, *, grouped: bool) -> Outcome:
+        """Run forward and backward; hand over each shard's gradient of every parameter.
+
+        The gradient of a parameter which the loss does not depend on is zero.
+
+        Args:
+            grouped: run all shards of a worker as one batch.
+        """
+        own = self._reducer.own_shards
+
+        def forward_backward(local: range) -> Outcome:
+            part, shards = batch.group(local), own[local.start : local.stop]
+            gradients = ShardGradients(shards, self._index, add_gradient)
+            group = ShardGroup(shards, part.shard_sizes, gradients.add) if grouped else None
+            with use_group(group), self._autocast():
+                value, outcome = loss(self.model, part)
             if self._sharded:  # a barrier: no backward pass starts before all forward passes have finished
-                self._executor.all_gather_rows(value.detach().view(1), lambda rows: None)
+                self._executor.all_gather_rows([value.detach().view(1)], lambda rows: None)
             value = self.weights.scale_loss(value)  # not kept: its graph is freed node by node
-            self._backward(self._reducer.own_shards[local_shard], value)
+            backward(value, gradients.refuse if grouped else gradients.add_single, self._before)
+            gradients.fill()
             return outcome
 
-        with self._computing():
-            outcomes = self._executor.run(forward_backward)
-        self._reducer.finish_micro_step(last=last)
+        if grouped:
+            outcomes = self._executor.run_groups(forward_backward)
+        else:
+            outcomes = self._executor.run(lambda shard: forward_backward(range(shard, shard + 1)))
         return Outcome(*[torch.cat(tensors) for tensors in zip(*outcomes, strict=True)])
-
-    def _backward(self, shard: int, loss: Tensor) -> None:
-        """Hand over the shard's gradient of every parameter; that of a parameter which the loss does not depend on is zero."""
-        missing = dict(self._index)
-
-        def hand_over(parameter: Tensor, gradient: Tensor) -> None:
-            self._reducer.add_gradient(shard, missing.pop(parameter), gradient)
-            if self._sharded:
-                self._sharded.after_gradient(parameter)
-
-        backward(loss, hand_over, self._sharded.before if self._sharded else {})
-        for parameter in list(missing):
-            hand_over(parameter, torch.zeros_like(parameter))
 
     def _autocast(self) -> AbstractContextManager[None]:
         # Without a cache: a cast weight in it would be part of the graphs of several shards.

@@ -6,9 +6,9 @@ the next one. A greenlet switch costs about 1 us, a thread switch about 100.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Self, TypeVar
 
 import greenlet
@@ -47,12 +47,12 @@ class _ThreadModes(NamedTuple):
         torch.set_autocast_dtype(device_type, self.autocast_dtype)
 
 
-class _Shard(greenlet.greenlet):
-    """A coroutine that computes one of this rank's shards."""
+class _Unit(greenlet.greenlet):
+    """A coroutine that computes one of this rank's shards, or all shards of a worker as a group."""
 
-    def __init__(self, compute: Callable[[int], Any], index: int, modes: _ThreadModes) -> None:
+    def __init__(self, compute: Callable[[range], Any], shards: range, modes: _ThreadModes) -> None:
         super().__init__(compute)
-        self.index, self.worker_modes = index, modes
+        self.shards, self.worker_modes = shards, modes
 
 
 class ShardExecutor:
@@ -77,67 +77,91 @@ class ShardExecutor:
         self._result: Any = None
         self._barrier = threading.Barrier(workers, self._gather_and_reduce)
 
+    @property
+    def largest_group(self) -> int:
+        """The most shards that one worker has."""
+        return max(map(len, self._shards_of_worker))
+
     def run(self, compute: Callable[[int], T]) -> list[T]:
         """Return `compute(shard)` for every shard. All shards must reach the same number of synchronization points.
 
         Raises:
             Exception: raised by a shard; the other shards are abandoned.
         """
+        singles = [[range(shard, shard + 1) for shard in own] for own in self._shards_of_worker]
+        return self._run(singles, lambda shards: compute(shards.start))
+
+    def run_groups(self, compute: Callable[[range], T]) -> list[T]:
+        """Return `compute(shards)` for the shards of every worker, which it computes as one group; otherwise as `run`."""
+        return self._run([[own] for own in self._shards_of_worker], compute)
+
+    def _run(self, units: list[list[range]], compute: Callable[[range], T]) -> list[T]:
         results: dict[int, T] = {}
-        others = [self._threads.submit(self._run_shards, own, compute, results) for own in self._shards_of_worker[1:]]
+        others = [self._threads.submit(self._run_units, own, compute, results) for own in units[1:]]
         failures: list[BaseException] = []
         try:
-            self._run_shards(self._shards_of_worker[0], compute, results)
+            self._run_units(units[0], compute, results)
         except BaseException as error:
             failures.append(error)
         failures += [failed for other in others if (failed := other.exception()) is not None]
         if failures:
             self._barrier.reset()
             raise next((f for f in failures if not isinstance(f, threading.BrokenBarrierError)), failures[0])
-        return [results[shard] for shard in sorted(results)]
+        return [results[first] for first in sorted(results)]
 
-    def all_gather_rows(self, row: Tensor, reduce_fn: Callable[[Tensor], T]) -> T:
+    def all_gather_rows(self, own_rows: list[Tensor], reduce_fn: Callable[[Tensor], T]) -> T:
         """Synchronize all shards. Return `reduce_fn` of all shards' rows, computed once and shared by all of them.
 
-        To be called by every shard, with its row, from inside `run`.
+        To be called by every shard with its row, or by every group with its rows, from inside `run` or `run_groups`.
         """
-        shard = greenlet.getcurrent()
-        assert isinstance(shard, _Shard), "called outside of `run`"
-        self._rows[shard.index], self._reduce_fn = row, reduce_fn
-        device_type, worker = self._device.type, shard.parent
+        unit = greenlet.getcurrent()
+        assert isinstance(unit, _Unit), "called outside of `run`"
+        self._rows[unit.shards.start : unit.shards.stop] = own_rows
+        self._reduce_fn = reduce_fn
+        device_type, worker = self._device.type, unit.parent
         assert worker is not None
         modes = _ThreadModes.current(device_type)
-        shard.worker_modes.set(device_type)
+        unit.worker_modes.set(device_type)
         worker.switch()
         modes.set(device_type)
         result: T = self._result
         return result
 
-    def _run_shards(self, shards: range, compute: Callable[[int], T], results: dict[int, T]) -> None:
-        """Run this worker's shards from one synchronization point to the next until all have returned."""
-        modes = _ThreadModes.current(self._device.type)
-        running = [_Shard(compute, shard, modes) for shard in shards]
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Synchronize with no other rank: `reduce_fn` gets the rows of this rank only. Context manager."""
+        gather, self._gather = self._gather, torch.stack
         try:
-            arguments: dict[int, tuple[int, ...]] = {shard: (shard,) for shard in shards}
+            yield
+        finally:
+            self._gather = gather
+
+    def _run_units(self, units: list[range], compute: Callable[[range], T], results: dict[int, T]) -> None:
+        """Run this worker's units from one synchronization point to the next until all have returned."""
+        modes = _ThreadModes.current(self._device.type)
+        running = [_Unit(compute, shards, modes) for shards in units]
+        try:
+            arguments: dict[int, tuple[range, ...]] = {shards.start: (shards,) for shards in units}
             while running:
                 synchronizing = []
                 self._streams.fork()
-                for shard in running:
-                    with self._streams.use(shard.index):
-                        result = shard.switch(*arguments.pop(shard.index, ()))
-                    if shard.dead:
-                        results[shard.index] = result
+                for unit in running:
+                    first = unit.shards.start
+                    with self._streams.use(first):
+                        result = unit.switch(*arguments.pop(first, ()))
+                    if unit.dead:
+                        results[first] = result
                     else:
-                        synchronizing.append(shard)
+                        synchronizing.append(unit)
                 self._streams.join()
                 if synchronizing:
                     self._barrier.wait()
                 running = synchronizing[::-1]  # the shard whose data is still in the cache resumes first
         except BaseException:
             self._barrier.abort()
-            for shard in running:
+            for unit in running:
                 with suppress(BaseException):
-                    shard.throw()  # in its own thread, so that it leaves its context managers
+                    unit.throw()  # in its own thread, so that it leaves its context managers
             raise
 
     def _gather_and_reduce(self) -> None:

@@ -25,7 +25,7 @@ class _FusedBatchNorm(torch.autograd.Function):
             torch.batch_norm_stats(x, layer.eps) if count else (weight.new_zeros(channels), weight.new_ones(channels))
         )
         row = torch.cat([mean, inverse, torch.full((1,), count, dtype=mean.dtype, device=mean.device)])
-        mean, inverse, counts = layer.all_gather_rows(row, lambda rows: layer.combine_and_track(x, rows))
+        mean, inverse, counts = layer.all_gather_rows([row], lambda rows: layer.combine_and_track(x, rows))
         ctx.save_for_backward(x, weight, mean, inverse, counts)
         ctx.all_gather_rows = layer.all_gather_rows
         return torch.batch_norm_elemt(x, weight, bias, mean, inverse, layer.eps) if count else torch.empty_like(x)
@@ -46,7 +46,7 @@ class _FusedBatchNorm(torch.autograd.Function):
         of_parameters = of_weight if needs_weight else None, of_bias if needs_bias else None
         if not needs_x:  # on any rank
             return None, *of_parameters, None
-        total: Tensor = ctx.all_gather_rows(torch.cat(sums), lambda rows: rows.sum(0))
+        total: Tensor = ctx.all_gather_rows([torch.cat(sums)], lambda rows: rows.sum(0))
         sum_grad, sum_product = total.chunk(2)
         if not x.numel():
             return torch.empty_like(x), *of_parameters, None

@@ -98,7 +98,7 @@ def _band(x: Tensor, size: int) -> Tensor:
 
 
 def _denominators(wide: Tensor, band: Tensor, scale: float, k: float) -> Tensor:
-    return torch.addmm(wide.new_full((1,), k), wide.square(), band, alpha=scale)
+    return torch.addmm(wide.new_full((1,), k), wide * wide, band, alpha=scale)
 
 
 def _power(d: Tensor, beta: float) -> Tensor:

@@ -20,9 +20,9 @@ _backward_kernel = torch.ops.aten.native_batch_norm_backward.default
 
 
 class AllGatherRows(Protocol):
-    """Gathers one row per shard and reduces them; called by every shard of the batch."""
+    """Gathers one row per shard and reduces them; called with every shard of the batch, one or several at a time."""
 
-    def __call__(self, row: Tensor, reduce_fn: Callable[[Tensor], T]) -> T:
+    def __call__(self, own_rows: list[Tensor], reduce_fn: Callable[[Tensor], T]) -> T:
         """Return `reduce_fn` of all shards' rows [shards, length], the same result for every shard."""
         ...
 
@@ -30,13 +30,14 @@ class AllGatherRows(Protocol):
 def one_shard_per_rank(gather: Callable[[Tensor], Tensor]) -> AllGatherRows:
     """Return an `AllGatherRows` for one shard per rank, given an all-gather of rows ordered by rank."""
 
-    def all_gather_rows(row: Tensor, reduce_fn: Callable[[Tensor], T]) -> T:
+    def all_gather_rows(own_rows: list[Tensor], reduce_fn: Callable[[Tensor], T]) -> T:
+        (row,) = own_rows
         return reduce_fn(gather(row))
 
     return all_gather_rows
 
 
-def _statistics_row(x: Tensor, dtype: torch.dtype) -> Tensor:
+def statistics_row(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return mean, biased variance and count of x [n, channels, ...], concatenated: [2 * channels + 1]."""
     channels, device = x.shape[1], x.device
     count = x.numel() // channels
@@ -49,13 +50,13 @@ def _statistics_row(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat((mean, variance, filled(1, count, dtype, device)))
 
 
-def _normalized(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+def normalized(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     """Normalize x by given statistics, which are treated as constants."""
     # Not functional.batch_norm, which adds checks and rejects an eps of 0 in torch 2.11.
     return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
 
 
-def _grad_sums(grad: Tensor, x: Tensor, weight: Tensor | None, statistics: Statistics, eps: float) -> list[Tensor]:
+def grad_sums(grad: Tensor, x: Tensor, weight: Tensor | None, statistics: Statistics, eps: float) -> list[Tensor]:
     """Return this shard's sums of grad * x_hat and of grad, [channels]: the gradients of weight and bias."""
     mean, variance, _ = statistics
     if not x.numel():  # the kernel divides by the number of elements
@@ -67,17 +68,21 @@ def _grad_sums(grad: Tensor, x: Tensor, weight: Tensor | None, statistics: Stati
     return found[1:]  # type: ignore[no-any-return]
 
 
-def _input_gradient(
-    grad: Tensor, x: Tensor, weight: Tensor | None, statistics: Statistics, sums: list[Tensor], layer: "SyncBatchNorm"
+def input_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor | None, statistics: Statistics, rows: list[Tensor], layer: "SyncBatchNorm"
 ) -> Tensor:
-    """Return the gradient of a shard x [n, channels, ...]. Synchronizes with all other shards."""
+    """Return the gradient of x [n, channels, ...], one or several shards. Synchronizes with all other shards.
+
+    Args:
+        rows: `grad_sums` of each of these shards, concatenated.
+    """
 
     def reduce_fn(rows: Tensor) -> tuple[Tensor, ...]:
         scale, offset, slope = gradient_terms(rows, weight, statistics, layer.eps, x.dtype)
         zeros, ones = (filled(len(scale), value, scale.dtype, scale.device) for value in (0.0, 1.0))
         return scale, offset, slope.view(1, -1, *(1,) * (x.dim() - 2)), zeros, ones
 
-    scale, offset, slope, zeros, ones = layer.all_gather_rows(torch.cat(sums), reduce_fn)
+    scale, offset, slope, zeros, ones = layer.all_gather_rows(rows, reduce_fn)
     # scale * grad + offset is one pass of the kernel that evaluation uses.
     return torch.batch_norm(grad, scale, offset, zeros, ones, False, 0.0, 0.0, False).addcmul_(x, slope)
 
@@ -91,7 +96,7 @@ class _BatchNormalized(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.statistics, ctx.layer = statistics, layer
-        return _normalized(x, weight, bias, statistics.mean, statistics.variance, layer.eps)
+        return normalized(x, weight, bias, statistics.mean, statistics.variance, layer.eps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -102,9 +107,9 @@ class _BatchNormalized(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         layer, statistics = ctx.layer, ctx.statistics
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        sums = _grad_sums(grad, x, weight, statistics, layer.eps)
+        sums = grad_sums(grad, x, weight, statistics, layer.eps)
         # All shards have the same graph, so either all of them need this gradient and synchronize, or none.
-        grad_x = _input_gradient(grad, x, weight, statistics, sums, layer) if needs_x else None
+        grad_x = input_gradient(grad, x, weight, statistics, [torch.cat(sums)], layer) if needs_x else None
         return grad_x, sums[0] if needs_weight else None, sums[1] if needs_bias else None, None, None
 
 
@@ -131,10 +136,10 @@ class SyncBatchNorm(NormBase):
         weight, bias = self.weight, self.bias
         if not self.training and self.running_mean is not None:
             assert self.running_var is not None
-            return _normalized(x, weight, bias, self.running_mean, self.running_var, self.eps)
+            return normalized(x, weight, bias, self.running_mean, self.running_var, self.eps)
         known = self.running_mean if weight is None else weight
         dtype = torch.promote_types(x.dtype, torch.float32) if known is None else known.dtype
-        statistics = self.all_gather_rows(_statistics_row(x.detach(), dtype), self._combine_and_track)
+        statistics = self.all_gather_rows([statistics_row(x.detach(), dtype)], self._combine_and_track)
         result: Tensor = _BatchNormalized.apply(x, weight, bias, statistics, self)
         return result
 

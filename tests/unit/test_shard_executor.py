@@ -47,7 +47,7 @@ def test_all_shards_synchronize_and_results_are_in_order(shards: int, workers: i
         seen = []
         for point in range(SYNCHRONIZATIONS):
             time.sleep(0.0003 * (shard % 3 == point % 3))  # a different shard arrives last each time
-            seen.append(executor.all_gather_rows(torch.tensor([100.0 * point + shard]), reduce_fn))
+            seen.append(executor.all_gather_rows([torch.tensor([100.0 * point + shard])], reduce_fn))
         return shard, seen, threading.get_ident()
 
     for run in range(3):
@@ -79,7 +79,7 @@ def test_synchronizing_at_different_call_depths() -> None:
     def deep(shard: int, depth: int) -> float:
         if depth:
             return deep(shard, depth - 1)
-        return sum(executor.all_gather_rows(torch.ones(1), lambda rows: float(rows.sum())) for _ in range(3))
+        return sum(executor.all_gather_rows([torch.ones(1)], lambda rows: float(rows.sum())) for _ in range(3))
 
     assert executor.run(lambda shard: deep(shard, 50 * shard)) == [12.0] * 4
 
@@ -96,7 +96,7 @@ def failing(executor: ShardExecutor, failing_shard: int, after: int) -> Callable
             if shard == failing_shard and point == after:
                 raise ShardError(failing_shard)
             if point < SYNCHRONIZATIONS:
-                executor.all_gather_rows(torch.tensor([float(shard)]), lambda rows: rows.sum())
+                executor.all_gather_rows([torch.tensor([float(shard)])], lambda rows: rows.sum())
         return shard
 
     return compute
@@ -119,7 +119,7 @@ def test_one_exception_is_raised_if_all_shards_fail(workers: int) -> None:
     executor = executor_of(4, workers)
 
     def compute(shard: int) -> None:
-        executor.all_gather_rows(torch.ones(1), lambda rows: rows)
+        executor.all_gather_rows([torch.ones(1)], lambda rows: rows)
         raise ShardError(shard)
 
     for _ in range(5):
@@ -145,7 +145,7 @@ def test_executor_is_usable_after_the_gather_raised(workers: int, where: str) ->
     executor = executor_of(4, workers, gather)
 
     def compute(shard: int) -> float:
-        return executor.all_gather_rows(torch.ones(1), reduce_fn)
+        return executor.all_gather_rows([torch.ones(1)], reduce_fn)
 
     with pytest.raises(RuntimeError, match="rank 1 has died"):
         executor.run(compute)
@@ -174,13 +174,13 @@ def test_each_shard_has_its_own_autocast(workers: int) -> None:
         for point in range(4):
             enabled = (shard + point) % 2 == 0
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                executor.all_gather_rows(torch.ones(1), reduce_fn)
+                executor.all_gather_rows([torch.ones(1)], reduce_fn)
                 if torch.is_autocast_enabled("cpu") != enabled:
                     wrong.append(f"shard {shard}, point {point}, inside")
                 dtypes.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
                 if dtypes[-1] != (torch.bfloat16 if enabled else torch.float32):
                     wrong.append(f"shard {shard}, point {point}: {dtypes[-1]}")
-            executor.all_gather_rows(torch.ones(1), reduce_fn)
+            executor.all_gather_rows([torch.ones(1)], reduce_fn)
             if torch.is_autocast_enabled("cpu"):
                 wrong.append(f"shard {shard}, point {point}, outside")
         return dtypes
@@ -197,10 +197,10 @@ def test_autocast_ends_if_a_shard_raises_inside_it(workers: int) -> None:
 
     def compute(shard: int) -> None:
         with torch.autocast("cpu", torch.bfloat16):
-            executor.all_gather_rows(torch.ones(1), lambda rows: None)
+            executor.all_gather_rows([torch.ones(1)], lambda rows: None)
             if shard == 4:
                 raise ShardError
-            executor.all_gather_rows(torch.ones(1), lambda rows: None)
+            executor.all_gather_rows([torch.ones(1)], lambda rows: None)
 
     for _ in range(3):
         with pytest.raises(ShardError):
@@ -248,3 +248,30 @@ def test_threads_end_if_a_shard_raised() -> None:
             executor.run(failing(executor, 4, 2))
 
     assert threads_left_by(fail) == set()
+
+
+@pytest.mark.parametrize(("shards", "workers"), [(1, 1), (5, 2), (8, 3), (3, 8)])
+def test_groups_synchronize_like_their_shards(shards: int, workers: int) -> None:
+    gather = Gather()
+    executor = executor_of(shards, workers, gather)
+
+    def compute(own: range) -> tuple[range, float]:
+        rows = [torch.tensor([float(shard)]) for shard in own]
+        return own, executor.all_gather_rows(rows, lambda rows: float(rows.sum()))
+
+    results = executor.run_groups(compute)
+    assert [shard for own, _ in results for shard in own] == list(range(shards))
+    assert len(results) == min(shards, workers)
+    assert executor.largest_group == -(-shards // min(shards, workers))
+    assert {total for _, total in results} == {float(sum(range(shards)))}
+    assert gather.calls == [[float(shard) for shard in range(shards)]]
+
+
+def test_alone_only_this_ranks_rows_are_gathered() -> None:
+    gather = Gather()
+    executor = executor_of(3, 2, gather)
+    with executor.alone():
+        assert executor.run(lambda shard: executor.all_gather_rows([torch.ones(1)], len)) == [3] * 3
+    assert gather.calls == []
+    executor.run(lambda shard: executor.all_gather_rows([torch.ones(1)], len))
+    assert len(gather.calls) == 1

@@ -1,0 +1,177 @@
+"""Shards that pass through the model as one batch: the same bits as one by one, or they are not grouped."""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distributed.config.engines import Ddp
+from distributed.config.sections import Loss, Sgd
+from distributed.data.batch import Batch
+from distributed.engine.exact import ExactEngine
+from distributed.engine.prepare import Compute
+from distributed.models.alexnet import improved_alexnet
+from distributed.models.convert_dropout import convert_dropout
+from distributed.training.steps import train_step
+from distributed.training.totals import MetricAccumulator
+
+CPU = torch.device("cpu")
+SHARDS, STEPS = 8, 4
+
+
+@pytest.fixture(autouse=True)
+def _restore_number_of_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+class Residual(nn.Module):
+    """A skip connection around a batch norm, a frozen bias, a grouped convolution and a linear layer without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16)
+        self.inner, self.norm2 = nn.Conv2d(16, 16, 3, padding=1, groups=2, bias=False), nn.BatchNorm2d(16)
+        self.out = nn.Linear(16, 10, bias=False)
+        self.norm.bias.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.norm(self.conv(images)).relu_()
+        x = (x + self.norm2(self.inner(x))).relu_()
+        return self.out(x.mean((2, 3)))
+
+
+class UsedTwice(Residual):
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.norm(self.conv(images)).relu()
+        return self.out(self.norm2(self.inner(self.inner(x))).mean((2, 3)))
+
+
+class UsedOutside(Residual):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * self.out.weight.mean()
+
+
+class NotRounded(Residual):
+    """Exp is not on the list of operations that may be grouped."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).exp()
+
+
+class OtherParameters(Residual):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * self.scale
+
+
+class Flattening(Residual):
+    """The samples are not in dimension 0 of a linear layer's input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pixels = nn.Linear(16, 16)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv(images).permute(0, 2, 3, 1).flatten(0, 2)
+        return self.out(self.pixels(x).view(len(images), -1, 16).mean(1))
+
+
+def alexnet() -> nn.Module:
+    return convert_dropout(improved_alexnet(10, 0.5))
+
+
+def engine_of(model: Callable[[], nn.Module], precision: str, *, workers: int, grouped: bool = True) -> ExactEngine:
+    torch.manual_seed(0)
+    made = model()
+    layers = {name: 1 for name, m in made.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    compute = Compute(precision, channels_last=True, device=CPU, timeout_seconds=10)
+    engine = ExactEngine(Ddp(), made, optim=Sgd(), compute=compute, shards=SHARDS, workers=workers, layers=layers)
+    engine._groups._possible &= grouped
+    return engine
+
+
+def batch_of(count: int, seed: int, dtype: torch.dtype) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, 32, 32, generator=generator).to(dtype, memory_format=torch.channels_last)
+    labels, ids = torch.randint(0, 10, (count,), generator=generator), torch.arange(count)
+    bounds = [shard * count // SHARDS for shard in range(SHARDS + 1)]
+    sizes = tuple(end - begin for begin, end in pairwise(bounds))
+    return Batch(images, labels, ids, torch.stack([ids, ids + seed], 1), count, sizes)
+
+
+def trained(engine: ExactEngine, count: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    metrics = MetricAccumulator(CPU)
+    for step in range(STEPS):
+        train_step(
+            engine, [batch_of(count, step, dtype)], loss=Loss(label_smoothing=0.1), lr=0.05, step=step, metrics=metrics
+        )
+    totals = metrics.read()
+    return dict(engine.state()) | {"loss": torch.tensor(totals.mean_loss)}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("precision", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("model", [alexnet, Residual])
+@pytest.mark.parametrize("count", [64, 52])
+def test_groups_have_the_bits_of_their_shards(
+    model: Callable[[], nn.Module], precision: str, count: int, workers: int
+) -> None:
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    engine = engine_of(model, precision, workers=workers)
+    found = trained(engine, count, dtype)
+    assert_same(found, trained(engine_of(model, precision, workers=1, grouped=False), count, dtype))
+    assert len(engine._groups._allowed) == 1, "tried once"
+    if precision == "bfloat16":
+        assert all(engine._groups._allowed.values()), "grouped"
+
+
+@pytest.mark.parametrize("model", [UsedTwice, UsedOutside, NotRounded, Flattening])
+def test_a_trial_finds_what_cannot_be_grouped(model: type[nn.Module]) -> None:
+    engine = engine_of(model, "float32", workers=2)
+    found = trained(engine, 64, torch.float32)
+    assert list(engine._groups._allowed.values()) == [False]
+    assert_same(found, trained(engine_of(model, "float32", workers=1, grouped=False), 64, torch.float32))
+
+
+def test_parameters_outside_known_layers_need_no_trial() -> None:
+    engine = engine_of(OtherParameters, "float32", workers=2)
+    trained(engine, 64, torch.float32)
+    assert engine._groups._allowed == {}
+
+
+def test_empty_shards() -> None:
+    engine = engine_of(Residual, "bfloat16", workers=1)
+    found = trained(engine, 5, torch.float32)
+    assert_same(found, trained(engine_of(Residual, "bfloat16", workers=2, grouped=False), 5, torch.float32))
+
+
+def test_different_bits_are_noticed() -> None:
+    """Negative control: a trial in which one gradient of a group is off by one bit."""
+    engine = engine_of(Residual, "bfloat16", workers=1)
+    original = engine._pass
+
+    def off_by_one_bit(loss, batch, add_gradient, *, grouped):
+        def add(shard: int, index: int, gradient: Tensor) -> None:
+            if grouped and (shard, index) == (3, 0):
+                gradient = gradient.clone()
+                gradient.view(-1).view(torch.uint8)[0] ^= 1
+            add_gradient(shard, index, gradient)
+
+        return original(loss, batch, add, grouped=grouped)
+
+    engine._pass = off_by_one_bit
+    trained(engine, 64, torch.float32)
+    assert list(engine._groups._allowed.values()) == [False]
