@@ -20,14 +20,14 @@ from distributed.engine.exact_layout import BlockReplicatedLayout, BlockShardedL
 from distributed.engine.model_state import Layout, ModelState
 from distributed.engine.prepare import Compute, cast
 from distributed.engine.protocol import Loss, Outcome
-from distributed.exact.autograd_pass import backward
+from distributed.exact.autograd_pass import GradientSink, backward
 from distributed.exact.bucket_reduce import BucketReduceOpener
 from distributed.exact.compute_copy import ComputeCopy
 from distributed.exact.gather_statistics import StatisticsGather
 from distributed.exact.gradient_reducer import GradientReducer
 from distributed.exact.group_trials import GroupTrials
 from distributed.exact.shard_executor import ShardExecutor
-from distributed.exact.shard_gradients import AddGradient, ShardGradients
+from distributed.exact.shard_gradients import GradientSums, GroupedShards, SingleShard
 from distributed.exact.shard_group import ShardGroup, use_group
 from distributed.exact.sharded_weights import ShardedWeights
 from distributed.exact.torch_compat import Node
@@ -112,11 +112,11 @@ class ExactEngine:
     def micro_step(self, loss: Loss, batch: Batch, *, last: bool) -> Outcome:
         with self._computing():
             passes = partial(self._pass, loss, batch)
-            outcome = passes(self._reducer.add_gradient, grouped=self._groups.allowed(batch.shard_sizes, passes))
+            outcome = passes(self._reducer, grouped=self._groups.allowed(batch.shard_sizes, passes))
         self._reducer.finish_micro_step(last=last)
         return outcome
 
-    def _pass(self, loss: Loss, batch: Batch, add_gradient: AddGradient, *, grouped: bool) -> Outcome:
+    def _pass(self, loss: Loss, batch: Batch, sums: GradientSums, *, grouped: bool) -> Outcome:
         """Run forward and backward; hand over each shard's gradient of every parameter.
 
         The gradient of a parameter which the loss does not depend on is zero.
@@ -124,19 +124,21 @@ class ExactEngine:
         Args:
             grouped: run all shards of a worker as one batch.
         """
-        own = self._reducer.own_shards
 
         def forward_backward(local: range) -> Outcome:
-            part, shards = batch.group(local), own[local.start : local.stop]
-            gradients = ShardGradients(shards, self._index, add_gradient)
-            group = ShardGroup(shards, part.shard_sizes, gradients.add) if grouped else None
+            part, shards = batch.group(local), self._reducer.own_shards[local.start : local.stop]
+            gradients: SingleShard | GroupedShards = SingleShard(shards.start, self._index, sums)
+            group = None
+            if grouped:
+                gradients = GroupedShards(shards, self._index, sums)
+                group = ShardGroup(part.shard_sizes, gradients.add_of_shards)
             with use_group(group), self._autocast():
                 value, outcome = loss(self.model, part)
             if self._sharded:  # a barrier: no backward pass starts before all forward passes have finished
                 self._executor.all_gather_rows([value.detach().view(1)], lambda rows: None)
             value = self.weights.scale_loss(value)  # not kept: its graph is freed node by node
-            backward(value, gradients.refuse if grouped else gradients.add_single, self._before)
-            gradients.fill()
+            backward(value, self._and_free(gradients.add), self._before)
+            gradients.finish()
             return outcome
 
         if grouped:
@@ -144,6 +146,18 @@ class ExactEngine:
         else:
             outcomes = self._executor.run(lambda shard: forward_backward(range(shard, shard + 1)))
         return Outcome(*[torch.cat(tensors) for tensors in zip(*outcomes, strict=True)])
+
+    def _and_free(self, sink: GradientSink) -> GradientSink:
+        """Return a sink that also frees a layer of sharded weights after its last gradient."""
+        if self._sharded is None:
+            return sink
+        after_gradient = self._sharded.after_gradient
+
+        def sink_and_free(parameter: Tensor, gradient: Tensor) -> None:
+            sink(parameter, gradient)
+            after_gradient(parameter)
+
+        return sink_and_free
 
     def _autocast(self) -> AbstractContextManager[None]:
         # Without a cache: a cast weight in it would be part of the graphs of several shards.

@@ -6,8 +6,9 @@ round differently: an element can be in the remainder of a shard, but not in tha
 an operation outside the list below. Those on it move numbers, round correctly, or treat each sample alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from distributed.exact.grouped_layers import make_groupable
 from distributed.exact.shard_executor import ShardExecutor
-from distributed.exact.shard_gradients import AddGradient, NotGroupableError
+from distributed.exact.shard_gradients import GradientSums, NotGroupableError
 from distributed.models.torch_compat import TorchDispatchMode
 
 _LAYERS = """
@@ -30,9 +31,9 @@ _CORRECTLY_ROUNDED = """
     masked_fill bitwise_and bitwise_or bitwise_xor bitwise_not __rshift__ __lshift__
 """
 _MOVING = """
-    _to_copy _unsafe_view alias arange as_strided cat clone copy detach empty empty_like empty_strided expand fill full full_like
-    lift_fresh new_empty new_full new_zeros ones_like permute promote_types select slice slice_backward split split_with_sizes
-    squeeze stack t transpose unbind unsqueeze view zero zeros zeros_like constant_pad_nd
+    _to_copy _unsafe_view alias arange as_strided cat clone constant_pad_nd copy detach empty empty_like empty_strided expand
+    fill full full_like lift_fresh new_empty new_full new_zeros ones_like permute promote_types select slice slice_backward
+    split split_with_sizes squeeze stack t transpose unbind unsqueeze view zero zeros zeros_like
 """
 _ALLOWED = frozenset(" ".join((_LAYERS, _PER_SAMPLE, _CORRECTLY_ROUNDED, _MOVING)).split())
 
@@ -40,7 +41,7 @@ _ALLOWED = frozenset(" ".join((_LAYERS, _PER_SAMPLE, _CORRECTLY_ROUNDED, _MOVING
 class Passes(Protocol):
     """Runs forward and backward over this rank's shards of a batch, alone or in groups; returns tensors to compare."""
 
-    def __call__(self, add_gradient: AddGradient, *, grouped: bool) -> tuple[Tensor, ...]: ...
+    def __call__(self, sums: GradientSums, *, grouped: bool) -> tuple[Tensor, ...]: ...
 
 
 class GroupTrials:
@@ -80,14 +81,25 @@ class GroupTrials:
 
 
 def _gradients_and_results(passes: Passes, *, grouped: bool) -> dict[Any, Tensor]:
-    found: dict[Any, Tensor] = {}
+    found = _Found({})
+    for number, result in enumerate(passes(found, grouped=grouped)):
+        found.tensors["result", number] = result
+    return found.tensors
 
-    def add_gradient(shard: int, index: int, gradient: Tensor) -> None:
-        found[shard, index] = gradient
 
-    for number, result in enumerate(passes(add_gradient, grouped=grouped)):
-        found["result", number] = result
-    return found
+@dataclass
+class _Found:
+    """Keeps the gradients instead of adding them up: `GradientSums`."""
+
+    tensors: dict[Any, Tensor]
+
+    def add_gradient(self, shard: int, index: int, gradient: Tensor) -> None:
+        self.tensors[shard, index] = gradient
+
+    def add_gradients(self, shards: range, gradients: Mapping[int, Sequence[Tensor]]) -> None:
+        for index, of_shards in gradients.items():
+            for shard, gradient in zip(shards, of_shards, strict=True):
+                self.add_gradient(shard, index, gradient)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ These sums are the gradients of weights and batch norm's statistics. All else is
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from distributed.exact.shard_group import ShardGroup, current_group
 from distributed.models.sync_batch_norm import SyncBatchNorm, grad_sums, input_gradient, normalized, statistics_row
 
-T = TypeVar("T")
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
 
@@ -29,10 +28,16 @@ class _PerShardGradients(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         layer, group = ctx.layer, ctx.group
-        for shard, x_part, grad_part in zip(group.shards, group.split(x), group.split(grad), strict=True):
-            for parameter, gradient in layer.parameter_gradients(x_part, grad_part):
-                group.hand_over(shard, parameter, gradient)
+        parts = zip(group.split(x), group.split(grad), strict=True)
+        of_shards = [layer.parameter_gradients(x_part, grad_part) for x_part, grad_part in parts]
+        for parameter, *gradients in zip(_trainable(layer), *of_shards, strict=True):
+            group.hand_over(parameter, gradients)
         return layer.input_gradient(x, grad) if ctx.needs_input_grad[0] else None, None, None, None
+
+
+def _trainable(layer: Any) -> list[Tensor]:
+    """Return the parameters of which `parameter_gradients` returns gradients, in that order."""
+    return [p for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
 
 
 class _Grouped:
@@ -55,12 +60,10 @@ class GroupedConv2d(_Grouped, nn.Conv2d):
 
     plain_forward = nn.Conv2d.forward
 
-    def parameter_gradients(self, x: Tensor, grad: Tensor) -> list[tuple[Tensor, Tensor]]:
-        trainable = [self.weight.requires_grad, self.bias is not None and self.bias.requires_grad]
-        gradients = self._backward(x, grad, [False, *trainable])[1:]
-        return [
-            (p, g) for p, g in zip((self.weight, self.bias), gradients, strict=True) if p is not None and g is not None
-        ]
+    def parameter_gradients(self, x: Tensor, grad: Tensor) -> list[Tensor]:
+        wanted = [p is not None and p.requires_grad for p in (self.weight, self.bias)]
+        gradients = self._backward(x, grad, [False, *wanted])[1:]
+        return [gradient for gradient, is_wanted in zip(gradients, wanted, strict=True) if is_wanted]
 
     def input_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         gradient: Tensor = self._backward(x, grad, [True, False, False])[0]
@@ -88,12 +91,12 @@ class GroupedLinear(_Grouped, nn.Linear):
 
     plain_forward = nn.Linear.forward
 
-    def parameter_gradients(self, x: Tensor, grad: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def parameter_gradients(self, x: Tensor, grad: Tensor) -> list[Tensor]:
         found = []
         if self.weight.requires_grad:
-            found.append((self.weight, grad.t().mm(x)))
+            found.append(grad.t().mm(x))
         if self.bias is not None and self.bias.requires_grad:
-            found.append((self.bias, grad.sum_to_size(self.bias.shape)))
+            found.append(grad.sum_to_size(self.bias.shape))
         return found
 
     def input_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
@@ -117,10 +120,9 @@ class _GroupNormalized(torch.autograd.Function):
         sums = [grad_sums(of_grad, of_x, weight, ctx.statistics, layer.eps) for of_grad, of_x in parts]
         rows = [torch.cat(of_shard) for of_shard in sums]
         grad_x = input_gradient(grad, x, weight, ctx.statistics, rows, layer) if ctx.needs_input_grad[0] else None
-        for shard, of_shard in zip(group.shards, sums, strict=True):
-            for parameter, gradient in zip((weight, layer.bias), of_shard, strict=True):
-                if parameter.requires_grad:
-                    group.hand_over(shard, parameter, gradient)
+        for parameter, *gradients in zip((weight, layer.bias), *sums, strict=True):
+            if parameter.requires_grad:
+                group.hand_over(parameter, gradients)
         return grad_x, None, None, None, None
 
 

@@ -1,47 +1,79 @@
-"""Collects the gradients of one shard, or of a group of shards, and makes sure that none is missing."""
+"""Collects the gradients of a shard, or of a group of shards, and makes sure that none is missing."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-AddGradient = Callable[[int, int, Tensor], None]
-"""Takes the number of a shard, the index of a parameter, and that shard's gradient of it."""
+_MOST_BYTES = 4 * 2**20  # of a group's gradients that wait to be added together
+
+
+class GradientSums(Protocol):
+    """Adds up gradients over shards; see `GradientReducer`."""
+
+    def add_gradient(self, shard: int, index: int, gradient: Tensor) -> None: ...
+
+    def add_gradients(self, shards: range, gradients: Mapping[int, Sequence[Tensor]]) -> None: ...
 
 
 class NotGroupableError(Exception):
     """A network computes with its parameters in a way that does not keep the shards of a group apart."""
 
 
-class ShardGradients:
-    """Passes gradients on, each once per shard and parameter.
+class SingleShard:
+    """Passes on the gradients of one shard.
 
     Args:
-        shards: indices over all ranks.
         index: the index of each parameter.
     """
 
-    def __init__(self, shards: range, index: Mapping[Tensor, int], add_gradient: AddGradient) -> None:
-        self._shards, self._add_gradient = shards, add_gradient
-        self._missing = {shard: dict(index) for shard in shards}
+    def __init__(self, shard: int, index: Mapping[Tensor, int], sums: GradientSums) -> None:
+        self._shard, self._sums, self._missing = shard, sums, dict(index)
 
-    def add(self, shard: int, parameter: Tensor, gradient: Tensor) -> None:
-        """Pass on a shard's gradient of a parameter."""
-        index = self._missing[shard].pop(parameter, None)
+    def add(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Pass on the gradient of a parameter."""
+        self._sums.add_gradient(self._shard, self._missing.pop(parameter), gradient)
+
+    def finish(self) -> None:
+        """Pass on zeros for the parameters that have received no gradient."""
+        for parameter in list(self._missing):
+            self.add(parameter, torch.zeros_like(parameter))
+
+
+class GroupedShards:
+    """Passes on the gradients of consecutive shards, those of several parameters at a time.
+
+    Args:
+        index: the index of each parameter.
+    """
+
+    def __init__(self, shards: range, index: Mapping[Tensor, int], sums: GradientSums) -> None:
+        self._shards, self._sums, self._missing = shards, sums, dict(index)
+        self._waiting: dict[int, Sequence[Tensor]] = {}
+        self._bytes = 0
+
+    def add_of_shards(self, parameter: Tensor, gradients: Sequence[Tensor]) -> None:
+        """Pass on each shard's gradient of a parameter."""
+        index = self._missing.pop(parameter, None)
         if index is None:
             raise NotGroupableError("a layer is used several times")
-        self._add_gradient(shard, index, gradient)
+        self._waiting[index] = gradients
+        self._bytes += len(gradients) * gradients[0].nbytes
+        if self._bytes > _MOST_BYTES:
+            self._flush()
 
-    def add_single(self, parameter: Tensor, gradient: Tensor) -> None:
-        """Pass on the gradient of the only shard."""
-        self.add(self._shards.start, parameter, gradient)
-
-    def refuse(self, parameter: Tensor, gradient: Tensor) -> None:
-        """Reject a gradient that is summed over all shards of a group."""
+    def add(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Reject a gradient that is summed over all shards."""
         raise NotGroupableError("a parameter is used outside its layer")
 
-    def fill(self) -> None:
-        """Pass on zeros for the parameters that have received no gradient."""
-        for shard, missing in self._missing.items():
-            for parameter in list(missing):
-                self.add(shard, parameter, torch.zeros_like(parameter))
+    def finish(self) -> None:
+        """Pass on what is left, and zeros for the parameters that have received no gradient."""
+        for parameter in list(self._missing):
+            self.add_of_shards(parameter, [torch.zeros_like(parameter)] * len(self._shards))
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._sums.add_gradients(self._shards, self._waiting)
+        self._waiting, self._bytes = {}, 0

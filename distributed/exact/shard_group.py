@@ -1,6 +1,6 @@
 """Several shards of a rank that pass through the model as one batch, so that most kernels run once for all of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -13,14 +13,12 @@ from torch import Tensor
 class ShardGroup:
     """Consecutive shards, and the sink of their gradients of parameters, which are summed over each shard alone.
 
-    shards: indices over all ranks.
-    sizes: number of samples in each.
-    hand_over: called with a shard, a parameter and the shard's gradient of it.
+    sizes: number of samples in each shard.
+    hand_over: called with a parameter and each shard's gradient of it.
     """
 
-    shards: range
     sizes: tuple[int, ...]
-    hand_over: Callable[[int, Tensor, Tensor], None]
+    hand_over: Callable[[Tensor, Sequence[Tensor]], None]
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Return each shard's part of a tensor [n, ...]."""

@@ -117,7 +117,10 @@ def reducer_of(case: Case, transport: str) -> tuple[GradientReducer, list[Tensor
 
 
 def add_gradients(reducer: GradientReducer, case: Case, step: int, micro_step: int, timing: random.Random) -> None:
-    """Add each shard's gradients roughly in the order of a backward pass, two shards at a time."""
+    """Add each shard's gradients roughly in the order of a backward pass, two shards at a time; in odd steps in groups."""
+    if step % 2:
+        add_in_groups(reducer, case, step, micro_step, timing)
+        return
 
     def of_shard(shard: int) -> None:
         order = list(reversed(range(len(case.shapes))))
@@ -133,6 +136,21 @@ def add_gradients(reducer: GradientReducer, case: Case, step: int, micro_step: i
     timing.shuffle(shards)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(of_shard, shards))
+
+
+def add_in_groups(reducer: GradientReducer, case: Case, step: int, micro_step: int, timing: random.Random) -> None:
+    """Add the gradients of two groups of shards, a few parameters at a time."""
+    own = reducer.own_shards
+    middle = own.start + timing.randint(0, len(own))
+
+    def of_group(shards: range) -> None:
+        for indices in (range(0, len(case.shapes), 2), range(1, len(case.shapes), 2)):
+            if len(shards) and len(indices):
+                found = {i: [gradient(case, step, micro_step, shard, i) for shard in shards] for i in indices}
+                reducer.add_gradients(shards, found)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(of_group, [range(own.start, middle), range(middle, own.stop)]))
 
 
 def reduce_all(cases: list[Case], transport: str) -> dict[Case, list[str]]:

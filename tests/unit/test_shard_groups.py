@@ -12,6 +12,7 @@ from distributed.config.sections import Loss, Sgd
 from distributed.data.batch import Batch
 from distributed.engine.exact import ExactEngine
 from distributed.engine.prepare import Compute
+from distributed.exact.shard_gradients import GradientSums
 from distributed.models.alexnet import improved_alexnet
 from distributed.models.convert_dropout import convert_dropout
 from distributed.training.steps import train_step
@@ -163,14 +164,18 @@ def test_different_bits_are_noticed() -> None:
     engine = engine_of(Residual, "bfloat16", workers=1)
     original = engine._pass
 
-    def off_by_one_bit(loss, batch, add_gradient, *, grouped):
-        def add(shard: int, index: int, gradient: Tensor) -> None:
-            if grouped and (shard, index) == (3, 0):
-                gradient = gradient.clone()
-                gradient.view(-1).view(torch.uint8)[0] ^= 1
-            add_gradient(shard, index, gradient)
+    class OffByOneBit:
+        def __init__(self, sums: GradientSums) -> None:
+            self.add_gradient, self._sums = sums.add_gradient, sums
 
-        return original(loss, batch, add, grouped=grouped)
+        def add_gradients(self, shards: range, gradients: dict[int, list[Tensor]]) -> None:
+            gradients = {index: [gradient.clone() for gradient in found] for index, found in gradients.items()}
+            if 0 in gradients:
+                gradients[0][3].view(-1).view(torch.uint8)[0] ^= 1
+            self._sums.add_gradients(shards, gradients)
+
+    def off_by_one_bit(loss, batch, sums, *, grouped):
+        return original(loss, batch, OffByOneBit(sums), grouped=grouped)
 
     engine._pass = off_by_one_bit
     trained(engine, 64, torch.float32)
