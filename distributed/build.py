@@ -134,7 +134,7 @@ def _without_sharding(engine: DeepSpeed | Fsdp) -> Ddp:
 def shard_workers(device: torch.device, *, threads: int) -> int:
     """Return the number of worker threads in exact mode.
 
-    One on CUDA: autograd runs all backward passes on one thread per device, and more workers would only contend for the GIL.
+    One on CUDA, where kernels run beside each other anyway and more workers would only contend for the GIL.
     """
     return 1 if device.type == "cuda" else threads
 

@@ -131,7 +131,7 @@ class ExactEngine:
             group = None
             if grouped:
                 gradients = GroupedShards(shards, self._index, sums)
-                group = ShardGroup(part.shard_sizes, gradients.add_of_shards)
+                group = ShardGroup(part.shard_sizes, gradients.add_of_shards, gradients.flush)
             with use_group(group), self._autocast():
                 value, outcome = loss(self.model, part)
             if self._sharded:  # a barrier: no backward pass starts before all forward passes have finished

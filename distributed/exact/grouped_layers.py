@@ -119,6 +119,7 @@ class _GroupNormalized(torch.autograd.Function):
         parts = zip(group.split(grad), group.split(x), strict=True)
         sums = [grad_sums(of_grad, of_x, weight, ctx.statistics, layer.eps) for of_grad, of_x in parts]
         rows = [torch.cat(of_shard) for of_shard in sums]
+        group.flush()
         grad_x = input_gradient(grad, x, weight, ctx.statistics, rows, layer) if ctx.needs_input_grad[0] else None
         for parameter, *gradients in zip((weight, layer.bias), *sums, strict=True):
             if parameter.requires_grad:

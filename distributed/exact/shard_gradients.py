@@ -61,7 +61,7 @@ class GroupedShards:
         self._waiting[index] = gradients
         self._bytes += len(gradients) * gradients[0].nbytes
         if self._bytes > _MOST_BYTES:
-            self._flush()
+            self.flush()
 
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
         """Reject a gradient that is summed over all shards."""
@@ -71,9 +71,10 @@ class GroupedShards:
         """Pass on what is left, and zeros for the parameters that have received no gradient."""
         for parameter in list(self._missing):
             self.add_of_shards(parameter, [torch.zeros_like(parameter)] * len(self._shards))
-        self._flush()
+        self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Pass on what is waiting."""
         if self._waiting:
             self._sums.add_gradients(self._shards, self._waiting)
         self._waiting, self._bytes = {}, 0

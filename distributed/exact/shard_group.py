@@ -15,10 +15,13 @@ class ShardGroup:
 
     sizes: number of samples in each shard.
     hand_over: called with a parameter and each shard's gradient of it.
+    flush: called before a synchronization point of the backward pass. Ranks that run their shards one by one have passed on all
+        gradients by then, and full buckets are sent there, on all ranks in the same order.
     """
 
     sizes: tuple[int, ...]
     hand_over: Callable[[Tensor, Sequence[Tensor]], None]
+    flush: Callable[[], None]
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Return each shard's part of a tensor [n, ...]."""
