@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distributed.exact.torch_compat import Node, input_metadata, is_leaf, is_python, sequence_number
+from distributed.exact.torch_compat import (
+    Node,
+    input_metadata,
+    is_leaf,
+    is_python,
+    python_nodes_are_weak,
+    sequence_number,
+)
 
 GradientSink = Callable[[Tensor, Tensor], None]
 """Takes a parameter and its gradient, complete within the shard; must not modify the gradient in place."""
@@ -40,14 +47,18 @@ def backward(loss: Tensor, sink: GradientSink, before: dict[Node, Callable[[], N
     arriving.add(start, 0, torch.ones_like(loss))
     loss.detach_()
     ready: list[tuple[int, Node]] = [(0, start)]
+    weak, owners = python_nodes_are_weak(), dict[Node, Any]()  # owners keep a node alive until it has run
     del start
     while ready:
         node = heappop(ready)[1]
         if prepare := before.pop(node, None):
             prepare()
         results = _run(node, arriving.take(node))
+        owner = (node, owners.pop(node, None)) if weak else None
         del node  # frees what it saved, before the next one runs
         for target, index, gradient in results:
+            if weak and is_python(target):
+                owners[target] = owner
             if gradient is not None:
                 arriving.add(target, index, gradient)
             if not arriving.is_complete(target):
@@ -57,7 +68,7 @@ def backward(loss: Tensor, sink: GradientSink, before: dict[Node, Callable[[], N
             elif (total := arriving.take(target)[0]) is not None:
                 sink(target.variable, total)
         results.clear()
-        target = gradient = total = None
+        target = gradient = total = owner = None
 
 
 class _Arriving:

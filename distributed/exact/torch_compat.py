@@ -3,6 +3,7 @@
 tests/unit/test_torch_internals.py fails if the installed torch lacks one of them.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +23,24 @@ def is_leaf(node: Node) -> bool:
 def is_python(node: Node) -> bool:
     """Whether the node belongs to a `torch.autograd.Function`: it cannot be called, but has `apply`."""
     return isinstance(node, BackwardCFunction)
+
+
+@cache
+@torch.enable_grad()
+def python_nodes_are_weak() -> bool:
+    """Whether the object of a Python node does not keep the node itself alive, as in torch 2.11: only its consumers do."""
+    node = _Identity.apply(torch.ones((), requires_grad=True)).grad_fn
+    try:
+        input_metadata(node)
+    except RuntimeError:
+        return True
+    return False
+
+
+class _Identity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
 
 
 def input_metadata(node: Node) -> list[Any]:

@@ -17,6 +17,11 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def use_first_cpus(count: int) -> None:
+    """Restrict this process to the first CPUs of its affinity."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
 def within_quota(cpus: int) -> int:
     """Return `cpus`, or the rounded CPU quota of this process if that is less. At least 1."""
     quota = cpu_quota()

@@ -145,7 +145,7 @@ KEYED = "use dropout layers"
 REFUSED = {
     "functional dropout": (lambda: Call(lambda _, x: F.dropout(x)), "draws from torch's generator", KEYED),
     "nn.Dropout": (lambda: nn.Dropout(0.5), "draws from torch's generator", KEYED),
-    "RReLU": (lambda: nn.RReLU(), "draws from torch's generator", KEYED),
+    "RReLU": (lambda: nn.RReLU(), "draws from torch's generator", "use nn.LeakyReLU"),
     "Python's random": (lambda: Call(lambda _, x: x * random.random()), "draws from Python's generator", KEYED),
     "numpy": (lambda: Call(lambda _, x: x * float(np.random.rand())), "draws from numpy's generator", KEYED),
     "a torch.Generator": (

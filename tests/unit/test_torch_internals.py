@@ -16,6 +16,8 @@ from distributed.models.torch_compat import (
     is_persistent,
 )
 
+pytestmark = pytest.mark.smoke
+
 FOREACH = ["add_", "copy_", "lerp_", "mul", "mul_", "norm", "sub"]
 KERNELS = [
     "batch_norm_backward_elemt",

@@ -1,15 +1,14 @@
 """Training with this project, with the phases of each step measured on every rank."""
 
-import os
-
 from distributed.bench.measure import StepClock
 from distributed.bench.phases import EXCHANGES, WAITS, PhaseClock, typical_step
 from distributed.bench.workloads import this_project
+from distributed.host.cpu_quota import use_first_cpus
 
 
 def run(clock: StepClock, *, arguments: list[str], cores: int) -> dict[str, float]:
     """Train until the measurement is complete, on the first `cores` cores. Return this rank's `StepTimes` in ms."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    use_first_cpus(cores)
     phases = PhaseClock()
     for function in EXCHANGES:
         phases.watch(function, "exchange")

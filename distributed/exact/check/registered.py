@@ -31,6 +31,8 @@ def _of_module(module: nn.Module) -> Iterator[tuple[str, str]]:
     if _is_lazy(module):
         yield "has no shapes before its first forward", "pass the number of input features instead of a lazy layer"
         return  # its hook sets them
+    if isinstance(module, nn.RReLU):  # draws for negative inputs only, so a pass may miss it
+        yield "draws from torch's generator, which depends on the number of processes", "use nn.LeakyReLU"
     if isinstance(module, AnyBatchNorm):
         yield from _of_batch_norm(module)
     for name in _attributes_with_batch_norm(module):

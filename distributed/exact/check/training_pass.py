@@ -88,7 +88,8 @@ class _Watch(TorchFunctionMode):
         for name in self._generators.drawn():
             has_dropout = isinstance(module, nn.MultiheadAttention | nn.RNNBase)
             what = f"draws from {name}, which depends on the number of processes"
-            self.found.append(Problem(self.stack.inside, what, "set its dropout to 0" if has_dropout else _KEYED))
+            if not isinstance(module, nn.RReLU):  # refused by its type
+                self.found.append(Problem(self.stack.inside, what, "set its dropout to 0" if has_dropout else _KEYED))
             self._generators = SavedGenerators()
 
     def note_nodes(self, path: str, results: list[Tensor]) -> None:
