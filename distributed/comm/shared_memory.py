@@ -157,6 +157,11 @@ class SharedCounters:
                     raise RuntimeError(f"timed out waiting {self._timeout:.0f} s for rank {rank}")
 
 
+def row_bytes(length: int, dtype: torch.dtype) -> int:
+    """Return the bytes of a row of numbers, rounded up to a cache line, so that every row starts on one."""
+    return -(-length * dtype.itemsize // _CACHE_LINE) * _CACHE_LINE
+
+
 def tensor_in(memory: SharedMemory, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return a tensor view of the memory. The memory stays mapped while the tensor exists."""
     return torch.frombuffer(memory.bytes, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)

@@ -5,9 +5,8 @@ from typing import Self
 import torch
 
 from distributed.comm.collectives import rank, world_size
-from distributed.comm.shared_memory import SharedCounters, SharedMemory, open_shared_memory, tensor_in
+from distributed.comm.shared_memory import SharedCounters, SharedMemory, open_shared_memory, row_bytes, tensor_in
 
-_CACHE_LINE = 64  # bytes
 _WRITTEN, _SUMMED = range(2)
 
 
@@ -22,7 +21,7 @@ class SharedSum:
 
     def __init__(self, memory: SharedMemory, length: int, dtype: torch.dtype, *, timeout_seconds: float) -> None:
         self._counters = SharedCounters(memory, 0, count=2, timeout_seconds=timeout_seconds)
-        shape = (world_size() + 1, _row_bytes(length, dtype) // dtype.itemsize)
+        shape = (world_size() + 1, row_bytes(length, dtype) // dtype.itemsize)
         *buffers, self.total = tensor_in(memory, SharedCounters.size(2), shape, dtype)[:, :length]
         self.own = buffers[rank()]
         chunk = slice(rank() * length // world_size(), (rank() + 1) * length // world_size())
@@ -32,7 +31,7 @@ class SharedSum:
     @classmethod
     def open(cls, length: int, dtype: torch.dtype, device: torch.device, *, timeout_seconds: float) -> Self | None:
         """Return a sum over buffers of `length` numbers, or None if these ranks cannot share memory. A collective."""
-        size = SharedCounters.size(2) + (world_size() + 1) * _row_bytes(length, dtype)
+        size = SharedCounters.size(2) + (world_size() + 1) * row_bytes(length, dtype)
         memory = open_shared_memory(size, device)
         return cls(memory, length, dtype, timeout_seconds=timeout_seconds) if memory else None
 
@@ -51,8 +50,3 @@ class SharedSum:
             self._chunk_of_total += chunk
         self._counters.publish(_SUMMED, self._count)
         self._counters.wait(_SUMMED, self._count)
-
-
-def _row_bytes(length: int, dtype: torch.dtype) -> int:
-    """Round up to a multiple of a cache line, so that every buffer starts on one."""
-    return -(-length * dtype.itemsize // _CACHE_LINE) * _CACHE_LINE

@@ -127,11 +127,12 @@ class ExactEngine:
 
         def forward_backward(local: range) -> Outcome:
             part, shards = batch.group(local), self._reducer.own_shards[local.start : local.stop]
-            gradients: SingleShard | GroupedShards = SingleShard(shards.start, self._index, sums)
-            group = None
+            gradients: SingleShard | GroupedShards
             if grouped:
                 gradients = GroupedShards(shards, self._index, sums)
                 group = ShardGroup(part.shard_sizes, gradients.add_of_shards, gradients.flush)
+            else:
+                gradients, group = SingleShard(shards.start, self._index, sums), None
             with use_group(group), self._autocast():
                 value, outcome = loss(self.model, part)
             if self._sharded:  # a barrier: no backward pass starts before all forward passes have finished

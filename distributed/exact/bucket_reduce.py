@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distributed.comm.collectives import all_gather, rank, world_size
 from distributed.comm.reduction_tree import Node, reduce_to_root
-from distributed.comm.shared_memory import SharedCounters, SharedMemory, open_shared_memory, tensor_in
+from distributed.comm.shared_memory import SharedCounters, SharedMemory, open_shared_memory, row_bytes, tensor_in
 from distributed.exact.bucket_layout import BucketLayout, ShardedBucket
 from distributed.exact.gradient_reducer import BucketReduce, SubtreesOfRanks
 
@@ -78,7 +78,7 @@ class SharedMemoryReduce:
     ) -> None:
         length, self._chunk = layout.length, layout.chunks[rank()]
         self._counters = SharedCounters(memory, 0, count=2, timeout_seconds=timeout_seconds)
-        row, offset = _row_bytes(length, like), SharedCounters.size(2)
+        row, offset = row_bytes(length, like.dtype), SharedCounters.size(2)
         self._chunk_of_node: dict[Node, Tensor] = {}
         for r, own in enumerate(subtrees):
             sums = tensor_in(memory, offset, (len(own), row // like.element_size()), like.dtype)[:, :length]
@@ -95,7 +95,7 @@ class SharedMemoryReduce:
     @staticmethod
     def size(subtrees: SubtreesOfRanks, length: int, like: Tensor) -> int:
         """Return the number of bytes of shared memory needed."""
-        return SharedCounters.size(2) + (sum(map(len, subtrees)) + 1) * _row_bytes(length, like)
+        return SharedCounters.size(2) + (sum(map(len, subtrees)) + 1) * row_bytes(length, like.dtype)
 
     def start(self) -> None:
         self._count += 1
@@ -204,11 +204,6 @@ class AllReduce(ReduceScatter):
             sent[: len(own)] = own
             all_gather(received.view(-1), sent)
             torch.cat([row[:size] for row, size in zip(received, self._sizes, strict=True)], out=self.total)
-
-
-def _row_bytes(length: int, like: Tensor) -> int:
-    """Round up to a multiple of a cache line, so that every row starts on one."""
-    return -(-length * like.element_size() // 64) * 64
 
 
 def _accumulate(total: Tensor, sums: Mapping[Node, Tensor], *, first: bool) -> None:

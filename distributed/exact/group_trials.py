@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
+from distributed.exact.bits import same_bits
 from distributed.exact.grouped_layers import make_groupable
 from distributed.exact.shard_executor import ShardExecutor
 from distributed.exact.shard_gradients import GradientSums, NotGroupableError
@@ -76,7 +76,7 @@ class GroupTrials:
                     grouped = _gradients_and_results(passes, grouped=True)
             except (NotGroupableError, RuntimeError):  # e.g. of a split, if dimension 0 is not that of the samples
                 return False
-        same = alone.keys() == grouped.keys() and all(_same_bits(alone[key], grouped[key]) for key in alone)
+        same = alone.keys() == grouped.keys() and all(same_bits(alone[key], grouped[key]) for key in alone)
         return same and operations.names <= _ALLOWED
 
 
@@ -128,9 +128,3 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func.overloadpacket.__name__
         self.names.add(name.removesuffix("_") if not name.endswith("__") else name)
         return func(*args, **(kwargs or {}))
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(*[tensor.contiguous().view(-1).view(torch.uint8) for tensor in (a, b)])

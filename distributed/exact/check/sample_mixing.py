@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from distributed.exact.bits import same_bits
 from distributed.exact.check.module_stack import ModuleStack
 from distributed.exact.check.problems import Problem
-from distributed.exact.check.saved_model import same_bits
 from distributed.exact.check.throwaway import SavedGenerators
 from distributed.models.keyed_dropout import use_sample_keys
 

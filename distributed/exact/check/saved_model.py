@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from distributed.exact.bits import same_bits
 from distributed.exact.check.throwaway import SavedGenerators
 from distributed.models.torch_compat import AnyBatchNorm
 
@@ -128,19 +129,6 @@ def _restore_tensor(value: Tensor, data: Tensor, copy: Tensor, gradient: Tensor 
         value.data = data
     if value.is_leaf and value.grad is not gradient:
         value.grad = gradient
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have the same dtype, shape and bits; NaN equals itself."""
-    if (a.dtype, a.shape, a.layout, a.device) != (b.dtype, b.shape, b.layout, b.device):
-        return False
-    return a.layout != torch.strided or torch.equal(_integers(a), _integers(b))
-
-
-def _integers(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().contiguous().reshape(-1)
-    flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
-    return flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
 
 
 def _same(old: Any, new: Any) -> bool:
