@@ -18,7 +18,7 @@ BATCH, SHARDS = 128, 8
 
 
 class Point(NamedTuple):
-    """A measured step in ms: its wall time, and the CPU time of a process, of which `exchange` is between processes."""
+    """A measured step in ms: its wall time, and the CPU time that a process spends on computing and on exchanging data."""
 
     processes: int
     cores: int

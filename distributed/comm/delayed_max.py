@@ -23,7 +23,7 @@ class DelayedMax(Protocol):
 
 
 def open_delayed_max(flags: int, *, timeout_seconds: float) -> DelayedMax:
-    """Return the fastest `DelayedMax` of so many flags that these ranks can have; a collective."""
+    """Return the fastest `DelayedMax` available to these ranks, for this number of flags. A collective."""
     if world_size() == 1:
         return LocalMax(flags)
     memory = open_shared_memory(SharedMemoryMax.size(flags), torch.device("cpu"))  # flags never are on a GPU

@@ -36,7 +36,7 @@ class _PerShardGradients(torch.autograd.Function):
 
 
 def _trainable(layer: Any) -> list[Tensor]:
-    """Return the parameters of which `parameter_gradients` returns gradients, in that order."""
+    """Return the trainable parameters, in the order of the gradients from `parameter_gradients`."""
     return [p for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
 
 

@@ -52,7 +52,7 @@ class KeyedDropout(nn.Module):
     Called again in the same forward pass, it draws another mask.
 
     Args:
-        p: dropout probability in [0, 1]; below 1 it is rounded to a multiple of 1/65536, of which 65535/65536 is the largest.
+        p: dropout probability in [0, 1]. Below 1 it is rounded to a multiple of 1/65536, at most 65535/65536.
         name: distinguishes the masks of several layers, e.g. the module's path.
         per: a unit is an element, a channel (dimension 1), or the entire sample.
         scaled: False keeps the other units as they are.

@@ -61,7 +61,7 @@ def grad_sums(grad: Tensor, x: Tensor, weight: Tensor | None, statistics: Statis
     mean, variance, _ = statistics
     if not x.numel():  # the kernel divides by the number of elements
         return [torch.zeros_like(mean), torch.zeros_like(mean)]
-    # CUDA's kernel needs a weight, of which it reads only the dtype: its values enter the gradient of x, computed later.
+    # CUDA's kernel needs a weight but only reads its dtype here: the values matter for the gradient of x, computed later.
     # Without saved statistics the kernel uses those passed as running ones. On CUDA "none" is an empty tensor, not None.
     any_weight, unsaved = mean if weight is None else weight, filled(0, 0.0, mean.dtype, mean.device)
     found = _backward_kernel(grad, x, any_weight, mean, variance, unsaved, unsaved, False, eps, [False, True, True])

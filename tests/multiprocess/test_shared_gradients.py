@@ -224,7 +224,7 @@ def test_unused_and_frozen_parameters(transport: str) -> None:
 
 @in_group
 def train_until_a_peer_dies() -> str:
-    """Take a step, lose rank 1 in the next one's backward pass, and return what the others are told."""
+    """Take a step, lose rank 1 in the next one's backward pass, and return the errors of the others."""
     config = small_config(Path("unused"), exact=FAST, model={"name": "cifar_alexnet"}, global_batch_size=6)
     engine, data = built(config)
     batches = data.train_epoch(0)

@@ -32,7 +32,7 @@ def applied(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def check_units(found: Tensor, torchs: Tensor, units: tuple[int, ...], p: float) -> None:
-    """Check that both have the same values, constant within units, of which a fraction p is dropped."""
+    """Check that both have the same values, that units are constant, and that a fraction p of them is dropped."""
     assert torch.allclose(found.unique(), torchs.unique(), rtol=1e-12)
     first = found[tuple(slice(None) if i == 0 or units[i - 1] > 1 else slice(1) for i in range(found.dim()))]
     assert first.shape == (len(found), *units)
