@@ -1,9 +1,10 @@
 """Fixtures of the unit tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -16,3 +17,17 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    """Restore torch's number of threads, which exact mode changes."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread(restore_threads: None) -> None:
+    """Let kernels run on one thread."""
+    torch.set_num_threads(1)

@@ -2,7 +2,7 @@
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,15 +15,7 @@ from distributed.exact.autograd_pass import backward
 from distributed.models.alexnet import improved_alexnet
 from distributed.models.local_response_norm import LocalResponseNorm
 
-pytestmark = pytest.mark.smoke
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("one_thread")]
 
 
 def both_ways(model: nn.Module, loss_of: Callable[[nn.Module], Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

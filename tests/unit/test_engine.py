@@ -1,6 +1,6 @@
 """Fast and exact mode in one process: gradients, accumulation, clipping, precision, state."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -22,6 +22,7 @@ from distributed.training.totals import MetricAccumulator
 CPU = torch.device("cpu")
 SHARDS = 4
 PRECISIONS = ["float32", "bfloat16", "float16", "float64"]
+pytestmark = pytest.mark.usefixtures("restore_threads")
 
 
 class Small(nn.Module):
@@ -31,13 +32,6 @@ class Small(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.out(self.norm(self.conv(images)).relu().mean((2, 3)))
-
-
-@pytest.fixture(autouse=True)
-def _restore_number_of_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def fast(precision: str = "float64", model: Callable[[], nn.Module] = Small, **optim: object) -> DdpEngine:

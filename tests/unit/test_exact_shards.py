@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,15 +18,7 @@ from distributed.models.sync_batch_norm import SyncBatchNorm, convert_batch_norm
 CPU = torch.device("cpu")
 STEPS = 3
 SIZES = [(9,), (5, 4), (3, 3, 3), (7, 0, 1, 1), (0, 0, 9, 0), (0, 1, 2, 0, 3, 0, 2, 1), (2,) * 8]
-pytestmark = pytest.mark.timeout(60)
-
-
-@pytest.fixture(autouse=True)
-def _kernels_of_one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("one_thread")]
 
 
 class Net(nn.Module):

@@ -1,6 +1,6 @@
 """Shards that pass through the model as one batch: the same bits as one by one, or they are not grouped."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -20,13 +20,7 @@ from distributed.training.totals import MetricAccumulator
 
 CPU = torch.device("cpu")
 SHARDS, STEPS = 8, 4
-
-
-@pytest.fixture(autouse=True)
-def _restore_number_of_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("restore_threads")
 
 
 class Residual(nn.Module):
