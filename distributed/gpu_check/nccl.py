@@ -1,7 +1,6 @@
 """Step 6: checks NCCL in a group of one rank: the recipe, each engine, DDP's hook, collectives inside a CUDA graph."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -31,6 +30,7 @@ from distributed.gpu_check.processes import Processes
 from distributed.models.build import build_model
 from distributed.models.keyed_dropout import use_sample_keys
 from distributed.models.sync_batch_norm import SyncBatchNorm, convert_batch_norm, one_shard_per_rank
+from distributed.network import build_network
 from distributed.process import logs
 from distributed.recipe import train
 from distributed.topology import Topology
@@ -114,23 +114,28 @@ def _recipe(checks: Checks, name: str, **settings: object) -> None:
 def _engines(checks: Checks, precision: str) -> None:
     """Compare the losses of each engine with DDP's. `build_engine` would choose DDP for a single process."""
     with checks.check(f"engines, {precision}: equal losses") as figures:
-        builders: dict[str, tuple[int, Callable[..., Engine]]] = {
-            "ddp": (0, partial(DdpEngine, Ddp(), compile=False)),
-            "exact": (4, partial(ExactEngine, Ddp(), shards=4, workers=1)),
-            "fsdp": (0, partial(FsdpEngine, Fsdp())),
-        }
-        for name, (shards, build) in builders.items():
+        for name, shards in {"ddp": 0, "exact": 4, "fsdp": 0}.items():
             config = _config(checks, "engines", precision=precision, exact__shards=shards)
             data = build_data(config, Topology(), checks.device)
-            example: dict[str, Any] = {"example": data.example()} if name == "ddp" else {}
-            model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
-            compute = Compute(precision, channels_last=False, device=checks.device, timeout_seconds=20.0)
-            engine = build(model=model, optim=config.optim, compute=compute, **example)
+            engine = _engine(name, config, data, checks.device)
             figures[name] = _losses(engine, data, config)
         bound = 1e-9 if precision == "float64" else 2e-2
         for name in ("exact", "fsdp"):
             worst = max(abs(a / b - 1) for a, b in zip(figures[name], figures["ddp"], strict=True))
             assert worst < bound, f"{name}: relative difference {worst} from ddp"
+
+
+def _engine(name: str, config: TrainConfig, data: DataPipeline, device: torch.device) -> Engine:
+    model, layers = build_network(config, Topology(), data, device)
+    optim, compute = config.optim, Compute(config.precision, channels_last=False, device=device, timeout_seconds=20.0)
+    match name:
+        case "ddp":
+            return DdpEngine(Ddp(), model, optim=optim, compute=compute, example=data.example(), compile=False)
+        case "exact":
+            shards = config.shards_on(device.type)
+            return ExactEngine(Ddp(), model, optim=optim, compute=compute, shards=shards, workers=1, layers=layers)
+        case _:
+            return FsdpEngine(Fsdp(), model, optim=optim, compute=compute, layers=layers)
 
 
 def _losses(engine: Engine, data: DataPipeline, config: TrainConfig) -> list[float]:

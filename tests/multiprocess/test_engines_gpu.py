@@ -9,7 +9,6 @@ import torch
 from kit.engines import ENGINES, copied, difference, steps
 from kit.ranks import run_ranks
 from kit.small_runs import FAST, small_config
-from torch import nn
 
 from distributed.build import build_data, build_engine
 from distributed.comm.process_group import choose_device, process_group
@@ -18,7 +17,7 @@ from distributed.engine.deepspeed import DeepSpeedEngine
 from distributed.engine.fsdp import FsdpEngine
 from distributed.engine.prepare import Compute
 from distributed.engine.protocol import Engine
-from distributed.models.build import build_model
+from distributed.network import build_network
 from distributed.topology import Topology
 from distributed.training.determinism import make_deterministic
 
@@ -43,13 +42,12 @@ def on_cuda(name: str, precision: str) -> tuple[list[float], dict[str, Any]]:
     config = small_config(Path("unused"), precision=precision, **settings)
     with process_group(topology, device, timeout_seconds=60):
         data = build_data(config, topology, device)
-        model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
+        model, layers = build_network(config, topology, data, device)
         compute = Compute(precision, channels_last=False, device=device, timeout_seconds=60.0)
         engine: Engine
         if isinstance(config.engine, DeepSpeed):
             engine = DeepSpeedEngine(config.engine, model, optim=config.optim, compute=compute, grad_accum_steps=1)
         elif config.engine.name == "fsdp":
-            layers = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
             engine = FsdpEngine(config.engine, model, optim=config.optim, compute=compute, layers=layers)
         else:
             engine = build_engine(config, topology, data, device)
