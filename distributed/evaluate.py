@@ -102,12 +102,14 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     from distributed.inference.confusion import ConfusionMatrix
     from distributed.network import build_network
     from distributed.process import logs
+    from distributed.process.allocator import keep_freed_memory
     from distributed.training.determinism import make_deterministic
     from distributed.training.steps import evaluate
 
     split: Split = arguments.split
     topology = Topology.from_environment()
     logs.terminal_logs(topology.rank, level="WARNING")
+    keep_freed_memory()
     torch.set_num_threads(topology.threads(config.threads))
     device = choose_device(config.device, topology)
     make_deterministic(device, precision=config.precision)

@@ -12,6 +12,7 @@ from distributed.config.sections import ImportedModel
 from distributed.data.pipeline import DataPipeline
 from distributed.errors import InputError
 from distributed.models.build import build_model
+from distributed.models.plain_batch_norm import unsupported_batch_norms
 from distributed.topology import Topology
 
 
@@ -59,6 +60,8 @@ def _check_imported(
     if config.shards_on(device.type):
         check_exact(model, images)
         return layers_to_shard(model, images)
+    if topology.world_size > 1 and (unsupported := unsupported_batch_norms(model)):
+        raise InputError(f"model.name = {name}, on several processes: {'; '.join(unsupported)}")
     if topology.world_size > 1 and (reason := mixes_samples(model, images)) and topology.is_main:
         logger.warning("model.name = {}: results depend on how the batch is split over the ranks: {}", name, reason)
     is_sharded = config.engine.name == "fsdp" and topology.world_size > 1

@@ -18,6 +18,7 @@ from distributed.metrics.records import Sink
 from distributed.metrics.reporter import Reporter, default_sinks
 from distributed.network import build_network
 from distributed.optim.schedules import build_early_stopping, build_schedule
+from distributed.process.allocator import keep_freed_memory
 from distributed.process.logs import replace_default_logs
 from distributed.run.resume_checks import check_saved
 from distributed.topology import Topology
@@ -47,6 +48,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
     """
     topology = Topology.from_environment()
     replace_default_logs(topology.rank, level=config.logging.level)
+    keep_freed_memory()
     torch.set_num_threads(topology.threads(config.threads))
     device = choose_device(config.device, topology)
     make_deterministic(device, precision=config.precision, compile=config.compile)

@@ -218,22 +218,16 @@ def cluster_job() -> str:
 # The host
 
 
-def host() -> str:
-    """Return the host name, for messages only: it need not be unique, and a container has its own."""
-    return socket.gethostname()
-
-
-def boot_id() -> str:
-    """Return an id of the running operating system: unique to this machine, and the same in all its containers."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() or host()
-    except OSError:
-        return host()
-
-
 def kernel_variables() -> dict[str, str]:
     """Return the environment variables that select numerical kernels, sorted by name."""
     return {name: value for name, value in sorted(os.environ.items()) if selects_kernels(name)}
+
+
+def allocator_is_configured() -> bool:
+    """Return whether the user has set how the C library's allocator behaves."""
+    return "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(
+        name.startswith("MALLOC_") for name in os.environ
+    )
 
 
 def _integer(name: str) -> int:

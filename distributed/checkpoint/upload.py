@@ -18,10 +18,10 @@ from distributed.checkpoint.object_store import Store, StoreError
 from distributed.config import TrainConfig
 from distributed.errors import InputError, StorageError
 from distributed.files import read_object
+from distributed.host.identity import host
 from distributed.run.checkpoint_layout import best_known_to, checkpoints
 from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
-from distributed.topology import host
 
 AT_STOP_SECONDS = 60.0  # of the 120 between Slurm's warning and its time limit
 AT_END_SECONDS = 600.0

@@ -15,10 +15,11 @@ from distributed.comm.rendezvous import agree_on_token, check_server
 from distributed.comm.tcp_store import is_connected, open_store
 from distributed.comm.torch_compat import PrefixStore, Store
 from distributed.errors import ExitCode, PeerError
+from distributed.host.identity import host
 from distributed.process import exits
 from distributed.process.deadline import try_within
 from distributed.process.exits import Exit
-from distributed.topology import Topology, host, rendezvous_endpoint
+from distributed.topology import Topology, rendezvous_endpoint
 
 # Messages of gloo, NCCL and the store after the loss of a rank.
 _LOST_PEER = re.compile(

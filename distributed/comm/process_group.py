@@ -11,7 +11,8 @@ from distributed.comm import torch_compat
 from distributed.comm.peers import Peers
 from distributed.comm.torch_compat import Store
 from distributed.errors import InputError
-from distributed.topology import Topology, boot_id
+from distributed.host.identity import boot_id
+from distributed.topology import Topology
 
 _NCCL_SECONDS = 120.0
 """Timeout of collectives on GPUs. Longer waits, e.g. for a save, use host collectives."""

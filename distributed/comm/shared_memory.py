@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distributed.comm import collectives
 from distributed.host.cpu_quota import available_cpus
-from distributed.topology import boot_id, host
+from distributed.host.identity import boot_id, host
 
 _CACHE_LINE = 64  # bytes; each counter has a line of its own, so that writing one does not stall readers of another
 _SPINS = 2000  # a few hundred microseconds: by then a rank with a core of its own has arrived

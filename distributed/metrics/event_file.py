@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distributed.topology import host
+from distributed.host.identity import host
 
 
 class EventFile:

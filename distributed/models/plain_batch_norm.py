@@ -5,8 +5,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from distributed.models.torch_compat import AnyBatchNorm
 
-# What decides how a layer computes. With torch.nn.utils.parametrize, weight and bias are properties of its class.
-_DECISIVE = ("forward", "__call__", "train", "eval", "weight", "bias")
+_DECISIVE = ("forward", "__call__", "train", "eval", "weight", "bias")  # what decides how a layer computes
 
 
 class LocalBatchNorm(AnyBatchNorm):
@@ -28,22 +27,25 @@ def make_batch_norm_local(model: nn.Module) -> None:
 
 
 def unsupported_batch_norms(model: nn.Module) -> list[str]:
-    """Return a message for each layer, with its name, the reason and the remedy."""
+    """Return a message for each layer, with its name, the problem and the remedy."""
     return [
-        f"{name or 'the model'} ({type(layer).__name__}) {reason}"
+        f"{name or 'the model'} ({type(layer).__name__}) {'; '.join(problem)}"
         for name, layer in model.named_modules()
-        if isinstance(layer, AnyBatchNorm) and (reason := _reason(layer))
+        if isinstance(layer, AnyBatchNorm) and (problem := why_unsupported(layer))
     ]
 
 
-def _reason(layer: AnyBatchNorm) -> str:
+def why_unsupported(layer: AnyBatchNorm) -> tuple[str, str] | None:
+    """Return the problem and its remedy, or None if a synchronized batch norm can replace the layer."""
     if isinstance(layer, LazyModuleMixin):
-        return "does not know its number of channels yet; run a forward pass where the network is made"
+        return "does not know its number of channels yet", "run a forward pass where the network is made"
+    if any(True for _ in layer.children()):
+        return "is a batch norm with parametrized weights", "remove its parametrization"
     base = nn.SyncBatchNorm if isinstance(layer, nn.SyncBatchNorm) else AnyBatchNorm
     for name in _DECISIVE:
         if getattr(type(layer), name, None) is not getattr(base, name, None) or name in vars(layer):
             return (
-                f"is a batch norm with its own {name}, which a synchronized one would drop; use nn.BatchNorm1d, 2d or 3d, "
-                "and do the rest in a layer after it"
+                f"is a batch norm with its own {name}, which a synchronized one would drop",
+                "use nn.BatchNorm1d, nn.BatchNorm2d or nn.BatchNorm3d, and do the rest in a layer after it",
             )
-    return ""
+    return None

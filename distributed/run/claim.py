@@ -19,11 +19,11 @@ from loguru import logger
 from distributed.config import TrainConfig, as_toml
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import open_regular, replace_json, replace_text, storing, sync_folder
+from distributed.host.identity import host
 from distributed.host.versions import git_state, versions
 from distributed.run.folder import RunFolder
 from distributed.run.lock_holder import acquire_lock, this_process
 from distributed.run.records import AttemptRecord, Holder, Record, Status, timestamp
-from distributed.topology import host
 
 LOCK_WAIT_SECONDS = 30.0
 PROGRESS_SECONDS = 5.0

@@ -16,8 +16,9 @@ from filelock import BaseFileLock, Timeout
 from loguru import logger
 
 from distributed.errors import InputError
+from distributed.host.identity import boot_id, host
 from distributed.run.records import Holder, SlurmRecord
-from distributed.topology import boot_id, host, slurm_job
+from distributed.topology import slurm_job
 
 _RECORD_SECONDS = 10.0  # a new holder writes its record some time after it has acquired the lock
 _SCONTROL_SECONDS = 20.0

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from distributed.config import TrainConfig
 from distributed.config.scaling import Scaling
 from distributed.errors import InputError
-from distributed.topology import host
+from distributed.host.identity import host
 from launch.address import is_loopback
 from launch.doctor.diagnosis import folder_faults, model_differences, version_differences
 from launch.doctor.reports import NodeReport

@@ -19,11 +19,12 @@ from ray.util.metrics import Gauge
 
 from distributed.comm import collectives
 from distributed.config import TrainConfig
+from distributed.host.identity import host
 from distributed.metrics.records import EpochMetrics, TrainMetrics
 from distributed.process import logs
 from distributed.process.optional_output import OptionalOutput
 from distributed.recipe import train
-from distributed.topology import Topology, host
+from distributed.topology import Topology
 from launch.on_ray import compat
 
 _POLL_SECONDS = 1.0

@@ -124,6 +124,11 @@ def compiled_in_place() -> nn.Module:
     return layer
 
 
+class NeverTraining(nn.BatchNorm1d):
+    def train(self, mode: bool = True) -> nn.Module:
+        return super().train(False)
+
+
 class OwnBatchNorm(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(super().forward(x))
@@ -258,8 +263,8 @@ REFUSED = {
         "has a complex gradient of its weight",
         "use torch.view_as_complex",
     ),
-    "OwnBatchNorm": (lambda: OwnBatchNorm(12), "is a batch norm with a forward of its own", "use nn.BatchNorm1d"),
-    "SyncBatchNorm": (lambda: nn.SyncBatchNorm(12), "is a batch norm with a forward of its own", "use nn.BatchNorm1d"),
+    "OwnBatchNorm": (lambda: OwnBatchNorm(12), "is a batch norm with its own forward", "use nn.BatchNorm1d"),
+    "a batch norm that never trains": (lambda: NeverTraining(12), "with its own train", "use nn.BatchNorm1d"),
     "torch.compile": (lambda: torch.compile(nn.Linear(12, 12)), "is compiled", "remove torch.compile"),
     "Module.compile": (lambda: compiled_in_place(), "is compiled", "remove torch.compile"),
     "a compiled function": (

@@ -497,7 +497,7 @@ def reparametrized() -> nn.Module:
         (WithRelu(CHANNELS), r"\(WithRelu\) is a batch norm with its own forward"),
         (NeverTraining(CHANNELS), "its own train"),
         (patched(), "its own forward"),
-        (reparametrized(), "its own weight"),
+        (reparametrized(), "parametrized weights"),
         (nn.LazyBatchNorm2d(), "does not know its number of channels yet"),
         (nn.LazyBatchNorm2d(affine=False, track_running_stats=False), "does not know"),
     ],

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from distributed.errors import InputError
-from distributed.topology import Endpoint, Topology, has_launcher, host, is_first_on_node, rendezvous_endpoint
+from distributed.host.identity import host
+from distributed.topology import Endpoint, Topology, has_launcher, is_first_on_node, rendezvous_endpoint
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
 

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from distributed.exact.check.problems import Problem
+from distributed.models.plain_batch_norm import why_unsupported
 from distributed.models.torch_compat import AnyBatchNorm, hooks_of, hooks_of_tensor, is_compiled
 
 INSTEAD_OF_HOOK = "compute in forward what the hook computes"
@@ -33,26 +34,16 @@ def _of_module(module: nn.Module) -> Iterator[tuple[str, str]]:
         return  # its hook sets them
     if isinstance(module, nn.RReLU):  # draws for negative inputs only, so a pass may miss it
         yield "draws from torch's generator, which depends on the number of processes", "use nn.LeakyReLU"
-    if isinstance(module, AnyBatchNorm):
-        yield from _of_batch_norm(module)
+    if isinstance(module, AnyBatchNorm) and (problem := why_unsupported(module)):
+        yield problem
     for name in _attributes_with_batch_norm(module):
-        problem = f"refers to a batch norm by its attribute {name}, where it is not replaced by a synchronized one"
-        yield problem, "use nn.ModuleList, nn.ModuleDict or getattr(self, name)"
+        reference = f"refers to a batch norm by its attribute {name}, where it is not replaced by a synchronized one"
+        yield reference, "use nn.ModuleList, nn.ModuleDict or getattr(self, name)"
     for hook in hooks_of(module):
         yield _of_hook(hook)
     for name, parameter in module.named_parameters(recurse=False):
         if hooks_of_tensor(parameter):
             yield f"has a hook on its parameter {name}, which would not run", INSTEAD_OF_HOOK
-
-
-def _of_batch_norm(layer: nn.Module) -> Iterator[tuple[str, str]]:
-    if type(layer).forward is not AnyBatchNorm.forward or "forward" in vars(layer):
-        yield (
-            "is a batch norm with a forward of its own, whose statistics cannot be synchronized",
-            "use nn.BatchNorm1d, nn.BatchNorm2d or nn.BatchNorm3d, and a layer behind it for the rest of its forward",
-        )
-    elif any(True for _ in layer.children()):
-        yield "is a batch norm with parametrized weights", "remove its parametrization"
 
 
 def _of_hook(hook: Any) -> tuple[str, str]:
