@@ -12,7 +12,18 @@ from distributed.config.engines import AnyEngine, Ddp
 from distributed.config.scaling import Scaling
 from distributed.config.schedules import Constant, Cosine, EarlyStopping, OneCycle, Plateau
 from distributed.config.schema import AnyPath, OptionalPath, Section, operational, setting
-from distributed.config.sections import AdamW, AnyModel, Checkpoint, Evaluation, Exact, Logging, Loss, Model, Sgd
+from distributed.config.sections import (
+    AdamW,
+    AnyModel,
+    Checkpoint,
+    Evaluation,
+    Exact,
+    ImportedModel,
+    Logging,
+    Loss,
+    Model,
+    Sgd,
+)
 from distributed.errors import InputError
 
 DataSection = Annotated[AnyData, Field(discriminator="name")]
@@ -89,6 +100,11 @@ class TrainConfig(Section):
         side = self.model.input_side or own_side
         assert side is not None  # see _side_conflicts
         return side
+
+    @property
+    def import_paths(self) -> dict[str, str]:
+        """The settings that name code outside this package, as `package.module:name`."""
+        return {"model.name": self.model.name} if isinstance(self.model, ImportedModel) else {}
 
     @property
     def compression(self) -> Literal["bfloat16"] | None:

@@ -1,19 +1,46 @@
 """Finds the module of an import path without running it or a package that it is in. Imports no torch."""
 
 import difflib
+import hashlib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import NamedTuple
 
 from distributed.errors import InputError
 
 
-def check_module(path: str) -> Path | None:
-    """Check that the module of the import path `package.module:factory` exists.
+class ModuleFile(NamedTuple):
+    """The file of a module that a setting names, and its digest; both empty if the module has no file of its own."""
+
+    file: str
+    sha256: str
+
+
+def module_files(import_paths: Mapping[str, str]) -> dict[str, ModuleFile]:
+    """Return the file of each import path's module and its digest, by setting.
+
+    Args:
+        import_paths: e.g. {"model.name": "package.module:factory"}.
+
+    Raises:
+        InputError: there is no such module.
+    """
+    found = {}
+    for setting, path in import_paths.items():
+        found[setting] = ModuleFile("", "")
+        with suppress(OSError):  # e.g. in a zip archive
+            if file := check_module(path, setting=setting):
+                found[setting] = ModuleFile(str(file), hashlib.sha256(file.read_bytes()).hexdigest())
+    return found
+
+
+def check_module(path: str, *, setting: str = "model.name") -> Path | None:
+    """Check that the module of the import path `package.module:factory` exists, which is the value of a setting.
 
     Returns:
         Its file; None if it is unknown.
@@ -29,12 +56,12 @@ def check_module(path: str) -> Path | None:
         if spec is not None and places is None:
             if _makes_its_modules(name):
                 return None
-            raise InputError(f"model.name = {path}: {spec.name} is a module, not a package; write {spec.name}:{part}")
+            raise InputError(f"{setting} = {path}: {spec.name} is a module, not a package; write {spec.name}:{part}")
         found = _find(name, places)
         if found is None:
             if _makes_its_modules(name):
                 return None
-            raise InputError(f"model.name = {path}: there is no module {name}{_advice(name, factory, places)}")
+            raise InputError(f"{setting} = {path}: there is no module {name}{_advice(name, factory, places)}")
         spec = found
     return Path(spec.origin) if spec and spec.has_location and spec.origin else None
 
