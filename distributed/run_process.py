@@ -9,6 +9,7 @@ from distributed.checkpoint.upload import log_upload_result
 from distributed.comm.agent_store import ForeignJobError, find_agent_store
 from distributed.comm.peers import failure_message, notify_waiting_peers
 from distributed.config import TrainConfig
+from distributed.dry_run import dry_run as try_steps
 from distributed.errors import ExitCode, InputError, NotFiniteError, PeerError, StorageError
 from distributed.process import exits, logs
 from distributed.recipe import train
@@ -18,14 +19,20 @@ from distributed.training.state import TrainState
 from distributed.training.stop import StopSource
 
 
-def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource) -> int:
-    """Train and return the exit code. Under torchrun, also report the reason for a failure or stop to its summary."""
+def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource, *, dry_run: bool = False) -> int:
+    """Train, or only try it, and return the exit code.
+
+    Under torchrun, also report the reason for a failure or stop to its summary.
+    """
     logs.terminal_logs(topology.rank, level=config.logging.level)
     agents = find_agent_store(topology)
     try:
         if agents:
             agents.register(config_digest(config))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        if dry_run:
+            try_steps(config)
+            return ExitCode.FINISHED
         state = train(config, stop=stop)
     except Exception as error:
         _log_error(error, topology)
