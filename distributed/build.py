@@ -25,6 +25,7 @@ from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.host.cpu_quota import quota_note
 from distributed.host.importable import module_files
+from distributed.models.grad_checkpointing import blocks_to_checkpoint
 from distributed.models.imported import check_same_weights
 from distributed.network import Network, build_network
 from distributed.run.claim import ClaimedRun
@@ -108,7 +109,8 @@ def build_engine(
     model, layers = network or build_network(config, topology, data, device)
     if isinstance(config.model, ImportedModel) or config.init_from:
         check_same_weights(model, name=config.model.name, init_from=config.init_from)
-    compute = Compute(config.precision, config.channels_last, device, config.timeout_seconds)
+    blocks = blocks_to_checkpoint(model, config.grad_checkpointing)
+    compute = Compute(config.precision, config.channels_last, device, config.timeout_seconds, tuple(blocks))
     engine, optim, multiple_ranks = config.engine, config.optim, topology.world_size > 1
     if isinstance(engine, DeepSpeed) and multiple_ranks:
         check_own_gpu(device, "engine.name = deepspeed")
@@ -164,7 +166,8 @@ def build_step(config: TrainConfig, engine: Engine, metrics: MetricAccumulator, 
     """Build the step function: `train_step`, on CUDA with inputs in fixed memory and, on a single GPU, as a CUDA graph."""
     if device.type != "cuda" or (isinstance(config.engine, DeepSpeed) and collectives.world_size() > 1):
         return partial(train_step, engine, loss=config.loss, metrics=metrics)
-    capture = config.cuda_graphs and collectives.world_size() == 1
+    # Checkpointing reads the generators' states, which a capture forbids.
+    capture = config.cuda_graphs and collectives.world_size() == 1 and not config.grad_checkpointing.enabled
     return CudaGraphStep(engine, metrics, loss=config.loss, device=device, capture=capture)
 
 

@@ -9,21 +9,12 @@ from pydantic_core import PydanticCustomError
 
 from distributed.config.data import CIFAR_SIDE, AnyData, CifarData, ImageFolderData
 from distributed.config.engines import AnyEngine, Ddp
+from distributed.config.grad_checkpointing import GradCheckpointing
+from distributed.config.networks import is_import_path
 from distributed.config.scaling import Scaling
 from distributed.config.schedules import Constant, Cosine, EarlyStopping, OneCycle, Plateau
 from distributed.config.schema import AnyPath, OptionalPath, Section, operational, setting
-from distributed.config.sections import (
-    AdamW,
-    AnyModel,
-    Checkpoint,
-    Evaluation,
-    Exact,
-    ImportedModel,
-    Logging,
-    Loss,
-    Model,
-    Sgd,
-)
+from distributed.config.sections import AdamW, AnyModel, Checkpoint, Evaluation, Exact, Logging, Loss, Model, Sgd
 from distributed.errors import InputError
 
 DataSection = Annotated[AnyData, Field(discriminator="name")]
@@ -64,6 +55,7 @@ class TrainConfig(Section):
         True, "on one GPU, replay training steps as CUDA graphs: bit-identical, several times faster at small batches"
     )
     compile: bool = setting(False, "compile the model with torch.compile; in fast mode only")
+    grad_checkpointing: GradCheckpointing = setting(GradCheckpointing(), "less memory for activations")
     loss: Loss = setting(Loss(), "cross-entropy")
     optim: OptimSection = setting(Sgd(), "the optimizer")
     schedule: ScheduleSection = setting(OneCycle(), "the learning rate over time")
@@ -79,7 +71,13 @@ class TrainConfig(Section):
         """Return `exact.shards` with auto resolved for `cpu` or `cuda`; 0: exact mode is off."""
         if self.exact.shards != "auto":
             return self.exact.shards
-        if device_type != "cpu" or self.compile or self.engine.name == "deepspeed" or self.compression:
+        if (
+            device_type != "cpu"
+            or self.compile
+            or self.grad_checkpointing
+            or self.engine.name == "deepspeed"
+            or self.compression
+        ):
             return 0
         return 1 << min(8, self._micro_batch_size).bit_length() - 1
 
@@ -104,7 +102,7 @@ class TrainConfig(Section):
     @property
     def import_paths(self) -> dict[str, str]:
         """The settings that name code outside this package, as `package.module:name`."""
-        return {"model.name": self.model.name} if isinstance(self.model, ImportedModel) else {}
+        return {"model.name": self.model.name} if is_import_path(self.model.name) else {}
 
     @property
     def compression(self) -> Literal["bfloat16"] | None:
@@ -146,6 +144,7 @@ class TrainConfig(Section):
             *self.engine.conflicts(self.exact.shards, self.precision),
             *self._batch_conflicts(),
             *self._compile_conflicts(),
+            *self.grad_checkpointing.conflicts(self.exact.shards, self.engine, compile=self.compile),
             *self.optim.conflicts(),
             *self.schedule.conflicts(epochs=self.epochs),
             *self._validation_conflicts(),

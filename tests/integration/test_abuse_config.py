@@ -84,6 +84,10 @@ VALUES: list[tuple[str, str, str]] = [
     ("model.dropout", "1", "less than 1"),
     ("init_from", "\udcff", "UTF-8"),
     ("compile", "on", "valid boolean"),
+    ("grad_checkpointing", "true", "grad_checkpointing"),
+    ("grad_checkpointing.enabled", "yes", "valid boolean"),
+    ("grad_checkpointing.modules", "5", "should be a list of the names of modules"),
+    ("grad_checkpointing.modules", '["conv", "conv"]', "should name each module once"),
     ("loss.label_smoothing", "-inf", "finite number"),
     ("optim.name", "lion", "should be one of sgd | adamw"),
     ("optim.lr", "nan", "finite number"),
@@ -247,6 +251,22 @@ WORDS: dict[str, tuple[list[str], str]] = {
     "a trailing dot": (["--optim.", "3"], "unknown setting"),
     "momentum missing": (["--optim.momentum", "0"], "optim.nesterov = true needs momentum"),
     "scaling without base": (["--optim.lr_scaling", "sqrt"], "needs optim.lr_base_batch"),
+    "checkpointing in exact mode": (
+        ["--grad_checkpointing.enabled", "--exact.shards", "8"],
+        "grad_checkpointing.enabled = true cannot be combined with exact.shards = 8",
+    ),
+    "checkpointing, compiled": (
+        ["--grad_checkpointing.enabled", "--compile"],
+        "grad_checkpointing.enabled = true cannot be combined with compile = true",
+    ),
+    "checkpointing at stage 3": (
+        ["--grad_checkpointing.enabled", "--engine.name", "deepspeed", "--engine.zero_stage", "3"],
+        "grad_checkpointing.enabled = true cannot be combined with engine.zero_stage = 3",
+    ),
+    "modules without checkpointing": (
+        ["--grad_checkpointing.modules", '["conv"]'],
+        "grad_checkpointing.modules has no effect without grad_checkpointing.enabled",
+    ),
     "compiled in exact mode": (["--compile", "--exact.shards", "8"], "compile = true cannot be combined with exact.shards = 8"),
     "compressed in exact mode": (
         ["--engine.compression", "bfloat16", "--exact.shards", "4"],
