@@ -19,7 +19,7 @@ from distributed.training.state import TrainState
 from distributed.training.stop import StopSource
 
 
-def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource, *, dry_run: bool = False) -> int:
+def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource, dry_run: bool = False) -> int:
     """Train, or only try it, and return the exit code.
 
     Under torchrun, also report the reason for a failure or stop to its summary.

@@ -74,7 +74,7 @@ class TrainConfig(Section):
         if (
             device_type != "cpu"
             or self.compile
-            or self.grad_checkpointing
+            or self.grad_checkpointing.enabled
             or self.engine.name == "deepspeed"
             or self.compression
         ):

@@ -226,7 +226,7 @@ WORDS: dict[str, tuple[list[str], str]] = {
     "no name": (["--=3"], "'--=3': not an option"),
     "no value": (["--epochs"], "--epochs: a value is missing"),
     "an empty value": (["--epochs="], "epochs = '': should be a valid integer"),
-    "an unknown flag": (["--dry-run"], "--dry-run: unknown setting; --help lists all of them"),
+    "an unknown flag": (["--no-such"], "--no-such: unknown setting; --help lists all of them"),
     "an unknown flag of many dashes": (["--no-cuda"], "--no-cuda: unknown setting; did you mean device?"),
     "an unknown flag with a newline": (["--a\nb"], "--'a\\nb': unknown setting"),
     "an unknown flag with an escape": (["--a\x1b[2J"], "--'a\\x1b[2J': unknown setting"),
