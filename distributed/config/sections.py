@@ -63,7 +63,7 @@ class ImportedModel(Section):
         Raises:
             InputError: there is no such module.
         """
-        return check_module(self.name)
+        return check_module(self.name, "model.name")
 
 
 def _model_variant(section: Any) -> str | None:
