@@ -12,6 +12,7 @@ from distributed.config.sections import ImportedModel
 from distributed.data.pipeline import DataPipeline
 from distributed.errors import InputError
 from distributed.models.build import build_model
+from distributed.models.imported import GivenModel
 from distributed.models.plain_batch_norm import unsupported_batch_norms
 from distributed.topology import Topology
 
@@ -24,10 +25,15 @@ class Network(NamedTuple):
     layers: dict[str, int]
 
 
-def build_network(config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device) -> Network:
+def build_network(
+    config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device, given: GivenModel | None = None
+) -> Network:
     """Build the network. An imported one is tried on a few images, in throwaway passes that leave it unchanged.
 
     Call this before creating a process group.
+
+    Args:
+        given: what Python code gave for the import path in the config.
 
     Raises:
         InputError: the network cannot be imported, does not return logits, or exact mode does not support it.
@@ -36,7 +42,7 @@ def build_network(config: TrainConfig, topology: Topology, data: DataPipeline, d
         model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
         return Network(model, {name: 1 for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)})
     try:
-        model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
+        model = build_model(config.model, num_classes=data.num_classes, seed=config.seed, given=given)
         return Network(model, _check_imported(model, config, topology, data, device))
     except InputError:
         if topology.local_rank:

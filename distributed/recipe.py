@@ -12,51 +12,65 @@ from distributed.build import build_checkpointer, build_data, build_engine, buil
 from distributed.checkpoint.warm_start import load_initial_weights
 from distributed.comm.process_group import choose_device, process_group
 from distributed.config import TrainConfig
+from distributed.config.given import check_arguments, with_given
 from distributed.data.checks import check_data
+from distributed.inference.result import TrainResult
 from distributed.metrics.profiler import StepProfiler
 from distributed.metrics.records import Sink
 from distributed.metrics.reporter import Reporter, default_sinks
+from distributed.models.imported import GivenModel
 from distributed.network import build_network
 from distributed.optim.schedules import build_early_stopping, build_schedule
 from distributed.process.allocator import keep_freed_memory
 from distributed.process.logs import replace_default_logs
 from distributed.run.resume_checks import check_saved
 from distributed.topology import Topology
-from distributed.training.determinism import make_deterministic
+from distributed.training.determinism import make_deterministic, restored_settings
 from distributed.training.state import TrainState
 from distributed.training.steps import evaluate
 from distributed.training.stop import NeverStop, StepAgreement, StopSource
 from distributed.training.totals import MetricAccumulator
 
 
-def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequence[Sink] = ()) -> TrainState:
+def train(
+    config: TrainConfig,
+    *,
+    model: GivenModel | None = None,
+    stop: StopSource | None = None,
+    sinks: Sequence[Sink] = (),
+) -> TrainResult:
     """Train as configured, resuming from the newest checkpoint in the run folder if there is one.
 
     Every rank calls this with the same config, whether torchrun, Slurm, Ray or a test started it.
 
     Args:
+        model: the network, in place of the config's: a function or class called as model(num_classes=N), or a module, of
+            which a copy is trained.
         stop: source of stop requests. All ranks agree on the step at which to stop, save a checkpoint there and return.
-        sinks: additional metric sinks, called on every rank.
+        sinks: additional metric sinks, called on rank 0; on every rank if they have `on_every_rank = True`.
 
     Returns:
-        The final training state. `stop_reason` is set if the run was stopped before its end.
+        How the run ended, its network and its metrics. `stop_reason` is set if it was stopped before its end.
 
     Raises:
-        InputError: the data, run folder or device cannot be used, or the ranks have different configs or data.
+        InputError: an argument, the data, run folder or device cannot be used, or the ranks' configs or data differ.
         NotFiniteError: the loss became infinite or NaN.
         StorageError: a checkpoint could not be written. The previous one is intact.
     """
+    check_arguments(config, stop=stop, sinks=sinks)
+    config = with_given(config, model=model)
     topology = Topology.from_environment()
     replace_default_logs(topology.rank, level=config.logging.level)
     keep_freed_memory()
-    torch.set_num_threads(topology.threads(config.threads))
     device = choose_device(config.device, topology)
-    make_deterministic(device, precision=config.precision, compile=config.compile)
     with ExitStack() as stack:
+        stack.enter_context(restored_settings())
+        torch.set_num_threads(topology.threads(config.threads))
+        make_deterministic(device, precision=config.precision, compile=config.compile)
         attempt = stack.enter_context(Attempt(config, topology))
         # Before the process group, so that bad data and networks leave no peer waiting.
         data = build_data(config, topology, device)
-        network = build_network(config, topology, data, device)
+        network = build_network(config, topology, data, device, model)
         stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
         check_same_config(config)
         attempt.open_log()
@@ -75,6 +89,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         log_plan(config, data, topology, state, device)
 
         total_steps = config.epochs * data.steps_per_epoch
+        sinks = [sink for sink in sinks if topology.is_main or getattr(sink, "on_every_rank", False)]
         if attempt.run:
             sinks = [*default_sinks(config, attempt.run, state, total_steps=total_steps), *sinks]
         report = stack.enter_context(Reporter(sinks, total_steps=total_steps, device=device))
@@ -104,7 +119,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
                 if stop_now:
                     checkpoints.wait(stopping=True)
                     state.stop_reason = agreement.reason
-                    return state
+                    return TrainResult.of(config, state, model)
             # From here on the loop's variables may be unset: an attempt can resume after an epoch's last step.
             state.add(metrics.read())
             state.pop_window()
@@ -122,4 +137,4 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
             if checkpoints.save_epoch(engine, state, is_best=is_best, is_last=is_last):
                 agreement.restart_save_timer()
         checkpoints.wait()
-        return state
+        return TrainResult.of(config, state, model)

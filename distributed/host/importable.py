@@ -11,6 +11,15 @@ from pathlib import Path
 
 from distributed.errors import InputError
 
+SCRIPT = "__main__"
+"""Stands in an import path for the script or notebook that gave the object to `train`; it cannot be imported again."""
+
+_GIVEN_AGAIN = {
+    "model.name": "in Python, distributed.load(RUN, model=...) takes it",
+    "data.name": "in Python, train(..., data=...) takes it",
+    "loss.name": "in Python, train(..., loss=...) takes it",
+}
+
 
 def check_module(path: str, setting: str) -> Path | None:
     """Check that the module of the import path `package.module:factory`, the value of a setting, exists.
@@ -22,6 +31,12 @@ def check_module(path: str, setting: str) -> Path | None:
         InputError: there is no such module; the message names a similar one if there is one.
     """
     module, _, factory = path.partition(":")
+    if module == SCRIPT:
+        thing = {"model.name": "network"}.get(setting, setting.partition(".")[0])
+        raise InputError(
+            f"{setting} = {path}: this run's {thing} exists only in the script or notebook that trained it: "
+            f"{_GIVEN_AGAIN.get(setting, 'give it there')}; commands find one that is in a module of its own"
+        )
     spec: ModuleSpec | None = None
     for part in module.split("."):
         name = f"{spec.name}.{part}" if spec else part
