@@ -22,6 +22,7 @@ from distributed.models.imported import GivenModel
 from distributed.network import build_network
 from distributed.optim.schedules import build_early_stopping, build_schedule
 from distributed.process.allocator import keep_freed_memory
+from distributed.process.gc_pause import then_collect_garbage
 from distributed.process.logs import replace_default_logs
 from distributed.run.resume_checks import check_saved
 from distributed.topology import Topology
@@ -32,6 +33,7 @@ from distributed.training.stop import NeverStop, StepAgreement, StopSource
 from distributed.training.totals import MetricAccumulator
 
 
+@then_collect_garbage
 def train(
     config: TrainConfig,
     *,
