@@ -9,7 +9,6 @@ from typing import Any
 
 from distributed.config.layers import Settings, shown
 from distributed.config.networks import is_import_path
-from distributed.config.schema import Section
 from distributed.config.train_config import TrainConfig
 from distributed.config.validate import validated
 from distributed.errors import InputError
@@ -52,16 +51,22 @@ def with_given(config: TrainConfig, *, model: object = None) -> TrainConfig:
     """
     if model is None:
         return config
-    if isinstance(model, str | Section) or not callable(model):
-        wrong = f"model = {shown(model)}" if isinstance(model, str) else f"model is of type {type(model).__name__}"
-        named = "; a network by import path is a setting: load_config(..., model={'name': 'package.module:factory'})"
-        raise InputError(
-            f"train(): {wrong}: should be a function or class called as model(num_classes=N), or a torch.nn.Module"
-            f"{named if isinstance(model, str) else ''}"
-        )
+    check_model(model, "train()")
     path = import_path_of(model)
     options = getattr(config.model, "options", {}) if config.model.name == path else {}
     return validated(Settings({**config.model_dump(), "model": {"name": path, "options": options}}))
+
+
+def check_model(model: object, where: str) -> None:
+    """Raise InputError unless `model`, an argument of the function `where`, can be a network or the factory of one."""
+    if callable(model):
+        return
+    wrong = f"model = {shown(model)}" if isinstance(model, str) else f"model is of type {type(model).__name__}"
+    named = "; a network by import path is a setting: load_config(..., model={'name': 'package.module:factory'})"
+    raise InputError(
+        f"{where}: {wrong}: should be a function or class called as model(num_classes=N), or a torch.nn.Module"
+        f"{named if isinstance(model, str) else ''}"
+    )
 
 
 def check_arguments(config: object, *, stop: object, sinks: object) -> None:

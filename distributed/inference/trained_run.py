@@ -11,6 +11,7 @@ from distributed.build import read_data
 from distributed.checkpoint.warm_start import evaluation_weights
 from distributed.config import TrainConfig
 from distributed.config.data import MAX_PIXELS
+from distributed.config.given import check_model
 from distributed.config.sections import ImportedModel
 from distributed.data.sources.decode import to_square
 from distributed.errors import InputError
@@ -153,8 +154,10 @@ def load_checkpoint(
     Raises:
         InputError: the checkpoint is damaged or does not fit the run's config, or that data is missing.
     """
-    if model is not None and not isinstance(config.model, ImportedModel):
-        raise InputError(f"load(): model was given, but the run has model.name = {config.model.name}; leave it out")
+    if model is not None:
+        check_model(model, "load()")
+        if not isinstance(config.model, ImportedModel):
+            raise InputError(f"load(): model was given, but the run has model.name = {config.model.name}; leave it out")
     check_complete(checkpoint)
     content = read_content(checkpoint)
     class_names = read_class_names(content, config)

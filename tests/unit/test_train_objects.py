@@ -1,0 +1,220 @@
+"""`train` with a network as an object: what is trained, what is recorded, and the result."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kit.commands import final_tensors
+from kit.small_runs import FAST, Recorder, StopAfter, small_config
+from torch import Tensor, nn
+
+from distributed import load
+from distributed.config import TrainConfig, load_config, read_saved
+from distributed.errors import InputError
+from distributed.recipe import train
+
+pytestmark = pytest.mark.usefixtures("restore_threads_and_log")
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
+
+
+class Net(nn.Module):
+    """A network as a script defines it."""
+
+    __module__ = "__main__"
+
+    def __init__(self, num_classes: int, width: int = 4) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3, padding=1)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.head(self.conv(images).relu().mean((2, 3)))
+        return out
+
+
+def config_of(folder: Path, **settings: Any) -> TrainConfig:
+    return small_config(
+        folder / "run", data={"train_samples": 48, "validation_fraction": 0.25}, **settings
+    )  # 36 to train on
+
+
+def test_the_result_has_network_metrics_and_history(tmp_path: Path) -> None:
+    recorder = Recorder()
+    result = train(config_of(tmp_path), model=Net, sinks=[recorder])
+    assert (result.step, result.epoch, result.stop_reason, result.stopped_early) == (4, 2, None, False)
+    assert result.best is not None
+    assert [epoch.train_loss for epoch in result.history] == [epoch.train_loss for epoch in recorder.epochs]
+    assert result.metrics == result.history[-1]
+    assert result.metrics.test is not None
+    assert recorder.epochs[-1].test is not None
+    assert result.metrics.test.loss == recorder.epochs[-1].test.loss
+    assert isinstance(result.network, Net)
+    assert not result.network.training
+    assert result.network(IMAGES).shape == (2, 10)
+    again = load(tmp_path / "run", checkpoint="latest", model=Net)
+    assert torch.equal(again.network(IMAGES), result.network(IMAGES))
+
+
+def test_the_network_has_the_weights_of_evaluation(tmp_path: Path) -> None:
+    result = train(config_of(tmp_path, optim={"ema_decay": 0.5}), model=Net)
+    raw = load(tmp_path / "run", checkpoint="latest", model=Net).network
+    assert torch.equal(raw.head.weight, result.network.head.weight)
+    saved = final_tensors(tmp_path / "run")
+    assert torch.equal(result.network.head.weight, saved["ema.head.weight"])
+    assert not torch.equal(result.network.head.weight, saved["model.head.weight"])
+    assert result.checkpoint == (tmp_path / "run/checkpoints/latest").resolve()
+
+
+def test_a_module_is_copied_and_starts_with_its_weights(tmp_path: Path) -> None:
+    net = Net(10).eval()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    result = train(config_of(tmp_path, epochs=1), model=net)
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    assert not net.training
+    assert not torch.equal(result.network.head.weight, net.head.weight)
+    with torch.no_grad():
+        net.conv.weight.zero_()  # the result and later calls do not depend on it
+    other = train(config_of(tmp_path / "other", epochs=1), model=net)
+    assert not torch.equal(other.network.conv.weight, result.network.conv.weight)
+    assert read_saved(tmp_path / "run/config.toml").model.name == "__main__:Net"
+
+
+def test_an_importable_factory_is_recorded_by_its_path(tmp_path: Path) -> None:
+    import kit.networks
+
+    result = train(config_of(tmp_path, exact=FAST, epochs=1), model=kit.networks.vit_b_16)
+    assert result.config.model.name == "kit.networks:vit_b_16"
+    named = train(config_of(tmp_path / "named", exact=FAST, epochs=1, model={"name": "kit.networks:vit_b_16"}))
+    ours, theirs = result.network.state_dict(), named.network.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert load(tmp_path / "run").config.model.name == "kit.networks:vit_b_16"
+
+
+def test_a_stopped_run_resumes_with_the_same_object(tmp_path: Path) -> None:
+    whole = train(config_of(tmp_path / "whole"), model=Net)
+    first = train(config_of(tmp_path), model=Net, stop=StopAfter(2))
+    assert (first.stop_reason, first.step, first.epoch) == ("the test", 3, 1)
+    assert [epoch.epoch for epoch in first.history] == [0]
+    second = train(config_of(tmp_path), model=Net)
+    assert [epoch.train_loss for epoch in second.history] == [epoch.train_loss for epoch in whole.history]
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.equal(tensor, second.network.state_dict()[name]), name
+    again = train(config_of(tmp_path), model=Net)  # finished: nothing is trained
+    assert (again.step, len(again.history)) == (4, 2)
+    assert torch.equal(again.network(IMAGES), second.network(IMAGES))
+
+
+def test_stopped_in_its_first_epoch_a_run_has_no_metrics(tmp_path: Path) -> None:
+    result = train(config_of(tmp_path, global_batch_size=8), stop=StopAfter(1))
+    assert (result.metrics, result.history, result.epoch) == (None, [], 0)
+    assert result.network is not None
+
+
+def wrong(folder: Path, model: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        train(config_of(folder), model=model)
+    [line] = caught.value.lines
+    return line
+
+
+class Broken(Net):
+    __module__ = "__main__"
+
+    def forward(self, images: Tensor) -> Tensor:
+        raise RuntimeError("no\nway")
+
+
+def with_lock() -> nn.Module:
+    net = Net(10)
+    net.lock = threading.Lock()  # type: ignore[assignment]
+    return net
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "needs an argument": (
+        lambda num_classes, width: Net(num_classes),
+        "needs the argument width; use functools.partial",
+    ),
+    "takes no classes": (lambda: Net(10), "the factory does not accept num_classes"),
+    "returns no module": (lambda num_classes: None, "the factory returned None"),
+    "raises": (lambda num_classes: 1 / 0, "the factory failed: ZeroDivisionError: division by zero ("),
+    "fails on images": (Broken, "model.name = __main__:Broken: the network fails in evaluation on images of shape"),
+    "other classes": (Net(7), "model.name = __main__:Net: in evaluation the network returns torch.float32 [2, 7]"),
+    "frozen": (Net(10).requires_grad_(False), "the network has no parameters that require gradients"),
+    "float64": (Net(10).double(), "conv.weight is torch.float64; parameters should be torch.float32"),
+    "on no device": (Net(10).to("meta"), "conv.weight is on meta; leave all tensors on the CPU"),
+    "cannot be copied": (with_lock(), "the network cannot be copied"),
+    "lazy": (nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), "1.weight has no size before the first forward pass"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_network_is_one_line(case: str, tmp_path: Path) -> None:
+    model, message = WRONG[case]
+    line = wrong(tmp_path, model)
+    assert line.startswith("model.name = __main__:")
+    assert message in line
+    assert not (tmp_path / "run/config.toml").exists()
+
+
+def test_another_object_does_not_resume_the_run(tmp_path: Path) -> None:
+    train(config_of(tmp_path, epochs=1), model=Net)
+    with pytest.raises(InputError, match=r"model\.name = __main__:Other: this run was started with __main__:Net"):
+        train(config_of(tmp_path), model=type("Other", (Net,), {}))
+    with pytest.raises(InputError, match=r"model\.name = improved_alexnet: this run was started with __main__:Net"):
+        train(config_of(tmp_path))
+    with pytest.raises(InputError, match=r"conv\.weight"):
+        train(config_of(tmp_path), model=Net(10, width=5))
+
+
+def test_load_needs_the_object_and_only_then_takes_it(tmp_path: Path) -> None:
+    result = train(config_of(tmp_path, epochs=1), model=Net(10))
+    with pytest.raises(
+        InputError, match=r"exists only in the script .*distributed\.load\(RUN, model=\.\.\.\) takes it"
+    ):
+        load(tmp_path / "run")
+    assert torch.equal(load(tmp_path / "run", model=Net).network(IMAGES), result.network(IMAGES))
+    with pytest.raises(InputError, match=r"does not fit the run's config\.toml"):
+        load(tmp_path / "run", model=Net(10, width=5))
+    with pytest.raises(InputError, match=r"load\(\): model is of type int"):
+        load(tmp_path / "run", model=3)  # type: ignore[arg-type]
+    train(config_of(tmp_path / "built_in", epochs=1))
+    with pytest.raises(InputError, match=r"load\(\): model was given, but the run has model\.name = improved_alexnet"):
+        load(tmp_path / "built_in/run", model=Net)
+
+
+def test_the_network_of_a_deleted_run_is_missing(tmp_path: Path) -> None:
+    import shutil
+
+    result = train(config_of(tmp_path, epochs=1), model=Net)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(InputError, match="run/checkpoints/step-"):
+        _ = result.network
+
+
+def test_torch_keeps_the_settings_of_the_program(tmp_path: Path) -> None:
+    cudnn = torch.backends.cudnn
+    before = torch.get_num_threads(), cudnn.deterministic, cudnn.benchmark, torch.get_rng_state().tolist()
+    torch.set_num_threads(2)
+    try:
+        train(config_of(tmp_path, epochs=1, threads=1), model=Net)
+        assert torch.get_num_threads() == 2
+        with pytest.raises(InputError):
+            train(config_of(tmp_path / "fails", threads=1), model=Broken)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before[0])
+    assert (cudnn.deterministic, cudnn.benchmark, torch.get_rng_state().tolist()) == before[1:]
+
+
+def test_a_saved_config_trains_again(tmp_path: Path) -> None:
+    train(config_of(tmp_path, epochs=1), model=Net)
+    saved = load_config(tmp_path / "run/config.toml", run_dir=str(tmp_path / "again"))
+    with pytest.raises(InputError, match="exists only in the script"):
+        train(saved)
+    assert train(saved, model=Net).step == 2
+    status = json.loads((tmp_path / "again/status.json").read_text())
+    assert status["status"] == "finished"
