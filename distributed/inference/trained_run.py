@@ -39,7 +39,7 @@ class Classifier(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, network: nn.Module, normalization: Normalization, *, repeats_channel: bool) -> None:
+    def __init__(self, network: nn.Module, normalization: Normalization, *, repeats_channel: bool = False) -> None:
         super().__init__()
         self.network = network
         self.repeats_channel = repeats_channel and len(normalization.mean) == 1
