@@ -99,8 +99,8 @@ def build_engine(
         network: the result of `build_network`, if it was called before.
     """
     model, layers = network or build_network(config, topology, data, device)
-    if isinstance(config.model, ImportedModel):
-        check_same_weights(model, name=config.model.name)
+    if isinstance(config.model, ImportedModel) or config.init_from:
+        check_same_weights(model, name=config.model.name, init_from=config.init_from)
     compute = Compute(config.precision, config.channels_last, device, config.timeout_seconds)
     engine, optim, multiple_ranks = config.engine, config.optim, topology.world_size > 1
     if isinstance(engine, DeepSpeed) and multiple_ranks:

@@ -84,7 +84,7 @@ def check_output(
         )
 
 
-def check_same_weights(model: nn.Module, *, name: str) -> None:
+def check_same_weights(model: nn.Module, *, name: str, init_from: Path | None = None) -> None:
     """Raise InputError on all ranks unless all of them have the same initial weights and buffers. A collective."""
     if collectives.world_size() == 1:
         return
@@ -95,6 +95,11 @@ def check_same_weights(model: nn.Module, *, name: str) -> None:
     first, *others = collectives.gather_objects(digests)
     for rank, other in enumerate(others, start=1):
         if different := [path for path in {**first, **other} if first.get(path) != other.get(path)]:
+            if init_from:
+                raise InputError(
+                    f"init_from = {init_from}: rank {rank} starts from other weights than rank 0, with another {different[0]}; "
+                    "every node needs the same file, and the same module if the network is imported"
+                )
             raise InputError(
                 f"model.name = {name}: rank {rank} built another network than rank 0, with another {different[0]}; every node "
                 "needs the same module, and the factory should draw from the generators of torch, Python or NumPy only"
