@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from kit.tied_network import Tied
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
@@ -19,7 +20,6 @@ from distributed.config import TrainConfig, from_command_line
 from distributed.errors import InputError
 from distributed.run.resume_checks import check_init_from
 from distributed.topology import Topology
-from kit.tied_network import Tied
 
 
 class Net(nn.Module):
