@@ -18,6 +18,7 @@ from distributed.config.sections import ImportedModel, Model
 from distributed.data.batch import Batch, Batching, InputFormat, Shards
 from distributed.data.pipeline import DataPipeline
 from distributed.data.sources import registry
+from distributed.data.sources.arrays import GivenArrays
 from distributed.engine.ddp import DdpEngine
 from distributed.engine.exact import ExactEngine
 from distributed.engine.prepare import Compute
@@ -57,8 +58,14 @@ def check_same_config(config: TrainConfig) -> None:
         )
 
 
-def build_data(config: TrainConfig, topology: Topology, device: torch.device) -> DataPipeline:
-    """Build the data pipeline, downloading and decoding if necessary, so call it before peers wait in a process group."""
+def build_data(
+    config: TrainConfig, topology: Topology, device: torch.device, given: GivenArrays | None = None
+) -> DataPipeline:
+    """Build the data pipeline, downloading and decoding if necessary, so call it before peers wait in a process group.
+
+    Args:
+        given: the arrays that Python code gave for the import path in the config.
+    """
     config.check_world_size(topology.world_size, device.type)
     registry.fetch_missing(config.data)
     return DataPipeline(
@@ -78,6 +85,7 @@ def build_data(config: TrainConfig, topology: Topology, device: torch.device) ->
             repeats_channel=isinstance(config.model, Model),
         ),
         side=config.decoded_side,
+        given=given,
     )
 
 
@@ -99,8 +107,8 @@ def build_engine(
         network: the result of `build_network`, if it was called before.
     """
     model, layers = network or build_network(config, topology, data, device)
-    if isinstance(config.model, ImportedModel):
-        check_same_weights(model, name=config.model.name)
+    if isinstance(config.model, ImportedModel) or config.init_from:
+        check_same_weights(model, name=config.model.name, init_from=config.init_from)
     compute = Compute(config.precision, config.channels_last, device, config.timeout_seconds)
     engine, optim, multiple_ranks = config.engine, config.optim, topology.world_size > 1
     if isinstance(engine, DeepSpeed) and multiple_ranks:

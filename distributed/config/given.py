@@ -4,9 +4,11 @@ import functools
 import inspect
 import keyword
 import sys
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
+from distributed.config.data import ImportedData
 from distributed.config.layers import Settings, shown
 from distributed.config.networks import is_import_path
 from distributed.config.train_config import TrainConfig
@@ -41,20 +43,26 @@ def _is_at(given: object, module: str, qualified: str) -> bool:
     return bool(found == given)
 
 
-def with_given(config: TrainConfig, *, model: object = None) -> TrainConfig:
+def with_given(config: TrainConfig, *, model: object = None, data: object = None) -> TrainConfig:
     """Return the config with each given object's import path in place of the section that it replaces.
 
-    Options in that section are kept if it names the same function.
+    A section that names the object keeps its other settings. Settings that all data have are kept in any case.
 
     Raises:
         InputError: an object of the wrong type, or settings that do not fit it.
     """
-    if model is None:
-        return config
-    check_model(model, "train()")
-    path = import_path_of(model)
-    options = getattr(config.model, "options", {}) if config.model.name == path else {}
-    return validated(Settings({**config.model_dump(), "model": {"name": path, "options": options}}))
+    values: dict[str, Any] = {}
+    if model is not None:
+        check_model(model, "train()")
+        path = import_path_of(model)
+        values["model"] = config.model.model_dump() if config.model.name == path else {"name": path}
+    if data is not None:
+        if not isinstance(data, Mapping):
+            raise InputError(f"train(): data is of type {type(data).__name__}: should be a dict of four NumPy arrays")
+        kept = ImportedData.model_fields.keys() - {"name", "options"}
+        section = {name: value for name, value in config.data.model_dump().items() if name in kept}
+        values["data"] = section | {"name": f"{SCRIPT}:data"}
+    return validated(Settings(config.model_dump() | values)) if values else config
 
 
 def check_model(model: object, where: str) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ def build_imported(config: ImportedModel, *, num_classes: int, seed: int, given:
         InputError: the factory cannot be imported or called, or does not return a network that can be trained.
     """
     if isinstance(given, nn.Module):
+        if config.options:
+            raise InputError("model.options has no effect on a module that train() was given already built: remove it")
         _check_network(given, config.name)
         return _copied(given, config.name).train()
     factory = UserFunction(
@@ -97,7 +100,7 @@ def _copied(model: nn.Module, name: str) -> nn.Module:
         ) from error
 
 
-def check_same_weights(model: nn.Module, *, name: str) -> None:
+def check_same_weights(model: nn.Module, *, name: str, init_from: Path | None = None) -> None:
     """Raise InputError on all ranks unless all of them have the same initial weights and buffers. A collective."""
     if collectives.world_size() == 1:
         return
@@ -108,6 +111,11 @@ def check_same_weights(model: nn.Module, *, name: str) -> None:
     first, *others = collectives.gather_objects(digests)
     for rank, other in enumerate(others, start=1):
         if different := [path for path in {**first, **other} if first.get(path) != other.get(path)]:
+            if init_from:
+                raise InputError(
+                    f"init_from = {init_from}: rank {rank} starts from other weights than rank 0, with another {different[0]}; "
+                    "every node needs the same file, and the same module if the network is imported"
+                )
             raise InputError(
                 f"model.name = {name}: rank {rank} built another network than rank 0, with another {different[0]}; every node "
                 "needs the same module, and the factory should draw from the generators of torch, Python or NumPy only"

@@ -69,9 +69,10 @@ def test_a_cell_without_a_module_has_a_name() -> None:
 def test_the_section_is_replaced(own: Any, tmp_path: Path) -> None:
     config = small_config(tmp_path)
     given = with_given(config, model=own.make)
-    assert given.model.model_dump() == {"name": "own_networks:make", "options": {}}
+    assert (given.model.name, given.model.model_dump()["options"]) == ("own_networks:make", {})
     assert given.model_copy(update={"model": config.model}) == config
-    with_options = small_config(tmp_path, model={"name": "own_networks:make", "options": {"width": 4}})
+    section = {"name": "own_networks:make", "options": {"width": 4}, "input_side": 48}
+    with_options = small_config(tmp_path, model=section)
     assert with_given(with_options, model=own.make) == with_options
     assert with_given(with_options, model=own.Net).model.model_dump()["options"] == {}
     assert with_given(config) is config

@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kit.commands import final_tensors
@@ -111,6 +112,87 @@ def test_stopped_in_its_first_epoch_a_run_has_no_metrics(tmp_path: Path) -> None
     result = train(config_of(tmp_path, global_batch_size=8), stop=StopAfter(1))
     assert (result.metrics, result.history, result.epoch) == (None, [], 0)
     assert result.network is not None
+
+
+def arrays(**changed: Any) -> dict[str, Any]:
+    """20 training and 10 test images of 3 classes, grey, 12 x 16 pixels; None in `changed` leaves an array out."""
+    draws = np.random.default_rng(0)
+    made: dict[str, Any] = {}
+    for split, count in (("train", 20), ("test", 10)):
+        made[f"{split}_images"] = draws.integers(256, size=(count, 12, 16), dtype=np.uint8)
+        made[f"{split}_labels"] = np.arange(count) % 3
+    return {name: value for name, value in (made | changed).items() if value is not None}
+
+
+class Grey(nn.Module):
+    __module__ = "__main__"
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(12 * 16, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.head(images.flatten(1))
+        return out
+
+
+def test_arrays_take_the_place_of_the_data(tmp_path: Path) -> None:
+    config = small_config(tmp_path / "run", global_batch_size=8, epochs=1, data={"validation_fraction": 0.2})
+    data = arrays()
+    before = {name: array.copy() for name, array in data.items()}
+    result = train(config, model=Grey, data=data)
+    assert all((before[name] == array).all() for name, array in data.items())
+    assert (result.config.data.name, result.config.data.validation_fraction) == ("__main__:data", 0.2)
+    assert result.step == 3  # of 17 images, since the split is stratified
+    assert result.trained.class_names == ["class 0", "class 1", "class 2"]
+    images = torch.zeros(2, 1, 12, 16, dtype=torch.uint8)
+    assert result.trained.predict(images).shape == (2, 3)
+    assert load(tmp_path / "run", model=Grey).predict(images).shape == (2, 3)
+    again = train(config.model_copy(update={"epochs": 2}), model=Grey, data=data)
+    assert (again.step, len(again.history)) == (6, 2)
+    other = arrays(train_labels=np.arange(20)[::-1] % 3)
+    with pytest.raises(InputError, match="let the function return|started with"):
+        train(config.model_copy(update={"epochs": 3}), model=Grey, data=other)
+    with pytest.raises(
+        InputError, match=r"this run's data exists only in the script .* train\(\.\.\., data=\.\.\.\) takes it"
+    ):
+        train(result.config, model=Grey)
+
+
+def test_arrays_on_a_built_in_network(tmp_path: Path) -> None:
+    images = np.zeros((20, 32, 32, 3), np.uint8)
+    result = train(config_of(tmp_path, epochs=1), data=arrays(train_images=images, test_images=images[:10]))
+    assert result.network(IMAGES).shape == (2, 3)
+
+
+WRONG_DATA: dict[str, tuple[Any, list[str]]] = {
+    "no dict": ([1, 2], ["train(): data is of type list: should be a dict of four NumPy arrays"]),
+    "empty": ({}, ["missing in the dict given to train()"] * 4),
+    "one array missing": (arrays(test_labels=None), ["test_labels: missing in the dict given to train()"]),
+    "one array too many": (arrays(extra=np.zeros(3)), ["extra: not expected in the dict given to train(), only "]),
+    "tensors": (
+        arrays(train_labels=torch.zeros(20)),
+        ["train_labels: an object of type Tensor; should be a NumPy array"],
+    ),
+    "floats": (
+        arrays(train_images=np.zeros((20, 12, 16))),
+        ["train_images: float64 [20, 12, 16]; images should be uint8"],
+    ),
+    "other lengths": (
+        arrays(train_labels=np.zeros(7, int)),
+        ["train_labels: 7 labels, but train_images has 20 images"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_DATA)
+def test_wrong_arrays_are_one_line_each(case: str, tmp_path: Path) -> None:
+    data, messages = WRONG_DATA[case]
+    with pytest.raises(InputError) as caught:
+        train(config_of(tmp_path), data=data)
+    assert len(caught.value.lines) == len(messages)
+    assert all(message in line for message, line in zip(messages, caught.value.lines, strict=True))
+    assert not (tmp_path / "run/config.toml").exists()
 
 
 def wrong(folder: Path, model: Any) -> str:
