@@ -1,5 +1,7 @@
 """One sweep grammar for Slurm and Ray, on the command line and in a config."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ from launch.distributions import Distribution
 from launch.sweep import Sweep, trial_arguments, trials_of
 from launch.sweep_arguments import read_sweep, split_sweep
 
-DEBUG = str(Path(__file__).parents[2] / "configs/debug.toml")
+ROOT = Path(__file__).parents[2]
+DEBUG = str(ROOT / "configs/debug.toml")
 
 
 def sweep_of(*arguments: str) -> Sweep:
@@ -58,6 +61,19 @@ def test_a_config_and_the_command_line_say_the_same(tmp_path: Path):
     assert (in_file.lists, in_file.distributions) == (typed.lists, typed.distributions)
     assert (in_file.draws, in_file.trial_seed, in_file.metric) == (5, 3, "validation.loss")
     assert len(trials_of(in_file)) == len(trials_of(typed)) == 5 * 2 * 2 * 2
+
+
+def test_the_two_examples_of_the_documentation_are_the_same(tmp_path: Path):
+    blocks = re.findall(r"^```\w+\n(.*?)^```", (ROOT / "docs/sweeps.md").read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "mine.toml").write_text(blocks[0])
+    command = shlex.split(blocks[1].replace("\\\n", ""))
+    assert command[:4] == ["python", "-m", "launch.slurm", "cifar10"]
+    in_file, typed = (read_sweep(split_sweep(arguments)) for arguments in ([str(tmp_path / "mine.toml")], command[3:]))
+    assert in_file is not None
+    assert typed is not None
+    labels = [sorted(sorted(trial.settings) for trial in trials_of(sweep)) for sweep in (in_file, typed)]
+    assert labels[0] == labels[1]
+    assert len(labels[0]) == 120
 
 
 def test_the_command_line_replaces_values_of_the_config(tmp_path: Path):
