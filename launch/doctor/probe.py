@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed.config import CommandLine, TrainConfig, from_command_line
+from distributed.config.data import ImportedData
 from distributed.config.sections import ImportedModel
 from distributed.data.sources import registry
 from distributed.errors import InputError
@@ -85,11 +86,18 @@ def code_digest() -> str:
 
 
 def model_digest(config: TrainConfig) -> str:
-    """Check that the network's module is there, and return a digest of its file."""
-    if not isinstance(config.model, ImportedModel):
+    """Check that the modules of the network and of the data are there, and return a digest of their files."""
+    files = [
+        section.check_importable()
+        for section in (config.model, config.data)
+        if isinstance(section, ImportedModel | ImportedData)
+    ]
+    if not files:
         return "built in"
-    file = config.model.check_importable()
-    return hashlib.blake2b(file.read_bytes(), digest_size=6).hexdigest() if file else "no file"
+    digest = hashlib.blake2b(digest_size=6)
+    for file in files:
+        digest.update(file.read_bytes() if file else b"")
+    return digest.hexdigest()
 
 
 def find_devices() -> Devices:
