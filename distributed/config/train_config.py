@@ -2,9 +2,9 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from distributed.config.data import CifarData, DataSection, ImageFolderData
@@ -17,6 +17,7 @@ from distributed.errors import InputError
 
 EngineSection = Annotated[AnyEngine, Field(discriminator="name")]
 OptimSection = Annotated[Sgd | AdamW, Field(discriminator="name")]
+SweepTable = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 ScheduleSection = Annotated[Constant | Cosine | OneCycle | Plateau, Field(discriminator="name")]
 
 
@@ -62,6 +63,9 @@ class TrainConfig(Section):
     checkpoint: Checkpoint = setting(Checkpoint(), "when to save and what to keep")
     logging: Logging = setting(Logging(), "logs and curves")
     scaling: Scaling | None = operational(None, "workers on a Ray cluster; for launch.ray_train only")
+    sweep: SweepTable = operational(
+        {}, "several trainings at once; for launch.slurm and launch.ray_train only; none: ignore the file's section"
+    )
 
     def shards_on(self, device_type: str) -> int:
         """Return `exact.shards` with auto resolved for `cpu` or `cuda`; 0: exact mode is off."""
