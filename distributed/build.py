@@ -14,10 +14,11 @@ from distributed.comm import collectives
 from distributed.comm.process_group import check_own_gpu
 from distributed.config import TrainConfig, as_toml
 from distributed.config.engines import Ddp, DeepSpeed, Fsdp
-from distributed.config.sections import ImportedModel
+from distributed.config.sections import ImportedModel, Model
 from distributed.data.batch import Batch, Batching, InputFormat, Shards
 from distributed.data.pipeline import DataPipeline
 from distributed.data.sources import registry
+from distributed.data.sources.arrays import GivenArrays
 from distributed.engine.ddp import DdpEngine
 from distributed.engine.exact import ExactEngine
 from distributed.engine.prepare import Compute
@@ -61,14 +62,18 @@ def check_same_config(config: TrainConfig) -> None:
     for rank, files in enumerate(modules):
         for name, module in files.items():
             if module.sha256 != modules[0][name].sha256:
-                raise InputError(
-                    f"{name} = {config.import_paths[name]}: rank {rank} has another file {module.file} than rank 0; every node "
-                    "needs the same"
-                )
+                where = f"{name} = {config.import_paths[name]}: rank {rank}"
+                raise InputError(f"{where} has another file {module.file} than rank 0; every node needs the same")
 
 
-def build_data(config: TrainConfig, topology: Topology, device: torch.device) -> DataPipeline:
-    """Build the data pipeline, downloading and decoding if necessary, so call it before peers wait in a process group."""
+def build_data(
+    config: TrainConfig, topology: Topology, device: torch.device, given: GivenArrays | None = None
+) -> DataPipeline:
+    """Build the data pipeline, downloading and decoding if necessary, so call it before peers wait in a process group.
+
+    Args:
+        given: the arrays that Python code gave for the import path in the config.
+    """
     config.check_world_size(topology.world_size, device.type)
     registry.fetch_missing(config.data)
     return DataPipeline(
@@ -84,8 +89,11 @@ def build_data(config: TrainConfig, topology: Topology, device: torch.device) ->
             device,
             dtype=torch.float64 if config.precision == "float64" else torch.float32,
             channels_last=config.channels_last,
+            side=config.resized_side,
+            repeats_channel=isinstance(config.model, Model),
         ),
-        side=config.input_side,
+        side=config.decoded_side,
+        given=given,
     )
 
 

@@ -13,6 +13,15 @@ from typing import NamedTuple
 
 from distributed.errors import InputError
 
+SCRIPT = "__main__"
+"""Stands in an import path for the script or notebook that gave the object to `train`; it cannot be imported again."""
+
+_GIVEN_AGAIN = {
+    "model.name": "in Python, distributed.load(RUN, model=...) takes it",
+    "data.name": "in Python, train(..., data=...) takes it",
+    "loss.name": "in Python, train(..., loss=...) takes it",
+}
+
 
 class ModuleFile(NamedTuple):
     """The file of a module that a setting names, and its digest; both empty if the module has no file of its own."""
@@ -34,13 +43,13 @@ def module_files(import_paths: Mapping[str, str]) -> dict[str, ModuleFile]:
     for setting, path in import_paths.items():
         found[setting] = ModuleFile("", "")
         with suppress(OSError):  # e.g. in a zip archive
-            if file := check_module(path, setting=setting):
+            if file := check_module(path, setting):
                 found[setting] = ModuleFile(str(file), hashlib.sha256(file.read_bytes()).hexdigest())
     return found
 
 
-def check_module(path: str, *, setting: str = "model.name") -> Path | None:
-    """Check that the module of the import path `package.module:factory` exists, which is the value of a setting.
+def check_module(path: str, setting: str) -> Path | None:
+    """Check that the module of the import path `package.module:factory`, the value of a setting, exists.
 
     Returns:
         Its file; None if it is unknown.
@@ -49,6 +58,12 @@ def check_module(path: str, *, setting: str = "model.name") -> Path | None:
         InputError: there is no such module; the message names a similar one if there is one.
     """
     module, _, factory = path.partition(":")
+    if module == SCRIPT:
+        thing = {"model.name": "network"}.get(setting, setting.partition(".")[0])
+        raise InputError(
+            f"{setting} = {path}: this run's {thing} exists only in the script or notebook that trained it: "
+            f"{_GIVEN_AGAIN.get(setting, 'give it there')}; commands find one that is in a module of its own"
+        )
     spec: ModuleSpec | None = None
     for part in module.split("."):
         name = f"{spec.name}.{part}" if spec else part
