@@ -122,7 +122,7 @@ def test_report_and_runs_work_without_it(run: Path, tmp_path: Path) -> None:
     found = call("report", run, "--out", tmp_path / "report.html")
     assert found.code == 0, found.out + found.err
     assert "__main__:Net on __main__:data" in (tmp_path / "report.html").read_text()
-    assert "__main__:Net" in call("runs", run.parent).out
+    assert "finished" in call("runs", run.parent).out
 
 
 @pytest.mark.parametrize("settings", [(), ("--model.name", "improved_alexnet"), ("--data.name", "generated10")])
@@ -132,7 +132,7 @@ def test_the_command_refuses_to_train_it(run: Path, tmp_path: Path, settings: tu
     assert_outcome(found, f"this run's {which} exists only in the script or notebook that trained it")
 
 
-def test_a_class_of_a_module_works_with_all_commands(folder: Path, tmp_path: Path) -> None:
+def test_the_commands_know_a_class_of_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = SCRIPT.replace("data=data, ", "").replace('data={"', 'data={"name": "generated10", "train_samples": 60, "')
     module, _, main = code.partition("draws = ")
     main = "settings = " + main.partition("settings = ")[2].replace("model=Net", "model=given_net.Net")
@@ -141,8 +141,10 @@ def test_a_class_of_a_module_works_with_all_commands(folder: Path, tmp_path: Pat
     done = alone(tmp_path, "own.py", "run")
     assert done.returncode == 0, done.stderr
     assert 'name = "given_net:Net"' in (tmp_path / "run/config.toml").read_text()
-    evaluated = alone(tmp_path, "-m", "distributed.evaluate", "run", "--json")
-    assert json.loads(evaluated.stdout)["model"] == "given_net:Net", evaluated.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert json.loads(call("evaluate", "run", "--json").out)["model"] == "given_net:Net"
+    sys.modules.pop("given_net")
 
 
 def test_a_script_reports_wrong_arguments(tmp_path: Path) -> None:
@@ -161,7 +163,7 @@ def test_ranks_of_other_weights_are_refused(tmp_path: Path) -> None:
     with Command(torchrun(2, "own.py", "run"), output=tmp_path / "output", cwd=tmp_path) as command:
         assert command.wait() == 1
     assert "error: model.name = __main__:Net: rank 1 built another network than rank 0" in command.text
-    assert 'Traceback (most recent call last):\n  File "own.py"' not in command.text
+    assert "call torch.manual_seed before a module is built" in command.text
 
 
 def test_the_example_has_at_most_fifteen_lines() -> None:
