@@ -10,6 +10,7 @@ from distributed.comm.agent_store import ForeignJobError, find_agent_store
 from distributed.comm.peers import failure_message, notify_waiting_peers
 from distributed.config import TrainConfig
 from distributed.config.data import GeneratedData
+from distributed.dry_run import dry_run as try_steps
 from distributed.errors import ExitCode, InputError, NotFiniteError, PeerError, StorageError
 from distributed.inference.result import TrainResult
 from distributed.process import exits, logs
@@ -19,14 +20,20 @@ from distributed.topology import Topology
 from distributed.training.stop import StopSource
 
 
-def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource) -> int:
-    """Train and return the exit code. Under torchrun, also report the reason for a failure or stop to its summary."""
+def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource, *, dry_run: bool = False) -> int:
+    """Train, or only try it, and return the exit code.
+
+    Under torchrun, also report the reason for a failure or stop to its summary.
+    """
     logs.terminal_logs(topology.rank, level=config.logging.level)
     agents = find_agent_store(topology)
     try:
         if agents:
             agents.register(config_digest(config))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        if dry_run:
+            try_steps(config)
+            return ExitCode.FINISHED
         result = train(config, stop=stop)
     except Exception as error:
         _log_error(error, topology)

@@ -156,7 +156,7 @@ def test_a_resume_with_other_arrays_is_refused(root: Path, tmp_path: Path) -> No
     images = np.load(root / "train_images.npy")
     images[5, 3, 3] ^= 1
     np.save(root / "train_images.npy", images)
-    with pytest.raises(InputError, match="point --data.root at the files it started with") as caught:
+    with pytest.raises(InputError, match=r"point --data\.root at the files it started with") as caught:
         check_resumed(saved, pipeline(data_of(root)).metadata() | {"data": "arrays"}, where="run")
     with pytest.raises(InputError, match="let the function return the arrays it started with"):
         check_resumed(saved, pipeline(data_of(root)).metadata() | {"data": "own_data:arrays"}, where="run")
