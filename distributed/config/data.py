@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
+from distributed.config.networks import is_import_path
 from distributed.config.schema import AnyPath, Section, operational, setting
 
 CIFAR_SIDE = 32
@@ -13,6 +14,12 @@ CIFAR_SIDE = 32
 
 MAX_PIXELS = 100_000_000
 """Four times the pixels of a typical camera. A file of a few megabytes can hold a thousand times more and exhaust memory."""
+
+
+def _function_path(value: Any) -> Any:
+    if value is None or is_import_path(value):
+        return value
+    raise PydanticCustomError("import_path", "should be an import path, package.module:function, e.g. net:erase")
 
 
 class Augment(Section):
@@ -32,6 +39,11 @@ class Augment(Section):
         "side in pixels of a square at a random position that is set to the mean (black if normalize = unit); 0: off",
         ge=0,
         le=32,
+    )
+    function: Annotated[str | None, BeforeValidator(_function_path)] = setting(
+        None,
+        "a function by import path that changes the images after crop and flip: function(images, draws), uint8 [n, h, w, c] "
+        "on the device, returns as many of the same shape, e.g. net:erase; none: no function",
     )
 
     @property

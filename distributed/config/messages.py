@@ -76,6 +76,8 @@ def _unknown(problem: _Problem) -> str:
 def _unknown_name(problem: _Problem) -> str:
     choices = " | ".join(leaf.choices for leaf in leaves() if leaf.path == problem.path)
     hint = f"; {name_hint(problem.value)}" if problem.path == "model.name" else ""
+    if problem.path == "loss.name":
+        hint = "; e.g. net:loss for the function loss in ./net.py"
     return f"should be one of {choices}{hint}"
 
 

@@ -48,21 +48,26 @@ def _valid_option_name(name: str) -> str:
     """Return the name of an option; refuse one that cannot be a keyword argument of the factory."""
     if name == "num_classes":
         raise _refused("is the number of classes of the data, which the factory gets anyway; remove it")
+    return valid_argument_name(name, of="the factory")
+
+
+def valid_argument_name(name: str, of: str = "the function") -> str:
+    """Return the name of a keyword argument; refuse one that no function can have."""
     if name.isidentifier() and not keyword.iskeyword(name):
         return name
-    raise _refused("should be the name of an argument of the factory")
+    raise _refused(f"should be the name of an argument of {of}")
 
 
-def _valid_option(value: Any, *, depth: int = 0) -> Any:
+def valid_option(value: Any, *, depth: int = 0) -> Any:
     """Return an option with the word none replaced by None, as in config files; refuse what such a file cannot hold."""
     if value is None or value == "none":
         return None
     if depth == _MAX_DEPTH and isinstance(value, list | tuple | dict):
         raise _refused(f"should not be nested more than {_MAX_DEPTH} deep")
     if isinstance(value, dict) and all(isinstance(name, str) and _is_text(name) for name in value):
-        return {name: _valid_option(item, depth=depth + 1) for name, item in value.items()}
+        return {name: valid_option(item, depth=depth + 1) for name, item in value.items()}
     if isinstance(value, list | tuple) and not any(item is None for item in value):
-        return [item if item == "none" else _valid_option(item, depth=depth + 1) for item in value]
+        return [item if item == "none" else valid_option(item, depth=depth + 1) for item in value]
     is_number = type(value) in (int, float) and math.isfinite(value) and abs(value) < 2.0**63
     if type(value) is bool or is_number or (type(value) is str and _is_text(value)):
         return value
@@ -80,4 +85,4 @@ def _refused(reason: str) -> PydanticCustomError:
 
 
 ImportPath = Annotated[str, BeforeValidator(_valid_import_path)]
-Options = dict[Annotated[str, AfterValidator(_valid_option_name)], Annotated[Any, PlainValidator(_valid_option)]]
+Options = dict[Annotated[str, AfterValidator(_valid_option_name)], Annotated[Any, PlainValidator(valid_option)]]

@@ -9,10 +9,11 @@ from pydantic_core import PydanticCustomError
 
 from distributed.config.data import CIFAR_SIDE, AnyData, CifarData, ImageFolderData
 from distributed.config.engines import AnyEngine, Ddp
+from distributed.config.functions import AnyLoss, ImportedLoss, Loss
 from distributed.config.scaling import Scaling
 from distributed.config.schedules import Constant, Cosine, EarlyStopping, OneCycle, Plateau
 from distributed.config.schema import AnyPath, OptionalPath, Section, operational, setting
-from distributed.config.sections import AdamW, AnyModel, Checkpoint, Evaluation, Exact, Logging, Loss, Model, Sgd
+from distributed.config.sections import AdamW, AnyModel, Checkpoint, Evaluation, Exact, Logging, Model, Sgd
 from distributed.errors import InputError
 
 DataSection = Annotated[AnyData, Field(discriminator="name")]
@@ -52,7 +53,7 @@ class TrainConfig(Section):
         True, "on one GPU, replay training steps as CUDA graphs: bit-identical, several times faster at small batches"
     )
     compile: bool = setting(False, "compile the model with torch.compile; in fast mode only")
-    loss: Loss = setting(Loss(), "cross-entropy")
+    loss: AnyLoss = setting(Loss(), "the loss")
     optim: OptimSection = setting(Sgd(), "the optimizer")
     schedule: ScheduleSection = setting(OneCycle(), "the learning rate over time")
     early_stopping: EarlyStopping | None = setting(None, "end the run when validation stops improving; none: never")
@@ -88,6 +89,13 @@ class TrainConfig(Section):
         side = self.model.input_side or own_side
         assert side is not None  # see _side_conflicts
         return side
+
+    @property
+    def imported_functions(self) -> list[tuple[str, str]]:
+        """The settings that name a function by import path, other than the network's, and the paths."""
+        found = [("loss.name", self.loss.name)] if isinstance(self.loss, ImportedLoss) else []
+        found += [("data.augment.function", path)] if (path := self.data.augment.function) else []
+        return found + [("evaluation.metrics", path) for path in self.evaluation.metrics]
 
     @property
     def compression(self) -> Literal["bfloat16"] | None:

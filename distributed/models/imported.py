@@ -3,14 +3,11 @@
 import copy
 import difflib
 import hashlib
-import importlib
 import inspect
 import random
 import re
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +17,10 @@ from torch.nn.parameter import is_lazy
 
 from distributed import rng
 from distributed.comm import collectives
-from distributed.config.layers import shown
 from distributed.config.sections import ImportedModel
 from distributed.errors import InputError
+from distributed.imports import described, imported
 from distributed.models.keyed_dropout import use_sample_keys
-
-_TORCH = Path(torch.__file__).parent
 
 
 def build_imported(config: ImportedModel, *, num_classes: int, seed: int) -> nn.Module:
@@ -38,7 +33,7 @@ def build_imported(config: ImportedModel, *, num_classes: int, seed: int) -> nn.
     """
     config.check_importable()
     with _seeded(seed, "model"):
-        factory = _imported(config.name)
+        factory = imported(config.name, setting="model.name", purpose="returns the network")
         _check_arguments(factory, config)
         try:
             model: nn.Module = factory(num_classes=num_classes, **copy.deepcopy(config.options))
@@ -65,7 +60,7 @@ def check_output(
         probe = copy.deepcopy(model)
     except Exception as error:
         raise InputError(
-            f"model.name = {name}: the network cannot be copied, as exact mode and its check do: {_described(error)}"
+            f"model.name = {name}: the network cannot be copied, as exact mode and its check do: {described(error)}"
         ) from error
     for mode in ("evaluation", "training"):
         try:
@@ -75,7 +70,7 @@ def check_output(
             raise
         except Exception as error:
             raise InputError(
-                f"model.name = {name}: the network fails in {mode} on images of shape {shape}: {_described(error)}"
+                f"model.name = {name}: the network fails in {mode} on images of shape {shape}: {described(error)}"
             ) from error
         expected = [len(images), num_classes]
         if isinstance(output, Tensor) and list(output.shape) == expected and output.is_floating_point():
@@ -128,31 +123,6 @@ def _seeded(seed: int, purpose: str) -> Iterator[None]:
         np.random.set_state(of_numpy)
 
 
-def _imported(path: str) -> Callable[..., Any]:
-    """Return the factory of an import path."""
-    module_name, _, attributes = path.partition(":")
-    try:
-        found: Any = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
-        raise InputError(f"model.name = {path}: {module_name} cannot be imported: {_described(error)}") from error
-    place = module_name
-    for name in attributes.split("."):
-        if not hasattr(found, name):
-            public = [other for other in dir(found) if not other.startswith("_")]
-            close = difflib.get_close_matches(name, public, n=1, cutoff=0.6)
-            raise InputError(
-                f"model.name = {path}: {place} has no {name}; "
-                + (f"did you mean {close[0]}?" if close else "name a function or class that is defined there")
-            )
-        found, place = getattr(found, name), f"{place}.{name}"
-    if not callable(found):
-        raise InputError(
-            f"model.name = {path}: {place} is of type {type(found).__name__}; name a function or class that returns the network"
-        )
-    factory: Callable[..., Any] = found
-    return factory
-
-
 def _check_arguments(factory: Callable[..., Any], config: ImportedModel) -> None:
     """Raise InputError if the factory's signature does not accept num_classes and the options."""
     try:
@@ -192,19 +162,8 @@ def _failed_call(error: BaseException, config: ImportedModel) -> str:
     unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error)) if isinstance(error, TypeError) else None
     if unexpected and unexpected[1] in ("num_classes", *config.options):
         reason = _not_accepted(unexpected[1], [])
-        return f"{reason.partition(';')[0]}: {_described(error)}"
-    return f"the factory failed: {_described(error)}"
-
-
-def _described(error: BaseException) -> str:
-    """Return an error's type, message and last line outside torch."""
-    text = " ".join(str(error).split())
-    described = f"{type(error).__name__}: {shown(text)}" if text else type(error).__name__
-    if isinstance(error, SyntaxError):  # raised by the importer, about another file
-        return f"{described} ({error.filename}:{error.lineno})"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if not frame.filename.startswith("<")]
-    own = [frame for frame in frames if not Path(frame.filename).is_relative_to(_TORCH)] or frames
-    return f"{described} ({own[-1].filename}:{own[-1].lineno})" if own else described
+        return f"{reason.partition(';')[0]}: {described(error)}"
+    return f"the factory failed: {described(error)}"
 
 
 def _check_network(model: Any, name: str) -> None:
