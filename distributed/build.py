@@ -30,6 +30,7 @@ from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
 from distributed.training.cuda_graph_step import CudaGraphStep
+from distributed.training.losses import PerSample
 from distributed.training.state import TrainState
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator
@@ -151,12 +152,14 @@ def build_checkpointer(config: TrainConfig, run: ClaimedRun | None, metadata: di
     )
 
 
-def build_step(config: TrainConfig, engine: Engine, metrics: MetricAccumulator, device: torch.device) -> StepFunction:
+def build_step(
+    config: TrainConfig, engine: Engine, metrics: MetricAccumulator, device: torch.device, loss: PerSample
+) -> StepFunction:
     """Build the step function: `train_step`, on CUDA with inputs in fixed memory and, on a single GPU, as a CUDA graph."""
     if device.type != "cuda" or (isinstance(config.engine, DeepSpeed) and collectives.world_size() > 1):
-        return partial(train_step, engine, loss=config.loss, metrics=metrics)
+        return partial(train_step, engine, loss=loss, metrics=metrics)
     capture = config.cuda_graphs and collectives.world_size() == 1
-    return CudaGraphStep(engine, metrics, loss=config.loss, device=device, capture=capture)
+    return CudaGraphStep(engine, metrics, loss=loss, device=device, capture=capture)
 
 
 def log_plan(

@@ -23,6 +23,7 @@ from distributed.process.logs import replace_default_logs
 from distributed.run.resume_checks import check_saved
 from distributed.topology import Topology
 from distributed.training.determinism import make_deterministic
+from distributed.training.functions import build_functions
 from distributed.training.state import TrainState
 from distributed.training.steps import evaluate
 from distributed.training.stop import NeverStop, StepAgreement, StopSource
@@ -54,8 +55,9 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
     make_deterministic(device, precision=config.precision, compile=config.compile)
     with ExitStack() as stack:
         attempt = stack.enter_context(Attempt(config, topology))
-        # Before the process group, so that bad data and networks leave no peer waiting.
+        # Before the process group, so that bad data, functions and networks leave no peer waiting.
         data = build_data(config, topology, device)
+        functions = build_functions(config, topology, data, device)
         network = build_network(config, topology, data, device)
         stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
         check_same_config(config)
@@ -83,8 +85,11 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         profiled_steps = config.logging.profile_steps if topology.is_main else 0
         profiler = stack.enter_context(StepProfiler(profiled_steps, attempt.folder.profile, attempt.check_token))
         metrics = MetricAccumulator(device)
-        train_step = build_step(config, engine, metrics, device)
-        evaluate_split = partial(evaluate, engine, data, flip_tta=config.evaluation.flip_tta, device=device)
+        train_step = build_step(config, engine, metrics, device, functions.loss.training)
+        evaluate_split = partial(
+            evaluate, engine, data, loss=functions.loss.evaluation, metrics=functions.metrics,
+            flip_tta=config.evaluation.flip_tta, device=device,
+        )  # fmt: skip
 
         while state.epoch < config.epochs and not state.stopped_early:
             report.begin_epoch(state)

@@ -15,6 +15,7 @@ from distributed.config.schedules import Constant, Cosine, EarlyStopping, OneCyc
 from distributed.config.schema import AnyPath, OptionalPath, Section, operational, setting
 from distributed.config.sections import AdamW, AnyModel, Checkpoint, Evaluation, Exact, Logging, Model, Sgd
 from distributed.errors import InputError
+from distributed.host.importable import check_module
 
 DataSection = Annotated[AnyData, Field(discriminator="name")]
 EngineSection = Annotated[AnyEngine, Field(discriminator="name")]
@@ -96,6 +97,12 @@ class TrainConfig(Section):
         found = [("loss.name", self.loss.name)] if isinstance(self.loss, ImportedLoss) else []
         found += [("data.augment.function", path)] if (path := self.data.augment.function) else []
         return found + [("evaluation.metrics", path) for path in self.evaluation.metrics]
+
+    def check_importable(self) -> None:
+        """Raise InputError unless the module of every import path exists; nothing is imported."""
+        self.model.check_importable()
+        for name, path in self.imported_functions:
+            check_module(path, setting=name)
 
     @property
     def compression(self) -> Literal["bfloat16"] | None:

@@ -21,6 +21,7 @@ from distributed.config.sections import ImportedModel
 from distributed.data.sources import registry
 from distributed.errors import InputError
 from distributed.host.cpu_quota import available_cpus
+from distributed.host.importable import check_module
 from distributed.host.versions import versions
 from distributed.topology import cluster_job
 from launch.doctor.reports import Devices, Folder, NodeReport, to_lines
@@ -85,11 +86,13 @@ def code_digest() -> str:
 
 
 def model_digest(config: TrainConfig) -> str:
-    """Check that the network's module is there, and return a digest of its file."""
-    if not isinstance(config.model, ImportedModel):
+    """Check that the modules of all import paths, e.g. the network's, are there, and return a digest of their files."""
+    files = [config.model.check_importable()] if isinstance(config.model, ImportedModel) else []
+    files += [check_module(path, setting=name) for name, path in config.imported_functions]
+    if not files:
         return "built in"
-    file = config.model.check_importable()
-    return hashlib.blake2b(file.read_bytes(), digest_size=6).hexdigest() if file else "no file"
+    contents = [file.read_bytes() for file in dict.fromkeys(files) if file]
+    return hashlib.blake2b(b"".join(contents), digest_size=6).hexdigest() if contents else "no file"
 
 
 def find_devices() -> Devices:

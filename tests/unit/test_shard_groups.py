@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from distributed.config.engines import Ddp
-from distributed.config.sections import Loss, Sgd
+from distributed.config.functions import Loss
+from distributed.config.sections import Sgd
 from distributed.data.batch import Batch
 from distributed.engine.exact import ExactEngine
 from distributed.engine.prepare import Compute
 from distributed.exact.shard_gradients import GradientSums
 from distributed.models.alexnet import improved_alexnet
 from distributed.models.convert_dropout import convert_dropout
+from distributed.training.losses import build_losses
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator
 
@@ -105,7 +107,12 @@ def trained(engine: ExactEngine, count: int, dtype: torch.dtype) -> dict[str, Te
     metrics = MetricAccumulator(CPU)
     for step in range(STEPS):
         train_step(
-            engine, [batch_of(count, step, dtype)], loss=Loss(label_smoothing=0.1), lr=0.05, step=step, metrics=metrics
+            engine,
+            [batch_of(count, step, dtype)],
+            loss=build_losses(Loss(label_smoothing=0.1)).training,
+            lr=0.05,
+            step=step,
+            metrics=metrics,
         )
     totals = metrics.read()
     return dict(engine.state()) | {"loss": torch.tensor(totals.mean_loss)}
