@@ -75,9 +75,10 @@ class Check:
             InputError: it does not. One line.
         """
         start = f"{SETTING} = {function.path}"
-        images = images[torch.arange(_SAMPLES, device=images.device) % len(images)]
-        images[1::2] = images[1::2].flip(1)  # unlike the others, even if the data has a single image
-        keys = rng.sample_keys(torch.arange(_SAMPLES, device=images.device), seed=0, epoch=0)
+        numbers = torch.arange(_SAMPLES, device=images.device)
+        images, keys = images[numbers % len(images)], rng.sample_keys(numbers, seed=0, epoch=0)
+        for number in range(_SAMPLES):  # unlike the others in brightness and content, even if the data has a single image
+            images[number] = (images[number].roll(number, 0) * (1 - 0.15 * number) + 10 * number).to(torch.uint8)
 
         def call(of: slice) -> Tensor:
             return function(images[of], keys[of], [len(keys[of])])
