@@ -17,7 +17,10 @@ MAX_PIXELS = 100_000_000
 
 
 def _function_path(value: Any) -> Any:
-    if value is None or is_import_path(value):
+    """Return the import path; None for none. Refuse any other value."""
+    if value is None or value == "none":
+        return None
+    if is_import_path(value):
         return value
     raise PydanticCustomError("import_path", "should be an import path, package.module:function, e.g. net:erase")
 
