@@ -81,8 +81,13 @@ def build_data(config: TrainConfig, topology: Topology, device: torch.device) ->
 
 
 def read_data(config: TrainConfig) -> DataPipeline:
-    """Build the run's data pipeline for a single process on the CPU in float32, e.g. for analyzing a trained network."""
-    return build_data(config.model_copy(update={"precision": "float32"}), Topology(), torch.device("cpu"))
+    """Build the run's data pipeline for a single process on the CPU in float32, e.g. for analyzing a trained network.
+
+    The module of an augmentation function need not be there.
+    """
+    augment = config.data.augment.model_copy(update={"function": None})
+    data = config.data.model_copy(update={"augment": augment})
+    return build_data(config.model_copy(update={"precision": "float32", "data": data}), Topology(), torch.device("cpu"))
 
 
 def build_engine(

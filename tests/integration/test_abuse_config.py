@@ -101,7 +101,6 @@ VALUES: list[tuple[str, str, str]] = [
     ),
     ("loss.name", "json.decodr:loss", "there is no module json.decodr; did you mean json.decoder?"),
     ("loss.options", "3", "is a table"),
-    ("loss.options.gamma", "2", "belongs to loss.name = package.module:factory, but here it is cross_entropy"),
     ("optim.name", "lion", "should be one of sgd | adamw"),
     ("optim.lr", "nan", "finite number"),
     ("optim.lr", "101", "less than or equal to 100"),

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 from kit.abuse import assert_outcome, call
-from kit.commands import ROOT, Command, assert_same_bits, metrics, torchrun
+from kit.commands import ROOT, Command, assert_same_bits, metrics, status, torchrun
 from kit.own_functions import write_functions
+from kit.trained_runs import write_test_images
 
 pytestmark = pytest.mark.timeout(300)
 PAGE = (ROOT / "docs" / "your-own.md").read_text()
 SMALL = ("--data.name", "generated10", "--data.train_samples", 120, "--data.test_samples", 40, "--global_batch_size", 32,
          "--schedule.name", "constant", "--exact.shards", 2, "--device", "cpu", "--threads", 1,
-         "--precision", "float32")  # fmt: skip
+         "--precision", "float32", "--logging.every_steps", 1)  # fmt: skip
 
 
 def blocks(section: str, language: str) -> list[str]:
@@ -123,4 +124,47 @@ def test_elsewhere_the_module_is_missing(run: Path, monkeypatch: pytest.MonkeyPa
     assert_outcome(
         call("evaluate", run), "loss.name = net:focal: there is no module net; run the command in the folder"
     )
-    assert not any(name == "net" for name in sys.modules)
+    assert "net" not in sys.modules
+    exported = call("export", run, "--out", tmp_path / "export")
+    assert exported.code == 0, exported.out + exported.err
+    [image, *_] = write_test_images(tmp_path / "images", 1)
+    assert call("predict", run, image).code == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("loss.name", "own_functions:mean", "the function returns a scalar; it should return one loss per sample"),
+        ("loss.name", "own_functions:centered", "the result for one sample depends on the others, which exact mode"),
+        ("loss.name", "own_functions:focl", "own_functions has no focl; did you mean focal?"),
+        ("loss.name", "broken:loss", "broken cannot be imported: ZeroDivisionError: division by zero ("),
+        ("data.augment.function", "own_functions:floats", "returns torch.float32 [5, 32, 32, 3] for images of shape"),
+        ("data.augment.function", "own_functions:shuffled", "the result for one image depends on the others in the"),
+        (
+            "evaluation.metrics",
+            '["own_functions:fails"]',
+            "fails on logits [5, 10] and targets [5]: ValueError: no way (",
+        ),
+        (
+            "evaluation.metrics",
+            '["own_functions:noisy"]',
+            "draws from torch's generator, which no resumed run could rep",
+        ),
+    ],
+)
+def test_a_bad_function_is_one_line(here: None, tmp_path: Path, setting: str, value: str, message: str) -> None:
+    write_functions(Path.cwd())
+    Path("broken.py").write_text("1 / 0\n")
+    found = call("train", *SMALL, f"--{setting}={value}", "--epochs", 1, "--run_dir", tmp_path / "run")
+    assert_outcome(found, f"{setting} = {value.strip(chr(34) + '[]')}: ", message)
+
+
+def test_two_ranks_report_a_bad_function_once(folder: Path, tmp_path: Path) -> None:
+    write_functions(folder)
+    bad = ("--loss.name", "own_functions:column", "--run_dir", tmp_path / "run")
+    with Command(torchrun(2, *SMALL, *bad), output=tmp_path / "output", cwd=folder) as command:
+        command.wait()
+        errors = [line for line in command.text.splitlines() if " ERROR " in line and "own_functions:column: " in line]
+        assert len(errors) == 1, command.text
+        assert "loss.name = own_functions:column: the function returns shape [5, 1]" in errors[0]
+    assert status(tmp_path / "run")["exit_code"] == 2

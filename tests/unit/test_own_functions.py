@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kit.configs import mistakes
 from kit.own_functions import write_functions
 from kit.small_runs import FAST, Recorder, small_config
 from loguru import logger
@@ -312,3 +313,12 @@ def test_functions_are_called_shard_by_shard():
     assert torch.equal(per_shard(function, logits, targets, (1, 0, 3, 2)), logits[:, 0] + targets)
     assert sizes == [1, 3, 2]
     assert per_shard(function, logits[:0], targets[:0], (0,)).shape == (0,)
+
+
+def test_options_of_a_loss_that_is_not_named_are_refused():
+    assert mistakes("--data.name=generated10", "--loss.options.gamma=2") == (
+        "command line: loss.options.gamma = 2: belongs to loss.name = package.module:factory, but here it is cross_entropy; "
+        "remove one of them",
+    )
+    (line,) = mistakes("--data.name=generated10", "--loss.name=net:focal", "--loss.label_smoothing=0.1")
+    assert line.endswith("belongs to loss.name = cross_entropy, but here it is net:focal; remove one of them")
