@@ -14,7 +14,7 @@ from distributed.comm import collectives
 from distributed.comm.process_group import check_own_gpu
 from distributed.config import TrainConfig, as_toml
 from distributed.config.engines import Ddp, DeepSpeed, Fsdp
-from distributed.config.sections import ImportedModel
+from distributed.config.sections import ImportedModel, Model
 from distributed.data.batch import Batch, Batching, InputFormat, Shards
 from distributed.data.pipeline import DataPipeline
 from distributed.data.sources import registry
@@ -75,8 +75,10 @@ def build_data(config: TrainConfig, topology: Topology, device: torch.device) ->
             device,
             dtype=torch.float64 if config.precision == "float64" else torch.float32,
             channels_last=config.channels_last,
+            side=config.resized_side,
+            repeats_channel=isinstance(config.model, Model),
         ),
-        side=config.input_side,
+        side=config.decoded_side,
     )
 
 
@@ -103,8 +105,8 @@ def build_engine(
         network: the result of `build_network`, if it was called before.
     """
     model, layers = network or build_network(config, topology, data, device)
-    if isinstance(config.model, ImportedModel):
-        check_same_weights(model, name=config.model.name)
+    if isinstance(config.model, ImportedModel) or config.init_from:
+        check_same_weights(model, name=config.model.name, init_from=config.init_from)
     compute = Compute(config.precision, config.channels_last, device, config.timeout_seconds)
     engine, optim, multiple_ranks = config.engine, config.optim, topology.world_size > 1
     if isinstance(engine, DeepSpeed) and multiple_ranks:

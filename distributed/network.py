@@ -1,12 +1,15 @@
 """Builds a run's network and checks, before any process group exists, that it can be trained as configured."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from loguru import logger
 from torch import nn
 
+from distributed.checkpoint.warm_start import start_from
 from distributed.config import TrainConfig
 from distributed.config.sections import ImportedModel
 from distributed.data.pipeline import DataPipeline
@@ -32,12 +35,30 @@ def build_network(config: TrainConfig, topology: Topology, data: DataPipeline, d
     Raises:
         InputError: the network cannot be imported, does not return logits, or exact mode does not support it.
     """
-    if not isinstance(config.model, ImportedModel):
+    with _reported_once(topology):
         model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
-        return Network(model, {name: 1 for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)})
+        if isinstance(config.model, ImportedModel):
+            return Network(model, _check_imported(model, config, topology, data, device))
+    return Network(model, {name: 1 for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)})
+
+
+def build_initial_network(config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device) -> Network:
+    """Build the network as `build_network` does, with the weights that `init_from` names unless the run has saved.
+
+    Raises:
+        InputError: also if these weights do not fit.
+    """
+    network = build_network(config, topology, data, device)
+    with _reported_once(topology):
+        start_from(config, topology, network.model)
+    return network
+
+
+@contextmanager
+def _reported_once(topology: Topology) -> Iterator[None]:
+    """Let the first rank of a node report an InputError that all of them raise. Context manager."""
     try:
-        model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
-        return Network(model, _check_imported(model, config, topology, data, device))
+        yield
     except InputError:
         if topology.local_rank:
             time.sleep(3)  # the first rank found the same: it reports that before torchrun ends all ranks

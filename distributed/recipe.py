@@ -9,14 +9,13 @@ from loguru import logger
 
 from distributed.attempt import Attempt
 from distributed.build import build_checkpointer, build_data, build_engine, build_step, check_same_config, log_plan
-from distributed.checkpoint.warm_start import load_initial_weights
 from distributed.comm.process_group import choose_device, process_group
 from distributed.config import TrainConfig
 from distributed.data.checks import check_data
 from distributed.metrics.profiler import StepProfiler
 from distributed.metrics.records import Sink
 from distributed.metrics.reporter import Reporter, default_sinks
-from distributed.network import build_network
+from distributed.network import build_initial_network
 from distributed.optim.schedules import build_early_stopping, build_schedule
 from distributed.process.allocator import keep_freed_memory
 from distributed.process.logs import replace_default_logs
@@ -58,7 +57,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         # Before the process group, so that bad data, functions and networks leave no peer waiting.
         data = build_data(config, topology, device)
         functions = build_functions(config, topology, data, device)
-        network = build_network(config, topology, data, device)
+        network = build_initial_network(config, topology, data, device)
         stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
         check_same_config(config)
         attempt.open_log()
@@ -71,8 +70,6 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         checkpoints = build_checkpointer(config, attempt.run, metadata)
         validate = partial(check_saved, config=config, images=data.size("train"))
         resumed_from = checkpoints.resume(engine, state, validate=validate)
-        if resumed_from is None and config.init_from:
-            load_initial_weights(config.init_from, engine)
         attempt.begin(state, resumed_from=resumed_from, metadata=metadata)
         log_plan(config, data, topology, state, device)
 

@@ -9,6 +9,7 @@ from distributed.checkpoint.upload import log_upload_result
 from distributed.comm.agent_store import ForeignJobError, find_agent_store
 from distributed.comm.peers import failure_message, notify_waiting_peers
 from distributed.config import TrainConfig
+from distributed.config.data import GeneratedData
 from distributed.errors import ExitCode, InputError, NotFiniteError, PeerError, StorageError
 from distributed.process import exits, logs
 from distributed.recipe import train
@@ -71,5 +72,5 @@ def _log_result(config: TrainConfig, state: TrainState) -> None:
     logger.info("finished after {}, {} steps{}{}", epochs, state.step, early, best)
     board = f", TensorBoard: tensorboard --logdir {run.path}" if config.logging.tensorboard else ""
     logger.info("curves {}, checkpoints {}{}", run.curves, run.checkpoints, board)
-    if config.data.name.startswith("generated"):
+    if isinstance(config.data, GeneratedData):
         logger.warning("these results are on generated images, not on CIFAR")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from distributed.checkpoint.download import store_has_run
 from distributed.checkpoint.upload import upload_remaining
 from distributed.config import TrainConfig, from_command_line, help_text
+from distributed.config.data import CifarData
 from distributed.data.sources import cifar, registry
 from distributed.errors import ExitCode, InputError
 from distributed.host.versions import require
@@ -109,7 +110,7 @@ def checked_config(
 def _config_with_data(arguments: Sequence[str], topology: Topology) -> TrainConfig:
     command = from_command_line(arguments)
     config = command.config
-    if command.names_data or config.data.name != "cifar10" or cifar.is_there("cifar10", config.data.root):
+    if command.names_data or not isinstance(config.data, CifarData) or cifar.is_there("cifar10", config.data.root):
         return config
     root = config.data.root.resolve()
     if job := cluster_job():

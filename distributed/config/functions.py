@@ -2,18 +2,18 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, PlainValidator, Tag
+from pydantic import BeforeValidator, Discriminator, Tag
 from pydantic_core import PydanticCustomError
 
-from distributed.config.networks import ImportPath, is_import_path, valid_argument_name, valid_option
+from distributed.config.networks import ImportPath, Options, is_import_path
 from distributed.config.schema import Section, setting
 
 _MAX_METRICS = 50
 _TAKEN = ("loss", "accuracy", "accuracy5")
 """Names of the metrics that every evaluation has."""
 
-Arguments = dict[Annotated[str, AfterValidator(valid_argument_name)], Annotated[Any, PlainValidator(valid_option)]]
-"""Keyword arguments of a function."""
+LOSS_NAMES = ("cross_entropy",)
+LOSS_EXAMPLE = "e.g. net:loss for the function loss in ./net.py"
 
 
 class Loss(Section):
@@ -27,9 +27,10 @@ class ImportedLoss(Section):
     """A loss that a function outside this package computes."""
 
     name: ImportPath = setting(
-        ..., "any other loss: function(logits, targets, **options) returns one loss per sample, e.g. net:loss"
-    )
-    options: Arguments = setting({}, "further keyword arguments of the function: --loss.options.NAME VALUE")
+        ..., "any other loss: function(logits, targets, **options) returns one loss per sample, e.g. net:loss",
+        examples=["package.module:function"],
+    )  # fmt: skip
+    options: Options = setting({}, "further keyword arguments of the function: --loss.options.NAME VALUE")
 
 
 def _loss_variant(section: Any) -> str | None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from distributed.config.data import CIFAR_SIDE, AnyData, CifarData, ImageFolderData
+from distributed.config.data import CifarData, DataSection, ImageFolderData
 from distributed.config.engines import AnyEngine, Ddp
 from distributed.config.functions import AnyLoss, ImportedLoss, Loss
 from distributed.config.scaling import Scaling
@@ -17,7 +17,6 @@ from distributed.config.sections import AdamW, AnyModel, Checkpoint, Evaluation,
 from distributed.errors import InputError
 from distributed.host.importable import check_module
 
-DataSection = Annotated[AnyData, Field(discriminator="name")]
 EngineSection = Annotated[AnyEngine, Field(discriminator="name")]
 OptimSection = Annotated[Sgd | AdamW, Field(discriminator="name")]
 ScheduleSection = Annotated[Constant | Cosine | OneCycle | Plateau, Field(discriminator="name")]
@@ -48,7 +47,8 @@ class TrainConfig(Section):
     model: AnyModel = setting(Model(), "the network")
     init_from: OptionalPath = setting(
         None,
-        "run folder or checkpoint whose weights to start from; a last layer of another size is initialized randomly",
+        "run folder, checkpoint or .safetensors file whose weights to start from; a last layer of another size is initialized "
+        "randomly",
     )
     cuda_graphs: bool = operational(
         True, "on one GPU, replay training steps as CUDA graphs: bit-identical, several times faster at small batches"
@@ -84,12 +84,15 @@ class TrainConfig(Section):
             )
 
     @property
-    def input_side(self) -> int:
-        """Height and width in pixels of the network's input, which images of a folder are decoded to."""
-        own_side = self.data.side if isinstance(self.data, ImageFolderData) else CIFAR_SIDE
-        side = self.model.input_side or own_side
-        assert side is not None  # see _side_conflicts
-        return side
+    def decoded_side(self) -> int | None:
+        """Height and width in pixels that images of a folder are decoded to; None for other data."""
+        return self.model.input_side if isinstance(self.data, ImageFolderData) else None
+
+    @property
+    def resized_side(self) -> int | None:
+        """Height and width in pixels that the images are resized to on the device; None: they keep their size."""
+        is_done = isinstance(self.data, ImageFolderData) or isinstance(self.model, Model)
+        return None if is_done else self.model.input_side
 
     @property
     def imported_functions(self) -> list[tuple[str, str]]:
@@ -101,8 +104,9 @@ class TrainConfig(Section):
     def check_importable(self) -> None:
         """Raise InputError unless the module of every import path exists; nothing is imported."""
         self.model.check_importable()
+        self.data.check_importable()
         for name, path in self.imported_functions:
-            check_module(path, setting=name)
+            check_module(path, name)
 
     @property
     def compression(self) -> Literal["bfloat16"] | None:
@@ -155,20 +159,12 @@ class TrainConfig(Section):
         return []
 
     def _side_conflicts(self) -> list[str]:
-        if not isinstance(self.data, ImageFolderData):
+        if not isinstance(self.data, ImageFolderData) or self.model.input_side:
             return []
-        side, own = self.data.side, self.model.input_side
-        if side and own:
-            return [
-                f"data.side = {side} has no effect with model.name = {self.model.name}, which computes on {own} x {own} "
-                "pixels: remove it"
-            ]
-        if not side and not own:
-            return [
-                f"model.name = {self.model.name} needs data.side: set it to the height and width in pixels that the network "
-                "takes, e.g. data.side = 224"
-            ]
-        return []
+        return [
+            f"model.name = {self.model.name} needs model.input_side, since image files have any size: set it to the height and "
+            "width in pixels that the network takes, e.g. model.input_side = 224"
+        ]
 
     def _batch_conflicts(self) -> list[str]:
         found = []

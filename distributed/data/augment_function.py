@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distributed import rng
 from distributed.errors import InputError
-from distributed.imports import check_signature, described, imported
+from distributed.user_code import UserFunction, described, type_name
 
 SETTING = "data.augment.function"
 _MOST = 2**31
@@ -60,8 +60,8 @@ class AugmentFunction:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._function = imported(path, setting=SETTING, purpose="returns the changed images")
-        check_signature(self._function, path, setting=SETTING, positional=("images", "draws"))
+        user = UserFunction(SETTING, path, "function", "the changed images", positional=("images", "draws"))
+        self._function = user.load()
 
     def __call__(self, images: Tensor, keys: Tensor, sizes: list[int]) -> Tensor:
         """Return the changed images, in one call per shard, on a copy of its images.
@@ -93,7 +93,7 @@ class AugmentFunction:
             if changed.device == device:
                 return changed
             raise InputError(f"{start}: the function returns images on {changed.device}; leave them on {device}")
-        found = f"{changed.dtype} {list(changed.shape)}" if isinstance(changed, Tensor) else type(changed).__name__
+        found = f"{changed.dtype} {list(changed.shape)}" if isinstance(changed, Tensor) else type_name(changed)
         raise InputError(
             f"{start}: the function returns {found} for {called}; it should return torch.uint8 {list(shape)}"
         )

@@ -12,8 +12,8 @@ from pathlib import Path
 from distributed.errors import InputError
 
 
-def check_module(path: str, *, setting: str = "model.name") -> Path | None:
-    """Check that the module of the import path `package.module:factory` exists, which is the value of a setting.
+def check_module(path: str, setting: str) -> Path | None:
+    """Check that the module of the import path `package.module:factory`, the value of a setting, exists.
 
     Returns:
         Its file; None if it is unknown.

@@ -1,13 +1,11 @@
 """Builds a network by the import path of its factory, and checks what the factory returns."""
 
 import copy
-import difflib
 import hashlib
-import inspect
 import random
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +17,10 @@ from distributed import rng
 from distributed.comm import collectives
 from distributed.config.sections import ImportedModel
 from distributed.errors import InputError
-from distributed.imports import described, imported
 from distributed.models.keyed_dropout import use_sample_keys
+from distributed.user_code import UserFunction, described, type_name
+
+_NO_CLASSES = "the number of classes of the data; name a function that does, e.g. one of your own that calls it"
 
 
 def build_imported(config: ImportedModel, *, num_classes: int, seed: int) -> nn.Module:
@@ -31,14 +31,17 @@ def build_imported(config: ImportedModel, *, num_classes: int, seed: int) -> nn.
     Raises:
         InputError: the factory cannot be imported or called, or does not return a network that can be trained.
     """
-    config.check_importable()
+    factory = UserFunction(
+        "model.name",
+        config.name,
+        "factory",
+        "the network",
+        config.options,
+        "model.options",
+        {"num_classes": _NO_CLASSES},
+    )
     with _seeded(seed, "model"):
-        factory = imported(config.name, setting="model.name", purpose="returns the network")
-        _check_arguments(factory, config)
-        try:
-            model: nn.Module = factory(num_classes=num_classes, **copy.deepcopy(config.options))
-        except (Exception, SystemExit) as error:
-            raise InputError(f"model.name = {config.name}: {_failed_call(error, config)}") from error
+        model: nn.Module = factory.call(factory.load(), num_classes=num_classes)
     _check_network(model, config.name)
     return model.train()
 
@@ -82,7 +85,7 @@ def check_output(
         )
 
 
-def check_same_weights(model: nn.Module, *, name: str) -> None:
+def check_same_weights(model: nn.Module, *, name: str, init_from: Path | None = None) -> None:
     """Raise InputError on all ranks unless all of them have the same initial weights and buffers. A collective."""
     if collectives.world_size() == 1:
         return
@@ -93,6 +96,11 @@ def check_same_weights(model: nn.Module, *, name: str) -> None:
     first, *others = collectives.gather_objects(digests)
     for rank, other in enumerate(others, start=1):
         if different := [path for path in {**first, **other} if first.get(path) != other.get(path)]:
+            if init_from:
+                raise InputError(
+                    f"init_from = {init_from}: rank {rank} starts from other weights than rank 0, with another {different[0]}; "
+                    "every node needs the same file, and the same module if the network is imported"
+                )
             raise InputError(
                 f"model.name = {name}: rank {rank} built another network than rank 0, with another {different[0]}; every node "
                 "needs the same module, and the factory should draw from the generators of torch, Python or NumPy only"
@@ -123,54 +131,11 @@ def _seeded(seed: int, purpose: str) -> Iterator[None]:
         np.random.set_state(of_numpy)
 
 
-def _check_arguments(factory: Callable[..., Any], config: ImportedModel) -> None:
-    """Raise InputError if the factory's signature does not accept num_classes and the options."""
-    try:
-        parameters = inspect.signature(factory).parameters
-    except (TypeError, ValueError):  # none is known, e.g. of a builtin
-        return
-    named = {
-        name: p.default is p.empty
-        for name, p in parameters.items()
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        for name in ("num_classes", *config.options):
-            if name not in named:
-                raise InputError(f"model.name = {config.name}: {_not_accepted(name, list(named))}")
-    required = [name for name, is_required in named.items() if is_required]
-    if missing := [name for name in required if name not in ("num_classes", *config.options)]:
-        raise InputError(
-            f"model.name = {config.name}: the factory needs the argument {missing[0]}; set model.options.{missing[0]}"
-        )
-
-
-def _not_accepted(name: str, accepted: list[str]) -> str:
-    if name == "num_classes":
-        return (
-            "the factory does not accept num_classes, the number of classes of the data; name a function that does, e.g. "
-            "one of your own that calls it"
-        )
-    others = [other for other in accepted if other != "num_classes"]
-    close = difflib.get_close_matches(name, others, n=1, cutoff=0.6)
-    advice = f"did you mean {close[0]}?" if close else f"it accepts {', '.join(others) or 'none'}"
-    return f"the factory does not accept model.options.{name}; {advice}"
-
-
-def _failed_call(error: BaseException, config: ImportedModel) -> str:
-    """Say why the factory failed; an argument that it passed on may be the reason."""
-    unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error)) if isinstance(error, TypeError) else None
-    if unexpected and unexpected[1] in ("num_classes", *config.options):
-        reason = _not_accepted(unexpected[1], [])
-        return f"{reason.partition(';')[0]}: {described(error)}"
-    return f"the factory failed: {described(error)}"
-
-
 def _check_network(model: Any, name: str) -> None:
     """Raise InputError unless a factory has returned a module that can be trained."""
     setting = f"model.name = {name}"
     if not isinstance(model, nn.Module):
-        raise InputError(f"{setting}: the factory returned {_type_name(model)}; it should return a torch.nn.Module")
+        raise InputError(f"{setting}: the factory returned {type_name(model)}; it should return a torch.nn.Module")
     tensors = [*model.named_parameters(), *model.named_buffers()]
     if lazy := [path for path, tensor in tensors if is_lazy(tensor)]:
         raise InputError(
@@ -191,7 +156,3 @@ def _check_network(model: Any, name: str) -> None:
         raise InputError(f"{setting}: the network has no parameters that require gradients; there is nothing to train")
     if other := [path for path, value in model.state_dict().items() if not isinstance(value, Tensor)]:
         raise InputError(f"{setting}: its state {other[0]} is no tensor, so it would not be saved; make it a buffer")
-
-
-def _type_name(value: Any) -> str:
-    return "None" if value is None else f"an object of type {type(value).__name__}"

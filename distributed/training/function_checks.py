@@ -12,8 +12,8 @@ from distributed.data.augment_function import SETTING, AugmentFunction
 from distributed.errors import InputError
 from distributed.exact.bits import same_bits
 from distributed.exact.check.throwaway import SavedGenerators
-from distributed.imports import described
 from distributed.training.losses import PerSample
+from distributed.user_code import described, type_name
 
 _SAMPLES = 5
 _MIXES = "the result for one sample depends on the others"
@@ -132,7 +132,7 @@ class Check:
     def _check_result(self, result: object, *, start: str, what: str) -> None:
         expected = f"one {what} per sample, a tensor of shape [{_SAMPLES}] for {_SAMPLES} samples"
         if not isinstance(result, Tensor):
-            raise InputError(f"{start}: the function returns {_type_name(result)}; it should return {expected}")
+            raise InputError(f"{start}: the function returns {type_name(result)}; it should return {expected}")
         if not result.dim():
             raise InputError(f"{start}: the function returns a scalar; it should return {expected}: no mean or sum")
         if list(result.shape) != [_SAMPLES]:
@@ -220,7 +220,3 @@ def _differ(one: Tensor, other: Tensor) -> bool:
 
 def _is_equal(one: Tensor | None, other: Tensor | None) -> bool:
     return one is None or other is None or torch.equal(one, other)
-
-
-def _type_name(value: object) -> str:
-    return "None" if value is None else f"an object of type {type(value).__name__}"

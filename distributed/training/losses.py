@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distributed.config.functions import ImportedLoss, Loss, metric_name
-from distributed.imports import check_signature, imported
+from distributed.user_code import UserFunction
 
 PerSample: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Computes one number per sample, [n], from logits [n, classes], in float32 or wider, and targets int64 [n]."""
@@ -35,8 +35,15 @@ def build_losses(config: Loss | ImportedLoss) -> Losses:
     if isinstance(config, Loss):
         smoothed = partial(F.cross_entropy, reduction="none", label_smoothing=config.label_smoothing)
         return Losses(smoothed, CROSS_ENTROPY)
-    function = imported(config.name, setting="loss.name", purpose="returns one loss per sample")
-    check_signature(function, config.name, setting="loss.name", positional=_ARGUMENTS, options=config.options)
+    function = UserFunction(
+        "loss.name",
+        config.name,
+        "function",
+        "one loss per sample",
+        config.options,
+        "loss.options",
+        positional=_ARGUMENTS,
+    ).load()
     own = OwnLoss(partial(function, **copy.deepcopy(config.options)))
     return Losses(own, own)
 
@@ -62,9 +69,8 @@ def build_metrics(paths: tuple[str, ...]) -> dict[str, PerSample]:
     """
     found = {}
     for path in paths:
-        function = imported(path, setting="evaluation.metrics", purpose="returns one number per sample")
-        check_signature(function, path, setting="evaluation.metrics", positional=_ARGUMENTS)
-        found[metric_name(path)] = function
+        user = UserFunction("evaluation.metrics", path, "function", "one number per sample", positional=_ARGUMENTS)
+        found[metric_name(path)] = user.load()
     return found
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed.config import CommandLine, TrainConfig, from_command_line
+from distributed.config.data import ImportedData
 from distributed.config.sections import ImportedModel
 from distributed.data.sources import registry
 from distributed.errors import InputError
@@ -87,12 +88,18 @@ def code_digest() -> str:
 
 def model_digest(config: TrainConfig) -> str:
     """Check that the modules of all import paths, e.g. the network's, are there, and return a digest of their files."""
-    files = [config.model.check_importable()] if isinstance(config.model, ImportedModel) else []
-    files += [check_module(path, setting=name) for name, path in config.imported_functions]
+    files = [
+        section.check_importable()
+        for section in (config.model, config.data)
+        if isinstance(section, ImportedModel | ImportedData)
+    ]
+    files += [check_module(path, name) for name, path in config.imported_functions]
     if not files:
         return "built in"
-    contents = [file.read_bytes() for file in dict.fromkeys(files) if file]
-    return hashlib.blake2b(b"".join(contents), digest_size=6).hexdigest() if contents else "no file"
+    digest = hashlib.blake2b(digest_size=6)
+    for file in dict.fromkeys(files):
+        digest.update(file.read_bytes() if file else b"")
+    return digest.hexdigest()
 
 
 def find_devices() -> Devices:

@@ -96,7 +96,7 @@ def test_the_other_commands_know_the_network(run: Path, here: None, tmp_path: Pa
     exported = call("export", run, "--out", tmp_path / "export")
     assert exported.code == 0, exported.out + exported.err
     described = json.loads((tmp_path / "export/model.json").read_text())
-    assert described["architecture"] == {"name": "own_networks:make", "options": {"width": 6}}
+    assert described["architecture"] == {"name": "own_networks:make", "input_side": None, "options": {"width": 6}}
     assert described["input"]["images"] == ["n", 3, 32, 32]
     reported = call("report", run, "--out", tmp_path / "report.html")
     assert reported.code == 0, reported.out + reported.err

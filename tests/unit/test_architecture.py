@@ -10,7 +10,7 @@ LAYERS = [
     "name_clash errors rng",
     "host files",
     "topology config",
-    "imports",
+    "user_code",
     "process data.sources",
     "comm run optim",
     "data models figures",
@@ -41,7 +41,7 @@ SLOW = {
     "fsspec",
 }
 WITHOUT_TORCH = [
-    "errors files topology config imports process host run",
+    "errors files topology config user_code process host run",
     "train evaluate compare predict runs gpu_pack",
     "export.__main__ report.__main__ experiments.__main__ gpu_check.__main__",
     "checkpoint.object_store checkpoint.upload checkpoint.download inference.saved_run",

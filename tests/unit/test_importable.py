@@ -23,7 +23,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("module", ["single_zq", "outer_zq.inner.nets", "outer_zq.inner", "namespace_zq.nets"])
 def test_a_module_is_found_and_does_not_run(module: str, folder: Path) -> None:
-    file = check_module(f"{module}:make")
+    file = check_module(f"{module}:make", "model.name")
     assert file is not None
     assert file.read_text().startswith("raise")
     assert not {name for name in sys.modules if "_zq" in name}
@@ -32,11 +32,11 @@ def test_a_module_is_found_and_does_not_run(module: str, folder: Path) -> None:
 def test_modules_that_a_package_makes_are_found(folder: Path) -> None:
     (folder / "makes_zq.py").write_text("import sys, types\nsys.modules['makes_zq.made'] = types.ModuleType('made')\n")
     try:
-        assert check_module("makes_zq.made:x") is None
+        assert check_module("makes_zq.made:x", "model.name") is None
     finally:
         for name in ("makes_zq", "makes_zq.made"):
             sys.modules.pop(name, None)
-    assert check_module("os.path:join") is None
+    assert check_module("os.path:join", "model.name") is None
 
 
 MISSING = {
@@ -51,7 +51,7 @@ MISSING = {
 @pytest.mark.parametrize("module", MISSING)
 def test_a_missing_module_is_named(module: str, folder: Path) -> None:
     with pytest.raises(InputError) as caught:
-        check_module(f"{module}:make")
+        check_module(f"{module}:make", "model.name")
     [line] = caught.value.lines
     assert line.startswith(f"model.name = {module}:make: ")
     assert MISSING[module] in line

@@ -67,7 +67,7 @@ def generators() -> tuple[object, ...]:
 LOSSES: list[tuple[str, dict[str, object], str]] = [
     ("number", {}, "own_functions.number is of type int; name a function or class that returns one loss per sample"),
     ("focl", {}, "own_functions has no focl; did you mean focal?"),
-    ("one_argument", {}, "the function takes 1 arguments; it is called with logits, targets"),
+    ("one_argument", {}, "the function should accept logits and targets by position"),
     ("needs_gamma", {}, "the function needs the argument gamma; set loss.options.gamma"),
     ("focal", {"gama": 1}, "the function does not accept loss.options.gama; did you mean gamma?"),
     ("focal", {"targets": 1}, "the function does not accept loss.options.targets; it accepts gamma"),
@@ -177,12 +177,12 @@ def test_an_empty_shard_needs_no_call(tmp_path):
 AUGMENTATIONS: list[tuple[str, str]] = [
     ("number", "is of type int; name a function or class that returns the changed images"),
     ("bright", "has no bright; did you mean brightness?"),
-    ("only_images", "the function takes 1 arguments; it is called with images, draws"),
-    ("more_images", "the function needs the argument strength; it is called with images, draws only"),
+    ("only_images", "the function should accept images and draws by position"),
+    ("more_images", "the function needs the argument strength; give it a default"),
     ("floats", "returns torch.float32 [5, 32, 32, 3] for images of shape [5, 32, 32, 3]; it should return torch.uint8"),
     ("smaller", "returns torch.uint8 [5, 31, 32, 3] for"),
     ("fewer", "returns torch.uint8 [1, 32, 32, 3] for"),
-    ("no_images", "returns NoneType for"),
+    ("no_images", "returns None for"),
     ("fails_on_images", "fails on images of shape [5, 32, 32, 3]: RuntimeError: shape '[3, 7]' is invalid"),
     ("shuffled", "the result for one image depends on the others in the batch"),
     ("normalized", "the result for one image depends on the others in the batch"),
@@ -259,7 +259,7 @@ def test_a_draw_does_not_depend_on_the_batch():
 # (function, part of the line behind "evaluation.metrics = own_functions:FUNCTION: ")
 METRICS: list[tuple[str, str]] = [
     ("brie", "has no brie; did you mean brier?"),
-    ("needs_gamma", "the function needs the argument gamma; it is called with logits, targets only"),
+    ("needs_gamma", "the function needs the argument gamma; give it a default"),
     ("mean", "returns a scalar; it should return one number per sample"),
     ("wrong", "returns torch.bool; it should return torch.float32: .float()"),
     ("squeezed", "returns shape [] for 1 sample"),
@@ -317,7 +317,7 @@ def test_functions_are_called_shard_by_shard():
 
 def test_options_of_a_loss_that_is_not_named_are_refused():
     assert mistakes("--data.name=generated10", "--loss.options.gamma=2") == (
-        "command line: loss.options.gamma = 2: belongs to loss.name = package.module:factory, but here it is cross_entropy; "
+        "command line: loss.options.gamma = 2: belongs to loss.name = package.module:function, but here it is cross_entropy; "
         "remove one of them",
     )
     (line,) = mistakes("--data.name=generated10", "--loss.name=net:focal", "--loss.label_smoothing=0.1")
