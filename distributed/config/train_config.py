@@ -2,23 +2,34 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from distributed.config.data import CifarData, DataSection, ImageFolderData
+from distributed.config.data import CifarData, DataSection, ImageFolderData, ImportedData
 from distributed.config.engines import AnyEngine, Ddp
-from distributed.config.functions import AnyLoss, ImportedLoss, Loss
+from distributed.config.functions import AnyLoss, ImportedLoss, Loss, metric_name
 from distributed.config.scaling import Scaling
 from distributed.config.schedules import Constant, Cosine, EarlyStopping, OneCycle, Plateau
 from distributed.config.schema import AnyPath, OptionalPath, Section, operational, setting
-from distributed.config.sections import AdamW, AnyModel, Checkpoint, Evaluation, Exact, Logging, Model, Sgd
+from distributed.config.sections import (
+    AdamW,
+    AnyModel,
+    Checkpoint,
+    Evaluation,
+    Exact,
+    ImportedModel,
+    Logging,
+    Model,
+    Sgd,
+)
 from distributed.errors import InputError
-from distributed.host.importable import check_module
+from distributed.host.importable import SCRIPT, check_module
 
 EngineSection = Annotated[AnyEngine, Field(discriminator="name")]
 OptimSection = Annotated[Sgd | AdamW, Field(discriminator="name")]
+SweepTable = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 ScheduleSection = Annotated[Constant | Cosine | OneCycle | Plateau, Field(discriminator="name")]
 
 
@@ -64,6 +75,9 @@ class TrainConfig(Section):
     checkpoint: Checkpoint = setting(Checkpoint(), "when to save and what to keep")
     logging: Logging = setting(Logging(), "logs and curves")
     scaling: Scaling | None = operational(None, "workers on a Ray cluster; for launch.ray_train only")
+    sweep: SweepTable = operational(
+        {}, "several trainings at once; for launch.slurm and launch.ray_train only; none: ignore the file's section"
+    )
 
     def shards_on(self, device_type: str) -> int:
         """Return `exact.shards` with auto resolved for `cpu` or `cuda`; 0: exact mode is off."""
@@ -95,18 +109,26 @@ class TrainConfig(Section):
         return None if is_done else self.model.input_side
 
     @property
-    def imported_functions(self) -> list[tuple[str, str]]:
-        """The settings that name a function by import path, other than the network's, and the paths."""
-        found = [("loss.name", self.loss.name)] if isinstance(self.loss, ImportedLoss) else []
-        found += [("data.augment.function", path)] if (path := self.data.augment.function) else []
-        return found + [("evaluation.metrics", path) for path in self.evaluation.metrics]
+    def imported_functions(self) -> dict[str, str]:
+        """The settings that name a function by import path, other than the network's and the data's, and the paths."""
+        found = {"loss.name": self.loss.name} if isinstance(self.loss, ImportedLoss) else {}
+        found |= {"data.augment.function": path} if (path := self.data.augment.function) else {}
+        return found | {f"evaluation.metrics[{metric_name(path)}]": path for path in self.evaluation.metrics}
 
     def check_importable(self) -> None:
         """Raise InputError unless the module of every import path exists; nothing is imported."""
         self.model.check_importable()
         self.data.check_importable()
-        for name, path in self.imported_functions:
-            check_module(path, name)
+        for name, path in self.imported_functions.items():
+            check_module(path, name.partition("[")[0])
+
+    @property
+    def import_paths(self) -> dict[str, str]:
+        """The settings that name code in a module outside this package, as `package.module:name`."""
+        sections = {"model.name": self.model, "data.name": self.data}
+        imported = {name: s.name for name, s in sections.items() if isinstance(s, ImportedModel | ImportedData)}
+        imported |= self.imported_functions
+        return {name: path for name, path in imported.items() if not path.startswith(f"{SCRIPT}:")}
 
     @property
     def compression(self) -> Literal["bfloat16"] | None:

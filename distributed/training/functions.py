@@ -19,17 +19,22 @@ class Functions(NamedTuple):
     metrics: dict[str, PerSample]
 
 
-def build_functions(config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device) -> Functions:
+def build_functions(
+    config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device, loss: PerSample | None = None
+) -> Functions:
     """Import loss and metrics. Those by import path, and the augmentation function, are tried on a few samples.
 
     Call this before creating a process group, and before the augmentation function is needed.
+
+    Args:
+        loss: the loss, if Python code gave it instead of an import path.
 
     Raises:
         InputError: a function cannot be imported or called, does not return one number per sample or such images, draws from
             a global random generator, or, in exact mode, combines samples.
     """
     try:
-        functions = Functions(build_losses(config.loss), build_metrics(config.evaluation.metrics))
+        functions = Functions(build_losses(config.loss, loss), build_metrics(config.evaluation.metrics))
         if config.imported_functions:
             _check(functions, config, topology, data, device)
     except InputError:

@@ -26,8 +26,11 @@ class Losses(NamedTuple):
     evaluation: PerSample
 
 
-def build_losses(config: Loss | ImportedLoss) -> Losses:
+def build_losses(config: Loss | ImportedLoss, given: PerSample | None = None) -> Losses:
     """Return the config's loss.
+
+    Args:
+        given: the function, if it is not to be imported.
 
     Raises:
         InputError: it cannot be imported, or does not take the options.
@@ -41,9 +44,9 @@ def build_losses(config: Loss | ImportedLoss) -> Losses:
         "function",
         "one loss per sample",
         config.options,
-        "loss.options",
+        "" if given and not config.options else "loss.options",
         positional=_ARGUMENTS,
-    ).load()
+    ).load(given)
     own = OwnLoss(partial(function, **copy.deepcopy(config.options)))
     return Losses(own, own)
 

@@ -178,7 +178,7 @@ AUGMENTATIONS: list[tuple[str, str]] = [
     ("number", "is of type int; name a function or class that returns the changed images"),
     ("bright", "has no bright; did you mean brightness?"),
     ("only_images", "the function should accept images and draws by position"),
-    ("more_images", "the function needs the argument strength; give it a default"),
+    ("more_images", "the function needs the argument strength; use functools.partial to set strength"),
     ("floats", "returns torch.float32 [5, 32, 32, 3] for images of shape [5, 32, 32, 3]; it should return torch.uint8"),
     ("smaller", "returns torch.uint8 [5, 31, 32, 3] for"),
     ("fewer", "returns torch.uint8 [1, 32, 32, 3] for"),
@@ -259,7 +259,7 @@ def test_a_draw_does_not_depend_on_the_batch():
 # (function, part of the line behind "evaluation.metrics = own_functions:FUNCTION: ")
 METRICS: list[tuple[str, str]] = [
     ("brie", "has no brie; did you mean brier?"),
-    ("needs_gamma", "the function needs the argument gamma; give it a default"),
+    ("needs_gamma", "the function needs the argument gamma; use functools.partial to set gamma"),
     ("mean", "returns a scalar; it should return one number per sample"),
     ("wrong", "returns torch.bool; it should return torch.float32: .float()"),
     ("squeezed", "returns shape [] for 1 sample"),
@@ -322,3 +322,44 @@ def test_options_of_a_loss_that_is_not_named_are_refused():
     )
     (line,) = mistakes("--data.name=generated10", "--loss.name=net:focal", "--loss.label_smoothing=0.1")
     assert line.endswith("belongs to loss.name = cross_entropy, but here it is net:focal; remove one of them")
+
+
+# Losses that Python code gives
+
+
+def test_a_loss_is_given_as_a_function(tmp_path):
+    def doubled(logits, targets):
+        return 2 * torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    sinks = Recorder(), Recorder()
+    train(small_config(tmp_path / "plain", epochs=1, exact=FAST), sinks=[sinks[0]])
+    result = train(small_config(tmp_path / "given", epochs=1, exact=FAST), loss=doubled, sinks=[sinks[1]])
+    assert sinks[1].steps[0].loss == pytest.approx(2 * sinks[0].steps[0].loss)
+    assert result.config.loss.name == "__main__:doubled"
+
+
+def test_a_given_loss_of_a_module_is_named_by_its_path(tmp_path):
+    import own_functions
+
+    config = config_of(tmp_path, epochs=1, exact=FAST, loss=own_loss("focal", gamma=3))
+    assert train(config, loss=own_functions.focal).config.loss == config.loss
+    with pytest.raises(
+        InputError, match=r"loss\.name = own_functions:margin: this run was started with own_functions:focal"
+    ):
+        train(config, loss=own_functions.margin)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ("net:focal", "train(): loss is of type str: should be a function of logits and targets"),
+        (lambda logits: logits.sum(1), "the function should accept logits and targets by position"),
+        (lambda logits, targets, gamma: logits.sum(1), "needs the argument gamma; use functools.partial to set gamma"),
+        (lambda logits, targets: logits.sum(), "loss.name = __main__:function: the function returns a scalar"),
+    ],
+)
+def test_a_wrong_given_loss_is_one_line(tmp_path, loss, message):
+    with pytest.raises(InputError) as caught:
+        train(config_of(tmp_path), loss=loss)
+    (line,) = caught.value.lines
+    assert message in line
