@@ -104,8 +104,7 @@ def checked_config(
         )
     if config.device != "auto" or config.exact.shards != "auto":  # otherwise it depends on the GPUs that torch finds
         config.check_world_size(topology.world_size, config.device)
-    config.model.check_importable()
-    config.data.check_importable()
+    config.check_importable()
     if config.engine.name == "deepspeed":
         require("deepspeed", at_least=(0, 19), needed_by="engine.name = deepspeed")
     saved = check_run_folder(config)
