@@ -15,6 +15,7 @@ from distributed.config.sections import ImportedModel
 from distributed.data.pipeline import DataPipeline
 from distributed.errors import InputError
 from distributed.models.build import build_model
+from distributed.models.imported import GivenModel
 from distributed.models.plain_batch_norm import unsupported_batch_norms
 from distributed.topology import Topology
 
@@ -27,28 +28,35 @@ class Network(NamedTuple):
     layers: dict[str, int]
 
 
-def build_network(config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device) -> Network:
+def build_network(
+    config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device, given: GivenModel | None = None
+) -> Network:
     """Build the network. An imported one is tried on a few images, in throwaway passes that leave it unchanged.
 
     Call this before creating a process group.
+
+    Args:
+        given: what Python code gave for the import path in the config.
 
     Raises:
         InputError: the network cannot be imported, does not return logits, or exact mode does not support it.
     """
     with _reported_once(topology):
-        model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
+        model = build_model(config.model, num_classes=data.num_classes, seed=config.seed, given=given)
         if isinstance(config.model, ImportedModel):
             return Network(model, _check_imported(model, config, topology, data, device))
     return Network(model, {name: 1 for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)})
 
 
-def build_initial_network(config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device) -> Network:
+def build_initial_network(
+    config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device, given: GivenModel | None = None
+) -> Network:
     """Build the network as `build_network` does, with the weights that `init_from` names unless the run has saved.
 
     Raises:
         InputError: also if these weights do not fit.
     """
-    network = build_network(config, topology, data, device)
+    network = build_network(config, topology, data, device, given)
     with _reported_once(topology):
         start_from(config, topology, network.model)
     return network

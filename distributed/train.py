@@ -1,4 +1,4 @@
-"""`python -m distributed.train [CONFIG.toml] [--SETTING VALUE ...]`: rejects bad input before importing torch."""
+"""`python -m distributed.train [CONFIG.toml] [--SETTING VALUE ...] [--dry-run]`: rejects bad input before importing torch."""
 
 import signal
 import sys
@@ -29,6 +29,10 @@ _BANNER = """\
 """
 
 
+DRY_RUN = ("--dry-run", "--dry_run")
+"""The flag that tries a run without starting it. Not a setting, so no config file can leave a run undone."""
+
+
 class CheckedRun(NamedTuple):
     """A config whose data and run folder were checked."""
 
@@ -49,10 +53,11 @@ def main() -> int:
 
 def _run(stop: SignalStop) -> int:
     topology = Topology()
+    arguments = [argument for argument in sys.argv[1:] if argument not in DRY_RUN]
     try:
         topology = Topology.from_environment()
         topology.check_endpoint()
-        config, finished = checked_config(sys.argv[1:], topology)
+        config, finished = checked_config(arguments, topology)
     except InputError as error:
         return refuse(error, topology)
     if finished:
@@ -66,7 +71,7 @@ def _run(stop: SignalStop) -> int:
     with gc_pause.gc_paused():  # imports torch, now that all input has been checked
         from distributed.run_process import run_to_exit_code
 
-    return run_to_exit_code(config, topology, stop)
+    return run_to_exit_code(config, topology, stop, dry_run=len(arguments) < len(sys.argv) - 1)
 
 
 def checked_config(

@@ -7,13 +7,25 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from distributed.config.data import CifarData, DataSection, ImageFolderData
+from distributed.config.data import CifarData, DataSection, ImageFolderData, ImportedData
 from distributed.config.engines import AnyEngine, Ddp
 from distributed.config.scaling import Scaling
 from distributed.config.schedules import Constant, Cosine, EarlyStopping, OneCycle, Plateau
 from distributed.config.schema import AnyPath, OptionalPath, Section, operational, setting
-from distributed.config.sections import AdamW, AnyModel, Checkpoint, Evaluation, Exact, Logging, Loss, Model, Sgd
+from distributed.config.sections import (
+    AdamW,
+    AnyModel,
+    Checkpoint,
+    Evaluation,
+    Exact,
+    ImportedModel,
+    Logging,
+    Loss,
+    Model,
+    Sgd,
+)
 from distributed.errors import InputError
+from distributed.host.importable import SCRIPT
 
 EngineSection = Annotated[AnyEngine, Field(discriminator="name")]
 OptimSection = Annotated[Sgd | AdamW, Field(discriminator="name")]
@@ -95,6 +107,13 @@ class TrainConfig(Section):
         """Height and width in pixels that the images are resized to on the device; None: they keep their size."""
         is_done = isinstance(self.data, ImageFolderData) or isinstance(self.model, Model)
         return None if is_done else self.model.input_side
+
+    @property
+    def import_paths(self) -> dict[str, str]:
+        """The settings that name code in a module outside this package, as `package.module:name`."""
+        sections = {"model.name": self.model, "data.name": self.data}
+        imported = {name: s.name for name, s in sections.items() if isinstance(s, ImportedModel | ImportedData)}
+        return {name: path for name, path in imported.items() if not path.startswith(f"{SCRIPT}:")}
 
     @property
     def compression(self) -> Literal["bfloat16"] | None:

@@ -666,7 +666,7 @@ WEIGHTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a pickle under another name": ("w.safetensors", lambda path: path.write_bytes(pickle.dumps([])), "is never loaded"),
     "a .ckpt of unknown content": ("w.ckpt", lambda path: path.write_text("x"), "is never loaded; convert it once"),
     "a pipe": ("w.safetensors", os.mkfifo, "not a regular file; name a run, a checkpoint or a .safetensors file"),
-    "a link to nothing": ("w.safetensors", lambda path: path.symlink_to("none"), "cannot be read (No such file or directory); name another file"),
+    "a link to nothing": ("w.safetensors", lambda path: path.symlink_to("none"), "cannot be read (No such file or directory)"),
     "the null device": ("w.safetensors", lambda path: path.symlink_to("/dev/null"), "not a regular file"),
 }  # fmt: skip
 
