@@ -97,7 +97,11 @@ def _not_a_table(problem: _Problem) -> str:
 
 def _invalid(problem: _Problem) -> str:
     message = problem.message.removeprefix("Input ").removeprefix("should ")
-    return f"should {message[:1].lower()}{message[1:]}" if "should" in problem.message else message
+    is_list = isinstance(problem.value, str) and "," in problem.value and message.startswith("be a valid ")
+    sweep = (
+        f"; to train once per value: launch.slurm ... --sweep.{problem.path} {shown(problem.value)}" if is_list else ""
+    )
+    return f"should {message[:1].lower()}{message[1:]}{sweep}" if "should" in problem.message else message
 
 
 def _no_choice(problem: _Problem) -> str:

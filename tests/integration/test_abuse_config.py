@@ -50,6 +50,7 @@ VALUES: list[tuple[str, str, str]] = [
     ("scaling.resize_seconds", "0", "greater than 0"),
     ("scaling.storage_path", "", "should be a path"),
     ("scaling.num_workers", "2", "scaling is for python -m launch.ray_train"),
+    ("sweep", "3", "is a table"),
     ("data.name", "mnist", "should be one of cifar10"),
     ("data.root", "", "should be a path"),
     ("data.download", "2", "valid boolean"),
