@@ -45,9 +45,8 @@ def data_of(root: Path, **settings: Any) -> ArraysData:
 
 
 def test_images_stay_mapped_and_are_read_only(root: Path) -> None:
-    names, splits = arrays.read(data_of(root))
+    names, splits, _ = arrays.read(data_of(root))
     assert names == ("class 0", "class 1", "class 2")
-    assert isinstance(splits["train"].images, np.memmap)
     assert not splits["train"].images.flags.writeable
     assert splits["train"].images.shape == (60, 12, 12, 1)
     for placement in ("host", "device"):
@@ -63,6 +62,17 @@ def maps_at(address: int) -> str:
         if first <= address < last:
             return line
     return ""
+
+
+@pytest.mark.parametrize("placement", ["auto", "host", "device"])
+def test_rows_of_a_huge_array_are_read_ahead(root: Path, placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = epoch(pipeline(data_of(root)))
+    monkeypatch.setattr(arrays, "_ALL_BYTES", 1000)
+    data = pipeline(data_of(root, placement=placement))
+    train = vars(data)["_splits"]["train"]
+    assert train.prefetched == (placement != "device")
+    assert train.read_ahead
+    assert torch.equal(epoch(data), expected)
 
 
 @pytest.mark.parametrize("dtype", ["<i2", ">i8", "uint64", "int8"])
