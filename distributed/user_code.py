@@ -43,14 +43,18 @@ class UserFunction:
         """Return an error whose message begins with the setting and its value."""
         return InputError(f"{self.setting} = {self.path}: {reason}")
 
-    def load(self) -> Callable[..., Any]:
+    def load(self, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
         """Import the function and check that it accepts its arguments.
+
+        Args:
+            function: the function itself, if Python code gave it; nothing is imported then.
 
         Raises:
             InputError: the module cannot be imported, has no such function, or the function takes other arguments.
         """
-        check_module(self.path, self.setting)
-        function = self._imported()
+        if function is None:
+            check_module(self.path, self.setting)
+            function = self._imported()
         self._check_arguments(function)
         return function
 
@@ -103,7 +107,12 @@ class UserFunction:
                 if name not in named:
                     raise self.error(self._not_accepted(name, list(named)))
         if missing := [name for name, is_required in named.items() if is_required and name not in passed]:
-            raise self.error(f"the {self.noun} needs the argument {missing[0]}; set {self.options_in}.{missing[0]}")
+            remedy = (
+                f"set {self.options_in}.{missing[0]}"
+                if self.options_in
+                else f"use functools.partial to set {missing[0]}"
+            )
+            raise self.error(f"the {self.noun} needs the argument {missing[0]}; {remedy}")
 
     def _not_accepted(self, name: str, accepted: list[str]) -> str:
         if name in self.given:

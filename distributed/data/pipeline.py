@@ -18,6 +18,7 @@ from distributed.data.normalize import ChannelStatistics, Normalizer, channel_st
 from distributed.data.residency import ResidentSplit, as_tensor, residency
 from distributed.data.resize import resize
 from distributed.data.sources import cifar
+from distributed.data.sources.arrays import GivenArrays
 from distributed.data.sources.mapped import ReadAhead
 from distributed.data.sources.read import read
 from distributed.data.split import validation_mask
@@ -37,16 +38,24 @@ class DataPipeline:
 
     Args:
         side: height and width in pixels that images of a folder are decoded to; None for other data.
+        given: the arrays that Python code gave for the import path in the config.
 
     Raises:
         InputError: the files are missing or damaged.
     """
 
     def __init__(
-        self, config: AnyData, batching: Batching, shards: Shards, input_format: InputFormat, *, side: int | None = None
+        self,
+        config: AnyData,
+        batching: Batching,
+        shards: Shards,
+        input_format: InputFormat,
+        *,
+        side: int | None = None,
+        given: GivenArrays | None = None,
     ) -> None:
         self.config, self.batching, self.shards, self.input_format = config, batching, shards, input_format
-        self.class_names, train, test, self._identities, read_ahead = read(config, side)
+        self.class_names, train, test, self._identities, read_ahead = read(config, side, given)
         self.augmented_at_once = self._augmented_at_once(train.images[:1].nbytes)
         self._residency = residency(
             config.placement,

@@ -11,7 +11,8 @@ from distributed.build import read_data
 from distributed.checkpoint.warm_start import evaluation_weights
 from distributed.config import TrainConfig
 from distributed.config.data import MAX_PIXELS
-from distributed.config.sections import Model
+from distributed.config.given import check_model
+from distributed.config.sections import ImportedModel, Model
 from distributed.data.sources.decode import to_size
 from distributed.errors import InputError
 from distributed.files import home_path
@@ -28,6 +29,7 @@ from distributed.inference.saved_run import (
     without_download,
 )
 from distributed.models.build import build_model
+from distributed.models.imported import GivenModel
 
 
 class Classifier(nn.Module):
@@ -136,6 +138,7 @@ def resize(images: Tensor, size: int | tuple[int, int], *, channels: int = 3, ma
 def load(
     run: str | os.PathLike[str],
     *,
+    model: GivenModel | None = None,
     checkpoint: str = "auto",
     data_root: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
@@ -144,6 +147,7 @@ def load(
 
     Args:
         run: the run folder, e.g. `runs/cifar10`.
+        model: the network that was given to `train` as an object; only for a network that has an import path.
         checkpoint: `best`, `latest` or the name of a checkpoint; `auto`: best if there is one, otherwise latest.
         data_root: the folder with the data set; needed only for checkpoints that lack the images' normalization.
         device: device of the network and of the preprocessed images.
@@ -156,19 +160,28 @@ def load(
         raise InputError(f"{run}: a config file, not a run folder; read it with load_config")
     root = None if data_root is None else home_path(os.fspath(data_root))
     config = without_download(with_data_root(read_config(folder), root))
-    return load_checkpoint(config, choose_checkpoint(folder, checkpoint), device=device)
+    return load_checkpoint(config, choose_checkpoint(folder, checkpoint), device=device, model=model)
 
 
-def load_checkpoint(config: TrainConfig, checkpoint: Path, *, device: str | torch.device = "cpu") -> TrainedRun:
+def load_checkpoint(
+    config: TrainConfig, checkpoint: Path, *, device: str | torch.device = "cpu", model: GivenModel | None = None
+) -> TrainedRun:
     """Load the network of a checkpoint. Reads the run's data only if the checkpoint lacks the images' normalization.
+
+    Args:
+        model: what Python code gave for the import path in the config.
 
     Raises:
         InputError: the checkpoint is damaged or does not fit the run's config, or that data is missing.
     """
+    if model is not None:
+        check_model(model, "load()")
+        if not isinstance(config.model, ImportedModel):
+            raise InputError(f"load(): model was given, but the run has model.name = {config.model.name}; leave it out")
     check_complete(checkpoint)
     content = read_content(checkpoint)
     class_names = read_class_names(content, config)
-    network = build_model(config.model, num_classes=len(class_names), seed=config.seed)
+    network = build_model(config.model, num_classes=len(class_names), seed=config.seed, given=model)
     try:
         network.load_state_dict(evaluation_weights(checkpoint))  # float64 becomes float32
     except RuntimeError as error:

@@ -3,8 +3,9 @@
 import copy
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,28 +20,39 @@ from distributed.errors import InputError
 from distributed.models.keyed_dropout import use_sample_keys
 from distributed.user_code import UserFunction, described, type_name
 
+GivenModel = nn.Module | Callable[..., nn.Module]
+"""A network that Python code gives instead of an import path: the function or class that builds it, or the module itself."""
+
 _NO_CLASSES = "the number of classes of the data; name a function that does, e.g. one of your own that calls it"
 
 
-def build_imported(config: ImportedModel, *, num_classes: int, seed: int) -> nn.Module:
+def build_imported(config: ImportedModel, *, num_classes: int, seed: int, given: GivenModel | None = None) -> nn.Module:
     """Call the config's factory once, on the CPU in float32; its draws depend on the seed alone.
 
     The generators of torch, Python and NumPy are restored afterwards.
 
+    Args:
+        given: the factory, if it is not to be imported, or a module, of which a copy is returned.
+
     Raises:
         InputError: the factory cannot be imported or called, or does not return a network that can be trained.
     """
+    if isinstance(given, nn.Module):
+        if config.options:
+            raise InputError("model.options has no effect on a module that train() was given already built: remove it")
+        _check_network(given, config.name)
+        return _copied(given, config.name).train()
     factory = UserFunction(
         "model.name",
         config.name,
         "factory",
         "the network",
         config.options,
-        "model.options",
+        "" if given and not config.options else "model.options",
         {"num_classes": _NO_CLASSES},
     )
     with _seeded(seed, "model"):
-        model: nn.Module = factory.call(factory.load(), num_classes=num_classes)
+        model: nn.Module = factory.call(factory.load(given), num_classes=num_classes)
     _check_network(model, config.name)
     return model.train()
 
@@ -58,12 +70,7 @@ def check_output(
         InputError: the model fails on such images or returns something else.
     """
     shape = list(images.shape)
-    try:
-        probe = copy.deepcopy(model)
-    except Exception as error:
-        raise InputError(
-            f"model.name = {name}: the network cannot be copied, as exact mode and its check do: {described(error)}"
-        ) from error
+    probe = _copied(model, name)
     for mode in ("evaluation", "training"):
         try:
             with torch.no_grad(), _seeded(seed, "probe"), use_sample_keys(sample_keys):
@@ -84,7 +91,16 @@ def check_output(
         )
 
 
-def check_same_weights(model: nn.Module, *, name: str) -> None:
+def _copied(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise InputError(
+            f"model.name = {name}: the network cannot be copied, as exact mode and its check do: {described(error)}"
+        ) from error
+
+
+def check_same_weights(model: nn.Module, *, name: str, init_from: Path | None = None) -> None:
     """Raise InputError on all ranks unless all of them have the same initial weights and buffers. A collective."""
     if collectives.world_size() == 1:
         return
@@ -95,6 +111,11 @@ def check_same_weights(model: nn.Module, *, name: str) -> None:
     first, *others = collectives.gather_objects(digests)
     for rank, other in enumerate(others, start=1):
         if different := [path for path in {**first, **other} if first.get(path) != other.get(path)]:
+            if init_from:
+                raise InputError(
+                    f"init_from = {init_from}: rank {rank} starts from other weights than rank 0, with another {different[0]}; "
+                    "every node needs the same file, and the same module if the network is imported"
+                )
             raise InputError(
                 f"model.name = {name}: rank {rank} built another network than rank 0, with another {different[0]}; every node "
                 "needs the same module, and the factory should draw from the generators of torch, Python or NumPy only"
@@ -134,12 +155,12 @@ def _check_network(model: Any, name: str) -> None:
     if lazy := [path for path, tensor in tensors if is_lazy(tensor)]:
         raise InputError(
             f"{setting}: {lazy[0]} has no size before the first forward pass; give the lazy layers their sizes, or call the "
-            "network once in the factory"
+            "network once before"
         )
     for path, tensor in tensors:
         if tensor.device.type != "cpu":
             raise InputError(
-                f"{setting}: {path} is on {tensor.device}; the factory should leave all tensors on the CPU"
+                f"{setting}: {path} is on {tensor.device}; leave all tensors on the CPU, and `device` sets the rest"
             )
     for path, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from distributed.config import CommandLine, TrainConfig, from_command_line
-from distributed.config.data import ImportedData
-from distributed.config.sections import ImportedModel
 from distributed.data.sources import registry
 from distributed.errors import InputError
 from distributed.host.cpu_quota import available_cpus
+from distributed.host.importable import module_files
 from distributed.host.versions import versions
 from distributed.topology import cluster_job
 from launch.doctor.reports import Devices, Folder, NodeReport, to_lines
@@ -86,18 +85,9 @@ def code_digest() -> str:
 
 
 def model_digest(config: TrainConfig) -> str:
-    """Check that the modules of the network and of the data are there, and return a digest of their files."""
-    files = [
-        section.check_importable()
-        for section in (config.model, config.data)
-        if isinstance(section, ImportedModel | ImportedData)
-    ]
-    if not files:
-        return "built in"
-    digest = hashlib.blake2b(digest_size=6)
-    for file in files:
-        digest.update(file.read_bytes() if file else b"")
-    return digest.hexdigest()
+    """Check that imported modules are there, and return the digests of their files."""
+    files = module_files(config.import_paths)
+    return " ".join(file.sha256[:12] or "no file" for file in files.values()) or "built in"
 
 
 def find_devices() -> Devices:

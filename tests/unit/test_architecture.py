@@ -21,7 +21,7 @@ LAYERS = [
     "network attempt",
     "build",
     "metrics inference",
-    "recipe runs",
+    "recipe runs dry_run",
     "run_process",
     "train evaluate compare bench predict export experiments gpu_check",
     "report gpu_pack",

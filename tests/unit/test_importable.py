@@ -1,12 +1,13 @@
 """The module of an import path: found without running anything, and a useful message if it is not there."""
 
+import hashlib
 import sys
 from pathlib import Path
 
 import pytest
 
 from distributed.errors import InputError
-from distributed.host.importable import check_module
+from distributed.host.importable import check_module, module_files
 
 
 @pytest.fixture
@@ -55,3 +56,19 @@ def test_a_missing_module_is_named(module: str, folder: Path) -> None:
     [line] = caught.value.lines
     assert line.startswith(f"model.name = {module}:make: ")
     assert MISSING[module] in line
+
+
+def test_the_digest_of_a_file_is_its_sha256(folder: Path) -> None:
+    files = module_files({"model.name": "single_zq:make", "loss.name": "os.path:join"})
+    assert files["model.name"] == (
+        str(folder / "single_zq.py"), hashlib.sha256((folder / "single_zq.py").read_bytes()).hexdigest()
+    )  # fmt: skip
+    before = files["model.name"].sha256
+    (folder / "single_zq.py").write_text("another\n")
+    assert module_files({"model.name": "single_zq:make"})["model.name"].sha256 != before
+    assert module_files({}) == {}
+
+
+def test_a_missing_module_is_named_by_its_setting(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"^loss\.name = single_qz:f: there is no module single_qz"):
+        module_files({"loss.name": "single_qz:f"})

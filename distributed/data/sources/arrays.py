@@ -21,6 +21,9 @@ from distributed.data.sources.mapped import Mapped, ReadAhead, map_rows
 from distributed.errors import InputError
 from distributed.user_code import UserFunction, type_name
 
+GivenArrays = Mapping[str, NDArray[Any]]
+"""The arrays of `NAMES`, images uint8 [n, h, w] or [n, h, w, c] and integer labels [n], by name."""
+
 _ALL_BYTES = 2**30  # of images: seconds to read from a slow disk; of more only a sample is read
 _SAMPLES = 1000
 
@@ -49,14 +52,18 @@ def check(config: ArraysData) -> None:
     _checked_labels(config)
 
 
-def read(config: ArraysData | ImportedData) -> Arrays:
+def read(config: ArraysData | ImportedData, given: GivenArrays | None = None) -> Arrays:
     """Return the arrays; those of files are mapped, read-only.
+
+    Args:
+        given: the arrays that Python code gave instead of a function.
 
     Raises:
         InputError: files are missing, damaged or of other types and shapes; or the function fails or returns others.
     """
     if isinstance(config, ImportedData):
-        splits, read_ahead = _returned(config), {}
+        splits = _checked(config, given, "given to train()") if given is not None else _returned(config)
+        read_ahead = {}
     else:
         labels = _checked_labels(config)
         mapped = {split: _mapped(_file(config, f"{split}_images")) for split in SPLITS}
@@ -153,11 +160,14 @@ def _returned(config: ImportedData) -> dict[str, Images]:
     found = function.call(function.load())
     if not isinstance(found, Mapping):
         raise function.error(f"the function returned {type_name(found)}; it should return a dict of {', '.join(NAMES)}")
-    complaints = [
-        Complaint(name, "missing in the dict that the function returned") for name in NAMES if name not in found
-    ]
+    return _checked(config, found, "that the function returned")
+
+
+def _checked(config: ImportedData, found: GivenArrays, origin: str) -> dict[str, Images]:
+    """Return the arrays of a dict by split, contiguous, after all checks."""
+    complaints = [Complaint(name, f"missing in the dict {origin}") for name in NAMES if name not in found]
     complaints += [
-        Complaint(str(name), f"not expected in the dict that the function returned, only {', '.join(NAMES)}")
+        Complaint(str(name), f"not expected in the dict {origin}, only {', '.join(NAMES)}")
         for name in found
         if name not in NAMES
     ]

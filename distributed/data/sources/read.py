@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from distributed.config.data import AnyData, ArraysData, CifarData, ImageFolderData, ImportedData
 from distributed.data.sources import arrays, cifar, decode, image_folder, registry, synthetic
+from distributed.data.sources.arrays import GivenArrays
 from distributed.data.sources.cifar import Images
 from distributed.data.sources.identity import Identity
 from distributed.data.sources.mapped import ReadAhead
@@ -25,8 +26,11 @@ class DataSet(NamedTuple):
     read_ahead: Mapping[str, ReadAhead] = MappingProxyType({})
 
 
-def read(config: AnyData, side: int | None) -> DataSet:
+def read(config: AnyData, side: int | None, given: GivenArrays | None = None) -> DataSet:
     """Return all images of the data set; those of an image folder in `side` x `side` pixels.
+
+    Args:
+        given: the arrays that Python code gave for the import path in the config.
 
     Raises:
         InputError: the files are missing or damaged.
@@ -35,7 +39,7 @@ def read(config: AnyData, side: int | None) -> DataSet:
         assert side is not None  # see TrainConfig._side_conflicts
         return _read_folder(config, side)
     if isinstance(config, ArraysData | ImportedData):
-        class_names, splits, read_ahead = arrays.read(config)
+        class_names, splits, read_ahead = arrays.read(config, given)
         identities = _in_background(
             lambda: {split: arrays.identity(images, read_ahead.get(split)) for split, images in splits.items()}
         )
