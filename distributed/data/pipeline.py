@@ -15,7 +15,7 @@ from distributed.data.augment import augment, cut_out
 from distributed.data.batch import Batch, Batching, InputFormat, MicroBatch, Mixed, Shards
 from distributed.data.mixup import mix
 from distributed.data.normalize import ChannelStatistics, Normalizer, channel_statistics
-from distributed.data.residency import ResidentSplit, as_tensor, residency
+from distributed.data.residency import ResidentSplit, as_tensor, copied, residency
 from distributed.data.resize import resize
 from distributed.data.sources import cifar
 from distributed.data.sources.arrays import GivenArrays
@@ -89,7 +89,8 @@ class DataPipeline:
         """Return each split, by its ids, on one copy of the source's images."""
         device, prefetched = self.input_format.device, self._residency == "host"
         images = as_tensor(source.images)
-        images = images if prefetched else images.to(device)
+        if not prefetched and device.type != "cpu":
+            images = copied(images, device, read_ahead)
         labels = torch.from_numpy(source.labels.astype(np.int64)).to(device)
         return {
             split: ResidentSplit(images, labels, torch.from_numpy(ids).to(device), prefetched, read_ahead)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from distributed.data.sources.mapped import ReadAhead
 
+_BYTES_AT_ONCE = 2**26
+
 Residency = Literal["device", "host"]
 
 
@@ -57,6 +59,19 @@ def as_tensor(images: NDArray[np.uint8]) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(images)
+
+
+def copied(images: Tensor, device: torch.device, read_ahead: ReadAhead | None) -> Tensor:
+    """Return the images on the device; mapped ones are read in large pieces, although single rows are announced."""
+    if read_ahead is None:
+        return images.to(device)
+    copy = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    at_once = max(1, _BYTES_AT_ONCE // images[:1].nbytes)
+    for start in range(0, len(images), at_once):
+        stop = min(start + at_once, len(images))
+        read_ahead(np.arange(start, stop))
+        copy[start:stop].copy_(images[start:stop])
+    return copy
 
 
 def residency(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distributed.config import load_config
 from distributed.config.data import ArraysData, ImportedData
+from distributed.data import residency
 from distributed.data.batch import Batching, InputFormat, Shards
 from distributed.data.pipeline import DataPipeline
 from distributed.data.sources import arrays, identity, registry
@@ -73,6 +74,8 @@ def test_rows_of_a_huge_array_are_read_ahead(root: Path, placement: str, monkeyp
     assert train.prefetched == (placement != "device")
     assert train.read_ahead
     assert torch.equal(epoch(data), expected)
+    monkeypatch.setattr(residency, "_BYTES_AT_ONCE", 1000)
+    assert torch.equal(residency.copied(train.images, torch.device("cpu"), train.read_ahead), train.images)
 
 
 @pytest.mark.parametrize("dtype", ["<i2", ">i8", "uint64", "int8"])
