@@ -1,6 +1,5 @@
 """Builds the components of a run from its config, and logs what was built."""
 
-import hashlib
 from functools import partial
 from typing import Any, Protocol
 
@@ -25,7 +24,6 @@ from distributed.engine.prepare import Compute
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.host.cpu_quota import quota_note
-from distributed.host.importable import module_files
 from distributed.models.grad_checkpointing import blocks_to_checkpoint
 from distributed.models.imported import check_same_weights
 from distributed.network import Network, build_network
@@ -33,6 +31,7 @@ from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
 from distributed.training.cuda_graph_step import CudaGraphStep
+from distributed.training.losses import PerSample
 from distributed.training.state import TrainState
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator
@@ -42,28 +41,6 @@ class StepFunction(Protocol):
     """Takes one optimizer step on these micro-batches and returns the gradient's norm, a scalar on the device."""
 
     def __call__(self, micro_batches: list[Batch], *, lr: float, step: int) -> Tensor: ...
-
-
-def config_digest(config: TrainConfig) -> str:
-    """Return a digest of all settings, which must be the same on all ranks."""
-    return hashlib.blake2b(as_toml(config).encode(), digest_size=8).hexdigest()
-
-
-def check_same_config(config: TrainConfig) -> None:
-    """Raise InputError if the ranks do not all have the same config and imported modules. A collective."""
-    own = config_digest(config), module_files(config.import_paths)
-    digests, modules = zip(*collectives.gather_objects(own), strict=True)
-    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if different:
-        raise InputError(
-            f"config: rank {', '.join(map(str, different))} has different settings from rank 0; "
-            "start every node with the same command and the same files"
-        )
-    for rank, files in enumerate(modules):
-        for name, module in files.items():
-            if module.sha256 != modules[0][name].sha256:
-                where = f"{name} = {config.import_paths[name]}: rank {rank}"
-                raise InputError(f"{where} has another file {module.file} than rank 0; every node needs the same")
 
 
 def build_data(
@@ -98,8 +75,13 @@ def build_data(
 
 
 def read_data(config: TrainConfig) -> DataPipeline:
-    """Build the run's data pipeline for a single process on the CPU in float32, e.g. for analyzing a trained network."""
-    return build_data(config.model_copy(update={"precision": "float32"}), Topology(), torch.device("cpu"))
+    """Build the run's data pipeline for a single process on the CPU in float32, e.g. for analyzing a trained network.
+
+    The module of an augmentation function need not be there.
+    """
+    augment = config.data.augment.model_copy(update={"function": None})
+    data = config.data.model_copy(update={"augment": augment})
+    return build_data(config.model_copy(update={"precision": "float32", "data": data}), Topology(), torch.device("cpu"))
 
 
 def build_engine(
@@ -170,13 +152,15 @@ def build_checkpointer(config: TrainConfig, run: ClaimedRun | None, metadata: di
     )
 
 
-def build_step(config: TrainConfig, engine: Engine, metrics: MetricAccumulator, device: torch.device) -> StepFunction:
+def build_step(
+    config: TrainConfig, engine: Engine, metrics: MetricAccumulator, device: torch.device, loss: PerSample
+) -> StepFunction:
     """Build the step function: `train_step`, on CUDA with inputs in fixed memory and, on a single GPU, as a CUDA graph."""
     if device.type != "cuda" or (isinstance(config.engine, DeepSpeed) and collectives.world_size() > 1):
-        return partial(train_step, engine, loss=config.loss, metrics=metrics)
+        return partial(train_step, engine, loss=loss, metrics=metrics)
     # Checkpointing reads the generators' states, which a capture forbids.
     capture = config.cuda_graphs and collectives.world_size() == 1 and not config.grad_checkpointing.enabled
-    return CudaGraphStep(engine, metrics, loss=config.loss, device=device, capture=capture)
+    return CudaGraphStep(engine, metrics, loss=loss, device=device, capture=capture)
 
 
 def log_plan(

@@ -4,10 +4,10 @@ import signal
 
 from loguru import logger
 
-from distributed.build import config_digest
 from distributed.checkpoint.upload import log_upload_result
 from distributed.comm.agent_store import ForeignJobError, find_agent_store
 from distributed.comm.peers import failure_message, notify_waiting_peers
+from distributed.comm.same_config import config_digest
 from distributed.config import TrainConfig
 from distributed.config.data import GeneratedData
 from distributed.dry_run import dry_run as try_steps

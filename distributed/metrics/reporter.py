@@ -13,7 +13,7 @@ from distributed.metrics.records import EpochMetrics, Sink, SpeedMeter, SplitMet
 from distributed.metrics.sinks import JsonLines, OptionalSink, TensorBoard, Terminal
 from distributed.run.claim import ClaimedRun
 from distributed.training.state import TrainState
-from distributed.training.totals import Totals
+from distributed.training.totals import SplitTotals, Totals
 
 
 class Reporter:
@@ -56,7 +56,7 @@ class Reporter:
             sink.log_step(metrics)
 
     def log_epoch(
-        self, state: TrainState, *, lr: float, validation: Totals | None, test: Totals | None, is_best: bool
+        self, state: TrainState, *, lr: float, validation: SplitTotals | None, test: SplitTotals | None, is_best: bool
     ) -> None:
         """Report the end of an epoch."""
         train = state.epoch_totals
@@ -68,8 +68,8 @@ class Reporter:
             sink.log_epoch(metrics)
 
 
-def _split(totals: Totals | None) -> SplitMetrics | None:
-    return None if totals is None else SplitMetrics(totals.mean_loss, totals.accuracy, totals.accuracy5)
+def _split(totals: SplitTotals | None) -> SplitMetrics | None:
+    return None if totals is None else SplitMetrics(totals.mean_loss, totals.accuracy, totals.accuracy5, totals.metrics)
 
 
 def default_sinks(config: TrainConfig, run: ClaimedRun, state: TrainState, *, total_steps: int) -> list[Sink]:
