@@ -13,6 +13,7 @@ from distributed.checkpoint.warm_start import load_initial_weights
 from distributed.comm.process_group import choose_device, process_group
 from distributed.config import TrainConfig
 from distributed.data.checks import check_data
+from distributed.metrics.imported_sinks import open_sinks
 from distributed.metrics.profiler import StepProfiler
 from distributed.metrics.records import Sink
 from distributed.metrics.reporter import Reporter, default_sinks
@@ -54,7 +55,8 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
     make_deterministic(device, precision=config.precision, compile=config.compile)
     with ExitStack() as stack:
         attempt = stack.enter_context(Attempt(config, topology))
-        # Before the process group, so that bad data and networks leave no peer waiting.
+        # Before the process group, so that bad data, networks and sinks leave no peer waiting.
+        own_sinks = open_sinks(config) if topology.is_main else []
         data = build_data(config, topology, device)
         network = build_network(config, topology, data, device)
         stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
@@ -76,7 +78,7 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
 
         total_steps = config.epochs * data.steps_per_epoch
         if attempt.run:
-            sinks = [*default_sinks(config, attempt.run, state, total_steps=total_steps), *sinks]
+            sinks = [*default_sinks(config, attempt.run, state, total_steps=total_steps), *own_sinks, *sinks]
         report = stack.enter_context(Reporter(sinks, total_steps=total_steps, device=device))
         times = {"save_every_seconds": 60 * config.checkpoint.every_minutes, "timeout_seconds": config.timeout_seconds}
         agreement = stack.enter_context(StepAgreement(stop or NeverStop(), is_main=topology.is_main, **times))

@@ -12,8 +12,11 @@ from pathlib import Path
 from distributed.errors import InputError
 
 
-def check_module(path: str) -> Path | None:
+def check_module(path: str, *, setting: str = "model.name") -> Path | None:
     """Check that the module of the import path `package.module:factory` exists.
+
+    Args:
+        setting: the setting that has the path, for the message.
 
     Returns:
         Its file; None if it is unknown.
@@ -29,12 +32,12 @@ def check_module(path: str) -> Path | None:
         if spec is not None and places is None:
             if _makes_its_modules(name):
                 return None
-            raise InputError(f"model.name = {path}: {spec.name} is a module, not a package; write {spec.name}:{part}")
+            raise InputError(f"{setting} = {path}: {spec.name} is a module, not a package; write {spec.name}:{part}")
         found = _find(name, places)
         if found is None:
             if _makes_its_modules(name):
                 return None
-            raise InputError(f"model.name = {path}: there is no module {name}{_advice(name, factory, places)}")
+            raise InputError(f"{setting} = {path}: there is no module {name}{_advice(name, factory, places)}")
         spec = found
     return Path(spec.origin) if spec and spec.has_location and spec.origin else None
 
