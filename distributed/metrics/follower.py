@@ -22,7 +22,7 @@ from distributed.run.metrics_file import EpochRecord, MetricsRecord, parse_metri
 
 Status = Literal["finished", "stopped", "failed"]
 
-CLOSE_SECONDS: dict[Status, float] = {"finished": 30.0, "stopped": 5.0, "failed": 5.0}
+CLOSE_SECONDS: dict[Status, float] = {"finished": 20.0, "stopped": 5.0, "failed": 5.0}
 """How long a run waits at its end for the service to take the last lines. A stopped one may be killed soon."""
 RETRY_SECONDS = 10.0
 _EXIT_SECONDS = 1.5  # of the few that an immediate exit has
@@ -69,6 +69,7 @@ class Follower:
         self._file: BinaryIO = file.open("rb")  # keeps reading this attempt's file if another attempt replaces it
         self._service: Service | None = None
         self._logged = Logged()
+        self._deadline = 0.0  # of the waiting at the end
         self._status: Status = "failed"  # unless `end` is called
         self._wake, self._closing, self._warned = threading.Event(), False, False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -82,21 +83,25 @@ class Follower:
         self._wake.set()
 
     def end(self, status: Status) -> None:
-        self._status, self._closing = status, True
-        self._wake.set()
+        """Send the rest, and wait for it in `close`, so that several services take the time of one."""
+        self._begin_ending(status, CLOSE_SECONDS[status])
 
     def close(self) -> None:
         exits.remove_exit_hook(self._exit)
-        self._close_within(CLOSE_SECONDS[self._status])
+        if not self._closing:
+            self._begin_ending(self._status, CLOSE_SECONDS[self._status])
+        self._wait_for_end(CLOSE_SECONDS[self._status])
 
     def _exit(self, ending: exits.Exit) -> None:
-        self._status = ending.status
-        self._close_within(_EXIT_SECONDS)
+        self._begin_ending(ending.status, _EXIT_SECONDS)
+        self._wait_for_end(_EXIT_SECONDS)
 
-    def _close_within(self, seconds: float) -> None:
-        self._closing = True
+    def _begin_ending(self, status: Status, seconds: float) -> None:
+        self._status, self._deadline, self._closing = status, time.monotonic() + seconds, True
         self._wake.set()
-        self._thread.join(seconds)
+
+    def _wait_for_end(self, seconds: float) -> None:
+        self._thread.join(max(0.0, self._deadline - time.monotonic()))
         if self._thread.is_alive():
             self._warn(f"no answer within {seconds:g} s at the end of the run; metrics.jsonl has the rest")
 
@@ -131,8 +136,8 @@ class Follower:
         while True:
             position = self._file.tell()
             lines = [line for line in islice(self._file, _LINES_AT_ONCE) if line.endswith(b"\n")]
+            self._file.seek(position + sum(map(len, lines)))  # not behind a line that is still being written
             if not lines:
-                self._file.seek(position)
                 return
             records = [record for line in lines if (record := parse_metrics(line)) and not self._logged.has(record)]
             try:

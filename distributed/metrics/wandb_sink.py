@@ -78,7 +78,7 @@ class WandbService:
 
         settings = wandb.Settings(
             silent=True, console="off", disable_git=True, save_code=False, init_timeout=_START_SECONDS,
-            finish_timeout=_FINISH_SECONDS, finish_timeout_raises=True,
+            finish_timeout=_FINISH_SECONDS, finish_timeout_raises=True, reinit="create_new",
         )  # fmt: skip
         config = self._config
         return wandb.init(
