@@ -14,6 +14,7 @@ from distributed.config.engines import DeepSpeed
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.figures.curves import draw_curves
 from distributed.files import storing
+from distributed.host.importable import module_files
 from distributed.host.versions import versions
 from distributed.process import exits, logs
 from distributed.process.optional_output import OptionalOutput
@@ -74,7 +75,9 @@ class Attempt:
             bits["engine"] = engine.name
             if isinstance(engine, DeepSpeed):
                 bits["engine"] += f" {version('deepspeed')}, stage {engine.zero_stage}"
-        return {"data": self.config.data.name, "config": json.loads(self.config.model_dump_json()), "bits": bits}
+        modules = {name: file._asdict() for name, file in module_files(self.config.import_paths).items()}
+        saved_config = json.loads(self.config.model_dump_json())
+        return {"data": self.config.data.name, "config": saved_config, "bits": bits, "modules": modules}
 
     def _check_differences(self, differences: list[str]) -> None:
         """Raise or warn if the ranks differ in hardware, libraries or variables that select kernels."""
@@ -97,9 +100,11 @@ class Attempt:
         self._state = state
         if resumed_from:
             self._compare_bits(resumed_from.get("bits", {}), metadata["bits"])
+            self._compare_modules(resumed_from.get("modules"), metadata["modules"])
         if self.run:
             metadata["run"] = self.run.identify((resumed_from or {}).get("run"))
-            self.run.begin(self.config, start_step=state.step, bits=metadata["bits"], images=metadata["images"])
+            recorded = {name: metadata[name] for name in ("bits", "images", "modules")}
+            self.run.begin(self.config, start_step=state.step, **recorded)
 
     def _compare_bits(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         """Raise if the number of shards changed; warn about every other change that the bits depend on."""
@@ -118,6 +123,17 @@ class Attempt:
             is_recorded = name in before or (records_variables and name.isupper())
             if old != new and is_recorded:
                 logger.warning("resuming with a different {}: {} before, {} now; bits may differ", name, old, new)
+
+    def _compare_modules(self, before: Any, now: dict[str, dict[str, str]]) -> None:
+        """Warn about every imported module whose file has changed since the checkpoint."""
+        for name, module in now.items():
+            saved = before.get(name) if isinstance(before, dict) else None  # older versions recorded none
+            old = saved.get("sha256") if isinstance(saved, dict) else None
+            if isinstance(old, str) and old != module["sha256"]:
+                logger.warning(
+                    "resuming with another {}: sha256 {:.12} before, {:.12} now; if more than comments changed, results differ "
+                    "from those of an undisturbed run", module["file"] or name, old, module["sha256"],
+                )  # fmt: skip
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self.run is not None:

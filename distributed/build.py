@@ -14,16 +14,18 @@ from distributed.comm import collectives
 from distributed.comm.process_group import check_own_gpu
 from distributed.config import TrainConfig, as_toml
 from distributed.config.engines import Ddp, DeepSpeed, Fsdp
-from distributed.config.sections import ImportedModel
+from distributed.config.sections import ImportedModel, Model
 from distributed.data.batch import Batch, Batching, InputFormat, Shards
 from distributed.data.pipeline import DataPipeline
 from distributed.data.sources import registry
+from distributed.data.sources.arrays import GivenArrays
 from distributed.engine.ddp import DdpEngine
 from distributed.engine.exact import ExactEngine
 from distributed.engine.prepare import Compute
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.host.cpu_quota import quota_note
+from distributed.host.importable import module_files
 from distributed.models.imported import check_same_weights
 from distributed.network import Network, build_network
 from distributed.run.claim import ClaimedRun
@@ -47,18 +49,32 @@ def config_digest(config: TrainConfig) -> str:
 
 
 def check_same_config(config: TrainConfig) -> None:
-    """Raise InputError if the ranks do not all have the same config. A collective."""
-    digests = collectives.gather_objects(config_digest(config))
+    """Raise InputError if the ranks do not all have the same config and imported modules. A collective."""
+    own = config_digest(config), module_files(config.import_paths)
+    digests, modules = zip(*collectives.gather_objects(own), strict=True)
     different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if different:
         raise InputError(
             f"config: rank {', '.join(map(str, different))} has different settings from rank 0; "
             "start every node with the same command and the same files"
         )
+    for rank, files in enumerate(modules):
+        for name, module in files.items():
+            if module.sha256 != modules[0][name].sha256:
+                raise InputError(
+                    f"{name} = {config.import_paths[name]}: rank {rank} has another file {module.file} than rank 0; every node "
+                    "needs the same"
+                )
 
 
-def build_data(config: TrainConfig, topology: Topology, device: torch.device) -> DataPipeline:
-    """Build the data pipeline, downloading and decoding if necessary, so call it before peers wait in a process group."""
+def build_data(
+    config: TrainConfig, topology: Topology, device: torch.device, given: GivenArrays | None = None
+) -> DataPipeline:
+    """Build the data pipeline, downloading and decoding if necessary, so call it before peers wait in a process group.
+
+    Args:
+        given: the arrays that Python code gave for the import path in the config.
+    """
     config.check_world_size(topology.world_size, device.type)
     registry.fetch_missing(config.data)
     return DataPipeline(
@@ -74,8 +90,11 @@ def build_data(config: TrainConfig, topology: Topology, device: torch.device) ->
             device,
             dtype=torch.float64 if config.precision == "float64" else torch.float32,
             channels_last=config.channels_last,
+            side=config.resized_side,
+            repeats_channel=isinstance(config.model, Model),
         ),
-        side=config.input_side,
+        side=config.decoded_side,
+        given=given,
     )
 
 
@@ -97,8 +116,8 @@ def build_engine(
         network: the result of `build_network`, if it was called before.
     """
     model, layers = network or build_network(config, topology, data, device)
-    if isinstance(config.model, ImportedModel):
-        check_same_weights(model, name=config.model.name)
+    if isinstance(config.model, ImportedModel) or config.init_from:
+        check_same_weights(model, name=config.model.name, init_from=config.init_from)
     compute = Compute(config.precision, config.channels_last, device, config.timeout_seconds)
     engine, optim, multiple_ranks = config.engine, config.optim, topology.world_size > 1
     if isinstance(engine, DeepSpeed) and multiple_ranks:

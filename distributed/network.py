@@ -1,17 +1,21 @@
 """Builds a run's network and checks, before any process group exists, that it can be trained as configured."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from loguru import logger
 from torch import nn
 
+from distributed.checkpoint.warm_start import start_from
 from distributed.config import TrainConfig
 from distributed.config.sections import ImportedModel
 from distributed.data.pipeline import DataPipeline
 from distributed.errors import InputError
 from distributed.models.build import build_model
+from distributed.models.imported import GivenModel
 from distributed.models.plain_batch_norm import unsupported_batch_norms
 from distributed.topology import Topology
 
@@ -24,20 +28,45 @@ class Network(NamedTuple):
     layers: dict[str, int]
 
 
-def build_network(config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device) -> Network:
+def build_network(
+    config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device, given: GivenModel | None = None
+) -> Network:
     """Build the network. An imported one is tried on a few images, in throwaway passes that leave it unchanged.
 
     Call this before creating a process group.
 
+    Args:
+        given: what Python code gave for the import path in the config.
+
     Raises:
         InputError: the network cannot be imported, does not return logits, or exact mode does not support it.
     """
-    if not isinstance(config.model, ImportedModel):
-        model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
-        return Network(model, {name: 1 for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)})
+    with _reported_once(topology):
+        model = build_model(config.model, num_classes=data.num_classes, seed=config.seed, given=given)
+        if isinstance(config.model, ImportedModel):
+            return Network(model, _check_imported(model, config, topology, data, device))
+    return Network(model, {name: 1 for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)})
+
+
+def build_initial_network(
+    config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device, given: GivenModel | None = None
+) -> Network:
+    """Build the network as `build_network` does, with the weights that `init_from` names unless the run has saved.
+
+    Raises:
+        InputError: also if these weights do not fit.
+    """
+    network = build_network(config, topology, data, device, given)
+    with _reported_once(topology):
+        start_from(config, topology, network.model)
+    return network
+
+
+@contextmanager
+def _reported_once(topology: Topology) -> Iterator[None]:
+    """Let the first rank of a node report an InputError that all of them raise. Context manager."""
     try:
-        model = build_model(config.model, num_classes=data.num_classes, seed=config.seed)
-        return Network(model, _check_imported(model, config, topology, data, device))
+        yield
     except InputError:
         if topology.local_rank:
             time.sleep(3)  # the first rank found the same: it reports that before torchrun ends all ranks

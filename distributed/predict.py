@@ -94,20 +94,20 @@ def _parser() -> argparse.ArgumentParser:
 def _predict(
     config: "TrainConfig", checkpoint: Path, paths: list[Path], max_pixels: int
 ) -> tuple[list[Prediction], list["Tensor"]]:
-    """Return each image's prediction and the pixels [1, 3, size, size] that the network saw."""
+    """Return each image's prediction and the pixels [1, channels, h, w] that the network saw."""
     with gc_pause.gc_paused():
         import torch
 
     from distributed.data.sources.image_file import read_image
     from distributed.data.sources.image_size import TooLarge
-    from distributed.inference.trained_run import load_checkpoint, resize
+    from distributed.inference.trained_run import load_checkpoint
 
     trained = load_checkpoint(config, checkpoint)
     pixels = []
     for path in paths:  # one at a time: an image may be large, and its resized pixels are few
         image = (read_image(path, max_pixels=max_pixels) * 255).round().byte()
         try:
-            pixels.append(resize(image, trained.image_size, max_pixels=max_pixels))
+            pixels.append(trained.resize(image, max_pixels=max_pixels))
         except TooLarge as error:
             raise InputError(f"{path}: {error}") from None
     with torch.no_grad():
@@ -124,7 +124,7 @@ def _draw(pixels: list["Tensor"], predictions: list[Prediction], picture: Path) 
     from distributed.figures.predictions import predictions_figure
     from distributed.figures.style import as_png
 
-    images = [each[0].permute(1, 2, 0).numpy() for each in pixels]
+    images = [each[0].expand(3, -1, -1).permute(1, 2, 0).numpy() for each in pixels]
     titles = [Path(prediction.image).name for prediction in predictions]
     with predictions_figure(images, [prediction.top for prediction in predictions], titles) as figure:
         write_output(picture, as_png(figure))

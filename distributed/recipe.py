@@ -9,74 +9,92 @@ from loguru import logger
 
 from distributed.attempt import Attempt
 from distributed.build import build_checkpointer, build_data, build_engine, build_step, check_same_config, log_plan
-from distributed.checkpoint.warm_start import load_initial_weights
 from distributed.comm.process_group import choose_device, process_group
 from distributed.config import TrainConfig
+from distributed.config.given import check_arguments, with_given
 from distributed.data.checks import check_data
+from distributed.data.sources.arrays import GivenArrays
+from distributed.inference.result import TrainResult
 from distributed.metrics.imported_sinks import open_sinks
 from distributed.metrics.profiler import StepProfiler
 from distributed.metrics.records import Sink
 from distributed.metrics.reporter import Reporter, default_sinks
-from distributed.network import build_network
+from distributed.models.imported import GivenModel
+from distributed.network import build_initial_network
 from distributed.optim.schedules import build_early_stopping, build_schedule
 from distributed.process.allocator import keep_freed_memory
+from distributed.process.gc_pause import then_collect_garbage
 from distributed.process.logs import replace_default_logs
 from distributed.run.resume_checks import check_saved
 from distributed.topology import Topology
-from distributed.training.determinism import make_deterministic
+from distributed.training.determinism import make_deterministic, restored_settings
 from distributed.training.state import TrainState
 from distributed.training.steps import evaluate
 from distributed.training.stop import NeverStop, StepAgreement, StopSource
 from distributed.training.totals import MetricAccumulator
 
 
-def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequence[Sink] = ()) -> TrainState:
+@then_collect_garbage
+def train(
+    config: TrainConfig,
+    *,
+    model: GivenModel | None = None,
+    data: GivenArrays | None = None,
+    stop: StopSource | None = None,
+    sinks: Sequence[Sink] = (),
+) -> TrainResult:
     """Train as configured, resuming from the newest checkpoint in the run folder if there is one.
 
     Every rank calls this with the same config, whether torchrun, Slurm, Ray or a test started it.
 
     Args:
+        model: the network, in place of the config's: a function or class called as model(num_classes=N), or a module, of
+            which a copy is trained.
+        data: the images and labels, in place of the config's: a dict of the arrays train_images, train_labels, test_images
+            and test_labels.
         stop: source of stop requests. All ranks agree on the step at which to stop, save a checkpoint there and return.
-        sinks: additional metric sinks, called on every rank.
+        sinks: additional metric sinks, called on rank 0; on every rank if they have `on_every_rank = True`.
 
     Returns:
-        The final training state. `stop_reason` is set if the run was stopped before its end.
+        How the run ended, its network and its metrics. `stop_reason` is set if it was stopped before its end.
 
     Raises:
-        InputError: the data, run folder or device cannot be used, or the ranks have different configs or data.
+        InputError: an argument, the data, run folder or device cannot be used, or the ranks' configs or data differ.
         NotFiniteError: the loss became infinite or NaN.
         StorageError: a checkpoint could not be written. The previous one is intact.
     """
+    check_arguments(config, stop=stop, sinks=sinks)
+    config = with_given(config, model=model, data=data)
     topology = Topology.from_environment()
     replace_default_logs(topology.rank, level=config.logging.level)
     keep_freed_memory()
-    torch.set_num_threads(topology.threads(config.threads))
     device = choose_device(config.device, topology)
-    make_deterministic(device, precision=config.precision, compile=config.compile)
     with ExitStack() as stack:
+        stack.enter_context(restored_settings())
+        torch.set_num_threads(topology.threads(config.threads))
+        make_deterministic(device, precision=config.precision, compile=config.compile)
         attempt = stack.enter_context(Attempt(config, topology))
         # Before the process group, so that bad data, networks and sinks leave no peer waiting.
         own_sinks = open_sinks(config) if topology.is_main else []
-        data = build_data(config, topology, device)
-        network = build_network(config, topology, data, device)
+        pipeline = build_data(config, topology, device, data)
+        network = build_initial_network(config, topology, pipeline, device, model)
         stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
         check_same_config(config)
         attempt.open_log()
-        check_data(config, data)
+        check_data(config, pipeline)
 
-        engine = build_engine(config, topology, data, device, network)
-        schedule = build_schedule(config, steps_per_epoch=data.steps_per_epoch)
+        engine = build_engine(config, topology, pipeline, device, network)
+        schedule = build_schedule(config, steps_per_epoch=pipeline.steps_per_epoch)
         state = TrainState(schedule, build_early_stopping(config.early_stopping), config.precision)
-        metadata = attempt.metadata(device) | data.metadata()
+        metadata = attempt.metadata(device) | pipeline.metadata()
         checkpoints = build_checkpointer(config, attempt.run, metadata)
-        validate = partial(check_saved, config=config, images=data.size("train"))
+        validate = partial(check_saved, config=config, images=pipeline.size("train"))
         resumed_from = checkpoints.resume(engine, state, validate=validate)
-        if resumed_from is None and config.init_from:
-            load_initial_weights(config.init_from, engine)
         attempt.begin(state, resumed_from=resumed_from, metadata=metadata)
-        log_plan(config, data, topology, state, device)
+        log_plan(config, pipeline, topology, state, device)
 
-        total_steps = config.epochs * data.steps_per_epoch
+        total_steps = config.epochs * pipeline.steps_per_epoch
+        sinks = [sink for sink in sinks if topology.is_main or getattr(sink, "on_every_rank", False)]
         if attempt.run:
             sinks = [*default_sinks(config, attempt.run, state, total_steps=total_steps), *own_sinks, *sinks]
         report = stack.enter_context(Reporter(sinks, total_steps=total_steps, device=device))
@@ -86,11 +104,11 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
         profiler = stack.enter_context(StepProfiler(profiled_steps, attempt.folder.profile, attempt.check_token))
         metrics = MetricAccumulator(device)
         train_step = build_step(config, engine, metrics, device)
-        evaluate_split = partial(evaluate, engine, data, flip_tta=config.evaluation.flip_tta, device=device)
+        evaluate_split = partial(evaluate, engine, pipeline, flip_tta=config.evaluation.flip_tta, device=device)
 
         while state.epoch < config.epochs and not state.stopped_early:
             report.begin_epoch(state)
-            batches = data.train_epoch(state.epoch, start_step=state.step_in_epoch)
+            batches = pipeline.train_epoch(state.epoch, start_step=state.step_in_epoch)
             for micro_batches in report.meter.time_waits(batches):
                 lr = schedule.lr(state.step)
                 grad_norm = train_step(micro_batches, lr=lr, step=state.step)
@@ -106,12 +124,12 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
                 if stop_now:
                     checkpoints.wait(stopping=True)
                     state.stop_reason = agreement.reason
-                    return state
+                    return TrainResult.of(config, state, model)
             # From here on the loop's variables may be unset: an attempt can resume after an epoch's last step.
             state.add(metrics.read())
             state.pop_window()
             lr = schedule.lr(state.step - 1)
-            validation = evaluate_split("validation") if data.size("validation") else None
+            validation = evaluate_split("validation") if pipeline.size("validation") else None
             is_best, decisions = state.observe(validation, best_by=config.best_by)
             for decision in decisions:
                 logger.info(decision)
@@ -124,4 +142,4 @@ def train(config: TrainConfig, *, stop: StopSource | None = None, sinks: Sequenc
             if checkpoints.save_epoch(engine, state, is_best=is_best, is_last=is_last):
                 agreement.restart_save_timer()
         checkpoints.wait()
-        return state
+        return TrainResult.of(config, state, model)

@@ -9,24 +9,32 @@ from distributed.checkpoint.upload import log_upload_result
 from distributed.comm.agent_store import ForeignJobError, find_agent_store
 from distributed.comm.peers import failure_message, notify_waiting_peers
 from distributed.config import TrainConfig
+from distributed.config.data import GeneratedData
+from distributed.dry_run import dry_run as try_steps
 from distributed.errors import ExitCode, InputError, NotFiniteError, PeerError, StorageError
+from distributed.inference.result import TrainResult
 from distributed.process import exits, logs
 from distributed.recipe import train
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
-from distributed.training.state import TrainState
 from distributed.training.stop import StopSource
 
 
-def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource) -> int:
-    """Train and return the exit code. Under torchrun, also report the reason for a failure or stop to its summary."""
+def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource, *, dry_run: bool = False) -> int:
+    """Train, or only try it, and return the exit code.
+
+    Under torchrun, also report the reason for a failure or stop to its summary.
+    """
     logs.terminal_logs(topology.rank, level=config.logging.level)
     agents = find_agent_store(topology)
     try:
         if agents:
             agents.register(config_digest(config))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        state = train(config, stop=stop)
+        if dry_run:
+            try_steps(config)
+            return ExitCode.FINISHED
+        result = train(config, stop=stop)
     except Exception as error:
         _log_error(error, topology)
         code = getattr(error, "exit_code", ExitCode.FAILED)
@@ -37,11 +45,11 @@ def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource) 
             notify_waiting_peers(topology, code, failure_message(error))
         return int(code)
     if topology.is_main:
-        _log_result(config, state)
+        _log_result(config, result)
         log_upload_result(config)
-    if not state.stop_reason:
+    if not result.stop_reason:
         return ExitCode.FINISHED
-    exits.write_error_file(_stop_message(state), is_cause=False)
+    exits.write_error_file(_stop_message(result), is_cause=False)
     return ExitCode.STOPPED
 
 
@@ -56,20 +64,20 @@ def _log_error(error: Exception, topology: Topology) -> None:
         logger.opt(exception=error.__cause__).debug("caused by")
 
 
-def _stop_message(state: TrainState) -> str:
-    return f"stopped by {state.stop_reason} at step {state.step}, everything saved; the same command resumes"
+def _stop_message(result: TrainResult) -> str:
+    return f"stopped by {result.stop_reason} at step {result.step}, everything saved; the same command resumes"
 
 
-def _log_result(config: TrainConfig, state: TrainState) -> None:
-    if state.stop_reason:
-        logger.warning("{}", _stop_message(state))
+def _log_result(config: TrainConfig, result: TrainResult) -> None:
+    if result.stop_reason:
+        logger.warning("{}", _stop_message(result))
         return
     run = RunFolder(config.run_dir)
-    epochs = f"{state.epoch} epoch{'s' if state.epoch != 1 else ''}"
-    early = ", stopped early" if state.stopped_early else ""
-    best = f"; best validation epoch {state.best.epoch + 1} ({state.best.value:.4f})" if state.best else ""
-    logger.info("finished after {}, {} steps{}{}", epochs, state.step, early, best)
+    epochs = f"{result.epoch} epoch{'s' if result.epoch != 1 else ''}"
+    early = ", stopped early" if result.stopped_early else ""
+    best = f"; best validation epoch {result.best.epoch + 1} ({result.best.value:.4f})" if result.best else ""
+    logger.info("finished after {}, {} steps{}{}", epochs, result.step, early, best)
     board = f", TensorBoard: tensorboard --logdir {run.path}" if config.logging.tensorboard else ""
     logger.info("curves {}, checkpoints {}{}", run.curves, run.checkpoints, board)
-    if config.data.name.startswith("generated"):
+    if isinstance(config.data, GeneratedData):
         logger.warning("these results are on generated images, not on CIFAR")

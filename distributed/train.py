@@ -1,4 +1,4 @@
-"""`python -m distributed.train [CONFIG.toml] [--SETTING VALUE ...]`: rejects bad input before importing torch."""
+"""`python -m distributed.train [CONFIG.toml] [--SETTING VALUE ...] [--dry-run]`: rejects bad input before importing torch."""
 
 import signal
 import sys
@@ -9,6 +9,8 @@ from typing import NamedTuple
 from distributed.checkpoint.download import store_has_run
 from distributed.checkpoint.upload import upload_remaining
 from distributed.config import TrainConfig, from_command_line, help_text
+from distributed.config.data import CifarData
+from distributed.config.layers import dotted_paths
 from distributed.data.sources import cifar, registry
 from distributed.errors import ExitCode, InputError
 from distributed.host.versions import require
@@ -27,6 +29,10 @@ _BANNER = """\
 *  folder of the official archive, --data.root FOLDER, or give --data.download
 ********************************************************************************
 """
+
+
+DRY_RUN = ("--dry-run", "--dry_run")
+"""The flag that tries a run without starting it. Not a setting, so no config file can leave a run undone."""
 
 
 class CheckedRun(NamedTuple):
@@ -49,10 +55,11 @@ def main() -> int:
 
 def _run(stop: SignalStop) -> int:
     topology = Topology()
+    arguments = [argument for argument in sys.argv[1:] if argument not in DRY_RUN]
     try:
         topology = Topology.from_environment()
         topology.check_endpoint()
-        config, finished = checked_config(sys.argv[1:], topology)
+        config, finished = checked_config(arguments, topology)
     except InputError as error:
         return refuse(error, topology)
     if finished:
@@ -66,7 +73,7 @@ def _run(stop: SignalStop) -> int:
     with gc_pause.gc_paused():  # imports torch, now that all input has been checked
         from distributed.run_process import run_to_exit_code
 
-    return run_to_exit_code(config, topology, stop)
+    return run_to_exit_code(config, topology, stop, dry_run=len(arguments) < len(sys.argv) - 1)
 
 
 def checked_config(
@@ -91,9 +98,15 @@ def checked_config(
             f"scaling.num_workers = {config.scaling.num_workers}: scaling is for python -m launch.ray_train, and would be "
             "ignored here; remove that section"
         )
+    if config.sweep:
+        raise InputError(
+            f"sweep.{[*dotted_paths(config.sweep)][-1]}: sweeps are for python -m launch.slurm and launch.ray_train; use one "
+            "of them, or give --sweep none to train once"
+        )
     if config.device != "auto" or config.exact.shards != "auto":  # otherwise it depends on the GPUs that torch finds
         config.check_world_size(topology.world_size, config.device)
     config.model.check_importable()
+    config.data.check_importable()
     if config.engine.name == "deepspeed":
         require("deepspeed", at_least=(0, 19), needed_by="engine.name = deepspeed")
     if topology.is_main:
@@ -112,7 +125,7 @@ def checked_config(
 def _config_with_data(arguments: Sequence[str], topology: Topology) -> TrainConfig:
     command = from_command_line(arguments)
     config = command.config
-    if command.names_data or config.data.name != "cifar10" or cifar.is_there("cifar10", config.data.root):
+    if command.names_data or not isinstance(config.data, CifarData) or cifar.is_there("cifar10", config.data.root):
         return config
     root = config.data.root.resolve()
     if job := cluster_job():

@@ -15,8 +15,8 @@ from distributed.topology import Topology
 from distributed.train import refuse
 from launch.environment import ray_address
 from launch.on_ray.environment import set_environment
-from launch.on_ray.settings import NOT_SWEPT, check_address, check_training, sweep_trainings
-from launch.sweep_arguments import split_sweep
+from launch.on_ray.settings import check_address, check_training, sweep_trainings
+from launch.sweep_arguments import read_sweep, split_sweep
 
 _USAGE = """\
 usage: python -m launch.ray_train [CONFIG] [--SETTING VALUE ...]
@@ -25,8 +25,12 @@ usage: python -m launch.ray_train [CONFIG] [--SETTING VALUE ...]
 Trains on a Ray cluster: the one that RAY_ADDRESS names, else the one that runs on this machine, else a new one on this
 machine. The settings scaling.* choose the workers. Paths are absolute; run_dir is on storage that all nodes share.
 
-  --sweep.SETTING A,B    train once per value, as many at once as fit, and report the best by validation accuracy
-  --seeds N              the same for seeds 0 to N - 1
+Sweeps run as many trials at once as fit and report the best; in a config, the same names under [sweep]:
+
+  --sweep.SETTING A,B    every combination of the listed values, e.g. --sweep.optim.lr 0.1,0.05
+  --sweep.SETTING "log_uniform(1e-4, 1e-1)" --trials N    N random values; also uniform, integers, choice
+  --seeds N              each of them with seeds 0 to N - 1
+  --sweep.trial_seed N, --sweep.metric validation.loss
 
 The other settings are those of python -m distributed.train:
 
@@ -41,8 +45,9 @@ def main() -> int:
         return ExitCode.FINISHED
     try:
         require("ray", at_least=(2, 60), needed_by="launch.ray_train")
-        common, sweep = split_sweep(arguments, not_swept=NOT_SWEPT)
-        trainings = sweep_trainings(common, sweep) if sweep else [check_training(common)]
+        split = split_sweep(arguments)
+        sweep = read_sweep(split)
+        trainings = sweep_trainings(split.common, sweep) if sweep else [check_training(split.common)]
         check_address(ray_address())
     except InputError as error:
         return refuse(error, Topology())
@@ -50,7 +55,7 @@ def main() -> int:
     if sweep:
         from launch.on_ray import sweep as ray_sweep  # imports ray, now that the input is checked
 
-        return ray_sweep.run(trainings)
+        return ray_sweep.run(trainings, sweep.metric)
     [training] = trainings
     if training.finished:
         print(f"{training.config.run_dir}: this run is finished; nothing is left to do", file=sys.stderr)

@@ -1,40 +1,52 @@
-"""`python -m launch.summary FOLDER`: a table of the runs in a folder, with mean and standard deviation over their seeds.
+"""`python -m launch.summary FOLDER [--by METRIC]`: a table of the runs in a folder, the best first.
 
-Also writes it to FOLDER/summary.txt. Each task of an array does so when it ends, so the last one writes the complete
-table. Imports no torch.
+Below it are mean and standard deviation over the seeds of each setting. Also writes the table to FOLDER/summary.txt and,
+with --by, the settings of the best run to FOLDER/best.toml. Each task of an array does so when it ends, so the last one
+writes the complete table. Imports no torch.
 """
 
+import argparse
 import re
 import statistics
 import sys
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 
+from distributed.config import as_toml, with_values
 from distributed.config.layers import shown
 from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.files import home_path, replace_text
+from distributed.inference.saved_run import read_config
 from distributed.process.optional_output import OptionalOutput
 from distributed.process.streams import run_command
-from distributed.run.metrics_log import FIGURES, MetricsLog
+from distributed.run.metrics_log import FIGURES, MetricsLog, Point
 from distributed.runs.outcome import outcome_of, runs_below
 from distributed.runs.table import HEADINGS, cells, in_columns
 
+METRICS = tuple(f"{split}.{figure}" for split, figure in product(("validation", "test"), FIGURES))
 # The end of a run's name that distinguishes the seeds of one setting: `lr=0.1/seed-0` on Slurm, `lr=0.1,seed=0` on Ray.
 _SEED = re.compile(r"(?:^|[/,])seed[-=]\d+$")
 
 
-def summary(folder: Path) -> str:
-    """Return the table of `distributed.runs`, then mean and standard deviation over the finished seeds of each setting.
+def summary(folder: Path, metric: str = METRICS[0]) -> str:
+    """Return the table of `distributed.runs`, best run first, and statistics over the finished seeds of each setting.
 
     Raises:
         InputError: the folder holds no runs.
     """
-    runs = [run for run in runs_below(folder) if run != folder]
+    runs = {str(run.relative_to(folder)): run for run in runs_below(folder) if run != folder}
     if not runs:
         raise InputError(f"{folder}: no runs in it; name the folder that holds seed-0, seed-1, ...")
-    outcomes = {str(run.relative_to(folder)): outcome_of(run) for run in runs}
-    lines = in_columns([["run", *HEADINGS], *([shown(name), *cells(outcome)] for name, outcome in outcomes.items())])
-    finished = [name for name, outcome in outcomes.items() if outcome.status == "finished"]
+    outcomes = {name: outcome_of(run) for name, run in runs.items()}
+    best = {name: found for name, run in runs.items() if (found := best_epoch(run, metric))}
+    is_listed = metric == METRICS[0]  # as `best validation`
+    rows = [["run", *HEADINGS, *([] if is_listed else [metric])]]
+    for name in _sorted(list(runs), best, metric):
+        value = f"{best[name].value:.4f} (epoch {best[name].epoch})" if name in best else "-"
+        rows.append([shown(name), *cells(outcomes[name]), *([] if is_listed else [value])])
+    lines = in_columns(rows)
+    finished = [name for name in runs if outcomes[name].status == "finished"]
     settings: dict[str, list[dict[str, float]]] = {}
     for name in finished:
         if seed := _SEED.search(name):  # a mean over different settings would be meaningless
@@ -46,6 +58,52 @@ def summary(folder: Path) -> str:
     if unfinished := len(runs) - len(finished):
         lines.append(f"unfinished runs: {unfinished} of {len(runs)}")
     return "\n".join(lines) + "\n"
+
+
+def best_epoch(run: Path, metric: str) -> Point | None:
+    """Return the first epoch with the best value of a metric; None if the run never measured it."""
+    split, _, figure = metric.partition(".")
+    try:
+        log = MetricsLog.read(run / "metrics.jsonl")
+    except InputError:
+        return None
+    curve = log.curve(split, "loss" if figure == "loss" else "accuracy")
+    return min(curve, key=lambda point: _rank(point, metric), default=None)
+
+
+def _rank(point: Point, metric: str) -> float:
+    """Return a number that is lower for a better value."""
+    return point.value if metric.endswith("loss") else -point.value
+
+
+def _sorted(names: list[str], best: Mapping[str, Point], metric: str) -> list[str]:
+    """Return the names of runs, best first; those without the metric last, in their own order."""
+    return sorted(names, key=lambda name: (name not in best, _rank(best[name], metric) if name in best else 0.0))
+
+
+def write_summary(folder: Path, metric: str) -> str:
+    """Write the table and, as `best.toml`, the settings of the best run; return the table and a line about that run.
+
+    Raises:
+        InputError: the folder holds no runs.
+    """
+    text = summary(folder, metric)
+    best = {run: found for run in runs_below(folder) if run != folder and (found := best_epoch(run, metric))}
+    if best:
+        run = min(best, key=lambda run: _rank(best[run], metric))
+        name, value = shown(run.relative_to(folder)), _formatted(best[run].value, metric)
+        with OptionalOutput(folder / "best.toml"):
+            config = with_values(read_config(run), run_dir=folder / "best")
+            replace_text(folder / "best.toml", f"# {name}: {value}\n{as_toml(config)}")
+            text += f"best: {name}, {value}; its settings: {folder / 'best.toml'}\n"
+    with OptionalOutput(folder / "summary.txt"):
+        replace_text(folder / "summary.txt", text)
+    return text
+
+
+def _formatted(value: float, metric: str) -> str:
+    split, _, figure = metric.partition(".")
+    return f"{value:.2%} {split} accuracy" if figure == "accuracy" else f"{split} loss {value:.4f}"
 
 
 def _last_metrics(run: Path) -> dict[str, float]:
@@ -68,17 +126,26 @@ def _mean_and_deviation(metrics: list[dict[str, float]]) -> str:
 @prints_errors
 def main() -> int:
     """Return the exit code: 0, or 2 if the folder holds no runs."""
+    parser = argparse.ArgumentParser(prog="python -m launch.summary", description=__doc__)
+    parser.add_argument("folders", nargs="*", type=home_path, metavar="FOLDER")
+    parser.add_argument(
+        "--by", choices=METRICS, help="sort by this metric, and write the best run's settings to best.toml"
+    )
+    options = parser.parse_args()
+    if len(options.folders) != 1:
+        raise InputError("command line: give one folder: python -m launch.summary FOLDER")
+    if options.by and options.by not in METRICS:
+        raise InputError(f"command line: --by {options.by}: should be one of {' | '.join(METRICS)}")
+    [folder] = options.folders
     try:
-        if len(sys.argv) != 2:
-            raise InputError("command line: give one folder: python -m launch.summary FOLDER")
-        folder = home_path(sys.argv[1])
-        text = summary(folder)
+        text = write_summary(folder, options.by) if options.by else summary(folder)
     except OSError as error:
-        print(f"error: {error}; fix access to {sys.argv[1]}", file=sys.stderr)
+        print(f"error: {error}; fix access to {folder}", file=sys.stderr)
         return ExitCode.STORAGE
     print(text, end="")
-    with OptionalOutput(folder / "summary.txt"):
-        replace_text(folder / "summary.txt", text)
+    if not options.by:
+        with OptionalOutput(folder / "summary.txt"):
+            replace_text(folder / "summary.txt", text)
     return ExitCode.FINISHED
 
 

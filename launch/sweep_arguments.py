@@ -1,160 +1,218 @@
-"""Arguments of several trainings: sweeps on Slurm and Ray, and the tasks of a Slurm array. Imports no torch."""
+"""Reads a sweep from the command line and from the section `[sweep]` of a config: one grammar for Slurm and Ray.
 
-import itertools
+Imports no torch.
+"""
+
 import re
-import shlex
 from collections import deque
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
 
-from distributed.config import from_command_line
-from distributed.config.arguments import from_arguments
+from distributed.config.hints import known, unknown
+from distributed.config.layers import Settings, shown
+from distributed.config.leaves import table_around
+from distributed.config.named import config_file
+from distributed.config.renamed import is_saved_by_a_run
+from distributed.config.toml_file import from_file
+from distributed.config.toml_text import toml_value
 from distributed.errors import InputError
+from distributed.files import with_home
+from launch.distributions import Distribution, parse_distribution, split_at_commas
+from launch.sweep import MAX_TRIALS, METRICS, Sweep
+
+_SHORT = {"--seeds": "seeds", "--trials": "trials"}
+_COUNTS = {"seeds": 1, "trials": 1, "trial_seed": 0}
+"""Name of a number that describes the sweep itself -> the least it may be."""
+_NOT_SWEPT = ("run_dir", "checkpoint.upload_to", "scaling", "sweep")
 
 
-class SweepArguments(NamedTuple):
-    """A parsed command line: the arguments common to all trainings, and the values to sweep for each setting."""
+class Entry(NamedTuple):
+    """The values of a setting in a sweep, or of an option of the sweep itself such as `trials`."""
+
+    place: str
+    """Where it was given and how it is spelled there, e.g. `command line: --sweep.optim.lr 0.1,0.2`."""
+    values: list[str] | str
+    """A text holds a list, separated by commas, or a distribution."""
+
+
+class SplitArguments(NamedTuple):
+    """A command line: the arguments that all trials share, and the text of each `--sweep.NAME`."""
 
     common: list[str]
-    sweep: dict[str, list[str]]
-
-
-@dataclass(frozen=True)
-class Combination:
-    """One value for each setting of a sweep."""
-
-    settings: tuple[tuple[str, str], ...]
+    sweep: dict[str, str]
 
     @property
-    def arguments(self) -> list[str]:
-        """The settings as arguments: `--optim.lr 0.1 --seed 1`."""
-        return [argument for name, value in self.settings for argument in (f"--{name}", value)]
-
-    @property
-    def label(self) -> str:
-        """The settings as one word, e.g. `optim.lr=0.1,seed=1`."""
-        return ",".join(f"{name}={value}" for name, value in self.settings)
-
-    @property
-    def nested_folder(self) -> str:
-        """A folder for each setting, e.g. `optim.lr=0.1/seed-1`."""
-        return "/".join(f"seed-{value}" if name == "seed" else f"{name}={value}" for name, value in self.settings)
+    def sweep_words(self) -> list[str]:
+        """The options of the sweep as arguments."""
+        return [f"--sweep.{name}={text}" for name, text in self.sweep.items()]
 
 
-def split_sweep(arguments: Sequence[str], *, not_swept: Collection[str] = ()) -> SweepArguments:
-    """Separate `--sweep.SETTING A,B` (or `--sweep SETTING=A,B`) and `--seeds N` from the other arguments.
-
-    Args:
-        not_swept: settings that this launcher cannot sweep, and prefixes of such settings, each ending in a dot.
+def split_sweep(arguments: Sequence[str]) -> SplitArguments:
+    """Separate `--sweep.NAME VALUES` (or `--sweep NAME=VALUES`), `--seeds N` and `--trials N` from the other arguments.
 
     Raises:
-        InputError: a setting without values, one given twice, or one that cannot be swept.
+        InputError: one is given twice, or has no name or no value.
     """
-    common, sweep, seeds = list[str](), dict[str, list[str]](), list[str]()
+    common, sweep = list[str](), dict[str, str]()
     remaining = deque(arguments)
     while remaining:
         argument = remaining.popleft()
         option, equals, text = argument.partition("=")
-        if option not in ("--sweep", "--seeds") and not option.startswith("--sweep."):
+        if option != "--sweep" and option not in _SHORT and not option.startswith("--sweep."):
             common.append(argument)
             continue
         if not equals:
             text = remaining.popleft() if remaining and not remaining[0].startswith("--") else ""
-        if option == "--seeds":
-            seeds = [str(seed) for seed in range(_seed_count(text))]
+        if option == "--sweep" and text == "none":  # as for distributed.train: without the file's sweep
+            common += ["--sweep", "none"]
             continue
-        setting, values = _swept_values(option, text)
-        if setting in sweep:
-            raise InputError(f"command line: --sweep.{setting}: given twice; remove one")
-        if any(
-            setting == name or (name.endswith(".") and setting.startswith(name)) for name in {"run_dir", *not_swept}
-        ):
-            raise InputError(f"command line: --sweep.{setting}: cannot be swept; sweep other settings of the training")
-        sweep[setting] = values
-    if seeds and "seed" in sweep:
-        raise InputError("command line: --seeds and --sweep.seed: both choose the seeds; remove one")
-    return SweepArguments(common, sweep | ({"seed": seeds} if seeds else {}))
+        name = _SHORT.get(option, option.removeprefix("--sweep.").replace("-", "_"))
+        values = text
+        if option == "--sweep":
+            name, _, values = text.partition("=")
+        if name in sweep:
+            raise InputError(f"command line: --sweep.{shown(name)}: given twice; remove one")
+        if not re.fullmatch(r"[\w.-]+", name) or (not values and name not in _COUNTS):
+            raise InputError(_malformed(f"command line: {shown(f'{option} {text}'.strip())}"))
+        sweep[name] = values
+    return SplitArguments(common, sweep)
 
 
-def _swept_values(option: str, text: str) -> tuple[str, list[str]]:
-    setting, listed = option.removeprefix("--sweep."), text
-    if option == "--sweep":
-        setting, _, listed = text.partition("=")
-    values = [value for value in listed.split(",") if value]
-    if not re.fullmatch(r"[\w.-]+", setting) or not values or len(set(values)) < len(values):
-        raise InputError(
-            f"command line: {f'{option} {text}'.strip()}: should be --sweep.SETTING VALUE,VALUE with different values, "
-            "e.g. --sweep.optim.lr 0.1,0.01"
-        )
-    return setting, values
+def _malformed(place: str) -> str:
+    return (
+        f"{place}: should be --sweep.SETTING VALUE,VALUE with different values or a distribution, e.g. "
+        '--sweep.optim.lr 0.1,0.01 or --sweep.optim.lr "log_uniform(1e-4, 1e-1)" --trials 20'
+    )
 
 
-def _seed_count(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or len(text) > 6 or int(text) < 1:
-        raise InputError(
-            f"command line: {f'--seeds {text}'.strip()}: should be a whole number of at least 1, e.g. --seeds 5"
-        )
-    return int(text)
-
-
-def combinations(sweep: dict[str, list[str]]) -> list[Combination]:
-    """Return every combination of the values of each setting."""
-    choices = [[(name, value) for value in values] for name, values in sweep.items()]
-    return [Combination(settings) for settings in itertools.product(*choices)]
-
-
-def task_arguments(arguments: Sequence[str], task: int | None) -> list[str]:
-    """Return the arguments of `distributed.train` for one task of an array; outside an array, all of them.
-
-    `@FILE` stands for the line of FILE with the task's number. Without it, that number is the seed and each seed has a
-    run folder of its own.
+def read_sweep(arguments: SplitArguments) -> Sweep | None:
+    """Return the sweep of a command line and its config file; None if there is none. The command line has precedence.
 
     Raises:
-        InputError: FILE has no such line, or `--seed` is given as well.
+        InputError: one line for each mistake.
     """
-    if arguments and arguments[0].startswith("@"):
-        lines = read_sweep_file(Path(arguments[0][1:]))
-        if task is None or not 0 <= task < len(lines):
-            reason = "this job is not an array" if task is None else f"it has no line for task {task}"
-            raise InputError(f"{arguments[0]}: {reason}; submit it with --array=0-{len(lines) - 1}")
-        return [*lines[task], *arguments[1:]]
-    if task is None:
-        return list(arguments)
-    has_config = bool(arguments) and not arguments[0].startswith("-")
-    if "seed" in from_arguments(arguments[1:] if has_config else arguments).places:
+    in_file = _entries_of_file(arguments.common)
+    typed = {name: Entry(_typed(name, text), text) for name, text in arguments.sweep.items()}
+    entries = in_file | typed
+    if not entries:
+        return None
+    mistakes, lists, distributions = list[str](), dict[str, list[str]](), dict[str, Distribution]()
+    numbers = dict[str, int]()
+    for name, entry in entries.items():
+        try:
+            if name in _COUNTS:
+                numbers[name] = _count(name, entry)
+            elif name == "metric":
+                _check_metric(entry)
+            elif isinstance(values := _values(name, entry), Distribution):
+                distributions[name] = values
+            else:
+                lists[name] = values
+        except InputError as error:
+            mistakes += error.lines
+    if "seeds" in entries and "seed" in entries:
+        mistakes.append(f"{entries['seeds'].place} and sweep.seed: both choose the seeds; remove one")
+    if not mistakes:
+        mistakes = _conflicts(entries, lists, distributions)
+    if mistakes:
+        raise InputError(*mistakes)
+    if seeds := numbers.get("seeds"):
+        lists["seed"] = [str(seed) for seed in range(seeds)]
+    metric = str(entries["metric"].values) if "metric" in entries else METRICS[0]
+    return Sweep(
+        lists, distributions, numbers.get("trials", 1), numbers.get("trial_seed", 0), metric, is_in_file=bool(in_file)
+    )
+
+
+def _typed(name: str, text: str) -> str:
+    option = f"--{name}" if name in _SHORT.values() else f"--sweep.{name}"
+    return f"command line: {option} {shown(text)}" if text else f"command line: {option}"
+
+
+def _entries_of_file(common: Sequence[str]) -> dict[str, Entry]:
+    """Return the entries of the config file's section `sweep`, unless `--sweep none` removes it."""
+    if not common or common[0].startswith("-") or ("--sweep", "none") in pairwise(common):
+        return {}
+    file = config_file(with_home(common[0]))
+    settings = from_file(file, saved=is_saved_by_a_run(file))
+    section = settings.values.get("sweep")
+    if section is None:
+        return {}
+    if not isinstance(section, dict):
+        place = settings.places.get("sweep", shown(file))
+        raise InputError(f"{place}: sweep = {shown(section)}: is a section; set its fields under [sweep]")
+    return {name: _file_entry(name, value, settings) for name, value in _flat(section)}
+
+
+def _file_entry(name: str, value: Any, settings: Settings) -> Entry:
+    place = f"{settings.places.get(f'sweep.{name}', 'config')}: sweep.{name} = {shown(value)}"
+    return Entry(place, [_text(item) for item in value] if isinstance(value, list) else _text(value))
+
+
+def _text(value: Any) -> str:
+    """Return a value as it is written on the command line."""
+    return value if isinstance(value, str) else toml_value(value)
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _values(name: str, entry: Entry) -> Distribution | list[str]:
+    """Return the values of a setting."""
+    if any(name == fixed or name.startswith(f"{fixed}.") for fixed in _NOT_SWEPT):
+        raise InputError(f"{entry.place}: cannot be swept; sweep other settings of the training")
+    if name not in known() and not table_around(name):
+        raise InputError(f"{entry.place}: {unknown(name)}")
+    if isinstance(entry.values, str):
+        try:
+            if distribution := parse_distribution(entry.values):
+                return distribution
+        except ValueError as error:
+            raise InputError(f"{entry.place}: {error}") from None
+    values = split_at_commas(entry.values) if isinstance(entry.values, str) else entry.values
+    if not values or len(set(values)) < len(values):
+        if entry.place.startswith("command line"):
+            raise InputError(_malformed(entry.place))
         raise InputError(
-            "command line: --seed in an array: the task's number is the seed; remove --seed, or submit @FILE"
+            f'{entry.place}: should be a list of different values or a distribution, e.g. "log_uniform(1e-4, 1e-1)"'
         )
-    return in_subfolder(arguments, f"seed-{task}", "--seed", str(task))
+    return values
 
 
-def in_subfolder(arguments: Sequence[str], name: str, *more: str) -> list[str]:
-    """Return the arguments and `more`, with the run folder, and the upload URL if any, replaced by a subfolder `name`."""
-    config = from_command_line(arguments).config
-    replaced = {"run_dir": str(config.run_dir / name)}
-    if url := config.checkpoint.upload_to:
-        replaced["checkpoint.upload_to"] = f"{url.rstrip('/')}/{name}"
-    others = list[str]()
-    remaining = deque(arguments)
-    while remaining:
-        argument = remaining.popleft()
-        setting, equals, _ = argument.removeprefix("--").replace("-", "_").partition("=")
-        if not argument.startswith("--") or setting not in replaced:
-            others.append(argument)
-        elif not equals and remaining:
-            remaining.popleft()  # its value
-    return [*others, *more, *(word for setting, value in replaced.items() for word in (f"--{setting}", value))]
+def _count(name: str, entry: Entry) -> int:
+    text, least = entry.values, _COUNTS[name]
+    is_count = isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) < 10
+    if not is_count or not least <= int(str(text)):
+        raise InputError(f"{entry.place}: should be a whole number of at least {least}, e.g. 5")
+    if name != "trial_seed" and int(str(text)) > MAX_TRIALS:
+        raise InputError(f"{entry.place}: should be at most {MAX_TRIALS:,}")
+    return int(str(text))
 
 
-def read_sweep_file(file: Path) -> list[list[str]]:
-    """Return the arguments on each line of a sweep file.
+def _check_metric(entry: Entry) -> None:
+    if entry.values not in METRICS:
+        raise InputError(f"{entry.place}: should be one of {' | '.join(METRICS)}; test images never choose a trial")
 
-    Raises:
-        InputError: the file cannot be read.
-    """
-    try:
-        return [shlex.split(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"sweep file {file}: {error}; python -m launch.slurm writes such files") from None
+
+def _conflicts(
+    entries: dict[str, Entry], lists: dict[str, list[str]], distributions: dict[str, Distribution]
+) -> list[str]:
+    """Return one line for each option of the sweep that is missing or would have no effect."""
+    if distributions and "trials" not in entries:
+        first = entries[next(iter(distributions))]
+        return [
+            f"{first.place}: a distribution needs the number of trials; add --trials 20, or trials = 20 under [sweep]"
+        ]
+    if distributions:
+        return []
+    useless = [entries[name].place for name in ("trials", "trial_seed") if name in entries]
+    reason = "no setting has a distribution, and lists are trained in every combination"
+    if not useless and not lists and "seeds" not in entries:
+        return [f"{entries['metric'].place}: no setting is swept; add one, e.g. --sweep.optim.lr 0.1,0.05"]
+    return [f"{place}: has no effect: {reason}; remove it" for place in useless]

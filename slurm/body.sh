@@ -108,7 +108,8 @@ main() {
     rm -f "$plan"
     [ "${#fields[@]}" -gt 0 ] || exit 0 # the run is finished
     run=${fields[0]} address=${fields[1]} port=${fields[2]} ranks=${fields[3]} cpus=${fields[4]}
-    set -- "${fields[@]:5}"
+    array_folder=${fields[5]} metric=${fields[6]}
+    set -- "${fields[@]:7}"
     logs=$run/slurm
     mkdir -p "$logs" || exit_with 2 "error: run_dir = $run: not writable; give another with --run_dir"
     set_comment "$(in_container python -m launch.slurm.requeue begin "$run" "$SLURM_JOB_ID")"
@@ -156,8 +157,8 @@ finish() {
     )
     log "${reason:-no decision on a requeue; not requeued}"
     set_comment "${comment:-}"
-    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-        in_container python -m launch.summary "$(dirname "$run")" || true
+    if [ -n "$array_folder" ]; then
+        in_container python -m launch.summary "$array_folder" ${metric:+--by "$metric"} || true
     fi
     if [ "${verdict:-}" = requeue ]; then
         trap '' TERM USR1 # the requeue sends them to this script

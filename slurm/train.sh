@@ -1,7 +1,7 @@
 #!/bin/bash
 # Trains any config.
 #
-#   sbatch [--nodes=2] [--gpus-per-node=8] [--cpus-per-task=8] slurm/train.sh CONFIG.toml|@SWEEP [--SETTING VALUE ...]
+#   sbatch [--nodes=2] [--gpus-per-node=8] [--cpus-per-task=8] slurm/train.sh CONFIG.toml [--SETTING VALUE ...]
 #
 # Options of sbatch override the lines below. Hooks for venv, conda and containers: slurm/body.sh and docs/slurm.md.
 #SBATCH --job-name=train

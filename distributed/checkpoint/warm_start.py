@@ -1,15 +1,23 @@
-"""Reads the weights of another run, to evaluate them or to start a new run from them."""
+"""Reads weights that did not come from this run: to evaluate them, or to start a new run from them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from loguru import logger
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from distributed.checkpoint.snapshot import load_weights_and_reset_optimizer
+from distributed.checkpoint.download import store_has_run
+from distributed.checkpoint.fit import explained, fit_weights
 from distributed.checkpoint.tensor_file import read_tensors
-from distributed.engine.protocol import Engine
+from distributed.config import TrainConfig
 from distributed.errors import InputError
-from distributed.run.checkpoint_layout import check_format, damage_of, find_checkpoint
+from distributed.run.checkpoint_layout import check_format, damage_of
+from distributed.run.folder import RunFolder
+from distributed.run.weights_file import check_weights_file, check_weights_folder, is_weights_file
+from distributed.topology import Topology
 
 
 def evaluation_weights(path: Path) -> dict[str, Tensor]:
@@ -27,34 +35,51 @@ def evaluation_weights(path: Path) -> dict[str, Tensor]:
     return weights | ema
 
 
-def load_initial_weights(path: Path, engine: Engine) -> None:
-    """Start from the weights of another run or of one of its checkpoints; nothing else is loaded.
+def start_from(config: TrainConfig, topology: Topology, model: nn.Module) -> None:
+    """Copy the weights that `init_from` names into the model; nothing else is loaded. A run that has saved keeps its own.
 
     One layer with a different number of classes, usually the last, keeps its random initialization.
 
+    Args:
+        model: on the CPU; becomes float64 if that is the run's precision.
+
     Raises:
-        InputError: there is no complete checkpoint, or it belongs to another model.
+        InputError: there are no such weights, they are damaged, or they belong to another network.
     """
-    checkpoint = find_checkpoint(path)
+    path = config.init_from
+    if path is None or RunFolder(config.run_dir).has_saved():
+        return
+    if config.checkpoint.upload_to and not path.exists() and (not topology.is_main or store_has_run(config, None)):
+        return  # the run resumes from the store, which rank 0 queries; if it does not, the ranks' weights differ
+    if config.precision == "float64":
+        model.double()
+    found, source = _read(path)
+    own = model.state_dict()
+    fit = fit_weights(own, found, ignored=dict(model.named_buffers()).keys() - own.keys())
+    if fit.misfits:
+        raise InputError(f"init_from = {path}: {explained(fit, own, found, path, model_name=config.model.name)}")
+    with torch.no_grad():
+        for name in fit.names:
+            own[name].copy_(found[name])
+    note = f"; {fit.resized_layer} keeps its random initialization" if fit.resized_layer is not None else ""
+    logger.info("starting from the weights of {}{}", source, note)
+
+
+def _read(path: Path) -> tuple[Mapping[str, Tensor], Path]:
+    """Return the tensors that a run, a checkpoint or a safetensors file starts with, and the checkpoint or file."""
+    if is_weights_file(path):
+        check_weights_file(path)
+        try:
+            found = load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"init_from = {path}: cannot be read ({error}); copy it again, or name another") from None
+        if bad := [name for name, t in found.items() if t.is_floating_point() and not t.float().isfinite().all()]:
+            raise InputError(f"init_from = {path}: {bad[0]} has values that are not finite; name another file")
+        return found, path
+    checkpoint = check_weights_folder(path)
     check_format(checkpoint)
     if damage := damage_of(checkpoint):
         raise InputError(
             f"init_from = {path}: {checkpoint.name} is damaged: {damage}; name another checkpoint of that run"
         )
-    found = {f"model.{name}": tensor for name, tensor in evaluation_weights(checkpoint).items()}
-    own = {name: tensor for name, tensor in engine.state() if name.startswith("model.")}
-    resized = [name for name in own if name in found and _differs_in_rows(own[name], found[name])]
-    layers = {name.rpartition(".")[0].removeprefix("model.") for name in resized}
-    if len(layers) > 1:
-        resized = []  # not only the layer of the classes: loading fails and names the first tensor
-    try:
-        load_weights_and_reset_optimizer(engine, found | {name: own[name] for name in resized})
-    except ValueError as error:
-        raise InputError(f"init_from = {path}: {error}; name a run of the same network") from None
-    note = f"; {layers.pop()} keeps its random initialization" if resized else ""
-    logger.info("starting from the weights of {}{}", checkpoint, note)
-
-
-def _differs_in_rows(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors differ in size, but in the first dimension only."""
-    return one.dim() == other.dim() > 0 and len(one) != len(other) and one.shape[1:] == other.shape[1:]
+    return evaluation_weights(checkpoint), checkpoint

@@ -3,13 +3,17 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Discriminator, Tag
 from pydantic_core import PydanticCustomError
 
+from distributed.config.networks import ImportPath, Options, is_import_path
 from distributed.config.schema import AnyPath, Section, operational, setting
+from distributed.host.importable import check_module
 
 CIFAR_SIDE = 32
 """Height and width in pixels of CIFAR's images and of generated ones."""
+
+MAX_CLASSES = 1_000_000
 
 MAX_PIXELS = 100_000_000
 """Four times the pixels of a typical camera. A file of a few megabytes can hold a thousand times more and exhaust memory."""
@@ -17,7 +21,7 @@ MAX_PIXELS = 100_000_000
 
 class Augment(Section):
     crop: int = setting(
-        4, "pixels of zero padding around the image before a random crop back to its size; 0: no crop", ge=0, le=16
+        4, "pixels of zero padding around the image before a random crop back to its size; 0: no crop", ge=0, le=512
     )
     flip: bool = setting(True, "mirror each training image with probability 1/2")
     mixup: float = setting(
@@ -31,7 +35,7 @@ class Augment(Section):
         0,
         "side in pixels of a square at a random position that is set to the mean (black if normalize = unit); 0: off",
         ge=0,
-        le=32,
+        le=4096,
     )
 
     @property
@@ -41,6 +45,7 @@ class Augment(Section):
 
 
 class _Data(Section):
+    name: str  # defined by the variants; here so that it is the first field
     validation_fraction: float = setting(
         0.2,
         "fraction of the training images held out by a fixed stratified shuffle; 0: train on all of them",
@@ -60,9 +65,22 @@ class _Data(Section):
     )  # fmt: skip
     augment: Augment = setting(Augment(), "random changes of the training images")
 
+    @property
+    def short_name(self) -> str:
+        """The name in the default run folder."""
+        return self.name.rpartition(":")[2]
+
     def conflicts(self) -> list[str]:
         """Return one line per conflict within the section."""
         return []
+
+    def check_importable(self) -> Path | None:
+        """Return the file of its module if it has one and it is known; nothing is imported.
+
+        Raises:
+            InputError: there is no such module.
+        """
+        return None
 
 
 def _http_urls(value: Any) -> tuple[str, ...]:
@@ -110,16 +128,64 @@ class ImageFolderData(_Data):
     cache: AnyPath | None = operational(
         None, "folder for the decoded images; none: .decoded in root, or the user's cache folder if root is read-only"
     )
-    side: int | None = setting(
-        None, "height and width in pixels that images are resized and cropped to, for a network by import path; the others "
-        "have their own", ge=8, le=4096,
-    )  # fmt: skip
     max_pixels: int = operational(
         MAX_PIXELS, "largest image to decode, width times height; decoding takes about 16 bytes per pixel", ge=1
     )
 
 
-AnyData = CifarData | GeneratedData | ImageFolderData
+_CLASSES = "number of classes; none: the highest label of both splits, plus 1"
+
+
+class ArraysData(_Data):
+    name: Literal["arrays"] = setting("arrays", "NumPy arrays: uint8 images, and their labels")
+    root: AnyPath = operational(
+        Path("data"), "folder with train_images.npy, train_labels.npy, test_images.npy and test_labels.npy"
+    )
+    classes: int | None = setting(None, _CLASSES, ge=2, le=MAX_CLASSES)
+
+
+class ImportedData(_Data):
+    """Arrays that a function outside this package returns."""
+
+    name: ImportPath = setting(
+        ..., "any other data: function(**options) returns a dict of train_images, train_labels, test_images and test_labels",
+        examples=["package.module:function"],
+    )  # fmt: skip
+    options: Options = setting({}, "keyword arguments of the function: --data.options.NAME VALUE")
+    classes: int | None = setting(None, _CLASSES, ge=2, le=MAX_CLASSES)
+
+    def check_importable(self) -> Path | None:
+        return check_module(self.name, "data.name")
+
+
+_VARIANTS = {
+    "cifar10": "cifar", "cifar100": "cifar", "generated10": "generated", "generated100": "generated",
+    "image_folder": "image_folder", "arrays": "arrays",
+}  # fmt: skip
+DATA_NAMES = tuple(_VARIANTS)
+DATA_EXAMPLE = "e.g. mydata:arrays for the function arrays in ./mydata.py"
+
+
+def _data_variant(section: Any) -> str | None:
+    """Return the tag of the class that a data section is read as; its name if none fits; None if it is no section."""
+    if not isinstance(section, dict | _Data):
+        return None
+    name = section.get("name", DATA_NAMES[0]) if isinstance(section, dict) else section.name
+    if isinstance(name, str) and name in _VARIANTS:
+        return _VARIANTS[name]
+    return "imported" if is_import_path(name) else f"unknown name {name}"
+
+
+AnyData = CifarData | GeneratedData | ImageFolderData | ArraysData | ImportedData
+DataSection = Annotated[
+    Annotated[CifarData, Tag("cifar")]
+    | Annotated[GeneratedData, Tag("generated")]
+    | Annotated[ImageFolderData, Tag("image_folder")]
+    | Annotated[ArraysData, Tag("arrays")]
+    | Annotated[ImportedData, Tag("imported")],
+    Discriminator(_data_variant),
+]
+"""The section `data`: its name selects the class."""
 
 
 def max_pixels_of(data: AnyData) -> int:

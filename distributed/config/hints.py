@@ -51,6 +51,7 @@ _ADVICE = {
     **dict.fromkeys(
         ("num_workers", "workers", "j"), "did you mean threads? scaling.num_workers is for python -m launch.ray_train"
     ),
+    "dry_run": "a flag of python -m distributed.train, not a setting: give --dry-run there",
     **dict.fromkeys(("config", "cfg", "config_file"), "the first argument names the TOML file"),
 }  # fmt: skip
 

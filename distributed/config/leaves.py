@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from distributed.config.networks import IMPORT_PATH, is_import_path
+from distributed.config.networks import is_import_path
 from distributed.config.train_config import TrainConfig
 
 
@@ -71,7 +71,8 @@ def sections_of(annotation: Any) -> list[type[BaseModel]]:
 
 def variant_name(section: type[BaseModel]) -> str:
     """Return the choices of `name` that select this section among others."""
-    return " | ".join(get_args(section.model_fields["name"].annotation)) or IMPORT_PATH
+    name = section.model_fields["name"]
+    return " | ".join(get_args(name.annotation)) or str((name.examples or [""])[0])
 
 
 def has_name(section: type[BaseModel], name: Any) -> bool:

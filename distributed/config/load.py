@@ -74,7 +74,7 @@ def _resolved(file: Path | None, overrides: Settings, *, default_data: str) -> T
     if "run_dir" in settings.values:
         return config
     return with_values(
-        config, run_dir=Path("runs") / (file.stem if file else f"{config.model.short_name}-{config.data.name}")
+        config, run_dir=Path("runs") / (file.stem if file else f"{config.model.short_name}-{config.data.short_name}")
     )
 
 

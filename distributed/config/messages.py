@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
+from distributed.config.data import DATA_EXAMPLE, DATA_NAMES
 from distributed.config.hints import known, unknown
 from distributed.config.layers import Settings, shown
 from distributed.config.leaves import leaves, table_around
@@ -78,7 +79,11 @@ def _unknown(problem: _Problem) -> str:
 
 def _unknown_name(problem: _Problem) -> str:
     choices = " | ".join(leaf.choices for leaf in leaves() if leaf.path == problem.path)
-    hint = f"; {name_hint(problem.value)}" if problem.path == "model.name" else ""
+    hints = {
+        "model.name": name_hint(problem.value),
+        "data.name": name_hint(problem.value, DATA_NAMES, DATA_EXAMPLE),
+    }
+    hint = f"; {hints[problem.path]}" if problem.path in hints else ""
     return f"should be one of {choices}{hint}"
 
 

@@ -1,15 +1,16 @@
-"""The import path of a network, and the options of its factory. Imports no torch."""
+"""Import paths, and the options of the functions that they name. Imports no torch."""
 
 import difflib
 import keyword
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, PlainValidator
 from pydantic_core import PydanticCustomError
 
 BUILT_IN = ("alexnet", "improved_alexnet", "cifar_alexnet", "cifar_alexnet_bn")
-IMPORT_PATH = "package.module:factory"
+_EXAMPLE = "e.g. torchvision.models:resnet18, or net:make for the function make in ./net.py"
 
 _MAX_BYTES = 200  # the default run folder is named after the factory
 _MAX_DEPTH = 5  # of lists and tables in an option, so that a config file with it can be read
@@ -31,26 +32,30 @@ def _valid_import_path(name: Any) -> Any:
     raise PydanticCustomError("import_path", "should be an import path, {hint}", {"hint": name_hint(name)})
 
 
-def name_hint(name: Any) -> str:
-    """Return advice on a name that is neither built in nor an import path: the one probably meant, or an example."""
+def name_hint(name: Any, known: Sequence[str] = BUILT_IN, example: str = _EXAMPLE) -> str:
+    """Return advice on a name that is neither known nor an import path: the one probably meant, or an example."""
     text = str(name)[: _MAX_BYTES + 1]
-    if close := difflib.get_close_matches(text.lower(), BUILT_IN, n=1, cutoff=0.75):
+    if close := difflib.get_close_matches(text.lower(), known, n=1, cutoff=0.75):
         return f"did you mean {close[0]}?"
     module, separator, factory = text.partition("(")[0].rpartition(":" if ":" in text else ".")
     if separator and factory != "py":
         module = module.removeprefix("./").removesuffix(".py").replace("/", ".")
         if is_import_path(f"{module}:{factory}"):
             return f"did you mean {module}:{factory}?"
-    return "e.g. torchvision.models:resnet18, or net:make for the function make in ./net.py"
+    return example
 
 
 def _valid_option_name(name: str) -> str:
-    """Return the name of an option; refuse one that cannot be a keyword argument of the factory."""
-    if name == "num_classes":
-        raise _refused("is the number of classes of the data, which the factory gets anyway; remove it")
+    """Return the name of an option; refuse one that cannot be a keyword argument."""
     if name.isidentifier() and not keyword.iskeyword(name):
         return name
-    raise _refused("should be the name of an argument of the factory")
+    raise _refused("should be the name of an argument of the function")
+
+
+def _not_num_classes(name: str) -> str:
+    if name == "num_classes":
+        raise _refused("is the number of classes of the data, which the factory gets anyway; remove it")
+    return name
 
 
 def _valid_option(value: Any, *, depth: int = 0) -> Any:
@@ -80,4 +85,7 @@ def _refused(reason: str) -> PydanticCustomError:
 
 
 ImportPath = Annotated[str, BeforeValidator(_valid_import_path)]
-Options = dict[Annotated[str, AfterValidator(_valid_option_name)], Annotated[Any, PlainValidator(_valid_option)]]
+_OptionName = Annotated[str, AfterValidator(_valid_option_name)]
+_Option = Annotated[Any, PlainValidator(_valid_option)]
+Options = dict[_OptionName, _Option]
+FactoryOptions = dict[Annotated[_OptionName, AfterValidator(_not_num_classes)], _Option]

@@ -10,12 +10,13 @@ from typing import Any
 
 RENAMED = {
     "accumulation": "grad_accum_steps",
+    "data.side": "model.input_side",
     "evaluation.flips": "evaluation.flip_tta",
     "model.initial_weights": "model.init",
     "optim.clip_norm": "optim.max_grad_norm",
     "schedule.return_to_best": "schedule.restore_best_on_drop",
 }
-"""Old dotted path -> new one, in the same section."""
+"""Old dotted path -> new one. One that moved to another section is not written there if it was none."""
 
 REMOVED = {"engine.powersgd_rank": "PowerSGD was removed; remove this setting"}
 """Dotted path of a removed setting, whose default was none -> message for a user who sets it."""
@@ -37,10 +38,13 @@ def upgraded(values: dict[str, Any]) -> dict[str, Any]:
         section, key = _section_of(upgraded, old)
         if key not in section:
             continue
-        new_key = new.rpartition(".")[2]
-        if new_key in section:
+        new_section, new_key = _section_of(upgraded, new)
+        if new_section is not section and section[key] in (None, "none"):
+            section.pop(key)
+            continue
+        if new_key in new_section:
             raise ValueError(f"{old} and {new} are the same setting; remove {old}")
-        section[new_key] = section.pop(key)
+        new_section[new_key] = section.pop(key)
     for (path, value), message in REMOVED_VALUES.items():
         section, key = _section_of(upgraded, path)
         if section.get(key) == value:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, PlainValidator, Tag, TypeAdapter
 from pydantic_core import PydanticCustomError
 
-from distributed.config.networks import BUILT_IN, ImportPath, Options, is_import_path
+from distributed.config.networks import BUILT_IN, FactoryOptions, ImportPath, is_import_path
 from distributed.config.schema import Section, operational, setting
 from distributed.config.sinks import Mlflow, SinkPaths, Wandb
 from distributed.host.importable import check_module
@@ -44,19 +44,19 @@ class ImportedModel(Section):
     """A network that a function outside this package builds, with its own initial weights."""
 
     name: ImportPath = setting(
-        ..., "any other network: factory(num_classes=N, **options), e.g. torchvision.models:resnet18"
-    )
-    options: Options = setting({}, "further keyword arguments of the factory: --model.options.NAME VALUE")
+        ..., "any other network: factory(num_classes=N, **options), e.g. torchvision.models:resnet18",
+        examples=["package.module:factory"],
+    )  # fmt: skip
+    input_side: int | None = setting(
+        None, "height and width in pixels that the images are resized and cropped to, on the device; none: they keep their "
+        "size; needed for image folders", ge=8, le=4096,
+    )  # fmt: skip
+    options: FactoryOptions = setting({}, "further keyword arguments of the factory: --model.options.NAME VALUE")
 
     @property
     def short_name(self) -> str:
         """The name in the default run folder."""
         return self.name.rpartition(":")[2]
-
-    @property
-    def input_side(self) -> int | None:
-        """None: images go in as large as the data set has them."""
-        return None
 
     def check_importable(self) -> Path | None:
         """Return the file of its module if it is known; nothing is imported.
@@ -64,7 +64,7 @@ class ImportedModel(Section):
         Raises:
             InputError: there is no such module.
         """
-        return check_module(self.name)
+        return check_module(self.name, "model.name")
 
 
 def _model_variant(section: Any) -> str | None:

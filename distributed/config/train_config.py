@@ -2,22 +2,34 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from distributed.config.data import CIFAR_SIDE, AnyData, CifarData, ImageFolderData
+from distributed.config.data import CifarData, DataSection, ImageFolderData, ImportedData
 from distributed.config.engines import AnyEngine, Ddp
 from distributed.config.scaling import Scaling
 from distributed.config.schedules import Constant, Cosine, EarlyStopping, OneCycle, Plateau
 from distributed.config.schema import AnyPath, OptionalPath, Section, operational, setting
-from distributed.config.sections import AdamW, AnyModel, Checkpoint, Evaluation, Exact, Logging, Loss, Model, Sgd
+from distributed.config.sections import (
+    AdamW,
+    AnyModel,
+    Checkpoint,
+    Evaluation,
+    Exact,
+    ImportedModel,
+    Logging,
+    Loss,
+    Model,
+    Sgd,
+)
 from distributed.errors import InputError
+from distributed.host.importable import SCRIPT
 
-DataSection = Annotated[AnyData, Field(discriminator="name")]
 EngineSection = Annotated[AnyEngine, Field(discriminator="name")]
 OptimSection = Annotated[Sgd | AdamW, Field(discriminator="name")]
+SweepTable = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 ScheduleSection = Annotated[Constant | Cosine | OneCycle | Plateau, Field(discriminator="name")]
 
 
@@ -46,7 +58,8 @@ class TrainConfig(Section):
     model: AnyModel = setting(Model(), "the network")
     init_from: OptionalPath = setting(
         None,
-        "run folder or checkpoint whose weights to start from; a last layer of another size is initialized randomly",
+        "run folder, checkpoint or .safetensors file whose weights to start from; a last layer of another size is initialized "
+        "randomly",
     )
     cuda_graphs: bool = operational(
         True, "on one GPU, replay training steps as CUDA graphs: bit-identical, several times faster at small batches"
@@ -62,6 +75,9 @@ class TrainConfig(Section):
     checkpoint: Checkpoint = setting(Checkpoint(), "when to save and what to keep")
     logging: Logging = setting(Logging(), "logs and curves")
     scaling: Scaling | None = operational(None, "workers on a Ray cluster; for launch.ray_train only")
+    sweep: SweepTable = operational(
+        {}, "several trainings at once; for launch.slurm and launch.ray_train only; none: ignore the file's section"
+    )
 
     def shards_on(self, device_type: str) -> int:
         """Return `exact.shards` with auto resolved for `cpu` or `cuda`; 0: exact mode is off."""
@@ -82,12 +98,22 @@ class TrainConfig(Section):
             )
 
     @property
-    def input_side(self) -> int:
-        """Height and width in pixels of the network's input, which images of a folder are decoded to."""
-        own_side = self.data.side if isinstance(self.data, ImageFolderData) else CIFAR_SIDE
-        side = self.model.input_side or own_side
-        assert side is not None  # see _side_conflicts
-        return side
+    def decoded_side(self) -> int | None:
+        """Height and width in pixels that images of a folder are decoded to; None for other data."""
+        return self.model.input_side if isinstance(self.data, ImageFolderData) else None
+
+    @property
+    def resized_side(self) -> int | None:
+        """Height and width in pixels that the images are resized to on the device; None: they keep their size."""
+        is_done = isinstance(self.data, ImageFolderData) or isinstance(self.model, Model)
+        return None if is_done else self.model.input_side
+
+    @property
+    def import_paths(self) -> dict[str, str]:
+        """The settings that name code in a module outside this package, as `package.module:name`."""
+        sections = {"model.name": self.model, "data.name": self.data}
+        imported = {name: s.name for name, s in sections.items() if isinstance(s, ImportedModel | ImportedData)}
+        return {name: path for name, path in imported.items() if not path.startswith(f"{SCRIPT}:")}
 
     @property
     def compression(self) -> Literal["bfloat16"] | None:
@@ -140,20 +166,12 @@ class TrainConfig(Section):
         return []
 
     def _side_conflicts(self) -> list[str]:
-        if not isinstance(self.data, ImageFolderData):
+        if not isinstance(self.data, ImageFolderData) or self.model.input_side:
             return []
-        side, own = self.data.side, self.model.input_side
-        if side and own:
-            return [
-                f"data.side = {side} has no effect with model.name = {self.model.name}, which computes on {own} x {own} "
-                "pixels: remove it"
-            ]
-        if not side and not own:
-            return [
-                f"model.name = {self.model.name} needs data.side: set it to the height and width in pixels that the network "
-                "takes, e.g. data.side = 224"
-            ]
-        return []
+        return [
+            f"model.name = {self.model.name} needs model.input_side, since image files have any size: set it to the height and "
+            "width in pixels that the network takes, e.g. model.input_side = 224"
+        ]
 
     def _batch_conflicts(self) -> list[str]:
         found = []

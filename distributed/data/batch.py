@@ -35,11 +35,18 @@ class Shards:
 
 @dataclass(frozen=True)
 class InputFormat:
-    """The device, type and memory layout of the images in a batch."""
+    """The device, type, memory layout, size and channels of the images in a batch.
+
+    Attributes:
+        side: height and width in pixels to resize them to; None: they keep their size.
+        repeats_channel: whether images of one channel become images of three equal ones.
+    """
 
     device: torch.device
     dtype: torch.dtype
     channels_last: bool
+    side: int | None = None
+    repeats_channel: bool = False
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -88,7 +95,7 @@ class Mixed(NamedTuple):
 class Batch:
     """This rank's shards of a micro-batch. A shard may be empty.
 
-    images: [n, 3, 32, 32], normalized.
+    images: [n, channels, h, w], normalized.
     labels: int64 [n].
     sample_ids: int64 [n], positions in the training set.
     sample_keys: int64 [n, 2], keys of the samples' random draws, e.g. for dropout.

@@ -7,6 +7,7 @@ from loguru import logger
 
 from distributed.comm import collectives
 from distributed.config import TrainConfig
+from distributed.config.data import ArraysData, ImageFolderData, ImportedData
 from distributed.config.schedules import Plateau
 from distributed.data.pipeline import DataPipeline, Split
 from distributed.data.sources.cifar_spec import SETS
@@ -48,7 +49,12 @@ def check_same_data(config: TrainConfig, data: DataPipeline) -> None:
             f"but {ours} on rank 0"
             for (thing, ours, theirs), differing in list(ranks.items())[:_SHOWN]
         ]
-        raise InputError(*lines, "every node needs the same files in data.root: copy them from one node to the others")
+        remedy = (
+            "the function should return the same arrays in every process"
+            if isinstance(config.data, ImportedData)
+            else "every node needs the same files in data.root: copy them from one node to the others"
+        )
+        raise InputError(*lines, remedy)
 
 
 def _unofficial(config: TrainConfig, data: DataPipeline) -> list[str]:
@@ -108,11 +114,13 @@ def check_evaluated(trained_on: Mapping[str, Any], config: TrainConfig, data: Da
     """
     check_same_data(config, data)
     here = data.identity()
-    if config.data.name == "image_folder" and (other := class_difference(trained_on, here)):
+    has_own_classes = isinstance(config.data, ImageFolderData | ArraysData | ImportedData)
+    if has_own_classes and (other := class_difference(trained_on, here)):
         thing, before, now = other
+        where = "let data.name return" if isinstance(config.data, ImportedData) else "point --data.root at"
         raise InputError(
-            f"{thing} is {now} here, but was {before} in training: point --data.root at images of the classes that the "
-            "network was trained on"
+            f"{thing} is {now} here, but was {before} in training: {where} images of the classes that the network was "
+            "trained on"
         )
     if not data.size(split):
         raise InputError(f"--split {split}: this split has no images; use another")

@@ -15,8 +15,10 @@ from distributed.data.augment import augment, cut_out
 from distributed.data.batch import Batch, Batching, InputFormat, MicroBatch, Mixed, Shards
 from distributed.data.mixup import mix
 from distributed.data.normalize import ChannelStatistics, Normalizer, channel_statistics
-from distributed.data.residency import ResidentSplit, residency
+from distributed.data.residency import ResidentSplit, as_tensor, residency
+from distributed.data.resize import resize
 from distributed.data.sources import cifar
+from distributed.data.sources.arrays import GivenArrays
 from distributed.data.sources.read import read
 from distributed.data.split import validation_mask
 
@@ -29,21 +31,30 @@ _IMAGES_FOR_STATISTICS = 2000  # enough for three digits
 class DataPipeline:
     """All splits of a data set, on one device or, if it is too large for that, in host memory.
 
-    Every rank has all images (CIFAR: 184 MB of uint8; decoded image folders are mapped, once per node). Batches are gathered
-    where the images are and augmented on the device by tensor operations. `class_names` are in the order of the labels.
+    Every rank has all images (CIFAR: 184 MB of uint8; decoded image folders and arrays are mapped, once per node). Batches
+    are gathered where the images are and augmented on the device by tensor operations. `class_names` are in the order of the
+    labels.
 
     Args:
-        side: size in pixels that images of a folder are resized to when they are decoded; other images keep their size.
+        side: height and width in pixels that images of a folder are decoded to; None for other data.
+        given: the arrays that Python code gave for the import path in the config.
 
     Raises:
         InputError: the files are missing or damaged.
     """
 
     def __init__(
-        self, config: AnyData, batching: Batching, shards: Shards, input_format: InputFormat, *, side: int
+        self,
+        config: AnyData,
+        batching: Batching,
+        shards: Shards,
+        input_format: InputFormat,
+        *,
+        side: int | None = None,
+        given: GivenArrays | None = None,
     ) -> None:
         self.config, self.batching, self.shards, self.input_format = config, batching, shards, input_format
-        self.class_names, train, test, self._identities = read(config, side)
+        self.class_names, train, test, self._identities = read(config, side, given)
         self.augmented_at_once = self._augmented_at_once(train.images[:1].nbytes)
         self._residency = residency(
             config.placement, train.images.nbytes + test.images.nbytes, device=input_format.device
@@ -55,7 +66,7 @@ class DataPipeline:
             **self._resident(test, test=np.arange(len(test.labels))),
         }
         # Computed on training images only: the evaluation splits must not influence the input.
-        statistics = channel_statistics(train.images[train_ids[:_IMAGES_FOR_STATISTICS]])
+        statistics = channel_statistics(train.images, train_ids[:_IMAGES_FOR_STATISTICS])
         if config.normalize == "unit":
             statistics = ChannelStatistics(np.zeros_like(statistics.mean), np.ones_like(statistics.deviation))
         self.normalizer = Normalizer(statistics, device=input_format.device, dtype=input_format.dtype)
@@ -71,7 +82,7 @@ class DataPipeline:
     def _resident(self, source: cifar.Images, **splits: NDArray[np.int64]) -> dict[str, ResidentSplit]:
         """Return each split, by its ids, on one copy of the source's images."""
         device, prefetched = self.input_format.device, self._residency == "host"
-        images = torch.from_numpy(source.images)
+        images = as_tensor(source.images)
         images = images if prefetched else images.to(device)
         labels = torch.from_numpy(source.labels.astype(np.int64)).to(device)
         return {
@@ -95,7 +106,8 @@ class DataPipeline:
     def metadata(self) -> dict[str, Any]:
         """Return the images' metadata for a checkpoint: enough to predict with it and to recognize the data."""
         normalization = {"mean": self.normalizer.mean.tolist(), "deviation": self.normalizer.deviation.tolist()}
-        return self.identity() | {"normalization": normalization}
+        height, width = self._splits["train"].images.shape[1:3]
+        return self.identity() | {"normalization": normalization, "image_size": [height, width]}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -205,5 +217,10 @@ class DataPipeline:
             yield Batch(images, resident.labels[ids], ids, keys, size, micro_batch.shard_sizes)
 
     def _model_input(self, images: Tensor) -> Tensor:
-        """Return [n, h, w, c] as the models' [n, c, h, w], in the config's memory format."""
-        return images.permute(0, 3, 1, 2).contiguous(memory_format=self.input_format.memory_format)
+        """Return [n, h, w, c] as the models' [n, c, h, w], in the config's size, channels and memory format."""
+        if self.input_format.side:
+            images = resize(images, self.input_format.side)
+        images = images.permute(0, 3, 1, 2)
+        if self.input_format.repeats_channel and images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        return images.contiguous(memory_format=self.input_format.memory_format)

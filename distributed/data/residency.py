@@ -1,5 +1,6 @@
 """Keeps a data set's images on the device or in host memory, and gathers batches from there: bit-identical either way."""
 
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,7 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Residency = Literal["device", "host"]
@@ -17,7 +20,7 @@ Residency = Literal["device", "host"]
 class ResidentSplit:
     """The images and labels of a split; several splits may share the same memory.
 
-    images: uint8 [all, h, w, 3], on the device, or in host memory if `prefetched`: then a batch is gathered and copied
+    images: uint8 [all, h, w, channels], on the device, or in host memory if `prefetched`: then a batch is gathered and copied
         while the previous one is in use.
     labels: int64 [all], on the device.
     ids: int64 [n], on the device: which of the images are in this split.
@@ -37,6 +40,13 @@ class ResidentSplit:
     def ids_for_gather(self, ids: Tensor) -> Tensor:
         """Return ids on the images' device: copied once per epoch, because a copy per batch would wait for the device."""
         return ids.cpu() if self.prefetched else ids
+
+
+def as_tensor(images: NDArray[np.uint8]) -> Tensor:
+    """Return the images in the same memory, which may be mapped from a file and read-only: nothing writes to them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(images)
 
 
 def residency(placement: Residency | Literal["auto"], total_bytes: int, device: torch.device) -> Residency:

@@ -19,6 +19,7 @@ from distributed.data.batch import Batch
 from distributed.engine.model_state import ModelState
 from distributed.engine.prepare import Compute, prepare
 from distributed.engine.protocol import Loss, Outcome
+from distributed.engine.sharding import LocalTensor
 from distributed.engine.shared_gradients import SharedGradients
 from distributed.models.keyed_dropout import use_sample_keys
 
@@ -165,6 +166,9 @@ class DdpEngine:
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         return self.weights.state()
+
+    def local_tensors(self) -> dict[str, LocalTensor]:
+        return self.weights.local_tensors()
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         self.weights.load(tensors)

@@ -20,6 +20,7 @@ from distributed.engine.exact_layout import BlockReplicatedLayout, BlockShardedL
 from distributed.engine.model_state import Layout, ModelState
 from distributed.engine.prepare import Compute, cast
 from distributed.engine.protocol import Loss, Outcome
+from distributed.engine.sharding import LocalTensor
 from distributed.exact.autograd_pass import GradientSink, backward
 from distributed.exact.bucket_reduce import BucketReduceOpener
 from distributed.exact.compute_copy import ComputeCopy
@@ -191,6 +192,9 @@ class ExactEngine:
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.weights.state()
+
+    def local_tensors(self) -> dict[str, LocalTensor]:
+        return self.weights.local_tensors()
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         self._copy.mark_stale()

@@ -31,9 +31,11 @@ class BlockShardedLayout:
     def __init__(self, weights: ShardedWeights, model: nn.Module, *, shards: int) -> None:
         self._weights, self._shards = weights, shards
         self._partitions = [weights.partitions[name] for name, p in model.named_parameters() if p.requires_grad]
+        first_names = {id(p): name for name, p in model.named_parameters()}
+        self._first_names = {name: first_names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
 
     def local_tensor(self, name: str, tensor: Tensor) -> LocalTensor:
-        if name in self._weights.local:
+        if name := self._first_names.get(name, ""):  # a tied parameter has several names
             return LocalTensor(self._weights.local[name], self._weights.partitions[name])
         return LocalTensor(tensor, Replicated(tensor.shape))
 

@@ -93,6 +93,9 @@ class FsdpEngine:
     def state(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.weights.state()
 
+    def local_tensors(self) -> dict[str, LocalTensor]:
+        return self.weights.local_tensors()
+
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         self.weights.load(tensors)
 

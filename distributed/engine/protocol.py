@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, nn
 
 from distributed.data.batch import Batch
+from distributed.engine.sharding import LocalTensor
 
 
 class Outcome(NamedTuple):
@@ -49,6 +50,10 @@ class Engine(Protocol):
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor needed to resume, by canonical name, e.g. `model.fc1.weight`,
         `optimizer.fc1.weight.momentum_buffer`, `ema.fc1.weight`; a collective."""
+        ...
+
+    def local_tensors(self) -> Mapping[str, LocalTensor]:
+        """Return this rank's parts of the tensors that `state` yields, by the same names, without the loss scale."""
         ...
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Self, TypeVar
+from weakref import WeakMethod
 
 import greenlet
 import torch
@@ -75,7 +76,8 @@ class ShardExecutor:
         self._rows: list[Tensor] = [torch.empty(0)] * shards
         self._reduce_fn: Callable[[Tensor], Any] | None = None
         self._result: Any = None
-        self._barrier = threading.Barrier(workers, self._gather_and_reduce)
+        reduce = WeakMethod(self._gather_and_reduce)  # a cycle would keep the model's memory until the next collection
+        self._barrier = threading.Barrier(workers, lambda: _call(reduce))
 
     @property
     def largest_group(self) -> int:
@@ -167,6 +169,11 @@ class ShardExecutor:
     def _gather_and_reduce(self) -> None:
         assert self._reduce_fn is not None
         self._result, self._reduce_fn = self._reduce_fn(self._gather(self._rows)), None
+
+
+def _call(method: "WeakMethod[Callable[[], None]]") -> None:
+    if found := method():
+        found()
 
 
 def initialize_thread(device: torch.device) -> None:

@@ -25,7 +25,7 @@ class ShardGroup:
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Return each shard's part of a tensor [n, ...]."""
-        return torch.split(tensor, list(self.sizes))
+        return torch.split_with_sizes(tensor, self.sizes)  # Tensor.split takes twice as long
 
 
 _group: ContextVar[ShardGroup | None] = ContextVar("_group", default=None)

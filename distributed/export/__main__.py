@@ -1,6 +1,6 @@
 """`python -m distributed.export RUN [--format onnx ...] [--out FOLDER]`: export a run's network to portable formats.
 
-Every exported file takes float32 images [n, 3, size, size] with pixels in [0, 1], for any n, and returns logits [n, classes];
+Every exported file takes float32 images [n, channels, h, w] with pixels in [0, 1], for any n, and returns logits [n, classes];
 it includes the normalization. Each file is loaded again, and its logits must match the network's within the tolerance.
 """
 
@@ -98,12 +98,12 @@ def _data_or_none(config: "TrainConfig") -> "DataPipeline | None":
 
 def _metadata(trained: "TrainedRun") -> dict[str, Any]:
     """Return the metadata stored with the exported files."""
-    size = trained.image_size
+    colours = "RGB" if trained.input_shape[0] == 3 else "grey"
     return {
         "architecture": trained.config.model.model_dump(mode="json"),
         "classes": trained.class_names,
         "normalization": trained.normalization._asdict(),
-        "input": {"images": ["n", 3, size, size], "type": "float32, RGB, pixels in [0, 1]"},
+        "input": {"images": ["n", *trained.input_shape], "type": f"float32, {colours}, pixels in [0, 1]"},
         "output": {"logits": ["n", len(trained.class_names)]},
         "data": trained.config.data.name,
         "checkpoint": trained.checkpoint.name,

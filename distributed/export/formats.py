@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from distributed.config.sections import model_from
+from distributed.config.sections import Model, model_from
 from distributed.inference.saved_run import Normalization
 from distributed.inference.trained_run import Classifier, TrainedRun
 from distributed.models.build import build_model
 
 ExportedModel = Callable[[Tensor], Tensor]
-"""Maps images [n, 3, size, size] in [0, 1] to logits [n, classes], for any n."""
+"""Maps images [n, channels, h, w] in [0, 1] to logits [n, classes], for any n."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,11 @@ def _as_safetensors(trained: TrainedRun, metadata: dict[str, Any]) -> dict[str, 
 
 def _load_safetensors(file: Path) -> ExportedModel:
     metadata = json.loads(file.with_suffix(".json").read_text())
-    network = build_model(model_from(metadata["architecture"]), num_classes=len(metadata["classes"]), seed=0)
+    model = model_from(metadata["architecture"])
+    network = build_model(model, num_classes=len(metadata["classes"]), seed=0)
     network.load_state_dict(load_file(file))
-    return Classifier(network, Normalization(**metadata["normalization"])).requires_grad_(False)
+    normalization = Normalization(**metadata["normalization"])
+    return Classifier(network, normalization, repeats_channel=isinstance(model, Model)).requires_grad_(False)
 
 
 def _as_torch_export(trained: TrainedRun, metadata: dict[str, Any]) -> dict[str, bytes]:
@@ -93,7 +95,7 @@ def _load_onnx(file: Path) -> ExportedModel:
 
 def _example(trained: TrainedRun) -> Tensor:
     # A batch of two, since torch.export would specialize on a batch of one.
-    return torch.zeros(2, 3, trained.image_size, trained.image_size)
+    return torch.zeros(2, *trained.input_shape)
 
 
 def _any_batch() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from distributed import rng
 from distributed.data.pipeline import DataPipeline
@@ -15,7 +16,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Reference:
-    """Images [64, 3, size, size] in [0, 1], a description of their source, and the network's logits for them."""
+    """Images [64, channels, h, w] in [0, 1], a description of their source, and the network's logits for them."""
 
     images: Tensor
     source: str
@@ -28,16 +29,22 @@ def reference(trained: TrainedRun, data: DataPipeline | None) -> Reference:
     The logits are computed on images normalized by the pipeline, as in training, not by the exported normalization.
     """
     mean, deviation = (torch.tensor(values).view(-1, 1, 1) for values in trained.normalization)
+    channels, height, width = trained.input_shape
     if data is None:
-        size = trained.image_size
-        keys = rng.sample_keys(torch.arange(BATCH * 3 * size**2), seed=0, epoch=0)
-        images = rng.integers(keys, "parity", 256).view(BATCH, 3, size, size) / 255
+        keys = rng.sample_keys(torch.arange(BATCH * channels * height * width), seed=0, epoch=0)
+        images = rng.integers(keys, "parity", 256).view(BATCH, channels, height, width) / 255
         normalized, source = (images - mean) / deviation, "random pixels"
     else:
-        normalized = next(data.evaluation("test")).images[:BATCH].contiguous().float()
-        images, source = ((normalized * deviation + mean) * 255).round() / 255, "test images"
+        normalized = next(data.evaluation("test")).images[:BATCH, :channels].contiguous().float()
+        if normalized.shape[2:] != (height, width):  # a built-in network resizes them itself
+            normalized = F.interpolate(normalized, (height, width), mode="bilinear", antialias=True)
+        images, source = normalized * deviation + mean, "test images"
     with torch.no_grad():
-        return Reference(images.contiguous(), source, trained.network(normalized))
+        return Reference(
+            images.contiguous(),
+            source,
+            trained.network(normalized.expand(-1, 3, -1, -1) if trained.classifier.repeats_channel else normalized),
+        )
 
 
 def largest_difference(model: ExportedModel, expected: Reference) -> float:

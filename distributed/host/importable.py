@@ -1,19 +1,55 @@
 """Finds the module of an import path without running it or a package that it is in. Imports no torch."""
 
 import difflib
+import hashlib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import NamedTuple
 
 from distributed.errors import InputError
 
+SCRIPT = "__main__"
+"""Stands in an import path for the script or notebook that gave the object to `train`; it cannot be imported again."""
 
-def check_module(path: str, *, setting: str = "model.name") -> Path | None:
-    """Check that the module of the import path `package.module:factory` exists.
+_GIVEN_AGAIN = {
+    "model.name": "in Python, distributed.load(RUN, model=...) takes it",
+    "data.name": "in Python, train(..., data=...) takes it",
+    "loss.name": "in Python, train(..., loss=...) takes it",
+}
+
+
+class ModuleFile(NamedTuple):
+    """The file of a module that a setting names, and its digest; both empty if the module has no file of its own."""
+
+    file: str
+    sha256: str
+
+
+def module_files(import_paths: Mapping[str, str]) -> dict[str, ModuleFile]:
+    """Return the file of each import path's module and its digest, by setting.
+
+    Args:
+        import_paths: e.g. {"model.name": "package.module:factory"}.
+
+    Raises:
+        InputError: there is no such module.
+    """
+    found = {}
+    for setting, path in import_paths.items():
+        found[setting] = ModuleFile("", "")
+        with suppress(OSError):  # e.g. in a zip archive
+            if file := check_module(path, setting):
+                found[setting] = ModuleFile(str(file), hashlib.sha256(file.read_bytes()).hexdigest())
+    return found
+
+
+def check_module(path: str, setting: str) -> Path | None:
+    """Check that the module of the import path `package.module:factory`, the value of a setting, exists.
 
     Args:
         setting: the setting that has the path, for the message.
@@ -25,6 +61,12 @@ def check_module(path: str, *, setting: str = "model.name") -> Path | None:
         InputError: there is no such module; the message names a similar one if there is one.
     """
     module, _, factory = path.partition(":")
+    if module == SCRIPT:
+        thing = {"model.name": "network"}.get(setting, setting.partition(".")[0])
+        raise InputError(
+            f"{setting} = {path}: this run's {thing} exists only in the script or notebook that trained it: "
+            f"{_GIVEN_AGAIN.get(setting, 'give it there')}; commands find one that is in a module of its own"
+        )
     spec: ModuleSpec | None = None
     for part in module.split("."):
         name = f"{spec.name}.{part}" if spec else part

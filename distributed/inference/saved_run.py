@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distributed.config import TrainConfig, read_saved, with_values
+from distributed.config.data import CIFAR_SIDE
 from distributed.config.layers import shown
 from distributed.data.sources import registry
 from distributed.errors import InputError
@@ -115,6 +116,14 @@ def read_content(checkpoint: Path) -> dict[str, Any]:
 def read_class_names(content: dict[str, Any], config: TrainConfig) -> list[str]:
     """Return the class names saved in state.json, or those of the data set for a checkpoint of an older version."""
     return list(content.get("classes") or registry.class_names(config.data))
+
+
+def read_image_size(content: dict[str, Any]) -> tuple[int, int]:
+    """Return height and width of the data's images in state.json; CIFAR's for a checkpoint of an older version."""
+    saved = content.get("image_size")
+    if isinstance(saved, list) and len(saved) == 2 and all(type(size) is int and size > 0 for size in saved):
+        return saved[0], saved[1]
+    return CIFAR_SIDE, CIFAR_SIDE
 
 
 def read_normalization(content: dict[str, Any]) -> Normalization | None:

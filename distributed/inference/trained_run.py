@@ -11,7 +11,9 @@ from distributed.build import read_data
 from distributed.checkpoint.warm_start import evaluation_weights
 from distributed.config import TrainConfig
 from distributed.config.data import MAX_PIXELS
-from distributed.data.sources.decode import to_square
+from distributed.config.given import check_model
+from distributed.config.sections import ImportedModel, Model
+from distributed.data.sources.decode import to_size
 from distributed.errors import InputError
 from distributed.files import home_path
 from distributed.inference.saved_run import (
@@ -21,28 +23,35 @@ from distributed.inference.saved_run import (
     read_class_names,
     read_config,
     read_content,
+    read_image_size,
     read_normalization,
     with_data_root,
     without_download,
 )
 from distributed.models.build import build_model
+from distributed.models.imported import GivenModel
 
 
 class Classifier(nn.Module):
-    """Maps float32 images [n, 3, size, size] with pixels in [0, 1] to logits [n, classes]; includes the normalization."""
+    """Maps float32 images [n, channels, h, w] with pixels in [0, 1] to logits [n, classes]; includes the normalization.
+
+    `repeats_channel`: images of one channel become images of three equal ones, which the built-in networks take.
+    """
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, network: nn.Module, normalization: Normalization) -> None:
+    def __init__(self, network: nn.Module, normalization: Normalization, *, repeats_channel: bool = False) -> None:
         super().__init__()
         self.network = network
+        self.repeats_channel = repeats_channel and len(normalization.mean) == 1
         for name, values in normalization._asdict().items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))
         self.eval()
 
     def normalize(self, images: Tensor) -> Tensor:
-        return (images - self.mean) / self.deviation
+        normalized = (images - self.mean) / self.deviation
+        return normalized.expand(-1, 3, -1, -1) if self.repeats_channel else normalized
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.network(self.normalize(images))
@@ -59,6 +68,7 @@ class TrainedRun:
         classifier: the network behind its normalization.
         class_names: the name of each class, in the order of the logits.
         normalization: mean and standard deviation of each channel of the training images.
+        input_shape: channels, height and width of the images that the classifier takes.
     """
 
     config: TrainConfig
@@ -66,24 +76,30 @@ class TrainedRun:
     classifier: Classifier
     class_names: list[str]
     normalization: Normalization
+    input_shape: tuple[int, int, int]
 
     @property
     def network(self) -> nn.Module:
-        """The trained network: preprocessed images [n, 3, size, size] to logits [n, classes]."""
+        """The trained network: preprocessed images [n, channels, h, w] to logits [n, classes]."""
         return self.classifier.network
 
     @property
     def image_size(self) -> int:
-        """Height and width, in pixels, of the network's input."""
-        return self.config.input_side
+        """Height in pixels of the network's input; only of arrays that are not square does its width differ."""
+        return self.input_shape[1]
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Resize, crop and normalize images as for training. Accepts the images that `resize` accepts.
 
         Returns:
-            float32 [n, 3, image_size, image_size] on the network's device.
+            float32 [n, channels, h, w] on the network's device.
         """
-        return self.classifier.normalize(resize(images, self.image_size).to(self.classifier.mean.device))
+        return self.classifier.normalize(self.resize(images).to(self.classifier.mean.device))
+
+    def resize(self, images: Tensor, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+        """Return the images in the size and with the channels of `input_shape`, as `resize` does."""
+        channels, height, width = self.input_shape
+        return resize(images, (height, width), channels=channels, max_pixels=max_pixels)
 
     def predict(self, images: Tensor) -> Tensor:
         """Return class probabilities, float32 [n, classes]. Accepts the images that `resize` accepts."""
@@ -92,29 +108,37 @@ class TrainedRun:
             return logits.softmax(1)
 
 
-def resize(images: Tensor, size: int, *, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Scale the shorter side to `size` with antialiasing, crop the centre and return pixels in [0, 1].
+def resize(images: Tensor, size: int | tuple[int, int], *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Scale images with antialiasing until they cover `size`, crop the centre and return pixels in [0, 1].
 
     Args:
-        images: uint8 [n, 3, height, width], or a single image [3, height, width].
+        images: uint8 [n, c, height, width], or a single image [c, height, width], of 1 or 3 channels.
+        size: height and width, or the side of a square.
+        channels: 1 or 3: colours become grey by their luma (ITU-R BT.601), grey becomes three equal channels.
         max_pixels: limit for an image between scaling and cropping.
 
     Returns:
-        float32 [n, 3, size, size]; n is 1 for a single image.
+        float32 [n, channels, h, w]; n is 1 for a single image.
 
     Raises:
         ValueError: the images have another type or shape, or one exceeds `max_pixels`.
     """
     batch = images[None] if images.dim() == 3 else images
-    if images.dtype != torch.uint8 or batch.dim() != 4 or batch.shape[1] != 3:
+    if images.dtype != torch.uint8 or batch.dim() != 4 or batch.shape[1] not in (1, 3):
         found = f"{images.dtype} {list(images.shape)}"
         raise ValueError(f"images: {found}; should be torch.uint8 [n, 3, height, width] or [3, height, width]")
-    return torch.stack([to_square(image, size, max_pixels).permute(2, 0, 1) for image in batch]) / 255
+    if channels == 1 and batch.shape[1] == 3:
+        luma = torch.tensor([0.299, 0.587, 0.114], device=batch.device).view(3, 1, 1)
+        batch = torch.stack([(image * luma).sum(0, keepdim=True).round().byte() for image in batch])
+    height, width = (size, size) if isinstance(size, int) else size
+    resized = torch.stack([to_size(image, height, width, max_pixels).permute(2, 0, 1) for image in batch]) / 255
+    return resized.expand(-1, channels, -1, -1)
 
 
 def load(
     run: str | os.PathLike[str],
     *,
+    model: GivenModel | None = None,
     checkpoint: str = "auto",
     data_root: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
@@ -123,6 +147,7 @@ def load(
 
     Args:
         run: the run folder, e.g. `runs/cifar10`.
+        model: the network that was given to `train` as an object; only for a network that has an import path.
         checkpoint: `best`, `latest` or the name of a checkpoint; `auto`: best if there is one, otherwise latest.
         data_root: the folder with the data set; needed only for checkpoints that lack the images' normalization.
         device: device of the network and of the preprocessed images.
@@ -135,24 +160,37 @@ def load(
         raise InputError(f"{run}: a config file, not a run folder; read it with load_config")
     root = None if data_root is None else home_path(os.fspath(data_root))
     config = without_download(with_data_root(read_config(folder), root))
-    return load_checkpoint(config, choose_checkpoint(folder, checkpoint), device=device)
+    return load_checkpoint(config, choose_checkpoint(folder, checkpoint), device=device, model=model)
 
 
-def load_checkpoint(config: TrainConfig, checkpoint: Path, *, device: str | torch.device = "cpu") -> TrainedRun:
+def load_checkpoint(
+    config: TrainConfig, checkpoint: Path, *, device: str | torch.device = "cpu", model: GivenModel | None = None
+) -> TrainedRun:
     """Load the network of a checkpoint. Reads the run's data only if the checkpoint lacks the images' normalization.
+
+    Args:
+        model: what Python code gave for the import path in the config.
 
     Raises:
         InputError: the checkpoint is damaged or does not fit the run's config, or that data is missing.
     """
+    if model is not None:
+        check_model(model, "load()")
+        if not isinstance(config.model, ImportedModel):
+            raise InputError(f"load(): model was given, but the run has model.name = {config.model.name}; leave it out")
     check_complete(checkpoint)
     content = read_content(checkpoint)
     class_names = read_class_names(content, config)
-    network = build_model(config.model, num_classes=len(class_names), seed=config.seed)
+    network = build_model(config.model, num_classes=len(class_names), seed=config.seed, given=model)
     try:
         network.load_state_dict(evaluation_weights(checkpoint))  # float64 becomes float32
     except RuntimeError as error:
         raise InputError(f"{checkpoint}: does not fit the run's config.toml: {' '.join(str(error).split())}") from None
     normalization = read_normalization(content) or read_normalization(read_data(config).metadata())
     assert normalization is not None
-    classifier = Classifier(network.requires_grad_(False), normalization).to(device)
-    return TrainedRun(config, checkpoint, classifier, class_names, normalization)
+    is_built_in = isinstance(config.model, Model)
+    classifier = Classifier(network.requires_grad_(False), normalization, repeats_channel=is_built_in).to(device)
+    side = config.model.input_side
+    height, width = (side, side) if side else read_image_size(content)
+    input_shape = (len(normalization.mean), height, width)
+    return TrainedRun(config, checkpoint, classifier, class_names, normalization, input_shape)

@@ -18,4 +18,4 @@ def check_installed(logging: Logging) -> None:
         if mlflow.tracking_uri and not mlflow.tracking_uri.startswith(("http", "databricks")):
             require("sqlalchemy", at_least=(2, 0), needed_by=f"logging.mlflow.tracking_uri = {mlflow.tracking_uri}")
     for path in logging.sinks:
-        check_module(path, setting="logging.sinks")
+        check_module(path, "logging.sinks")

@@ -53,7 +53,11 @@ class EpochMetrics:
 
 
 class Sink(Protocol):
-    """A destination of metrics. Every rank calls its sinks with the same numbers at the same steps."""
+    """A destination of metrics. `train` calls it on rank 0.
+
+    With a class attribute `on_every_rank = True`, every rank calls its own, with the same numbers at the same steps, e.g.
+    because a cluster's reports are a barrier of all ranks.
+    """
 
     def log_step(self, metrics: TrainMetrics) -> None: ...
 

@@ -9,20 +9,25 @@ from distributed import rng
 from distributed.config.sections import ImportedModel, Model
 from distributed.models import alexnet
 from distributed.models.convert_dropout import convert_dropout
-from distributed.models.imported import build_imported
+from distributed.models.imported import GivenModel, build_imported
 from distributed.models.plain_batch_norm import make_batch_norm_local
 
 
-def build_model(config: Model | ImportedModel, *, num_classes: int, seed: int) -> nn.Module:
+def build_model(
+    config: Model | ImportedModel, *, num_classes: int, seed: int, given: GivenModel | None = None
+) -> nn.Module:
     """Build the config's network in float32 on the CPU, with keyed dropout; its initial weights depend on the seed alone.
 
     Its batch norm sees the local batch only: engines synchronize it.
+
+    Args:
+        given: what Python code gave for the import path in the config.
 
     Raises:
         InputError: the network is to be imported, and that fails.
     """
     if isinstance(config, ImportedModel):
-        imported = build_imported(config, num_classes=num_classes, seed=seed)
+        imported = build_imported(config, num_classes=num_classes, seed=seed, given=given)
         make_batch_norm_local(imported)
         return convert_dropout(imported)
     model: nn.Module = getattr(alexnet, config.name)(num_classes, config.dropout)

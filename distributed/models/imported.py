@@ -1,13 +1,8 @@
 """Builds a network by the import path of its factory, and checks what the factory returns."""
 
 import copy
-import difflib
 import hashlib
-import importlib
-import inspect
 import random
-import re
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,30 +15,44 @@ from torch.nn.parameter import is_lazy
 
 from distributed import rng
 from distributed.comm import collectives
-from distributed.config.layers import shown
 from distributed.config.sections import ImportedModel
 from distributed.errors import InputError
 from distributed.models.keyed_dropout import use_sample_keys
+from distributed.user_code import UserFunction, described, type_name
 
-_TORCH = Path(torch.__file__).parent
+GivenModel = nn.Module | Callable[..., nn.Module]
+"""A network that Python code gives instead of an import path: the function or class that builds it, or the module itself."""
+
+_NO_CLASSES = "the number of classes of the data; name a function that does, e.g. one of your own that calls it"
 
 
-def build_imported(config: ImportedModel, *, num_classes: int, seed: int) -> nn.Module:
+def build_imported(config: ImportedModel, *, num_classes: int, seed: int, given: GivenModel | None = None) -> nn.Module:
     """Call the config's factory once, on the CPU in float32; its draws depend on the seed alone.
 
     The generators of torch, Python and NumPy are restored afterwards.
 
+    Args:
+        given: the factory, if it is not to be imported, or a module, of which a copy is returned.
+
     Raises:
         InputError: the factory cannot be imported or called, or does not return a network that can be trained.
     """
-    config.check_importable()
+    if isinstance(given, nn.Module):
+        if config.options:
+            raise InputError("model.options has no effect on a module that train() was given already built: remove it")
+        _check_network(given, config.name)
+        return _copied(given, config.name).train()
+    factory = UserFunction(
+        "model.name",
+        config.name,
+        "factory",
+        "the network",
+        config.options,
+        "" if given and not config.options else "model.options",
+        {"num_classes": _NO_CLASSES},
+    )
     with _seeded(seed, "model"):
-        factory = _imported(config.name)
-        _check_arguments(factory, config)
-        try:
-            model: nn.Module = factory(num_classes=num_classes, **copy.deepcopy(config.options))
-        except (Exception, SystemExit) as error:
-            raise InputError(f"model.name = {config.name}: {_failed_call(error, config)}") from error
+        model: nn.Module = factory.call(factory.load(given), num_classes=num_classes)
     _check_network(model, config.name)
     return model.train()
 
@@ -61,12 +70,7 @@ def check_output(
         InputError: the model fails on such images or returns something else.
     """
     shape = list(images.shape)
-    try:
-        probe = copy.deepcopy(model)
-    except Exception as error:
-        raise InputError(
-            f"model.name = {name}: the network cannot be copied, as exact mode and its check do: {_described(error)}"
-        ) from error
+    probe = _copied(model, name)
     for mode in ("evaluation", "training"):
         try:
             with torch.no_grad(), _seeded(seed, "probe"), use_sample_keys(sample_keys):
@@ -75,7 +79,7 @@ def check_output(
             raise
         except Exception as error:
             raise InputError(
-                f"model.name = {name}: the network fails in {mode} on images of shape {shape}: {_described(error)}"
+                f"model.name = {name}: the network fails in {mode} on images of shape {shape}: {described(error)}"
             ) from error
         expected = [len(images), num_classes]
         if isinstance(output, Tensor) and list(output.shape) == expected and output.is_floating_point():
@@ -87,7 +91,16 @@ def check_output(
         )
 
 
-def check_same_weights(model: nn.Module, *, name: str) -> None:
+def _copied(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise InputError(
+            f"model.name = {name}: the network cannot be copied, as exact mode and its check do: {described(error)}"
+        ) from error
+
+
+def check_same_weights(model: nn.Module, *, name: str, init_from: Path | None = None) -> None:
     """Raise InputError on all ranks unless all of them have the same initial weights and buffers. A collective."""
     if collectives.world_size() == 1:
         return
@@ -98,6 +111,11 @@ def check_same_weights(model: nn.Module, *, name: str) -> None:
     first, *others = collectives.gather_objects(digests)
     for rank, other in enumerate(others, start=1):
         if different := [path for path in {**first, **other} if first.get(path) != other.get(path)]:
+            if init_from:
+                raise InputError(
+                    f"init_from = {init_from}: rank {rank} starts from other weights than rank 0, with another {different[0]}; "
+                    "every node needs the same file, and the same module if the network is imported"
+                )
             raise InputError(
                 f"model.name = {name}: rank {rank} built another network than rank 0, with another {different[0]}; every node "
                 "needs the same module, and the factory should draw from the generators of torch, Python or NumPy only"
@@ -128,100 +146,21 @@ def _seeded(seed: int, purpose: str) -> Iterator[None]:
         np.random.set_state(of_numpy)
 
 
-def _imported(path: str) -> Callable[..., Any]:
-    """Return the factory of an import path."""
-    module_name, _, attributes = path.partition(":")
-    try:
-        found: Any = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
-        raise InputError(f"model.name = {path}: {module_name} cannot be imported: {_described(error)}") from error
-    place = module_name
-    for name in attributes.split("."):
-        if not hasattr(found, name):
-            public = [other for other in dir(found) if not other.startswith("_")]
-            close = difflib.get_close_matches(name, public, n=1, cutoff=0.6)
-            raise InputError(
-                f"model.name = {path}: {place} has no {name}; "
-                + (f"did you mean {close[0]}?" if close else "name a function or class that is defined there")
-            )
-        found, place = getattr(found, name), f"{place}.{name}"
-    if not callable(found):
-        raise InputError(
-            f"model.name = {path}: {place} is of type {type(found).__name__}; name a function or class that returns the network"
-        )
-    factory: Callable[..., Any] = found
-    return factory
-
-
-def _check_arguments(factory: Callable[..., Any], config: ImportedModel) -> None:
-    """Raise InputError if the factory's signature does not accept num_classes and the options."""
-    try:
-        parameters = inspect.signature(factory).parameters
-    except (TypeError, ValueError):  # none is known, e.g. of a builtin
-        return
-    named = {
-        name: p.default is p.empty
-        for name, p in parameters.items()
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        for name in ("num_classes", *config.options):
-            if name not in named:
-                raise InputError(f"model.name = {config.name}: {_not_accepted(name, list(named))}")
-    required = [name for name, is_required in named.items() if is_required]
-    if missing := [name for name in required if name not in ("num_classes", *config.options)]:
-        raise InputError(
-            f"model.name = {config.name}: the factory needs the argument {missing[0]}; set model.options.{missing[0]}"
-        )
-
-
-def _not_accepted(name: str, accepted: list[str]) -> str:
-    if name == "num_classes":
-        return (
-            "the factory does not accept num_classes, the number of classes of the data; name a function that does, e.g. "
-            "one of your own that calls it"
-        )
-    others = [other for other in accepted if other != "num_classes"]
-    close = difflib.get_close_matches(name, others, n=1, cutoff=0.6)
-    advice = f"did you mean {close[0]}?" if close else f"it accepts {', '.join(others) or 'none'}"
-    return f"the factory does not accept model.options.{name}; {advice}"
-
-
-def _failed_call(error: BaseException, config: ImportedModel) -> str:
-    """Say why the factory failed; an argument that it passed on may be the reason."""
-    unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error)) if isinstance(error, TypeError) else None
-    if unexpected and unexpected[1] in ("num_classes", *config.options):
-        reason = _not_accepted(unexpected[1], [])
-        return f"{reason.partition(';')[0]}: {_described(error)}"
-    return f"the factory failed: {_described(error)}"
-
-
-def _described(error: BaseException) -> str:
-    """Return an error's type, message and last line outside torch."""
-    text = " ".join(str(error).split())
-    described = f"{type(error).__name__}: {shown(text)}" if text else type(error).__name__
-    if isinstance(error, SyntaxError):  # raised by the importer, about another file
-        return f"{described} ({error.filename}:{error.lineno})"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if not frame.filename.startswith("<")]
-    own = [frame for frame in frames if not Path(frame.filename).is_relative_to(_TORCH)] or frames
-    return f"{described} ({own[-1].filename}:{own[-1].lineno})" if own else described
-
-
 def _check_network(model: Any, name: str) -> None:
     """Raise InputError unless a factory has returned a module that can be trained."""
     setting = f"model.name = {name}"
     if not isinstance(model, nn.Module):
-        raise InputError(f"{setting}: the factory returned {_type_name(model)}; it should return a torch.nn.Module")
+        raise InputError(f"{setting}: the factory returned {type_name(model)}; it should return a torch.nn.Module")
     tensors = [*model.named_parameters(), *model.named_buffers()]
     if lazy := [path for path, tensor in tensors if is_lazy(tensor)]:
         raise InputError(
             f"{setting}: {lazy[0]} has no size before the first forward pass; give the lazy layers their sizes, or call the "
-            "network once in the factory"
+            "network once before"
         )
     for path, tensor in tensors:
         if tensor.device.type != "cpu":
             raise InputError(
-                f"{setting}: {path} is on {tensor.device}; the factory should leave all tensors on the CPU"
+                f"{setting}: {path} is on {tensor.device}; leave all tensors on the CPU, and `device` sets the rest"
             )
     for path, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
@@ -232,7 +171,3 @@ def _check_network(model: Any, name: str) -> None:
         raise InputError(f"{setting}: the network has no parameters that require gradients; there is nothing to train")
     if other := [path for path, value in model.state_dict().items() if not isinstance(value, Tensor)]:
         raise InputError(f"{setting}: its state {other[0]} is no tensor, so it would not be saved; make it a buffer")
-
-
-def _type_name(value: Any) -> str:
-    return "None" if value is None else f"an object of type {type(value).__name__}"

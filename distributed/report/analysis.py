@@ -53,7 +53,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class _Wrong:
-    """A wrong prediction: probability, class indices, and the normalized image [3, height, width]."""
+    """A wrong prediction: probability, class indices, and the normalized image [channels, height, width]."""
 
     probability: float
     true: int
@@ -128,20 +128,21 @@ class Analysis:
 def first_filters(checkpoint: Path, *, limit: int = 96) -> list[bytes] | None:
     """Return the first convolution's filters as PNG: mid-grey for a weight of 0, each scaled to its own largest weight.
 
-    None if no convolution has three input channels.
+    None if no convolution takes images of three channels or of one.
 
     Raises:
         InputError: the checkpoint is damaged.
     """
     check_complete(checkpoint)
-    filters = next((t for t in evaluation_weights(checkpoint).values() if t.dim() == 4 and t.shape[1] == 3), None)
+    kernels = [tensor for tensor in evaluation_weights(checkpoint).values() if tensor.dim() == 4]
+    filters = next((kernel for channels in (3, 1) for kernel in kernels if kernel.shape[1] == channels), None)
     if filters is None:
         return None
     scaled = filters[:limit] / filters[:limit].abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
-    return [png_of(0.5 + 0.5 * each) for each in scaled]
+    return [png_of((0.5 + 0.5 * each).expand(3, -1, -1)) for each in scaled]
 
 
 def as_png(image: Tensor, normalization: Normalization) -> bytes:
-    """Undo the normalization of an image [3, height, width] and return it as PNG."""
+    """Undo the normalization of an image [channels, height, width] and return it as PNG."""
     mean, deviation = (torch.tensor(values).view(-1, 1, 1) for values in normalization)
-    return png_of(image * deviation + mean)
+    return png_of((image * deviation + mean).expand(3, -1, -1))

@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 
+from distributed.config.data import CifarData, GeneratedData
 from distributed.config.schedules import Constant, Cosine, OneCycle, Plateau
 from distributed.report.history import Attempt, History
 
@@ -21,15 +22,15 @@ def describe(run: History) -> str:
         sentences.append(f"Best validation accuracy: {best.value:.2%} (epoch {best.epoch}).")
     if test := run.log.last("test"):
         sentences.append(f"Last test accuracy: {test.value:.2%} (epoch {test.epoch}).")
-    if config.data.name.startswith("generated"):
+    if isinstance(config.data, GeneratedData):
         sentences.append("The images are generated: accuracy on them says nothing about real photographs.")
     return " ".join(sentences)
 
 
 def dataset_name(run: History) -> str:
     """Return the name of the run's data set as people write it, e.g. CIFAR-10."""
-    name = run.config.data.name
-    return f"CIFAR-{name.removeprefix('cifar')}" if name.startswith("cifar") else name
+    data = run.config.data
+    return f"CIFAR-{data.name.removeprefix('cifar')}" if isinstance(data, CifarData) else data.name
 
 
 def describe_status(run: History) -> str:

@@ -118,7 +118,7 @@ def find_checkpoint(path: Path) -> Path:
         if is_committed(candidate):
             return candidate.resolve()
     raise InputError(
-        f"init_from = {path}: no checkpoint there; name the folder of a run that has saved, or a checkpoint's"
+        f"init_from = {path}: no checkpoint there; name a run that has saved, a checkpoint or a .safetensors file"
     )
 
 

@@ -145,12 +145,14 @@ class ClaimedRun(RunFolder):
         start_step: int,
         bits: dict[str, Any],
         images: dict[str, dict[str, Any]],
+        modules: dict[str, dict[str, str]] | None = None,
     ) -> None:
         """Record the config and the start of this attempt.
 
         Args:
             bits: everything that the results depend on.
             images: identity of each split's images.
+            modules: file and digest of each imported module, by setting.
         """
         self.replace(self.config_file, as_toml(config))
         git = git_state()
@@ -167,6 +169,7 @@ class ClaimedRun(RunFolder):
                 git=git,
                 bits=bits,
                 images=images,
+                **({"modules": modules} if modules else {}),
             )
 
     def progress(self, *, step: int, epoch: int) -> None:

@@ -116,6 +116,7 @@ class AttemptRecord(Record):
     git: Text = None
     bits: dict[str, Any] | None = None  # everything that the results depend on: shards, hardware, libraries
     images: dict[str, dict[str, Any]] | None = None  # identity of each split's images
+    modules: dict[str, dict[str, str]] | None = None  # file and sha256 of each imported module, by setting
 
     @property
     def moment(self) -> datetime:

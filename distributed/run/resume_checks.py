@@ -15,11 +15,11 @@ from distributed.run.checkpoint_layout import (
     SavedState,
     check_format,
     checkpoints,
-    find_checkpoint,
     newest_complete,
 )
 from distributed.run.folder import RunFolder, config_in
 from distributed.run.saved_state import check_state, is_at_end, trained_so_far
+from distributed.run.weights_file import check_weights_file, check_weights_folder, is_weights_file
 
 
 def check_run_folder(config: TrainConfig) -> SavedState | None:
@@ -122,10 +122,13 @@ def changed_settings(config: TrainConfig, state: dict[str, Any], *, where: Path 
 
 
 def check_init_from(config: TrainConfig) -> None:
-    """Raise InputError if `init_from` names no checkpoint or one of a different network. Only for runs yet to start."""
+    """Raise InputError if `init_from` names no weights or those of a different network. Only for runs yet to start."""
     if config.init_from is None:
         return
-    checkpoint = find_checkpoint(config.init_from)
+    if is_weights_file(config.init_from):
+        check_weights_file(config.init_from)
+        return
+    checkpoint = check_weights_folder(config.init_from)
     check_format(checkpoint)
     model: Any = read_object(checkpoint / STATE)
     for key in ("config", "model", "name"):

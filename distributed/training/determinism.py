@@ -1,7 +1,9 @@
 """Determinism: the switches for reproducible results, and the metadata of a machine that selects its kernels."""
 
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +14,24 @@ from distributed.host.hardware import c_library, instructions, math_libraries, p
 from distributed.topology import kernel_variables
 
 _DRIVER = Path("/sys/module/nvidia/version")
+
+
+@contextmanager
+def restored_settings() -> Iterator[None]:
+    """Restore torch's threads and the switches of `make_deterministic` at the end. Context manager.
+
+    Variables of the environment, which CUDA's libraries read once, stay.
+    """
+    threads = torch.get_num_threads()
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    switches = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = switches
+        if inductor := sys.modules.get("torch._inductor.config"):
+            inductor.deterministic = False  # type: ignore[attr-defined]
 
 
 def make_deterministic(device: torch.device, *, precision: str, compile: bool = False) -> None:

@@ -87,13 +87,13 @@ def version_differences(reports: Sequence[NodeReport]) -> list[str]:
 
 
 def model_differences(reports: Sequence[NodeReport]) -> list[str]:
-    """Return a line for each node that lacks the module of the network, or has another one than most nodes."""
+    """Return a line for each node that lacks a module that the config names, or has another one than most nodes."""
     found = [f"{report.node}: {report.errors['model']}" for report in reports if "model" in report.errors]
     digests = {report.node: report.model for report in reports if report.model is not None}
     usual = _most_common(list(digests.values())) if digests else None
     return found + [
-        f"{node}: the file of the network's module differs from the others' ({digest}, not {usual}); copy it there, or put it "
-        "on shared storage"
+        f"{node}: the files of the network's and the data's modules differ from the others' ({digest}, not {usual}); copy "
+        "them there, or put them on shared storage"
         for node, digest in digests.items()
         if digest != usual
     ]

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from distributed.config import CommandLine, TrainConfig, from_command_line
-from distributed.config.sections import ImportedModel
 from distributed.data.sources import registry
 from distributed.errors import InputError
 from distributed.host.cpu_quota import available_cpus
+from distributed.host.importable import module_files
 from distributed.host.versions import versions
 from distributed.topology import cluster_job
 from launch.doctor.reports import Devices, Folder, NodeReport, to_lines
@@ -85,11 +85,9 @@ def code_digest() -> str:
 
 
 def model_digest(config: TrainConfig) -> str:
-    """Check that the network's module is there, and return a digest of its file."""
-    if not isinstance(config.model, ImportedModel):
-        return "built in"
-    file = config.model.check_importable()
-    return hashlib.blake2b(file.read_bytes(), digest_size=6).hexdigest() if file else "no file"
+    """Check that imported modules are there, and return the digests of their files."""
+    files = module_files(config.import_paths)
+    return " ".join(file.sha256[:12] or "no file" for file in files.values()) or "built in"
 
 
 def find_devices() -> Devices:

@@ -57,7 +57,7 @@ class NodeReport(_Section):
     code: str | None = None
     """Digest of the project's source files."""
     model: str | None = None
-    """Digest of the file of the network's module; `built in` for a network of this project."""
+    """Digest of the files of the network's and the data's modules; `built in` if both belong to this project."""
     data: str | None = None
     devices: Devices | None = None
     folder: Folder | None = None

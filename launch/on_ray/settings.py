@@ -10,10 +10,9 @@ from distributed.config.scaling import Scaling
 from distributed.errors import InputError
 from distributed.topology import Topology
 from distributed.train import checked_config
-from launch.sweep_arguments import combinations, in_subfolder
+from launch.sweep import Sweep, Trial, check_trials, trial_arguments, trials_of
 
 _CONNECT_SECONDS = 10
-NOT_SWEPT = ("epochs", "scaling.")  # for split_sweep: trainings of different length or size cannot be compared
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,12 @@ class Training:
     scaling: Scaling
     finished: bool
     name: str = ""
-    """Its label within a sweep, e.g. `optim.lr=0.1`."""
+    """Its folder within that of the sweep, e.g. `optim.lr=0.1/seed-0`."""
+
+    @property
+    def sweep_folder(self) -> Path:
+        """The folder of the sweep, which holds the run folders of all trials."""
+        return self.config.run_dir.parents[self.name.count("/")]
 
 
 def check_training(arguments: Sequence[str], *, name: str = "") -> Training:
@@ -81,22 +85,23 @@ def _relative_path(name: str, path: Path) -> str:
     )
 
 
-def sweep_trainings(arguments: Sequence[str], sweep: dict[str, list[str]]) -> list[Training]:
-    """Return a training for each combination of values, each in a folder of its own within run_dir.
+def sweep_trainings(arguments: Sequence[str], sweep: Sweep) -> list[Training]:
+    """Return a training for each trial, each in a folder of its own within run_dir.
 
     Raises:
         InputError: one of them is invalid, or has no validation images to compare by.
     """
-    trainings = []
-    for combination in combinations(sweep):
-        name = combination.label
-        trainings.append(check_training(in_subfolder(arguments, name, *combination.arguments), name=name))
-        if not trainings[-1].config.data.validation_fraction:
+
+    def training(trial: Trial) -> Training:
+        checked = check_training(trial_arguments(arguments, sweep, trial), name=trial.folder)
+        if not checked.config.data.validation_fraction:
             raise InputError(
                 "data.validation_fraction = 0: a sweep chooses the best training by validation, never by test images; set it "
                 "above 0, e.g. 0.1"
             )
-    return trainings
+        return checked
+
+    return check_trials(trials_of(sweep), training)
 
 
 def check_address(address: str) -> None:

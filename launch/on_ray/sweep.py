@@ -1,12 +1,13 @@
 """Runs several trainings at once through Ray Tune, each in a folder of its own, and reports the best.
 
-The sweep's folder holds a run folder per training (`optim.lr=0.1`), `summary.txt`, `sweep.png` with their curves,
+The sweep's folder holds a run folder per trial (`optim.lr=0.1/seed-0`), `summary.txt`, `sweep.png` with their curves,
 `best.toml`, and Tune's own files in `tune/`. The same command resumes the trainings that are not finished.
 """
 
 import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,10 +16,9 @@ from loguru import logger
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from distributed.config import as_toml, with_values
 from distributed.config.scaling import Scaling
 from distributed.errors import ExitCode, InputError
-from distributed.files import replace_bytes, replace_text
+from distributed.files import replace_bytes
 from distributed.process import logs
 from distributed.process.optional_output import OptionalOutput
 from distributed.process.signals import SignalStop
@@ -30,16 +30,16 @@ from launch.on_ray.driver import connected, run_attempts
 from launch.on_ray.environment import set_environment
 from launch.on_ray.settings import Training
 from launch.on_ray.worker import ClusterStop, clear_stop, request_stop
-from launch.summary import summary
+from launch.summary import write_summary
 
 # Tune requires a reservation for each trial; a reserved core would be missing for a worker.
 _TRIAL_RESOURCES = {"node:__internal_head__": 0.001}
 _POLL_SECONDS = 0.25
 
 
-def run(trainings: Sequence[Training]) -> ExitCode:
-    """Run all unfinished trainings, as many at once as fit on the cluster, then report the best."""
-    folder = trainings[0].config.run_dir.parent
+def run(trainings: Sequence[Training], metric: str) -> ExitCode:
+    """Run all unfinished trainings, as many at once as fit on the cluster, then report the best by a metric."""
+    folder = trainings[0].sweep_folder
     unfinished = [training for training in trainings if not training.finished]
     code = ExitCode.FINISHED
     if unfinished:
@@ -50,7 +50,7 @@ def run(trainings: Sequence[Training]) -> ExitCode:
             for line in error.lines:
                 logger.error("{}", line)
             return ExitCode.BAD_INPUT
-    conclude(folder, trainings)
+    conclude(folder, trainings, metric)
     return code
 
 
@@ -110,25 +110,12 @@ def _exit_code(result: Any) -> ExitCode:
     return ExitCode(result.metrics.get("exit_code", ExitCode.FAILED))
 
 
-def conclude(folder: Path, trainings: Sequence[Training]) -> None:
-    """Write and print the table, draw the curves, and write the settings with the best validation accuracy."""
-    text = summary(folder)
-    print(text, end="", flush=True)
-    with OptionalOutput(folder / "summary.txt"):
-        replace_text(folder / "summary.txt", text)
-    started = [training.config.run_dir for training in trainings if (training.config.run_dir / "config.toml").is_file()]
-    runs = [read_history(run_dir) for run_dir in started]
-    measured = [(found.value, run) for run in runs if (found := run.log.best("validation"))]
-    if not measured:
-        return
-    with OptionalOutput(folder / "sweep.png"):
-        replace_bytes(folder / "sweep.png", curves_as_png(runs))
-    accuracy, best = max(measured, key=lambda entry: entry[0])
-    config = with_values(best.config, run_dir=folder / "best")
-    with OptionalOutput(folder / "best.toml"):
-        replace_text(folder / "best.toml", f"# {best.name}: {accuracy:.2%} validation accuracy\n{as_toml(config)}")
-    print(
-        f"best: {best.name}, {accuracy:.2%} validation accuracy; its settings: {folder / 'best.toml'}, "
-        f"curves: {folder / 'sweep.png'}",
-        flush=True,
-    )
+def conclude(folder: Path, trainings: Sequence[Training], metric: str) -> None:
+    """Write and print the table, write the settings of the best run, and draw all curves."""
+    print(write_summary(folder, metric), end="", flush=True)
+    started = [training for training in trainings if (training.config.run_dir / "config.toml").is_file()]
+    runs = [replace(read_history(training.config.run_dir), name=training.name) for training in started]
+    if any(run.log.best("validation") for run in runs):
+        with OptionalOutput(folder / "sweep.png"):
+            replace_bytes(folder / "sweep.png", curves_as_png(runs))
+        print(f"curves: {folder / 'sweep.png'}", flush=True)

@@ -91,11 +91,13 @@ class ClusterStop:
 
 
 class RayReport:
-    """A `Sink`: rank 0's training metrics become gauges of Ray's metrics, epochs are reported to Ray Train.
+    """A `Sink` on every rank: rank 0's training metrics become gauges of Ray's, epochs are reported to Ray Train.
 
     Ray keeps metrics only together with a checkpoint. The run's checkpoints stay in the run folder; Ray's is a note with
     its path.
     """
+
+    on_every_rank = True
 
     def __init__(self, run_dir: Path, *, is_main: bool) -> None:
         self._run_dir, self._is_main = run_dir, is_main
@@ -146,5 +148,5 @@ def train_on_worker(arguments: dict[str, str]) -> WorkerResult:
     # All workers' nodes, so that rank 0 can name the one that is draining.
     nodes = dict(collectives.gather_objects((ray.get_runtime_context().get_node_id(), host())))
     with ClusterStop(arguments["stop_key"], nodes) as stop:
-        state = train(config, stop=stop, sinks=[RayReport(config.run_dir, is_main=topology.is_main)])
-    return WorkerResult(state.stop_reason, state.step, state.epoch)
+        result = train(config, stop=stop, sinks=[RayReport(config.run_dir, is_main=topology.is_main)])
+    return WorkerResult(result.stop_reason, result.step, result.epoch)

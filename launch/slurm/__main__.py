@@ -12,15 +12,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distributed.config import from_command_line
 from distributed.errors import ExitCode, InputError, prints_errors
-from distributed.files import replace_text
 from distributed.host.shipped import shipped
 from distributed.process.streams import run_command
 from distributed.topology import Topology
 from distributed.train import checked_config
 from launch.environment import names_environment
 from launch.slurm.plan import check_batch
-from launch.sweep_arguments import combinations, in_subfolder, split_sweep
+from launch.sweep import Sweep, Trial, check_trials, trial_arguments, trials_of
+from launch.sweep_arguments import read_sweep, split_sweep
 
 _SBATCH_OPTIONS = ("partition", "time", "account", "qos", "constraint", "mem", "cpus_per_task", "job_name")
 
@@ -43,9 +44,12 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--max-requeues", type=int, default=20, help="how often the job may requeue itself")
     options.add_argument("--dry-run", action="store_true", help="check and print without submitting")
     options.add_argument_group(
-        "arrays",
-        "  --seeds N              train with seeds 0 to N - 1, then report mean and standard deviation\n"
-        "  --sweep.SETTING A,B    train once per value, e.g. --sweep.optim.lr 0.1,0.05; several: every combination",
+        "sweeps",
+        "  one task of an array per trial; in a config, the same names under [sweep]\n"
+        "  --sweep.SETTING A,B    every combination of the listed values, e.g. --sweep.optim.lr 0.1,0.05\n"
+        '  --sweep.SETTING "log_uniform(1e-4, 1e-1)" --trials N    N random values; also uniform, integers, choice\n'
+        "  --seeds N              each of them with seeds 0 to N - 1, then report mean and standard deviation\n"
+        "  --sweep.trial_seed N, --sweep.metric validation.loss",
     )
     return options
 
@@ -60,43 +64,65 @@ def main() -> int:
     try:
         if arguments[0].startswith("-"):
             raise InputError(f"command line: {arguments[0]!r}: the first argument names the config, e.g. cifar10")
-        common, sweep = split_sweep(arguments[1:])
-        options, settings = parser().parse_known_args(common)
+        split = split_sweep(arguments)
+        sweep = read_sweep(split)
+        options, settings = parser().parse_known_args(split.common[1:])
         training = [arguments[0], *settings]
-        trainings = swept_trainings(training, sweep)
-        ranks = options.ranks_per_node or options.gpus_per_node or 1
-        for one in trainings:
-            check(one, world_size=options.nodes * ranks, gpus=options.gpus_per_node)
-        file = sweep_file(training) if sweep else None
-        command = sbatch_command(options, file, trainings)
-        if file and not options.dry_run:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(file, "".join(shlex.join(one) + "\n" for one in trainings))
+        if sweep:
+            unfinished = check_sweep(options, training, sweep)
+            if not unfinished:
+                print("all runs of this sweep are finished; nothing is left to do", file=sys.stderr)
+                return ExitCode.FINISHED
+            array = indices([trial.index for trial in unfinished])
+            command = sbatch_command(options, [*training, *split.sweep_words], array)
+        else:
+            if check(options, training):
+                run_dir = from_command_line(training).config.run_dir
+                raise InputError(f"run_dir = {run_dir}: this run is finished; give another with --run_dir")
+            command = sbatch_command(options, training)
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}; give another --run_dir", file=sys.stderr)
         return ExitCode.BAD_INPUT
     if sweep:
-        print(*(f"task {index}: {shlex.join(one)}" for index, one in enumerate(trainings)), sep="\n")
+        lines = (f"task {one.index}: {shlex.join(trial_arguments(training, sweep, one))}" for one in unfinished)
+        print(*lines, sep="\n")
     print(shlex.join(command), flush=True)
     return ExitCode.FINISHED if options.dry_run else submit(command)
 
 
-def swept_trainings(training: Sequence[str], sweep: dict[str, list[str]]) -> list[list[str]]:
-    """Return the arguments of each training: one per combination of the sweep, each with a run folder of its own."""
-    if not sweep:
-        return [list(training)]
-    return [in_subfolder(training, one.nested_folder, *one.arguments) for one in combinations(sweep)]
-
-
-def check(training: Sequence[str], *, world_size: int, gpus: int) -> None:
-    """Check that a training can run on `world_size` processes and `gpus` GPUs per node.
+def check_sweep(options: argparse.Namespace, training: Sequence[str], sweep: Sweep) -> list[Trial]:
+    """Return the trials that are not finished.
 
     Raises:
-        InputError: it cannot, or its run is finished.
+        InputError: some trials are invalid; the lines name them.
     """
+    trials = trials_of(sweep)
+    finished = check_trials(trials, lambda trial: check(options, trial_arguments(training, sweep, trial)))
+    return [trial for trial, is_finished in zip(trials, finished, strict=True) if not is_finished]
+
+
+def indices(tasks: Sequence[int]) -> str:
+    """Return task numbers, which ascend, in Slurm's notation: `0-3,5`."""
+    ranges: list[list[int]] = []
+    for task in tasks:
+        if ranges and task == ranges[-1][1] + 1:
+            ranges[-1][1] = task
+        else:
+            ranges.append([task, task])
+    return ",".join(f"{first}-{last}" if first < last else str(first) for first, last in ranges)
+
+
+def check(options: argparse.Namespace, training: Sequence[str]) -> bool:
+    """Check that a training can run on the requested processes and GPUs; return whether its run is finished already.
+
+    Raises:
+        InputError: it cannot.
+    """
+    gpus = options.gpus_per_node
+    world_size = options.nodes * (options.ranks_per_node or gpus or 1)
     config, finished = checked_config(training, Topology(world_size=world_size))
     if finished:
-        raise InputError(f"run_dir = {config.run_dir}: this run is finished; give another with --run_dir")
+        return True
     device = config.device if config.device != "auto" else "cuda" if gpus else "cpu"
     if device == "cuda" and not gpus:
         raise InputError("device = cuda, and no GPUs are requested; add --gpus-per-node N, or --device cpu")
@@ -106,18 +132,15 @@ def check(training: Sequence[str], *, world_size: int, gpus: int) -> None:
     existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"run_dir = {config.run_dir}: {existing} is not writable; give another with --run_dir")
+    return False
 
 
-def sweep_file(training: Sequence[str]) -> Path:
-    """Return the file that lists the trainings of an array, beside their run folders."""
-    return Path(in_subfolder(training, "sweep.txt")[-1]).absolute()
-
-
-def sbatch_command(options: argparse.Namespace, file: Path | None, trainings: Sequence[Sequence[str]]) -> list[str]:
+def sbatch_command(options: argparse.Namespace, arguments: Sequence[str], array: str = "") -> list[str]:
     """Return the sbatch command, as a user would type it.
 
     Args:
-        file: the sweep file of an array; None for a single training.
+        arguments: those of the batch script: config, settings, sweep.
+        array: the tasks of an array; empty for a single job.
     """
     command = ["sbatch", f"--nodes={options.nodes}"]
     if options.gpus_per_node:
@@ -125,15 +148,14 @@ def sbatch_command(options: argparse.Namespace, file: Path | None, trainings: Se
     for name in _SBATCH_OPTIONS:
         if value := getattr(options, name):
             command.append(f"--{name.replace('_', '-')}={value}")
-    if file:
-        at_once = f"%{options.at_once}" if options.at_once else ""
-        command.append(f"--array=0-{len(trainings) - 1}{at_once}")
+    if array:
+        command.append(f"--array={array}{f'%{options.at_once}' if options.at_once else ''}")
     script = shipped("slurm/train.sh")
     exported = ["ALL", f"MAX_REQUEUES={options.max_requeues}", *_venv_export(script.parents[1])]
     if options.ranks_per_node:
         exported.append(f"RANKS_PER_NODE={options.ranks_per_node}")
     command += [*options.sbatch, f"--export={','.join(exported)}", str(script)]
-    return command + ([f"@{file}"] if file else list(trainings[0]))
+    return [*command, *arguments]
 
 
 def _venv_export(project: Path) -> list[str]:

@@ -1,13 +1,12 @@
 """`python -m launch.slurm.plan ADDRESS [CONFIG] [--SETTING VALUE ...]`: checks a job, and prints its plan for the batch script.
 
-Prints, each terminated by a zero byte: run folder, rendezvous address, port, ranks per node, CPUs per node, then the
-arguments of `distributed.train`. Prints nothing for a finished run. Reports every input error within a second. Imports no
-torch.
+Prints, each terminated by a zero byte: run folder, rendezvous address, port, ranks per node, CPUs per node, the folder of
+all runs of an array, the metric of a sweep, then the arguments of `distributed.train`. Prints nothing for a finished run.
+Reports every input error within a second. Imports no torch.
 """
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from distributed.config import TrainConfig, from_command_line
 from distributed.config.named import config_file
@@ -17,7 +16,7 @@ from distributed.topology import Topology
 from distributed.train import checked_config
 from launch.address import free_port, resolve_address
 from launch.environment import Allocation
-from launch.sweep_arguments import task_arguments
+from launch.slurm.task import task_of
 
 
 @prints_errors
@@ -31,7 +30,8 @@ def main() -> int:
     allocation = Allocation.from_environment()
     if allocation.missing_folder:
         check_config_path(given, allocation.missing_folder)
-    arguments = task_arguments(given, allocation.array_task)
+    task = task_of(given, allocation.array_task)
+    arguments = task.arguments
     if allocation.missing_folder:
         check_setting_paths(arguments, allocation.missing_folder)
     world_size = allocation.nodes * allocation.ranks
@@ -44,20 +44,20 @@ def main() -> int:
     port = free_port(allocation.job)
     if not config.threads:  # divide the job's cores; this process itself may be allowed to use more
         arguments += ["--threads", str(max(1, within_quota(allocation.cpus) // allocation.ranks))]
-    fields = (config.run_dir.absolute(), address, port, allocation.ranks, allocation.cpus, *arguments)
+    job = (config.run_dir.absolute(), address, port, allocation.ranks, allocation.cpus)
+    fields = (*job, task.folder or "", task.metric, *arguments)
     sys.stdout.write("".join(f"{field}\0" for field in fields))
     return ExitCode.FINISHED
 
 
 def check_config_path(arguments: Sequence[str], folder: str) -> None:
-    """Check that the config or sweep file does not depend on the job's folder, which this node does not have.
+    """Check that the config file does not depend on the job's folder, which this node does not have.
 
     Raises:
         InputError: its path is relative.
     """
     first = arguments[0] if arguments and not arguments[0].startswith("-") else ""
-    path = first.removeprefix("@") if first.startswith("@") else first and str(config_file(first))
-    if first and not Path(path).is_absolute():
+    if first and not config_file(first).is_absolute():
         raise InputError(_relative_to_missing(first, folder))
 
 

@@ -2,12 +2,14 @@
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from kit.abuse import Outcome, assert_outcome, call, untouched
 from kit.commands import ROOT, Command, assert_same_bits, torchrun
 from kit.trained_runs import copy_of, write_test_images
@@ -638,15 +640,55 @@ def test_a_folder_that_is_not_a_run_is_refused(run_name: str, module: str, image
 # Starting from another run's weights
 
 
-@pytest.mark.parametrize("kind", ["nothing", "a file", "an empty folder", "/dev/null", "x" * 200])
+@pytest.mark.parametrize("kind", ["nothing", "an empty folder", "x" * 200])
 def test_init_from_a_folder_that_is_not_a_run_is_refused(kind: str, tmp_path: Path) -> None:
-    path = {"nothing": tmp_path / "none", "a file": tmp_path / "file", "an empty folder": tmp_path / "empty"}.get(
-        kind, kind
-    )
+    path = {"nothing": tmp_path / "none", "an empty folder": tmp_path / "empty"}.get(kind, kind)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("x")
     with untouched(tmp_path):
         assert_outcome(train(tmp_path / "run", "--init_from", path), f"init_from = {path}: no checkpoint there; name")
+
+
+def _truncated(path: Path) -> None:
+    save_file({"w": torch.ones(100)}, path)
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+WEIGHTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "empty": ("w.safetensors", Path.touch, "not a complete safetensors file, 0 bytes"),
+    "text": ("w.safetensors", lambda path: path.write_text("<html>404</html>"), "not a complete safetensors file, 16"),
+    "truncated": ("w.safetensors", _truncated, "not a complete safetensors file, 4"),
+    "a huge header": ("w", lambda path: path.write_bytes(b"\xff" * 8 + b"{" * 99), "not a complete safetensors file, 107"),
+    "a deep header": ("w", lambda path: path.write_bytes((9**5).to_bytes(8, "little") + b"[" * 9**5), "not a complete safe"),
+    "no tensors": ("w.safetensors", lambda path: save_file({}, path), "holds no tensors; name another file"),
+    "Git LFS": ("w.safetensors", lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid"),
+                "a pointer of Git LFS, not the file itself; fetch it with git lfs pull"),
+    "torch.save": ("w.pth", lambda path: torch.save({}, path), "is never loaded; convert it once: python -c"),
+    "a pickle under another name": ("w.safetensors", lambda path: path.write_bytes(pickle.dumps([])), "is never loaded"),
+    "a .ckpt of unknown content": ("w.ckpt", lambda path: path.write_text("x"), "is never loaded; convert it once"),
+    "a pipe": ("w.safetensors", os.mkfifo, "not a regular file; name a run, a checkpoint or a .safetensors file"),
+    "a link to nothing": ("w.safetensors", lambda path: path.symlink_to("none"), "cannot be read (No such file or directory)"),
+    "the null device": ("w.safetensors", lambda path: path.symlink_to("/dev/null"), "not a regular file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_init_from_a_file_that_holds_no_weights(case: str, tmp_path: Path) -> None:
+    name, write, message = WEIGHTS[case]
+    write(tmp_path / name)
+    with untouched(tmp_path):
+        assert_outcome(
+            train(tmp_path / "run", "--init_from", tmp_path / name), f"init_from = {tmp_path / name}: ", message
+        )
+
+
+def test_init_from_a_folder_of_other_files(run: Path, tmp_path: Path) -> None:
+    save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
+    found = train(tmp_path / "run", "--init_from", tmp_path)
+    assert_outcome(found, f"no checkpoint there; name the file, {tmp_path}/model.safetensors")
+    save_file({"w": torch.ones(1)}, tmp_path / "more.safetensors")
+    assert_outcome(train(tmp_path / "run", "--init_from", tmp_path), "join its 2 .safetensors files into one")
+    found = train(tmp_path / "run", "--init_from", newest(run) / TENSORS)
+    assert_outcome(found, f"a part of a checkpoint; name its folder, {newest(run)}")
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ VALUES: list[tuple[str, str, str]] = [
     ("data.train_samples", "9", "greater than or equal to 10"),
     ("data.test_samples", HUGE, "less than or equal to 1000000"),
     ("data.cache", "", "should be a path"),
-    ("data.side", "7", "greater than or equal to 8"),
+    ("model.input_side", "7", "greater than or equal to 8"),
     ("data.max_pixels", "0", "greater than or equal to 1"),
     ("data.validation_fraction", "1", "less than or equal to 0.9"),
     ("data.split_seed", HUGE, "less than 2**63"),
@@ -474,7 +474,7 @@ def test_a_bad_environment(name: str, tmp_path: Path) -> None:
 
 
 def test_each_mistake_is_a_line(tmp_path: Path) -> None:
-    wrong = ("--epochs=0", "--seed=x", "--optim.lr=nan", "--data.augment.crop=99", "--nonsense=1")
+    wrong = ("--epochs=0", "--seed=x", "--optim.lr=nan", "--data.augment.crop=999", "--nonsense=1")
     assert_outcome(call("train", "--data.name=generated10", "--run_dir", tmp_path / "run", *wrong), "epochs", lines=5)
 
 

@@ -10,6 +10,7 @@ from distributed.config.named import names
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}
 RAY_JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
 SHORT = ("debug", "--device", "cpu", "--run_dir", "run")
+RANDOM = ("--sweep.optim.lr", "log_uniform(1e-4, 1e-1)")
 
 
 @pytest.fixture(autouse=True)
@@ -81,11 +82,20 @@ ARGUMENTS = [
         "rendezvous address = 'no-such-host.invalid'",
     ),
     ("plan at an address with a zero byte", "launch.slurm.plan", ("a\0b", *SHORT), "rendezvous address"),
-    ("plan of a missing sweep", "launch.slurm.plan", ("127.0.0.1", "@none"), "sweep file none: "),
-    ("plan of a folder as sweep", "launch.slurm.plan", ("127.0.0.1", "@."), "Is a directory"),
-    ("plan of an open quote", "launch.slurm.plan", ("127.0.0.1", "@quote"), "No closing quotation"),
-    ("plan of an empty sweep", "launch.slurm.plan", ("127.0.0.1", "@empty"), "@empty"),
-    ("plan of a binary sweep", "launch.slurm.plan", ("127.0.0.1", "@binary"), "binary"),
+    (
+        "plan of a file of a sweep",
+        "launch.slurm.plan",
+        ("127.0.0.1", "@none"),
+        "@none: files of sweeps are no longer read",
+    ),
+    ("plan of an unknown config", "launch.slurm.plan", ("127.0.0.1", "debugg"), "did you mean debug?"),
+    (
+        "plan of a sweep without an array",
+        "launch.slurm.plan",
+        ("127.0.0.1", *SHORT, "--seeds", 3),
+        "sweep: this job is not an array; submit it with --array=0-2",
+    ),
+    ("plan of a random sweep without trials", "launch.slurm.plan", ("127.0.0.1", *SHORT, *RANDOM), "add --trials 20"),
     ("slurm without a config", "launch.slurm", ("--epochs", 3), "the first argument names the config"),
     ("slurm with an unknown name", "launch.slurm", ("cifar11", "--dry-run"), "did you mean cifar10"),
     ("slurm with a folder", "launch.slurm", (".", "--dry-run"), "Is a directory"),
@@ -118,7 +128,69 @@ ARGUMENTS = [
     ("ray with a relative run folder", "launch.ray_train", SHORT, "run_dir = run: relative"),
     ("ray with an empty sweep", "launch.ray_train", ("debug", "--sweep.optim.lr"), "--sweep.optim.lr"),
     ("ray with a sweep of folders", "launch.ray_train", ("debug", "--sweep.run_dir", "/a,/b"), "cannot be swept"),
-    ("ray with a sweep of epochs", "launch.ray_train", ("debug", "--sweep", "epochs=1,2"), "cannot be swept"),
+    (
+        "ray with a sweep of workers",
+        "launch.ray_train",
+        ("debug", "--sweep", "scaling.num_workers=1,2"),
+        "cannot be swept",
+    ),
+    (
+        "ray with no trials",
+        "launch.ray_train",
+        ("debug", *RANDOM, "--trials", 0),
+        "--trials 0: should be a whole number",
+    ),
+    ("ray with trials of a list", "launch.ray_train", ("debug", "--sweep.seed", "1,2", "--trials", 2), "has no effect"),
+    (
+        "slurm with an unknown distribution",
+        "launch.slurm",
+        (*SHORT, "--sweep.optim.lr", "log_unifrom(1, 2)", "--trials", 2),
+        "there is no distribution log_unifrom; did you mean log_uniform?",
+    ),
+    (
+        "slurm with swapped bounds",
+        "launch.slurm",
+        (*SHORT, "--sweep.optim.lr", "uniform(2, 1)", "--trials", 2),
+        "--sweep.optim.lr uniform(2, 1): should have two finite bounds, the lower one first",
+    ),
+    (
+        "slurm with more trials than values",
+        "launch.slurm",
+        (*SHORT, "--sweep.data.augment.crop", "integers(0, 4)", "--trials", 6),
+        "only 5 different draws were found",
+    ),
+    (
+        "slurm with one invalid trial",
+        "launch.slurm",
+        (*SHORT, "--sweep.optim.lr", "0.1,200"),
+        "trial 1 (optim.lr=200): command line: optim.lr = 200: should be less than or equal to 100",
+    ),
+    (
+        "ray with one trial of a conflict",
+        "launch.ray_train",
+        (*SHORT[:-1], "/tmp/none/run", "--sweep.optim.momentum", "0.9,0"),
+        "trial 1 (optim.momentum=0): optim.nesterov = true needs momentum",
+    ),
+    (
+        "slurm by a test metric",
+        "launch.slurm",
+        (*SHORT, "--seeds", 2, "--sweep.metric", "test.accuracy"),
+        "--sweep.metric test.accuracy: should be one of validation.accuracy | validation.loss",
+    ),
+    ("slurm with a bad section", "launch.slurm", ("section.toml",), "section.toml:3: sweep.optim.lr = uniform(1)"),
+    (
+        "train with a sweep",
+        "train",
+        (*SHORT, "--sweep.optim.lr", "1,2"),
+        "sweep.optim.lr: sweeps are for python -m launch.slurm and launch.ray_train",
+    ),
+    ("train with a section sweep", "train", ("section.toml",), "or give --sweep none to train once"),
+    (
+        "summary by an unknown metric",
+        "launch.summary",
+        (".", "--by", "speed"),
+        "--by speed: should be one of validation.accuracy | ",
+    ),
     ("ray with a duplicate value", "launch.ray_train", ("debug", "--sweep.seed=1,1"), "--sweep.seed 1,1"),
     ("ray with no seeds", "launch.ray_train", ("debug", "--seeds", "none"), "--seeds none"),
 ]
@@ -130,9 +202,8 @@ ARGUMENTS = [
 def test_wrong_launcher_arguments_are_one_line(
     module: str, arguments: tuple[object, ...], message: str, tmp_path: Path
 ):
-    (tmp_path / "quote").write_text("debug --run_dir 'a\n")
     (tmp_path / "empty").write_text("")
-    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    (tmp_path / "section.toml").write_text('extends = "debug"\n[sweep]\noptim.lr = "uniform(1)"\n')
     with untouched(tmp_path):
         assert_outcome(call(module, *arguments, **(JOB if module == "launch.slurm.plan" else {})), message)
 

@@ -119,17 +119,17 @@ BAD: dict[str, tuple[str, tuple[str, ...]]] = {
     "no such module": ("own_sink:Lines", ("there is no module own_sink; did you mean own_sinks?",)),
     "no such module in a package": ("json.sinks:Lines", ("there is no module json.sinks",)),
     "no such class": ("own_sinks:Line", ("own_sinks has no Line; did you mean Lines?",)),
-    "nothing like it": ("own_sinks:Zq", ("own_sinks has no Zq; name a class with log_step, log_epoch and close",)),
-    "a number": ("own_sinks:number", ("own_sinks.number is of type int; name a class",)),
+    "nothing like it": ("own_sinks:Zq", ("own_sinks has no Zq; name a function or class that is defined there",)),
+    "a number": ("own_sinks:number", ("own_sinks.number is of type int; name a function or class",)),
     "a module that does not parse": ("broken_sinks:A", ("broken_sinks cannot be imported: SyntaxError", "broken_sinks.py:1")),
     "a module that raises": ("raises_sinks:A", ("cannot be imported: ZeroDivisionError", "raises_sinks.py:2)")),
     "a method is missing": ("own_sinks:Short", ("Short has no method log_epoch; a sink has log_step, log_epoch, close",)),
-    "other arguments": ("own_sinks:NoArguments", ("failed: TypeError", "unexpected keyword argument 'config'")),
+    "other arguments": ("own_sinks:NoArguments", ("the class does not accept config, which every sink gets; add it to the arguments",)),
     "an error in the constructor": (
         "own_sinks:CannotConnect",
         ("failed: ConnectionError: no answer from chat.example", f"own_sinks.py:{LAST})"),
     ),
-    "an exit in the constructor": ("own_sinks:Exits", ("own_sinks:Exits failed: SystemExit: 0",)),
+    "an exit in the constructor": ("own_sinks:Exits", ("the class failed: SystemExit: 0",)),
 }  # fmt: skip
 
 

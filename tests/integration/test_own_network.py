@@ -1,5 +1,6 @@
 """A network of the user's own, in the folder where the command runs: trained, resumed, evaluated, exported."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -15,8 +16,11 @@ from kit.commands import ROOT, Command, assert_same_bits, final_tensors, metrics
 from kit.own_networks import write_networks
 from kit.speed import slowness
 from kit.trained_runs import write_test_images
+from safetensors.torch import save_file
+from torchvision.models import resnet18
 
 from distributed import load
+from distributed.run.records import read_attempts
 
 pytestmark = pytest.mark.timeout(300)
 SMALL = ("--data.name", "generated10", "--data.train_samples", 120, "--data.test_samples", 40, "--global_batch_size", 32,
@@ -96,7 +100,7 @@ def test_the_other_commands_know_the_network(run: Path, here: None, tmp_path: Pa
     exported = call("export", run, "--out", tmp_path / "export")
     assert exported.code == 0, exported.out + exported.err
     described = json.loads((tmp_path / "export/model.json").read_text())
-    assert described["architecture"] == {"name": "own_networks:make", "options": {"width": 6}}
+    assert described["architecture"] == {"name": "own_networks:make", "input_side": None, "options": {"width": 6}}
     assert described["input"]["images"] == ["n", 3, 32, 32]
     reported = call("report", run, "--out", tmp_path / "report.html")
     assert reported.code == 0, reported.out + reported.err
@@ -114,6 +118,42 @@ def test_weights_start_another_run(folder: Path, run: Path) -> None:
     text = train(folder, *more, "--run_dir", folder / "tuned", "--init_from", run)
     assert "starting from the weights of" in text
     assert "head keeps its random initialization" in text
+
+
+def test_a_resume_with_another_module_says_so(folder: Path, tmp_path: Path) -> None:
+    """The module is replaced between two attempts: a warning, both digests on record."""
+    module, run = tmp_path / "net_zq.py", tmp_path / "run"
+    module.write_text((folder / "own_networks.py").read_text())
+    before = hashlib.sha256(module.read_bytes()).hexdigest()
+    arguments = (*SMALL, "--model.name", "net_zq:make", "--run_dir", run)
+    assert "resuming with another" not in train(tmp_path, *arguments, "--epochs", 1)
+    module.write_text(module.read_text() + "# changed\n")
+    after = hashlib.sha256(module.read_bytes()).hexdigest()
+    text = train(tmp_path, *arguments, "--epochs", 2)
+    assert f"resuming with another {module}: sha256 {before[:12]} before, {after[:12]} now" in text
+    started = [record for record in read_attempts(run / "attempts.jsonl") if record.event == "started"]
+    assert [record.modules and record.modules["model.name"] for record in started] == [
+        {"file": str(module), "sha256": digest} for digest in (before, after)
+    ]
+    assert train(tmp_path, *arguments, "--epochs", 3).count("resuming with another") == 1, "the output is appended to"
+
+
+def test_a_run_starts_from_weights_of_torchvision(tmp_path: Path) -> None:
+    """A file as torchvision's own weights are saved, with 1000 classes: on two ranks, in exact mode."""
+    weights = resnet18().state_dict()
+    save_file(weights, tmp_path / "resnet18.safetensors")
+    arguments = (*SMALL[:-6], *SMALL[-4:], "--exact.shards", 2, "--model.name", "torchvision.models:resnet18")
+    text = train(tmp_path, *arguments, "--epochs", 1, "--optim.lr", 1e-12, "--run_dir", tmp_path / "run", "--init_from",
+                 "resnet18.safetensors")  # fmt: skip
+    assert "starting from the weights of resnet18.safetensors; fc keeps its random initialization" in text
+    found = final_tensors(tmp_path / "run")["model.layer4.1.conv2.weight"]
+    assert torch.allclose(found, weights["layer4.1.conv2.weight"], atol=1e-6)
+    prefixed = {f"module.{name}": tensor for name, tensor in weights.items()}
+    save_file(prefixed, tmp_path / "parallel.safetensors")
+    text = train(tmp_path, *arguments, "--run_dir", tmp_path / "other", "--init_from", "parallel.safetensors", code=1)
+    assert text.count("ERROR") == 1, text
+    assert "102 missing: conv1.weight [64, 3, 7, 7]" in text
+    assert "without the prefix module. the names fit" in text
 
 
 @pytest.mark.parametrize("command", ["evaluate", "predict", "export"])

@@ -13,6 +13,8 @@ from kit.commands import ROOT, Command, assert_same_bits, attempts, final_tensor
 from kit.own_networks import write_networks
 from kit.ray_nodes import RayCluster
 
+from launch.slurm.task import task_of
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 CPU = ("--device", "cpu")
 LONG = ("configs/debug.toml", "--epochs", 16, "--checkpoint.every_steps", 5, "--checkpoint.keep_last", 2, *CPU)
@@ -206,28 +208,33 @@ def test_failures_that_would_repeat_end_the_run_at_once(cluster: RayCluster, tmp
 
 
 def test_a_sweep_trains_all_and_names_the_best(cluster: RayCluster, tmp_path: Path) -> None:
+    """A random sweep, whose first trial a task of a Slurm array has trained already."""
     cluster.set_nodes("n1", "n2")
-    arguments = (
-        *SHORT,
-        "--sweep.optim.lr",
-        "0.1,0.000001",
-        "--scaling.num_workers",
-        1,
-        "--run_dir",
-        tmp_path / "sweep",
-    )
-    with cluster.train(*arguments, output=tmp_path / "output") as command:
+    random = ("--sweep.optim.lr", "log_uniform(1e-6, 0.1)", "--trials", 3, "--sweep.trial_seed", 4)
+    arguments = (*SHORT, *random, "--run_dir", tmp_path / "sweep")
+    tasks = [task_of([str(word) for word in arguments], index) for index in range(3)]
+    with Command(
+        [sys.executable, "-m", "distributed.train", *tasks[0].arguments], output=tmp_path / "slurm"
+    ) as command:
         assert command.wait(200) == 0, command.text
-    for name in ("optim.lr=0.1", "optim.lr=0.000001"):
+    with cluster.train(*arguments, "--scaling.num_workers", 1, output=tmp_path / "output") as command:
+        assert command.wait(200) == 0, command.text
+    names = [Path(task.arguments[-1]).name for task in tasks]
+    assert [name for name in names if f"starting {name}" in command.text] == names[1:], command.text
+    assert sorted(path.name for path in (tmp_path / "sweep").glob("*=*")) == sorted(names)
+    table = (tmp_path / "sweep/summary.txt").read_text()
+    for name in names:
         assert status(tmp_path / "sweep" / name)["status"] == "finished"
-        assert re.search(rf"^{name} +finished", (tmp_path / "sweep/summary.txt").read_text(), re.M)
+        assert re.search(rf"^{name} +finished", table, re.M)
     best = (tmp_path / "sweep/best.toml").read_text()
-    assert re.search(r"^lr = (0\.1|1e-06)$", best, re.M)
-    assert f"best: {best.splitlines()[0].removeprefix('# ').partition(':')[0]}" in command.text
+    name = best.splitlines()[0].removeprefix("# ").partition(":")[0]
+    assert table.splitlines()[1].startswith(f"{name} "), "the best one comes first"
+    assert f"\nlr = {float(name.removeprefix('optim.lr='))}\n" in best
+    assert f"best: {name}, " in command.text
     assert (tmp_path / "sweep/sweep.png").stat().st_size > 10_000
     assert "repeated" not in command.text, "equal lines of two trainings are not folded"
     assert "\x1b" not in command.text
-    with cluster.train(*arguments, output=tmp_path / "again") as command:
+    with cluster.train(*arguments, "--scaling.num_workers", 1, output=tmp_path / "again") as command:
         assert command.wait(200) == 0, command.text
     assert "starting" not in command.text, "a finished training is not repeated"
 

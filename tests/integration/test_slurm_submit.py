@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kit.cluster import Cluster, slurm_unavailable
-from kit.commands import ROOT
+from kit.cluster import Cluster, slurm_unavailable, wait_for
+from kit.commands import ROOT, status
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -36,7 +36,7 @@ def test_launch_slurm_checks_prints_and_submits(cluster: Cluster, tmp_path: Path
     try:
         fields = cluster.job(job)
         assert (fields["JobState"], fields["NumNodes"], fields["NumCPUs"]) == ("PENDING", "2-2", "4"), fields
-        assert len((tmp_path / "run/sweep.txt").read_text().splitlines()) == 3
+        assert cluster.run("squeue", "-h", "-j", job, "-o", "%K").strip() == "0-2%1"
         outside = cluster.run("bash", "slurm/cifar100.sh", fails=True)  # another project than the pending job's
         assert outside == f"error: this is a batch script; submit it: sbatch {ROOT}/slurm/cifar100.sh ...\n"
     finally:
@@ -51,6 +51,47 @@ def test_launch_slurm_checks_prints_and_submits(cluster: Cluster, tmp_path: Path
         text = run(*arguments, fails=True)
         assert message in text
         assert "Traceback" not in text
+
+
+def test_a_killed_random_sweep_resumes_with_its_trials(cluster: Cluster, tmp_path: Path) -> None:
+    """One trial finishes, the array is cancelled; the same command submits the other trials alone."""
+    (tmp_path / "sweep.toml").write_text(
+        'extends = "debug"\ndevice = "cpu"\nepochs = 1\ndata.train_samples = 200\ndata.test_samples = 40\n'
+        '[sweep]\ntrials = 3\noptim.lr = "log_uniform(1e-4, 1e-1)"\n'
+    )
+
+    def submit(*options: object) -> str:
+        command = (sys.executable, "-m", "launch.slurm", "sweep.toml", "--run_dir", "sweep", "--sbatch=--output=out-%a")
+        return cluster.run(*command, *options, cwd=tmp_path, PYTHONPATH=str(ROOT))
+
+    printed = submit("--at-once", 1)
+    trials = [line.split("--run_dir ")[1] for line in printed.splitlines() if line.startswith("task ")]
+    assert len(set(trials)) == 3
+    assert "--array=0-2%1" in printed
+    job = printed.split()[-1]
+    wait_for(lambda: (tmp_path / trials[0] / "status.json").exists() and status(tmp_path / trials[0])["status"] == "finished",
+             seconds=60, description="the first trial")  # fmt: skip
+    cluster.run("scancel", job)
+    cluster.wait_for_state(f"{job}_2", "CANCELLED")
+    wait_for(cluster.is_idle, seconds=60, description="the end of the second trial")
+    again = submit()
+    assert [line.split("--run_dir ")[1] for line in again.splitlines() if line.startswith("task ")] == trials[1:]
+    assert "--array=1-2 " in again
+    for task in (1, 2):
+        cluster.wait_for_state(f"{again.split()[-1]}_{task}", "COMPLETED", "FAILED")
+    assert [status(tmp_path / trial)["status"] for trial in trials] == ["finished"] * 3, output_of(tmp_path)
+    table = (tmp_path / "sweep/summary.txt").read_text().splitlines()
+    accuracies = [float(line.split("%")[0].split()[-1]) for line in table[1:4]]
+    assert accuracies == sorted(accuracies, reverse=True), table
+    best = table[1].split()[0]
+    assert f"best: {best}, " in table[-1]
+    assert f"\nlr = {best.removeprefix('optim.lr=')}\n" in (tmp_path / "sweep/best.toml").read_text()
+    assert "Traceback" not in output_of(tmp_path)
+    assert submit() == "", "all are finished"
+
+
+def output_of(folder: Path) -> str:
+    return "".join(file.read_text() for file in sorted(folder.glob("out-*")))
 
 
 def test_the_doctor_names_unknown_nodes_and_jobs(cluster: Cluster, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from distributed.config import TrainConfig
 from distributed.metrics.records import EpochMetrics, TrainMetrics
@@ -43,8 +43,9 @@ def small_config(run_dir: Path, **settings: Any) -> TrainConfig:
 
 @dataclass
 class Recorder:
-    """A sink that records all metrics."""
+    """A sink that records all metrics, on every rank."""
 
+    on_every_rank: ClassVar[bool] = True
     steps: list[TrainMetrics] = field(default_factory=list)
     epochs: list[EpochMetrics] = field(default_factory=list)
 

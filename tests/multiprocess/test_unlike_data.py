@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from kit.arrays import write_arrays, write_module
 from kit.cifar_files import change, small_official, write_cifar
 from kit.ranks import in_group, run_ranks
 from kit.small_runs import Recorder, small_config
@@ -17,7 +19,7 @@ from distributed import recipe
 from distributed.build import build_data
 from distributed.comm import collectives
 from distributed.config import TrainConfig
-from distributed.config.data import CifarData, ImageFolderData
+from distributed.config.data import ArraysData, CifarData, ImageFolderData, ImportedData
 from distributed.data.checks import check_data
 from distributed.data.sources import image_folder
 from distributed.errors import InputError
@@ -32,6 +34,10 @@ def folder(root: Path) -> None:
                 Image.new("RGB", (32, 32), (40 * place, 9, 0)).save(root / split / name / f"{place}.png")
 
 
+def write_cifar_10(root: Path) -> None:
+    write_cifar(root, "cifar10")
+
+
 def renamed_class(root: Path) -> None:
     for split in ("train", "test"):
         (root / split / "dog").rename(root / split / "cow")
@@ -41,11 +47,22 @@ def reordered(root: Path) -> None:
     change(root / "cifar-10-batches-bin" / "data_batch_1.bin", lambda records: records[::-1])
 
 
+def brighter(root: Path) -> None:
+    images = np.load(root / "test_images.npy")
+    images[3, 2, 1] ^= 16
+    np.save(root / "test_images.npy", images)
+
+
 def flipped(root: Path) -> None:
     def flip(records: np.ndarray) -> None:
         records[3, 99] ^= 16
 
     change(root / "cifar-10-batches-bin" / "test_batch.bin", flip)
+
+
+def write_function(root: Path) -> None:
+    for folder in root.parent.parent.iterdir():
+        write_module(folder)
 
 
 CASES: dict[str, tuple[str, Callable[[Path], object], str]] = {
@@ -60,13 +77,22 @@ CASES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "image_folder", lambda root: Image.new("RGB", (32, 32)).save(root / "test/dog/1.png"),
         "the digest of the test images is"),
     "a flipped bit": ("cifar10", flipped, "the digest of the test images is"),
+    "another array": ("arrays", brighter, "the digest of the test images is"),
+    "a label more": (
+        "arrays", lambda root: np.save(root / "test_labels.npy", np.arange(16) % 4),
+        "the number of classes is 4 on rank 1, but 3 on rank 0"),
+    "another function": ("own_data:other_on_each_process", write_function, "the function should return the same arrays"),
     "another order": ("cifar10", reordered, "the order of the training images is"),
 }  # fmt: skip
 
 
 def config_of(run_dir: Path, name: str) -> TrainConfig:
     root = Path("data")
-    data = CifarData(root=root) if name == "cifar10" else ImageFolderData(root=root, validation_fraction=0.0)
+    data = {
+        "cifar10": CifarData(root=root),
+        "image_folder": ImageFolderData(root=root, validation_fraction=0.0),
+        "arrays": ArraysData(root=root, validation_fraction=0.0),
+    }.get(name) or ImportedData(name=name, validation_fraction=0.0)
     return small_config(run_dir, epochs=1, exact={"shards": 2}).model_copy(update={"data": data})
 
 
@@ -77,6 +103,7 @@ def outcomes(root: Path) -> list[tuple[str, int]]:
     small_official(pytest.MonkeyPatch(), "cifar10")
     for case, (name, _, _) in CASES.items():
         os.chdir(root / case / str(collectives.rank()))
+        sys.path.insert(0, os.getcwd())
         recorder, error = Recorder(), ""
         try:
             recipe.train(config_of(root / case / "run", name), sinks=[recorder])
@@ -92,7 +119,7 @@ def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for case, (name, how, _) in CASES.items():
         for rank in ("0", "1"):
             root = tmp_path / case / rank / "data"
-            _ = write_cifar(root, "cifar10") if name == "cifar10" else folder(root)
+            {"cifar10": write_cifar_10, "image_folder": folder}.get(name, write_arrays)(root)
         how(tmp_path / case / "1" / "data")
     return tmp_path
 

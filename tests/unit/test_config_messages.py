@@ -36,7 +36,8 @@ def test_the_place_is_where_the_value_was_last_set(write):
         ),
         (
             ["--data.name", "mnist"],
-            "data.name = mnist: should be one of cifar10 | cifar100 | generated10 | generated100 | image_folder",
+            "data.name = mnist: should be one of cifar10 | cifar100 | generated10 | generated100 | image_folder "
+            "| arrays | package.module:function; e.g. mydata:arrays for the function arrays in ./mydata.py",
         ),
         (["--data.augment.crop", "-1"], "data.augment.crop = -1: should be greater than or equal to 0"),
         (["--early_stopping.patience", "0"], "early_stopping.patience = 0: should be greater than 0"),
@@ -125,7 +126,7 @@ def test_the_number_of_processes_belongs_to_the_launcher(option):
         (["--optim.name", "lion", "--optim.lrr", "1"], ["optim.lrr = 1: unknown setting"]),
         (["--optim.name", "lion", "--epochs", "0", "--schedule.name", "x", "--schedule.patience", "-1"],
          ["schedule.name = x", "epochs = 0", "schedule.patience = -1"]),
-        (["--data.name", "mnist", "--data.augment.crop", "99"], ["data.augment.crop = 99"]),
+        (["--data.name", "mnist", "--data.augment.crop", "999"], ["data.augment.crop = 999"]),
         (["--seed", "1", "stray", "--optim.lr", "-1"], ["optim.lr = -1"]),
         (["--epochs", "--optim.lr", "-1"], ["optim.lr = -1"]),
     ],

@@ -87,12 +87,20 @@ def test_the_run_folder_is_named_after_the_factory() -> None:
     assert config_of("--model.name", "torchvision.models:resnet18").run_dir == Path("runs/resnet18-cifar10")
 
 
-def test_the_input_has_the_size_of_the_images() -> None:
-    assert config_of(*NET).input_side == 32
-    assert config_of(*NET, "--data.name", "generated100").input_side == 32
-    assert config_of(*NET, "--data.name", "image_folder", "--data.side", "64").input_side == 64
-    assert config_of("--data.name", "image_folder").input_side == 32
-    assert config_of("--model.name", "alexnet").input_side == 224
+def test_images_are_decoded_or_resized_to_the_networks_input() -> None:
+    folder = ("--data.name", "image_folder")
+    cases = {
+        NET: (None, None),
+        (*NET, "--model.input_side", "64"): (None, 64),
+        (*NET, *folder, "--model.input_side", "64"): (64, None),
+        folder: (32, None),
+        (*folder, "--model.name", "alexnet"): (224, None),
+        ("--model.name", "alexnet"): (None, None),
+        (*NET, "--data.name", "arrays", "--model.input_side", "64"): (None, 64),
+    }
+    for arguments, sides in cases.items():
+        config = config_of(*arguments)
+        assert (config.decoded_side, config.resized_side) == sides
 
 
 def test_an_import_path_has_no_other_settings() -> None:
@@ -139,10 +147,10 @@ WRONG: dict[str, tuple[list[str], str]] = {
         [*NET, "--model.options", "{y = 2}", "--model.options.x", "1"],
         "--model.options.x: given together with --model.options; remove one",
     ),
-    "no side": ([*NET, "--data.name", "image_folder"], "model.name = net:make needs data.side: set it to the height"),
+    "no side": ([*NET, "--data.name", "image_folder"], "model.name = net:make needs model.input_side, since image"),
     "a side for a built-in network": (
-        ["--data.name", "image_folder", "--data.side", "64"],
-        "data.side = 64 has no effect with model.name = improved_alexnet, which computes on 32 x 32 pixels: remove it",
+        ["--data.name", "image_folder", "--model.input_side", "64"],
+        "model.input_side = 64: belongs to model.name = package.module:factory, but here it is improved_alexnet",
     ),
 }  # fmt: skip
 

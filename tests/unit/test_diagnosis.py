@@ -39,7 +39,9 @@ def test_the_module_of_the_network_is_missing_or_differs():
     reports[2] = without(reports[2], "model", "model.name = net:make: there is no module net")
     missing, differs = diagnosed(reports)
     assert missing == "n2: model.name = net:make: there is no module net"
-    assert differs.startswith("n1: the file of the network's module differs from the others' (def, not abc)")
+    assert differs.startswith(
+        "n1: the files of the network's and the data's modules differ from the others' (def, not abc)"
+    )
 
 
 def test_good_reports_have_no_failures():

@@ -15,7 +15,7 @@ def test_tied_weights_are_written_under_each_name(tmp_path: Path) -> None:
     config = load_config(model={"name": "kit.tied_network:Tied", "options": {"width": 6}})
     normalization = Normalization([0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
     classifier = Classifier(build_model(config.model, num_classes=2, seed=0), normalization).requires_grad_(False)
-    trained = TrainedRun(config, tmp_path, classifier, ["a", "b"], normalization)
+    trained = TrainedRun(config, tmp_path, classifier, ["a", "b"], normalization, (3, 32, 32))
     metadata = {
         "architecture": config.model.model_dump(mode="json"), "classes": ["a", "b"],
         "normalization": normalization._asdict(),

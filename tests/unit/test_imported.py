@@ -135,7 +135,7 @@ WRONG: dict[str, tuple[str, dict[str, object], str]] = {
     "float64": ("double", {}, "head.weight is torch.float64; parameters should be torch.float32"),
     "complex": ("complex_weight", {}, "phase is torch.complex64; parameters should be torch.float32"),
     "lazy": ("lazy", {}, "1.weight has no size before the first forward pass"),
-    "on another device": ("on_meta", {}, "head.weight is on meta; the factory should leave all tensors on the CPU"),
+    "on another device": ("on_meta", {}, "head.weight is on meta; leave all tensors on the CPU"),
     "state besides tensors": ("Extra", {}, "_extra_state is no tensor"),
     "other classes": (
         "other_classes", {},

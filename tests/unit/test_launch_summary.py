@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from distributed.errors import InputError
-from launch.summary import summary
+from launch.summary import summary, write_summary
 
 
 def make_run(path: Path, *, status: str = "finished", accuracy: float = 0.5) -> None:
@@ -41,3 +41,27 @@ def test_different_settings_have_no_mean(tmp_path: Path):
     for lr in ("0.1", "0.01"):
         make_run(tmp_path / f"optim.lr={lr}")
     assert [line.split()[0] for line in summary(tmp_path).splitlines()[1:]] == ["optim.lr=0.01", "optim.lr=0.1"]
+
+
+def with_validation(run: Path, accuracies: list[float], losses: list[float]) -> None:
+    make_run(run)
+    lines = [
+        f'{{"kind": "epoch", "step": {epoch}, "epoch": {epoch}, "validation": {{"accuracy": {accuracy}, "loss": {loss}}}}}\n'
+        for epoch, (accuracy, loss) in enumerate(zip(accuracies, losses, strict=True))
+    ]
+    (run / "metrics.jsonl").write_text("".join(lines))
+
+
+def test_the_table_begins_with_the_best_run(tmp_path: Path):
+    with_validation(tmp_path / "a", [0.3, 0.2], [1.0, 1.5])
+    with_validation(tmp_path / "b", [0.5, 0.4], [3.0, 2.0])
+    with_validation(tmp_path / "c/seed-0", [0.4, 0.1], [0.9, 4.0])
+    make_run(tmp_path / "d", status="running")
+    names = {by: [line.split()[0] for line in summary(tmp_path, by).splitlines()[1:5]]
+             for by in ("validation.accuracy", "validation.loss")}  # fmt: skip
+    assert names == {"validation.accuracy": ["b", "c/seed-0", "a", "d"], "validation.loss": ["c/seed-0", "a", "b", "d"]}
+    assert "0.9000 (epoch 1)" in summary(tmp_path, "validation.loss").splitlines()[1]
+    text = write_summary(tmp_path, "validation.loss")
+    assert text.endswith(f"best: c/seed-0, validation loss 0.9000; its settings: {tmp_path}/best.toml\n")
+    assert (tmp_path / "best.toml").read_text().startswith("# c/seed-0: validation loss 0.9000\n")
+    assert (tmp_path / "summary.txt").read_text() == text

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from distributed.errors import InputError
-from launch.on_ray.settings import NOT_SWEPT, check_address, check_training, sweep_trainings
-from launch.sweep_arguments import split_sweep
+from launch.on_ray.settings import check_address, check_training, sweep_trainings
+from launch.sweep_arguments import read_sweep, split_sweep
 
 ROOT = Path(__file__).parents[2]
 DEBUG = str(ROOT / "configs/debug.toml")
@@ -53,8 +53,10 @@ def test_settings_that_cannot_work_are_refused(arguments, message):
 
 
 def swept(*arguments: str):
-    common, sweep = split_sweep([DEBUG, *arguments], not_swept=NOT_SWEPT)
-    return sweep_trainings(common, sweep)
+    split = split_sweep([DEBUG, *arguments])
+    sweep = read_sweep(split)
+    assert sweep is not None
+    return sweep_trainings(split.common, sweep)
 
 
 def test_a_sweep_has_a_folder_per_combination(tmp_path):
@@ -62,9 +64,9 @@ def test_a_sweep_has_a_folder_per_combination(tmp_path):
         "--sweep.optim.lr", "0.1,0.01", "--epochs", "3", "--sweep.seed=1,2", "--run_dir", str(tmp_path / "run")
     )
     assert [training.name for training in trainings] == [
-        "optim.lr=0.1,seed=1", "optim.lr=0.1,seed=2", "optim.lr=0.01,seed=1", "optim.lr=0.01,seed=2",
+        "optim.lr=0.1/seed-1", "optim.lr=0.1/seed-2", "optim.lr=0.01/seed-1", "optim.lr=0.01/seed-2",
     ]  # fmt: skip
-    assert {training.config.run_dir.parent for training in trainings} == {tmp_path / "run"}
+    assert {training.sweep_folder for training in trainings} == {tmp_path / "run"}
     assert [(one.config.optim.lr, one.config.seed, one.config.epochs) for one in trainings][2] == (0.01, 1, 3)
 
 
@@ -72,9 +74,11 @@ def test_a_sweep_has_a_folder_per_combination(tmp_path):
     ("arguments", "message"),
     [
         (["--sweep.scaling.num_workers", "1,2"], "cannot be swept"),
-        (["--sweep.epochs", "1,2"], "cannot be swept"),
-        (["--sweep.optim.lrr", "1,2"], "optim.lrr = 1: unknown setting; did you mean optim.lr"),
-        (["--sweep.optim.lr", "0.1,200"], "optim.lr = 200: should be less than or equal to 100"),
+        (["--sweep.optim.lrr", "1,2"], "sweep.optim.lrr 1,2: unknown setting; did you mean optim.lr"),
+        (
+            ["--sweep.optim.lr", "0.1,200"],
+            "trial 1 .optim.lr=200.: .*optim.lr = 200: should be less than or equal to 100",
+        ),
         (["--sweep.optim.lr", "0.1", "--optim.lr", "0.2"], "--optim.lr: given twice"),
         (["--sweep.optim.lr", "0.1", "--data.validation_fraction", "0"], "never by test images"),
     ],

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distributed.build import build_data, build_engine
-from distributed.checkpoint.warm_start import evaluation_weights, load_initial_weights
+from distributed.checkpoint.warm_start import evaluation_weights
 from distributed.config import TrainConfig, from_command_line
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
+from distributed.network import build_initial_network
 from distributed.recipe import train
 from distributed.run.checkpoint_layout import checkpoints
 from distributed.run.folder import RunFolder
@@ -61,15 +62,15 @@ def tensors_of(run_dir: Path, index: int = -1) -> dict[str, Tensor]:
 
 def fresh_engine(tmp_path: Path, *arguments: str) -> Engine:
     config, topology = config_of(tmp_path / "fresh", *arguments), Topology()
-    return build_engine(config, topology, build_data(config, topology, CPU), CPU)
+    data = build_data(config, topology, CPU)
+    return build_engine(config, topology, data, CPU, build_initial_network(config, topology, data, CPU))
 
 
 # Weights of another run
 
 
 def test_a_run_starts_from_anothers_evaluation_weights(trained, tmp_path):
-    engine = fresh_engine(tmp_path, "--optim.ema_decay", "0.5")
-    load_initial_weights(trained, engine)
+    engine = fresh_engine(tmp_path, "--optim.ema_decay", "0.5", "--init_from", str(trained))
     expected, found = tensors_of(trained), dict(engine.state())
     assert torch.equal(found["model.fc1.weight"], expected["ema.fc1.weight"])
     assert torch.equal(found["model.conv.1.running_mean"], expected["ema.conv.1.running_mean"])
@@ -79,10 +80,8 @@ def test_a_run_starts_from_anothers_evaluation_weights(trained, tmp_path):
 
 
 def test_a_last_layer_of_other_classes_is_not_loaded(trained, tmp_path):
-    engine = fresh_engine(tmp_path, "--data.name", "generated100")
-    before = {name: tensor.clone() for name, tensor in engine.state()}
-    load_initial_weights(trained, engine)
-    found = dict(engine.state())
+    before = dict(fresh_engine(tmp_path, "--data.name", "generated100").state())
+    found = dict(fresh_engine(tmp_path, "--data.name", "generated100", "--init_from", str(trained)).state())
     assert torch.equal(found["model.fc3.weight"], before["model.fc3.weight"])
     assert torch.equal(found["model.fc3.bias"], before["model.fc3.bias"])
     assert torch.equal(
@@ -126,7 +125,7 @@ def test_a_damaged_init_from_is_refused(trained, tmp_path):
     content[-5] ^= 1
     tensors.write_bytes(content)
     with pytest.raises(InputError, match=r"is damaged: tensors\.safetensors"):
-        load_initial_weights(copy, fresh_engine(tmp_path))
+        fresh_engine(tmp_path, "--init_from", str(copy))
 
 
 # Restoring the best weights at a drop

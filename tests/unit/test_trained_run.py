@@ -38,7 +38,9 @@ def test_images_of_another_type_or_shape_are_refused(images: torch.Tensor) -> No
 def test_predictions_are_the_networks_on_normalized_pixels() -> None:
     config, normalization = TrainConfig(), Normalization([0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
     network = build_model(config.model, num_classes=10, seed=0)
-    trained = TrainedRun(config, Path("x"), Classifier(network, normalization), list("abcdefghij"), normalization)
+    trained = TrainedRun(
+        config, Path("x"), Classifier(network, normalization), list("abcdefghij"), normalization, (3, 32, 32)
+    )
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     mean, deviation = (torch.tensor(values).view(-1, 1, 1) for values in normalization)
     with torch.no_grad():

@@ -25,7 +25,7 @@ Labels = NDArray[np.integer[Any]]
 
 
 class Images(NamedTuple):
-    """Images uint8 [n, side, side, 3] and labels [n], of some integer type."""
+    """Images uint8 [n, h, w, c] and labels [n], of some integer type."""
 
     images: Bytes
     labels: Labels

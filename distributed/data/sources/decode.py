@@ -175,19 +175,28 @@ def decode(path: Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 
 def to_square(image: Tensor, side: int, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Resize the shorter side of uint8 [3, h, w] to `side`, bilinear with antialiasing, and crop the centre: [side, side, 3].
+    """Resize the shorter side of uint8 [c, h, w] to `side`, bilinear with antialiasing, and crop the centre: [side, side, c].
 
     Raises:
         TooLarge: before cropping it would have more than `max_pixels`, e.g. if it is one pixel high.
     """
-    _, height, width = image.shape
-    short = min(height, width)
-    if short != side:
-        size = (max(side, round(height * side / short)), max(side, round(width * side / short)))
+    return to_size(image, side, side, max_pixels)
+
+
+def to_size(image: Tensor, height: int, width: int, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Resize uint8 [c, h, w] until it covers height x width pixels, as `to_square` does, and crop: [height, width, c].
+
+    Raises:
+        TooLarge: before cropping it would have more than `max_pixels`.
+    """
+    _, own_height, own_width = image.shape
+    new, old = (height, own_height) if height * own_width >= width * own_height else (width, own_width)
+    if new != old:
+        size = (max(height, round(own_height * new / old)), max(width, round(own_width * new / old)))
         if size[0] * size[1] > max_pixels:
-            scaled = f"{width:,} x {height:,} pixels scaled to {size[1]:,} x {size[0]:,}"
+            scaled = f"{own_width:,} x {own_height:,} pixels scaled to {size[1]:,} x {size[0]:,}"
             raise TooLarge(too_large(scaled, max_pixels))
         wide = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True, align_corners=False)
         image = wide[0].round_().clamp_(0, 255).byte()
-    top, left = (image.shape[1] - side) // 2, (image.shape[2] - side) // 2
-    return image[:, top : top + side, left : left + side].permute(1, 2, 0)
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    return image[:, top : top + height, left : left + width].permute(1, 2, 0)

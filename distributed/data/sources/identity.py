@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from distributed.errors import InputError
 
 Hashes = NDArray[np.uint64]
-_BLOCK = 1024  # images: a few MB, which fit the cache; few calls, so that other threads get the GIL
+_BLOCK, _BLOCK_BYTES = 1024, 2**22  # images: few MB, which fit the cache; few calls, so that other threads get the GIL
 
 
 class Identity(NamedTuple):
@@ -29,19 +29,28 @@ class Identity(NamedTuple):
 
 
 def image_hashes(images: NDArray[np.uint8]) -> Hashes:
-    """Return a 64-bit hash of each image of uint8 [n, ...], each a multiple of 8 bytes.
+    """Return a 64-bit hash of each image of uint8 [n, ...], which may be mapped from a file larger than memory.
 
     The sum of 64-bit words, each times an odd key for its position, so that changing any single word changes the sum.
     """
-    words = np.ascontiguousarray(images).reshape(len(images), -1).view("<u8")
-    keys = _mix(np.arange(1, words.shape[1] + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
-    sums = np.empty(len(words), np.uint64)
-    for start in range(0, len(words), _BLOCK):
-        block = words[start : start + _BLOCK]
+    count, image_bytes = len(images), images[:1].nbytes
+    keys = _mix(np.arange(1, -(-image_bytes // 8) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
+    sums = np.empty(count, np.uint64)
+    at_once = max(1, min(_BLOCK, _BLOCK_BYTES // image_bytes)) if count else 1
+    for start in range(0, count, at_once):
+        block = _words(images[start : start + at_once])
         folded = block >> np.uint64(32)
         folded ^= block  # else changes of top bits reach only the sum's top bit, and two of them cancel
-        sums[start : start + _BLOCK] = np.einsum("ij,j->i", folded, keys)
+        sums[start : start + at_once] = np.einsum("ij,j->i", folded, keys)
     return _mix(sums)
+
+
+def _words(images: NDArray[np.uint8]) -> Hashes:
+    """Return the bytes of each image as 64-bit words, the last one filled with zeros."""
+    rows = np.ascontiguousarray(images).reshape(len(images), -1)
+    if padding := -rows.shape[1] % 8:
+        rows = np.pad(rows, ((0, 0), (0, padding)))
+    return rows.view("<u8")
 
 
 def identity_of(hashes: Hashes, labels: NDArray[np.integer[Any]]) -> Identity:
@@ -124,6 +133,13 @@ def check_resumed(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: ob
     if found:
         raise InputError(
             *[f"{where}: {thing} is {new} here, but this run was started with {old}" for thing, old, new in found],
-            f"a resumed run keeps its data, {now.get('data', '')}: point --data.root at the files it started with, or "
-            "give another --run_dir",
+            f"a resumed run keeps its data, {now.get('data', '')}: {_how_to_keep(str(now.get('data')))}, or give another "
+            "--run_dir",
         )
+
+
+def _how_to_keep(name: str) -> str:
+    """Say how a user gets a run's data again."""
+    if ":" in name:
+        return "let the function return the arrays it started with"
+    return "point --data.root at the files it started with"

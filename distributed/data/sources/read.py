@@ -1,11 +1,12 @@
-"""Reads the data set that a config names; an image folder's fingerprints are computed in the background."""
+"""Reads the data set that a config names; fingerprints of files that are mapped are computed in the background."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from distributed.config.data import AnyData, CifarData, ImageFolderData
-from distributed.data.sources import cifar, decode, image_folder, registry, synthetic
+from distributed.config.data import AnyData, ArraysData, CifarData, ImageFolderData, ImportedData
+from distributed.data.sources import arrays, cifar, decode, image_folder, registry, synthetic
+from distributed.data.sources.arrays import GivenArrays
 from distributed.data.sources.cifar import Images
 from distributed.data.sources.identity import Identity
 
@@ -19,18 +20,26 @@ class DataSet(NamedTuple):
     identities: Callable[[], dict[str, Identity]]
 
 
-def read(config: AnyData, side: int) -> DataSet:
+def read(config: AnyData, side: int | None, given: GivenArrays | None = None) -> DataSet:
     """Return all images of the data set; those of an image folder in `side` x `side` pixels.
+
+    Args:
+        given: the arrays that Python code gave for the import path in the config.
 
     Raises:
         InputError: the files are missing or damaged.
     """
     if isinstance(config, ImageFolderData):
+        assert side is not None  # see TrainConfig._side_conflicts
         return _read_folder(config, side)
+    if isinstance(config, ArraysData | ImportedData):
+        class_names, splits = arrays.read(config, given)
+        identities = _in_background(lambda: {split: arrays.identity(images) for split, images in splits.items()})
+        return DataSet(class_names, splits["train"], splits["test"], identities)
     names = registry.class_names(config)
     if isinstance(config, CifarData):
-        (train, test), identities = cifar.read_identified(config.name, config.root, ("train", "test"))
-        return DataSet(names, train, test, lambda: identities)
+        (train, test), known = cifar.read_identified(config.name, config.root, ("train", "test"))
+        return DataSet(names, train, test, lambda: known)
     counts = {"train": config.train_samples, "test": config.test_samples}
     train, test = (synthetic.read(config.name, count, split) for split, count in counts.items())
     return DataSet(names, train, test, lambda: {s: synthetic.identity(config.name, n, s) for s, n in counts.items()})
@@ -38,10 +47,16 @@ def read(config: AnyData, side: int) -> DataSet:
 
 def _read_folder(config: ImageFolderData, side: int) -> DataSet:
     folder = image_folder.list_folder(config.root)
-    thread = ThreadPoolExecutor(1, thread_name_prefix="identity")
-    pending = thread.submit(
+    identities = _in_background(
         lambda: {split: image_folder.identity(config.root, listing) for split, listing in folder.listings.items()}
     )
-    thread.shutdown(wait=False)  # the thread ends with its work
     train, test = decode.read_listed(config.root, folder.listings, side, config.cache, max_pixels=config.max_pixels)
-    return DataSet(folder.class_names, train, test, pending.result)
+    return DataSet(folder.class_names, train, test, identities)
+
+
+def _in_background(work: Callable[[], dict[str, Identity]]) -> Callable[[], dict[str, Identity]]:
+    """Start the work on a thread, which ends with it; return a function that waits for the result."""
+    thread = ThreadPoolExecutor(1, thread_name_prefix="identity")
+    pending = thread.submit(work)
+    thread.shutdown(wait=False)
+    return pending.result

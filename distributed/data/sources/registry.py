@@ -1,7 +1,7 @@
 """The data set that a config names: its download, checks and class names. Imports no torch."""
 
-from distributed.config.data import AnyData, CifarData, ImageFolderData
-from distributed.data.sources import cifar, download, image_folder
+from distributed.config.data import AnyData, ArraysData, CifarData, ImageFolderData, ImportedData
+from distributed.data.sources import arrays, cifar, download, image_folder
 from distributed.data.sources.cifar_spec import SETS
 
 
@@ -29,16 +29,21 @@ def prepare(config: AnyData) -> None:
         cifar.check(config.name, config.root)
     elif isinstance(config, ImageFolderData):
         image_folder.list_folder(config.root)
+    elif isinstance(config, ArraysData):
+        arrays.check(config)
+    config.check_importable()
 
 
 def class_names(config: AnyData) -> tuple[str, ...]:
     """Return the names of the classes, in the order of their labels.
 
     Raises:
-        InputError: an image folder is missing.
+        InputError: an image folder or arrays are missing, or a function of the user fails.
     """
     if isinstance(config, CifarData):
         return SETS[config.name].class_names
     if isinstance(config, ImageFolderData):
         return image_folder.list_folder(config.root).class_names
+    if isinstance(config, ArraysData | ImportedData):
+        return arrays.read(config).class_names
     return tuple(f"class {label}" for label in range(config.num_classes))

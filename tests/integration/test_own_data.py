@@ -1,0 +1,130 @@
+"""A user's own arrays: trained, killed, resumed on other ranks, then evaluated, predicted, exported and reported."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kit.abuse import assert_outcome, call
+from kit.arrays import write_arrays, write_module
+from kit.commands import Command, assert_same_bits, attempts, final_tensors, kill, metrics, torchrun
+from kit.own_networks import write_networks
+from PIL import Image
+
+pytestmark = pytest.mark.timeout(300)
+SETTINGS = (
+    "--data.name", "arrays", "--model.name", "grey:make", "--model.input_side", 20, "--global_batch_size", 24,
+    "--schedule.name", "constant", "--data.augment.mixup", 0.2, "--precision", "float32", "--device", "cpu", "--threads", 1,
+    "--checkpoint.every_steps", 2, "--exact.shards", 8, "--logging.every_steps", 1,
+)  # fmt: skip
+TRAINED = (*SETTINGS, "--data.root", "arrays", "--epochs", 4)
+GREY = """\
+from torch import nn
+
+
+def make(num_classes):
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(),
+        nn.Dropout(0.1), nn.Linear(72, num_classes),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with arrays of 14 x 18 grey pixels, a module with a network for them, and one with data."""
+    folder = tmp_path_factory.mktemp("own")
+    write_arrays(folder / "arrays", (14, 18), train=240, test=40, classes=5)
+    write_module(folder)
+    write_networks(folder)
+    (folder / "grey.py").write_text(GREY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    """The run without a disturbance."""
+    with Command(torchrun(2, *TRAINED, "--run_dir", "run"), output=folder / "output", cwd=folder) as command:
+        assert command.wait() == 0, command.text[-3000:]
+    return folder / "run"
+
+
+@pytest.fixture
+def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if the commands of this process had been started in the folder by `python -m`."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    yield
+    for name in ("grey", "own_data", "own_networks"):
+        sys.modules.pop(name, None)
+
+
+def saves(run: Path) -> int:
+    file = run / "digests.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def test_killed_on_2_and_resumed_on_3_has_the_same_bits(folder: Path, run: Path) -> None:
+    killed = folder / "killed"
+    with Command(torchrun(2, *TRAINED, "--run_dir", killed), output=folder / "killed.out", cwd=folder) as command:
+        command.wait_for(lambda: saves(killed) >= 2, what="two saves")
+        kill(command.ranks()[-1])
+        assert command.wait() != 0
+    with Command(torchrun(3, *TRAINED, "--run_dir", killed), output=folder / "killed.out", cwd=folder) as command:
+        assert command.wait() == 0, command.text[-3000:]
+    assert [attempt["world_size"] for attempt in attempts(killed, "started")] == [2, 3]
+    assert_same_bits(killed, run)
+    assert final_tensors(run)["model.0.weight"].shape == (8, 1, 3, 3)
+
+
+def test_a_resume_with_other_arrays_is_refused(folder: Path, run: Path, here: None, tmp_path: Path) -> None:
+    other = write_arrays(tmp_path / "other", (14, 18), train=240, test=40, classes=5)
+    images = np.load(other / "train_images.npy")
+    images[0, 0, 0] ^= 1
+    np.save(other / "train_images.npy", images)
+    found = call("train", *SETTINGS, "--data.root", other, "--epochs", 5, "--run_dir", run)
+    assert_outcome(found, "the digest of the training images is", "point --data.root at the files", lines=2)
+
+
+def test_the_other_commands_know_the_data(run: Path, here: None, tmp_path: Path) -> None:
+    evaluated = json.loads(call("evaluate", run, "--json", "--checkpoint", "latest").out)
+    logged = metrics(run)[-1]["test"]
+    assert (evaluated["data"], evaluated["top1"]) == ("arrays", logged["accuracy"])
+    exported = call("export", run, "--out", tmp_path / "export")
+    assert exported.code == 0, exported.out + exported.err
+    assert "compared on 40 test images" in exported.out
+    described = json.loads((tmp_path / "export/model.json").read_text())
+    assert described["input"] == {"images": ["n", 1, 20, 20], "type": "float32, grey, pixels in [0, 1]"}
+    reported = call("report", run, "--out", tmp_path / "report.html")
+    assert reported.code == 0, reported.out + reported.err
+    page = (tmp_path / "report.html").read_text()
+    assert "grey:make on arrays" in page
+    for absent in ("data.name = ", "model.name = ", "has no convolution"):
+        assert absent not in page, "no section was left out"
+    Image.fromarray(np.load("arrays/test_images.npy")[3]).save(tmp_path / "image.png")
+    picture = ("--picture", tmp_path / "picture.png")
+    predicted = json.loads(call("predict", run, tmp_path / "image.png", "--json", *picture).out)
+    assert predicted["images"][0]["top"][0]["class"].startswith("class ")
+    assert call("compare", run, run).code == 0
+
+
+def test_data_by_an_import_path_trains_a_built_in_network(folder: Path, here: None) -> None:
+    settings = ("--data.name", "own_data:arrays", "--data.options.side", 10, "--device", "cpu", "--epochs", 1)
+    found = call("train", *settings, "--threads", 1, "--run_dir", folder / "imported")
+    assert found.code == 0, found.err
+    evaluated = json.loads(call("evaluate", folder / "imported", "--json").out)
+    assert (evaluated["data"], evaluated["images"]) == ("own_data:arrays", 16)
+    found = call("train", *settings, "--data.options.seed", 1, "--threads", 1, "--run_dir", folder / "imported")
+    assert_outcome(found, "data.options.seed = 1: this run was started with none", "a resumed run keeps its", lines=2)
+    exported = call("export", folder / "imported", "--format", "onnx", "--out", folder / "export")
+    assert exported.code == 0, exported.out + exported.err
+    refused = call("evaluate", folder / "imported", "--data.root", folder / "arrays")
+    assert_outcome(refused, "this run used data.name = own_data:arrays; leave it out")
+    (folder / "own_data.py").unlink()
+    sys.modules.pop("own_data")
+    missing = call("evaluate", folder / "imported")
+    assert_outcome(
+        missing, "data.name = own_data:arrays: there is no module own_data; run the command in the folder of"
+    )

@@ -1,0 +1,302 @@
+"""`train` with a network as an object: what is trained, what is recorded, and the result."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kit.commands import final_tensors
+from kit.small_runs import FAST, Recorder, StopAfter, small_config
+from torch import Tensor, nn
+
+from distributed import load
+from distributed.config import TrainConfig, load_config, read_saved
+from distributed.errors import InputError
+from distributed.recipe import train
+
+pytestmark = pytest.mark.usefixtures("restore_threads_and_log")
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
+
+
+class Net(nn.Module):
+    """A network as a script defines it."""
+
+    __module__ = "__main__"
+
+    def __init__(self, num_classes: int, width: int = 4) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3, padding=1)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.head(self.conv(images).relu().mean((2, 3)))
+        return out
+
+
+def config_of(folder: Path, **settings: Any) -> TrainConfig:
+    return small_config(
+        folder / "run", data={"train_samples": 48, "validation_fraction": 0.25}, **settings
+    )  # 36 to train on
+
+
+def test_the_result_has_network_metrics_and_history(tmp_path: Path) -> None:
+    recorder = Recorder()
+    result = train(config_of(tmp_path), model=Net, sinks=[recorder])
+    assert (result.step, result.epoch, result.stop_reason, result.stopped_early) == (4, 2, None, False)
+    assert result.best is not None
+    assert [epoch.train_loss for epoch in result.history] == [epoch.train_loss for epoch in recorder.epochs]
+    assert result.metrics == result.history[-1]
+    assert result.metrics.test is not None
+    assert recorder.epochs[-1].test is not None
+    assert result.metrics.test.loss == recorder.epochs[-1].test.loss
+    assert isinstance(result.network, Net)
+    assert not result.network.training
+    assert result.network(IMAGES).shape == (2, 10)
+    again = load(tmp_path / "run", checkpoint="latest", model=Net)
+    assert torch.equal(again.network(IMAGES), result.network(IMAGES))
+
+
+def test_the_network_has_the_weights_of_evaluation(tmp_path: Path) -> None:
+    result = train(config_of(tmp_path, optim={"ema_decay": 0.5}), model=Net)
+    raw = load(tmp_path / "run", checkpoint="latest", model=Net).network
+    assert torch.equal(raw.head.weight, result.network.head.weight)
+    saved = final_tensors(tmp_path / "run")
+    assert torch.equal(result.network.head.weight, saved["ema.head.weight"])
+    assert not torch.equal(result.network.head.weight, saved["model.head.weight"])
+    assert result.checkpoint == (tmp_path / "run/checkpoints/latest").resolve()
+
+
+def test_a_module_is_copied_and_starts_with_its_weights(tmp_path: Path) -> None:
+    net = Net(10).eval()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    result = train(config_of(tmp_path, epochs=1), model=net)
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    assert not net.training
+    assert not torch.equal(result.network.head.weight, net.head.weight)
+    with torch.no_grad():
+        net.conv.weight.zero_()  # the result and later calls do not depend on it
+    other = train(config_of(tmp_path / "other", epochs=1), model=net)
+    assert not torch.equal(other.network.conv.weight, result.network.conv.weight)
+    assert read_saved(tmp_path / "run/config.toml").model.name == "__main__:Net"
+
+
+def test_an_importable_factory_is_recorded_by_its_path(tmp_path: Path) -> None:
+    import kit.networks
+
+    result = train(config_of(tmp_path, exact=FAST, epochs=1), model=kit.networks.vit_b_16)
+    assert result.config.model.name == "kit.networks:vit_b_16"
+    named = train(config_of(tmp_path / "named", exact=FAST, epochs=1, model={"name": "kit.networks:vit_b_16"}))
+    ours, theirs = result.network.state_dict(), named.network.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert load(tmp_path / "run").config.model.name == "kit.networks:vit_b_16"
+
+
+def test_a_stopped_run_resumes_with_the_same_object(tmp_path: Path) -> None:
+    whole = train(config_of(tmp_path / "whole"), model=Net)
+    first = train(config_of(tmp_path), model=Net, stop=StopAfter(2))
+    assert (first.stop_reason, first.step, first.epoch) == ("the test", 3, 1)
+    assert [epoch.epoch for epoch in first.history] == [0]
+    second = train(config_of(tmp_path), model=Net)
+    assert [epoch.train_loss for epoch in second.history] == [epoch.train_loss for epoch in whole.history]
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.equal(tensor, second.network.state_dict()[name]), name
+    again = train(config_of(tmp_path), model=Net)  # finished: nothing is trained
+    assert (again.step, len(again.history)) == (4, 2)
+    assert torch.equal(again.network(IMAGES), second.network(IMAGES))
+
+
+def test_stopped_in_its_first_epoch_a_run_has_no_metrics(tmp_path: Path) -> None:
+    result = train(config_of(tmp_path, global_batch_size=8), stop=StopAfter(1))
+    assert (result.metrics, result.history, result.epoch) == (None, [], 0)
+    assert result.network is not None
+
+
+def arrays(**changed: Any) -> dict[str, Any]:
+    """20 training and 10 test images of 3 classes, grey, 12 x 16 pixels; None in `changed` leaves an array out."""
+    draws = np.random.default_rng(0)
+    made: dict[str, Any] = {}
+    for split, count in (("train", 20), ("test", 10)):
+        made[f"{split}_images"] = draws.integers(256, size=(count, 12, 16), dtype=np.uint8)
+        made[f"{split}_labels"] = np.arange(count) % 3
+    return {name: value for name, value in (made | changed).items() if value is not None}
+
+
+class Grey(nn.Module):
+    __module__ = "__main__"
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(12 * 16, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.head(images.flatten(1))
+        return out
+
+
+def test_arrays_take_the_place_of_the_data(tmp_path: Path) -> None:
+    config = small_config(tmp_path / "run", global_batch_size=8, epochs=1, data={"validation_fraction": 0.2})
+    data = arrays()
+    before = {name: array.copy() for name, array in data.items()}
+    result = train(config, model=Grey, data=data)
+    assert all((before[name] == array).all() for name, array in data.items())
+    assert (result.config.data.name, result.config.data.validation_fraction) == ("__main__:data", 0.2)
+    assert result.step == 3  # of 17 images, since the split is stratified
+    assert result.trained.class_names == ["class 0", "class 1", "class 2"]
+    images = torch.zeros(2, 1, 12, 16, dtype=torch.uint8)
+    assert result.trained.predict(images).shape == (2, 3)
+    assert load(tmp_path / "run", model=Grey).predict(images).shape == (2, 3)
+    again = train(config.model_copy(update={"epochs": 2}), model=Grey, data=data)
+    assert (again.step, len(again.history)) == (6, 2)
+    other = arrays(train_labels=np.arange(20)[::-1] % 3)
+    with pytest.raises(InputError, match=r"let the function return|started with"):
+        train(config.model_copy(update={"epochs": 3}), model=Grey, data=other)
+    with pytest.raises(
+        InputError, match=r"this run's data exists only in the script .* train\(\.\.\., data=\.\.\.\) takes it"
+    ):
+        train(result.config, model=Grey)
+
+
+def test_arrays_on_a_built_in_network(tmp_path: Path) -> None:
+    images = np.zeros((20, 32, 32, 3), np.uint8)
+    result = train(config_of(tmp_path, epochs=1), data=arrays(train_images=images, test_images=images[:10]))
+    assert result.network(IMAGES).shape == (2, 3)
+
+
+WRONG_DATA: dict[str, tuple[Any, list[str]]] = {
+    "no dict": ([1, 2], ["train(): data is of type list: should be a dict of four NumPy arrays"]),
+    "empty": ({}, ["missing in the dict given to train()"] * 4),
+    "one array missing": (arrays(test_labels=None), ["test_labels: missing in the dict given to train()"]),
+    "one array too many": (arrays(extra=np.zeros(3)), ["extra: not expected in the dict given to train(), only "]),
+    "tensors": (
+        arrays(train_labels=torch.zeros(20)),
+        ["train_labels: an object of type Tensor; should be a NumPy array"],
+    ),
+    "floats": (
+        arrays(train_images=np.zeros((20, 12, 16))),
+        ["train_images: float64 [20, 12, 16]; images should be uint8"],
+    ),
+    "other lengths": (
+        arrays(train_labels=np.zeros(7, int)),
+        ["train_labels: 7 labels, but train_images has 20 images"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_DATA)
+def test_wrong_arrays_are_one_line_each(case: str, tmp_path: Path) -> None:
+    data, messages = WRONG_DATA[case]
+    with pytest.raises(InputError) as caught:
+        train(config_of(tmp_path), data=data)
+    assert len(caught.value.lines) == len(messages)
+    assert all(message in line for message, line in zip(messages, caught.value.lines, strict=True))
+    assert not (tmp_path / "run/config.toml").exists()
+
+
+def wrong(folder: Path, model: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        train(config_of(folder), model=model)
+    [line] = caught.value.lines
+    return line
+
+
+class Broken(Net):
+    __module__ = "__main__"
+
+    def forward(self, images: Tensor) -> Tensor:
+        raise RuntimeError("no\nway")
+
+
+def with_lock() -> nn.Module:
+    net = Net(10)
+    net.lock = threading.Lock()  # type: ignore[assignment]
+    return net
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "needs an argument": (
+        lambda num_classes, width: Net(num_classes),
+        "needs the argument width; use functools.partial",
+    ),
+    "takes no classes": (lambda: Net(10), "the factory does not accept num_classes"),
+    "returns no module": (lambda num_classes: None, "the factory returned None"),
+    "raises": (lambda num_classes: 1 / 0, "the factory failed: ZeroDivisionError: division by zero ("),
+    "fails on images": (Broken, "model.name = __main__:Broken: the network fails in evaluation on images of shape"),
+    "other classes": (Net(7), "model.name = __main__:Net: in evaluation the network returns torch.float32 [2, 7]"),
+    "frozen": (Net(10).requires_grad_(False), "the network has no parameters that require gradients"),
+    "float64": (Net(10).double(), "conv.weight is torch.float64; parameters should be torch.float32"),
+    "on no device": (Net(10).to("meta"), "conv.weight is on meta; leave all tensors on the CPU"),
+    "cannot be copied": (with_lock(), "the network cannot be copied"),
+    "lazy": (nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), "1.weight has no size before the first forward pass"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_network_is_one_line(case: str, tmp_path: Path) -> None:
+    model, message = WRONG[case]
+    line = wrong(tmp_path, model)
+    assert line.startswith("model.name = __main__:")
+    assert message in line
+    assert not (tmp_path / "run/config.toml").exists()
+
+
+def test_another_object_does_not_resume_the_run(tmp_path: Path) -> None:
+    train(config_of(tmp_path, epochs=1), model=Net)
+    with pytest.raises(InputError, match=r"model\.name = __main__:Other: this run was started with __main__:Net"):
+        train(config_of(tmp_path), model=type("Other", (Net,), {}))
+    with pytest.raises(InputError, match=r"model\.name = improved_alexnet: this run was started with __main__:Net"):
+        train(config_of(tmp_path))
+    with pytest.raises(InputError, match=r"conv\.weight"):
+        train(config_of(tmp_path), model=Net(10, width=5))
+
+
+def test_load_needs_the_object_and_only_then_takes_it(tmp_path: Path) -> None:
+    result = train(config_of(tmp_path, epochs=1), model=Net(10))
+    with pytest.raises(
+        InputError, match=r"exists only in the script .*distributed\.load\(RUN, model=\.\.\.\) takes it"
+    ):
+        load(tmp_path / "run")
+    assert torch.equal(load(tmp_path / "run", model=Net).network(IMAGES), result.network(IMAGES))
+    with pytest.raises(InputError, match=r"does not fit the run's config\.toml"):
+        load(tmp_path / "run", model=Net(10, width=5))
+    with pytest.raises(InputError, match=r"load\(\): model is of type int"):
+        load(tmp_path / "run", model=3)  # type: ignore[arg-type]
+    train(config_of(tmp_path / "built_in", epochs=1))
+    with pytest.raises(InputError, match=r"load\(\): model was given, but the run has model\.name = improved_alexnet"):
+        load(tmp_path / "built_in/run", model=Net)
+
+
+def test_the_network_of_a_deleted_run_is_missing(tmp_path: Path) -> None:
+    import shutil
+
+    result = train(config_of(tmp_path, epochs=1), model=Net)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(InputError, match="run/checkpoints/step-"):
+        _ = result.network
+
+
+def test_torch_keeps_the_settings_of_the_program(tmp_path: Path) -> None:
+    cudnn = torch.backends.cudnn
+    before = torch.get_num_threads(), cudnn.deterministic, cudnn.benchmark, torch.get_rng_state().tolist()
+    torch.set_num_threads(2)
+    try:
+        train(config_of(tmp_path, epochs=1, threads=1), model=Net)
+        assert torch.get_num_threads() == 2
+        with pytest.raises(InputError):
+            train(config_of(tmp_path / "fails", threads=1), model=Broken)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before[0])
+    assert (cudnn.deterministic, cudnn.benchmark, torch.get_rng_state().tolist()) == before[1:]
+
+
+def test_a_saved_config_trains_again(tmp_path: Path) -> None:
+    train(config_of(tmp_path, epochs=1), model=Net)
+    saved = load_config(tmp_path / "run/config.toml", run_dir=str(tmp_path / "again"))
+    with pytest.raises(InputError, match="exists only in the script"):
+        train(saved)
+    assert train(saved, model=Net).step == 2
+    status = json.loads((tmp_path / "again/status.json").read_text())
+    assert status["status"] == "finished"
