@@ -173,7 +173,10 @@ def values_of(record: MetricsRecord) -> dict[str, float]:
 
 
 def _numbers(prefix: str, fields: dict[str, object]) -> dict[str, float]:
-    return {f"{prefix}/{name}": float(value) for name, value in fields.items() if _is_finite(value)}
+    found = {f"{prefix}/{name}": float(value) for name, value in fields.items() if _is_finite(value)}
+    for nested in fields.values():
+        found |= _numbers(prefix, nested) if isinstance(nested, dict) else {}
+    return found
 
 
 def _is_finite(value: object) -> TypeGuard[float]:

@@ -58,7 +58,11 @@ class MlflowService:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        metrics = [Metric(name, value, now, r.step) for r in records for name, value in values_of(r).items()]
+        metrics = [
+            Metric(_NOT_IN_NAMES.sub("_", name), value, now, record.step)
+            for record in records
+            for name, value in values_of(record).items()
+        ]
         with _refusals():
             for start in range(0, len(metrics), _MOST_METRICS):
                 self._client.log_batch(self._run_id, metrics=metrics[start : start + _MOST_METRICS])

@@ -124,7 +124,7 @@ BAD: dict[str, tuple[str, tuple[str, ...]]] = {
     "a module that does not parse": ("broken_sinks:A", ("broken_sinks cannot be imported: SyntaxError", "broken_sinks.py:1")),
     "a module that raises": ("raises_sinks:A", ("cannot be imported: ZeroDivisionError", "raises_sinks.py:2)")),
     "a method is missing": ("own_sinks:Short", ("Short has no method log_epoch; a sink has log_step, log_epoch, close",)),
-    "other arguments": ("own_sinks:NoArguments", ("the class does not accept config, which every sink gets; add it to the arguments",)),
+    "other arguments": ("own_sinks:NoArguments", ("the class does not accept config, which every sink gets",)),
     "an error in the constructor": (
         "own_sinks:CannotConnect",
         ("failed: ConnectionError: no answer from chat.example", f"own_sinks.py:{LAST})"),

@@ -243,6 +243,8 @@ def test_an_immediate_exit_records_its_status(file):
 def test_names_of_the_metrics():
     train = parse_metrics(json.dumps({"kind": "train", **asdict(TRAIN), "loss": None}).encode())
     epoch = parse_metrics(json.dumps({"kind": "epoch", **asdict(EPOCH)}).encode())
+    own = json.dumps({"kind": "epoch", **asdict(EPOCH), "test": {"loss": 1.0, "metrics": {"top3": 0.5}}}).encode()
+    assert values_of(parse_metrics(own)).items() >= {"test/loss": 1.0, "test/top3": 0.5}.items()
     assert train is not None
     assert epoch is not None
     assert values_of(train) == {
