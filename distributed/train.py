@@ -13,6 +13,7 @@ from distributed.config.data import CifarData
 from distributed.data.sources import cifar, registry
 from distributed.errors import ExitCode, InputError
 from distributed.host.versions import require
+from distributed.metrics.installed import check_installed
 from distributed.process import exits, gc_pause
 from distributed.process.signals import SignalStop
 from distributed.process.streams import run_command
@@ -101,6 +102,8 @@ def checked_config(
     config.check_importable()
     if config.engine.name == "deepspeed":
         require("deepspeed", at_least=(0, 19), needed_by="engine.name = deepspeed")
+    if topology.is_main:
+        check_installed(config.logging)
     saved = check_run_folder(config)
     finished = is_finished(config, saved)
     # Only rank 0 queries the store. The other ranks leave it to rank 0 to check init_from.

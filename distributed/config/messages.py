@@ -13,6 +13,7 @@ from distributed.config.layers import Settings, shown
 from distributed.config.leaves import leaves, table_around
 from distributed.config.networks import name_hint
 from distributed.config.renamed import REMOVED_VALUES
+from distributed.errors import without_password
 
 _NAME_IN_TABLE = ("[key]",)  # pydantic's end of a location, after the name
 
@@ -38,7 +39,9 @@ def explain(detail: ErrorDetails, settings: Settings) -> list[str]:
         value = value["name"] if isinstance(value, dict) else value
     reason = _REASONS.get(detail["type"], _invalid)(_Problem(path, value, variants, str(detail["msg"])))
     is_name = detail["loc"][-1:] == _NAME_IN_TABLE
-    value_text = f" = {shown(value)}" if not is_name and (not isinstance(value, dict) or value) else ""
+    value_text = (
+        f" = {without_password(shown(value))}" if not is_name and (not isinstance(value, dict) or value) else ""
+    )
     return [f"{_place(path, settings.places)}: {shown(path)}{value_text}: {reason}"]
 
 

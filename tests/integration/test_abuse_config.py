@@ -181,6 +181,22 @@ VALUES: list[tuple[str, str, str]] = [
     ("logging.level", "TRACE", "'DEBUG', 'INFO' or 'WARNING'"),
     ("logging.tensorboard", "5", "valid boolean"),
     ("logging.profile_steps", "1001", "less than or equal to 1000"),
+    ("logging.wandb.project", "a/b", "a name of at most 128 characters for a project, without / \\ # ? % :"),
+    ("logging.wandb.entity", " ", "a name of at most 128 characters for an entity"),
+    ("logging.wandb.name", "x" * 129, "a name of at most 128 characters for a run"),
+    ("logging.wandb.tags", '["a", "a"]', "a list of different tags of 1 to 64 characters"),
+    ("logging.wandb.tags", "a", "a list of different tags of 1 to 64 characters"),
+    ("logging.wandb.mode", "disabled", "'online' or 'offline'"),
+    ("logging.mlflow.tracking_uri", "localhost", "is a folder, which MLflow no longer writes to"),
+    ("logging.mlflow.tracking_uri", "https://", "the address of a server or a database"),
+    ("logging.mlflow.tracking_uri", "localhost:5000", "the address of a server or a database"),
+    ("logging.mlflow.tracking_uri", "http://me:hidden@host", "= http://***@host: has a password or a token"),
+    ("logging.mlflow.tracking_uri", "postgresql://me:hidden@host/x", "set MLFLOW_TRACKING_URI instead"),
+    ("logging.mlflow.tracking_uri", "mysql://host/x?password=hidden", "= mysql://host/x?password=***: has a password"),
+    ("logging.mlflow.experiment", "", "a name of at most 250 characters for an experiment"),
+    ("logging.mlflow.name", "a\nb", "a name of at most 250 characters for a run"),
+    ("logging.sinks", '["my_sinks"]', "a list of different import paths package.module:Class"),
+    ("logging.sinks", '["my_sinks:A", "my_sinks:A"]', "a list of different import paths"),
 ]
 
 FILES: dict[str, tuple[str | bytes, str]] = {
