@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from distributed.config.data import CifarData, DataSection, ImageFolderData, ImportedData
-from distributed.config.engines import AnyEngine, Ddp
+from distributed.config.engines import AnyEngine, Ddp, compile_conflicts
 from distributed.config.functions import AnyLoss, ImportedLoss, Loss, metric_name
 from distributed.config.grad_checkpointing import GradCheckpointing
 from distributed.config.scaling import Scaling
@@ -178,7 +178,7 @@ class TrainConfig(Section):
             *self._side_conflicts(),
             *self.engine.conflicts(self.exact.shards, self.precision),
             *self._batch_conflicts(),
-            *self._compile_conflicts(),
+            *(compile_conflicts(self.engine, self.exact.shards) if self.compile else []),
             *self.grad_checkpointing.conflicts(self.exact.shards, self.engine, compile=self.compile),
             *self.optim.conflicts(),
             *self.schedule.conflicts(epochs=self.epochs),
@@ -219,20 +219,6 @@ class TrainConfig(Section):
             found.append(
                 f"grad_accum_steps = {self.grad_accum_steps} is more than global_batch_size = {self.global_batch_size}: a "
                 "micro-batch needs at least one image; lower grad_accum_steps"
-            )
-        return found
-
-    def _compile_conflicts(self) -> list[str]:
-        found = []
-        if self.compile and self.exact.shards not in ("auto", 0):
-            found.append(
-                f"compile = true cannot be combined with exact.shards = {self.exact.shards}: a compiled graph cannot pause "
-                "where shards synchronize; set exact.shards = 0, or compile = false"
-            )
-        if self.compile and self.engine.name != "ddp":
-            found.append(
-                f"compile = true cannot be combined with engine.name = {self.engine.name}: set engine.name = ddp, or "
-                "compile = false"
             )
         return found
 
