@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, PlainValidator, Tag, TypeAdapter
 from pydantic_core import PydanticCustomError
 
+from distributed.config.functions import Metrics
 from distributed.config.networks import BUILT_IN, FactoryOptions, ImportPath, is_import_path
 from distributed.config.schema import Section, operational, setting
+from distributed.config.sinks import Mlflow, SinkPaths, Wandb
 from distributed.host.importable import check_module
 
 _STORE_URL = re.compile(r"(?:(?:s3|gs)://[a-zA-Z0-9][\w.-]*(?:/[^\s?*#\[\]{}]*)?|file:///[^\s?*#\[\]{}]+)", re.ASCII)
@@ -142,12 +144,6 @@ class AdamW(_Optim):
     weight_decay: float = setting(0.05, "each step subtracts lr * weight_decay * weight", ge=0, le=1)
 
 
-class Loss(Section):
-    label_smoothing: float = setting(
-        0.0, "fraction of the target that is spread evenly over all classes (Szegedy et al. 2016)", ge=0, lt=1
-    )
-
-
 def _shard_count(value: Any) -> Any:
     if value == "auto" or (type(value) is int and value >= 0 and not value & (value - 1)):
         return value
@@ -165,6 +161,10 @@ class Exact(Section):
 class Evaluation(Section):
     batch_size: int = setting(1000, "images per forward pass, over all ranks", gt=0)
     flip_tta: bool = setting(False, "flip test-time augmentation: add the logits of each image and of its mirror image")
+    metrics: Metrics = operational(
+        (), "further metrics by import path: function(logits, targets) returns one number per sample, of which the mean is "
+        'reported under the function\'s name, e.g. ["net:brier"]'
+    )  # fmt: skip
     test_every_epoch: bool = operational(
         True, "evaluate the test split every epoch, for its curve; never used for decisions"
     )
@@ -207,4 +207,9 @@ class Logging(Section):
     tensorboard: bool = operational(True, "write TensorBoard event files beside metrics.jsonl")
     profile_steps: int = operational(
         0, "profile N steps of rank 0, after the first ten of the attempt, into RUN/profile; 0: off", ge=0, le=1000
+    )
+    wandb: Wandb | None = operational(None, "log to Weights & Biases; none: off")
+    mlflow: Mlflow | None = operational(None, "log to MLflow; none: off")
+    sinks: SinkPaths = operational(
+        (), "classes of your own that receive the metrics on rank 0, as package.module:Class"
     )

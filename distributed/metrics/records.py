@@ -2,9 +2,9 @@
 
 import resource
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -35,6 +35,7 @@ class SplitMetrics:
     loss: float
     accuracy: float
     accuracy5: float
+    metrics: Mapping[str, float] = field(default_factory=dict)  # of `evaluation.metrics`, by name
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,22 @@ class Sink(Protocol):
     def log_epoch(self, metrics: EpochMetrics) -> None: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class LearnsStart(Protocol):
+    """A sink that is told where an attempt starts, before its first metrics."""
+
+    def begin(self, step: int) -> None:
+        """Metrics of later steps follow; a killed attempt may have logged some of them already."""
+        ...
+
+
+@runtime_checkable
+class LearnsEnding(Protocol):
+    """A sink that is told how the run ended, before it is closed."""
+
+    def end(self, status: Literal["finished", "stopped", "failed"]) -> None: ...
 
 
 class Elapsed(NamedTuple):
