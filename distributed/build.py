@@ -32,6 +32,7 @@ from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
 from distributed.training.cuda_graph_step import CudaGraphStep
+from distributed.training.losses import PerSample
 from distributed.training.state import TrainState
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator
@@ -99,8 +100,13 @@ def build_data(
 
 
 def read_data(config: TrainConfig) -> DataPipeline:
-    """Build the run's data pipeline for a single process on the CPU in float32, e.g. for analyzing a trained network."""
-    return build_data(config.model_copy(update={"precision": "float32"}), Topology(), torch.device("cpu"))
+    """Build the run's data pipeline for a single process on the CPU in float32, e.g. for analyzing a trained network.
+
+    The module of an augmentation function need not be there.
+    """
+    augment = config.data.augment.model_copy(update={"function": None})
+    data = config.data.model_copy(update={"augment": augment})
+    return build_data(config.model_copy(update={"precision": "float32", "data": data}), Topology(), torch.device("cpu"))
 
 
 def build_engine(
@@ -170,12 +176,14 @@ def build_checkpointer(config: TrainConfig, run: ClaimedRun | None, metadata: di
     )
 
 
-def build_step(config: TrainConfig, engine: Engine, metrics: MetricAccumulator, device: torch.device) -> StepFunction:
+def build_step(
+    config: TrainConfig, engine: Engine, metrics: MetricAccumulator, device: torch.device, loss: PerSample
+) -> StepFunction:
     """Build the step function: `train_step`, on CUDA with inputs in fixed memory and, on a single GPU, as a CUDA graph."""
     if device.type != "cuda" or (isinstance(config.engine, DeepSpeed) and collectives.world_size() > 1):
-        return partial(train_step, engine, loss=config.loss, metrics=metrics)
+        return partial(train_step, engine, loss=loss, metrics=metrics)
     capture = config.cuda_graphs and collectives.world_size() == 1
-    return CudaGraphStep(engine, metrics, loss=config.loss, device=device, capture=capture)
+    return CudaGraphStep(engine, metrics, loss=loss, device=device, capture=capture)
 
 
 def log_plan(

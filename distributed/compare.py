@@ -17,7 +17,7 @@ from distributed.run.folder import RunFolder
 from distributed.run.metrics_file import TrainRecord, read_metrics
 from distributed.run.records import read_attempts, read_saves
 from distributed.runs.outcome import outcome_of
-from distributed.runs.table import HEADINGS, cells, in_columns
+from distributed.runs.table import HEADINGS, cells, in_columns, number
 
 _MACHINE_METRICS = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
 
@@ -176,8 +176,14 @@ def _print_comparison(a: RunFolder, b: RunFolder) -> int:
 
 def _results(a: RunFolder, b: RunFolder) -> list[str]:
     """Return a table of both runs' results."""
-    columns = [[shown(run.path), *cells(outcome_of(run.path))] for run in (a, b)]
-    return ["", *in_columns(list(zip(("", *HEADINGS), *columns, strict=True)))]
+    outcomes = [outcome_of(run.path) for run in (a, b)]
+    further = list(dict.fromkeys(name for outcome in outcomes for name in outcome.further))
+    headings = ["", *HEADINGS, *(f"test {name}" for name in further)]
+    columns = [
+        [shown(run.path), *cells(outcome), *(number(outcome.further.get(name)) for name in further)]
+        for run, outcome in zip((a, b), outcomes, strict=True)
+    ]
+    return ["", *in_columns(list(zip(headings, *columns, strict=True)))]
 
 
 if __name__ == "__main__":

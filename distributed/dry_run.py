@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distributed.build import build_data, build_engine, build_step, check_same_config, log_plan
+from distributed.build import StepFunction, build_data, build_engine, build_step, check_same_config, log_plan
 from distributed.comm import collectives
 from distributed.comm.process_group import choose_device, process_group
 from distributed.config import TrainConfig
@@ -25,6 +25,7 @@ from distributed.process.logs import replace_default_logs
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
 from distributed.training.determinism import make_deterministic
+from distributed.training.functions import build_functions
 from distributed.training.state import TrainState
 from distributed.training.totals import MetricAccumulator
 
@@ -56,6 +57,7 @@ def dry_run(config: TrainConfig) -> None:
     make_deterministic(device, precision=config.precision, compile=config.compile)
     with ExitStack() as stack:
         data = build_data(config, topology, device)
+        loss = build_functions(config, topology, data, device).loss.training
         network = build_initial_network(config, topology, data, device)
         trained = {name: p.numel() for name, p in network.model.named_parameters() if p.requires_grad}
         frozen = sum(p.numel() for p in network.model.parameters()) - sum(trained.values())
@@ -66,7 +68,8 @@ def dry_run(config: TrainConfig) -> None:
         schedule = build_schedule(config, steps_per_epoch=data.steps_per_epoch)
         state = TrainState(schedule, build_early_stopping(config.early_stopping), config.precision)
         log_plan(config, data, topology, state, device)
-        timing = _time_steps(config, engine, data, state, device)
+        metrics = MetricAccumulator(device)
+        timing = _time_steps(build_step(config, engine, metrics, device, loss), metrics, data, state)
         peak = torch.tensor([peak_memory_mib(device)], dtype=torch.float64, device=device)
         peak_mib = float(collectives.max_over_ranks_(peak))
         if topology.is_main:
@@ -81,12 +84,9 @@ def dry_run(config: TrainConfig) -> None:
             print(f"run folder    {config.run_dir.absolute()}: nothing was written")
 
 
-def _time_steps(
-    config: TrainConfig, engine: Engine, data: DataPipeline, state: TrainState, device: torch.device
-) -> _Timing:
+def _time_steps(train_step: StepFunction, metrics: MetricAccumulator, data: DataPipeline, state: TrainState) -> _Timing:
     """Take and time training steps, from the first epoch on. A collective."""
-    metrics = MetricAccumulator(device)
-    train_step = build_step(config, engine, metrics, device)
+    device = data.input_format.device
     epochs = chain.from_iterable(data.train_epoch(epoch, start_step=0) for epoch in count())
     batches = islice(epochs, _WARM_UP_STEPS + _TIMED_STEPS)
     seconds, images = list[float](), 0

@@ -7,6 +7,7 @@ import argparse
 import json
 from contextlib import suppress
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,7 +33,7 @@ from distributed.topology import Topology
 if TYPE_CHECKING:
     from distributed.data.pipeline import Split
     from distributed.inference.confusion import Counts
-    from distributed.training.totals import Totals
+    from distributed.training.totals import SplitTotals
 
 
 def main() -> int:
@@ -86,7 +87,7 @@ def _notify_waiting_peers(error: InputError | StorageError) -> None:
 
 def _config_of(run: Path, root: Path | None) -> TrainConfig:
     config = with_data_root(read_config(run), root)
-    config.model.check_importable()
+    config.check_importable()
     registry.prepare(config.data)
     return config
 
@@ -104,6 +105,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     from distributed.process import logs
     from distributed.process.allocator import keep_freed_memory
     from distributed.training.determinism import make_deterministic
+    from distributed.training.functions import build_functions
     from distributed.training.steps import evaluate
 
     split: Split = arguments.split
@@ -117,6 +119,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     content = read_content(checkpoint)
     # Before the process group, because decoding may take long, and importing a network may fail.
     data = build_data(config, topology, device)
+    functions = build_functions(config, topology, data, device)
     network = build_network(config, topology, data, device)
     with process_group(topology, device, timeout_seconds=config.timeout_seconds):
         check_evaluated(content, config, data, split)
@@ -127,7 +130,10 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
             raise InputError(f"{checkpoint}: {error}; name another with --checkpoint") from None
         confusion = ConfusionMatrix(data.num_classes, device)
         flip_tta = config.evaluation.flip_tta
-        totals = evaluate(engine, data, split, flip_tta=flip_tta, device=device, observers=[confusion])
+        totals = evaluate(
+            engine, data, split, loss=functions.loss.evaluation, metrics=functions.metrics, flip_tta=flip_tta,
+            device=device, observers=[confusion],
+        )  # fmt: skip
         counts = confusion.read()
     if topology.is_main:
         labels = Labels(config.model.name, config.data.name, split, checkpoint.name, read_class_names(content, config))
@@ -151,7 +157,7 @@ class Labels(NamedTuple):
     classes: list[str]
 
 
-def _draw(labels: Labels, totals: "Totals", counts: "Counts", picture: Path) -> Exception | None:
+def _draw(labels: Labels, totals: "SplitTotals", counts: "Counts", picture: Path) -> Exception | None:
     """Draw the confusion matrix and return the error if that failed."""
     correct = f"{totals.accuracy:.2%} of {totals.count:,} correct"
     title = f"{labels.model} on {labels.data}, {labels.split} split: {correct}"
@@ -166,7 +172,7 @@ def _draw(labels: Labels, totals: "Totals", counts: "Counts", picture: Path) -> 
     return None
 
 
-def _print(labels: Labels, totals: "Totals", counts: "Counts", picture: Path | None, *, as_json: bool) -> None:
+def _print(labels: Labels, totals: "SplitTotals", counts: "Counts", picture: Path | None, *, as_json: bool) -> None:
     from distributed.inference.confusion import as_lines, by_class
 
     results = by_class(counts, labels.classes)
@@ -175,6 +181,7 @@ def _print(labels: Labels, totals: "Totals", counts: "Counts", picture: Path | N
         content = {
             "model": labels.model, "data": labels.data, "split": labels.split, "checkpoint": labels.checkpoint,
             "images": totals.count, "loss": totals.mean_loss, "top1": totals.accuracy, "top5": totals.accuracy5,
+            "metrics": {name: value if isfinite(value) else None for name, value in totals.metrics.items()},
             "classes": classes, "confusion": counts, "picture": picture and str(picture),
         }  # fmt: skip
         print(json.dumps(content))
@@ -182,6 +189,7 @@ def _print(labels: Labels, totals: "Totals", counts: "Counts", picture: Path | N
     print(
         f"{labels.model} on {labels.data}, {labels.split} split ({totals.count:,} images), {labels.checkpoint}: "
         f"loss {totals.mean_loss:.4f}, top-1 {totals.accuracy:.2%}, top-5 {totals.accuracy5:.2%}"
+        + "".join(f", {name} {value:.4f}" for name, value in totals.metrics.items())
     )
     print("", *as_lines(results), *(["", f"confusion matrix: {picture}"] if picture else []), sep="\n")
 

@@ -28,6 +28,8 @@ from distributed.process.logs import replace_default_logs
 from distributed.run.resume_checks import check_saved
 from distributed.topology import Topology
 from distributed.training.determinism import make_deterministic, restored_settings
+from distributed.training.functions import build_functions
+from distributed.training.losses import PerSample
 from distributed.training.state import TrainState
 from distributed.training.steps import evaluate
 from distributed.training.stop import NeverStop, StepAgreement, StopSource
@@ -40,6 +42,7 @@ def train(
     *,
     model: GivenModel | None = None,
     data: GivenArrays | None = None,
+    loss: PerSample | None = None,
     stop: StopSource | None = None,
     sinks: Sequence[Sink] = (),
 ) -> TrainResult:
@@ -52,6 +55,7 @@ def train(
             which a copy is trained.
         data: the images and labels, in place of the config's: a dict of the arrays train_images, train_labels, test_images
             and test_labels.
+        loss: the loss, in place of the config's: a function that returns one loss per sample, called as loss(logits, targets).
         stop: source of stop requests. All ranks agree on the step at which to stop, save a checkpoint there and return.
         sinks: additional metric sinks, called on rank 0; on every rank if they have `on_every_rank = True`.
 
@@ -64,7 +68,7 @@ def train(
         StorageError: a checkpoint could not be written. The previous one is intact.
     """
     check_arguments(config, stop=stop, sinks=sinks)
-    config = with_given(config, model=model, data=data)
+    config = with_given(config, model=model, data=data, loss=loss)
     topology = Topology.from_environment()
     replace_default_logs(topology.rank, level=config.logging.level)
     keep_freed_memory()
@@ -74,9 +78,10 @@ def train(
         torch.set_num_threads(topology.threads(config.threads))
         make_deterministic(device, precision=config.precision, compile=config.compile)
         attempt = stack.enter_context(Attempt(config, topology))
-        # Before the process group, so that bad data, networks and sinks leave no peer waiting.
+        # Before the process group, so that bad data, functions, networks and sinks leave no peer waiting.
         own_sinks = open_sinks(config) if topology.is_main else []
         pipeline = build_data(config, topology, device, data)
+        functions = build_functions(config, topology, pipeline, device, loss)
         network = build_initial_network(config, topology, pipeline, device, model)
         stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
         check_same_config(config)
@@ -103,8 +108,11 @@ def train(
         profiled_steps = config.logging.profile_steps if topology.is_main else 0
         profiler = stack.enter_context(StepProfiler(profiled_steps, attempt.folder.profile, attempt.check_token))
         metrics = MetricAccumulator(device)
-        train_step = build_step(config, engine, metrics, device)
-        evaluate_split = partial(evaluate, engine, pipeline, flip_tta=config.evaluation.flip_tta, device=device)
+        train_step = build_step(config, engine, metrics, device, functions.loss.training)
+        evaluate_split = partial(
+            evaluate, engine, pipeline, loss=functions.loss.evaluation, metrics=functions.metrics,
+            flip_tta=config.evaluation.flip_tta, device=device,
+        )  # fmt: skip
 
         while state.epoch < config.epochs and not state.stopped_early:
             report.begin_epoch(state)

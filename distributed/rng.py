@@ -61,8 +61,13 @@ def unit(keys: Tensor, purpose: str) -> Tensor:
 
 def unit_of_each(keys: Tensor, purposes: tuple[str, ...]) -> Tensor:
     """Like `unit`, for several purposes in one batch of operations: float64 [len(purposes), n]."""
+    return (draws_of_each(keys, purposes).to(torch.float64) + 0.5) * 2.0**-32
+
+
+def draws_of_each(keys: Tensor, purposes: tuple[str, ...]) -> Tensor:
+    """Like `draws`, for several purposes in one batch of operations: int64 [len(purposes), n]."""
     first, second = _key_words_of_each(purposes, keys.device)
-    return (_mix_(keys[:, 0] ^ first, keys[:, 1] ^ second).to(torch.float64) + 0.5) * 2.0**-32
+    return _mix_(keys[:, 0] ^ first, keys[:, 1] ^ second)
 
 
 @lru_cache

@@ -7,7 +7,7 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ class UserFunction:
         options: the keyword arguments that the config sets.
         options_in: the table of the config that holds them, e.g. `model.options`.
         given: the keyword arguments that it always gets, each with a remedy if it does not accept them.
+        positional: what it gets by position.
     """
 
     setting: str
@@ -38,6 +39,7 @@ class UserFunction:
     options: Mapping[str, Any] = field(default_factory=dict)
     options_in: str = ""
     given: Mapping[str, str] = field(default_factory=dict)
+    positional: Sequence[str] = ()
 
     def error(self, reason: str) -> InputError:
         """Return an error whose message begins with the setting and its value."""
@@ -93,16 +95,19 @@ class UserFunction:
     def _check_arguments(self, function: Callable[..., Any]) -> None:
         """Raise InputError if the function's signature does not accept its arguments."""
         try:
-            parameters = inspect.signature(function).parameters
+            parameters = inspect.signature(function).parameters.values()
         except (TypeError, ValueError):  # none is known, e.g. of a builtin
             return
+        by_position = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if len(by_position) < len(self.positional) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            raise self.error(f"the {self.noun} should accept {' and '.join(self.positional)} by position")
         named = {
-            name: p.default is p.empty
-            for name, p in parameters.items()
-            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+            p.name: p.default is p.empty
+            for p in parameters
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in by_position[: len(self.positional)]
         }
         passed = (*self.given, *self.options)
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             for name in passed:
                 if name not in named:
                     raise self.error(self._not_accepted(name, list(named)))

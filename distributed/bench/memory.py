@@ -132,6 +132,7 @@ def _config(settings: dict[str, Any]) -> Any:
 
 def _train(config: Any, engine: Any, data: Any, device: Any) -> float:
     """Train for an epoch, and return the largest size of all tensors just before an update, in MiB."""
+    from distributed.training.losses import build_losses
     from distributed.training.steps import train_step
     from distributed.training.totals import MetricAccumulator
 
@@ -144,7 +145,7 @@ def _train(config: Any, engine: Any, data: Any, device: Any) -> float:
 
     engine.step = step_and_measure
     for number, batches in enumerate(data.train_epoch(0)):
-        train_step(engine, batches, loss=config.loss, lr=1e-4, step=number, metrics=metrics)
+        train_step(engine, batches, loss=build_losses(config.loss).training, lr=1e-4, step=number, metrics=metrics)
     return max(sizes)
 
 

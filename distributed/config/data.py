@@ -19,6 +19,15 @@ MAX_PIXELS = 100_000_000
 """Four times the pixels of a typical camera. A file of a few megabytes can hold a thousand times more and exhaust memory."""
 
 
+def _function_path(value: Any) -> Any:
+    """Return the import path; None for none. Refuse any other value."""
+    if value is None or value == "none":
+        return None
+    if is_import_path(value):
+        return value
+    raise PydanticCustomError("import_path", "should be an import path, package.module:function, e.g. net:erase")
+
+
 class Augment(Section):
     crop: int = setting(
         4, "pixels of zero padding around the image before a random crop back to its size; 0: no crop", ge=0, le=512
@@ -36,6 +45,11 @@ class Augment(Section):
         "side in pixels of a square at a random position that is set to the mean (black if normalize = unit); 0: off",
         ge=0,
         le=4096,
+    )
+    function: Annotated[str | None, BeforeValidator(_function_path)] = setting(
+        None,
+        "a function by import path that changes the images after crop and flip: function(images, draws), uint8 [n, h, w, c] "
+        "on the device, returns as many of the same shape, e.g. net:erase; none: no function",
     )
 
     @property

@@ -43,7 +43,7 @@ def _is_at(given: object, module: str, qualified: str) -> bool:
     return bool(found == given)
 
 
-def with_given(config: TrainConfig, *, model: object = None, data: object = None) -> TrainConfig:
+def with_given(config: TrainConfig, *, model: object = None, data: object = None, loss: object = None) -> TrainConfig:
     """Return the config with each given object's import path in place of the section that it replaces.
 
     A section that names the object keeps its other settings. Settings that all data have are kept in any case.
@@ -62,6 +62,13 @@ def with_given(config: TrainConfig, *, model: object = None, data: object = None
         kept = ImportedData.model_fields.keys() - {"name", "options"}
         section = {name: value for name, value in config.data.model_dump().items() if name in kept}
         values["data"] = section | {"name": f"{SCRIPT}:data"}
+    if loss is not None:
+        if not callable(loss):
+            raise InputError(
+                f"train(): loss is of type {type(loss).__name__}: should be a function of logits and targets"
+            )
+        path = import_path_of(loss)
+        values["loss"] = config.loss.model_dump() if config.loss.name == path else {"name": path}
     return validated(Settings(config.model_dump() | values)) if values else config
 
 

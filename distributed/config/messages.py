@@ -7,6 +7,7 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 from distributed.config.data import DATA_EXAMPLE, DATA_NAMES
+from distributed.config.functions import LOSS_EXAMPLE, LOSS_NAMES
 from distributed.config.hints import known, unknown
 from distributed.config.layers import Settings, shown
 from distributed.config.leaves import leaves, table_around
@@ -82,6 +83,7 @@ def _unknown_name(problem: _Problem) -> str:
     hints = {
         "model.name": name_hint(problem.value),
         "data.name": name_hint(problem.value, DATA_NAMES, DATA_EXAMPLE),
+        "loss.name": name_hint(problem.value, LOSS_NAMES, LOSS_EXAMPLE),
     }
     hint = f"; {hints[problem.path]}" if problem.path in hints else ""
     return f"should be one of {choices}{hint}"
@@ -98,7 +100,11 @@ def _not_a_table(problem: _Problem) -> str:
 
 def _invalid(problem: _Problem) -> str:
     message = problem.message.removeprefix("Input ").removeprefix("should ")
-    return f"should {message[:1].lower()}{message[1:]}" if "should" in problem.message else message
+    is_list = isinstance(problem.value, str) and "," in problem.value and message.startswith("be a valid ")
+    sweep = (
+        f"; to train once per value: launch.slurm ... --sweep.{problem.path} {shown(problem.value)}" if is_list else ""
+    )
+    return f"should {message[:1].lower()}{message[1:]}{sweep}" if "should" in problem.message else message
 
 
 def _no_choice(problem: _Problem) -> str:

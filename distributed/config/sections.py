@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, PlainValidator, Tag, TypeAdapter
 from pydantic_core import PydanticCustomError
 
+from distributed.config.functions import Metrics
 from distributed.config.networks import BUILT_IN, FactoryOptions, ImportPath, is_import_path
 from distributed.config.schema import Section, operational, setting
 from distributed.config.sinks import Mlflow, SinkPaths, Wandb
@@ -143,12 +144,6 @@ class AdamW(_Optim):
     weight_decay: float = setting(0.05, "each step subtracts lr * weight_decay * weight", ge=0, le=1)
 
 
-class Loss(Section):
-    label_smoothing: float = setting(
-        0.0, "fraction of the target that is spread evenly over all classes (Szegedy et al. 2016)", ge=0, lt=1
-    )
-
-
 def _shard_count(value: Any) -> Any:
     if value == "auto" or (type(value) is int and value >= 0 and not value & (value - 1)):
         return value
@@ -166,6 +161,10 @@ class Exact(Section):
 class Evaluation(Section):
     batch_size: int = setting(1000, "images per forward pass, over all ranks", gt=0)
     flip_tta: bool = setting(False, "flip test-time augmentation: add the logits of each image and of its mirror image")
+    metrics: Metrics = operational(
+        (), "further metrics by import path: function(logits, targets) returns one number per sample, of which the mean is "
+        'reported under the function\'s name, e.g. ["net:brier"]'
+    )  # fmt: skip
     test_every_epoch: bool = operational(
         True, "evaluate the test split every epoch, for its curve; never used for decisions"
     )

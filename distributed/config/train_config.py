@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from distributed.config.data import CifarData, DataSection, ImageFolderData, ImportedData
 from distributed.config.engines import AnyEngine, Ddp
+from distributed.config.functions import AnyLoss, ImportedLoss, Loss, metric_name
 from distributed.config.scaling import Scaling
 from distributed.config.schedules import Constant, Cosine, EarlyStopping, OneCycle, Plateau
 from distributed.config.schema import AnyPath, OptionalPath, Section, operational, setting
@@ -20,12 +21,11 @@ from distributed.config.sections import (
     Exact,
     ImportedModel,
     Logging,
-    Loss,
     Model,
     Sgd,
 )
 from distributed.errors import InputError
-from distributed.host.importable import SCRIPT
+from distributed.host.importable import SCRIPT, check_module
 
 EngineSection = Annotated[AnyEngine, Field(discriminator="name")]
 OptimSection = Annotated[Sgd | AdamW, Field(discriminator="name")]
@@ -65,7 +65,7 @@ class TrainConfig(Section):
         True, "on one GPU, replay training steps as CUDA graphs: bit-identical, several times faster at small batches"
     )
     compile: bool = setting(False, "compile the model with torch.compile; in fast mode only")
-    loss: Loss = setting(Loss(), "cross-entropy")
+    loss: AnyLoss = setting(Loss(), "the loss")
     optim: OptimSection = setting(Sgd(), "the optimizer")
     schedule: ScheduleSection = setting(OneCycle(), "the learning rate over time")
     early_stopping: EarlyStopping | None = setting(None, "end the run when validation stops improving; none: never")
@@ -109,10 +109,25 @@ class TrainConfig(Section):
         return None if is_done else self.model.input_side
 
     @property
+    def imported_functions(self) -> dict[str, str]:
+        """The settings that name a function by import path, other than the network's and the data's, and the paths."""
+        found = {"loss.name": self.loss.name} if isinstance(self.loss, ImportedLoss) else {}
+        found |= {"data.augment.function": path} if (path := self.data.augment.function) else {}
+        return found | {f"evaluation.metrics[{metric_name(path)}]": path for path in self.evaluation.metrics}
+
+    def check_importable(self) -> None:
+        """Raise InputError unless the module of every import path exists; nothing is imported."""
+        self.model.check_importable()
+        self.data.check_importable()
+        for name, path in self.imported_functions.items():
+            check_module(path, name.partition("[")[0])
+
+    @property
     def import_paths(self) -> dict[str, str]:
         """The settings that name code in a module outside this package, as `package.module:name`."""
         sections = {"model.name": self.model, "data.name": self.data}
         imported = {name: s.name for name, s in sections.items() if isinstance(s, ImportedModel | ImportedData)}
+        imported |= self.imported_functions
         return {name: path for name, path in imported.items() if not path.startswith(f"{SCRIPT}:")}
 
     @property
@@ -148,6 +163,7 @@ class TrainConfig(Section):
     def _conflicts(self) -> list[str]:
         """Return one line, with its remedy, for each group of settings that are valid alone but not together."""
         return [
+            *self._sweep_conflicts(),
             *(self.scaling.conflicts(self.device) if self.scaling else []),
             *self._device_conflicts(),
             *self.data.conflicts(),
@@ -158,6 +174,15 @@ class TrainConfig(Section):
             *self.optim.conflicts(),
             *self.schedule.conflicts(epochs=self.epochs),
             *self._validation_conflicts(),
+        ]
+
+    def _sweep_conflicts(self) -> list[str]:
+        """Return a line if this is a sweep: the launchers make the config of each of its trials without it."""
+        if not self.sweep:
+            return []
+        return [
+            f"sweep ({', '.join(self.sweep)}): sweeps are for python -m launch.slurm and launch.ray_train; use one of them, or "
+            "set sweep = none to train once"
         ]
 
     def _device_conflicts(self) -> list[str]:

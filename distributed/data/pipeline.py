@@ -12,13 +12,15 @@ from torch import Tensor
 from distributed import rng
 from distributed.config.data import AnyData
 from distributed.data.augment import augment, cut_out
+from distributed.data.augment_function import AugmentFunction
 from distributed.data.batch import Batch, Batching, InputFormat, MicroBatch, Mixed, Shards
 from distributed.data.mixup import mix
 from distributed.data.normalize import ChannelStatistics, Normalizer, channel_statistics
-from distributed.data.residency import ResidentSplit, as_tensor, residency
+from distributed.data.residency import ResidentSplit, as_tensor, copied, residency
 from distributed.data.resize import resize
 from distributed.data.sources import cifar
 from distributed.data.sources.arrays import GivenArrays
+from distributed.data.sources.mapped import ReadAhead
 from distributed.data.sources.read import read
 from distributed.data.split import validation_mask
 
@@ -40,7 +42,7 @@ class DataPipeline:
         given: the arrays that Python code gave for the import path in the config.
 
     Raises:
-        InputError: the files are missing or damaged.
+        InputError: the files are missing or damaged, or `data.augment.function` cannot be imported.
     """
 
     def __init__(
@@ -54,19 +56,23 @@ class DataPipeline:
         given: GivenArrays | None = None,
     ) -> None:
         self.config, self.batching, self.shards, self.input_format = config, batching, shards, input_format
-        self.class_names, train, test, self._identities = read(config, side, given)
+        self.augment_function = AugmentFunction(path) if (path := config.augment.function) else None
+        self.class_names, train, test, self._identities, read_ahead = read(config, side, given)
         self.augmented_at_once = self._augmented_at_once(train.images[:1].nbytes)
         self._residency = residency(
-            config.placement, train.images.nbytes + test.images.nbytes, device=input_format.device
+            config.placement,
+            train.images.nbytes + test.images.nbytes,
+            device=input_format.device,
+            is_on_disk=bool(read_ahead),
         )
         held_out = validation_mask(train.labels, fraction=config.validation_fraction, seed=config.split_seed)
         train_ids = np.flatnonzero(~held_out)
         self._splits: dict[str, ResidentSplit] = {
-            **self._resident(train, train=train_ids, validation=np.flatnonzero(held_out)),
-            **self._resident(test, test=np.arange(len(test.labels))),
+            **self._resident(train, read_ahead.get("train"), train=train_ids, validation=np.flatnonzero(held_out)),
+            **self._resident(test, read_ahead.get("test"), test=np.arange(len(test.labels))),
         }
         # Computed on training images only: the evaluation splits must not influence the input.
-        statistics = channel_statistics(train.images, train_ids[:_IMAGES_FOR_STATISTICS])
+        statistics = channel_statistics(train.images, train_ids[:_IMAGES_FOR_STATISTICS], read_ahead.get("train"))
         if config.normalize == "unit":
             statistics = ChannelStatistics(np.zeros_like(statistics.mean), np.ones_like(statistics.deviation))
         self.normalizer = Normalizer(statistics, device=input_format.device, dtype=input_format.dtype)
@@ -79,14 +85,17 @@ class DataPipeline:
         local_images = max(1, micro_batch_size * len(self.shards.own) // self.shards.total)
         return max(1, _BYTES_AT_ONCE // (image_bytes * local_images))
 
-    def _resident(self, source: cifar.Images, **splits: NDArray[np.int64]) -> dict[str, ResidentSplit]:
+    def _resident(
+        self, source: cifar.Images, read_ahead: ReadAhead | None, **splits: NDArray[np.int64]
+    ) -> dict[str, ResidentSplit]:
         """Return each split, by its ids, on one copy of the source's images."""
         device, prefetched = self.input_format.device, self._residency == "host"
         images = as_tensor(source.images)
-        images = images if prefetched else images.to(device)
+        if not prefetched and device.type != "cpu":
+            images = copied(images, device, read_ahead)
         labels = torch.from_numpy(source.labels.astype(np.int64)).to(device)
         return {
-            split: ResidentSplit(images, labels, torch.from_numpy(ids).to(device), prefetched)
+            split: ResidentSplit(images, labels, torch.from_numpy(ids).to(device), prefetched, read_ahead)
             for split, ids in splits.items()
         }
 
@@ -129,6 +138,12 @@ class DataPipeline:
         entire = MicroBatch(0, len(order), slice(0, 8), (8,), 8)
         return next(self._augmented([entire], order, epoch=0))
 
+    def raw_images(self, count: int) -> Tensor:
+        """Return the first training images, the same on every rank, as they are stored: uint8 [n, h, w, c] on the device."""
+        train = self._splits["train"]
+        images = train.images.index_select(0, train.ids_for_gather(train.ids[:count]))
+        return images.to(self.input_format.device)
+
     def train_epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[list[Batch]]:
         """Yield, per step from `start_step` on, this rank's shards of each micro-batch.
 
@@ -169,7 +184,8 @@ class DataPipeline:
         for run, images in zip(runs, gathered, strict=True):
             ids, partners = ids_and_partners(run, order)
             keys = rng.sample_keys(torch.cat([ids, partners]), seed=self.batching.seed, epoch=epoch)
-            images, own_weight = self._transformed(images, keys, len(ids))
+            sizes = [size for micro_batch in run for size in micro_batch.shard_sizes]
+            images, own_weight = self._transformed(images, keys, sizes)
             labels = train.labels[ids]
             mixed = None if own_weight is None else Mixed(train.labels[partners], own_weight)
             stop = 0
@@ -180,17 +196,22 @@ class DataPipeline:
                     mixed and Mixed(*[tensor[own] for tensor in mixed]),
                 )  # fmt: skip
 
-    def _transformed(self, images: Tensor, keys: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
-        """Augment and normalize `count` images, and mix them with their partners if `images` has those too.
+    def _transformed(self, images: Tensor, keys: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Augment and normalize images, and mix them with their partners if `images` has those too, behind the others.
 
         Args:
-            images: uint8 [n, h, w, c], n being `count`, or twice that with partners.
-            keys: int64 [n, 2].
+            images: uint8 [n, h, w, c], or [2 * n, h, w, c] with partners.
+            keys: int64 [n, 2], or [2 * n, 2].
+            sizes: number of images in each shard; their sum is n.
 
         Returns:
-            images [count, c, h, w]; the weights of their own labels [count] if they are mixed.
+            images [n, c, h, w]; the weights of their own labels [n] if they are mixed.
         """
-        images = self.normalizer(augment(images, keys, self.config.augment))
+        count = sum(sizes)
+        images = augment(images, keys, self.config.augment)
+        if self.augment_function:
+            images = self.augment_function(images, keys, sizes * 2 if self.config.augment.mixes else sizes)
+        images = self.normalizer(images)
         if self.config.augment.cutout:
             images = cut_out(images, keys, self.config.augment.cutout)
         own_weight = None

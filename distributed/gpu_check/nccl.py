@@ -34,6 +34,7 @@ from distributed.network import build_network
 from distributed.process import logs
 from distributed.recipe import train
 from distributed.topology import Topology
+from distributed.training.losses import build_losses
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator
 
@@ -142,7 +143,7 @@ def _losses(engine: Engine, data: DataPipeline, config: TrainConfig) -> list[flo
     """Return the loss of each step of an epoch."""
     metrics, found = MetricAccumulator(data.input_format.device), list[float]()
     for step, batches in enumerate(data.train_epoch(0)):
-        train_step(engine, batches, loss=config.loss, lr=0.01, step=step, metrics=metrics)
+        train_step(engine, batches, loss=build_losses(config.loss).training, lr=0.01, step=step, metrics=metrics)
         found.append(metrics.read().mean_loss)
     return found
 

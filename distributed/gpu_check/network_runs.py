@@ -23,6 +23,7 @@ from distributed.engine.protocol import Engine
 from distributed.models import alexnet
 from distributed.models.convert_dropout import convert_dropout
 from distributed.topology import Topology
+from distributed.training.losses import build_losses
 from distributed.training.totals import MetricAccumulator
 
 STEPS = 2
@@ -114,7 +115,8 @@ class Run:
         """Take one step as a run on this device does, but not captured."""
         config = self.config.model_copy(update={"cuda_graphs": False})
         lr = _LR[config.optim.name]
-        return build_step(config, self.engine, metrics, self.device)(micro_batches, lr=lr, step=step).clone()
+        loss = build_losses(config.loss).training
+        return build_step(config, self.engine, metrics, self.device, loss)(micro_batches, lr=lr, step=step).clone()
 
     def deterministic_trajectory(self) -> DeterministicTrajectory:
         """Take steps in torch's deterministic mode."""

@@ -16,6 +16,7 @@ from distributed.gpu_check import runs
 from distributed.models import alexnet
 from distributed.optim.optimizer import Optimizer
 from distributed.topology import Topology
+from distributed.training.losses import build_losses
 from distributed.training.totals import MetricAccumulator
 
 LR = 1e-3
@@ -41,7 +42,9 @@ class Training:
         self.data = build_data(self.config, Topology(), device)
         self.engine = build_engine(self.config, Topology(), self.data, device)
         self.metrics = MetricAccumulator(device)
-        self._train_step = build_step(self.config, self.engine, self.metrics, device)
+        self._train_step = build_step(
+            self.config, self.engine, self.metrics, device, build_losses(self.config.loss).training
+        )
         self.done = 0
         self._batches = self._micro_batches()
 

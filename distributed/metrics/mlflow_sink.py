@@ -126,7 +126,8 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        code = int(error.get_http_status_code())  # type: ignore[no-untyped-call]
+        untyped: Any = error
+        code = int(untyped.get_http_status_code())
         if 400 <= code < 500 and code not in (408, 429):
             raise RefusedError(f"{str(error).splitlines()[0]}; continuing without it") from error
         raise

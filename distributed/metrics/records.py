@@ -2,8 +2,8 @@
 
 import resource
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -35,6 +35,7 @@ class SplitMetrics:
     loss: float
     accuracy: float
     accuracy5: float
+    metrics: Mapping[str, float] = field(default_factory=dict)  # of `evaluation.metrics`, by name
 
 
 @dataclass(frozen=True)

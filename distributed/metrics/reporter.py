@@ -28,7 +28,7 @@ from distributed.metrics.wandb_sink import WandbService
 from distributed.process import exits
 from distributed.run.claim import ClaimedRun
 from distributed.training.state import TrainState
-from distributed.training.totals import Totals
+from distributed.training.totals import SplitTotals, Totals
 
 
 class Reporter:
@@ -82,7 +82,7 @@ class Reporter:
             sink.log_step(metrics)
 
     def log_epoch(
-        self, state: TrainState, *, lr: float, validation: Totals | None, test: Totals | None, is_best: bool
+        self, state: TrainState, *, lr: float, validation: SplitTotals | None, test: SplitTotals | None, is_best: bool
     ) -> None:
         """Report the end of an epoch."""
         train = state.epoch_totals
@@ -94,8 +94,8 @@ class Reporter:
             sink.log_epoch(metrics)
 
 
-def _split(totals: Totals | None) -> SplitMetrics | None:
-    return None if totals is None else SplitMetrics(totals.mean_loss, totals.accuracy, totals.accuracy5)
+def _split(totals: SplitTotals | None) -> SplitMetrics | None:
+    return None if totals is None else SplitMetrics(totals.mean_loss, totals.accuracy, totals.accuracy5, totals.metrics)
 
 
 def default_sinks(config: TrainConfig, run: ClaimedRun, state: TrainState, *, total_steps: int) -> list[Sink]:

@@ -13,10 +13,12 @@ from loguru import logger
 
 from distributed.files import lines_of, storing
 from distributed.metrics.event_file import EventFile
-from distributed.metrics.records import EpochMetrics, LearnsEnding, LearnsStart, Sink, TrainMetrics
+from distributed.metrics.records import EpochMetrics, LearnsEnding, LearnsStart, Sink, SplitMetrics, TrainMetrics
 from distributed.process.optional_output import OptionalOutput
 from distributed.run.claim import ClaimedRun
 from distributed.run.metrics_file import EpochRecord, TrainRecord
+
+_SPLITS = ("validation", "test")
 
 
 class JsonLines:
@@ -39,7 +41,8 @@ class JsonLines:
         self.run.progress(step=metrics.step, epoch=metrics.epoch)
 
     def log_epoch(self, metrics: EpochMetrics) -> None:
-        self.run.append(self.run.metrics_file, EpochRecord(kind="epoch", data=self.data, **asdict(metrics)))
+        splits = {name: _flat(split) for name in _SPLITS if (split := getattr(metrics, name))}
+        self.run.append(self.run.metrics_file, EpochRecord(kind="epoch", data=self.data, **asdict(metrics) | splits))
 
     def close(self) -> None:
         pass
@@ -71,14 +74,19 @@ class TensorBoard:
 
     def log_epoch(self, metrics: EpochMetrics) -> None:
         values = {"epoch/train_loss": metrics.train_loss, "epoch/train_accuracy": metrics.train_accuracy}
-        for split in ("validation", "test"):
+        for split in _SPLITS:
             measured = getattr(metrics, split)
-            values |= {f"epoch/{split}_{name}": value for name, value in asdict(measured).items()} if measured else {}
+            values |= {f"epoch/{split}_{name}": value for name, value in _flat(measured).items()} if measured else {}
         self._events.scalars(values, metrics.step)
 
     def close(self) -> None:
         if "_events" in self.__dict__:
             self._events.close()
+
+
+def _flat(split: SplitMetrics) -> dict[str, float]:
+    """Return all metrics of a split by name."""
+    return {"loss": split.loss, "accuracy": split.accuracy, "accuracy5": split.accuracy5, **split.metrics}
 
 
 class OptionalSink:
@@ -130,7 +138,8 @@ class Terminal:
         parts = [f"train loss {m.train_loss:.4f}, accuracy {m.train_accuracy:.2%}"]
         for name, split in (("validation", m.validation), ("test", m.test)):
             if split:
-                parts.append(f"{name} loss {split.loss:.4f}, accuracy {split.accuracy:.2%}")
+                own = "".join(f", {metric} {value:.4f}" for metric, value in split.metrics.items())
+                parts.append(f"{name} loss {split.loss:.4f}, accuracy {split.accuracy:.2%}{own}")
         best = ", best so far" if m.is_best else ""
         logger.info(
             "epoch {}/{} done in {}: {}{}", m.epoch + 1, self.epochs, format_duration(m.seconds), "; ".join(parts), best

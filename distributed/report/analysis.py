@@ -27,8 +27,9 @@ from distributed.inference.saved_run import (
 )
 from distributed.topology import Topology
 from distributed.training.determinism import make_deterministic
+from distributed.training.functions import build_functions
 from distributed.training.steps import evaluate
-from distributed.training.totals import Totals
+from distributed.training.totals import SplitTotals
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Mistake:
 class Findings:
     """Results of a checkpoint on the test split."""
 
-    totals: Totals
+    totals: SplitTotals
     counts: Counts
     class_names: list[str]
     mistakes: list[Mistake]
@@ -113,9 +114,11 @@ class Analysis:
             raise InputError(f"{checkpoint}: {error}") from None
         confusion, confident = ConfusionMatrix(self.data.num_classes, self.device), _MostConfidentMistakes(mistakes)
         flip_tta = self.config.evaluation.flip_tta
+        functions = build_functions(self.config, self.topology, self.data, self.device)
         totals = evaluate(
-            engine, self.data, "test", flip_tta=flip_tta, device=self.device, observers=[confusion, confident]
-        )
+            engine, self.data, "test", loss=functions.loss.evaluation, metrics=functions.metrics, flip_tta=flip_tta,
+            device=self.device, observers=[confusion, confident],
+        )  # fmt: skip
         names = read_class_names(content, self.config)
         normalization = read_normalization(content) or self.normalization
         found = [

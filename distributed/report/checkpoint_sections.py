@@ -31,7 +31,9 @@ def results(found: "Findings", checkpoint: str) -> list[Html]:
     ]
     summary = text(
         f"Checkpoint {checkpoint} on {totals.count:,} test images: top-1 accuracy {totals.accuracy:.2%}, top-5 accuracy "
-        f"{totals.accuracy5:.2%}, loss {totals.mean_loss:.4f}."
+        f"{totals.accuracy5:.2%}, loss {totals.mean_loss:.4f}"
+        + "".join(f", {name} {value:.4f}" for name, value in totals.metrics.items())
+        + "."
     )
     confused = table(["true class", "predicted", "images", ""], pairs, numbers=[2]) if pairs else ""
     return [summary, confused, scrolled(matrix)] if large else [summary, beside(matrix, confused)]

@@ -55,6 +55,7 @@ def _split_to_draw(runs: Sequence[History]) -> str:
 
 def _results(runs: Sequence[History]) -> Html:
     rows = []
+    further = list(dict.fromkeys(name for run in runs for name in run.log.further_metrics))
     for run in runs:
         best, test, time = run.log.best("validation"), run.log.last("test"), run.wall_time
         rows.append(
@@ -65,12 +66,14 @@ def _results(runs: Sequence[History]) -> Html:
                 f"{len(run.log.epochs)} of {run.config.epochs}",
                 f"{best.value:.2%} (epoch {best.epoch})" if best else "–",
                 f"{test.value:.2%}" if test else "–",
+                *(f"{point.value:.4f}" if (point := run.log.last("test", name)) else "–" for name in further),
                 clock(time.total) if time.complete else f"more than {clock(time.total)}",
                 run.status.status or "unknown",
             ]
         )
-    headings = ["run", "model", "data", "epochs", "best validation", "last test", "wall time", "status"]
-    return table(headings, rows, numbers=[4, 5])
+    metrics = ["best validation", "last test", *(f"last test {name}" for name in further)]
+    headings = ["run", "model", "data", "epochs", *metrics, "wall time", "status"]
+    return table(headings, rows, numbers=list(range(4, 4 + len(metrics))))
 
 
 def _settings(runs: Sequence[History]) -> Html:

@@ -95,6 +95,9 @@ def _key_figures(run: History) -> list[tuple[str, str]]:
         figures.append((f"best validation accuracy, epoch {best.epoch}", f"{best.value:.2%}"))
     if test := run.log.last("test"):
         figures.append((f"test accuracy, epoch {test.epoch}", f"{test.value:.2%}"))
+    for name in run.log.further_metrics:
+        if point := run.log.last("test", name):
+            figures.append((f"test {name}, epoch {point.epoch}", f"{point.value:.4f}"))
     time = run.wall_time
     figures.append(("epochs", f"{len(run.log.epochs)} of {run.config.epochs}"))
     figures.append(

@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from distributed.run.metrics_file import EpochRecord, TrainRecord, read_metrics
 
 MAX_EPOCHS = 10**9  # a larger number is damage
 
-Figure = Literal["accuracy", "loss"]
-FIGURES: tuple[Figure, ...] = ("accuracy", "loss")
+FIGURES = ("accuracy", "loss")
 
 
 class Point(NamedTuple):
@@ -69,7 +68,14 @@ class MetricsLog:
         """Duration of the finished epochs."""
         return sum(_finite(record.seconds) or 0.0 for record in self.epochs) / 60
 
-    def curve(self, split: str, figure: Figure = "accuracy") -> list[Point]:
+    @property
+    def further_metrics(self) -> list[str]:
+        """Return the names of the metrics of `evaluation.metrics` that were logged, in their order."""
+        splits = [split for record in self.epochs for split in (record.validation, record.test) if split]
+        names = dict.fromkeys(name for split in splits for name in split.model_extra or {})
+        return [name for name in names if name.isidentifier()]
+
+    def curve(self, split: str, figure: str = "accuracy") -> list[Point]:
         """Return a point per epoch that measured a figure on a split: train, validation or test."""
         points = []
         for record in self.epochs:
@@ -83,7 +89,7 @@ class MetricsLog:
         """Return the first epoch with the highest accuracy on a split; None if it was never measured."""
         return max(self.curve(split), key=lambda point: point.value, default=None)
 
-    def last(self, split: str, figure: Figure = "accuracy") -> Point | None:
+    def last(self, split: str, figure: str = "accuracy") -> Point | None:
         """Return the newest measurement on a split; None if it was never measured."""
         curve = self.curve(split, figure)
         return curve[-1] if curve else None
@@ -94,5 +100,5 @@ class MetricsLog:
         return [LrDrop(epoch, before, after) for (epoch, before), (_, after) in pairwise(rates) if after < before]
 
 
-def _finite(value: float | None) -> float | None:
-    return float(value) if value is not None and abs(value) < 1e300 else None
+def _finite(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else None

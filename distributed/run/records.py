@@ -35,9 +35,14 @@ class Record(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="allow", defer_build=True)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields that were set, in the order of their declaration. JSON has no infinities: they become None."""
-        fields = self.model_dump(exclude_unset=True)
-        return {name: None if value in (math.inf, -math.inf) else value for name, value in fields.items()}
+        """Return the fields that were set, in the order of their declaration. Numbers that are not finite become None."""
+        return {name: _finite(value) for name, value in self.model_dump(exclude_unset=True).items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def timestamp() -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distributed.config import TrainConfig, schedules
+from distributed.config.functions import ImportedLoss
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -149,7 +150,8 @@ def _check_totals(found: _Counters, config: TrainConfig, images: int | None) -> 
     steps, both = found.step_in_epoch, {"window": found.window, "epoch_totals": found.epoch_totals}
     for name, totals in both.items():
         # Rounding may make the loss of a confident prediction slightly negative.
-        in_range = -totals.count << 30 <= totals.loss <= totals.count << 93
+        least = -totals.count << (93 if _may_be_negative(config) else 30)
+        in_range = least <= totals.loss <= totals.count << 93
         if not in_range or max(totals.correct, totals.correct5) > totals.count or totals.skipped_steps > steps:
             return f"{name} = {str(totals)[:120]}: impossible for {totals.count} samples"
     least, most = _sample_range(0, steps, steps, config.global_batch_size, images)
@@ -166,7 +168,7 @@ def _check_best(found: _Counters, config: TrainConfig) -> str | None:
         return f"best is epoch {best.epoch}, but checkpoint.best_by = none"
     if best.epoch >= found.epoch or best.step * found.epoch != (best.epoch + 1) * (found.step - found.step_in_epoch):
         return f"best.epoch = {best.epoch} and best.step = {best.step} are not the end of one of {found.epoch} epochs"
-    return None if _is_metric(best.value, by) else f"best.value = {best.value} is not a possible {by}"
+    return None if _is_metric(best.value, by, config) else f"best.value = {best.value} is not a possible {by}"
 
 
 def _check_schedule(found: _Counters, schedule: _Plateau | None, config: TrainConfig) -> str | None:
@@ -177,7 +179,7 @@ def _check_schedule(found: _Counters, schedule: _Plateau | None, config: TrainCo
         return f"schedule.drops = {schedule.drops} is more than the possible {most}"
     if schedule.cooldown_left > config.schedule.cooldown:
         return f"schedule.cooldown_left = {schedule.cooldown_left} is more than {config.schedule.cooldown}"
-    return _check_patience("schedule", schedule, found, config.schedule)
+    return _check_patience("schedule", schedule, found, config.schedule, config)
 
 
 def _check_early_stopping(found: _Counters, config: TrainConfig) -> str | None:
@@ -188,16 +190,21 @@ def _check_early_stopping(found: _Counters, config: TrainConfig) -> str | None:
         return None
     if state.stopped != (state.bad_epochs >= section.patience):
         return f"early_stopping.stopped = {state.stopped} does not agree with bad_epochs"
-    return _check_patience("early_stopping", state, found, section)
+    return _check_patience("early_stopping", state, found, section, config)
 
 
-def _check_patience(name: str, state: _Patience, found: _Counters, section: Any) -> str | None:
+def _check_patience(name: str, state: _Patience, found: _Counters, section: Any, config: TrainConfig) -> str | None:
     if state.bad_epochs > (most := min(found.epoch, section.patience)):
         return f"{name}.bad_epochs = {state.bad_epochs} is more than the possible {most}"
-    if state.best is not None and not _is_metric(state.best, section.metric):
+    if state.best is not None and not _is_metric(state.best, section.metric, config):
         return f"{name}.best = {state.best} is not a possible {section.metric}"
     return None
 
 
-def _is_metric(value: float, metric: str) -> bool:
-    return 0 <= value <= 1 if metric == "accuracy" else value >= -0.01
+def _is_metric(value: float, metric: str, config: TrainConfig) -> bool:
+    return 0 <= value <= 1 if metric == "accuracy" else value >= -0.01 or _may_be_negative(config)
+
+
+def _may_be_negative(config: TrainConfig) -> bool:
+    """Whether the loss may be negative: a user's may, cross-entropy cannot."""
+    return isinstance(config.loss, ImportedLoss)

@@ -1,7 +1,8 @@
 """Reads the status and results of a run folder, however damaged its files are."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from distributed.config.toml_file import from_file
@@ -19,7 +20,8 @@ _INNER = {"checkpoints", "tensorboard", "logs", "profile", "export", "ray", "slu
 class Outcome:
     """Status and results of a run; None for anything that its folder does not record.
 
-    `best` is the highest validation accuracy, `test` the newest test accuracy.
+    `best` is the highest validation accuracy, `test` the newest test accuracy, `further` the newest measurement on the test
+    split of each metric of `evaluation.metrics`.
     """
 
     status: str
@@ -29,6 +31,7 @@ class Outcome:
     test: Point | None
     when: str
     minutes: float
+    further: Mapping[str, Point] = field(default_factory=dict)
 
     @property
     def progress(self) -> str:
@@ -67,6 +70,7 @@ def outcome_of(run: Path) -> Outcome:
         test=log.last("test"),
         when=_printable(status.time)[:16].replace("T", " "),
         minutes=log.minutes,
+        further={name: point for name in log.further_metrics if (point := log.last("test", name))},
     )
 
 

@@ -25,6 +25,11 @@ def accuracy(point: Point | None) -> str:
     return f"{point.value:.2%} (epoch {point.epoch})" if point else "-"
 
 
+def number(point: Point | None) -> str:
+    """Format a metric of any unit as `0.2513 (epoch 10)`, or `-` if there is none."""
+    return f"{point.value:.4f} (epoch {point.epoch})" if point else "-"
+
+
 def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return a line per row, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

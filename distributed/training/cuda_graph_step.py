@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distributed.config.sections import Loss
 from distributed.data.batch import Batch, Mixed
 from distributed.engine.protocol import Engine
+from distributed.training.losses import PerSample
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator
 
@@ -29,7 +29,7 @@ class CudaGraphStep:
     """
 
     def __init__(
-        self, engine: Engine, metrics: MetricAccumulator, *, loss: Loss, device: torch.device, capture: bool
+        self, engine: Engine, metrics: MetricAccumulator, *, loss: PerSample, device: torch.device, capture: bool
     ) -> None:
         self._engine, self._metrics, self._loss, self._capture = engine, metrics, loss, capture
         # Always a tensor: CUDA's optimizers compute in double with a Python number, in float32 with a tensor.

@@ -1,27 +1,26 @@
 """A training step and an evaluation: the only code that computes losses."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from distributed.config import sections
 from distributed.data.batch import Batch
 from distributed.data.pipeline import DataPipeline, Split
 from distributed.engine.protocol import Engine, Outcome
 from distributed.errors import NotFiniteError
 from distributed.models.keyed_dropout import use_sample_keys
-from distributed.training.totals import MetricAccumulator, Totals
+from distributed.training.losses import PerSample, per_shard
+from distributed.training.totals import MetricAccumulator, MetricSums, SplitTotals
 
 
 def train_step(
     engine: Engine,
     micro_batches: list[Batch],
     *,
-    loss: sections.Loss,
+    loss: PerSample,
     lr: float | Tensor,
     step: int | Tensor,
     metrics: MetricAccumulator,
@@ -34,7 +33,7 @@ def train_step(
     Returns:
         The gradient's norm before clipping, a scalar on the device.
     """
-    shard_loss = partial(_shard_loss, loss.label_smoothing)
+    shard_loss = partial(_shard_loss, loss)
     for index, batch in enumerate(micro_batches):
         losses, logits = engine.micro_step(shard_loss, batch, last=index == len(micro_batches) - 1)
         metrics.add(losses, logits, batch.labels, step=step)
@@ -43,13 +42,12 @@ def train_step(
     return norm
 
 
-def _shard_loss(label_smoothing: float, model: nn.Module, batch: Batch) -> tuple[Tensor, Outcome]:
+def _shard_loss(loss: PerSample, model: nn.Module, batch: Batch) -> tuple[Tensor, Outcome]:
     with use_sample_keys(batch.sample_keys):
         logits = _at_least_float32(model(batch.images))
-    cross_entropy = partial(F.cross_entropy, logits, reduction="none", label_smoothing=label_smoothing)
-    losses = cross_entropy(batch.labels)
+    losses = loss(logits, batch.labels)
     if batch.mixed:
-        losses = torch.lerp(cross_entropy(batch.mixed.labels), losses, batch.mixed.own_weight)
+        losses = torch.lerp(loss(logits, batch.mixed.labels), losses, batch.mixed.own_weight)
     return losses.sum() / batch.global_count, Outcome(losses.detach(), logits.detach())
 
 
@@ -59,36 +57,43 @@ def evaluate(
     data: DataPipeline,
     split: Split,
     *,
+    loss: PerSample,
     flip_tta: bool,
     device: torch.device,
+    metrics: Mapping[str, PerSample] | None = None,
     observers: Sequence[Callable[[Tensor, Batch], None]] = (),
-) -> Totals:
-    """Compute loss, top-1 and top-5 over a split, counting each image once over all ranks. A collective.
+) -> SplitTotals:
+    """Compute loss, top-1, top-5 and metrics over a split, counting each image once over all ranks. A collective.
 
     Args:
         flip_tta: average the logits of each image and of its horizontal flip.
+        metrics: further metrics by name.
         observers: called for every batch of this rank with its logits [n, classes] and the batch.
 
     Raises:
         NotFiniteError: the loss is infinite or NaN.
         RuntimeError: the images counted over all ranks are not the size of the split.
     """
-    metrics = MetricAccumulator(device)
+    own = metrics or {}
+    accumulator, sums = MetricAccumulator(device), MetricSums(list(own), device)
     with engine.evaluating():
         for batch in data.evaluation(split):
             logits = _at_least_float32(engine.predict(batch))
             if flip_tta:
                 flipped = engine.predict(replace(batch, images=batch.images.flip(3)))
                 logits = (logits + _at_least_float32(flipped)) / 2
-            metrics.add(F.cross_entropy(logits, batch.labels, reduction="none"), logits, batch.labels)
+            accumulator.add(per_shard(loss, logits, batch.labels, batch.shard_sizes), logits, batch.labels)
+            for name, metric in own.items():
+                sums.add(name, per_shard(metric, logits, batch.labels, batch.shard_sizes))
             for observe in observers:
                 observe(logits, batch)
-    totals = metrics.read()
+    totals = accumulator.read()
+    means = sums.read()
     if totals.first_bad_step is not None:
         raise NotFiniteError(f"the {split} loss is not finite: lower optim.lr, or set optim.max_grad_norm")
     if totals.count != data.size(split):
         raise RuntimeError(f"evaluation counted {totals.count} images of the {split} split's {data.size(split)}")
-    return totals
+    return SplitTotals(**vars(totals), metrics=means)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

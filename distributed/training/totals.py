@@ -5,8 +5,8 @@ shards divided it.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Totals:
     def accuracy5(self) -> float:
         return self.correct5 / max(1, self.count)
 
-    def __add__(self, other: Self) -> "Totals":
+    def __add__(self, other: "Totals") -> "Totals":
         return Totals(
             self.loss + other.loss,
             self.correct + other.correct,
@@ -52,6 +52,13 @@ class Totals:
             self.first_bad_step if self.first_bad_step is not None else other.first_bad_step,
             self.skipped_steps + other.skipped_steps,
         )
+
+
+@dataclass(frozen=True)
+class SplitTotals(Totals):
+    """Totals over a split. `metrics` has the means of `evaluation.metrics` by name; NaN if a sample's is not finite."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class MetricAccumulator:
@@ -68,18 +75,14 @@ class MetricAccumulator:
 
         A loss that is not finite marks the step as bad. With fewer than five classes every top-5 prediction is correct.
         """
-        # Each loss becomes an integer before it is summed, so the grouping into batches does not matter.
-        exact = losses.double()
-        finite = exact.abs() < 2.0**53  # a larger double has no fraction bits; NaN fails this comparison too
-        exact = torch.where(finite, exact, 0.0)
-        integer = exact.floor()
-        fraction = ((exact - integer) * _SCALE).round()
+        # A double of 2**53 or more has no fraction bits.
+        integer, fraction, finite = _fixed_point(losses, below=2.0**53)
         predicted = logits.argmax(1)
         top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         self._sums += torch.stack(
             [
-                integer.long().sum(),
-                fraction.long().sum(),
+                integer.sum(),
+                fraction.sum(),
                 (predicted == labels).sum(),
                 top5.sum(),
                 torch.full((), len(labels), dtype=torch.int64, device=labels.device),  # torch.tensor would synchronize
@@ -104,3 +107,40 @@ class MetricAccumulator:
             (integer << _FRACTION_BITS) + fraction, correct, correct5, count,
             None if first_bad == _NO_BAD_STEP else first_bad, skipped,
         )  # fmt: skip
+
+
+class MetricSums:
+    """Sums of further metrics on the device, as exact as the loss's. Only `read` synchronizes."""
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self._names = names
+        self._sums = torch.zeros(len(names), 4, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def add(self, name: str, values: Tensor) -> None:
+        """Add a batch: one number per sample, [n]."""
+        integer, fraction, finite = _fixed_point(values, below=2.0**42)  # two million of them fit into an int64
+        count = torch.full((), len(values), dtype=torch.int64, device=values.device)
+        self._sums[self._names.index(name)] += torch.stack([integer.sum(), fraction.sum(), finite.sum(), count])
+
+    def read(self) -> dict[str, float]:
+        """Return the means over all ranks. A collective if there are metrics; call it once."""
+        if not self._names:
+            return {}
+        rows = collectives.sum_over_ranks_(self._sums).tolist()
+        return {
+            name: math.nan if finite < count else ((integer << _FRACTION_BITS) + fraction) / _SCALE / max(1, count)
+            for name, (integer, fraction, finite, count) in zip(self._names, rows, strict=True)
+        }
+
+
+def _fixed_point(numbers: Tensor, *, below: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return integer and fraction of each number, int64 [n], 0 for one that is not finite or not small; which are, bool [n].
+
+    Each number becomes an integer before it is summed, so the grouping into batches does not matter.
+    """
+    exact = numbers.double()
+    finite = exact.abs() < below  # NaN fails this comparison too
+    exact = torch.where(finite, exact, 0.0)
+    integer = exact.floor()
+    return integer.long(), ((exact - integer) * _SCALE).round().long(), finite

@@ -92,7 +92,7 @@ def model_differences(reports: Sequence[NodeReport]) -> list[str]:
     digests = {report.node: report.model for report in reports if report.model is not None}
     usual = _most_common(list(digests.values())) if digests else None
     return found + [
-        f"{node}: the files of the network's and the data's modules differ from the others' ({digest}, not {usual}); copy "
+        f"{node}: the files of the modules that the config names differ from the others' ({digest}, not {usual}); copy "
         "them there, or put them on shared storage"
         for node, digest in digests.items()
         if digest != usual

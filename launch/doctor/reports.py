@@ -57,7 +57,7 @@ class NodeReport(_Section):
     code: str | None = None
     """Digest of the project's source files."""
     model: str | None = None
-    """Digest of the files of the network's and the data's modules; `built in` if both belong to this project."""
+    """Digest of the files of the modules that the config names, e.g. the network's; `built in` without any."""
     data: str | None = None
     devices: Devices | None = None
     folder: Folder | None = None

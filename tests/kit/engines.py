@@ -13,6 +13,7 @@ from distributed.config import TrainConfig
 from distributed.data.pipeline import DataPipeline
 from distributed.engine.protocol import Engine
 from distributed.topology import Topology
+from distributed.training.losses import build_losses
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator
 from kit.small_runs import FAST, small_config
@@ -59,7 +60,13 @@ def steps(
     sums, losses, norms = MetricAccumulator(device), list[float](), list[float]()
     batches = data.train_epoch(0, start_step=first)
     for step, micro_batches in zip(range(first, first + count), batches, strict=False):
-        norms.append(float(train_step(engine, micro_batches, loss=config.loss, lr=lr, step=step, metrics=sums)))
+        norms.append(
+            float(
+                train_step(
+                    engine, micro_batches, loss=build_losses(config.loss).training, lr=lr, step=step, metrics=sums
+                )
+            )
+        )
         losses.append(sums.read().mean_loss)
     return losses, norms
 

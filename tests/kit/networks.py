@@ -19,6 +19,7 @@ from distributed.config import TrainConfig
 from distributed.engine.protocol import Engine
 from distributed.network import Network, build_network
 from distributed.topology import Topology
+from distributed.training.losses import CROSS_ENTROPY, build_losses
 from distributed.training.steps import evaluate, train_step
 from distributed.training.totals import MetricAccumulator, Totals
 from kit.small_runs import FAST, small_config
@@ -143,7 +144,9 @@ def _epoch(config: TrainConfig) -> tuple[Engine, list[float], list[Totals], Tota
     engine = build_engine(config, topology, data, device, copy.deepcopy(_built[key]))
     sums, norms, train = MetricAccumulator(device), list[float](), list[Totals]()
     for step, micro_batches in enumerate(data.train_epoch(0)):
-        norm = train_step(engine, micro_batches, loss=config.loss, lr=config.optim.lr, step=step, metrics=sums)
+        norm = train_step(
+            engine, micro_batches, loss=build_losses(config.loss).training, lr=config.optim.lr, step=step, metrics=sums
+        )
         norms.append(float(norm))
         train.append(sums.read())
-    return engine, norms, train, evaluate(engine, data, "test", flip_tta=False, device=device)
+    return engine, norms, train, evaluate(engine, data, "test", loss=CROSS_ENTROPY, flip_tta=False, device=device)

@@ -20,6 +20,7 @@ from distributed.config import TrainConfig
 from distributed.models.keyed_dropout import use_sample_keys
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
+from distributed.training.losses import build_losses
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator
 
@@ -125,7 +126,14 @@ def loaded_elsewhere(run_dir: Path, others: list[dict[str, Any]]) -> list[bool]:
         load_checkpoint(newest_checkpoint(run_dir), made)
         own = {name: tensor.clone() for name, tensor in made.state()}
         same = all(torch.equal(tensor, saved[name]) for name, tensor in own.items())
-        norm = train_step(made, next(batches), loss=config.loss, lr=0.01, step=0, metrics=MetricAccumulator(CPU))
+        norm = train_step(
+            made,
+            next(batches),
+            loss=build_losses(config.loss).training,
+            lr=0.01,
+            step=0,
+            metrics=MetricAccumulator(CPU),
+        )
         found.append(same and bool(torch.isfinite(norm)))
     return found
 

@@ -11,6 +11,7 @@ from distributed.build import build_data, build_engine
 from distributed.comm import collectives
 from distributed.inference.confusion import ConfusionMatrix, Counts
 from distributed.topology import Topology
+from distributed.training.losses import CROSS_ENTROPY
 from distributed.training.steps import evaluate
 
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ def counted(keys: list[tuple[int, int]]) -> dict[tuple[int, int], tuple[Counts, 
         data = build_data(config, topology, CPU)
         engine = build_engine(config, topology, data, CPU)
         confusion = ConfusionMatrix(data.num_classes, CPU)
-        totals = evaluate(engine, data, "test", flip_tta=False, device=CPU, observers=[confusion])
+        totals = evaluate(engine, data, "test", loss=CROSS_ENTROPY, flip_tta=False, device=CPU, observers=[confusion])
         found[shards, batch_size] = confusion.read(), totals.correct
     return found
 

@@ -12,6 +12,7 @@ from kit.traces import digest_of
 from distributed.build import build_data, build_engine
 from distributed.comm import collectives
 from distributed.topology import Topology
+from distributed.training.losses import CROSS_ENTROPY, build_losses
 from distributed.training.steps import evaluate, train_step
 from distributed.training.totals import MetricAccumulator
 
@@ -38,9 +39,11 @@ def run_model(name: str, topology: Topology) -> dict[str, Any]:
     engine = build_engine(config, topology, data, CPU)
     sums, steps = MetricAccumulator(CPU), []
     for step, micro_batches in enumerate(data.train_epoch(0)):
-        norm = train_step(engine, micro_batches, loss=config.loss, lr=0.01, step=step, metrics=sums)
+        norm = train_step(
+            engine, micro_batches, loss=build_losses(config.loss).training, lr=0.01, step=step, metrics=sums
+        )
         steps.append((float(norm), sums.read()))
-    test = evaluate(engine, data, "test", flip_tta=False, device=CPU)
+    test = evaluate(engine, data, "test", loss=CROSS_ENTROPY, flip_tta=False, device=CPU)
     return {"steps": steps, "test": test, "tensors": {n: digest_of(tensor) for n, tensor in engine.state()}}
 
 

@@ -13,6 +13,7 @@ from kit.traces import Trace, assert_same_run, tensors_of, traced
 from distributed.checkpoint.snapshot import load_checkpoint
 from distributed.config import TrainConfig
 from distributed.run.folder import RunFolder
+from distributed.training.losses import CROSS_ENTROPY
 from distributed.training.steps import evaluate
 
 pytestmark = [
@@ -45,7 +46,7 @@ def on_the_cpu(run_dir: Path) -> tuple[float, list[str]]:
     load_checkpoint(newest_checkpoint(run_dir), engine)
     expected = tensors_of(RunFolder(run_dir))
     different = [name for name, tensor in engine.state() if not torch.equal(tensor, expected[name])]
-    return evaluate(engine, data, "test", flip_tta=False, device=CPU).mean_loss, different
+    return evaluate(engine, data, "test", loss=CROSS_ENTROPY, flip_tta=False, device=CPU).mean_loss, different
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from distributed.comm.collectives import world_size
 from distributed.config import TrainConfig
 from distributed.optim import loss_scale
 from distributed.topology import Topology
+from distributed.training.losses import build_losses
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator
 
@@ -51,7 +52,9 @@ def steps_of(engine: str, precision: str) -> tuple[list[float], list[bool]]:
     losses, skipped = [], []
     for step, micro_batches in enumerate(data.train_epoch(0)):
         before = {name: tensor.clone() for name, tensor in made.state()}
-        norm = train_step(made, micro_batches, loss=config.loss, lr=0.01, step=step, metrics=sums)
+        norm = train_step(
+            made, micro_batches, loss=build_losses(config.loss).training, lr=0.01, step=step, metrics=sums
+        )
         read = sums.read()
         losses.append(read.mean_loss)
         skipped.append(bool(read.skipped_steps))

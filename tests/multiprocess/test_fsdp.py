@@ -17,6 +17,7 @@ from distributed.config import TrainConfig
 from distributed.models.keyed_dropout import use_sample_keys
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
+from distributed.training.losses import build_losses
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator
 
@@ -208,7 +209,7 @@ def losses_in_bfloat16(engine: dict[str, str]) -> list[float]:
     data = build_data(config, topology, CPU)
     built, sums, found = build_engine(config, topology, data, CPU), MetricAccumulator(CPU), []
     for step, micro_batches in enumerate(data.train_epoch(0)):
-        train_step(built, micro_batches, loss=config.loss, lr=0.001, step=step, metrics=sums)
+        train_step(built, micro_batches, loss=build_losses(config.loss).training, lr=0.001, step=step, metrics=sums)
         found.append(sums.read().mean_loss)
     assert {tensor.dtype for name, tensor in built.state() if "num_batches" not in name} == {torch.float32}
     return found

@@ -22,6 +22,7 @@ from distributed.config import TrainConfig
 from distributed.models.alexnet import improved_alexnet
 from distributed.recipe import train
 from distributed.topology import Topology
+from distributed.training.losses import build_losses
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator
 
@@ -108,7 +109,9 @@ def steps_from_given_weights(config: TrainConfig, weights_of: Callable[[int], di
     for step, micro_batches in enumerate(steps):
         before = {**(weights_of(step) or model_of(engine.state()))}
         engine.load_state(before)
-        train_step(engine, micro_batches, loss=config.loss, lr=config.peak_lr, step=step, metrics=sums)
+        train_step(
+            engine, micro_batches, loss=build_losses(config.loss).training, lr=config.peak_lr, step=step, metrics=sums
+        )
         state = {name: tensor.clone() for name, tensor in engine.state()}
         gradients = {name: tensor for name, tensor in state.items() if name.endswith("momentum_buffer")}
         yield before, sums.read().mean_loss, gradients, model_of(state.items())

@@ -12,6 +12,7 @@ from distributed.data.pipeline import DataPipeline
 from distributed.engine.protocol import Engine
 from distributed.topology import Topology
 from distributed.training.cuda_graph_step import CudaGraphStep
+from distributed.training.losses import build_losses
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator, Totals
 
@@ -44,9 +45,9 @@ def parts_of(config: TrainConfig) -> tuple[DataPipeline, Engine, MetricAccumulat
 def after_two_epochs(config: TrainConfig, *, fixed: bool) -> tuple[dict[str, torch.Tensor], list[float], Totals]:
     """The final state, the gradient norm of each step and the totals. The last step of an epoch has 8 images."""
     data, engine, metrics = parts_of(config)
-    step: Any = build_step(config, engine, metrics, CPU)
+    step: Any = build_step(config, engine, metrics, CPU, build_losses(config.loss).training)
     if fixed:
-        step = CudaGraphStep(engine, metrics, loss=config.loss, device=CPU, capture=False)
+        step = CudaGraphStep(engine, metrics, loss=build_losses(config.loss).training, device=CPU, capture=False)
     rates, norms = iter(RATES), []
     for epoch in (0, 1):
         for micro_batches in data.train_epoch(epoch):
@@ -76,7 +77,7 @@ def test_ema_with_the_step_on_the_device_is_bit_identical() -> None:
 def test_a_loss_that_is_not_finite_names_its_step() -> None:
     config = config_of(model={"name": "improved_alexnet", "dropout": 0.0})
     data, engine, metrics = parts_of(config)
-    step = CudaGraphStep(engine, metrics, loss=config.loss, device=CPU, capture=False)
+    step = CudaGraphStep(engine, metrics, loss=build_losses(config.loss).training, device=CPU, capture=False)
     for number, micro_batches in enumerate(data.train_epoch(0)):
         if number == 1:
             micro_batches[0].images.fill_(torch.inf)
@@ -120,7 +121,7 @@ def test_captured_steps_are_bit_identical(case: str) -> None:
         config = config_of(**{"precision": "bfloat16", **CASES[case]}).model_copy(update={"device": "cuda"})
         data = build_data(config, Topology(), cuda)
         engine, metrics = build_engine(config, Topology(), data, cuda), MetricAccumulator(cuda)
-        step = CudaGraphStep(engine, metrics, loss=config.loss, device=cuda, capture=capture)
+        step = CudaGraphStep(engine, metrics, loss=build_losses(config.loss).training, device=cuda, capture=capture)
         norms = []
         for epoch in range(5):
             for micro_batches in data.train_epoch(epoch):
@@ -134,4 +135,4 @@ def test_captured_steps_are_bit_identical(case: str) -> None:
 def test_a_cpu_uses_the_plain_step() -> None:
     config = config_of()
     _, engine, metrics = parts_of(config)
-    assert build_step(config, engine, metrics, CPU).func is train_step  # type: ignore[attr-defined]
+    assert build_step(config, engine, metrics, CPU, build_losses(config.loss).training).func is train_step  # type: ignore[attr-defined]

@@ -40,7 +40,7 @@ def test_the_module_of_the_network_is_missing_or_differs():
     missing, differs = diagnosed(reports)
     assert missing == "n2: model.name = net:make: there is no module net"
     assert differs.startswith(
-        "n1: the files of the network's and the data's modules differ from the others' (def, not abc)"
+        "n1: the files of the modules that the config names differ from the others' (def, not abc)"
     )
 
 

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distributed.config.engines import Ddp
-from distributed.config.sections import Loss, Sgd
+from distributed.config.functions import Loss
+from distributed.config.sections import Sgd
 from distributed.data.batch import Batch
 from distributed.engine.ddp import DdpEngine
 from distributed.engine.deepspeed import DeepSpeedEngine
 from distributed.engine.exact import ExactEngine
 from distributed.engine.prepare import Compute
 from distributed.engine.protocol import Engine, Outcome
+from distributed.training.losses import build_losses
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator
 
@@ -72,7 +74,9 @@ def in_shards(batch: Batch, start: int = 0, stop: int | None = None) -> Batch:
 
 
 def stepped(engine: Engine, batches: list[Batch], lr: float = 0.1) -> Tensor:
-    return train_step(engine, batches, loss=Loss(), lr=lr, step=0, metrics=MetricAccumulator(CPU))
+    return train_step(
+        engine, batches, loss=build_losses(Loss()).training, lr=lr, step=0, metrics=MetricAccumulator(CPU)
+    )
 
 
 def model_state(engine: Engine) -> dict[str, Tensor]:

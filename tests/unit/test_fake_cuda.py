@@ -28,6 +28,7 @@ from distributed.exact import gather_statistics
 from distributed.inference.confusion import ConfusionMatrix
 from distributed.models import build as models
 from distributed.topology import Topology
+from distributed.training.losses import build_losses
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator
 
@@ -128,7 +129,7 @@ def audited_step(*arguments: str) -> Audit:
     sums = MetricAccumulator(DEVICE)
     audit, batches = Audit(), data.train_epoch(0)
     with audit:
-        train_step(engine, next(batches), loss=config.loss, lr=0.1, step=0, metrics=sums)
+        train_step(engine, next(batches), loss=build_losses(config.loss).training, lr=0.1, step=0, metrics=sums)
     return audit
 
 

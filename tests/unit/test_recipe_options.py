@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from distributed.build import build_data, build_engine
 from distributed.checkpoint.warm_start import evaluation_weights
 from distributed.config import TrainConfig, from_command_line
+from distributed.config.functions import Loss
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.network import build_initial_network
@@ -24,6 +25,7 @@ from distributed.run.folder import RunFolder
 from distributed.run.resume_checks import check_init_from
 from distributed.topology import Topology
 from distributed.train import checked_config
+from distributed.training.losses import CROSS_ENTROPY, build_losses
 from distributed.training.steps import _shard_loss, evaluate
 
 CPU = torch.device("cpu")
@@ -169,7 +171,7 @@ def test_label_smoothing_and_mixing_follow_the_papers(tmp_path):
     data = build_data(config, Topology(), CPU)
     (batch,) = next(data.train_epoch(0))
     logits = torch.randn(len(batch.labels), 10)
-    value, outcome = _shard_loss(0.2, lambda images: logits, batch)
+    value, outcome = _shard_loss(build_losses(Loss(label_smoothing=0.2)).training, lambda images: logits, batch)
     assert batch.mixed is not None
     weight = batch.mixed.own_weight[:, None]
     targets = weight * F.one_hot(batch.labels, 10) + (1 - weight) * F.one_hot(batch.mixed.labels, 10)
@@ -205,9 +207,9 @@ def test_flip_tta_averages_the_logits_of_image_and_flip(tmp_path):
         plain = engine.predict(batch)
         mirrored = engine.model(batch.images.flip(3)).detach()
     expected = F.cross_entropy((plain + mirrored) / 2, batch.labels)
-    found = evaluate(engine, data, "test", flip_tta=True, device=CPU)
+    found = evaluate(engine, data, "test", loss=CROSS_ENTROPY, flip_tta=True, device=CPU)
     assert found.mean_loss == pytest.approx(float(expected), rel=1e-5)
-    assert found.mean_loss != evaluate(engine, data, "test", flip_tta=False, device=CPU).mean_loss
+    assert found.mean_loss != evaluate(engine, data, "test", loss=CROSS_ENTROPY, flip_tta=False, device=CPU).mean_loss
 
 
 # A profile, compiled kernels

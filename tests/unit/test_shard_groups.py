@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from distributed.config.engines import Ddp
-from distributed.config.sections import Loss, Sgd
+from distributed.config.functions import Loss
+from distributed.config.sections import Sgd
 from distributed.data.batch import Batch
 from distributed.engine.exact import ExactEngine
 from distributed.engine.prepare import Compute
 from distributed.exact.shard_gradients import GradientSums
 from distributed.models.alexnet import improved_alexnet
 from distributed.models.convert_dropout import convert_dropout
+from distributed.training.losses import OwnLoss, PerSample, build_losses
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator
 
@@ -101,11 +103,19 @@ def batch_of(count: int, seed: int, dtype: torch.dtype) -> Batch:
     return Batch(images, labels, ids, torch.stack([ids, ids + seed], 1), count, sizes)
 
 
-def trained(engine: ExactEngine, count: int, dtype: torch.dtype) -> dict[str, Tensor]:
+SMOOTHED = build_losses(Loss(label_smoothing=0.1)).training
+
+
+def trained(engine: ExactEngine, count: int, dtype: torch.dtype, loss: PerSample = SMOOTHED) -> dict[str, Tensor]:
     metrics = MetricAccumulator(CPU)
     for step in range(STEPS):
         train_step(
-            engine, [batch_of(count, step, dtype)], loss=Loss(label_smoothing=0.1), lr=0.05, step=step, metrics=metrics
+            engine,
+            [batch_of(count, step, dtype)],
+            loss=loss,
+            lr=0.05,
+            step=step,
+            metrics=metrics,
         )
     totals = metrics.read()
     return dict(engine.state()) | {"loss": torch.tensor(totals.mean_loss)}
@@ -174,3 +184,22 @@ def test_different_bits_are_noticed() -> None:
     engine._pass = off_by_one_bit
     trained(engine, 64, torch.float32)
     assert list(engine._groups._allowed.values()) == [False]
+
+
+def focal(logits: Tensor, targets: Tensor) -> Tensor:
+    losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+    return (1 - torch.exp(-losses)) ** 2 * losses
+
+
+def squared(logits: Tensor, targets: Tensor) -> Tensor:
+    distance = logits - (targets[:, None] == torch.arange(10)).to(logits.dtype)
+    return (distance * distance).sum(1)
+
+
+@pytest.mark.parametrize(("function", "grouped"), [(squared, True), (focal, False)])
+def test_shards_with_an_own_loss_are_grouped_where_bits_allow(function: PerSample, grouped: bool) -> None:
+    loss = OwnLoss(function)
+    engine = engine_of(alexnet, "bfloat16", workers=1)
+    found = trained(engine, 64, torch.float32, loss)
+    assert_same(found, trained(engine_of(alexnet, "bfloat16", workers=1, grouped=False), 64, torch.float32, loss))
+    assert list(engine._groups._allowed.values()) == [grouped]

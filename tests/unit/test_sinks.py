@@ -18,6 +18,7 @@ import pytest
 from distributed.metrics.records import EpochMetrics, SplitMetrics, TrainMetrics
 from distributed.metrics.sinks import JsonLines, Terminal, format_duration
 from distributed.run.claim import ClaimedRun
+from distributed.run.metrics_log import MetricsLog, Point
 
 TRAIN = TrainMetrics(
     epoch=0, step=5, loss=1.5, accuracy=0.5, lr=0.1, grad_norm=2.0, images_per_second=100.0, data_wait=0.01,
@@ -57,8 +58,21 @@ def test_each_line_names_its_kind_and_data(run):
     sink.log_epoch(EPOCH)
     train, epoch = lines_of(run.metrics_file)
     assert train == {"kind": "train", "data": "generated10"} | asdict(TRAIN)
-    assert epoch == {"kind": "epoch", "data": "generated10"} | asdict(EPOCH)
-    assert epoch["validation"] == {"loss": 1.3, "accuracy": 0.6, "accuracy5": 0.9}
+    validation = {"loss": 1.3, "accuracy": 0.6, "accuracy5": 0.9}
+    assert epoch == {"kind": "epoch", "data": "generated10"} | asdict(EPOCH) | {"validation": validation}
+
+
+def test_further_metrics_stand_beside_the_others(run):
+    measured = SplitMetrics(1.3, 0.6, 0.9, {"brier": 0.25, "of_nan": math.nan})
+    sink = JsonLines(run, start_step=0, start_epoch=0, data="generated10")
+    sink.log_epoch(replace(EPOCH, validation=measured, test=measured))
+    text = run.metrics_file.read_text()
+    assert "NaN" not in text, "that would be no JSON"
+    (epoch,) = lines_of(run.metrics_file)
+    assert epoch["test"] == {"loss": 1.3, "accuracy": 0.6, "accuracy5": 0.9, "brier": 0.25, "of_nan": None}
+    log = MetricsLog.read(run.metrics_file)
+    assert log.further_metrics == ["brier", "of_nan"]
+    assert (log.last("test", "brier"), log.last("test", "of_nan")) == (Point(1, 0.25), None)
 
 
 def test_an_overflow_is_written_as_valid_json(run):
