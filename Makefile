@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE  # hundreds of processes would recompile our mo
 
 INTEGRATION := $(wildcard tests/integration/test_*.py)
 ABUSE := $(filter tests/integration/test_abuse_%,$(INTEGRATION))
-CLUSTERS := $(patsubst %,tests/integration/test_%.py,ray slurm slurm_doctor slurm_submit hosts)
+CLUSTERS := $(patsubst %,tests/integration/test_%.py,ray examples slurm slurm_doctor slurm_submit hosts)
 CORE := $(patsubst %,core-%,multiprocess unit integration)
 # Longest first, so that the last ones finish at about the same time.
 SUITES := test-clusters test-multiprocess test-integration test-unit test-abuse

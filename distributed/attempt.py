@@ -45,8 +45,7 @@ class Attempt:
         """Record the ending of a process that exits without returning here, if the attempt has started."""
         if self.run is not None and self._state is not None:
             self.run.end(
-                "stopped" if ending.is_stop else "failed",
-                exit_code=ending.code, reason=ending.reason, step=self._state.step, epoch=self._state.epoch,
+                ending.status, exit_code=ending.code, reason=ending.reason, step=self._state.step, epoch=self._state.epoch,
             )  # fmt: skip
 
     def check_token(self) -> None:
@@ -93,6 +92,8 @@ class Attempt:
     def begin(self, state: TrainState, *, resumed_from: dict[str, Any] | None, metadata: dict[str, Any]) -> None:
         """Record the start of this attempt. From here on its progress is read from `state`.
 
+        Adds the identity of the run to the metadata, so that every checkpoint has it.
+
         Raises:
             InputError: the run was started with a different number of shards.
         """
@@ -101,6 +102,7 @@ class Attempt:
             self._compare_bits(resumed_from.get("bits", {}), metadata["bits"])
             self._compare_modules(resumed_from.get("modules"), metadata["modules"])
         if self.run:
+            metadata["run"] = self.run.identify((resumed_from or {}).get("run"))
             recorded = {name: metadata[name] for name in ("bits", "images", "modules")}
             self.run.begin(self.config, start_step=state.step, **recorded)
 
@@ -156,10 +158,9 @@ class Attempt:
         state = self._state
         progress: dict[str, Any] = {"step": state.step, "epoch": state.epoch} if state else {}
         if error is not None:
-            code = getattr(error, "exit_code", ExitCode.FAILED)
-            ending = exits.Exit(code, str(error))  # a stop request to another rank is an error here, and is_stop
+            ending = exits.exit_of(error)
             reason = ending.reason if ending.is_stop else f"{type(error).__name__}: {error}"
-            run.end("stopped" if ending.is_stop else "failed", exit_code=code, reason=reason, **progress)
+            run.end(ending.status, exit_code=ending.code, reason=reason, **progress)
         elif state and state.stop_reason:
             run.end("stopped", exit_code=ExitCode.STOPPED, reason=state.stop_reason, **progress)
         else:

@@ -1,5 +1,6 @@
 """The errors that users may see, and the exit code of each. Imports no torch: bad input is refused before that import."""
 
+import re
 import sys
 from collections.abc import Callable
 from enum import IntEnum
@@ -24,6 +25,12 @@ class ExitCode(IntEnum):
 def plain(text: str) -> str:
     """Return the text with terminal control characters and unencodable characters escaped, except line ends."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def without_password(text: str) -> str:
+    """Return the text with the users, passwords and tokens of the URLs in it masked."""
+    text = re.sub(r"(?<=://)[^/?#\s]*@", "***@", text)
+    return re.sub(r"([?&][^=&\s]*(?:pass|secret|token|pwd)[^=&\s]*=)[^&\s]*", r"\1***", text, flags=re.IGNORECASE)
 
 
 class _UserError:

@@ -15,6 +15,7 @@ from distributed.config.given import check_arguments, with_given
 from distributed.data.checks import check_data
 from distributed.data.sources.arrays import GivenArrays
 from distributed.inference.result import TrainResult
+from distributed.metrics.imported_sinks import open_sinks
 from distributed.metrics.profiler import StepProfiler
 from distributed.metrics.records import Sink
 from distributed.metrics.reporter import Reporter, default_sinks
@@ -78,7 +79,8 @@ def train(
         torch.set_num_threads(topology.threads(config.threads))
         make_deterministic(device, precision=config.precision, compile=config.compile)
         attempt = stack.enter_context(Attempt(config, topology))
-        # Before the process group, so that bad data, functions and networks leave no peer waiting.
+        # Before the process group, so that bad data, networks, functions and sinks leave no peer waiting.
+        own_sinks = open_sinks(config) if topology.is_main else []
         pipeline = build_data(config, topology, device, data)
         functions = build_functions(config, topology, pipeline, device, loss)
         network = build_initial_network(config, topology, pipeline, device, model)
@@ -100,7 +102,7 @@ def train(
         total_steps = config.epochs * pipeline.steps_per_epoch
         sinks = [sink for sink in sinks if topology.is_main or getattr(sink, "on_every_rank", False)]
         if attempt.run:
-            sinks = [*default_sinks(config, attempt.run, state, total_steps=total_steps), *sinks]
+            sinks = [*default_sinks(config, attempt.run, state, total_steps=total_steps), *own_sinks, *sinks]
         report = stack.enter_context(Reporter(sinks, total_steps=total_steps, device=device))
         times = {"save_every_seconds": 60 * config.checkpoint.every_minutes, "timeout_seconds": config.timeout_seconds}
         agreement = stack.enter_context(StepAgreement(stop or NeverStop(), is_main=topology.is_main, **times))

@@ -10,10 +10,10 @@ from distributed.checkpoint.download import store_has_run
 from distributed.checkpoint.upload import upload_remaining
 from distributed.config import TrainConfig, from_command_line, help_text
 from distributed.config.data import CifarData
-from distributed.config.layers import dotted_paths
 from distributed.data.sources import cifar, registry
 from distributed.errors import ExitCode, InputError
 from distributed.host.versions import require
+from distributed.metrics.installed import check_installed
 from distributed.process import exits, gc_pause
 from distributed.process.signals import SignalStop
 from distributed.process.streams import run_command
@@ -97,16 +97,13 @@ def checked_config(
             f"scaling.num_workers = {config.scaling.num_workers}: scaling is for python -m launch.ray_train, and would be "
             "ignored here; remove that section"
         )
-    if config.sweep:
-        raise InputError(
-            f"sweep.{[*dotted_paths(config.sweep)][-1]}: sweeps are for python -m launch.slurm and launch.ray_train; use one "
-            "of them, or give --sweep none to train once"
-        )
     if config.device != "auto" or config.exact.shards != "auto":  # otherwise it depends on the GPUs that torch finds
         config.check_world_size(topology.world_size, config.device)
     config.check_importable()
     if config.engine.name == "deepspeed":
         require("deepspeed", at_least=(0, 19), needed_by="engine.name = deepspeed")
+    if topology.is_main:
+        check_installed(config.logging)
     saved = check_run_folder(config)
     finished = is_finished(config, saved)
     # Only rank 0 queries the store. The other ranks leave it to rank 0 to check init_from.

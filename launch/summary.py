@@ -129,7 +129,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.summary", description=__doc__)
     parser.add_argument("folders", nargs="*", type=home_path, metavar="FOLDER")
     parser.add_argument(
-        "--by", choices=METRICS, help="sort by this metric, and write the best run's settings to best.toml"
+        "--by",
+        metavar="METRIC",
+        help=f"{', '.join(METRICS)}: sort by it, and write the best run's settings to best.toml",
     )
     options = parser.parse_args()
     if len(options.folders) != 1:

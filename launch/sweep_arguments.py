@@ -18,7 +18,7 @@ from distributed.config.toml_file import from_file
 from distributed.config.toml_text import toml_value
 from distributed.errors import InputError
 from distributed.files import with_home
-from launch.distributions import Distribution, parse_distribution, split_at_commas
+from launch.distributions import EXAMPLES, Distribution, parse_distribution, split_at_commas
 from launch.sweep import MAX_TRIALS, METRICS, Sweep
 
 _SHORT = {"--seeds": "seeds", "--trials": "trials"}
@@ -51,6 +51,8 @@ class SplitArguments(NamedTuple):
 def split_sweep(arguments: Sequence[str]) -> SplitArguments:
     """Separate `--sweep.NAME VALUES` (or `--sweep NAME=VALUES`), `--seeds N` and `--trials N` from the other arguments.
 
+    A distribution needs no `sweep.` before the setting: no setting has such a value.
+
     Raises:
         InputError: one is given twice, or has no name or no value.
     """
@@ -59,6 +61,8 @@ def split_sweep(arguments: Sequence[str]) -> SplitArguments:
     while remaining:
         argument = remaining.popleft()
         option, equals, text = argument.partition("=")
+        if _names_distribution(option, text if equals else next(iter(remaining), "")):
+            option = f"--sweep.{option[2:]}"
         if option != "--sweep" and option not in _SHORT and not option.startswith("--sweep."):
             common.append(argument)
             continue
@@ -77,6 +81,11 @@ def split_sweep(arguments: Sequence[str]) -> SplitArguments:
             raise InputError(_malformed(f"command line: {shown(f'{option} {text}'.strip())}"))
         sweep[name] = values
     return SplitArguments(common, sweep)
+
+
+def _names_distribution(option: str, text: str) -> bool:
+    name = option.removeprefix("--").replace("-", "_")
+    return option.startswith("--") and name in known() and text.partition("(")[0].strip() in EXAMPLES and "(" in text
 
 
 def _malformed(place: str) -> str:

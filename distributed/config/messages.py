@@ -13,6 +13,7 @@ from distributed.config.layers import Settings, shown
 from distributed.config.leaves import leaves, table_around
 from distributed.config.networks import name_hint
 from distributed.config.renamed import REMOVED_VALUES
+from distributed.errors import without_password
 
 _NAME_IN_TABLE = ("[key]",)  # pydantic's end of a location, after the name
 
@@ -38,7 +39,9 @@ def explain(detail: ErrorDetails, settings: Settings) -> list[str]:
         value = value["name"] if isinstance(value, dict) else value
     reason = _REASONS.get(detail["type"], _invalid)(_Problem(path, value, variants, str(detail["msg"])))
     is_name = detail["loc"][-1:] == _NAME_IN_TABLE
-    value_text = f" = {shown(value)}" if not is_name and (not isinstance(value, dict) or value) else ""
+    value_text = (
+        f" = {without_password(shown(value))}" if not is_name and (not isinstance(value, dict) or value) else ""
+    )
     return [f"{_place(path, settings.places)}: {shown(path)}{value_text}: {reason}"]
 
 
@@ -97,7 +100,11 @@ def _not_a_table(problem: _Problem) -> str:
 
 def _invalid(problem: _Problem) -> str:
     message = problem.message.removeprefix("Input ").removeprefix("should ")
-    return f"should {message[:1].lower()}{message[1:]}" if "should" in problem.message else message
+    is_list = isinstance(problem.value, str) and "," in problem.value and message.startswith("be a valid ")
+    sweep = (
+        f"; to train once per value: launch.slurm ... --sweep.{problem.path} {shown(problem.value)}" if is_list else ""
+    )
+    return f"should {message[:1].lower()}{message[1:]}{sweep}" if "should" in problem.message else message
 
 
 def _no_choice(problem: _Problem) -> str:

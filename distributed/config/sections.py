@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from distributed.config.functions import Metrics
 from distributed.config.networks import BUILT_IN, FactoryOptions, ImportPath, is_import_path
 from distributed.config.schema import Section, operational, setting
+from distributed.config.sinks import Mlflow, SinkPaths, Wandb
 from distributed.host.importable import check_module
 
 _STORE_URL = re.compile(r"(?:(?:s3|gs)://[a-zA-Z0-9][\w.-]*(?:/[^\s?*#\[\]{}]*)?|file:///[^\s?*#\[\]{}]+)", re.ASCII)
@@ -206,4 +207,9 @@ class Logging(Section):
     tensorboard: bool = operational(True, "write TensorBoard event files beside metrics.jsonl")
     profile_steps: int = operational(
         0, "profile N steps of rank 0, after the first ten of the attempt, into RUN/profile; 0: off", ge=0, le=1000
+    )
+    wandb: Wandb | None = operational(None, "log to Weights & Biases; none: off")
+    mlflow: Mlflow | None = operational(None, "log to MLflow; none: off")
+    sinks: SinkPaths = operational(
+        (), "classes of your own that receive the metrics on rank 0, as package.module:Class"
     )

@@ -163,6 +163,7 @@ class TrainConfig(Section):
     def _conflicts(self) -> list[str]:
         """Return one line, with its remedy, for each group of settings that are valid alone but not together."""
         return [
+            *self._sweep_conflicts(),
             *(self.scaling.conflicts(self.device) if self.scaling else []),
             *self._device_conflicts(),
             *self.data.conflicts(),
@@ -173,6 +174,15 @@ class TrainConfig(Section):
             *self.optim.conflicts(),
             *self.schedule.conflicts(epochs=self.epochs),
             *self._validation_conflicts(),
+        ]
+
+    def _sweep_conflicts(self) -> list[str]:
+        """Return a line if this is a sweep: the launchers make the config of each of its trials without it."""
+        if not self.sweep:
+            return []
+        return [
+            f"sweep ({', '.join(self.sweep)}): sweeps are for python -m launch.slurm and launch.ray_train; use one of them, or "
+            "set sweep = none to train once"
         ]
 
     def _device_conflicts(self) -> list[str]:

@@ -16,10 +16,11 @@ from distributed.data.augment_function import AugmentFunction
 from distributed.data.batch import Batch, Batching, InputFormat, MicroBatch, Mixed, Shards
 from distributed.data.mixup import mix
 from distributed.data.normalize import ChannelStatistics, Normalizer, channel_statistics
-from distributed.data.residency import ResidentSplit, as_tensor, residency
+from distributed.data.residency import ResidentSplit, as_tensor, copied, residency
 from distributed.data.resize import resize
 from distributed.data.sources import cifar
 from distributed.data.sources.arrays import GivenArrays
+from distributed.data.sources.mapped import ReadAhead
 from distributed.data.sources.read import read
 from distributed.data.split import validation_mask
 
@@ -56,19 +57,22 @@ class DataPipeline:
     ) -> None:
         self.config, self.batching, self.shards, self.input_format = config, batching, shards, input_format
         self.augment_function = AugmentFunction(path) if (path := config.augment.function) else None
-        self.class_names, train, test, self._identities = read(config, side, given)
+        self.class_names, train, test, self._identities, read_ahead = read(config, side, given)
         self.augmented_at_once = self._augmented_at_once(train.images[:1].nbytes)
         self._residency = residency(
-            config.placement, train.images.nbytes + test.images.nbytes, device=input_format.device
+            config.placement,
+            train.images.nbytes + test.images.nbytes,
+            device=input_format.device,
+            is_on_disk=bool(read_ahead),
         )
         held_out = validation_mask(train.labels, fraction=config.validation_fraction, seed=config.split_seed)
         train_ids = np.flatnonzero(~held_out)
         self._splits: dict[str, ResidentSplit] = {
-            **self._resident(train, train=train_ids, validation=np.flatnonzero(held_out)),
-            **self._resident(test, test=np.arange(len(test.labels))),
+            **self._resident(train, read_ahead.get("train"), train=train_ids, validation=np.flatnonzero(held_out)),
+            **self._resident(test, read_ahead.get("test"), test=np.arange(len(test.labels))),
         }
         # Computed on training images only: the evaluation splits must not influence the input.
-        statistics = channel_statistics(train.images, train_ids[:_IMAGES_FOR_STATISTICS])
+        statistics = channel_statistics(train.images, train_ids[:_IMAGES_FOR_STATISTICS], read_ahead.get("train"))
         if config.normalize == "unit":
             statistics = ChannelStatistics(np.zeros_like(statistics.mean), np.ones_like(statistics.deviation))
         self.normalizer = Normalizer(statistics, device=input_format.device, dtype=input_format.dtype)
@@ -81,14 +85,17 @@ class DataPipeline:
         local_images = max(1, micro_batch_size * len(self.shards.own) // self.shards.total)
         return max(1, _BYTES_AT_ONCE // (image_bytes * local_images))
 
-    def _resident(self, source: cifar.Images, **splits: NDArray[np.int64]) -> dict[str, ResidentSplit]:
+    def _resident(
+        self, source: cifar.Images, read_ahead: ReadAhead | None, **splits: NDArray[np.int64]
+    ) -> dict[str, ResidentSplit]:
         """Return each split, by its ids, on one copy of the source's images."""
         device, prefetched = self.input_format.device, self._residency == "host"
         images = as_tensor(source.images)
-        images = images if prefetched else images.to(device)
+        if not prefetched and device.type != "cpu":
+            images = copied(images, device, read_ahead)
         labels = torch.from_numpy(source.labels.astype(np.int64)).to(device)
         return {
-            split: ResidentSplit(images, labels, torch.from_numpy(ids).to(device), prefetched)
+            split: ResidentSplit(images, labels, torch.from_numpy(ids).to(device), prefetched, read_ahead)
             for split, ids in splits.items()
         }
 

@@ -13,6 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distributed.data.sources.mapped import ReadAhead
+
+_BYTES_AT_ONCE = 2**26
+
 Residency = Literal["device", "host"]
 
 
@@ -24,18 +28,26 @@ class ResidentSplit:
         while the previous one is in use.
     labels: int64 [all], on the device.
     ids: int64 [n], on the device: which of the images are in this split.
+    read_ahead: called before images are read, if they are mapped from a file that may not fit into memory.
     """
 
     images: Tensor
     labels: Tensor
     ids: Tensor
     prefetched: bool
+    read_ahead: ReadAhead | None = None
 
     def gather(self, ids: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield, on the device, the images of each int64 [n] of `ids`, which may be on the device or the host."""
         if self.prefetched:
-            return _prefetched(self.images, ids, self.ids.device)
-        return (self.images.index_select(0, own) for own in ids)
+            return _prefetched(self, ids, self.ids.device)
+        return (self.select(own) for own in ids)
+
+    def select(self, ids: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Return the images of int64 [n], where they are stored, in `out` if it is given."""
+        if self.read_ahead and not self.images.is_cuda:
+            self.read_ahead(ids.numpy())
+        return torch.index_select(self.images, 0, ids, out=out)
 
     def ids_for_gather(self, ids: Tensor) -> Tensor:
         """Return ids on the images' device: copied once per epoch, because a copy per batch would wait for the device."""
@@ -49,12 +61,27 @@ def as_tensor(images: NDArray[np.uint8]) -> Tensor:
         return torch.from_numpy(images)
 
 
-def residency(placement: Residency | Literal["auto"], total_bytes: int, device: torch.device) -> Residency:
-    """Return `placement` with auto resolved."""
+def copied(images: Tensor, device: torch.device, read_ahead: ReadAhead | None) -> Tensor:
+    """Return the images on the device; mapped ones are read in large pieces, although single rows are announced."""
+    if read_ahead is None:
+        return images.to(device)
+    copy = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    at_once = max(1, _BYTES_AT_ONCE // images[:1].nbytes)
+    for start in range(0, len(images), at_once):
+        stop = min(start + at_once, len(images))
+        read_ahead(np.arange(start, stop))
+        copy[start:stop].copy_(images[start:stop])
+    return copy
+
+
+def residency(
+    placement: Residency | Literal["auto"], total_bytes: int, device: torch.device, *, is_on_disk: bool = False
+) -> Residency:
+    """Return `placement` with auto resolved; `is_on_disk`: the images are mapped, and may not fit into memory."""
     if placement != "auto":
         return placement
     if device.type != "cuda":
-        return "device"  # whose memory is the host's
+        return "host" if is_on_disk else "device"  # whose memory is the host's
     free, _ = torch.cuda.mem_get_info(device)
     return "device" if 3 * total_bytes < free else "host"
 
@@ -69,17 +96,17 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
-def _prefetched(images: Tensor, wanted: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+def _prefetched(split: ResidentSplit, wanted: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
     """Gather and copy the next batch on a thread, on CUDA in a stream of its own, while the caller uses this one."""
     side = _copy_stream(device) if device.type == "cuda" else None
 
     def fetch(ids: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         if side is None:
-            return images.index_select(0, ids), None
+            return split.select(ids), None
         # Pinned memory comes from torch's cache, which does not reuse it before the copy from it has ended.
         with torch.cuda.stream(side):  # also sets the device: a new thread starts on the first one
-            staging = torch.empty((len(ids), *images.shape[1:]), dtype=torch.uint8, pin_memory=True)
-            torch.index_select(images, 0, ids, out=staging)
+            staging = torch.empty((len(ids), *split.images.shape[1:]), dtype=torch.uint8, pin_memory=True)
+            split.select(ids, out=staging)
             copy = staging.to(device, non_blocking=True)
             return copy, side.record_event()
 

@@ -51,6 +51,9 @@ def module_files(import_paths: Mapping[str, str]) -> dict[str, ModuleFile]:
 def check_module(path: str, setting: str) -> Path | None:
     """Check that the module of the import path `package.module:factory`, the value of a setting, exists.
 
+    Args:
+        setting: the setting that has the path, for the message.
+
     Returns:
         Its file; None if it is unknown.
 

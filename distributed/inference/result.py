@@ -28,6 +28,7 @@ class TrainResult:
         stop_reason: why the run was stopped before its end; None if it is finished.
         stopped_early: whether early stopping ended the run.
         best: the best validation epoch, if `checkpoint.best_by` chooses one.
+        state: everything except tensors that the final checkpoint holds: counters, schedule and totals.
     """
 
     config: TrainConfig
@@ -36,12 +37,13 @@ class TrainResult:
     stop_reason: str | None
     stopped_early: bool
     best: Best | None
+    state: TrainState = field(repr=False)
     _given: GivenModel | None = field(repr=False)
 
     @classmethod
     def of(cls, config: TrainConfig, state: TrainState, model: GivenModel | None) -> Self:
         """Return the result of an attempt that has saved this state."""
-        return cls(config, state.step, state.epoch, state.stop_reason, state.stopped_early, state.best, model)
+        return cls(config, state.step, state.epoch, state.stop_reason, state.stopped_early, state.best, state, model)
 
     @property
     def checkpoint(self) -> Path:

@@ -4,7 +4,7 @@ import resource
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -65,6 +65,22 @@ class Sink(Protocol):
     def log_epoch(self, metrics: EpochMetrics) -> None: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class LearnsStart(Protocol):
+    """A sink that is told where an attempt starts, before its first metrics."""
+
+    def begin(self, step: int) -> None:
+        """Metrics of later steps follow; a killed attempt may have logged some of them already."""
+        ...
+
+
+@runtime_checkable
+class LearnsEnding(Protocol):
+    """A sink that is told how the run ended, before it is closed."""
+
+    def end(self, status: Literal["finished", "stopped", "failed"]) -> None: ...
 
 
 class Elapsed(NamedTuple):

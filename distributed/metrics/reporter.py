@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -9,8 +10,22 @@ import torch
 from torch import Tensor
 
 from distributed.config import TrainConfig
-from distributed.metrics.records import EpochMetrics, Sink, SpeedMeter, SplitMetrics, TrainMetrics, peak_memory_mib
+from distributed.metrics.follower import Follower
+from distributed.metrics.mlflow_sink import MlflowService
+from distributed.metrics.parameters import parameters_of
+from distributed.metrics.records import (
+    EpochMetrics,
+    LearnsEnding,
+    LearnsStart,
+    Sink,
+    SpeedMeter,
+    SplitMetrics,
+    TrainMetrics,
+    peak_memory_mib,
+)
 from distributed.metrics.sinks import JsonLines, OptionalSink, TensorBoard, Terminal
+from distributed.metrics.wandb_sink import WandbService
+from distributed.process import exits
 from distributed.run.claim import ClaimedRun
 from distributed.training.state import TrainState
 from distributed.training.totals import SplitTotals, Totals
@@ -23,6 +38,7 @@ class Reporter:
         self.sinks, self.total_steps, self.device = sinks, total_steps, device
         self.meter = SpeedMeter()
         self._epoch_meter = SpeedMeter()
+        self._state: TrainState | None = None
         self._samples_at_reading = 0
 
     def __enter__(self) -> Self:
@@ -31,10 +47,20 @@ class Reporter:
             self._closing.callback(sink.close)
         return self
 
-    def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+        stopped = self._state is not None and self._state.stop_reason is not None
+        status = exits.exit_of(error).status if error else "stopped" if stopped else "finished"
+        for sink in self.sinks:
+            if isinstance(sink, LearnsEnding):
+                self._closing.callback(sink.end, status)  # before any sink is closed
         self._closing.close()
 
     def begin_epoch(self, state: TrainState) -> None:
+        if self._state is None:
+            self._state = state
+            for sink in self.sinks:
+                if isinstance(sink, LearnsStart):
+                    sink.begin(state.step)
         self.meter.restart()
         self._samples_at_reading = state.samples_seen
         self._epoch_meter.restart()
@@ -83,4 +109,17 @@ def default_sinks(config: TrainConfig, run: ClaimedRun, state: TrainState, *, to
         "progress on the terminal",
         lambda: Terminal(epochs=config.epochs, total_steps=total_steps, start_step=start_step, step=lambda: state.step),
     )
-    return [*sinks, terminal]
+    return [*sinks, *_services(config, run), terminal]
+
+
+def _services(config: TrainConfig, run: ClaimedRun) -> list[Sink]:
+    """Open the sinks that copy metrics.jsonl to Weights & Biases and to MLflow, if configured."""
+    parameters = parameters_of(config)
+    sinks: list[Sink] = []
+    if wandb := config.logging.wandb:
+        make_wandb = partial(WandbService, wandb, run.path, identity=run.identity, parameters=parameters)
+        sinks.append(OptionalSink("wandb", lambda: Follower("wandb", run.metrics_file, make_wandb)))
+    if mlflow := config.logging.mlflow:
+        make_mlflow = partial(MlflowService, mlflow, run.path, identity=run.identity, parameters=parameters)
+        sinks.append(OptionalSink("MLflow", lambda: Follower("MLflow", run.metrics_file, make_mlflow)))
+    return sinks

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from loguru import logger
 
 from distributed.files import lines_of, storing
 from distributed.metrics.event_file import EventFile
-from distributed.metrics.records import EpochMetrics, Sink, SplitMetrics, TrainMetrics
+from distributed.metrics.records import EpochMetrics, LearnsEnding, LearnsStart, Sink, SplitMetrics, TrainMetrics
 from distributed.process.optional_output import OptionalOutput
 from distributed.run.claim import ClaimedRun
 from distributed.run.metrics_file import EpochRecord, TrainRecord
@@ -102,10 +103,16 @@ class OptionalSink:
     def log_epoch(self, metrics: EpochMetrics) -> None:
         self._call(lambda sink: sink.log_epoch(metrics))
 
+    def begin(self, step: int) -> None:
+        self._call(lambda sink: sink.begin(step) if isinstance(sink, LearnsStart) else None)
+
+    def end(self, status: Literal["finished", "stopped", "failed"]) -> None:
+        self._call(lambda sink: sink.end(status) if isinstance(sink, LearnsEnding) else None)
+
     def close(self) -> None:
         self._call(lambda sink: sink.close())
 
-    def _call(self, method: Callable[[Sink], None]) -> None:
+    def _call(self, method: Callable[[Sink], object]) -> None:
         if (sink := self._sink) is not None:
             self._output.run(lambda: method(sink))
 

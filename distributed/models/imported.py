@@ -17,6 +17,7 @@ from distributed import rng
 from distributed.comm import collectives
 from distributed.config.sections import ImportedModel
 from distributed.errors import InputError
+from distributed.host.importable import SCRIPT
 from distributed.models.keyed_dropout import use_sample_keys
 from distributed.user_code import UserFunction, described, type_name
 
@@ -116,9 +117,14 @@ def check_same_weights(model: nn.Module, *, name: str, init_from: Path | None = 
                     f"init_from = {init_from}: rank {rank} starts from other weights than rank 0, with another {different[0]}; "
                     "every node needs the same file, and the same module if the network is imported"
                 )
+            remedy = (
+                "call torch.manual_seed before a module is built, or give train() the function or class that builds it"
+                if name.startswith(f"{SCRIPT}:")
+                else "every node needs the same module, and the factory should draw from the generators of torch, Python or "
+                "NumPy only"
+            )
             raise InputError(
-                f"model.name = {name}: rank {rank} built another network than rank 0, with another {different[0]}; every node "
-                "needs the same module, and the factory should draw from the generators of torch, Python or NumPy only"
+                f"model.name = {name}: rank {rank} built another network than rank 0, with another {different[0]}; {remedy}"
             )
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 from distributed.errors import ExitCode
 from distributed.process.deadline import try_within
@@ -29,6 +29,16 @@ class Exit(NamedTuple):
     def is_stop(self) -> bool:
         """Whether the exit was requested. Every other exit is a failure."""
         return self.code in (ExitCode.STOPPED, ExitCode.INTERRUPTED)
+
+    @property
+    def status(self) -> Literal["stopped", "failed"]:
+        """How the run ended, as in status.json."""
+        return "stopped" if self.is_stop else "failed"
+
+
+def exit_of(error: BaseException) -> Exit:
+    """Return the exit that an error leads to. A stop request to another rank is an error here, and `is_stop`."""
+    return Exit(getattr(error, "exit_code", ExitCode.FAILED), str(error))
 
 
 ExitHook = Callable[[Exit], Exit | None]

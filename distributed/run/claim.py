@@ -23,7 +23,7 @@ from distributed.host.identity import host
 from distributed.host.versions import git_state, versions
 from distributed.run.folder import RunFolder
 from distributed.run.lock_holder import acquire_lock, this_process
-from distributed.run.records import AttemptRecord, Holder, Record, Status, timestamp
+from distributed.run.records import AttemptRecord, Holder, Record, Status, read_attempts, timestamp
 
 LOCK_WAIT_SECONDS = 30.0
 PROGRESS_SECONDS = 5.0
@@ -40,6 +40,8 @@ class ClaimedRun(RunFolder):
         super().__init__(path)
         self.world_size = world_size
         self.token = uuid.uuid4().hex
+        self.identity = self.token
+        """The same in every attempt at this run, also on another machine; see `identify`."""
         self._lock = FileLock(path / ".lock")
         self._status_lock, self._ended = threading.Lock(), False
         self._progress: dict[str, int] = {}
@@ -85,6 +87,17 @@ class ClaimedRun(RunFolder):
             f"{self._attempt_file}: removed or damaged during the run, so the owner of the folder is unknown; this attempt "
             "ends, and the same command resumes from the newest checkpoint"
         )
+
+    def identify(self, saved: str | None) -> str:
+        """Set the run's identity and return it.
+
+        Args:
+            saved: the identity in the checkpoint that the run resumes from, if any. Otherwise it is the token of the first
+                attempt, which may have been killed before it saved.
+        """
+        tokens = [line.token for line in read_attempts(self.attempts_file) if line.event == "started" and line.token]
+        self.identity = saved or next(iter(tokens), self.token)
+        return self.identity
 
     def append(self, file: Path, record: Record) -> None:
         """Append a record as a line of JSON to a file of the run, in a single write.

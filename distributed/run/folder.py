@@ -20,6 +20,7 @@ class RunFolder:
         self.config_file = path / "config.toml"
         self.metrics_file = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
+        self.wandb = path / "wandb"
         self.digests_file = path / "digests.jsonl"
         self.upload_file = path / "upload.json"
         self.curves = path / "curves.png"

@@ -1,5 +1,6 @@
 """Records of metrics.jsonl: training steps and epochs. Imports no torch."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,18 +64,29 @@ class EpochRecord(Record):
         return nested
 
 
-def read_metrics(file: Path) -> list[TrainRecord | EpochRecord]:
+MetricsRecord = TrainRecord | EpochRecord
+
+
+def read_metrics(file: Path) -> list[MetricsRecord]:
     """Read metrics.jsonl.
 
     Raises:
         InputError: the file exists and cannot be read.
     """
-    found: list[TrainRecord | EpochRecord] = []
-    for line in read_objects(file):
-        record = parse(line, EpochRecord) if line.get("kind") == "epoch" else parse(line, TrainRecord)
-        if record:
-            found.append(record)
-    return found
+    return [record for line in read_objects(file) if (record := _record(line))]
+
+
+def parse_metrics(text: bytes) -> MetricsRecord | None:
+    """Return a line of metrics.jsonl; None if it is damaged."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return _record(line) if isinstance(line, dict) else None
+
+
+def _record(line: dict[str, Any]) -> MetricsRecord | None:
+    return parse(line, EpochRecord) if line.get("kind") == "epoch" else parse(line, TrainRecord)
 
 
 def read_epochs(file: Path) -> list[EpochRecord]:

@@ -182,9 +182,16 @@ ARGUMENTS = [
         "train with a sweep",
         "train",
         (*SHORT, "--sweep.optim.lr", "1,2"),
-        "sweep.optim.lr: sweeps are for python -m launch.slurm and launch.ray_train",
+        "sweep (optim): sweeps are for python -m launch.slurm and launch.ray_train",
     ),
-    ("train with a section sweep", "train", ("section.toml",), "or give --sweep none to train once"),
+    (
+        "slurm with a list in place of a number",
+        "launch.slurm",
+        (*SHORT, "--optim.lr", "0.1,0.05"),
+        "optim.lr = 0.1,0.05: should be a valid number; to train once per value: launch.slurm ... --sweep.optim.lr 0.1,0.05",
+    ),
+    ("train with a distribution", "train", (*SHORT, "--optim.lr", "uniform(0.1, 0.2)"), "optim.lr = uniform(0.1, 0.2)"),
+    ("train with a section sweep", "train", ("section.toml",), "or set sweep = none to train once"),
     (
         "summary by an unknown metric",
         "launch.summary",

@@ -1,6 +1,7 @@
 """Mapped arrays larger than the memory that the process may use: trained and evaluated, in bounded memory."""
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,8 @@ import pytest
 from kit.commands import Command, status
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-DATA_BYTES = 6 * 10**9
-LIMIT_BYTES = 1.5 * 2**30
+DATA_BYTES = 2.5e9  # 6e9 passes too, and takes three times as long
+LIMIT_BYTES = 1.25 * 2**30
 ANONYMOUS_BYTES = 0.75 * 2**30  # torch's own memory is a third of it
 SIDE = 256
 NETWORK = """\
@@ -51,7 +52,7 @@ def write_data(root: Path) -> None:
     if os.statvfs(root).f_bavail * os.statvfs(root).f_frsize < 1.2 * DATA_BYTES:
         pytest.skip(f"no {DATA_BYTES / 1e9:.0f} GB of disk space")
     tile = np.random.default_rng(0).integers(0, 250, (64, SIDE, SIDE, 3), dtype=np.uint8)
-    for split, count in (("train", DATA_BYTES // tile[0].nbytes), ("test", 64)):
+    for split, count in (("train", int(DATA_BYTES) // tile[0].nbytes), ("test", 64)):
         file = root / f"{split}_images.npy"
         header = {"descr": "|u1", "fortran_order": False, "shape": (count, SIDE, SIDE, 3)}
         with file.open("wb") as opened:
@@ -70,14 +71,13 @@ def anonymous_bytes(pid: int) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
 
 
-@pytest.mark.parametrize("placement", ["host"])
-def test_the_memory_of_a_process_is_bounded(placement: str, group: Path, tmp_path: Path) -> None:
+def test_the_memory_of_a_process_is_bounded(group: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     write_data(tmp_path)
     written = time.monotonic()
     (tmp_path / "net.py").write_text(NETWORK)
     train = (
-        f"exec python -m distributed.train --data.name arrays --data.root . --data.placement {placement} --model.name net:make "
+        f"exec {sys.executable} -m distributed.train --data.name arrays --data.root . --model.name net:make "
         "--model.input_side 32 --epochs 1 --global_batch_size 32 --evaluation.batch_size 32 --schedule.name constant "
         "--device cpu --exact.shards 0 --run_dir run"
     )

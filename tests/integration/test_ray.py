@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 CPU = ("--device", "cpu")
 LONG = ("configs/debug.toml", "--epochs", 16, "--checkpoint.every_steps", 5, "--checkpoint.keep_last", 2, *CPU)
 SHORT = ("configs/debug.toml", "--epochs", 1, "--data.train_samples", 200, "--data.test_samples", 60, *CPU)
+WANDB = ("--logging.wandb.mode", "offline") if find_spec("wandb") else ()
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +62,13 @@ def test_every_engine_trains_with_the_usual_run_folder(cluster: RayCluster, tmp_
     cluster.set_nodes("n1", "n2")
     runs = {name: tmp_path / name for name in ("fsdp", "deepspeed")}
     for name, run in runs.items():
-        more = ("--engine.zero_stage", 3) if name == "deepspeed" else ()
+        more = ("--engine.zero_stage", 3, *WANDB) if name == "deepspeed" else ()
         with cluster.train(
             *SHORT, "--engine.name", name, *more, "--run_dir", run, output=tmp_path / f"{name}.out"
         ) as command:
             assert command.wait(200) == 0, command.text
         assert (status(run)["status"], status(run)["world_size"]) == ("finished", 2)
+    assert len(list(runs["deepspeed"].glob("wandb/offline-run-*/*.wandb"))) == bool(WANDB)  # by rank 0 only
     reference = tmp_path / "torchrun"
     with Command(
         torchrun(2, *SHORT, "--threads", 1, "--run_dir", reference), output=tmp_path / "torchrun.out"

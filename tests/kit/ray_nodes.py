@@ -14,11 +14,15 @@ from kit.cluster import free_ports, wait_for
 from kit.commands import ROOT, Command, kill
 
 _TOKEN = "0" * 32
-_RAY = str(Path(sys.executable).with_name("ray"))
+_RAY = Path(sys.executable).with_name("ray")
 
 
 class RayCluster:
     """A head without CPUs for workers, and nodes that come and go. Context manager; leaving it removes processes and files."""
+
+    def __init__(self, ray: Path = _RAY, **environment: str) -> None:
+        """Take the program `ray` of an environment, and further variables for all nodes."""
+        self._ray, self._more = str(ray), environment
 
     def __enter__(self) -> "RayCluster":
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a socket's path must be short
@@ -26,7 +30,7 @@ class RayCluster:
         self.address, self.dashboard = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
         (self.folder / "token").write_text(_TOKEN)
         self.environment = {
-            "PATH": f"{Path(_RAY).parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token",
+            "PATH": f"{_RAY.parent}:{os.environ['PATH']}", **self._more, "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"), "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0",
             "RAY_ADDRESS": self.address, "RAY_API_SERVER_ADDRESS": self.dashboard,
             # The cluster notices a killed node within seconds.
@@ -46,7 +50,7 @@ class RayCluster:
 
     def _start(self, name: str, *options: str, cpus: int, hidden: Path | None = None) -> None:
         hide = ["unshare", "--mount", "sh", "-c", f"mount -t tmpfs none '{hidden}' && exec \"$@\"", "sh"]
-        command = [_RAY, "start", "--block", "--disable-usage-stats", f"--num-cpus={cpus}", "--num-gpus=0",
+        command = [self._ray, "start", "--block", "--disable-usage-stats", f"--num-cpus={cpus}", "--num-gpus=0",
                    "--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={100 * 2**20}", *options]  # fmt: skip
         self._nodes[name] = Command(
             [*(hide if hidden else []), *command], output=self.folder / f"{name}.out", more=self.environment
@@ -120,8 +124,8 @@ class RayCluster:
 
     def run(self, *arguments: object, fails: bool = False) -> str:
         """Run `ray ARGUMENTS`, and return its stdout; if it should fail, stderr as well."""
-        done = subprocess.run([_RAY, *map(str, arguments)], env=os.environ | self.environment, cwd=ROOT, capture_output=True,
-                              text=True, timeout=240, check=False)  # fmt: skip
+        done = subprocess.run([self._ray, *map(str, arguments)], env=os.environ | self.environment, cwd=ROOT, text=True,
+                              capture_output=True, timeout=240, check=False)  # fmt: skip
         assert (done.returncode != 0) == fails, f"ray {arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout + (done.stderr if fails else "")
 

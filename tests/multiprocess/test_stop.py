@@ -23,8 +23,9 @@ SAVE_EVERY = 0.2
 @in_group
 def train_until_a_request(run_dir: Path, requested_rank: int) -> dict[str, Any]:
     rank = collectives.rank()
-    state = train(small_config(run_dir), stop=StopAfter(REQUEST_STEP) if rank == requested_rank else None)
-    return {"reason": state.stop_reason, "state": state.state_dict(), "position": (state.epoch, state.step)}
+    result = train(small_config(run_dir), stop=StopAfter(REQUEST_STEP) if rank == requested_rank else None)
+    position = (result.epoch, result.step)
+    return {"reason": result.stop_reason, "state": result.state.state_dict(), "position": position}
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ SLOW = {
     "onnx",
     "onnxruntime",
     "fsspec",
+    "wandb",
+    "mlflow",
 }
 WITHOUT_TORCH = [
     "errors files topology config user_code process host run",
@@ -46,7 +48,7 @@ WITHOUT_TORCH = [
     "export.__main__ report.__main__ experiments.__main__ gpu_check.__main__",
     "checkpoint.object_store checkpoint.upload checkpoint.download inference.saved_run",
     "figures.style figures.confusion figures.curves data.sources.cifar data.sources.registry",
-    "report.comparison report.run_sections",
+    "report.comparison report.run_sections metrics.installed",
 ]
 
 FILES = sorted(ROOT.rglob("*.py"))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distributed.config import load_config
 from distributed.config.data import ArraysData, ImportedData
+from distributed.data import residency
 from distributed.data.batch import Batching, InputFormat, Shards
 from distributed.data.pipeline import DataPipeline
 from distributed.data.sources import arrays, identity, registry
@@ -45,9 +46,8 @@ def data_of(root: Path, **settings: Any) -> ArraysData:
 
 
 def test_images_stay_mapped_and_are_read_only(root: Path) -> None:
-    names, splits = arrays.read(data_of(root))
+    names, splits, _ = arrays.read(data_of(root))
     assert names == ("class 0", "class 1", "class 2")
-    assert isinstance(splits["train"].images, np.memmap)
     assert not splits["train"].images.flags.writeable
     assert splits["train"].images.shape == (60, 12, 12, 1)
     for placement in ("host", "device"):
@@ -63,6 +63,19 @@ def maps_at(address: int) -> str:
         if first <= address < last:
             return line
     return ""
+
+
+@pytest.mark.parametrize("placement", ["auto", "host", "device"])
+def test_rows_of_a_huge_array_are_read_ahead(root: Path, placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = epoch(pipeline(data_of(root)))
+    monkeypatch.setattr(arrays, "_ALL_BYTES", 1000)
+    data = pipeline(data_of(root, placement=placement))
+    train = vars(data)["_splits"]["train"]
+    assert train.prefetched == (placement != "device")
+    assert train.read_ahead
+    assert torch.equal(epoch(data), expected)
+    monkeypatch.setattr(residency, "_BYTES_AT_ONCE", 1000)
+    assert torch.equal(residency.copied(train.images, torch.device("cpu"), train.read_ahead), train.images)
 
 
 @pytest.mark.parametrize("dtype", ["<i2", ">i8", "uint64", "int8"])

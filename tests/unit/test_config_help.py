@@ -19,10 +19,11 @@ def _all_paths() -> set[str]:
     variants += [["--data.name", "generated10"], ["--data.name", "image_folder"], ["--early_stopping.patience", "3"]]
     variants += [["--optim.name", "adamw"]]
     variants += [["--engine.name", "fsdp"], ["--engine.name", "deepspeed"], ["--scaling.num_workers", "3"]]
+    variants += [["--logging.wandb.mode", "offline"], ["--logging.mlflow.name", "x"]]
     variants += [["--model.name", "package.module:factory"], ["--data.name", "package.module:function"]]
     variants += [["--loss.name", "package.module:function"]]
     found = {path for arguments in variants for path in _paths(config_of(*arguments).model_dump())}
-    return found - {"early_stopping", "scaling"}
+    return found - {"early_stopping", "scaling", "logging.wandb", "logging.mlflow"}
 
 
 WIDE = 10_000

@@ -92,6 +92,8 @@ def test_a_single_value_and_a_distribution_are_read(tmp_path: Path):
     assert sweep_of("--sweep.optim.lr", "0.000001").lists == {"optim.lr": ["0.000001"]}
     sweep = sweep_of("--sweep.optim.lr", "uniform(0.1, 0.2)", "--trials=3")
     assert sweep.distributions == {"optim.lr": Distribution("uniform", bounds=(0.1, 0.2))}
+    for short in (["--optim.lr", "uniform(0.1, 0.2)"], ["--optim.lr=uniform(0.1, 0.2)"]):
+        assert sweep_of(*short, "--trials=3") == sweep
     assert read_sweep(split_sweep([DEBUG, "--epochs", "3"])) is None
     assert sweep_of("--sweep.epochs", "1,2").lists == {"epochs": ["1", "2"]}
 

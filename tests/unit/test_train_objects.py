@@ -151,7 +151,7 @@ def test_arrays_take_the_place_of_the_data(tmp_path: Path) -> None:
     again = train(config.model_copy(update={"epochs": 2}), model=Grey, data=data)
     assert (again.step, len(again.history)) == (6, 2)
     other = arrays(train_labels=np.arange(20)[::-1] % 3)
-    with pytest.raises(InputError, match=r"let the function return|started with"):
+    with pytest.raises(InputError, match=r"give train\(\) the arrays it started with"):
         train(config.model_copy(update={"epochs": 3}), model=Grey, data=other)
     with pytest.raises(
         InputError, match=r"this run's data exists only in the script .* train\(\.\.\., data=\.\.\.\) takes it"

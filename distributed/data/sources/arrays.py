@@ -17,6 +17,7 @@ from distributed.config.data import ArraysData, ImportedData
 from distributed.data.sources.array_checks import NAMES, SPLITS, Complaint, Outline, check_labels, check_outlines
 from distributed.data.sources.cifar import Images
 from distributed.data.sources.identity import Identity, identity_of, image_hashes
+from distributed.data.sources.mapped import Mapped, ReadAhead, map_rows
 from distributed.errors import InputError
 from distributed.user_code import UserFunction, type_name
 
@@ -27,11 +28,19 @@ _ALL_BYTES = 2**30  # of images: seconds to read from a slow disk; of more only 
 _SAMPLES = 1000
 
 
+class _Header(NamedTuple):
+    """The header of a .npy file; `start` is the offset of the array in bytes."""
+
+    outline: Outline
+    start: int
+
+
 class Arrays(NamedTuple):
-    """Class names, and the images uint8 [n, h, w, c] with their labels of each split."""
+    """Class names, the images uint8 [n, h, w, c] with their labels of each split, and of mapped ones what reads ahead."""
 
     class_names: tuple[str, ...]
     splits: dict[str, Images]
+    read_ahead: dict[str, ReadAhead]
 
 
 def check(config: ArraysData) -> None:
@@ -53,21 +62,23 @@ def read(config: ArraysData | ImportedData, given: GivenArrays | None = None) ->
         InputError: files are missing, damaged or of other types and shapes; or the function fails or returns others.
     """
     if isinstance(config, ImportedData):
-        arrays = _checked(config, given, "given to train()") if given is not None else _returned(config)
-        labels = {name: arrays[name] for name in NAMES if name.endswith("labels")}
+        splits = _checked(config, given, "given to train()") if given is not None else _returned(config)
+        read_ahead = {}
     else:
         labels = _checked_labels(config)
-        images = {
-            f"{split}_images": np.load(_file(config, f"{split}_images"), mmap_mode="r", allow_pickle=False)
-            for split in SPLITS
-        }
-        arrays = {**images, **labels}
-    count = config.classes or 1 + max(int(array.max()) for array in labels.values())
-    splits = {split: Images(_with_channels(arrays[f"{split}_images"]), arrays[f"{split}_labels"]) for split in SPLITS}
-    return Arrays(tuple(f"class {label}" for label in range(count)), splits)
+        mapped = {split: _mapped(_file(config, f"{split}_images")) for split in SPLITS}
+        splits = {split: Images(_with_channels(mapped[split].array), labels[f"{split}_labels"]) for split in SPLITS}
+        read_ahead = {split: found for split in SPLITS if (found := mapped[split].read_ahead)}
+    count = config.classes or 1 + max(int(images.labels.max()) for images in splits.values())
+    return Arrays(tuple(f"class {label}" for label in range(count)), splits, read_ahead)
 
 
-def identity(source: Images) -> Identity:
+def _mapped(file: Path) -> Mapped:
+    (dtype, shape), start = _header(file)
+    return map_rows(file, start, dtype, shape, as_rows=int(np.prod(shape, dtype=np.int64)) > _ALL_BYTES)
+
+
+def identity(source: Images, read_ahead: ReadAhead | None = None) -> Identity:
     """Return the fingerprint of a split: of all images up to 1 GiB, else of all labels and 1,000 images."""
     images, labels = source
     if images.nbytes <= _ALL_BYTES:
@@ -76,7 +87,10 @@ def identity(source: Images) -> Identity:
     digest = hashlib.blake2b(repr(images.shape).encode(), digest_size=8)
     digest.update(labels.astype("<i8").data)
     for start in range(0, len(ids), 16):
-        digest.update(image_hashes(images[ids[start : start + 16]]).astype("<u8").data)
+        own = ids[start : start + 16]
+        if read_ahead:
+            read_ahead(own)
+        digest.update(image_hashes(images[own]).astype("<u8").data)
     return Identity(len(images), digest.hexdigest())
 
 
@@ -90,7 +104,7 @@ def _checked_labels(config: ArraysData) -> dict[str, NDArray[Any]]:
     outlines: dict[str, Outline] = {}
     for name in NAMES:
         try:
-            outlines[name] = _outline(_file(config, name))
+            outlines[name] = _header(_file(config, name)).outline
         except OSError as error:
             needed = ", ".join(f"{each}.npy" for each in NAMES)
             found.append(Complaint(name, f"{error.strerror}; data.root should be a folder with {needed}"))
@@ -109,8 +123,8 @@ def _checked_labels(config: ArraysData) -> dict[str, NDArray[Any]]:
     return labels
 
 
-def _outline(file: Path) -> Outline:
-    """Return the type and shape in the header of a .npy file.
+def _header(file: Path) -> _Header:
+    """Read the header of a .npy file.
 
     Raises:
         OSError: it cannot be read.
@@ -137,11 +151,11 @@ def _outline(file: Path) -> Outline:
         raise ValueError(f"{size:,} bytes, but its header says {expected:,}: {state}; copy it again")
     if is_fortran and len(shape) > 1:
         raise ValueError("in Fortran order, in which an image is not one piece; save numpy.ascontiguousarray(images)")
-    return Outline(dtype, shape)
+    return _Header(Outline(dtype, shape), start)
 
 
-def _returned(config: ImportedData) -> dict[str, NDArray[Any]]:
-    """Call the user's function; return its arrays, after all checks."""
+def _returned(config: ImportedData) -> dict[str, Images]:
+    """Call the user's function; return its arrays by split, after all checks."""
     function = UserFunction("data.name", config.name, "function", "the arrays", config.options, "data.options")
     found = function.call(function.load())
     if not isinstance(found, Mapping):
@@ -149,8 +163,8 @@ def _returned(config: ImportedData) -> dict[str, NDArray[Any]]:
     return _checked(config, found, "that the function returned")
 
 
-def _checked(config: ImportedData, found: GivenArrays, origin: str) -> dict[str, NDArray[Any]]:
-    """Return the arrays of a dict, contiguous, after all checks."""
+def _checked(config: ImportedData, found: GivenArrays, origin: str) -> dict[str, Images]:
+    """Return the arrays of a dict by split, contiguous, after all checks."""
     complaints = [Complaint(name, f"missing in the dict {origin}") for name in NAMES if name not in found]
     complaints += [
         Complaint(str(name), f"not expected in the dict {origin}, only {', '.join(NAMES)}")
@@ -170,7 +184,13 @@ def _checked(config: ImportedData, found: GivenArrays, origin: str) -> dict[str,
     complaints += check_labels(labels, config.classes)
     if complaints:
         raise InputError(*[f"data.name = {config.name}: {name}: {reason}" for name, reason in complaints])
-    return {name: array if array.flags.c_contiguous else np.ascontiguousarray(array) for name, array in arrays.items()}
+    return {
+        split: Images(
+            _with_channels(np.ascontiguousarray(arrays[f"{split}_images"])),
+            np.ascontiguousarray(arrays[f"{split}_labels"]),
+        )
+        for split in SPLITS
+    }
 
 
 def _with_channels(images: NDArray[np.uint8]) -> NDArray[np.uint8]:

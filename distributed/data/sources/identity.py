@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distributed.errors import InputError
+from distributed.host.importable import SCRIPT
 
 Hashes = NDArray[np.uint64]
 _BLOCK, _BLOCK_BYTES = 1024, 2**22  # images: few MB, which fit the cache; few calls, so that other threads get the GIL
@@ -140,6 +141,8 @@ def check_resumed(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: ob
 
 def _how_to_keep(name: str) -> str:
     """Say how a user gets a run's data again."""
+    if name.startswith(f"{SCRIPT}:"):
+        return "give train() the arrays it started with"
     if ":" in name:
         return "let the function return the arrays it started with"
     return "point --data.root at the files it started with"

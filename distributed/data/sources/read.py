@@ -1,7 +1,8 @@
 """Reads the data set that a config names; fingerprints of files that are mapped are computed in the background."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import NamedTuple
 
 from distributed.config.data import AnyData, ArraysData, CifarData, ImageFolderData, ImportedData
@@ -9,15 +10,20 @@ from distributed.data.sources import arrays, cifar, decode, image_folder, regist
 from distributed.data.sources.arrays import GivenArrays
 from distributed.data.sources.cifar import Images
 from distributed.data.sources.identity import Identity
+from distributed.data.sources.mapped import ReadAhead
 
 
 class DataSet(NamedTuple):
-    """Class names, training and test images; `identities` waits until the fingerprints of both splits are known."""
+    """Class names, training and test images; `identities` waits until the fingerprints of both splits are known.
+
+    `read_ahead` holds, by split, what to call before images are read that are mapped from a file.
+    """
 
     class_names: tuple[str, ...]
     train: Images
     test: Images
     identities: Callable[[], dict[str, Identity]]
+    read_ahead: Mapping[str, ReadAhead] = MappingProxyType({})
 
 
 def read(config: AnyData, side: int | None, given: GivenArrays | None = None) -> DataSet:
@@ -33,9 +39,11 @@ def read(config: AnyData, side: int | None, given: GivenArrays | None = None) ->
         assert side is not None  # see TrainConfig._side_conflicts
         return _read_folder(config, side)
     if isinstance(config, ArraysData | ImportedData):
-        class_names, splits = arrays.read(config, given)
-        identities = _in_background(lambda: {split: arrays.identity(images) for split, images in splits.items()})
-        return DataSet(class_names, splits["train"], splits["test"], identities)
+        class_names, splits, read_ahead = arrays.read(config, given)
+        identities = _in_background(
+            lambda: {split: arrays.identity(images, read_ahead.get(split)) for split, images in splits.items()}
+        )
+        return DataSet(class_names, splits["train"], splits["test"], identities, read_ahead)
     names = registry.class_names(config)
     if isinstance(config, CifarData):
         (train, test), known = cifar.read_identified(config.name, config.root, ("train", "test"))

@@ -1,0 +1,86 @@
+"""A real MLflow server with its database in a file, ended by pid."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any, Self
+
+from kit.commands import children_of, kill
+from kit.speed import slowness
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class MlflowServer:
+    """`mlflow server` on a free port of this machine, started with its context."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port, self._folder = free_port(), folder
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start it, on the same port and database as before, and wait until it answers."""
+        arguments = (
+            "--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db", "--default-artifact-root",
+            str(self._folder / "artifacts"), "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
+        )  # fmt: skip
+        with (self._folder / "server.out").open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", "server", *arguments], stdout=output, stderr=output, cwd=self._folder,
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            )  # fmt: skip
+        deadline = time.monotonic() + 120 * slowness()
+        while not self._answers():
+            assert self._process.poll() is None, (self._folder / "server.out").read_text()[-3000:]
+            assert time.monotonic() < deadline, "the MLflow server does not answer"
+            time.sleep(0.2)
+
+    def kill(self) -> None:
+        """End it and what it started, at once."""
+        below = [self._process.pid]
+        for pid in below:
+            below += children_of(pid)
+        kill(*below)
+        self._process.wait()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
+                return bool(response.status == 200)
+        except OSError:
+            return False
+
+
+def _runs(uri: str) -> tuple[Any, list[Any]]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    return client, [run for e in client.search_experiments() for run in client.search_runs([e.experiment_id])]
+
+
+def only_run(uri: str) -> Any:
+    """Return the only run of all experiments."""
+    _, (run,) = _runs(uri)
+    return run
+
+
+def history(uri: str, name: str) -> list[tuple[int, float]]:
+    """Return (step, value) of a metric in all runs, in the order of steps."""
+    client, ids = _runs(uri)
+    points = [point for run in ids for point in client.get_metric_history(run.info.run_id, name)]
+    return sorted((point.step, point.value) for point in points)
