@@ -1,20 +1,17 @@
 """Builds the components of a run from its config, and logs what was built."""
 
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from loguru import logger
-from torch import Tensor
 
 from distributed.checkpoint.checkpointer import Checkpointer
 from distributed.checkpoint.save_budget import SaveBudget
-from distributed.comm import collectives
 from distributed.comm.process_group import check_own_gpu
 from distributed.config import TrainConfig, as_toml
 from distributed.config.engines import Ddp, DeepSpeed, Fsdp
 from distributed.config.sections import ImportedModel, Model
-from distributed.data.batch import Batch, Batching, InputFormat, Shards
+from distributed.data.batch import Batching, InputFormat, Shards
 from distributed.data.pipeline import DataPipeline
 from distributed.data.sources import registry
 from distributed.data.sources.arrays import GivenArrays
@@ -30,17 +27,7 @@ from distributed.network import Network, build_network
 from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
-from distributed.training.cuda_graph_step import CudaGraphStep
-from distributed.training.losses import PerSample
 from distributed.training.state import TrainState
-from distributed.training.steps import train_step
-from distributed.training.totals import MetricAccumulator
-
-
-class StepFunction(Protocol):
-    """Takes one optimizer step on these micro-batches and returns the gradient's norm, a scalar on the device."""
-
-    def __call__(self, micro_batches: list[Batch], *, lr: float, step: int) -> Tensor: ...
 
 
 def build_data(
@@ -150,17 +137,6 @@ def build_checkpointer(config: TrainConfig, run: ClaimedRun | None, metadata: di
         upload_to=config.checkpoint.upload_to,
         budget=SaveBudget(config.checkpoint.max_overhead),
     )
-
-
-def build_step(
-    config: TrainConfig, engine: Engine, metrics: MetricAccumulator, device: torch.device, loss: PerSample
-) -> StepFunction:
-    """Build the step function: `train_step`, on CUDA with inputs in fixed memory and, on a single GPU, as a CUDA graph."""
-    if device.type != "cuda" or (isinstance(config.engine, DeepSpeed) and collectives.world_size() > 1):
-        return partial(train_step, engine, loss=loss, metrics=metrics)
-    # Checkpointing reads the generators' states, which a capture forbids.
-    capture = config.cuda_graphs and collectives.world_size() == 1 and not config.grad_checkpointing.enabled
-    return CudaGraphStep(engine, metrics, loss=loss, device=device, capture=capture)
 
 
 def log_plan(
