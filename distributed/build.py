@@ -1,21 +1,17 @@
 """Builds the components of a run from its config, and logs what was built."""
 
-import hashlib
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from loguru import logger
-from torch import Tensor
 
 from distributed.checkpoint.checkpointer import Checkpointer
 from distributed.checkpoint.save_budget import SaveBudget
-from distributed.comm import collectives
 from distributed.comm.process_group import check_own_gpu
 from distributed.config import TrainConfig, as_toml
 from distributed.config.engines import Ddp, DeepSpeed, Fsdp
 from distributed.config.sections import ImportedModel, Model
-from distributed.data.batch import Batch, Batching, InputFormat, Shards
+from distributed.data.batch import Batching, InputFormat, Shards
 from distributed.data.pipeline import DataPipeline
 from distributed.data.sources import registry
 from distributed.data.sources.arrays import GivenArrays
@@ -25,47 +21,13 @@ from distributed.engine.prepare import Compute
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
 from distributed.host.cpu_quota import quota_note
-from distributed.host.importable import module_files
+from distributed.models.grad_checkpointing import blocks_to_checkpoint
 from distributed.models.imported import check_same_weights
 from distributed.network import Network, build_network
 from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
-from distributed.training.cuda_graph_step import CudaGraphStep
-from distributed.training.losses import PerSample
 from distributed.training.state import TrainState
-from distributed.training.steps import train_step
-from distributed.training.totals import MetricAccumulator
-
-
-class StepFunction(Protocol):
-    """Takes one optimizer step on these micro-batches and returns the gradient's norm, a scalar on the device."""
-
-    def __call__(self, micro_batches: list[Batch], *, lr: float, step: int) -> Tensor: ...
-
-
-def config_digest(config: TrainConfig) -> str:
-    """Return a digest of all settings, which must be the same on all ranks."""
-    return hashlib.blake2b(as_toml(config).encode(), digest_size=8).hexdigest()
-
-
-def check_same_config(config: TrainConfig) -> None:
-    """Raise InputError if the ranks do not all have the same config and imported modules. A collective."""
-    own = config_digest(config), module_files(config.import_paths)
-    digests, modules = zip(*collectives.gather_objects(own), strict=True)
-    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if different:
-        raise InputError(
-            f"config: rank {', '.join(map(str, different))} has different settings from rank 0; "
-            "start every node with the same command and the same files"
-        )
-    for rank, files in enumerate(modules):
-        for name, module in files.items():
-            if module.sha256 != modules[0][name].sha256:
-                raise InputError(
-                    f"{name} = {config.import_paths[name]}: rank {rank} has another file {module.file} than rank 0; every node "
-                    "needs the same"
-                )
 
 
 def build_data(
@@ -124,7 +86,8 @@ def build_engine(
     model, layers = network or build_network(config, topology, data, device)
     if isinstance(config.model, ImportedModel) or config.init_from:
         check_same_weights(model, name=config.model.name, init_from=config.init_from)
-    compute = Compute(config.precision, config.channels_last, device, config.timeout_seconds)
+    blocks = blocks_to_checkpoint(model, config.grad_checkpointing)
+    compute = Compute(config.precision, config.channels_last, device, config.timeout_seconds, tuple(blocks))
     engine, optim, multiple_ranks = config.engine, config.optim, topology.world_size > 1
     if isinstance(engine, DeepSpeed) and multiple_ranks:
         check_own_gpu(device, "engine.name = deepspeed")
@@ -174,16 +137,6 @@ def build_checkpointer(config: TrainConfig, run: ClaimedRun | None, metadata: di
         upload_to=config.checkpoint.upload_to,
         budget=SaveBudget(config.checkpoint.max_overhead),
     )
-
-
-def build_step(
-    config: TrainConfig, engine: Engine, metrics: MetricAccumulator, device: torch.device, loss: PerSample
-) -> StepFunction:
-    """Build the step function: `train_step`, on CUDA with inputs in fixed memory and, on a single GPU, as a CUDA graph."""
-    if device.type != "cuda" or (isinstance(config.engine, DeepSpeed) and collectives.world_size() > 1):
-        return partial(train_step, engine, loss=loss, metrics=metrics)
-    capture = config.cuda_graphs and collectives.world_size() == 1
-    return CudaGraphStep(engine, metrics, loss=loss, device=device, capture=capture)
 
 
 def log_plan(

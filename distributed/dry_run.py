@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distributed.build import StepFunction, build_data, build_engine, build_step, check_same_config, log_plan
+from distributed.build import build_data, build_engine, log_plan
 from distributed.comm import collectives
 from distributed.comm.process_group import choose_device, process_group
+from distributed.comm.same_config import check_same_config
 from distributed.config import TrainConfig
 from distributed.config.engines import DeepSpeed
 from distributed.data.checks import check_data
@@ -27,6 +28,7 @@ from distributed.topology import Topology
 from distributed.training.determinism import make_deterministic
 from distributed.training.functions import build_functions
 from distributed.training.state import TrainState
+from distributed.training.step_function import StepFunction, build_step
 from distributed.training.totals import MetricAccumulator
 
 _WARM_UP_STEPS = 3  # in which kernels are chosen, graphs captured and shards tried as a group

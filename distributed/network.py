@@ -15,6 +15,7 @@ from distributed.config.sections import ImportedModel
 from distributed.data.pipeline import DataPipeline
 from distributed.errors import InputError
 from distributed.models.build import build_model
+from distributed.models.grad_checkpointing import blocks_to_checkpoint, check_checkpointing
 from distributed.models.imported import GivenModel
 from distributed.models.plain_batch_norm import unsupported_batch_norms
 from distributed.topology import Topology
@@ -54,10 +55,13 @@ def build_initial_network(
     """Build the network as `build_network` does, with the weights that `init_from` names unless the run has saved.
 
     Raises:
-        InputError: also if these weights do not fit.
+        InputError: also if these weights do not fit, or if gradient checkpointing is not possible.
     """
     network = build_network(config, topology, data, device, given)
     with _reported_once(topology):
+        if blocks := blocks_to_checkpoint(network.model, config.grad_checkpointing):
+            example = data.example()
+            check_checkpointing(network.model, blocks, example.images[:2].cpu().float(), example.sample_keys[:2].cpu())
         start_from(config, topology, network.model)
     return network
 

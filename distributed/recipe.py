@@ -8,8 +8,9 @@ import torch
 from loguru import logger
 
 from distributed.attempt import Attempt
-from distributed.build import build_checkpointer, build_data, build_engine, build_step, check_same_config, log_plan
+from distributed.build import build_checkpointer, build_data, build_engine, log_plan
 from distributed.comm.process_group import choose_device, process_group
+from distributed.comm.same_config import check_same_config
 from distributed.config import TrainConfig
 from distributed.config.given import check_arguments, with_given
 from distributed.data.checks import check_data
@@ -31,6 +32,7 @@ from distributed.training.determinism import make_deterministic, restored_settin
 from distributed.training.functions import build_functions
 from distributed.training.losses import PerSample
 from distributed.training.state import TrainState
+from distributed.training.step_function import build_step
 from distributed.training.steps import evaluate
 from distributed.training.stop import NeverStop, StepAgreement, StopSource
 from distributed.training.totals import MetricAccumulator

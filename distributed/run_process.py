@@ -4,10 +4,10 @@ import signal
 
 from loguru import logger
 
-from distributed.build import config_digest
 from distributed.checkpoint.upload import log_upload_result
 from distributed.comm.agent_store import ForeignJobError, find_agent_store
 from distributed.comm.peers import failure_message, notify_waiting_peers
+from distributed.comm.same_config import config_digest
 from distributed.config import TrainConfig
 from distributed.config.data import GeneratedData
 from distributed.dry_run import dry_run as try_steps
@@ -20,7 +20,7 @@ from distributed.topology import Topology
 from distributed.training.stop import StopSource
 
 
-def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource, *, dry_run: bool = False) -> int:
+def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource, dry_run: bool = False) -> int:
     """Train, or only try it, and return the exit code.
 
     Under torchrun, also report the reason for a failure or stop to its summary.

@@ -72,7 +72,7 @@ def _run(stop: SignalStop) -> int:
     with gc_pause.gc_paused():  # imports torch, now that all input has been checked
         from distributed.run_process import run_to_exit_code
 
-    return run_to_exit_code(config, topology, stop, dry_run=len(arguments) < len(sys.argv) - 1)
+    return run_to_exit_code(config, topology, stop, len(arguments) < len(sys.argv) - 1)
 
 
 def checked_config(

@@ -80,3 +80,18 @@ class DeepSpeed(_Engine):
 
 
 AnyEngine = Ddp | Fsdp | DeepSpeed
+
+
+def compile_conflicts(engine: AnyEngine, shards: Shards) -> list[str]:
+    """Return one line per setting that `compile = true` cannot be combined with."""
+    found = []
+    if shards not in ("auto", 0):
+        found.append(
+            f"compile = true cannot be combined with exact.shards = {shards}: a compiled graph cannot pause where shards "
+            "synchronize; set exact.shards = 0, or compile = false"
+        )
+    if engine.name != "ddp":
+        found.append(
+            f"compile = true cannot be combined with engine.name = {engine.name}: set engine.name = ddp, or compile = false"
+        )
+    return found

@@ -8,8 +8,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from distributed.config.data import CifarData, DataSection, ImageFolderData, ImportedData
-from distributed.config.engines import AnyEngine, Ddp
+from distributed.config.engines import AnyEngine, Ddp, compile_conflicts
 from distributed.config.functions import AnyLoss, ImportedLoss, Loss, metric_name
+from distributed.config.grad_checkpointing import GradCheckpointing
 from distributed.config.scaling import Scaling
 from distributed.config.schedules import Constant, Cosine, EarlyStopping, OneCycle, Plateau
 from distributed.config.schema import AnyPath, OptionalPath, Section, operational, setting
@@ -65,6 +66,7 @@ class TrainConfig(Section):
         True, "on one GPU, replay training steps as CUDA graphs: bit-identical, several times faster at small batches"
     )
     compile: bool = setting(False, "compile the model with torch.compile; in fast mode only")
+    grad_checkpointing: GradCheckpointing = setting(GradCheckpointing(), "less memory for activations")
     loss: AnyLoss = setting(Loss(), "the loss")
     optim: OptimSection = setting(Sgd(), "the optimizer")
     schedule: ScheduleSection = setting(OneCycle(), "the learning rate over time")
@@ -83,7 +85,13 @@ class TrainConfig(Section):
         """Return `exact.shards` with auto resolved for `cpu` or `cuda`; 0: exact mode is off."""
         if self.exact.shards != "auto":
             return self.exact.shards
-        if device_type != "cpu" or self.compile or self.engine.name == "deepspeed" or self.compression:
+        if (
+            device_type != "cpu"
+            or self.compile
+            or self.grad_checkpointing.enabled
+            or self.engine.name == "deepspeed"
+            or self.compression
+        ):
             return 0
         return 1 << min(8, self._micro_batch_size).bit_length() - 1
 
@@ -170,7 +178,8 @@ class TrainConfig(Section):
             *self._side_conflicts(),
             *self.engine.conflicts(self.exact.shards, self.precision),
             *self._batch_conflicts(),
-            *self._compile_conflicts(),
+            *(compile_conflicts(self.engine, self.exact.shards) if self.compile else []),
+            *self.grad_checkpointing.conflicts(self.exact.shards, self.engine, compile=self.compile),
             *self.optim.conflicts(),
             *self.schedule.conflicts(epochs=self.epochs),
             *self._validation_conflicts(),
@@ -210,20 +219,6 @@ class TrainConfig(Section):
             found.append(
                 f"grad_accum_steps = {self.grad_accum_steps} is more than global_batch_size = {self.global_batch_size}: a "
                 "micro-batch needs at least one image; lower grad_accum_steps"
-            )
-        return found
-
-    def _compile_conflicts(self) -> list[str]:
-        found = []
-        if self.compile and self.exact.shards not in ("auto", 0):
-            found.append(
-                f"compile = true cannot be combined with exact.shards = {self.exact.shards}: a compiled graph cannot pause "
-                "where shards synchronize; set exact.shards = 0, or compile = false"
-            )
-        if self.compile and self.engine.name != "ddp":
-            found.append(
-                f"compile = true cannot be combined with engine.name = {self.engine.name}: set engine.name = ddp, or "
-                "compile = false"
             )
         return found
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from distributed import rng
+from distributed.config.user_code import UserFunction, described, type_name
 from distributed.errors import InputError
-from distributed.user_code import UserFunction, described, type_name
 
 SETTING = "data.augment.function"
 _MOST = 2**31

@@ -9,6 +9,7 @@ from torch import nn
 from distributed.comm.all_gather import open_all_gather
 from distributed.comm.collectives import world_size
 from distributed.models.fused_batch_norm import synchronize_batch_norm
+from distributed.models.grad_checkpointing import checkpoint_blocks
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class Compute:
         precision: one of config.precision.
         channels_last: keep weights in channels-last memory, if the engine supports it.
         timeout_seconds: how long to wait for another rank.
+        checkpointed: names of the modules that compute again in the backward pass, in fast mode.
     """
 
     precision: str
     channels_last: bool
     device: torch.device
     timeout_seconds: float
+    checkpointed: tuple[str, ...] = ()
 
     @property
     def low_dtype(self) -> torch.dtype | None:
@@ -52,6 +55,8 @@ def cast(model: nn.Module, compute: Compute) -> nn.Module:
 def prepare(model: nn.Module, compute: Compute) -> nn.Module:
     """Cast the model and, with several ranks, synchronize its batch norm: for fast mode. A collective."""
     model = cast(model, compute)
-    if world_size() == 1:
-        return model
-    return synchronize_batch_norm(model, open_all_gather(compute.device, timeout_seconds=compute.timeout_seconds))
+    if world_size() > 1:
+        gather = open_all_gather(compute.device, timeout_seconds=compute.timeout_seconds)
+        model = synchronize_batch_norm(model, gather)
+    checkpoint_blocks(model, compute.checkpointed)
+    return model

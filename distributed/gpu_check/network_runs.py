@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distributed.build import build_data, build_engine, build_step
+from distributed.build import build_data, build_engine
 from distributed.config import TrainConfig, from_command_line
 from distributed.config.engines import Ddp
 from distributed.data.batch import Batch
@@ -24,6 +24,7 @@ from distributed.models import alexnet
 from distributed.models.convert_dropout import convert_dropout
 from distributed.topology import Topology
 from distributed.training.losses import build_losses
+from distributed.training.step_function import build_step
 from distributed.training.totals import MetricAccumulator
 
 STEPS = 2

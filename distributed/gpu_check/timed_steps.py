@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distributed.build import build_data, build_engine, build_step
+from distributed.build import build_data, build_engine
 from distributed.config import from_command_line
 from distributed.config.sections import Sgd
 from distributed.data.batch import Batch
@@ -17,6 +17,7 @@ from distributed.models import alexnet
 from distributed.optim.optimizer import Optimizer
 from distributed.topology import Topology
 from distributed.training.losses import build_losses
+from distributed.training.step_function import build_step
 from distributed.training.totals import MetricAccumulator
 
 LR = 1e-3

@@ -1,11 +1,11 @@
 """Builds the sinks that `logging.sinks` names by import path, and guards training against them."""
 
 from distributed.config import TrainConfig
+from distributed.config.user_code import UserFunction
 from distributed.metrics.installed import check_installed
 from distributed.metrics.records import Sink
 from distributed.metrics.sinks import OptionalSink
 from distributed.metrics.wandb_sink import check_credentials
-from distributed.user_code import UserFunction
 
 _METHODS = ("log_step", "log_epoch", "close")
 

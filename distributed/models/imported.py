@@ -16,10 +16,10 @@ from torch.nn.parameter import is_lazy
 from distributed import rng
 from distributed.comm import collectives
 from distributed.config.sections import ImportedModel
+from distributed.config.user_code import UserFunction, described, type_name
 from distributed.errors import InputError
 from distributed.host.importable import SCRIPT
 from distributed.models.keyed_dropout import use_sample_keys
-from distributed.user_code import UserFunction, described, type_name
 
 GivenModel = nn.Module | Callable[..., nn.Module]
 """A network that Python code gives instead of an import path: the function or class that builds it, or the module itself."""

@@ -5,7 +5,7 @@ The keys of the samples come by context, so a network calls these layers like to
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -44,6 +44,22 @@ def use_sample_keys(keys: Tensor) -> Iterator[None]:
     finally:
         _samples.reset(token)
         _for_compiled[0] = _samples.get()
+
+
+def repeated_draws() -> AbstractContextManager[None]:
+    """Return a context in which dropout draws the masks again that it draws from now on, on whatever thread."""
+    now = _samples.get()
+    uses = {} if now is None else dict(now.uses)
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        token = _samples.set(None if now is None else _Samples(now.keys, dict(uses)))
+        try:
+            yield
+        finally:
+            _samples.reset(token)
+
+    return again()
 
 
 class KeyedDropout(nn.Module):

@@ -8,12 +8,12 @@ from loguru import logger
 from torch import Tensor
 
 from distributed import rng
+from distributed.config.user_code import described, type_name
 from distributed.data.augment_function import SETTING, AugmentFunction
 from distributed.errors import InputError
 from distributed.exact.bits import same_bits
 from distributed.exact.check.throwaway import SavedGenerators
 from distributed.training.losses import PerSample
-from distributed.user_code import described, type_name
 
 _SAMPLES = 5
 _MIXES = "the result for one sample depends on the others"

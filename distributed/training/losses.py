@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distributed.config.functions import ImportedLoss, Loss, metric_name
-from distributed.user_code import UserFunction
+from distributed.config.user_code import UserFunction
 
 PerSample: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Computes one number per sample, [n], from logits [n, classes], in float32 or wider, and targets int64 [n]."""

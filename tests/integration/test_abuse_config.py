@@ -94,6 +94,10 @@ VALUES: list[tuple[str, str, str]] = [
     ("model.dropout", "1", "less than 1"),
     ("init_from", "\udcff", "UTF-8"),
     ("compile", "on", "valid boolean"),
+    ("grad_checkpointing", "true", "grad_checkpointing"),
+    ("grad_checkpointing.enabled", "yes", "valid boolean"),
+    ("grad_checkpointing.modules", "5", "should be a list of the names of modules"),
+    ("grad_checkpointing.modules", '["conv", "conv"]', "should name each module once"),
     ("loss.label_smoothing", "-inf", "finite number"),
     ("loss.name", "focal", "should be one of cross_entropy | package.module:function; e.g. net:loss"),
     ("loss.name", "./net.py:focal", "should be one of cross_entropy"),
@@ -270,7 +274,7 @@ WORDS: dict[str, tuple[list[str], str]] = {
     "no name": (["--=3"], "'--=3': not an option"),
     "no value": (["--epochs"], "--epochs: a value is missing"),
     "an empty value": (["--epochs="], "epochs = '': should be a valid integer"),
-    "an unknown flag": (["--dry-run"], "--dry-run: unknown setting; --help lists all of them"),
+    "an unknown flag": (["--no-such"], "--no-such: unknown setting; --help lists all of them"),
     "an unknown flag of many dashes": (["--no-cuda"], "--no-cuda: unknown setting; did you mean device?"),
     "an unknown flag with a newline": (["--a\nb"], "--'a\\nb': unknown setting"),
     "an unknown flag with an escape": (["--a\x1b[2J"], "--'a\\x1b[2J': unknown setting"),
@@ -295,6 +299,22 @@ WORDS: dict[str, tuple[list[str], str]] = {
     "a trailing dot": (["--optim.", "3"], "unknown setting"),
     "momentum missing": (["--optim.momentum", "0"], "optim.nesterov = true needs momentum"),
     "scaling without base": (["--optim.lr_scaling", "sqrt"], "needs optim.lr_base_batch"),
+    "checkpointing in exact mode": (
+        ["--grad_checkpointing.enabled", "--exact.shards", "8"],
+        "grad_checkpointing.enabled = true cannot be combined with exact.shards = 8",
+    ),
+    "checkpointing, compiled": (
+        ["--grad_checkpointing.enabled", "--compile"],
+        "grad_checkpointing.enabled = true cannot be combined with compile = true",
+    ),
+    "checkpointing at stage 3": (
+        ["--grad_checkpointing.enabled", "--engine.name", "deepspeed", "--engine.zero_stage", "3"],
+        "grad_checkpointing.enabled = true cannot be combined with engine.zero_stage = 3",
+    ),
+    "modules without checkpointing": (
+        ["--grad_checkpointing.modules", '["conv"]'],
+        "grad_checkpointing.modules has no effect without grad_checkpointing.enabled",
+    ),
     "compiled in exact mode": (["--compile", "--exact.shards", "8"], "compile = true cannot be combined with exact.shards = 8"),
     "compressed in exact mode": (
         ["--engine.compression", "bfloat16", "--exact.shards", "4"],

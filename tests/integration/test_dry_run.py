@@ -1,5 +1,6 @@
 """`train --dry-run` as users type it: it changes no run folder, and refuses what `train` refuses."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,37 @@ def test_a_config_file_cannot_ask_for_it(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text("dry_run = true\n")
     found = call("train", tmp_path / "c.toml", *SMALL, "--run_dir", tmp_path / "run")
     assert_outcome(found, "unknown setting; a flag of python -m distributed.train, not a setting")
+
+
+DEEP = """\
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Conv2d(16, 16, 1), nn.Tanh())))
+
+    def forward(self, x):
+        return x + self.layers(x)
+
+
+def deep(num_classes):
+    blocks = (Block() for _ in range(20))
+    return nn.Sequential(nn.Conv2d(3, 16, 1), nn.Sequential(*blocks), nn.Flatten(), nn.Linear(16384, num_classes))
+"""
+
+
+def test_gradient_checkpointing_lowers_the_peak(tmp_path: Path) -> None:
+    """20 blocks of 6 tensors; 100 images of 16 x 32 x 32 take 6.25 MiB in each: 750 MiB, or 125 for the inputs of blocks."""
+    (tmp_path / "net_zq.py").write_text(DEEP)
+    arguments = ("--data.name", "generated10", "--data.train_samples", 200, "--data.test_samples", 20, "--threads", 1,
+                 "--global_batch_size", 100, "--schedule.name", "constant", "--device", "cpu", "--precision", "float32",
+                 "--exact.shards", 0, "--model.name", "net_zq:deep", "--run_dir", tmp_path / "run", "--dry-run")  # fmt: skip
+    peaks = []
+    for more in ((), ("--grad_checkpointing.enabled",)):
+        with Command(torchrun(1, *arguments, *more), output=tmp_path / f"output{len(more)}", cwd=tmp_path) as command:
+            assert command.wait() == 0, command.text
+            peaks.append(float(re.search(r"measured peak ([\d,]+) MiB", command.text)[1].replace(",", "")))
+    plain, checkpointed = peaks
+    assert plain - checkpointed > 300, peaks

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from distributed.build import build_data, build_engine, build_step
+from distributed.build import build_data, build_engine
 from distributed.config import TrainConfig
 from distributed.data.pipeline import DataPipeline
 from distributed.engine.protocol import Engine
 from distributed.topology import Topology
 from distributed.training.cuda_graph_step import CudaGraphStep
 from distributed.training.losses import build_losses
+from distributed.training.step_function import build_step
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator, Totals
 

@@ -14,12 +14,12 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from distributed.config.data import ArraysData, ImportedData
+from distributed.config.user_code import UserFunction, type_name
 from distributed.data.sources.array_checks import NAMES, SPLITS, Complaint, Outline, check_labels, check_outlines
 from distributed.data.sources.cifar import Images
 from distributed.data.sources.identity import Identity, identity_of, image_hashes
 from distributed.data.sources.mapped import Mapped, ReadAhead, map_rows
 from distributed.errors import InputError
-from distributed.user_code import UserFunction, type_name
 
 GivenArrays = Mapping[str, NDArray[Any]]
 """The arrays of `NAMES`, images uint8 [n, h, w] or [n, h, w, c] and integer labels [n], by name."""
