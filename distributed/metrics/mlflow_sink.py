@@ -110,7 +110,7 @@ def _client(uri: str | None) -> Any:
     settings: Any = environment_variables
     for variable, value in (
         (settings.MLFLOW_HTTP_REQUEST_TIMEOUT, _WAIT_SECONDS),
-        (settings.MLFLOW_HTTP_REQUEST_MAX_RETRIES, 1),
+        (settings.MLFLOW_HTTP_REQUEST_MAX_RETRIES, 0),  # urllib3 would log a warning for each
         (settings.MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT, True),
     ):
         if not variable.is_set():

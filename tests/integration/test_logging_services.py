@@ -59,7 +59,7 @@ def lines(run: Path, kind: str) -> list[dict[str, Any]]:
 def warnings(run: Path) -> list[str]:
     """The warnings in rank 0's log, without those about the data."""
     found = [line for line in (run / "logs/rank-0000.log").read_text().splitlines() if " WARNING " in line]
-    return [line for line in found if "MLflow" in line or "wandb" in line]
+    return [line for line in found if "mlflow" in line.lower() or "wandb" in line]
 
 
 def assert_no_secret(*folders: Path) -> None:
