@@ -125,8 +125,8 @@ class Attempt:
                 logger.warning("resuming with a different {}: {} before, {} now; bits may differ", name, old, new)
 
     def _compare_modules(self, before: Any, now: dict[str, dict[str, str]]) -> None:
-        """Warn about every imported module whose file has changed since the checkpoint."""
-        for name, module in now.items():
+        """Warn on rank 0 about every imported module whose file has changed since the checkpoint."""
+        for name, module in now.items() if self.topology.is_main else ():
             saved = before.get(name) if isinstance(before, dict) else None  # older versions recorded none
             old = saved.get("sha256") if isinstance(saved, dict) else None
             if isinstance(old, str) and old != module["sha256"]:
