@@ -91,7 +91,7 @@ class DataPipeline:
         """Return each split, by its ids, on one copy of the source's images."""
         device, prefetched = self.input_format.device, self._residency == "host"
         images = as_tensor(source.images)
-        if not prefetched and device.type != "cpu":
+        if not prefetched:
             images = copied(images, device, read_ahead)
         labels = torch.from_numpy(source.labels.astype(np.int64)).to(device)
         return {

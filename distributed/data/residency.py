@@ -63,7 +63,7 @@ def as_tensor(images: NDArray[np.uint8]) -> Tensor:
 
 def copied(images: Tensor, device: torch.device, read_ahead: ReadAhead | None) -> Tensor:
     """Return the images on the device; mapped ones are read in large pieces, although single rows are announced."""
-    if read_ahead is None:
+    if read_ahead is None or device == images.device:
         return images.to(device)
     copy = torch.empty(images.shape, dtype=torch.uint8, device=device)
     at_once = max(1, _BYTES_AT_ONCE // images[:1].nbytes)

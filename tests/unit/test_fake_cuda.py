@@ -25,6 +25,7 @@ from distributed.data.batch import Batch
 from distributed.engine import exact, prepare
 from distributed.engine.prepare import Compute
 from distributed.exact import gather_statistics
+from distributed.exact.torch_compat import python_nodes_are_weak
 from distributed.inference.confusion import ConfusionMatrix
 from distributed.models import build as models
 from distributed.topology import Topology
@@ -125,6 +126,7 @@ def audited_step(*arguments: str) -> Audit:
     config = from_command_line([*f"{images} --threads 1 --global_batch_size 20".split(), *arguments]).config
     data = build.build_data(config, Topology(), DEVICE)
     data.example()  # creates what is cached per device
+    python_nodes_are_weak()  # cached too
     engine = build.build_engine(config, Topology(), data, DEVICE)
     sums = MetricAccumulator(DEVICE)
     audit, batches = Audit(), data.train_epoch(0)
