@@ -22,7 +22,7 @@ from distributed.config.sections import Sgd
 from distributed.data.batch import Batch
 from distributed.engine.ddp import DdpEngine
 from distributed.engine.prepare import Compute
-from distributed.training.losses import build_losses
+from distributed.training.losses import CROSS_ENTROPY, build_losses
 from distributed.training.steps import _shard_loss, train_step
 from distributed.training.totals import MetricAccumulator
 
@@ -128,7 +128,7 @@ def gradients_after(engine: Any, micro_batches: list[Batch]) -> tuple[dict[str, 
     """Return each parameter's gradient after these micro-batches, and the bytes summed for it."""
     before = engine.reduced_bytes
     for index, batch in enumerate(micro_batches):
-        engine.micro_step(partial(_shard_loss, 0.0), batch, last=index == len(micro_batches) - 1)
+        engine.micro_step(partial(_shard_loss, CROSS_ENTROPY), batch, last=index == len(micro_batches) - 1)
     # Clones, since an engine's gradients may be views of one buffer.
     gradients = {name: p.grad.clone() for name, p in engine._plain.named_parameters()}
     engine.weights.zero_grad()
@@ -199,7 +199,7 @@ def steps_of_branches(transport: str) -> tuple[dict[str, Tensor], int]:
     batch, optim = batch_of_branches(collectives.rank(), collectives.world_size()), Sgd(weight_decay=0.1)
     engine = DdpEngine(Ddp(), Branches(), optim=optim, compute=compute, example=batch, compile=False)
     for step in range(2):
-        engine.micro_step(partial(_shard_loss, 0.0), batch, last=True)
+        engine.micro_step(partial(_shard_loss, CROSS_ENTROPY), batch, last=True)
         engine.step(0.1, step=step)
     return {
         name: parameter.detach().clone() for name, parameter in engine._plain.named_parameters()
