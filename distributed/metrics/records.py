@@ -69,7 +69,7 @@ class Sink(Protocol):
 
 @runtime_checkable
 class LearnsStart(Protocol):
-    """A sink that is told where an attempt starts, before its first metrics."""
+    """A sink that receives the first step of an attempt, before its first metrics."""
 
     def begin(self, step: int) -> None:
         """Metrics of later steps follow; a killed attempt may have logged some of them already."""
@@ -78,7 +78,7 @@ class LearnsStart(Protocol):
 
 @runtime_checkable
 class LearnsEnding(Protocol):
-    """A sink that is told how the run ended, before it is closed."""
+    """A sink that receives the final status of the run, before it is closed."""
 
     def end(self, status: Literal["finished", "stopped", "failed"]) -> None: ...
 

@@ -33,7 +33,7 @@ def build_imported(config: ImportedModel, *, num_classes: int, seed: int, given:
     The generators of torch, Python and NumPy are restored afterwards.
 
     Args:
-        given: the factory, if it is not to be imported, or a module, of which a copy is returned.
+        given: a factory to call instead of importing one, or a module to copy.
 
     Raises:
         InputError: the factory cannot be imported or called, or does not return a network that can be trained.

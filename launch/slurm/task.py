@@ -56,5 +56,5 @@ def task_of(arguments: Sequence[str], index: int | None) -> Task:
 
 
 def _folder_around(arguments: Sequence[str], subfolder: str) -> Path:
-    """Return the folder of all runs, of which one has these arguments."""
+    """Return the parent folder of all trials; these are the arguments of one of them."""
     return from_command_line(arguments).config.run_dir.absolute().parents[subfolder.count("/")]

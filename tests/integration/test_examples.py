@@ -97,7 +97,7 @@ def test_the_killed_run_equals_an_undisturbed_one(project: Project, trained: Pat
     text = project.run(printed("distributed.compare"))
     assert "bit-identical" in text
     assert_same_bits(trained, project.folder / "runs/undisturbed")
-    assert float(re.findall(r"([\d.]+)%", text)[-1]) > 50, "four shapes, which a small network tells apart"
+    assert float(re.findall(r"([\d.]+)%", text)[-1]) > 50, "a small network can distinguish four shapes"
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kit.cgroups import ROOT, limited_group
 from kit.commands import Command, status
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -29,26 +30,13 @@ def group() -> Iterator[Path]:
     """A control group of this machine whose memory, with its page cache, is limited."""
     lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     own = {controllers: path.strip("/") for _, controllers, path in lines}
-    v1 = Path("/sys/fs/cgroup/memory") / own.get("memory", "")
-    for parent, limit in ((v1, "memory.limit_in_bytes"), (Path("/sys/fs/cgroup"), "memory.max")):
-        folder = parent / f"test-{os.getpid()}"
-        try:
-            folder.mkdir()
-        except OSError:
-            continue
-        try:
-            (folder / limit).write_text(str(int(LIMIT_BYTES)))
-        except OSError:
-            folder.rmdir()
-            continue
-        yield folder
-        folder.rmdir()
-        return
-    pytest.skip("no control group for memory can be created here")
+    v1 = ROOT / "memory" / own.get("memory", "")
+    candidates = {v1: "memory.limit_in_bytes", ROOT: "memory.max"}
+    yield from limited_group(candidates, int(LIMIT_BYTES), noun="control group for memory")
 
 
 def write_data(root: Path) -> None:
-    """Write DATA_BYTES of images, of which no two are equal, and drop them from the page cache."""
+    """Write DATA_BYTES of distinct images, and drop them from the page cache."""
     if os.statvfs(root).f_bavail * os.statvfs(root).f_frsize < 1.2 * DATA_BYTES:
         pytest.skip(f"no {DATA_BYTES / 1e9:.0f} GB of disk space")
     tile = np.random.default_rng(0).integers(0, 250, (64, SIDE, SIDE, 3), dtype=np.uint8)

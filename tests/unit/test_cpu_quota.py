@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kit import cgroups
 
 from distributed.host import cpu_quota as module
 from distributed.host.cpu_quota import available_cpus, cpu_quota
@@ -163,21 +164,8 @@ def group() -> Iterator[Path]:
     """A control group of this machine with a quota of one CPU."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("this machine has one CPU")
-    for parent, quota in ((Path("/sys/fs/cgroup/cpu"), "cpu.cfs_quota_us"), (Path("/sys/fs/cgroup"), "cpu.max")):
-        folder = parent / f"test-{os.getpid()}"
-        try:
-            folder.mkdir()
-        except OSError:
-            continue
-        try:
-            (folder / quota).write_text("100000")
-        except OSError:
-            folder.rmdir()
-            continue
-        yield folder
-        folder.rmdir()
-        return
-    pytest.skip("no control group can be created here")
+    candidates = {cgroups.ROOT / "cpu": "cpu.cfs_quota_us", cgroups.ROOT: "cpu.max"}
+    yield from cgroups.limited_group(candidates, 100_000, noun="control group")
 
 
 def test_real_quota_is_detected(group: Path) -> None:
