@@ -63,7 +63,6 @@ class DataPipeline:
             config.placement,
             train.images.nbytes + test.images.nbytes,
             device=input_format.device,
-            is_on_disk=bool(read_ahead),
         )
         held_out = validation_mask(train.labels, fraction=config.validation_fraction, seed=config.split_seed)
         train_ids = np.flatnonzero(~held_out)

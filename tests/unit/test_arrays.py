@@ -71,7 +71,7 @@ def test_rows_of_a_huge_array_are_read_ahead(root: Path, placement: str, monkeyp
     monkeypatch.setattr(arrays, "_ALL_BYTES", 1000)
     data = pipeline(data_of(root, placement=placement))
     train = vars(data)["_splits"]["train"]
-    assert train.prefetched == (placement != "device")
+    assert train.prefetched == (placement == "host")
     assert train.read_ahead
     assert torch.equal(epoch(data), expected)
     monkeypatch.setattr(residency, "_BYTES_AT_ONCE", 1000)
