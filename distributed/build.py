@@ -10,7 +10,7 @@ from distributed.checkpoint.save_budget import SaveBudget
 from distributed.comm.process_group import check_own_gpu
 from distributed.config import TrainConfig, as_toml
 from distributed.config.engines import Ddp, DeepSpeed, Fsdp
-from distributed.config.sections import ImportedModel, Model
+from distributed.config.models import BuiltInModel, FastAlexNet, ImportedModel
 from distributed.data.batch import Batching, InputFormat, Shards
 from distributed.data.pipeline import DataPipeline
 from distributed.data.sources import registry
@@ -23,7 +23,7 @@ from distributed.errors import InputError
 from distributed.host.cpu_quota import quota_note
 from distributed.models.grad_checkpointing import blocks_to_checkpoint
 from distributed.models.imported import check_same_weights
-from distributed.network import Network, build_network
+from distributed.network import Network, build_network, whiten_first_layer
 from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
@@ -54,7 +54,7 @@ def build_data(
             dtype=torch.float64 if config.precision == "float64" else torch.float32,
             channels_last=config.channels_last,
             side=config.resized_side,
-            repeats_channel=isinstance(config.model, Model),
+            repeats_channel=isinstance(config.model, BuiltInModel),
         ),
         side=config.decoded_side,
         given=given,
@@ -86,6 +86,8 @@ def build_engine(
     model, layers = network or build_network(config, topology, data, device)
     if isinstance(config.model, ImportedModel) or config.init_from:
         check_same_weights(model, name=config.model.name, init_from=config.init_from)
+    if isinstance(config.model, FastAlexNet) and config.model.whitening and not config.init_from:
+        whiten_first_layer(model, data)
     blocks = blocks_to_checkpoint(model, config.grad_checkpointing)
     compute = Compute(config.precision, config.channels_last, device, config.timeout_seconds, tuple(blocks))
     engine, optim, multiple_ranks = config.engine, config.optim, topology.world_size > 1

@@ -107,6 +107,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     from distributed.training.determinism import make_deterministic
     from distributed.training.functions import build_functions
     from distributed.training.steps import evaluate
+    from distributed.training.views import Views
 
     split: Split = arguments.split
     topology = Topology.from_environment()
@@ -129,9 +130,9 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
         except ValueError as error:
             raise InputError(f"{checkpoint}: {error}; name another with --checkpoint") from None
         confusion = ConfusionMatrix(data.num_classes, device)
-        flip_tta = config.evaluation.flip_tta
+        views = Views.of(config.evaluation)
         totals = evaluate(
-            engine, data, split, loss=functions.loss.evaluation, metrics=functions.metrics, flip_tta=flip_tta,
+            engine, data, split, loss=functions.loss.evaluation, metrics=functions.metrics, views=views,
             device=device, observers=[confusion],
         )  # fmt: skip
         counts = confusion.read()

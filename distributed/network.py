@@ -10,15 +10,19 @@ from loguru import logger
 from torch import nn
 
 from distributed.checkpoint.warm_start import start_from
+from distributed.comm.collectives import broadcast_object, rank
 from distributed.config import TrainConfig
-from distributed.config.sections import ImportedModel
+from distributed.config.models import ImportedModel
 from distributed.data.pipeline import DataPipeline
 from distributed.errors import InputError
 from distributed.models.build import build_model
+from distributed.models.fast_alexnet import FastAlexNet, whitening
 from distributed.models.grad_checkpointing import blocks_to_checkpoint, check_checkpointing
 from distributed.models.imported import GivenModel
 from distributed.models.plain_batch_norm import unsupported_batch_norms
 from distributed.topology import Topology
+
+_IMAGES_FOR_WHITENING = 1000  # of almost a thousand patches each
 
 
 class Network(NamedTuple):
@@ -64,6 +68,13 @@ def build_initial_network(
             check_checkpointing(network.model, blocks, example.images[:2].cpu().float(), example.sample_keys[:2].cpu())
         start_from(config, topology, network.model)
     return network
+
+
+def whiten_first_layer(model: nn.Module, data: DataPipeline) -> None:
+    """Set the first layer of a `FastAlexNet` by the training images; rank 0 computes its weights. A collective."""
+    assert isinstance(model, FastAlexNet)
+    weight = whitening(data.inputs(_IMAGES_FOR_WHITENING).cpu()) if rank() == 0 else None
+    model.set_whitening(broadcast_object(weight))
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from distributed.training.step_function import build_step
 from distributed.training.steps import evaluate
 from distributed.training.stop import NeverStop, StepAgreement, StopSource
 from distributed.training.totals import MetricAccumulator
+from distributed.training.views import Views
 
 
 @then_collect_garbage
@@ -113,7 +114,7 @@ def train(
         train_step = build_step(config, engine, metrics, device, functions.loss.training)
         evaluate_split = partial(
             evaluate, engine, pipeline, loss=functions.loss.evaluation, metrics=functions.metrics,
-            flip_tta=config.evaluation.flip_tta, device=device,
+            views=Views.of(config.evaluation), device=device,
         )  # fmt: skip
 
         while state.epoch < config.epochs and not state.stopped_early:

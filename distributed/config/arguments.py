@@ -5,7 +5,7 @@ import tomllib
 from collections import deque
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 from distributed.config.hints import known, unknown
 from distributed.config.layers import MAX_DEPTH, Settings, Tree, is_deep, shown, text_settings
@@ -52,7 +52,7 @@ def _read_option(settings: Settings, remaining: deque[str]) -> str | None:
 
 @cache
 def _flags() -> frozenset[str]:
-    return frozenset(leaf.path for leaf in leaves() if leaf.annotation is bool)
+    return frozenset(leaf.path for leaf in leaves() if bool in (leaf.annotation, *get_args(leaf.annotation)))
 
 
 def _overlapping(path: str, places: dict[str, str]) -> str | None:

@@ -30,9 +30,15 @@ def _function_path(value: Any) -> Any:
 
 class Augment(Section):
     crop: int = setting(
-        4, "pixels of zero padding around the image before a random crop back to its size; 0: no crop", ge=0, le=512
+        4, "pixels of padding around the image before a random crop back to its size; 0: no crop", ge=0, le=512
     )
-    flip: bool = setting(True, "mirror each training image with probability 1/2")
+    crop_padding: Literal["zero", "reflect"] = setting(
+        "zero", "what is around the image before the crop: black, or its own mirrored border"
+    )
+    flip: bool | Literal["alternating"] = setting(
+        True, "mirror each training image with probability 1/2; alternating: in every other epoch, in which half of the images "
+        "first is random"
+    )  # fmt: skip
     mixup: float = setting(
         0.0, "blend each image and label with another's, by a weight drawn from Beta(mixup, mixup); 0: off", ge=0, le=1
     )

@@ -9,7 +9,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, PlainValidator
 from pydantic_core import PydanticCustomError
 
-BUILT_IN = ("alexnet", "improved_alexnet", "cifar_alexnet", "cifar_alexnet_bn")
+ALEXNETS = ("alexnet", "improved_alexnet", "cifar_alexnet", "cifar_alexnet_bn")
+FAST_ALEXNET = "fast_alexnet"
+BUILT_IN = (*ALEXNETS, FAST_ALEXNET)
 _EXAMPLE = "e.g. torchvision.models:resnet18, or net:make for the function make in ./net.py"
 
 _MAX_BYTES = 200  # the default run folder is named after the factory

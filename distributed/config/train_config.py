@@ -11,20 +11,12 @@ from distributed.config.data import CifarData, DataSection, ImageFolderData, Imp
 from distributed.config.engines import AnyEngine, Ddp, compile_conflicts
 from distributed.config.functions import AnyLoss, ImportedLoss, Loss, metric_name
 from distributed.config.grad_checkpointing import GradCheckpointing
+from distributed.config.models import AnyModel, BuiltInModel, ImportedModel, Model
+from distributed.config.optim import AdamW, Sgd
 from distributed.config.scaling import Scaling
 from distributed.config.schedules import Constant, Cosine, EarlyStopping, OneCycle, Plateau
 from distributed.config.schema import AnyPath, OptionalPath, Section, operational, setting
-from distributed.config.sections import (
-    AdamW,
-    AnyModel,
-    Checkpoint,
-    Evaluation,
-    Exact,
-    ImportedModel,
-    Logging,
-    Model,
-    Sgd,
-)
+from distributed.config.sections import Checkpoint, Evaluation, Exact, Logging
 from distributed.errors import InputError
 from distributed.host.importable import SCRIPT, check_module
 
@@ -113,7 +105,7 @@ class TrainConfig(Section):
     @property
     def resized_side(self) -> int | None:
         """Height and width in pixels that the images are resized to on the device; None: they keep their size."""
-        is_done = isinstance(self.data, ImageFolderData) or isinstance(self.model, Model)
+        is_done = isinstance(self.data, ImageFolderData) or isinstance(self.model, BuiltInModel)
         return None if is_done else self.model.input_side
 
     @property

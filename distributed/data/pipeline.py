@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distributed import rng
 from distributed.config.data import AnyData
-from distributed.data.augment import augment, cut_out
+from distributed.data.augment import augment, cut_out, mirrored
 from distributed.data.augment_function import AugmentFunction
 from distributed.data.batch import Batch, Batching, InputFormat, MicroBatch, Mixed, Shards
 from distributed.data.mixup import mix
@@ -143,6 +143,10 @@ class DataPipeline:
         images = train.images.index_select(0, train.ids_for_gather(train.ids[:count]))
         return images.to(self.input_format.device)
 
+    def inputs(self, count: int) -> Tensor:
+        """Return the first training images, the same on every rank, as the model's input: [n, c, h, w] on the device."""
+        return self._model_input(self.normalizer(self.raw_images(count)))
+
     def train_epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[list[Batch]]:
         """Yield, per step from `start_step` on, this rank's shards of each micro-batch.
 
@@ -170,21 +174,22 @@ class DataPipeline:
         Runs of micro-batches are gathered and augmented together. Each image has its own draws, so its bits do not depend
         on the others in its run.
         """
-        train, mixes = self._splits["train"], self.config.augment.mixes
-        at_once = self.augmented_at_once
+        train, config = self._splits["train"], self.config.augment
+        at_once, seed = self.augmented_at_once, self.batching.seed
         runs = [micro_batches[first : first + at_once] for first in range(0, len(micro_batches), at_once)]
 
         def ids_and_partners(run: list[MicroBatch], order: Tensor) -> tuple[Tensor, Tensor]:
             ids = torch.cat([micro_batch.ids(order) for micro_batch in run])
-            return ids, torch.cat([micro_batch.partners(order) for micro_batch in run]) if mixes else ids[:0]
+            return ids, torch.cat([micro_batch.partners(order) for micro_batch in run]) if config.mixes else ids[:0]
 
         gather_order = train.ids_for_gather(order)
         gathered = train.gather(torch.cat(ids_and_partners(run, gather_order)) for run in runs)
         for run, images in zip(runs, gathered, strict=True):
             ids, partners = ids_and_partners(run, order)
-            keys = rng.sample_keys(torch.cat([ids, partners]), seed=self.batching.seed, epoch=epoch)
-            sizes = [size for micro_batch in run for size in micro_batch.shard_sizes]
-            images, own_weight = self._transformed(images, keys, sizes)
+            both = torch.cat([ids, partners])
+            keys = rng.sample_keys(both, seed=seed, epoch=epoch)
+            images = augment(images, keys, config, mirrored=mirrored(both, config, seed=seed, epoch=epoch))
+            images, own_weight = self._transformed(images, keys, [size for own in run for size in own.shard_sizes])
             labels = train.labels[ids]
             mixed = None if own_weight is None else Mixed(train.labels[partners], own_weight)
             stop = 0
@@ -196,7 +201,7 @@ class DataPipeline:
                 )  # fmt: skip
 
     def _transformed(self, images: Tensor, keys: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Augment and normalize images, and mix them with their partners if `images` has those too, behind the others.
+        """Normalize augmented images, and mix them with their partners if `images` has those too, behind the others.
 
         Args:
             images: uint8 [n, h, w, c], or [2 * n, h, w, c] with partners.
@@ -206,16 +211,15 @@ class DataPipeline:
         Returns:
             images [n, c, h, w]; the weights of their own labels [n] if they are mixed.
         """
-        count = sum(sizes)
-        images = augment(images, keys, self.config.augment)
+        count, config = sum(sizes), self.config.augment
         if self.augment_function:
-            images = self.augment_function(images, keys, sizes * 2 if self.config.augment.mixes else sizes)
+            images = self.augment_function(images, keys, sizes * 2 if config.mixes else sizes)
         images = self.normalizer(images)
-        if self.config.augment.cutout:
-            images = cut_out(images, keys, self.config.augment.cutout)
+        if config.cutout:
+            images = cut_out(images, keys, config.cutout)
         own_weight = None
-        if self.config.augment.mixes:
-            images, own_weight = mix(images[:count], images[count:], keys[:count], self.config.augment)
+        if config.mixes:
+            images, own_weight = mix(images[:count], images[count:], keys[:count], config)
         return self._model_input(images), own_weight
 
     def evaluation(self, split: Split) -> Iterator[Batch]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distributed.comm.collectives import world_size
 from distributed.config.engines import DeepSpeed
-from distributed.config.sections import AdamW, Sgd
+from distributed.config.optim import AdamW, Sgd
 from distributed.data.batch import Batch
 from distributed.engine import deepspeed_compat
 from distributed.engine.prepare import Compute, prepare

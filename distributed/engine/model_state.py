@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from distributed.config.sections import AdamW, Sgd
+from distributed.config.optim import AdamW, Sgd
 from distributed.engine.sharding import LocalTensor, Replicated, load
 from distributed.optim import loss_scale
 from distributed.optim.ema import WeightEMA

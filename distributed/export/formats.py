@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from distributed.config.sections import Model, model_from
+from distributed.config.models import BuiltInModel, model_from
 from distributed.inference.saved_run import Normalization
 from distributed.inference.trained_run import Classifier, TrainedRun
 from distributed.models.build import build_model
@@ -54,7 +54,7 @@ def _load_safetensors(file: Path) -> ExportedModel:
     network = build_model(model, num_classes=len(metadata["classes"]), seed=0)
     network.load_state_dict(load_file(file))
     normalization = Normalization(**metadata["normalization"])
-    return Classifier(network, normalization, repeats_channel=isinstance(model, Model)).requires_grad_(False)
+    return Classifier(network, normalization, repeats_channel=isinstance(model, BuiltInModel)).requires_grad_(False)
 
 
 def _as_torch_export(trained: TrainedRun, metadata: dict[str, Any]) -> dict[str, bytes]:

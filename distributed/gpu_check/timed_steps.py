@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from distributed.build import build_data, build_engine
 from distributed.config import from_command_line
-from distributed.config.sections import Sgd
+from distributed.config.optim import Sgd
 from distributed.data.batch import Batch
 from distributed.gpu_check import runs
 from distributed.models import alexnet

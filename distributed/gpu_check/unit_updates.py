@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from distributed.config.sections import AdamW, Sgd
+from distributed.config.optim import AdamW, Sgd
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.differences import differing, error
 from distributed.optim.ema import WeightEMA

@@ -12,7 +12,7 @@ from distributed.checkpoint.warm_start import evaluation_weights
 from distributed.config import TrainConfig
 from distributed.config.data import MAX_PIXELS
 from distributed.config.given import check_model
-from distributed.config.sections import ImportedModel, Model
+from distributed.config.models import BuiltInModel, ImportedModel
 from distributed.data.sources.decode import to_size
 from distributed.errors import InputError
 from distributed.files import home_path
@@ -188,7 +188,7 @@ def load_checkpoint(
         raise InputError(f"{checkpoint}: does not fit the run's config.toml: {' '.join(str(error).split())}") from None
     normalization = read_normalization(content) or read_normalization(read_data(config).metadata())
     assert normalization is not None
-    is_built_in = isinstance(config.model, Model)
+    is_built_in = isinstance(config.model, BuiltInModel)
     classifier = Classifier(network.requires_grad_(False), normalization, repeats_channel=is_built_in).to(device)
     side = config.model.input_side
     height, width = (side, side) if side else read_image_size(content)

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from distributed.models.local_response_norm import LocalResponseNorm
+from distributed.models.resize import resize
 
 
 class AlexNet(nn.Module):
@@ -32,7 +31,7 @@ class AlexNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [n, num_classes]."""
-        x = self.conv(_resize(images, self.side)).flatten(1)
+        x = self.conv(resize(images, self.side)).flatten(1)
         x = self.dropout1(self.fc1(x).relu())
         x = self.dropout2(self.fc2(x).relu())
         logits: Tensor = self.fc3(x)
@@ -89,18 +88,3 @@ def cifar_alexnet_bn(num_classes: int, dropout: float) -> AlexNet:
 
 def _lrn() -> nn.Module:
     return LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2.0)
-
-
-def _resize(images: Tensor, side: int) -> Tensor:
-    """Resize images bilinearly with antialiasing, like torchvision's Resize."""
-    if images.shape[2:] == (side, side):
-        return images
-    if not len(images):  # an empty shard, which interpolate rejects
-        return images.new_empty(0, images.shape[1], side, side)
-    resized = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
-    return resized.contiguous(memory_format=_memory_format(images))
-
-
-def _memory_format(images: Tensor) -> torch.memory_format:
-    channels_last = images.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last else torch.contiguous_format

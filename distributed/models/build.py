@@ -6,19 +6,19 @@ from typing import Literal
 from torch import nn
 
 from distributed import rng
-from distributed.config.sections import ImportedModel, Model
-from distributed.models import alexnet
+from distributed.config.models import BuiltInModel, FastAlexNet, ImportedModel, Model
+from distributed.models import alexnet, fast_alexnet
 from distributed.models.convert_dropout import convert_dropout
 from distributed.models.imported import GivenModel, build_imported
 from distributed.models.plain_batch_norm import make_batch_norm_local
 
 
 def build_model(
-    config: Model | ImportedModel, *, num_classes: int, seed: int, given: GivenModel | None = None
+    config: BuiltInModel | ImportedModel, *, num_classes: int, seed: int, given: GivenModel | None = None
 ) -> nn.Module:
     """Build the config's network in float32 on the CPU, with keyed dropout; its initial weights depend on the seed alone.
 
-    Its batch norm sees the local batch only: engines synchronize it.
+    Its batch norm sees the local batch only: engines synchronize it. `whiten_first_layer` completes a whitened network.
 
     Args:
         given: what Python code gave for the import path in the config.
@@ -30,6 +30,12 @@ def build_model(
         imported = build_imported(config, num_classes=num_classes, seed=seed, given=given)
         make_batch_norm_local(imported)
         return convert_dropout(imported)
+    if isinstance(config, FastAlexNet):
+        fast = fast_alexnet.FastAlexNet(num_classes, widths=config.widths, whitening=config.whitening)
+        initialize(fast, seed=seed)
+        fast.start_as_identity()
+        return fast
+    assert isinstance(config, Model)
     model: nn.Module = getattr(alexnet, config.name)(num_classes, config.dropout)
     initialize(model, seed=seed, init=config.init)
     return convert_dropout(model)

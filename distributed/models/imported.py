@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from distributed import rng
 from distributed.comm import collectives
-from distributed.config.sections import ImportedModel
+from distributed.config.models import ImportedModel
 from distributed.config.user_code import UserFunction, described, type_name
 from distributed.errors import InputError
 from distributed.host.importable import SCRIPT

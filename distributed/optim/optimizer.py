@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from distributed.config.sections import AdamW, Sgd
+from distributed.config.optim import AdamW, Sgd
 
 
 class Optimizer:

@@ -30,6 +30,7 @@ from distributed.training.determinism import make_deterministic
 from distributed.training.functions import build_functions
 from distributed.training.steps import evaluate
 from distributed.training.totals import SplitTotals
+from distributed.training.views import Views
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,10 @@ class Analysis:
         except ValueError as error:
             raise InputError(f"{checkpoint}: {error}") from None
         confusion, confident = ConfusionMatrix(self.data.num_classes, self.device), _MostConfidentMistakes(mistakes)
-        flip_tta = self.config.evaluation.flip_tta
+        views = Views.of(self.config.evaluation)
         functions = build_functions(self.config, self.topology, self.data, self.device)
         totals = evaluate(
-            engine, self.data, "test", loss=functions.loss.evaluation, metrics=functions.metrics, flip_tta=flip_tta,
+            engine, self.data, "test", loss=functions.loss.evaluation, metrics=functions.metrics, views=views,
             device=self.device, observers=[confusion, confident],
         )  # fmt: skip
         names = read_class_names(content, self.config)

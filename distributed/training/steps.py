@@ -14,6 +14,7 @@ from distributed.errors import NotFiniteError
 from distributed.models.keyed_dropout import use_sample_keys
 from distributed.training.losses import PerSample, per_shard
 from distributed.training.totals import MetricAccumulator, MetricSums, SplitTotals
+from distributed.training.views import Views
 
 
 def train_step(
@@ -58,7 +59,7 @@ def evaluate(
     split: Split,
     *,
     loss: PerSample,
-    flip_tta: bool,
+    views: Views,
     device: torch.device,
     metrics: Mapping[str, PerSample] | None = None,
     observers: Sequence[Callable[[Tensor, Batch], None]] = (),
@@ -66,7 +67,7 @@ def evaluate(
     """Compute loss, top-1, top-5 and metrics over a split, counting each image once over all ranks. A collective.
 
     Args:
-        flip_tta: average the logits of each image and of its horizontal flip.
+        views: the views of each image over which logits are averaged.
         metrics: further metrics by name.
         observers: called for every batch of this rank with its logits [n, classes] and the batch.
 
@@ -78,10 +79,7 @@ def evaluate(
     accumulator, sums = MetricAccumulator(device), MetricSums(list(own), device)
     with engine.evaluating():
         for batch in data.evaluation(split):
-            logits = _at_least_float32(engine.predict(batch))
-            if flip_tta:
-                flipped = engine.predict(replace(batch, images=batch.images.flip(3)))
-                logits = (logits + _at_least_float32(flipped)) / 2
+            logits = views.average(partial(_logits, engine, batch), batch.images)
             accumulator.add(per_shard(loss, logits, batch.labels, batch.shard_sizes), logits, batch.labels)
             for name, metric in own.items():
                 sums.add(name, per_shard(metric, logits, batch.labels, batch.shard_sizes))
@@ -94,6 +92,11 @@ def evaluate(
     if totals.count != data.size(split):
         raise RuntimeError(f"evaluation counted {totals.count} images of the {split} split's {data.size(split)}")
     return SplitTotals(**vars(totals), metrics=means)
+
+
+def _logits(engine: Engine, batch: Batch, images: Tensor) -> Tensor:
+    """Return the logits of other images in the place of a batch's own."""
+    return _at_least_float32(engine.predict(replace(batch, images=images)))
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

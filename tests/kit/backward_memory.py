@@ -34,7 +34,7 @@ def measured(network: str, how: str) -> Memory:
     import torch
     from torch.nn import functional as F
 
-    from distributed.config.sections import ImportedModel
+    from distributed.config.models import ImportedModel
     from distributed.exact.autograd_pass import backward
     from distributed.models.build import build_model
     from distributed.models.keyed_dropout import use_sample_keys

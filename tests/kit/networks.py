@@ -22,6 +22,7 @@ from distributed.topology import Topology
 from distributed.training.losses import CROSS_ENTROPY, build_losses
 from distributed.training.steps import evaluate, train_step
 from distributed.training.totals import MetricAccumulator, Totals
+from distributed.training.views import Views
 from kit.small_runs import FAST, small_config
 from kit.traces import digest_of
 
@@ -149,4 +150,4 @@ def _epoch(config: TrainConfig) -> tuple[Engine, list[float], list[Totals], Tota
         )
         norms.append(float(norm))
         train.append(sums.read())
-    return engine, norms, train, evaluate(engine, data, "test", loss=CROSS_ENTROPY, flip_tta=False, device=device)
+    return engine, norms, train, evaluate(engine, data, "test", loss=CROSS_ENTROPY, views=Views(), device=device)

@@ -13,6 +13,7 @@ from distributed.inference.confusion import ConfusionMatrix, Counts
 from distributed.topology import Topology
 from distributed.training.losses import CROSS_ENTROPY
 from distributed.training.steps import evaluate
+from distributed.training.views import Views
 
 CPU = torch.device("cpu")
 TEST = 23
@@ -33,7 +34,7 @@ def counted(keys: list[tuple[int, int]]) -> dict[tuple[int, int], tuple[Counts, 
         data = build_data(config, topology, CPU)
         engine = build_engine(config, topology, data, CPU)
         confusion = ConfusionMatrix(data.num_classes, CPU)
-        totals = evaluate(engine, data, "test", loss=CROSS_ENTROPY, flip_tta=False, device=CPU, observers=[confusion])
+        totals = evaluate(engine, data, "test", loss=CROSS_ENTROPY, views=Views(), device=CPU, observers=[confusion])
         found[shards, batch_size] = confusion.read(), totals.correct
     return found
 

@@ -18,6 +18,7 @@ from distributed.topology import Topology
 from distributed.training.losses import CROSS_ENTROPY
 from distributed.training.steps import evaluate
 from distributed.training.totals import Totals
+from distributed.training.views import Views
 
 CPU = torch.device("cpu")
 TEST, TRAIN, VALIDATION = 23, 60, 20
@@ -69,7 +70,7 @@ def evaluate_split(engine: Engine, data: DataPipeline, split: str) -> Evaluated:
         for module in engine.model.modules()
         if isinstance(module, nn.Linear)
     ]
-    totals = evaluate(engine, data, split, loss=CROSS_ENTROPY, flip_tta=False, device=CPU)
+    totals = evaluate(engine, data, split, loss=CROSS_ENTROPY, views=Views(), device=CPU)
     for hook in hooks:
         hook.remove()
     batches = list(data.evaluation(split))
@@ -151,7 +152,7 @@ def evaluate_with_a_missing_image(shards: int) -> str:
         complete = data.evaluation
         data.evaluation = lambda split: (_without_first(batch) for batch in complete(split))  # type: ignore[method-assign]
     try:
-        evaluate(engine, data, "test", loss=CROSS_ENTROPY, flip_tta=False, device=CPU)
+        evaluate(engine, data, "test", loss=CROSS_ENTROPY, views=Views(), device=CPU)
     except RuntimeError as error:
         return str(error)
     return "nothing was raised"

@@ -15,6 +15,7 @@ from distributed.topology import Topology
 from distributed.training.losses import CROSS_ENTROPY, build_losses
 from distributed.training.steps import evaluate, train_step
 from distributed.training.totals import MetricAccumulator
+from distributed.training.views import Views
 
 MODELS = ("alexnet", "cifar_alexnet", "cifar_alexnet_bn")
 CPU = torch.device("cpu")
@@ -43,7 +44,7 @@ def run_model(name: str, topology: Topology) -> dict[str, Any]:
             engine, micro_batches, loss=build_losses(config.loss).training, lr=0.01, step=step, metrics=sums
         )
         steps.append((float(norm), sums.read()))
-    test = evaluate(engine, data, "test", loss=CROSS_ENTROPY, flip_tta=False, device=CPU)
+    test = evaluate(engine, data, "test", loss=CROSS_ENTROPY, views=Views(), device=CPU)
     return {"steps": steps, "test": test, "tensors": {n: digest_of(tensor) for n, tensor in engine.state()}}
 
 

@@ -15,6 +15,7 @@ from distributed.config import TrainConfig
 from distributed.run.folder import RunFolder
 from distributed.training.losses import CROSS_ENTROPY
 from distributed.training.steps import evaluate
+from distributed.training.views import Views
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,7 +47,7 @@ def on_the_cpu(run_dir: Path) -> tuple[float, list[str]]:
     load_checkpoint(newest_checkpoint(run_dir), engine)
     expected = tensors_of(RunFolder(run_dir))
     different = [name for name, tensor in engine.state() if not torch.equal(tensor, expected[name])]
-    return evaluate(engine, data, "test", loss=CROSS_ENTROPY, flip_tta=False, device=CPU).mean_loss, different
+    return evaluate(engine, data, "test", loss=CROSS_ENTROPY, views=Views(), device=CPU).mean_loss, different
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from distributed.comm import collectives
 from distributed.comm.shared_sum import SharedSum
 from distributed.config.engines import Ddp
-from distributed.config.sections import Sgd
+from distributed.config.optim import Sgd
 from distributed.data.batch import Batch
 from distributed.engine.ddp import DdpEngine
 from distributed.engine.prepare import Compute

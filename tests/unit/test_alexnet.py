@@ -7,11 +7,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import resize as torchvision_resize
 
 from distributed import rng
-from distributed.config.sections import Model
+from distributed.config.models import Model
 from distributed.models import alexnet
 from distributed.models.build import build_model, initialize
 from distributed.models.keyed_dropout import KeyedDropout, use_sample_keys
 from distributed.models.local_response_norm import LocalResponseNorm
+from distributed.models.resize import resize
 
 MODELS = {  # parameters for 10 and 100 classes, and MFLOP of one image's forward pass, from the references' table
     "alexnet": (58_322_314, 58_691_044, 2262),
@@ -61,11 +62,11 @@ def test_batch_norm_replaces_local_response_norm():
 def test_resize_matches_torchvision(memory_format, side):
     images = torch.rand(2, 3, side, side).contiguous(memory_format=memory_format)
     expected = torchvision_resize(images, [224, 224], antialias=True)
-    found = alexnet._resize(images, 224)
+    found = resize(images, 224)
     assert torch.equal(found, expected)
     assert found.is_contiguous(memory_format=memory_format)
     same = torch.rand(2, 3, 224, 224)
-    assert alexnet._resize(same, 224) is same
+    assert resize(same, 224) is same
 
 
 def test_empty_batch_gives_empty_logits():

@@ -17,7 +17,7 @@ from distributed.checkpoint.checkpointer import Checkpointer
 from distributed.checkpoint.save_budget import SaveBudget
 from distributed.checkpoint.snapshot import write_checkpoint
 from distributed.config import from_command_line
-from distributed.config.sections import Sgd
+from distributed.config.optim import Sgd
 from distributed.engine.model_state import ModelState
 from distributed.errors import InputError, StorageError
 from distributed.optim.schedules import Constant

@@ -7,7 +7,7 @@ import pytest
 from kit.configs import config_of, mistakes
 
 from distributed.config import TrainConfig, as_toml, differences, load_config, read_saved
-from distributed.config.sections import ImportedModel, Model, model_from
+from distributed.config.models import ImportedModel, Model, model_from
 from distributed.errors import InputError
 
 NET = ("--model.name", "net:make")

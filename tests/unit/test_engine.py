@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from distributed.config.engines import Ddp
 from distributed.config.functions import Loss
-from distributed.config.sections import Sgd
+from distributed.config.optim import Sgd
 from distributed.data.batch import Batch
 from distributed.engine.ddp import DdpEngine
 from distributed.engine.deepspeed import DeepSpeedEngine

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from distributed.config.sections import Model
+from distributed.config.models import Model
 from distributed.errors import InputError
 from distributed.exact.check.supported import check_exact
 from distributed.models.build import build_model

@@ -11,7 +11,7 @@ import torch
 from kit.own_networks import NETWORKS, write_networks
 from torch import Tensor, nn
 
-from distributed.config.sections import ImportedModel
+from distributed.config.models import ImportedModel
 from distributed.errors import InputError
 from distributed.models.build import build_model
 from distributed.models.imported import check_output

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from distributed.config import TrainConfig, from_command_line, load_config
-from distributed.config.sections import AdamW
+from distributed.config.optim import AdamW
 from distributed.errors import InputError
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distributed.config.sections import AdamW, Sgd
+from distributed.config.optim import AdamW, Sgd
 from distributed.engine.model_state import ModelState
 from distributed.optim.loss_scale import INITIAL_SCALE
 

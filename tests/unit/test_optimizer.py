@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distributed.config.sections import AdamW, Sgd
+from distributed.config.optim import AdamW, Sgd
 from distributed.optim.optimizer import Optimizer
 
 

@@ -27,6 +27,7 @@ from distributed.topology import Topology
 from distributed.train import checked_config
 from distributed.training.losses import CROSS_ENTROPY, build_losses
 from distributed.training.steps import _shard_loss, evaluate
+from distributed.training.views import Views
 
 CPU = torch.device("cpu")
 OPTIONS = (
@@ -207,9 +208,9 @@ def test_flip_tta_averages_the_logits_of_image_and_flip(tmp_path):
         plain = engine.predict(batch)
         mirrored = engine.model(batch.images.flip(3)).detach()
     expected = F.cross_entropy((plain + mirrored) / 2, batch.labels)
-    found = evaluate(engine, data, "test", loss=CROSS_ENTROPY, flip_tta=True, device=CPU)
+    found = evaluate(engine, data, "test", loss=CROSS_ENTROPY, views=Views(flip=True), device=CPU)
     assert found.mean_loss == pytest.approx(float(expected), rel=1e-5)
-    assert found.mean_loss != evaluate(engine, data, "test", loss=CROSS_ENTROPY, flip_tta=False, device=CPU).mean_loss
+    assert found.mean_loss != evaluate(engine, data, "test", loss=CROSS_ENTROPY, views=Views(), device=CPU).mean_loss
 
 
 # A profile, compiled kernels

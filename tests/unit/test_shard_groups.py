@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from distributed.config.engines import Ddp
 from distributed.config.functions import Loss
-from distributed.config.sections import Sgd
+from distributed.config.optim import Sgd
 from distributed.data.batch import Batch
 from distributed.engine.exact import ExactEngine
 from distributed.engine.prepare import Compute
