@@ -3,13 +3,24 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, TypeAdapter
+from pydantic import Discriminator, PlainValidator, Tag, TypeAdapter
+from pydantic_core import PydanticCustomError
 
 from distributed.config.networks import ALEXNETS, FAST_ALEXNET, FactoryOptions, ImportPath, is_import_path
 from distributed.config.schema import Section, setting
 from distributed.host.importable import check_module
 
-_Width = Annotated[int, Field(ge=1, le=4096)]
+_MAX_WIDTH = 4096
+
+
+def _valid_widths(value: Any) -> tuple[int, int, int]:
+    """Return three numbers of channels; refuse other values."""
+    is_valid = isinstance(value, list | tuple) and len(value) == 3
+    if is_valid and all(type(width) is int and 1 <= width <= _MAX_WIDTH for width in value):
+        return tuple(value)
+    raise PydanticCustomError(
+        "widths", f"should be a list of three numbers from 1 to {_MAX_WIDTH}, e.g. [64, 256, 256]"
+    )
 
 
 class BuiltInModel(Section):
@@ -49,7 +60,9 @@ class FastAlexNet(BuiltInModel):
     """A modern AlexNet: a plain stack of 3x3 convolutions with batch norm, and one linear layer."""
 
     name: Literal["fast_alexnet"] = setting("fast_alexnet", "seven convolutions with batch norm, one linear layer")
-    widths: tuple[_Width, _Width, _Width] = setting((64, 256, 256), "channels of the three blocks of two convolutions")
+    widths: Annotated[tuple[int, int, int], PlainValidator(_valid_widths)] = setting(
+        (64, 256, 256), "channels of the three blocks of two convolutions"
+    )
     whitening: bool = setting(
         True, "compute the first convolution's weights from the training images, so that its output is decorrelated, and "
         "keep them; false: train them"

@@ -12,7 +12,7 @@ from distributed.config.engines import AnyEngine, Ddp, compile_conflicts
 from distributed.config.functions import AnyLoss, ImportedLoss, Loss, metric_name
 from distributed.config.grad_checkpointing import GradCheckpointing
 from distributed.config.models import AnyModel, BuiltInModel, ImportedModel, Model
-from distributed.config.optim import AdamW, Sgd
+from distributed.config.optim import AnyOptim, Sgd
 from distributed.config.scaling import Scaling
 from distributed.config.schedules import Constant, Cosine, EarlyStopping, OneCycle, Plateau
 from distributed.config.schema import AnyPath, OptionalPath, Section, operational, setting
@@ -21,7 +21,7 @@ from distributed.errors import InputError
 from distributed.host.importable import SCRIPT, check_module
 
 EngineSection = Annotated[AnyEngine, Field(discriminator="name")]
-OptimSection = Annotated[Sgd | AdamW, Field(discriminator="name")]
+OptimSection = Annotated[AnyOptim, Field(discriminator="name")]
 SweepTable = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 ScheduleSection = Annotated[Constant | Cosine | OneCycle | Plateau, Field(discriminator="name")]
 
@@ -172,7 +172,7 @@ class TrainConfig(Section):
             *self._batch_conflicts(),
             *(compile_conflicts(self.engine, self.exact.shards) if self.compile else []),
             *self.grad_checkpointing.conflicts(self.exact.shards, self.engine, compile=self.compile),
-            *self.optim.conflicts(),
+            *self.optim.conflicts(engine=self.engine.name),
             *self.schedule.conflicts(epochs=self.epochs),
             *self._validation_conflicts(),
         ]

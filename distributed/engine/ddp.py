@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distributed.comm.collectives import world_size
 from distributed.config.engines import Ddp
-from distributed.config.optim import AdamW, Sgd
+from distributed.config.optim import AnyOptim
 from distributed.data.batch import Batch
 from distributed.engine.model_state import ModelState
 from distributed.engine.prepare import Compute, prepare
@@ -69,7 +69,7 @@ class DdpEngine:
         config: Ddp,
         model: nn.Module,
         *,
-        optim: Sgd | AdamW,
+        optim: AnyOptim,
         compute: Compute,
         example: Batch,
         compile: bool,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distributed.comm.collectives import world_size
 from distributed.config.engines import DeepSpeed
-from distributed.config.optim import AdamW, Sgd
+from distributed.config.optim import AdamW, AnyOptim, Sgd
 from distributed.data.batch import Batch
 from distributed.engine import deepspeed_compat
 from distributed.engine.prepare import Compute, prepare
@@ -23,7 +23,7 @@ from distributed.engine.protocol import Loss, Outcome
 from distributed.engine.sharding import LocalTensor, Replicated, load
 from distributed.errors import InputError
 from distributed.optim.ema import WeightEMA
-from distributed.optim.optimizer import decay_groups, initial_state
+from distributed.optim.optimizer import initial_state, parameter_groups
 
 
 class DeepSpeedEngine:
@@ -41,7 +41,7 @@ class DeepSpeedEngine:
         config: DeepSpeed,
         model: nn.Module,
         *,
-        optim: Sgd | AdamW,
+        optim: AnyOptim,
         compute: Compute,
         grad_accum_steps: int,
     ) -> None:
@@ -80,7 +80,7 @@ class DeepSpeedEngine:
 
     def step(self, lr: float | Tensor, *, step: int | Tensor) -> Tensor:
         for group in deepspeed_compat.base_optimizer(self._deepspeed).param_groups:
-            group["lr"] = float(lr)
+            group["lr"] = float(lr) * group["lr_factor"]
         # At stage 0 DeepSpeed computes a norm only if it clips.
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = None if self.stage else torch.nn.utils.get_total_norm(gradients)
@@ -128,7 +128,7 @@ class DeepSpeedEngine:
             tensors |= {name: deepspeed_compat.weight_shard(p, shapes[name]) for name, p in self._parameters.items()}
         return tensors
 
-    def _find_optimizer_tensors(self, optim: Sgd | AdamW, shapes: Mapping[str, torch.Size]) -> dict[str, LocalTensor]:
+    def _find_optimizer_tensors(self, optim: AnyOptim, shapes: Mapping[str, torch.Size]) -> dict[str, LocalTensor]:
         """Return the optimizer's tensors by `PARAMETER.KEY`; sharded ones are views of flat tensors of many parameters."""
         state, tensors = deepspeed_compat.base_optimizer(self._deepspeed).state, dict[str, LocalTensor]()
         for name, parameter in self._parameters.items():
@@ -138,21 +138,22 @@ class DeepSpeedEngine:
         return tensors
 
 
-def _optimizer(config: Sgd | AdamW, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(config: AnyOptim, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
     own = list(parameters.values())
     groups = [
-        {"params": group.parameters, "weight_decay": group.weight_decay}
-        for group in decay_groups(config, own, [p.dim() for p in own])
+        {"params": group.parameters, "weight_decay": group.weight_decay, "lr_factor": group.lr_factor}
+        for group in parameter_groups(config, own, [p.dim() for p in own])
         if group.parameters
     ]
     if isinstance(config, AdamW):
         betas = (config.beta1, config.beta2)
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    assert isinstance(config, Sgd)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
 
 
 def _settings(
-    config: DeepSpeed, model: nn.Module, *, optim: Sgd | AdamW, precision: str, grad_accum_steps: int
+    config: DeepSpeed, model: nn.Module, *, optim: AnyOptim, precision: str, grad_accum_steps: int
 ) -> dict[str, Any]:
     """Return DeepSpeed's own config. DeepSpeed ignores unknown keys, so no user setting is passed on unchecked."""
     return {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distributed.comm.all_gather import open_all_gather
 from distributed.comm.collectives import world_size
 from distributed.config.engines import Ddp, Fsdp
-from distributed.config.optim import AdamW, Sgd
+from distributed.config.optim import AnyOptim
 from distributed.data.batch import Batch
 from distributed.engine.exact_layout import BlockReplicatedLayout, BlockShardedLayout
 from distributed.engine.model_state import Layout, ModelState
@@ -50,7 +50,7 @@ class ExactEngine:
         config: Ddp | Fsdp,
         model: nn.Module,
         *,
-        optim: Sgd | AdamW,
+        optim: AnyOptim,
         compute: Compute,
         shards: int,
         workers: int,

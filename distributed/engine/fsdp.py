@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from distributed.comm.collectives import world_size
 from distributed.config.engines import Fsdp
-from distributed.config.optim import AdamW, Sgd
+from distributed.config.optim import AnyOptim
 from distributed.data.batch import Batch
 from distributed.engine.model_state import ModelState
 from distributed.engine.prepare import Compute, prepare
@@ -39,7 +39,7 @@ class FsdpEngine:
         config: Fsdp,
         model: nn.Module,
         *,
-        optim: Sgd | AdamW,
+        optim: AnyOptim,
         compute: Compute,
         layers: Collection[str],
     ) -> None:

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from distributed.config.optim import AdamW, Sgd
+from distributed.config.optim import AnyOptim
 from distributed.engine.sharding import LocalTensor, Replicated, load
 from distributed.optim import loss_scale
 from distributed.optim.ema import WeightEMA
@@ -49,7 +49,7 @@ class ModelState:
     """A model's weights and everything that training keeps for them: optimizer tensors, EMA and, in float16, the loss scale."""
 
     def __init__(
-        self, config: Sgd | AdamW, model: nn.Module, *, precision: str = "float32", layout: Layout | None = None
+        self, config: AnyOptim, model: nn.Module, *, precision: str = "float32", layout: Layout | None = None
     ) -> None:
         self.model, self.max_grad_norm, self.layout = model, config.max_grad_norm, layout or ReplicatedLayout()
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

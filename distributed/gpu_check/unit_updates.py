@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from distributed.config.optim import AdamW, Sgd
+from distributed.config.optim import AdamW, AnyOptim, Sgd
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.differences import differing, error
 from distributed.optim.ema import WeightEMA
@@ -11,7 +11,7 @@ from distributed.optim.loss_scale import GROWTH_INTERVAL, PREFIX, LossScale
 from distributed.optim.optimizer import Optimizer
 
 _SHAPES = ((64, 32, 3, 3), (65,), (70, 33), ())
-_OPTIMIZERS: dict[str, Sgd | AdamW] = {
+_OPTIMIZERS: dict[str, AnyOptim] = {
     "sgd": Sgd(),
     "sgd without momentum": Sgd(momentum=0.0, nesterov=False),
     "adamw": AdamW(decay_norm_and_bias=True),

@@ -1,4 +1,4 @@
-"""SGD and AdamW with weight-decay groups.
+"""SGD, AdamW and Muon over groups of parameters.
 
 Built on torch's functional optimizers: constructing a torch.optim class imports torch's compiler, which takes over a second.
 """
@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from distributed.config.optim import AdamW, Sgd
+from distributed.config.optim import AnyOptim, Muon, Sgd
+from distributed.optim.muon import muon
 
 
 class Optimizer:
-    """SGD or AdamW over two groups: matrices and filters decay; biases and norm weights decay only if the config says so.
+    """The config's optimizer.
 
     `state` maps each parameter to its optimizer tensors, under torch's names.
 
@@ -24,10 +25,15 @@ class Optimizer:
         dims: number of dimensions of each full parameter, if it differs from that of the local tensor.
     """
 
-    def __init__(self, config: Sgd | AdamW, parameters: Sequence[Tensor], *, dims: Sequence[int] | None = None) -> None:
+    def __init__(self, config: AnyOptim, parameters: Sequence[Tensor], *, dims: Sequence[int] | None = None) -> None:
         self.config, self.parameters = config, list(parameters)
-        self._groups = decay_groups(config, self.parameters, dims or [p.dim() for p in self.parameters])
-        self.state = {p: state for p in self.parameters if (state := initial_state(config, p))}
+        self._groups = parameter_groups(config, self.parameters, dims or [p.dim() for p in self.parameters])
+        self.state = {
+            p: state
+            for group in self._groups
+            for p in group.parameters
+            if (state := initial_state(config, p, group.rule))
+        }
 
     @torch.no_grad()
     def step(self, lr: float | Tensor, *, skip: Tensor | None = None) -> None:
@@ -36,26 +42,29 @@ class Optimizer:
         Args:
             skip: a scalar on the device, 0.0 or 1.0.
         """
-        for parameters, weight_decay in self._groups:
-            if parameters:
-                self._update(parameters, skip, lr, weight_decay)
+        for group in self._groups:
+            if group.parameters:
+                self._update(group, lr * group.lr_factor, skip)
 
-    def _update(self, parameters: list[Tensor], skip: Tensor | None, lr: float | Tensor, weight_decay: float) -> None:
+    def _update(self, group: "ParameterGroup", lr: float | Tensor, skip: Tensor | None) -> None:
+        parameters, config = group.parameters, self.config
         gradients: Any = [p.grad for p in parameters]
-        state, config = self._state_lists(parameters), self.config
-        options: dict[str, Any] = {
-            "lr": lr, "weight_decay": weight_decay, "maximize": False, "fused": True, "found_inf": skip,
-        }  # fmt: skip
-        if isinstance(config, AdamW):
-            adamw(
-                parameters, gradients, state["exp_avg"], state["exp_avg_sq"], [], state["step"], beta1=config.beta1,
-                beta2=config.beta2, eps=config.eps, amsgrad=False, **options,
-            )  # fmt: skip
-        else:
+        state = self._state_lists(parameters)
+        options: dict[str, Any] = {"lr": lr, "weight_decay": group.weight_decay}
+        fused: dict[str, Any] = {"maximize": False, "fused": True, "found_inf": skip}
+        if group.rule == "muon":
+            assert isinstance(config, Muon)
+            muon(parameters, gradients, state["momentum_buffer"], momentum=config.momentum, skip=skip, **options)
+        elif isinstance(config, Sgd):
             buffers: Any = state.get("momentum_buffer", [None] * len(parameters))
             sgd(
                 parameters, gradients, buffers, momentum=config.momentum, nesterov=config.nesterov, dampening=0.0,
-                **options,
+                **options, **fused,
+            )  # fmt: skip
+        else:
+            adamw(
+                parameters, gradients, state["exp_avg"], state["exp_avg_sq"], [], state["step"], beta1=config.beta1,
+                beta2=config.beta2, eps=config.eps, amsgrad=False, **options, **fused,
             )  # fmt: skip
 
     def _state_lists(self, parameters: list[Tensor]) -> dict[str, list[Tensor]]:
@@ -69,25 +78,50 @@ class Optimizer:
             parameter.grad = None
 
 
-class DecayGroup(NamedTuple):
-    """Parameters with the same weight decay."""
+class ParameterGroup(NamedTuple):
+    """Parameters that are updated alike. `rule` is sgd, adamw or muon; `lr_factor` multiplies the schedule's rate."""
 
     parameters: list[Tensor]
+    rule: str
+    lr_factor: float
     weight_decay: float
 
 
-def decay_groups(config: Sgd | AdamW, parameters: Iterable[Tensor], dims: Iterable[int]) -> list[DecayGroup]:
-    """Split parameters into those with and those without weight decay; either group may be empty."""
-    decaying, others = list[Tensor](), list[Tensor]()
+def parameter_groups(config: AnyOptim, parameters: Iterable[Tensor], dims: Iterable[int]) -> list[ParameterGroup]:
+    """Split parameters into weights, and biases and norm weights; for Muon the last layer's weight is in a third group.
+
+    Any group may be empty.
+
+    Args:
+        parameters: in the order of the model, whose last parameter with two or more dimensions is its last layer's weight.
+        dims: number of dimensions of each.
+    """
+    weights, others = list[Tensor](), list[Tensor]()
     for parameter, dimensions in zip(parameters, dims, strict=True):
-        (decaying if dimensions > 1 or config.decay_norm_and_bias else others).append(parameter)
-    return [DecayGroup(decaying, config.weight_decay), DecayGroup(others, 0.0)]
+        (weights if dimensions > 1 else others).append(parameter)
+    decay = config.weight_decay if config.decay_norm_and_bias else 0.0
+    if not isinstance(config, Muon):
+        return [
+            ParameterGroup(weights, config.name, 1.0, config.weight_decay),
+            ParameterGroup(others, config.name, config.bias_lr_factor, decay),
+        ]
+    factor = config.adamw_lr / config.lr
+    return [
+        ParameterGroup(weights[:-1], "muon", 1.0, config.weight_decay),
+        ParameterGroup(weights[-1:], "adamw", factor, config.weight_decay),
+        ParameterGroup(others, "adamw", factor * config.bias_lr_factor, decay),
+    ]
 
 
-def initial_state(config: Sgd | AdamW, parameter: Tensor) -> dict[str, Tensor]:
-    """Return the optimizer tensors of a parameter before the first step, under torch's names."""
-    if isinstance(config, AdamW):
+def initial_state(config: AnyOptim, parameter: Tensor, rule: str | None = None) -> dict[str, Tensor]:
+    """Return the optimizer tensors of a parameter before the first step, under torch's names.
+
+    Args:
+        rule: of its group; by default the optimizer's only one.
+    """
+    if (rule or config.name) == "adamw":
         count = torch.zeros((), dtype=torch.float32, device=parameter.device)
         return {"step": count, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
     # From a buffer of zeros, the first step leaves the gradient in it, as torch.optim.SGD does.
-    return {"momentum_buffer": torch.zeros_like(parameter)} if config.momentum else {}
+    has_momentum = not isinstance(config, Sgd) or config.momentum
+    return {"momentum_buffer": torch.zeros_like(parameter)} if has_momentum else {}
