@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, PlainValidator, Tag, TypeAdapter
+from pydantic import BeforeValidator, Discriminator, Tag, TypeAdapter
 from pydantic_core import PydanticCustomError
 
 from distributed.config.networks import ALEXNETS, FAST_ALEXNET, FactoryOptions, ImportPath, is_import_path
@@ -60,7 +60,7 @@ class FastAlexNet(BuiltInModel):
     """A modern AlexNet: a plain stack of 3x3 convolutions with batch norm, and one linear layer."""
 
     name: Literal["fast_alexnet"] = setting("fast_alexnet", "seven convolutions with batch norm, one linear layer")
-    widths: Annotated[tuple[int, int, int], PlainValidator(_valid_widths)] = setting(
+    widths: Annotated[tuple[int, int, int], BeforeValidator(_valid_widths)] = setting(
         (64, 256, 256), "channels of the three blocks of two convolutions"
     )
     whitening: bool = setting(

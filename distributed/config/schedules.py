@@ -30,6 +30,11 @@ class Cosine(_WithWarmup):
     final_factor: float = setting(0.0, "lr at the end as a fraction of lr", ge=0, lt=1)
 
 
+class Linear(_WithWarmup):
+    name: Literal["linear"] = setting("linear", "linear warm-up, then linear decay to lr * final_factor")
+    final_factor: float = setting(0.0, "lr after the last step as a fraction of lr", ge=0, lt=1)
+
+
 class OneCycle(_Schedule):
     name: Literal["one_cycle"] = setting(
         "one_cycle", "half a cosine up from lr * start_factor to lr, then half a cosine down to lr * final_factor"

@@ -14,7 +14,7 @@ from distributed.config.grad_checkpointing import GradCheckpointing
 from distributed.config.models import AnyModel, BuiltInModel, ImportedModel, Model
 from distributed.config.optim import AnyOptim, Sgd
 from distributed.config.scaling import Scaling
-from distributed.config.schedules import Constant, Cosine, EarlyStopping, OneCycle, Plateau
+from distributed.config.schedules import Constant, Cosine, EarlyStopping, Linear, OneCycle, Plateau
 from distributed.config.schema import AnyPath, OptionalPath, Section, operational, setting
 from distributed.config.sections import Checkpoint, Evaluation, Exact, Logging
 from distributed.errors import InputError
@@ -23,7 +23,7 @@ from distributed.host.importable import SCRIPT, check_module
 EngineSection = Annotated[AnyEngine, Field(discriminator="name")]
 OptimSection = Annotated[AnyOptim, Field(discriminator="name")]
 SweepTable = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
-ScheduleSection = Annotated[Constant | Cosine | OneCycle | Plateau, Field(discriminator="name")]
+ScheduleSection = Annotated[Constant | Cosine | Linear | OneCycle | Plateau, Field(discriminator="name")]
 
 
 class TrainConfig(Section):

@@ -75,6 +75,22 @@ class Cosine(_Stateless):
 
 
 @dataclass
+class Linear(_Stateless):
+    """Linear warm-up, then linear decay from `peak` to `final`, which it would reach one step after the last."""
+
+    peak: float
+    total_steps: int
+    warmup_steps: int = 0
+    final: float = 0.0
+
+    def lr(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        passed = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
+        return self.peak + (self.final - self.peak) * min(1.0, passed)
+
+
+@dataclass
 class OneCycle(_Stateless):
     """Half-cosine rise from `start` to `peak`, then half-cosine decay to `final` (Smith and Topin 2018, arXiv 1708.07120)."""
 
@@ -214,8 +230,9 @@ def build_schedule(config: TrainConfig, *, steps_per_epoch: int) -> Schedule:
     section, peak, total = config.schedule, config.peak_lr, config.epochs * steps_per_epoch
     if isinstance(section, schedules.Constant):
         return Constant(peak, round(section.warmup_epochs * steps_per_epoch))
-    if isinstance(section, schedules.Cosine):
-        return Cosine(peak, total, round(section.warmup_epochs * steps_per_epoch), peak * section.final_factor)
+    if isinstance(section, schedules.Cosine | schedules.Linear):
+        kind = Cosine if isinstance(section, schedules.Cosine) else Linear
+        return kind(peak, total, round(section.warmup_epochs * steps_per_epoch), peak * section.final_factor)
     if isinstance(section, schedules.OneCycle):
         rising = max(1, round(section.warmup_fraction * total))
         return OneCycle(peak, total, rising, peak * section.start_factor, peak * section.final_factor)

@@ -3,7 +3,7 @@
 from datetime import timedelta
 
 from distributed.config.data import CifarData, GeneratedData
-from distributed.config.schedules import Constant, Cosine, OneCycle, Plateau
+from distributed.config.schedules import Constant, Cosine, Linear, OneCycle, Plateau
 from distributed.report.history import Attempt, History
 
 
@@ -78,11 +78,12 @@ def describe_learning_rate(run: History) -> list[str]:
         case Constant():
             warmup = f" after a linear warmup of {_epochs(schedule.warmup_epochs)}" if schedule.warmup_epochs else ""
             return [f"The learning rate is constant at {peak:g}{warmup}."]
-        case Cosine():
+        case Cosine() | Linear():
             warmup = f"rises linearly to {peak:g} over {_epochs(schedule.warmup_epochs)}, then " if (
                 schedule.warmup_epochs
             ) else ""  # fmt: skip
-            return [f"The learning rate {warmup}follows a cosine down to {peak * schedule.final_factor:g} at the end."]
+            falls = "follows a cosine" if isinstance(schedule, Cosine) else "falls linearly"
+            return [f"The learning rate {warmup}{falls} down to {peak * schedule.final_factor:g} at the end."]
         case OneCycle():
             return [
                 f"One cycle: the learning rate rises from {peak * schedule.start_factor:g} to {peak:g} over the first "

@@ -122,7 +122,7 @@ VALUES: list[tuple[str, str, str]] = [
     ("optim.beta1", "1", "less than 1"),
     ("optim.beta2", "x", "valid number"),
     ("optim.eps", "0", "greater than 0"),
-    ("schedule.name", "step", "should be one of constant | cosine | one_cycle | plateau"),
+    ("schedule.name", "step", "should be one of constant | cosine | linear | one_cycle | plateau"),
     ("schedule.warmup_epochs", "10", "must be less than epochs = 10"),
     ("schedule.final_factor", "1", "less than 1"),
     ("schedule.warmup_fraction", "0", "greater than 0"),

@@ -32,7 +32,7 @@ def test_the_place_is_where_the_value_was_last_set(write):
         (["--precision", "half"], "precision = half: should be 'float32', 'tf32', 'bfloat16', 'float16' or 'float64'"),
         (
             ["--schedule.name", "platoe"],
-            "schedule.name = platoe: should be one of constant | cosine | one_cycle | plateau",
+            "schedule.name = platoe: should be one of constant | cosine | linear | one_cycle | plateau",
         ),
         (
             ["--data.name", "mnist"],
