@@ -1,9 +1,10 @@
 import pytest
 import torch
+from torch.nn import functional as F
 
 from distributed import rng
 from distributed.config.data import Augment
-from distributed.data.augment import augment, choose, crop, cut_out
+from distributed.data.augment import augment, choose, crop, cut_out, mirrored
 
 
 def images_of(count: int, *shape: int) -> torch.Tensor:
@@ -27,6 +28,41 @@ def test_crops_equal_those_made_one_by_one(padding):
         padded[padding : padding + 32, padding : padding + 32] = image
         expected[i] = padded[down[i] : down[i] + 32, across[i] : across[i] + 32]
     assert torch.equal(crop(images, padding, down, across), expected)
+
+
+@pytest.mark.parametrize("padding", [1, 2, 31])
+def test_reflected_borders_are_those_of_torchs_padding(padding):
+    images = images_of(12)
+    down, across = torch.randint(0, 2 * padding + 1, (2, 12), generator=torch.Generator().manual_seed(0))
+    padded = F.pad(images.permute(0, 3, 1, 2).float(), (padding,) * 4, mode="reflect").to(torch.uint8)
+    found = crop(images, padding, down, across, reflect=True)
+    for i in range(12):
+        window = padded[i, :, down[i] : down[i] + 32, across[i] : across[i] + 32]
+        assert torch.equal(found[i], window.permute(1, 2, 0))
+
+
+def test_alternating_flip_mirrors_each_image_in_every_other_epoch():
+    ids, config = torch.arange(1000), Augment(flip="alternating")
+    epochs = [mirrored(ids, config, seed=0, epoch=epoch) for epoch in range(4)]
+    assert torch.equal(epochs[0], ~epochs[1])
+    assert torch.equal(epochs[0], epochs[2])
+    assert torch.equal(epochs[1], epochs[3])
+    assert 450 < epochs[0].sum() < 550
+    assert not torch.equal(epochs[0], mirrored(ids, config, seed=1, epoch=0))
+    assert torch.equal(mirrored(ids[300:310].flip(0), config, seed=0, epoch=0), epochs[0][300:310].flip(0))
+
+
+def test_random_flips_are_drawn_anew_in_each_epoch():
+    images = images_of(50)
+    first, second = (augment(images, keys_of(50, epoch=epoch), Augment(crop=0)) for epoch in (0, 1))
+    assert mirrored(torch.arange(50), Augment(), seed=0, epoch=0) is None
+    assert not torch.equal(first, second)
+
+
+def test_given_images_are_mirrored():
+    images, chosen = images_of(3), torch.tensor([True, False, True])
+    found = augment(images, keys_of(3), Augment(crop=0, flip="alternating"), mirrored=chosen)
+    assert torch.equal(found, torch.stack([images[0].flip(1), images[1], images[2].flip(1)]))
 
 
 def test_a_crop_of_the_last_window_stays_inside_the_batch():

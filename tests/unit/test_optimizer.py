@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distributed.config.optim import AdamW, Sgd
+from distributed.config.optim import AdamW, Muon, Sgd
+from distributed.optim.muon import orthogonalized
 from distributed.optim.optimizer import Optimizer
 
 
@@ -72,3 +73,71 @@ def test_zero_grad_drops_gradients() -> None:
         parameter.grad = torch.zeros_like(parameter)
     Optimizer(Sgd(), list(model.parameters())).zero_grad()
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_biases_and_norms_have_their_own_learning_rate() -> None:
+    model = small_model()
+    before = [p.detach().clone() for p in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    Optimizer(Sgd(bias_lr_factor=8.0, weight_decay=0.0), list(model.parameters())).step(0.5)
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        factor = 1.0 if parameter.dim() > 1 else 8.0
+        assert torch.equal(parameter, old - 0.5 * factor * 1.9)  # Nesterov: 1 + momentum
+
+
+# Muon
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24)])
+def test_orthogonal_updates_have_equal_singular_values(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    found = left.T @ orthogonalized(matrix) @ right.T
+    values = found.diagonal()
+    assert values.min() > (0.15 if shape == (24, 24) else 0.6)  # a square matrix has values close to 0
+    assert values.max() < 1.25
+    assert torch.allclose(found, values.diag(), atol=1e-8), "other singular vectors"
+
+
+def test_muon_takes_torchs_steps_on_matrices() -> None:
+    weights = [torch.randn(6, 10, dtype=torch.float64), torch.randn(12, 4, dtype=torch.float64)]
+    last, bias = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    config = Muon(momentum=0.7, weight_decay=0.2, adamw_lr=0.02, bias_lr_factor=3.0, lr=0.1)
+    own = [tensor.clone() for tensor in (*weights, last, bias)]
+    optimizer = Optimizer(config, own)
+    torchs = torch.optim.Muon(weights, momentum=0.7, weight_decay=0.2, nesterov=True, ns_steps=3)
+    groups = [{"params": [last]}, {"params": [bias], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.2, fused=True)
+    for lr in (0.1, 0.05, 0.02):
+        for p, q in zip(own, (*weights, last, bias), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        optimizer.step(lr)
+        torchs.param_groups[0]["lr"] = lr
+        adamw.param_groups[0]["lr"], adamw.param_groups[1]["lr"] = 0.2 * lr, 0.6 * lr
+        torchs.step()
+        adamw.step()
+    for found, expected in zip(own, (*weights, last, bias), strict=True):
+        assert torch.allclose(found, expected, atol=0.02 if found.dim() > 1 else 1e-12)
+
+
+def test_filters_are_updated_as_matrices_of_their_output_channels() -> None:
+    weight = torch.randn(8, 3, 3, 3).contiguous(memory_format=torch.channels_last)
+    gradient = torch.randn_like(weight)
+    matrix, head = weight.reshape(8, 27).clone(), torch.zeros(2, 2)
+    weight.grad, matrix.grad, head.grad = gradient, gradient.reshape(8, 27), torch.zeros(2, 2)
+    Optimizer(Muon(), [weight, head]).step(0.3)
+    Optimizer(Muon(), [matrix, head]).step(0.3)
+    assert torch.equal(weight.reshape(8, 27), matrix)
+
+
+def test_muon_skips_a_step_with_an_overflow() -> None:
+    parameters = [torch.randn(4, 6), torch.randn(2, 4), torch.randn(2)]
+    optimizer = Optimizer(Muon(), parameters)
+    before = [p.clone() for p in parameters]
+    for p in parameters:
+        p.grad = torch.full_like(p, torch.inf)
+    optimizer.step(0.1, skip=torch.tensor(1.0))
+    assert all(map(torch.equal, parameters, before))
+    assert not any(tensor.any() for state in optimizer.state.values() for tensor in state.values())

@@ -11,6 +11,7 @@ from distributed.optim.schedules import (
     Constant,
     Cosine,
     EarlyStopping,
+    Linear,
     OneCycle,
     Patience,
     Plateau,
@@ -64,6 +65,12 @@ def test_cosine_warms_up_linearly():
     assert schedule.lr(13) == pytest.approx(0, abs=1e-15)
 
 
+def test_linear_decay_would_reach_its_end_one_step_after_the_last():
+    schedule = Linear(0.8, total_steps=10, warmup_steps=2, final=0.0)
+    assert [schedule.lr(step) for step in (0, 1, 2, 6, 9)] == pytest.approx([0.4, 0.8, 0.8, 0.4, 0.1])
+    assert Linear(1.0, total_steps=4, final=0.2).lr(3) == pytest.approx(0.4)
+
+
 def test_one_cycle_rises_to_the_peak_then_decays():
     rate = [OneCycle(1.0, total_steps=41, rising_steps=10, start=0.2, final=0.0).lr(step) for step in range(41)]
     assert rate[0] == pytest.approx(0.2)
@@ -77,10 +84,11 @@ def test_one_cycle_rises_to_the_peak_then_decays():
 
 def test_steps_past_the_end_keep_the_final_rate():
     assert Cosine(0.4, total_steps=5, final=0.1).lr(9) == pytest.approx(0.1)
+    assert Linear(0.4, total_steps=5, final=0.1).lr(9) == pytest.approx(0.1)
     assert OneCycle(1.0, 10, 3, 0.1, 0.05).lr(30) == pytest.approx(0.05)
 
 
-@pytest.mark.parametrize("name", ["constant", "cosine", "one_cycle", "plateau"])
+@pytest.mark.parametrize("name", ["constant", "cosine", "linear", "one_cycle", "plateau"])
 def test_a_single_step_run_has_a_positive_rate(name):
     assert built("--schedule.name", name, epochs=1, steps_per_epoch=1).lr(0) > 0
 
@@ -90,6 +98,8 @@ def test_build_schedule_converts_epochs_to_steps():
     assert built(*peak, "--schedule.name", "constant", "--schedule.warmup_epochs", "0.5") == Constant(0.4, 5)
     cosine = ["--schedule.name", "cosine", "--schedule.warmup_epochs", "2", "--schedule.final_factor", "0.5"]
     assert built(*peak, *cosine) == Cosine(0.4, 100, 20, 0.2)
+    linear = ["--schedule.name", "linear", "--schedule.warmup_epochs", "1", "--schedule.final_factor", "0.5"]
+    assert built(*peak, *linear) == Linear(0.4, 100, 10, 0.2)
     one_cycle = ["--schedule.warmup_fraction", "0.3", "--schedule.start_factor", "0.5", "--schedule.final_factor", "0"]
     assert built(*peak, *one_cycle) == OneCycle(0.4, 100, 30, 0.2, 0.0)
     plateau_keys = "--schedule.name plateau --schedule.metric loss --schedule.factor 0.5 --schedule.patience 3"
@@ -103,7 +113,7 @@ def test_lr_scaling_applies_to_the_peak():
 
 
 def test_stateless_schedules_reject_foreign_state():
-    for schedule in (Constant(1.0), Cosine(1.0, 5), OneCycle(1.0, 5, 1, 0.1, 0.0)):
+    for schedule in (Constant(1.0), Cosine(1.0, 5), Linear(1.0, 5), OneCycle(1.0, 5, 1, 0.1, 0.0)):
         assert schedule.state_dict() == {}
         assert schedule.observe({"accuracy": 0.5, "loss": 1.0}) is None
         schedule.load_state_dict({})
