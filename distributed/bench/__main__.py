@@ -1,5 +1,7 @@
 """`python -m distributed.bench train | exact | scaling | engines | startup | save | norm`: measures speed in rounds that
 interleave all workloads.
+`python -m distributed.bench accuracy`: measures the seconds of training until a network reaches test accuracies, here and
+with timm.
 `python -m distributed.bench memory`: measures the memory a rank needs under each engine.
 `python -m distributed.bench page`: writes the figures of docs/benchmarks.md from the files in results/."""
 
@@ -11,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from distributed.bench import scaling
+from distributed.bench import accuracy, scaling
 from distributed.bench.benchmarks import BENCHMARKS
 from distributed.bench.machine import machine
 from distributed.bench.memory import measure_all
@@ -38,6 +40,8 @@ def main() -> int:
         measure_all(arguments.json)
         return ExitCode.FINISHED
     options = Options.of(arguments)
+    if arguments.benchmark == "accuracy":
+        return accuracy.measure(arguments, options)
     if arguments.from_file:
         print(_report(_read(arguments.from_file), arguments.cores))
         return ExitCode.FINISHED
@@ -96,7 +100,7 @@ def _measure(arguments: argparse.Namespace, options: Options) -> Results:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m distributed.bench", description=__doc__)
-    parser.add_argument("benchmark", choices=[*BENCHMARKS, "memory", "page"])
+    parser.add_argument("benchmark", choices=[*BENCHMARKS, "accuracy", "memory", "page"])
     parser.add_argument("--data.root", dest="root", type=home_path, default=Path("data"), help="folder with CIFAR-10")
     parser.add_argument(
         "--device",
@@ -115,10 +119,12 @@ def _parser() -> argparse.ArgumentParser:
     peers = parser.add_mutually_exclusive_group()
     peers.add_argument(
         "--peers", type=home_path, metavar="FOLDER", default=Path(".venv-bench"),
-        help="train: environment for timm, accelerate and Lightning unless they are installed here; made by the first run, "
-        "with pip; default: .venv-bench",
+        help="train, accuracy: environment for timm, accelerate and Lightning unless they are installed here; made by the "
+        "first run, with pip; default: .venv-bench",
     )  # fmt: skip
-    peers.add_argument("--no-peers", dest="peers", action="store_const", const=None, help="train: without them")
+    peers.add_argument(
+        "--no-peers", dest="peers", action="store_const", const=None, help="train, accuracy: without them"
+    )
     parser.add_argument(
         "--network", default=NETWORK, metavar="NAME",
         help=f"exact: model.name, e.g. cifar_alexnet or torchvision.models:resnet18; default: {NETWORK}",
@@ -140,8 +146,10 @@ def _parser() -> argparse.ArgumentParser:
         help="total time limit; workloads that would start later are skipped",
     )
     parser.add_argument(
-        "--json", type=home_path, help="also write results here, and the output of failed workloads beside it"
-    )
+        "--json", type=home_path, metavar="FILE",
+        help="also write results here, and the output of failed workloads beside it; accuracy continues with the runs in it",
+    )  # fmt: skip
+    accuracy.add_arguments(parser)
     return parser
 
 

@@ -71,7 +71,7 @@ class Options:
             gpus=gpus,
             batches=tuple(arguments.batches or ((128, 512, 2048) if gpus else (128,))),
             workloads=tuple(dict.fromkeys(chosen)),
-            seconds=arguments.seconds if arguments.seconds is not None else (40.0 if gpus else None),
+            seconds=arguments.seconds if arguments.seconds is not None else _default_seconds(arguments.benchmark, gpus),
             network=arguments.network,
             peers=arguments.peers,
         )
@@ -132,6 +132,12 @@ def _invalid(arguments: Namespace) -> list[str]:
         wrong.append(f"--network: applies to exact only, not to {arguments.benchmark}")
     if arguments.benchmark != "scaling" and (arguments.cores or arguments.from_file):
         wrong.append(f"--cores and --from: apply to scaling only, not to {arguments.benchmark}")
+    if arguments.benchmark == "accuracy" and (arguments.rounds is not None or arguments.steps is not None):
+        wrong.append("--rounds and --steps: do not apply to accuracy; use --seeds and --epochs")
+    if arguments.benchmark != "accuracy" and (arguments.config or arguments.seeds or arguments.epochs is not None):
+        wrong.append(f"--config, --seeds and --epochs: apply to accuracy only, not to {arguments.benchmark}")
+    if bad := [seed for seed in arguments.seeds or () if seed < 0]:
+        wrong.append(f"--seeds {' '.join(map(str, bad))}: each must be at least 0")
     if arguments.benchmark != "train" and (arguments.batches or arguments.workloads):
         wrong.append(f"--batches and --workloads: apply to train only, not to {arguments.benchmark}")
     return wrong
@@ -139,6 +145,11 @@ def _invalid(arguments: Namespace) -> list[str]:
 
 def _default_steps(benchmark: str, gpus: int) -> int:
     return 100 if gpus else 40 if benchmark == "scaling" else 80
+
+
+def _default_seconds(benchmark: str, gpus: int) -> float | None:
+    """Return the time limit of a workload; a training to its end has none."""
+    return 40.0 if gpus and benchmark != "accuracy" else None
 
 
 def _visible_gpus(device: str) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from distributed.bench.page_accuracy import accuracy
 from distributed.bench.page_blocks import exact_price, others, scaling, train_cpu, train_gpu
 from distributed.errors import InputError
 from distributed.files import write_output
@@ -17,6 +18,7 @@ CHECKOUT = Path(__file__).parents[2]
 Results = dict[str, Any]
 BLOCKS: dict[str, Callable[[dict[str, Results]], str]] = {
     "train_cpu": train_cpu,
+    "accuracy": accuracy,
     "exact_price": exact_price,
     "train_gpu": train_gpu,
     "scaling": scaling,

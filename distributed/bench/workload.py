@@ -31,7 +31,7 @@ class Measurement(NamedTuple):
     start: float
     readings: Readings
     memory_mib: float
-    figures: list[dict[str, float]] = []  # noqa: RUF012 (never changed)
+    figures: list[dict[str, Any]] = []  # noqa: RUF012 (never changed)
 
 
 class WorkloadFailedError(RuntimeError):

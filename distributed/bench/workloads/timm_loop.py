@@ -4,7 +4,9 @@ autocast (`--amp --amp-dtype bfloat16`), `--channels-last`."""
 from itertools import repeat
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from timm.data import create_loader  # type: ignore[import-not-found, unused-ignore]
 from timm.data.transforms import ToNumpy  # type: ignore[import-not-found, unused-ignore]
@@ -29,11 +31,10 @@ LOG_EVERY = 50  # steps between two reads of the loss from the device; train.py'
 
 
 class PilImages(Dataset[tuple[Any, int]]):
-    """CIFAR-10's training split as PIL images, with the `transform` attribute that timm's loaders set."""
+    """uint8 images [n, h, w, 3] as PIL images, with the `transform` attribute that timm's loaders set."""
 
-    def __init__(self, root: str) -> None:
-        images, self.labels = training_images(root)
-        self.images = [Image.fromarray(image) for image in images]
+    def __init__(self, images: NDArray[np.uint8], labels: list[int]) -> None:
+        self.images, self.labels, self.side = [Image.fromarray(image) for image in images], labels, images.shape[1]
         self.transform: Any = None
 
     def __len__(self) -> int:
@@ -66,7 +67,7 @@ def run(clock: StepClock, *, root: str, batch: int, device: str, threads: int, w
 
 def _epochs(root: str, batch: int, device: torch.device, workers: int) -> Any:
     """Yield timm's batches, normalized on the device, epoch after epoch."""
-    dataset = PilImages(root)
+    dataset = PilImages(*training_images(root))
     loader = create_loader(
         dataset, input_size=(3, 32, 32), batch_size=batch, is_training=True, mean=MEAN, std=DEVIATION,
         num_workers=workers, pin_memory=device.type == "cuda", device=device, use_prefetcher=True,

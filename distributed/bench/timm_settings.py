@@ -1,0 +1,126 @@
+"""The settings of a config as arguments of timm's functions, and what timm cannot express. Imports no torch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from distributed.config import TrainConfig
+from distributed.config.data import CifarData, GeneratedData
+from distributed.config.functions import Loss
+from distributed.config.models import BuiltInModel
+from distributed.errors import InputError
+
+Values = Mapping[str, Any]
+"""A section of a config by setting."""
+_ALL_OPTIMIZERS = {
+    "name", "lr", "lr_scaling", "lr_base_batch", "bias_lr_factor", "decay_norm_and_bias", "weight_decay", "max_grad_norm",
+    "ema_decay",
+}  # fmt: skip
+_OPTIMIZERS = {
+    "sgd": {"momentum", "nesterov"},
+    "adamw": {"beta1", "beta2", "eps"},
+    "muon": {"momentum", "adamw_lr", "beta1", "beta2", "eps"},
+}
+"""The optimizers that timm has too, with the settings that only they have."""
+_SCHEDULES = ("constant", "cosine", "one_cycle")
+_NEWTON_SCHULZ = {"ns_steps": 3, "ns_coefficients": "original", "adjust_lr_fn": "original", "conv_mode": "flatten"}
+"""Muon's iteration as in `distributed/optim/muon.py`; timm's defaults are others."""
+
+
+def optimizer_arguments(optim: Values) -> dict[str, Any]:
+    """Return arguments of timm's `create_optimizer_v2` for an `optim` section, except for its groups and learning rate."""
+    betas = (optim.get("beta1"), optim.get("beta2"))
+    match optim["name"]:
+        case "sgd":  # in timm, `sgd` is with Nesterov momentum
+            return {"opt": "sgd" if optim["nesterov"] else "momentum", "momentum": optim["momentum"]}
+        case "adamw":
+            return {"opt": "adamw", "betas": betas, "eps": optim["eps"]}
+    return {"opt": "muon", "momentum": optim["momentum"], "betas": betas, **_NEWTON_SCHULZ}
+
+
+def parameter_groups(optim: Values, dims: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Return the groups of timm's optimizer, with the names of the parameters as `params`.
+
+    timm's schedulers multiply the learning rate of a group by its `lr_scale`.
+
+    Args:
+        dims: number of dimensions of each trained parameter by name, in the order of the model.
+    """
+    weights = [name for name, dimensions in dims.items() if dimensions > 1]
+    others = {
+        "params": [name for name, dimensions in dims.items() if dimensions <= 1],
+        "weight_decay": optim["weight_decay"] if optim["decay_norm_and_bias"] else 0.0,
+        "lr_scale": optim.get("bias_lr_factor", 1.0),
+    }
+    decayed = {"weight_decay": optim["weight_decay"]}
+    if optim["name"] != "muon":
+        groups = [{"params": weights, **decayed}, others]
+    else:
+        # timm's fallback is AdamW in a group without Nesterov momentum, and NAdamW in one with it.
+        fallback = {"use_fallback": True, "nesterov": False, "eps": optim["eps"]}
+        factor = optim["adamw_lr"] / optim["lr"]
+        groups = [
+            {"params": weights[:-1], **decayed, "use_muon": True, "nesterov": True},
+            {"params": weights[-1:], **decayed, **fallback, "lr_scale": factor},
+            others | fallback | {"lr_scale": others["lr_scale"] * factor},
+        ]
+    return [group for group in groups if group["params"]]
+
+
+def schedule_arguments(config: TrainConfig, steps_per_epoch: int) -> dict[str, Any]:
+    """Return arguments of timm's `create_scheduler_v2`, which updates after every step."""
+    section, peak = config.schedule.model_dump(), config.peak_lr
+    warmup = section.get("warmup_epochs", section.get("warmup_fraction", 0.0) * config.epochs)
+    steps = {"step_on_epochs": False, "updates_per_epoch": steps_per_epoch}
+    first = peak * section.get("start_factor", 1 / max(1, warmup * steps_per_epoch))
+    warmups = {"warmup_epochs": warmup, "warmup_lr": first, "warmup_prefix": True}
+    if section["name"] == "constant":
+        return {"sched": "constant", "num_epochs": config.epochs, **warmups, **steps}
+    end = peak * section["final_factor"]
+    return {"sched": "cosine", "num_epochs": config.epochs - warmup, "min_lr": end, **warmups, **steps}
+
+
+def check(config: TrainConfig) -> None:
+    """Raise InputError, with a line for each setting that this benchmark cannot give to timm."""
+    remedy = "change it, or measure this project alone: --no-peers"
+    if wrong := _inexpressible(config):
+        raise InputError(
+            *[f"{setting}: timm's side of this benchmark has no counterpart; {remedy}" for setting in wrong]
+        )
+
+
+def _inexpressible(config: TrainConfig) -> list[str]:
+    optim, augment = config.optim.model_dump(), config.data.augment
+    found = {
+        f"data.name = {config.data.name}": not isinstance(config.data, CifarData | GeneratedData),
+        f"model.name = {config.model.name}": not isinstance(config.model, BuiltInModel),
+        f"loss.name = {config.loss.name}": not isinstance(config.loss, Loss),
+        f"optim.name = {optim['name']}": optim["name"] not in _OPTIMIZERS,
+        f"schedule.name = {config.schedule.name}": config.schedule.name not in _SCHEDULES,
+        f"precision = {config.precision}": config.precision not in ("bfloat16", "float32"),
+        f"grad_accum_steps = {config.grad_accum_steps}": config.grad_accum_steps != 1,
+        f"init_from = {config.init_from}": config.init_from is not None,
+        "early_stopping": config.early_stopping is not None,
+    }
+    found |= {
+        f"data.augment.{name} = {value}": bool(value)
+        for name in ("mixup", "cutmix", "cutout", "function")
+        if (value := getattr(augment, name))
+    }
+    known = _ALL_OPTIMIZERS | _OPTIMIZERS.get(optim["name"], optim.keys())
+    found |= {f"optim.{name} = {value}": name not in known for name, value in optim.items()}
+    return [setting for setting, is_wrong in found.items() if is_wrong]
+
+
+def differences(config: TrainConfig) -> list[str]:
+    """Return what timm's side does otherwise, because timm cannot express it, one sentence each."""
+    evaluation = config.evaluation
+    found = {
+        "No exact mode: timm's bits depend on the number of processes.": True,
+        "Flips are random: timm has no alternating flip.": config.data.augment.flip == "alternating",
+        "The test images are evaluated as they are: timm has no views of mirrored or shifted images.": bool(
+            evaluation.flip_tta or evaluation.shift_tta
+        ),
+        "The learning rate rises linearly, not as half a cosine.": config.schedule.name == "one_cycle",
+        "Incomplete last batches of an epoch are dropped, as by timm's loader.": True,
+    }
+    return [sentence for sentence, applies in found.items() if applies]
