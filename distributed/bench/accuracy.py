@@ -55,7 +55,7 @@ def measure(arguments: argparse.Namespace, options: Options) -> ExitCode:
         _command(arguments, options),
         machine(options.device, peer_python=options.peer_python),
         _recorded(config),
-        differences(config),
+        differences(config) if options.peers else [],
     )
     file: Path | None = arguments.json
     if file:
@@ -81,7 +81,8 @@ def report(runs: list[Run]) -> str:
     """Return the table of means and deviations over the seeds."""
     spreads = summary(runs)
     names = list(dict.fromkeys(name for found in spreads.values() for name in found))
-    return table(["", *spreads], [[name, *(shown(spreads[side][name], name) for side in spreads)] for name in names])
+    rows = [[name, *(shown(spreads[side][name], name) for side in spreads)] for name in names]
+    return table(["", *(f"{side}, {_counted(found['seconds'].seeds)}" for side, found in spreads.items())], rows)
 
 
 def shown(spread: Spread, name: str) -> str:
@@ -90,8 +91,12 @@ def shown(spread: Spread, name: str) -> str:
         return "not reached"
     digits, factor, unit = (2, 100, " %") if name == "accuracy" else (1, 1, "")
     deviation = "" if spread.deviation is None else f" ± {factor * spread.deviation:.{digits}f}"
-    some = "" if spread.found == spread.seeds else f" ({spread.found} of {spread.seeds} seeds)"
+    some = "" if spread.found == spread.seeds else f" ({spread.found} of {_counted(spread.seeds)})"
     return f"{factor * spread.mean:.{digits}f}{deviation}{unit}{some}"
+
+
+def _counted(seeds: int) -> str:
+    return f"{seeds} seed{'s' if seeds > 1 else ''}"
 
 
 def _add_run(results: Results, side: str, seed: int, settings: list[str], options: Options, deadline: float) -> None:

@@ -13,7 +13,7 @@ FILE = "bench_accuracy_cpu"
 def accuracy(content: Mapping[str, dict[str, Any]]) -> str:
     """Return the table of `bench accuracy`, and what timm's side does otherwise."""
     if FILE not in content:
-        return f"Not run yet: `results/{FILE}.json` does not exist."
+        return "Not run yet."
     results = content[FILE]
     settings, machine = results["settings"], results["machine"]
     versions = machine["versions"]

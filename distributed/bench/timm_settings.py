@@ -25,16 +25,24 @@ _SCHEDULES = ("constant", "cosine", "one_cycle")
 _NEWTON_SCHULZ = {"ns_steps": 3, "ns_coefficients": "original", "adjust_lr_fn": "original", "conv_mode": "flatten"}
 """Muon's iteration as in `distributed/optim/muon.py`; timm's defaults are others."""
 
+_REFUSED = "has no counterpart on timm's side of this benchmark; change it, or measure this project alone: --no-peers"
+
 
 def optimizer_arguments(optim: Values) -> dict[str, Any]:
-    """Return arguments of timm's `create_optimizer_v2` for an `optim` section, except for its groups and learning rate."""
+    """Return arguments of timm's `create_optimizer_v2` for an `optim` section, except for its groups and learning rate.
+
+    Raises:
+        InputError: timm does not have this optimizer.
+    """
     betas = (optim.get("beta1"), optim.get("beta2"))
     match optim["name"]:
         case "sgd":  # in timm, `sgd` is with Nesterov momentum
             return {"opt": "sgd" if optim["nesterov"] else "momentum", "momentum": optim["momentum"]}
         case "adamw":
             return {"opt": "adamw", "betas": betas, "eps": optim["eps"]}
-    return {"opt": "muon", "momentum": optim["momentum"], "betas": betas, **_NEWTON_SCHULZ}
+        case "muon":
+            return {"opt": "muon", "momentum": optim["momentum"], "betas": betas, **_NEWTON_SCHULZ}
+    raise InputError(f"optim.name = {optim['name']}: {_REFUSED}")
 
 
 def parameter_groups(optim: Values, dims: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -81,11 +89,8 @@ def schedule_arguments(config: TrainConfig, steps_per_epoch: int) -> dict[str, A
 
 def check(config: TrainConfig) -> None:
     """Raise InputError, with a line for each setting that this benchmark cannot give to timm."""
-    remedy = "change it, or measure this project alone: --no-peers"
     if wrong := _inexpressible(config):
-        raise InputError(
-            *[f"{setting}: timm's side of this benchmark has no counterpart; {remedy}" for setting in wrong]
-        )
+        raise InputError(*[f"{setting}: {_REFUSED}" for setting in wrong])
 
 
 def _inexpressible(config: TrainConfig) -> list[str]:
