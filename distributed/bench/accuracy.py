@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("accuracy")
     group.add_argument("--config", metavar="FILE", help=f"a config's file or name; default: {CONFIG}")
     group.add_argument("--seeds", type=int, nargs="+", help=f"default: {' '.join(map(str, SEEDS))}")
+    group.add_argument(
+        "--processes", type=int, help="of this project; default: 2 as in make train, on CUDA one per GPU"
+    )
     group.add_argument("--epochs", type=int, help="epochs of each run; default: the config's")
 
 
@@ -54,7 +57,7 @@ def measure(arguments: argparse.Namespace, options: Options) -> ExitCode:
     results = Results(
         _command(arguments, options),
         machine(options.device, peer_python=options.peer_python),
-        _recorded(config),
+        _recorded(config) | {"processes": options.processes},
         differences(config) if options.peers else [],
     )
     file: Path | None = arguments.json
@@ -126,11 +129,11 @@ def _seconds(value: float | None) -> str:
 
 
 def _workload(side: str, settings: list[str], options: Options) -> Workload:
-    """Return a training to its end: of this project as `make train` runs it, or of timm in one process."""
+    """Return a training to its end: of this project, or of timm in one process."""
     if side == "timm":
         arguments = {"arguments": settings, "threads": options.threads, "workers": options.workers}
         return Workload(f"{MODULES}.timm_training:run", arguments, 1, options.device, python=options.peer_python)
-    ranks = options.gpus if options.gpus > 1 else 0 if options.gpus else 2
+    ranks = options.processes if options.processes > 1 else 0
     quiet = ["--logging.tensorboard", "false"]
     return Workload(f"{MODULES}.training_curve:run", {"arguments": [*settings, *quiet]}, 1, options.device, ranks=ranks)
 
@@ -155,5 +158,6 @@ def _command(arguments: argparse.Namespace, options: Options) -> str:
     """Return the command that repeats this measurement, without --data.root and time limits."""
     words = ["python -m distributed.bench accuracy", "--device", options.device, "--config", arguments.config or CONFIG]
     words += ["--seeds", *(arguments.seeds or SEEDS)]
+    words += ["--processes", options.processes]
     words += ["--epochs", arguments.epochs] if arguments.epochs is not None else []
     return " ".join(map(str, words if options.peers else [*words, "--no-peers"]))

@@ -40,6 +40,7 @@ class Options:
         network: the `model.name` of `bench exact`.
         peers: folder of the environment with the other frameworks; None: without them.
         peer_python: the Python that runs them.
+        processes: those of this project in `bench accuracy`.
     """
 
     root: Path
@@ -51,6 +52,7 @@ class Options:
     network: str = NETWORK
     peers: Path | None = None
     peer_python: Path = Path(sys.executable)
+    processes: int = 1
 
     @classmethod
     def of(cls, arguments: Namespace) -> "Options":
@@ -74,6 +76,7 @@ class Options:
             seconds=arguments.seconds if arguments.seconds is not None else _default_seconds(arguments.benchmark, gpus),
             network=arguments.network,
             peers=arguments.peers,
+            processes=arguments.processes if arguments.processes is not None else (gpus or 2),
         )
         if wrong := [*options._invalid(), *_invalid(arguments)]:
             raise InputError(*wrong)
@@ -134,8 +137,12 @@ def _invalid(arguments: Namespace) -> list[str]:
         wrong.append(f"--cores and --from: apply to scaling only, not to {arguments.benchmark}")
     if arguments.benchmark == "accuracy" and (arguments.rounds is not None or arguments.steps is not None):
         wrong.append("--rounds and --steps: do not apply to accuracy; use --seeds and --epochs")
-    if arguments.benchmark != "accuracy" and (arguments.config or arguments.seeds or arguments.epochs is not None):
-        wrong.append(f"--config, --seeds and --epochs: apply to accuracy only, not to {arguments.benchmark}")
+    own = (arguments.config, arguments.seeds, arguments.epochs, arguments.processes)
+    if arguments.benchmark != "accuracy" and any(value is not None for value in own):
+        names = "--config, --seeds, --epochs and --processes"
+        wrong.append(f"{names}: apply to accuracy only, not to {arguments.benchmark}")
+    if arguments.processes is not None and arguments.processes < 1:
+        wrong.append(f"--processes {arguments.processes}: must be at least 1")
     if bad := [seed for seed in arguments.seeds or () if seed < 0]:
         wrong.append(f"--seeds {' '.join(map(str, bad))}: each must be at least 0")
     if arguments.benchmark != "train" and (arguments.batches or arguments.workloads):

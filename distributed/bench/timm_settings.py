@@ -21,7 +21,13 @@ _OPTIMIZERS = {
     "muon": {"momentum", "adamw_lr", "beta1", "beta2", "eps"},
 }
 """The optimizers that timm has too, with the settings that only they have."""
-_SCHEDULES = ("constant", "cosine", "one_cycle")
+_SCHEDULES: dict[str, dict[str, Any]] = {
+    "constant": {"sched": "constant"},
+    "cosine": {"sched": "cosine"},
+    "linear": {"sched": "poly", "decay_rate": 1.0},
+    "one_cycle": {"sched": "cosine"},
+}
+"""The schedules that timm has too. `decay_rate` is the exponent of poly."""
 _NEWTON_SCHULZ = {"ns_steps": 3, "ns_coefficients": "original", "adjust_lr_fn": "original", "conv_mode": "flatten"}
 """Muon's iteration as in `distributed/optim/muon.py`; timm's defaults are others."""
 
@@ -81,10 +87,10 @@ def schedule_arguments(config: TrainConfig, steps_per_epoch: int) -> dict[str, A
     steps = {"step_on_epochs": False, "updates_per_epoch": steps_per_epoch}
     first = peak * section.get("start_factor", 1 / max(1, warmup * steps_per_epoch))
     warmups = {"warmup_epochs": warmup, "warmup_lr": first, "warmup_prefix": True}
+    found = _SCHEDULES[section["name"]] | warmups | steps
     if section["name"] == "constant":
-        return {"sched": "constant", "num_epochs": config.epochs, **warmups, **steps}
-    end = peak * section["final_factor"]
-    return {"sched": "cosine", "num_epochs": config.epochs - warmup, "min_lr": end, **warmups, **steps}
+        return found | {"num_epochs": config.epochs}
+    return found | {"num_epochs": config.epochs - warmup, "min_lr": peak * section["final_factor"]}
 
 
 def check(config: TrainConfig) -> None:

@@ -13,6 +13,7 @@ from distributed.bench.epoch_clock import EpochClock
 from distributed.bench.page_accuracy import accuracy
 from distributed.config import load_config
 from distributed.errors import InputError
+from distributed.optim import muon
 
 MACHINE = {
     "date": "2026-12-01", "processor": "CPU", "cores": 2, "git": "abc", "versions": {"torch": "2.14.1", "timm": "1.0.31"},
@@ -22,10 +23,10 @@ SETTINGS = {
     "data": {"name": "cifar10"}, "optim": {"name": "sgd", "lr": 0.1},
 }  # fmt: skip
 GOOD, POOR = [[10.0, 0.8], [20.0, 0.95], [30.0, 0.93]], [[12.0, 0.5], [24.0, 0.85], [36.0, 0.89]]
-MUON = {
-    "name": "muon", "lr": 0.2, "momentum": 0.6, "weight_decay": 0.1, "adamw_lr": 0.01, "beta1": 0.9, "beta2": 0.99,
-    "eps": 1e-8, "bias_lr_factor": 2.0, "decay_norm_and_bias": False,
-}  # fmt: skip
+MUON = load_config(
+    optim={"name": "muon", "lr": 0.2, "momentum": 0.6, "adamw_lr": 0.01, "beta2": 0.98, "bias_lr_factor": 2.0}
+).optim.model_dump()
+OTHERS = "--config, --seeds, --epochs and --processes: apply to accuracy only, not to norm"
 DIMS = {"first.bias": 1, "blocks.weight": 4, "norm.bias": 1, "head.weight": 2, "head.bias": 1}
 
 
@@ -133,8 +134,8 @@ def test_sgd_and_adamw_have_their_settings_in_timm():
 def test_muon_has_its_settings_in_timm():
     found = timm_settings.optimizer_arguments(MUON)
     assert found["opt"] == "muon"
-    assert (found["momentum"], found["betas"]) == (0.6, (0.9, 0.99))
-    assert (found["ns_steps"], found["ns_coefficients"]) == (3, "original")
+    assert (found["momentum"], found["betas"]) == (0.6, (0.9, 0.98))
+    assert (found["ns_steps"], found["ns_coefficients"]) == (muon._ITERATIONS, "original")
 
 
 def test_an_optimizer_that_timm_lacks_is_refused():
@@ -152,8 +153,8 @@ def test_weights_decay_and_biases_do_not():
 
 
 def test_muon_leaves_biases_and_the_last_layer_to_adamw():
-    muon, last, others = timm_settings.parameter_groups(MUON, DIMS)
-    assert (muon["params"], muon["use_muon"], muon["nesterov"]) == (["blocks.weight"], True, True)
+    filters, last, others = timm_settings.parameter_groups(MUON, DIMS)
+    assert (filters["params"], filters["use_muon"], filters["nesterov"]) == (["blocks.weight"], True, True)
     assert (last["params"], last["use_fallback"], last["weight_decay"]) == (["head.weight"], True, 0.1)
     assert (others["params"], others["weight_decay"]) == (["first.bias", "norm.bias", "head.bias"], 0.0)
     assert (last["lr_scale"], others["lr_scale"]) == (pytest.approx(0.05), pytest.approx(0.1))
@@ -168,6 +169,8 @@ def test_a_schedule_spans_the_same_epochs_in_timm():
     assert (cycle["warmup_lr"], cycle["min_lr"]) == (pytest.approx(0.04), pytest.approx(0.004))
     cosine = arguments(name="cosine", warmup_epochs=1)
     assert (cosine["num_epochs"], cosine["warmup_lr"], cosine["min_lr"]) == (7, pytest.approx(0.4 / 50), 0)
+    linear = arguments(name="linear", final_factor=0.1)
+    assert (linear["sched"], linear["decay_rate"], linear["min_lr"]) == ("poly", 1, pytest.approx(0.04))
     constant = arguments(name="constant")
     assert (constant["sched"], constant["num_epochs"], constant["warmup_epochs"]) == ("constant", 8, 0)
 
@@ -182,7 +185,8 @@ def test_every_setting_without_a_counterpart_is_named():
     assert settings == [
         "schedule.name = plateau", "precision = float16", "grad_accum_steps = 2", "data.augment.mixup = 0.2",
     ]  # fmt: skip
-    timm_settings.check(load_config())
+    for shipped in ("cifar10", "cifar10_fast"):
+        timm_settings.check(load_config(shipped))
 
 
 def test_what_timm_does_otherwise_depends_on_the_config():
@@ -224,8 +228,9 @@ def test_the_page_has_means_and_what_was_not_reached(tmp_path):
     ("arguments", "line"),
     [
         (("accuracy", "--rounds", "2"), "--rounds and --steps: do not apply to accuracy; use --seeds and --epochs"),
+        (("accuracy", "--processes", "0"), "--processes 0: must be at least 1"),
         (("accuracy", "--seeds", "0", "-1"), "--seeds -1: each must be at least 0"),
-        (("norm", "--epochs", "3"), "--config, --seeds and --epochs: apply to accuracy only, not to norm"),
+        (("norm", "--epochs", "3"), OTHERS),
         (("accuracy", "--config", "cifar10", "--epochs", "0"), "command line: epochs = 0: should be greater than 0"),
     ],
 )
