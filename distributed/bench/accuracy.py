@@ -12,7 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from distributed.bench.accuracy_results import SIDES, Results, Run, Spread, summary
+from distributed.bench.accuracy_results import FINAL, SIDES, Results, Run, Spread, summary
 from distributed.bench.machine import machine
 from distributed.bench.markdown import table
 from distributed.bench.options import Options
@@ -85,14 +85,14 @@ def report(runs: list[Run]) -> str:
     spreads = summary(runs)
     names = list(dict.fromkeys(name for found in spreads.values() for name in found))
     rows = [[name, *(shown(spreads[side][name], name) for side in spreads)] for name in names]
-    return table(["", *(f"{side}, {_counted(found['seconds'].seeds)}" for side, found in spreads.items())], rows)
+    return table(["", *(f"{side}, {_counted(found[FINAL].seeds)}" for side, found in spreads.items())], rows)
 
 
 def shown(spread: Spread, name: str) -> str:
     """Return a spread of the figure `name` as text, e.g. `61.0 ± 0.4`."""
     if spread.mean is None:
         return "not reached"
-    digits, factor, unit = (2, 100, " %") if name == "accuracy" else (1, 1, "")
+    digits, factor, unit = (2, 100, " %") if name == FINAL else (1, 1, "")
     deviation = "" if spread.deviation is None else f" ± {factor * spread.deviation:.{digits}f}"
     some = "" if spread.found == spread.seeds else f" ({spread.found} of {_counted(spread.seeds)})"
     return f"{factor * spread.mean:.{digits}f}{deviation}{unit}{some}"

@@ -13,6 +13,7 @@ from distributed.files import write_output
 TARGETS = (80, 90, 94)
 """Test accuracies in percent."""
 SIDES = ("ours", "timm")
+FINAL = "final accuracy"
 Curve = Sequence[Sequence[float]]
 """Seconds of training and test accuracy, after each epoch."""
 
@@ -68,8 +69,8 @@ def summary(runs: Sequence[Run]) -> dict[str, dict[str, Spread]]:
         own = [run for run in runs if run.side == side]
         if own:
             spreads = {f"seconds to {p} %": Spread.of([run.seconds_to[str(p)] for run in own]) for p in TARGETS}
-            spreads["seconds"] = Spread.of([run.seconds for run in own])
-            found[side] = spreads | {"accuracy": Spread.of([run.accuracy for run in own])}
+            spreads["seconds in all"] = Spread.of([run.seconds for run in own])
+            found[side] = spreads | {FINAL: Spread.of([run.accuracy for run in own])}
     return found
 
 
