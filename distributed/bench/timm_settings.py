@@ -128,7 +128,7 @@ def differences(config: TrainConfig) -> list[str]:
     found = {
         "No exact mode: timm's bits depend on the number of processes.": True,
         "Flips are random: timm has no alternating flip.": config.data.augment.flip == "alternating",
-        "The test images are evaluated as they are: timm has no views of mirrored or shifted images.": bool(
+        "timm has no views of mirrored or shifted test images: both sides average over this project's.": bool(
             evaluation.flip_tta or evaluation.shift_tta
         ),
         "The learning rate rises linearly, not as half a cosine.": config.schedule.name == "one_cycle",

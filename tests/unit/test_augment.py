@@ -41,7 +41,7 @@ def test_reflected_borders_are_those_of_torchs_padding(padding):
         assert torch.equal(found[i], window.permute(1, 2, 0))
 
 
-def test_alternating_flip_mirrors_each_image_in_every_other_epoch():
+def test_alternating_flip_mirrors_in_every_other_epoch():
     ids, config = torch.arange(1000), Augment(flip="alternating")
     epochs = [mirrored(ids, config, seed=0, epoch=epoch) for epoch in range(4)]
     assert torch.equal(epochs[0], ~epochs[1])

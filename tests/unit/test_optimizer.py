@@ -122,7 +122,7 @@ def test_muon_takes_torchs_steps_on_matrices() -> None:
         assert torch.allclose(found, expected, atol=0.02 if found.dim() > 1 else 1e-12)
 
 
-def test_filters_are_updated_as_matrices_of_their_output_channels() -> None:
+def test_filters_are_updated_as_matrices() -> None:
     weight = torch.randn(8, 3, 3, 3).contiguous(memory_format=torch.channels_last)
     gradient = torch.randn_like(weight)
     matrix, head = weight.reshape(8, 27).clone(), torch.zeros(2, 2)

@@ -65,7 +65,7 @@ def test_cosine_warms_up_linearly():
     assert schedule.lr(13) == pytest.approx(0, abs=1e-15)
 
 
-def test_linear_decay_would_reach_its_end_one_step_after_the_last():
+def test_linear_decay_ends_one_step_after_the_last():
     schedule = Linear(0.8, total_steps=10, warmup_steps=2, final=0.0)
     assert [schedule.lr(step) for step in (0, 1, 2, 6, 9)] == pytest.approx([0.4, 0.8, 0.8, 0.4, 0.1])
     assert Linear(1.0, total_steps=4, final=0.2).lr(3) == pytest.approx(0.4)

@@ -1,5 +1,6 @@
 """Training with timm as its train.py does, with the test accuracy and the training time after each epoch."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from distributed.data.split import validation_mask
 from distributed.models import alexnet
 from distributed.models.build import build_model, initialize
 from distributed.network import whiten_first_layer
+from distributed.training.views import Views
 
 _WARMUP = {"use_warmup": True, "warmup_gamma": 9.0, "warmup_power": 1.0}
 """Lets timm's EMA begin as `distributed/optim/ema.py` does: with a decay of at most step / (9 + step)."""
@@ -90,10 +92,11 @@ class Trainer:
 
     @torch.no_grad()
     def accuracy(self, loader: Any) -> float:
-        """Return the accuracy of the weights, or of their moving average if there is one."""
-        model = self.ema.module if self.ema else self.model
+        """Return the accuracy of the weights, or of their moving average, over the views that the config asks for."""
+        model, views = self.ema.module if self.ema else self.model, Views.of(self.config.evaluation)
         model.eval()
-        right = [(self._logits(model, images).argmax(1) == labels).sum() for images, labels in loader]
+        predict = partial(self._logits, model)
+        right = [(views.average(predict, images).argmax(1) == labels).sum() for images, labels in loader]
         return int(torch.stack(right).sum()) / len(loader.dataset)
 
     def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
