@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from distributed.config.optim import AdamW, AnyOptim, Sgd
+from distributed.config.optim import AdamW, AnyOptim, Muon, Sgd
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.differences import differing, error
 from distributed.optim.ema import WeightEMA
@@ -15,7 +15,11 @@ _OPTIMIZERS: dict[str, AnyOptim] = {
     "sgd": Sgd(),
     "sgd without momentum": Sgd(momentum=0.0, nesterov=False),
     "adamw": AdamW(decay_norm_and_bias=True),
+    "muon": Muon(),
 }
+_BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-12}
+_MUON_BOUND = 5e-3
+"""In float32, because Muon's orthogonal updates are computed in bfloat16."""
 
 
 def run(checks: Checks) -> None:
@@ -57,7 +61,8 @@ def _tensors_of(optimizer: Optimizer) -> dict[str, Tensor]:
 
 def _optimizer(checks: Checks, name: str) -> None:
     with checks.check(f"{name} is close to float64 on the CPU") as figures:
-        for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-12)):
+        for dtype, bound in _BOUNDS.items():
+            bound = _MUON_BOUND if name == "muon" and dtype == torch.float32 else bound
             for variant, skips in (("plain", [None] * 5), ("with skip", [0.0] * 5)):
                 found, _ = _updated(name, checks.device, dtype, list(skips))
                 expected, _ = _updated(name, torch.device("cpu"), torch.float64, [None] * 5)
