@@ -11,15 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from distributed.config import from_command_line
-from distributed.config.arguments import from_arguments
 from distributed.errors import ExitCode, prints_errors
-from distributed.experiments.catalogue import CATALOGUE, KINDS, Experiment, chosen
+from distributed.experiments.catalogue import CATALOGUE, KINDS, chosen
 from distributed.experiments.page import write_page
-from distributed.experiments.read_run import planned_arguments, read_result, setting_path
+from distributed.experiments.plan import PlannedRun, planned_run
+from distributed.experiments.read_run import read_result
 from distributed.experiments.records import check_results, merged, read_results, write_results
 from distributed.experiments.result import Result
 from distributed.experiments.summary import summary
@@ -28,19 +26,6 @@ from distributed.process import logs
 from distributed.process.optional_output import OptionalOutput, requested_output
 from distributed.process.streams import run_command
 from distributed.process.torchrun import torchrun_command
-from distributed.run.folder import RunFolder
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A run to train: its experiment, its folder, and the command line of `train`."""
-
-    experiment: Experiment
-    folder: RunFolder
-    arguments: list[str]
-
-    def result(self) -> Result | None:
-        return read_result(self.experiment, self.folder)
 
 
 @prints_errors
@@ -50,6 +35,7 @@ def main() -> int:
     Other settings, e.g. `--precision float32`, are passed to every run.
     """
     if sys.argv[1:2] == ["page"]:
+        argparse.ArgumentParser(prog="python -m distributed.experiments page").parse_args(sys.argv[2:])
         print(*write_page(), sep="\n")
         return ExitCode.FINISHED
     arguments, settings = _parser().parse_known_args()
@@ -59,9 +45,9 @@ def main() -> int:
     deadline = time.monotonic() + 60 * arguments.minutes if arguments.minutes else None
     check_results(arguments.out)  # before the runs, which take hours
     runs = [
-        _planned(experiment, seed, arguments.runs, settings)
+        planned_run(experiment, seed, arguments.runs, settings)
         for experiment in chosen(arguments.only)
-        for seed in arguments.seeds or experiment.seeds
+        for seed in dict.fromkeys(arguments.seeds or experiment.seeds)
     ]
     failed: int = ExitCode.FINISHED
     for run in runs:
@@ -99,21 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _planned(experiment: Experiment, seed: int, runs: Path, settings: Sequence[str]) -> _Run:
-    """Return a run, whose command line has been checked: torchrun would hide exit code 2.
-
-    Raises:
-        InputError: the settings are invalid, or the config does not exist.
-    """
-    folder = RunFolder(runs / f"{experiment.id}-{seed}")
-    given = from_arguments(settings).places  # a setting of the user replaces one of the catalogue
-    planned = [text for text in planned_arguments(experiment) if setting_path(text) not in given]
-    arguments = [*planned, "--seed", str(seed), "--run_dir", str(folder.path), *settings]
-    from_command_line(arguments)
-    return _Run(experiment, folder, arguments)
-
-
-def _train(run: _Run, processes: str, deadline: float | None) -> int:
+def _train(run: PlannedRun, processes: str, deadline: float | None) -> int:
     """Train a run and return its exit code."""
     before = run.folder.status()
     code = _torchrun(processes, run.arguments, deadline)
@@ -122,8 +94,8 @@ def _train(run: _Run, processes: str, deadline: float | None) -> int:
     return code
 
 
-def _results(runs: Sequence[_Run]) -> list[Result]:
-    return [result for run in runs if (result := run.result())]
+def _results(runs: Sequence[PlannedRun]) -> list[Result]:
+    return [result for run in runs if (result := read_result(run.experiment, run.folder))]
 
 
 def _torchrun(processes: str, arguments: Sequence[str], deadline: float | None) -> int:

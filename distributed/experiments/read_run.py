@@ -6,19 +6,14 @@ from typing import Any
 
 from distributed.config import TrainConfig, changes_experiment, differences, from_command_line, toml_value
 from distributed.experiments.catalogue import Experiment
+from distributed.experiments.plan import planned_arguments, setting_path
 from distributed.experiments.result import CurvePoint, Device, Machine, Result
 from distributed.host.cpu_quota import available_cpus
 from distributed.host.identity import host
-from distributed.host.shipped import shipped
 from distributed.run.folder import RunFolder
 from distributed.run.metrics_file import EpochRecord, SplitRecord
 from distributed.run.metrics_log import MetricsLog
 from distributed.run.records import AttemptRecord, read_attempts
-
-
-def planned_arguments(experiment: Experiment) -> list[str]:
-    """Return the command line of `train` that the catalogue describes, without the seed."""
-    return [str(shipped(experiment.config)), *experiment.settings]
 
 
 def read_result(experiment: Experiment, run: RunFolder) -> Result | None:
@@ -73,11 +68,6 @@ def _settings(experiment: Experiment, planned: TrainConfig, ran: TrainConfig) ->
     if planned.exact.shards == "auto" != ran.exact.shards:  # no difference, since the run might have resolved it
         texts["exact.shards"] = f"--exact.shards={ran.exact.shards}"
     return tuple(sorted(texts.values()))
-
-
-def setting_path(setting: str) -> str:
-    """Return the dotted path in `--PATH=VALUE`."""
-    return setting.removeprefix("--").partition("=")[0]
 
 
 def _has(tree: dict[str, Any], path: str) -> bool:

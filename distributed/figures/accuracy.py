@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from distributed.figures.style import COLOURS, as_png, figure
 
 _DASHES = {"test": "-", "validation": "--"}
+_MARKERS = ("", "o", "s")  # a second or third run of the same colour
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,11 @@ def accuracy_over_minutes(curves: Sequence[AccuracyCurve], *, title: str, descri
     with figure(9.0, 4.2) as (made, [axes]):
         for curve in curves:
             minutes, accuracies = zip(*curve.points, strict=True)
+            round_of_colours, colour = divmod(names.index(curve.name), len(COLOURS))
+            marker = _MARKERS[round_of_colours % len(_MARKERS)]
             axes.plot(
                 minutes, accuracies, label=f"{curve.name}, {curve.split}", linestyle=_DASHES[curve.split],
-                color=COLOURS[names.index(curve.name) % len(COLOURS)], marker="o" if len(minutes) == 1 else None,
+                color=COLOURS[colour], marker=marker or ("o" if len(minutes) == 1 else None),  # a single point has no line
             )  # fmt: skip
         axes.set_xscale("log")  # the shortest runs take a hundredth of the longest
         # The default formatter writes formulas, which figures do not parse.

@@ -41,7 +41,7 @@ python3 -m distributed.experiments --only I-10 I-50 A-10 S1-10 --minutes 6.5 \
 code=$?
 cd $D/runs || exit
 tar -czf $OUT/runs.tar.gz --exclude=checkpoints *
-last=$(ls -d I-50/checkpoints/step-* 2>/dev/null | tail -1)
+last=$(ls -d I-50-0/checkpoints/step-* 2>/dev/null | tail -1)
 [ -z "$last" ] || tar -czf $OUT/I-50_checkpoint.tar.gz $last
 exit $code
 """

@@ -9,7 +9,8 @@ from kit.results import CPU, GPU, curve_of, result_of
 from distributed.config import from_command_line
 from distributed.errors import InputError
 from distributed.experiments.catalogue import ABLATIONS, CATALOGUE, RECIPES, REFERENCES, Ablation, Experiment, chosen
-from distributed.experiments.read_run import planned_arguments, read_result, setting_path
+from distributed.experiments.plan import planned_arguments, planned_run, setting_path
+from distributed.experiments.read_run import read_result
 from distributed.experiments.records import merged, read_results, write_results
 from distributed.experiments.result import Result
 from distributed.experiments.summary import summary
@@ -39,6 +40,21 @@ def test_an_ablation_differs_from_its_base_in_its_change(ablation: Ablation) -> 
     assert set(ablation.settings) == {*base.settings, *ablation.changed}
     assert bool(ablation.changed) == (base is not ablation)
     assert "data.validation_fraction" in map(setting_path, base.settings)
+
+
+def test_a_setting_of_the_user_replaces_that_of_the_catalogue(tmp_path: Path) -> None:
+    experiment = Experiment(
+        id="flip", config="configs/cifar10.toml", settings=("--epochs=2", "--data.augment.flip=false")
+    )
+    run = planned_run(experiment, 3, tmp_path, ["--epochs", "1", "--precision=float32"])
+    config = from_command_line(run.arguments).config
+    assert (config.epochs, config.data.augment.flip, config.precision, config.seed) == (1, False, "float32", 3)
+    assert config.run_dir == run.folder.path == tmp_path / "flip-3"
+
+
+def test_a_config_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"config file .*configs/none.toml: No such file"):
+        planned_run(Experiment(id="none", config="configs/none.toml"), 0, tmp_path, [])
 
 
 def test_ids_are_unique_and_kinds_are_chosen_together() -> None:

@@ -58,7 +58,7 @@ def test_a_new_result_changes_the_page_and_its_picture(tmp_path):
         assert image.info["Description"] != first
 
 
-def test_a_recipe_has_mean_and_sample_deviation_over_complete_seeds():
+def test_mean_and_deviation_are_over_complete_seeds():
     runs = [
         result_of("cifar10_fast", seed=0, test=94.0, minutes=10.0),
         result_of("cifar10_fast", seed=1, test=94.4, minutes=12.0),
@@ -80,7 +80,7 @@ def test_runs_with_other_settings_are_not_on_the_page():
     assert ablations([shorter]) == ablations([])
 
 
-def test_every_recipe_has_a_row_on_each_kind_of_device_or_is_not_yet_run():
+def test_a_recipe_has_a_row_per_kind_of_device():
     runs = [result_of("improved_10"), result_of("improved_10", machine=GPU, test=80.0)]
     lines = [line for line in recipes(runs).splitlines() if line.startswith("| `")]
     assert len(lines) == len(RECIPES) + 1
@@ -136,7 +136,7 @@ def test_an_ablation_is_compared_with_its_base():
     ],
     ids=["missing", "other device", "other seed", "unfinished"],
 )
-def test_an_ablation_without_a_comparable_base_has_no_difference(base):
+def test_without_a_comparable_base_there_is_no_difference(base):
     change = changes()[0]
     runs = [*base, result_of(change.id, validation=92.0)]
     assert rows_of(ablations(runs))[change.change][3] == "-"
