@@ -107,9 +107,12 @@ ABLATIONS = (
         "cifar10_fast",
         shared=("--data.validation_fraction=0.1", "--epochs=6"),
         changes={
-            "random_flip": ("mirror at random in every epoch, not alternately", ("--data.augment.flip=true",)),
+            "random_flip": (
+                "each image mirrored at random in every epoch, not in turns",
+                ("--data.augment.flip=true",),
+            ),
             "no_shift_tta": ("no shifted views of test images", ("--evaluation.shift_tta=0",)),
-            "no_whitening": ("train the first layer, not whitened", ("--model.whitening=false",)),
+            "no_whitening": ("first layer trained, not whitened", ("--model.whitening=false",)),
         },
     ),
 )

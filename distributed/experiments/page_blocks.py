@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-from distributed.documents.markdown import listed, paragraph, table
-from distributed.experiments.catalogue import ABLATIONS, RECIPES, REFERENCES, Experiment, Kind, Recipe, Reference
+from distributed.documents.markdown import item, listed, paragraph, table
+from distributed.experiments.catalogue import ABLATIONS, RECIPES, REFERENCES, Kind, Recipe, Reference
 from distributed.experiments.pictures import FOLDER, pictures
 from distributed.experiments.result import Device, Result
 from distributed.experiments.selection import DEVICES, Comparison, as_planned, comparisons, spread
@@ -33,7 +33,7 @@ def _references(results: Results, device: Device) -> str:
         rows += [_reference_row(reference, result, reported) for result in found]
         if not found:
             rows.append([reference.id, "", "not yet run", "", "", reported, "", ""])
-    return f"{_measured(shown, 'reference')}\n\n{table(header, rows)}" if shown else "Not yet run."
+    return f"{paragraph(_measured(shown, 'reference'))}\n\n{table(header, rows)}" if shown else "Not yet run."
 
 
 def _reference_row(reference: Reference, result: Result, reported: str) -> list[str]:
@@ -55,8 +55,8 @@ def recipes(results: Results) -> str:
         shown += [result for runs in found for result in runs]
         rows += [_recipe_row(recipe, runs) for runs in found if runs]
         if not any(found):
-            rows.append([_config(recipe), "", "", "not yet run", "", per_cent(recipe.target), "", ""])
-    measured = f"{_measured(shown, 'recipe')}\n\n" if shown else ""
+            rows.append([f"`{recipe.id}`", "", "", "not yet run", "", per_cent(recipe.target), "", ""])
+    measured = f"{paragraph(_measured(shown, 'recipe'))}\n\n" if shown else ""
     return f"{measured}{table(header, rows)}"
 
 
@@ -73,7 +73,8 @@ def _recipe_row(recipe: Recipe, runs: Results) -> list[str]:
         for run in runs
     ]
     return [
-        _config(recipe), _subject(runs[0]), str(runs[0].of_epochs), test, ", ".join(seeds), per_cent(recipe.target),
+        f"[`{recipe.id}`](../{recipe.config})", _subject(runs[0]), str(runs[0].of_epochs), test, ", ".join(seeds),
+        per_cent(recipe.target),
         minutes(fmean(run.minutes for run in complete)) if complete else "-",
         f"{runs[0].machine.device}, {_distinct(map(mode, runs))}",
     ]  # fmt: skip
@@ -87,8 +88,8 @@ def ablations(results: Results) -> str:
         for device in DEVICES:
             found = list(comparisons(results, [a for a in ABLATIONS if a.config == config], device))
             if found:
-                measured = _measured([each.result for each in found], "ablation")
-                parts.append(f"{_link(config)}. {measured}\n\n{table(header, map(_ablation_row, found))}")
+                measured = f"{_link(config)}: {_measured([each.result for each in found], 'ablation')}"
+                parts.append(f"{paragraph(measured)}\n\n{table(header, map(_ablation_row, found))}")
     return "\n\n".join(parts) if parts else "Not yet run."
 
 
@@ -104,18 +105,18 @@ def _ablation_row(found: Comparison) -> list[str]:
 def did_not_help(results: Results) -> str:
     """Return a list of the ablations that do not raise the validation accuracy, the worst last."""
     found = [each for device in DEVICES for each in comparisons(results, ABLATIONS, device)]
-    compared = sorted((-each.difference, each.ablation.id, each) for each in found if each.difference is not None)
-    lines = [_did_not_help(each) for loss, _, each in compared if loss >= 0]
+    compared = [(each.difference, each) for each in found if each.difference is not None]
+    compared.sort(key=lambda pair: pair[0], reverse=True)
+    lines = [_did_not_help(each, difference) for difference, each in compared if difference <= 0]
     if not compared:
         return "No ablation has been run yet."
     return "\n".join(lines) if lines else "Every change above raised the validation accuracy."
 
 
-def _did_not_help(found: Comparison) -> str:
+def _did_not_help(found: Comparison, difference: float) -> str:
     change = f"{found.ablation.change} ({_code(found.ablation.changed)})"
     where = f"{_link(found.ablation.config)} on a {found.result.machine.kind.upper()}"
-    first, *rest = paragraph(f"- {change}: {_signed(found.difference or 0.0)} points, {where}").splitlines()
-    return "\n".join([first, *(f"  {line}" for line in rest)])
+    return item(f"{change}: {_signed(difference)} points, {where}")
 
 
 def curves(results: Results) -> str:
@@ -136,15 +137,11 @@ def _measured(results: Results, kind: Kind) -> str:
     dates = sorted({result.date for result in results})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     command = f"python -m distributed.experiments --only {kind} --data.root FOLDER"
-    return paragraph(f"{machines}; torch {torch}; {when}; `{command}` ([raw](../results/results.json)).")
+    return f"{machines}; torch {torch}; {when}; `{command}` ([raw](../results/results.json))."
 
 
 def _subject(result: Result) -> str:
     return f"{result.model}, {DATA_NAMES.get(result.data, result.data)}"
-
-
-def _config(experiment: Experiment) -> str:
-    return f"`{experiment.id}`"
 
 
 def _link(config: str) -> str:

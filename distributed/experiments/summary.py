@@ -10,15 +10,15 @@ DATA_NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 
 def summary(results: Iterable[Result]) -> str:
     """Return a table with a row per run."""
-    header = ["id", "seed", "network, data", "epochs", "validation", "test", "minutes", "on"]
+    header = ["id", "seed", "network, data", "epochs", "validation", "test", "minutes", "settings", "on"]
     return table(header, [_row(result) for result in results])
 
 
 def _row(result: Result) -> list[str]:
-    settings = f" {' '.join(result.settings)}" if result.settings else ""
     return [
-        result.id, str(result.seed), f"{result.model}, {result.data}{settings}", epochs(result),
-        per_cent(result.validation), per_cent(result.test), minutes(result.minutes), f"{result.machine.device}, {mode(result)}",
+        result.id, str(result.seed), f"{result.model}, {result.data}", epochs(result),
+        per_cent(result.validation), per_cent(result.test), minutes(result.minutes), " ".join(result.settings),
+        f"{result.machine.device}, {mode(result)}",
     ]  # fmt: skip
 
 

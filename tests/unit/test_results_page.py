@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from kit.results import GPU, curve_of, result_of
+from kit.results import CPU, GPU, curve_of, result_of
 from PIL import Image
 
 from distributed.documents.blocks import with_blocks
@@ -22,8 +22,9 @@ BASE = "cifar10_fast-base"
 
 
 def rows_of(block: str) -> dict[str, list[str]]:
+    """Return the cells of a table's rows, by the first one without its link."""
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines() if line.startswith("|")]
-    return {name: cells for name, *cells in table}
+    return {name.partition("](")[0].strip("[`"): cells for name, *cells in table}
 
 
 def test_the_page_has_the_figures_of_the_results():
@@ -47,7 +48,7 @@ def test_a_new_result_changes_the_page_and_its_picture(tmp_path):
     shutil.copy(RESULTS / "results.json", file)
     write_results([result_of("cifar10_fast", test=12.34, curve=curve_of(10.0, 12.34))], file)
     picture, page = write_page(tmp_path)
-    assert "| `cifar10_fast` |" in page.read_text()
+    assert "| [`cifar10_fast`](../configs/cifar10_fast.toml) |" in page.read_text()
     assert "| 12.34 % | 0: 12.34 |" in page.read_text()
     with Image.open(picture) as image:
         first, width = image.info["Description"], image.width
@@ -64,12 +65,12 @@ def test_mean_and_deviation_are_over_complete_seeds():
         result_of("cifar10_fast", seed=1, test=94.4, minutes=12.0),
         result_of("cifar10_fast", seed=2, test=50.0, minutes=1.0, epochs=3, of_epochs=10),
     ]
-    row = rows_of(recipes(runs))["`cifar10_fast`"]
+    row = rows_of(recipes(runs))["cifar10_fast"]
     assert row[2] == "94.20 ± 0.28 %"
     assert row[3] == "0: 94.00, 1: 94.40, 2: 50.00 after 3 epochs"
     assert row[5] == "11.0"
-    assert rows_of(recipes(runs[:1]))["`cifar10_fast`"][2] == "94.00 %"
-    assert rows_of(recipes(runs[2:]))["`cifar10_fast`"][2] == "-"
+    assert rows_of(recipes(runs[:1]))["cifar10_fast"][2] == "94.00 %"
+    assert rows_of(recipes(runs[2:]))["cifar10_fast"][2] == "-"
 
 
 def test_runs_with_other_settings_are_not_on_the_page():
@@ -82,13 +83,24 @@ def test_runs_with_other_settings_are_not_on_the_page():
 
 def test_a_recipe_has_a_row_per_kind_of_device():
     runs = [result_of("improved_10"), result_of("improved_10", machine=GPU, test=80.0)]
-    lines = [line for line in recipes(runs).splitlines() if line.startswith("| `")]
+    lines = [line for line in recipes(runs).splitlines() if line.startswith("|")][2:]
     assert len(lines) == len(RECIPES) + 1
     assert sum("not yet run" in line for line in lines) == len(RECIPES) - 1
     assert [("a CPU" in line, "a GPU" in line) for line in lines if "`improved_10`" in line] == [
         (True, False),
         (False, True),
     ]
+
+
+def test_lines_outside_tables_are_at_most_100_wide():
+    machine = GPU | {"device": "a card with the longest name that anyone has ever given to a card"}
+    runs = [
+        result_of(id, machine=each, validation=90.0, versions={"torch": version}, date=f"2026-11-2{number}")
+        for id in CATALOGUE
+        for number, (each, version) in enumerate([(CPU, "2.15.0"), (machine, "2.11.0+cu130")])
+    ]
+    lines = [line for block in BLOCKS.values() for line in block(runs).splitlines()]
+    assert [line for line in lines if len(line) > 100 and not line.startswith("|")] == []
 
 
 def test_references_are_shown_per_kind_of_device():
@@ -116,7 +128,7 @@ def test_an_ablation_is_compared_with_its_base():
         result_of(BASE, validation=91.0),
         result_of(better.id, validation=91.25),
         result_of(worse.id, validation=89.5),
-        result_of(same.id, validation=91.0),
+        result_of(same.id, validation=90.999),
     ]
     rows = rows_of(ablations(runs))
     assert rows["no change"][3] == ""
