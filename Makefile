@@ -96,7 +96,7 @@ gpu-check: $(READY)  ## check correctness and speed on this GPU in under 5 minut
 
 gpu-results: $(READY)  ## the references' eight results on one GPU that passed the check (or UNCHECKED=1); needs CIFAR_ROOT
 	$(if $(UNCHECKED),,$(BIN)/python -m distributed.gpu_pack passed $(GPU_CHECK)/gpu_check.jsonl)
-	$(BIN)/python -m distributed.experiments --data.root $(CIFAR_ROOT) --device cuda --out results/experiments_gpu
+	$(BIN)/python -m distributed.experiments --data.root $(CIFAR_ROOT) --device cuda --only reference
 
 gpu-check-dry: $(READY)  ## run gpu-pack's commands on this CPU, offline, with few packages; ARGS="--python OTHER"
 	$(call BUDGET,240) $(BIN)/python -m distributed.gpu_pack dry-run $(ARGS)

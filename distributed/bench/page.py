@@ -1,20 +1,15 @@
-"""`python -m distributed.bench page`: writes the figures of docs/benchmarks.md from the files in results/.
-
-The page has the words, and between two comments per block the figures, which this command replaces.
-"""
+"""`python -m distributed.bench page`: writes the figures of docs/benchmarks.md from the files in results/."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from distributed.bench.page_accuracy import accuracy
 from distributed.bench.page_blocks import exact_price, others, scaling, train_cpu, train_gpu
-from distributed.errors import InputError
+from distributed.documents.blocks import CHECKOUT, page_in, with_blocks
 from distributed.files import write_output
 
-CHECKOUT = Path(__file__).parents[2]
 Results = dict[str, Any]
 BLOCKS: dict[str, Callable[[dict[str, Results]], str]] = {
     "train_cpu": train_cpu,
@@ -24,7 +19,6 @@ BLOCKS: dict[str, Callable[[dict[str, Results]], str]] = {
     "scaling": scaling,
     "others": others,
 }
-_BLOCK = re.compile(r"(<!-- figures: (\w+), [^>]*-->\n).*?(\n<!-- end of figures -->)", re.DOTALL)
 
 
 def write_page(checkout: Path = CHECKOUT) -> Path:
@@ -33,9 +27,7 @@ def write_page(checkout: Path = CHECKOUT) -> Path:
     Raises:
         InputError: there is no such page, e.g. in an installed package.
     """
-    page = checkout / "docs" / "benchmarks.md"
-    if not page.is_file():
-        raise InputError(f"page: {page} does not exist; run this in a checkout")
+    page = page_in(checkout, "benchmarks.md")
     write_output(page, page_with_figures(page.read_text(), checkout / "results").encode())
     return page
 
@@ -46,8 +38,5 @@ def page_with_figures(page: str, results: Path) -> str:
     Raises:
         InputError: the page lacks a block, or has an unknown one.
     """
-    names = [found[1] for found in _BLOCK.findall(page)]
-    if sorted(names) != sorted(BLOCKS):
-        raise InputError(f"page: has the blocks {', '.join(names)}; should have {', '.join(BLOCKS)}, each once")
     content = {file.stem: json.loads(file.read_text()) for file in sorted(results.glob("bench_*.json"))}
-    return _BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]](content)}{found[3]}", page)
+    return with_blocks(page, BLOCKS, content)

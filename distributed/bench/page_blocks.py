@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distributed.bench import scaling_report
-from distributed.bench.markdown import listed, paragraph, table
 from distributed.bench.peers import PEERS
 from distributed.bench.training_speed import DEFAULT, PEER_NAMES
+from distributed.documents.markdown import listed, paragraph, table
 from distributed.errors import InputError
 
 Results = Mapping[str, Any]

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from distributed.bench import markdown
 from distributed.bench.scaling import (
     CHECK,
     COMPUTE,
@@ -19,6 +18,7 @@ from distributed.bench.scaling import (
     points_of,
 )  # fmt: skip
 from distributed.bench.scaling_model import BATCH, StepModel, residuals
+from distributed.documents import markdown
 
 PREDICTED_CORES = (2, 4, 8)
 BUSY = 0.03

@@ -1,1 +1,1 @@
-"""Reproduces the eight results of the two reference implementations."""
+"""The experiments behind every accuracy in the documents: references, recipes and ablations."""

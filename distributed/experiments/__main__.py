@@ -1,26 +1,31 @@
-"""`python -m distributed.experiments [--only I-10 ...]`: reproduce the eight results of the two reference implementations.
+"""`python -m distributed.experiments [--only ID ...] [--seeds 0 1 2]`: train the experiments of the catalogue.
+`python -m distributed.experiments page`: write the figures of docs/results.md from results/results.json.
 
-Each run is a plain torchrun of configs/seeds/ID.toml into RUNS/ID: a finished run is skipped, a stopped one resumes. After
-each run the results are merged into OUT.md and OUT.json, which keep the rows of runs on other machines.
+Each run is a plain torchrun into RUNS/ID-SEED: a finished run is skipped, a stopped one resumes. After each run its result is
+merged into the file OUT, which keeps the records of other runs and machines.
 """
 
 import argparse
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distributed.config import from_command_line
 from distributed.errors import ExitCode, prints_errors
-from distributed.experiments.results import CONFIGS, REFERENCES, read_results
-from distributed.experiments.table import check_table, format_table, merge, write_table
+from distributed.experiments.catalogue import CATALOGUE, KINDS, chosen
+from distributed.experiments.page import write_page
+from distributed.experiments.plan import PlannedRun, planned_run
+from distributed.experiments.read_run import read_result
+from distributed.experiments.records import check_results, merged, read_results, write_results
+from distributed.experiments.result import Result
+from distributed.experiments.summary import summary
 from distributed.files import home_path
 from distributed.process import logs
 from distributed.process.optional_output import OptionalOutput, requested_output
 from distributed.process.streams import run_command
 from distributed.process.torchrun import torchrun_command
-from distributed.run.folder import RunFolder
 
 
 @prints_errors
@@ -29,35 +34,49 @@ def main() -> int:
 
     Other settings, e.g. `--precision float32`, are passed to every run.
     """
+    if sys.argv[1:2] == ["page"]:
+        argparse.ArgumentParser(prog="python -m distributed.experiments page").parse_args(sys.argv[2:])
+        print(*write_page(), sep="\n")
+        return ExitCode.FINISHED
     arguments, settings = _parser().parse_known_args()
     if arguments.root:
         settings += ["--data.root", arguments.root]
     logs.terminal_logs(0, level="WARNING")
     deadline = time.monotonic() + 60 * arguments.minutes if arguments.minutes else None
+    check_results(arguments.out)  # before the runs, which take hours
+    runs = [
+        planned_run(experiment, seed, arguments.runs, settings)
+        for experiment in chosen(arguments.only)
+        for seed in dict.fromkeys(arguments.seeds or experiment.seeds)
+    ]
     failed: int = ExitCode.FINISHED
-    check_table(arguments.out)  # before the runs, which take hours
-    for name in arguments.only:
-        code = _run(RunFolder(arguments.runs / name), name, settings, arguments.nproc_per_node, deadline)
+    for run in runs:
+        code = _train(run, arguments.nproc_per_node, deadline)
         with OptionalOutput(arguments.out):  # interim results must not end the runs
-            write_table(read_results(arguments.runs), arguments.out)
+            write_results(_results([run]), arguments.out)
         if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED):
             return code
         failed = failed or code  # the next run may still succeed
-    results = read_results(arguments.runs)
-    print(format_table(merge(results, arguments.out)))
+    results = _results(runs)
+    names = {run.experiment.id for run in runs}
+    print(summary(record for record in merged(read_results(arguments.out), results) if record.id in names))
     with requested_output("--out", arguments.out):
-        write_table(results, arguments.out)
+        write_results(results, arguments.out)
     return failed
 
 
 def _parser() -> argparse.ArgumentParser:
-    names = list(REFERENCES)
+    names = [*KINDS, *CATALOGUE]
     parser = argparse.ArgumentParser(prog="python -m distributed.experiments", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="ID", help=", ".join(names))
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=list(KINDS), metavar="ID",
+        help=f"ids, or all of a kind; default: all. {', '.join(names)}",
+    )  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the catalogue")
     parser.add_argument("--data.root", dest="root", help="folder with the data sets")
     parser.add_argument("--runs", type=home_path, default=Path("runs/experiments"), help="folder of the run folders")
     parser.add_argument(
-        "--out", type=home_path, default=Path("results/experiments"), help="path of the table, without .md or .json"
+        "--out", type=home_path, default=Path("results/results.json"), help="file that results are merged into"
     )
     parser.add_argument("--nproc_per_node", default="1", help="number of processes, as for torchrun")
     parser.add_argument(
@@ -66,19 +85,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(run: RunFolder, name: str, settings: Sequence[str], processes: str, deadline: float | None) -> int:
-    """Run an experiment and return its exit code.
-
-    Raises:
-        InputError: the settings are invalid.
-    """
-    arguments = [str(CONFIGS / f"{name}.toml"), "--run_dir", str(run.path), *settings]
-    from_command_line(arguments)  # torchrun would hide exit code 2
-    before = run.status()
-    code = _torchrun(processes, arguments, deadline)
-    if code and (status := run.status()) != before:  # unchanged if the run was refused
+def _train(run: PlannedRun, processes: str, deadline: float | None) -> int:
+    """Train a run and return its exit code."""
+    before = run.folder.status()
+    code = _torchrun(processes, run.arguments, deadline)
+    if code and (status := run.folder.status()) != before:  # unchanged if the run was refused
         code = code if status.exit_code is None else status.exit_code
     return code
+
+
+def _results(runs: Sequence[PlannedRun]) -> list[Result]:
+    return [result for run in runs if (result := read_result(run.experiment, run.folder))]
 
 
 def _torchrun(processes: str, arguments: Sequence[str], deadline: float | None) -> int:

@@ -62,10 +62,14 @@ def figure(width: float, height: float, *, columns: int = 1) -> Iterator[tuple["
         yield made, list(made.subplots(1, columns, squeeze=False)[0])
 
 
-def as_png(made: "Figure") -> bytes:
-    """Return the figure as PNG on a white background."""
+def as_png(made: "Figure", *, description: str | None = None) -> bytes:
+    """Return the figure as PNG on a white background.
+
+    Args:
+        description: text for the file's metadata.
+    """
     file = io.BytesIO()
-    made.savefig(file, format="png", facecolor="white")
+    made.savefig(file, format="png", facecolor="white", metadata={"Description": description} if description else None)
     return file.getvalue()
 
 

@@ -37,11 +37,11 @@ exit $code
 _EXPERIMENTS = """\
 python3 -m distributed.gpu_pack unpack $D/cifar-a .cifar-b --to $D/data || exit
 python3 -m distributed.experiments --only I-10 I-50 A-10 S1-10 --minutes 6.5 \
---runs $D/runs --out $OUT/experiments_gpu --device ${CHECK_DEVICE:-cuda} ${CHECK_MORE:---data.root $D/data}
+--runs $D/runs --out $OUT/results.json --device ${CHECK_DEVICE:-cuda} ${CHECK_MORE:---data.root $D/data}
 code=$?
 cd $D/runs || exit
 tar -czf $OUT/runs.tar.gz --exclude=checkpoints *
-last=$(ls -d I-50/checkpoints/step-* 2>/dev/null | tail -1)
+last=$(ls -d I-50-0/checkpoints/step-* 2>/dev/null | tail -1)
 [ -z "$last" ] || tar -czf $OUT/I-50_checkpoint.tar.gz $last
 exit $code
 """

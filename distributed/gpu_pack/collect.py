@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed.errors import InputError
-from distributed.experiments.table import read_table, write_table
+from distributed.experiments.records import read_results, write_results
 from distributed.files import read_json, replace_json
 from distributed.gpu_check.steps import STEPS
 
@@ -54,12 +54,12 @@ def collect(source: Path, results: Path) -> list[Path]:
             written.append(Path(shutil.copyfile(source / name, results / name)))
     if (profile := source / "profile.txt").is_file() and profile.stat().st_size <= _MAX_PROFILE_BYTES:
         written.append(Path(shutil.copyfile(profile, results / "gpu_profile.txt")))
-    if (table := source / "experiments_gpu.json").is_file():
-        write_table(read_table(table), results / "experiments_gpu")
-        written += [results / "experiments_gpu.json", results / "experiments_gpu.md"]
+    if (returned := source / "results.json").is_file():
+        write_results(read_results(returned), results / "results.json")
+        written.append(results / "results.json")
     if not written:
         raise InputError(
-            f"{source}: contains no results: no gpu_check.jsonl, gpu_speed.json, bench_train_gpu.json or experiments_gpu.json"
+            f"{source}: contains no results: no gpu_check.jsonl, gpu_speed.json, bench_train_gpu.json or results.json"
         )
     return written
 

@@ -511,8 +511,8 @@ def test_commands_know_the_home_folder(command: str, tmp_path: Path) -> None:
     assert_outcome(call(command, "~/a", *more, HOME=str(tmp_path)), f"{tmp_path}/a")
 
 
-@pytest.mark.parametrize("out", ["/dev/null", "", "x" * 300, "/dev/null/table"])
-def test_a_table_of_experiments_that_cannot_be_written(out: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("out", ["/dev/null", "", "table", "x" * 300 + ".json", "/dev/null/table.json"])
+def test_a_file_of_results_that_cannot_be_written(out: str, tmp_path: Path) -> None:
     arguments = ("--only", "I-10", "--data.root", tmp_path, "--runs", tmp_path / "runs")
     assert_outcome(call("experiments.__main__", *arguments, "--out", out), "--out")
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2] / "distributed"
 LAYERS = [
     "name_clash errors rng",
     "host files",
-    "topology config",
+    "topology config documents",
     "process data.sources",
     "comm run optim",
     "data models figures",

@@ -1,78 +1,129 @@
-"""The table of experiments keeps the rows of runs on other machines."""
+"""The catalogue of experiments, and the file of results, which keeps the records of other runs and machines."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from kit.results import CPU, GPU, curve_of, result_of
 
+from distributed.config import from_command_line
 from distributed.errors import InputError
-from distributed.experiments.results import Result, read_results
-from distributed.experiments.table import format_table, read_table, write_table
+from distributed.experiments.catalogue import ABLATIONS, CATALOGUE, RECIPES, REFERENCES, Ablation, Experiment, chosen
+from distributed.experiments.plan import planned_arguments, planned_run, setting_path
+from distributed.experiments.read_run import read_result
+from distributed.experiments.records import merged, read_results, write_results
+from distributed.experiments.result import Result
+from distributed.experiments.summary import summary
+from distributed.run.folder import RunFolder
 
-FIRST = Result(
-    name="I-10", model="improved_alexnet", data="cifar10", epochs=10, of_epochs=10, ended_early=False, at_epoch=10,
-    train=84.4, validation=None, test=83.7, test_loss=0.48, minutes=4.2, attempts=1, processes="2", device="a CPU",
-    precision="bfloat16", exact_shards=8, versions={"torch": "2.11.0"}, date="2026-11-22",
-    command="python -m distributed.experiments --only I-10",
-)  # fmt: skip
-OTHER = replace(FIRST, name="A-10", device="a GPU", date="2026-11-26", versions={"torch": "2.14.1"})
+FIRST = result_of("I-10", curve=curve_of(70.0, 83.7))
 
 
 @pytest.fixture
-def out(tmp_path) -> Path:
-    write_table([FIRST], tmp_path / "folder" / "table")
-    return tmp_path / "folder" / "table"
+def file(tmp_path: Path) -> Path:
+    write_results([FIRST], tmp_path / "folder" / "results.json")
+    return tmp_path / "folder" / "results.json"
 
 
-def rows(out: Path) -> dict[str, dict]:
-    return {row["name"]: row for row in json.loads(out.with_suffix(".json").read_text())}
+@pytest.mark.parametrize("experiment", CATALOGUE.values(), ids=list(CATALOGUE))
+def test_every_experiment_can_be_run(experiment: Experiment) -> None:
+    arguments = planned_arguments(experiment)
+    if not Path(arguments[0]).is_file():
+        pytest.skip(f"{experiment.config} is not written yet")
+    assert from_command_line(arguments).config.seed == 0
 
 
-def test_rows_of_other_runs_are_kept(out):
-    merged = write_table([OTHER], out)
-    assert merged == [FIRST, OTHER]
-    assert {name: (row["device"], row["date"], row["versions"]) for name, row in rows(out).items()} == {
-        "I-10": ("a CPU", "2026-11-22", {"torch": "2.11.0"}),
-        "A-10": ("a GPU", "2026-11-26", {"torch": "2.14.1"}),
-    }
-    text = out.with_suffix(".md").read_text()
-    assert "| I-10 | improved_alexnet" in text
-    assert "| A-10 | improved_alexnet" in text
+@pytest.mark.parametrize("ablation", ABLATIONS, ids=lambda ablation: ablation.id)
+def test_an_ablation_differs_from_its_base_in_its_change(ablation: Ablation) -> None:
+    base = CATALOGUE[ablation.base]
+    assert (base.config, base.seeds) == (ablation.config, ablation.seeds)
+    assert set(ablation.settings) == {*base.settings, *ablation.changed}
+    assert bool(ablation.changed) == (base is not ablation)
+    assert "data.validation_fraction" in map(setting_path, base.settings)
 
 
-def test_missing_run_folders_do_not_erase_rows(out, tmp_path):
-    before = rows(out)
-    assert write_table(read_results(tmp_path / "no runs here"), out) == [FIRST]
-    assert rows(out) == before
+def test_a_setting_of_the_user_replaces_that_of_the_catalogue(tmp_path: Path) -> None:
+    experiment = Experiment(
+        id="flip", config="configs/cifar10.toml", settings=("--epochs=2", "--data.augment.flip=false")
+    )
+    run = planned_run(experiment, 3, tmp_path, ["--epochs", "1", "--precision=float32"])
+    config = from_command_line(run.arguments).config
+    assert (config.epochs, config.data.augment.flip, config.precision, config.seed) == (1, False, "float32", 3)
+    assert config.run_dir == run.folder.path == tmp_path / "flip-3"
 
 
-def test_a_table_is_read_back_unchanged(out):
-    assert read_table(out.with_suffix(".json")) == [FIRST]
+def test_a_config_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"config file .*configs/none.toml: No such file"):
+        planned_run(Experiment(id="none", config="configs/none.toml"), 0, tmp_path, [])
+
+
+def test_ids_are_unique_and_kinds_are_chosen_together() -> None:
+    assert len(CATALOGUE) == len(REFERENCES) + len(RECIPES) + len(ABLATIONS)
+    assert chosen(["reference"]) == [*REFERENCES]
+    assert chosen(["cifar10_fast", "I-50", "I-50"]) == [CATALOGUE["I-50"], CATALOGUE["cifar10_fast"]]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        result_of("I-50"),
+        result_of("I-10", seed=1),
+        result_of("I-10", machine=GPU),
+        result_of("I-10", settings=("--precision=float32",)),
+    ],
+    ids=["experiment", "seed", "device", "settings"],
+)
+def test_records_of_other_runs_are_kept(file: Path, other: Result) -> None:
+    assert len(write_results([other], file)) == 2
+    assert {record.key: record for record in read_results(file)} == {FIRST.key: FIRST, other.key: other}
+
+
+def test_results_are_read_back_unchanged(file: Path) -> None:
+    before = file.read_text()
+    assert read_results(file) == [FIRST]
+    write_results([], file)
+    assert file.read_text() == before
+    assert '{"epoch": 2, "minutes": 2.0, "train": 50.0, "validation": null, "test": 83.7}' in before
+
+
+def test_a_missing_run_does_not_erase_its_record(file: Path, tmp_path: Path) -> None:
+    assert read_result(CATALOGUE["I-10"], RunFolder(tmp_path / "no run here")) is None
+    assert write_results([], file) == [FIRST]
 
 
 @pytest.mark.parametrize(
     ("epochs", "ended_early", "replaces"),
     [(9, False, False), (10, False, True), (9, True, True), (1, False, False)],
 )
-def test_a_row_is_replaced_only_by_equal_progress(out, epochs, ended_early, replaces):
-    newer = replace(FIRST, epochs=epochs, ended_early=ended_early, device="a GPU", test=85.0)
-    write_table([newer], out)
-    assert rows(out)["I-10"]["device"] == ("a GPU" if replaces else "a CPU")
+def test_a_record_is_replaced_only_by_equal_progress(epochs: int, ended_early: bool, replaces: bool) -> None:
+    newer = result_of("I-10", epochs=epochs, of_epochs=10, ended_early=ended_early, machine=CPU | {"device": "newer"})
+    assert merged([FIRST], [newer]) == [newer if replaces else FIRST]
 
 
-def test_an_early_stopped_run_replaces_an_unfinished_one(out):
-    write_table([replace(FIRST, name="S1-10", epochs=300, of_epochs=400)], out)
-    write_table([replace(FIRST, name="S1-10", epochs=250, of_epochs=400, ended_early=True, device="a GPU")], out)
-    assert rows(out)["S1-10"]["device"] == "a GPU"
+def test_an_early_stopped_run_replaces_an_unfinished_one() -> None:
+    unfinished = result_of("S1-10", epochs=300, of_epochs=400)
+    ended = result_of("S1-10", epochs=250, of_epochs=400, ended_early=True)
+    assert merged([unfinished], [ended]) == [ended]
+    assert (unfinished.is_complete, ended.is_complete) == (False, True)
 
 
-@pytest.mark.parametrize("content", ["", "{}x", "5", '{"a": 1}', '[{"name": "I-10"}]', "[1]"])
-def test_a_file_that_is_not_a_table_is_refused_unchanged(out, content):
-    file = out.with_suffix(".json")
+def test_records_are_in_the_order_of_the_catalogue() -> None:
+    retired = result_of("I-10").model_copy(update={"id": "A-retired-ablation"})
+    ordered = [FIRST, result_of("I-50"), result_of("cifar10_fast"), result_of("cifar10_fast", seed=1), retired]
+    assert merged(ordered[::-1], []) == ordered
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}x", "5", '{"a": 1}', '[{"id": "I-10"}]', "[1]", "unsorted"],
+)
+def test_a_file_of_something_else_is_refused_unchanged(file: Path, content: str) -> None:
+    if content == "unsorted":
+        record = FIRST.model_dump(mode="json") | {"settings": ["--seed=1", "--epochs=2"]}
+        content = json.dumps([record])
     file.write_text(content)
-    with pytest.raises(InputError, match="not a table of experiments") as refused:
-        write_table([OTHER], out)
+    with pytest.raises(InputError, match="not a list of results") as refused:
+        write_results([FIRST], file)
     assert len(refused.value.lines) == 1
     assert file.read_text() == content
 
@@ -80,5 +131,5 @@ def test_a_file_that_is_not_a_table_is_refused_unchanged(out, content):
 @pytest.mark.parametrize(
     ("processes", "text"), [("1", "1 process,"), ("2", "2 processes,"), ("1 then 2", "1 then 2 processes,")]
 )
-def test_the_number_of_processes_is_formatted(processes, text):
-    assert f"| a CPU, {text} bfloat16, exact (8) |" in format_table([replace(FIRST, processes=processes)])
+def test_the_number_of_processes_is_formatted(processes: str, text: str) -> None:
+    assert f"| a CPU, {text} bfloat16, exact (8) |" in summary([result_of(processes=processes)])

@@ -242,14 +242,14 @@ def test_results_are_merged_with_those_of_earlier_rentals(tmp_path):
     assert steps[0]["checks"][0]["message"] == "AssertionError: 1 is not 2"
 
 
-def test_a_returned_table_is_merged(tmp_path):
+def test_returned_results_are_merged(tmp_path):
     source = tmp_path / "returned"
     source.mkdir()
-    rows = json.loads((ROOT / "results" / "experiments.json").read_text())
-    for row in rows[:2]:
-        (source / "experiments_gpu.json").write_text(json.dumps([row]))
-        collect.collect(source, tmp_path / "results")
-    assert json.loads((tmp_path / "results" / "experiments_gpu.json").read_text()) == rows[:2]
+    records = json.loads((ROOT / "results" / "results.json").read_text())
+    for record in records[:2]:
+        (source / "results.json").write_text(json.dumps([record]))
+        assert collect.collect(source, tmp_path / "results") == [tmp_path / "results" / "results.json"]
+    assert json.loads((tmp_path / "results" / "results.json").read_text()) == records[:2]
 
 
 def test_nothing_to_collect_fails_in_one_line(tmp_path):

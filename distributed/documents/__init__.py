@@ -1,0 +1,1 @@
+"""Pages of docs/ whose figures a command writes: their blocks, and pieces of Markdown. Imports no torch."""

@@ -1,0 +1,126 @@
+"""The catalogue: every experiment that the documents quote. Nothing is read here, so a listed config need not exist yet.
+
+To add an experiment, add a line to its table. Settings are written as on the command line.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+Kind = Literal["reference", "recipe", "ablation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A config with overrides, trained once per seed.
+
+    Args:
+        id: names its run folders and records.
+        config: path of a shipped config.
+        seeds: the seeds it is run with by default.
+    """
+
+    kind: ClassVar[Kind]
+    id: str
+    config: str
+    settings: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference(Experiment):
+    """A result of a reference implementation: the accuracies that it reports, in per cent."""
+
+    kind = "reference"
+    test: float
+    validation: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Experiment):
+    """A config of this project, and the test accuracy that it is meant to reach, in per cent."""
+
+    kind = "recipe"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    target: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation(Experiment):
+    """One change to a recipe.
+
+    Args:
+        change: what differs from the run `base`, in words.
+        changed: the settings among `settings` that differ from it.
+        base: id of the run without the change; its own id if this is that run.
+    """
+
+    kind = "ablation"
+    change: str
+    changed: tuple[str, ...]
+    base: str
+
+
+def _reference(id: str, *, test: float, validation: float | None = None) -> Reference:
+    return Reference(id=id, config=f"configs/seeds/{id}.toml", test=test, validation=validation)
+
+
+def _ablations(
+    recipe: str, *, shared: tuple[str, ...], changes: dict[str, tuple[str, tuple[str, ...]]]
+) -> list[Ablation]:
+    """Return the run without a change and one run per change, each with the settings `shared`.
+
+    Args:
+        changes: by name, the change in words and its settings.
+    """
+    base = f"{recipe}-base"
+    return [
+        Ablation(
+            id=f"{recipe}-{name}", config=f"configs/{recipe}.toml", settings=shared + changed, change=change,
+            changed=changed, base=base,
+        )
+        for name, (change, changed) in {"base": ("no change", ()), **changes}.items()
+    ]  # fmt: skip
+
+
+REFERENCES = (
+    _reference("I-10", test=79.46),
+    _reference("I-50", test=85.87),
+    _reference("A-10", test=68.80),
+    _reference("S1-10", test=78.7, validation=78.7),
+    _reference("S1-100", test=42.5, validation=41.3),
+    _reference("S2-10", test=75.4, validation=75.2),
+    _reference("S2-100", test=35.7, validation=35.4),
+    _reference("S3-10", test=79.6, validation=78.6),
+)
+
+RECIPES = (
+    Recipe(id="cifar10_fast", config="configs/cifar10_fast.toml", target=94.0),
+    Recipe(id="cifar10_best", config="configs/cifar10_best.toml"),
+    Recipe(id="cifar100_fast", config="configs/cifar100_fast.toml"),
+    Recipe(id="improved_10", config="configs/improved_alexnet_10.toml"),
+    Recipe(id="improved_50", config="configs/improved_alexnet_50.toml"),
+)
+
+# An ablation is compared on validation images and in few epochs, so that the test images choose nothing.
+ABLATIONS = (
+    *_ablations(
+        "cifar10_fast",
+        shared=("--data.validation_fraction=0.1", "--epochs=6"),
+        changes={
+            "random_flip": (
+                "each image mirrored at random in every epoch, not in turns",
+                ("--data.augment.flip=true",),
+            ),
+            "no_shift_tta": ("no shifted views of test images", ("--evaluation.shift_tta=0",)),
+            "no_whitening": ("first layer trained, not whitened", ("--model.whitening=false",)),
+        },
+    ),
+)
+
+CATALOGUE: dict[str, Experiment] = {found.id: found for found in (*REFERENCES, *RECIPES, *ABLATIONS)}
+KINDS: tuple[Kind, ...] = ("reference", "recipe", "ablation")
+
+
+def chosen(names: list[str]) -> list[Experiment]:
+    """Return the experiments with these ids or of these kinds, each once, in the order of the catalogue."""
+    return [found for found in CATALOGUE.values() if found.id in names or found.kind in names]
