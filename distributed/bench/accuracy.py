@@ -14,7 +14,6 @@ from pathlib import Path
 
 from distributed.bench.accuracy_results import FINAL, SIDES, Results, Run, Spread, summary
 from distributed.bench.machine import machine
-from distributed.bench.markdown import table
 from distributed.bench.options import Options
 from distributed.bench.peers import peer_python
 from distributed.bench.timm_settings import check, differences
@@ -23,6 +22,7 @@ from distributed.bench.workload import Workload, WorkloadFailedError
 from distributed.config import TrainConfig, from_command_line
 from distributed.config.data import CifarData
 from distributed.data.sources import registry
+from distributed.documents.markdown import table
 from distributed.errors import ExitCode
 from distributed.files import check_writable
 from distributed.process.optional_output import OptionalOutput, requested_output

@@ -5,7 +5,7 @@ from typing import Any
 
 from distributed.bench.accuracy import report
 from distributed.bench.accuracy_results import Run
-from distributed.bench.markdown import paragraph
+from distributed.documents.markdown import paragraph
 
 FILE = "bench_accuracy_cpu"
 
