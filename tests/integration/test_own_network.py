@@ -56,7 +56,7 @@ def alone(folder: Path, *arguments: object, more: tuple[str, ...] = ()) -> "subp
     )  # fmt: skip
 
 
-def test_a_resume_with_another_module_says_so_and_has_the_same_bits(run: Path, tmp_path: Path) -> None:
+def test_resuming_with_another_module_is_a_warning(run: Path, tmp_path: Path) -> None:
     """A comment is added to the module between two attempts: a warning, both digests on record."""
     module, resumed = tmp_path / f"{write_networks(tmp_path)}.py", tmp_path / "run"
     before = hashlib.sha256(module.read_bytes()).hexdigest()
