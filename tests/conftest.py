@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from kit import devices
 from kit.speed import slowness
+from kit.user_modules import importable
 
 # For this process and its children: idle threads must not take cores from processes that have work.
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
@@ -103,6 +104,16 @@ def log_messages() -> Iterator[list[str]]:
     handle = logger.add(lines.append, level="WARNING", format="{message}")
     yield lines
     logger.remove(handle)
+
+
+@pytest.fixture
+def own_data(tmp_path: Path) -> Iterator[None]:
+    """The module own_data with a user's arrays, which this process can import."""
+    from kit.arrays import write_module
+
+    write_module(tmp_path)
+    with importable(tmp_path):
+        yield
 
 
 @pytest.fixture

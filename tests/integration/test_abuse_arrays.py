@@ -1,14 +1,13 @@
 """Arrays that cannot be trained on, from files and from a user's function: one line each, nothing written."""
 
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from kit.abuse import assert_outcome, call, untouched
-from kit.arrays import arrays_of, write_arrays, write_module
+from kit.arrays import arrays_of, write_arrays
 
 SETTINGS = ("--device", "cpu", "--threads", 1, "--epochs", 1, "--data.validation_fraction", 0)
 
@@ -157,14 +156,6 @@ FUNCTIONS: dict[str, tuple[list[object], str]] = {
         ["own_data:changed", "--data.options.name", "test_labels", "--data.options.how", "huge"],
         "test_labels: label 1000000000002; labels should be less than 1,000,000"),
 }  # fmt: skip
-
-
-@pytest.fixture
-def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    write_module(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield
-    sys.modules.pop("own_data", None)
 
 
 @pytest.mark.parametrize("case", FUNCTIONS)

@@ -3,13 +3,13 @@
 import importlib.metadata
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from kit.abuse import Outcome, assert_outcome, call
 from kit.commands import ROOT, status
+from kit.user_modules import started_in
 
 SETTINGS = (
     ROOT / "configs/debug.toml", "--data.train_samples", 60, "--data.test_samples", 20, "--global_batch_size", 20,
@@ -99,16 +99,13 @@ LAST = SINKS[: SINKS.index("# LAST")].count("\n") + 1
 
 
 @pytest.fixture(autouse=True)
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def module(tmp_path: Path) -> Iterator[None]:
     """The sinks in own_sinks.py, in the folder where the command runs."""
     (tmp_path / "own_sinks.py").write_text(SINKS)
     (tmp_path / "broken_sinks.py").write_text("def")
     (tmp_path / "raises_sinks.py").write_text("\n1 / 0\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield tmp_path / "own_sinks.py"
-    for name in ("own_sinks", "broken_sinks", "raises_sinks"):
-        sys.modules.pop(name, None)
+    with started_in(tmp_path):
+        yield
 
 
 def train(run: Path, *sinks: str, more: tuple[object, ...] = ()) -> Outcome:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from kit.commands import ROOT, Command, assert_same_bits, attempts, kill, status, torchrun
+from kit.commands import ROOT, Command, alone, assert_same_bits, attempts, kill, status, torchrun
 
 SETTINGS = (
     "configs/debug.toml", "--epochs", 2, "--data.train_samples", 2500, "--checkpoint.every_steps", 5, "--device", "cpu",
@@ -97,7 +97,7 @@ def test_more_processes_than_shards_are_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_resume_with_another_number_of_shards_is_refused(undisturbed: Path, tmp_path: Path) -> None:
-    arguments = torchrun(1, *SETTINGS, "--exact.shards", 4, "--run_dir", undisturbed)
+    arguments = alone(*SETTINGS, "--exact.shards", 4, "--run_dir", undisturbed)
     with Command(arguments, output=tmp_path / "output") as command:
         assert command.wait() != 0
     assert "exact.shards = 4" in command.text

@@ -126,7 +126,7 @@ def test_slurm_trains_the_same(project: Project, trained: Path, cluster: Cluster
 
 def test_ray_trains_the_same(project: Project, trained: Path) -> None:
     with RayCluster(ray=project.venv / "bin/ray", **project.environment) as ray:
-        ray.set_nodes("n1", "n2")
+        ray.add("n1", cpus=2)
         text = project.run(printed("ray job submit"), **ray.environment)
     assert "succeeded" in text, text
     run = project.folder / "runs/ray"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kit.commands import Command, assert_same_bits, attempts, status, torchrun
+from kit.commands import Command, alone, assert_same_bits, attempts, status, torchrun
 from kit.hosts import Hosts, hosts_unavailable
 
 pytestmark = [
@@ -19,7 +19,7 @@ SETTINGS = ("configs/debug.toml", "--epochs", 8, "--checkpoint.every_steps", 5, 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    with Command(torchrun(1, *SETTINGS, "--run_dir", run), output=run.parent / "output") as command:
+    with Command(alone(*SETTINGS, "--run_dir", run), output=run.parent / "output") as command:
         assert command.wait() == 0, command.text
     return run
 

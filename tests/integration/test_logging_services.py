@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from kit.commands import Command, kill, metrics, status, torchrun
 from kit.mlflow_server import MlflowServer, free_port, history, only_run
+from kit.slow_sink import SLOW
 
 from distributed.metrics.wandb_file import rows_in
 
@@ -52,6 +53,15 @@ def training(run: Path, *arguments: object, ranks: int = 1, **more: str) -> Iter
         yield started
 
 
+def mlflow_at(server: MlflowServer, experiment: str) -> tuple[str, ...]:
+    return ("--logging.mlflow.tracking_uri", server.url, "--logging.mlflow.experiment", experiment)
+
+
+def steps_at(server: MlflowServer, experiment: str) -> list[int]:
+    """The steps that the server has, in order, of all runs of the experiment."""
+    return [step for step, _ in history(server.url, experiment, "train/lr")]
+
+
 def lines(run: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in metrics(run) if line["kind"] == kind]
 
@@ -72,71 +82,60 @@ def test_a_killed_run_is_one_run_there(server: MlflowServer, tmp_path: Path) -> 
     """Killed after it logged steps that no checkpoint has, then stopped, then finished: one run, each step once."""
     pytest.importorskip("wandb", reason="wandb is not installed")
     run = tmp_path / "run"
-    logging = ("--epochs", 40, "--logging.mlflow.tracking_uri", server.url, "--logging.wandb.mode", "offline")
     arguments = (
-        *logging,
-        "--checkpoint.every_steps",
-        7,
-        "--checkpoint.every_minutes",
-        0,
-        "--checkpoint.max_overhead",
-        1e-9,
+        *("--epochs", 12, *mlflow_at(server, "killed"), "--logging.wandb.mode", "offline"),
+        *("--checkpoint.every_steps", 7, "--checkpoint.every_minutes", 0, "--checkpoint.max_overhead", 1e-9),
     )
-    with training(run, *arguments, ranks=2) as command:
+    with training(run, *arguments, *SLOW, ranks=2) as command:
 
         def is_logged() -> bool:
             saved = status(run).get("saved_step", 0) if (run / "status.json").exists() else 0
-            return saved >= 7 and lines(run, "train")[-1]["step"] > saved and bool(_steps(server))
+            return saved >= 7 and lines(run, "train")[-1]["step"] > saved and bool(steps_at(server, "killed"))
 
-        command.wait_for(is_logged, what="a step in MLflow that is not saved")
+        command.wait_for(is_logged, what="a step in MLflow that is not saved", every=0.2)
         kill(*command.ranks(), command.process.pid)
-    before = _steps(server)
-    with training(run, *arguments, ranks=1) as command:
-        command.wait_for(lambda: len(_steps(server)) > len(before) + 10, what="more steps in MLflow")
-        assert only_run(server.url).info.status == "RUNNING"
+    before = steps_at(server, "killed")
+    with training(run, *arguments, *SLOW) as command:
+        command.wait_for(
+            lambda: len(steps_at(server, "killed")) > len(before) + 3, what="more steps in MLflow", every=0.2
+        )
+        assert only_run(server.url, "killed").info.status == "RUNNING"
         kill(command.ranks()[0], number=signal.SIGTERM)
         command.wait()
-    assert only_run(server.url).info.status == "KILLED"
+    assert only_run(server.url, "killed").info.status == "KILLED"
     with training(run, *arguments) as command:
         assert command.wait() == 0, command.text
-    assert only_run(server.url).info.status == "FINISHED"
+    assert only_run(server.url, "killed").info.status == "FINISHED"
     expected = [line["step"] for line in lines(run, "train")]
-    assert _steps(server) == expected
-    assert [value for _, value in history(server.url, "epoch")] == list(range(1, 41))
+    assert steps_at(server, "killed") == expected
+    assert [value for _, value in history(server.url, "killed", "epoch")] == list(range(1, 13))
     files = sorted(run.glob("wandb/offline-run-*/*.wandb"), key=os.path.getmtime)
     assert len({file.name for file in files}) == 1
     rows = [row for file in files for row in rows_in(file)]
     assert sorted(row["_step"] for row in rows if "train/loss" in row) == expected
-    assert Counter(row["epoch"] for row in rows if "epoch" in row) == Counter(range(1, 41))
+    assert Counter(row["epoch"] for row in rows if "epoch" in row) == Counter(range(1, 13))
     assert_no_secret(run)
 
 
-def _steps(server: MlflowServer) -> list[int]:
-    return [step for step, _ in history(server.url, "train/lr")]
-
-
-def test_a_server_killed_in_the_middle_gets_the_rest(tmp_path: Path) -> None:
-    for package in ("mlflow", "sqlalchemy"):
-        pytest.importorskip(package, reason=f"{package} is not installed")
+def test_a_server_killed_in_the_middle_gets_the_rest(server: MlflowServer, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with (
-        MlflowServer(tmp_path) as server,
-        training(run, "--epochs", 400, "--logging.mlflow.tracking_uri", server.url) as command,
-    ):
+    with training(run, "--epochs", 100, *mlflow_at(server, "outage"), *SLOW) as command:
         command.wait_for(lambda: (run / "metrics.jsonl").exists(), what="a line")
         command.wait_for(lambda: "MLflow: run " in command.text, what="the run in MLflow")
         server.kill()
         reached = status(run)["step"]
         command.wait_for(lambda: bool(warnings(run)), what="the warning")
-        command.wait_for(lambda: len(lines(run, "train")) > reached + 20, what="steps without the server")
+        command.wait_for(lambda: len(lines(run, "train")) > reached + 5, what="steps without the server")
         server.start()
-        command.wait_for(lambda: max(_steps(server), default=0) > reached + 20, what="steps after the outage")
+        command.wait_for(
+            lambda: max(steps_at(server, "outage"), default=0) > reached + 5, what="steps after the outage", every=0.2
+        )
         kill(command.ranks()[0], number=signal.SIGTERM)
         command.wait()
         assert status(run)["status"] == "stopped"
         assert len(warnings(run)) == 1
         assert "tried again" in warnings(run)[0]
-        assert _steps(server) == [line["step"] for line in lines(run, "train")]
+        assert steps_at(server, "outage") == [line["step"] for line in lines(run, "train")]
 
 
 def test_servers_that_do_not_answer_cost_one_warning(mute: str, tmp_path: Path) -> None:

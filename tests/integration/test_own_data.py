@@ -1,8 +1,6 @@
 """A user's own arrays: trained, killed, resumed on other ranks, then evaluated, predicted, exported and reported."""
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +8,7 @@ import pytest
 from kit.abuse import assert_outcome, call
 from kit.arrays import write_arrays, write_module
 from kit.commands import Command, assert_same_bits, attempts, final_tensors, kill, metrics, torchrun
-from kit.own_networks import write_networks
+from kit.user_modules import forget, started_in
 from PIL import Image
 
 pytestmark = pytest.mark.timeout(300)
@@ -19,7 +17,7 @@ SETTINGS = (
     "--schedule.name", "constant", "--data.augment.mixup", 0.2, "--precision", "float32", "--device", "cpu", "--threads", 1,
     "--checkpoint.every_steps", 2, "--exact.shards", 8, "--logging.every_steps", 1,
 )  # fmt: skip
-TRAINED = (*SETTINGS, "--data.root", "arrays", "--epochs", 4)
+TRAINED = (*SETTINGS, "--data.root", "arrays", "--epochs", 3)
 GREY = """\
 from torch import nn
 
@@ -36,29 +34,19 @@ def make(num_classes):
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with arrays of 14 x 18 grey pixels, a module with a network for them, and one with data."""
     folder = tmp_path_factory.mktemp("own")
-    write_arrays(folder / "arrays", (14, 18), train=240, test=40, classes=5)
+    write_arrays(folder / "arrays", (14, 18), train=160, test=40, classes=5)
     write_module(folder)
-    write_networks(folder)
     (folder / "grey.py").write_text(GREY)
     return folder
 
 
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Path:
-    """The run without a disturbance."""
-    with Command(torchrun(2, *TRAINED, "--run_dir", "run"), output=folder / "output", cwd=folder) as command:
-        assert command.wait() == 0, command.text[-3000:]
+    """The run on one process, without a disturbance."""
+    with started_in(folder):
+        found = call("train", *TRAINED, "--run_dir", "run")
+    assert found.code == 0, found.err
     return folder / "run"
-
-
-@pytest.fixture
-def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As if the commands of this process had been started in the folder by `python -m`."""
-    monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(folder)
-    yield
-    for name in ("grey", "own_data", "own_networks"):
-        sys.modules.pop(name, None)
 
 
 def saves(run: Path) -> int:
@@ -80,11 +68,11 @@ def test_killed_on_2_and_resumed_on_3_has_the_same_bits(folder: Path, run: Path)
 
 
 def test_a_resume_with_other_arrays_is_refused(folder: Path, run: Path, here: None, tmp_path: Path) -> None:
-    other = write_arrays(tmp_path / "other", (14, 18), train=240, test=40, classes=5)
+    other = write_arrays(tmp_path / "other", (14, 18), train=160, test=40, classes=5)
     images = np.load(other / "train_images.npy")
     images[0, 0, 0] ^= 1
     np.save(other / "train_images.npy", images)
-    found = call("train", *SETTINGS, "--data.root", other, "--epochs", 5, "--run_dir", run)
+    found = call("train", *SETTINGS, "--data.root", other, "--epochs", 4, "--run_dir", run)
     assert_outcome(found, "the digest of the training images is", "point --data.root at the files", lines=2)
 
 
@@ -123,7 +111,7 @@ def test_data_by_an_import_path_trains_a_built_in_network(folder: Path, here: No
     refused = call("evaluate", folder / "imported", "--data.root", folder / "arrays")
     assert_outcome(refused, "this run used data.name = own_data:arrays; leave it out")
     (folder / "own_data.py").unlink()
-    sys.modules.pop("own_data")
+    forget(folder)
     missing = call("evaluate", folder / "imported")
     assert_outcome(
         missing, "data.name = own_data:arrays: there is no module own_data; run the command in the folder of"

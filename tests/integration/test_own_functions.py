@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,34 +39,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(folder: Path, *arguments: object, ranks: int = 2) -> str:
-    with Command(torchrun(ranks, *arguments), output=folder / "output", cwd=folder) as command:
-        assert command.wait() == 0, command.text
-        return command.text
-
-
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Path:
-    text = train(folder, "own.toml", *SMALL, "--epochs", 2, "--run_dir", folder / "run")
-    assert ", brier 0." in text
+    """Two epochs on two processes, without a stop."""
+    arguments = ("own.toml", *SMALL, "--epochs", 2, "--run_dir", folder / "run")
+    with Command(torchrun(2, *arguments), output=folder / "output", cwd=folder) as command:
+        assert command.wait() == 0, command.text
+        assert ", brier 0." in command.text
     return folder / "run"
 
 
-@pytest.fixture
-def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As if the commands of this process had been started in the folder by `python -m`."""
-    monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(folder)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    yield
-    for name in ("net", "light", "scores", "own_functions"):
-        sys.modules.pop(name, None)
-
-
-def test_a_resumed_run_on_one_process_has_the_same_bits(folder: Path, run: Path) -> None:
+def test_a_resumed_run_on_one_process_has_the_same_bits(folder: Path, run: Path, here: None) -> None:
     for epochs in (1, 2):
-        train(folder, "own.toml", *SMALL, "--epochs", epochs, "--run_dir", folder / "resumed", ranks=1)
+        found = call("train", "own.toml", *SMALL, "--epochs", epochs, "--run_dir", folder / "resumed")
+        assert found.code == 0, found.err
     assert_same_bits(folder / "resumed", run)
     assert [line["test"] for line in metrics(folder / "resumed") if line["kind"] == "epoch"] == [
         line["test"] for line in metrics(run) if line["kind"] == "epoch"

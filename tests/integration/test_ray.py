@@ -8,8 +8,20 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from kit.abuse import call
 from kit.cluster import Cluster, slurm_unavailable, wait_for
-from kit.commands import ROOT, Command, assert_same_bits, attempts, final_tensors, kill, metrics, status, torchrun
+from kit.commands import (
+    ROOT,
+    Command,
+    alone,
+    assert_same_bits,
+    attempts,
+    final_tensors,
+    kill,
+    metrics,
+    status,
+    torchrun,
+)
 from kit.own_networks import write_networks
 from kit.ray_nodes import RayCluster
 
@@ -32,7 +44,7 @@ def cluster() -> Iterator[RayCluster]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process, without Ray."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    with Command(torchrun(1, *LONG, "--threads", 1, "--run_dir", run), output=run.parent / "output") as command:
+    with Command(alone(*LONG, "--threads", 1, "--run_dir", run), output=run.parent / "output") as command:
         assert command.wait(200) == 0, command.text
     return run
 
@@ -213,10 +225,8 @@ def test_a_sweep_trains_all_and_names_the_best(cluster: RayCluster, tmp_path: Pa
     random = ("--sweep.optim.lr", "log_uniform(1e-6, 0.1)", "--trials", 3, "--sweep.trial_seed", 4)
     arguments = (*SHORT, *random, "--run_dir", tmp_path / "sweep")
     tasks = [task_of([str(word) for word in arguments], index) for index in range(3)]
-    with Command(
-        [sys.executable, "-m", "distributed.train", *tasks[0].arguments], output=tmp_path / "slurm"
-    ) as command:
-        assert command.wait(200) == 0, command.text
+    first = call("train", *tasks[0].arguments)
+    assert first.code == 0, first.err
     with cluster.train(*arguments, "--scaling.num_workers", 1, output=tmp_path / "output") as command:
         assert command.wait(200) == 0, command.text
     names = [Path(task.arguments[-1]).name for task in tasks]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from kit.cluster import Cluster, slurm_unavailable, wait_for
-from kit.commands import ROOT, Command, assert_same_bits, attempts, status, torchrun
+from kit.commands import ROOT, Command, alone, assert_same_bits, attempts, status
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,7 +33,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process, without Slurm."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    with Command(torchrun(1, *LONG, "--threads", 1, "--run_dir", run), output=run.parent / "output") as command:
+    with Command(alone(*LONG, "--threads", 1, "--run_dir", run), output=run.parent / "output") as command:
         assert command.wait() == 0, command.text
     return run
 
@@ -128,7 +128,7 @@ def test_the_time_limit_requeues_with_the_same_bits(cluster: Cluster, tmp_path: 
     output = partial(output_of, tmp_path)
     try:
         wait_for(lambda: bool(attempts(run, "started")), seconds=90, description=output)
-        with Command(torchrun(1, LONG[0], *slow, "--threads", 1, "--run_dir", unlimited), output=tmp_path / "output"):
+        with Command(alone(LONG[0], *slow, "--threads", 1, "--run_dir", unlimited), output=tmp_path / "output"):
             wait_for(lambda: bool(stopped()), seconds=150, description=output)
             known = len(attempts(run, "started"))
             wait_for_attempt(run, count=known + 1, saves=5)  # 25 steps, so both runs have saved at one of them

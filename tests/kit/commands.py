@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,11 @@ def torchrun(
 ) -> list[str]:
     """Return `torchrun --nproc_per_node=RANKS OPTIONS -m MODULE ARGUMENTS`; by default, its rendezvous uses a free port."""
     return torchrun_command(ranks, module, [str(argument) for argument in arguments], options=options)
+
+
+def alone(*arguments: object) -> list[str]:
+    """Return `python -m distributed.train ARGUMENTS`: one process, without torchrun's."""
+    return [sys.executable, "-m", "distributed.train", *map(str, arguments)]
 
 
 class Command:
@@ -69,14 +75,16 @@ class Command:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {seconds} s:\n{self.text[-4000:]}") from None
 
-    def wait_for(self, condition: Callable[[], bool], *, seconds: float = 90, what: str = "condition") -> None:
-        """Poll until the condition holds or the command has ended."""
+    def wait_for(
+        self, condition: Callable[[], bool], *, seconds: float = 90, what: str = "condition", every: float = 0.02
+    ) -> None:
+        """Poll until the condition holds or the command has ended; a costly condition less often."""
         deadline = time.monotonic() + seconds * slowness()
         while not condition():
             if self.process.poll() is not None:
                 return
             assert time.monotonic() < deadline, f"timed out after {seconds} s waiting for {what}:\n{self.text[-4000:]}"
-            time.sleep(0.02)
+            time.sleep(every)
 
 
 def children_of(pid: int) -> list[int]:

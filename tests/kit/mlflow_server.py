@@ -66,21 +66,22 @@ class MlflowServer:
             return False
 
 
-def _runs(uri: str) -> tuple[Any, list[Any]]:
+def _runs(uri: str, experiment: str) -> tuple[Any, list[Any]]:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=uri)
-    return client, [run for e in client.search_experiments() for run in client.search_runs([e.experiment_id])]
+    found = client.get_experiment_by_name(experiment)
+    return client, client.search_runs([found.experiment_id]) if found else []
 
 
-def only_run(uri: str) -> Any:
-    """Return the only run of all experiments."""
-    _, (run,) = _runs(uri)
+def only_run(uri: str, experiment: str) -> Any:
+    """Return the only run of the experiment."""
+    _, (run,) = _runs(uri, experiment)
     return run
 
 
-def history(uri: str, name: str) -> list[tuple[int, float]]:
-    """Return (step, value) of a metric in all runs, in the order of steps."""
-    client, ids = _runs(uri)
-    points = [point for run in ids for point in client.get_metric_history(run.info.run_id, name)]
+def history(uri: str, experiment: str, name: str) -> list[tuple[int, float]]:
+    """Return (step, value) of a metric in all runs of the experiment, in the order of steps."""
+    client, runs = _runs(uri, experiment)
+    points = [point for run in runs for point in client.get_metric_history(run.info.run_id, name)]
     return sorted((point.step, point.value) for point in points)

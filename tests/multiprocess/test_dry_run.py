@@ -20,6 +20,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "fsdp, exact": {"engine": {"name": "fsdp"}, "exact": {"shards": 4}},
     **{f"stage {stage}": {"engine": {"name": "deepspeed", "zero_stage": stage}} for stage in (0, 1, 2, 3)},
 }
+FEW: dict[str, Any] = {"global_batch_size": 8, "data": {"train_samples": 20}}
 PARAMETERS = 907_210
 MIB = PARAMETERS * 4 / 2**20
 
@@ -27,7 +28,7 @@ MIB = PARAMETERS * 4 / 2**20
 @in_group
 def printed(run_dir: Path, settings: dict[str, Any]) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as text:
-        dry_run(small_config(run_dir, data={"train_samples": 60}, **settings))
+        dry_run(small_config(run_dir, **FEW, **settings))
     return text.getvalue()
 
 
@@ -59,7 +60,7 @@ def test_every_engine_can_be_tried(engine: str, tmp_path: Path) -> None:
 @in_group
 def ranks_in_step(run_dir: Path) -> int:
     with contextlib.redirect_stdout(io.StringIO()):
-        dry_run(small_config(run_dir, exact={"shards": 4}))
+        dry_run(small_config(run_dir, **FEW, exact={"shards": 4}))
     return collectives.world_size()
 
 

@@ -26,9 +26,10 @@ def run(folder: Path, name: str, loss: str, engine: str = "ddp", stop_after: int
         loss={"name": f"own_functions:{loss}"},
         engine={"name": engine},
         exact={"shards": SHARDS},
+        global_batch_size=12,
         evaluation={"metrics": [f"own_functions:{metric}" for metric in METRICS], "batch_size": 13},
         data={
-            "train_samples": 80,
+            "train_samples": 40,
             "validation_fraction": 0.2,
             "augment": {"function": "own_functions:brightness", "mixup": 0.4},
         },

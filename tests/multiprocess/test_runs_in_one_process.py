@@ -15,6 +15,7 @@ from kit.small_runs import FAST, Recorder, small_config
 from torch import Tensor, nn
 
 from distributed import EpochMetrics, TrainMetrics
+from distributed.errors import InputError
 from distributed.recipe import train
 
 RUNS, SETTLED = 10, 3
@@ -65,7 +66,8 @@ def ten_runs(folder: Path, settings: dict[str, Any]) -> list[Left]:
     before = left()
     found = []
     for run in range(RUNS):
-        train(small_config(folder / str(run), epochs=1, data={"train_samples": 48}, **settings))
+        few = {"train_samples": 16, "test_samples": 8}
+        train(small_config(folder / str(run), epochs=1, global_batch_size=8, data=few, **settings))
         found.append(settled(left, before.threads))
     return [before, *found]
 
@@ -169,18 +171,23 @@ def refusal(folder: Path, differs: str) -> str:
     named = type(f"Net{rank}", (Net,), {"__module__": "__main__"})
     try:
         train(small_config(folder), model=named if differs == "name" else Net(10))
-    except ValueError as error:
+    except InputError as error:
         return str(error)
     return "trained"
 
 
 @pytest.mark.parametrize(
-    ("differs", "message"),
+    ("differs", "message", "remedy"),
     [
-        ("weights", "model.name = __main__:Net: rank 1 built another network than rank 0, with another conv.weight"),
-        ("name", "config: rank 1 has different settings from rank 0"),
+        (
+            "weights",
+            "model.name = __main__:Net: rank 1 built another network than rank 0, with another conv.weight",
+            "call torch.manual_seed before a module is built",
+        ),
+        ("name", "config: rank 1 has different settings from rank 0", "start every node with the same command"),
     ],
 )
-def test_ranks_with_other_objects_are_named(differs: str, message: str, tmp_path: Path) -> None:
+def test_ranks_with_other_objects_are_named(differs: str, message: str, remedy: str, tmp_path: Path) -> None:
     for found in run_ranks(refusal, 2, tmp_path / "run", differs):
         assert found.startswith(message)
+        assert remedy in found

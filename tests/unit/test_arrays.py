@@ -1,14 +1,12 @@
 """Arrays as a data set: mapped, of any size and one or three channels, and known by their fingerprints."""
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from kit.arrays import arrays_of, write_arrays, write_module
+from kit.arrays import arrays_of, write_arrays
 from torch import Tensor
 
 from distributed.config import load_config
@@ -26,14 +24,6 @@ from distributed.inference.trained_run import resize
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return write_arrays(tmp_path / "arrays")
-
-
-@pytest.fixture
-def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    write_module(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield
-    sys.modules.pop("own_data", None)
 
 
 def pipeline(data: ArraysData | ImportedData, *, rank: int = 0, ranks: int = 1, **format: Any) -> DataPipeline:

@@ -1,9 +1,9 @@
 """Objects given to `train`: how the config names them, and a line for each argument of a wrong type."""
 
 import functools
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from kit.own_networks import write_networks
 from kit.small_runs import Recorder, StopAfter, small_config
+from kit.user_modules import importable
 from torch import nn
 
 from distributed.config import TrainConfig, load_config
@@ -20,13 +21,10 @@ from distributed.host.importable import check_module
 
 
 @pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def own(tmp_path: Path) -> Iterator[Any]:
     write_networks(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    import own_networks
-
-    yield own_networks
-    sys.modules.pop("own_networks", None)
+    with importable(tmp_path):
+        yield import_module("own_networks")
 
 
 def in_script(code: str, name: str) -> Any:

@@ -1,7 +1,6 @@
 """Networks by import path: their weights, the generators, and a line for everything that a factory can do wrong."""
 
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from kit.own_networks import NETWORKS, write_networks
+from kit.user_modules import importable
 from torch import Tensor, nn
 
 from distributed.config.models import ImportedModel
@@ -21,14 +21,12 @@ IMAGES, KEYS = torch.zeros(2, 3, 32, 32), torch.zeros(2, 2, dtype=torch.int64)
 
 
 @pytest.fixture(autouse=True)
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def module(tmp_path: Path) -> Iterator[None]:
     write_networks(tmp_path)
     (tmp_path / "imports_nothing.py").write_text("\nimport nothing_of_this_name\n")
     (tmp_path / "bad_syntax.py").write_text("x = 1\ndef f(:\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    yield
-    for name in ("own_networks", "imports_nothing", "bad_syntax"):
-        sys.modules.pop(name, None)
+    with importable(tmp_path):
+        yield
 
 
 def build(factory: str, *, seed: int = 0, **options: object) -> nn.Module:

@@ -1,7 +1,6 @@
 """Losses, augmentations and metrics by import path: what they compute, and a line for everything that they can do wrong."""
 
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from kit.configs import mistakes
 from kit.own_functions import write_functions
 from kit.small_runs import FAST, Recorder, small_config
+from kit.user_modules import importable
 from loguru import logger
 from torch import Tensor
 
@@ -29,11 +29,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def module(tmp_path: Path) -> Iterator[None]:
     write_functions(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield
-    sys.modules.pop("own_functions", None)
+    with importable(tmp_path):
+        yield
 
 
 def config_of(tmp_path: Path, **settings: object) -> TrainConfig:

@@ -242,6 +242,12 @@ def test_a_wrong_network_is_one_line(case: str, tmp_path: Path) -> None:
     assert not (tmp_path / "run/config.toml").exists()
 
 
+def test_a_path_is_not_an_object(tmp_path: Path) -> None:
+    message = "train(): model = own:Net: should be a function or class called as model(num_classes=N)"
+    assert wrong(tmp_path, "own:Net").startswith(message)
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_object_does_not_resume_the_run(tmp_path: Path) -> None:
     train(config_of(tmp_path, epochs=1), model=Net)
     with pytest.raises(InputError, match=r"model\.name = __main__:Other: this run was started with __main__:Net"):
