@@ -15,9 +15,9 @@ def _paths(tree: dict, prefix: str = "") -> set[str]:
 
 
 def _all_paths() -> set[str]:
-    variants = [["--schedule.name", name] for name in ("constant", "cosine", "one_cycle", "plateau")]
+    variants = [["--schedule.name", name] for name in ("constant", "cosine", "linear", "one_cycle", "plateau")]
     variants += [["--data.name", "generated10"], ["--data.name", "image_folder"], ["--early_stopping.patience", "3"]]
-    variants += [["--optim.name", "adamw"]]
+    variants += [["--optim.name", "adamw"], ["--optim.name", "muon"], ["--model.name", "fast_alexnet"]]
     variants += [["--engine.name", "fsdp"], ["--engine.name", "deepspeed"], ["--scaling.num_workers", "3"]]
     variants += [["--logging.wandb.mode", "offline"], ["--logging.mlflow.name", "x"]]
     variants += [["--model.name", "package.module:factory"], ["--data.name", "package.module:function"]]
