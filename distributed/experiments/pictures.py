@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from distributed.experiments.catalogue import RECIPES, REFERENCES
+from distributed.experiments.catalogue import ABLATIONS, RECIPES, REFERENCES
 from distributed.experiments.result import Result
 from distributed.experiments.selection import DEVICES, as_planned
 from distributed.experiments.summary import DATA_NAMES
@@ -36,7 +36,8 @@ def pictures(results: Sequence[Result]) -> list[Picture]:
     """Return a picture per data set and kind of device on which a run recorded its curve."""
     found = []
     for device in DEVICES:
-        planned = [run for each in (*REFERENCES, *RECIPES) for run in as_planned(results, each, device)[:1]]
+        bases = [ablation for ablation in ABLATIONS if not ablation.changed]
+        planned = [run for each in (*REFERENCES, *RECIPES, *bases) for run in as_planned(results, each, device)[:1]]
         for data, data_name in DATA_NAMES.items():
             curves = tuple(curve for run in planned if run.data == data for curve in _curves(run))
             if curves:
@@ -46,9 +47,9 @@ def pictures(results: Sequence[Result]) -> list[Picture]:
 
 
 def _curves(run: Result) -> Iterator[AccuracyCurve]:
-    """Yield the curves of a run on the splits that it measured."""
+    """Yield the curves of a run on the splits that it measured after several epochs."""
     for split in ("test", "validation"):
         values = [(point.minutes, getattr(point, split)) for point in run.curve or ()]
         points = tuple((minutes, accuracy) for minutes, accuracy in values if accuracy is not None)
-        if points:
+        if len(points) > 1:
             yield AccuracyCurve(run.id, split, points)

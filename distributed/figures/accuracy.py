@@ -32,7 +32,7 @@ def accuracy_over_minutes(curves: Sequence[AccuracyCurve], *, title: str, descri
             marker = _MARKERS[round_of_colours % len(_MARKERS)]
             axes.plot(
                 minutes, accuracies, label=f"{curve.name}, {curve.split}", linestyle=_DASHES[curve.split],
-                color=COLOURS[colour], marker=marker or ("o" if len(minutes) == 1 else None),  # a single point has no line
+                color=COLOURS[colour], marker=marker or None,
             )  # fmt: skip
         axes.set_xscale("log")  # the shortest runs take a hundredth of the longest
         # The default formatter writes formulas, which figures do not parse.
