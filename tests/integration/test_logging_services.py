@@ -83,7 +83,7 @@ def test_a_killed_run_is_one_run_there(server: MlflowServer, tmp_path: Path) -> 
     pytest.importorskip("wandb", reason="wandb is not installed")
     run = tmp_path / "run"
     arguments = (
-        *("--epochs", 12, *mlflow_at(server, "killed"), "--logging.wandb.mode", "offline"),
+        *("--epochs", 24, *mlflow_at(server, "killed"), "--logging.wandb.mode", "offline"),
         *("--checkpoint.every_steps", 7, "--checkpoint.every_minutes", 0, "--checkpoint.max_overhead", 1e-9),
     )
     with training(run, *arguments, *SLOW, ranks=2) as command:
@@ -108,12 +108,12 @@ def test_a_killed_run_is_one_run_there(server: MlflowServer, tmp_path: Path) -> 
     assert only_run(server.url, "killed").info.status == "FINISHED"
     expected = [line["step"] for line in lines(run, "train")]
     assert steps_at(server, "killed") == expected
-    assert [value for _, value in history(server.url, "killed", "epoch")] == list(range(1, 13))
+    assert [value for _, value in history(server.url, "killed", "epoch")] == list(range(1, 25))
     files = sorted(run.glob("wandb/offline-run-*/*.wandb"), key=os.path.getmtime)
     assert len({file.name for file in files}) == 1
     rows = [row for file in files for row in rows_in(file)]
     assert sorted(row["_step"] for row in rows if "train/loss" in row) == expected
-    assert Counter(row["epoch"] for row in rows if "epoch" in row) == Counter(range(1, 13))
+    assert Counter(row["epoch"] for row in rows if "epoch" in row) == Counter(range(1, 25))
     assert_no_secret(run)
 
 
