@@ -66,12 +66,13 @@ class ExactEngine:
                 self._plain, layers=layers, shards=shards, low=low, reshard_after_forward=reshard
             )
         gather = open_all_gather(compute.device, timeout_seconds=timeout) if world_size() > 1 else None
+        trained = {name: p for name, p in self._plain.named_parameters() if p.requires_grad}
         self._reducer = GradientReducer(
-            [p for p in self._plain.parameters() if p.requires_grad],
+            list(trained.values()),
             shards=shards,
             bucket_bytes=config.bucket_mib * 2**20 if isinstance(config, Ddp) else 2**20,
             open_bucket_reduce=BucketReduceOpener(timeout_seconds=timeout),
-            local=list(self._sharded.local.values()) if self._sharded else None,
+            local=[self._sharded.local[name] for name in trained] if self._sharded else None,
         )
         # Sharded weights are gathered on the first shard's stream, and other streams would not wait for it.
         self._executor = ShardExecutor(

@@ -66,7 +66,7 @@ def ten_runs(folder: Path, settings: dict[str, Any]) -> list[Left]:
     before = left()
     found = []
     for run in range(RUNS):
-        few = {"train_samples": 16, "test_samples": 8}
+        few = {"train_samples": 16, "test_samples": 10}
         train(small_config(folder / str(run), epochs=1, global_batch_size=8, data=few, **settings))
         found.append(settled(left, before.threads))
     return [before, *found]
