@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Tag
+from pydantic import BeforeValidator, Discriminator, PlainValidator, Tag
 from pydantic_core import PydanticCustomError
 
 from distributed.config.networks import ImportPath, Options, is_import_path
@@ -28,6 +28,13 @@ def _function_path(value: Any) -> Any:
     raise PydanticCustomError("import_path", "should be an import path, package.module:function, e.g. net:erase")
 
 
+def _flip(value: Any) -> Any:
+    """Return how to mirror images; refuse any other value."""
+    if type(value) is bool or value == "alternating":
+        return value
+    raise PydanticCustomError("flip", "should be true, false or alternating")
+
+
 class Augment(Section):
     crop: int = setting(
         4, "pixels of padding around the image before a random crop back to its size; 0: no crop", ge=0, le=512
@@ -35,7 +42,7 @@ class Augment(Section):
     crop_padding: Literal["zero", "reflect"] = setting(
         "zero", "what is around the image before the crop: black, or its own mirrored border"
     )
-    flip: bool | Literal["alternating"] = setting(
+    flip: Annotated[bool | Literal["alternating"], PlainValidator(_flip)] = setting(
         True, "mirror each training image with probability 1/2; alternating: in every other epoch, in which half of the images "
         "first is random"
     )  # fmt: skip

@@ -68,7 +68,7 @@ VALUES: list[tuple[str, str, str]] = [
     ("data.augment.crop", "513", "less than or equal to 512"),
     ("data.classes", "1", "greater than or equal to 2"),
     ("data.options", "3", "is a table"),
-    ("data.augment.flip", "maybe", "'alternating'"),
+    ("data.augment.flip", "maybe", "should be true, false or alternating"),
     ("data.augment.crop_padding", "edge", "'zero' or 'reflect'"),
     ("data.augment.mixup", "2", "less than or equal to 1"),
     ("data.augment.cutmix", "nan", "finite number"),
