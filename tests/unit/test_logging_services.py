@@ -112,17 +112,17 @@ def test_mlflow_continues_the_same_run(tmp_path):
     config = mlflow_config(tmp_path / "run")
     uri = str(config.logging.mlflow.tracking_uri)
     train(config, stop=StopAfter(3))
-    run = only_run(uri)
+    run = only_run(uri, "tests")
     assert (run.info.status, run.data.tags["distributed.status"]) == ("KILLED", "stopped")
     train(config.model_copy(update={"threads": 2}))  # an operational setting, which MLflow would refuse to change
-    run = only_run(uri)
+    run = only_run(uri, "tests")
     assert (run.info.status, run.info.run_name) == ("FINISHED", "a run")
     assert run.data.params["threads"] == "1"
     assert run.data.params["optim.lr"] == "0.01"
     assert run.data.params.keys() == parameters_of(config).keys()
-    assert history(uri, "train/loss") == [(line["step"], line["loss"]) for line in _lines(config, "train")]
+    assert history(uri, "tests", "train/loss") == [(line["step"], line["loss"]) for line in _lines(config, "train")]
     epochs = [(line["step"], line["validation"]["accuracy"]) for line in _lines(config, "epoch")]
-    assert history(uri, "validation/accuracy") == epochs
+    assert history(uri, "tests", "validation/accuracy") == epochs
 
 
 def test_the_identity_is_in_every_checkpoint(tmp_path):
