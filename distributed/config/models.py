@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Tag, TypeAdapter
 from pydantic_core import PydanticCustomError
 
-from distributed.config.networks import ALEXNETS, FAST_ALEXNET, FactoryOptions, ImportPath, is_import_path
+from distributed.config.networks import ALEXNETS, BUILT_IN, FactoryOptions, ImportPath, is_import_path
 from distributed.config.schema import Section, setting
 from distributed.host.importable import check_module
 
@@ -101,7 +101,7 @@ def _model_variant(section: Any) -> str | None:
     if not isinstance(section, dict | BuiltInModel | ImportedModel):
         return None
     name = section.get("name", ALEXNETS[0]) if isinstance(section, dict) else section.name
-    if name in ALEXNETS or name == FAST_ALEXNET:
+    if name in BUILT_IN:
         return "alexnets" if name in ALEXNETS else "fast_alexnet"
     return "imported" if is_import_path(name) else f"unknown name {name}"
 

@@ -10,8 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, PlainValidator
 from pydantic_core import PydanticCustomError
 
 ALEXNETS = ("alexnet", "improved_alexnet", "cifar_alexnet", "cifar_alexnet_bn")
-FAST_ALEXNET = "fast_alexnet"
-BUILT_IN = (*ALEXNETS, FAST_ALEXNET)
+BUILT_IN = (*ALEXNETS, "fast_alexnet")
 _EXAMPLE = "e.g. torchvision.models:resnet18, or net:make for the function make in ./net.py"
 
 _MAX_BYTES = 200  # the default run folder is named after the factory

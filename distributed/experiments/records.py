@@ -1,4 +1,4 @@
-"""The file of all results: one record per run, of which those of other runs and machines are kept. Imports no torch."""
+"""The file of all results, one record per run. A write keeps the records of other runs and machines. Imports no torch."""
 
 import json
 import re

@@ -60,8 +60,8 @@ class Constant(_Stateless):
 
 
 @dataclass
-class Cosine(_Stateless):
-    """Linear warm-up, then cosine decay from `peak` to `final` (Loshchilov and Hutter 2017, arXiv 1608.03983)."""
+class _Warmed(_Stateless):
+    """Linear warm-up to `peak`, then a decay to `final`."""
 
     peak: float
     total_steps: int
@@ -71,23 +71,27 @@ class Cosine(_Stateless):
     def lr(self, step: int) -> float:
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
-        return _half_cosine(self.peak, self.final, step - self.warmup_steps, self.total_steps - self.warmup_steps - 1)
+        return self._decayed(step - self.warmup_steps, self.total_steps - self.warmup_steps)
+
+    def _decayed(self, step: int, steps: int) -> float:
+        """Return the rate of step number `step` of the decay, which has `steps`."""
+        raise NotImplementedError
 
 
 @dataclass
-class Linear(_Stateless):
+class Cosine(_Warmed):
+    """Linear warm-up, then cosine decay from `peak` to `final` (Loshchilov and Hutter 2017, arXiv 1608.03983)."""
+
+    def _decayed(self, step: int, steps: int) -> float:
+        return _half_cosine(self.peak, self.final, step, steps - 1)
+
+
+@dataclass
+class Linear(_Warmed):
     """Linear warm-up, then linear decay from `peak` to `final`, which it would reach one step after the last."""
 
-    peak: float
-    total_steps: int
-    warmup_steps: int = 0
-    final: float = 0.0
-
-    def lr(self, step: int) -> float:
-        if step < self.warmup_steps:
-            return self.peak * (step + 1) / self.warmup_steps
-        passed = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
-        return self.peak + (self.final - self.peak) * min(1.0, passed)
+    def _decayed(self, step: int, steps: int) -> float:
+        return self.peak + (self.final - self.peak) * min(1.0, step / steps)
 
 
 @dataclass

@@ -24,7 +24,7 @@ def result_of(id: str = "I-10", **values: Any) -> Result:
 
 
 def curve_of(*tests: float, minutes: float = 1.0) -> tuple[CurvePoint, ...]:
-    """Return a curve of these test accuracies, one per epoch of so many minutes."""
+    """Return a curve of these test accuracies, one per epoch; each epoch takes `minutes`."""
     return tuple(
         CurvePoint(epoch=epoch, minutes=minutes * epoch, train=50.0, validation=None, test=test)
         for epoch, test in enumerate(tests, start=1)
