@@ -78,7 +78,6 @@ class _Warmed(_Stateless):
         raise NotImplementedError
 
 
-@dataclass
 class Cosine(_Warmed):
     """Linear warm-up, then cosine decay from `peak` to `final` (Loshchilov and Hutter 2017, arXiv 1608.03983)."""
 
@@ -86,7 +85,6 @@ class Cosine(_Warmed):
         return _half_cosine(self.peak, self.final, step, steps - 1)
 
 
-@dataclass
 class Linear(_Warmed):
     """Linear warm-up, then linear decay from `peak` to `final`, which it would reach one step after the last."""
 
