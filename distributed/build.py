@@ -37,10 +37,13 @@ def build_data(
 
     Args:
         given: the arrays that Python code gave for the import path in the config.
+
+    Raises:
+        InputError: the data cannot be read, its images are too small for a setting, or there are too many ranks.
     """
     config.check_world_size(topology.world_size, device.type)
     registry.fetch_missing(config.data)
-    return DataPipeline(
+    data = DataPipeline(
         config.data,
         Batching(
             seed=config.seed,
@@ -59,6 +62,10 @@ def build_data(
         side=config.decoded_side,
         given=given,
     )
+    height, width = data.raw_images(1).shape[1:3]
+    if conflicts := config.size_conflicts(height, width):
+        raise InputError(*conflicts)
+    return data
 
 
 def read_data(config: TrainConfig) -> DataPipeline:

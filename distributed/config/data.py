@@ -97,6 +97,11 @@ class _Data(Section):
         """The name in the default run folder."""
         return self.name.rpartition(":")[2]
 
+    @property
+    def image_side(self) -> int | None:
+        """Height and width of the images in pixels, if the data set fixes them."""
+        return None
+
     def conflicts(self) -> list[str]:
         """Return one line per conflict within the section."""
         return []
@@ -133,6 +138,10 @@ class CifarData(_Data):
         (), "mirrors of an official archive, tried in turn; only with download; []: the official server"
     )
 
+    @property
+    def image_side(self) -> int:
+        return CIFAR_SIDE
+
     def conflicts(self) -> list[str]:
         if self.urls and not self.download:
             return ["data.urls has no effect without data.download: set data.download = true or remove data.urls"]
@@ -143,6 +152,10 @@ class GeneratedData(_Data):
     name: Literal["generated10", "generated100"] = setting("generated10", "procedural images in CIFAR's format")
     train_samples: int = setting(50_000, "number of training images, including validation", ge=10, le=1_000_000)
     test_samples: int = setting(10_000, "number of test images", ge=10, le=1_000_000)
+
+    @property
+    def image_side(self) -> int:
+        return CIFAR_SIDE
 
     @property
     def num_classes(self) -> int:

@@ -11,6 +11,7 @@ from distributed.config.data import CifarData, DataSection, ImageFolderData, Imp
 from distributed.config.engines import AnyEngine, Ddp, compile_conflicts
 from distributed.config.functions import AnyLoss, ImportedLoss, Loss, metric_name
 from distributed.config.grad_checkpointing import GradCheckpointing
+from distributed.config.image_size import size_conflicts
 from distributed.config.models import AnyModel, BuiltInModel, ImportedModel, Model
 from distributed.config.optim import AnyOptim, Sgd
 from distributed.config.scaling import Scaling
@@ -191,9 +192,15 @@ class TrainConfig(Section):
             return ["precision = tf32 needs CUDA, but device = cpu: set precision = float32, or device = cuda"]
         return []
 
+    def size_conflicts(self, height: int, width: int) -> list[str]:
+        """Return one line, with its remedy, for each setting that images of this size in pixels are too small for."""
+        return size_conflicts(self.data.augment, self.evaluation, height, width, resized_side=self.resized_side)
+
     def _side_conflicts(self) -> list[str]:
-        if not isinstance(self.data, ImageFolderData) or self.model.input_side:
-            return []
+        if side := self.decoded_side or self.data.image_side:
+            return self.size_conflicts(side, side)
+        if not isinstance(self.data, ImageFolderData):
+            return []  # known once the images are read
         return [
             f"model.name = {self.model.name} needs model.input_side, since image files have any size: set it to the height and "
             "width in pixels that the network takes, e.g. model.input_side = 224"

@@ -114,6 +114,14 @@ def test_all_errors_are_reported_together(root: Path, tmp_path: Path) -> None:
         (["--data.options.n", 9], "data.options.n = 9: belongs to data.name = package.module:function"),
         (["--data.name", "array"], "data.name = array: should be one of"),
         (["--data.name", "own_data.py:arrays"], "did you mean own_data:arrays?"),
+        (
+            ["--evaluation.shift_tta", 12],
+            "evaluation.shift_tta = 12 is too much for images of 12 x 12 pixels: set it to 11",
+        ),
+        (
+            ["--data.augment.crop", 12, "--data.augment.crop_padding", "reflect"],
+            "data.augment.crop = 12 with crop_padding = reflect is too much for images of 12 x 12 pixels: set it to 11",
+        ),
         (["--model.input_side", 64], "model.input_side = 64: belongs to model.name = package.module:factory"),
     ],
 )

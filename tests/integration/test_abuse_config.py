@@ -307,6 +307,14 @@ WORDS: dict[str, tuple[list[str], str]] = {
     "a trailing dot": (["--optim.", "3"], "unknown setting"),
     "momentum missing": (["--optim.momentum", "0"], "optim.nesterov = true needs momentum"),
     "scaling without base": (["--optim.lr_scaling", "sqrt"], "needs optim.lr_base_batch"),
+    "a reflected crop of the image's size": (
+        ["--data.augment.crop", "32", "--data.augment.crop_padding", "reflect"],
+        "data.augment.crop = 32 with crop_padding = reflect is too much for images of 32 x 32 pixels: set it to 31 or less",
+    ),
+    "views shifted by the image's size": (
+        ["--data.name", "image_folder", "--evaluation.shift_tta", "32"],
+        "evaluation.shift_tta = 32 is too much for images of 32 x 32 pixels: set it to 31 or less",
+    ),
     "checkpointing in exact mode": (
         ["--grad_checkpointing.enabled", "--exact.shards", "8"],
         "grad_checkpointing.enabled = true cannot be combined with exact.shards = 8",
