@@ -312,7 +312,7 @@ WORDS: dict[str, tuple[list[str], str]] = {
         "data.augment.crop = 32 with crop_padding = reflect is too much for images of 32 x 32 pixels: set it to 31 or less",
     ),
     "views shifted by the image's size": (
-        ["--data.name", "image_folder", "--evaluation.shift_tta", "32"],
+        ["--evaluation.shift_tta", "32"],
         "evaluation.shift_tta = 32 is too much for images of 32 x 32 pixels: set it to 31 or less",
     ),
     "checkpointing in exact mode": (
