@@ -64,9 +64,9 @@ class Muon(_Optim):
         "and the last layer"
     )  # fmt: skip
     lr: float = setting(
-        0.2, "learning rate of the orthogonal updates, at lr_base_batch if lr_scaling is set", gt=0, le=100
+        0.05, "learning rate of the orthogonal updates, at lr_base_batch if lr_scaling is set", gt=0, le=100
     )
-    momentum: float = setting(0.6, "Nesterov momentum of the orthogonal updates", ge=0, lt=1)
+    momentum: float = setting(0.9, "Nesterov momentum of the orthogonal updates", ge=0, lt=1)
     weight_decay: float = setting(0.1, "each step subtracts lr * weight_decay * weight", ge=0, le=1)
     adamw_lr: float = setting(5e-3, "learning rate of AdamW; follows the schedule in proportion to lr", gt=0, le=100)
     beta1: float = setting(0.9, "AdamW's decay rate of the gradient's moving average", ge=0, lt=1)

@@ -22,6 +22,7 @@ from distributed.engine.prepare import Compute
 from distributed.engine.protocol import Engine
 from distributed.models import alexnet
 from distributed.models.convert_dropout import convert_dropout
+from distributed.models.fast_alexnet import FastAlexNet
 from distributed.topology import Topology
 from distributed.training.losses import build_losses
 from distributed.training.step_function import build_step
@@ -134,6 +135,8 @@ def copied(engine: Engine) -> dict[str, Tensor]:
 def initial_model(network: str) -> nn.Module:
     """Return the network with torch's random weights from a fixed seed, which are faster to create than the project's."""
     torch.manual_seed(0)
+    if network == "fast_alexnet":
+        return FastAlexNet(10, widths=(64, 256, 256), whitening=True)
     return convert_dropout(getattr(alexnet, network)(10, 0.5))
 
 

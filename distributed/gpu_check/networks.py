@@ -14,7 +14,7 @@ from distributed.gpu_check.network_runs import Run, Trajectory, config_of, initi
 from distributed.topology import Topology
 from distributed.training.determinism import make_deterministic
 
-_NETWORKS = ("improved_alexnet", "cifar_alexnet", "cifar_alexnet_bn", "alexnet")
+_NETWORKS = ("improved_alexnet", "cifar_alexnet", "fast_alexnet", "cifar_alexnet_bn", "alexnet")
 _BOUNDS = {"float64": (1e-9, 1e-8), "float32": (5e-6, 1e-3), "bfloat16": (1e-2, 5e-2), "float16": (2e-3, 1e-2)}
 """Bounds on the relative errors of loss and gradient norm in the first step; ten times as large in the second."""
 _EVERYTHING = (
@@ -28,7 +28,7 @@ def run(checks: Checks) -> None:
     """Check fast mode with all networks and precisions, then all options together, exact mode and compiled models."""
     device = choose_device(checks.device.type, Topology())
     make_deterministic(device, precision="float32")
-    for network in _NETWORKS[:2] if checks.tiny else _NETWORKS:  # the others are too slow on a CPU
+    for network in _NETWORKS[:3] if checks.tiny else _NETWORKS:  # the others are too slow on a CPU
         _network(checks, device, network)
     _everything(checks, device)
     _exact(checks, device)
