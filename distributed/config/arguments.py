@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any, get_args
 
 from distributed.config.hints import known, unknown
-from distributed.config.layers import MAX_DEPTH, Settings, Tree, is_deep, shown, text_settings
+from distributed.config.layers import MAX_DEPTH, Settings, Tree, is_deep, settings_without_none, shown, text_settings
 from distributed.config.leaves import leaves, table_around
 
 
@@ -89,10 +89,10 @@ def _put(tree: Tree, path: str, value: Any) -> None:
 
 def _value(path: str, text: str) -> Any:
     """Return the text as TOML would read it (`0.05`, `true`, `[1, 2]`), None for `none`, else the text itself."""
+    if text.lower() == "none" and path not in settings_without_none():
+        return None
     if path in text_settings():
         return text
-    if text.lower() == "none":
-        return None
     if re.fullmatch(r"[+-]?(\d+\.|\.\d+)([eE][+-]?\d+)?", text):
         return float(text)  # `.05` and `5.`, which TOML does not accept
     try:

@@ -86,6 +86,11 @@ def text_settings() -> frozenset[str]:
     return frozenset(leaf.path for leaf in leaves() if leaf.takes_text)
 
 
+def settings_without_none() -> frozenset[str]:
+    """Return the dotted paths of settings in which the word none is text like any other."""
+    return frozenset(leaf.path for leaf in leaves() if not leaf.takes_none)
+
+
 def shown(value: Any) -> str:
     """Return a value as it is shown in a message: on one line and not too long."""
     if isinstance(value, bool):

@@ -43,6 +43,11 @@ class Leaf:
         )
 
     @property
+    def takes_none(self) -> bool:
+        """Whether the word none stands for no value. Where it does not, it is text like any other."""
+        return type(None) in get_args(self.annotation) or not self.takes_text
+
+    @property
     def choices(self) -> str:
         """The type for --help: `int`, `true | false`, `sgd | adamw`."""
         if get_origin(self.annotation) is Literal:

@@ -5,7 +5,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from distributed.config.layers import MAX_DEPTH, Settings, Tree, dotted_paths, is_deep, shown, text_settings
+from distributed.config.layers import MAX_DEPTH, Settings, Tree, dotted_paths, is_deep, settings_without_none, shown
 from distributed.config.named import config_file
 from distributed.config.renamed import RENAMED, upgraded
 from distributed.errors import InputError
@@ -67,14 +67,14 @@ def _parsed(path: Path, name: str) -> tuple[str, Tree]:
 
 
 def _with_none(tree: Tree, prefix: str = "") -> Tree:
-    """Replace the word none by None, which TOML lacks, except in settings that may hold any text."""
+    """Replace the word none by None, which TOML lacks, except in settings where it is text."""
     result: Tree = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
         if isinstance(value, dict):
             result[key] = _with_none(value, f"{path}.")
         else:
-            result[key] = None if value == "none" and path not in text_settings() else value
+            result[key] = None if value == "none" and path not in settings_without_none() else value
     return result
 
 

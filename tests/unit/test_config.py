@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -251,6 +252,21 @@ def test_download_counts_as_naming_the_data(arguments):
 def test_the_cache_folder_is_a_path_or_none():
     for text, expected in (("/somewhere", Path("/somewhere")), ("none", None)):
         assert config_of("--data.name", "image_folder", "--data.cache", text).data.cache == expected
+
+
+OPTIONAL = {
+    "init_from": "weights", "data.augment.function": "net:erase", "checkpoint.upload_to": "s3://a/b",
+    "logging.wandb.entity": "team", "logging.mlflow.tracking_uri": "sqlite:///x", "engine.compression": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", OPTIONAL)
+def test_none_removes_the_value_of_a_file(path, write):
+    project = 'logging.wandb.project = "p"\n' if "wandb" in path else ""
+    base = write(f'{project}{path} = "{OPTIONAL[path]}"\n', "base.toml")
+    assert attrgetter(path)(config_of(str(base))) is not None
+    assert attrgetter(path)(config_of(str(base), f"--{path}", "none")) is None
+    assert attrgetter(path)(config_of(str(write(f'extends = "base.toml"\n{path} = "none"\n')))) is None
 
 
 def test_the_config_and_the_command_do_not_import_torch():
