@@ -35,11 +35,11 @@ train: $(READY)  ## train on CIFAR-10 in CIFAR_ROOT (or ./data), or on generated
 
 # Tests on real CIFAR read CIFAR_ROOT and are skipped without it.
 test: $(READY)  ## unit tests, tests on two ranks, core integration tests, bit-identical resume after kills
-	@echo "make test: under 10 minutes on two cores. make test-all adds everything else and takes about 30."
+	@echo "make test: under 10 minutes on two cores. make test-all adds everything else and takes about 40."
 	$(call summarized,$(CORE))
 
 test-all: $(READY)  ## every test, a real Ray and Slurm, hostile inputs, lint, types and the oldest torch
-	@echo "make test-all: about 30 minutes on two cores"
+	@echo "make test-all: about 40 minutes on two cores"
 	$(MAKE) --no-print-directory lint
 	$(call summarized,$(SUITES) test-oldest dry-newest)
 	$(MAKE) --no-print-directory dry-oldest
