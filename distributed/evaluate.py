@@ -23,6 +23,7 @@ from distributed.inference.saved_run import (
     read_class_names,
     read_config,
     read_content,
+    warn_about_changes,
     with_data_root,
 )
 from distributed.process import gc_pause
@@ -118,6 +119,8 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     make_deterministic(device, precision=config.precision)
     check_complete(checkpoint)
     content = read_content(checkpoint)
+    if topology.is_main:
+        warn_about_changes(content, config.import_paths)
     # Before the process group, because decoding may take long, and importing a network may fail.
     data = build_data(config, topology, device)
     functions = build_functions(config, topology, data, device)

@@ -101,7 +101,9 @@ def _predict(
     from distributed.data.sources.image_file import read_image
     from distributed.data.sources.image_size import TooLarge
     from distributed.inference.trained_run import load_checkpoint
+    from distributed.process import logs
 
+    logs.terminal_logs(0, level="WARNING")
     trained = load_checkpoint(config, checkpoint)
     pixels = []
     for path in paths:  # one at a time: an image may be large, and its resized pixels are few

@@ -56,8 +56,9 @@ class TrainConfig(Section):
         "randomly",
     )
     cuda_graphs: bool = operational(
-        True, "on one GPU, replay training steps as CUDA graphs: bit-identical, several times faster at small batches"
-    )
+        True, "on one GPU, replay training steps as CUDA graphs: bit-identical, several times faster at small batches; never "
+        "with grad_checkpointing"
+    )  # fmt: skip
     compile: bool = setting(False, "compile the model with torch.compile; in fast mode only")
     grad_checkpointing: GradCheckpointing = setting(GradCheckpointing(), "less memory for activations")
     loss: AnyLoss = setting(Loss(), "the loss")

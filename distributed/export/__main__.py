@@ -66,7 +66,9 @@ def _export(config: "TrainConfig", checkpoint: Path, names: list[str], out: Path
         from distributed.inference.trained_run import load_checkpoint
     from distributed.export.formats import FORMATS
     from distributed.export.parity import largest_difference, reference
+    from distributed.process import logs
 
+    logs.terminal_logs(0, level="WARNING")
     trained = load_checkpoint(config, checkpoint)
     expected = reference(trained, _data_or_none(config))
     metadata = _metadata(trained)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from distributed.errors import InputError
 
@@ -45,6 +45,30 @@ def module_files(import_paths: Mapping[str, str]) -> dict[str, ModuleFile]:
         with suppress(OSError):  # e.g. in a zip archive
             if file := check_module(path, setting):
                 found[setting] = ModuleFile(str(file), hashlib.sha256(file.read_bytes()).hexdigest())
+    return found
+
+
+class ChangedModule(NamedTuple):
+    """The file of a module, or its setting if it has none, and the first digits of its digests: recorded, and now."""
+
+    name: str
+    before: str
+    now: str
+
+
+def changed_modules(recorded: Any, now: Mapping[str, ModuleFile]) -> list[ChangedModule]:
+    """Return the modules whose files differ from those that a checkpoint records.
+
+    Args:
+        recorded: as JSON; older versions recorded none.
+        now: the result of `module_files`.
+    """
+    found = []
+    for setting, module in now.items():
+        saved = recorded.get(setting) if isinstance(recorded, dict) else None
+        before = saved.get("sha256") if isinstance(saved, dict) else None
+        if isinstance(before, str) and before != module.sha256:
+            found.append(ChangedModule(module.file or setting, before[:12], module.sha256[:12]))
     return found
 
 

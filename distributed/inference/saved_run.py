@@ -1,8 +1,11 @@
 """Reads a run folder: its config, a checkpoint, the class names and normalization saved there. Imports no torch."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from loguru import logger
 
 from distributed.config import TrainConfig, read_saved, with_values
 from distributed.config.data import CIFAR_SIDE
@@ -10,6 +13,7 @@ from distributed.config.layers import shown
 from distributed.data.sources import registry
 from distributed.errors import InputError
 from distributed.files import read_object
+from distributed.host.importable import changed_modules, module_files
 from distributed.run.checkpoint_layout import STATE, check_format, committed_names, damage_of, is_committed, preferred
 from distributed.run.folder import RunFolder
 
@@ -111,6 +115,19 @@ def read_content(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint}/state.json: classes or normalization from another version; name another with --checkpoint"
         )
     return content
+
+
+def warn_about_changes(content: dict[str, Any], import_paths: Mapping[str, str]) -> None:
+    """Warn about modules whose files differ from those of the training run.
+
+    Args:
+        content: that of the checkpoint's state.json.
+        import_paths: those in use, by setting.
+    """
+    for module in changed_modules(content.get("modules"), module_files(import_paths)):
+        logger.warning(
+            "{}: sha256 {} in training, {} now; if more than comments changed, the results may differ", *module
+        )
 
 
 def read_class_names(content: dict[str, Any], config: TrainConfig) -> list[str]:

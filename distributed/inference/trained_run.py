@@ -25,6 +25,7 @@ from distributed.inference.saved_run import (
     read_content,
     read_image_size,
     read_normalization,
+    warn_about_changes,
     with_data_root,
     without_download,
 )
@@ -180,6 +181,8 @@ def load_checkpoint(
             raise InputError(f"load(): model was given, but the run has model.name = {config.model.name}; leave it out")
     check_complete(checkpoint)
     content = read_content(checkpoint)
+    if model is None:
+        warn_about_changes(content, {name: path for name, path in config.import_paths.items() if name == "model.name"})
     class_names = read_class_names(content, config)
     network = build_model(config.model, num_classes=len(class_names), seed=config.seed, given=model)
     try:

@@ -24,6 +24,7 @@ from distributed.inference.saved_run import (
     read_class_names,
     read_content,
     read_normalization,
+    warn_about_changes,
 )
 from distributed.topology import Topology
 from distributed.training.determinism import make_deterministic
@@ -107,6 +108,7 @@ class Analysis:
         """
         check_complete(checkpoint)
         content = read_content(checkpoint)
+        warn_about_changes(content, self.config.import_paths)
         check_evaluated(content, self.config, self.data, "test")
         engine = build_engine(self.config, self.topology, self.data, self.device)
         try:

@@ -56,8 +56,8 @@ def alone(folder: Path, *arguments: object, more: tuple[str, ...] = ()) -> "subp
     )  # fmt: skip
 
 
-def test_resuming_with_another_module_is_a_warning(run: Path, tmp_path: Path) -> None:
-    """A comment is added to the module between two attempts: a warning, both digests on record."""
+def test_a_changed_module_is_a_warning(run: Path, tmp_path: Path) -> None:
+    """A comment is added to the module between two attempts, and before its results are used: both digests are named."""
     module, resumed = tmp_path / f"{write_networks(tmp_path)}.py", tmp_path / "run"
     before = hashlib.sha256(module.read_bytes()).hexdigest()
     arguments = (*SMALL, *OWN, "--run_dir", resumed)
@@ -76,7 +76,16 @@ def test_resuming_with_another_module_is_a_warning(run: Path, tmp_path: Path) ->
     assert not torch.equal(tensors["model.norm.running_mean"], torch.zeros(6))
     with started_in(tmp_path):
         third = call("train", *arguments, "--epochs", 3)
-    assert (third.code, "resuming with another" in third.err) == (0, False), third.err
+        assert (third.code, "resuming with another" in third.err) == (0, False), third.err
+        assert "in training" not in call("evaluate", resumed).err
+        module.write_text(module.read_text() + "# changed again\n")
+        images = write_test_images(tmp_path / "images", 1)
+        for command in (
+            ("evaluate", resumed),
+            ("predict", resumed, *images),
+            ("export", resumed, "--out", tmp_path / "out"),
+        ):
+            assert f"{module}: sha256 {after[:12]} in training" in call(*command).err
 
 
 @pytest.mark.parametrize(
