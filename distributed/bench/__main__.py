@@ -171,4 +171,4 @@ def _command(arguments: argparse.Namespace, options: Options) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, starts_processes=True)

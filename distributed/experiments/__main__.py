@@ -113,7 +113,11 @@ def _torchrun(processes: str, arguments: Sequence[str], deadline: float | None) 
     except KeyboardInterrupt:
         run.wait()
         return ExitCode.INTERRUPTED
+    finally:  # after SIGTERM
+        if run.poll() is None:
+            run.terminate()
+            run.wait()
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, starts_processes=True)

@@ -98,4 +98,4 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, starts_processes=True)

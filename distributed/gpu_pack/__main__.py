@@ -77,4 +77,4 @@ def _pack(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, starts_processes=True)

@@ -3,6 +3,7 @@
 import io
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -23,13 +24,16 @@ class _TolerantStream(io.FileIO):
             return len(memoryview(content))
 
 
-def run_command(main: Callable[[], int], *, skip_cleanup: bool = False) -> NoReturn:
+def run_command(main: Callable[[], int], *, skip_cleanup: bool = False, starts_processes: bool = False) -> NoReturn:
     """Exit the process with the code returned by `main`, or with 130 after Ctrl-C.
 
     Args:
         skip_cleanup: exit without running atexit handlers and without waiting for other threads.
+        starts_processes: on SIGTERM raise SystemExit, so that `main` can end the processes that it has started.
     """
     protect_streams()
+    if starts_processes:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         code = main()
     except KeyboardInterrupt:

@@ -1,11 +1,13 @@
 """The command that runs the experiments, shortened, on generated images."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from kit.commands import Command
 
 from distributed.config import from_command_line
 from distributed.experiments.catalogue import REFERENCES, Reference
@@ -19,9 +21,13 @@ SHORT = (
 ROOT = Path(__file__).parents[2]
 
 
+def command_of(tmp_path: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "distributed.experiments", "--runs", str(tmp_path / "runs"),
+            "--out", str(tmp_path / "results.json"), *arguments]  # fmt: skip
+
+
 def experiments(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "distributed.experiments", "--runs", str(tmp_path / "runs"),
-               "--out", str(tmp_path / "results.json"), *arguments]  # fmt: skip
+    command = command_of(tmp_path, *arguments)
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
 
 
@@ -89,6 +95,18 @@ def test_a_run_out_of_time_saves_and_resumes(tmp_path):
     [record] = records_in(tmp_path)
     assert (record["epochs"], record["attempts"]) == (before["epochs"] + 2, len(starts))
     assert record["curve"][: before["epochs"]] == before["curve"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_sigterm_ends_the_run_too(tmp_path):
+    run = RunFolder(tmp_path / "runs" / "I-10-0")
+    arguments = command_of(tmp_path, "--only", "I-10", *SHORT.split(), "--epochs", "100000")
+    with Command(arguments, output=tmp_path / "output", cwd=ROOT) as command:
+        command.wait_for(lambda: run.status().status == "running", what="the run to start")
+        command.process.terminate()
+        assert command.wait() == 128 + signal.SIGTERM, command.text
+        assert run.status().status == "stopped", "the run saved before the command ended"
 
 
 def test_invalid_settings_are_refused_before_the_first_run(tmp_path):
