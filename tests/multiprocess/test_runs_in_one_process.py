@@ -4,7 +4,9 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,7 +21,7 @@ from distributed.errors import InputError
 from distributed.recipe import train
 
 RUNS, SETTLED = 10, 3
-MIB_PER_RUN = 2.0
+MIB_PER_RUN = 1.0  # the network has 3.5 MiB of weights
 ENGINES: dict[str, dict[str, Any]] = {
     "exact": {},
     "fast": {"exact": FAST},
@@ -80,7 +82,8 @@ def assert_nothing_is_left(found: list[Left]) -> None:
     assert len(after[-1].files) <= len(before.files) + 8, after[-1].files
     assert not any(run.has_group for run in after)
     assert {run.torch_threads for run in after} == {before.torch_threads}
-    growth = (after[-1].mib - after[SETTLED - 1].mib) / (RUNS - SETTLED)
+    # A leak grows in every run. The allocator may take a few MiB more in a single one.
+    growth = median(later.mib - run.mib for run, later in pairwise(after[SETTLED - 1 :]))
     assert growth < MIB_PER_RUN, [round(run.mib) for run in after]
 
 
