@@ -14,7 +14,7 @@ from distributed.config.engines import DeepSpeed
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.figures.curves import draw_curves
 from distributed.files import storing
-from distributed.host.importable import changed_modules, module_files
+from distributed.host.importable import ModuleFile, changed_modules, module_files
 from distributed.host.versions import versions
 from distributed.process import exits, logs
 from distributed.process.optional_output import OptionalOutput
@@ -100,7 +100,7 @@ class Attempt:
         self._state = state
         if resumed_from:
             self._compare_bits(resumed_from.get("bits", {}), metadata["bits"])
-            self._compare_modules(resumed_from.get("modules"))
+            self._compare_modules(resumed_from.get("modules"), metadata["modules"])
         if self.run:
             metadata["run"] = self.run.identify((resumed_from or {}).get("run"))
             recorded = {name: metadata[name] for name in ("bits", "images", "modules")}
@@ -124,10 +124,10 @@ class Attempt:
             if old != new and is_recorded:
                 logger.warning("resuming with a different {}: {} before, {} now; bits may differ", name, old, new)
 
-    def _compare_modules(self, before: Any) -> None:
+    def _compare_modules(self, before: Any, now: dict[str, dict[str, str]]) -> None:
         """Warn on rank 0 about every imported module whose file has changed since the checkpoint."""
-        now = module_files(self.config.import_paths) if self.topology.is_main else {}
-        for module in changed_modules(before, now):
+        files = {name: ModuleFile(**file) for name, file in now.items() if self.topology.is_main}
+        for module in changed_modules(before, files):
             logger.warning(
                 "resuming with another {}: sha256 {} before, {} now; if more than comments changed, results differ "
                 "from those of an undisturbed run", *module,
