@@ -1,7 +1,7 @@
 """Settings of the images: their source, the validation split and the augmentation. Imports no torch."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, PlainValidator, Tag
 from pydantic_core import PydanticCustomError
@@ -72,6 +72,9 @@ class Augment(Section):
 
 
 class _Data(Section):
+    image_side: ClassVar[int | None] = None
+    """Height and width of the images in pixels, if the data set fixes them."""
+
     name: str  # defined by the variants; here so that it is the first field
     validation_fraction: float = setting(
         0.2,
@@ -96,11 +99,6 @@ class _Data(Section):
     def short_name(self) -> str:
         """The name in the default run folder."""
         return self.name.rpartition(":")[2]
-
-    @property
-    def image_side(self) -> int | None:
-        """Height and width of the images in pixels, if the data set fixes them."""
-        return None
 
     def conflicts(self) -> list[str]:
         """Return one line per conflict within the section."""
@@ -127,6 +125,7 @@ def _http_urls(value: Any) -> tuple[str, ...]:
 
 
 class CifarData(_Data):
+    image_side = CIFAR_SIDE
     name: Literal["cifar10", "cifar100"] = setting("cifar10", "the data set, from its official files")
     root: AnyPath = operational(
         Path("data"), "folder with the official files, unpacked or as an archive, in the binary or the Python layout"
@@ -138,10 +137,6 @@ class CifarData(_Data):
         (), "mirrors of an official archive, tried in turn; only with download; []: the official server"
     )
 
-    @property
-    def image_side(self) -> int:
-        return CIFAR_SIDE
-
     def conflicts(self) -> list[str]:
         if self.urls and not self.download:
             return ["data.urls has no effect without data.download: set data.download = true or remove data.urls"]
@@ -149,13 +144,10 @@ class CifarData(_Data):
 
 
 class GeneratedData(_Data):
+    image_side = CIFAR_SIDE
     name: Literal["generated10", "generated100"] = setting("generated10", "procedural images in CIFAR's format")
     train_samples: int = setting(50_000, "number of training images, including validation", ge=10, le=1_000_000)
     test_samples: int = setting(10_000, "number of test images", ge=10, le=1_000_000)
-
-    @property
-    def image_side(self) -> int:
-        return CIFAR_SIDE
 
     @property
     def num_classes(self) -> int:
