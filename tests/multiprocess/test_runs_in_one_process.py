@@ -20,7 +20,7 @@ from distributed import EpochMetrics, TrainMetrics
 from distributed.errors import InputError
 from distributed.recipe import train
 
-RUNS, SETTLED = 10, 3
+RUNS, SETTLED = 20, 10
 MIB_PER_RUN = 1.0  # the network has 3.5 MiB of weights
 ENGINES: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -64,7 +64,7 @@ def settled(measure: Callable[[], Left], threads: list[str]) -> Left:
     return found
 
 
-def ten_runs(folder: Path, settings: dict[str, Any]) -> list[Left]:
+def twenty_runs(folder: Path, settings: dict[str, Any]) -> list[Left]:
     before = left()
     found = []
     for run in range(RUNS):
@@ -82,26 +82,26 @@ def assert_nothing_is_left(found: list[Left]) -> None:
     assert len(after[-1].files) <= len(before.files) + 8, after[-1].files
     assert not any(run.has_group for run in after)
     assert {run.torch_threads for run in after} == {before.torch_threads}
-    # A leak grows in every run. The allocator may take a few MiB more in a single one.
+    # A leak grows in every run. The allocator takes more in a few of them, with FSDP in some of the first fifteen.
     growth = median(later.mib - run.mib for run, later in pairwise(after[SETTLED - 1 :]))
     assert growth < MIB_PER_RUN, [round(run.mib) for run in after]
 
 
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_ten_runs_on_two_ranks_leave_nothing(engine: str, tmp_path: Path) -> None:
-    for found in run_ranks(ten_runs, 2, tmp_path, ENGINES[engine], timeout_seconds=150):
+def test_twenty_runs_on_two_ranks_leave_nothing(engine: str, tmp_path: Path) -> None:
+    for found in run_ranks(twenty_runs, 2, tmp_path, ENGINES[engine], timeout_seconds=150):
         assert_nothing_is_left(found)
 
 
 def alone(folder: Path) -> list[Left]:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         del os.environ[name]
-    return ten_runs(folder, {"threads": 2})
+    return twenty_runs(folder, {"threads": 2})
 
 
 @pytest.mark.timeout(200)
-def test_ten_runs_of_one_process_leave_nothing(tmp_path: Path) -> None:
+def test_twenty_runs_of_one_process_leave_nothing(tmp_path: Path) -> None:
     [found] = run_ranks(alone, 1, tmp_path, timeout_seconds=150)
     assert_nothing_is_left(found)
 
