@@ -126,7 +126,9 @@ class Attempt:
 
     def _compare_modules(self, before: Any, now: dict[str, dict[str, str]]) -> None:
         """Warn on rank 0 about every imported module whose file has changed since the checkpoint."""
-        files = {name: ModuleFile(**file) for name, file in now.items() if self.topology.is_main}
+        if not self.topology.is_main:
+            return
+        files = {name: ModuleFile(**file) for name, file in now.items()}
         for module in changed_modules(before, files):
             logger.warning(
                 "resuming with another {}: sha256 {} before, {} now; if more than comments changed, results differ "
