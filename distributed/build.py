@@ -27,6 +27,7 @@ from distributed.network import Network, build_network, whiten_first_layer
 from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
+from distributed.training.precision import slow_precision
 from distributed.training.state import TrainState
 
 
@@ -200,8 +201,8 @@ def _log_mode(config: TrainConfig, topology: Topology, device: torch.device) -> 
         f"exact mode, {shards} shards: bit-identical on up to {shards} processes" if shards
         else "fast mode: results depend on the number of processes",
     )  # fmt: skip
-    if config.precision == "float16" and device.type == "cpu":
-        logger.warning("precision = float16 is many times slower than bfloat16 on a CPU; use bfloat16")
+    if slow := slow_precision(config, device):
+        logger.warning(slow)
     if config.compression:
         sends_nothing = topology.world_size == 1
         logger.info(

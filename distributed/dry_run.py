@@ -27,6 +27,7 @@ from distributed.run.folder import RunFolder
 from distributed.topology import Topology
 from distributed.training.determinism import make_deterministic
 from distributed.training.functions import build_functions
+from distributed.training.precision import with_precision
 from distributed.training.state import TrainState
 from distributed.training.step_function import StepFunction, build_step
 from distributed.training.totals import MetricAccumulator
@@ -65,6 +66,7 @@ def dry_run(config: TrainConfig) -> None:
         frozen = sum(p.numel() for p in network.model.parameters()) - sum(trained.values())
         stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
         check_same_config(config)
+        config = with_precision(config, device)
         check_data(config, data)
         engine = build_engine(config, topology, data, device, network)
         schedule = build_schedule(config, steps_per_epoch=data.steps_per_epoch)

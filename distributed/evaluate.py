@@ -107,6 +107,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     from distributed.process.allocator import keep_freed_memory
     from distributed.training.determinism import make_deterministic
     from distributed.training.functions import build_functions
+    from distributed.training.precision import for_evaluation
     from distributed.training.steps import evaluate
     from distributed.training.views import Views
 
@@ -116,6 +117,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     keep_freed_memory()
     torch.set_num_threads(topology.threads(config.threads))
     device = choose_device(config.device, topology)
+    config = for_evaluation(config, device)
     make_deterministic(device, precision=config.precision)
     check_complete(checkpoint)
     content = read_content(checkpoint)

@@ -31,6 +31,7 @@ from distributed.topology import Topology
 from distributed.training.determinism import make_deterministic, restored_settings
 from distributed.training.functions import build_functions
 from distributed.training.losses import PerSample
+from distributed.training.precision import with_precision
 from distributed.training.state import TrainState
 from distributed.training.step_function import build_step
 from distributed.training.steps import evaluate
@@ -88,6 +89,7 @@ def train(
         network = build_initial_network(config, topology, pipeline, device, model)
         stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
         check_same_config(config)
+        config = attempt.config = with_precision(config, device)
         attempt.open_log()
         check_data(config, pipeline)
 

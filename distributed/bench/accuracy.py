@@ -25,6 +25,7 @@ from distributed.data.sources import registry
 from distributed.documents.markdown import table
 from distributed.errors import ExitCode
 from distributed.files import check_writable
+from distributed.host.hardware import multiplies_bfloat16
 from distributed.process.optional_output import OptionalOutput, requested_output
 
 CONFIG, SEEDS = "cifar10_fast", (0, 1, 2)
@@ -142,8 +143,12 @@ def _settings(arguments: argparse.Namespace, options: Options) -> list[str]:
     """Return the command line of every run, but for its seed and folder."""
     found = [arguments.config or CONFIG, "--device", options.device, "--evaluation.test_every_epoch", "true"]
     found += ["--epochs", str(arguments.epochs)] if arguments.epochs is not None else []
-    is_cifar = isinstance(from_command_line(found).config.data, CifarData)
-    return [*found, "--data.root", str(options.root)] if is_cifar else found
+    config = from_command_line(found).config
+    found += ["--data.root", str(options.root)] if isinstance(config.data, CifarData) else []
+    if config.precision == "auto":  # timm's side has no auto
+        is_fast = options.device != "cpu" or multiplies_bfloat16()
+        found += ["--precision", "bfloat16" if is_fast else "float32"]
+    return found
 
 
 def _recorded(config: TrainConfig) -> dict[str, object]:

@@ -35,7 +35,7 @@ def ours(options: Options, run_dir: str, *settings: str, **fields: Any) -> Workl
     epochs = max(20, 2 + steps * batch // IMAGES)  # never reached: the end of a run would evaluate and save
     values = {
         "data.name": "cifar10", "data.root": options.root, "data.validation_fraction": 0, "run_dir": run_dir,
-        "epochs": epochs, "global_batch_size": batch, "device": options.device, "threads": threads,
+        "precision": "bfloat16", "epochs": epochs, "global_batch_size": batch, "device": options.device, "threads": threads,
         "evaluation.test_every_epoch": "false", "checkpoint.every_minutes": 0,
     }  # fmt: skip
     arguments = [word for name, value in values.items() for word in (f"--{name}", str(value))]

@@ -16,7 +16,7 @@ class Difference(NamedTuple):
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[Difference]:
-    """Return every setting that differs, except `exact.shards` if either is auto, which only the run resolves."""
+    """Return every setting that differs, except `exact.shards` and `precision` if either is auto: only the run resolves it."""
     flat_old, flat_new = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     return [
         Difference(path, flat_old.get(path), flat_new.get(path))
@@ -30,7 +30,8 @@ def _differs(path: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
     if table_around(path) and (path in old) != (path in new):  # a factory's argument may default to something else
         return True
     # As JSON, in which 1, 1.0 and true differ.
-    return json.dumps(before) != json.dumps(now) and not (path == "exact.shards" and "auto" in (before, now))
+    is_resolved_later = path in ("exact.shards", "precision") and "auto" in (before, now)
+    return json.dumps(before) != json.dumps(now) and not is_resolved_later
 
 
 def changes_experiment(path: str, config: TrainConfig) -> bool:

@@ -37,10 +37,11 @@ class TrainConfig(Section):
     epochs: int = setting(10, "passes over the training images", gt=0)
     global_batch_size: int = setting(128, "images per optimizer step, over all ranks and micro-batches", gt=0)
     grad_accum_steps: int = setting(1, "micro-batches per optimizer step; batch norm sees one at a time", gt=0)
-    precision: Literal["float32", "tf32", "bfloat16", "float16", "float64"] = setting(
-        "bfloat16", "precision of the forward and backward pass; with bfloat16 and float16 (autocast), weights and batch-norm "
-        "statistics stay float32; float16 scales the loss and skips steps whose gradient overflows; tf32: float32 with the "
-        "inputs of matrix products rounded to 10 bits of mantissa, on CUDA"
+    precision: Literal["auto", "float32", "tf32", "bfloat16", "float16", "float64"] = setting(
+        "auto", "precision of the forward and backward pass; auto: bfloat16 if the device has instructions for it, else "
+        "float32; with bfloat16 and float16 (autocast), weights and batch-norm statistics stay float32; float16 scales the "
+        "loss and skips steps whose gradient overflows; tf32: float32 with the inputs of matrix products rounded to 10 bits "
+        "of mantissa, on CUDA"
     )  # fmt: skip
     channels_last: bool = setting(True, "NHWC memory layout of images and convolutions")
     device: Literal["auto", "cpu", "cuda"] = operational("auto", "auto: CUDA if there is a GPU, else the CPU")

@@ -56,7 +56,8 @@ class ModelState:
         self._model_tensors = {name: self.layout.local_tensor(name, t) for name, t in model.state_dict().items()}
         # By parameter, not by state_dict entry: replicated weights have their gradients in `.grad` of the parameters.
         local = {name: self.layout.local_tensor(name, p).local for name, p in self._parameters.items()}
-        self.optimizer = Optimizer(config, list(local.values()), dims=[p.dim() for p in self._parameters.values()])
+        dims, low = [p.dim() for p in self._parameters.values()], torch.bfloat16 if precision == "bfloat16" else None
+        self.optimizer = Optimizer(config, list(local.values()), dims=dims, muon_dtype=low)
         self._optimizer_tensors = {name: self.optimizer.state.get(tensor, {}) for name, tensor in local.items()}
         live = {name: tensor.local for name, tensor in self._model_tensors.items()}
         self.ema = WeightEMA(live, decay=config.ema_decay) if config.ema_decay else None

@@ -21,7 +21,7 @@ def arguments(run: Path, device: torch.device, **settings: object) -> list[str]:
         settings: further settings; two underscores stand for a dot, e.g. `exact__shards=8`.
     """
     values: dict[str, object] = {
-        "run_dir": run, "device": device.type, "timeout_seconds": 20, "data__name": "generated10",
+        "run_dir": run, "device": device.type, "precision": "bfloat16", "timeout_seconds": 20, "data__name": "generated10",
         "logging__tensorboard": "false", "checkpoint__every_minutes": 0,
     }  # fmt: skip
     values |= settings

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 _VECTOR_FLAGS = ("avx", "amx", "fma", "f16c", "sse4", "asimd", "sve", "bf16", "i8mm")
+_BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}  # Intel and AMD, AMD, Arm
 _MODEL_FIELDS = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 # Libraries for math or threads. Those of the C library are recorded by its version.
@@ -32,6 +33,15 @@ def instructions() -> str:
     """Return the processor's vector instruction sets."""
     flags = (_cpuinfo().get("flags") or _cpuinfo().get("Features", "")).split()
     return " ".join(sorted(flag for flag in flags if flag.startswith(_VECTOR_FLAGS)))
+
+
+def multiplies_bfloat16(flags: str | None = None) -> bool:
+    """Return whether a processor has instructions for products in bfloat16; without them torch is far slower than in float32.
+
+    Args:
+        flags: its instruction sets; by default those of this host's processor.
+    """
+    return not _BFLOAT16_FLAGS.isdisjoint((instructions() if flags is None else flags).split())
 
 
 def c_library() -> str:

@@ -19,19 +19,21 @@ def muon(
     lr: float | Tensor,
     momentum: float,
     weight_decay: float,
+    dtype: torch.dtype | None = None,
     skip: Tensor | None = None,
 ) -> None:
     """Update parameters and their momentum buffers in place; filters count as matrices of their output channels.
 
     Args:
         weight_decay: each step multiplies a weight by 1 - lr * weight_decay.
+        dtype: computes the orthogonal updates; by default that of the parameters. bfloat16 is exact enough.
         skip: a scalar on the device; 1.0: change nothing.
     """
     for parameter, gradient, buffer in zip(parameters, gradients, buffers, strict=True):
         average = momentum * buffer + gradient
         ahead = gradient + momentum * average  # Nesterov
         matrix = ahead.reshape(len(ahead), -1)
-        update = orthogonalized(matrix).to(parameter.dtype).view(ahead.shape)
+        update = orthogonalized(matrix.to(dtype)).to(parameter.dtype).view(ahead.shape)
         scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
         new = parameter * (1 - lr * weight_decay) - lr * scale * update
         buffer.copy_(average if skip is None else torch.where(skip != 0, buffer, average))
@@ -41,11 +43,10 @@ def muon(
 def orthogonalized(matrix: Tensor) -> Tensor:
     """Return an approximation of U @ V.T, where U @ S @ V.T is the singular value decomposition: [rows, columns].
 
-    A Newton-Schulz iteration: only products of matrices, in bfloat16 for float32, which is exact enough.
+    A Newton-Schulz iteration: only products of matrices.
     """
     a, b, c = _COEFFICIENTS
-    x: Tensor = matrix.bfloat16() if matrix.dtype == torch.float32 else matrix
-    x = x / x.norm().clamp(min=1e-7)
+    x: Tensor = matrix / matrix.norm().clamp(min=1e-7)
     is_tall = x.shape[0] > x.shape[1]
     x = x.T if is_tall else x
     for _ in range(_ITERATIONS):

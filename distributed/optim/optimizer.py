@@ -23,10 +23,18 @@ class Optimizer:
     Args:
         parameters: plain tensors with their gradients in `.grad`; for sharded weights, this rank's local tensors.
         dims: number of dimensions of each full parameter, if it differs from that of the local tensor.
+        muon_dtype: dtype of Muon's matrix products; by default that of the parameters.
     """
 
-    def __init__(self, config: AnyOptim, parameters: Sequence[Tensor], *, dims: Sequence[int] | None = None) -> None:
-        self.config, self.parameters = config, list(parameters)
+    def __init__(
+        self,
+        config: AnyOptim,
+        parameters: Sequence[Tensor],
+        *,
+        dims: Sequence[int] | None = None,
+        muon_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.config, self.parameters, self._muon_dtype = config, list(parameters), muon_dtype
         self._groups = parameter_groups(config, self.parameters, dims or [p.dim() for p in self.parameters])
         self.state = {
             p: state
@@ -54,7 +62,10 @@ class Optimizer:
         fused: dict[str, Any] = {"maximize": False, "fused": True, "found_inf": skip}
         if group.rule == "muon":
             assert isinstance(config, Muon)
-            muon(parameters, gradients, state["momentum_buffer"], momentum=config.momentum, skip=skip, **options)
+            muon(
+                parameters, gradients, state["momentum_buffer"], momentum=config.momentum, dtype=self._muon_dtype, skip=skip,
+                **options,
+            )  # fmt: skip
         elif isinstance(config, Sgd):
             buffers: Any = state.get("momentum_buffer", [None] * len(parameters))
             sgd(

@@ -29,6 +29,7 @@ from distributed.inference.saved_run import (
 from distributed.topology import Topology
 from distributed.training.determinism import make_deterministic
 from distributed.training.functions import build_functions
+from distributed.training.precision import for_evaluation
 from distributed.training.steps import evaluate
 from distributed.training.totals import SplitTotals
 from distributed.training.views import Views
@@ -89,8 +90,9 @@ class Analysis:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config, self.topology = for_device(config, "auto"), Topology()
+        self.topology = Topology()
         self.device = choose_device("auto", self.topology)
+        self.config = for_evaluation(for_device(config, "auto"), self.device)
         make_deterministic(self.device, precision=self.config.precision)
         self.data: DataPipeline = build_data(self.config, self.topology, self.device)
         self.normalization = Normalization(**self.data.metadata()["normalization"])

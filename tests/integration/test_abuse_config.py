@@ -32,7 +32,7 @@ VALUES: list[tuple[str, str, str]] = [
     ("global_batch_size", HUGE, "less than 2**63"),
     ("grad_accum_steps", "none", "grad_accum_steps = none: should be a valid integer"),
     ("grad_accum_steps", "1000", "is more than global_batch_size = 128"),
-    ("precision", "fp16", "'float32', 'tf32', 'bfloat16', 'float16' or 'float64'"),
+    ("precision", "fp16", "'auto', 'float32', 'tf32', 'bfloat16', 'float16' or 'float64'"),
     ("precision", "a\nb", "precision = 'a\\nb': should be"),
     ("channels_last", "1", "valid boolean"),
     ("device", "tpu", "'auto', 'cpu' or 'cuda'"),

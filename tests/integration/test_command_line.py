@@ -40,7 +40,7 @@ def test_all_errors_are_reported_before_importing_torch(tmp_path: Path) -> None:
     errors = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
     assert result.returncode == 2
     assert errors == [
-        "error: command line: precision = fp4: should be 'float32', 'tf32', 'bfloat16', 'float16' or 'float64'",
+        "error: command line: precision = fp4: should be 'auto', 'float32', 'tf32', 'bfloat16', 'float16' or 'float64'",
         f"error: {config}:4: optim.lrr = 0.05: unknown setting; did you mean optim.lr?",
     ]
     imported = {line.split("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}

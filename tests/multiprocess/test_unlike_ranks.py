@@ -12,6 +12,7 @@ from distributed import recipe
 from distributed.comm import collectives
 from distributed.comm.process_group import check_own_gpu
 from distributed.errors import InputError
+from distributed.training import precision
 
 
 @in_group
@@ -35,6 +36,19 @@ def test_explicit_exact_mode_refuses_unlike_ranks(tmp_path: Path) -> None:
 def test_automatic_exact_mode_warns_of_unlike_ranks(tmp_path: Path) -> None:
     first, _ = run_ranks(outcome, 2, tmp_path / "run", "auto", timeout_seconds=180)
     assert "ranks differ in ONEDNN_MAX_CPU_ISA: not set on rank 0; AVX2 on rank 1" in first
+
+
+@in_group
+def resolved(has_bfloat16: list[bool]) -> str:
+    precision.multiplies_bfloat16 = lambda: has_bfloat16[collectives.rank()]
+    return precision.with_precision(small_config(Path("run"), precision="auto"), torch.device("cpu")).precision
+
+
+@pytest.mark.parametrize(
+    ("has_bfloat16", "expected"), [([True, True], "bfloat16"), ([True, False], "float32"), ([False, True], "float32")]
+)
+def test_all_ranks_resolve_auto_to_the_same_precision(has_bfloat16: list[bool], expected: str) -> None:
+    assert run_ranks(resolved, 2, has_bfloat16, timeout_seconds=180) == [expected] * 2
 
 
 @in_group

@@ -206,6 +206,12 @@ def test_differences_are_listed_by_path():
     }
 
 
+def test_auto_precision_does_not_differ_from_another():
+    auto, bfloat16, float32 = (config_of("--precision", text) for text in ("auto", "bfloat16", "float32"))
+    assert differences(bfloat16, auto) == differences(auto, float32) == []
+    assert differences(bfloat16, float32) == [("precision", "bfloat16", "float32")]
+
+
 def test_auto_shards_do_not_differ_from_a_number():
     auto, four, eight = (config_of("--exact.shards", text) for text in ("auto", "4", "8"))
     assert differences(auto, eight) == differences(eight, auto) == []

@@ -29,7 +29,10 @@ def test_the_place_is_where_the_value_was_last_set(write):
         (["--epochs", "1.5"], "epochs = 1.5: should be a valid integer"),
         (["--optim.lr", "inf"], "optim.lr = inf: should be a finite number"),
         (["--optim.lr", "fast"], "optim.lr = fast: should be a valid number"),
-        (["--precision", "half"], "precision = half: should be 'float32', 'tf32', 'bfloat16', 'float16' or 'float64'"),
+        (
+            ["--precision", "half"],
+            "precision = half: should be 'auto', 'float32', 'tf32', 'bfloat16', 'float16' or 'float64'",
+        ),
         (
             ["--schedule.name", "platoe"],
             "schedule.name = platoe: should be one of constant | cosine | linear | one_cycle | plateau",

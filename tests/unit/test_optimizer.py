@@ -122,6 +122,23 @@ def test_muon_takes_torchs_steps_on_matrices() -> None:
         assert torch.allclose(found, expected, atol=0.02 if found.dim() > 1 else 1e-12)
 
 
+def moved(dtype: torch.dtype, muon_dtype: torch.dtype | None = None) -> Tensor:
+    """Return by how much a step of Muon moves the same matrix in a dtype."""
+    generator = torch.Generator().manual_seed(0)
+    weight, gradient = (torch.randn(6, 10, generator=generator).to(dtype) for _ in range(2))
+    before, head = weight.clone(), torch.zeros(2, 2, dtype=dtype)
+    weight.grad, head.grad = gradient, torch.zeros_like(head)
+    Optimizer(Muon(weight_decay=0.0), [weight, head], muon_dtype=muon_dtype).step(1.0)
+    return (before - weight).double()
+
+
+def test_muon_multiplies_in_the_dtype_it_is_given() -> None:
+    exact = moved(torch.float64)
+    assert torch.allclose(moved(torch.float32), exact, atol=1e-5)
+    error = (moved(torch.float32, torch.bfloat16) - exact).abs().max()
+    assert 1e-4 < error < 0.03
+
+
 def test_filters_are_updated_as_matrices() -> None:
     weight = torch.randn(8, 3, 3, 3).contiguous(memory_format=torch.channels_last)
     gradient = torch.randn_like(weight)

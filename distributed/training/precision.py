@@ -1,0 +1,54 @@
+"""Resolves `precision = auto`, and knows which precisions are slow on a device."""
+
+from typing import Any
+
+import torch
+
+from distributed.comm import collectives
+from distributed.config import TrainConfig, with_values
+from distributed.host.hardware import multiplies_bfloat16
+from distributed.run.folder import RunFolder
+
+
+def with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """Return the config with `precision = auto` resolved, to the same on all ranks. A collective.
+
+    A run that has saved keeps its precision. A new one computes in bfloat16 if the devices of all ranks have instructions
+    for it, else in float32.
+    """
+    if config.precision != "auto":
+        return config
+    saved = collectives.run_on_main(lambda: _saved_precision(RunFolder(config.run_dir)))
+    is_fast = all(collectives.gather_objects(multiplies_bfloat16_on(device)))
+    return with_values(config, precision=saved or ("bfloat16" if is_fast else "float32"))
+
+
+def _saved_precision(run: RunFolder) -> Any:
+    saved: Any = (run.newest_state() or {}).get("config")
+    return saved.get("precision") if isinstance(saved, dict) else None
+
+
+def multiplies_bfloat16_on(device: torch.device) -> bool:
+    """Return whether a device has instructions for products in bfloat16."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return multiplies_bfloat16()
+
+
+def slow_precision(config: TrainConfig, device: torch.device) -> str | None:
+    """Return a warning if float32 would be faster than the config's precision on this device."""
+    has_bfloat16 = multiplies_bfloat16_on(device)
+    if config.precision == "bfloat16" and not has_bfloat16:
+        return (
+            "precision = bfloat16 is many times slower than float32 on this device, which has no instructions for it; "
+            "a new run can use float32"
+        )
+    if config.precision == "float16" and device.type == "cpu":
+        faster = "bfloat16" if has_bfloat16 else "float32"
+        return f"precision = float16 is many times slower on a CPU than {faster}; a new run can use that"
+    return None
+
+
+def for_evaluation(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """Return the config for evaluation on a device: in float32 instead of a precision that is slow there."""
+    return with_values(config, precision="float32") if slow_precision(config, device) else config
