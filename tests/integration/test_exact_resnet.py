@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 from kit.commands import Command, assert_same_bits, attempts, kill, status, torchrun
+from kit.precision import LOW
 
 from integration.test_elastic import compare
 
 SETTINGS = (
-    "configs/debug.toml", "--model.name", "torchvision.models:resnet18", "--exact.shards", 4, "--precision", "bfloat16",
+    "configs/debug.toml", "--model.name", "torchvision.models:resnet18", "--exact.shards", 4, "--precision", LOW,
     "--global_batch_size", 16, "--data.train_samples", 128, "--data.test_samples", 20, "--epochs", 2,
     "--optim.lr", 0.02, "--optim.max_grad_norm", 1, "--checkpoint.every_steps", 3, "--logging.every_steps", 1,
     "--threads", 1, "--device", "cpu",

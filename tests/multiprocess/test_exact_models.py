@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from kit.precision import LOW
 from kit.ranks import in_group, run_ranks
 from kit.small_runs import small_config
 from kit.traces import digest_of
@@ -31,7 +32,7 @@ def run_model(name: str, topology: Topology) -> dict[str, Any]:
     config = small_config(
         Path("unused"),
         model={"name": name},
-        precision="bfloat16",
+        precision=LOW,
         global_batch_size=9,
         data={"train_samples": 18, "test_samples": 10},
         exact={"shards": 4},

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from kit.backward_memory import compared
 from kit.networks import CASES, CLIP, EVEN, NETWORKS, UNEVEN, Outcome, fast_deviation, network_config, run_epoch
+from kit.precision import LOW
 from kit.ranks import in_group, run_ranks
 from kit.small_runs import FAST
 from kit.traces import Trace, assert_same_run, traced
@@ -17,7 +18,7 @@ from distributed.run.folder import RunFolder
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 DDP, FSDP = {"name": "ddp"}, {"name": "fsdp"}
 OTHERS = [name for name in NETWORKS if name != "resnet18"]
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = sorted({"float32", LOW})
 STOPPED: dict[int, dict[str, Any]] = {3: DDP, 1: DDP, 4: FSDP, 2: FSDP}
 """World size -> engine under which a run of resnet18 continues; in this order."""
 Resnet18 = dict[int, list[tuple[dict[tuple[str, str, str], Outcome], Trace]]]
@@ -46,7 +47,7 @@ def run_resnet18(folder: Path) -> tuple[dict[tuple[str, str, str], Outcome], Tra
 
 
 def stopped_config(run_dir: Path, engine: dict[str, Any]) -> TrainConfig:
-    return network_config("resnet18", run_dir, case=UNEVEN, precision="bfloat16", engine=engine, epochs=3)
+    return network_config("resnet18", run_dir, case=UNEVEN, precision=LOW, engine=engine, epochs=3)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def resnet18(folder: Path) -> Resnet18:
 def test_resnet18_is_bit_identical(resnet18: Resnet18, world_size: int) -> None:
     ((alone, _),) = resnet18[1]
     for outcomes, _ in resnet18[world_size]:
-        assert len(outcomes) == 2 * len(alone) == 8
+        assert len(outcomes) == 2 * len(alone) == 4 * len(PRECISIONS)
         for (engine, precision, case), outcome in outcomes.items():
             assert outcome == alone["ddp", precision, case], (engine, precision, case)
 
@@ -86,7 +87,7 @@ def test_resnet18_resumed_at_other_world_sizes(resnet18: Resnet18, folder: Path)
 
 @in_group
 def run_others() -> dict[str, Outcome]:
-    return {name: epoch_of(name, EVEN, precision="bfloat16") for name in OTHERS}
+    return {name: epoch_of(name, EVEN, precision=LOW) for name in OTHERS}
 
 
 def test_other_networks_are_bit_identical() -> None:
