@@ -128,7 +128,6 @@ def test_the_default_row_is_what_make_train_runs():
         "engine",
         "optim",
         "loss",
-        "precision",
         "channels_last",
         "threads",
         "seed",
@@ -137,6 +136,7 @@ def test_the_default_row_is_what_make_train_runs():
         assert getattr(measured, name) == getattr(default, name), name
     assert measured.global_batch_size == default.global_batch_size
     assert measured.shards_on("cpu") == 8
+    assert measured.precision == "bfloat16", "as in the other rows"
 
 
 def test_what_a_peer_lacks_is_printed_beside_its_figure():

@@ -186,7 +186,7 @@ def test_every_setting_without_a_counterpart_is_named():
         "schedule.name = plateau", "precision = float16", "grad_accum_steps = 2", "data.augment.mixup = 0.2",
     ]  # fmt: skip
     for shipped in ("cifar10", "cifar10_fast"):
-        timm_settings.check(load_config(shipped))
+        timm_settings.check(load_config(shipped, precision="bfloat16"))
 
 
 def test_what_timm_does_otherwise_depends_on_the_config():

@@ -131,7 +131,8 @@ def test_settings_are_written_as_in_a_config_file(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = run_of(tmp_path / "b", STEPS, SAVES)
-    configs = {run: TrainConfig(), other: TrainConfig(channels_last=False, precision="float32", early_stopping={})}
+    changed = {"channels_last": False, "precision": "float32", "early_stopping": {}}
+    configs = {run: TrainConfig(precision="bfloat16"), other: TrainConfig(**changed)}
     monkeypatch.setattr(RunFolder, "saved_config", lambda run: configs[run])
     assert differing_conditions(run, other)[:2] == [
         'config: precision = "bfloat16" | "float32"',

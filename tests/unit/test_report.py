@@ -82,7 +82,7 @@ def run_of(folder: Path, *, schedule: dict[str, Any] | None = None, logged: list
     folder.mkdir()
     config = TrainConfig.model_validate(
         {"run_dir": folder, "schedule": schedule or {"name": "plateau", "patience": 1}, "optim": {"name": "sgd", "lr": 0.1},
-         "epochs": 5,
+         "epochs": 5, "precision": "bfloat16",
          "data": {"name": "cifar10", "root": folder / "no data"}}
     )  # fmt: skip
     (folder / "config.toml").write_text(as_toml(config))
