@@ -41,7 +41,7 @@ def test_a_run_records_the_precision_that_auto_stands_for(tmp_path: Path) -> Non
 
 
 def test_auto_resumes_in_the_precision_of_the_run(tmp_path: Path) -> None:
-    config = small_config(tmp_path / "run", precision=OTHER, epochs=1)
+    config = small_config(tmp_path / "run", precision=OTHER, epochs=1, data={"train_samples": 48})
     train(config)
     shutil.copytree(tmp_path / "run", tmp_path / "explicit")
     found = []
