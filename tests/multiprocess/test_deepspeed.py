@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from kit.engines import ENGINES, built, config_with, steps
+from kit.precision import LOW
 from kit.ranks import in_group, run_ranks
 from kit.small_runs import newest_checkpoint, state_of
 from kit.traces import Trace, digest_of, tensors_of, traced
@@ -94,7 +95,7 @@ def test_a_complete_run_matches_ddp(tmp_path: Path) -> None:
 
 @in_group
 def undisturbed_and_stopped(folder: Path) -> dict[str, list[Trace]]:
-    settings: dict[str, Any] = {**PLATEAU, "precision": "bfloat16"}
+    settings: dict[str, Any] = {**PLATEAU, "precision": LOW}
     return {
         name: [
             traced(config_with(name, folder / f"{name}, undisturbed", **settings)),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit.precision import LOW
 from kit.ranks import in_group, run_ranks
 from kit.small_runs import FAST, small_config
 from kit.traces import Trace, assert_same_run, tensors_of, traced
@@ -21,9 +22,9 @@ CASES: dict[str, dict[str, Any]] = {
         "schedule": {"name": "one_cycle"},
         "data": {"train_samples": 80, "validation_fraction": 0.25},
     },
-    "bfloat16, 3 micro-batches, plateau": {
+    "low precision, 3 micro-batches, plateau": {
         # One image per shard; in the last step of 12 images each micro-batch has four, so four shards are empty.
-        "precision": "bfloat16",
+        "precision": LOW,
         "grad_accum_steps": 3,
         "optim": {"lr": 0.05, "max_grad_norm": 0.8},
         "schedule": {
@@ -51,8 +52,8 @@ CASES: dict[str, dict[str, Any]] = {
         "optim": {"lr": 0.05},
         "data": {"train_samples": 71},
     },
-    "bfloat16, contiguous, uneven shards": {
-        "precision": "bfloat16",
+    "low precision, contiguous, uneven shards": {
+        "precision": LOW,
         "channels_last": False,
         "global_batch_size": 21,
         "optim": {"lr": 0.05, "weight_decay": 0.01, "decay_norm_and_bias": True},
@@ -60,8 +61,8 @@ CASES: dict[str, dict[str, Any]] = {
         "evaluation": {"batch_size": 7},
         "data": {"train_samples": 46, "augment": {"cutout": 8}},
     },
-    "bfloat16, AdamW, EMA, mixup": {
-        "precision": "bfloat16",
+    "low precision, AdamW, EMA, mixup": {
+        "precision": LOW,
         "grad_accum_steps": 2,
         "optim": {"name": "adamw", "lr": 0.002, "ema_decay": 0.9},
         "loss": {"label_smoothing": 0.1},
