@@ -10,9 +10,10 @@ unexport PYTHONDONTWRITEBYTECODE  # hundreds of processes would recompile our mo
 INTEGRATION := $(wildcard tests/integration/test_*.py)
 ABUSE := $(filter tests/integration/test_abuse_%,$(INTEGRATION))
 CLUSTERS := $(patsubst %,tests/integration/test_%.py,ray examples slurm slurm_doctor slurm_submit hosts)
+RECOVERY := $(patsubst %,tests/integration/test_%.py,elastic engines exact_resnet kills restarts superseded)
 CORE := $(patsubst %,core-%,multiprocess unit integration)
 # Longest first, so that the last ones finish at about the same time.
-SUITES := test-clusters test-multiprocess test-integration test-unit test-abuse
+SUITES := test-multiprocess test-integration test-clusters test-recovery test-unit test-abuse
 # Suites run three at a time (JOBS=1: one), since each mostly waits. Each has a budget in seconds, scaled to this machine's
 # speed; when it is used up, pytest is interrupted, not killed, so that it shuts down the clusters it started.
 TOGETHER = $(MAKE) --no-print-directory --jobs=$(or $(JOBS),3) --output-sync=target
@@ -60,7 +61,10 @@ test-multiprocess: $(READY)
 	$(call pytest,2700,tests/multiprocess)
 
 test-integration: $(READY)
-	$(call pytest,2700,tests/golden $(filter-out $(ABUSE) $(CLUSTERS),$(INTEGRATION)))
+	$(call pytest,2700,tests/golden $(filter-out $(ABUSE) $(CLUSTERS) $(RECOVERY),$(INTEGRATION)))
+
+test-recovery: $(READY)  ## kills, restarts, other numbers of processes
+	$(call pytest,1800,$(RECOVERY))
 
 test-abuse: $(READY)
 	$(call pytest,1200,$(ABUSE))
