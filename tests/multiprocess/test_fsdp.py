@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from kit.precision import LOW
 from kit.ranks import in_group, run_ranks
 from kit.small_runs import FAST, newest_checkpoint, small_config
 from kit.traces import Trace, digest_of, digests_of, tensors_of, traced
@@ -189,9 +190,9 @@ def test_resuming_under_any_engine_at_any_world_size(runs: Runs, tmp_path: Path)
 
 @in_group
 def undisturbed_and_stopped(folder: Path) -> list[Trace]:
-    traces = [traced(config_of(FIRST, folder / "undisturbed", FSDP, "bfloat16"))]
+    traces = [traced(config_of(FIRST, folder / "undisturbed", FSDP, LOW))]
     for stop_after in (4, 7, None):
-        traces.append(traced(config_of(FIRST, folder / "stopped", FSDP, "bfloat16"), stop_after))
+        traces.append(traced(config_of(FIRST, folder / "stopped", FSDP, LOW), stop_after))
     return traces
 
 
