@@ -17,9 +17,7 @@ from distributed.training.determinism import make_deterministic
 
 _NETWORKS = ("improved_alexnet", "cifar_alexnet", "fast_alexnet", "cifar_alexnet_bn", "alexnet")
 _BOUNDS = {"float64": (1e-9, 1e-8), "float32": (5e-6, 1e-3), "bfloat16": (1e-2, 5e-2), "float16": (2e-3, 1e-2)}
-"""Bounds on the relative errors of loss and gradient norm in the first step."""
-_IN_SECOND_STEP = {"float64": 100, "float32": 100, "bfloat16": 10, "float16": 10}
-"""The factor of these bounds in the second step. A rounding in the first can move a maximum to another pixel."""
+"""Bounds on the relative errors of loss and gradient norm in the first step; ten times as large in the second."""
 _EVERYTHING = (
     "--data.augment.mixup", "0.4", "--data.augment.cutmix", "1", "--data.augment.cutout", "8",
     "--loss.label_smoothing", "0.1", "--optim.name", "adamw", "--optim.max_grad_norm", "0.5", "--optim.ema_decay", "0.99",
@@ -41,8 +39,8 @@ def run(checks: Checks) -> None:
 
 def _batch(checks: Checks, network: str) -> int:
     """Return the batch size, small if the float64 reference on the CPU would be slow."""
-    if checks.tiny:
-        return 8
+    if checks.tiny:  # with fewer images, fast_alexnet's maxima magnify float32's roundings
+        return 64 if network == "fast_alexnet" else 8
     return {"improved_alexnet": 128, "alexnet": 16}.get(network, 64)
 
 
@@ -121,8 +119,7 @@ def _assert_close(figures: dict[str, Any], found: Trajectory, expected: Trajecto
     for name, bound in zip(("loss", "norm"), _BOUNDS[precision], strict=True):
         first, second = figures[name]
         assert first < bound, f"{name}: bound {bound}"
-        bound *= _IN_SECOND_STEP[precision]
-        assert second < bound, f"{name} of the second step: bound {bound}"
+        assert second < 10 * bound, f"{name} of the second step: bound {10 * bound}"
 
 
 def _tf32(checks: Checks, network: str, run: Run, expected: Trajectory) -> None:
