@@ -11,9 +11,9 @@ from distributed.data.pipeline import DataPipeline
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.differences import differing
 from distributed.gpu_check.network_runs import Run, Trajectory, config_of, initial_model
-from distributed.gpu_check.runs import low_precision
 from distributed.topology import Topology
 from distributed.training.determinism import make_deterministic
+from distributed.training.precision import fast_precision
 
 _NETWORKS = ("improved_alexnet", "cifar_alexnet", "fast_alexnet", "cifar_alexnet_bn", "alexnet")
 _BOUNDS = {"float64": (1e-9, 1e-8), "float32": (5e-6, 1e-3), "bfloat16": (1e-2, 5e-2), "float16": (2e-3, 1e-2)}
@@ -45,7 +45,7 @@ def _batch(checks: Checks, network: str) -> int:
 
 
 def _precisions(checks: Checks, network: str) -> list[str]:
-    low = low_precision(checks.device)
+    low = fast_precision(checks.device)
     if network == "improved_alexnet":  # float16 is a hundred times as slow on a CPU
         return ["float64", *_float32_and(low), *([] if checks.tiny else ["float16"])]
     return [low] if checks.tiny else [*_float32_and(low), "float16"]
@@ -143,7 +143,7 @@ def _everything(checks: Checks, device: torch.device) -> None:
     network = "improved_alexnet"
     batch, model = _batch(checks, network), initial_model(network)
     expected = Run(config_of(network, "float64", batch, *_EVERYTHING), _CPU, model=model).trajectory()
-    config = config_of(network, low_precision(device) if checks.tiny else "float16", batch, *_EVERYTHING)
+    config = config_of(network, fast_precision(device) if checks.tiny else "float16", batch, *_EVERYTHING)
     if run := _built(checks, "all options together", config, device, model=model):
         _check(checks, "all options together", run, expected)
 
@@ -152,7 +152,7 @@ def _exact(checks: Checks, device: torch.device) -> None:
     """Check exact mode against fast mode with the same weights."""
     threads, network = torch.get_num_threads(), "improved_alexnet"
     batch = _batch(checks, network)
-    for precision in _float32_and(low_precision(device)):
+    for precision in _float32_and(fast_precision(device)):
         fast = _built(checks, f"fast mode, {precision}", config_of(network, precision, batch), device)
         if fast is None:
             continue

@@ -10,14 +10,9 @@ from distributed.files import read_object
 from distributed.run.checkpoint_layout import STATE, checkpoints
 from distributed.run.folder import RunFolder
 from distributed.run.metrics_file import read_metrics
-from distributed.training.precision import multiplies_bfloat16_on
+from distributed.training.precision import fast_precision
 
 _TIMINGS = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
-
-
-def low_precision(device: torch.device) -> str:
-    """Return bfloat16, or float32 for a rehearsal on a CPU that has no instructions for bfloat16."""
-    return "bfloat16" if multiplies_bfloat16_on(device) else "float32"
 
 
 def arguments(run: Path, device: torch.device, **settings: object) -> list[str]:
@@ -27,7 +22,7 @@ def arguments(run: Path, device: torch.device, **settings: object) -> list[str]:
         settings: further settings; two underscores stand for a dot, e.g. `exact__shards=8`.
     """
     values: dict[str, object] = {
-        "run_dir": run, "device": device.type, "precision": low_precision(device), "timeout_seconds": 20,
+        "run_dir": run, "device": device.type, "precision": fast_precision(device), "timeout_seconds": 20,
         "data__name": "generated10", "logging__tensorboard": "false", "checkpoint__every_minutes": 0,
     }  # fmt: skip
     values |= settings

@@ -1,6 +1,6 @@
 """Resolves `precision = auto`, and knows which precisions are slow on a device."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,8 +19,8 @@ def with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
     if config.precision != "auto":
         return config
     saved = collectives.run_on_main(lambda: _saved_precision(RunFolder(config.run_dir)))
-    is_fast = all(collectives.gather_objects(multiplies_bfloat16_on(device)))
-    return with_values(config, precision=saved or ("bfloat16" if is_fast else "float32"))
+    of_ranks = set(collectives.gather_objects(fast_precision(device)))
+    return with_values(config, precision=saved or ("bfloat16" if of_ranks == {"bfloat16"} else "float32"))
 
 
 def _saved_precision(run: RunFolder) -> Any:
@@ -28,24 +28,23 @@ def _saved_precision(run: RunFolder) -> Any:
     return saved.get("precision") if isinstance(saved, dict) else None
 
 
-def multiplies_bfloat16_on(device: torch.device) -> bool:
-    """Return whether a device has instructions for products in bfloat16."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return multiplies_bfloat16()
+def fast_precision(device: torch.device) -> Literal["bfloat16", "float32"]:
+    """Return bfloat16 if the device has instructions for its products, else float32."""
+    is_cuda = device.type == "cuda"
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if is_cuda else multiplies_bfloat16()
+    return "bfloat16" if has_bfloat16 else "float32"
 
 
 def slow_precision(config: TrainConfig, device: torch.device) -> str | None:
-    """Return a warning if float32 would be faster than the config's precision on this device."""
-    has_bfloat16 = multiplies_bfloat16_on(device)
-    if config.precision == "bfloat16" and not has_bfloat16:
+    """Return a warning if `fast_precision` would be many times as fast as the config's precision on this device."""
+    fast = fast_precision(device)
+    if config.precision == "bfloat16" and fast == "float32":
         return (
             "precision = bfloat16 is many times slower than float32 on this device, which has no instructions for it; "
             "a new run can use float32"
         )
     if config.precision == "float16" and device.type == "cpu":
-        faster = "bfloat16" if has_bfloat16 else "float32"
-        return f"precision = float16 is many times slower on a CPU than {faster}; a new run can use that"
+        return f"precision = float16 is many times slower on a CPU than {fast}; a new run can use that"
     return None
 
 
