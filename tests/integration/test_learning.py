@@ -32,14 +32,14 @@ def test_generated_images_are_neither_trivial_nor_hopeless(tmp_path: Path) -> No
 @needs_cifar
 @pytest.mark.slow
 @pytest.mark.timeout(420)
-def test_one_epoch_of_cifar10_is_well_above_chance(tmp_path: Path) -> None:
-    settings = ("--data.name", "cifar10", "--data.root", CIFAR_ROOT, "--data.validation_fraction", 0)
-    assert accuracy_after(tmp_path, 1, *settings) > 0.45
+def test_20000_images_of_cifar10_are_well_above_chance(tmp_path: Path) -> None:
+    settings = ("--data.name", "cifar10", "--data.root", CIFAR_ROOT, "--data.validation_fraction", 0.6)
+    assert accuracy_after(tmp_path, 1, *settings) > 0.33
 
 
 @needs_cifar
 @pytest.mark.slow
 @pytest.mark.timeout(420)
-def test_one_epoch_of_cifar100_is_well_above_chance(tmp_path: Path) -> None:
-    settings = ("--data.name", "cifar100", "--data.root", CIFAR_ROOT, "--data.validation_fraction", 0)
-    assert accuracy_after(tmp_path, 1, *settings) > 0.05
+def test_20000_images_of_cifar100_are_well_above_chance(tmp_path: Path) -> None:
+    settings = ("--data.name", "cifar100", "--data.root", CIFAR_ROOT, "--data.validation_fraction", 0.6)
+    assert accuracy_after(tmp_path, 1, *settings) > 0.04

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kit.commands import ROOT, kill
 from kit.hosts import Hosts, hosts_unavailable
+from kit.speed import slowness
 
 _NEEDED = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged")
 _CONF = """\
@@ -170,8 +171,8 @@ def free_ports(count: int) -> list[int]:
 
 
 def wait_for(condition: Callable[[], bool], *, seconds: float, description: str | Callable[[], str]) -> None:
-    """Poll until the condition holds; fail after `seconds`."""
-    deadline = time.monotonic() + seconds
+    """Poll until the condition holds; fail after `seconds`, more on a slow machine."""
+    deadline = time.monotonic() + seconds * slowness()
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError(
