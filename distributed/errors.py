@@ -2,7 +2,9 @@
 
 import re
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from functools import wraps
 from typing import ParamSpec
@@ -92,3 +94,14 @@ def prints_errors(main: Callable[P, int]) -> Callable[P, int]:
             return error.report()
 
     return printing
+
+
+@contextmanager
+def reported_once(local_rank: int) -> Iterator[None]:
+    """Let the first rank of a host report an InputError that all of its ranks raise, before torchrun ends them."""
+    try:
+        yield
+    except InputError:
+        if local_rank:
+            time.sleep(3)
+        raise

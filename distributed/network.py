@@ -1,8 +1,5 @@
 """Builds a run's network and checks, before any process group exists, that it can be trained as configured."""
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -14,7 +11,7 @@ from distributed.comm.collectives import broadcast_object, rank
 from distributed.config import TrainConfig
 from distributed.config.models import ImportedModel
 from distributed.data.pipeline import DataPipeline
-from distributed.errors import InputError
+from distributed.errors import InputError, reported_once
 from distributed.models.build import build_model
 from distributed.models.fast_alexnet import FastAlexNet, whitening
 from distributed.models.grad_checkpointing import blocks_to_checkpoint, check_checkpointing
@@ -46,7 +43,7 @@ def build_network(
     Raises:
         InputError: the network cannot be imported, does not return logits, or exact mode does not support it.
     """
-    with _reported_once(topology):
+    with reported_once(topology.local_rank):
         model = build_model(config.model, num_classes=data.num_classes, seed=config.seed, given=given)
         if isinstance(config.model, ImportedModel):
             return Network(model, _check_imported(model, config, topology, data, device))
@@ -62,7 +59,7 @@ def build_initial_network(
         InputError: also if these weights do not fit, or if gradient checkpointing is not possible.
     """
     network = build_network(config, topology, data, device, given)
-    with _reported_once(topology):
+    with reported_once(topology.local_rank):
         if blocks := blocks_to_checkpoint(network.model, config.grad_checkpointing):
             example = data.example()
             check_checkpointing(network.model, blocks, example.images[:2].cpu().float(), example.sample_keys[:2].cpu())
@@ -75,17 +72,6 @@ def whiten_first_layer(model: nn.Module, data: DataPipeline) -> None:
     assert isinstance(model, FastAlexNet)
     weight = whitening(data.inputs(_IMAGES_FOR_WHITENING).cpu()) if rank() == 0 else None
     model.set_whitening(broadcast_object(weight))
-
-
-@contextmanager
-def _reported_once(topology: Topology) -> Iterator[None]:
-    """Let the first rank of a node report an InputError that all of them raise. Context manager."""
-    try:
-        yield
-    except InputError:
-        if topology.local_rank:
-            time.sleep(3)  # the first rank found the same: it reports that before torchrun ends all ranks
-        raise
 
 
 def _check_imported(

@@ -1,13 +1,12 @@
 """Builds the loss and the metrics of a run, and tries functions of the user's before any process group exists."""
 
-import time
 from typing import NamedTuple
 
 import torch
 
 from distributed.config import TrainConfig
 from distributed.data.pipeline import DataPipeline
-from distributed.errors import InputError
+from distributed.errors import reported_once
 from distributed.topology import Topology
 from distributed.training.losses import Losses, OwnLoss, PerSample, build_losses, build_metrics
 
@@ -33,14 +32,10 @@ def build_functions(
         InputError: a function cannot be imported or called, does not return one number per sample or such images, draws from
             a global random generator, or, in exact mode, combines samples.
     """
-    try:
+    with reported_once(topology.local_rank):
         functions = Functions(build_losses(config.loss, loss), build_metrics(config.evaluation.metrics))
         if config.imported_functions:
             _check(functions, config, topology, data, device)
-    except InputError:
-        if topology.local_rank:
-            time.sleep(3)  # the first rank found the same: it reports that before torchrun ends all ranks
-        raise
     return functions
 
 

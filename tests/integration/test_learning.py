@@ -7,7 +7,6 @@ import pytest
 from kit.commands import Command, metrics, torchrun
 
 CIFAR_ROOT = os.environ.get("CIFAR_ROOT")
-needs_cifar = pytest.mark.skipif(not CIFAR_ROOT, reason="CIFAR_ROOT is not set")
 
 
 def accuracy_after(tmp_path: Path, epochs: int, *settings: object) -> float:
@@ -24,22 +23,13 @@ def accuracy_after(tmp_path: Path, epochs: int, *settings: object) -> float:
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_generated_images_are_neither_trivial_nor_hopeless(tmp_path: Path) -> None:
-    half = ("--data.train_samples", 25_000, "--data.validation_fraction", 0)
-    accuracy = accuracy_after(tmp_path, 2, "--data.name", "generated10", *half)
-    assert 0.60 <= accuracy <= 0.95
+    settings = ("--data.name", "generated10", "--data.train_samples", 12_000, "--data.validation_fraction", 0)
+    assert 0.35 <= accuracy_after(tmp_path, 2, *settings) <= 0.9
 
 
-@needs_cifar
+@pytest.mark.skipif(not CIFAR_ROOT, reason="CIFAR_ROOT is not set")
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_20000_images_of_cifar10_are_well_above_chance(tmp_path: Path) -> None:
     settings = ("--data.name", "cifar10", "--data.root", CIFAR_ROOT, "--data.validation_fraction", 0.6)
     assert accuracy_after(tmp_path, 1, *settings) > 0.33
-
-
-@needs_cifar
-@pytest.mark.slow
-@pytest.mark.timeout(420)
-def test_20000_images_of_cifar100_are_well_above_chance(tmp_path: Path) -> None:
-    settings = ("--data.name", "cifar100", "--data.root", CIFAR_ROOT, "--data.validation_fraction", 0.6)
-    assert accuracy_after(tmp_path, 1, *settings) > 0.04
