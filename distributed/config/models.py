@@ -67,6 +67,7 @@ class FastAlexNet(BuiltInModel):
         True, "compute the first convolution's weights from the training images, so that its output is decorrelated, and "
         "keep them; false: train them"
     )  # fmt: skip
+    activation: Literal["relu", "gelu"] = setting("relu", "activation function; gelu takes longer to compute")
 
 
 class ImportedModel(Section):

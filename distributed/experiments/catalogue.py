@@ -119,6 +119,7 @@ ABLATIONS = (
             "crop_4": ("crops of up to 4 pixels", ("--data.augment.crop=4",)),
             "no_crop": ("no crops", ("--data.augment.crop=0",)),
             "no_whitening": ("first layer trained, not whitened", ("--model.whitening=false",)),
+            "gelu": ("GELU instead of ReLU", ("--model.activation=gelu",)),
             "equal_bias_lr": ("biases at the rate of the last layer", ("--optim.bias_lr_factor=1",)),
             "no_smoothing": ("no label smoothing", ("--loss.label_smoothing=0",)),
             "ema": ("averaged weights", ("--optim.ema_decay=0.99",)),

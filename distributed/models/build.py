@@ -31,7 +31,9 @@ def build_model(
         make_batch_norm_local(imported)
         return convert_dropout(imported)
     if isinstance(config, FastAlexNet):
-        fast = fast_alexnet.FastAlexNet(num_classes, widths=config.widths, whitening=config.whitening)
+        fast = fast_alexnet.FastAlexNet(
+            num_classes, widths=config.widths, whitening=config.whitening, activation=config.activation
+        )
         initialize(fast, seed=seed)
         fast.start_as_identity()
         return fast

@@ -15,6 +15,8 @@ _EPS = 5e-4
 _BATCH_NORM_MOMENTUM = 0.4
 """Weight of a batch in the running statistics: a run of ten epochs has a few hundred batches."""
 
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
+
 
 class FastAlexNet(nn.Module):
     """Images [n, 3, h, w] in, logits [n, num_classes] out. Images of another size than 32 x 32 are resized.
@@ -22,20 +24,25 @@ class FastAlexNet(nn.Module):
     Args:
         widths: channels of the three blocks.
         whitening: do not train the weights of the first convolution; `set_whitening` sets them.
+        activation: relu or gelu.
     """
 
-    def __init__(self, num_classes: int, *, widths: tuple[int, int, int], whitening: bool) -> None:
+    def __init__(
+        self, num_classes: int, *, widths: tuple[int, int, int], whitening: bool, activation: str = "relu"
+    ) -> None:
         super().__init__()
+        nonlinearity = _ACTIVATIONS[activation]
         channels = 2 * 3 * _PATCH**2  # two per pixel of a patch: each direction with both signs
         self.first = nn.Conv2d(3, channels, _PATCH)
         self.first.weight.requires_grad_(not whitening)
         inputs = (channels, *widths)
-        self.blocks = nn.Sequential(*[_block(*pair) for pair in zip(inputs, widths, strict=False)])
+        self.activation = nonlinearity()
+        self.blocks = nn.Sequential(*[_block(*pair, nonlinearity) for pair in zip(inputs, widths, strict=False)])
         self.head = nn.Linear(widths[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [n, num_classes]."""
-        x = self.blocks(self.first(resize(images, 32)).relu())
+        x = self.blocks(self.activation(self.first(resize(images, 32))))
         logits: Tensor = self.head(x.amax((2, 3)))
         return logits
 
@@ -55,11 +62,11 @@ class FastAlexNet(nn.Module):
         self.first.weight.copy_(weight)
 
 
-def _block(inputs: int, outputs: int) -> nn.Sequential:
+def _block(inputs: int, outputs: int, activation: type[nn.Module]) -> nn.Sequential:
     """Halve height and width, and compute `outputs` channels."""
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.MaxPool2d(2), _batch_norm(outputs), nn.ReLU(),
-        nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), _batch_norm(outputs), nn.ReLU(),
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.MaxPool2d(2), _batch_norm(outputs), activation(),
+        nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), _batch_norm(outputs), activation(),
     )  # fmt: skip
 
 

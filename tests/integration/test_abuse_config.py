@@ -113,6 +113,7 @@ VALUES: list[tuple[str, str, str]] = [
     ("model.widths", "[64, 256, 5000]", "three numbers from 1 to 4096"),
     ("model.widths", "64", "should be a list of three numbers"),
     ("model.whitening", "some", "valid boolean"),
+    ("model.activation", "tanh", "should be 'relu' or 'gelu'"),
     ("optim.name", "lion", "should be one of sgd | adamw | muon"),
     ("optim.bias_lr_factor", "0", "greater than 0"),
     ("optim.adamw_lr", "inf", "finite number"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -73,6 +74,14 @@ def test_initial_weights_depend_on_the_seed() -> None:
     assert {name for name in first if not torch.equal(first[name], second[name])} == {
         "first.weight", "blocks.0.0.weight", "blocks.1.0.weight",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "expected"), [({}, nn.ReLU), ({"activation": "gelu"}, nn.GELU)])
+def test_every_layer_has_the_chosen_activation(settings: dict[str, str], expected: type[nn.Module]) -> None:
+    model = built(widths=(8, 8, 8), **settings)
+    found = [type(module) for module in model.modules() if isinstance(module, nn.ReLU | nn.GELU)]
+    assert found == [expected] * 7
+    assert (model.activation(torch.tensor(-0.5)) < 0) == (expected is nn.GELU)
 
 
 def test_other_sizes_are_resized() -> None:
