@@ -136,7 +136,7 @@ def initial_model(network: str) -> nn.Module:
     """Return the network with torch's random weights from a fixed seed, which are faster to create than the project's."""
     torch.manual_seed(0)
     if network == "fast_alexnet":
-        return FastAlexNet(10, widths=(64, 256, 256), whitening=True)
+        return FastAlexNet(10, widths=(64, 256, 256), whitening=True, activation="relu")
     return convert_dropout(getattr(alexnet, network)(10, 0.5))
 
 

@@ -3,6 +3,8 @@
 After the network of Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024, arXiv 2404.00498).
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -24,11 +26,10 @@ class FastAlexNet(nn.Module):
     Args:
         widths: channels of the three blocks.
         whitening: do not train the weights of the first convolution; `set_whitening` sets them.
-        activation: relu or gelu.
     """
 
     def __init__(
-        self, num_classes: int, *, widths: tuple[int, int, int], whitening: bool, activation: str = "relu"
+        self, num_classes: int, *, widths: tuple[int, int, int], whitening: bool, activation: Literal["relu", "gelu"]
     ) -> None:
         super().__init__()
         nonlinearity = _ACTIVATIONS[activation]

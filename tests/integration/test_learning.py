@@ -7,6 +7,7 @@ import pytest
 from kit.commands import Command, metrics, torchrun
 
 CIFAR_ROOT = os.environ.get("CIFAR_ROOT")
+needs_cifar = pytest.mark.skipif(not CIFAR_ROOT, reason="CIFAR_ROOT is not set")
 
 
 def accuracy_after(tmp_path: Path, epochs: int, *settings: object) -> float:
@@ -27,9 +28,17 @@ def test_generated_images_are_neither_trivial_nor_hopeless(tmp_path: Path) -> No
     assert 0.35 <= accuracy_after(tmp_path, 2, *settings) <= 0.9
 
 
-@pytest.mark.skipif(not CIFAR_ROOT, reason="CIFAR_ROOT is not set")
+@needs_cifar
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_20000_images_of_cifar10_are_well_above_chance(tmp_path: Path) -> None:
     settings = ("--data.name", "cifar10", "--data.root", CIFAR_ROOT, "--data.validation_fraction", 0.6)
     assert accuracy_after(tmp_path, 1, *settings) > 0.33
+
+
+@needs_cifar
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_20000_images_of_cifar100_are_well_above_chance(tmp_path: Path) -> None:
+    settings = ("--data.name", "cifar100", "--data.root", CIFAR_ROOT, "--data.validation_fraction", 0.6)
+    assert accuracy_after(tmp_path, 1, *settings) > 0.04

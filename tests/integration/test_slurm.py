@@ -135,7 +135,9 @@ def test_the_time_limit_requeues_with_the_same_bits(cluster: Cluster, tmp_path: 
             wait_for(lambda: bool(later_saves()), seconds=180,
                      description=lambda: f"{digests(run).keys()}, {digests(unlimited).keys()}\n{output()}")  # fmt: skip
             assert attempts(run, "started")[known]["step"] == stopped()[0]
-            assert "SIGUSR1: time limit or preemption" in attempts(run, "requeued")[0]["reason"]
+            requeued = attempts(run, "requeued")
+            assert all("SIGUSR1: time limit or preemption" in line["reason"] for line in requeued)
+            assert requeued
     finally:
         cluster.run("scancel", job)
     cluster.wait_for_state(job, "CANCELLED")
