@@ -130,7 +130,7 @@ def test_an_ablation_is_compared_with_its_base():
         result_of(same.id, validation=90.999),
     ]
     rows = rows_of(ablations(runs))
-    assert rows["no change"][3] == ""
+    assert rows["base"][3] == ""
     assert [rows[each.change][3] for each in (better, worse, same)] == ["+0.25", "-1.50", "+0.00"]
     lines = [line for line in did_not_help(runs).splitlines() if line.startswith("- ")]
     assert [line.startswith(f"- {each.change}") for line, each in zip(lines, (same, worse), strict=True)] == [True] * 2
