@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from kit.cluster import Cluster, slurm_unavailable
-from kit.commands import ROOT, Command, assert_same_bits, attempts, kill, status, torchrun
+from kit.commands import ROOT, Command, assert_same_bits, attempts, has_saved, kill, status, torchrun
 from kit.ray_nodes import RayCluster
 
 from distributed.config import from_command_line
@@ -85,7 +85,7 @@ def trained(project: Project) -> Path:
     """The run on two processes, killed and resumed on three."""
     run = project.folder / "runs/shapes"
     with project.start(printed("--nproc_per_node=2")) as command:
-        command.wait_for(lambda: (run / "status.json").exists() and status(run)["step"] >= 20, what="step 20")
+        command.wait_for(lambda: has_saved(run), what="a save")
         kill(*command.ranks(), command.process.pid)
     project.run(printed("--nproc_per_node=3"))
     return run
@@ -93,7 +93,7 @@ def trained(project: Project) -> Path:
 
 def test_the_killed_run_equals_an_undisturbed_one(project: Project, trained: Path) -> None:
     assert [attempt["world_size"] for attempt in attempts(trained, "started")] == [2, 3]
-    assert attempts(trained, "started")[1]["step"] >= 20
+    assert attempts(trained, "started")[1]["step"] >= 10
     text = project.run(printed("distributed.compare"))
     assert "bit-identical" in text
     assert_same_bits(trained, project.folder / "runs/undisturbed")
@@ -135,7 +135,10 @@ def test_ray_trains_the_same(project: Project, trained: Path) -> None:
 
 
 def test_resnet18_trains_on_cifar100_by_config_alone(tmp_path: Path) -> None:
-    """A step on the real data set, if it is here; else an epoch of generated images of a hundred classes."""
+    """A step on the real data set, if it is here; else an epoch of generated images of a hundred classes.
+
+    Small batches: torchrun kills a rank that has not ended its step 30 s after a signal.
+    """
     words = printed("resnet18-cifar100.toml").split()
     assert words[:4] == ["torchrun", "--nproc_per_node=1", "-m", "distributed.train"]
     config = from_command_line([str(ROOT / words[4]), *words[5:]]).config
@@ -143,10 +146,8 @@ def test_resnet18_trains_on_cifar100_by_config_alone(tmp_path: Path) -> None:
     run, real = tmp_path / "run", os.environ.get("CIFAR_ROOT")
     generated = ("--data.name", "generated100", "--data.train_samples", 200, "--data.test_samples", 100, "--epochs", 1)
     data = ("--data.root", real) if real else generated
-    with Command(
-        torchrun(1, ROOT / words[4], *data, "--device", "cpu", "--logging.every_steps", 1, "--run_dir", run),
-        output=tmp_path / "output",
-    ) as command:
+    cpu = ("--device", "cpu", "--global_batch_size", 32, "--logging.every_steps", 1)
+    with Command(torchrun(1, ROOT / words[4], *data, *cpu, "--run_dir", run), output=tmp_path / "output") as command:
         if real:
             command.wait_for(lambda: "step 1/" in command.text, what="step 1")
             kill(command.process.pid, number=signal.SIGTERM)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kit.commands import Command, alone, assert_same_bits, attempts, status, torchrun
+from kit.commands import Command, alone, assert_same_bits, attempts, has_saved, status, torchrun
 from kit.hosts import Hosts, hosts_unavailable
 
 pytestmark = [
@@ -48,7 +48,7 @@ def on_each(
 
 def wait_for_save(run: Path, command: Command) -> None:
     """Wait until the run has saved in mid-epoch."""
-    command.wait_for(lambda: bool(attempts(run, "started")) and status(run)["step"] >= 5, what="a save")
+    command.wait_for(lambda: has_saved(run), what="a save")
 
 
 def test_a_link_cut_for_20_seconds_costs_20_seconds(hosts: Hosts, undisturbed: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from kit.commands import Command, assert_same_bits, attempts, kill, status, torchrun
+from kit.commands import Command, assert_same_bits, attempts, has_saved, kill, status, torchrun
 from kit.killed_in_save import POINTS
 
 SETTINGS = (
@@ -57,12 +57,6 @@ def kill_something(command: Command, kind: str, dice: random.Random) -> None:
         kill(dice.choice(ranks), number=signal.SIGTERM)
 
 
-def has_saved_anew(run: Path, *, known_attempts: int) -> bool:
-    """Whether an attempt after the known ones has started and has committed a checkpoint since."""
-    started = attempts(run, "started")
-    return len(started) > known_attempts and status(run)["saved_step"] > started[-1]["step"]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ten_kills_at_random_moments_keep_the_bits(undisturbed: tuple[Mode, Path], tmp_path: Path) -> None:
@@ -74,7 +68,7 @@ def test_ten_kills_at_random_moments_keep_the_bits(undisturbed: tuple[Mode, Path
         known = len(attempts(run, "started"))
         with Command(torchrun(ranks, *mode.settings, "--run_dir", run), output=tmp_path / "output") as command:
             if kills < STRIKES:
-                saved = partial(has_saved_anew, run, known_attempts=known)
+                saved = partial(has_saved, run, attempt=known + 1)
                 command.wait_for(saved, seconds=240, what="the attempt's first checkpoint")
                 time.sleep(dice.uniform(0, 0.5))
                 if command.process.poll() is None:

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from kit.commands import (
     assert_same_bits,
     attempts,
     final_tensors,
+    has_saved,
     kill,
     metrics,
     status,
@@ -51,12 +53,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def wait_for_attempt(command: Command, run: Path, *, count: int = 1) -> None:
     """Wait until `count` attempts have started and the last one has saved."""
-
-    def saved() -> bool:
-        lines = attempts(run, "started")
-        return len(lines) >= count and status(run)["step"] >= lines[-1]["step"] + 5
-
-    command.wait_for(saved, what=f"attempt {count}")
+    command.wait_for(partial(has_saved, run, attempt=count), what=f"attempt {count}")
 
 
 def pid_of(command: Command, rank: int) -> int:

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from kit.commands import Command, assert_same_bits, attempts, kill, status, torchrun
+from kit.commands import Command, assert_same_bits, attempts, has_saved, kill, status, torchrun
 
 SETTINGS = ("configs/debug.toml", "--epochs", 12, "--checkpoint.every_steps", 4, "--threads", 1, "--device", "cpu")
 
@@ -55,7 +55,7 @@ def test_joining_and_leaving_nodes_keep_the_bits(reference: Path, tmp_path: Path
 
     with Command(elastic(port, run, node=2), output=tmp_path / "first") as first:
         started(first, 1, world_size=1)
-        first.wait_for(lambda: status(run)["step"] >= 4, what="a save")
+        first.wait_for(lambda: has_saved(run), what="a save")
         with Command(elastic(port, run, node=1), output=tmp_path / "second") as second:
             started(first, 2, world_size=2)
             kill(second.process.pid, *second.ranks())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from kit.cluster import Cluster, slurm_unavailable, wait_for
-from kit.commands import ROOT, Command, alone, assert_same_bits, attempts, status
+from kit.commands import ROOT, Command, alone, assert_same_bits, attempts, has_saved
 
 pytestmark = [
     pytest.mark.slow,
@@ -76,12 +76,8 @@ def output_of(folder: Path) -> str:
 
 def wait_for_attempt(run: Path, *, count: int) -> None:
     """Wait until `count` attempts have started and the last one has saved."""
-
-    def saved() -> bool:
-        started = attempts(run, "started")
-        return len(started) >= count and status(run)["step"] >= started[-1]["step"] + 5
-
-    wait_for(saved, seconds=90, description=lambda: f"attempt {count}\n{output_of(run.parent)}")
+    wait_for(partial(has_saved, run, attempt=count), seconds=90,
+             description=lambda: f"attempt {count}\n{output_of(run.parent)}")  # fmt: skip
 
 
 def wait_for_restart(cluster: Cluster, job: str, count: int) -> None:

@@ -118,6 +118,15 @@ def status(run: Path) -> dict[str, Any]:
     return dict(json.loads((run / "status.json").read_text()))
 
 
+def has_saved(run: Path, *, attempt: int = 1) -> bool:
+    """Whether this many attempts have started, and the last one has committed a checkpoint.
+
+    The step in status.json does not tell: a checkpoint is written in the background.
+    """
+    started = attempts(run, "started")
+    return len(started) >= attempt and status(run)["saved_step"] > started[-1]["step"]
+
+
 def final_tensors(run: Path) -> dict[str, torch.Tensor]:
     """The tensors in the newest checkpoint."""
     newest = sorted((run / "checkpoints").glob("step-*/tensors.safetensors"))[-1]
