@@ -59,6 +59,10 @@ class Ablation(Experiment):
     changed: tuple[str, ...]
     base: str
 
+    @property
+    def is_base(self) -> bool:
+        return self.id == self.base
+
 
 def _reference(id: str, *, test: float, validation: float | None = None) -> Reference:
     return Reference(id=id, config=f"configs/seeds/{id}.toml", test=test, validation=validation)

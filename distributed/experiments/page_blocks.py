@@ -95,7 +95,7 @@ def ablations(results: Results) -> str:
 
 def _ablation_row(found: Comparison) -> list[str]:
     ablation, result = found.ablation, found.result
-    difference = "" if ablation.id == ablation.base else "-" if found.difference is None else _signed(found.difference)
+    difference = "" if ablation.is_base else "-" if found.difference is None else _signed(found.difference)
     return [
         ablation.change, _code(ablation.changed), epochs(result), per_cent(result.validation), difference,
         minutes(result.minutes),

@@ -36,7 +36,7 @@ def pictures(results: Sequence[Result]) -> list[Picture]:
     """Return a picture per data set and kind of device on which a run recorded its curve."""
     found = []
     for device in DEVICES:
-        bases = [ablation for ablation in ABLATIONS if not ablation.changed]
+        bases = [ablation for ablation in ABLATIONS if ablation.is_base]
         planned = [run for each in (*REFERENCES, *RECIPES, *bases) for run in as_planned(results, each, device)[:1]]
         for data, data_name in DATA_NAMES.items():
             curves = tuple(curve for run in planned if run.data == data for curve in _curves(run))

@@ -159,12 +159,14 @@ def test_the_curves_are_those_of_the_first_seed():
         result_of("cifar10_fast", seed=1, curve=curve_of(1.0)),
         result_of("cifar10_fast", seed=0, curve=curve_of(2.0, 3.0)),
         result_of("cifar10_best", curve=curve_of(94.0)),  # measured once, at its end
+        result_of(BASE, curve=curve_of(5.0, 6.0)),
         result_of("cifar100_fast", data="cifar100", curve=curve_of(4.0, 5.0), machine=GPU),
     ]
     cpu, gpu = pictures(runs)
     assert (cpu.name, gpu.name) == ("curves_cifar10_cpu.png", "curves_cifar100_gpu.png")
-    [curve] = cpu.curves
+    curve, base = cpu.curves
     assert (curve.name, curve.split, curve.points) == ("cifar10_fast", "test", ((1.0, 2.0), (2.0, 3.0)))
+    assert base.name == BASE
     assert "(../results/curves_cifar10_cpu.png)" in curves(runs)
 
 
