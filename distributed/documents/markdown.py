@@ -12,16 +12,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
-def paragraph(text: str, *, indent: str = "") -> str:
-    """Return the text wrapped at WIDTH columns; `indent` begins each line but the first."""
-    return textwrap.fill(
-        " ".join(text.split()), WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
-
-
-def item(text: str) -> str:
-    """Return the text as an item of a list."""
-    return paragraph(f"- {text}", indent="  ")
+def paragraph(text: str) -> str:
+    """Return the text wrapped at WIDTH columns."""
+    return textwrap.fill(" ".join(text.split()), WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def listed(words: Sequence[str]) -> str:

@@ -3,7 +3,8 @@
 To add an experiment, add a line to its table. Settings are written as on the command line.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 Kind = Literal["reference", "recipe", "ablation"]
@@ -52,12 +53,14 @@ class Ablation(Experiment):
         change: what differs from the run `base`, in words.
         changed: the settings among `settings` that differ from it; for that run itself, from the recipe.
         base: id of the run without the change; its own id if this is that run.
+        alternative: the change replaces a setting by another, or adds one; otherwise it leaves a setting out.
     """
 
     kind = "ablation"
     change: str
     changed: tuple[str, ...]
     base: str
+    alternative: bool
 
     @property
     def is_base(self) -> bool:
@@ -68,23 +71,32 @@ def _reference(id: str, *, test: float, validation: float | None = None) -> Refe
     return Reference(id=id, config=f"configs/seeds/{id}.toml", test=test, validation=validation)
 
 
-def _ablations(
-    recipe: str, *, shared: tuple[str, ...], changes: dict[str, tuple[str, tuple[str, ...]]]
-) -> list[Ablation]:
-    """Return the run without a change and one run per change.
+Changes = dict[str, tuple[str, tuple[str, ...]]]
+"""By the end of its id, each change in words and its settings."""
+
+
+def _ablations(recipe: str, *, shared: tuple[str, ...], left_out: Changes, alternatives: Changes) -> Iterator[Ablation]:
+    """Yield the run without a change, then one run per change.
 
     Args:
         shared: settings of all runs: a validation split and what makes them short.
-        changes: by name, the change in words and its settings.
     """
     base = f"{recipe}-base"
-    return [
-        Ablation(
-            id=f"{recipe}-{name}", config=f"configs/{recipe}.toml", settings=shared + changed, change=change,
-            changed=changed or shared, base=base,
-        )
-        for name, (change, changed) in {"base": ("base", ()), **changes}.items()
-    ]  # fmt: skip
+    plain = Ablation(
+        id=base,
+        config=f"configs/{recipe}.toml",
+        settings=shared,
+        change="base",
+        changed=shared,
+        base=base,
+        alternative=False,
+    )
+    yield plain
+    for name, (change, changed) in (left_out | alternatives).items():
+        yield replace(
+            plain, id=f"{recipe}-{name}", settings=shared + changed, change=change, changed=changed,
+            alternative=name in alternatives,
+        )  # fmt: skip
 
 
 REFERENCES = (
@@ -112,16 +124,20 @@ ABLATIONS = (
     *_ablations(
         "cifar10_fast",
         shared=("--data.validation_fraction=0.2", "--model.widths=[32, 128, 128]", "--epochs=5"),
-        changes={
-            "random_flip": ("flips at random, not in turns", ("--data.augment.flip=true",)),
+        left_out={
             "no_flip": ("no flips", ("--data.augment.flip=false",)),
-            "zero_border": ("crops with a black border", ("--data.augment.crop_padding=zero",)),
-            "crop_4": ("crops of up to 4 pixels", ("--data.augment.crop=4",)),
             "no_crop": ("no crops", ("--data.augment.crop=0",)),
             "no_whitening": ("first layer trained, not whitened", ("--model.whitening=false",)),
-            "gelu": ("GELU instead of ReLU", ("--model.activation=gelu",)),
             "equal_bias_lr": ("biases at the rate of the last layer", ("--optim.bias_lr_factor=1",)),
             "no_smoothing": ("no label smoothing", ("--loss.label_smoothing=0",)),
+            "no_shift_tta": ("no shifted views of test images", ("--evaluation.shift_tta=0",)),
+            "no_tta": ("no views of test images", ("--evaluation.flip_tta=false", "--evaluation.shift_tta=0")),
+        },
+        alternatives={
+            "random_flip": ("flips at random, not in turns", ("--data.augment.flip=true",)),
+            "zero_border": ("crops with a black border", ("--data.augment.crop_padding=zero",)),
+            "crop_4": ("crops of up to 4 pixels", ("--data.augment.crop=4",)),
+            "gelu": ("GELU instead of ReLU", ("--model.activation=gelu",)),
             "ema": ("averaged weights", ("--optim.ema_decay=0.99",)),
             "cosine": ("cosine schedule", ("--schedule.name=cosine",)),
             "batch_2000": (
@@ -130,8 +146,6 @@ ABLATIONS = (
             ),
             "sgd": ("SGD instead of Muon, lr 0.1", ("--optim={name = 'sgd', lr = 0.1, bias_lr_factor = 4}",)),
             "sgd_fast": ("SGD instead of Muon, lr 0.4", ("--optim={name = 'sgd', lr = 0.4, bias_lr_factor = 4}",)),
-            "no_shift_tta": ("no shifted views of test images", ("--evaluation.shift_tta=0",)),
-            "no_tta": ("no views of test images", ("--evaluation.flip_tta=false", "--evaluation.shift_tta=0")),
         },
     ),
 )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from distributed.documents.blocks import CHECKOUT, page_in, with_blocks
-from distributed.experiments.page_blocks import ablations, curves, did_not_help, recipes, references_cpu, references_gpu
+from distributed.experiments.page_blocks import ablations, alternatives, curves, recipes, references_cpu, references_gpu
 from distributed.experiments.pictures import FOLDER, pictures
 from distributed.experiments.records import read_results
 from distributed.experiments.result import Result
@@ -15,7 +15,7 @@ BLOCKS: dict[str, Callable[[Sequence[Result]], str]] = {
     "recipes": recipes,
     "curves": curves,
     "ablations": ablations,
-    "did_not_help": did_not_help,
+    "alternatives": alternatives,
     "references_cpu": references_cpu,
     "references_gpu": references_gpu,
 }

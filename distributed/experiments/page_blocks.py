@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-from distributed.documents.markdown import item, listed, paragraph, table
+from distributed.documents.markdown import listed, paragraph, table
 from distributed.experiments.catalogue import ABLATIONS, RECIPES, REFERENCES, Kind, Recipe, Reference
 from distributed.experiments.pictures import FOLDER, pictures
 from distributed.experiments.result import Device, Result
@@ -81,42 +81,35 @@ def _recipe_row(recipe: Recipe, runs: Results) -> list[str]:
 
 
 def ablations(results: Results) -> str:
-    """Return a table of the ablations per recipe and kind of device: validation accuracy, and its difference to the base."""
+    """Return a table per recipe and kind of device: the validation accuracy without each setting."""
+    return _comparisons(results, alternatives=False)
+
+
+def alternatives(results: Results) -> str:
+    """Return a table per recipe and kind of device: the validation accuracy with each alternative."""
+    return _comparisons(results, alternatives=True)
+
+
+def _comparisons(results: Results, *, alternatives: bool) -> str:
     header = ["change", "settings", "epochs", "validation", "difference, points", "minutes"]
     parts = []
     for config in dict.fromkeys(ablation.config for ablation in ABLATIONS):
         for device in DEVICES:
-            found = list(comparisons(results, [a for a in ABLATIONS if a.config == config], device))
-            if found:
-                measured = f"{_link(config)}: {_measured([each.result for each in found], 'ablation')}"
-                parts.append(f"{paragraph(measured)}\n\n{table(header, map(_ablation_row, found))}")
+            compared = comparisons(results, [each for each in ABLATIONS if each.config == config], device)
+            shown = [each for each in compared if each.ablation.alternative == alternatives]
+            if shown:
+                measured = f"{_link(config)}: {_measured([each.result for each in shown], 'ablation')}"
+                parts.append(f"{paragraph(measured)}\n\n{table(header, map(_comparison_row, shown))}")
     return "\n\n".join(parts) if parts else "Not yet run."
 
 
-def _ablation_row(found: Comparison) -> list[str]:
+def _comparison_row(found: Comparison) -> list[str]:
     ablation, result = found.ablation, found.result
-    difference = "" if ablation.is_base else "-" if found.difference is None else _signed(found.difference)
+    difference = "" if ablation.is_base else "-" if found.difference is None else f"{found.difference:+.2f}"
     return [
         ablation.change, _code(ablation.changed), epochs(result), per_cent(result.validation), difference,
         minutes(result.minutes),
     ]  # fmt: skip
-
-
-def did_not_help(results: Results) -> str:
-    """Return a list of the ablations that do not raise the validation accuracy, the worst last."""
-    found = [each for device in DEVICES for each in comparisons(results, ABLATIONS, device)]
-    compared = [(each.difference, each) for each in found if each.difference is not None]
-    compared.sort(key=lambda pair: pair[0], reverse=True)
-    lines = [_did_not_help(each, difference) for difference, each in compared if difference <= 0]
-    if not compared:
-        return "No ablation has been run yet."
-    return "\n".join(lines) if lines else "Every change above raised the validation accuracy."
-
-
-def _did_not_help(found: Comparison, difference: float) -> str:
-    change = f"{found.ablation.change} ({_code(found.ablation.changed)})"
-    where = f"{_link(found.ablation.config)} on a {found.result.machine.kind.upper()}"
-    return item(f"{change}: {_signed(difference)} points, {where}")
 
 
 def curves(results: Results) -> str:
@@ -150,10 +143,6 @@ def _link(config: str) -> str:
 
 def _code(settings: Sequence[str]) -> str:
     return " ".join(f"`{setting}`" for setting in settings)
-
-
-def _signed(points: float) -> str:
-    return f"{points:+.2f}"
 
 
 def _distinct(texts: Iterable[str]) -> str:

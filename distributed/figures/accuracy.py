@@ -24,6 +24,8 @@ def accuracy_over_minutes(curves: Sequence[AccuracyCurve], *, title: str, descri
     Args:
         description: text for the file's metadata.
     """
+    from matplotlib.ticker import LogLocator
+
     names = list(dict.fromkeys(curve.name for curve in curves))
     with figure(9.0, 4.2) as (made, [axes]):
         for curve in curves:
@@ -36,6 +38,7 @@ def accuracy_over_minutes(curves: Sequence[AccuracyCurve], *, title: str, descri
             )  # fmt: skip
         axes.set_xscale("log")  # the shortest runs take a hundredth of the longest
         # The default formatter writes formulas, which figures do not parse.
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # else a run of 2 to 9 minutes has no tick
         axes.xaxis.set_major_formatter(lambda minute, _: f"{minute:g}")
         axes.xaxis.set_minor_formatter(lambda *_: "")
         axes.set(title=title, xlabel="minutes of training and evaluation", ylabel="top-1, %")
