@@ -144,6 +144,7 @@ ABLATIONS = (
                 "batches of 2,000 at the rates of Jordan 2024",
                 ("--global_batch_size=2000", "--optim.lr=0.24", "--optim.momentum=0.6"),
             ),
+            "sgd_slow": ("SGD instead of Muon, lr 0.03", ("--optim={name = 'sgd', lr = 0.03, bias_lr_factor = 4}",)),
             "sgd": ("SGD instead of Muon, lr 0.1", ("--optim={name = 'sgd', lr = 0.1, bias_lr_factor = 4}",)),
             "sgd_fast": ("SGD instead of Muon, lr 0.4", ("--optim={name = 'sgd', lr = 0.4, bias_lr_factor = 4}",)),
         },
