@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ class RayCluster:
 
     def __enter__(self) -> "RayCluster":
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a socket's path must be short
-        port, client, dashboard = free_ports(3)
+        port, client, dashboard, agent = free_ports(4)
         self.address, self.dashboard = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
         (self.folder / "token").write_text(_TOKEN)
         self.environment = {
@@ -41,8 +43,9 @@ class RayCluster:
         try:
             self._start("head", "--head", f"--port={port}", f"--ray-client-server-port={client}",
                         f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--temp-dir={self.folder / 't'}",
-                        cpus=0)  # fmt: skip
-            wait_for(self._is_up, seconds=60, description=lambda: self._nodes["head"].text)
+                        # The default port may belong to another cluster's agent: then no job could be submitted.
+                        f"--dashboard-agent-listen-port={agent}", cpus=0)  # fmt: skip
+            wait_for(partial(self._is_up, agent), seconds=60, description=lambda: self._nodes["head"].text)
         except BaseException:
             self.__exit__()
             raise
@@ -56,8 +59,10 @@ class RayCluster:
             [*(hide if hidden else []), *command], output=self.folder / f"{name}.out", more=self.environment
         )
 
-    def _is_up(self) -> bool:
+    def _is_up(self, agent: int) -> bool:
+        """Whether the head has joined, and its agent, which starts submitted jobs, listens."""
         try:
+            socket.create_connection(("127.0.0.1", agent), timeout=10).close()
             return self.count() > 0
         except OSError:
             return False
