@@ -19,7 +19,7 @@ from distributed.run.folder import RunFolder
 I_10, S1_10 = CATALOGUE["I-10"], CATALOGUE["S1-10"]
 NO_FLIP = Ablation(
     id="cifar10-no_flip", config="configs/cifar10.toml", change="no flip", changed=("--data.augment.flip=false",),
-    settings=("--epochs=2", "--data.augment.flip=false"), base="cifar10-base",
+    settings=("--epochs=2", "--data.augment.flip=false"), base="cifar10-base", alternative=False,
 )  # fmt: skip
 BITS = {"shards": 8, "device": "a CPU", "versions": {"torch": "2.15.0"}}
 STARTED = {
