@@ -36,6 +36,7 @@ def test_an_ablation_differs_from_its_base_in_its_change(ablation: Ablation) -> 
     assert (base.config, base.seeds) == (ablation.config, ablation.seeds)
     assert set(ablation.settings) == {*base.settings, *ablation.changed}
     assert ablation.changed
+    assert (ablation.changed == base.settings) == ablation.is_base == (base is ablation)
     assert "data.validation_fraction" in map(setting_path, base.settings)
 
 
