@@ -61,9 +61,15 @@ def recipes(results: Results) -> str:
 
 
 def _recipe_row(recipe: Recipe, runs: Results) -> list[str]:
-    """Return the row of the runs on one kind of device, at least one. Only complete runs count in mean and minutes."""
-    over_seeds, complete = spread(runs), [run for run in runs if run.is_complete]
-    test = "-"
+    """Return the row of the runs on one kind of device, at least one. Only complete runs count in means.
+
+    Minutes are a mean per mode: a run in float32 may take three times as long as one in bfloat16.
+    """
+    over_seeds, test = spread(runs), "-"
+    in_mode: dict[str, list[float]] = {mode(run): [] for run in runs}
+    for run in runs:
+        if run.is_complete:
+            in_mode[mode(run)].append(run.minutes)
     if over_seeds:
         deviation = "" if over_seeds.deviation is None else f" ± {over_seeds.deviation:.2f}"
         test = f"{over_seeds.mean:.2f}{deviation} %"
@@ -75,8 +81,8 @@ def _recipe_row(recipe: Recipe, runs: Results) -> list[str]:
     return [
         f"[`{recipe.id}`](../{recipe.config})", _subject(runs[0]), str(runs[0].of_epochs), test, ", ".join(seeds),
         per_cent(recipe.target),
-        minutes(fmean(run.minutes for run in complete)) if complete else "-",
-        f"{runs[0].machine.device}, {_distinct(map(mode, runs))}",
+        "; ".join(minutes(fmean(each)) if each else "-" for each in in_mode.values()),
+        f"{runs[0].machine.device}, {'; '.join(in_mode)}",
     ]  # fmt: skip
 
 

@@ -74,6 +74,17 @@ def test_mean_and_deviation_are_over_complete_seeds():
     assert rows_of(recipes(runs[2:]))["cifar10_fast"][2] == "-"
 
 
+def test_minutes_in_other_precisions_are_means_of_their_own():
+    modes = [("bfloat16", 20.0), ("bfloat16", 22.0), ("float32", 70.0)]
+    runs = [
+        result_of("cifar10_fast", seed=seed, precision=precision, minutes=minutes, processes="1")
+        for seed, (precision, minutes) in enumerate(modes)
+    ]
+    row = rows_of(recipes(runs))["cifar10_fast"]
+    assert row[5] == "21.0; 70.0"
+    assert row[6] == "a CPU, 1 process, bfloat16, exact (8); 1 process, float32, exact (8)"
+
+
 def test_runs_with_other_settings_are_not_on_the_page():
     other = result_of("cifar10_fast", settings=("--precision=float32",), curve=curve_of(90.0))
     assert recipes([other]) == recipes([])
