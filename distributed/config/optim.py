@@ -13,7 +13,10 @@ class _Optim(Section):
     )
     lr_base_batch: int | None = setting(None, "global batch size at which lr applies; only with lr_scaling", gt=0)
     bias_lr_factor: float = setting(
-        1.0, "learning rate of biases and batch-norm weights as a multiple of that of the other weights", gt=0, le=1e4
+        1.0,
+        "learning rate of biases and batch-norm weights as a multiple of lr, or with muon of adamw_lr",
+        gt=0,
+        le=1e4,
     )
     decay_norm_and_bias: bool = setting(False, "apply weight_decay to biases and batch-norm weights too")
     max_grad_norm: float | None = setting(None, "clip the gradient to this L2 norm; none: no clipping", gt=0)
