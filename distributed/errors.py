@@ -60,7 +60,7 @@ class InputError(_UserError, ValueError):
         self.lines = tuple(str(self).splitlines())  # not `lines`: unpickling passes them as one text
 
 
-class NotFiniteError(ArithmeticError):
+class NotFiniteError(_UserError, ArithmeticError):
     """The loss became infinite or NaN; the message names the first bad step."""
 
     exit_code = ExitCode.NOT_FINITE
@@ -84,13 +84,13 @@ class PeerError(_UserError, RuntimeError):
 
 
 def prints_errors(main: Callable[P, int]) -> Callable[P, int]:
-    """Decorate a command's `main` to print an InputError, StorageError or PeerError and return its exit code."""
+    """Decorate a command's `main` to print an error with an exit code of its own, and to return that code."""
 
     @wraps(main)
     def printing(*arguments: P.args, **options: P.kwargs) -> int:
         try:
             return main(*arguments, **options)
-        except (InputError, StorageError, PeerError) as error:
+        except (InputError, NotFiniteError, StorageError, PeerError) as error:
             return error.report()
 
     return printing

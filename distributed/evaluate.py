@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distributed.config import TrainConfig
 from distributed.data.sources import registry
-from distributed.errors import ExitCode, InputError, PeerError, StorageError
+from distributed.errors import ExitCode, InputError, NotFiniteError, PeerError, StorageError
 from distributed.files import check_writable, home_path, write_output
 from distributed.host.versions import require
 from distributed.inference.saved_run import (
@@ -68,7 +68,7 @@ def main() -> int:
             require("matplotlib", at_least=(3, 9), needed_by="--confusion")
             check_writable("--confusion", arguments.confusion)
         return _evaluate(config, checkpoint, arguments)
-    except PeerError as error:
+    except (PeerError, NotFiniteError) as error:
         return error.report()
     except (InputError, StorageError) as error:
         code = error.report()
@@ -129,6 +129,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     network = build_network(config, topology, data, device)
     with process_group(topology, device, timeout_seconds=config.timeout_seconds):
         check_evaluated(content, config, data, split)
+        check_same_checkpoint(checkpoint)
         engine = build_engine(config, topology, data, device, network)
         try:
             load_checkpoint(checkpoint, engine)
@@ -151,6 +152,18 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
             if failure:
                 raise failure
     return ExitCode.FINISHED
+
+
+def check_same_checkpoint(checkpoint: Path) -> None:
+    """Check that all ranks evaluate one checkpoint: a run that trains meanwhile may move `best` and `latest`. A collective.
+
+    Raises:
+        InputError: they do not.
+    """
+    from distributed.comm.collectives import gather_objects
+
+    if len(found := sorted({checkpoint.name for checkpoint in gather_objects(checkpoint)})) > 1:
+        raise InputError(f"--checkpoint: the ranks found {' and '.join(found)}; name one of them")
 
 
 class Labels(NamedTuple):

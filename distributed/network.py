@@ -10,7 +10,7 @@ from distributed.checkpoint.warm_start import start_from
 from distributed.comm.collectives import broadcast_object, rank
 from distributed.config import TrainConfig
 from distributed.config.models import ImportedModel
-from distributed.data.pipeline import DataPipeline
+from distributed.data.pipeline import DataPipeline, Split
 from distributed.errors import InputError, reported_once
 from distributed.models.build import build_model
 from distributed.models.fast_alexnet import FastAlexNet, whitening
@@ -80,12 +80,14 @@ def _check_imported(
     """Raise InputError if an imported network cannot be trained as configured; return `Network.layers`."""
     from distributed.exact.check.supported import check_exact, mixes_samples  # only imported networks need these
     from distributed.exact.shardable_layers import layers_to_shard
-    from distributed.models.imported import check_output
+    from distributed.models.imported import check_output, check_without_images
 
     example = data.example()
     images, keys = example.images.cpu().float(), example.sample_keys.cpu()
     name = config.model.name
     check_output(model, images[:2], keys[:2], name=name, num_classes=data.num_classes, seed=config.seed)
+    if smallest_batch(data) < data.shards.total:
+        check_without_images(model, images[:0], keys[:0], name=name)
     images = images[torch.arange(3) % len(images)]  # the passes change the copies
     if config.shards_on(device.type):
         check_exact(model, images)
@@ -96,3 +98,14 @@ def _check_imported(
         logger.warning("model.name = {}: results depend on how the batch is split over the ranks: {}", name, reason)
     is_sharded = config.engine.name == "fsdp" and topology.world_size > 1
     return layers_to_shard(model, images) if is_sharded else {}
+
+
+def smallest_batch(data: DataPipeline) -> int:
+    """Return the number of images in the smallest micro-batch of an epoch or an evaluation."""
+    batch, step = data.batching.global_batch_size, data.batching.evaluation_batch_size
+    train = [min(batch, data.size("train")), data.size("train") % batch]
+    sizes = [max(1, count // data.batching.grad_accum_steps) for count in train if count]
+    splits: list[Split] = ["validation", "test"]
+    for size in map(data.size, splits):
+        sizes += [count for count in (min(step, size), size % step) if count]
+    return min(sizes)

@@ -134,6 +134,7 @@ def train(
                 if stop_now or save_now or config.checkpoint.is_due(state.step):
                     state.add(metrics.read())
                     checkpoints.save(engine, state)
+                    agreement.restart_save_timer()
                 if stop_now:
                     checkpoints.wait(stopping=True)
                     state.stop_reason = agreement.reason

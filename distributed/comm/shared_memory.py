@@ -65,12 +65,14 @@ def open_shared_memory(size: int, device: torch.device) -> SharedMemory | None:
         return None
     path, name = collectives.broadcast_object(_create_file(size) if collectives.rank() == 0 else None) or ("", b"")
     memory = None
-    if path:
-        with suppress(OSError, ValueError):  # in a container with memory of its own, or as another user
-            memory = SharedMemory(path, size)
-    is_shared = all(collectives.gather_objects(memory is not None and memory.name == name))
-    if collectives.rank() == 0 and path:
-        Path(path).unlink(missing_ok=True)
+    try:
+        if path:
+            with suppress(OSError, ValueError):  # in a container with memory of its own, or as another user
+                memory = SharedMemory(path, size)
+        is_shared = all(collectives.gather_objects(memory is not None and memory.name == name))
+    finally:  # also if another rank was lost: the file would occupy memory until a reboot
+        if collectives.rank() == 0 and path:
+            Path(path).unlink(missing_ok=True)
     return memory if is_shared else None
 
 

@@ -9,6 +9,7 @@ from loguru import logger
 
 from distributed.config import TrainConfig, read_saved, with_values
 from distributed.config.data import CIFAR_SIDE
+from distributed.config.engines import DeepSpeed
 from distributed.config.layers import shown
 from distributed.data.sources import registry
 from distributed.errors import InputError
@@ -60,7 +61,10 @@ def for_device(config: TrainConfig, requested: str | None) -> TrainConfig:
     device = requested or ("auto" if config.device == "cuda" else config.device)
     # TF32 only speeds up training, and no CPU has it: evaluate in float32.
     precision = "float32" if config.precision == "tf32" else config.precision
-    return with_values(config, device=device, precision=precision)
+    engine = config.engine
+    if isinstance(engine, DeepSpeed):  # evaluation has no optimizer to offload
+        engine = engine.model_copy(update={"offload_optimizer": False})
+    return with_values(config, device=device, precision=precision, engine=engine)
 
 
 def without_download(config: TrainConfig) -> TrainConfig:

@@ -42,6 +42,11 @@ class StepProfiler:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._output.run(self._end)  # the attempt ended before the last profiled step
+        if error is None and self._done < _WARM_UP_STEPS and self.steps:
+            logger.warning(
+                "logging.profile_steps = {}: no profile; the attempt took only {} steps, and profiling starts at step {}",
+                self.steps, self._done, _WARM_UP_STEPS,
+            )  # fmt: skip
 
     def _begin(self) -> None:
         from torch.profiler import profile  # slow to import

@@ -92,6 +92,23 @@ def check_output(
         )
 
 
+def check_without_images(model: nn.Module, images: Tensor, sample_keys: Tensor, *, name: str) -> None:
+    """Check, on a copy of the model, that it accepts a batch of no images: the last batch may leave a shard without any.
+
+    Raises:
+        InputError: it does not, like one that calls x.view(len(x), -1).
+    """
+    probe = _copied(model, name).eval()
+    try:
+        with torch.no_grad(), use_sample_keys(sample_keys):
+            probe(images)
+    except Exception as error:
+        raise InputError(
+            f"model.name = {name}: the network fails on a batch without images, and some batch has fewer images than there "
+            f"are shards: {described(error)}; e.g. write x.flatten(1) instead of x.view(len(x), -1)"
+        ) from error
+
+
 def _copied(model: nn.Module, name: str) -> nn.Module:
     try:
         return copy.deepcopy(model)
@@ -167,6 +184,11 @@ def _check_network(model: Any, name: str) -> None:
         if tensor.device.type != "cpu":
             raise InputError(
                 f"{setting}: {path} is on {tensor.device}; leave all tensors on the CPU, and `device` sets the rest"
+            )
+    for path, buffer in model.named_buffers():
+        if buffer.is_complex():
+            raise InputError(
+                f"{setting}: {path} is complex, and `precision` would drop its imaginary part; store torch.view_as_real of it"
             )
     for path, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:

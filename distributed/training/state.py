@@ -51,16 +51,21 @@ class TrainState:
         self.samples_seen += samples
 
     def add(self, totals: Totals) -> None:
-        """Add totals read from the device to the window. Called before every save, so no checkpoint has a bad loss.
+        """Add totals read from the device to the window. Called before every save, so no checkpoint has a bad step.
 
         Raises:
-            NotFiniteError: one of the losses was infinite or NaN.
+            NotFiniteError: one of the losses was infinite or NaN; or, except in float16, which skips such steps, a gradient.
         """
+        float32 = "" if self.precision in ("float32", "float64") else ", or use precision = float32"
         if totals.first_bad_step is not None:
-            float32 = "" if self.precision in ("float32", "float64") else ", or use precision = float32"
             raise NotFiniteError(
                 f"the loss was not finite at step {totals.first_bad_step + 1}: "  # counted from 1, as in the log
                 f"lower optim.lr, or set optim.max_grad_norm{float32}; no checkpoint includes this step"
+            )
+        if totals.skipped_steps and self.precision != "float16":
+            raise NotFiniteError(
+                f"the loss was finite but a gradient was not, in the steps up to {self.step}: lower optim.lr{float32}, and "
+                "look for a square root, norm or division at 0 in the network and the loss; no checkpoint includes that step"
             )
         self.window += totals
 

@@ -88,7 +88,9 @@ def evaluate(
     totals = accumulator.read()
     means = sums.read()
     if totals.first_bad_step is not None:
-        raise NotFiniteError(f"the {split} loss is not finite: lower optim.lr, or set optim.max_grad_norm")
+        raise NotFiniteError(
+            f"the {split} loss is not finite: train with a lower optim.lr, or with optim.max_grad_norm"
+        )
     if totals.count != data.size(split):
         raise RuntimeError(f"evaluation counted {totals.count} images of the {split} split's {data.size(split)}")
     return SplitTotals(**vars(totals), metrics=means)

@@ -92,7 +92,7 @@ class MetricAccumulator:
 
     @torch.no_grad()
     def add_step(self, grad_norm: Tensor) -> None:
-        """Count a step that float16 skipped because its gradient was not finite. All ranks have the same norm."""
+        """Count a step whose gradient was not finite: float16 skipped it. All ranks have the same norm."""
         self._skipped += ~grad_norm.isfinite()
 
     def read(self) -> Totals:

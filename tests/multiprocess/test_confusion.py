@@ -9,6 +9,8 @@ from kit.small_runs import small_config
 
 from distributed.build import build_data, build_engine
 from distributed.comm import collectives
+from distributed.errors import InputError
+from distributed.evaluate import check_same_checkpoint
 from distributed.inference.confusion import ConfusionMatrix, Counts
 from distributed.topology import Topology
 from distributed.training.losses import CROSS_ENTROPY
@@ -37,6 +39,21 @@ def counted(keys: list[tuple[int, int]]) -> dict[tuple[int, int], tuple[Counts, 
         totals = evaluate(engine, data, "test", loss=CROSS_ENTROPY, views=Views(), device=CPU, observers=[confusion])
         found[shards, batch_size] = confusion.read(), totals.correct
     return found
+
+
+@in_group
+def refusal() -> str:
+    """Return why ranks that have resolved `latest` at different times do not evaluate."""
+    check_same_checkpoint(Path("run/checkpoints/step-00000003-epoch-001"))
+    newest = Path(f"run/checkpoints/step-0000000{3 + collectives.rank()}-epoch-001")
+    with pytest.raises(InputError) as caught:
+        check_same_checkpoint(newest)
+    return str(caught.value)
+
+
+def test_ranks_with_different_checkpoints_do_not_evaluate() -> None:
+    expected = "--checkpoint: the ranks found step-00000003-epoch-001 and step-00000004-epoch-001; name one of them"
+    assert run_ranks(refusal, 2) == [expected] * 2
 
 
 @pytest.mark.timeout(120)

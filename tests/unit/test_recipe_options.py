@@ -230,6 +230,12 @@ def test_a_short_attempt_still_writes_its_profile(tmp_path):
     assert (RunFolder(tmp_path / "run").profile / "table.txt").is_file()
 
 
+def test_an_attempt_too_short_for_a_profile_says_so(tmp_path):
+    train(config_of(tmp_path / "run", "--epochs", "1", "--logging.profile_steps", "3"))
+    log = (RunFolder(tmp_path / "run").logs / "rank-0000.log").read_text()
+    assert log.count("logging.profile_steps = 3: no profile; the attempt took only") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_compiled_run_has_the_same_losses(tmp_path):

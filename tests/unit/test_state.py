@@ -112,6 +112,20 @@ def test_a_loss_that_is_not_finite_names_its_step():
     assert state.window == Totals()
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_only_float16_may_skip_a_gradient_that_is_not_finite(precision):
+    """Otherwise the weights are not finite either, and a checkpoint must not have them."""
+    state = TrainState(Constant(0.1), precision=precision, step=7)
+    totals = Totals(count=16, skipped_steps=1)
+    if precision == "float16":
+        state.add(totals)
+        assert state.window == totals
+        return
+    with pytest.raises(NotFiniteError, match="a gradient was not, in the steps up to 7"):
+        state.add(totals)
+    assert state.window == Totals()
+
+
 def test_a_validation_loss_that_is_not_finite_is_never_best():
     state = fresh()
     state.observe(validation(50), best_by="loss")

@@ -8,7 +8,8 @@ from distributed.checkpoint.tensor_file import tensor_digest, write_tensors
 from distributed.files import Written, digest_of
 
 DTYPES = [
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool,
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+    torch.int8, torch.uint8, torch.bool,
 ]  # fmt: skip
 
 

@@ -215,6 +215,23 @@ def with_lock() -> nn.Module:
     return net
 
 
+class NeedsImages(Net):
+    """Written as in many tutorials."""
+
+    __module__ = "__main__"
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).view(len(images), -1)
+
+
+class Rotary(Net):
+    __module__ = "__main__"
+
+    def __init__(self) -> None:
+        super().__init__(10)
+        self.register_buffer("angles", torch.ones(3, dtype=torch.complex64))
+
+
 WRONG: dict[str, tuple[Any, str]] = {
     "needs an argument": (
         lambda num_classes, width: Net(num_classes),
@@ -229,6 +246,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "float64": (Net(10).double(), "conv.weight is torch.float64; parameters should be torch.float32"),
     "on no device": (Net(10).to("meta"), "conv.weight is on meta; leave all tensors on the CPU"),
     "cannot be copied": (with_lock(), "the network cannot be copied"),
+    "complex": (Rotary(), "angles is complex, and `precision` would drop its imaginary part"),
     "lazy": (nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), "1.weight has no size before the first forward pass"),
 }
 
@@ -240,6 +258,16 @@ def test_a_wrong_network_is_one_line(case: str, tmp_path: Path) -> None:
     assert line.startswith("model.name = __main__:")
     assert message in line
     assert not (tmp_path / "run/config.toml").exists()
+
+
+def test_a_network_that_needs_images_is_refused_if_a_shard_has_none(tmp_path: Path) -> None:
+    """Of 20 test images in batches of 9, the last two leave six of eight shards empty."""
+    train(config_of(tmp_path, epochs=1), model=NeedsImages)
+    with pytest.raises(
+        InputError, match="fails on a batch without images, and some batch has fewer images than"
+    ) as caught:
+        train(config_of(tmp_path / "uneven", evaluation={"batch_size": 9}), model=NeedsImages)
+    assert len(caught.value.lines) == 1
 
 
 def test_a_path_is_not_an_object(tmp_path: Path) -> None:
