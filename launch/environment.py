@@ -21,7 +21,6 @@ class Allocation:
     ranks: int
     """Processes per node: RANKS_PER_NODE, else one per GPU, else one."""
     array_task: int | None
-    restarts: int
     max_requeues: int
     node_list: str = ""
     """Node names in Slurm's compact notation, e.g. `n[1-4]`."""
@@ -47,7 +46,6 @@ class Allocation:
             gpus=gpus,
             ranks=_number("RANKS_PER_NODE", gpus or 1, minimum=1),
             array_task=_number("SLURM_ARRAY_TASK_ID", 0) if os.environ.get("SLURM_ARRAY_TASK_ID") else None,
-            restarts=_number("SLURM_RESTART_COUNT", 0),
             max_requeues=_number("MAX_REQUEUES", 20),
             node_list=os.environ.get("SLURM_JOB_NODELIST", ""),
             missing_folder=os.environ.get("JOB_FOLDER_MISSING", ""),

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
+from typing import Any
 
-from distributed.config import as_toml, with_values
+from distributed.config import TrainConfig, as_toml, with_values
 from distributed.config.layers import shown
 from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.files import home_path, replace_text
@@ -93,12 +94,21 @@ def write_summary(folder: Path, metric: str) -> str:
         run = min(best, key=lambda run: _rank(best[run], metric))
         name, value = shown(run.relative_to(folder)), _formatted(best[run].value, metric)
         with OptionalOutput(folder / "best.toml"):
-            config = with_values(read_config(run), run_dir=folder / "best")
+            config = _elsewhere(read_config(run), folder, run)
             replace_text(folder / "best.toml", f"# {name}: {value}\n{as_toml(config)}")
             text += f"best: {name}, {value}; its settings: {folder / 'best.toml'}\n"
     with OptionalOutput(folder / "summary.txt"):
         replace_text(folder / "summary.txt", text)
     return text
+
+
+def _elsewhere(config: TrainConfig, folder: Path, run: Path) -> TrainConfig:
+    """Return a trial's config with a run folder and an upload URL of their own: the trial's hold the trial."""
+    values: dict[str, Any] = {"run_dir": folder / "best"}
+    if url := config.checkpoint.upload_to:
+        base = url.rstrip("/").removesuffix(f"/{run.relative_to(folder)}")
+        values["checkpoint"] = config.checkpoint.model_copy(update={"upload_to": f"{base}/best"})
+    return with_values(config, **values)
 
 
 def _formatted(value: float, metric: str) -> str:

@@ -6,7 +6,7 @@ Imports no torch.
 import hashlib
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -134,6 +134,11 @@ def in_subfolder(arguments: Sequence[str], name: str, *more: str) -> list[str]:
     replaced = {"run_dir": str(config.run_dir / name)}
     if url := config.checkpoint.upload_to:
         replaced["checkpoint.upload_to"] = f"{url.rstrip('/')}/{name}"
+    return with_settings([*arguments, *more], replaced)
+
+
+def with_settings(arguments: Sequence[str], replaced: Mapping[str, str]) -> list[str]:
+    """Return the arguments with these settings, in place of the same settings if they are given."""
     others = list[str]()
     remaining = deque(arguments)
     while remaining:
@@ -143,7 +148,7 @@ def in_subfolder(arguments: Sequence[str], name: str, *more: str) -> list[str]:
             others.append(argument)
         elif not equals and remaining:
             remaining.popleft()  # its value
-    return [*others, *more, *(word for setting, value in replaced.items() for word in (f"--{setting}", value))]
+    return [*others, *(word for setting, value in replaced.items() for word in (f"--{setting}", value))]
 
 
 def check_trials(trials: Sequence[Trial], check: Callable[[Trial], T]) -> list[T]:

@@ -13,6 +13,9 @@
 #   TORCHRUN="OPTIONS"    further options of torchrun, e.g. --max-restarts=2
 set -uo pipefail
 : "${project:?is set by the script that sources this}"
+# One task of an array has the array's own number as its id, with which scontrol would change every task.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-${SLURM_JOB_ID:-}}
 
 log() {
     printf '%s slurm job %s: %s\n' "$(date +%FT%T)" "$SLURM_JOB_ID" "$*"
@@ -27,10 +30,11 @@ exit_with() {
 }
 
 set_comment() {
-    scontrol update "jobid=$SLURM_JOB_ID" "comment=$1" || true
+    scontrol update "jobid=$job" "comment=$1" || true
 }
 
 activate() {
+    set +u # users' files may read variables that are not set
     if [ -n "${SETUP:-}" ]; then
         # shellcheck source=/dev/null
         . "$SETUP" || exit_with 2 "error: SETUP = $SETUP: it failed; fix it, or name another file"
@@ -45,6 +49,8 @@ activate() {
     fi
     [ ! -d "$project/distributed" ] || export PYTHONPATH="$project${PYTHONPATH:+:$PYTHONPATH}" # else it is installed
     export PYTHONUNBUFFERED=1
+    export SLURM_EXPORT_ENV=ALL # else steps after `sbatch --export=NONE` would not get the environment set up here
+    set -u
 }
 
 in_container() {
@@ -95,7 +101,7 @@ main() {
     activate
     local folder head address plan run port ranks
     # On a node without the job's folder, Slurm starts the job in /tmp.
-    folder=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *WorkDir=//p' | head -n 1)
+    folder=$(scontrol show job "$job" | sed -n 's/^ *WorkDir=//p' | head -n 1)
     [ -z "$folder" ] || [ . -ef "$folder" ] || export JOB_FOLDER_MISSING="$folder"
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     address=${RDZV_ADDRESS:-$(scontrol -o show node "$head" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')}
@@ -140,11 +146,15 @@ preflight() {
     fi
 }
 
-# After losing a node, Slurm restarts the job, but the old script may still run there. It must not write or requeue.
+# After losing a node, Slurm restarts the job, but the old script may still run there. It must not write or requeue. A
+# controller that is restarted answers again within a minute; without an answer this node may be the lost one.
 is_superseded() {
-    local job
-    job=$(scontrol -o show job "$SLURM_JOB_ID") || return 0
-    [ "$signal" != TERM ] && [[ $job != *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]
+    local shown deadline=$((SECONDS + 60))
+    until shown=$(scontrol -o show job "$job"); do
+        [ "$signal" != TERM ] && [ "$SECONDS" -lt "$deadline" ] || return 0
+        sleep 5
+    done
+    [ "$signal" != TERM ] && [[ $shown != *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]
 }
 
 finish() {
@@ -162,7 +172,7 @@ finish() {
     fi
     if [ "${verdict:-}" = requeue ]; then
         trap '' TERM USR1 # the requeue sends them to this script
-        scontrol requeue "$SLURM_JOB_ID" || exit_with 75 "error: not requeued, see above; the same sbatch command resumes"
+        scontrol requeue "$job" || exit_with 75 "error: not requeued, see above; the same sbatch command resumes"
     fi
     exit "${code:-1}"
 }

@@ -57,17 +57,7 @@ def _flags() -> frozenset[str]:
 
 def _overlapping(path: str, places: dict[str, str]) -> str | None:
     """Return an option that sets an entire table while `path` sets something in it, or the reverse."""
-    for table in _tables():
-        if path.startswith(f"{table}.") and table in places:
-            return table
-        if path == table:
-            return next((other for other in places if other.startswith(f"{table}.")), None)
-    return None
-
-
-@cache
-def _tables() -> tuple[str, ...]:
-    return tuple(leaf.path for leaf in leaves() if leaf.is_table)
+    return next((other for other in places if other.startswith(f"{path}.") or path.startswith(f"{other}.")), None)
 
 
 def _without_value(path: str) -> str:

@@ -25,7 +25,7 @@ from distributed.process.signals import SignalStop
 from distributed.report.comparison import curves_as_png
 from distributed.report.history import read_history
 from distributed.training.stop import StopSource
-from launch.on_ray.capacity import CapacityError, capacity
+from launch.on_ray.capacity import capacity, wait_for_capacity
 from launch.on_ray.driver import connected, run_attempts
 from launch.on_ray.environment import set_environment
 from launch.on_ray.settings import Training
@@ -50,19 +50,16 @@ def run(trainings: Sequence[Training], metric: str) -> ExitCode:
             for line in error.lines:
                 logger.error("{}", line)
             return ExitCode.BAD_INPUT
-    conclude(folder, trainings, metric)
+    if any((training.config.run_dir / "config.toml").is_file() for training in trainings):
+        conclude(folder, trainings, metric)
     return code
 
 
 def _train(folder: Path, trainings: Sequence[Training], stop: StopSource) -> ExitCode:
     scaling = trainings[0].scaling
-    found = capacity(scaling)
-    if found.when_idle < scaling.least_workers:
-        raise CapacityError(
-            f"scaling.num_workers = {scaling.num_workers}: each training needs {scaling.least_workers} workers, but the "
-            f"cluster has capacity for {found.when_idle}: {found.description}; lower scaling.num_workers, or add nodes"
-        )
-    concurrent = max(1, found.when_idle // scaling.num_workers)
+    if not wait_for_capacity(scaling, stop.requested, excluded=()):
+        return ExitCode.STOPPED
+    concurrent = max(1, capacity(scaling).when_idle // scaling.num_workers)
     logger.info(
         "trainings: {}, workers per training: {}, trainings at once: {}",
         len(trainings),
@@ -98,8 +95,13 @@ def _trial(space: dict[str, Any], *, trainings: Sequence[Training], scaling: Sca
     logs.terminal_logs(0, level=training.config.logging.level)
     logger.info("starting {}", training.name)
     report_to_tune: Any = TuneReportCallback
-    with ClusterStop(stop_key, nodes={}) as stop:
-        code = run_attempts(training.config, scaling, stop, callbacks=[report_to_tune()])
+    try:
+        with ClusterStop(stop_key, nodes={}) as stop:
+            code = run_attempts(training.config, scaling, stop, callbacks=[report_to_tune()])
+    except InputError as error:
+        for line in error.lines:
+            logger.error("{}: {}", training.name, line)
+        code = ExitCode.BAD_INPUT
     tune.report({"exit_code": int(code)})
 
 

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from distributed.config import from_command_line
@@ -24,6 +25,9 @@ from launch.sweep import Sweep, Trial, check_trials, trial_arguments, trials_of
 from launch.sweep_arguments import read_sweep, split_sweep
 
 _SBATCH_OPTIONS = ("partition", "time", "account", "qos", "constraint", "mem", "cpus_per_task", "job_name")
+_CHECKED_OPTIONS = {"--nodes": "--nodes N", "-N": "--nodes N", "--gpus-per-node": "--gpus-per-node N",
+                    "--array": "a sweep, or --seeds N", "-a": "a sweep, or --seeds N"}  # fmt: skip
+"""Options of sbatch that would overrule what was checked -> what to give instead."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
         options.add_argument(f"--{name.replace('_', '-')}", default="", help="passed on to sbatch")
     options.add_argument("--sbatch", action="append", default=[], metavar="=OPTION", help="any other option of sbatch")
     options.add_argument("--at-once", type=_count, default=0, help="maximum number of array tasks that run at a time")
-    options.add_argument("--max-requeues", type=int, default=20, help="how often the job may requeue itself")
+    options.add_argument(
+        "--max-requeues", type=partial(_count, least=0), default=20, help="how often the job may requeue itself"
+    )
     options.add_argument("--dry-run", action="store_true", help="check and print without submitting")
     options.add_argument_group(
         "sweeps",
@@ -67,6 +73,7 @@ def main() -> int:
         split = split_sweep(arguments)
         sweep = read_sweep(split)
         options, settings = parser().parse_known_args(split.common[1:])
+        check_sbatch_options(options.sbatch)
         training = [arguments[0], *settings]
         if sweep:
             unfinished = check_sweep(options, training, sweep)
@@ -88,6 +95,23 @@ def main() -> int:
         print(*lines, sep="\n")
     print(shlex.join(command), flush=True)
     return ExitCode.FINISHED if options.dry_run else submit(command)
+
+
+def check_sbatch_options(given: Sequence[str]) -> None:
+    """Check the options that are passed on to sbatch.
+
+    Raises:
+        InputError: one of them would overrule what this command has checked, or keep its variables from the job.
+    """
+    for option in given:
+        name, _, value = option.partition("=")
+        name = name if name.startswith("--") else name[:2]
+        if instead := _CHECKED_OPTIONS.get(name):
+            raise InputError(f"--sbatch={option}: it would not be checked; give {instead}")
+        if name == "--export" and value.split(",")[0] != "ALL":
+            raise InputError(
+                f"--sbatch={option}: the job needs this command's variables; give --sbatch=--export=ALL,..."
+            )
 
 
 def check_sweep(options: argparse.Namespace, training: Sequence[str], sweep: Sweep) -> list[Trial]:
@@ -154,7 +178,13 @@ def sbatch_command(options: argparse.Namespace, arguments: Sequence[str], array:
     exported = ["ALL", f"MAX_REQUEUES={options.max_requeues}", *_venv_export(script.parents[1])]
     if options.ranks_per_node:
         exported.append(f"RANKS_PER_NODE={options.ranks_per_node}")
-    command += [*options.sbatch, f"--export={','.join(exported)}", str(script)]
+    # sbatch keeps only its last --export.
+    exports = [option for option in options.sbatch if option.startswith("--export=")]
+    given = [word for option in exports for word in option.removeprefix("--export=").split(",") if word != "ALL"]
+    names = {word.partition("=")[0] for word in given}
+    exported = [word for word in exported if word.partition("=")[0] not in names] + given
+    command += [option for option in options.sbatch if option not in exports]
+    command += [f"--export={','.join(exported)}", str(script)]
     return [*command, *arguments]
 
 
@@ -177,9 +207,9 @@ def submit(command: Sequence[str]) -> int:
         return ExitCode.BAD_INPUT
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: should be a whole number of at least 1")
+def _count(text: str, *, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r}: should be a whole number of at least {least}")
     return int(text)
 
 

@@ -44,7 +44,8 @@ class AttemptEnd:
     """Step of the newest checkpoint."""
     signal: str
     """The signal that the batch script received: USR1, Slurm's warning; TERM, from scancel or requeue; or empty."""
-    restarts: int
+    requeues: int
+    """How often the batch script has requeued this job; those by Slurm itself do not count."""
     max_requeues: int
 
     @cached_property
@@ -151,6 +152,6 @@ def decide(end: AttemptEnd) -> Decision:
     reason = rule.reason.format(end=end)
     if rule.verdict is not Verdict.REQUEUE:
         return Decision(rule.verdict, code, reason)
-    if end.restarts >= end.max_requeues:
+    if end.requeues >= end.max_requeues:
         return Decision(Verdict.END, code, f"{reason}; not requeued: MAX_REQUEUES = {end.max_requeues} is reached")
-    return Decision(Verdict.REQUEUE, code, f"{reason}; requeue {end.restarts + 1} of {end.max_requeues}")
+    return Decision(Verdict.REQUEUE, code, f"{reason}; requeue {end.requeues + 1} of {end.max_requeues}")

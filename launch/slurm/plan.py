@@ -17,6 +17,7 @@ from distributed.train import checked_config
 from launch.address import free_port, resolve_address
 from launch.environment import Allocation
 from launch.slurm.task import task_of
+from launch.sweep import with_settings
 
 
 @prints_errors
@@ -43,7 +44,8 @@ def main() -> int:
     address = resolve_address(sys.argv[1], nodes=allocation.nodes)
     port = free_port(allocation.job)
     if not config.threads:  # divide the job's cores; this process itself may be allowed to use more
-        arguments += ["--threads", str(max(1, within_quota(allocation.cpus) // allocation.ranks))]
+        threads = max(1, within_quota(allocation.cpus) // allocation.ranks)
+        arguments = with_settings(arguments, {"threads": str(threads)})
     job = (config.run_dir.absolute(), address, port, allocation.ranks, allocation.cpus)
     fields = (*job, task.folder or "", task.metric, *arguments)
     sys.stdout.write("".join(f"{field}\0" for field in fields))

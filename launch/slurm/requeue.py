@@ -43,7 +43,7 @@ class Journal:
                 lines=self._lines(),
                 saved_step=step if isinstance(step, int) else 0,
                 signal=signal,
-                restarts=allocation.restarts,
+                requeues=self._requeues(),
                 max_requeues=allocation.max_requeues,
             )
         )
@@ -57,6 +57,10 @@ class Journal:
         """The last endings, for the job's comment."""
         last = list(enumerate(self._endings, start=1))[-3:]
         return " | ".join(f"attempt {number}: {reason}" for number, reason in last)
+
+    def _requeues(self) -> int:
+        lines = read_attempts(self.run.attempts_file)
+        return sum(line.event == "requeued" and line.job == self._job for line in lines)
 
     def _lines(self) -> list[AttemptRecord]:
         return read_attempts(self.run.attempts_file)[self._first_line or 0 :]

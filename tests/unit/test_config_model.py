@@ -147,6 +147,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
         [*NET, "--model.options", "{y = 2}", "--model.options.x", "1"],
         "--model.options.x: given together with --model.options; remove one",
     ),
+    "a setting and its section": (["--optim.lr", "1", "--optim", "{momentum = 0.5}"], "given together with --optim.lr; remove"),
+    "a section and its setting": (["--optim", "{momentum = 0.5}", "--optim.lr", "1"], "given together with --optim; remove"),
     "no side": ([*NET, "--data.name", "image_folder"], "model.name = net:make needs model.input_side, since image"),
     "a side for a built-in network": (
         ["--data.name", "image_folder", "--model.input_side", "64"],

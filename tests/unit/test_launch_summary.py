@@ -65,3 +65,15 @@ def test_the_table_begins_with_the_best_run(tmp_path: Path):
     assert text.endswith(f"best: c/seed-0, validation loss 0.9000; its settings: {tmp_path}/best.toml\n")
     assert (tmp_path / "best.toml").read_text().startswith("# c/seed-0: validation loss 0.9000\n")
     assert (tmp_path / "summary.txt").read_text() == text
+
+
+def test_the_best_settings_upload_beside_the_trials(tmp_path: Path):
+    """Under the trial's own URL a new run would find the trial."""
+    with_validation(tmp_path / "optim.lr=0.1/seed-0", [0.5], [1.0])
+    (tmp_path / "optim.lr=0.1/seed-0/config.toml").write_text(
+        '[checkpoint]\nupload_to = "s3://bucket/sweep/optim.lr=0.1/seed-0"\n'
+    )
+    write_summary(tmp_path, "validation.loss")
+    best = (tmp_path / "best.toml").read_text()
+    assert 'upload_to = "s3://bucket/sweep/best"' in best
+    assert f'run_dir = "{tmp_path}/best"' in best

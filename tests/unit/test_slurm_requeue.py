@@ -16,9 +16,9 @@ STOPPED = {"event": "stopped", "exit_code": 75, "step": 14, "reason": "SIGUSR1"}
 FINISHED = {"event": "finished", "exit_code": 0, "step": 20}
 
 
-def decided(*lines: dict[str, Any], saved: int = 10, signal: str = "", restarts: int = 0) -> Decision:
+def decided(*lines: dict[str, Any], saved: int = 10, signal: str = "", requeues: int = 0) -> Decision:
     records = [AttemptRecord.model_validate(line) for line in lines]
-    return decide(AttemptEnd(records, saved_step=saved, signal=signal, restarts=restarts, max_requeues=3))
+    return decide(AttemptEnd(records, saved_step=saved, signal=signal, requeues=requeues, max_requeues=3))
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_an_attempt_that_can_succeed_is_requeued(lines: list[dict[str, Any]], sa
 
 
 def test_the_number_of_requeues_is_limited():
-    decision = decided(STARTED, STOPPED, signal="USR1", restarts=3)
+    decision = decided(STARTED, STOPPED, signal="USR1", requeues=3)
     assert (decision.verdict, decision.exit_code) == ("end", ExitCode.STOPPED)
     assert "not requeued: MAX_REQUEUES = 3 is reached" in decision.reason
 
@@ -65,8 +65,22 @@ def test_what_slurm_ends_is_left_to_slurm():
     assert decision.reason == "ended at step 10 when Slurm ended the job (requeue, preemption or scancel)"
 
 
-def allocation(*, restarts: int) -> Allocation:
-    return Allocation(job=7, nodes=1, cpus=1, gpus=0, ranks=1, array_task=None, restarts=restarts, max_requeues=3)
+ALLOCATION = Allocation(job=7, nodes=1, cpus=1, gpus=0, ranks=1, array_task=None, max_requeues=3)
+
+
+def test_only_requeues_by_the_script_count(tmp_path: Path):
+    """Not those by Slurm itself, and not those of an earlier job in the same folder."""
+    (tmp_path / "attempts.jsonl").write_text(
+        '{"event": "requeued", "job": "6"}\n'
+        + 2 * '{"event": "requeued", "job": "7"}\n'
+        + '{"event": "lost", "job": "7"}\n'
+    )
+    decisions = []
+    for _ in range(2):
+        Journal(tmp_path, "7").begin()
+        decisions.append(Journal(tmp_path, "7").end("USR1", ALLOCATION))
+    assert [decision.verdict for decision in decisions] == ["requeue", "end"]
+    assert decisions[0].reason.endswith("requeue 3 of 3")
 
 
 def test_the_journal_reports_an_attempt_that_was_killed(tmp_path: Path):
@@ -77,7 +91,7 @@ def test_the_journal_reports_an_attempt_that_was_killed(tmp_path: Path):
     assert '"event": "lost"' in text
     assert text.count('"token": "a"') == 2
     journal = Journal(tmp_path, "7")
-    assert journal.end("USR1", allocation(restarts=1)).verdict == "requeue"
+    assert journal.end("USR1", ALLOCATION).verdict == "requeue"
     assert "attempt 1: lost without a report" in journal.comment
     assert "attempt 2: ended before training started on Slurm's warning" in journal.comment
 
@@ -87,7 +101,7 @@ def test_an_earlier_attempt_that_finished_does_not_count(tmp_path: Path):
     (tmp_path / "status.json").write_text('{"status": "finished"}')
     (tmp_path / "attempts.jsonl").write_text('{"event": "finished", "step": 9, "token": "a"}\n')
     Journal(tmp_path, "7").begin()
-    assert Journal(tmp_path, "7").end("USR1", allocation(restarts=0)).verdict == "requeue"
+    assert Journal(tmp_path, "7").end("USR1", ALLOCATION).verdict == "requeue"
 
 
 @pytest.mark.parametrize(("cpus_per_node", "fewest"), [("4", 4), ("16(x2),2", 2), ("2,16(x3)", 2)])
