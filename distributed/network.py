@@ -85,13 +85,19 @@ def _check_imported(
     example = data.example()
     images, keys = example.images.cpu().float(), example.sample_keys.cpu()
     name = config.model.name
-    check_output(model, images[:2], keys[:2], name=name, num_classes=data.num_classes, seed=config.seed)
+    draws = check_output(model, images[:2], keys[:2], name=name, num_classes=data.num_classes, seed=config.seed)
     if smallest_batch(data) < data.shards.total:
         check_without_images(model, images[:0], keys[:0], name=name)
     images = images[torch.arange(3) % len(images)]  # the passes change the copies
     if config.shards_on(device.type):
         check_exact(model, images)
         return layers_to_shard(model, images)
+    if draws and topology.is_main:
+        logger.warning(
+            "model.name = {}: training draws from torch's generator, e.g. in F.dropout: a resumed run will not repeat the bits "
+            "of an undisturbed one; use dropout layers, whose masks are keyed",
+            name,
+        )
     if topology.world_size > 1 and (unsupported := unsupported_batch_norms(model)):
         raise InputError(f"model.name = {name}, on several processes: {'; '.join(unsupported)}")
     if topology.world_size > 1 and (reason := mixes_samples(model, images)) and topology.is_main:

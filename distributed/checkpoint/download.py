@@ -25,6 +25,7 @@ from distributed.run.checkpoint_layout import (
     unfinished,
 )
 from distributed.run.claim import ClaimedRun
+from distributed.run.folder import RunFolder
 from distributed.run.resume_checks import changed_settings
 
 PROBE_SECONDS = 60.0  # s3fs gives up on a refused connection after ten
@@ -63,6 +64,22 @@ def store_has_run(config: TrainConfig, saved: SavedState | None) -> bool:
             f"in {config.run_dir}; to resume from the store, give an empty --run_dir", file=sys.stderr,
         )  # fmt: skip
     return True
+
+
+def saved_content(config: TrainConfig) -> dict[str, Any] | None:
+    """Return the content of the run's newest state.json, from its folder or else from its store; None if it has not saved.
+
+    Raises:
+        InputError: the store cannot be read.
+    """
+    content = RunFolder(config.run_dir).newest_state()
+    if content is None and config.checkpoint.upload_to:
+        store = Store(config.checkpoint.upload_to)
+        try:
+            return call_with_timeout(PROBE_SECONDS, store.newest_state, store)
+        except StoreError as error:
+            raise InputError(f"checkpoint.upload_to = {error}") from None
+    return content
 
 
 def _step(content: dict[str, Any]) -> int:

@@ -105,7 +105,10 @@ class Uploader:
         return [path for index, path in enumerate(paths) if index < self.keep_last or path.name == best]
 
     def _missing(self, tried: set[str]) -> Iterator[Path]:
-        for path in self._retained():
+        """Yield the checkpoints that the store lacks: first the best one, which a resume from the newest one needs."""
+        retained = self._retained()
+        best = best_known_to(retained[0]) if retained else None
+        for path in sorted(retained, key=lambda path: path.name != best):
             with suppress(FileNotFoundError):  # deleted by retention in the meantime
                 if path.name not in tried and not self.store.has(path):
                     yield path

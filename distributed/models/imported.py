@@ -60,22 +60,27 @@ def build_imported(config: ImportedModel, *, num_classes: int, seed: int, given:
 
 def check_output(
     model: nn.Module, images: Tensor, sample_keys: Tensor, *, name: str, num_classes: int, seed: int
-) -> None:
+) -> bool:
     """Check, on a copy of the model on the CPU, that it returns logits [n, num_classes] in evaluation and in training.
 
     Args:
         images: a few images of the data set, float32 [n, 3, side, side] on the CPU.
         sample_keys: int64 [n, 2], for dropout masks.
 
+    Returns:
+        Whether it draws from torch's generator in training, which a resumed run would repeat from the start.
+
     Raises:
         InputError: the model fails on such images or returns something else.
     """
-    shape = list(images.shape)
+    shape, draws = list(images.shape), False
     probe = _copied(model, name)
     for mode in ("evaluation", "training"):
         try:
             with torch.no_grad(), _seeded(seed, "probe"), use_sample_keys(sample_keys):
+                before = torch.get_rng_state()
                 output = probe.train(mode == "training")(images)
+                draws = not torch.equal(before, torch.get_rng_state())
         except InputError:  # of a dropout layer
             raise
         except Exception as error:
@@ -90,6 +95,7 @@ def check_output(
             f"model.name = {name}: in {mode} the network returns {found} for images of shape {shape}; it should return "
             f"logits, a float tensor of shape {expected}"
         )
+    return draws
 
 
 def check_without_images(model: nn.Module, images: Tensor, sample_keys: Tensor, *, name: str) -> None:

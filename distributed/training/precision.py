@@ -4,10 +4,10 @@ from typing import Any, Literal
 
 import torch
 
+from distributed.checkpoint.download import saved_content
 from distributed.comm import collectives
 from distributed.config import TrainConfig, with_values
 from distributed.host.hardware import multiplies_bfloat16
-from distributed.run.folder import RunFolder
 
 
 def with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
@@ -18,13 +18,13 @@ def with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
     """
     if config.precision != "auto":
         return config
-    saved = collectives.run_on_main(lambda: _saved_precision(RunFolder(config.run_dir)))
+    saved = collectives.run_on_main(lambda: _saved_precision(config))
     of_ranks = set(collectives.gather_objects(fast_precision(device)))
     return with_values(config, precision=saved or ("bfloat16" if of_ranks == {"bfloat16"} else "float32"))
 
 
-def _saved_precision(run: RunFolder) -> Any:
-    saved: Any = (run.newest_state() or {}).get("config")
+def _saved_precision(config: TrainConfig) -> Any:
+    saved: Any = (saved_content(config) or {}).get("config")
     return saved.get("precision") if isinstance(saved, dict) else None
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from kit.commands import final_tensors
 from kit.small_runs import FAST, Recorder, StopAfter, small_config
+from loguru import logger
 from torch import Tensor, nn
 
 from distributed import load
@@ -268,6 +269,24 @@ def test_a_network_that_needs_images_is_refused_if_a_shard_has_none(tmp_path: Pa
     ) as caught:
         train(config_of(tmp_path / "uneven", evaluation={"batch_size": 9}), model=NeedsImages)
     assert len(caught.value.lines) == 1
+
+
+class Drawing(Net):
+    __module__ = "__main__"
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(images), 0.1, self.training)
+
+
+@pytest.mark.parametrize(("model", "warnings"), [(Net, 0), (Drawing, 1)])
+def test_in_fast_mode_a_network_that_draws_is_a_warning(model: type[Net], warnings: int, tmp_path: Path) -> None:
+    messages: list[str] = []
+    handle = logger.add(messages.append, level="WARNING")
+    try:
+        train(config_of(tmp_path, epochs=1, exact={"shards": 0}), model=model)
+    finally:
+        logger.remove(handle)
+    assert sum("training draws from torch's generator" in message for message in messages) == warnings
 
 
 def test_a_path_is_not_an_object(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
 from distributed.train import checked_config
+from distributed.training.precision import with_precision
 
 ALL_FILES = {"manifest.json", "state.json", "tensors.safetensors"}
 
@@ -109,6 +110,17 @@ def test_the_store_has_what_the_run_folder_has(run, url):
     assert in_store(url) == {1: ALL_FILES}
     assert damage_of(Path(url.removeprefix("file://")) / name) is None
     assert json.loads(run.upload_file.read_text())["newest"] == name
+
+
+def test_the_best_is_uploaded_before_the_newest(run, url, monkeypatch):
+    """A resume from the newest checkpoint may have to restore the best one."""
+    best = save(run, 1)
+    names = [save(run, step, best=1) for step in (2, 3)]
+    uploaded = []
+    upload = Store.upload
+    monkeypatch.setattr(Store, "upload", lambda store, path: (uploaded.append(path.name), upload(store, path)))
+    upload_all(Uploader(url, run, keep_last=2))
+    assert uploaded == [best, *names[::-1]]
 
 
 def test_the_manifest_is_uploaded_last_and_removed_first(run, url, monkeypatch):
@@ -393,6 +405,15 @@ def test_a_different_experiment_in_the_store_is_refused(tmp_path, url):
         "a resumed run keeps its experiment: restore these settings, or give another --checkpoint.upload_to",
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_auto_precision_is_that_of_the_run_in_the_store(tmp_path, url):
+    """An empty run folder on a machine with other instructions: the run keeps its precision."""
+    there = ClaimedRun.claim(tmp_path / "there", world_size=1)
+    save(there, 1, config=config_of(there.path, url, "--precision", "float64"))
+    upload_all(Uploader(url, there, keep_last=2))
+    config = config_of(tmp_path / "run", url, "--precision", "auto")
+    assert with_precision(config, torch.device("cpu")).precision == "float64"
 
 
 def test_a_run_resumed_from_a_store_needs_no_init_from(tmp_path, url):
