@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from kit.commands import ROOT, Command, alone, assert_same_bits, attempts, kill, status, torchrun
+from kit.commands import NARROW, ROOT, Command, alone, assert_same_bits, attempts, kill, status, torchrun
 
 SETTINGS = (
-    "configs/debug.toml", "--epochs", 2, "--data.train_samples", 2500, "--checkpoint.every_steps", 5, "--device", "cpu",
+    "configs/debug.toml", "--epochs", 2, "--data.train_samples", 2500, "--checkpoint.every_steps", 5, *NARROW,
+    "--device", "cpu",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pytest
 from kit.commands import ROOT, Command, assert_same_bits, attempts, kill, status, torchrun
 
 SETTINGS = (
-    "configs/debug.toml", "--epochs", 2, "--data.train_samples", 1500, "--checkpoint.every_steps", 5, "--device", "cpu",
+    "configs/debug.toml", "--epochs", 2, "--data.train_samples", 800, "--checkpoint.every_steps", 5, "--device", "cpu",
 )  # fmt: skip
 ENGINES = {
     "zero 3": ("--engine.name", "deepspeed", "--engine.zero_stage", 3),

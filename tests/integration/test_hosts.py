@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kit.commands import Command, alone, assert_same_bits, attempts, has_saved, status, torchrun
+from kit.commands import NARROW, Command, alone, assert_same_bits, attempts, has_saved, status, torchrun
 from kit.hosts import Hosts, hosts_unavailable
 
 pytestmark = [
@@ -13,7 +13,9 @@ pytestmark = [
     pytest.mark.timeout(400),
     pytest.mark.skipif(bool(hosts_unavailable()), reason=f"no hosts here: {hosts_unavailable()}"),
 ]
-SETTINGS = ("configs/debug.toml", "--epochs", 8, "--checkpoint.every_steps", 5, "--threads", 1, "--device", "cpu")
+SETTINGS = (
+    "configs/debug.toml", "--epochs", 8, "--checkpoint.every_steps", 5, *NARROW, "--threads", 1, "--device", "cpu",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -16,21 +16,21 @@ SETTINGS = (
     "--data.test_samples", 60, "--grad_accum_steps", 2, "--threads", 1, "--device", "cpu",
 )  # fmt: skip
 KINDS = ("kill -9 a rank", "kill -9 the agent", "kill -9 everything", "SIGTERM to the agent", "SIGTERM to a rank")
-STRIKES = 10
 
 
 @dataclass(frozen=True)
 class Mode:
-    """Settings of a run, and the number of ranks of each attempt in turn."""
+    """Settings of a run, the number of ranks of each attempt in turn, and the number of strikes."""
 
     name: str
     settings: tuple[object, ...]
     ranks: tuple[int, ...]
+    strikes: int
 
 
 MODES = (
-    Mode("exact", (*SETTINGS, "--exact.shards", 4), (1, 2, 3, 4)),
-    Mode("fast", (*SETTINGS, "--exact.shards", 0), (2,)),
+    Mode("exact", (*SETTINGS, "--exact.shards", 4), (1, 2, 3, 4), strikes=2 * len(KINDS)),
+    Mode("fast", (*SETTINGS, "--exact.shards", 0), (2,), strikes=len(KINDS)),
 )
 
 
@@ -59,7 +59,7 @@ def kill_something(command: Command, kind: str, dice: random.Random) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_ten_kills_at_random_moments_keep_the_bits(undisturbed: tuple[Mode, Path], tmp_path: Path) -> None:
+def test_kills_at_random_moments_keep_the_bits(undisturbed: tuple[Mode, Path], tmp_path: Path) -> None:
     """Each strike waits for the attempt's first checkpoint. In exact mode the number of ranks changes each time."""
     mode, reference = undisturbed
     run, dice, kills = tmp_path / "run", random.Random(mode.name), 0
@@ -67,7 +67,7 @@ def test_ten_kills_at_random_moments_keep_the_bits(undisturbed: tuple[Mode, Path
         ranks = mode.ranks[attempt % len(mode.ranks)]
         known = len(attempts(run, "started"))
         with Command(torchrun(ranks, *mode.settings, "--run_dir", run), output=tmp_path / "output") as command:
-            if kills < STRIKES:
+            if kills < mode.strikes:
                 saved = partial(has_saved, run, attempt=known + 1)
                 command.wait_for(saved, seconds=240, what="the attempt's first checkpoint")
                 time.sleep(dice.uniform(0, 0.5))
@@ -80,7 +80,7 @@ def test_ten_kills_at_random_moments_keep_the_bits(undisturbed: tuple[Mode, Path
             # Ranks orphaned by the agent detect its death, save and exit.
     steps = [attempt["step"] for attempt in attempts(run, "started")]
     print(f"{kills} kills; attempts began at steps {steps} of {status(reference)['step']}")
-    assert kills >= STRIKES - 2, "the run ended before it was killed often enough: make it longer"
+    assert kills >= mode.strikes - 2, "the run ended before it was killed often enough: make it longer"
     assert sum(step > 0 for step in steps) > len(steps) / 2, steps
     assert_same_bits(run, reference)
 

@@ -13,7 +13,7 @@ needs_cifar = pytest.mark.skipif(not CIFAR_ROOT, reason="CIFAR_ROOT is not set")
 def accuracy_after(tmp_path: Path, epochs: int, *settings: object) -> float:
     run = tmp_path / "run"
     quiet = ("--device", "cpu", "--logging.tensorboard", "false", "--evaluation.test_every_epoch", "false")
-    arguments = torchrun(2, "--epochs", epochs, "--run_dir", run, *quiet, *settings)
+    arguments = torchrun(2, *settings, "--epochs", epochs, "--run_dir", run, *quiet)
     with Command(arguments, output=tmp_path / "output") as command:
         assert command.wait(400) == 0, command.text[-4000:]
     last = metrics(run)[-1]
@@ -24,14 +24,24 @@ def accuracy_after(tmp_path: Path, epochs: int, *settings: object) -> float:
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_generated_images_are_neither_trivial_nor_hopeless(tmp_path: Path) -> None:
-    settings = ("--data.name", "generated10", "--data.train_samples", 12_000, "--data.validation_fraction", 0)
+    settings = (
+        "--data.name",
+        "generated10",
+        "--data.train_samples",
+        12_000,
+        "--data.test_samples",
+        2_000,
+        "--data.validation_fraction",
+        0,
+    )
     assert 0.35 <= accuracy_after(tmp_path, 2, *settings) <= 0.9
 
 
 @needs_cifar
 @pytest.mark.slow
 @pytest.mark.timeout(420)
-@pytest.mark.parametrize(("name", "above"), [("cifar10", 0.33), ("cifar100", 0.04)])
-def test_20000_real_images_are_well_above_chance(tmp_path: Path, name: str, above: float) -> None:
-    settings = ("--data.name", name, "--data.root", CIFAR_ROOT, "--data.validation_fraction", 0.6)
-    assert accuracy_after(tmp_path, 1, *settings) > above
+def test_a_recipe_learns_from_20000_real_images(tmp_path: Path) -> None:
+    """On a narrow network, which trains in seconds. Of CIFAR-100, test_after_training trains on 5,000 images."""
+    narrow = ("--model.widths", "[16, 64, 64]", "--evaluation.flip_tta", "false", "--evaluation.shift_tta", 0)
+    settings = ("configs/cifar10_fast.toml", "--data.root", CIFAR_ROOT, "--data.validation_fraction", 0.6, *narrow)
+    assert accuracy_after(tmp_path, 1, *settings) > 0.5

@@ -12,6 +12,7 @@ import pytest
 from kit.abuse import call
 from kit.cluster import Cluster, slurm_unavailable, wait_for
 from kit.commands import (
+    NARROW,
     ROOT,
     Command,
     alone,
@@ -26,12 +27,14 @@ from kit.commands import (
 )
 from kit.own_networks import write_networks
 from kit.ray_nodes import RayCluster
+from kit.slow_sink import SLOW
 
 from launch.slurm.task import task_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 CPU = ("--device", "cpu")
-LONG = ("configs/debug.toml", "--epochs", 16, "--checkpoint.every_steps", 5, "--checkpoint.keep_last", 2, *CPU)
+EPOCHS = ("configs/debug.toml", "--epochs", 16, "--logging.every_steps", 2, *NARROW, *CPU)
+LONG = (*EPOCHS, "--checkpoint.every_steps", 5, "--checkpoint.keep_last", 2)
 SHORT = ("configs/debug.toml", "--epochs", 1, "--data.train_samples", 200, "--data.test_samples", 60, *CPU)
 WANDB = ("--logging.wandb.mode", "offline") if find_spec("wandb") else ()
 
@@ -109,7 +112,7 @@ def test_an_elastic_run_survives_lost_and_new_nodes(cluster: RayCluster, undistu
     resumes alone; another node joins, and the run grows."""
     cluster.set_nodes("n1", "n2", "n3")
     run, settings = tmp_path / "run", ("--scaling.min_workers", 1, "--scaling.resize_seconds", 2)
-    with cluster.train(*LONG, *settings, "--run_dir", run, output=tmp_path / "output") as command:
+    with cluster.train(*LONG, *SLOW, *settings, "--run_dir", run, output=tmp_path / "output") as command:
         wait_for_attempt(command, run)
         kill(pid_of(command, 1))
         cluster.add("n4", hidden=run)
@@ -137,7 +140,7 @@ def test_after_the_driver_is_killed_the_same_command_resumes(
 ) -> None:
     cluster.set_nodes("n1", "n2")
     run = tmp_path / "run"
-    with cluster.train(*LONG, "--run_dir", run, output=tmp_path / "killed") as command:
+    with cluster.train(*LONG, *SLOW, "--run_dir", run, output=tmp_path / "killed") as command:
         wait_for_attempt(command, run)
         kill(command.process.pid)
     cluster.kill("n2")
@@ -163,8 +166,8 @@ def test_a_stopped_job_loses_nothing_and_resumes(cluster: RayCluster, undisturbe
     cluster.set_nodes("n1", "n2")
     run = tmp_path / "run"
     # This run saves only at the end of an epoch and at the stop.
-    train = ("--", "python", "-m", "launch.ray_train", *LONG[:3], "--device", "cpu", "--run_dir", run)
-    submit(cluster, "first", "--no-wait", *train)
+    train = ("--", "python", "-m", "launch.ray_train", *EPOCHS, "--run_dir", run)
+    submit(cluster, "first", "--no-wait", *train, *SLOW)
     wait_for(lambda: run.exists() and len(attempts(run, "started")) > 0 and status(run)["step"] > 0, seconds=90,
              description=lambda: cluster.run("job", "logs", "first"))  # fmt: skip
     cluster.run("job", "stop", "first")
@@ -213,6 +216,11 @@ def test_failures_that_would_repeat_end_the_run_at_once(cluster: RayCluster, tmp
     with cluster.train(*SHORT, "--run_dir", hidden / "run", output=tmp_path / "hidden.out") as command:
         assert command.wait(200) == 2, command.text
     assert f"run_dir = {hidden / 'run'} is not shared" in command.text
+    assert "Traceback" not in command.text
+    sweep = ("--sweep.optim.lr", "0.1,0.01", "--run_dir", hidden / "sweep")
+    with cluster.train(*SHORT, *sweep, output=tmp_path / "sweep.out") as command:
+        assert command.wait(200) == 2, command.text
+    assert f"run_dir = {hidden / 'sweep/optim.lr=0.1'} is not shared" in command.text
     assert "Traceback" not in command.text
 
 

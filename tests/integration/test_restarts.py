@@ -5,9 +5,13 @@ import time
 from pathlib import Path
 
 import pytest
-from kit.commands import Command, assert_same_bits, attempts, has_saved, kill, status, torchrun
+from kit.commands import NARROW, Command, assert_same_bits, attempts, has_saved, kill, status, torchrun
+from kit.slow_sink import SLOW
 
-SETTINGS = ("configs/debug.toml", "--epochs", 12, "--checkpoint.every_steps", 4, "--threads", 1, "--device", "cpu")
+SETTINGS = (
+    "configs/debug.toml", "--epochs", 12, "--checkpoint.every_steps", 4, "--logging.every_steps", 2, *NARROW,
+    "--threads", 1, "--device", "cpu",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ def elastic(port: int, run: Path, *, node: int = 1, more: tuple[object, ...] = (
         f"--local-addr=127.0.0.{node}", "--monitor-interval=0.1",
         "--rdzv-conf=last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3",
     )  # fmt: skip
-    return torchrun(1, *SETTINGS, "--run_dir", run, *more, options=options)
+    return torchrun(1, *SETTINGS, *SLOW, "--run_dir", run, *more, options=options)
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from kit.cluster import Cluster, slurm_unavailable, wait_for
-from kit.commands import ROOT, Command, alone, assert_same_bits, attempts, has_saved
+from kit.commands import NARROW, ROOT, Command, alone, assert_same_bits, attempts, has_saved
+from kit.slow_sink import SLOW
 
 pytestmark = [
     pytest.mark.slow,
@@ -19,7 +20,11 @@ pytestmark = [
 ]
 CPU = ("--device", "cpu")
 SMALL = ("--epochs", 1, "--data.train_samples", 300, "--data.test_samples", 60, "--global_batch_size", 32, *CPU)
-LONG = ("configs/debug.toml", "--epochs", 8, "--checkpoint.every_steps", 5, "--checkpoint.keep_last", 2, *CPU)
+SETTINGS = ("--checkpoint.every_steps", 5, "--checkpoint.keep_last", 2, "--logging.every_steps", 2, *NARROW, *CPU)
+LONG = ("configs/debug.toml", "--epochs", 8, *SETTINGS)
+ENDLESS = ("configs/debug.toml", "--epochs", 1000, *SETTINGS)
+KIT = {"PYTHONPATH": str(ROOT / "tests")}
+"""The variable that lets a job import the slow sink."""
 OUT = ("--output", "batch-%j.out")
 
 
@@ -109,9 +114,9 @@ def digests(run: Path) -> dict[str, dict[str, str]]:
 @concurrent
 def test_the_time_limit_requeues_with_the_same_bits(cluster: Cluster, tmp_path: Path) -> None:
     """Slurm's own warning, at a limit of one minute; later saves equal those of a run without a limit."""
-    run, unlimited, slow = tmp_path / "run", tmp_path / "other", ("--epochs", 400, "--checkpoint.every_steps", 20, *CPU)
-    job = cluster.sbatch("--time=1", "--signal=B:USR1@10", *OUT, ROOT / "slurm/train.sh", ROOT / LONG[0], *slow,
-                         "--run_dir", run, cwd=tmp_path)  # fmt: skip
+    run, unlimited = tmp_path / "run", tmp_path / "other"
+    job = cluster.sbatch("--time=1", "--signal=B:USR1@10", *OUT, ROOT / "slurm/train.sh", ROOT / ENDLESS[0], *ENDLESS[1:],
+                         *SLOW, "--run_dir", run, cwd=tmp_path, **KIT)  # fmt: skip
 
     def stopped() -> list[int]:
         """Return the steps of the stops, without attempts that a busy machine had warned before their first step."""
@@ -124,7 +129,7 @@ def test_the_time_limit_requeues_with_the_same_bits(cluster: Cluster, tmp_path: 
     output = partial(output_of, tmp_path)
     try:
         wait_for(lambda: bool(attempts(run, "started")), seconds=90, description=output)
-        with Command(alone(LONG[0], *slow, "--threads", 1, "--run_dir", unlimited), output=tmp_path / "output"):
+        with Command(alone(*ENDLESS, "--threads", 1, *SLOW, "--run_dir", unlimited), output=tmp_path / "output"):
             wait_for(lambda: bool(stopped()), seconds=150, description=output)
             known = len(attempts(run, "started"))
             # A slow machine may take several attempts of a minute to reach the next save.
@@ -160,6 +165,27 @@ def test_a_failure_that_would_repeat_is_not_requeued(cluster: Cluster, tmp_path:
 
 
 @concurrent
+def test_one_task_of_an_array_is_requeued_alone(cluster: Cluster, tmp_path: Path) -> None:
+    """The task whose job id is that of the array."""
+    run = tmp_path / "run"
+    array = cluster.sbatch("--array=0-1", *OUT, ROOT / "slurm/train.sh", ROOT / ENDLESS[0], *ENDLESS[1:], *SLOW,
+                           "--run_dir", run, cwd=tmp_path, **KIT)  # fmt: skip
+    try:
+        for task in range(2):
+            wait_for(partial(has_saved, run / f"seed-{task}", attempt=1), seconds=90,
+                     description=partial(output_of, tmp_path))  # fmt: skip
+        own, other = sorted(
+            (f"{array}_{task}" for task in range(2)), key=lambda task: cluster.job(task)["JobId"] != array
+        )
+        assert cluster.job(own)["JobId"] == array
+        cluster.run("scancel", "--signal=USR1", "--batch", own)
+        wait_for_restart(cluster, own, 1)
+        assert (cluster.job(other)["JobState"], cluster.job(other)["Restarts"]) == ("RUNNING", "0")
+    finally:
+        cluster.run("scancel", array)
+
+
+@concurrent
 def test_five_requeues_in_a_row_and_no_sixth(cluster: Cluster, tmp_path: Path) -> None:
     """A job that is warned at each start trains nothing, and ends at its limit of requeues."""
     run = tmp_path / "run"
@@ -185,8 +211,8 @@ def test_five_requeues_in_a_row_and_no_sixth(cluster: Cluster, tmp_path: Path) -
 def test_preemption_and_fewer_nodes_keep_the_bits(cluster: Cluster, undisturbed: Path, tmp_path: Path) -> None:
     """Preempted twice on two nodes, then stopped and resumed on one."""
     run = tmp_path / "run"
-    job = cluster.sbatch("--nodes=2", *OUT, ROOT / "slurm/train.sh", ROOT / LONG[0], *LONG[1:], "--run_dir", run,
-                         cwd=tmp_path, PREFLIGHT="0")  # fmt: skip
+    job = cluster.sbatch("--nodes=2", *OUT, ROOT / "slurm/train.sh", ROOT / LONG[0], *LONG[1:], *SLOW, "--run_dir", run,
+                         cwd=tmp_path, PREFLIGHT="0", **KIT)  # fmt: skip
     wait_for_attempt(run, count=1)
     cluster.run("scontrol", "requeue", job)
     wait_for_attempt(run, count=2)
@@ -202,7 +228,7 @@ def test_preemption_and_fewer_nodes_keep_the_bits(cluster: Cluster, undisturbed:
         tmp_path
     )
     assert all(line["step"] % 15 for line in started[1:] if line["step"] % 5), "resumed in mid-epoch"
-    assert "requeue 2 of 20" in attempts(run, "requeued")[0]["reason"]
+    assert "requeue 1 of 20" in attempts(run, "requeued")[0]["reason"]
     assert "when Slurm ended the job" in attempts(run, "left to Slurm")[0]["reason"]
     assert "attempt 4: finished" in cluster.job(job)["Comment"]
     assert_same_bits(run, undisturbed)
@@ -213,12 +239,13 @@ def test_the_shipped_scripts_work_from_any_folder(cluster: Cluster, tmp_path: Pa
     """An array on one node, a job on two, and the hooks, all submitted outside the project."""
     cifar10 = ("--data.name", "generated10", *SMALL)
     cifar100 = ("--data.name", "generated100", *SMALL, "--model.name", "improved_alexnet")
-    (tmp_path / "setup").write_text("touch set-up\n")
-    hooks = {"RANKS_PER_NODE": "2", "SETUP": str(tmp_path / "setup"), "CONTAINER": "env INSIDE=1"}
+    (tmp_path / "setup").write_text("touch set-up\n[ -n $UNSET ]\nexport NAMED_BY=setup\n")
+    (tmp_path / "record").write_text('echo "$NAMED_BY" >>record.txt\nexec "$@"\n')
+    hooks = {"RANKS_PER_NODE": "2", "SETUP": str(tmp_path / "setup"), "CONTAINER": f"sh {tmp_path / 'record'}"}
     array = cluster.sbatch("--array=0-2", "--nodelist=n1", ROOT / "slurm/cifar10.sh", *cifar10, cwd=tmp_path)
     job = cluster.sbatch("--nodes=2", "--time=5", ROOT / "slurm/cifar100.sh", *cifar100, cwd=tmp_path, PREFLIGHT="0")
-    hooked = cluster.sbatch("--cpus-per-task=2", ROOT / "slurm/train.sh", ROOT / "configs/debug.toml", *SMALL,
-                            cwd=tmp_path, **hooks)  # fmt: skip
+    hooked = cluster.sbatch("--cpus-per-task=2", "--export=ALL,NAMED_BY=sbatch", ROOT / "slurm/train.sh",
+                            ROOT / "configs/debug.toml", *SMALL, cwd=tmp_path, **hooks)  # fmt: skip
     for each in (*(f"{array}_{task}" for task in range(3)), job, hooked):
         wait_for_completion(cluster, each, tmp_path)
     tasks = [cluster.job(f"{array}_{task}")["JobId"] for task in range(3)]
@@ -233,6 +260,7 @@ def test_the_shipped_scripts_work_from_any_folder(cluster: Cluster, tmp_path: Pa
     assert (run / f"slurm/{job}-n1.log").exists()
     assert (run / f"slurm/{job}-n2.log").exists()
     assert (tmp_path / "set-up").exists()
+    assert set((tmp_path / "record.txt").read_text().split()) == {"setup"}, "also in the steps"
     assert "2 ranks x 1 thread" in (tmp_path / "runs/debug/logs/rank-0000.log").read_text()
     assert cluster.job(job)["Comment"] == "attempt 1: finished"
 
@@ -241,8 +269,8 @@ def test_after_a_node_is_lost_the_job_resumes_on_the_other(cluster: Cluster, und
     """slurmd of n2 is killed and its link cut: its rank lives on, Slurm requeues, and one node resumes from the last save."""
     run = tmp_path / "run"
     wait_for_idle_nodes(cluster)  # else the job begins on the one that is free
-    job = cluster.sbatch("--nodes=2", *OUT, ROOT / "slurm/train.sh", ROOT / LONG[0], *LONG[1:], "--run_dir", run,
-                         cwd=tmp_path, PREFLIGHT="0")  # fmt: skip
+    job = cluster.sbatch("--nodes=2", *OUT, ROOT / "slurm/train.sh", ROOT / LONG[0], *LONG[1:], *SLOW, "--run_dir", run,
+                         cwd=tmp_path, PREFLIGHT="0", **KIT)  # fmt: skip
     try:
         wait_for_attempt(run, count=1)
         cluster.kill_node("n2")
@@ -267,8 +295,8 @@ def test_the_script_of_a_lost_node_does_nothing_more(cluster: Cluster, tmp_path:
     """slurmd of the first node is killed: its batch script lives on while Slurm restarts the job on the other node."""
     wait_for_idle_nodes(cluster)
     run = tmp_path / "run"
-    job = cluster.sbatch("--nodes=2", *OUT, ROOT / "slurm/train.sh", ROOT / LONG[0], *LONG[1:2], 400, *LONG[3:],
-                         "--run_dir", run, cwd=tmp_path, PREFLIGHT="0")  # fmt: skip
+    job = cluster.sbatch("--nodes=2", *OUT, ROOT / "slurm/train.sh", ROOT / ENDLESS[0], *ENDLESS[1:], *SLOW,
+                         "--run_dir", run, cwd=tmp_path, PREFLIGHT="0", **KIT)  # fmt: skip
     try:
         wait_for_attempt(run, count=1)
         cluster.kill_node("n1")

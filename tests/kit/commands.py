@@ -18,6 +18,8 @@ from kit.speed import slowness
 
 ROOT = Path(__file__).parents[2]
 _FREE_PORT = ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
+NARROW = ("--model.name", "fast_alexnet", "--model.widths", "[8, 16, 16]")
+"""The arguments for a network that leaves most of the processors to other tests."""
 
 
 def torchrun(

@@ -1,4 +1,4 @@
-"""The large models in exact mode: two steps and an evaluation are bit-identical on 1, 2 and 3 processes."""
+"""The large models in exact mode: two steps and an evaluation are bit-identical on one process and on three."""
 
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,11 @@ def run_model(name: str, topology: Topology) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_large_models_are_bit_identical_at_any_world_size() -> None:
+def test_large_models_are_bit_identical() -> None:
     (alone,) = run_ranks(run_models, 1, timeout_seconds=120)
     for name in MODELS:
         assert len(alone[name]["steps"]) == 2
         assert alone[name]["steps"][0] != alone[name]["steps"][1]
-    for world_size in (2, 3):
-        for rank in run_ranks(run_models, world_size, timeout_seconds=120):
-            for name in MODELS:
-                assert rank[name] == alone[name], f"{name} at {world_size}"
+    for rank in run_ranks(run_models, 3, timeout_seconds=120):
+        for name in MODELS:
+            assert rank[name] == alone[name], name

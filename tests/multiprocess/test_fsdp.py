@@ -25,13 +25,13 @@ from distributed.training.totals import MetricAccumulator
 CPU = torch.device("cpu")
 FSDP, DDP = {"name": "fsdp"}, {"name": "ddp"}
 CASES: dict[str, dict[str, Any]] = {
-    # 19 steps per epoch; in the last step of two images some ranks and micro-batches are empty.
+    # Seven steps per epoch; in the last step of two images some ranks and micro-batches are empty.
     "two micro-batches, clipping": {
-        "epochs": 3,
+        "epochs": 2,
         "global_batch_size": 11,
         "grad_accum_steps": 2,
         "optim": {"lr": 0.01, "max_grad_norm": 0.5},
-        "data": {"train_samples": 250, "validation_fraction": 0.2},
+        "data": {"train_samples": 85, "validation_fraction": 0.2},
         "evaluation": {"batch_size": 7},
     },
     "plateau, weights gathered once": {
@@ -191,7 +191,7 @@ def test_resuming_under_any_engine_at_any_world_size(runs: Runs, tmp_path: Path)
 @in_group
 def undisturbed_and_stopped(folder: Path) -> list[Trace]:
     traces = [traced(config_of(FIRST, folder / "undisturbed", FSDP, LOW))]
-    for stop_after in (4, 7, None):
+    for stop_after in (3, 5, None):
         traces.append(traced(config_of(FIRST, folder / "stopped", FSDP, LOW), stop_after))
     return traces
 

@@ -27,7 +27,7 @@ SETTINGS: dict[str, Any] = {
     },
 }
 LR = {"sgd": 0.01, "adamw": 1e-6}
-SOURCES = {"sgd": [4], "adamw": WORLD_SIZES}
+SOURCES = {"sgd": [4], "adamw": [1, 4]}
 """World sizes that save the checkpoints."""
 SAVED_AFTER = FOLLOWED = 2
 """Steps: the first loss after a load depends on the weights only, the second also on the optimizer's tensors."""
