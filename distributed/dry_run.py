@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distributed.build import build_data, build_engine, log_plan
+from distributed.checkpoint.download import saved_content
 from distributed.comm import collectives
 from distributed.comm.process_group import choose_device, process_group
 from distributed.comm.same_config import check_same_config
@@ -66,7 +67,7 @@ def dry_run(config: TrainConfig) -> None:
         frozen = sum(p.numel() for p in network.model.parameters()) - sum(trained.values())
         stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
         check_same_config(config)
-        config = with_precision(config, device)
+        config = with_precision(config, device, saved_content)
         check_data(config, data)
         engine = build_engine(config, topology, data, device, network)
         schedule = build_schedule(config, steps_per_epoch=data.steps_per_epoch)

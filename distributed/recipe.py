@@ -9,6 +9,7 @@ from loguru import logger
 
 from distributed.attempt import Attempt
 from distributed.build import build_checkpointer, build_data, build_engine, log_plan
+from distributed.checkpoint.download import saved_content
 from distributed.comm.process_group import choose_device, process_group
 from distributed.comm.same_config import check_same_config
 from distributed.config import TrainConfig
@@ -89,7 +90,7 @@ def train(
         network = build_initial_network(config, topology, pipeline, device, model)
         stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
         check_same_config(config)
-        config = attempt.config = with_precision(config, device)
+        config = attempt.config = with_precision(config, device, saved_content)
         attempt.open_log()
         check_data(config, pipeline)
 

@@ -1,30 +1,35 @@
 """Resolves `precision = auto`, and knows which precisions are slow on a device."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 
-from distributed.checkpoint.download import saved_content
 from distributed.comm import collectives
 from distributed.config import TrainConfig, with_values
 from distributed.host.hardware import multiplies_bfloat16
 
 
-def with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
+def with_precision(
+    config: TrainConfig, device: torch.device, saved_content: Callable[[TrainConfig], dict[str, Any] | None]
+) -> TrainConfig:
     """Return the config with `precision = auto` resolved, to the same on all ranks. A collective.
 
     A run that has saved keeps its precision. A new one computes in bfloat16 if the devices of all ranks have instructions
     for it, else in float32.
+
+    Args:
+        saved_content: reads the content of the run's newest state.json, on rank 0; None if the run has not saved.
     """
     if config.precision != "auto":
         return config
-    saved = collectives.run_on_main(lambda: _saved_precision(config))
+    saved = collectives.run_on_main(lambda: _saved_precision(saved_content(config)))
     of_ranks = set(collectives.gather_objects(fast_precision(device)))
     return with_values(config, precision=saved or ("bfloat16" if of_ranks == {"bfloat16"} else "float32"))
 
 
-def _saved_precision(config: TrainConfig) -> Any:
-    saved: Any = (saved_content(config) or {}).get("config")
+def _saved_precision(content: dict[str, Any] | None) -> Any:
+    saved: Any = (content or {}).get("config")
     return saved.get("precision") if isinstance(saved, dict) else None
 
 

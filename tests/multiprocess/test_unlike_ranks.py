@@ -9,6 +9,7 @@ from kit.ranks import in_group, run_ranks
 from kit.small_runs import small_config
 
 from distributed import recipe
+from distributed.checkpoint.download import saved_content
 from distributed.comm import collectives
 from distributed.comm.process_group import check_own_gpu
 from distributed.errors import InputError
@@ -41,7 +42,9 @@ def test_automatic_exact_mode_warns_of_unlike_ranks(tmp_path: Path) -> None:
 @in_group
 def resolved(has_bfloat16: list[bool]) -> str:
     precision.multiplies_bfloat16 = lambda: has_bfloat16[collectives.rank()]
-    return precision.with_precision(small_config(Path("run"), precision="auto"), torch.device("cpu")).precision
+    return precision.with_precision(
+        small_config(Path("run"), precision="auto"), torch.device("cpu"), saved_content
+    ).precision
 
 
 @pytest.mark.parametrize(

@@ -261,7 +261,7 @@ def test_a_wrong_network_is_one_line(case: str, tmp_path: Path) -> None:
     assert not (tmp_path / "run/config.toml").exists()
 
 
-def test_a_network_that_needs_images_is_refused_if_a_shard_has_none(tmp_path: Path) -> None:
+def test_a_network_that_needs_images_is_refused(tmp_path: Path) -> None:
     """Of 20 test images in batches of 9, the last two leave six of eight shards empty."""
     train(config_of(tmp_path, epochs=1), model=NeedsImages)
     with pytest.raises(

@@ -13,7 +13,7 @@ import torch
 from loguru import logger
 
 from distributed.checkpoint import download, object_store, upload
-from distributed.checkpoint.download import download_newest, store_has_run
+from distributed.checkpoint.download import download_newest, saved_content, store_has_run
 from distributed.checkpoint.object_store import Store, StoreError
 from distributed.checkpoint.snapshot import write_checkpoint
 from distributed.checkpoint.upload import Uploader, log_upload_result, upload_remaining
@@ -413,7 +413,7 @@ def test_auto_precision_is_that_of_the_run_in_the_store(tmp_path, url):
     save(there, 1, config=config_of(there.path, url, "--precision", "float64"))
     upload_all(Uploader(url, there, keep_last=2))
     config = config_of(tmp_path / "run", url, "--precision", "auto")
-    assert with_precision(config, torch.device("cpu")).precision == "float64"
+    assert with_precision(config, torch.device("cpu"), saved_content).precision == "float64"
 
 
 def test_a_run_resumed_from_a_store_needs_no_init_from(tmp_path, url):
