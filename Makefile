@@ -36,11 +36,11 @@ train: $(READY)  ## train on CIFAR-10 in CIFAR_ROOT (or ./data), or on generated
 
 # Tests on real CIFAR read CIFAR_ROOT and are skipped without it.
 test: $(READY)  ## unit tests, tests on two ranks, core integration tests, bit-identical resume after kills
-	@echo "make test: under 10 minutes on two cores. make test-all adds everything else and takes 40 to 55."
+	@echo "make test: under 10 minutes on two cores. make test-all adds everything else and takes 35 to 65."
 	$(call summarized,$(CORE))
 
 test-all: $(READY)  ## every test, a real Ray and Slurm, hostile inputs, lint, types and the oldest torch
-	@echo "make test-all: 40 to 55 minutes on two cores"
+	@echo "make test-all: 35 to 65 minutes on two cores"
 	$(MAKE) --no-print-directory lint
 	$(call summarized,$(SUITES) test-oldest dry-newest)
 	$(MAKE) --no-print-directory dry-oldest
