@@ -5,6 +5,7 @@ import tomllib
 from collections import deque
 from collections.abc import Sequence
 from functools import cache
+from itertools import chain
 from typing import Any, get_args
 
 from distributed.config.hints import known, unknown
@@ -57,7 +58,19 @@ def _flags() -> frozenset[str]:
 
 def _overlapping(path: str, places: dict[str, str]) -> str | None:
     """Return an option that sets an entire table while `path` sets something in it, or the reverse."""
-    return next((other for other in places if other.startswith(f"{path}.") or path.startswith(f"{other}.")), None)
+    around = (section for section in _sections() if section in places and path.startswith(f"{section}."))
+    inside = (other for other in places if other.startswith(f"{path}.")) if path in _sections() else ()
+    return next(chain(around, inside), None)
+
+
+@cache
+def _sections() -> frozenset[str]:
+    """Return the paths that hold settings: sections, and settings that are tables themselves."""
+    tables = {leaf.path for leaf in leaves() if leaf.is_table}
+    return frozenset(
+        tables
+        | {".".join(leaf.path.split(".")[:end]) for leaf in leaves() for end in range(1, leaf.path.count(".") + 1)}
+    )
 
 
 def _without_value(path: str) -> str:

@@ -149,6 +149,9 @@ WRONG: dict[str, tuple[list[str], str]] = {
     ),
     "a setting and its section": (["--optim.lr", "1", "--optim", "{momentum = 0.5}"], "given together with --optim.lr; remove"),
     "a section and its setting": (["--optim", "{momentum = 0.5}", "--optim.lr", "1"], "given together with --optim; remove"),
+    "a section in a section": (
+        ["--data", "{name = 'generated10'}", "--data.augment", "{crop = 2}"], "--data.augment: given together with --data;",
+    ),
     "no side": ([*NET, "--data.name", "image_folder"], "model.name = net:make needs model.input_side, since image"),
     "a side for a built-in network": (
         ["--data.name", "image_folder", "--model.input_side", "64"],
