@@ -61,7 +61,7 @@ class InputError(_UserError, ValueError):
 
 
 class NotFiniteError(_UserError, ArithmeticError):
-    """The loss became infinite or NaN; the message names the first bad step."""
+    """The loss or a gradient became infinite or NaN; the message names the step."""
 
     exit_code = ExitCode.NOT_FINITE
 

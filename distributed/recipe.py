@@ -69,7 +69,7 @@ def train(
 
     Raises:
         InputError: an argument, the data, run folder or device cannot be used, or the ranks' configs or data differ.
-        NotFiniteError: the loss became infinite or NaN.
+        NotFiniteError: the loss or a gradient became infinite or NaN.
         StorageError: a checkpoint could not be written. The previous one is intact.
     """
     check_arguments(config, stop=stop, sinks=sinks)
