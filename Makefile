@@ -95,7 +95,7 @@ bench: $(READY)  ## speed compared with timm, accelerate, Lightning, the referen
 # Your own GPU: make gpu-check, then make gpu-results. A GPU rented by the minute, offline: make gpu-check-dry and make gpu-pack
 # here, the two printed commands there, then make gpu-collect on the returned files.
 GPU_CHECK := runs/gpu_check
-gpu-check: $(READY)  ## check correctness and speed on this GPU in under 5 minutes
+gpu-check: $(READY)  ## check correctness and speed on this GPU in about 5 minutes
 	$(BIN)/python -m distributed.gpu_check --out $(GPU_CHECK)
 
 gpu-results: $(READY)  ## the references' eight results on one GPU that passed the check (or UNCHECKED=1); needs CIFAR_ROOT

@@ -11,6 +11,8 @@ from loguru import logger
 from distributed.comm import collectives
 from distributed.config import TrainConfig
 from distributed.config.engines import DeepSpeed
+from distributed.engine.ddp import DdpEngine
+from distributed.engine.protocol import Engine
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.figures.curves import draw_curves
 from distributed.files import storing
@@ -57,7 +59,7 @@ class Attempt:
         """Open this rank's log file. Call it after rank 0 has created the run folder."""
         self._log = logs.file_logs(self.folder.logs, self.topology.rank)
 
-    def metadata(self, device: torch.device) -> dict[str, Any]:
+    def metadata(self, device: torch.device, engine: Engine) -> dict[str, Any]:
         """Collect the metadata of a checkpoint: the config and everything its bits depend on. A collective.
 
         Raises:
@@ -68,13 +70,15 @@ class Attempt:
         self._check_differences(differences)
         bits |= kernels
         if not bits["shards"]:
-            engine = self.config.engine
+            section = self.config.engine
             bits["world_size"] = self.topology.world_size
             if device.type == "cpu":
                 bits["threads"] = torch.get_num_threads()
-            bits["engine"] = engine.name
-            if isinstance(engine, DeepSpeed):
-                bits["engine"] += f" {version('deepspeed')}, stage {engine.zero_stage}"
+            bits["engine"] = section.name
+            if isinstance(section, DeepSpeed):
+                bits["engine"] += f" {version('deepspeed')}, stage {section.zero_stage}"
+            if isinstance(engine, DdpEngine) and engine.summed_by:
+                bits["sum of gradients"] = engine.summed_by
         modules = {name: file._asdict() for name, file in module_files(self.config.import_paths).items()}
         saved_config = json.loads(self.config.model_dump_json())
         return {"data": self.config.data.name, "config": saved_config, "bits": bits, "modules": modules}
@@ -118,7 +122,7 @@ class Attempt:
             )
         # Checkpoints of older versions record fewer keys, and a variable that was not set has none.
         records_variables = "instructions" in before or "compute capability" in before
-        for name in {**before, **now}:
+        for name in {**before, **now} if self.topology.is_main else ():
             old, new = before.get(name, "not set"), now.get(name, "not set")
             is_recorded = name in before or (records_variables and name.isupper())
             if old != new and is_recorded:

@@ -7,6 +7,7 @@ from loguru import logger
 
 from distributed.checkpoint.checkpointer import Checkpointer
 from distributed.checkpoint.save_budget import SaveBudget
+from distributed.comm import collectives
 from distributed.comm.process_group import check_own_gpu
 from distributed.config import TrainConfig, as_toml
 from distributed.config.engines import Ddp, DeepSpeed, Fsdp
@@ -79,6 +80,14 @@ def read_data(config: TrainConfig) -> DataPipeline:
     return build_data(config.model_copy(update={"precision": "float32", "data": data}), Topology(), torch.device("cpu"))
 
 
+def _started_from(config: TrainConfig) -> bool:
+    """Whether a run with `init_from` has saved since, so that no rank uses those weights. A collective if it is set.
+
+    Other ranks may have looked before an earlier attempt committed its first checkpoint, and have read them.
+    """
+    return bool(config.init_from and collectives.run_on_main(lambda: RunFolder(config.run_dir).has_saved()))
+
+
 def build_engine(
     config: TrainConfig,
     topology: Topology,
@@ -92,7 +101,7 @@ def build_engine(
         network: the result of `build_network`, if it was called before.
     """
     model, layers = network or build_network(config, topology, data, device)
-    if isinstance(config.model, ImportedModel) or config.init_from:
+    if (isinstance(config.model, ImportedModel) or config.init_from) and not _started_from(config):
         check_same_weights(model, name=config.model.name, init_from=config.init_from)
     if isinstance(config.model, FastAlexNet) and config.model.whitening and not config.init_from:
         whiten_first_layer(model, data)

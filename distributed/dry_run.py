@@ -51,7 +51,7 @@ def dry_run(config: TrainConfig) -> None:
 
     Raises:
         InputError: as `train` does.
-        NotFiniteError: the loss became infinite or NaN in these steps.
+        NotFiniteError: the loss or a gradient became infinite or NaN in these steps.
     """
     topology = Topology.from_environment()
     replace_default_logs(topology.rank, level=config.logging.level)

@@ -60,6 +60,11 @@ class InputError(_UserError, ValueError):
         self.lines = tuple(str(self).splitlines())  # not `lines`: unpickling passes them as one text
 
 
+def not_permitted(error: PermissionError) -> InputError:
+    """Return the error for a path in a folder that this user may not enter, where even Path.exists raises."""
+    return InputError(f"{error.filename}: {error.strerror}; give another path, or have its permissions changed")
+
+
 class NotFiniteError(_UserError, ArithmeticError):
     """The loss or a gradient became infinite or NaN; the message names the step."""
 
@@ -92,6 +97,8 @@ def prints_errors(main: Callable[P, int]) -> Callable[P, int]:
             return main(*arguments, **options)
         except (InputError, NotFiniteError, StorageError, PeerError) as error:
             return error.report()
+        except PermissionError as error:
+            return not_permitted(error).report()
 
     return printing
 

@@ -29,6 +29,7 @@ from distributed.inference.saved_run import (
 from distributed.process import gc_pause
 from distributed.process.optional_output import OptionalOutput, requested_output
 from distributed.process.streams import run_command
+from distributed.run.folder import RunFolder
 from distributed.topology import Topology
 
 if TYPE_CHECKING:
@@ -60,8 +61,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     arguments = parser.parse_args()
     try:
-        config = for_device(_config_of(arguments.run, arguments.root), arguments.device)
+        config = _config_of(arguments.run, arguments.root)
         checkpoint = choose_checkpoint(arguments.run, arguments.checkpoint)
+        config = for_device(config, arguments.device, RunFolder(arguments.run).newest_state())
         if arguments.split == "validation" and not config.data.validation_fraction:
             raise InputError("--split validation: this run held out no images; use --split test or train")
         if arguments.confusion:

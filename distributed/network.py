@@ -70,7 +70,7 @@ def build_initial_network(
 def whiten_first_layer(model: nn.Module, data: DataPipeline) -> None:
     """Set the first layer of a `FastAlexNet` by the training images; rank 0 computes its weights. A collective."""
     assert isinstance(model, FastAlexNet)
-    weight = whitening(data.inputs(_IMAGES_FOR_WHITENING).cpu()) if rank() == 0 else None
+    weight = whitening(model.resized(data.inputs(_IMAGES_FOR_WHITENING).cpu())) if rank() == 0 else None
     model.set_whitening(broadcast_object(weight))
 
 
@@ -78,7 +78,7 @@ def _check_imported(
     model: nn.Module, config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device
 ) -> dict[str, int]:
     """Raise InputError if an imported network cannot be trained as configured; return `Network.layers`."""
-    from distributed.exact.check.supported import check_exact, mixes_samples  # only imported networks need these
+    from distributed.exact.check.supported import check_exact, kept_by_forward, mixes_samples  # for these only
     from distributed.exact.shardable_layers import layers_to_shard
     from distributed.models.imported import check_output, check_without_images
 
@@ -98,12 +98,24 @@ def _check_imported(
             "of an undisturbed one; use dropout layers, whose masks are keyed",
             name,
         )
+    if (kept := kept_by_forward(model, images)) and topology.is_main:
+        logger.warning(
+            "model.name = {}: the forward pass changes {}, which checkpoints do not have: if results depend on it, a resumed "
+            "run will not repeat the bits of an undisturbed one; make it a buffer",
+            name, kept,
+        )  # fmt: skip
     if topology.world_size > 1 and (unsupported := unsupported_batch_norms(model)):
         raise InputError(f"model.name = {name}, on several processes: {'; '.join(unsupported)}")
     if topology.world_size > 1 and (reason := mixes_samples(model, images)) and topology.is_main:
         logger.warning("model.name = {}: results depend on how the batch is split over the ranks: {}", name, reason)
-    is_sharded = config.engine.name == "fsdp" and topology.world_size > 1
-    return layers_to_shard(model, images) if is_sharded else {}
+    if config.engine.name != "fsdp" or topology.world_size == 1:
+        return {}
+    if scalars := [path for path, parameter in model.named_parameters() if not parameter.dim()]:
+        raise InputError(
+            f"model.name = {name}: engine.name = fsdp cannot shard {scalars[0]}, which has no dimensions: give it the shape "
+            "[1], or set engine.name = ddp"
+        )
+    return layers_to_shard(model, images)
 
 
 def smallest_batch(data: DataPipeline) -> int:

@@ -97,7 +97,7 @@ def train(
         engine = build_engine(config, topology, pipeline, device, network)
         schedule = build_schedule(config, steps_per_epoch=pipeline.steps_per_epoch)
         state = TrainState(schedule, build_early_stopping(config.early_stopping), config.precision)
-        metadata = attempt.metadata(device) | pipeline.metadata()
+        metadata = attempt.metadata(device, engine) | pipeline.metadata()
         checkpoints = build_checkpointer(config, attempt.run, metadata)
         validate = partial(check_saved, config=config, images=pipeline.size("train"))
         resumed_from = checkpoints.resume(engine, state, validate=validate)

@@ -11,7 +11,7 @@ from distributed.checkpoint.upload import upload_remaining
 from distributed.config import TrainConfig, from_command_line, help_text
 from distributed.config.data import CifarData
 from distributed.data.sources import cifar, registry
-from distributed.errors import ExitCode, InputError
+from distributed.errors import ExitCode, InputError, not_permitted
 from distributed.host.versions import require
 from distributed.metrics.installed import check_installed
 from distributed.process import exits, gc_pause
@@ -89,6 +89,15 @@ def checked_config(
     Raises:
         InputError: the config, data or run folder cannot be used. Reports as many errors as possible together.
     """
+    try:
+        return _checked_config(arguments, topology, adapt)
+    except PermissionError as error:
+        raise not_permitted(error) from None
+
+
+def _checked_config(
+    arguments: Sequence[str], topology: Topology, adapt: Callable[[TrainConfig], TrainConfig] | None
+) -> CheckedRun:
     config = _config_with_data(arguments, topology)
     if adapt:
         config = adapt(config)

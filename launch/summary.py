@@ -26,7 +26,7 @@ from distributed.runs.outcome import outcome_of, runs_below
 from distributed.runs.table import HEADINGS, cells, in_columns
 
 METRICS = tuple(f"{split}.{figure}" for split, figure in product(("validation", "test"), FIGURES))
-# The end of a run's name that distinguishes the seeds of one setting: `lr=0.1/seed-0` on Slurm, `lr=0.1,seed=0` on Ray.
+# The end of a run's name that distinguishes the seeds of one setting, e.g. `lr=0.1/seed-0`; in older versions `,seed=0`.
 _SEED = re.compile(r"(?:^|[/,])seed[-=]\d+$")
 
 

@@ -122,7 +122,7 @@ main() {
     log "attempt $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, processes per node: $ranks, rendezvous at" \
         "$address:$port; run folder $run, logs $logs/$SLURM_JOB_ID-*.log"
 
-    if [ "${PREFLIGHT:-$((SLURM_JOB_NUM_NODES > 1))}" != 0 ]; then
+    if [ "${PREFLIGHT:-$((SLURM_JOB_NUM_NODES > 1))}" != 0 ] && [ -z "$signal" ]; then
         preflight "$address" "$port" "$@"
     fi
     run_on_every_node bash "$project/slurm/node.sh" "$address" "$port" "$ranks" "$@"
@@ -138,6 +138,7 @@ preflight() {
     fi
     python -m launch.doctor --address "$address" --port "$port" "$@" >>"$logs/$SLURM_JOB_ID.log" 2>&1 &
     child=$!
+    [ -z "$signal" ] || kill -s TERM "$child" # it arrived before `child` was set
     wait_for_child
     code=$?
     if [ "$code" != 0 ] && [ -z "$signal" ]; then
@@ -167,7 +168,7 @@ finish() {
     )
     log "${reason:-no decision on a requeue; not requeued}"
     set_comment "${comment:-}"
-    if [ -n "$array_folder" ]; then
+    if [ -n "$array_folder" ] && [ "${verdict:-}" != requeue ]; then # there is no time for a table before a requeue
         in_container python -m launch.summary "$array_folder" ${metric:+--by "$metric"} || true
     fi
     if [ "${verdict:-}" = requeue ]; then

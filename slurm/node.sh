@@ -10,7 +10,7 @@ shift 3
 { read -r own; read -r interface; } < <(${CONTAINER:-} python -m launch.address "$address")
 [ -z "${interface:-}" ] || export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}"
 
-# How long a save may take after a warning. torchrun reads this variable since version 2.15; before, it waits 30 s.
+# How long a save may take after a warning. Older versions of torchrun ignore this variable and wait 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
 
 # A SIGUSR1 that torchrun does not handle would kill it and orphan its workers. is_host: the first node hosts the

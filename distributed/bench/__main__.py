@@ -33,15 +33,15 @@ from distributed.process.streams import run_command
 def main() -> int:
     """Run the rounds, print medians and ratios, and write them as JSON on request. Return 1 if a workload failed."""
     arguments = _parser().parse_args()
-    if arguments.benchmark == "page":
-        print(write_page())
-        return ExitCode.FINISHED
-    if arguments.benchmark == "memory":
-        measure_all(arguments.json)
+    if arguments.benchmark in ("page", "memory"):
+        _check_alone(arguments)
+        print(write_page()) if arguments.benchmark == "page" else measure_all(arguments.json)
         return ExitCode.FINISHED
     options = Options.of(arguments)
     if arguments.benchmark == "accuracy":
         return accuracy.measure(arguments, options)
+    if arguments.from_file and arguments.json:
+        raise InputError("--from: measures nothing, so --json has nothing to write; leave one of them out")
     if arguments.from_file:
         print(_report(_read(arguments.from_file), arguments.cores))
         return ExitCode.FINISHED
@@ -62,6 +62,17 @@ def main() -> int:
         with requested_output("--json", arguments.json):
             results.write(arguments.json)
     return ExitCode.FAILED if results.outputs else ExitCode.FINISHED
+
+
+def _check_alone(arguments: argparse.Namespace) -> None:
+    """Raise InputError if an option was given that `page` or `memory` does not have."""
+    defaults = vars(_parser().parse_args([arguments.benchmark]))
+    own = {"json"} if arguments.benchmark == "memory" else set()
+    if wrong := [name for name, value in vars(arguments).items() if value != defaults[name] and name not in own]:
+        options = ", ".join(f"--{name}" for name in wrong)
+        raise InputError(f"{options}: {arguments.benchmark} has no such option; leave it out")
+    if arguments.json:
+        check_writable("--json", arguments.json)
 
 
 def _read(file: Path) -> dict[str, Any]:

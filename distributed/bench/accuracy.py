@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--config", metavar="FILE", help=f"a config's file or name; default: {CONFIG}")
     group.add_argument("--seeds", type=int, nargs="+", help=f"default: {' '.join(map(str, SEEDS))}")
     group.add_argument(
-        "--processes", type=int, help="of this project; default: 2 as in make train, on CUDA one per GPU"
+        "--processes",
+        type=int,
+        help="of this project; default: 2 of one thread; on CUDA 1, with --no-peers one per GPU",
     )
     group.add_argument("--epochs", type=int, help="epochs of each run; default: the config's")
 
@@ -135,8 +137,10 @@ def _workload(side: str, settings: list[str], options: Options) -> Workload:
         arguments = {"arguments": settings, "threads": options.threads, "workers": options.workers}
         return Workload(f"{MODULES}.timm_training:run", arguments, 1, options.device, python=options.peer_python)
     ranks = options.processes if options.processes > 1 else 0
-    quiet = ["--logging.tensorboard", "false"]
-    return Workload(f"{MODULES}.training_curve:run", {"arguments": [*settings, *quiet]}, 1, options.device, ranks=ranks)
+    own = ["--logging.tensorboard", "false"]
+    if options.threads:  # as many as timm has, over all processes
+        own += ["--threads", str(max(1, options.threads // options.processes))]
+    return Workload(f"{MODULES}.training_curve:run", {"arguments": [*settings, *own]}, 1, options.device, ranks=ranks)
 
 
 def _settings(arguments: argparse.Namespace, options: Options) -> list[str]:

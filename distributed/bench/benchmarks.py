@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from distributed.bench import scaling, training_speed
-from distributed.bench.measure import mean_step_seconds, median_step_seconds
+from distributed.bench.measure import mean_step_seconds, typical_step_seconds
 from distributed.bench.options import NETWORK, Options
 from distributed.bench.peers import PEERS
 from distributed.bench.workload import Measurement, Workload
@@ -34,11 +34,11 @@ class Benchmark(NamedTuple):
 
 
 def _images_per_second(name: str, workload: Workload, measured: Measurement) -> Figures:
-    return {name: workload.batch / median_step_seconds(measured.readings)}
+    return {name: workload.batch / typical_step_seconds(measured.readings, workload.device)}
 
 
-def _milliseconds(name: str, _: Workload, measured: Measurement) -> Figures:
-    return {name: 1000 * median_step_seconds(measured.readings)}
+def _milliseconds(name: str, workload: Workload, measured: Measurement) -> Figures:
+    return {name: 1000 * typical_step_seconds(measured.readings, workload.device)}
 
 
 # Exact mode at several numbers of shards, and fast mode
@@ -52,7 +52,7 @@ def _exact(options: Options, folder: str) -> Workloads:
     if options.network == NETWORK:
         found["compute alone"] = training_speed.compute_alone(options)
     for layout, (ranks, threads) in training_speed.layouts(options).items():
-        for mode, shards in {_FAST: 0, **{f"exact, {n} shards": n for n in (2, 4, 8)}}.items():
+        for mode, shards in {_FAST: 0, **{f"exact, {n} shards": n for n in (2, 4, 8) if n >= ranks}}.items():
             settings = ("--model.name", options.network, "--exact.shards", str(shards))
             found[f"{layout}: {mode}"] = training_speed.ours(
                 options, f"{folder}/{ranks}-{shards}", *settings, ranks=ranks, threads=threads
@@ -165,7 +165,7 @@ def _norm(options: Options, _: str) -> Workloads:
         f"{layer}, {precision}": Workload(
             f"{training_speed.MODULES}.components:local_response_norm",
             {"layer": layer, "precision": precision, "device": options.device},
-            options.steps, options.device, options.block(128),
+            options.steps, options.device, options.block,
         )
         for precision in _PRECISIONS
         for layer in ("torch's", "ours")

@@ -17,7 +17,9 @@ from typing import Any
 from distributed.bench.machine import machine
 from distributed.bench.training_speed import MODULES
 from distributed.bench.workload import Workload
-from distributed.files import home_path
+from distributed.data.sources import cifar
+from distributed.errors import prints_errors
+from distributed.files import check_writable, home_path
 from distributed.process.streams import run_command
 from distributed.process.torchrun import torchrun_command
 from distributed.run.folder import RunFolder
@@ -67,6 +69,7 @@ def step_times(root: Path, *, steps: int) -> dict[str, float]:
     return found
 
 
+@prints_errors
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m distributed.bench.compression", description=__doc__)
     parser.add_argument("results", type=home_path)
@@ -75,6 +78,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=80, help="steps per compression and round")
     arguments = parser.parse_args()
+    cifar.check("cifar10", arguments.root)
+    check_writable("RESULTS.json", arguments.results)
     epochs, steps, root = arguments.epochs, arguments.steps, arguments.root.resolve()
     rounds = [step_times(root, steps=steps) for _ in range(arguments.rounds)]
     found: dict[str, dict[str, Any]] = {}

@@ -9,7 +9,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from distributed.files import home_path
+from distributed.data.sources import cifar
+from distributed.errors import prints_errors
+from distributed.files import check_writable, home_path
 from distributed.process.streams import run_command
 from distributed.process.torchrun import torchrun_command
 from distributed.run.folder import RunFolder
@@ -60,12 +62,15 @@ def draw(curves: dict[str, list[list[float]]], target: Path) -> None:
     figure.savefig(target, dpi=110)
 
 
+@prints_errors
 def main() -> int:
     """Train four times, draw the curves and print the largest differences."""
     parser = argparse.ArgumentParser(prog="python -m distributed.bench.drift", description=__doc__)
     parser.add_argument("picture", type=home_path)
     parser.add_argument("--data.root", dest="root", type=home_path, default=Path("data"), help="folder with CIFAR-10")
     arguments = parser.parse_args()
+    cifar.check("cifar10", arguments.root)
+    check_writable("PICTURE.png", arguments.picture)
     curves: dict[str, list[list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for mode, shards in MODES.items():

@@ -60,9 +60,12 @@ def step_seconds(readings: Readings) -> list[float]:
     return [(after - before) / (last - first) for (first, before), (last, after) in pairwise(measured)]
 
 
-def median_step_seconds(readings: Readings) -> float:
-    """Return the median of `step_seconds`."""
-    return statistics.median(step_seconds(readings))
+def typical_step_seconds(readings: Readings, device: str) -> float:
+    """Return the median of `step_seconds`; on CUDA their mean.
+
+    There one step in many augments the images of all, and a median would leave it out.
+    """
+    return mean_step_seconds(readings) if device == "cuda" else statistics.median(step_seconds(readings))
 
 
 def mean_step_seconds(readings: Readings) -> float:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distributed.bench.machine import machine
+from distributed.files import write_output
+from distributed.process.optional_output import requested_output
 from distributed.process.torchrun import torchrun_command
 
 MIB = 2**20
@@ -70,8 +72,8 @@ def measure_all(json_file: Path | None) -> None:
                   f"{found.peak:>9.0f} {found.save:>15.0f}", flush=True)  # fmt: skip
     if json_file:
         content = {"command": "python -m distributed.bench memory", "machine": machine(), "rows": rows}
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(content, indent=1) + "\n")
+        with requested_output("--json", json_file):
+            write_output(json_file, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def run_case(name: str, world_size: int) -> Memory:

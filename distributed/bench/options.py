@@ -76,7 +76,7 @@ class Options:
             seconds=arguments.seconds if arguments.seconds is not None else _default_seconds(arguments.benchmark, gpus),
             network=arguments.network,
             peers=arguments.peers,
-            processes=arguments.processes if arguments.processes is not None else (gpus or 2),
+            processes=arguments.processes if arguments.processes is not None else _default_processes(arguments, gpus),
         )
         if wrong := [*options._invalid(), *_invalid(arguments)]:
             raise InputError(*wrong)
@@ -116,13 +116,10 @@ class Options:
         """CPU threads of a single process; 0: the framework's default."""
         return 0 if self.gpus else 2
 
-    def block(self, batch: int) -> int:
-        """Return the number of steps between two readings of the clock.
-
-        1 on a CPU. On a GPU at most 10, with at least four blocks in all, and few enough that at most one block in five
-        contains the end of an epoch: the median then ignores those.
-        """
-        return max(1, min(10, IMAGES // batch // 5, self.steps // 4)) if self.gpus else 1
+    @property
+    def block(self) -> int:
+        """Number of steps between two readings of the clock: 1 on a CPU; on a GPU at most 10, with at least eight blocks."""
+        return max(1, min(10, self.steps // 8)) if self.gpus else 1
 
 
 def _invalid(arguments: Namespace) -> list[str]:
@@ -152,6 +149,11 @@ def _invalid(arguments: Namespace) -> list[str]:
 
 def _default_steps(benchmark: str, gpus: int) -> int:
     return 100 if gpus else 40 if benchmark == "scaling" else 80
+
+
+def _default_processes(arguments: Namespace, gpus: int) -> int:
+    """Return as many as timm has, which runs on one GPU; on a CPU two, of one thread each, against its two threads."""
+    return 1 if gpus and arguments.peers else gpus or 2
 
 
 def _default_seconds(benchmark: str, gpus: int) -> float | None:

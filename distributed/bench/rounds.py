@@ -91,6 +91,8 @@ def run_round(benchmark: Benchmark, options: Options, deadline: float, *, label:
                 measured = workload.measure(None if seconds == float("inf") else seconds)
                 new = benchmark.figures_of(name, workload, measured)
             except WorkloadFailedError as error:
+                if time.monotonic() >= deadline and seconds > 0:
+                    error = WorkloadFailedError("ended by the time limit --minutes", error.output)
                 failed[name] = error
                 print(f"{label}failed: {name}: {error}", file=sys.stderr, flush=True)
                 continue

@@ -131,6 +131,9 @@ def differences(config: TrainConfig) -> list[str]:
         "timm has no views of mirrored or shifted test images: both sides average over this project's.": bool(
             evaluation.flip_tta or evaluation.shift_tta
         ),
+        "timm's Muon always computes its updates in bfloat16, slowly on a processor without instructions for it.": (
+            config.optim.name == "muon" and config.precision == "float32"
+        ),
         "The learning rate rises linearly, not as half a cosine.": config.schedule.name == "one_cycle",
         "Incomplete last batches of an epoch are dropped, as by timm's loader.": True,
     }

@@ -39,7 +39,7 @@ def ours(options: Options, run_dir: str, *settings: str, **fields: Any) -> Workl
         "evaluation.test_every_epoch": "false", "checkpoint.every_minutes": 0,
     }  # fmt: skip
     arguments = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    fields |= {"device": options.device, "block": options.block(batch)}
+    fields |= {"device": options.device, "block": options.block}
     return Workload(f"{MODULES}.this_project:run", {"arguments": [*arguments, *settings]}, **fields)
 
 
@@ -93,7 +93,7 @@ def _workloads_of(key: str, options: Options, batch: int, folder: str) -> dict[s
 
 def _other(options: Options, function: str, settings: dict[str, Any]) -> Workload:
     batch = settings["batch"]
-    return Workload(f"{MODULES}.{function}", settings, options.steps, options.device, options.block(batch), batch)
+    return Workload(f"{MODULES}.{function}", settings, options.steps, options.device, options.block, batch)
 
 
 def ratios(figures: dict[str, float]) -> dict[str, float]:
@@ -101,7 +101,7 @@ def ratios(figures: dict[str, float]) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, value in figures.items():
         workload, _, batch = name.rpartition(", ")
-        if workload.startswith("ours "):
+        if workload.startswith("ours ") and not workload.endswith(" GPUs"):  # the others use one
             others = [other for other in figures if other.endswith(f", {batch}") and not other.startswith("ours ")]
             found |= {f"{name} / {other.rpartition(', ')[0]}": value / figures[other] for other in others}
     return found

@@ -105,7 +105,7 @@ class Checkpointer:
         """
         assert state.best is not None
         if state.best.epoch == state.epoch:  # this epoch is the best, though not by the schedule's min_delta
-            tensors = dict(engine.state())
+            tensors = {name: t for name, t in engine.state() if name.startswith(("model.", "ema."))}
         else:
             self._wait_for_save()  # it may be the one that is being written
             if self._unsaved_best:
@@ -113,7 +113,10 @@ class Checkpointer:
             self._wait_for_save()
             path = self.folder / layout.name_of(step=state.best.step, epoch=state.best.epoch + 1)
             if damage := collectives.broadcast_object(layout.damage_of(path) if self.run else None):
-                raise StorageError(f"{path}: schedule.restore_best_on_drop needs this checkpoint: {damage}")
+                raise StorageError(
+                    f"{path}: schedule.restore_best_on_drop needs this checkpoint: {damage}; restore it from a copy, or start "
+                    "again with another --run_dir"
+                )
             tensors = collectives.run_on_all(lambda: load_tensors(path))
         load_weights_and_reset_optimizer(engine, tensors)
         logger.info("restored the weights and buffers of epoch {} and reset the optimizer", state.best.epoch + 1)

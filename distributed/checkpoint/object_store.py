@@ -7,6 +7,7 @@ A checkpoint without a manifest does not exist: the manifest is uploaded last an
 implements the operations; `upload` and `download` decide when to use them.
 """
 
+import errno
 import json
 import shutil
 import uuid
@@ -109,7 +110,7 @@ class Store:
     def upload(self, checkpoint: Path) -> None:
         """Upload all files, the manifest last. An earlier checkpoint of this name is invalid from the first byte on."""
         name = checkpoint.name
-        with self._store_errors():
+        with self._store_errors(local=checkpoint):
             self._remove_file(name, MANIFEST)
             for file in (*FILES, MANIFEST):
                 self._fs.put_file(str(checkpoint / file), self._path(name, file))
@@ -118,7 +119,7 @@ class Store:
         """Download a checkpoint's files into a new folder, without checking them."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        with self._store_errors():
+        with self._store_errors(local=folder):
             for file in (*FILES, MANIFEST):
                 with suppress(FileNotFoundError):
                     self._fs.get_file(self._path(name, file), str(folder / file))
@@ -163,13 +164,20 @@ class Store:
             self._fs.rm_file(self._path(*names))
 
     @contextmanager
-    def _store_errors(self) -> Iterator[None]:
-        """Turn all errors into StoreError, because each file system raises its own kinds."""
+    def _store_errors(self, local: Path | None = None) -> Iterator[None]:
+        """Turn all errors into StoreError, because each file system raises its own kinds.
+
+        Args:
+            local: a folder of this machine whose files are read or written.
+        """
         try:
             yield
         except (InputError, StoreError):
             raise
         except Exception as error:
+            if local and _concerns(error, local):
+                reason = getattr(error, "strerror", None) or type(error).__name__
+                raise StoreError(f"{local}: {reason}; free disk space there, or fix permissions") from error
             raise StoreError(f"{self.url}: {self._explain(error)}") from error
 
     def _explain(self, error: Exception) -> str:
@@ -196,6 +204,14 @@ def call_with_timeout(seconds: float, work: Callable[[], T], store: Store) -> T:
         raise StoreError(
             f"{store.url}: no answer within {seconds:g} s; check the network and the store's endpoint"
         ) from None
+
+
+def _concerns(error: Exception, folder: Path) -> bool:
+    """Whether an error is that of a file in this folder, or of the disk it is written to."""
+    if not isinstance(error, OSError):
+        return False
+    in_folder = isinstance(error.filename, str) and Path(error.filename).is_relative_to(folder)
+    return in_folder or error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _json_object(content: bytes | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors in safetensors format, written one tensor at a time so that none is copied in memory.
+"""A checkpoint's tensors in safetensors format, written one tensor at a time so that at most one is copied in memory.
 
 The library's own writer needs all bytes at once and computes no digest. Its reader is used unchanged.
 Format: https://github.com/huggingface/safetensors#format
@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
     with path.open("wb") as file:
         digest = hashlib.blake2b(digest_size=16)
         size = 0
-        for chunk in (_header(tensors), *(_bytes_of(tensor) for tensor in tensors.values())):
+        for chunk in chain([_header(tensors)], map(_bytes_of, tensors.values())):
             file.write(chunk)
             digest.update(chunk)
             size += len(chunk)

@@ -1,7 +1,8 @@
 """Uploads a run's checkpoints to the store that `checkpoint.upload_to` names. Imports no torch.
 
 Uploads run in their own thread, so a slow or unavailable store delays neither steps nor saves. The thread uploads the
-checkpoints that retention keeps and the store lacks, newest first. The next save retries what failed.
+checkpoints that retention keeps and the store lacks, first the best one, then newest first. The next save retries what
+failed.
 """
 
 import json
@@ -80,23 +81,27 @@ class Uploader:
                     return
                 self._requested = False
             try:
-                self._upload_missing()
+                newest = self._upload_missing()
             except (StoreError, InputError, StorageError) as error:
                 self._report(str(error))
             except Exception as error:  # an upload must never end training
                 self._report(f"{self.store.url}: {type(error).__name__}: {error}")
             else:
-                self._report("")
+                self._report("", newest)
 
-    def _upload_missing(self) -> None:
+    def _upload_missing(self) -> str:
+        """Upload what the store lacks, and remove what it need not keep. Return the name of the newest checkpoint it has."""
         tried: set[str] = set()
-        while (path := next(self._missing(tried), None)) is not None:
+        retained = self._retained()
+        while (path := next(self._missing(retained, tried), None)) is not None:
             tried.add(path.name)
             self._upload(path)
+            retained = self._retained()
         try:
             self._remove_old()
         except StoreError as error:  # all uploads succeeded
             logger.warning("an old checkpoint was not deleted: {}; the next save tries again", error)
+        return retained[0].name if retained else ""
 
     def _retained(self) -> list[Path]:
         """Return the local checkpoints that retention keeps, newest first."""
@@ -104,9 +109,8 @@ class Uploader:
         best = best_known_to(paths[0]) if paths else None
         return [path for index, path in enumerate(paths) if index < self.keep_last or path.name == best]
 
-    def _missing(self, tried: set[str]) -> Iterator[Path]:
-        """Yield the checkpoints that the store lacks: first the best one, which a resume from the newest one needs."""
-        retained = self._retained()
+    def _missing(self, retained: list[Path], tried: set[str]) -> Iterator[Path]:
+        """Yield those that the store lacks: first the best one, which a resume from the newest one needs."""
         best = best_known_to(retained[0]) if retained else None
         for path in sorted(retained, key=lambda path: path.name != best):
             with suppress(FileNotFoundError):  # deleted by retention in the meantime
@@ -160,14 +164,18 @@ class Uploader:
                 "later; give each run its own --checkpoint.upload_to"
             )
 
-    def _report(self, problem: str) -> None:
-        """Log the problem, if any, and write upload.json."""
+    def _report(self, problem: str, newest: str = "") -> None:
+        """Log the problem, if any, and write upload.json.
+
+        Args:
+            newest: the newest checkpoint that the store has; default: the newest in the run folder.
+        """
         self.problem = problem
         if problem:
             logger.warning("not uploaded: {}; training continues, and the next save tries again", problem)
-        newest = checkpoints(self.run.checkpoints)[-1:]
+        newest = newest or next((path.name for path in checkpoints(self.run.checkpoints)[::-1]), "")
         with suppress(OSError):
-            content = {"to": self.store.url, "newest": newest[0].name if newest else "", "problem": problem}
+            content = {"to": self.store.url, "newest": newest, "problem": problem}
             content["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             self.run.replace(self.run.upload_file, json.dumps(content, indent=1) + "\n")
 

@@ -13,7 +13,9 @@ from distributed.errors import InputError, PeerError
 from distributed.process.deadline import try_within
 from distributed.topology import Endpoint
 
-SAME_ENDPOINT = "start every rank with the same MASTER_ADDR and MASTER_PORT"
+SAME_ENDPOINT = (
+    "start every rank with the same MASTER_ADDR and MASTER_PORT, or raise timeout_seconds if one still reads its data"
+)
 _ANSWER_SECONDS = 5.0
 _FOREIGN_SECONDS = 1.0  # a store that is shutting down may look like a foreign program for a moment
 

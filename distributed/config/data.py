@@ -43,8 +43,8 @@ class Augment(Section):
         "zero", "what is around the image before the crop: black, or its own mirrored border"
     )
     flip: Annotated[bool | Literal["alternating"], PlainValidator(_flip)] = setting(
-        True, "mirror each training image with probability 1/2; alternating: in every other epoch, in which half of the images "
-        "first is random"
+        True, "mirror each training image with probability 1/2; alternating: in every other epoch; which half of the "
+        "images begins is random"
     )  # fmt: skip
     mixup: float = setting(
         0.0, "blend each image and label with another's, by a weight drawn from Beta(mixup, mixup); 0: off", ge=0, le=1
@@ -87,7 +87,7 @@ class _Data(Section):
     )
     normalize: Literal["mean_std", "unit"] = setting(
         "mean_std",
-        "mean_std: scale each channel to mean 0 and deviation 1 over the training images; unit: to [0, 1] only",
+        "mean_std: scale each channel to mean 0 and deviation 1, estimated from 2,000 training images; unit: to [0, 1] only",
     )
     placement: Literal["auto", "device", "host"] = operational(
         "auto", "where the images are stored; auto: on the device if they take less than a third of its free memory, "
@@ -102,7 +102,18 @@ class _Data(Section):
 
     def conflicts(self) -> list[str]:
         """Return one line per conflict within the section."""
-        return []
+        found = []
+        if self.augment.crop_padding == "reflect" and not self.augment.crop:
+            found.append(
+                "data.augment.crop_padding = reflect has no effect with data.augment.crop = 0: remove it or set "
+                "data.augment.crop"
+            )
+        if self.split_seed and not self.validation_fraction:
+            found.append(
+                f"data.split_seed = {self.split_seed} has no effect with data.validation_fraction = 0: remove it or set "
+                "data.validation_fraction"
+            )
+        return found
 
     def check_importable(self) -> Path | None:
         """Return the file of its module if it has one and it is known; nothing is imported.
@@ -138,9 +149,10 @@ class CifarData(_Data):
     )
 
     def conflicts(self) -> list[str]:
+        found = super().conflicts()
         if self.urls and not self.download:
-            return ["data.urls has no effect without data.download: set data.download = true or remove data.urls"]
-        return []
+            found.append("data.urls has no effect without data.download: set data.download = true or remove data.urls")
+        return found
 
 
 class GeneratedData(_Data):

@@ -90,6 +90,11 @@ def check_arguments(config: object, *, stop: object, sinks: object) -> None:
         raise InputError(
             f"train(): config is of type {type(config).__name__}: should be a TrainConfig, e.g. of load_config"
         )
+    if config.scaling:
+        raise InputError(
+            f"train(): scaling.num_workers = {config.scaling.num_workers}: scaling is for python -m launch.ray_train; leave "
+            "that section out"
+        )
     if stop is not None and not _has(stop, "requested"):
         raise InputError(
             f"train(): stop is of type {type(stop).__name__}: should be an object with a method requested()"

@@ -18,6 +18,7 @@ class _Optim(Section):
         gt=0,
         le=1e4,
     )
+    weight_decay: float  # by the variants too
     decay_norm_and_bias: bool = setting(False, "apply weight_decay to biases and batch-norm weights too")
     max_grad_norm: float | None = setting(None, "clip the gradient to this L2 norm; none: no clipping", gt=0)
     ema_decay: float | None = setting(
@@ -26,17 +27,22 @@ class _Optim(Section):
 
     def conflicts(self, *, engine: str) -> list[str]:
         """Return one line per conflict within the section and with `engine.name`."""
+        found = []
+        if self.decay_norm_and_bias and not self.weight_decay:
+            found.append(
+                "optim.decay_norm_and_bias has no effect with optim.weight_decay = 0: remove it or set optim.weight_decay"
+            )
         if self.lr_scaling == "none" and self.lr_base_batch is not None:
-            return [
+            found.append(
                 f"optim.lr_base_batch = {self.lr_base_batch} has no effect with optim.lr_scaling = none: "
                 "remove it or set optim.lr_scaling to linear or sqrt"
-            ]
+            )
         if self.lr_scaling != "none" and self.lr_base_batch is None:
-            return [
+            found.append(
                 f"optim.lr_scaling = {self.lr_scaling} needs optim.lr_base_batch: set it to the global batch size at which "
                 "optim.lr applies"
-            ]
-        return []
+            )
+        return found
 
 
 class Sgd(_Optim):

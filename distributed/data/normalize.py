@@ -10,6 +10,7 @@ from torch import Tensor
 from distributed.data.sources.mapped import ReadAhead
 
 _BYTES_AT_ONCE = 2**23
+_MAX_IMAGES = 2000  # enough for three digits
 
 
 class ChannelStatistics(NamedTuple):
@@ -24,9 +25,11 @@ def channel_statistics(
 ) -> ChannelStatistics:
     """Return the statistics of images [n, h, w, c], or of those with these ids; the deviation of a constant channel is 1.
 
-    Computed from histograms, which is five times faster than from the pixels. Some MB are read at a time.
+    Computed on at most 2,000 of them, from histograms, which is five times faster than from the pixels. Some MB are read at a
+    time.
     """
     ids = np.arange(len(images)) if ids is None else ids
+    ids = ids[spread(len(ids), _MAX_IMAGES)]
     values = np.arange(256) / 255
     counts = np.zeros((images.shape[-1], 256), np.int64)
     at_once = max(1, _BYTES_AT_ONCE // max(1, images[:1].nbytes))
@@ -40,6 +43,12 @@ def channel_statistics(
     variances = [np.average((values - mean) ** 2, weights=count) for mean, count in zip(means, counts, strict=True)]
     deviations = np.sqrt(variances)
     return ChannelStatistics(means, np.where(deviations > 0, deviations, 1.0))
+
+
+def spread(size: int, count: int) -> NDArray[np.int64]:
+    """Return `count` positions of `size`, or all, evenly spaced: images may be sorted by class."""
+    count = min(size, count)
+    return np.arange(count) * size // count
 
 
 class Normalizer:

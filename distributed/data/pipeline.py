@@ -15,7 +15,7 @@ from distributed.data.augment import augment, cut_out, mirrored
 from distributed.data.augment_function import AugmentFunction
 from distributed.data.batch import Batch, Batching, InputFormat, MicroBatch, Mixed, Shards
 from distributed.data.mixup import mix
-from distributed.data.normalize import ChannelStatistics, Normalizer, channel_statistics
+from distributed.data.normalize import ChannelStatistics, Normalizer, channel_statistics, spread
 from distributed.data.residency import ResidentSplit, as_tensor, copied, residency
 from distributed.data.resize import resize
 from distributed.data.sources import cifar
@@ -27,7 +27,6 @@ from distributed.data.split import validation_mask
 Split = Literal["train", "validation", "test"]
 
 _BYTES_AT_ONCE = 16 * 2**20
-_IMAGES_FOR_STATISTICS = 2000  # enough for three digits
 
 
 class DataPipeline:
@@ -71,7 +70,7 @@ class DataPipeline:
             **self._resident(test, read_ahead.get("test"), test=np.arange(len(test.labels))),
         }
         # Computed on training images only: the evaluation splits must not influence the input.
-        statistics = channel_statistics(train.images, train_ids[:_IMAGES_FOR_STATISTICS], read_ahead.get("train"))
+        statistics = channel_statistics(train.images, train_ids, read_ahead.get("train"))
         if config.normalize == "unit":
             statistics = ChannelStatistics(np.zeros_like(statistics.mean), np.ones_like(statistics.deviation))
         self.normalizer = Normalizer(statistics, device=input_format.device, dtype=input_format.dtype)
@@ -134,17 +133,18 @@ class DataPipeline:
     def example(self) -> Batch:
         """Return the first few training images, the same on every rank, as example input for a model."""
         order = self._splits["train"].ids[:8]
-        entire = MicroBatch(0, len(order), slice(0, 8), (8,), 8)
+        entire = MicroBatch(0, n := len(order), slice(0, n), (n,), n)
         return next(self._augmented([entire], order, epoch=0))
 
     def raw_images(self, count: int) -> Tensor:
-        """Return the first training images, the same on every rank, as they are stored: uint8 [n, h, w, c] on the device."""
+        """Return up to `count` images from all parts of the training split as stored: uint8 [n, h, w, c] on the device."""
         train = self._splits["train"]
-        images = train.images.index_select(0, train.ids_for_gather(train.ids[:count]))
+        positions = torch.from_numpy(spread(len(train.ids), count)).to(train.ids.device)
+        images = train.images.index_select(0, train.ids_for_gather(train.ids[positions]))
         return images.to(self.input_format.device)
 
     def inputs(self, count: int) -> Tensor:
-        """Return the first training images, the same on every rank, as the model's input: [n, c, h, w] on the device."""
+        """Return the images of `raw_images` as the model's input: [n, c, h, w] on the device."""
         return self._model_input(self.normalizer(self.raw_images(count)))
 
     def train_epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[list[Batch]]:

@@ -18,9 +18,12 @@ def validation_mask(labels: NDArray[np.integer[Any]], *, fraction: float, seed: 
         InputError: all images are held out, so that none is left to train on.
     """
     mask = np.zeros(len(labels), np.bool_)
+    if not fraction:
+        return mask
     order = rng.permutation(len(labels), seed=seed, epoch=-1).numpy()
-    for label in np.unique(labels):
-        members = order[labels[order] == label]
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    counts = np.unique(labels, return_counts=True)[1]
+    for members in np.split(by_class, np.cumsum(counts)[:-1]):
         mask[members[: round(len(members) * fraction)]] = True
     if len(mask) and mask.all():
         raise InputError(

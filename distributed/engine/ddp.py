@@ -74,7 +74,7 @@ class DdpEngine:
         example: Batch,
         compile: bool,
     ) -> None:
-        self.compute = compute
+        self._config, self.compute = config, compute
         self._plain = prepare(model, compute)
         if compile:
             self._plain.compile()  # in place, so that parameters keep their names
@@ -92,6 +92,13 @@ class DdpEngine:
             self._settle_buckets(example)
             self._plain.load_state_dict(before)
             self._sums.reduced_bytes = 0
+
+    @property
+    def summed_by(self) -> str:
+        """What sums the gradients over the ranks, and so decides in which order; empty for a single process."""
+        if self._ddp:
+            return f"DistributedDataParallel, in buckets of {self._config.bucket_mib} MiB"
+        return "shared memory" if self._shared else ""
 
     @property
     def reduced_bytes(self) -> int:

@@ -55,7 +55,8 @@ class DeepSpeedEngine:
         # DeepSpeed flattens parameters in the order of their indices, so they keep no other memory layout.
         self.model = prepare(model, replace(compute, channels_last=False))
         self._parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        shapes = {name: p.shape for name, p in self._parameters.items()}  # stage 3 empties the parameters
+        # Stage 3 empties all parameters, frozen ones too. Tied ones have several names in a checkpoint.
+        shapes = {name: p.shape for name, p in self.model.named_parameters(remove_duplicate=False)}
         settings = _settings(
             config, self.model, optim=optim, precision=compute.precision, grad_accum_steps=grad_accum_steps
         )
@@ -125,7 +126,8 @@ class DeepSpeedEngine:
         """Return the weights and buffers with which the model computes."""
         tensors = {name: LocalTensor(t, Replicated(t.shape)) for name, t in self.model.state_dict().items()}
         if self.stage == 3:
-            tensors |= {name: deepspeed_compat.weight_shard(p, shapes[name]) for name, p in self._parameters.items()}
+            every = self.model.named_parameters(remove_duplicate=False)
+            tensors |= {name: deepspeed_compat.weight_shard(p, shapes[name]) for name, p in every}
         return tensors
 
     def _find_optimizer_tensors(self, optim: AnyOptim, shapes: Mapping[str, torch.Size]) -> dict[str, LocalTensor]:

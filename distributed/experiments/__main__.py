@@ -42,7 +42,7 @@ def main() -> int:
     if arguments.root:
         settings += ["--data.root", arguments.root]
     logs.terminal_logs(0, level="WARNING")
-    deadline = time.monotonic() + 60 * arguments.minutes if arguments.minutes else None
+    deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     check_results(arguments.out)  # before the runs, which take hours
     runs = [
         planned_run(experiment, seed, arguments.runs, settings)
@@ -100,13 +100,13 @@ def _results(runs: Sequence[PlannedRun]) -> list[Result]:
 
 def _torchrun(processes: str, arguments: Sequence[str], deadline: float | None) -> int:
     """Run torchrun until the deadline; return its exit code, or 75 if no time was left to start."""
-    if deadline and time.monotonic() >= deadline:
+    if deadline is not None and time.monotonic() >= deadline:
         return ExitCode.STOPPED
     command = torchrun_command(processes, "distributed.train", arguments)
     print("+", " ".join(command[1:]), flush=True)
     run = subprocess.Popen(command)
     try:
-        return run.wait(deadline and max(0.0, deadline - time.monotonic()))
+        return run.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         run.send_signal(signal.SIGTERM)  # torchrun passes it on; the run saves at its next step
         return ExitCode.STOPPED if run.wait() else ExitCode.FINISHED

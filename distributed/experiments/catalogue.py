@@ -126,7 +126,7 @@ ABLATIONS = (
         shared=("--data.validation_fraction=0.2", "--model.widths=[32, 128, 128]", "--epochs=5"),
         left_out={
             "no_flip": ("no flips", ("--data.augment.flip=false",)),
-            "no_crop": ("no crops", ("--data.augment.crop=0",)),
+            "no_crop": ("no crops", ("--data.augment.crop=0", "--data.augment.crop_padding=zero")),
             "no_whitening": ("first layer trained, not whitened", ("--model.whitening=false",)),
             "equal_bias_lr": ("biases at the rate of the last layer", ("--optim.bias_lr_factor=1",)),
             "no_smoothing": ("no label smoothing", ("--loss.label_smoothing=0",)),

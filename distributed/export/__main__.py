@@ -12,7 +12,7 @@ from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.files import check_writable, home_path, write_output
 from distributed.inference.saved_run import choose_checkpoint, read_config, with_data_root, without_download
 from distributed.process import gc_pause
-from distributed.process.optional_output import requested_output
+from distributed.process.optional_output import one_line, requested_output
 from distributed.process.streams import run_command
 
 if TYPE_CHECKING:
@@ -73,10 +73,15 @@ def _export(config: "TrainConfig", checkpoint: Path, names: list[str], out: Path
     expected = reference(trained, _data_or_none(config))
     metadata = _metadata(trained)
     print(f"{config.model.name} of {checkpoint}; compared on {len(expected.images)} {expected.source}")
-    all_match = True
+    all_match, failed = True, list[str]()
     for name in names:
         exported = out / FORMATS[name].file
-        for file, content in FORMATS[name].contents(trained, metadata).items():
+        try:
+            contents = FORMATS[name].contents(trained, metadata)
+        except Exception as error:  # torch.export cannot trace every network that someone brings
+            failed.append(f"--format {name}: model.name = {config.model.name} cannot be exported: {one_line(error)}")
+            continue
+        for file, content in contents.items():
             with requested_output("--out", out / file):
                 write_output(out / file, content)
         difference = largest_difference(FORMATS[name].load(exported), expected)
@@ -85,6 +90,8 @@ def _export(config: "TrainConfig", checkpoint: Path, names: list[str], out: Path
         verdict = "" if matches else f", MORE THAN {tolerance:g}: do not use this file"
         size = exported.stat().st_size
         print(f"{name:12}  {exported}  {size:,} bytes, largest difference of a logit {difference:.2e}{verdict}")
+    if failed:
+        raise InputError(*[f"{line}; the other formats are written" for line in failed])
     return ExitCode.FINISHED if all_match else ExitCode.FAILED
 
 

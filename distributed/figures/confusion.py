@@ -11,24 +11,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NUMBERS_UP_TO = 20  # classes; with more, a cell is too small for a number
+_NAMES_UP_TO = 150  # with more, the picture does not grow: that of a thousand classes would take gigabytes
 
 
 @contextmanager
 def confusion_figure(counts: Sequence[Sequence[int]], names: Sequence[str], *, title: str) -> Iterator["Figure"]:
     """Draw the number of images [true][predicted]; a cell's colour is its fraction of the true class."""
     few = len(names) <= _NUMBERS_UP_TO
-    side = max(4.4, 1.8 + 0.5 * len(names)) if few else 2.6 + 0.135 * len(names)
+    side = max(4.4, 1.8 + 0.5 * len(names)) if few else 2.6 + 0.135 * min(len(names), _NAMES_UP_TO)
     with figure(side + 0.6, side) as (made, [axes]):
         fractions = [[count / max(1, sum(row)) for count in row] for row in counts]
         _draw_cells(made, axes, fractions)
         if few:
             _write_counts(axes, counts, fractions)
-        upright = not few or max(len(name) for name in names) <= 3
-        axes.set_xticks(range(len(names)), names, rotation=90 if not few else 0 if upright else 40)
-        if not upright:
-            for label in axes.get_xticklabels():
-                label.set(rotation_mode="anchor", horizontalalignment="right")
-        axes.set_yticks(range(len(names)), names)
+        if len(names) <= _NAMES_UP_TO:
+            _write_names(axes, names, few=few)
         axes.tick_params(labelsize=8 if few else 5.5, length=0, pad=2)
         axes.set(xlabel="predicted class", ylabel="true class", title=title)
         yield made
@@ -47,6 +44,15 @@ def _draw_cells(made: "Figure", axes: "Axes", fractions: list[list[float]]) -> N
     bar.ax.tick_params(labelsize=7, length=0)
     bar.outline.set_visible(False)
     bar.set_label("fraction of the true class", fontsize=8)
+
+
+def _write_names(axes: "Axes", names: Sequence[str], *, few: bool) -> None:
+    upright = not few or max(len(name) for name in names) <= 3
+    axes.set_xticks(range(len(names)), names, rotation=90 if not few else 0 if upright else 40)
+    if not upright:
+        for label in axes.get_xticklabels():
+            label.set(rotation_mode="anchor", horizontalalignment="right")
+    axes.set_yticks(range(len(names)), names)
 
 
 def _write_counts(axes: "Axes", counts: Sequence[Sequence[int]], fractions: list[list[float]]) -> None:

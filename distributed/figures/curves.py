@@ -123,7 +123,7 @@ def _label(losses: "Axes", accuracies: "Axes", rates: "Axes", *, epochs: int) ->
     from matplotlib.ticker import MaxNLocator
 
     for axes, title, unit in (
-        (losses, "loss", "cross-entropy"),
+        (losses, "loss", ""),
         (accuracies, "accuracy", "top-1, %"),
         (rates, "learning rate", ""),
     ):

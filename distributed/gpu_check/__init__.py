@@ -1,1 +1,1 @@
-"""Checks this code on a GPU in less than five minutes, each step in a process of its own."""
+"""Checks this code on a GPU in about five minutes, each step in a process of its own."""

@@ -14,29 +14,32 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from distributed.errors import ExitCode
+from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.files import check_writable, home_path
 from distributed.gpu_check.records import StepResult, checks_in
 from distributed.gpu_check.steps import STEPS, Step
 from distributed.process.streams import run_command
 
 
+@prints_errors
 def main(steps: Sequence[Step] = STEPS) -> int:
     """Run the chosen steps. Print a line per check and a summary."""
     parser = argparse.ArgumentParser(prog="python -m distributed.gpu_check", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="use small shapes, to test the checks themselves on a CPU")
     parser.add_argument(
-        "--seconds", type=float, default=300, help="total time limit; a step still running then is killed"
-    )
+        "--seconds", type=float, default=sum(step.seconds for step in steps),
+        help="total time limit; a step still running then is killed; default: those of the steps, %(default)s",
+    )  # fmt: skip
     parser.add_argument(
         "--out", type=home_path, default=Path("runs/gpu_check"), help="folder for gpu_check.jsonl and logs"
     )
     parser.add_argument("--only", nargs="+", choices=[step.name for step in steps], metavar="STEP")
     arguments = parser.parse_args()
     lines = arguments.out / "gpu_check.jsonl"
-    arguments.out.mkdir(parents=True, exist_ok=True)
     check_writable("--out", lines)
+    if arguments.device == "cuda":
+        _check_cuda()
     deadline = time.monotonic() + arguments.seconds
     results = []
     for step in steps:
@@ -55,6 +58,13 @@ def main(steps: Sequence[Step] = STEPS) -> int:
     return ExitCode.FAILED if failed else ExitCode.FINISHED
 
 
+def _check_cuda() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device is visible; check nvidia-smi, or try --device cpu --tiny")
+
+
 def run_step(step: Step, device: str, *, tiny: bool, out: Path, deadline: float) -> StepResult:
     """Run a step in a process of its own. Its result has every check it printed, however it ended.
 
@@ -66,7 +76,7 @@ def run_step(step: Step, device: str, *, tiny: bool, out: Path, deadline: float)
     limit = min(step.seconds, deadline - start)
     if limit <= 0:
         message = "not started: the time limit --seconds is reached"
-        return StepResult(step.name, device, started, "timeout", 0, exit_code=None, message=message)
+        return StepResult(step.name, device, started, "timeout", 0, exit_code=None, message=message, tiny=tiny)
     command = [
         sys.executable, "-m", "distributed.gpu_check.steps", step.module, device, str(int(tiny)), str(out.resolve()),
     ]  # fmt: skip
@@ -84,11 +94,11 @@ def run_step(step: Step, device: str, *, tiny: bool, out: Path, deadline: float)
     checks = tuple(checks_in(output))
     seconds = round(time.monotonic() - start, 1)
     if code is None:
-        return StepResult(step.name, device, started, "timeout", seconds, checks, code, output[-2000:])
+        return StepResult(step.name, device, started, "timeout", seconds, checks, code, output[-2000:], tiny)
     if code:
-        return StepResult(step.name, device, started, "error", seconds, checks, code, output[-2000:])
+        return StepResult(step.name, device, started, "error", seconds, checks, code, output[-2000:], tiny)
     passed = all(check.verdict == "pass" for check in checks)
-    return StepResult(step.name, device, started, "pass" if passed else "fail", seconds, checks)
+    return StepResult(step.name, device, started, "pass" if passed else "fail", seconds, checks, tiny=tiny)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import time
+from contextlib import suppress
 
 import torch
 
@@ -30,8 +31,9 @@ def run(checks: Checks) -> None:
             figures["cudnn"], figures["cuda"] = torch.backends.cudnn.version(), torch.version.cuda  # type: ignore[no-untyped-call]
             figures["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
             query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm", "--format=csv,noheader"]
-            answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-            figures["driver, clock, maximum clock"] = answer.stdout.strip()
+            with suppress(OSError, subprocess.TimeoutExpired):  # some containers lack it
+                answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+                figures["driver, clock, maximum clock"] = answer.stdout.strip()
     with checks.check("disk") as figures:
         start = time.monotonic()
         with (checks.scratch / "file").open("wb") as file:

@@ -4,7 +4,6 @@ Exact mode relies on one property, which is asserted: the same kernel on the sam
 Checks marked "measured" record, as true or false, further properties that faster ways of computing shards could rely on.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,6 @@ from torch.nn import functional as F
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.differences import error, same_bits
 from distributed.gpu_check.shard_graph import run as run_shard_graph
-from distributed.gpu_check.timing import milliseconds
 from distributed.training.determinism import make_deterministic
 
 
@@ -62,8 +60,6 @@ def run(checks: Checks) -> None:
         for dtype in _TYPES:
             _layer(checks, layer, dtype)
     run_shard_graph(checks)
-    if checks.is_cuda:
-        _triton(checks)
     for dtype in _TYPES:  # last: a kernel that cannot read such memory destroys the CUDA context
         if not all(_moved_in_memory(checks, layer, dtype) for layer in layers):
             break
@@ -166,30 +162,3 @@ def _moved(tensor: Tensor, offset: int) -> Tensor:
     """Return a copy in the same memory format whose data starts `offset` elements into its memory."""
     memory = torch.empty(tensor.numel() + offset, dtype=tensor.dtype, device=tensor.device)
     return memory.as_strided(tensor.shape, tensor.stride(), offset).copy_(tensor)
-
-
-def _triton(checks: Checks) -> None:
-    from distributed.gpu_check.shard_kernel import shard_ends, weight_gradients
-
-    sizes = [17, 15, 16, 1, 31, 16, 0, 32]
-    for outputs, inputs in ((512, 1024), (10, 128), (1000, 200)):
-        for dtype in (torch.bfloat16, torch.float32):
-            layer = _Layer("", inputs, outputs, 0, 0)
-            x, _, grad = _operands(layer, sum(sizes), dtype, checks.device)
-            name = f"Triton, {outputs} x {inputs}, {str(dtype).removeprefix('torch.')}: 8 shards in one launch, each as alone"
-            with checks.check(name) as figures:
-                ends = shard_ends(sizes, checks.device)
-                together = weight_gradients(grad, x, ends)
-                pieces = list(zip(torch.split(grad, sizes), torch.split(x, sizes), strict=True))
-                for shard, (own_grad, own_x) in enumerate(pieces):
-                    single = shard_ends([len(own_x)], checks.device)
-                    alone = weight_gradients(own_grad.clone(), own_x.clone(), single)
-                    assert same_bits(together[shard], alone[0]), f"shard {shard}"
-                figures["error"] = error(together.double().sum(0), grad.double().t() @ x.double())
-                assert figures["error"] < 1e-5
-                measured: dict[str, Callable[[], object]] = {
-                    "one launch": lambda grad=grad, x=x, ends=ends: weight_gradients(grad, x, ends),  # type: ignore[misc]
-                    "torch, 8 products": lambda pieces=pieces: [a.t() @ b for a, b in pieces],  # type: ignore[misc]
-                    "torch, all rows": lambda grad=grad, x=x: grad.t() @ x,  # type: ignore[misc]
-                }
-                figures |= {f"ms, {kind}": milliseconds(checks, function) for kind, function in measured.items()}

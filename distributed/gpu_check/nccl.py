@@ -34,6 +34,7 @@ from distributed.network import build_network
 from distributed.process import logs
 from distributed.recipe import train
 from distributed.topology import Topology
+from distributed.training.determinism import make_deterministic
 from distributed.training.losses import build_losses
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator
@@ -52,6 +53,7 @@ def run(checks: Checks) -> None:
         _group(checks)
         _recipe(checks, "fast", exact__shards=0)
         _recipe(checks, "exact", exact__shards=4)
+        make_deterministic(checks.device, precision="float32")  # the recipe restores torch's settings
         for precision in ("float64",) if checks.tiny else ("float64", "bfloat16"):
             _engines(checks, precision)
         _wrapped_by_ddp(checks)

@@ -50,6 +50,7 @@ class StepResult:
         verdict: `fail` if only checks failed, `error` if the process did.
         exit_code: None if the step timed out.
         message: the end of the step's output, unless its exit code is 0.
+        tiny: with shapes so small that it shows nothing about a GPU.
     """
 
     step: str
@@ -60,6 +61,7 @@ class StepResult:
     checks: tuple[CheckResult, ...] = ()
     exit_code: int | None = 0
     message: str = ""
+    tiny: bool = False
 
     def to_line(self) -> str:
         fields = asdict(self) | {"checks": [json.loads(one.to_line().removeprefix(_PREFIX)) for one in self.checks]}

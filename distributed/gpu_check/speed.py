@@ -25,6 +25,7 @@ from distributed.host.versions import versions
 from distributed.process import logs
 from distributed.recipe import train
 from distributed.topology import Topology
+from distributed.training.determinism import make_deterministic
 
 _SIZES = (
     ("improved_alexnet", 128), ("improved_alexnet", 512), ("improved_alexnet", 2048), ("cifar_alexnet", 128),
@@ -63,7 +64,7 @@ class Speed:
         replace_json(self.checks.out / "gpu_speed.json", metadata | {"tiny": self.checks.tiny, "figures": self.found})
 
     def milliseconds(self, call: Callable[[], object]) -> float:
-        """Return milliseconds per call, the median over blocks."""
+        """Return milliseconds per call, the mean over blocks: one step in many augments the images of all."""
         for _ in range(self.warm_up):
             call()
         repeats, calls = self.blocks
@@ -80,7 +81,8 @@ def run(checks: Checks) -> None:
     speed = Speed(checks, choose_device(checks.device.type, Topology()))
     sizes = [("improved_alexnet", 16)] if checks.tiny else list(_SIZES)
     model, batch = sizes[0]
-    _recipe(speed, model, batch)  # first, since it requires deterministic kernels before any is chosen
+    _recipe(speed, model, batch)
+    make_deterministic(speed.device, precision="bfloat16")  # the recipe restores torch's settings
     for name, size in sizes:
         _training(speed, f"{name}, batch {size}", name, size)
     (checks.out / "profile.txt").unlink(missing_ok=True)
@@ -91,6 +93,7 @@ def run(checks: Checks) -> None:
         _compute_alone(speed, name, size)
     if checks.is_cuda:
         # Last: compilation takes long.
+        make_deterministic(speed.device, precision="bfloat16", compile=True)
         _training(speed, f"compiled, {model}, batch {batch}", model, batch, compile="true")
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from statistics import median
+from statistics import fmean, median
 
 import torch
 
@@ -33,12 +33,12 @@ def _block(call: Callable[[], object], checks: Checks, calls: int) -> float:
 
 
 def host_seconds(call: Callable[[], object], checks: Checks, *, repeats: int, calls: int = 1) -> float:
-    """Return seconds per call by the host's clock: the median over `repeats` blocks of `calls`, after one warm-up block.
+    """Return seconds per call by the host's clock: the mean over `repeats` blocks of `calls`, after one warm-up block.
 
     The host synchronizes with the device before and after each block.
     """
     found = [_on_host(call, checks, calls) for _ in range(1 + repeats)]
-    return median(found[1:]) / calls
+    return fmean(found[1:]) / calls
 
 
 def _on_host(call: Callable[[], object], checks: Checks, calls: int) -> float:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from distributed import rng
 from distributed.config.data import Augment, GeneratedData
-from distributed.data.augment import augment, crop, cut_out
+from distributed.data.augment import augment, crop, cut_out, mirrored
 from distributed.data.batch import Batch, Batching, InputFormat, Shards
 from distributed.data.mixup import beta, mix
 from distributed.data.pipeline import DataPipeline
@@ -65,9 +65,19 @@ def _augmentation(checks: Checks) -> None:
         down, across = rng.integers(keys, "crop_y", 9), rng.integers(keys, "crop_x", 9)
         cropped = crop(device_images, 4, down.to(checks.device), across.to(checks.device))
         assert same_bits(cropped, crop(images, 4, down, across)), "crop"
-        for config in (Augment(crop=0), Augment(crop=4, flip=False), Augment(crop=4)):
+        reflected = Augment(crop=2, crop_padding="reflect")
+        for config in (Augment(crop=0), Augment(crop=4, flip=False), Augment(crop=4), reflected):
             found, expected = augment(device_images, device_keys, config), augment(images, keys, config)
             assert same_bits(found, expected), config
+        alternating, ids = Augment(flip="alternating"), torch.arange(len(images))
+        for epoch in (0, 1):
+            found, expected = (
+                augment(
+                    of, keys_of, alternating, mirrored=mirrored(ids.to(of.device), alternating, seed=3, epoch=epoch)
+                )
+                for of, keys_of in ((device_images, device_keys), (images, keys))
+            )
+            assert same_bits(found, expected), f"flips of epoch {epoch}"
         for side in (5, 16):
             found, expected = cut_out(device_images.float(), device_keys, side), cut_out(images.float(), keys, side)
             assert same_bits(found, expected), f"cutout of {side} pixels"

@@ -14,12 +14,15 @@ _MAX_PROFILE_BYTES = 64 * 2**10  # a larger one is not worth committing
 
 
 def newest_steps(lines: Path) -> dict[str, dict[str, Any]]:
-    """Return each step's newest GPU result in a gpu_check.jsonl, in the order of steps. Truncated lines are ignored."""
+    """Return each step's newest GPU result in a gpu_check.jsonl, in the order of steps.
+
+    Truncated lines are ignored, and steps in tiny shapes.
+    """
     found: dict[str, dict[str, Any]] = {}
     for text in lines.read_text(errors="replace").splitlines() if lines.is_file() else ():
         try:
             line = json.loads(text)
-            if line["device"] == "cuda" and isinstance(line["verdict"], str):
+            if line["device"] == "cuda" and isinstance(line["verdict"], str) and not line.get("tiny"):
                 found[line["step"]] = line
         except (ValueError, KeyError, TypeError):
             continue
@@ -49,11 +52,12 @@ def collect(source: Path, results: Path) -> list[Path]:
         merged = earlier | {name: _without_paths(line) for name, line in steps.items()}
         replace_json(file, [merged[step.name] for step in STEPS if step.name in merged])
         written.append(file)
-    for name in ("gpu_speed.json", "bench_train_gpu.json"):
-        if (source / name).is_file():
-            written.append(Path(shutil.copyfile(source / name, results / name)))
-    if (profile := source / "profile.txt").is_file() and profile.stat().st_size <= _MAX_PROFILE_BYTES:
-        written.append(Path(shutil.copyfile(profile, results / "gpu_profile.txt")))
+    if (speed := source / "bench_train_gpu.json").is_file():
+        written.append(Path(shutil.copyfile(speed, results / speed.name)))
+    if _is_of_gpu(speed := source / "gpu_speed.json"):
+        written.append(Path(shutil.copyfile(speed, results / speed.name)))
+        if (profile := source / "profile.txt").is_file() and profile.stat().st_size <= _MAX_PROFILE_BYTES:
+            written.append(Path(shutil.copyfile(profile, results / "gpu_profile.txt")))
     if (returned := source / "results.json").is_file():
         write_results(read_results(returned), results / "results.json")
         written.append(results / "results.json")
@@ -62,6 +66,12 @@ def collect(source: Path, results: Path) -> list[Path]:
             f"{source}: contains no results: no gpu_check.jsonl, gpu_speed.json, bench_train_gpu.json or results.json"
         )
     return written
+
+
+def _is_of_gpu(speed: Path) -> bool:
+    """Whether the step `speed` has measured a GPU, in shapes that say something about it."""
+    found = read_json(speed) if speed.is_file() else None
+    return isinstance(found, dict) and found.get("card") != "cpu" and not found.get("tiny")
 
 
 def _without_paths(line: dict[str, Any]) -> dict[str, Any]:

@@ -56,15 +56,24 @@ def has_data_root(config: TrainConfig) -> bool:
     return "root" in type(config.data).model_fields
 
 
-def for_device(config: TrainConfig, requested: str | None) -> TrainConfig:
-    """Return the config for evaluation on a device; by default the run's, or the CPU if it was CUDA and no GPU is here."""
+def for_device(config: TrainConfig, requested: str | None, saved: Mapping[str, Any] | None) -> TrainConfig:
+    """Return the config for evaluation on a device; by default the run's, or the CPU if it was CUDA and no GPU is here.
+
+    Args:
+        saved: content of one of the run's state.json, if it has saved.
+    """
     device = requested or ("auto" if config.device == "cuda" else config.device)
+    exact = config.exact
+    if (
+        exact.shards == "auto" and saved and saved.get("bits", {}).get("shards") == 0
+    ):  # as for the device of the training
+        exact = exact.model_copy(update={"shards": 0})
     # TF32 only speeds up training, and no CPU has it: evaluate in float32.
     precision = "float32" if config.precision == "tf32" else config.precision
     engine = config.engine
     if isinstance(engine, DeepSpeed):  # evaluation has no optimizer to offload
         engine = engine.model_copy(update={"offload_optimizer": False})
-    return with_values(config, device=device, precision=precision, engine=engine)
+    return with_values(config, device=device, precision=precision, engine=engine, exact=exact)
 
 
 def without_download(config: TrainConfig) -> TrainConfig:

@@ -193,7 +193,8 @@ def load_checkpoint(
     assert normalization is not None
     is_built_in = isinstance(config.model, BuiltInModel)
     classifier = Classifier(network.requires_grad_(False), normalization, repeats_channel=is_built_in).to(device)
-    side = config.model.input_side
-    height, width = (side, side) if side else read_image_size(content)
+    side, (height, width) = config.model.input_side, read_image_size(content)
+    if side and not (is_built_in and height != width):  # a built-in network stretches images that are not square itself
+        height = width = side
     input_shape = (len(normalization.mean), height, width)
     return TrainedRun(config, checkpoint, classifier, class_names, normalization, input_shape)

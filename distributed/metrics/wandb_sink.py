@@ -23,11 +23,19 @@ _EXIT_CODE = {"finished": 0, "stopped": 75, "failed": 1}
 
 
 def check_credentials(config: Wandb) -> None:
-    """Raise InputError if wandb knows no API key. Asks neither the server nor the user."""
+    """Raise InputError if wandb has no API key, or one that cannot be right. Asks neither the server nor the user."""
     import wandb
 
-    wandb.setup(settings=wandb.Settings(silent=True))
-    if config.mode == "online" and not wandb.login(prompt=False, verify=False):
+    try:
+        # WANDB_MODE would overrule the config, and be reported as a missing key.
+        wandb.setup(settings=wandb.Settings(silent=True, mode=config.mode))
+        has_key = config.mode == "offline" or wandb.login(prompt=False, verify=False)
+    except Exception as error:  # wandb raises errors of its own
+        raise InputError(
+            f"logging.wandb: {one_line(error)}; correct WANDB_API_KEY or the other WANDB_ variables, or set "
+            "logging.wandb.mode = offline"
+        ) from None
+    if not has_key:
         raise InputError(
             "logging.wandb.mode = online needs an API key: run `wandb login`, set WANDB_API_KEY, or set "
             "logging.wandb.mode = offline"

@@ -43,9 +43,13 @@ class FastAlexNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [n, num_classes]."""
-        x = self.blocks(self.activation(self.first(resize(images, 32))))
+        x = self.blocks(self.activation(self.first(self.resized(images))))
         logits: Tensor = self.head(x.amax((2, 3)))
         return logits
+
+    def resized(self, images: Tensor) -> Tensor:
+        """Return images [n, 3, h, w] in the size that the first layer takes."""
+        return resize(images, 32)
 
     @torch.no_grad()
     def start_as_identity(self) -> None:

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: blocks of a network that keep their input alone and compute again in the backward pass.
+"""Gradient checkpointing: blocks of a network keep only their inputs and are recomputed in the backward pass.
 
 Chen et al. 2016, arXiv 1604.06174. Results are those without it, bit for bit: dropout draws the same masks again, a buffer has
 the value that it had, and batch norm counts a batch once.

@@ -42,7 +42,7 @@ def build_imported(config: ImportedModel, *, num_classes: int, seed: int, given:
         if config.options:
             raise InputError("model.options has no effect on a module that train() was given already built: remove it")
         _check_network(given, config.name)
-        return _copied(given, config.name).train()
+        return _with_dense_parameters(_copied(given, config.name)).train()
     factory = UserFunction(
         "model.name",
         config.name,
@@ -55,7 +55,18 @@ def build_imported(config: ImportedModel, *, num_classes: int, seed: int, given:
     with _seeded(seed, "model"):
         model: nn.Module = factory.call(factory.load(given), num_classes=num_classes)
     _check_network(model, config.name)
-    return model.train()
+    return _with_dense_parameters(model).train()
+
+
+def _with_dense_parameters(model: nn.Module) -> nn.Module:
+    """Give each parameter contiguous memory of its own: some are views into others, or in channels-last memory.
+
+    Engines flatten and shard parameters, and lay them out themselves.
+    """
+    for parameter in model.parameters():
+        if not parameter.is_contiguous() or parameter.untyped_storage().nbytes() != parameter.nbytes:
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    return model
 
 
 def check_output(

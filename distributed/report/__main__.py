@@ -37,7 +37,7 @@ def main() -> int:
     runs = [read_history(run) for run in arguments.runs]
     check_writable("--out", out)
     runs = _with_unique_names([_with_root(run, arguments.root) for run in runs])
-    content = _page(runs, checkpoint=arguments.checkpoint).encode()
+    content = _page(runs, checkpoint=arguments.checkpoint).encode(errors="backslashreplace")  # a folder's name
     with requested_output("--out", out):
         write_output(out, content)
     print(f"{out} ({len(content) / 2**20:.1f} MiB)")

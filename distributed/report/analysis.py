@@ -26,6 +26,7 @@ from distributed.inference.saved_run import (
     read_normalization,
     warn_about_changes,
 )
+from distributed.run.folder import RunFolder
 from distributed.topology import Topology
 from distributed.training.determinism import make_deterministic
 from distributed.training.functions import build_functions
@@ -89,10 +90,10 @@ class Analysis:
         InputError: the data is missing.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, run: RunFolder, config: TrainConfig) -> None:
         self.topology = Topology()
         self.device = choose_device("auto", self.topology)
-        self.config = for_evaluation(for_device(config, "auto"), self.device)
+        self.config = for_evaluation(for_device(config, "auto", run.newest_state()), self.device)
         make_deterministic(self.device, precision=self.config.precision)
         self.data: DataPipeline = build_data(self.config, self.topology, self.device)
         self.normalization = Normalization(**self.data.metadata()["normalization"])

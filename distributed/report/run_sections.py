@@ -73,7 +73,7 @@ class _Saved:
     def _analysis(self) -> "Analysis":
         from distributed.report.analysis import Analysis
 
-        return Analysis(self.run.config)
+        return Analysis(self.run.folder, self.run.config)
 
     def _findings(self) -> "Findings":
         return self.analysis().findings(self.path(), mistakes=_MISTAKES)

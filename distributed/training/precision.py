@@ -4,10 +4,15 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 
 from distributed.comm import collectives
 from distributed.config import TrainConfig, with_values
+from distributed.errors import InputError
 from distributed.host.hardware import multiplies_bfloat16
+
+_NAMED_AT_START = ("float64", "tf32")
+"""Precisions that apply to the data, or to how kernels are selected."""
 
 
 def with_precision(
@@ -20,12 +25,22 @@ def with_precision(
 
     Args:
         saved_content: reads the content of the run's newest state.json, on rank 0; None if the run has not saved.
+
+    Raises:
+        InputError: the run has saved in a precision that has to be known before its data are read, or that does not fit the
+            config.
     """
     if config.precision != "auto":
         return config
     saved = collectives.run_on_main(lambda: _saved_precision(saved_content(config)))
+    if saved in _NAMED_AT_START:
+        raise InputError(f"precision = auto: this run computes in {saved}; resume it with --precision {saved}")
     of_ranks = set(collectives.gather_objects(fast_precision(device)))
-    return with_values(config, precision=saved or ("bfloat16" if of_ranks == {"bfloat16"} else "float32"))
+    precision = saved or ("bfloat16" if of_ranks == {"bfloat16"} else "float32")
+    try:
+        return with_values(config, precision=precision)
+    except ValidationError as error:
+        raise InputError(*str(error.errors()[0]["msg"]).splitlines()) from None
 
 
 def _saved_precision(content: dict[str, Any] | None) -> Any:

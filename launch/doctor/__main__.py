@@ -16,7 +16,7 @@ from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.process.streams import run_command
 from launch.address import free_port, resolve_address
 from launch.doctor.collect import report_of_this_machine, reports_of_job
-from launch.doctor.diagnosis import diagnose, table
+from launch.doctor.diagnosis import diagnose, notes, table
 from launch.doctor.reports import Answers
 from launch.doctor.slurm_nodes import job_nodes, node_address, node_states
 from launch.environment import Allocation, in_job, step_node
@@ -62,6 +62,8 @@ def main() -> int:
     for node, state in states.items():
         if "DRAIN" in state:
             print(f"note: {node} is draining ({state}): it keeps this job and gets no new one")
+    for line in notes(reports):
+        print(f"note: {line}")
     for line in failures:
         print(f"no go: {line}")
     if not failures:
@@ -107,4 +109,4 @@ def _token(run_dir: Path) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, starts_processes=True)

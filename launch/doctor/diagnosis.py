@@ -153,15 +153,37 @@ def _network_faults(report: NodeReport) -> list[str]:
         found.append(f"{node}: reached the rendezvous too late; give --seconds 60, or find out why the node is slow")
     elif not network.sum_is_right:
         found.append(f"{node}: an all-reduce gave a wrong sum; check its network card and memory, or --exclude={node}")
-    if abs(network.clock_seconds or 0) > _CLOCK_SECONDS:
-        found.append(
-            f"{node}: its clock is {network.clock_seconds:+.1f} s off the first node's; start chronyd or ntpd there"
-        )
     return found
 
 
+def notes(reports: Sequence[NodeReport]) -> list[str]:
+    """Return a line for each clock that is wrong and each pair of nodes that is slow: training works all the same."""
+    clocks = [(report.node, report.network.clock_seconds) for report in reports if report.network]
+    found = [
+        f"{node}: its clock is {seconds:+.1f} s off the first node's; start chronyd or ntpd there"
+        for node, seconds in clocks
+        if seconds is not None and abs(seconds) > _CLOCK_SECONDS
+    ]
+    speeds = _pair_speeds(reports)
+    usual = statistics.median(speeds.values()) if speeds else 0.0
+    return found + [
+        f"{first} and {second}: {speed:.2f} GiB/s, but the median pair has {usual:.2f}; check link speed (ethtool)"
+        for (first, second), speed in speeds.items()
+        if 0 <= speed < _SLOW * usual
+    ]
+
+
 def _pair_faults(reports: Sequence[NodeReport]) -> list[str]:
-    """Return a line for each pair of nodes that is slow or corrupts data; of the two measurements, the lower counts."""
+    """Return a line for each pair of nodes that corrupts data."""
+    return [
+        f"{first} and {second}: wrong bytes arrived; check cables and cards, or leave one of them out"
+        for (first, second), speed in _pair_speeds(reports).items()
+        if speed < 0
+    ]
+
+
+def _pair_speeds(reports: Sequence[NodeReport]) -> dict[tuple[str, str], float]:
+    """Return the GiB/s of each pair of nodes, the lower of their two measurements; negative if a byte was wrong."""
     names = {report.index: report.node for report in reports}
     speeds: dict[tuple[str, str], float] = {}
     for report in reports:
@@ -169,16 +191,7 @@ def _pair_faults(reports: Sequence[NodeReport]) -> list[str]:
             if speed and other in names:
                 first, second = sorted((report.node, names[other]))
                 speeds[first, second] = min(speed, speeds.get((first, second), speed))
-    usual = statistics.median(speeds.values()) if speeds else 0.0
-    found = []
-    for (first, second), speed in speeds.items():
-        if speed < 0:
-            found.append(f"{first} and {second}: wrong bytes arrived; check cables and cards, or leave one of them out")
-        elif speed < _SLOW * usual:
-            found.append(
-                f"{first} and {second}: {speed:.2f} GiB/s, but the median pair has {usual:.2f}; check link speed (ethtool)"
-            )
-    return found
+    return speeds
 
 
 def table(reports: Sequence[NodeReport]) -> str:

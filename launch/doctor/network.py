@@ -38,7 +38,7 @@ def measure(address: str, port: int, index: int, count: int, seconds: float) -> 
     # By default Gloo uses the address of the host's name, which many systems map to loopback.
     if interface := local_route(address).interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    has_gpu = torch.cuda.is_available()
+    has_gpu = _all_have_gpus(store, present)
     device = torch.device("cuda", 0) if has_gpu else torch.device("cpu")
     rank = present.index(index)
     # The group consists of the nodes that are present; with the environment's ranks, it would wait for absent ones.
@@ -59,7 +59,7 @@ def measure(address: str, port: int, index: int, count: int, seconds: float) -> 
 
 def _present_nodes(store: Store, index: int, count: int, seconds: float) -> list[int]:
     """Return the indices of the nodes that reached the rendezvous in time, as node 0 counts them."""
-    store.set(f"here/{index}", "1")
+    store.set(f"here/{index}", "gpu" if torch.cuda.is_available() else "cpu")
     if index != 0:
         return [int(node) for node in store.get("present").decode().split(",")]
     deadline, present = time.monotonic() + seconds / 2, [0]
@@ -68,6 +68,11 @@ def _present_nodes(store: Store, index: int, count: int, seconds: float) -> list
         time.sleep(0.05)
     store.set("present", ",".join(map(str, present)))
     return present
+
+
+def _all_have_gpus(store: Store, present: list[int]) -> bool:
+    """Whether these nodes can form an NCCL group. One without a GPU is reported elsewhere; here all use gloo then."""
+    return all(store.get(f"here/{node}") == b"gpu" for node in present)
 
 
 def _sum_is_right(device: torch.device) -> bool:
@@ -104,15 +109,21 @@ def _exchange(partner: int, rank: int, device: torch.device) -> float:
     received = torch.empty_like(sent)
     for turn in range(_WARM_UP + _REPEATS):
         if turn == _WARM_UP:
+            _synchronize(device)
             start = time.perf_counter()
         operations = [dist.P2POp(dist.isend, sent, partner), dist.P2POp(dist.irecv, received, partner)]
         for work in dist.batch_isend_irecv(operations):
             work.wait()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    _synchronize(device)
     seconds = time.perf_counter() - start
     speed = _REPEATS * _BYTES / 2**30 / seconds
     return speed if bool((received + sent == rank + partner + 2).all()) else -1.0
+
+
+def _synchronize(device: torch.device) -> None:
+    """Wait for transfers that NCCL has queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _clock_offset(device: torch.device) -> float:

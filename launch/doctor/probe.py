@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from distributed.config import CommandLine, TrainConfig, from_command_line
-from distributed.data.sources import registry
+from distributed.config.data import CifarData
+from distributed.data.sources import cifar, registry
 from distributed.errors import InputError
 from distributed.host.cpu_quota import available_cpus
 from distributed.host.importable import module_files
@@ -48,13 +49,14 @@ def main() -> int:
         "devices": find_devices,
         "folder": lambda: examine_folder(command().config.run_dir, options.token, node.name),
         "model": lambda: model_digest(command().config),
-        "data": lambda: check_data(command().config, names_data=command().names_data),
     }
     if node.count > 1:
         network = importlib.import_module("launch.doctor.network")
         sections["network"] = lambda: network.measure(
             options.address, options.port, node.index, node.count, options.seconds
         )
+    # Last: listing an image folder may take longer than the others wait in the network.
+    sections["data"] = lambda: check_data(command().config, names_data=command().names_data)
     sys.stdout.write(to_lines(examine(node.name, node.index, sections)))
     sys.stdout.flush()
     os._exit(0)  # threads of gloo that wait for a dead peer must not keep the process alive
@@ -134,6 +136,12 @@ def check_data(config: TrainConfig, *, names_data: bool = True) -> str:
     """
     if not names_data and not cluster_job():
         return "none named"
+    if (
+        isinstance(config.data, CifarData)
+        and config.data.download
+        and not cifar.is_there(config.data.name, config.data.root)
+    ):
+        return "to be downloaded"
     registry.prepare(config.data)
     return config.data.name
 

@@ -72,34 +72,45 @@ def workers_on_cluster(scaling: Scaling, per_node: Sequence[int]) -> int:
     return sum(min(1, count) for count in per_node) if scaling.placement == "strict_spread" else sum(per_node)
 
 
-def wait_for_capacity(scaling: Scaling, stop_requested: Callable[[], str | None], excluded: Collection[str]) -> int:
+def wait_for_capacity(
+    scaling: Scaling,
+    stop_requested: Callable[[], str | None],
+    excluded: Collection[str],
+    *,
+    busy_is_enough: bool = False,
+) -> int:
     """Return how many workers to start; 0 if a stop was requested meanwhile.
 
     That is `num_workers` as soon as they fit, or fewer once no more capacity is expected.
+
+    Args:
+        busy_is_enough: wait without a limit as long as they would fit if nothing else ran.
 
     Raises:
         CapacityError: fewer than `min_workers` fit after `wait_seconds`.
     """
     start, announced = time.monotonic(), False
     fewest, most = scaling.least_workers, scaling.num_workers
-    while not stop_requested():
-        found, waited = capacity(scaling, excluded), time.monotonic() - start
-        settled = waited > _SETTLE_SECONDS or found.now >= min(found.when_idle, most)
-        if found.now >= most or (found.now >= fewest and settled):
-            if announced:
-                _request_nodes(scaling, 0)
-            return min(found.now, most)
-        if waited > scaling.wait_seconds:
+    try:
+        while not stop_requested():
+            found, waited = capacity(scaling, excluded), time.monotonic() - start
+            settled = waited > _SETTLE_SECONDS or found.now >= min(found.when_idle, most)
+            if found.now >= most or (found.now >= fewest and settled):
+                return min(found.now, most)
+            # In a sweep, other trainings have the workers: they will release them.
+            if waited > scaling.wait_seconds and not (busy_is_enough and found.when_idle >= fewest):
+                raise CapacityError(
+                    f"{_shortage(scaling, found)}; lower scaling.num_workers, set scaling.min_workers, add nodes, or raise "
+                    "scaling.wait_seconds"
+                )
+            if not announced and waited > min(_SETTLE_SECONDS, scaling.wait_seconds):
+                logger.warning("{}; waiting up to {:g} s for more", _shortage(scaling, found), scaling.wait_seconds)
+                announced = True
+                _request_nodes(scaling, most)
+            time.sleep(_POLL_SECONDS)
+    finally:
+        if announced:  # the autoscaler would keep nodes for the request after this program has ended
             _request_nodes(scaling, 0)
-            raise CapacityError(
-                f"{_shortage(scaling, found)}; lower scaling.num_workers, set scaling.min_workers, add nodes, or raise "
-                "scaling.wait_seconds"
-            )
-        if not announced and waited > min(_SETTLE_SECONDS, scaling.wait_seconds):
-            logger.warning("{}; waiting up to {:g} s for more", _shortage(scaling, found), scaling.wait_seconds)
-            _request_nodes(scaling, most)
-            announced = True
-        time.sleep(_POLL_SECONDS)
     return 0
 
 

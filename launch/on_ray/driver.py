@@ -4,16 +4,13 @@ Ray Train's own elasticity would kill the workers to grow a run, and its retries
 first requests that the workers save and return, and retries only if the next attempt can succeed.
 """
 
-import logging
 import time
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 import ray.train
 from loguru import logger
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -21,13 +18,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from distributed.config import TrainConfig
 from distributed.config.scaling import Scaling
 from distributed.errors import ExitCode, InputError, NotFiniteError, StorageError
-from distributed.process import logs
 from distributed.process.signals import SignalStop
 from distributed.run.folder import RunFolder
 from distributed.run.records import read_attempts
 from distributed.training.stop import StopSource
 from launch.on_ray.capacity import CapacityError, capacity, wait_for_capacity
-from launch.on_ray.cluster import CheckedNodes, check_nodes, warn_if_open
+from launch.on_ray.cluster import CheckedNodes, check_nodes
+from launch.on_ray.connection import connected
 from launch.on_ray.settings import Training
 from launch.on_ray.worker import WorkerResult, clear_stop, request_stop, train_on_worker
 
@@ -56,23 +53,19 @@ def run(training: Training) -> ExitCode:
         return ExitCode.BAD_INPUT
 
 
-@contextmanager
-def connected(level: str) -> Iterator[None]:
-    """Join the cluster that RAY_ADDRESS names or that runs on this machine; otherwise start one until the context ends."""
-    logs.terminal_logs(0, level=level)
-    ray.init(logging_level=logging.WARNING, log_to_driver=True)
-    try:
-        warn_if_open()
-        yield
-    finally:
-        ray.shutdown()
-
-
-def run_attempts(config: TrainConfig, scaling: Scaling, stop: StopSource, callbacks: Sequence[Any] = ()) -> ExitCode:
+def run_attempts(
+    config: TrainConfig,
+    scaling: Scaling,
+    stop: StopSource,
+    callbacks: Sequence[Any] = (),
+    *,
+    busy_is_enough: bool = False,
+) -> ExitCode:
     """Run attempts until the run ends, and return its exit code.
 
     Args:
         callbacks: Ray Train's callbacks, which get the reported metrics.
+        busy_is_enough: as in `wait_for_capacity`.
 
     Raises:
         InputError: the first attempt does not fit on the cluster, or a node cannot take part.
@@ -81,12 +74,12 @@ def run_attempts(config: TrainConfig, scaling: Scaling, stop: StopSource, callba
     nodes = CheckedNodes()
     while True:
         try:
-            workers = wait_for_capacity(scaling, stop.requested, nodes.excluded)
+            workers = wait_for_capacity(scaling, stop.requested, nodes.excluded, busy_is_enough=busy_is_enough)
         except CapacityError as error:
             if not started:
                 raise
             logger.error("{}", error)
-            logger.error("stopped at step {}, everything saved; the same command resumes", _saved_step(config))
+            logger.error("stopped; {}; the same command resumes", _last_save(config))
             return ExitCode.STOPPED
         if not workers:
             logger.warning("stopped by {} between two attempts; the same command resumes", stop.requested())
@@ -214,7 +207,7 @@ def _outcome(config: TrainConfig, result: "Future[Any]", *, stopped: bool) -> Ou
         source = "Ray" if rank is None else f"rank {rank}"
         logger.error("{}: {}: {}", source, type(cause).__name__, lines[0] if lines else "")
     logger.opt(exception=error).debug("Ray's error")
-    logger.warning("the attempt failed; the last checkpoint is of step {}", _saved_step(config))
+    logger.warning("the attempt failed; {}", _last_save(config))
     return Outcome(ExitCode.STOPPED if stopped else None, failed=True)
 
 
@@ -233,6 +226,11 @@ def _causes(error: BaseException) -> dict[int, BaseException]:
     """Return each rank's error, those about lost peers last, since they are the least informative."""
     causes = dict(getattr(error, "worker_failures", {}))
     return dict(sorted(causes.items(), key=lambda entry: isinstance(entry[1], RuntimeError)))
+
+
+def _last_save(config: TrainConfig) -> str:
+    step = _saved_step(config)
+    return "nothing was saved yet" if step < 0 else f"the last checkpoint is of step {step}"
 
 
 def _saved_step(config: TrainConfig) -> int:

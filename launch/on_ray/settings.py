@@ -72,6 +72,12 @@ def worker_config(config: TrainConfig, scaling: Scaling) -> TrainConfig:
         if path := getattr(config.data, name, None):
             paths[f"data.{name}"] = path
     relative = [_relative_path(name, path) for name, path in paths.items() if path and not path.is_absolute()]
+    uri = (config.logging.mlflow and config.logging.mlflow.tracking_uri) or ""
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        relative.append(
+            f"logging.mlflow.tracking_uri = {uri}: relative, but a worker runs in a folder of its own; give an absolute path: "
+            f"sqlite:////SHARED/{uri.removeprefix('sqlite:///')}"
+        )
     if relative:
         raise InputError(*relative)
     return with_values(config, scaling=None, run_dir=run_dir, threads=config.threads or scaling.cpus_per_worker)
@@ -113,6 +119,7 @@ def check_address(address: str) -> None:
     if address in ("", "auto", "local"):
         return
     host, _, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")  # of an IPv6 address
     try:
         if "/" in host or not (host and port.isdecimal()):
             raise OSError(

@@ -26,7 +26,8 @@ from distributed.report.comparison import curves_as_png
 from distributed.report.history import read_history
 from distributed.training.stop import StopSource
 from launch.on_ray.capacity import capacity, wait_for_capacity
-from launch.on_ray.driver import connected, run_attempts
+from launch.on_ray.connection import connected
+from launch.on_ray.driver import run_attempts
 from launch.on_ray.environment import set_environment
 from launch.on_ray.settings import Training
 from launch.on_ray.worker import ClusterStop, clear_stop, request_stop
@@ -67,10 +68,8 @@ def _train(folder: Path, trainings: Sequence[Training], stop: StopSource) -> Exi
         concurrent,
     )
     key = uuid.uuid4().hex
-    # Tune starts no more trainings than fit, so each can wait for the workers that another one is about to release.
-    patient = scaling.model_copy(update={"wait_seconds": 1e7})
     tuner = tune.Tuner(
-        tune.with_resources(partial(_trial, trainings=trainings, scaling=patient, stop_key=key), _TRIAL_RESOURCES),
+        tune.with_resources(partial(_trial, trainings=trainings, scaling=scaling, stop_key=key), _TRIAL_RESOURCES),
         param_space={"training": tune.grid_search([training.name for training in trainings])},
         tune_config=tune.TuneConfig(max_concurrent_trials=concurrent),
         run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=0),
@@ -97,7 +96,8 @@ def _trial(space: dict[str, Any], *, trainings: Sequence[Training], scaling: Sca
     report_to_tune: Any = TuneReportCallback
     try:
         with ClusterStop(stop_key, nodes={}) as stop:
-            code = run_attempts(training.config, scaling, stop, callbacks=[report_to_tune()])
+            # Tune starts no more trainings than fit, so each can wait for the workers that another one is about to release.
+            code = run_attempts(training.config, scaling, stop, callbacks=[report_to_tune()], busy_is_enough=True)
     except InputError as error:
         for line in error.lines:
             logger.error("{}: {}", training.name, line)

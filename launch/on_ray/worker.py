@@ -6,7 +6,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -82,6 +82,8 @@ class ClusterStop:
                 self._reason = f"the drain of node {self._nodes[draining.pop()]}"
 
     def __enter__(self) -> Self:
+        with suppress(Exception):  # as in `_watch`; a training of a sweep that is being stopped must not even start
+            self._reason = compat.get_value(self._key)
         self._thread.start()
         return self
 

@@ -26,6 +26,7 @@ from launch.sweep_arguments import read_sweep, split_sweep
 
 _SBATCH_OPTIONS = ("partition", "time", "account", "qos", "constraint", "mem", "cpus_per_task", "job_name")
 _CHECKED_OPTIONS = {"--nodes": "--nodes N", "-N": "--nodes N", "--gpus-per-node": "--gpus-per-node N",
+                    **dict.fromkeys(("--gpus", "-G", "--gres", "--gpus-per-task"), "--gpus-per-node N"),
                     "--array": "a sweep, or --seeds N", "-a": "a sweep, or --seeds N"}  # fmt: skip
 """Options of sbatch that would overrule what was checked -> what to give instead."""
 
@@ -46,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--sbatch", action="append", default=[], metavar="=OPTION", help="any other option of sbatch")
     options.add_argument("--at-once", type=_count, default=0, help="maximum number of array tasks that run at a time")
     options.add_argument(
-        "--max-requeues", type=partial(_count, least=0), default=20, help="how often the job may requeue itself"
+        "--max-requeues", type=partial(_count, least=0), help="how often the job may requeue itself; default: 20"
     )
     options.add_argument("--dry-run", action="store_true", help="check and print without submitting")
     options.add_argument_group(
@@ -175,7 +176,9 @@ def sbatch_command(options: argparse.Namespace, arguments: Sequence[str], array:
     if array:
         command.append(f"--array={array}{f'%{options.at_once}' if options.at_once else ''}")
     script = shipped("slurm/train.sh")
-    exported = ["ALL", f"MAX_REQUEUES={options.max_requeues}", *_venv_export(script.parents[1])]
+    exported = ["ALL", *_venv_export(script.parents[1])]
+    if options.max_requeues is not None:  # else the variable of that name counts
+        exported.append(f"MAX_REQUEUES={options.max_requeues}")
     if options.ranks_per_node:
         exported.append(f"RANKS_PER_NODE={options.ranks_per_node}")
     # sbatch keeps only its last --export.

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from kit.commands import ROOT, Command, assert_same_bits, attempts, kill, status, torchrun
+from kit.commands import NARROW, ROOT, Command, assert_same_bits, attempts, kill, status, torchrun
 
 SETTINGS = (
-    "configs/debug.toml", "--epochs", 2, "--data.train_samples", 800, "--checkpoint.every_steps", 5, "--device", "cpu",
+    "configs/debug.toml", "--epochs", 4, "--data.train_samples", 800, "--checkpoint.every_steps", 5, *NARROW,
+    "--device", "cpu",
 )  # fmt: skip
 ENGINES = {
     "zero 3": ("--engine.name", "deepspeed", "--engine.zero_stage", 3),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit.engines import ENGINES, built, config_with, steps
+from kit.engines import ENGINES, built, config_with, copied, steps
 from kit.precision import LOW
 from kit.ranks import in_group, run_ranks
 from kit.small_runs import newest_checkpoint, state_of
@@ -174,3 +174,26 @@ def test_bfloat16_curve_matches_autocast() -> None:
 
 def test_names_of_the_stages() -> None:
     assert [ENGINES[name]["zero_stage"] for name in STAGES] == [1, 2, 3]
+
+
+# Weights that are not trained
+
+
+@in_group
+def states(settings: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+    """Return, by engine, the state that a checkpoint would have before the first step."""
+    return {name: copied(built(config_with(name, **settings))[0]) for name in ("ddp", *STAGES)}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"model": {"name": "fast_alexnet", "widths": [8, 8, 8]}}, {"model": {"name": "kit.tied_network:Tied"}}],
+    ids=["frozen", "tied"],
+)
+def test_frozen_and_tied_weights_are_saved_at_every_stage(settings: dict[str, Any]) -> None:
+    for rank in run_ranks(states, 2, settings, timeout_seconds=150):
+        expected = {name: tensor for name, tensor in rank["ddp"].items() if name.startswith("model.")}
+        for stage in STAGES:
+            found = {name: tensor for name, tensor in rank[stage].items() if name.startswith("model.")}
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), stage

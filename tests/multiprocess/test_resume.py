@@ -14,7 +14,7 @@ from kit.ranks import in_group, run_ranks
 from kit.small_runs import FAST, Recorder, StopAfter, digest, lines, newest_checkpoint, small_config, state_of
 from loguru import logger
 
-from distributed.comm import collectives
+from distributed.comm import collectives, shared_sum
 from distributed.config import TrainConfig
 from distributed.data.batch import Batch
 from distributed.data.pipeline import DataPipeline
@@ -364,3 +364,20 @@ def test_a_stop_or_save_on_an_epochs_last_step_is_harmless(
     assert digest(newest_checkpoint(found.path) / "tensors.safetensors") == digest(
         newest_checkpoint(expected.path) / "tensors.safetensors"
     )
+
+
+def summed_by(run_dir: Path, bucket_mib: int) -> str:
+    engine = {"name": "ddp", "bucket_mib": bucket_mib}
+    train(small_config(run_dir, epochs=1, exact=FAST, engine=engine, data={"train_samples": 24}))
+    return str((RunFolder(run_dir).newest_state() or {})["bits"]["sum of gradients"])
+
+
+def summed_by_buckets(run_dir: Path) -> str:
+    vars(shared_sum)["open_shared_memory"] = lambda size, device: None
+    return summed_by(run_dir, 2)
+
+
+def test_what_sums_gradients_is_recorded_in_fast_mode(tmp_path: Path) -> None:
+    """It decides the order of the sum. A resume with another one warns."""
+    assert run_ranks(summed_by, 2, tmp_path / "shared", 2) == ["shared memory"] * 2
+    assert run_ranks(summed_by_buckets, 2, tmp_path / "ddp") == ["DistributedDataParallel, in buckets of 2 MiB"] * 2

@@ -119,3 +119,18 @@ def test_ranks_with_other_modules_are_refused(tmp_path: Path) -> None:
     [message] = messages
     assert message.startswith("model.name = net_zq:make: rank 1 has another file ")
     assert message.endswith("net_zq.py than rank 0; every node needs the same")
+
+
+@in_group
+def resumed_build(path: Path, run: Path) -> None:
+    """Build as on a rank that looked for a checkpoint before rank 0 had the lock, and one that looked after."""
+    config = small_config(run, init_from=path, data={"train_samples": 24})
+    network = build_initial_network(config, Topology(collectives.rank(), 2), build_data(config, Topology(), CPU), CPU)
+    torch.nn.init.constant_(network.model.get_parameter("fc3.bias"), collectives.rank())
+    build_engine(config, Topology(collectives.rank(), 2), build_data(config, Topology(), CPU), CPU, network)
+
+
+def test_a_resume_during_the_first_save_is_not_refused(tmp_path: Path) -> None:
+    save_file(build_model(small_config(Path()).model, num_classes=10, seed=1).state_dict(), tmp_path / "w.safetensors")
+    train(small_config(tmp_path / "run", epochs=1, init_from=tmp_path / "w.safetensors", data={"train_samples": 24}))
+    run_ranks(resumed_build, 2, tmp_path / "w.safetensors", tmp_path / "run")

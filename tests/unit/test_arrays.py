@@ -17,6 +17,7 @@ from distributed.data.pipeline import DataPipeline
 from distributed.data.sources import arrays, identity, registry
 from distributed.data.sources.cifar import Images
 from distributed.data.sources.identity import check_resumed
+from distributed.data.split import validation_mask
 from distributed.errors import InputError
 from distributed.inference.trained_run import resize
 
@@ -164,3 +165,23 @@ def test_a_resume_with_other_arrays_is_refused(root: Path, tmp_path: Path) -> No
     with pytest.raises(InputError, match="let the function return the arrays it started with"):
         check_resumed(saved, pipeline(data_of(root)).metadata() | {"data": "own_data:arrays"}, where="run")
     assert "the digest of the training images is" in caught.value.lines[0]
+
+
+def test_arrays_sorted_by_class_are_normalized_by_all_classes(tmp_path: Path) -> None:
+    """Of more images than are needed for the statistics, the first are all of one class."""
+    labels = np.repeat([0, 1], 2500)
+    images = np.where(labels[:, None, None] == 0, 0, 200).astype(np.uint8).repeat(4, 1).repeat(4, 2)
+    for split in ("train", "test"):
+        np.save(tmp_path / f"{split}_images.npy", images)
+        np.save(tmp_path / f"{split}_labels.npy", labels)
+    data = pipeline(data_of(tmp_path))
+    expected = images[np.flatnonzero(~validation_mask(labels, fraction=0.2, seed=0))] / 255
+    assert data.metadata()["normalization"]["mean"] == [pytest.approx(expected.mean(), abs=1e-3)]
+    assert set(data.raw_images(10).unique().tolist()) == {0, 200}
+
+
+def test_few_images_can_be_mixed(tmp_path: Path) -> None:
+    """The example that networks are tried with has no more images than there are."""
+    root = write_arrays(tmp_path / "arrays", train=6)
+    found = pipeline(data_of(root, validation_fraction=0.0, augment={"mixup": 0.4, "crop": 0})).example()
+    assert len(found.images) == len(found.labels) == 6

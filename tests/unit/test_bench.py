@@ -11,7 +11,7 @@ from distributed.bench import training_speed
 from distributed.bench.__main__ import main
 from distributed.bench.benchmarks import BENCHMARKS
 from distributed.bench.machine import machine
-from distributed.bench.measure import StepClock, step_seconds
+from distributed.bench.measure import StepClock, step_seconds, typical_step_seconds
 from distributed.bench.options import CPU_ONLY, GPU_ONLY, WORKLOADS, Options
 from distributed.bench.rounds import run_round, summary
 from distributed.bench.workload import Workload, WorkloadFailedError
@@ -150,10 +150,10 @@ def test_what_a_peer_lacks_is_printed_beside_its_figure():
 # The clock and figures
 
 
-def test_blocks_of_steps_rarely_include_the_end_of_an_epoch():
-    assert [CUDA.block(batch) for batch in (128, 512, 2048)] == [10, 10, 4]
-    assert replace(CUDA, steps=8).block(128) == 2  # at least four readings
-    assert CPU.block(128) == 1
+def test_a_gpu_is_waited_for_after_blocks_of_steps():
+    assert CUDA.block == 10
+    assert replace(CUDA, steps=16).block == 2  # at least eight readings
+    assert CPU.block == 1
 
 
 def test_the_clock_is_read_after_each_block_and_the_last_step():
@@ -172,6 +172,40 @@ def test_a_clock_past_its_limit_stops_after_four_readings():
 def test_a_step_takes_its_fraction_of_a_block():
     readings = [(10, 100.0), (20, 110.0), (30, 115.0), (40, 119.0), (42, 120.0)]
     assert step_seconds(readings) == [0.5, 0.4, 0.5]
+
+
+def test_on_a_gpu_the_mean_counts_every_step():
+    readings = [(10 * n, n + 0.5 * (n > 8)) for n in range(1, 17)]
+    assert typical_step_seconds(readings, "cpu") == pytest.approx(0.1)
+    assert typical_step_seconds(readings, "cuda") == pytest.approx(13.5 / 130)
+
+
+def test_several_gpus_are_not_compared_with_one():
+    figures = {"ours (fast), 2 GPUs, batch 128": 6.0, "timm (bfloat16), batch 128": 2.0}
+    assert training_speed.ratios(figures) == {}
+
+
+def test_the_benchmarks_own_limit_is_no_timeout():
+    options = replace(CPU, steps=8, workloads=("compute",), batches=(4,))
+    _, errors = run_round(BENCHMARKS["train"], options, time.monotonic() + 0.2)
+    assert {str(error) for error in errors.values()} == {"ended by the time limit --minutes"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("memory", "--rounds", 3), "error: --rounds: memory has no such option; leave it out"),
+        (("page", "--json", "x.json"), "error: --json: page has no such option; leave it out"),
+        (
+            ("scaling", "--from", "a.json", "--json", "b.json"),
+            "error: --from: measures nothing, so --json has nothing to write; leave one of them out",
+        ),
+    ],
+)
+def test_an_option_without_effect_is_refused(arguments, line, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", *map(str, arguments)])
+    assert main() == 2
+    assert capsys.readouterr().err.strip() == line
 
 
 def test_ratios_compare_measured_workloads_of_one_batch_size():

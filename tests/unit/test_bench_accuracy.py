@@ -196,6 +196,9 @@ def test_what_timm_does_otherwise_depends_on_the_config():
     ]  # fmt: skip
     modern = load_config(data={"augment": {"flip": "alternating"}}, evaluation={"flip_tta": True})
     assert len(timm_settings.differences(modern)) == 5
+    for precision in ("float32", "bfloat16"):
+        muon = timm_settings.differences(load_config(optim={"name": "muon"}, precision=precision))
+        assert any(line.startswith("timm's Muon") for line in muon) == (precision == "float32")
 
 
 # The page and the command

@@ -84,6 +84,10 @@ def test_a_workload_without_a_figure_is_in_the_gpu_table():
     }
     rows = rows_of(train_gpu({"bench_train_gpu": results_of(figures, failed=[failed])}))
     assert rows["Lightning 2.6.6, bfloat16, channels last"] == ["1", "timed out", "failed"]
+    for ended in ("ended by the time limit --minutes", "not started: the time limit --minutes is reached"):
+        failed["Lightning (bfloat16), batch 512"] = ended
+        rows = rows_of(train_gpu({"bench_train_gpu": results_of(figures, failed=[failed])}))
+        assert rows["Lightning 2.6.6, bfloat16, channels last"] == ["1", "not measured", "failed"]
 
 
 def test_scaling_that_was_not_measured_is_named():

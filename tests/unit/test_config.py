@@ -250,6 +250,27 @@ def test_only_cifar_is_downloaded(name):
     assert "belongs to data.name = cifar10 | cifar100" in line
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["--data.augment.crop", "0", "--data.augment.crop_padding", "reflect"],
+            "data.augment.crop_padding = reflect has no effect with data.augment.crop = 0",
+        ),
+        (
+            ["--data.validation_fraction", "0", "--data.split_seed", "7"],
+            "data.split_seed = 7 has no effect with data.validation_fraction = 0",
+        ),
+        (
+            ["--optim.weight_decay", "0", "--optim.decay_norm_and_bias"],
+            "optim.decay_norm_and_bias has no effect with optim.weight_decay = 0",
+        ),
+    ],
+)
+def test_a_setting_that_another_makes_void_is_an_error(arguments, line):
+    assert mistakes(*arguments)[0].startswith(line)
+
+
 @pytest.mark.parametrize("arguments", [["--data.download"], ["--data.download", "--data.urls", '["http://one/x"]']])
 def test_download_counts_as_naming_the_data(arguments):
     assert from_command_line(arguments).names_data

@@ -64,6 +64,13 @@ def test_every_class_of_a_matrix_is_labelled(classes: int) -> None:
         assert all(a.y0 >= b.y1 - 1 for a, b in pairwise(boxes)), "labels overlap"
 
 
+def test_a_picture_of_a_thousand_classes_stays_small() -> None:
+    counts = [[int(true == predicted) for predicted in range(1000)] for true in range(1000)]
+    with confusion_figure(counts, list(map(str, range(1000))), title="a matrix") as figure:
+        assert max(figure.get_size_inches()) < 25
+        assert as_png(figure).startswith(b"\x89PNG")
+
+
 def test_an_svg_is_deterministic_and_adopts_the_pages_colours() -> None:
     drawn = []
     for _ in range(2):

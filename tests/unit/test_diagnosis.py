@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from launch.doctor.diagnosis import diagnose, table
+from launch.doctor.diagnosis import diagnose, notes, table
 from launch.doctor.network import rounds
 from launch.doctor.reports import Devices, Folder, Network, NodeReport
 
@@ -59,9 +59,7 @@ def test_good_reports_have_no_failures():
         ("folder", {"free_gib": 0.5}, "0.5 GiB free"),
         ("network", {"present": [0, 1]}, "too late"),
         ("network", {"sum_is_right": False}, "wrong sum"),
-        ("network", {"clock_seconds": -7.0}, "-7.0 s off"),
         ("network", {"gib_per_second": {0: 9.0, 1: -1.0}}, "n1 and n2: wrong bytes"),
-        ("network", {"gib_per_second": {0: 9.0, 1: 0.4}}, "n1 and n2: 0.40 GiB/s"),
     ],
 )
 def test_one_bad_node_is_one_line(section: str, change: dict[str, Any], message: str):
@@ -72,6 +70,23 @@ def test_one_bad_node_is_one_line(section: str, change: dict[str, Any], message:
     assert "n2" in line
     assert message in line
     assert table(reports)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"clock_seconds": -7.0}, "n2: its clock is -7.0 s off"),
+        ({"gib_per_second": {0: 9.0, 1: 0.4}}, "n1 and n2: 0.40 GiB/s"),
+    ],
+)
+def test_a_wrong_clock_and_a_slow_link_end_no_job(change: dict[str, Any], message: str):
+    reports = good_reports()
+    assert notes(reports) == []
+    changed = reports[2].network.model_copy(update=change)
+    reports[2] = reports[2].model_copy(update={"network": changed})
+    assert diagnosed(reports) == []
+    [line] = notes(reports)
+    assert line.startswith(message)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from kit.small_runs import small_config
 from distributed.attempt import Attempt
 from distributed.comm.peers import failure_message
 from distributed.config import TrainConfig
+from distributed.engine.protocol import Engine
 from distributed.errors import ExitCode, InputError
 from distributed.optim.schedules import build_early_stopping, build_schedule
 from distributed.process import exits
@@ -35,7 +37,9 @@ def attempt(config: TrainConfig) -> Iterator[Attempt]:
 
 def begin(attempt: Attempt, config: TrainConfig) -> None:
     state = TrainState(build_schedule(config, steps_per_epoch=3), build_early_stopping(config.early_stopping))
-    attempt.begin(state, resumed_from=None, metadata=attempt.metadata(torch.device("cpu")) | {"images": {}})
+    attempt.begin(
+        state, resumed_from=None, metadata=attempt.metadata(torch.device("cpu"), cast("Engine", None)) | {"images": {}}
+    )
 
 
 def run_exit_hooks(code: ExitCode, reason: str) -> None:

@@ -1,14 +1,19 @@
-"""Export of networks that no built-in one resembles: weights that share memory."""
+"""Export of networks that no built-in one resembles: weights that share memory, branches on values."""
 
+import sys
 from pathlib import Path
 
+import pytest
 import torch
+from kit.small_runs import FAST, small_config
 
 from distributed.config import load_config
+from distributed.export.__main__ import main as export
 from distributed.export.formats import FORMATS
 from distributed.inference.saved_run import Normalization
 from distributed.inference.trained_run import Classifier, TrainedRun
 from distributed.models.build import build_model
+from distributed.recipe import train
 
 
 def test_tied_weights_are_written_under_each_name(tmp_path: Path) -> None:
@@ -27,3 +32,23 @@ def test_tied_weights_are_written_under_each_name(tmp_path: Path) -> None:
     loaded = FORMATS["safetensors"].load(tmp_path / "model.safetensors")
     assert torch.equal(loaded(images), classifier(images))
     assert b'"decode.weight"' in written["model.safetensors"][:2000]
+
+
+@pytest.mark.usefixtures("restore_threads_and_log")
+def test_a_network_that_cannot_be_traced_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(
+        tmp_path / "run", epochs=1, exact=FAST, model={"name": "kit.view_network:Branches"}, data={"train_samples": 24}
+    )
+    train(config)
+    monkeypatch.setattr(sys, "argv", ["export", str(tmp_path / "run"), "--format", "torch.export", "safetensors"])
+    assert export() == 2
+    captured = capsys.readouterr()
+    assert "safetensors   " in captured.out
+    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith(
+        "error: --format torch.export: model.name = kit.view_network:Branches cannot be exported: "
+    )
+    assert lines[0].endswith("; the other formats are written")

@@ -1,14 +1,22 @@
 """The fast AlexNet and its whitened first layer."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from kit.arrays import write_arrays
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from distributed import load_config
+from distributed.build import build_data
 from distributed.config.models import FastAlexNet as Config
 from distributed.models.build import build_model
 from distributed.models.fast_alexnet import FastAlexNet, whitening
+from distributed.models.resize import resize
+from distributed.network import whiten_first_layer
+from distributed.topology import Topology
 
 
 def built(**settings: object) -> FastAlexNet:
@@ -86,3 +94,14 @@ def test_every_layer_has_the_chosen_activation(settings: dict[str, str], expecte
 
 def test_other_sizes_are_resized() -> None:
     assert built(widths=(8, 8, 8))(torch.zeros(2, 3, 48, 40)).shape == (2, 10)
+
+
+def test_whitening_sees_images_in_the_networks_size(tmp_path: Path) -> None:
+    """Patches of an image of 96 x 96 pixels are smoother than those of the image that the network resizes to 32 x 32."""
+    model = {"name": "fast_alexnet", "widths": [8, 8, 8]}
+    root = write_arrays(tmp_path / "arrays", (96, 96, 3))
+    config = load_config(model=model, data={"name": "arrays", "root": root})
+    data = build_data(config, Topology(), torch.device("cpu"))
+    network = build_model(config.model, num_classes=3, seed=0)
+    whiten_first_layer(network, data)
+    assert torch.equal(network.first.weight.double(), whitening(resize(data.inputs(1000), 32)).float().double())

@@ -139,3 +139,11 @@ def test_the_object_of_a_script_is_not_imported() -> None:
         "model.name = __main__:Net: this run's network exists only in the script or notebook that trained it: in Python, "
         "distributed.load(RUN, model=...) takes it; commands find one that is in a module of its own",
     )
+
+
+def test_a_section_for_a_launcher_is_refused(tmp_path: Path) -> None:
+    config = load_config(scaling={"num_workers": 2}, run_dir=tmp_path)
+    with pytest.raises(
+        InputError, match=r"train\(\): scaling.num_workers = 2: scaling is for python -m launch.ray_train"
+    ):
+        check_arguments(config, stop=None, sinks=[])

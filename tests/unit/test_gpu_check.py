@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from distributed.gpu_check.__main__ import main
 from distributed.gpu_check.steps import STEPS, Step
@@ -122,3 +123,13 @@ def test_steps_have_unique_names_and_time_limits():
     assert len(set(names)) == len(names)
     assert all(10 <= step.seconds <= 130 for step in STEPS)
     assert STEPS[2].module == "distributed.gpu_check.units"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_the_check_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path / "out")])
+    assert main() == 2
+    assert capsys.readouterr().err.startswith("error: --device cuda: no CUDA device is visible; ")
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", __file__])
+    assert main() == 2
+    assert capsys.readouterr().err.count("\n") == 1

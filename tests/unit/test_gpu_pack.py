@@ -201,6 +201,7 @@ def all_steps(**verdicts: str) -> str:
         (all_steps(ranks="fail"), "not passed: ranks (fail); run make gpu-check"),
         (all_steps() + check_line("speed", "timeout"), "not passed: speed (timeout)"),
         (all_steps().replace("cuda", "cpu"), "speed (not run)"),
+        (all_steps().replace('"device"', '"tiny": true, "device"'), "speed (not run)"),
     ],
 )
 def test_results_need_a_passed_check(tmp_path, text, message):
@@ -221,7 +222,7 @@ def test_results_are_merged_with_those_of_earlier_rentals(tmp_path):
     source, results = tmp_path / "returned", tmp_path / "results"
     source.mkdir()
     (source / "gpu_check.jsonl").write_text(check_line("units", seconds=1) + "\n" + check_line("speed", seconds=2))
-    (source / "gpu_speed.json").write_text("{}\n")
+    (source / "gpu_speed.json").write_text('{"card": "a card", "tiny": false}\n')
     (source / "profile.txt").write_text("kernel 1 us\n")
     assert [path.name for path in collect.collect(source, results)] == [
         "gpu_check.json",
@@ -240,6 +241,16 @@ def test_results_are_merged_with_those_of_earlier_rentals(tmp_path):
     steps = json.loads((results / "gpu_check.json").read_text())
     assert [(step["step"], step["seconds"]) for step in steps] == [("units", 3), ("speed", 2)]
     assert steps[0]["checks"][0]["message"] == "AssertionError: 1 is not 2"
+
+
+@pytest.mark.parametrize("found", [{"card": "cpu", "tiny": False}, {"card": "a card", "tiny": True}])
+def test_a_trial_of_the_check_replaces_no_figures_of_a_gpu(found, tmp_path):
+    source, results = tmp_path / "returned", tmp_path / "results"
+    source.mkdir()
+    (source / "gpu_check.jsonl").write_text(check_line("units"))
+    (source / "gpu_speed.json").write_text(json.dumps(found))
+    (source / "profile.txt").write_text("kernel 1 us\n")
+    assert [path.name for path in collect.collect(source, results)] == ["gpu_check.json"]
 
 
 def test_returned_results_are_merged(tmp_path):

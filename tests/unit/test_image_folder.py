@@ -89,6 +89,15 @@ def test_files_of_another_kind_are_reported_one_per_line(root):
     assert any(line.startswith(f"{root / 'train' / 'cow' / 'more'}: a folder;") for line in lines)
 
 
+def test_files_and_dead_links_beside_class_folders_are_reported(root):
+    (root / "train" / "stray.png").write_bytes(b"")
+    (root / "train" / "dog").symlink_to(root / "elsewhere")
+    assert complaint(root) == [
+        f"{root / 'train' / name}: not a folder, nor a link to one; images belong in train/CLASS/: move it"
+        for name in ("dog", "stray.png")
+    ]
+
+
 def test_a_class_without_training_images_is_reported(root):
     (root / "train" / "dog").mkdir()
     (line,) = complaint(root)

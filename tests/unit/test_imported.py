@@ -9,6 +9,7 @@ import pytest
 import torch
 from kit.own_networks import NETWORKS, write_networks
 from kit.user_modules import importable
+from kit.view_network import Scaled
 from torch import Tensor, nn
 
 from distributed.config.models import ImportedModel
@@ -159,3 +160,13 @@ def test_a_wrong_factory_is_one_clear_line(name: str) -> None:
 def test_images_too_small_for_the_network() -> None:
     with pytest.raises(InputError, match=r"images of shape \[2, 3, 32, 32\]: RuntimeError: .*Output size is too small"):
         checked("torchvision.models:alexnet")
+
+
+def test_parameters_get_contiguous_memory_of_their_own() -> None:
+    original = Scaled(10)
+    model = build_model(ImportedModel(name="kit.view_network:Scaled"), num_classes=10, seed=0, given=original)
+    assert same(model, original)
+    for parameter in model.parameters():
+        assert parameter.is_contiguous()
+        assert parameter.storage_offset() == 0
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes

@@ -11,6 +11,8 @@ from kit.mlflow_server import free_port, history, only_run
 from kit.small_runs import StopAfter, small_config
 
 from distributed.config import TrainConfig
+from distributed.config.sinks import Wandb
+from distributed.errors import InputError
 from distributed.metrics import follower
 from distributed.metrics.parameters import parameters_of
 from distributed.metrics.wandb_file import records_in, rows_in
@@ -150,6 +152,29 @@ def test_wandb_without_its_server_uses_a_folder(tmp_path, monkeypatch):
     assert log.count(" WARNING ") == 1
     assert "send it later with: wandb sync" in log
     assert "0" * 40 not in log
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WANDB_API_KEY": "cut off"}, "logging.wandb: .*; correct WANDB_API_KEY"),
+        ({"WANDB_API_KEY": "0" * 40, "WANDB_MODE": "offline"}, None),
+        ({"WANDB_API_KEY": "0" * 40, "WANDB_MODE": "disabled"}, None),
+    ],
+)
+def test_wandb_variables_are_checked_before_training(variables, message, tmp_path, monkeypatch):
+    wandb_config(tmp_path / "run")
+    from distributed.metrics.wandb_sink import check_credentials
+
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = Wandb(project="tests", mode="online")
+    if message is None:
+        check_credentials(config)
+        return
+    with pytest.raises(InputError, match=message) as caught:
+        check_credentials(config)
+    assert len(caught.value.lines) == 1
 
 
 def test_an_mlflow_server_that_is_away_is_one_warning(tmp_path):

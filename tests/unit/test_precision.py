@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from kit.small_runs import small_config
+from kit.small_runs import FAST, small_config
 
 from distributed.config import read_saved, with_values
+from distributed.dry_run import dry_run
+from distributed.errors import InputError
 from distributed.host.hardware import multiplies_bfloat16
 from distributed.recipe import train
 from distributed.run.folder import RunFolder
 from distributed.run.metrics_file import read_metrics
-from distributed.training.precision import for_evaluation, slow_precision
+from distributed.training.precision import for_evaluation, slow_precision, with_precision
 
 CPU = torch.device("cpu")
 AUTO = "bfloat16" if multiplies_bfloat16() else "float32"
@@ -51,6 +53,22 @@ def test_auto_resumes_in_the_precision_of_the_run(tmp_path: Path) -> None:
         assert read_saved(folder.config_file).precision == OTHER
         found.append([line.loss for line in read_metrics(folder.metrics_file) if line.kind == "train"])
     assert found[0] == found[1]
+
+
+def test_auto_does_not_resume_a_run_in_float64(tmp_path: Path) -> None:
+    """Its images would be float32: they are read before the ranks have agreed on a precision."""
+    config = small_config(tmp_path / "run", precision="float64", epochs=1, data={"train_samples": 48})
+    train(config)
+    for again in (train, dry_run):
+        with pytest.raises(InputError, match="this run computes in float64; resume it with --precision float64"):
+            again(with_values(config, epochs=2, precision="auto"))
+
+
+def test_a_saved_precision_that_the_engine_lacks_is_one_line() -> None:
+    config = small_config(Path("run"), precision="auto", engine={"name": "deepspeed"}, exact=FAST)
+    with pytest.raises(InputError, match=r"precision = float16.* deepspeed") as caught:
+        with_precision(config, CPU, lambda _: {"config": {"precision": "float16"}})
+    assert len(caught.value.lines) == 1
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64", AUTO])

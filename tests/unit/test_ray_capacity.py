@@ -46,6 +46,10 @@ def test_an_open_cluster_on_a_network_is_warned_about(addresses, token, message)
     assert bool(message) == bool(open_cluster_warning(addresses, token=token))
 
 
+requested: list[int] = []
+"""The numbers of workers for which nodes were requested from the autoscaler, in order."""
+
+
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Capacities (now, when idle), one per look, the last of them for good; no pauses between looks."""
@@ -56,7 +60,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         return Capacity(now, when_idle, "a node")
 
     monkeypatch.setattr(capacity, "capacity", look)
-    monkeypatch.setattr(capacity, "request_resources", lambda bundles: None)
+    monkeypatch.setattr(capacity, "request_resources", lambda bundles: requested.append(len(bundles)))
+    requested.clear()
     monkeypatch.setattr(capacity, "_POLL_SECONDS", 0.0)
     return looks
 
@@ -82,6 +87,22 @@ def test_as_many_workers_start_as_will_fit(cluster, looks, scaling, workers):
 def test_a_stop_ends_the_wait(cluster):
     cluster += [(0, 0)]
     assert wait_for_capacity(ELASTIC, lambda: "SIGTERM", ()) == 0
+
+
+def test_a_stop_withdraws_the_request_for_nodes(cluster, monkeypatch):
+    monkeypatch.setattr(capacity, "_SETTLE_SECONDS", 0.0)
+    cluster += [(0, 0)]
+    waiting = ELASTIC.model_copy(update={"wait_seconds": 60})
+    assert wait_for_capacity(waiting, lambda: "SIGTERM" if requested else None, ()) == 0
+    assert requested == [3, 0]
+
+
+def test_a_training_of_a_sweep_waits_for_the_workers_of_another(cluster):
+    cluster += [(0, 3)] * 5 + [(3, 3)]
+    assert wait_for_capacity(ELASTIC, lambda: None, (), busy_is_enough=True) == 3
+    cluster[:] = [(0, 0)]  # a lost node releases none
+    with pytest.raises(CapacityError):
+        wait_for_capacity(ELASTIC, lambda: None, (), busy_is_enough=True)
 
 
 def test_too_small_a_cluster_is_an_error_with_its_nodes(cluster):

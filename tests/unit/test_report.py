@@ -1,4 +1,5 @@
 import json
+import os
 from datetime import timedelta
 from html.parser import HTMLParser
 from pathlib import Path
@@ -6,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from distributed.config import TrainConfig, as_toml
+from distributed.config import TrainConfig, as_toml, load_config
 from distributed.errors import InputError
 from distributed.figures.style import COLOURS
+from distributed.recipe import train
 from distributed.report import comparison
+from distributed.report.__main__ import main as report
 from distributed.report.comparison import comparison_sections
 from distributed.report.history import History, WallTime, read_history
 from distributed.report.narrative import clock, describe, describe_end, describe_learning_rate, describe_status
@@ -232,6 +236,23 @@ def test_a_page_without_checkpoint_and_data_says_so(
     assert "The run has not saved a checkpoint yet" in document
     assert "point --data.root at the folder" in document
     assert "a &lt;processor&gt;" in document
+
+
+@pytest.mark.usefixtures("restore_threads_and_log")
+def test_a_class_folder_that_is_not_utf8_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an archive made on an old Windows."""
+    for split, count in (("train", 4), ("test", 2)):
+        for name in (os.fsdecode(b"caf\xe9"), "tea"):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (32, 32), (40 * number, 9, 9)).save(folder / f"{number}.png")
+    data = {"name": "image_folder", "root": tmp_path / "data", "validation_fraction": 0.0}
+    settings = {"epochs": 1, "global_batch_size": 8, "optim": {"lr": 0.01}, "precision": "float32", "device": "cpu"}
+    train(load_config(run_dir=tmp_path / "run", data=data, exact={"shards": 0}, threads=1, **settings))
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "run"), "--out", str(tmp_path / "page.html")])
+    assert report() == 0
+    assert b"caf\\udce9" in (tmp_path / "page.html").read_bytes()
 
 
 def test_several_runs_are_compared(tmp_path: Path) -> None:

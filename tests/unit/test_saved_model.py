@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distributed.errors import InputError
 from distributed.exact.check.saved_model import SavedModel, same_bits, unchanged
-from distributed.exact.check.supported import check_exact, mixes_samples
+from distributed.exact.check.supported import check_exact, kept_by_forward, mixes_samples
 from distributed.exact.shardable_layers import layers_to_shard
 
 IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -138,3 +138,27 @@ def test_same_bits() -> None:
         assert same_bits(torch.ones(3, dtype=dtype), torch.ones(3, dtype=dtype))
         assert not same_bits(torch.ones(3, dtype=dtype), torch.zeros(3, dtype=dtype))
     assert same_bits(torch.ones(2, 3).t(), torch.ones(3, 2))
+
+
+class Counts(nn.Module):
+    """Counts its forward passes where a checkpoint has it, or where it does not."""
+
+    def __init__(self, *, buffer: bool) -> None:
+        super().__init__()
+        self.conv, self.buffer = nn.Conv2d(3, 2, 3), buffer
+        self.register_buffer("calls", torch.zeros(()))
+        self.seen = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.buffer:
+            self.calls += 1
+        else:
+            self.seen += 1
+        return self.conv(images).mean((2, 3))
+
+
+def test_what_a_forward_pass_keeps_is_named() -> None:
+    counts = Counts(buffer=False)
+    assert kept_by_forward(nn.Sequential(counts), IMAGES) == "0.seen"
+    assert counts.seen == 0
+    assert kept_by_forward(Counts(buffer=True), IMAGES) == ""

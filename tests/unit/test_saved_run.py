@@ -8,6 +8,7 @@ from distributed.files import check_writable
 from distributed.inference.saved_run import (
     Normalization,
     choose_checkpoint,
+    for_device,
     read_class_names,
     read_config,
     read_normalization,
@@ -79,3 +80,11 @@ def test_output_files_are_checked_before_the_work(tmp_path: Path) -> None:
         check_writable("--out", tmp_path / "file" / "report.html")
     with pytest.raises(InputError, match="is a folder"):
         check_writable("--out", tmp_path)
+
+
+@pytest.mark.parametrize(("shards", "expected"), [(0, 0), (8, "auto")])
+def test_a_run_in_fast_mode_is_evaluated_in_fast_mode(shards: int, expected: int | str) -> None:
+    """`exact.shards = auto` means 8 on a CPU, also for a run that was trained on a GPU."""
+    config = TrainConfig.model_validate({"device": "cuda"})
+    assert for_device(config, "cpu", {"bits": {"shards": shards}}).exact.shards == expected
+    assert for_device(config, "cpu", None).exact.shards == "auto"

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -134,3 +135,26 @@ def test_a_failed_download_is_one_line_before_importing_torch(tmp_path):
     refused, remedy = result.stderr.splitlines()
     assert refused == f"error: download of {archive}: http://127.0.0.1:9/{archive}: [Errno 111] Connection refused"
     assert remedy.startswith(f"error: download of {archive}: go online")
+
+
+@pytest.fixture
+def closed(tmp_path):
+    """A folder that this process may not enter, even if it runs as root."""
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    if os.geteuid() == 0:
+        tmp_path.chmod(0o755)
+        folder.chmod(0o700)
+        os.seteuid(65534)
+        yield folder
+        os.seteuid(0)
+    else:
+        folder.chmod(0)
+        yield folder
+        folder.chmod(0o700)
+
+
+@pytest.mark.parametrize("setting", ["data.root", "run_dir", "init_from"])
+def test_a_folder_that_may_not_be_entered_is_one_line(setting, closed):
+    with pytest.raises(InputError, match=r"Permission denied; give another path, or have its permissions changed"):
+        checked_config([f"--{setting}", str(closed / "x")], Topology())

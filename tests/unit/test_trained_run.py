@@ -2,11 +2,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit.arrays import arrays_of, write_arrays
 
+from distributed import load, load_config
+from distributed.build import build_data
 from distributed.config import TrainConfig
 from distributed.inference.saved_run import Normalization
 from distributed.inference.trained_run import Classifier, TrainedRun, resize
 from distributed.models.build import build_model
+from distributed.recipe import train
+from distributed.topology import Topology
 
 
 def test_the_centre_square_is_scaled_to_the_size() -> None:
@@ -49,3 +54,19 @@ def test_predictions_are_the_networks_on_normalized_pixels() -> None:
     assert torch.equal(trained.preprocess(images), (images / 255 - mean) / deviation)
     assert torch.equal(trained.predict(images), expected.softmax(1))
     assert not trained.network.training
+
+
+def test_images_that_are_not_square_keep_the_shape_of_training(tmp_path: Path) -> None:
+    """A built-in network stretches them, so nothing may be cropped before."""
+    arrays, root = arrays_of((12, 18, 3)), write_arrays(tmp_path / "a", (12, 18, 3))
+    config = load_config(
+        run_dir=tmp_path / "run", data={"name": "arrays", "root": root}, epochs=1, global_batch_size=16, optim={"lr": 0.01},
+        precision="float32", device="cpu", threads=1, logging={"tensorboard": False},
+    )  # fmt: skip
+    train(config)
+    trained = load(tmp_path / "run")
+    assert trained.input_shape == (3, 12, 18)
+    images = torch.from_numpy(arrays["test_images"]).permute(0, 3, 1, 2)
+    batch = next(build_data(config, Topology(), torch.device("cpu")).evaluation("test"))
+    with torch.no_grad():
+        torch.testing.assert_close(trained.predict(images), trained.network(batch.images).softmax(1)[: len(images)])

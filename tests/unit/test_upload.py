@@ -1,6 +1,8 @@
 """Uploads to file:// URLs; over HTTP: tests/integration/test_object_store.py."""
 
+import errno
 import json
+import os
 import shutil
 import sys
 import threading
@@ -410,10 +412,10 @@ def test_a_different_experiment_in_the_store_is_refused(tmp_path, url):
 def test_auto_precision_is_that_of_the_run_in_the_store(tmp_path, url):
     """An empty run folder on a machine with other instructions: the run keeps its precision."""
     there = ClaimedRun.claim(tmp_path / "there", world_size=1)
-    save(there, 1, config=config_of(there.path, url, "--precision", "float64"))
+    save(there, 1, config=config_of(there.path, url, "--precision", "float16"))
     upload_all(Uploader(url, there, keep_last=2))
     config = config_of(tmp_path / "run", url, "--precision", "auto")
-    assert with_precision(config, torch.device("cpu"), saved_content).precision == "float64"
+    assert with_precision(config, torch.device("cpu"), saved_content).precision == "float16"
 
 
 def test_a_run_resumed_from_a_store_needs_no_init_from(tmp_path, url):
@@ -469,3 +471,11 @@ def test_each_store_failure_has_its_remedy_in_one_line(kind, remedy):
     with pytest.raises(StoreError, match=remedy) as caught, store._store_errors():
         raise kind("what the store\nsaid")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_local_file_is_not_blamed_on_the_store(number, tmp_path):
+    error = OSError(number, os.strerror(number), str(tmp_path / "tensors.safetensors"))
+    with pytest.raises(StoreError) as caught, Store("s3://bucket/x")._store_errors(local=tmp_path):
+        raise error
+    assert str(caught.value) == f"{tmp_path}: {os.strerror(number)}; free disk space there, or fix permissions"

@@ -99,12 +99,20 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
 def _class_folders(root: Path, split: str) -> dict[str, Path]:
     """Return class name -> folder, ordered by name."""
     try:
-        folders = {entry.name: Path(entry.path) for entry in _visible(root / split) if entry.is_dir()}
+        entries = _visible(root / split)
     except OSError as error:
         raise InputError(
             f"data.name = image_folder: {root / split}: {error.strerror}; point --data.root at the folder that holds "
             "train/CLASS/ and test/CLASS/ with the images"
         ) from None
+    if others := [entry.path for entry in entries if not entry.is_dir()]:
+        raise InputError(
+            *[
+                f"data.name = image_folder: {path}: not a folder, nor a link to one; images belong in {split}/CLASS/: move it"
+                for path in others
+            ]
+        )
+    folders = {entry.name: Path(entry.path) for entry in entries}
     if len(folders) == 1 and split == "train":
         raise InputError(
             f"data.name = image_folder: {root / split}: only one class folder; classification needs two or more"
