@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 from loguru import logger
-from torch import nn
+from torch import Tensor, nn
 
 from distributed.checkpoint.warm_start import start_from
 from distributed.comm.collectives import broadcast_object, rank
@@ -78,7 +78,7 @@ def _check_imported(
     model: nn.Module, config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device
 ) -> dict[str, int]:
     """Raise InputError if an imported network cannot be trained as configured; return `Network.layers`."""
-    from distributed.exact.check.supported import check_exact, kept_by_forward, mixes_samples  # for these only
+    from distributed.exact.check.supported import check_exact, mixes_samples  # only imported networks need these
     from distributed.exact.shardable_layers import layers_to_shard
     from distributed.models.imported import check_output, check_without_images
 
@@ -98,12 +98,7 @@ def _check_imported(
             "of an undisturbed one; use dropout layers, whose masks are keyed",
             name,
         )
-    if (kept := kept_by_forward(model, images)) and topology.is_main:
-        logger.warning(
-            "model.name = {}: the forward pass changes {}, which checkpoints do not have: if results depend on it, a resumed "
-            "run will not repeat the bits of an undisturbed one; make it a buffer",
-            name, kept,
-        )  # fmt: skip
+    _warn_about_changes(model, images, topology, name)
     if topology.world_size > 1 and (unsupported := unsupported_batch_norms(model)):
         raise InputError(f"model.name = {name}, on several processes: {'; '.join(unsupported)}")
     if topology.world_size > 1 and (reason := mixes_samples(model, images)) and topology.is_main:
@@ -116,6 +111,27 @@ def _check_imported(
             "[1], or set engine.name = ddp"
         )
     return layers_to_shard(model, images)
+
+
+def _warn_about_changes(model: nn.Module, images: Tensor, topology: Topology, name: str) -> None:
+    """Warn about what a forward pass changes: checkpoints lack attributes, and ranks do not exchange buffers."""
+    from distributed.exact.check.supported import changed_by_forward
+
+    changed, saved = changed_by_forward(model, images), model.state_dict().keys()
+    if not topology.is_main:
+        return
+    if kept := [path for path in changed if path not in saved]:
+        logger.warning(
+            "model.name = {}: the forward pass changes {}, which checkpoints do not have: if results depend on it, a resumed "
+            "run will not repeat the bits of an undisturbed one; make it a buffer",
+            name, kept[0],
+        )  # fmt: skip
+    if topology.world_size > 1 and (own := [path for path in changed if path in saved]):
+        logger.warning(
+            "model.name = {}: the forward pass changes the buffer {}, which every rank changes by its own images; checkpoints "
+            "have that of rank 0",
+            name, own[0],
+        )  # fmt: skip
 
 
 def smallest_batch(data: DataPipeline) -> int:

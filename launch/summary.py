@@ -36,7 +36,7 @@ def summary(folder: Path, metric: str = METRICS[0]) -> str:
     Raises:
         InputError: the folder holds no runs.
     """
-    runs = {str(run.relative_to(folder)): run for run in runs_below(folder) if run != folder}
+    runs = {str(run.relative_to(folder)): run for run in _trials(folder)}
     if not runs:
         raise InputError(f"{folder}: no runs in it; name the folder that holds seed-0, seed-1, ...")
     outcomes = {name: outcome_of(run) for name, run in runs.items()}
@@ -77,6 +77,11 @@ def _rank(point: Point, metric: str) -> float:
     return point.value if metric.endswith("loss") else -point.value
 
 
+def _trials(folder: Path) -> list[Path]:
+    """Return the run folders of a sweep, without that of a training with `best.toml`."""
+    return [run for run in runs_below(folder) if run not in (folder, folder / "best")]
+
+
 def _sorted(names: list[str], best: Mapping[str, Point], metric: str) -> list[str]:
     """Return the names of runs, best first; those without the metric last, in their own order."""
     return sorted(names, key=lambda name: (name not in best, _rank(best[name], metric) if name in best else 0.0))
@@ -89,7 +94,7 @@ def write_summary(folder: Path, metric: str) -> str:
         InputError: the folder holds no runs.
     """
     text = summary(folder, metric)
-    best = {run: found for run in runs_below(folder) if run != folder and (found := best_epoch(run, metric))}
+    best = {run: found for run in _trials(folder) if (found := best_epoch(run, metric))}
     if best:
         run = min(best, key=lambda run: _rank(best[run], metric))
         name, value = shown(run.relative_to(folder)), _formatted(best[run].value, metric)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from distributed.config import from_command_line
+from distributed.config import TrainConfig, from_command_line
 from distributed.errors import InputError
 from launch.distributions import Distribution
 
@@ -96,6 +96,20 @@ def trials_of(sweep: Sweep) -> list[Trial]:
     grid = list(itertools.product(*([(name, value) for value in values] for name, values in lists)))
     draws = _draws(sweep) if sweep.distributions else [()]
     return [Trial(index, (*draw, *one)) for index, (draw, one) in enumerate(itertools.product(draws, grid))]
+
+
+def check_compared(config: TrainConfig, sweep: Sweep) -> None:
+    """Check that the trials of different settings can be compared.
+
+    Raises:
+        InputError: a trial has no validation images.
+    """
+    has_settings = bool(sweep.distributions) or any(name != "seed" for name in sweep.lists)
+    if has_settings and not config.data.validation_fraction:
+        raise InputError(
+            "data.validation_fraction = 0: a sweep chooses the best training by validation, never by test images; set it "
+            "above 0, e.g. 0.1"
+        )
 
 
 def _draws(sweep: Sweep) -> list[tuple[tuple[str, str], ...]]:

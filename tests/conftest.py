@@ -1,5 +1,6 @@
 """Rules for every test: it sets its device and leaves the environment and process group unchanged."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -57,6 +58,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
     with devices.no_gpus():
         return (yield)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def freeze_loaded_objects() -> None:
+    """Keep the garbage collection at the end of each run from traversing everything that is loaded."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -31,9 +31,9 @@ def train_cpu(content: Content) -> str:
     rounds: list[dict[str, float]] = [
         {re.sub(r", batch \d+$", "", name): value for name, value in figures.items()} for figures in results["rounds"]
     ]
-    names = list(dict.fromkeys(name for figures in rounds for name in figures))
+    speeds = _medians(rounds)
+    names = list(speeds)
     references = {label: name for start, label in _REFERENCES.items() for name in names if re.match(start, name)}
-    speeds = {name: _median([figures[name] for figures in rounds if name in figures]) for name in names}
     best = max((name for name in names if name.startswith("ours (fast)")), key=speeds.__getitem__, default="")
     header = ["", "images/s", *(f"vs. {label}" for label in references)]
     rows = []
@@ -79,7 +79,7 @@ def _ratio(rounds: Sequence[Mapping[str, float]], name: str, other: str) -> str:
 def train_gpu(content: Content) -> str:
     """Return the table of `bench train` on a GPU."""
     results = content["bench_train_gpu"]
-    figures, failed = results["rounds"][0], results["failed"][0]
+    figures, failed = _medians(results["rounds"]), results["failed"][0]
     batches = sorted({int(name.rpartition(", batch ")[2]) for name in figures})
     workloads = dict.fromkeys(name.rpartition(", batch ")[0] for name in figures)
     shown = [name for name in workloads if name.startswith(("ours", *PEER_NAMES.values()))]
@@ -112,7 +112,7 @@ def exact_price(content: Content) -> str:
     one = _median(_named(ratios, r"1 process x 2 threads: exact, (S = 8|8 shards) / fast"))
     two = _median(_named(ratios, r"2 processes x 1 thread: exact, (S = 2|2 shards) / fast"))
     measured = _measured(content["bench_exact_cpu"], "bench_exact_cpu")
-    gpu = content["bench_train_gpu"]["rounds"][0]
+    gpu = _medians(content["bench_train_gpu"]["rounds"])
     fractions = [
         f"{gpu[exact] / value:.2f} at {name.rpartition(', ')[2]}"
         for name, value in gpu.items()
@@ -186,6 +186,12 @@ def _named(rounds: Sequence[Mapping[str, float]], start: str) -> list[float]:
 
 def _range(values: Sequence[float], digits: int) -> str:
     return f" (rounds {min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def _medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return each figure's median over the rounds that have it."""
+    names = dict.fromkeys(name for figures in rounds for name in figures)
+    return {name: _median([figures[name] for figures in rounds if name in figures]) for name in names}
 
 
 def _median(values: Sequence[float]) -> float:

@@ -42,8 +42,8 @@ def _is_tag(value: Any) -> bool:
 
 
 def _tracking_uri(value: Any) -> Any:
-    if value is None:
-        return None
+    if value in (None, "databricks", "databricks-uc"):
+        return value
     try:
         parts = urlsplit(value) if isinstance(value, str) and value.isprintable() and " " not in value else None
     except ValueError:

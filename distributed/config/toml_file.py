@@ -29,7 +29,7 @@ def from_file(path: Path, *, saved: bool = False, extended_by: tuple[str, ...] =
         raise InputError(f"{name}: extends leads back to this file; remove one `extends`")
     if len(extended_by) >= _MAX_CHAIN:
         raise InputError(f"{name}: `extends` chain of more than {_MAX_CHAIN} files; merge some of them")
-    text, values = _parsed(path, name)
+    text, values = _parsed(path, name, extended_by)
     base = values.pop("extends", None)
     lines = _lines_of_keys(text)
     if saved:
@@ -48,13 +48,16 @@ def from_file(path: Path, *, saved: bool = False, extended_by: tuple[str, ...] =
     return settings
 
 
-def _parsed(path: Path, name: str) -> tuple[str, Tree]:
+def _parsed(path: Path, name: str, extended_by: tuple[str, ...]) -> tuple[str, Tree]:
     """Return the text of a TOML file and its parsed content."""
     try:
         text = read_at_most(path, _MAX_BYTES).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         reason = "not UTF-8 text" if isinstance(error, UnicodeError) else getattr(error, "strerror", None) or error
-        raise InputError(f"config file {name}: {reason}; the first argument names a TOML file") from None
+        remedy = (
+            f"correct `extends` in {shown(extended_by[-1])}" if extended_by else "the first argument names a TOML file"
+        )
+        raise InputError(f"config file {name}: {reason}; {remedy}") from None
     try:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also for a number with thousands of digits

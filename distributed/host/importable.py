@@ -86,10 +86,14 @@ def check_module(path: str, setting: str) -> Path | None:
     """
     module, _, factory = path.partition(":")
     if module == SCRIPT:
+        if setting not in _GIVEN_AGAIN:
+            raise InputError(
+                f"{setting} = {path}: a function of a script or notebook cannot be imported; put it into a module of its own"
+            )
         thing = {"model.name": "network"}.get(setting, setting.partition(".")[0])
         raise InputError(
             f"{setting} = {path}: this run's {thing} exists only in the script or notebook that trained it: "
-            f"{_GIVEN_AGAIN.get(setting, 'give it there')}; commands find one that is in a module of its own"
+            f"{_GIVEN_AGAIN[setting]}; commands find one that is in a module of its own"
         )
     spec: ModuleSpec | None = None
     for part in module.split("."):

@@ -12,6 +12,7 @@ from loguru import logger
 from distributed.config.sinks import Mlflow
 from distributed.errors import without_password
 from distributed.metrics.follower import Logged, RefusedError, Status, values_of
+from distributed.run.folder import RunFolder
 from distributed.run.metrics_file import MetricsRecord
 
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
@@ -34,7 +35,7 @@ class MlflowService:
     def __init__(
         self, config: Mlflow, run_dir: Path, *, identity: str, parameters: Mapping[str, str | int | float | bool]
     ) -> None:
-        self._config, self._name, self._identity = config, config.name or run_dir.resolve().name, identity
+        self._config, self._name, self._identity = config, config.name or RunFolder(run_dir).name, identity
         self._parameters = {_NOT_IN_NAMES.sub("_", name): str(value) for name, value in parameters.items()}
         self._client: Any = None
         self._run_id = ""

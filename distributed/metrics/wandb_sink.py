@@ -15,6 +15,7 @@ from distributed.errors import InputError
 from distributed.metrics.follower import Logged, RefusedError, Status, values_of
 from distributed.metrics.wandb_file import logged_in
 from distributed.process.optional_output import one_line
+from distributed.run.folder import RunFolder
 from distributed.run.metrics_file import MetricsRecord
 
 _START_SECONDS = 60.0
@@ -89,8 +90,9 @@ class WandbService:
             finish_timeout=_FINISH_SECONDS, finish_timeout_raises=True, reinit="create_new",
         )  # fmt: skip
         config = self._config
+        name = config.name or RunFolder(self._folder).name
         return wandb.init(
-            project=config.project, entity=config.entity, name=config.name or self._folder.name, tags=config.tags or None,
+            project=config.project, entity=config.entity, name=name, tags=config.tags or None,
             id=self._identity, resume="allow", mode=mode, dir=str(self._folder), config=dict(self._parameters),
             settings=settings,
         )  # fmt: skip

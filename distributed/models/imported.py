@@ -42,7 +42,7 @@ def build_imported(config: ImportedModel, *, num_classes: int, seed: int, given:
         if config.options:
             raise InputError("model.options has no effect on a module that train() was given already built: remove it")
         _check_network(given, config.name)
-        return _with_dense_parameters(_copied(given, config.name)).train()
+        return _with_dense_tensors(_copied(given, config.name)).train()
     factory = UserFunction(
         "model.name",
         config.name,
@@ -55,17 +55,25 @@ def build_imported(config: ImportedModel, *, num_classes: int, seed: int, given:
     with _seeded(seed, "model"):
         model: nn.Module = factory.call(factory.load(given), num_classes=num_classes)
     _check_network(model, config.name)
-    return _with_dense_parameters(model).train()
+    if given is not None:  # it may have returned a module that exists already, e.g. of a notebook
+        model = _copied(model, config.name)
+    return _with_dense_tensors(model).train()
 
 
-def _with_dense_parameters(model: nn.Module) -> nn.Module:
+def _with_dense_tensors(model: nn.Module) -> nn.Module:
     """Give each parameter contiguous memory of its own: some are views into others, or in channels-last memory.
 
-    Engines flatten and shard parameters, and lay them out themselves.
+    Engines flatten and shard parameters, and lay them out themselves. Buffers become contiguous too: the elements of an
+    expanded one share memory, so a checkpoint could not be loaded into it.
     """
     for parameter in model.parameters():
         if not parameter.is_contiguous() or parameter.untyped_storage().nbytes() != parameter.nbytes:
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    dense: dict[int, Tensor] = {}  # buffers that modules share stay shared
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_contiguous():
+                module._buffers[name] = dense.setdefault(id(buffer), buffer.contiguous())
     return model
 
 
@@ -130,6 +138,12 @@ def _copied(model: nn.Module, name: str) -> nn.Module:
     try:
         return copy.deepcopy(model)
     except Exception as error:
+        hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+        if any(type(hook).__name__ == "WeightNorm" for hook in hooks):
+            raise InputError(
+                f"model.name = {name}: torch.nn.utils.weight_norm keeps a network from being copied; use "
+                "torch.nn.utils.parametrizations.weight_norm"
+            ) from error
         raise InputError(
             f"model.name = {name}: the network cannot be copied, as exact mode and its check do: {described(error)}"
         ) from error
@@ -214,5 +228,17 @@ def _check_network(model: Any, name: str) -> None:
             )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(f"{setting}: the network has no parameters that require gradients; there is nothing to train")
-    if other := [path for path, value in model.state_dict().items() if not isinstance(value, Tensor)]:
+    _check_state(model, setting)
+
+
+def _check_state(model: nn.Module, setting: str) -> None:
+    """Raise InputError unless a network's state_dict has its tensors themselves."""
+    state = model.state_dict()
+    if other := [path for path, value in state.items() if not isinstance(value, Tensor)]:
         raise InputError(f"{setting}: its state {other[0]} is no tensor, so it would not be saved; make it a buffer")
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        if path not in state or state[path].data_ptr() != parameter.data_ptr():
+            raise InputError(
+                f"{setting}: state_dict() does not return the parameter {path} itself, so training would not be saved; leave "
+                "state_dict as torch.nn.Module has it"
+            )

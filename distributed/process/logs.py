@@ -37,14 +37,21 @@ def terminal_logs(rank: int, *, level: str = "INFO") -> None:
     logging.captureWarnings(True)
 
 
+_replacements = [0]
+"""The ids of loguru's default handler and of those that took its place, in order."""
+
+
 def replace_default_logs(rank: int, *, level: str) -> None:
-    """Log to the terminal in place of loguru's default handler, which prints DEBUG messages. A no-op if it is gone."""
-    with suppress(ValueError):  # the default handler has been removed: the program has its own
-        logger.remove(0)
-        _add_terminal(rank, level)
+    """Log to the terminal in place of loguru's default handler, which prints DEBUG messages, or of an earlier replacement.
+
+    A no-op if it is gone: the program has its own.
+    """
+    with suppress(ValueError):
+        logger.remove(_replacements[-1])
+        _replacements.append(_add_terminal(rank, level))
 
 
-def _add_terminal(rank: int, level: str) -> None:
+def _add_terminal(rank: int, level: str) -> int:
     from tqdm import tqdm  # for its lock on the terminal, so that a message does not break a progress bar
 
     def write(message: str) -> None:
@@ -54,7 +61,7 @@ def _add_terminal(rank: int, level: str) -> None:
 
     logger.configure(patcher=_escape)
     own = level if rank == 0 else "WARNING"
-    logger.add(
+    return logger.add(
         write,
         level=own,
         format=_TERMINAL if rank == 0 else _TERMINAL.replace("{message}", f"[rank {rank}] {{message}}"),

@@ -3,6 +3,7 @@
 docs/run-folder.md describes every file. `ClaimedRun` writes them.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ class RunFolder:
             self.config_file, self.metrics_file, self.digests_file, self.upload_file, self.status_file, self.attempts_file,
             self._attempt_file,
         )  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        """The run's name elsewhere: that of its folder; for a seed of a sweep with the trial's, `optim.lr=0.1/seed-0`."""
+        path = self.path.resolve()
+        return f"{path.parent.name}/{path.name}" if re.fullmatch(r"seed-\d+", path.name) else path.name
 
     def status(self) -> Status:
         """Read status.json. All fields are None if there is no such file."""

@@ -10,7 +10,7 @@ from distributed.config.scaling import Scaling
 from distributed.errors import InputError
 from distributed.topology import Topology
 from distributed.train import checked_config
-from launch.sweep import Sweep, Trial, check_trials, trial_arguments, trials_of
+from launch.sweep import Sweep, Trial, check_compared, check_trials, trial_arguments, trials_of
 
 _CONNECT_SECONDS = 10
 
@@ -100,11 +100,7 @@ def sweep_trainings(arguments: Sequence[str], sweep: Sweep) -> list[Training]:
 
     def training(trial: Trial) -> Training:
         checked = check_training(trial_arguments(arguments, sweep, trial), name=trial.folder)
-        if not checked.config.data.validation_fraction:
-            raise InputError(
-                "data.validation_fraction = 0: a sweep chooses the best training by validation, never by test images; set it "
-                "above 0, e.g. 0.1"
-            )
+        check_compared(checked.config, sweep)
         return checked
 
     return check_trials(trials_of(sweep), training)

@@ -24,6 +24,7 @@ from distributed.metrics.records import EpochMetrics, TrainMetrics
 from distributed.process import logs
 from distributed.process.optional_output import OptionalOutput
 from distributed.recipe import train
+from distributed.run.folder import RunFolder
 from distributed.topology import Topology
 from launch.on_ray import compat
 
@@ -111,7 +112,7 @@ class RayReport:
         for name in ("step", "epoch", "loss", "accuracy", "lr", "images_per_second"):
             if name not in self._gauges:
                 self._gauges[name] = Gauge(f"training_{name}", tag_keys=("run",))
-                self._gauges[name].set_default_tags({"run": self._run_dir.name})
+                self._gauges[name].set_default_tags({"run": RunFolder(self._run_dir).name})
             self._gauges[name].set(getattr(metrics, name))
 
     def log_epoch(self, metrics: EpochMetrics) -> None:

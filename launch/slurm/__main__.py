@@ -21,7 +21,7 @@ from distributed.topology import Topology
 from distributed.train import checked_config
 from launch.environment import names_environment
 from launch.slurm.plan import check_batch
-from launch.sweep import Sweep, Trial, check_trials, trial_arguments, trials_of
+from launch.sweep import Sweep, Trial, check_compared, check_trials, trial_arguments, trials_of
 from launch.sweep_arguments import read_sweep, split_sweep
 
 _SBATCH_OPTIONS = ("partition", "time", "account", "qos", "constraint", "mem", "cpus_per_task", "job_name")
@@ -38,7 +38,13 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     options.add_argument("--nodes", type=_count, default=1)
-    options.add_argument("--gpus-per-node", type=_count, default=0, help="default: none, train on CPUs")
+    options.add_argument(
+        "--gpus-per-node",
+        type=_gpus,
+        default="",
+        metavar="[TYPE:]N",
+        help="e.g. 4 or a100:4; default: none, train on CPUs",
+    )
     options.add_argument(
         "--ranks-per-node", type=_count, default=0, help="processes per node; default: one per GPU, or one without GPUs"
     )
@@ -107,7 +113,8 @@ def check_sbatch_options(given: Sequence[str]) -> None:
     for option in given:
         name, _, value = option.partition("=")
         name = name if name.startswith("--") else name[:2]
-        if instead := _CHECKED_OPTIONS.get(name):
+        is_other = name == "--gres" and "gpu" not in value  # e.g. local disk space
+        if (instead := _CHECKED_OPTIONS.get(name)) and not is_other:
             raise InputError(f"--sbatch={option}: it would not be checked; give {instead}")
         if name == "--export" and value.split(",")[0] != "ALL":
             raise InputError(
@@ -121,8 +128,14 @@ def check_sweep(options: argparse.Namespace, training: Sequence[str], sweep: Swe
     Raises:
         InputError: some trials are invalid; the lines name them.
     """
+
+    def is_finished(trial: Trial) -> bool:
+        arguments = trial_arguments(training, sweep, trial)
+        check_compared(from_command_line(arguments).config, sweep)
+        return check(options, arguments)
+
     trials = trials_of(sweep)
-    finished = check_trials(trials, lambda trial: check(options, trial_arguments(training, sweep, trial)))
+    finished = check_trials(trials, is_finished)
     return [trial for trial, is_finished in zip(trials, finished, strict=True) if not is_finished]
 
 
@@ -143,7 +156,7 @@ def check(options: argparse.Namespace, training: Sequence[str]) -> bool:
     Raises:
         InputError: it cannot.
     """
-    gpus = options.gpus_per_node
+    gpus = int(options.gpus_per_node.rpartition(":")[2] or 0)
     world_size = options.nodes * (options.ranks_per_node or gpus or 1)
     config, finished = checked_config(training, Topology(world_size=world_size))
     if finished:
@@ -208,6 +221,12 @@ def submit(command: Sequence[str]) -> int:
     except OSError:
         print("error: sbatch: not found; run this on the cluster's login node, or give --dry-run", file=sys.stderr)
         return ExitCode.BAD_INPUT
+
+
+def _gpus(text: str) -> str:
+    """Check Slurm's notation for GPUs, a number after an optional type."""
+    _count(text.rpartition(":")[2])
+    return text
 
 
 def _count(text: str, *, least: int = 1) -> int:

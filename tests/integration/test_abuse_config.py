@@ -459,7 +459,8 @@ def test_a_config_that_is_not_a_regular_file(
         (tmp_path / "good.toml").write_text(f'extends = "{file}"')
     with untouched(tmp_path):
         message = call("train", tmp_path / "good.toml" if extended else file)
-        assert_outcome(message, str(tmp_path)[:40], "the first argument names a TOML file")
+        remedy = f"correct `extends` in {tmp_path}/good.toml" if extended else "the first argument names a TOML file"
+        assert_outcome(message, str(tmp_path)[:40], remedy)
 
 
 @pytest.mark.parametrize("length", [33, 2000])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from kit.commands import ROOT, Command, attempts, final_tensors, kill, metrics, status, torchrun
+from kit.slow_sink import SLOW
 from kit.speed import slowness
 
 CPU = ("--device", "cpu")
@@ -153,7 +154,7 @@ def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
 @pytest.mark.timeout(200)
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    first = python(*SMALL, "--epochs", 5000, "--run_dir", folder)
+    first = python(*SMALL, *SLOW, "--logging.every_steps", 1, "--epochs", 5000, "--run_dir", folder)
     with Command(first, output=tmp_path / "first") as running:
         running.wait_for(lambda: attempts(folder, "started"), what="the start")
         second = run(python(*SMALL, "--epochs", 5000, "--run_dir", folder), seconds=90)

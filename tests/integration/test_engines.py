@@ -53,7 +53,7 @@ def test_deepspeed_needs_no_compiler(tmp_path: Path) -> None:
     (tmp_path / "bin" / "env").symlink_to("/usr/bin/env")
     found = {"PATH": str(tmp_path / "bin"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "CXX": "", "CC": ""}
     run = tmp_path / "run"
-    settings = ("configs/debug.toml", "--epochs", 1, "--data.train_samples", 300, "--device", "cpu")
+    settings = ("configs/debug.toml", "--epochs", 1, "--data.train_samples", 300, *NARROW, "--device", "cpu")
     arguments = torchrun(2, *settings, "--engine.name", "deepspeed", "--engine.zero_stage", 2, "--run_dir", run)
     done = subprocess.run(
         arguments, cwd=ROOT, env={**os.environ, **found}, capture_output=True, text=True, timeout=150, check=False

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from kit.commands import Command, assert_same_bits, attempts, has_saved, kill, status, torchrun
+from kit.commands import Command, alone, assert_same_bits, attempts, has_saved, kill, status, torchrun
 from kit.killed_in_save import POINTS
 
 SETTINGS = (
@@ -37,10 +37,11 @@ MODES = (
 @pytest.fixture(scope="module", params=MODES, ids=lambda mode: mode.name)
 def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Mode, Path]:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    arguments = torchrun(request.param.ranks[-1], *request.param.settings, "--run_dir", run)
-    with Command(arguments, output=run.parent / "output") as command:
+    mode = request.param
+    start = alone if mode.name == "exact" else partial(torchrun, mode.ranks[-1])
+    with Command(start(*mode.settings, "--run_dir", run), output=run.parent / "output") as command:
         assert command.wait() == 0, command.text
-    return request.param, run
+    return mode, run
 
 
 def kill_something(command: Command, kind: str, dice: random.Random) -> None:
@@ -91,6 +92,8 @@ def test_kill_at_each_point_of_a_save_keeps_the_bits(undisturbed: tuple[Mode, Pa
     mode, reference = undisturbed
     run = tmp_path / "run"
     for number, point in enumerate(POINTS):
+        if mode.name == "fast" and number in (2, 4):  # the same code as in exact mode
+            continue
         ranks = mode.ranks[number % len(mode.ranks)]
         arguments = torchrun(
             ranks, point, 10 + 20 * number, *mode.settings, "--run_dir", run, module="kit.killed_in_save"

@@ -13,6 +13,11 @@ with contextlib.redirect_stdout(None):
     import torch._dynamo
 
     import distributed.recipe  # noqa: F401
+    from distributed.data.sources import synthetic
+
+    synthetic._noise_tiles()
+    if find_spec("torchvision"):
+        import torchvision.models  # noqa: F401
 
     # DeepSpeed looks for a GPU when it is imported, after which a process cannot fork.
     if not torch.cuda.is_available() and find_spec("deepspeed"):

@@ -1,5 +1,7 @@
 """Networks whose parameters are views into other tensors and in channels-last memory."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -35,3 +37,28 @@ class Branches(Views):
     def forward(self, images: Tensor) -> Tensor:
         logits = super().forward(images)
         return logits if logits.mean() > 0 else -logits
+
+
+class Grid(Views):
+    """With an expanded buffer, whose elements share memory, like the coordinates of CoordConv."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.register_buffer("grid", torch.linspace(-1, 1, 8).expand(4, 8))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) + self.grid.mean()
+
+
+class Copies(Views):
+    """With a state_dict of copies."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {name: tensor.clone() for name, tensor in super().state_dict(*args, **kwargs).items()}
+
+
+def weight_norm(num_classes: int) -> nn.Module:
+    """Build a network with the hook that parametrizations have replaced."""
+    network = Views(num_classes)
+    nn.utils.weight_norm(network.head)
+    return network

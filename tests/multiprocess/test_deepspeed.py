@@ -99,16 +99,16 @@ def undisturbed_and_stopped(folder: Path) -> dict[str, list[Trace]]:
     return {
         name: [
             traced(config_with(name, folder / f"{name}, undisturbed", **settings)),
-            *(traced(config_with(name, folder / name, **settings), stop_after) for stop_after in (2, 4, None)),
+            *(traced(config_with(name, folder / name, **settings), stop_after) for stop_after in (3, None)),
         ]
         for name in STAGES
     }
 
 
 def test_resuming_at_the_same_world_size_is_bit_identical(tmp_path: Path) -> None:
-    for rank in run_ranks(undisturbed_and_stopped, 3, tmp_path, timeout_seconds=240):
+    for rank in run_ranks(undisturbed_and_stopped, 2, tmp_path, timeout_seconds=240):
         for name, (undisturbed, *attempts) in rank.items():
-            assert [attempt.stopped for attempt in attempts] == [True, True, False]
+            assert [attempt.stopped for attempt in attempts] == [True, False]
             assert [step for attempt in attempts for step in attempt.steps] == undisturbed.steps, name
             assert attempts[-1].tensors == undisturbed.tensors, name
 
@@ -152,9 +152,9 @@ def test_resuming_under_any_engine_at_any_world_size(tmp_path: Path) -> None:
 
 
 def losses_in_bfloat16(name: str) -> list[float]:
-    config = config_with(name, precision="bfloat16")
+    config = config_with(name, precision="bfloat16", global_batch_size=8)
     engine, data = built(config)
-    losses, _ = steps(engine, data, config, lr=0.001, count=6)
+    losses, _ = steps(engine, data, config, lr=0.001, count=3)
     assert {tensor.dtype for key, tensor in engine.state() if "num_batches" not in key} == {torch.float32}
     return losses
 

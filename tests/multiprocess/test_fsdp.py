@@ -191,21 +191,22 @@ def test_resuming_under_any_engine_at_any_world_size(runs: Runs, tmp_path: Path)
 @in_group
 def undisturbed_and_stopped(folder: Path) -> list[Trace]:
     traces = [traced(config_of(FIRST, folder / "undisturbed", FSDP, LOW))]
-    for stop_after in (3, 5, None):
+    for stop_after in (5, None):
         traces.append(traced(config_of(FIRST, folder / "stopped", FSDP, LOW), stop_after))
     return traces
 
 
 def test_resuming_at_the_same_world_size_is_bit_identical(tmp_path: Path) -> None:
-    for undisturbed, *attempts in run_ranks(undisturbed_and_stopped, 3, tmp_path, timeout_seconds=150):
-        assert [attempt.stopped for attempt in attempts] == [True, True, False]
+    for undisturbed, *attempts in run_ranks(undisturbed_and_stopped, 2, tmp_path, timeout_seconds=150):
+        assert [attempt.stopped for attempt in attempts] == [True, False]
         assert [step for attempt in attempts for step in attempt.steps] == undisturbed.steps
         assert attempts[-1].tensors == undisturbed.tensors
 
 
 @in_group
 def losses_in_bfloat16(engine: dict[str, str]) -> list[float]:
-    config = small_config(Path("unused"), precision="bfloat16", engine=engine, exact=FAST, optim={"lr": 0.001})
+    few = {"global_batch_size": 8, "data": {"train_samples": 24}}
+    config = small_config(Path("unused"), precision="bfloat16", engine=engine, exact=FAST, optim={"lr": 0.001}, **few)
     topology = Topology(collectives.rank(), collectives.world_size())
     data = build_data(config, topology, CPU)
     built, sums, found = build_engine(config, topology, data, CPU), MetricAccumulator(CPU), []

@@ -14,7 +14,7 @@ CASES: dict[str, dict[str, Any]] = {
     "AdamW, 4 micro-batches": {"optim": {"name": "adamw", "max_grad_norm": 0.5}, "grad_accum_steps": 4},
 }
 OTHERS = [name for name in ENGINES if name != "ddp"]
-CASES_ON = {2: tuple(CASES), 3: ("SGD", "AdamW, 4 micro-batches"), 4: ("SGD, 4 micro-batches",)}
+CASES_ON = {2: tuple(CASES), 3: ("AdamW, 4 micro-batches",), 4: ("SGD, 4 micro-batches",)}
 """World size -> cases; fewer for more processes, which share two cores."""
 RATES = {"sgd": 0.01, "adamw": 1e-4}
 NO_GRADIENT = [f"model.conv.{layer}.bias" for layer in (0, 4, 8, 11, 14)]

@@ -42,3 +42,18 @@ logger.info("a message")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == ""
     assert [line.split(" ", 1)[1] for line in done.stderr.splitlines()] == ([f"{shown}   a message"] if shown else [])
+
+
+def test_a_second_run_in_a_process_has_its_own_log_level() -> None:
+    code = """
+from loguru import logger
+from distributed.process.logs import replace_default_logs
+
+replace_default_logs(0, level="WARNING")
+logger.info("first")
+replace_default_logs(0, level="INFO")
+logger.info("second")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "second" in done.stderr
+    assert "first" not in done.stderr

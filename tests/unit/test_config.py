@@ -303,3 +303,8 @@ def test_the_config_and_the_command_do_not_import_torch():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == []
+
+
+@pytest.mark.parametrize("uri", ["databricks", "databricks-uc", "databricks://profile"])
+def test_a_workspace_of_databricks_is_a_tracking_server(uri):
+    assert config_of("--logging.mlflow.tracking_uri", uri).logging.mlflow.tracking_uri == uri

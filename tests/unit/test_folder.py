@@ -24,3 +24,11 @@ def test_saved_config_is_the_newest_checkpoints(path):
     saved = RunFolder(path).saved_config()
     assert saved is not None
     assert saved.seed == 2
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [("sweep/optim.lr=0.1/seed-0", "optim.lr=0.1/seed-0"), ("sweep/seed-0", "sweep/seed-0"), ("one", "one")],
+)
+def test_a_seed_of_a_sweep_is_named_with_its_trial(run, name, tmp_path):
+    assert RunFolder(tmp_path / run).name == name

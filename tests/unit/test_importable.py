@@ -72,3 +72,12 @@ def test_the_digest_of_a_file_is_its_sha256(folder: Path) -> None:
 def test_a_missing_module_is_named_by_its_setting(folder: Path) -> None:
     with pytest.raises(InputError, match=r"^loss\.name = single_qz:f: there is no module single_qz"):
         module_files({"loss.name": "single_qz:f"})
+
+
+def test_a_metric_of_a_notebook_is_refused_with_the_remedy():
+    with pytest.raises(InputError) as caught:
+        check_module("__main__:brier", "evaluation.metrics[brier]")
+    assert str(caught.value) == (
+        "evaluation.metrics[brier] = __main__:brier: a function of a script or notebook cannot be imported; put it into a "
+        "module of its own"
+    )

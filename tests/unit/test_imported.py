@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from kit.own_networks import NETWORKS, write_networks
+from kit.small_runs import FAST, StopAfter, small_config
 from kit.user_modules import importable
 from kit.view_network import Scaled
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from distributed.errors import InputError
 from distributed.models.build import build_model
 from distributed.models.imported import check_output
 from distributed.models.keyed_dropout import KeyedDropout
+from distributed.recipe import train
 
 IMAGES, KEYS = torch.zeros(2, 3, 32, 32), torch.zeros(2, 2, dtype=torch.int64)
 
@@ -170,3 +172,37 @@ def test_parameters_get_contiguous_memory_of_their_own() -> None:
         assert parameter.is_contiguous()
         assert parameter.storage_offset() == 0
         assert parameter.untyped_storage().nbytes() == parameter.nbytes
+
+
+@pytest.mark.usefixtures("restore_threads_and_log")
+def test_a_network_with_an_expanded_buffer_resumes(tmp_path: Path) -> None:
+    for exact in ({"shards": 4}, FAST):
+        settings = {"model": {"name": "kit.view_network:Grid"}, "data": {"train_samples": 96}, "exact": exact}
+        config = small_config(tmp_path / f"run-{exact['shards']}", epochs=1, **settings)
+        assert train(config, stop=StopAfter(2)).stop_reason
+        assert train(config).step == 4
+
+
+def test_a_module_that_exists_is_not_trained_itself() -> None:
+    existing = Scaled(10)
+    built = [
+        build_model(ImportedModel(name="__main__:f"), num_classes=10, seed=0, given=lambda num_classes: existing)
+        for _ in "12"
+    ]
+    assert not {id(p) for model in (existing, built[0]) for p in model.parameters()} & {
+        id(p) for p in built[1].parameters()
+    }
+    assert same(built[0], existing)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("kit.view_network:Copies", "state_dict() does not return the parameter "),
+        ("kit.view_network:weight_norm", "use torch.nn.utils.parametrizations.weight_norm"),
+    ],
+)
+def test_what_keeps_a_network_from_being_saved_is_named(factory: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        checked(factory)
+    assert message in str(caught.value)

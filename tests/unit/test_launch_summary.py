@@ -67,6 +67,13 @@ def test_the_table_begins_with_the_best_run(tmp_path: Path):
     assert (tmp_path / "summary.txt").read_text() == text
 
 
+def test_a_training_with_the_best_settings_is_no_trial(tmp_path: Path):
+    with_validation(tmp_path / "a", [0.7], [1.0])
+    write_summary(tmp_path, "validation.accuracy")
+    with_validation(tmp_path / "best", [0.9], [0.5])
+    assert write_summary(tmp_path, "validation.accuracy").splitlines()[-1].startswith("best: a, ")
+
+
 def test_the_best_settings_upload_beside_the_trials(tmp_path: Path):
     """Under the trial's own URL a new run would find the trial."""
     with_validation(tmp_path / "optim.lr=0.1/seed-0", [0.5], [1.0])

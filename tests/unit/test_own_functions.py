@@ -117,7 +117,10 @@ def test_other_losses_are_accepted(tmp_path, function):
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "float64"])
 def test_a_loss_works_in_every_precision(tmp_path, precision):
     sink, exact = Recorder(), {"shards": 2}
-    config = config_of(tmp_path, loss=own_loss("focal"), precision=precision, exact=exact, global_batch_size=100)
+    data = {"train_samples": 20, "test_samples": 10}
+    config = config_of(
+        tmp_path, loss=own_loss("focal"), precision=precision, exact=exact, global_batch_size=10, data=data
+    )
     train(config, sinks=[sink])
     assert [step.step for step in sink.steps] == [1, 2, 3, 4]
     assert 0 < sink.epochs[-1].train_loss < 3
@@ -134,7 +137,8 @@ def test_a_loss_is_called_twice_with_mixed_labels(tmp_path):
     for name in ("cross_entropy", "same"):
         sink = Recorder()
         loss = own_loss("focal", gamma=0) if name == "same" else {}
-        settings = {"data": {"augment": {"mixup": 0.4, "cutmix": 1.0}}, "exact": FAST, "epochs": 1}
+        data = {"augment": {"mixup": 0.4, "cutmix": 1.0}, "train_samples": 48}
+        settings = {"data": data, "exact": FAST, "epochs": 1}
         train(small_config(tmp_path / name, loss=loss, **settings), sinks=[sink])
         curves.append([step.loss for step in sink.steps])
     assert curves[0] == curves[1]

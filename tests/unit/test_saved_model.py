@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distributed.errors import InputError
 from distributed.exact.check.saved_model import SavedModel, same_bits, unchanged
-from distributed.exact.check.supported import check_exact, kept_by_forward, mixes_samples
+from distributed.exact.check.supported import changed_by_forward, check_exact, mixes_samples
 from distributed.exact.shardable_layers import layers_to_shard
 
 IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -157,8 +157,9 @@ class Counts(nn.Module):
         return self.conv(images).mean((2, 3))
 
 
-def test_what_a_forward_pass_keeps_is_named() -> None:
+def test_what_a_forward_pass_changes_is_named() -> None:
     counts = Counts(buffer=False)
-    assert kept_by_forward(nn.Sequential(counts), IMAGES) == "0.seen"
+    assert changed_by_forward(nn.Sequential(counts), IMAGES) == ["0.seen"]
     assert counts.seen == 0
-    assert kept_by_forward(Counts(buffer=True), IMAGES) == ""
+    assert changed_by_forward(Counts(buffer=True), IMAGES) == ["calls"]
+    assert changed_by_forward(nn.BatchNorm2d(3), IMAGES) == []

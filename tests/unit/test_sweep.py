@@ -1,5 +1,6 @@
 """The list of trials, which is the same under every launcher and after every kill."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from distributed.errors import InputError
 from launch.on_ray.settings import sweep_trainings
 from launch.slurm.__main__ import indices
 from launch.slurm.task import task_of
-from launch.sweep import Sweep, check_trials, in_subfolder, trial_arguments, trials_of
+from launch.sweep import Sweep, check_compared, check_trials, in_subfolder, trial_arguments, trials_of
 from launch.sweep_arguments import read_sweep, split_sweep
 
 DEBUG = str(Path(__file__).parents[2] / "configs/debug.toml")
@@ -138,3 +139,10 @@ def test_an_array_task_gets_its_seed_or_its_trial():
 
 def test_tasks_are_written_as_slurm_reads_them():
     assert [indices(tasks) for tasks in ([0], [0, 1, 2], [0, 2, 3, 7])] == ["0", "0-2", "0,2-3,7"]
+
+
+@pytest.mark.parametrize(("lists", "refused"), [({"optim.lr": ["0.1"], "seed": ["0"]}, True), ({"seed": ["0"]}, False)])
+def test_trials_of_different_settings_need_validation_images(lists: dict[str, list[str]], refused: bool) -> None:
+    config = from_command_line(["--data.validation_fraction", "0"]).config
+    with pytest.raises(InputError, match="never by test images") if refused else nullcontext():
+        check_compared(config, Sweep(lists, {}))

@@ -57,21 +57,19 @@ def mixes_samples(model: nn.Module, images: Tensor) -> str:
     return described(model, [problem])[0] if problem and problem.what == MIXES else ""
 
 
-def kept_by_forward(model: nn.Module, images: Tensor) -> str:
-    """Return the first attribute that a forward pass changes and no checkpoint has, e.g. `block.calls`; "" if there is none.
+def changed_by_forward(model: nn.Module, images: Tensor) -> list[str]:
+    """Return the attributes and buffers that a forward pass changes, e.g. `block.calls`, except batch norm's.
 
     Leaves the network and the global random generators unchanged, bit for bit. Arguments as for `check_exact`.
     """
     if not can_run(model):
-        return ""
+        return []
     images, keys = throwaway_batch(images)
     with unchanged(model) as saved:
         model.train()
         with torch.no_grad(), use_sample_keys(keys):
             model(images)
-        changed = (f"{path}.{name}".lstrip(".") for path, names in saved.changes().items() for name in names)
-        known = model.state_dict().keys()
-        return next((name for name in changed if name not in known), "")
+        return [f"{path}.{name}".lstrip(".") for path, names in saved.changes().items() for name in names]
 
 
 def _in_passes(model: nn.Module, images: Tensor) -> Iterator[Problem]:
