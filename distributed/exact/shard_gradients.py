@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from distributed.errors import InputError
+
 _MOST_BYTES = 4 * 2**20  # of a group's gradients that wait to be added together
 
 
@@ -32,7 +34,16 @@ class SingleShard:
         self._shard, self._sums, self._missing = shard, sums, dict(index)
 
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
-        """Pass on the gradient of a parameter."""
+        """Pass on the gradient of a parameter.
+
+        Raises:
+            InputError: it is not one of the network's, e.g. one of the loss.
+        """
+        if parameter not in self._missing:
+            raise InputError(
+                f"a tensor of shape {list(parameter.shape)} requires a gradient, but is no parameter of the network; make it "
+                "one, or set requires_grad to False"
+            )
         self._sums.add_gradient(self._shard, self._missing.pop(parameter), gradient)
 
     def finish(self) -> None:

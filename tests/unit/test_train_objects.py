@@ -289,6 +289,22 @@ def test_in_fast_mode_a_network_that_draws_is_a_warning(model: type[Net], warnin
     assert sum("training draws from torch's generator" in message for message in messages) == warnings
 
 
+class Scaled(Net):
+    """With a trainable tensor that is no nn.Parameter."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.scale = torch.ones(1, requires_grad=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * self.scale
+
+
+def test_a_trainable_tensor_that_is_no_parameter_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a tensor of shape \[1\] requires a gradient, but is no parameter"):
+        train(config_of(tmp_path, exact={"shards": 2}), model=Scaled)
+
+
 def test_a_path_is_not_an_object(tmp_path: Path) -> None:
     message = "train(): model = own:Net: should be a function or class called as model(num_classes=N)"
     assert wrong(tmp_path, "own:Net").startswith(message)
