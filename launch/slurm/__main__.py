@@ -41,7 +41,6 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--gpus-per-node",
         type=_gpus,
-        default="",
         metavar="[TYPE:]N",
         help="e.g. 4 or a100:4; default: none, train on CPUs",
     )
@@ -156,7 +155,7 @@ def check(options: argparse.Namespace, training: Sequence[str]) -> bool:
     Raises:
         InputError: it cannot.
     """
-    gpus = int(options.gpus_per_node.rpartition(":")[2] or 0)
+    gpus = int((options.gpus_per_node or "0").rpartition(":")[2])
     world_size = options.nodes * (options.ranks_per_node or gpus or 1)
     config, finished = checked_config(training, Topology(world_size=world_size))
     if finished:

@@ -246,12 +246,12 @@ def test_the_shipped_scripts_work_from_any_folder(cluster: Cluster, tmp_path: Pa
     job = cluster.sbatch("--nodes=2", "--time=5", ROOT / "slurm/cifar100.sh", *cifar100, cwd=tmp_path, PREFLIGHT="0")
     hooked = cluster.sbatch("--cpus-per-task=2", "--export=ALL,NAMED_BY=sbatch", ROOT / "slurm/train.sh",
                             ROOT / "configs/debug.toml", *SMALL, cwd=tmp_path, **hooks)  # fmt: skip
-    for each in (*(f"{array}_{task}" for task in range(3)), job, hooked):
+    for each in (*(f"{array}_{task}" for task in range(2)), job, hooked):
         wait_for_completion(cluster, each, tmp_path)
-    tasks = [cluster.job(f"{array}_{task}")["JobId"] for task in range(3)]
+    tasks = [cluster.job(f"{array}_{task}")["JobId"] for task in range(2)]
     text = output_of(tmp_path)
     places = {place for task in tasks for place in re.findall(rf"job {task}: .* rendezvous at (\S+);", text)}
-    assert len(places) == 3, "each job of an array needs a port of its own"
+    assert len(places) == 2, "each job of an array needs a port of its own"
     assert "over 2 finished seeds: test accuracy" in (tmp_path / "runs/cifar10/summary.txt").read_text()
     run = tmp_path / "runs/S1-100"
     assert attempts(run, "started")[0]["world_size"] == 2
