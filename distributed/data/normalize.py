@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distributed import rng
 from distributed.data.sources.mapped import ReadAhead
 
 _BYTES_AT_ONCE = 2**23
@@ -46,9 +47,14 @@ def channel_statistics(
 
 
 def spread(size: int, count: int) -> NDArray[np.int64]:
-    """Return `count` positions of `size`, or all, evenly spaced: images may be sorted by class."""
-    count = min(size, count)
-    return np.arange(count) * size // count
+    """Return `count` of `size` positions, or all, in ascending order: a fixed random choice.
+
+    The first images may be of one class, and so may be every tenth.
+    """
+    if count >= size:
+        return np.arange(size)
+    chosen: NDArray[np.int64] = rng.permutation(size, seed=0, epoch=-2)[:count].numpy()
+    return np.sort(chosen)
 
 
 class Normalizer:
