@@ -92,7 +92,7 @@ def test_kill_at_each_point_of_a_save_keeps_the_bits(undisturbed: tuple[Mode, Pa
     mode, reference = undisturbed
     run = tmp_path / "run"
     for number, point in enumerate(POINTS):
-        if mode.name == "fast" and number in (2, 4):  # the same code as in exact mode
+        if mode.name == "fast" and number in (1, 3):  # the same code as in exact mode
             continue
         ranks = mode.ranks[number % len(mode.ranks)]
         arguments = torchrun(
