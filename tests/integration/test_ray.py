@@ -221,7 +221,8 @@ def test_failures_that_would_repeat_end_the_run_at_once(cluster: RayCluster, tmp
     with cluster.train(*SHORT, *sweep, output=tmp_path / "sweep.out") as command:
         assert command.wait(200) == 2, command.text
     assert f"run_dir = {hidden / 'sweep/optim.lr=0.1'} is not shared" in command.text
-    assert "Traceback" not in command.text
+    # Not any traceback: Ray may stop a trial while its interpreter runs a finalizer, and that prints one.
+    assert f"{ROOT}/launch" not in command.text, "a traceback of this package"
 
 
 def test_a_sweep_trains_all_and_names_the_best(cluster: RayCluster, tmp_path: Path) -> None:
