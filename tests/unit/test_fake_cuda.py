@@ -116,8 +116,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     for module in (prepare, exact):
         monkeypatch.setattr(module, "cast", _cast)
     monkeypatch.setattr(models, "initialize", lambda model, **_: None)  # it takes thousands of operations
-    # The split is computed by torch and read by numpy, which cannot read fake tensors.
+    # The split, and a choice of its images, are computed by torch and read by numpy, which cannot read fake tensors.
     monkeypatch.setattr(pipeline, "validation_mask", lambda labels, **_: np.zeros(len(labels), np.bool_))
+    monkeypatch.setattr(pipeline, "spread", lambda size, count: np.arange(min(size, count)))
     return FAKE
 
 
