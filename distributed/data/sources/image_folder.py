@@ -100,12 +100,13 @@ def _class_folders(root: Path, split: str) -> dict[str, Path]:
     """Return class name -> folder, ordered by name."""
     try:
         entries = _visible(root / split)
+        others = [entry.path for entry in entries if not entry.is_dir()]
     except OSError as error:
         raise InputError(
             f"data.name = image_folder: {root / split}: {error.strerror}; point --data.root at the folder that holds "
             "train/CLASS/ and test/CLASS/ with the images"
         ) from None
-    if others := [entry.path for entry in entries if not entry.is_dir()]:
+    if others:
         raise InputError(
             *[
                 f"data.name = image_folder: {path}: not a folder, nor a link to one; images belong in {split}/CLASS/: move it"
