@@ -29,7 +29,6 @@ from distributed.inference.saved_run import (
 from distributed.process import gc_pause
 from distributed.process.optional_output import OptionalOutput, requested_output
 from distributed.process.streams import run_command
-from distributed.run.folder import RunFolder
 from distributed.topology import Topology
 
 if TYPE_CHECKING:
@@ -63,7 +62,6 @@ def main() -> int:
     try:
         config = _config_of(arguments.run, arguments.root)
         checkpoint = choose_checkpoint(arguments.run, arguments.checkpoint)
-        config = for_device(config, arguments.device, RunFolder(arguments.run).newest_state())
         if arguments.split == "validation" and not config.data.validation_fraction:
             raise InputError("--split validation: this run held out no images; use --split test or train")
         if arguments.confusion:
@@ -116,13 +114,14 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     split: Split = arguments.split
     topology = Topology.from_environment()
     logs.terminal_logs(topology.rank, level="WARNING")
+    check_complete(checkpoint)
+    content = read_content(checkpoint)
+    config = for_device(config, arguments.device, content)
     keep_freed_memory()
     torch.set_num_threads(topology.threads(config.threads))
     device = choose_device(config.device, topology)
     config = for_evaluation(config, device)
     make_deterministic(device, precision=config.precision)
-    check_complete(checkpoint)
-    content = read_content(checkpoint)
     if topology.is_main:
         warn_about_changes(content, config.import_paths)
     # Before the process group, because decoding may take long, and importing a network may fail.

@@ -98,7 +98,8 @@ def _check_imported(
             "of an undisturbed one; use dropout layers, whose masks are keyed",
             name,
         )
-    _warn_about_changes(model, images, topology, name)
+    if topology.is_main:
+        _warn_about_changes(model, images, name, several=topology.world_size > 1)
     if topology.world_size > 1 and (unsupported := unsupported_batch_norms(model)):
         raise InputError(f"model.name = {name}, on several processes: {'; '.join(unsupported)}")
     if topology.world_size > 1 and (reason := mixes_samples(model, images)) and topology.is_main:
@@ -113,20 +114,18 @@ def _check_imported(
     return layers_to_shard(model, images)
 
 
-def _warn_about_changes(model: nn.Module, images: Tensor, topology: Topology, name: str) -> None:
+def _warn_about_changes(model: nn.Module, images: Tensor, name: str, *, several: bool) -> None:
     """Warn about what a forward pass changes: checkpoints lack attributes, and ranks do not exchange buffers."""
     from distributed.exact.check.supported import changed_by_forward
 
     changed, saved = changed_by_forward(model, images), model.state_dict().keys()
-    if not topology.is_main:
-        return
     if kept := [path for path in changed if path not in saved]:
         logger.warning(
             "model.name = {}: the forward pass changes {}, which checkpoints do not have: if results depend on it, a resumed "
             "run will not repeat the bits of an undisturbed one; make it a buffer",
             name, kept[0],
         )  # fmt: skip
-    if topology.world_size > 1 and (own := [path for path in changed if path in saved]):
+    if several and (own := [path for path in changed if path in saved]):
         logger.warning(
             "model.name = {}: the forward pass changes the buffer {}, which every rank changes by its own images; checkpoints "
             "have that of rank 0",

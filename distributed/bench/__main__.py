@@ -35,7 +35,10 @@ def main() -> int:
     arguments = _parser().parse_args()
     if arguments.benchmark in ("page", "memory"):
         _check_alone(arguments)
-        print(write_page()) if arguments.benchmark == "page" else measure_all(arguments.json)
+        if arguments.benchmark == "page":
+            print(write_page())
+        else:
+            measure_all(arguments.json)
         return ExitCode.FINISHED
     options = Options.of(arguments)
     if arguments.benchmark == "accuracy":

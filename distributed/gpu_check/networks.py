@@ -166,9 +166,9 @@ def _exact(checks: Checks, device: torch.device) -> None:
 
 
 def _compiled(checks: Checks, device: torch.device) -> None:
-    config = config_of("improved_alexnet", "bfloat16", _batch(checks, "improved_alexnet"), "--compile", "true")
     from torch.compiler import config as compiler
 
+    config = config_of("improved_alexnet", "bfloat16", _batch(checks, "improved_alexnet"), "--compile", "true")
     make_deterministic(device, precision="bfloat16", compile=True)
     with checks.check("compiled: two new engines give the same bits") as figures:
         outcomes = []

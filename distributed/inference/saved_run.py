@@ -64,9 +64,8 @@ def for_device(config: TrainConfig, requested: str | None, saved: Mapping[str, A
     """
     device = requested or ("auto" if config.device == "cuda" else config.device)
     exact = config.exact
-    if (
-        exact.shards == "auto" and saved and saved.get("bits", {}).get("shards") == 0
-    ):  # as for the device of the training
+    # What auto meant on the device of the training.
+    if exact.shards == "auto" and saved and saved.get("bits", {}).get("shards") == 0:
         exact = exact.model_copy(update={"shards": 0})
     # TF32 only speeds up training, and no CPU has it: evaluate in float32.
     precision = "float32" if config.precision == "tf32" else config.precision

@@ -37,8 +37,8 @@ def terminal_logs(rank: int, *, level: str = "INFO") -> None:
     logging.captureWarnings(True)
 
 
-_replacements = [0]
-"""The ids of loguru's default handler and of those that took its place, in order."""
+_replaceable = [0]
+"""The id of loguru's default handler, or of the one that took its place."""
 
 
 def replace_default_logs(rank: int, *, level: str) -> None:
@@ -47,8 +47,8 @@ def replace_default_logs(rank: int, *, level: str) -> None:
     A no-op if it is gone: the program has its own.
     """
     with suppress(ValueError):
-        logger.remove(_replacements[-1])
-        _replacements.append(_add_terminal(rank, level))
+        logger.remove(_replaceable[0])
+        _replaceable[0] = _add_terminal(rank, level)
 
 
 def _add_terminal(rank: int, level: str) -> int:

@@ -127,14 +127,8 @@ def check_sweep(options: argparse.Namespace, training: Sequence[str], sweep: Swe
     Raises:
         InputError: some trials are invalid; the lines name them.
     """
-
-    def is_finished(trial: Trial) -> bool:
-        arguments = trial_arguments(training, sweep, trial)
-        check_compared(from_command_line(arguments).config, sweep)
-        return check(options, arguments)
-
     trials = trials_of(sweep)
-    finished = check_trials(trials, is_finished)
+    finished = check_trials(trials, lambda trial: check(options, trial_arguments(training, sweep, trial), sweep))
     return [trial for trial, is_finished in zip(trials, finished, strict=True) if not is_finished]
 
 
@@ -149,8 +143,11 @@ def indices(tasks: Sequence[int]) -> str:
     return ",".join(f"{first}-{last}" if first < last else str(first) for first, last in ranges)
 
 
-def check(options: argparse.Namespace, training: Sequence[str]) -> bool:
+def check(options: argparse.Namespace, training: Sequence[str], sweep: Sweep | None = None) -> bool:
     """Check that a training can run on the requested processes and GPUs; return whether its run is finished already.
+
+    Args:
+        sweep: the sweep of which it is a trial.
 
     Raises:
         InputError: it cannot.
@@ -158,6 +155,8 @@ def check(options: argparse.Namespace, training: Sequence[str]) -> bool:
     gpus = int((options.gpus_per_node or "0").rpartition(":")[2])
     world_size = options.nodes * (options.ranks_per_node or gpus or 1)
     config, finished = checked_config(training, Topology(world_size=world_size))
+    if sweep:
+        check_compared(config, sweep)
     if finished:
         return True
     device = config.device if config.device != "auto" else "cuda" if gpus else "cpu"
