@@ -1,4 +1,4 @@
-"""Distributed training of AlexNet variants on CIFAR: one recipe, any launcher, the same bits after every kill.
+"""Distributed training of image classifiers: one recipe, any launcher, the same bits after every kill.
 
 The public interface, see docs/api.md: the names of `__all__`, imported on first use, and `distributed.recipe.train`.
 `import distributed` imports no torch.

@@ -1,6 +1,6 @@
-"""`python -m distributed.compare RUN RUN`: bit-identical? If not, where two runs diverge, and which conditions differed.
+"""`python -m distributed.compare RUN RUN`: are two runs bit-identical? If not, where do they diverge, and what differs?
 
-Compares every logged metric, and the digest of every tensor at every step that both runs saved. Imports no torch.
+Compares every logged metric, and the digest of every tensor at every step that both runs saved.
 """
 
 import argparse

@@ -80,7 +80,7 @@ def dry_run(config: TrainConfig) -> None:
         if topology.is_main:
             total = sum(trained.values())
             print(f"parameters    {total:,}{f' and {frozen:,} frozen' if frozen else ''}")
-            print(f"memory a rank {_memory(config, engine, trained)}")
+            print(f"memory/rank   {_memory(config, engine, trained)}")
             measured = (
                 "allocated on the GPU" if device.type == "cuda" else "resident, with Python, libraries and images"
             )
@@ -142,5 +142,5 @@ def _times(config: TrainConfig, data: DataPipeline, timing: _Timing) -> list[str
     resumed = f", after the {done:,} that the run folder has" if done else ""
     return [
         f"timed steps   {' '.join(f'{seconds:.4g}' for seconds in timing.seconds)} seconds, {per_second:,.0f} images/s",
-        f"to finish     {hours:.3g} hours: {steps - done:,} steps{resumed}; evaluating and saving take time besides",
+        f"to finish     {hours:.3g} hours: {steps - done:,} steps{resumed}; evaluation and saves not included",
     ]

@@ -95,7 +95,7 @@ def _check_imported(
     if draws and topology.is_main:
         logger.warning(
             "model.name = {}: training draws from torch's generator, e.g. in F.dropout: a resumed run will not repeat the bits "
-            "of an undisturbed one; use dropout layers, whose masks are keyed",
+            "of an undisturbed one; use dropout layers, whose masks depend only on seed, epoch and image",
             name,
         )
     if topology.is_main:
@@ -127,8 +127,8 @@ def _warn_about_changes(model: nn.Module, images: Tensor, name: str, *, several:
         )  # fmt: skip
     if several and (own := [path for path in changed if path in saved]):
         logger.warning(
-            "model.name = {}: the forward pass changes the buffer {}, which every rank changes by its own images; checkpoints "
-            "have that of rank 0",
+            "model.name = {}: the forward pass updates the buffer {} from each rank's own images, so it differs between ranks; "
+            "checkpoints have that of rank 0",
             name, own[0],
         )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Topology of the run, read from the environment that torchrun or another launcher sets. Imports no torch.
 
-The only module that reads the environment.
+The only module of this package that reads the environment, besides `name_clash`.
 """
 
 import os

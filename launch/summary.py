@@ -2,7 +2,7 @@
 
 Below it are mean and standard deviation over the seeds of each setting. Also writes the table to FOLDER/summary.txt and,
 with --by, the settings of the best run to FOLDER/best.toml. Each task of an array does so when it ends, so the last one
-writes the complete table. Imports no torch.
+writes the complete table.
 """
 
 import argparse

@@ -178,7 +178,7 @@ class Peers:
                 return failure
             if not silent:
                 return _lost_contact(message)
-            lost = PeerError(f"{', '.join(silent)} shows no sign of life; it was killed, or is frozen")
+            lost = PeerError(f"{', '.join(silent)}: no heartbeat; it was killed, or it hangs")
         self._publish(None, Exit(lost.exit_code, str(lost)))
         return lost
 
@@ -201,7 +201,7 @@ class Peers:
     def _unresponsive(self, message: str) -> PeerError:
         if self._connection is None:
             return _lost_contact(message)
-        return PeerError(f"{self._server} does not answer; it is frozen, or its host was lost")
+        return PeerError(f"{self._server} does not answer; it hangs, or its host was lost")
 
     def _leave_store(self, *, seconds: float) -> None:
         """Announce that this rank no longer needs the store. Its server waits for the others to leave first."""

@@ -27,4 +27,4 @@ def check_same_config(config: TrainConfig) -> None:
         for name, module in files.items():
             if module.sha256 != modules[0][name].sha256:
                 where = f"{name} = {config.import_paths[name]}: rank {rank}"
-                raise InputError(f"{where} has another file {module.file} than rank 0; every node needs the same")
+                raise InputError(f"{where} has a different {module.file} from rank 0; every node needs the same file")

@@ -22,11 +22,11 @@ class GradCheckpointing(Section):
     """Whether and where activations are computed again in the backward pass."""
 
     enabled: bool = setting(
-        False, "keep only the inputs of the network's blocks and compute these again in the backward pass: the same results "
+        False, "keep only the inputs of the network's blocks and recompute the blocks in the backward pass: the same results "
         "with less memory, about a third slower; in fast mode only"
     )  # fmt: skip
     modules: Annotated[tuple[str, ...], BeforeValidator(_names)] = setting(
-        (), 'modules to compute again instead, e.g. ["layer1", "layer2.0"]; only if enabled; []: the network\'s blocks'
+        (), 'modules to recompute instead, e.g. ["layer1", "layer2.0"]; only if enabled; []: the network\'s blocks'
     )
 
     def conflicts(self, shards: int | Literal["auto"], engine: AnyEngine, *, compile: bool) -> list[str]:

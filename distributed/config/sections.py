@@ -23,7 +23,8 @@ class Exact(Section):
     shards: Annotated[int | Literal["auto"], PlainValidator(_shard_count)] = setting(
         "auto",
         "shards per micro-batch, a power of two: bit-identical results on any number of processes up to this; 0: off, which "
-        "is fast mode; auto: on CPU the largest power of two up to 8 that the batch allows, on CUDA 0",
+        "is fast mode; auto: on CPU the largest power of two up to 8 that the batch allows; 0 on CUDA, and with deepspeed, "
+        "compile, grad_checkpointing or engine.compression",
     )
 
 

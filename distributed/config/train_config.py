@@ -73,7 +73,7 @@ class TrainConfig(Section):
     logging: Logging = setting(Logging(), "logs and curves")
     scaling: Scaling | None = operational(None, "workers on a Ray cluster; for launch.ray_train only")
     sweep: SweepTable = operational(
-        {}, "several trainings at once; for launch.slurm and launch.ray_train only; none: ignore the file's section"
+        {}, "a sweep, one run per trial; for launch.slurm and launch.ray_train only; none: ignore the file's section"
     )
 
     def shards_on(self, device_type: str) -> int:

@@ -1,4 +1,4 @@
-"""The operations that the training loop needs of an engine."""
+"""The operations that a run needs of an engine: training, evaluating, saving and loading."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager

@@ -145,7 +145,7 @@ def _copied(model: nn.Module, name: str) -> nn.Module:
                 "torch.nn.utils.parametrizations.weight_norm"
             ) from error
         raise InputError(
-            f"model.name = {name}: the network cannot be copied, as exact mode and its check do: {described(error)}"
+            f"model.name = {name}: the network cannot be copied, but exact mode and its check need copies: {described(error)}"
         ) from error
 
 
@@ -162,7 +162,7 @@ def check_same_weights(model: nn.Module, *, name: str, init_from: Path | None = 
         if different := [path for path in {**first, **other} if first.get(path) != other.get(path)]:
             if init_from:
                 raise InputError(
-                    f"init_from = {init_from}: rank {rank} starts from other weights than rank 0, with another {different[0]}; "
+                    f"init_from = {init_from}: rank {rank}'s initial weights differ from rank 0's, e.g. {different[0]}; "
                     "every node needs the same file, and the same module if the network is imported"
                 )
             remedy = (
@@ -172,7 +172,7 @@ def check_same_weights(model: nn.Module, *, name: str, init_from: Path | None = 
                 "NumPy only"
             )
             raise InputError(
-                f"model.name = {name}: rank {rank} built another network than rank 0, with another {different[0]}; {remedy}"
+                f"model.name = {name}: rank {rank} built a different network from rank 0 ({different[0]} differs); {remedy}"
             )
 
 
@@ -209,7 +209,7 @@ def _check_network(model: Any, name: str) -> None:
     if lazy := [path for path, tensor in tensors if is_lazy(tensor)]:
         raise InputError(
             f"{setting}: {lazy[0]} has no size before the first forward pass; give the lazy layers their sizes, or call the "
-            "network once before"
+            "network once before returning it"
         )
     for path, tensor in tensors:
         if tensor.device.type != "cpu":

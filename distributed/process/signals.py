@@ -23,9 +23,9 @@ _ORPHANED = "the launcher's death"
 class SignalStop:
     """A `StopSource`: SIGTERM, SIGINT, SIGUSR1 and SIGHUP request a stop at the next step. Context manager.
 
-    A second SIGINT exits immediately. So does a second SIGTERM if no step has finished within a few seconds of the first.
-    A main thread that waits for a peer in C++ runs no Python signal handlers, so a separate thread reads the pipe
-    that the C-level handler writes to.
+    A second SIGINT exits immediately. So does a second SIGTERM, five seconds or more after the first, if the
+    main thread does not respond: while it waits for a peer in C++ it runs no Python signal handlers, so a separate
+    thread reads the pipe that the C-level handler writes to.
 
     The launcher's death requests a stop as well: orphaned ranks save and exit, so that they do not block their
     successors. Nothing is saved inside a handler. Must be entered on the main thread.

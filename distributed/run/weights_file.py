@@ -77,7 +77,7 @@ def check_weights_folder(path: Path) -> Path:
 def _how_to_convert(path: Path) -> str:
     target = str(path.with_suffix(".safetensors"))
     return (
-        "not a safetensors file, and what may be a pickle is never loaded; convert it once: python -c "
+        "not a safetensors file, and a file that may be a pickle is never loaded; convert it once: python -c "
         '"import torch, safetensors.torch as s; '
         f"s.save_file({{k: v.clone() for k, v in torch.load({str(path)!r}, 'cpu', weights_only=True).items()}}, {target!r})\""
     )

@@ -62,7 +62,7 @@ def _train(folder: Path, trainings: Sequence[Training], stop: StopSource) -> Exi
         return ExitCode.STOPPED
     concurrent = max(1, capacity(scaling).when_idle // scaling.num_workers)
     logger.info(
-        "trainings: {}, workers per training: {}, trainings at once: {}",
+        "trials: {}, workers per trial: {}, trials at once: {}",
         len(trainings),
         scaling.num_workers,
         concurrent,

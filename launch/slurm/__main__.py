@@ -1,7 +1,7 @@
 """`python -m launch.slurm CONFIG.toml [OPTIONS] [--SETTING VALUE ...]`: checks a run and its resources, then submits it.
 
-Errors are reported now instead of after hours in the queue. Every argument that is not an option below is a setting of the
-training. Imports no torch.
+Errors are reported now instead of after hours in the queue. Every argument that is not an option below is a setting of the run,
+as for `python -m distributed.train`.
 """
 
 import argparse

@@ -11,7 +11,7 @@ from distributed.run.records import AttemptRecord
 
 _PERMANENT = {
     ExitCode.BAD_INPUT: "bad input",
-    ExitCode.NOT_FINITE: "a loss that is not finite",
+    ExitCode.NOT_FINITE: "a loss or gradient that is not finite",
     ExitCode.STORAGE: "a run folder that cannot be written or belongs to another attempt",
 }
 

@@ -45,7 +45,7 @@ def test_a_network_that_differs_between_ranks_is_refused() -> None:
     messages = run_ranks(refusal, 2)
     assert messages[0] == messages[1]
     assert messages[0].startswith(
-        "model.name = kit.tied_network:of_each_rank: rank 1 built another network than rank 0, with another head.bias; "
+        "model.name = kit.tied_network:of_each_rank: rank 1 built a different network from rank 0 (head.bias differs); "
     )
 
 

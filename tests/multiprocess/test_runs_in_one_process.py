@@ -184,7 +184,7 @@ def refusal(folder: Path, differs: str) -> str:
     [
         (
             "weights",
-            "model.name = __main__:Net: rank 1 built another network than rank 0, with another conv.weight",
+            "model.name = __main__:Net: rank 1 built a different network from rank 0 (conv.weight differs)",
             "call torch.manual_seed before a module is built",
         ),
         ("name", "config: rank 1 has different settings from rank 0", "start every node with the same command"),

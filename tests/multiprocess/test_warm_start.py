@@ -104,7 +104,7 @@ def test_ranks_with_other_files_are_refused(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "rank1/w.safetensors")
     messages = set(run_ranks(refused, 2, tmp_path, {"init_from": Path("w.safetensors")}, timeout_seconds=120))
     assert messages == {
-        "init_from = w.safetensors: rank 1 starts from other weights than rank 0, with another fc3.bias; every node needs the "
+        "init_from = w.safetensors: rank 1's initial weights differ from rank 0's, e.g. fc3.bias; every node needs the "
         "same file, and the same module if the network is imported"
     }
     assert load_file(tmp_path / "rank0/w.safetensors").keys() == tensors.keys()
@@ -117,8 +117,8 @@ def test_ranks_with_other_modules_are_refused(tmp_path: Path) -> None:
         (tmp_path / f"rank{rank}/net_zq.py").write_text(f"{module}nn.Linear(3072, num_classes))\n")
     messages = set(run_ranks(refused, 2, tmp_path, {"model": {"name": "net_zq:make"}}, timeout_seconds=120))
     [message] = messages
-    assert message.startswith("model.name = net_zq:make: rank 1 has another file ")
-    assert message.endswith("net_zq.py than rank 0; every node needs the same")
+    assert message.startswith("model.name = net_zq:make: rank 1 has a different ")
+    assert message.endswith("net_zq.py from rank 0; every node needs the same file")
 
 
 @in_group

@@ -161,12 +161,12 @@ REFUSED = {
     "a numpy Generator": (
         lambda: Call(lambda m, x: x * float(m.own.random()), own=np.random.default_rng(3)),
         "4.inner (Call): does not repeat itself",
-        "draw from keys of the samples",
+        "draw random numbers only in dropout layers",
     ),
     "a random.Random": (
         lambda: Call(lambda m, x: x * m.own[0].random(), own=[random.Random(3)]),
         "4.inner (Call): does not repeat itself",
-        "draw from keys of the samples",
+        "draw random numbers only in dropout layers",
     ),
     "a buffer": (
         lambda: Call(own_state, average=torch.zeros(12)),
@@ -219,7 +219,7 @@ REFUSED = {
     "a gradient": (lambda: Call(gradient_in_forward), "computes gradients in forward", "compute them in closed form"),
     "a batch norm in a list": (
         norm_in_list,
-        "4.inner (Call): refers to a batch norm by its attribute layers",
+        "4.inner (Call): holds a batch norm in its plain attribute layers",
         "use nn.ModuleList",
     ),
     "a parametrized batch norm": (

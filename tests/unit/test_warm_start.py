@@ -193,7 +193,7 @@ def test_a_pickle_is_never_loaded(name, how, tmp_path):
         path.write_bytes(pickle.dumps(trap))
     else:
         torch.save({"fc.weight": trap}, path, _use_new_zipfile_serialization=how == "torch.save")
-    with pytest.raises(InputError, match="what may be a pickle is never loaded; convert it once"):
+    with pytest.raises(InputError, match="a file that may be a pickle is never loaded; convert it once"):
         check_init_from(config_of(tmp_path, path))
     with pytest.raises(InputError, match="never loaded"):
         start_from(config_of(tmp_path, path), Topology(), Net())

@@ -37,7 +37,7 @@ def _of_module(module: nn.Module) -> Iterator[tuple[str, str]]:
     if isinstance(module, AnyBatchNorm) and (problem := why_unsupported(module)):
         yield problem
     for name in _attributes_with_batch_norm(module):
-        reference = f"refers to a batch norm by its attribute {name}, where it is not replaced by a synchronized one"
+        reference = f"holds a batch norm in its plain attribute {name}, where it would not be synchronized"
         yield reference, "use nn.ModuleList, nn.ModuleDict or getattr(self, name)"
     for hook in hooks_of(module):
         yield _of_hook(hook)

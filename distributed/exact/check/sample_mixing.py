@@ -14,7 +14,7 @@ from distributed.models.keyed_dropout import use_sample_keys
 MIXES = "mixes the samples of a batch: the output for one image depends on the others"
 _PER_SAMPLE = "compute it for each sample alone; only batch norm layers may combine samples"
 _VARIES = "does not repeat itself: two passes over the same images differ"
-_REPEAT = "draw from keys of the samples, and keep no state"
+_REPEAT = "draw random numbers only in dropout layers, and keep no state"
 
 
 def find_mixing(model: nn.Module, images: Tensor, keys: Tensor) -> Problem | None:

@@ -17,8 +17,8 @@ from distributed.models.keyed_dropout import KeyedDropout, use_sample_keys
 from distributed.models.torch_compat import AnyBatchNorm, hooks_of
 
 _KEYED = (
-    "use dropout layers (nn.Dropout and the like, torchvision's StochasticDepth, timm's DropPath), whose masks are keyed, "
-    "or draw from keys of the samples"
+    "use dropout layers (nn.Dropout and the like, torchvision's StochasticDepth, timm's DropPath), whose masks depend only "
+    "on seed, epoch and image"
 )
 _STATE = "compute it in __init__, or anew in each forward; only batch norm may keep statistics"
 _COMPLEX = "store it as a real tensor [..., 2] and use torch.view_as_complex in forward"
