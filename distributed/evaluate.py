@@ -20,7 +20,6 @@ from distributed.inference.saved_run import (
     check_complete,
     choose_checkpoint,
     for_device,
-    read_class_names,
     read_config,
     read_content,
     warn_about_changes,
@@ -144,7 +143,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
         )  # fmt: skip
         counts = confusion.read()
     if topology.is_main:
-        labels = Labels(config.model.name, config.data.name, split, checkpoint.name, read_class_names(content, config))
+        labels = Labels(config.model.name, config.data.name, split, checkpoint.name, content["classes"])
         picture = arguments.confusion or arguments.run / f"confusion-{split}.png"
         failure = _draw(labels, totals, counts, picture)
         # Print the results before raising the failure: they may have taken long to compute.

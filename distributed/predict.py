@@ -15,7 +15,7 @@ from distributed.config.data import max_pixels_of
 from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.files import check_writable, home_path, write_output
 from distributed.host.versions import require
-from distributed.inference.saved_run import choose_checkpoint, read_config, with_data_root, without_download
+from distributed.inference.saved_run import choose_checkpoint, read_config
 from distributed.process import gc_pause
 from distributed.process.optional_output import requested_output
 from distributed.process.streams import run_command
@@ -43,7 +43,7 @@ class Prediction:
 def main() -> int:
     """Print a line per image; return the exit code."""
     arguments = _parser().parse_args()
-    config = without_download(with_data_root(read_config(arguments.run), arguments.root))
+    config = read_config(arguments.run)
     config.model.check_importable()
     checkpoint = choose_checkpoint(arguments.run, arguments.checkpoint)
     if missing := [path for path in arguments.images if not os.path.isfile(path)]:
@@ -81,12 +81,6 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="maximum number of pixels of an image; default: the run's",
-    )
-    parser.add_argument(
-        "--data.root",
-        dest="root",
-        type=home_path,
-        help="folder with the data set; needed only for checkpoints that lack the images' normalization",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""Step 7: finds kernels that give a shard's rows the same bits regardless of other rows, and times shards in parallel.
+"""Step 7: finds kernels that give a shard's rows the same bits regardless of other rows.
 
 Exact mode relies on one property, which is asserted: the same kernel on the same shapes gives the same bits in any memory.
 Checks marked "measured" record, as true or false, further properties that faster ways of computing shards could rely on.
@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.differences import error, same_bits
-from distributed.gpu_check.shard_graph import run as run_shard_graph
 from distributed.training.determinism import make_deterministic
 
 
@@ -59,7 +58,6 @@ def run(checks: Checks) -> None:
     for layer in layers:
         for dtype in _TYPES:
             _layer(checks, layer, dtype)
-    run_shard_graph(checks)
     for dtype in _TYPES:  # last: a kernel that cannot read such memory destroys the CUDA context
         if not all(_moved_in_memory(checks, layer, dtype) for layer in layers):
             break

@@ -48,10 +48,3 @@ def _on_host(call: Callable[[], object], checks: Checks, calls: int) -> float:
         call()
     checks.synchronize()
     return time.perf_counter() - start
-
-
-def milliseconds(checks: Checks, call: Callable[[], object]) -> float:
-    """Return milliseconds per call: the mean of 50 calls (tiny: 3) in one block, after three warm-up calls."""
-    for _ in range(3):
-        call()
-    return _on_host(call, checks, repeats := 3 if checks.tiny else 50) / repeats * 1e3

@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 from loguru import logger
 
 from distributed.config import TrainConfig, read_saved, with_values
-from distributed.config.data import CIFAR_SIDE
 from distributed.config.engines import DeepSpeed
 from distributed.config.layers import shown
-from distributed.data.sources import registry
 from distributed.errors import InputError
 from distributed.files import read_object
 from distributed.host.importable import changed_modules, module_files
@@ -110,23 +108,25 @@ def check_complete(checkpoint: Path) -> None:
 
 
 def read_content(checkpoint: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint's state.json.
+    """Return the content of a checkpoint's state.json, which has valid class names, normalization and image size.
 
     Raises:
-        InputError: its class names or normalization have the wrong type.
+        InputError: it has not.
     """
     content = read_object(checkpoint / STATE)
-    names, normalization = content.get("classes") or [], content.get("normalization") or {"mean": [], "deviation": []}
-    try:
-        numbers = [*normalization["mean"], *normalization["deviation"]]
-        valid = isinstance(names, list) and all(isinstance(value, float | int) for value in numbers)
-    except (KeyError, TypeError):
-        valid = False
-    if not valid:
+    names, size, normalization = (content.get(key) for key in ("classes", "image_size", "normalization"))
+    valid = _is_list(names, str) and _is_list(size, int) and len(size) == 2 and isinstance(normalization, dict)
+    if not valid or not all(_is_list(normalization.get(key), int, float) for key in Normalization._fields):
         raise InputError(
-            f"{checkpoint}/state.json: classes or normalization from another version; name another with --checkpoint"
+            f"{checkpoint}/state.json: classes, normalization or image_size from another version; name another with "
+            "--checkpoint"
         )
     return content
+
+
+def _is_list(value: Any, *types: type) -> bool:
+    """Return whether a value from JSON is a list of one or more elements of these types."""
+    return isinstance(value, list) and bool(value) and all(type(element) in types for element in value)
 
 
 def warn_about_changes(content: dict[str, Any], import_paths: Mapping[str, str]) -> None:
@@ -140,22 +140,3 @@ def warn_about_changes(content: dict[str, Any], import_paths: Mapping[str, str])
         logger.warning(
             "{}: sha256 {} in training, {} now; if more than comments changed, the results may differ", *module
         )
-
-
-def read_class_names(content: dict[str, Any], config: TrainConfig) -> list[str]:
-    """Return the class names saved in state.json, or those of the data set for a checkpoint of an older version."""
-    return list(content.get("classes") or registry.class_names(config.data))
-
-
-def read_image_size(content: dict[str, Any]) -> tuple[int, int]:
-    """Return height and width of the data's images in state.json; CIFAR's for a checkpoint of an older version."""
-    saved = content.get("image_size")
-    if isinstance(saved, list) and len(saved) == 2 and all(type(size) is int and size > 0 for size in saved):
-        return saved[0], saved[1]
-    return CIFAR_SIDE, CIFAR_SIDE
-
-
-def read_normalization(content: dict[str, Any]) -> Normalization | None:
-    """Return the normalization in state.json or in the data's metadata; None for a checkpoint of an older version."""
-    saved = content.get("normalization")
-    return Normalization(saved["mean"], saved["deviation"]) if saved else None

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from distributed.build import read_data
 from distributed.checkpoint.warm_start import evaluation_weights
 from distributed.config import TrainConfig
 from distributed.config.data import MAX_PIXELS
@@ -20,14 +19,9 @@ from distributed.inference.saved_run import (
     Normalization,
     check_complete,
     choose_checkpoint,
-    read_class_names,
     read_config,
     read_content,
-    read_image_size,
-    read_normalization,
     warn_about_changes,
-    with_data_root,
-    without_download,
 )
 from distributed.models.build import build_model
 from distributed.models.imported import GivenModel
@@ -141,7 +135,6 @@ def load(
     *,
     model: GivenModel | None = None,
     checkpoint: str = "auto",
-    data_root: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
 ) -> TrainedRun:
     """Load the trained network of a run.
@@ -150,7 +143,6 @@ def load(
         run: the run folder, e.g. `runs/cifar10`.
         model: the network that was given to `train` as an object; only for a network that has an import path.
         checkpoint: `best`, `latest` or the name of a checkpoint; `auto`: best if there is one, otherwise latest.
-        data_root: the folder with the data set; needed only for checkpoints that lack the images' normalization.
         device: device of the network and of the preprocessed images.
 
     Raises:
@@ -159,21 +151,19 @@ def load(
     folder = home_path(os.fspath(run))
     if folder.suffix == ".toml":
         raise InputError(f"{run}: a config file, not a run folder; read it with load_config")
-    root = None if data_root is None else home_path(os.fspath(data_root))
-    config = without_download(with_data_root(read_config(folder), root))
-    return load_checkpoint(config, choose_checkpoint(folder, checkpoint), device=device, model=model)
+    return load_checkpoint(read_config(folder), choose_checkpoint(folder, checkpoint), device=device, model=model)
 
 
 def load_checkpoint(
     config: TrainConfig, checkpoint: Path, *, device: str | torch.device = "cpu", model: GivenModel | None = None
 ) -> TrainedRun:
-    """Load the network of a checkpoint. Reads the run's data only if the checkpoint lacks the images' normalization.
+    """Load the network of a checkpoint, without the run's data.
 
     Args:
         model: what Python code gave for the import path in the config.
 
     Raises:
-        InputError: the checkpoint is damaged or does not fit the run's config, or that data is missing.
+        InputError: the checkpoint is damaged or does not fit the run's config.
     """
     if model is not None:
         check_model(model, "load()")
@@ -183,17 +173,15 @@ def load_checkpoint(
     content = read_content(checkpoint)
     if model is None:
         warn_about_changes(content, {name: path for name, path in config.import_paths.items() if name == "model.name"})
-    class_names = read_class_names(content, config)
+    class_names, normalization = content["classes"], Normalization(**content["normalization"])
     network = build_model(config.model, num_classes=len(class_names), seed=config.seed, given=model)
     try:
         network.load_state_dict(evaluation_weights(checkpoint))  # float64 becomes float32
     except RuntimeError as error:
         raise InputError(f"{checkpoint}: does not fit the run's config.toml: {' '.join(str(error).split())}") from None
-    normalization = read_normalization(content) or read_normalization(read_data(config).metadata())
-    assert normalization is not None
     is_built_in = isinstance(config.model, BuiltInModel)
     classifier = Classifier(network.requires_grad_(False), normalization, repeats_channel=is_built_in).to(device)
-    side, (height, width) = config.model.input_side, read_image_size(content)
+    side, (height, width) = config.model.input_side, content["image_size"]
     if side and not (is_built_in and height != width):  # a built-in network stretches images that are not square itself
         height = width = side
     input_shape = (len(normalization.mean), height, width)

@@ -21,9 +21,7 @@ from distributed.inference.saved_run import (
     Normalization,
     check_complete,
     for_device,
-    read_class_names,
     read_content,
-    read_normalization,
     warn_about_changes,
 )
 from distributed.run.folder import RunFolder
@@ -125,8 +123,7 @@ class Analysis:
             engine, self.data, "test", loss=functions.loss.evaluation, metrics=functions.metrics, views=views,
             device=self.device, observers=[confusion, confident],
         )  # fmt: skip
-        names = read_class_names(content, self.config)
-        normalization = read_normalization(content) or self.normalization
+        names, normalization = content["classes"], Normalization(**content["normalization"])
         found = [
             Mistake(as_png(each.image, normalization), names[each.true], names[each.predicted], each.probability)
             for each in confident.found

@@ -599,7 +599,9 @@ def test_invalid_metadata_in_a_checkpoint_is_refused(
     in_state(**values)(newest(copy))
     update_manifest(newest(copy))
     with untouched(copy):
-        assert_outcome(inspect("predict", copy, image), "state.json: classes or normalization from another version")
+        assert_outcome(
+            inspect("predict", copy, image), "state.json: classes, normalization or image_size from another version"
+        )
 
 
 # Links and names

@@ -218,12 +218,6 @@ def test_a_damaged_checkpoint_is_never_used(run: Path, tmp_path: Path) -> None:
         assert "name another with --checkpoint" in message
 
 
-def test_without_saved_normalization_data_is_required(run: Path, tmp_path: Path) -> None:
-    older = without_data(run, tmp_path / "run", normalization=None)
-    Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
-    assert "point --data.root at the folder" in refused(command("predict", older, tmp_path / "image.png"))
-
-
 def test_a_checkpoint_of_another_network_is_one_line(run: Path, tmp_path: Path) -> None:
     other = copy_of(run, tmp_path / "run")
     for checkpoint in (other / "checkpoints").glob("step-*"):

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -6,12 +7,10 @@ from distributed.config import TrainConfig, as_toml
 from distributed.errors import InputError
 from distributed.files import check_writable
 from distributed.inference.saved_run import (
-    Normalization,
     choose_checkpoint,
     for_device,
-    read_class_names,
     read_config,
-    read_normalization,
+    read_content,
     with_data_root,
 )
 
@@ -54,13 +53,28 @@ def test_a_missing_checkpoint_lists_the_existing_ones(run: Path, tmp_path: Path)
         choose_checkpoint(tmp_path / "other", "auto")
 
 
-def test_class_names_fall_back_to_those_of_the_data_set() -> None:
-    config = TrainConfig()
-    assert read_class_names({}, config)[:3] == ["airplane", "automobile", "bird"]
-    assert read_class_names({"classes": ["cat", "dog"]}, config) == ["cat", "dog"]
-    assert read_normalization({}) is None
-    saved = {"normalization": {"mean": [0.5] * 3, "deviation": [0.25] * 3}}
-    assert read_normalization(saved) == Normalization([0.5] * 3, [0.25] * 3)
+VALID = {"classes": ["cat"], "image_size": [32, 48], "normalization": {"mean": [0.5], "deviation": [1]}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"classes": []},
+        {"classes": [1]},
+        {"image_size": 32},
+        {"image_size": [32]},
+        {"normalization": None},
+        {"normalization": {"mean": [0.5]}},
+        {"normalization": {"mean": ["half"], "deviation": [1]}},
+    ],
+    ids=str,
+)
+def test_state_without_what_a_prediction_needs_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    (tmp_path / "state.json").write_text(json.dumps(VALID))
+    assert read_content(tmp_path) == VALID
+    (tmp_path / "state.json").write_text(json.dumps(VALID | change))
+    with pytest.raises(InputError, match=r"state\.json: classes, normalization or image_size from another version"):
+        read_content(tmp_path)
 
 
 def test_the_data_may_have_moved() -> None:
