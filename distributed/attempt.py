@@ -75,7 +75,7 @@ class Attempt:
             if device.type == "cpu":
                 bits["threads"] = torch.get_num_threads()
             bits["engine"] = section.name
-            if isinstance(section, DeepSpeed):
+            if isinstance(section, DeepSpeed) and self.topology.world_size > 1:  # else it is not used
                 bits["engine"] += f" {version('deepspeed')}, stage {section.zero_stage}"
             if isinstance(engine, DdpEngine) and engine.summed_by:
                 bits["sum of gradients"] = engine.summed_by
@@ -160,6 +160,8 @@ class Attempt:
 
     def _record_ending(self, run: ClaimedRun, error: BaseException | None) -> None:
         state = self._state
+        if isinstance(error, InputError) and state is None and run.status().status == "finished":
+            return  # what was refused changed nothing
         progress: dict[str, Any] = {"step": state.step, "epoch": state.epoch} if state else {}
         if error is not None:
             ending = exits.exit_of(error)
@@ -169,5 +171,8 @@ class Attempt:
             run.end("stopped", exit_code=ExitCode.STOPPED, reason=state.stop_reason, **progress)
         else:
             run.end("finished", exit_code=ExitCode.FINISHED, **progress)
-            with OptionalOutput(run.curves):
-                draw_curves(run.metrics_file, run.curves, title=f"{self.config.model.name} on {self.config.data.name}")
+            if self.config.logging.curves:
+                with OptionalOutput(run.curves):
+                    draw_curves(
+                        run.metrics_file, run.curves, title=f"{self.config.model.name} on {self.config.data.name}"
+                    )

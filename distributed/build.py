@@ -20,7 +20,7 @@ from distributed.engine.ddp import DdpEngine
 from distributed.engine.exact import ExactEngine
 from distributed.engine.prepare import Compute
 from distributed.engine.protocol import Engine
-from distributed.errors import InputError
+from distributed.errors import InputError, reported_once
 from distributed.host.cpu_quota import quota_note
 from distributed.models.grad_checkpointing import blocks_to_checkpoint
 from distributed.models.imported import check_same_weights
@@ -43,31 +43,32 @@ def build_data(
     Raises:
         InputError: the data cannot be read, its images are too small for a setting, or there are too many ranks.
     """
-    config.check_world_size(topology.world_size, device.type)
-    registry.fetch_missing(config.data)
-    data = DataPipeline(
-        config.data,
-        Batching(
-            seed=config.seed,
-            global_batch_size=config.global_batch_size,
-            grad_accum_steps=config.grad_accum_steps,
-            evaluation_batch_size=config.evaluation.batch_size,
-        ),
-        Shards.of_rank(topology.rank, topology.world_size, config.shards_on(device.type) or topology.world_size),
-        InputFormat(
-            device,
-            dtype=torch.float64 if config.precision == "float64" else torch.float32,
-            channels_last=config.channels_last,
-            side=config.resized_side,
-            repeats_channel=isinstance(config.model, BuiltInModel),
-        ),
-        side=config.decoded_side,
-        given=given,
-    )
-    height, width = data.raw_images(1).shape[1:3]
-    if conflicts := config.size_conflicts(height, width):
-        raise InputError(*conflicts)
-    return data
+    with reported_once(topology.local_rank):
+        config.check_world_size(topology.world_size, device.type)
+        registry.fetch_missing(config.data)
+        data = DataPipeline(
+            config.data,
+            Batching(
+                seed=config.seed,
+                global_batch_size=config.global_batch_size,
+                grad_accum_steps=config.grad_accum_steps,
+                evaluation_batch_size=config.evaluation.batch_size,
+            ),
+            Shards.of_rank(topology.rank, topology.world_size, config.shards_on(device.type) or topology.world_size),
+            InputFormat(
+                device,
+                dtype=torch.float64 if config.precision == "float64" else torch.float32,
+                channels_last=config.channels_last,
+                side=config.resized_side,
+                repeats_channel=isinstance(config.model, BuiltInModel),
+            ),
+            side=config.decoded_side,
+            given=given,
+        )
+        height, width = data.raw_images(1).shape[1:3]
+        if conflicts := config.size_conflicts(height, width):
+            raise InputError(*conflicts)
+        return data
 
 
 def read_data(config: TrainConfig) -> DataPipeline:

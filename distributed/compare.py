@@ -78,6 +78,8 @@ def _saved(run: RunFolder) -> dict[str, dict[str, str]]:
 def _compare_lines(key: tuple[int, str], a: dict[str, Any], b: dict[str, Any]) -> Divergence | None:
     step, place = key
     for name in a:
+        if name in ("validation", "test") and None in (a[name], b.get(name)):
+            continue  # not evaluated by both: evaluation.test_every_epoch
         if name in b and not _is_equal(a[name], b[name]):  # versions differ in which metrics they log
             where = f"epoch {a['epoch'] + 1}" if place == "epoch" else place
             return Divergence(step, f"logged for {where}: {name} {a[name]} | {b[name]}")

@@ -5,15 +5,16 @@ Prints loss, top-1 and top-5, then the results per class, and draws the confusio
 
 import argparse
 import json
+import time
 from contextlib import suppress
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from distributed.config import TrainConfig
+from distributed.config import TrainConfig, with_values
 from distributed.data.sources import registry
-from distributed.errors import ExitCode, InputError, NotFiniteError, PeerError, StorageError
+from distributed.errors import ExitCode, InputError, NotFiniteError, PeerError, StorageError, not_permitted
 from distributed.files import check_writable, home_path, write_output
 from distributed.host.versions import require
 from distributed.inference.saved_run import (
@@ -28,7 +29,7 @@ from distributed.inference.saved_run import (
 from distributed.process import gc_pause
 from distributed.process.optional_output import OptionalOutput, requested_output
 from distributed.process.streams import run_command
-from distributed.topology import Topology
+from distributed.topology import Topology, is_first_on_node
 
 if TYPE_CHECKING:
     from distributed.data.pipeline import Split
@@ -70,9 +71,12 @@ def main() -> int:
     except (PeerError, NotFiniteError) as error:
         return error.report()
     except (InputError, StorageError) as error:
-        code = error.report()
+        if is_first_on_node():
+            error.report()
         _notify_waiting_peers(error)
-        return code
+        if not is_first_on_node():
+            time.sleep(3)  # torchrun ends all ranks as soon as one exits: the first prints meanwhile
+        return error.exit_code
 
 
 def _notify_waiting_peers(error: InputError | StorageError) -> None:
@@ -86,10 +90,13 @@ def _notify_waiting_peers(error: InputError | StorageError) -> None:
 
 
 def _config_of(run: Path, root: Path | None) -> TrainConfig:
-    config = with_data_root(read_config(run), root)
-    config.check_importable()
-    registry.prepare(config.data)
-    return config
+    try:
+        config = with_data_root(read_config(run), root)
+        config.check_importable()
+        registry.prepare(config.data)
+    except PermissionError as error:
+        raise not_permitted(error) from None
+    return with_values(config, run_dir=run)  # the run may have been moved
 
 
 def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespace) -> int:

@@ -55,6 +55,7 @@ def main() -> int:
 def _run(stop: SignalStop) -> int:
     topology = Topology()
     arguments = [argument for argument in sys.argv[1:] if argument not in DRY_RUN]
+    dry_run = len(arguments) < len(sys.argv) - 1
     try:
         topology = Topology.from_environment()
         topology.check_endpoint()
@@ -67,12 +68,13 @@ def _run(stop: SignalStop) -> int:
             folder = RunFolder(config.run_dir)
             print(f"{folder.path}: this run is finished; evaluate it with python -m distributed.evaluate {folder.path}, "
                   f"or start another with --run_dir", file=sys.stderr)  # fmt: skip
-            upload_remaining(config)
+            if not dry_run:
+                upload_remaining(config)
         return ExitCode.FINISHED
     with gc_pause.gc_paused():  # imports torch, now that all input has been checked
         from distributed.run_process import run_to_exit_code
 
-    return run_to_exit_code(config, topology, stop, len(arguments) < len(sys.argv) - 1)
+    return run_to_exit_code(config, topology, stop, dry_run)
 
 
 def checked_config(

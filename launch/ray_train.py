@@ -7,7 +7,7 @@ anything is scheduled. On Ctrl-C, SIGTERM and `ray job stop` the run saves at th
 import sys
 
 from distributed.config import help_text
-from distributed.errors import ExitCode, InputError
+from distributed.errors import ExitCode, InputError, not_permitted
 from distributed.host.shipped import shipped
 from distributed.host.versions import require
 from distributed.process.streams import run_command
@@ -51,6 +51,8 @@ def main() -> int:
         check_address(ray_address())
     except InputError as error:
         return refuse(error, Topology())
+    except PermissionError as error:
+        return refuse(not_permitted(error), Topology())
     set_environment()
     if sweep:
         from launch.on_ray import sweep as ray_sweep  # imports ray, now that the input is checked

@@ -23,7 +23,8 @@ from distributed.process.optional_output import OptionalOutput
 from distributed.process.streams import run_command
 from distributed.run.metrics_log import FIGURES, MetricsLog, Point
 from distributed.runs.outcome import outcome_of, runs_below
-from distributed.runs.table import HEADINGS, cells, in_columns
+from distributed.runs.table import HEADINGS, cells, in_columns, number
+from launch.sweep import as_url_path
 
 METRICS = tuple(f"{split}.{figure}" for split, figure in product(("validation", "test"), FIGURES))
 # The end of a run's name that distinguishes the seeds of one setting, e.g. `lr=0.1/seed-0`; in older versions `,seed=0`.
@@ -44,8 +45,7 @@ def summary(folder: Path, metric: str = METRICS[0]) -> str:
     is_listed = metric == METRICS[0]  # as `best validation`
     rows = [["run", *HEADINGS, *([] if is_listed else [metric])]]
     for name in _sorted(list(runs), best, metric):
-        value = f"{best[name].value:.4f} (epoch {best[name].epoch})" if name in best else "-"
-        rows.append([shown(name), *cells(outcomes[name]), *([] if is_listed else [value])])
+        rows.append([shown(name), *cells(outcomes[name]), *([] if is_listed else [number(best.get(name))])])
     lines = in_columns(rows)
     finished = [name for name in runs if outcomes[name].status == "finished"]
     settings: dict[str, list[dict[str, float]]] = {}
@@ -108,10 +108,10 @@ def write_summary(folder: Path, metric: str) -> str:
 
 
 def _elsewhere(config: TrainConfig, folder: Path, run: Path) -> TrainConfig:
-    """Return a trial's config with a run folder and an upload URL of their own: the trial's hold the trial."""
-    values: dict[str, Any] = {"run_dir": folder / "best"}
+    """Return a trial's config with a run folder and an upload URL of its own, and the threads of any machine."""
+    values: dict[str, Any] = {"run_dir": folder / "best", "threads": 0}
     if url := config.checkpoint.upload_to:
-        base = url.rstrip("/").removesuffix(f"/{run.relative_to(folder)}")
+        base = url.rstrip("/").removesuffix(f"/{as_url_path(str(run.relative_to(folder)))}")
         values["checkpoint"] = config.checkpoint.model_copy(update={"upload_to": f"{base}/best"})
     return with_values(config, **values)
 

@@ -5,6 +5,7 @@ Imports no torch.
 
 import hashlib
 import itertools
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,12 @@ def _as_name(text: str) -> str:
         return text
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{name.encode()[: _MAX_NAME_BYTES - 9].decode(errors='ignore')}~{digest}"
+
+
+def as_url_path(name: str) -> str:
+    """Return a folder's name as part of an object store's URL; one that has to be changed gets a digest."""
+    changed = re.sub(r"[\s?*#\[\]{}]", "_", name)
+    return name if changed == name else f"{changed}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def trials_of(sweep: Sweep) -> list[Trial]:
@@ -147,7 +154,7 @@ def in_subfolder(arguments: Sequence[str], name: str, *more: str) -> list[str]:
     config = from_command_line([*arguments, *more]).config
     replaced = {"run_dir": str(config.run_dir / name)}
     if url := config.checkpoint.upload_to:
-        replaced["checkpoint.upload_to"] = f"{url.rstrip('/')}/{name}"
+        replaced["checkpoint.upload_to"] = f"{url.rstrip('/')}/{as_url_path(name)}"
     return with_settings([*arguments, *more], replaced)
 
 

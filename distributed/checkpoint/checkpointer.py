@@ -26,6 +26,7 @@ from distributed.comm import collectives
 from distributed.data.sources.identity import check_resumed
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError, StorageError
+from distributed.run import checkpoint_changes
 from distributed.run import checkpoint_layout as layout
 from distributed.run.claim import ClaimedRun
 from distributed.run.records import SaveRecord
@@ -225,7 +226,7 @@ class Checkpointer:
             self.run.check_token()
             write_checkpoint(aside, tensors, snapshot.content)
             if os.path.lexists(path):  # e.g. a copy made in the meantime
-                layout.set_aside(path, "not written by this attempt")
+                checkpoint_changes.set_aside(path, "not written by this attempt")
             self.run.commit(aside, path)
         except OSError:
             shutil.rmtree(aside, ignore_errors=True)
@@ -233,11 +234,10 @@ class Checkpointer:
             raise
         digests = {tensor: tensor_digest(value) for tensor, value in tensors.items()}
         self.run.append(self.run.digests_file, SaveRecord(name=name, tensors=digests))
-        self.run.try_cleanup("the link latest was not set", partial(layout.set_link, self.folder, layout.LATEST, name))
+        set_link = partial(checkpoint_changes.set_link, self.folder)
+        self.run.try_cleanup("the link latest was not set", partial(set_link, layout.LATEST, name))
         if snapshot.best is not None:
-            self.run.try_cleanup(
-                "the link best was not set", partial(layout.set_link, self.folder, layout.BEST, snapshot.best)
-            )
+            self.run.try_cleanup("the link best was not set", partial(set_link, layout.BEST, snapshot.best))
         self._delete_old(name, snapshot.best)
         if self._uploader:
             self._uploader.start()
@@ -246,5 +246,5 @@ class Checkpointer:
     def _delete_old(self, newest: str, best: str | None) -> None:
         assert self.run is not None
         keep = {best, self._uploader.uploading if self._uploader else None}
-        delete = partial(layout.delete_old, self.folder, newest=newest, keep_last=self.keep_last, keep=keep)
+        delete = partial(checkpoint_changes.delete_old, self.folder, newest=newest, keep_last=self.keep_last, keep=keep)
         self.run.try_cleanup("an old checkpoint was not deleted", delete)

@@ -13,6 +13,7 @@ from loguru import logger
 from distributed.checkpoint.object_store import Store, StoreError, call_with_timeout
 from distributed.config import TrainConfig
 from distributed.errors import InputError
+from distributed.run.checkpoint_changes import set_link
 from distributed.run.checkpoint_layout import (
     BEST,
     DAMAGED_MANIFEST,
@@ -21,7 +22,6 @@ from distributed.run.checkpoint_layout import (
     best_known_to,
     check_format,
     damage_of,
-    set_link,
     unfinished,
 )
 from distributed.run.claim import ClaimedRun

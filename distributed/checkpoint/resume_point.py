@@ -13,7 +13,8 @@ from distributed.checkpoint.tensor_file import read_tensors
 from distributed.comm import collectives
 from distributed.errors import InputError, StorageError
 from distributed.files import storing
-from distributed.run.checkpoint_layout import delete_unfinished, newest_complete, set_aside
+from distributed.run.checkpoint_changes import delete_unfinished, set_aside
+from distributed.run.checkpoint_layout import check_format, checkpoints, newest_complete
 from distributed.run.claim import ClaimedRun
 
 Validate = Callable[[dict[str, Any], Path], None]
@@ -41,6 +42,8 @@ def find_resume_point(run: ClaimedRun, store: Store | None, validate: Validate) 
     """
     with storing(run.checkpoints):
         delete_unfinished(run.checkpoints)
+        for checkpoint in checkpoints(run.checkpoints):
+            check_format(checkpoint)  # or a newer version's would be set aside as damaged
         newest = newest_complete(run.checkpoints)
         if newest.checkpoint is None and store and _download(run, store, newest.damaged):
             newest = newest_complete(run.checkpoints)

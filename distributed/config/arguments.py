@@ -5,7 +5,6 @@ import tomllib
 from collections import deque
 from collections.abc import Sequence
 from functools import cache
-from itertools import chain
 from typing import Any, get_args
 
 from distributed.config.hints import known, unknown
@@ -42,7 +41,7 @@ def _read_option(settings: Settings, remaining: deque[str]) -> str | None:
             return f"--{shown(name)}: {_without_value(path)}"
     if path in settings.places:
         return f"--{shown(path)}: given twice; remove one"
-    if other := _overlapping(path, settings.places):
+    if other := _overlapping(path, settings):
         return f"--{shown(path)}: given together with --{shown(other)}; remove one"
     settings.places[path] = "command line"
     if path.count(".") >= MAX_DEPTH:
@@ -56,21 +55,19 @@ def _flags() -> frozenset[str]:
     return frozenset(leaf.path for leaf in leaves() if bool in (leaf.annotation, *get_args(leaf.annotation)))
 
 
-def _overlapping(path: str, places: dict[str, str]) -> str | None:
-    """Return an option that sets an entire table while `path` sets something in it, or the reverse."""
-    around = (section for section in _sections() if section in places and path.startswith(f"{section}."))
-    inside = (other for other in places if other.startswith(f"{path}.")) if path in _sections() else ()
-    return next(chain(around, inside), None)
+def _overlapping(path: str, settings: Settings) -> str | None:
+    """Return an option that sets a value while `path` sets something in it, or the reverse.
 
-
-@cache
-def _sections() -> frozenset[str]:
-    """Return the paths that hold settings: sections, and settings that are tables themselves."""
-    tables = {leaf.path for leaf in leaves() if leaf.is_table}
-    return frozenset(
-        tables
-        | {".".join(leaf.path.split(".")[:end]) for leaf in leaves() for end in range(1, leaf.path.count(".") + 1)}
-    )
+    The time does not depend on the number of options unless there is one to return.
+    """
+    names = path.split(".")[: MAX_DEPTH + 1]
+    outer = (".".join(names[:end]) for end in range(1, len(names)))
+    if around := next((other for other in outer if other in settings.places), None):
+        return around
+    inside: Any = settings.values
+    for name in names:
+        inside = inside.get(name) if isinstance(inside, dict) else None
+    return next((other for other in settings.places if inside and other.startswith(f"{path}.")), None)
 
 
 def _without_value(path: str) -> str:
@@ -81,12 +78,10 @@ def _without_value(path: str) -> str:
 
 
 def _put(tree: Tree, path: str, value: Any) -> None:
-    """Set a dotted path, whatever the order of the options; a section that was set to a plain value keeps it."""
+    """Set a dotted path, of which no part has a value yet."""
     *sections, key = path.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            return
     tree[key] = value
 
 

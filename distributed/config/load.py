@@ -71,6 +71,10 @@ def _resolved(file: Path | None, overrides: Settings, *, default_data: str) -> T
         settings.override(from_file(file, saved=is_saved_by_a_run(file)))
     settings.override(overrides)
     config = validated(settings)
+    if file and is_saved_by_a_run(file) and "run_dir" not in overrides.values:
+        # The run may have been moved, or its folder been relative to another one.
+        is_there = config.run_dir.resolve() == file.parent.resolve()
+        return config if is_there else with_values(config, run_dir=file.parent)
     if "run_dir" in settings.values:
         return config
     return with_values(

@@ -47,7 +47,7 @@ class Scaling(Section):
                 f"wherever it fits: set {self.placement.removeprefix('strict_')}, or remove min_workers"
             )
         if device == "cuda" and not self.gpus_per_worker:
-            found.append("device = cuda needs scaling.gpus_per_worker = 1: with 0 Ray would hide the GPUs")
+            found.append("device = cuda needs scaling.gpus_per_worker = 1: with 0 Ray reserves no GPU for a worker")
         if device == "cpu" and self.gpus_per_worker:
             found.append(
                 "device = cpu with scaling.gpus_per_worker = 1 reserves GPUs that it does not use: set it to 0"

@@ -79,6 +79,7 @@ class Logging(Section):
     every_steps: int = operational(50, "steps between lines of training metrics", gt=0)
     level: Literal["DEBUG", "INFO", "WARNING"] = operational("INFO", "minimum log level on the terminal")
     tensorboard: bool = operational(True, "write TensorBoard event files beside metrics.jsonl")
+    curves: bool = operational(True, "draw curves.png when the run finishes")
     profile_steps: int = operational(
         0, "profile N steps of rank 0, after the first ten of the attempt, into RUN/profile; 0: off", ge=0, le=1000
     )

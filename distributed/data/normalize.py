@@ -42,8 +42,8 @@ def channel_statistics(
         counts += [np.bincount(block[..., channel].ravel(), minlength=256) for channel in range(len(counts))]
     means = np.array([np.average(values, weights=count) for count in counts])
     variances = [np.average((values - mean) ** 2, weights=count) for mean, count in zip(means, counts, strict=True)]
-    deviations = np.sqrt(variances)
-    return ChannelStatistics(means, np.where(deviations > 0, deviations, 1.0))
+    is_constant = np.count_nonzero(counts, axis=1) == 1  # the mean's rounding would leave a tiny deviation
+    return ChannelStatistics(means, np.where(is_constant, 1.0, np.sqrt(variances)))
 
 
 def spread(size: int, count: int) -> NDArray[np.int64]:

@@ -77,7 +77,10 @@ class DdpEngine:
         self._config, self.compute = config, compute
         self._plain = prepare(model, compute)
         if compile:
-            self._plain.compile()  # in place, so that parameters keep their names
+            # In place, so that parameters keep their names. With dynamic shapes, which kernels a batch gets would depend on
+            # the sizes of the batches before it; beyond the limit of shapes, the network would run uncompiled.
+            torch._dynamo.config.recompile_limit = 64
+            self._plain.compile(dynamic=False)
         self.model = self._plain
         self.weights = ModelState(optim, self._plain, precision=compute.precision)
         self._trained = [p for p in self._plain.parameters() if p.requires_grad]

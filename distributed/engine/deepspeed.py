@@ -165,6 +165,7 @@ def _settings(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": _zero_settings(config, model),
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device in every step
         # Not its bf16 block, which casts the weights that batch norm's kernels need in float32. With a non-empty
         # list, gradients would be summed in bfloat16.
         "torch_autocast": {

@@ -38,7 +38,17 @@ def initialize(
         # DeepSpeed probes for optional imports. If an earlier engine, whose finalizer imports too, were collected meanwhile,
         # that would raise a KeyError (https://github.com/python/cpython/issues/106176); so collect it now.
         gc.collect()
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+        # Its index of the GPU, which differs from ours where each rank sees only its own.
+        local_rank = os.environ.get("LOCAL_RANK")
+        if device.type == "cuda":
+            os.environ["LOCAL_RANK"] = str(device.index)
+        try:
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=settings, dist_init_required=False
+            )
+        finally:
+            if local_rank is not None:
+                os.environ["LOCAL_RANK"] = local_rank
     return engine
 
 

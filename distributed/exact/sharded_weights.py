@@ -145,7 +145,7 @@ class _Layer:
             storage = target.untyped_storage()
             storage.resize_(self._bytes[name])
             # A new tensor has a version counter of its own; otherwise autograd would consider its saved tensors overwritten.
-            flat = target.new_empty(0).set_(storage, 0, (target.numel(),), (1,))
+            flat = target.new_empty(0).set_(storage, target.storage_offset(), (target.numel(),), (1,))
             for row, elements in zip(received, partitions[name].ranges, strict=True):
                 flat[elements] = row[offset : offset + elements.stop - elements.start]
             offset += partitions[name].max_length

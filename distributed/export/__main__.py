@@ -79,19 +79,24 @@ def _export(config: "TrainConfig", checkpoint: Path, names: list[str], out: Path
         try:
             contents = FORMATS[name].contents(trained, metadata)
         except Exception as error:  # torch.export cannot trace every network that someone brings
-            failed.append(f"--format {name}: model.name = {config.model.name} cannot be exported: {one_line(error)}")
+            reason = f"model.name = {config.model.name} cannot be exported: {one_line(error)}"
+            failed.append(f"--format {name}: {reason}; the other formats are written")
             continue
         for file, content in contents.items():
             with requested_output("--out", out / file):
                 write_output(out / file, content)
-        difference = largest_difference(FORMATS[name].load(exported), expected)
+        try:
+            difference = largest_difference(FORMATS[name].load(exported), expected)
+        except Exception as error:  # e.g. onnxruntime is not installed, or lacks an operation
+            failed.append(f"--format {name}: {exported} is written, but could not be checked: {one_line(error)}")
+            continue
         matches = difference <= tolerance
         all_match &= matches
         verdict = "" if matches else f", MORE THAN {tolerance:g}: do not use this file"
         size = exported.stat().st_size
         print(f"{name:12}  {exported}  {size:,} bytes, largest difference of a logit {difference:.2e}{verdict}")
     if failed:
-        raise InputError(*[f"{line}; the other formats are written" for line in failed])
+        raise InputError(*failed)
     return ExitCode.FINISHED if all_match else ExitCode.FAILED
 
 

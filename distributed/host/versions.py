@@ -26,7 +26,9 @@ def versions() -> dict[str, str]:
 
 def git_state() -> str:
     """Return the commit of this code, with `+changes` if files were modified; empty outside a checkout."""
-    here = Path(__file__).parents[1]
+    here = Path(__file__).parents[2]
+    if not (here / "pyproject.toml").is_file():  # installed, perhaps inside another project's checkout
+        return ""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty=+changes", "--abbrev=12"],

@@ -37,7 +37,7 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def with_data_root(config: TrainConfig, root: Path | None) -> TrainConfig:
-    """Return the config with its data set in folder `root`; unchanged if `root` is None.
+    """Return the config with its data set in folder `root`, and no other cache; unchanged if `root` is None.
 
     Raises:
         InputError: the run's data set is generated, so it has no folder.
@@ -46,7 +46,8 @@ def with_data_root(config: TrainConfig, root: Path | None) -> TrainConfig:
         return config
     if not has_data_root(config):
         raise InputError(f"--data.root {root}: this run used data.name = {config.data.name}; leave it out")
-    return with_values(config, data=config.data.model_copy(update={"root": root}))
+    moved: dict[str, Any] = {"root": root} | ({"cache": None} if hasattr(config.data, "cache") else {})
+    return with_values(config, data=config.data.model_copy(update=moved))
 
 
 def has_data_root(config: TrainConfig) -> bool:
@@ -114,7 +115,7 @@ def read_content(checkpoint: Path) -> dict[str, Any]:
         InputError: it has not.
     """
     content = read_object(checkpoint / STATE)
-    names, size, normalization = (content.get(key) for key in ("classes", "image_size", "normalization"))
+    names, size, normalization = (content.get(key, ()) for key in ("classes", "image_size", "normalization"))
     valid = _is_list(names, str) and _is_list(size, int) and len(size) == 2 and isinstance(normalization, dict)
     if not valid or not all(_is_list(normalization.get(key), int, float) for key in Normalization._fields):
         raise InputError(

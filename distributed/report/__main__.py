@@ -12,13 +12,14 @@ from pathlib import Path
 
 from distributed.errors import ExitCode, prints_errors
 from distributed.files import check_writable, home_path, write_output
-from distributed.inference.saved_run import has_data_root, with_data_root, without_download
+from distributed.inference.saved_run import choose_checkpoint, has_data_root, with_data_root, without_download
 from distributed.process import logs
 from distributed.process.optional_output import requested_output
 from distributed.process.streams import run_command
 from distributed.report.history import History, read_history
 from distributed.report.narrative import dataset_name
 from distributed.report.page import Html, page, text
+from distributed.run.checkpoint_layout import committed_names, is_committed
 
 
 @prints_errors
@@ -35,6 +36,7 @@ def main() -> int:
     logs.terminal_logs(0, level="WARNING")
     out = arguments.out or (arguments.runs[0] / "report.html" if len(arguments.runs) == 1 else Path("report.html"))
     runs = [read_history(run) for run in arguments.runs]
+    _check_options(arguments, runs)
     check_writable("--out", out)
     runs = _with_unique_names([_with_root(run, arguments.root) for run in runs])
     content = _page(runs, checkpoint=arguments.checkpoint).encode(errors="backslashreplace")  # a folder's name
@@ -42,6 +44,17 @@ def main() -> int:
         write_output(out, content)
     print(f"{out} ({len(content) / 2**20:.1f} MiB)")
     return ExitCode.FINISHED
+
+
+def _check_options(arguments: argparse.Namespace, runs: Sequence[History]) -> None:
+    """Raise InputError if --data.root or --checkpoint applies to none of the runs."""
+    if arguments.root and not any(has_data_root(run.config) for run in runs):
+        with_data_root(runs[0].config, arguments.root)  # raises
+    saved = [run for run in runs if committed_names(run.folder.checkpoints)]
+    if arguments.checkpoint != "auto" and not any(
+        is_committed(run.folder.checkpoints / arguments.checkpoint) for run in saved
+    ):
+        choose_checkpoint((saved or runs)[0].folder.path, arguments.checkpoint)  # raises, and lists the names
 
 
 def _with_root(run: History, root: Path | None) -> History:

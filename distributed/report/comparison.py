@@ -9,19 +9,15 @@ from distributed.figures.curves import overlaid_curves
 from distributed.figures.style import as_png, as_svg
 from distributed.report.history import History
 from distributed.report.narrative import clock, dataset_name
-from distributed.report.page import Absent, Html, missing, section, table, text
+from distributed.report.page import Absent, Html, section, section_or_reason, table, text
 
 
 def comparison_sections(runs: Sequence[History]) -> list[Html]:
     """Return results, curves, differing settings, and whether the runs are bit-identical."""
-    try:
-        curves = section("Curves", curves_as_svg(runs))
-    except Absent as reason:
-        curves = missing("Curves", str(reason))
     return [
         "<h2>Comparison</h2>",
         section("Results", _results(runs)),
-        curves,
+        section_or_reason("Curves", lambda: [curves_as_svg(runs)]),
         _settings(runs),
         _bits(runs),
     ]
@@ -63,7 +59,7 @@ def _results(runs: Sequence[History]) -> Html:
                 run.name,
                 run.config.model.name,
                 dataset_name(run),
-                f"{len(run.log.epochs)} of {run.config.epochs}",
+                f"{run.log.finished_epochs} of {run.config.epochs}",
                 f"{best.value:.2%} (epoch {best.epoch})" if best else "–",
                 f"{test.value:.2%}" if test else "–",
                 *(f"{point.value:.4f}" if (point := run.log.last("test", name)) else "–" for name in further),

@@ -59,7 +59,7 @@ class History:
     @property
     def progress(self) -> str:
         """Format finished and planned epochs, e.g. `3 of 10 epochs`."""
-        return f"{len(self.log.epochs)} of {self.config.epochs} epochs"
+        return f"{self.log.finished_epochs} of {self.config.epochs} epochs"
 
     @property
     def wall_time(self) -> WallTime:

@@ -4,6 +4,7 @@ from datetime import timedelta
 
 from distributed.config.data import CifarData, GeneratedData
 from distributed.config.schedules import Constant, Cosine, Linear, OneCycle, Plateau
+from distributed.errors import ExitCode
 from distributed.report.history import Attempt, History
 
 
@@ -40,15 +41,20 @@ def describe_status(run: History) -> str:
     reason = f": {status.reason}" if status.reason else ""
     match status.status:
         case "finished":
-            early = len(run.log.epochs) < run.config.epochs and run.config.early_stopping is not None
+            early = run.log.finished_epochs < run.config.epochs and run.config.early_stopping is not None
             why = ", stopped early because validation no longer improved" if early else ""
             return f"The run finished{at}{why}."
         case "stopped":
             return f"The run was stopped on request{at}{reason}. The same command resumes it."
         case "failed":
-            return f"The run failed{at}{reason}. The same command resumes it from its last checkpoint."
+            again = (
+                "would fail again: first change what the message names"
+                if status.exit_code in (ExitCode.BAD_INPUT, ExitCode.NOT_FINITE)
+                else "resumes it from its last checkpoint"
+            )
+            return f"The run failed{at}{reason}. The same command {again}."
         case "running":
-            newest = f"is{at}" if at else "has not been written yet"
+            newest = f"is of step {status.saved_step:,}" if status.saved_step else "has not been written yet"
             return f"When this page was generated, the run was in progress or killed; its newest checkpoint {newest}."
         case _:
             return "The run folder does not record a status."

@@ -1,9 +1,14 @@
 """Builds a page from its elements. Styles, drawings and images are embedded in the one file. Imports no torch."""
 
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import NamedTuple
+
+from loguru import logger
+
+from distributed.errors import InputError, NotFiniteError
+from distributed.process.optional_output import one_line
 
 Html = str
 """Markup in which all text is escaped."""
@@ -73,6 +78,17 @@ def section(title: str, *content: Html) -> Html:
 def missing(title: str, why: str) -> Html:
     """Return a section that says why its content could not be created."""
     return section(title, f'<p class="missing">{escape(why)}</p>')
+
+
+def section_or_reason(title: str, make: Callable[[], Sequence[Html]]) -> Html:
+    """Return the section that `make` fills, or, if it cannot, a section that says why."""
+    try:
+        return section(title, *make())
+    except (Absent, InputError, NotFiniteError) as error:
+        return missing(title, f"This section could not be created. {error}")
+    except Exception as error:  # e.g. no matplotlib; or a run in progress deletes the checkpoint being read
+        logger.warning("{}: {}; continuing without it", title, one_line(error))
+        return missing(title, f"This section could not be created: {one_line(error)}.")
 
 
 def text(*sentences: str, quiet: bool = False) -> Html:

@@ -6,18 +6,14 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loguru import logger
-
 from distributed.config import as_toml
-from distributed.errors import InputError, NotFiniteError
 from distributed.figures.curves import run_curves, speed_curve
 from distributed.figures.style import as_svg
 from distributed.inference.saved_run import choose_checkpoint
-from distributed.process.optional_output import one_line
 from distributed.report import checkpoint_sections
 from distributed.report.history import History
 from distributed.report.narrative import clock, describe, describe_end, describe_learning_rate, describe_status
-from distributed.report.page import Absent, Html, folded, key_figures, missing, section, table, text
+from distributed.report.page import Absent, Html, folded, key_figures, section, section_or_reason, table, text
 from distributed.run.checkpoint_layout import committed_names
 
 if TYPE_CHECKING:
@@ -48,7 +44,7 @@ def run_sections(run: History, *, checkpoint: str, anchor: str) -> list[Html]:
         text(describe(run)),
         key_figures(_key_figures(run)),
         _attempts(run),
-        *(_section(title, make) for title, make in sections),
+        *(section_or_reason(title, make) for title, make in sections),
         section("Settings", folded("config.toml", as_toml(run.config))),
     ]
 
@@ -79,16 +75,6 @@ class _Saved:
         return self.analysis().findings(self.path(), mistakes=_MISTAKES)
 
 
-def _section(title: str, make: Callable[[], list[Html]]) -> Html:
-    try:
-        return section(title, *make())
-    except (Absent, InputError, NotFiniteError) as error:
-        return missing(title, f"This section could not be created. {error}")
-    except Exception as error:  # e.g. no matplotlib; or a run in progress deletes the checkpoint being read
-        logger.warning("{}: {}; continuing without it", title, one_line(error))
-        return missing(title, f"This section could not be created: {one_line(error)}.")
-
-
 def _key_figures(run: History) -> list[tuple[str, str]]:
     figures = []
     if best := run.log.best("validation"):
@@ -99,7 +85,7 @@ def _key_figures(run: History) -> list[tuple[str, str]]:
         if point := run.log.last("test", name):
             figures.append((f"test {name}, epoch {point.epoch}", f"{point.value:.4f}"))
     time = run.wall_time
-    figures.append(("epochs", f"{len(run.log.epochs)} of {run.config.epochs}"))
+    figures.append(("epochs", f"{run.log.finished_epochs} of {run.config.epochs}"))
     figures.append(
         ("wall time" if time.complete else "wall time of the attempts whose end is recorded", clock(time.total))
     )

@@ -13,13 +13,10 @@ No other module spells these file names.
 
 import os
 import re
-import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from loguru import logger
 
 from distributed.errors import InputError
 from distributed.files import Written, digest_of, read_object
@@ -32,7 +29,7 @@ FILES = (TENSORS, STATE)
 DAMAGED_MANIFEST = f"{MANIFEST}.damaged"
 BEST, LATEST = "best", "latest"
 _NAME = re.compile(r"step-(\d{8,})-epoch-(\d{3,})", re.ASCII)
-_WRITING, _DELETING, _DAMAGED = ".writing-", ".deleting-", ".damaged"
+WRITING, DELETING, DAMAGED = ".writing-", ".deleting-", ".damaged"
 
 
 class SavedState(NamedTuple):
@@ -104,8 +101,15 @@ def committed_names(folder: Path) -> list[str]:
 
 
 def preferred(folder: Path) -> list[Path]:
-    """Return the checkpoints that a run folder may refer to, by preference: best, latest, then newest first."""
-    return [folder / BEST, folder / LATEST, *reversed(checkpoints(folder))]
+    """Return the checkpoints that a run folder may refer to, by preference: best, latest, then newest first.
+
+    A copied run may lack the links, or have copies of what they led to, which a resume leaves behind.
+    """
+    newest_first = checkpoints(folder)[::-1]
+    if (folder / BEST).is_symlink() or not newest_first:
+        return [folder / BEST, folder / LATEST, *newest_first]
+    best = best_known_to(newest_first[0])
+    return [folder / best, *newest_first] if best else newest_first
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -124,7 +128,7 @@ def find_checkpoint(path: Path) -> Path:
 
 def saved_or_damaged(folder: Path) -> list[Path]:
     """Return the committed checkpoints and those set aside as damaged. If any exists, the run has saved."""
-    damaged = [path for path in folder.glob(f"step-*{_DAMAGED}*") if parse_name(path.name.partition(".")[0])]
+    damaged = [path for path in folder.glob(f"step-*{DAMAGED}*") if parse_name(path.name.partition(".")[0])]
     return [*checkpoints(folder), *damaged]
 
 
@@ -176,10 +180,12 @@ def newest_complete(folder: Path) -> NewestComplete:
 
 def newest_saved(folder: Path) -> SavedState | None:
     """Find the newest checkpoint whose state.json is intact. Fast, because it does not read the tensors."""
-    for path in reversed(checkpoints(folder)):
-        content = read_object(path / STATE)
-        if content and is_intact(read_object(path / MANIFEST), content, digest_of(path / STATE)):
-            return SavedState(path, content)
+    for _ in range(2):  # again: an attempt that is ending may have replaced all of them meanwhile
+        for path in reversed(checkpoints(folder)):
+            content = read_object(path / STATE)
+            with suppress(FileNotFoundError):  # deleted since
+                if content and is_intact(read_object(path / MANIFEST), content, digest_of(path / STATE)):
+                    return SavedState(path, content)
     return None
 
 
@@ -192,59 +198,4 @@ def is_intact(manifest: Mapping[str, Any], content: Mapping[str, Any], written: 
 
 def unfinished(folder: Path, name: str, *, token: str = "") -> Path:
     """Return the path under which a checkpoint is written before it is committed. Each token has its own path."""
-    return folder / f"{_WRITING}{name}{'-' if token else ''}{token[:8]}"
-
-
-def set_aside(path: Path, damage: str) -> None:
-    """Rename a damaged or misnamed checkpoint so that it is never resumed from, and log an error. Overwrites nothing."""
-    numbers = ("", *(f"-{number}" for number in range(2, 1000)))
-    names = (path.with_name(f"{path.name}{_DAMAGED}{number}") for number in numbers)
-    aside = next(name for name in names if not os.path.lexists(name))
-    path.rename(aside)
-    logger.error("{} is damaged ({}): set aside as {}", path, damage, aside.name)
-
-
-def set_link(folder: Path, link: str, name: str) -> None:
-    """Make the link `latest` or `best` point to the checkpoint of this name."""
-    temporary = folder / f".{link}"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(name)
-    os.replace(temporary, folder / link)
-
-
-def delete_old(folder: Path, *, newest: str, keep_last: int, keep: Collection[str | None]) -> None:
-    """Delete all but the last `keep_last` checkpoints up to `newest`, and those named in `keep`.
-
-    Each is renamed before it is deleted, so none is ever incomplete under its own name. Checkpoints later than `newest`
-    are not this run's and stay.
-
-    Raises:
-        OSError: something could not be deleted. Everything else is; the next call tries again.
-    """
-    failures: list[OSError] = []
-    own = [path for path in checkpoints(folder) if parse_name(path.name) <= parse_name(newest)]  # type: ignore[operator]
-    old = [path for path in own[:-keep_last] if path.name not in keep]
-    for path in (*folder.glob(f"{_DELETING}*"), *old):
-        try:
-            if path in old:
-                path = path.rename(path.with_name(f"{_DELETING}{path.name}"))
-            _delete(path)
-        except OSError as error:
-            failures.append(error)
-    if failures:
-        raise failures[0]
-
-
-def delete_unfinished(folder: Path) -> None:
-    """Delete what a killed attempt left unfinished. Errors are ignored."""
-    for path in (*folder.glob(f"{_WRITING}*"), *folder.glob(f"{_DELETING}*")):
-        with suppress(OSError):
-            _delete(path)
-
-
-def _delete(path: Path) -> None:
-    """Delete a folder with its contents, or a link without its target."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    return folder / f"{WRITING}{name}{'-' if token else ''}{token[:8]}"

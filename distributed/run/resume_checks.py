@@ -109,7 +109,7 @@ def changed_settings(config: TrainConfig, state: dict[str, Any], *, where: Path 
     """
     saved = config_in(state, where=where, option=option)
     changed = differences(saved, config)
-    refused = [change for change in changed if changes_experiment(change[0], config)]
+    refused = [change for change in changed if changes_experiment(change[0], config) and not _is_same_path(*change)]
     shards = state["bits"].get("shards", 0)
     if config.exact.shards not in ("auto", shards) and saved.exact.shards == "auto":
         refused.append(Difference("exact.shards", shards, config.exact.shards))
@@ -119,6 +119,11 @@ def changed_settings(config: TrainConfig, state: dict[str, Any], *, where: Path 
             f"a resumed run keeps its experiment: restore these settings, or give another {option}",
         )
     return {path for path, _, _ in changed}
+
+
+def _is_same_path(setting: str, old: Any, new: Any) -> bool:
+    """Whether both are one path, e.g. made absolute for the workers of Ray."""
+    return setting == "init_from" and None not in (old, new) and Path(old).resolve() == Path(new).resolve()
 
 
 def check_init_from(config: TrainConfig) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distributed.data.batch import Batch, Mixed
 from distributed.engine.protocol import Engine
+from distributed.errors import InputError
 from distributed.training.losses import PerSample
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator
@@ -66,12 +67,24 @@ class CudaGraphStep:
         self._norm.copy_(norm)
 
     def _capture_graph(self, inputs: "_StaticInputs") -> torch.cuda.CUDAGraph:
-        """Capture the step without executing it."""
+        """Capture the step without executing it.
+
+        Raises:
+            InputError: it waits for the device, or allocates memory on the host.
+        """
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # Thread-local: the checkpoint writer and the prefetching thread may synchronize during capture.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._run(inputs)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._run(inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise InputError(
+                f"a step cannot be captured as a CUDA graph: {str(error).splitlines()[0]}; change what waits for the "
+                "GPU in the network or the loss, e.g. .item() or a mask as an index, or set cuda_graphs = false"
+            ) from error
         return graph
 
 

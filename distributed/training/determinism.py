@@ -2,18 +2,27 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.backends import cuda
 
 from distributed.errors import InputError
 from distributed.host.hardware import c_library, instructions, math_libraries, processor, processor_model
 from distributed.topology import kernel_variables
 
 _DRIVER = Path("/sys/module/nvidia/version")
+
+
+_ATTENTION: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
+    (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+    (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+    (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+)
+"""Kernels of scaled_dot_product_attention whose backward passes add in any order: how to read and set their switches."""
 
 
 @contextmanager
@@ -25,11 +34,14 @@ def restored_settings() -> Iterator[None]:
     threads = torch.get_num_threads()
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     switches = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    attention = [is_enabled() for is_enabled, _ in _ATTENTION]
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = switches
+        for (_, enable), enabled in zip(_ATTENTION, attention, strict=True):
+            enable(enabled)
         if inductor := sys.modules.get("torch._inductor.config"):
             inductor.deterministic = False  # type: ignore[attr-defined]
 
@@ -51,6 +63,8 @@ def make_deterministic(device: torch.device, *, precision: str, compile: bool = 
     torch.backends.cudnn.benchmark = False
     # By default torch computes float32 convolutions in TF32, whose mantissa has 10 bits.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    for _, enable in _ATTENTION:
+        enable(False)
     if compile:
         from torch._inductor import config as inductor  # slow to import
 

@@ -50,7 +50,7 @@ def _check(
         dtype=data.input_format.dtype,
         exact=bool(config.shards_on(device.type)),
         warns=not single and topology.is_main,
-        captured=device.type == "cuda" and single and config.cuda_graphs,
+        captured=device.type == "cuda" and single and config.cuda_graphs and not config.grad_checkpointing.enabled,
     )
     if data.augment_function:
         check.augmentation(data.augment_function, data.raw_images(2))

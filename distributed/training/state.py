@@ -56,16 +56,18 @@ class TrainState:
         Raises:
             NotFiniteError: one of the losses was infinite or NaN; or, except in float16, which skips such steps, a gradient.
         """
-        float32 = "" if self.precision in ("float32", "float64") else ", or use precision = float32"
+        float32 = "" if self.precision in ("float32", "float64") else ", or precision = float32"
+        anew = "in a new run, which may start from this one's weights with init_from"
         if totals.first_bad_step is not None:
             raise NotFiniteError(
                 f"the loss was not finite at step {totals.first_bad_step + 1}: "  # counted from 1, as in the log
-                f"lower optim.lr, or set optim.max_grad_norm{float32}; no checkpoint includes this step"
+                f"set a lower optim.lr, or optim.max_grad_norm{float32}, {anew}; no checkpoint includes this step"
             )
         if totals.skipped_steps and self.precision != "float16":
             raise NotFiniteError(
-                f"the loss was finite but a gradient was not, in the steps up to {self.step}: lower optim.lr{float32}, and "
-                "look for a square root, norm or division at 0 in the network and the loss; no checkpoint includes that step"
+                f"the loss was finite but a gradient was not, in the steps up to {self.step}: set a lower optim.lr{float32}, "
+                f"{anew}; a square root, norm or division at 0 in the network or the loss also does this; no checkpoint "
+                "includes that step"
             )
         self.window += totals
 

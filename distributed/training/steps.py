@@ -48,7 +48,8 @@ def _shard_loss(loss: PerSample, model: nn.Module, batch: Batch) -> tuple[Tensor
         logits = _at_least_float32(model(batch.images))
     losses = loss(logits, batch.labels)
     if batch.mixed:
-        losses = torch.lerp(loss(logits, batch.mixed.labels), losses, batch.mixed.own_weight)
+        # A network may return logits of another type than its images.
+        losses = torch.lerp(loss(logits, batch.mixed.labels), losses, batch.mixed.own_weight.to(losses.dtype))
     return losses.sum() / batch.global_count, Outcome(losses.detach(), logits.detach())
 
 
@@ -89,7 +90,8 @@ def evaluate(
     means = sums.read()
     if totals.first_bad_step is not None:
         raise NotFiniteError(
-            f"the {split} loss is not finite: train with a lower optim.lr, or with optim.max_grad_norm"
+            f"the {split} loss is not finite: set a lower optim.lr, or optim.max_grad_norm, in a new run, which may start from "
+            "an earlier checkpoint of this one with init_from"
         )
     if totals.count != data.size(split):
         raise RuntimeError(f"evaluation counted {totals.count} images of the {split} split's {data.size(split)}")

@@ -29,7 +29,8 @@ class Views(NamedTuple):
         """Return the logits of images [n, c, h, w], averaged over views; a shifted view counts half."""
         total, weights = None, 0.0
         for view, weight in self._weighted(images):
-            logits = predict(view)
+            # A network may change its input in place.
+            logits = predict(view.clone() if self.flip or self.shift else view)
             if self.flip:
                 logits = (logits + predict(view.flip(3))) / 2
             total = logits * weight if total is None else total + logits * weight

@@ -6,9 +6,6 @@ reports come back through srun instead of over the network under test. A node th
 
 import argparse
 import math
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from distributed.config import from_command_line
@@ -19,6 +16,7 @@ from launch.doctor.collect import report_of_this_machine, reports_of_job
 from launch.doctor.diagnosis import diagnose, notes, table
 from launch.doctor.reports import Answers
 from launch.doctor.slurm_nodes import job_nodes, node_address, node_states
+from launch.doctor.token import token_in
 from launch.environment import Allocation, in_job, step_node
 
 
@@ -51,7 +49,7 @@ def main() -> int:
             answers.silent[node] = f"{reason}; its state in Slurm is {states.get(node, 'unknown')}"
     else:
         port = options.port or free_port(0)
-        with _token(run_dir) as token:
+        with token_in(run_dir, ".doctor") as token:
             arguments = _probe_arguments("127.0.0.1", port, token, options.seconds, settings)
             answers = report_of_this_machine(arguments, expected[0], seconds=options.seconds)
     reports = list(answers.reports.values())
@@ -83,29 +81,13 @@ def _examine_job(
 ) -> Answers:
     address = resolve_address(options.address or node_address(nodes[0]), nodes=len(nodes))
     port = options.port or free_port(job)
-    with _token(run_dir) as token:
+    with token_in(run_dir, ".doctor") as token:
         arguments = _probe_arguments(address, port, token, options.seconds, settings)
         return reports_of_job(arguments, nodes, seconds=options.seconds)
 
 
 def _probe_arguments(address: str, port: int, token: str, seconds: float, settings: list[str]) -> list[str]:
     return ["--address", address, "--port", str(port), "--token", token, "--seconds", str(seconds), *settings]
-
-
-@contextmanager
-def _token(run_dir: Path) -> Iterator[str]:
-    """Write a file into the run folder that every node should see, and yield its name. Removes it, and the nodes', on exit."""
-    token = f".doctor-{uuid.uuid4().hex[:12]}"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / token).write_text("")
-    except OSError as error:
-        raise InputError(f"run_dir = {run_dir}: {error.strerror}; give another with --run_dir") from None
-    try:
-        yield token
-    finally:
-        for file in run_dir.glob(f"{token}*"):
-            file.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

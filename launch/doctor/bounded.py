@@ -26,7 +26,11 @@ def run_bounded(command: Sequence[str], seconds: float) -> Finished:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors)
         except OSError as error:
             raise InputError(f"{command[0]}: {error.strerror}; start this on a node of the job, which has it") from None
-        timed_out = not _wait_or_end(process, seconds)
+        try:
+            timed_out = not _wait_or_end(process, seconds)
+        except BaseException:  # SIGTERM or Ctrl-C
+            process.terminate()
+            raise
         printed, complaints = _text(out), _text(errors)
     lines = [line.strip() for line in complaints.splitlines() if line.strip()]
     reason = next((line for mark in (" failed on node ", "error:", "") for line in lines if mark in line), "")[:300]

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
+from distributed.runs.table import in_columns
 from launch.doctor.reports import NodeReport
 
 _CLOCK_SECONDS = 1.0
@@ -197,10 +198,7 @@ def _pair_speeds(reports: Sequence[NodeReport]) -> dict[tuple[str, str], float]:
 def table(reports: Sequence[NodeReport]) -> str:
     """Return a table with one row per node."""
     rows = [_HEADINGS, *(_row(report) for report in sorted(reports, key=lambda report: report.index))]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return "\n".join(in_columns(rows))
 
 
 def _row(report: NodeReport) -> tuple[str, ...]:

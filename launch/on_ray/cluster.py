@@ -1,7 +1,6 @@
 """Checks whether the nodes of a Ray cluster can take part in a run."""
 
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +16,7 @@ from distributed.host.identity import host
 from launch.address import is_loopback
 from launch.doctor.diagnosis import folder_faults, model_differences, version_differences
 from launch.doctor.reports import NodeReport
+from launch.doctor.token import token_in
 from launch.on_ray import compat
 from launch.on_ray.capacity import usable_nodes, workers_on_node
 from launch.on_ray.node_check import node_report, remote_report
@@ -75,7 +75,8 @@ def check_nodes(config: TrainConfig, scaling: Scaling, checked: CheckedNodes, *,
     if nodes.keys() <= {ray.get_runtime_context().get_node_id()}:
         checked.usable |= nodes.keys()
         return bool(checked.usable)
-    failures = _failures_with_token(nodes, config)
+    with token_in(config.run_dir, ".node") as token:
+        failures = _failures(nodes, config, token)
     bad = {node for node, lines in failures.items() if lines}
     if bad and not started:
         raise InputError(*(line for lines in failures.values() for line in lines))
@@ -84,21 +85,6 @@ def check_nodes(config: TrainConfig, scaling: Scaling, checked: CheckedNodes, *,
     checked.excluded |= bad
     checked.usable |= failures.keys() - bad
     return not bad and failures.keys() == nodes.keys()
-
-
-def _failures_with_token(nodes: dict[str, str], config: TrainConfig) -> dict[str, list[str]]:
-    """Check the nodes while a file of this node is in the run folder."""
-    token = f".node-{uuid.uuid4().hex[:12]}"
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        (config.run_dir / token).write_text("", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"run_dir = {config.run_dir}: {error.strerror}; give another with --run_dir") from None
-    try:
-        return _failures(nodes, config, token)
-    finally:
-        for file in config.run_dir.glob(f"{token}*"):
-            file.unlink(missing_ok=True)
 
 
 def _failures(nodes: dict[str, str], config: TrainConfig, token: str) -> dict[str, list[str]]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray.exceptions import RayError
 
 from distributed.errors import InputError
 from distributed.process import logs
@@ -20,14 +21,17 @@ def connected(level: str) -> Iterator[None]:
         level: of the log messages.
 
     Raises:
-        InputError: RAY_ADDRESS is `auto`, and no Ray runs on this machine.
+        InputError: RAY_ADDRESS is `auto`, and no Ray runs on this machine; or the Ray that runs cannot be joined, e.g.
+            because its version is another.
     """
     logs.terminal_logs(0, level=level)
     try:
         ray.init(logging_level=logging.WARNING, log_to_driver=True)
-    except ConnectionError as error:
+    except (ConnectionError, RuntimeError, RayError) as error:
+        address = ray_address()
         raise InputError(
-            f"environment: RAY_ADDRESS = {ray_address()}: {str(error).splitlines()[0]}; start Ray (ray start), or unset it to "
+            f"{f'environment: RAY_ADDRESS = {address}' if address else 'the Ray on this machine'}: "
+            f"{' '.join(str(error).split())[:400]}; start Ray (ray start) in this environment, or set RAY_ADDRESS=local to "
             "start a Ray for this run"
         ) from None
     try:

@@ -46,8 +46,6 @@ def check_training(arguments: Sequence[str], *, name: str = "") -> Training:
         adapted = worker_config(config, scaling)
         if adapted.device != "auto" or adapted.exact.shards != "auto":
             adapted.check_world_size(scaling.num_workers, adapted.device)
-        elif not scaling.gpus_per_worker:
-            adapted.check_world_size(scaling.num_workers, "cpu")
         return adapted
 
     config, finished = checked_config(arguments, Topology(), adapt)
@@ -80,7 +78,10 @@ def worker_config(config: TrainConfig, scaling: Scaling) -> TrainConfig:
         )
     if relative:
         raise InputError(*relative)
-    return with_values(config, scaling=None, run_dir=run_dir, threads=config.threads or scaling.cpus_per_worker)
+    # Ray shows all GPUs to a worker that reserves none.
+    device = config.device if config.device != "auto" or scaling.gpus_per_worker else "cpu"
+    threads = config.threads or scaling.cpus_per_worker
+    return with_values(config, scaling=None, device=device, run_dir=run_dir, threads=threads)
 
 
 def _relative_path(name: str, path: Path) -> str:

@@ -120,4 +120,4 @@ def conclude(folder: Path, trainings: Sequence[Training], metric: str) -> None:
     if any(run.log.best("validation") for run in runs):
         with OptionalOutput(folder / "sweep.png"):
             replace_bytes(folder / "sweep.png", curves_as_png(runs))
-        print(f"curves: {folder / 'sweep.png'}", flush=True)
+            print(f"curves: {folder / 'sweep.png'}", flush=True)

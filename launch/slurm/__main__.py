@@ -27,7 +27,8 @@ from launch.sweep_arguments import read_sweep, split_sweep
 _SBATCH_OPTIONS = ("partition", "time", "account", "qos", "constraint", "mem", "cpus_per_task", "job_name")
 _CHECKED_OPTIONS = {"--nodes": "--nodes N", "-N": "--nodes N", "--gpus-per-node": "--gpus-per-node N",
                     **dict.fromkeys(("--gpus", "-G", "--gres", "--gpus-per-task"), "--gpus-per-node N"),
-                    "--array": "a sweep, or --seeds N", "-a": "a sweep, or --seeds N"}  # fmt: skip
+                    **dict.fromkeys(("--array", "-a"), "a sweep, or --seeds N"),
+                    **dict.fromkeys(("--chdir", "-D"), "absolute paths, or run this command in that folder")}  # fmt: skip
 """Options of sbatch that would overrule what was checked -> what to give instead."""
 
 
@@ -80,6 +81,8 @@ def main() -> int:
         sweep = read_sweep(split)
         options, settings = parser().parse_known_args(split.common[1:])
         check_sbatch_options(options.sbatch)
+        if options.at_once and not sweep:
+            raise InputError(f"--at-once {options.at_once}: there is no sweep; remove it, or give --seeds N")
         training = [arguments[0], *settings]
         if sweep:
             unfinished = check_sweep(options, training, sweep)
@@ -203,12 +206,12 @@ def sbatch_command(options: argparse.Namespace, arguments: Sequence[str], array:
 
 
 def _venv_export(project: Path) -> list[str]:
-    """Return `VENV=FOLDER` of this Python, unless the script finds an environment without it.
+    """Return `VENV=FOLDER` of this Python, unless the script activates another that was named, or this one anyway.
 
     A folder with a comma in its path cannot be passed: the comma would end it in --export.
     """
     venv = Path(sys.prefix)
-    found = names_environment() or (project / ".venv" / "bin" / "activate").is_file()
+    found = names_environment() or (project / ".venv").resolve() == venv.resolve()
     return [] if found or "," in str(venv) or not (venv / "bin" / "activate").is_file() else [f"VENV={venv}"]
 
 

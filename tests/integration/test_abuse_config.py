@@ -191,6 +191,7 @@ VALUES: list[tuple[str, str, str]] = [
     ("logging.every_steps", "0", "greater than 0"),
     ("logging.level", "TRACE", "'DEBUG', 'INFO' or 'WARNING'"),
     ("logging.tensorboard", "5", "valid boolean"),
+    ("logging.curves", "5", "valid boolean"),
     ("logging.profile_steps", "1001", "less than or equal to 1000"),
     ("logging.wandb.project", "a/b", "a name of at most 128 characters for a project, without / \\ # ? % :"),
     ("logging.wandb.entity", " ", "a name of at most 128 characters for an entity"),
@@ -516,7 +517,7 @@ def test_a_pipe_instead_of_the_config_of_a_run(command: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_know_the_home_folder(command: str, tmp_path: Path) -> None:
+def test_a_tilde_is_the_home_folder(command: str, tmp_path: Path) -> None:
     more = {"compare": ["~/b"], "predict": ["image.png"]}.get(command, [])
     assert_outcome(call(command, "~/a", *more, HOME=str(tmp_path)), f"{tmp_path}/a")
 

@@ -97,6 +97,7 @@ ARGUMENTS = [
     ("plan of a random sweep without trials", "launch.slurm.plan", ("127.0.0.1", *SHORT, *RANDOM), "add --trials 20"),
     ("slurm without a config", "launch.slurm", ("--epochs", 3), "the first argument names the config"),
     ("slurm with an unknown name", "launch.slurm", ("cifar11", "--dry-run"), "did you mean cifar10"),
+    ("slurm with tasks at once", "launch.slurm", (*SHORT, "--at-once", 4), "--at-once 4: there is no sweep"),
     ("slurm with a folder", "launch.slurm", (".", "--dry-run"), "Is a directory"),
     (
         "slurm with an empty sweep",

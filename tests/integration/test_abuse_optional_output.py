@@ -31,7 +31,7 @@ pytestmark = pytest.mark.timeout(200)
 SETTINGS = (
     ROOT / "configs/debug.toml", "--data.train_samples", 60, "--data.test_samples", 20, "--global_batch_size", 20,
     "--schedule.name", "constant", "--data.validation_fraction", 0, "--device", "cpu", "--logging.level", "WARNING",
-    "--evaluation.batch_size", 20, "--logging.every_steps", 1, "--logging.tensorboard", "true",
+    "--evaluation.batch_size", 20, "--logging.every_steps", 1, "--logging.tensorboard", "true", "--logging.curves", "true",
     "--evaluation.test_every_epoch", "false", "--epochs", 1,
 )  # fmt: skip
 
@@ -418,11 +418,22 @@ def test_report_to_a_full_disk_is_exit_4(run: Path, full_disk: Path) -> None:
 
 def test_report_without_matplotlib_has_its_numbers(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    found = call("report.__main__", run, "--out", tmp_path / "report.html")
-    assert (found.code, found.errors) == (0, []), found.err
-    page = (tmp_path / "report.html").read_text()
-    assert "This section could not be created: ModuleNotFoundError" in page
-    assert "Settings" in page
+    for runs in ([run], [run, run]):
+        found = call("report.__main__", *runs, "--out", tmp_path / "report.html")
+        assert (found.code, found.errors) == (0, []), found.err
+        page = (tmp_path / "report.html").read_text()
+        assert "This section could not be created: ModuleNotFoundError" in page
+        assert "Settings" in page
+
+
+def test_export_without_onnxruntime_checks_the_others(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    found = call("export.__main__", run, "--format", "onnx", "safetensors", "--out", tmp_path / "out")
+    assert_outcome(found, "--format onnx: ", "is written, but could not be checked: ModuleNotFoundError")
+    assert (tmp_path / "out/model.onnx").is_file()
+    assert "model.safetensors  " in found.out
 
 
 def test_unwritable_results_do_not_end_the_experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ def test_a_run_that_has_saved_is_left_alone(tmp_path: Path) -> None:
     done = call("train", *arguments)
     assert done.code == 0, done.err
     with untouched(tmp_path):
-        again = call("train", *arguments, "--dry-run")
+        again = call("train", *arguments, "--dry-run", "--checkpoint.upload_to", (tmp_path / "store").as_uri())
         longer = call("train", *SMALL[:-1], 4, *arguments[-2:], "--dry_run")
     assert (again.code, longer.code) == (0, 0), longer.err
     assert "this run is finished" in again.err
@@ -36,7 +36,7 @@ def test_a_run_that_has_saved_is_left_alone(tmp_path: Path) -> None:
 
 ABUSES = {
     "another experiment": (["--seed", 1], "seed = 1: this run was started with 0"),
-    "more ranks than shards": (["--exact.shards", 64], "exact.shards = 64 is more than the 20 images"),
+    "more shards than images": (["--exact.shards", 64], "exact.shards = 64 is more than the 20 images"),
     "a value": (["--dry-run", "true"], "'true': not an option"),
     "with =": (
         ["--dry-run=true"],
@@ -57,7 +57,7 @@ def test_what_train_refuses_is_refused(case: str, tmp_path: Path) -> None:
     assert_outcome(found, message, lines=2 if case == "another experiment" else 1)
 
 
-def test_a_config_file_cannot_ask_for_it(tmp_path: Path) -> None:
+def test_a_config_file_cannot_request_a_dry_run(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text("dry_run = true\n")
     found = call("train", tmp_path / "c.toml", *SMALL, "--run_dir", tmp_path / "run")
     assert_outcome(found, "unknown setting; a flag of python -m distributed.train, not a setting")

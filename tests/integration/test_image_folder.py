@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kit.abuse import call
 from kit.commands import ROOT, Command, assert_same_bits, metrics, torchrun
 from PIL import Image
-
-from integration.test_command_line import python, run
 
 SETTINGS = (
     *("--data.name", "image_folder", "--epochs", 1, "--global_batch_size", 8, "--logging.every_steps", 1),
@@ -33,30 +32,23 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.mark.timeout(240)
 def test_placement_does_not_change_training_and_evaluation(root: Path, tmp_path: Path) -> None:
-    for placement in ("host", "device"):
-        folder = tmp_path / placement
-        arguments = (*SETTINGS, "--data.root", root, "--data.placement", placement, "--run_dir", folder)
-        with Command(torchrun(2, *arguments), output=tmp_path / f"{placement}.txt", cwd=ROOT) as command:
-            assert command.wait(100) == 0, command.text
-        message = command.text.count("decoding train images: 24 images\n")
-        assert message == (1 if placement == "host" else 0), "by one process, once"
+    on_host, on_device = (
+        (*SETTINGS, "--data.root", root, "--data.placement", placement, "--run_dir", tmp_path / placement)
+        for placement in ("host", "device")
+    )
+    with Command(torchrun(2, *on_host), output=tmp_path / "host.txt", cwd=ROOT) as command:
+        assert command.wait(100) == 0, command.text
+    assert command.text.count("decoding train images: 24 images\n") == 1, "by one process"
+    alone = call("train", *on_device)
+    assert (alone.code, "decoding train images" in alone.err) == (0, False), alone.err
     assert_same_bits(tmp_path / "host", tmp_path / "device")
     state = json.loads((tmp_path / "host" / "checkpoints" / "latest" / "state.json").read_text())
     assert state["classes"] == ["blue", "red"]
     assert [len(state["normalization"][name]) for name in ("mean", "deviation")] == [3, 3]
-    evaluated = run(python(tmp_path / "host", "--split", "test", module="distributed.evaluate"))
+    evaluated = call("evaluate", tmp_path / "host", "--split", "test")
     test = metrics(tmp_path / "host")[-1]["test"]
-    assert "test split (8 images)" in evaluated.stdout
-    assert f"loss {test['loss']:.4f}, top-1 {test['accuracy']:.2%}" in evaluated.stdout
+    assert "test split (8 images)" in evaluated.out
+    assert f"loss {test['loss']:.4f}, top-1 {test['accuracy']:.2%}" in evaluated.out
     root.rename(root.with_name("moved"))
-    moved = run(python(tmp_path / "host", "--data.root", root.with_name("moved"), module="distributed.evaluate"))
-    assert moved.stdout == evaluated.stdout
-
-
-def test_a_broken_image_ends_with_exit_code_2(root: Path, tmp_path: Path) -> None:
-    file = root / "train" / "red" / "1.png"
-    file.write_bytes(file.read_bytes()[:500])
-    result = run(python(*SETTINGS, "--data.root", root, "--run_dir", tmp_path / "run"))
-    assert result.returncode == 2
-    assert f"{file}: broken" in result.stderr
-    assert "Traceback" not in result.stderr
+    moved = call("evaluate", tmp_path / "host", "--data.root", root.with_name("moved"))
+    assert moved.out == evaluated.out

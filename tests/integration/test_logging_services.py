@@ -78,7 +78,7 @@ def assert_no_secret(*folders: Path) -> None:
             assert SECRET[:12].encode() not in file.read_bytes(), file
 
 
-def test_a_killed_run_is_one_run_there(server: MlflowServer, tmp_path: Path) -> None:
+def test_a_killed_run_is_one_run_in_both_services(server: MlflowServer, tmp_path: Path) -> None:
     """Killed after it logged steps that no checkpoint has, then stopped, then finished: one run, each step once."""
     pytest.importorskip("wandb", reason="wandb is not installed")
     run = tmp_path / "run"

@@ -68,10 +68,9 @@ def files(port: int) -> Any:
 
 
 def train(run: Path, *more: object) -> str:
-    arguments = [*PLAIN, *map(str, (*SETTINGS, "--run_dir", run, *more))]
-    with Command(arguments, output=run.with_suffix(f".{uuid.uuid4().hex[:4]}")) as command:
-        assert command.wait() == 0, command.text
-        return command.text
+    found = call("train", *SETTINGS, "--run_dir", run, *more)
+    assert found.code == 0, found.err
+    return found.err
 
 
 def complete(port: int, url: str) -> list[str]:

@@ -76,7 +76,7 @@ def test_a_resume_with_other_arrays_is_refused(folder: Path, run: Path, here: No
     assert_outcome(found, "the digest of the training images is", "point --data.root at the files", lines=2)
 
 
-def test_the_other_commands_know_the_data(run: Path, here: None, tmp_path: Path) -> None:
+def test_other_commands_read_the_data(run: Path, here: None, tmp_path: Path) -> None:
     evaluated = json.loads(call("evaluate", run, "--json", "--checkpoint", "latest").out)
     logged = metrics(run)[-1]["test"]
     assert (evaluated["data"], evaluated["top1"]) == ("arrays", logged["accuracy"])

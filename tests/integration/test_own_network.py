@@ -104,7 +104,7 @@ def test_another_network_or_option_is_refused(run: Path, here: None, changed: li
     assert_outcome(found, message, "a resumed run keeps its experiment", lines=2)
 
 
-def test_the_other_commands_know_the_network(run: Path, here: None, tmp_path: Path) -> None:
+def test_other_commands_load_the_network(run: Path, here: None, tmp_path: Path) -> None:
     evaluated = json.loads(call("evaluate", run, "--json", "--checkpoint", "latest").out)
     logged = metrics(run)[-1]["test"]
     assert (evaluated["model"], evaluated["top1"]) == ("own_networks:make", logged["accuracy"])

@@ -123,7 +123,7 @@ def test_commands_say_where_the_network_is(command: str, run: Path) -> None:
     )
 
 
-def test_report_and_runs_work_without_it(run: Path, tmp_path: Path) -> None:
+def test_report_and_runs_need_no_network(run: Path, tmp_path: Path) -> None:
     found = call("report", run, "--out", tmp_path / "report.html")
     assert found.code == 0, found.out + found.err
     assert "__main__:Net on __main__:data" in (tmp_path / "report.html").read_text()
@@ -137,7 +137,7 @@ def test_the_command_refuses_to_train_it(run: Path, tmp_path: Path, settings: tu
     assert_outcome(found, f"this run's {which} exists only in the script or notebook that trained it")
 
 
-def test_the_commands_know_a_class_of_a_module(tmp_path: Path, restore_threads_and_log: None) -> None:
+def test_commands_import_a_class_from_its_module(tmp_path: Path, restore_threads_and_log: None) -> None:
     module = SCRIPT.partition("draws = ")[0].replace("Conv2d(1,", "Conv2d(3,")
     (tmp_path / "given_net.py").write_text(module)
     run = tmp_path / "run"

@@ -227,7 +227,7 @@ def test_preemption_and_fewer_nodes_keep_the_bits(cluster: Cluster, undisturbed:
     assert [line["reason"] for line in attempts(run, "stopped")] == ["SIGTERM", "SIGUSR1", "SIGUSR1"], output_of(
         tmp_path
     )
-    assert all(line["step"] % 15 for line in started[1:] if line["step"] % 5), "resumed in mid-epoch"
+    assert any(line["step"] % 15 for line in started[1:]), "no attempt resumed in mid-epoch"
     assert "requeue 1 of 20" in attempts(run, "requeued")[0]["reason"]
     assert "when Slurm ended the job" in attempts(run, "left to Slurm")[0]["reason"]
     assert "attempt 4: finished" in cluster.job(job)["Comment"]

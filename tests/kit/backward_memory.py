@@ -1,6 +1,6 @@
 """Peak memory of a backward pass: `python -m kit.backward_memory NETWORK engine|pass` prints the forward and backward peaks.
 
-One process per measurement, because a peak never falls. `ratio` starts both and compares what they add to the memory before.
+One process per measurement, because a peak never falls. `compared` starts both and compares what they add to the memory before.
 """
 
 import json
@@ -46,17 +46,17 @@ def measured(network: str, how: str) -> Memory:
     model = build_model(config, num_classes=10, seed=0)
     images, labels = torch.randn(IMAGES, 3, SIDE, SIDE), torch.arange(IMAGES) % 10
     keys = sample_keys(torch.arange(IMAGES), seed=0, epoch=0)
-    before = _peak()
+    before = peak_mib()
     with use_sample_keys(keys):
         losses = [F.cross_entropy(model(images), labels)]  # a list: no other reference may keep the graph
-    forward = _peak()
+    forward = peak_mib()
     if how == "engine":
         losses.pop().backward()
     else:
         gradients = {}
         backward(losses.pop(), gradients.__setitem__, {})
         assert len(gradients) == len(list(model.parameters()))
-    return Memory(before, forward, _peak())
+    return Memory(before, forward, peak_mib())
 
 
 def compared(network: str) -> dict[str, Memory]:
@@ -70,7 +70,8 @@ def compared(network: str) -> dict[str, Memory]:
     return found
 
 
-def _peak() -> float:
+def peak_mib() -> float:
+    """Return the peak of this process's resident memory."""
     # Not getrusage's ru_maxrss, which a new program inherits from the process that started it.
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
     return int(line.split()[1]) / 1024

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed.checkpoint import checkpointer, snapshot, tensor_file
-from distributed.run import checkpoint_layout, claim
+from distributed.run import checkpoint_changes, checkpoint_layout, claim
 
 POINTS = ("after 5 tensors", "before the manifest", "before the rename", "before the pointer", "during retention")
 
@@ -41,7 +41,7 @@ def arm(point: str) -> None:
     elif point == "before the rename":
         claim.ClaimedRun.commit = die  # type: ignore[method-assign]
     elif point == "before the pointer":
-        checkpoint_layout.set_link = die
+        checkpoint_changes.set_link = die
     elif point == "during retention":
         shutil.rmtree = lambda path, **_: die() if ".deleting-" in str(path) else None
     else:

@@ -104,12 +104,10 @@ def in_group_on_gpus(fn: Callable[P, R]) -> Callable[P, R]:
 def _in_group_on(device: str, fn: Callable[P, R], *, timeout_seconds: float) -> Callable[P, R]:
     @functools.wraps(fn)
     def inside(*args: P.args, **kwargs: P.kwargs) -> R:
-        from distributed import attempt
         from distributed.comm.process_group import choose_device, process_group
         from distributed.topology import Topology
         from distributed.training.determinism import make_deterministic
 
-        vars(attempt)["draw_curves"] = lambda *_, **__: None  # drawing takes longer than a small run
         topology = Topology.from_environment()
         own = choose_device(device, topology)
         make_deterministic(own, precision="float32")

@@ -16,7 +16,10 @@ FAST = {"shards": 0}
 
 
 def small_config(run_dir: Path, **settings: Any) -> TrainConfig:
-    """improved_alexnet on a few generated images; logs every step. Dicts in `settings` are merged into their sections."""
+    """improved_alexnet on a few generated images; logs every step.
+
+    Dicts for data, optim and checkpoint are merged into their sections; other sections are replaced.
+    """
     data = {
         "name": "generated10",
         "train_samples": 200,
@@ -35,7 +38,7 @@ def small_config(run_dir: Path, **settings: Any) -> TrainConfig:
         "optim": {"name": "sgd", "lr": 0.01, **settings.pop("optim", {})},
         "schedule": {"name": "constant"},
         "checkpoint": {"every_minutes": 0.0, "max_overhead": 1.0, **settings.pop("checkpoint", {})},
-        "logging": {"every_steps": 1, "tensorboard": False, "level": "WARNING"},
+        "logging": {"every_steps": 1, "tensorboard": False, "curves": False, "level": "WARNING"},
         "data": data,
     }
     return TrainConfig.model_validate(values | settings)

@@ -4,15 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from kit.ranks import in_group, run_ranks
 from kit.small_runs import small_config
 from kit.traces import Trace, assert_same_run, traced
+from torch import nn
 
 from distributed.build import build_data, build_engine
 from distributed.comm import collectives
 from distributed.comm.process_group import choose_device
 from distributed.config import TrainConfig
 from distributed.data.batch import Batch
+from distributed.exact.sharded_weights import ShardedWeights
 from distributed.models.keyed_dropout import use_sample_keys
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
@@ -119,6 +122,21 @@ def bytes_at_rest(engine: dict[str, Any], precision: str) -> dict[str, int]:
         "gradients": sum(bucket.reduce.total.nbytes for bucket in built._reducer._buckets),
         "unsent": sum(bucket.reduce._sums is not None for bucket in built._reducer._buckets),
     }
+
+
+@in_group
+def gathered_views() -> dict[str, list[float]]:
+    """Shard and gather parameters that are views of one buffer, as the weights of cuDNN's LSTM are."""
+    buffer, model = torch.arange(10.0), nn.Module()
+    model.first, model.second = nn.Parameter(buffer[:4]), nn.Parameter(buffer[4:].view(2, 3))
+    weights = ShardedWeights(model, layers={}, shards=2, low=None, reshard_after_forward=False)
+    weights.gather_other_parameters()
+    return {name: weights.gathered[id(p)].flatten().tolist() for name, p in model.named_parameters()}
+
+
+def test_views_of_one_buffer_are_gathered_to_their_places() -> None:
+    expected = {"first": [0.0, 1.0, 2.0, 3.0], "second": [4.0, 5.0, 6.0, 7.0, 8.0, 9.0]}
+    assert run_ranks(gathered_views, 2) == [expected] * 2
 
 
 @pytest.mark.parametrize(("world_size", "precision"), [(2, "bfloat16"), (4, "float32")])

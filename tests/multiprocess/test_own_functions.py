@@ -39,18 +39,17 @@ def run(folder: Path, name: str, loss: str, engine: str = "ddp", stop_after: int
     return {"epochs": state.epoch, "test": sink.epochs[-1].test.metrics if sink.epochs else None}
 
 
-@pytest.mark.parametrize(("loss", "engine"), [("focal", "ddp"), ("squared", "fsdp")])
-def test_the_bits_are_the_same_at_any_world_size(tmp_path: Path, loss: str, engine: str) -> None:
+@pytest.mark.parametrize(("loss", "engine", "world_size"), [("focal", "ddp", 3), ("squared", "fsdp", 2)])
+def test_the_bits_are_the_same_at_any_world_size(tmp_path: Path, loss: str, engine: str, world_size: int) -> None:
     write_functions(tmp_path)
     (alone,) = run_ranks(run, 1, tmp_path, "1", loss)
     assert alone["epochs"] == 2
     assert set(alone["test"]) == set(METRICS)
-    for world_size in (2, 3):
-        for rank in run_ranks(run, world_size, tmp_path, str(world_size), loss, engine):
-            assert rank == alone
-        found = compare(RunFolder(tmp_path / "1"), RunFolder(tmp_path / str(world_size)))
-        assert (found.divergences, found.logged, found.saves) == ([], 8, 2)
-    (epoch, last) = lines(RunFolder(tmp_path / "3"), "epoch")
+    for rank in run_ranks(run, world_size, tmp_path, str(world_size), loss, engine):
+        assert rank == alone
+    found = compare(RunFolder(tmp_path / "1"), RunFolder(tmp_path / str(world_size)))
+    assert (found.divergences, found.logged, found.saves) == ([], 8, 2)
+    (epoch, last) = lines(RunFolder(tmp_path / str(world_size)), "epoch")
     assert epoch["validation"].keys() == {"loss", "accuracy", "accuracy5", *METRICS}
     assert {name: last["test"][name] for name in METRICS} == alone["test"]
 

@@ -92,7 +92,7 @@ def load_all(folder: Path) -> dict[tuple[str, str, str], tuple[list[str], list[f
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
-    for world_size in WORLD_SIZES:
+    for world_size in sorted({size for sizes in SOURCES.values() for size in sizes}):
         run_ranks(save_all, world_size, folder, timeout_seconds=200)
     return folder
 

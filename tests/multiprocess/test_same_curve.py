@@ -63,7 +63,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> Losses:
 @pytest.mark.slow
 @pytest.mark.timeout(320)
 @pytest.mark.parametrize("grad_accum_steps", [1, 2])
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_float64_losses_match_one_process(losses: Losses, world_size: int, grad_accum_steps: int) -> None:
     expected = losses(1)[0][grad_accum_steps]
     found = losses(world_size)

@@ -40,18 +40,17 @@ def test_automatic_exact_mode_warns_of_unlike_ranks(tmp_path: Path) -> None:
 
 
 @in_group
-def resolved(has_bfloat16: list[bool]) -> str:
-    precision.multiplies_bfloat16 = lambda: has_bfloat16[collectives.rank()]
-    return precision.with_precision(
-        small_config(Path("run"), precision="auto"), torch.device("cpu"), saved_content
-    ).precision
+def resolved(cases: list[list[bool]]) -> list[str]:
+    found, config = [], small_config(Path("run"), precision="auto")
+    for has_bfloat16 in cases:
+        precision.multiplies_bfloat16 = lambda has_bfloat16=has_bfloat16: has_bfloat16[collectives.rank()]
+        found.append(precision.with_precision(config, torch.device("cpu"), saved_content).precision)
+    return found
 
 
-@pytest.mark.parametrize(
-    ("has_bfloat16", "expected"), [([True, True], "bfloat16"), ([True, False], "float32"), ([False, True], "float32")]
-)
-def test_all_ranks_resolve_auto_to_the_same_precision(has_bfloat16: list[bool], expected: str) -> None:
-    assert run_ranks(resolved, 2, has_bfloat16, timeout_seconds=180) == [expected] * 2
+def test_all_ranks_resolve_auto_to_the_same_precision() -> None:
+    ranks = run_ranks(resolved, 2, [[True, True], [True, False], [False, True]], timeout_seconds=180)
+    assert ranks == [["bfloat16", "float32", "float32"]] * 2
 
 
 @in_group

@@ -40,9 +40,9 @@ def write_weights(path: Path, model: str) -> dict[str, Tensor]:
 
 
 @in_group
-def engine_state(path: Path, cases: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+def engine_state(cases: list[tuple[Path, dict[str, Any]]]) -> list[dict[str, Tensor]]:
     found, topology = [], Topology(collectives.rank(), collectives.world_size())
-    for case in cases:
+    for path, case in cases:
         config = small_config(path.parent / "run", init_from=path, **case)
         data = build_data(config, topology, CPU)
         network = build_initial_network(config, topology, data, CPU)
@@ -51,17 +51,18 @@ def engine_state(path: Path, cases: list[dict[str, Any]]) -> list[dict[str, Tens
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("model", ["improved_alexnet", TIED])
-def test_every_engine_starts_from_a_file(model: str, world_size: int, tmp_path: Path) -> None:
-    expected = write_weights(tmp_path / "w.safetensors", model)
-    cases = [
-        {"model": {"name": model}, "engine": {"name": engine}, "exact": {"shards": shards}, "optim": {"ema_decay": 0.9}}
+def test_every_engine_starts_from_a_file(world_size: int, tmp_path: Path) -> None:
+    files = {model: tmp_path / f"{place}.safetensors" for place, model in enumerate(("improved_alexnet", TIED))}
+    written = {file: write_weights(file, model) for model, file in files.items()}
+    settings = [
+        {"engine": {"name": engine}, "exact": {"shards": shards}, "optim": {"ema_decay": 0.9}}
         for engine in ("ddp", "fsdp")
         for shards in (0, 4)
     ]
-    for states in run_ranks(engine_state, world_size, tmp_path / "w.safetensors", cases, timeout_seconds=180):
-        for found in states:
-            for name, tensor in expected.items():
+    cases = [(file, {"model": {"name": model}, **each}) for model, file in files.items() for each in settings]
+    for states in run_ranks(engine_state, world_size, cases, timeout_seconds=300):
+        for (file, _), found in zip(cases, states, strict=True):
+            for name, tensor in written[file].items():
                 assert torch.equal(found[f"model.{name}"].cpu(), tensor), name
                 if f"ema.{name}" in found:
                     assert torch.equal(found[f"ema.{name}"].cpu(), tensor), name

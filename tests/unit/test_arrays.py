@@ -133,7 +133,7 @@ def test_a_function_returns_the_same_data_as_files(own_data: None, tmp_path: Pat
     assert pipeline(data_of(tmp_path)).identity() == pipeline(config.data).identity()
 
 
-def test_huge_arrays_are_known_by_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_arrays_are_identified_by_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrays, "_ALL_BYTES", 1000)
     monkeypatch.setattr(arrays, "_SAMPLES", 20)
     images, labels = np.zeros((40, 5, 5, 1), np.uint8), np.zeros(40, np.int64)

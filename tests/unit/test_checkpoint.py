@@ -21,15 +21,9 @@ from distributed.config.optim import Sgd
 from distributed.engine.model_state import ModelState
 from distributed.errors import InputError, StorageError
 from distributed.optim.schedules import Constant
-from distributed.run.checkpoint_layout import (
-    FORMAT,
-    checkpoints,
-    damage_of,
-    delete_old,
-    delete_unfinished,
-    name_of,
-    set_link,
-)
+from distributed.run import checkpoint_layout
+from distributed.run.checkpoint_changes import delete_old, delete_unfinished, set_link
+from distributed.run.checkpoint_layout import FORMAT, checkpoints, damage_of, name_of, newest_saved, preferred
 from distributed.run.claim import ClaimedRun
 from distributed.run.resume_checks import check_run_folder
 from distributed.training.state import Best, TrainState
@@ -262,6 +256,44 @@ def test_resuming_ignores_the_links(run):
     assert resumed(run)[1].step == 2
 
 
+@pytest.mark.parametrize("links", ["lost", "followed"])
+def test_a_copied_run_has_the_same_best_checkpoint(run, links):
+    """scp and zip follow links, other programs drop them."""
+    writer = checkpointer(run)
+    for step, best in ((1, 1), (2, 2), (3, 2)):
+        writer.save(PlainEngine(step), at_step(step, best))
+        writer.wait()
+        for name in ("best", "latest") if step == 1 else ():
+            link = run.checkpoints / name
+            target = link.resolve()
+            link.unlink()
+            if links == "followed":
+                shutil.copytree(target, link)
+    assert preferred(run.checkpoints)[0].resolve().name == name_of(step=2, epoch=1)
+    assert (run.checkpoints / "latest").resolve().name == name_of(step=3, epoch=1)
+    for name in ("best", "latest"):
+        (run.checkpoints / name).unlink()
+        if links == "followed":
+            shutil.copytree(run.checkpoints / name_of(step=3, epoch=1), run.checkpoints / name)
+    assert preferred(run.checkpoints)[0].resolve().name == name_of(step=2, epoch=1)
+
+
+def test_a_checkpoint_may_be_deleted_while_it_is_read(run, monkeypatch):
+    writer = Checkpointer(run.checkpoints, run, keep_last=2, metadata={"bits": {}, "config": {}})
+    for step in (1, 2):
+        writer.save(PlainEngine(step), at_step(step))
+        writer.wait()
+    old, new = checkpoints(run.checkpoints)
+    digest_of = checkpoint_layout.digest_of
+
+    def delete_first(path):
+        shutil.rmtree(new, ignore_errors=True)
+        return digest_of(path)
+
+    monkeypatch.setattr(checkpoint_layout, "digest_of", delete_first)
+    assert newest_saved(run.checkpoints).checkpoint == old
+
+
 def test_the_last_checkpoints_and_the_best_are_kept(run):
     saved(run, 1, 2, 3, 4, 5)
     newest = name_of(step=5, epoch=1)
@@ -483,6 +515,8 @@ def test_a_checkpoint_of_a_newer_version_is_not_touched(run):
         InputError, match="step-00000002-epoch-001: written by a newer version of this code, in format 2"
     ):
         check_run_folder(from_command_line(["--run_dir", str(run.path)]).config)
+    with pytest.raises(InputError, match="written by a newer version of this code, in format 2"):
+        resumed(run)
     assert names(run.checkpoints) == before
 
 

@@ -37,6 +37,11 @@ def test_only_what_both_runs_have_is_compared(run: RunFolder, tmp_path: Path) ->
     assert compare(run, shorter) == compare(shorter, run) == Comparison([], logged=2, saves=1)
 
 
+def test_a_split_that_one_run_did_not_evaluate_is_not_compared(run: RunFolder, tmp_path: Path) -> None:
+    other = run_of(tmp_path / "b", [*STEPS, {**EPOCH, "test": None}], SAVES)
+    assert compare(run, other) == compare(other, run) == Comparison([], logged=4, saves=2)
+
+
 def test_means_over_different_steps_are_not_compared(run: RunFolder, tmp_path: Path) -> None:
     """The mean over steps 3 and 4 is not comparable to the mean over steps 2 to 4."""
     other = run_of(tmp_path / "b", [STEPS[0], {**STEPS[2], "loss": 0.75}], [])

@@ -194,6 +194,17 @@ def test_the_resolved_config_reads_back_equal(arguments, write):
     assert config_of(file.with_name("more.toml")) == config
 
 
+def test_a_moved_runs_config_names_the_folder_it_is_in(tmp_path, write, monkeypatch):
+    file = write(as_toml(config_of("--run_dir", "runs/a")), "config.toml")
+    assert config_of(file).run_dir == Path("runs/a"), "not saved by a run"
+    (tmp_path / "status.json").write_text("{}")
+    assert config_of(file).run_dir == tmp_path
+    assert config_of(file, "--run_dir", "runs/b").run_dir == Path("runs/b")
+    monkeypatch.chdir(tmp_path.parent)
+    write(as_toml(config_of("--run_dir", tmp_path.name)), "config.toml")
+    assert config_of(file).run_dir == Path(tmp_path.name), "the same folder"
+
+
 def test_differences_are_listed_by_path():
     old = config_of("--schedule.name", "constant")
     new = config_of("--schedule.name", "cosine", "--optim.lr", "0.2", "--run_dir", "elsewhere")

@@ -147,6 +147,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
         [*NET, "--model.options", "{y = 2}", "--model.options.x", "1"],
         "--model.options.x: given together with --model.options; remove one",
     ),
+    "a part of a plain setting": (["--optim.lr", "1", "--optim.lr.scaling", "x"], "given together with --optim.lr; remove"),
+    "a part of an option": ([*NET, "--model.options.a", "1", "--model.options.a.b", "2"], "together with --model.options.a;"),
     "a setting and its section": (["--optim.lr", "1", "--optim", "{momentum = 0.5}"], "given together with --optim.lr; remove"),
     "a section and its setting": (["--optim", "{momentum = 0.5}", "--optim.lr", "1"], "given together with --optim; remove"),
     "a section in a section": (
@@ -165,6 +167,10 @@ def test_wrong_settings_are_one_clear_line(name: str) -> None:
     arguments, message = WRONG[name]
     [line] = mistakes(*arguments)
     assert message in line
+
+
+def test_a_plain_setting_after_a_part_of_it_is_an_error() -> None:
+    assert "--epochs: given together with --epochs.x; remove one" in mistakes("--epochs.x", "3", "--epochs", "2")[0]
 
 
 @pytest.mark.parametrize(

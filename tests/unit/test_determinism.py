@@ -1,9 +1,5 @@
 """The switches for reproducible results, and the metadata that the bits depend on. Needs no GPU."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,40 +8,42 @@ from distributed.config import from_command_line
 from distributed.errors import InputError
 from distributed.exact.bucket_layout import ReplicatedBucket
 from distributed.exact.partition import ALIGNMENT
-from distributed.training.determinism import kernel_metadata, make_deterministic, merge_metadata
+from distributed.training.determinism import kernel_metadata, make_deterministic, merge_metadata, restored_settings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-ROOT = Path(__file__).parents[2]
-FLAGS = """
-import torch
-from distributed.training.determinism import make_deterministic
-make_deterministic(torch.device("cuda"), precision=PRECISION, compile=COMPILE)
-flags = [torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.deterministic]
-if COMPILE:
-    from torch._inductor import config
-    flags.append(config.deterministic)
-print(*flags)
-"""
 
 
 def flags(precision: str, *, compile: bool = False) -> list[bool]:
-    """Return, from a new process, whether TF32 is on in convolutions and matmuls and cuDNN (and inductor) deterministic."""
-    program = FLAGS.replace("PRECISION", repr(precision)).replace("COMPILE", repr(compile))
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    return [word == "True" for word in done.stdout.split()]
+    """Return whether TF32 is on in convolutions and matmuls, cuDNN (and inductor) deterministic, and fast attention on."""
+    with restored_settings():
+        make_deterministic(CUDA, precision=precision, compile=compile)
+        backends = torch.backends
+        found = [backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32, backends.cudnn.deterministic]
+        if compile:
+            from torch._inductor import config
+
+            found.append(config.deterministic)
+        enabled = (backends.cuda.flash_sdp_enabled, backends.cuda.mem_efficient_sdp_enabled)
+        return [*found, any(is_enabled() for is_enabled in (*enabled, backends.cuda.cudnn_sdp_enabled))]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_float32_is_not_tf32(precision: str) -> None:
-    assert flags(precision) == [False, False, True]
+    assert flags(precision) == [False, False, True, False]
 
 
 def test_tf32_is_allowed_if_chosen() -> None:
-    assert flags("tf32") == [True, True, True]
+    assert flags("tf32") == [True, True, True, False]
 
 
 def test_compiled_kernels_are_not_autotuned() -> None:
-    assert flags("bfloat16", compile=True) == [False, False, True, True]
+    assert flags("bfloat16", compile=True) == [False, False, True, True, False]
+
+
+def test_the_switches_are_restored() -> None:
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.flash_sdp_enabled()
+    flags("float32")
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.flash_sdp_enabled()) == before
 
 
 def test_tf32_is_refused_on_a_cpu() -> None:

@@ -28,7 +28,7 @@ def test_both_bounds_of_integers_and_every_choice_are_drawn():
     assert set(drawn("choice(sgd, adamw, [1, 2])")) == {"sgd", "adamw", "[1, 2]"}
 
 
-def test_draws_are_those_of_every_machine():
+def test_draws_are_the_same_on_every_machine():
     """Recorded values: a resumed sweep needs the same ones."""
     assert drawn("log_uniform(1e-4, 1e-1)", 3) == ["0.003406", "0.000297", "0.007508"]
     narrow = set(drawn("uniform(0.12345678, 0.12345679)", 20))
@@ -60,7 +60,7 @@ def test_a_malformed_distribution_is_refused(text: str, message: str):
         parse_distribution(text)
 
 
-def test_lists_are_no_distributions():
+def test_lists_are_not_distributions():
     assert [parse_distribution(text) for text in ("0.1,0.2", "", "sgd", "(1)")] == [None] * 4
     assert all(parse_distribution(text) for text in EXAMPLES.values())
     assert split_at_commas("1, [2, 3],{a = 1, b = 2},,4 ") == ["1", "[2, 3]", "{a = 1, b = 2}", "4"]

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,23 @@ def test_commands_that_fail_or_hang_have_a_reason():
     assert (printed, problem) == ("begun\n", "still running after 0.3 s: waiting for resources")
     with pytest.raises(InputError, match="no-such-srun: No such file"):
         run_bounded(["no-such-srun"], 1)
+
+
+def test_a_stopped_doctor_ends_its_command(tmp_path: Path):
+    def stop(*_: object) -> None:
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        with pytest.raises(SystemExit):
+            run_bounded(["sh", "-c", f"echo $$ > {tmp_path}/pid; kill -ALRM $PPID; exec sleep 60"], 30)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    process = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
+    ends = time.monotonic() + 20
+    while process.exists() and ") Z " not in process.read_text():
+        assert time.monotonic() < ends, "still running"
+        time.sleep(0.05)
 
 
 def test_binary_output_does_no_harm():

@@ -340,13 +340,15 @@ class WithUnusedParameter(Small):
 
     def __init__(self) -> None:
         super().__init__()
-        self.unused = nn.Parameter(torch.ones(3))
+        self.unused = nn.Parameter(torch.ones(3, 3))
 
 
 def test_an_unused_parameter_has_a_gradient_of_zero():
-    for engine in (fast(model=WithUnusedParameter), exact(model=WithUnusedParameter)):
+    decay = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.1}
+    for engine in (fast(model=WithUnusedParameter, **decay), exact(model=WithUnusedParameter, **decay)):
         stepped(engine, [batch_of(9, 9)], lr=1.0)
-        assert torch.equal(model_state(engine)["unused"], torch.ones(3).double()), "no decay: one dimension"
+        decayed = torch.full((3, 3), 0.9, dtype=torch.float64)
+        assert torch.allclose(model_state(engine)["unused"], decayed), "a parameter without a gradient would be skipped"
 
 
 class HalfFrozen(Small):

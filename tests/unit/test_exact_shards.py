@@ -183,7 +183,7 @@ def test_running_statistics_follow_the_momentum(momentum: float | None) -> None:
     assert_close(in_exact_mode(net(momentum), steps, (4, 0, 5)), on_full_batch(net(momentum), steps))
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+@pytest.mark.parametrize("workers", [2, 3, 4])
 def test_any_number_of_workers_is_bit_identical(workers: int) -> None:
     steps, sizes = batches(9), (3, 1, 0, 5)
     one, other = (in_exact_mode(net(), steps, sizes, workers=count) for count in (1, workers))

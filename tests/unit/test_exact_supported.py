@@ -287,6 +287,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_by_name_with_the_remedy(name: str) -> None:
     layer, problem, remedy = REFUSED[name]
+    torch.manual_seed(0)  # by chance, RReLU also draws as many numbers as other images have negative ones
     message = refusal(around(layer()))
     assert message.startswith("exact.shards > 0: 4.inner")
     assert problem in message.partition(";")[0]

@@ -1,5 +1,6 @@
 """The cache of decoded images: its location, which files it trusts, and that it returns only decoded images."""
 
+import json
 import os
 import re
 import shutil
@@ -88,6 +89,16 @@ def test_an_untrusted_cache_file_is_replaced(case: str, root: Path, log_messages
     assert stat.S_ISREG(file.lstat().st_mode)
     assert np.array_equal(pixels(root), expected)
     assert len(log_messages) == 1
+
+
+def test_the_failure_of_a_run_with_another_limit_is_not_shared(root: Path) -> None:
+    requests = set()
+    for limit in (10, 20):
+        with pytest.raises(InputError, match=f"{limit} allows"):
+            decode.read(root, 8, max_pixels=limit)
+        (note,) = (root / ".decoded").glob(".train-*.failed")
+        requests.add(json.loads(note.read_text())["request"])
+    assert len(requests) == 2
 
 
 @needs_root

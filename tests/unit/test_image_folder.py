@@ -182,10 +182,12 @@ def test_resizing_is_close_to_pillows(tmp_path):
 def test_a_broken_image_is_reported_with_its_path(root, content, message):
     (root / "train" / "bee" / "0.png").write_bytes(content)
     (root / "train" / "cow" / "1.png").write_bytes(content)
+    (root / "test" / "cow" / "0.png").write_bytes(content)
     with pytest.raises(InputError) as caught:
         decode.read(root, 16)
     lines = sorted(caught.value.lines)
-    assert [line.split(": ")[1] for line in lines] == [str(root / "train" / f) for f in ("bee/0.png", "cow/1.png")]
+    broken = ("test/cow/0.png", "train/bee/0.png", "train/cow/1.png")
+    assert [line.split(": ")[1] for line in lines] == [str(root / file) for file in broken]
     assert all(message in line and "\n" not in line for line in lines)
     assert not list((root / ".decoded").glob("*.images"))
 

@@ -67,7 +67,7 @@ def test_the_table_begins_with_the_best_run(tmp_path: Path):
     assert (tmp_path / "summary.txt").read_text() == text
 
 
-def test_a_training_with_the_best_settings_is_no_trial(tmp_path: Path):
+def test_a_run_of_the_best_settings_is_not_a_trial(tmp_path: Path):
     with_validation(tmp_path / "a", [0.7], [1.0])
     write_summary(tmp_path, "validation.accuracy")
     with_validation(tmp_path / "best", [0.9], [0.5])
@@ -78,9 +78,10 @@ def test_the_best_settings_upload_beside_the_trials(tmp_path: Path):
     """Under the trial's own URL a new run would find the trial."""
     with_validation(tmp_path / "optim.lr=0.1/seed-0", [0.5], [1.0])
     (tmp_path / "optim.lr=0.1/seed-0/config.toml").write_text(
-        '[checkpoint]\nupload_to = "s3://bucket/sweep/optim.lr=0.1/seed-0"\n'
+        'threads = 3\n[checkpoint]\nupload_to = "s3://bucket/sweep/optim.lr=0.1/seed-0"\n'
     )
     write_summary(tmp_path, "validation.loss")
     best = (tmp_path / "best.toml").read_text()
     assert 'upload_to = "s3://bucket/sweep/best"' in best
     assert f'run_dir = "{tmp_path}/best"' in best
+    assert "threads = 0" in best, "another machine has other CPUs"

@@ -177,7 +177,7 @@ def test_wandb_variables_are_checked_before_training(variables, message, tmp_pat
     assert len(caught.value.lines) == 1
 
 
-def test_an_mlflow_server_that_is_away_is_one_warning(tmp_path):
+def test_an_mlflow_server_that_is_down_is_one_warning(tmp_path):
     config = mlflow_config(tmp_path / "run")
     url = f"http://127.0.0.1:{free_port()}"
     config = logged(config, mlflow={"tracking_uri": url})

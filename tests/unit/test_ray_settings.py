@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from distributed.errors import InputError
+from launch import ray_train
 from launch.on_ray.settings import check_address, check_training, sweep_trainings
 from launch.sweep_arguments import read_sweep, split_sweep
 
@@ -41,7 +42,7 @@ def test_storage_path_holds_a_relative_run_folder(tmp_path):
         (["--scaling.storage_path", "shared"], "scaling.storage_path = shared/runs/debug: relative"),
         (["--scaling.storage_path", "/shared", "--run_dir", "/tmp/x"], "run_dir = /tmp/x is absolute already"),
         (["--run_dir", "/tmp/x", "--exact.shards", "2", "--scaling.num_workers", "3"], "is less than the 3 processes"),
-        (["--run_dir", "/tmp/x", "--device", "cuda", "--scaling.num_workers", "1"], "Ray would hide the GPUs"),
+        (["--run_dir", "/tmp/x", "--device", "cuda", "--scaling.num_workers", "1"], "Ray reserves no GPU"),
         (["--run_dir", "/tmp/x", "--device", "cpu", "--scaling.gpus_per_worker", "1"], "reserves GPUs that"),
         (["--run_dir", "/tmp/x", "--scaling.min_workers", "1", "--scaling.placement", "strict_pack"], "set pack, or remove"),
         (["--run_dir", "/tmp/x", "--scaling.num_worker", "1"], "did you mean scaling.num_workers?"),
@@ -96,6 +97,12 @@ def test_bad_input_is_reported_before_ray_or_torch_is_imported():
     assert lines[0].startswith("error: run_dir = runs/debug: relative")
     imported = {line.split("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert not {"torch", "ray"} & imported
+
+
+def test_a_folder_that_may_not_be_entered_is_one_line(closed, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ray_train", str(closed / "config.toml")])
+    assert ray_train.main() == 2
+    assert "Permission denied; give another path" in capsys.readouterr().err
 
 
 def test_a_node_check_does_not_import_torch_first():

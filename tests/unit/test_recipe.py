@@ -26,8 +26,8 @@ pytestmark = pytest.mark.usefixtures("restore_threads_and_log")
 def config(tmp_path) -> TrainConfig:
     arguments = (
         "--data.name generated10 --data.train_samples 40 --data.test_samples 10 --global_batch_size 16 --epochs 4 "
-        "--precision float32 --threads 1 --device cpu --logging.tensorboard false --logging.every_steps 1 "
-        "--schedule.name constant --model.dropout 0.5"
+        "--precision float32 --threads 1 --device cpu --logging.tensorboard false --logging.curves false "
+        "--logging.every_steps 1 --schedule.name constant --model.dropout 0.5"
     )
     return from_command_line([*arguments.split(), "--run_dir", str(tmp_path / "run")]).config
 

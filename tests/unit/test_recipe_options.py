@@ -32,7 +32,7 @@ from distributed.training.views import Views
 CPU = torch.device("cpu")
 OPTIONS = (
     "--data.name generated10 --data.train_samples 40 --data.test_samples 10 --global_batch_size 16 --epochs 2 "
-    "--precision float32 --device cpu --threads 1 --logging.every_steps 1 --logging.tensorboard false "
+    "--precision float32 --device cpu --threads 1 --logging.every_steps 1 --logging.tensorboard false --logging.curves false "
     "--logging.level WARNING --optim.lr 0.05 --schedule.name constant --data.validation_fraction 0"
 )
 SMALL = OPTIONS.split()
@@ -179,6 +179,14 @@ def test_label_smoothing_and_mixing_follow_the_papers(tmp_path):
     expected = -((0.8 * targets + 0.02) * logits.log_softmax(1)).sum(1)
     assert torch.allclose(outcome.losses, expected, atol=1e-5)
     assert float(value) == pytest.approx(float(expected.mean()), rel=1e-5)
+
+
+def test_mixing_accepts_logits_of_another_type(tmp_path):
+    data = build_data(config_of(tmp_path, "--data.augment.mixup", "0.5"), Topology(), CPU)
+    (batch,) = next(data.train_epoch(0))
+    logits = torch.randn(len(batch.labels), 10, dtype=torch.float64)
+    _, outcome = _shard_loss(build_losses(Loss()).training, lambda images: logits, batch)
+    assert outcome.losses.dtype == torch.float64
 
 
 def test_an_image_is_mixed_with_the_augmented_previous_one(tmp_path):

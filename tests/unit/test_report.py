@@ -171,6 +171,37 @@ def test_a_run_is_described_in_sentences(run: History) -> None:
 
 
 @pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        ({"status": "running", "step": 450, "saved_step": 400}, "newest checkpoint is of step 400."),
+        ({"status": "running", "step": 0}, "newest checkpoint has not been written yet."),
+        (
+            {"status": "failed", "step": 7, "exit_code": 1, "reason": "a bug"},
+            "step 7: a bug. The same command resumes it",
+        ),
+        (
+            {"status": "failed", "exit_code": 3},
+            "The same command would fail again: first change what the message names.",
+        ),
+    ],
+)
+def test_a_run_that_did_not_finish_says_what_is_left(tmp_path: Path, status: dict[str, Any], expected: str) -> None:
+    folder = run_of(tmp_path / "run")
+    (folder / "status.json").write_text(json.dumps(status))
+    assert expected in describe_status(read_history(folder))
+
+
+def test_a_run_resumed_from_a_store_has_all_its_epochs(tmp_path: Path) -> None:
+    """It logs only the epochs since the resume."""
+    folder = run_of(tmp_path / "run", logged=[epoch_line(epoch, 0.1, 0.3, 0.2) for epoch in (3, 4)])
+    config = (folder / "config.toml").read_text()
+    (folder / "config.toml").write_text(f"{config}\n[early_stopping]\npatience = 3\n")
+    history = read_history(folder)
+    assert history.progress == "5 of 5 epochs"
+    assert describe_status(history) == "The run finished at step 50."
+
+
+@pytest.mark.parametrize(
     ("seconds", "expected"), [(12, "12 s"), (245, "4 min 05 s"), (3720, "1 h 02 min"), (59.7, "1 min 00 s")]
 )
 def test_durations(seconds: float, expected: str) -> None:

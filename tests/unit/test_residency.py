@@ -125,6 +125,8 @@ def test_the_metadata_has_the_normalization_in_use():
     assert torch.allclose(batch.images, expected, atol=1e-5)
 
 
-def test_a_constant_channel_is_not_divided_by_zero():
-    mean, deviation = channel_statistics(np.zeros((2, 4, 4, 3), np.uint8))
-    assert (mean.tolist(), deviation.tolist()) == ([0.0] * 3, [1.0] * 3)
+@pytest.mark.parametrize("value", range(256))
+def test_a_constant_channel_is_not_divided_by_zero(value):
+    """Its mean, as the average of many, is not exactly value / 255."""
+    mean, deviation = channel_statistics(np.full((10, 32, 32, 1), value, np.uint8))
+    assert (mean.tolist(), deviation.tolist()) == ([pytest.approx(value / 255)], [1.0])

@@ -115,6 +115,15 @@ def test_moved_run_folder_resumes(path, tmp_path):
     assert is_finished(config_of(path)) is False
 
 
+def test_weights_to_start_from_may_be_named_by_an_absolute_path(path, monkeypatch):
+    monkeypatch.chdir(path.parents[1])
+    saved = config_of(path).model_copy(update={"init_from": Path("runs/other")})
+    checkpointed(path, saved)
+    assert is_finished(saved.model_copy(update={"init_from": Path("runs/other").absolute()})) is False
+    with pytest.raises(InputError, match=r"init_from = .*: this run was started with runs/other"):
+        is_finished(saved.model_copy(update={"init_from": Path("runs/another")}))
+
+
 def test_run_is_finished_once_its_status_says_so(run, path):
     config = config_of(path)
     run.begin(config, start_step=0, bits={}, images={})

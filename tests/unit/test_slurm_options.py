@@ -1,6 +1,10 @@
 """Options of `launch.slurm` that are passed on to sbatch."""
 
+import sys
+from pathlib import Path
+
 import pytest
+from kit.commands import ROOT
 
 from distributed.errors import InputError
 from launch.slurm.__main__ import check_sbatch_options, parser, sbatch_command
@@ -12,6 +16,25 @@ from launch.slurm.__main__ import check_sbatch_options, parser, sbatch_command
 def test_gpus_that_would_not_be_checked_are_refused(option: str) -> None:
     with pytest.raises(InputError, match="it would not be checked; give --gpus-per-node N"):
         check_sbatch_options([option])
+
+
+@pytest.mark.parametrize("option", ["--chdir=/elsewhere", "-D", "-D/elsewhere"])
+def test_another_folder_is_refused(option: str) -> None:
+    with pytest.raises(InputError, match="it would not be checked; give absolute paths, or run this command in that"):
+        check_sbatch_options([option])
+
+
+def test_the_job_uses_this_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkout may have a .venv of its own, in which the user's modules are missing."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/activate").touch()
+    for name in ("VENV", "CONDA_ENV", "CONTAINER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    command = sbatch_command(parser().parse_args([]), ["config.toml"])
+    assert any(f"VENV={tmp_path}" in word for word in command)
+    monkeypatch.setattr(sys, "prefix", str(ROOT / ".venv"))
+    assert not any("VENV=" in word for word in sbatch_command(parser().parse_args([]), ["config.toml"]))
 
 
 def test_other_resources_are_passed_on() -> None:

@@ -106,7 +106,7 @@ def test_early_stopping_ends_the_run():
 
 def test_a_loss_that_is_not_finite_names_its_step():
     state = fresh()
-    with pytest.raises(NotFiniteError, match="at step 1: lower") as caught:
+    with pytest.raises(NotFiniteError, match="at step 1: set a lower") as caught:
         state.add(Totals(count=16, first_bad_step=0))
     assert caught.value.exit_code == ExitCode.NOT_FINITE
     assert state.window == Totals()

@@ -137,6 +137,19 @@ def test_an_array_task_gets_its_seed_or_its_trial():
         task_of(["@sweep.txt"], 0)
 
 
+def test_the_upload_url_of_a_trial_is_valid_and_its_own():
+    name = "model.widths=[32, 64]"
+    urls = {
+        from_command_line(
+            in_subfolder([DEBUG, "--checkpoint.upload_to", "s3://b/p"], folder)
+        ).config.checkpoint.upload_to
+        for folder in (name, name.replace("[", "{"), "optim.lr=0.1/seed-0")
+    }
+    assert len(urls) == 3
+    assert "s3://b/p/optim.lr=0.1/seed-0" in urls
+    assert any(url.startswith("s3://b/p/model.widths=_32,_64_~") for url in urls)
+
+
 def test_tasks_are_written_as_slurm_reads_them():
     assert [indices(tasks) for tasks in ([0], [0, 1, 2], [0, 2, 3, 7])] == ["0", "0-2", "0,2-3,7"]
 

@@ -9,7 +9,7 @@ from distributed.files import Written, digest_of
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
-    torch.int8, torch.uint8, torch.bool,
+    torch.int8, torch.uint8, torch.bool, torch.uint64, torch.uint32, torch.uint16,
 ]  # fmt: skip
 
 

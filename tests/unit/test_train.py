@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -135,23 +134,6 @@ def test_a_failed_download_is_one_line_before_importing_torch(tmp_path):
     refused, remedy = result.stderr.splitlines()
     assert refused == f"error: download of {archive}: http://127.0.0.1:9/{archive}: [Errno 111] Connection refused"
     assert remedy.startswith(f"error: download of {archive}: go online")
-
-
-@pytest.fixture
-def closed(tmp_path):
-    """A folder that this process may not enter, even if it runs as root."""
-    folder = tmp_path / "closed"
-    folder.mkdir()
-    if os.geteuid() == 0:
-        tmp_path.chmod(0o755)
-        folder.chmod(0o700)
-        os.seteuid(65534)
-        yield folder
-        os.seteuid(0)
-    else:
-        folder.chmod(0)
-        yield folder
-        folder.chmod(0o700)
 
 
 @pytest.mark.parametrize("setting", ["data.root", "run_dir", "init_from"])

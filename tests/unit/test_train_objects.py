@@ -2,6 +2,7 @@
 
 import json
 import threading
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from kit.small_runs import FAST, Recorder, StopAfter, small_config
 from loguru import logger
 from torch import Tensor, nn
 
-from distributed import load
+from distributed import build, errors, load
+from distributed.build import build_data
 from distributed.config import TrainConfig, load_config, read_saved
 from distributed.errors import InputError
+from distributed.network import build_network
 from distributed.recipe import train
+from distributed.run.folder import RunFolder
+from distributed.topology import Topology
 
 pytestmark = pytest.mark.usefixtures("restore_threads_and_log")
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
@@ -319,6 +324,33 @@ def test_another_object_does_not_resume_the_run(tmp_path: Path) -> None:
         train(config_of(tmp_path))
     with pytest.raises(InputError, match=r"conv\.weight"):
         train(config_of(tmp_path), model=Net(10, width=5))
+    assert RunFolder(tmp_path / "run").status().status == "finished", "what was refused changed nothing"
+
+
+def test_bad_data_are_reported_by_the_first_rank_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait, so that torchrun does not end it first."""
+
+    def fail(_: object) -> None:
+        raise InputError("a broken image")
+
+    waited: list[float] = []
+    monkeypatch.setattr(build.registry, "fetch_missing", fail)
+    monkeypatch.setattr(errors.time, "sleep", waited.append)
+    for rank in range(2):
+        with pytest.raises(InputError, match="a broken image"):
+            build_data(config_of(tmp_path), Topology(rank, 2, rank, 2), torch.device("cpu"))
+    assert len(waited) == 1
+
+
+def test_an_engine_that_is_not_installed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "version", version)
+    config = config_of(tmp_path, engine={"name": "deepspeed"})
+    data = build_data(config, Topology(), torch.device("cpu"))
+    with pytest.raises(InputError, match=r"engine\.name = deepspeed needs the package deepspeed: pip install"):
+        build_network(config, Topology(world_size=2), data, torch.device("cpu"))
 
 
 def test_load_needs_the_object_and_only_then_takes_it(tmp_path: Path) -> None:

@@ -34,6 +34,12 @@ def test_every_view_is_mirrored_too() -> None:
     assert torch.allclose(Views(flip=True, shift=1).average(corner, images), expected)
 
 
+def test_a_network_may_change_its_input() -> None:
+    views = Views(flip=True, shift=1)
+    found = views.average(lambda view: corner(view.sub_(0.5)), images_of())
+    assert torch.allclose(found, views.average(lambda view: corner(view - 0.5), images_of()))
+
+
 def test_without_views_the_logits_are_unchanged() -> None:
     assert torch.equal(Views().average(corner, images_of()), corner(images_of()))
 

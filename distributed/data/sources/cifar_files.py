@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distributed.data.sources.cifar_spec import SETS, CifarSet, Form, official_name
-from distributed.errors import InputError
+from distributed.errors import InputError, not_permitted
 from distributed.files import opened
 
 Bytes = NDArray[np.uint8]
@@ -118,7 +118,7 @@ class CifarFiles:
     def _remedy(self) -> str:
         thing = self.path.name if self.is_archive else f"{self.path.name}/"
         return (
-            f"point --data.root at the folder that holds {thing}, download it with --data.download, or train on "
+            f"point --data.root at the folder that holds {thing}; training can also download it (--data.download) or use "
             f"--data.name generated{self.spec.classes}"
         )
 
@@ -127,14 +127,23 @@ def find_files(name: str, root: Path) -> CifarFiles | None:
     """Return the data set's files: the first of binary folder, Python folder, binary archive, Python archive.
 
     `root` is the folder that holds them, or the folder or archive itself, or a link to it.
+
+    Raises:
+        InputError: this user may not enter `root`.
     """
+    try:
+        return next(_candidates(name, root), None)
+    except PermissionError as error:  # raised up to Python 3.13
+        raise not_permitted(error) from None
+
+
+def _candidates(name: str, root: Path) -> Iterator[CifarFiles]:
     forms = SETS[name].forms
-    folders = [CifarFiles(name, form, root / form.folder, False) for form in forms if (root / form.folder).is_dir()]
-    archives = [CifarFiles(name, form, root / form.archive, True) for form in forms if (root / form.archive).is_file()]
     names = {root.name, os.path.basename(os.path.realpath(root))}
-    folders += [CifarFiles(name, form, root, False) for form in forms if form.folder in names and root.is_dir()]
-    archives += [CifarFiles(name, form, root, True) for form in forms if form.archive in names and root.is_file()]
-    return next(iter(folders + archives), None)
+    yield from (CifarFiles(name, form, root / form.folder, False) for form in forms if (root / form.folder).is_dir())
+    yield from (CifarFiles(name, form, root, False) for form in forms if form.folder in names and root.is_dir())
+    yield from (CifarFiles(name, form, root / form.archive, True) for form in forms if (root / form.archive).is_file())
+    yield from (CifarFiles(name, form, root, True) for form in forms if form.archive in names and root.is_file())
 
 
 def files_in(name: str, root: Path) -> CifarFiles:

@@ -42,27 +42,33 @@ def read_listed(
         raise InputError(
             f"data.cache: cannot write to {cache}, or other users can; name another folder with --data.cache"
         )
-    found = []
+    found, errors = [], list[str]()
     for split in SPLITS:
         listing = listings[split]
         decode_all = partial(_decode_all, root, listing, split, side, max_pixels)
         shape = (len(listing.files), side, side, 3)
+        request = f"{root.resolve()} {max_pixels}"
         files = (
             CacheFile(folder.path / f"{split}-{side}-{listing.digest}.images", folder.owner, shape, listing.digest)
             for folder in folders(root, cache)
         )
-        found.append(Images(_decoded(files, shape, decode_all), listing.labels))
+        try:
+            found.append(Images(_decoded(files, shape, decode_all, request), listing.labels))
+        except InputError as error:
+            errors += error.lines
+    if errors:
+        raise InputError(*errors)
     return found
 
 
 def _decoded(
-    files: Iterator[CacheFile], shape: tuple[int, int, int, int], decode_all: Callable[[Store], None]
+    files: Iterator[CacheFile], shape: tuple[int, int, int, int], decode_all: Callable[[Store], None], request: str
 ) -> Pixels:
     """Return the images from the first cache file that can be written, else from memory: a cache only saves time."""
     reasons = []
     for file in files:
         try:
-            return _from_cache(file, decode_all)
+            return _from_cache(file, decode_all, request)
         except (OSError, Untrusted) as error:
             reasons.append(f"{file.path.parent}: {getattr(error, 'strerror', None) or error}")
     if 4 * np.prod(shape) > _available_memory():
@@ -83,8 +89,11 @@ def _decoded(
     return images
 
 
-def _from_cache(file: CacheFile, decode_all: Callable[[Store], None]) -> Pixels:
+def _from_cache(file: CacheFile, decode_all: Callable[[Store], None], request: str) -> Pixels:
     """Return the images of a cache file, which is written if it is missing or not trusted.
+
+    Args:
+        request: what decoding depends on besides the file's name: a run with another limit does not share its failures.
 
     Raises:
         OSError: it cannot be written.
@@ -106,7 +115,7 @@ def _from_cache(file: CacheFile, decode_all: Callable[[Store], None]) -> Pixels:
             logger.warning("{}: {}; decoding the images again", file.path, untrusted)
         file.write(decode_all)
 
-    once_per_node(file.path, work, done=done)
+    once_per_node(file.path, work, done=done, request=request)
     if images is None and not done():
         raise untrusted or Untrusted("it has disappeared")
     assert images is not None

@@ -1,0 +1,23 @@
+"""The driver's connection to a Ray that cannot be joined."""
+
+import pytest
+import ray
+
+from distributed.errors import InputError
+from launch.on_ray.connection import connected
+
+
+@pytest.mark.parametrize(
+    ("address", "where"),
+    [("", "the Ray on this machine: "), ("10.0.0.1:6379", "environment: RAY_ADDRESS = 10.0.0.1:6379: ")],
+)
+def test_a_ray_of_another_version_is_one_line(address: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.60.0")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(InputError) as error, connected("WARNING"):
+        pass
+    [line] = error.value.lines
+    assert line.startswith(f"{where}Version mismatch: The cluster was started with: Ray: 2.60.0; start Ray")
