@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 COMMA := ,
 # The visible GPUs: nvidia-smi ignores the variable, and also lists MIG slices.
 GPUS := $(strip $(if $(filter undefined,$(origin CUDA_VISIBLE_DEVICES)),$(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU),\
-	$(words $(subst $(COMMA), ,$(CUDA_VISIBLE_DEVICES)))))
+	$(words $(filter-out -%,$(subst $(COMMA), ,$(CUDA_VISIBLE_DEVICES))))))
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 unexport PYTHONDONTWRITEBYTECODE  # hundreds of processes would recompile our modules
 
@@ -74,7 +74,7 @@ test-abuse: $(READY)
 test-clusters: $(READY)  ## a real Ray, a real Slurm and several hosts, one after the other
 	$(call pytest,2700,$(CLUSTERS))
 
-# The oldest torch that pyproject.toml allows, which is also the rented GPU machine's: imports, a step, a resume.
+# The oldest torch that pyproject.toml allows, which is also the rented GPU machine's: imports, a step, a finished run and its evaluation.
 test-oldest: $(OLDEST)/.ready
 	$(call timed,$(call BUDGET,400) $(OLDEST)/bin/python -m pytest -m smoke tests/integration/test_command_line.py tests/unit/test_autograd_pass.py tests/unit/test_torch_internals.py)
 

@@ -92,7 +92,8 @@ def dry_run(config: TrainConfig) -> None:
 def _time_steps(train_step: StepFunction, metrics: MetricAccumulator, data: DataPipeline, state: TrainState) -> _Timing:
     """Take and time training steps, from the first epoch on. A collective."""
     device = data.input_format.device
-    # On a GPU one step augments the images of many: those of the timed steps, in one of them.
+    # On a GPU one step augments the images of several. Limit these to the number of timed steps, so that exactly one timed
+    # step does so.
     data.augmented_at_once = min(data.augmented_at_once, _TIMED_STEPS * data.batching.grad_accum_steps)
     epochs = chain.from_iterable(data.train_epoch(epoch, start_step=0) for epoch in count())
     batches = islice(epochs, _WARM_UP_STEPS + _TIMED_STEPS)

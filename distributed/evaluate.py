@@ -76,6 +76,7 @@ def main() -> int:
         _notify_waiting_peers(error)
         if not is_first_on_node():
             time.sleep(3)  # torchrun ends all ranks as soon as one exits: the first prints meanwhile
+            error.report()  # still here, so only this rank failed
         return error.exit_code
 
 

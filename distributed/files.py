@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from distributed.errors import InputError, StorageError
 
@@ -156,7 +156,19 @@ def write_synced(path: Path, content: bytes) -> None:
 def append_line(path: Path, line: str) -> None:
     """Append a line in one write, so that a reader never sees a partial line."""
     with open(path, "ab", buffering=0, opener=open_regular) as file:
-        file.write(line.encode() + b"\n")
+        write_at_once(file, line.encode() + b"\n")
+
+
+def write_at_once(file: IO[bytes], content: bytes) -> None:
+    """Append to an unbuffered file all of the content or, on a full disk, which would take a part, nothing.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if file.write(content) < len(content):
+        file.truncate(size)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))
 
 
 def sync_folder(path: Path) -> None:

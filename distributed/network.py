@@ -12,7 +12,7 @@ from distributed.config import TrainConfig
 from distributed.config.models import ImportedModel
 from distributed.data.pipeline import DataPipeline, Split
 from distributed.errors import InputError, reported_once
-from distributed.host.versions import require
+from distributed.host.versions import require_deepspeed
 from distributed.models.build import build_model
 from distributed.models.fast_alexnet import FastAlexNet, whitening
 from distributed.models.grad_checkpointing import blocks_to_checkpoint, check_checkpointing
@@ -47,7 +47,7 @@ def build_network(
     """
     with reported_once(topology.local_rank):
         if config.engine.name == "deepspeed" and topology.world_size > 1:  # a single process does not use it
-            require("deepspeed", at_least=(0, 19), needed_by="engine.name = deepspeed")
+            require_deepspeed()
         model = build_model(config.model, num_classes=data.num_classes, seed=config.seed, given=given)
         if isinstance(config.model, ImportedModel):
             return Network(model, _check_imported(model, config, topology, data, device))

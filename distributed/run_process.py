@@ -77,7 +77,8 @@ def _log_result(config: TrainConfig, result: TrainResult) -> None:
     early = ", stopped early" if result.stopped_early else ""
     best = f"; best validation epoch {result.best.epoch + 1} ({result.best.value:.4f})" if result.best else ""
     logger.info("finished after {}, {} steps{}{}", epochs, result.step, early, best)
+    curves = f", curves {run.curves}" if config.logging.curves else ""
     board = f", TensorBoard: tensorboard --logdir {run.path}" if config.logging.tensorboard else ""
-    logger.info("curves {}, checkpoints {}{}", run.curves, run.checkpoints, board)
+    logger.info("checkpoints {}{}{}", run.checkpoints, curves, board)
     if isinstance(config.data, GeneratedData):
         logger.warning("these results are on generated images, not on CIFAR")

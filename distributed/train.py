@@ -12,7 +12,7 @@ from distributed.config import TrainConfig, from_command_line, help_text
 from distributed.config.data import CifarData
 from distributed.data.sources import cifar, registry
 from distributed.errors import ExitCode, InputError, not_permitted
-from distributed.host.versions import require
+from distributed.host.versions import require_deepspeed
 from distributed.metrics.installed import check_installed
 from distributed.process import exits, gc_pause
 from distributed.process.signals import SignalStop
@@ -112,7 +112,7 @@ def _checked_config(
         config.check_world_size(topology.world_size, config.device)
     config.check_importable()
     if config.engine.name == "deepspeed":
-        require("deepspeed", at_least=(0, 19), needed_by="engine.name = deepspeed")
+        require_deepspeed()
     if topology.is_main:
         check_installed(config.logging)
     saved = check_run_folder(config)

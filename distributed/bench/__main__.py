@@ -19,7 +19,7 @@ from distributed.bench.machine import machine
 from distributed.bench.memory import measure_all
 from distributed.bench.options import NETWORK, WORKLOADS, Options
 from distributed.bench.page import write_page
-from distributed.bench.peers import PEERS, peer_python
+from distributed.bench.peers import DEFAULT_PEERS, PEERS, peer_python
 from distributed.bench.rounds import Results, run_rounds, summary
 from distributed.bench.scaling_report import PREDICTED_CORES, report
 from distributed.data.sources import cifar
@@ -72,7 +72,8 @@ def _check_alone(arguments: argparse.Namespace) -> None:
     defaults = vars(_parser().parse_args([arguments.benchmark]))
     own = {"json"} if arguments.benchmark == "memory" else set()
     if wrong := [name for name, value in vars(arguments).items() if value != defaults[name] and name not in own]:
-        options = ", ".join(f"--{name}" for name in wrong)
+        names = {"root": "data.root", "from_file": "from"}
+        options = ", ".join(f"--{names.get(name, name)}" for name in wrong)
         raise InputError(f"{options}: {arguments.benchmark} has no such option; leave it out")
     if arguments.json:
         check_writable("--json", arguments.json)
@@ -132,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     peers = parser.add_mutually_exclusive_group()
     peers.add_argument(
-        "--peers", type=home_path, metavar="FOLDER", default=Path(".venv-bench"),
+        "--peers", type=home_path, metavar="FOLDER", default=DEFAULT_PEERS,
         help="train, accuracy: environment for timm, accelerate and Lightning unless they are installed here; made by the "
         "first run, with pip; default: .venv-bench",
     )  # fmt: skip

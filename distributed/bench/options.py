@@ -5,7 +5,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from distributed.bench.peers import PEERS
+from distributed.bench.peers import DEFAULT_PEERS, PEERS
 from distributed.errors import InputError
 from distributed.host.cpu_quota import available_cpus
 
@@ -142,6 +142,10 @@ def _invalid(arguments: Namespace) -> list[str]:
         wrong.append(f"--processes {arguments.processes}: must be at least 1")
     if bad := [seed for seed in arguments.seeds or () if seed < 0]:
         wrong.append(f"--seeds {' '.join(map(str, bad))}: each must be at least 0")
+    if arguments.benchmark not in ("train", "accuracy") and arguments.peers != DEFAULT_PEERS:
+        wrong.append(f"--peers and --no-peers: apply to train and accuracy only, not to {arguments.benchmark}")
+    if arguments.benchmark == "startup" and arguments.steps is not None:
+        wrong.append("--steps: does not apply to startup, which takes one step")
     if arguments.benchmark != "train" and (arguments.batches or arguments.workloads):
         wrong.append(f"--batches and --workloads: apply to train only, not to {arguments.benchmark}")
     return wrong

@@ -26,6 +26,6 @@ def accuracy(content: Mapping[str, dict[str, Any]]) -> str:
         f"over the seeds. {machine['cores']} cores ({machine['processor']}), torch {versions['torch']}{timm}, "
         f"{measured}, `{results['command']} --data.root FOLDER` ([raw](../results/{FILE}.json))."
     )
-    otherwise = f"On timm's side: {' '.join(results['differences'])}"
+    otherwise = f"On timm's side: {' '.join(results['differences'])}" if results["differences"] else ""
     table = report([Run(**run) for run in results["runs"]])
-    return f"{paragraph(intro)}\n\n{table}\n\n{paragraph(otherwise)}"
+    return f"{paragraph(intro)}\n\n{table}\n\n{paragraph(otherwise)}".rstrip()

@@ -18,6 +18,9 @@ from typing import NamedTuple
 from distributed.errors import InputError
 
 _SHARED = ("torch", "torchvision", "numpy")  # pip must not replace these: all workloads compute with the same kernels
+DEFAULT_PEERS = Path(".venv-bench")
+"""Folder of the environment with the other frameworks."""
+
 _MARKER = "bench-peers.json"
 _NO_SYNC = "no synchronized batch norm on a CPU"
 _NO_RESUME = "no bit-exact resume"

@@ -14,7 +14,7 @@ from distributed.comm import collectives
 from distributed.errors import InputError, StorageError
 from distributed.files import storing
 from distributed.run.checkpoint_changes import delete_unfinished, set_aside
-from distributed.run.checkpoint_layout import check_format, checkpoints, newest_complete
+from distributed.run.checkpoint_layout import check_formats, newest_complete
 from distributed.run.claim import ClaimedRun
 
 Validate = Callable[[dict[str, Any], Path], None]
@@ -42,8 +42,7 @@ def find_resume_point(run: ClaimedRun, store: Store | None, validate: Validate) 
     """
     with storing(run.checkpoints):
         delete_unfinished(run.checkpoints)
-        for checkpoint in checkpoints(run.checkpoints):
-            check_format(checkpoint)  # or a newer version's would be set aside as damaged
+        check_formats(run.checkpoints)  # or those of a newer version would be set aside as damaged
         newest = newest_complete(run.checkpoints)
         if newest.checkpoint is None and store and _download(run, store, newest.damaged):
             newest = newest_complete(run.checkpoints)

@@ -67,7 +67,9 @@ def _overlapping(path: str, settings: Settings) -> str | None:
     inside: Any = settings.values
     for name in names:
         inside = inside.get(name) if isinstance(inside, dict) else None
-    return next((other for other in settings.places if inside and other.startswith(f"{path}.")), None)
+    if not inside:
+        return None
+    return next((other for other in settings.places if other.startswith(f"{path}.")), None)
 
 
 def _without_value(path: str) -> str:

@@ -33,22 +33,18 @@ def initialize(
         own_logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
         # An all-reduce for inference, which DeepSpeed would compile behind a lock that a killed process never releases.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # DeepSpeed uses a name for a collective that torch 2.14 has deprecated.
-        warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor. is deprecated", category=FutureWarning)
+        # DeepSpeed uses names of collectives that torch 2.14 has deprecated.
+        renamed = r".*(all_gather_into_tensor|reduce_scatter_tensor). is deprecated"
+        warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
         # DeepSpeed probes for optional imports. If an earlier engine, whose finalizer imports too, were collected meanwhile,
         # that would raise a KeyError (https://github.com/python/cpython/issues/106176); so collect it now.
         gc.collect()
-        # Its index of the GPU, which differs from ours where each rank sees only its own.
-        local_rank = os.environ.get("LOCAL_RANK")
         if device.type == "cuda":
-            os.environ["LOCAL_RANK"] = str(device.index)
-        try:
-            engine, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=settings, dist_init_required=False
-            )
-        finally:
-            if local_rank is not None:
-                os.environ["LOCAL_RANK"] = local_rank
+            # DeepSpeed takes LOCAL_RANK for the index of its GPU, in stage 3 during training too; a rank may see only its own.
+            accelerator = deepspeed.accelerator.get_accelerator()
+            accelerator.device_name = lambda index=None: "cuda" if index is None else str(device)
+            accelerator.set_device = lambda _: torch.cuda.set_device(device)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
 
 

@@ -101,11 +101,18 @@ def _comparisons(results: Results, *, alternatives: bool) -> str:
     parts = []
     for config in dict.fromkeys(ablation.config for ablation in ABLATIONS):
         for device in DEVICES:
-            compared = comparisons(results, [each for each in ABLATIONS if each.config == config], device)
+            compared = list(comparisons(results, [each for each in ABLATIONS if each.config == config], device))
             shown = [each for each in compared if each.ablation.alternative == alternatives]
             if shown:
-                measured = f"{_link(config)}: {_measured([each.result for each in shown], 'ablation')}"
-                parts.append(f"{paragraph(measured)}\n\n{table(header, map(_comparison_row, shown))}")
+                modes = _distinct(mode(each.result) for each in shown)
+                measured = f"{_link(config)}, {modes}: {_measured([each.result for each in shown], 'ablation')}"
+                run = {each.ablation.id for each in compared}
+                missing = [
+                    [each.change, _code(each.changed), "not yet run", "", "", ""]
+                    for each in ABLATIONS
+                    if each.config == config and each.alternative == alternatives and each.id not in run
+                ]
+                parts.append(f"{paragraph(measured)}\n\n{table(header, [*map(_comparison_row, shown), *missing])}")
     return "\n\n".join(parts) if parts else "Not yet run."
 
 

@@ -85,6 +85,10 @@ def _command(experiment: Experiment, config: TrainConfig, settings: Sequence[str
     words = ["python", "-m", "distributed.experiments", "--only", experiment.id, "--seeds", str(config.seed)]
     if processes.isdecimal() and processes != "1":
         words += ["--nproc_per_node", processes]
+    if config.precision != "auto" and not any(
+        text.startswith("--precision=") for text in settings
+    ):  # auto would depend on the machine
+        words += ["--precision", config.precision]
     if hasattr(config.data, "root"):
         words += ["--data.root", "FOLDER"]
     return shlex.join([*words, *(text for text in settings if text not in experiment.settings)])

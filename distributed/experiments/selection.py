@@ -60,4 +60,6 @@ def _difference(result: Result, base: Result | None) -> float | None:
         return None
     if result.validation is None or base.validation is None or result.seed != base.seed:
         return None
+    if (result.precision, result.exact_shards) != (base.precision, base.exact_shards):
+        return None
     return round(result.validation - base.validation, 2) + 0.0  # not -0.0

@@ -39,6 +39,11 @@ def git_state() -> str:
     return done.stdout.strip()
 
 
+def require_deepspeed() -> None:
+    """Raise InputError if DeepSpeed is missing or too old."""
+    require("deepspeed", at_least=(0, 19), needed_by="engine.name = deepspeed")
+
+
 def require(package: str, *, at_least: tuple[int, int], needed_by: str) -> None:
     """Check that an optional package is installed, without importing it.
 

@@ -37,7 +37,7 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def with_data_root(config: TrainConfig, root: Path | None) -> TrainConfig:
-    """Return the config with its data set in folder `root`, and no other cache; unchanged if `root` is None.
+    """Return the config with its data set in folder `root` and the default cache; unchanged if `root` is None.
 
     Raises:
         InputError: the run's data set is generated, so it has no folder.
@@ -112,7 +112,7 @@ def read_content(checkpoint: Path) -> dict[str, Any]:
     """Return the content of a checkpoint's state.json, which has valid class names, normalization and image size.
 
     Raises:
-        InputError: it has not.
+        InputError: one of them is missing or has the wrong type.
     """
     content = read_object(checkpoint / STATE)
     names, size, normalization = (content.get(key, ()) for key in ("classes", "image_size", "normalization"))

@@ -19,7 +19,8 @@ class EventFile:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{int(time.time()):010}.{host()}.{os.getpid()}.0"  # TensorBoard reads them sorted
+        # TensorBoard reads them sorted.
+        name = f"events.out.tfevents.{int(time.time()):010}.{host()}.{os.getpid()}.{time.monotonic_ns()}"
         # Unbuffered: after a failed write Python would retry the buffer when it is freed and print the error.
         self._file = (folder / name).open("xb", buffering=0)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))

@@ -19,6 +19,7 @@ _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 _TAG = "distributed.run"  # holds the run's identity, by which a later attempt finds it
 _WAIT_SECONDS = 10
 _MOST_METRICS, _MOST_PARAMETERS = 1000, 100  # that a server takes in one call
+_LONGEST_NAME = 250  # of a run, in its database
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]", re.ASCII)
 
 
@@ -35,10 +36,12 @@ class MlflowService:
     def __init__(
         self, config: Mlflow, run_dir: Path, *, identity: str, parameters: Mapping[str, str | int | float | bool]
     ) -> None:
-        self._config, self._name, self._identity = config, config.name or RunFolder(run_dir).name, identity
+        self._config, self._identity = config, identity
+        self._name = config.name or RunFolder(run_dir).name[-_LONGEST_NAME:]
         self._parameters = {_NOT_IN_NAMES.sub("_", name): str(value) for name, value in parameters.items()}
         self._client: Any = None
         self._run_id = ""
+        self._time = 0
 
     def start(self) -> Logged:
         with _refusals():
@@ -58,7 +61,8 @@ class MlflowService:
     def log(self, records: Sequence[MetricsRecord]) -> None:
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
+        # The same in every retry: the server drops what it has already stored, after its answer came too late.
+        now = self._time = self._time or int(time.time() * 1000)
         metrics = [
             Metric(_NOT_IN_NAMES.sub("_", name), value, now, record.step)
             for record in records
@@ -67,6 +71,7 @@ class MlflowService:
         with _refusals():
             for start in range(0, len(metrics), _MOST_METRICS):
                 self._client.log_batch(self._run_id, metrics=metrics[start : start + _MOST_METRICS])
+        self._time = 0
 
     def finish(self, status: Status) -> None:
         with _refusals():

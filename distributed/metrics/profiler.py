@@ -42,9 +42,9 @@ class StepProfiler:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._output.run(self._end)  # the attempt ended before the last profiled step
-        if error is None and self._done < _WARM_UP_STEPS and self.steps:
+        if error is None and self._done <= _WARM_UP_STEPS and self.steps:
             logger.warning(
-                "logging.profile_steps = {}: no profile; the attempt took only {} steps, and profiling starts at step {}",
+                "logging.profile_steps = {}: no profile; the attempt took only {} steps, and the first {} are not profiled",
                 self.steps, self._done, _WARM_UP_STEPS,
             )  # fmt: skip
 
@@ -60,10 +60,13 @@ class StepProfiler:
             return
         self._profile = None
         running.__exit__(None, None, None)
+        steps = self._done - _WARM_UP_STEPS
+        if not steps:
+            return
         self._check()
         self.folder.mkdir(exist_ok=True)
         running.export_chrome_trace(str(self.folder / "trace.json"))
         averages = running.key_averages()
         by = "self_device_time_total" if any(a.self_device_time_total for a in averages) else "self_cpu_time_total"
         (self.folder / "table.txt").write_text(averages.table(sort_by=by, row_limit=40, max_name_column_width=60))
-        logger.info("profile of {} steps in {}: table.txt, and trace.json for ui.perfetto.dev", self.steps, self.folder)
+        logger.info("profile of {} steps in {}: table.txt, and trace.json for ui.perfetto.dev", steps, self.folder)

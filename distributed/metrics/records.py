@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TrainMetrics:
-    """Means over the steps since the last logging step, over all ranks."""
+    """Means over the steps since the last logging step or the beginning of the epoch, over all ranks."""
 
     epoch: int
     step: int
@@ -56,8 +56,8 @@ class EpochMetrics:
 class Sink(Protocol):
     """A destination of metrics. `train` calls it on rank 0.
 
-    With a class attribute `on_every_rank = True`, every rank calls its own, with the same numbers at the same steps, e.g.
-    because a cluster's reports are a barrier of all ranks.
+    With a class attribute `on_every_rank = True`, every rank calls its own at the same steps, e.g. because a cluster's reports
+    are a barrier of all ranks. The numbers are the same, except for times, speeds and memory, which are the rank's own.
     """
 
     def log_step(self, metrics: TrainMetrics) -> None: ...

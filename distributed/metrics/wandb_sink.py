@@ -20,6 +20,7 @@ from distributed.run.metrics_file import MetricsRecord
 
 _START_SECONDS = 60.0
 _FINISH_SECONDS = 4.0  # less than a run waits for it, so that the folder with the rest can be named
+_LONGEST_NAME = 128  # of a run, which a sweep's folder may exceed
 _EXIT_CODE = {"finished": 0, "stopped": 75, "failed": 1}
 
 
@@ -90,7 +91,7 @@ class WandbService:
             finish_timeout=_FINISH_SECONDS, finish_timeout_raises=True, reinit="create_new",
         )  # fmt: skip
         config = self._config
-        name = config.name or RunFolder(self._folder).name
+        name = config.name or RunFolder(self._folder).name[-_LONGEST_NAME:]
         return wandb.init(
             project=config.project, entity=config.entity, name=name, tags=config.tags or None,
             id=self._identity, resume="allow", mode=mode, dir=str(self._folder), config=dict(self._parameters),

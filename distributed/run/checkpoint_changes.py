@@ -13,11 +13,15 @@ from distributed.run.checkpoint_layout import DAMAGED, DELETING, WRITING, checkp
 
 def set_aside(path: Path, damage: str) -> None:
     """Rename a damaged or misnamed checkpoint so that it is never resumed from, and log an error. Overwrites nothing."""
-    numbers = ("", *(f"-{number}" for number in range(2, 1000)))
-    names = (path.with_name(f"{path.name}{DAMAGED}{number}") for number in numbers)
-    aside = next(name for name in names if not os.path.lexists(name))
+    aside = _free(path.with_name(f"{path.name}{DAMAGED}"))
     path.rename(aside)
     logger.error("{} is damaged ({}): set aside as {}", path, damage, aside.name)
+
+
+def _free(path: Path) -> Path:
+    """Return this path or, if it exists, the first free one of NAME-2, NAME-3, ..."""
+    names = (path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 1000)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def set_link(folder: Path, link: str, name: str) -> None:
@@ -26,7 +30,7 @@ def set_link(folder: Path, link: str, name: str) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(name)
     if is_committed(target) and not target.is_symlink():  # scp and zip copy what a link leads to
-        target.rename(folder / f"{link}.copy")
+        target.rename(_free(folder / f"{link}.copy"))
     os.replace(temporary, target)
 
 

@@ -7,6 +7,7 @@
     checkpoints/latest, best                links for people; resuming never relies on them
     checkpoints/.writing-*, .deleting-*     unfinished saves and deletions
     checkpoints/step-*.damaged              set aside, never resumed from
+    checkpoints/latest.copy, best.copy      what a copied run had in place of its links; may be deleted
 
 No other module spells these file names.
 """
@@ -103,7 +104,7 @@ def committed_names(folder: Path) -> list[str]:
 def preferred(folder: Path) -> list[Path]:
     """Return the checkpoints that a run folder may refer to, by preference: best, latest, then newest first.
 
-    A copied run may lack the links, or have copies of what they led to, which a resume leaves behind.
+    A copied run may lack the links, or have copies of checkpoints in their place, which go out of date when it is resumed.
     """
     newest_first = checkpoints(folder)[::-1]
     if (folder / BEST).is_symlink() or not newest_first:
@@ -140,6 +141,12 @@ def check_format(path: Path) -> None:
             f"{path}: written by a newer version of this code, in format {form} (this one reads up to {FORMAT}): use that "
             "version, or start another run"
         )
+
+
+def check_formats(folder: Path) -> None:
+    """Call `check_format` for every checkpoint of a run."""
+    for path in checkpoints(folder):
+        check_format(path)
 
 
 def damage_of(path: Path) -> str | None:

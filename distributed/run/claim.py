@@ -18,7 +18,7 @@ from loguru import logger
 
 from distributed.config import TrainConfig, as_toml
 from distributed.errors import ExitCode, InputError, StorageError
-from distributed.files import open_regular, replace_json, replace_text, storing, sync_folder
+from distributed.files import open_regular, replace_json, replace_text, storing, sync_folder, write_at_once
 from distributed.host.identity import host
 from distributed.host.versions import git_state, versions
 from distributed.run.folder import RunFolder
@@ -109,7 +109,7 @@ class ClaimedRun(RunFolder):
         with storing(file), open(file, "ab", buffering=0, opener=open_regular) as opened:
             # Check again: an attempt that claims the folder later replaces metrics.jsonl, and this write goes to the old file.
             self.check_token()
-            opened.write(json.dumps(record.as_json()).encode() + b"\n")
+            write_at_once(opened, json.dumps(record.as_json()).encode() + b"\n")
 
     def replace(self, file: Path, text: str) -> None:
         """Replace the content of a file of the run atomically."""

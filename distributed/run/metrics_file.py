@@ -18,7 +18,8 @@ class SplitRecord(Record):
 
 
 class TrainRecord(Record):
-    """A line of metrics.jsonl: means over the training steps since the previous such line."""
+    """A line of metrics.jsonl: means over the training steps since the previous such line, or since
+    the beginning of the epoch."""
 
     kind: Literal["train"]
     data: Text = None

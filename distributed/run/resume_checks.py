@@ -14,7 +14,7 @@ from distributed.run.checkpoint_layout import (
     STATE,
     SavedState,
     check_format,
-    checkpoints,
+    check_formats,
     newest_complete,
 )
 from distributed.run.folder import RunFolder, config_in
@@ -34,8 +34,7 @@ def check_run_folder(config: TrainConfig) -> SavedState | None:
     """
     run = RunFolder(config.run_dir)
     _check_file_types(run)
-    for path in checkpoints(run.checkpoints):
-        check_format(path)
+    check_formats(run.checkpoints)
     saved = run.newest_saved()
     if saved:
         check_saved(saved.content, saved.checkpoint, config=config)

@@ -14,6 +14,7 @@ from torch import Tensor
 from distributed.data.batch import Batch, Mixed
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError
+from distributed.process.optional_output import one_line
 from distributed.training.losses import PerSample
 from distributed.training.steps import train_step
 from distributed.training.totals import MetricAccumulator
@@ -78,13 +79,14 @@ class CudaGraphStep:
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._run(inputs)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            cause = error.__context__ or error  # ending a failed capture raises an error of its own
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
             raise InputError(
-                f"a step cannot be captured as a CUDA graph: {str(error).splitlines()[0]}; change what waits for the "
-                "GPU in the network or the loss, e.g. .item() or a mask as an index, or set cuda_graphs = false"
-            ) from error
+                f"a step cannot be captured as a CUDA graph: {one_line(cause)}; change what waits for the GPU in the network "
+                "or the loss, e.g. .item() or a mask as an index, or set cuda_graphs = false"
+            ) from cause
         return graph
 
 

@@ -44,6 +44,8 @@ def restored_settings() -> Iterator[None]:
             enable(enabled)
         if inductor := sys.modules.get("torch._inductor.config"):
             inductor.deterministic = False  # type: ignore[attr-defined]
+        if dynamo := sys.modules.get("torch._dynamo.config"):
+            dynamo.recompile_limit = 8  # type: ignore[attr-defined]  # torch's default
 
 
 def make_deterministic(device: torch.device, *, precision: str, compile: bool = False) -> None:

@@ -22,7 +22,7 @@ def connected(level: str) -> Iterator[None]:
 
     Raises:
         InputError: RAY_ADDRESS is `auto`, and no Ray runs on this machine; or the Ray that runs cannot be joined, e.g.
-            because its version is another.
+            because its version differs.
     """
     logs.terminal_logs(0, level=level)
     try:

@@ -101,8 +101,9 @@ def test_commands_do_not_need_a_runs_other_files(
         "distributed.report.checkpoint_sections.augmented", lambda *_: []
     )  # slow, and depends on the data only
     monkeypatch.setattr("distributed.report.analysis.Analysis.__init__", lambda *_: None)
+    monkeypatch.setattr("distributed.report.checkpoint_sections.filters", lambda *_: [])
     with untouched(run, bare):
-        reported = call("report.__main__", bare, run, "--out", tmp_path / "report.html", "--checkpoint", "none")
+        reported = call("report.__main__", bare, run, "--out", tmp_path / "report.html")
         assert_outcome(reported, code=0, lines=0)
         compared = call("compare", bare, run)
         assert_outcome(compared, code=0, lines=0)
@@ -499,6 +500,123 @@ def test_a_run_without_a_finished_status_trains_no_further(status: str, run: Pat
         (copy / "status.json").write_text(json.dumps(content | {"status": status}))
     assert_outcome(train(copy), code=0, lines=0)
     assert_same_bits(copy, run)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--logging.every_steps", 1)])
+def test_fewer_epochs_than_trained_are_refused(arguments: tuple[object, ...], run: Path, tmp_path: Path) -> None:
+    copy = copy_of(run, tmp_path / "run")
+    assert train(copy, epochs=2).code == 0
+    with untouched(copy):
+        assert_outcome(
+            train(copy, *arguments),
+            f"epochs = 1: the run in {copy} has already trained 2 epochs; give --epochs 2 or more",
+        )
+
+
+def test_fewer_epochs_than_started_are_refused(run: Path, tmp_path: Path) -> None:
+    copy = copy_of(run, tmp_path / "run")
+    assert train(copy, epochs=2).code == 0
+    shutil.rmtree(newest(copy))
+    with untouched(copy):
+        assert_outcome(train(copy), "has already trained 1 epoch and 3 steps; give --epochs 2 or more")
+
+
+# Other runs' checkpoints
+
+
+@pytest.mark.parametrize("name", ["step-00000009-epoch-003", "step-00000003-epoch-002", "step-99999999-epoch-001"])
+def test_a_copy_with_a_later_name_is_set_aside(name: str, run: Path, tmp_path: Path) -> None:
+    copy = copy_of(run, tmp_path / "run")
+    shutil.copytree(newest(copy), copy / "checkpoints" / name)
+    found = train(copy, epochs=2)
+    assert_outcome(found, f"{name} is damaged (it holds step 3 after 1 epochs): set aside as {name}.damaged", code=0)
+    assert json.loads((copy / "status.json").read_text())["step"] == 6
+
+
+def test_an_earlier_checkpoint_of_another_run_is_refused(run: Path, tmp_path: Path) -> None:
+    """The newest is damaged and the previous one is of another run: nothing is trained or renamed."""
+    copy, other = copy_of(run, tmp_path / "run"), tmp_path / "other"
+    assert train(other, "--seed", 1).code == 0
+    last = newest(copy)
+    for path in (copy / "checkpoints").glob("step-*"):
+        if path != last:
+            shutil.rmtree(path)
+            shutil.copytree(other / "checkpoints" / path.name, path)
+    flip(TENSORS)(last)
+    with untouched(copy / "checkpoints"):
+        found = train(copy, epochs=2)
+    assert_outcome(found, "seed = 0: this run was started with 1", "give another --run_dir", lines=2)
+
+
+def test_a_checkpoint_that_is_a_link_is_resumed(run: Path, tmp_path: Path) -> None:
+    copy, moved = copy_of(run, tmp_path / "run"), tmp_path / "moved"
+    last = newest(copy)
+    last.rename(moved)
+    last.symlink_to(moved)
+    with untouched(moved):
+        assert_outcome(train(copy, epochs=2), code=0, lines=0)
+    assert not last.is_symlink()
+
+
+@pytest.mark.parametrize("module", ["evaluate", "predict"])
+@pytest.mark.parametrize("case", OTHERS)
+def test_commands_refuse_a_complete_foreign_checkpoint(
+    case: str, module: str, run: Path, image: Path, tmp_path: Path
+) -> None:
+    change, message = OTHERS[case]
+    copy = copy_of(run, tmp_path / "run")
+    change(newest(copy))
+    update_manifest(newest(copy))
+    with untouched(copy / "checkpoints"):
+        assert_outcome(inspect(module, copy, image), message, str(newest(copy)))
+
+
+@pytest.mark.parametrize(
+    "values", [{"classes": 5}, {"classes": {}, "normalization": {"mean": 3}}, {"normalization": [1]}], ids=str
+)
+def test_invalid_metadata_in_a_checkpoint_is_refused(
+    values: dict[str, Any], run: Path, image: Path, tmp_path: Path
+) -> None:
+    copy = copy_of(run, tmp_path / "run")
+    in_state(**values)(newest(copy))
+    update_manifest(newest(copy))
+    with untouched(copy):
+        assert_outcome(inspect("predict", copy, image), "normalization or image_size from another version")
+
+
+# Links and names
+
+
+@pytest.mark.parametrize("link", ["best", "latest"])
+@pytest.mark.parametrize("to", ["nothing", "itself", "..", "/dev/null"])
+def test_broken_links_are_ignored(link: str, to: str, run: Path, image: Path, tmp_path: Path) -> None:
+    copy = copy_of(run, tmp_path / "run")
+    (copy / "checkpoints" / link).unlink(missing_ok=True)
+    (copy / "checkpoints" / link).symlink_to(link if to == "itself" else to)
+    with untouched(copy):
+        assert_outcome(inspect("predict", copy, image), code=0, lines=0)
+
+
+def test_a_link_out_of_the_run_is_refused(run: Path, image: Path, tmp_path: Path) -> None:
+    copy = copy_of(run, tmp_path / "run")
+    (copy / "checkpoints/best").unlink(missing_ok=True)
+    (copy / "checkpoints/best").symlink_to(newest(run))
+    assert_outcome(inspect("predict", copy, image), "--checkpoint best: leads to", "name one inside it")
+
+
+@pytest.mark.parametrize("name", ["", "..", "/etc", "best.pt", "x" * 300, "a\nb"])
+@pytest.mark.parametrize("module", ["evaluate", "predict", "export.__main__"])
+def test_an_unknown_checkpoint_name_is_refused(name: str, module: str, run: Path, image: Path) -> None:
+    arguments = [image] if module == "predict" else []
+    with untouched(run):
+        assert_outcome(call(module, run, *arguments, "--checkpoint", name), "--checkpoint", "choose one of: ")
+
+
+@pytest.mark.parametrize("run_name", ["/dev/null", "/etc/passwd", "none", "x" * 300])
+@pytest.mark.parametrize("module", ["evaluate", "predict", "export.__main__", "report.__main__", "compare"])
+def test_a_folder_that_is_not_a_run_is_refused(run_name: str, module: str, image: Path) -> None:
+    arguments = [image] if module == "predict" else ["other"] if module == "compare" else []
+    assert_outcome(call(module, run_name, *arguments), f"{run_name}: no config.toml there; RUN is the folder")
 
 
 # Starting from another run's weights

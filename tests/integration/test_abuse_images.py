@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from kit.abuse import Outcome, assert_outcome, call, untouched
-from kit.backward_memory import peak_mib
 from kit.commands import ROOT
+from kit.memory import peak_mib
 from kit.trained_runs import image_folder, write_test_images
 from PIL import Image
 

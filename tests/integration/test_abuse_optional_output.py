@@ -233,14 +233,21 @@ def test_non_finite_numbers_reach_tensorboard(tmp_path: Path) -> None:
     assert "epoch/test_loss" not in events.Tags()["scalars"]
 
 
-def test_metrics_on_a_full_disk_are_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [0, 5])
+def test_metrics_on_a_full_disk_are_an_error(more: int, tmp_path: Path) -> None:
+    """Not a line without its end, to which the next one would be appended."""
     from distributed.errors import StorageError
 
     run = ClaimedRun.claim(tmp_path / "run", world_size=1)
     lines = JsonLines(run, start_step=0, start_epoch=0, data="generated10")
     lines.log_step(TRAIN)
-    with files_up_to(run.metrics_file.stat().st_size), pytest.raises(StorageError, match="File too large"):
+    before = run.metrics_file.read_bytes()
+    with (
+        files_up_to(len(before) + more),
+        pytest.raises(StorageError, match="No space left" if more else "File too large"),
+    ):
         lines.log_step(TRAIN)
+    assert run.metrics_file.read_bytes() == before
     run.release()
 
 

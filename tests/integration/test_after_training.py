@@ -1,4 +1,4 @@
-"""The commands for a trained run, as users type them: evaluate, predict, export, report."""
+"""The commands for a trained run: evaluate, predict, export, report; each also in a process of its own, as users start it."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def no_data(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def inside(module: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
-    """Like `command`, but in the test's process, which is fast."""
+    """Like `command`, but within this process, which is faster."""
     found = call(module, *arguments)
     return subprocess.CompletedProcess([], found.code, found.out, found.err)
 
@@ -205,6 +205,9 @@ def test_wrong_input_is_one_line_with_the_remedy(run: Path, no_data: Path, tmp_p
     assert f"--out {notes}/report.html: " in refused(inside("report", run, "--out", notes / "report.html"))
     assert f"--confusion {tmp_path}: is a folder" in refused(inside("evaluate", run, "--confusion", tmp_path))
     assert "data.name = cifar10" in refused(inside("evaluate", no_data))
+    with Command(torchrun(2, tmp_path / "none", module="distributed.evaluate"), output=tmp_path / "out") as two:
+        assert two.wait() == 1
+    assert two.text.count("error: ") == 1, two.text
     unused = refused(inside("report", run, "--data.root", tmp_path))
     assert f"--data.root {tmp_path}: this run used data.name = generated10; leave it out" in unused
     assert "choose one of: best, latest, step-" in refused(inside("report", run, "--checkpoint", "other"))

@@ -26,6 +26,7 @@ def test_a_run_that_has_saved_is_left_alone(tmp_path: Path) -> None:
     arguments = (*SMALL, "--run_dir", tmp_path / "run")
     done = call("train", *arguments)
     assert done.code == 0, done.err
+    (tmp_path / "store").mkdir()
     with untouched(tmp_path):
         again = call("train", *arguments, "--dry-run", "--checkpoint.upload_to", (tmp_path / "store").as_uri())
         longer = call("train", *SMALL[:-1], 4, *arguments[-2:], "--dry_run")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from kit.commands import NARROW, ROOT, Command, assert_same_bits, attempts, kill, status, torchrun
+from kit.speed import slowness
 
 SETTINGS = (
     "configs/debug.toml", "--epochs", 4, "--data.train_samples", 800, "--checkpoint.every_steps", 5, *NARROW,
@@ -39,7 +40,13 @@ def without_compiler(tmp_path_factory: pytest.TempPathFactory) -> "subprocess.Co
     found = {"PATH": str(folder / "bin"), "TORCH_EXTENSIONS_DIR": str(folder / "extensions"), "CXX": "", "CC": ""}
     arguments = torchrun(2, *SETTINGS, *ENGINES["zero 3"], "--run_dir", folder / "run")
     return subprocess.run(
-        arguments, cwd=ROOT, env={**os.environ, **found}, capture_output=True, text=True, timeout=250, check=False
+        arguments,
+        cwd=ROOT,
+        env={**os.environ, **found},
+        capture_output=True,
+        text=True,
+        timeout=250 * slowness(),
+        check=False,
     )
 
 

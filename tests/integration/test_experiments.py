@@ -65,7 +65,10 @@ def test_experiments_are_recorded_and_finished_runs_skipped(tmp_path):
     settings = ["--data.name=generated10", "--data.test_samples=50", "--data.train_samples=300", "--epochs=2"]
     record = records[1]
     assert record["settings"] == settings
-    assert record["command"] == f"python -m distributed.experiments --only I-10 --seeds 3 {' '.join(settings)}"
+    assert (
+        record["command"]
+        == f"python -m distributed.experiments --only I-10 --seeds 3 --precision {record['precision']} {' '.join(settings)}"
+    )
     assert "torch" in record["versions"]
     assert (record["machine"]["kind"], record["machine"]["cores"] >= 1) == ("cpu", True)
     assert [point["epoch"] for point in record["curve"]] == [1, 2]

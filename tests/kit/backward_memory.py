@@ -6,10 +6,10 @@ One process per measurement, because a peak never falls. `compared` starts both 
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 from kit.commands import ROOT
+from kit.memory import peak_mib
 
 
 class Memory(NamedTuple):
@@ -68,13 +68,6 @@ def compared(network: str) -> dict[str, Memory]:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
         found[how] = Memory(*json.loads(done.stdout))
     return found
-
-
-def peak_mib() -> float:
-    """Return the peak of this process's resident memory."""
-    # Not getrusage's ru_maxrss, which a new program inherits from the process that started it.
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
-    return int(line.split()[1]) / 1024
 
 
 if __name__ == "__main__":

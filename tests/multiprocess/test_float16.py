@@ -37,7 +37,7 @@ def config_of(run_dir: Path, engine: str, precision: str = "float16", **settings
     return small_config(
         run_dir, precision=precision, epochs=1, global_batch_size=8, grad_accum_steps=2, **ENGINES[engine],
         optim={"lr": 0.01, "ema_decay": 0.9, "max_grad_norm": 1.0}, data={"train_samples": 64, "test_samples": 10},
-        logging={"every_steps": 3, "tensorboard": False, "level": "WARNING"}, **settings,
+        logging={"every_steps": 3, "tensorboard": False, "curves": False, "level": "WARNING"}, **settings,
     )  # fmt: skip
 
 

@@ -196,6 +196,7 @@ def test_the_benchmarks_own_limit_is_no_timeout():
     [
         (("memory", "--rounds", 3), "error: --rounds: memory has no such option; leave it out"),
         (("page", "--json", "x.json"), "error: --json: page has no such option; leave it out"),
+        (("page", "--data.root", "x"), "error: --data.root: page has no such option; leave it out"),
         (
             ("scaling", "--from", "a.json", "--json", "b.json"),
             "error: --from: measures nothing, so --json has nothing to write; leave one of them out",
@@ -342,6 +343,8 @@ def test_one_failure_means_exit_code_1_and_all_other_figures(cifar_root, tmp_pat
             ("train", "--device", "cpu", "--workloads", "compute", "timm", "--no-peers"),
             "error: --no-peers: contradicts --workloads timm",
         ),
+        (("norm", "--no-peers"), "error: --peers and --no-peers: apply to train and accuracy only, not to norm"),
+        (("startup", "--steps", "9"), "error: --steps: does not apply to startup, which takes one step"),
         (("norm", "--network", "alexnet"), "error: --network: applies to exact only, not to norm"),
         (("train", "--device", "cpu", "--rounds", "0"), "error: --rounds 0: must be at least 1"),
         (("train", "--device", "cpu", "--seconds", "0"), "error: --seconds 0: must be greater than 0"),

@@ -123,7 +123,7 @@ def test_a_stopped_doctor_ends_its_command(tmp_path: Path):
     before = signal.signal(signal.SIGALRM, stop)
     try:
         with pytest.raises(SystemExit):
-            run_bounded(["sh", "-c", f"echo $$ > {tmp_path}/pid; kill -ALRM $PPID; exec sleep 60"], 30)
+            run_bounded(["sh", "-c", f"echo $$ > {tmp_path}/pid; sleep 1; kill -ALRM $PPID; exec sleep 60"], 30)
     finally:
         signal.signal(signal.SIGALRM, before)
     process = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")

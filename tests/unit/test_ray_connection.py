@@ -1,10 +1,13 @@
 """The driver's connection to a Ray that cannot be joined."""
 
 import pytest
-import ray
 
-from distributed.errors import InputError
-from launch.on_ray.connection import connected
+ray = pytest.importorskip("ray", reason="ray is not installed")
+
+from distributed.errors import InputError  # noqa: E402
+from launch.on_ray.connection import connected  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("restore_threads_and_log")
 
 
 @pytest.mark.parametrize(

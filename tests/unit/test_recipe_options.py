@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit.small_runs import StopAfter
 from loguru import logger
 from safetensors.torch import load_file
 from torch import Tensor
@@ -235,13 +236,19 @@ def test_a_profile_is_written_to_the_run_folder(tmp_path):
 
 def test_a_short_attempt_still_writes_its_profile(tmp_path):
     train(config_of(tmp_path / "run", "--epochs", "4", "--logging.profile_steps", "1000"))
-    assert (RunFolder(tmp_path / "run").profile / "table.txt").is_file()
+    folder = RunFolder(tmp_path / "run")
+    assert (folder.profile / "table.txt").is_file()
+    assert "profile of 2 steps in" in (folder.logs / "rank-0000.log").read_text()
 
 
-def test_an_attempt_too_short_for_a_profile_says_so(tmp_path):
-    train(config_of(tmp_path / "run", "--epochs", "1", "--logging.profile_steps", "3"))
+@pytest.mark.parametrize("steps", [4, 10])
+def test_an_attempt_too_short_for_a_profile_says_so(steps, tmp_path):
+    """The first ten steps are not profiled."""
+    stop = StopAfter(steps - 1)
+    train(config_of(tmp_path / "run", "--epochs", "9", "--logging.profile_steps", "3"), stop=stop)
     log = (RunFolder(tmp_path / "run").logs / "rank-0000.log").read_text()
-    assert log.count("logging.profile_steps = 3: no profile; the attempt took only") == 1
+    assert log.count(f"no profile; the attempt took only {steps} steps, and the first 10 are not profiled") == 1
+    assert "ui.perfetto.dev" not in log
 
 
 @pytest.mark.slow

@@ -150,7 +150,9 @@ def test_a_change_is_compared_with_its_base(block: Callable[[Sequence[Result]], 
     assert [rows[each.change][3] for each in (better, worse, same)] == ["+0.25", "-1.50", "+0.00"]
     assert rows.get("base", [""] * 4)[3] == ""
     assert ("base" in rows) != alternative
-    assert len(rows) == 5 + (not alternative)  # with the header and the line below it
+    assert len(rows) == 2 + len(changes(alternative=alternative)) + (not alternative)  # with the header and its line
+    others = set(rows) - {"change", "base", better.change, worse.change, same.change}
+    assert {rows[other][1] for other in others if not other.startswith("-")} == {"not yet run"}
 
 
 @pytest.mark.parametrize(
@@ -160,8 +162,9 @@ def test_a_change_is_compared_with_its_base(block: Callable[[Sequence[Result]], 
         [result_of(BASE, validation=91.0, machine=GPU)],
         [result_of(BASE, validation=91.0, seed=1)],
         [result_of(BASE, validation=91.0, epochs=3, of_epochs=6)],
+        [result_of(BASE, validation=91.0, precision="float16")],
     ],
-    ids=["missing", "other device", "other seed", "unfinished"],
+    ids=["missing", "other device", "other seed", "unfinished", "other precision"],
 )
 def test_without_a_comparable_base_there_is_no_difference(base):
     change = changes(alternative=True)[0]

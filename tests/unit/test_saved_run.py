@@ -79,6 +79,8 @@ def test_state_without_what_a_prediction_needs_is_refused(tmp_path: Path, change
 
 def test_the_data_may_have_moved() -> None:
     assert with_data_root(TrainConfig(), Path("elsewhere")).data.root == Path("elsewhere")
+    cached = TrainConfig.model_validate({"data": {"name": "image_folder", "cache": "/scratch"}})
+    assert with_data_root(cached, Path("elsewhere")).data.cache is None
     generated = TrainConfig.model_validate({"data": {"name": "generated10"}})
     assert with_data_root(generated, None) == generated
     with pytest.raises(

@@ -61,7 +61,7 @@ def test_images_that_are_not_square_keep_the_shape_of_training(tmp_path: Path) -
     arrays, root = arrays_of((12, 18, 3)), write_arrays(tmp_path / "a", (12, 18, 3))
     config = load_config(
         run_dir=tmp_path / "run", data={"name": "arrays", "root": root}, epochs=1, global_batch_size=16, optim={"lr": 0.01},
-        precision="float32", device="cpu", threads=1, logging={"tensorboard": False},
+        precision="float32", device="cpu", threads=1, logging={"tensorboard": False, "curves": False},
     )  # fmt: skip
     train(config)
     trained = load(tmp_path / "run")

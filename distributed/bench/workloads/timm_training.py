@@ -83,7 +83,7 @@ class Trainer:
             updates += 1
             self.optimizer.zero_grad()
             if self.ema:
-                self.ema.update(self.model, step=updates)
+                self.ema.update(self.model, step=updates + 1)  # its decay lags one step behind its argument
             if updates % LOG_EVERY == 0:
                 loss.item()
             self.scheduler.step_update(num_updates=updates)
