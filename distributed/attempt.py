@@ -160,13 +160,13 @@ class Attempt:
 
     def _record_ending(self, run: ClaimedRun, error: BaseException | None) -> None:
         state = self._state
-        if isinstance(error, InputError) and state is None and run.status().status == "finished":
-            return  # what was refused changed nothing
         progress: dict[str, Any] = {"step": state.step, "epoch": state.epoch} if state else {}
         if error is not None:
             ending = exits.exit_of(error)
             reason = ending.reason if ending.is_stop else f"{type(error).__name__}: {error}"
-            run.end(ending.status, exit_code=ending.code, reason=reason, **progress)
+            # An attempt that was refused leaves a finished run finished.
+            keep = isinstance(error, InputError) and state is None and run.status().status == "finished"
+            run.end(ending.status, exit_code=ending.code, reason=reason, keep_status=keep, **progress)
         elif state and state.stop_reason:
             run.end("stopped", exit_code=ExitCode.STOPPED, reason=state.stop_reason, **progress)
         else:

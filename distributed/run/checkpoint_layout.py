@@ -107,10 +107,12 @@ def preferred(folder: Path) -> list[Path]:
     A copied run may lack the links, or have copies of checkpoints in their place, which go out of date when it is resumed.
     """
     newest_first = checkpoints(folder)[::-1]
-    if (folder / BEST).is_symlink() or not newest_first:
-        return [folder / BEST, folder / LATEST, *newest_first]
-    best = best_known_to(newest_first[0])
-    return [folder / best, *newest_first] if best else newest_first
+    best, latest = folder / BEST, folder / LATEST
+    if newest_first and not best.is_symlink():
+        best = folder / (best_known_to(newest_first[0]) or newest_first[0].name)
+    if newest_first and not latest.is_symlink():
+        latest = newest_first[0]
+    return [best, latest, *newest_first]
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -192,12 +192,19 @@ class ClaimedRun(RunFolder):
                     self._progress |= {"step": step, "epoch": epoch}
                 self._write_status("running")
 
-    def end(self, status: str, *, exit_code: ExitCode, reason: str = "", **progress: int) -> None:
-        """Record how this attempt ended: finished, stopped or failed."""
+    def end(
+        self, status: str, *, exit_code: ExitCode, reason: str = "", keep_status: bool = False, **progress: int
+    ) -> None:
+        """Record how this attempt ended: finished, stopped or failed.
+
+        Args:
+            keep_status: leave status.json as an earlier attempt has written it.
+        """
         with self._status_lock:
             self._ended = True
             self._progress |= progress
-            self._write_status(status, reason=reason, exit_code=int(exit_code))
+            if not keep_status:
+                self._write_status(status, reason=reason, exit_code=int(exit_code))
             self._append_attempt(status, reason=reason, exit_code=int(exit_code), **progress)
 
     def release(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from kit.abuse import Outcome, assert_outcome, call, untouched
-from kit.commands import ROOT, Command, assert_same_bits, torchrun
+from kit.commands import ROOT, Command, assert_same_bits, attempts, status, torchrun
 from kit.trained_runs import copy_of, write_test_images
 from safetensors.torch import load_file, save_file
 
@@ -752,4 +752,5 @@ def test_two_ranks_report_a_checkpoint_that_does_not_fit(run: Path, tmp_path: Pa
     before = command.text.partition("torch/distributed/elastic")[0]
     assert "Traceback" not in before
     assert "the checkpoint does not fit the model: model.fc2.weight" in before
-    assert json.loads((copy / "status.json").read_text())["exit_code"] == 2
+    assert attempts(copy, "failed")[-1]["exit_code"] == 2
+    assert status(copy)["status"] == "finished", "what was refused changed nothing"

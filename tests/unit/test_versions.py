@@ -12,7 +12,7 @@ def test_versions_include_python_torch_and_numpy():
     assert "not installed" not in versions().values()
 
 
-def test_a_repository_around_the_installed_package_is_not_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_repository_around_the_package_is_not_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for command in (
         ["init", "-q"],
         ["-c", "user.name=a", "-c", "user.email=a", "commit", "-q", "--allow-empty", "-m", "a"],
