@@ -17,7 +17,7 @@ from distributed.config.engines import Ddp, Fsdp
 from distributed.config.optim import AnyOptim
 from distributed.data.batch import Batch
 from distributed.engine.exact_layout import BlockReplicatedLayout, BlockShardedLayout
-from distributed.engine.model_state import Layout, ModelState
+from distributed.engine.model_state import Layout, ModelState, evaluation_mode
 from distributed.engine.prepare import Compute, cast
 from distributed.engine.protocol import Loss, Outcome
 from distributed.engine.sharding import LocalTensor
@@ -182,13 +182,11 @@ class ExactEngine:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        self.model.eval()
         try:
-            with self.weights.evaluating():
+            with evaluation_mode(self.model), self.weights.evaluating():
                 self._copy.mark_stale()
                 yield
         finally:
-            self.model.train()
             self._copy.mark_stale()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:

@@ -15,6 +15,22 @@ from distributed.optim.loss_scale import LossScale
 from distributed.optim.optimizer import Optimizer
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and each module back into its own mode on exit. Context manager.
+
+    A network's own `train` may look for nn.BatchNorm2d, e.g. to freeze its statistics, which synchronized layers are not.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+        for module, training in modes.items():
+            module.training = training
+
+
 class Layout(Protocol):
     """How the tensors of a model are distributed over the ranks."""
 
@@ -102,12 +118,8 @@ class ModelState:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Put the model into evaluation mode, with the EMA weights if there are any; undo both on exit. Context manager."""
-        self.model.eval()
-        try:
-            with self.ema.in_place() if self.ema else nullcontext():
-                yield
-        finally:
-            self.model.train()
+        with evaluation_mode(self.model), self.ema.in_place() if self.ema else nullcontext():
+            yield
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every full tensor needed to resume, one at a time; a collective.

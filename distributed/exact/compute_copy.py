@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from distributed.errors import InputError
+
 
 class ComputeCopy:
     """A copy of a model; its parameters and buffers are the model's own memory, so writes to it reach the copy.
@@ -15,6 +17,9 @@ class ComputeCopy:
             for all shards, and their gradients have this dtype.
         cast_layers: names of the layers whose parameters no other code uses.
         gathered: tensors to compute with instead of the parameters, by the parameters' ids; the caller casts them.
+
+    Raises:
+        InputError: copy.deepcopy gives a module other parameters.
     """
 
     def __init__(
@@ -34,6 +39,12 @@ class ComputeCopy:
         }
         shared |= {id(buffer): buffer for buffer in model.buffers()}
         self.model = copy.deepcopy(model, shared)
+        kept = set(map(id, shared.values()))
+        if own := [name for name, p in self.model.named_parameters() if id(p) not in kept]:
+            raise InputError(
+                f"exact.shards > 0: a copy of the network does not share its {own[0]}, because a module has a __deepcopy__ of "
+                "its own, or is a ScriptModule: remove that, or set exact.shards = 0"
+            )
         self._stale = False
 
     def mark_stale(self) -> None:

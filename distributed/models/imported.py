@@ -67,7 +67,8 @@ def _with_dense_tensors(model: nn.Module) -> nn.Module:
     expanded one share memory, so a checkpoint could not be loaded into it.
     """
     for parameter in model.parameters():
-        if not parameter.is_contiguous() or parameter.untyped_storage().nbytes() != parameter.nbytes:
+        storage = parameter.untyped_storage()  # NumPy's cannot be freed, as sharded weights are
+        if not parameter.is_contiguous() or storage.nbytes() != parameter.nbytes or not storage.resizable():
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     dense: dict[int, Tensor] = {}  # buffers that modules share stay shared
     for module in model.modules():
@@ -186,6 +187,7 @@ def _seeded(seed: int, purpose: str) -> Iterator[None]:
     """Seed the generators of torch, Python and NumPy from (seed, purpose); restore them and torch's defaults at the end."""
     first, second = rng.key_words(seed, purpose)
     of_python, of_numpy, dtype = random.getstate(), np.random.get_state(), torch.get_default_dtype()
+    threads = torch.get_num_threads()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
         with torch.random.fork_rng(devices):
@@ -193,8 +195,10 @@ def _seeded(seed: int, purpose: str) -> Iterator[None]:
             random.seed(first << 32 | second)
             np.random.seed([first, second])
             torch.set_default_dtype(torch.float32)
+            torch.set_num_threads(1)  # the bits of e.g. nn.init.orthogonal_ depend on it
             yield
     finally:
+        torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
         random.setstate(of_python)
         np.random.set_state(of_numpy)

@@ -34,12 +34,14 @@ def restored_settings() -> Iterator[None]:
     threads = torch.get_num_threads()
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     switches = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     attention = [is_enabled() for is_enabled, _ in _ATTENTION]
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = switches
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         for (_, enable), enabled in zip(_ATTENTION, attention, strict=True):
             enable(enabled)
         if inductor := sys.modules.get("torch._inductor.config"):
@@ -54,6 +56,8 @@ def make_deterministic(device: torch.device, *, precision: str, compile: bool = 
     Raises:
         InputError: `precision` is tf32 and the device is not a GPU.
     """
+    # In evaluation a TransformerEncoderLayer would take fused kernels unless it has hooks, e.g. those of sharded weights.
+    torch.backends.mha.set_fastpath_enabled(False)
     if device.type != "cuda":
         if precision == "tf32":
             raise InputError(f"precision = tf32 needs CUDA, but the device is {device.type}: use float32")

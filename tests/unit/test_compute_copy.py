@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distributed.errors import InputError
 from distributed.exact.compute_copy import ComputeCopy
 
 LOW = torch.bfloat16
@@ -54,6 +55,21 @@ def test_tensors_that_are_not_cast_share_memory(low: torch.dtype | None) -> None
         copy.norm.running_mean.add_(2)
     assert torch.equal(copy.scale, model.scale)
     assert torch.equal(model.norm.running_mean, torch.full((4,), 2.0))
+
+
+class CopiesItself(Net):
+    def __deepcopy__(self, memo: dict[int, object]) -> "CopiesItself":
+        copied = CopiesItself()
+        copied.load_state_dict(self.state_dict())
+        return copied
+
+
+def test_a_network_whose_copies_have_weights_of_their_own_is_refused() -> None:
+    """It would compute with the initial weights for ever."""
+    with pytest.raises(
+        InputError, match=r"a copy of the network does not share its scale, .* remove that, or set exact"
+    ):
+        copy_of(CopiesItself(), None)
 
 
 @pytest.mark.parametrize("low", [None, LOW])

@@ -40,6 +40,13 @@ def test_compiled_kernels_are_not_autotuned() -> None:
     assert flags("bfloat16", compile=True) == [False, False, True, True, False]
 
 
+def test_encoders_are_evaluated_as_they_are_trained() -> None:
+    with restored_settings():
+        make_deterministic(CPU, precision="float32")
+        assert not torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_the_switches_are_restored() -> None:
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.flash_sdp_enabled()
     flags("float32")

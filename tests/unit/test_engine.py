@@ -351,6 +351,27 @@ def test_an_unused_parameter_has_a_gradient_of_zero():
         assert torch.allclose(model_state(engine)["unused"], decayed), "a parameter without a gradient would be skipped"
 
 
+class FrozenStatistics(Small):
+    """Keeps its batch norm in evaluation mode, as fine-tuning code does."""
+
+    def train(self, mode: bool = True) -> "FrozenStatistics":
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+
+def test_frozen_statistics_stay_frozen_after_an_evaluation(engine_of: Callable[..., Engine]) -> None:
+    """The layer that replaces nn.BatchNorm2d is none, so the network's own `train` would not find it."""
+    engine = engine_of(model=lambda: FrozenStatistics().train())
+    before = [module.training for module in engine.model.modules()]
+    assert not all(before)
+    with engine.evaluating():
+        assert not any(module.training for module in engine.model.modules())
+    assert [module.training for module in engine.model.modules()] == before
+
+
 class HalfFrozen(Small):
     def __init__(self) -> None:
         super().__init__()

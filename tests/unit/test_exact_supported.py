@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,7 +148,33 @@ def complex_weight(module: nn.Module, x: Tensor) -> Tensor:
 
 
 KEYED = "use dropout layers"
+
+
+class BackwardInBackward(torch.autograd.Function):
+    """Recomputes a layer in its backward pass, like a reversible block; the layer's gradients go to `.grad`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            output: Tensor = layer(x)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            ctx.layer(x).backward(gradient)
+        return x.grad, None
+
+
 REFUSED = {
+    "a backward pass in the backward pass": (
+        lambda: Call(lambda m, x: BackwardInBackward.apply(x, m.layer), layer=nn.Linear(12, 12)),
+        "gets gradients from a backward()",
+        "return all gradients from backward",
+    ),
     "functional dropout": (lambda: Call(lambda _, x: F.dropout(x)), "draws from torch's generator", KEYED),
     "nn.Dropout": (lambda: nn.Dropout(0.5), "draws from torch's generator", KEYED),
     "RReLU": (lambda: nn.RReLU(), "draws from torch's generator", "use nn.LeakyReLU"),

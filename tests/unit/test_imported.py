@@ -65,6 +65,31 @@ def test_the_seed_alone_decides_the_weights() -> None:
         assert not torch.equal(first.conv.weight, other.conv.weight)
 
 
+class Orthogonal(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(512, 1024)))
+
+
+@pytest.mark.usefixtures("restore_threads")
+def test_the_number_of_threads_does_not_change_the_weights() -> None:
+    config, found = ImportedModel(name="own:Orthogonal"), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(build_model(config, num_classes=10, seed=0, given=Orthogonal).weight)
+        assert torch.get_num_threads() == threads
+    assert torch.equal(*found)
+
+
+def test_a_weight_in_numpys_memory_gets_torchs() -> None:
+    """NumPy's memory cannot be freed, as sharded weights are."""
+    module = nn.Linear(3, 10)
+    module.weight = nn.Parameter(torch.from_numpy(np.ones((10, 3), np.float32)))
+    model = build_model(ImportedModel(name="own:Net"), num_classes=10, seed=0, given=module)
+    assert model.weight.untyped_storage().resizable()
+    assert torch.equal(model.weight, torch.ones(10, 3))
+
+
 def test_the_weights_of_the_module_itself_are_kept() -> None:
     model = build("make", width=4)
     assert model.conv.weight.shape == (4, 3, 3, 3)

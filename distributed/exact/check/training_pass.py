@@ -127,6 +127,8 @@ def _watch_backward(model: nn.Module, inputs: Tensor, output: Tensor) -> Iterato
 
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     gradients: tuple[Tensor | None, ...] = ()
+    for parameter in named.values():
+        parameter.grad = None  # only a backward() inside the pass sets it
     try:
         with ModuleStack(model, before):
             gradients = torch.autograd.grad(output.sum(), [*named.values(), inputs], allow_unused=True)
@@ -134,6 +136,9 @@ def _watch_backward(model: nn.Module, inputs: Tensor, output: Tensor) -> Iterato
         if not recomputed:  # which is the cause
             raise
     yield from recomputed
+    for path in dict.fromkeys(name.rpartition(".")[0] for name, p in named.items() if p.grad is not None):
+        lost = "gets gradients from a backward() inside a backward pass, where they would be lost"
+        yield Problem(path, lost, "return all gradients from backward, e.g. those of torch.autograd.grad")
     for name, gradient in zip(named, gradients, strict=False):
         path, _, last = name.rpartition(".")
         if gradient is not None and gradient.layout != torch.strided:
