@@ -64,7 +64,7 @@ class CopiesItself(Net):
         return copied
 
 
-def test_a_network_whose_copies_have_weights_of_their_own_is_refused() -> None:
+def test_a_copy_with_weights_of_its_own_is_refused() -> None:
     """It would compute with the initial weights for ever."""
     with pytest.raises(
         InputError, match=r"a copy of the network does not share its scale, .* remove that, or set exact"
