@@ -80,7 +80,7 @@ def _without_value(path: str) -> str:
 
 
 def _put(tree: Tree, path: str, value: Any) -> None:
-    """Set a dotted path, of which no part has a value yet."""
+    """Set a dotted path. No part of it may have a value yet."""
     *sections, key = path.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})

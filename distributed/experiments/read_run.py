@@ -85,9 +85,8 @@ def _command(experiment: Experiment, config: TrainConfig, settings: Sequence[str
     words = ["python", "-m", "distributed.experiments", "--only", experiment.id, "--seeds", str(config.seed)]
     if processes.isdecimal() and processes != "1":
         words += ["--nproc_per_node", processes]
-    if config.precision != "auto" and not any(
-        text.startswith("--precision=") for text in settings
-    ):  # auto would depend on the machine
+    is_given = any(text.startswith("--precision=") for text in settings)
+    if config.precision != "auto" and not is_given:  # what auto means depends on the machine
         words += ["--precision", config.precision]
     if hasattr(config.data, "root"):
         words += ["--data.root", "FOLDER"]

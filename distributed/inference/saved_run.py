@@ -116,8 +116,12 @@ def read_content(checkpoint: Path) -> dict[str, Any]:
     """
     content = read_object(checkpoint / STATE)
     names, size, normalization = (content.get(key, ()) for key in ("classes", "image_size", "normalization"))
-    valid = _is_list(names, str) and _is_list(size, int) and len(size) == 2 and isinstance(normalization, dict)
-    if not valid or not all(_is_list(normalization.get(key), int, float) for key in Normalization._fields):
+    valid = _is_list(names, str) and _is_list(size, int) and len(size) == 2 and min(size) > 0
+    if (
+        not valid
+        or not isinstance(normalization, dict)
+        or not all(_is_list(normalization.get(key), int, float) for key in Normalization._fields)
+    ):
         raise InputError(
             f"{checkpoint}/state.json: classes, normalization or image_size from another version; name another with "
             "--checkpoint"

@@ -75,7 +75,7 @@ def section(title: str, *content: Html) -> Html:
     return f'<section class="card">\n<h3>{escape(title)}</h3>\n' + "\n".join(content) + "\n</section>"
 
 
-def missing(title: str, why: str) -> Html:
+def _missing(title: str, why: str) -> Html:
     """Return a section that says why its content could not be created."""
     return section(title, f'<p class="missing">{escape(why)}</p>')
 
@@ -85,10 +85,10 @@ def section_or_reason(title: str, make: Callable[[], Sequence[Html]]) -> Html:
     try:
         return section(title, *make())
     except (Absent, InputError, NotFiniteError) as error:
-        return missing(title, f"This section could not be created. {error}")
+        return _missing(title, f"This section could not be created. {error}")
     except Exception as error:  # e.g. no matplotlib; or a run in progress deletes the checkpoint being read
         logger.warning("{}: {}; continuing without it", title, one_line(error))
-        return missing(title, f"This section could not be created: {one_line(error)}.")
+        return _missing(title, f"This section could not be created: {one_line(error)}.")
 
 
 def text(*sentences: str, quiet: bool = False) -> Html:

@@ -34,6 +34,7 @@ def restored_settings() -> Iterator[None]:
     threads = torch.get_num_threads()
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     switches = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    recompile_limit = getattr(sys.modules.get("torch._dynamo.config"), "recompile_limit", 8)  # 8 is torch's default
     fast_path = torch.backends.mha.get_fastpath_enabled()
     attention = [is_enabled() for is_enabled, _ in _ATTENTION]
     try:
@@ -47,7 +48,7 @@ def restored_settings() -> Iterator[None]:
         if inductor := sys.modules.get("torch._inductor.config"):
             inductor.deterministic = False  # type: ignore[attr-defined]
         if dynamo := sys.modules.get("torch._dynamo.config"):
-            dynamo.recompile_limit = 8  # type: ignore[attr-defined]  # torch's default
+            dynamo.recompile_limit = recompile_limit  # type: ignore[attr-defined]
 
 
 def make_deterministic(device: torch.device, *, precision: str, compile: bool = False) -> None:

@@ -150,7 +150,7 @@ def check(options: argparse.Namespace, training: Sequence[str], sweep: Sweep | N
     """Check that a training can run on the requested processes and GPUs; return whether its run is finished already.
 
     Args:
-        sweep: the sweep of which it is a trial.
+        sweep: the sweep, if the training is one of its trials.
 
     Raises:
         InputError: it cannot.

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,6 @@ SETTINGS = (
     "--device", "cpu",
     "--checkpoint.every_steps", 3, "--evaluation.test_every_epoch", "false", "--global_batch_size", 40,
 )  # fmt: skip
-PLAIN = [sys.executable, "-m", "distributed.train"]
 
 
 @pytest.fixture(scope="module")

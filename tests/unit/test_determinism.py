@@ -40,7 +40,8 @@ def test_compiled_kernels_are_not_autotuned() -> None:
     assert flags("bfloat16", compile=True) == [False, False, True, True, False]
 
 
-def test_encoders_are_evaluated_as_they_are_trained() -> None:
+def test_encoders_are_evaluated_as_they_are_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.mha._is_fastpath_enabled", True)  # an earlier test may have left it off
     with restored_settings():
         make_deterministic(CPU, precision="float32")
         assert not torch.backends.mha.get_fastpath_enabled()

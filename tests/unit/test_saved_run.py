@@ -63,6 +63,7 @@ VALID = {"classes": ["cat"], "image_size": [32, 48], "normalization": {"mean": [
         {"classes": [1]},
         {"image_size": 32},
         {"image_size": [32]},
+        {"image_size": [32, 0]},
         {"normalization": None},
         {"normalization": {"mean": [0.5]}},
         {"normalization": {"mean": ["half"], "deviation": [1]}},
