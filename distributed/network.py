@@ -84,7 +84,7 @@ def _check_imported(
     """Raise InputError if an imported network cannot be trained as configured; return `Network.layers`."""
     from distributed.exact.check.supported import check_exact, mixes_samples  # only imported networks need these
     from distributed.exact.shardable_layers import layers_to_shard
-    from distributed.models.imported import check_output, check_without_images
+    from distributed.models.network_output import check_output, check_without_images
 
     example = data.example()
     images, keys = example.images.cpu().float(), example.sample_keys.cpu()

@@ -81,9 +81,8 @@ class ExactEngine:
         )  # fmt: skip
         gathered = self._sharded.gathered if self._sharded else None
         self._copy = ComputeCopy(self._plain, low=low, cast_layers=layers, gathered=gathered)
-        self.model = convert_batch_norm(
-            self._copy.model, partial(SyncBatchNorm.of, all_gather_rows=self._executor.all_gather_rows)
-        )
+        self.model = self._copy.model
+        convert_batch_norm(self.model, partial(SyncBatchNorm.of, all_gather_rows=self._executor.all_gather_rows))
         self._index: dict[Tensor, int] = {
             p: i for i, p in enumerate(p for p in self.model.parameters() if p.requires_grad)
         }
@@ -183,7 +182,7 @@ class ExactEngine:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         try:
-            with evaluation_mode(self.model), self.weights.evaluating():
+            with self.weights.averaged(), evaluation_mode(self.model):
                 self._copy.mark_stale()
                 yield
         finally:

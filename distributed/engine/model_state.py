@@ -1,7 +1,7 @@
 """The state that all engines share: weights, optimizer tensors, EMA and loss scale, however they are sharded."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -19,7 +19,7 @@ from distributed.optim.optimizer import Optimizer
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and each module back into its own mode on exit. Context manager.
 
-    A network's own `train` may look for nn.BatchNorm2d, e.g. to freeze its statistics, which synchronized layers are not.
+    A network's own `train` may freeze layers whose type is nn.BatchNorm2d, which that of synchronized layers is not.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -115,10 +115,15 @@ class ModelState:
         for parameter in self._parameters.values():  # not the optimizer's parameters if weights are sharded
             parameter.grad = None
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Put the EMA weights into the model if there are any; restore its own on exit. Context manager."""
+        return self.ema.in_place() if self.ema else nullcontext()
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Put the model into evaluation mode, with the EMA weights if there are any; undo both on exit. Context manager."""
-        with evaluation_mode(self.model), self.ema.in_place() if self.ema else nullcontext():
+        # In this order: `eval` of some networks merges weights.
+        with self.averaged(), evaluation_mode(self.model):
             yield
 
     def state(self) -> Iterator[tuple[str, Tensor]]:

@@ -57,6 +57,6 @@ def prepare(model: nn.Module, compute: Compute) -> nn.Module:
     model = cast(model, compute)
     if world_size() > 1:
         gather = open_all_gather(compute.device, timeout_seconds=compute.timeout_seconds)
-        model = synchronize_batch_norm(model, gather)
+        synchronize_batch_norm(model, gather)
     checkpoint_blocks(model, compute.checkpointed)
     return model

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import GraphExecGroup
 
 from distributed.exact.torch_compat import (
     Node,
@@ -42,6 +43,11 @@ def backward(loss: Tensor, sink: GradientSink, before: dict[Node, Callable[[], N
     Raises:
         RuntimeError: a node computed a gradient that does not fit its input.
     """
+    with GraphExecGroup():  # otherwise a checkpointed block would be computed again for each tensor that it saved
+        _run_graph(loss, sink, before)
+
+
+def _run_graph(loss: Tensor, sink: GradientSink, before: dict[Node, Callable[[], None]]) -> None:
     start: Node = loss.grad_fn
     arriving = _Arriving(start)
     arriving.add(start, 0, torch.ones_like(loss))

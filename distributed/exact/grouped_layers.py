@@ -1,9 +1,10 @@
 """Layers whose input may be a group of shards: everything that sums over samples is computed shard by shard.
 
-These sums are the gradients of weights and batch norm's statistics. All else is computed for the group at once.
+These sums are the gradients of weights and batch norm's statistics. All else is computed for the group at once. Layers keep
+their types, which networks may ask for, and get another `forward`: only some ranks have groups.
 """
 
-from collections.abc import Callable
+import weakref
 from typing import Any
 
 import torch
@@ -19,20 +20,20 @@ class _PerShardGradients(torch.autograd.Function):
     """A layer whose weight gradients go to the group's sink, shard by shard, instead of through the graph."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Any, group: ShardGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, grouped: "_Grouped", group: ShardGroup) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.layer, ctx.group = layer, group
-        return layer.plain_forward(x)  # type: ignore[no-any-return]
+        ctx.grouped, ctx.group = grouped, group
+        return grouped.plain(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        layer, group = ctx.layer, ctx.group
+        grouped, group = ctx.grouped, ctx.group
         parts = zip(group.split(x), group.split(grad), strict=True)
-        of_shards = [layer.parameter_gradients(x_part, grad_part) for x_part, grad_part in parts]
-        for parameter, *gradients in zip(_trainable(layer), *of_shards, strict=True):
+        of_shards = [grouped.parameter_gradients(x_part, grad_part) for x_part, grad_part in parts]
+        for parameter, *gradients in zip(_trainable(grouped.layer), *of_shards, strict=True):
             group.hand_over(parameter, gradients)
-        return layer.input_gradient(x, grad) if ctx.needs_input_grad[0] else None, None, None, None
+        return grouped.input_gradient(x, grad) if ctx.needs_input_grad[0] else None, None, None, None
 
 
 def _trainable(layer: Any) -> list[Tensor]:
@@ -41,27 +42,43 @@ def _trainable(layer: Any) -> list[Tensor]:
 
 
 class _Grouped:
-    """Forward of a layer that may get a group of shards."""
+    """The `forward` of a layer that may get a shard or a group of shards."""
 
-    weight: Tensor
-    plain_forward: Callable[[Tensor], Tensor]
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = weakref.ref(layer)  # a cycle would keep the model's memory until the next collection
 
-    def forward(self, x: Tensor) -> Tensor:
-        group = current_group()
-        if group is None:
-            return self.plain_forward(x)
-        # The cast that autocast would insert, here as a node of its own.
-        result: Tensor = _PerShardGradients.apply(x.to(self.weight.dtype), self.weight, self, group)
+    @property
+    def layer(self) -> Any:
+        """The layer itself."""
+        return self._layer()
+
+    def plain(self, x: Tensor) -> Tensor:
+        """Return what the layer computes of a single shard."""
+        result: Tensor = type(self.layer).forward(self.layer, x)
         return result
 
-
-class GroupedConv2d(_Grouped, nn.Conv2d):
-    """`nn.Conv2d` of a shard or of a group of shards."""
-
-    plain_forward = nn.Conv2d.forward
+    def __call__(self, x: Tensor) -> Tensor:
+        group, weight = current_group(), self.layer.weight
+        if group is None:
+            return self.plain(x)
+        # The cast that autocast would insert, here as a node of its own.
+        result: Tensor = _PerShardGradients.apply(x.to(weight.dtype), weight, self, group)
+        return result
 
     def parameter_gradients(self, x: Tensor, grad: Tensor) -> list[Tensor]:
-        wanted = [p is not None and p.requires_grad for p in (self.weight, self.bias)]
+        """Return the gradients of the trainable parameters, given one shard's input and the gradient of its output."""
+        raise NotImplementedError
+
+    def input_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Return the gradient of a group's input."""
+        raise NotImplementedError
+
+
+class _GroupedConv2d(_Grouped):
+    """`forward` of `nn.Conv2d`."""
+
+    def parameter_gradients(self, x: Tensor, grad: Tensor) -> list[Tensor]:
+        wanted = [p is not None and p.requires_grad for p in (self.layer.weight, self.layer.bias)]
         gradients = self._backward(x, grad, [False, *wanted])[1:]
         return [gradient for gradient, is_wanted in zip(gradients, wanted, strict=True) if is_wanted]
 
@@ -70,44 +87,45 @@ class GroupedConv2d(_Grouped, nn.Conv2d):
         return gradient
 
     def _backward(self, x: Tensor, grad: Tensor, wanted: list[bool]) -> tuple[Any, ...]:
-        bias_sizes = None if self.bias is None else self.bias.shape
+        layer = self.layer
+        bias_sizes = None if layer.bias is None else layer.bias.shape
         return _convolution_backward(  # type: ignore[no-any-return]
             grad,
             x,
-            self.weight,
+            layer.weight,
             bias_sizes,
-            self.stride,
-            self.padding,
-            self.dilation,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
             False,
             [0, 0],
-            self.groups,
+            layer.groups,
             wanted,
         )
 
 
-class GroupedLinear(_Grouped, nn.Linear):
-    """`nn.Linear` of a shard or of a group of shards, for rows [n, in_features]."""
-
-    plain_forward = nn.Linear.forward
+class _GroupedLinear(_Grouped):
+    """`forward` of `nn.Linear`, for rows [n, in_features]."""
 
     def parameter_gradients(self, x: Tensor, grad: Tensor) -> list[Tensor]:
-        found = []
-        if self.weight.requires_grad:
+        found, bias = [], self.layer.bias
+        if self.layer.weight.requires_grad:
             found.append(grad.t().mm(x))
-        if self.bias is not None and self.bias.requires_grad:
-            found.append(grad.sum_to_size(self.bias.shape))
+        if bias is not None and bias.requires_grad:
+            found.append(grad.sum_to_size(bias.shape))
         return found
 
     def input_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
-        return grad.mm(self.weight)
+        return grad.mm(self.layer.weight)
 
 
 class _GroupNormalized(torch.autograd.Function):
     """`sync_batch_norm`'s normalization of a group of shards."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, statistics: Any, layer: "GroupedBatchNorm", group: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, statistics: Any, layer: SyncBatchNorm, group: ShardGroup
+    ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.statistics, ctx.layer, ctx.group = statistics, layer, group
         return normalized(x, weight, layer.bias, statistics.mean, statistics.variance, layer.eps)
@@ -127,38 +145,40 @@ class _GroupNormalized(torch.autograd.Function):
         return grad_x, None, None, None, None
 
 
-class GroupedBatchNorm(SyncBatchNorm):
-    """`SyncBatchNorm` of a shard or of a group of shards."""
+class _GroupedBatchNorm(_Grouped):
+    """`forward` of `SyncBatchNorm`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        group = current_group()
-        if group is None or not self.training:
-            return super().forward(x)
-        rows = [statistics_row(part, self.weight.dtype) for part in group.split(x.detach())]
-        statistics = self.all_gather_rows(rows, self._combine_and_track)
-        result: Tensor = _GroupNormalized.apply(x, self.weight, statistics, self, group)
+    def __call__(self, x: Tensor) -> Tensor:
+        group, layer = current_group(), self.layer
+        if group is None or not layer.training:
+            return self.plain(x)
+        rows = [statistics_row(part, layer.weight.dtype) for part in group.split(x.detach())]
+        statistics = layer.all_gather_rows(rows, layer.combine_statistics)
+        result: Tensor = _GroupNormalized.apply(x, layer.weight, statistics, layer, group)
         return result
 
 
 def make_groupable(model: nn.Module) -> bool:
     """Make convolutions, linear layers and batch norms accept groups of shards, in place; the latter are synchronized already.
 
-    Return whether these layers have all trainable parameters of the model.
+    Return whether these layers have all trainable parameters of the model; if not, leave it unchanged.
     """
-    found: set[int] = set()
-    for layer in model.modules():
-        grouped = _grouped_class(layer)
-        if grouped:
-            layer.__class__ = grouped
-            found |= set(map(id, layer.parameters(recurse=False)))
-    return all(id(p) in found for p in model.parameters() if p.requires_grad)
+    layers = {layer: grouped for layer in model.modules() if (grouped := _grouped_forward(layer))}
+    covered = {id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)}
+    if any(id(parameter) not in covered for parameter in model.parameters() if parameter.requires_grad):
+        return False
+    for layer, grouped in layers.items():
+        layer.forward = grouped(layer)
+    return True
 
 
-def _grouped_class(layer: nn.Module) -> type[nn.Module] | None:
+def _grouped_forward(layer: nn.Module) -> type[_Grouped] | None:
+    if "forward" in vars(layer):  # its author's
+        return None
     if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-        return GroupedConv2d
+        return _GroupedConv2d
     if type(layer) is nn.Linear:
-        return GroupedLinear
-    if type(layer) is SyncBatchNorm and layer.affine and layer.track_running_stats:
-        return GroupedBatchNorm
+        return _GroupedLinear
+    if isinstance(layer, SyncBatchNorm) and layer.affine and layer.track_running_stats:
+        return _GroupedBatchNorm
     return None

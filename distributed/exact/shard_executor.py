@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distributed.comm.reduction_tree import shard_range
 from distributed.exact.streams import ShardStreams
+from distributed.exact.torch_compat import get_backward_group, set_backward_group
 
 T = TypeVar("T")
 Gather = Callable[[list[Tensor]], Tensor]
@@ -31,6 +32,7 @@ class _ThreadModes(NamedTuple):
     autocast: bool
     autocast_cache: bool
     autocast_dtype: torch.dtype
+    backward_group: Any
 
     @classmethod
     def current(cls, device_type: str) -> Self:
@@ -39,6 +41,7 @@ class _ThreadModes(NamedTuple):
             torch.is_autocast_enabled(device_type),
             torch.is_autocast_cache_enabled(),
             torch.get_autocast_dtype(device_type),
+            get_backward_group(),
         )
 
     def set(self, device_type: str) -> None:
@@ -46,6 +49,7 @@ class _ThreadModes(NamedTuple):
         torch.set_autocast_enabled(device_type, self.autocast)
         torch.set_autocast_cache_enabled(self.autocast_cache)
         torch.set_autocast_dtype(device_type, self.autocast_dtype)
+        set_backward_group(self.backward_group)
 
 
 class _Unit(greenlet.greenlet):

@@ -19,7 +19,8 @@ def layers_to_shard(model: nn.Module, images: Tensor) -> dict[str, int]:
     """Return the paths of convolutions and linear layers that alone use their parameters, and their calls in one forward pass.
 
     A layer counts if it has the forward of `nn.Conv1d/2d/3d` or `nn.Linear`, if nothing outside this forward computes with
-    its parameters, and if the backward pass does not call it again. Leaves the model unchanged, bit for bit.
+    its parameters, if the backward pass does not call it again, and evaluation not more often than training. Leaves the model
+    unchanged, bit for bit.
 
     Args:
         model: float32 on the CPU; dropout layers are keyed.
@@ -27,21 +28,20 @@ def layers_to_shard(model: nn.Module, images: Tensor) -> dict[str, int]:
     """
     images, keys = throwaway_batch(images)
     layers = [path for path, layer in model.named_modules() if _has_plain_forward(layer)]
-    calls: Counter[str] = Counter()
+    calls: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}  # by whether it is training
     recomputed: set[str] = set()
-    with unchanged(model), torch.enable_grad(), use_sample_keys(keys):
-        model.train()
-        with (
-            ModuleStack(model, before=lambda _, path, inputs: calls.update([path])) as stack,
-            _Uses(model, stack) as uses,
-        ):
-            output = model(images.clone())
+    with unchanged(model), use_sample_keys(keys):
+        stack = ModuleStack(model, before=lambda _, path, inputs: calls[model.training].update([path]))
+        with stack, _Uses(model, stack) as uses:
+            for training in (False, True):
+                with torch.set_grad_enabled(training):
+                    output = model.train(training)(images.clone())
         with ModuleStack(model, before=lambda _, path, inputs: recomputed.add(path)):
             parameters = [p for p in model.parameters() if p.requires_grad]
             if output.requires_grad:
                 torch.autograd.grad(output.sum(), parameters, allow_unused=True)
-    excluded = recomputed | uses.shared_or_used_elsewhere()
-    return {path: calls[path] for path in layers if calls[path] and path not in excluded}
+    excluded = recomputed | uses.shared_or_used_elsewhere() | set(calls[False] - calls[True])
+    return {path: calls[True][path] for path in layers if calls[True][path] and path not in excluded}
 
 
 def _has_plain_forward(layer: nn.Module) -> bool:

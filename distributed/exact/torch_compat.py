@@ -8,11 +8,25 @@ from typing import Any
 
 import torch
 from torch.autograd.function import BackwardCFunction
+from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Node", "has_hooks", "input_metadata", "is_leaf", "is_python", "sequence_number"]
+__all__ = [
+    "Node",
+    "get_backward_group",
+    "has_hooks",
+    "has_saved_tensors_hooks",
+    "input_metadata",
+    "is_leaf",
+    "is_python",
+    "sequence_number",
+    "set_backward_group",
+]
 
 Node = Any  # torch.autograd.graph.Node does not declare that nodes can be called
 _AccumulateGrad: type = torch._C._functions.AccumulateGrad
+
+get_backward_group, set_backward_group = torch._C._get_graph_exec_group, torch._C._set_graph_exec_group
+"""This thread's `torch.utils.checkpoint.GraphExecGroup`, within which a checkpointed block is computed again only once."""
 
 
 def is_leaf(node: Node) -> bool:
@@ -51,6 +65,12 @@ def input_metadata(node: Node) -> list[Any]:
 def sequence_number(node: Node) -> int:
     """Return a number that grows with each node that the forward pass creates on a thread."""
     return node._sequence_nr()  # type: ignore[no-any-return]
+
+
+def has_saved_tensors_hooks() -> bool:
+    """Whether this thread is within `saved_tensors_hooks`, other than those of checkpointing."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # not those that tracing ignores
+    return hooks is not None and hooks[0].__module__ != checkpoint.__module__
 
 
 def has_hooks(node: Node) -> bool:

@@ -158,7 +158,7 @@ def _wrapped_by_ddp(checks: Checks) -> None:
 
     def gradients(*, low: torch.dtype | None, wrapped: bool) -> tuple[list[Tensor], int]:
         model = build_model(config.model, num_classes=data.num_classes, seed=config.seed).to(checks.device)
-        model = convert_batch_norm(
+        convert_batch_norm(
             model, partial(SyncBatchNorm.of, all_gather_rows=one_shard_per_rank(process_group_all_gather))
         )
         sums = BucketSums(low)

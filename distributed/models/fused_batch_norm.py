@@ -96,8 +96,8 @@ def _dense(x: Tensor, like: Tensor | None = None) -> Tensor:
     return x.contiguous()
 
 
-def synchronize_batch_norm(model: nn.Module, gather: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Synchronize every batch norm of the model over all ranks, one shard per rank: for fast mode.
+def synchronize_batch_norm(model: nn.Module, gather: Callable[[Tensor], Tensor]) -> None:
+    """Synchronize every batch norm of the model over all ranks, in place, one shard per rank: for fast mode.
 
     Args:
         gather: all-gather of one row per rank, [world_size, length], ordered by rank. The last rank's shard is never empty.
@@ -109,4 +109,4 @@ def synchronize_batch_norm(model: nn.Module, gather: Callable[[Tensor], Tensor])
     # A layer may have no tensor of its own.
     on_cuda = any(tensor.is_cuda for tensor in chain(model.parameters(), model.buffers()))
     kind = FusedSyncBatchNorm if on_cuda else SyncBatchNorm
-    return convert_batch_norm(model, partial(kind.of, all_gather_rows=all_gather_rows))
+    convert_batch_norm(model, partial(kind.of, all_gather_rows=all_gather_rows))

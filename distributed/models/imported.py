@@ -1,4 +1,4 @@
-"""Builds a network by the import path of its factory, and checks what the factory returns."""
+"""Builds a network by the import path of its factory, and checks the modules and tensors that the factory returns."""
 
 import copy
 import hashlib
@@ -19,7 +19,6 @@ from distributed.config.models import ImportedModel
 from distributed.config.user_code import UserFunction, described, type_name
 from distributed.errors import InputError
 from distributed.host.importable import SCRIPT
-from distributed.models.keyed_dropout import use_sample_keys
 
 GivenModel = nn.Module | Callable[..., nn.Module]
 """A network that Python code gives instead of an import path: the function or class that builds it, or the module itself."""
@@ -42,7 +41,7 @@ def build_imported(config: ImportedModel, *, num_classes: int, seed: int, given:
         if config.options:
             raise InputError("model.options has no effect on a module that train() was given already built: remove it")
         _check_network(given, config.name)
-        return _with_dense_tensors(_copied(given, config.name)).train()
+        return _with_dense_tensors(copied(given, config.name)).train()
     factory = UserFunction(
         "model.name",
         config.name,
@@ -52,11 +51,11 @@ def build_imported(config: ImportedModel, *, num_classes: int, seed: int, given:
         "" if given and not config.options else "model.options",
         {"num_classes": _NO_CLASSES},
     )
-    with _seeded(seed, "model"):
+    with seeded(seed, "model"):
         model: nn.Module = factory.call(factory.load(given), num_classes=num_classes)
     _check_network(model, config.name)
     if given is not None:  # it may have returned a module that exists already, e.g. of a notebook
-        model = _copied(model, config.name)
+        model = copied(model, config.name)
     return _with_dense_tensors(model).train()
 
 
@@ -78,64 +77,8 @@ def _with_dense_tensors(model: nn.Module) -> nn.Module:
     return model
 
 
-def check_output(
-    model: nn.Module, images: Tensor, sample_keys: Tensor, *, name: str, num_classes: int, seed: int
-) -> bool:
-    """Check, on a copy of the model on the CPU, that it returns logits [n, num_classes] in evaluation and in training.
-
-    Args:
-        images: a few images of the data set, float32 [n, 3, side, side] on the CPU.
-        sample_keys: int64 [n, 2], for dropout masks.
-
-    Returns:
-        Whether it draws from torch's generator in training, which a resumed run would repeat from the start.
-
-    Raises:
-        InputError: the model fails on such images or returns something else.
-    """
-    shape, draws = list(images.shape), False
-    probe = _copied(model, name)
-    for mode in ("evaluation", "training"):
-        try:
-            with torch.no_grad(), _seeded(seed, "probe"), use_sample_keys(sample_keys):
-                before = torch.get_rng_state()
-                output = probe.train(mode == "training")(images)
-                draws = not torch.equal(before, torch.get_rng_state())
-        except InputError:  # of a dropout layer
-            raise
-        except Exception as error:
-            raise InputError(
-                f"model.name = {name}: the network fails in {mode} on images of shape {shape}: {described(error)}"
-            ) from error
-        expected = [len(images), num_classes]
-        if isinstance(output, Tensor) and list(output.shape) == expected and output.is_floating_point():
-            continue
-        found = f"{output.dtype} {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise InputError(
-            f"model.name = {name}: in {mode} the network returns {found} for images of shape {shape}; it should return "
-            f"logits, a float tensor of shape {expected}"
-        )
-    return draws
-
-
-def check_without_images(model: nn.Module, images: Tensor, sample_keys: Tensor, *, name: str) -> None:
-    """Check, on a copy of the model, that it accepts a batch of no images: the last batch may leave a shard without any.
-
-    Raises:
-        InputError: it does not, like one that calls x.view(len(x), -1).
-    """
-    probe = _copied(model, name).eval()
-    try:
-        with torch.no_grad(), use_sample_keys(sample_keys):
-            probe(images)
-    except Exception as error:
-        raise InputError(
-            f"model.name = {name}: the network fails on a batch without images, and some batch has fewer images than there "
-            f"are shards: {described(error)}; e.g. write x.flatten(1) instead of x.view(len(x), -1)"
-        ) from error
-
-
-def _copied(model: nn.Module, name: str) -> nn.Module:
+def copied(model: nn.Module, name: str) -> nn.Module:
+    """Return a copy of a network. Raises InputError if it cannot be copied."""
     try:
         return copy.deepcopy(model)
     except Exception as error:
@@ -183,7 +126,7 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 @contextmanager
-def _seeded(seed: int, purpose: str) -> Iterator[None]:
+def seeded(seed: int, purpose: str) -> Iterator[None]:
     """Seed the generators of torch, Python and NumPy from (seed, purpose); restore them and torch's defaults at the end."""
     first, second = rng.key_words(seed, purpose)
     of_python, of_numpy, dtype = random.getstate(), np.random.get_state(), torch.get_default_dtype()

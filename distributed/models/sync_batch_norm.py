@@ -5,7 +5,8 @@ Golub, LeVeque 1983) then give every shard the statistics of the entire batch. S
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol, Self, TypeVar
+from functools import cache
+from typing import Any, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -125,9 +126,9 @@ class SyncBatchNorm(NormBase):
 
     @classmethod
     def of(cls, layer: AnyBatchNorm, all_gather_rows: AllGatherRows) -> Self:
-        """Return a synchronized replacement for `layer` that shares its parameters, buffers and hooks."""
-        sync = cls.__new__(cls)
-        vars(sync).update(vars(layer))
+        """Synchronize `layer` in place and return it: whatever refers to it, e.g. a list or a partial, has the same layer."""
+        layer.__class__ = _synchronized(cls, type(layer))  # type: ignore[assignment, arg-type]
+        sync = cast(Self, layer)
         sync.all_gather_rows = all_gather_rows
         return sync
 
@@ -139,7 +140,7 @@ class SyncBatchNorm(NormBase):
             return normalized(x, weight, bias, self.running_mean, self.running_var, self.eps)
         known = self.running_mean if weight is None else weight
         dtype = torch.promote_types(x.dtype, torch.float32) if known is None else known.dtype
-        statistics = self.all_gather_rows([statistics_row(x.detach(), dtype)], self._combine_and_track)
+        statistics = self.all_gather_rows([statistics_row(x.detach(), dtype)], self.combine_statistics)
         result: Tensor = _BatchNormalized.apply(x, weight, bias, statistics, self)
         return result
 
@@ -159,7 +160,7 @@ class SyncBatchNorm(NormBase):
         return self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
 
     @torch.no_grad()
-    def _combine_and_track(self, rows: Tensor) -> Statistics:
+    def combine_statistics(self, rows: Tensor) -> Statistics:
         """Combine rows into the batch's statistics and update the running ones; once if several shards share them."""
         statistics = combined(rows)
         momentum = self.count_batch()
@@ -171,25 +172,21 @@ class SyncBatchNorm(NormBase):
         return statistics
 
 
-def convert_batch_norm(model: nn.Module, convert: Callable[[AnyBatchNorm], nn.Module]) -> nn.Module:
-    """Replace every batch norm of the model, which may be one itself, by the layer that `convert` returns for it.
+@cache
+def _synchronized(kind: type[SyncBatchNorm], plain: type[AnyBatchNorm]) -> type[SyncBatchNorm]:
+    """Return a class that is still the plain layer's: networks may ask `isinstance(layer, nn.BatchNorm2d)`."""
+    return type(kind.__name__, (kind, plain), {})
 
-    A layer that is in several places is converted once. torch's own SyncBatchNorm is replaced too.
 
-    Returns:
-        The model, or its replacement.
+def convert_batch_norm(model: nn.Module, convert: Callable[[AnyBatchNorm], Any]) -> None:
+    """Call `convert`, which works in place, for every batch norm of the model, torch's own SyncBatchNorm included.
 
     Raises:
-        ValueError: a layer cannot be replaced; names each of them and the remedy.
+        ValueError: a layer cannot be synchronized; names each of them and the remedy.
     """
     unsupported = unsupported_batch_norms(model)
     if unsupported:
         raise ValueError("synchronized batch norm does not support this model: " + "; ".join(unsupported))
-    found = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, AnyBatchNorm)]
-    converted = {layer: convert(layer) for layer in dict.fromkeys(layer for _, layer in found)}
-    if isinstance(model, AnyBatchNorm):
-        return converted[model]
-    for path, layer in found:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, converted[layer])
-    return model
+    for layer in model.modules():
+        if isinstance(layer, AnyBatchNorm):
+            convert(layer)

@@ -3,9 +3,9 @@
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.backends import cuda
@@ -24,6 +24,12 @@ _ATTENTION: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
 )
 """Kernels of scaled_dot_product_attention whose backward passes add in any order: how to read and set their switches."""
 
+cudnn: Any = torch.backends.cudnn  # their types lack what they have
+mkldnn: Any = torch.backends.mkldnn
+_DEFAULT: Any = torch.backends
+_PARTS: tuple[Any, ...] = (cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
+"""What has an `fp32_precision`; that of `_DEFAULT` counts where it is "none"."""
+
 
 @contextmanager
 def restored_settings() -> Iterator[None]:
@@ -32,16 +38,16 @@ def restored_settings() -> Iterator[None]:
     Variables of the environment, which CUDA's libraries read once, stay.
     """
     threads = torch.get_num_threads()
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    switches = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    switches = cudnn.deterministic, cudnn.benchmark, mkldnn.enabled
     recompile_limit = getattr(sys.modules.get("torch._dynamo.config"), "recompile_limit", 8)  # 8 is torch's default
     fast_path = torch.backends.mha.get_fastpath_enabled()
     attention = [is_enabled() for is_enabled, _ in _ATTENTION]
     try:
-        yield
+        with _restored_float32():
+            yield
     finally:
         torch.set_num_threads(threads)
-        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = switches
+        cudnn.deterministic, cudnn.benchmark, mkldnn.enabled = switches
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for (_, enable), enabled in zip(_ATTENTION, attention, strict=True):
             enable(enabled)
@@ -51,25 +57,51 @@ def restored_settings() -> Iterator[None]:
             dynamo.recompile_limit = recompile_limit  # type: ignore[attr-defined]
 
 
+@contextmanager
+def _restored_float32() -> Iterator[None]:
+    """Restore how float32 is computed. Context manager."""
+    default, _DEFAULT.fp32_precision = _DEFAULT.fp32_precision, "none"
+    own = [part.fp32_precision for part in _PARTS]
+    _DEFAULT.fp32_precision = default
+    matmul_precision, cudnn_tf32 = "highest", True
+    with suppress(RuntimeError):  # older switches cannot be read once a script has set `fp32_precision` too
+        matmul_precision = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        cudnn_tf32 = cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul_precision)
+        cudnn.allow_tf32 = cudnn_tf32
+        _DEFAULT.fp32_precision = default
+        for part, precision in zip(_PARTS, own, strict=True):
+            part.fp32_precision = precision
+
+
 def make_deterministic(device: torch.device, *, precision: str, compile: bool = False) -> None:
     """Make results bit-reproducible on one kind of device, and forbid TF32 unless `precision` is tf32.
+
+    What a script or notebook has set before must not decide over the results.
 
     Raises:
         InputError: `precision` is tf32 and the device is not a GPU.
     """
+    if precision == "tf32" and device.type != "cuda":
+        raise InputError(f"precision = tf32 needs CUDA, but the device is {device.type}: use float32")
     # In evaluation a TransformerEncoderLayer would take fused kernels unless it has hooks, e.g. those of sharded weights.
     torch.backends.mha.set_fastpath_enabled(False)
+    mkldnn.enabled = True
+    torch.set_float32_matmul_precision("highest")
+    for part in (_DEFAULT, *_PARTS):
+        part.fp32_precision = "ieee"
+    # By default torch computes float32 convolutions on CUDA in TF32, whose mantissa has 10 bits.
+    cudnn.allow_tf32 = cuda.matmul.allow_tf32 = precision == "tf32"
     if device.type != "cuda":
-        if precision == "tf32":
-            raise InputError(f"precision = tf32 needs CUDA, but the device is {device.type}: use float32")
         return
     # Read at the first cuBLAS call. https://docs.nvidia.com/cuda/cublas/#results-reproducibility
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "Ring")
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-    # By default torch computes float32 convolutions in TF32, whose mantissa has 10 bits.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    cudnn.deterministic, cudnn.benchmark = True, False
     for _, enable in _ATTENTION:
         enable(False)
     if compile:

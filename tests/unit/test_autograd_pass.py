@@ -10,6 +10,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from distributed.exact.autograd_pass import backward
 from distributed.models.alexnet import improved_alexnet
@@ -250,6 +251,18 @@ def test_functions_run_right_before_their_node() -> None:
     backward(Probe.apply(y, lambda: order.append("probe")).sum(), lambda p, g: order.append("leaf"), before)
     assert order == ["probe", "exp", "mul", "leaf", "leaf"]
     assert before == {}
+
+
+def test_a_checkpointed_block_is_computed_again_once() -> None:
+    layers, calls = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Sigmoid()), list[int]()
+
+    def block(x: Tensor) -> Tensor:
+        calls.append(1)
+        return layers(x)
+
+    loss = checkpoint(block, torch.ones(2, 4, requires_grad=True), use_reentrant=False).sum()
+    backward(loss, lambda p, g: None, {})
+    assert len(calls) == 2
 
 
 def test_a_gradient_of_another_shape_is_an_error() -> None:

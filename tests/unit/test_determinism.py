@@ -1,5 +1,7 @@
 """The switches for reproducible results, and the metadata that the bits depend on. Needs no GPU."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -52,6 +54,56 @@ def test_the_switches_are_restored() -> None:
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.flash_sdp_enabled()
     flags("float32")
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.flash_sdp_enabled()) == before
+
+
+def precisions() -> dict[str, str]:
+    backends = torch.backends
+    return {
+        "all": backends.fp32_precision,
+        "CUDA matmul": backends.cuda.matmul.fp32_precision,
+        "cuDNN conv": backends.cudnn.conv.fp32_precision,
+        "cuDNN RNN": backends.cudnn.rnn.fp32_precision,
+        "oneDNN matmul": backends.mkldnn.matmul.fp32_precision,
+        "oneDNN conv": backends.mkldnn.conv.fp32_precision,
+        "oneDNN RNN": backends.mkldnn.rnn.fp32_precision,
+    }
+
+
+def set_everywhere() -> None:
+    torch.backends.fp32_precision = "tf32"
+
+
+def set_for_matmul() -> None:
+    torch.set_float32_matmul_precision("medium")
+
+
+def set_for_convolutions() -> None:
+    torch.backends.mkldnn.conv.fp32_precision = "bf16"
+    torch.backends.mkldnn.enabled = False
+
+
+@pytest.mark.parametrize("script", [set_everywhere, set_for_matmul, set_for_convolutions])
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+def test_a_script_does_not_decide_over_float32(script: Callable[[], None], device: torch.device) -> None:
+    initial = precisions()
+    try:
+        script()
+        before = precisions(), torch.backends.mkldnn.enabled
+        with restored_settings():
+            make_deterministic(device, precision="float32")
+            found = precisions()
+            assert torch.backends.mkldnn.enabled
+            assert not torch.backends.cudnn.allow_tf32
+            assert not torch.backends.cuda.matmul.allow_tf32
+        assert (precisions(), torch.backends.mkldnn.enabled) == before
+    finally:
+        torch.backends.mkldnn.enabled, torch.backends.fp32_precision = True, "none"
+        torch.set_float32_matmul_precision("highest")
+        for part in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv):
+            part.fp32_precision = "none"
+    assert "tf32" not in found.values()
+    assert "bf16" not in found.values()
+    assert precisions() == initial
 
 
 def test_tf32_is_refused_on_a_cpu() -> None:

@@ -1,6 +1,7 @@
 """Fast and exact mode in one process: gradients, accumulation, clipping, precision, state."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
@@ -110,6 +111,69 @@ def test_step_follows_the_gradient_of_the_mean_loss(engine_of, count):
     assert float(norm) == pytest.approx(float(gradient.norm()), rel=1e-12)
     for name, buffer in model.named_buffers():
         assert torch.allclose(model_state(engine)[name], buffer, rtol=1e-12), name
+
+
+@dataclass
+class Node:
+    layer: nn.Module
+
+
+class Held(Small):
+    """Calls its batch norm through another object, and asks for the types of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.node = Node(self.norm)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.node.layer(self.conv(images)).relu()
+        known = type(self.conv) is nn.Conv2d and type(self.out) is nn.Linear and isinstance(self.norm, nn.BatchNorm2d)
+        return self.out(x.mean((2, 3)) if known else x.amax((2, 3)))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_other_references_to_a_layer_see_the_same_layer(precision, workers):
+    """With one worker, shards may be grouped, which other code of the layers computes."""
+    batch = batch_of(8, 8, dtype=torch.float32)
+    expected, found = exact(precision, Small, workers=workers), exact(precision, Held, workers=workers)
+    for engine in (expected, found):
+        for _ in range(4):
+            stepped(engine, [batch])
+    assert torch.equal(weights(found), weights(expected))
+    assert all(torch.equal(tensor, model_state(expected)[name]) for name, tensor in model_state(found).items())
+
+
+class Merging(Small):
+    """Merges a product of two matrices into the weight of its last layer in `eval`, like LoRA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.randn(1, 4)), nn.Parameter(torch.randn(10, 1))
+
+    def train(self, mode: bool = True) -> nn.Module:
+        if mode != self.training:
+            self.out.weight.data += (self.up @ self.down).detach() * (-1 if mode else 1)
+        return super().train(mode)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits, lora = super().forward(images), self.up @ self.down
+        return logits + self.norm(self.conv(images)).relu().mean((2, 3)) @ lora.t() if self.training else logits
+
+
+def test_weights_that_eval_merges_are_averaged_first():
+    engine = fast(model=Merging, ema_decay=0.5)
+    for _ in range(3):
+        stepped(engine, [batch_of(8, 8)])
+    average = Merging().double()
+    average.load_state_dict(
+        {n.removeprefix("ema."): t for n, t in engine.state() if n.startswith("ema.")}, strict=False
+    )
+    before = model_state(engine)
+    with engine.evaluating():
+        found = engine.predict(batch_of(6, 6))
+    assert torch.allclose(found, average.eval()(batch_of(6, 6).images), rtol=1e-12)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model_state(engine).items())
 
 
 def test_gradients_do_not_carry_over_to_the_next_step(engine_of):

@@ -257,39 +257,3 @@ def test_connections_may_bypass_a_batch_norm(model: type[Net], sizes: tuple[int,
     steps = batches(9)
     found = in_exact_mode(net(model=model), steps, sizes)
     assert_close(found, on_full_batch(net(model=model), steps))
-
-
-def test_evaluation_does_not_synchronize() -> None:
-    def no_gather(row: Tensor, reduce_fn: object) -> None:
-        raise AssertionError("evaluation synchronized")
-
-    plain = net()
-    on_full_batch(plain, batches(9))
-    model = copy.deepcopy(plain)
-    convert_batch_norm(model, partial(SyncBatchNorm.of, all_gather_rows=no_gather))
-    images = batches(9)[0][0]
-    assert torch.equal(model.eval()(images), plain.eval()(images))
-    assert model(images[:0]).shape == (0, 5)
-
-
-def test_bfloat16_images_have_float32_statistics() -> None:
-    layer = SyncBatchNorm.of(nn.BatchNorm2d(6), one_shard_per_rank(lambda row: row[None]))
-    x = torch.randn(8, 6, 5, 5, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
-    y = layer(x)
-    assert y.dtype == torch.bfloat16
-    assert layer.running_mean.dtype == torch.float32
-    y.backward(torch.ones_like(y))
-    assert x.grad.dtype == torch.bfloat16
-    assert layer.weight.grad.dtype == torch.float32
-    assert torch.equal(layer.bias.grad, torch.full((6,), 200.0))
-
-
-def test_conversion_keeps_names_and_tensors() -> None:
-    model = net()
-    before = dict(model.named_parameters()) | dict(model.named_buffers())
-    all_gather_rows = one_shard_per_rank(lambda row: row[None])
-    convert_batch_norm(model, partial(SyncBatchNorm.of, all_gather_rows=all_gather_rows))
-    after = dict(model.named_parameters()) | dict(model.named_buffers())
-    assert list(after) == list(before)
-    assert all(after[name] is before[name] for name in before)
-    assert [type(module) for module in model.modules()].count(SyncBatchNorm) == 2

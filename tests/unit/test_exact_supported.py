@@ -1,7 +1,10 @@
 """Which networks exact mode refuses, by which module and with which remedy."""
 
 import random
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +12,10 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
@@ -94,9 +100,86 @@ def gradient_in_forward(module: nn.Module, x: Tensor) -> Tensor:
     return torch.autograd.grad(x.square().sum(), x, create_graph=True)[0]
 
 
-def norm_in_list() -> nn.Module:
+def temporary_attribute(module: nn.Module, x: Tensor) -> Tensor:
+    module.skip = x
+    x = module.layer(x) + module.skip
+    module.skip = None
+    return x
+
+
+def temporary_list(module: nn.Module, x: Tensor) -> Tensor:
+    module.features.append(x)
+    return module.layer(x) + module.features.pop()
+
+
+def other_weights(module: nn.Module, x: Tensor) -> Tensor:
+    weights = {name: parameter * 1.0 for name, parameter in module.layer.named_parameters()}
+    return functional_call(module.layer, weights, (x,))
+
+
+def hooks_on_saved_tensors(module: nn.Module, x: Tensor) -> Tensor:
+    with saved_tensors_hooks(lambda tensor: tensor.half(), lambda tensor: tensor.float()):
+        return module.norm(x)
+
+
+def attention_by_one_kernel(module: nn.Module, x: Tensor) -> Tensor:
+    parts = x.view(len(x), 1, 3, 4)
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(parts, parts, parts).flatten(1)
+
+
+def fixed_noise(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return x + torch.randn(12)
+
+
+def noise_in_evaluation(module: nn.Module, x: Tensor) -> Tensor:
+    return x if module.training else x + torch.randn_like(x)
+
+
+def count_in_evaluation(module: nn.Module, x: Tensor) -> Tensor:
+    module.seen += 0 if module.training else len(x)
+    return x
+
+
+class Merging(nn.Linear):
+    """A linear layer with LoRA, which `eval` merges into the weight."""
+
+    def __init__(self) -> None:
+        super().__init__(12, 12)
+        self.down, self.up = nn.Parameter(torch.randn(2, 12)), nn.Parameter(torch.zeros(12, 2))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> nn.Module:
+        if mode == self.merged:
+            self.weight.data += (self.up @ self.down).detach() * (-1 if mode else 1)
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.merged else super().forward(x) + x @ self.down.t() @ self.up.t()
+
+
+@dataclass
+class Node:
+    layer: nn.Module
+
+
+def norm_in(hold: Callable[[nn.Module], object], call: Callable[[object, Tensor], Tensor]) -> nn.Module:
+    """Return a network that calls its batch norm through another object."""
     norm = nn.BatchNorm1d(12)
-    return Call(lambda m, x: m.layers[0](x), layers=[norm], registered=norm)
+    return Call(lambda m, x: call(m.held, x), held=hold(norm), registered=norm)
+
+
+def norm_in_closure() -> nn.Module:
+    norm = nn.BatchNorm1d(12)
+    return Call(lambda m, x: m.normalize(x), registered=norm, normalize=lambda x: norm(x))
+
+
+def norm_by_function(module: nn.Module, x: Tensor) -> Tensor:
+    norm = module.norm
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training)
 
 
 def hooked(register: str) -> nn.Module:
@@ -222,6 +305,56 @@ REFUSED = {
         "keeps state: forward changes its cache",
         "compute it in __init__",
     ),
+    **{
+        f"a {type(value).__name__} as state": (
+            lambda value=value, change=change: Call(lambda m, x: (change(m.seen), x)[1], seen=value),
+            "keeps state: forward changes its seen",
+            "compute it in __init__",
+        )
+        for value, change in [
+            (deque([0], maxlen=1), lambda seen: seen.append(len(seen) + sum(seen))),
+            (set[object](), lambda seen: seen.add(object())),
+            (bytearray(1), lambda seen: seen.append(0)),
+            (np.zeros(2), lambda seen: seen.__iadd__(1)),
+        ]
+    },
+    "state in evaluation": (
+        lambda: Call(count_in_evaluation, seen=0),
+        "keeps state: forward changes its seen",
+        "compute it in __init__",
+    ),
+    "draws in evaluation": (lambda: Call(noise_in_evaluation), "draws from torch's generator", KEYED),
+    "fixed noise": (lambda: Call(fixed_noise), "draws from torch's generator", KEYED),
+    "weights merged by eval": (
+        lambda: Merging(),
+        "4.inner (Merging): changes its weight in eval()",
+        "compute it in forward",
+    ),
+    "a temporary attribute": (
+        lambda: Call(temporary_attribute, skip=None, layer=nn.Linear(12, 12)),
+        "4.inner (Call): changes its skip during forward, which other shards see",
+        "pass values on as arguments",
+    ),
+    "a temporary entry": (
+        lambda: Call(temporary_list, features=[], layer=nn.Linear(12, 12)),
+        "4.inner (Call): changes its features during forward",
+        "pass values on as arguments",
+    ),
+    "functional_call": (
+        lambda: Call(other_weights, layer=nn.Linear(12, 12)),
+        "4.inner.layer (Linear): changes its weight, bias during forward",
+        "compute with other weights by F.linear",
+    ),
+    "hooks on saved tensors": (
+        lambda: Call(hooks_on_saved_tensors, norm=nn.BatchNorm1d(12)),
+        "4.inner (Call): calls a batch norm within saved_tensors_hooks",
+        "leave it before each batch norm",
+    ),
+    "sdpa_kernel": (
+        lambda: Call(attention_by_one_kernel),
+        "switches attention's kernels for the entire process",
+        "remove the switch",
+    ),
     "spectral norm": (
         lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Linear(12, 12)),
         "4.inner.parametrizations.weight.0 (_SpectralNorm): keeps state: forward changes its _u, _v",
@@ -244,10 +377,25 @@ REFUSED = {
     "an activation's hook": (lambda: Call(hook_activation), "registers a hook on a tensor", "compute in forward"),
     "a node's hook": (lambda: Call(hook_node), "registers a hook on a node of the graph", "compute in forward"),
     "a gradient": (lambda: Call(gradient_in_forward), "computes gradients in forward", "compute them in closed form"),
-    "a batch norm in a list": (
-        norm_in_list,
-        "4.inner (Call): holds a batch norm in its plain attribute layers",
+    "a batch norm only in a list": (
+        lambda: Call(lambda m, x: m.layers[0](x), layers=[nn.BatchNorm1d(12)]),
+        "4.inner (Call): calls a BatchNorm1d that is none of its modules",
         "use nn.ModuleList",
+    ),
+    "a batch norm in a closure": (
+        norm_in_closure,
+        "4.inner (Call): has a function normalize that refers to a module",
+        "make it a method",
+    ),
+    "a batch norm's forward": (
+        lambda: norm_in(lambda norm: norm.forward, lambda forward, x: forward(x)),
+        "4.inner.registered (BatchNorm1d): gets statistics although nothing calls the layer itself",
+        "call the layer, not its forward",
+    ),
+    "F.batch_norm": (
+        lambda: Call(norm_by_function, norm=nn.BatchNorm1d(12)),
+        "4.inner.norm (BatchNorm1d): gets statistics although nothing calls the layer itself",
+        "call the layer, not its forward or F.batch_norm",
     ),
     "a parametrized batch norm": (
         lambda: torch.nn.utils.parametrizations.weight_norm(nn.BatchNorm1d(12)),
@@ -390,6 +538,9 @@ SUPPORTED = {
     "BatchNorm without statistics": lambda: nn.BatchNorm1d(12, track_running_stats=False),
     "BatchNorm without parameters": lambda: nn.BatchNorm1d(12, affine=False, momentum=None),
     "frozen": lambda: frozen(nn.BatchNorm1d(12)),
+    "a batch norm in a list": lambda: norm_in(lambda norm: [norm], lambda held, x: held[0](x)),
+    "a batch norm in a dataclass": lambda: norm_in(Node, lambda held, x: held.layer(x)),
+    "a batch norm in a partial": lambda: norm_in(partial, lambda held, x: held(x)),
     "LayerNorm": lambda: nn.LayerNorm(12),
     "GroupNorm": lambda: nn.GroupNorm(3, 12),
     "InstanceNorm": lambda: nn.Sequential(nn.Unflatten(1, (3, 4)), nn.InstanceNorm1d(3, affine=True), nn.Flatten()),

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from distributed.config.models import ImportedModel
 from distributed.errors import InputError
 from distributed.models.build import build_model
-from distributed.models.imported import check_output
 from distributed.models.keyed_dropout import KeyedDropout
+from distributed.models.network_output import check_output
 from distributed.recipe import train
 
 IMAGES, KEYS = torch.zeros(2, 3, 32, 32), torch.zeros(2, 2, dtype=torch.int64)

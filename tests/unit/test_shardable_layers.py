@@ -40,6 +40,8 @@ class Network(nn.Module):
         self.table, self.as_embedding = nn.Embedding(6, 6), nn.Linear(6, 6)
         self.as_embedding.weight = self.table.weight
         self.again = nn.Linear(6, 6)
+        self.read_in_evaluation, self.twice_in_evaluation = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.only_in_training = nn.Linear(6, 6)
         self.attend = nn.MultiheadAttention(6, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,12 +54,16 @@ class Network(nn.Module):
         x = self.item(x) * float(self.item.bias[0])
         x = F.linear(x, self.functional.weight) + self.functional(x)
         x = self.as_embedding(x) + self.table(torch.zeros(len(x), dtype=torch.int64))
+        x = self.twice_in_evaluation(self.read_in_evaluation(x))
+        if not self.training:
+            x = self.twice_in_evaluation(x) * self.read_in_evaluation.weight.mean()
+        x = self.only_in_training(x) if self.training else x
         x = checkpoint(self.again, x, use_reentrant=False)
         return x + self.attend(x[:, None], x[:, None], x[:, None])[0][:, 0]
 
 
 def test_layers_that_alone_use_their_parameters() -> None:
-    expected = {"conv": 1, "first": 1, "twice": 2, "shape_only": 1, "frozen": 1, "normed": 1}
+    expected = {"conv": 1, "first": 1, "twice": 2, "shape_only": 1, "frozen": 1, "normed": 1, "only_in_training": 1}
     assert layers_to_shard(Network(), IMAGES) == expected
 
 

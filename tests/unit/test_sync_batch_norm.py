@@ -359,26 +359,39 @@ def test_a_mean_far_from_zero_loses_no_precision():
 
 def test_bfloat16_images_have_float32_statistics():
     plain, sync = layer_of("2d").float(), SyncBatchNorm.of(layer_of("2d").float(), alone)
-    x = batch_of("2d")[0].bfloat16()
+    x = batch_of("2d")[0].bfloat16().requires_grad_()
     out = sync(x)
     assert out.dtype == torch.bfloat16
     plain(x.float())
     assert sync.running_mean.dtype == torch.float32
     assert torch.allclose(sync.running_mean, plain.running_mean, rtol=1e-5)
     assert torch.allclose(sync.running_var, plain.running_var, rtol=1e-4)
+    out.backward(torch.ones_like(out))
+    assert (x.grad.dtype, sync.weight.grad.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_conversion_keeps_names_and_tensors():
     inner = nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU())
     model = nn.Sequential(nn.Conv2d(3, CHANNELS, 1), inner, nn.BatchNorm2d(CHANNELS))
     before = dict(model.named_parameters()) | dict(model.named_buffers())
-    converted = convert_batch_norm(model.eval(), partial(SyncBatchNorm.of, all_gather_rows=alone))
-    after = dict(converted.named_parameters()) | dict(converted.named_buffers())
+    convert_batch_norm(model.eval(), partial(SyncBatchNorm.of, all_gather_rows=alone))
+    after = dict(model.named_parameters()) | dict(model.named_buffers())
     assert list(after) == list(before)
     assert all(after[name] is before[name] for name in before)
-    assert [type(module) for module in converted.modules()].count(SyncBatchNorm) == 2
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in converted.modules())
-    assert not converted[1][0].training
+    assert sum(isinstance(module, SyncBatchNorm) for module in model.modules()) == 2
+    assert not model[1][0].training
+
+
+def test_a_synchronized_layer_is_still_what_it_was():
+    """Networks ask for the type of a layer, and hold it in lists; their own `train` may freeze it."""
+    layer = nn.BatchNorm1d(CHANNELS)
+    held = [layer]
+    sync = SyncBatchNorm.of(layer, alone)
+    assert sync is held[0]
+    assert isinstance(sync, nn.BatchNorm1d)
+    assert isinstance(sync, SyncBatchNorm)
+    assert type(sync) is type(SyncBatchNorm.of(nn.BatchNorm1d(3), alone))
+    assert isinstance(FusedSyncBatchNorm.of(nn.BatchNorm2d(3), alone), SyncBatchNorm)
 
 
 class Nones(TorchDispatchMode):
@@ -406,7 +419,7 @@ def test_backward_passes_a_tensor_for_every_statistic():
 def in_exact_mode(layer: nn.Module, x: Tensor, grad: Tensor, shards: list[int], workers: int) -> dict[str, Tensor]:
     """Return the output and all gradients of one step of exact mode: one layer for all shards, in greenlets."""
     executor = ShardExecutor(len(shards), workers=workers, gather=torch.stack, device=torch.device("cpu"))
-    sync = convert_batch_norm(layer, partial(SyncBatchNorm.of, all_gather_rows=executor.all_gather_rows))
+    sync = SyncBatchNorm.of(layer, executor.all_gather_rows)
     leaves = [part.clone(memory_format=torch.preserve_format).requires_grad_() for part in x.split(shards)]
     found: list[dict[Tensor, Tensor]] = [{} for _ in shards]
 
@@ -519,10 +532,12 @@ def materialized() -> nn.Module:
 
 
 @pytest.mark.parametrize("layer", [RenamedOnly(CHANNELS), nn.SyncBatchNorm(CHANNELS), materialized()])
-def test_every_form_of_torch_layer_is_replaced(layer):
-    assert unsupported_batch_norms(nn.Sequential(layer)) == []
-    (found,) = convert_batch_norm(nn.Sequential(layer), partial(SyncBatchNorm.of, all_gather_rows=alone))
-    assert (type(found), found.eps, found.weight) == (SyncBatchNorm, layer.eps, layer.weight)
+def test_every_form_of_torch_layer_is_synchronized(layer):
+    model = nn.Sequential(layer)
+    assert unsupported_batch_norms(model) == []
+    convert_batch_norm(model, partial(SyncBatchNorm.of, all_gather_rows=alone))
+    assert isinstance(layer, SyncBatchNorm)
+    assert model[0] is layer
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -541,35 +556,28 @@ def test_torch_sync_batch_norm_becomes_local(kind):
 
 def test_other_norms_stay():
     model = nn.Sequential(nn.InstanceNorm2d(CHANNELS), nn.GroupNorm(2, CHANNELS), nn.LayerNorm(CHANNELS))
-    before = list(model)
-    assert list(convert_batch_norm(model, partial(SyncBatchNorm.of, all_gather_rows=alone))) == before
-
-
-def test_a_model_that_is_a_batch_norm_is_replaced():
-    layer = nn.BatchNorm2d(CHANNELS)
-    found = convert_batch_norm(layer, partial(SyncBatchNorm.of, all_gather_rows=alone))
-    assert type(found) is SyncBatchNorm
-    assert found.weight is layer.weight
-
-
-def test_a_layer_in_several_places_is_replaced_by_one():
-    model, shared = nn.Module(), nn.BatchNorm2d(CHANNELS)
-    model.first, model.second, model.inner = shared, shared, nn.Sequential(nn.ReLU(), shared)
+    before = list(map(type, model))
     convert_batch_norm(model, partial(SyncBatchNorm.of, all_gather_rows=alone))
-    assert type(model.first) is SyncBatchNorm
-    assert model.first is model.second is model.inner[1]
+    assert list(map(type, model)) == before
+
+
+def test_a_model_that_is_a_batch_norm_is_synchronized():
+    layer = nn.BatchNorm2d(CHANNELS)
+    convert_batch_norm(layer, partial(SyncBatchNorm.of, all_gather_rows=alone))
+    assert isinstance(layer, SyncBatchNorm)
 
 
 def test_hooks_and_attributes_of_a_layer_are_kept():
     layer, seen = nn.BatchNorm2d(CHANNELS), []
     layer.note = "from the user"
     layer.register_forward_hook(lambda *_: seen.append("hook"))
+    before = repr(layer)
     sync = SyncBatchNorm.of(layer, alone)
     sync(torch.randn(2, CHANNELS, 1, 1))
     assert (sync.note, seen, repr(sync)) == (
         "from the user",
         ["hook"],
-        repr(layer).replace("BatchNorm2d", "SyncBatchNorm"),
+        before.replace("BatchNorm2d", "SyncBatchNorm"),
     )
 
 
@@ -580,8 +588,10 @@ def test_fast_mode_uses_the_fused_layer_on_cuda_only(device):
             nn.BatchNorm2d(CHANNELS, device=device),
             nn.BatchNorm2d(CHANNELS, affine=False, track_running_stats=False),
         )
-    model = synchronize_batch_norm(nn.Sequential(*layers), lambda row: row[None])
-    assert {type(layer) for layer in model} == {FusedSyncBatchNorm if device == "cuda" else SyncBatchNorm}
+    model = nn.Sequential(*layers)
+    synchronize_batch_norm(model, lambda row: row[None])
+    assert all(isinstance(layer, SyncBatchNorm) for layer in model)
+    assert {isinstance(layer, FusedSyncBatchNorm) for layer in model} == {device == "cuda"}
     assert model[0].running_mean.device.type == device
 
 

@@ -3,8 +3,17 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import GraphExecGroup
 
-from distributed.exact.torch_compat import has_hooks, input_metadata, is_leaf, is_python, sequence_number
+from distributed.exact.torch_compat import (
+    get_backward_group,
+    has_hooks,
+    input_metadata,
+    is_leaf,
+    is_python,
+    sequence_number,
+    set_backward_group,
+)
 from distributed.models.torch_compat import (
     AnyBatchNorm,
     AnyDropout,
@@ -49,6 +58,15 @@ def test_is_persistent() -> None:
     module.register_buffer("saved", torch.zeros(1))
     module.register_buffer("constant", torch.zeros(1), persistent=False)
     assert (is_persistent(module, "saved"), is_persistent(module, "constant")) == (True, False)
+
+
+def test_the_group_of_checkpointed_passes() -> None:
+    with GraphExecGroup() as group:
+        assert get_backward_group() is group
+        set_backward_group(None)
+        assert get_backward_group() is None
+        set_backward_group(group)
+    assert get_backward_group() is None
 
 
 def test_autograd_nodes() -> None:

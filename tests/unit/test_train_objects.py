@@ -202,9 +202,9 @@ def test_wrong_arrays_are_one_line_each(case: str, tmp_path: Path) -> None:
     assert not (tmp_path / "run/config.toml").exists()
 
 
-def wrong(folder: Path, model: Any) -> str:
+def wrong(folder: Path, model: Any, **settings: Any) -> str:
     with pytest.raises(InputError) as caught:
-        train(config_of(folder), model=model)
+        train(config_of(folder, **settings), model=model)
     [line] = caught.value.lines
     return line
 
@@ -275,6 +275,20 @@ def test_a_network_that_needs_images_is_refused(tmp_path: Path) -> None:
     ) as caught:
         train(config_of(tmp_path / "uneven", evaluation={"batch_size": 9}), model=NeedsImages)
     assert len(caught.value.lines) == 1
+
+
+class ConstantWithoutImages(Net):
+    """Returns constants for a batch without images, as a user may write after that message."""
+
+    __module__ = "__main__"
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) if len(images) else images.new_zeros(0, 5)
+
+
+def test_logits_without_a_gradient_are_refused(tmp_path: Path) -> None:
+    line = wrong(tmp_path, ConstantWithoutImages, evaluation={"batch_size": 9})
+    assert "for a batch without images, the network returns logits without a gradient" in line
 
 
 class Drawing(Net):

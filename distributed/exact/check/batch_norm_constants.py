@@ -20,6 +20,11 @@ def record_statistics(model: nn.Module) -> list[nn.Module]:
     return list(layers)
 
 
+def has_statistics(layer: AnyBatchNorm) -> bool:
+    """Whether a pass has updated the statistics that the layer records."""
+    return any(t is not None and bool(t.any()) for t in (layer.num_batches_tracked, layer.running_mean))
+
+
 def use_recorded(layers: list[nn.Module]) -> None:
     """Normalize by the recorded statistics from now on. The caller restores the layers."""
     for layer in layers:

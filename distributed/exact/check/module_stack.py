@@ -14,6 +14,7 @@ class ModuleStack(ExitStack):
     Args:
         before: called with (module, path, input tensors) before a forward, while `inside` is the calling module.
         after: called with (module, path, output tensors) after a forward, while `inside` is still this module.
+        unregistered: called with each module that runs but is not one of the network's.
     """
 
     def __init__(
@@ -21,16 +22,18 @@ class ModuleStack(ExitStack):
         model: nn.Module,
         before: Callable[[nn.Module, str, list[Tensor]], None] | None = None,
         after: Callable[[nn.Module, str, list[Tensor]], None] | None = None,
+        unregistered: Callable[[nn.Module], None] | None = None,
     ) -> None:
         super().__init__()
         self._paths = {id(module): path for path, module in model.named_modules()}
-        self._running: list[str] = []
-        self._callbacks = before, after
+        self.running: list[str] = []
+        """The paths of the modules whose forward is running, outer before inner."""
+        self._callbacks, self._unregistered = (before, after), unregistered
 
     @property
     def inside(self) -> str:
         """The path of the innermost module whose forward is running."""
-        return self._running[-1] if self._running else ""
+        return self.running[-1] if self.running else ""
 
     def __enter__(self) -> Self:
         self.callback(register_module_forward_pre_hook(self._before).remove)
@@ -42,16 +45,18 @@ class ModuleStack(ExitStack):
         if path is not None:
             if callback:
                 callback(module, path, tensors(inputs))
-            self._running.append(path)
+            self.running.append(path)
+        elif self._unregistered:
+            self._unregistered(module)
 
     def _after(self, module: nn.Module, _inputs: Any, output: Any) -> None:
         path, callback = self._paths.get(id(module)), self._callbacks[1]
-        if path in self._running:
+        if path in self.running:
             while self.inside != path:  # their forward failed
-                self._running.pop()
+                self.running.pop()
             if callback:
                 callback(module, self.inside, tensors(output))
-            self._running.pop()
+            self.running.pop()
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """What a network registers that exact mode does not support, found without a forward pass."""
 
 from collections.abc import Iterator
+from types import CellType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -36,9 +37,9 @@ def _of_module(module: nn.Module) -> Iterator[tuple[str, str]]:
         yield "draws from torch's generator, which depends on the number of processes", "use nn.LeakyReLU"
     if isinstance(module, AnyBatchNorm) and (problem := why_unsupported(module)):
         yield problem
-    for name in _attributes_with_batch_norm(module):
-        reference = f"holds a batch norm in its plain attribute {name}, where it would not be synchronized"
-        yield reference, "use nn.ModuleList, nn.ModuleDict or getattr(self, name)"
+    for name, value in vars(module).items():
+        if isinstance(value, FunctionType) and any(map(_holds_module, value.__closure__ or ())):
+            yield f"has a function {name} that refers to a module, of which exact mode makes a copy", "make it a method"
     for hook in hooks_of(module):
         yield _of_hook(hook)
     for name, parameter in module.named_parameters(recurse=False):
@@ -57,16 +58,11 @@ def _of_hook(hook: Any) -> tuple[str, str]:
     return f"has the hook {getattr(hook, '__qualname__', name)}, which would not run", INSTEAD_OF_HOOK
 
 
-def _attributes_with_batch_norm(module: nn.Module) -> Iterator[str]:
-    """Yield the names of plain containers, e.g. a list, that hold a batch norm."""
-    for name, value in vars(module).items():
-        waiting = [value] if name != "_modules" else []
-        for current in waiting:  # grows
-            if isinstance(current, AnyBatchNorm):
-                yield name
-                break
-            if isinstance(current, dict | list | tuple):
-                waiting += current.values() if isinstance(current, dict) else current
+def _holds_module(cell: CellType) -> bool:
+    try:
+        return isinstance(cell.cell_contents, nn.Module)
+    except ValueError:  # empty
+        return False
 
 
 def _is_lazy(module: nn.Module) -> bool:

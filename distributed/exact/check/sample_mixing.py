@@ -26,22 +26,19 @@ def find_mixing(model: nn.Module, images: Tensor, keys: Tensor) -> Problem | Non
         images: [n, 3, side, side], all different.
         keys: of the dropout masks, int64 [n, 2].
     """
-    _fill_constant_weights(model)
+    fill_constant_weights(model)
     passes = _Passes(model, keys)
     logits = passes.run(images)
     inputs = images.clone().requires_grad_()
     with_graph = passes.run(inputs)  # from other kernels: not the same bits
-    varies = None
+    repeats = same_bits(logits, passes.run(images))
     for kept in (0, len(images) - 1):
         others = images.flip(-1) * -1.5
         others[kept] = images[kept]
         differs = _differ(logits[kept], passes.run(others)[kept])
-        repeats = not differs or same_bits(logits, passes.run(images))
         if (differs and repeats) or passes.depends_on_others(with_graph, inputs, kept):
             return Problem(passes.first_difference(images, others, kept), MIXES, _PER_SAMPLE)
-        if not repeats:
-            varies = Problem(passes.first_difference(images, images, kept), _VARIES, _REPEAT)
-    return varies
+    return None if repeats else Problem(passes.first_difference(images, images, 0), _VARIES, _REPEAT)
 
 
 class _Call(NamedTuple):
@@ -119,7 +116,7 @@ def _differ(first: Tensor, second: Tensor) -> bool:
     return bool((first - second)[finite].abs().max() > 1e-4 * first[finite].abs().max())
 
 
-def _fill_constant_weights(model: nn.Module) -> None:
+def fill_constant_weights(model: nn.Module) -> None:
     """Change parameters whose elements are all equal, e.g. a head or a branch's scale of zeros, which would hide mixing."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():

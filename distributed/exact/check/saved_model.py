@@ -3,10 +3,13 @@
 A deep copy would not do: some networks cannot be copied, and functions inside a copy may still refer to the original.
 """
 
+import copy
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +19,7 @@ from distributed.models.torch_compat import AnyBatchNorm
 
 _OF_BATCH_NORM = {"running_mean", "running_var", "num_batches_tracked", "momentum", "track_running_stats"}
 _OWN_PACKAGE = __name__.partition(".")[0]
+_CONTAINERS = (list, deque, set, bytearray, np.ndarray)
 
 
 @contextmanager
@@ -48,16 +52,24 @@ class SavedModel:
         self._batch_norms = {path for path, module in model.named_modules() if isinstance(module, AnyBatchNorm)}
         self._saved: dict[int, _Saved] = {}
         self._save(model, "", "")
+        self._of_module: dict[str, list[_Saved]] = defaultdict(list)
+        for saved in self._saved.values():
+            if not isinstance(saved.value, Tensor):
+                self._of_module[saved.path].append(saved)
 
     def changes(self) -> dict[str, list[str]]:
         """Return what differs from the saved state, except batch norm's: names of attributes by the path of their module."""
         found: dict[str, list[str]] = {}
         for saved in self._saved.values():
-            for name in _changed_names(saved):
-                expected = name == "training" or (saved.path in self._batch_norms and name in _OF_BATCH_NORM)
-                if not expected and name not in found.get(saved.path, []):
+            for name in self._unexpected(saved):
+                if name not in found.get(saved.path, []):
                     found.setdefault(saved.path, []).append(name)
         return found
+
+    def changed_attributes(self, path: str) -> Iterator[str]:
+        """Yield what `changes` would return for one module, without comparing what is in its tensors."""
+        for saved in self._of_module[path]:
+            yield from self._unexpected(saved)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -65,8 +77,8 @@ class SavedModel:
         for value, _, _, content in self._saved.values():
             if isinstance(value, Tensor):
                 _restore_tensor(value, *content)
-            elif isinstance(value, list):
-                value[:] = content
+            elif isinstance(value, _CONTAINERS):
+                _refill(value, content)
             else:
                 now = _attributes(value)
                 if list(now) != list(content) or any(now[key] is not content[key] for key in content):
@@ -81,16 +93,20 @@ class SavedModel:
             gradient = value.grad if value.is_leaf else None
             self._saved[id(value)] = _Saved(value, path, name, (value.data, value.data.clone(), gradient))
             self._save(gradient, path, f"{name}.grad")
-        elif isinstance(value, list | tuple):
-            if isinstance(value, list):
-                self._saved[id(value)] = _Saved(value, path, name, list(value))
-            for part in value:
+        elif isinstance(value, (tuple, *_CONTAINERS)):
+            if not isinstance(value, tuple):
+                self._saved[id(value)] = _Saved(value, path, name, copy.copy(value))
+            for part in value if isinstance(value, list | tuple | deque) else ():
                 self._save(part, path, name)
         elif isinstance(value, dict | nn.Module) or self._is_user_object(value):
             content = dict(_attributes(value))
             self._saved[id(value)] = _Saved(value, path, name, content)
             for key, part in content.items():
                 self._save(part, path, _name(value, name, key))
+
+    def _unexpected(self, saved: _Saved) -> Iterator[str]:
+        statistics = _OF_BATCH_NORM if saved.path in self._batch_norms else set()
+        return (name for name in _changed_names(saved) if name != "training" and name not in statistics)
 
     def _is_user_object(self, value: Any) -> bool:
         package = type(value).__module__.partition(".")[0]
@@ -112,14 +128,26 @@ def _changed_names(saved: _Saved) -> Iterator[str]:
     if isinstance(value, Tensor):
         if not same_bits(value.data, content[1]):
             yield saved.name
-    elif isinstance(value, list):
+    elif isinstance(value, _CONTAINERS):
         if not _same(value, content):
             yield saved.name
     else:
-        now = _attributes(value)
+        now, are_parameters = _attributes(value), saved.name == "_parameters"
         for key in {**content, **now}:
-            if key not in content or key not in now or not _same(content[key], now[key]):
+            same = now.get(key) is content.get(key) if are_parameters else _same(content.get(key), now.get(key))
+            if key not in content or key not in now or not same:
                 yield _name(value, saved.name, key)
+
+
+def _refill(value: Any, content: Any) -> None:
+    if isinstance(value, np.ndarray):
+        value[...] = content
+    elif isinstance(value, list | bytearray):
+        value[:] = content
+    else:
+        value.clear()
+        fill = value.update if isinstance(value, set) else value.extend
+        fill(content)
 
 
 def _restore_tensor(value: Tensor, data: Tensor, copy: Tensor, gradient: Tensor | None) -> None:
@@ -139,8 +167,10 @@ def _same(old: Any, new: Any) -> bool:
         return same_bits(old, new)
     if type(old) is not type(new):
         return False
-    if isinstance(old, list | tuple):
+    if isinstance(old, list | tuple | deque):
         return len(old) == len(new) and all(map(_same, old, new))
+    if isinstance(old, np.ndarray):
+        return (old.dtype, old.shape, old.tobytes()) == (new.dtype, new.shape, new.tobytes())
     if isinstance(old, dict):
         return old.keys() == new.keys() and all(_same(old[key], new[key]) for key in old)
     try:

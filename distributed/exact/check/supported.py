@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from distributed.errors import InputError
 from distributed.exact.check.batch_norm_constants import record_statistics, use_recorded
+from distributed.exact.check.evaluation_pass import watch_evaluation
 from distributed.exact.check.problems import Problem, described
 from distributed.exact.check.registered import can_run, registered
 from distributed.exact.check.sample_mixing import MIXES, find_mixing
@@ -74,14 +75,16 @@ def changed_by_forward(model: nn.Module, images: Tensor) -> list[str]:
 
 def _in_passes(model: nn.Module, images: Tensor) -> Iterator[Problem]:
     images, keys = throwaway_batch(images)
+    found = set[str]()
     with unchanged(model) as saved:
         model.train()
         layers = record_statistics(model)
-        found = False
         for problem in watch_training(model, images, keys, saved):
-            found = True
+            found.add(problem.path)
             yield problem
         use_recorded(layers)
         mixing = find_mixing(model, images, keys)
-        if mixing and (mixing.what == MIXES or not found):  # any other problem explains passes that differ
+        # What was found in a module may explain that it mixes samples, and anything why passes differ.
+        if mixing and not (mixing.path in found if mixing.what == MIXES else found):
             yield mixing
+    yield from (problem for problem in watch_evaluation(model, images, keys) if problem.path not in found)

@@ -5,22 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from distributed.exact.check.batch_norm_constants import has_statistics
 from distributed.exact.check.module_stack import ModuleStack
 from distributed.exact.check.problems import Problem
 from distributed.exact.check.registered import INSTEAD_OF_HOOK
 from distributed.exact.check.saved_model import SavedModel
-from distributed.exact.check.throwaway import SavedGenerators
-from distributed.exact.torch_compat import Node, has_hooks
+from distributed.exact.check.watch import Watch
+from distributed.exact.torch_compat import Node, has_hooks, has_saved_tensors_hooks
 from distributed.models.keyed_dropout import KeyedDropout, use_sample_keys
 from distributed.models.torch_compat import AnyBatchNorm, hooks_of
 
-_KEYED = (
-    "use dropout layers (nn.Dropout and the like, torchvision's StochasticDepth, timm's DropPath), whose masks depend only "
-    "on seed, epoch and image"
-)
-_STATE = "compute it in __init__, or anew in each forward; only batch norm may keep statistics"
 _COMPLEX = "store it as a real tensor [..., 2] and use torch.view_as_complex in forward"
 _DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 _HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad)
@@ -30,18 +25,18 @@ def watch_training(model: nn.Module, images: Tensor, keys: Tensor, saved: SavedM
     """Run one forward and one backward pass in training mode, and yield the problems that they show.
 
     Args:
+        model: batch norm layers record their statistics; see `batch_norm_constants`.
         images: [n, 3, side, side].
         keys: of the dropout masks, int64 [n, 2].
         saved: the state of the model before; the caller restores it.
     """
-    watch = _Watch(model)
+    watch = _TrainingWatch(model, saved)
     # Inputs that require gradients, because otherwise reentrant checkpointing around the first layer leaves no trace.
     inputs = images.clone().requires_grad_()
     with use_sample_keys(keys), watch.stack, watch, torch.enable_grad():
         output = model(inputs.clone())
-    yield from watch.found
-    for path, names in saved.changes().items():
-        yield Problem(path, f"keeps state: forward changes its {', '.join(names)}", _STATE)
+    yield from watch.problems()
+    yield from _of_uncalled_batch_norms(model, watch.called)
     if not isinstance(output, Tensor) or output.dim() < 1 or len(output) != len(images):
         what = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         yield Problem("", f"returns {what} for {len(images)} images", "return one row of logits per image")
@@ -53,44 +48,32 @@ def watch_training(model: nn.Module, images: Tensor, keys: Tensor, saved: SavedM
         yield from _watch_backward(model, inputs, output)
 
 
-class _Watch(TorchFunctionMode):
-    """Notes which module is at work when it draws from a generator, registers a hook or creates a node of the graph."""
+class _TrainingWatch(Watch):
+    """Also notes which module registers a hook, computes gradients or creates a node of the graph."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.stack = ModuleStack(model, self._before, self._after)
-        self.found: list[Problem] = []
+    def __init__(self, model: nn.Module, saved: SavedModel) -> None:
+        super().__init__(model, saved)
         self.nodes: dict[Node, str] = {}
-        self._generators = SavedGenerators()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, path = kwargs or {}, self.stack.inside
         if func in _HOOKS:
-            self.found.append(Problem(path, "registers a hook on a tensor, which would not run", INSTEAD_OF_HOOK))
+            self.add("registers a hook on a tensor, which would not run", INSTEAD_OF_HOOK)
         if func in _DERIVATIVES:
-            self.found.append(Problem(path, "computes gradients in forward", "compute them in closed form"))
-        if isinstance(kwargs.get("generator"), torch.Generator):
-            self.found.append(
-                Problem(path, "draws from a torch.Generator, which depends on the number of processes", _KEYED)
-            )
-        return func(*args, **kwargs)
+            self.add("computes gradients in forward", "compute them in closed form")
+        return super().__torch_function__(func, types, args, kwargs)
 
     def _before(self, module: nn.Module, path: str, inputs: list[Tensor]) -> None:
-        """Attribute to the calling module what happened since it began or called the last module."""
-        self._note_draws(None)
+        super()._before(module, path, inputs)
         self.note_nodes(self.stack.inside, inputs)
+        if isinstance(module, AnyBatchNorm) and has_saved_tensors_hooks():
+            self.add(
+                "calls a batch norm within saved_tensors_hooks, which other shards would enter too",
+                "leave it before each batch norm",
+            )
 
     def _after(self, module: nn.Module, path: str, outputs: list[Tensor]) -> None:
-        self._note_draws(module)
+        super()._after(module, path, outputs)
         self.note_nodes(path, outputs)
-
-    def _note_draws(self, module: nn.Module | None) -> None:
-        for name in self._generators.drawn():
-            has_dropout = isinstance(module, nn.MultiheadAttention | nn.RNNBase)
-            what = f"draws from {name}, which depends on the number of processes"
-            if not isinstance(module, nn.RReLU):  # refused by its type
-                self.found.append(Problem(self.stack.inside, what, "set its dropout to 0" if has_dropout else _KEYED))
-            self._generators = SavedGenerators()
 
     def note_nodes(self, path: str, results: list[Tensor]) -> None:
         """Attribute the new nodes in the graph of these tensors to the module at `path`."""
@@ -100,6 +83,13 @@ class _Watch(TorchFunctionMode):
             if node is not None and node not in self.nodes:
                 self.nodes[node] = path
                 waiting += [target for target, _ in node.next_functions]
+
+
+def _of_uncalled_batch_norms(model: nn.Module, called: set[str]) -> Iterator[Problem]:
+    for path, layer in model.named_modules():
+        if isinstance(layer, AnyBatchNorm) and layer.training and path not in called and has_statistics(layer):
+            updates = "gets statistics although nothing calls the layer itself, so it would not be synchronized"
+            yield Problem(path, updates, "call the layer, not its forward or F.batch_norm")
 
 
 def _in_graph(model: nn.Module, nodes: dict[Node, str]) -> Iterator[Problem]:

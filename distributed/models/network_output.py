@@ -1,0 +1,72 @@
+"""Tries an imported network on a few images, or none, and checks what it returns."""
+
+import torch
+from torch import Tensor, nn
+
+from distributed.config.user_code import described
+from distributed.errors import InputError
+from distributed.models.imported import copied, seeded
+from distributed.models.keyed_dropout import use_sample_keys
+
+
+def check_output(
+    model: nn.Module, images: Tensor, sample_keys: Tensor, *, name: str, num_classes: int, seed: int
+) -> bool:
+    """Check, on a copy of the model on the CPU, that it returns logits [n, num_classes] in evaluation and in training.
+
+    Args:
+        images: a few images of the data set, float32 [n, 3, side, side] on the CPU.
+        sample_keys: int64 [n, 2], for dropout masks.
+
+    Returns:
+        Whether it draws from torch's generator in training, which a resumed run would repeat from the start.
+
+    Raises:
+        InputError: the model fails on such images or returns something else.
+    """
+    shape, draws = list(images.shape), False
+    probe = copied(model, name)
+    for mode in ("evaluation", "training"):
+        try:
+            with torch.no_grad(), seeded(seed, "probe"), use_sample_keys(sample_keys):
+                before = torch.get_rng_state()
+                output = probe.train(mode == "training")(images)
+                draws = not torch.equal(before, torch.get_rng_state())
+        except InputError:  # of a dropout layer
+            raise
+        except Exception as error:
+            raise InputError(
+                f"model.name = {name}: the network fails in {mode} on images of shape {shape}: {described(error)}"
+            ) from error
+        expected = [len(images), num_classes]
+        if isinstance(output, Tensor) and list(output.shape) == expected and output.is_floating_point():
+            continue
+        found = f"{output.dtype} {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise InputError(
+            f"model.name = {name}: in {mode} the network returns {found} for images of shape {shape}; it should return "
+            f"logits, a float tensor of shape {expected}"
+        )
+    return draws
+
+
+def check_without_images(model: nn.Module, images: Tensor, sample_keys: Tensor, *, name: str) -> None:
+    """Check, on a copy of the model, that it accepts a batch of no images: the last batch may leave a shard without any.
+
+    Raises:
+        InputError: it does not, like one that calls x.view(len(x), -1), or its logits have no gradient.
+    """
+    probe, reason = copied(model, name), "and some batch has fewer images than there are shards"
+    try:
+        for mode in (False, True):
+            with torch.set_grad_enabled(mode), use_sample_keys(sample_keys):
+                logits = probe.train(mode)(images)
+    except Exception as error:
+        raise InputError(
+            f"model.name = {name}: the network fails on a batch without images, {reason}: {described(error)}; e.g. write "
+            "x.flatten(1) instead of x.view(len(x), -1)"
+        ) from error
+    if not logits.requires_grad:
+        raise InputError(
+            f"model.name = {name}: for a batch without images, the network returns logits without a gradient, {reason}; "
+            "compute them as for other batches"
+        )
