@@ -44,8 +44,8 @@ test: $(READY)  ## unit tests, tests on two ranks, core integration tests, bit-i
 
 test-all: $(READY)  ## every test, a real Ray and Slurm, hostile inputs, lint, types and the oldest torch
 	@echo "make test-all: 35 to 65 minutes on two cores"
-	$(call summarized,$(SUITES) test-oldest dry-newest lint)
-	$(MAKE) --no-print-directory dry-oldest
+	$(call summarized,$(SUITES) test-oldest dry-newest)
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target dry-oldest lint
 
 core-unit: $(READY)
 	$(call pytest,600,tests/unit)

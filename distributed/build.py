@@ -20,7 +20,7 @@ from distributed.engine.ddp import DdpEngine
 from distributed.engine.exact import ExactEngine
 from distributed.engine.prepare import Compute
 from distributed.engine.protocol import Engine
-from distributed.errors import InputError, reported_once
+from distributed.errors import InputError, counted, reported_once
 from distributed.host.cpu_quota import quota_note
 from distributed.models.grad_checkpointing import blocks_to_checkpoint
 from distributed.models.imported import check_same_weights
@@ -170,7 +170,7 @@ def log_plan(
     logger.info(
         "{} on {}: {:,} training images, {:,} validation, {:,} test; {} per epoch, {}",
         config.model.name, config.data.name, data.size("train"), data.size("validation"), data.size("test"),
-        _counted(data.steps_per_epoch, "step"), _counted(config.epochs, "epoch"),
+        counted(data.steps_per_epoch, "step"), counted(config.epochs, "epoch"),
     )  # fmt: skip
     _log_batch(config, topology, device)
     _log_mode(config, topology, device)
@@ -190,8 +190,8 @@ def _log_batch(config: TrainConfig, topology: Topology, device: torch.device) ->
     per_rank = f"{shards} shards, {_spread(shards, world_size)}" if shards else _spread(micro, world_size)
     logger.info(
         "global batch {} = {} of {}, {} per rank; {} x {}, {}, peak lr {:g}",
-        config.global_batch_size, _counted(config.grad_accum_steps, "micro-batch", "es"), micro, per_rank,
-        _counted(world_size, "rank"), _counted(threads, "thread"), config.precision, config.peak_lr,
+        config.global_batch_size, counted(config.grad_accum_steps, "micro-batch", "es"), micro, per_rank,
+        counted(world_size, "rank"), counted(threads, "thread"), config.precision, config.peak_lr,
     )  # fmt: skip
     if note := quota_note():
         logger.info(note)
@@ -219,10 +219,6 @@ def _log_mode(config: TrainConfig, topology: Topology, device: torch.device) -> 
             "engine.compression = {}: gradients are approximate, and the bits depend on the number of processes{}",
             config.compression, "; a single process sends and rounds nothing" if sends_nothing else "",
         )  # fmt: skip
-
-
-def _counted(count: int, noun: str, plural: str = "s") -> str:
-    return f"{count} {noun}{plural if count != 1 else ''}"
 
 
 def _spread(count: int, world_size: int) -> str:

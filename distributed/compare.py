@@ -10,16 +10,14 @@ from typing import Any
 
 from distributed.config import differences, toml_value
 from distributed.config.layers import shown
-from distributed.errors import ExitCode, InputError, prints_errors
+from distributed.errors import ExitCode, InputError, counted, prints_errors
 from distributed.files import home_path
 from distributed.process.streams import run_command
 from distributed.run.folder import RunFolder
-from distributed.run.metrics_file import TrainRecord, read_metrics
+from distributed.run.metrics_file import MACHINE_METRICS, TrainRecord, read_metrics
 from distributed.run.records import read_attempts, read_saves
 from distributed.runs.outcome import outcome_of
 from distributed.runs.table import HEADINGS, cells, in_columns, number
-
-_MACHINE_METRICS = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
 
 
 @dataclass(frozen=True, order=True)
@@ -44,7 +42,7 @@ class Comparison:
     @property
     def extent(self) -> str:
         """Describe how much was compared."""
-        lines, states = _plural(self.logged, "logged line"), _plural(self.saves, "saved state")
+        lines, states = counted(self.logged, "logged line"), counted(self.saves, "saved state")
         return f"{lines} and {states} in common"
 
 
@@ -65,7 +63,7 @@ def _logged(run: RunFolder) -> dict[tuple[int, str], dict[str, Any]]:
     for record in read_metrics(run.metrics_file):
         place = f"steps {before + 1} to {record.step}" if isinstance(record, TrainRecord) else record.kind
         before = record.step
-        lines[record.step, place] = record.model_dump(exclude_unset=True, exclude=_MACHINE_METRICS)
+        lines[record.step, place] = record.model_dump(exclude_unset=True, exclude=MACHINE_METRICS)
     return dict(sorted(lines.items()))
 
 
@@ -98,12 +96,8 @@ def _compare_saves(name: str, a: dict[str, str], b: dict[str, str]) -> Divergenc
     if not different:
         return None
     step = int(name.split("-")[1])
-    others = f" and {_plural(len(different) - 1, 'other tensor')} of {len(a)}" if different[1:] else ""
+    others = f" and {counted(len(different) - 1, 'other tensor')} of {len(a)}" if different[1:] else ""
     return Divergence(step, f"saved after step {step}: {different[0]}{others}")
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def differing_conditions(a: RunFolder, b: RunFolder) -> list[str]:

@@ -24,6 +24,7 @@ from distributed.network import build_initial_network
 from distributed.optim.schedules import build_early_stopping, build_schedule
 from distributed.process.allocator import keep_freed_memory
 from distributed.process.logs import replace_default_logs
+from distributed.run.checkpoint_layout import step_of
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
 from distributed.training.determinism import make_deterministic
@@ -139,8 +140,7 @@ def _times(config: TrainConfig, data: DataPipeline, timing: _Timing) -> list[str
     """Return one line for the timed steps and one for the time that is left."""
     per_second = timing.images / sum(timing.seconds)
     steps = config.epochs * data.steps_per_epoch
-    saved = RunFolder(config.run_dir).newest_state() or {}
-    done = saved.get("state", {}).get("step", 0)
+    done = step_of(RunFolder(config.run_dir).newest_state()) or 0
     hours = (steps - done) * data.size("train") / data.steps_per_epoch / per_second / 3600
     resumed = f", after the {done:,} that the run folder has" if done else ""
     return [

@@ -3,7 +3,7 @@
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from functools import wraps
@@ -60,11 +60,6 @@ class InputError(_UserError, ValueError):
         self.lines = tuple(str(self).splitlines())  # not `lines`: unpickling passes them as one text
 
 
-def not_permitted(error: PermissionError) -> InputError:
-    """Return the error for a path in a folder that this user may not enter, where even Path.exists raises."""
-    return InputError(f"{error.filename}: {error.strerror}; give another path, or have its permissions changed")
-
-
 class NotFiniteError(_UserError, ArithmeticError):
     """The loss or a gradient became infinite or NaN; the message names the step."""
 
@@ -88,19 +83,41 @@ class PeerError(_UserError, RuntimeError):
         self.exit_code = exit_code
 
 
+@contextmanager
+def reachable_paths() -> Iterator[None]:
+    """Turn an OSError about a path into an InputError, e.g. in a folder that this user may not enter, or on a lost mount."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise InputError(f"{error.filename}: {error.strerror}; give another path, or restore access to it") from None
+
+
 def prints_errors(main: Callable[P, int]) -> Callable[P, int]:
     """Decorate a command's `main` to print an error with an exit code of its own, and to return that code."""
 
     @wraps(main)
     def printing(*arguments: P.args, **options: P.kwargs) -> int:
         try:
-            return main(*arguments, **options)
+            with reachable_paths():
+                return main(*arguments, **options)
         except (InputError, NotFiniteError, StorageError, PeerError) as error:
             return error.report()
-        except PermissionError as error:
-            return not_permitted(error).report()
 
     return printing
+
+
+def first_few(names: Sequence[str], shown: int) -> str:
+    """Return the first names and the number of the others, e.g. `a, b and 3 more`."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown:,} more" if names[shown:] else "")
+
+
+def counted(count: int, noun: str, plural: str = "s") -> str:
+    """Return e.g. `1 epoch` or `2 epochs`."""
+    return f"{count} {noun}{'' if count == 1 else plural}"
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distributed.config import TrainConfig, with_values
 from distributed.data.sources import registry
-from distributed.errors import ExitCode, InputError, NotFiniteError, PeerError, StorageError, not_permitted
+from distributed.errors import ExitCode, InputError, NotFiniteError, PeerError, StorageError, reachable_paths
 from distributed.files import check_writable, home_path, write_output
 from distributed.host.versions import require
 from distributed.inference.saved_run import (
@@ -91,12 +91,10 @@ def _notify_waiting_peers(error: InputError | StorageError) -> None:
 
 
 def _config_of(run: Path, root: Path | None) -> TrainConfig:
-    try:
+    with reachable_paths():
         config = with_data_root(read_config(run), root)
         config.check_importable()
         registry.prepare(config.data)
-    except PermissionError as error:
-        raise not_permitted(error) from None
     return with_values(config, run_dir=run)  # the run may have been moved
 
 
@@ -105,7 +103,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
         import torch
 
     from distributed.build import build_data, build_engine
-    from distributed.checkpoint.snapshot import load_checkpoint
+    from distributed.checkpoint.tensor_file import read_tensors
     from distributed.comm.process_group import choose_device, process_group
     from distributed.data.checks import check_evaluated
     from distributed.inference.confusion import ConfusionMatrix
@@ -137,11 +135,12 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     network = build_network(config, topology, data, device)
     with process_group(topology, device, timeout_seconds=config.timeout_seconds):
         check_evaluated(content, config, data, split)
+        data.normalize_by(**content["normalization"])
         check_same_checkpoint(checkpoint)
         engine = build_engine(config, topology, data, device, network)
         try:
-            load_checkpoint(checkpoint, engine)
-        except ValueError as error:
+            engine.load_state(read_tensors(checkpoint))
+        except (ValueError, FileNotFoundError) as error:
             raise InputError(f"{checkpoint}: {error}; name another with --checkpoint") from None
         confusion = ConfusionMatrix(data.num_classes, device)
         views = Views.of(config.evaluation)

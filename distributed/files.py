@@ -16,6 +16,10 @@ from distributed.errors import InputError, StorageError
 _MAX_LINE_BYTES = 2**24
 _MAX_JSON_BYTES = 2**26
 _MAX_NAME_BYTES = 230  # of an output file, which is first written under a longer name
+UNREACHABLE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+)
+"""Errors that say nothing about a file's existence or content."""
 
 
 class Written(NamedTuple):
@@ -67,8 +71,22 @@ def read_at_most(path: Path, limit: int) -> bytes:
     raise OSError(errno.EFBIG, f"more than {limit:,} bytes", str(path))
 
 
+def check_reachable(path: Path) -> None:
+    """Raise OSError if a file cannot be reached now, which says neither that it is missing nor that it is damaged."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno in UNREACHABLE:
+            raise
+
+
 def lines_of(path: Path) -> Iterator[str]:
-    """Yield the lines of a text file without line endings, up to a line of 16 MiB; none if it is not a regular file."""
+    """Yield the lines of a text file without line endings, up to a line of 16 MiB; none if it is not a regular file.
+
+    Raises:
+        OSError: it cannot be reached now.
+    """
+    check_reachable(path)
     if not os.path.isfile(path):
         return
     with opened(path) as file:
@@ -155,17 +173,19 @@ def write_synced(path: Path, content: bytes) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Append a line in one write, so that a reader never sees a partial line."""
-    with open(path, "ab", buffering=0, opener=open_regular) as file:
+    with open(path, "a+b", buffering=0, opener=open_regular) as file:
         write_at_once(file, line.encode() + b"\n")
 
 
 def write_at_once(file: IO[bytes], content: bytes) -> None:
-    """Append to an unbuffered file all of the content or, on a full disk, which would take a part, nothing.
+    """Append lines to an unbuffered file that can be read: all or, on a full disk, which would take a part, none.
 
     Raises:
         OSError: it could not be written.
     """
     size = os.fstat(file.fileno()).st_size
+    if size and os.pread(file.fileno(), 1, size - 1) != b"\n":  # a process died while it wrote the last line
+        content = b"\n" + content
     if file.write(content) < len(content):
         file.truncate(size)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))

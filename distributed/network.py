@@ -142,7 +142,7 @@ def smallest_batch(data: DataPipeline) -> int:
     batch, step = data.batching.global_batch_size, data.batching.evaluation_batch_size
     train = [min(batch, data.size("train")), data.size("train") % batch]
     sizes = [max(1, count // data.batching.grad_accum_steps) for count in train if count]
-    splits: list[Split] = ["validation", "test"]
+    splits: list[Split] = ["train", "validation", "test"]
     for size in map(data.size, splits):
         sizes += [count for count in (min(step, size), size % step) if count]
     return min(sizes)

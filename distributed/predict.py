@@ -46,15 +46,17 @@ def main() -> int:
     config = read_config(arguments.run)
     config.model.check_importable()
     checkpoint = choose_checkpoint(arguments.run, arguments.checkpoint)
-    if missing := [path for path in arguments.images if not os.path.isfile(path)]:
-        raise InputError(*[f"{path}: no such file; name existing images" for path in missing])
+    if wrong := [_why_no_image(path) for path in arguments.images if not os.path.isfile(path)]:
+        raise InputError(*wrong)
     if arguments.picture:
         require("matplotlib", at_least=(3, 9), needed_by="--picture")
         check_writable("--picture", arguments.picture)
     max_pixels = max_pixels_of(config.data) if arguments.max_pixels is None else arguments.max_pixels
     if max_pixels < 1:
         raise InputError(f"--data.max_pixels {max_pixels}: should be at least 1")
-    predictions, pixels = _predict(config, checkpoint, arguments.images, max_pixels)
+    predictions, pixels = _predict(
+        config, checkpoint, arguments.images, max_pixels, keep_pixels=bool(arguments.picture)
+    )
     if arguments.json:
         images = [prediction.as_json() for prediction in predictions]
         print(json.dumps({"run": str(arguments.run), "checkpoint": checkpoint.name, "images": images}))
@@ -64,6 +66,12 @@ def main() -> int:
         with requested_output("--picture", arguments.picture):
             _draw(pixels, predictions, arguments.picture)
     return ExitCode.FINISHED
+
+
+def _why_no_image(path: Path) -> str:
+    if os.path.isdir(path):
+        return f"{path}: a folder; name the images in it, e.g. {path}/*.jpg"
+    return f"{path}: no such file; name existing images"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,11 +94,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _predict(
-    config: "TrainConfig", checkpoint: Path, paths: list[Path], max_pixels: int
+    config: "TrainConfig", checkpoint: Path, paths: list[Path], max_pixels: int, *, keep_pixels: bool
 ) -> tuple[list[Prediction], list["Tensor"]]:
-    """Return each image's prediction and the pixels [1, channels, h, w] that the network saw."""
+    """Return each image's prediction and, if they are to be kept, the pixels [1, channels, h, w] that the network saw."""
     with gc_pause.gc_paused():
         import torch
+        from torch import Tensor
 
     from distributed.data.sources.image_file import read_image
     from distributed.data.sources.image_size import TooLarge
@@ -99,16 +108,17 @@ def _predict(
 
     logs.terminal_logs(0, level="WARNING")
     trained = load_checkpoint(config, checkpoint)
-    pixels = []
-    for path in paths:  # one at a time: an image may be large, and its resized pixels are few
-        image = (read_image(path, max_pixels=max_pixels) * 255).round().byte()
+    pixels, logits = list[Tensor](), list[Tensor]()
+    for path in paths:
         try:
-            pixels.append(trained.resize(image, max_pixels=max_pixels))
+            resized = trained.resize(read_image(path, max_pixels=max_pixels), max_pixels=max_pixels)
         except TooLarge as error:
             raise InputError(f"{path}: {error}") from None
-    with torch.no_grad():
-        logits = torch.cat([trained.classifier(each) for each in pixels])
-    top = logits.softmax(1).topk(min(_TOP, len(trained.class_names)), dim=1)
+        with torch.no_grad():
+            logits.append(trained.classifier(resized))
+        if keep_pixels:
+            pixels.append(resized)
+    top = torch.cat(logits).softmax(1).topk(min(_TOP, len(trained.class_names)), dim=1)
     predictions = [
         Prediction(str(path), [(trained.class_names[c], p) for c, p in zip(classes, probabilities, strict=True)])
         for path, classes, probabilities in zip(paths, top.indices.tolist(), top.values.tolist(), strict=True)

@@ -1,7 +1,5 @@
 """Runs the recipe in a training process and turns every ending into an exit code and a one-line message."""
 
-import signal
-
 from loguru import logger
 
 from distributed.checkpoint.upload import log_upload_result
@@ -14,13 +12,13 @@ from distributed.dry_run import dry_run as try_steps
 from distributed.errors import ExitCode, InputError, NotFiniteError, PeerError, StorageError
 from distributed.inference.result import TrainResult
 from distributed.process import exits, logs
+from distributed.process.signals import SignalStop
 from distributed.recipe import train
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
-from distributed.training.stop import StopSource
 
 
-def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource, dry_run: bool = False) -> int:
+def run_to_exit_code(config: TrainConfig, topology: Topology, stop: SignalStop, dry_run: bool = False) -> int:
     """Train, or only try it, and return the exit code.
 
     Under torchrun, also report the reason for a failure or stop to its summary.
@@ -30,7 +28,7 @@ def run_to_exit_code(config: TrainConfig, topology: Topology, stop: StopSource, 
     try:
         if agents:
             agents.register(config_digest(config))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        stop.release_sigterm()
         if dry_run:
             try_steps(config)
             return ExitCode.FINISHED

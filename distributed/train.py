@@ -1,6 +1,5 @@
 """`python -m distributed.train [CONFIG.toml] [--SETTING VALUE ...] [--dry-run]`: rejects bad input before importing torch."""
 
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from distributed.checkpoint.upload import upload_remaining
 from distributed.config import TrainConfig, from_command_line, help_text
 from distributed.config.data import CifarData
 from distributed.data.sources import cifar, registry
-from distributed.errors import ExitCode, InputError, not_permitted
+from distributed.errors import ExitCode, InputError, reachable_paths
 from distributed.host.versions import require_deepspeed
 from distributed.metrics.installed import check_installed
 from distributed.process import exits, gc_pause
@@ -46,9 +45,8 @@ def main() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return ExitCode.FINISHED
-    if is_elastic():  # blocked until agent_store.py has published what torchrun's next round needs
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    with SignalStop(launched=has_launcher(), exit_before_first_step=True) as stop:
+    # Held until agent_store.py has published what torchrun's next round needs.
+    with SignalStop(launched=has_launcher(), exit_before_first_step=True, holds_sigterm=is_elastic()) as stop:
         return _run(stop)
 
 
@@ -63,7 +61,7 @@ def _run(stop: SignalStop) -> int:
     except InputError as error:
         return refuse(error, topology)
     if finished:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        stop.release_sigterm()
         if topology.is_main:
             folder = RunFolder(config.run_dir)
             print(f"{folder.path}: this run is finished; evaluate it with python -m distributed.evaluate {folder.path}, "
@@ -91,10 +89,8 @@ def checked_config(
     Raises:
         InputError: the config, data or run folder cannot be used. Reports as many errors as possible together.
     """
-    try:
+    with reachable_paths():
         return _checked_config(arguments, topology, adapt)
-    except PermissionError as error:
-        raise not_permitted(error) from None
 
 
 def _checked_config(

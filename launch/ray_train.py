@@ -6,8 +6,9 @@ anything is scheduled. On Ctrl-C, SIGTERM and `ray job stop` the run saves at th
 
 import sys
 
+from distributed.checkpoint.upload import upload_remaining
 from distributed.config import help_text
-from distributed.errors import ExitCode, InputError, not_permitted
+from distributed.errors import ExitCode, InputError, reachable_paths
 from distributed.host.shipped import shipped
 from distributed.host.versions import require
 from distributed.process.streams import run_command
@@ -47,13 +48,15 @@ def main() -> int:
         require("ray", at_least=(2, 60), needed_by="launch.ray_train")
         split = split_sweep(arguments)
         sweep = read_sweep(split)
-        trainings = sweep_trainings(split.common, sweep) if sweep else [check_training(split.common)]
+        with reachable_paths():
+            trainings = sweep_trainings(split.common, sweep) if sweep else [check_training(split.common)]
         check_address(ray_address())
     except InputError as error:
         return refuse(error, Topology())
-    except PermissionError as error:
-        return refuse(not_permitted(error), Topology())
     set_environment()
+    for training in trainings:
+        if training.finished:
+            upload_remaining(training.config)
     if sweep:
         from launch.on_ray import sweep as ray_sweep  # imports ray, now that the input is checked
 

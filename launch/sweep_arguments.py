@@ -5,10 +5,11 @@ Imports no torch.
 
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from distributed.config.differences import flat
 from distributed.config.hints import known, unknown
 from distributed.config.layers import Settings, shown
 from distributed.config.leaves import table_around
@@ -151,7 +152,7 @@ def _entries_of_file(common: Sequence[str]) -> dict[str, Entry]:
     if not isinstance(section, dict):
         place = settings.places.get("sweep", shown(file))
         raise InputError(f"{place}: sweep = {shown(section)}: is a section; set its fields under [sweep]")
-    return {name: _file_entry(name, value, settings) for name, value in _flat(section)}
+    return {name: _file_entry(name, value, settings) for name, value in flat(section).items()}
 
 
 def _file_entry(name: str, value: Any, settings: Settings) -> Entry:
@@ -162,14 +163,6 @@ def _file_entry(name: str, value: Any, settings: Settings) -> Entry:
 def _text(value: Any) -> str:
     """Return a value as it is written on the command line."""
     return value if isinstance(value, str) else toml_value(value)
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _values(name: str, entry: Entry) -> Distribution | list[str]:

@@ -5,11 +5,8 @@ renamed into place; `run.checkpoint_layout` describes the files. The newest stat
 pointer can be out of date. `upload` copies committed checkpoints to a store if the config names one.
 """
 
-import os
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +16,16 @@ from torch import Tensor
 
 from distributed.checkpoint.resume_point import Validate, find_resume_point, load_tensors, mismatch
 from distributed.checkpoint.save_budget import SaveBudget
-from distributed.checkpoint.snapshot import Snapshot, copy_to_host, load_weights_and_reset_optimizer, write_checkpoint
-from distributed.checkpoint.tensor_file import tensor_digest
+from distributed.checkpoint.snapshot import Snapshot, copy_to_host, load_weights_and_reset_optimizer
 from distributed.checkpoint.upload import AT_END_SECONDS, AT_STOP_SECONDS, Uploader
+from distributed.checkpoint.writer import CheckpointWriter
 from distributed.comm import collectives
 from distributed.data.sources.identity import check_resumed
 from distributed.engine.protocol import Engine
 from distributed.errors import InputError, StorageError
-from distributed.run import checkpoint_changes
+from distributed.files import storing
 from distributed.run import checkpoint_layout as layout
 from distributed.run.claim import ClaimedRun
-from distributed.run.records import SaveRecord
 from distributed.training.state import TrainState
 
 
@@ -52,9 +48,10 @@ class Checkpointer:
         upload_to: str | None = None,
         budget: SaveBudget | None = None,
     ) -> None:
-        self.folder, self.run, self.keep_last, self.metadata = folder, run, keep_last, metadata
+        self.folder, self.run, self.metadata = folder, run, metadata
         self.upload_to, self._budget = upload_to, budget or SaveBudget(1.0)
         self._uploader = Uploader(upload_to, run, keep_last=keep_last) if upload_to and run else None
+        self._writer = CheckpointWriter(run, keep_last=keep_last, uploader=self._uploader) if run else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._newest = ""
@@ -94,6 +91,9 @@ class Checkpointer:
             raise InputError(mismatch(path, error)) from None
         state.load_state_dict(found.content["state"])
         self._newest = found.name
+        collectives.run_on_main(
+            lambda: self._writer.finish_commit(found.name, found.content, tensors) if self._writer else None
+        )
         if self._uploader:
             self._uploader.start()
         return found.content
@@ -113,7 +113,7 @@ class Checkpointer:
                 self._submit()
             self._wait_for_save()
             path = self.folder / layout.name_of(step=state.best.step, epoch=state.best.epoch + 1)
-            if damage := collectives.broadcast_object(layout.damage_of(path) if self.run else None):
+            if damage := collectives.run_on_main(lambda: self._damage_of(path)):
                 raise StorageError(
                     f"{path}: schedule.restore_best_on_drop needs this checkpoint: {damage}; restore it from a copy, or start "
                     "again with another --run_dir"
@@ -170,8 +170,12 @@ class Checkpointer:
             self._uploader.finish_within(AT_STOP_SECONDS if stopping else AT_END_SECONDS)
         while self.upload_to and collectives.broadcast_object(self._uploader and self._uploader.is_busy()):
             pass
-        if self._uploader and self._newest:  # delete what was kept only for its upload
-            self._delete_old(self._newest, layout.best_known_to(self.folder / self._newest))
+        if self._uploader and self._writer:  # delete what was kept only for its upload
+            self._writer.delete_old()
+
+    def _damage_of(self, path: Path) -> str | None:
+        with storing(path):
+            return layout.damage_of(path)
 
     def _on_main(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Iterate on all ranks, because a sharded engine gathers during iteration, but yield only on rank 0."""
@@ -212,39 +216,9 @@ class Checkpointer:
         return None
 
     def _write(self, snapshots: tuple[Snapshot, ...], copied: torch.cuda.Event | None) -> None:
+        assert self._writer is not None
         with self._budget.spending():
             if copied:
                 copied.synchronize()
             for snapshot in snapshots:
-                self._write_one(snapshot)
-
-    def _write_one(self, snapshot: Snapshot) -> None:
-        assert self.run is not None
-        name, tensors, path = snapshot.name, snapshot.tensors, self.folder / snapshot.name
-        aside = layout.unfinished(self.folder, name, token=self.run.token)
-        try:
-            self.run.check_token()
-            write_checkpoint(aside, tensors, snapshot.content)
-            if os.path.lexists(path):  # e.g. a copy made in the meantime
-                checkpoint_changes.set_aside(path, "not written by this attempt")
-            self.run.commit(aside, path)
-        except OSError:
-            shutil.rmtree(aside, ignore_errors=True)
-            self.run.check_token()  # its message says more if the run folder was removed
-            raise
-        digests = {tensor: tensor_digest(value) for tensor, value in tensors.items()}
-        self.run.append(self.run.digests_file, SaveRecord(name=name, tensors=digests))
-        set_link = partial(checkpoint_changes.set_link, self.folder)
-        self.run.try_cleanup("the link latest was not set", partial(set_link, layout.LATEST, name))
-        if snapshot.best is not None:
-            self.run.try_cleanup("the link best was not set", partial(set_link, layout.BEST, snapshot.best))
-        self._delete_old(name, snapshot.best)
-        if self._uploader:
-            self._uploader.start()
-        self.run.saved(step=snapshot.content["state"]["step"], epoch=snapshot.content["state"]["epoch"])
-
-    def _delete_old(self, newest: str, best: str | None) -> None:
-        assert self.run is not None
-        keep = {best, self._uploader.uploading if self._uploader else None}
-        delete = partial(checkpoint_changes.delete_old, self.folder, newest=newest, keep_last=self.keep_last, keep=keep)
-        self.run.try_cleanup("an old checkpoint was not deleted", delete)
+                self._writer.write(snapshot)

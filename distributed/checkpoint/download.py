@@ -22,6 +22,7 @@ from distributed.run.checkpoint_layout import (
     best_known_to,
     check_format,
     damage_of,
+    step_of,
     unfinished,
 )
 from distributed.run.claim import ClaimedRun
@@ -58,9 +59,10 @@ def store_has_run(config: TrainConfig, saved: SavedState | None) -> bool:
     if remote is None:
         return False
     changed_settings(config, remote, where=store.url, option="--checkpoint.upload_to")
-    if saved and _step(remote) > _step(saved.content):
+    there, here = step_of(remote) or 0, step_of(saved and saved.content) or 0
+    if saved and there > here:
         print(
-            f"warning: {store.url} has step {_step(remote)}, but the run resumes from step {_step(saved.content)}, the newest "
+            f"warning: {store.url} has step {there}, but the run resumes from step {here}, the newest "
             f"in {config.run_dir}; to resume from the store, give an empty --run_dir", file=sys.stderr,
         )  # fmt: skip
     return True
@@ -80,12 +82,6 @@ def saved_content(config: TrainConfig) -> dict[str, Any] | None:
         except StoreError as error:
             raise InputError(f"checkpoint.upload_to = {error}") from None
     return content
-
-
-def _step(content: dict[str, Any]) -> int:
-    counters = content.get("state")
-    step = counters.get("step") if isinstance(counters, dict) else None
-    return step if isinstance(step, int) else 0
 
 
 def download_newest(store: Store, run: ClaimedRun, commit: Callable[[Path, Path], None]) -> str | None:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distributed.errors import first_few
+
 _SHOWN = 3
 _COUNTER = ".num_batches_tracked"  # of batch norms; files of old torch versions do not have it
 
@@ -57,7 +59,7 @@ def fit_weights(own: Mapping[str, Tensor], found: Mapping[str, Tensor], *, ignor
 
 def explained(fit: Fit, own: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path, *, model_name: str) -> str:
     """Describe the misfits in one line: the count and the first names of each kind, and what would make them fit."""
-    kinds = "; ".join(f"{len(names)} {kind}: {_first_few(names)}" for kind, names in fit.misfits.items())
+    kinds = "; ".join(f"{len(names)} {kind}: {first_few(names, _SHOWN)}" for kind, names in fit.misfits.items())
     return f"does not fit model.name = {model_name}: {kinds}; {_remedy(own, found, path)}"
 
 
@@ -109,7 +111,3 @@ def _kind(tensor: Tensor) -> str:
     if tensor.is_complex():
         return "complex"
     return "float" if tensor.is_floating_point() else "bool" if tensor.dtype == torch.bool else "integer"
-
-
-def _first_few(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN:,} more" if names[_SHOWN:] else "")

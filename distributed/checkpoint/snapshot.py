@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distributed.checkpoint.tensor_file import read_tensors, write_tensors
+from distributed.checkpoint.tensor_file import write_tensors
 from distributed.engine.protocol import Engine
 from distributed.files import digest_of, read_json, replace_json
 from distributed.run.checkpoint_layout import FORMAT, MANIFEST, STATE, TENSORS
@@ -58,17 +58,6 @@ def read_state(path: Path) -> dict[str, Any]:
         raise ValueError(f"{STATE} is not a JSON object")
     if odd := [name for name in ("state", "config", "bits") if not isinstance(content.get(name, {}), dict)]:
         raise ValueError(f"{' and '.join(odd)} in {STATE}: from another version")
-    return content
-
-
-def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
-    """Load a checkpoint's tensors into the engine and return the content of its state.json.
-
-    Raises:
-        ValueError: the tensors do not fit this network, or the files are not a checkpoint's.
-    """
-    content = read_state(path)
-    engine.load_state(read_tensors(path))
     return content
 
 

@@ -51,7 +51,7 @@ class Uploader:
         """Upload in the background what the store lacks."""
         with self._lock:
             self._requested = True
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 # A daemon, so that a hanging store does not keep the process alive.
                 self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
                 self._thread.start()
@@ -173,8 +173,8 @@ class Uploader:
         self.problem = problem
         if problem:
             logger.warning("not uploaded: {}; training continues, and the next save tries again", problem)
-        newest = newest or next((path.name for path in checkpoints(self.run.checkpoints)[::-1]), "")
         with suppress(OSError):
+            newest = newest or next((path.name for path in checkpoints(self.run.checkpoints)[::-1]), "")
             content = {"to": self.store.url, "newest": newest, "problem": problem}
             content["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             self.run.replace(self.run.upload_file, json.dumps(content, indent=1) + "\n")

@@ -30,6 +30,8 @@ def evaluation_weights(path: Path) -> dict[str, Tensor]:
         tensors = read_tensors(path)
     except ValueError as error:
         raise InputError(f"{path}: {error}; name another checkpoint") from None
+    except FileNotFoundError:
+        raise InputError(f"{path}: deleted by a run that still trains; try again, or name another checkpoint") from None
     weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     ema = {name.removeprefix("ema."): tensor for name, tensor in tensors.items() if name.startswith("ema.")}
     return weights | ema

@@ -17,7 +17,7 @@ class Difference(NamedTuple):
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[Difference]:
     """Return every setting that differs, except `exact.shards` and `precision` if either is auto: only the run resolves it."""
-    flat_old, flat_new = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    flat_old, flat_new = flat(old.model_dump(mode="json")), flat(new.model_dump(mode="json"))
     return [
         Difference(path, flat_old.get(path), flat_new.get(path))
         for path in dict.fromkeys([*flat_old, *flat_new])
@@ -41,9 +41,10 @@ def changes_experiment(path: str, config: TrainConfig) -> bool:
     return not any(leaf.path == path and leaf.operational for leaf in leaves())
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested tables by their dotted names. An option of a factory or function may be an empty dict."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         is_group = isinstance(value, dict) and (value or prefix.count(".") < 2)  # deeper, {} is an option's value
-        flat |= _flat(value, f"{prefix}{key}.") if is_group else {prefix + key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if is_group else {prefix + key: value}
+    return found

@@ -1,6 +1,6 @@
 """Collective checks: all ranks read the same data, it is the official data set, and its splits are usable."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from loguru import logger
@@ -12,7 +12,7 @@ from distributed.config.schedules import Plateau
 from distributed.data.pipeline import DataPipeline, Split
 from distributed.data.sources.cifar_spec import SETS
 from distributed.data.sources.identity import Difference, class_difference, differences, image_difference
-from distributed.errors import InputError
+from distributed.errors import InputError, first_few
 
 _SHOWN = 5
 
@@ -45,7 +45,7 @@ def check_same_data(config: TrainConfig, data: DataPipeline) -> None:
             ranks.setdefault(difference, []).append(rank)
     if ranks:
         lines = [
-            f"data.name = {config.data.name}: {thing} is {theirs} on rank {_first_few(map(str, differing))}, "
+            f"data.name = {config.data.name}: {thing} is {theirs} on rank {first_few(list(map(str, differing)), _SHOWN)}, "
             f"but {ours} on rank 0"
             for (thing, ours, theirs), differing in list(ranks.items())[:_SHOWN]
         ]
@@ -95,7 +95,7 @@ def _small_splits(config: TrainConfig, data: DataPipeline) -> list[str]:
         )
     if absent := [data.class_names[label] for label in data.untrained_classes()]:
         warnings.append(
-            f"{len(absent):,} of {data.num_classes:,} classes have no training image: {_first_few(absent)}; the "
+            f"{len(absent):,} of {data.num_classes:,} classes have no training image: {first_few(absent, _SHOWN)}; the "
             "network cannot learn them"
         )
     if config.global_batch_size > train:
@@ -131,8 +131,3 @@ def check_evaluated(trained_on: Mapping[str, Any], config: TrainConfig, data: Da
     if (found := changed or held_out) and collectives.rank() == 0:
         meaning = "these are other images" if changed else "other images are held out for validation"
         logger.warning("{} is {} here, but was {} in training: {}", found.thing, found.other, found.one, meaning)
-
-
-def _first_few(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN:,} more" if names[_SHOWN:] else "")

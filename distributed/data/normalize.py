@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from distributed import rng
@@ -60,8 +60,8 @@ def spread(size: int, count: int) -> NDArray[np.int64]:
 class Normalizer:
     """Computes (x / 255 - mean) / deviation for uint8 images, as one multiply-add per pixel."""
 
-    def __init__(self, statistics: ChannelStatistics, *, device: torch.device, dtype: torch.dtype) -> None:
-        self.mean, self.deviation = statistics
+    def __init__(self, mean: ArrayLike, deviation: ArrayLike, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.mean, self.deviation = np.asarray(mean), np.asarray(deviation)
         self.scale = torch.tensor(1 / (255 * self.deviation), dtype=dtype, device=device)
         self.shift = torch.tensor(-self.mean / self.deviation, dtype=dtype, device=device)
 

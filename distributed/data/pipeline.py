@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from distributed import rng
@@ -15,7 +15,7 @@ from distributed.data.augment import augment, cut_out, mirrored
 from distributed.data.augment_function import AugmentFunction
 from distributed.data.batch import Batch, Batching, InputFormat, MicroBatch, Mixed, Shards
 from distributed.data.mixup import mix
-from distributed.data.normalize import ChannelStatistics, Normalizer, channel_statistics, spread
+from distributed.data.normalize import Normalizer, channel_statistics, spread
 from distributed.data.residency import ResidentSplit, as_tensor, copied, residency
 from distributed.data.resize import resize
 from distributed.data.sources import cifar
@@ -58,11 +58,8 @@ class DataPipeline:
         self.augment_function = AugmentFunction(path) if (path := config.augment.function) else None
         self.class_names, train, test, self._identities, read_ahead = read(config, side, given)
         self.augmented_at_once = self._augmented_at_once(train.images[:1].nbytes)
-        self._residency = residency(
-            config.placement,
-            train.images.nbytes + test.images.nbytes,
-            device=input_format.device,
-        )
+        images_bytes = train.images.nbytes + test.images.nbytes
+        self._residency = residency(config.placement, images_bytes, device=input_format.device)
         held_out = validation_mask(train.labels, fraction=config.validation_fraction, seed=config.split_seed)
         train_ids = np.flatnonzero(~held_out)
         self._splits: dict[str, ResidentSplit] = {
@@ -70,10 +67,13 @@ class DataPipeline:
             **self._resident(test, read_ahead.get("test"), test=np.arange(len(test.labels))),
         }
         # Computed on training images only: the evaluation splits must not influence the input.
-        statistics = channel_statistics(train.images, train_ids, read_ahead.get("train"))
-        if config.normalize == "unit":
-            statistics = ChannelStatistics(np.zeros_like(statistics.mean), np.ones_like(statistics.deviation))
-        self.normalizer = Normalizer(statistics, device=input_format.device, dtype=input_format.dtype)
+        mean, deviation = channel_statistics(train.images, train_ids, read_ahead.get("train"))
+        is_unit = config.normalize == "unit"
+        self.normalize_by(np.zeros_like(mean) if is_unit else mean, np.ones_like(mean) if is_unit else deviation)
+
+    def normalize_by(self, mean: ArrayLike, deviation: ArrayLike) -> None:
+        """Set the mean and deviation of each channel; a trained network needs those of its training images."""
+        self.normalizer = Normalizer(mean, deviation, device=self.input_format.device, dtype=self.input_format.dtype)
 
     def _augmented_at_once(self, image_bytes: int) -> int:
         """Number of micro-batches to augment together: on CUDA, launching the kernels takes longer than running them."""

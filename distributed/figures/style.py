@@ -5,6 +5,7 @@ Figures are created without pyplot: they need no display and leave no global sta
 
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
@@ -57,7 +58,8 @@ def figure(width: float, height: float, *, columns: int = 1) -> Iterator[tuple["
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from font")  # of class names, e.g. Chinese ones
         made = Figure(figsize=(width, height), layout="constrained")
         yield made, list(made.subplots(1, columns, squeeze=False)[0])
 

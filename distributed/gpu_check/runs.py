@@ -9,10 +9,8 @@ from distributed.checkpoint.tensor_file import read_tensors, tensor_digest
 from distributed.files import read_object
 from distributed.run.checkpoint_layout import STATE, checkpoints
 from distributed.run.folder import RunFolder
-from distributed.run.metrics_file import read_metrics
+from distributed.run.metrics_file import MACHINE_METRICS, read_metrics
 from distributed.training.precision import fast_precision
-
-_TIMINGS = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
 
 
 def arguments(run: Path, device: torch.device, **settings: object) -> list[str]:
@@ -32,7 +30,7 @@ def arguments(run: Path, device: torch.device, **settings: object) -> list[str]:
 def logged(run: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl without timings and memory."""
     records = read_metrics(RunFolder(run).metrics_file)
-    return [record.model_dump(exclude_unset=True, exclude=_TIMINGS) for record in records]
+    return [record.model_dump(exclude_unset=True, exclude=MACHINE_METRICS) for record in records]
 
 
 def training_steps(run: Path) -> list[dict[str, Any]]:

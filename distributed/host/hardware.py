@@ -22,10 +22,10 @@ def processor() -> str:
     return _cpuinfo().get("model name", "") or platform.processor()
 
 
-def processor_model(caches: Path = _CACHES) -> str:
+def processor_model() -> str:
     """Describe vendor, family, model and cache sizes of the processor: libraries choose block sizes by them."""
     fields = [f"{name} {_cpuinfo()[name]}" for name in _MODEL_FIELDS if name in _cpuinfo()]
-    sizes = [size for index in sorted(caches.glob("index*")) if (size := _text(index / "size").strip())]
+    sizes = [size for index in sorted(_CACHES.glob("index*")) if (size := _text(index / "size").strip())]
     return ", ".join([*fields, *([f"caches {' '.join(sizes)}"] if sizes else [])])
 
 
@@ -49,12 +49,16 @@ def c_library() -> str:
     return " ".join(platform.libc_ver())
 
 
-def math_libraries(maps: Path = Path("/proc/self/maps")) -> str:
+def math_libraries() -> str:
     """Return names and sizes of the loaded math and thread libraries that no Python package contains, e.g. from LD_PRELOAD.
 
     Usually empty.
     """
-    files = {Path(line.split(maxsplit=5)[5]) for line in _text(maps).splitlines() if line.count("/") and ".so" in line}
+    files = {
+        Path(line.split(maxsplit=5)[5])
+        for line in _text(Path("/proc/self/maps")).splitlines()
+        if line.count("/") and ".so" in line
+    }
     system = {file.parent for file in files if file.name.startswith("libc.so.")}
     found = [
         f"{file.name} ({_size(file)} bytes)"

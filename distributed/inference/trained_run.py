@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from distributed.checkpoint.warm_start import evaluation_weights
 from distributed.config import TrainConfig
-from distributed.config.data import MAX_PIXELS
+from distributed.config.data import MAX_PIXELS, ImageFolderData
 from distributed.config.given import check_model
 from distributed.config.models import BuiltInModel, ImportedModel
 from distributed.data.sources.decode import to_size
@@ -94,7 +94,8 @@ class TrainedRun:
     def resize(self, images: Tensor, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         """Return the images in the size and with the channels of `input_shape`, as `resize` does."""
         channels, height, width = self.input_shape
-        return resize(images, (height, width), channels=channels, max_pixels=max_pixels)
+        rounded = isinstance(self.config.data, ImageFolderData)  # which is resized when it is decoded
+        return resize(images, (height, width), channels=channels, max_pixels=max_pixels, rounded=rounded)
 
     def predict(self, images: Tensor) -> Tensor:
         """Return class probabilities, float32 [n, classes]. Accepts the images that `resize` accepts."""
@@ -103,14 +104,22 @@ class TrainedRun:
             return logits.softmax(1)
 
 
-def resize(images: Tensor, size: int | tuple[int, int], *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Tensor:
+def resize(
+    images: Tensor,
+    size: tuple[int, int],
+    *,
+    channels: int = 3,
+    max_pixels: int = MAX_PIXELS,
+    rounded: bool = True,
+) -> Tensor:
     """Scale images with antialiasing until they cover `size`, crop the centre and return pixels in [0, 1].
 
     Args:
         images: uint8 [n, c, height, width], or a single image [c, height, width], of 1 or 3 channels.
-        size: height and width, or the side of a square.
+        size: height and width.
         channels: 1 or 3: colours become grey by their luma (ITU-R BT.601), grey becomes three equal channels.
         max_pixels: limit for an image between scaling and cropping.
+        rounded: round scaled pixels to multiples of 1 / 255.
 
     Returns:
         float32 [n, channels, h, w]; n is 1 for a single image.
@@ -125,8 +134,8 @@ def resize(images: Tensor, size: int | tuple[int, int], *, channels: int = 3, ma
     if channels == 1 and batch.shape[1] == 3:
         luma = torch.tensor([0.299, 0.587, 0.114], device=batch.device).view(3, 1, 1)
         batch = torch.stack([(image * luma).sum(0, keepdim=True).round().byte() for image in batch])
-    height, width = (size, size) if isinstance(size, int) else size
-    resized = torch.stack([to_size(image, height, width, max_pixels).permute(2, 0, 1) for image in batch]) / 255
+    sized = [to_size(image, *size, max_pixels, rounded=rounded).permute(2, 0, 1) for image in batch]
+    resized = torch.stack(sized) / 255
     return resized.expand(-1, channels, -1, -1)
 
 

@@ -3,22 +3,13 @@
 from typing import Any
 
 from distributed.config import TrainConfig
+from distributed.config.differences import flat
 from distributed.errors import without_password
 
 
 def parameters_of(config: TrainConfig) -> dict[str, str | int | float | bool]:
     """Return every setting by its dotted name, e.g. `optim.lr`; None as the word none, lists as text."""
-    return dict(_flat("", config.model_dump(mode="json")))
-
-
-def _flat(prefix: str, section: dict[str, Any]) -> list[tuple[str, str | int | float | bool]]:
-    found: list[tuple[str, str | int | float | bool]] = []
-    for name, value in section.items():
-        if isinstance(value, dict):
-            found += _flat(f"{prefix}{name}.", value)
-        else:
-            found.append((f"{prefix}{name}", _plain(value)))
-    return found
+    return {name: _plain(value) for name, value in flat(config.model_dump(mode="json")).items()}
 
 
 def _plain(value: Any) -> str | int | float | bool:

@@ -34,13 +34,18 @@ class SignalStop:
         launched: True if the parent process is a launcher. A shell may exit and leave its command running (nohup).
         exit_before_first_step: exit immediately on a signal until `requested` is first called, i.e. until the first
             training step is done. Until then there is nothing to save, and the rank may be waiting for its peers.
+        holds_sigterm: do not exit on SIGTERM until `release_sigterm` is called. A mask would not do: threads that libraries
+            have started before, e.g. those of NumPy's BLAS, would take the signal.
     """
 
-    def __init__(self, *, launched: bool, exit_before_first_step: bool = False) -> None:
+    def __init__(self, *, launched: bool, exit_before_first_step: bool = False, holds_sigterm: bool = False) -> None:
         self._reason: str | None = None
         self._handled_at = 0.0
         self._parent = os.getppid() if launched else None
         self._exits_immediately = exit_before_first_step
+        self._sigterm_released = threading.Event()
+        if not holds_sigterm:
+            self._sigterm_released.set()
 
     def __enter__(self) -> Self:
         self._terminals = [fd for fd in (0, 1, 2) if os.isatty(fd)]
@@ -68,6 +73,10 @@ class SignalStop:
             self._reason = _ORPHANED
         return self._reason
 
+    def release_sigterm(self) -> None:
+        """Handle SIGTERM from now on, and one that has arrived before."""
+        self._sigterm_released.set()
+
     def _listen(self, read: int) -> None:
         first: dict[int, float] = {}
         with open(read, "rb", buffering=0) as pipe:
@@ -79,7 +88,10 @@ class SignalStop:
                     continue
                 if not (numbers := pipe.read(1)):
                     return
-                number, now = numbers[0], time.monotonic()
+                number = numbers[0]
+                if number == signal.SIGTERM:
+                    self._sigterm_released.wait()
+                now = time.monotonic()
                 if number in self._previous:
                     self._on_signal(number, now, now - first.setdefault(number, now))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from distributed.build import build_data, build_engine
-from distributed.checkpoint.snapshot import load_checkpoint
+from distributed.checkpoint.tensor_file import read_tensors
 from distributed.checkpoint.warm_start import evaluation_weights
 from distributed.comm.process_group import choose_device
 from distributed.config import TrainConfig
@@ -32,6 +32,9 @@ from distributed.training.precision import for_evaluation
 from distributed.training.steps import evaluate
 from distributed.training.totals import SplitTotals
 from distributed.training.views import Views
+
+_FILTERS = 96
+"""The most filters of the first convolution that are shown."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,11 @@ class Analysis:
         content = read_content(checkpoint)
         warn_about_changes(content, self.config.import_paths)
         check_evaluated(content, self.config, self.data, "test")
+        self.normalization = Normalization(**content["normalization"])
+        self.data.normalize_by(*self.normalization)
         engine = build_engine(self.config, self.topology, self.data, self.device)
         try:
-            load_checkpoint(checkpoint, engine)
+            engine.load_state(read_tensors(checkpoint))
         except ValueError as error:
             raise InputError(f"{checkpoint}: {error}") from None
         confusion, confident = ConfusionMatrix(self.data.num_classes, self.device), _MostConfidentMistakes(mistakes)
@@ -123,15 +128,15 @@ class Analysis:
             engine, self.data, "test", loss=functions.loss.evaluation, metrics=functions.metrics, views=views,
             device=self.device, observers=[confusion, confident],
         )  # fmt: skip
-        names, normalization = content["classes"], Normalization(**content["normalization"])
+        names = content["classes"]
         found = [
-            Mistake(as_png(each.image, normalization), names[each.true], names[each.predicted], each.probability)
+            Mistake(as_png(each.image, self.normalization), names[each.true], names[each.predicted], each.probability)
             for each in confident.found
         ]
         return Findings(totals, confusion.read(), names, found)
 
 
-def first_filters(checkpoint: Path, *, limit: int = 96) -> list[bytes] | None:
+def first_filters(checkpoint: Path) -> list[bytes] | None:
     """Return the first convolution's filters as PNG: mid-grey for a weight of 0, each scaled to its own largest weight.
 
     None if no convolution takes images of three channels or of one.
@@ -144,7 +149,7 @@ def first_filters(checkpoint: Path, *, limit: int = 96) -> list[bytes] | None:
     filters = next((kernel for channels in (3, 1) for kernel in kernels if kernel.shape[1] == channels), None)
     if filters is None:
         return None
-    scaled = filters[:limit] / filters[:limit].abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
+    scaled = filters[:_FILTERS] / filters[:_FILTERS].abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
     return [png_of((0.5 + 0.5 * each).expand(3, -1, -1)) for each in scaled]
 
 

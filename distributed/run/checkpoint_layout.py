@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distributed.errors import InputError
-from distributed.files import Written, digest_of, read_object
+from distributed.files import UNREACHABLE, Written, check_reachable, digest_of, read_object
 
 FORMAT = 1
 TENSORS = "tensors.safetensors"
@@ -71,6 +71,13 @@ def sort_names(names: Iterable[str]) -> list[str]:
     return [parsed[place] for place in sorted(parsed)]
 
 
+def step_of(state: Mapping[str, Any] | None) -> int | None:
+    """Return the step according to the content of a state.json."""
+    counters = (state or {}).get("state")
+    step = counters.get("step") if isinstance(counters, dict) else None
+    return step if isinstance(step, int) else None
+
+
 def best_name(state: Mapping[str, Any]) -> str | None:
     """Return the name of the best epoch's checkpoint according to the content of a state.json."""
     try:
@@ -81,7 +88,8 @@ def best_name(state: Mapping[str, Any]) -> str | None:
 
 
 def best_known_to(checkpoint: Path) -> str | None:
-    """Return the name of the best epoch's checkpoint according to this one."""
+    """Return the name of the best epoch's checkpoint according to this one. Raises OSError if it cannot be reached now."""
+    check_reachable(checkpoint / STATE)
     return best_name(read_object(checkpoint / STATE))
 
 
@@ -152,7 +160,12 @@ def check_formats(folder: Path) -> None:
 
 
 def damage_of(path: Path) -> str | None:
-    """Return how a checkpoint disagrees with its manifest, or None if it is complete."""
+    """Return how a checkpoint disagrees with its manifest, or None if it is complete.
+
+    Raises:
+        OSError: it cannot be reached now, e.g. by this user, which is no damage.
+    """
+    check_reachable(path / MANIFEST)
     manifest = read_object(path / MANIFEST)
     files = manifest.get("files")
     if not isinstance(files, dict) or manifest.get("format") != FORMAT or set(files) != set(FILES):
@@ -161,6 +174,8 @@ def damage_of(path: Path) -> str | None:
         try:
             found = digest_of(path / name)
         except OSError as error:
+            if error.errno in UNREACHABLE:
+                raise
             return f"{name}: {error.strerror}"
         if list(found) != expected:
             return f"{name}: {found.bytes} bytes with another digest than the manifest's"

@@ -25,7 +25,7 @@ from distributed.run.folder import RunFolder
 from distributed.run.lock_holder import acquire_lock, this_process
 from distributed.run.records import AttemptRecord, Holder, Record, Status, read_attempts, timestamp
 
-LOCK_WAIT_SECONDS = 30.0
+LOCK_WAIT_SECONDS = 90.0  # a predecessor that stops may be uploading for a minute
 PROGRESS_SECONDS = 5.0
 
 
@@ -79,7 +79,9 @@ class ClaimedRun(RunFolder):
             return
         if holder.token is not None:
             raise StorageError(f"{self.path} was taken over by {holder}; this attempt ends")
-        if not self.path.is_dir():
+        with storing(self.path):
+            is_there = self.path.is_dir()
+        if not is_there:
             raise StorageError(
                 f"{self.path}: the run folder was removed while the run was writing there; this attempt ends"
             )
@@ -106,7 +108,7 @@ class ClaimedRun(RunFolder):
             StorageError: it could not be written, or another attempt has claimed the folder. Also raised by all methods below.
         """
         self.check_token()
-        with storing(file), open(file, "ab", buffering=0, opener=open_regular) as opened:
+        with storing(file), open(file, "a+b", buffering=0, opener=open_regular) as opened:
             # Check again: an attempt that claims the folder later replaces metrics.jsonl, and this write goes to the old file.
             self.check_token()
             write_at_once(opened, json.dumps(record.as_json()).encode() + b"\n")

@@ -67,6 +67,9 @@ class EpochRecord(Record):
 
 MetricsRecord = TrainRecord | EpochRecord
 
+MACHINE_METRICS = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
+"""Fields that depend on the machine, not on the run."""
+
 
 def read_metrics(file: Path) -> list[MetricsRecord]:
     """Read metrics.jsonl.

@@ -8,6 +8,7 @@ from typing import Any
 from distributed.config import TrainConfig, changes_experiment, differences
 from distributed.config.differences import Difference
 from distributed.config.layers import shown
+from distributed.config.networks import BUILT_IN
 from distributed.errors import InputError
 from distributed.files import read_object
 from distributed.run.checkpoint_layout import (
@@ -137,7 +138,9 @@ def check_init_from(config: TrainConfig) -> None:
     model: Any = read_object(checkpoint / STATE)
     for key in ("config", "model", "name"):
         model = model.get(key) if isinstance(model, dict) else None
-    if model != config.model.name:
+    # Whether its weights fit an imported network is seen once that is built.
+    may_fit = isinstance(model, str) and not {model, config.model.name} & set(BUILT_IN)
+    if model != config.model.name and not may_fit:
         raise InputError(
             f"init_from = {config.init_from}: holds weights of {model or 'an unreadable run'}, but model.name = "
             f"{config.model.name}; name another run, or set model.name = {model}"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.backends import cuda
 
-from distributed.errors import InputError
+from distributed.errors import InputError, first_few
 from distributed.host.hardware import c_library, instructions, math_libraries, processor, processor_model
 from distributed.topology import kernel_variables
 
@@ -158,4 +158,4 @@ def merge_metadata(ranks: Sequence[Mapping[str, str]]) -> MergedMetadata:
 
 def _ranks_with(value: str, values: Sequence[str]) -> str:
     ranks = [str(rank) for rank, other in enumerate(values) if other == value]
-    return ", ".join(ranks[:8]) + (f" and {len(ranks) - 8} more" if ranks[8:] else "")
+    return first_few(ranks, 8)

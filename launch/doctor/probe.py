@@ -101,7 +101,6 @@ def find_devices() -> Devices:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Devices(
         gpus=len(gpus),
-        gpu=gpus[0].name if gpus else "",
         gpu_memory_gib=round(min(gpu.total_memory for gpu in gpus) / 2**30, 1) if gpus else 0.0,
         cores=available_cpus(),
         memory_gib=round(memory / 2**30, 1),

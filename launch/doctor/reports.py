@@ -19,7 +19,6 @@ class Devices(_Section):
     """Number, name and memory of the GPUs; cores and memory of the host."""
 
     gpus: int
-    gpu: str = ""
     gpu_memory_gib: float
     """Memory of the smallest GPU; 0 without GPUs."""
     cores: int

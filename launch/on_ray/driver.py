@@ -19,6 +19,7 @@ from distributed.config import TrainConfig
 from distributed.config.scaling import Scaling
 from distributed.errors import ExitCode, InputError, NotFiniteError, StorageError
 from distributed.process.signals import SignalStop
+from distributed.run.checkpoint_layout import step_of
 from distributed.run.folder import RunFolder
 from distributed.run.records import read_attempts
 from distributed.training.stop import StopSource
@@ -235,6 +236,5 @@ def _last_save(config: TrainConfig) -> str:
 
 def _saved_step(config: TrainConfig) -> int:
     """Return the step of the newest checkpoint; -1 if there is none."""
-    state = (RunFolder(config.run_dir).newest_state() or {}).get("state")
-    step = state.get("step", 0) if isinstance(state, dict) else -1
-    return step if isinstance(step, int) else -1
+    step = step_of(RunFolder(config.run_dir).newest_state())
+    return -1 if step is None else step

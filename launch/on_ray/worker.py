@@ -17,6 +17,7 @@ import ray.train
 from loguru import logger
 from ray.util.metrics import Gauge
 
+from distributed.checkpoint.upload import log_upload_result
 from distributed.comm import collectives
 from distributed.config import TrainConfig
 from distributed.host.identity import host
@@ -152,4 +153,6 @@ def train_on_worker(arguments: dict[str, str]) -> WorkerResult:
     nodes = dict(collectives.gather_objects((ray.get_runtime_context().get_node_id(), host())))
     with ClusterStop(arguments["stop_key"], nodes) as stop:
         result = train(config, stop=stop, sinks=[RayReport(config.run_dir, is_main=topology.is_main)])
+    if topology.is_main:
+        log_upload_result(config)
     return WorkerResult(result.stop_reason, result.step, result.epoch)

@@ -74,31 +74,27 @@ def main() -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         parser().print_help()
         return ExitCode.FINISHED if arguments else ExitCode.BAD_INPUT
-    try:
-        if arguments[0].startswith("-"):
-            raise InputError(f"command line: {arguments[0]!r}: the first argument names the config, e.g. cifar10")
-        split = split_sweep(arguments)
-        sweep = read_sweep(split)
-        options, settings = parser().parse_known_args(split.common[1:])
-        check_sbatch_options(options.sbatch)
-        if options.at_once and not sweep:
-            raise InputError(f"--at-once {options.at_once}: there is no sweep; remove it, or give --seeds N")
-        training = [arguments[0], *settings]
-        if sweep:
-            unfinished = check_sweep(options, training, sweep)
-            if not unfinished:
-                print("all runs of this sweep are finished; nothing is left to do", file=sys.stderr)
-                return ExitCode.FINISHED
-            array = indices([trial.index for trial in unfinished])
-            command = sbatch_command(options, [*training, *split.sweep_words], array)
-        else:
-            if check(options, training):
-                run_dir = from_command_line(training).config.run_dir
-                raise InputError(f"run_dir = {run_dir}: this run is finished; give another with --run_dir")
-            command = sbatch_command(options, training)
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}; give another --run_dir", file=sys.stderr)
-        return ExitCode.BAD_INPUT
+    if arguments[0].startswith("-"):
+        raise InputError(f"command line: {arguments[0]!r}: the first argument names the config, e.g. cifar10")
+    split = split_sweep(arguments)
+    sweep = read_sweep(split)
+    options, settings = parser().parse_known_args(split.common[1:])
+    check_sbatch_options(options.sbatch)
+    if options.at_once and not sweep:
+        raise InputError(f"--at-once {options.at_once}: there is no sweep; remove it, or give --seeds N")
+    training = [arguments[0], *settings]
+    if sweep:
+        unfinished = check_sweep(options, training, sweep)
+        if not unfinished:
+            print("all runs of this sweep are finished; nothing is left to do", file=sys.stderr)
+            return ExitCode.FINISHED
+        array = indices([trial.index for trial in unfinished])
+        command = sbatch_command(options, [*training, *split.sweep_words], array)
+    else:
+        if check(options, training):
+            run_dir = from_command_line(training).config.run_dir
+            raise InputError(f"run_dir = {run_dir}: this run is finished; give another with --run_dir")
+        command = sbatch_command(options, training)
     if sweep:
         lines = (f"task {one.index}: {shlex.join(trial_arguments(training, sweep, one))}" for one in unfinished)
         print(*lines, sep="\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from distributed.errors import ExitCode, prints_errors
 from distributed.files import append_line, home_path, read_object, replace_json
+from distributed.run.checkpoint_layout import step_of
 from distributed.run.folder import RunFolder
 from distributed.run.records import AttemptRecord, read_attempts, timestamp
 from launch.environment import Allocation
@@ -36,12 +37,10 @@ class Journal:
 
     def end(self, signal: str, allocation: Allocation) -> Decision:
         """Decide on the attempt that just ended, and record the decision."""
-        state = (self.run.newest_state() or {}).get("state")
-        step = state.get("step") if isinstance(state, dict) else None
         decision = decide(
             AttemptEnd(
                 lines=self._lines(),
-                saved_step=step if isinstance(step, int) else 0,
+                saved_step=step_of(self.run.newest_state()) or 0,
                 signal=signal,
                 requeues=self._requeues(),
                 max_requeues=allocation.max_requeues,

@@ -348,6 +348,22 @@ def test_an_evaluation_on_other_data_is_reported(case: str, runs: dict[str, Fini
     assert all(message in line for line in warnings)
 
 
+def darken_training_images(root: Path) -> None:
+    for path in root.glob("train/*/*.png"):
+        pixels = np.asarray(Image.open(path))
+        Image.fromarray(pixels // 4).save(path)
+
+
+def test_an_evaluation_normalizes_as_in_training(runs: dict[str, FinishedRun], tmp_path: Path) -> None:
+    run = copied(runs["image_folder"], tmp_path)
+    evaluate = ("evaluate", run.run, "--split", "test", "--data.root", run.root, "--device", "cpu", "--json")
+    before = call(*evaluate)
+    darken_training_images(run.root)
+    after = call(*evaluate)
+    assert (before.code, after.code) == (0, 0), after.err
+    assert json.loads(after.out)["loss"] == json.loads(before.out)["loss"]
+
+
 # Splits that are too small
 
 TINY = ("--data.train_samples", 20, "--data.test_samples", 10, "--global_batch_size", 10)

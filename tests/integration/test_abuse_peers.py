@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ import pytest
 from kit.abuse import assert_outcome, call, untouched
 from kit.commands import ROOT, Command, status, torchrun
 from kit.other_program import other_program
+
+from distributed.gpu_check.processes import free_port
 
 DEBUG = ROOT / "configs" / "debug.toml"
 FIRST = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -87,11 +88,6 @@ def test_invalid_environment_is_one_line(
 # The rendezvous
 
 
-def free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return str(server.getsockname()[1])
-
-
 def train(run: Path, environment: dict[str, str], port: str, *, seconds: float = 0.5) -> tuple[object, float]:
     begin = time.monotonic()
     arguments = ("--device", "cpu", "--threads", 1, "--timeout_seconds", seconds, "--run_dir", run)
@@ -142,7 +138,7 @@ def test_port_in_use(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_missing_ranks_are_named(place: dict[str, str], missing: str, tmp_path: Path) -> None:
-    port = free_port()
+    port = str(free_port())
     found, _ = train(tmp_path / "run", place, port)
     assert_outcome(found, f"{missing} did not arrive at 127.0.0.1:{port} within 0.5 s", code=1)
 
@@ -163,7 +159,7 @@ def test_signals_while_waiting_for_a_peer(tmp_path: Path) -> None:
         number: signal.signal(number, signal.SIG_DFL) for number in numbers
     }  # so that no signal is inherited as ignored
     commands = [
-        started(FIRST, free_port(), tmp_path / number.name, "--run_dir", tmp_path / f"run-{number.name}")
+        started(FIRST, str(free_port()), tmp_path / number.name, "--run_dir", tmp_path / f"run-{number.name}")
         for number in numbers
     ]
     for number, handler in before.items():
@@ -188,7 +184,7 @@ def test_signals_while_waiting_for_a_peer(tmp_path: Path) -> None:
 @pytest.mark.timeout(200)
 def test_error_on_rank_0_ends_its_peer(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    port = free_port()
+    port = str(free_port())
     with (
         started(FIRST, port, tmp_path / "0", "--run_dir", tmp_path / "file" / "run") as first,
         started(SECOND, str(port), tmp_path / "1", "--run_dir", tmp_path / "run") as second,

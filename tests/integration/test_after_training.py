@@ -196,6 +196,7 @@ def test_wrong_input_is_one_line_with_the_remedy(run: Path, no_data: Path, tmp_p
     Image.new("RGB", (32, 32)).save(image)
     assert "choose one of: best, latest, step-" in refused(inside("predict", run, image, "--checkpoint", "other"))
     assert f"{tmp_path}/cat.png: no such file" in refused(inside("predict", run, tmp_path / "cat.png"))
+    assert f"{tmp_path}: a folder; name the images in it" in refused(inside("predict", run, tmp_path))
     assert f"{notes}: not an image that can be decoded" in refused(inside("predict", run, notes))
     assert "--picture" in refused(inside("predict", run, image, "--picture", notes / "out.png"))
     assert "--format pickle: should be one of safetensors, onnx, torch.export, all" in refused(

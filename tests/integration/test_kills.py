@@ -8,12 +8,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from kit.commands import Command, alone, assert_same_bits, attempts, has_saved, kill, status, torchrun
+from kit.commands import NARROW, Command, alone, assert_same_bits, attempts, has_saved, kill, status, torchrun
 from kit.killed_in_save import POINTS
+from kit.slow_sink import SLOW
 
 SETTINGS = (
     "configs/debug.toml", "--epochs", 6, "--data.train_samples", 700, "--checkpoint.every_steps", 4,
-    "--data.test_samples", 60, "--grad_accum_steps", 2, "--threads", 1, "--device", "cpu",
+    "--data.test_samples", 60, "--grad_accum_steps", 2, "--logging.every_steps", 2, *NARROW, "--threads", 1,
+    "--device", "cpu",
 )  # fmt: skip
 KINDS = ("kill -9 a rank", "kill -9 the agent", "kill -9 everything", "SIGTERM to the agent", "SIGTERM to a rank")
 
@@ -66,8 +68,8 @@ def test_kills_at_random_moments_keep_the_bits(undisturbed: tuple[Mode, Path], t
     run, dice, kills = tmp_path / "run", random.Random(mode.name), 0
     for attempt in range(30):
         ranks = mode.ranks[attempt % len(mode.ranks)]
-        known = len(attempts(run, "started"))
-        with Command(torchrun(ranks, *mode.settings, "--run_dir", run), output=tmp_path / "output") as command:
+        known, slow = len(attempts(run, "started")), SLOW if kills < mode.strikes else ()
+        with Command(torchrun(ranks, *mode.settings, *slow, "--run_dir", run), output=tmp_path / "output") as command:
             if kills < mode.strikes:
                 saved = partial(has_saved, run, attempt=known + 1)
                 command.wait_for(saved, seconds=240, what="the attempt's first checkpoint")

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 from kit.commands import Command, kill, metrics, status, torchrun
-from kit.mlflow_server import MlflowServer, free_port, history, only_run
+from kit.mlflow_server import MlflowServer, history, only_run
 from kit.slow_sink import SLOW
 
+from distributed.gpu_check.processes import free_port
 from distributed.metrics.wandb_file import rows_in
 
 pytestmark = pytest.mark.timeout(400)

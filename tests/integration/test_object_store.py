@@ -23,13 +23,13 @@ SETTINGS = (
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+def server() -> Iterator[int]:
     pytest.importorskip("s3fs", reason="s3fs is not installed: pip install s3fs")
     if "S3_ENDPOINT" not in os.environ:
         pytest.importorskip(
             "moto.server", reason="no store: pip install 'moto[s3]' flask flask-cors, or name one with S3_ENDPOINT"
         )
-    with running(tmp_path_factory.mktemp("server")) as port:
+    with running() as port:
         yield port
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from kit.abuse import call
-from kit.cluster import Cluster, slurm_unavailable, wait_for
+from kit.cluster import wait_for
 from kit.commands import (
     NARROW,
     ROOT,
@@ -253,31 +252,3 @@ def test_a_sweep_trains_all_and_names_the_best(cluster: RayCluster, tmp_path: Pa
     with cluster.train(*arguments, "--scaling.num_workers", 1, output=tmp_path / "again") as command:
         assert command.wait(200) == 0, command.text
     assert "starting" not in command.text, "a finished training is not repeated"
-
-
-@pytest.mark.skipif(bool(slurm_unavailable()), reason=f"no Slurm here: {slurm_unavailable()}")
-def test_the_same_bits_under_every_launcher(cluster: RayCluster, tmp_path: Path) -> None:
-    """Python alone, torchrun on 2 processes, sbatch on 2 nodes, Ray on 3 workers; one thread each."""
-    arguments = ("configs/debug.toml", "--threads", 1, "--device", "cpu", "--run_dir")
-    runs = {name: tmp_path / name for name in ("python", "torchrun", "slurm", "ray")}
-    python = [sys.executable, "-m", "distributed.train", *map(str, arguments), str(runs["python"])]
-    for command in (
-        Command(python, output=tmp_path / "python.out"),
-        Command(torchrun(2, *arguments, runs["torchrun"]), output=tmp_path / "torchrun.out"),
-    ):
-        with command:
-            assert command.wait(200) == 0, command.text
-    (tmp_path / "nodes").mkdir()
-    with Cluster(tmp_path / "nodes") as two:
-        job = two.sbatch(
-            "--nodes=2", "--output", tmp_path / "slurm.out", ROOT / "slurm/train.sh", *arguments, runs["slurm"]
-        )
-        assert two.wait_for_state(job, "COMPLETED", "FAILED", seconds=200) == "COMPLETED", (
-            tmp_path / "slurm.out"
-        ).read_text()
-    cluster.set_nodes("n1", "n2", "n3")
-    with cluster.train(*arguments, runs["ray"], "--scaling.num_workers", 3, output=tmp_path / "ray.out") as command:
-        assert command.wait(200) == 0, command.text
-    assert [sizes(run) for run in runs.values()] == [[1], [2], [2], [3]]
-    for run in runs.values():
-        assert_same_bits(run, runs["python"])

@@ -4,17 +4,12 @@ import contextlib
 import importlib
 import io
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from loguru import logger
-
-from kit.speed import slowness
-
-SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -32,14 +27,14 @@ class Outcome:
 
 
 def call(module: str, *arguments: object, **environment: str) -> Outcome:
-    """Run `python -m distributed.MODULE ARGUMENTS`, or `launch.MODULE`. Fails the test if it raises or hangs."""
+    """Run `python -m distributed.MODULE ARGUMENTS`, or `launch.MODULE`. Fails the test if it raises."""
     found = importlib.import_module(module if module.startswith("launch.") else f"distributed.{module}")
     main = importlib.import_module(f"{found.__name__}.__main__" if hasattr(found, "__path__") else found.__name__).main
     out, err, before = io.StringIO(), io.StringIO(), (sys.argv, dict(os.environ))
     sys.argv = [module, *map(str, arguments)]
     os.environ.update(environment)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _at_most(round(SECONDS * slowness())):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main()
     except SystemExit as exit:  # raised by argparse
         code = exit.code
@@ -80,17 +75,3 @@ def _content(folder: Path) -> dict[str, bytes | str]:
             status = path.stat()
             found[str(path)] = f"{status.st_mode} {f'{status.st_size} {status.st_mtime_ns}' if path.is_file() else ''}"
     return found
-
-
-@contextlib.contextmanager
-def _at_most(seconds: int) -> Iterator[None]:
-    def ring(*_: object) -> None:
-        raise AssertionError(f"still running after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from distributed.process.torchrun import torchrun_command
+from distributed.run.metrics_file import MACHINE_METRICS
 from kit.speed import slowness
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +147,5 @@ def assert_same_bits(run: Path, reference: Path) -> None:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without the values that depend on the clock or the machine."""
-    clock = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MACHINE_METRICS} for line in lines]

@@ -1,7 +1,6 @@
 """A real MLflow server with its database in a file, ended by pid."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -9,14 +8,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any, Self
 
+from distributed.gpu_check.processes import free_port
 from kit.commands import children_of, kill
 from kit.speed import slowness
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class MlflowServer:

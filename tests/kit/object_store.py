@@ -7,51 +7,28 @@ server is moto's, which answers like S3 over real HTTP but is not a production s
 import os
 import re
 import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_DEFAULT_REGION": "us-east-1"}
 NO_RETRIES = {"AWS_MAX_ATTEMPTS": "1"}  # of botocore; s3fs retries on top of it
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[int]:
+def running() -> Iterator[int]:
     """Start a server if S3_ENDPOINT names none, and yield its port."""
     if "S3_ENDPOINT" in os.environ:
         yield int(os.environ["S3_ENDPOINT"].rpartition(":")[2].strip("/"))
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with (folder / "server").open("wb") as output:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-        server = subprocess.Popen(command, stdout=output, stderr=output)
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
     try:
-        _wait_for(f"http://127.0.0.1:{port}/")
-        yield port
+        yield server.get_host_and_port()[1]
     finally:
-        server.kill()
-        server.wait()
-
-
-def _wait_for(url: str) -> None:
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-        except urllib.error.HTTPError:
-            return
-        except OSError:
-            time.sleep(0.1)
-        else:
-            return
-    raise AssertionError(f"no answer from {url}")
+        server.stop()
 
 
 class Relay:

@@ -10,6 +10,7 @@ from distributed.config import TrainConfig
 from distributed.metrics.records import EpochMetrics, TrainMetrics
 from distributed.run.checkpoint_layout import checkpoints
 from distributed.run.folder import RunFolder
+from distributed.run.metrics_file import MACHINE_METRICS
 
 FAST = {"shards": 0}
 """The `exact` section for fast mode. The default, auto, uses eight shards."""
@@ -74,13 +75,9 @@ class StopAfter:
         return "the test" if self.calls >= self.steps else None
 
 
-CLOCK = {"images_per_second", "data_wait", "memory_mib", "eta_seconds", "seconds"}
-"""Metrics that depend on the machine, not on the run."""
-
-
 def without_clock(metrics: TrainMetrics | EpochMetrics | dict[str, Any]) -> dict[str, Any]:
     values = metrics if isinstance(metrics, dict) else asdict(metrics)
-    return {key: value for key, value in values.items() if key not in CLOCK}
+    return {key: value for key, value in values.items() if key not in MACHINE_METRICS}
 
 
 def lines(run: RunFolder, kind: str) -> list[dict[str, Any]]:

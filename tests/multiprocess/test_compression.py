@@ -14,7 +14,7 @@ from loguru import logger
 from torch import Tensor
 
 from distributed.build import build_data, build_engine
-from distributed.checkpoint.snapshot import load_checkpoint
+from distributed.checkpoint.tensor_file import read_tensors
 from distributed.comm import collectives
 from distributed.config import TrainConfig
 from distributed.models.keyed_dropout import use_sample_keys
@@ -123,7 +123,7 @@ def loaded_elsewhere(run_dir: Path, others: list[dict[str, Any]]) -> list[bool]:
     for settings in others:
         config = small_config(Path("unused"), **settings)
         made, batches = built(config)
-        load_checkpoint(newest_checkpoint(run_dir), made)
+        made.load_state(read_tensors(newest_checkpoint(run_dir)))
         own = {name: tensor.clone() for name, tensor in made.state()}
         same = all(torch.equal(tensor, saved[name]) for name, tensor in own.items())
         norm = train_step(

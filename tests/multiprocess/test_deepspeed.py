@@ -11,7 +11,7 @@ from kit.ranks import in_group, run_ranks
 from kit.small_runs import newest_checkpoint, state_of
 from kit.traces import Trace, digest_of, tensors_of, traced
 
-from distributed.checkpoint.snapshot import load_checkpoint
+from distributed.checkpoint.tensor_file import read_tensors
 from distributed.models.keyed_dropout import use_sample_keys
 from distributed.run.folder import RunFolder
 
@@ -123,7 +123,7 @@ def next_attempt(run_dir: Path, name: str, stop_after: int | None) -> tuple[Trac
     config, loaded = config_with(name, run_dir, **PLATEAU), dict[str, str]()
     if RunFolder(run_dir).newest_state():
         fresh, _ = built(config)
-        load_checkpoint(newest_checkpoint(run_dir), fresh)
+        fresh.load_state(read_tensors(newest_checkpoint(run_dir)))
         loaded = {key: digest_of(tensor) for key, tensor in fresh.state()}
         torch.set_num_threads(1)
     return traced(config, stop_after), loaded

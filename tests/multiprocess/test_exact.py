@@ -71,7 +71,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "bfloat16, fast_alexnet, Muon": {
         "precision": "bfloat16",
-        "model": {"name": "fast_alexnet", "widths": [8, 16, 12]},
+        "model": {"name": "fast_alexnet", "widths": [4, 16, 12]},
         "optim": {"name": "muon", "lr": 0.2, "bias_lr_factor": 2.0},
         "schedule": {"name": "linear"},
         "evaluation": {"flip_tta": True, "shift_tta": 1},

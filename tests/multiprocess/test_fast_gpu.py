@@ -10,7 +10,7 @@ from kit.ranks import in_group, run_ranks
 from kit.small_runs import FAST, newest_checkpoint, small_config
 from kit.traces import Trace, assert_same_run, tensors_of, traced
 
-from distributed.checkpoint.snapshot import load_checkpoint
+from distributed.checkpoint.tensor_file import read_tensors
 from distributed.config import TrainConfig
 from distributed.run.folder import RunFolder
 from distributed.training.losses import CROSS_ENTROPY
@@ -44,7 +44,7 @@ def run_all(folder: Path) -> dict[str, Trace]:
 def on_the_cpu(run_dir: Path) -> tuple[float, list[str]]:
     """Return the test loss, and the names of tensors that differ from the checkpoint's file."""
     engine, data = built(config_of(run_dir, "cpu"))
-    load_checkpoint(newest_checkpoint(run_dir), engine)
+    engine.load_state(read_tensors(newest_checkpoint(run_dir)))
     expected = tensors_of(RunFolder(run_dir))
     different = [name for name, tensor in engine.state() if not torch.equal(tensor, expected[name])]
     return evaluate(engine, data, "test", loss=CROSS_ENTROPY, views=Views(), device=CPU).mean_loss, different

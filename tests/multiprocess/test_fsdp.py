@@ -12,7 +12,7 @@ from kit.small_runs import FAST, newest_checkpoint, small_config
 from kit.traces import Trace, digest_of, digests_of, tensors_of, traced
 
 from distributed.build import build_data, build_engine
-from distributed.checkpoint.snapshot import load_checkpoint
+from distributed.checkpoint.tensor_file import read_tensors
 from distributed.comm import collectives
 from distributed.config import TrainConfig
 from distributed.models.keyed_dropout import use_sample_keys
@@ -164,7 +164,7 @@ def next_attempt(run_dir: Path, engine: dict[str, str], stop_after: int | None) 
     if RunFolder(run_dir).newest_state():
         topology = Topology(collectives.rank(), collectives.world_size())
         fresh = build_engine(config, topology, build_data(config, topology, CPU), CPU)
-        load_checkpoint(newest_checkpoint(run_dir), fresh)
+        fresh.load_state(read_tensors(newest_checkpoint(run_dir)))
         loaded = {name: digest_of(tensor) for name, tensor in fresh.state()}
         torch.set_num_threads(1)
     return traced(config, stop_after), loaded

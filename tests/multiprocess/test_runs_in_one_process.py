@@ -20,7 +20,7 @@ from distributed import EpochMetrics, TrainMetrics
 from distributed.errors import InputError
 from distributed.recipe import train
 
-RUNS, SETTLED = 20, 10
+RUNS, FSDP_RUNS = 12, 20  # with FSDP the allocator takes more memory in some of the first fifteen
 MIB_PER_RUN = 1.0  # the network has 3.5 MiB of weights
 ENGINES: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -56,7 +56,7 @@ def kind(descriptor: Path) -> str:
         return ""
 
 
-def settled(measure: Callable[[], Left], threads: list[str]) -> Left:
+def once_settled(measure: Callable[[], Left], threads: list[str]) -> Left:
     """Measure once the threads that are ending have ended."""
     deadline = time.monotonic() + 10
     while (found := measure()).threads != threads and time.monotonic() < deadline:
@@ -64,44 +64,46 @@ def settled(measure: Callable[[], Left], threads: list[str]) -> Left:
     return found
 
 
-def twenty_runs(folder: Path, settings: dict[str, Any]) -> list[Left]:
+def many_runs(folder: Path, settings: dict[str, Any], count: int) -> list[Left]:
     before = left()
     found = []
-    for run in range(RUNS):
+    for run in range(count):
         few = {"train_samples": 16, "test_samples": 10}
         train(small_config(folder / str(run), epochs=1, global_batch_size=8, data=few, **settings))
-        found.append(settled(left, before.threads))
+        found.append(once_settled(left, before.threads))
     return [before, *found]
 
 
 def assert_nothing_is_left(found: list[Left]) -> None:
     before, *after = found
-    assert [run.threads for run in after] == [before.threads] * RUNS
+    settled = len(after) // 2
+    assert [run.threads for run in after] == [before.threads] * len(after)
     # Gloo closes sockets a moment later; matplotlib's fonts and torch's own files stay.
-    assert len(after[-1].files) <= len(after[SETTLED - 1].files) + 2, after[-1].files
+    assert len(after[-1].files) <= len(after[settled - 1].files) + 2, after[-1].files
     assert len(after[-1].files) <= len(before.files) + 8, after[-1].files
     assert not any(run.has_group for run in after)
     assert {run.torch_threads for run in after} == {before.torch_threads}
-    # A leak grows in every run. The allocator takes more in a few of them, with FSDP in some of the first fifteen.
-    growth = median(later.mib - run.mib for run, later in pairwise(after[SETTLED - 1 :]))
+    # A leak grows in every run.
+    growth = median(later.mib - run.mib for run, later in pairwise(after[settled - 1 :]))
     assert growth < MIB_PER_RUN, [round(run.mib) for run in after]
 
 
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_twenty_runs_on_two_ranks_leave_nothing(engine: str, tmp_path: Path) -> None:
-    for found in run_ranks(twenty_runs, 2, tmp_path, ENGINES[engine], timeout_seconds=150):
+def test_many_runs_on_two_ranks_leave_nothing(engine: str, tmp_path: Path) -> None:
+    count = FSDP_RUNS if engine == "fsdp" else RUNS
+    for found in run_ranks(many_runs, 2, tmp_path, ENGINES[engine], count, timeout_seconds=150):
         assert_nothing_is_left(found)
 
 
 def alone(folder: Path) -> list[Left]:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         del os.environ[name]
-    return twenty_runs(folder, {"threads": 2})
+    return many_runs(folder, {"threads": 2}, RUNS)
 
 
 @pytest.mark.timeout(200)
-def test_twenty_runs_of_one_process_leave_nothing(tmp_path: Path) -> None:
+def test_many_runs_of_one_process_leave_nothing(tmp_path: Path) -> None:
     [found] = run_ranks(alone, 1, tmp_path, timeout_seconds=150)
     assert_nothing_is_left(found)
 

@@ -15,7 +15,7 @@ from distributed.config.data import ArraysData, ImportedData
 from distributed.data import residency
 from distributed.data.batch import Batching, InputFormat, Shards
 from distributed.data.pipeline import DataPipeline
-from distributed.data.sources import arrays, identity, registry
+from distributed.data.sources import arrays, identity
 from distributed.data.sources.cifar import Images
 from distributed.data.sources.identity import check_resumed
 from distributed.data.split import validation_mask
@@ -79,7 +79,7 @@ def test_labels_of_any_integer_type_are_the_same_data(root: Path, dtype: str) ->
 
 
 def test_the_number_of_classes_can_be_set(root: Path) -> None:
-    assert registry.class_names(data_of(root, classes=5))[-1] == "class 4"
+    assert arrays.read(data_of(root, classes=5)).class_names[-1] == "class 4"
     found = pipeline(data_of(root, classes=5, validation_fraction=0))
     assert (found.num_classes, found.untrained_classes()) == (5, [3, 4])
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -11,11 +12,12 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from distributed.checkpoint import checkpointer as module
 from distributed.checkpoint import snapshot
+from distributed.checkpoint import writer as module
 from distributed.checkpoint.checkpointer import Checkpointer
 from distributed.checkpoint.save_budget import SaveBudget
 from distributed.checkpoint.snapshot import write_checkpoint
+from distributed.checkpoint.tensor_file import read_tensors
 from distributed.config import from_command_line
 from distributed.config.optim import Sgd
 from distributed.engine.model_state import ModelState
@@ -313,6 +315,47 @@ def test_a_save_keeps_the_best_and_links_to_it(run):
     assert names(run.checkpoints) == ["best", "latest", "step-00000004-epoch-001"]
 
 
+def test_a_resume_finishes_the_commit_of_a_killed_attempt(run):
+    """No later save may follow: the attempt may have been killed in its last one."""
+    writer = checkpointer(run, keep_last=1)
+    for step in (1, 2, 3):
+        writer.save(PlainEngine(step), at_step(step, best=step))  # type: ignore[arg-type]
+        writer.wait()
+    complete = names(run.checkpoints), run.digests_file.read_text()
+    shutil.copytree(run.checkpoints / name_of(step=3, epoch=1), run.checkpoints / "copy")
+    content = json.loads((run.checkpoints / "copy/state.json").read_text())
+    content["state"] |= {"step": 2, "best": {"epoch": 0, "step": 2, "value": 0.5}}
+    write_checkpoint(run.checkpoints / name_of(step=2, epoch=1), {"x": torch.zeros(1)}, content)
+    shutil.rmtree(run.checkpoints / "copy")
+    for link in ("best", "latest"):
+        set_link(run.checkpoints, link, name_of(step=2, epoch=1))
+    run.digests_file.write_text("".join(complete[1].splitlines(keepends=True)[:2]))
+    checkpointer(run, keep_last=1).resume(PlainEngine(0), at_step(0))  # type: ignore[arg-type]
+    assert (names(run.checkpoints), run.digests_file.read_text()) == complete
+    assert preferred(run.checkpoints)[0].resolve().name == name_of(step=3, epoch=1)
+    resumed(run)
+    assert run.digests_file.read_text() == complete[1], "recorded once"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EMFILE])
+def test_a_checkpoint_out_of_reach_is_not_damaged(run, monkeypatch, number):
+    """E.g. saved by another user of the folder, or on a file system that is away for a moment."""
+    *_, last = saved(run, 1, 2)
+    before, opens = names(run.checkpoints), os.open
+
+    def out_of_reach(path, *arguments, **options):
+        if Path(path).parent.name == last.name:
+            raise OSError(number, os.strerror(number), str(path))
+        return opens(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", out_of_reach)
+        with pytest.raises(StorageError, match=rf"{last.name}.*: {os.strerror(number)}"):
+            resumed(run)
+    assert names(run.checkpoints) == before
+    assert resumed(run)[1].step == 2
+
+
 def test_deleting_unfinished_saves_keeps_checkpoints(run):
     before = saved(run, 1, 2)
     delete_unfinished(run.checkpoints)
@@ -423,7 +466,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, save_seconds: float) -> None:
         self.now = 0.0
-        write = module.write_checkpoint
+        write = snapshot.write_checkpoint
 
         def slow(*arguments: object) -> None:
             write(*arguments)
@@ -469,7 +512,7 @@ def test_an_unsaved_best_epoch_is_written_by_the_next_save(run, monkeypatch):
     assert [path.name[-3:] for path in checkpoints(run.checkpoints)] == ["001", "003", "007"]
     best = run.checkpoints / "best"
     assert damage_of(best) is None
-    assert snapshot.read_tensors(best)["model.0.weight"].unique().tolist() == [3.0]
+    assert read_tensors(best)["model.0.weight"].unique().tolist() == [3.0]
     assert json.loads((best / "state.json").read_text())["state"]["epoch"] == 3
     engine, state, _ = resumed(run)
     assert (state.epoch, state.best) == (7, Best(2, 30, 0.5))
@@ -521,7 +564,7 @@ def test_a_checkpoint_of_a_newer_version_is_not_touched(run):
 
 
 def test_without_a_limit_every_epoch_is_saved(run, monkeypatch):
-    write = module.write_checkpoint
+    write = snapshot.write_checkpoint
 
     def slow(*arguments: object) -> None:
         time.sleep(0.2)

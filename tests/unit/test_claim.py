@@ -1,6 +1,7 @@
 """Only the process that claimed a run folder writes in it; its status and attempts are recorded."""
 
 import ast
+import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -150,6 +151,19 @@ def test_removed_run_folder_is_reported(run, path, writer):
         WRITERS[writer](run)
     assert "None" not in str(caught.value)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_run_folder_out_of_reach_is_reported(run, path, writer, monkeypatch):
+    """E.g. a file system that was mounted again: Path.is_dir raises."""
+
+    def stale(self: Path) -> bool:
+        raise OSError(errno.ESTALE, "Stale file handle", str(self))
+
+    monkeypatch.setattr(Holder, "read", lambda path: Holder())
+    monkeypatch.setattr(Path, "is_dir", stale)
+    with pytest.raises(StorageError, match="Stale file handle; free disk space or fix permissions"):
+        WRITERS[writer](run)
 
 
 def test_briefly_unreadable_token_is_read_again(run, monkeypatch):

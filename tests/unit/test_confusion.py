@@ -64,6 +64,12 @@ def test_every_class_of_a_matrix_is_labelled(classes: int) -> None:
         assert all(a.y0 >= b.y1 - 1 for a, b in pairwise(boxes)), "labels overlap"
 
 
+@pytest.mark.filterwarnings("error")
+def test_class_names_that_the_font_lacks_are_silent() -> None:
+    with confusion_figure([[1, 0], [0, 1]], ["猫", "犬"], title="a matrix") as figure:
+        assert as_png(figure).startswith(b"\x89PNG")
+
+
 def test_a_picture_of_a_thousand_classes_stays_small() -> None:
     counts = [[int(true == predicted) for predicted in range(1000)] for true in range(1000)]
     with confusion_figure(counts, list(map(str, range(1000))), title="a matrix") as figure:

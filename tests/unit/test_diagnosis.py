@@ -15,7 +15,7 @@ def good_reports(count: int = 3) -> list[NodeReport]:
     return [
         NodeReport(
             node=f"n{index}", index=index, versions={"torch": "2.15.0"}, code="abc", data="cifar10",
-            devices=Devices(gpus=8, gpu="X", gpu_memory_gib=80.0, cores=16, memory_gib=100.0),
+            devices=Devices(gpus=8, gpu_memory_gib=80.0, cores=16, memory_gib=100.0),
             folder=Folder(path="/run", sees_token=True, free_gib=50.0, writable=True),
             network=Network(present=list(range(count)), clock_seconds=0.001,
                             gib_per_second={other: 9.0 for other in range(count) if other != index}),

@@ -1,3 +1,4 @@
+import errno
 import os
 import socket
 import stat
@@ -59,6 +60,22 @@ def test_lines_are_appended(tmp_path):
     for line in ("one", "zwei ä"):
         append_line(tmp_path / "a", line)
     assert (tmp_path / "a").read_text().splitlines() == ["one", "zwei ä"]
+
+
+def test_a_line_that_was_not_finished_damages_no_other(tmp_path):
+    (tmp_path / "a").write_text("one\ntw")
+    append_line(tmp_path / "a", "three")
+    assert (tmp_path / "a").read_text().splitlines() == ["one", "tw", "three"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE])
+def test_a_file_out_of_reach_is_not_empty(tmp_path, monkeypatch, number):
+    def out_of_reach(path, *_):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(files.os, "open", out_of_reach)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        list(lines_of(tmp_path / "a"))
 
 
 # Paths

@@ -73,7 +73,7 @@ def exit_code_of(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str, seconds: int = 60, within: float = 300
 ) -> int:
     """Run these steps with a time limit of `seconds` each, and return the exit code."""
-    steps = [Step(name.removeprefix("step_"), seconds, "a test", module=name) for name in names]
+    steps = [Step(name.removeprefix("step_"), seconds, module=name) for name in names]
     out = ["--out", str(folder / "out"), "--seconds", str(within)]
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--device", "cpu", "--tiny", *out])
     return main(steps)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kit.image_folders import read_folder
 from PIL import Image
 
 from distributed.data.sources import decode, image_cache
@@ -33,7 +34,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def pixels(root: Path, cache: Path | None = None, side: int = 8) -> np.ndarray:
-    return np.array(decode.read(root, side, cache)[0].images)
+    return np.array(read_folder(root, side, cache)[0].images)
 
 
 def the_file(folder: Path) -> Path:
@@ -95,7 +96,7 @@ def test_the_failure_of_a_run_with_another_limit_is_not_shared(root: Path) -> No
     requests = set()
     for limit in (10, 20):
         with pytest.raises(InputError, match=f"{limit} allows"):
-            decode.read(root, 8, max_pixels=limit)
+            read_folder(root, 8, max_pixels=limit)
         (note,) = (root / ".decoded").glob(".train-*.failed")
         requests.add(json.loads(note.read_text())["request"])
     assert len(requests) == 2
@@ -161,7 +162,7 @@ def test_the_cache_is_with_the_data_else_in_the_users_folder(root: Path, tmp_pat
     assert paths(tmp_path / "file", None)[0] == home
     assert paths(root, tmp_path / "file" / "below") == []
     with pytest.raises(InputError, match=r"--data\.cache"):
-        decode.read(root, 8, tmp_path / "file" / "below")
+        read_folder(root, 8, tmp_path / "file" / "below")
 
 
 def test_no_second_folder_is_created_if_the_first_is_writable(root: Path, tmp_path: Path, monkeypatch) -> None:
@@ -233,7 +234,7 @@ def test_a_private_folder_created_by_others_is_ignored(case: str, root: Path, tm
         os.chown(private, NOBODY, NOBODY)
     assert paths(root, shared) == []
     with pytest.raises(InputError, match=r"or other users can; name another folder with --data\.cache"):
-        decode.read(root, 8, shared)
+        read_folder(root, 8, shared)
     assert [*private.glob("*"), *(tmp_path.glob("elsewhere/*"))] == []
 
 
@@ -296,4 +297,4 @@ def test_images_too_large_for_disk_and_memory_are_refused(root: Path, monkeypatc
     monkeypatch.setattr(decode, "_available_memory", lambda: 1000.0)
     monkeypatch.setattr(CacheFile, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(InputError, match=r"data\.cache: no room for .* No space left on device"):
-        decode.read(root, 8)
+        read_folder(root, 8)

@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kit.image_folders import read_folder
+from loguru import logger
 from PIL import Image
 
 from distributed.config.data import ImageFolderData
 from distributed.data.batch import Batching, InputFormat, Shards
 from distributed.data.pipeline import DataPipeline
 from distributed.data.sources import decode, image_folder
+from distributed.data.sources.read import read
 from distributed.errors import InputError
 
 
@@ -89,6 +92,31 @@ def test_files_of_another_kind_are_reported_one_per_line(root):
     assert any(line.startswith(f"{root / 'train' / 'cow' / 'more'}: a folder;") for line in lines)
 
 
+def test_a_folder_full_of_other_files_is_reported_in_20_lines(root):
+    for index in range(30):
+        (root / "train" / "ant" / f"{index}.webp").write_bytes(b"")
+    lines = complaint(root)
+    assert len(lines) == 21
+    assert lines[-1] == "and 10 more like these"
+    for index in range(30):
+        (root / "test" / f"{index}.jpg").write_bytes(b"")
+    assert len(complaint(root)) == 21
+
+
+def test_a_validation_folder_that_is_not_read_is_a_warning(root):
+    (root / "val/ant").mkdir(parents=True)
+    messages: list[str] = []
+    handle = logger.add(messages.append, level="WARNING", format="{message}")
+    try:
+        read(ImageFolderData(name="image_folder", root=root), 16, None)
+    finally:
+        logger.remove(handle)
+    [message] = messages
+    assert message.startswith(
+        f"{root / 'val'}: not read: validation images are data.validation_fraction of the training"
+    )
+
+
 def test_files_and_dead_links_beside_class_folders_are_reported(root):
     (root / "train" / "stray.png").write_bytes(b"")
     (root / "train" / "dog").symlink_to(root / "elsewhere")
@@ -116,7 +144,7 @@ def test_missing_images_folders_and_root_are_reported(root, tmp_path):
 
 
 def test_an_image_of_the_right_size_keeps_its_pixels(root):
-    train, test = decode.read(root, 16)
+    train, test = read_folder(root, 16)
     assert image_folder.list_folder(root).class_names == ("ant", "bee", "cow")
     assert train.images.shape == (18, 16, 16, 3)
     assert test.images.shape == (6, 16, 16, 3)
@@ -152,7 +180,7 @@ def test_a_photo_is_rotated_by_its_exif_orientation(tmp_path):
 @pytest.mark.parametrize(("height", "width"), [(100, 60), (60, 100), (40, 40), (17, 400), (20, 33), (16, 31), (7, 5)])
 def test_the_shorter_side_is_resized_and_the_centre_cropped(height, width):
     across = torch.linspace(0, 255, width).round().byte().expand(3, height, width)
-    square = decode.to_square(across, 16)
+    square = decode.to_size(across, 16, 16)
     assert square.shape == (16, 16, 3)
     assert square.dtype == torch.uint8
     assert abs(float(square[:, 7:9].float().mean()) - 127.5) < 6, "the middle stays in the middle"
@@ -165,7 +193,7 @@ def test_the_shorter_side_is_resized_and_the_centre_cropped(height, width):
 def test_resizing_is_close_to_pillows(tmp_path):
     picture(tmp_path / "a.png", 50, 50, seed=3)
     expected = Image.open(tmp_path / "a.png").resize((16, 16), Image.Resampling.BILINEAR)
-    found = decode.to_square(decode.decode(tmp_path / "a.png"), 16).numpy().astype(int)
+    found = decode.to_size(decode.decode(tmp_path / "a.png"), 16, 16).numpy().astype(int)
     assert np.abs(found - np.asarray(expected)).max() <= 2
 
 
@@ -184,7 +212,7 @@ def test_a_broken_image_is_reported_with_its_path(root, content, message):
     (root / "train" / "cow" / "1.png").write_bytes(content)
     (root / "test" / "cow" / "0.png").write_bytes(content)
     with pytest.raises(InputError) as caught:
-        decode.read(root, 16)
+        read_folder(root, 16)
     lines = sorted(caught.value.lines)
     broken = ("test/cow/0.png", "train/bee/0.png", "train/cow/1.png")
     assert [line.split(": ")[1] for line in lines] == [str(root / file) for file in broken]
@@ -196,22 +224,22 @@ def test_a_truncated_png_is_broken(root):
     file = root / "train" / "bee" / "0.png"
     file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(InputError, match="broken"):
-        decode.read(root, 16)
+        read_folder(root, 16)
 
 
 def test_images_are_decoded_again_only_after_a_change(root, monkeypatch):
     counts: list[Path] = []
     real = decode.decode
     monkeypatch.setattr(decode, "decode", lambda path, **most: counts.append(path) or real(path, **most))
-    first = decode.read(root, 16)[0]
+    first = read_folder(root, 16)[0]
     assert len(counts) == 24
-    again = decode.read(root, 16)[0]
+    again = read_folder(root, 16)[0]
     assert len(counts) == 24
     assert np.array_equal(first.images, again.images)
-    decode.read(root, 8)
+    read_folder(root, 8)
     assert len(counts) == 48
     picture(root / "train" / "ant" / "0.png", seed=55)
-    changed = decode.read(root, 16)[0]
+    changed = read_folder(root, 16)[0]
     assert len(counts) == 48 + 18, "the test images have not changed"
     assert not np.array_equal(first.images, changed.images)
 
@@ -225,7 +253,7 @@ def _read(root: str, log: str) -> None:
         return real(path, **most)
 
     decode.decode = counted
-    decode.read(Path(root), 16)
+    read_folder(Path(root), 16)
 
 
 def test_one_of_four_processes_decodes(root, tmp_path):

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit.mlflow_server import free_port, history, only_run
+from kit.mlflow_server import history, only_run
 from kit.small_runs import StopAfter, small_config
 
 from distributed.config import TrainConfig
 from distributed.config.sinks import Wandb
 from distributed.errors import InputError
+from distributed.gpu_check.processes import free_port
 from distributed.metrics import follower
 from distributed.metrics.parameters import parameters_of
 from distributed.metrics.wandb_file import records_in, rows_in

@@ -117,9 +117,9 @@ def test_other_losses_are_accepted(tmp_path, function):
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "float64"])
 def test_a_loss_works_in_every_precision(tmp_path, precision):
     sink, exact = Recorder(), {"shards": 2}
-    data = {"train_samples": 20, "test_samples": 10}
+    data, model = {"train_samples": 20, "test_samples": 10}, {"name": "fast_alexnet", "widths": [4, 8, 8]}
     config = config_of(
-        tmp_path, loss=own_loss("focal"), precision=precision, exact=exact, global_batch_size=10, data=data
+        tmp_path, loss=own_loss("focal"), precision=precision, exact=exact, global_batch_size=10, data=data, model=model
     )
     train(config, sinks=[sink])
     assert [step.step for step in sink.steps] == [1, 2, 3, 4]

@@ -44,7 +44,8 @@ def test_a_run_records_the_precision_that_auto_stands_for(tmp_path: Path) -> Non
 
 def test_auto_resumes_in_the_precision_of_the_run(tmp_path: Path) -> None:
     few = {"train_samples": 24, "test_samples": 10}
-    config = small_config(tmp_path / "run", precision=OTHER, epochs=1, global_batch_size=12, data=few)
+    model = {"name": "fast_alexnet", "widths": [4, 8, 8]}
+    config = small_config(tmp_path / "run", precision=OTHER, epochs=1, global_batch_size=12, data=few, model=model)
     train(config)
     shutil.copytree(tmp_path / "run", tmp_path / "explicit")
     found = []

@@ -197,6 +197,37 @@ def test_signal_before_the_first_step_exits_immediately(number, tmp_path):
     assert json.loads((tmp_path / "0" / "error.json").read_text())["message"]["message"] == message
 
 
+HOLDING = """
+import sys, threading
+threading.Thread(target=threading.Event().wait, daemon=True).start()  # like a library's: it masks no signal
+from distributed.process.signals import SignalStop
+with SignalStop(launched=False, exit_before_first_step=True, holds_sigterm=True) as stop:
+    print("holds", flush=True)
+    sys.stdin.readline()
+    print("released", flush=True)
+    stop.release_sigterm()
+    threading.Event().wait()
+"""
+
+
+def test_sigterm_is_held_until_it_is_released():
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT,
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout.readline() == "holds\n"
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            assert process.poll() is None
+            output, errors = process.communicate("go\n", timeout=30)
+        finally:
+            process.kill()
+    assert output == "released\n"
+    assert errors == "stopped by SIGTERM before the first step; nothing to save\n"
+    assert process.returncode == ExitCode.STOPPED
+
+
 def test_hanging_exit_hook_does_not_delay_the_exit_long():
     with waiting("stuck") as process:
         begin = time.monotonic()

@@ -1,3 +1,4 @@
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -136,7 +137,19 @@ def test_a_failed_download_is_one_line_before_importing_torch(tmp_path):
     assert remedy.startswith(f"error: download of {archive}: go online")
 
 
+def test_a_lost_mount_is_one_line(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+
+    def lost(self: Path) -> bool:
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected", str(self))
+
+    monkeypatch.setattr(Path, "is_dir", lost)
+    with pytest.raises(InputError, match=r"run.*: Transport endpoint is not connected; give another path, or restore"):
+        checked_config(["--data.name", "generated10", "--run_dir", str(run)], Topology())
+
+
 @pytest.mark.parametrize("setting", ["data.root", "run_dir", "init_from"])
 def test_a_folder_that_may_not_be_entered_is_one_line(setting, closed):
-    with pytest.raises(InputError, match=r"Permission denied; give another path, or have its permissions changed"):
+    with pytest.raises(InputError, match=r"Permission denied; give another path, or restore access to it"):
         checked_config([f"--{setting}", str(closed / "x")], Topology())

@@ -3,6 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 from kit.arrays import arrays_of, write_arrays
+from kit.own_networks import write_networks
+from kit.user_modules import importable
 
 from distributed import load, load_config
 from distributed.build import build_data
@@ -17,19 +19,19 @@ from distributed.topology import Topology
 def test_the_centre_square_is_scaled_to_the_size() -> None:
     image = torch.zeros(3, 40, 60, dtype=torch.uint8)
     image[:, :, 10:50] = 255  # the centre square; nothing outside of it may count
-    found = resize(image, 32)
+    found = resize(image, (32, 32))
     assert found.shape == (1, 3, 32, 32)
     torch.testing.assert_close(found[..., 1:-1], torch.ones(1, 3, 32, 30))  # at the border the filter reaches beyond
 
 
 def test_images_of_the_right_size_are_unchanged() -> None:
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-    assert torch.equal(resize(images, 32), images / 255)
+    assert torch.equal(resize(images, (32, 32)), images / 255)
 
 
 def test_scaling_down_uses_antialiasing() -> None:
     stripes = (torch.arange(256) % 2 * 255).byte().expand(3, 256, 256)
-    assert (resize(stripes, 32) - 0.5).abs().max() < 0.05
+    assert (resize(stripes, (32, 32)) - 0.5).abs().max() < 0.05
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,7 @@ def test_scaling_down_uses_antialiasing() -> None:
 )
 def test_images_of_another_type_or_shape_are_refused(images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"should be torch.uint8 \[n, 3, height, width\] or \[3, height, width\]"):
-        resize(images, 32)
+        resize(images, (32, 32))
 
 
 def test_predictions_are_the_networks_on_normalized_pixels() -> None:
@@ -56,17 +58,30 @@ def test_predictions_are_the_networks_on_normalized_pixels() -> None:
     assert not trained.network.training
 
 
-def test_images_that_are_not_square_keep_the_shape_of_training(tmp_path: Path) -> None:
-    """A built-in network stretches them, so nothing may be cropped before."""
-    arrays, root = arrays_of((12, 18, 3)), write_arrays(tmp_path / "a", (12, 18, 3))
+@pytest.mark.parametrize(
+    ("shape", "model", "input_shape"),
+    [
+        ((12, 18, 3), {}, (3, 12, 18)),
+        ((12, 12, 3), {"name": "own_networks:make", "input_side": 20}, (3, 20, 20)),
+    ],
+    ids=["not square", "resized"],
+)
+def test_images_are_prepared_as_for_training(
+    shape: tuple[int, ...], model: dict[str, object], input_shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """A built-in network stretches images, so nothing may be cropped before; resized pixels are not rounded."""
+    write_networks(tmp_path)
+    arrays, root = arrays_of(shape), write_arrays(tmp_path / "a", shape)
     config = load_config(
         run_dir=tmp_path / "run", data={"name": "arrays", "root": root}, epochs=1, global_batch_size=16, optim={"lr": 0.01},
-        precision="float32", device="cpu", threads=1, logging={"tensorboard": False, "curves": False},
+        precision="float32", device="cpu", threads=1, logging={"tensorboard": False, "curves": False}, model=model,
     )  # fmt: skip
-    train(config)
-    trained = load(tmp_path / "run")
-    assert trained.input_shape == (3, 12, 18)
+    with importable(tmp_path):
+        train(config)
+        trained = load(tmp_path / "run")
+    assert trained.input_shape == input_shape
     images = torch.from_numpy(arrays["test_images"]).permute(0, 3, 1, 2)
     batch = next(build_data(config, Topology(), torch.device("cpu")).evaluation("test"))
+    torch.testing.assert_close(trained.preprocess(images), batch.images)
     with torch.no_grad():
         torch.testing.assert_close(trained.predict(images), trained.network(batch.images).softmax(1)[: len(images)])

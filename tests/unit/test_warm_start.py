@@ -15,8 +15,10 @@ from kit.tied_network import Tied
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
+from distributed.checkpoint.snapshot import write_checkpoint
 from distributed.checkpoint.warm_start import start_from
 from distributed.config import TrainConfig, from_command_line
+from distributed.config.models import ImportedModel
 from distributed.errors import InputError
 from distributed.run.resume_checks import check_init_from
 from distributed.topology import Topology
@@ -198,6 +200,32 @@ def test_a_pickle_is_never_loaded(name, how, tmp_path):
     with pytest.raises(InputError, match="never loaded"):
         start_from(config_of(tmp_path, path), Topology(), Net())
     assert not trap.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "refused"),
+    [
+        ("torchvision.models:resnet18", "own:frozen", False),
+        ("__main__:Net", "own:net", False),
+        ("improved_alexnet", "own:net", True),
+        (["improved_alexnet"], "own:net", True),
+    ],
+)
+def test_imported_networks_may_have_other_names(saved, now, refused, tmp_path):
+    checkpoint = tmp_path / "other/checkpoints/step-00000001-epoch-001"
+    write_checkpoint_of(checkpoint, model=saved)
+    config = config_of(tmp_path, tmp_path / "other")
+    config = config.model_copy(update={"model": ImportedModel(name=now)})
+    if refused:
+        with pytest.raises(InputError, match=r"holds weights of .*, but model.name = own:net"):
+            check_init_from(config)
+    else:
+        check_init_from(config)
+
+
+def write_checkpoint_of(checkpoint, *, model):
+    checkpoint.parent.mkdir(parents=True)
+    write_checkpoint(checkpoint, {"model.x": torch.zeros(1)}, {"config": {"model": {"name": model}}})
 
 
 def test_the_command_for_a_pickle_works(tmp_path):

@@ -15,7 +15,7 @@ from distributed.config.data import MAX_PIXELS
 from distributed.data.sources.cifar import Images
 from distributed.data.sources.image_cache import BLOCK, CacheFile, Pixels, Untrusted, folders, in_threads
 from distributed.data.sources.image_file import at_most, pixels_of
-from distributed.data.sources.image_folder import SPLITS, Listing, list_folder
+from distributed.data.sources.image_folder import SPLITS, Listing, refusal
 from distributed.data.sources.image_size import TooLarge, check_sums, size_of, too_large
 from distributed.data.sources.once_per_node import once_per_node
 from distributed.data.sources.progress import progress
@@ -25,19 +25,14 @@ Store = Callable[[int, Pixels], None]
 """Stores a block of images, given the index of its first one."""
 
 
-def read(root: Path, side: int, cache: Path | None = None, *, max_pixels: int = MAX_PIXELS) -> list[Images]:
-    """Return training and test images, uint8 [n, side, side, 3], mapped from the cache if it can be written.
-
-    Raises:
-        InputError: errors in the folder, or files that are not images or too large, one line each.
-    """
-    return read_listed(root, list_folder(root).listings, side, cache, max_pixels=max_pixels)
-
-
 def read_listed(
     root: Path, listings: Mapping[str, Listing], side: int, cache: Path | None, *, max_pixels: int
 ) -> list[Images]:
-    """Like `read`, for a folder whose files are already listed."""
+    """Return training and test images, uint8 [n, side, side, 3], mapped from the cache if it can be written.
+
+    Raises:
+        InputError: files that are not images or too large, one line each, or the cache cannot be written.
+    """
     if cache and next(folders(root, cache), None) is None:
         raise InputError(
             f"data.cache: cannot write to {cache}, or other users can; name another folder with --data.cache"
@@ -144,7 +139,7 @@ def _decode_all(root: Path, listing: Listing, split: str, side: int, max_pixels:
         images = np.empty((len(files), side, side, 3), np.uint8)
         for place, file in enumerate(files):
             try:
-                images[place] = to_square(decode(root / file, max_pixels=max_pixels), side, max_pixels).numpy()
+                images[place] = to_size(decode(root / file, max_pixels=max_pixels), side, side, max_pixels).numpy()
             except TooLarge as error:
                 wrong.append(f"{root / file}: {error}")
             except (ValueError, OSError) as error:
@@ -159,8 +154,7 @@ def _decode_all(root: Path, listing: Listing, split: str, side: int, max_pixels:
             advance(count)
             errors += wrong
     if errors:
-        more = [f"and {len(errors) - 20:,} more files like these"] if len(errors) > 20 else []
-        raise InputError(*[f"data.name = image_folder: {error}" for error in [*errors[:20], *more]])
+        raise refusal(errors)
 
 
 def decode(path: Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -183,20 +177,17 @@ def decode(path: Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     return torch.from_numpy(pixels_of(io.BytesIO(content), ["PNG", "JPEG"])).permute(2, 0, 1)
 
 
-def to_square(image: Tensor, side: int, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Resize the shorter side of uint8 [c, h, w] to `side`, bilinear with antialiasing, and crop the centre: [side, side, c].
+def to_size(image: Tensor, height: int, width: int, max_pixels: int = MAX_PIXELS, *, rounded: bool = True) -> Tensor:
+    """Resize uint8 [c, h, w] until it covers height x width pixels, bilinear with antialiasing, and crop the centre.
+
+    Args:
+        rounded: round resized pixels to uint8; otherwise they are float32.
+
+    Returns:
+        [height, width, c], with pixels from 0 to 255.
 
     Raises:
         TooLarge: before cropping it would have more than `max_pixels`, e.g. if it is one pixel high.
-    """
-    return to_size(image, side, side, max_pixels)
-
-
-def to_size(image: Tensor, height: int, width: int, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Resize uint8 [c, h, w] until it covers height x width pixels, as `to_square` does, and crop: [height, width, c].
-
-    Raises:
-        TooLarge: before cropping it would have more than `max_pixels`.
     """
     _, own_height, own_width = image.shape
     new, old = (height, own_height) if height * own_width >= width * own_height else (width, own_width)
@@ -206,6 +197,7 @@ def to_size(image: Tensor, height: int, width: int, max_pixels: int = MAX_PIXELS
             scaled = f"{own_width:,} x {own_height:,} pixels scaled to {size[1]:,} x {size[0]:,}"
             raise TooLarge(too_large(scaled, max_pixels))
         wide = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True, align_corners=False)
-        image = wide[0].round_().clamp_(0, 255).byte()
+        image = wide[0].clamp_(0, 255)
+        image = image.round_().byte() if rounded else image
     top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
     return image[:, top : top + height, left : left + width].permute(1, 2, 0)

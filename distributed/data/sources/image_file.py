@@ -2,11 +2,12 @@
 
 import io
 import re
+import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from distributed.errors import InputError
 
 
 def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Return the image in its EXIF orientation, float32 RGB [3, h, w] in [0, 1]; the first frame of an animation.
+    """Return the image in its EXIF orientation, RGB, uint8 [3, h, w]; the first frame of an animation.
 
     Raises:
         InputError: the file cannot be read, is not an image in a known format, or has more than `max_pixels`.
@@ -30,21 +31,18 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     formats = [name for name in Image.OPEN if name != "EPS"]  # EPS would run another program
     try:
         with path.open("rb") as file, at_most(max_pixels):
-            pixels = pixels_of(file, formats, deep=True)
+            pixels = pixels_of(file, formats)
     except TooLarge as error:
         raise InputError(f"{path}: {error}") from None
     except ValueError as error:
         raise InputError(f"{path}: not an image that can be decoded ({error}); name a JPEG, PNG or similar") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; name an image that can be read") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1) / (255 if pixels.dtype == np.uint8 else 65535)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def pixels_of(file: IO[bytes], formats: list[str], *, deep: bool = False) -> NDArray[Any]:
+def pixels_of(file: IO[bytes], formats: list[str]) -> NDArray[np.uint8]:
     """Return RGB in its EXIF orientation, uint8 [h, w, 3].
-
-    Args:
-        deep: return a 16-bit greyscale image as float32 from 0 to 65535.
 
     Raises:
         TooLarge: it has more pixels than `at_most` allows.
@@ -54,12 +52,14 @@ def pixels_of(file: IO[bytes], formats: list[str], *, deep: bool = False) -> NDA
 
     try:
         with Image.open(file, formats=formats) as opened:
-            upright = ImageOps.exif_transpose(opened)
+            opened.load()
+            upright: Image.Image = opened
+            with suppress(SyntaxError, ValueError, struct.error):  # a viewer shows an image whose EXIF block is damaged
+                upright = ImageOps.exif_transpose(opened)
             if not upright.mode.startswith("I"):
                 return np.array(upright.convert("RGB"))
             grey = np.asarray(upright, np.float32).clip(0, 65535)  # converting to RGB would clip it at 255
-            shown = grey if deep else (grey.astype(np.int32) >> 8).astype(np.uint8)
-            return np.repeat(shown[..., None], 3, axis=2)
+            return np.repeat((grey.astype(np.int32) >> 8).astype(np.uint8)[..., None], 3, axis=2)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         found = re.search(r"([0-9]+) pixels", str(error))
         size = f"{int(found[1]):,} pixels" if found else "its size"

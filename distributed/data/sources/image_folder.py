@@ -75,8 +75,14 @@ def list_folder(root: Path) -> FolderListing:
         if not found[split] and not errors:
             errors.append(f"{root / split}: no images; it should hold CLASS/*.png, .jpg or .jpeg")
     if errors:
-        raise InputError(*[f"data.name = image_folder: {error}" for error in errors])
+        raise refusal(errors)
     return FolderListing(names, {split: _listing(found[split]) for split in SPLITS})
+
+
+def refusal(errors: list[str]) -> InputError:
+    """Return the error about a folder with these faults, of which it shows the first 20."""
+    more = [f"and {len(errors) - 20:,} more like these"] if len(errors) > 20 else []
+    return InputError(*[f"data.name = image_folder: {error}" for error in [*errors[:20], *more]])
 
 
 def _files(folder: Path, relative: str, label: int, errors: list[str]) -> Iterator[_File]:
@@ -107,12 +113,8 @@ def _class_folders(root: Path, split: str) -> dict[str, Path]:
             "train/CLASS/ and test/CLASS/ with the images"
         ) from None
     if others:
-        raise InputError(
-            *[
-                f"data.name = image_folder: {path}: not a folder, nor a link to one; images belong in {split}/CLASS/: move it"
-                for path in others
-            ]
-        )
+        wrong = "not a folder, nor a link to one"
+        raise refusal([f"{path}: {wrong}; images belong in {split}/CLASS/: move it" for path in others])
     folders = {entry.name: Path(entry.path) for entry in entries}
     if len(folders) == 1 and split == "train":
         raise InputError(
