@@ -33,6 +33,7 @@ from distributed.topology import Topology, is_first_on_node
 
 if TYPE_CHECKING:
     from distributed.data.pipeline import Split
+    from distributed.engine.protocol import Engine
     from distributed.inference.confusion import Counts
     from distributed.training.totals import SplitTotals
 
@@ -103,7 +104,6 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
         import torch
 
     from distributed.build import build_data, build_engine
-    from distributed.checkpoint.tensor_file import read_tensors
     from distributed.comm.process_group import choose_device, process_group
     from distributed.data.checks import check_evaluated
     from distributed.inference.confusion import ConfusionMatrix
@@ -138,10 +138,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
         data.normalize_by(**content["normalization"])
         check_same_checkpoint(checkpoint)
         engine = build_engine(config, topology, data, device, network)
-        try:
-            engine.load_state(read_tensors(checkpoint))
-        except (ValueError, FileNotFoundError) as error:
-            raise InputError(f"{checkpoint}: {error}; name another with --checkpoint") from None
+        _load(checkpoint, engine)
         confusion = ConfusionMatrix(data.num_classes, device)
         views = Views.of(config.evaluation)
         totals = evaluate(
@@ -159,6 +156,15 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
             if failure:
                 raise failure
     return ExitCode.FINISHED
+
+
+def _load(checkpoint: Path, engine: "Engine") -> None:
+    from distributed.checkpoint.tensor_file import read_tensors
+
+    try:
+        engine.load_state(read_tensors(checkpoint))
+    except (ValueError, FileNotFoundError) as error:  # a run that still trains deletes old ones
+        raise InputError(f"{checkpoint}: {error}; name another with --checkpoint") from None
 
 
 def check_same_checkpoint(checkpoint: Path) -> None:
