@@ -4,7 +4,6 @@ Compares every logged metric, and the digest of every tensor at every step that 
 """
 
 import argparse
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from distributed.config import differences, toml_value
 from distributed.config.layers import shown
 from distributed.errors import ExitCode, InputError, counted, prints_errors
 from distributed.files import home_path
+from distributed.inference.saved_run import read_config
 from distributed.process.streams import run_command
 from distributed.run.folder import RunFolder
 from distributed.run.metrics_file import MACHINE_METRICS, TrainRecord, read_metrics
@@ -149,10 +149,7 @@ def main() -> int:
 
 def _print_comparison(a: RunFolder, b: RunFolder) -> int:
     for run in (a, b):
-        if not os.path.isfile(run.config_file):
-            raise InputError(
-                f"{run.path}: no config.toml there; RUN is the folder that a training run wrote (its --run_dir)"
-            )
+        read_config(run.path)
     found = compare(a, b)
     if not found.saves and not found.logged:
         raise InputError(

@@ -23,7 +23,7 @@ from distributed.config import TrainConfig, from_command_line
 from distributed.config.data import CifarData
 from distributed.data.sources import registry
 from distributed.documents.markdown import table
-from distributed.errors import ExitCode
+from distributed.errors import ExitCode, counted
 from distributed.files import check_writable
 from distributed.host.hardware import multiplies_bfloat16
 from distributed.process.optional_output import OptionalOutput, requested_output
@@ -88,7 +88,7 @@ def report(runs: list[Run]) -> str:
     spreads = summary(runs)
     names = list(dict.fromkeys(name for found in spreads.values() for name in found))
     rows = [[name, *(shown(spreads[side][name], name) for side in spreads)] for name in names]
-    return table(["", *(f"{side}, {_counted(found[FINAL].seeds)}" for side, found in spreads.items())], rows)
+    return table(["", *(f"{side}, {counted(found[FINAL].seeds, 'seed')}" for side, found in spreads.items())], rows)
 
 
 def shown(spread: Spread, name: str) -> str:
@@ -97,24 +97,17 @@ def shown(spread: Spread, name: str) -> str:
         return "not reached"
     digits, factor, unit = (2, 100, " %") if name == FINAL else (1, 1, "")
     deviation = "" if spread.deviation is None else f" ± {factor * spread.deviation:.{digits}f}"
-    some = "" if spread.found == spread.seeds else f" ({spread.found} of {_counted(spread.seeds)})"
+    some = "" if spread.found == spread.seeds else f" ({spread.found} of {counted(spread.seeds, 'seed')})"
     return f"{factor * spread.mean:.{digits}f}{deviation}{unit}{some}"
-
-
-def _counted(seeds: int) -> str:
-    return f"{seeds} seed{'s' if seeds > 1 else ''}"
 
 
 def _add_run(results: Results, side: str, seed: int, settings: list[str], options: Options, deadline: float) -> None:
     """Train once, and add the run or its failure to the results."""
     start, name = time.monotonic(), f"{side}, seed {seed}"
-    seconds = min(options.seconds or float("inf"), deadline - start)
     try:
-        if seconds <= 0:
-            raise WorkloadFailedError("not started: the time limit --minutes is reached")
         with tempfile.TemporaryDirectory() as folder:
             workload = _workload(side, [*settings, "--run_dir", f"{folder}/run"], options)
-            measured = workload.measure(None if seconds == float("inf") else seconds)
+            measured = workload.measure_until(deadline, options.seconds)
         run = Run.of(seed, side, time.strftime("%Y-%m-%d"), measured.figures[0]["curve"])
     except WorkloadFailedError as error:
         results.failed[name] = str(error)

@@ -1,12 +1,13 @@
 """The blocks of figures in docs/benchmarks.md, in Markdown. Each takes the content of results/, by file name without suffix."""
 
 import re
-import statistics
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from distributed.bench import scaling_report
 from distributed.bench.peers import PEERS
+from distributed.bench.scaling import medians
 from distributed.bench.training_speed import DEFAULT, PEER_NAMES
 from distributed.documents.markdown import listed, paragraph, table
 from distributed.errors import InputError
@@ -14,14 +15,14 @@ from distributed.errors import InputError
 Results = Mapping[str, Any]
 Content = Mapping[str, dict[str, Any]]
 _LABELS = {
-    r"(seeds'|references') plain loop": "the references' plain loop: PIL, torchvision transforms, 2 loader workers, float32",
+    r"references' plain loop": "the references' plain loop: PIL, torchvision transforms, 2 loader workers, float32",
     r"compute alone": "compute alone: one fixed batch, torch's BatchNorm2d and Dropout, channels last",
     r"ours \(fast\)": "fast mode",
     r"ours \(exact, 8 shards\)": "exact mode, 8 shards",
     re.escape(DEFAULT): "the default, which `make train` runs: exact mode, 8 shards",
 }
 _REFERENCES = {
-    r"(seeds'|references') plain loop": "the plain loop", r"compute alone": "compute alone", r"timm": "timm",
+    r"references' plain loop": "the plain loop", r"compute alone": "compute alone", r"timm": "timm",
 }  # fmt: skip
 
 
@@ -31,7 +32,7 @@ def train_cpu(content: Content) -> str:
     rounds: list[dict[str, float]] = [
         {re.sub(r", batch \d+$", "", name): value for name, value in figures.items()} for figures in results["rounds"]
     ]
-    speeds = _medians(rounds)
+    speeds = medians(rounds)
     names = list(speeds)
     references = {label: name for start, label in _REFERENCES.items() for name in names if re.match(start, name)}
     best = max((name for name in names if name.startswith("ours (fast)")), key=speeds.__getitem__, default="")
@@ -73,13 +74,13 @@ def _label(name: str, results: Results) -> str:
 def _ratio(rounds: Sequence[Mapping[str, float]], name: str, other: str) -> str:
     """Return the median of the rounds' ratios; empty if no round has both."""
     ratios = [figures[name] / figures[other] for figures in rounds if {name, other} <= figures.keys()]
-    return f"{_median(ratios):.2f}" if ratios and name != other else "1" if name == other else ""
+    return f"{median(ratios):.2f}" if ratios and name != other else "1" if name == other else ""
 
 
 def train_gpu(content: Content) -> str:
     """Return the table of `bench train` on a GPU."""
     results = content["bench_train_gpu"]
-    figures, failed = _medians(results["rounds"]), results["failed"][0]
+    figures, failed = medians(results["rounds"]), results["failed"][0]
     batches = sorted({int(name.rpartition(", batch ")[2]) for name in figures})
     workloads = dict.fromkeys(name.rpartition(", batch ")[0] for name in figures)
     shown = [name for name in workloads if name.startswith(("ours", *PEER_NAMES.values()))]
@@ -109,10 +110,10 @@ def _cell(figures: Mapping[str, float], failed: Mapping[str, str], name: str) ->
 def exact_price(content: Content) -> str:
     """Return what exact mode costs, in a sentence per device."""
     ratios = content["bench_exact_cpu"]["ratios"]
-    one = _median(_named(ratios, r"1 process x 2 threads: exact, (S = 8|8 shards) / fast"))
-    two = _median(_named(ratios, r"2 processes x 1 thread: exact, (S = 2|2 shards) / fast"))
+    one = median(_named(ratios, r"1 process x 2 threads: exact, 8 shards / fast"))
+    two = median(_named(ratios, r"2 processes x 1 thread: exact, 2 shards / fast"))
     measured = _measured(content["bench_exact_cpu"], "bench_exact_cpu")
-    gpu = _medians(content["bench_train_gpu"]["rounds"])
+    gpu = medians(content["bench_train_gpu"]["rounds"])
     fractions = [
         f"{gpu[exact] / value:.2f} at {name.rpartition(', ')[2]}"
         for name, value in gpu.items()
@@ -142,20 +143,20 @@ def scaling(content: Content) -> str:
 def others(content: Content) -> str:
     """Return the table of startup, saves and layers."""
     startup, save, norm = (content[f"bench_{name}_cpu"] for name in ("startup", "save", "norm"))
-    seconds = _median(_named(startup["rounds"], "to the first step"))
+    seconds = median(_named(startup["rounds"], "to the first step"))
     first, saves = _named(startup["ratios"], "first step"), _named(save["ratios"], "time a save adds")
     layer32, layer16 = (_named(norm["ratios"], f"torch's / ours, {dtype}") for dtype in ("float32", "bfloat16"))
     unclear = "too little to measure: " if min(saves) < 0 < max(saves) else ""
-    started = f"{seconds:.1f} s: {_median(first):.2f} times `import torch` plus a process group{_range(first, 2)}"
+    started = f"{seconds:.1f} s: {median(first):.2f} times `import torch` plus a process group{_range(first, 2)}"
     rows = [
         ["from launch to the first step, 2 processes", started, _measured(startup, "bench_startup_cpu")],
         [
-            "one save, written while training continues", f"{unclear}{_median(saves):.2f} of a step{_range(saves, 1)}",
+            "one save, written while training continues", f"{unclear}{median(saves):.2f} of a step{_range(saves, 1)}",
             _measured(save, "bench_save_cpu"),
         ],
         [
             "local response norm against torch's",
-            f"{_median(layer32):.1f} times as fast in float32{_range(layer32, 1)}, {_median(layer16):.1f} times in bfloat16",
+            f"{median(layer32):.1f} times as fast in float32{_range(layer32, 1)}, {median(layer16):.1f} times in bfloat16",
             _measured(norm, "bench_norm_cpu"),
         ],
     ]  # fmt: skip
@@ -186,13 +187,3 @@ def _named(rounds: Sequence[Mapping[str, float]], start: str) -> list[float]:
 
 def _range(values: Sequence[float], digits: int) -> str:
     return f" (rounds {min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
-def _medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return each figure's median over the rounds that have it."""
-    names = dict.fromkeys(name for figures in rounds for name in figures)
-    return {name: _median([figures[name] for figures in rounds if name in figures]) for name in names}
-
-
-def _median(values: Sequence[float]) -> float:
-    return statistics.median(values)

@@ -84,15 +84,9 @@ def run_round(benchmark: Benchmark, options: Options, deadline: float, *, label:
     with tempfile.TemporaryDirectory() as folder:
         for name, workload in benchmark.workloads(options, folder).items():
             start = time.monotonic()
-            seconds = min(options.seconds or float("inf"), deadline - start)
             try:
-                if seconds <= 0:
-                    raise WorkloadFailedError("not started: the time limit --minutes is reached")
-                measured = workload.measure(None if seconds == float("inf") else seconds)
-                new = benchmark.figures_of(name, workload, measured)
+                new = benchmark.figures_of(name, workload, workload.measure_until(deadline, options.seconds))
             except WorkloadFailedError as error:
-                if str(error).startswith("timed out") and time.monotonic() >= deadline:
-                    error = WorkloadFailedError("ended by the time limit --minutes", error.output)
                 failed[name] = error
                 print(f"{label}failed: {name}: {error}", file=sys.stderr, flush=True)
                 continue

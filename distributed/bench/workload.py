@@ -1,6 +1,7 @@
 """A workload of a benchmark, which is run and measured in a process of its own."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -64,6 +65,25 @@ class Workload:
     batch: int = 128
     ranks: int = 0
     python: Path = Path(sys.executable)
+
+    def measure_until(self, deadline: float, seconds: float | None) -> Measurement:
+        """Measure within `seconds`, if given, and before the time limit of the benchmark.
+
+        Args:
+            deadline: CLOCK_MONOTONIC in seconds at which the workload is killed, or not even started.
+
+        Raises:
+            WorkloadFailedError: as in `measure`, or the benchmark's time limit was reached.
+        """
+        limit = min(seconds or math.inf, deadline - time.monotonic())
+        if limit <= 0:
+            raise WorkloadFailedError("not started: the time limit --minutes is reached")
+        try:
+            return self.measure(None if limit == math.inf else limit)
+        except WorkloadFailedError as error:
+            if str(error).startswith("timed out") and time.monotonic() >= deadline:
+                raise WorkloadFailedError("ended by the time limit --minutes", error.output) from None
+            raise
 
     def measure(self, seconds: float | None = None) -> Measurement:
         """Run the workload in a process of its own.
