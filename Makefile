@@ -1,4 +1,4 @@
-# make train, make test: each first installs what it needs in .venv. Requires Python 3.11+, make and a C++ compiler.
+# make train, make test: each first installs what it needs in .venv. Requires Python 3.11+ and make; the tests also a C++ compiler.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -44,8 +44,8 @@ test: $(READY)  ## unit tests, tests on two ranks, core integration tests, bit-i
 
 test-all: $(READY)  ## every test, a real Ray and Slurm, hostile inputs, lint, types and the oldest torch
 	@echo "make test-all: 35 to 65 minutes on two cores"
-	$(call summarized,$(SUITES) test-oldest dry-newest)
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target dry-oldest lint
+	$(call summarized,$(SUITES) test-oldest dry-newest lint)
+	$(MAKE) --no-print-directory dry-oldest
 
 core-unit: $(READY)
 	$(call pytest,600,tests/unit)

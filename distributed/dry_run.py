@@ -48,7 +48,7 @@ class _Timing(NamedTuple):
 def dry_run(config: TrainConfig) -> None:
     """Build everything that a run needs, take eight steps, and print sizes and times on rank 0. Every rank calls this.
 
-    Nothing is written: the run folder is not even created, and a checkpoint in it is not loaded.
+    The run folder is not even created, and a checkpoint in it is not loaded.
 
     Raises:
         InputError: as `train` does.

@@ -85,13 +85,16 @@ class PeerError(_UserError, RuntimeError):
 
 @contextmanager
 def reachable_paths() -> Iterator[None]:
-    """Turn an OSError about a path into an InputError, e.g. in a folder that this user may not enter, or on a lost mount."""
+    """Turn an OSError that names a path into an InputError, e.g. for a folder that this user may not enter or a lost mount.
+
+    A missing file is no such case: where one may be missing, the code says what that means.
+    """
     try:
         yield
     except StorageError:
         raise
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None or isinstance(error, FileNotFoundError):
             raise
         raise InputError(f"{error.filename}: {error.strerror}; give another path, or restore access to it") from None
 
@@ -115,9 +118,9 @@ def first_few(names: Sequence[str], shown: int) -> str:
     return ", ".join(names[:shown]) + (f" and {len(names) - shown:,} more" if names[shown:] else "")
 
 
-def counted(count: int, noun: str, plural: str = "s") -> str:
+def counted(count: int, noun: str, ending: str = "s") -> str:
     """Return e.g. `1 epoch` or `2 epochs`."""
-    return f"{count} {noun}{'' if count == 1 else plural}"
+    return f"{count:,} {noun}{'' if count == 1 else ending}"
 
 
 @contextmanager

@@ -61,14 +61,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     arguments = parser.parse_args()
     try:
-        config = _config_of(arguments.run, arguments.root)
-        checkpoint = choose_checkpoint(arguments.run, arguments.checkpoint)
-        if arguments.split == "validation" and not config.data.validation_fraction:
-            raise InputError("--split validation: this run held out no images; use --split test or train")
-        if arguments.confusion:
-            require("matplotlib", at_least=(3, 9), needed_by="--confusion")
-            check_writable("--confusion", arguments.confusion)
-        return _evaluate(config, checkpoint, arguments)
+        with reachable_paths():
+            return _checked_and_evaluated(arguments)
     except (PeerError, NotFiniteError) as error:
         return error.report()
     except (InputError, StorageError) as error:
@@ -79,6 +73,17 @@ def main() -> int:
             time.sleep(3)  # torchrun ends all ranks as soon as one exits: the first prints meanwhile
             error.report()  # still here, so only this rank failed
         return error.exit_code
+
+
+def _checked_and_evaluated(arguments: argparse.Namespace) -> int:
+    config = _config_of(arguments.run, arguments.root)
+    checkpoint = choose_checkpoint(arguments.run, arguments.checkpoint)
+    if arguments.split == "validation" and not config.data.validation_fraction:
+        raise InputError("--split validation: this run held out no images; use --split test or train")
+    if arguments.confusion:
+        require("matplotlib", at_least=(3, 9), needed_by="--confusion")
+        check_writable("--confusion", arguments.confusion)
+    return _evaluate(config, checkpoint, arguments)
 
 
 def _notify_waiting_peers(error: InputError | StorageError) -> None:
@@ -92,10 +97,9 @@ def _notify_waiting_peers(error: InputError | StorageError) -> None:
 
 
 def _config_of(run: Path, root: Path | None) -> TrainConfig:
-    with reachable_paths():
-        config = with_data_root(read_config(run), root)
-        config.check_importable()
-        registry.prepare(config.data)
+    config = with_data_root(read_config(run), root)
+    config.check_importable()
+    registry.prepare(config.data)
     return with_values(config, run_dir=run)  # the run may have been moved
 
 
@@ -132,7 +136,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     # Before the process group, because decoding may take long, and importing a network may fail.
     data = build_data(config, topology, device)
     functions = build_functions(config, topology, data, device)
-    network = build_network(config, topology, data, device)
+    network = build_network(config, topology, data, device, evaluated=(split,))
     with process_group(topology, device, timeout_seconds=config.timeout_seconds):
         check_evaluated(content, config, data, split)
         data.normalize_by(**content["normalization"])
@@ -163,7 +167,7 @@ def _load(checkpoint: Path, engine: "Engine") -> None:
 
     try:
         engine.load_state(read_tensors(checkpoint))
-    except (ValueError, FileNotFoundError) as error:  # a run that still trains deletes old ones
+    except (ValueError, FileNotFoundError) as error:  # a run that is still training deletes old ones
         raise InputError(f"{checkpoint}: {error}; name another with --checkpoint") from None
 
 

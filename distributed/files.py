@@ -72,7 +72,7 @@ def read_at_most(path: Path, limit: int) -> bytes:
 
 
 def check_reachable(path: Path) -> None:
-    """Raise OSError if a file cannot be reached now, which says neither that it is missing nor that it is damaged."""
+    """Raise OSError if a file is out of reach, e.g. on a lost mount; that does not mean that it is missing or damaged."""
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
     except OSError as error:
@@ -84,7 +84,7 @@ def lines_of(path: Path) -> Iterator[str]:
     """Yield the lines of a text file without line endings, up to a line of 16 MiB; none if it is not a regular file.
 
     Raises:
-        OSError: it cannot be reached now.
+        OSError: it is out of reach.
     """
     check_reachable(path)
     if not os.path.isfile(path):
@@ -178,7 +178,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def write_at_once(file: IO[bytes], content: bytes) -> None:
-    """Append lines to an unbuffered file that can be read: all or, on a full disk, which would take a part, none.
+    """Append lines to an unbuffered file that is open for reading too: all of them or, on a full disk, none.
 
     Raises:
         OSError: it could not be written.

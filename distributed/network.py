@@ -1,5 +1,6 @@
 """Builds a run's network and checks, before any process group exists, that it can be trained as configured."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,19 +21,27 @@ from distributed.models.imported import GivenModel
 from distributed.models.plain_batch_norm import unsupported_batch_norms
 from distributed.topology import Topology
 
+EVALUATED: tuple[Split, ...] = ("validation", "test")
+"""The splits that a training evaluates."""
 _IMAGES_FOR_WHITENING = 1000  # of almost a thousand patches each
 
 
 class Network(NamedTuple):
-    """A model in float32 on the CPU with its initial weights, and its convolutions and linear layers that alone use their
-    parameters, by name, each with the number of its calls in one forward pass."""
+    """A model in float32 on the CPU with its initial weights. layers: by name, the convolutions and linear layers whose
+    parameters nothing else uses, each with its number of calls in a forward pass."""
 
     model: nn.Module
     layers: dict[str, int]
 
 
 def build_network(
-    config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device, given: GivenModel | None = None
+    config: TrainConfig,
+    topology: Topology,
+    data: DataPipeline,
+    device: torch.device,
+    given: GivenModel | None = None,
+    *,
+    evaluated: Sequence[Split] = EVALUATED,
 ) -> Network:
     """Build the network. An imported one is tried on a few images, in throwaway passes that leave it unchanged.
 
@@ -40,6 +49,7 @@ def build_network(
 
     Args:
         given: what Python code gave for the import path in the config.
+        evaluated: the splits that it will be evaluated on.
 
     Raises:
         InputError: the network cannot be imported, does not return logits, or exact mode does not support it; or its engine
@@ -50,7 +60,7 @@ def build_network(
             require_deepspeed()
         model = build_model(config.model, num_classes=data.num_classes, seed=config.seed, given=given)
         if isinstance(config.model, ImportedModel):
-            return Network(model, _check_imported(model, config, topology, data, device))
+            return Network(model, _check_imported(model, config, topology, data, device, evaluated))
     return Network(model, {name: 1 for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)})
 
 
@@ -79,7 +89,12 @@ def whiten_first_layer(model: nn.Module, data: DataPipeline) -> None:
 
 
 def _check_imported(
-    model: nn.Module, config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device
+    model: nn.Module,
+    config: TrainConfig,
+    topology: Topology,
+    data: DataPipeline,
+    device: torch.device,
+    evaluated: Sequence[Split],
 ) -> dict[str, int]:
     """Raise InputError if an imported network cannot be trained as configured; return `Network.layers`."""
     from distributed.exact.check.supported import check_exact, mixes_samples  # only imported networks need these
@@ -90,11 +105,14 @@ def _check_imported(
     images, keys = example.images.cpu().float(), example.sample_keys.cpu()
     name = config.model.name
     draws = check_output(model, images[:2], keys[:2], name=name, num_classes=data.num_classes, seed=config.seed)
-    if smallest_batch(data) < data.shards.total:
-        check_without_images(model, images[:0], keys[:0], name=name)
+    if smallest_batch(data, evaluated) < data.shards.total:
+        check_without_images(
+            model, images[:0], keys[:0], name=name, num_classes=data.num_classes,
+            in_training=smallest_batch(data, ()) < data.shards.total,
+        )  # fmt: skip
     images = images[torch.arange(3) % len(images)]  # the passes change the copies
     if config.shards_on(device.type):
-        check_exact(model, images)
+        check_exact(model, images, device_type=device.type)
         return layers_to_shard(model, images)
     if draws and topology.is_main:
         logger.warning(
@@ -137,12 +155,11 @@ def _warn_about_changes(model: nn.Module, images: Tensor, name: str, *, several:
         )  # fmt: skip
 
 
-def smallest_batch(data: DataPipeline) -> int:
-    """Return the number of images in the smallest micro-batch of an epoch or an evaluation."""
+def smallest_batch(data: DataPipeline, evaluated: Sequence[Split] = EVALUATED) -> int:
+    """Return the number of images in the smallest micro-batch of an epoch, or of an evaluation of these splits."""
     batch, step = data.batching.global_batch_size, data.batching.evaluation_batch_size
     train = [min(batch, data.size("train")), data.size("train") % batch]
     sizes = [max(1, count // data.batching.grad_accum_steps) for count in train if count]
-    splits: list[Split] = ["train", "validation", "test"]
-    for size in map(data.size, splits):
+    for size in map(data.size, evaluated):
         sizes += [count for count in (min(step, size), size % step) if count]
     return min(sizes)

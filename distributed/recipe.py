@@ -71,6 +71,7 @@ def train(
         InputError: an argument, the data, run folder or device cannot be used, or the ranks' configs or data differ.
         NotFiniteError: the loss or a gradient became infinite or NaN.
         StorageError: a checkpoint could not be written. The previous one is intact.
+        PeerError: another rank failed or was lost.
     """
     check_arguments(config, stop=stop, sinks=sinks)
     config = with_given(config, model=model, data=data, loss=loss)

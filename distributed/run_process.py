@@ -9,7 +9,7 @@ from distributed.comm.same_config import config_digest
 from distributed.config import TrainConfig
 from distributed.config.data import GeneratedData
 from distributed.dry_run import dry_run as try_steps
-from distributed.errors import ExitCode, InputError, NotFiniteError, PeerError, StorageError
+from distributed.errors import ExitCode, InputError, NotFiniteError, PeerError, StorageError, counted
 from distributed.inference.result import TrainResult
 from distributed.process import exits, logs
 from distributed.process.signals import SignalStop
@@ -71,7 +71,7 @@ def _log_result(config: TrainConfig, result: TrainResult) -> None:
         logger.warning("{}", _stop_message(result))
         return
     run = RunFolder(config.run_dir)
-    epochs = f"{result.epoch} epoch{'s' if result.epoch != 1 else ''}"
+    epochs = counted(result.epoch, "epoch")
     early = ", stopped early" if result.stopped_early else ""
     best = f"; best validation epoch {result.best.epoch + 1} ({result.best.value:.4f})" if result.best else ""
     logger.info("finished after {}, {} steps{}{}", epochs, result.step, early, best)

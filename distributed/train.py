@@ -1,5 +1,6 @@
 """`python -m distributed.train [CONFIG.toml] [--SETTING VALUE ...] [--dry-run]`: rejects bad input before importing torch."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -56,6 +57,7 @@ def _run(stop: SignalStop) -> int:
     dry_run = len(arguments) < len(sys.argv) - 1
     try:
         topology = Topology.from_environment()
+        check_one_task(topology)
         topology.check_endpoint()
         config, finished = checked_config(arguments, topology)
     except InputError as error:
@@ -73,6 +75,16 @@ def _run(stop: SignalStop) -> int:
         from distributed.run_process import run_to_exit_code
 
     return run_to_exit_code(config, topology, stop, dry_run)
+
+
+def check_one_task(topology: Topology) -> None:
+    """Raise InputError if srun has started this command several times, each of which would train alone."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")
+    if not topology.launched and tasks.isdecimal() and int(tasks) > 1:
+        raise InputError(
+            f"environment: SLURM_STEP_NUM_TASKS = {tasks}: srun starts {tasks} separate trainings; submit slurm/train.sh, or "
+            "start torchrun with one task per node"
+        )
 
 
 def checked_config(

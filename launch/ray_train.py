@@ -46,9 +46,9 @@ def main() -> int:
         return ExitCode.FINISHED
     try:
         require("ray", at_least=(2, 60), needed_by="launch.ray_train")
-        split = split_sweep(arguments)
-        sweep = read_sweep(split)
         with reachable_paths():
+            split = split_sweep(arguments)
+            sweep = read_sweep(split)
             trainings = sweep_trainings(split.common, sweep) if sweep else [check_training(split.common)]
         check_address(ray_address())
     except InputError as error:

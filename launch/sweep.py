@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from distributed.config import TrainConfig, from_command_line
-from distributed.errors import InputError
+from distributed.errors import InputError, counted
 from launch.distributions import Distribution
 
 T = TypeVar("T")
@@ -114,7 +114,7 @@ def check_compared(config: TrainConfig, sweep: Sweep) -> None:
     has_settings = bool(sweep.distributions) or any(name != "seed" for name in sweep.lists)
     if has_settings and not config.data.validation_fraction:
         raise InputError(
-            "data.validation_fraction = 0: a sweep chooses the best training by validation, never by test images; set it "
+            "data.validation_fraction = 0: a sweep chooses the best trial by validation images, never by test images; set it "
             "above 0, e.g. 0.1"
         )
 
@@ -189,9 +189,7 @@ def check_trials(trials: Sequence[Trial], check: Callable[[Trial], T]) -> list[T
         return results
     lines = list(_with_trials(mistakes, len(trials)))
     more = len(lines) - _MAX_LINES
-    raise InputError(
-        *lines[:_MAX_LINES], *([f"and {more:,} more mistake{'s' if more > 1 else ''}"] if more > 0 else [])
-    )
+    raise InputError(*lines[:_MAX_LINES], *([f"and {counted(more, 'more mistake')}"] if more > 0 else []))
 
 
 def _with_trials(mistakes: dict[str, list[Trial]], count: int) -> Iterator[str]:

@@ -168,7 +168,7 @@ def _text(value: Any) -> str:
 def _values(name: str, entry: Entry) -> Distribution | list[str]:
     """Return the values of a setting."""
     if any(name == fixed or name.startswith(f"{fixed}.") for fixed in _NOT_SWEPT):
-        raise InputError(f"{entry.place}: cannot be swept; sweep other settings of the training")
+        raise InputError(f"{entry.place}: cannot be swept; sweep other settings")
     if name not in known() and not table_around(name):
         raise InputError(f"{entry.place}: {unknown(name)}")
     if isinstance(entry.values, str):

@@ -13,6 +13,13 @@
 #   TORCHRUN="OPTIONS"    further options of torchrun, e.g. --max-restarts=2
 set -uo pipefail
 : "${project:?is set by the script that sources this}"
+# A job that was submitted from within another inherits what Slurm does not set for it: array, restarts, options of steps.
+if [ -n "${SLURM_JOB_ID:-}" ] && shown=$(scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null | head -n 1) && [ -n "$shown" ]; then
+    [[ $shown == *" ArrayJobId="* ]] || unset "${!SLURM_ARRAY_@}"
+    [[ ! $shown =~ \ Restarts=([0-9]+)\  ]] || export SLURM_RESTART_COUNT="${BASH_REMATCH[1]}"
+fi
+unset "${!SLURM_CPU_BIND@}" SLURM_GPU_BIND SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_NTASKS_PER_GPU
+[ -z "${SLURM_MEM_PER_CPU:-}" ] || [ -z "${SLURM_MEM_PER_NODE:-}" ] || unset SLURM_MEM_PER_CPU SLURM_MEM_PER_NODE
 # One task of an array has the array's own number as its id, with which scontrol would change every task.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-${SLURM_JOB_ID:-}}
@@ -118,13 +125,13 @@ main() {
     set -- "${fields[@]:7}"
     logs=$run/slurm
     mkdir -p "$logs" || exit_with 2 "error: run_dir = $run: not writable; give another with --run_dir"
-    set_comment "$(in_container python -m launch.slurm.requeue begin "$run" "$SLURM_JOB_ID")"
     log "attempt $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, processes per node: $ranks, rendezvous at" \
         "$address:$port; run folder $run, logs $logs/$SLURM_JOB_ID-*.log"
 
     if [ "${PREFLIGHT:-$((SLURM_JOB_NUM_NODES > 1))}" != 0 ] && [ -z "$signal" ]; then
         preflight "$address" "$port" "$@"
     fi
+    set_comment "$(in_container python -m launch.slurm.requeue begin "$run" "$SLURM_JOB_ID")"
     run_on_every_node bash "$project/slurm/node.sh" "$address" "$port" "$ranks" "$@"
     finish "$run"
 }

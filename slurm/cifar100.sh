@@ -13,8 +13,9 @@
 #SBATCH --output=slurm-%j.out
 
 # Slurm runs a copy of this file from its spool folder; scontrol shows the original as Command, one line per array task.
-project=${PROJECT:-$(dirname "$(dirname "$(readlink -f "$0")")")}
-if [ -z "${PROJECT:-}" ] && [ ! -f "$project/slurm/body.sh" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
+project=$(dirname "$(dirname "$(readlink -f "$0")")")
+[ ! -f "${PROJECT:-}/slurm/body.sh" ] || project=$PROJECT # some clusters set PROJECT to a storage folder
+if [ ! -f "$project/slurm/body.sh" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
     project=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's|^ *Command=||p' | head -n 1 |
         sed 's|/slurm/[^/ ]*\.sh\( .*\)\{0,1\}$||')
 fi

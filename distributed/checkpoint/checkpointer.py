@@ -170,7 +170,7 @@ class Checkpointer:
             self._uploader.finish_within(AT_STOP_SECONDS if stopping else AT_END_SECONDS)
         while self.upload_to and collectives.broadcast_object(self._uploader and self._uploader.is_busy()):
             pass
-        if self._uploader and self._writer:  # delete what was kept only for its upload
+        if self._writer:  # also what was kept only for its upload
             self._writer.delete_old()
 
     def _damage_of(self, path: Path) -> str | None:

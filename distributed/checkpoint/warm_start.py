@@ -13,7 +13,7 @@ from distributed.checkpoint.download import store_has_run
 from distributed.checkpoint.fit import explained, fit_weights
 from distributed.checkpoint.tensor_file import read_tensors
 from distributed.config import TrainConfig
-from distributed.errors import InputError
+from distributed.errors import InputError, reachable_paths
 from distributed.run.checkpoint_layout import check_format, damage_of
 from distributed.run.folder import RunFolder
 from distributed.run.weights_file import check_weights_file, check_weights_folder, is_weights_file
@@ -31,7 +31,9 @@ def evaluation_weights(path: Path) -> dict[str, Tensor]:
     except ValueError as error:
         raise InputError(f"{path}: {error}; name another checkpoint") from None
     except FileNotFoundError:
-        raise InputError(f"{path}: deleted by a run that still trains; try again, or name another checkpoint") from None
+        raise InputError(
+            f"{path}: deleted by a run that is still training; try again, or name another checkpoint"
+        ) from None
     weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     ema = {name.removeprefix("ema."): tensor for name, tensor in tensors.items() if name.startswith("ema.")}
     return weights | ema
@@ -80,8 +82,9 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], Path]:
         return found, path
     checkpoint = check_weights_folder(path)
     check_format(checkpoint)
-    if damage := damage_of(checkpoint):
-        raise InputError(
-            f"init_from = {path}: {checkpoint.name} is damaged: {damage}; name another checkpoint of that run"
-        )
-    return evaluation_weights(checkpoint), checkpoint
+    with reachable_paths():
+        if damage := damage_of(checkpoint):
+            raise InputError(
+                f"init_from = {path}: {checkpoint.name} is damaged: {damage}; name another checkpoint of that run"
+            )
+        return evaluation_weights(checkpoint), checkpoint

@@ -1,4 +1,4 @@
-"""Writes a run's checkpoints to disk, with what belongs to them elsewhere: digests, links, and the end of older ones."""
+"""Writes a run's checkpoints, records their digests, sets the links and deletes old checkpoints."""
 
 import os
 import shutil
@@ -11,7 +11,6 @@ from torch import Tensor
 from distributed.checkpoint.snapshot import Snapshot, write_checkpoint
 from distributed.checkpoint.tensor_file import tensor_digest
 from distributed.checkpoint.upload import Uploader
-from distributed.files import storing
 from distributed.run import checkpoint_changes
 from distributed.run import checkpoint_layout as layout
 from distributed.run.claim import ClaimedRun
@@ -50,18 +49,17 @@ class CheckpointWriter:
             raise
         self._record(name, snapshot.tensors)
         self._link(name, snapshot.best)
+        self.delete_old()
         if self._uploader:
             self._uploader.start()
         self.run.saved(step=snapshot.content["state"]["step"], epoch=snapshot.content["state"]["epoch"])
 
     def finish_commit(self, name: str, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Do what an attempt that was killed right after it committed its newest checkpoint has left undone.
+        """Finish what an attempt left undone that was killed right after it committed this checkpoint.
 
-        No later save need follow: it may have been the run's last.
+        It may have been the run's last save, so no later one would do it.
         """
-        with storing(self.run.digests_file):
-            recorded = any(save.name == name for save in read_saves(self.run.digests_file))
-        if not recorded:
+        if all(save.name != name for save in read_saves(self.run.digests_file)):
             self._record(name, tensors)
         self._link(name, layout.best_name(content))
 
@@ -84,10 +82,9 @@ class CheckpointWriter:
         self.run.append(self.run.digests_file, SaveRecord(name=name, tensors=digests))
 
     def _link(self, newest: str, best: str | None) -> None:
-        """Let the links point to the newest and the best checkpoint, and delete old ones."""
+        """Point the links to the newest and the best checkpoint."""
         self._newest, self._best = newest, best
         set_link = partial(checkpoint_changes.set_link, self.run.checkpoints)
         self.run.try_cleanup("the link latest was not set", partial(set_link, layout.LATEST, newest))
         if best is not None:
             self.run.try_cleanup("the link best was not set", partial(set_link, layout.BEST, best))
-        self.delete_old()

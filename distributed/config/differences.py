@@ -42,7 +42,7 @@ def changes_experiment(path: str, config: TrainConfig) -> bool:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of nested tables by their dotted names. An option of a factory or function may be an empty dict."""
+    """Return the values of nested tables by their dotted names. An empty dict is kept only as the value of an option."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         is_group = isinstance(value, dict) and (value or prefix.count(".") < 2)  # deeper, {} is an option's value

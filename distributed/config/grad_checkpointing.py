@@ -19,7 +19,7 @@ def _names(value: Any) -> tuple[str, ...]:
 
 
 class GradCheckpointing(Section):
-    """Whether and where activations are computed again in the backward pass."""
+    """Whether and where activations are recomputed in the backward pass."""
 
     enabled: bool = setting(
         False, "keep only the inputs of the network's blocks and recompute the blocks in the backward pass: the same results "
@@ -44,11 +44,11 @@ class GradCheckpointing(Section):
         if self.enabled and compile:
             found.append(
                 "grad_checkpointing.enabled = true cannot be combined with compile = true, which decides itself what to "
-                "compute again: set one of them to false"
+                "recompute: set one of them to false"
             )
         if self.enabled and isinstance(engine, DeepSpeed) and engine.zero_stage == 3:
             found.append(
                 "grad_checkpointing.enabled = true cannot be combined with engine.zero_stage = 3, which frees the weights of a "
-                "block before it is computed again: set engine.name = fsdp, or engine.zero_stage = 2"
+                "block before it is recomputed: set engine.name = fsdp, or engine.zero_stage = 2"
             )
         return found

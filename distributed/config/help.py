@@ -15,7 +15,7 @@ Train an AlexNet variant, or a network of your own, on CIFAR, a folder of images
 file or the name of a shipped config, e.g. cifar10 or seeds/I-10 (an unknown name lists all of them). Without arguments it
 trains improved_alexnet on CIFAR-10 if that is in ./data, else on generated images; a cluster job must name its data. The
 same command resumes a stopped or killed run; settings marked * may then change. With --dry-run it loads the data and the
-network, takes eight steps, prints memory, speed and the hours to finish, and writes nothing.
+network, takes eight steps, prints memory, speed and the hours to finish, and leaves the run folder alone.
 """
 _COLUMN = 39  # where descriptions begin
 _UNBOUND = 10_000

@@ -30,10 +30,12 @@ class Exact(Section):
 
 class Evaluation(Section):
     batch_size: int = setting(1000, "images per forward pass, over all ranks", gt=0)
-    flip_tta: bool = setting(False, "flip test-time augmentation: add the logits of each image and of its mirror image")
+    flip_tta: bool = setting(
+        False, "flip test-time augmentation: average the logits of each image and of its mirror image"
+    )
     shift_tta: int = setting(
-        0, "shift test-time augmentation: add, at half weight each, the logits of the image shifted by this many pixels up and "
-        "left, and down and right; 0: off", ge=0, le=64,
+        0, "shift test-time augmentation: average with the logits, at half weight each, of the image shifted by this many "
+        "pixels up and left, and down and right; 0: off", ge=0, le=64,
     )  # fmt: skip
     metrics: Metrics = operational(
         (), "further metrics by import path: function(logits, targets) returns one number per sample, of which the mean is "

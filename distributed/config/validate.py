@@ -12,7 +12,7 @@ from distributed.config.layers import Settings
 from distributed.config.leaves import sections_of, variant_name
 from distributed.config.messages import dotted_path, explain
 from distributed.config.train_config import TrainConfig
-from distributed.errors import InputError
+from distributed.errors import InputError, counted
 
 _MAX_LINES = 20
 
@@ -33,7 +33,7 @@ def validated(settings: Settings) -> TrainConfig:
     for problem in problems[: _MAX_LINES - len(lines)]:
         lines += explain(problem, settings)
     more = len(settings.mistakes) + len(problems) - _MAX_LINES
-    raise InputError(*lines, *([f"and {more:,} more mistake{'s' if more > 1 else ''}"] if more > 0 else []))
+    raise InputError(*lines, *([f"and {counted(more, 'more mistake')}"] if more > 0 else []))
 
 
 def _checked(values: dict[str, Any]) -> tuple[TrainConfig | None, list[ErrorDetails]]:

@@ -1,6 +1,8 @@
 """Collective checks: all ranks read the same data, it is the official data set, and its splits are usable."""
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from loguru import logger
@@ -12,6 +14,7 @@ from distributed.config.schedules import Plateau
 from distributed.data.pipeline import DataPipeline, Split
 from distributed.data.sources.cifar_spec import SETS
 from distributed.data.sources.identity import Difference, class_difference, differences, image_difference
+from distributed.data.sources.image_folder import SPLITS
 from distributed.errors import InputError, first_few
 
 _SHOWN = 5
@@ -98,12 +101,26 @@ def _small_splits(config: TrainConfig, data: DataPipeline) -> list[str]:
             f"{len(absent):,} of {data.num_classes:,} classes have no training image: {first_few(absent, _SHOWN)}; the "
             "network cannot learn them"
         )
+    if isinstance(config.data, ImageFolderData):
+        warnings += unread_folders(config.data.root)
     if config.global_batch_size > train:
         warnings.append(
             f"global_batch_size = {config.global_batch_size:,} is more than the {train:,} training images: an epoch is one "
             f"step of {train:,}"
         )
     return warnings
+
+
+def unread_folders(root: Path) -> list[str]:
+    """Return a warning for each folder of validation images beside train and test, unless it is one of these."""
+    read = {os.path.realpath(root / split) for split in SPLITS}
+    folders = [root / name for name in ("val", "valid", "validation")]
+    return [
+        f"{folder}: ignored: validation images are taken from train (data.validation_fraction); to train on these too, move "
+        "them into train"
+        for folder in folders
+        if folder.is_dir() and os.path.realpath(folder) not in read
+    ]
 
 
 def check_evaluated(trained_on: Mapping[str, Any], config: TrainConfig, data: DataPipeline, split: Split) -> None:
@@ -121,6 +138,11 @@ def check_evaluated(trained_on: Mapping[str, Any], config: TrainConfig, data: Da
         raise InputError(
             f"{thing} is {now} here, but was {before} in training: {where} images of the classes that the network was "
             "trained on"
+        )
+    channels, trained = data.raw_images(1).shape[-1], len(trained_on["normalization"]["mean"])
+    if channels != trained:
+        raise InputError(
+            f"the images have {channels} channels here, but had {trained} in training: point --data.root at such images"
         )
     if not data.size(split):
         raise InputError(f"--split {split}: this split has no images; use another")

@@ -18,6 +18,7 @@ from distributed.config.engines import DeepSpeed
 from distributed.config.optim import AdamW, AnyOptim, Sgd
 from distributed.data.batch import Batch
 from distributed.engine import deepspeed_compat
+from distributed.engine.model_state import evaluation_mode
 from distributed.engine.prepare import Compute, prepare
 from distributed.engine.protocol import Loss, Outcome
 from distributed.engine.sharding import LocalTensor, Replicated, load
@@ -92,13 +93,9 @@ class DeepSpeedEngine:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        self._deepspeed.eval()
-        try:
-            with self._ema.in_place() if self._ema else nullcontext():
-                yield
-                self._free_gathered_weights()  # not after an error: it waits for gathers under way, and peers may be gone
-        finally:
-            self._deepspeed.train()
+        with self._ema.in_place() if self._ema else nullcontext(), evaluation_mode(self.model):
+            yield
+            self._free_gathered_weights()  # not after an error: it waits for gathers under way, and peers may be gone
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         for name, (local, placement) in self.local_tensors().items():

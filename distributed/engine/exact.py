@@ -42,7 +42,7 @@ class ExactEngine:
         model: float32 on the CPU, with its initial weights; the engine takes ownership.
         shards: number of shards of the global batch, a power of two, at least world_size.
         workers: number of this rank's shards that compute at the same time.
-        layers: the convolutions and linear layers that alone use their parameters, by name, each with its calls in one pass.
+        layers: by name, the convolutions and linear layers whose parameters nothing else uses, each with its calls in one pass.
     """
 
     def __init__(

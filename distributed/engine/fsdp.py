@@ -30,8 +30,8 @@ class FsdpEngine:
 
     Args:
         model: float32 on the CPU, with its initial weights; the engine takes ownership.
-        layers: names of the layers that alone use their parameters, and only while they are called. Each is gathered for its
-            own computation; all other parameters are gathered for the entire pass.
+        layers: names of the layers whose parameters nothing else uses, and only while the layer is called. Each is gathered
+            for its own computation; all other parameters are gathered for the entire pass.
     """
 
     def __init__(

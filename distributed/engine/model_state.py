@@ -19,7 +19,7 @@ from distributed.optim.optimizer import Optimizer
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and each module back into its own mode on exit. Context manager.
 
-    A network's own `train` may freeze layers whose type is nn.BatchNorm2d, which that of synchronized layers is not.
+    A network's own `train` may freeze layers by `type(layer) is nn.BatchNorm2d`, which no synchronized layer satisfies.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -122,7 +122,7 @@ class ModelState:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Put the model into evaluation mode, with the EMA weights if there are any; undo both on exit. Context manager."""
-        # In this order: `eval` of some networks merges weights.
+        # The averages first: the `eval` of some networks merges weights.
         with self.averaged(), evaluation_mode(self.model):
             yield
 

@@ -20,7 +20,7 @@ class Compute:
         precision: one of config.precision.
         channels_last: keep weights in channels-last memory, if the engine supports it.
         timeout_seconds: how long to wait for another rank.
-        checkpointed: names of the modules that compute again in the backward pass, in fast mode.
+        checkpointed: names of the modules that are recomputed in the backward pass, in fast mode.
     """
 
     precision: str

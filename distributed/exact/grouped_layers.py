@@ -1,7 +1,7 @@
 """Layers whose input may be a group of shards: everything that sums over samples is computed shard by shard.
 
 These sums are the gradients of weights and batch norm's statistics. All else is computed for the group at once. Layers keep
-their types, which networks may ask for, and get another `forward`: only some ranks have groups.
+their types, because networks may ask for them and only some ranks have groups; only their `forward` is replaced.
 """
 
 import weakref

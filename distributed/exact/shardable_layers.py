@@ -16,11 +16,11 @@ _TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def layers_to_shard(model: nn.Module, images: Tensor) -> dict[str, int]:
-    """Return the paths of convolutions and linear layers that alone use their parameters, and their calls in one forward pass.
+    """Return the paths of convolutions and linear layers whose parameters nothing else uses, and their calls in a forward pass.
 
     A layer counts if it has the forward of `nn.Conv1d/2d/3d` or `nn.Linear`, if nothing outside this forward computes with
-    its parameters, if the backward pass does not call it again, and evaluation not more often than training. Leaves the model
-    unchanged, bit for bit.
+    its parameters, if the backward pass does not call it again, and if evaluation does not call it more often than training.
+    Leaves the model unchanged, bit for bit.
 
     Args:
         model: float32 on the CPU; dropout layers are keyed.
@@ -34,8 +34,9 @@ def layers_to_shard(model: nn.Module, images: Tensor) -> dict[str, int]:
         stack = ModuleStack(model, before=lambda _, path, inputs: calls[model.training].update([path]))
         with stack, _Uses(model, stack) as uses:
             for training in (False, True):
+                model.train(training)
                 with torch.set_grad_enabled(training):
-                    output = model.train(training)(images.clone())
+                    output = model(images.clone())
         with ModuleStack(model, before=lambda _, path, inputs: recomputed.add(path)):
             parameters = [p for p in model.parameters() if p.requires_grad]
             if output.requires_grad:

@@ -26,7 +26,7 @@ Node = Any  # torch.autograd.graph.Node does not declare that nodes can be calle
 _AccumulateGrad: type = torch._C._functions.AccumulateGrad
 
 get_backward_group, set_backward_group = torch._C._get_graph_exec_group, torch._C._set_graph_exec_group
-"""This thread's `torch.utils.checkpoint.GraphExecGroup`, within which a checkpointed block is computed again only once."""
+"""Get and set this thread's `GraphExecGroup`, within which a checkpointed block is computed again only once."""
 
 
 def is_leaf(node: Node) -> bool:
@@ -70,7 +70,7 @@ def sequence_number(node: Node) -> int:
 def has_saved_tensors_hooks() -> bool:
     """Whether this thread is within `saved_tensors_hooks`, other than those of checkpointing."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # not those that tracing ignores
-    return hooks is not None and hooks[0].__module__ != checkpoint.__module__
+    return hooks is not None and getattr(hooks[0], "__module__", "") != checkpoint.__module__
 
 
 def has_hooks(node: Node) -> bool:

@@ -39,7 +39,7 @@ def blocks_to_checkpoint(model: nn.Module, config: GradCheckpointing) -> list[st
             return found
         raise InputError(
             "grad_checkpointing.enabled = true: the network has no blocks, which are modules with layers of their own; name "
-            f"the modules to compute again in {_SETTING}"
+            f"the modules to recompute in {_SETTING}"
         )
     modules = dict(model.named_modules())
     for name in names:
@@ -51,7 +51,7 @@ def blocks_to_checkpoint(model: nn.Module, config: GradCheckpointing) -> list[st
                              "modules in it")  # fmt: skip
         if outer := [other for other in names if name.startswith(f"{other}.")]:
             raise InputError(
-                f"{_SETTING}: {name} is inside {outer[0]}, which computes it again already; remove one of them"
+                f"{_SETTING}: {name} is inside {outer[0]}, which is recomputed as a whole; remove one of them"
             )
     return list(names)
 
@@ -87,7 +87,8 @@ def check_checkpointing(model: nn.Module, names: Sequence[str], images: Tensor, 
     Raises:
         InputError: a module is never called, or computes something else when it is called again.
     """
-    probe = copy.deepcopy(model).train()
+    probe = copy.deepcopy(model)
+    probe.train()
     called = set[str]()
     for name in names:
         probe.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
@@ -103,9 +104,7 @@ def check_checkpointing(model: nn.Module, names: Sequence[str], images: Tensor, 
             "grad_checkpointing.enabled = false"
         ) from error
     if unused := [name for name in names if name not in called]:
-        raise InputError(
-            f"{_SETTING}: the network never calls {unused[0]}, so it would not be computed again; remove it"
-        )
+        raise InputError(f"{_SETTING}: the network never calls {unused[0]}, so it would not be recomputed; remove it")
 
 
 def _checkpointed(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

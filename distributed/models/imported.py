@@ -41,7 +41,7 @@ def build_imported(config: ImportedModel, *, num_classes: int, seed: int, given:
         if config.options:
             raise InputError("model.options has no effect on a module that train() was given already built: remove it")
         _check_network(given, config.name)
-        return _with_dense_tensors(copied(given, config.name)).train()
+        return _in_training(copied(given, config.name))
     factory = UserFunction(
         "model.name",
         config.name,
@@ -56,10 +56,16 @@ def build_imported(config: ImportedModel, *, num_classes: int, seed: int, given:
     _check_network(model, config.name)
     if given is not None:  # it may have returned a module that exists already, e.g. of a notebook
         model = copied(model, config.name)
-    return _with_dense_tensors(model).train()
+    return _in_training(model)
 
 
-def _with_dense_tensors(model: nn.Module) -> nn.Module:
+def _in_training(model: nn.Module) -> nn.Module:
+    _make_dense(model)
+    model.train()  # which may return nothing
+    return model
+
+
+def _make_dense(model: nn.Module) -> None:
     """Give each parameter contiguous memory of its own: some are views into others, or in channels-last memory.
 
     Engines flatten and shard parameters, and lay them out themselves. Buffers become contiguous too: the elements of an
@@ -74,7 +80,6 @@ def _with_dense_tensors(model: nn.Module) -> nn.Module:
         for name, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_contiguous():
                 module._buffers[name] = dense.setdefault(id(buffer), buffer.contiguous())
-    return model
 
 
 def copied(model: nn.Module, name: str) -> nn.Module:

@@ -30,7 +30,8 @@ def check_output(
         try:
             with torch.no_grad(), seeded(seed, "probe"), use_sample_keys(sample_keys):
                 before = torch.get_rng_state()
-                output = probe.train(mode == "training")(images)
+                probe.train(mode == "training")
+                output = probe(images)
                 draws = not torch.equal(before, torch.get_rng_state())
         except InputError:  # of a dropout layer
             raise
@@ -49,24 +50,34 @@ def check_output(
     return draws
 
 
-def check_without_images(model: nn.Module, images: Tensor, sample_keys: Tensor, *, name: str) -> None:
+def check_without_images(
+    model: nn.Module, images: Tensor, sample_keys: Tensor, *, name: str, num_classes: int, in_training: bool
+) -> None:
     """Check, on a copy of the model, that it accepts a batch of no images: the last batch may leave a shard without any.
 
+    Args:
+        in_training: whether this happens in training, where the logits need a gradient, or only in evaluation.
+
     Raises:
-        InputError: it does not, like one that calls x.view(len(x), -1), or its logits have no gradient.
+        InputError: it does not, like one that calls x.view(len(x), -1), or does not return logits [0, num_classes].
     """
     probe, reason = copied(model, name), "and some batch has fewer images than there are shards"
-    try:
-        for mode in (False, True):
-            with torch.set_grad_enabled(mode), use_sample_keys(sample_keys):
-                logits = probe.train(mode)(images)
-    except Exception as error:
-        raise InputError(
-            f"model.name = {name}: the network fails on a batch without images, {reason}: {described(error)}; e.g. write "
-            "x.flatten(1) instead of x.view(len(x), -1)"
-        ) from error
-    if not logits.requires_grad:
-        raise InputError(
-            f"model.name = {name}: for a batch without images, the network returns logits without a gradient, {reason}; "
-            "compute them as for other batches"
-        )
+    for training in (False, True) if in_training else (False,):
+        try:
+            with torch.set_grad_enabled(training), use_sample_keys(sample_keys):
+                probe.train(training)
+                logits = probe(images)
+        except Exception as error:
+            raise InputError(
+                f"model.name = {name}: the network fails on a batch without images, {reason}: {described(error)}; e.g. write "
+                "x.flatten(1) instead of x.view(len(x), -1)"
+            ) from error
+        is_tensor = isinstance(logits, Tensor)
+        if not is_tensor or list(logits.shape) != [0, num_classes] or (training and not logits.requires_grad):
+            found = (
+                f"{list(logits.shape)}, requires_grad {logits.requires_grad}" if is_tensor else type(logits).__name__
+            )
+            raise InputError(
+                f"model.name = {name}: for a batch without images, {reason}, the network returns {found}; compute logits of "
+                f"shape [0, {num_classes}] as for other batches"
+            )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed.models.batch_statistics import Statistics, combined, gradient_terms
-from distributed.models.plain_batch_norm import unsupported_batch_norms
+from distributed.models.plain_batch_norm import LocalBatchNorm, unsupported_batch_norms
 from distributed.models.small_tensors import filled, scratch
 from distributed.models.torch_compat import AnyBatchNorm, NormBase
 
@@ -126,8 +126,10 @@ class SyncBatchNorm(NormBase):
 
     @classmethod
     def of(cls, layer: AnyBatchNorm, all_gather_rows: AllGatherRows) -> Self:
-        """Synchronize `layer` in place and return it: whatever refers to it, e.g. a list or a partial, has the same layer."""
-        layer.__class__ = _synchronized(cls, type(layer))  # type: ignore[assignment, arg-type]
+        """Synchronize `layer` in place and return it: what refers to it, e.g. a list, then refers to a synchronized layer."""
+        # DDP rejects torch's own synchronized layers on CPUs.
+        plain = LocalBatchNorm if isinstance(layer, nn.SyncBatchNorm) else type(layer)
+        layer.__class__ = _synchronized(cls, plain)  # type: ignore[assignment, arg-type]
         sync = cast(Self, layer)
         sync.all_gather_rows = all_gather_rows
         return sync
@@ -174,7 +176,7 @@ class SyncBatchNorm(NormBase):
 
 @cache
 def _synchronized(kind: type[SyncBatchNorm], plain: type[AnyBatchNorm]) -> type[SyncBatchNorm]:
-    """Return a class that is still the plain layer's: networks may ask `isinstance(layer, nn.BatchNorm2d)`."""
+    """Return a subclass of both: networks may ask `isinstance(layer, nn.BatchNorm2d)`."""
     return type(kind.__name__, (kind, plain), {})
 
 

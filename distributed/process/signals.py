@@ -34,8 +34,8 @@ class SignalStop:
         launched: True if the parent process is a launcher. A shell may exit and leave its command running (nohup).
         exit_before_first_step: exit immediately on a signal until `requested` is first called, i.e. until the first
             training step is done. Until then there is nothing to save, and the rank may be waiting for its peers.
-        holds_sigterm: do not exit on SIGTERM until `release_sigterm` is called. A mask would not do: threads that libraries
-            have started before, e.g. those of NumPy's BLAS, would take the signal.
+        holds_sigterm: do not exit on SIGTERM until `release_sigterm` is called. A signal mask would not suffice: threads that
+            libraries started earlier, e.g. those of NumPy's BLAS, would take the signal.
     """
 
     def __init__(self, *, launched: bool, exit_before_first_step: bool = False, holds_sigterm: bool = False) -> None:
@@ -61,6 +61,8 @@ class SignalStop:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._exits_immediately = False  # the process is ending by itself
+        self._sigterm_released.set()
         signal.set_wakeup_fd(self._previous_fd)
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -88,7 +88,7 @@ def best_name(state: Mapping[str, Any]) -> str | None:
 
 
 def best_known_to(checkpoint: Path) -> str | None:
-    """Return the name of the best epoch's checkpoint according to this one. Raises OSError if it cannot be reached now."""
+    """Return the name of the best epoch's checkpoint according to this one. Raises OSError if it is out of reach."""
     check_reachable(checkpoint / STATE)
     return best_name(read_object(checkpoint / STATE))
 
@@ -163,7 +163,7 @@ def damage_of(path: Path) -> str | None:
     """Return how a checkpoint disagrees with its manifest, or None if it is complete.
 
     Raises:
-        OSError: it cannot be reached now, e.g. by this user, which is no damage.
+        OSError: it is out of reach, e.g. for this user; that is not damage.
     """
     check_reachable(path / MANIFEST)
     manifest = read_object(path / MANIFEST)

@@ -25,7 +25,7 @@ from distributed.run.folder import RunFolder
 from distributed.run.lock_holder import acquire_lock, this_process
 from distributed.run.records import AttemptRecord, Holder, Record, Status, read_attempts, timestamp
 
-LOCK_WAIT_SECONDS = 90.0  # a predecessor that stops may be uploading for a minute
+LOCK_WAIT_SECONDS = 90.0
 PROGRESS_SECONDS = 5.0
 
 

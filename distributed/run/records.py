@@ -195,7 +195,7 @@ def read_objects(file: Path) -> list[dict[str, Any]]:
     try:
         texts = list(lines_of(file))
     except OSError as error:
-        raise InputError(f"{file}: {error.strerror}; fix its permissions, or name another run") from None
+        raise InputError(f"{file}: {error.strerror}; restore access to it, or name another run") from None
     found = []
     for text in texts:
         try:

@@ -9,7 +9,7 @@ from distributed.config import TrainConfig, changes_experiment, differences
 from distributed.config.differences import Difference
 from distributed.config.layers import shown
 from distributed.config.networks import BUILT_IN
-from distributed.errors import InputError
+from distributed.errors import InputError, counted
 from distributed.files import read_object
 from distributed.run.checkpoint_layout import (
     STATE,
@@ -94,7 +94,7 @@ def check_saved(content: dict[str, Any], checkpoint: Path, *, config: TrainConfi
         raise InputError(f"{checkpoint}: {error}; {remedy}") from None
     epochs, steps = trained_so_far(content)
     if (epochs, steps) > (config.epochs, 0):
-        trained = f"{epochs} epoch{'s' if epochs != 1 else ''}" + (f" and {steps} steps" if steps else "")
+        trained = counted(epochs, "epoch") + (f" and {counted(steps, 'step')}" if steps else "")
         raise InputError(
             f"epochs = {config.epochs}: the run in {run} has already trained {trained}; give --epochs "
             f"{epochs + bool(steps)} or more, or another --run_dir"
@@ -138,7 +138,7 @@ def check_init_from(config: TrainConfig) -> None:
     model: Any = read_object(checkpoint / STATE)
     for key in ("config", "model", "name"):
         model = model.get(key) if isinstance(model, dict) else None
-    # Whether its weights fit an imported network is seen once that is built.
+    # Whether the weights fit an imported network shows only once it is built.
     may_fit = isinstance(model, str) and not {model, config.model.name} & set(BUILT_IN)
     if model != config.model.name and not may_fit:
         raise InputError(

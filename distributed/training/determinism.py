@@ -28,7 +28,7 @@ cudnn: Any = torch.backends.cudnn  # their types lack what they have
 mkldnn: Any = torch.backends.mkldnn
 _DEFAULT: Any = torch.backends
 _PARTS: tuple[Any, ...] = (cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
-"""What has an `fp32_precision`; that of `_DEFAULT` counts where it is "none"."""
+"""The parts that have an `fp32_precision` of their own; where it is "none", that of `_DEFAULT` applies."""
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def _restored_float32() -> Iterator[None]:
 def make_deterministic(device: torch.device, *, precision: str, compile: bool = False) -> None:
     """Make results bit-reproducible on one kind of device, and forbid TF32 unless `precision` is tf32.
 
-    What a script or notebook has set before must not decide over the results.
+    What a script or notebook has set before must not affect the results.
 
     Raises:
         InputError: `precision` is tf32 and the device is not a GPU.
@@ -96,6 +96,12 @@ def make_deterministic(device: torch.device, *, precision: str, compile: bool = 
         part.fp32_precision = "ieee"
     # By default torch computes float32 convolutions on CUDA in TF32, whose mantissa has 10 bits.
     cudnn.allow_tf32 = cuda.matmul.allow_tf32 = precision == "tf32"
+    for part in (
+        cuda.matmul,
+        cudnn.conv,
+        cudnn.rnn,
+    ):  # these switches may leave "none", where cudnn.fp32_precision counts
+        part.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     if device.type != "cuda":
         return
     # Read at the first cuBLAS call. https://docs.nvidia.com/cuda/cublas/#results-reproducibility

@@ -38,7 +38,8 @@ def main() -> int:
     """Return the exit code: 0 for go, 1 for no go, 2 for bad input."""
     options, settings = parser().parse_known_args()
     _check_options(options)
-    run_dir = from_command_line(settings).config.run_dir
+    config = from_command_line(settings).config
+    run_dir = config.run_dir
     expected, states, gpus = [step_node().name], dict[str, str](), options.gpus
     if in_job():
         allocation = Allocation.from_environment()
@@ -54,7 +55,12 @@ def main() -> int:
             answers = report_of_this_machine(arguments, expected[0], seconds=options.seconds)
     reports = list(answers.reports.values())
     failures = diagnose(
-        reports, expected, several=len(expected) > 1, gpus=gpus, free_gib=options.free_gib, silent=answers.silent
+        reports,
+        expected,
+        several=len(expected) > 1,
+        gpus=None if config.device == "cpu" else gpus,
+        free_gib=options.free_gib,
+        silent=answers.silent,
     )
     print(table(reports))
     for node, state in states.items():

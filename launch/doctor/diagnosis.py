@@ -21,7 +21,7 @@ def diagnose(
     expected: Sequence[str],
     *,
     several: bool,
-    gpus: int,
+    gpus: int | None,
     free_gib: float,
     silent: Mapping[str, str] | None = None,
 ) -> list[str]:
@@ -30,7 +30,7 @@ def diagnose(
     Args:
         expected: names of the nodes that were examined.
         several: whether the run folder must be shared between nodes.
-        gpus: GPUs that each node should have; 0: the most common number.
+        gpus: GPUs that each node should have; 0: the most common number; None: the run uses none.
         free_gib: free space that the run folder's disk should have.
         silent: the reason for each node without a report, by name.
     """
@@ -104,10 +104,12 @@ def _most_common(values: Sequence[T]) -> T:
     return Counter(values).most_common(1)[0][0]
 
 
-def _device_faults(report: NodeReport, reports: Sequence[NodeReport], gpus: int) -> list[str]:
+def _device_faults(report: NodeReport, reports: Sequence[NodeReport], gpus: int | None) -> list[str]:
     node, devices = report.node, report.devices
     if devices is None:
         return [f"{node}: devices: {report.error('devices')}; try python -c 'import torch; torch.cuda.init()' there"]
+    if gpus is None:
+        return []
     all_devices = [other.devices for other in reports if other.devices is not None]
     wanted = gpus or _most_common([other.gpus for other in all_devices])
     if devices.gpus != wanted:

@@ -18,11 +18,12 @@ _BYTES = 8 * 2**20
 _SAMPLED_ABOVE, _SAMPLED_ROUNDS = 32, 8
 
 
-def measure(address: str, port: int, index: int, count: int, seconds: float) -> Network:
+def measure(address: str, port: int, index: int, count: int, seconds: float, *, uses_gpus: bool = True) -> Network:
     """Join the other nodes at an address; then sum, exchange data in pairs and compare clocks with those present.
 
     Args:
         index: this node's index among `count` nodes; node 0 hosts the rendezvous.
+        uses_gpus: measure between GPUs if all nodes have some.
 
     Raises:
         InputError: the address was not reached in time.
@@ -38,7 +39,7 @@ def measure(address: str, port: int, index: int, count: int, seconds: float) -> 
     # By default Gloo uses the address of the host's name, which many systems map to loopback.
     if interface := local_route(address).interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    has_gpu = _all_have_gpus(store, present)
+    has_gpu = uses_gpus and _all_have_gpus(store, present)
     device = torch.device("cuda", 0) if has_gpu else torch.device("cpu")
     rank = present.index(index)
     # The group consists of the nodes that are present; with the environment's ranks, it would wait for absent ones.

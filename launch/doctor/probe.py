@@ -53,8 +53,9 @@ def main() -> int:
     if node.count > 1:
         network = importlib.import_module("launch.doctor.network")
         sections["network"] = lambda: network.measure(
-            options.address, options.port, node.index, node.count, options.seconds
-        )
+            options.address, options.port, node.index, node.count, options.seconds,
+            uses_gpus=command().config.device != "cpu",
+        )  # fmt: skip
     # Last: listing an image folder may take longer than the others wait in the network.
     sections["data"] = lambda: check_data(command().config, names_data=command().names_data)
     sys.stdout.write(to_lines(examine(node.name, node.index, sections)))

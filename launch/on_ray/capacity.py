@@ -1,5 +1,6 @@
 """How many workers fit on a Ray cluster, and waiting until enough of them do."""
 
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from launch.on_ray.compat import ClusterNode
 
 _SETTLE_SECONDS = 5.0  # until the resources of a lost attempt are free again
 _POLL_SECONDS = 0.5
+REQUEST_SECONDS = 10.0
+"""Time after which a request for nodes is renewed: Ray Train sends requests of its own, and the last one counts."""
 
 
 class CapacityError(InputError):
@@ -89,7 +92,7 @@ def wait_for_capacity(
     Raises:
         CapacityError: fewer than `min_workers` fit after `wait_seconds`.
     """
-    start, announced = time.monotonic(), False
+    start, requested_at = time.monotonic(), -math.inf
     fewest, most = scaling.least_workers, scaling.num_workers
     try:
         while not stop_requested():
@@ -103,14 +106,18 @@ def wait_for_capacity(
                     f"{_shortage(scaling, found)}; lower scaling.num_workers, set scaling.min_workers, add nodes, or raise "
                     "scaling.wait_seconds"
                 )
-            if not announced and waited > min(_SETTLE_SECONDS, scaling.wait_seconds):
-                logger.warning("{}; waiting up to {:g} s for more", _shortage(scaling, found), scaling.wait_seconds)
-                announced = True
-                _request_nodes(scaling, most)
+            if (
+                waited > min(_SETTLE_SECONDS, scaling.wait_seconds)
+                and time.monotonic() > requested_at + REQUEST_SECONDS
+            ):
+                if requested_at < start:
+                    logger.warning("{}; waiting up to {:g} s for more", _shortage(scaling, found), scaling.wait_seconds)
+                requested_at = time.monotonic()
+                request_nodes(scaling, most)
             time.sleep(_POLL_SECONDS)
     finally:
-        if announced:  # the autoscaler would keep nodes for the request after this program has ended
-            _request_nodes(scaling, 0)
+        if requested_at > start:  # the autoscaler would keep nodes for the request after this program has ended
+            request_nodes(scaling, 0)
     return 0
 
 
@@ -124,7 +131,7 @@ def _shortage(scaling: Scaling, found: Capacity) -> str:
     )
 
 
-def _request_nodes(scaling: Scaling, workers: int) -> None:
+def request_nodes(scaling: Scaling, workers: int) -> None:
     """Request nodes for this number of workers from the autoscaler. A no-op on a cluster without one."""
     worker = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.gpus_per_worker else {})
     request_resources(bundles=[worker] * workers)

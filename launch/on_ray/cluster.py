@@ -111,7 +111,13 @@ def _failures(nodes: dict[str, str], config: TrainConfig, token: str) -> dict[st
                 logger.warning("node {} was lost during its check", nodes[node])
             else:
                 last = str(error).strip().splitlines()[-1]
-                failures[node] = [f"{nodes[node]}: {last}; see ray status"]
+                lacks_module = last.startswith("ModuleNotFoundError")
+                remedy = (
+                    "submit with ray job submit --working-dir, or install it there"
+                    if lacks_module
+                    else "see ray status"
+                )
+                failures[node] = [f"{nodes[node]}: {last}; {remedy}"]
     return failures
 
 

@@ -4,9 +4,8 @@ Ray Train's own elasticity would kill the workers to grow a run, and its retries
 first requests that the workers save and return, and retries only if the next attempt can succeed.
 """
 
-import time
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -21,15 +20,14 @@ from distributed.errors import ExitCode, InputError, NotFiniteError, StorageErro
 from distributed.process.signals import SignalStop
 from distributed.run.checkpoint_layout import step_of
 from distributed.run.folder import RunFolder
-from distributed.run.records import read_attempts
 from distributed.training.stop import StopSource
-from launch.on_ray.capacity import CapacityError, capacity, wait_for_capacity
+from launch.on_ray.capacity import CapacityError, wait_for_capacity
 from launch.on_ray.cluster import CheckedNodes, check_nodes
 from launch.on_ray.connection import connected
+from launch.on_ray.growth import GROWTH, GrowthMonitor
 from launch.on_ray.settings import Training
 from launch.on_ray.worker import WorkerResult, clear_stop, request_stop, train_on_worker
 
-_GROWTH = "the driver, to resume on more workers"
 _POLL_SECONDS = 0.25
 
 
@@ -117,37 +115,12 @@ def run_attempt(
     with ThreadPoolExecutor(1) as thread:  # in the main thread, Ray would handle Ctrl-C itself and abort
         result = thread.submit(make_trainer(config, scaling, workers, nodes, key, callbacks).fit)
         while not wait([result], timeout=_POLL_SECONDS).done:
+            growth.request_nodes()
             if not reason and (reason := stop.requested() or growth.stop_reason()):
                 request_stop(key, reason)
+    growth.withdraw_request()
     clear_stop(key)
-    return _outcome(config, result, stopped=bool(reason) and reason != _GROWTH)
-
-
-class GrowthMonitor:
-    """Checks from time to time whether a run on fewer workers than `num_workers` could have more."""
-
-    def __init__(self, config: TrainConfig, scaling: Scaling, workers: int, excluded: Collection[str]) -> None:
-        self._run, self._scaling, self._excluded = RunFolder(config.run_dir), scaling, excluded
-        self._can_grow = workers < scaling.num_workers
-        self._attempts_before = self._started_attempts()
-        self._checked_at, self._had_capacity = time.monotonic(), False
-
-    def stop_reason(self) -> str | None:
-        """Return the reason to stop once two checks in a row found capacity.
-
-        A single check is not enough: a dead node counts as free for a while, and so do resources that workers are about
-        to claim.
-        """
-        if not self._can_grow or time.monotonic() - self._checked_at < self._scaling.resize_seconds:
-            return None
-        before = self._had_capacity
-        self._checked_at = time.monotonic()
-        has_started = self._started_attempts() > self._attempts_before
-        self._had_capacity = has_started and capacity(self._scaling, self._excluded).now > 0
-        return _GROWTH if before and self._had_capacity else None
-
-    def _started_attempts(self) -> int:
-        return sum(line.event == "started" for line in read_attempts(self._run.attempts_file))
+    return _outcome(config, result, stopped=bool(reason) and reason != GROWTH)
 
 
 def make_trainer(

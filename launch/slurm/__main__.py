@@ -9,7 +9,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from launch.slurm.plan import check_batch
 from launch.sweep import Sweep, Trial, check_compared, check_trials, trial_arguments, trials_of
 from launch.sweep_arguments import read_sweep, split_sweep
 
+_OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+"""Variables that say which cluster to use; all others of this prefix belong to a surrounding job."""
 _SBATCH_OPTIONS = ("partition", "time", "account", "qos", "constraint", "mem", "cpus_per_task", "job_name")
 _CHECKED_OPTIONS = {"--nodes": "--nodes N", "-N": "--nodes N", "--gpus-per-node": "--gpus-per-node N",
                     **dict.fromkeys(("--gpus", "-G", "--gres", "--gpus-per-task"), "--gpus-per-node N"),
@@ -186,7 +188,7 @@ def sbatch_command(options: argparse.Namespace, arguments: Sequence[str], array:
     if array:
         command.append(f"--array={array}{f'%{options.at_once}' if options.at_once else ''}")
     script = shipped("slurm/train.sh")
-    exported = ["ALL", *_venv_export(script.parents[1])]
+    exported = ["ALL", *venv_export(script.parents[1])]
     if options.max_requeues is not None:  # else the variable of that name counts
         exported.append(f"MAX_REQUEUES={options.max_requeues}")
     if options.ranks_per_node:
@@ -201,23 +203,33 @@ def sbatch_command(options: argparse.Namespace, arguments: Sequence[str], array:
     return [*command, *arguments]
 
 
-def _venv_export(project: Path) -> list[str]:
-    """Return `VENV=FOLDER` of this Python, unless the script activates another that was named, or this one anyway.
+def venv_export(project: Path) -> list[str]:
+    """Return `VENV=FOLDER` or `CONDA_ENV=FOLDER` of this Python, unless the script activates this one, or one that was named.
 
     A folder with a comma in its path cannot be passed: the comma would end it in --export.
     """
     venv = Path(sys.prefix)
     found = names_environment() or (project / ".venv").resolve() == venv.resolve()
+    is_conda = (venv / "conda-meta").is_dir() and (project / ".venv/bin/activate").is_file()
+    if is_conda and not found and "," not in str(venv):  # the script would activate .venv instead
+        return [f"CONDA_ENV={venv}"]
     return [] if found or "," in str(venv) or not (venv / "bin" / "activate").is_file() else [f"VENV={venv}"]
 
 
 def submit(command: Sequence[str]) -> int:
     """Run sbatch, which prints to this terminal, and return its exit code."""
     try:
-        return subprocess.run(command, check=False).returncode
+        return subprocess.run(command, check=False, env=_outside_of_jobs(os.environ)).returncode
     except OSError:
         print("error: sbatch: not found; run this on the cluster's login node, or give --dry-run", file=sys.stderr)
         return ExitCode.BAD_INPUT
+
+
+def _outside_of_jobs(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment without the variables of a surrounding job, which the new job would inherit."""
+    return {
+        name: value for name, value in environment.items() if not name.startswith("SLURM_") or name in _OF_THE_CLUSTER
+    }
 
 
 def _gpus(text: str) -> str:

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from distributed.errors import ExitCode, prints_errors
+from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.files import append_line, home_path, read_object, replace_json
 from distributed.run.checkpoint_layout import step_of
 from distributed.run.folder import RunFolder
@@ -99,7 +99,7 @@ def main() -> int:
             print(journal.comment)
             return ExitCode.FINISHED
         decision = journal.end(options.signal, Allocation.from_environment())
-    except OSError as error:
+    except (OSError, InputError) as error:
         print(f"error: {options.run}: {error}; the job is not requeued", file=sys.stderr)
         return ExitCode.STORAGE
     reason, comment = (" ".join(text.split()) for text in (decision.reason, journal.comment))

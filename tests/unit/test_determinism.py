@@ -73,6 +73,10 @@ def set_everywhere() -> None:
     torch.backends.fp32_precision = "tf32"
 
 
+def set_for_cudnn() -> None:
+    torch.backends.cudnn.fp32_precision = "tf32"
+
+
 def set_for_matmul() -> None:
     torch.set_float32_matmul_precision("medium")
 
@@ -82,9 +86,9 @@ def set_for_convolutions() -> None:
     torch.backends.mkldnn.enabled = False
 
 
-@pytest.mark.parametrize("script", [set_everywhere, set_for_matmul, set_for_convolutions])
+@pytest.mark.parametrize("script", [set_everywhere, set_for_cudnn, set_for_matmul, set_for_convolutions])
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
-def test_a_script_does_not_decide_over_float32(script: Callable[[], None], device: torch.device) -> None:
+def test_a_script_does_not_affect_float32(script: Callable[[], None], device: torch.device) -> None:
     initial = precisions()
     try:
         script()
@@ -98,6 +102,7 @@ def test_a_script_does_not_decide_over_float32(script: Callable[[], None], devic
         assert (precisions(), torch.backends.mkldnn.enabled) == before
     finally:
         torch.backends.mkldnn.enabled, torch.backends.fp32_precision = True, "none"
+        torch.backends.cudnn.fp32_precision = "none"
         torch.set_float32_matmul_precision("highest")
         for part in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv):
             part.fp32_precision = "none"

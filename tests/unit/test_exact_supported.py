@@ -122,6 +122,40 @@ def hooks_on_saved_tensors(module: nn.Module, x: Tensor) -> Tensor:
         return module.norm(x)
 
 
+def without_cudnn(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.backends.cudnn.flags(enabled=False):
+        return module.norm(x)
+
+
+class CachesInEvaluation(nn.Linear):
+    """Keeps a product of its weights during evaluation, like timm's LeViT."""
+
+    def __init__(self) -> None:
+        super().__init__(12, 12)
+        self.cache: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> nn.Module:
+        if mode and self.cache:
+            self.cache = {}
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return x @ (self.weight * 2).t()
+        if "weight" not in self.cache:
+            self.cache["weight"] = self.weight * 2
+        return x @ self.cache["weight"].t()
+
+
+def frozen_teacher() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12)).eval().requires_grad_(False)
+
+
+def taught_by_closure() -> nn.Module:
+    teacher = frozen_teacher()
+    return Call(lambda m, x: x + m.teach(x), teach=lambda x: teacher(x))
+
+
 def attention_by_one_kernel(module: nn.Module, x: Tensor) -> Tensor:
     parts = x.view(len(x), 1, 3, 4)
     with sdpa_kernel(SDPBackend.MATH):
@@ -320,10 +354,15 @@ REFUSED = {
     },
     "state in evaluation": (
         lambda: Call(count_in_evaluation, seen=0),
-        "keeps state: forward changes its seen",
+        "in evaluation, keeps state: forward changes its seen",
         "compute it in __init__",
     ),
-    "draws in evaluation": (lambda: Call(noise_in_evaluation), "draws from torch's generator", KEYED),
+    "draws in evaluation": (lambda: Call(noise_in_evaluation), "in evaluation, draws from torch's generator", KEYED),
+    "mixing in evaluation": (
+        lambda: Call(lambda m, x: x if m.training else x - x.mean(0)),
+        "in evaluation, mixes the samples of a batch",
+        "compute it for each sample alone",
+    ),
     "fixed noise": (lambda: Call(fixed_noise), "draws from torch's generator", KEYED),
     "weights merged by eval": (
         lambda: Merging(),
@@ -347,13 +386,18 @@ REFUSED = {
     ),
     "hooks on saved tensors": (
         lambda: Call(hooks_on_saved_tensors, norm=nn.BatchNorm1d(12)),
-        "4.inner (Call): calls a batch norm within saved_tensors_hooks",
-        "leave it before each batch norm",
+        "4.inner (Call): calls a batch norm inside saved_tensors_hooks",
+        "exit them before each batch norm",
     ),
     "sdpa_kernel": (
         lambda: Call(attention_by_one_kernel),
-        "switches attention's kernels for the entire process",
-        "remove the switch",
+        "changes attention's kernels for the entire process",
+        "remove that",
+    ),
+    "cuDNN's flags": (
+        lambda: Call(without_cudnn, norm=nn.BatchNorm1d(12)),
+        "4.inner (Call): calls a batch norm inside torch.backends.cudnn.flags",
+        "leave cuDNN's flags",
     ),
     "spectral norm": (
         lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Linear(12, 12)),
@@ -379,7 +423,7 @@ REFUSED = {
     "a gradient": (lambda: Call(gradient_in_forward), "computes gradients in forward", "compute them in closed form"),
     "a batch norm only in a list": (
         lambda: Call(lambda m, x: m.layers[0](x), layers=[nn.BatchNorm1d(12)]),
-        "4.inner (Call): calls a BatchNorm1d that is none of its modules",
+        "4.inner (Call): calls a BatchNorm1d that is not registered as one of its modules",
         "use nn.ModuleList",
     ),
     "a batch norm in a closure": (
@@ -389,12 +433,12 @@ REFUSED = {
     ),
     "a batch norm's forward": (
         lambda: norm_in(lambda norm: norm.forward, lambda forward, x: forward(x)),
-        "4.inner.registered (BatchNorm1d): gets statistics although nothing calls the layer itself",
+        "4.inner.registered (BatchNorm1d): has its statistics updated although the layer itself is never called",
         "call the layer, not its forward",
     ),
     "F.batch_norm": (
         lambda: Call(norm_by_function, norm=nn.BatchNorm1d(12)),
-        "4.inner.norm (BatchNorm1d): gets statistics although nothing calls the layer itself",
+        "4.inner.norm (BatchNorm1d): has its statistics updated although the layer itself is never called",
         "call the layer, not its forward or F.batch_norm",
     ),
     "a parametrized batch norm": (
@@ -540,6 +584,9 @@ SUPPORTED = {
     "frozen": lambda: frozen(nn.BatchNorm1d(12)),
     "a batch norm in a list": lambda: norm_in(lambda norm: [norm], lambda held, x: held[0](x)),
     "a batch norm in a dataclass": lambda: norm_in(Node, lambda held, x: held.layer(x)),
+    "a cache in evaluation": lambda: CachesInEvaluation(),
+    "a frozen network in a list": lambda: Call(lambda m, x: x + m.teacher[0](x), teacher=[frozen_teacher()]),
+    "a frozen network in a closure": lambda: taught_by_closure(),
     "a batch norm in a partial": lambda: norm_in(partial, lambda held, x: held(x)),
     "LayerNorm": lambda: nn.LayerNorm(12),
     "GroupNorm": lambda: nn.GroupNorm(3, 12),
@@ -561,6 +608,12 @@ SUPPORTED = {
     "a head of zeros": lambda: Call(lambda m, x: m.head(x) * 0, head=nn.Linear(12, 12)),
     "a logit of -inf": lambda: Call(lambda _, x: x.masked_fill(torch.arange(12) == 3, -1e30)),
 }
+
+
+def test_a_cache_in_evaluation_is_refused_on_cuda() -> None:
+    """Another shard's stream would not wait for it."""
+    with pytest.raises(InputError, match="in evaluation, keeps state: forward changes its cache"):
+        check_exact(around(CachesInEvaluation()), IMAGES, device_type="cuda")
 
 
 @pytest.mark.parametrize("name", SUPPORTED)

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 from kit.image_folders import read_folder
-from loguru import logger
 from PIL import Image
 
 from distributed.config.data import ImageFolderData
 from distributed.data.batch import Batching, InputFormat, Shards
+from distributed.data.checks import unread_folders
 from distributed.data.pipeline import DataPipeline
 from distributed.data.sources import decode, image_folder
-from distributed.data.sources.read import read
 from distributed.errors import InputError
 
 
@@ -104,17 +103,12 @@ def test_a_folder_full_of_other_files_is_reported_in_20_lines(root):
 
 
 def test_a_validation_folder_that_is_not_read_is_a_warning(root):
-    (root / "val/ant").mkdir(parents=True)
-    messages: list[str] = []
-    handle = logger.add(messages.append, level="WARNING", format="{message}")
-    try:
-        read(ImageFolderData(name="image_folder", root=root), 16, None)
-    finally:
-        logger.remove(handle)
-    [message] = messages
-    assert message.startswith(
-        f"{root / 'val'}: not read: validation images are data.validation_fraction of the training"
-    )
+    (root / "test").rename(root / "val")
+    (root / "test").symlink_to("val")
+    assert unread_folders(root) == [], "read as test"
+    (root / "validation/ant").mkdir(parents=True)
+    [message] = unread_folders(root)
+    assert message.startswith(f"{root / 'validation'}: ignored: validation images are taken from train")
 
 
 def test_files_and_dead_links_beside_class_folders_are_reported(root):

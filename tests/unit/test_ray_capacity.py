@@ -97,6 +97,16 @@ def test_a_stop_withdraws_the_request_for_nodes(cluster, monkeypatch):
     assert requested == [3, 0]
 
 
+def test_a_request_for_nodes_is_renewed(cluster, monkeypatch):
+    """Ray Train replaces it by requests of its own."""
+    monkeypatch.setattr(capacity, "_SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(capacity, "REQUEST_SECONDS", 0.01)
+    cluster += [(0, 0)]
+    waiting = ELASTIC.model_copy(update={"wait_seconds": 60})
+    assert wait_for_capacity(waiting, lambda: "SIGTERM" if len(requested) > 2 else None, ()) == 0
+    assert requested == [3, 3, 3, 0]
+
+
 def test_a_training_of_a_sweep_waits_for_the_workers_of_another(cluster):
     cluster += [(0, 3)] * 5 + [(3, 3)]
     assert wait_for_capacity(ELASTIC, lambda: None, (), busy_is_enough=True) == 3

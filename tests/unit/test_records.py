@@ -104,5 +104,5 @@ def test_missing_file_is_empty_and_unreadable_one_an_error(file: Path, monkeypat
     assert read_metrics(file) == read_attempts(file) == read_saves(file) == []
     file.write_text("x")
     monkeypatch.setattr(records, "lines_of", denied)
-    with pytest.raises(InputError, match="fix its permissions"):
+    with pytest.raises(InputError, match="restore access to it"):
         read_metrics(file)

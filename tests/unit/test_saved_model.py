@@ -140,6 +140,13 @@ def test_same_bits() -> None:
     assert same_bits(torch.ones(2, 3).t(), torch.ones(3, 2))
 
 
+def test_read_only_arrays_are_left_alone() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    model.table = np.frombuffer(b"1234", np.uint8)
+    check_exact(model, IMAGES)
+    assert mixes_samples(model, IMAGES) == ""
+
+
 class Counts(nn.Module):
     """Counts its forward passes where a checkpoint has it, or where it does not."""
 

@@ -228,6 +228,15 @@ def test_sigterm_is_held_until_it_is_released():
     assert process.returncode == ExitCode.STOPPED
 
 
+def test_a_held_sigterm_does_not_delay_another_end():
+    """E.g. of a refused config, when torchrun ends the other ranks."""
+    begin = time.monotonic()
+    with SignalStop(launched=False, exit_before_first_step=True, holds_sigterm=True):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+    assert time.monotonic() - begin < 5
+
+
 def test_hanging_exit_hook_does_not_delay_the_exit_long():
     with waiting("stuck") as process:
         begin = time.monotonic()

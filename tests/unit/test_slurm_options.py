@@ -7,7 +7,7 @@ import pytest
 from kit.commands import ROOT
 
 from distributed.errors import InputError
-from launch.slurm.__main__ import check_sbatch_options, parser, sbatch_command
+from launch.slurm.__main__ import check_sbatch_options, parser, sbatch_command, submit, venv_export
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,31 @@ def test_the_job_uses_this_environment(tmp_path: Path, monkeypatch: pytest.Monke
     assert any(f"VENV={tmp_path}" in word for word in command)
     monkeypatch.setattr(sys, "prefix", str(ROOT / ".venv"))
     assert not any("VENV=" in word for word in sbatch_command(parser().parse_args([]), ["config.toml"]))
+
+
+def test_a_conda_environment_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no bin/activate, and the script would activate the checkout's .venv."""
+    (tmp_path / "conda-meta").mkdir()
+    for name in ("VENV", "CONDA_ENV", "CONTAINER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert venv_export(tmp_path) == []
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").touch()
+    assert venv_export(tmp_path) == [f"CONDA_ENV={tmp_path}"]
+
+
+def test_a_job_inherits_nothing_from_a_surrounding_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_CONF", "SETUP"):
+        monkeypatch.setenv(name, "1")
+    (tmp_path / "sbatch").write_text("#!/bin/sh\nenv > env.txt\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.chdir(tmp_path)
+    assert submit(["sbatch"]) == 0
+    names = {line.partition("=")[0] for line in (tmp_path / "env.txt").read_text().splitlines()}
+    assert {name for name in names if name.startswith("SLURM_")} == {"SLURM_CONF"}
+    assert "SETUP" in names
 
 
 def test_other_resources_are_passed_on() -> None:

@@ -537,6 +537,7 @@ def test_every_form_of_torch_layer_is_synchronized(layer):
     assert unsupported_batch_norms(model) == []
     convert_batch_norm(model, partial(SyncBatchNorm.of, all_gather_rows=alone))
     assert isinstance(layer, SyncBatchNorm)
+    assert not isinstance(layer, nn.SyncBatchNorm), "which DDP rejects on CPUs"
     assert model[0] is layer
 
 

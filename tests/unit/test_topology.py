@@ -8,6 +8,7 @@ import pytest
 from distributed.errors import InputError
 from distributed.host.identity import host
 from distributed.topology import Endpoint, Topology, has_launcher, is_first_on_node, rendezvous_endpoint
+from distributed.train import check_one_task
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
 
@@ -35,6 +36,15 @@ def test_torchrun_variables_are_read(environment):
     topology = Topology.from_environment()
     assert topology == Topology(5, 8, 1, 4, 1, launched=True)
     assert not topology.is_main
+
+
+def test_separate_tasks_of_srun_are_refused(environment, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(InputError, match="SLURM_STEP_NUM_TASKS = 4: srun starts 4 separate trainings"):
+        check_one_task(Topology.from_environment())
+    check_one_task(Topology(launched=True))
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    check_one_task(Topology.from_environment())
 
 
 def test_single_launched_process_counts_as_launched(environment):

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import GraphExecGroup
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import GraphExecGroup, checkpoint
 
 from distributed.exact.torch_compat import (
     get_backward_group,
     has_hooks,
+    has_saved_tensors_hooks,
     input_metadata,
     is_leaf,
     is_python,
@@ -67,6 +69,15 @@ def test_the_group_of_checkpointed_passes() -> None:
         assert get_backward_group() is None
         set_backward_group(group)
     assert get_backward_group() is None
+
+
+def test_hooks_on_saved_tensors() -> None:
+    found = []
+    assert not has_saved_tensors_hooks()
+    with saved_tensors_hooks(torch.Tensor.half, torch.Tensor.float):
+        assert has_saved_tensors_hooks()
+    checkpoint(lambda x: found.append(has_saved_tensors_hooks()) or x, torch.ones(1), use_reentrant=False)
+    assert found == [False]
 
 
 def test_autograd_nodes() -> None:

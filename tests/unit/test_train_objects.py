@@ -283,12 +283,35 @@ class ConstantWithoutImages(Net):
     __module__ = "__main__"
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images) if len(images) else images.new_zeros(0, 5)
+        return super().forward(images) if len(images) else images.new_zeros(0, 10)
 
 
-def test_logits_without_a_gradient_are_refused(tmp_path: Path) -> None:
-    line = wrong(tmp_path, ConstantWithoutImages, evaluation={"batch_size": 9})
-    assert "for a batch without images, the network returns logits without a gradient" in line
+class OtherShapeWithoutImages(Net):
+    __module__ = "__main__"
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) if len(images) else images.new_zeros(0, 5, requires_grad=True)
+
+
+def test_wrong_logits_without_images_are_refused(tmp_path: Path) -> None:
+    """A gradient is needed only if a batch of the training leaves a shard empty: here 36 images in batches of 32."""
+    train(config_of(tmp_path / "evaluation", epochs=1, evaluation={"batch_size": 9}), model=ConstantWithoutImages)
+    message = "the network returns [0, 10], requires_grad False; compute logits of shape [0, 10]"
+    assert message in wrong(tmp_path, ConstantWithoutImages, global_batch_size=32)
+    assert "returns [0, 5]" in wrong(tmp_path, OtherShapeWithoutImages, evaluation={"batch_size": 9})
+
+
+class ReturnsNothingFromTrain(Net):
+    """Overrides `train` as many networks do."""
+
+    __module__ = "__main__"
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
+def test_train_may_return_nothing(tmp_path: Path) -> None:
+    assert train(config_of(tmp_path, epochs=1), model=ReturnsNothingFromTrain).epoch == 1
 
 
 class Drawing(Net):

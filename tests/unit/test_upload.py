@@ -18,11 +18,11 @@ from distributed.checkpoint import download, object_store, upload
 from distributed.checkpoint.download import download_newest, saved_content, store_has_run
 from distributed.checkpoint.object_store import Store, StoreError
 from distributed.checkpoint.snapshot import write_checkpoint
-from distributed.checkpoint.upload import AT_STOP_SECONDS, Uploader, log_upload_result, upload_remaining
+from distributed.checkpoint.upload import Uploader, log_upload_result, upload_remaining
 from distributed.config import TrainConfig, from_command_line
 from distributed.errors import InputError
 from distributed.run.checkpoint_layout import checkpoints, damage_of, name_of
-from distributed.run.claim import LOCK_WAIT_SECONDS, ClaimedRun
+from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
 from distributed.train import checked_config
@@ -227,10 +227,6 @@ def test_uploads_go_on_after_the_file_system_was_away(run, url, monkeypatch):
     assert "Stale file handle" in uploader.problem
     upload_all(uploader)
     assert in_store(url) == {1: ALL_FILES}
-
-
-def test_a_successor_waits_for_the_last_upload():
-    assert LOCK_WAIT_SECONDS > AT_STOP_SECONDS
 
 
 def test_a_failed_removal_in_the_store_is_a_warning(run, url, log, monkeypatch):

@@ -1,12 +1,9 @@
 """Reads the data set that a config names; fingerprints of files that are mapped are computed in the background."""
 
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import NamedTuple
-
-from loguru import logger
 
 from distributed.config.data import AnyData, ArraysData, CifarData, ImageFolderData, ImportedData
 from distributed.data.sources import arrays, cifar, decode, image_folder, registry, synthetic
@@ -58,12 +55,6 @@ def read(config: AnyData, side: int | None, given: GivenArrays | None = None) ->
 
 def _read_folder(config: ImageFolderData, side: int) -> DataSet:
     folder = image_folder.list_folder(config.root)
-    for unread in filter(os.path.isdir, [config.root / name for name in ("val", "valid", "validation")]):
-        logger.warning(
-            "{}: not read: validation images are data.validation_fraction of the training images; to use these, move "
-            "them into train",
-            unread,
-        )
     identities = _in_background(
         lambda: {split: image_folder.identity(config.root, listing) for split, listing in folder.listings.items()}
     )

@@ -16,8 +16,11 @@ INSTEAD_OF_HOOK = "compute in forward what the hook computes"
 
 def registered(model: nn.Module) -> list[Problem]:
     """Return the problems that can be seen from the network's modules and parameters alone."""
+    own = set(map(id, model.modules()))
     return [
-        Problem(path, what, remedy) for path, module in model.named_modules() for what, remedy in _of_module(module)
+        Problem(path, what, remedy)
+        for path, module in model.named_modules()
+        for what, remedy in _of_module(module, own)
     ]
 
 
@@ -26,8 +29,8 @@ def can_run(model: nn.Module) -> bool:
     return not any(is_compiled(module) or _is_lazy(module) for module in model.modules())
 
 
-def _of_module(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield (problem, remedy) of a module without its children."""
+def _of_module(module: nn.Module, own: set[int]) -> Iterator[tuple[str, str]]:
+    """Yield (problem, remedy) of a module without its children; `own` has the ids of the network's modules."""
     if is_compiled(module):
         yield "is compiled, so that no shard can pause in it", "remove torch.compile or .compile()"
     if _is_lazy(module):
@@ -38,8 +41,9 @@ def _of_module(module: nn.Module) -> Iterator[tuple[str, str]]:
     if isinstance(module, AnyBatchNorm) and (problem := why_unsupported(module)):
         yield problem
     for name, value in vars(module).items():
-        if isinstance(value, FunctionType) and any(map(_holds_module, value.__closure__ or ())):
-            yield f"has a function {name} that refers to a module, of which exact mode makes a copy", "make it a method"
+        if isinstance(value, FunctionType) and any(_holds(cell, own) for cell in value.__closure__ or ()):
+            refers = f"has a function {name} that refers to a module of the network"
+            yield f"{refers}: in exact mode's copy it would still use the original", "make it a method"
     for hook in hooks_of(module):
         yield _of_hook(hook)
     for name, parameter in module.named_parameters(recurse=False):
@@ -58,9 +62,9 @@ def _of_hook(hook: Any) -> tuple[str, str]:
     return f"has the hook {getattr(hook, '__qualname__', name)}, which would not run", INSTEAD_OF_HOOK
 
 
-def _holds_module(cell: CellType) -> bool:
+def _holds(cell: CellType, own: set[int]) -> bool:
     try:
-        return isinstance(cell.cell_contents, nn.Module)
+        return id(cell.cell_contents) in own
     except ValueError:  # empty
         return False
 

@@ -10,6 +10,7 @@ from distributed.exact.check.module_stack import ModuleStack
 from distributed.exact.check.problems import Problem
 from distributed.exact.check.throwaway import SavedGenerators
 from distributed.models.keyed_dropout import use_sample_keys
+from distributed.models.torch_compat import AnyBatchNorm
 
 MIXES = "mixes the samples of a batch: the output for one image depends on the others"
 _PER_SAMPLE = "compute it for each sample alone; only batch norm layers may combine samples"
@@ -39,6 +40,20 @@ def find_mixing(model: nn.Module, images: Tensor, keys: Tensor) -> Problem | Non
         if (differs and repeats) or passes.depends_on_others(with_graph, inputs, kept):
             return Problem(passes.first_difference(images, others, kept), MIXES, _PER_SAMPLE)
     return None if repeats else Problem(passes.first_difference(images, images, 0), _VARIES, _REPEAT)
+
+
+def mixing_in_evaluation(model: nn.Module, images: Tensor, keys: Tensor) -> Problem | None:
+    """Compare passes in evaluation mode. Arguments as for `find_mixing`; leaves the weights alone."""
+    if any(isinstance(m, AnyBatchNorm) and m.running_mean is None for m in model.modules()):
+        return None  # it normalizes by the batch in evaluation too, synchronized
+    passes, others = _Passes(model, keys), images.flip(-1) * -1.5
+    others[0] = images[0]
+    logits = passes.run(images)
+    if not same_bits(logits, passes.run(images)):
+        return Problem(passes.first_difference(images, images, 0), _VARIES, _REPEAT)
+    if not _differ(logits[0], passes.run(others)[0]):
+        return None
+    return Problem(passes.first_difference(images, others, 0), MIXES, _PER_SAMPLE)
 
 
 class _Call(NamedTuple):

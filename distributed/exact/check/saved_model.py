@@ -54,7 +54,7 @@ class SavedModel:
         self._save(model, "", "")
         self._of_module: dict[str, list[_Saved]] = defaultdict(list)
         for saved in self._saved.values():
-            if not isinstance(saved.value, Tensor):
+            if not isinstance(saved.value, Tensor | np.ndarray | bytearray):  # large
                 self._of_module[saved.path].append(saved)
 
     def changes(self) -> dict[str, list[str]]:
@@ -65,6 +65,19 @@ class SavedModel:
                 if name not in found.get(saved.path, []):
                     found.setdefault(saved.path, []).append(name)
         return found
+
+    def is_restored(self, path: str, name: str) -> bool:
+        """Whether an attribute, as it is reached now, has its saved value: it may be another object."""
+        module = next(value for value in (s.value for s in self._of_module[path]) if isinstance(value, nn.Module))
+        before = self._saved[id(module)].content
+        return name in before and name in vars(module) and self._equals_saved(before[name], vars(module)[name])
+
+    def _equals_saved(self, old: Any, new: Any) -> bool:
+        """Whether `new` has the value that `old` had when it was saved."""
+        content = self._saved[id(old)].content if id(old) in self._saved and not isinstance(old, Tensor) else old
+        if isinstance(content, dict) and isinstance(new, dict):
+            return content.keys() == new.keys() and all(self._equals_saved(content[key], new[key]) for key in content)
+        return _same(content, new)
 
     def changed_attributes(self, path: str) -> Iterator[str]:
         """Yield what `changes` would return for one module, without comparing what is in its tensors."""
@@ -78,7 +91,8 @@ class SavedModel:
             if isinstance(value, Tensor):
                 _restore_tensor(value, *content)
             elif isinstance(value, _CONTAINERS):
-                _refill(value, content)
+                if not _same(value, content):  # an array may be read-only
+                    _refill(value, content)
             else:
                 now = _attributes(value)
                 if list(now) != list(content) or any(now[key] is not content[key] for key in content):

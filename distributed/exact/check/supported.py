@@ -17,12 +17,13 @@ from distributed.exact.check.training_pass import watch_training
 from distributed.models.keyed_dropout import use_sample_keys
 
 
-def check_exact(model: nn.Module, images: Tensor) -> None:
+def check_exact(model: nn.Module, images: Tensor, *, device_type: str = "cpu") -> None:
     """Check that exact mode supports a network. Leaves it and the global random generators unchanged, bit for bit.
 
     Args:
         model: float32 on the CPU, before any conversion of its batch norm layers; dropout layers are keyed.
         images: [n, 3, side, side], n at least 1; at most 3 are used.
+        device_type: of the training; the check itself runs on the CPU.
 
     Raises:
         InputError: it does not; one line for each kind of problem, with its first module and the remedy.
@@ -30,7 +31,7 @@ def check_exact(model: nn.Module, images: Tensor) -> None:
     problems = registered(model)
     if can_run(model):
         try:
-            for problem in _in_passes(model, images):
+            for problem in _in_passes(model, images, device_type):
                 problems.append(problem)
         except Exception:
             if not problems:  # which explain more than the failure of a pass
@@ -73,7 +74,7 @@ def changed_by_forward(model: nn.Module, images: Tensor) -> list[str]:
         return [f"{path}.{name}".lstrip(".") for path, names in saved.changes().items() for name in names]
 
 
-def _in_passes(model: nn.Module, images: Tensor) -> Iterator[Problem]:
+def _in_passes(model: nn.Module, images: Tensor, device_type: str) -> Iterator[Problem]:
     images, keys = throwaway_batch(images)
     found = set[str]()
     with unchanged(model) as saved:
@@ -86,5 +87,7 @@ def _in_passes(model: nn.Module, images: Tensor) -> Iterator[Problem]:
         mixing = find_mixing(model, images, keys)
         # What was found in a module may explain that it mixes samples, and anything why passes differ.
         if mixing and not (mixing.path in found if mixing.what == MIXES else found):
+            found.add(mixing.path)
             yield mixing
-    yield from (problem for problem in watch_evaluation(model, images, keys) if problem.path not in found)
+    in_evaluation = watch_evaluation(model, images, keys, may_cache=device_type == "cpu")
+    yield from (problem for problem in in_evaluation if problem.path not in found)

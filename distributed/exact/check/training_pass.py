@@ -35,7 +35,7 @@ def watch_training(model: nn.Module, images: Tensor, keys: Tensor, saved: SavedM
     inputs = images.clone().requires_grad_()
     with use_sample_keys(keys), watch.stack, watch, torch.enable_grad():
         output = model(inputs.clone())
-    yield from watch.problems()
+    yield from watch.problems(saved.changes())
     yield from _of_uncalled_batch_norms(model, watch.called)
     if not isinstance(output, Tensor) or output.dim() < 1 or len(output) != len(images):
         what = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -54,6 +54,7 @@ class _TrainingWatch(Watch):
     def __init__(self, model: nn.Module, saved: SavedModel) -> None:
         super().__init__(model, saved)
         self.nodes: dict[Node, str] = {}
+        self._flags = _cudnn_flags()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _HOOKS:
@@ -66,10 +67,10 @@ class _TrainingWatch(Watch):
         super()._before(module, path, inputs)
         self.note_nodes(self.stack.inside, inputs)
         if isinstance(module, AnyBatchNorm) and has_saved_tensors_hooks():
-            self.add(
-                "calls a batch norm within saved_tensors_hooks, which other shards would enter too",
-                "leave it before each batch norm",
-            )
+            applies = "which would then apply to other shards too"
+            self.add(f"calls a batch norm inside saved_tensors_hooks, {applies}", "exit them before each batch norm")
+        if isinstance(module, AnyBatchNorm) and _cudnn_flags() != self._flags:
+            self.add("calls a batch norm inside torch.backends.cudnn.flags", "leave cuDNN's flags as they are")
 
     def _after(self, module: nn.Module, path: str, outputs: list[Tensor]) -> None:
         super()._after(module, path, outputs)
@@ -85,10 +86,17 @@ class _TrainingWatch(Watch):
                 waiting += [target for target, _ in node.next_functions]
 
 
+def _cudnn_flags() -> tuple[bool, ...]:
+    cudnn = torch.backends.cudnn
+    return cudnn.enabled, cudnn.deterministic, cudnn.benchmark
+
+
 def _of_uncalled_batch_norms(model: nn.Module, called: set[str]) -> Iterator[Problem]:
     for path, layer in model.named_modules():
         if isinstance(layer, AnyBatchNorm) and layer.training and path not in called and has_statistics(layer):
-            updates = "gets statistics although nothing calls the layer itself, so it would not be synchronized"
+            updates = (
+                "has its statistics updated although the layer itself is never called, so it would not be synchronized"
+            )
             yield Problem(path, updates, "call the layer, not its forward or F.batch_norm")
 
 

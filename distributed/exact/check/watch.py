@@ -1,6 +1,6 @@
 """Watches a pass over a network for what depends on other shards or on the number of processes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ _SWITCHES: dict[str, Callable[[], Any]] = {
 
 
 class Watch(TorchFunctionMode):
-    """Notes which module is at work when it draws from a generator, or changes what other shards see at the same time.
+    """Notes which module is running when it draws from a generator or changes something that other shards can see.
 
     Args:
         saved: the state of the model before the pass.
@@ -58,16 +58,23 @@ class Watch(TorchFunctionMode):
         self._note_changes(self.stack.inside)
         for name, get in _SWITCHES.items():
             if get() != self._switches[name]:
-                self.add(f"switches {name} for the entire process in forward", "remove the switch, e.g. sdpa_kernel")
+                self.add(f"changes {name} for the entire process in forward", "remove that, e.g. sdpa_kernel")
         return result
 
-    def problems(self) -> Iterator[Problem]:
-        """Yield what was found, and what the pass has changed for good."""
+    def problems(
+        self, changes: Mapping[str, list[str]], accepted: Collection[tuple[str, str]] = ()
+    ) -> Iterator[Problem]:
+        """Yield what was found, and what the pass has changed for good.
+
+        Args:
+            changes: those of the saved state, right after the pass.
+            accepted: attributes that may change, each by its module's path and its name.
+        """
         yield from self._found
-        changes = self._saved.changes()
-        found = {problem.path for problem in self._found if problem.remedy == _REGISTER}  # which changes statistics
-        for path, names in changes.items():
-            if path not in found:
+        found = {problem.path for problem in self._found if problem.remedy == _REGISTER}  # its statistics change
+        for path in changes:
+            names = [name for name in changes[path] if (path, name) not in accepted]
+            if names and path not in found:
                 yield Problem(path, f"keeps state: forward changes its {', '.join(names)}", _STATE)
         for path, temporary in self._temporary.items():
             if names := [name for name in temporary if name not in changes.get(path, []) and path not in found]:
@@ -90,9 +97,12 @@ class Watch(TorchFunctionMode):
         self._note_changes(path)
 
     def _unregistered(self, module: nn.Module) -> None:
-        if isinstance(module, AnyBatchNorm):
+        if isinstance(module, AnyBatchNorm) and (module.training or module.running_mean is None):
             kind = type(module).__name__
-            self.add(f"calls a {kind} that is none of its modules, so it would not be synchronized", _REGISTER)
+            self.add(
+                f"calls a {kind} that is not registered as one of its modules, so it would not be synchronized",
+                _REGISTER,
+            )
 
     def _note_draws(self) -> None:
         module = self._modules[self.stack.inside]
