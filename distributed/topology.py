@@ -168,6 +168,12 @@ def elastic_run_id() -> str:
     return os.environ.get("TORCHELASTIC_RUN_ID", "") if is_shared else ""
 
 
+def tasks_of_step() -> int:
+    """Return the number of tasks that srun started together with this process."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")
+    return int(tasks) if tasks.isdecimal() else 1
+
+
 def is_elastic() -> bool:
     """Whether torchrun was given a rendezvous endpoint. Nodes can join such a job later."""
     torchrun = find_torchrun() if elastic_run_id() else None

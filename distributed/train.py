@@ -1,6 +1,5 @@
 """`python -m distributed.train [CONFIG.toml] [--SETTING VALUE ...] [--dry-run]`: rejects bad input before importing torch."""
 
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from distributed.process.signals import SignalStop
 from distributed.process.streams import run_command
 from distributed.run.folder import RunFolder
 from distributed.run.resume_checks import check_init_from, check_run_folder, is_finished
-from distributed.topology import Topology, cluster_job, has_launcher, is_elastic
+from distributed.topology import Topology, cluster_job, has_launcher, is_elastic, tasks_of_step
 
 _BANNER = """\
 ********************************************************************************
@@ -79,8 +78,7 @@ def _run(stop: SignalStop) -> int:
 
 def check_one_task(topology: Topology) -> None:
     """Raise InputError if srun has started this command several times, each of which would train alone."""
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")
-    if not topology.launched and tasks.isdecimal() and int(tasks) > 1:
+    if not topology.launched and (tasks := tasks_of_step()) > 1:
         raise InputError(
             f"environment: SLURM_STEP_NUM_TASKS = {tasks}: srun starts {tasks} separate trainings; submit slurm/train.sh, or "
             "start torchrun with one task per node"
