@@ -109,7 +109,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
 
     from distributed.build import build_data, build_engine
     from distributed.comm.process_group import choose_device, process_group
-    from distributed.data.checks import check_evaluated
+    from distributed.data.checks import check_channels, check_evaluated
     from distributed.inference.confusion import ConfusionMatrix
     from distributed.network import build_network
     from distributed.process import logs
@@ -135,9 +135,10 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
         warn_about_changes(content, config.import_paths)
     # Before the process group, because decoding may take long, and importing a network may fail.
     data = build_data(config, topology, device)
+    check_channels(content, config, data)
     functions = build_functions(config, topology, data, device)
-    network = build_network(config, topology, data, device, evaluated=(split,))
-    with process_group(topology, device, timeout_seconds=config.timeout_seconds):
+    network = build_network(config, topology, data, device, evaluates=split)
+    with process_group(topology, device, timeout_seconds=config.timeout_seconds), reachable_paths():
         check_evaluated(content, config, data, split)
         data.normalize_by(**content["normalization"])
         check_same_checkpoint(checkpoint)

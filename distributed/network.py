@@ -1,6 +1,5 @@
 """Builds a run's network and checks, before any process group exists, that it can be trained as configured."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,8 +20,7 @@ from distributed.models.imported import GivenModel
 from distributed.models.plain_batch_norm import unsupported_batch_norms
 from distributed.topology import Topology
 
-EVALUATED: tuple[Split, ...] = ("validation", "test")
-"""The splits that a training evaluates."""
+_EVALUATED: tuple[Split, ...] = ("validation", "test")
 _IMAGES_FOR_WHITENING = 1000  # of almost a thousand patches each
 
 
@@ -41,7 +39,7 @@ def build_network(
     device: torch.device,
     given: GivenModel | None = None,
     *,
-    evaluated: Sequence[Split] = EVALUATED,
+    evaluates: Split | None = None,
 ) -> Network:
     """Build the network. An imported one is tried on a few images, in throwaway passes that leave it unchanged.
 
@@ -49,7 +47,7 @@ def build_network(
 
     Args:
         given: what Python code gave for the import path in the config.
-        evaluated: the splits that it will be evaluated on.
+        evaluates: the split to evaluate, if it is not to be trained.
 
     Raises:
         InputError: the network cannot be imported, does not return logits, or exact mode does not support it; or its engine
@@ -60,7 +58,7 @@ def build_network(
             require_deepspeed()
         model = build_model(config.model, num_classes=data.num_classes, seed=config.seed, given=given)
         if isinstance(config.model, ImportedModel):
-            return Network(model, _check_imported(model, config, topology, data, device, evaluated))
+            return Network(model, _check_imported(model, config, topology, data, device, evaluates))
     return Network(model, {name: 1 for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)})
 
 
@@ -94,7 +92,7 @@ def _check_imported(
     topology: Topology,
     data: DataPipeline,
     device: torch.device,
-    evaluated: Sequence[Split],
+    evaluates: Split | None,
 ) -> dict[str, int]:
     """Raise InputError if an imported network cannot be trained as configured; return `Network.layers`."""
     from distributed.exact.check.supported import check_exact, mixes_samples  # only imported networks need these
@@ -105,10 +103,11 @@ def _check_imported(
     images, keys = example.images.cpu().float(), example.sample_keys.cpu()
     name = config.model.name
     draws = check_output(model, images[:2], keys[:2], name=name, num_classes=data.num_classes, seed=config.seed)
-    if smallest_batch(data, evaluated) < data.shards.total:
+    train = [] if evaluates else training_batches(data)
+    if min([*train, *evaluation_batches(data, evaluates)]) < data.shards.total:
         check_without_images(
             model, images[:0], keys[:0], name=name, num_classes=data.num_classes,
-            in_training=smallest_batch(data, ()) < data.shards.total,
+            in_training=min(train, default=data.shards.total) < data.shards.total,
         )  # fmt: skip
     images = images[torch.arange(3) % len(images)]  # the passes change the copies
     if config.shards_on(device.type):
@@ -155,11 +154,14 @@ def _warn_about_changes(model: nn.Module, images: Tensor, name: str, *, several:
         )  # fmt: skip
 
 
-def smallest_batch(data: DataPipeline, evaluated: Sequence[Split] = EVALUATED) -> int:
-    """Return the number of images in the smallest micro-batch of an epoch, or of an evaluation of these splits."""
-    batch, step = data.batching.global_batch_size, data.batching.evaluation_batch_size
-    train = [min(batch, data.size("train")), data.size("train") % batch]
-    sizes = [max(1, count // data.batching.grad_accum_steps) for count in train if count]
-    for size in map(data.size, evaluated):
-        sizes += [count for count in (min(step, size), size % step) if count]
-    return min(sizes)
+def training_batches(data: DataPipeline) -> list[int]:
+    """Return the number of images in the smallest micro-batch of each kind of step: most steps, and the last of an epoch."""
+    batch, size = data.batching.global_batch_size, data.size("train")
+    return [max(1, count // data.batching.grad_accum_steps) for count in (min(batch, size), size % batch) if count]
+
+
+def evaluation_batches(data: DataPipeline, split: Split | None = None) -> list[int]:
+    """Return the sizes of the batches of one split, or of the splits that a training evaluates."""
+    step, splits = data.batching.evaluation_batch_size, [split] if split else _EVALUATED
+    sizes = [data.size(each) for each in splits]
+    return [count for size in sizes for count in (min(step, size), size % step) if count]

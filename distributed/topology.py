@@ -169,7 +169,9 @@ def elastic_run_id() -> str:
 
 
 def tasks_of_step() -> int:
-    """Return the number of tasks that srun started together with this process."""
+    """Return the number of tasks that srun started together with this process; 1 in an interactive shell of srun."""
+    if "SLURM_PTY_PORT" in os.environ:
+        return 1
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")
     return int(tasks) if tasks.isdecimal() else 1
 

@@ -14,7 +14,7 @@
 set -uo pipefail
 : "${project:?is set by the script that sources this}"
 # A job that was submitted from within another inherits what Slurm does not set for it: array, restarts, options of steps.
-if [ -n "${SLURM_JOB_ID:-}" ] && shown=$(scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null | head -n 1) && [ -n "$shown" ]; then
+if [ -n "${SLURM_JOB_ID:-}" ] && shown=$(scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 1p) && [ -n "$shown" ]; then
     [[ $shown == *" ArrayJobId="* ]] || unset "${!SLURM_ARRAY_@}"
     [[ ! $shown =~ \ Restarts=([0-9]+)\  ]] || export SLURM_RESTART_COUNT="${BASH_REMATCH[1]}"
 fi

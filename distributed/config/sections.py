@@ -34,8 +34,8 @@ class Evaluation(Section):
         False, "flip test-time augmentation: average the logits of each image and of its mirror image"
     )
     shift_tta: int = setting(
-        0, "shift test-time augmentation: average with the logits, at half weight each, of the image shifted by this many "
-        "pixels up and left, and down and right; 0: off", ge=0, le=64,
+        0, "shift test-time augmentation: also average over the image shifted by this many pixels up and left, and down and "
+        "right, at half weight each; 0: off", ge=0, le=64,
     )  # fmt: skip
     metrics: Metrics = operational(
         (), "further metrics by import path: function(logits, targets) returns one number per sample, of which the mean is "

@@ -15,7 +15,7 @@ from distributed.data.pipeline import DataPipeline, Split
 from distributed.data.sources.cifar_spec import SETS
 from distributed.data.sources.identity import Difference, class_difference, differences, image_difference
 from distributed.data.sources.image_folder import SPLITS
-from distributed.errors import InputError, first_few
+from distributed.errors import InputError, counted, first_few
 
 _SHOWN = 5
 
@@ -77,7 +77,7 @@ def _unofficial(config: TrainConfig, data: DataPipeline) -> list[str]:
 
 
 def _small_splits(config: TrainConfig, data: DataPipeline) -> list[str]:
-    """Return warnings about splits without images, or with fewer than a batch.
+    """Return warnings about splits with few images or none, and about folders that are not read.
 
     Raises:
         InputError: a setting needs validation images, and there are none.
@@ -119,8 +119,22 @@ def unread_folders(root: Path) -> list[str]:
         f"{folder}: ignored: validation images are taken from train (data.validation_fraction); to train on these too, move "
         "them into train"
         for folder in folders
-        if folder.is_dir() and os.path.realpath(folder) not in read
+        if os.path.isdir(folder) and os.path.realpath(folder) not in read
     ]
+
+
+def check_channels(trained_on: Mapping[str, Any], config: TrainConfig, data: DataPipeline) -> None:
+    """Raise InputError if the images have other channels than those of the training run."""
+    channels, before = data.raw_images(1).shape[-1], len(trained_on["normalization"]["mean"])
+    if channels != before:
+        raise InputError(
+            f"the images have {counted(channels, 'channel')} here, but had {before} in training: {_remedy(config)} images "
+            f"with {before}"
+        )
+
+
+def _remedy(config: TrainConfig) -> str:
+    return "let data.name return" if isinstance(config.data, ImportedData) else "point --data.root at"
 
 
 def check_evaluated(trained_on: Mapping[str, Any], config: TrainConfig, data: DataPipeline, split: Split) -> None:
@@ -130,19 +144,14 @@ def check_evaluated(trained_on: Mapping[str, Any], config: TrainConfig, data: Da
         InputError: ranks read different data, the classes are not those of training, or the split has no images.
     """
     check_same_data(config, data)
+    check_channels(trained_on, config, data)
     here = data.identity()
     has_own_classes = isinstance(config.data, ImageFolderData | ArraysData | ImportedData)
     if has_own_classes and (other := class_difference(trained_on, here)):
         thing, before, now = other
-        where = "let data.name return" if isinstance(config.data, ImportedData) else "point --data.root at"
         raise InputError(
-            f"{thing} is {now} here, but was {before} in training: {where} images of the classes that the network was "
-            "trained on"
-        )
-    channels, trained = data.raw_images(1).shape[-1], len(trained_on["normalization"]["mean"])
-    if channels != trained:
-        raise InputError(
-            f"the images have {channels} channels here, but had {trained} in training: point --data.root at such images"
+            f"{thing} is {now} here, but was {before} in training: {_remedy(config)} images of the classes that the network "
+            "was trained on"
         )
     if not data.size(split):
         raise InputError(f"--split {split}: this split has no images; use another")

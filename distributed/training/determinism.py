@@ -28,7 +28,7 @@ cudnn: Any = torch.backends.cudnn  # their types lack what they have
 mkldnn: Any = torch.backends.mkldnn
 _DEFAULT: Any = torch.backends
 _PARTS: tuple[Any, ...] = (cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
-"""The parts that have an `fp32_precision` of their own; where it is "none", that of `_DEFAULT` applies."""
+"""The parts that have an `fp32_precision` of their own; if it is "none", that of their backend applies, then `_DEFAULT`'s."""
 
 
 @contextmanager
@@ -61,8 +61,9 @@ def restored_settings() -> Iterator[None]:
 def _restored_float32() -> Iterator[None]:
     """Restore how float32 is computed. Context manager."""
     default, _DEFAULT.fp32_precision = _DEFAULT.fp32_precision, "none"
+    of_cudnn, cudnn.fp32_precision = cudnn.fp32_precision, "none"
     own = [part.fp32_precision for part in _PARTS]
-    _DEFAULT.fp32_precision = default
+    _DEFAULT.fp32_precision, cudnn.fp32_precision = default, of_cudnn
     matmul_precision, cudnn_tf32 = "highest", True
     with suppress(RuntimeError):  # older switches cannot be read once a script has set `fp32_precision` too
         matmul_precision = torch.get_float32_matmul_precision()
@@ -73,7 +74,7 @@ def _restored_float32() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(matmul_precision)
         cudnn.allow_tf32 = cudnn_tf32
-        _DEFAULT.fp32_precision = default
+        _DEFAULT.fp32_precision, cudnn.fp32_precision = default, of_cudnn
         for part, precision in zip(_PARTS, own, strict=True):
             part.fp32_precision = precision
 

@@ -40,6 +40,8 @@ def main() -> int:
     _check_options(options)
     config = from_command_line(settings).config
     run_dir = config.run_dir
+    if options.gpus and config.device == "cpu":
+        raise InputError(f"command line: --gpus {options.gpus}: has no effect with device = cpu; remove it")
     expected, states, gpus = [step_node().name], dict[str, str](), options.gpus
     if in_job():
         allocation = Allocation.from_environment()

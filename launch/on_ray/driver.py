@@ -112,14 +112,16 @@ def run_attempt(
     logger.info("starting {} worker{}", workers, "s" if workers > 1 else "")
     growth = GrowthMonitor(config, scaling, workers, nodes.excluded)
     reason: str | None = None
-    with ThreadPoolExecutor(1) as thread:  # in the main thread, Ray would handle Ctrl-C itself and abort
-        result = thread.submit(make_trainer(config, scaling, workers, nodes, key, callbacks).fit)
-        while not wait([result], timeout=_POLL_SECONDS).done:
-            growth.request_nodes()
-            if not reason and (reason := stop.requested() or growth.stop_reason()):
-                request_stop(key, reason)
-    growth.withdraw_request()
-    clear_stop(key)
+    try:
+        with ThreadPoolExecutor(1) as thread:  # in the main thread, Ray would handle Ctrl-C itself and abort
+            result = thread.submit(make_trainer(config, scaling, workers, nodes, key, callbacks).fit)
+            while not wait([result], timeout=_POLL_SECONDS).done:
+                growth.request_nodes()
+                if not reason and (reason := stop.requested() or growth.stop_reason()):
+                    request_stop(key, reason)
+    finally:
+        growth.withdraw_request()
+        clear_stop(key)
     return _outcome(config, result, stopped=bool(reason) and reason != GROWTH)
 
 

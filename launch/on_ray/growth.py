@@ -1,9 +1,11 @@
-"""Lets a run on fewer workers than it may have grow: requests nodes, and stops the attempt once more workers fit."""
+"""Grows a run that has fewer workers than `num_workers`: requests nodes, and stops the attempt once more workers fit."""
 
 import math
 import time
 from collections.abc import Collection
 from contextlib import suppress
+
+from ray.exceptions import RayError
 
 from distributed.config import TrainConfig
 from distributed.config.scaling import Scaling
@@ -30,12 +32,14 @@ class GrowthMonitor:
         """Request nodes for `num_workers` from the autoscaler, and renew the request from time to time."""
         if self._can_grow and time.monotonic() > self._requested_at + REQUEST_SECONDS:
             self._requested_at = time.monotonic()
-            request_nodes(self._scaling, self._scaling.num_workers)
+            with suppress(RayError, RuntimeError):  # a hint, which is renewed
+                request_nodes(self._scaling, self._scaling.num_workers)
 
     def withdraw_request(self) -> None:
         """Let the autoscaler remove idle nodes again."""
         if self._can_grow:
-            request_nodes(self._scaling, 0)
+            with suppress(RayError, RuntimeError):
+                request_nodes(self._scaling, 0)
 
     def stop_reason(self) -> str | None:
         """Return the reason to stop once two checks in a row found capacity.
@@ -48,8 +52,13 @@ class GrowthMonitor:
         before = self._had_capacity
         self._checked_at = time.monotonic()
         has_started = self._started_attempts() > self._attempts_before
-        self._had_capacity = has_started and capacity(self._scaling, self._excluded).now > 0
+        self._had_capacity = has_started and self._fits_more()
         return GROWTH if before and self._had_capacity else None
+
+    def _fits_more(self) -> bool:
+        with suppress(RayError, RuntimeError):  # the head is away for a moment
+            return capacity(self._scaling, self._excluded).now > 0
+        return False
 
     def _started_attempts(self) -> int:
         with suppress(InputError):  # the file system is away for a moment

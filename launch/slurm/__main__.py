@@ -188,7 +188,7 @@ def sbatch_command(options: argparse.Namespace, arguments: Sequence[str], array:
     if array:
         command.append(f"--array={array}{f'%{options.at_once}' if options.at_once else ''}")
     script = shipped("slurm/train.sh")
-    exported = ["ALL", *venv_export(script.parents[1])]
+    exported = list[str]()
     if options.max_requeues is not None:  # else the variable of that name counts
         exported.append(f"MAX_REQUEUES={options.max_requeues}")
     if options.ranks_per_node:
@@ -197,7 +197,8 @@ def sbatch_command(options: argparse.Namespace, arguments: Sequence[str], array:
     exports = [option for option in options.sbatch if option.startswith("--export=")]
     given = [word for option in exports for word in option.removeprefix("--export=").split(",") if word != "ALL"]
     names = {word.partition("=")[0] for word in given}
-    exported = [word for word in exported if word.partition("=")[0] not in names] + given
+    environment = [] if names & {"VENV", "CONDA_ENV", "CONTAINER"} else venv_export(script.parents[1])
+    exported = ["ALL", *environment, *(word for word in exported if word.partition("=")[0] not in names), *given]
     command += [option for option in options.sbatch if option not in exports]
     command += [f"--export={','.join(exported)}", str(script)]
     return [*command, *arguments]

@@ -100,7 +100,8 @@ def main() -> int:
             return ExitCode.FINISHED
         decision = journal.end(options.signal, Allocation.from_environment())
     except (OSError, InputError) as error:
-        print(f"error: {options.run}: {error}; the job is not requeued", file=sys.stderr)
+        consequence = "the job goes on" if options.moment == "begin" else "the job is not requeued"
+        print(f"error: {options.run}: {error}; {consequence}", file=sys.stderr)
         return ExitCode.STORAGE
     reason, comment = (" ".join(text.split()) for text in (decision.reason, journal.comment))
     print(decision.verdict, decision.exit_code, reason, comment, sep="\n")

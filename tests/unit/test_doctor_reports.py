@@ -49,6 +49,13 @@ def test_a_report_arrives_as_short_lines_in_any_order():
     assert diagnosed(printed_with()) == []
 
 
+def test_a_run_on_cpus_needs_no_equal_gpus():
+    reports = good_reports()
+    reports[1] = reports[1].model_copy(update={"devices": reports[1].devices.model_copy(update={"gpus": 2})})
+    for gpus, failures in ((8, 1), (None, 0)):
+        assert len(diagnose(reports, NODES, several=True, gpus=gpus, free_gib=1.0)) == failures
+
+
 GARBAGE = [
     ("cut off", "doctor-report:n1 1/2 {", "cannot be read"),
     ("no JSON", "doctor-report:n1 1/1 Segmentation fault", "cannot be read: 'Segmentation fault'"),

@@ -177,6 +177,18 @@ def count_in_evaluation(module: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
+def fill_in_evaluation(get: Callable[[nn.Module], Tensor], module: nn.Module, x: Tensor) -> Tensor:
+    if not module.training and not get(module).any():
+        get(module).fill_(2.0)
+    return x * 2
+
+
+def closure_around_a_module() -> nn.Module:
+    layer = nn.Linear(12, 12)
+    outer = nn.Sequential(layer)
+    return Call(lambda m, x: m.apply(x), layer=layer, apply=lambda x: outer(x))
+
+
 class Merging(nn.Linear):
     """A linear layer with LoRA, which `eval` merges into the weight."""
 
@@ -357,6 +369,27 @@ REFUSED = {
         "in evaluation, keeps state: forward changes its seen",
         "compute it in __init__",
     ),
+    **{
+        f"a {kind} filled in evaluation": (
+            lambda held=held, get=get: Call(partial(fill_in_evaluation, get), held=held),
+            "in evaluation, keeps state: forward changes its held",
+            "compute it in __init__",
+        )
+        for kind, held, get in [
+            ("tensor", [torch.zeros(12)], lambda module: module.held[0]),
+            ("table", {"sum": torch.zeros(12)}, lambda module: module.held["sum"]),
+        ]
+    },
+    "cumulative sums in evaluation": (
+        lambda: Call(lambda m, x: x if m.training else x.cumsum(0)),
+        "in evaluation, mixes the samples of a batch",
+        "compute it for each sample alone",
+    ),
+    "a closure around a module of the network": (
+        closure_around_a_module,
+        "4.inner (Call): has a function apply that refers to a module of the network",
+        "make it a method",
+    ),
     "draws in evaluation": (lambda: Call(noise_in_evaluation), "in evaluation, draws from torch's generator", KEYED),
     "mixing in evaluation": (
         lambda: Call(lambda m, x: x if m.training else x - x.mean(0)),
@@ -392,7 +425,7 @@ REFUSED = {
     "sdpa_kernel": (
         lambda: Call(attention_by_one_kernel),
         "changes attention's kernels for the entire process",
-        "remove that",
+        "leave it as it is",
     ),
     "cuDNN's flags": (
         lambda: Call(without_cudnn, norm=nn.BatchNorm1d(12)),

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "launch").rglob("*.py"))
-RAY = {"capacity", "cluster", "compat", "connection", "driver", "node_check", "sweep", "worker"}
+RAY = {"capacity", "cluster", "compat", "connection", "driver", "growth", "node_check", "sweep", "worker"}
 
 
 def name_of(path: Path) -> str:

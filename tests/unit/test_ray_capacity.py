@@ -4,10 +4,11 @@ import re
 
 import pytest
 
+from distributed.config import from_command_line
 from distributed.config.scaling import Scaling
 
 pytest.importorskip("ray", reason="ray is not installed")
-from launch.on_ray import capacity
+from launch.on_ray import capacity, growth
 from launch.on_ray.capacity import Capacity, CapacityError, wait_for_capacity, workers_on_cluster, workers_on_node
 from launch.on_ray.cluster import open_cluster_warning
 
@@ -105,6 +106,23 @@ def test_a_request_for_nodes_is_renewed(cluster, monkeypatch):
     waiting = ELASTIC.model_copy(update={"wait_seconds": 60})
     assert wait_for_capacity(waiting, lambda: "SIGTERM" if len(requested) > 2 else None, ()) == 0
     assert requested == [3, 3, 3, 0]
+
+
+def test_a_run_on_fewer_workers_requests_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(growth, "REQUEST_SECONDS", 0.0)
+    sent: list[int] = []
+
+    def send(scaling: Scaling, workers: int) -> None:
+        sent.append(workers)
+        raise RuntimeError("the head is away for a moment")
+
+    monkeypatch.setattr(growth, "request_nodes", send)
+    config = from_command_line(["--data.name", "generated10", "--run_dir", str(tmp_path)]).config
+    for workers in (3, 1):
+        monitor = growth.GrowthMonitor(config, ELASTIC, workers, ())
+        monitor.request_nodes()
+        monitor.withdraw_request()
+    assert sent == [3, 0], "a run with all workers requests none"
 
 
 def test_a_training_of_a_sweep_waits_for_the_workers_of_another(cluster):

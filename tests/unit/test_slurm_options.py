@@ -47,6 +47,8 @@ def test_a_conda_environment_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/activate").touch()
     assert venv_export(tmp_path) == [f"CONDA_ENV={tmp_path}"]
+    named = sbatch_command(parser().parse_args(["--sbatch=--export=ALL,VENV=/my/venv"]), ["config.toml"])
+    assert "--export=ALL,VENV=/my/venv" in named
 
 
 def test_a_job_inherits_nothing_from_a_surrounding_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

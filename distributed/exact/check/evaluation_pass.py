@@ -24,6 +24,8 @@ def watch_evaluation(model: nn.Module, images: Tensor, keys: Tensor, *, may_cach
     with unchanged(model):
         yield from _of_switching(model)
     with unchanged(model):
+        model.train()
+        fill_constant_weights(model)  # a head of zeros would hide mixing
         model.eval()
         saved = SavedModel(model)
         watch = Watch(model, saved)

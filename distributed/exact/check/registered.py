@@ -64,9 +64,10 @@ def _of_hook(hook: Any) -> tuple[str, str]:
 
 def _holds(cell: CellType, own: set[int]) -> bool:
     try:
-        return id(cell.cell_contents) in own
+        held = cell.cell_contents
     except ValueError:  # empty
         return False
+    return isinstance(held, nn.Module) and any(id(module) in own for module in held.modules())
 
 
 def _is_lazy(module: nn.Module) -> bool:

@@ -34,8 +34,7 @@ def find_mixing(model: nn.Module, images: Tensor, keys: Tensor) -> Problem | Non
     with_graph = passes.run(inputs)  # from other kernels: not the same bits
     repeats = same_bits(logits, passes.run(images))
     for kept in (0, len(images) - 1):
-        others = images.flip(-1) * -1.5
-        others[kept] = images[kept]
+        others = _others(images, kept)
         differs = _differ(logits[kept], passes.run(others)[kept])
         if (differs and repeats) or passes.depends_on_others(with_graph, inputs, kept):
             return Problem(passes.first_difference(images, others, kept), MIXES, _PER_SAMPLE)
@@ -43,17 +42,25 @@ def find_mixing(model: nn.Module, images: Tensor, keys: Tensor) -> Problem | Non
 
 
 def mixing_in_evaluation(model: nn.Module, images: Tensor, keys: Tensor) -> Problem | None:
-    """Compare passes in evaluation mode. Arguments as for `find_mixing`; leaves the weights alone."""
+    """Compare passes in evaluation mode, with weights that are not constant. Arguments as for `find_mixing`."""
     if any(isinstance(m, AnyBatchNorm) and m.running_mean is None for m in model.modules()):
         return None  # it normalizes by the batch in evaluation too, synchronized
-    passes, others = _Passes(model, keys), images.flip(-1) * -1.5
-    others[0] = images[0]
+    passes = _Passes(model, keys)
     logits = passes.run(images)
     if not same_bits(logits, passes.run(images)):
         return Problem(passes.first_difference(images, images, 0), _VARIES, _REPEAT)
-    if not _differ(logits[0], passes.run(others)[0]):
-        return None
-    return Problem(passes.first_difference(images, others, 0), MIXES, _PER_SAMPLE)
+    for kept in (0, len(images) - 1):
+        others = _others(images, kept)
+        if _differ(logits[kept], passes.run(others)[kept]):
+            return Problem(passes.first_difference(images, others, kept), MIXES, _PER_SAMPLE)
+    return None
+
+
+def _others(images: Tensor, kept: int) -> Tensor:
+    """Return a batch in which all images but one are other ones."""
+    others = images.flip(-1) * -1.5
+    others[kept] = images[kept]
+    return others
 
 
 class _Call(NamedTuple):

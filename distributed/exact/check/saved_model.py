@@ -74,9 +74,12 @@ class SavedModel:
 
     def _equals_saved(self, old: Any, new: Any) -> bool:
         """Whether `new` has the value that `old` had when it was saved."""
-        content = self._saved[id(old)].content if id(old) in self._saved and not isinstance(old, Tensor) else old
+        saved = self._saved.get(id(old))
+        content = old if saved is None else saved.content[1] if isinstance(old, Tensor) else saved.content
         if isinstance(content, dict) and isinstance(new, dict):
             return content.keys() == new.keys() and all(self._equals_saved(content[key], new[key]) for key in content)
+        if isinstance(content, list | tuple | deque) and type(content) is type(new):
+            return len(content) == len(new) and all(map(self._equals_saved, content, new))
         return _same(content, new)
 
     def changed_attributes(self, path: str) -> Iterator[str]:

@@ -58,7 +58,9 @@ class Watch(TorchFunctionMode):
         self._note_changes(self.stack.inside)
         for name, get in _SWITCHES.items():
             if get() != self._switches[name]:
-                self.add(f"changes {name} for the entire process in forward", "remove that, e.g. sdpa_kernel")
+                self.add(
+                    f"changes {name} for the entire process in forward", "leave it as it is, e.g. without sdpa_kernel"
+                )
         return result
 
     def problems(
