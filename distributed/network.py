@@ -103,12 +103,11 @@ def _check_imported(
     images, keys = example.images.cpu().float(), example.sample_keys.cpu()
     name = config.model.name
     draws = check_output(model, images[:2], keys[:2], name=name, num_classes=data.num_classes, seed=config.seed)
-    train = [] if evaluates else training_batches(data)
-    if min([*train, *evaluation_batches(data, evaluates)]) < data.shards.total:
+    in_training = not evaluates and min(training_batches(data)) < data.shards.total
+    if in_training or any(count < data.shards.total for count in evaluation_batches(data, evaluates)):
         check_without_images(
-            model, images[:0], keys[:0], name=name, num_classes=data.num_classes,
-            in_training=min(train, default=data.shards.total) < data.shards.total,
-        )  # fmt: skip
+            model, images[:0], keys[:0], name=name, num_classes=data.num_classes, in_training=in_training
+        )
     images = images[torch.arange(3) % len(images)]  # the passes change the copies
     if config.shards_on(device.type):
         check_exact(model, images, device_type=device.type)
