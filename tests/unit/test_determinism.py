@@ -69,6 +69,14 @@ def precisions() -> dict[str, str]:
     }
 
 
+def set_to_defaults() -> None:
+    backends = torch.backends
+    backends.mkldnn.enabled, backends.fp32_precision, backends.cudnn.fp32_precision = True, "none", "none"
+    torch.set_float32_matmul_precision("highest")
+    for part in (backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv):
+        part.fp32_precision = "none"
+
+
 def set_everywhere() -> None:
     torch.backends.fp32_precision = "tf32"
 
@@ -89,6 +97,7 @@ def set_for_convolutions() -> None:
 @pytest.mark.parametrize("script", [set_everywhere, set_for_cudnn, set_for_matmul, set_for_convolutions])
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
 def test_a_script_does_not_affect_float32(script: Callable[[], None], device: torch.device) -> None:
+    set_to_defaults()  # an earlier test may have left other switches
     initial = precisions()
     try:
         script()
@@ -101,11 +110,7 @@ def test_a_script_does_not_affect_float32(script: Callable[[], None], device: to
             assert not torch.backends.cuda.matmul.allow_tf32
         assert (precisions(), torch.backends.mkldnn.enabled) == before
     finally:
-        torch.backends.mkldnn.enabled, torch.backends.fp32_precision = True, "none"
-        torch.backends.cudnn.fp32_precision = "none"
-        torch.set_float32_matmul_precision("highest")
-        for part in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv):
-            part.fp32_precision = "none"
+        set_to_defaults()
     assert "tf32" not in found.values()
     assert "bf16" not in found.values()
     assert precisions() == initial

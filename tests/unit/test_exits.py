@@ -17,10 +17,10 @@ from distributed.errors import ExitCode, InputError
 from distributed.optim.schedules import build_early_stopping, build_schedule
 from distributed.process import exits
 from distributed.process.exits import Exit
+from distributed.process.signals import SignalStop
 from distributed.run_process import run_to_exit_code
 from distributed.topology import Topology
 from distributed.training.state import TrainState
-from distributed.training.stop import StopSource
 
 
 @pytest.fixture
@@ -114,12 +114,12 @@ def test_failure_message_is_one_line(error: Exception, message: str):
     assert failure_message(error) == message
 
 
-class StopNow:
+class StopNow(SignalStop):
     def requested(self) -> str:
         return "SIGTERM"
 
 
-class Fail:
+class Fail(SignalStop):
     def requested(self) -> None:
         raise ValueError("a bug")
 
@@ -127,12 +127,12 @@ class Fail:
 @pytest.mark.parametrize(
     ("stop", "code", "reason"),
     [
-        (StopNow(), 75, "stopped by SIGTERM at step 2, everything saved; the same command resumes"),
-        (Fail(), 1, "ValueError: a bug"),
+        (StopNow(launched=False), 75, "stopped by SIGTERM at step 2, everything saved; the same command resumes"),
+        (Fail(launched=False), 1, "ValueError: a bug"),
     ],
 )
 def test_run_returns_exit_code_and_writes_reason(
-    config: TrainConfig, stop: StopSource, code: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, stop: SignalStop, code: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     file = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
