@@ -39,7 +39,11 @@ class Attempt:
 
     def __enter__(self) -> Self:
         if self.topology.is_main:
-            self.run = ClaimedRun.claim(self.config.run_dir, world_size=self.topology.world_size)
+            self.run = ClaimedRun.claim(
+                self.config.run_dir,
+                world_size=self.topology.world_size,
+                uploads=self.config.checkpoint.upload_to is not None,
+            )
             exits.add_exit_hook(self._record_sudden_ending)
         return self
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from distributed.checkpoint.resume_point import Validate, find_resume_point, load_tensors, mismatch
 from distributed.checkpoint.save_budget import SaveBudget
 from distributed.checkpoint.snapshot import Snapshot, copy_to_host, load_weights_and_reset_optimizer
-from distributed.checkpoint.upload import AT_END_SECONDS, AT_STOP_SECONDS, Uploader
+from distributed.checkpoint.upload import AT_END_SECONDS, Uploader
 from distributed.checkpoint.writer import CheckpointWriter
 from distributed.comm import collectives
 from distributed.data.sources.identity import check_resumed
@@ -25,7 +25,7 @@ from distributed.engine.protocol import Engine
 from distributed.errors import InputError, StorageError
 from distributed.files import storing
 from distributed.run import checkpoint_layout as layout
-from distributed.run.claim import ClaimedRun
+from distributed.run.claim import UPLOAD_SECONDS, ClaimedRun
 from distributed.training.state import TrainState
 
 
@@ -167,7 +167,7 @@ class Checkpointer:
         """
         self._wait_for_save()
         if self._uploader:
-            self._uploader.finish_within(AT_STOP_SECONDS if stopping else AT_END_SECONDS)
+            self._uploader.finish_within(UPLOAD_SECONDS if stopping else AT_END_SECONDS)
         while self.upload_to and collectives.broadcast_object(self._uploader and self._uploader.is_busy()):
             pass
         if self._writer:  # also what was kept only for its upload

@@ -21,10 +21,9 @@ from distributed.errors import InputError, StorageError
 from distributed.files import read_object
 from distributed.host.identity import host
 from distributed.run.checkpoint_layout import best_known_to, checkpoints
-from distributed.run.claim import LOCK_WAIT_SECONDS, ClaimedRun
+from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
 
-AT_STOP_SECONDS = LOCK_WAIT_SECONDS - 30  # a successor waits longer; Slurm's warning comes 120 before its time limit
 AT_END_SECONDS = 600.0
 
 

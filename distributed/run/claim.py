@@ -25,7 +25,9 @@ from distributed.run.folder import RunFolder
 from distributed.run.lock_holder import acquire_lock, this_process
 from distributed.run.records import AttemptRecord, Holder, Record, Status, read_attempts, timestamp
 
-LOCK_WAIT_SECONDS = 90.0
+LOCK_WAIT_SECONDS = 30.0
+UPLOAD_SECONDS = 60.0
+"""How long an attempt that stops may upload: half of the time between Slurm's warning and its time limit."""
 PROGRESS_SECONDS = 5.0
 
 
@@ -49,8 +51,11 @@ class ClaimedRun(RunFolder):
         self._warned: set[str] = set()
 
     @classmethod
-    def claim(cls, path: Path, *, world_size: int) -> Self:
+    def claim(cls, path: Path, *, world_size: int, uploads: bool = False) -> Self:
         """Acquire the folder's lock, waiting a while for a predecessor that is shutting down, and set a new token.
+
+        Args:
+            uploads: the predecessor may have to upload its last checkpoint, so wait longer.
 
         Raises:
             InputError: the folder cannot be written, or another run holds it.
@@ -59,7 +64,7 @@ class ClaimedRun(RunFolder):
         try:
             run.logs.mkdir(parents=True, exist_ok=True)
             run.checkpoints.mkdir(exist_ok=True)
-            acquire_lock(run._lock, record=run._attempt_file, seconds=LOCK_WAIT_SECONDS)
+            acquire_lock(run._lock, record=run._attempt_file, seconds=LOCK_WAIT_SECONDS + UPLOAD_SECONDS * uploads)
             run._progress["saved_step"] = run.saved_step()
             replace_json(run._attempt_file, this_process(run.token).as_json())
         except OSError as error:

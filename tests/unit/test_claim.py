@@ -4,6 +4,7 @@ import ast
 import errno
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,13 @@ def test_second_run_is_refused_naming_the_lock_holder(run, path, monkeypatch):
     assert f"process {read_json(path / 'attempt.json')['pid']} on" in str(caught.value)
     assert "--run_dir" in str(caught.value)
     run.check_token()
+
+
+def test_a_successor_waits_for_the_last_upload(run, path, monkeypatch):
+    monkeypatch.setattr(claim, "LOCK_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(claim, "UPLOAD_SECONDS", 60.0)
+    threading.Timer(0.5, run.release).start()
+    ClaimedRun.claim(path, world_size=1, uploads=True).release()
 
 
 def test_released_folder_can_be_claimed_again(path):
