@@ -4,8 +4,9 @@ import ast
 import errno
 import json
 import shutil
-import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,12 @@ def test_second_run_is_refused_naming_the_lock_holder(run, path, monkeypatch):
 def test_a_successor_waits_for_the_last_upload(run, path, monkeypatch):
     monkeypatch.setattr(claim, "LOCK_WAIT_SECONDS", 0.05)
     monkeypatch.setattr(claim, "UPLOAD_SECONDS", 60.0)
-    threading.Timer(0.5, run.release).start()
-    ClaimedRun.claim(path, world_size=1, uploads=True).release()
+    with ThreadPoolExecutor(1) as thread:
+        successor = thread.submit(ClaimedRun.claim, path, world_size=1, uploads=True)
+        time.sleep(0.5)
+        assert not successor.done()
+        run.release()
+        thread.submit(successor.result(30).release).result()
 
 
 def test_released_folder_can_be_claimed_again(path):
