@@ -77,7 +77,7 @@ def _run(stop: SignalStop) -> int:
 
 
 def check_one_task(topology: Topology) -> None:
-    """Raise InputError if srun has started this command several times, each of which would train alone."""
+    """Raise InputError if srun started this command more than once: each copy would train alone."""
     if not topology.launched and (tasks := tasks_of_step()) > 1:
         raise InputError(
             f"environment: SLURM_STEP_NUM_TASKS = {tasks}: srun starts {tasks} separate trainings; submit slurm/train.sh, or "

@@ -97,11 +97,8 @@ def make_deterministic(device: torch.device, *, precision: str, compile: bool = 
         part.fp32_precision = "ieee"
     # By default torch computes float32 convolutions on CUDA in TF32, whose mantissa has 10 bits.
     cudnn.allow_tf32 = cuda.matmul.allow_tf32 = precision == "tf32"
-    for part in (
-        cuda.matmul,
-        cudnn.conv,
-        cudnn.rnn,
-    ):  # these switches may leave "none", where cudnn.fp32_precision counts
+    # The switches above may leave "none" in these, where cudnn.fp32_precision counts.
+    for part in (cuda.matmul, cudnn.conv, cudnn.rnn):
         part.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     if device.type != "cuda":
         return

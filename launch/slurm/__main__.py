@@ -212,9 +212,11 @@ def venv_export(project: Path) -> list[str]:
     venv = Path(sys.prefix)
     found = names_environment() or (project / ".venv").resolve() == venv.resolve()
     is_conda = (venv / "conda-meta").is_dir() and (project / ".venv/bin/activate").is_file()
-    if is_conda and not found and "," not in str(venv):  # the script would activate .venv instead
+    if found or "," in str(venv):
+        return []
+    if is_conda:  # the script would activate .venv instead
         return [f"CONDA_ENV={venv}"]
-    return [] if found or "," in str(venv) or not (venv / "bin" / "activate").is_file() else [f"VENV={venv}"]
+    return [f"VENV={venv}"] if (venv / "bin" / "activate").is_file() else []
 
 
 def submit(command: Sequence[str]) -> int:

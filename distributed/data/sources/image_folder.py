@@ -80,7 +80,7 @@ def list_folder(root: Path) -> FolderListing:
 
 
 def refusal(errors: list[str]) -> InputError:
-    """Return the error about a folder with these faults, of which it shows the first 20."""
+    """Return an InputError that lists the first 20 of a folder's errors."""
     more = [f"and {len(errors) - 20:,} more like these"] if len(errors) > 20 else []
     return InputError(*[f"data.name = image_folder: {error}" for error in [*errors[:20], *more]])
 
