@@ -99,7 +99,7 @@ def large_compared(model: str) -> dict[str, tuple[list[float], float]]:
     found, expected = {}, {}
     for name in ("ddp", "fsdp", LARGE[model]):
         settings = {"model": {"name": model}, "global_batch_size": 4}
-        config = config_with(name, **settings, data={"train_samples": 8})
+        config = config_with(name, **settings, data={"train_samples": 10})
         engine, data = built(config)
         losses, _ = steps(engine, data, config, lr=0.01, count=2)
         expected = expected or copied(engine)
