@@ -20,7 +20,7 @@ if [ -n "${SLURM_JOB_ID:-}" ] && shown=$(scontrol -o show job "$SLURM_JOB_ID" 2>
 fi
 unset "${!SLURM_CPU_BIND@}" SLURM_GPU_BIND SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_NTASKS_PER_GPU
 [ -z "${SLURM_MEM_PER_CPU:-}" ] || [ -z "${SLURM_MEM_PER_NODE:-}" ] || unset SLURM_MEM_PER_CPU SLURM_MEM_PER_NODE
-# One task of an array has the array's own number as its id, with which scontrol would change every task.
+# One task of an array has the array's id as its job id; with it, scontrol would change all tasks.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-${SLURM_JOB_ID:-}}
 
