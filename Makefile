@@ -19,7 +19,7 @@ CORE := $(patsubst %,core-%,multiprocess unit integration)
 SUITES := test-multiprocess test-integration test-clusters test-recovery test-unit test-abuse
 # Suites run three at a time (JOBS=1: one), since each mostly waits. Each has a budget in seconds, scaled to this machine's
 # speed; when it is used up, pytest is interrupted, not killed, so that it shuts down the clusters it started.
-TOGETHER = $(MAKE) --no-print-directory --jobs=$(or $(JOBS),3) --output-sync=target
+TOGETHER = $(MAKE) --no-print-directory --keep-going --jobs=$(or $(JOBS),3) --output-sync=target
 SLOWNESS = $$($(PYTHON) tests/kit/speed.py)
 BUDGET = timeout --foreground --signal=INT --kill-after=60 $$(awk "BEGIN { print int($(1) * $(SLOWNESS)) }")
 TIMES := .test-times
