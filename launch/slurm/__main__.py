@@ -42,10 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     options.add_argument("--nodes", type=_count, default=1)
     options.add_argument(
-        "--gpus-per-node",
-        type=_gpus,
-        metavar="[TYPE:]N",
-        help="e.g. 4 or a100:4; default: none, train on CPUs",
+        "--gpus-per-node", type=_gpus, metavar="[TYPE:]N", help="e.g. 4 or a100:4; default: none, train on CPUs"
     )
     options.add_argument(
         "--ranks-per-node", type=_count, default=0, help="processes per node; default: one per GPU, or one without GPUs"
