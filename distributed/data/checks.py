@@ -144,7 +144,6 @@ def check_evaluated(trained_on: Mapping[str, Any], config: TrainConfig, data: Da
         InputError: ranks read different data, the classes are not those of training, or the split has no images.
     """
     check_same_data(config, data)
-    check_channels(trained_on, config, data)
     here = data.identity()
     has_own_classes = isinstance(config.data, ImageFolderData | ArraysData | ImportedData)
     if has_own_classes and (other := class_difference(trained_on, here)):

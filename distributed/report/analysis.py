@@ -12,7 +12,7 @@ from distributed.checkpoint.warm_start import evaluation_weights
 from distributed.comm.process_group import choose_device
 from distributed.config import TrainConfig
 from distributed.data.batch import Batch
-from distributed.data.checks import check_evaluated
+from distributed.data.checks import check_channels, check_evaluated
 from distributed.data.pipeline import DataPipeline
 from distributed.data.sources.image_file import png_of
 from distributed.errors import InputError
@@ -113,6 +113,7 @@ class Analysis:
         check_complete(checkpoint)
         content = read_content(checkpoint)
         warn_about_changes(content, self.config.import_paths)
+        check_channels(content, self.config, self.data)
         check_evaluated(content, self.config, self.data, "test")
         self.normalization = Normalization(**content["normalization"])
         self.data.normalize_by(*self.normalization)

@@ -1,5 +1,6 @@
 """Finds networks in which the output for one image depends on other images of the batch, other than by batch norm."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,31 +30,28 @@ def find_mixing(model: nn.Module, images: Tensor, keys: Tensor) -> Problem | Non
     """
     fill_constant_weights(model)
     passes = _Passes(model, keys)
-    logits = passes.run(images)
     inputs = images.clone().requires_grad_()
-    with_graph = passes.run(inputs)  # from other kernels: not the same bits
-    repeats = same_bits(logits, passes.run(images))
-    for kept in (0, len(images) - 1):
-        others = _others(images, kept)
-        differs = _differ(logits[kept], passes.run(others)[kept])
-        if (differs and repeats) or passes.depends_on_others(with_graph, inputs, kept):
-            return Problem(passes.first_difference(images, others, kept), MIXES, _PER_SAMPLE)
-    return None if repeats else Problem(passes.first_difference(images, images, 0), _VARIES, _REPEAT)
+    with_graph = passes.run(inputs)  # by other kernels: its bits say nothing about repeats
+    return _mixing(passes, images, lambda kept: passes.depends_on_others(with_graph, inputs, kept))
 
 
 def mixing_in_evaluation(model: nn.Module, images: Tensor, keys: Tensor) -> Problem | None:
     """Compare passes in evaluation mode, with weights that are not constant. Arguments as for `find_mixing`."""
     if any(isinstance(m, AnyBatchNorm) and m.running_mean is None for m in model.modules()):
         return None  # it normalizes by the batch in evaluation too, synchronized
-    passes = _Passes(model, keys)
+    return _mixing(_Passes(model, keys), images, lambda kept: False)
+
+
+def _mixing(passes: "_Passes", images: Tensor, depends_on_others: Callable[[int], bool]) -> Problem | None:
+    """Compare the passes of batches that share one sample `kept`; `depends_on_others(kept)` may find mixing that they miss."""
     logits = passes.run(images)
-    if not same_bits(logits, passes.run(images)):
-        return Problem(passes.first_difference(images, images, 0), _VARIES, _REPEAT)
+    repeats = same_bits(logits, passes.run(images))
     for kept in (0, len(images) - 1):
         others = _others(images, kept)
-        if _differ(logits[kept], passes.run(others)[kept]):
+        differs = _differ(logits[kept], passes.run(others)[kept])
+        if (differs and repeats) or depends_on_others(kept):
             return Problem(passes.first_difference(images, others, kept), MIXES, _PER_SAMPLE)
-    return None
+    return None if repeats else Problem(passes.first_difference(images, images, 0), _VARIES, _REPEAT)
 
 
 def _others(images: Tensor, kept: int) -> Tensor:
