@@ -97,10 +97,12 @@ class Attempt:
         for line in differences if self.topology.is_main else ():
             logger.warning("ranks differ in {}; results depend on which rank runs where", line)
 
-    def begin(self, state: TrainState, *, resumed_from: dict[str, Any] | None, metadata: dict[str, Any]) -> None:
-        """Record the start of this attempt. From here on its progress is read from `state`.
+    def begin(
+        self, state: TrainState, *, resumed_from: dict[str, Any] | None, metadata: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Record the start of this attempt, and return the run's identity, for the metadata of its checkpoints.
 
-        Adds the identity of the run to the metadata, so that every checkpoint has it.
+        From here on its progress is read from `state`.
 
         Raises:
             InputError: the run was started with a different number of shards.
@@ -109,10 +111,12 @@ class Attempt:
         if resumed_from:
             self._compare_bits(resumed_from.get("bits", {}), metadata["bits"])
             self._compare_modules(resumed_from.get("modules"), metadata["modules"])
-        if self.run:
-            metadata["run"] = self.run.identify((resumed_from or {}).get("run"))
-            recorded = {name: metadata[name] for name in ("bits", "images", "modules")}
-            self.run.begin(self.config, start_step=state.step, **recorded)
+        if self.run is None:
+            return {}
+        identity = self.run.identify((resumed_from or {}).get("run"))
+        recorded = {name: metadata[name] for name in ("bits", "images", "modules")}
+        self.run.begin(self.config, start_step=state.step, **recorded)
+        return {"run": identity}
 
     def _compare_bits(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         """Raise if the number of shards changed; warn about every other change that the bits depend on."""
@@ -139,8 +143,8 @@ class Attempt:
         files = {name: ModuleFile(**file) for name, file in now.items()}
         for module in changed_modules(before, files):
             logger.warning(
-                "resuming with another {}: sha256 {} before, {} now; if more than comments changed, results differ "
-                "from those of an undisturbed run", *module,
+                "{} has changed since the checkpoint: sha256 {} before, {} now; unless only comments changed, results "
+                "differ from those of an undisturbed run", *module,
             )  # fmt: skip
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:

@@ -23,8 +23,7 @@ from distributed.engine.protocol import Engine
 from distributed.errors import InputError, counted, reported_once
 from distributed.host.cpu_quota import quota_note
 from distributed.models.grad_checkpointing import blocks_to_checkpoint
-from distributed.models.imported import check_same_weights
-from distributed.network import Network, build_network, whiten_first_layer
+from distributed.network import Network, build_network, check_same_weights, whiten_first_layer
 from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
@@ -59,10 +58,10 @@ def build_data(
                 device,
                 dtype=torch.float64 if config.precision == "float64" else torch.float32,
                 channels_last=config.channels_last,
-                side=config.resized_side,
+                resized_side=config.resized_side,
                 repeats_channel=isinstance(config.model, BuiltInModel),
             ),
-            side=config.decoded_side,
+            decoded_side=config.decoded_side,
             given=given,
         )
         height, width = data.raw_images(1).shape[1:3]
@@ -81,7 +80,7 @@ def read_data(config: TrainConfig) -> DataPipeline:
     return build_data(config.model_copy(update={"precision": "float32", "data": data}), Topology(), torch.device("cpu"))
 
 
-def _started_from(config: TrainConfig) -> bool:
+def _has_saved_since_init(config: TrainConfig) -> bool:
     """Whether a run with `init_from` has saved since, so that no rank uses those weights. A collective if it is set.
 
     Other ranks may have looked before an earlier attempt committed its first checkpoint, and have read them.
@@ -102,7 +101,7 @@ def build_engine(
         network: the result of `build_network`, if it was called before.
     """
     model, layers = network or build_network(config, topology, data, device)
-    if (isinstance(config.model, ImportedModel) or config.init_from) and not _started_from(config):
+    if (isinstance(config.model, ImportedModel) or config.init_from) and not _has_saved_since_init(config):
         check_same_weights(model, name=config.model.name, init_from=config.init_from)
     if isinstance(config.model, FastAlexNet) and config.model.whitening and not config.init_from:
         whiten_first_layer(model, data)
@@ -160,7 +159,7 @@ def build_checkpointer(config: TrainConfig, run: ClaimedRun | None, metadata: di
 
 
 def log_plan(
-    config: TrainConfig, data: DataPipeline, topology: Topology, state: TrainState, device: torch.device
+    config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device, state: TrainState
 ) -> None:
     """Log the model and data, the batch arithmetic, the mode and the starting point, on rank 0."""
     if not topology.is_main:

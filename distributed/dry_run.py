@@ -32,7 +32,7 @@ from distributed.training.functions import build_functions
 from distributed.training.precision import with_precision
 from distributed.training.state import TrainState
 from distributed.training.step_function import StepFunction, build_step
-from distributed.training.totals import MetricAccumulator
+from distributed.training.totals import TotalsAccumulator
 
 _WARM_UP_STEPS = 3  # in which kernels are chosen, graphs captured and shards tried as a group
 _TIMED_STEPS = 5
@@ -73,9 +73,9 @@ def dry_run(config: TrainConfig) -> None:
         engine = build_engine(config, topology, data, device, network)
         schedule = build_schedule(config, steps_per_epoch=data.steps_per_epoch)
         state = TrainState(schedule, build_early_stopping(config.early_stopping), config.precision)
-        log_plan(config, data, topology, state, device)
-        metrics = MetricAccumulator(device)
-        timing = _time_steps(build_step(config, engine, metrics, device, loss), metrics, data, state)
+        log_plan(config, topology, data, device, state)
+        totals = TotalsAccumulator(device)
+        timing = _time_steps(build_step(config, engine, totals, device, loss), totals, data, state)
         peak = torch.tensor([peak_memory_mib(device)], dtype=torch.float64, device=device)
         peak_mib = float(collectives.max_over_ranks_(peak))
         if topology.is_main:
@@ -90,7 +90,7 @@ def dry_run(config: TrainConfig) -> None:
             print(f"run folder    {config.run_dir.absolute()}: nothing was written")
 
 
-def _time_steps(train_step: StepFunction, metrics: MetricAccumulator, data: DataPipeline, state: TrainState) -> _Timing:
+def _time_steps(train_step: StepFunction, totals: TotalsAccumulator, data: DataPipeline, state: TrainState) -> _Timing:
     """Take and time training steps, from the first epoch on. A collective."""
     device = data.input_format.device
     # On a GPU one step augments the images of several. Limit these to the number of timed steps, so that exactly one timed
@@ -108,7 +108,7 @@ def _time_steps(train_step: StepFunction, metrics: MetricAccumulator, data: Data
             seconds.append(now - start)
             images += micro_batches[0].global_count
         start = now
-    state.add(metrics.read())
+    state.add(totals.read())
     slowest = collectives.max_over_ranks_(torch.tensor(seconds, dtype=torch.float64, device=device))
     return _Timing(slowest.tolist(), images)
 

@@ -50,7 +50,8 @@ class _UserError:
 class InputError(_UserError, ValueError):
     """The user's input cannot be used. Each line names a setting or file, its value and the remedy.
 
-    Raised before any process group or GPU is used; ends the process with `ExitCode.BAD_INPUT`, without a traceback.
+    Raised before any process group or GPU is used, except for what only shows later: ranks that differ, a checkpoint that does
+    not fit, a step that cannot be captured. Ends the process with `ExitCode.BAD_INPUT`, without a traceback.
     """
 
     exit_code = ExitCode.BAD_INPUT

@@ -1,17 +1,20 @@
 """Builds a run's network and checks, before any process group exists, that it can be trained as configured."""
 
-from typing import NamedTuple
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from loguru import logger
 from torch import Tensor, nn
 
 from distributed.checkpoint.warm_start import start_from
-from distributed.comm.collectives import broadcast_object, rank
+from distributed.comm import collectives
 from distributed.config import TrainConfig
 from distributed.config.models import ImportedModel
 from distributed.data.pipeline import DataPipeline, Split
 from distributed.errors import InputError, reported_once
+from distributed.host.importable import SCRIPT
 from distributed.host.versions import require_deepspeed
 from distributed.models.build import build_model
 from distributed.models.fast_alexnet import FastAlexNet, whitening
@@ -82,8 +85,8 @@ def build_initial_network(
 def whiten_first_layer(model: nn.Module, data: DataPipeline) -> None:
     """Set the first layer of a `FastAlexNet` by the training images; rank 0 computes its weights. A collective."""
     assert isinstance(model, FastAlexNet)
-    weight = whitening(model.resized(data.inputs(_IMAGES_FOR_WHITENING).cpu())) if rank() == 0 else None
-    model.set_whitening(broadcast_object(weight))
+    weight = whitening(model.resized(data.inputs(_IMAGES_FOR_WHITENING).cpu())) if collectives.rank() == 0 else None
+    model.set_whitening(collectives.broadcast_object(weight))
 
 
 def _check_imported(
@@ -141,14 +144,14 @@ def _warn_about_changes(model: nn.Module, images: Tensor, name: str, *, several:
     changed, saved = changed_by_forward(model, images), model.state_dict().keys()
     if kept := [path for path in changed if path not in saved]:
         logger.warning(
-            "model.name = {}: the forward pass changes {}, which checkpoints do not have: if results depend on it, a resumed "
+            "model.name = {}: the forward pass changes {}, which is not in checkpoints: if results depend on it, a resumed "
             "run will not repeat the bits of an undisturbed one; make it a buffer",
             name, kept[0],
         )  # fmt: skip
     if several and (own := [path for path in changed if path in saved]):
         logger.warning(
             "model.name = {}: the forward pass updates the buffer {} from each rank's own images, so it differs between ranks; "
-            "checkpoints have that of rank 0",
+            "checkpoints contain rank 0's copy",
             name, own[0],
         )  # fmt: skip
 
@@ -164,3 +167,35 @@ def evaluation_batches(data: DataPipeline, split: Split | None = None) -> list[i
     step, splits = data.batching.evaluation_batch_size, [split] if split else _EVALUATED
     sizes = [data.size(each) for each in splits]
     return [count for size in sizes for count in (min(step, size), size % step) if count]
+
+
+def check_same_weights(model: nn.Module, *, name: str, init_from: Path | None = None) -> None:
+    """Raise InputError on all ranks unless all of them have the same initial weights and buffers. A collective."""
+    if collectives.world_size() == 1:
+        return
+    digests = {
+        path: (str(tensor.dtype), list(tensor.shape), hashlib.blake2b(_bytes(tensor), digest_size=8).hexdigest())
+        for path, tensor in model.state_dict().items()
+    }
+    first, *others = collectives.gather_objects(digests)
+    for rank, other in enumerate(others, start=1):
+        if different := [path for path in {**first, **other} if first.get(path) != other.get(path)]:
+            if init_from:
+                raise InputError(
+                    f"init_from = {init_from}: rank {rank}'s initial weights differ from rank 0's, e.g. {different[0]}; "
+                    "every node needs the same file, and the same module if the network is imported"
+                )
+            remedy = (
+                "call torch.manual_seed before a module is built, or give train() the function or class that builds it"
+                if name.startswith(f"{SCRIPT}:")
+                else "every node needs the same module, and the factory should draw from the generators of torch, Python or "
+                "NumPy only"
+            )
+            raise InputError(
+                f"model.name = {name}: rank {rank} built a different network from rank 0 ({different[0]} differs); {remedy}"
+            )
+
+
+def _bytes(tensor: Tensor) -> Any:
+    # Of a copy: memory that NumPy has seen cannot be resized, but sharded weights free theirs.
+    return tensor.detach().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8).numpy().data

@@ -37,7 +37,7 @@ from distributed.training.state import TrainState
 from distributed.training.step_function import build_step
 from distributed.training.steps import evaluate
 from distributed.training.stop import NeverStop, StepAgreement, StopSource
-from distributed.training.totals import MetricAccumulator
+from distributed.training.totals import TotalsAccumulator
 from distributed.training.views import Views
 
 
@@ -102,20 +102,23 @@ def train(
         checkpoints = build_checkpointer(config, attempt.run, metadata)
         validate = partial(check_saved, config=config, images=pipeline.size("train"))
         resumed_from = checkpoints.resume(engine, state, validate=validate)
-        attempt.begin(state, resumed_from=resumed_from, metadata=metadata)
-        log_plan(config, pipeline, topology, state, device)
+        checkpoints.metadata |= attempt.begin(state, resumed_from=resumed_from, metadata=metadata)
+        log_plan(config, topology, pipeline, device, state)
 
         total_steps = config.epochs * pipeline.steps_per_epoch
         sinks = [sink for sink in sinks if topology.is_main or getattr(sink, "on_every_rank", False)]
         if attempt.run:
             sinks = [*default_sinks(config, attempt.run, state, total_steps=total_steps), *own_sinks, *sinks]
         report = stack.enter_context(Reporter(sinks, total_steps=total_steps, device=device))
-        times = {"save_every_seconds": 60 * config.checkpoint.every_minutes, "timeout_seconds": config.timeout_seconds}
-        agreement = stack.enter_context(StepAgreement(stop or NeverStop(), is_main=topology.is_main, **times))
+        agreement = StepAgreement(
+            stop or NeverStop(), is_main=topology.is_main, save_every_seconds=60 * config.checkpoint.every_minutes,
+            timeout_seconds=config.timeout_seconds,
+        )  # fmt: skip
+        stack.enter_context(agreement)
         profiled_steps = config.logging.profile_steps if topology.is_main else 0
         profiler = stack.enter_context(StepProfiler(profiled_steps, attempt.folder.profile, attempt.check_token))
-        metrics = MetricAccumulator(device)
-        train_step = build_step(config, engine, metrics, device, functions.loss.training)
+        totals = TotalsAccumulator(device)
+        train_step = build_step(config, engine, totals, device, functions.loss.training)
         evaluate_split = partial(
             evaluate, engine, pipeline, loss=functions.loss.evaluation, metrics=functions.metrics,
             views=Views.of(config.evaluation), device=device,
@@ -131,10 +134,10 @@ def train(
                 profiler.step()
                 stop_now, save_now = agreement.after_step()
                 if state.step % config.logging.every_steps == 0:
-                    state.add(metrics.read())
+                    state.add(totals.read())
                     report.log_step(state, state.pop_window(), grad_norm=grad_norm, lr=lr)
                 if stop_now or save_now or config.checkpoint.is_due(state.step):
-                    state.add(metrics.read())
+                    state.add(totals.read())
                     checkpoints.save(engine, state)
                     agreement.restart_save_timer()
                 if stop_now:
@@ -142,7 +145,7 @@ def train(
                     state.stop_reason = agreement.reason
                     return TrainResult.of(config, state, model)
             # From here on the loop's variables may be unset: an attempt can resume after an epoch's last step.
-            state.add(metrics.read())
+            state.add(totals.read())
             state.pop_window()
             lr = schedule.lr(state.step - 1)
             validation = evaluate_split("validation") if pipeline.size("validation") else None

@@ -136,9 +136,9 @@ def _train(config: Any, engine: Any, data: Any, device: Any) -> float:
     """Train for an epoch, and return the largest size of all tensors just before an update, in MiB."""
     from distributed.training.losses import build_losses
     from distributed.training.steps import train_step
-    from distributed.training.totals import MetricAccumulator
+    from distributed.training.totals import TotalsAccumulator
 
-    metrics, update = MetricAccumulator(device), engine.step
+    totals, update = TotalsAccumulator(device), engine.step
     sizes = []
 
     def step_and_measure(lr: float, *, step: int) -> Any:
@@ -147,7 +147,7 @@ def _train(config: Any, engine: Any, data: Any, device: Any) -> float:
 
     engine.step = step_and_measure
     for number, batches in enumerate(data.train_epoch(0)):
-        train_step(engine, batches, loss=build_losses(config.loss).training, lr=1e-4, step=number, metrics=metrics)
+        train_step(engine, batches, loss=build_losses(config.loss).training, lr=1e-4, step=number, totals=totals)
     return max(sizes)
 
 

@@ -48,7 +48,7 @@ class Plateau(_Schedule):
     name: Literal["plateau"] = setting("plateau", "multiply lr by factor when validation stops improving")
     metric: Literal["accuracy", "loss"] = setting("accuracy", "validation metric to monitor")
     factor: float = setting(0.1, "multiplier of lr at each drop", gt=0, lt=1)
-    patience: int = setting(20, "epochs without improvement before a drop", ge=0)
+    patience: int = setting(20, "epochs without improvement before the one that lowers lr, as in torch", ge=0)
     min_delta: float = setting(0.0, "an improvement must exceed this (accuracy as a fraction of 1)", ge=0)
     cooldown: int = setting(0, "epochs after a drop that do not count towards patience", ge=0)
     max_drops: int | None = setting(3, "maximum number of drops; none: no limit", ge=0)

@@ -107,7 +107,7 @@ class TrainConfig(Section):
 
     @property
     def resized_side(self) -> int | None:
-        """Height and width in pixels that the images are resized to on the device; None: they keep their size."""
+        """Height and width in pixels that images are resized and cropped to on the device; None: they keep their size."""
         is_done = isinstance(self.data, ImageFolderData) or isinstance(self.model, BuiltInModel)
         return None if is_done else self.model.input_side
 

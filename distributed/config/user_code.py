@@ -17,7 +17,7 @@ from distributed.errors import InputError
 from distributed.host.importable import check_module
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class UserFunction:
     """A function or class outside this package.
 

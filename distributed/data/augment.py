@@ -27,7 +27,7 @@ def augment(images: Tensor, sample_keys: Tensor, config: Augment, *, mirrored: T
     return images
 
 
-def mirrored(ids: Tensor, config: Augment, *, seed: int, epoch: int) -> Tensor | None:
+def alternating_flips(ids: Tensor, config: Augment, *, seed: int, epoch: int) -> Tensor | None:
     """Return which images alternating flip mirrors in this epoch, bool [n]; None if flips are not alternating.
 
     Each image is mirrored in every other epoch, so two epochs show both of its sides (Jordan 2024, arXiv 2404.00498).

@@ -60,7 +60,9 @@ class AugmentFunction:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        user = UserFunction(SETTING, path, "function", "the changed images", positional=("images", "draws"))
+        user = UserFunction(
+            setting=SETTING, path=path, noun="function", result="the changed images", positional=("images", "draws")
+        )
         self._function = user.load()
 
     def __call__(self, images: Tensor, keys: Tensor, sizes: list[int]) -> Tensor:

@@ -38,14 +38,14 @@ class InputFormat:
     """The device, type, memory layout, size and channels of the images in a batch.
 
     Attributes:
-        side: height and width in pixels to resize them to; None: they keep their size.
+        resized_side: height and width in pixels: the shorter side is resized to it and the centre cropped; None: neither.
         repeats_channel: whether images of one channel become images of three equal ones.
     """
 
     device: torch.device
     dtype: torch.dtype
     channels_last: bool
-    side: int | None = None
+    resized_side: int | None = None
     repeats_channel: bool = False
 
     @property
@@ -97,10 +97,10 @@ class Batch:
 
     images: [n, channels, h, w], normalized.
     labels: int64 [n].
-    sample_ids: int64 [n], positions in the training set.
-    sample_keys: int64 [n, 2], keys of the samples' random draws, e.g. for dropout.
-    global_count: number of images in the entire step, over all of its micro-batches and ranks. Dividing the sum of the losses
-        by it gives the step's mean.
+    sample_ids: int64 [n], positions in the training set or, of the test split, in the test set.
+    sample_keys: int64 [n, 2], keys of the samples' random draws, e.g. for dropout; [0, 2] in evaluation, which draws nothing.
+    global_count: number of images in the step, over all micro-batches and ranks, or in the split that is evaluated. Dividing
+        the sum of the losses by it gives the mean.
     shard_sizes: number of images in each shard.
     mixed: the labels of the images that these are mixed with, if they are.
     """

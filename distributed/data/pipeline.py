@@ -11,13 +11,13 @@ from torch import Tensor
 
 from distributed import rng
 from distributed.config.data import AnyData
-from distributed.data.augment import augment, cut_out, mirrored
+from distributed.data.augment import alternating_flips, augment, cut_out
 from distributed.data.augment_function import AugmentFunction
 from distributed.data.batch import Batch, Batching, InputFormat, MicroBatch, Mixed, Shards
 from distributed.data.mixup import mix
 from distributed.data.normalize import Normalizer, channel_statistics, spread
 from distributed.data.residency import ResidentSplit, as_tensor, copied, residency
-from distributed.data.resize import resize
+from distributed.data.resize import resize_and_crop
 from distributed.data.sources import cifar
 from distributed.data.sources.arrays import GivenArrays
 from distributed.data.sources.mapped import ReadAhead
@@ -37,7 +37,7 @@ class DataPipeline:
     labels.
 
     Args:
-        side: height and width in pixels that images of a folder are decoded to; None for other data.
+        decoded_side: height and width in pixels that images of a folder are decoded to; None for other data.
         given: the arrays that Python code gave for the import path in the config.
 
     Raises:
@@ -51,12 +51,12 @@ class DataPipeline:
         shards: Shards,
         input_format: InputFormat,
         *,
-        side: int | None = None,
+        decoded_side: int | None = None,
         given: GivenArrays | None = None,
     ) -> None:
         self.config, self.batching, self.shards, self.input_format = config, batching, shards, input_format
         self.augment_function = AugmentFunction(path) if (path := config.augment.function) else None
-        self.class_names, train, test, self._identities, read_ahead = read(config, side, given)
+        self.class_names, train, test, self._identities, read_ahead = read(config, decoded_side, given)
         self.augmented_at_once = self._augmented_at_once(train.images[:1].nbytes)
         images_bytes = train.images.nbytes + test.images.nbytes
         self._residency = residency(config.placement, images_bytes, device=input_format.device)
@@ -188,7 +188,7 @@ class DataPipeline:
             ids, partners = ids_and_partners(run, order)
             both = torch.cat([ids, partners])
             keys = rng.sample_keys(both, seed=seed, epoch=epoch)
-            images = augment(images, keys, config, mirrored=mirrored(both, config, seed=seed, epoch=epoch))
+            images = augment(images, keys, config, mirrored=alternating_flips(both, config, seed=seed, epoch=epoch))
             images, own_weight = self._transformed(images, keys, [size for own in run for size in own.shard_sizes])
             labels = train.labels[ids]
             mixed = None if own_weight is None else Mixed(train.labels[partners], own_weight)
@@ -242,8 +242,8 @@ class DataPipeline:
 
     def _model_input(self, images: Tensor) -> Tensor:
         """Return [n, h, w, c] as the models' [n, c, h, w], in the config's size, channels and memory format."""
-        if self.input_format.side:
-            images = resize(images, self.input_format.side)
+        if self.input_format.resized_side:
+            images = resize_and_crop(images, self.input_format.resized_side)
         images = images.permute(0, 3, 1, 2)
         if self.input_format.repeats_channel and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)

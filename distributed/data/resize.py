@@ -18,7 +18,7 @@ class _Taps(NamedTuple):
     weights: Tensor
 
 
-def resize(images: Tensor, side: int) -> Tensor:
+def resize_and_crop(images: Tensor, side: int) -> Tensor:
     """Resize the shorter side of images [n, h, w, c] to `side` and crop the centre: [n, side, side, c], of any strides."""
     height, width = images.shape[1:3]
     short = min(height, width)

@@ -37,7 +37,7 @@ from distributed.topology import Topology
 from distributed.training.determinism import make_deterministic
 from distributed.training.losses import build_losses
 from distributed.training.steps import train_step
-from distributed.training.totals import MetricAccumulator
+from distributed.training.totals import TotalsAccumulator
 
 _SECONDS = 36.0
 
@@ -143,10 +143,10 @@ def _engine(name: str, config: TrainConfig, data: DataPipeline, device: torch.de
 
 def _losses(engine: Engine, data: DataPipeline, config: TrainConfig) -> list[float]:
     """Return the loss of each step of an epoch."""
-    metrics, found = MetricAccumulator(data.input_format.device), list[float]()
+    totals, found = TotalsAccumulator(data.input_format.device), list[float]()
     for step, batches in enumerate(data.train_epoch(0)):
-        train_step(engine, batches, loss=build_losses(config.loss).training, lr=0.01, step=step, metrics=metrics)
-        found.append(metrics.read().mean_loss)
+        train_step(engine, batches, loss=build_losses(config.loss).training, lr=0.01, step=step, totals=totals)
+        found.append(totals.read().mean_loss)
     return found
 
 

@@ -26,7 +26,7 @@ from distributed.models.fast_alexnet import FastAlexNet
 from distributed.topology import Topology
 from distributed.training.losses import build_losses
 from distributed.training.step_function import build_step
-from distributed.training.totals import MetricAccumulator
+from distributed.training.totals import TotalsAccumulator
 
 STEPS = 2
 _LR = {"sgd": 0.02, "adamw": 1e-3}
@@ -96,29 +96,29 @@ class Run:
     def trajectory(self, count: int = STEPS) -> Trajectory:
         """Take the first `count` steps of an epoch from the initial weights. Reads nothing from the device before the end."""
         self.engine.load_state(self._start)
-        metrics = [MetricAccumulator(self.device) for _ in range(count)]
+        totals = [TotalsAccumulator(self.device) for _ in range(count)]
         norms = []
         for step, batches in enumerate(islice(self.data.train_epoch(0), count)):
-            norms.append(self._step(batches, step, metrics[step]))
-        losses = [of_step.read().mean_loss for of_step in metrics]
+            norms.append(self._step(batches, step, totals[step]))
+        losses = [of_step.read().mean_loss for of_step in totals]
         return Trajectory(losses, [float(norm) for norm in norms], copied(self.engine))
 
     def waits(self) -> list[str]:
         """Return each line of code at which the host waited for the device during steps; none on a CPU."""
         self.engine.load_state(self._start)
-        metrics = MetricAccumulator(self.device)
+        totals = TotalsAccumulator(self.device)
         batches = self.data.train_epoch(0)
         with _waits(self.device) as lines:
             for step, micro_batches in enumerate(islice(batches, STEPS)):
-                self._step(micro_batches, step, metrics)
+                self._step(micro_batches, step, totals)
         return lines
 
-    def _step(self, micro_batches: list[Batch], step: int, metrics: MetricAccumulator) -> Tensor:
+    def _step(self, micro_batches: list[Batch], step: int, totals: TotalsAccumulator) -> Tensor:
         """Take one step as a run on this device does, but not captured."""
         config = self.config.model_copy(update={"cuda_graphs": False})
         lr = _LR[config.optim.name]
         loss = build_losses(config.loss).training
-        return build_step(config, self.engine, metrics, self.device, loss)(micro_batches, lr=lr, step=step).clone()
+        return build_step(config, self.engine, totals, self.device, loss)(micro_batches, lr=lr, step=step).clone()
 
     def deterministic_trajectory(self) -> DeterministicTrajectory:
         """Take steps in torch's deterministic mode."""

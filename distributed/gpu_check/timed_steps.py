@@ -18,7 +18,7 @@ from distributed.optim.optimizer import Optimizer
 from distributed.topology import Topology
 from distributed.training.losses import build_losses
 from distributed.training.step_function import build_step
-from distributed.training.totals import MetricAccumulator
+from distributed.training.totals import TotalsAccumulator
 
 LR = 1e-3
 
@@ -42,9 +42,9 @@ class Training:
         self.config = from_command_line(runs.arguments(Path("unused"), device, **(values | settings))).config
         self.data = build_data(self.config, Topology(), device)
         self.engine = build_engine(self.config, Topology(), self.data, device)
-        self.metrics = MetricAccumulator(device)
+        self.totals = TotalsAccumulator(device)
         self._train_step = build_step(
-            self.config, self.engine, self.metrics, device, build_losses(self.config.loss).training
+            self.config, self.engine, self.totals, device, build_losses(self.config.loss).training
         )
         self.done = 0
         self._batches = self._micro_batches()
@@ -68,7 +68,7 @@ class Training:
         Raises:
             AssertionError: a loss is not finite, or the number of images does not match the steps.
         """
-        totals = self.metrics.read()
+        totals = self.totals.read()
         assert totals.first_bad_step is None, f"the loss of step {totals.first_bad_step} is not finite"
         assert totals.count == self.done * self.config.global_batch_size, f"{totals.count} images in {self.done} steps"
         return totals.mean_loss

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from distributed import rng
 from distributed.config.data import Augment, GeneratedData
-from distributed.data.augment import augment, crop, cut_out, mirrored
+from distributed.data.augment import alternating_flips, augment, crop, cut_out
 from distributed.data.batch import Batch, Batching, InputFormat, Shards
 from distributed.data.mixup import beta, mix
 from distributed.data.pipeline import DataPipeline
@@ -13,7 +13,7 @@ from distributed.gpu_check import unit_layers, unit_updates
 from distributed.gpu_check.checks import Checks
 from distributed.gpu_check.differences import differing, error, same_bits
 from distributed.training.determinism import make_deterministic
-from distributed.training.totals import MetricAccumulator, Totals
+from distributed.training.totals import Totals, TotalsAccumulator
 
 _CPU = torch.device("cpu")
 
@@ -73,7 +73,10 @@ def _augmentation(checks: Checks) -> None:
         for epoch in (0, 1):
             found, expected = (
                 augment(
-                    of, keys_of, alternating, mirrored=mirrored(ids.to(of.device), alternating, seed=3, epoch=epoch)
+                    of,
+                    keys_of,
+                    alternating,
+                    mirrored=alternating_flips(ids.to(of.device), alternating, seed=3, epoch=epoch),
                 )
                 for of, keys_of in ((device_images, device_keys), (images, keys))
             )
@@ -117,7 +120,7 @@ def _pipeline(checks: Checks, device: torch.device, placement: str) -> DataPipel
         Batching(seed=5, global_batch_size=48, grad_accum_steps=2, evaluation_batch_size=70),
         Shards.of_rank(0, 1, 4),
         InputFormat(device, torch.float32, channels_last=True),
-        side=32,
+        decoded_side=32,
     )
 
 
@@ -165,12 +168,12 @@ def _outcomes(count: int, *, ties: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _read(device: torch.device, *batches: tuple[Tensor, Tensor, Tensor]) -> Totals:
-    metrics = MetricAccumulator(device)
+    totals = TotalsAccumulator(device)
     for step, batch in enumerate(batches):
         losses, logits, labels = (tensor.to(device) for tensor in batch)
-        metrics.add(losses, logits, labels, step=step)
-        metrics.add_step(losses.sum())
-    return metrics.read()
+        totals.add(losses, logits, labels, step=step)
+        totals.add_step(losses.sum())
+    return totals.read()
 
 
 def _totals(checks: Checks) -> None:

@@ -143,5 +143,6 @@ def warn_about_changes(content: dict[str, Any], import_paths: Mapping[str, str])
     """
     for module in changed_modules(content.get("modules"), module_files(import_paths)):
         logger.warning(
-            "{}: sha256 {} in training, {} now; if more than comments changed, the results may differ", *module
+            "{} has changed since training: sha256 {} then, {} now; unless only comments changed, results may differ",
+            *module,
         )

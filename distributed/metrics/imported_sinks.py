@@ -30,7 +30,7 @@ def _guarded(path: str, sink: Sink) -> OptionalSink:
 
 def _built(path: str, config: TrainConfig) -> Sink:
     given = dict.fromkeys(("config", "run_dir"), "which every sink gets; add it to the arguments")
-    function = UserFunction("logging.sinks", path, "class", "the sink", given=given)
+    function = UserFunction(setting="logging.sinks", path=path, noun="class", result="the sink", given=given)
     sink: Sink = function.call(function.load(), config=config, run_dir=config.run_dir)
     if missing := [name for name in _METHODS if not callable(getattr(sink, name, None))]:
         raise function.error(f"{type(sink).__name__} has no method {missing[0]}; a sink has {', '.join(_METHODS)}")

@@ -1,11 +1,9 @@
 """Builds a network by the import path of its factory, and checks the modules and tensors that the factory returns."""
 
 import copy
-import hashlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from distributed import rng
-from distributed.comm import collectives
 from distributed.config.models import ImportedModel
 from distributed.config.user_code import UserFunction, described, type_name
 from distributed.errors import InputError
-from distributed.host.importable import SCRIPT
 
 GivenModel = nn.Module | Callable[..., nn.Module]
 """A network that Python code gives instead of an import path: the function or class that builds it, or the module itself."""
@@ -43,13 +39,13 @@ def build_imported(config: ImportedModel, *, num_classes: int, seed: int, given:
         _check_network(given, config.name)
         return _in_training(copied(given, config.name))
     factory = UserFunction(
-        "model.name",
-        config.name,
-        "factory",
-        "the network",
-        config.options,
-        "" if given and not config.options else "model.options",
-        {"num_classes": _NO_CLASSES},
+        setting="model.name",
+        path=config.name,
+        noun="factory",
+        result="the network",
+        options=config.options,
+        options_in="" if given and not config.options else "model.options",
+        given={"num_classes": _NO_CLASSES},
     )
     with seeded(seed, "model"):
         model: nn.Module = factory.call(factory.load(given), num_classes=num_classes)
@@ -96,38 +92,6 @@ def copied(model: nn.Module, name: str) -> nn.Module:
         raise InputError(
             f"model.name = {name}: the network cannot be copied, but exact mode and its check need copies: {described(error)}"
         ) from error
-
-
-def check_same_weights(model: nn.Module, *, name: str, init_from: Path | None = None) -> None:
-    """Raise InputError on all ranks unless all of them have the same initial weights and buffers. A collective."""
-    if collectives.world_size() == 1:
-        return
-    digests = {
-        path: (str(tensor.dtype), list(tensor.shape), hashlib.blake2b(_bytes(tensor), digest_size=8).hexdigest())
-        for path, tensor in model.state_dict().items()
-    }
-    first, *others = collectives.gather_objects(digests)
-    for rank, other in enumerate(others, start=1):
-        if different := [path for path in {**first, **other} if first.get(path) != other.get(path)]:
-            if init_from:
-                raise InputError(
-                    f"init_from = {init_from}: rank {rank}'s initial weights differ from rank 0's, e.g. {different[0]}; "
-                    "every node needs the same file, and the same module if the network is imported"
-                )
-            remedy = (
-                "call torch.manual_seed before a module is built, or give train() the function or class that builds it"
-                if name.startswith(f"{SCRIPT}:")
-                else "every node needs the same module, and the factory should draw from the generators of torch, Python or "
-                "NumPy only"
-            )
-            raise InputError(
-                f"model.name = {name}: rank {rank} built a different network from rank 0 ({different[0]} differs); {remedy}"
-            )
-
-
-def _bytes(tensor: Tensor) -> Any:
-    # Of a copy: memory that NumPy has seen cannot be resized, but sharded weights free theirs.
-    return tensor.detach().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8).numpy().data
 
 
 @contextmanager

@@ -115,7 +115,7 @@ def _half_cosine(start: float, end: float, step: int, steps: int) -> float:
 
 @dataclass
 class Patience:
-    """Counts consecutive epochs that did not improve on the best value by more than `min_delta`."""
+    """The best value, and how many consecutive epochs did not improve on it by more than `min_delta`. The callers count."""
 
     metric: Metric
     limit: int
@@ -123,8 +123,8 @@ class Patience:
     best: float | None = None
     bad_epochs: int = 0
 
-    def improved(self, value: float) -> bool:
-        """Return whether `value` is a new best; if so, record it and reset the count."""
+    def update_best(self, value: float) -> bool:
+        """Record a new best value and reset the count. Returns whether it is one."""
         higher = self.metric == "accuracy"
         better = self.best is None or (
             value > self.best + self.min_delta if higher else value < self.best - self.min_delta
@@ -165,7 +165,7 @@ class Plateau:
     def observe(self, metrics: dict[Metric, float]) -> str | None:
         value, patience = metrics[self.patience.metric], self.patience
         self.restore_best_now = False
-        if patience.improved(value):
+        if patience.update_best(value):
             self.cooldown_left = max(0, self.cooldown_left - 1)
             return None
         line = f"plateau: {patience.comparison(value)}; "
@@ -175,7 +175,7 @@ class Plateau:
         if self.max_drops is not None and self.drops >= self.max_drops:
             return line + f"max_drops = {self.max_drops} reached, lr stays {self.lr(0):.3g}"
         patience.bad_epochs += 1
-        line += f"bad epoch {patience.bad_epochs} of {patience.limit}"
+        line += f"bad epoch {patience.bad_epochs}, patience {patience.limit}"
         return line if patience.bad_epochs <= patience.limit else line + self._drop()
 
     def _drop(self) -> str:
@@ -212,7 +212,7 @@ class EarlyStopping:
         Return a log line if there was no improvement, else None.
         """
         value, patience = metrics[self.patience.metric], self.patience
-        if patience.improved(value):
+        if patience.update_best(value):
             return None
         patience.bad_epochs += 1
         self.stopped = patience.bad_epochs >= patience.limit

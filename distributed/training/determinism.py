@@ -39,6 +39,7 @@ def restored_settings() -> Iterator[None]:
     """
     threads = torch.get_num_threads()
     switches = cudnn.deterministic, cudnn.benchmark, mkldnn.enabled
+    inductor_deterministic = getattr(sys.modules.get("torch._inductor.config"), "deterministic", False)
     recompile_limit = getattr(sys.modules.get("torch._dynamo.config"), "recompile_limit", 8)  # 8 is torch's default
     fast_path = torch.backends.mha.get_fastpath_enabled()
     attention = [is_enabled() for is_enabled, _ in _ATTENTION]
@@ -52,7 +53,7 @@ def restored_settings() -> Iterator[None]:
         for (_, enable), enabled in zip(_ATTENTION, attention, strict=True):
             enable(enabled)
         if inductor := sys.modules.get("torch._inductor.config"):
-            inductor.deterministic = False  # type: ignore[attr-defined]
+            inductor.deterministic = inductor_deterministic  # type: ignore[attr-defined]
         if dynamo := sys.modules.get("torch._dynamo.config"):
             dynamo.recompile_limit = recompile_limit  # type: ignore[attr-defined]
 
@@ -60,6 +61,7 @@ def restored_settings() -> Iterator[None]:
 @contextmanager
 def _restored_float32() -> Iterator[None]:
     """Restore how float32 is computed. Context manager."""
+    # While the backends are at "none", reading a part gives its own value, not one that it inherits.
     default, _DEFAULT.fp32_precision = _DEFAULT.fp32_precision, "none"
     of_cudnn, cudnn.fp32_precision = cudnn.fp32_precision, "none"
     own = [part.fp32_precision for part in _PARTS]

@@ -9,6 +9,7 @@ from distributed.data.pipeline import DataPipeline
 from distributed.errors import reported_once
 from distributed.topology import Topology
 from distributed.training.losses import Losses, OwnLoss, PerSample, build_losses, build_metrics
+from distributed.training.step_function import captures_graphs
 
 
 class Functions(NamedTuple):
@@ -44,13 +45,12 @@ def _check(
 ) -> None:
     from distributed.training.function_checks import Check  # only imported functions need it
 
-    single = topology.world_size == 1
     check = Check(
         device,
         dtype=data.input_format.dtype,
         exact=bool(config.shards_on(device.type)),
-        warns=not single and topology.is_main,
-        captured=device.type == "cuda" and single and config.cuda_graphs and not config.grad_checkpointing.enabled,
+        warns=topology.world_size > 1 and topology.is_main,
+        captured=captures_graphs(config, device, world_size=topology.world_size),
     )
     if data.augment_function:
         check.augmentation(data.augment_function, data.raw_images(2))

@@ -39,12 +39,12 @@ def build_losses(config: Loss | ImportedLoss, given: PerSample | None = None) ->
         smoothed = partial(F.cross_entropy, reduction="none", label_smoothing=config.label_smoothing)
         return Losses(smoothed, CROSS_ENTROPY)
     function = UserFunction(
-        "loss.name",
-        config.name,
-        "function",
-        "one loss per sample",
-        config.options,
-        "" if given and not config.options else "loss.options",
+        setting="loss.name",
+        path=config.name,
+        noun="function",
+        result="one loss per sample",
+        options=config.options,
+        options_in="" if given and not config.options else "loss.options",
         positional=_ARGUMENTS,
     ).load(given)
     own = OwnLoss(partial(function, **copy.deepcopy(config.options)))
@@ -72,7 +72,13 @@ def build_metrics(paths: tuple[str, ...]) -> dict[str, PerSample]:
     """
     found = {}
     for path in paths:
-        user = UserFunction("evaluation.metrics", path, "function", "one number per sample", positional=_ARGUMENTS)
+        user = UserFunction(
+            setting="evaluation.metrics",
+            path=path,
+            noun="function",
+            result="one number per sample",
+            positional=_ARGUMENTS,
+        )
         found[metric_name(path)] = user.load()
     return found
 

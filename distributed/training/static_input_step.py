@@ -1,4 +1,4 @@
-"""A training step on CUDA, captured once per batch shape and replayed as one CUDA graph.
+"""A training step on CUDA with inputs in fixed memory; on a single GPU captured per batch shape and replayed as a CUDA graph.
 
 At small batch sizes the GPU waits for Python to launch some hundreds of kernels per step; a replay launches them all at once.
 The captured function is `train_step` itself with its inputs in fixed memory, so a replayed step is bit-identical to an
@@ -17,13 +17,13 @@ from distributed.errors import InputError
 from distributed.process.optional_output import one_line
 from distributed.training.losses import PerSample
 from distributed.training.steps import train_step
-from distributed.training.totals import MetricAccumulator
+from distributed.training.totals import TotalsAccumulator
 
 _WARM_UP_STEPS = 2
 """Eager steps per shape before capture, in which libraries choose kernels and allocate workspaces."""
 
 
-class CudaGraphStep:
+class StaticInputStep:
     """Runs training steps whose inputs are in fixed device memory.
 
     Args:
@@ -31,9 +31,9 @@ class CudaGraphStep:
     """
 
     def __init__(
-        self, engine: Engine, metrics: MetricAccumulator, *, loss: PerSample, device: torch.device, capture: bool
+        self, engine: Engine, totals: TotalsAccumulator, *, loss: PerSample, device: torch.device, capture: bool
     ) -> None:
-        self._engine, self._metrics, self._loss, self._capture = engine, metrics, loss, capture
+        self._engine, self._totals, self._loss, self._capture = engine, totals, loss, capture
         # Always a tensor: CUDA's optimizers compute in double with a Python number, in float32 with a tensor.
         self._lr = torch.zeros((), device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
@@ -62,7 +62,7 @@ class CudaGraphStep:
 
     def _run(self, inputs: "_StaticInputs") -> None:
         norm = train_step(
-            self._engine, inputs.micro_batches, loss=self._loss, lr=self._lr, step=self._step, metrics=self._metrics
+            self._engine, inputs.micro_batches, loss=self._loss, lr=self._lr, step=self._step, totals=self._totals
         )
         self._norm = self._norm.to(norm.dtype)  # changes once, if the weights are float64
         self._norm.copy_(norm)

@@ -11,10 +11,10 @@ from distributed.config import TrainConfig
 from distributed.config.engines import DeepSpeed
 from distributed.data.batch import Batch
 from distributed.engine.protocol import Engine
-from distributed.training.cuda_graph_step import CudaGraphStep
 from distributed.training.losses import PerSample
+from distributed.training.static_input_step import StaticInputStep
 from distributed.training.steps import train_step
-from distributed.training.totals import MetricAccumulator
+from distributed.training.totals import TotalsAccumulator
 
 
 class StepFunction(Protocol):
@@ -24,11 +24,15 @@ class StepFunction(Protocol):
 
 
 def build_step(
-    config: TrainConfig, engine: Engine, metrics: MetricAccumulator, device: torch.device, loss: PerSample
+    config: TrainConfig, engine: Engine, totals: TotalsAccumulator, device: torch.device, loss: PerSample
 ) -> StepFunction:
     """Build the step function: `train_step`, on CUDA with inputs in fixed memory and, on a single GPU, as a CUDA graph."""
     if device.type != "cuda" or (isinstance(config.engine, DeepSpeed) and collectives.world_size() > 1):
-        return partial(train_step, engine, loss=loss, metrics=metrics)
-    # Checkpointing reads the generators' states, which a capture forbids.
-    capture = config.cuda_graphs and collectives.world_size() == 1 and not config.grad_checkpointing.enabled
-    return CudaGraphStep(engine, metrics, loss=loss, device=device, capture=capture)
+        return partial(train_step, engine, loss=loss, totals=totals)
+    capture = captures_graphs(config, device, world_size=collectives.world_size())
+    return StaticInputStep(engine, totals, loss=loss, device=device, capture=capture)
+
+
+def captures_graphs(config: TrainConfig, device: torch.device, *, world_size: int) -> bool:
+    """Return whether steps become CUDA graphs: a capture forbids collectives, and reading generators as checkpointing does."""
+    return device.type == "cuda" and world_size == 1 and config.cuda_graphs and not config.grad_checkpointing.enabled

@@ -13,7 +13,7 @@ from distributed.engine.protocol import Engine, Outcome
 from distributed.errors import NotFiniteError
 from distributed.models.keyed_dropout import use_sample_keys
 from distributed.training.losses import PerSample, per_shard
-from distributed.training.totals import MetricAccumulator, MetricSums, SplitTotals
+from distributed.training.totals import MetricSums, SplitTotals, TotalsAccumulator
 from distributed.training.views import Views
 
 
@@ -24,7 +24,7 @@ def train_step(
     loss: PerSample,
     lr: float | Tensor,
     step: int | Tensor,
-    metrics: MetricAccumulator,
+    totals: TotalsAccumulator,
 ) -> Tensor:
     """Take one optimizer step on this rank's shards of the global batch.
 
@@ -37,9 +37,9 @@ def train_step(
     shard_loss = partial(_shard_loss, loss)
     for index, batch in enumerate(micro_batches):
         losses, logits = engine.micro_step(shard_loss, batch, last=index == len(micro_batches) - 1)
-        metrics.add(losses, logits, batch.labels, step=step)
+        totals.add(losses, logits, batch.labels, step=step)
     norm = engine.step(lr, step=step)
-    metrics.add_step(norm)
+    totals.add_step(norm)
     return norm
 
 
@@ -77,7 +77,7 @@ def evaluate(
         RuntimeError: the images counted over all ranks are not the size of the split.
     """
     own = metrics or {}
-    accumulator, sums = MetricAccumulator(device), MetricSums(list(own), device)
+    accumulator, sums = TotalsAccumulator(device), MetricSums(list(own), device)
     with engine.evaluating():
         for batch in data.evaluation(split):
             logits = views.average(partial(_logits, engine, batch), batch.images)

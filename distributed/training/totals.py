@@ -61,7 +61,7 @@ class SplitTotals(Totals):
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-class MetricAccumulator:
+class TotalsAccumulator:
     """Accumulates totals on the device. Only `read` synchronizes."""
 
     def __init__(self, device: torch.device) -> None:

@@ -15,7 +15,7 @@ from distributed.engine.protocol import Engine
 from distributed.topology import Topology
 from distributed.training.losses import build_losses
 from distributed.training.steps import train_step
-from distributed.training.totals import MetricAccumulator
+from distributed.training.totals import TotalsAccumulator
 from kit.small_runs import FAST, small_config
 
 CPU = torch.device("cpu")
@@ -57,13 +57,13 @@ def steps(
     device: torch.device = CPU,
 ) -> tuple[list[float], list[float]]:
     """Take `count` steps of the first epoch from step `first`; return their mean losses and gradient norms."""
-    sums, losses, norms = MetricAccumulator(device), list[float](), list[float]()
+    sums, losses, norms = TotalsAccumulator(device), list[float](), list[float]()
     batches = data.train_epoch(0, start_step=first)
     for step, micro_batches in zip(range(first, first + count), batches, strict=False):
         norms.append(
             float(
                 train_step(
-                    engine, micro_batches, loss=build_losses(config.loss).training, lr=lr, step=step, metrics=sums
+                    engine, micro_batches, loss=build_losses(config.loss).training, lr=lr, step=step, totals=sums
                 )
             )
         )

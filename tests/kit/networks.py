@@ -21,7 +21,7 @@ from distributed.network import Network, build_network
 from distributed.topology import Topology
 from distributed.training.losses import CROSS_ENTROPY, build_losses
 from distributed.training.steps import evaluate, train_step
-from distributed.training.totals import MetricAccumulator, Totals
+from distributed.training.totals import Totals, TotalsAccumulator
 from distributed.training.views import Views
 from kit.small_runs import FAST, small_config
 from kit.traces import digest_of
@@ -143,10 +143,10 @@ def _epoch(config: TrainConfig) -> tuple[Engine, list[float], list[Totals], Tota
     if key not in _built:
         _built[key] = build_network(config, topology, data, device)
     engine = build_engine(config, topology, data, device, copy.deepcopy(_built[key]))
-    sums, norms, train = MetricAccumulator(device), list[float](), list[Totals]()
+    sums, norms, train = TotalsAccumulator(device), list[float](), list[Totals]()
     for step, micro_batches in enumerate(data.train_epoch(0)):
         norm = train_step(
-            engine, micro_batches, loss=build_losses(config.loss).training, lr=config.optim.lr, step=step, metrics=sums
+            engine, micro_batches, loss=build_losses(config.loss).training, lr=config.optim.lr, step=step, totals=sums
         )
         norms.append(float(norm))
         train.append(sums.read())

@@ -22,7 +22,7 @@ from distributed.run.folder import RunFolder
 from distributed.topology import Topology
 from distributed.training.losses import build_losses
 from distributed.training.steps import train_step
-from distributed.training.totals import MetricAccumulator
+from distributed.training.totals import TotalsAccumulator
 
 CPU = torch.device("cpu")
 BFLOAT16: dict[str, Any] = {"name": "ddp", "compression": "bfloat16"}
@@ -132,7 +132,7 @@ def loaded_elsewhere(run_dir: Path, others: list[dict[str, Any]]) -> list[bool]:
             loss=build_losses(config.loss).training,
             lr=0.01,
             step=0,
-            metrics=MetricAccumulator(CPU),
+            totals=TotalsAccumulator(CPU),
         )
         found.append(same and bool(torch.isfinite(norm)))
     return found

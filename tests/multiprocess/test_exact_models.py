@@ -15,7 +15,7 @@ from distributed.comm import collectives
 from distributed.topology import Topology
 from distributed.training.losses import CROSS_ENTROPY, build_losses
 from distributed.training.steps import evaluate, train_step
-from distributed.training.totals import MetricAccumulator
+from distributed.training.totals import TotalsAccumulator
 from distributed.training.views import Views
 
 MODELS = ("alexnet", "cifar_alexnet", "cifar_alexnet_bn")
@@ -39,10 +39,10 @@ def run_model(name: str, topology: Topology) -> dict[str, Any]:
     )
     data = build_data(config, topology, CPU)
     engine = build_engine(config, topology, data, CPU)
-    sums, steps = MetricAccumulator(CPU), []
+    sums, steps = TotalsAccumulator(CPU), []
     for step, micro_batches in enumerate(data.train_epoch(0)):
         norm = train_step(
-            engine, micro_batches, loss=build_losses(config.loss).training, lr=0.01, step=step, metrics=sums
+            engine, micro_batches, loss=build_losses(config.loss).training, lr=0.01, step=step, totals=sums
         )
         steps.append((float(norm), sums.read()))
     test = evaluate(engine, data, "test", loss=CROSS_ENTROPY, views=Views(), device=CPU)

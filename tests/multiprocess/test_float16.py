@@ -17,7 +17,7 @@ from distributed.optim import loss_scale
 from distributed.topology import Topology
 from distributed.training.losses import build_losses
 from distributed.training.steps import train_step
-from distributed.training.totals import MetricAccumulator
+from distributed.training.totals import TotalsAccumulator
 
 CPU = torch.device("cpu")
 ENGINES: dict[str, dict[str, Any]] = {
@@ -48,13 +48,11 @@ def steps_of(engine: str, precision: str) -> tuple[list[float], list[bool]]:
     config = config_of(Path("unused"), engine, precision)
     topology = Topology(collectives.rank(), collectives.world_size())
     data = build_data(config, topology, CPU)
-    made, sums = build_engine(config, topology, data, CPU), MetricAccumulator(CPU)
+    made, sums = build_engine(config, topology, data, CPU), TotalsAccumulator(CPU)
     losses, skipped = [], []
     for step, micro_batches in enumerate(data.train_epoch(0)):
         before = {name: tensor.clone() for name, tensor in made.state()}
-        norm = train_step(
-            made, micro_batches, loss=build_losses(config.loss).training, lr=0.01, step=step, metrics=sums
-        )
+        norm = train_step(made, micro_batches, loss=build_losses(config.loss).training, lr=0.01, step=step, totals=sums)
         read = sums.read()
         losses.append(read.mean_loss)
         skipped.append(bool(read.skipped_steps))

@@ -20,7 +20,7 @@ from distributed.run.folder import RunFolder
 from distributed.topology import Topology
 from distributed.training.losses import build_losses
 from distributed.training.steps import train_step
-from distributed.training.totals import MetricAccumulator
+from distributed.training.totals import TotalsAccumulator
 
 CPU = torch.device("cpu")
 FSDP, DDP = {"name": "fsdp"}, {"name": "ddp"}
@@ -213,9 +213,9 @@ def _losses_in_bfloat16(engine: dict[str, str]) -> list[float]:
     config = small_config(Path("unused"), precision="bfloat16", engine=engine, exact=FAST, optim={"lr": 0.001}, **few)
     topology = Topology(collectives.rank(), collectives.world_size())
     data = build_data(config, topology, CPU)
-    built, sums, found = build_engine(config, topology, data, CPU), MetricAccumulator(CPU), []
+    built, sums, found = build_engine(config, topology, data, CPU), TotalsAccumulator(CPU), []
     for step, micro_batches in enumerate(data.train_epoch(0)):
-        train_step(built, micro_batches, loss=build_losses(config.loss).training, lr=0.001, step=step, metrics=sums)
+        train_step(built, micro_batches, loss=build_losses(config.loss).training, lr=0.001, step=step, totals=sums)
         found.append(sums.read().mean_loss)
     assert {tensor.dtype for name, tensor in built.state() if "num_batches" not in name} == {torch.float32}
     return found

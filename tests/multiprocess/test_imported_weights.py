@@ -6,7 +6,7 @@ from torch import nn
 
 from distributed.comm import collectives
 from distributed.errors import InputError
-from distributed.models.imported import check_same_weights
+from distributed.network import check_same_weights
 
 
 def network(value: float) -> nn.Module:

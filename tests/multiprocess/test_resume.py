@@ -305,9 +305,9 @@ def test_plateau_drops_the_rate_and_stops_the_run_early(
     assert undisturbed.lrs == [(step + 1, by_epoch[step // 2]) for step in range(2 * EPOCHS)]
     assert undisturbed.ended == (EPOCHS, True, None)
     plateau = [line for line in undisturbed.log if line.startswith("plateau")]
-    assert ["bad epoch 1 of 1" in line for line in plateau] == [True, False, True, False, False, False]
-    assert "bad epoch 2 of 1: lr 0.01 -> 0.005 (drop 1 of 2)" in plateau[1]
-    assert "bad epoch 2 of 1: lr 0.005 -> 0.0025 (drop 2 of 2)" in plateau[3]
+    assert ["bad epoch 1, patience 1" in line for line in plateau] == [True, False, True, False, False, False]
+    assert "bad epoch 2, patience 1: lr 0.01 -> 0.005 (drop 1 of 2)" in plateau[1]
+    assert "bad epoch 2, patience 1: lr 0.005 -> 0.0025 (drop 2 of 2)" in plateau[3]
     assert undisturbed.log[-1].endswith("bad epoch 6 of 6; the run ends")
 
 

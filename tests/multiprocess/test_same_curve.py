@@ -24,7 +24,7 @@ from distributed.recipe import train
 from distributed.topology import Topology
 from distributed.training.losses import build_losses
 from distributed.training.steps import train_step
-from distributed.training.totals import MetricAccumulator
+from distributed.training.totals import TotalsAccumulator
 
 STEPS = 26
 # 13 steps per epoch; the last has three images, so that with two micro-batches some ranks are empty.
@@ -104,13 +104,13 @@ def steps_from_given_weights(config: TrainConfig, weights_of: Callable[[int], di
     the initial weights if none are given."""
     topology = Topology(collectives.rank(), collectives.world_size())
     data = build_data(config, topology, CPU)
-    engine, sums = build_engine(config, topology, data, CPU), MetricAccumulator(CPU)
+    engine, sums = build_engine(config, topology, data, CPU), TotalsAccumulator(CPU)
     steps = (batches for epoch in range(config.epochs) for batches in data.train_epoch(epoch))
     for step, micro_batches in enumerate(steps):
         before = {**(weights_of(step) or model_of(engine.state()))}
         engine.load_state(before)
         train_step(
-            engine, micro_batches, loss=build_losses(config.loss).training, lr=config.peak_lr, step=step, metrics=sums
+            engine, micro_batches, loss=build_losses(config.loss).training, lr=config.peak_lr, step=step, totals=sums
         )
         state = {name: tensor.clone() for name, tensor in engine.state()}
         gradients = {name: tensor for name, tensor in state.items() if name.endswith("momentum_buffer")}

@@ -24,7 +24,7 @@ from distributed.engine.ddp import DdpEngine
 from distributed.engine.prepare import Compute
 from distributed.training.losses import CROSS_ENTROPY, build_losses
 from distributed.training.steps import _shard_loss, train_step
-from distributed.training.totals import MetricAccumulator
+from distributed.training.totals import TotalsAccumulator
 
 CPU = torch.device("cpu")
 LENGTHS = (1, 2, 7, 64, 1000, 4099)
@@ -229,7 +229,7 @@ def train_until_a_peer_dies() -> str:
     config = small_config(Path("unused"), exact=FAST, model={"name": "cifar_alexnet"}, global_batch_size=6)
     engine, data = built(config)
     batches = data.train_epoch(0)
-    train = {"loss": build_losses(config.loss).training, "lr": 0.01, "metrics": MetricAccumulator(CPU)}
+    train = {"loss": build_losses(config.loss).training, "lr": 0.01, "totals": TotalsAccumulator(CPU)}
     train_step(engine, next(batches), step=0, **train)
     if collectives.rank() == 1:
         leave()

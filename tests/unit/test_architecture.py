@@ -13,7 +13,7 @@ LAYERS = [
     "process data.sources",
     "comm run optim",
     "data models figures",
-    "exact network",
+    "exact",
     "engine",
     "training",
     "checkpoint",
@@ -97,6 +97,7 @@ def own(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 def test_every_folder_has_a_row():
     assert {folder_of(name_of(path)) for path in FILES} == LEVEL.keys()
+    assert len(" ".join(LAYERS).split()) + 1 == len(LEVEL)  # each in one row
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -89,9 +89,9 @@ def test_the_number_of_classes_can_be_set(root: Path) -> None:
 def test_any_size_and_channels_are_augmented(tmp_path: Path, shape: tuple[int, ...], augment: dict[str, Any]) -> None:
     root = write_arrays(tmp_path / "arrays", shape, classes=min(3, shape[0]) if shape[0] > 1 else 1)
     data = data_of(root, augment=augment, classes=3)
-    whole = epoch(pipeline(data, side=8))
+    whole = epoch(pipeline(data, resized_side=8))
     assert whole.shape[1:] == ((*shape, 1)[2], 8, 8)
-    parts = [epoch(pipeline(data, side=8, rank=rank, ranks=2), by_step=True) for rank in (0, 1)]
+    parts = [epoch(pipeline(data, resized_side=8, rank=rank, ranks=2), by_step=True) for rank in (0, 1)]
     assert torch.equal(torch.cat([batch for pair in zip(*parts, strict=True) for batch in pair]), whole)
     height, width = shape[:2]
     assert next(pipeline(data).evaluation("test")).images.shape[1:] == ((*shape, 1)[2], height, width)

@@ -4,7 +4,7 @@ from torch.nn import functional as F
 
 from distributed import rng
 from distributed.config.data import Augment
-from distributed.data.augment import augment, choose, crop, cut_out, mirrored
+from distributed.data.augment import alternating_flips, augment, choose, crop, cut_out
 
 
 def images_of(count: int, *shape: int) -> torch.Tensor:
@@ -43,19 +43,19 @@ def test_reflected_borders_are_those_of_torchs_padding(padding):
 
 def test_alternating_flip_mirrors_in_every_other_epoch():
     ids, config = torch.arange(1000), Augment(flip="alternating")
-    epochs = [mirrored(ids, config, seed=0, epoch=epoch) for epoch in range(4)]
+    epochs = [alternating_flips(ids, config, seed=0, epoch=epoch) for epoch in range(4)]
     assert torch.equal(epochs[0], ~epochs[1])
     assert torch.equal(epochs[0], epochs[2])
     assert torch.equal(epochs[1], epochs[3])
     assert 450 < epochs[0].sum() < 550
-    assert not torch.equal(epochs[0], mirrored(ids, config, seed=1, epoch=0))
-    assert torch.equal(mirrored(ids[300:310].flip(0), config, seed=0, epoch=0), epochs[0][300:310].flip(0))
+    assert not torch.equal(epochs[0], alternating_flips(ids, config, seed=1, epoch=0))
+    assert torch.equal(alternating_flips(ids[300:310].flip(0), config, seed=0, epoch=0), epochs[0][300:310].flip(0))
 
 
 def test_random_flips_are_drawn_anew_in_each_epoch():
     images = images_of(50)
     first, second = (augment(images, keys_of(50, epoch=epoch), Augment(crop=0)) for epoch in (0, 1))
-    assert mirrored(torch.arange(50), Augment(), seed=0, epoch=0) is None
+    assert alternating_flips(torch.arange(50), Augment(), seed=0, epoch=0) is None
     assert not torch.equal(first, second)
 
 

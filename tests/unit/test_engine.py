@@ -20,7 +20,7 @@ from distributed.engine.prepare import Compute
 from distributed.engine.protocol import Engine, Outcome
 from distributed.training.losses import build_losses
 from distributed.training.steps import train_step
-from distributed.training.totals import MetricAccumulator
+from distributed.training.totals import TotalsAccumulator
 
 CPU = torch.device("cpu")
 SHARDS = 4
@@ -75,9 +75,7 @@ def in_shards(batch: Batch, start: int = 0, stop: int | None = None) -> Batch:
 
 
 def stepped(engine: Engine, batches: list[Batch], lr: float = 0.1) -> Tensor:
-    return train_step(
-        engine, batches, loss=build_losses(Loss()).training, lr=lr, step=0, metrics=MetricAccumulator(CPU)
-    )
+    return train_step(engine, batches, loss=build_losses(Loss()).training, lr=lr, step=0, totals=TotalsAccumulator(CPU))
 
 
 def model_state(engine: Engine) -> dict[str, Tensor]:

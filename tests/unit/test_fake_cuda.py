@@ -31,7 +31,7 @@ from distributed.models import build as models
 from distributed.topology import Topology
 from distributed.training.losses import build_losses
 from distributed.training.steps import train_step
-from distributed.training.totals import MetricAccumulator
+from distributed.training.totals import TotalsAccumulator
 
 ROOT = Path(build.__file__).parent
 DEVICE, HOST = torch.device("cpu:0"), torch.device("cpu")
@@ -129,10 +129,10 @@ def audited_step(*arguments: str) -> Audit:
     data.example()  # creates what is cached per device
     python_nodes_are_weak()  # cached too
     engine = build.build_engine(config, Topology(), data, DEVICE)
-    sums = MetricAccumulator(DEVICE)
+    sums = TotalsAccumulator(DEVICE)
     audit, batches = Audit(), data.train_epoch(0)
     with audit:
-        train_step(engine, next(batches), loss=build_losses(config.loss).training, lr=0.1, step=0, metrics=sums)
+        train_step(engine, next(batches), loss=build_losses(config.loss).training, lr=0.1, step=0, totals=sums)
     return audit
 
 

@@ -268,7 +268,7 @@ def test_a_pipeline_splits_an_image_folder_by_class(root):
         Batching(seed=1, global_batch_size=4, grad_accum_steps=1, evaluation_batch_size=5),
         Shards.of_rank(0, 1, 1),
         InputFormat(torch.device("cpu"), torch.float32, channels_last=True),
-        side=16,
+        decoded_side=16,
     )
     assert data.class_names == ("ant", "bee", "cow")
     assert data.num_classes == 3

@@ -26,7 +26,7 @@ def _generated(samples: int, test_samples: int, validation_fraction: float, augm
         BATCHING,
         Shards.of_rank(0, 1, 1),
         InputFormat(CPU, dtype, channels_last=True),
-        side=32,
+        decoded_side=32,
     )
 
 

@@ -28,7 +28,7 @@ def pipeline(device: str = "cpu", *, normalize: str = "mean_std", augment: Augme
         Batching(seed=3, global_batch_size=16, grad_accum_steps=values["grad_accum_steps"], evaluation_batch_size=6),
         Shards.of_rank(values["rank"], values["world_size"], values["shards"]),
         InputFormat(torch.device(device), torch.float32, channels_last=True),
-        side=32,
+        decoded_side=32,
     )
 
 

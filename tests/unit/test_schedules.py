@@ -173,8 +173,8 @@ def test_plateau_log_lines_show_comparison_and_counts():
     schedule.peak = 0.05
     assert observed(schedule, [0.784, 0.781, 0.784, 0.7, 0.7]) == [
         None,
-        "plateau: val accuracy 78.10% not above 78.40% + 0.00%; bad epoch 1 of 1",
-        "plateau: val accuracy 78.40% not above 78.40% + 0.00%; bad epoch 2 of 1: lr 0.05 -> 0.005 (drop 1 of 1)",
+        "plateau: val accuracy 78.10% not above 78.40% + 0.00%; bad epoch 1, patience 1",
+        "plateau: val accuracy 78.40% not above 78.40% + 0.00%; bad epoch 2, patience 1: lr 0.05 -> 0.005 (drop 1 of 1)",
         "plateau: val accuracy 70.00% not above 78.40% + 0.00%; cooldown, epochs left: 0",
         "plateau: val accuracy 70.00% not above 78.40% + 0.00%; max_drops = 1 reached, lr stays 0.005",
     ]
@@ -182,7 +182,7 @@ def test_plateau_log_lines_show_comparison_and_counts():
 
 def test_plateau_log_line_for_loss():
     (_, line) = observed(plateau("loss", patience=3, min_delta=0.01), [1.5, 1.495])
-    assert line == "plateau: val loss 1.4950 not below 1.5000 - 0.0100; bad epoch 1 of 3"
+    assert line == "plateau: val loss 1.4950 not below 1.5000 - 0.0100; bad epoch 1, patience 3"
 
 
 def test_plateau_log_line_without_max_drops():

@@ -19,7 +19,7 @@ from distributed.models.alexnet import improved_alexnet
 from distributed.models.convert_dropout import convert_dropout
 from distributed.training.losses import OwnLoss, PerSample, build_losses
 from distributed.training.steps import train_step
-from distributed.training.totals import MetricAccumulator
+from distributed.training.totals import TotalsAccumulator
 
 CPU = torch.device("cpu")
 SHARDS, STEPS = 8, 4
@@ -108,7 +108,7 @@ SMOOTHED = build_losses(Loss(label_smoothing=0.1)).training
 
 
 def trained(engine: ExactEngine, count: int, dtype: torch.dtype, loss: PerSample = SMOOTHED) -> dict[str, Tensor]:
-    metrics = MetricAccumulator(CPU)
+    metrics = TotalsAccumulator(CPU)
     for step in range(STEPS):
         train_step(
             engine,
@@ -116,7 +116,7 @@ def trained(engine: ExactEngine, count: int, dtype: torch.dtype, loss: PerSample
             loss=loss,
             lr=0.05,
             step=step,
-            metrics=metrics,
+            totals=metrics,
         )
     totals = metrics.read()
     return dict(engine.state()) | {"loss": torch.tensor(totals.mean_loss)}

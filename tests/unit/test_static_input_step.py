@@ -11,11 +11,11 @@ from distributed.config import TrainConfig
 from distributed.data.pipeline import DataPipeline
 from distributed.engine.protocol import Engine
 from distributed.topology import Topology
-from distributed.training.cuda_graph_step import CudaGraphStep
 from distributed.training.losses import build_losses
+from distributed.training.static_input_step import StaticInputStep
 from distributed.training.step_function import build_step
 from distributed.training.steps import train_step
-from distributed.training.totals import MetricAccumulator, Totals
+from distributed.training.totals import Totals, TotalsAccumulator
 
 CPU = torch.device("cpu")
 RATES = (0.125, 0.0625, 0.25, 0.03125, 0.5, 0.125)  # the same in float32 and in double
@@ -38,9 +38,9 @@ def config_of(**settings: Any) -> TrainConfig:
     return TrainConfig.model_validate(values)
 
 
-def parts_of(config: TrainConfig) -> tuple[DataPipeline, Engine, MetricAccumulator]:
+def parts_of(config: TrainConfig) -> tuple[DataPipeline, Engine, TotalsAccumulator]:
     data = build_data(config, Topology(), CPU)
-    return data, build_engine(config, Topology(), data, CPU), MetricAccumulator(CPU)
+    return data, build_engine(config, Topology(), data, CPU), TotalsAccumulator(CPU)
 
 
 def after_two_epochs(config: TrainConfig, *, fixed: bool) -> tuple[dict[str, torch.Tensor], list[float], Totals]:
@@ -48,7 +48,7 @@ def after_two_epochs(config: TrainConfig, *, fixed: bool) -> tuple[dict[str, tor
     data, engine, metrics = parts_of(config)
     step: Any = build_step(config, engine, metrics, CPU, build_losses(config.loss).training)
     if fixed:
-        step = CudaGraphStep(engine, metrics, loss=build_losses(config.loss).training, device=CPU, capture=False)
+        step = StaticInputStep(engine, metrics, loss=build_losses(config.loss).training, device=CPU, capture=False)
     rates, norms = iter(RATES), []
     for epoch in (0, 1):
         for micro_batches in data.train_epoch(epoch):
@@ -78,7 +78,7 @@ def test_ema_with_the_step_on_the_device_is_bit_identical() -> None:
 def test_a_loss_that_is_not_finite_names_its_step() -> None:
     config = config_of(model={"name": "improved_alexnet", "dropout": 0.0})
     data, engine, metrics = parts_of(config)
-    step = CudaGraphStep(engine, metrics, loss=build_losses(config.loss).training, device=CPU, capture=False)
+    step = StaticInputStep(engine, metrics, loss=build_losses(config.loss).training, device=CPU, capture=False)
     for number, micro_batches in enumerate(data.train_epoch(0)):
         if number == 1:
             micro_batches[0].images.fill_(torch.inf)
@@ -121,8 +121,8 @@ def test_captured_steps_are_bit_identical(case: str) -> None:
     for capture in (False, True):
         config = config_of(**{"precision": "bfloat16", **CASES[case]}).model_copy(update={"device": "cuda"})
         data = build_data(config, Topology(), cuda)
-        engine, metrics = build_engine(config, Topology(), data, cuda), MetricAccumulator(cuda)
-        step = CudaGraphStep(engine, metrics, loss=build_losses(config.loss).training, device=cuda, capture=capture)
+        engine, metrics = build_engine(config, Topology(), data, cuda), TotalsAccumulator(cuda)
+        step = StaticInputStep(engine, metrics, loss=build_losses(config.loss).training, device=cuda, capture=capture)
         norms = []
         for epoch in range(5):
             for micro_batches in data.train_epoch(epoch):

@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from distributed.training.totals import MetricAccumulator, Totals
+from distributed.training.totals import Totals, TotalsAccumulator
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ def losses_alone(*losses: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 def test_totals_are_those_of_the_batch():
     losses, logits, labels = batch_of(500)
-    metrics = MetricAccumulator(CPU)
+    metrics = TotalsAccumulator(CPU)
     metrics.add(losses, logits, labels)
     totals = metrics.read()
     ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
@@ -36,7 +36,7 @@ def test_totals_are_those_of_the_batch():
 @pytest.mark.parametrize("every", [1, 2, 5, 10])
 def test_totals_do_not_depend_on_when_they_are_read(every):
     batches = [batch_of(33, seed) for seed in range(10)]
-    complete, parts, total = MetricAccumulator(CPU), MetricAccumulator(CPU), Totals()
+    complete, parts, total = TotalsAccumulator(CPU), TotalsAccumulator(CPU), Totals()
     for index, batch in enumerate(batches):
         complete.add(*batch)
         parts.add(*batch)
@@ -47,7 +47,7 @@ def test_totals_do_not_depend_on_when_they_are_read(every):
 
 def test_totals_do_not_depend_on_the_order_of_batches():
     batches = [batch_of(33, seed) for seed in range(10)]
-    one, other = MetricAccumulator(CPU), MetricAccumulator(CPU)
+    one, other = TotalsAccumulator(CPU), TotalsAccumulator(CPU)
     for batch in batches:
         one.add(*batch)
     for batch in reversed(batches):
@@ -62,14 +62,14 @@ def test_totals_do_not_depend_on_order_and_grouping(dtype, scale):
     losses, logits, labels = batch_of(1000)
     losses = (losses * scale).to(dtype)
     generator = torch.Generator().manual_seed(1)
-    complete = MetricAccumulator(CPU)
+    complete = TotalsAccumulator(CPU)
     complete.add(losses, logits, labels)
     expected = complete.read()
     plain = set()
     for _ in range(20):
         order = torch.randperm(1000, generator=generator)
         ends = sorted(torch.randint(0, 1001, (7,), generator=generator).tolist())
-        metrics, total = MetricAccumulator(CPU), Totals()
+        metrics, total = TotalsAccumulator(CPU), Totals()
         for start, end in pairwise([0, *ends, 1000]):
             part = order[start:end]
             metrics.add(losses[part], logits[part], labels[part])
@@ -83,14 +83,14 @@ def test_totals_do_not_depend_on_order_and_grouping(dtype, scale):
 
 def test_a_loss_is_rounded_to_the_nearest_fraction():
     step = 2.0**-40
-    metrics = MetricAccumulator(CPU)
+    metrics = TotalsAccumulator(CPU)
     for loss in (3 * step, 5.25 * step, 5.75 * step, 1 - step / 4, 7 + 0.5):
         metrics.add(torch.tensor([loss], dtype=torch.float64), torch.zeros(1, 10), torch.zeros(1, dtype=torch.int64))
         assert metrics.read().loss == round(loss / step)
 
 
 def test_reading_resets_the_totals():
-    metrics = MetricAccumulator(CPU)
+    metrics = TotalsAccumulator(CPU)
     metrics.add(*batch_of(5), step=3)
     metrics.add(*losses_alone(math.nan), step=4)
     metrics.read()
@@ -98,14 +98,14 @@ def test_reading_resets_the_totals():
 
 
 def test_an_empty_shard_adds_nothing():
-    metrics = MetricAccumulator(CPU)
+    metrics = TotalsAccumulator(CPU)
     metrics.add(*batch_of(0))
     assert metrics.read() == Totals()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_the_first_step_with_a_bad_loss_is_kept(bad):
-    metrics = MetricAccumulator(CPU)
+    metrics = TotalsAccumulator(CPU)
     metrics.add(*losses_alone(1.0, 2.0), step=6)
     metrics.add(*losses_alone(1.0, bad), step=7)
     metrics.add(*losses_alone(bad), step=8)
@@ -114,20 +114,20 @@ def test_the_first_step_with_a_bad_loss_is_kept(bad):
 
 
 def test_step_zero_can_be_the_bad_one():
-    metrics = MetricAccumulator(CPU)
+    metrics = TotalsAccumulator(CPU)
     metrics.add(*losses_alone(math.nan), step=0)
     assert metrics.read().first_bad_step == 0
 
 
 def test_a_mean_over_a_bad_loss_is_nan():
-    metrics = MetricAccumulator(CPU)
+    metrics = TotalsAccumulator(CPU)
     metrics.add(*losses_alone(math.nan, 1.0))
     assert not math.isfinite(metrics.read().mean_loss)
 
 
 @pytest.mark.parametrize("loss", [1e3, 1e5, 1e7, 1e30])
 def test_huge_losses_do_not_wrap_around(loss):
-    metrics = MetricAccumulator(CPU)
+    metrics = TotalsAccumulator(CPU)
     for step in range(100):
         metrics.add(*losses_alone(*[loss] * 128), step=step)
     totals = metrics.read()
@@ -145,13 +145,13 @@ def test_means_over_no_samples_are_zero():
 
 
 def test_with_three_classes_top5_is_always_correct():
-    metrics = MetricAccumulator(torch.device("cpu"))
+    metrics = TotalsAccumulator(torch.device("cpu"))
     metrics.add(torch.ones(4), torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
     assert metrics.read().correct5 == 4
 
 
 def test_skipped_steps_are_counted_until_they_are_read():
-    metrics = MetricAccumulator(CPU)
+    metrics = TotalsAccumulator(CPU)
     for norm in (1.0, math.inf, 0.0, math.inf, math.nan):
         metrics.add_step(torch.tensor(norm))
     first = metrics.read()

@@ -156,7 +156,10 @@ def _header(file: Path) -> _Header:
 
 def _returned(config: ImportedData) -> dict[str, Images]:
     """Call the user's function; return its arrays by split, after all checks."""
-    function = UserFunction("data.name", config.name, "function", "the arrays", config.options, "data.options")
+    function = UserFunction(
+        setting="data.name", path=config.name, noun="function", result="the arrays", options=config.options,
+        options_in="data.options",
+    )  # fmt: skip
     found = function.call(function.load())
     if not isinstance(found, Mapping):
         raise function.error(f"the function returned {type_name(found)}; it should return a dict of {', '.join(NAMES)}")
