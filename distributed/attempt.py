@@ -50,6 +50,8 @@ class Attempt:
     def _record_sudden_ending(self, ending: exits.Exit) -> None:
         """Record the ending of a process that exits without returning here, if the attempt has started."""
         if self.run is not None and self._state is not None:
+            if ending.finishes_save:
+                self.run.finish_save()
             self.run.end(
                 ending.status, exit_code=ending.code, reason=ending.reason, step=self._state.step, epoch=self._state.epoch,
             )  # fmt: skip
@@ -113,7 +115,7 @@ class Attempt:
             self._compare_modules(resumed_from.get("modules"), metadata["modules"])
         if self.run is None:
             return {}
-        identity = self.run.identify((resumed_from or {}).get("run"))
+        identity = self.run.identify((resumed_from or {}).get("run"), self.config)
         recorded = {name: metadata[name] for name in ("bits", "images", "modules")}
         self.run.begin(self.config, start_step=state.step, **recorded)
         return {"run": identity}
@@ -152,6 +154,7 @@ class Attempt:
             exits.remove_exit_hook(self._record_sudden_ending)
         try:
             if self.run is not None:
+                self.run.finish_save()
                 with storing(self.run.path):
                     self._record_ending(self.run, error)
         except StorageError as failure:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from distributed.config import TrainConfig, with_values
 from distributed.data.sources import registry
 from distributed.errors import ExitCode, InputError, NotFiniteError, PeerError, StorageError, reachable_paths
-from distributed.files import check_writable, home_path, write_output
+from distributed.files import home_path
 from distributed.host.versions import require
 from distributed.inference.saved_run import (
     check_complete,
@@ -28,6 +28,7 @@ from distributed.inference.saved_run import (
 )
 from distributed.process import gc_pause
 from distributed.process.optional_output import OptionalOutput, requested_output
+from distributed.process.output_file import check_writable, write_output
 from distributed.process.streams import run_command
 from distributed.topology import Topology, is_first_on_node
 

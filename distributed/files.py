@@ -15,11 +15,10 @@ from distributed.errors import InputError, StorageError
 
 _MAX_LINE_BYTES = 2**24
 _MAX_JSON_BYTES = 2**26
-_MAX_NAME_BYTES = 230  # of an output file, which is first written under a longer name
-UNREACHABLE = frozenset(
-    {errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_ABOUT_THE_FILE = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EFBIG, errno.ENXIO}
 )
-"""Errors that say nothing about a file's existence or content."""
+"""Errors that say that a regular file is missing. All others, e.g. of a lost mount, say nothing about it."""
 
 
 class Written(NamedTuple):
@@ -71,13 +70,9 @@ def read_at_most(path: Path, limit: int) -> bytes:
     raise OSError(errno.EFBIG, f"more than {limit:,} bytes", str(path))
 
 
-def check_reachable(path: Path) -> None:
-    """Raise OSError if a file is out of reach, e.g. on a lost mount; that does not mean that it is missing or damaged."""
-    try:
-        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-    except OSError as error:
-        if error.errno in UNREACHABLE:
-            raise
+def is_unreachable(error: OSError) -> bool:
+    """Whether a file is out of reach, e.g. on a lost mount; that does not mean that it is missing or damaged."""
+    return error.errno not in _ABOUT_THE_FILE
 
 
 def lines_of(path: Path) -> Iterator[str]:
@@ -86,10 +81,13 @@ def lines_of(path: Path) -> Iterator[str]:
     Raises:
         OSError: it is out of reach.
     """
-    check_reachable(path)
-    if not os.path.isfile(path):
+    try:
+        file = opened(path)
+    except OSError as error:
+        if is_unreachable(error):
+            raise
         return
-    with opened(path) as file:
+    with file:
         while line := file.readline(_MAX_LINE_BYTES):
             if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
                 return  # we never write such a line
@@ -108,17 +106,25 @@ def digest_of_bytes(content: bytes) -> Written:
     return Written(len(content), hashlib.blake2b(content, digest_size=16).hexdigest())
 
 
-def read_json(path: Path) -> Any:
-    """Return the file's content, or None if it does not exist or is not JSON."""
+def read_json(path: Path, *, reachable: bool = False) -> Any:
+    """Return the file's content, or None if it is missing or not JSON.
+
+    Args:
+        reachable: raise OSError if the file is out of reach, which otherwise counts as missing.
+    """
     try:
         return json.loads(read_at_most(path, _MAX_JSON_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return None
+    except OSError as error:
+        if reachable and is_unreachable(error):
+            raise
+    except (ValueError, RecursionError):
+        pass
+    return None
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, or an empty one if it holds anything else."""
-    content = read_json(path)
+def read_object(path: Path, *, reachable: bool = False) -> dict[str, Any]:
+    """Return the JSON object in a file, or an empty one if it holds anything else. `reachable` as for `read_json`."""
+    content = read_json(path, reachable=reachable)
     return content if isinstance(content, dict) else {}
 
 
@@ -198,53 +204,3 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def check_writable(option: str, path: Path, *, regular: bool = False) -> None:
-    """Create the folder of a file that a command is about to write, and check that the file can be written.
-
-    Args:
-        regular: refuse devices and pipes too.
-
-    Raises:
-        InputError: the folder cannot be created, the file cannot be written, or the path is a folder.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mode = _mode_of(path)
-        if mode is None:
-            if len(os.fsencode(path.name)) > _MAX_NAME_BYTES:
-                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-            os.stat(folder := os.path.dirname(os.path.realpath(path)))  # a link may lead to a missing folder
-        elif stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, "is a folder")
-        elif not (stat.S_ISREG(mode) or (not regular and (stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)))):
-            raise OSError(errno.EINVAL, "is not a regular file")
-        if not os.access(path if mode is not None else folder, os.W_OK):
-            raise PermissionError(errno.EACCES, "may not be written")
-    except OSError as error:
-        raise InputError(f"{option} {path}: {error.strerror}; name a file that can be written") from None
-
-
-def write_output(path: Path, content: bytes) -> None:
-    """Replace a regular file, or the target of a link; write into a device or a pipe directly.
-
-    Raises:
-        OSError: it cannot be written, or the pipe has no reader.
-    """
-    mode, target = _mode_of(path), Path(os.path.realpath(path))
-    if (mode is None or stat.S_ISREG(mode)) and os.access(target.parent, os.W_OK):
-        replace_bytes(target, content)
-        return
-    handle = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC)  # ENXIO if a pipe has no reader
-    os.set_blocking(handle, True)
-    with open(handle, "wb") as file:
-        file.write(content)
-
-
-def _mode_of(path: Path) -> int | None:
-    """Return the mode of a file or of a link's target; None if it does not exist."""
-    try:
-        return path.stat().st_mode
-    except FileNotFoundError:
-        return None

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from distributed.config.data import max_pixels_of
 from distributed.errors import ExitCode, InputError, prints_errors
-from distributed.files import check_writable, home_path, write_output
+from distributed.files import home_path
 from distributed.host.versions import require
 from distributed.inference.saved_run import choose_checkpoint, read_config
 from distributed.process import gc_pause
 from distributed.process.optional_output import requested_output
+from distributed.process.output_file import check_writable, write_output
 from distributed.process.streams import run_command
 
 if TYPE_CHECKING:

@@ -24,8 +24,9 @@ from distributed.bench.rounds import Results, run_rounds, summary
 from distributed.bench.scaling_report import PREDICTED_CORES, report
 from distributed.data.sources import cifar
 from distributed.errors import ExitCode, InputError, prints_errors
-from distributed.files import check_writable, home_path
+from distributed.files import home_path
 from distributed.process.optional_output import requested_output
+from distributed.process.output_file import check_writable
 from distributed.process.streams import run_command
 
 

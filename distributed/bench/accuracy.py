@@ -24,9 +24,9 @@ from distributed.config.data import CifarData
 from distributed.data.sources import registry
 from distributed.documents.markdown import table
 from distributed.errors import ExitCode, counted
-from distributed.files import check_writable
 from distributed.host.hardware import multiplies_bfloat16
 from distributed.process.optional_output import OptionalOutput, requested_output
+from distributed.process.output_file import check_writable
 
 CONFIG, SEEDS = "cifar10_fast", (0, 1, 2)
 _NOT_IN_RESULTS = ("run_dir", "seed", "device", "threads", "timeout_seconds", "logging", "checkpoint")

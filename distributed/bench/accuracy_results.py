@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from distributed.errors import InputError
-from distributed.files import write_output
+from distributed.process.output_file import write_output
 
 TARGETS = (80, 90, 94)
 """Test accuracies in percent."""

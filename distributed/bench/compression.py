@@ -19,7 +19,8 @@ from distributed.bench.training_speed import MODULES
 from distributed.bench.workload import Workload
 from distributed.data.sources import cifar
 from distributed.errors import prints_errors
-from distributed.files import check_writable, home_path
+from distributed.files import home_path
+from distributed.process.output_file import check_writable
 from distributed.process.streams import run_command
 from distributed.process.torchrun import torchrun_command
 from distributed.run.folder import RunFolder

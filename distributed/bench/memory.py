@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distributed.bench.machine import machine
-from distributed.files import write_output
 from distributed.process.optional_output import requested_output
+from distributed.process.output_file import write_output
 from distributed.process.torchrun import torchrun_command
 
 MIB = 2**20

@@ -8,7 +8,7 @@ from typing import Any
 from distributed.bench.page_accuracy import accuracy
 from distributed.bench.page_blocks import exact_price, others, scaling, train_cpu, train_gpu
 from distributed.documents.blocks import CHECKOUT, page_in, with_blocks
-from distributed.files import write_output
+from distributed.process.output_file import write_output
 
 Results = dict[str, Any]
 BLOCKS: dict[str, Callable[[dict[str, Results]], str]] = {

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from distributed.bench.benchmarks import Benchmark, Figures
 from distributed.bench.options import Options
 from distributed.bench.workload import WorkloadFailedError
-from distributed.files import write_output
 from distributed.process.optional_output import OptionalOutput
+from distributed.process.output_file import write_output
 
 
 @dataclass

@@ -194,6 +194,8 @@ class Checkpointer:
             snapshots = (best, *snapshots)
         copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         self._pending = self._thread.submit(self._write, snapshots, copied)
+        if self.run:
+            self.run.save_in_progress = self._pending
 
     def _wait_for_save(self) -> None:
         """Wait until the previous save is on disk. Ranks wait on the host, because a wait in NCCL could time out."""

@@ -47,8 +47,10 @@ class CheckpointWriter:
             shutil.rmtree(aside, ignore_errors=True)
             self.run.check_token()  # its message says more if the run folder was removed
             raise
+        self._link(
+            name, snapshot.best
+        )  # first: digests of large tensors take seconds, and what is complete should be found
         self._record(name, snapshot.tensors)
-        self._link(name, snapshot.best)
         self.delete_old()
         if self._uploader:
             self._uploader.start()
@@ -59,9 +61,9 @@ class CheckpointWriter:
 
         It may have been the run's last save, so no later one would do it.
         """
+        self._link(name, layout.best_name(content))
         if all(save.name != name for save in read_saves(self.run.digests_file)):
             self._record(name, tensors)
-        self._link(name, layout.best_name(content))
 
     def delete_old(self) -> None:
         """Delete checkpoints that retention does not keep, and that are not being uploaded."""

@@ -155,7 +155,7 @@ class Peers:
                 self._send_heartbeat(count)
                 failure = None if self._exiting.is_set() else self._published_failure()
                 if failure and not self._exiting.wait(_GRACE_SECONDS):
-                    exits.exit_now(failure.exit_code, str(failure))
+                    exits.exit_now(failure.exit_code, str(failure), finishes_save=True)
         except RuntimeError:
             return  # the store is gone
 

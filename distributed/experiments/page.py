@@ -8,8 +8,8 @@ from distributed.experiments.page_blocks import ablations, alternatives, curves,
 from distributed.experiments.pictures import FOLDER, pictures
 from distributed.experiments.records import read_results
 from distributed.experiments.result import Result
-from distributed.files import write_output
 from distributed.process.optional_output import requested_output
+from distributed.process.output_file import write_output
 
 BLOCKS: dict[str, Callable[[Sequence[Result]], str]] = {
     "recipes": recipes,

@@ -10,7 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 from distributed.errors import InputError
 from distributed.experiments.catalogue import CATALOGUE
 from distributed.experiments.result import Result
-from distributed.files import check_writable, read_at_most, replace_text
+from distributed.files import read_at_most, replace_text
+from distributed.process.output_file import check_writable
 
 _MAX_BYTES = 2**26
 _RECORDS = TypeAdapter(list[Result])

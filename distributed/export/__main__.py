@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed.errors import ExitCode, InputError, prints_errors
-from distributed.files import check_writable, home_path, write_output
+from distributed.files import home_path
 from distributed.inference.saved_run import choose_checkpoint, read_config, with_data_root, without_download
 from distributed.process import gc_pause
 from distributed.process.optional_output import one_line, requested_output
+from distributed.process.output_file import check_writable, write_output
 from distributed.process.streams import run_command
 
 if TYPE_CHECKING:

@@ -48,8 +48,12 @@ def reference(trained: TrainedRun, data: DataPipeline | None) -> Reference:
 
 
 def largest_difference(model: ExportedModel, expected: Reference) -> float:
-    """Return the largest absolute difference between logits, over a batch and a single image; infinity if shapes differ."""
+    """Return the largest absolute difference between logits, over a batch and a single image.
+
+    Infinity if shapes differ, NaN if a logit is NaN.
+    """
     batch, single = model(expected.images), model(expected.images[:1])
     if batch.shape != expected.logits.shape or single.shape != expected.logits[:1].shape:
         return float("inf")
-    return max(float((batch - expected.logits).abs().max()), float((single - expected.logits[:1]).abs().max()))
+    differences = torch.cat([batch - expected.logits, single - expected.logits[:1]])
+    return float(differences.abs().max())  # unlike Python's max it propagates NaN

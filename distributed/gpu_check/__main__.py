@@ -15,9 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from distributed.errors import ExitCode, InputError, prints_errors
-from distributed.files import check_writable, home_path
+from distributed.files import home_path
 from distributed.gpu_check.records import StepResult, checks_in
 from distributed.gpu_check.steps import STEPS, Step
+from distributed.process.output_file import check_writable
 from distributed.process.streams import run_command
 
 

@@ -15,6 +15,8 @@ from distributed.topology import error_file, has_launcher, is_first_on_node
 
 _HOOK_SECONDS = 3.0  # an unresponsive run folder, store or terminal must not keep the process alive
 _PRINT_SECONDS = 1.0
+SAVE_SECONDS = 20.0
+"""How long a rank that ends because another one failed may finish its save: torchrun and Slurm kill it after 30 seconds."""
 
 
 class Exit(NamedTuple):
@@ -24,6 +26,8 @@ class Exit(NamedTuple):
     reason: str
     is_local: bool = False
     """True if the other ranks are not notified. They detect the lost rank, after finishing a save in progress."""
+    finishes_save: bool = False
+    """True if a save in progress is finished first, within `SAVE_SECONDS`."""
 
     @property
     def is_stop(self) -> bool:
@@ -59,10 +63,10 @@ def remove_exit_hook(hook: ExitHook) -> None:
     _hooks.remove(hook)
 
 
-def exit_now(code: ExitCode, reason: str, *, is_local: bool = False) -> NoReturn:
+def exit_now(code: ExitCode, reason: str, *, is_local: bool = False, finishes_save: bool = False) -> NoReturn:
     """Exit immediately, even if other threads are blocked. Runs the exit hooks first. Thread-safe."""
     _exiting.acquire()  # never released: any other thread that calls this blocks until the process is gone
-    final = Exit(code, reason, is_local)
+    final = Exit(code, reason, is_local, finishes_save)
 
     def run_hooks() -> None:
         nonlocal final
@@ -70,7 +74,7 @@ def exit_now(code: ExitCode, reason: str, *, is_local: bool = False) -> NoReturn
             with suppress(Exception):
                 final = hook(final) or final
 
-    try_within(_HOOK_SECONDS, run_hooks)
+    try_within(_HOOK_SECONDS + (SAVE_SECONDS if finishes_save else 0), run_hooks)
     try_within(_PRINT_SECONDS, lambda: _print_reason(final))
     os._exit(final.code)
 

@@ -11,10 +11,11 @@ from html import escape
 from pathlib import Path
 
 from distributed.errors import ExitCode, prints_errors
-from distributed.files import check_writable, home_path, write_output
+from distributed.files import home_path
 from distributed.inference.saved_run import choose_checkpoint, has_data_root, with_data_root, without_download
 from distributed.process import logs
 from distributed.process.optional_output import requested_output
+from distributed.process.output_file import check_writable, write_output
 from distributed.process.streams import run_command
 from distributed.report.history import History, read_history
 from distributed.report.narrative import dataset_name

@@ -21,8 +21,11 @@ class Attempt:
 
     @property
     def duration(self) -> timedelta | None:
-        """None if no end was recorded."""
-        return self.ended.moment - self.started.moment if self.ended else None
+        """None if the end was not recorded, or only later by a requeued job, or is before the start: a clock was set."""
+        if self.ended is None or self.ended.event == "lost":
+            return None
+        duration = self.ended.moment - self.started.moment
+        return duration if duration >= timedelta() else None
 
     @property
     def hardware(self) -> str:

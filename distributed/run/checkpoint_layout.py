@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distributed.errors import InputError
-from distributed.files import UNREACHABLE, Written, check_reachable, digest_of, read_object
+from distributed.files import Written, digest_of, is_unreachable, read_object
 
 FORMAT = 1
 TENSORS = "tensors.safetensors"
@@ -89,8 +89,7 @@ def best_name(state: Mapping[str, Any]) -> str | None:
 
 def best_known_to(checkpoint: Path) -> str | None:
     """Return the name of the best epoch's checkpoint according to this one. Raises OSError if it is out of reach."""
-    check_reachable(checkpoint / STATE)
-    return best_name(read_object(checkpoint / STATE))
+    return best_name(read_object(checkpoint / STATE, reachable=True))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -165,8 +164,7 @@ def damage_of(path: Path) -> str | None:
     Raises:
         OSError: it is out of reach, e.g. for this user; that is not damage.
     """
-    check_reachable(path / MANIFEST)
-    manifest = read_object(path / MANIFEST)
+    manifest = read_object(path / MANIFEST, reachable=True)
     files = manifest.get("files")
     if not isinstance(files, dict) or manifest.get("format") != FORMAT or set(files) != set(FILES):
         return "no manifest of a known format"
@@ -174,7 +172,7 @@ def damage_of(path: Path) -> str | None:
         try:
             found = digest_of(path / name)
         except OSError as error:
-            if error.errno in UNREACHABLE:
+            if is_unreachable(error):
                 raise
             return f"{name}: {error.strerror}"
         if list(found) != expected:

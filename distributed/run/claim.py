@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,9 +22,10 @@ from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import open_regular, replace_json, replace_text, storing, sync_folder, write_at_once
 from distributed.host.identity import host
 from distributed.host.versions import git_state, versions
+from distributed.process.exits import SAVE_SECONDS
 from distributed.run.folder import RunFolder
-from distributed.run.lock_holder import acquire_lock, this_process
-from distributed.run.records import AttemptRecord, Holder, Record, Status, read_attempts, timestamp
+from distributed.run.lock_holder import acquire_lock, read_holder, this_process
+from distributed.run.records import AttemptRecord, Record, Status, read_attempts, timestamp
 
 LOCK_WAIT_SECONDS = 30.0
 UPLOAD_SECONDS = 60.0
@@ -49,6 +51,7 @@ class ClaimedRun(RunFolder):
         self._progress: dict[str, int] = {}
         self._next_progress = 0.0
         self._warned: set[str] = set()
+        self.save_in_progress: Future[None] | None = None
 
     @classmethod
     def claim(cls, path: Path, *, world_size: int, uploads: bool = False) -> Self:
@@ -76,10 +79,7 @@ class ClaimedRun(RunFolder):
 
     def check_token(self) -> None:
         """Raise StorageError if another attempt has claimed the folder, or the folder was removed."""
-        holder = Holder.read(self._attempt_file)
-        if holder.token is None:  # on a network file system, possibly only for a moment
-            time.sleep(0.1)
-            holder = Holder.read(self._attempt_file)
+        holder = read_holder(self._attempt_file)
         if holder.token == self.token:
             return
         if holder.token is not None:
@@ -95,15 +95,16 @@ class ClaimedRun(RunFolder):
             "ends, and the same command resumes from the newest checkpoint"
         )
 
-    def identify(self, saved: str | None) -> str:
-        """Set the run's identity and return it.
+    def identify(self, saved: str | None, config: TrainConfig) -> str:
+        """Set the run's identity and return it. Call this before `begin`.
 
         Args:
-            saved: the identity in the checkpoint that the run resumes from, if any. Otherwise it is the token of the first
-                attempt, which may have been killed before it saved.
+            saved: the identity in the checkpoint that the run resumes from, if any. Otherwise it is that of the last attempt,
+                which may have been killed before it saved, or new if the experiment has changed since.
         """
-        tokens = [line.token for line in read_attempts(self.attempts_file) if line.event == "started" and line.token]
-        self.identity = saved or next(iter(tokens), self.token)
+        started = [line for line in read_attempts(self.attempts_file) if line.event == "started" and line.token]
+        last = (started[-1].run or started[-1].token) if started and self.has_experiment(config) else None
+        self.identity = saved or last or self.token
         return self.identity
 
     def append(self, file: Path, record: Record) -> None:
@@ -171,6 +172,7 @@ class ClaimedRun(RunFolder):
             self._append_attempt(
                 "started",
                 step=start_step,
+                run=self.identity,
                 world_size=self.world_size,
                 versions=versions(),
                 git=git,
@@ -198,6 +200,11 @@ class ClaimedRun(RunFolder):
                 if step >= self._progress.get("step", 0):
                     self._progress |= {"step": step, "epoch": epoch}
                 self._write_status("running")
+
+    def finish_save(self) -> None:
+        """Wait a limited time for the save in progress, so that the failure of another rank does not lose it."""
+        if self.save_in_progress:
+            wait([self.save_in_progress], SAVE_SECONDS)
 
     def end(
         self, status: str, *, exit_code: ExitCode, reason: str = "", keep_status: bool = False, **progress: int

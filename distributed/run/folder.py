@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from distributed.config import TrainConfig, from_saved
+from distributed.config import TrainConfig, changes_experiment, differences, from_saved, read_saved
 from distributed.errors import InputError
 from distributed.run import checkpoint_layout
 from distributed.run.records import Status, read_saves
@@ -67,6 +67,14 @@ class RunFolder:
             return status.saved_step
         # Older versions recorded only the current step, which is saved if the run ended well.
         return status.step or 0 if status.status in ("finished", "stopped") else 0
+
+    def has_experiment(self, config: TrainConfig) -> bool:
+        """Whether config.toml, which each attempt replaces, describes the same experiment as `config`."""
+        try:
+            saved = read_saved(self.config_file)
+        except InputError:
+            return False
+        return not any(changes_experiment(change.path, config) for change in differences(saved, config))
 
     def check_not_lost(self) -> None:
         """Raise InputError if this run has saved checkpoints and no complete one is left: it must not restart at step 0."""

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from filelock import BaseFileLock, Timeout
 from loguru import logger
 
 from distributed.errors import InputError
+from distributed.files import read_object, storing
 from distributed.host.identity import boot_id, host
 from distributed.run.records import Holder, SlurmRecord
 from distributed.topology import slurm_job
@@ -25,6 +27,26 @@ _SCONTROL_SECONDS = 20.0
 _ACTIVE_STATES = {
     "RUNNING", "COMPLETING", "CONFIGURING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED",
 }  # fmt: skip
+
+
+_RETRY_SECONDS = (0.1, 1.0, 4.0, 10.0, 15.0)
+"""Pauses between attempts to read a record that is out of reach; a missing one is read again once."""
+
+
+def read_holder(file: Path) -> Holder:
+    """Read attempt.json. On a network file system it may be missing for a moment, and out of reach for some time.
+
+    Raises:
+        StorageError: it is out of reach for good.
+    """
+    for seconds in _RETRY_SECONDS:
+        with suppress(OSError):
+            content = read_object(file, reachable=True)
+            if content or seconds > _RETRY_SECONDS[0]:
+                return Holder.model_validate(content)
+        time.sleep(seconds)
+    with storing(file):
+        return Holder.model_validate(read_object(file, reachable=True))
 
 
 def this_process(token: str | None = None) -> Holder:

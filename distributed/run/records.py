@@ -109,6 +109,7 @@ class AttemptRecord(Record):
     event: str  # started, finished, stopped or failed; of launch.slurm: requeued, left to Slurm, ended or lost
     time: str | None = None
     token: Text = None
+    run: Text = None  # the run's identity, the same in all attempts
     pid: Integer = None
     host: Text = None
     job: Text = None

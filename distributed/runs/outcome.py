@@ -46,6 +46,9 @@ def runs_below(folder: Path) -> list[Path]:
         is_run = bool(_MARKS & set(files))
         if is_run:
             found.append(Path(path))
+        if not is_run:  # links are not followed, but may be runs on another disk
+            links = (Path(path, name) for name in inner if os.path.islink(os.path.join(path, name)))
+            found += [link for link in links if any((link / mark).is_file() for mark in _MARKS)]
         inner[:] = [name for name in inner if not name.startswith(".") and not (is_run and name in _INNER)]
     return sorted(found, key=_natural_order)
 

@@ -337,7 +337,7 @@ def test_a_resume_finishes_the_commit_of_a_killed_attempt(run):
     assert run.digests_file.read_text() == complete[1], "recorded once"
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EMFILE, errno.EIO])
 def test_a_checkpoint_out_of_reach_is_not_damaged(run, monkeypatch, number):
     """E.g. saved by another user of the folder, or on a file system that is away for a moment."""
     *_, last = saved(run, 1, 2)

@@ -3,6 +3,7 @@
 import ast
 import errno
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,11 +19,11 @@ from distributed.config import TrainConfig, from_command_line
 from distributed.errors import ExitCode, InputError, StorageError
 from distributed.files import read_json
 from distributed.host.versions import versions
-from distributed.run import claim
+from distributed.run import claim, lock_holder
 from distributed.run.checkpoint_layout import name_of
 from distributed.run.claim import ClaimedRun
 from distributed.run.folder import RunFolder
-from distributed.run.records import Holder, SaveRecord
+from distributed.run.records import SaveRecord
 
 
 @pytest.fixture
@@ -173,7 +174,7 @@ def test_run_folder_out_of_reach_is_reported(run, path, writer, monkeypatch):
     def stale(self: Path) -> bool:
         raise OSError(errno.ESTALE, "Stale file handle", str(self))
 
-    monkeypatch.setattr(Holder, "read", lambda path: Holder())
+    monkeypatch.setattr(lock_holder, "read_object", lambda path, reachable: {})
     monkeypatch.setattr(Path, "is_dir", stale)
     with pytest.raises(StorageError, match="Stale file handle; free disk space or fix permissions"):
         WRITERS[writer](run)
@@ -181,10 +182,30 @@ def test_run_folder_out_of_reach_is_reported(run, path, writer, monkeypatch):
 
 def test_briefly_unreadable_token_is_read_again(run, monkeypatch):
     """E.g. on NFS, where reading a file that was just replaced fails once."""
-    answers = iter([Holder()])
-    read = Holder.read
-    monkeypatch.setattr(Holder, "read", lambda path: next(answers, None) or read(path))
+    answers = iter([{}])
+    read = lock_holder.read_object
+    monkeypatch.setattr(
+        lock_holder, "read_object", lambda path, **options: next(answers, None) or read(path, **options)
+    )
     run.check_token()
+
+
+def test_token_out_of_reach_for_a_while_is_read_again(run, monkeypatch):
+    monkeypatch.setattr(lock_holder, "_RETRY_SECONDS", (0.0,) * 5)
+    answers = iter([errno.EIO] * 5)
+    opens = os.open
+
+    def out_of_reach(path, *arguments, **options):
+        if str(path).endswith("attempt.json") and (number := next(answers, None)):
+            raise OSError(number, os.strerror(number), str(path))
+        return opens(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", out_of_reach)
+    run.check_token()
+    assert next(answers, None) is None
+    answers = iter([errno.EIO] * 6)
+    with pytest.raises(StorageError, match=r"attempt\.json: Input/output error"):
+        run.check_token()
 
 
 def test_only_the_claimed_run_writes_shared_files():
@@ -270,3 +291,21 @@ def test_failed_start_keeps_the_saved_step(path):
     second.end("failed", exit_code=ExitCode.BAD_INPUT, reason="something")
     second.release()
     assert RunFolder(path).saved_step() == 100
+
+
+def test_identity_is_kept_until_the_experiment_changes(path):
+    """Before its first save a run may change: services that log it must not continue the earlier one's curve."""
+
+    def identity(*settings: str, saved: str | None = None) -> str:
+        run, config = ClaimedRun.claim(path, world_size=1), config_of(path, *settings)
+        found = run.identify(saved, config)
+        run.begin(config, start_step=0, bits={}, images={})
+        run.release()
+        return found
+
+    first = identity("--optim.lr", "5")
+    assert identity("--optim.lr", "5") == identity("--optim.lr", "5", "--logging.every_steps", "7") == first
+    changed = identity("--optim.lr", "0.05")
+    assert changed != first
+    assert identity("--optim.lr", "0.05") == changed
+    assert identity("--optim.lr", "0.05", saved=first) == first

@@ -1,7 +1,9 @@
 """An immediate exit is recorded in the run folder, but only if the attempt has started."""
 
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
@@ -13,11 +15,12 @@ from distributed.attempt import Attempt
 from distributed.comm.peers import failure_message
 from distributed.config import TrainConfig
 from distributed.engine.protocol import Engine
-from distributed.errors import ExitCode, InputError
+from distributed.errors import ExitCode, InputError, PeerError
 from distributed.optim.schedules import build_early_stopping, build_schedule
 from distributed.process import exits
 from distributed.process.exits import Exit
 from distributed.process.signals import SignalStop
+from distributed.run.claim import ClaimedRun
 from distributed.run_process import run_to_exit_code
 from distributed.topology import Topology
 from distributed.training.state import TrainState
@@ -72,6 +75,28 @@ def test_exit_before_the_start_keeps_the_old_status(attempt: Attempt):
     run_exit_hooks(ExitCode.STOPPED, "the reason")
     assert (attempt.folder.path / "status.json").read_text() == before
     assert not attempt.folder.attempts_file.exists()
+
+
+@pytest.mark.parametrize("is_sudden", [False, True])
+def test_a_save_in_progress_is_finished_when_another_rank_fails(config: TrainConfig, is_sudden: bool):
+    attempt = Attempt(config, Topology()).__enter__()
+    begin(attempt, config)
+    assert attempt.run
+
+    def save(run: ClaimedRun) -> None:
+        time.sleep(1)
+        run.saved(step=7, epoch=0)
+
+    with ThreadPoolExecutor() as thread:
+        attempt.run.save_in_progress = thread.submit(save, attempt.run)
+        if is_sudden:
+            for hook in list(exits._hooks):
+                hook(Exit(ExitCode.FAILED, "rank 1 has died", finishes_save=True))
+            attempt.run = None
+        error = PeerError("rank 1 has died", exit_code=ExitCode.FAILED)
+        attempt.__exit__(PeerError, error, None)
+    found = attempt.folder.status()
+    assert (found.status, found.saved_step) == ("failed", 7)
 
 
 def test_finished_attempt_removes_its_exit_hook(config: TrainConfig):

@@ -9,17 +9,8 @@ import pytest
 
 from distributed import files
 from distributed.errors import InputError
-from distributed.files import (
-    append_line,
-    check_writable,
-    home_path,
-    lines_of,
-    read_at_most,
-    read_json,
-    replace_json,
-    replace_text,
-    write_output,
-)
+from distributed.files import append_line, home_path, lines_of, read_at_most, read_json, replace_json, replace_text
+from distributed.process.output_file import check_writable, write_output
 
 
 def test_json_reads_back_equal(tmp_path):
@@ -68,7 +59,7 @@ def test_a_line_that_was_not_finished_damages_no_other(tmp_path):
     assert (tmp_path / "a").read_text().splitlines() == ["one", "tw", "three"]
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO])
 def test_a_file_out_of_reach_is_not_empty(tmp_path, monkeypatch, number):
     def out_of_reach(path, *_):
         raise OSError(number, os.strerror(number), str(path))

@@ -48,6 +48,13 @@ def test_grey_of_16_bits_is_read_as_for_training(tmp_path: Path) -> None:
     assert torch.equal(image[0], torch.from_numpy((values >> 8).astype(np.uint8)))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pixels_without_a_fixed_range_are_refused(tmp_path: Path, dtype: type) -> None:
+    Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "image.tif")
+    with pytest.raises(InputError, match="no fixed range: convert it to 8 or 16 bits"):
+        read_image(tmp_path / "image.tif")
+
+
 def test_a_damaged_exif_block_is_ignored(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

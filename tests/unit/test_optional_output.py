@@ -3,8 +3,8 @@
 import pytest
 
 from distributed.errors import ExitCode, InputError, StorageError
-from distributed.files import write_output
 from distributed.process.optional_output import OptionalOutput, one_line, requested_output
+from distributed.process.output_file import write_output
 
 
 def test_successful_output_logs_nothing(log_messages):

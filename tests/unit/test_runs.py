@@ -129,6 +129,13 @@ def test_a_folder_without_runs_is_reported(tmp_path: Path, kind: str) -> None:
     assert_outcome(call("runs.__main__", folder), str(folder), "name the folder that holds runs")
 
 
+def test_a_link_to_a_run_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "linked").symlink_to(a_run(tmp_path / "disk" / "one", status="finished"))
+    (tmp_path / "runs" / "other").symlink_to(tmp_path)
+    assert runs_below(tmp_path / "runs") == [tmp_path / "runs" / "linked"]
+
+
 def test_circular_links_are_not_followed(tmp_path: Path) -> None:
     a_run(tmp_path / "a", status="finished")
     (tmp_path / "a" / "again").symlink_to(tmp_path)

@@ -5,7 +5,6 @@ import pytest
 
 from distributed.config import TrainConfig, as_toml
 from distributed.errors import InputError
-from distributed.files import check_writable
 from distributed.inference.saved_run import (
     choose_checkpoint,
     for_device,
@@ -13,6 +12,7 @@ from distributed.inference.saved_run import (
     read_content,
     with_data_root,
 )
+from distributed.process.output_file import check_writable
 
 
 @pytest.fixture

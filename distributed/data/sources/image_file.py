@@ -41,12 +41,16 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+class _UnknownRangeError(ValueError):
+    """An image whose pixels are not fractions of a known maximum, e.g. of float type."""
+
+
 def pixels_of(file: IO[bytes], formats: list[str]) -> NDArray[np.uint8]:
     """Return RGB in its EXIF orientation, uint8 [h, w, 3].
 
     Raises:
         TooLarge: it has more pixels than `at_most` allows.
-        ValueError: it is in none of these formats, or broken.
+        ValueError: it is in none of these formats, broken, or its pixels have no fixed range.
     """
     from PIL import Image, ImageOps
 
@@ -56,6 +60,10 @@ def pixels_of(file: IO[bytes], formats: list[str]) -> NDArray[np.uint8]:
             upright: Image.Image = opened
             with suppress(SyntaxError, ValueError, struct.error):  # a viewer shows an image whose EXIF block is damaged
                 upright = ImageOps.exif_transpose(opened)
+            if upright.mode == "F" or (upright.mode == "I" and opened.format == "TIFF"):
+                raise _UnknownRangeError(
+                    f"pixels of mode {upright.mode} have no fixed range: convert it to 8 or 16 bits"
+                )
             if not upright.mode.startswith("I"):
                 return np.array(upright.convert("RGB"))
             grey = np.asarray(upright, np.float32).clip(0, 65535)  # converting to RGB would clip it at 255
@@ -64,6 +72,8 @@ def pixels_of(file: IO[bytes], formats: list[str]) -> NDArray[np.uint8]:
         found = re.search(r"([0-9]+) pixels", str(error))
         size = f"{int(found[1]):,} pixels" if found else "its size"
         raise TooLarge(too_large(size, Image.MAX_IMAGE_PIXELS or 0)) from None
+    except _UnknownRangeError:
+        raise
     except Exception as error:  # Pillow's decoders raise errors of any kind for damaged files
         reason = " ".join(re.sub(r"<_io\.[^>]*>", "it", str(error)).split()) or type(error).__name__
         raise ValueError(f"broken: {reason}") from None
