@@ -72,8 +72,12 @@ class Attempt:
             InputError: exact.shards was set explicitly, and the ranks' hardware or libraries differ.
         """
         bits: dict[str, Any] = {"shards": self.config.shards_on(device.type), "versions": versions()}
-        kernels, differences = merge_metadata(collectives.gather_objects(kernel_metadata(device)))
-        self._check_differences(differences)
+        threads = {"threads": str(torch.get_num_threads())} if device.type == "cpu" and not bits["shards"] else {}
+        kernels_of, others_of = zip(
+            *collectives.gather_objects((kernel_metadata(device), versions() | threads)), strict=True
+        )
+        kernels, differences = merge_metadata(kernels_of)
+        self._check_differences([*differences, *merge_metadata(others_of).differences])
         bits |= kernels
         if not bits["shards"]:
             section = self.config.engine

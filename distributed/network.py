@@ -1,6 +1,7 @@
 """Builds a run's network and checks, before any process group exists, that it can be trained as configured."""
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,7 +106,21 @@ def _check_imported(
     example = data.example()
     images, keys = example.images.cpu().float(), example.sample_keys.cpu()
     name = config.model.name
-    draws = check_output(model, images[:2], keys[:2], name=name, num_classes=data.num_classes, seed=config.seed)
+    check = partial(check_output, model, name=name, num_classes=data.num_classes, seed=config.seed)
+    draws = check(images[:2], keys[:2])
+    if (
+        topology.world_size == 1
+        and not config.shards_on(device.type)
+        and not evaluates
+        and min(training_batches(data)) == 1
+    ):
+        try:
+            check(images[:1], keys[:1])
+        except InputError as error:  # torch's batch norm rejects one value per channel; the synchronized one does not
+            raise InputError(
+                f"{error}; an epoch's last micro-batch has one image: change global_batch_size or grad_accum_steps, or set "
+                "exact.shards"
+            ) from None
     in_training = not evaluates and min(training_batches(data)) < data.shards.total
     if in_training or any(count < data.shards.total for count in evaluation_batches(data, evaluates)):
         check_without_images(

@@ -121,9 +121,7 @@ class SharedCounters:
 
     def publish(self, index: int, value: int) -> None:
         """Set this rank's counter. A rank that has waited for the value sees all earlier writes of this rank."""
-        # Acquiring and releasing a lock orders stores on processors that reorder them (x86 does not).
-        with self._fence:
-            pass
+        self._order_memory()
         self._values[index, self._rank] = value
 
     def wait(self, index: int, value: int) -> None:
@@ -136,8 +134,16 @@ class SharedCounters:
         for rank in range(self._world_size):
             if values[rank] < value:
                 self._wait_for(values, rank, value)
-        with self._fence:
-            pass
+        self._order_memory()
+
+    def _order_memory(self) -> None:
+        """Keep reads and writes before this call before those after it, on processors that reorder them (x86 does not).
+
+        Taking a lock once lets both move into it; the second time cannot move before the first one's release.
+        """
+        for _ in range(2):
+            with self._fence:
+                pass
 
     def _wait_for(self, values: "np.ndarray[tuple[int], np.dtype[np.int64]]", rank: int, value: int) -> None:
         """Spin, then yield the processor, then sleep."""

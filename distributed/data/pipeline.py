@@ -57,7 +57,9 @@ class DataPipeline:
         self.config, self.batching, self.shards, self.input_format = config, batching, shards, input_format
         self.augment_function = AugmentFunction(path) if (path := config.augment.function) else None
         self.class_names, train, test, self._identities, read_ahead = read(config, decoded_side, given)
-        self.augmented_at_once = self._augmented_at_once(train.images[:1].nbytes)
+        # In bytes of uint8, so that a batch resized for the model is not larger than one of large images.
+        pixels = (input_format.resized_side or 0) ** 2 * (3 if input_format.repeats_channel else train.images.shape[-1])
+        self.augmented_at_once = self._augmented_at_once(max(train.images[:1].nbytes, pixels))
         images_bytes = train.images.nbytes + test.images.nbytes
         self._residency = residency(config.placement, images_bytes, device=input_format.device)
         held_out = validation_mask(train.labels, fraction=config.validation_fraction, seed=config.split_seed)

@@ -8,6 +8,9 @@ from distributed.errors import NotFiniteError
 from distributed.optim.schedules import EarlyStopping, Metric, Schedule
 from distributed.training.totals import Totals
 
+_SKIPPED_AT_MOST = 100
+"""Steps in a row that float16 may skip: after 40 the loss scale is at its minimum."""
+
 
 @dataclass
 class Best:
@@ -44,6 +47,9 @@ class TrainState:
     """Training totals of the current epoch up to the last logging step."""
     stop_reason: str | None = None
     """Why this attempt stopped before the end of the run. Not saved, because the next attempt starts without one."""
+    _read_at: int = field(default=0, compare=False)
+    """The step at which totals were last added."""
+    _skipped_in_a_row: int = field(default=0, compare=False)
 
     def finish_step(self, samples: int) -> None:
         self.step += 1
@@ -66,8 +72,16 @@ class TrainState:
         if totals.skipped_steps and self.precision != "float16":
             raise NotFiniteError(
                 f"the loss was finite but a gradient was not, in the steps up to {self.step}: set a lower optim.lr{float32}, "
-                f"{anew}; a square root, norm or division at 0 in the network or the loss also does this; no checkpoint "
+                f"{anew}; a square root, norm or division at 0 in the network or the loss can also cause this; no checkpoint "
                 "includes that step"
+            )
+        steps, self._read_at = self.step - self._read_at, self.step
+        self._skipped_in_a_row = self._skipped_in_a_row + steps if totals.skipped_steps == steps else 0
+        if self._skipped_in_a_row > _SKIPPED_AT_MOST:
+            raise NotFiniteError(
+                f"precision = float16: no gradient was finite in the last {self._skipped_in_a_row} steps, at any loss scale: "
+                f"set precision = float32 {anew}; a square root, norm or division at 0 in the network or the loss can also "
+                "cause this"
             )
         self.window += totals
 
@@ -118,6 +132,7 @@ class TrainState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.step = state["epoch"], state["step"]
+        self._read_at = self.step
         self.step_in_epoch, self.samples_seen = state["step_in_epoch"], state["samples_seen"]
         self.best = state["best"] and Best(**state["best"])
         self.window, self.epoch_totals = Totals(**state["window"]), Totals(**state["epoch_totals"])

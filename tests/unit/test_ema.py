@@ -28,3 +28,14 @@ def test_averages_weights_and_statistics() -> None:
     for name in names:
         assert torch.allclose(ema.tensors[name].double(), expected[name], rtol=1e-5, atol=1e-6)
     assert "1.num_batches_tracked" not in ema.tensors
+
+
+def test_a_decay_close_to_1_is_the_same_for_a_step_on_the_device() -> None:
+    """CUDA graphs pass the step as a tensor. In float32, 1 - 0.9999999 would be off by 19 %."""
+    weights = torch.zeros(3, dtype=torch.float64)
+    one, other = (WeightEMA({"weight": weights.clone()}, decay=0.9999999) for _ in range(2))
+    for ema, step in ((one, 10**9), (other, torch.tensor(10**9))):
+        ema._live["weight"].add_(1)
+        ema.update(step)
+    assert torch.allclose(one.tensors["weight"], other.tensors["weight"], rtol=1e-9, atol=0)
+    assert torch.allclose(one.tensors["weight"], torch.tensor(1e-7, dtype=torch.float64), rtol=1e-6, atol=0)

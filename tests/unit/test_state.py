@@ -126,6 +126,23 @@ def test_only_float16_may_skip_a_gradient_that_is_not_finite(precision):
     assert state.window == Totals()
 
 
+def test_a_float16_run_ends_if_no_scale_makes_its_gradients_finite():
+    state = TrainState(Constant(0.1), precision="float16")
+
+    def read(*, skipped: int, steps: int = 10) -> None:
+        state.step += steps
+        state.add(Totals(count=16 * steps, skipped_steps=skipped))
+
+    for _ in range(20):
+        read(skipped=9)
+    for _ in range(9):
+        read(skipped=10)
+    state.add(Totals())  # a save right after a logging step
+    read(skipped=10)
+    with pytest.raises(NotFiniteError, match="precision = float16: no gradient was finite in the last 110 steps"):
+        read(skipped=10)
+
+
 def test_a_validation_loss_that_is_not_finite_is_never_best():
     state = fresh()
     state.observe(validation(50), best_by="loss")

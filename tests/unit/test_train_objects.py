@@ -46,7 +46,7 @@ class Net(nn.Module):
 def config_of(folder: Path, **settings: Any) -> TrainConfig:
     return small_config(
         folder / "run", data={"train_samples": 48, "validation_fraction": 0.25}, **settings
-    )  # 36 to train on
+    )  # 38 to train on
 
 
 def test_the_result_has_network_metrics_and_history(tmp_path: Path) -> None:
@@ -294,11 +294,32 @@ class OtherShapeWithoutImages(Net):
 
 
 def test_wrong_logits_without_images_are_refused(tmp_path: Path) -> None:
-    """A gradient is needed only if a batch of the training leaves a shard empty: here 36 images in batches of 32."""
+    """A gradient is needed only if a batch of the training leaves a shard empty: here 38 images in batches of 32."""
     train(config_of(tmp_path / "evaluation", epochs=1, evaluation={"batch_size": 9}), model=ConstantWithoutImages)
     message = "the network returns [0, 10], requires_grad False; compute logits of shape [0, 10]"
     assert message in wrong(tmp_path, ConstantWithoutImages, global_batch_size=32)
     assert "returns [0, 5]" in wrong(tmp_path, OtherShapeWithoutImages, evaluation={"batch_size": 9})
+
+
+class NormalizesFeatures(Net):
+    __module__ = "__main__"
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.last = nn.BatchNorm1d(num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.last(super().forward(images))
+        return found
+
+
+def test_a_last_batch_of_one_image_is_refused_only_where_batch_norm_would_fail(tmp_path: Path) -> None:
+    """Of 38 images in batches of 37, one is left. Synchronized batch norm accepts it, also in exact mode."""
+    message = wrong(tmp_path, NormalizesFeatures, global_batch_size=37, exact={"shards": 0})
+    assert "Expected more than 1 value per channel" in message
+    assert "an epoch's last micro-batch has one image: change global_batch_size or grad_accum_steps" in message
+    train(config_of(tmp_path / "exact", epochs=1, global_batch_size=37), model=NormalizesFeatures)
+    train(config_of(tmp_path / "even", epochs=1, exact={"shards": 0}), model=NormalizesFeatures)
 
 
 class ReturnsNothingFromTrain(Net):
