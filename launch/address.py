@@ -9,6 +9,8 @@ import ipaddress
 import socket
 import struct
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 from distributed.errors import InputError
@@ -16,6 +18,7 @@ from distributed.errors import InputError
 _FIRST_PORT, _PORTS = 15_000, 15_000  # below the ephemeral ports, which begin at 32768
 _ATTEMPTS, _STRIDE = 100, 997
 _GET_ADDRESS = 0x8915  # SIOCGIFADDR of <linux/sockios.h>
+_IPV6_ADDRESSES = Path("/proc/net/if_inet6")
 
 
 class Route(NamedTuple):
@@ -85,8 +88,20 @@ def local_route(address: str) -> Route:
         except OSError:
             return Route("", "")
         own = str(probe.getsockname()[0])
-        names = [name for _, name in socket.if_nameindex()] if family == socket.AF_INET else []
+        if family == socket.AF_INET6:
+            return Route(own, _ipv6_interface(own))
+        names = [name for _, name in socket.if_nameindex()]
         return Route(own, next((name for name in names if _interface_address(probe, name) == own), ""))
+
+
+def _ipv6_interface(address: str) -> str:
+    """Return the interface that has this IPv6 address, which the kernel lists in hexadecimal; empty if none has."""
+    number = f"{int(ipaddress.IPv6Address(address.partition('%')[0])):032x}"
+    with suppress(OSError):
+        for line in _IPV6_ADDRESSES.read_text().splitlines():
+            if line.startswith(number):
+                return line.split()[-1]
+    return ""
 
 
 def _interface_address(open_socket: socket.socket, interface: str) -> str:

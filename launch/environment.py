@@ -38,13 +38,18 @@ class Allocation:
             raise InputError(
                 "environment: SLURM_JOB_ID is not set; run this in a Slurm job: sbatch slurm/train.sh CONFIG"
             )
-        gpus = _number("SLURM_GPUS_ON_NODE", 0)
+        gpus, ranks = _number("SLURM_GPUS_ON_NODE", 0), ranks_per_node()
+        if gpus > 1 and not ranks and os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-"):
+            raise InputError(
+                f"environment: SLURM_GPUS_ON_NODE = {gpus}, of MIG slices: CUDA shows a process only the first, which all "
+                "would share; request one slice per node, or complete GPUs"
+            )
         return cls(
             job=_number("SLURM_JOB_ID", 0),
             nodes=_number("SLURM_JOB_NUM_NODES", 1, minimum=1),
             cpus=fewest_cpus(os.environ.get("SLURM_JOB_CPUS_PER_NODE", "1")),
             gpus=gpus,
-            ranks=_number("RANKS_PER_NODE", gpus or 1, minimum=1),
+            ranks=ranks or gpus or 1,
             array_task=_number("SLURM_ARRAY_TASK_ID", 0) if os.environ.get("SLURM_ARRAY_TASK_ID") else None,
             max_requeues=_number("MAX_REQUEUES", 20),
             node_list=os.environ.get("SLURM_JOB_NODELIST", ""),
@@ -59,6 +64,11 @@ class StepNode:
     index: int
     count: int
     name: str
+
+
+def ranks_per_node() -> int:
+    """Return RANKS_PER_NODE, or 0 if it is not set."""
+    return _number("RANKS_PER_NODE", 0, minimum=1) if os.environ.get("RANKS_PER_NODE") else 0
 
 
 def in_job() -> bool:
@@ -92,7 +102,7 @@ def fewest_cpus(cpus_per_node: str) -> int:
 
 def _number(name: str, default: int, *, minimum: int = 0) -> int:
     text = os.environ.get(name) or str(default)
-    if not text.isascii() or not text.isdecimal() or len(text) > 9 or int(text) < minimum:
+    if not text.isascii() or not text.isdecimal() or len(text) > 10 or int(text) < minimum:
         raise InputError(
             f"environment: {name} = {text[:80]!r}: should be a whole number of at least {minimum}; correct or unset it"
         )

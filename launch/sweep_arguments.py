@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from distributed.config.arguments import from_arguments
 from distributed.config.differences import flat
 from distributed.config.hints import known, unknown
 from distributed.config.layers import Settings, shown
@@ -178,7 +179,8 @@ def _values(name: str, entry: Entry) -> Distribution | list[str]:
         except ValueError as error:
             raise InputError(f"{entry.place}: {error}") from None
     values = split_at_commas(entry.values) if isinstance(entry.values, str) else entry.values
-    if not values or len(set(values)) < len(values):
+    read = [repr(from_arguments([f"--{name}={value}"]).values) for value in values]  # 0.1 and 1e-1 are the same
+    if not values or len(set(read)) < len(values):
         if entry.place.startswith("command line"):
             raise InputError(_malformed(entry.place))
         raise InputError(

@@ -18,15 +18,19 @@ if [ -n "${SLURM_JOB_ID:-}" ] && shown=$(scontrol -o show job "$SLURM_JOB_ID" 2>
     [[ $shown == *" ArrayJobId="* ]] || unset "${!SLURM_ARRAY_@}"
     [[ ! $shown =~ \ Restarts=([0-9]+)\  ]] || export SLURM_RESTART_COUNT="${BASH_REMATCH[1]}"
 fi
-unset "${!SLURM_CPU_BIND@}" SLURM_GPU_BIND SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_NTASKS_PER_GPU
-[ -z "${SLURM_MEM_PER_CPU:-}" ] || [ -z "${SLURM_MEM_PER_NODE:-}" ] || unset SLURM_MEM_PER_CPU SLURM_MEM_PER_NODE
+# Without them a step gets all GPUs of the job.
+unset "${!SLURM_CPU_BIND@}" SLURM_GPU_BIND SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_SOCKET SLURM_GPUS_PER_TASK \
+    SLURM_TRES_PER_TASK SLURM_NTASKS_PER_GPU
+memory=("${!SLURM_MEM_PER_@}") # srun accepts only one of CPU, GPU and NODE
+[ "${#memory[@]}" -lt 2 ] || unset "${memory[@]}"
 # One task of an array has the array's id as its job id; with it, scontrol would change all tasks.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-${SLURM_JOB_ID:-}}
 
+logs=""
 log() {
     printf '%s slurm job %s: %s\n' "$(date +%FT%T)" "$SLURM_JOB_ID" "$*"
-    [ -z "${logs:-}" ] || printf '%s slurm job %s: %s\n' "$(date +%FT%T)" "$SLURM_JOB_ID" "$*" >>"$logs/$SLURM_JOB_ID.log"
+    [ -z "$logs" ] || printf '%s slurm job %s: %s\n' "$(date +%FT%T)" "$SLURM_JOB_ID" "$*" >>"$logs/$SLURM_JOB_ID.log"
 }
 
 exit_with() {

@@ -4,6 +4,12 @@ set -uo pipefail
 address=$1 port=$2 ranks=$3
 shift 3
 
+if [ -z "${RANKS_PER_NODE:-}" ] && [ "${SLURM_GPUS_ON_NODE:-$ranks}" -lt "$ranks" ]; then
+    echo "error: ${SLURMD_NODENAME:-this node} has $SLURM_GPUS_ON_NODE GPUs of this job, but the first node has $ranks;" \
+        "request the same number on each: --gpus-per-node=N" >&2
+    exit 2
+fi
+
 # By default Gloo uses the address of the host's name, which many systems map to loopback, and torchrun publishes that
 # name. Both get the address from which this node reaches the first one instead.
 # shellcheck disable=SC2086

@@ -96,7 +96,9 @@ def _value(path: str, text: str) -> Any:
     if re.fullmatch(r"[+-]?(\d+\.|\.\d+)([eE][+-]?\d+)?", text):
         return float(text)  # `.05` and `5.`, which TOML does not accept
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        document = tomllib.loads(f"value = {text}")
+        tomllib.loads(f"value = [{text}]")  # fails on a comment, which would be dropped
     except (ValueError, RecursionError):
         return text
-    return text if is_deep(value) else value
+    value = document.pop("value")
+    return text if document or is_deep(value) else value

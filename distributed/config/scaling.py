@@ -46,6 +46,12 @@ class Scaling(Section):
                 f"scaling.placement = {self.placement} cannot be combined with scaling.min_workers, under which a run grows "
                 f"wherever it fits: set {self.placement.removeprefix('strict_')}, or remove min_workers"
             )
+        default = type(self).model_fields["resize_seconds"].default
+        if self.least_workers == self.num_workers and self.resize_seconds != default:
+            found.append(
+                f"scaling.resize_seconds = {self.resize_seconds:g} has no effect: the number of workers is fixed; set "
+                "scaling.min_workers too, or remove it"
+            )
         if device == "cuda" and not self.gpus_per_worker:
             found.append("device = cuda needs scaling.gpus_per_worker = 1: with 0 Ray reserves no GPU for a worker")
         if device == "cpu" and self.gpus_per_worker:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from distributed.errors import InputError
 
-_PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "distributed-alexnet")
+_PACKAGES = ("torch", "torchvision", "numpy", "pillow", "safetensors", "distributed-alexnet")
 
 
 @cache

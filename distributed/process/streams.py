@@ -29,11 +29,12 @@ def run_command(main: Callable[[], int], *, skip_cleanup: bool = False, starts_p
 
     Args:
         skip_cleanup: exit without running atexit handlers and without waiting for other threads.
-        starts_processes: on SIGTERM raise SystemExit, so that `main` can end the processes that it has started.
+        starts_processes: on SIGTERM or SIGUSR1 raise SystemExit, so that `main` can end the processes that it has started.
     """
     protect_streams()
     if starts_processes:
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # Slurm's warning before a time limit
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
     try:
         code = main()
     except KeyboardInterrupt:

@@ -30,6 +30,8 @@ class Capacity:
     now: int
     when_idle: int
     """The same if nothing else ran."""
+    runs_when_idle: int
+    """How many runs of `num_workers` fit at once if nothing else ran."""
     description: str
     """Each node's resources, for a message."""
 
@@ -46,9 +48,11 @@ def capacity(scaling: Scaling, excluded: Collection[str] = ()) -> Capacity:
     hidden = [(len(compat.draining_nodes()), "draining"), (len(excluded), "excluded")]
     described = [_describe(node, free.get(node.id, {})) for node in nodes]
     described += [f"{count} more {state}" for count, state in hidden if count]
+    when_idle = [workers_on_node(scaling, node.resources) for node in nodes]
     return Capacity(
         now=workers_on_cluster(scaling, [workers_on_node(scaling, free.get(node.id, {})) for node in nodes]),
-        when_idle=workers_on_cluster(scaling, [workers_on_node(scaling, node.resources) for node in nodes]),
+        when_idle=workers_on_cluster(scaling, when_idle),
+        runs_when_idle=runs_on_cluster(scaling, when_idle),
         description="; ".join(described) or "no node",
     )
 
@@ -73,6 +77,17 @@ def workers_on_cluster(scaling: Scaling, per_node: Sequence[int]) -> int:
     if scaling.placement == "strict_pack":
         return max(per_node, default=0)
     return sum(min(1, count) for count in per_node) if scaling.placement == "strict_spread" else sum(per_node)
+
+
+def runs_on_cluster(scaling: Scaling, per_node: Sequence[int]) -> int:
+    """Return how many runs of `num_workers` fit on the nodes at the same time, as `scaling.placement` allows."""
+    size, most = scaling.num_workers, sum(per_node) // scaling.num_workers
+    if scaling.placement == "strict_pack":
+        return sum(count // size for count in per_node)
+    if scaling.placement == "strict_spread":  # a node takes one worker of each run
+        fits = (sum(min(runs, count) for count in per_node) >= runs * size for runs in range(1, most + 1))
+        return sum(fits)
+    return most
 
 
 def wait_for_capacity(

@@ -58,9 +58,11 @@ def run(trainings: Sequence[Training], metric: str) -> ExitCode:
 
 def _train(folder: Path, trainings: Sequence[Training], stop: StopSource) -> ExitCode:
     scaling = trainings[0].scaling
+    if any(training.scaling != scaling for training in trainings):
+        raise InputError("sweep.device: the trials need other workers than each other; run one sweep per device")
     if not wait_for_capacity(scaling, stop.requested, excluded=()):
         return ExitCode.STOPPED
-    concurrent = max(1, capacity(scaling).when_idle // scaling.num_workers)
+    concurrent = max(1, capacity(scaling).runs_when_idle)
     logger.info(
         "trials: {}, workers per trial: {}, trials at once: {}",
         len(trainings),

@@ -19,8 +19,9 @@ from distributed.host.shipped import shipped
 from distributed.process.streams import run_command
 from distributed.topology import Topology
 from distributed.train import checked_config
-from launch.environment import names_environment
+from launch.environment import names_environment, ranks_per_node
 from launch.slurm.plan import check_batch
+from launch.slurm.task import indices
 from launch.sweep import Sweep, Trial, check_compared, check_trials, trial_arguments, trials_of
 from launch.sweep_arguments import read_sweep, split_sweep
 
@@ -28,8 +29,8 @@ _OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 """Variables that say which cluster to use; all others of this prefix belong to a surrounding job."""
 _SBATCH_OPTIONS = ("partition", "time", "account", "qos", "constraint", "mem", "cpus_per_task", "job_name")
 _CHECKED_OPTIONS = {"--nodes": "--nodes N", "-N": "--nodes N", "--gpus-per-node": "--gpus-per-node N",
-                    **dict.fromkeys(("--gpus", "-G", "--gres", "--gpus-per-task"), "--gpus-per-node N"),
-                    **dict.fromkeys(("--array", "-a"), "a sweep, or --seeds N"),
+                    **dict.fromkeys(("--gpus", "-G", "--gres", "--gpus-per-task", "--gpus-per-socket"), "--gpus-per-node N"),
+                    "--tres-per-task": "--gpus-per-node N", **dict.fromkeys(("--array", "-a"), "a sweep, or --seeds N"),
                     **dict.fromkeys(("--chdir", "-D"), "absolute paths, or run this command in that folder")}  # fmt: skip
 """Options of sbatch that would overrule what was checked -> what to give instead."""
 
@@ -45,7 +46,10 @@ def parser() -> argparse.ArgumentParser:
         "--gpus-per-node", type=_gpus, metavar="[TYPE:]N", help="e.g. 4 or a100:4; default: none, train on CPUs"
     )
     options.add_argument(
-        "--ranks-per-node", type=_count, default=0, help="processes per node; default: one per GPU, or one without GPUs"
+        "--ranks-per-node",
+        type=_count,
+        default=ranks_per_node(),
+        help="processes per node; default: $RANKS_PER_NODE, else one per GPU, or one without GPUs",
     )
     for name in _SBATCH_OPTIONS:
         options.add_argument(f"--{name.replace('_', '-')}", default="", help="passed on to sbatch")
@@ -110,9 +114,11 @@ def check_sbatch_options(given: Sequence[str]) -> None:
     for option in given:
         name, _, value = option.partition("=")
         name = name if name.startswith("--") else name[:2]
-        is_other = name == "--gres" and "gpu" not in value  # e.g. local disk space
+        is_other = name in ("--gres", "--tres-per-task") and "gpu" not in value  # e.g. local disk space
         if (instead := _CHECKED_OPTIONS.get(name)) and not is_other:
             raise InputError(f"--sbatch={option}: it would not be checked; give {instead}")
+        if name == "--export" and ",RANKS_PER_NODE=" in value:
+            raise InputError(f"--sbatch={option}: it would not be checked; give --ranks-per-node N")
         if name == "--export" and value.split(",")[0] != "ALL":
             raise InputError(
                 f"--sbatch={option}: the job needs this command's variables; give --sbatch=--export=ALL,..."
@@ -128,17 +134,6 @@ def check_sweep(options: argparse.Namespace, training: Sequence[str], sweep: Swe
     trials = trials_of(sweep)
     finished = check_trials(trials, lambda trial: check(options, trial_arguments(training, sweep, trial), sweep))
     return [trial for trial, is_finished in zip(trials, finished, strict=True) if not is_finished]
-
-
-def indices(tasks: Sequence[int]) -> str:
-    """Return task numbers, which ascend, in Slurm's notation: `0-3,5`."""
-    ranges: list[list[int]] = []
-    for task in tasks:
-        if ranges and task == ranges[-1][1] + 1:
-            ranges[-1][1] = task
-        else:
-            ranges.append([task, task])
-    return ",".join(f"{first}-{last}" if first < last else str(first) for first, last in ranges)
 
 
 def check(options: argparse.Namespace, training: Sequence[str], sweep: Sweep | None = None) -> bool:
@@ -160,6 +155,10 @@ def check(options: argparse.Namespace, training: Sequence[str], sweep: Sweep | N
     device = config.device if config.device != "auto" else "cuda" if gpus else "cpu"
     if device == "cuda" and not gpus:
         raise InputError("device = cuda, and no GPUs are requested; add --gpus-per-node N, or --device cpu")
+    if device == "cpu" and gpus:
+        raise InputError(
+            f"device = cpu: --gpus-per-node {options.gpus_per_node} would reserve unused GPUs; remove one of them"
+        )
     config.check_world_size(world_size, device)
     check_batch(config, world_size)
     run_dir = config.run_dir.absolute()

@@ -30,11 +30,6 @@ def task_of(arguments: Sequence[str], index: int | None) -> Task:
     Raises:
         InputError: there is no such trial, the sweep is invalid, or `--seed` is given as well.
     """
-    if arguments and arguments[0].startswith("@"):
-        raise InputError(
-            f"command line: {arguments[0]}: files of sweeps are no longer read; submit the sweep itself: CONFIG "
-            "--sweep.optim.lr 0.1,0.05"
-        )
     split = split_sweep(arguments)
     if sweep := read_sweep(split):
         trials = trials_of(sweep)
@@ -58,3 +53,14 @@ def task_of(arguments: Sequence[str], index: int | None) -> Task:
 def _folder_around(arguments: Sequence[str], subfolder: str) -> Path:
     """Return the parent folder of all trials; these are the arguments of one of them."""
     return from_command_line(arguments).config.run_dir.absolute().parents[subfolder.count("/")]
+
+
+def indices(tasks: Sequence[int]) -> str:
+    """Return task numbers, which ascend, in Slurm's notation: `0-3,5`."""
+    ranges: list[list[int]] = []
+    for task in tasks:
+        if ranges and task == ranges[-1][1] + 1:
+            ranges[-1][1] = task
+        else:
+            ranges.append([task, task])
+    return ",".join(f"{first}-{last}" if first < last else str(first) for first, last in ranges)

@@ -48,6 +48,7 @@ VALUES: list[tuple[str, str, str]] = [
     ("scaling.max_failures", "-1", "greater than or equal to 0"),
     ("scaling.wait_seconds", "1e300", "less than or equal to 10000000"),
     ("scaling.resize_seconds", "0", "greater than 0"),
+    ("scaling.resize_seconds", "5", "has no effect: the number of workers is fixed; set scaling.min_workers too"),
     ("scaling.storage_path", "", "should be a path"),
     ("scaling.num_workers", "2", "scaling is for python -m launch.ray_train"),
     ("sweep", "3", "is a table"),

@@ -81,12 +81,6 @@ ARGUMENTS = [
         "rendezvous address = 'no-such-host.invalid'",
     ),
     ("plan at an address with a zero byte", "launch.slurm.plan", ("a\0b", *SHORT), "rendezvous address"),
-    (
-        "plan of a file of a sweep",
-        "launch.slurm.plan",
-        ("127.0.0.1", "@none"),
-        "@none: files of sweeps are no longer read",
-    ),
     ("plan of an unknown config", "launch.slurm.plan", ("127.0.0.1", "debugg"), "did you mean debug?"),
     (
         "plan of a sweep without an array",

@@ -1,4 +1,5 @@
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,8 @@ def test_several_nodes_never_meet_on_loopback():
 
 def test_the_local_route_names_address_and_interface():
     assert local_route("127.0.0.1") == ("127.0.0.1", "lo")
+    if Path("/proc/net/if_inet6").is_file() and "lo" in Path("/proc/net/if_inet6").read_text():
+        assert local_route("::1") == ("::1", "lo")
 
 
 def test_a_port_in_use_is_skipped():

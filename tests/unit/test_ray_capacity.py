@@ -9,7 +9,14 @@ from distributed.config.scaling import Scaling
 
 pytest.importorskip("ray", reason="ray is not installed")
 from launch.on_ray import capacity, growth
-from launch.on_ray.capacity import Capacity, CapacityError, wait_for_capacity, workers_on_cluster, workers_on_node
+from launch.on_ray.capacity import (
+    Capacity,
+    CapacityError,
+    runs_on_cluster,
+    wait_for_capacity,
+    workers_on_cluster,
+    workers_on_node,
+)
 from launch.on_ray.cluster import open_cluster_warning
 
 
@@ -30,6 +37,20 @@ def test_the_scarcest_resource_limits_a_node(resources, scaling, count):
 @pytest.mark.parametrize(("placement", "count"), [("pack", 6), ("spread", 6), ("strict_pack", 3), ("strict_spread", 2)])
 def test_strict_placements_count_nodes_or_the_largest(placement, count):
     assert workers_on_cluster(Scaling(placement=placement), [3, 3, 0]) == count
+
+
+@pytest.mark.parametrize(
+    ("placement", "workers", "per_node", "count"),
+    [
+        ("pack", 4, [3, 3, 3], 2),
+        ("strict_pack", 8, [8, 8, 7, 17], 4),
+        ("strict_spread", 4, [8, 8, 8, 8], 8),
+        ("strict_spread", 2, [1, 5, 1], 2),
+        ("strict_spread", 2, [5], 0),
+    ],
+)
+def test_a_sweep_runs_as_many_trials_at_once_as_fit(placement, workers, per_node, count):
+    assert runs_on_cluster(Scaling(placement=placement, num_workers=workers), per_node) == count
 
 
 @pytest.mark.parametrize(
@@ -58,7 +79,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     def look(*_: object) -> Capacity:
         now, when_idle = looks.pop(0) if len(looks) > 1 else looks[0]
-        return Capacity(now, when_idle, "a node")
+        return Capacity(now, when_idle, when_idle, "a node")
 
     monkeypatch.setattr(capacity, "capacity", look)
     monkeypatch.setattr(capacity, "request_resources", lambda bundles: requested.append(len(bundles)))

@@ -7,11 +7,21 @@ import pytest
 from kit.commands import ROOT
 
 from distributed.errors import InputError
-from launch.slurm.__main__ import check_sbatch_options, parser, sbatch_command, submit, venv_export
+from launch.environment import Allocation
+from launch.slurm.__main__ import check, check_sbatch_options, parser, sbatch_command, submit, venv_export
 
 
 @pytest.mark.parametrize(
-    "option", ["--gres=gpu:4", "--gres=scratch:9,gpu:a100:4", "--gpus=8", "-G8", "--gpus-per-task=1"]
+    "option",
+    [
+        "--gres=gpu:4",
+        "--gres=scratch:9,gpu:a100:4",
+        "--gpus=8",
+        "-G8",
+        "--gpus-per-task=1",
+        "--gpus-per-socket=4",
+        "--tres-per-task=gres/gpu:4",
+    ],
 )
 def test_gpus_that_would_not_be_checked_are_refused(option: str) -> None:
     with pytest.raises(InputError, match="it would not be checked; give --gpus-per-node N"):
@@ -65,7 +75,40 @@ def test_a_job_inherits_nothing_from_a_surrounding_one(tmp_path: Path, monkeypat
 
 
 def test_other_resources_are_passed_on() -> None:
-    check_sbatch_options(["--gres=scratch:100"])
+    check_sbatch_options(["--gres=scratch:100", "--tres-per-task=cpu:4", "--export=ALL,SETUP=file"])
+
+
+def test_the_number_of_processes_is_the_one_that_the_job_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job reads RANKS_PER_NODE, with 8 shards in exact mode."""
+    with pytest.raises(InputError, match=r"RANKS_PER_NODE=16: it would not be checked; give --ranks-per-node N"):
+        check_sbatch_options(["--export=ALL,RANKS_PER_NODE=16"])
+    monkeypatch.setenv("RANKS_PER_NODE", "16")
+    options = parser().parse_args([])
+    assert options.ranks_per_node == 16
+    with pytest.raises(InputError, match="exact"):
+        check(options, ["debug", "--device", "cpu", "--run_dir", str(tmp_path / "run")])
+    assert not check(parser().parse_args(["--ranks-per-node", "8"]), ["debug", "--run_dir", str(tmp_path / "run")])
+
+
+def test_gpus_that_a_cpu_run_would_reserve_are_refused(tmp_path: Path) -> None:
+    options = parser().parse_args(["--gpus-per-node", "a100:4"])
+    with pytest.raises(InputError, match="device = cpu: --gpus-per-node a100:4 would reserve unused GPUs"):
+        check(options, ["debug", "--device", "cpu", "--run_dir", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize(("ranks", "is_refused"), [("", True), ("1", False)])
+def test_several_mig_slices_are_refused(ranks: str, is_refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {
+        "SLURM_JOB_ID": "1006632961", "SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "MIG-a,MIG-b",
+        "RANKS_PER_NODE": ranks,
+    }  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if is_refused:
+        with pytest.raises(InputError, match="SLURM_GPUS_ON_NODE = 2, of MIG slices"):
+            Allocation.from_environment()
+    else:
+        assert Allocation.from_environment().ranks == 1
 
 
 @pytest.mark.parametrize("gpus", ["4", "a100:4"])

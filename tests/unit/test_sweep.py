@@ -8,8 +8,7 @@ import pytest
 from distributed.config import from_command_line
 from distributed.errors import InputError
 from launch.on_ray.settings import sweep_trainings
-from launch.slurm.__main__ import indices
-from launch.slurm.task import task_of
+from launch.slurm.task import indices, task_of
 from launch.sweep import Sweep, check_compared, check_trials, in_subfolder, trial_arguments, trials_of
 from launch.sweep_arguments import read_sweep, split_sweep
 
@@ -133,8 +132,6 @@ def test_an_array_task_gets_its_seed_or_its_trial():
     assert (trial.folder, trial.metric) == (Path("runs/debug").absolute(), "validation.accuracy")
     with pytest.raises(InputError, match="sweep: this job is not an array; submit it with --array=0-1"):
         task_of([DEBUG, "--sweep.optim.lr", "0.1,0.2"], None)
-    with pytest.raises(InputError, match=r"@sweep\.txt: files of sweeps are no longer read"):
-        task_of(["@sweep.txt"], 0)
 
 
 def test_the_upload_url_of_a_trial_is_valid_and_its_own():

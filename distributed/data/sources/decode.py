@@ -20,6 +20,7 @@ from distributed.data.sources.image_size import TooLarge, check_sums, size_of, t
 from distributed.data.sources.once_per_node import once_per_node
 from distributed.data.sources.progress import progress
 from distributed.errors import InputError
+from distributed.host.versions import versions
 
 Store = Callable[[int, Pixels], None]
 """Stores a block of images, given the index of its first one."""
@@ -43,10 +44,8 @@ def read_listed(
         decode_all = partial(_decode_all, root, listing, split, side, max_pixels)
         shape = (len(listing.files), side, side, 3)
         request = f"{root.resolve()} {max_pixels}"
-        files = (
-            CacheFile(folder.path / f"{split}-{side}-{listing.digest}.images", folder.owner, shape, listing.digest)
-            for folder in folders(root, cache)
-        )
+        name = f"{split}-{side}-{listing.digest}-pillow-{versions()['pillow']}.images"  # another one may decode other pixels
+        files = (CacheFile(folder.path / name, folder.owner, shape, listing.digest) for folder in folders(root, cache))
         try:
             found.append(Images(_decoded(files, shape, decode_all, request), listing.labels))
         except InputError as error:
