@@ -42,7 +42,7 @@ class Prediction:
 
 @prints_errors
 def main() -> int:
-    """Print a line per image; return the exit code."""
+    """Print a line per image that can be read; return the exit code."""
     arguments = _parser().parse_args()
     config = read_config(arguments.run)
     config.model.check_importable()
@@ -55,7 +55,7 @@ def main() -> int:
     max_pixels = max_pixels_of(config.data) if arguments.max_pixels is None else arguments.max_pixels
     if max_pixels < 1:
         raise InputError(f"--data.max_pixels {max_pixels}: should be at least 1")
-    predictions, pixels = _predict(
+    predictions, pixels, wrong = _predict(
         config, checkpoint, arguments.images, max_pixels, keep_pixels=bool(arguments.picture)
     )
     if arguments.json:
@@ -66,6 +66,8 @@ def main() -> int:
     if arguments.picture:
         with requested_output("--picture", arguments.picture):
             _draw(pixels, predictions, arguments.picture)
+    if wrong:
+        raise InputError(*wrong)
     return ExitCode.FINISHED
 
 
@@ -96,8 +98,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _predict(
     config: "TrainConfig", checkpoint: Path, paths: list[Path], max_pixels: int, *, keep_pixels: bool
-) -> tuple[list[Prediction], list["Tensor"]]:
-    """Return each image's prediction and, if they are to be kept, the pixels [1, channels, h, w] that the network saw."""
+) -> tuple[list[Prediction], list["Tensor"], list[str]]:
+    """Return each image's prediction, if they are to be kept the pixels [1, channels, h, w] that the network saw, and a line
+    for each image that cannot be used."""
     with gc_pause.gc_paused():
         import torch
         from torch import Tensor
@@ -109,22 +112,29 @@ def _predict(
 
     logs.terminal_logs(0, level="WARNING")
     trained = load_checkpoint(config, checkpoint)
-    pixels, logits = list[Tensor](), list[Tensor]()
+    read, pixels, logits, wrong = list[Path](), list[Tensor](), list[Tensor](), list[str]()
     for path in paths:
         try:
             resized = trained.resize(read_image(path, max_pixels=max_pixels), max_pixels=max_pixels)
         except TooLarge as error:
-            raise InputError(f"{path}: {error}") from None
+            wrong.append(f"{path}: {error}")
+            continue
+        except InputError as error:
+            wrong += error.lines
+            continue
+        read.append(path)
         with torch.no_grad():
             logits.append(trained.classifier(resized))
         if keep_pixels:
             pixels.append(resized)
+    if not read:
+        raise InputError(*wrong)
     top = torch.cat(logits).softmax(1).topk(min(_TOP, len(trained.class_names)), dim=1)
     predictions = [
         Prediction(str(path), [(trained.class_names[c], p) for c, p in zip(classes, probabilities, strict=True)])
-        for path, classes, probabilities in zip(paths, top.indices.tolist(), top.values.tolist(), strict=True)
+        for path, classes, probabilities in zip(read, top.indices.tolist(), top.values.tolist(), strict=True)
     ]
-    return predictions, pixels
+    return predictions, pixels, wrong
 
 
 def _draw(pixels: list["Tensor"], predictions: list[Prediction], picture: Path) -> None:

@@ -198,6 +198,9 @@ def test_wrong_input_is_one_line_with_the_remedy(run: Path, no_data: Path, tmp_p
     assert f"{tmp_path}/cat.png: no such file" in refused(inside("predict", run, tmp_path / "cat.png"))
     assert f"{tmp_path}: a folder; name the images in it" in refused(inside("predict", run, tmp_path))
     assert f"{notes}: not an image that can be decoded" in refused(inside("predict", run, notes))
+    (notes.parent / "empty.png").touch()
+    some = inside("predict", run, notes, image, notes.parent / "empty.png")
+    assert (some.returncode, len(some.stdout.splitlines()), len(some.stderr.splitlines())) == (2, 1, 2), some
     assert "--picture" in refused(inside("predict", run, image, "--picture", notes / "out.png"))
     assert "--format pickle: should be one of safetensors, onnx, torch.export, all" in refused(
         inside("export", run, "--format", "pickle")
