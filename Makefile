@@ -32,7 +32,7 @@ summarized = @rm -f $(TIMES); begin=$$(date +%s); $(TOGETHER) $(1); code=$$?; \
 OLDEST := .venv-torch211
 
 .PHONY: train test test-all $(CORE) $(SUITES) test-oldest dry-oldest dry-newest lint bench \
-	gpu-check gpu-check-dry gpu-pack gpu-collect gpu-results clean
+	gpu-check gpu-check-dry gpu-results clean
 
 train: $(READY)  ## train on CIFAR-10 in CIFAR_ROOT (or ./data), or on generated images, on 2 processes or one per GPU
 	$(BIN)/torchrun --nproc_per_node=$(RANKS) --standalone -m distributed.train $(if $(CIFAR_ROOT),--data.root "$(CIFAR_ROOT)") $(ARGS)
@@ -78,13 +78,14 @@ test-clusters: $(READY)  ## a real Ray, a real Slurm and several hosts, one afte
 test-oldest: $(OLDEST)/.ready
 	$(call timed,$(call BUDGET,400) $(OLDEST)/bin/python -m pytest -m smoke tests/integration/test_command_line.py tests/unit/test_autograd_pass.py tests/unit/test_torch_internals.py)
 
-# The two commands for that machine, with its torch. They have time limits, so nothing else runs meanwhile.
-dry-oldest: $(READY) $(OLDEST)/.ready
-	$(call timed,$(call BUDGET,400) $(BIN)/python -m distributed.gpu_pack dry-run --python $(OLDEST)/bin/python)
+# The steps of the GPU check on a CPU. They have time limits, so nothing else runs meanwhile.
+dry-oldest: $(OLDEST)/.ready
+	$(call timed,$(call BUDGET,400) $(OLDEST)/bin/python -m distributed.gpu_check --device cpu --tiny --out $(GPU_CHECK)_oldest)
 
-# The steps of the GPU check that no other test runs, with the newest torch.
+# Those that no other test runs, with the newest torch.
 dry-newest: $(READY)
-	$(call timed,$(call BUDGET,400) $(BIN)/python -m distributed.gpu_pack dry-run --call 1 --only units networks invariance)
+	$(call timed,$(call BUDGET,400) $(BIN)/python -m distributed.gpu_check --device cpu --tiny --only units networks invariance \
+		--out $(GPU_CHECK)_newest)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -94,24 +95,15 @@ lint: $(READY)
 bench: $(READY)  ## speed compared with timm, accelerate, Lightning, the references' loop and compute alone; needs CIFAR_ROOT
 	$(BIN)/python -m distributed.bench train --data.root "$(CIFAR_ROOT)"
 
-# Your own GPU: make gpu-check, then make gpu-results. A GPU rented by the minute, offline: make gpu-check-dry and make gpu-pack
-# here, the two printed commands there, then make gpu-collect on the returned files.
 GPU_CHECK := runs/gpu_check
 gpu-check: $(READY)  ## check correctness and speed on this GPU in about 5 minutes
 	$(BIN)/python -m distributed.gpu_check --out $(GPU_CHECK)
 
-gpu-results: $(READY)  ## the references' eight results on one GPU that passed the check (or UNCHECKED=1); needs CIFAR_ROOT
-	$(if $(UNCHECKED),,$(BIN)/python -m distributed.gpu_pack passed $(GPU_CHECK)/gpu_check.jsonl)
+gpu-results: $(READY)  ## the references' eight results on one GPU; needs CIFAR_ROOT
 	$(BIN)/python -m distributed.experiments --data.root "$(CIFAR_ROOT)" --device cuda --only reference
 
-gpu-check-dry: $(READY)  ## run gpu-pack's commands on this CPU, offline, with few packages; ARGS="--python OTHER"
-	$(call BUDGET,240) $(BIN)/python -m distributed.gpu_pack dry-run $(ARGS)
-
-gpu-pack: $(READY)  ## wheels and CIFAR-10 for a rented GPU, and the commands to run there; needs CIFAR_ROOT
-	$(BIN)/python -m distributed.gpu_pack pack $(if $(CIFAR_ROOT),--data.root "$(CIFAR_ROOT)")
-
-gpu-collect: $(READY)  ## merge the files returned in FROM=FOLDER into results/
-	$(BIN)/python -m distributed.gpu_pack collect "$(FROM)"
+gpu-check-dry: $(READY)  ## the same steps on this CPU, with small shapes
+	$(BIN)/python -m distributed.gpu_check --device cpu --tiny --out $(GPU_CHECK)_dry
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -129,4 +121,4 @@ $(OLDEST)/.ready: pyproject.toml
 	touch $@
 
 clean:  ## remove everything that make created; runs/ and data/ stay
-	rm -rf $(TIMES) $(VENV) .venv-* .whl .cifar-a .cifar-b *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(TIMES) $(VENV) .venv-* *.egg-info .pytest_cache .mypy_cache .ruff_cache

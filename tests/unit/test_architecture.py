@@ -23,7 +23,7 @@ LAYERS = [
     "recipe runs dry_run",
     "run_process",
     "train evaluate compare bench predict export experiments gpu_check",
-    "report gpu_pack",
+    "report",
 ]
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row.split()}
 LEVEL["__init__"] = len(LAYERS)  # the public interface, for type checkers
@@ -43,7 +43,7 @@ SLOW = {
 }
 WITHOUT_TORCH = [
     "errors files topology config process host run",
-    "train evaluate compare predict runs gpu_pack",
+    "train evaluate compare predict runs",
     "export.__main__ report.__main__ experiments.__main__ gpu_check.__main__",
     "checkpoint.object_store checkpoint.upload checkpoint.download inference.saved_run",
     "figures.style figures.confusion figures.curves data.sources.cifar data.sources.registry",
@@ -186,7 +186,6 @@ INNER_COMMANDS = {
     "gpu_check.gloo_latency",
     "gpu_check.rank_runs",
     "gpu_check.steps",
-    "gpu_pack.bare_machine",
 }  # started by other commands, which read what they print
 
 
