@@ -27,8 +27,8 @@ from distributed.runs.table import HEADINGS, cells, in_columns, number
 from launch.sweep import as_url_path
 
 METRICS = tuple(f"{split}.{figure}" for split, figure in product(("validation", "test"), FIGURES))
-# The end of a run's name that distinguishes the seeds of one setting, e.g. `lr=0.1/seed-0`; in older versions `,seed=0`.
-_SEED = re.compile(r"(?:^|[/,])seed[-=]\d+$")
+# The end of a run's name that distinguishes the seeds of one setting, e.g. `lr=0.1/seed-0`.
+_SEED = re.compile(r"(?:^|/)seed-\d+$")
 
 
 def summary(folder: Path, metric: str = METRICS[0]) -> str:

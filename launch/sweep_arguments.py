@@ -15,7 +15,6 @@ from distributed.config.hints import known, unknown
 from distributed.config.layers import Settings, shown
 from distributed.config.leaves import table_around
 from distributed.config.named import config_file
-from distributed.config.renamed import is_saved_by_a_run
 from distributed.config.toml_file import from_file
 from distributed.config.toml_text import toml_value
 from distributed.errors import InputError
@@ -146,7 +145,7 @@ def _entries_of_file(common: Sequence[str]) -> dict[str, Entry]:
     if not common or common[0].startswith("-") or ("--sweep", "none") in pairwise(common):
         return {}
     file = config_file(with_home(common[0]))
-    settings = from_file(file, saved=is_saved_by_a_run(file))
+    settings = from_file(file)
     section = settings.values.get("sweep")
     if section is None:
         return {}

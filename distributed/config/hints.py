@@ -4,18 +4,17 @@ import difflib
 from functools import cache
 
 from distributed.config.leaves import leaves
-from distributed.config.renamed import REMOVED, RENAMED
 
 _OTHER_NAMES = {
     "global_batch_size": "batch_size batch bs batchsize train_batch_size per_device_batch_size mini_batch_size",
     "optim.lr": "learning_rate base_lr",
     "optim.weight_decay": "wd l2",
     "optim.name": "optimizer optimiser opt",
-    "optim.max_grad_norm": "clip grad_clip clip_grad gradient_clip_val gradient_clipping",
+    "optim.max_grad_norm": "clip clip_norm grad_clip clip_grad gradient_clip_val gradient_clipping",
     "optim.ema_decay": "ema model_ema use_ema",
     "schedule.name": "scheduler lr_scheduler lr_schedule sched",
     "schedule.warmup_epochs": "warmup warmup_steps",
-    "grad_accum_steps": "grad_accum accum accum_steps gradient_accumulation_steps accumulate_grad_batches",
+    "grad_accum_steps": "grad_accum accum accumulation accum_steps gradient_accumulation_steps accumulate_grad_batches",
     "epochs": "num_epochs max_epochs n_epochs num_train_epochs",
     "seed": "random_seed manual_seed",
     "precision": "amp fp16 bf16 half dtype mixed_precision use_amp",
@@ -25,6 +24,7 @@ _OTHER_NAMES = {
     "data.root": "data_dir data_root data_path dataset_dir dataset_path dataroot datadir",
     "data.download": "fetch",
     "data.validation_fraction": "val_split val_fraction validation_split",
+    "model.input_side": "side image_size img_size input_size",
     "model.name": "arch architecture network net backbone",
     "loss.label_smoothing": "smoothing",
     "engine.name": "strategy backend parallelism",
@@ -39,10 +39,7 @@ _OTHER_NAMES = {
 }
 """Setting -> names for it in other tools, and likely guesses."""
 
-_MEANT = {
-    **{old.rpartition(".")[2]: new for old, new in RENAMED.items()},
-    **{name: setting for setting, names in _OTHER_NAMES.items() for name in names.split()},
-}
+_MEANT = {name: setting for setting, names in _OTHER_NAMES.items() for name in names.split()}
 _PROCESSES = "the launcher sets the number of processes: torchrun --nproc_per_node=N -m distributed.train ..."
 _RESUME = "the same command in the same run_dir resumes; init_from starts from another run's weights"
 _ADVICE = {
@@ -69,10 +66,6 @@ def _by_last_name() -> dict[str, str]:
 
 def unknown(path: str) -> str:
     """Return the error message for a setting that does not exist, with the remedy."""
-    if new := RENAMED.get(path.lower()):
-        return f"renamed to {new}"
-    if message := REMOVED.get(path.lower()):
-        return message
     return f"unknown setting; {hint(path)}"
 
 

@@ -6,7 +6,6 @@ from functools import cache
 from typing import Any
 
 from distributed.config.leaves import has_name, leaves, sections_of
-from distributed.config.renamed import RENAMED
 from distributed.config.train_config import TrainConfig
 
 Tree = dict[str, Any]
@@ -41,8 +40,7 @@ def _merged(older: Tree, newer: Tree, *, are_sections: bool = True) -> Tree:
             continue
         if are_sections and "name" in value and value["name"] != previous.get("name", _default_name(key)):
             shared = _fields_of_variant(key, value["name"])
-            # An old name stays, so that it is reported and not silently dropped.
-            previous = {k: v for k, v in previous.items() if k in shared or f"{key}.{k}" in RENAMED}
+            previous = {k: v for k, v in previous.items() if k in shared}
         result[key] = _merged(previous, value, are_sections=False)
     return result
 

@@ -10,11 +10,9 @@ from pydantic import BaseModel
 from distributed.config.arguments import from_arguments
 from distributed.config.layers import Settings, dotted_paths
 from distributed.config.named import config_file
-from distributed.config.renamed import is_saved_by_a_run, upgraded
 from distributed.config.toml_file import from_file
 from distributed.config.train_config import TrainConfig
 from distributed.config.validate import validated
-from distributed.errors import InputError
 from distributed.files import with_home
 
 _NAMES_DATA = {"data", "data.name", "data.root", "data.download", "data.urls"}
@@ -68,10 +66,10 @@ def _resolved(file: Path | None, overrides: Settings, *, default_data: str) -> T
     """Return the validated config, in which these settings override those of the file."""
     settings = Settings({"data": {"name": default_data}})
     if file:
-        settings.override(from_file(file, saved=is_saved_by_a_run(file)))
+        settings.override(from_file(file))
     settings.override(overrides)
     config = validated(settings)
-    if file and is_saved_by_a_run(file) and "run_dir" not in overrides.values:
+    if file and _is_saved_by_a_run(file) and "run_dir" not in overrides.values:
         # The run may have been moved, or its folder been relative to another one.
         is_there = config.run_dir.resolve() == file.parent.resolve()
         return config if is_there else with_values(config, run_dir=file.parent)
@@ -83,24 +81,26 @@ def _resolved(file: Path | None, overrides: Settings, *, default_data: str) -> T
 
 
 def read_saved(file: Path) -> TrainConfig:
-    """Return the config in a run's own config.toml, which an earlier version may have written.
+    """Return the config in a run's own config.toml.
 
     Raises:
         InputError: it cannot be read or has invalid settings.
     """
-    return validated(from_file(file, saved=True))
+    return validated(from_file(file))
 
 
 def from_saved(values: dict[str, Any]) -> TrainConfig:
-    """Return the config that a checkpoint's state.json holds, which an earlier version may have written.
+    """Return the config that a checkpoint's state.json holds.
 
     Raises:
         InputError: it has settings that this version cannot read.
     """
-    try:
-        return validated(Settings(upgraded(values)))
-    except ValueError as error:
-        raise error if isinstance(error, InputError) else InputError(str(error)) from None
+    return validated(Settings(values))
+
+
+def _is_saved_by_a_run(file: Path) -> bool:
+    """Return whether a config file is the one that a run wrote into its own folder."""
+    return file.name == "config.toml" and (file.parent / "status.json").is_file()
 
 
 def with_values(config: TrainConfig, **values: Any) -> TrainConfig:

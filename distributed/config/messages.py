@@ -12,7 +12,6 @@ from distributed.config.hints import known, unknown
 from distributed.config.layers import Settings, shown
 from distributed.config.leaves import leaves, table_around
 from distributed.config.networks import name_hint
-from distributed.config.renamed import REMOVED_VALUES
 from distributed.errors import without_password
 
 _NAME_IN_TABLE = ("[key]",)  # pydantic's end of a location, after the name
@@ -107,11 +106,6 @@ def _invalid(problem: _Problem) -> str:
     return f"should {message[:1].lower()}{message[1:]}{sweep}" if "should" in problem.message else message
 
 
-def _no_choice(problem: _Problem) -> str:
-    key = (problem.path, problem.value) if isinstance(problem.value, str) else ("", "")
-    return REMOVED_VALUES.get(key) or _invalid(problem)
-
-
 _REASONS: dict[str, Callable[[_Problem], str]] = {
     "extra_forbidden": _unknown,
     "union_tag_invalid": _unknown_name,
@@ -119,6 +113,5 @@ _REASONS: dict[str, Callable[[_Problem], str]] = {
     "model_attributes_type": _not_a_section,
     "union_tag_not_found": _not_a_section,
     "dict_type": _not_a_table,
-    "literal_error": _no_choice,
 }
 """Pydantic's error type -> what is wrong and the remedy; `_invalid` for the others."""

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from distributed.config.layers import MAX_DEPTH, Settings, Tree, dotted_paths, is_deep, settings_without_none, shown
 from distributed.config.named import config_file
-from distributed.config.renamed import RENAMED, upgraded
 from distributed.errors import InputError
 from distributed.files import read_at_most, with_home
 
@@ -15,11 +14,8 @@ _MAX_BYTES = 2**20  # a config with every setting has about 5,000
 _MAX_CHAIN = 32  # files that extend each other
 
 
-def from_file(path: Path, *, saved: bool = False, extended_by: tuple[str, ...] = ()) -> Settings:
+def from_file(path: Path, *, extended_by: tuple[str, ...] = ()) -> Settings:
     """Return the settings of a TOML file over those of the file that its `extends` names (beside it, or a shipped one).
-
-    Args:
-        saved: the file is a run's own config.toml, which an earlier version may have written.
 
     Raises:
         InputError: no such file, not TOML, or a file that extends itself.
@@ -32,12 +28,6 @@ def from_file(path: Path, *, saved: bool = False, extended_by: tuple[str, ...] =
     text, values = _parsed(path, name, extended_by)
     base = values.pop("extends", None)
     lines = _lines_of_keys(text)
-    if saved:
-        lines = {RENAMED.get(key, key): line for key, line in lines.items()}
-        try:
-            values = upgraded(values)
-        except ValueError as error:
-            raise InputError(f"{name}: {error}") from None
     settings = Settings()
     if base is not None:
         if not isinstance(base, str) or not base or "\0" in base:

@@ -32,9 +32,8 @@ _BYTES_AT_ONCE = 16 * 2**20
 class DataPipeline:
     """All splits of a data set, on one device or, if it is too large for that, in host memory.
 
-    Every rank has all images (CIFAR: 184 MB of uint8; decoded image folders and arrays are mapped, once per node). Batches
-    are gathered where the images are and augmented on the device by tensor operations. `class_names` are in the order of the
-    labels.
+    Every rank has all images (CIFAR: 184 MB; decoded folders and arrays are mapped, once per node). Batches are gathered where
+    the images are and augmented on the device by tensor operations. `class_names` are in the order of the labels.
 
     Args:
         decoded_side: height and width in pixels that images of a folder are decoded to; None for other data.
@@ -57,9 +56,8 @@ class DataPipeline:
         self.config, self.batching, self.shards, self.input_format = config, batching, shards, input_format
         self.augment_function = AugmentFunction(path) if (path := config.augment.function) else None
         self.class_names, train, test, self._identities, read_ahead = read(config, decoded_side, given)
-        # In bytes of uint8, so that a batch resized for the model is not larger than one of large images.
-        pixels = (input_format.resized_side or 0) ** 2 * (3 if input_format.repeats_channel else train.images.shape[-1])
-        self.augmented_at_once = self._augmented_at_once(max(train.images[:1].nbytes, pixels))
+        resized_bytes = 3 * (input_format.resized_side or 0) ** 2  # as uint8, like the images before
+        self.augmented_at_once = self._augmented_at_once(max(train.images[:1].nbytes, resized_bytes))
         images_bytes = train.images.nbytes + test.images.nbytes
         self._residency = residency(config.placement, images_bytes, device=input_format.device)
         held_out = validation_mask(train.labels, fraction=config.validation_fraction, seed=config.split_seed)

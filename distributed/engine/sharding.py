@@ -61,10 +61,7 @@ class FlatShard:
         return full.reshape(-1)[self._range]
 
 
-OPTIONAL_TENSORS = {
-    "compression.": "error feedback of PowerSGD, which was removed",
-    "scaler.": "float16's loss scale",
-}
+OPTIONAL_TENSORS = {"scaler.": "float16's loss scale"}
 """Name prefixes of tensors that only some engines or precisions need to resume, with a description."""
 
 

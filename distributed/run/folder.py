@@ -62,11 +62,7 @@ class RunFolder:
 
     def saved_step(self) -> int:
         """Return the step of the newest checkpoint that was ever committed according to status.json."""
-        status = self.status()
-        if status.saved_step is not None:
-            return status.saved_step
-        # Older versions recorded only the current step, which is saved if the run ended well.
-        return status.step or 0 if status.status in ("finished", "stopped") else 0
+        return self.status().saved_step or 0
 
     def has_experiment(self, config: TrainConfig) -> bool:
         """Whether config.toml, which each attempt replaces, describes the same experiment as `config`."""

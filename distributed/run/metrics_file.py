@@ -53,16 +53,12 @@ class EpochRecord(Record):
 
     @model_validator(mode="before")
     @classmethod
-    def _nest_splits(cls, content: Any) -> Any:
-        """Read `validation_accuracy`, as older versions wrote it, as `validation.accuracy`; a damaged split as None."""
+    def _without_damaged_splits(cls, content: Any) -> Any:
+        """Read a damaged split as None."""
         if not isinstance(content, dict):
             return content
-        nested = dict(content)
-        for split in ("validation", "test"):
-            flat = {name: content[f"{split}_{name}"] for name in ("accuracy", "loss") if f"{split}_{name}" in content}
-            if not isinstance(content.get(split), dict | SplitRecord) and (split in content or flat):
-                nested[split] = flat or None
-        return nested
+        splits = {split: content[split] for split in ("validation", "test") if split in content}
+        return content | {k: v if isinstance(v, dict | SplitRecord) else None for k, v in splits.items()}
 
 
 MetricsRecord = TrainRecord | EpochRecord

@@ -109,7 +109,7 @@ def test_all_errors_are_reported_together(root: Path, tmp_path: Path) -> None:
         (["--data.classes", 2], "label 2, but data.classes = 2 allows 0 to 1; correct one of them"),
         (["--data.classes", 1], "data.classes = 1: should be greater than or equal to 2"),
         (["--data.classes", "ten"], "data.classes = ten: should be"),
-        (["--data.side", 64], "data.side = 64: renamed to model.input_side"),
+        (["--data.side", 64], "data.side = 64: unknown setting; did you mean model.input_side?"),
         (["--data.train_samples", 9], "data.train_samples = 9: belongs to data.name = generated10 | generated100"),
         (["--data.options.n", 9], "data.options.n = 9: belongs to data.name = package.module:function"),
         (["--data.name", "array"], "data.name = array: should be one of"),

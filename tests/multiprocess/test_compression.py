@@ -10,7 +10,6 @@ from kit.engines import use_process_group
 from kit.ranks import in_group, run_ranks
 from kit.small_runs import FAST, newest_checkpoint, small_config
 from kit.traces import Trace, tensors_of, traced
-from loguru import logger
 from torch import Tensor
 
 from distributed.build import build_data, build_engine
@@ -146,19 +145,3 @@ def test_every_engine_loads_the_checkpoint(tmp_path: Path) -> None:
     ]  # fmt: skip
     for found in run_ranks(loaded_elsewhere, 2, tmp_path / "run", others):
         assert found == [True] * len(others)
-
-
-def test_tensors_of_the_removed_powersgd_are_ignored() -> None:
-    """Earlier versions saved PowerSGD's error feedback and factors; their checkpoints still load."""
-    messages = list[str]()
-    made, _ = built(small_config(Path("unused"), engine=PLAIN, exact=FAST))
-    saved = {name: tensor.clone() for name, tensor in made.state()}
-    removed = {"compression.fc.weight.error": torch.ones(2, 3, 4), "compression.fc.weight.q": torch.ones(4, 2)}
-    sink = logger.add(lambda message: messages.append(message.record["message"]), level="INFO")
-    made.load_state(saved | removed)
-    logger.remove(sink)
-    assert all(torch.equal(tensor, saved[name]) for name, tensor in made.state())
-    (message,) = (message for message in messages if "compression." in message)
-    assert message.startswith(
-        "checkpoint: ignoring 2 tensors compression.* (error feedback of PowerSGD, which was removed)"
-    )

@@ -30,7 +30,7 @@ def test_averages_weights_and_statistics() -> None:
     assert "1.num_batches_tracked" not in ema.tensors
 
 
-def test_a_decay_close_to_1_is_the_same_for_a_step_on_the_device() -> None:
+def test_a_decay_close_to_1_is_exact_for_a_step_as_tensor() -> None:
     """CUDA graphs pass the step as a tensor. In float32, 1 - 0.9999999 would be off by 19 %."""
     weights = torch.zeros(3, dtype=torch.float64)
     one, other = (WeightEMA({"weight": weights.clone()}, decay=0.9999999) for _ in range(2))

@@ -27,10 +27,9 @@ def test_finished_seeds_have_mean_and_deviation(tmp_path: Path):
         summary(tmp_path / "seed-0")
 
 
-@pytest.mark.parametrize("name", ["optim.lr={}/seed-{}", "optim.lr={},seed={}"], ids=["Slurm", "Ray"])
-def test_each_setting_has_a_mean_over_its_seeds(name: str, tmp_path: Path):
+def test_each_setting_has_a_mean_over_its_seeds(tmp_path: Path):
     for lr, seed, accuracy in ((0.1, 0, 0.5), (0.1, 1, 0.7), (0.2, 0, 0.9)):
-        make_run(tmp_path / name.format(lr, seed), accuracy=accuracy)
+        make_run(tmp_path / f"optim.lr={lr}/seed-{seed}", accuracy=accuracy)
     assert summary(tmp_path).splitlines()[4:] == [
         "optim.lr=0.1: over 2 finished seeds: test accuracy 0.6000 ± 0.1414",
         "optim.lr=0.2: over 1 finished seed: test accuracy 0.9000",

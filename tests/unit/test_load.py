@@ -48,11 +48,6 @@ def test_load_reports_errors_as_the_command_line_does() -> None:
     )
 
 
-def test_load_config_refuses_a_renamed_setting() -> None:
-    with pytest.raises(InputError, match=r"^load_config\(\): optim.clip_norm = 1: renamed to optim.max_grad_norm$"):
-        load_config(optim={"clip_norm": 1})
-
-
 def test_load_config_reports_conflicts_and_missing_files() -> None:
     with pytest.raises(InputError, match=r"^optim.nesterov = true needs momentum"):
         load_config(optim={"momentum": 0.0})

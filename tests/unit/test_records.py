@@ -60,14 +60,6 @@ def test_infinite_figures_are_written_as_null() -> None:
     assert record.as_json() == {"kind": "train", "epoch": 0, "step": 1, "loss": None, "lr": 0.5, "grad_norm": None}
 
 
-def test_flat_splits_of_older_versions_are_nested(file: Path) -> None:
-    write(file, {"kind": "epoch", "epoch": 0, "step": 1, "validation_accuracy": 0.5, "test_loss": 1.5})
-    (epoch,) = read_epochs(file)
-    assert epoch.validation is not None
-    assert epoch.test is not None
-    assert (epoch.validation.accuracy, epoch.test.loss, epoch.test.accuracy) == (0.5, 1.5, None)
-
-
 @pytest.mark.parametrize(
     "damaged",
     [{"event": 1}, {"time": "yesterday"}, {"step": "x"}, {"world_size": 2.5}, {"bits": []}, {"bits": {"versions": 1}},

@@ -126,7 +126,7 @@ def test_only_float16_may_skip_a_gradient_that_is_not_finite(precision):
     assert state.window == Totals()
 
 
-def test_a_float16_run_ends_if_no_scale_makes_its_gradients_finite():
+def test_float16_ends_if_no_scale_makes_gradients_finite():
     state = TrainState(Constant(0.1), precision="float16")
 
     def read(*, skipped: int, steps: int = 10) -> None:

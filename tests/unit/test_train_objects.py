@@ -313,7 +313,7 @@ class NormalizesFeatures(Net):
         return found
 
 
-def test_a_last_batch_of_one_image_is_refused_only_where_batch_norm_would_fail(tmp_path: Path) -> None:
+def test_one_image_is_refused_where_batch_norm_would_fail(tmp_path: Path) -> None:
     """Of 38 images in batches of 37, one is left. Synchronized batch norm accepts it, also in exact mode."""
     message = wrong(tmp_path, NormalizesFeatures, global_batch_size=37, exact={"shards": 0})
     assert "Expected more than 1 value per channel" in message
