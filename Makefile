@@ -31,7 +31,7 @@ summarized = @rm -f $(TIMES); begin=$$(date +%s); $(TOGETHER) $(1); code=$$?; \
 	echo "$@: $$(($$(date +%s) - begin)) s, of which, $(or $(JOBS),3) at a time:"; sort -u $(TIMES); exit $$code
 OLDEST := .venv-torch211
 
-.PHONY: train test test-all $(CORE) $(SUITES) test-oldest dry-oldest dry-newest lint bench \
+.PHONY: train test test-all $(CORE) $(SUITES) test-oldest dry-oldest dry-newest lint \
 	gpu-check gpu-check-dry gpu-results clean
 
 train: $(READY)  ## train on CIFAR-10 in CIFAR_ROOT (or ./data), or on generated images, on 2 processes or one per GPU
@@ -91,9 +91,6 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-
-bench: $(READY)  ## speed compared with timm, accelerate, Lightning, the references' loop and compute alone; needs CIFAR_ROOT
-	$(BIN)/python -m distributed.bench train --data.root "$(CIFAR_ROOT)"
 
 GPU_CHECK := runs/gpu_check
 gpu-check: $(READY)  ## check correctness and speed on this GPU in about 5 minutes

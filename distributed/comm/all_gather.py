@@ -49,7 +49,7 @@ class SharedMemoryAllGather:
     """
 
     def __init__(self, memory: SharedMemory, *, timeout_seconds: float) -> None:
-        self._counters = SharedCounters(memory, 0, count=2, timeout_seconds=timeout_seconds)
+        self._counters = SharedCounters(memory, count=2, timeout_seconds=timeout_seconds)
         self._rank, world_size = collectives.rank(), collectives.world_size()
         self._rows = tensor_in(memory, SharedCounters.size(2), (2, world_size, _MAX_ROW_BYTES), torch.uint8)
         self._slots: dict[tuple[torch.dtype, int], list[_Slots]] = {}

@@ -53,7 +53,7 @@ class SharedMemoryMax:
     """
 
     def __init__(self, memory: SharedMemory, flags: int, *, timeout_seconds: float) -> None:
-        self._counters = SharedCounters(memory, 0, count=1, timeout_seconds=timeout_seconds)
+        self._counters = SharedCounters(memory, count=1, timeout_seconds=timeout_seconds)
         self._flags = tensor_in(memory, SharedCounters.size(1), (2, world_size(), flags), torch.int64)
         self._own, self._zeros = self._flags[:, rank()], [0] * flags
         self._count, self._is_pending = 0, False

@@ -100,15 +100,15 @@ class SharedCounters:
     """Counters in shared memory: each rank increases its own, and waits for those of the others. A collective.
 
     Args:
-        memory, offset: where the counters are stored; they take `size(count)` bytes.
+        memory: begins with the counters, which take `size(count)` bytes.
         count: number of counters per rank.
     """
 
-    def __init__(self, memory: SharedMemory, offset: int, *, count: int, timeout_seconds: float) -> None:
+    def __init__(self, memory: SharedMemory, *, count: int, timeout_seconds: float) -> None:
         self._rank, self._world_size, self._timeout = collectives.rank(), collectives.world_size(), timeout_seconds
         has_own_cpus = self._world_size * torch.get_num_threads() <= available_cpus()
         self._spins = _SPINS if has_own_cpus else 0  # a spinning rank would keep a late one from its CPU
-        numbers = np.frombuffer(memory.bytes, np.int64, count=self.size(count) // 8, offset=offset)
+        numbers = np.frombuffer(memory.bytes, np.int64, count=self.size(count) // 8)
         self._values = numbers.reshape(count, self._world_size, _CACHE_LINE // 8)[:, :, 0]
         self._fence = threading.Lock()
         self._memory = memory

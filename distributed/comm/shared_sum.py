@@ -20,7 +20,7 @@ class SharedSum:
     """
 
     def __init__(self, memory: SharedMemory, length: int, dtype: torch.dtype, *, timeout_seconds: float) -> None:
-        self._counters = SharedCounters(memory, 0, count=2, timeout_seconds=timeout_seconds)
+        self._counters = SharedCounters(memory, count=2, timeout_seconds=timeout_seconds)
         shape = (world_size() + 1, row_bytes(length, dtype) // dtype.itemsize)
         *buffers, self.total = tensor_in(memory, SharedCounters.size(2), shape, dtype)[:, :length]
         self.own = buffers[rank()]

@@ -77,7 +77,7 @@ class SharedMemoryReduce:
         timeout_seconds: float,
     ) -> None:
         length, self._chunk = layout.length, layout.chunks[rank()]
-        self._counters = SharedCounters(memory, 0, count=2, timeout_seconds=timeout_seconds)
+        self._counters = SharedCounters(memory, count=2, timeout_seconds=timeout_seconds)
         row, offset = row_bytes(length, like.dtype), SharedCounters.size(2)
         self._chunk_of_node: dict[Node, Tensor] = {}
         for r, own in enumerate(subtrees):

@@ -2,22 +2,16 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-
-def bits(tensor: Tensor) -> Tensor:
-    """Return the tensor's bytes in index order, whatever its memory format: uint8 [numel * itemsize]."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+from distributed.exact import bits
 
 
 def same_bits(found: Tensor, expected: Tensor) -> bool:
     """Return whether shape, dtype and every bit agree, including the signs of zeros and NaNs."""
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return False
     if found.device != expected.device:
         found, expected = found.cpu(), expected.cpu()
-    return torch.equal(bits(found), bits(expected))
+    return bits.same_bits(found, expected)
 
 
 def differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

@@ -20,13 +20,7 @@ __all__ = [
     "hooks_of",
     "hooks_of_tensor",
     "is_compiled",
-    "is_persistent",
 ]
-
-
-def is_persistent(module: nn.Module, buffer_name: str) -> bool:
-    """Whether a buffer of the module is part of its state_dict."""
-    return buffer_name not in module._non_persistent_buffers_set
 
 
 def hooks_of(module: nn.Module) -> list[Any]:

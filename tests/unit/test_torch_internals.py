@@ -24,7 +24,6 @@ from distributed.models.torch_compat import (
     hooks_of,
     hooks_of_tensor,
     is_compiled,
-    is_persistent,
 )
 
 pytestmark = pytest.mark.smoke
@@ -53,13 +52,6 @@ def test_base_classes_cover_all_dimensions() -> None:
     assert all(issubclass(layer, AnyBatchNorm) for layer in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
     assert issubclass(AnyBatchNorm, NormBase)
     assert all(issubclass(layer, AnyDropout) for layer in (nn.Dropout, nn.Dropout2d, nn.AlphaDropout))
-
-
-def test_is_persistent() -> None:
-    module = nn.Module()
-    module.register_buffer("saved", torch.zeros(1))
-    module.register_buffer("constant", torch.zeros(1), persistent=False)
-    assert (is_persistent(module, "saved"), is_persistent(module, "constant")) == (True, False)
 
 
 def test_the_group_of_checkpointed_passes() -> None:
