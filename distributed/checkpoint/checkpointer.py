@@ -167,8 +167,8 @@ class Checkpointer:
         """
         self._wait_for_save()
         if self._uploader:
-            self._uploader.finish_within(UPLOAD_SECONDS if stopping else AT_END_SECONDS)
-        while self.upload_to and collectives.broadcast_object(self._uploader and self._uploader.is_busy()):
+            self._uploader.set_deadline(UPLOAD_SECONDS if stopping else AT_END_SECONDS)
+        while self.upload_to and collectives.broadcast_object(self._uploader and self._uploader.wait_a_second()):
             pass
         if self._writer:  # also what was kept only for its upload
             self._writer.delete_old()

@@ -55,14 +55,14 @@ class Uploader:
                 self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
                 self._thread.start()
 
-    def finish_within(self, seconds: float) -> None:
+    def set_deadline(self, seconds: float) -> None:
         """Set the deadline for the last uploads of this attempt, and retry what failed."""
         self._deadline = time.monotonic() + seconds
         if self.problem:
             self.start()
 
-    def is_busy(self) -> bool:
-        """Wait up to a second. Returns whether an upload is still running before the deadline of `finish_within`."""
+    def wait_a_second(self) -> bool:
+        """Wait up to a second. Returns whether an upload is still running before the deadline."""
         thread = self._thread
         if thread is None:
             return False
@@ -190,8 +190,8 @@ def upload_remaining(config: TrainConfig) -> None:
     else:
         uploader = Uploader(config.checkpoint.upload_to, run, keep_last=config.checkpoint.keep_last)
         uploader.start()
-        uploader.finish_within(AT_END_SECONDS)
-        while uploader.is_busy():
+        uploader.set_deadline(AT_END_SECONDS)
+        while uploader.wait_a_second():
             pass
         run.release()
     log_upload_result(config)
@@ -205,7 +205,7 @@ def log_upload_result(config: TrainConfig) -> None:
     uploaded = read_object(run.upload_file)
     newest = next((path.name for path in checkpoints(run.checkpoints)[::-1]), "none")
     if uploaded.get("to") == url.rstrip("/") and uploaded.get("newest") == newest and not uploaded.get("problem"):
-        logger.info("{} is uploaded to {}", newest, url)
+        logger.info("{} has been uploaded to {}", newest, url)
     else:
         logger.error(
             "NOT UPLOADED: {} is only in {}: {}; fix that, and the same command uploads it",

@@ -17,7 +17,7 @@ class Draws:
     """Random numbers for some images, one row per image, computed from (seed, epoch, image) and not stored.
 
     A row does not depend on the other images, nor on the number of processes. Each call draws new numbers: the second call
-    for an image returns others than the first.
+    for an image returns different numbers.
     """
 
     def __init__(self, keys: Tensor) -> None:

@@ -27,7 +27,7 @@ def validation_mask(labels: NDArray[np.integer[Any]], *, fraction: float, seed: 
         mask[members[: round(len(members) * fraction)]] = True
     if len(mask) and mask.all():
         raise InputError(
-            f"data.validation_fraction = {fraction:g}: holds out all {len(mask):,} training images, since each class has few; "
-            "lower it (0: none), or add images"
+            f"data.validation_fraction = {fraction:g}: holds out all {len(mask):,} training images, since every class has too "
+            "few; lower it (0: none), or add images"
         )
     return mask

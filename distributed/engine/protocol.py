@@ -18,8 +18,8 @@ class Outcome(NamedTuple):
 
 
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, Outcome]]
-"""Runs the forward pass of a shard. Returns the shard's contribution to the mean loss of the step, with gradients, and its
-`Outcome`."""
+"""Runs the forward pass of one or several shards. Returns their contribution to the mean loss of the step, with gradients, and
+their `Outcome`."""
 
 
 class Engine(Protocol):
@@ -34,7 +34,9 @@ class Engine(Protocol):
         ...
 
     def micro_step(self, loss: Loss, batch: Batch, *, last: bool) -> Outcome:
-        """Run forward and backward over this rank's part of a micro-batch; `loss` is called once per shard.
+        """Run forward and backward over this rank's part of a micro-batch.
+
+        `loss` is called once per shard, or once for several shards where that gives the same bits.
 
         Gradients are summed over ranks and over the micro-batches of a step. `step` may be called after the `last` of them.
         """

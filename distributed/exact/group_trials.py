@@ -104,7 +104,7 @@ class _Found:
 
 @contextmanager
 def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Restore batch norm's statistics on exit. Context manager."""
+    """Restore all buffers on exit. Context manager."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield

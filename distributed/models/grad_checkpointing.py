@@ -121,7 +121,7 @@ def _checkpointed(module: nn.Module, forward: Callable[..., Any]) -> Callable[..
 
 
 def _again(module: nn.Module) -> AbstractContextManager[None]:
-    """Return the context in which the module computes again what it computes next."""
+    """Return a context for recomputing the module's next forward pass; it records buffers and dropout draws now."""
     draws = repeated_draws()
     modules = list(module.modules())
     # Batch norm in training does not read its buffers, so their values need not be kept.

@@ -151,7 +151,9 @@ def _check_state(model: nn.Module, setting: str) -> None:
     """Raise InputError unless a network's state_dict has its tensors themselves."""
     state = model.state_dict()
     if other := [path for path, value in state.items() if not isinstance(value, Tensor)]:
-        raise InputError(f"{setting}: its state {other[0]} is no tensor, so it would not be saved; make it a buffer")
+        raise InputError(
+            f"{setting}: state_dict() has {other[0]}, which is not a tensor, so it would not be saved; make it a buffer"
+        )
     for path, parameter in model.named_parameters(remove_duplicate=False):
         if path not in state or state[path].data_ptr() != parameter.data_ptr():
             raise InputError(

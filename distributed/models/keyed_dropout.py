@@ -136,8 +136,8 @@ class KeyedDropout(nn.Module):
         least = 2 if self.per == "channel" else 1
         if x.dim() < least or (self.dims and x.dim() != self.dims):
             raise InputError(
-                f"{self._label()}: an input of shape {list(x.shape)} has no dimension of samples, which a mask needs; pass "
-                f"{self.dims or f'at least {least}'} dimensions, the first of them the samples, or set p = 0"
+                f"{self._label()}: an input of shape {list(x.shape)} has no batch dimension, which a mask needs; pass "
+                f"{self.dims or f'at least {least}'} dimension(s), the batch first, or set p = 0"
             )
         if len(x) != samples:
             raise InputError(

@@ -78,6 +78,6 @@ def check_without_images(
                 f"{list(logits.shape)}, requires_grad {logits.requires_grad}" if is_tensor else type(logits).__name__
             )
             raise InputError(
-                f"model.name = {name}: a batch with fewer images than there are shards leaves one without images, for which "
-                f"the network returns {found}; compute logits of shape [0, {num_classes}] as for others"
+                f"model.name = {name}: a batch with fewer images than there are shards leaves a shard without images, for "
+                f"which the network returns {found}; it should return logits of shape [0, {num_classes}]"
             )

@@ -14,6 +14,9 @@ from distributed.config.functions import ImportedLoss
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
+_LARGEST_LOSS, _ROUNDING = 53 + 40, 40 - 10
+"""Exponents of the largest sum that one sample can add, and of its rounding error, in training.totals' 40 fraction bits."""
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
@@ -143,15 +146,15 @@ def _sample_range(epoch: int, in_epoch: int, steps: int, batch: int, images: int
         exact = epoch * images + min(in_epoch * batch, images)
         return exact, exact
     most = (epoch * steps + in_epoch) * batch
-    return most - (epoch + (in_epoch == steps > 0)) * (batch - 1), most
+    return most - (epoch + (in_epoch == steps and steps > 0)) * (batch - 1), most
 
 
 def _check_totals(found: _Counters, config: TrainConfig, images: int | None) -> str | None:
     steps, both = found.step_in_epoch, {"window": found.window, "epoch_totals": found.epoch_totals}
     for name, totals in both.items():
         # Rounding may make the loss of a confident prediction slightly negative.
-        least = -totals.count << (93 if _may_be_negative(config) else 30)
-        in_range = least <= totals.loss <= totals.count << 93
+        least = -totals.count << (_LARGEST_LOSS if _may_be_negative(config) else _ROUNDING)
+        in_range = least <= totals.loss <= totals.count << _LARGEST_LOSS
         if not in_range or max(totals.correct, totals.correct5) > totals.count or totals.skipped_steps > steps:
             return f"{name} = {str(totals)[:120]}: impossible for {totals.count} samples"
     least, most = _sample_range(0, steps, steps, config.global_batch_size, images)

@@ -24,7 +24,7 @@ def is_weights_file(path: Path) -> bool:
 
 
 def check_weights_file(path: Path) -> None:
-    """Check that a file of other programs is a complete safetensors file; reads its header only.
+    """Check that a file, usually from another program, is a complete safetensors file; reads its header only.
 
     Raises:
         InputError: it is not; the message says how to convert it if it is in another known format.

@@ -77,9 +77,8 @@ class Check:
         start = f"{SETTING} = {function.path}"
         numbers = torch.arange(_SAMPLES, device=images.device)
         images, keys = images[numbers % len(images)], rng.sample_keys(numbers, seed=0, epoch=0)
-        for number in range(
-            _SAMPLES
-        ):  # unlike the others in brightness and content, even if the data has a single image
+        # No two alike in brightness and content, even if the data has a single image.
+        for number in range(_SAMPLES):
             images[number] = (images[number].roll(number, 0) * (1 - 0.15 * number) + 10 * number).to(torch.uint8)
 
         def call(of: slice) -> Tensor:

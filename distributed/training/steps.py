@@ -94,7 +94,7 @@ def evaluate(
             "an earlier checkpoint of this one with init_from"
         )
     if totals.count != data.size(split):
-        raise RuntimeError(f"evaluation counted {totals.count} images of the {split} split's {data.size(split)}")
+        raise RuntimeError(f"evaluation counted {totals.count} images, but the {split} split has {data.size(split)}")
     return SplitTotals(**vars(totals), metrics=means)
 
 

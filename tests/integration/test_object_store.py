@@ -133,7 +133,7 @@ def test_a_run_killed_during_an_upload_resumes_elsewhere(
     assert f"resuming at step {int(kept[5:13])}: " in log
     ours = assert_same_ending(tmp_path / "run", undisturbed)
     assert complete(server, bucket) == sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*"))
-    assert f"{ours.name} is uploaded to {bucket}" in log.splitlines()[-1]
+    assert f"{ours.name} has been uploaded to {bucket}" in log.splitlines()[-1]
     for file in ours.iterdir():
         assert files(server).cat_file(f"{bucket}/{ours.name}/{file.name}") == file.read_bytes()
 
@@ -161,7 +161,7 @@ def test_a_store_outage_does_not_stop_training(
         assert command.wait() == 0, command.text
     assert "this run is finished" in command.text
     assert complete(server, bucket) == sorted(path.name for path in (run / "checkpoints").glob("step-*"))
-    assert "is uploaded to" in command.text.splitlines()[-1]
+    assert "has been uploaded to" in command.text.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ WRONG: dict[str, tuple[str, dict[str, object], str]] = {
     "complex": ("complex_weight", {}, "phase is torch.complex64; parameters should be torch.float32"),
     "lazy": ("lazy", {}, "1.weight has no size before the first forward pass"),
     "on another device": ("on_meta", {}, "head.weight is on meta; leave all tensors on the CPU"),
-    "state besides tensors": ("Extra", {}, "_extra_state is no tensor"),
+    "state besides tensors": ("Extra", {}, "_extra_state, which is not a tensor"),
     "other classes": (
         "other_classes", {},
         "in evaluation the network returns torch.float32 [2, 11] for images of shape [2, 3, 32, 32]; it should return logits",

@@ -108,7 +108,7 @@ def test_training_without_keys_is_an_error() -> None:
             (7, 3),
             r"a\.b \(Dropout\): an input of shape \[7, 3\] for 3 samples.*batch_first",
         ),
-        (KeyedDropout(0.5, name="a"), (), r"shape \[\] has no dimension of samples.*at least 1 dimensions"),
+        (KeyedDropout(0.5, name="a"), (), r"shape \[\] has no batch dimension.*at least 1 dimension"),
         (KeyedDropout(0.5, name="a", per="channel"), (3,), r"shape \[3\] has no .*at least 2 dimensions"),
         (KeyedDropout(0.5, name="a", per="channel", dims=3), (3, 4), r"pass 3 dimensions"),
     ],

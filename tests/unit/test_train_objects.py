@@ -296,7 +296,7 @@ class OtherShapeWithoutImages(Net):
 def test_wrong_logits_without_images_are_refused(tmp_path: Path) -> None:
     """A gradient is needed only if a batch of the training leaves a shard empty: here 38 images in batches of 32."""
     train(config_of(tmp_path / "evaluation", epochs=1, evaluation={"batch_size": 9}), model=ConstantWithoutImages)
-    message = "the network returns [0, 10], requires_grad False; compute logits of shape [0, 10]"
+    message = "the network returns [0, 10], requires_grad False; it should return logits of shape [0, 10]"
     assert message in wrong(tmp_path, ConstantWithoutImages, global_batch_size=32)
     assert "returns [0, 5]" in wrong(tmp_path, OtherShapeWithoutImages, evaluation={"batch_size": 9})
 

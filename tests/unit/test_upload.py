@@ -83,8 +83,8 @@ def save(run: RunFolder, step: int, *, best: int | None = None, config: TrainCon
 
 def upload_all(uploader: Uploader) -> Uploader:
     uploader.start()
-    uploader.finish_within(20)
-    while uploader.is_busy():
+    uploader.set_deadline(20)
+    while uploader.wait_a_second():
         pass
     return uploader
 
@@ -288,8 +288,8 @@ def test_a_hanging_store_delays_nothing_and_is_reported(run, url, monkeypatch):
     while not uploader.uploading:
         time.sleep(0.01)
     assert uploader.uploading == name
-    uploader.finish_within(0.2)
-    while uploader.is_busy():
+    uploader.set_deadline(0.2)
+    while uploader.wait_a_second():
         pass
     assert "not uploaded in time" in json.loads(run.upload_file.read_text())["problem"]
     resume_uploads.set()
@@ -314,7 +314,7 @@ def test_the_last_log_line_says_whether_it_is_uploaded(run, url, log):
     assert log[-1].startswith(f"ERROR NOT UPLOADED: {name} is only in {run.checkpoints}")
     run.release()
     upload_remaining(config)
-    assert log[-1].startswith(f"INFO {name} is uploaded to {url}")
+    assert log[-1].startswith(f"INFO {name} has been uploaded to {url}")
     save(run, 2)
     log_upload_result(config)
     assert log[-1].startswith("ERROR NOT UPLOADED")
