@@ -98,7 +98,7 @@ class ShardExecutor:
         return self._run(singles, lambda shards: compute(shards.start))
 
     def run_groups(self, compute: Callable[[range], T]) -> list[T]:
-        """Return `compute(shards)` of every worker, which computes its shards as one group; in all other respects like `run`."""
+        """Return `compute(shards)` of every worker, which computes its shards as one group; otherwise like `run`."""
         return self._run([[own] for own in self._shards_of_worker], compute)
 
     def _run(self, units: list[list[range]], compute: Callable[[range], T]) -> list[T]:

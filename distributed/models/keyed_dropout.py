@@ -137,7 +137,7 @@ class KeyedDropout(nn.Module):
         if x.dim() < least or (self.dims and x.dim() != self.dims):
             raise InputError(
                 f"{self._label()}: an input of shape {list(x.shape)} has no batch dimension, which a mask needs; pass "
-                f"{self.dims or f'at least {least}'} dimension(s), the batch first, or set p = 0"
+                f"{self.dims or f'at least {least}'} dimensions, the batch first, or set p = 0"
             )
         if len(x) != samples:
             raise InputError(

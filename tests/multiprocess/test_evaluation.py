@@ -168,5 +168,5 @@ def _without_first(batch):
 def test_an_uncounted_image_is_an_error_on_every_rank(shards: int) -> None:
     assert (
         run_ranks(evaluate_with_a_missing_image, 2, shards)
-        == ["evaluation counted 10 images of the test split's 11"] * 2
+        == ["evaluation counted 10 images, but the test split has 11"] * 2
     )

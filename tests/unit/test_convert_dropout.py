@@ -150,5 +150,5 @@ def test_a_model_that_is_one_dropout_layer() -> None:
     ("layer", "shape"), [(nn.Dropout1d(0.5), (3, 4)), (nn.Dropout2d(0.5), (3,)), (nn.Dropout3d(0.5), (3, 4, 5, 6))]
 )
 def test_unbatched_inputs_are_refused(layer: nn.Module, shape: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match=rf"0 \({type(layer).__name__}\): an input of shape .*no dimension of samples"):
+    with pytest.raises(InputError, match=rf"0 \({type(layer).__name__}\): an input of shape .*no batch dimension"):
         applied(convert_dropout(nn.Sequential(layer)), torch.ones(shape))
