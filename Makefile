@@ -26,8 +26,8 @@ TIMES := .test-times
 timed = @begin=$$(date +%s); $(1); code=$$?; \
 	echo "$@: $$(($$(date +%s) - begin)) s, exit code $$code" | tee -a $(TIMES); exit $$code
 pytest = $(call timed,$(call BUDGET,$(1)) $(BIN)/python -m pytest -p no:cacheprovider --skips=$(TIMES) $(2))
-# Run targets in parallel, then list the time that each took, and why tests were skipped.
-summarized = @rm -f $(TIMES); begin=$$(date +%s); $(TOGETHER) $(1); code=$$?; \
+# Run targets in parallel, then a command, then list the time that each took, and why tests were skipped.
+summarized = @rm -f $(TIMES); begin=$$(date +%s); $(TOGETHER) $(1); code=$$?; $(2) \
 	echo "$@: $$(($$(date +%s) - begin)) s, of which, $(or $(JOBS),3) at a time:"; sort -u $(TIMES); exit $$code
 OLDEST := .venv-torch211
 
@@ -44,8 +44,7 @@ test: $(READY)  ## unit tests, tests on two ranks, core integration tests, bit-i
 
 test-all: $(READY)  ## every test, a real Ray and Slurm, hostile inputs, lint, types and the oldest torch
 	@echo "make test-all: 35 to 65 minutes on two cores"
-	$(call summarized,$(SUITES) test-oldest dry-newest lint)
-	$(MAKE) --no-print-directory dry-oldest
+	$(call summarized,$(SUITES) test-oldest dry-newest lint,$(MAKE) --no-print-directory dry-oldest || code=$$?;)
 
 core-unit: $(READY)
 	$(call pytest,600,tests/unit)
@@ -74,7 +73,7 @@ test-abuse: $(READY)
 test-clusters: $(READY)  ## a real Ray, a real Slurm and several hosts, one after the other
 	$(call pytest,2700,$(CLUSTERS))
 
-# The oldest torch that pyproject.toml allows, which is also the rented GPU machine's: imports, a step, a finished run and its evaluation.
+# The oldest torch that pyproject.toml allows: imports, a step, a finished run and its evaluation.
 test-oldest: $(OLDEST)/.ready
 	$(call timed,$(call BUDGET,400) $(OLDEST)/bin/python -m pytest -m smoke tests/integration/test_command_line.py tests/unit/test_autograd_pass.py tests/unit/test_torch_internals.py)
 

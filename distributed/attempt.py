@@ -154,11 +154,12 @@ class Attempt:
             )  # fmt: skip
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self.run is not None:
-            exits.remove_exit_hook(self._record_sudden_ending)
         try:
             if self.run is not None:
-                self.run.finish_save()
+                try:
+                    self.run.finish_save()
+                finally:
+                    exits.remove_exit_hook(self._record_sudden_ending)
                 with storing(self.run.path):
                     self._record_ending(self.run, error)
         except StorageError as failure:

@@ -118,7 +118,7 @@ def _check_imported(
             check(images[:1], keys[:1])
         except InputError as error:  # torch's batch norm rejects one value per channel; the synchronized one does not
             raise InputError(
-                f"{error}; an epoch's last micro-batch has one image: change global_batch_size or grad_accum_steps, or set "
+                f"{error}; some micro-batches have one image: change global_batch_size or grad_accum_steps, or set "
                 "exact.shards"
             ) from None
     in_training = not evaluates and min(training_batches(data)) < data.shards.total

@@ -178,14 +178,21 @@ def _values(name: str, entry: Entry) -> Distribution | list[str]:
         except ValueError as error:
             raise InputError(f"{entry.place}: {error}") from None
     values = split_at_commas(entry.values) if isinstance(entry.values, str) else entry.values
-    read = [repr(from_arguments([f"--{name}={value}"]).values) for value in values]  # 0.1 and 1e-1 are the same
-    if not values or len(set(read)) < len(values):
+    if not values or len({_as_read(name, value) for value in values}) < len(values):
         if entry.place.startswith("command line"):
             raise InputError(_malformed(entry.place))
         raise InputError(
             f'{entry.place}: should be a list of different values or a distribution, e.g. "log_uniform(1e-4, 1e-1)"'
         )
     return values
+
+
+def _as_read(name: str, text: str) -> Any:
+    """Return a value as the command line reads it, so that 1, 1.0 and 1e0 are equal; a list or table as text."""
+    value = from_arguments([f"--{name}={text}"]).values
+    for part in name.split("."):
+        value = value[part]
+    return (type(value) is bool, value) if isinstance(value, int | float | str) else repr(value)
 
 
 def _count(name: str, entry: Entry) -> int:

@@ -140,7 +140,7 @@ class Peers:
         if end is None or end["rank"] == self.rank:
             return None
         other = _as_error(end)
-        return Exit(other.exit_code, str(other))
+        return final._replace(code=other.exit_code, reason=str(other))
 
     def _leave_store_at_exit(self, _: Exit) -> None:
         """Exit hook."""

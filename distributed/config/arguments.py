@@ -97,7 +97,7 @@ def _value(path: str, text: str) -> Any:
         return float(text)  # `.05` and `5.`, which TOML does not accept
     try:
         document = tomllib.loads(f"value = {text}")
-        tomllib.loads(f"value = [{text}]")  # fails on a comment, which would be dropped
+        tomllib.loads(f"value = [{text.rstrip()}]")  # fails on a comment, which would be dropped
     except (ValueError, RecursionError):
         return text
     value = document.pop("value")

@@ -53,7 +53,7 @@ _exiting = threading.Lock()
 def add_exit_hook(hook: ExitHook, *, first: bool = False) -> None:
     """Call `hook` before an immediate exit. If it returns another exit, that one replaces the original.
 
-    Hooks run on a separate thread, in order, and are abandoned after a few seconds.
+    Hooks run on a separate thread, in order, and are abandoned after a few seconds, or `SAVE_SECONDS` more to finish a save.
     """
     _hooks.insert(0 if first else len(_hooks), hook)
 
@@ -65,7 +65,9 @@ def remove_exit_hook(hook: ExitHook) -> None:
 
 def exit_now(code: ExitCode, reason: str, *, is_local: bool = False, finishes_save: bool = False) -> NoReturn:
     """Exit immediately, even if other threads are blocked. Runs the exit hooks first. Thread-safe."""
-    _exiting.acquire()  # never released: any other thread that calls this blocks until the process is gone
+    # Never released: any other thread that calls this blocks until the process is gone. Only a second Ctrl-C does not wait.
+    if not _exiting.acquire(blocking=code is not ExitCode.INTERRUPTED):
+        os._exit(code)
     final = Exit(code, reason, is_local, finishes_save)
 
     def run_hooks() -> None:

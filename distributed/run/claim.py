@@ -182,7 +182,10 @@ class ClaimedRun(RunFolder):
             )
 
     def progress(self, *, step: int, epoch: int) -> None:
-        """Record the current step in status.json, every few seconds. Waits for neither the disk nor a save."""
+        """Record the current step in status.json, every few seconds.
+
+        Waits for no save, and for the disk only while attempt.json is out of reach.
+        """
         if time.monotonic() >= self._next_progress and self._status_lock.acquire(blocking=False):
             try:
                 self._next_progress = time.monotonic() + PROGRESS_SECONDS
@@ -215,6 +218,8 @@ class ClaimedRun(RunFolder):
             keep_status: leave status.json as an earlier attempt has written it.
         """
         with self._status_lock:
+            if self._ended:  # by an exit hook, on another thread
+                return
             self._ended = True
             self._progress |= progress
             if not keep_status:

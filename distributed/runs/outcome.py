@@ -46,11 +46,15 @@ def runs_below(folder: Path) -> list[Path]:
         is_run = bool(_MARKS & set(files))
         if is_run:
             found.append(Path(path))
-        if not is_run:  # links are not followed, but may be runs on another disk
-            links = (Path(path, name) for name in inner if os.path.islink(os.path.join(path, name)))
-            found += [link for link in links if any((link / mark).is_file() for mark in _MARKS)]
         inner[:] = [name for name in inner if not name.startswith(".") and not (is_run and name in _INNER)]
+        if not is_run:  # links are not followed, but may be runs elsewhere, e.g. on another disk
+            found += [link for name in inner if _is_linked_run(link := Path(path, name), folder)]
     return sorted(found, key=_natural_order)
+
+
+def _is_linked_run(path: Path, folder: Path) -> bool:
+    is_outside = os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    return is_outside and any(os.path.isfile(path / mark) for mark in _MARKS)
 
 
 def _natural_order(path: Path) -> list[tuple[int, str]]:

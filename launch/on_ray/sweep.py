@@ -59,7 +59,7 @@ def run(trainings: Sequence[Training], metric: str) -> ExitCode:
 def _train(folder: Path, trainings: Sequence[Training], stop: StopSource) -> ExitCode:
     scaling = trainings[0].scaling
     if any(training.scaling != scaling for training in trainings):
-        raise InputError("sweep.device: the trials need other workers than each other; run one sweep per device")
+        raise InputError("sweep.device: trials on cuda and on cpu need different workers; run one sweep per device")
     if not wait_for_capacity(scaling, stop.requested, excluded=()):
         return ExitCode.STOPPED
     concurrent = max(1, capacity(scaling).runs_when_idle)

@@ -109,3 +109,20 @@ def test_kill_at_each_point_of_a_save_keeps_the_bits(undisturbed: tuple[Mode, Pa
     assert steps == sorted(steps)
     assert steps[-1] >= 80
     assert_same_bits(run, reference)
+
+
+@pytest.mark.timeout(240)
+def test_a_save_in_progress_survives_the_loss_of_a_rank(tmp_path: Path) -> None:
+    """Rank 1 is killed while rank 0 writes the run's first checkpoint: rank 0 finishes it."""
+    run = tmp_path / "run"
+    arguments = torchrun(2, *SETTINGS, *SLOW, "--run_dir", run, module="kit.slow_save")
+    with Command(arguments, output=tmp_path / "output") as command:
+        command.wait_for(lambda: any(run.glob("checkpoints/.writing-*/manifest.json")), seconds=100, what="a save")
+        assert not has_saved(run)
+        kill(command.ranks()[1])
+        assert command.wait() != 0
+        found = status(run)
+        assert (found["status"], found["exit_code"]) == ("failed", 1), command.text[-3000:]
+        assert found["saved_step"] == 4
+        assert "has died" in found["reason"] or "lost" in found["reason"], found
+    assert has_saved(run)

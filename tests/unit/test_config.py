@@ -65,7 +65,7 @@ def test_numbers_are_accepted_in_every_usual_form(arguments):
     assert config_of(*arguments).optim.lr == 0.05
 
 
-@pytest.mark.parametrize("text", ["0.1 # half", "0.1\nfoo = 2", "0.1\n[loss]"])
+@pytest.mark.parametrize("text", ["0.1 # half", "0.1 # half\n", "0.1\nfoo = 2", "0.1\n[loss]"])
 def test_no_part_of_a_value_is_dropped(text):
     assert len(mistakes("--optim.lr", text)) == 1
 

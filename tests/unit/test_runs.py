@@ -133,7 +133,10 @@ def test_a_link_to_a_run_is_listed(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "linked").symlink_to(a_run(tmp_path / "disk" / "one", status="finished"))
     (tmp_path / "runs" / "other").symlink_to(tmp_path)
-    assert runs_below(tmp_path / "runs") == [tmp_path / "runs" / "linked"]
+    a_run(tmp_path / "runs" / "two", status="finished")
+    (tmp_path / "runs" / "again").symlink_to(tmp_path / "runs" / "two")
+    (tmp_path / "runs" / ".hidden").symlink_to(tmp_path / "disk" / "one")
+    assert runs_below(tmp_path / "runs") == [tmp_path / "runs" / "linked", tmp_path / "runs" / "two"]
 
 
 def test_circular_links_are_not_followed(tmp_path: Path) -> None:

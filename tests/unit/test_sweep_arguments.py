@@ -104,6 +104,7 @@ def test_a_single_value_and_a_distribution_are_read(tmp_path: Path):
         (["--sweep.optim.lr"], "--sweep.optim.lr: should be --sweep.SETTING VALUE,VALUE"),
         (["--sweep.optim.lr", "--epochs"], "--sweep.optim.lr: should be --sweep.SETTING VALUE,VALUE"),
         (["--sweep.optim.lr", "1,1"], "--sweep.optim.lr 1,1: should be --sweep.SETTING VALUE,VALUE"),
+        (["--sweep.optim.lr", "1,1.0"], "--sweep.optim.lr 1,1.0: should be --sweep.SETTING VALUE,VALUE"),
         (["--sweep.optim.lr", "0.1,1e-1"], "--sweep.optim.lr 0.1,1e-1: should be --sweep.SETTING VALUE,VALUE"),
         (["--sweep.optim.lr", ","], "--sweep.optim.lr ,: should be --sweep.SETTING VALUE,VALUE"),
         (["--sweep", "optim.lr="], "--sweep optim.lr=: should be --sweep.SETTING VALUE,VALUE"),
