@@ -85,7 +85,7 @@ def test_a_changed_module_is_a_warning(run: Path, tmp_path: Path) -> None:
             ("predict", resumed, *images),
             ("export", resumed, "--out", tmp_path / "out"),
         ):
-            assert f"{module}: sha256 {after[:12]} in training" in call(*command).err
+            assert f"{module} has changed since training: sha256 {after[:12]} then" in call(*command).err
 
 
 @pytest.mark.parametrize(

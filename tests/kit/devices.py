@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_TRAINING = {"distributed.train", "launch.ray_train", "kit.killed_in_save", "kit.small_cifar"}
+_TRAINING = {"distributed.train", "launch.ray_train", "kit.killed_in_save", "kit.slow_save", "kit.small_cifar"}
 _LINES = {'device = "cpu"', 'device = "cuda"'}
 
 

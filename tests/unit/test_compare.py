@@ -64,14 +64,6 @@ def test_the_first_differing_metric_is_reported(
     assert compare(run, run_of(tmp_path / "b", lines, SAVES)).divergences == [expected]
 
 
-@pytest.mark.parametrize("accuracy", [0.5, 0.75])
-def test_flat_metrics_of_earlier_versions_are_compared(tmp_path: Path, accuracy: float) -> None:
-    line = {"kind": "epoch", "step": 4, "epoch": 0}
-    flat = run_of(tmp_path / "flat", [{**line, "test_accuracy": 0.5}], [])
-    nested = run_of(tmp_path / "nested", [{**line, "test": {"loss": 1.0, "accuracy": accuracy, "accuracy5": 1.0}}], [])
-    assert len(compare(flat, nested).divergences) == (accuracy != 0.5)
-
-
 def test_the_first_differing_save_is_reported(run: RunFolder, tmp_path: Path) -> None:
     one = [SAVES[0], {**SAVES[1], "tensors": {"a": "4a", "b": "another"}}]
     both = [{**save, "tensors": {"a": "x", "b": "y"}} for save in SAVES]
