@@ -47,10 +47,8 @@ class CheckpointWriter:
             shutil.rmtree(aside, ignore_errors=True)
             self.run.check_token()  # its message says more if the run folder was removed
             raise
-        self._link(
-            name, snapshot.best
-        )  # first: digests of large tensors take seconds, and what is complete should be found
-        self._record(name, snapshot.tensors)
+        self._link(name, snapshot.best)
+        self._record(name, snapshot.tensors)  # after the links, because digests of large tensors take seconds
         self.delete_old()
         if self._uploader:
             self._uploader.start()

@@ -330,7 +330,9 @@ def test_a_resume_finishes_the_commit_of_a_killed_attempt(run):
     for link in ("best", "latest"):
         set_link(run.checkpoints, link, name_of(step=2, epoch=1))
     run.digests_file.write_text("".join(complete[1].splitlines(keepends=True)[:2]))
-    checkpointer(run, keep_last=1).resume(PlainEngine(0), at_step(0))  # type: ignore[arg-type]
+    next_attempt = checkpointer(run, keep_last=1)
+    next_attempt.resume(PlainEngine(0), at_step(0))  # type: ignore[arg-type]
+    next_attempt.wait()
     assert (names(run.checkpoints), run.digests_file.read_text()) == complete
     assert preferred(run.checkpoints)[0].resolve().name == name_of(step=3, epoch=1)
     resumed(run)

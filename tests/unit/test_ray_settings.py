@@ -102,7 +102,7 @@ def test_bad_input_is_reported_before_ray_or_torch_is_imported():
 def test_a_folder_that_may_not_be_entered_is_one_line(closed, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ray_train", str(closed / "config.toml")])
     assert ray_train.main() == 2
-    assert "Permission denied; give another path" in capsys.readouterr().err
+    assert f"{closed}/config.toml: Permission denied; " in capsys.readouterr().err
 
 
 def test_a_node_check_does_not_import_torch_first():
