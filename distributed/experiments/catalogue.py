@@ -114,6 +114,7 @@ RECIPES = (
     Recipe(id="cifar10_fast", config="configs/cifar10_fast.toml", target=94.0),
     Recipe(id="cifar10_best", config="configs/cifar10_best.toml", target=95.0),
     Recipe(id="cifar100_fast", config="configs/cifar100_fast.toml", target=73.0),
+    Recipe(id="cifar100_best", config="configs/cifar100_best.toml", target=75.0),
     Recipe(id="improved_10", config="configs/improved_alexnet_10.toml", target=85.0),
     Recipe(id="improved_50", config="configs/improved_alexnet_50.toml", target=90.0),
 )
