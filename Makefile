@@ -26,8 +26,8 @@ TIMES := .test-times
 timed = @begin=$$(date +%s); $(1); code=$$?; \
 	echo "$@: $$(($$(date +%s) - begin)) s, exit code $$code" | tee -a $(TIMES); exit $$code
 pytest = $(call timed,$(call BUDGET,$(1)) $(BIN)/python -m pytest -p no:cacheprovider --skips=$(TIMES) $(2))
-# Run targets in parallel, then a command, then list the time that each took, and why tests were skipped.
-summarized = @rm -f $(TIMES); begin=$$(date +%s); $(TOGETHER) $(1); code=$$?; $(2) \
+# Run targets in parallel, then one alone, then list the time that each took, and why tests were skipped.
+summarized = @rm -f $(TIMES); begin=$$(date +%s); $(TOGETHER) $(1); code=$$?; $(if $(2),$(TOGETHER) $(2) || code=$$?;) \
 	echo "$@: $$(($$(date +%s) - begin)) s, of which, $(or $(JOBS),3) at a time:"; sort -u $(TIMES); exit $$code
 OLDEST := .venv-torch211
 
@@ -44,7 +44,7 @@ test: $(READY)  ## unit tests, tests on two ranks, core integration tests, bit-i
 
 test-all: $(READY)  ## every test, a real Ray and Slurm, hostile inputs, lint, types and the oldest torch
 	@echo "make test-all: 35 to 65 minutes on two cores"
-	$(call summarized,$(SUITES) test-oldest dry-newest lint,$(MAKE) --no-print-directory dry-oldest || code=$$?;)
+	$(call summarized,$(SUITES) test-oldest dry-newest lint,dry-oldest)
 
 core-unit: $(READY)
 	$(call pytest,600,tests/unit)

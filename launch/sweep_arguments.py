@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from distributed.config.arguments import from_arguments
+from distributed.config.arguments import value_of
 from distributed.config.differences import flat
 from distributed.config.hints import known, unknown
 from distributed.config.layers import Settings, shown
@@ -76,6 +76,7 @@ def split_sweep(arguments: Sequence[str]) -> SplitArguments:
         values = text
         if option == "--sweep":
             name, _, values = text.partition("=")
+            name = name.replace("-", "_")
         if name in sweep:
             raise InputError(f"command line: --sweep.{shown(name)}: given twice; remove one")
         if not re.fullmatch(r"[\w.-]+", name) or (not values and name not in _COUNTS):
@@ -189,9 +190,7 @@ def _values(name: str, entry: Entry) -> Distribution | list[str]:
 
 def _as_read(name: str, text: str) -> Any:
     """Return a value as the command line reads it, so that 1, 1.0 and 1e0 are equal; a list or table as text."""
-    value = from_arguments([f"--{name}={text}"]).values
-    for part in name.split("."):
-        value = value[part]
+    value = value_of(name, text)
     return (type(value) is bool, value) if isinstance(value, int | float | str) else repr(value)
 
 

@@ -46,7 +46,7 @@ def _read_option(settings: Settings, remaining: deque[str]) -> str | None:
     settings.places[path] = "command line"
     if path.count(".") >= MAX_DEPTH:
         return f"--{shown(path)}: {unknown(path)}"
-    _put(settings.values, path, _value(path, text))
+    _put(settings.values, path, value_of(path, text))
     return None
 
 
@@ -87,7 +87,7 @@ def _put(tree: Tree, path: str, value: Any) -> None:
     tree[key] = value
 
 
-def _value(path: str, text: str) -> Any:
+def value_of(path: str, text: str) -> Any:
     """Return the text as TOML would read it (`0.05`, `true`, `[1, 2]`), None for `none`, else the text itself."""
     if text.lower() == "none" and path not in settings_without_none():
         return None

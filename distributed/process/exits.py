@@ -65,8 +65,9 @@ def remove_exit_hook(hook: ExitHook) -> None:
 
 def exit_now(code: ExitCode, reason: str, *, is_local: bool = False, finishes_save: bool = False) -> NoReturn:
     """Exit immediately, even if other threads are blocked. Runs the exit hooks first. Thread-safe."""
-    # Never released: any other thread that calls this blocks until the process is gone. Only a second Ctrl-C does not wait.
-    if not _exiting.acquire(blocking=code is not ExitCode.INTERRUPTED):
+    # Never released: any other thread that calls this blocks until the process is gone. Only a second Ctrl-C does not wait; the
+    # watching thread, which may find this rank's own Ctrl-C published, does.
+    if not _exiting.acquire(blocking=finishes_save or code is not ExitCode.INTERRUPTED):
         os._exit(code)
     final = Exit(code, reason, is_local, finishes_save)
 

@@ -41,20 +41,24 @@ class Outcome:
 
 def runs_below(folder: Path) -> list[Path]:
     """Return every run folder at or below `folder`, in natural order: `seed-2` before `seed-10`."""
-    found = []
+    found, links = list[Path](), list[Path]()
     for path, inner, files in os.walk(folder):
         is_run = bool(_MARKS & set(files))
         if is_run:
             found.append(Path(path))
         inner[:] = [name for name in inner if not name.startswith(".") and not (is_run and name in _INNER)]
         if not is_run:  # links are not followed, but may be runs elsewhere, e.g. on another disk
-            found += [link for name in inner if _is_linked_run(link := Path(path, name), folder)]
+            links += [link for name in inner if _is_linked_run(link := Path(path, name))]
+    listed = {os.path.realpath(run) for run in found}
+    for link in sorted(links, key=_natural_order):
+        if (target := os.path.realpath(link)) not in listed:
+            listed.add(target)
+            found.append(link)
     return sorted(found, key=_natural_order)
 
 
-def _is_linked_run(path: Path, folder: Path) -> bool:
-    is_outside = os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
-    return is_outside and any(os.path.isfile(path / mark) for mark in _MARKS)
+def _is_linked_run(path: Path) -> bool:
+    return os.path.islink(path) and any(os.path.isfile(path / mark) for mark in _MARKS)
 
 
 def _natural_order(path: Path) -> list[tuple[int, str]]:

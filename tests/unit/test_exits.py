@@ -1,6 +1,8 @@
 """An immediate exit is recorded in the run folder, but only if the attempt has started."""
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +11,7 @@ from typing import cast
 
 import pytest
 import torch
+from kit.commands import ROOT
 from kit.small_runs import small_config
 
 from distributed.attempt import Attempt
@@ -97,6 +100,28 @@ def test_a_save_in_progress_is_finished_when_another_rank_fails(config: TrainCon
         attempt.__exit__(PeerError, error, None)
     found = attempt.folder.status()
     assert (found.status, found.saved_step) == ("failed", 7)
+
+
+EXITS_TWICE = """
+import threading, time
+from distributed.errors import ExitCode
+from distributed.process import exits
+exits.add_exit_hook(lambda final: time.sleep(2))
+first = threading.Thread(target=exits.exit_now, args=(ExitCode.INTERRUPTED, "the first"))
+first.start()
+time.sleep(0.5)
+exits.exit_now(ExitCode.INTERRUPTED, "the second", finishes_save=%s)
+"""
+
+
+@pytest.mark.parametrize(("is_watching_thread", "printed"), [(True, "the first\n"), (False, "")])
+def test_only_a_second_ctrl_c_cuts_an_exit_short(is_watching_thread: bool, printed: str):
+    """The watching thread may find this rank's own Ctrl-C published, and waits for the exit in progress."""
+    code = EXITS_TWICE % is_watching_thread
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, printed)
 
 
 def test_finished_attempt_removes_its_exit_hook(config: TrainConfig):

@@ -26,6 +26,11 @@ def config(folder: Path, sweep: str) -> str:
     return str(folder / "mine.toml")
 
 
+@pytest.mark.parametrize("sweep", [["--sweep", "model.options.a-b=1,2"], ["--sweep.model.options.a-b", "1,2"]])
+def test_dashes_in_a_setting_are_underscores(sweep: list[str]):
+    assert sweep_of(*sweep).lists == {"model.options.a_b": ["1", "2"]}
+
+
 @pytest.mark.parametrize(
     "sweep",
     [
