@@ -119,3 +119,9 @@ class Mlflow(Section):
     name: Annotated[str | None, _name_for("a run", longest=250)] = operational(
         None, "name of the run; none: that of the run folder"
     )
+
+    @property
+    def relative_database(self) -> str:
+        """The path of an SQLite database that depends on the current folder; empty if there is none."""
+        scheme, _, path = (self.tracking_uri or "").partition(":///")
+        return path if scheme == "sqlite" and not path.startswith("/") else ""

@@ -70,11 +70,11 @@ def worker_config(config: TrainConfig, scaling: Scaling) -> TrainConfig:
         if path := getattr(config.data, name, None):
             paths[f"data.{name}"] = path
     relative = [_relative_path(name, path) for name, path in paths.items() if path and not path.is_absolute()]
-    uri = (config.logging.mlflow and config.logging.mlflow.tracking_uri) or ""
-    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+    if (mlflow := config.logging.mlflow) and (database := mlflow.relative_database):
         relative.append(
-            f"logging.mlflow.tracking_uri = {uri}: relative, but a worker runs in a folder of its own; give an absolute path: "
-            f"sqlite:////SHARED/{uri.removeprefix('sqlite:///')}"
+            f"logging.mlflow.tracking_uri = {mlflow.tracking_uri}: relative, but a worker runs in a folder of its own; "
+            "give an absolute path: "
+            f"sqlite:////SHARED/{database}"
         )
     if relative:
         raise InputError(*relative)

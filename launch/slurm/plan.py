@@ -77,9 +77,8 @@ def check_setting_paths(arguments: Sequence[str], folder: str) -> None:
         "data.cache": getattr(config.data, "cache", None),
     }
     relative = [f"{name} = {path}" for name, path in paths.items() if path and not path.is_absolute()]
-    uri = (config.logging.mlflow and config.logging.mlflow.tracking_uri) or ""
-    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
-        relative.append(f"logging.mlflow.tracking_uri = {uri}")
+    if (mlflow := config.logging.mlflow) and mlflow.relative_database:
+        relative.append(f"logging.mlflow.tracking_uri = {mlflow.tracking_uri}")
     if relative:
         raise InputError(*(_relative_to_missing(setting, folder) for setting in relative))
 
