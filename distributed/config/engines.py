@@ -16,7 +16,7 @@ class _Engine(Section):
 class Ddp(_Engine):
     name: Literal["ddp"] = operational("ddp", "weights replicated, gradients summed over ranks")
     bucket_mib: int = operational(
-        25, "size in MiB of the buckets in which gradients are exchanged, unless that is done through shared memory",
+        25, "size in MiB of the buckets in which gradients are exchanged; not used by fast mode's sums through shared memory",
         gt=0, le=1024,
     )  # fmt: skip
     compression: Literal["bfloat16"] | None = setting(
