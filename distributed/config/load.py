@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from distributed.config.arguments import from_arguments
 from distributed.config.layers import Settings, dotted_paths
+from distributed.config.messages import explain
 from distributed.config.named import config_file
 from distributed.config.toml_file import from_file
 from distributed.config.train_config import TrainConfig
 from distributed.config.validate import validated
+from distributed.errors import InputError
 from distributed.files import with_home
 
 _NAMES_DATA = {"data", "data.name", "data.root", "data.download", "data.urls"}
@@ -104,5 +106,13 @@ def _is_saved_by_a_run(file: Path) -> bool:
 
 
 def with_values(config: TrainConfig, **values: Any) -> TrainConfig:
-    """Return a copy with some top-level values replaced, and validate it."""
-    return TrainConfig.model_validate({**dict(config), **values})
+    """Return a copy with some top-level values replaced.
+
+    Raises:
+        InputError: one of them is invalid, or conflicts with others.
+    """
+    try:
+        return TrainConfig.model_validate({**dict(config), **values})
+    except ValidationError as error:
+        found = [line for detail in error.errors(include_url=False) for line in explain(detail, Settings(values))]
+        raise InputError(*found) from None

@@ -69,11 +69,12 @@ def _valid_option(value: Any, *, depth: int = 0) -> Any:
         return {name: _valid_option(item, depth=depth + 1) for name, item in value.items()}
     if isinstance(value, list | tuple) and not any(item is None for item in value):
         return [item if item == "none" else _valid_option(item, depth=depth + 1) for item in value]
-    is_number = type(value) in (int, float) and math.isfinite(value) and abs(value) < 2.0**63
+    is_number = (type(value) is int and abs(value) < 2**63) or (type(value) is float and math.isfinite(value))
     if type(value) is bool or is_number or (type(value) is str and _is_text(value)):
         return value
     raise _refused(
-        "should be text, true, false, none, a finite number, or a list or table of these without none in lists"
+        "should be text, true, false, none, a finite number (integers below 2**63), or a list or table of these without none "
+        "in lists"
     )
 
 

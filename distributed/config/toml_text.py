@@ -38,7 +38,9 @@ def _without_none(section: BaseModel) -> dict[str, Any]:
 
 
 def _spelled(value: Any) -> Any:
-    """Return a value with the word none in place of None, in tables too."""
+    """Return a value with the word none in place of None, in tables and lists too."""
     if isinstance(value, dict):
         return {key: _spelled(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_spelled(item) for item in value]
     return "none" if value is None else value

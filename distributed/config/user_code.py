@@ -79,7 +79,11 @@ class UserFunction:
             raise self.error(f"{module_name} cannot be imported: {described(error)}") from error
         place = module_name
         for name in attributes.split("."):
-            if not hasattr(found, name):
+            try:
+                is_there = hasattr(found, name)
+            except (Exception, SystemExit) as error:  # of a package that imports its parts when they are first used
+                raise self.error(f"{place}.{name} cannot be imported: {described(error)}") from error
+            if not is_there:
                 public = [other for other in dir(found) if not other.startswith("_")]
                 close = difflib.get_close_matches(name, public, n=1, cutoff=0.6)
                 advice = f"did you mean {close[0]}?" if close else "name a function or class that is defined there"

@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
@@ -48,8 +49,11 @@ class Compute:
 def cast(model: nn.Module, compute: Compute) -> nn.Module:
     """Move the model to its device, dtype and memory layout, and return it."""
     dtype = torch.float64 if compute.precision == "float64" else torch.float32
-    memory_format = torch.channels_last if compute.channels_last else torch.preserve_format
-    return model.to(compute.device, dtype).to(memory_format=memory_format)
+    model = model.to(compute.device, dtype)
+    for tensor in chain(model.parameters(), model.buffers()) if compute.channels_last else ():
+        if tensor.dim() == 4:  # Module.to fails on tensors of five dimensions, e.g. the weight of a Conv3d
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
+    return model
 
 
 def prepare(model: nn.Module, compute: Compute) -> nn.Module:

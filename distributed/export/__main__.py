@@ -35,7 +35,8 @@ def main() -> int:
     names = _formats(arguments.format)
     for name in ("model.safetensors", "model.json", "model.onnx", "model.pt2"):
         check_writable("--out", out / name, regular=True)  # each is read back
-    return _export(config, checkpoint, names, out, tolerance=arguments.tolerance)
+    needs_data = arguments.root is not None
+    return _export(config, checkpoint, names, out, tolerance=arguments.tolerance, needs_data=needs_data)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,7 +63,9 @@ def _formats(requested: list[str]) -> list[str]:
     return [name for name in _NAMES if name in requested or "all" in requested]
 
 
-def _export(config: "TrainConfig", checkpoint: Path, names: list[str], out: Path, *, tolerance: float) -> int:
+def _export(
+    config: "TrainConfig", checkpoint: Path, names: list[str], out: Path, *, tolerance: float, needs_data: bool
+) -> int:
     with gc_pause.gc_paused():
         from distributed.inference.trained_run import load_checkpoint
     from distributed.export.formats import FORMATS
@@ -71,7 +74,7 @@ def _export(config: "TrainConfig", checkpoint: Path, names: list[str], out: Path
 
     logs.terminal_logs(0, level="WARNING")
     trained = load_checkpoint(config, checkpoint)
-    expected = reference(trained, _data_or_none(config))
+    expected = reference(trained, _data_or_none(config, needed=needs_data))
     metadata = _metadata(trained)
     print(f"{config.model.name} of {checkpoint}; compared on {len(expected.images)} {expected.source}")
     all_match, failed = True, list[str]()
@@ -101,13 +104,15 @@ def _export(config: "TrainConfig", checkpoint: Path, names: list[str], out: Path
     return ExitCode.FINISHED if all_match else ExitCode.FAILED
 
 
-def _data_or_none(config: "TrainConfig") -> "DataPipeline | None":
-    """Return the run's images, or None if they are not in the folder that the config names."""
+def _data_or_none(config: "TrainConfig", *, needed: bool) -> "DataPipeline | None":
+    """Return the run's images; if they are not `needed`, None where the folder does not have them."""
     from distributed.build import read_data
 
     try:
         return read_data(config)
     except InputError:
+        if needed:
+            raise
         return None
 
 

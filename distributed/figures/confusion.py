@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from distributed.errors import plain
 from distributed.figures.style import COLOURS, INK, figure
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def confusion_figure(counts: Sequence[Sequence[int]], names: Sequence[str], *, t
         if few:
             _write_counts(axes, counts, fractions)
         if len(names) <= _NAMES_UP_TO:
-            _write_names(axes, names, few=few)
+            _write_names(axes, list(map(plain, names)), few=few)  # matplotlib refuses names that are not UTF-8
         axes.tick_params(labelsize=8 if few else 5.5, length=0, pad=2)
         axes.set(xlabel="predicted class", ylabel="true class", title=title)
         yield made

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from numpy.typing import NDArray
 
+from distributed.errors import plain
 from distributed.figures.style import COLOURS, INK, figure
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def predictions_figure(
         grid = made.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1, 1.1] * columns)
         for axes in grid.flat:
             axes.axis("off")
-        for place, (image, top, title) in enumerate(zip(images, tops, titles, strict=True)):
+        for place, (image, top, title) in enumerate(zip(images, tops, map(plain, titles), strict=True)):
             row, column = place // columns, 2 * (place % columns)
             shown, bars = grid[row, column], grid[row, column + 1]
             shown.imshow(image, interpolation="nearest")
@@ -35,6 +36,6 @@ def predictions_figure(
             # Class names are written over the bars, where long ones have room.
             bars.barh(range(len(top)), [p for _, p in top], color=COLOURS[0], alpha=0.35, height=0.8)
             for line, (name, probability) in enumerate(top):
-                bars.text(0.02, line, f"{name}  {probability:.1%}", va="center", fontsize=8, color=INK)
+                bars.text(0.02, line, f"{plain(name)}  {probability:.1%}", va="center", fontsize=8, color=INK)
             bars.set(xlim=(0, 1), ylim=(len(top) - 0.5, -0.5))
         yield made

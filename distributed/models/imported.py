@@ -132,6 +132,11 @@ def _check_network(model: Any, name: str) -> None:
             raise InputError(
                 f"{setting}: {path} is on {tensor.device}; leave all tensors on the CPU, and `device` sets the rest"
             )
+        if tensor.layout != torch.strided:
+            raise InputError(
+                f"{setting}: {path} is {tensor.layout}, which checkpoints cannot hold; store it dense, or its indices and "
+                "values as buffers"
+            )
     for path, buffer in model.named_buffers():
         if buffer.is_complex():
             raise InputError(
@@ -142,9 +147,32 @@ def _check_network(model: Any, name: str) -> None:
             raise InputError(
                 f"{setting}: {path} is {parameter.dtype}; parameters should be torch.float32, and `precision` sets the rest"
             )
+    if overlap := _overlapping(model):
+        first, second = overlap
+        raise InputError(
+            f"{setting}: {second} is another parameter in the memory of {first}, which would not stay tied; assign the "
+            "parameter itself, without nn.Parameter(...), or copy it: .clone()"
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(f"{setting}: the network has no parameters that require gradients; there is nothing to train")
     _check_state(model, setting)
+
+
+def _overlapping(model: nn.Module) -> tuple[str, str] | None:
+    """Return the names of two different parameters that have elements in common, if any do."""
+    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+    for path, parameter in model.named_parameters():
+        by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append((path, parameter))
+    for sharing in by_storage.values():
+        if len(sharing) == 1:
+            continue
+        owners = torch.full((sharing[0][1].untyped_storage().nbytes() // 4,), -1)  # all are float32
+        for index, (path, parameter) in enumerate(sharing):
+            own = owners.as_strided(parameter.shape, parameter.stride(), parameter.storage_offset())
+            if own.numel() and (other := int(own.max())) >= 0:
+                return sharing[other][0], path
+            own.fill_(index)
+    return None
 
 
 def _check_state(model: nn.Module, setting: str) -> None:

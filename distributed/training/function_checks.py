@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from loguru import logger
@@ -13,6 +14,7 @@ from distributed.data.augment_function import SETTING, AugmentFunction
 from distributed.errors import InputError
 from distributed.exact.bits import same_bits
 from distributed.exact.check.throwaway import SavedGenerators
+from distributed.exact.torch_compat import is_leaf
 from distributed.training.losses import PerSample
 
 _SAMPLES = 5
@@ -45,6 +47,11 @@ class Check:
             raise InputError(
                 f"{start}: no gradient flows from the losses to the logits; compute them by differentiable operations of "
                 "torch, without detach, argmax and no_grad"
+            )
+        if others := [leaf for leaf in _leaves(losses) if leaf is not logits]:
+            raise InputError(
+                f"{start}: a tensor of shape {list(others[0].shape)} in the function requires a gradient, but only the "
+                "network's parameters are trained and saved; move it into the network, or set its requires_grad to False"
             )
         try:
             with _NoSynchronization(start, active=self._captured):
@@ -167,14 +174,17 @@ class Check:
     ) -> None:
         """Refuse a function that combines samples in exact mode, and warn about it otherwise."""
         for kept in (0, _SAMPLES - 1):
-            others, other_targets = logits.flip(1) * -1.5, targets.flip(0)
+            # Other classes, the last one too: a function's table of numbers for the classes may be too short.
+            others, other_targets = logits.flip(1) * -1.5, logits.shape[1] - 1 - targets
             others[kept], other_targets[kept] = logits[kept], targets[kept]
             with torch.no_grad():
                 try:
                     among_others = function(others, other_targets)[kept]
                     alone = function(logits[kept : kept + 1].clone(), targets[kept : kept + 1].clone())
                 except Exception as error:
-                    raise InputError(f"{start}: the function fails on other logits: {described(error)}") from error
+                    raise InputError(
+                        f"{start}: the function fails on other logits and targets: {described(error)}"
+                    ) from error
             if alone.shape != (1,):
                 raise InputError(
                     f"{start}: the function returns shape {list(alone.shape)} for 1 sample; it should return [1]: a squeeze "
@@ -210,6 +220,19 @@ class _NoSynchronization:
                 f"{self._start}: the function synchronizes with the GPU, e.g. by .item(), or a tensor created from a list; "
                 "CUDA graphs cannot; avoid that, or set cuda_graphs = false"
             ) from error
+
+
+def _leaves(result: Tensor) -> list[Tensor]:
+    """Return the tensors to which a backward pass from the result gives gradients."""
+    found, seen, waiting = list[Tensor](), set[Any](), [result.grad_fn]
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found += [node.variable] if is_leaf(node) else []
+        waiting += [target for target, _ in node.next_functions]
+    return found
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
 
 from distributed.comm import collectives
 from distributed.config import TrainConfig, with_values
@@ -37,10 +36,7 @@ def with_precision(
         raise InputError(f"precision = auto: this run computes in {saved}; resume it with --precision {saved}")
     of_ranks = set(collectives.gather_objects(fast_precision(device)))
     precision = saved or ("bfloat16" if of_ranks == {"bfloat16"} else "float32")
-    try:
-        return with_values(config, precision=precision)
-    except ValidationError as error:
-        raise InputError(*str(error.errors()[0]["msg"]).splitlines()) from None
+    return with_values(config, precision=precision)
 
 
 def _saved_precision(content: dict[str, Any] | None) -> Any:

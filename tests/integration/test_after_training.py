@@ -209,6 +209,7 @@ def test_wrong_input_is_one_line_with_the_remedy(run: Path, no_data: Path, tmp_p
     assert f"--out {notes}/report.html: " in refused(inside("report", run, "--out", notes / "report.html"))
     assert f"--confusion {tmp_path}: is a folder" in refused(inside("evaluate", run, "--confusion", tmp_path))
     assert "data.name = cifar10" in refused(inside("evaluate", no_data))
+    assert "data.name = cifar10" in refused(inside("export", no_data, "--data.root", tmp_path))
     with Command(torchrun(2, tmp_path / "none", module="distributed.evaluate"), output=tmp_path / "out") as two:
         assert two.wait() == 1
     assert two.text.count("error: ") == 1, two.text

@@ -52,7 +52,7 @@ def test_options_of_a_file_and_of_the_command_line_are_merged(tmp_path: Path) ->
 
 def test_options_survive_every_form_of_the_config(tmp_path: Path) -> None:
     options = {"weights": None, "on": True, "width": 3, "rate": 1.0, "act": "a\n\"b'", "sizes": [[1], ["none"]],
-               "norm": {"eps": None, "any name": {}}}  # fmt: skip
+               "norm": {"eps": None, "any name": {}}, "blocks": [{"norm": None, "kinds": ["none"]}]}  # fmt: skip
     config = load_config(model={"name": "net:make", "options": options})
     assert config.model.options == options
     (tmp_path / "config.toml").write_text(as_toml(config))
@@ -63,6 +63,12 @@ def test_options_survive_every_form_of_the_config(tmp_path: Path) -> None:
         assert json.dumps(copy.model.options) == json.dumps(options), "1.0 is still no integer"
     assert model_from(config.model.model_dump(mode="json")) == config.model
     assert model_from({"name": "alexnet", "init": "he"}) == Model(name="alexnet", init="he")
+
+
+def test_a_float_option_may_be_large(tmp_path: Path) -> None:
+    assert options_of("--model.options.mask", "-1e30") == {"mask": -1e30}
+    (tmp_path / "config.toml").write_text(as_toml(load_config(model={"name": "net:make", "options": {"mask": -1e30}})))
+    assert read_saved(tmp_path / "config.toml").model.options == {"mask": -1e30}
 
 
 @pytest.mark.parametrize(

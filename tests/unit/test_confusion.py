@@ -1,10 +1,13 @@
+import os
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
 from distributed.data.batch import Batch
 from distributed.figures.confusion import confusion_figure
+from distributed.figures.predictions import predictions_figure
 from distributed.figures.style import as_png, as_svg
 from distributed.inference.confusion import ConfusionMatrix, Pair, as_lines, by_class, most_confused
 
@@ -88,3 +91,12 @@ def test_an_svg_is_deterministic_and_adopts_the_pages_colours() -> None:
     assert "currentColor" in drawn[0]
     assert "#1b2028" not in drawn[0]
     assert "http" not in drawn[0].replace("http://www.w3.org/", "")
+
+
+def test_names_that_are_not_utf8_are_escaped() -> None:
+    name = os.fsdecode(b"caf\xe9")
+    with confusion_figure([[1, 0], [0, 1]], [name, "tea"], title="a matrix") as figure:
+        assert figure.axes[0].get_yticklabels()[0].get_text() == "caf\\udce9"
+        assert as_png(figure).startswith(b"\x89PNG")
+    with predictions_figure([np.zeros((8, 8, 3), np.float32)], [[(name, 0.5)]], [f"{name}.jpg"]) as figure:
+        assert as_png(figure).startswith(b"\x89PNG")

@@ -37,6 +37,19 @@ class Small(nn.Module):
         return self.out(self.norm(self.conv(images)).relu().mean((2, 3)))
 
 
+class FiveDimensions(Small):
+    """Has a weight and a buffer of five dimensions, as capsule networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.votes = nn.Parameter(torch.ones(1, 2, 1, 1, 4))
+        self.register_buffer("grid", torch.ones(1, 1, 2, 2, 2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.norm(self.conv(images)).relu().mean((2, 3))
+        return self.out(x * self.votes.sum((0, 1, 2, 3)) * self.grid.mean())
+
+
 def fast(precision: str = "float64", model: Callable[[], nn.Module] = Small, **optim: object) -> DdpEngine:
     torch.manual_seed(0)
     compute = Compute(precision, channels_last=True, device=CPU, timeout_seconds=10)
@@ -473,3 +486,11 @@ def test_layers_used_twice_and_skip_connections(model):
     found, expected = (model_state(engine) for engine in reversed(engines))
     for name, tensor in expected.items():
         assert torch.allclose(found[name], tensor, rtol=1e-11, atol=1e-13), name
+
+
+def test_tensors_of_five_dimensions_are_trained(engine_of):
+    engine = engine_of(model=FiveDimensions)
+    before = model_state(engine)["votes"]
+    stepped(engine, [batch_of(9, 9)])
+    assert not torch.equal(model_state(engine)["votes"], before)
+    assert engine.model.conv.weight.is_contiguous(memory_format=torch.channels_last)

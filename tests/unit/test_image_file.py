@@ -1,9 +1,10 @@
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from distributed.data.sources.decode import decode
 from distributed.data.sources.image_file import png_of, read_image
@@ -53,6 +54,29 @@ def test_pixels_without_a_fixed_range_are_refused(tmp_path: Path, dtype: type) -
     Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "image.tif")
     with pytest.raises(InputError, match="no fixed range: convert it to 8 or 16 bits"):
         read_image(tmp_path / "image.tif")
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "value"),
+    [(0x010E, 11, struct.pack("<f", 1.0)), (0x011A, 7, b"abcd"), (0x0100, 9, struct.pack("<i", -5))],
+    ids=["a text as a number", "a number as bytes", "a negative size"],
+)
+def test_an_image_is_turned_whatever_its_other_tags_are(tmp_path: Path, tag: int, kind: int, value: bytes) -> None:
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    exif += struct.pack("<HHI4sI", tag, kind, 1, value, 0)
+    Image.fromarray(PIXELS).save(tmp_path / "image.jpg", exif=exif)
+    assert read_image(tmp_path / "image.jpg").shape == (3, 40, 24)
+    assert decode(tmp_path / "image.jpg").shape == (3, 40, 24)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_does(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(PIXELS).save(tmp_path / "image.png", exif=exif)
+    with Image.open(tmp_path / "image.png") as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    assert np.array_equal(read_image(tmp_path / "image.png").permute(1, 2, 0).numpy(), expected)
 
 
 def test_a_damaged_exif_block_is_ignored(tmp_path: Path) -> None:

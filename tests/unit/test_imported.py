@@ -27,6 +27,9 @@ IMAGES, KEYS = torch.zeros(2, 3, 32, 32), torch.zeros(2, 2, dtype=torch.int64)
 def module(tmp_path: Path) -> Iterator[None]:
     write_networks(tmp_path)
     (tmp_path / "imports_nothing.py").write_text("\nimport nothing_of_this_name\n")
+    (tmp_path / "imports_later.py").write_text(
+        "def __getattr__(name):\n    if name == 'make':\n        import nothing_of_this_name\n    raise AttributeError(name)\n"
+    )
     (tmp_path / "bad_syntax.py").write_text("x = 1\ndef f(:\n")
     with importable(tmp_path):
         yield
@@ -140,6 +143,10 @@ WRONG: dict[str, tuple[str, dict[str, object], str]] = {
     "a module that fails": (
         "imports_nothing:make", {},
         "imports_nothing cannot be imported: ModuleNotFoundError: No module named 'nothing_of_this_name' (",
+    ),
+    "a module that imports its parts later and fails": (
+        "imports_later:make", {},
+        "imports_later.make cannot be imported: ModuleNotFoundError: No module named 'nothing_of_this_name' (",
     ),
     "the line that fails": ("imports_nothing:make", {}, "/imports_nothing.py:2)"),
     "bad syntax": ("bad_syntax:f", {}, "/bad_syntax.py:2)"),

@@ -1,5 +1,6 @@
 """Configs from Python, as a script or notebook loads them."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,13 @@ def test_load_config_reports_conflicts_and_missing_files() -> None:
         load_config(optim={"momentum": 0.0})
     with pytest.raises(InputError, match=r"did you mean cifar10"):
         load_config("cifar1")
+
+
+def test_a_config_file_whose_name_is_not_utf8_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / os.fsdecode(b"caf\xe9.toml")
+    file.write_text("epochs = 3\n")
+    for read in (lambda: load_config(file), lambda: from_command_line([str(file)])):
+        with pytest.raises(InputError, match=r"run_dir = .*should be UTF-8 text") as caught:
+            read()
+        assert len(caught.value.lines) == 1
+    assert load_config(file, run_dir="here").epochs == 3

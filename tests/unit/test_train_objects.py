@@ -239,6 +239,19 @@ class Rotary(Net):
         self.register_buffer("angles", torch.ones(3, dtype=torch.complex64))
 
 
+def with_alias(*, transposed: bool) -> nn.Module:
+    net = Net(10)
+    net.one, net.two = nn.Linear(6, 6), nn.Linear(6, 6)
+    net.two.weight = nn.Parameter(net.one.weight.t() if transposed else net.one.weight)
+    return net
+
+
+def with_sparse(kind: str) -> nn.Module:
+    net = Net(10)
+    net.register_buffer("graph", getattr(torch.eye(3), kind)())
+    return net
+
+
 WRONG: dict[str, tuple[Any, str]] = {
     "needs an argument": (
         lambda num_classes, width: Net(num_classes),
@@ -254,6 +267,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "on no device": (Net(10).to("meta"), "conv.weight is on meta; leave all tensors on the CPU"),
     "cannot be copied": (with_lock(), "the network cannot be copied"),
     "complex": (Rotary(), "angles is complex, and `precision` would drop its imaginary part"),
+    "an alias": (with_alias(transposed=False), "two.weight is another parameter in the memory of one.weight"),
+    "a transposed alias": (with_alias(transposed=True), "two.weight is another parameter in the memory of one.weight"),
+    "sparse": (with_sparse("to_sparse"), "graph is torch.sparse_coo, which checkpoints cannot hold"),
+    "sparse rows": (with_sparse("to_sparse_csr"), "graph is torch.sparse_csr, which checkpoints cannot hold"),
     "lazy": (nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), "1.weight has no size before the first forward pass"),
 }
 

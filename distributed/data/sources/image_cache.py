@@ -22,7 +22,7 @@ from distributed.host.cpu_quota import available_cpus
 T = TypeVar("T")
 Pixels = NDArray[np.uint8]
 
-_FORMAT = 2  # of the file and of the pixels: increase it when `to_size` or the decoder's options change
+_FORMAT = 3  # of the file and of the pixels: increase it when `to_size` or the decoder's options change
 _HEADER = 4096  # bytes, one page, so that the pixels after it can be mapped
 BLOCK = 64  # images that are decoded, written and verified together
 _ASIDE = ".writing"

@@ -2,12 +2,11 @@
 
 import io
 import re
-import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -52,14 +51,13 @@ def pixels_of(file: IO[bytes], formats: list[str]) -> NDArray[np.uint8]:
         TooLarge: it has more pixels than `at_most` allows.
         ValueError: it is in none of these formats, broken, or its pixels have no fixed range.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with Image.open(file, formats=formats) as opened:
             opened.load()
-            upright: Image.Image = opened
-            with suppress(SyntaxError, ValueError, struct.error):  # a viewer shows an image whose EXIF block is damaged
-                upright = ImageOps.exif_transpose(opened)
+            turn = _turn_of(opened)
+            upright: Image.Image = opened if turn is None else opened.transpose(turn)
             if upright.mode == "F" or (upright.mode == "I" and opened.format == "TIFF"):
                 raise _UnknownRangeError(
                     f"pixels of mode {upright.mode} have no fixed range: convert it to 8 or 16 bits"
@@ -77,6 +75,24 @@ def pixels_of(file: IO[bytes], formats: list[str]) -> NDArray[np.uint8]:
     except Exception as error:  # Pillow's decoders raise errors of any kind for damaged files
         reason = " ".join(re.sub(r"<_io\.[^>]*>", "it", str(error)).split()) or type(error).__name__
         raise ValueError(f"broken: {reason}") from None
+
+
+def _turn_of(image: Any) -> Any:
+    """Return the transposition that the EXIF orientation asks for; None: none, or a damaged EXIF block, as in a viewer.
+
+    Not by ImageOps.exif_transpose: it also rewrites the block, and fails if another tag has an unusual type.
+    """
+    from PIL import ExifTags, Image
+
+    to = Image.Transpose
+    turns = {
+        2: to.FLIP_LEFT_RIGHT, 3: to.ROTATE_180, 4: to.FLIP_TOP_BOTTOM, 5: to.TRANSPOSE, 6: to.ROTATE_270,
+        7: to.TRANSVERSE, 8: to.ROTATE_90,
+    }  # fmt: skip
+    try:
+        return turns.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow raises errors of any kind for damaged blocks
+        return None
 
 
 @contextmanager
