@@ -161,7 +161,7 @@ def replace_bytes(path: Path, content: bytes, *, synced: bool = True) -> None:
         error.filename, error.filename2 = str(path), None  # a failed write names no file
         raise
     if synced:
-        sync_folder(path.parent)
+        sync_to_disk(path.parent)
 
 
 def replace_json(path: Path, value: Any, *, synced: bool = True) -> None:
@@ -197,10 +197,13 @@ def write_at_once(file: IO[bytes], content: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))
 
 
-def sync_folder(path: Path) -> None:
-    """Make renames in this folder survive a power failure."""
+def sync_to_disk(path: Path) -> None:
+    """Make the content of a file, or renames in a folder, survive a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without that operation for folders
+            raise
     finally:
         os.close(handle)

@@ -1,5 +1,7 @@
 """The checkpoint that a run resumes from: found by rank 0, read by every rank."""
 
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +16,11 @@ from distributed.comm import collectives
 from distributed.errors import InputError, StorageError
 from distributed.files import storing
 from distributed.run.checkpoint_changes import delete_unfinished, set_aside
-from distributed.run.checkpoint_layout import check_formats, newest_complete
+from distributed.run.checkpoint_layout import TENSORS, check_formats, newest_complete
 from distributed.run.claim import ClaimedRun
+
+_VISIBLE_SECONDS = 65.0
+"""How late a network file system may show a folder that another node has made: NFS keeps attributes for up to 60 s."""
 
 Validate = Callable[[dict[str, Any], Path], None]
 """Raises InputError if the content of this checkpoint's state.json does not belong to the run."""
@@ -68,6 +73,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         StorageError: this rank cannot read them.
         InputError: the file is not in safetensors format.
     """
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while not os.path.exists(path / TENSORS) and time.monotonic() < deadline:
+        time.sleep(0.2)
     try:
         return read_tensors(path)
     except ValueError as error:

@@ -21,6 +21,7 @@ from torch import Tensor
 from distributed.comm import collectives
 from distributed.host.cpu_quota import available_cpus
 from distributed.host.identity import boot_id, host
+from distributed.process import exits
 
 _CACHE_LINE = 64  # bytes; each counter has a line of its own, so that writing one does not stall readers of another
 _SPINS = 2000  # a few hundred microseconds: by then a rank with a core of its own has arrived
@@ -63,33 +64,41 @@ def open_shared_memory(size: int, device: torch.device) -> SharedMemory | None:
     size += _NAME_BYTES
     if set(collectives.gather_objects((boot_id(), device.type))) != {(boot_id(), "cpu")}:
         return None
-    path, name = collectives.broadcast_object(_create_file(size) if collectives.rank() == 0 else None) or ("", b"")
+    created: list[str] = []
+
+    def remove(_: object = None) -> None:
+        for file in created:
+            Path(file).unlink(missing_ok=True)
+
     memory = None
+    exits.add_exit_hook(remove)  # an immediate exit does not run `finally`
     try:
+        own = _create_file(size, created) if collectives.rank() == 0 else None
+        path, name = collectives.broadcast_object(own) or ("", b"")
         if path:
             with suppress(OSError, ValueError):  # in a container with memory of its own, or as another user
                 memory = SharedMemory(path, size)
         is_shared = all(collectives.gather_objects(memory is not None and memory.name == name))
     finally:  # also if another rank was lost: the file would occupy memory until a reboot
-        if collectives.rank() == 0 and path:
-            Path(path).unlink(missing_ok=True)
+        remove()
+        exits.remove_exit_hook(remove)
     return memory if is_shared else None
 
 
-def _create_file(size: int) -> tuple[str, bytes] | None:
-    """Create a file of zeros that ends with a random name. Return its path and that name."""
+def _create_file(size: int, created: list[str]) -> tuple[str, bytes] | None:
+    """Create a file of zeros that ends with a random name. Return its path, which is added to `created`, and that name."""
     name = os.urandom(_NAME_BYTES)
     folder = "/dev/shm" if Path("/dev/shm").is_dir() else None
     try:
         handle, path = tempfile.mkstemp(prefix="distributed-", dir=folder)
     except OSError:
         return None
+    created.append(path)
     try:
         # Allocates now: a container may have 64 MB of shared memory, and a later write beyond that is a SIGBUS.
         os.posix_fallocate(handle, 0, size)
         os.pwrite(handle, name, size - _NAME_BYTES)
     except OSError:
-        os.unlink(path)
         return None
     finally:
         os.close(handle)

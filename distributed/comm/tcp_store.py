@@ -17,6 +17,9 @@ SAME_ENDPOINT = (
     "start every rank with the same MASTER_ADDR and MASTER_PORT, or raise timeout_seconds if one still reads its data"
 )
 _ANSWER_SECONDS = 5.0
+_AGENT_SECONDS = (
+    10.0  # it listens before it starts a rank; a rank that waits longer keeps the run folder from its successor
+)
 _FOREIGN_SECONDS = 1.0  # a store that is shutting down may look like a foreign program for a moment
 
 
@@ -98,14 +101,18 @@ def _listen(port: int) -> int:
 
 def _connect(endpoint: Endpoint, deadline: float, timeout_message: str) -> socket.socket:
     """Return a connection to the store. Retries until the deadline while nothing listens there or answers."""
-    foreign_since, problem = 0.0, "nothing listens there"
+    foreign_since, refused_since, problem = 0.0, 0.0, "nothing listens there"
     while time.monotonic() < deadline:
         try:
             connection = socket.create_connection((endpoint.host, endpoint.port), timeout=1.0)
         except OSError as error:
             foreign_since, problem = 0.0, error.strerror or str(error)
+            refused_since = (refused_since or time.monotonic()) if isinstance(error, ConnectionRefusedError) else 0.0
+            if endpoint.has_agent and refused_since and time.monotonic() - refused_since > _AGENT_SECONDS:
+                raise PeerError(f"torchrun's agent at {endpoint} has ended: nothing listens there") from None
             time.sleep(0.05)
             continue
+        refused_since = 0.0
         connection.settimeout(min(_ANSWER_SECONDS, max(0.1, deadline - time.monotonic())))
         if (is_store := _is_store(connection)) is True:
             connection.setblocking(False)

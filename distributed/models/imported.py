@@ -167,8 +167,8 @@ def _overlapping(model: nn.Module) -> tuple[str, str] | None:
         if len(sharing) == 1:
             continue
         owners = torch.full((sharing[0][1].untyped_storage().nbytes() // 4,), -1)  # all are float32
-        for index, (path, parameter) in enumerate(sharing):
-            own = owners.as_strided(parameter.shape, parameter.stride(), parameter.storage_offset())
+        for index, (path, tensor) in enumerate(sharing):
+            own = owners.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
             if own.numel() and (other := int(own.max())) >= 0:
                 return sharing[other][0], path
             own.fill_(index)

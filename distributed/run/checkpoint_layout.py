@@ -200,13 +200,18 @@ def newest_complete(folder: Path) -> NewestComplete:
     return NewestComplete(None, damaged)
 
 
-def newest_saved(folder: Path) -> SavedState | None:
-    """Find the newest checkpoint whose state.json is intact. Fast, because it does not read the tensors."""
+def newest_saved(folder: Path, *, reachable: bool = False) -> SavedState | None:
+    """Find the newest checkpoint whose state.json is intact. Fast, because it does not read the tensors.
+
+    Args:
+        reachable: raise OSError if one is out of reach, which otherwise counts as not intact.
+    """
     for _ in range(2):  # again: an attempt that is ending may have replaced all of them meanwhile
         for path in reversed(checkpoints(folder)):
-            content = read_object(path / STATE)
+            content = read_object(path / STATE, reachable=reachable)
             with suppress(FileNotFoundError):  # deleted since
-                if content and is_intact(read_object(path / MANIFEST), content, digest_of(path / STATE)):
+                manifest = read_object(path / MANIFEST, reachable=reachable)
+                if content and is_intact(manifest, content, digest_of(path / STATE)):
                     return SavedState(path, content)
     return None
 

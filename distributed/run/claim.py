@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ from loguru import logger
 
 from distributed.config import TrainConfig, as_toml
 from distributed.errors import ExitCode, InputError, StorageError
-from distributed.files import open_regular, replace_json, replace_text, storing, sync_folder, write_at_once
+from distributed.files import open_regular, replace_json, replace_text, storing, sync_to_disk, write_at_once
 from distributed.host.identity import host
 from distributed.host.versions import git_state, versions
 from distributed.process.exits import SAVE_SECONDS
@@ -126,10 +127,12 @@ class ClaimedRun(RunFolder):
             replace_text(file, text)
 
     def commit(self, temporary: Path, path: Path) -> None:
-        """Rename a folder to its final name in the run folder, durably."""
+        """Rename a folder to its final name in the run folder, durably, after the metrics up to then."""
         self.check_token()
+        with suppress(FileNotFoundError):
+            sync_to_disk(self.metrics_file)  # else a power failure could lose them alone
         os.rename(temporary, path)
-        sync_folder(path.parent)
+        sync_to_disk(path.parent)
 
     def try_cleanup(self, failure: str, work: Callable[[], object]) -> None:
         """Run work in the folder that training does not depend on. Log each error once, as a warning.

@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import ray
 from loguru import logger
@@ -13,6 +15,7 @@ from distributed.config import TrainConfig
 from distributed.config.scaling import Scaling
 from distributed.errors import InputError
 from distributed.host.identity import host
+from distributed.run.records import Holder
 from launch.address import is_loopback
 from launch.doctor.diagnosis import folder_faults, model_differences, version_differences
 from launch.doctor.reports import NodeReport
@@ -85,6 +88,18 @@ def check_nodes(config: TrainConfig, scaling: Scaling, checked: CheckedNodes, *,
     checked.excluded |= bad
     checked.usable |= failures.keys() - bad
     return not bad and failures.keys() == nodes.keys()
+
+
+def release_lock_of_lost_node(run_dir: Path) -> None:
+    """Remove the run folder's lock if a lost node holds it: a file server may keep the lock of a dead host for good.
+
+    A node that is only cut off from the cluster cannot write afterwards: its token is no longer that of the folder.
+    """
+    with suppress(RayError, RuntimeError, OSError):
+        holder, nodes = Holder.read(run_dir / "attempt.json").host, compat.cluster_nodes()
+        alive = {node.hostname for node in nodes if node.alive}
+        if holder in {node.hostname for node in nodes} - alive:
+            (run_dir / ".lock").unlink(missing_ok=True)
 
 
 def _failures(nodes: dict[str, str], config: TrainConfig, token: str) -> dict[str, list[str]]:

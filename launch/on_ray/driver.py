@@ -7,6 +7,7 @@ first requests that the workers save and return, and retries only if the next at
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from distributed.run.checkpoint_layout import step_of
 from distributed.run.folder import RunFolder
 from distributed.training.stop import StopSource
 from launch.on_ray.capacity import CapacityError, wait_for_capacity
-from launch.on_ray.cluster import CheckedNodes, check_nodes
+from launch.on_ray.cluster import CheckedNodes, check_nodes, release_lock_of_lost_node
 from launch.on_ray.connection import connected
 from launch.on_ray.growth import GROWTH, GrowthMonitor
 from launch.on_ray.settings import Training
@@ -89,6 +90,8 @@ def run_attempts(
         outcome = run_attempt(config, scaling, workers, nodes, stop, callbacks)
         if outcome.code is not None:
             return outcome.code
+        if outcome.failed:
+            release_lock_of_lost_node(config.run_dir)
         before, saved = saved, _saved_step(config)
         failures = 0 if saved > before else failures + outcome.failed
         if failures > scaling.max_failures:
@@ -110,6 +113,8 @@ def run_attempt(
     """Run one attempt with `workers` workers on the usable nodes."""
     key = uuid.uuid4().hex
     logger.info("starting {} worker{}", workers, "s" if workers > 1 else "")
+    with suppress(OSError):  # Ray's list of reported epochs: one that a kill cut off would fail every later attempt
+        (config.run_dir / "ray" / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     growth = GrowthMonitor(config, scaling, workers, nodes.excluded)
     reason: str | None = None
     try:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from distributed.comm import collectives, shared_memory
 from distributed.comm.all_gather import AllGather, SharedMemoryAllGather, open_all_gather, process_group_all_gather
+from distributed.errors import ExitCode
+from distributed.process import exits
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
@@ -191,3 +193,21 @@ def open_without_shared_memory(how: str) -> tuple[str, list[list[float]], set[st
 @pytest.mark.parametrize("how", list(NOT_SHARED))
 def test_ranks_without_shared_memory_use_the_process_group(how: str) -> None:
     assert run_ranks(open_without_shared_memory, 2, how) == [("process_group_all_gather", [[1.0], [2.0]], set())] * 2
+
+
+def test_an_immediate_exit_leaves_no_shared_memory(monkeypatch):
+    """os._exit does not run `finally`: the file would occupy memory until a reboot."""
+    before, during = files(), []
+
+    def exit_meanwhile(value):
+        if isinstance(value, bool):  # the rank has opened the file
+            during.append(files() - before)
+            for hook in list(exits._hooks):
+                hook(exits.Exit(ExitCode.STOPPED, "SIGINT"))
+            during.append(files() - before)
+        return [value]
+
+    monkeypatch.setattr(collectives, "gather_objects", exit_meanwhile)
+    hooks = list(exits._hooks)
+    assert shared_memory.open_shared_memory(64, CPU)
+    assert ([len(found) for found in during], exits._hooks) == ([1, 0], hooks)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from distributed.checkpoint import snapshot
 from distributed.checkpoint import writer as module
 from distributed.checkpoint.checkpointer import Checkpointer
+from distributed.checkpoint.resume_point import load_tensors
 from distributed.checkpoint.save_budget import SaveBudget
 from distributed.checkpoint.snapshot import write_checkpoint
 from distributed.checkpoint.tensor_file import read_tensors
@@ -780,3 +781,20 @@ def test_a_lost_run_resumes_from_its_store(run, tmp_path):
     again.wait(stopping=True)
     assert state.step == 2
     assert names(run.checkpoints) == ["latest", newest.name, f"{newest.name}.damaged"]
+
+
+def test_metrics_are_on_the_disk_before_the_checkpoint(run, monkeypatch):
+    run.metrics_file.write_text('{"kind": "train", "epoch": 0, "step": 1}\n')
+    order, fsync, rename = [], os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: (order.append(os.fstat(handle).st_ino), fsync(handle))[1])
+    monkeypatch.setattr(os, "rename", lambda *names: (order.append("rename"), rename(*names))[1])
+    saved(run, 1)
+    assert order.index(run.metrics_file.stat().st_ino) < order.index("rename")
+
+
+def test_a_checkpoint_that_becomes_visible_late_is_read(run, tmp_path):
+    """E.g. on another node of an NFS, right after rank 0 has downloaded it."""
+    (path,) = saved(run, 1)
+    hidden = path.rename(tmp_path / "hidden")
+    threading.Timer(0.5, hidden.rename, [path]).start()
+    assert "model.0.weight" in load_tensors(path)

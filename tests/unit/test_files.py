@@ -3,6 +3,7 @@ import os
 import socket
 import stat
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -193,3 +194,18 @@ def test_an_output_that_cannot_be_written_is_refused(
         with pytest.raises(InputError, match=message) as found:
             check_writable("--out", Path(name))
     assert "name a file that can be written" in str(found.value)
+
+
+@pytest.mark.parametrize(("number", "is_raised"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_that_cannot_sync_folders_is_usable(tmp_path, monkeypatch, number, is_raised):
+    fsync = os.fsync
+
+    def only_files(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    with pytest.raises(OSError, match="Input/output") if is_raised else nullcontext():
+        replace_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "new"

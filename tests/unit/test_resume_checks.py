@@ -1,6 +1,8 @@
 """Which configs may resume the run in a folder, and when that run is finished."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -214,3 +216,18 @@ def test_fewer_epochs_than_trained_are_refused(path, schedule):
     assert caught.value.lines == (
         f"epochs = 9: the run in {path} has already trained 10 epochs; give --epochs 10 or more, or another --run_dir",
     )
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_checkpoint_out_of_reach_is_not_lost(path, monkeypatch, number):
+    checkpointed(path, config_of(path))
+    opens = os.open
+
+    def out_of_reach(file, *arguments, **options):
+        if Path(file).name == "state.json":
+            raise OSError(number, os.strerror(number), str(file))
+        return opens(file, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", out_of_reach)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        resume_checks.check_run_folder(config_of(path))

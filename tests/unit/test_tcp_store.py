@@ -84,3 +84,12 @@ def test_silent_program_at_the_port_times_out():
 def test_missing_server_is_named(has_agent, who):
     with pytest.raises(PeerError, match=f"^{who} did not arrive at 127.0.0.1:.* within 0.3 s .Connection refused"):
         opened(a_port(), 1, seconds=0.3, has_agent=has_agent)
+
+
+def test_a_rank_whose_agent_has_ended_does_not_wait_for_it(monkeypatch):
+    """E.g. torchrun was killed while the rank started, before the rank knew its parent."""
+    monkeypatch.setattr("distributed.comm.tcp_store._AGENT_SECONDS", 0.3)
+    begin = time.monotonic()
+    with pytest.raises(PeerError, match=r"torchrun's agent at 127\.0\.0\.1:.* has ended"):
+        opened(a_port(), 0, seconds=60, has_agent=True)
+    assert time.monotonic() - begin < 30

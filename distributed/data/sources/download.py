@@ -16,7 +16,7 @@ from typing import IO, Any
 from distributed.data.sources.once_per_node import once_per_node
 from distributed.data.sources.progress import progress
 from distributed.errors import InputError
-from distributed.files import sync_folder
+from distributed.files import sync_to_disk
 
 _BLOCK_BYTES = 1 << 16
 _PERMANENT = range(400, 500)  # statuses that a retry does not change
@@ -201,4 +201,4 @@ def _commit(partial: Path, target: Path) -> None:
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(target)
-    sync_folder(target.parent)
+    sync_to_disk(target.parent)
