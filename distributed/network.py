@@ -1,6 +1,7 @@
 """Builds a run's network and checks, before any process group exists, that it can be trained as configured."""
 
 import hashlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,6 +109,7 @@ def _check_imported(
     name = config.model.name
     check = partial(check_output, model, name=name, num_classes=data.num_classes, seed=config.seed)
     draws = check(images[:2], keys[:2])
+    _check_low_res(check, config, data)
     if (
         topology.world_size == 1
         and not config.shards_on(device.type)
@@ -150,6 +152,17 @@ def _check_imported(
             "[1], or set engine.name = ddp"
         )
     return layers_to_shard(model, images)
+
+
+def _check_low_res(check: Callable[[Tensor, Tensor], bool], config: TrainConfig, data: DataPipeline) -> None:
+    """Raise InputError if the network does not take images of `data.augment.low_res_side`, in case it is set."""
+    if not config.data.augment.low_res_epochs:
+        return
+    small = data.example(low_res=True)
+    try:
+        check(small.images[:2].cpu().float(), small.sample_keys[:2].cpu())
+    except InputError as error:
+        raise InputError(f"{error}; data.augment.low_res_side needs a network that takes images of any size") from None
 
 
 def _warn_about_changes(model: nn.Module, images: Tensor, name: str, *, several: bool) -> None:

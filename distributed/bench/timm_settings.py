@@ -114,7 +114,7 @@ def _inexpressible(config: TrainConfig) -> list[str]:
     }
     found |= {
         f"data.augment.{name} = {value}": bool(value)
-        for name in ("mixup", "cutmix", "cutout", "function")
+        for name in ("mixup", "cutmix", "cutout", "low_res_epochs", "function")
         if (value := getattr(augment, name))
     }
     known = _ALL_OPTIMIZERS | _OPTIMIZERS.get(optim["name"], optim.keys())

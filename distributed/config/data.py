@@ -59,6 +59,17 @@ class Augment(Section):
         ge=0,
         le=4096,
     )
+    low_res_epochs: int = setting(
+        0,
+        "epochs at the start that train on images of low_res_side, in less time (progressive resizing); 0: none",
+        ge=0,
+    )
+    low_res_side: int | None = setting(
+        None,
+        "height and width in pixels to which images are resized in these epochs, after all other changes",
+        ge=8,
+        le=4096,
+    )
     function: Annotated[str | None, BeforeValidator(_function_path)] = setting(
         None,
         "a function by import path that changes the images after crop and flip: function(images, draws), uint8 [n, h, w, c] "
@@ -103,6 +114,16 @@ class _Data(Section):
     def conflicts(self) -> list[str]:
         """Return one line per conflict within the section."""
         found = []
+        if self.augment.low_res_epochs and self.augment.low_res_side is None:
+            found.append(
+                f"data.augment.low_res_epochs = {self.augment.low_res_epochs} needs data.augment.low_res_side: set it to the "
+                "height and width in pixels of these epochs, e.g. 24"
+            )
+        if self.augment.low_res_side is not None and not self.augment.low_res_epochs:
+            found.append(
+                f"data.augment.low_res_side = {self.augment.low_res_side} has no effect with data.augment.low_res_epochs = 0: "
+                "remove it or set data.augment.low_res_epochs"
+            )
         if self.augment.crop_padding == "reflect" and not self.augment.crop:
             found.append(
                 "data.augment.crop_padding = reflect has no effect with data.augment.crop = 0: remove it or set "

@@ -7,7 +7,7 @@ from distributed.config.sections import Evaluation
 def size_conflicts(
     augment: Augment, evaluation: Evaluation, height: int, width: int, *, resized_side: int | None
 ) -> list[str]:
-    """Return one line, with its remedy, for each setting that reflects more of an image than there is.
+    """Return one line, with its remedy, for each setting that needs larger images.
 
     Args:
         height, width: of the stored images, in pixels.
@@ -22,6 +22,11 @@ def size_conflicts(
         )
     if resized_side:
         side = height = width = resized_side
+    if augment.low_res_side is not None and augment.low_res_side >= side:
+        found.append(
+            f"data.augment.low_res_side = {augment.low_res_side} is no reduction of images of {height} x {width} pixels: set "
+            "it to less, or remove it and data.augment.low_res_epochs"
+        )
     if evaluation.shift_tta >= side:
         found.append(
             f"evaluation.shift_tta = {evaluation.shift_tta} is too much for images of {height} x {width} pixels: set it to "

@@ -173,7 +173,11 @@ class TrainConfig(Section):
             *self._side_conflicts(),
             *self.engine.conflicts(self.exact.shards, self.precision),
             *self._batch_conflicts(),
-            *(compile_conflicts(self.engine, self.exact.shards) if self.compile else []),
+            *(
+                compile_conflicts(self.engine, self.exact.shards, self.data.augment.low_res_epochs)
+                if self.compile
+                else []
+            ),
             *self.grad_checkpointing.conflicts(self.exact.shards, self.engine, compile=self.compile),
             *self.optim.conflicts(engine=self.engine.name),
             *self.schedule.conflicts(epochs=self.epochs),

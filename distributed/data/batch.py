@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distributed.comm.reduction_tree import shard_range
+from distributed.data.resize import resize_and_crop
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,19 @@ class InputFormat:
     def memory_format(self) -> torch.memory_format:
         """The layout as torch names it."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def converted(self, images: Tensor, *, side: int | None = None) -> Tensor:
+        """Return normalized images [n, h, w, c] as the network's input, [n, c, h, w].
+
+        Args:
+            side: height and width of the result; by default `resized_side`.
+        """
+        if side := side or self.resized_side:
+            images = resize_and_crop(images, side)
+        images = images.permute(0, 3, 1, 2)
+        if self.repeats_channel and images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        return images.contiguous(memory_format=self.memory_format)
 
 
 class MicroBatch(NamedTuple):

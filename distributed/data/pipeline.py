@@ -17,7 +17,6 @@ from distributed.data.batch import Batch, Batching, InputFormat, MicroBatch, Mix
 from distributed.data.mixup import mix
 from distributed.data.normalize import Normalizer, channel_statistics, spread
 from distributed.data.residency import ResidentSplit, as_tensor, copied, residency
-from distributed.data.resize import resize_and_crop
 from distributed.data.sources import cifar
 from distributed.data.sources.arrays import GivenArrays
 from distributed.data.sources.mapped import ReadAhead
@@ -130,11 +129,12 @@ class DataPipeline:
         counts = torch.bincount(train.labels[train.ids].cpu(), minlength=self.num_classes)
         return [label for label, count in enumerate(counts.tolist()) if not count]
 
-    def example(self) -> Batch:
-        """Return the first few training images, the same on every rank, as example input for a model."""
+    def example(self, *, low_res: bool = False) -> Batch:
+        """Return the first few training images, the same on every rank, as example input; `low_res`: in that size."""
         order = self._splits["train"].ids[:8]
         entire = MicroBatch(0, n := len(order), slice(0, n), (n,), n)
-        return next(self._augmented([entire], order, epoch=0))
+        epoch = 0 if low_res else self.config.augment.low_res_epochs
+        return next(self._augmented([entire], order, epoch=epoch))
 
     def raw_images(self, count: int) -> Tensor:
         """Return up to `count` images from all parts of the training split as stored: uint8 [n, h, w, c] on the device."""
@@ -145,7 +145,7 @@ class DataPipeline:
 
     def inputs(self, count: int) -> Tensor:
         """Return the images of `raw_images` as the model's input: [n, c, h, w] on the device."""
-        return self._model_input(self.normalizer(self.raw_images(count)))
+        return self.input_format.converted(self.normalizer(self.raw_images(count)))
 
     def train_epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[list[Batch]]:
         """Yield, per step from `start_step` on, this rank's shards of each micro-batch.
@@ -190,6 +190,9 @@ class DataPipeline:
             keys = rng.sample_keys(both, seed=seed, epoch=epoch)
             images = augment(images, keys, config, mirrored=alternating_flips(both, config, seed=seed, epoch=epoch))
             images, own_weight = self._transformed(images, keys, [size for own in run for size in own.shard_sizes])
+            images = self.input_format.converted(
+                images, side=config.low_res_side if epoch < config.low_res_epochs else None
+            )
             labels = train.labels[ids]
             mixed = None if own_weight is None else Mixed(train.labels[partners], own_weight)
             stop = 0
@@ -209,7 +212,7 @@ class DataPipeline:
             sizes: number of images in each shard; their sum is n.
 
         Returns:
-            images [n, c, h, w]; the weights of their own labels [n] if they are mixed.
+            images [n, h, w, c]; the weights of their own labels [n] if they are mixed.
         """
         count, config = sum(sizes), self.config.augment
         if self.augment_function:
@@ -217,10 +220,7 @@ class DataPipeline:
         images = self.normalizer(images)
         if config.cutout:
             images = cut_out(images, keys, config.cutout)
-        own_weight = None
-        if config.mixes:
-            images, own_weight = mix(images[:count], images[count:], keys[:count], config)
-        return self._model_input(images), own_weight
+        return mix(images[:count], images[count:], keys[:count], config) if config.mixes else (images, None)
 
     def evaluation(self, split: Split) -> Iterator[Batch]:
         """Yield every image of a split once over all ranks, unpadded.
@@ -237,14 +237,5 @@ class DataPipeline:
         gathered = resident.gather(micro_batch.ids(gather_ids) for micro_batch in micro_batches)
         for micro_batch, images in zip(micro_batches, gathered, strict=True):
             ids = micro_batch.ids(resident.ids)
-            images = self._model_input(self.normalizer(images))
+            images = self.input_format.converted(self.normalizer(images))
             yield Batch(images, resident.labels[ids], ids, keys, size, micro_batch.shard_sizes)
-
-    def _model_input(self, images: Tensor) -> Tensor:
-        """Return [n, h, w, c] as the models' [n, c, h, w], in the config's size, channels and memory format."""
-        if self.input_format.resized_side:
-            images = resize_and_crop(images, self.input_format.resized_side)
-        images = images.permute(0, 3, 1, 2)
-        if self.input_format.repeats_channel and images.shape[1] == 1:
-            images = images.expand(-1, 3, -1, -1)
-        return images.contiguous(memory_format=self.input_format.memory_format)

@@ -113,7 +113,9 @@ class ExactEngine:
     def micro_step(self, loss: Loss, batch: Batch, *, last: bool) -> Outcome:
         with self._computing():
             passes = partial(self._pass, loss, batch)
-            outcome = passes(self._reducer, grouped=self._groups.allowed(batch.shard_sizes, passes))
+            outcome = passes(
+                self._reducer, grouped=self._groups.allowed((batch.shard_sizes, batch.images.shape[1:]), passes)
+            )
         self._reducer.finish_micro_step(last=last)
         return outcome
 

@@ -6,7 +6,7 @@ round differently: an element can be in the remainder of a shard, but not in tha
 an operation outside the list below. Those on it move numbers, round correctly, or treat each sample alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -45,7 +45,7 @@ class Passes(Protocol):
 
 
 class GroupTrials:
-    """The results of trials, by the sizes of the shards.
+    """The results of trials, by the shapes of the inputs.
 
     Args:
         model: with synchronized batch norm.
@@ -55,17 +55,21 @@ class GroupTrials:
     def __init__(self, model: nn.Module, executor: ShardExecutor, *, possible: bool) -> None:
         self._model, self._executor = model, executor
         self._possible = possible and executor.largest_group > 1 and make_groupable(model)
-        self._seen = set[tuple[int, ...]]()
-        self._allowed: dict[tuple[int, ...], bool] = {}
+        self._seen = set[Hashable]()
+        self._allowed: dict[Hashable, bool] = {}
 
-    def allowed(self, sizes: tuple[int, ...], passes: Passes) -> bool:
-        """Return whether shards of these sizes may be grouped. Tries it, without other ranks, when they occur a second time."""
+    def allowed(self, shapes: Hashable, passes: Passes) -> bool:
+        """Return whether shards of these shapes may be grouped. Tries it, without other ranks, when they occur a second time.
+
+        Args:
+            shapes: the number of images in each shard, and their size.
+        """
         if not self._possible:
             return False
-        if sizes in self._seen and sizes not in self._allowed:
-            self._allowed[sizes] = self._try(passes)
-        self._seen.add(sizes)
-        return self._allowed.get(sizes, False)
+        if shapes in self._seen and shapes not in self._allowed:
+            self._allowed[shapes] = self._try(passes)
+        self._seen.add(shapes)
+        return self._allowed.get(shapes, False)
 
     def _try(self, passes: Passes) -> bool:
         with self._executor.alone():

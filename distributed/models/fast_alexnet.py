@@ -21,7 +21,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
 class FastAlexNet(nn.Module):
-    """Images [n, 3, h, w] in, logits [n, num_classes] out. Images of another size than 32 x 32 are resized.
+    """Images [n, 3, h, w] in, logits [n, num_classes] out. Images larger than 32 x 32 or smaller than 16 x 16 are resized.
 
     Args:
         widths: channels of the three blocks.
@@ -49,7 +49,7 @@ class FastAlexNet(nn.Module):
 
     def resized(self, images: Tensor) -> Tensor:
         """Return images [n, 3, h, w] in the size that the first layer takes."""
-        return resize(images, 32)
+        return images if all(16 <= side <= 32 for side in images.shape[2:]) else resize(images, 32)
 
     @torch.no_grad()
     def start_as_identity(self) -> None:

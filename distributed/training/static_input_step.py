@@ -45,7 +45,10 @@ class StaticInputStep:
         """Take one optimizer step. Returns the gradient's norm, a scalar on the device that the next step overwrites."""
         self._lr.fill_(lr)
         self._step.fill_(step)
-        key = tuple((batch.global_count, batch.shard_sizes, batch.mixed is not None) for batch in micro_batches)
+        key = tuple(
+            (batch.global_count, batch.shard_sizes, batch.images.shape, batch.mixed is not None)
+            for batch in micro_batches
+        )
         inputs = self._inputs.get(key)
         if inputs is None:
             inputs = self._inputs[key] = _StaticInputs([_clone(batch) for batch in micro_batches])

@@ -75,7 +75,16 @@ CASES: dict[str, dict[str, Any]] = {
         "optim": {"name": "muon", "lr": 0.2, "bias_lr_factor": 2.0},
         "schedule": {"name": "linear"},
         "evaluation": {"flip_tta": True, "shift_tta": 1},
-        "data": {"train_samples": 50, "augment": {"crop": 2, "crop_padding": "reflect", "flip": "alternating"}},
+        "data": {
+            "train_samples": 50,
+            "augment": {
+                "crop": 2,
+                "crop_padding": "reflect",
+                "flip": "alternating",
+                "low_res_epochs": 1,
+                "low_res_side": 20,
+            },
+        },
     },
 }
 THREADS = {3: (1,), 1: (1, 2), 8: (1,), 2: (2,), 4: (1,)}

@@ -278,6 +278,10 @@ def test_only_cifar_is_downloaded(name):
             "data.split_seed = 7 has no effect with data.validation_fraction = 0",
         ),
         (
+            ["--data.augment.low_res_side", "24"],
+            "data.augment.low_res_side = 24 has no effect with data.augment.low_res_epochs = 0",
+        ),
+        (
             ["--optim.weight_decay", "0", "--optim.decay_norm_and_bias"],
             "optim.decay_norm_and_bias has no effect with optim.weight_decay = 0",
         ),
@@ -285,6 +289,18 @@ def test_only_cifar_is_downloaded(name):
 )
 def test_a_setting_that_another_makes_void_is_an_error(arguments, line):
     assert mistakes(*arguments)[0].startswith(line)
+
+
+LOW_RES = ("--data.augment.low_res_epochs", "2", "--data.augment.low_res_side", "24")
+
+
+def test_epochs_in_low_resolution_need_a_size():
+    assert mistakes(*LOW_RES[:2])[0].startswith("data.augment.low_res_epochs = 2 needs data.augment.low_res_side")
+
+
+def test_a_compiled_network_has_one_image_size():
+    (line,) = mistakes(*LOW_RES, "--compile", "--exact.shards", "0")
+    assert line.startswith("compile = true cannot be combined with data.augment.low_res_epochs = 2")
 
 
 @pytest.mark.parametrize("arguments", [["--data.download"], ["--data.download", "--data.urls", '["http://one/x"]']])

@@ -3,6 +3,8 @@
 import pytest
 from kit.configs import config_of
 
+LOW_RES = ["--data.augment.low_res_epochs", "1", "--data.augment.low_res_side"]
+
 
 @pytest.mark.parametrize(
     ("settings", "size", "refused"),
@@ -14,8 +16,11 @@ from kit.configs import config_of
         (["--evaluation.shift_tta", "11"], (12, 40), None),
         (["--evaluation.shift_tta", "12", "--model.name", "net:net", "--model.input_side", "16"], (12, 40), None),
         (["--evaluation.shift_tta", "16", "--model.name", "net:net", "--model.input_side", "16"], (40, 40), "16 x 16"),
+        ([*LOW_RES, "12"], (40, 12), "data.augment.low_res_side = 12 is no reduction of images of 40 x 12"),
+        ([*LOW_RES, "11"], (40, 12), None),
+        ([*LOW_RES, "20", "--model.name", "net:net", "--model.input_side", "16"], (40, 40), "16 x 16"),
     ],
 )  # fmt: skip
-def test_what_is_reflected_must_fit_into_the_image(settings, size, refused):
+def test_settings_must_fit_the_size_of_the_images(settings, size, refused):
     found = config_of("--data.name", "arrays", *settings).size_conflicts(*size)
     assert (refused in found[0]) if refused else not found

@@ -11,6 +11,7 @@ from distributed import rng
 from distributed.config.data import Augment, GeneratedData
 from distributed.data.batch import Batch, Batching, InputFormat, Shards
 from distributed.data.pipeline import DataPipeline
+from distributed.data.resize import resize_and_crop
 from distributed.data.sources import synthetic
 
 CPU = torch.device("cpu")
@@ -152,7 +153,7 @@ def test_normalization_does_not_depend_on_a_pixels_position(dtype):
         images = torch.randint(0, 256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8)
         expected = torch.stack([table[images[..., channel].long(), channel] for channel in range(3)], -1)
         assert torch.equal(data.normalizer(images), expected), f"{count} images"
-        assert torch.equal(data._model_input(data.normalizer(images)), expected.permute(0, 3, 1, 2))
+        assert torch.equal(data.input_format.converted(data.normalizer(images)), expected.permute(0, 3, 1, 2))
 
 
 def test_cut_out_sets_a_square_to_the_mean():
@@ -297,3 +298,24 @@ def test_the_example_is_the_same_on_every_rank():
 
 def test_the_number_of_classes_comes_from_the_data_set():
     assert pipeline().num_classes == 10
+
+
+def test_the_first_epochs_train_on_smaller_images():
+    small, full = (pipeline(augment=Augment(**low_res)) for low_res in ({"low_res_epochs": 2, "low_res_side": 20}, {}))
+    for epoch in range(3):
+        (batch,), (expected,) = next(small.train_epoch(epoch)), next(full.train_epoch(epoch))
+        if epoch < 2:
+            images = resize_and_crop(expected.images.permute(0, 2, 3, 1), 20).permute(0, 3, 1, 2)
+            expected = replace(expected, images=images)
+            assert batch.images.shape == (16, 3, 20, 20)
+        assert_equal(batch, expected)
+    assert next(small.evaluation("test")).images.shape[2:] == (32, 32)
+    assert small.example().images.shape[2:] == (32, 32)
+    assert small.example(low_res=True).images.shape[2:] == (20, 20)
+
+
+def test_smaller_images_do_not_depend_on_their_batch():
+    augment = Augment(low_res_epochs=1, low_res_side=20)
+    (entire,) = next(pipeline(augment=augment).train_epoch(0))
+    parts = [next(pipeline(augment=augment, rank=rank, world_size=3).train_epoch(0)) for rank in range(3)]
+    assert torch.equal(torch.cat([batch.images for (batch,) in parts]), entire.images)

@@ -246,9 +246,9 @@ def with_alias(*, transposed: bool) -> nn.Module:
     return net
 
 
-def with_sparse(kind: str) -> nn.Module:
+def with_sparse() -> nn.Module:
     net = Net(10)
-    net.register_buffer("graph", getattr(torch.eye(3), kind)())
+    net.register_buffer("graph", torch.eye(3).to_sparse())
     return net
 
 
@@ -269,8 +269,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "complex": (Rotary(), "angles is complex, and `precision` would drop its imaginary part"),
     "an alias": (with_alias(transposed=False), "two.weight is another parameter in the memory of one.weight"),
     "a transposed alias": (with_alias(transposed=True), "two.weight is another parameter in the memory of one.weight"),
-    "sparse": (with_sparse("to_sparse"), "graph is torch.sparse_coo, which checkpoints cannot hold"),
-    "sparse rows": (with_sparse("to_sparse_csr"), "graph is torch.sparse_csr, which checkpoints cannot hold"),
+    "sparse": (with_sparse(), "graph is torch.sparse_coo, which checkpoints cannot hold"),
     "lazy": (nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), "1.weight has no size before the first forward pass"),
 }
 
@@ -282,6 +281,15 @@ def test_a_wrong_network_is_one_line(case: str, tmp_path: Path) -> None:
     assert line.startswith("model.name = __main__:")
     assert message in line
     assert not (tmp_path / "run/config.toml").exists()
+
+
+def test_a_network_that_takes_one_size_is_refused_in_low_resolution(tmp_path: Path) -> None:
+    data = {"train_samples": 48, "validation_fraction": 0.25, "augment": {"low_res_epochs": 1, "low_res_side": 24}}
+    config = small_config(tmp_path / "run", data=data)
+    with pytest.raises(
+        InputError, match=r"images of shape \[2, 3, 24, 24\].*; data\.augment\.low_res_side needs a network"
+    ):
+        train(config, model=lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(3072, num_classes)))
 
 
 def test_a_network_that_needs_images_is_refused(tmp_path: Path) -> None:
