@@ -63,7 +63,7 @@ def dry_run(config: TrainConfig) -> None:
     with ExitStack() as stack:
         data = build_data(config, topology, device)
         loss = build_functions(config, topology, data, device).loss.training
-        network = build_initial_network(config, topology, data, device)
+        network = build_initial_network(config, topology, data)
         trained = {name: p.numel() for name, p in network.model.named_parameters() if p.requires_grad}
         frozen = sum(p.numel() for p in network.model.parameters()) - sum(trained.values())
         stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
@@ -91,12 +91,13 @@ def dry_run(config: TrainConfig) -> None:
 
 
 def _time_steps(train_step: StepFunction, totals: TotalsAccumulator, data: DataPipeline, state: TrainState) -> _Timing:
-    """Take and time training steps, from the first epoch on. A collective."""
+    """Take and time training steps, from the first epoch on whose images have the full size. A collective."""
     device = data.input_format.device
     # On a GPU one step augments the images of several. Limit these to the number of timed steps, so that exactly one timed
     # step does so.
     data.augmented_at_once = min(data.augmented_at_once, _TIMED_STEPS * data.batching.grad_accum_steps)
-    epochs = chain.from_iterable(data.train_epoch(epoch, start_step=0) for epoch in count())
+    first = data.config.augment.low_res_epochs  # smaller images take less time and memory
+    epochs = chain.from_iterable(data.train_epoch(epoch, start_step=0) for epoch in count(first))
     batches = islice(epochs, _WARM_UP_STEPS + _TIMED_STEPS)
     seconds, images = list[float](), 0
     start = time.perf_counter()

@@ -138,7 +138,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     data = build_data(config, topology, device)
     check_channels(content, config, data)
     functions = build_functions(config, topology, data, device)
-    network = build_network(config, topology, data, device, evaluates=split)
+    network = build_network(config, topology, data, evaluates=split)
     with process_group(topology, device, timeout_seconds=config.timeout_seconds), reachable_paths():
         check_evaluated(content, config, data, split)
         data.normalize_by(**content["normalization"])

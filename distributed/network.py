@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from distributed.checkpoint.warm_start import start_from
 from distributed.comm import collectives
 from distributed.config import TrainConfig
-from distributed.config.models import ImportedModel
+from distributed.config.models import BuiltInModel, ImportedModel
+from distributed.data.batch import Batch
 from distributed.data.pipeline import DataPipeline, Split
 from distributed.errors import InputError, reported_once
 from distributed.host.importable import SCRIPT
@@ -41,7 +42,6 @@ def build_network(
     config: TrainConfig,
     topology: Topology,
     data: DataPipeline,
-    device: torch.device,
     given: GivenModel | None = None,
     *,
     evaluates: Split | None = None,
@@ -62,24 +62,32 @@ def build_network(
         if config.engine.name == "deepspeed" and topology.world_size > 1:  # a single process does not use it
             require_deepspeed()
         model = build_model(config.model, num_classes=data.num_classes, seed=config.seed, given=given)
+        side = config.data.augment.low_res_side
+        if isinstance(model, FastAlexNet):
+            model.low_res_side = side
+        elif side and isinstance(config.model, BuiltInModel):
+            raise InputError(
+                f"data.augment.low_res_side = {side} saves no time with model.name = {config.model.name}, which resizes all "
+                "images to one size: remove it and data.augment.low_res_epochs, or set model.name = fast_alexnet"
+            )
         if isinstance(config.model, ImportedModel):
-            return Network(model, _check_imported(model, config, topology, data, device, evaluates))
+            return Network(model, _check_imported(model, config, topology, data, evaluates))
     return Network(model, {name: 1 for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)})
 
 
 def build_initial_network(
-    config: TrainConfig, topology: Topology, data: DataPipeline, device: torch.device, given: GivenModel | None = None
+    config: TrainConfig, topology: Topology, data: DataPipeline, given: GivenModel | None = None
 ) -> Network:
     """Build the network as `build_network` does, with the weights that `init_from` names unless the run has saved.
 
     Raises:
         InputError: also if these weights do not fit, or if gradient checkpointing is not possible.
     """
-    network = build_network(config, topology, data, device, given)
+    network = build_network(config, topology, data, given)
     with reported_once(topology.local_rank):
         if blocks := blocks_to_checkpoint(network.model, config.grad_checkpointing):
-            example = data.example()
-            check_checkpointing(network.model, blocks, example.images[:2].cpu().float(), example.sample_keys[:2].cpu())
+            images, keys = _inputs(data.example())
+            check_checkpointing(network.model, blocks, images[:2], keys[:2])
         start_from(config, topology, network.model)
     return network
 
@@ -92,27 +100,22 @@ def whiten_first_layer(model: nn.Module, data: DataPipeline) -> None:
 
 
 def _check_imported(
-    model: nn.Module,
-    config: TrainConfig,
-    topology: Topology,
-    data: DataPipeline,
-    device: torch.device,
-    evaluates: Split | None,
+    model: nn.Module, config: TrainConfig, topology: Topology, data: DataPipeline, evaluates: Split | None
 ) -> dict[str, int]:
     """Raise InputError if an imported network cannot be trained as configured; return `Network.layers`."""
     from distributed.exact.check.supported import check_exact, mixes_samples  # only imported networks need these
     from distributed.exact.shardable_layers import layers_to_shard
     from distributed.models.network_output import check_output, check_without_images
 
-    example = data.example()
-    images, keys = example.images.cpu().float(), example.sample_keys.cpu()
-    name = config.model.name
+    images, keys = _inputs(data.example())
+    name, device_type = config.model.name, data.input_format.device.type
     check = partial(check_output, model, name=name, num_classes=data.num_classes, seed=config.seed)
     draws = check(images[:2], keys[:2])
-    _check_low_res(check, config, data)
+    if config.data.augment.low_res_epochs:
+        _check_low_res(check, data)
     if (
         topology.world_size == 1
-        and not config.shards_on(device.type)
+        and not config.shards_on(device_type)
         and not evaluates
         and min(training_batches(data)) == 1
     ):
@@ -129,8 +132,8 @@ def _check_imported(
             model, images[:0], keys[:0], name=name, num_classes=data.num_classes, in_training=in_training
         )
     images = images[torch.arange(3) % len(images)]  # the passes change the copies
-    if config.shards_on(device.type):
-        check_exact(model, images, device_type=device.type)
+    if config.shards_on(device_type):
+        check_exact(model, images, device_type=device_type)
         return layers_to_shard(model, images)
     if draws and topology.is_main:
         logger.warning(
@@ -154,15 +157,21 @@ def _check_imported(
     return layers_to_shard(model, images)
 
 
-def _check_low_res(check: Callable[[Tensor, Tensor], bool], config: TrainConfig, data: DataPipeline) -> None:
-    """Raise InputError if the network does not take images of `data.augment.low_res_side`, in case it is set."""
-    if not config.data.augment.low_res_epochs:
-        return
-    small = data.example(low_res=True)
+def _inputs(example: Batch) -> tuple[Tensor, Tensor]:
+    """Return images and keys for passes on the CPU in float32."""
+    return example.images.cpu().float(), example.sample_keys.cpu()
+
+
+def _check_low_res(check: Callable[[Tensor, Tensor], bool], data: DataPipeline) -> None:
+    """Raise InputError if the network does not take images of `data.augment.low_res_side`."""
+    images, keys = _inputs(data.example(low_res=True))
     try:
-        check(small.images[:2].cpu().float(), small.sample_keys[:2].cpu())
+        check(images[:2], keys[:2])
     except InputError as error:
-        raise InputError(f"{error}; data.augment.low_res_side needs a network that takes images of any size") from None
+        raise InputError(
+            f"{error}; raise data.augment.low_res_side, or remove it and data.augment.low_res_epochs if the network takes one "
+            "size only"
+        ) from None
 
 
 def _warn_about_changes(model: nn.Module, images: Tensor, name: str, *, several: bool) -> None:

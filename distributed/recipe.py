@@ -88,7 +88,7 @@ def train(
         own_sinks = open_sinks(config) if topology.is_main else []
         pipeline = build_data(config, topology, device, data)
         functions = build_functions(config, topology, pipeline, device, loss)
-        network = build_initial_network(config, topology, pipeline, device, model)
+        network = build_initial_network(config, topology, pipeline, model)
         stack.enter_context(process_group(topology, device, timeout_seconds=config.timeout_seconds))
         check_same_config(config)
         config = attempt.config = with_precision(config, device, saved_content)

@@ -74,7 +74,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         InputError: the file is not in safetensors format.
     """
     deadline = time.monotonic() + _VISIBLE_SECONDS
-    while not os.path.exists(path / TENSORS) and time.monotonic() < deadline:
+    while _is_missing(path / TENSORS) and time.monotonic() < deadline:
         time.sleep(0.2)
     try:
         return read_tensors(path)
@@ -85,6 +85,15 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
             f"{path}: rank {collectives.rank()} cannot read this checkpoint, which rank 0 found ({error.strerror or error}); "
             "run_dir must be shared storage"
         ) from None
+
+
+def _is_missing(file: Path) -> bool:
+    """Whether there is no such file; False if that is unknown, e.g. without permission."""
+    try:
+        os.stat(file)
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    return False
 
 
 def mismatch(path: Path, error: ValueError) -> str:

@@ -61,7 +61,7 @@ class Augment(Section):
     )
     low_res_epochs: int = setting(
         0,
-        "epochs at the start that train on images of low_res_side, in less time (progressive resizing); 0: none",
+        "number of first epochs that train on images of low_res_side, in less time (progressive resizing); 0: none",
         ge=0,
     )
     low_res_side: int | None = setting(
@@ -114,16 +114,6 @@ class _Data(Section):
     def conflicts(self) -> list[str]:
         """Return one line per conflict within the section."""
         found = []
-        if self.augment.low_res_epochs and self.augment.low_res_side is None:
-            found.append(
-                f"data.augment.low_res_epochs = {self.augment.low_res_epochs} needs data.augment.low_res_side: set it to the "
-                "height and width in pixels of these epochs, e.g. 24"
-            )
-        if self.augment.low_res_side is not None and not self.augment.low_res_epochs:
-            found.append(
-                f"data.augment.low_res_side = {self.augment.low_res_side} has no effect with data.augment.low_res_epochs = 0: "
-                "remove it or set data.augment.low_res_epochs"
-            )
         if self.augment.crop_padding == "reflect" and not self.augment.crop:
             found.append(
                 "data.augment.crop_padding = reflect has no effect with data.augment.crop = 0: remove it or set "

@@ -82,7 +82,7 @@ class DeepSpeed(_Engine):
 AnyEngine = Ddp | Fsdp | DeepSpeed
 
 
-def compile_conflicts(engine: AnyEngine, shards: Shards, low_res_epochs: int) -> list[str]:
+def compile_conflicts(engine: AnyEngine, shards: Shards) -> list[str]:
     """Return one line per setting that `compile = true` cannot be combined with."""
     found = []
     if shards not in ("auto", 0):
@@ -93,10 +93,5 @@ def compile_conflicts(engine: AnyEngine, shards: Shards, low_res_epochs: int) ->
     if engine.name != "ddp":
         found.append(
             f"compile = true cannot be combined with engine.name = {engine.name}: set engine.name = ddp, or compile = false"
-        )
-    if low_res_epochs:  # after a resume in the second size the graph would be another one than in an undisturbed run
-        found.append(
-            f"compile = true cannot be combined with data.augment.low_res_epochs = {low_res_epochs}: a graph is compiled for "
-            "one image size; set compile = false, or remove it and data.augment.low_res_side"
         )
     return found

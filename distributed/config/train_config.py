@@ -11,7 +11,7 @@ from distributed.config.data import CifarData, DataSection, ImageFolderData, Imp
 from distributed.config.engines import AnyEngine, Ddp, compile_conflicts
 from distributed.config.functions import AnyLoss, ImportedLoss, Loss, metric_name
 from distributed.config.grad_checkpointing import GradCheckpointing
-from distributed.config.image_size import size_conflicts
+from distributed.config.image_size import low_res_conflicts, size_conflicts
 from distributed.config.models import AnyModel, BuiltInModel, ImportedModel, Model
 from distributed.config.optim import AnyOptim, Sgd
 from distributed.config.scaling import Scaling
@@ -171,13 +171,10 @@ class TrainConfig(Section):
             *self._device_conflicts(),
             *self.data.conflicts(),
             *self._side_conflicts(),
+            *low_res_conflicts(self.data.augment, self.model, self.epochs),
             *self.engine.conflicts(self.exact.shards, self.precision),
             *self._batch_conflicts(),
-            *(
-                compile_conflicts(self.engine, self.exact.shards, self.data.augment.low_res_epochs)
-                if self.compile
-                else []
-            ),
+            *(compile_conflicts(self.engine, self.exact.shards) if self.compile else []),
             *self.grad_checkpointing.conflicts(self.exact.shards, self.engine, compile=self.compile),
             *self.optim.conflicts(engine=self.engine.name),
             *self.schedule.conflicts(epochs=self.epochs),

@@ -21,7 +21,9 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
 class FastAlexNet(nn.Module):
-    """Images [n, 3, h, w] in, logits [n, num_classes] out. Images larger than 32 x 32 or smaller than 16 x 16 are resized.
+    """Images [n, 3, h, w] in, logits [n, num_classes] out. Images of another size than 32 x 32 are resized.
+
+    `low_res_side`: height and width of images that are not resized: those of the first epochs, if they are smaller.
 
     Args:
         widths: channels of the three blocks.
@@ -32,6 +34,7 @@ class FastAlexNet(nn.Module):
         self, num_classes: int, *, widths: tuple[int, int, int], whitening: bool, activation: Literal["relu", "gelu"]
     ) -> None:
         super().__init__()
+        self.low_res_side: int | None = None
         nonlinearity = _ACTIVATIONS[activation]
         channels = 2 * 3 * _PATCH**2  # two per pixel of a patch: each direction with both signs
         self.first = nn.Conv2d(3, channels, _PATCH)
@@ -49,7 +52,7 @@ class FastAlexNet(nn.Module):
 
     def resized(self, images: Tensor) -> Tensor:
         """Return images [n, 3, h, w] in the size that the first layer takes."""
-        return images if all(16 <= side <= 32 for side in images.shape[2:]) else resize(images, 32)
+        return images if images.shape[2:] == (self.low_res_side, self.low_res_side) else resize(images, 32)
 
     @torch.no_grad()
     def start_as_identity(self) -> None:

@@ -141,7 +141,7 @@ def _epoch(config: TrainConfig) -> tuple[Engine, list[float], list[Totals], Tota
     data = build_data(config, topology, device)
     key = config.model.name, bool(config.shards_on("cpu"))
     if key not in _built:
-        _built[key] = build_network(config, topology, data, device)
+        _built[key] = build_network(config, topology, data)
     engine = build_engine(config, topology, data, device, copy.deepcopy(_built[key]))
     sums, norms, train = TotalsAccumulator(device), list[float](), list[Totals]()
     for step, micro_batches in enumerate(data.train_epoch(0)):

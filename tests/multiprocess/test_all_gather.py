@@ -197,17 +197,22 @@ def test_ranks_without_shared_memory_use_the_process_group(how: str) -> None:
 
 def test_an_immediate_exit_leaves_no_shared_memory(monkeypatch):
     """os._exit does not run `finally`: the file would occupy memory until a reboot."""
-    before, during = files(), []
+    made, exists, create = [], [], shared_memory._create_file
+
+    def noted(size, created):
+        made.append(created)
+        return create(size, created)
 
     def exit_meanwhile(value):
         if isinstance(value, bool):  # the rank has opened the file
-            during.append(files() - before)
+            exists.append(Path(made[0][0]).exists())
             for hook in list(exits._hooks):
                 hook(exits.Exit(ExitCode.STOPPED, "SIGINT"))
-            during.append(files() - before)
+            exists.append(Path(made[0][0]).exists())
         return [value]
 
+    monkeypatch.setattr(shared_memory, "_create_file", noted)
     monkeypatch.setattr(collectives, "gather_objects", exit_meanwhile)
     hooks = list(exits._hooks)
     assert shared_memory.open_shared_memory(64, CPU)
-    assert ([len(found) for found in during], exits._hooks) == ([1, 0], hooks)
+    assert (exists, exits._hooks) == ([True, False], hooks)

@@ -45,7 +45,7 @@ def engine_state(cases: list[tuple[Path, dict[str, Any]]]) -> list[dict[str, Ten
     for path, case in cases:
         config = small_config(path.parent / "run", init_from=path, **case)
         data = build_data(config, topology, CPU)
-        network = build_initial_network(config, topology, data, CPU)
+        network = build_initial_network(config, topology, data)
         found.append({name: t.clone() for name, t in build_engine(config, topology, data, CPU, network).state()})
     return found
 
@@ -126,7 +126,7 @@ def test_ranks_with_other_modules_are_refused(tmp_path: Path) -> None:
 def resumed_build(path: Path, run: Path) -> None:
     """Build as on a rank that looked for a checkpoint before rank 0 had the lock, and one that looked after."""
     config = small_config(run, init_from=path, data={"train_samples": 24})
-    network = build_initial_network(config, Topology(collectives.rank(), 2), build_data(config, Topology(), CPU), CPU)
+    network = build_initial_network(config, Topology(collectives.rank(), 2), build_data(config, Topology(), CPU))
     torch.nn.init.constant_(network.model.get_parameter("fc3.bias"), collectives.rank())
     build_engine(config, Topology(collectives.rank(), 2), build_data(config, Topology(), CPU), CPU, network)
 

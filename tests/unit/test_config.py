@@ -291,16 +291,27 @@ def test_a_setting_that_another_makes_void_is_an_error(arguments, line):
     assert mistakes(*arguments)[0].startswith(line)
 
 
-LOW_RES = ("--data.augment.low_res_epochs", "2", "--data.augment.low_res_side", "24")
+LOW_RES = ("--data.augment.low_res_epochs", "2", "--data.augment.low_res_side", "24", "--model.name", "fast_alexnet")
 
 
 def test_epochs_in_low_resolution_need_a_size():
     assert mistakes(*LOW_RES[:2])[0].startswith("data.augment.low_res_epochs = 2 needs data.augment.low_res_side")
 
 
-def test_a_compiled_network_has_one_image_size():
-    (line,) = mistakes(*LOW_RES, "--compile", "--exact.shards", "0")
-    assert line.startswith("compile = true cannot be combined with data.augment.low_res_epochs = 2")
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--epochs", "2"], "data.augment.low_res_epochs = 2 must be less than epochs = 2"),
+        (
+            ["--data.augment.low_res_side", "12"],
+            "data.augment.low_res_side = 12 is not possible with model.name = fast_",
+        ),
+    ],
+)
+def test_low_resolution_must_fit_the_network_and_the_epochs(arguments, line):
+    kept = [value for value in zip(LOW_RES[::2], LOW_RES[1::2], strict=True) if value[0] not in arguments]
+    (found,) = mistakes(*[word for pair in kept for word in pair], *arguments)
+    assert found.startswith(line)
 
 
 @pytest.mark.parametrize("arguments", [["--data.download"], ["--data.download", "--data.urls", '["http://one/x"]']])

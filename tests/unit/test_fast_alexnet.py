@@ -92,14 +92,15 @@ def test_every_layer_has_the_chosen_activation(settings: dict[str, str], expecte
     assert (model.activation(torch.tensor(-0.5)) < 0) == (expected is nn.GELU)
 
 
-def test_larger_and_very_small_images_are_resized() -> None:
+def test_all_sizes_but_that_of_low_resolution_are_resized() -> None:
     model = built(widths=(8, 8, 8))
-    for size in ((48, 40), (15, 32), (9, 9)):
+    for size in ((48, 40), (28, 28), (28, 20), (9, 9)):
         assert model.resized(torch.zeros(2, 3, *size)).shape[2:] == (32, 32)
         assert model(torch.zeros(2, 3, *size)).shape == (2, 10)
-    for size in ((16, 16), (24, 24), (28, 20)):
-        assert model.resized(images := torch.zeros(2, 3, *size)) is images
-        assert model(images).shape == (2, 10)
+    model.low_res_side = 20
+    assert model.resized(images := torch.zeros(2, 3, 20, 20)) is images
+    assert model(images).shape == (2, 10)
+    assert model.resized(torch.zeros(2, 3, 24, 24)).shape[2:] == (32, 32)
 
 
 def test_whitening_sees_images_in_the_networks_size(tmp_path: Path) -> None:

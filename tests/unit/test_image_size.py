@@ -3,6 +3,7 @@
 import pytest
 from kit.configs import config_of
 
+OWN = ("--model.name", "net:net")
 LOW_RES = ["--data.augment.low_res_epochs", "1", "--data.augment.low_res_side"]
 
 
@@ -16,8 +17,8 @@ LOW_RES = ["--data.augment.low_res_epochs", "1", "--data.augment.low_res_side"]
         (["--evaluation.shift_tta", "11"], (12, 40), None),
         (["--evaluation.shift_tta", "12", "--model.name", "net:net", "--model.input_side", "16"], (12, 40), None),
         (["--evaluation.shift_tta", "16", "--model.name", "net:net", "--model.input_side", "16"], (40, 40), "16 x 16"),
-        ([*LOW_RES, "12"], (40, 12), "data.augment.low_res_side = 12 is no reduction of images of 40 x 12"),
-        ([*LOW_RES, "11"], (40, 12), None),
+        ([*LOW_RES, "12", *OWN], (40, 12), "data.augment.low_res_side = 12 does not make images of 40 x 12 pixels smaller"),
+        ([*LOW_RES, "11", *OWN], (40, 12), None),
         ([*LOW_RES, "20", "--model.name", "net:net", "--model.input_side", "16"], (40, 40), "16 x 16"),
     ],
 )  # fmt: skip

@@ -67,7 +67,7 @@ def tensors_of(run_dir: Path, index: int = -1) -> dict[str, Tensor]:
 def fresh_engine(tmp_path: Path, *arguments: str) -> Engine:
     config, topology = config_of(tmp_path / "fresh", *arguments), Topology()
     data = build_data(config, topology, CPU)
-    return build_engine(config, topology, data, CPU, build_initial_network(config, topology, data, CPU))
+    return build_engine(config, topology, data, CPU, build_initial_network(config, topology, data))
 
 
 # Weights of another run

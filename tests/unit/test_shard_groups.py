@@ -95,9 +95,9 @@ def engine_of(model: Callable[[], nn.Module], precision: str, *, workers: int, g
     return engine
 
 
-def batch_of(count: int, seed: int, dtype: torch.dtype) -> Batch:
+def batch_of(count: int, seed: int, dtype: torch.dtype, side: int = 32) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(count, 3, 32, 32, generator=generator).to(dtype, memory_format=torch.channels_last)
+    images = torch.randn(count, 3, side, side, generator=generator).to(dtype, memory_format=torch.channels_last)
     labels, ids = torch.randint(0, 10, (count,), generator=generator), torch.arange(count)
     bounds = [shard * count // SHARDS for shard in range(SHARDS + 1)]
     sizes = tuple(end - begin for begin, end in pairwise(bounds))
@@ -107,12 +107,14 @@ def batch_of(count: int, seed: int, dtype: torch.dtype) -> Batch:
 SMOOTHED = build_losses(Loss(label_smoothing=0.1)).training
 
 
-def trained(engine: ExactEngine, count: int, dtype: torch.dtype, loss: PerSample = SMOOTHED) -> dict[str, Tensor]:
+def trained(
+    engine: ExactEngine, count: int, dtype: torch.dtype, loss: PerSample = SMOOTHED, *, side: int = 32
+) -> dict[str, Tensor]:
     metrics = TotalsAccumulator(CPU)
     for step in range(STEPS):
         train_step(
             engine,
-            [batch_of(count, step, dtype)],
+            [batch_of(count, step, dtype, side)],
             loss=loss,
             lr=0.05,
             step=step,
@@ -209,3 +211,11 @@ def test_shards_with_an_own_loss_are_grouped_where_bits_allow(function: PerSampl
     found = trained(engine, 64, torch.float32, loss)
     assert_same(found, trained(engine_of(Residual, "bfloat16", workers=1, grouped=False), 64, torch.float32, loss))
     assert list(engine._groups._allowed.values()) == [grouped]
+
+
+def test_each_image_size_is_tried() -> None:
+    grouped, alone = (engine_of(Residual, "bfloat16", workers=1, grouped=grouped) for grouped in (True, False))
+    for tried, side in enumerate((20, 32), start=1):
+        found = trained(grouped, 64, torch.float32, side=side)
+        assert_same(found, trained(alone, 64, torch.float32, side=side))
+        assert len(grouped._groups._allowed) == tried

@@ -26,6 +26,10 @@ CASES: dict[str, dict[str, Any]] = {
     "grad_accum_steps": {"grad_accum_steps": 2},
     "mixed": {"data": {"augment": {"mixup": 0.4, "cutmix": 1.0, "cutout": 4}}},
     "exact": {"exact": {"shards": 4}},
+    "low resolution": {
+        "model": {"name": "fast_alexnet", "widths": [4, 8, 8]},
+        "data": {"augment": {"low_res_epochs": 1, "low_res_side": 20}},
+    },
 }
 
 

@@ -283,13 +283,16 @@ def test_a_wrong_network_is_one_line(case: str, tmp_path: Path) -> None:
     assert not (tmp_path / "run/config.toml").exists()
 
 
-def test_a_network_that_takes_one_size_is_refused_in_low_resolution(tmp_path: Path) -> None:
+def test_a_network_of_one_size_is_refused_in_low_resolution(tmp_path: Path) -> None:
     data = {"train_samples": 48, "validation_fraction": 0.25, "augment": {"low_res_epochs": 1, "low_res_side": 24}}
     config = small_config(tmp_path / "run", data=data)
     with pytest.raises(
-        InputError, match=r"images of shape \[2, 3, 24, 24\].*; data\.augment\.low_res_side needs a network"
+        InputError, match=r"images of shape \[2, 3, 24, 24\].*; raise data\.augment\.low_res_side, or remove"
     ):
         train(config, model=lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(3072, num_classes)))
+    with pytest.raises(InputError, match=r"low_res_side = 24 saves no time with model\.name = improved_alexnet"):
+        train(config)
+    train(config, model=Net)
 
 
 def test_a_network_that_needs_images_is_refused(tmp_path: Path) -> None:
@@ -434,7 +437,7 @@ def test_an_engine_that_is_not_installed_is_one_line(tmp_path: Path, monkeypatch
     config = config_of(tmp_path, engine={"name": "deepspeed"})
     data = build_data(config, Topology(), torch.device("cpu"))
     with pytest.raises(InputError, match=r"engine\.name = deepspeed needs the package deepspeed: pip install"):
-        build_network(config, Topology(world_size=2), data, torch.device("cpu"))
+        build_network(config, Topology(world_size=2), data)
 
 
 def test_load_needs_the_object_and_only_then_takes_it(tmp_path: Path) -> None:
