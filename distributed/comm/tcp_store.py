@@ -17,9 +17,7 @@ SAME_ENDPOINT = (
     "start every rank with the same MASTER_ADDR and MASTER_PORT, or raise timeout_seconds if one still reads its data"
 )
 _ANSWER_SECONDS = 5.0
-_AGENT_SECONDS = (
-    10.0  # it listens before it starts a rank; a rank that waits longer keeps the run folder from its successor
-)
+_AGENT_SECONDS = 10.0  # it listens before it starts a rank, and the run's next attempt waits 30 s for the folder
 _FOREIGN_SECONDS = 1.0  # a store that is shutting down may look like a foreign program for a moment
 
 

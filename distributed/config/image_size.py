@@ -1,4 +1,4 @@
-"""Settings that need images of a minimum size. Imports no torch."""
+"""Conflicts of settings with the size of the images. Imports no torch."""
 
 from distributed.config.data import Augment
 from distributed.config.models import AnyModel, FastAlexNet

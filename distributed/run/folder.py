@@ -46,9 +46,9 @@ class RunFolder:
         """Read status.json. All fields are None if there is no such file."""
         return Status.read(self.status_file)
 
-    def newest_saved(self) -> checkpoint_layout.SavedState | None:
+    def newest_saved(self, *, reachable: bool = False) -> checkpoint_layout.SavedState | None:
         """Find the newest checkpoint whose state.json is intact."""
-        return checkpoint_layout.newest_saved(self.checkpoints)
+        return checkpoint_layout.newest_saved(self.checkpoints, reachable=reachable)
 
     def newest_state(self) -> dict[str, Any] | None:
         """Return the content of the newest intact state.json."""

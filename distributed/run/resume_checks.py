@@ -17,7 +17,6 @@ from distributed.run.checkpoint_layout import (
     check_format,
     check_formats,
     newest_complete,
-    newest_saved,
 )
 from distributed.run.folder import RunFolder, config_in
 from distributed.run.saved_state import check_state, is_at_end, trained_so_far
@@ -37,7 +36,7 @@ def check_run_folder(config: TrainConfig) -> SavedState | None:
     run = RunFolder(config.run_dir)
     _check_file_types(run)
     check_formats(run.checkpoints)
-    saved = newest_saved(run.checkpoints, reachable=True)
+    saved = run.newest_saved(reachable=True)
     if saved:
         check_saved(saved.content, saved.checkpoint, config=config)
     elif not config.checkpoint.upload_to:  # otherwise the object store may still have one

@@ -73,8 +73,7 @@ def worker_config(config: TrainConfig, scaling: Scaling) -> TrainConfig:
     if (mlflow := config.logging.mlflow) and (database := mlflow.relative_database):
         relative.append(
             f"logging.mlflow.tracking_uri = {mlflow.tracking_uri}: relative, but a worker runs in a folder of its own; "
-            "give an absolute path: "
-            f"sqlite:////SHARED/{database}"
+            f"give an absolute path: sqlite:////SHARED/{database}"
         )
     if relative:
         raise InputError(*relative)

@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import http.client
-import os
 import time
 import urllib.error
 import urllib.request
@@ -198,7 +197,6 @@ def _md5_of(path: Path) -> str:
 
 def _commit(partial: Path, target: Path) -> None:
     """Rename the complete file into place, durably."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    sync_to_disk(partial)
     partial.replace(target)
     sync_to_disk(target.parent)
