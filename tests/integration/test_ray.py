@@ -143,6 +143,7 @@ def test_after_the_driver_is_killed_the_same_command_resumes(
         wait_for_attempt(command, run)
         kill(command.process.pid)
     cluster.kill("n2")
+    (run / "ray/checkpoint_manager_snapshot.json").write_text("")  # Ray's list, as if the kill had cut it off
     with cluster.train(*LONG, "--run_dir", run, output=tmp_path / "output") as command:
         command.wait_for(lambda: "waiting up to 60 s for more" in command.text, what="the lack of capacity")
         cluster.add("n3", wait=False)
