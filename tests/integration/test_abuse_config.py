@@ -74,6 +74,10 @@ VALUES: list[tuple[str, str, str]] = [
     ("data.augment.mixup", "2", "less than or equal to 1"),
     ("data.augment.cutmix", "nan", "finite number"),
     ("data.augment.cutout", "-3", "greater than or equal to 0"),
+    ("data.augment.low_res_epochs", "-1", "greater than or equal to 0"),
+    ("data.augment.low_res_epochs", "2", "data.augment.low_res_epochs = 2 needs data.augment.low_res_side"),
+    ("data.augment.low_res_side", "7", "greater than or equal to 8"),
+    ("data.augment.low_res_side", "24", "has no effect with data.augment.low_res_epochs = 0: remove it"),
     ("data.augment.function", "erase", "should be an import path, package.module:function, e.g. net:erase"),
     ("data.augment.function", "3", "should be an import path"),
     (
