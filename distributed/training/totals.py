@@ -76,13 +76,13 @@ class TotalsAccumulator:
         A loss that is not finite marks the step as bad. With fewer than five classes every top-5 prediction is correct.
         """
         # A double of 2**53 or more has no fraction bits.
-        integer, fraction, finite = _fixed_point(losses, below=2.0**53)
+        integer, fraction, finite = _fixed_point_sum(losses, below=2.0**53)
         predicted = logits.argmax(1)
         top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         self._sums += torch.stack(
             [
-                integer.sum(),
-                fraction.sum(),
+                integer,
+                fraction,
                 (predicted == labels).sum(),
                 top5.sum(),
                 torch.full((), len(labels), dtype=torch.int64, device=labels.device),  # torch.tensor would synchronize
@@ -119,9 +119,9 @@ class MetricSums:
     @torch.no_grad()
     def add(self, name: str, values: Tensor) -> None:
         """Add a batch: one number per sample, [n]."""
-        integer, fraction, finite = _fixed_point(values, below=2.0**42)  # two million of them fit into an int64
+        integer, fraction, finite = _fixed_point_sum(values, below=2.0**42)  # two million of them fit into an int64
         count = torch.full((), len(values), dtype=torch.int64, device=values.device)
-        self._sums[self._names.index(name)] += torch.stack([integer.sum(), fraction.sum(), finite.sum(), count])
+        self._sums[self._names.index(name)] += torch.stack([integer, fraction, finite.sum(), count])
 
     def read(self) -> dict[str, float]:
         """Return the means over all ranks. A collective if there are metrics; call it once."""
@@ -134,13 +134,16 @@ class MetricSums:
         }
 
 
-def _fixed_point(numbers: Tensor, *, below: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return integer and fraction of each number, int64 [n], 0 for one that is not finite or not small; which are, bool [n].
+def _fixed_point_sum(numbers: Tensor, *, below: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sum of the numbers, [n], as two int64 scalars, integer and fraction, and which were added, bool [n].
 
-    Each number becomes an integer before it is summed, so the grouping into batches does not matter.
+    A number that is not finite, or not smaller than `below`, is left out. Each number becomes an integer before it is
+    added, so the grouping into batches does not matter. The sum's fraction is below 1: eight million batches of them fit
+    into an int64, however many numbers a batch has.
     """
     exact = numbers.double()
     finite = exact.abs() < below  # NaN fails this comparison too
     exact = torch.where(finite, exact, 0.0)
     integer = exact.floor()
-    return integer.long(), ((exact - integer) * _SCALE).round().long(), finite
+    fraction = ((exact - integer) * _SCALE).round().long().sum()
+    return integer.long().sum() + (fraction >> _FRACTION_BITS), fraction & ((1 << _FRACTION_BITS) - 1), finite

@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from distributed.training.totals import Totals, TotalsAccumulator
+from distributed.training.totals import MetricSums, Totals, TotalsAccumulator
 
 CPU = torch.device("cpu")
 
@@ -43,6 +43,17 @@ def test_totals_do_not_depend_on_when_they_are_read(every):
         if (index + 1) % every == 0:
             total += parts.read()
     assert total == complete.read()
+
+
+def test_totals_of_ten_million_samples():
+    """The fractions of their losses do not fit into an int64."""
+    count, losses = 2**20, torch.full((2**20,), 0.9375)
+    totals, metrics = TotalsAccumulator(CPU), MetricSums(["margin"], CPU)
+    for _ in range(10):
+        totals.add(losses, torch.zeros(count, 1), torch.zeros(count, dtype=torch.int64))
+        metrics.add("margin", -losses)
+    assert totals.read().mean_loss == 0.9375
+    assert metrics.read() == {"margin": -0.9375}
 
 
 def test_totals_do_not_depend_on_the_order_of_batches():
