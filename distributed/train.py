@@ -80,7 +80,7 @@ def check_one_task(topology: Topology) -> None:
     """Raise InputError if srun started this command more than once: each copy would train alone."""
     if not topology.launched and (tasks := tasks_of_step()) > 1:
         raise InputError(
-            f"environment: SLURM_STEP_NUM_TASKS = {tasks}: srun starts {tasks} separate trainings; submit slurm/train.sh, or "
+            f"environment: SLURM_STEP_NUM_TASKS = {tasks}: srun starts {tasks} separate runs; submit slurm/train.sh, or "
             "start torchrun with one task per node; if they are meant to be separate, unset that variable"
         )
 

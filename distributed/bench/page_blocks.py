@@ -50,7 +50,7 @@ def train_cpu(content: Content) -> str:
 def _abilities(name: str) -> list[str]:
     """Return the last cells of a row; empty for loops that neither save nor run on several processes."""
     if name.startswith("ours (fast)"):
-        return ["yes", "on as many processes"]
+        return ["yes", "on the same number of processes"]
     if name.startswith("ours"):
         return ["yes", "yes"]
     lacks = next((PEERS[key].lacks for key, start in PEER_NAMES.items() if name.startswith(start)), None)

@@ -50,7 +50,7 @@ def shares(rounds: Rounds) -> str:
     """Return the table of measured steps: medians over the rounds."""
     found = medians(rounds)
     names = [name for mode in MODES for name in (*(name_of(mode, n) for n in PROCESSES), check_name(mode))]
-    header = ["", "ms/step", "images/s", "compute", "exchange", "waiting", "of it without a core", "other threads, ms"]
+    header = ["", "ms/step", "images/s", "compute", "exchange", "waiting", "of that, for a core", "other threads, ms"]
     rows = []
     for name in names:
         if name in found:

@@ -61,7 +61,7 @@ class Augment(Section):
     )
     low_res_epochs: int = setting(
         0,
-        "number of first epochs that train on images of low_res_side, in less time (progressive resizing); 0: none",
+        "train the first N epochs on images resized to low_res_side, which takes less time (progressive resizing); 0: off",
         ge=0,
     )
     low_res_side: int | None = setting(

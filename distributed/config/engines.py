@@ -49,14 +49,14 @@ class DeepSpeed(_Engine):
         ge=0, le=3,
     )  # fmt: skip
     bucket_mib: int | None = operational(
-        None, "size in MiB of the buckets in which gradients, and from stage 1 on weights, are exchanged; none: a fraction "
-        "of the model", gt=0, le=1024,
+        None, "bucket size in MiB for exchanging gradients and, at stages 1 to 3, weights; none: a fraction of the model",
+        gt=0, le=1024,
     )  # fmt: skip
     overlap_comm: bool = operational(
-        False, "overlap the exchange of gradients with the backward pass; from stage 1 on, on CUDA"
+        False, "overlap the exchange of gradients with the backward pass; stages 1 to 3, CUDA only"
     )
     offload_optimizer: bool = operational(
-        False, "keep optimizer state and master weights on the host and update them there; from stage 1 on, on CUDA"
+        False, "keep optimizer state and master weights on the host and update them there; stages 1 to 3, CUDA only"
     )
 
     def conflicts(self, shards: Shards, precision: str) -> list[str]:

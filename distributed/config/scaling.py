@@ -10,7 +10,7 @@ class Scaling(Section):
 
     num_workers: int = operational(2, "number of Ray workers, one process each", ge=1, le=65536)
     min_workers: int | None = operational(
-        None, "continue with as few workers as this if the cluster has no more, and grow back; none: always num_workers",
+        None, "fewest workers to continue with if the cluster has no more; grows back later; none: always num_workers",
         ge=1,
     )  # fmt: skip
     cpus_per_worker: int = operational(

@@ -53,8 +53,8 @@ class TrainConfig(Section):
     model: AnyModel = setting(Model(), "the network")
     init_from: OptionalPath = setting(
         None,
-        "run folder, checkpoint or .safetensors file whose weights to start from; a last layer of another size is initialized "
-        "randomly",
+        "run folder, checkpoint or .safetensors file to load the initial weights from; a last layer with another number of "
+        "classes is initialized randomly",
     )
     cuda_graphs: bool = operational(
         True, "on one GPU, replay training steps as CUDA graphs: bit-identical, several times faster at small batches; never "

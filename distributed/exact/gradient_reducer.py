@@ -1,4 +1,4 @@
-"""Sums the gradients of all shards in one tree, with no more traffic than a ring all-reduce.
+"""Sums the gradients of all shards in one tree, with the traffic of a ring all-reduce if world_size is a power of two.
 
 Each rank sums its own shards' gradients as they arrive, as far up the tree as it can. Every rank then receives its chunk of
 all ranks' partial sums and finishes the tree for it; finally all ranks gather all chunks. How gradients are grouped into

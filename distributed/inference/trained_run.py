@@ -150,7 +150,7 @@ def load(
 
     Args:
         run: the run folder, e.g. `runs/cifar10`.
-        model: the network that was given to `train` as an object; only for a network that has an import path.
+        model: the object that was given to `train`, for a network that cannot be imported; never for a built-in one.
         checkpoint: `best`, `latest` or the name of a checkpoint; `auto`: best if there is one, otherwise latest.
         device: device of the network and of the preprocessed images.
 

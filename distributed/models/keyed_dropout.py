@@ -47,7 +47,7 @@ def use_sample_keys(keys: Tensor) -> Iterator[None]:
 
 
 def repeated_draws() -> AbstractContextManager[None]:
-    """Return a context in which dropout draws the masks again that it draws from now on, on whatever thread."""
+    """Return a context, for any thread, in which dropout repeats the masks that it draws after this call."""
     now = _samples.get()
     uses = {} if now is None else dict(now.uses)
 

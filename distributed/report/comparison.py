@@ -100,6 +100,6 @@ def _bits(runs: Sequence[History]) -> Html:
             others = [line for line in differing_conditions(a.folder, b.folder) if not line.startswith("config: ")]
             sentences.append(
                 f"{names} are not bit-identical ({found.extent}). They diverged by step {first.step}: {first.description}. "
-                f"Besides settings, {'; '.join(others) or 'nothing differs in versions and machine'}."
+                f"{'Besides settings: ' + '; '.join(others) if others else 'Versions and machine are the same'}."
             )
     return section("Bit-identical?", text(*sentences))

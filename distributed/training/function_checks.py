@@ -1,4 +1,4 @@
-"""Throwaway calls of a loss, a metric or an augmentation function of the user's, which find mistakes before training."""
+"""Calls a user's loss, metric and augmentation functions on a few samples, to find errors before training."""
 
 from collections.abc import Callable
 from functools import partial

@@ -115,7 +115,7 @@ def wait_for_capacity(
             settled = waited > _SETTLE_SECONDS or found.now >= min(found.when_idle, most)
             if found.now >= most or (found.now >= fewest and settled):
                 return min(found.now, most)
-            # In a sweep, other trainings have the workers: they will release them.
+            # In a sweep, other trials have the workers: they will release them.
             if waited > scaling.wait_seconds and not (busy_is_enough and found.when_idle >= fewest):
                 raise CapacityError(
                     f"{_shortage(scaling, found)}; lower scaling.num_workers, set scaling.min_workers, add nodes, or raise "

@@ -1,7 +1,7 @@
-"""Runs several trainings at once through Ray Tune, each in a folder of its own, and reports the best.
+"""Runs the trials of a sweep through Ray Tune, several at once, each in a folder of its own, and reports the best.
 
 The sweep's folder holds a run folder per trial (`optim.lr=0.1/seed-0`), `summary.txt`, `sweep.png` with their curves,
-`best.toml`, and Tune's own files in `tune/`. The same command resumes the trainings that are not finished.
+`best.toml`, and Tune's own files in `tune/`. The same command resumes the trials that are not finished.
 """
 
 import uuid

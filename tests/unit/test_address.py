@@ -7,7 +7,7 @@ from distributed.errors import InputError
 from launch.address import free_port, local_route, resolve_address
 
 
-def test_several_nodes_never_meet_on_loopback():
+def test_several_nodes_never_rendezvous_on_loopback():
     assert resolve_address("127.0.0.1", nodes=1) == "127.0.0.1"
     assert resolve_address("10.1.2.3", nodes=2) == "10.1.2.3"
     with pytest.raises(InputError, match=r"rendezvous address = localhost: resolves to .*, a loopback address"):

@@ -67,8 +67,13 @@ def test_beside_each_peer_is_what_it_does_not_do():
     assert rows == {
         "": ["images/s", "vs. timm", "synchronized batch norm on a CPU", "bit-exact resume"],
         "---": ["---"] * 4,
-        "fast mode, 1 process x 2 threads (its better layout)": ["300", "3.00", "yes", "on as many processes"],
-        "fast mode, 2 processes x 1 thread": ["200", "2.00", "yes", "on as many processes"],
+        "fast mode, 1 process x 2 threads (its better layout)": [
+            "300",
+            "3.00",
+            "yes",
+            "on the same number of processes",
+        ],
+        "fast mode, 2 processes x 1 thread": ["200", "2.00", "yes", "on the same number of processes"],
         "the default, which `make train` runs: exact mode, 8 shards, 2 processes": ["114", "1.20", "yes", "yes"],
         "timm 1.0.31, bfloat16, channels last": ["95", "1", "no", "no"],
         "Lightning 2.6.6, bfloat16, channels last": ["50", "0.50", "no", "no"],

@@ -97,7 +97,7 @@ def test_wandb_continues_the_same_run(tmp_path, monkeypatch):
     assert exit_codes(config.run_dir) == [75, 75, 0]
 
 
-def test_wandb_is_told_of_a_failure(tmp_path):
+def test_wandb_records_a_failure(tmp_path):
     class Fails:
         def requested(self) -> str | None:
             raise RuntimeError("a test")

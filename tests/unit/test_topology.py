@@ -40,7 +40,7 @@ def test_torchrun_variables_are_read(environment):
 
 def test_separate_tasks_of_srun_are_refused(environment, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    with pytest.raises(InputError, match="SLURM_STEP_NUM_TASKS = 4: srun starts 4 separate trainings"):
+    with pytest.raises(InputError, match="SLURM_STEP_NUM_TASKS = 4: srun starts 4 separate runs"):
         check_one_task(Topology.from_environment())
     check_one_task(Topology(launched=True))
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")

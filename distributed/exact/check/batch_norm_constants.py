@@ -1,4 +1,4 @@
-"""Batch norm with constants for statistics, so that what is left of a network must not depend on other samples."""
+"""Replaces batch norm's statistics by constants; the rest of a network must not depend on other samples."""
 
 import torch
 from torch import nn

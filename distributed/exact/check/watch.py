@@ -17,7 +17,7 @@ _KEYED = (
     "use dropout layers (nn.Dropout and the like, torchvision's StochasticDepth, timm's DropPath), whose masks depend only "
     "on seed, epoch and image"
 )
-_STATE = "compute it in __init__, or anew in each forward; only batch norm may keep statistics"
+_STATE = "compute it in __init__ or in every forward; only batch norm may keep statistics"
 _REGISTER = "assign it to an attribute, or use nn.ModuleList or nn.ModuleDict"
 _TEMPORARY = "pass values on as arguments, and compute with other weights by F.linear, F.conv2d and the like"
 _cuda: Any = torch.backends.cuda
