@@ -2,11 +2,11 @@
 
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distributed.data.sources.mapped import ReadAhead
+
+T = TypeVar("T")
 
 _BYTES_AT_ONCE = 2**26
 
@@ -41,17 +43,11 @@ class ResidentSplit:
         """Yield, on the device, the images of each int64 [n] of `ids`, which may be on the device or the host."""
         if self.prefetched:
             return _prefetched(self, ids, self.ids.device)
-        return (torch.index_select(self.images, 0, own) for own in self._announced(ids))
+        return (torch.index_select(self.images, 0, own) for own in _one_ahead(ids, self._announced))
 
-    def _announced(self, ids: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Yield `ids`; the system starts to read the images of the next ones before these are yielded."""
-        waiting: deque[Tensor] = deque()
-        for own in ids:
-            self.announce(own)
-            waiting.append(own)
-            if len(waiting) > 1:
-                yield waiting.popleft()
-        yield from waiting
+    def _announced(self, ids: Tensor) -> Tensor:
+        self.announce(ids)
+        return ids
 
     def announce(self, ids: Tensor) -> None:
         """Let the system start to read the images of int64 [n] if they are mapped from a file."""
@@ -130,10 +126,14 @@ def _prefetched(split: ResidentSplit, wanted: Iterable[Tensor], device: torch.de
         return copy
 
     with ThreadPoolExecutor(1, thread_name_prefix="images") as thread:
-        pending: deque[Future[tuple[Tensor, torch.cuda.Event | None]]] = deque()
-        for ids in wanted:
-            pending.append(thread.submit(fetch, ids.cpu()))
-            if len(pending) > 1:
-                yield arrived(pending.popleft())
-        while pending:
-            yield arrived(pending.popleft())
+        yield from map(arrived, _one_ahead(wanted, lambda ids: thread.submit(fetch, ids.cpu())))
+
+
+def _one_ahead(ids: Iterable[Tensor], start: Callable[[Tensor], T]) -> Iterator[T]:
+    """Yield what `start` returns for each of `ids`; the next one is started before it is yielded."""
+    started: deque[T] = deque()
+    for own in ids:
+        started.append(start(own))
+        if len(started) > 1:
+            yield started.popleft()
+    yield from started

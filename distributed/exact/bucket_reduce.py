@@ -189,7 +189,6 @@ class AllReduce(ReduceScatter):
     _keeps_sums = True
 
     def _new_total(self) -> Tensor:
-        self._max_size = max(self._sizes)
         return self._like.new_zeros(self._length)
 
     def _own_total(self) -> Tensor:
@@ -198,9 +197,9 @@ class AllReduce(ReduceScatter):
 
     def wait(self, *, last: bool) -> None:
         if last:
-            own = self._own_total()
-            received = own.new_empty(world_size(), self._max_size)
-            sent = own.new_zeros(self._max_size)
+            own, max_size = self._own_total(), max(self._sizes)
+            received = own.new_empty(world_size(), max_size)
+            sent = own.new_zeros(max_size)
             sent[: len(own)] = own
             all_gather(received.view(-1), sent)
             torch.cat([row[:size] for row, size in zip(received, self._sizes, strict=True)], out=self.total)

@@ -99,14 +99,13 @@ def check_module(path: str, setting: str) -> Path | None:
     for part in module.split("."):
         name = f"{spec.name}.{part}" if spec else part
         places = None if spec is None else spec.submodule_search_locations
-        if spec is not None and places is None:
-            if _makes_its_modules(name):
-                return None
+        in_module = spec is not None and places is None  # rather than in a package
+        found = None if in_module else _find(name, places)
+        if found is None and _makes_its_modules(name):
+            return None
+        if spec and in_module:
             raise InputError(f"{setting} = {path}: {spec.name} is a module, not a package; write {spec.name}:{part}")
-        found = _find(name, places)
         if found is None:
-            if _makes_its_modules(name):
-                return None
             raise InputError(f"{setting} = {path}: there is no module {name}{_advice(name, factory, places)}")
         spec = found
     return Path(spec.origin) if spec and spec.has_location and spec.origin else None

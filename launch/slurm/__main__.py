@@ -93,14 +93,13 @@ def main() -> int:
             return ExitCode.FINISHED
         array = indices([trial.index for trial in unfinished])
         command = sbatch_command(options, [*training, *split.sweep_words], array)
+        for trial in unfinished:
+            print(f"task {trial.index}: {shlex.join(trial_arguments(training, sweep, trial))}")
+    elif check(options, training):
+        run_dir = from_command_line(training).config.run_dir
+        raise InputError(f"run_dir = {run_dir}: this run is finished; give another with --run_dir")
     else:
-        if check(options, training):
-            run_dir = from_command_line(training).config.run_dir
-            raise InputError(f"run_dir = {run_dir}: this run is finished; give another with --run_dir")
         command = sbatch_command(options, training)
-    if sweep:
-        lines = (f"task {one.index}: {shlex.join(trial_arguments(training, sweep, one))}" for one in unfinished)
-        print(*lines, sep="\n")
     print(shlex.join(command), flush=True)
     return ExitCode.FINISHED if options.dry_run else submit(command)
 
@@ -184,17 +183,15 @@ def sbatch_command(options: argparse.Namespace, arguments: Sequence[str], array:
     if array:
         command.append(f"--array={array}{f'%{options.at_once}' if options.at_once else ''}")
     script = shipped("slurm/train.sh")
-    exported = list[str]()
-    if options.max_requeues is not None:  # else the variable of that name counts
-        exported.append(f"MAX_REQUEUES={options.max_requeues}")
-    if options.ranks_per_node:
-        exported.append(f"RANKS_PER_NODE={options.ranks_per_node}")
+    own = {"MAX_REQUEUES": options.max_requeues, "RANKS_PER_NODE": options.ranks_per_node or None}
     # sbatch keeps only its last --export.
     exports = [option for option in options.sbatch if option.startswith("--export=")]
     given = [word for option in exports for word in option.removeprefix("--export=").split(",") if word != "ALL"]
     names = {word.partition("=")[0] for word in given}
     environment = [] if names & {"VENV", "CONDA_ENV", "CONTAINER"} else venv_export(script.parents[1])
-    exported = ["ALL", *environment, *(word for word in exported if word.partition("=")[0] not in names), *given]
+    # Without a value, a variable of that name in the caller's environment counts.
+    from_options = [f"{name}={value}" for name, value in own.items() if value is not None and name not in names]
+    exported = ["ALL", *environment, *from_options, *given]
     command += [option for option in options.sbatch if option not in exports]
     command += [f"--export={','.join(exported)}", str(script)]
     return [*command, *arguments]
