@@ -21,7 +21,8 @@ def confusion_figure(counts: Sequence[Sequence[int]], names: Sequence[str], *, t
     few = len(names) <= _NUMBERS_UP_TO
     side = max(4.4, 1.8 + 0.5 * len(names)) if few else 2.6 + 0.135 * min(len(names), _NAMES_UP_TO)
     with figure(side + 0.6, side) as (made, [axes]):
-        fractions = [[count / max(1, sum(row)) for count in row] for row in counts]
+        totals = [max(1, sum(row)) for row in counts]
+        fractions = [[count / total for count in row] for row, total in zip(counts, totals, strict=True)]
         _draw_cells(made, axes, fractions)
         if few:
             _write_counts(axes, counts, fractions)
