@@ -62,11 +62,18 @@ def start_from(config: TrainConfig, topology: Topology, model: nn.Module) -> Non
     fit = fit_weights(own, found, ignored=dict(model.named_buffers()).keys() - own.keys())
     if fit.misfits:
         raise InputError(f"init_from = {path}: {explained(fit, own, found, path, model_name=config.model.name)}")
+    # A buffer may have infinities of its own, e.g. an attention mask.
+    if bad := [name for name in fit.names if _is_finite(own[name]) and not _is_finite(found[name])]:
+        raise InputError(f"init_from = {path}: {bad[0]} has values that are not finite; name another file")
     with torch.no_grad():
         for name in fit.names:
             own[name].copy_(found[name])
     note = f"; {fit.resized_layer} keeps its random initialization" if fit.resized_layer is not None else ""
     logger.info("starting from the weights of {}{}", source, note)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.float().isfinite().all())
 
 
 def _read(path: Path) -> tuple[Mapping[str, Tensor], Path]:
@@ -77,8 +84,6 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], Path]:
             found = load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"init_from = {path}: cannot be read ({error}); copy it again, or name another") from None
-        if bad := [name for name, t in found.items() if t.is_floating_point() and not t.float().isfinite().all()]:
-            raise InputError(f"init_from = {path}: {bad[0]} has values that are not finite; name another file")
         return found, path
     checkpoint = check_weights_folder(path)
     check_format(checkpoint)

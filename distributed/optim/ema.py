@@ -20,10 +20,18 @@ class WeightEMA:
         self.decay = decay
         self._live = {name: tensor for name, tensor in live.items() if tensor.is_floating_point()}
         self.tensors = {name: tensor.clone() for name, tensor in self._live.items()}
+        self._infinite = [name for name, tensor in self._live.items() if not tensor.isfinite().all()]
+        """Tensors with infinities, e.g. attention masks."""
 
     @torch.no_grad()
     def update(self, step: int | Tensor, *, skip: Tensor | None = None) -> None:
         """Average in the weights after `step`, counted from 0. A no-op where `skip` is 1.0."""
+        self._average(step, skip)
+        for name in self._infinite:  # infinity minus infinity is NaN
+            average, live = self.tensors[name], self._live[name]
+            average.copy_(torch.where(live.isfinite(), average, live))
+
+    def _average(self, step: int | Tensor, skip: Tensor | None) -> None:
         averages, live = list(self.tensors.values()), list(self._live.values())
         if isinstance(step, Tensor):
             # In double, as for a Python number: in float32, 1 - 0.9999999 would be off by 19 %.

@@ -1,5 +1,6 @@
 """Exponential moving average of weights and batch-norm statistics."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -39,3 +40,14 @@ def test_a_decay_close_to_1_is_exact_for_a_step_as_tensor() -> None:
         ema.update(step)
     assert torch.allclose(one.tensors["weight"], other.tensors["weight"], rtol=1e-9, atol=0)
     assert torch.allclose(one.tensors["weight"], torch.tensor(1e-7, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("step", [0, torch.tensor(0)])
+def test_infinities_of_a_buffer_are_kept(step: int | torch.Tensor) -> None:
+    """Of an attention mask: infinity minus infinity would be NaN."""
+    mask = torch.tensor([0.0, float("-inf")])
+    ema = WeightEMA({"mask": mask, "weight": torch.zeros(2)}, decay=0.5)
+    ema._live["weight"].add_(1)
+    ema.update(step)
+    assert ema.tensors["mask"].tolist() == mask.tolist()
+    assert torch.allclose(ema.tensors["weight"], torch.full((2,), 0.9))

@@ -177,6 +177,19 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
         load(tmp_path, trained_net().state_dict() | {"fc.bias": torch.full((4,), torch.nan)})
 
 
+def test_infinities_in_a_mask_are_accepted(tmp_path):
+    mask = torch.tensor([0.0, -torch.inf])
+
+    class Masked(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", mask.clone())
+
+    saved = trained_net()
+    net = load(tmp_path, saved.state_dict() | {"mask": mask}, into=Masked())
+    assert torch.equal(net.state_dict()["mask"], mask)
+
+
 class Trap:
     """Creates a file when it is unpickled."""
 
