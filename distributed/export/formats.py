@@ -14,7 +14,7 @@ from torch import Tensor
 from distributed.config.models import BuiltInModel, model_from
 from distributed.inference.saved_run import Normalization
 from distributed.inference.trained_run import Classifier, TrainedRun
-from distributed.models.build import build_model
+from distributed.models.build import build_model, load_weights
 
 ExportedModel = Callable[[Tensor], Tensor]
 """Maps images [n, channels, h, w] in [0, 1] to logits [n, classes], for any n."""
@@ -52,7 +52,7 @@ def _load_safetensors(file: Path) -> ExportedModel:
     metadata = json.loads(file.with_suffix(".json").read_text())
     model = model_from(metadata["architecture"])
     network = build_model(model, num_classes=len(metadata["classes"]), seed=0)
-    network.load_state_dict(load_file(file))
+    load_weights(network, load_file(file))
     normalization = Normalization(**metadata["normalization"])
     return Classifier(network, normalization, repeats_channel=isinstance(model, BuiltInModel)).requires_grad_(False)
 

@@ -23,7 +23,7 @@ from distributed.inference.saved_run import (
     read_content,
     warn_about_changes,
 )
-from distributed.models.build import build_model
+from distributed.models.build import build_model, load_weights
 from distributed.models.imported import GivenModel
 
 
@@ -185,7 +185,7 @@ def load_checkpoint(
     class_names, normalization = content["classes"], Normalization(**content["normalization"])
     network = build_model(config.model, num_classes=len(class_names), seed=config.seed, given=model)
     try:
-        network.load_state_dict(evaluation_weights(checkpoint))  # float64 becomes float32
+        load_weights(network, evaluation_weights(checkpoint))  # float64 becomes float32
     except RuntimeError as error:
         raise InputError(f"{checkpoint}: does not fit the run's config.toml: {' '.join(str(error).split())}") from None
     is_built_in = isinstance(config.model, BuiltInModel)

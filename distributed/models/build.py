@@ -1,9 +1,11 @@
 """Builds a model with its initial weights: keyed by (seed, parameter name), or those of an imported network's factory."""
 
 import math
-from typing import Literal
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from distributed import rng
 from distributed.config.models import BuiltInModel, FastAlexNet, ImportedModel, Model
@@ -41,6 +43,17 @@ def build_model(
     model: nn.Module = getattr(alexnet, config.name)(num_classes, config.dropout)
     initialize(model, seed=seed, init=config.init)
     return convert_dropout(model)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy the weights and buffers of a saved model into this one. Tensors of another dtype are converted.
+
+    Raises:
+        RuntimeError: names or shapes differ.
+    """
+    found: Any = OrderedDict(weights)
+    found._metadata = getattr(model.state_dict(), "_metadata", None)  # torchvision's MNASNet looks for a version in it
+    model.load_state_dict(found)
 
 
 def initialize(model: nn.Module, *, seed: int, init: Literal["torch", "he"] = "torch") -> None:
