@@ -81,9 +81,14 @@ class FusedSyncBatchNorm(SyncBatchNorm):
         means, inverses, counts = torch.split(rows.flip(0), [x.shape[1], x.shape[1], 1], dim=1)
         self.count_batch()
         assert self.momentum is not None
+        assert self.running_var is not None
+        # The kernel divides by the count of values minus one. A rank with two values knows that there are more than one.
+        of_one_value = self.running_var * (1 - self.momentum) if x.numel() <= x.shape[1] else None  # its variance is 0
         mean, inverse = torch.batch_norm_gather_stats_with_counts(
             x, means, inverses, self.running_mean, self.running_var, self.momentum, self.eps, counts.view(-1)
         )
+        if of_one_value is not None:
+            self.running_var.copy_(torch.where(counts.sum() > 1, self.running_var, of_one_value))
         return mean, inverse, counts.view(-1).to(torch.int32)
 
 

@@ -614,6 +614,18 @@ def test_the_fused_layer_leaves_evaluation_to_its_base():
     assert torch.equal(fused(x), plain(x))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_fused_layer_counts_a_single_value_as_the_others_do() -> None:
+    """torch's kernel divides the variance by the number of values minus one."""
+    x = torch.randn(1, CHANNELS, 1, 1)
+    sync = SyncBatchNorm.of(layer_of("2d"), alone)
+    fused = FusedSyncBatchNorm.of(layer_of("2d"), alone).cuda()
+    sync(x)
+    fused(x.cuda())
+    assert torch.allclose(fused.running_var.cpu(), sync.running_var, rtol=1e-5)
+
+
 def test_weights_stay_resizable() -> None:
     """Sharded weights free and allocate their memory by resizing it."""
     layers = sharded("2d", [4, 5], affine=True)
