@@ -100,7 +100,7 @@ def build_engine(
     Args:
         network: the result of `build_network`, if it was called before.
     """
-    model, layers = network or build_network(config, topology, data)
+    model, layers, conditional = network or build_network(config, topology, data)
     if (isinstance(config.model, ImportedModel) or config.init_from) and not _has_saved_since_init(config):
         check_same_weights(model, name=config.model.name, init_from=config.init_from)
     if isinstance(config.model, FastAlexNet) and config.model.whitening and not config.init_from:
@@ -126,8 +126,10 @@ def build_engine(
         return FsdpEngine(engine, model, optim=optim, compute=compute, layers=layers)
     if isinstance(engine, Fsdp):
         engine = _without_sharding(engine)
-    example = data.example()
-    return DdpEngine(engine, model, optim=optim, compute=compute, example=example, compile=config.compile)
+    return DdpEngine(
+        engine, model, optim=optim, compute=compute, example=data.example(), compile=config.compile,
+        conditional=conditional,
+    )  # fmt: skip
 
 
 def _without_sharding(engine: DeepSpeed | Fsdp) -> Ddp:

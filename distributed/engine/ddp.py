@@ -62,6 +62,7 @@ class DdpEngine:
         model: float32 on the CPU, with its initial weights; the engine takes ownership.
         example: some images, for a few steps before DDP is used, whose results are discarded.
         compile: compile the forward and backward pass with torch.compile.
+        conditional: some images may not use all parameters.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class DdpEngine:
         compute: Compute,
         example: Batch,
         compile: bool,
+        conditional: bool = False,
     ) -> None:
         self._config, self.compute = config, compute
         self._plain = prepare(model, compute)
@@ -90,10 +92,12 @@ class DdpEngine:
         self._sums = self._shared or BucketSums(low)
         self._ddp: DistributedDataParallel | None = None
         if isinstance(self._sums, BucketSums) and world_size() > 1:
-            before = {name: tensor.clone() for name, tensor in self._plain.state_dict().items()}
-            self.model = self._ddp = self._wrap(config, self._sums, example)
+            before = [(tensor, tensor.detach().clone()) for tensor in (*self._trained, *self._plain.buffers())]
+            self.model = self._ddp = self._wrap(config, self._sums, example, conditional=conditional)
             self._settle_buckets(example)
-            self._plain.load_state_dict(before)
+            with torch.no_grad():
+                for tensor, value in before:
+                    tensor.copy_(value)
             self._sums.reduced_bytes = 0
 
     @property
@@ -112,7 +116,7 @@ class DdpEngine:
         timeout = self.compute.timeout_seconds
         return SharedGradients.open(self._trained, low, self.compute.device, timeout_seconds=timeout)
 
-    def _wrap(self, config: Ddp, sums: BucketSums, example: Batch) -> DistributedDataParallel:
+    def _wrap(self, config: Ddp, sums: BucketSums, example: Batch, *, conditional: bool) -> DistributedDataParallel:
         # torch 2.13 renamed the flag. Buffers need no broadcast, since synchronized statistics are the same on all ranks.
         known = inspect.signature(DistributedDataParallel.__init__).parameters
         no_broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -122,7 +126,7 @@ class DdpEngine:
             device_ids=[self.compute.device] if self.compute.device.type == "cuda" else None,
             bucket_cap_mb=config.bucket_mib,
             gradient_as_bucket_view=True,
-            find_unused_parameters=self._has_unused_parameters(example),
+            find_unused_parameters=conditional or self._has_unused_parameters(example),
             **options,
         )
         ddp.register_comm_hook(None, sums.hook)

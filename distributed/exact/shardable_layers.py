@@ -19,13 +19,14 @@ def layers_to_shard(model: nn.Module, images: Tensor) -> dict[str, int]:
     """Return the paths of convolutions and linear layers whose parameters nothing else uses, and their calls in a forward pass.
 
     A layer counts if it has the forward of `nn.Conv1d/2d/3d` or `nn.Linear`, if nothing outside this forward computes with
-    its parameters, if the backward pass does not call it again, and if evaluation does not call it more often than training.
-    Leaves the model unchanged, bit for bit.
+    its parameters, if the backward pass does not call it again, if evaluation does not call it more often than training, and
+    if every batch calls it. Leaves the model unchanged, bit for bit.
 
     Args:
         model: float32 on the CPU; dropout layers are keyed.
         images: [n, 3, side, side], n at least 1; at most 3 are used.
     """
+    conditional = conditional_modules(model, images)
     images, keys = throwaway_batch(images)
     layers = [path for path, layer in model.named_modules() if _has_plain_forward(layer)]
     calls: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}  # by whether it is training
@@ -41,8 +42,40 @@ def layers_to_shard(model: nn.Module, images: Tensor) -> dict[str, int]:
             parameters = [p for p in model.parameters() if p.requires_grad]
             if output.requires_grad:
                 torch.autograd.grad(output.sum(), parameters, allow_unused=True)
-    excluded = recomputed | uses.shared_or_used_elsewhere() | set(calls[False] - calls[True])
+    excluded = recomputed | uses.shared_or_used_elsewhere() | set(calls[False] - calls[True]) | conditional
     return {path: calls[True][path] for path in layers if calls[True][path] and path not in excluded}
+
+
+def conditional_modules(model: nn.Module, images: Tensor) -> set[str]:
+    """Return the paths of modules with parameters that some images use and others do not, e.g. experts.
+
+    Each image is tried alone, and a batch of none, which calls no module that waits for an image of its own. Leaves the model
+    unchanged, bit for bit.
+
+    Args:
+        model, images: as for `layers_to_shard`.
+    """
+    images, keys = throwaway_batch(images)
+    own = {path for path, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
+    found: set[str] = set()
+    with unchanged(model), torch.no_grad():
+        for training in (False, True):
+            model.train(training)
+            parts = [(images[part], keys[part]) for part in (slice(3), slice(1), slice(1, 2), slice(2, 3), slice(0))]
+            called = [paths for part in parts if (paths := _called(model, *part)) is not None]
+            found |= set[str]().union(*called) - set[str].intersection(*called) if called else set()
+    return found & own
+
+
+def _called(model: nn.Module, images: Tensor, keys: Tensor) -> set[str] | None:
+    """Return the paths of the modules that these images use; None if the model does not accept so few."""
+    paths: set[str] = set()
+    with ModuleStack(model, before=lambda _, path, inputs: paths.add(path)), use_sample_keys(keys):
+        try:
+            model(images.clone())
+        except Exception:  # e.g. batch norm in training, with one value per channel
+            return None
+    return paths
 
 
 def _has_plain_forward(layer: nn.Module) -> bool:

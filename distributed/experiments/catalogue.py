@@ -155,7 +155,9 @@ ABLATIONS = (
     *_ablations(
         "cifar10_best",
         shared=(
-            "--data.validation_fraction=0.2", "--model.widths=[32, 128, 128]", "--epochs=13",
+            "--data.validation_fraction=0.2",
+            "--model.widths=[32, 128, 128]",
+            "--epochs=13",
             "--data.augment.low_res_epochs=6",
         ),
         left_out={

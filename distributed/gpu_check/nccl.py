@@ -129,7 +129,7 @@ def _engines(checks: Checks, precision: str) -> None:
 
 
 def _engine(name: str, config: TrainConfig, data: DataPipeline, device: torch.device) -> Engine:
-    model, layers = build_network(config, Topology(), data)
+    model, layers, _ = build_network(config, Topology(), data)
     optim, compute = config.optim, Compute(config.precision, channels_last=False, device=device, timeout_seconds=20.0)
     match name:
         case "ddp":

@@ -81,3 +81,32 @@ def check_without_images(
                 f"model.name = {name}: a batch with fewer images than there are shards leaves a shard without images, for "
                 f"which the network returns {found}; it should return logits of shape [0, {num_classes}]"
             )
+
+
+def check_gradients(model: nn.Module, images: Tensor, sample_keys: Tensor, *, name: str, seed: int) -> None:
+    """Check, on a copy of the model on the CPU, that the backward pass works and gives some parameter a gradient.
+
+    Args:
+        images, sample_keys: as for `check_output`.
+
+    Raises:
+        InputError: it does not.
+    """
+    probe = copied(model, name)
+    probe.train()
+    try:
+        with seeded(seed, "probe"):
+            with use_sample_keys(sample_keys):
+                logits = probe(images)
+            if logits.requires_grad:
+                logits.sum().backward()  # outside the keys, as in training
+    except Exception as error:
+        raise InputError(
+            f"model.name = {name}: the backward pass fails: {described(error)}; if the network checkpoints its activations "
+            "itself, turn that off and set grad_checkpointing.enabled = true"
+        ) from error
+    if not any(parameter.grad is not None for parameter in probe.parameters()):
+        raise InputError(
+            f"model.name = {name}: in training the logits depend on no parameter that requires gradients; is the head called "
+            "under torch.no_grad, or are its inputs detached?"
+        )

@@ -101,6 +101,17 @@ class NoForward(Net):
         return self.head(images)
 
 
+class Detached(Net):
+    def forward(self, images):
+        with torch.no_grad():
+            return super().forward(images)
+
+
+class Recomputed(Net):
+    def forward(self, images):
+        return torch.utils.checkpoint.checkpoint(super().forward, images, use_reentrant=False)
+
+
 class Extra(Net):
     def get_extra_state(self):
         return {"epoch": 3}

@@ -42,7 +42,7 @@ def on_cuda(name: str, precision: str) -> tuple[list[float], dict[str, Any]]:
     config = small_config(Path("unused"), precision=precision, **settings)
     with process_group(topology, device, timeout_seconds=60):
         data = build_data(config, topology, device)
-        model, layers = build_network(config, topology, data)
+        model, layers, _ = build_network(config, topology, data)
         compute = Compute(precision, channels_last=False, device=device, timeout_seconds=60.0)
         engine: Engine
         if isinstance(config.engine, DeepSpeed):

@@ -91,6 +91,22 @@ def test_resuming_sharded_or_not_is_bit_identical(alone: dict[str, Trace], folde
 
 
 @in_group
+def run_experts(folder: Path, engine: dict[str, Any]) -> Trace:
+    size = collectives.world_size()
+    model = {"name": "kit.experts:Experts"}
+    return traced(
+        small_config(folder / f"{size}", exact={"shards": 4}, engine=engine, model=model, global_batch_size=8)
+    )
+
+
+def test_layers_that_only_some_images_use(tmp_path: Path) -> None:
+    (expected,) = run_ranks(run_experts, 1, tmp_path, DDP, timeout_seconds=200)
+    for trace in run_ranks(run_experts, 2, tmp_path, FSDP, timeout_seconds=200):
+        assert trace.tensors == expected.tensors
+    assert_same_run(RunFolder(tmp_path / "2"), RunFolder(tmp_path / "1"))
+
+
+@in_group
 def bytes_at_rest(engine: dict[str, Any], precision: str) -> dict[str, int]:
     """Return the bytes that this rank keeps between steps, and the maximum of gathered weights during a micro-step."""
     config = small_config(Path("unused"), exact={"shards": 8}, engine=engine, precision=precision)

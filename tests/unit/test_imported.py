@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from distributed.config.models import ImportedModel
 from distributed.errors import InputError
-from distributed.models.build import build_model
+from distributed.models.build import build_model, load_weights
 from distributed.models.keyed_dropout import KeyedDropout
-from distributed.models.network_output import check_output
+from distributed.models.network_output import check_gradients, check_output
 from distributed.recipe import train
 
 IMAGES, KEYS = torch.zeros(2, 3, 32, 32), torch.zeros(2, 2, dtype=torch.int64)
@@ -44,6 +44,7 @@ def checked(factory: str, images: Tensor = IMAGES, **options: object) -> nn.Modu
     model = build(factory, **options)
     name = factory if ":" in factory else f"own_networks:{factory}"
     check_output(model, images, KEYS, name=name, num_classes=10, seed=0)
+    check_gradients(model, images, KEYS, name=name, seed=0)
     return model
 
 
@@ -176,6 +177,10 @@ WRONG: dict[str, tuple[str, dict[str, object], str]] = {
     ),
     "two outputs in training": ("Pair", {}, "in training the network returns tuple"),
     "a forward that fails": ("NoForward", {}, "fails in evaluation on images of shape [2, 3, 32, 32]: RuntimeError: mat1"),
+    "logits without a gradient": ("Detached", {}, "in training the logits depend on no parameter that requires gradients"),
+    "dropout that is computed again": (
+        "Recomputed", {}, "turn that off and set grad_checkpointing.enabled = true",
+    ),
     "the line of a forward that fails": ("NoForward", {}, f"/own_networks.py:{line_of('return self.head(images)')})"),
 }  # fmt: skip
 
@@ -194,6 +199,15 @@ def test_a_wrong_factory_is_one_clear_line(name: str) -> None:
 def test_images_too_small_for_the_network() -> None:
     with pytest.raises(InputError, match=r"images of shape \[2, 3, 32, 32\]: RuntimeError: .*Output size is too small"):
         checked("torchvision.models:alexnet")
+
+
+def test_weights_without_a_version_are_loaded() -> None:
+    """The MNASNet of torchvision refuses a plain dict of its weights."""
+    model, other = (build("torchvision.models:mnasnet0_5", seed=seed) for seed in (0, 1))
+    load_weights(other, dict(model.state_dict()))
+    assert same(model, other)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        load_weights(other, {})
 
 
 def test_parameters_get_contiguous_memory_of_their_own() -> None:

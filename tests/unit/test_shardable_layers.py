@@ -2,11 +2,12 @@
 
 import torch
 import torchvision
+from kit.experts import Experts
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from distributed.exact.shardable_layers import layers_to_shard
+from distributed.exact.shardable_layers import conditional_modules, layers_to_shard
 
 IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 
@@ -79,3 +80,13 @@ def test_attention_keeps_its_output_projection() -> None:
     )
     block = "encoder.layers.encoder_layer_0.mlp"
     assert layers_to_shard(model, IMAGES) == {"conv_proj": 1, f"{block}.0": 1, f"{block}.3": 1, "heads.head": 1}
+
+
+def test_layers_that_only_some_images_use() -> None:
+    """A rank whose images use no such layer would not take part in gathering its weights."""
+    model = Experts(10)
+    found = conditional_modules(model, IMAGES)
+    assert found
+    assert found <= {f"experts.{index}" for index in range(4)}
+    assert layers_to_shard(model, IMAGES) == {"conv": 1, "router": 1, "head": 1}
+    assert not conditional_modules(torchvision.models.resnet18(), IMAGES)

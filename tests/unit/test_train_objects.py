@@ -440,6 +440,14 @@ def test_an_engine_that_is_not_installed_is_one_line(tmp_path: Path, monkeypatch
         build_network(config, Topology(world_size=2), data)
 
 
+@pytest.mark.parametrize("engine", [{"name": "fsdp"}, {"name": "deepspeed", "zero_stage": 1}])
+def test_experts_need_all_gradients_on_every_rank(tmp_path: Path, engine: dict[str, Any]) -> None:
+    config = config_of(tmp_path, engine=engine, exact=FAST, model={"name": "kit.experts:Experts"})
+    data = build_data(config, Topology(), torch.device("cpu"))
+    with pytest.raises(InputError, match=r"but experts\.\d is used by some images only: set engine\.name = ddp"):
+        build_network(config, Topology(world_size=2), data)
+
+
 def test_load_needs_the_object_and_only_then_takes_it(tmp_path: Path) -> None:
     result = train(config_of(tmp_path, epochs=1), model=Net(10))
     with pytest.raises(

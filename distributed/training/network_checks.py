@@ -1,0 +1,155 @@
+"""Checks, on a few images, that an imported network can be trained as configured, and finds what its engine needs to know."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from loguru import logger
+from torch import Tensor, nn
+
+from distributed.config import TrainConfig
+from distributed.data.batch import Batch
+from distributed.data.pipeline import DataPipeline, Split
+from distributed.errors import InputError
+from distributed.exact.check.supported import changed_by_forward, check_exact, mixes_samples
+from distributed.exact.shardable_layers import conditional_modules, layers_to_shard
+from distributed.models.network_output import check_gradients, check_output, check_without_images
+from distributed.models.plain_batch_norm import unsupported_batch_norms
+from distributed.topology import Topology
+
+_EVALUATED: tuple[Split, ...] = ("validation", "test")
+
+
+def check_imported(
+    model: nn.Module, config: TrainConfig, topology: Topology, data: DataPipeline, evaluates: Split | None
+) -> tuple[dict[str, int], bool]:
+    """Check that an imported network can be trained, or evaluated, as configured.
+
+    Args:
+        evaluates: the split to evaluate, if it is not to be trained.
+
+    Returns:
+        `Network.layers` and `Network.conditional`.
+
+    Raises:
+        InputError: it cannot.
+    """
+
+    images, keys = _inputs(data.example())
+    name, device_type = config.model.name, data.input_format.device.type
+    check = partial(check_output, model, name=name, num_classes=data.num_classes, seed=config.seed)
+    draws = check(images[:2], keys[:2])
+    if config.data.augment.low_res_epochs:
+        _check_low_res(check, data)
+    if (
+        topology.world_size == 1
+        and not config.shards_on(device_type)
+        and not evaluates
+        and min(training_batches(data)) == 1
+    ):
+        try:
+            check(images[:1], keys[:1])
+        except InputError as error:  # torch's batch norm rejects one value per channel; the synchronized one does not
+            raise InputError(
+                f"{error}; some micro-batches have one image: change global_batch_size or grad_accum_steps, or set "
+                "exact.shards"
+            ) from None
+    in_training = not evaluates and min(training_batches(data)) < data.shards.total
+    if in_training or any(count < data.shards.total for count in evaluation_batches(data, evaluates)):
+        check_without_images(
+            model, images[:0], keys[:0], name=name, num_classes=data.num_classes, in_training=in_training
+        )
+    images = images[torch.arange(3) % len(images)]  # the passes change the copies
+    if config.shards_on(device_type):
+        check_exact(model, images, device_type=device_type)
+    if not evaluates:
+        check_gradients(model, images, keys[torch.arange(3) % len(keys)], name=name, seed=config.seed)
+    if config.shards_on(device_type):
+        return layers_to_shard(model, images), False
+    return _check_fast(model, config, topology, images, draws=draws)
+
+
+def _check_fast(
+    model: nn.Module, config: TrainConfig, topology: Topology, images: Tensor, *, draws: bool
+) -> tuple[dict[str, int], bool]:
+    """Raise InputError if an imported network cannot be trained in fast mode; warn about what will not repeat its bits."""
+
+    name = config.model.name
+    if draws and topology.is_main:
+        logger.warning(
+            "model.name = {}: training draws from torch's generator, e.g. in F.dropout: a resumed run will not repeat the bits "
+            "of an undisturbed one; use dropout layers, whose masks depend only on seed, epoch and image",
+            name,
+        )
+    if topology.is_main:
+        _warn_about_changes(model, images, name, several=topology.world_size > 1)
+    if topology.world_size > 1 and (unsupported := unsupported_batch_norms(model)):
+        raise InputError(f"model.name = {name}, on several processes: {'; '.join(unsupported)}")
+    if topology.world_size > 1 and (reason := mixes_samples(model, images)) and topology.is_main:
+        logger.warning("model.name = {}: results depend on how the batch is split over the ranks: {}", name, reason)
+    if topology.world_size == 1:
+        return {}, False
+    conditional = conditional_modules(model, images)
+    if conditional and (
+        config.engine.name == "fsdp" or (config.engine.name == "deepspeed" and config.engine.zero_stage)
+    ):
+        raise InputError(
+            f"model.name = {name}: engine.name = {config.engine.name} shards gradients, for which every rank has to use every "
+            f"parameter, but {sorted(conditional)[0]} is used by some images only: set engine.name = ddp"
+        )
+    if config.engine.name != "fsdp":
+        return {}, bool(conditional)
+    if scalars := [path for path, parameter in model.named_parameters() if not parameter.dim()]:
+        raise InputError(
+            f"model.name = {name}: engine.name = fsdp cannot shard {scalars[0]}, which has no dimensions: give it the shape "
+            "[1], or set engine.name = ddp"
+        )
+    return layers_to_shard(model, images), False
+
+
+def _check_low_res(check: Callable[[Tensor, Tensor], bool], data: DataPipeline) -> None:
+    """Raise InputError if the network does not take images of `data.augment.low_res_side`."""
+    images, keys = _inputs(data.example(low_res=True))
+    try:
+        check(images[:2], keys[:2])
+    except InputError as error:
+        raise InputError(
+            f"{error}; raise data.augment.low_res_side, or remove it and data.augment.low_res_epochs if the network takes one "
+            "size only"
+        ) from None
+
+
+def _warn_about_changes(model: nn.Module, images: Tensor, name: str, *, several: bool) -> None:
+    """Warn about what a forward pass changes: checkpoints lack attributes, and ranks do not exchange buffers."""
+
+    changed, saved = changed_by_forward(model, images), model.state_dict().keys()
+    if kept := [path for path in changed if path not in saved]:
+        logger.warning(
+            "model.name = {}: the forward pass changes {}, which is not in checkpoints: if results depend on it, a resumed "
+            "run will not repeat the bits of an undisturbed one; make it a buffer",
+            name, kept[0],
+        )  # fmt: skip
+    if several and (own := [path for path in changed if path in saved]):
+        logger.warning(
+            "model.name = {}: the forward pass updates the buffer {} from each rank's own images, so it differs between ranks; "
+            "checkpoints contain rank 0's copy",
+            name, own[0],
+        )  # fmt: skip
+
+
+def training_batches(data: DataPipeline) -> list[int]:
+    """Return the number of images in the smallest micro-batch of each kind of step: most steps, and the last of an epoch."""
+    batch, size = data.batching.global_batch_size, data.size("train")
+    return [max(1, count // data.batching.grad_accum_steps) for count in (min(batch, size), size % batch) if count]
+
+
+def evaluation_batches(data: DataPipeline, split: Split | None = None) -> list[int]:
+    """Return the sizes of the batches of one split, or of the splits that a training evaluates."""
+    step, splits = data.batching.evaluation_batch_size, [split] if split else _EVALUATED
+    sizes = [data.size(each) for each in splits]
+    return [count for size in sizes for count in (min(step, size), size % step) if count]
+
+
+def _inputs(example: Batch) -> tuple[Tensor, Tensor]:
+    """Return images and keys for passes on the CPU in float32."""
+    return example.images.cpu().float(), example.sample_keys.cpu()
