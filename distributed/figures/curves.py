@@ -61,7 +61,10 @@ def run_curves(run: NamedLog) -> Iterator["Figure"]:
 @contextmanager
 def overlaid_curves(runs: Sequence[NamedLog], *, split: str) -> Iterator["Figure"]:
     """Draw training loss, accuracy on a split, and learning rate of several runs; at least one has finished an epoch."""
-    with figure(11.5, 3.6, columns=3) as (made, [losses, accuracies, rates]):
+    longest = max(len(run.name) for run in runs)
+    columns = max(1, min(4, int(11.5 / (0.6 + 0.067 * longest))))  # inches: the width of a name in the legend's font
+    rows = -(-len(runs) // columns)
+    with figure(11.5, 3.4 + 0.17 * rows, columns=3) as (made, [losses, accuracies, rates]):
         for place, run in enumerate(runs):
             # The curves of bit-identical runs coincide: dashes let the lower ones be seen.
             style: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "linestyle": _DASHES[place % len(_DASHES)]}
@@ -72,7 +75,7 @@ def overlaid_curves(runs: Sequence[NamedLog], *, split: str) -> Iterator["Figure
         _label(losses, accuracies, rates, epochs=max(run.log.finished_epochs for run in runs))
         losses.set_title("training loss")
         accuracies.set_title(f"{split} accuracy")
-        made.legend(loc="outside lower center", ncols=4)
+        made.legend(loc="outside lower center", ncols=columns)
         yield made
 
 

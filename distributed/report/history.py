@@ -65,6 +65,11 @@ class History:
         return f"{self.log.finished_epochs} of {self.config.epochs} epochs"
 
     @property
+    def started_attempts(self) -> list[Attempt]:
+        """The attempts that started training; others were refused."""
+        return [attempt for attempt in self.attempts if attempt.started.event == "started"]
+
+    @property
     def wall_time(self) -> WallTime:
         durations = [attempt.duration for attempt in self.attempts]
         return WallTime(sum((d for d in durations if d), timedelta()), None not in durations)
@@ -93,7 +98,10 @@ def read_history(run: Path) -> History:
 
 def _attempts(lines: list[AttemptRecord]) -> list[Attempt]:
     """Pair each start with the end of the same token. An attempt that failed before starting has its end as its start."""
-    ends = {line.token: line for line in lines if line.event != "started"}
+    # The trainer's own end counts, not what a requeued job found: its batch script may have been killed afterwards.
+    ends = {
+        line.token: line for line in sorted(lines, key=lambda line: line.event != "lost") if line.event != "started"
+    }
     starts = {line.token: line for line in reversed(lines) if line.event == "started"}
     tokens = dict.fromkeys(line.token for line in lines)
     return [Attempt(starts.get(token) or ends[token], ends.get(token)) for token in tokens]

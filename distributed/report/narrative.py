@@ -17,8 +17,8 @@ def describe(run: History) -> str:
         f"{config.model.name} on {dataset_name(run)}: {run.progress}, batch size {config.global_batch_size}, "
         f"optimizer {config.optim.name}, peak learning rate {config.peak_lr:g}, precision {config.precision}.{held_out}"
     ]
-    if run.attempts:
-        sentences.append(f"Hardware: {run.attempts[-1].hardware}.")
+    if started := run.started_attempts:
+        sentences.append(f"Hardware: {started[-1].hardware}.")
     if best := run.log.best("validation"):
         sentences.append(f"Best validation accuracy: {best.value:.2%} (epoch {best.epoch}).")
     if test := run.log.last("test"):

@@ -109,7 +109,7 @@ def _attempts(run: History) -> Html:
     resumed = (
         f" It took {len(rows)} attempts; each resumed from the last checkpoint of the one before." if rows[1:] else ""
     )
-    versions = run.attempts[-1].started.versions or {} if run.attempts else {}
+    versions = run.started_attempts[-1].started.versions or {} if run.started_attempts else {}
     return section(
         "Attempts",
         text(describe_status(run) + resumed),
@@ -134,7 +134,7 @@ def curves_as_svg(run: History) -> Html:
 
 def speed_as_svg(run: History) -> Html:
     """Draw images per second at each logging step."""
-    restarts = [attempt.started.step or 0 for attempt in run.attempts[1:]]
+    restarts = [attempt.started.step or 0 for attempt in run.started_attempts[1:]]
     with speed_curve(run.log, restarts=restarts) as figure:
         return as_svg(figure, label=f"training speed of {run.name} over steps")
 

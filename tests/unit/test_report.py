@@ -11,7 +11,8 @@ from PIL import Image
 
 from distributed.config import TrainConfig, as_toml, load_config
 from distributed.errors import InputError
-from distributed.figures.style import COLOURS
+from distributed.figures.curves import NamedLog, overlaid_curves
+from distributed.figures.style import COLOURS, as_png
 from distributed.recipe import train
 from distributed.report import comparison
 from distributed.report.__main__ import main as report
@@ -128,6 +129,25 @@ def test_attempts_say_why_they_ended(run: History) -> None:
     assert run.wall_time == WallTime(timedelta(seconds=25), complete=False)
 
 
+def test_a_refused_attempt_did_not_train(tmp_path: Path) -> None:
+    folder = run_of(tmp_path / "run")
+    with (folder / "attempts.jsonl").open("a") as file:
+        file.write(json.dumps(attempt_line("failed", "d", 50, reason="other images")) + "\n")
+    run = read_history(folder)
+    assert "Hardware: 1 process." in describe(run)
+    assert [attempt.started.step for attempt in run.started_attempts] == [0, 12, 20]
+
+
+def test_the_trainers_own_end_counts(tmp_path: Path) -> None:
+    """Slurm may kill the batch script after the trainer has stopped; the requeued job records it as lost."""
+    folder = run_of(tmp_path / "run")
+    lines = [attempt_line("started", "a", 0), attempt_line("stopped", "a", 30), attempt_line("lost", "a", 50)]
+    (folder / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    [attempt] = read_history(folder).attempts
+    assert attempt.ended is not None
+    assert (attempt.ended.event, attempt.duration) == ("stopped", timedelta(seconds=30))
+
+
 def test_an_attempt_that_failed_early_is_one_attempt(tmp_path: Path) -> None:
     folder = run_of(tmp_path / "run")
     (folder / "attempts.jsonl").write_text(json.dumps(attempt_line("failed", "a", 3, reason="no data")) + "\n")
@@ -234,6 +254,16 @@ def test_runs_of_one_epoch_are_drawn_as_points(tmp_path: Path) -> None:
     drawn = comparison.curves_as_svg(runs).partition("<g>")[2]
     for colour in COLOURS[:2]:  # a line of one point is nothing; only points are filled
         assert drawn.count(f"fill: {colour}") >= 3
+
+
+def test_curves_of_many_trials_keep_their_height(tmp_path: Path) -> None:
+    """Sixty long names would leave no room for the curves of a page of fixed size."""
+    log = read_history(run_of(tmp_path / "run")).log
+    runs = [NamedLog(f"{place:02}" + 58 * "x", log) for place in range(60)]
+    with overlaid_curves(runs, split="validation") as drawn:
+        as_png(drawn)  # computes the layout
+        inches = [axes.get_position().height * drawn.get_figheight() for axes in drawn.axes]
+    assert min(inches) > 2
 
 
 def test_learning_rates_beyond_the_last_epoch_are_drawn(tmp_path: Path) -> None:
