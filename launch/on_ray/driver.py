@@ -59,22 +59,23 @@ def run_attempts(
     stop: StopSource,
     callbacks: Sequence[Any] = (),
     *,
-    busy_is_enough: bool = False,
+    in_sweep: bool = False,
 ) -> ExitCode:
     """Run attempts until the run ends, and return its exit code.
 
     Args:
         callbacks: Ray Train's callbacks, which get the reported metrics.
-        busy_is_enough: as in `wait_for_capacity`.
+        in_sweep: whether this is a trial of a sweep, which has checked capacity and nodes before its first trial. Other
+            trials may have the workers.
 
     Raises:
         InputError: the first attempt does not fit on the cluster, or a node cannot take part.
     """
-    failures, started, saved = 0, False, _saved_step(config)
+    failures, started, saved = 0, in_sweep, _saved_step(config)
     nodes = CheckedNodes()
     while True:
         try:
-            workers = wait_for_capacity(scaling, stop.requested, nodes.excluded, busy_is_enough=busy_is_enough)
+            workers = wait_for_capacity(scaling, stop.requested, nodes.excluded, busy_is_enough=in_sweep)
         except CapacityError as error:
             if not started:
                 raise

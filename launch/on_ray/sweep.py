@@ -26,6 +26,7 @@ from distributed.report.comparison import curves_as_png
 from distributed.report.history import read_history
 from distributed.training.stop import StopSource
 from launch.on_ray.capacity import capacity, wait_for_capacity
+from launch.on_ray.cluster import CheckedNodes, check_nodes
 from launch.on_ray.connection import connected
 from launch.on_ray.driver import run_attempts
 from launch.on_ray.environment import set_environment
@@ -62,6 +63,7 @@ def _train(folder: Path, trainings: Sequence[Training], stop: StopSource) -> Exi
         raise InputError("sweep.device: trials on cuda and on cpu need different workers; run one sweep per device")
     if not wait_for_capacity(scaling, stop.requested, excluded=()):
         return ExitCode.STOPPED
+    check_nodes(trainings[0].config, scaling, CheckedNodes(), started=False)
     concurrent = max(1, capacity(scaling).runs_when_idle)
     logger.info(
         "trials: {}, workers per trial: {}, trials at once: {}",
@@ -99,7 +101,7 @@ def _trial(space: dict[str, Any], *, trainings: Sequence[Training], scaling: Sca
     try:
         with ClusterStop(stop_key, nodes={}) as stop:
             # Tune starts no more trainings than fit, so each can wait for the workers that another one is about to release.
-            code = run_attempts(training.config, scaling, stop, callbacks=[report_to_tune()], busy_is_enough=True)
+            code = run_attempts(training.config, scaling, stop, callbacks=[report_to_tune()], in_sweep=True)
     except InputError as error:
         for line in error.lines:
             logger.error("{}: {}", training.name, line)
