@@ -24,6 +24,7 @@ from distributed.process.streams import run_command
 from distributed.run.metrics_log import FIGURES, MetricsLog, Point
 from distributed.runs.outcome import outcome_of, runs_below
 from distributed.runs.table import HEADINGS, cells, in_columns, number
+from launch import sweep
 from launch.sweep import as_url_path
 
 METRICS = tuple(f"{split}.{figure}" for split, figure in product(("validation", "test"), FIGURES))
@@ -78,8 +79,8 @@ def _rank(point: Point, metric: str) -> float:
 
 
 def _trials(folder: Path) -> list[Path]:
-    """Return the run folders of a sweep, without that of a training with `best.toml`."""
-    return [run for run in runs_below(folder) if run not in (folder, folder / "best")]
+    """Return the run folders of a sweep, without those of runs with `best.toml`."""
+    return [run for run in runs_below(folder) if run != folder and run.relative_to(folder).parts[0] != "best"]
 
 
 def _sorted(names: list[str], best: Mapping[str, Point], metric: str) -> list[str]:
@@ -146,7 +147,7 @@ def main() -> int:
     parser.add_argument(
         "--by",
         metavar="METRIC",
-        help=f"{', '.join(METRICS)}: sort by it, and write the best run's settings to best.toml",
+        help=f"{', '.join(METRICS)}: sort by it; validation metrics also write the best run's settings to best.toml",
     )
     options = parser.parse_args()
     if len(options.folders) != 1:
@@ -155,12 +156,14 @@ def main() -> int:
         raise InputError(f"command line: --by {options.by}: should be one of {' | '.join(METRICS)}")
     [folder] = options.folders
     try:
-        text = write_summary(folder, options.by) if options.by else summary(folder)
+        # Test images never choose a trial.
+        chooses = options.by in sweep.METRICS
+        text = write_summary(folder, options.by) if chooses else summary(folder, options.by or METRICS[0])
     except OSError as error:
         print(f"error: {error}; fix access to {folder}", file=sys.stderr)
         return ExitCode.STORAGE
     print(text, end="")
-    if not options.by:
+    if not chooses:
         with OptionalOutput(folder / "summary.txt"):
             replace_text(folder / "summary.txt", text)
     return ExitCode.FINISHED

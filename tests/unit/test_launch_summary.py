@@ -70,6 +70,7 @@ def test_a_run_of_the_best_settings_is_not_a_trial(tmp_path: Path):
     with_validation(tmp_path / "a", [0.7], [1.0])
     write_summary(tmp_path, "validation.accuracy")
     with_validation(tmp_path / "best", [0.9], [0.5])
+    with_validation(tmp_path / "best/seed-0", [0.9], [0.5])
     assert write_summary(tmp_path, "validation.accuracy").splitlines()[-1].startswith("best: a, ")
 
 
