@@ -1,5 +1,6 @@
 """Compares the names and shapes of a network's tensors with those of weights to start from."""
 
+import shlex
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distributed.errors import first_few
+from distributed.run.weights_file import as_literal
 
 _SHOWN = 3
 _COUNTER = ".num_batches_tracked"  # of batch norms; files of old torch versions do not have it
@@ -64,23 +66,21 @@ def explained(fit: Fit, own: Mapping[str, Tensor], found: Mapping[str, Tensor], 
 
 
 def _remedy(own: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> str:
-    load = f"s.load_file({str(path)!r})"
+    load = f"s.load_file({as_literal(str(path))})"
     for prefix in _prefixes(found):
         stripped = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
         if len(stripped) == len(found) and not fit_weights(own, stripped).misfits:
-            return f"without the prefix {prefix} the names fit; {_rename(f'k.removeprefix({prefix!r})', load, path)}"
+            return f"without the prefix {prefix} the names fit; {_rename(f'k.removeprefix({as_literal(prefix)})', load, path)}"
     for prefix in _prefixes(own):
         if not fit_weights(own, {prefix + name: tensor for name, tensor in found.items()}).misfits:
-            return f"with the prefix {prefix} the names fit; {_rename(f'{prefix!r} + k', load, path)}"
+            return f"with the prefix {prefix} the names fit; {_rename(f'{as_literal(prefix)} + k', load, path)}"
     return "name weights of the same network"
 
 
 def _rename(new_name: str, load: str, path: Path) -> str:
-    target = str(path.with_name(f"renamed-{path.name}"))
-    return (
-        'rename them: python -c "import safetensors.torch as s; '
-        f's.save_file({{{new_name}: v for k, v in {load}.items()}}, {target!r})"'
-    )
+    target = as_literal(str(path.with_name(f"renamed-{path.name}")))
+    code = f"import safetensors.torch as s; s.save_file({{{new_name}: v for k, v in {load}.items()}}, {target})"
+    return f"rename them: python -c {shlex.quote(code)}"
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:

@@ -3,8 +3,10 @@
 Files in Python's pickle format, e.g. of torch.save, can run any code when they are loaded, so they never are.
 """
 
+import json
 import os
 import re
+import shlex
 import stat
 from pathlib import Path
 
@@ -75,9 +77,17 @@ def check_weights_folder(path: Path) -> Path:
 
 
 def _how_to_convert(path: Path) -> str:
-    target = str(path.with_suffix(".safetensors"))
+    source, target = (as_literal(str(each)) for each in (path, path.with_suffix(".safetensors")))
+    code = (
+        "import torch, safetensors.torch as s; "
+        f's.save_file({{k: v.clone() for k, v in torch.load({source}, "cpu", weights_only=True).items()}}, {target})'
+    )
     return (
         "not a safetensors file, and a file that may be a pickle is never loaded; convert it once: python -c "
-        '"import torch, safetensors.torch as s; '
-        f"s.save_file({{k: v.clone() for k, v in torch.load({str(path)!r}, 'cpu', weights_only=True).items()}}, {target!r})\""
+        f"{shlex.quote(code)}"
     )
+
+
+def as_literal(text: str) -> str:
+    """Return Python's literal of a string in double quotes, so that a command can be in single ones."""
+    return json.dumps(text, ensure_ascii=False)

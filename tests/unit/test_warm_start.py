@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -156,19 +157,21 @@ def test_a_prefix_may_be_missing(tmp_path):
 
 def run_command_in(message: str) -> None:
     """Run the Python command that a message ends with."""
-    code = message.partition('python -c "')[2].rpartition('"')[0]
-    assert code
+    python, option, code = shlex.split(message[message.index("python -c") :])
+    assert (python, option) == ("python", "-c")
     exec(code, {})
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.net."])
 def test_the_command_for_a_prefix_works(prefix, tmp_path):
     saved = trained_net()
+    folder = tmp_path / 'bob\'s "$HOME"'
+    folder.mkdir()
     with pytest.raises(InputError) as caught:
-        load(tmp_path, prefixed(prefix)(saved.state_dict()))
+        load(folder, prefixed(prefix)(saved.state_dict()))
     run_command_in(str(caught.value))
     net = Net()
-    start_from(config_of(tmp_path, tmp_path / "renamed-weights.safetensors"), Topology(), net)
+    start_from(config_of(folder, folder / "renamed-weights.safetensors"), Topology(), net)
     assert_equal(net, saved)
 
 
