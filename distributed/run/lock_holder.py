@@ -10,6 +10,7 @@ import re
 import subprocess
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,7 +108,8 @@ def _why_slurm_job_ended(job: SlurmRecord) -> str:
     ours = slurm_job()
     if job.job is None or not job.job.isdecimal() or job.restarts is None:
         return ""
-    if (ours.cluster if ours else "") != (job.cluster or ""):
+    cluster = ours.cluster if ours else _default_cluster() if job.cluster else ""
+    if cluster != (job.cluster or ""):
         return ""  # job ids of another cluster mean other jobs
     if ours and ours.job == job.job:
         return f"Slurm has restarted job {job.job}" if job.restarts < ours.restarts else ""
@@ -117,6 +119,19 @@ def _why_slurm_job_ended(job: SlurmRecord) -> str:
     if state and state not in _ACTIVE_STATES:
         return f"Slurm says that job {job.job} is {state}"
     return f"Slurm has restarted job {job.job}" if state and restarts > job.restarts else ""
+
+
+@cache
+def _default_cluster() -> str:
+    """Return the cluster that scontrol asks outside a job; empty if it does not answer."""
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "config"], capture_output=True, text=True, check=False, timeout=_SCONTROL_SECONDS
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", done.stdout, re.MULTILINE)
+    return found[1] if found else ""
 
 
 class JobState(NamedTuple):

@@ -215,6 +215,17 @@ def test_slurm_decides_whether_another_job_has_ended(
     assert why_ended(Holder.model_validate(holder)) == why
 
 
+@pytest.mark.parametrize(("cluster", "why"), [("one", "Slurm says that job 9 is NODE_FAIL"), ("two", "")])
+def test_slurm_is_asked_outside_a_job_too(monkeypatch: pytest.MonkeyPatch, cluster: str, why: str) -> None:
+    """On a login node no variable names the cluster."""
+    for name in OURS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(lock_holder, "_default_cluster", lambda: "one")
+    monkeypatch.setattr(lock_holder, "_query_slurm", lambda number: ("NODE_FAIL", 0))
+    holder = this_process().as_json() | {"host": "lost", "slurm": {"job": "9", "restarts": 0, "cluster": cluster}}
+    assert why_ended(Holder.model_validate(holder)) == why
+
+
 def test_blocked_work_names_its_lock_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(once_per_node, "_QUIET_SECONDS", 0.1)
     done: list[int] = []
