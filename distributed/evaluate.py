@@ -111,7 +111,7 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     from distributed.build import build_data, build_engine
     from distributed.comm.process_group import choose_device, process_group
     from distributed.data.checks import check_channels, check_evaluated
-    from distributed.inference.confusion import ConfusionMatrix
+    from distributed.inference.confusion import MAX_CLASSES, ConfusionMatrix
     from distributed.network import build_network
     from distributed.process import logs
     from distributed.process.allocator import keep_freed_memory
@@ -137,6 +137,8 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
     # Before the process group, because decoding may take long, and importing a network may fail.
     data = build_data(config, topology, device)
     check_channels(content, config, data)
+    if (many := data.num_classes > MAX_CLASSES) and arguments.confusion:
+        raise InputError(f"--confusion: {data.num_classes:,} classes are too many for a matrix; leave it out")
     functions = build_functions(config, topology, data, device)
     network = build_network(config, topology, data, evaluates=split)
     with process_group(topology, device, timeout_seconds=config.timeout_seconds), reachable_paths():
@@ -145,19 +147,19 @@ def _evaluate(config: TrainConfig, checkpoint: Path, arguments: argparse.Namespa
         check_same_checkpoint(checkpoint)
         engine = build_engine(config, topology, data, device, network)
         _load(checkpoint, engine)
-        confusion = ConfusionMatrix(data.num_classes, device)
+        confusion = None if many else ConfusionMatrix(data.num_classes, device)
         views = Views.of(config.evaluation)
         totals = evaluate(
             engine, data, split, loss=functions.loss.evaluation, metrics=functions.metrics, views=views,
-            device=device, observers=[confusion],
+            device=device, observers=[confusion] if confusion else [],
         )  # fmt: skip
-        counts = confusion.read()
+        counts = confusion.read() if confusion else None
     if topology.is_main:
         labels = Labels(config.model.name, config.data.name, split, checkpoint.name, content["classes"])
         picture = arguments.confusion or arguments.run / f"confusion-{split}.png"
-        failure = _draw(labels, totals, counts, picture)
+        failure = _draw(labels, totals, counts, picture) if counts else None
         # Print the results before raising the failure: they may have taken long to compute.
-        _print(labels, totals, counts, None if failure else picture, as_json=arguments.json)
+        _print(labels, totals, counts, picture if counts and not failure else None, as_json=arguments.json)
         with requested_output("--confusion", picture) if arguments.confusion else OptionalOutput(picture):
             if failure:
                 raise failure
@@ -210,10 +212,12 @@ def _draw(labels: Labels, totals: "SplitTotals", counts: "Counts", picture: Path
     return None
 
 
-def _print(labels: Labels, totals: "SplitTotals", counts: "Counts", picture: Path | None, *, as_json: bool) -> None:
+def _print(
+    labels: Labels, totals: "SplitTotals", counts: "Counts | None", picture: Path | None, *, as_json: bool
+) -> None:
     from distributed.inference.confusion import as_lines, by_class
 
-    results = by_class(counts, labels.classes)
+    results = by_class(counts, labels.classes) if counts else []
     if as_json:
         classes = [asdict(result) | {"confused_with": _pair(result.confused_with)} for result in results]
         content = {
@@ -229,7 +233,8 @@ def _print(labels: Labels, totals: "SplitTotals", counts: "Counts", picture: Pat
         f"loss {totals.mean_loss:.4f}, top-1 {totals.accuracy:.2%}, top-5 {totals.accuracy5:.2%}"
         + "".join(f", {name} {value:.4f}" for name, value in totals.metrics.items())
     )
-    print("", *as_lines(results), *(["", f"confusion matrix: {picture}"] if picture else []), sep="\n")
+    if results:
+        print("", *as_lines(results), *(["", f"confusion matrix: {picture}"] if picture else []), sep="\n")
 
 
 def _pair(pair: tuple[str, str, int] | None) -> dict[str, Any] | None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from distributed.comm import collectives
 from distributed.data.batch import Batch
 
+MAX_CLASSES = 5000  # with more, the matrix takes gigabytes
+
 Counts = list[list[int]]
 """Number of images [true class][predicted class]."""
 

@@ -16,7 +16,7 @@ from distributed.data.checks import check_channels, check_evaluated
 from distributed.data.pipeline import DataPipeline
 from distributed.data.sources.image_file import png_of
 from distributed.errors import InputError
-from distributed.inference.confusion import ConfusionMatrix, Counts
+from distributed.inference.confusion import MAX_CLASSES, ConfusionMatrix, Counts
 from distributed.inference.saved_run import (
     Normalization,
     check_complete,
@@ -108,8 +108,11 @@ class Analysis:
         """Evaluate a checkpoint on the test split and keep its most confident mistakes.
 
         Raises:
-            InputError: the checkpoint is damaged, or its network or classes do not match the run's config and data.
+            InputError: the checkpoint is damaged, or its network or classes do not match the run's config and data, or there
+                are too many classes for a confusion matrix.
         """
+        if self.data.num_classes > MAX_CLASSES:
+            raise InputError(f"{self.data.num_classes:,} classes: too many for the results of each class")
         check_complete(checkpoint)
         content = read_content(checkpoint)
         warn_about_changes(content, self.config.import_paths)

@@ -76,10 +76,16 @@ def test_a_resume_with_other_arrays_is_refused(folder: Path, run: Path, here: No
     assert_outcome(found, "the digest of the training images is", "point --data.root at the files", lines=2)
 
 
-def test_other_commands_read_the_data(run: Path, here: None, tmp_path: Path) -> None:
+def test_other_commands_read_the_data(run: Path, here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated = json.loads(call("evaluate", run, "--json", "--checkpoint", "latest").out)
     logged = metrics(run)[-1]["test"]
     assert (evaluated["data"], evaluated["top1"]) == ("arrays", logged["accuracy"])
+    with monkeypatch.context() as patched:
+        patched.setattr("distributed.inference.confusion.MAX_CLASSES", 4)
+        refused = call("evaluate", run, "--confusion", tmp_path / "confusion.png")
+        assert_outcome(refused, "--confusion: 5 classes are too many for a matrix; leave it out")
+        many = json.loads(call("evaluate", run, "--json", "--checkpoint", "latest").out)
+    assert many == evaluated | {"classes": [], "confusion": None, "picture": None}
     exported = call("export", run, "--out", tmp_path / "export")
     assert exported.code == 0, exported.out + exported.err
     assert "compared on 40 test images" in exported.out
