@@ -71,7 +71,8 @@ def for_device(config: TrainConfig, requested: str | None, saved: Mapping[str, A
     engine = config.engine
     if isinstance(engine, DeepSpeed):  # evaluation has no optimizer to offload
         engine = engine.model_copy(update={"offload_optimizer": False})
-    return with_values(config, device=device, precision=precision, engine=engine, exact=exact)
+    # A launcher set the threads to the CPUs of its machine.
+    return with_values(config, device=device, precision=precision, engine=engine, exact=exact, threads=0)
 
 
 def without_download(config: TrainConfig) -> TrainConfig:

@@ -113,7 +113,10 @@ def _device_faults(report: NodeReport, reports: Sequence[NodeReport], gpus: int 
     all_devices = [other.devices for other in reports if other.devices is not None]
     wanted = gpus or _most_common([other.gpus for other in all_devices])
     if devices.gpus != wanted:
-        return [f"{node}: {devices.gpus} GPUs instead of {wanted}; see nvidia-smi there, or --exclude={node}"]
+        return [
+            f"{node}: {devices.gpus} GPUs instead of {wanted}; request the same number on every node, --gpus-per-node=N; if "
+            f"you did, see nvidia-smi there, or --exclude={node}"
+        ]
     usual = _most_common([other.gpu_memory_gib for other in all_devices])
     if devices.gpu_memory_gib < _SMALLER_GPU * usual:
         return [
