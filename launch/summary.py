@@ -1,8 +1,8 @@
 """`python -m launch.summary FOLDER [--by METRIC]`: a table of the runs in a folder, the best first.
 
 Below it are mean and standard deviation over the seeds of each setting. Also writes the table to FOLDER/summary.txt and,
-with --by, the settings of the best run to FOLDER/best.toml. Each task of an array does so when it ends, so the last one
-writes the complete table.
+with --by and a validation metric, the settings of the best run to FOLDER/best.toml. Each task of an array does so when it
+ends, so the last one writes the complete table.
 """
 
 import argparse

@@ -63,7 +63,9 @@ def start_from(config: TrainConfig, topology: Topology, model: nn.Module) -> Non
     if fit.misfits:
         raise InputError(f"init_from = {path}: {explained(fit, own, found, path, model_name=config.model.name)}")
     # A buffer may have infinities of its own, e.g. an attention mask.
-    if bad := [name for name in fit.names if _is_finite(own[name]) and not _is_finite(found[name])]:
+    if bad := [
+        name for name in fit.names if not _is_finite(found[name]) and not _same_infinities(own[name], found[name])
+    ]:
         raise InputError(f"init_from = {path}: {bad[0]} has values that are not finite; name another file")
     with torch.no_grad():
         for name in fit.names:
@@ -74,6 +76,10 @@ def start_from(config: TrainConfig, topology: Topology, model: nn.Module) -> Non
 
 def _is_finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(tensor.float().isfinite().all())
+
+
+def _same_infinities(one: Tensor, other: Tensor) -> bool:
+    return not bool(other.float().isnan().any()) and torch.equal(one.float().isinf(), other.float().isinf())
 
 
 def _read(path: Path) -> tuple[Mapping[str, Tensor], Path]:

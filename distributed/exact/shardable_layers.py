@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from distributed.exact.check.module_stack import ModuleStack, tensors
+from distributed.exact.check.registered import can_run
 from distributed.exact.check.saved_model import unchanged
 from distributed.exact.check.throwaway import throwaway_batch
+from distributed.models.imported import seeded
 from distributed.models.keyed_dropout import use_sample_keys
-from distributed.models.torch_compat import TorchDispatchMode
+from distributed.models.torch_compat import AnyBatchNorm, TorchDispatchMode
 
 _TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -47,7 +49,7 @@ def layers_to_shard(model: nn.Module, images: Tensor) -> dict[str, int]:
 
 
 def conditional_modules(model: nn.Module, images: Tensor) -> set[str]:
-    """Return the paths of modules with parameters that some images use and others do not, e.g. experts.
+    """Return the paths of modules with parameters, and of batch norms, that only some images use, e.g. experts.
 
     Each image is tried alone, and a batch of none, which calls no module that waits for an image of its own. Leaves the model
     unchanged, bit for bit.
@@ -56,15 +58,21 @@ def conditional_modules(model: nn.Module, images: Tensor) -> set[str]:
         model, images: as for `layers_to_shard`.
     """
     images, keys = throwaway_batch(images)
-    own = {path for path, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
+    own = {path for path, module in model.named_modules() if _has_state(module)}
     found: set[str] = set()
-    with unchanged(model), torch.no_grad():
+    if not can_run(model):
+        return found
+    with unchanged(model), seeded(0, "conditional"), torch.no_grad():  # all ranks draw the same
         for training in (False, True):
             model.train(training)
             parts = [(images[part], keys[part]) for part in (slice(3), slice(1), slice(1, 2), slice(2, 3), slice(0))]
             called = [paths for part in parts if (paths := _called(model, *part)) is not None]
             found |= set[str]().union(*called) - set[str].intersection(*called) if called else set()
     return found & own
+
+
+def _has_state(module: nn.Module) -> bool:
+    return isinstance(module, AnyBatchNorm) or any(True for _ in module.parameters(recurse=False))
 
 
 def _called(model: nn.Module, images: Tensor, keys: Tensor) -> set[str] | None:

@@ -103,7 +103,7 @@ def check_gradients(model: nn.Module, images: Tensor, sample_keys: Tensor, *, na
     except Exception as error:
         raise InputError(
             f"model.name = {name}: the backward pass fails: {described(error)}; if the network checkpoints its activations "
-            "itself, turn that off and set grad_checkpointing.enabled = true"
+            "itself, turn that off; in fast mode, set grad_checkpointing.enabled = true instead"
         ) from error
     if not any(parameter.grad is not None for parameter in probe.parameters()):
         raise InputError(

@@ -49,10 +49,10 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Findings:
-    """Results of a checkpoint on the test split."""
+    """Results of a checkpoint on the test split. counts: None with more than `MAX_CLASSES` classes."""
 
     totals: SplitTotals
-    counts: Counts
+    counts: Counts | None
     class_names: list[str]
     mistakes: list[Mistake]
 
@@ -108,11 +108,8 @@ class Analysis:
         """Evaluate a checkpoint on the test split and keep its most confident mistakes.
 
         Raises:
-            InputError: the checkpoint is damaged, or its network or classes do not match the run's config and data, or there
-                are too many classes for a confusion matrix.
+            InputError: the checkpoint is damaged, or its network or classes do not match the run's config and data.
         """
-        if self.data.num_classes > MAX_CLASSES:
-            raise InputError(f"{self.data.num_classes:,} classes: too many for the results of each class")
         check_complete(checkpoint)
         content = read_content(checkpoint)
         warn_about_changes(content, self.config.import_paths)
@@ -125,19 +122,21 @@ class Analysis:
             engine.load_state(read_tensors(checkpoint))
         except ValueError as error:
             raise InputError(f"{checkpoint}: {error}") from None
-        confusion, confident = ConfusionMatrix(self.data.num_classes, self.device), _MostConfidentMistakes(mistakes)
+        few = self.data.num_classes <= MAX_CLASSES
+        confusion = ConfusionMatrix(self.data.num_classes, self.device) if few else None
+        confident = _MostConfidentMistakes(mistakes)
         views = Views.of(self.config.evaluation)
         functions = build_functions(self.config, self.topology, self.data, self.device)
         totals = evaluate(
             engine, self.data, "test", loss=functions.loss.evaluation, metrics=functions.metrics, views=views,
-            device=self.device, observers=[confusion, confident],
+            device=self.device, observers=[confusion, confident] if confusion else [confident],
         )  # fmt: skip
         names = content["classes"]
         found = [
             Mistake(as_png(each.image, self.normalization), names[each.true], names[each.predicted], each.probability)
             for each in confident.found
         ]
-        return Findings(totals, confusion.read(), names, found)
+        return Findings(totals, confusion.read() if confusion else None, names, found)
 
 
 def first_filters(checkpoint: Path) -> list[bytes] | None:

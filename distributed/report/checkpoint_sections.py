@@ -21,6 +21,14 @@ def results(found: "Findings", checkpoint: str) -> list[Html]:
     from distributed.inference.confusion import most_confused
 
     totals, names = found.totals, found.class_names
+    summary = text(
+        f"Checkpoint {checkpoint} on {totals.count:,} test images: top-1 accuracy {totals.accuracy:.2%}, top-5 accuracy "
+        f"{totals.accuracy5:.2%}, loss {totals.mean_loss:.4f}"
+        + "".join(f", {name} {value:.4f}" for name, value in totals.metrics.items())
+        + "."
+    )
+    if found.counts is None:
+        return [summary]
     large = len(names) >= _LARGE
     with confusion_figure(found.counts, names, title="test images by true and predicted class") as figure:
         matrix = as_svg(figure, label="confusion matrix of the test images", shrinks=not large)
@@ -29,20 +37,20 @@ def results(found: "Findings", checkpoint: str) -> list[Html]:
         [pair.true, pair.predicted, f"{pair.images:,}", f"{pair.images / counts[pair.true]:.1%} of the class"]
         for pair in most_confused(found.counts, names)[:_PAIRS]
     ]
-    summary = text(
-        f"Checkpoint {checkpoint} on {totals.count:,} test images: top-1 accuracy {totals.accuracy:.2%}, top-5 accuracy "
-        f"{totals.accuracy5:.2%}, loss {totals.mean_loss:.4f}"
-        + "".join(f", {name} {value:.4f}" for name, value in totals.metrics.items())
-        + "."
-    )
     confused = table(["true class", "predicted", "images", ""], pairs, numbers=[2]) if pairs else ""
     return [summary, confused, scrolled(matrix)] if large else [summary, beside(matrix, confused)]
 
 
 def classes(found: "Findings") -> list[Html]:
-    """Return a table of recall and precision per class, best recall first."""
+    """Return a table of recall and precision per class, best recall first.
+
+    Raises:
+        Absent: there are too many classes.
+    """
     from distributed.inference.confusion import by_class
 
+    if found.counts is None:
+        raise Absent("There are too many classes for the results of each.")
     ordered = sorted(
         by_class(found.counts, found.class_names), key=lambda one: 1.0 if one.recall is None else -one.recall
     )

@@ -106,8 +106,9 @@ def _attempts(run: History) -> Html:
         for number, attempt in enumerate(run.attempts, 1)
     ]
     headings = ["", "started", "from step", "hardware", "duration", "end", "commit"]
+    count = len(run.started_attempts)
     resumed = (
-        f" It took {len(rows)} attempts; each resumed from the last checkpoint of the one before." if rows[1:] else ""
+        f" It took {count} attempts; each resumed from the last checkpoint of the one before." if count > 1 else ""
     )
     versions = run.started_attempts[-1].started.versions or {} if run.started_attempts else {}
     return section(

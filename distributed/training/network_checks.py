@@ -15,6 +15,7 @@ from distributed.exact.check.supported import changed_by_forward, check_exact, m
 from distributed.exact.shardable_layers import conditional_modules, layers_to_shard
 from distributed.models.network_output import check_gradients, check_output, check_without_images
 from distributed.models.plain_batch_norm import unsupported_batch_norms
+from distributed.models.torch_compat import AnyBatchNorm
 from distributed.topology import Topology
 
 _EVALUATED: tuple[Split, ...] = ("validation", "test")
@@ -34,7 +35,6 @@ def check_imported(
     Raises:
         InputError: it cannot.
     """
-
     images, keys = _inputs(data.example())
     name, device_type = config.model.name, data.input_format.device.type
     check = partial(check_output, model, name=name, num_classes=data.num_classes, seed=config.seed)
@@ -60,10 +60,20 @@ def check_imported(
             model, images[:0], keys[:0], name=name, num_classes=data.num_classes, in_training=in_training
         )
     images = images[torch.arange(3) % len(images)]  # the passes change the copies
+    check_backward = partial(
+        check_gradients, model, images, keys[torch.arange(3) % len(keys)], name=name, seed=config.seed
+    )
     if config.shards_on(device_type):
-        check_exact(model, images, device_type=device_type)
+        try:
+            check_exact(model, images, device_type=device_type)
+        except InputError:
+            raise
+        except Exception:
+            check_backward()  # says so in one line if it fails
+            raise
     if not evaluates:
-        check_gradients(model, images, keys[torch.arange(3) % len(keys)], name=name, seed=config.seed)
+        _check_batch_norms(model, images, config, topology, device_type)
+        check_backward()
     if config.shards_on(device_type):
         return layers_to_shard(model, images), False
     return _check_fast(model, config, topology, images, draws=draws)
@@ -117,6 +127,20 @@ def _check_low_res(check: Callable[[Tensor, Tensor], bool], data: DataPipeline) 
             f"{error}; raise data.augment.low_res_side, or remove it and data.augment.low_res_epochs if the network takes one "
             "size only"
         ) from None
+
+
+def _check_batch_norms(
+    model: nn.Module, images: Tensor, config: TrainConfig, topology: Topology, device_type: str
+) -> None:
+    """Raise InputError if only some images use a batch norm: every shard and rank takes part in its statistics."""
+    if not config.shards_on(device_type) and topology.world_size == 1:
+        return
+    for path in sorted(conditional_modules(model, images)):
+        if isinstance(model.get_submodule(path), AnyBatchNorm):
+            raise InputError(
+                f"model.name = {config.model.name}: {path} is a batch norm that only some images use, but every shard and rank "
+                "has to take part in its statistics: use group norm or layer norm there"
+            )
 
 
 def _warn_about_changes(model: nn.Module, images: Tensor, name: str, *, several: bool) -> None:

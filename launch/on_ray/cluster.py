@@ -62,7 +62,8 @@ def check_nodes(config: TrainConfig, scaling: Scaling, checked: CheckedNodes, *,
 
     Args:
         checked: updated with the results.
-        started: whether the run has had an attempt; if so, a node that cannot take part is excluded without an error.
+        started: whether the run has had an attempt; if so, a node that cannot take part is excluded without an error,
+            unless no other can.
 
     Returns:
         Whether the capacity is unchanged: there is a usable node, and none was lost or excluded meanwhile.
@@ -81,7 +82,7 @@ def check_nodes(config: TrainConfig, scaling: Scaling, checked: CheckedNodes, *,
     with token_in(config.run_dir, ".node") as token:
         failures = _failures(nodes, config, token)
     bad = {node for node, lines in failures.items() if lines}
-    if bad and not started:
+    if bad and (not started or not checked.usable | (failures.keys() - bad)):
         raise InputError(*(line for lines in failures.values() for line in lines))
     for node in bad:
         logger.warning("excluded until Ray is restarted there: {}", "; ".join(failures[node]))

@@ -85,6 +85,8 @@ def test_other_commands_read_the_data(run: Path, here: None, tmp_path: Path, mon
         refused = call("evaluate", run, "--confusion", tmp_path / "confusion.png")
         assert_outcome(refused, "--confusion: 5 classes are too many for a matrix; leave it out")
         many = json.loads(call("evaluate", run, "--json", "--checkpoint", "latest").out)
+        assert call("report", run, "--out", tmp_path / "many.html").code == 0
+    assert "top-1 accuracy" in (tmp_path / "many.html").read_text()
     assert many == evaluated | {"classes": [], "confusion": None, "picture": None}
     exported = call("export", run, "--out", tmp_path / "export")
     assert exported.code == 0, exported.out + exported.err

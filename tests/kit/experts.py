@@ -5,13 +5,14 @@ from torch import Tensor, nn
 
 
 class Experts(nn.Module):
-    """Each image uses the one of `count` experts that the router prefers."""
+    """Each image uses the one of `count` experts that the router prefers; `normed`: they end in batch norm."""
 
-    def __init__(self, num_classes: int, count: int = 4) -> None:
+    def __init__(self, num_classes: int, count: int = 4, *, normed: bool = False) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3, stride=2)
         self.router = nn.Linear(8, count)
-        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(count))
+        last = (nn.BatchNorm1d(8, affine=False),) if normed else ()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), *last) for _ in range(count))
         self.head = nn.Linear(8, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ WRONG: dict[str, tuple[str, dict[str, object], str]] = {
     "a forward that fails": ("NoForward", {}, "fails in evaluation on images of shape [2, 3, 32, 32]: RuntimeError: mat1"),
     "logits without a gradient": ("Detached", {}, "in training the logits depend on no parameter that requires gradients"),
     "dropout that is computed again": (
-        "Recomputed", {}, "turn that off and set grad_checkpointing.enabled = true",
+        "Recomputed", {}, "turn that off; in fast mode, set grad_checkpointing.enabled = true instead",
     ),
     "the line of a forward that fails": ("NoForward", {}, f"/own_networks.py:{line_of('return self.head(images)')})"),
 }  # fmt: skip

@@ -618,7 +618,7 @@ def test_the_fused_layer_leaves_evaluation_to_its_base():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_fused_layer_counts_a_single_value_as_the_others_do() -> None:
     """torch's kernel divides the variance by the number of values minus one."""
-    x = torch.randn(1, CHANNELS, 1, 1)
+    x = torch.randn(1, CHANNELS, 1, 1, dtype=torch.float64)
     sync = SyncBatchNorm.of(layer_of("2d"), alone)
     fused = FusedSyncBatchNorm.of(layer_of("2d"), alone).cuda()
     sync(x)

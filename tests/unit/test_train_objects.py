@@ -444,8 +444,31 @@ def test_an_engine_that_is_not_installed_is_one_line(tmp_path: Path, monkeypatch
 def test_experts_need_all_gradients_on_every_rank(tmp_path: Path, engine: dict[str, Any]) -> None:
     config = config_of(tmp_path, engine=engine, exact=FAST, model={"name": "kit.experts:Experts"})
     data = build_data(config, Topology(), torch.device("cpu"))
-    with pytest.raises(InputError, match=r"but experts\.\d is used by some images only: set engine\.name = ddp"):
+    with pytest.raises(InputError, match=r"but experts\.\d\.0 is used by some images only: set engine\.name = ddp"):
         build_network(config, Topology(world_size=2), data)
+
+
+@pytest.mark.parametrize(("exact", "ranks"), [({"shards": 4}, 1), (FAST, 2)])
+def test_experts_cannot_have_batch_norm(tmp_path: Path, exact: dict[str, Any], ranks: int) -> None:
+    """A shard without an expert's images would not take part in its statistics, and the others would wait."""
+    model = {"name": "kit.experts:Experts", "options": {"normed": True}}
+    config = config_of(tmp_path, exact=exact, model=model)
+    data = build_data(config, Topology(), torch.device("cpu"))
+    with pytest.raises(InputError, match=r"experts\.\d\.1 is a batch norm that only some images use"):
+        build_network(config, Topology(world_size=ranks), data)
+
+
+@pytest.mark.parametrize("exact", [{"shards": 4}, FAST])
+def test_a_backward_pass_that_fails_is_one_line(tmp_path: Path, exact: dict[str, Any]) -> None:
+    class InPlace(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            x = super().forward(images).exp()
+            return x.add_(1) if self.training else x
+
+    config = config_of(tmp_path, exact=exact, model={"name": "__main__:InPlace"})
+    data = build_data(config, Topology(), torch.device("cpu"))
+    with pytest.raises(InputError, match="the backward pass fails: RuntimeError: one of the variables needed"):
+        build_network(config, Topology(), data, InPlace(10))
 
 
 def test_load_needs_the_object_and_only_then_takes_it(tmp_path: Path) -> None:
