@@ -13,6 +13,7 @@ from loguru import logger
 from distributed.checkpoint.object_store import Store, StoreError, call_with_timeout
 from distributed.config import TrainConfig
 from distributed.errors import InputError
+from distributed.files import sync_to_disk
 from distributed.run.checkpoint_changes import set_link
 from distributed.run.checkpoint_layout import (
     BEST,
@@ -22,6 +23,7 @@ from distributed.run.checkpoint_layout import (
     best_known_to,
     check_format,
     damage_of,
+    is_committed,
     step_of,
     unfinished,
 )
@@ -98,19 +100,25 @@ def download_newest(store: Store, run: ClaimedRun, commit: Callable[[Path, Path]
     """
     folder = run.checkpoints
     for name in reversed(store.names()):
+        if _is_complete(folder / name):
+            return name
         if (aside := _download(store, folder, name)) is None:
             continue
         best = best_known_to(aside)
-        if best is not None and best != name:
+        if best is not None and best != name and not _is_complete(folder / best):
             if (aside_best := _download(store, folder, best)) is not None:
                 commit(aside_best, folder / best)
                 run.try_cleanup("the link best was not set", partial(set_link, folder, BEST, best))
             else:
                 logger.warning("{} has no complete {}, the best checkpoint so far", store.url, best)
-        commit(aside, folder / name)  # not flushed to disk: after a power cut it is downloaded again
+        commit(aside, folder / name)
         run.try_cleanup("the link latest was not set", partial(set_link, folder, LATEST, name))
         return name
     return None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    return is_committed(checkpoint) and damage_of(checkpoint) is None
 
 
 def _download(store: Store, folder: Path, name: str) -> Path | None:
@@ -126,6 +134,8 @@ def _download(store: Store, folder: Path, name: str) -> Path | None:
         raise StoreError(str(error)) from None
     damage = damage_of(aside)
     if damage is None:
+        for file in aside.iterdir():
+            sync_to_disk(file)
         return aside
     shutil.rmtree(aside, ignore_errors=True)
     logger.error("{}/{} is damaged ({}): its manifest is set aside as {}", store.url, name, damage, DAMAGED_MANIFEST)

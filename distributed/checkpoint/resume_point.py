@@ -16,7 +16,7 @@ from distributed.comm import collectives
 from distributed.errors import InputError, StorageError
 from distributed.files import storing
 from distributed.run.checkpoint_changes import delete_unfinished, set_aside
-from distributed.run.checkpoint_layout import TENSORS, check_formats, newest_complete
+from distributed.run.checkpoint_layout import TENSORS, WRITING, check_formats, newest_complete, parse_name
 from distributed.run.claim import ClaimedRun
 
 _VISIBLE_SECONDS = 65.0
@@ -46,11 +46,12 @@ def find_resume_point(run: ClaimedRun, store: Store | None, validate: Validate) 
         InputError: the checkpoint is complete but not this run's, or the run has saved and no checkpoint is left.
     """
     with storing(run.checkpoints):
-        delete_unfinished(run.checkpoints)
         check_formats(run.checkpoints)  # or those of a newer version would be set aside as damaged
         newest = newest_complete(run.checkpoints)
-        if newest.checkpoint is None and store and _download(run, store, newest.damaged):
+        wanted = newest.checkpoint is None or _was_downloading_after(newest.checkpoint)
+        if wanted and store and _download(run, store, newest.damaged):
             newest = newest_complete(run.checkpoints)
+        delete_unfinished(run.checkpoints)
         path = newest.checkpoint
         if path is None:
             run.check_not_lost()
@@ -64,6 +65,13 @@ def find_resume_point(run: ClaimedRun, store: Store | None, validate: Validate) 
         for other, damage in newest.damaged.items():
             set_aside(other, damage)
         return ResumePoint(path.name, content)
+
+
+def _was_downloading_after(newest: Path) -> bool:
+    """Whether an attempt was killed while it downloaded a later checkpoint: it commits the best one before the newest."""
+    own = parse_name(newest.name)
+    places = [parse_name(path.name.removeprefix(WRITING)) for path in newest.parent.glob(f"{WRITING}*")]
+    return own is not None and any(place > own for place in places if place)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

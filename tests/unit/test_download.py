@@ -4,6 +4,7 @@ import hashlib
 import multiprocessing
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -223,6 +224,33 @@ def test_all_of_four_processes_report_the_failure_of_one(server, target):
     assert [byte_range for _, byte_range in server.requests] == [None, f"bytes={HALF}-"]
     assert "it sent nothing for 0.3 s" in answers[0][0]
     assert [list(answer) for answer in answers] == [list(answers[0])] * 4
+
+
+def test_waiting_processes_do_not_check_the_result_one_after_another(tmp_path):
+    """The check may read a file of hundreds of gigabytes, and the next one waits for the lock meanwhile."""
+    target, checked, working = tmp_path / "target", [], threading.Event()
+
+    def done() -> bool:
+        checked.append(target.exists())
+        return target.exists()
+
+    def work() -> None:
+        working.set()
+        while len(checked) < 3:  # the other one has checked, and is about to wait
+            time.sleep(0.01)
+        time.sleep(0.2)
+        target.touch()
+
+    threads = [
+        threading.Thread(target=once_per_node.once_per_node, args=(target, work), kwargs={"done": done})
+        for _ in range(2)
+    ]
+    threads[0].start()
+    assert working.wait(20)
+    threads[1].start()
+    for thread in threads:
+        thread.join(20)
+    assert checked == [False, False, False]
 
 
 def test_another_attempt_after_a_failure_tries_again(server, target):

@@ -1,5 +1,6 @@
 """The cache of decoded images: its location, which files it trusts, and that it returns only decoded images."""
 
+import errno
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from PIL import Image
 from distributed.data.sources import decode, image_cache
 from distributed.data.sources.image_cache import CacheFile, folders
 from distributed.errors import InputError
+from distributed.host.identity import boot_id
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
 NOBODY = 65534
@@ -244,12 +246,52 @@ def test_temporary_files_of_dead_processes_are_removed(root: Path, tmp_path: Pat
     pixels(root)
     file = the_file(root / ".decoded")
     file.unlink()
-    dead, living = (file.with_name(f".{file.name}.{name}.writing") for name in ("dead", "living"))
-    dead.write_text("half")
+    other_images = file.with_name(f".train-8-0.images.{boot_id()}.dead.writing")
+    dead, living = (file.with_name(f".{file.name}.{boot_id()}.{name}.writing") for name in ("dead", "living"))
+    elsewhere, old = (file.with_name(f".{file.name}.another-machine.{name}.writing") for name in ("new", "old"))
+    for path in (other_images, dead, elsewhere, old):
+        path.write_text("half")
+    os.utime(old, (0, 0))
     with living.open("w") as locked:
         fcntl.flock(locked, fcntl.LOCK_EX)
         pixels(root)
-    assert (dead.exists(), living.exists()) == (False, True)
+    left = [path for path in (other_images, dead, living, elsewhere, old) if path.exists()]
+    assert left == [living, elsewhere]
+
+
+def test_images_larger_than_memory_are_mapped(tmp_path: Path, monkeypatch) -> None:
+    """A private mapping that can be written would be refused."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    memory = sum(1024 * int(lines[name].split()[0]) for name in ("MemTotal", "SwapTotal"))
+    side = 4096
+    file = CacheFile(tmp_path / "a.images", os.geteuid(), (memory // (3 * side**2) + 100, side, side, 3), "source")
+    monkeypatch.setattr(image_cache, "_digest", lambda _: "digest")
+    with file.path.open("wb") as made:
+        made.write(file._header("digest"))
+        try:
+            made.truncate(image_cache._HEADER + int(np.prod(file.shape)))
+        except OSError:
+            pytest.skip("the file system has no files of that size")
+    file.path.chmod(0o600)
+    assert file.load().shape == file.shape
+
+
+def test_an_error_that_passes_replaces_no_cache(root: Path, monkeypatch, log_messages: list[str]) -> None:
+    """Other nodes may have mapped the file: a replaced one is gone on NFS."""
+    monkeypatch.setenv("HOME", str(root.parent / "home"))
+    expected = pixels(root)
+    before = the_file(root / ".decoded").stat().st_ino
+    mapped = np.memmap
+
+    def refused(file, *arguments):
+        if os.readlink(f"/proc/self/fd/{file.fileno()}").startswith(str(root)):
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return mapped(file, *arguments)
+
+    monkeypatch.setattr(np, "memmap", refused)
+    assert np.array_equal(pixels(root), expected)
+    assert the_file(root / ".decoded").stat().st_ino == before
+    assert len(list((root.parent / "home").rglob("*.images"))) == 2
 
 
 def test_two_concurrent_writers_leave_one_valid_file(tmp_path: Path) -> None:
@@ -262,9 +304,12 @@ def test_two_concurrent_writers_leave_one_valid_file(tmp_path: Path) -> None:
 
     def inside(store: Callable[[int, np.ndarray], None]) -> None:
         file.write(blocks)  # as a second process would: locks may not work between nodes
+        written.append(file.path.stat().st_ino)
         blocks(store)
 
+    written: list[int] = []
     file.write(inside)
+    assert [file.path.stat().st_ino] == written, "its readers would lose a replaced file on NFS"
     assert np.array_equal(file.load(), images)
     assert [path.name for path in tmp_path.iterdir()] == ["a.images"]
 

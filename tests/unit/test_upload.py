@@ -17,6 +17,7 @@ from loguru import logger
 from distributed.checkpoint import download, object_store, upload
 from distributed.checkpoint.download import download_newest, saved_content, store_has_run
 from distributed.checkpoint.object_store import Store, StoreError
+from distributed.checkpoint.resume_point import find_resume_point
 from distributed.checkpoint.snapshot import write_checkpoint
 from distributed.checkpoint.upload import Uploader, log_upload_result, upload_remaining
 from distributed.config import TrainConfig, from_command_line
@@ -332,6 +333,27 @@ def test_the_newest_and_the_best_are_downloaded(run, url, tmp_path):
     assert [damage_of(path) for path in checkpoints(run.checkpoints)] == [None, None]
     assert (run.checkpoints / "latest").resolve().name == names[2]
     assert (run.checkpoints / "best").resolve().name == names[0]
+    assert list(run.checkpoints.glob(".*")) == []
+
+
+def test_a_download_that_was_killed_is_completed(run, url, tmp_path):
+    """The best checkpoint is committed first; a run that resumed from it would repeat all epochs since."""
+    there = ClaimedRun.claim(tmp_path / "there", world_size=1)
+    names = [save(there, step, best=1) for step in (1, 2, 3)]
+    upload_all(Uploader(url, there, keep_last=2))
+
+    def killed(aside: Path, path: Path) -> None:
+        if path.name == names[2]:
+            raise SystemExit
+        run.commit(aside, path)
+
+    with pytest.raises(SystemExit):
+        download_newest(Store(url), run, killed)
+    assert [path.name for path in checkpoints(run.checkpoints)] == names[:1]
+    found = find_resume_point(run, Store(url), lambda *_: None)
+    assert found is not None
+    assert found.name == names[2]
+    assert [path.name for path in checkpoints(run.checkpoints)] == [names[0], names[2]]
     assert list(run.checkpoints.glob(".*")) == []
 
 

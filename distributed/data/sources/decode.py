@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from distributed.config.data import MAX_PIXELS
 from distributed.data.sources.cifar import Images
-from distributed.data.sources.image_cache import BLOCK, CacheFile, Pixels, Untrusted, folders, in_threads
+from distributed.data.sources.image_cache import BLOCK, FORMAT, CacheFile, Pixels, Untrusted, folders, in_threads
 from distributed.data.sources.image_file import at_most, pixels_of
 from distributed.data.sources.image_folder import SPLITS, Listing, refusal
 from distributed.data.sources.image_size import TooLarge, check_sums, size_of, too_large
@@ -21,6 +21,7 @@ from distributed.data.sources.once_per_node import once_per_node
 from distributed.data.sources.progress import progress
 from distributed.errors import InputError
 from distributed.host.versions import versions
+from distributed.topology import Topology
 
 Store = Callable[[int, Pixels], None]
 """Stores a block of images, given the index of its first one."""
@@ -44,7 +45,8 @@ def read_listed(
         decode_all = partial(_decode_all, root, listing, split, side, max_pixels)
         shape = (len(listing.files), side, side, 3)
         request = f"{root.resolve()} {max_pixels}"
-        name = f"{split}-{side}-{listing.digest}-pillow-{versions()['pillow']}.images"  # another one may decode other pixels
+        # Another pillow may decode other pixels.
+        name = f"{split}-{side}-{listing.digest}-pillow-{versions()['pillow']}-{FORMAT}.images"
         files = (CacheFile(folder.path / name, folder.owner, shape, listing.digest) for folder in folders(root, cache))
         try:
             found.append(Images(_decoded(files, shape, decode_all, request), listing.labels))
@@ -65,7 +67,8 @@ def _decoded(
             return _from_cache(file, decode_all, request)
         except (OSError, Untrusted) as error:
             reasons.append(f"{file.path.parent}: {getattr(error, 'strerror', None) or error}")
-    if 4 * np.prod(shape) > _available_memory():
+    # Each process of this node has a copy.
+    if (3 + Topology.from_environment().local_world_size) * np.prod(shape) > _available_memory():
         raise InputError(
             f"data.cache: no room for {np.prod(shape) / 1e9:,.1f} GB of decoded images on disk or in memory "
             f"({', '.join(reasons)}); free disk space, or name a folder with --data.cache"

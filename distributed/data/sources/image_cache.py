@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,14 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distributed.host.cpu_quota import available_cpus
+from distributed.host.identity import boot_id
 
 T = TypeVar("T")
 Pixels = NDArray[np.uint8]
 
-_FORMAT = 3  # of the file and of the pixels: increase it when `to_size` or the decoder's options change
+FORMAT = 3  # of the file and of the pixels: increase it when `to_size` or the decoder's options change
 _HEADER = 4096  # bytes, one page, so that the pixels after it can be mapped
 BLOCK = 64  # images that are decoded, written and verified together
 _ASIDE = ".writing"
+_OLD_SECONDS = 7 * 24 * 3600.0
+_NOT_ABOUT_THE_FILE = {errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE}
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -94,17 +98,20 @@ class CacheFile:
 
         Raises:
             Untrusted: it is another user's, from another source, or damaged.
+            OSError: it cannot be read now.
         """
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             with open(os.open(self.path, flags), "rb") as file:
                 self._check_owner(os.fstat(file.fileno()))
                 header = file.read(_HEADER)
-                # "c", copy on write: torch warns about read-only memory.
-                images = np.memmap(file, np.uint8, "c", _HEADER, self.shape)
+                # Read-only: Linux refuses a private mapping that can be written ("c") and exceeds memory and swap.
+                images = np.memmap(file, np.uint8, "r", _HEADER, self.shape)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in _NOT_ABOUT_THE_FILE:
+                raise
             raise Untrusted(getattr(error, "strerror", None) or str(error)) from None
         if header != self._header(_digest(images)):
             raise Untrusted("its content does not match its header")
@@ -119,7 +126,7 @@ class CacheFile:
             raise Untrusted("its size is wrong")
 
     def _header(self, digest: str) -> bytes:
-        content = {"format": _FORMAT, "shape": self.shape, "source": self.source, "digest": digest}
+        content = {"format": FORMAT, "shape": self.shape, "source": self.source, "digest": digest}
         return json.dumps(content).encode().ljust(_HEADER, b"\n")
 
     def write(self, blocks: Callable[[Callable[[int, Pixels], None]], None]) -> None:
@@ -132,7 +139,7 @@ class CacheFile:
             OSError: the disk is full, or the folder cannot be written.
         """
         self._remove_leftovers()
-        handle, aside = tempfile.mkstemp(_ASIDE, f".{self.path.name}.", self.path.parent)
+        handle, aside = tempfile.mkstemp(_ASIDE, f".{self.path.name}.{boot_id()}.", self.path.parent)
         digests: dict[int, bytes] = {}
 
         def store(first: int, images: Pixels) -> None:
@@ -145,6 +152,12 @@ class CacheFile:
             self._reserve(handle)
             blocks(store)
             _write_at(handle, self._header(_joined(digests[first] for first in sorted(digests))), 0)
+            with suppress(Untrusted):
+                if (
+                    self.load() is not None
+                ):  # another node's, which its processes have mapped: this one cannot see its lock
+                    os.unlink(aside)
+                    return
             os.replace(aside, self.path)
         except BaseException:
             Path(aside).unlink(missing_ok=True)
@@ -161,11 +174,16 @@ class CacheFile:
                 raise
 
     def _remove_leftovers(self) -> None:
-        """Remove the temporary files of killed processes; a running process has locked its own."""
-        for path in self.path.parent.glob(f".{self.path.name}.*{_ASIDE}"):
+        """Remove the temporary files of killed processes; a running process has locked its own.
+
+        The lock of another machine may not be visible here, so its file is removed only if it is old.
+        """
+        for path in self.path.parent.glob(f".*{_ASIDE}"):
             with suppress(OSError), path.open("r+b") as file:  # NFS locks only a file opened for writing
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+                is_old = time.time() - os.fstat(file.fileno()).st_mtime > _OLD_SECONDS
+                if is_old or f".{boot_id()}." in path.name:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
 
 
 def in_threads(work: Callable[[int], T], count: int) -> Iterator[T]:

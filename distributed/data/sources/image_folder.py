@@ -45,7 +45,8 @@ class FolderListing(NamedTuple):
 class _File(NamedTuple):
     path: str  # relative to the root
     label: int
-    stat: os.stat_result
+    size: int
+    mtime_ns: int
 
 
 def list_folder(root: Path) -> FolderListing:
@@ -55,18 +56,18 @@ def list_folder(root: Path) -> FolderListing:
         InputError: all errors in the folder, one line each.
     """
     folders = {split: _class_folders(root, split) for split in SPLITS}
-    names = tuple(folders["train"])
+    labels = {name: label for label, name in enumerate(folders["train"])}
     errors = [
         f"{root / 'test' / name}: this class has no folder in {root / 'train'}; add it there, or remove it here"
         for name in folders["test"]
-        if name not in names
+        if name not in labels
     ]
     found: dict[str, list[_File]] = {}
     for split in SPLITS:
         found[split] = []
         for name, folder in folders[split].items():
-            if name in names:
-                files = list(_files(folder, f"{split}/{name}", names.index(name), errors))
+            if name in labels:
+                files = list(_files(folder, f"{split}/{name}", labels[name], errors))
                 found[split] += files
                 if split == "train" and not files:
                     errors.append(
@@ -76,7 +77,7 @@ def list_folder(root: Path) -> FolderListing:
             errors.append(f"{root / split}: no images; it should hold CLASS/*.png, .jpg or .jpeg")
     if errors:
         raise refusal(errors)
-    return FolderListing(names, {split: _listing(found[split]) for split in SPLITS})
+    return FolderListing(tuple(labels), {split: _listing(found[split]) for split in SPLITS})
 
 
 def refusal(errors: list[str]) -> InputError:
@@ -89,7 +90,8 @@ def _files(folder: Path, relative: str, label: int, errors: list[str]) -> Iterat
     """Yield the images in a class folder; add a line to `errors` for anything else in it."""
     for entry in _visible(folder):
         if os.path.isfile(entry.path) and entry.name.lower().endswith(SUFFIXES):
-            yield _File(f"{relative}/{entry.name}", label, entry.stat())
+            found = entry.stat()
+            yield _File(f"{relative}/{entry.name}", label, found.st_size, found.st_mtime_ns)
         else:
             kind = "a folder" if os.path.isdir(entry.path) else "not a supported image file"
             errors.append(
@@ -128,9 +130,9 @@ def _class_folders(root: Path, split: str) -> dict[str, Path]:
 def _listing(files: list[_File]) -> Listing:
     files = sorted(files, key=lambda file: hashlib.blake2b(os.fsencode(file.path), digest_size=16).digest())
     digest, outline = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=8)
-    for path, label, stat in files:
-        digest.update(os.fsencode(f"{path}\0{label}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
-        outline.update(os.fsencode(f"{path}\0{label}\0{stat.st_size}\n"))
+    for path, label, size, mtime_ns in files:
+        digest.update(os.fsencode(f"{path}\0{label}\0{size}\0{mtime_ns}\n"))
+        outline.update(os.fsencode(f"{path}\0{label}\0{size}\n"))
     labels = np.array([file.label for file in files], np.int64)
     return Listing(tuple(file.path for file in files), labels, digest.hexdigest(), outline.hexdigest())
 

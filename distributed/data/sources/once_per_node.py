@@ -1,6 +1,7 @@
 """Work that one process per node does while the others wait: downloading, decoding. Imports no torch."""
 
 import errno
+import os
 import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
@@ -18,6 +19,8 @@ _QUIET_SECONDS = 60.0
 def once_per_node(target: Path, work: Callable[[], None], *, done: Callable[[], bool], request: str = "") -> None:
     """Call `work` in one process at a time, unless it is `done`; the lock is beside `target`, whose folder is created.
 
+    `done` may be skipped if another process has just replaced the target; the caller checks it.
+
     A failure ends every process that waited for the same work, with the same message; otherwise each would try and fail in
     turn. A new failure is recognized by its number and not by its time, because a file server's clock may differ from this
     machine's.
@@ -29,6 +32,7 @@ def once_per_node(target: Path, work: Callable[[], None], *, done: Callable[[], 
         InputError: raised by the work, here or in another process.
         OSError: the folder cannot be written, or does not support locks.
     """
+    before_work = _stamp(target)
     if done():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +43,8 @@ def once_per_node(target: Path, work: Callable[[], None], *, done: Callable[[], 
     except NotImplementedError:
         raise OSError(errno.ENOLCK, "its file system has no locks", str(target.parent)) from None
     with acquired:
-        if done():
+        # The target of another process: `done`, which may read all of it, would keep the others waiting.
+        if _stamp(target) not in (None, before_work) or done():
             return
         failure = read_object(note)
         if failure.get("number") != before and failure.get("request") == request:
@@ -63,4 +68,13 @@ def _acquired(lock: BaseFileLock) -> AbstractContextManager[BaseFileLock]:
             "waiting for another process that downloads or decodes ({}); remove that file only if no such process is left",
             lock.lock_file,
         )
-        return lock.acquire()
+        return lock.acquire(poll_interval=1.0)
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    """Return what changes when a file is replaced; None if it does not exist."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
