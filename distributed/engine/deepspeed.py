@@ -66,7 +66,7 @@ class DeepSpeedEngine:
         self._model_tensors = self._find_model_tensors(shapes)
         self._optimizer_tensors = self._find_optimizer_tensors(optim, shapes)
         live = {name: tensor.local for name, tensor in self._model_tensors.items()}
-        self._ema = WeightEMA(live, decay=optim.ema_decay) if optim.ema_decay else None
+        self._ema = WeightEMA(live, decay=optim.ema_decay, trained=self._parameters) if optim.ema_decay else None
 
     def predict(self, batch: Batch) -> Tensor:
         with torch.no_grad():

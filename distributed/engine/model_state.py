@@ -76,7 +76,7 @@ class ModelState:
         self.optimizer = Optimizer(config, list(local.values()), dims=dims, muon_dtype=low)
         self._optimizer_tensors = {name: self.optimizer.state.get(tensor, {}) for name, tensor in local.items()}
         live = {name: tensor.local for name, tensor in self._model_tensors.items()}
-        self.ema = WeightEMA(live, decay=config.ema_decay) if config.ema_decay else None
+        self.ema = WeightEMA(live, decay=config.ema_decay, trained=self._parameters) if config.ema_decay else None
         self._loss_scale = LossScale(next(model.parameters()).device) if precision == "float16" else None
 
     def scale_loss(self, loss: Tensor) -> Tensor:

@@ -187,7 +187,8 @@ def load_checkpoint(
     try:
         load_weights(network, evaluation_weights(checkpoint))  # float64 becomes float32
     except RuntimeError as error:
-        raise InputError(f"{checkpoint}: does not fit the run's config.toml: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())[:500]
+        raise InputError(f"{checkpoint}: does not fit the run's config.toml: {reason}") from None
     is_built_in = isinstance(config.model, BuiltInModel)
     classifier = Classifier(network.requires_grad_(False), normalization, repeats_channel=is_built_in).to(device)
     side, (height, width) = config.model.input_side, content["image_size"]

@@ -1,6 +1,6 @@
 """Exponential moving average (EMA) of a model's weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,14 +14,15 @@ class WeightEMA:
         live: the weights and statistics by name; for a sharded model, this rank's local tensors.
         decay: fraction of the average kept per step. At most (1 + step) / (10 + step), so that the initial weights lose
             their influence within the first steps.
+        trained: names of the weights that the optimizer updates. Others may have infinities, e.g. attention masks.
     """
 
-    def __init__(self, live: Mapping[str, Tensor], *, decay: float) -> None:
+    def __init__(self, live: Mapping[str, Tensor], *, decay: float, trained: Collection[str] = ()) -> None:
         self.decay = decay
         self._live = {name: tensor for name, tensor in live.items() if tensor.is_floating_point()}
         self.tensors = {name: tensor.clone() for name, tensor in self._live.items()}
-        self._infinite = [name for name, tensor in self._live.items() if not tensor.isfinite().all()]
-        """Tensors with infinities, e.g. attention masks."""
+        constants = [n for n in self._live if n not in trained and not n.endswith(("running_mean", "running_var"))]
+        self._infinite = [name for name in constants if not self._live[name].isfinite().all()]
 
     @torch.no_grad()
     def update(self, step: int | Tensor, *, skip: Tensor | None = None) -> None:

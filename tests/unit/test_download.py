@@ -226,7 +226,7 @@ def test_all_of_four_processes_report_the_failure_of_one(server, target):
     assert [list(answer) for answer in answers] == [list(answers[0])] * 4
 
 
-def test_waiting_processes_do_not_check_the_result_one_after_another(tmp_path):
+def test_waiting_processes_do_not_check_under_the_lock(tmp_path):
     """The check may read a file of hundreds of gigabytes, and the next one waits for the lock meanwhile."""
     target, checked, working = tmp_path / "target", [], threading.Event()
 
