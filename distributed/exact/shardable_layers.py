@@ -1,6 +1,7 @@
 """Finds the layers whose weights are needed only while they compute, so that their memory can be freed in between."""
 
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from distributed.models.torch_compat import AnyBatchNorm, TorchDispatchMode
 _TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
-def layers_to_shard(model: nn.Module, images: Tensor) -> dict[str, int]:
+def layers_to_shard(model: nn.Module, images: Tensor, conditional: Collection[str] = ()) -> dict[str, int]:
     """Return the paths of convolutions and linear layers whose parameters nothing else uses, and their calls in a forward pass.
 
     A layer counts if it has the forward of `nn.Conv1d/2d/3d` or `nn.Linear`, if nothing outside this forward computes with
@@ -27,8 +28,8 @@ def layers_to_shard(model: nn.Module, images: Tensor) -> dict[str, int]:
     Args:
         model: float32 on the CPU; dropout layers are keyed.
         images: [n, 3, side, side], n at least 1; at most 3 are used.
+        conditional: the result of `conditional_modules`.
     """
-    conditional = conditional_modules(model, images)
     images, keys = throwaway_batch(images)
     layers = [path for path, layer in model.named_modules() if _has_plain_forward(layer)]
     calls: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}  # by whether it is training
@@ -44,7 +45,7 @@ def layers_to_shard(model: nn.Module, images: Tensor) -> dict[str, int]:
             parameters = [p for p in model.parameters() if p.requires_grad]
             if output.requires_grad:
                 torch.autograd.grad(output.sum(), parameters, allow_unused=True)
-    excluded = recomputed | uses.shared_or_used_elsewhere() | set(calls[False] - calls[True]) | conditional
+    excluded = recomputed | uses.shared_or_used_elsewhere() | set(calls[False] - calls[True]) | {*conditional}
     return {path: calls[True][path] for path in layers if calls[True][path] and path not in excluded}
 
 

@@ -71,16 +71,18 @@ def check_imported(
         except Exception:
             check_backward()  # says so in one line if it fails
             raise
+    divided = config.shards_on(device_type) or topology.world_size > 1
+    conditional = conditional_modules(model, images) if divided else set[str]()
     if not evaluates:
-        _check_batch_norms(model, images, config, topology, device_type)
+        _check_batch_norms(model, conditional, name)
         check_backward()
     if config.shards_on(device_type):
-        return layers_to_shard(model, images), False
-    return _check_fast(model, config, topology, images, draws=draws)
+        return layers_to_shard(model, images, conditional), False
+    return _check_fast(model, config, topology, images, conditional, draws=draws)
 
 
 def _check_fast(
-    model: nn.Module, config: TrainConfig, topology: Topology, images: Tensor, *, draws: bool
+    model: nn.Module, config: TrainConfig, topology: Topology, images: Tensor, conditional: set[str], *, draws: bool
 ) -> tuple[dict[str, int], bool]:
     """Raise InputError if an imported network cannot be trained in fast mode; warn about what will not repeat its bits."""
 
@@ -99,7 +101,6 @@ def _check_fast(
         logger.warning("model.name = {}: results depend on how the batch is split over the ranks: {}", name, reason)
     if topology.world_size == 1:
         return {}, False
-    conditional = conditional_modules(model, images)
     if conditional and (
         config.engine.name == "fsdp" or (config.engine.name == "deepspeed" and config.engine.zero_stage)
     ):
@@ -129,17 +130,13 @@ def _check_low_res(check: Callable[[Tensor, Tensor], bool], data: DataPipeline) 
         ) from None
 
 
-def _check_batch_norms(
-    model: nn.Module, images: Tensor, config: TrainConfig, topology: Topology, device_type: str
-) -> None:
+def _check_batch_norms(model: nn.Module, conditional: set[str], name: str) -> None:
     """Raise InputError if only some images use a batch norm: every shard and rank takes part in its statistics."""
-    if not config.shards_on(device_type) and topology.world_size == 1:
-        return
-    for path in sorted(conditional_modules(model, images)):
+    for path in sorted(conditional):
         if isinstance(model.get_submodule(path), AnyBatchNorm):
             raise InputError(
-                f"model.name = {config.model.name}: {path} is a batch norm that only some images use, but every shard and rank "
-                "has to take part in its statistics: use group norm or layer norm there"
+                f"model.name = {name}: {path} is a batch norm that only some images use, but every shard and rank has to take "
+                "part in its statistics: use group norm or layer norm there"
             )
 
 

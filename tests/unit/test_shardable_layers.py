@@ -88,5 +88,5 @@ def test_layers_that_only_some_images_use() -> None:
     found = conditional_modules(model, IMAGES)
     assert found
     assert found <= {f"experts.{index}.0" for index in range(4)}
-    assert layers_to_shard(model, IMAGES) == {"conv": 1, "router": 1, "head": 1}
+    assert layers_to_shard(model, IMAGES, found) == {"conv": 1, "router": 1, "head": 1}
     assert not conditional_modules(torchvision.models.resnet18(), IMAGES)
