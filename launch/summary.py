@@ -25,7 +25,6 @@ from distributed.run.metrics_log import FIGURES, MetricsLog, Point
 from distributed.runs.outcome import outcome_of, runs_below
 from distributed.runs.table import HEADINGS, cells, in_columns, number
 from launch import sweep
-from launch.sweep import as_url_path
 
 METRICS = tuple(f"{split}.{figure}" for split, figure in product(("validation", "test"), FIGURES))
 # The end of a run's name that distinguishes the seeds of one setting, e.g. `lr=0.1/seed-0`.
@@ -112,7 +111,7 @@ def _elsewhere(config: TrainConfig, folder: Path, run: Path) -> TrainConfig:
     """Return a trial's config with a run folder and an upload URL of its own, and the threads of any machine."""
     values: dict[str, Any] = {"run_dir": folder / "best", "threads": 0}
     if url := config.checkpoint.upload_to:
-        base = url.rstrip("/").removesuffix(f"/{as_url_path(str(run.relative_to(folder)))}")
+        base = url.rstrip("/").removesuffix(f"/{sweep.as_url_path(str(run.relative_to(folder)))}")
         values["checkpoint"] = config.checkpoint.model_copy(update={"upload_to": f"{base}/best"})
     return with_values(config, **values)
 

@@ -23,7 +23,6 @@ from distributed.run.checkpoint_layout import (
     best_known_to,
     check_format,
     damage_of,
-    is_committed,
     step_of,
     unfinished,
 )
@@ -100,12 +99,12 @@ def download_newest(store: Store, run: ClaimedRun, commit: Callable[[Path, Path]
     """
     folder = run.checkpoints
     for name in reversed(store.names()):
-        if _is_complete(folder / name):
+        if damage_of(folder / name) is None:
             return name
         if (aside := _download(store, folder, name)) is None:
             continue
         best = best_known_to(aside)
-        if best is not None and best != name and not _is_complete(folder / best):
+        if best is not None and best != name and damage_of(folder / best) is not None:
             if (aside_best := _download(store, folder, best)) is not None:
                 commit(aside_best, folder / best)
                 run.try_cleanup("the link best was not set", partial(set_link, folder, BEST, best))
@@ -115,10 +114,6 @@ def download_newest(store: Store, run: ClaimedRun, commit: Callable[[Path, Path]
         run.try_cleanup("the link latest was not set", partial(set_link, folder, LATEST, name))
         return name
     return None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    return is_committed(checkpoint) and damage_of(checkpoint) is None
 
 
 def _download(store: Store, folder: Path, name: str) -> Path | None:
