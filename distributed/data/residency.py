@@ -43,16 +43,13 @@ class ResidentSplit:
         """Yield, on the device, the images of each int64 [n] of `ids`, which may be on the device or the host."""
         if self.prefetched:
             return _prefetched(self, ids, self.ids.device)
-        return (torch.index_select(self.images, 0, own) for own in _one_ahead(ids, self._announced))
+        return (torch.index_select(self.images, 0, own) for own in _one_ahead(ids, self.announce))
 
-    def _announced(self, ids: Tensor) -> Tensor:
-        self.announce(ids)
-        return ids
-
-    def announce(self, ids: Tensor) -> None:
-        """Let the system start to read the images of int64 [n] if they are mapped from a file."""
+    def announce(self, ids: Tensor) -> Tensor:
+        """Let the system start to read the images of int64 [n] if they are mapped from a file. Returns the ids."""
         if self.read_ahead and not self.images.is_cuda:
             self.read_ahead(ids.numpy())
+        return ids
 
     def ids_for_gather(self, ids: Tensor) -> Tensor:
         """Return ids on the images' device: copied once per epoch, because a copy per batch would wait for the device."""

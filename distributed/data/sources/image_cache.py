@@ -153,9 +153,8 @@ class CacheFile:
             blocks(store)
             _write_at(handle, self._header(_joined(digests[first] for first in sorted(digests))), 0)
             with suppress(Untrusted):
-                if (
-                    self.load() is not None
-                ):  # another node's, which its processes have mapped: this one cannot see its lock
+                # Another node's, whose lock is not visible here; its processes have mapped it.
+                if self.load() is not None:
                     os.unlink(aside)
                     return
             os.replace(aside, self.path)
