@@ -121,6 +121,9 @@ RECIPES = (
     Recipe(id="improved_50", config="configs/improved_alexnet_50.toml", target=90.0),
 )
 
+LOW_RES = ("--epochs=13", "--data.augment.low_res_epochs=6", "--data.augment.low_res_side=24")
+BATCH_500 = ("--global_batch_size=500", "--optim.lr=0.05", "--optim.momentum=0.9")
+
 # An ablation is compared on validation images, so that the test images choose nothing. The networks are narrower than those
 # of the recipes, and train for fewer epochs.
 ABLATIONS = (
@@ -154,26 +157,15 @@ ABLATIONS = (
     ),
     *_ablations(
         "cifar10_best",
-        shared=(
-            "--data.validation_fraction=0.2",
-            "--model.widths=[32, 128, 128]",
-            "--epochs=13",
-            "--data.augment.low_res_epochs=6",
-        ),
-        left_out={
-            "no_low_res": (
-                "ten epochs in full resolution, which take as long",
-                ("--data.augment.low_res_epochs=0", "--data.augment.low_res_side=none", "--epochs=10"),
-            ),
-            "relu": ("ReLU instead of GELU", ("--model.activation=relu",)),
-        },
+        shared=("--data.validation_fraction=0.2", "--model.widths=[32, 128, 128]", "--epochs=10"),
+        left_out={"relu": ("ReLU instead of GELU", ("--model.activation=relu",))},
         alternatives={
-            "low_res_20": ("the first epochs at 20 x 20 pixels", ("--data.augment.low_res_side=20",)),
-            "low_res_28": ("the first epochs at 28 x 28 pixels", ("--data.augment.low_res_side=28",)),
-            "batch_1000": ("batches of 1,000, lr 0.07", ("--global_batch_size=1000", "--optim.lr=0.07")),
-            "batch_2000": (
-                "batches of 2,000 at the rates of Jordan 2024",
-                ("--global_batch_size=2000", "--optim.lr=0.24", "--optim.momentum=0.6"),
+            "low_res": ("13 epochs, the first six at 24 x 24 pixels, which take as long", LOW_RES),
+            "batch_500": ("batches of 500 at the rates of cifar10_fast", BATCH_500),
+            "batch_500_low_res": ("the same, and 13 epochs, the first six at 24 x 24 pixels", (*BATCH_500, *LOW_RES)),
+            "batch_500_low_res_20": (
+                "the same, at 20 x 20 pixels",
+                (*BATCH_500, *LOW_RES[:2], "--data.augment.low_res_side=20"),
             ),
         },
     ),
