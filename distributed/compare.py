@@ -7,7 +7,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
-from distributed.config import differences, toml_value
+from distributed.config import TrainConfig, differences, toml_value
 from distributed.config.layers import shown
 from distributed.errors import ExitCode, InputError, counted, prints_errors
 from distributed.files import home_path
@@ -102,7 +102,7 @@ def _compare_saves(name: str, a: dict[str, str], b: dict[str, str]) -> Divergenc
 
 def differing_conditions(a: RunFolder, b: RunFolder) -> list[str]:
     """Return a line per setting, version, variable or machine property that differs between two runs."""
-    config_a, config_b = a.saved_config(), b.saved_config()
+    config_a, config_b = _config_of(a), _config_of(b)
     lines = []
     if config_a and config_b:
         changed = [change for change in differences(config_a, config_b) if change[0] != "run_dir"]
@@ -114,6 +114,11 @@ def differing_conditions(a: RunFolder, b: RunFolder) -> list[str]:
         if old != new:
             lines.append(f"{name}: {', '.join(old) or '?'} | {', '.join(new) or '?'}")
     return lines
+
+
+def _config_of(run: RunFolder) -> TrainConfig | None:
+    """Return the config that the newest checkpoint was saved under; without one, that of the newest attempt."""
+    return run.saved_config() or (read_config(run.path) if run.config_file.is_file() else None)
 
 
 def _conditions(run: RunFolder) -> dict[str, list[str]]:
@@ -158,11 +163,11 @@ def _print_comparison(a: RunFolder, b: RunFolder) -> int:
     if not found.divergences:
         print(f"bit-identical: {a.path} and {b.path}, {found.extent}", *_results(a, b), sep="\n")
         return ExitCode.FINISHED
+    conditions = differing_conditions(a, b) or ["no difference in config, versions and machine"]
     print(f"not bit-identical: {a.path} and {b.path}, {found.extent}")
     for divergence in found.divergences:
         print(f"  diverged by step {divergence.step}: {divergence.description}")
-    for line in differing_conditions(a, b) or ["no difference in config, versions and machine"]:
-        print(f"  {line}")
+    print(*(f"  {line}" for line in conditions), sep="\n")
     print(*_results(a, b), sep="\n")
     return ExitCode.FAILED
 

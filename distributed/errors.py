@@ -29,6 +29,11 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
+def on_one_line(text: str) -> str:
+    """Return the text with control characters, line ends and unencodable characters escaped."""
+    return plain(text).replace("\n", "\\n")
+
+
 def without_password(text: str) -> str:
     """Return the text with the users, passwords and tokens of the URLs in it masked."""
     text = re.sub(r"(?<=://)[^/?#\s]*@", "***@", text)

@@ -64,9 +64,9 @@ def main() -> int:
     try:
         with reachable_paths():
             return _checked_and_evaluated(arguments)
-    except (PeerError, NotFiniteError) as error:
+    except PeerError as error:
         return error.report()
-    except (InputError, StorageError) as error:
+    except (InputError, NotFiniteError, StorageError) as error:
         if is_first_on_node():
             error.report()
         _notify_waiting_peers(error)
@@ -83,11 +83,12 @@ def _checked_and_evaluated(arguments: argparse.Namespace) -> int:
         raise InputError("--split validation: this run held out no images; use --split test or train")
     if arguments.confusion:
         require("matplotlib", at_least=(3, 9), needed_by="--confusion")
-        check_writable("--confusion", arguments.confusion)
+        if Topology.from_environment().is_main:  # which alone writes it
+            check_writable("--confusion", arguments.confusion)
     return _evaluate(config, checkpoint, arguments)
 
 
-def _notify_waiting_peers(error: InputError | StorageError) -> None:
+def _notify_waiting_peers(error: InputError | NotFiniteError | StorageError) -> None:
     """Send the error to ranks that wait for this one."""
     with suppress(InputError):
         topology = Topology.from_environment()

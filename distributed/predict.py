@@ -1,18 +1,19 @@
 """`python -m distributed.predict RUN IMAGE...`: classify images with a run's trained network.
 
-An image may have any size: its shorter side is scaled, with antialiasing, to the size that the network was trained on, and the
-centre is cropped.
+An image may have any size: its shorter side is scaled, with antialiasing, to the size of the training images, and the centre is
+cropped. Probabilities are averaged as in the run's evaluations, e.g. over an image and its mirror image.
 """
 
 import argparse
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed.config.data import max_pixels_of
-from distributed.errors import ExitCode, InputError, prints_errors
+from distributed.errors import ExitCode, InputError, on_one_line, prints_errors
 from distributed.files import home_path
 from distributed.host.versions import require
 from distributed.inference.saved_run import choose_checkpoint, read_config
@@ -20,6 +21,7 @@ from distributed.process import gc_pause
 from distributed.process.optional_output import requested_output
 from distributed.process.output_file import check_writable, write_output
 from distributed.process.streams import run_command
+from distributed.runs.table import in_columns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from distributed.config import TrainConfig
 
 _TOP = 5
+_PICTURED = 60
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,9 @@ def main() -> int:
         print(*_table(predictions), sep="\n")
     if arguments.picture:
         with requested_output("--picture", arguments.picture):
-            _draw(pixels, predictions, arguments.picture)
+            _draw(pixels, predictions[: len(pixels)], arguments.picture)
+        if len(pixels) < len(predictions):
+            print(f"{arguments.picture}: the first {len(pixels)} of {len(predictions)} images", file=sys.stderr)
     if wrong:
         raise InputError(*wrong)
     return ExitCode.FINISHED
@@ -99,8 +104,8 @@ def _parser() -> argparse.ArgumentParser:
 def _predict(
     config: "TrainConfig", checkpoint: Path, paths: list[Path], max_pixels: int, *, keep_pixels: bool
 ) -> tuple[list[Prediction], list["Tensor"], list[str]]:
-    """Return each image's prediction, if they are to be kept the pixels [1, channels, h, w] that the network saw, and a line
-    for each image that cannot be used."""
+    """Return each image's prediction, the pixels [1, channels, h, w] of the first ones if they are to be kept, and a line for
+    each image that cannot be used."""
     with gc_pause.gc_paused():
         import torch
         from torch import Tensor
@@ -123,9 +128,8 @@ def _predict(
             wrong += error.lines
             continue
         read.append(path)
-        with torch.no_grad():
-            logits.append(trained.classifier(resized))
-        if keep_pixels:
+        logits.append(trained.logits(resized))
+        if keep_pixels and len(pixels) < _PICTURED:
             pixels.append(resized)
     if not read:
         raise InputError(*wrong)
@@ -149,12 +153,12 @@ def _draw(pixels: list["Tensor"], predictions: list[Prediction], picture: Path) 
 
 def _table(predictions: list[Prediction]) -> list[str]:
     """Format a line per image: its path, then its classes, most probable first."""
-    width = max(len(prediction.image) for prediction in predictions)
-    names = max(len(name) for prediction in predictions for name, _ in prediction.top)
-    return [
-        f"{prediction.image:{width}}  " + "  ".join(f"{name:{names}} {p:7.2%}" for name, p in prediction.top)
-        for prediction in predictions
-    ]
+    tops = [[(on_one_line(name), p) for name, p in prediction.top] for prediction in predictions]
+    names = max(len(name) for top in tops for name, _ in top)
+    rows = [[on_one_line(prediction.image)] for prediction in predictions]
+    for row, top in zip(rows, tops, strict=True):
+        row += [f"{name:{names}} {p:7.2%}" for name, p in top]
+    return in_columns(rows)
 
 
 if __name__ == "__main__":

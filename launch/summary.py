@@ -21,6 +21,7 @@ from distributed.files import home_path, replace_text
 from distributed.inference.saved_run import read_config
 from distributed.process.optional_output import OptionalOutput
 from distributed.process.streams import run_command
+from distributed.run.lock_holder import SlurmQueries
 from distributed.run.metrics_log import FIGURES, MetricsLog, Point
 from distributed.runs.outcome import outcome_of, runs_below
 from distributed.runs.table import HEADINGS, cells, in_columns, number
@@ -40,7 +41,8 @@ def summary(folder: Path, metric: str = METRICS[0]) -> str:
     runs = {str(run.relative_to(folder)): run for run in _trials(folder)}
     if not runs:
         raise InputError(f"{folder}: no runs in it; name the folder that holds seed-0, seed-1, ...")
-    outcomes = {name: outcome_of(run) for name, run in runs.items()}
+    query_slurm = SlurmQueries()
+    outcomes = {name: outcome_of(run, query_slurm) for name, run in runs.items()}
     best = {name: found for name, run in runs.items() if (found := best_epoch(run, metric))}
     is_listed = metric == METRICS[0]  # as `best validation`
     rows = [["run", *HEADINGS, *([] if is_listed else [metric])]]

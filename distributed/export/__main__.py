@@ -8,9 +8,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distributed.config.data import ImageFolderData
 from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.files import home_path
-from distributed.inference.saved_run import choose_checkpoint, read_config, with_data_root, without_download
+from distributed.inference.saved_run import (
+    choose_checkpoint,
+    read_config,
+    read_content,
+    with_data_root,
+    without_download,
+)
 from distributed.process import gc_pause
 from distributed.process.optional_output import one_line, requested_output
 from distributed.process.output_file import check_writable, write_output
@@ -74,9 +81,11 @@ def _export(
 
     logs.terminal_logs(0, level="WARNING")
     trained = load_checkpoint(config, checkpoint)
-    expected = reference(trained, _data_or_none(config, needed=needs_data))
+    expected = reference(trained, _data_or_none(trained, needed=needs_data))
     metadata = _metadata(trained)
     print(f"{config.model.name} of {checkpoint}; compared on {len(expected.images)} {expected.source}")
+    if config.evaluation.flip_tta or config.evaluation.shift_tta:
+        print("the run's evaluations average several views of an image; the exported network computes one")
     all_match, failed = True, list[str]()
     for name in names:
         exported = out / FORMATS[name].file
@@ -104,12 +113,17 @@ def _export(
     return ExitCode.FINISHED if all_match else ExitCode.FAILED
 
 
-def _data_or_none(config: "TrainConfig", *, needed: bool) -> "DataPipeline | None":
-    """Return the run's images; if they are not `needed`, None where the folder does not have them."""
+def _data_or_none(trained: "TrainedRun", *, needed: bool) -> "DataPipeline | None":
+    """Return the run's images; if they are not `needed`, None where they are missing, or would have to be decoded."""
     from distributed.build import read_data
+    from distributed.data.checks import check_channels
 
+    if isinstance(trained.config.data, ImageFolderData) and not needed:
+        return None
     try:
-        return read_data(config)
+        data = read_data(trained.config)
+        check_channels(read_content(trained.checkpoint), trained.config, data)
+        return data
     except InputError:
         if needed:
             raise
@@ -123,8 +137,13 @@ def _metadata(trained: "TrainedRun") -> dict[str, Any]:
         "architecture": trained.config.model.model_dump(mode="json"),
         "classes": trained.class_names,
         "normalization": trained.normalization._asdict(),
-        "input": {"images": ["n", *trained.input_shape], "type": f"float32, {colours}, pixels in [0, 1]"},
+        "input": {
+            "images": ["n", *trained.input_shape],
+            "type": f"float32, {colours}, pixels in [0, 1]",
+            "scaled_from": list(trained.stored_size),
+        },
         "output": {"logits": ["n", len(trained.class_names)]},
+        "evaluation": {name: getattr(trained.config.evaluation, name) for name in ("flip_tta", "shift_tta")},
         "data": trained.config.data.name,
         "checkpoint": trained.checkpoint.name,
     }

@@ -38,9 +38,13 @@ class Format:
 
 def _as_safetensors(trained: TrainedRun, metadata: dict[str, Any]) -> dict[str, bytes]:
     """Write the weights under the network's own names, and a JSON file with everything needed to use them."""
-    # Copies, because the format refuses tensors that share memory, e.g. tied weights.
-    state = trained.network.state_dict()
-    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    trained.network.train()  # some networks merge weights in `eval`
+    try:
+        # Copies, because the format refuses tensors that share memory, e.g. tied weights.
+        state = trained.network.state_dict()
+        tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    finally:
+        trained.network.eval()
     header = {"format": "pt", "architecture": str(metadata["architecture"]["name"])}
     return {
         "model.safetensors": save(tensors, metadata=header),

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from distributed import rng
 from distributed.data.pipeline import DataPipeline
@@ -36,8 +35,6 @@ def reference(trained: TrainedRun, data: DataPipeline | None) -> Reference:
         normalized, source = (images - mean) / deviation, "random pixels"
     else:
         normalized = next(data.evaluation("test")).images[:BATCH, :channels].contiguous().float()
-        if normalized.shape[2:] != (height, width):  # a built-in network resizes them itself
-            normalized = F.interpolate(normalized, (height, width), mode="bilinear", antialias=True)
         images, source = normalized * deviation + mean, "test images"
     with torch.no_grad():
         return Reference(

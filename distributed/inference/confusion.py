@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distributed.comm import collectives
 from distributed.data.batch import Batch
+from distributed.errors import on_one_line
 
 MAX_CLASSES = 5000  # with more, the matrix takes gigabytes
 
@@ -90,13 +91,14 @@ def most_confused(counts: Counts, names: Sequence[str]) -> list[Pair]:
 
 def as_lines(results: Sequence[ClassResult]) -> list[str]:
     """Format a table for the terminal: headings, then a line per class."""
-    width = max(len("class"), *(len(result.name) for result in results))
+    names = [on_one_line(result.name) for result in results]
+    width = max(len("class"), *map(len, names))
     lines = [f"{'class':{width}}  {'n':>6}  {'recall':>8}  {'precision':>9}  most confused with"]
-    for result in results:
+    for name, result in zip(names, results, strict=True):
         pair = result.confused_with
-        confused = f"{pair.predicted} ({pair.images})" if pair else "-"
+        confused = f"{on_one_line(pair.predicted)} ({pair.images})" if pair else "-"
         lines.append(
-            f"{result.name:{width}}  {result.count:>6,}  {_percent(result.recall):>8}  "
+            f"{name:{width}}  {result.count:>6,}  {_percent(result.recall):>8}  "
             f"{_percent(result.precision):>9}  {confused}"
         )
     return lines

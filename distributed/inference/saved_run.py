@@ -58,13 +58,15 @@ def has_data_root(config: TrainConfig) -> bool:
 def for_device(config: TrainConfig, requested: str | None, saved: Mapping[str, Any] | None) -> TrainConfig:
     """Return the config for evaluation on a device; by default the run's, or the CPU if it was CUDA and no GPU is here.
 
+    It never compiles: that takes longer than one evaluation, and needs a compiler on this machine.
+
     Args:
         saved: content of one of the run's state.json, if it has saved.
     """
     device = requested or ("auto" if config.device == "cuda" else config.device)
     exact = config.exact
     # What auto meant on the device of the training.
-    if exact.shards == "auto" and saved and saved.get("bits", {}).get("shards") == 0:
+    if exact.shards == "auto" and (config.compile or (saved and saved.get("bits", {}).get("shards") == 0)):
         exact = exact.model_copy(update={"shards": 0})
     # TF32 only speeds up training, and no CPU has it: evaluate in float32.
     precision = "float32" if config.precision == "tf32" else config.precision
@@ -72,7 +74,7 @@ def for_device(config: TrainConfig, requested: str | None, saved: Mapping[str, A
     if isinstance(engine, DeepSpeed):  # evaluation has no optimizer to offload
         engine = engine.model_copy(update={"offload_optimizer": False})
     # A launcher set the threads to the CPUs of its machine.
-    return with_values(config, device=device, precision=precision, engine=engine, exact=exact, threads=0)
+    return with_values(config, device=device, precision=precision, engine=engine, exact=exact, threads=0, compile=False)
 
 
 def without_download(config: TrainConfig) -> TrainConfig:
@@ -106,6 +108,7 @@ def check_complete(checkpoint: Path) -> None:
     """Raise InputError if a checkpoint's files do not match its manifest, or its format is newer than this version's."""
     check_format(checkpoint)
     if damage := damage_of(checkpoint):
+        _check_not_deleted(checkpoint)
         raise InputError(f"{checkpoint}: damaged: {damage}; name another with --checkpoint")
 
 
@@ -123,11 +126,20 @@ def read_content(checkpoint: Path) -> dict[str, Any]:
         or not isinstance(normalization, dict)
         or not all(_is_list(normalization.get(key), int, float) for key in Normalization._fields)
     ):
+        _check_not_deleted(checkpoint)
         raise InputError(
             f"{checkpoint}/state.json: classes, normalization or image_size from another version; name another with "
             "--checkpoint"
         )
     return content
+
+
+def _check_not_deleted(checkpoint: Path) -> None:
+    """Raise InputError if a checkpoint that was there is gone."""
+    if not checkpoint.is_dir():
+        raise InputError(
+            f"{checkpoint}: deleted by a run that is still training; try again, or name another checkpoint"
+        )
 
 
 def _is_list(value: Any, *types: type) -> bool:

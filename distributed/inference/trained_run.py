@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from distributed.checkpoint.warm_start import evaluation_weights
 from distributed.config import TrainConfig
-from distributed.config.data import MAX_PIXELS, ImageFolderData
+from distributed.config.data import MAX_PIXELS
 from distributed.config.given import check_model
 from distributed.config.models import BuiltInModel, ImportedModel
 from distributed.data.sources.decode import to_size
@@ -25,6 +25,7 @@ from distributed.inference.saved_run import (
 )
 from distributed.models.build import build_model, load_weights
 from distributed.models.imported import GivenModel
+from distributed.training.views import Views
 
 
 class Classifier(nn.Module):
@@ -43,6 +44,7 @@ class Classifier(nn.Module):
         for name, values in normalization._asdict().items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))
         self.eval()
+        network.eval()  # which some networks override; the line above only calls `network.train(False)`
 
     def normalize(self, images: Tensor) -> Tensor:
         normalized = (images - self.mean) / self.deviation
@@ -63,6 +65,7 @@ class TrainedRun:
         classifier: the network behind its normalization.
         class_names: the name of each class, in the order of the logits.
         normalization: mean and standard deviation of each channel of the training images.
+        stored_size: height and width of the images in the data set, to which all others are scaled first.
         input_shape: channels, height and width of the images that the classifier takes.
     """
 
@@ -71,6 +74,7 @@ class TrainedRun:
     classifier: Classifier
     class_names: list[str]
     normalization: Normalization
+    stored_size: tuple[int, int]
     input_shape: tuple[int, int, int]
 
     @property
@@ -94,32 +98,40 @@ class TrainedRun:
     def resize(self, images: Tensor, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         """Return the images in the size and with the channels of `input_shape`, as `resize` does."""
         channels, height, width = self.input_shape
-        rounded = isinstance(self.config.data, ImageFolderData)  # which is resized when it is decoded
-        return resize(images, (height, width), channels=channels, max_pixels=max_pixels, rounded=rounded)
+        return resize(images, self.stored_size, (height, width), channels=channels, max_pixels=max_pixels)
+
+    def logits(self, resized: Tensor) -> Tensor:
+        """Return the logits of images that `resize` has returned, averaged over the views of the run's evaluations."""
+        with torch.no_grad():
+            return Views.of(self.config.evaluation).average(self.classifier, resized.to(self.classifier.mean.device))
 
     def predict(self, images: Tensor) -> Tensor:
-        """Return class probabilities, float32 [n, classes]. Accepts the images that `resize` accepts."""
-        with torch.no_grad():
-            logits: Tensor = self.network(self.preprocess(images))
-            return logits.softmax(1)
+        """Return class probabilities, float32 [n, classes], from the logits averaged over the views of the run's evaluations.
+
+        Accepts the images that `resize` accepts.
+        """
+        return self.logits(self.resize(images)).softmax(1)
 
 
 def resize(
     images: Tensor,
-    size: tuple[int, int],
+    stored: tuple[int, int],
+    size: tuple[int, int] | None = None,
     *,
     channels: int = 3,
     max_pixels: int = MAX_PIXELS,
-    rounded: bool = True,
 ) -> Tensor:
-    """Scale images with antialiasing until they cover `size`, crop the centre and return pixels in [0, 1].
+    """Scale images with antialiasing until they cover a size, crop the centre and return pixels in [0, 1].
+
+    First to the size of the stored images, then to that of the network: an image that was scaled once is sharper than those
+    of the training.
 
     Args:
         images: uint8 [n, c, height, width], or a single image [c, height, width], of 1 or 3 channels.
-        size: height and width.
+        stored: height and width of the stored images, whose pixels are multiples of 1 / 255.
+        size: height and width of the returned images; None: as stored.
         channels: 1 or 3: colours become grey by their luma (ITU-R BT.601), grey becomes three equal channels.
         max_pixels: limit for an image between scaling and cropping.
-        rounded: round scaled pixels to multiples of 1 / 255.
 
     Returns:
         float32 [n, channels, h, w]; n is 1 for a single image.
@@ -134,7 +146,9 @@ def resize(
     if channels == 1 and batch.shape[1] == 3:
         luma = torch.tensor([0.299, 0.587, 0.114], device=batch.device).view(3, 1, 1)
         batch = torch.stack([(image * luma).sum(0, keepdim=True).round().byte() for image in batch])
-    sized = [to_size(image, *size, max_pixels, rounded=rounded).permute(2, 0, 1) for image in batch]
+    sized = [to_size(image, *stored, max_pixels).permute(2, 0, 1) for image in batch]
+    if size and size != stored:
+        sized = [to_size(image, *size, max_pixels, rounded=False).permute(2, 0, 1) for image in sized]
     resized = torch.stack(sized) / 255
     return resized.expand(-1, channels, -1, -1)
 
@@ -191,8 +205,6 @@ def load_checkpoint(
         raise InputError(f"{checkpoint}: does not fit the run's config.toml: {reason}") from None
     is_built_in = isinstance(config.model, BuiltInModel)
     classifier = Classifier(network.requires_grad_(False), normalization, repeats_channel=is_built_in).to(device)
-    side, (height, width) = config.model.input_side, content["image_size"]
-    if side and not (is_built_in and height != width):  # a built-in network stretches images that are not square itself
-        height = width = side
-    input_shape = (len(normalization.mean), height, width)
-    return TrainedRun(config, checkpoint, classifier, class_names, normalization, input_shape)
+    stored, side = tuple(content["image_size"]), config.resized_side
+    input_shape = (len(normalization.mean), *((side, side) if side else stored))
+    return TrainedRun(config, checkpoint, classifier, class_names, normalization, stored, input_shape)

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -96,15 +97,19 @@ def acquire_lock(lock: BaseFileLock, *, record: Path, seconds: float) -> None:
     )
 
 
-def why_ended(holder: Holder) -> str:
-    """Return how it is known that this process has ended; empty if it may be running."""
+def why_ended(holder: Holder, query_slurm: "SlurmQuery | None" = None) -> str:
+    """Return how it is known that this process has ended; empty if it may be running.
+
+    Args:
+        query_slurm: default: asks scontrol.
+    """
     pid = holder.pid
     if pid is not None and 0 < pid < 2**31 and (holder.host, holder.machine, holder.pid_namespace) == _location():
         return f"process {pid} has ended" if _has_ended(pid, holder.began) else ""
-    return _why_slurm_job_ended(holder.slurm) if holder.slurm else ""
+    return _why_slurm_job_ended(holder.slurm, query_slurm or _query_slurm) if holder.slurm else ""
 
 
-def _why_slurm_job_ended(job: SlurmRecord) -> str:
+def _why_slurm_job_ended(job: SlurmRecord, query_slurm: "SlurmQuery") -> str:
     ours = slurm_job()
     if job.job is None or not job.job.isdecimal() or job.restarts is None:
         return ""
@@ -113,7 +118,7 @@ def _why_slurm_job_ended(job: SlurmRecord) -> str:
         return ""  # job ids of another cluster mean other jobs
     if ours and ours.job == job.job:
         return f"Slurm has restarted job {job.job}" if job.restarts < ours.restarts else ""
-    state, restarts = _query_slurm(job.job)
+    state, restarts = query_slurm(job.job)
     if state == "NONE":
         return f"Slurm no longer knows job {job.job}"
     if state and state not in _ACTIVE_STATES:
@@ -141,6 +146,10 @@ class JobState(NamedTuple):
     restarts: int
 
 
+SlurmQuery = Callable[[str], JobState]
+"""Returns the state of the job with a number."""
+
+
 def _query_slurm(number: str) -> JobState:
     try:
         done = subprocess.run(
@@ -149,6 +158,20 @@ def _query_slurm(number: str) -> JobState:
     except (OSError, subprocess.SubprocessError):
         return JobState("", 0)
     return parse_scontrol(done.stdout, done.stderr)
+
+
+class SlurmQueries:
+    """Asks Slurm about each job once, and no more once it has not answered, for which it takes up to 20 seconds."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, JobState] = {}
+        self._answers = True
+
+    def __call__(self, number: str) -> JobState:
+        if self._answers and number not in self._states:
+            self._states[number] = _query_slurm(number)
+            self._answers = bool(self._states[number].state)
+        return self._states.get(number, JobState("", 0))
 
 
 def parse_scontrol(out: str, error: str) -> JobState:

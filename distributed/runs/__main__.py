@@ -10,6 +10,7 @@ from distributed.config.layers import shown
 from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.files import home_path
 from distributed.process.streams import run_command
+from distributed.run.lock_holder import SlurmQueries
 from distributed.runs.outcome import outcome_of, runs_below
 from distributed.runs.table import HEADINGS, cells, in_columns
 
@@ -23,7 +24,8 @@ def main() -> int:
     )
     folder = parser.parse_args().folder
     runs = _find_runs(folder)
-    rows = [[_name(run, folder), *cells(outcome_of(run))] for run in runs]
+    query_slurm = SlurmQueries()
+    rows = [[_name(run, folder), *cells(outcome_of(run, query_slurm))] for run in runs]
     print(*in_columns([["run", *HEADINGS], *rows]), sep="\n")
     return ExitCode.FINISHED
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from distributed.config.toml_file import from_file
 from distributed.errors import InputError
 from distributed.run.folder import RunFolder
-from distributed.run.lock_holder import why_ended
+from distributed.run.lock_holder import SlurmQueries, why_ended
 from distributed.run.metrics_log import MAX_EPOCHS, MetricsLog, Point
 from distributed.run.records import Holder, Status
 
@@ -66,7 +66,7 @@ def _natural_order(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts if part]
 
 
-def outcome_of(run: Path) -> Outcome:
+def outcome_of(run: Path, query_slurm: SlurmQueries | None = None) -> Outcome:
     """Read a run's outcome as far as possible; damaged files count as missing."""
     status = RunFolder(run).status()
     try:
@@ -74,7 +74,7 @@ def outcome_of(run: Path) -> Outcome:
     except InputError:
         log = MetricsLog([], [])
     return Outcome(
-        status=_status(status, run),
+        status=_status(status, run, query_slurm),
         epochs=log.finished_epochs,
         of_epochs=_planned_epochs(run),
         best=log.best("validation"),
@@ -85,12 +85,12 @@ def outcome_of(run: Path) -> Outcome:
     )
 
 
-def _status(status: Status, run: Path) -> str:
+def _status(status: Status, run: Path, query_slurm: SlurmQueries | None) -> str:
     """Return the status in status.json, or `interrupted` if it is `running` but its process is known to have ended."""
     recorded = _printable(status.status)
     return (
         "interrupted"
-        if recorded == "running" and why_ended(Holder.read(run / "attempt.json"))
+        if recorded == "running" and why_ended(Holder.read(run / "attempt.json"), query_slurm)
         else recorded or "unknown"
     )
 

@@ -115,6 +115,19 @@ def test_predict_needs_no_data_and_accepts_any_image_size(no_data: Path, tmp_pat
     assert line.count("%") == 5
 
 
+def test_pictures_of_many_images_have_a_limit(no_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distributed.predict._PICTURED", 2)
+    names = [tmp_path / name for name in ("a.png", "b.png", "c\n\x1b[2J.png")]
+    for name in names:
+        Image.new("RGB", (32, 32)).save(name)
+    result = inside("predict", no_data, *names, "--picture", tmp_path / "picture.png")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == f"{tmp_path}/picture.png: the first 2 of 3 images\n"
+    assert "c\\n\\x1b[2J.png" in result.stdout
+    width, height = Image.open(tmp_path / "picture.png").size
+    assert width > 3 * height, "one row"
+
+
 def test_exported_files_match_the_network(no_data: Path, tmp_path: Path) -> None:
     import onnxruntime
 

@@ -92,7 +92,11 @@ def test_other_commands_read_the_data(run: Path, here: None, tmp_path: Path, mon
     assert exported.code == 0, exported.out + exported.err
     assert "compared on 40 test images" in exported.out
     described = json.loads((tmp_path / "export/model.json").read_text())
-    assert described["input"] == {"images": ["n", 1, 20, 20], "type": "float32, grey, pixels in [0, 1]"}
+    grey = "float32, grey, pixels in [0, 1]"
+    assert described["input"] == {"images": ["n", 1, 20, 20], "type": grey, "scaled_from": [14, 18]}
+    write_arrays(tmp_path / "colours", (14, 18, 3), train=160, test=40, classes=5)
+    refused = call("export", run, "--out", tmp_path / "export", "--data.root", tmp_path / "colours")
+    assert_outcome(refused, "the images have 3 channels here, but had 1 in training")
     reported = call("report", run, "--out", tmp_path / "report.html")
     assert reported.code == 0, reported.out + reported.err
     page = (tmp_path / "report.html").read_text()

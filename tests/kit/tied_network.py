@@ -23,6 +23,19 @@ class Tied(nn.Module):
         return logits
 
 
+class Merging(Tied):
+    """Merges a product of two matrices into the weight of its last layer in `eval`, like LoRA."""
+
+    def __init__(self, num_classes: int, width: int = 24) -> None:
+        super().__init__(num_classes, width)
+        self.down, self.up = nn.Parameter(torch.randn(1, width)), nn.Parameter(torch.randn(num_classes, 1))
+
+    def train(self, mode: bool = True) -> nn.Module:
+        if mode != self.training:
+            self.head.weight.data += (self.up @ self.down).detach() * (-1 if mode else 1)
+        return super().train(mode)
+
+
 def of_each_rank(num_classes: int) -> nn.Module:
     """Build a network that is not the same on rank 1."""
     network = Tied(num_classes)

@@ -112,6 +112,13 @@ def test_differing_conditions_list_each_value_once(run: RunFolder, tmp_path: Pat
     assert differing_conditions(run, run) == []
 
 
+def test_configs_of_runs_without_checkpoints_are_compared(run: RunFolder, tmp_path: Path) -> None:
+    other = run_of(tmp_path / "b", [*STEPS, {**EPOCH, "train_loss": 0.75}], [])
+    for one, epochs in ((run, 3), (other, 4)):
+        one.config_file.write_text(as_toml(TrainConfig(epochs=epochs)))
+    assert "  config: epochs = 3 | 4" in call("compare", run.path, other.path).out.splitlines()
+
+
 def test_results_are_shown_side_by_side(run: RunFolder, tmp_path: Path) -> None:
     other = run_of(tmp_path / "b", [*STEPS, {**EPOCH, "test": {"accuracy": 0.5}, "train_loss": 0.75}], SAVES)
     for one, status in ((run, "finished"), (other, "stopped")):

@@ -53,6 +53,12 @@ def test_the_table_has_a_line_per_class() -> None:
     ]
 
 
+def test_class_names_cannot_send_terminal_escapes() -> None:
+    lines = as_lines(by_class([[1, 2], [3, 4]], ["a\n\x1b[2J", "b"]))
+    assert [line.split()[0] for line in lines] == ["class", "a\\n\\x1b[2J", "b"]
+    assert lines[2].endswith("a\\n\\x1b[2J (3)")
+
+
 @pytest.mark.parametrize("classes", [2, 10, 100])
 def test_every_class_of_a_matrix_is_labelled(classes: int) -> None:
     names = [f"class number {c}" for c in range(classes)]

@@ -226,6 +226,17 @@ def test_slurm_is_asked_outside_a_job_too(monkeypatch: pytest.MonkeyPatch, clust
     assert why_ended(Holder.model_validate(holder)) == why
 
 
+def test_listing_runs_asks_an_absent_slurm_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A query without an answer takes 20 seconds."""
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho x >> {tmp_path}/calls\nexit 1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    queries = lock_holder.SlurmQueries()
+    for number in "123":
+        assert queries(number) == ("", 0)
+    assert (tmp_path / "calls").read_text() == "x\n"
+
+
 def test_blocked_work_names_its_lock_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(once_per_node, "_QUIET_SECONDS", 0.1)
     done: list[int] = []

@@ -6,6 +6,7 @@ import pytest
 from distributed.config import TrainConfig, as_toml
 from distributed.errors import InputError
 from distributed.inference.saved_run import (
+    check_complete,
     choose_checkpoint,
     for_device,
     read_config,
@@ -78,6 +79,17 @@ def test_state_without_what_a_prediction_needs_is_refused(tmp_path: Path, change
         read_content(tmp_path)
 
 
+def test_a_deleted_checkpoint_is_not_called_damaged(tmp_path: Path) -> None:
+    """A run that is still training deletes its older checkpoints."""
+    for read in (check_complete, read_content):
+        with pytest.raises(
+            InputError, match="gone: deleted by a run that is still training; try again, or name another"
+        ):
+            read(tmp_path / "gone")
+    with pytest.raises(InputError, match="damaged: "):
+        check_complete(tmp_path)
+
+
 def test_the_data_may_have_moved() -> None:
     assert with_data_root(TrainConfig(), Path("elsewhere")).data.root == Path("elsewhere")
     cached = TrainConfig.model_validate({"data": {"name": "image_folder", "cache": "/scratch"}})
@@ -105,3 +117,9 @@ def test_a_run_in_fast_mode_is_evaluated_in_fast_mode(shards: int, expected: int
     config = TrainConfig.model_validate({"device": "cuda"})
     assert for_device(config, "cpu", {"bits": {"shards": shards}}).exact.shards == expected
     assert for_device(config, "cpu", None).exact.shards == "auto"
+
+
+def test_evaluations_do_not_compile() -> None:
+    """It takes minutes and a compiler; a compiled run trains in fast mode."""
+    found = for_device(TrainConfig(compile=True, device="cuda"), "cpu", None)
+    assert (found.compile, found.exact.shards) == (False, 0)

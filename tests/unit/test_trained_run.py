@@ -9,11 +9,13 @@ from kit.user_modules import importable
 from distributed import load, load_config
 from distributed.build import build_data
 from distributed.config import TrainConfig
+from distributed.data.sources.decode import to_size
 from distributed.inference.saved_run import Normalization
 from distributed.inference.trained_run import Classifier, TrainedRun, resize
 from distributed.models.build import build_model
 from distributed.recipe import train
 from distributed.topology import Topology
+from distributed.training.views import Views
 
 
 def test_the_centre_square_is_scaled_to_the_size() -> None:
@@ -46,7 +48,7 @@ def test_predictions_are_the_networks_on_normalized_pixels() -> None:
     config, normalization = TrainConfig(), Normalization([0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
     network = build_model(config.model, num_classes=10, seed=0)
     trained = TrainedRun(
-        config, Path("x"), Classifier(network, normalization), list("abcdefghij"), normalization, (3, 32, 32)
+        config, Path("x"), Classifier(network, normalization), list("abcdefghij"), normalization, (32, 32), (3, 32, 32)
     )
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     mean, deviation = (torch.tensor(values).view(-1, 1, 1) for values in normalization)
@@ -69,12 +71,16 @@ def test_predictions_are_the_networks_on_normalized_pixels() -> None:
 def test_images_are_prepared_as_for_training(
     shape: tuple[int, ...], model: dict[str, object], input_shape: tuple[int, ...], tmp_path: Path
 ) -> None:
-    """A built-in network stretches images, so nothing may be cropped before; resized pixels are not rounded."""
+    """A built-in network stretches images, so nothing may be cropped before; resized pixels are not rounded.
+
+    Larger images are scaled to the size of the stored ones first: otherwise they would be sharper than in training.
+    """
     write_networks(tmp_path)
     arrays, root = arrays_of(shape), write_arrays(tmp_path / "a", shape)
     config = load_config(
         run_dir=tmp_path / "run", data={"name": "arrays", "root": root}, epochs=1, global_batch_size=16, optim={"lr": 0.01},
         precision="float32", device="cpu", threads=1, logging={"tensorboard": False, "curves": False}, model=model,
+        evaluation={"flip_tta": True, "shift_tta": 1},
     )  # fmt: skip
     with importable(tmp_path):
         train(config)
@@ -84,4 +90,8 @@ def test_images_are_prepared_as_for_training(
     batch = next(build_data(config, Topology(), torch.device("cpu")).evaluation("test"))
     torch.testing.assert_close(trained.preprocess(images), batch.images)
     with torch.no_grad():
-        torch.testing.assert_close(trained.predict(images), trained.network(batch.images).softmax(1)[: len(images)])
+        expected = Views(flip=True, shift=1).average(trained.network, batch.images).softmax(1)
+    torch.testing.assert_close(trained.predict(images), expected[: len(images)])
+    large = torch.randint(256, (3, 10 * shape[0], 10 * shape[1]), dtype=torch.uint8)
+    small = to_size(large, shape[0], shape[1]).permute(2, 0, 1)
+    assert torch.equal(trained.preprocess(large), trained.preprocess(small))
