@@ -78,13 +78,14 @@ def test_kills_at_random_moments_keep_the_bits(undisturbed: tuple[Mode, Path], t
                     kill_something(command, KINDS[attempt % len(KINDS)], dice)
                     kills += 1
             command.wait()
+            command.wait_for_ranks()  # those orphaned by the agent detect its death, save and exit
             if status(run).get("status") == "finished":
                 break
-            # Ranks orphaned by the agent detect its death, save and exit.
     steps = [attempt["step"] for attempt in attempts(run, "started")]
     print(f"{kills} kills; attempts began at steps {steps} of {status(reference)['step']}")
     assert kills >= mode.strikes - 2, "the run ended before it was killed often enough: make it longer"
     assert sum(step > 0 for step in steps) > len(steps) / 2, steps
+    assert "the launcher's death" in [attempt["reason"] for attempt in attempts(run, "stopped")]
     assert_same_bits(run, reference)
 
 

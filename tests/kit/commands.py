@@ -78,6 +78,13 @@ class Command:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {seconds} s:\n{self.text[-4000:]}") from None
 
+    def wait_for_ranks(self, seconds: float = 60) -> None:
+        """Wait until all processes that were seen below the command have ended, also those that it left behind."""
+        deadline = time.monotonic() + seconds * slowness()
+        while left := [pid for pid in self._seen if is_running(pid)]:
+            assert time.monotonic() < deadline, f"{left} still running after {seconds} s:\n{self.text[-4000:]}"
+            time.sleep(0.02)
+
     def wait_for(
         self, condition: Callable[[], bool], *, seconds: float = 90, what: str = "condition", every: float = 0.02
     ) -> None:
@@ -100,6 +107,14 @@ def children_of(pid: int) -> list[int]:
         if int(parent) == pid and state != "Z":
             found.append(int(stat.parent.name))
     return found
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def kill(*pids: int, number: int = signal.SIGKILL) -> None:
