@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -78,11 +79,16 @@ def run_step(step: Step, device: str, *, tiny: bool, out: Path, deadline: float)
     if limit <= 0:
         message = "not started: the time limit --seconds is reached"
         return StepResult(step.name, device, started, "timeout", 0, exit_code=None, message=message, tiny=tiny)
-    command = [
-        sys.executable, "-m", "distributed.gpu_check.steps", step.module, device, str(int(tiny)), str(out.resolve()),
-    ]  # fmt: skip
     log = out / f"{step.name}.log"
-    with log.open("wb") as file:
+    # The step's scratch folder is removed here, since a step that is killed cannot remove it.
+    with (
+        log.open("wb") as file,
+        tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as scratch,
+    ):
+        command = [
+            sys.executable, "-m", "distributed.gpu_check.steps",
+            step.module, device, str(int(tiny)), str(out.resolve()), scratch,
+        ]  # fmt: skip
         # A session of its own, so that the ranks a step started end with it.
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:

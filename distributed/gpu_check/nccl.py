@@ -71,6 +71,7 @@ def _run_as_rank(checks: Checks) -> None:
             str(checks.device),
             str(int(checks.tiny)),
             checks.out,
+            checks.scratch,
         ]
         (rank,) = processes.start_ranks("nccl", 1, *map(str, step))
         try:

@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,17 +36,16 @@ STEPS = (
 
 
 def main() -> None:
-    """Run one step: MODULE DEVICE TINY(0|1) OUT."""
-    module, device, tiny, out = sys.argv[1:]
+    """Run one step: MODULE DEVICE TINY(0|1) OUT SCRATCH."""
+    module, device, tiny, out, scratch = sys.argv[1:]
     import torch
 
     from distributed.gpu_check.checks import Checks
 
     if tiny == "1":
         torch.set_num_threads(1)  # on small shapes threads mostly wait for each other
-    with tempfile.TemporaryDirectory(prefix="gpu-check-") as scratch:
-        checks = Checks(torch.device(device), tiny == "1", Path(scratch), Path(out))
-        importlib.import_module(module).run(checks)
+    checks = Checks(torch.device(device), tiny == "1", Path(scratch), Path(out))
+    importlib.import_module(module).run(checks)
 
 
 if __name__ == "__main__":

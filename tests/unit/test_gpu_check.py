@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit.commands import ROOT, is_running
 
 from distributed.gpu_check.__main__ import main
 from distributed.gpu_check.steps import STEPS, Step
 
-ROOT = Path(__file__).parents[2]
 SOURCES = {
     "step_fails": """
         with checks.check("sums") as figures:
@@ -24,14 +24,14 @@ SOURCES = {
     """,
     "step_aborts": """
         with checks.check("before") as figures:
-            figures["seconds"] = 0.25
+            figures["scratch"] = str(checks.scratch)
         print("CHECK {\\"check\\": \\"cut o", end="", flush=True)
         os.abort()
     """,
     "step_hangs": """
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         with checks.check("children") as figures:
-            figures["pids"] = [os.getpid(), child.pid]
+            figures |= {"pids": [os.getpid(), child.pid], "scratch": str(checks.scratch)}
         time.sleep(600)
     """,
     "step_leaves": """
@@ -44,14 +44,6 @@ SOURCES = {
             figures |= {"device": checks.device.type, "tiny": checks.tiny, "folder": checks.scratch.is_dir()}
     """,
 }
-
-
-def running(pid: int) -> bool:
-    """Return whether the process exists and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @pytest.fixture
@@ -92,10 +84,12 @@ def test_a_failing_step_does_not_stop_the_next(folder, monkeypatch, capsys):
     assert raised["verdict"] == "error"
     assert "ValueError: no such number" in raised["message"]
     assert after["verdict"] == "pass"
-    assert [check["check"] for check in found["aborts"]["checks"]] == ["before"]
+    (before,) = found["aborts"]["checks"]
+    assert before["check"] == "before"
+    assert not Path(before["figures"]["scratch"]).exists()
     assert found["aborts"]["exit_code"] == -6
     assert found["is_fine"]["checks"][0]["figures"] == {"device": "cpu", "tiny": True, "folder": True}
-    assert not any(map(running, found["leaves"]["checks"][0]["figures"]["pids"]))
+    assert not any(map(is_running, found["leaves"]["checks"][0]["figures"]["pids"]))
     printed = capsys.readouterr().out
     assert "2 of 4 steps passed; see fails, aborts" in printed
     assert "two, not three" in printed
@@ -108,7 +102,8 @@ def test_a_step_past_its_limit_ends_with_its_children(folder, monkeypatch):
     assert found["hangs"]["verdict"] == "timeout"
     (check,) = found["hangs"]["checks"]
     assert check["verdict"] == "pass"
-    assert not any(map(running, check["figures"]["pids"]))
+    assert not any(map(is_running, check["figures"]["pids"]))
+    assert not Path(check["figures"]["scratch"]).exists()
     assert found["is_fine"]["verdict"] == "pass"
 
 
