@@ -2,10 +2,13 @@
 
 import gc
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +28,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    use_own_temporary_folder(config)
     if most := config.getoption("--max-ranks"):
         from kit import ranks
 
         ranks.MAX_RANKS = most
+
+
+def use_own_temporary_folder(config: pytest.Config) -> None:
+    """Let this process and its children put temporary files into one folder, which is removed at the end.
+
+    Two things stay in the common one: pytest's folders, to look at after a failure, and compiled kernels, to use again.
+    """
+    common, own = tempfile.gettempdir(), tempfile.mkdtemp(prefix="t-")  # short: a socket's path has at most 107 bytes
+    config.add_cleanup(partial(shutil.rmtree, own, ignore_errors=True))
+    os.chmod(own, 0o1777)  # some tests act as another user
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", common)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{common}/torchinductor-{os.geteuid()}")
+    os.environ |= {"TMPDIR": own, "WANDB_CACHE_DIR": f"{own}/wandb"}
+    tempfile.tempdir = None  # reads TMPDIR again
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

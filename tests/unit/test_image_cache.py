@@ -25,7 +25,10 @@ NOBODY = 65534
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of images, and the user's home and temporary folder beside it."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     for split in ("train", "test"):
         for shade, name in enumerate(("cat", "dog")):
             (tmp_path / "data" / split / name).mkdir(parents=True)
@@ -155,7 +158,6 @@ def paths(root: Path, named: Path | None) -> list[Path]:
 
 
 def test_the_cache_is_with_the_data_else_in_the_users_folder(root: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     home = tmp_path / "home" / ".cache" / "distributed" / "decoded"
     assert paths(root, None)[:2] == [root / ".decoded", home]
     assert paths(root, tmp_path / "named") == [tmp_path / "named"]
@@ -168,8 +170,6 @@ def test_the_cache_is_with_the_data_else_in_the_users_folder(root: Path, tmp_pat
 
 
 def test_no_second_folder_is_created_if_the_first_is_writable(root: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     pixels(root)
     assert not (tmp_path / "home").exists()
     assert not (tmp_path / "temporary").exists()
@@ -180,9 +180,8 @@ def test_without_a_home_the_cache_is_in_the_temporary_folder(root: Path, monkeyp
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", homeless)
-    monkeypatch.setattr(tempfile, "tempdir", str(root.parent / "tmp"))
     nowhere = root / "train" / "cat" / "0.png"
-    assert paths(nowhere, None) == [root.parent / "tmp" / f"distributed-decoded-{os.geteuid()}"]
+    assert paths(nowhere, None) == [root.parent / "temporary" / f"distributed-decoded-{os.geteuid()}"]
 
 
 def test_without_any_folder_the_images_are_in_memory(root: Path, log_messages: list[str], monkeypatch) -> None:
@@ -278,7 +277,6 @@ def test_images_larger_than_memory_are_mapped(tmp_path: Path, monkeypatch) -> No
 
 def test_an_error_that_passes_replaces_no_cache(root: Path, monkeypatch, log_messages: list[str]) -> None:
     """Other nodes may have mapped the file: a replaced one is gone on NFS."""
-    monkeypatch.setenv("HOME", str(root.parent / "home"))
     expected = pixels(root)
     before = the_file(root / ".decoded").stat().st_ino
     mapped = np.memmap
@@ -324,7 +322,6 @@ def test_on_a_full_disk_the_images_are_in_memory(root: Path, log_messages: list[
 
 
 def test_a_full_first_folder_leads_to_the_next(root: Path, log_messages: list[str], monkeypatch) -> None:
-    monkeypatch.setenv("HOME", str(root.parent / "home"))
     real = CacheFile.write
 
     def write(file: CacheFile, blocks: Callable[..., None]) -> None:
