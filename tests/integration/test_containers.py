@@ -1,15 +1,16 @@
 """Ranks in containers on one machine, with separate namespaces for processes, host names and shared memory."""
 
 import os
-import random
 import subprocess
 import sys
 
 import pytest
+from kit.cluster import free_ports
 from kit.commands import ROOT
 
-TRIED = subprocess.run(["unshare", "--pid", "--fork", "--uts", "--mount-proc", "mount", "-t", "tmpfs", "x", "/dev/shm"],
-                       capture_output=True, text=True, check=False)  # fmt: skip
+# In a shell, which says so if there is no unshare.
+TRIED = subprocess.run("unshare --pid --fork --uts --mount-proc mount -t tmpfs x /dev/shm",
+                       shell=True, capture_output=True, text=True, check=False)  # fmt: skip
 pytestmark = pytest.mark.skipif(bool(TRIED.returncode), reason=f"no namespaces here: {TRIED.stderr.strip()}")
 
 # Rank 1 is late, so that rank 0 checks whether it is alive; then it exits.
@@ -47,7 +48,7 @@ CONTAINERS = {
 def test_ranks_in_containers_see_each_other_alive(kind: str) -> None:
     """In its own namespace, each rank has a process id near 1."""
     starts, kind_of_gather = CONTAINERS[kind]
-    port = 29000 + random.randrange(900)
+    [port] = free_ports(1)
     common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
         subprocess.Popen(

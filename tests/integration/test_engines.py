@@ -103,7 +103,6 @@ def test_missing_or_outdated_deepspeed_is_one_line(found: str | None, tmp_path: 
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
-        timeout=60,
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")

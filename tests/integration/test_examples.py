@@ -47,7 +47,7 @@ class Project:
         assert printed("pip install") == "pip install .\n"
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", self.venv / "bin/python", "install",
                "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed", "."]  # fmt: skip
-        done = subprocess.run(pip, cwd=source, capture_output=True, text=True, check=False, timeout=100)
+        done = subprocess.run(pip, cwd=source, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         for name in ("torchrun", "ray"):  # pip would have installed them here too
             _, _, script = Path(sys.executable).with_name(name).read_text().partition("\n")

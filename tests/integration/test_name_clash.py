@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from kit.commands import ROOT, torchrun
+from kit.speed import slowness
 
 DASK_INIT = "from distributed import config\nfrom distributed.metrics import time\n"  # the first lines of dask's
 REMEDY = "pip uninstall distributed dask; pip install --force-reinstall --no-deps distributed-alexnet"
@@ -43,8 +44,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(site), **(more or {})}
     return subprocess.run(
-        list(map(str, command)), cwd=cwd or site.parent, env=environment, capture_output=True, text=True, check=False,
-        timeout=100,
+        list(map(str, command)), cwd=cwd or site.parent, env=environment, capture_output=True, text=True, check=False
     )  # fmt: skip
 
 
@@ -118,4 +118,4 @@ def test_the_check_costs_less_than_five_milliseconds(site: Path) -> None:
         done = run(site, sys.executable, "-X", "importtime", "-c", "import distributed.name_clash")
         lines = [line for line in done.stderr.splitlines() if line.endswith("distributed.name_clash")]
         measured.append(sum(int(line.split("|")[0].removeprefix("import time:")) for line in lines))
-    assert 0 < min(measured) < 5000
+    assert 0 < min(measured) < 5000 * slowness()

@@ -37,7 +37,7 @@ def site(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("site packages")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps", "--no-index",
            "--no-build-isolation", "--target", str(target), str(source)]  # fmt: skip
-    done = subprocess.run(pip, capture_output=True, text=True, check=False, timeout=100)
+    done = subprocess.run(pip, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return target
 
@@ -45,7 +45,7 @@ def site(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(site: Path, cwd: Path, *command: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command with the installed package, outside a checkout."""
     return subprocess.run(
-        list(map(str, command)), cwd=cwd, capture_output=True, text=True, check=False, timeout=100,
+        list(map(str, command)), cwd=cwd, capture_output=True, text=True, check=False,
         env={name: value for name, value in os.environ.items() if name != "VENV"} | {"PYTHONPATH": str(site)} | environment,
     )  # fmt: skip
 

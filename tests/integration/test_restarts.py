@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from kit.cluster import free_ports
 from kit.commands import NARROW, Command, assert_same_bits, attempts, has_saved, kill, status, torchrun
 from kit.slow_sink import SLOW
 
@@ -51,7 +52,7 @@ def elastic(port: int, run: Path, *, node: int = 1, more: tuple[object, ...] = (
 @pytest.mark.timeout(400)
 def test_joining_and_leaving_nodes_keep_the_bits(reference: Path, tmp_path: Path) -> None:
     """A second node joins during the run and takes over rank 0, is lost, and is replaced by a third."""
-    run, port = tmp_path / "run", 29000 + random.randrange(900)
+    run, [port] = tmp_path / "run", free_ports(1)
 
     def started(first: Command, number: int, world_size: int) -> None:
         first.wait_for(lambda: len(attempts(run, "started")) == number, what=f"attempt {number}")
@@ -75,7 +76,7 @@ def test_joining_and_leaving_nodes_keep_the_bits(reference: Path, tmp_path: Path
 @pytest.mark.timeout(300)
 def test_foreign_job_at_the_endpoint_is_refused(reference: Path, tmp_path: Path) -> None:
     """Without --rdzv-id torchrun mistakes it for a node of the first job, which continues and keeps its bits."""
-    run, other, port = tmp_path / "run", tmp_path / "other", 29000 + random.randrange(900)
+    run, other, [port] = tmp_path / "run", tmp_path / "other", free_ports(1)
     with Command(elastic(port, run, node=2), output=tmp_path / "first") as first:
         first.wait_for(lambda: attempts(run, "started"), what="the first job")
         with Command(elastic(port, other, more=("--seed", 7)), output=tmp_path / "second") as second:
