@@ -9,7 +9,7 @@ import pytest
 from kit.abuse import assert_outcome, call
 from kit.commands import ROOT, Command, assert_same_bits, metrics, torchrun
 from kit.own_functions import write_functions
-from kit.trained_runs import write_test_images
+from kit.trained_runs import copy_of, write_test_images
 
 pytestmark = pytest.mark.timeout(300)
 PAGE = (ROOT / "docs" / "your-own.md").read_text()
@@ -81,12 +81,13 @@ def test_other_commands_report_the_metric(run: Path, here: None, tmp_path: Path)
     assert b"epoch/test_brier" in events
 
 
-def test_metrics_may_change_when_a_run_resumes(run: Path, here: None) -> None:
+def test_metrics_may_change_when_a_run_resumes(run: Path, here: None, tmp_path: Path) -> None:
     changed = ("--evaluation.metrics", '["own_functions:confidence"]')
     write_functions(Path.cwd())
-    found = call("train", "own.toml", *SMALL, *changed, "--epochs", 3, "--run_dir", run, "--logging.level", "WARNING")
+    copy = copy_of(run, tmp_path / "run")
+    found = call("train", "own.toml", *SMALL, *changed, "--epochs", 3, "--run_dir", copy, "--logging.level", "WARNING")
     assert found.code == 0, found.err
-    last = metrics(run)[-1]
+    last = metrics(copy)[-1]
     assert (last["epoch"], "confidence" in last["test"], "brier" in last["test"]) == (2, True, False)
 
 

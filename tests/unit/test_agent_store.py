@@ -132,6 +132,9 @@ def test_jobs_with_different_rdzv_ids_are_separate(monkeypatch: pytest.MonkeyPat
     first.register("first")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "own")
     second.register("second")
+    assert second.keys.check(["job/1"])
+    assert not second.keys.check(["job/0"]), "the first job's rank"
+    second.check_jobs()
 
 
 def test_only_local_rank_0_stops_the_agent() -> None:
