@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE  # hundreds of processes would recompile our mo
 INTEGRATION := $(wildcard tests/integration/test_*.py)
 ABUSE := $(filter tests/integration/test_abuse_%,$(INTEGRATION))
 CLUSTERS := $(patsubst %,tests/integration/test_%.py,ray examples slurm slurm_doctor slurm_submit hosts)
-RECOVERY := $(patsubst %,tests/integration/test_%.py,elastic engines kills restarts superseded)
+RECOVERY := $(patsubst %,tests/integration/test_%.py,engines kills restarts superseded)
 CORE := $(patsubst %,core-%,multiprocess unit integration)
 # Longest first, so that the last ones finish at about the same time.
 SUITES := test-multiprocess test-integration test-clusters test-recovery test-unit test-abuse

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from kit.abuse import call
 from kit.commands import NARROW, Command, alone, assert_same_bits, attempts, has_saved, kill, status, torchrun
 from kit.killed_in_save import POINTS
 from kit.slow_sink import SLOW
@@ -87,6 +88,8 @@ def test_kills_at_random_moments_keep_the_bits(undisturbed: tuple[Mode, Path], t
     assert sum(step > 0 for step in steps) > len(steps) / 2, steps
     assert "the launcher's death" in [attempt["reason"] for attempt in attempts(run, "stopped")]
     assert_same_bits(run, reference)
+    compared = call("compare", run, reference)
+    assert (compared.code, compared.out.startswith("bit-identical: ")) == (0, True), compared.out
 
 
 @pytest.mark.slow

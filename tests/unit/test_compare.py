@@ -125,6 +125,8 @@ def test_results_are_shown_side_by_side(run: RunFolder, tmp_path: Path) -> None:
         one.config_file.write_text(as_toml(TrainConfig(epochs=3)))
         (one.path / "status.json").write_text(json.dumps({"status": status}))
     found = call("compare", run.path, other.path)
+    assert found.out.startswith("not bit-identical: ")
+    assert "  diverged by step 4: logged for epoch 1: " in found.out
     rows = {line.split("  ")[0]: line.split() for line in found.out.splitlines()}
     assert (found.code, rows["status"][-2:]) == (1, ["finished", "stopped"])
     assert rows["epochs"][1:] == ["1", "of", "3", "1", "of", "3"]
