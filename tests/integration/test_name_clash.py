@@ -11,7 +11,7 @@ import pytest
 from kit.commands import ROOT, torchrun
 
 DASK_INIT = "from distributed import config\nfrom distributed.metrics import time\n"  # the first lines of dask's
-REMEDY = "pip uninstall distributed dask; pip install --force-reinstall --no-deps distributed-alexnet"
+REMEDY = "pip uninstall distributed dask; pip install --force-reinstall --no-deps CHECKOUT"
 
 
 def install_dask(site: Path, *, first: bool = False) -> None:
