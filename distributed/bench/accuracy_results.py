@@ -109,12 +109,12 @@ class Results:
             write_output(file.with_suffix(".failed.txt"), self.outputs.encode())
 
     def resume(self, file: Path) -> None:
-        """Take over the finished runs in `file`, if it exists.
+        """Take over the finished runs in `file`, if it is one: reading a pipe would not end.
 
         Raises:
             InputError: it has other content, or its runs had other settings or another machine.
         """
-        if not file.exists():
+        if not file.is_file():
             return
         try:
             content = json.loads(file.read_text())

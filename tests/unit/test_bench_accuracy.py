@@ -1,6 +1,7 @@
 """Time to accuracy: curves, files, the config as timm's arguments, and the block of docs/benchmarks.md."""
 
 import json
+import os
 import sys
 from dataclasses import asdict
 
@@ -61,7 +62,7 @@ def test_seeds_that_reached_nothing_are_counted_not_averaged():
 
 
 def test_time_between_epochs_is_not_counted(monkeypatch):
-    times = iter([0, 10, 11, 13, 50, 54])  # made; start, step, step; start, step
+    times = iter([10, 11, 13, 50, 54])  # start, step, step; start, step; none before
     monkeypatch.setattr(epoch_clock.time, "monotonic", lambda: next(times))
     clock = EpochClock("cpu")
     clock.start()
@@ -94,6 +95,14 @@ def test_a_file_continues_with_its_runs(tmp_path):
 def test_a_file_that_does_not_exist_has_no_runs(tmp_path):
     results = results_of()
     results.resume(tmp_path / "none.json")
+    assert results.runs == []
+
+
+@pytest.mark.timeout(10)
+def test_a_pipe_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    results = results_of()
+    results.resume(tmp_path / "pipe")
     assert results.runs == []
 
 
