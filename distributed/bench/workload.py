@@ -49,7 +49,7 @@ class Workload:
         settings: its keyword arguments, as JSON values.
         steps: number of steps to measure.
         block: steps between two readings of the clock.
-        batch: images per step.
+        batch: mean number of images per step.
         ranks: processes, started by torchrun; 0: one process without torchrun.
         python: the interpreter that runs it.
     """
@@ -59,7 +59,7 @@ class Workload:
     steps: int
     device: str = "cpu"
     block: int = 1
-    batch: int = 128
+    batch: float = 128
     ranks: int = 0
     python: Path = Path(sys.executable)
 

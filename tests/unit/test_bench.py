@@ -71,7 +71,7 @@ def test_on_a_gpu_every_workload_runs_at_every_batch_size():
     assert len(found) == 24
     for name, workload in found.items():
         assert devices_of(workload) == {"cuda"}, name
-        assert name.endswith(f", batch {workload.batch}")
+        assert name.startswith("ours") or name.endswith(f", batch {workload.batch}")
 
 
 def test_on_a_cpu_one_and_two_processes_are_measured():
@@ -102,6 +102,13 @@ def test_every_benchmark_runs_on_the_chosen_device(tmp_path):
     for name in ("exact", "save", "engines", "norm"):
         workloads = BENCHMARKS[name].workloads(replace(CUDA, batches=(128,)), str(tmp_path))
         assert {device for workload in workloads.values() for device in devices_of(workload)} == {"cuda"}, name
+
+
+def test_on_a_gpu_our_incomplete_batch_has_fewer_images():
+    found = training_speed.workloads(replace(CUDA, workloads=("compute", "ours"), batches=(2048,)), "runs")
+    assert [workload.batch for workload in found.values()] == [2048, 2000]
+    (ours,) = training_speed.workloads(replace(CPU, workloads=("default",), batches=(2048,)), "runs").values()
+    assert ours.batch == 2048
 
 
 def test_only_the_chosen_workloads_run():
