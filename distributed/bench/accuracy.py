@@ -24,7 +24,6 @@ from distributed.config.data import CifarData
 from distributed.data.sources import registry
 from distributed.documents.markdown import table
 from distributed.errors import ExitCode, counted
-from distributed.host.hardware import multiplies_bfloat16
 from distributed.process.optional_output import OptionalOutput, requested_output
 from distributed.process.output_file import check_writable
 
@@ -53,6 +52,7 @@ def measure(arguments: argparse.Namespace, options: Options) -> ExitCode:
     """
     settings = _settings(arguments, options)
     config = from_command_line(settings).config
+    config.check_world_size(options.processes, options.device)
     registry.prepare(config.data)
     if options.peers:
         check(config)
@@ -143,8 +143,11 @@ def _settings(arguments: argparse.Namespace, options: Options) -> list[str]:
     config = from_command_line(found).config
     found += ["--data.root", str(options.root)] if isinstance(config.data, CifarData) else []
     if config.precision == "auto":  # timm's side has no auto
-        is_fast = options.device != "cpu" or multiplies_bfloat16()
-        found += ["--precision", "bfloat16" if is_fast else "float32"]
+        import torch
+
+        from distributed.training.precision import fast_precision
+
+        found += ["--precision", fast_precision(torch.device(options.device))]
     return found
 
 

@@ -15,7 +15,9 @@ from distributed.bench.measure import StepClock, step_seconds, typical_step_seco
 from distributed.bench.options import CPU_ONLY, GPU_ONLY, WORKLOADS, Options
 from distributed.bench.rounds import run_round, summary
 from distributed.bench.workload import Workload, WorkloadFailedError
+from distributed.bench.workloads.task import use_device
 from distributed.config import TrainConfig, from_command_line
+from distributed.training.determinism import restored_settings
 
 CPU = Options(
     root=Path("nowhere"), steps=80, workloads=tuple(name for name in WORKLOADS if name not in GPU_ONLY),
@@ -122,6 +124,13 @@ def test_only_peers_run_in_their_environment():
     elsewhere = [name.split()[0] for name, workload in found.items() if workload.python == CPU.peer_python]
     assert elsewhere == ["timm", "accelerate", "Lightning"]
     assert {workload.python for workload in found.values()} == {CPU.peer_python, Path(sys.executable)}
+
+
+def test_peers_compute_float32_in_float32():
+    with restored_settings():
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        use_device("cpu", 0)
+        assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (False, False)
 
 
 def test_the_default_row_is_what_make_train_runs():

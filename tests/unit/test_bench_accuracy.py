@@ -194,6 +194,9 @@ def test_every_setting_without_a_counterpart_is_named():
     assert settings == [
         "schedule.name = plateau", "precision = float16", "grad_accum_steps = 2", "data.augment.mixup = 0.2",
     ]  # fmt: skip
+    for setting in ({"compile": True}, {"grad_checkpointing": {"enabled": True}}):
+        with pytest.raises(InputError, match=r"^(compile|grad_checkpointing\.enabled) = true: has no counterpart"):
+            timm_settings.check(load_config(**setting, precision="bfloat16"))
     for shipped in ("cifar10", "cifar10_fast"):
         timm_settings.check(load_config(shipped, precision="bfloat16"))
 
@@ -208,6 +211,17 @@ def test_what_timm_does_otherwise_depends_on_the_config():
     for precision in ("float32", "bfloat16"):
         muon = timm_settings.differences(load_config(optim={"name": "muon"}, precision=precision))
         assert any(line.startswith("timm's Muon") for line in muon) == (precision == "float32")
+
+
+@pytest.mark.parametrize(
+    ("fraction", "batch", "are_dropped"),
+    [(0.0, 500, False), (0.0, 128, True), (0.2, 500, False), (0.2, 128, True), (0.2, 80, False), (0.0, 80, False)],
+)
+def test_only_incomplete_batches_are_dropped(fraction, batch, are_dropped):
+    for name in ("cifar10", "generated100"):
+        config = load_config(data={"name": name, "validation_fraction": fraction}, global_batch_size=batch)
+        found = timm_settings.differences(config)
+        assert any(line.startswith("Incomplete last batches") for line in found) == are_dropped
 
 
 # The page and the command
@@ -242,6 +256,12 @@ def test_the_page_has_means_and_what_was_not_reached(tmp_path):
     [
         (("accuracy", "--rounds", "2"), "--rounds and --steps: do not apply to accuracy; use --seeds and --epochs"),
         (("accuracy", "--processes", "0"), "--processes 0: must be at least 1"),
+        (("accuracy", "--processes", "3"), "--processes 3: timm has 2 threads; use at most 2, or --no-peers"),
+        (
+            ("accuracy", "--processes", "16", "--no-peers"),
+            "exact.shards = 8 (auto) is less than the 16 processes: start at most 8, or a new run with exact.shards = 16, or 0 "
+            "for fast mode",
+        ),
         (("accuracy", "--seeds", "0", "-1"), "--seeds -1: each must be at least 0"),
         (("norm", "--epochs", "3"), OTHERS),
         (("accuracy", "--config", "cifar10", "--epochs", "0"), "command line: epochs = 0: should be greater than 0"),
