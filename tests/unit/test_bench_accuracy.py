@@ -9,15 +9,18 @@ import pytest
 
 from distributed.bench import epoch_clock, timm_settings
 from distributed.bench.__main__ import main
+from distributed.bench.accuracy import report
 from distributed.bench.accuracy_results import Results, Run, Spread, seconds_to, summary
 from distributed.bench.epoch_clock import EpochClock
+from distributed.bench.machine import machine
 from distributed.bench.page_accuracy import accuracy
 from distributed.config import load_config
 from distributed.errors import InputError
 from distributed.optim import muon
 
 MACHINE = {
-    "date": "2026-12-01", "processor": "CPU", "cores": 2, "git": "abc", "versions": {"torch": "2.14.1", "timm": "1.0.31"},
+    "date": "2026-12-01", "processor": "CPU", "instructions": "avx", "cores": 2, "git": "abc",
+    "versions": {"torch": "2.14.1", "timm": "1.0.31"},
 }  # fmt: skip
 SETTINGS = {
     "epochs": 3, "global_batch_size": 64, "precision": "bfloat16", "model": {"name": "fast_alexnet"},
@@ -31,8 +34,8 @@ OTHERS = "--config, --seeds, --epochs and --processes: apply to accuracy only, n
 DIMS = {"first.bias": 1, "blocks.weight": 4, "norm.bias": 1, "head.weight": 2, "head.bias": 1}
 
 
-def run_of(seed, side, curve, date="2026-12-01"):
-    return Run.of(seed, side, date, curve)
+def run_of(seed, side, curve, date="2026-12-01", git="abc"):
+    return Run.of(seed, side, date, curve, git)
 
 
 def results_of(*runs, machine=MACHINE, settings=SETTINGS):
@@ -112,6 +115,7 @@ def test_a_pipe_is_not_read(tmp_path):
         ({"settings": SETTINGS | {"epochs": 9}}, r"has runs with settings\.epochs = 3, not 9;"),
         ({"settings": SETTINGS | {"optim": {"name": "sgd", "lr": 0.2}}}, r"with settings\.optim\.lr = 0\.1, not 0\.2;"),
         ({"machine": MACHINE | {"cores": 4}}, r"has runs with machine\.cores = 2, not 4;"),
+        ({"machine": MACHINE | {"instructions": "avx2"}}, r"with machine\.instructions = avx, not avx2;"),
     ],
 )  # fmt: skip
 def test_runs_under_other_conditions_are_not_mixed(change, reason, tmp_path):
@@ -119,6 +123,15 @@ def test_runs_under_other_conditions_are_not_mixed(change, reason, tmp_path):
     results_of(run_of(0, "ours", GOOD)).write(file)
     with pytest.raises(InputError, match=reason):
         results_of(**change).resume(file)
+
+
+def test_runs_without_a_commit_are_read(tmp_path):
+    file = tmp_path / "accuracy.json"
+    results_of(run_of(0, "ours", GOOD)).write(file)
+    file.write_text(file.read_text().replace(""",\n   "git": "abc\"""", ""))
+    resumed = results_of()
+    resumed.resume(file)
+    assert [run.git for run in resumed.runs] == [""]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"rounds": []}', '{"runs": [{"seed": 0}], "settings": {}, "machine": {}}'])
@@ -249,6 +262,16 @@ def test_the_page_has_means_and_what_was_not_reached(tmp_path):
         "| final accuracy | 91.00 ± 2.83 % | 89.00 % |",
     ]
     assert block.endswith("On timm's side: Flips are random.")
+
+
+def test_the_table_names_several_commits():
+    runs = [run_of(0, "ours", GOOD), run_of(0, "timm", GOOD), run_of(1, "ours", GOOD, git="def+changes")]
+    assert report(runs).endswith("|\n\nThe runs are of several commits: abc and def+changes.")
+    assert report(runs[:2]).endswith("|")
+
+
+def test_the_machine_tells_processors_apart():
+    assert {"processor", "processor_model", "instructions"} <= machine().keys()
 
 
 @pytest.mark.parametrize(
