@@ -128,7 +128,7 @@ def test_runs_under_other_conditions_are_not_mixed(change, reason, tmp_path):
 def test_runs_without_a_commit_are_read(tmp_path):
     file = tmp_path / "accuracy.json"
     results_of(run_of(0, "ours", GOOD)).write(file)
-    file.write_text(file.read_text().replace(""",\n   "git": "abc\"""", ""))
+    file.write_text(file.read_text().replace(',\n   "git": "abc"', ""))
     resumed = results_of()
     resumed.resume(file)
     assert [run.git for run in resumed.runs] == [""]
