@@ -35,6 +35,14 @@ def alone(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "distributed.train", *map(str, arguments)]
 
 
+def running(pid: int) -> bool:
+    """Return whether the process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 class Command:
     """A started command, its output in a file; leaving the context kills it and all of its descendants."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit.commands import running
 
 from distributed.gpu_check.__main__ import main
 from distributed.gpu_check.steps import STEPS, Step
@@ -44,14 +45,6 @@ SOURCES = {
             figures |= {"device": checks.device.type, "tiny": checks.tiny, "folder": checks.scratch.is_dir()}
     """,
 }
-
-
-def running(pid: int) -> bool:
-    """Return whether the process exists and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @pytest.fixture
