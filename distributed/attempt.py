@@ -1,6 +1,7 @@
 """One attempt at a run: claims the run folder and records the environment, changes to it, and how the attempt ended."""
 
 import json
+from contextlib import suppress
 from importlib.metadata import version
 from types import TracebackType
 from typing import Any, Self
@@ -172,7 +173,8 @@ class Attempt:
             if self.run is not None:
                 self.run.release()
             if self._log is not None:
-                logger.remove(self._log)
+                with suppress(ValueError):  # the program may have removed all handlers
+                    logger.remove(self._log)
 
     def _record_ending(self, run: ClaimedRun, error: BaseException | None) -> None:
         state = self._state

@@ -46,15 +46,26 @@ class Comparison:
         return f"{lines} and {states} in common"
 
 
+class Recorded:
+    """What a run has recorded: metrics by (step, place), and digests of tensors by the name of the save."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.logged, self.saved = _logged(run), _saved(run)
+
+    def compare(self, other: "Recorded") -> Comparison:
+        """Compare the logged metrics and saved tensors that both runs have."""
+        lines, others = self.logged, other.logged
+        common = [key for key in lines if key in others]
+        found = [divergence for key in common if (divergence := _compare_lines(key, lines[key], others[key]))][:1]
+        saves = [name for name in self.saved if name in other.saved]
+        differing = (_compare_saves(name, self.saved[name], other.saved[name]) for name in saves)
+        found += [divergence for divergence in differing if divergence][:1]
+        return Comparison(sorted(found), len(common), len(saves))
+
+
 def compare(a: RunFolder, b: RunFolder) -> Comparison:
     """Compare the logged metrics and saved tensors that both runs have."""
-    logged_a, logged_b = _logged(a), _logged(b)
-    common = [key for key in logged_a if key in logged_b]
-    found = [divergence for key in common if (divergence := _compare_lines(key, logged_a[key], logged_b[key]))][:1]
-    saved_a, saved_b = _saved(a), _saved(b)
-    saves = [name for name in saved_a if name in saved_b]
-    found += [divergence for name in saves if (divergence := _compare_saves(name, saved_a[name], saved_b[name]))][:1]
-    return Comparison(sorted(found), len(common), len(saves))
+    return Recorded(a).compare(Recorded(b))
 
 
 def _logged(run: RunFolder) -> dict[tuple[int, str], dict[str, Any]]:

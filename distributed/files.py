@@ -6,7 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -157,7 +157,8 @@ def replace_bytes(path: Path, content: bytes, *, synced: bool = True) -> None:
             temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # e.g. on a file system that has become read-only
+            temporary.unlink()
         error.filename, error.filename2 = str(path), None  # a failed write names no file
         raise
     if synced:

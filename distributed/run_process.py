@@ -1,5 +1,7 @@
 """Runs the recipe in a training process and turns every ending into an exit code and a one-line message."""
 
+import shlex
+
 from loguru import logger
 
 from distributed.checkpoint.upload import log_upload_result
@@ -33,7 +35,7 @@ def run_to_exit_code(config: TrainConfig, topology: Topology, stop: SignalStop, 
             try_steps(config)
             return ExitCode.FINISHED
         result = train(config, stop=stop)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a sink or a network may call sys.exit(), even with code 0
         _log_error(error, topology)
         code = getattr(error, "exit_code", ExitCode.FAILED)
         exits.write_error_file(failure_message(error), is_cause=not isinstance(error, PeerError))
@@ -51,7 +53,7 @@ def run_to_exit_code(config: TrainConfig, topology: Topology, stop: SignalStop, 
     return ExitCode.STOPPED
 
 
-def _log_error(error: Exception, topology: Topology) -> None:
+def _log_error(error: BaseException, topology: Topology) -> None:
     """Log expected errors by their message, all others with a traceback."""
     if not isinstance(error, InputError | NotFiniteError | StorageError | PeerError):
         logger.opt(exception=True).error("rank {} failed", topology.rank)
@@ -76,7 +78,7 @@ def _log_result(config: TrainConfig, result: TrainResult) -> None:
     best = f"; best validation epoch {result.best.epoch + 1} ({result.best.value:.4f})" if result.best else ""
     logger.info("finished after {}, {} steps{}{}", epochs, result.step, early, best)
     curves = f", curves {run.curves}" if config.logging.curves else ""
-    board = f", TensorBoard: tensorboard --logdir {run.path}" if config.logging.tensorboard else ""
+    board = f", TensorBoard: tensorboard --logdir {shlex.quote(str(run.path))}" if config.logging.tensorboard else ""
     logger.info("checkpoints {}{}{}", run.checkpoints, curves, board)
     if isinstance(config.data, GeneratedData):
         logger.warning("these results are on generated images, not on CIFAR")

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
+from shlex import quote
 from typing import NamedTuple
 
 from distributed.checkpoint.download import store_has_run
@@ -64,8 +65,8 @@ def _run(stop: SignalStop) -> int:
     if finished:
         stop.release_sigterm()
         if topology.is_main:
-            folder = RunFolder(config.run_dir)
-            print(f"{folder.path}: this run is finished; evaluate it with python -m distributed.evaluate {folder.path}, "
+            folder = RunFolder(config.run_dir).path
+            print(f"{folder}: this run is finished; evaluate it with python -m distributed.evaluate {quote(str(folder))}, "
                   f"or start another with --run_dir", file=sys.stderr)  # fmt: skip
             if not dry_run:
                 upload_remaining(config)

@@ -22,9 +22,9 @@ from distributed.bench.workload import Workload, WorkloadFailedError
 from distributed.config import TrainConfig, from_command_line
 from distributed.config.data import CifarData
 from distributed.data.sources import registry
-from distributed.documents.markdown import table
+from distributed.documents.markdown import listed, paragraph, table
 from distributed.errors import ExitCode, counted
-from distributed.host.hardware import multiplies_bfloat16
+from distributed.host.versions import git_state
 from distributed.process.optional_output import OptionalOutput, requested_output
 from distributed.process.output_file import check_writable
 
@@ -53,6 +53,7 @@ def measure(arguments: argparse.Namespace, options: Options) -> ExitCode:
     """
     settings = _settings(arguments, options)
     config = from_command_line(settings).config
+    config.check_world_size(options.processes, options.device)
     registry.prepare(config.data)
     if options.peers:
         check(config)
@@ -84,11 +85,15 @@ def measure(arguments: argparse.Namespace, options: Options) -> ExitCode:
 
 
 def report(runs: list[Run]) -> str:
-    """Return the table of means and deviations over the seeds."""
+    """Return the table of means and deviations over the seeds, and the commits if there are several."""
     spreads = summary(runs)
     names = list(dict.fromkeys(name for found in spreads.values() for name in found))
     rows = [[name, *(shown(spreads[side][name], name) for side in spreads)] for name in names]
-    return table(["", *(f"{side}, {counted(found[FINAL].seeds, 'seed')}" for side, found in spreads.items())], rows)
+    parts = [table(["", *(f"{side}, {counted(found[FINAL].seeds, 'seed')}" for side, found in spreads.items())], rows)]
+    commits = list(dict.fromkeys(run.git or "unknown" for run in runs))
+    if len(commits) > 1:
+        parts.append(paragraph(f"The runs are of several commits: {listed(commits)}."))
+    return "\n\n".join(parts)
 
 
 def shown(spread: Spread, name: str) -> str:
@@ -103,12 +108,12 @@ def shown(spread: Spread, name: str) -> str:
 
 def _add_run(results: Results, side: str, seed: int, settings: list[str], options: Options, deadline: float) -> None:
     """Train once, and add the run or its failure to the results."""
-    start, name = time.monotonic(), f"{side}, seed {seed}"
+    start, name, git = time.monotonic(), f"{side}, seed {seed}", git_state()
     try:
         with tempfile.TemporaryDirectory() as folder:
             workload = _workload(side, [*settings, "--run_dir", f"{folder}/run"], options)
             measured = workload.measure_until(deadline, options.seconds)
-        run = Run.of(seed, side, time.strftime("%Y-%m-%d"), measured.figures[0]["curve"])
+        run = Run.of(seed, side, time.strftime("%Y-%m-%d"), measured.figures[0]["curve"], git)
     except WorkloadFailedError as error:
         results.failed[name] = str(error)
         results.outputs += f"{name}: {error}\n{error.output}\n\n"
@@ -143,8 +148,11 @@ def _settings(arguments: argparse.Namespace, options: Options) -> list[str]:
     config = from_command_line(found).config
     found += ["--data.root", str(options.root)] if isinstance(config.data, CifarData) else []
     if config.precision == "auto":  # timm's side has no auto
-        is_fast = options.device != "cpu" or multiplies_bfloat16()
-        found += ["--precision", "bfloat16" if is_fast else "float32"]
+        import torch
+
+        from distributed.training.precision import fast_precision
+
+        found += ["--precision", fast_precision(torch.device(options.device))]
     return found
 
 

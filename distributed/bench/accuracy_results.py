@@ -25,7 +25,13 @@ def seconds_to(curve: Curve, percent: float) -> float | None:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training. `seconds` is all of its training, `accuracy` the test accuracy at its end."""
+    """A finished training.
+
+    Attributes:
+        seconds: all of its training.
+        accuracy: the test accuracy at its end.
+        git: commit of the code, with `+changes` if files were modified; empty if unknown, as in earlier files.
+    """
 
     seed: int
     side: str
@@ -34,13 +40,14 @@ class Run:
     seconds: float
     accuracy: float
     curve: Curve
+    git: str = ""
 
     @classmethod
-    def of(cls, seed: int, side: str, date: str, curve: Curve) -> Self:
+    def of(cls, seed: int, side: str, date: str, curve: Curve, git: str) -> Self:
         """Return the run with this curve."""
         reached = {str(percent): seconds_to(curve, percent) for percent in TARGETS}
         seconds, accuracy = curve[-1]
-        return cls(seed, side, date, reached, seconds, accuracy, curve)
+        return cls(seed, side, date, reached, seconds, accuracy, curve, git)
 
 
 class Spread(NamedTuple):
@@ -109,12 +116,12 @@ class Results:
             write_output(file.with_suffix(".failed.txt"), self.outputs.encode())
 
     def resume(self, file: Path) -> None:
-        """Take over the finished runs in `file`, if it exists.
+        """Take over the finished runs in `file`, if it is one: reading a pipe would not end.
 
         Raises:
             InputError: it has other content, or its runs had other settings or another machine.
         """
-        if not file.exists():
+        if not file.is_file():
             return
         try:
             content = json.loads(file.read_text())

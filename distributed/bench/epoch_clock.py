@@ -18,7 +18,8 @@ class EpochClock:
         self.curve: list[tuple[float, float]] = []
         self._on_device = device == "cuda"
         self._seconds = 0.0
-        self._started = self._stepped = self._now()
+        self._started: Any = None  # a reading now would make every rank use the first GPU
+        self._stepped: Any = None
 
     def start(self) -> None:
         """Begin to measure an epoch."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from distributed.bench.peers import installed_versions
 from distributed.host.cpu_quota import available_cpus
-from distributed.host.hardware import processor
+from distributed.host.hardware import instructions, processor, processor_model
 from distributed.host.versions import git_state, versions
 
 
@@ -23,6 +23,8 @@ def machine(device: str = "cpu", *, peer_python: Path = Path(sys.executable)) ->
     found: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "processor": processor(),
+        "processor_model": processor_model(),
+        "instructions": instructions(),
         "cores": available_cpus(),
         "system": platform.system(),
         "versions": {**versions(), **installed_versions(peer_python)},

@@ -5,7 +5,6 @@
 
 import gc
 import json
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distributed.bench.machine import machine
+from distributed.bench.workload import run
 from distributed.process.optional_output import requested_output
 from distributed.process.output_file import write_output
 from distributed.process.torchrun import torchrun_command
@@ -83,10 +83,10 @@ def run_case(name: str, world_size: int) -> Memory:
         RuntimeError: the case failed; the message has the end of its output.
     """
     command = torchrun_command(world_size, "distributed.bench.memory", [json.dumps(CASES[name].settings)])
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("MEMORY ")]
-    if done.returncode or not lines:
-        raise RuntimeError(f"{name} on {world_size} processes: exit code {done.returncode}\n{done.stderr[-3000:]}")
+    code, printed, errors = run(command)
+    lines = [line for line in printed.splitlines() if line.startswith("MEMORY ")]
+    if code or not lines:
+        raise RuntimeError(f"{name} on {world_size} processes: exit code {code}\n{errors[-3000:]}")
     return Memory(**json.loads(lines[0].removeprefix("MEMORY ")))
 
 

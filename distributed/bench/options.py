@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distributed.bench.peers import DEFAULT_PEERS, PEERS
-from distributed.errors import InputError
+from distributed.errors import InputError, counted
 from distributed.host.cpu_quota import available_cpus
 
-IMAGES = 50_000  # in CIFAR-10's training split
+IMAGES = 50_000  # in the training split of CIFAR-10, and of CIFAR-100
 NETWORK = "improved_alexnet"
 WORKLOADS = {
     "compute": "forward, backward and update on one fixed batch",
@@ -94,6 +94,10 @@ class Options:
             wrong.append("--workloads graph: CUDA graphs need --device cuda")
         if "default" in self.workloads and self.gpus:
             wrong.append("--workloads default: on CUDA the default is fast mode: --workloads ours")
+        most = 1 if self.gpus else self.threads
+        if self.peers and self.processes > most:
+            of_timm = counted(most, "GPU" if self.gpus else "thread")
+            wrong.append(f"--processes {self.processes}: timm has {of_timm}; use at most {most}, or --no-peers")
         if self.peers is None and (named := self.chosen_peers):
             wrong.append(f"--no-peers: contradicts --workloads {' '.join(named)}")
         return wrong

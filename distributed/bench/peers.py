@@ -11,11 +11,11 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from distributed.errors import InputError
+from distributed.host.versions import require
 
 _SHARED = ("torch", "torchvision", "numpy")  # pip must not replace these: all workloads compute with the same kernels
 DEFAULT_PEERS = Path(".venv-bench")
@@ -52,12 +52,22 @@ def peer_python(folder: Path, peers: Sequence[str]) -> Path:
     Raises:
         InputError: `folder` contains something else, or pip failed.
     """
-    if not any(find_spec(PEERS[peer].module) is None for peer in peers):
+    if all(_is_installed(PEERS[peer]) for peer in peers):
         return Path(sys.executable)
     python = folder.absolute() / "bin" / "python"  # not resolved: the link's place makes it the environment's
     if not (python.exists() and _marker(folder) == _wanted()):
         _make(folder)
     return python
+
+
+def _is_installed(peer: Peer) -> bool:
+    """Return whether this Python has the peer, in a version that is new enough."""
+    package, _, version = peer.requirement.partition(">=")
+    try:
+        require(package, at_least=tuple(map(int, version.split("."))), needed_by=peer.module)
+    except InputError:
+        return False
+    return True
 
 
 def installed_versions(python: Path) -> dict[str, str]:

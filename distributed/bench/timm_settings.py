@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+from distributed.bench.options import IMAGES
 from distributed.config import TrainConfig
-from distributed.config.data import CifarData, GeneratedData
+from distributed.config.data import AnyData, CifarData, GeneratedData
 from distributed.config.functions import Loss
 from distributed.config.models import BuiltInModel
+from distributed.data.sources.registry import class_names
 from distributed.errors import InputError
 
 Values = Mapping[str, Any]
@@ -110,6 +112,8 @@ def _inexpressible(config: TrainConfig) -> list[str]:
         f"precision = {config.precision}": config.precision not in ("bfloat16", "float32"),
         f"grad_accum_steps = {config.grad_accum_steps}": config.grad_accum_steps != 1,
         f"init_from = {config.init_from}": config.init_from is not None,
+        "compile = true": config.compile,
+        "grad_checkpointing.enabled = true": config.grad_checkpointing.enabled,
         "early_stopping": config.early_stopping is not None,
     }
     found |= {
@@ -120,6 +124,14 @@ def _inexpressible(config: TrainConfig) -> list[str]:
     known = _ALL_OPTIMIZERS | _OPTIMIZERS.get(optim["name"], optim.keys())
     found |= {f"optim.{name} = {value}": name not in known for name, value in optim.items()}
     return [setting for setting, is_wrong in found.items() if is_wrong]
+
+
+def _training_images(data: AnyData) -> int:
+    """Return the number of images to train on. All classes are equally large, but for one image."""
+    assert isinstance(data, CifarData | GeneratedData)
+    images, classes = getattr(data, "train_samples", IMAGES), len(class_names(data))
+    sizes = [len(range(label, images, classes)) for label in range(classes)]
+    return sum(size - round(size * data.validation_fraction) for size in sizes)
 
 
 def differences(config: TrainConfig) -> list[str]:
@@ -135,6 +147,8 @@ def differences(config: TrainConfig) -> list[str]:
             config.optim.name == "muon" and config.precision == "float32"
         ),
         "The learning rate rises linearly, not as half a cosine.": config.schedule.name == "one_cycle",
-        "Incomplete last batches of an epoch are dropped, as by timm's loader.": True,
+        "Incomplete last batches of an epoch are dropped, as by timm's loader.": (
+            _training_images(config.data) % config.global_batch_size != 0
+        ),
     }
     return [sentence for sentence, applies in found.items() if applies]

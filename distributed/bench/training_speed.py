@@ -4,6 +4,7 @@ The task is improved AlexNet on CIFAR-10, SGD with Nesterov momentum, random cro
 same batch size for all.
 """
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ def ours(options: Options, run_dir: str, *settings: str, **fields: Any) -> Workl
         settings: further settings of the command line.
         fields: further fields of the Workload, and `threads` per rank (default: `options.threads`).
     """
-    batch, steps = fields.setdefault("batch", 128), fields.setdefault("steps", options.steps)
+    batch, steps = fields.pop("batch", 128), fields.setdefault("steps", options.steps)
     threads = fields.pop("threads", options.threads)
     epochs = max(20, 2 + steps * batch // IMAGES)  # never reached: the end of a run would evaluate and save
     values = {
@@ -39,7 +40,9 @@ def ours(options: Options, run_dir: str, *settings: str, **fields: Any) -> Workl
         "evaluation.test_every_epoch": "false", "checkpoint.every_minutes": 0,
     }  # fmt: skip
     arguments = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    fields |= {"device": options.device, "block": options.block}
+    # The mean step on a GPU includes the last one of an epoch, which trains on what is left. The median on a CPU does not.
+    images = IMAGES / math.ceil(IMAGES / batch) if options.gpus else batch
+    fields |= {"device": options.device, "block": options.block, "batch": images}
     return Workload(f"{MODULES}.this_project:run", {"arguments": [*arguments, *settings]}, **fields)
 
 

@@ -2,20 +2,17 @@
 
 import json
 import math
-import os
 import re
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from distributed.bench.measure import Readings
+from distributed.process.session import run_in_session
 from distributed.process.torchrun import torchrun_command
 
 
@@ -52,7 +49,7 @@ class Workload:
         settings: its keyword arguments, as JSON values.
         steps: number of steps to measure.
         block: steps between two readings of the clock.
-        batch: images per step.
+        batch: mean number of images per step.
         ranks: processes, started by torchrun; 0: one process without torchrun.
         python: the interpreter that runs it.
     """
@@ -62,7 +59,7 @@ class Workload:
     steps: int
     device: str = "cpu"
     block: int = 1
-    batch: int = 128
+    batch: float = 128
     ranks: int = 0
     python: Path = Path(sys.executable)
 
@@ -105,7 +102,7 @@ class Workload:
         command = [str(self.python), "-m", module, *arguments]
         if self.ranks:
             command = torchrun_command(self.ranks, module, arguments)
-        code, printed, errors = _run(command, seconds)
+        code, printed, errors = run(command, seconds)
         lines = [line for line in printed.splitlines() if line.startswith("CLOCK ")]
         if lines and code in (0, None):  # the figures are complete even if the process hung after printing them
             readings, memory_mib = json.loads(lines[0].removeprefix("CLOCK "))
@@ -116,7 +113,7 @@ class Workload:
         raise WorkloadFailedError(_error_line(errors) or f"exit code {code}", printed[-1000:] + errors[-3000:])
 
 
-class _Completed(NamedTuple):
+class Completed(NamedTuple):
     """Exit code (None: timed out), stdout and stderr of a process."""
 
     code: int | None
@@ -124,32 +121,13 @@ class _Completed(NamedTuple):
     errors: str
 
 
-def _run(command: list[str], seconds: float | None) -> _Completed:
+def run(command: list[str], seconds: float | None = None) -> Completed:
     """Run `command` to its end or for at most `seconds`, and end every process it started."""
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
         with stdout.open("wb") as printed, stderr.open("wb") as errors:
-            # A session of its own, so that ranks and loader workers can be ended too.
-            process = subprocess.Popen(command, stdout=printed, stderr=errors, start_new_session=True)
-            try:
-                code: int | None = process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                code = None
-            finally:
-                _end(process)
-        return _Completed(code, stdout.read_text(errors="replace"), stderr.read_text(errors="replace"))
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End the process and its group. SIGTERM first: torchrun's ranks have sessions of their own, which only it knows."""
-    if process.poll() is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+            code = run_in_session(command, seconds, stdout=printed, stderr=errors)
+        return Completed(code, stdout.read_text(errors="replace"), stderr.read_text(errors="replace"))
 
 
 def _error_line(errors: str) -> str:

@@ -5,6 +5,7 @@ shared memory need a few microseconds.
 """
 
 import fcntl
+import io
 import math
 import mmap
 import os
@@ -32,17 +33,16 @@ _NAME_BYTES = 16
 
 
 class SharedMemory:
-    """`size` bytes that all ranks map. Also detects ranks that have died. Created by `open_shared_memory`.
+    """`size` bytes of a file that all ranks map. Also detects ranks that have died. Created by `open_shared_memory`.
 
     Each rank locks one byte of the file; the kernel releases the lock when the process ends. Process ids would not
     work: processes in different containers may have the same one, or may not see each other's.
     """
 
-    def __init__(self, path: str, size: int) -> None:
+    def __init__(self, file: io.FileIO, size: int) -> None:
         # Stays open as long as tensors over it exist: closing any descriptor of the file releases all locks of the process.
-        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115
-        self.bytes = mmap.mmap(self._file.fileno(), size)
-        self.name = self.bytes[-_NAME_BYTES:]
+        self._file = file
+        self.bytes = mmap.mmap(file.fileno(), size)
         fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, collectives.rank())
 
     def is_alive(self, rank: int) -> bool:
@@ -59,9 +59,9 @@ def open_shared_memory(size: int, device: torch.device) -> SharedMemory | None:
     """Map `size` zeroed bytes on all ranks. A collective.
 
     Return None if the ranks do not all compute on CPUs, do not share memory, or if there is not enough of it. Whether they
-    share memory is tested by mapping it: two containers may have the same host name, or different names and one memory.
+    share memory is tested with a small file: two containers may have the same host name, or different names and one memory.
+    The file has no name any more when it gets its size: what a killed process leaves behind would last until a reboot.
     """
-    size += _NAME_BYTES
     if set(collectives.gather_objects((boot_id(), device.type))) != {(boot_id(), "cpu")}:
         return None
     created: list[str] = []
@@ -70,23 +70,31 @@ def open_shared_memory(size: int, device: torch.device) -> SharedMemory | None:
         for file in created:
             Path(file).unlink(missing_ok=True)
 
-    memory = None
+    file = memory = None
     exits.add_exit_hook(remove)  # an immediate exit does not run `finally`
     try:
-        own = _create_file(size, created) if collectives.rank() == 0 else None
+        own = _create_file(created) if collectives.rank() == 0 else None
         path, name = collectives.broadcast_object(own) or ("", b"")
         if path:
-            with suppress(OSError, ValueError):  # in a container with memory of its own, or as another user
-                memory = SharedMemory(path, size)
-        is_shared = all(collectives.gather_objects(memory is not None and memory.name == name))
-    finally:  # also if another rank was lost: the file would occupy memory until a reboot
+            with suppress(OSError):  # in a container with memory of its own, or as another user
+                file = open(path, "r+b", buffering=0)  # noqa: SIM115
+        is_shared = all(
+            collectives.gather_objects(file is not None and os.pread(file.fileno(), _NAME_BYTES, 0) == name)
+        )
+    finally:  # also if another rank was lost
         remove()
         exits.remove_exit_hook(remove)
+    if file and is_shared and collectives.broadcast_object(_allocate(file, size) if collectives.rank() == 0 else None):
+        with suppress(OSError, ValueError):
+            memory = SharedMemory(file, size)
+        is_shared = all(collectives.gather_objects(memory is not None))
+    if file and not (memory and is_shared):
+        file.close()
     return memory if is_shared else None
 
 
-def _create_file(size: int, created: list[str]) -> tuple[str, bytes] | None:
-    """Create a file of zeros that ends with a random name. Return its path, which is added to `created`, and that name."""
+def _create_file(created: list[str]) -> tuple[str, bytes] | None:
+    """Create a file that holds a random name. Return its path, which is added to `created`, and that name."""
     name = os.urandom(_NAME_BYTES)
     folder = "/dev/shm" if Path("/dev/shm").is_dir() else None
     try:
@@ -95,14 +103,25 @@ def _create_file(size: int, created: list[str]) -> tuple[str, bytes] | None:
         return None
     created.append(path)
     try:
-        # Allocates now: a container may have 64 MB of shared memory, and a later write beyond that is a SIGBUS.
-        os.posix_fallocate(handle, 0, size)
-        os.pwrite(handle, name, size - _NAME_BYTES)
+        os.write(handle, name)
     except OSError:
         return None
     finally:
         os.close(handle)
     return path, name
+
+
+def _allocate(file: io.FileIO, size: int) -> bool:
+    """Fill the file with `size` zeros; return whether there is enough memory.
+
+    Now, because a container may have 64 MB of shared memory, and a later write beyond that is a SIGBUS.
+    """
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+        os.pwrite(file.fileno(), bytes(_NAME_BYTES), 0)
+    except OSError:
+        return False
+    return True
 
 
 class SharedCounters:

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from distributed.exact.bits import same_bits
+from distributed.exact.bits import digest
+from distributed.exact.check.sample_mixing import fill_constant_weights
 from distributed.exact.grouped_layers import make_groupable
 from distributed.exact.shard_executor import ShardExecutor
 from distributed.exact.shard_gradients import GradientSums, NotGroupableError
@@ -72,38 +73,57 @@ class GroupTrials:
         return self._allowed.get(shapes, False)
 
     def _try(self, passes: Passes) -> bool:
-        with self._executor.alone():
-            with _unchanged_buffers(self._model):
-                alone = _gradients_and_results(passes, grouped=False)
+        with self._executor.alone(), _varied_weights(self._model):
             try:
                 with _unchanged_buffers(self._model), _Operations() as operations:
-                    grouped = _gradients_and_results(passes, grouped=True)
+                    grouped = _digests(passes, grouped=True)
             except (NotGroupableError, RuntimeError):  # e.g. of a split, if dimension 0 is not that of the samples
                 return False
-        same = alone.keys() == grouped.keys() and all(same_bits(alone[key], grouped[key]) for key in alone)
-        return same and operations.names <= _ALLOWED
+            if not operations.names <= _ALLOWED:
+                return False
+            with _unchanged_buffers(self._model):
+                return grouped == _digests(passes, grouped=False)
 
 
-def _gradients_and_results(passes: Passes, *, grouped: bool) -> dict[Any, Tensor]:
+def _digests(passes: Passes, *, grouped: bool) -> dict[Any, Hashable]:
+    """Return the digests of all gradients and results."""
     found = _Found({})
     for number, result in enumerate(passes(found, grouped=grouped)):
-        found.tensors["result", number] = result
-    return found.tensors
+        found.digests["result", number] = digest(result)
+    return found.digests
 
 
 @dataclass
 class _Found:
-    """Keeps the gradients instead of adding them up: `GradientSums`."""
+    """Keeps the gradients' digests instead of adding the gradients up: `GradientSums`.
 
-    tensors: dict[Any, Tensor]
+    The gradients themselves would take the memory of the weights once per shard.
+    """
+
+    digests: dict[Any, Hashable]
 
     def add_gradient(self, shard: int, index: int, gradient: Tensor) -> None:
-        self.tensors[shard, index] = gradient
+        self.digests[shard, index] = digest(gradient)
 
     def add_gradients(self, shards: range, gradients: Mapping[int, Sequence[Tensor]]) -> None:
         for index, of_shards in gradients.items():
             for shard, gradient in zip(shards, of_shards, strict=True):
                 self.add_gradient(shard, index, gradient)
+
+
+@contextmanager
+def _varied_weights(model: nn.Module) -> Iterator[None]:
+    """Change constant weights: behind zeros, e.g. of a new head, all gradients are zero, so their bits are equal.
+
+    Context manager; restores the weights on exit.
+    """
+    before = [(parameter, parameter.data) for parameter in model.parameters()]
+    try:
+        fill_constant_weights(model)
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data = data
 
 
 @contextmanager

@@ -20,7 +20,8 @@ class _PerShardGradients(torch.autograd.Function):
     """A layer whose weight gradients go to the group's sink, shard by shard, instead of through the graph."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, grouped: "_Grouped", group: ShardGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, trainable: Tensor, grouped: "_Grouped", group: ShardGroup) -> Tensor:
+        # Without a tensor that requires a gradient there would be no node: x may be images, and the weight frozen.
         ctx.save_for_backward(x)
         ctx.grouped, ctx.group = grouped, group
         return grouped.plain(x)
@@ -57,12 +58,13 @@ class _Grouped:
         result: Tensor = type(self.layer).forward(self.layer, x)
         return result
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, input: Tensor) -> Tensor:
         group, weight = current_group(), self.layer.weight
         if group is None:
-            return self.plain(x)
+            return self.plain(input)
         # The cast that autocast would insert, here as a node of its own.
-        result: Tensor = _PerShardGradients.apply(x.to(weight.dtype), weight, self, group)
+        x, trainable = input.to(weight.dtype), next(iter(_trainable(self.layer)), weight)
+        result: Tensor = _PerShardGradients.apply(x, trainable, self, group)
         return result
 
     def parameter_gradients(self, x: Tensor, grad: Tensor) -> list[Tensor]:
@@ -124,11 +126,11 @@ class _GroupNormalized(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, statistics: Any, layer: SyncBatchNorm, group: ShardGroup
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, statistics: Any, layer: SyncBatchNorm, group: ShardGroup
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.statistics, ctx.layer, ctx.group = statistics, layer, group
-        return normalized(x, weight, layer.bias, statistics.mean, statistics.variance, layer.eps)
+        return normalized(x, weight, bias, statistics.mean, statistics.variance, layer.eps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -142,31 +144,33 @@ class _GroupNormalized(torch.autograd.Function):
         for parameter, *gradients in zip((weight, layer.bias), *sums, strict=True):
             if parameter.requires_grad:
                 group.hand_over(parameter, gradients)
-        return grad_x, None, None, None, None
+        return grad_x, None, None, None, None, None
 
 
 class _GroupedBatchNorm(_Grouped):
     """`forward` of `SyncBatchNorm`."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, input: Tensor) -> Tensor:
         group, layer = current_group(), self.layer
         if group is None or not layer.training:
-            return self.plain(x)
-        rows = [statistics_row(part, layer.weight.dtype) for part in group.split(x.detach())]
+            return self.plain(input)
+        rows = [statistics_row(part, layer.weight.dtype) for part in group.split(input.detach())]
         statistics = layer.all_gather_rows(rows, layer.combine_statistics)
-        result: Tensor = _GroupNormalized.apply(x, layer.weight, statistics, layer, group)
+        result: Tensor = _GroupNormalized.apply(input, layer.weight, layer.bias, statistics, layer, group)
         return result
 
 
 def make_groupable(model: nn.Module) -> bool:
     """Make convolutions, linear layers and batch norms accept groups of shards, in place; the latter are synchronized already.
 
-    Return whether these layers have all trainable parameters of the model; if not, leave it unchanged.
+    Return whether these layers have all trainable parameters and batch norms of the model; if not, leave it unchanged.
     """
     layers = {layer: grouped for layer in model.modules() if (grouped := _grouped_forward(layer))}
     covered = {id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)}
     if any(id(parameter) not in covered for parameter in model.parameters() if parameter.requires_grad):
         return False
+    if any(isinstance(layer, SyncBatchNorm) and layer not in layers for layer in model.modules()):
+        return False  # e.g. one without weights: it would synchronize a group as a single shard
     for layer, grouped in layers.items():
         layer.forward = grouped(layer)
     return True

@@ -17,9 +17,14 @@ import torch
 from torch import Tensor
 
 from distributed.comm.reduction_tree import shard_range
+from distributed.errors import InputError
 from distributed.exact.streams import ShardStreams
 from distributed.exact.torch_compat import get_backward_group, set_backward_group
 
+_UNEVEN = (
+    "a layer that synchronizes, e.g. batch norm, was called for some shards of a batch only; let every batch call it, or set "
+    "exact.shards = 0"
+)
 T = TypeVar("T")
 Gather = Callable[[list[Tensor]], Tensor]
 """Takes one row per shard of this rank and returns those of all shards of all ranks, [shards, length]."""
@@ -81,6 +86,7 @@ class ShardExecutor:
         self._reduce_fn: Callable[[Tensor], Any] | None = None
         self._result: Any = None
         reduce = WeakMethod(self._gather_and_reduce)  # a cycle would keep the model's memory until the next collection
+        self._ended = set[int]()  # workers that wait at the barrier after their last shard, by their first one
         self._barrier = threading.Barrier(workers, lambda: _call(reduce))
 
     @property
@@ -89,9 +95,10 @@ class ShardExecutor:
         return max(map(len, self._shards_of_worker))
 
     def run(self, compute: Callable[[int], T]) -> list[T]:
-        """Return `compute(shard)` for every shard. All shards must reach the same number of synchronization points.
+        """Return `compute(shard)` for every shard.
 
         Raises:
+            InputError: some shards have reached fewer synchronization points than others.
             Exception: raised by a shard; the other shards are abandoned.
         """
         singles = [[range(shard, shard + 1) for shard in own] for own in self._shards_of_worker]
@@ -112,6 +119,7 @@ class ShardExecutor:
         failures += [failed for other in others if (failed := other.exception()) is not None]
         if failures:
             self._barrier.reset()
+            self._ended.clear()
             raise next((f for f in failures if not isinstance(f, threading.BrokenBarrierError)), failures[0])
         return [results[first] for first in sorted(results)]
 
@@ -122,6 +130,7 @@ class ShardExecutor:
         """
         unit = greenlet.getcurrent()
         assert isinstance(unit, _Unit), "called outside of `run`"
+        assert len(own_rows) == len(unit.shards), "one row per shard"
         self._rows[unit.shards.start : unit.shards.stop] = own_rows
         self._reduce_fn = reduce_fn
         device_type, worker = self._device.type, unit.parent
@@ -160,9 +169,13 @@ class ShardExecutor:
                     else:
                         synchronizing.append(unit)
                 self._streams.join()
+                if synchronizing and len(synchronizing) < len(running):
+                    raise InputError(_UNEVEN)
                 if synchronizing:
                     self._barrier.wait()
                 running = synchronizing[::-1]  # the shard whose data is still in the cache resumes first
+            self._ended.add(units[0].start)
+            self._barrier.wait()
         except BaseException:
             self._barrier.abort()
             for unit in running:
@@ -171,6 +184,12 @@ class ShardExecutor:
             raise
 
     def _gather_and_reduce(self) -> None:
+        """Run at the barrier, when all workers wait."""
+        if self._ended:
+            if len(self._ended) < self._barrier.parties:
+                raise InputError(_UNEVEN)
+            self._ended.clear()
+            return
         assert self._reduce_fn is not None
         self._result, self._reduce_fn = self._reduce_fn(self._gather(self._rows)), None
 

@@ -1,7 +1,9 @@
 """Finds the layers whose weights are needed only while they compute, so that their memory can be freed in between."""
 
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from distributed.models.imported import seeded
 from distributed.models.keyed_dropout import use_sample_keys
 from distributed.models.torch_compat import AnyBatchNorm, TorchDispatchMode
 
+_DEVICE_TYPES = ("cpu", "cuda")
 _TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
@@ -22,8 +25,9 @@ def layers_to_shard(model: nn.Module, images: Tensor, conditional: Collection[st
     """Return the paths of convolutions and linear layers whose parameters nothing else uses, and their calls in a forward pass.
 
     A layer counts if it has the forward of `nn.Conv1d/2d/3d` or `nn.Linear`, if nothing outside this forward computes with
-    its parameters, if the backward pass does not call it again, if evaluation does not call it more often than training, and
-    if every batch calls it. Leaves the model unchanged, bit for bit.
+    its parameters, if the backward pass does not call it again, if evaluation does not call it more often than training, if
+    every batch calls it, and if autocast is never off around a call: such a layer computes in float32. Leaves the model
+    unchanged, bit for bit.
 
     Args:
         model: float32 on the CPU; dropout layers are keyed.
@@ -33,9 +37,15 @@ def layers_to_shard(model: nn.Module, images: Tensor, conditional: Collection[st
     images, keys = throwaway_batch(images)
     layers = [path for path, layer in model.named_modules() if _has_plain_forward(layer)]
     calls: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}  # by whether it is training
-    recomputed: set[str] = set()
-    with unchanged(model), use_sample_keys(keys):
-        stack = ModuleStack(model, before=lambda _, path, inputs: calls[model.training].update([path]))
+    recomputed, wide = set[str](), set[str]()
+
+    def before(_: nn.Module, path: str, inputs: Any) -> None:
+        calls[model.training].update([path])
+        if not all(map(torch.is_autocast_enabled, _DEVICE_TYPES)):
+            wide.add(path)
+
+    with unchanged(model), use_sample_keys(keys), _autocast_to_float32():
+        stack = ModuleStack(model, before=before)
         with stack, _Uses(model, stack) as uses:
             for training in (False, True):
                 model.train(training)
@@ -45,8 +55,25 @@ def layers_to_shard(model: nn.Module, images: Tensor, conditional: Collection[st
             parameters = [p for p in model.parameters() if p.requires_grad]
             if output.requires_grad:
                 torch.autograd.grad(output.sum(), parameters, allow_unused=True)
-    excluded = recomputed | uses.shared_or_used_elsewhere() | set(calls[False] - calls[True]) | {*conditional}
+    excluded = recomputed | wide | uses.shared_or_used_elsewhere() | set(calls[False] - calls[True]) | {*conditional}
     return {path: calls[True][path] for path in layers if calls[True][path] and path not in excluded}
+
+
+@contextmanager
+def _autocast_to_float32() -> Iterator[None]:
+    """Turn autocast on, but to float32, so that it has no effect but code that turns it off is noticed. Context manager."""
+    before = [(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _DEVICE_TYPES]
+    try:
+        for device in _DEVICE_TYPES:
+            torch.set_autocast_enabled(device, True)
+            torch.set_autocast_dtype(device, torch.float32)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "In .* autocast, but the target dtype is not supported")  # of checkpoint
+            yield
+    finally:
+        for device, enabled, dtype in before:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
 
 
 def conditional_modules(model: nn.Module, images: Tensor) -> set[str]:

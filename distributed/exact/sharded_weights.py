@@ -68,7 +68,10 @@ class ShardedWeights:
             module, layer = model.get_submodule(prefix), self._layers[prefix]
             trainable = [p for p in module.parameters(recurse=False) if p.requires_grad]
             self._layer_of |= dict.fromkeys(trainable, layer)
-            layer.expected_forwards, layer.expected_gradients = calls * shards, len(trainable) * shards
+            layer.expected_forwards = calls * shards
+            # The gradient of a weight comes after its last use, but that of a bias may come before. 0: freed after the pass.
+            frozen = [name for name, p in module.named_parameters(recurse=False) if not p.requires_grad]
+            layer.expected_gradients = 0 if "weight" in frozen else len(trainable) * shards
             module.register_forward_pre_hook(partial(self._before_forward, layer))
             module.register_forward_hook(partial(self._after_forward, layer))
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from distributed.config import from_command_line
+from distributed.config import TrainConfig, from_command_line
 from distributed.config.arguments import from_arguments
 from distributed.experiments.catalogue import Experiment
 from distributed.host.shipped import shipped
@@ -41,6 +42,12 @@ def planned_run(experiment: Experiment, seed: int, runs: Path, settings: Sequenc
 def planned_arguments(experiment: Experiment) -> list[str]:
     """Return the command line of `train` that the catalogue describes, without the seed."""
     return [str(shipped(experiment.config)), *experiment.settings]
+
+
+@cache
+def planned_config(experiment: Experiment) -> TrainConfig:
+    """Return the config that the catalogue describes."""
+    return from_command_line(planned_arguments(experiment)).config
 
 
 def setting_path(setting: str) -> str:

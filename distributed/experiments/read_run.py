@@ -4,9 +4,11 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from distributed.config import TrainConfig, changes_experiment, differences, from_command_line, toml_value
+from loguru import logger
+
+from distributed.config import TrainConfig, changes_experiment, differences, toml_value
 from distributed.experiments.catalogue import Experiment
-from distributed.experiments.plan import planned_arguments, setting_path
+from distributed.experiments.plan import planned_config, setting_path
 from distributed.experiments.result import CurvePoint, Device, Machine, Result
 from distributed.host.cpu_quota import available_cpus
 from distributed.host.identity import host
@@ -15,17 +17,25 @@ from distributed.run.metrics_file import EpochRecord, SplitRecord
 from distributed.run.metrics_log import MetricsLog
 from distributed.run.records import AttemptRecord, read_attempts
 
+_NEEDED = {"device", "shards", "versions"}
+
 
 def read_result(experiment: Experiment, run: RunFolder) -> Result | None:
-    """Read a run; None if it has not finished an epoch."""
+    """Read a run; None if it has not finished an epoch, or if what it ran on is not one kind of device."""
     config, log = run.saved_config(), MetricsLog.read(run.metrics_file)
     if config is None or not log.epochs:
         return None
     best = [epoch for epoch in log.epochs if epoch.is_best] if config.best_by else []
     shown = (best or log.epochs)[-1]
     starts = [attempt for attempt in read_attempts(run.attempts_file) if attempt.event == "started"]
-    bits = starts[-1].bits or {}
-    planned = from_command_line(planned_arguments(experiment)).config
+    known = [start.bits for start in starts if start.bits and start.bits.keys() >= _NEEDED]
+    kinds = {_kind(bits) for bits in known}
+    if len(kinds) != 1:
+        problem = "was trained on a CPU and on a GPU" if kinds else "does not say what it was trained on"
+        logger.warning("{}: {}, so its result is left out", run.path, problem)
+        return None
+    bits = known[-1]
+    planned = planned_config(experiment)
     settings = _settings(experiment, planned, config)
     processes = _then([attempt.world_size or 1 for attempt in starts])
     return Result(
@@ -47,7 +57,7 @@ def read_result(experiment: Experiment, run: RunFolder) -> Result | None:
         at_epoch=shown.epoch + 1,
         attempts=len(starts),
         processes=processes,
-        machine=_machine(starts[-1], bits),
+        machine=_machine(starts, known),
         precision=config.precision,
         exact_shards=bits["shards"],
         versions=bits["versions"],
@@ -93,10 +103,15 @@ def _command(experiment: Experiment, config: TrainConfig, settings: Sequence[str
     return shlex.join([*words, *(text for text in settings if text not in experiment.settings)])
 
 
-def _machine(start: AttemptRecord, bits: dict[str, Any]) -> Machine:
-    kind: Device = "gpu" if "CUDA" in bits else "cpu"
-    is_here = start.host == host()
-    return Machine(kind=kind, device=bits["device"], cores=available_cpus() if is_here else None)
+def _kind(bits: dict[str, Any]) -> Device:
+    return "gpu" if "CUDA" in bits else "cpu"
+
+
+def _machine(starts: Sequence[AttemptRecord], known: Sequence[dict[str, Any]]) -> Machine:
+    """Return what all attempts ran on, e.g. one card then another."""
+    is_here = all(start.host == host() for start in starts)
+    devices = _then([bits["device"] for bits in known])
+    return Machine(kind=_kind(known[-1]), device=devices, cores=available_cpus() if is_here else None)
 
 
 def _curve(epochs: Sequence[EpochRecord]) -> list[CurvePoint]:

@@ -21,11 +21,14 @@ _POINT = re.compile(r'\{\s+("epoch": [^{}]*?)\s+\}')
 def merged(earlier: Sequence[Result], newer: Iterable[Result]) -> list[Result]:
     """Return all records in the order of the catalogue; those of experiments that it no longer has come last.
 
-    A record is replaced only by one of the same key with at least as much progress.
+    A record is replaced only by one of the same key with at least as much progress, or by a complete one if the catalogue now
+    plans another number of epochs.
     """
     records = {record.key: record for record in earlier}
     for result in newer:
-        if result.key not in records or result.progress >= records[result.key].progress:
+        old = records.get(result.key)
+        is_replanned = old is not None and result.is_complete and result.of_epochs != old.of_epochs
+        if old is None or is_replanned or result.progress >= old.progress:
             records[result.key] = result
     places = {name: place for place, name in enumerate(CATALOGUE)}
     return [records[key] for key in sorted(records, key=lambda key: (places.get(key[0], len(places)), key))]

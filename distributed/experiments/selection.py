@@ -5,15 +5,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from distributed.experiments.catalogue import Ablation, Experiment
+from distributed.experiments.plan import planned_config
 from distributed.experiments.result import Device, Result
 
 DEVICES: tuple[Device, ...] = ("cpu", "gpu")
 
 
 def as_planned(results: Sequence[Result], experiment: Experiment, device: Device) -> list[Result]:
-    """Return the records of an experiment on a kind of device with the catalogue's config and settings, by seed."""
-    planned = (experiment.id, experiment.config, tuple(sorted(experiment.settings)))
-    found = [r for r in results if (r.id, r.config, r.settings) == planned and r.machine.kind == device]
+    """Return the records of an experiment on a kind of device with the config, settings and epochs planned now, by seed."""
+    planned = (experiment.id, experiment.config, tuple(sorted(experiment.settings)), planned_config(experiment).epochs)
+    found = [r for r in results if (r.id, r.config, r.settings, r.of_epochs) == planned and r.machine.kind == device]
     return sorted(found, key=lambda result: result.seed)
 
 

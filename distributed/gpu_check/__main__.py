@@ -5,14 +5,10 @@ one JSON line. A step that fails, crashes or times out does not stop the next. T
 """
 
 import argparse
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from distributed.errors import ExitCode, InputError, prints_errors
@@ -20,6 +16,7 @@ from distributed.files import home_path
 from distributed.gpu_check.records import StepResult, checks_in
 from distributed.gpu_check.steps import STEPS, Step
 from distributed.process.output_file import check_writable
+from distributed.process.session import run_in_session
 from distributed.process.streams import run_command
 
 
@@ -89,14 +86,7 @@ def run_step(step: Step, device: str, *, tiny: bool, out: Path, deadline: float)
             sys.executable, "-m", "distributed.gpu_check.steps",
             step.module, device, str(int(tiny)), str(out.resolve()), scratch,
         ]  # fmt: skip
-        # A session of its own, so that the ranks a step started end with it.
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            code: int | None = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            _end(process)
+        code = run_in_session(command, limit, stdout=file, stderr=file)
     output = log.read_text(errors="replace")
     checks = tuple(checks_in(output))
     seconds = round(time.monotonic() - start, 1)
@@ -106,12 +96,6 @@ def run_step(step: Step, device: str, *, tiny: bool, out: Path, deadline: float)
         return StepResult(step.name, device, started, "error", seconds, checks, code, output[-2000:], tiny)
     passed = all(check.verdict == "pass" for check in checks)
     return StepResult(step.name, device, started, "pass" if passed else "fail", seconds, checks, tiny=tiny)
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from distributed.process.session import end_with_parent
+
 PYTHON = [sys.executable, "-m"]
 """Start of a command that runs a module."""
 
@@ -84,7 +86,7 @@ class Processes:
         with log.open("wb") as file:
             popen = subprocess.Popen(
                 ["env", *variables, *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=file,
-                stderr=subprocess.STDOUT,
+                stderr=subprocess.STDOUT, preexec_fn=end_with_parent,
             )  # fmt: skip
         self._started.append(popen)
         return Process(popen, log, self._deadline)

@@ -44,7 +44,7 @@ def require_deepspeed() -> None:
     require("deepspeed", at_least=(0, 19), needed_by="engine.name = deepspeed")
 
 
-def require(package: str, *, at_least: tuple[int, int], needed_by: str) -> None:
+def require(package: str, *, at_least: tuple[int, ...], needed_by: str) -> None:
     """Check that an optional package is installed, without importing it.
 
     Args:
@@ -58,7 +58,7 @@ def require(package: str, *, at_least: tuple[int, int], needed_by: str) -> None:
         found = metadata.version(package)
     except metadata.PackageNotFoundError:
         raise InputError(f"{needed_by} needs the package {package}: pip install '{package}>={wanted}'") from None
-    if tuple(map(int, re.findall(r"\d+", found)[:2])) < at_least:
+    if tuple(map(int, re.findall(r"\d+", found)[: len(at_least)])) < at_least:
         raise InputError(
             f"{needed_by} needs {package} {wanted} or later, but {found} is installed: pip install '{package}>={wanted}'"
         )

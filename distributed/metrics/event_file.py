@@ -4,6 +4,7 @@ torch's SummaryWriter writes in its own thread. On a full disk that thread print
 """
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +20,7 @@ class EventFile:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads them sorted.
-        name = f"events.out.tfevents.{int(time.time()):010}.{host()}.{os.getpid()}.{time.monotonic_ns()}"
+        name = f"events.out.tfevents.{_next_second(folder):010}.{host()}.{os.getpid()}.{time.monotonic_ns()}"
         # Unbuffered: after a failed write Python would retry the buffer when it is freed and print the error.
         self._file = (folder / name).open("xb", buffering=0)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
@@ -47,3 +47,12 @@ class EventFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _next_second(folder: Path) -> int:
+    """Return the time in seconds, or a second after that of the newest file: TensorBoard reads them sorted by name.
+
+    The clock may be behind, e.g. after a restart on another node.
+    """
+    found = (re.match(r"events\.out\.tfevents\.(\d{10})\.", path.name) for path in folder.iterdir())
+    return max([int(time.time()), *(int(match[1]) + 1 for match in found if match)])

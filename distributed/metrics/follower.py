@@ -115,7 +115,7 @@ class Follower:
             except RefusedError as error:
                 self._warn(str(error))
                 break
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # wandb exits if its service has died
                 remedy = "metrics.jsonl has the rest" if closing else "training continues, and it is tried again"
                 self._warn(f"{one_line(error)}; {remedy}")
                 if not closing:

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 import torch
+from loguru import logger
 from torch import Tensor
 
 from distributed.config import TrainConfig
@@ -26,6 +27,7 @@ from distributed.metrics.records import (
 from distributed.metrics.sinks import JsonLines, OptionalSink, TensorBoard, Terminal
 from distributed.metrics.wandb_sink import WandbService
 from distributed.process import exits
+from distributed.process.optional_output import one_line
 from distributed.run.claim import ClaimedRun
 from distributed.training.state import TrainState
 from distributed.training.totals import SplitTotals, Totals
@@ -53,7 +55,12 @@ class Reporter:
         for sink in self.sinks:
             if isinstance(sink, LearnsEnding):
                 self._closing.callback(sink.end, status)  # before any sink is closed
-        self._closing.close()
+        try:
+            self._closing.close()
+        except Exception as failure:
+            if error is None:
+                raise
+            logger.warning("a sink failed at the end: {}", one_line(failure))  # the run's own error is reported
 
     def begin_epoch(self, state: TrainState) -> None:
         if self._state is None:

@@ -4,7 +4,9 @@ wandb starts a service process of its own (a new program, not a copy of this one
 keeps them in RUN/wandb and sends them from there. So only the start and the end of a run can wait for the server.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,11 +71,12 @@ class WandbService:
             try:
                 self._run = self._init("online")
             except Exception as error:
-                wandb.teardown()  # its service would not start another run with this id
+                with suppress(Exception, SystemExit):  # it exits if its service has died
+                    wandb.teardown()  # its service would not start another run with this id
                 self._run = self._init("offline")
                 logger.warning(
                     "wandb: {}; this attempt is recorded in {}; send it later with: wandb sync {}",
-                    one_line(error), self._run.settings.sync_dir, self._run.settings.sync_dir,
+                    one_line(error), self._run.settings.sync_dir, shlex.quote(self._run.settings.sync_dir),
                 )  # fmt: skip
             else:
                 logger.info("wandb: {}", self._run.url)
@@ -110,7 +113,7 @@ class WandbService:
         try:
             self._run.finish(exit_code=_EXIT_CODE[status])
         except TimeoutError:
-            folder = self._run.settings.sync_dir
+            folder = shlex.quote(self._run.settings.sync_dir)
             raise RefusedError(
                 f"the server has not taken everything; send the rest with: wandb sync {folder}"
             ) from None

@@ -61,11 +61,11 @@ class FusedSyncBatchNorm(SyncBatchNorm):
     weight, bias or running statistics. It also computes cumulative running statistics, whose momentum is on the device.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize a shard, x [n, channels, ...]."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize a shard, input [n, channels, ...]."""
         if not self._is_fused():
-            return super().forward(x)
-        result: Tensor = _FusedBatchNorm.apply(x, self.weight, self.bias, self)
+            return super().forward(input)
+        result: Tensor = _FusedBatchNorm.apply(input, self.weight, self.bias, self)
         return result
 
     def _is_fused(self) -> bool:

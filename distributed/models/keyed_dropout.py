@@ -99,18 +99,18 @@ class KeyedDropout(nn.Module):
         """Return the mask of kept units, bool [n, count], for sample keys int64 [n, 2], at the layer's use number `use`."""
         return rng.at_least16(keys, self._units.get(keys, count, use), self.threshold)[:, :count]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply dropout to x [n, ...].
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply dropout to input [n, ...].
 
         Raises:
             ValueError: training outside `use_sample_keys`.
-            InputError: dimension 0 of x is not that of the samples.
+            InputError: dimension 0 of input is not that of the samples.
         """
         if not self.training or not self.threshold:
-            return x
+            return input
         if self.p == 1:
-            return _times(x, 0.0, inplace=self.inplace)
-        return self._apply_mask(x, self._draw(x))
+            return _times(input, 0.0, inplace=self.inplace)
+        return self._apply_mask(input, self._draw(input))
 
     def _apply_mask(self, x: Tensor, kept: Tensor) -> Tensor:
         if self.per == "element":

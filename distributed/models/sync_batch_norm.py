@@ -134,16 +134,16 @@ class SyncBatchNorm(NormBase):
         sync.all_gather_rows = all_gather_rows
         return sync
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize a shard, x [n, channels, ...]."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize a shard, input [n, channels, ...]."""
         weight, bias = self.weight, self.bias
         if not self.training and self.running_mean is not None:
             assert self.running_var is not None
-            return normalized(x, weight, bias, self.running_mean, self.running_var, self.eps)
+            return normalized(input, weight, bias, self.running_mean, self.running_var, self.eps)
         known = self.running_mean if weight is None else weight
-        dtype = torch.promote_types(x.dtype, torch.float32) if known is None else known.dtype
-        statistics = self.all_gather_rows([statistics_row(x.detach(), dtype)], self.combine_statistics)
-        result: Tensor = _BatchNormalized.apply(x, weight, bias, statistics, self)
+        dtype = torch.promote_types(input.dtype, torch.float32) if known is None else known.dtype
+        statistics = self.all_gather_rows([statistics_row(input.detach(), dtype)], self.combine_statistics)
+        result: Tensor = _BatchNormalized.apply(input, weight, bias, statistics, self)
         return result
 
     def count_batch(self) -> Tensor | float | None:

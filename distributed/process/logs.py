@@ -21,7 +21,12 @@ class _ToLoguru(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         level = record.levelname if record.levelname in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL") else "INFO"
-        logger.opt(depth=6, exception=record.exc_info).log(level, "{}", f"{record.name}: {record.getMessage()}")
+        try:
+            message = f"{record.name}: {record.getMessage()}"
+        except Exception:  # e.g. too few arguments: a library's mistake in a message must not end the run
+            self.handleError(record)
+            return
+        logger.opt(depth=6, exception=record.exc_info).log(level, "{}", message)
 
 
 def _escape(record: Any) -> None:

@@ -65,7 +65,7 @@ class SignalStop:
         self._sigterm_released.set()
         signal.set_wakeup_fd(self._previous_fd)
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: installed by C code
         os.close(self._write)  # the thread reads end-of-file and returns
         self._thread.join()
 

@@ -29,12 +29,14 @@ def run_command(main: Callable[[], int], *, skip_cleanup: bool = False, starts_p
 
     Args:
         skip_cleanup: exit without running atexit handlers and without waiting for other threads.
-        starts_processes: on SIGTERM or SIGUSR1 raise SystemExit, so that `main` can end the processes that it has started.
+        starts_processes: on SIGTERM, SIGUSR1 or SIGHUP raise SystemExit, so that `main` can end the processes it has started;
+            nohup's SIGHUP stays ignored.
     """
     protect_streams()
     if starts_processes:
-        for number in (signal.SIGTERM, signal.SIGUSR1):  # Slurm's warning before a time limit
-            signal.signal(number, lambda received, _: sys.exit(128 + received))
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):  # SIGUSR1: Slurm's warning before a time limit
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda received, _: sys.exit(128 + received))
     try:
         code = main()
     except KeyboardInterrupt:

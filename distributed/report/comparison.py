@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import combinations
 
-from distributed.compare import compare, differing_conditions
+from distributed.compare import Recorded, differing_conditions
 from distributed.config import differences, toml_value
 from distributed.figures.curves import overlaid_curves
 from distributed.figures.style import as_png, as_svg
@@ -88,8 +88,9 @@ def _settings(runs: Sequence[History]) -> Html:
 
 def _bits(runs: Sequence[History]) -> Html:
     sentences = []
-    for a, b in combinations(runs, 2):
-        found, names = compare(a.folder, b.folder), f"{a.name} and {b.name}"
+    recorded = [Recorded(run.folder) for run in runs]
+    for (a, of_a), (b, of_b) in combinations(zip(runs, recorded, strict=True), 2):
+        found, names = of_a.compare(of_b), f"{a.name} and {b.name}"
         if not found.logged and not found.saves:
             sentences.append(f"{names} cannot be compared: they have no logged step and no saved state in common.")
         elif not found.divergences:

@@ -54,7 +54,7 @@ class _Saved:
 
     def __init__(self, run: History, name: str) -> None:
         self.run, self.name = run, name
-        self.analysis, self.findings = cache(self._analysis), cache(self._findings)
+        self.analysis, self._outcome = cache(self._analysis), cache(self._findings)
 
     def path(self) -> Path:
         """Return the checkpoint's folder.
@@ -71,8 +71,18 @@ class _Saved:
 
         return Analysis(self.run.folder, self.run.config)
 
-    def _findings(self) -> "Findings":
-        return self.analysis().findings(self.path(), mistakes=_MISTAKES)
+    def findings(self) -> "Findings":
+        """Return the evaluation of the checkpoint. It may take hours, so a failed one is not repeated."""
+        outcome = self._outcome()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def _findings(self) -> "Findings | Exception":
+        try:
+            return self.analysis().findings(self.path(), mistakes=_MISTAKES)
+        except Exception as error:
+            return error
 
 
 def _key_figures(run: History) -> list[tuple[str, str]]:

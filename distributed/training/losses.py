@@ -61,7 +61,10 @@ class OwnLoss:
         if not len(targets):  # depends on the logits, so that the backward pass reaches every parameter
             return logits.sum(1)
         with torch.autocast(logits.device.type, enabled=False):
-            return self.function(logits, targets).to(logits.dtype)
+            losses = self.function(logits, targets).to(logits.dtype)
+        if logits.requires_grad and not losses.requires_grad:  # constant for these samples: all gradients are zero
+            losses = torch.where(torch.zeros_like(losses, dtype=torch.bool), logits.sum(1), losses)
+        return losses
 
 
 def build_metrics(paths: tuple[str, ...]) -> dict[str, PerSample]:

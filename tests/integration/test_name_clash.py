@@ -12,7 +12,7 @@ from kit.commands import ROOT, torchrun
 from kit.speed import slowness
 
 DASK_INIT = "from distributed import config\nfrom distributed.metrics import time\n"  # the first lines of dask's
-REMEDY = "pip uninstall distributed dask; pip install --force-reinstall --no-deps distributed-alexnet"
+REMEDY = "pip uninstall distributed dask; pip install --force-reinstall --no-deps CHECKOUT"
 
 
 def install_dask(site: Path, *, first: bool = False) -> None:

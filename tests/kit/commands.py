@@ -35,6 +35,14 @@ def alone(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "distributed.train", *map(str, arguments)]
 
 
+def running(pid: int) -> bool:
+    """Return whether the process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 class Command:
     """A started command, its output in a file; leaving the context kills it and all of its descendants."""
 
@@ -81,7 +89,7 @@ class Command:
     def wait_for_ranks(self, seconds: float = 60) -> None:
         """Wait until all processes that were seen below the command have ended, also those that it left behind."""
         deadline = time.monotonic() + seconds * slowness()
-        while left := [pid for pid in self._seen if is_running(pid)]:
+        while left := [pid for pid in self._seen if running(pid)]:
             assert time.monotonic() < deadline, f"{left} still running after {seconds} s:\n{self.text[-4000:]}"
             time.sleep(0.02)
 
@@ -107,14 +115,6 @@ def children_of(pid: int) -> list[int]:
         if int(parent) == pid and state != "Z":
             found.append(int(stat.parent.name))
     return found
-
-
-def is_running(pid: int) -> bool:
-    """Whether the process exists and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def kill(*pids: int, number: int = signal.SIGKILL) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from distributed.experiments.catalogue import CATALOGUE
+from distributed.experiments.plan import planned_config
 from distributed.experiments.result import CurvePoint, Result
 
 CPU = {"kind": "cpu", "device": "a CPU", "cores": 2}
@@ -12,7 +13,7 @@ GPU = {"kind": "gpu", "device": "a GPU", "cores": 16}
 def result_of(id: str = "I-10", **values: Any) -> Result:
     """Return the record of a complete run on a CPU, as the catalogue plans it, with these values."""
     experiment = CATALOGUE[id]
-    epochs = values.get("epochs", 10)
+    epochs = values.get("epochs", planned_config(experiment).epochs)
     fields = {
         "id": id, "kind": experiment.kind, "config": experiment.config, "settings": tuple(sorted(experiment.settings)),
         "seed": 0, "model": "improved_alexnet", "data": "cifar10", "validation": None, "test": 83.7, "test_loss": 0.48,

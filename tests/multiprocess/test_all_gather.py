@@ -105,6 +105,30 @@ def test_shared_memory_matches_the_process_group(world_size: int) -> None:
 
 
 @in_group
+def links_while_allocating() -> list[int]:
+    """Return how many names the file of the shared memory has while its memory is allocated."""
+    found, allocate = list[int](), os.posix_fallocate
+
+    def watched(handle: int, offset: int, size: int) -> None:
+        found.append(os.fstat(handle).st_nlink)
+        allocate(handle, offset, size)
+
+    os.posix_fallocate = watched
+    try:
+        memory = shared_memory.open_shared_memory(2**20, CPU)
+    finally:
+        os.posix_fallocate = allocate
+    assert memory is not None
+    assert memory.bytes[:] == bytes(2**20)
+    return found
+
+
+def test_memory_has_no_name_when_it_is_allocated() -> None:
+    """So the kernel frees it with the last process, even a killed one."""
+    assert run_ranks(links_while_allocating, 2) == [[0], []]
+
+
+@in_group
 def lose_a_peer(loser: int) -> tuple[str, float] | None:
     gather = open_all_gather(CPU, timeout_seconds=30)
     for _ in range(5):

@@ -107,6 +107,22 @@ def test_layers_that_only_some_images_use(tmp_path: Path) -> None:
 
 
 @in_group
+def run_biases(folder: Path, engine: dict[str, Any]) -> Trace:
+    size = collectives.world_size()
+    model = {"name": "kit.networks:BiasesOnly"}
+    return traced(
+        small_config(folder / f"{size}", exact={"shards": 4}, engine=engine, model=model, global_batch_size=8)
+    )
+
+
+def test_frozen_weights_with_trained_biases(tmp_path: Path) -> None:
+    """The gradient of a bias may be complete before the backward pass reads the weight."""
+    (expected,) = run_ranks(run_biases, 1, tmp_path, DDP, timeout_seconds=200)
+    for trace in run_ranks(run_biases, 2, tmp_path, FSDP, timeout_seconds=200):
+        assert trace.tensors == expected.tensors
+
+
+@in_group
 def bytes_at_rest(engine: dict[str, Any], precision: str) -> dict[str, int]:
     """Return the bytes that this rank keeps between steps, and the maximum of gathered weights during a micro-step."""
     config = small_config(Path("unused"), exact={"shards": 8}, engine=engine, precision=precision)

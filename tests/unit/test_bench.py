@@ -15,7 +15,9 @@ from distributed.bench.measure import StepClock, step_seconds, typical_step_seco
 from distributed.bench.options import CPU_ONLY, GPU_ONLY, WORKLOADS, Options
 from distributed.bench.rounds import run_round, summary
 from distributed.bench.workload import Workload, WorkloadFailedError
+from distributed.bench.workloads.task import use_device
 from distributed.config import TrainConfig, from_command_line
+from distributed.training.determinism import restored_settings
 
 CPU = Options(
     root=Path("nowhere"), steps=80, workloads=tuple(name for name in WORKLOADS if name not in GPU_ONLY),
@@ -71,7 +73,7 @@ def test_on_a_gpu_every_workload_runs_at_every_batch_size():
     assert len(found) == 24
     for name, workload in found.items():
         assert devices_of(workload) == {"cuda"}, name
-        assert name.endswith(f", batch {workload.batch}")
+        assert name.startswith("ours") or name.endswith(f", batch {workload.batch}")
 
 
 def test_on_a_cpu_one_and_two_processes_are_measured():
@@ -104,6 +106,13 @@ def test_every_benchmark_runs_on_the_chosen_device(tmp_path):
         assert {device for workload in workloads.values() for device in devices_of(workload)} == {"cuda"}, name
 
 
+def test_on_a_gpu_our_incomplete_batch_has_fewer_images():
+    found = training_speed.workloads(replace(CUDA, workloads=("compute", "ours"), batches=(2048,)), "runs")
+    assert [workload.batch for workload in found.values()] == [2048, 2000]
+    (ours,) = training_speed.workloads(replace(CPU, workloads=("default",), batches=(2048,)), "runs").values()
+    assert ours.batch == 2048
+
+
 def test_only_the_chosen_workloads_run():
     assert list(training_speed.workloads(replace(CUDA, workloads=("graph",), batches=(512,)), "runs")) == [
         "compute alone (CUDA graph), batch 512"
@@ -115,6 +124,13 @@ def test_only_peers_run_in_their_environment():
     elsewhere = [name.split()[0] for name, workload in found.items() if workload.python == CPU.peer_python]
     assert elsewhere == ["timm", "accelerate", "Lightning"]
     assert {workload.python for workload in found.values()} == {CPU.peer_python, Path(sys.executable)}
+
+
+def test_peers_compute_float32_in_float32():
+    with restored_settings():
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        use_device("cpu", 0)
+        assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (False, False)
 
 
 def test_the_default_row_is_what_make_train_runs():

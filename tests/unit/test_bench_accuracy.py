@@ -1,6 +1,7 @@
 """Time to accuracy: curves, files, the config as timm's arguments, and the block of docs/benchmarks.md."""
 
 import json
+import os
 import sys
 from dataclasses import asdict
 
@@ -8,15 +9,18 @@ import pytest
 
 from distributed.bench import epoch_clock, timm_settings
 from distributed.bench.__main__ import main
+from distributed.bench.accuracy import report
 from distributed.bench.accuracy_results import Results, Run, Spread, seconds_to, summary
 from distributed.bench.epoch_clock import EpochClock
+from distributed.bench.machine import machine
 from distributed.bench.page_accuracy import accuracy
 from distributed.config import load_config
 from distributed.errors import InputError
 from distributed.optim import muon
 
 MACHINE = {
-    "date": "2026-12-01", "processor": "CPU", "cores": 2, "git": "abc", "versions": {"torch": "2.14.1", "timm": "1.0.31"},
+    "date": "2026-12-01", "processor": "CPU", "instructions": "avx", "cores": 2, "git": "abc",
+    "versions": {"torch": "2.14.1", "timm": "1.0.31"},
 }  # fmt: skip
 SETTINGS = {
     "epochs": 3, "global_batch_size": 64, "precision": "bfloat16", "model": {"name": "fast_alexnet"},
@@ -30,8 +34,8 @@ OTHERS = "--config, --seeds, --epochs and --processes: apply to accuracy only, n
 DIMS = {"first.bias": 1, "blocks.weight": 4, "norm.bias": 1, "head.weight": 2, "head.bias": 1}
 
 
-def run_of(seed, side, curve, date="2026-12-01"):
-    return Run.of(seed, side, date, curve)
+def run_of(seed, side, curve, date="2026-12-01", git="abc"):
+    return Run.of(seed, side, date, curve, git)
 
 
 def results_of(*runs, machine=MACHINE, settings=SETTINGS):
@@ -61,7 +65,7 @@ def test_seeds_that_reached_nothing_are_counted_not_averaged():
 
 
 def test_time_between_epochs_is_not_counted(monkeypatch):
-    times = iter([0, 10, 11, 13, 50, 54])  # made; start, step, step; start, step
+    times = iter([10, 11, 13, 50, 54])  # start, step, step; start, step; none before
     monkeypatch.setattr(epoch_clock.time, "monotonic", lambda: next(times))
     clock = EpochClock("cpu")
     clock.start()
@@ -97,12 +101,21 @@ def test_a_file_that_does_not_exist_has_no_runs(tmp_path):
     assert results.runs == []
 
 
+@pytest.mark.timeout(10)
+def test_a_pipe_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    results = results_of()
+    results.resume(tmp_path / "pipe")
+    assert results.runs == []
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"settings": SETTINGS | {"epochs": 9}}, r"has runs with settings\.epochs = 3, not 9;"),
         ({"settings": SETTINGS | {"optim": {"name": "sgd", "lr": 0.2}}}, r"with settings\.optim\.lr = 0\.1, not 0\.2;"),
         ({"machine": MACHINE | {"cores": 4}}, r"has runs with machine\.cores = 2, not 4;"),
+        ({"machine": MACHINE | {"instructions": "avx2"}}, r"with machine\.instructions = avx, not avx2;"),
     ],
 )  # fmt: skip
 def test_runs_under_other_conditions_are_not_mixed(change, reason, tmp_path):
@@ -110,6 +123,15 @@ def test_runs_under_other_conditions_are_not_mixed(change, reason, tmp_path):
     results_of(run_of(0, "ours", GOOD)).write(file)
     with pytest.raises(InputError, match=reason):
         results_of(**change).resume(file)
+
+
+def test_runs_without_a_commit_are_read(tmp_path):
+    file = tmp_path / "accuracy.json"
+    results_of(run_of(0, "ours", GOOD)).write(file)
+    file.write_text(file.read_text().replace(',\n   "git": "abc"', ""))
+    resumed = results_of()
+    resumed.resume(file)
+    assert [run.git for run in resumed.runs] == [""]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"rounds": []}', '{"runs": [{"seed": 0}], "settings": {}, "machine": {}}'])
@@ -185,6 +207,9 @@ def test_every_setting_without_a_counterpart_is_named():
     assert settings == [
         "schedule.name = plateau", "precision = float16", "grad_accum_steps = 2", "data.augment.mixup = 0.2",
     ]  # fmt: skip
+    for setting in ({"compile": True}, {"grad_checkpointing": {"enabled": True}}):
+        with pytest.raises(InputError, match=r"^(compile|grad_checkpointing\.enabled) = true: has no counterpart"):
+            timm_settings.check(load_config(**setting, precision="bfloat16"))
     for shipped in ("cifar10", "cifar10_fast"):
         timm_settings.check(load_config(shipped, precision="bfloat16"))
 
@@ -199,6 +224,17 @@ def test_what_timm_does_otherwise_depends_on_the_config():
     for precision in ("float32", "bfloat16"):
         muon = timm_settings.differences(load_config(optim={"name": "muon"}, precision=precision))
         assert any(line.startswith("timm's Muon") for line in muon) == (precision == "float32")
+
+
+@pytest.mark.parametrize(
+    ("fraction", "batch", "are_dropped"),
+    [(0.0, 500, False), (0.0, 128, True), (0.2, 500, False), (0.2, 128, True), (0.2, 80, False), (0.0, 80, False)],
+)
+def test_only_incomplete_batches_are_dropped(fraction, batch, are_dropped):
+    for name in ("cifar10", "generated100"):
+        config = load_config(data={"name": name, "validation_fraction": fraction}, global_batch_size=batch)
+        found = timm_settings.differences(config)
+        assert any(line.startswith("Incomplete last batches") for line in found) == are_dropped
 
 
 # The page and the command
@@ -228,11 +264,27 @@ def test_the_page_has_means_and_what_was_not_reached(tmp_path):
     assert block.endswith("On timm's side: Flips are random.")
 
 
+def test_the_table_names_several_commits():
+    runs = [run_of(0, "ours", GOOD), run_of(0, "timm", GOOD), run_of(1, "ours", GOOD, git="def+changes")]
+    assert report(runs).endswith("|\n\nThe runs are of several commits: abc and def+changes.")
+    assert report(runs[:2]).endswith("|")
+
+
+def test_the_machine_tells_processors_apart():
+    assert {"processor", "processor_model", "instructions"} <= machine().keys()
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
         (("accuracy", "--rounds", "2"), "--rounds and --steps: do not apply to accuracy; use --seeds and --epochs"),
         (("accuracy", "--processes", "0"), "--processes 0: must be at least 1"),
+        (("accuracy", "--processes", "3"), "--processes 3: timm has 2 threads; use at most 2, or --no-peers"),
+        (
+            ("accuracy", "--processes", "16", "--no-peers"),
+            "exact.shards = 8 (auto) is less than the 16 processes: start at most 8, or a new run with exact.shards = 16, or 0 "
+            "for fast mode",
+        ),
         (("accuracy", "--seeds", "0", "-1"), "--seeds -1: each must be at least 0"),
         (("norm", "--epochs", "3"), OTHERS),
         (("accuracy", "--config", "cifar10", "--epochs", "0"), "command line: epochs = 0: should be greater than 0"),

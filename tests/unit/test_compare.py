@@ -5,9 +5,13 @@ from typing import Any
 import pytest
 from kit.abuse import call
 
+from distributed import compare as module
 from distributed.compare import Comparison, Divergence, compare, differing_conditions
 from distributed.config import TrainConfig, as_toml
+from distributed.report.comparison import comparison_sections
+from distributed.report.history import read_history
 from distributed.run.folder import RunFolder
+from distributed.run.metrics_file import MetricsRecord
 
 STEPS = [{"kind": "train", "step": step, "epoch": 0, "loss": 1 / step, "images_per_second": 7.0} for step in (1, 2, 4)]
 EPOCH = {"kind": "epoch", "step": 4, "epoch": 0, "train_loss": 0.5, "test": {"loss": 0.25}, "seconds": 3.0}
@@ -86,6 +90,22 @@ def test_truncated_lines_are_skipped(run: RunFolder, tmp_path: Path) -> None:
         with file.open("a") as lines:
             lines.write('{"kind": "train", "na')
     assert compare(run, other) == Comparison([], logged=4, saves=2)
+
+
+def test_the_report_reads_each_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    runs = [run_of(tmp_path / name, [*STEPS, EPOCH], SAVES) for name in "abcd"]
+    for run in runs:
+        run.config_file.write_text(as_toml(TrainConfig()))
+    original = module.read_metrics
+
+    def counted(file: Path) -> list[MetricsRecord]:
+        read.append(str(file))
+        return original(file)
+
+    monkeypatch.setattr(module, "read_metrics", counted)
+    assert "a and b are bit-identical" in comparison_sections([read_history(run.path) for run in runs])[-1]
+    assert read == [str(run.metrics_file) for run in runs]
 
 
 def test_the_last_of_repeated_saves_counts(run: RunFolder, tmp_path: Path) -> None:

@@ -12,13 +12,15 @@ from typing import cast
 import pytest
 import torch
 from kit.commands import ROOT
-from kit.small_runs import small_config
+from kit.small_runs import Recorder, small_config
+from loguru import logger
 
 from distributed.attempt import Attempt
 from distributed.comm.peers import failure_message
-from distributed.config import TrainConfig
+from distributed.config import TrainConfig, with_values
 from distributed.engine.protocol import Engine
-from distributed.errors import ExitCode, InputError, PeerError
+from distributed.errors import ExitCode, InputError, NotFiniteError, PeerError
+from distributed.metrics.reporter import Reporter
 from distributed.optim.schedules import build_early_stopping, build_schedule
 from distributed.process import exits
 from distributed.process.exits import Exit
@@ -129,6 +131,52 @@ def test_finished_attempt_removes_its_exit_hook(config: TrainConfig):
     with Attempt(config, Topology()):
         assert len(exits._hooks) == len(before) + 1
     assert exits._hooks == before
+
+
+def test_the_program_may_remove_all_log_handlers(config: TrainConfig):
+    with Attempt(config, Topology()) as attempt:
+        config.run_dir.mkdir(exist_ok=True)
+        attempt.open_log()
+        logger.remove()
+
+
+class Exiting:
+    """A sink that ends the program with exit code 0."""
+
+    def __init__(self, config: TrainConfig, run_dir: Path) -> None:
+        pass
+
+    def log_step(self, metrics: object) -> None:
+        sys.exit()
+
+    def log_epoch(self, metrics: object) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.usefixtures("restore_threads_and_log")
+def test_a_run_that_a_sink_ended_is_not_finished(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "exiting", sys.modules[__name__])
+    config = with_values(config, logging=config.logging.model_copy(update={"sinks": ("exiting:Exiting",)}))
+    with SignalStop(launched=False) as stop:
+        assert run_to_exit_code(config, Topology(), stop) == ExitCode.FAILED
+    assert json.loads((config.run_dir / "status.json").read_text())["exit_code"] == 1
+
+
+def test_a_sink_that_fails_at_the_end_hides_no_error(capsys: pytest.CaptureFixture[str]):
+    class Failing(Recorder):
+        def close(self) -> None:
+            raise ConnectionError("gone")
+
+    def reporting(*errors: Exception) -> None:
+        with Reporter([Failing()], total_steps=1, device=torch.device("cpu")):
+            for error in errors:
+                raise error
+
+    with pytest.raises(NotFiniteError):
+        reporting(NotFiniteError("the loss is NaN"))
+    with pytest.raises(ConnectionError):
+        reporting()
 
 
 @pytest.mark.parametrize(("is_cause", "later"), [(True, 0), (False, 1)])

@@ -100,6 +100,13 @@ def test_a_record_is_replaced_only_by_equal_progress(epochs: int, ended_early: b
     assert merged([FIRST], [newer]) == [newer if replaces else FIRST]
 
 
+def test_a_complete_run_of_another_plan_replaces_a_record() -> None:
+    earlier = result_of("cifar10_best", epochs=22)
+    newer = result_of("cifar10_best", epochs=20)
+    assert merged([earlier], [newer]) == [newer]
+    assert merged([earlier], [result_of("cifar10_best", epochs=3, of_epochs=20)]) == [earlier]
+
+
 def test_an_early_stopped_run_replaces_an_unfinished_one() -> None:
     unfinished = result_of("S1-10", epochs=300, of_epochs=400)
     ended = result_of("S1-10", epochs=250, of_epochs=400, ended_early=True)

@@ -10,7 +10,16 @@ import pytest
 
 from distributed import files
 from distributed.errors import InputError
-from distributed.files import append_line, home_path, lines_of, read_at_most, read_json, replace_json, replace_text
+from distributed.files import (
+    append_line,
+    home_path,
+    lines_of,
+    read_at_most,
+    read_json,
+    replace_bytes,
+    replace_json,
+    replace_text,
+)
 from distributed.process.output_file import check_writable, write_output
 
 
@@ -37,6 +46,18 @@ def test_a_failed_replacement_leaves_only_the_old_file(tmp_path, monkeypatch):
         replace_text(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_read_only_file_system_is_blamed_on_the_file(tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "another")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(OSError, match="Read-only") as caught:
+        replace_bytes(tmp_path / "status.json", b"x", synced=False)
+    assert caught.value.filename == str(tmp_path / "status.json")
 
 
 def test_a_replacement_is_synced_before_the_rename(tmp_path, monkeypatch):

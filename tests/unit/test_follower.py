@@ -1,6 +1,7 @@
 """Copying metrics.jsonl to a service that blocks, fails, refuses or has some of it already."""
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -125,6 +126,26 @@ def test_after_an_outage_everything_is_sent_once(file, warnings, monkeypatch):
     assert warnings == [
         "ledger: ConnectionError: http://***@host: refused; training continues, and it is tried again\n"
     ]
+
+
+def test_a_service_that_exits_is_tried_again(file, warnings, monkeypatch):
+    """wandb calls sys.exit if its own process has died, and a thread ends without a word then."""
+    monkeypatch.setattr(follower, "RETRY_SECONDS", 0.05)
+    ledger, tries = Ledger(), []
+
+    def make() -> Ledger:
+        tries.append(1)
+        if len(tries) == 1:
+            sys.exit(-9)
+        return ledger
+
+    sink = Follower("ledger", file, make)
+    write(file, 1)
+    sink.log_step(TRAIN)
+    wait_until(lambda: ledger.steps == [1])
+    sink.end("finished")
+    sink.close()
+    assert warnings == ["ledger: SystemExit: -9; training continues, and it is tried again\n"]
 
 
 def test_a_service_that_cannot_start_is_tried_again(file, warnings, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kit.commands import ROOT, is_running
+from kit.commands import ROOT, running
 
 from distributed.gpu_check.__main__ import main
 from distributed.gpu_check.steps import STEPS, Step
@@ -89,7 +89,7 @@ def test_a_failing_step_does_not_stop_the_next(folder, monkeypatch, capsys):
     assert not Path(before["figures"]["scratch"]).exists()
     assert found["aborts"]["exit_code"] == -6
     assert found["is_fine"]["checks"][0]["figures"] == {"device": "cpu", "tiny": True, "folder": True}
-    assert not any(map(is_running, found["leaves"]["checks"][0]["figures"]["pids"]))
+    assert not any(map(running, found["leaves"]["checks"][0]["figures"]["pids"]))
     printed = capsys.readouterr().out
     assert "2 of 4 steps passed; see fails, aborts" in printed
     assert "two, not three" in printed
@@ -102,7 +102,7 @@ def test_a_step_past_its_limit_ends_with_its_children(folder, monkeypatch):
     assert found["hangs"]["verdict"] == "timeout"
     (check,) = found["hangs"]["checks"]
     assert check["verdict"] == "pass"
-    assert not any(map(is_running, check["figures"]["pids"]))
+    assert not any(map(running, check["figures"]["pids"]))
     assert not Path(check["figures"]["scratch"]).exists()
     assert found["is_fine"]["verdict"] == "pass"
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from kit.run_folders import checkpointed
+from loguru import logger
 
 from distributed.config import from_command_line
 from distributed.experiments.catalogue import CATALOGUE, Ablation, Experiment
@@ -143,6 +144,35 @@ def test_all_attempts_are_in_the_record(tmp_path: Path) -> None:
 def test_the_machine_is_recorded(tmp_path: Path, changes: dict[str, Any], kind: str, cores: int | None) -> None:
     machine = result_of_run(tmp_path, I_10, attempts=(STARTED | changes,)).machine
     assert (machine.kind, machine.device, machine.cores) == (kind, "a CPU", cores)
+
+
+def test_all_machines_of_a_run_are_recorded(tmp_path: Path) -> None:
+    elsewhere = STARTED | {"host": "another.example", "bits": BITS | {"device": "another CPU"}}
+    machine = result_of_run(tmp_path, I_10, attempts=(elsewhere, STARTED, STARTED)).machine
+    assert (machine.kind, machine.device, machine.cores) == ("cpu", "another CPU then a CPU", None)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "problem"),
+    [
+        ((STARTED | {"bits": BITS | {"CUDA": "13.0"}}, STARTED), "was trained on a CPU and on a GPU"),
+        ((STARTED | {"bits": {"device": "a CPU"}},), "does not say what it was trained on"),
+        ((STARTED | {"bits": None},), "does not say what it was trained on"),
+        ((), "does not say what it was trained on"),
+    ],
+    ids=["two kinds", "no shards", "nothing", "no attempt"],
+)
+def test_a_run_on_no_single_kind_of_device_is_left_out(
+    tmp_path: Path, attempts: tuple[dict[str, Any], ...], problem: str
+) -> None:
+    result_of_run(tmp_path, I_10)
+    run = RunFolder(tmp_path)
+    run.attempts_file.write_text("".join(f"{json.dumps(record)}\n" for record in attempts))
+    warnings: list[str] = []
+    sink = logger.add(warnings.append, format="{message}", level="WARNING")
+    assert read_result(I_10, run) is None
+    logger.remove(sink)
+    assert warnings == [f"{tmp_path}: {problem}, so its result is left out\n"]
 
 
 def test_outside_a_checkout_there_is_no_revision(tmp_path: Path) -> None:

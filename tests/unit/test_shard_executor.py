@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distributed.errors import InputError
 from distributed.exact.shard_executor import ShardExecutor
 
 CPU = torch.device("cpu")
@@ -67,6 +68,22 @@ def test_shards_need_not_synchronize() -> None:
     gather = Gather()
     assert executor_of(5, 2, gather).run(lambda shard: shard**2) == [0, 1, 4, 9, 16]
     assert gather.calls == []
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("fewer", [{0}, {0, 1}, {3}], ids=str)
+def test_shards_that_synchronize_less_often_are_an_error(fewer: set[int], workers: int) -> None:
+    """Otherwise old rows would be gathered again, or a worker would wait forever."""
+    executor = executor_of(4, workers)
+
+    def compute(shard: int, fewer: set[int]) -> int:
+        for _ in range(2 - (shard in fewer)):
+            executor.all_gather_rows([torch.ones(1)], lambda rows: rows)
+        return shard
+
+    with pytest.raises(InputError, match="was called for some shards of a batch only"):
+        executor.run(lambda shard: compute(shard, fewer))
+    assert executor.run(lambda shard: compute(shard, set())) == [0, 1, 2, 3]
 
 
 def test_a_result_may_be_none() -> None:

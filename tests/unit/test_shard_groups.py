@@ -81,6 +81,33 @@ class Flattening(Residual):
         return self.out(self.pixels(x).view(len(images), -1, 16).mean(1))
 
 
+class WithoutWeights(Residual):
+    """With a batch norm that has no weights: it would pass on one row for a group of shards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.BatchNorm2d(3, affine=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(self.plain(images))
+
+
+class NewHead(Residual):
+    """With zeros, as in a residual network at its start, and frozen weights before them that need no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv.weight.requires_grad_(False)
+        nn.init.zeros_(self.norm2.weight)
+        nn.init.zeros_(self.out.weight)
+
+
+class Keywords(Residual):
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.norm(input=self.conv(input=images)).relu()
+        return self.out(input=(x + self.norm2(input=self.inner(input=x))).relu().mean((2, 3)))
+
+
 def alexnet() -> nn.Module:
     return convert_dropout(improved_alexnet(10, 0.5))
 
@@ -108,13 +135,13 @@ SMOOTHED = build_losses(Loss(label_smoothing=0.1)).training
 
 
 def trained(
-    engine: ExactEngine, count: int, dtype: torch.dtype, loss: PerSample = SMOOTHED, *, side: int = 32
+    engine: ExactEngine, count: int, dtype: torch.dtype, loss: PerSample = SMOOTHED, *, side: int = 32, micro: int = 1
 ) -> dict[str, Tensor]:
     metrics = TotalsAccumulator(CPU)
     for step in range(STEPS):
         train_step(
             engine,
-            [batch_of(count, step, dtype, side)],
+            [batch_of(count, step + 100 * number, dtype, side) for number in range(micro)],
             loss=loss,
             lr=0.05,
             step=step,
@@ -163,6 +190,61 @@ def test_parameters_outside_known_layers_need_no_trial() -> None:
     engine = engine_of(OtherParameters, "float32", workers=2)
     trained(engine, 64, torch.float32)
     assert engine._groups._allowed == {}
+
+
+def test_batch_norm_without_weights_is_not_grouped() -> None:
+    engine = engine_of(WithoutWeights, "float32", workers=2)
+    found = trained(engine, 64, torch.float32)
+    assert engine._groups._allowed == {}
+    assert_same(found, trained(engine_of(WithoutWeights, "float32", workers=1, grouped=False), 64, torch.float32))
+
+
+@pytest.mark.parametrize("model", [NewHead, Keywords])
+def test_groups_of_unusual_networks(model: type[Residual]) -> None:
+    """The first step has two micro-batches, so that the trial meets the initial weights."""
+    engine = engine_of(model, "bfloat16", workers=1)
+    before = {name: tensor.clone() for name, tensor in engine.state()}
+    found = trained(engine, 64, torch.float32, micro=2)
+    alone = engine_of(model, "bfloat16", workers=1, grouped=False)
+    assert_same(found, trained(alone, 64, torch.float32, micro=2))
+    changed = [name for name in before if "conv.bias" in name and not torch.equal(before[name], found[name])]
+    assert changed, "the bias of the first layer is trained"
+
+
+def test_a_trial_varies_weights_that_are_zero() -> None:
+    """Negative control: the gradients behind a head of zeros are zero; doubled by grouping, they would still be."""
+    engine = engine_of(NewHead, "bfloat16", workers=1)
+    original = engine._pass
+    head = next(index for parameter, index in engine._index.items() if parameter.shape == (10, 16))
+
+    class Doubling:
+        def __init__(self, sums: GradientSums) -> None:
+            self.add_gradient, self._sums = sums.add_gradient, sums
+
+        def add_gradients(self, shards: range, gradients: dict[int, list[Tensor]]) -> None:
+            factors = {index: 1 if index == head else 2 for index in gradients}
+            doubled = {index: [factors[index] * each for each in found] for index, found in gradients.items()}
+            self._sums.add_gradients(shards, doubled)
+
+    def doubled(loss, batch, sums, *, grouped):
+        return original(loss, batch, Doubling(sums), grouped=grouped)
+
+    engine._pass = doubled
+    trained(engine, 64, torch.float32, micro=2)
+    assert list(engine._groups._allowed.values()) == [False]
+
+
+def test_a_constant_loss_of_a_shard_has_gradients_of_zero() -> None:
+    def without_class_9(logits: Tensor, targets: Tensor) -> Tensor:
+        counted = targets != 9
+        if not counted.any():
+            return logits.new_zeros(len(logits))
+        return nn.functional.cross_entropy(logits, targets, reduction="none") * counted
+
+    loss = OwnLoss(without_class_9)
+    found = [trained(engine_of(Residual, "float32", workers=n, grouped=False), 16, torch.float32, loss) for n in (1, 2)]
+    assert_same(*found)
+    assert all(tensor.isfinite().all() for tensor in found[0].values())
 
 
 def test_empty_shards() -> None:

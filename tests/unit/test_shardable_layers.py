@@ -44,6 +44,7 @@ class Network(nn.Module):
         self.read_in_evaluation, self.twice_in_evaluation = nn.Linear(6, 6), nn.Linear(6, 6)
         self.only_in_training = nn.Linear(6, 6)
         self.attend = nn.MultiheadAttention(6, 2)
+        self.wide, self.wide_on_a_gpu = nn.Linear(6, 6), nn.Linear(6, 6)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.twice(self.twice(self.first(self.conv(x).flatten(1))))
@@ -60,6 +61,10 @@ class Network(nn.Module):
             x = self.twice_in_evaluation(x) * self.read_in_evaluation.weight.mean()
         x = self.only_in_training(x) if self.training else x
         x = checkpoint(self.again, x, use_reentrant=False)
+        with torch.autocast("cpu", enabled=False):
+            x = self.wide(x)
+        with torch.amp.autocast_mode.autocast("cuda", enabled=False):
+            x = self.wide_on_a_gpu(x)
         return x + self.attend(x[:, None], x[:, None], x[:, None])[0][:, 0]
 
 

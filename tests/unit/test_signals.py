@@ -39,6 +39,21 @@ def test_signal_requests_stop_and_handlers_are_restored(number):
     assert signal.getsignal(number) == before
 
 
+def test_a_handler_that_python_does_not_know_is_no_error(monkeypatch):
+    """signal.signal returns None for a handler that a preloaded library has installed."""
+    original = signal.signal
+    unknown = {signal.SIGUSR1}
+
+    def installed_by_c_code(number, handler):
+        before = original(number, handler)
+        return None if number in unknown and not unknown.discard(number) else before
+
+    monkeypatch.setattr(signal, "signal", installed_by_c_code)
+    with SignalStop(launched=False):
+        pass
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
 def test_launcher_death_requests_a_stop(monkeypatch):
     with SignalStop(launched=True) as stop:
         other = os.getppid() + 1

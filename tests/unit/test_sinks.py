@@ -1,5 +1,6 @@
 import fcntl
 import json
+import logging
 import math
 import os
 import pty
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loguru import logger
 
+from distributed.metrics.event_file import EventFile
 from distributed.metrics.records import EpochMetrics, SplitMetrics, TrainMetrics
 from distributed.metrics.sinks import JsonLines, Terminal, format_duration
+from distributed.process.logs import terminal_logs
 from distributed.run.claim import ClaimedRun
 from distributed.run.metrics_log import MetricsLog, Point
 
@@ -151,3 +155,28 @@ def test_the_bar_advances_at_every_step_and_is_legible(columns: int, monkeypatch
         lines
     )
     assert all(len(line) <= columns for line in lines)
+
+
+def test_tensorboard_shows_a_resume_on_a_slow_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It reads files sorted by name, and the second one hides what the first has from its step on."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    now = time.time()
+    for first, seconds in ((1, now), (11, now - 3600)):
+        monkeypatch.setattr(time, "time", lambda seconds=seconds: seconds)
+        events = EventFile(tmp_path, purge_step=first)
+        for step in range(first, 21, 5):
+            events.scalars({"loss": float(first)}, step)
+        events.close()
+    shown = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in shown] == [(1, 1.0), (6, 1.0), (11, 11.0), (16, 11.0)]
+
+
+def test_a_wrong_message_of_a_library_ends_nothing(capsys: pytest.CaptureFixture[str]):
+    terminal_logs(0)
+    try:
+        logging.getLogger("library").warning("%d images", "many")
+        logging.getLogger("library").warning("still here")
+    finally:
+        logger.remove()
+    assert "library: still here" in capsys.readouterr().err

