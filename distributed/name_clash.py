@@ -19,7 +19,8 @@ def _check() -> None:
         return
     reason = (
         f"{_PACKAGE}: dask's package of the same name ({clashing}) overwrites files of distributed-alexnet; use a separate "
-        "environment, or: pip uninstall distributed dask; pip install --force-reinstall --no-deps CHECKOUT"
+        "environment, or: pip uninstall distributed dask; pip install --force-reinstall --no-deps CHECKOUT (the "
+        "folder of this project)"
     )
     # `python -m` imports a module's packages before it replaces "-m" by the module's path.
     if not (sys.argv[:1] == ["-m"] or Path(sys.argv[0]).name.startswith("distributed-")):

@@ -68,7 +68,8 @@ def _autocast_to_float32() -> Iterator[None]:
             torch.set_autocast_enabled(device, True)
             torch.set_autocast_dtype(device, torch.float32)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "In .* autocast, but the target dtype is not supported")  # of checkpoint
+            for message in ("In .* autocast, but the target dtype is not supported", "CUDA is not available"):
+                warnings.filterwarnings("ignore", message)  # of torch.utils.checkpoint
             yield
     finally:
         for device, enabled, dtype in before:

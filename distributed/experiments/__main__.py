@@ -6,6 +6,7 @@ merged into the file OUT, which keeps the records of other runs and machines.
 """
 
 import argparse
+import shlex
 import signal
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def _torchrun(processes: str, arguments: Sequence[str], deadline: float | None) 
     if deadline is not None and time.monotonic() >= deadline:
         return ExitCode.STOPPED
     command = torchrun_command(processes, "distributed.train", arguments)
-    print("+", " ".join(command[1:]), flush=True)
+    print("+", shlex.join(command[1:]), flush=True)
     run = subprocess.Popen(command)
     try:
         return run.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))

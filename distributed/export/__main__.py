@@ -123,6 +123,13 @@ def _data_or_none(trained: "TrainedRun", *, needed: bool) -> "DataPipeline | Non
     try:
         data = read_data(trained.config)
         check_channels(read_content(trained.checkpoint), trained.config, data)
+        size = tuple(data.raw_images(1).shape[1:3])
+        if size != trained.stored_size:
+            (height, width), (before_h, before_w) = size, trained.stored_size
+            raise InputError(
+                f"the images have {height} x {width} pixels here, but had {before_h} x {before_w} in training: point "
+                "--data.root at images of that size, or leave it out"
+            )
         return data
     except InputError:
         if needed:

@@ -143,7 +143,7 @@ class Follower:
             try:
                 if records:
                     self._service.log(records)
-            except Exception:
+            except BaseException:
                 self._file.seek(position)
                 raise
 

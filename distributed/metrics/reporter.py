@@ -57,7 +57,7 @@ class Reporter:
                 self._closing.callback(sink.end, status)  # before any sink is closed
         try:
             self._closing.close()
-        except Exception as failure:
+        except (Exception, SystemExit) as failure:
             if error is None:
                 raise
             logger.warning("a sink failed at the end: {}", one_line(failure))  # the run's own error is reported

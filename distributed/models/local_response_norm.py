@@ -28,8 +28,8 @@ class LocalResponseNorm(nn.Module):
         self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
 
     def forward(self, x: Tensor) -> Tensor:
-        if not len(x):
-            return x  # an empty shard
+        if x.shape[0] == 0:
+            return x  # an empty shard; torch.export would fix the batch size for len()
         # Permuted outside the autograd Function, which then sees contiguous tensors only.
         rows = x.permute(0, 2, 3, 1)
         flat = rows.reshape(-1, x.shape[1])

@@ -97,6 +97,9 @@ def test_other_commands_read_the_data(run: Path, here: None, tmp_path: Path, mon
     write_arrays(tmp_path / "colours", (14, 18, 3), train=160, test=40, classes=5)
     refused = call("export", run, "--out", tmp_path / "export", "--data.root", tmp_path / "colours")
     assert_outcome(refused, "the images have 3 channels here, but had 1 in training")
+    write_arrays(tmp_path / "larger", (20, 20), train=160, test=40, classes=5)
+    refused = call("export", run, "--out", tmp_path / "export", "--data.root", tmp_path / "larger")
+    assert_outcome(refused, "the images have 20 x 20 pixels here, but had 14 x 18 in training")
     reported = call("report", run, "--out", tmp_path / "report.html")
     assert reported.code == 0, reported.out + reported.err
     page = (tmp_path / "report.html").read_text()

@@ -81,6 +81,7 @@ def test_a_folder_with_other_content_is_kept(one_peer, tmp_path):
 def test_installed_peers_need_no_environment(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "PEERS", {"small": Peer("numpy", "numpy>=2.0.0")})
     assert peer_python(tmp_path / "environment", ["small"]) == Path(peers.sys.executable)
+    assert not (tmp_path / "environment").exists()
 
 
 def test_an_older_peer_is_missing(tmp_path, monkeypatch):
@@ -88,4 +89,3 @@ def test_an_older_peer_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "PEERS", {"small": Peer("numpy", "numpy>=999.0.1")})
     with pytest.raises(InputError, match=r"has other content; name a new or empty folder$"):  # for the environment
         peer_python(tmp_path, ["small"])
-    assert not (tmp_path / "environment").exists()

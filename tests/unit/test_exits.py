@@ -163,10 +163,11 @@ def test_a_run_that_a_sink_ended_is_not_finished(config: TrainConfig, monkeypatc
     assert json.loads((config.run_dir / "status.json").read_text())["exit_code"] == 1
 
 
-def test_a_sink_that_fails_at_the_end_hides_no_error(capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("failure", [ConnectionError("gone"), SystemExit()], ids=repr)
+def test_a_sink_that_fails_at_the_end_hides_no_error(failure: BaseException):
     class Failing(Recorder):
         def close(self) -> None:
-            raise ConnectionError("gone")
+            raise failure
 
     def reporting(*errors: Exception) -> None:
         with Reporter([Failing()], total_steps=1, device=torch.device("cpu")):
@@ -175,7 +176,7 @@ def test_a_sink_that_fails_at_the_end_hides_no_error(capsys: pytest.CaptureFixtu
 
     with pytest.raises(NotFiniteError):
         reporting(NotFiniteError("the loss is NaN"))
-    with pytest.raises(ConnectionError):
+    with pytest.raises(type(failure)):
         reporting()
 
 

@@ -35,6 +35,17 @@ def test_tied_weights_are_written_under_each_name(tmp_path: Path, network: str) 
     assert b'"decode.weight"' in written["model.safetensors"][:2000]
 
 
+@pytest.mark.parametrize("name", ["improved_alexnet", "cifar_alexnet"])
+def test_networks_that_resize_are_exported_for_any_batch(name: str, tmp_path: Path) -> None:
+    config = load_config(model={"name": name})
+    normalization = Normalization([0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
+    classifier = Classifier(build_model(config.model, num_classes=2, seed=0), normalization).requires_grad_(False)
+    trained = TrainedRun(config, tmp_path, classifier, ["a", "b"], normalization, (20, 24), (3, 20, 24))
+    (tmp_path / "model.pt2").write_bytes(FORMATS["torch.export"].contents(trained, {})["model.pt2"])
+    images = torch.rand(5, 3, 20, 24)
+    torch.testing.assert_close(FORMATS["torch.export"].load(tmp_path / "model.pt2")(images), classifier(images))
+
+
 @pytest.mark.usefixtures("restore_threads_and_log")
 def test_a_network_that_cannot_be_traced_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -131,15 +131,21 @@ def test_after_an_outage_everything_is_sent_once(file, warnings, monkeypatch):
 def test_a_service_that_exits_is_tried_again(file, warnings, monkeypatch):
     """wandb calls sys.exit if its own process has died, and a thread ends without a word then."""
     monkeypatch.setattr(follower, "RETRY_SECONDS", 0.05)
-    ledger, tries = Ledger(), []
+    exits = iter(("start", "log"))
 
-    def make() -> Ledger:
-        tries.append(1)
-        if len(tries) == 1:
-            sys.exit(-9)
-        return ledger
+    class Exiting(Ledger):
+        def start(self) -> Logged:
+            if next(exits, "") == "start":
+                sys.exit(-9)
+            return super().start()
 
-    sink = Follower("ledger", file, make)
+        def log(self, records: Sequence[MetricsRecord]) -> None:
+            if next(exits, "") == "log":
+                sys.exit(-9)
+            super().log(records)
+
+    ledger = Exiting()
+    sink = Follower("ledger", file, lambda: ledger)
     write(file, 1)
     sink.log_step(TRAIN)
     wait_until(lambda: ledger.steps == [1])

@@ -1,5 +1,7 @@
 """Layers whose weights may be freed outside their own forward."""
 
+import warnings
+
 import torch
 import torchvision
 from kit.experts import Experts
@@ -71,6 +73,13 @@ class Network(nn.Module):
 def test_layers_that_alone_use_their_parameters() -> None:
     expected = {"conv": 1, "first": 1, "twice": 2, "shape_only": 1, "frozen": 1, "normed": 1, "only_in_training": 1}
     assert layers_to_shard(Network(), IMAGES) == expected
+
+
+def test_checkpointing_networks_get_no_warning() -> None:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        layers_to_shard(Network(), IMAGES)
+    assert [str(each.message) for each in found if "autocast" in str(each.message).lower()] == []
 
 
 def test_all_layers_of_a_residual_network() -> None:
