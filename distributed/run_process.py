@@ -2,6 +2,7 @@
 
 import shlex
 
+import torch
 from loguru import logger
 
 from distributed.checkpoint.upload import log_upload_result
@@ -14,6 +15,7 @@ from distributed.dry_run import dry_run as try_steps
 from distributed.errors import ExitCode, InputError, NotFiniteError, PeerError, StorageError, counted
 from distributed.inference.result import TrainResult
 from distributed.process import exits, logs
+from distributed.process.optional_output import one_line
 from distributed.process.signals import SignalStop
 from distributed.recipe import train
 from distributed.run.folder import RunFolder
@@ -55,6 +57,12 @@ def run_to_exit_code(config: TrainConfig, topology: Topology, stop: SignalStop, 
 
 def _log_error(error: BaseException, topology: Topology) -> None:
     """Log expected errors by their message, all others with a traceback."""
+    if isinstance(error, torch.OutOfMemoryError):
+        logger.error(
+            "rank {}: {}; raise grad_accum_steps in a new run, set grad_checkpointing.enabled = true, or free the GPU",
+            topology.rank, one_line(error),
+        )  # fmt: skip
+        return
     if not isinstance(error, InputError | NotFiniteError | StorageError | PeerError):
         logger.opt(exception=True).error("rank {} failed", topology.rank)
         return

@@ -10,6 +10,7 @@
 #   RDZV_ADDRESS=ADDRESS  rendezvous address; default: the first node's NodeAddr
 #   MAX_REQUEUES=N        how often this script may requeue its job; default: 20
 #   PREFLIGHT=0|1         run python -m launch.doctor first; default: on several nodes
+#   PREFLIGHT_SECONDS=N   how long it waits for all nodes, which may import torch at different speeds; default: 60
 #   TORCHRUN="OPTIONS"    further options of torchrun, e.g. --max-restarts=2
 set -uo pipefail
 : "${project:?is set by the script that sources this}"
@@ -147,7 +148,7 @@ preflight() {
         log "no preflight: it calls srun, which CONTAINER lacks; try: srun $CONTAINER python -m launch.doctor.probe"
         return
     fi
-    python -m launch.doctor --address "$address" --port "$port" "$@" >>"$logs/$SLURM_JOB_ID.log" 2>&1 &
+    python -m launch.doctor --address "$address" --port "$port" --seconds "${PREFLIGHT_SECONDS:-60}" "$@" >>"$logs/$SLURM_JOB_ID.log" 2>&1 &
     child=$!
     [ -z "$signal" ] || kill -s TERM "$child" # it arrived before `child` was set
     wait_for_child

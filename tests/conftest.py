@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    use_own_temporary_folder(config)
+    use_own_temporary_folder()
     if most := config.getoption("--max-ranks"):
         from kit import ranks
 
         ranks.MAX_RANKS = most
 
 
-def use_own_temporary_folder(config: pytest.Config) -> None:
+def use_own_temporary_folder() -> None:
     """Let this process and its children put temporary files into one folder, which is removed at the end.
 
     Two things stay in the common one: pytest's folders, to look at after a failure, and compiled kernels, to use again.
     """
     common, own = tempfile.gettempdir(), tempfile.mkdtemp(prefix="t-")  # short: a socket's path has at most 107 bytes
-    config.add_cleanup(partial(shutil.rmtree, own, ignore_errors=True))
+    Finalize(None, shutil.rmtree, (own, True), exitpriority=-200)  # after multiprocessing's own folder in it: -100
     os.chmod(own, 0o1777)  # some tests act as another user
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", common)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{common}/torchinductor-{os.geteuid()}")

@@ -89,10 +89,11 @@ class AgentStore:
 
     def check_jobs(self) -> None:
         """Raise PeerError if a rank of another job joined this round. That rank exits, and torchrun starts a new round."""
-        ranks = range(self.topology.world_size)
+        rank = self.topology.rank
+        ranks = range(self.topology.world_size) if rank == 0 else (0, rank)  # all reading all would take too long
         registered = [rank for rank in ranks if self.keys.check([f"job/{rank}"])]
         jobs = {rank: self.keys.get(f"job/{rank}") for rank in registered}
-        own = jobs.get(self.topology.rank)  # missing if this rank failed early and only publishes its failure
+        own = jobs.get(rank)  # missing if this rank failed early and only publishes its failure
         foreign = [str(rank) for rank, job in jobs.items() if own and job != own]
         if foreign:
             raise PeerError(

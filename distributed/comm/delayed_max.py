@@ -85,18 +85,21 @@ class ProcessGroupMax:
     def __init__(self, flags: int) -> None:
         self._zeros = [0] * flags
         self._group: Any = dist.new_group(backend="gloo")
-        self._pending: tuple[Tensor, Any] | None = None
+        self._pending: tuple[Tensor, Tensor, Any] | None = None
 
     def exchange(self, *flags: int) -> list[int]:
         previous = self.drain()
-        mine = torch.tensor(flags, dtype=torch.int32)
-        self._pending = mine, dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        sent = torch.tensor(flags, dtype=torch.int32).repeat(world_size())
+        received = torch.empty_like(sent)
+        # Not all_reduce: gloo's passes the flags around a ring, one rank after another.
+        work = dist.all_to_all_single(received, sent, group=self._group, async_op=True)
+        self._pending = sent, received, work
         return previous
 
     def drain(self) -> list[int]:
         if self._pending is None:
             return self._zeros
-        flags, work = self._pending
+        _, received, work = self._pending
         work.wait()
         self._pending = None
-        return [int(flag) for flag in flags.tolist()]
+        return [int(flag) for flag in received.view(world_size(), -1).amax(0).tolist()]

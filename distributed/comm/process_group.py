@@ -1,7 +1,8 @@
 """The default process group of a run and the device of each rank."""
 
+import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -13,9 +14,6 @@ from distributed.comm.torch_compat import Store
 from distributed.errors import InputError
 from distributed.host.identity import boot_id
 from distributed.topology import Topology
-
-_NCCL_SECONDS = 120.0
-"""Timeout of collectives on GPUs. Longer waits, e.g. for a save, use host collectives."""
 
 
 def choose_device(name: str, topology: Topology) -> torch.device:
@@ -39,20 +37,22 @@ def choose_device(name: str, topology: Topology) -> torch.device:
 def process_group(topology: Topology, device: torch.device, *, timeout_seconds: float) -> Iterator[None]:
     """Context manager for the default process group: NCCL if each rank has its own GPU, otherwise gloo.
 
-    An existing group (Ray's) is used unchanged. A single process without a launcher gets no group. The group is destroyed
-    only on success: after an error, with peers in an unknown state, a last collective might hang.
+    An existing group (Ray's) is used, with this timeout. A single process without a launcher gets no group. The group is
+    destroyed only on success: after an error, with peers in an unknown state, a last collective might hang.
 
     Raises:
-        InputError: the ranks cannot rendezvous at MASTER_ADDR and MASTER_PORT.
+        InputError: the ranks cannot rendezvous at MASTER_ADDR and MASTER_PORT, or an existing group has no CPU backend.
         PeerError: another rank did not arrive, was lost or has failed.
     """
     timeout = timedelta(seconds=timeout_seconds)
     torch_compat.set_default_timeout(timeout)
     if not topology.launched or dist.is_initialized():
-        if dist.is_initialized() and _uses_nccl(device):
-            _shorten_nccl_timeout(device, timeout)
+        if dist.is_initialized():
+            _check_cpu_backend()
+            _set_nccl_timeout(device, timeout)
         yield
         return
+    _raise_open_files()
     rank, world_size = topology.rank, topology.world_size
     with Peers.connect(topology, timeout_seconds=timeout_seconds) as peers:
         own_gpu = each_rank_has_a_gpu(peers.store, gpu_id(device), rank=rank, world_size=world_size)
@@ -64,8 +64,7 @@ def process_group(topology: Topology, device: torch.device, *, timeout_seconds: 
             timeout=timeout,
             device_id=device if own_gpu else None,
         )
-        if own_gpu:
-            _shorten_nccl_timeout(device, timeout)
+        _set_nccl_timeout(device, timeout)
         # Without this, a rank that exits early closes its connections while another is still opening them.
         dist.all_reduce(torch.zeros(1))
         yield
@@ -88,7 +87,7 @@ def each_rank_has_a_gpu(store: Store, gpu: str, *, rank: int, world_size: int) -
         InputError: some ranks have a GPU and others have none.
     """
     store.set(f"gpu/{rank}", gpu)
-    gpus = [store.get(f"gpu/{r}").decode() for r in range(world_size)]
+    gpus = [found.decode() for found in store.multi_get([f"gpu/{r}" for r in range(world_size)])]
     without = [str(r) for r, found in enumerate(gpus) if not found]
     if without and any(gpus):
         raise InputError(
@@ -111,6 +110,23 @@ def _uses_nccl(device: torch.device) -> bool:
     return device.type == "cuda" and torch_compat.has_nccl()
 
 
-def _shorten_nccl_timeout(device: torch.device, timeout: timedelta) -> None:
-    """Limit NCCL's timeout, because nothing else, e.g. a signal, ends a thread that waits for the GPU."""
-    torch_compat.set_nccl_timeout(device, min(timeout, timedelta(seconds=_NCCL_SECONDS)))
+def _set_nccl_timeout(device: torch.device, timeout: timedelta) -> None:
+    """Set NCCL's timeout, because nothing else, e.g. a signal, ends a thread that waits for the GPU."""
+    if _uses_nccl(device):
+        torch_compat.set_nccl_timeout(device, timeout)
+
+
+def _check_cpu_backend() -> None:
+    """Raise InputError if the existing group has none: waits for a save, for example, are collectives on the host."""
+    if "cpu:" not in str(dist.get_backend_config()):
+        raise InputError(
+            "process group: the existing one has no backend for CPU tensors: create it with "
+            'init_process_group("cpu:gloo,cuda:nccl"), or let train() create it'
+        )
+
+
+def _raise_open_files() -> None:
+    """Raise the limit of open files as far as allowed: gloo opens one per peer and group, and many systems allow 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -108,7 +108,7 @@ def _prefetched(split: ResidentSplit, wanted: Iterable[Tensor], device: torch.de
         if side is None:
             return torch.index_select(split.images, 0, ids), None
         # Pinned memory comes from torch's cache, which does not reuse it before the copy from it has ended.
-        with torch.cuda.stream(side):  # also sets the device: a new thread starts on the first one
+        with torch.cuda.stream(side):
             staging = torch.empty((len(ids), *split.images.shape[1:]), dtype=torch.uint8, pin_memory=True)
             torch.index_select(split.images, 0, ids, out=staging)
             copy = staging.to(device, non_blocking=True)
@@ -122,8 +122,14 @@ def _prefetched(split: ResidentSplit, wanted: Iterable[Tensor], device: torch.de
             copy.record_stream(current)  # else `side` could reuse its memory while it is still read here
         return copy
 
-    with ThreadPoolExecutor(1, thread_name_prefix="images") as thread:
+    with ThreadPoolExecutor(1, "images", _use, (device,)) as thread:
         yield from map(arrived, _one_ahead(wanted, lambda ids: thread.submit(fetch, ids.cpu())))
+
+
+def _use(device: torch.device) -> None:
+    """Select the device for this thread: a new one is on the first GPU, where every rank would open a context."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _one_ahead(ids: Iterable[Tensor], start: Callable[[Tensor], T]) -> Iterator[T]:

@@ -1,8 +1,8 @@
 """Replicated weights. Gradients are summed over the ranks: through shared memory if they are on one host and compute on CPUs,
-else bucket by bucket in DistributedDataParallel."""
+else bucket by bucket in DistributedDataParallel, or after the backward pass if ranks may use different parameters."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -48,6 +48,27 @@ class BucketSums:
         )
 
 
+class SumsAfterBackward:
+    """Sums all gradients over the ranks after the backward pass: for ranks that use different parameters.
+
+    DDP starts a bucket early on ranks that do not use its parameters, and then the order of collectives, among them those of
+    batch norm's backward pass, differs between ranks.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], low: torch.dtype | None) -> None:
+        self._parameters, self._low, self.reduced_bytes = parameters, low, 0
+
+    def sum(self) -> None:
+        """Replace every `.grad` by its sum over all ranks. A collective."""
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        sent = torch.cat([gradient.reshape(-1).to(self._low or gradient.dtype) for gradient in own])
+        dist.all_reduce(sent)
+        self.reduced_bytes += sent.nbytes
+        sums = torch.split(sent, [gradient.numel() for gradient in own])
+        for parameter, gradient, total in zip(self._parameters, own, sums, strict=True):
+            parameter.grad = torch.empty_like(gradient).copy_(total.view(gradient.shape))
+
+
 def _any_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Outcome]:
     with use_sample_keys(batch.sample_keys):
         logits = model(batch.images).float()
@@ -88,12 +109,16 @@ class DdpEngine:
         self._trained = [p for p in self._plain.parameters() if p.requires_grad]
         self._log_bytes = world_size() > 1
         low = torch.bfloat16 if config.compression == "bfloat16" else None
-        self._shared = self._open_shared_gradients(low) if world_size() > 1 else None
-        self._sums = self._shared or BucketSums(low)
+        self._after: SharedGradients | SumsAfterBackward | None = None
+        if world_size() > 1:
+            self._after = self._open_shared_gradients(low) or (
+                SumsAfterBackward(self._trained, low) if conditional else None
+            )
+        self._sums = self._after or BucketSums(low)
         self._ddp: DistributedDataParallel | None = None
         if isinstance(self._sums, BucketSums) and world_size() > 1:
             before = [(tensor, tensor.detach().clone()) for tensor in (*self._trained, *self._plain.buffers())]
-            self.model = self._ddp = self._wrap(config, self._sums, example, conditional=conditional)
+            self.model = self._ddp = self._wrap(config, self._sums, example)
             self._settle_buckets(example)
             with torch.no_grad():
                 for tensor, value in before:
@@ -105,7 +130,9 @@ class DdpEngine:
         """What sums the gradients over the ranks, and so decides in which order; empty for a single process."""
         if self._ddp:
             return f"DistributedDataParallel, in buckets of {self._config.bucket_mib} MiB"
-        return "shared memory" if self._shared else ""
+        if isinstance(self._after, SumsAfterBackward):
+            return "one all-reduce after the backward pass"
+        return "shared memory" if self._after else ""
 
     @property
     def reduced_bytes(self) -> int:
@@ -116,7 +143,7 @@ class DdpEngine:
         timeout = self.compute.timeout_seconds
         return SharedGradients.open(self._trained, low, self.compute.device, timeout_seconds=timeout)
 
-    def _wrap(self, config: Ddp, sums: BucketSums, example: Batch, *, conditional: bool) -> DistributedDataParallel:
+    def _wrap(self, config: Ddp, sums: BucketSums, example: Batch) -> DistributedDataParallel:
         # torch 2.13 renamed the flag. Buffers need no broadcast, since synchronized statistics are the same on all ranks.
         known = inspect.signature(DistributedDataParallel.__init__).parameters
         no_broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -126,7 +153,7 @@ class DdpEngine:
             device_ids=[self.compute.device] if self.compute.device.type == "cuda" else None,
             bucket_cap_mb=config.bucket_mib,
             gradient_as_bucket_view=True,
-            find_unused_parameters=conditional or self._has_unused_parameters(example),
+            find_unused_parameters=self._has_unused_parameters(example),
             **options,
         )
         ddp.register_comm_hook(None, sums.hook)
@@ -162,15 +189,14 @@ class DdpEngine:
             with self.compute.autocast():
                 value, outcome = loss(self.model, batch)
             self.weights.scale_loss(value).backward()  # type: ignore[no-untyped-call]
-        if last and self._shared:
-            self._shared.sum()
+        if last and self._after:
+            self._after.sum()
         return outcome
 
     def step(self, lr: float | Tensor, *, step: int | Tensor) -> Tensor:
         if self._log_bytes:
             self._log_bytes = False
-            how = "through shared memory" if self._shared else "in DistributedDataParallel"
-            logger.debug("gradients: {:,} bytes summed over ranks per step, {}", self.reduced_bytes, how)
+            logger.debug("gradients: {:,} bytes summed over ranks per step: {}", self.reduced_bytes, self.summed_by)
         norm = self.weights.step(lr, step=step)
         self.weights.zero_grad()
         return norm

@@ -96,8 +96,9 @@ class ExactEngine:
             self._before = self._sharded.before
             layout = BlockShardedLayout(self._sharded, self._plain, shards=shards)
         self.weights = ModelState(optim, self._plain, precision=compute.precision, layout=layout)
-        # Operations on all of a rank's weights, e.g. norms, must not depend on its number of threads either.
-        torch.set_num_threads(1)
+        if compute.device.type == "cpu":
+            # Operations on all of a rank's weights, e.g. norms, must not depend on its number of threads either.
+            torch.set_num_threads(1)
 
     def predict(self, batch: Batch) -> Tensor:
         shards = batch.shards()

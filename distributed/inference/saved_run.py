@@ -58,7 +58,8 @@ def has_data_root(config: TrainConfig) -> bool:
 def for_device(config: TrainConfig, requested: str | None, saved: Mapping[str, Any] | None) -> TrainConfig:
     """Return the config for evaluation on a device; by default the run's, or the CPU if it was CUDA and no GPU is here.
 
-    It never compiles: that takes longer than one evaluation, and needs a compiler on this machine.
+    It never compiles: that takes longer than one evaluation, and needs a compiler on this machine. Nor does it capture CUDA
+    graphs, for which a loss has limits.
 
     Args:
         saved: content of one of the run's state.json, if it has saved.
@@ -74,7 +75,16 @@ def for_device(config: TrainConfig, requested: str | None, saved: Mapping[str, A
     if isinstance(engine, DeepSpeed):  # evaluation has no optimizer to offload
         engine = engine.model_copy(update={"offload_optimizer": False})
     # A launcher set the threads to the CPUs of its machine.
-    return with_values(config, device=device, precision=precision, engine=engine, exact=exact, threads=0, compile=False)
+    return with_values(
+        config,
+        device=device,
+        precision=precision,
+        engine=engine,
+        exact=exact,
+        threads=0,
+        compile=False,
+        cuda_graphs=False,
+    )
 
 
 def without_download(config: TrainConfig) -> TrainConfig:

@@ -1,6 +1,7 @@
 """Builds a network by the import path of its factory, and checks the modules and tensors that the factory returns."""
 
 import copy
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,6 +93,11 @@ def copied(model: nn.Module, name: str) -> nn.Module:
         raise InputError(
             f"model.name = {name}: the network cannot be copied, but exact mode and its check need copies: {described(error)}"
         ) from error
+
+
+def generator_states() -> tuple[bytes, ...]:
+    """Return the states of the generators of torch on the CPU, of Python and of NumPy."""
+    return torch.get_rng_state().numpy().tobytes(), pickle.dumps(random.getstate()), pickle.dumps(np.random.get_state())
 
 
 @contextmanager

@@ -5,39 +5,40 @@ from torch import Tensor, nn
 
 from distributed.config.user_code import described
 from distributed.errors import InputError
-from distributed.models.imported import copied, seeded
+from distributed.models.imported import copied, generator_states, seeded
 from distributed.models.keyed_dropout import use_sample_keys
 
 
 def check_output(
     model: nn.Module, images: Tensor, sample_keys: Tensor, *, name: str, num_classes: int, seed: int
 ) -> bool:
-    """Check, on a copy of the model on the CPU, that it returns logits [n, num_classes] in evaluation and in training.
+    """Check, on a copy of the model on the images' device, that it returns logits [n, num_classes] in either mode.
 
     Args:
-        images: a few images of the data set, float32 [n, 3, side, side] on the CPU.
+        images: a few images of the data set, float32 [n, 3, side, side].
         sample_keys: int64 [n, 2], for dropout masks.
 
     Returns:
-        Whether it draws from torch's generator in training, which a resumed run would repeat from the start.
+        Whether it draws from a generator of torch on the CPU, of Python or of NumPy in training.
 
     Raises:
         InputError: the model fails on such images or returns something else.
     """
     shape, draws = list(images.shape), False
-    probe = copied(model, name)
+    probe = copied(model, name).to(images.device)
     for mode in ("evaluation", "training"):
         try:
             with torch.no_grad(), seeded(seed, "probe"), use_sample_keys(sample_keys):
-                before = torch.get_rng_state()
+                before = generator_states()
                 probe.train(mode == "training")
                 output = probe(images)
-                draws = not torch.equal(before, torch.get_rng_state())
+                draws = generator_states() != before
         except InputError:  # of a dropout layer
             raise
         except Exception as error:
             raise InputError(
-                f"model.name = {name}: the network fails in {mode} on images of shape {shape}: {described(error)}"
+                f"model.name = {name}: the network fails in {mode} on images of shape {shape}{_place(images)}: "
+                f"{described(error)}"
             ) from error
         expected = [len(images), num_classes]
         if isinstance(output, Tensor) and list(output.shape) == expected and output.is_floating_point():
@@ -48,6 +49,11 @@ def check_output(
             f"logits, a float tensor of shape {expected}"
         )
     return draws
+
+
+def _place(images: Tensor) -> str:
+    """Return where the images are, unless that is the CPU: a constant that is no buffer stays there."""
+    return "" if images.device.type == "cpu" else f" on {images.device.type}"
 
 
 def check_without_images(

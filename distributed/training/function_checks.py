@@ -1,5 +1,6 @@
 """Calls a user's loss, metric and augmentation functions on a few samples, to find errors before training."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -209,7 +210,9 @@ class _NoSynchronization:
     def __enter__(self) -> None:
         if self._active:
             self._before = torch.cuda.get_sync_debug_mode()
-            torch.cuda.set_sync_debug_mode("error")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that this mode is a prototype
+                torch.cuda.set_sync_debug_mode("error")
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not self._active:

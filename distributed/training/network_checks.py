@@ -11,12 +11,13 @@ from distributed.config import TrainConfig
 from distributed.data.batch import Batch
 from distributed.data.pipeline import DataPipeline, Split
 from distributed.errors import InputError
-from distributed.exact.check.supported import changed_by_forward, check_exact, mixes_samples
+from distributed.exact.check.supported import changed_by_forward, check_exact, mixes_samples, replaced_buffers
 from distributed.exact.shardable_layers import conditional_modules, layers_to_shard
 from distributed.models.network_output import check_gradients, check_output, check_without_images
 from distributed.models.plain_batch_norm import unsupported_batch_norms
 from distributed.models.torch_compat import AnyBatchNorm
 from distributed.topology import Topology
+from distributed.training.step_function import captures_graphs
 
 _EVALUATED: tuple[Split, ...] = ("validation", "test")
 
@@ -36,9 +37,11 @@ def check_imported(
         InputError: it cannot.
     """
     images, keys = _inputs(data.example())
-    name, device_type = config.model.name, data.input_format.device.type
+    name, device = config.model.name, data.input_format.device
+    device_type = device.type
     check = partial(check_output, model, name=name, num_classes=data.num_classes, seed=config.seed)
     draws = check(images[:2], keys[:2])
+    draws_on_host = device_type == "cuda" and check(images[:2].to(device), keys[:2].to(device))
     if config.data.augment.low_res_epochs:
         _check_low_res(check, data)
     if (
@@ -47,13 +50,7 @@ def check_imported(
         and not evaluates
         and min(training_batches(data)) == 1
     ):
-        try:
-            check(images[:1], keys[:1])
-        except InputError as error:  # torch's batch norm rejects one value per channel; the synchronized one does not
-            raise InputError(
-                f"{error}; some micro-batches have one image: change global_batch_size or grad_accum_steps, or set "
-                "exact.shards"
-            ) from None
+        _check_single_image(check, images, keys)
     in_training = not evaluates and min(training_batches(data)) < data.shards.total
     if in_training or any(count < data.shards.total for count in evaluation_batches(data, evaluates)):
         check_without_images(
@@ -78,7 +75,38 @@ def check_imported(
         check_backward()
     if config.shards_on(device_type):
         return layers_to_shard(model, images, conditional), False
+    if not evaluates:
+        _check_changes(model, images, name)
+        if captures_graphs(config, device, world_size=topology.world_size):
+            check_captured(model, images, name, draws_on_host=draws_on_host)
     return _check_fast(model, config, topology, images, conditional, draws=draws)
+
+
+def _check_changes(model: nn.Module, images: Tensor, name: str) -> None:
+    """Raise InputError if the forward pass replaces a buffer: the engine would save, average and replay the first one."""
+    if replaced := replaced_buffers(model, images):
+        raise InputError(
+            f"model.name = {name}: the forward pass replaces the buffer {replaced[0]}, so checkpoints would keep its first "
+            "value; change it in place, e.g. by copy_"
+        )
+
+
+def check_captured(model: nn.Module, images: Tensor, name: str, *, draws_on_host: bool) -> None:
+    """Raise InputError if the network's forward pass depends on Python code that has to run in every step.
+
+    A replayed CUDA graph runs none, and it reads only tensors that live as long as the graph.
+    """
+    if draws_on_host:
+        raise InputError(
+            f"model.name = {name}: the forward pass draws random numbers on the CPU, which a replayed CUDA graph would not "
+            "repeat; draw them on the device of the images, or set cuda_graphs = false"
+        )
+    saved = model.state_dict().keys()
+    if kept := [path for path in changed_by_forward(model, images) if path not in saved]:
+        raise InputError(
+            f"model.name = {name}: the forward pass changes {kept[0]}, but a replayed CUDA graph runs no Python; make it a "
+            "buffer that is changed in place, or set cuda_graphs = false"
+        )
 
 
 def _check_fast(
@@ -89,8 +117,8 @@ def _check_fast(
     name = config.model.name
     if draws and topology.is_main:
         logger.warning(
-            "model.name = {}: training draws from torch's generator, e.g. in F.dropout: a resumed run will not repeat the bits "
-            "of an undisturbed one; use dropout layers, whose masks depend only on seed, epoch and image",
+            "model.name = {}: training draws from a global generator, e.g. in F.dropout: a resumed run will not repeat the "
+            "bits of an undisturbed one; use dropout layers, whose masks depend only on seed, epoch and image",
             name,
         )
     if topology.is_main:
@@ -116,6 +144,17 @@ def _check_fast(
             "[1], or set engine.name = ddp"
         )
     return layers_to_shard(model, images), False
+
+
+def _check_single_image(check: Callable[[Tensor, Tensor], bool], images: Tensor, keys: Tensor) -> None:
+    """Raise InputError if the network does not take a batch of one: torch's batch norm rejects one value per channel."""
+    try:
+        check(images[:1], keys[:1])
+    except InputError as error:
+        raise InputError(
+            f"{error}; some micro-batches have one image: change global_batch_size or grad_accum_steps, or set "
+            "exact.shards"
+        ) from None
 
 
 def _check_low_res(check: Callable[[Tensor, Tensor], bool], data: DataPipeline) -> None:

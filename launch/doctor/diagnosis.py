@@ -156,7 +156,10 @@ def _network_faults(report: NodeReport) -> list[str]:
         return []
     found = []
     if report.index not in network.present:
-        found.append(f"{node}: reached the rendezvous too late; give --seconds 60, or find out why the node is slow")
+        found.append(
+            f"{node}: reached the rendezvous too late; give --seconds 120 (in a job PREFLIGHT_SECONDS=120), or find out why "
+            "the node is slow"
+        )
     elif not network.sum_is_right:
         found.append(f"{node}: an all-reduce gave a wrong sum; check its network card and memory, or --exclude={node}")
     return found

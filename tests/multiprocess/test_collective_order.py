@@ -49,4 +49,4 @@ def test_all_ranks_start_collectives_in_the_same_order(engine: str, tmp_path: Pa
     for other in others:
         assert other == first
     # Only the stop flags, which are host numbers, have another group (gloo); everything else uses one communicator.
-    assert {name for name, group in first if group == "another"} <= {"all_reduce"}
+    assert {name for name, group in first if group == "another"} <= {"all_to_all_single"}

@@ -16,7 +16,7 @@ from kit.small_runs import FAST, small_config
 from kit.speed import slowness
 from torch import Tensor, nn
 
-from distributed.comm import collectives
+from distributed.comm import all_gather, collectives
 from distributed.comm.shared_sum import SharedSum
 from distributed.config.engines import Ddp
 from distributed.config.optim import Sgd
@@ -31,6 +31,7 @@ CPU = torch.device("cpu")
 LENGTHS = (1, 2, 7, 64, 1000, 4099)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 SUMS = 40
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -222,6 +223,70 @@ def test_unused_and_frozen_parameters(transport: str) -> None:
     for found, sent_bytes in run_ranks(steps_on_ranks, 2, transport):
         assert sent_bytes == 2 * trained_bytes
         torch.testing.assert_close(found, alone)
+
+
+class Adapters(nn.Module):
+    """An adapter for dark images and one for bright ones, registered behind a batch norm that runs after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.head = nn.BatchNorm1d(12), nn.Linear(12, 10)
+        self.adapters = nn.ModuleList(nn.Linear(12, 12) for _ in range(2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x, added = images.flatten(1), torch.zeros(len(images), 12)
+        bright = x.mean(1) > 0.5
+        for adapter, rows in zip(self.adapters, (~bright, bright), strict=True):
+            if rows.any():
+                added = added.index_add(0, torch.nonzero(rows)[:, 0], adapter(x[rows]))
+        logits: Tensor = self.head(self.norm(x + added))
+        return logits
+
+
+def steps_of_adapters(transport: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the weights after two steps, and the collectives in their order."""
+    if transport == "ddp":
+        use_process_group()
+        vars(all_gather)["open_shared_memory"] = lambda size, device: None
+    compute = Compute("float32", channels_last=False, device=CPU, timeout_seconds=5)
+    batch = batch_of_branches(collectives.rank(), collectives.world_size())
+    batch.images[:] = batch.images / 4 + torch.tensor([0.1 if i < 3 else 0.8 for i in batch.labels]).view(-1, 1, 1, 1)
+    engine = DdpEngine(Ddp(), Adapters(), optim=Sgd(), compute=compute, example=batch, compile=False, conditional=True)
+    calls: list[str] = []
+    for name in ("all_reduce", GATHER):
+        vars(dist)[name] = _recorded(name, calls)
+    for step in range(2):
+        engine.micro_step(partial(_shard_loss, CROSS_ENTROPY), batch, last=True)
+        engine.step(0.1, step=step)
+    return {name: p.detach().clone() for name, p in engine._plain.named_parameters()}, calls
+
+
+def _recorded(name: str, calls: list[str]) -> Any:
+    collective = getattr(dist, name)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        calls.append(name)
+        return collective(*arguments, **options)
+
+    return call
+
+
+@in_group
+def steps_of_adapters_on_ranks(transport: str) -> tuple[dict[str, Tensor], list[str]]:
+    return steps_of_adapters(transport)
+
+
+@pytest.mark.parametrize("transport", ["memory", "ddp"])
+def test_ranks_that_use_different_parameters(transport: str) -> None:
+    """Rank 0 has the dark images. DDP would start its bucket of the unused adapter before batch norm's collectives."""
+    (alone, _) = steps_of_adapters("memory")
+    (first, order), *others = run_ranks(steps_of_adapters_on_ranks, 2, transport)
+    torch.testing.assert_close(first, alone)
+    assert ("all_reduce" in order) == (transport == "ddp")
+    for found, calls in others:
+        assert calls == order
+        torch.testing.assert_close(found, first, rtol=0, atol=0)
 
 
 @in_group

@@ -26,7 +26,7 @@ from distributed.process import exits
 from distributed.process.exits import Exit
 from distributed.process.signals import SignalStop
 from distributed.run.claim import ClaimedRun
-from distributed.run_process import run_to_exit_code
+from distributed.run_process import _log_error, run_to_exit_code
 from distributed.topology import Topology
 from distributed.training.state import TrainState
 
@@ -178,6 +178,17 @@ def test_a_sink_that_fails_at_the_end_hides_no_error(failure: BaseException):
         reporting(NotFiniteError("the loss is NaN"))
     with pytest.raises(type(failure)):
         reporting()
+
+
+def test_a_full_gpu_is_one_line(capsys: pytest.CaptureFixture[str]):
+    messages: list[str] = []
+    handle = logger.add(messages.append, format="{message}")
+    _log_error(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), Topology(rank=1, world_size=2))
+    logger.remove(handle)
+    (line,) = "".join(messages).splitlines()
+    assert line.startswith(
+        "rank 1: OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB; raise grad_accum_steps"
+    )
 
 
 @pytest.mark.parametrize(("is_cause", "later"), [(True, 0), (False, 1)])

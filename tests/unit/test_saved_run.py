@@ -122,4 +122,4 @@ def test_a_run_in_fast_mode_is_evaluated_in_fast_mode(shards: int, expected: int
 def test_evaluations_do_not_compile() -> None:
     """It takes minutes and a compiler; a compiled run trains in fast mode."""
     found = for_device(TrainConfig(compile=True, device="cuda"), "cpu", None)
-    assert (found.compile, found.exact.shards) == (False, 0)
+    assert (found.compile, found.exact.shards, found.cuda_graphs) == (False, 0, False)

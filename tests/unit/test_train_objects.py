@@ -2,6 +2,7 @@
 
 import json
 import threading
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +20,12 @@ from distributed import build, errors, load
 from distributed.build import build_data
 from distributed.config import TrainConfig, load_config, read_saved
 from distributed.errors import InputError
+from distributed.models.network_output import check_output
 from distributed.network import build_network
 from distributed.recipe import train
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
+from distributed.training.network_checks import check_captured
 
 pytestmark = pytest.mark.usefixtures("restore_threads_and_log")
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
@@ -378,7 +381,72 @@ def test_in_fast_mode_a_network_that_draws_is_a_warning(model: type[Net], warnin
         train(config_of(tmp_path, epochs=1, exact={"shards": 0}), model=model)
     finally:
         logger.remove(handle)
-    assert sum("training draws from torch's generator" in message for message in messages) == warnings
+    assert sum("training draws from a global generator" in message for message in messages) == warnings
+
+
+class Counting(Net):
+    """Counts its batches: in an attribute, or in a buffer that it changes in place or replaces."""
+
+    how = "attribute"
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.calls = 0
+        self.register_buffer("batches", torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.how == "attribute":
+            self.calls += 1
+        elif self.how == "in place":
+            self.batches += 1
+        else:
+            self.batches = self.batches + 1
+        return super().forward(images)
+
+
+class CountingInPlace(Counting):
+    how = "in place"
+
+
+class CountingAnew(Counting):
+    how = "anew"
+
+
+def test_a_buffer_that_is_replaced_is_refused(tmp_path: Path) -> None:
+    """The engine would save and average the tensor that was there at the start."""
+    with pytest.raises(InputError, match="the forward pass replaces the buffer batches, so checkpoints would keep"):
+        train(config_of(tmp_path, exact=FAST), model=CountingAnew)
+    result = train(config_of(tmp_path, exact=FAST, epochs=1), model=CountingInPlace)
+    assert result.network.batches > 0
+
+
+def test_a_captured_network_needs_no_python() -> None:
+    images = torch.rand(3, 3, 12, 12)
+    check_captured(CountingInPlace(10), images, "net:make", draws_on_host=False)
+    with pytest.raises(InputError, match="changes calls, but a replayed CUDA graph runs no Python"):
+        check_captured(Counting(10), images, "net:make", draws_on_host=False)
+    with pytest.raises(InputError, match="draws random numbers on the CPU, which a replayed CUDA graph would not"):
+        check_captured(Net(10), images, "net:make", draws_on_host=True)
+
+
+class Masked(Net):
+    """With a constant that is no buffer, so it stays on the CPU."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.mask = torch.ones(10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * self.mask
+
+
+def test_a_network_that_fails_on_another_device_is_one_line() -> None:
+    """The meta device stands for a GPU."""
+    images, keys = torch.rand(2, 3, 12, 12, device="meta"), torch.zeros(2, 2, dtype=torch.int64)
+    check = partial(check_output, name="net:make", num_classes=10, seed=0)
+    check(Net(10), images, keys)
+    with pytest.raises(InputError, match=r"fails in evaluation on images of shape \[2, 3, 12, 12\] on meta: "):
+        check(Masked(10), images, keys)
 
 
 class Scaled(Net):

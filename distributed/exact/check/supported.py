@@ -74,6 +74,22 @@ def changed_by_forward(model: nn.Module, images: Tensor) -> list[str]:
         return [f"{path}.{name}".lstrip(".") for path, names in saved.changes().items() for name in names]
 
 
+def replaced_buffers(model: nn.Module, images: Tensor) -> list[str]:
+    """Return the buffers for which a forward pass registers other tensors, instead of changing them in place.
+
+    Leaves the network and the global random generators unchanged, bit for bit. Arguments as for `check_exact`.
+    """
+    if not can_run(model):
+        return []
+    images, keys = throwaway_batch(images)
+    with unchanged(model):
+        before = dict(model.named_buffers())
+        model.train()
+        with torch.no_grad(), use_sample_keys(keys):
+            model(images)
+        return [path for path, buffer in model.named_buffers() if buffer is not before.get(path, buffer)]
+
+
 def _in_passes(model: nn.Module, images: Tensor, device_type: str) -> Iterator[Problem]:
     images, keys = throwaway_batch(images)
     found = set[str]()
