@@ -140,6 +140,10 @@ ALL = (
     "--data.augment.mixup 0.4 --data.augment.cutmix 1 --data.augment.cutout 8 --loss.label_smoothing 0.1 "
     "--optim.ema_decay 0.9 --optim.max_grad_norm 1"
 )
+RECIPE = (
+    "--data.augment.crop_padding reflect --data.augment.flip alternating --loss.label_smoothing 0.2 "
+    "--optim.bias_lr_factor 4"
+)
 FAST = ("alexnet sgd", "improved_alexnet adamw", "cifar_alexnet adamw", "cifar_alexnet_bn sgd")
 CASES = [
     *(f"{case} {precision} 0 {ALL}" for case in FAST for precision in ("float32", "bfloat16", "float16")),
@@ -148,6 +152,8 @@ CASES = [
     f"alexnet adamw float32 1 {ALL}",
     f"improved_alexnet adamw float16 8 {ALL}",  # shards of two and of three images
     f"cifar_alexnet sgd bfloat16 1 {ALL}",
+    *(f"fast_alexnet muon bfloat16 {shards} {RECIPE}" for shards in (0, 8)),
+    f"fast_alexnet sgd float32 0 {RECIPE}",
 ]
 
 
