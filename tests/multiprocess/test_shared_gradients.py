@@ -232,7 +232,8 @@ class Adapters(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.norm, self.head = nn.BatchNorm1d(12), nn.Linear(12, 10)
-        self.adapters = nn.ModuleList(nn.Linear(12, 12) for _ in range(2))
+        # Each fills a bucket of DDP, which is then summed without waiting for other gradients.
+        self.adapters = nn.ModuleList(nn.Sequential(nn.Linear(12, 15_000), nn.Linear(15_000, 12)) for _ in range(2))
 
     def forward(self, images: Tensor) -> Tensor:
         x, added = images.flatten(1), torch.zeros(len(images), 12)
@@ -252,7 +253,9 @@ def steps_of_adapters(transport: str) -> tuple[dict[str, Tensor], list[str]]:
     compute = Compute("float32", channels_last=False, device=CPU, timeout_seconds=5)
     batch = batch_of_branches(collectives.rank(), collectives.world_size())
     batch.images[:] = batch.images / 4 + torch.tensor([0.1 if i < 3 else 0.8 for i in batch.labels]).view(-1, 1, 1, 1)
-    engine = DdpEngine(Ddp(), Adapters(), optim=Sgd(), compute=compute, example=batch, compile=False, conditional=True)
+    engine = DdpEngine(
+        Ddp(bucket_mib=1), Adapters(), optim=Sgd(), compute=compute, example=batch, compile=False, conditional=True
+    )
     calls: list[str] = []
     for name in ("all_reduce", GATHER):
         vars(dist)[name] = _recorded(name, calls)
