@@ -19,7 +19,11 @@ fi
 # How long a save may take after a warning. Older versions of torchrun ignore this variable and wait 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
 
-ulimit -Sn "$(ulimit -Hn)" 2>/dev/null || true # torchrun on the first node serves four connections per process
+# torchrun on the first node serves four connections per process.
+files=$(ulimit -Sn)
+if [ "$files" != unlimited ] && [ "$files" -lt 65536 ]; then
+    ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)" || true
+fi
 
 # A SIGUSR1 that torchrun does not handle would kill it and orphan its workers. is_host: the first node hosts the
 # rendezvous; otherwise torchrun compares host names, which fails if a node has several. CONTAINER and TORCHRUN are split

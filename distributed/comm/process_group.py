@@ -15,6 +15,8 @@ from distributed.errors import InputError
 from distributed.host.identity import boot_id
 from distributed.topology import Topology
 
+_OPEN_FILES = 65_536
+
 
 def choose_device(name: str, topology: Topology) -> torch.device:
     """Return this rank's device: "cpu", "cuda", or for "auto" a GPU if one is available.
@@ -126,7 +128,12 @@ def _check_cpu_backend() -> None:
 
 
 def _raise_open_files() -> None:
-    """Raise the limit of open files as far as allowed: gloo opens one per peer and group, and many systems allow 1,024."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    """Raise the limit of open files: gloo opens one per peer and group, and many systems allow 1,024 at first.
+
+    Not as far as allowed, since some programs loop over all possible ones.
+    """
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if most == resource.RLIM_INFINITY else min(most, _OPEN_FILES)
+    if limit != resource.RLIM_INFINITY and limit < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))

@@ -1,5 +1,7 @@
 """Tries an imported network on a few images, or none, and checks what it returns."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -10,13 +12,21 @@ from distributed.models.keyed_dropout import use_sample_keys
 
 
 def check_output(
-    model: nn.Module, images: Tensor, sample_keys: Tensor, *, name: str, num_classes: int, seed: int
+    model: nn.Module,
+    images: Tensor,
+    sample_keys: Tensor,
+    *,
+    name: str,
+    num_classes: int,
+    seed: int,
+    low: torch.dtype | None = None,
 ) -> bool:
     """Check, on a copy of the model on the images' device, that it returns logits [n, num_classes] in either mode.
 
     Args:
         images: a few images of the data set, float32 [n, 3, side, side].
         sample_keys: int64 [n, 2], for dropout masks.
+        low: the dtype of autocast; None: without autocast.
 
     Returns:
         Whether it draws from a generator of torch on the CPU, of Python or of NumPy in training.
@@ -28,12 +38,13 @@ def check_output(
     probe = copied(model, name).to(images.device)
     for mode in ("evaluation", "training"):
         try:
-            with torch.no_grad(), seeded(seed, "probe"), use_sample_keys(sample_keys):
+            autocast = torch.autocast(images.device.type, low) if low else nullcontext()
+            with torch.no_grad(), seeded(seed, "probe"), use_sample_keys(sample_keys), autocast:
                 before = generator_states()
                 probe.train(mode == "training")
                 output = probe(images)
                 draws = generator_states() != before
-        except InputError:  # of a dropout layer
+        except (InputError, torch.OutOfMemoryError):  # the former of a dropout layer
             raise
         except Exception as error:
             raise InputError(

@@ -11,12 +11,13 @@ from distributed.config import TrainConfig
 from distributed.data.batch import Batch
 from distributed.data.pipeline import DataPipeline, Split
 from distributed.errors import InputError
-from distributed.exact.check.supported import changed_by_forward, check_exact, mixes_samples, replaced_buffers
+from distributed.exact.check.supported import changed_by_forward, check_exact, mixes_samples, replaced_tensors
 from distributed.exact.shardable_layers import conditional_modules, layers_to_shard
 from distributed.models.network_output import check_gradients, check_output, check_without_images
 from distributed.models.plain_batch_norm import unsupported_batch_norms
 from distributed.models.torch_compat import AnyBatchNorm
 from distributed.topology import Topology
+from distributed.training.capture_checks import check_captured, draws_on_host
 from distributed.training.step_function import captures_graphs
 
 _EVALUATED: tuple[Split, ...] = ("validation", "test")
@@ -41,7 +42,7 @@ def check_imported(
     device_type = device.type
     check = partial(check_output, model, name=name, num_classes=data.num_classes, seed=config.seed)
     draws = check(images[:2], keys[:2])
-    draws_on_host = device_type == "cuda" and check(images[:2].to(device), keys[:2].to(device))
+    on_host = device_type == "cuda" and draws_on_host(check, model, images[:2], keys[:2], config, device)
     if config.data.augment.low_res_epochs:
         _check_low_res(check, data)
     if (
@@ -78,34 +79,18 @@ def check_imported(
     if not evaluates:
         _check_changes(model, images, name)
         if captures_graphs(config, device, world_size=topology.world_size):
-            check_captured(model, images, name, draws_on_host=draws_on_host)
+            one_size = not config.data.augment.low_res_epochs
+            check_captured(model, images, name, draws_on_host=on_host, one_size=one_size)
     return _check_fast(model, config, topology, images, conditional, draws=draws)
 
 
 def _check_changes(model: nn.Module, images: Tensor, name: str) -> None:
-    """Raise InputError if the forward pass replaces a buffer: the engine would save, average and replay the first one."""
-    if replaced := replaced_buffers(model, images):
-        raise InputError(
-            f"model.name = {name}: the forward pass replaces the buffer {replaced[0]}, so checkpoints would keep its first "
-            "value; change it in place, e.g. by copy_"
-        )
-
-
-def check_captured(model: nn.Module, images: Tensor, name: str, *, draws_on_host: bool) -> None:
-    """Raise InputError if the network's forward pass depends on Python code that has to run in every step.
-
-    A replayed CUDA graph runs none, and it reads only tensors that live as long as the graph.
-    """
-    if draws_on_host:
-        raise InputError(
-            f"model.name = {name}: the forward pass draws random numbers on the CPU, which a replayed CUDA graph would not "
-            "repeat; draw them on the device of the images, or set cuda_graphs = false"
-        )
+    """Raise InputError if the forward pass replaces a saved tensor: the engine would save and average the first one."""
     saved = model.state_dict().keys()
-    if kept := [path for path in changed_by_forward(model, images) if path not in saved]:
+    if replaced := [path for path in replaced_tensors(model, images) if path in saved]:
         raise InputError(
-            f"model.name = {name}: the forward pass changes {kept[0]}, but a replayed CUDA graph runs no Python; make it a "
-            "buffer that is changed in place, or set cuda_graphs = false"
+            f"model.name = {name}: the forward pass replaces {replaced[0]}, so checkpoints would keep its first value; change "
+            "it in place, e.g. by copy_"
         )
 
 

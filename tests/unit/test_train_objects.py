@@ -25,7 +25,7 @@ from distributed.network import build_network
 from distributed.recipe import train
 from distributed.run.folder import RunFolder
 from distributed.topology import Topology
-from distributed.training.network_checks import check_captured
+from distributed.training.capture_checks import check_captured, draws_on_host
 
 pytestmark = pytest.mark.usefixtures("restore_threads_and_log")
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
@@ -399,8 +399,12 @@ class Counting(Net):
             self.calls += 1
         elif self.how == "in place":
             self.batches += 1
-        else:
+        elif self.how == "anew":
             self.batches = self.batches + 1
+        elif self.how == "data":
+            self.head.weight.data = self.head.weight.data * 1
+        elif self.calls == 0:
+            self.calls = 1
         return super().forward(images)
 
 
@@ -412,17 +416,31 @@ class CountingAnew(Counting):
     how = "anew"
 
 
+class Data(Counting):
+    how = "data"
+
+
+class CountingOnce(Counting):
+    how = "once"
+
+
 def test_a_buffer_that_is_replaced_is_refused(tmp_path: Path) -> None:
     """The engine would save and average the tensor that was there at the start."""
-    with pytest.raises(InputError, match="the forward pass replaces the buffer batches, so checkpoints would keep"):
-        train(config_of(tmp_path, exact=FAST), model=CountingAnew)
+    for model, tensor in ((CountingAnew, "batches"), (Data, r"head\.weight")):
+        with pytest.raises(InputError, match=f"the forward pass replaces {tensor}, so checkpoints would keep"):
+            train(config_of(tmp_path, exact=FAST), model=model)
     result = train(config_of(tmp_path, exact=FAST, epochs=1), model=CountingInPlace)
     assert result.network.batches > 0
 
 
 def test_a_captured_network_needs_no_python() -> None:
     images = torch.rand(3, 3, 12, 12)
-    check_captured(CountingInPlace(10), images, "net:make", draws_on_host=False)
+    normed = Net(10)
+    torch.nn.utils.spectral_norm(normed.head)
+    for network in (CountingInPlace(10), CountingOnce(10), normed):
+        check_captured(network, images, "net:make", draws_on_host=False)
+    with pytest.raises(InputError, match="changes calls"):
+        check_captured(CountingOnce(10), images, "net:make", draws_on_host=False, one_size=False)
     with pytest.raises(InputError, match="changes calls, but a replayed CUDA graph runs no Python"):
         check_captured(Counting(10), images, "net:make", draws_on_host=False)
     with pytest.raises(InputError, match="draws random numbers on the CPU, which a replayed CUDA graph would not"):
@@ -447,6 +465,47 @@ def test_a_network_that_fails_on_another_device_is_one_line() -> None:
     check(Net(10), images, keys)
     with pytest.raises(InputError, match=r"fails in evaluation on images of shape \[2, 3, 12, 12\] on meta: "):
         check(Masked(10), images, keys)
+
+
+class Closing(Net):
+    """With a function that refers to the network itself, also in a copy."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.scaled = lambda x: x * self.scale
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.scaled(super().forward(images)) + torch.rand(1).item()
+
+
+def test_a_network_is_back_on_the_cpu_after_its_trial(tmp_path: Path) -> None:
+    model, images, keys = Closing(10), torch.rand(2, 3, 12, 12), torch.zeros(2, 2, dtype=torch.int64)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    check = partial(check_output, model, name="net:make", num_classes=10, seed=0)
+    assert draws_on_host(check, model, images, keys, config_of(tmp_path), torch.device("meta"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_network_is_tried_in_the_precision_of_the_training() -> None:
+    class Half(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            out = super().forward(images)
+            assert out.dtype == torch.bfloat16
+            return out
+
+    images, keys = torch.rand(2, 3, 12, 12), torch.zeros(2, 2, dtype=torch.int64)
+    check_output(Half(10), images, keys, name="net:make", num_classes=10, seed=0, low=torch.bfloat16)
+
+
+def test_a_full_gpu_is_not_the_networks_fault() -> None:
+    class Full(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    images, keys = torch.rand(2, 3, 12, 12), torch.zeros(2, 2, dtype=torch.int64)
+    with pytest.raises(torch.OutOfMemoryError):
+        check_output(Full(10), images, keys, name="net:make", num_classes=10, seed=0)
 
 
 class Scaled(Net):

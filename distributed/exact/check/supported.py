@@ -59,23 +59,29 @@ def mixes_samples(model: nn.Module, images: Tensor) -> str:
     return described(model, [problem])[0] if problem and problem.what == MIXES else ""
 
 
-def changed_by_forward(model: nn.Module, images: Tensor) -> list[str]:
+def changed_by_forward(model: nn.Module, images: Tensor, *, after_first: bool = False) -> list[str]:
     """Return the attributes and buffers that a forward pass changes, e.g. `block.calls`, except batch norm's.
 
     Leaves the network and the global random generators unchanged, bit for bit. Arguments as for `check_exact`.
+
+    Args:
+        after_first: a first pass, with another number of images, may change what it likes, e.g. fill a cache.
     """
     if not can_run(model):
         return []
     images, keys = throwaway_batch(images)
-    with unchanged(model) as saved:
+    with unchanged(model), torch.no_grad():
         model.train()
-        with torch.no_grad(), use_sample_keys(keys):
+        if after_first:
+            with use_sample_keys(keys[:2]):
+                model(images[:2])
+        with unchanged(model) as saved, use_sample_keys(keys):
             model(images)
-        return [f"{path}.{name}".lstrip(".") for path, names in saved.changes().items() for name in names]
+            return [f"{path}.{name}".lstrip(".") for path, names in saved.changes().items() for name in names]
 
 
-def replaced_buffers(model: nn.Module, images: Tensor) -> list[str]:
-    """Return the buffers for which a forward pass registers other tensors, instead of changing them in place.
+def replaced_tensors(model: nn.Module, images: Tensor) -> list[str]:
+    """Return the parameters and buffers that have other memory after a forward pass, instead of being changed in place.
 
     Leaves the network and the global random generators unchanged, bit for bit. Arguments as for `check_exact`.
     """
@@ -83,11 +89,21 @@ def replaced_buffers(model: nn.Module, images: Tensor) -> list[str]:
         return []
     images, keys = throwaway_batch(images)
     with unchanged(model):
-        before = dict(model.named_buffers())
+        before = {path: (tensor, tensor.data_ptr()) for path, tensor in _tensors(model)}
         model.train()
         with torch.no_grad(), use_sample_keys(keys):
             model(images)
-        return [path for path, buffer in model.named_buffers() if buffer is not before.get(path, buffer)]
+        after = {path: (tensor, tensor.data_ptr()) for path, tensor in _tensors(model)}
+        return [path for path, (tensor, address) in before.items() if _differs(after.get(path), tensor, address)]
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _differs(now: tuple[Tensor, int] | None, tensor: Tensor, address: int) -> bool:
+    return now is None or now[0] is not tensor or now[1] != address
 
 
 def _in_passes(model: nn.Module, images: Tensor, device_type: str) -> Iterator[Problem]:
