@@ -1,6 +1,6 @@
 """Checks that an imported network works on a GPU, and that its steps can be captured as CUDA graphs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +9,11 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from distributed.config import TrainConfig
 from distributed.errors import InputError
 from distributed.exact.check.saved_model import unchanged
-from distributed.exact.check.supported import changed_by_forward, replaced_tensors
+from distributed.exact.check.supported import changed_by_forward
 from distributed.training.precision import fast_precision
 
 
-def draws_on_host(
+def try_on_device(
     check: Callable[..., bool],
     model: nn.Module,
     images: Tensor,
@@ -33,12 +33,22 @@ def draws_on_host(
         return check(images.to(device), keys.to(device), low=low)
 
 
-def check_captured(model: nn.Module, images: Tensor, name: str, *, draws_on_host: bool, one_size: bool = True) -> None:
+def check_captured(
+    model: nn.Module,
+    images: Tensor,
+    name: str,
+    *,
+    replaced: Collection[str],
+    draws_on_host: bool,
+    one_size: bool = True,
+) -> None:
     """Raise InputError if the network's forward pass depends on Python code that has to run in every step.
 
     A replayed CUDA graph runs none, and it reads only tensors that live as long as the graph.
 
     Args:
+        replaced: the result of `replaced_tensors`.
+        draws_on_host: the result of `try_on_device`.
         one_size: all images have the same size, so that what is cached by size is never replaced.
     """
     if draws_on_host:
@@ -46,7 +56,6 @@ def check_captured(model: nn.Module, images: Tensor, name: str, *, draws_on_host
             f"model.name = {name}: the forward pass draws random numbers on the CPU, which a replayed CUDA graph would not "
             "repeat; draw them on the device of the images, or set cuda_graphs = false"
         )
-    replaced = replaced_tensors(model, images)
     captured = {path for path, _ in model.named_buffers() if path not in replaced} | model.state_dict().keys()
     captured |= {  # computed from other tensors in every pass
         f"{path}.{hook.name}".lstrip(".")

@@ -17,9 +17,14 @@ from distributed.models.network_output import check_gradients, check_output, che
 from distributed.models.plain_batch_norm import unsupported_batch_norms
 from distributed.models.torch_compat import AnyBatchNorm
 from distributed.topology import Topology
-from distributed.training.capture_checks import check_captured, draws_on_host
+from distributed.training.capture_checks import check_captured, try_on_device
 from distributed.training.step_function import captures_graphs
 
+# torch's batch norm rejects one value per channel; the synchronized one does not.
+_ONE_IMAGE = "some micro-batches have one image: change global_batch_size or grad_accum_steps, or set exact.shards"
+_ONE_SIZE = (
+    "raise data.augment.low_res_side, or remove it and data.augment.low_res_epochs if the network takes one size only"
+)
 _EVALUATED: tuple[Split, ...] = ("validation", "test")
 
 
@@ -42,16 +47,17 @@ def check_imported(
     device_type = device.type
     check = partial(check_output, model, name=name, num_classes=data.num_classes, seed=config.seed)
     draws = check(images[:2], keys[:2])
-    on_host = device_type == "cuda" and draws_on_host(check, model, images[:2], keys[:2], config, device)
+    on_host = device_type == "cuda" and try_on_device(check, model, images[:2], keys[:2], config, device)
     if config.data.augment.low_res_epochs:
-        _check_low_res(check, data)
+        small, small_keys = _inputs(data.example(low_res=True))
+        _check_also(check, small[:2], small_keys[:2], remedy=_ONE_SIZE)
     if (
         topology.world_size == 1
         and not config.shards_on(device_type)
         and not evaluates
         and min(training_batches(data)) == 1
     ):
-        _check_single_image(check, images, keys)
+        _check_also(check, images[:1], keys[:1], remedy=_ONE_IMAGE)
     in_training = not evaluates and min(training_batches(data)) < data.shards.total
     if in_training or any(count < data.shards.total for count in evaluation_batches(data, evaluates)):
         check_without_images(
@@ -77,21 +83,27 @@ def check_imported(
     if config.shards_on(device_type):
         return layers_to_shard(model, images, conditional), False
     if not evaluates:
-        _check_changes(model, images, name)
-        if captures_graphs(config, device, world_size=topology.world_size):
-            one_size = not config.data.augment.low_res_epochs
-            check_captured(model, images, name, draws_on_host=on_host, one_size=one_size)
+        captured = captures_graphs(config, device, world_size=topology.world_size)
+        _check_changes(model, images, config, captured=captured, draws_on_host=on_host)
     return _check_fast(model, config, topology, images, conditional, draws=draws)
 
 
-def _check_changes(model: nn.Module, images: Tensor, name: str) -> None:
-    """Raise InputError if the forward pass replaces a saved tensor: the engine would save and average the first one."""
-    saved = model.state_dict().keys()
-    if replaced := [path for path in replaced_tensors(model, images) if path in saved]:
+def _check_changes(
+    model: nn.Module, images: Tensor, config: TrainConfig, *, captured: bool, draws_on_host: bool
+) -> None:
+    """Raise InputError if the forward pass replaces a saved tensor, or cannot be captured if it has to be.
+
+    The engine would save and average the first tensor.
+    """
+    name, replaced, saved = config.model.name, replaced_tensors(model, images), model.state_dict().keys()
+    if wrong := [path for path in replaced if path in saved]:
         raise InputError(
-            f"model.name = {name}: the forward pass replaces {replaced[0]}, so checkpoints would keep its first value; change "
+            f"model.name = {name}: the forward pass replaces {wrong[0]}, so checkpoints would keep its first value; change "
             "it in place, e.g. by copy_"
         )
+    if captured:
+        one_size = not config.data.augment.low_res_epochs
+        check_captured(model, images, name, replaced=replaced, draws_on_host=draws_on_host, one_size=one_size)
 
 
 def _check_fast(
@@ -131,27 +143,12 @@ def _check_fast(
     return layers_to_shard(model, images), False
 
 
-def _check_single_image(check: Callable[[Tensor, Tensor], bool], images: Tensor, keys: Tensor) -> None:
-    """Raise InputError if the network does not take a batch of one: torch's batch norm rejects one value per channel."""
+def _check_also(check: Callable[[Tensor, Tensor], bool], images: Tensor, keys: Tensor, *, remedy: str) -> None:
+    """Raise InputError, with this remedy, if the network does not take these images."""
     try:
-        check(images[:1], keys[:1])
+        check(images, keys)
     except InputError as error:
-        raise InputError(
-            f"{error}; some micro-batches have one image: change global_batch_size or grad_accum_steps, or set "
-            "exact.shards"
-        ) from None
-
-
-def _check_low_res(check: Callable[[Tensor, Tensor], bool], data: DataPipeline) -> None:
-    """Raise InputError if the network does not take images of `data.augment.low_res_side`."""
-    images, keys = _inputs(data.example(low_res=True))
-    try:
-        check(images[:2], keys[:2])
-    except InputError as error:
-        raise InputError(
-            f"{error}; raise data.augment.low_res_side, or remove it and data.augment.low_res_epochs if the network takes one "
-            "size only"
-        ) from None
+        raise InputError(f"{error}; {remedy}") from None
 
 
 def _check_batch_norms(model: nn.Module, conditional: set[str], name: str) -> None:

@@ -1,6 +1,7 @@
 """Checks that only batch norm combines the samples of a batch, and that nothing else depends on the number of processes."""
 
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -89,21 +90,18 @@ def replaced_tensors(model: nn.Module, images: Tensor) -> list[str]:
         return []
     images, keys = throwaway_batch(images)
     with unchanged(model):
-        before = {path: (tensor, tensor.data_ptr()) for path, tensor in _tensors(model)}
+        before = _addresses(model)
         model.train()
         with torch.no_grad(), use_sample_keys(keys):
             model(images)
-        after = {path: (tensor, tensor.data_ptr()) for path, tensor in _tensors(model)}
-        return [path for path, (tensor, address) in before.items() if _differs(after.get(path), tensor, address)]
+        after = _addresses(model)
+        return [path for path, addresses in before.items() if after.get(path) != addresses]
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def _differs(now: tuple[Tensor, int] | None, tensor: Tensor, address: int) -> bool:
-    return now is None or now[0] is not tensor or now[1] != address
+def _addresses(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return where each parameter and buffer and its memory are."""
+    tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    return {path: (id(tensor), tensor.data_ptr()) for path, tensor in tensors}
 
 
 def _in_passes(model: nn.Module, images: Tensor, device_type: str) -> Iterator[Problem]:
