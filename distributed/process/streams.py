@@ -1,5 +1,6 @@
 """Entry and exit of a command. A closed or full output stream ends the output, not the command. Imports no torch."""
 
+import faulthandler
 import io
 import os
 import select
@@ -27,12 +28,15 @@ class _TolerantStream(io.FileIO):
 def run_command(main: Callable[[], int], *, skip_cleanup: bool = False, starts_processes: bool = False) -> NoReturn:
     """Exit the process with the code returned by `main`, or with 130 after Ctrl-C.
 
+    After a crash in C code (SIGSEGV, SIGABRT, SIGBUS) the Python stack of every thread is on stderr.
+
     Args:
         skip_cleanup: exit without running atexit handlers and without waiting for other threads.
         starts_processes: on SIGTERM, SIGUSR1 or SIGHUP raise SystemExit, so that `main` can end the processes it has started;
             nohup's SIGHUP stays ignored.
     """
     protect_streams()
+    faulthandler.enable()
     if starts_processes:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):  # SIGUSR1: Slurm's warning before a time limit
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:

@@ -3,6 +3,7 @@
 Ranks are forked from multiprocessing's fork server, which has imported torch: importing it takes longer than most tests.
 """
 
+import faulthandler
 import functools
 import multiprocessing
 import os
@@ -159,6 +160,7 @@ def _be_rank(environment: dict[str, str], task: bytes, connection: Connection) -
     os.environ.clear()
     os.environ.update(environment)
     assert "kit.preload" in sys.modules, "the fork server could not import kit.preload, and says nothing"
+    faulthandler.enable()
     random.seed()  # otherwise every rank continues the server's sequence
     try:
         fn, args = pickle.loads(task)  # imports the function's module

@@ -1,6 +1,7 @@
 """A command's exit code and files do not depend on whether its output can be written."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -74,3 +75,12 @@ def main():
 run_command(main)
 """
     assert shell("<&- >&- 2>&-", tmp_path / "file", program) == 0
+
+
+def test_crash_in_c_code_prints_the_python_stack() -> None:
+    program = "import os\nfrom distributed.process.streams import run_command\ndef main(): os.abort()\nrun_command(main)"
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert found.returncode == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in found.stderr
+    assert "in main" in found.stderr
