@@ -25,6 +25,7 @@ from distributed.experiments.summary import summary
 from distributed.files import home_path
 from distributed.process import logs
 from distributed.process.optional_output import OptionalOutput, requested_output
+from distributed.process.session import end_with_parent
 from distributed.process.streams import run_command
 from distributed.process.torchrun import torchrun_command
 
@@ -105,7 +106,7 @@ def _torchrun(processes: str, arguments: Sequence[str], deadline: float | None) 
         return ExitCode.STOPPED
     command = torchrun_command(processes, "distributed.train", arguments)
     print("+", shlex.join(command[1:]), flush=True)
-    run = subprocess.Popen(command)
+    run = subprocess.Popen(command, preexec_fn=end_with_parent)
     try:
         return run.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:

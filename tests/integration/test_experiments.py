@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from kit.cluster import wait_for
 from kit.commands import Command
 
 from distributed.config import from_command_line
@@ -102,13 +103,16 @@ def test_a_run_out_of_time_saves_and_resumes(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_sigterm_ends_the_run_too(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_signal_ends_the_run_too(number: signal.Signals, tmp_path):
     run = RunFolder(tmp_path / "runs" / "I-10-0")
     arguments = command_of(tmp_path, "--only", "I-10", *SHORT.split(), "--epochs", "100000")
     with Command(arguments, output=tmp_path / "output", cwd=ROOT) as command:
         command.wait_for(lambda: run.status().status == "running", what="the run to start")
-        command.process.terminate()
-        assert command.wait() == 128 + signal.SIGTERM, command.text
+        command.process.send_signal(number)
+        assert command.wait() == (-number if number == signal.SIGKILL else 128 + number), command.text
+        if number == signal.SIGKILL:
+            wait_for(lambda: run.status().status == "stopped", seconds=60, description="the run to save and stop")
         assert run.status().status == "stopped", "the run saved before the command ended"
 
 

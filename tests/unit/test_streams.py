@@ -78,7 +78,9 @@ run_command(main)
 
 
 def test_crash_in_c_code_prints_the_python_stack() -> None:
-    program = "import os\nfrom distributed.process.streams import run_command\ndef main(): os.abort()\nrun_command(main)"
+    program = (
+        "import os\nfrom distributed.process.streams import run_command\ndef main(): os.abort()\nrun_command(main)"
+    )
     command = [sys.executable, "-c", program]
     found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert found.returncode == -signal.SIGABRT
