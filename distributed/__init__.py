@@ -8,6 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from distributed import name_clash  # noqa: F401  (checks on import)
+from distributed.process.early_interrupt import exit_on_interrupt
+
+exit_on_interrupt()
 
 if TYPE_CHECKING:
     from distributed.config import TrainConfig, load_config

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from distributed.errors import ExitCode
+from distributed.process import early_interrupt
 
 
 class _TolerantStream(io.FileIO):
@@ -42,6 +43,7 @@ def run_command(main: Callable[[], int], *, skip_cleanup: bool = False, starts_p
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda received, _: sys.exit(128 + received))
     try:
+        early_interrupt.raise_on_interrupt()
         code = main()
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED

@@ -1,0 +1,39 @@
+"""Ends a command on Ctrl-C without a traceback while it imports its modules, which can take seconds. Imports no torch."""
+
+import os
+import signal
+import sys
+import threading
+from itertools import pairwise
+from pathlib import Path
+from types import FrameType
+
+from distributed.errors import ExitCode
+
+_PACKAGES = ("distributed", "launch")
+
+
+def exit_on_interrupt() -> None:
+    """Exit with code 130 on SIGINT until `raise_on_interrupt` is called, if this process is starting a command."""
+    is_default = (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )  # ignored under nohup, and by `&` in a script
+    if is_default and threading.current_thread() is threading.main_thread() and _starts_command():
+        signal.signal(signal.SIGINT, _exit)
+
+
+def raise_on_interrupt() -> None:
+    """Let SIGINT raise KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _exit:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _starts_command() -> bool:
+    # `python -m` imports a module's packages before it replaces "-m" by the module's path.
+    if sys.argv[:1] == ["-m"]:
+        return any(a == "-m" and b.partition(".")[0] in _PACKAGES for a, b in pairwise(sys.orig_argv))
+    return Path(*sys.argv[:1]).name.startswith("distributed-")
+
+
+def _exit(_: int, __: FrameType | None) -> None:
+    os._exit(ExitCode.INTERRUPTED)
