@@ -176,7 +176,9 @@ def log_plan(
     _log_batch(config, topology, device)
     _log_mode(config, topology, device)
     logger.info("run folder {}", config.run_dir)
-    if state.step:
+    if state.epoch >= config.epochs:  # a second attempt waited for the one that finished it
+        logger.info("all {} are done: nothing is left to train", counted(config.epochs, "epoch"))
+    elif state.step:
         logger.info(
             "resuming at step {}: epoch {}, step {} of {}",
             state.step, state.epoch + 1, state.step_in_epoch, data.steps_per_epoch,

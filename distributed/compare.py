@@ -3,7 +3,6 @@
 Compares every logged metric, and the digest of every tensor at every step that both runs saved.
 """
 
-import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from distributed.config.layers import shown
 from distributed.errors import ExitCode, InputError, counted, prints_errors
 from distributed.files import home_path
 from distributed.inference.saved_run import read_config
+from distributed.process.arguments import OneLineParser
 from distributed.process.streams import run_command
 from distributed.run.folder import RunFolder
 from distributed.run.metrics_file import MACHINE_METRICS, TrainRecord, read_metrics
@@ -157,7 +157,7 @@ def _format_identity(images: dict[str, Any]) -> str:
 @prints_errors
 def main() -> int:
     """Return the exit code: 0 if the runs are bit-identical, 1 if not, 2 if there is nothing to compare."""
-    parser = argparse.ArgumentParser(prog="python -m distributed.compare", description=__doc__)
+    parser = OneLineParser(prog="python -m distributed.compare", description=__doc__)
     parser.add_argument("runs", nargs=2, type=home_path, metavar="RUN", help="run folder")
     a, b = (RunFolder(path) for path in parser.parse_args().runs)
     return _print_comparison(a, b)

@@ -137,14 +137,18 @@ def _mib(tensors: Iterable[Tensor]) -> float:
     return sum({(t.data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors}.values()) / 2**20
 
 
+_UNITS = {"hours": 3600, "minutes": 60, "seconds": 1}
+
+
 def _times(config: TrainConfig, data: DataPipeline, timing: _Timing) -> list[str]:
     """Return one line for the timed steps and one for the time that is left."""
     per_second = timing.images / sum(timing.seconds)
     steps = config.epochs * data.steps_per_epoch
     done = step_of(RunFolder(config.run_dir).newest_state()) or 0
-    hours = (steps - done) * data.size("train") / data.steps_per_epoch / per_second / 3600
+    seconds = (steps - done) * data.size("train") / data.steps_per_epoch / per_second
+    unit, size = next((unit, size) for unit, size in _UNITS.items() if seconds >= 2 * size or size == 1)
     resumed = f", after the {done:,} that the run folder has" if done else ""
     return [
         f"timed steps   {' '.join(f'{seconds:.4g}' for seconds in timing.seconds)} seconds, {per_second:,.0f} images/s",
-        f"to finish     {hours:.3g} hours: {steps - done:,} steps{resumed}; evaluation and saves not included",
+        f"to finish     {seconds / size:.3g} {unit}: {steps - done:,} steps{resumed}; evaluation and saves not included",
     ]

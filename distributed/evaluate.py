@@ -27,6 +27,7 @@ from distributed.inference.saved_run import (
     with_data_root,
 )
 from distributed.process import gc_pause
+from distributed.process.arguments import OneLineParser
 from distributed.process.optional_output import OptionalOutput, requested_output
 from distributed.process.output_file import check_writable, write_output
 from distributed.process.streams import run_command
@@ -41,9 +42,9 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Return the exit code. Under torchrun only rank 0 prints."""
-    parser = argparse.ArgumentParser(prog="python -m distributed.evaluate", description=__doc__)
+    parser = OneLineParser(prog="python -m distributed.evaluate", description=__doc__)
     parser.add_argument("run", type=home_path, metavar="RUN", help="folder of the run")
-    parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
+    parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="default: test")
     parser.add_argument(
         "--checkpoint", default="auto", help="best, latest or e.g. step-00000313-epoch-001; auto: best if there is one"
     )
@@ -84,7 +85,7 @@ def _checked_and_evaluated(arguments: argparse.Namespace) -> int:
     if arguments.confusion:
         require("matplotlib", at_least=(3, 9), needed_by="--confusion")
         if Topology.from_environment().is_main:  # which alone writes it
-            check_writable("--confusion", arguments.confusion)
+            check_writable("--confusion", arguments.confusion, suffix=".png")
     return _evaluate(config, checkpoint, arguments)
 
 

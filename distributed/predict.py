@@ -18,6 +18,7 @@ from distributed.files import home_path
 from distributed.host.versions import require
 from distributed.inference.saved_run import choose_checkpoint, read_config
 from distributed.process import gc_pause
+from distributed.process.arguments import OneLineParser
 from distributed.process.optional_output import requested_output
 from distributed.process.output_file import check_writable, write_output
 from distributed.process.streams import run_command
@@ -54,7 +55,7 @@ def main() -> int:
         raise InputError(*wrong)
     if arguments.picture:
         require("matplotlib", at_least=(3, 9), needed_by="--picture")
-        check_writable("--picture", arguments.picture)
+        check_writable("--picture", arguments.picture, suffix=".png")
     max_pixels = max_pixels_of(config.data) if arguments.max_pixels is None else arguments.max_pixels
     if max_pixels < 1:
         raise InputError(f"--data.max_pixels {max_pixels}: should be at least 1")
@@ -83,7 +84,7 @@ def _why_no_image(path: Path) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m distributed.predict", description=__doc__)
+    parser = OneLineParser(prog="python -m distributed.predict", description=__doc__)
     parser.add_argument("run", type=home_path, metavar="RUN", help="run folder")
     parser.add_argument("images", type=home_path, nargs="+", metavar="IMAGE", help="image files in any common format")
     parser.add_argument("--checkpoint", default="auto", help="best, latest or a name; auto: best if there is one")

@@ -5,7 +5,6 @@ with --by and a validation metric, the settings of the best run to FOLDER/best.t
 ends, so the last one writes the complete table.
 """
 
-import argparse
 import re
 import statistics
 import sys
@@ -19,6 +18,7 @@ from distributed.config.layers import shown
 from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.files import home_path, replace_text
 from distributed.inference.saved_run import read_config
+from distributed.process.arguments import OneLineParser
 from distributed.process.optional_output import OptionalOutput
 from distributed.process.streams import run_command
 from distributed.run.lock_holder import SlurmQueries
@@ -143,7 +143,7 @@ def _mean_and_deviation(metrics: list[dict[str, float]]) -> str:
 @prints_errors
 def main() -> int:
     """Return the exit code: 0, or 2 if the folder holds no runs."""
-    parser = argparse.ArgumentParser(prog="python -m launch.summary", description=__doc__)
+    parser = OneLineParser(prog="python -m launch.summary", description=__doc__)
     parser.add_argument("folders", nargs="*", type=home_path, metavar="FOLDER")
     parser.add_argument(
         "--by",

@@ -25,6 +25,7 @@ from distributed.bench.scaling_report import PREDICTED_CORES, report
 from distributed.data.sources import cifar
 from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.files import home_path
+from distributed.process.arguments import OneLineParser
 from distributed.process.optional_output import requested_output
 from distributed.process.output_file import check_writable
 from distributed.process.streams import run_command
@@ -115,7 +116,7 @@ def _measure(arguments: argparse.Namespace, options: Options) -> Results:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m distributed.bench", description=__doc__)
+    parser = OneLineParser(prog="python -m distributed.bench", description=__doc__)
     parser.add_argument("benchmark", choices=[*BENCHMARKS, "accuracy", "memory", "page"])
     parser.add_argument("--data.root", dest="root", type=home_path, default=Path("data"), help="folder with CIFAR-10")
     parser.add_argument(

@@ -8,14 +8,14 @@ from distributed.config.leaves import Leaf, leaves
 from distributed.config.train_config import TrainConfig
 
 HEAD = """\
-usage: python -m distributed.train [CONFIG.toml] [--SETTING VALUE ...]
-       torchrun --nproc_per_node=N -m distributed.train [CONFIG.toml] [--SETTING VALUE ...]
+usage: python -m distributed.train [CONFIG.toml] [--SETTING VALUE ...] [--dry-run]
+       torchrun --nproc_per_node=N -m distributed.train [CONFIG.toml] [--SETTING VALUE ...] [--dry-run]
 
 Train an AlexNet variant, or a network of your own, on CIFAR, a folder of images or arrays of your own. CONFIG.toml is a
 file or the name of a shipped config, e.g. cifar10 or seeds/I-10 (an unknown name lists all of them). Without arguments it
 trains improved_alexnet on CIFAR-10 if that is in ./data, else on generated images; a cluster job must name its data. The
 same command resumes a stopped or killed run; settings marked * may then change. With --dry-run it loads the data and the
-network, takes eight steps, prints memory, speed and the hours to finish, and leaves the run folder alone.
+network, takes eight steps, prints memory, speed and the time to finish, and leaves the run folder alone.
 """
 _COLUMN = 39  # where descriptions begin
 _UNBOUND = 10_000

@@ -76,7 +76,8 @@ def hint(path: str) -> str:
         return "--help lists all of them"
     if meant := _meant(path):
         return f"did you mean {meant}?"
-    return _ADVICE.get(path, "--help lists all of them")
+    near = difflib.get_close_matches(path, _ADVICE, n=1, cutoff=0.85)
+    return _ADVICE[near[0]] if near else "--help lists all of them"
 
 
 def _meant(path: str) -> str | None:

@@ -45,4 +45,4 @@ def config_file(name_or_path: str, *, beside: Path = Path()) -> Path:
 def _nearest(name: str, known: dict[str, Path]) -> str:
     by_last_name = {shipped_name.rpartition("/")[2].lower(): shipped_name for shipped_name in known}
     found = difflib.get_close_matches(name.rpartition("/")[2].lower(), by_last_name, n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(by_last_name[last] for last in found)}?" if found else ""
+    return f" (did you mean {' or '.join(by_last_name[last] for last in found)}?)" if found else ""

@@ -95,9 +95,12 @@ class TrainConfig(Section):
         shards = self.shards_on(device_type)
         if shards and world_size > shards:
             enough = 1 << (world_size - 1).bit_length()
+            remedy = f"exact.shards = {enough}, or 0 for fast mode"
+            if enough > self._micro_batch_size:  # a shard has at least one image
+                remedy = f"exact.shards = {enough} and global_batch_size = {enough * self.grad_accum_steps} or more"
             raise InputError(
                 f"exact.shards = {shards}{' (auto)' if self.exact.shards == 'auto' else ''} is less than the {world_size} "
-                f"processes: start at most {shards}, or a new run with exact.shards = {enough}, or 0 for fast mode"
+                f"processes: start at most {shards}, or a new run with {remedy}"
             )
 
     @property

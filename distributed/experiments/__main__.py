@@ -24,6 +24,7 @@ from distributed.experiments.result import Result
 from distributed.experiments.summary import summary
 from distributed.files import home_path
 from distributed.process import logs
+from distributed.process.arguments import OneLineParser
 from distributed.process.optional_output import OptionalOutput, requested_output
 from distributed.process.session import end_with_parent
 from distributed.process.streams import run_command
@@ -37,7 +38,7 @@ def main() -> int:
     Other settings, e.g. `--precision float32`, are passed to every run.
     """
     if sys.argv[1:2] == ["page"]:
-        argparse.ArgumentParser(prog="python -m distributed.experiments page").parse_args(sys.argv[2:])
+        OneLineParser(prog="python -m distributed.experiments page").parse_args(sys.argv[2:])
         print(*write_page(), sep="\n")
         return ExitCode.FINISHED
     arguments, settings = _parser().parse_known_args()
@@ -69,7 +70,7 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     names = [*KINDS, *CATALOGUE]
-    parser = argparse.ArgumentParser(prog="python -m distributed.experiments", description=__doc__)
+    parser = OneLineParser(prog="python -m distributed.experiments", description=__doc__)
     parser.add_argument(
         "--only", nargs="+", choices=names, default=list(KINDS), metavar="ID",
         help=f"ids, or all of a kind; default: all. {', '.join(names)}",

@@ -19,6 +19,7 @@ from distributed.inference.saved_run import (
     without_download,
 )
 from distributed.process import gc_pause
+from distributed.process.arguments import OneLineParser
 from distributed.process.optional_output import one_line, requested_output
 from distributed.process.output_file import check_writable, write_output
 from distributed.process.streams import run_command
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from distributed.data.pipeline import DataPipeline
     from distributed.inference.trained_run import TrainedRun
 
-_NAMES = ("safetensors", "onnx", "torch.export")
+_FILES = {"safetensors": ("model.safetensors", "model.json"), "onnx": ("model.onnx",), "torch.export": ("model.pt2",)}
+_NAMES = tuple(_FILES)
 
 
 @prints_errors
@@ -40,14 +42,14 @@ def main() -> int:
     config.model.check_importable()
     checkpoint = choose_checkpoint(arguments.run, arguments.checkpoint)
     names = _formats(arguments.format)
-    for name in ("model.safetensors", "model.json", "model.onnx", "model.pt2"):
-        check_writable("--out", out / name, regular=True)  # each is read back
+    for file in (file for name in names for file in _FILES[name]):
+        check_writable("--out", out / file, regular=True)  # each is read back
     needs_data = arguments.root is not None
     return _export(config, checkpoint, names, out, tolerance=arguments.tolerance, needs_data=needs_data)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m distributed.export", description=__doc__)
+    parser = OneLineParser(prog="python -m distributed.export", description=__doc__)
     parser.add_argument("run", type=home_path, metavar="RUN", help="run folder")
     parser.add_argument(
         "--format", nargs="+", default=["all"], metavar="FORMAT", help=f"{', '.join(_NAMES)} or all; default: all"

@@ -4,7 +4,6 @@ Each step runs in a process of its own with its own time limit, and its result i
 one JSON line. A step that fails, crashes or times out does not stop the next. The exit code is 0 if all passed, else 1.
 """
 
-import argparse
 import sys
 import tempfile
 import time
@@ -15,6 +14,7 @@ from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.files import home_path
 from distributed.gpu_check.records import StepResult, checks_in
 from distributed.gpu_check.steps import STEPS, Step
+from distributed.process.arguments import OneLineParser
 from distributed.process.output_file import check_writable
 from distributed.process.session import run_in_session
 from distributed.process.streams import run_command
@@ -23,7 +23,7 @@ from distributed.process.streams import run_command
 @prints_errors
 def main(steps: Sequence[Step] = STEPS) -> int:
     """Run the chosen steps. Print a line per check and a summary."""
-    parser = argparse.ArgumentParser(prog="python -m distributed.gpu_check", description=__doc__)
+    parser = OneLineParser(prog="python -m distributed.gpu_check", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="use small shapes, to test the checks themselves on a CPU")
     parser.add_argument(

@@ -139,10 +139,10 @@ class Terminal:
         for name, split in (("validation", m.validation), ("test", m.test)):
             if split:
                 own = "".join(f", {metric} {value:.4f}" for metric, value in split.metrics.items())
-                parts.append(f"{name} loss {split.loss:.4f}, accuracy {split.accuracy:.2%}{own}")
-        best = ", best so far" if m.is_best else ""
+                best = ", best so far" if m.is_best and name == "validation" else ""
+                parts.append(f"{name} loss {split.loss:.4f}, accuracy {split.accuracy:.2%}{own}{best}")
         logger.info(
-            "epoch {}/{} done in {}: {}{}", m.epoch + 1, self.epochs, format_duration(m.seconds), "; ".join(parts), best
+            "epoch {}/{} done in {}: {}", m.epoch + 1, self.epochs, format_duration(m.seconds), "; ".join(parts)
         )
 
     def close(self) -> None:

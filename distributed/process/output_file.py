@@ -11,15 +11,18 @@ from distributed.files import replace_bytes
 _MAX_NAME_BYTES = 230  # the file is first written under a longer name
 
 
-def check_writable(option: str, path: Path, *, regular: bool = False) -> None:
+def check_writable(option: str, path: Path, *, regular: bool = False, suffix: str = "") -> None:
     """Create the folder of a file that a command is about to write, and check that the file can be written.
 
     Args:
         regular: refuse devices and pipes too.
+        suffix: refuse names that end in another one.
 
     Raises:
-        InputError: the folder cannot be created, the file cannot be written, or the path is a folder.
+        InputError: the folder cannot be created, the file cannot be written, the path is a folder, or its suffix is wrong.
     """
+    if suffix and path.suffix.lower() not in ("", suffix):
+        raise InputError(f"{option} {path}: would be a {suffix} file; name one that ends in {suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         mode = _mode_of(path)

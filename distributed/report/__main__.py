@@ -14,6 +14,7 @@ from distributed.errors import ExitCode, prints_errors
 from distributed.files import home_path
 from distributed.inference.saved_run import choose_checkpoint, has_data_root, with_data_root, without_download
 from distributed.process import logs
+from distributed.process.arguments import OneLineParser
 from distributed.process.optional_output import requested_output
 from distributed.process.output_file import check_writable, write_output
 from distributed.process.streams import run_command
@@ -26,7 +27,7 @@ from distributed.run.checkpoint_layout import committed_names, is_committed
 @prints_errors
 def main() -> int:
     """Write the page, print its path and size, and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m distributed.report", description=__doc__)
+    parser = OneLineParser(prog="python -m distributed.report", description=__doc__)
     parser.add_argument("runs", type=home_path, nargs="+", metavar="RUN", help="run folder")
     parser.add_argument(
         "--out", type=home_path, metavar="FILE", help="default: RUN/report.html for one run, report.html for several"

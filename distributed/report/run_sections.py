@@ -157,7 +157,7 @@ def _speed(run: History) -> str:
         Absent: no step was logged.
     """
     if not run.log.steps:
-        raise Absent("No training step was logged, so the speed is unknown.")
+        raise Absent("No training step was logged, so the speed is unknown: lower logging.every_steps.")
     speeds = sorted(line.images_per_second or 0.0 for line in run.log.steps)
     waits = sorted(line.data_wait or 0.0 for line in run.log.steps)
     return (

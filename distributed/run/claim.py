@@ -72,7 +72,7 @@ class ClaimedRun(RunFolder):
             run._progress["saved_step"] = run.saved_step()
             replace_json(run._attempt_file, this_process(run.token).as_json())
         except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
+            where = f"{error.filename}: " if error.filename and error.filename != str(path) else ""
             raise InputError(
                 f"run_dir = {path}: {where}{error.strerror or error}; give another with --run_dir"
             ) from None

@@ -113,12 +113,24 @@ def changed_settings(config: TrainConfig, state: dict[str, Any], *, where: Path 
     shards = state["bits"].get("shards", 0)
     if config.exact.shards not in ("auto", shards) and saved.exact.shards == "auto":
         refused.append(Difference("exact.shards", shards, config.exact.shards))
+    refused = _without_foreign(refused)
     if refused:
         raise InputError(
             *[f"{where}: {path} = {shown(new)}: this run was started with {shown(old)}" for path, old, new in refused],
             f"a resumed run keeps its experiment: restore these settings, or give another {option}",
         )
     return {path for path, _, _ in changed}
+
+
+def _without_foreign(refused: list[Difference]) -> list[Difference]:
+    """Leave out settings that only one of two networks, losses or data sets has, if their names differ too."""
+    renamed = tuple(path.removesuffix("name") for path, _, _ in refused if path.endswith(".name"))
+    own = (*renamed, *(f"{section}options." for section in renamed))
+    return [
+        change
+        for change in refused
+        if change.path.endswith(".name") or None not in change[1:] or f"{change.path.rpartition('.')[0]}." not in own
+    ]
 
 
 def _is_same_path(setting: str, old: Any, new: Any) -> bool:

@@ -3,12 +3,12 @@
 A run whose process ended without recording its end is `interrupted`: the same command resumes it.
 """
 
-import argparse
 from pathlib import Path
 
 from distributed.config.layers import shown
 from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.files import home_path
+from distributed.process.arguments import OneLineParser
 from distributed.process.streams import run_command
 from distributed.run.lock_holder import SlurmQueries
 from distributed.runs.outcome import outcome_of, runs_below
@@ -18,7 +18,7 @@ from distributed.runs.table import HEADINGS, cells, in_columns
 @prints_errors
 def main() -> int:
     """Return the exit code: 0, or 2 if the folder holds no runs."""
-    parser = argparse.ArgumentParser(prog="python -m distributed.runs", description=__doc__)
+    parser = OneLineParser(prog="python -m distributed.runs", description=__doc__)
     parser.add_argument(
         "folder", nargs="?", type=home_path, default=Path("runs"), metavar="FOLDER", help="default: runs"
     )

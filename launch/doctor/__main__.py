@@ -10,6 +10,7 @@ from pathlib import Path
 
 from distributed.config import from_command_line
 from distributed.errors import ExitCode, InputError, prints_errors
+from distributed.process.arguments import OneLineParser
 from distributed.process.streams import run_command
 from launch.address import free_port, resolve_address
 from launch.doctor.collect import report_of_this_machine, reports_of_job
@@ -22,7 +23,7 @@ from launch.environment import Allocation, in_job, step_node
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of this command's options; every other argument is a setting."""
-    options = argparse.ArgumentParser(prog="python -m launch.doctor", description=__doc__)
+    options = OneLineParser(prog="python -m launch.doctor", description=__doc__)
     options.add_argument("--address", default="", help="rendezvous address; default: the first node's")
     options.add_argument("--port", type=int, default=0, help="rendezvous port; default: derived from the job's number")
     options.add_argument("--seconds", type=float, default=20.0, help="how long to wait for all nodes")

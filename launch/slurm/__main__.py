@@ -16,6 +16,7 @@ from pathlib import Path
 from distributed.config import from_command_line
 from distributed.errors import ExitCode, InputError, prints_errors
 from distributed.host.shipped import shipped
+from distributed.process.arguments import OneLineParser
 from distributed.process.streams import run_command
 from distributed.topology import Topology
 from distributed.train import checked_config
@@ -37,11 +38,11 @@ _CHECKED_OPTIONS = {"--nodes": "--nodes N", "-N": "--nodes N", "--gpus-per-node"
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of this command's options; options of sbatch keep their names."""
-    options = argparse.ArgumentParser(
+    options = OneLineParser(
         prog="python -m launch.slurm CONFIG.toml", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    options.add_argument("--nodes", type=_count, default=1)
+    options.add_argument("--nodes", type=_count, default=1, help="default: 1")
     options.add_argument(
         "--gpus-per-node", type=_gpus, metavar="[TYPE:]N", help="e.g. 4 or a100:4; default: none, train on CPUs"
     )
@@ -74,11 +75,12 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Return the exit code: 0 if submitted or printed, 2 for bad input, otherwise sbatch's."""
     arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
+    if {"-h", "--help"} & set(arguments):
         parser().print_help()
-        return ExitCode.FINISHED if arguments else ExitCode.BAD_INPUT
-    if arguments[0].startswith("-"):
-        raise InputError(f"command line: {arguments[0]!r}: the first argument names the config, e.g. cifar10")
+        return ExitCode.FINISHED
+    if not arguments or arguments[0].startswith("-"):
+        first = f"{arguments[0]!r}: " if arguments else ""
+        raise InputError(f"command line: {first}the first argument names the config, e.g. cifar10")
     split = split_sweep(arguments)
     sweep = read_sweep(split)
     options, settings = parser().parse_known_args(split.common[1:])

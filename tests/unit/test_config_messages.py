@@ -114,6 +114,11 @@ def test_every_hint_names_a_setting():
     assert not hints._MEANT.keys() & (hints.known() | hints._ADVICE.keys())
 
 
+@pytest.mark.parametrize("option", ["dryrun", "dry-runn", "dry_run"])
+def test_a_misspelled_dry_run_is_recognized(option):
+    assert "give --dry-run there" in mistakes(f"--{option}", "3")[0]
+
+
 @pytest.mark.parametrize("option", ["gpus", "nproc_per_node", "world_size"])
 def test_the_number_of_processes_belongs_to_the_launcher(option):
     assert "torchrun --nproc_per_node=N" in mistakes(f"--{option}", "3")[0]

@@ -230,3 +230,10 @@ def test_a_file_system_that_cannot_sync_folders_is_usable(tmp_path, monkeypatch,
     with pytest.raises(OSError, match="Input/output") if is_raised else nullcontext():
         replace_text(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "new"
+
+
+def test_a_picture_keeps_the_suffix_of_its_format(tmp_path: Path) -> None:
+    for name in ("a.png", "a.PNG", "a"):
+        check_writable("--picture", tmp_path / name, suffix=".png")
+    with pytest.raises(InputError, match=r"a\.jpg: would be a \.png file; name one that ends in \.png"):
+        check_writable("--picture", tmp_path / "a.jpg", suffix=".png")

@@ -110,4 +110,4 @@ def test_a_file_that_is_not_an_image_is_reported(tmp_path: Path, content: bytes)
     with pytest.raises(InputError) as error:
         read_image(path)
     assert len(error.value.lines) == 1
-    assert str(error.value).startswith(f"{path}: not an image that can be decoded (")
+    assert str(error.value).startswith(f"{path}: not an image that can be decoded (broken, or in an unknown format)")

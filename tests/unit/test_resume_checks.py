@@ -53,6 +53,19 @@ def test_changed_experiment_is_refused_listing_every_change(path):
     )
 
 
+def test_settings_that_only_one_network_has_are_not_listed(path):
+    """To restore them without the name would be another mistake."""
+    checkpointed(path, config_of(path, "--optim.name", "sgd"))
+    with pytest.raises(InputError) as caught:
+        is_finished(config_of(path, "--optim.name", "adamw", "--optim.lr", "0.2"))
+    assert caught.value.lines == (
+        f"{path}: optim.name = adamw: this run was started with sgd",
+        f"{path}: optim.lr = 0.2: this run was started with 0.1",
+        f"{path}: optim.weight_decay = 0.05: this run was started with 0.0005",
+        "a resumed run keeps its experiment: restore these settings, or give another --run_dir",
+    )
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

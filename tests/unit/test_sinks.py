@@ -66,6 +66,19 @@ def test_each_line_names_its_kind_and_data(run):
     assert epoch == {"kind": "epoch", "data": "generated10"} | asdict(EPOCH) | {"validation": validation}
 
 
+def test_the_best_epoch_is_marked_after_its_validation_accuracy():
+    lines = list[str]()
+    sink = logger.add(lines.append, format="{message}")
+    try:
+        Terminal(epochs=2, total_steps=20, start_step=0, step=lambda: 10).log_epoch(
+            replace(EPOCH, test=EPOCH.validation)
+        )
+    finally:
+        logger.remove(sink)
+    [line] = lines
+    assert "; validation loss 1.3000, accuracy 60.00%, best so far; test loss 1.3000, accuracy 60.00%\n" in line
+
+
 def test_further_metrics_stand_beside_the_others(run):
     measured = SplitMetrics(1.3, 0.6, 0.9, {"brier": 0.25, "of_nan": math.nan})
     sink = JsonLines(run, start_step=0, start_epoch=0, data="generated10")

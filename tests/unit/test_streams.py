@@ -86,3 +86,23 @@ def test_crash_in_c_code_prints_the_python_stack() -> None:
     assert found.returncode == -signal.SIGABRT
     assert "Fatal Python error: Aborted" in found.stderr
     assert "in main" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        (
+            "distributed.evaluate",
+            ["run", "--split", "tset"],
+            "command line: argument --split: invalid choice: 'tset' (",
+        ),
+        ("distributed.compare", ["run"], "command line: the following arguments are required: "),
+        ("distributed.runs", ["--al"], "command line: unrecognized arguments: --al"),
+        ("launch.slurm", [], "command line: the first argument names the config, e.g. cifar10"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(module: str, arguments: list[str], message: str) -> None:
+    command = [sys.executable, "-m", module, *arguments]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert refused.stderr.startswith(f"error: {message}")

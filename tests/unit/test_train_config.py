@@ -119,7 +119,10 @@ def test_more_processes_than_shards_are_refused():
         "exact.shards = 4 is less than the 5 processes: start at most 4, or a new run with exact.shards = 8, "
         "or 0 for fast mode"
     )
-    assert "exact.shards = 2 (auto) is less than the 3 processes" in refusal(config_of("--global_batch_size", "2"), 3)
+    assert refusal(config_of("--global_batch_size", "2"), 3) == (
+        "exact.shards = 2 (auto) is less than the 3 processes: start at most 2, or a new run with exact.shards = 4 and "
+        "global_batch_size = 4 or more"
+    )
     for world_size, enough in ((9, 16), (16, 16), (17, 32), (64, 64), (65, 128)):
         assert f"exact.shards = {enough}, or 0 for" in refusal(config_of(), world_size)
 

@@ -51,7 +51,7 @@ def pixels_of(file: IO[bytes], formats: list[str]) -> NDArray[np.uint8]:
         TooLarge: it has more pixels than `at_most` allows.
         ValueError: it is in none of these formats, broken, or its pixels have no fixed range.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(file, formats=formats) as opened:
@@ -72,8 +72,10 @@ def pixels_of(file: IO[bytes], formats: list[str]) -> NDArray[np.uint8]:
         raise TooLarge(too_large(size, Image.MAX_IMAGE_PIXELS or 0)) from None
     except _UnknownRangeError:
         raise
+    except UnidentifiedImageError:
+        raise ValueError("broken, or in an unknown format") from None
     except Exception as error:  # Pillow's decoders raise errors of any kind for damaged files
-        reason = " ".join(re.sub(r"<_io\.[^>]*>", "it", str(error)).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"broken: {reason}") from None
 
 
