@@ -64,6 +64,11 @@ def _by_last_name() -> dict[str, str]:
     return {path.rpartition(".")[2]: path for path in sorted(known(), reverse=True)}
 
 
+@cache
+def _sections() -> frozenset[str]:
+    return frozenset(path.partition(".")[0] for path in known() if "." in path)
+
+
 def unknown(path: str) -> str:
     """Return the error message for a setting that does not exist, with the remedy."""
     return f"unknown setting; {hint(path)}"
@@ -81,7 +86,7 @@ def hint(path: str) -> str:
 
 
 def _meant(path: str) -> str | None:
-    """Match by another tool's name, then by the full path, then by the last name in any section."""
+    """Match by another tool's name, then by the full path, then by the last name in any section, then by the section."""
     if path in _MEANT or path in _ADVICE:
         return _MEANT.get(path)
     if path in known():
@@ -91,4 +96,8 @@ def _meant(path: str) -> str | None:
     if close or last in by_last_name:
         return close[0] if close else by_last_name[last]
     near = difflib.get_close_matches(last, sorted(by_last_name), n=1, cutoff=0.7)
-    return _MEANT.get(last) or (by_last_name[near[0]] if near else None)
+    section = path.partition(".")[0] if "." in path else ""
+    near_section = (
+        difflib.get_close_matches(section, _sections(), n=1, cutoff=0.7) if section not in _sections() else []
+    )
+    return _MEANT.get(last) or (by_last_name[near[0]] if near else None) or next(iter(near_section), None)

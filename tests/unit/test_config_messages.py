@@ -79,6 +79,7 @@ def test_all_errors_are_reported_together_one_per_line(write):
         ("model.epochs", "epochs"),
         ("loging.every_steps", "logging.every_steps"),
         ("checkpont.every_steps", "checkpoint.every_steps"),
+        ("dta.x", "data"),
     ],
 )
 def test_a_misspelled_setting_is_recognized(option, meant):
