@@ -15,9 +15,8 @@ _PACKAGES = ("distributed", "launch")
 
 def exit_on_interrupt() -> None:
     """Exit with code 130 on SIGINT until `raise_on_interrupt` is called, if this process is starting a command."""
-    is_default = (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )  # ignored under nohup, and by `&` in a script
+    # It may be ignored, e.g. by `&` in a script.
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_default and threading.current_thread() is threading.main_thread() and _starts_command():
         signal.signal(signal.SIGINT, _exit)
 
