@@ -22,14 +22,19 @@ def _check() -> None:
         "environment, or: pip uninstall distributed dask; pip install --force-reinstall --no-deps CHECKOUT (the "
         "folder of this project)"
     )
-    # `python -m` imports a module's packages before it replaces "-m" by the module's path.
-    if not (sys.argv[:1] == ["-m"] or Path(sys.argv[0]).name.startswith("distributed-")):
+    if not starts_command():
         raise ImportError(reason)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {reason}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)  # torchrun ends all ranks as soon as one exits: let local rank 0 print first
     os._exit(2)
+
+
+def starts_command() -> bool:
+    """Whether this process has just been started by `python -m` or as a `distributed-` command."""
+    # `python -m` imports a module's packages before it replaces "-m" by the module's path.
+    return sys.argv[:1] == ["-m"] or Path(*sys.argv[:1]).name.startswith("distributed-")
 
 
 def _clashing(site: Path) -> str | None:

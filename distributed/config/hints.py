@@ -96,8 +96,11 @@ def _meant(path: str) -> str | None:
     if close or last in by_last_name:
         return close[0] if close else by_last_name[last]
     near = difflib.get_close_matches(last, sorted(by_last_name), n=1, cutoff=0.7)
-    section = path.partition(".")[0] if "." in path else ""
-    near_section = (
-        difflib.get_close_matches(section, _sections(), n=1, cutoff=0.7) if section not in _sections() else []
-    )
-    return _MEANT.get(last) or (by_last_name[near[0]] if near else None) or next(iter(near_section), None)
+    return _MEANT.get(last) or (by_last_name[near[0]] if near else _near_section(path))
+
+
+def _near_section(path: str) -> str | None:
+    section, dot, _ = path.partition(".")
+    if not dot or section in _sections():
+        return None
+    return next(iter(difflib.get_close_matches(section, _sections(), n=1, cutoff=0.7)), None)

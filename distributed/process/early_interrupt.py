@@ -5,10 +5,10 @@ import signal
 import sys
 import threading
 from itertools import pairwise
-from pathlib import Path
 from types import FrameType
 
 from distributed.errors import ExitCode
+from distributed.name_clash import starts_command
 
 _PACKAGES = ("distributed", "launch")
 
@@ -28,10 +28,8 @@ def raise_on_interrupt() -> None:
 
 
 def _starts_command() -> bool:
-    # `python -m` imports a module's packages before it replaces "-m" by the module's path.
-    if sys.argv[:1] == ["-m"]:
-        return any(a == "-m" and b.partition(".")[0] in _PACKAGES for a, b in pairwise(sys.orig_argv))
-    return Path(*sys.argv[:1]).name.startswith("distributed-")
+    is_own = any(a == "-m" and b.partition(".")[0] in _PACKAGES for a, b in pairwise(sys.orig_argv))
+    return starts_command() and (is_own or sys.argv[:1] != ["-m"])
 
 
 def _exit(_: int, __: FrameType | None) -> None:
